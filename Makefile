@@ -1,0 +1,63 @@
+# Each target sets up .venv by itself; the stamp file makes that happen again when the dependencies change.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= compress,onnx,dev
+DEMO ?= build/demo
+DEMO_FLAGS ?=
+BENCH_FLAGS ?= --baseline $(DEMO)/compressed
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+RUN := $(BIN)/edgeprune
+CODE := edgeprune export runtimes targets tests
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo bench test lint types check clean
+
+help:
+	@echo "make demo    compress, export and bench the built-in model"
+	@echo "make bench   only the bench, on what make demo left"
+	@echo "make test    run the tests"
+	@echo "make check   format, lint, types, tests with coverage"
+	@echo "make clean   remove build/ and $(VENV)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@echo "setting up $(VENV) (a minute or two) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(RUN) compress -o $(DEMO)/compressed $(DEMO_FLAGS)
+	@$(RUN) export $(DEMO)/compressed --target onnx -o $(DEMO)/onnx
+	@$(MAKE) --no-print-directory bench
+	@echo "next: open $(DEMO)/compressed/report.html, or: $(RUN) generate \"two red circles\" --model $(DEMO)/onnx -o out.png"
+
+bench: $(STAMP)
+	@$(RUN) bench $(DEMO)/onnx $(BENCH_FLAGS) --json $(DEMO)/bench.json
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+	@echo "next: make check (format, lint, types, coverage), or make demo"
+
+lint: $(STAMP)
+	@$(BIN)/ruff format --check -q $(CODE)
+	@$(BIN)/ruff check -q $(CODE)
+
+# Type checkers do not run import hooks: link the mapped folders into one tree.
+types: $(STAMP)
+	@rm -rf build/typed && mkdir -p build/typed/edgeprune
+	@ln -s "$(CURDIR)"/edgeprune/* "$(CURDIR)"/export "$(CURDIR)"/runtimes "$(CURDIR)"/targets build/typed/edgeprune/
+	@MYPYPATH=build/typed $(BIN)/mypy --no-error-summary -p edgeprune
+
+check: lint types
+	@$(BIN)/python -m pytest -q --cov --cov-report=term $(PYTEST_FLAGS)
+	@echo "next: commit; .ci/run does the same on a clean clone"
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(VENV)
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,26 @@
+"""edgeprune: make MMDiT diffusion models small enough for edge devices, and run them there.
+
+Importing this package costs nothing: torch and the other heavy packages load when something that needs them is used.
+Left out here: everything but `load`; each stage is a module of its own (`edgeprune.plan`, `edgeprune.export`, ...).
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgeprune.checkpoint import load
+
+__all__ = ["__version__", "load"]
+
+__version__ = version("edgeprune")
+
+
+def __getattr__(name: str) -> Any:
+    """Import `load` at its first use (PEP 562), because it needs torch."""
+    if name == "load":
+        from edgeprune.checkpoint import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,284 @@
+"""The artefact on disk: a diffusers folder plus `edgeprune.json`. Atomic writes, strict and hashed reads, safetensors only.
+
+`transformer/` holds the pruned weights in half precision; `transformer_int4/` the quantised ones. Whole-block plans
+load `transformer/` in stock diffusers; everything loads here. What it leaves out: shards and streaming.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from edgeprune import __version__
+from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.families import Config, Family, family_of
+from edgeprune.files import read_json, sha256_file, write_json
+from edgeprune.plan import PrunePlan
+from edgeprune.quantize import prepare
+from edgeprune.surgery import load_strictly
+
+SCHEMA_VERSION = 1
+MANIFEST = "edgeprune.json"
+HALF, INT4 = "transformer", "transformer_int4"
+BUILTIN = Path(__file__).parent / "demo" / "assets" / "teacher"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass
+class Manifest:
+    """What `edgeprune.json` says of an artefact."""
+
+    source: str
+    """The model as the user named it."""
+    fingerprint: str
+    """Of the source transformer's config."""
+    family: str
+    config: Config
+    """Of the source transformer."""
+    plan: dict[str, Any] | None = None
+    group_size: int | None = None
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By stage: `inputs` (a digest), `seconds`, and what it reports."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 by relative path."""
+    tools: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read a folder's manifest.
+
+        Raises:
+            InputError: none there, or not one that we understand.
+        """
+        path = folder / MANIFEST
+        data = read_json(path)
+        if data.get("schema_version") != SCHEMA_VERSION:
+            found = data.get("schema_version")
+            raise InputError(f"{path}: schema_version: found {found!r}, expected {SCHEMA_VERSION}; make the artefact again")
+        try:
+            manifest = cls(**data)
+        except TypeError as error:
+            raise InputError(f"{path}: not a manifest ({error})") from error
+        kinds = (("config", dict), ("stages", dict), ("files", dict), ("source", str), ("family", str))
+        for name, kind in kinds:
+            if not isinstance(getattr(manifest, name), kind):
+                raise InputError(f"{path}: {name}: expected a {kind.__name__}")
+        return manifest
+
+    def save(self, folder: Path) -> None:
+        """Write it, with the versions of the tools in use."""
+        names = ("torch", "diffusers", "transformers", "nncf", "safetensors", "numpy")
+        self.tools = {"edgeprune": __version__} | {n: metadata.version(n) for n in names}
+        write_json(folder / MANIFEST, asdict(self))
+
+    def hash_files(self, folder: Path, part: str) -> None:
+        """Take the hashes of every file below `part` anew."""
+        self.files = {k: v for k, v in self.files.items() if k.split("/")[0] != part}
+        root = folder / part
+        found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+        self.files |= {p.relative_to(folder).as_posix(): sha256_file(p) for p in found}
+
+    def verify(self, folder: Path, part: str) -> None:
+        """Check the hashes of every file below `part`.
+
+        Raises:
+            InputError: a file is missing or changed.
+        """
+        for name, expected in self.files.items():
+            if name.split("/")[0] != part:
+                continue
+            path = (folder / name).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise InputError(f"{folder / MANIFEST}: files: {name!r} leads out of the folder")
+            if not path.is_file():
+                raise InputError(f"{path}: no such file, but {MANIFEST} lists it; make the artefact again")
+            if sha256_file(path) != expected:
+                raise InputError(f"{path}: its SHA-256 is not the one in {MANIFEST}; the file is damaged or was changed")
+
+    def prune_plan(self, folder: Path) -> PrunePlan | None:
+        """The plan that `transformer/` follows."""
+        return PrunePlan.from_json(self.plan, folder / MANIFEST) if self.plan else None
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns what loading libraries raise over a damaged or missing file into one InputError."""
+    try:
+        yield
+    except EdgepruneError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be loaded ({type(error).__name__}: {text[:300]})") from error
+
+
+def resolve(model: str | None) -> Path:
+    """The local folder of a model: the built-in one for None, a folder as it is, or a hub id's snapshot.
+
+    Raises:
+        InputError: no such folder, and not a hub id that can be fetched.
+    """
+    if model is None:
+        if not BUILTIN.is_dir():
+            raise InputError(f"{BUILTIN}: the built-in model is not there; reinstall, or train it: python -m edgeprune.demo.train")
+        return BUILTIN
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise InputError(f"{model}: no such folder; expected a diffusers folder or a hub id like owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.ckpt", "*.pkl", "*.msgpack"]))
+    except Exception as error:  # noqa: BLE001 (the hub's client raises many kinds)
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{model}: no such folder, and not available from the hub ({reason})") from error
+
+
+def read_config(folder: Path) -> tuple[Config, Family]:
+    """A pipeline folder's transformer config and its family.
+
+    Raises:
+        InputError: not a diffusers folder, or not an MMDiT.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder}: no model_index.json; expected a diffusers pipeline folder")
+    path = folder / HALF / "config.json"
+    if not path.is_file():
+        index = read_json(folder / "model_index.json")
+        raise InputError(f"{folder}: not an MMDiT pipeline ({index.get('_class_name')!r} has no transformer/config.json)")
+    config = read_json(path)
+    family = family_of(config, str(path))
+    family.tensor_shapes(config)
+    return config, family
+
+
+def load_transformer(folder: Path, *, quantized: bool, dtype: torch.dtype = torch.float32) -> Any:
+    """The transformer of an artefact or of an original folder.
+
+    Args:
+        quantized: take `transformer_int4/`; packed integers stay as they are, all else becomes `dtype`.
+
+    Raises:
+        InputError: missing, damaged or not fitting files.
+    """
+    config, family = read_config(folder)
+    if not (folder / MANIFEST).is_file():
+        if quantized:
+            raise InputError(f"{folder}: not quantised (no {MANIFEST}); run `edgeprune quantize {folder}`")
+        return _load_original(folder, dtype)
+    manifest = Manifest.load(folder)
+    plan = manifest.prune_plan(folder)
+    part = INT4 if quantized else HALF
+    path = folder / part / _WEIGHTS
+    if not path.is_file():
+        stage = "quantize" if quantized else "prune"
+        raise InputError(f"{path}: no such file; run `edgeprune {stage} -o {folder}`")
+    manifest.verify(folder, part)
+    kept = plan.kept if plan else list(range(family.block_count(manifest.config)))
+    model = family.build(manifest.config, kept, plan.removed if plan else frozenset())
+    if quantized:
+        prepare(family, config, model, group_size=manifest.group_size or 64)
+    with readable(path):
+        state = load_file(path)
+    keep = (".weight_packed", ".weight_scale")
+    load_strictly(model, {n: t if n.endswith(keep) else t.to(dtype) for n, t in state.items()})
+    return model.eval().requires_grad_(False)
+
+
+def _load_original(folder: Path, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    config = read_json(folder / HALF / "config.json")
+    with readable(folder / HALF):
+        kind = getattr(diffusers, config["_class_name"])
+        model = kind.from_pretrained(folder / HALF, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True)
+    return model.eval().requires_grad_(False)
+
+
+def load(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Any:
+    """A diffusers pipeline of an artefact (with its INT4 transformer, if it has one) or of an original folder.
+
+    Raises:
+        InputError: missing, damaged or not fitting files.
+    """
+    root = Path(folder)
+    transformer = load_transformer(root, quantized=(root / INT4).is_dir(), dtype=dtype)
+    return load_pipeline(root, transformer, dtype)
+
+
+def load_pipeline(folder: Path, transformer: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
+    """The rest of a folder's pipeline around a loaded transformer. Never runs code or pickles of the folder."""
+    from diffusers import DiffusionPipeline
+
+    with readable(folder):
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, transformer=transformer, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_transformer(folder: Path, part: str, config: Config, state: dict[str, torch.Tensor]) -> None:
+    """Write `folder/part/` under a temporary name, then put it in place of what was there.
+
+    Raises:
+        EdgepruneError: the disk is full; what was there before is untouched.
+    """
+    temporary = folder / f"{part}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write_json(temporary / "config.json", config)
+        save_file({n: t.contiguous() for n, t in state.items()}, temporary / _WEIGHTS, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            need = sum(t.numel() * t.element_size() for t in state.values())
+            raise EdgepruneError(f"{folder / part}: disk full while writing {need} bytes; free some space and run again") from error
+        raise EdgepruneError(f"{folder / part}: cannot be written ({error})") from error
+    replace_folder(temporary, folder / part)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Move a finished folder to its place; the old one goes only when the new one is there."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_surroundings(source: Path, folder: Path) -> None:
+    """Copy everything of a pipeline but its transformer: encoders, tokenizers, VAE, scheduler, defaults."""
+    index = read_json(source / "model_index.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, entry in index.items():
+        if name.startswith("_") or name == HALF or not isinstance(entry, list) or entry[0] is None:
+            continue
+        if not re.fullmatch(r"\w+", name) or not (source / name).is_dir():
+            raise InputError(f"{source / 'model_index.json'}: {name}: no such folder beside it")
+        if not (folder / name).is_dir():
+            temporary = folder / f"{name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(source / name, temporary, ignore=shutil.ignore_patterns("*.bin", "*.pt", "*.ckpt", "*.pkl"))
+            temporary.rename(folder / name)
+    for name in ("model_index.json", "generation.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)

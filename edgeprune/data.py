@@ -1,0 +1,172 @@
+"""What distillation learns from: latents with their encoded prompts, computed once and kept on disk.
+
+Sources: a folder of images with `metadata.jsonl` (imagefolder), a text file of prompts for which the teacher makes
+the images, or shapes world's own renders. What it leaves out: tar shards, streaming and aspect-ratio buckets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from edgeprune.errors import InputError
+from edgeprune.generation import Generation
+from edgeprune.sampling import denoise, encode_prompts, latent_shape, noise, sigmas
+
+Progress = Callable[[int, int], None]
+PROMPTS = Path(__file__).parent / "prompts.txt"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's data: latents (B, C, h, w), hidden (B, M, K), pooled (B, P)."""
+
+    latents: torch.Tensor
+    hidden: torch.Tensor
+    pooled: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All of the data, in memory. Row 0 of the encoded texts is the empty prompt."""
+
+    latents: torch.Tensor
+    """(S, C, h, w), normalised."""
+    rows: torch.Tensor
+    """(S), the text of each sample."""
+    hidden: torch.Tensor
+    """(T, M, K)."""
+    pooled: torch.Tensor
+    """(T, P)."""
+
+    def batch(self, size: int, drop: float, generator: torch.Generator) -> Batch:
+        """A random batch; a share `drop` of it has the empty prompt."""
+        picked = torch.randint(len(self.latents), (size,), generator=generator)
+        rows = self.rows[picked].masked_fill(torch.rand(size, generator=generator) < drop, 0)
+        return Batch(self.latents[picked], self.hidden[rows], self.pooled[rows])
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Lines of a text file that are not empty.
+
+    Raises:
+        InputError: not readable, or no prompt in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as a list of prompts ({error})") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"{path}: no prompts, expected one a line")
+    return prompts
+
+
+def read_imagefolder(folder: Path, width: int, height: int) -> tuple[torch.Tensor, list[str]]:
+    """Images as (S, 3, H, W) uint8, resized and cropped to the middle, and their texts.
+
+    Raises:
+        InputError: no metadata, a bad line, a path that leads out of the folder, or an unreadable image.
+    """
+    metadata = folder / "metadata.jsonl"
+    if not metadata.is_file():
+        raise InputError(f"{folder}: no metadata.jsonl; expected lines like {{\"file_name\": …, \"text\": …}}")
+    images, texts = [], []
+    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            path, text = (folder / entry["file_name"]).resolve(), str(entry["text"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{metadata}:{number}: expected file_name and text ({error})") from error
+        if not path.is_relative_to(folder.resolve()):
+            raise InputError(f"{metadata}:{number}: file_name: {entry['file_name']!r} leads out of the folder")
+        try:
+            image = Image.open(path).convert("RGB")
+        except (OSError, Image.DecompressionBombError) as error:
+            raise InputError(f"{path}: not a readable image ({error})") from error
+        scale = max(width / image.width, height / image.height)
+        size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        images.append(np.asarray(image.crop((left, top, left + width, top + height))))
+        texts.append(text)
+    if not images:
+        raise InputError(f"{metadata}: no images in it")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), texts
+
+
+@torch.no_grad()
+def encode_images(pipe: Any, images: torch.Tensor, progress: Progress, *, batch: int = 32) -> torch.Tensor:
+    """uint8 (S, 3, H, W) to normalised latents (S, C, h, w)."""
+    parts = []
+    config = pipe.vae.config
+    for start in range(0, len(images), batch):
+        x = images[start : start + batch].to(pipe.vae.dtype) / 127.5 - 1
+        parts.append((pipe.vae.encode(x).latent_dist.mean.float() - config.shift_factor) * config.scaling_factor)
+        progress(min(start + batch, len(images)), len(images))
+    return torch.cat(parts)
+
+
+def _teacher_made(pipe: Any, prompts: list[str], generation: Generation, progress: Progress, *, batch: int = 32) -> torch.Tensor:
+    condition = encode_prompts(pipe, prompts, generation.max_sequence_length)
+    empty = encode_prompts(pipe, [""], generation.max_sequence_length)
+    shape = latent_shape(pipe, generation)
+    levels = sigmas(pipe, generation.num_inference_steps, shape)
+    parts = []
+    for start in range(0, len(prompts), batch):
+        rows = slice(start, start + batch)
+        x = noise(list(range(start, start + len(prompts[rows]))), shape).to(condition.hidden)
+        *_, (latents, _) = denoise(pipe.transformer, x, levels, condition[rows], empty, generation.guidance_scale)
+        parts.append(latents)
+        progress(min(start + batch, len(prompts)), len(prompts))
+    return torch.cat(parts)
+
+
+def make_pairs(
+    pipe: Any, source: str, generation: Generation, cache: Path, *, samples: int, progress: Progress = lambda done, total: None
+) -> Pairs:
+    """Latents and texts from a source, computed once; `cache` is read if it is there.
+
+    Args:
+        source: `shapes`, a folder, or a file of prompts.
+        samples: how many images to make (`shapes`, prompts); a folder is taken whole.
+    """
+    if not cache.exists():
+        if source == "shapes":
+            from edgeprune.demo.train import scenes
+
+            images, texts = scenes(samples, seed=7)
+            latents = encode_images(pipe, images, progress)
+        elif Path(source).is_dir():
+            images, texts = read_imagefolder(Path(source), generation.width, generation.height)
+            latents = encode_images(pipe, images, progress)
+        elif Path(source).is_file():
+            prompts = read_prompts(Path(source))
+            texts = [prompts[i % len(prompts)] for i in range(samples)]
+            latents = _teacher_made(pipe, texts, generation, progress)
+        else:
+            raise InputError(f"--data: {source}: no such folder or file, and not 'shapes'")
+        unique = ["", *sorted(set(texts) - {""})]
+        index = {t: i for i, t in enumerate(unique)}
+        encoded = encode_prompts(pipe, unique, generation.max_sequence_length)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_name(cache.name + ".tmp")
+        rows = torch.tensor([index[t] for t in texts])
+        save_file(
+            {"latents": latents.contiguous(), "rows": rows, "hidden": encoded.hidden.contiguous(), "pooled": encoded.pooled},
+            temporary,
+        )
+        os.replace(temporary, cache)
+    data = load_file(cache)
+    return Pairs(data["latents"], data["rows"], data["hidden"], data["pooled"])

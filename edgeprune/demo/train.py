@@ -1,0 +1,318 @@
+"""Trains the built-in teacher from nothing: VAE, then text encoders and MMDiT together.
+
+    python -m edgeprune.demo.train --work DIR [--out DIR]
+
+Three stages, each kept in DIR and skipped when done: `vae`, `latents` (rendered scenes, encoded once),
+`transformer`. A killed run goes on from its last checkpoint (every 250 steps). The learning rate is
+constant and falls to zero over the last fifth, so `--steps` may be changed at a resume before the fall.
+What it leaves out: several devices and mixed precision; this is for one laptop CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from edgeprune.demo import shapes
+from edgeprune.resume import Ema, load_state, save_state, step_generator
+
+TOKENS = 16
+WIDTH, BLOCKS, HEADS, TEXT_WIDTH = 128, 14, 4, 64
+DROPPED_CAPTIONS = 0.1
+# Stock diffusers appends 256 zero tokens where T5 is absent. Some late steps train with them, so that the
+# pipeline's defaults work; the others leave them out, which is four times as fast.
+ZERO_TOKENS, ZERO_TOKEN_STEPS = 256, 0.05
+TASK_WEIGHTS = {
+    "single_object": 1.0, "two_objects": 1.0, "counting": 2.0, "colors": 1.0,
+    "position": 1.5, "color_attribution": 2.0, "typography": 1.5,
+}  # fmt: skip
+GENERATION = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64, "max_sequence_length": 0}
+
+
+class Progress:
+    """One printed line now and then: step, loss, speed, time left."""
+
+    def __init__(self, name: str, start: int, total: int) -> None:
+        self.name, self.start, self.total, self.began = name, start, total, time.monotonic()
+        self.losses: list[float] = []
+
+    def __call__(self, step: int, loss: float) -> None:
+        self.losses.append(loss)
+        if step % 50 == 0 or step == self.total:
+            speed = (time.monotonic() - self.began) / (step - self.start)
+            left = speed * (self.total - step)
+            mean = sum(self.losses) / len(self.losses)
+            print(f"{self.name} {step}/{self.total} loss {mean:.4f} {speed:.3f} s/step {left / 60:.1f} min left", flush=True)
+            self.losses.clear()
+
+
+def falling(step: int, total: int, peak: float, *, warmup: int = 100, fall: float = 0.2) -> float:
+    """Learning rate: linear warm-up, constant, linear to zero over the last `fall` of all steps."""
+    return peak * min(1.0, (step + 1) / warmup, max(0.0, (total - step) / (fall * total)))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+def scenes(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """Training scenes and plain captions: uint8 (count, 3, 64, 64). Held-out meanings never appear."""
+    rng = np.random.default_rng(seed)
+    pools = [shapes.split(task, held_out=False) for task in shapes.TASKS]
+    weights = np.asarray([TASK_WEIGHTS[t] for t in shapes.TASKS])
+    tasks = rng.choice(len(pools), size=count, p=weights / weights.sum())
+    picked = [pools[t][rng.integers(len(pools[t]))] for t in tasks]
+    images = np.stack([shapes.render(p.meaning, rng) for p in picked])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), [p.text for p in picked]
+
+
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """uint8 to float in -1..1."""
+    return images.float() / 127.5 - 1
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer in which every word of the caption grammar is one token."""
+    captions = [t.format(p.text) for p in shapes.prompts() for t in shapes.TEMPLATES]
+    characters = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-"
+    raw = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    raw.normalizer = normalizers.Lowercase()
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.decoder = decoders.BPEDecoder(suffix="</w>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=list(characters), show_progress=False
+    )
+    raw.train_from_iterator(captions, trainer)
+    model = json.loads(raw.to_str())["model"]
+    # Byte-level CLIP needs each character alone and at a word's end.
+    words = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    words += [f"{c}</w>" for c in characters if f"{c}</w>" not in model["vocab"]]
+    vocab = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
+
+
+# -------------------------------------------------------------------------------------------- vae
+
+
+def make_vae() -> AutoencoderKL:
+    """Factor 8, 8 latent channels, 0.6 M parameters."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 48, 48),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=16,
+        sample_size=shapes.SIZE,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def train_vae(work: Path, *, steps: int, seed: int, count: int) -> AutoencoderKL:
+    """L1 + L2 (ink counts five times) + 1e-5 KL; AdamW 2e-3, batch 16. The latents' mean and spread go into the config."""
+    torch.manual_seed(seed)
+    vae = make_vae()
+    if (work / "vae" / "config.json").exists():
+        return AutoencoderKL.from_pretrained(work / "vae")
+    images, _ = scenes(count, seed + 1)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    checkpoint, step = work / "vae.safetensors", 0
+    if checkpoint.exists():
+        modules, meta = load_state(checkpoint, optimizer)
+        vae.load_state_dict(modules["vae"])
+        step = meta["step"]
+    background = to_unit(torch.tensor(shapes.BACKGROUND)).view(1, 3, 1, 1)
+    progress = Progress("vae", step, steps)
+    while step < steps:
+        generator = step_generator(seed, step)
+        x = to_unit(images[torch.randint(len(images), (16,), generator=generator)])
+        posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        recon = vae.decode(posterior.mean + posterior.std * noise).sample
+        # Ink is a tenth of the pixels, and small shapes must keep their colour.
+        weight = 1 + 4 * ((x - background).abs().amax(1, keepdim=True) > 0.1).float()
+        error = recon - x
+        loss = (weight * (error.abs() + error.square())).mean() + 1e-5 * posterior.kl().mean()
+        set_rate(optimizer, falling(step, steps, 2e-3, fall=0.5))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        progress(step, loss.item())
+        if step % 250 == 0 or step == steps:
+            save_state(checkpoint, {"vae": vae.state_dict()}, optimizer, {"step": step})
+    with torch.no_grad():
+        means = torch.cat([vae.encode(to_unit(b)).latent_dist.mean for b in images[:1024].split(64)])
+    vae.register_to_config(scaling_factor=1 / means.std().item(), shift_factor=means.mean().item())
+    vae.save_pretrained(work / "vae.tmp")
+    (work / "vae.tmp").rename(work / "vae")
+    return vae
+
+
+def make_latents(work: Path, vae: AutoencoderKL, *, seed: int, count: int) -> tuple[torch.Tensor, list[str]]:
+    """Normalised latents of `count` training scenes, (count, 8, 8, 8), and their captions; computed once."""
+    path, captions_path = work / "latents.safetensors", work / "captions.json"
+    if not path.exists():
+        images, captions = scenes(count, seed + 2)
+        vae.eval()
+        with torch.no_grad():
+            parts = [vae.encode(to_unit(b)).latent_dist.mean for b in images.split(64)]
+        latents = (torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor
+        captions_path.write_text(json.dumps(captions))
+        save_file({"latents": latents.contiguous()}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    return load_file(path)["latents"], json.loads(captions_path.read_text())
+
+
+# -------------------------------------------------------------------------------------- transformer
+
+
+def make_text_encoder(vocab: int, end: int) -> CLIPTextModelWithProjection:
+    """Three layers of width 64; diffusers reads the second last hidden state and the pooled output."""
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=vocab, hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, projection_dim=TEXT_WIDTH,
+            num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=TOKENS,
+            bos_token_id=end - 1, eos_token_id=end, pad_token_id=end,
+        )
+    )  # fmt: skip
+
+
+def make_transformer() -> SD3Transformer2DModel:
+    """14 MMDiT blocks of width 128 over 8x8 latents: 64 image tokens."""
+    return SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=8, out_channels=8, num_layers=BLOCKS,
+        attention_head_dim=WIDTH // HEADS, num_attention_heads=HEADS, joint_attention_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=WIDTH, pooled_projection_dim=2 * TEXT_WIDTH, pos_embed_max_size=16, qk_norm="rms_norm",
+    )  # fmt: skip
+
+
+def encode_text(encoders: list[Any], ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What StableDiffusion3Pipeline makes of token ids (B, M): hidden (B, M, 128) and pooled (B, 128)."""
+    outputs = [e(ids, output_hidden_states=True) for e in encoders]
+    return torch.cat([o.hidden_states[-2] for o in outputs], -1), torch.cat([o[0] for o in outputs], -1)
+
+
+def train_transformer(
+    work: Path, latents: torch.Tensor, captions: list[str], *, steps: int, seed: int, batch: int, peak: float
+) -> StableDiffusion3Pipeline:
+    """Flow matching, velocity target, sigma logit-normal with mean 0.3; AdamW, EMA 0.999."""
+    tokenizer = make_tokenizer(work / "tokenizer")
+    torch.manual_seed(seed + 3)
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    encoders = [make_text_encoder(len(tokenizer), end) for _ in range(2)]
+    transformer = make_transformer()
+    nets = torch.nn.ModuleDict({"transformer": transformer, "text_encoder": encoders[0], "text_encoder_2": encoders[1]})
+    nets.train()
+    optimizer = torch.optim.AdamW(nets.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
+    ema = Ema(dict(nets.named_parameters()), 0.999)
+
+    def ids_of(texts: list[str]) -> torch.Tensor:
+        encoded = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+        return encoded.input_ids
+
+    unique = sorted(set(captions))
+    table = torch.stack([ids_of([t.format(c) for c in unique]) for t in shapes.TEMPLATES])  # (templates, captions, M)
+    row = {c: i for i, c in enumerate(unique)}
+    rows = torch.tensor([row[c] for c in captions])
+    empty = ids_of([""])[0]
+
+    checkpoint, step = work / "transformer.safetensors", 0
+    if checkpoint.exists():
+        modules, meta = load_state(checkpoint, optimizer)
+        nets.load_state_dict(modules["nets"])
+        ema.load(modules["ema"])
+        step = meta["step"]
+    progress = Progress("transformer", step, steps)
+    while step < steps:
+        g = step_generator(seed, step)
+        picked = torch.randint(len(latents), (batch,), generator=g)
+        template = torch.multinomial(torch.tensor([0.6, 0.2, 0.2]), batch, replacement=True, generator=g)
+        ids = torch.where(torch.rand(batch, 1, generator=g) < DROPPED_CAPTIONS, empty, table[template, rows[picked]])
+        clean = latents[picked]
+        noise = torch.randn(clean.shape, generator=g)
+        sigma = torch.sigmoid(torch.randn(batch, generator=g) + 0.3)
+        mixed = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1))
+        hidden, pooled = encode_text(encoders, ids)
+        if step > 0.8 * steps and torch.rand((), generator=g) < ZERO_TOKEN_STEPS:
+            hidden = F.pad(hidden, (0, 0, 0, ZERO_TOKENS))
+        velocity = transformer(mixed, hidden, pooled, sigma * 1000, return_dict=False)[0]
+        loss = F.mse_loss(velocity, noise - clean)
+        set_rate(optimizer, falling(step, steps, peak))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
+        optimizer.step()
+        ema.update(step)
+        step += 1
+        progress(step, loss.item())
+        if step % 250 == 0 or step == steps:
+            save_state(checkpoint, {"nets": nets.state_dict(), "ema": ema.average}, optimizer, {"step": step})
+    nets.load_state_dict(nets.state_dict() | ema.average)
+    nets.eval()
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
+        text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m edgeprune.demo.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path("build/teacher"), help="folder of checkpoints")
+    parser.add_argument("--out", type=Path, help="write the finished pipeline here, in half precision")
+    parser.add_argument("--steps", type=int, default=7000, help="transformer steps")
+    parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--scenes", type=int, default=40_000, help="training scenes to render")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    vae = train_vae(args.work, steps=args.vae_steps, seed=args.seed, count=min(args.scenes, 12_000))
+    latents, captions = make_latents(args.work, vae, seed=args.seed, count=args.scenes)
+    pipeline = train_transformer(
+        args.work, latents, captions, steps=args.steps, seed=args.seed, batch=args.batch, peak=args.rate
+    )
+    if args.out:
+        temporary = args.out.with_name(args.out.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        pipeline.to(torch.float16).save_pretrained(temporary)
+        (temporary / "generation.json").write_text(json.dumps(GENERATION, indent=1) + "\n")
+        shutil.rmtree(args.out, ignore_errors=True)
+        temporary.rename(args.out)
+        print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""One training loop that teaches the shorter model what the teacher knows, through accelerate.
+
+PWP: everything before the first pruned block is frozen; since its inputs need no gradient either, autograd keeps
+nothing of it. SGDistill: the more a part contributes, the less it is updated (`graded`: a learning rate of its own;
+`binary`: the more contributing half is frozen). Each step's randomness comes from (seed, step) and the state is
+written atomically, so a killed run resumes to the same losses. What it leaves out: several processes, and data (see data.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeprune.contribution import ContributionReport
+from edgeprune.data import Pairs
+from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.families import Family
+from edgeprune.losses import Features, Weights, distillation_loss
+from edgeprune.plan import PrunePlan
+from edgeprune.resume import Ema, load_state, save_state, step_generator
+
+SENSITIVITIES = ("graded", "binary", "off")
+SCHEDULES = ("constant", "cosine")
+_FLOOR = 0.1  # update strength of the most contributing part, graded
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Everything that the result depends on, beside the models and the data."""
+
+    steps: int = 1000
+    batch: int = 32
+    rate: float = 1e-4
+    schedule: str = "constant"
+    sensitivity: str = "graded"
+    freeze_prefix: bool = True
+    """PWP."""
+    weights: Weights = Weights()
+    ema: float = 0.99
+    drop_captions: float = 0.1
+    """Share of samples trained with the empty prompt, for guidance."""
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse values out of range, naming the option."""
+        for name, value, allowed in (
+            ("--sensitivity", self.sensitivity, SENSITIVITIES),
+            ("--schedule", self.schedule, SCHEDULES),
+            ("--mixed-precision", self.mixed_precision, ("no", "bf16", "fp16")),
+        ):
+            if value not in allowed:
+                raise InputError(f"{name}: found {value!r}, expected one of {', '.join(allowed)}")
+        if self.steps < 1 or self.batch < 1 or self.rate <= 0:
+            raise InputError(f"--steps, --batch, --rate: found {self.steps}, {self.batch}, {self.rate}, expected above 0")
+
+    def to_json(self) -> dict[str, Any]:
+        """For digests and reports."""
+        return asdict(self)
+
+
+def strengths(report: ContributionReport | None, plan: PrunePlan, mode: str, components: tuple[str, ...]) -> dict[tuple[int, str], float]:
+    """Update strength in 0..1 of every component of every kept block, by original index.
+
+    Ranked over all kept parts, 1 for the least contributing; graded falls linearly to 0.1, binary is 1 or 0. Without
+    scores of components a block's own score counts for them; without any scores everything is updated fully.
+    """
+    parts = [(b, c) for b in plan.kept for c in components if (b, c) not in plan.removed]
+    if mode == "off" or report is None:
+        return dict.fromkeys(parts, 1.0)
+    known = report.contributions()
+    drops = {}
+    for part in parts:
+        found = known.get(part) or known.get((part[0], None))
+        if found is not None:
+            drops[part] = found.drop
+    order = sorted(drops, key=lambda p: (drops[p], p))
+    out = dict.fromkeys(parts, 1.0)
+    for rank, part in enumerate(order):
+        share = rank / max(1, len(order) - 1)
+        out[part] = 1 - share * (1 - _FLOOR) if mode == "graded" else float(share < 0.5)
+    return out
+
+
+def parameter_groups(
+    family: Family, student: nn.Module, plan: PrunePlan, report: ContributionReport | None, options: DistillOptions
+) -> list[dict[str, Any]]:
+    """Optimizer groups by update strength; frozen parameters stop requiring gradients.
+
+    Frozen by PWP: the blocks before the first pruned one, and the embedders that feed them.
+    """
+    strength = strengths(report, plan, options.sensitivity, family.components)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in student.named_parameters():
+        place = family.place(name)
+        if place is None:
+            after = name.startswith(("norm_out.", "proj_out."))
+            value = 1.0 if after or not options.freeze_prefix else 0.0
+        else:
+            original, component = plan.kept[place[0]], place[1]
+            value = 1.0 if component is None else strength.get((original, component), 1.0)
+            if options.freeze_prefix and original < plan.first_pruned:
+                value = 0.0
+        parameter.requires_grad_(value > 0)
+        if value > 0:
+            groups.setdefault(value, []).append(parameter)
+    if not groups:
+        raise InputError("nothing is left to train: every part is frozen; use --sensitivity off or --no-freeze-prefix")
+    return [{"params": p, "lr": options.rate * s, "strength": s} for s, p in sorted(groups.items())]
+
+
+class _Catcher:
+    """Collects the outputs of blocks by original index while a model runs."""
+
+    def __init__(self, blocks: nn.ModuleList, originals: list[int]) -> None:
+        self.features: Features = {}
+        for block, original in zip(blocks, originals, strict=True):
+            block.register_forward_hook(lambda _, __, out, key=original: self._catch(key, out))
+
+    def _catch(self, key: int, out: Any) -> None:
+        context, image = out
+        self.features[key] = (image,) if context is None else (image, context)
+
+
+def _factor(schedule: str, step: int, total: int) -> float:
+    warm = min(1.0, (step + 1) / 20)
+    if schedule == "constant":
+        return warm
+    return warm * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / total))))
+
+
+def distill(
+    family: Family,
+    teacher: Any,
+    student: Any,
+    plan: PrunePlan,
+    report: ContributionReport | None,
+    pairs: Pairs,
+    options: DistillOptions,
+    state_path: Path,
+    *,
+    inputs_digest: str,
+    save_every: int = 100,
+    progress: Callable[[int, int, float], None] = lambda step, total, loss: None,
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Train `student` in place; returns the averaged state dict and the loss of every step.
+
+    Raises:
+        EdgepruneError: the loss is not finite; the last good state stays on disk.
+    """
+    from accelerate import Accelerator
+
+    options.check()
+    accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=not torch.cuda.is_available())
+    optimizer: Any = torch.optim.AdamW(
+        parameter_groups(family, student, plan, report, options), lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    rates = [g["lr"] for g in optimizer.param_groups]
+    if options.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    ema = Ema(trained, options.ema)
+    step, losses = 0, []
+    if state_path.exists():
+        modules, meta = load_state(state_path, optimizer)
+        if meta["inputs"] == inputs_digest:
+            student.load_state_dict(student.state_dict() | modules["student"])
+            ema.load(modules["ema"])
+            step, losses = meta["step"], meta["losses"]
+        else:
+            optimizer.state.clear()
+    catch_teacher = _Catcher(family.blocks(teacher), list(range(plan.num_blocks)))
+    catch_student = _Catcher(family.blocks(student), plan.kept)
+    student.train()
+    teacher.eval().requires_grad_(False)
+    net, optimizer = accelerator.prepare(student, optimizer)
+    teacher.to(accelerator.device)
+    while step < options.steps:
+        g = step_generator(options.seed, step)
+        batch = pairs.batch(options.batch, options.drop_captions, g)
+        sigma = torch.sigmoid(torch.randn(options.batch, generator=g))
+        noise = torch.randn(batch.latents.shape, generator=g)
+        mixed = torch.lerp(batch.latents, noise, sigma.view(-1, 1, 1, 1))
+        inputs = [t.to(accelerator.device) for t in (mixed, batch.hidden, batch.pooled, sigma * 1000)]
+        with torch.no_grad(), accelerator.autocast():
+            target = teacher(*inputs, return_dict=False)[0]
+        with accelerator.autocast():
+            velocity = net(*inputs, return_dict=False)[0]
+        # Features of the frozen prefix are equal by construction; only later blocks can differ.
+        later = {k: v for k, v in catch_student.features.items() if not options.freeze_prefix or k > plan.first_pruned}
+        loss, _ = distillation_loss(
+            velocity, target, (noise - batch.latents).to(velocity.device), later, catch_teacher.features, options.weights
+        )
+        if not torch.isfinite(loss):
+            raise EdgepruneError(f"distill: the loss is not finite at step {step}; {state_path} holds the last good state; lower --rate")
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * _factor(options.schedule, step, options.steps)
+        optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(list(trained.values()), 1.0)
+        optimizer.step()
+        ema.update(step)
+        losses.append(loss.item())
+        step += 1
+        progress(step, options.steps, losses[-1])
+        if step % save_every == 0 or step == options.steps:
+            state = {n: p.detach() for n, p in trained.items()}
+            meta = {"step": step, "losses": losses, "inputs": inputs_digest}
+            save_state(state_path, {"student": state, "ema": ema.average}, optimizer, meta)
+    result = {n: t.detach().cpu() for n, t in student.state_dict().items()} | {n: t.cpu() for n, t in ema.average.items()}
+    return result, losses

@@ -1,0 +1,49 @@
+"""The one exception tree. The CLI turns each of these into one line and an exit code, never a traceback.
+
+EdgepruneError           exit 1   something of ours failed
+├── InputError           exit 2   what the user gave is wrong: file, field, found, expected
+│   └── BudgetError      exit 2   the budget cannot be met by any plan the method allows
+├── MissingExtraError    exit 2   an optional package is not installed; says the pip command
+├── StaleStageError      exit 2   a folder holds results of other inputs; says `--fresh`
+├── ParityError          exit 1   an export does not compute what the checkpoint computes
+└── AssertionMissedError exit 1   `bench --assert` did not hold
+"""
+
+from __future__ import annotations
+
+
+class EdgepruneError(Exception):
+    """Base of everything this package raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(EdgepruneError):
+    """A file, option or folder the user gave is not usable. The text names it, what was found, what was expected."""
+
+    exit_code = 2
+
+
+class BudgetError(InputError):
+    """No plan that the method allows meets the budget."""
+
+
+class StaleStageError(InputError):
+    """A stage's results on disk were made from other inputs."""
+
+
+class MissingExtraError(EdgepruneError):
+    """An optional dependency is missing."""
+
+    exit_code = 2
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; run: pip install 'edgeprune[{extra}]'")
+
+
+class ParityError(EdgepruneError):
+    """An exported model does not reproduce its checkpoint."""
+
+
+class AssertionMissedError(EdgepruneError):
+    """A figure of `bench` misses the bound given by `--assert`."""

@@ -1,0 +1,5 @@
+"""What differs between MMDiTs: one file per family, all else in the project is written once."""
+
+from edgeprune.families.base import Config, Family, Source, Swap, family_of
+
+__all__ = ["Config", "Family", "Source", "Swap", "family_of"]

@@ -1,0 +1,48 @@
+"""What stands in the place of a removed block, branch or modulation. Shared by the families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class PassThrough(nn.Module):
+    """A removed joint block: both streams go by unchanged."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Streams (B, N, D) and (B, M, D) in diffusers' order of results: context first."""
+        return encoder_hidden_states, hidden_states
+
+
+class NoBranch(nn.Module):
+    """A removed branch: its output is zero, whatever the gate, so its residual stream stays as it is."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """A zero of shape (1, 1, 1), broadcast by the gate's product; a pair of them for joint attention."""
+        zero = hidden_states.new_zeros(1, 1, 1)
+        return zero if self.outputs == 1 else (zero,) * self.outputs
+
+
+class ConstantModulation(nn.Module):
+    """A removed norm's modulation: one vector, no longer a function of timestep and prompt.
+
+    Holds `bias` (6 D, or 2 D): the output of the original linear layer at the mean input.
+    """
+
+    def __init__(self, linear: nn.Linear, mean: torch.Tensor | None) -> None:
+        super().__init__()
+        with torch.no_grad():
+            bias = linear.bias.clone() if mean is None else linear(mean.to(linear.weight))
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        """(B, D) to (1, 6 D): broadcast over the batch."""
+        return self.bias[None].to(embedding.dtype)

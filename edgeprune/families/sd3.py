@@ -1,0 +1,192 @@
+"""Stable Diffusion 3 and 3.5: `SD3Transformer2DModel`, joint blocks with two streams.
+
+Names and shapes follow diffusers. Removal: a branch contributes nothing to its residual stream; a removed
+norm keeps its LayerNorm and gets constant modulation. The last block is `context_pre_only`: when it is
+removed, the block before takes that form, and its context modulation keeps two of six parts, reordered
+(AdaLayerNormZero: shift, scale, gate, …; AdaLayerNormContinuous: scale, shift).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, cast
+
+from edgeprune.errors import InputError
+from edgeprune.families.base import Config, Shape, Source, Swap
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
+_COMPONENT_OF = {
+    "norm1": "norm", "norm1_context": "context_norm", "attn": "attn", "attn2": "attn2",
+    "ff": "mlp", "ff_context": "context_mlp",
+}  # fmt: skip
+_MODULE_OF = {component: module for module, component in _COMPONENT_OF.items()}
+# Of the context stream, a context_pre_only block still reads keys and values, but writes nothing.
+_ABSENT_IN_LAST = ("ff_context.", "attn.to_add_out.")
+
+
+def _linear(name: str, out: int, inp: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (out, inp), f"{name}.bias": (out,)}
+
+
+def _block_shapes(d: int, head: int, qk_norm: bool, last: bool, dual: bool) -> dict[str, Shape]:
+    shapes = _linear("norm1.linear", (9 if dual else 6) * d, d)
+    shapes |= _linear("norm1_context.linear", (2 if last else 6) * d, d)
+    if qk_norm:
+        shapes |= {f"attn.{n}.weight": (head,) for n in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")}
+    for n in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj", "to_out.0"):
+        shapes |= _linear(f"attn.{n}", d, d)
+    if not last:
+        shapes |= _linear("attn.to_add_out", d, d)
+    if dual:
+        if qk_norm:
+            shapes |= {f"attn2.{n}.weight": (head,) for n in ("norm_q", "norm_k")}
+        for n in ("to_q", "to_k", "to_v", "to_out.0"):
+            shapes |= _linear(f"attn2.{n}", d, d)
+    for n in ("ff",) if last else ("ff", "ff_context"):
+        shapes |= _linear(f"{n}.net.0.proj", 4 * d, d) | _linear(f"{n}.net.2", d, 4 * d)
+    return shapes
+
+
+class SD3:
+    """See `Family` for what each method means."""
+
+    name = "sd3"
+    components = ("norm", "context_norm", "attn", "attn2", "mlp", "context_mlp")
+
+    def block_count(self, config: Config) -> int:
+        """`num_layers`."""
+        count = config.get("num_layers")
+        if not isinstance(count, int) or not 1 <= count <= 1000:
+            raise InputError(f"transformer/config.json: num_layers: found {count!r}, expected 1 to 1000")
+        return count
+
+    def tensor_shapes(self, config: Config) -> dict[str, Shape]:
+        """Every tensor of the diffusers state dict."""
+        try:
+            head = int(config["attention_head_dim"])
+            d = int(config["num_attention_heads"]) * head
+            patch, channels = int(config["patch_size"]), int(config["in_channels"])
+            out_channels = int(config.get("out_channels") or channels)
+            table, joint = int(config["pos_embed_max_size"]), int(config["joint_attention_dim"])
+            pooled, caption = int(config["pooled_projection_dim"]), int(config["caption_projection_dim"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"transformer/config.json: {error}: expected a number") from error
+        shapes: dict[str, Shape] = {
+            "pos_embed.pos_embed": (1, table * table, d),
+            "pos_embed.proj.weight": (d, channels, patch, patch),
+            "pos_embed.proj.bias": (d,),
+        }
+        for name, size in (("timestep_embedder", 256), ("text_embedder", pooled)):
+            shapes |= _linear(f"time_text_embed.{name}.linear_1", d, size)
+            shapes |= _linear(f"time_text_embed.{name}.linear_2", d, d)
+        shapes |= _linear("context_embedder", caption, joint)
+        count = self.block_count(config)
+        dual = set(config.get("dual_attention_layers") or ())
+        for i in range(count):
+            block = _block_shapes(d, head, config.get("qk_norm") is not None, i == count - 1, i in dual)
+            shapes |= {f"transformer_blocks.{i}.{n}": shape for n, shape in block.items()}
+        return shapes | _linear("norm_out.linear", 2 * d, d) | _linear("proj_out", patch * patch * out_channels, d)
+
+    def is_buffer(self, name: str) -> bool:
+        """The position table is fixed."""
+        return name == "pos_embed.pos_embed"
+
+    def place(self, name: str) -> tuple[int, str | None] | None:
+        """Block and component by diffusers' module names."""
+        found = _BLOCK.match(name)
+        return (int(found[1]), _COMPONENT_OF.get(found[2].split(".")[0])) if found else None
+
+    def noops(self, config: Config) -> frozenset[tuple[int, str]]:
+        """The last block's context MLP, and `attn2` where a block has none."""
+        count = self.block_count(config)
+        dual = set(config.get("dual_attention_layers") or ())
+        return frozenset({(count - 1, "context_mlp")} | {(i, "attn2") for i in range(count) if i not in dual})
+
+    def shorter_config(self, config: Config, kept: list[int]) -> Config:
+        """Fewer layers; the dual attention layers are renumbered."""
+        dual = set(config.get("dual_attention_layers") or ())
+        return config | {
+            "num_layers": len(kept),
+            "dual_attention_layers": [new for new, old in enumerate(kept) if old in dual],
+        }
+
+    def tensor_sources(self, config: Config, kept: list[int], removed: frozenset[tuple[int, str]]) -> dict[str, Source]:
+        """Renumbered names; the new last block loses its context output."""
+        d = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+        sources: dict[str, Source] = {}
+        new_of = {old: new for new, old in enumerate(kept)}
+        becomes_last = kept[-1] if kept[-1] != self.block_count(config) - 1 else None
+        for name in self.tensor_shapes(config):
+            place = self.place(name)
+            if place is None:
+                sources[name] = Source(name)
+                continue
+            block, component = place
+            if block not in new_of:
+                continue
+            rest = name.split(".", 2)[2]
+            rows = None
+            if block == becomes_last:
+                if rest.startswith(_ABSENT_IN_LAST):
+                    continue
+                if component == "context_norm":
+                    rows = ((d, 2 * d), (0, d))  # scale, shift
+            constant = False
+            if (block, component) in removed:
+                if component not in ("norm", "context_norm") or rest.endswith(".weight"):
+                    continue
+                constant = True
+            sources[f"transformer_blocks.{new_of[block]}.{rest}"] = Source(name, rows, constant)
+        return sources
+
+    def build(self, config: Config, kept: list[int], removed: frozenset[tuple[int, str]]) -> nn.Module:
+        """A stock model of the shorter config with the removed components taken out, on the meta device."""
+        import torch
+        from diffusers import SD3Transformer2DModel
+
+        shorter = {k: v for k, v in self.shorter_config(config, kept).items() if not k.startswith("_")}
+        with torch.device("meta"):
+            model = SD3Transformer2DModel(**shorter)
+        for new, old in enumerate(kept):
+            for component in (c for b, c in sorted(removed) if b == old):
+                for swap in self._component_swaps(model.transformer_blocks[new], component, None):
+                    setattr(swap.owner, swap.attribute, swap.replacement)
+        return cast("nn.Module", model)
+
+    def removal(self, model: nn.Module, block: int, component: str | None, mean: torch.Tensor) -> list[Swap]:
+        """Swaps for one branch of one block of a running model."""
+        from edgeprune.families.removed import PassThrough
+
+        blocks = self.blocks(model)
+        if component is None:
+            return [Swap(blocks, str(block), PassThrough())]
+        return self._component_swaps(blocks[block], component, mean)
+
+    def _component_swaps(self, block: Any, component: str, mean: torch.Tensor | None) -> list[Swap]:
+        from edgeprune.families.removed import ConstantModulation, NoBranch
+
+        module = _MODULE_OF[component]
+        if getattr(block, module, None) is None:
+            return []
+        if component in ("norm", "context_norm"):
+            norm = getattr(block, module)
+            return [Swap(norm, "linear", ConstantModulation(norm.linear, mean))]
+        return [Swap(block, module, NoBranch(2 if component == "attn" else 1))]
+
+    def modulation_input(self, model: nn.Module, timestep: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        """silu of the timestep plus pooled-prompt embedding: (B, D)."""
+        import torch
+
+        embedding = cast("Any", model).time_text_embed(timestep, pooled)
+        return torch.nn.functional.silu(embedding)
+
+    def blocks(self, model: nn.Module) -> nn.ModuleList:
+        """`transformer_blocks`."""
+        return cast("nn.ModuleList", model.transformer_blocks)
+
+
+FAMILY = SD3()

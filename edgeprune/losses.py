@@ -1,0 +1,59 @@
+"""The distillation objective: pure functions of tensors.
+
+L = task * L_task + output * MSE(student velocity, teacher velocity) + feature * sum over kept blocks of MSE(features),
+with features paired by original block index (HierarchicalPrune, arXiv 2508.04663).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+Features = dict[int, tuple[torch.Tensor, ...]]
+"""Outputs of blocks by original index: image stream (B, N, D) and, where the block writes it, context (B, M, D)."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The three lambdas."""
+
+    task: float = 0.0
+    output: float = 1.0
+    feature: float = 1e-4
+
+
+def feature_loss(student: Features, teacher: Features) -> torch.Tensor:
+    """Sum over the student's blocks of the mean squared error of each stream that both write."""
+    terms = [
+        F.mse_loss(s.float(), t.float())
+        for index, streams in student.items()
+        for s, t in zip(streams, teacher[index], strict=False)
+    ]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def distillation_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    target: torch.Tensor,
+    student_features: Features,
+    teacher_features: Features,
+    weights: Weights,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The weighted sum, and its unweighted parts as numbers.
+
+    Args:
+        student, teacher: velocities (B, C, h, w).
+        target: the flow-matching velocity, noise minus clean latents (B, C, h, w).
+    """
+    output = F.mse_loss(student.float(), teacher.float())
+    task = F.mse_loss(student.float(), target.float())
+    feature = feature_loss(student_features, teacher_features)
+    total = weights.output * output
+    if weights.task:
+        total = total + weights.task * task
+    if weights.feature:
+        total = total + weights.feature * feature
+    return total, {"output": output.item(), "task": task.item(), "feature": feature.item()}

@@ -1,0 +1,67 @@
+"""Relative velocity error against the untouched model over its own trajectory. Needs no images and no other model.
+
+For each prompt the untouched model's states x_t are kept with its conditional velocities; the score is
+-||v - v_T|| / ||v_T|| over these states, so the untouched model scores 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from edgeprune.generation import Generation
+from edgeprune.sampling import Conditioning, denoise, encode_prompts, latent_shape, noise, sigmas
+
+STATES = 6
+"""States kept of each trajectory, evenly spread over the steps of a short sampler."""
+
+
+class VelocityError:
+    """See the module."""
+
+    name = "velocity"
+
+    @torch.no_grad()
+    def __init__(self, pipe: Any, generation: Generation, prompts: list[str], *, batch: int = 64) -> None:
+        self.pipe, self.batch, self.count = pipe, batch, len(prompts)
+        generation = replace(generation, num_inference_steps=min(STATES, generation.num_inference_steps))
+        condition = encode_prompts(pipe, prompts, generation.max_sequence_length)
+        empty = encode_prompts(pipe, [""], generation.max_sequence_length)
+        shape = latent_shape(pipe, generation)
+        levels = sigmas(pipe, generation.num_inference_steps, shape)
+        states = []
+        for start in range(0, self.count, batch):
+            rows = slice(start, start + batch)
+            x = noise(list(range(start, start + len(condition.hidden[rows]))), shape).to(condition.hidden)
+            path = denoise(pipe.transformer, x, levels, condition[rows], empty, generation.guidance_scale)
+            states.append(torch.stack([latents for latents, _ in path][:-1]))
+        self.states = torch.cat(states, dim=1).flatten(0, 1)  # (steps * prompts, C, h, w)
+        steps = len(levels) - 1
+        self.timesteps = (levels[:-1] * 1000).to(self.states).repeat_interleave(self.count)
+        self.condition = Conditioning(condition.hidden.repeat(steps, 1, 1), condition.pooled.repeat(steps, 1))
+        self.reference = self._velocities()
+        self.norms = self._per_prompt(self.reference)
+
+    def _velocities(self) -> torch.Tensor:
+        parts = []
+        for start in range(0, len(self.states), self.batch):
+            rows = slice(start, start + self.batch)
+            c = self.condition[rows]
+            inputs = (self.states[rows], c.hidden, c.pooled, self.timesteps[rows])
+            parts.append(self.pipe.transformer(*inputs, return_dict=False)[0].float())
+        return torch.cat(parts)
+
+    def _per_prompt(self, values: torch.Tensor) -> torch.Tensor:
+        """Root of the summed squares of all states of a prompt: (P,)."""
+        return values.view(-1, self.count, *values.shape[1:]).square().sum(dim=(0, 2, 3, 4)).sqrt()
+
+    @torch.no_grad()
+    def score(self) -> list[float]:
+        """Minus the relative error per prompt."""
+        error = self._per_prompt(self._velocities() - self.reference)
+        return [0.0 - float(e) for e in error / self.norms]
+
+
+METRIC = VelocityError

@@ -1,0 +1,400 @@
+"""compress(): the stages in order, each a function of its own on the same folder, each resumable and a no-op when done.
+
+analyze -> plan -> prune -> distill -> quantize. A stage's identity is the digest of its inputs, which contains the
+digest of the stage before; a stage found done with other inputs is refused unless `fresh`. What it leaves out: how
+things look on screen (cli.py) and on the page (report.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeprune import checkpoint
+from edgeprune.checkpoint import HALF, INT4, MANIFEST, Manifest
+from edgeprune.contribution import ContributionReport, analyze, fingerprint
+from edgeprune.data import PROMPTS, make_pairs, read_prompts
+from edgeprune.distill import DistillOptions, distill
+from edgeprune.errors import InputError, StaleStageError
+from edgeprune.families import Family, family_of
+from edgeprune.files import digest, sha256_file, write_json
+from edgeprune.generation import Generation
+from edgeprune.metrics import metric_named
+from edgeprune.plan import PrunePlan, make_plan
+from edgeprune.quantize import CALIBRATIONS, quantize
+from edgeprune.sampling import encode_prompts, latent_shape, sigmas
+from edgeprune.surgery import build, prune_state
+
+STAGES = ("analyze", "plan", "prune", "distill", "quantize")
+Progress = Callable[[str, int, int, str], None]
+"""Called with what is done, how much of how much, and a word on it."""
+
+
+def silent(what: str, done: int, total: int, note: str = "") -> None:
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions:
+    """Options of `analyze`."""
+
+    metric: str = "velocity"
+    prompts: str | None = None
+    """A text file; by default shapes world's training captions for the built-in model, else a list of ours."""
+    count: int = 28
+    components: bool = True
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of `plan`, see `make_plan`."""
+
+    method: str = "hpp"
+    keep: float | None = None
+    max_memory_bytes: int | None = None
+    protect_first: int | None = None
+    protect_last: int = 2
+    threshold: float = 0.15
+    blocks: str = ""
+    components: str = ""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What `distill` learns from, see data.py."""
+
+    source: str | None = None
+    samples: int = 1024
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Options of `quantize`."""
+
+    group_size: int = 64
+    calibration: str = "none"
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """Everything `compress` can be told."""
+
+    analyze: AnalyzeOptions = field(default_factory=AnalyzeOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    distill: DistillOptions | None = field(default_factory=DistillOptions)
+    """None leaves distillation out."""
+    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+
+
+def preset(name: str, *, builtin: bool) -> CompressOptions:
+    """`default`, or `quick` for a first look and for CI. The built-in model is small and takes a larger step.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if name not in ("default", "quick"):
+        raise InputError(f"--preset: found {name!r}, expected default or quick")
+    options = CompressOptions(plan=PlanOptions(keep=0.79))
+    if builtin:
+        training = DistillOptions(steps=500, batch=32, rate=5e-4, schedule="cosine", ema=0.98)
+        options = replace(options, data=DataOptions("shapes", 6000), distill=training)
+    if name == "quick":
+        assert options.distill is not None
+        options = replace(
+            options,
+            analyze=AnalyzeOptions(count=7, components=False),
+            data=replace(options.data, samples=512),
+            distill=replace(options.distill, steps=40, batch=16),
+        )
+    return options
+
+
+class Workspace:
+    """An artefact folder being made from a model, and what is loaded of that model."""
+
+    def __init__(self, out: Path, model: str | None, *, model_given: bool = True, fresh: bool = False) -> None:
+        """Open or begin a folder.
+
+        Args:
+            model: as the user named it, None for the built-in one.
+            model_given: False takes the model that the folder was begun with.
+            fresh: allow stages to be made again with other inputs.
+
+        Raises:
+            InputError: the model is not usable, or the folder holds something else.
+            StaleStageError: the folder was begun with another model.
+        """
+        self.out, self.fresh = out, fresh
+        name = "built-in" if model is None else str(model)
+        if (out / MANIFEST).is_file():
+            self.manifest = Manifest.load(out)
+            if not model_given:
+                name = self.manifest.source
+                model = None if name == "built-in" else name
+            self.source = checkpoint.resolve(model)
+            self.config, self.family = checkpoint.read_config(self.source)
+            if self.manifest.source != name or self.manifest.fingerprint != fingerprint(self.config):
+                if not fresh:
+                    raise StaleStageError(
+                        f"{out}: made from {self.manifest.source!r}, found {name!r}; use another -o, or --fresh to start over"
+                    )
+                shutil.rmtree(out)
+                self._begin(name)
+            return
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out}: exists and is not a folder of edgeprune (no {MANIFEST}); use another -o")
+        self.source = checkpoint.resolve(model)
+        self.config, self.family = checkpoint.read_config(self.source)
+        self._begin(name)
+
+    def _begin(self, name: str) -> None:
+        self.manifest = Manifest(name, fingerprint(self.config), self.family.name, self.config)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.manifest.save(self.out)
+
+    @property
+    def builtin(self) -> bool:
+        """Whether the model is ours."""
+        return self.manifest.source == "built-in"
+
+    @cached_property
+    def generation(self) -> Generation:
+        """The source's sampling defaults."""
+        return Generation.load(self.source)
+
+    @cached_property
+    def pipe(self) -> Any:
+        """The original pipeline in float32, loaded once."""
+        return checkpoint.load_pipeline(self.source, checkpoint.load_transformer(self.source, quantized=False))
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Identity of the original transformer's weights."""
+        return digest([sha256_file(p) for p in sorted((self.source / HALF).glob("*.safetensors"))])
+
+    @property
+    def report_path(self) -> Path:
+        """Where `analyze` writes."""
+        return self.out / "analysis.json"
+
+    def report(self) -> ContributionReport | None:
+        """The contribution scores, if there are any."""
+        return ContributionReport.load(self.report_path) if self.report_path.is_file() else None
+
+    def plan(self) -> PrunePlan:
+        """The plan.
+
+        Raises:
+            InputError: none made yet.
+        """
+        path = self.out / "plan.json"
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; run `edgeprune plan -o {self.out}` first")
+        plan = PrunePlan.load(path)
+        plan.check(self.config, path)
+        return plan
+
+    def stage(self, name: str, inputs: dict[str, Any], run: Callable[[str], dict[str, Any]]) -> bool:
+        """Run a stage unless it is done with the same inputs; True if it ran. `run` gets the inputs' digest.
+
+        Raises:
+            StaleStageError: it is done with other inputs, and `fresh` was not said.
+        """
+        before = STAGES[: STAGES.index(name)]
+        upstream = [self.manifest.stages[s]["inputs"] for s in before if s in self.manifest.stages]
+        key = digest({"weights": self.weights_hash, "upstream": upstream, "inputs": inputs})
+        found = self.manifest.stages.get(name)
+        if found and found["inputs"] == key:
+            return False
+        if found and not self.fresh:
+            raise StaleStageError(
+                f"{self.out}: {name} was done with other inputs; use --fresh to do it again, or another -o to keep this one"
+            )
+        start = time.monotonic()
+        result = run(key)
+        for later in STAGES[STAGES.index(name) :]:
+            self.manifest.stages.pop(later, None)
+        self.manifest.stages[name] = {"inputs": key, "seconds": round(time.monotonic() - start, 3), "options": inputs} | result
+        self.manifest.save(self.out)
+        return True
+
+    def need(self, name: str, after: str) -> None:
+        """Refuse to run `after` before `name`."""
+        if name not in self.manifest.stages:
+            raise InputError(f"{self.out}: {after} needs {name}; run `edgeprune {name} -o {self.out}` first")
+
+
+def analysis_prompts(ws: Workspace, options: AnalyzeOptions) -> list[str]:
+    """The prompts that contributions are measured on; never held-out ones."""
+    if options.prompts:
+        return read_prompts(Path(options.prompts))[: options.count]
+    if ws.builtin:
+        from edgeprune.demo.shapes import TASKS, evaluation_prompts
+
+        per_task = -(-options.count // len(TASKS))
+        return [p.text for p in evaluation_prompts(per_task, held_out=False)]
+    return read_prompts(PROMPTS)[: options.count]
+
+
+@torch.no_grad()
+def modulation_mean(ws: Workspace, prompts: list[str]) -> torch.Tensor:
+    """Mean modulation input (D) over the sampler's timesteps and these prompts."""
+    pooled = encode_prompts(ws.pipe, prompts, ws.generation.max_sequence_length).pooled
+    levels = sigmas(ws.pipe, ws.generation.num_inference_steps, latent_shape(ws.pipe, ws.generation))[:-1] * 1000
+    inputs = [ws.family.modulation_input(ws.pipe.transformer, t.expand(len(pooled)), pooled) for t in levels]
+    return torch.cat(inputs).mean(0)
+
+
+def run_analyze(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> bool:
+    """Contribution scores to `analysis.json`."""
+    metric_class = metric_named(options.metric)
+    prompts = analysis_prompts(ws, options)
+    inputs = asdict(options) | {"prompts": prompts, "generation": asdict(ws.generation)}
+
+    def run(key: str) -> dict[str, Any]:
+        metric = metric_class(ws.pipe, ws.generation, prompts)
+        analyze(
+            ws.family, ws.config, ws.pipe.transformer, metric.score, mean=modulation_mean(ws, prompts), metric=metric.name,
+            prompts=prompts, path=ws.report_path, inputs_digest=key, components=options.components,
+            progress=lambda done, total: progress("analyze", done, total, ""),
+        )  # fmt: skip
+        ws.manifest.hash_files(ws.out, "analysis.json")
+        return {}
+
+    return ws.stage("analyze", inputs, run)
+
+
+def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool:
+    """A plan to `plan.json`, from this folder's scores or from a given file."""
+
+    def run(_: str) -> dict[str, Any]:
+        report = ContributionReport.load(scores) if scores else ws.report()
+        plan = make_plan(ws.family, ws.config, report, **asdict(options))
+        write_json(ws.out / "plan.json", plan.to_json())
+        ws.manifest.hash_files(ws.out, "plan.json")
+        return {}
+
+    return ws.stage("plan", asdict(options) | {"scores": sha256_file(scores) if scores and scores.is_file() else str(scores)}, run)
+
+
+def run_prune(ws: Workspace) -> bool:
+    """The shorter transformer to `transformer/`, the rest of the pipeline beside it."""
+    plan = ws.plan()
+
+    def run(_: str) -> dict[str, Any]:
+        state = _pruned_state(ws, plan)
+        _save_half(ws, plan, state)
+        checkpoint.copy_surroundings(ws.source, ws.out)
+        return {}
+
+    return ws.stage("prune", {"plan": plan.to_json()}, run)
+
+
+def _pruned_state(ws: Workspace, plan: PrunePlan) -> dict[str, torch.Tensor]:
+    needs_mean = any(c in ("norm", "context_norm") for _, c in plan.components)
+    mean = modulation_mean(ws, analysis_prompts(ws, AnalyzeOptions())) if needs_mean else None
+    original = ws.pipe.transformer.state_dict()
+    return prune_state(ws.family, ws.config, plan, original.__getitem__, mean)
+
+
+def _save_half(ws: Workspace, plan: PrunePlan, state: dict[str, torch.Tensor]) -> None:
+    half = torch.bfloat16 if ws.config.get("torch_dtype") == "bfloat16" else torch.float16
+    config = ws.family.shorter_config(ws.config, plan.kept)
+    checkpoint.save_transformer(ws.out, HALF, config, {n: t.to(half) for n, t in state.items()})
+    ws.manifest.plan = plan.to_json()
+    ws.manifest.hash_files(ws.out, HALF)
+
+
+def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progress: Progress = silent) -> bool:
+    """Train the pruned transformer against the original; `transformer/` is replaced by the averaged weights."""
+    ws.need("prune", "distill")
+    options.check()
+    plan = ws.plan()
+    source = data.source or ("shapes" if ws.builtin else str(PROMPTS))
+    inputs = {"options": options.to_json(), "data": asdict(data) | {"source": source}}
+
+    def run(key: str) -> dict[str, Any]:
+        cache = ws.out / "cache" / f"pairs-{digest([source, data.samples, ws.weights_hash])[:12]}.safetensors"
+        pairs = make_pairs(
+            ws.pipe, source, ws.generation, cache, samples=data.samples,
+            progress=lambda done, total: progress("distill: latents", done, total, ""),
+        )  # fmt: skip
+        student = build(ws.family, ws.config, plan, {n: t.float() for n, t in _pruned_state(ws, plan).items()})
+        state, losses = distill(
+            ws.family, ws.pipe.transformer, student, plan, ws.report(), pairs, options, ws.out / "cache" / "distill.safetensors",
+            inputs_digest=key, progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
+        )  # fmt: skip
+        _save_half(ws, plan, state)
+        return {"first_loss": sum(losses[:10]) / len(losses[:10]), "last_loss": sum(losses[-10:]) / len(losses[-10:])}
+
+    return ws.stage("distill", inputs, run)
+
+
+def run_quantize(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) -> bool:
+    """INT4 weights of `transformer/` to `transformer_int4/`."""
+    ws.need("prune", "quantize")
+    if options.calibration not in CALIBRATIONS:
+        raise InputError(f"--calibration: found {options.calibration!r}, expected one of {', '.join(CALIBRATIONS)}")
+    if options.group_size not in (16, 32, 64, 128):
+        raise InputError(f"--group-size: found {options.group_size}, expected 16, 32, 64 or 128")
+    plan = ws.plan()
+
+    def run(_: str) -> dict[str, Any]:
+        model = checkpoint.load_transformer(ws.out, quantized=False)
+        calibrate = None
+        if options.calibration != "none":
+            prompts = analysis_prompts(ws, AnalyzeOptions())
+            metric = metric_named("velocity")(ws.pipe, ws.generation, prompts)
+            original = ws.pipe.transformer
+
+            def calibrate() -> None:
+                ws.pipe.transformer = model
+                try:
+                    metric.score()
+                finally:
+                    ws.pipe.transformer = original
+
+        quantize(
+            ws.family, model, group_size=options.group_size, calibration=options.calibration, run=calibrate,
+            progress=lambda done, total: progress("quantize", done, total, ""),
+        )  # fmt: skip
+        keep = (".weight_packed", ".weight_scale")
+        state = {n: t if n.endswith(keep) else t.half() for n, t in model.state_dict().items()}
+        ws.manifest.group_size = options.group_size
+        checkpoint.save_transformer(ws.out, INT4, ws.family.shorter_config(ws.config, plan.kept), state)
+        ws.manifest.hash_files(ws.out, INT4)
+        return {"weights_bytes": sum(t.numel() * t.element_size() for t in state.values())}
+
+    return ws.stage("quantize", asdict(options), run)
+
+
+def compress(ws: Workspace, options: CompressOptions, progress: Progress = silent) -> list[str]:
+    """All stages; returns the names of those that ran."""
+    ran = []
+    if options.plan.method != "manual" and run_analyze(ws, options.analyze, progress):
+        ran.append("analyze")
+    if run_plan(ws, options.plan):
+        ran.append("plan")
+    if run_prune(ws):
+        ran.append("prune")
+    if options.distill is not None and run_distill(ws, options.distill, options.data, progress):
+        ran.append("distill")
+    if run_quantize(ws, options.quantize, progress):
+        ran.append("quantize")
+    return ran
+
+
+def config_family(path: Path) -> tuple[dict[str, Any], Family]:
+    """A transformer's config.json and its family, for planning without weights."""
+    from edgeprune.files import read_json
+
+    config = read_json(path)
+    return config, family_of(config, str(path))

@@ -1,0 +1,258 @@
+"""From contributions and a budget to a plan: which blocks and components go. Torch-free; config and scores are enough.
+
+Methods: `hpp` removes the least contributing whole blocks among the later ones; `hybrid` goes on, past a share of
+removed parameters, with the components of the later blocks that remain, by loss per parameter; `manual` takes the user's list.
+A plan holds explicit indices and the fingerprint of the model it was made for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgeprune.contribution import ContributionReport, Key, fingerprint
+from edgeprune.errors import BudgetError, InputError
+from edgeprune.families import Config, Family
+from edgeprune.families.base import Shape
+from edgeprune.files import read_json
+from edgeprune.precision import Footprint, footprint
+
+SCHEMA_VERSION = 1
+METHODS = ("hpp", "hybrid", "manual")
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """Which parts of which model are removed, and what is left."""
+
+    fingerprint: str
+    family: str
+    num_blocks: int
+    method: str
+    blocks: list[int]
+    """Original indices of removed blocks, rising."""
+    components: list[tuple[int, str]] = field(default_factory=list)
+    """Removed components of blocks that stay."""
+    before: Footprint = Footprint(0, 0, 0)
+    after: Footprint = Footprint(0, 0, 0)
+
+    @property
+    def kept(self) -> list[int]:
+        """Original indices of the blocks that stay, rising."""
+        return [i for i in range(self.num_blocks) if i not in set(self.blocks)]
+
+    @property
+    def removed(self) -> frozenset[tuple[int, str]]:
+        """The components as a set."""
+        return frozenset(self.components)
+
+    @property
+    def first_pruned(self) -> int:
+        """Original index of the first block that is removed or changed; the number of blocks if none is."""
+        return min([*self.blocks, *(b for b, _ in self.components)], default=self.num_blocks)
+
+    @property
+    def keys(self) -> list[Key]:
+        """Everything that is removed."""
+        return [*((b, None) for b in self.blocks), *self.components]
+
+    def to_json(self) -> dict[str, Any]:
+        """The file's content."""
+        return {"schema_version": SCHEMA_VERSION} | asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], where: Path | str) -> PrunePlan:
+        """Check and build.
+
+        Raises:
+            InputError: a field is missing or of a wrong kind.
+        """
+        try:
+            if data["schema_version"] != SCHEMA_VERSION:
+                raise InputError(f"{where}: schema_version: found {data['schema_version']!r}, expected {SCHEMA_VERSION}")
+            plan = cls(
+                *(str(data["fingerprint"]), str(data["family"]), int(data["num_blocks"]), str(data["method"])),
+                *(sorted({int(b) for b in data["blocks"]}), sorted((int(b), str(c)) for b, c in data["components"])),
+                *(Footprint(**data["before"]), Footprint(**data["after"])),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{where}: not a plan ({type(error).__name__}: {error})") from error
+        if any(not 0 <= b < plan.num_blocks for b, _ in plan.keys):
+            raise InputError(f"{where}: blocks: expected indices from 0 to {plan.num_blocks - 1}")
+        return plan
+
+    @classmethod
+    def load(cls, path: Path) -> PrunePlan:
+        """Read a plan file."""
+        return cls.from_json(read_json(path), path)
+
+    def check(self, config: Config, where: Path | str) -> None:
+        """Refuse to be used with another model."""
+        found = fingerprint(config)
+        if found != self.fingerprint:
+            raise InputError(
+                f"{where}: fingerprint: the plan is for another model ({self.num_blocks} blocks of {self.family}, "
+                f"{self.fingerprint}), found {config.get('num_layers')} blocks, {found}; make a plan for this model"
+            )
+
+
+def remaining_shapes(
+    family: Family, config: Config, blocks: Iterable[int], components: Iterable[tuple[int, str]]
+) -> dict[str, Shape]:
+    """Tensor shapes of the model that a plan leaves."""
+    removed_blocks = set(blocks)
+    kept = [i for i in range(family.block_count(config)) if i not in removed_blocks]
+    original = family.tensor_shapes(config)
+    sources = family.tensor_sources(config, kept, frozenset(components))
+    shapes = {}
+    for name, source in sources.items():
+        shape = original[source.name]
+        rows = shape[0] if source.rows is None else sum(b - a for a, b in source.rows)
+        shapes[name] = (rows, *shape[1:])
+    return shapes
+
+
+def make_plan(
+    family: Family,
+    config: Config,
+    report: ContributionReport | None,
+    *,
+    method: str = "hpp",
+    keep: float | None = None,
+    max_memory_bytes: int | None = None,
+    protect_first: int | None = None,
+    protect_last: int = 2,
+    threshold: float = 0.15,
+    blocks: str = "",
+    components: str = "",
+    group_size: int = 64,
+) -> PrunePlan:
+    """A plan that meets the budget with the least loss the method knows.
+
+    Args:
+        report: contributions; not needed for `manual`.
+        keep: share of the transformer's parameters that may be left, 0..1.
+        max_memory_bytes: bytes that its weights may take after INT4.
+        protect_first: leading blocks never removed; half of all by default.
+        protect_last: trailing blocks never removed.
+        threshold: for `hybrid`, the share of parameters removed as whole blocks before components join.
+        blocks, components: for `manual`, see `parse_blocks` and `parse_components`.
+
+    Raises:
+        InputError: wrong options, or a report of another model.
+        BudgetError: nothing the method may remove meets the budget.
+    """
+    count = family.block_count(config)
+    before = footprint(family, family.tensor_shapes(config), group_size=group_size)
+
+    def after(gone: list[int], parts: list[tuple[int, str]]) -> Footprint:
+        return footprint(family, remaining_shapes(family, config, gone, parts), group_size=group_size)
+
+    if method == "manual":
+        gone, parts = parse_blocks(blocks, count), parse_components(components, count, family)
+        if not gone and not parts:
+            raise InputError("--method manual: expected --blocks or --components")
+        if len(gone) == count:
+            raise InputError(f"--blocks: all {count} blocks would be removed; at least one must stay")
+        parts = [p for p in parts if p[0] not in gone]
+        noops = [p for p in parts if p in family.noops(config)]
+        if noops:
+            raise InputError(f"--components: {noops[0][0]}:{noops[0][1]} is not in this model, so there is nothing to remove")
+    elif method in METHODS:
+        if blocks or components:
+            raise InputError(f"--blocks and --components go with --method manual, found --method {method}")
+        if (keep is None) == (max_memory_bytes is None):
+            raise InputError("budget: give exactly one of --keep and --max-memory")
+        if keep is not None and not 0 < keep <= 1:
+            raise InputError(f"--keep: found {keep}, expected a share above 0 and up to 1")
+        if report is None:
+            raise InputError(f"--method {method} needs contribution scores; run `edgeprune analyze` first")
+        _check_report(report, config, count)
+
+        def met(now: Footprint) -> bool:
+            if keep is not None:
+                return now.parameters <= keep * before.parameters
+            return now.int4_bytes <= (max_memory_bytes or 0)
+
+        first = count // 2 if protect_first is None else protect_first
+        later = range(first, count - protect_last)
+        contributions = report.contributions()
+        order = sorted((b for b in later if (b, None) in contributions), key=lambda b: contributions[b, None].drop)
+        gone, parts, now = [], [], before
+        for block in order:
+            if met(now):
+                break
+            candidate = after([*gone, block], [])
+            if method == "hybrid" and candidate.parameters < (1 - threshold) * before.parameters:
+                break
+            gone, now = [*gone, block], candidate
+        if method == "hybrid" and not met(now):
+            parts, now = _components_until(met, family, config, contributions, gone, later, after)
+        if not met(now):
+            budget = f"--keep {keep}" if keep is not None else f"--max-memory {max_memory_bytes} bytes"
+            raise BudgetError(
+                f"{budget} cannot be met by --method {method}: removing all it may (of blocks {first} to {count - protect_last - 1}) "
+                f"leaves {now.parameters / before.parameters:.3f} of the parameters, {now.int4_bytes} bytes after INT4; "
+                "allow more, lower --protect-first or --protect-last, or use --method hybrid"
+            )
+    else:
+        raise InputError(f"--method: found {method!r}, expected one of {', '.join(METHODS)}")
+    return PrunePlan(
+        fingerprint(config), family.name, count, method, sorted(gone), sorted(parts), before, after(gone, parts)
+    )
+
+
+def _components_until(
+    met: Any, family: Family, config: Config, contributions: Any, gone: list[int], later: range, after: Any
+) -> tuple[list[tuple[int, str]], Footprint]:
+    """Components of the remaining later blocks, least loss per parameter first, until the budget is met."""
+    now = after(gone, [])
+    ranked = []
+    for (block, component), c in contributions.items():
+        if component is not None and block in later and block not in gone:
+            saved = now.parameters - after(gone, [(block, component)]).parameters
+            if saved > 0:
+                ranked.append((max(c.drop, 0.0) / saved, -saved, block, component))
+    parts: list[tuple[int, str]] = []
+    for *_, block, component in sorted(ranked):
+        if met(now):
+            break
+        parts.append((block, component))
+        now = after(gone, parts)
+    return parts, now
+
+
+def _check_report(report: ContributionReport, config: Config, count: int) -> None:
+    found = fingerprint(config)
+    if report.num_blocks != count or (report.fingerprint and report.fingerprint != found):
+        raise InputError(
+            f"scores: made for another model ({report.num_blocks} blocks, {report.fingerprint or 'summary'}), "
+            f"expected {count} blocks, {found}"
+        )
+
+
+def parse_blocks(text: str, count: int) -> list[int]:
+    """`25-28,31` to [25, 26, 27, 28, 31]: ranges are closed."""
+    found: set[int] = set()
+    for item in filter(None, (t.strip() for t in text.split(","))):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if low > high or high >= count:
+            raise InputError(f"--blocks: found {item!r}, expected indices or closed ranges from 0 to {count - 1}, like 25-28,31")
+        found.update(range(low, high + 1))
+    return sorted(found)
+
+
+def parse_components(text: str, count: int, family: Family) -> list[tuple[int, str]]:
+    """`30:mlp,30:context_mlp` to pairs."""
+    found: set[tuple[int, str]] = set()
+    for item in filter(None, (t.strip() for t in text.split(","))):
+        block, _, component = item.partition(":")
+        if not block.isdigit() or int(block) >= count or component not in family.components:
+            names = ", ".join(family.components)
+            raise InputError(f"--components: found {item!r}, expected BLOCK:NAME with BLOCK below {count} and NAME of {names}")
+        found.add((int(block), component))
+    return sorted(found)

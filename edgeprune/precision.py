@@ -1,0 +1,61 @@
+"""The rule that gives every tensor its storage: 4, 8 or 16 bits. Torch-free, so a plan can count bytes without weights.
+
+- Linear weights inside blocks: 4 bits, symmetric, group 64, or the largest of 32 and 16 that divides the input; 8 bits
+  if none does. They are nearly all of the bytes.
+- Linear weights outside blocks (timestep and prompt embedders, context embedder, output): 8 bits with one scale
+  per output. Every token passes them at every step and they are few.
+- All else (biases, norm scales, the patch convolution, the position table): 16 bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from edgeprune.families import Family
+from edgeprune.families.base import Shape
+
+GROUP_SIZES = (64, 32, 16)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How one tensor is stored; `group_size` counts weights that share a 16-bit scale, 0 where there is none."""
+
+    bits: int
+    group_size: int = 0
+
+    def nbytes(self, shape: Shape) -> int:
+        """Bytes of a tensor of this shape, scales included."""
+        count = math.prod(shape)
+        return count * self.bits // 8 + (count // self.group_size * 2 if self.group_size else 0)
+
+
+def precision_of(family: Family, name: str, shape: Shape, *, group_size: int = 64) -> Precision:
+    """Apply the rule to one tensor of a state dict."""
+    if not name.endswith(".weight") or len(shape) != 2:
+        return Precision(16)
+    if family.place(name) is None:
+        return Precision(8, shape[1])
+    for size in (group_size, *GROUP_SIZES):
+        if size <= group_size and shape[1] % size == 0:
+            return Precision(4, size)
+    return Precision(8, shape[1])
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a transformer's weights cost."""
+
+    parameters: int
+    bf16_bytes: int
+    int4_bytes: int
+
+
+def footprint(family: Family, shapes: dict[str, Shape], *, group_size: int = 64) -> Footprint:
+    """Count a set of tensors. bf16 and INT4 bytes include the fixed tables, `parameters` does not."""
+    return Footprint(
+        parameters=sum(math.prod(s) for n, s in shapes.items() if not family.is_buffer(n)),
+        bf16_bytes=sum(2 * math.prod(s) for s in shapes.values()),
+        int4_bytes=sum(precision_of(family, n, s, group_size=group_size).nbytes(s) for n, s in shapes.items()),
+    )

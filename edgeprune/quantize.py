@@ -1,0 +1,183 @@
+"""INT4 weights: NNCF chooses the integers, one block at a time; the result is held in `PackedLinear`.
+
+Which tensor gets how many bits is said in precision.py. Data-free by default; with calibration inputs NNCF also runs AWQ
+or scale estimation. What it leaves out: GPTQ (NNCF has none for torch) and training with quantised weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeprune.families import Config, Family
+from edgeprune.int4 import PackedLinear, pack
+from edgeprune.precision import Precision, precision_of
+
+CALIBRATIONS = ("none", "awq", "scale")
+
+
+def _layers(module: nn.Module) -> dict[str, nn.Linear]:
+    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+
+
+def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, layer)
+
+
+def packed_from(linear: nn.Linear, values: torch.Tensor, scale: torch.Tensor, precision: Precision) -> PackedLinear:
+    """A `PackedLinear` of given integers (O, I) and scales (O, groups)."""
+    layer = PackedLinear(
+        linear.in_features, linear.out_features, bits=precision.bits, group_size=precision.group_size,
+        bias=linear.bias is not None,
+    )  # fmt: skip
+    layer.weight_packed.copy_(pack(values, precision.bits))
+    layer.weight_scale.copy_(scale)
+    if linear.bias is not None:
+        assert layer.bias is not None
+        layer.bias.copy_(linear.bias.detach())
+    return layer
+
+
+def round_to_nearest(weight: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric rounding: integers (O, I) and scales (O, groups) in half precision, for 8-bit layers."""
+    limit = 2 ** (precision.bits - 1) - 1
+    groups = weight.float().view(weight.shape[0], -1, precision.group_size)
+    scale = (groups.abs().amax(-1) / limit).clamp_min(1e-7).half()
+    values = (groups / scale.float()[..., None]).round().clamp(-limit - 1, limit)
+    return values.view_as(weight), scale
+
+
+def prepare(family: Family, config: Config, model: nn.Module, *, group_size: int = 64) -> nn.Module:
+    """Put empty `PackedLinear` layers where the rule says so, for loading a quantised state dict. In place."""
+    del config
+    for name, linear in _layers(model).items():
+        p = precision_of(family, f"{name}.weight", tuple(linear.weight.shape), group_size=group_size)
+        if p.bits < 16:
+            with torch.device(linear.weight.device):
+                empty = PackedLinear(
+                    linear.in_features, linear.out_features, bits=p.bits, group_size=p.group_size, bias=linear.bias is not None
+                )
+            _replace(model, name, empty)
+    return model
+
+
+class _Linears(nn.Module):
+    """One block's linear layers of one group size, side by side: what NNCF sees. Inputs and outputs by position."""
+
+    def __init__(self, layers: dict[str, nn.Linear]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers.values())
+
+    def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x) for layer, x in zip(self.layers, inputs, strict=True)]
+
+
+def _nncf_integers(
+    layers: dict[str, nn.Linear], group_size: int, samples: list[tuple[torch.Tensor, ...]], calibration: str
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Integers and scales by layer name, chosen by NNCF.
+
+    Layers are handed over side by side rather than inside the block: NNCF's tracing then needs no example of the
+    block's own inputs, and AWQ would have to move scales into adaLN, which has nowhere to put them.
+    """
+    import nncf
+
+    holder = _Linears({n: _plain_copy(m) for n, m in layers.items()}).eval()
+    with _quiet():
+        compressed: Any = nncf.compress_weights(
+            holder, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=group_size, all_layers=True,
+            dataset=nncf.Dataset(samples), scale_estimation=calibration == "scale" or None,
+            awq=calibration == "awq" or None,
+        )  # fmt: skip
+    state = compressed.state_dict()
+    out = {}
+    for index, (name, linear) in enumerate(layers.items()):
+        packed = state[f"layers.{index}.weight"]
+        scale = next(v for k, v in state.items() if f"layers:{index}:weight__" in k and k.endswith("_scale"))
+        pairs = torch.stack([packed & 0xF, packed >> 4], dim=-1)
+        values = pairs.flatten().to(torch.int16) - 8
+        out[name] = values.view(linear.out_features, linear.in_features), scale.reshape(linear.out_features, -1)
+    return out
+
+
+def _plain_copy(linear: nn.Linear) -> nn.Linear:
+    copy = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    with torch.no_grad():
+        copy.weight.copy_(linear.weight)
+    return copy
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """NNCF prints tables and bars; ours is the bar the user sees."""
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def quantize(
+    family: Family,
+    model: nn.Module,
+    *,
+    group_size: int = 64,
+    calibration: str = "none",
+    run: Callable[[], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> nn.Module:
+    """Replace every linear layer that the rule names, in place.
+
+    Args:
+        calibration: `none`, `awq` or `scale`; the latter two need `run`.
+        run: runs the model on calibration inputs; layers' inputs are caught on the way, block by block.
+        progress: called with blocks done and blocks in all.
+    """
+    blocks = family.blocks(model)
+    for index, block in enumerate(blocks):
+        progress(index, len(blocks))
+        prefix = f"transformer_blocks.{index}." if blocks is getattr(model, "transformer_blocks", None) else ""
+        by_group: dict[int, dict[str, nn.Linear]] = {}
+        for name, linear in _layers(block).items():
+            p = precision_of(family, f"{prefix}{name}.weight", tuple(linear.weight.shape), group_size=group_size)
+            by_group.setdefault(p.group_size if p.bits == 4 else 0, {})[name] = linear
+        for group, layers in by_group.items():
+            if not group:
+                continue
+            samples = _samples(layers, run if calibration != "none" else None)
+            for name, (values, scale) in _nncf_integers(layers, group, samples, calibration).items():
+                _replace(block, name, packed_from(layers[name], values, scale, Precision(4, group)))
+    for name, linear in _layers(model).items():
+        p = precision_of(family, f"{name}.weight", tuple(linear.weight.shape), group_size=group_size)
+        _replace(model, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
+    progress(len(blocks), len(blocks))
+    return model
+
+
+def _samples(layers: dict[str, nn.Linear], run: Callable[[], None] | None) -> list[tuple[torch.Tensor, ...]]:
+    """Inputs of the layers: caught while `run` goes, or one row of ones where no data is used."""
+    if run is None:
+        return [tuple(torch.ones(1, m.in_features) for m in layers.values())]
+    caught: dict[str, list[torch.Tensor]] = {n: [] for n in layers}
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args, n=n: caught[n].append(args[0].detach().flatten(0, -2)[:256].float()))
+        for n, m in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    count = min(len(c) for c in caught.values())
+    return [tuple(caught[n][i] for n in layers) for i in range(count)]

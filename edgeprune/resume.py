@@ -1,0 +1,88 @@
+"""Training state on disk: one safetensors file, written atomically, so that a killed run goes on as if it had not stopped.
+
+Randomness is not stored: training loops derive each step's generator from (seed, step), see `step_generator`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from edgeprune.errors import InputError
+
+Tensors = dict[str, torch.Tensor]
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The source of all randomness of one training step, the same after a resume."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def save_state(
+    path: Path, modules: dict[str, Tensors], optimizer: torch.optim.Optimizer, meta: dict[str, Any]
+) -> None:
+    """Write state dicts, the optimizer's moments and JSON `meta` to `path`, by way of a temporary name."""
+    tensors = {f"{name}/{key}": t.contiguous() for name, state in modules.items() for key, t in state.items()}
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(t).contiguous() for key, t in slots.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata={"meta": json.dumps(meta)})
+    os.replace(temporary, path)
+
+
+def load_state(path: Path, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """Read what `save_state` wrote: state dicts by name and the meta; `optimizer` is filled in place.
+
+    Raises:
+        InputError: the file is not readable as such a state.
+    """
+    modules: dict[str, Tensors] = {}
+    slots: dict[int, Tensors] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads(file.metadata()["meta"])
+            for full in file.keys():  # noqa: SIM118
+                name, _, key = full.partition("/")
+                if name == "optimizer":
+                    index, _, slot = key.partition("/")
+                    slots.setdefault(int(index), {})[slot] = file.get_tensor(full)
+                else:
+                    modules.setdefault(name, {})[key] = file.get_tensor(full)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a training state ({error}); delete it to start over") from error
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    return modules, meta
+
+
+class Ema:
+    """Exponential moving average of parameters, in their own dtype, updated in place.
+
+    Early steps use the smaller decay (1 + t) / (10 + t), so that the average forgets the initial weights.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float) -> None:
+        self.live = parameters
+        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the live weights after optimizer step `step` (from 0)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        live = [self.live[name].detach() for name in self.average]
+        torch._foreach_lerp_(list(self.average.values()), live, weight)
+
+    @torch.no_grad()
+    def load(self, state: Tensors) -> None:
+        """Set the average from a saved state, strictly by name."""
+        if state.keys() != self.average.keys():
+            raise InputError("training state: the averaged weights are of another model")
+        for name, tensor in state.items():
+            self.average[name].copy_(tensor)

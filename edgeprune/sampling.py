@@ -1,0 +1,139 @@
+"""Running a pipeline's transformer: text to conditioning, noise to latents, latents to images. Torch, batched, seeded.
+
+The noise of a seed is the same as the runtimes', so that images of torch and of a device can be compared. What it
+leaves out: everything that `StableDiffusion3Pipeline.__call__` offers beyond prompt, guidance, steps and size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgeprune.generation import Generation
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts."""
+
+    hidden: torch.Tensor
+    """(B, M, K)."""
+    pooled: torch.Tensor
+    """(B, P)."""
+
+    def __getitem__(self, rows: Any) -> Conditioning:
+        """A selection of prompts."""
+        return Conditioning(self.hidden[rows], self.pooled[rows])
+
+    def to(self, reference: torch.Tensor) -> Conditioning:
+        """On the device and in the dtype of `reference`."""
+        return Conditioning(self.hidden.to(reference), self.pooled.to(reference))
+
+
+@torch.no_grad()
+def encode_prompts(pipe: Any, prompts: list[str], max_sequence_length: int, *, batch: int = 64) -> Conditioning:
+    """Encode texts with the pipeline's own encoders."""
+    parts = [
+        pipe.encode_prompt(
+            *(prompts[i : i + batch],) * 3, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+        )
+        for i in range(0, len(prompts), batch)
+    ]
+    return Conditioning(torch.cat([p[0] for p in parts]), torch.cat([p[2] for p in parts]))
+
+
+def noise(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal noise, one seed per image: (len(seeds), *shape), float32."""
+    return torch.from_numpy(np.stack([np.random.default_rng(s).standard_normal(shape, dtype=np.float32) for s in seeds]))
+
+
+def latent_shape(pipe: Any, generation: Generation) -> tuple[int, int, int]:
+    """(C, h, w) of one image's latents."""
+    factor = pipe.vae_scale_factor
+    return pipe.transformer.config.in_channels, generation.height // factor, generation.width // factor
+
+
+def sigmas(pipe: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The scheduler's noise levels for this many steps and latent shape (C, h, w): (steps + 1), from high to 0."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    extra = {}
+    if scheduler.config.get("use_dynamic_shifting"):
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+        c = scheduler.config
+        tokens = shape[-1] * shape[-2] // pipe.transformer.config.patch_size**2
+        limits = (c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+        extra["mu"] = calculate_shift(tokens, *limits)
+    scheduler.set_timesteps(steps, **extra)
+    return scheduler.sigmas.float()
+
+
+@torch.no_grad()
+def denoise(
+    transformer: Any,
+    latents: torch.Tensor,
+    levels: torch.Tensor,
+    condition: Conditioning,
+    empty: Conditioning,
+    guidance: float,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Euler steps from noise (B, C, h, w). Yields the latents before each step with its sigma, and at last the clean ones."""
+    guided = guidance > 1
+    count = len(latents)
+    if guided:
+        hidden = torch.cat([empty.hidden.expand_as(condition.hidden), condition.hidden])
+        pooled = torch.cat([empty.pooled.expand_as(condition.pooled), condition.pooled])
+    else:
+        hidden, pooled = condition.hidden, condition.pooled
+    for sigma, following in zip(levels[:-1], levels[1:], strict=True):
+        yield latents, sigma
+        x = torch.cat([latents, latents]) if guided else latents
+        timestep = (sigma * 1000).to(x).expand(len(x))
+        velocity = transformer(x, hidden, pooled, timestep, return_dict=False)[0]
+        if guided:
+            free, bound = velocity.split(count)
+            velocity = free + guidance * (bound - free)
+        latents = latents + (following - sigma) * velocity
+    yield latents, levels[-1]
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: torch.Tensor) -> NDArray[np.uint8]:
+    """Latents (B, C, h, w) to images (B, H, W, 3)."""
+    config = pipe.vae.config
+    scaled = latents / config.scaling_factor + config.shift_factor
+    pixels = pipe.vae.decode(scaled.to(pipe.vae.dtype)).sample.float()
+    out: NDArray[np.uint8] = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return out
+
+
+def generate(
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    generation: Generation,
+    *,
+    batch: int = 32,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> NDArray[np.uint8]:
+    """One image per prompt and seed: (P, H, W, 3) uint8."""
+    condition = encode_prompts(pipe, prompts, generation.max_sequence_length)
+    empty = encode_prompts(pipe, [""], generation.max_sequence_length)
+    shape = latent_shape(pipe, generation)
+    levels = sigmas(pipe, generation.num_inference_steps, shape)
+    images = []
+    for start in range(0, len(prompts), batch):
+        rows = slice(start, start + batch)
+        latents = noise(seeds[rows], shape).to(condition.hidden)
+        for latents, _ in denoise(  # noqa: B007 (the last value is the result)
+            pipe.transformer, latents, levels, condition[rows], empty, generation.guidance_scale
+        ):
+            pass
+        images.append(decode(pipe, latents))
+        progress(min(start + batch, len(prompts)), len(prompts))
+    return np.concatenate(images)

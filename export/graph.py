@@ -1,0 +1,314 @@
+"""A torch module becomes an ONNX model (opset 21) in which quantised layers keep their integers.
+
+    to_ir(Transformer(sd3), inputs, inputs_axes, outputs_axes) -> onnx_ir.Model
+
+`torch.onnx.export` leaves every `edgeprune::packed_linear` as one node of that name; `lower_packed_linear` then
+replaces it by DequantizeLinear(INT4 or INT8, axis=0, block_size) -> MatMul -> Add. Weights are stored [in, out], so no
+Transpose is left for a runtime to trip over, and are repacked one at a time while the file is written.
+What it leaves out: weights that do not fit into memory (a module of real tensors is traced), and T5.
+
+Notation: B batch, C latent channels, h w latent height and width, M text tokens, K text width, P pooled width,
+I and O a layer's inputs and outputs, G groups along I.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from onnxscript import opset21, values
+from torch import nn
+
+from edgeprune.errors import EdgepruneError
+from edgeprune.int4 import unpack
+
+OPSET = 21
+DOMAIN = "edgeprune"
+# Above this a model's weights go into `model.onnx.data`; ONNX itself cannot hold 2 GB in one file.
+INLINE_BYTES = 1_000_000
+
+Axes = Mapping[str, Mapping[int, str]]
+"""Dynamic axes by tensor name: {"hidden_states": {0: "batch_size", 2: "height"}}."""
+
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_SCHEMA = onnx.defs.OpSchema(
+    "PackedLinear",
+    DOMAIN,
+    1,
+    inputs=[
+        onnx.defs.OpSchema.FormalParameter("x", "T"),
+        onnx.defs.OpSchema.FormalParameter("packed", "tensor(uint8)"),
+        onnx.defs.OpSchema.FormalParameter("scale", "S"),
+        onnx.defs.OpSchema.FormalParameter("bias", "S", param_option=onnx.defs.OpSchema.FormalParameterOption.Optional),
+    ],
+    outputs=[onnx.defs.OpSchema.FormalParameter("y", "T")],
+    type_constraints=[("T", _FLOATS, "activations"), ("S", _FLOATS, "stored scales and bias")],
+    attributes=[onnx.defs.OpSchema.Attribute("bits", onnx.defs.OpSchema.AttrType.INT, "4 or 8", required=True)],
+)
+_packed_linear_node = values.Op(values.Opset(DOMAIN, 1), "PackedLinear", _SCHEMA)
+
+
+def _translate(x: Any, packed: Any, scale: Any, bias: Any = None, bits: int = 4) -> Any:
+    """`edgeprune::packed_linear` as one ONNX node of our own domain, until `lower_packed_linear`."""
+    return _packed_linear_node(x, packed, scale, bias, bits=bits)
+
+
+def _floor_divide(a: Any, b: Any) -> Any:
+    """a // b of sizes, rounding down. PyTorch's own translation truncates, and the exporter writes the crop of the
+    position table as w + 8 + (-w) // 2: with an odd number of patches it would be one column too wide.
+    """
+    return opset21.Div(opset21.Sub(a, opset21.Mod(a, b)), b)
+
+
+# --------------------------------------------------------------------------------------- what is traced
+# Each keeps the network as `model`, whose prefix `to_ir` takes off again: names in the file are the checkpoint's.
+
+
+class Transformer(nn.Module):
+    """SD3Transformer2DModel as ONNX sees it: velocity (B, C, h, w) from latents, text and timestep."""
+
+    inputs: Axes = {
+        "hidden_states": {0: "batch_size", 2: "height", 3: "width"},
+        "encoder_hidden_states": {0: "batch_size", 1: "sequence_length"},
+        "pooled_projections": {0: "batch_size"},
+        "timestep": {0: "batch_size"},
+    }
+    outputs: Axes = {"out_hidden_states": {0: "batch_size", 2: "height", 3: "width"}}
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
+    ) -> tuple[torch.Tensor]:
+        """(B, C, h, w), (B, M, K), (B, P), (B,) to (B, C, h, w)."""
+        out: torch.Tensor = self.model(
+            hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections, timestep=timestep, return_dict=False,
+        )[0]  # fmt: skip
+        return (out,)
+
+    def example(self, *, batch: int, height: int, width: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Random inputs; `height` and `width` count patches, not latents."""
+        config: Any = self.model.config
+        generator = torch.Generator().manual_seed(seed)
+        size, kind = config.patch_size, torch.float32
+        return {
+            "hidden_states": torch.randn(
+                batch, config.in_channels, height * size, width * size, generator=generator, dtype=kind
+            ),
+            "encoder_hidden_states": torch.randn(batch, tokens, config.joint_attention_dim, generator=generator),
+            "pooled_projections": torch.randn(batch, config.pooled_projection_dim, generator=generator),
+            "timestep": torch.rand(batch, generator=generator) * 1000,
+        }
+
+
+class TextEncoder(nn.Module):
+    """CLIPTextModelWithProjection: pooled and projected text, last state, then every hidden state (0 = embedding)."""
+
+    inputs: Axes = {"input_ids": {0: "batch_size", 1: "sequence_length"}}
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config: Any = model.config
+        states = ["last_hidden_state", *(f"hidden_states.{i}" for i in range(self.config.num_hidden_layers + 1))]
+        sequence = {0: "batch_size", 1: "sequence_length"}
+        self.outputs: Axes = {"text_embeds": {0: "batch_size"}, **dict.fromkeys(states, sequence)}
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, M) int64 to (B, P) and states (B, M, D)."""
+        out = self.model(input_ids=input_ids, output_hidden_states=True)
+        return (out.text_embeds, out.last_hidden_state, *out.hidden_states)
+
+    def example(self, *, batch: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Random words between start and end tokens, padded with end tokens, at different lengths."""
+        generator = torch.Generator().manual_seed(seed)
+        end = self.config.eos_token_id
+        # CLIP configs older than transformers 4.24 say 2 where the tokenizer's end token is the vocabulary's last.
+        last = self.config.vocab_size - 1 if end == 2 else end
+        ids = torch.randint(0, min(self.config.vocab_size, last) - 1, (batch, tokens), generator=generator)
+        for row in range(batch):
+            ids[row, max(1, tokens - 1 - row) :] = last
+        return {"input_ids": ids}
+
+
+class VaeDecoder(nn.Module):
+    """AutoencoderKL's decoder: images (B, 3, h * f, w * f) in about -1..1; scale and shift stay with the caller."""
+
+    inputs: Axes = {"latent_sample": {0: "batch_size", 2: "latent_height", 3: "latent_width"}}
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config: Any = model.config
+        factor = 2 ** (len(self.config.block_out_channels) - 1)
+        # Optimum evaluates the names of output axes, blanks included.
+        self.outputs: Axes = {
+            "sample": {0: "batch_size", 2: f"latent_height * {factor}", 3: f"latent_width * {factor}"}
+        }
+
+    def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
+        """(B, C, h, w) to (B, 3, h * f, w * f)."""
+        return (self.model.decode(latent_sample, return_dict=False)[0],)
+
+    def example(self, *, batch: int, height: int, width: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Random latents."""
+        generator = torch.Generator().manual_seed(seed)
+        return {"latent_sample": torch.randn(batch, self.config.latent_channels, height, width, generator=generator)}
+
+
+# --------------------------------------------------------------------------------------- torch to ONNX
+
+
+def to_ir(module: nn.Module, example: Mapping[str, torch.Tensor], inputs: Axes, outputs: Axes) -> ir.Model:
+    """Trace `module(**example)` and lower the quantised layers; float32, batch and sizes dynamic as the axes say.
+
+    Raises:
+        EdgepruneError: PyTorch cannot trace or translate the module.
+    """
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                module,
+                kwargs=dict(example),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes={name: dict(inputs[name]) for name in example},
+                input_names=list(example),
+                output_names=list(outputs),
+                custom_translation_table={
+                    torch.ops.edgeprune.packed_linear.default: _translate,
+                    operator.floordiv: _floor_divide,
+                },
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        kind = type(getattr(module, "model", module)).__name__
+        raise EdgepruneError(f"{kind}: PyTorch cannot export it: {error}") from error
+    assert program is not None
+    model = program.model
+    for value in list(model.graph.initializers.values()):
+        assert value.name is not None
+        value.name = value.name.removeprefix("model.")
+    lower_packed_linear(model)
+    for value, axes in zip(model.graph.outputs, outputs.values(), strict=True):
+        assert value.shape is not None
+        value.shape = ir.Shape([axes.get(i, dim) for i, dim in enumerate(value.shape)])
+    model.producer_name = "edgeprune"
+    return model
+
+
+def lower_packed_linear(model: ir.Model) -> None:
+    """Replace each PackedLinear node by DequantizeLinear, MatMul and, with a bias, Add; in place."""
+    graph = model.graph
+    for node in list(graph):
+        if (node.domain, node.op_type) != (DOMAIN, "PackedLinear"):
+            continue
+        x, packed, scale = node.inputs[:3]
+        bias = node.inputs[3] if len(node.inputs) > 3 else None
+        assert packed is not None and scale is not None and packed.name is not None
+        bits = node.attributes["bits"].as_int()
+        weight_value, groups = _weight(graph, packed, bits), _scale(graph, scale)
+        features = weight_value.shape[0]  # type: ignore[index]
+        assert isinstance(features, int)
+        name = packed.name.removesuffix(".weight_packed")
+        dequantised = ir.node(
+            "DequantizeLinear", [weight_value, groups],
+            {"axis": 0, "block_size": features // int(groups.shape[0])}, name=f"{name}.dequantize",  # type: ignore[index, arg-type]
+        )  # fmt: skip
+        product = ir.node("MatMul", [x, dequantised.outputs[0]], name=f"{name}.matmul")
+        nodes, last = [dequantised, product], product
+        if bias is not None:
+            last = ir.node("Add", [product.outputs[0], _float(graph, bias)], name=f"{name}.add")
+            nodes.append(last)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, last.outputs)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]
+    model.opset_imports.pop(DOMAIN, None)
+    graph.opset_imports.pop(DOMAIN, None)
+
+
+def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """A new initialiser, or the one of that name if a shared layer made it before."""
+    assert tensor.name is not None
+    if tensor.name not in graph.initializers:
+        graph.register_initializer(
+            ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)  # type: ignore[arg-type]
+        )
+    return graph.initializers[tensor.name]
+
+
+def _array(value: ir.Value) -> NDArray[Any]:
+    assert value.const_value is not None, f"{value.name} is not an initialiser"
+    return value.const_value.numpy()
+
+
+def _weight(graph: ir.Graph, packed: ir.Value, bits: int) -> ir.Value:
+    """Bytes (O, I * bits / 8) as an INT4 or INT8 initialiser (I, O), made when the file is written."""
+    outs, row = _array(packed).shape
+    kind = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+    shape = ir.Shape([row * 8 // bits, outs])
+    name = f"{packed.name}.T"
+    assert packed.const_value is not None  # else _array would have said so
+    make = functools.partial(_transposed, packed.const_value, bits, name)
+    return _register(graph, ir.LazyTensor(make, kind, shape, name=name))
+
+
+def _transposed(packed: ir.TensorProtocol, bits: int, name: str) -> ir.TensorProtocol:
+    integers = unpack(torch.from_numpy(packed.numpy().copy()), bits).numpy().T
+    if bits == 8:
+        return ir.tensor(np.ascontiguousarray(integers), name=name)
+    # ONNX packs the flattened tensor, lower nibble first; I is even, so the count is.
+    flat = np.ascontiguousarray(integers).reshape(-1).view(np.uint8) & 0xF
+    return ir.PackedTensor(flat[0::2] | flat[1::2] << 4, ir.DataType.INT4, shape=integers.shape, name=name)
+
+
+def _scale(graph: ir.Graph, scale: ir.Value) -> ir.Value:
+    """(O, G) in the checkpoint's precision as float32 (G, O)."""
+    values32 = np.ascontiguousarray(_array(scale).astype(np.float32).T)
+    return _register(graph, ir.tensor(values32, name=f"{scale.name}.T"))
+
+
+def _float(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """The same initialiser in float32."""
+    if value.dtype == ir.DataType.FLOAT:
+        return value
+    return _register(graph, ir.tensor(_array(value).astype(np.float32), name=f"{value.name}.float"))
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write `path` and, above 1 MB of weights, `path` + ".data"; tensors are written one by one."""
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > INLINE_BYTES else None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns about its own internals; a user can do nothing about them."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,94 @@
+"""Does an ONNX file compute what the checkpoint computes? Without a yes there is no export.
+
+Both sides have the same integers, so what is left is the order of float additions: 1e-6 on a tiny model. ONNX Runtime
+runs at `session.qdq_matmulnbits_accuracy_level=1` (float activations); its default of 4 rounds activations to int8,
+which is a runtime's choice and no fault of the file.
+What it leaves out: image quality, and the error that quantisation itself makes (that is `bench`'s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgeprune.errors import MissingExtraError, ParityError
+
+BOUND = 1e-3
+"""Largest relative error that passes."""
+
+
+class Runner(Protocol):
+    """The part of onnxruntime.InferenceSession that is used here."""
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any]) -> Sequence[Any]:
+        """All outputs, in the model's order."""
+
+
+def session(path: Path) -> Runner:
+    """The file in ONNX Runtime on the CPU, exact arithmetic, as many threads as torch has.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        ParityError: ONNX Runtime refuses the file.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtraError("onnxruntime", "onnx") from None
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # an error is raised, and need not be printed too
+    try:
+        runner: Runner = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # pybind's exceptions have no common base below this
+        raise ParityError(f"{path.name}: ONNX Runtime cannot load it ({error})") from error
+    return runner
+
+
+def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, float]:
+    """(max|a-b| / max|b|, rms(a-b) / rms(b)); infinite where shapes differ or a value is not finite."""
+    if found.shape != expected.shape or not (np.isfinite(found).all() and np.isfinite(expected).all()):
+        return float("inf"), float("inf")
+    difference, expected = found.astype(np.float64) - expected, expected.astype(np.float64)
+    pairs = [(np.abs(x).max(initial=0.0), np.sqrt(np.mean(x**2))) for x in (difference, expected)]
+    worst, rms = (float(a / b) if b > 0 else float("inf") if a > 0 else 0.0 for a, b in zip(*pairs, strict=True))
+    return worst, rms
+
+
+def check(
+    name: str,
+    runner: Runner,
+    reference: torch.nn.Module,
+    examples: Sequence[Mapping[str, torch.Tensor]],
+    outputs: Sequence[str],
+) -> dict[str, Any]:
+    """Compare every output at every example; the worst errors and the shapes tried, for edgeprune_export.json.
+
+    Raises:
+        ParityError: a relative error (maximum) above BOUND, or the model does not run at one of the shapes.
+    """
+    worst, worst_rms, shapes = 0.0, 0.0, []
+    for example in examples:
+        sizes = {key: list(value.shape) for key, value in example.items()}
+        shapes.append(sizes)
+        with torch.no_grad():
+            expected = reference(**example)
+        try:
+            found = runner.run(list(outputs), {key: value.numpy() for key, value in example.items()})
+        except Exception as error:  # see session()
+            raise ParityError(f"{name}: ONNX Runtime cannot run it at {sizes} ({error})") from error
+        for output, a, b in zip(outputs, found, expected, strict=True):
+            error_max, error_rms = relative_error(np.asarray(a), b.numpy())
+            if not error_max <= BOUND:
+                raise ParityError(
+                    f"{name}: {output}: found a relative error of {error_max:.2e} against the checkpoint at {sizes}, "
+                    f"expected at most {BOUND:.0e}"
+                )
+            worst, worst_rms = max(worst, error_max), max(worst_rms, error_rms)
+    return {"max_relative": worst, "rms_relative": worst_rms, "bound": BOUND, "shapes": shapes}

@@ -1,0 +1,307 @@
+"""What every runtime shares: folder settings, the denoising loop in numpy, and the object that users hold.
+
+A runtime's own part is a `Backend`: text to embeddings, one velocity, latents to pixels. Everything else (noise,
+guidance, schedule, image objects) is here once, so two runtimes given the same seed start from the same latents
+and walk the same sigmas. What it leaves out: image-to-image, other samplers, previews.
+
+Shapes: B batch, M text tokens, K joint attention width, P pooled width, C latent channels, h, w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.errors import InputError
+from edgeprune.files import read_json
+from edgeprune.generation import Generation
+from edgeprune.runtimes import memory
+from edgeprune.runtimes.scheduler import FlowMatchEuler
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Array = NDArray[np.float32]
+StepProgress = Callable[[int, int], None]
+"""Called after each denoising step with (steps done, steps in all)."""
+
+
+class Backend(Protocol):
+    """What a runtime implements. All arrays are float32 numpy unless said otherwise."""
+
+    name: str
+    """`ort`, `eager`."""
+    provider: str
+    """Where it computes, in the runtime's own word."""
+    precision: str
+    """What the transformer's weights are: `int4`, `bf16`, `fp32`, ..."""
+
+    def encode(self, prompts: list[str]) -> tuple[Array, Array]:
+        """Text to (hidden (B, M, K), pooled (B, P)), the zero tokens of an absent T5 included."""
+        ...
+
+    def step(self, latents: Array, text: Array, pooled: Array, timestep: Array) -> Array:
+        """Velocity (B, C, h, w) from latents, hidden (B, M, K), pooled (B, P) and timestep (B,), 1000 sigma."""
+        ...
+
+    def decode(self, latents: Array) -> Array:
+        """Latents (B, C, h, w) as the scheduler leaves them to pixels (B, 3, H, W) in -1..1."""
+        ...
+
+    def close(self) -> None:
+        """Give the weights back. Calling it twice is allowed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a folder says about how its model is used."""
+
+    generation: Generation
+    """Steps, guidance, size and zero tokens where the caller gives none."""
+    channels: int
+    """Latent channels C."""
+    factor: int
+    """Pixels per latent pixel."""
+    patch: int
+    """Latent pixels per token and side."""
+
+
+def _whole(path: Path, values: dict[str, Any], field: str) -> int:
+    found = values.get(field)
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise InputError(f"{path}: {field}: found {found!r}, expected a whole number of at least 1")
+    return found
+
+
+def read_settings(folder: Path) -> Settings:
+    """Settings of an export, artefact or plain diffusers folder.
+
+    Without generation.json, the defaults are those of diffusers' StableDiffusion3Pipeline at the trained size.
+
+    Raises:
+        InputError: a config or generation.json lacks a field or holds an impossible value.
+    """
+    config_path = folder / "transformer" / "config.json"
+    config = read_json(config_path)
+    decoders = [folder / name / "config.json" for name in ("vae_decoder", "vae")]
+    vae_path = next((p for p in decoders if p.exists()), decoders[-1])
+    widths = read_json(vae_path).get("block_out_channels")
+    if not isinstance(widths, list) or not widths:
+        raise InputError(f"{vae_path}: block_out_channels: found {widths!r}, expected a list of widths")
+    factor = 2 ** (len(widths) - 1)
+    generation = Generation.load(folder)
+    if not (folder / "generation.json").exists():
+        side = _whole(config_path, config, "sample_size") * factor
+        generation = replace(generation, height=side, width=side)
+    channels, patch = _whole(config_path, config, "in_channels"), _whole(config_path, config, "patch_size")
+    settings = Settings(generation, channels, factor, patch)
+    check_size(settings, generation.height, generation.width, where=f"{folder / 'generation.json'}: ")
+    return settings
+
+
+def check_size(settings: Settings, height: int, width: int, *, where: str = "") -> None:
+    """Refuse an image size that is not a whole number of tokens.
+
+    Raises:
+        InputError: height or width is not a positive multiple of factor times patch.
+    """
+    unit = settings.factor * settings.patch
+    for field, value in (("height", height), ("width", width)):
+        if value < unit or value % unit:
+            raise InputError(f"{where}{field}: found {value}, expected a multiple of {unit}")
+
+
+def initial_latents(settings: Settings, seeds: Sequence[int], height: int, width: int) -> Array:
+    """Standard normal latents (B, C, h, w), one numpy generator per seed: an image never depends on its batch."""
+    shape = settings.channels, height // settings.factor, width // settings.factor
+    return np.stack([np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds])
+
+
+def denoise(
+    backend: Backend,
+    scheduler: FlowMatchEuler,
+    latents: Array,
+    positive: tuple[Array, Array],
+    negative: tuple[Array, Array] | None,
+    *,
+    steps: int,
+    guidance_scale: float,
+    tokens: int,
+    progress: StepProgress | None = None,
+) -> Array:
+    """The loop from noise (B, C, h, w) to clean latents; with `negative`, guidance in one batch of 2 B.
+
+    Args:
+        backend: gives the velocity.
+        scheduler: gives the sigmas.
+        latents: the start, B seeds.
+        positive: hidden (B, M, K) and pooled (B, P) of the prompts.
+        negative: the same of the negative prompts, or None for no guidance.
+        steps: denoising steps.
+        guidance_scale: factor on (conditional - unconditional).
+        tokens: image tokens N, which dynamic shifting depends on.
+        progress: called after each step.
+    """
+    text, pooled = positive
+    if negative is not None:
+        # The unconditional half first, as in diffusers.
+        text, pooled = np.concatenate([negative[0], text]), np.concatenate([negative[1], pooled])
+    sigmas = scheduler.sigmas(steps, tokens=tokens)
+    for i in range(steps):
+        batch = latents if negative is None else np.concatenate([latents, latents])
+        timestep = np.full(len(batch), sigmas[i] * np.float32(scheduler.num_train_timesteps), np.float32)
+        velocity = backend.step(batch, text, pooled, timestep)
+        if negative is not None:
+            without, with_text = np.split(velocity, 2)
+            velocity = without + np.float32(guidance_scale) * (with_text - without)
+        latents = scheduler.step(velocity, latents, sigmas[i], sigmas[i + 1])
+        if progress is not None:
+            progress(i + 1, steps)
+    return latents
+
+
+def to_uint8(pixels: Array) -> NDArray[np.uint8]:
+    """Pixels (B, 3, H, W) in -1..1 to (B, H, W, 3) in 0..255."""
+    unit = np.clip(pixels * 0.5 + 0.5, 0, 1).transpose(0, 2, 3, 1)
+    out: NDArray[np.uint8] = (unit * 255).round().astype(np.uint8)
+    return out
+
+
+class Runtime:
+    """An opened model. Use it as a context manager, or call `close`.
+
+    Example:
+        with edgeprune.runtimes.load("out") as model:
+            model.generate("two red circles", seed=3)[0].save("out.png")
+    """
+
+    def __init__(self, backend: Backend, settings: Settings, scheduler: FlowMatchEuler) -> None:
+        self.backend, self.settings, self.scheduler = backend, settings, scheduler
+
+    @property
+    def name(self) -> str:
+        """The runtime's name: `ort`, `eager`."""
+        return self.backend.name
+
+    def step(self, latents: Array, text: Array, pooled: Array, timestep: Array) -> Array:
+        """One velocity; shapes as in `Backend.step`."""
+        return self.backend.step(latents, text, pooled, timestep)
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] = 0,
+        progress: StepProgress | None = None,
+    ) -> list[Image.Image]:
+        """One image per prompt; what is None comes from the folder's generation.json.
+
+        Args:
+            prompt: one prompt or several, run as one batch.
+            negative_prompt: what guidance steers away from, for all prompts.
+            steps: denoising steps.
+            guidance_scale: 1 or less turns guidance off and halves the work.
+            height: pixels.
+            width: pixels.
+            seed: one per prompt, or one number s for s, s + 1, ... The same seed gives the same start in every runtime.
+            progress: called with (steps done, steps in all).
+
+        Raises:
+            InputError: no prompt, steps below 1, a seed below 0, seeds and prompts differ in number, or a bad size.
+        """
+        from PIL import Image
+
+        latents = self.generate_latents(
+            prompt,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            seed=seed,
+            progress=progress,
+        )
+        return [Image.fromarray(image) for image in to_uint8(self.backend.decode(latents))]
+
+    def generate_latents(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] = 0,
+        progress: StepProgress | None = None,
+    ) -> Array:
+        """As `generate`, stopping before the VAE: latents (B, C, h, w)."""
+        settings = self.settings
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise InputError("prompt: found an empty list, expected at least one prompt")
+        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise InputError(f"seed: found {len(seeds)} seeds, expected one for each of {len(prompts)} prompts")
+        if min(seeds) < 0:
+            raise InputError(f"seed: found {min(seeds)}, expected 0 or more")
+        steps = settings.generation.num_inference_steps if steps is None else steps
+        if steps < 1:
+            raise InputError(f"steps: found {steps}, expected 1 or more")
+        scale = settings.generation.guidance_scale if guidance_scale is None else guidance_scale
+        height = settings.generation.height if height is None else height
+        width = settings.generation.width if width is None else width
+        check_size(settings, height, width)
+        positive = self.backend.encode(prompts)
+        negative = None
+        if scale > 1:
+            hidden, pooled = self.backend.encode([negative_prompt])
+            negative = hidden.repeat(len(prompts), axis=0), pooled.repeat(len(prompts), axis=0)
+        unit = settings.factor * settings.patch
+        return denoise(
+            self.backend,
+            self.scheduler,
+            initial_latents(settings, seeds, height, width),
+            positive,
+            negative,
+            steps=steps,
+            guidance_scale=scale,
+            tokens=(height // unit) * (width // unit),
+            progress=progress,
+        )
+
+    def memory(self) -> dict[str, memory.Reading]:
+        """This process's memory now and at its peak; each row says how it was measured."""
+        return memory.read()
+
+    def close(self) -> None:
+        """Give the weights back."""
+        self.backend.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_runtime(folder: Path, module: ModuleType, options: dict[str, Any]) -> Runtime:
+    """Read the small files first, so that a bad setting is told before gigabytes are loaded."""
+    settings = read_settings(folder)
+    scheduler_path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = FlowMatchEuler.from_config(read_json(scheduler_path), where=str(scheduler_path))
+    return Runtime(module.open_backend(folder, settings, **options), settings, scheduler)

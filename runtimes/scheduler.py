@@ -1,0 +1,117 @@
+"""Flow matching's Euler schedule in numpy, equal to diffusers' FlowMatchEulerDiscreteScheduler to 1e-6.
+
+A sample moves from sigma 1 (noise) to 0 (image) along the predicted velocity. What it leaves out, and refuses by
+name: Karras, exponential and beta sigmas, inverted sigmas, stochastic sampling, user-given timesteps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.errors import InputError
+
+_OFF = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
+
+
+@dataclass(frozen=True)
+class FlowMatchEuler:
+    """The fields of scheduler_config.json that matter here, under diffusers' names and defaults."""
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    """Shift by image size (`mu`) instead of the constant `shift`."""
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    shift_terminal: float | None = None
+    """Stretch the sigmas so that the last one before 0 has this value."""
+    time_shift_type: str = "exponential"
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], *, where: str = "scheduler_config.json") -> FlowMatchEuler:
+        """Read a scheduler_config.json.
+
+        Raises:
+            InputError: another scheduler class, or a field that is not supported; the field is named.
+        """
+        found = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+        if found != "FlowMatchEulerDiscreteScheduler":
+            raise InputError(f"{where}: _class_name: found {found!r}, expected 'FlowMatchEulerDiscreteScheduler'")
+        known = {f.name for f in fields(cls)}
+        for field, value in config.items():
+            # A field of a later diffusers is harmless while it is off.
+            if field in _OFF or (field not in known and not field.startswith("_")):
+                if value not in (None, False):
+                    raise InputError(f"{where}: {field}: found {value!r}, expected it off; it is not supported here")
+            elif field in known and not _valid(field, value):
+                raise InputError(f"{where}: {field}: found {value!r}, expected {_EXPECTED.get(field, 'a number')}")
+        return cls(**{k: v for k, v in config.items() if k in known})
+
+    def mu(self, tokens: int) -> float:
+        """The dynamic shift for an image of `tokens` tokens: linear between the base and the maximum length."""
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return tokens * slope + self.base_shift - slope * self.base_image_seq_len
+
+    def sigmas(self, steps: int, *, tokens: int = 0) -> NDArray[np.float32]:
+        """Noise levels before each step and 0 after the last: (steps + 1,), falling.
+
+        Args:
+            steps: denoising steps.
+            tokens: image tokens; only dynamic shifting reads it.
+
+        Raises:
+            InputError: a single step cannot both start at 1 and end at `shift_terminal`.
+        """
+        if self.shift_terminal and steps < 2:
+            raise InputError(f"steps: found {steps}, expected at least 2 with shift_terminal {self.shift_terminal}")
+        n = self.num_train_timesteps
+        lowest, highest = np.float32(1) / np.float32(n), 1.0
+        if not self.use_dynamic_shifting:
+            # diffusers shifts its training sigmas once here and the picked ones again below: keep both.
+            lowest = np.float32(self.shift) * lowest / (1 + np.float32(self.shift - 1) * lowest)
+        picked = np.linspace(highest * n, float(lowest) * n, steps) / n
+        if not self.use_dynamic_shifting:
+            picked = self.shift * picked / (1 + (self.shift - 1) * picked)
+        else:
+            mu = self.mu(tokens)
+            level = math.exp(mu) if self.time_shift_type == "exponential" else mu
+            picked = level / (level + (1 / picked - 1))
+        if self.shift_terminal:
+            rest = 1 - picked
+            picked = 1 - rest * (1 - self.shift_terminal) / rest[-1]
+        return np.append(picked, 0.0).astype(np.float32)
+
+    def step(
+        self, velocity: NDArray[np.float32], sample: NDArray[np.float32], sigma: np.float32, following: np.float32
+    ) -> NDArray[np.float32]:
+        """The sample at noise level `following`, from the sample and its velocity at `sigma`; any shape."""
+        return sample + (following - sigma) * velocity
+
+
+_EXPECTED = {
+    "num_train_timesteps": "a whole number above 0",
+    "use_dynamic_shifting": "true or false",
+    "time_shift_type": "'exponential' or 'linear'",
+    "shift_terminal": "null or a number between 0 and 1",
+}
+
+
+def _valid(field: str, value: object) -> bool:
+    if field == "use_dynamic_shifting":
+        return isinstance(value, bool)
+    if field == "time_shift_type":
+        return value in ("exponential", "linear")
+    if field == "shift_terminal" and value is None:
+        return True
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if field == "num_train_timesteps":
+        return isinstance(value, int) and value > 0
+    return 0 <= value < 1 if field == "shift_terminal" else True

@@ -1,0 +1,49 @@
+"""Prompts to token ids with the `tokenizers` package alone, as transformers' CLIPTokenizer pads and truncates.
+
+What it leaves out: T5 (its zero tokens are added by the runtimes) and prompt weighting.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from edgeprune.errors import InputError
+from edgeprune.files import read_json
+
+_LONGEST = 1_000_000  # transformers writes 1e30 where a tokenizer has no limit
+
+
+class PromptTokenizer:
+    """A `tokenizer` folder: tokenizer.json (the rules) and tokenizer_config.json (length and padding token).
+
+    Raises:
+        InputError: a file is missing or damaged, or has no usable length or padding token.
+    """
+
+    def __init__(self, folder: Path, *, max_length: int | None = None) -> None:
+        path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        config = read_json(config_path)
+        read_json(path)
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # `tokenizers` raises bare Exception
+            raise InputError(f"{path}: found {error}, expected a tokenizer of the tokenizers package") from None
+        found = config.get("model_max_length")
+        if isinstance(found, bool) or not isinstance(found, int) or not 2 < found < _LONGEST:
+            raise InputError(f"{config_path}: model_max_length: found {found!r}, expected a whole number above 2")
+        self.max_length = found if max_length is None else max_length
+        token = config.get("pad_token", "<|endoftext|>")
+        token = token["content"] if isinstance(token, dict) and "content" in token else token
+        pad_id = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if pad_id is None:
+            raise InputError(f"{config_path}: pad_token: found {token!r}, expected a token of {path.name}")
+        self._tokenizer.enable_truncation(self.max_length)
+        self._tokenizer.enable_padding(length=self.max_length, pad_id=pad_id, pad_token=token)
+
+    def __call__(self, prompts: list[str]) -> NDArray[np.int64]:
+        """Token ids (B, max_length)."""
+        return np.asarray([e.ids for e in self._tokenizer.encode_batch(prompts)], np.int64)

@@ -1,0 +1,96 @@
+"""Targets: what a device can run, as data. One TOML per device in this folder, and one dataclass that reads it.
+
+A target says which runtime it uses, how much memory it has and which weight formats it takes.
+Left out: measured speed, which `edgeprune bench` finds out, and anything of one model.
+"""
+
+from __future__ import annotations
+
+# The folder is mapped to this name by pyproject.toml; under any other it would be imported twice.
+if __name__ != "edgeprune.targets":
+    raise ImportError(f"this package is edgeprune.targets, not {__name__}; run: pip install -e .")
+
+import sys
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from typing import Any, get_type_hints
+
+from edgeprune.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Target", "load", "names"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One device, as its TOML says."""
+
+    name: str
+    """The file's name without .toml, as given to `--target`."""
+    description: str
+    """One line for people."""
+    runtime: str
+    """The module of edgeprune.runtimes that runs on it."""
+    memory_bytes: int
+    """Memory that models may share with everything else on the device."""
+    memory_source: str
+    """Where `memory_bytes` comes from."""
+    dtypes: tuple[str, ...]
+    """Formats of weights that the runtime takes, the smallest first."""
+    int4_group_sizes: tuple[int, ...]
+    """Sizes of INT4 groups along the input that it takes, the best first."""
+    int4_symmetric_only: bool
+    """True if INT4 weights must not have zero points."""
+    opset: int
+    """ONNX opset to export with; 0 where the runtime does not read ONNX."""
+
+
+def names() -> list[str]:
+    """The names that `load` knows, sorted."""
+    return sorted(f.name.removesuffix(".toml") for f in files(__name__).iterdir() if f.name.endswith(".toml"))
+
+
+def load(name: str) -> Target:
+    """Read a target by its name.
+
+    Raises:
+        InputError: there is no such target, or its file does not say exactly what `Target` holds.
+    """
+    if name not in names():
+        raise InputError(f"target: found {name!r}, expected one of {', '.join(names())}")
+    return parse(name, (files(__name__) / f"{name}.toml").read_text("utf-8"))
+
+
+def parse(name: str, text: str) -> Target:
+    """A target from the text of its TOML.
+
+    Raises:
+        InputError: the text is not TOML, or a field is missing, unknown or of another type.
+    """
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{name}.toml: not TOML: {error}") from error
+    expected = {f.name for f in fields(Target)} - {"name"}
+    if unlike := sorted(expected ^ found.keys()):
+        raise InputError(
+            f"{name}.toml: {', '.join(unlike)}: missing or unknown, expected {', '.join(sorted(expected))}"
+        )
+    kinds = get_type_hints(Target)
+    return Target(name=name, **{key: _value(name, key, value, kinds[key]) for key, value in found.items()})
+
+
+def _value(name: str, key: str, value: Any, kind: Any) -> Any:
+    items = getattr(kind, "__args__", None)
+    if items and isinstance(value, list):
+        return tuple(_value(name, key, item, items[0]) for item in value)
+    # `type is`, because True is an int to isinstance.
+    if items or type(value) is not kind:
+        raise InputError(f"{name}.toml: {key}: found {value!r}, expected {'a list' if items else kind.__name__}")
+    if kind is int and value < 0:
+        raise InputError(f"{name}.toml: {key}: found {value}, expected 0 or more")
+    return value

@@ -1,0 +1,30 @@
+"""Fixtures that several test files share, because they take long to make."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+# --import-mode=importlib leaves the path alone; this lets tests say `import tiny`.
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny diffusers folder and its ONNX export, not quantised; copy before damaging one."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("onnxruntime")
+    from edgeprune.export.to_onnx import export
+
+    source = tmp_path_factory.mktemp("tiny") / "source"
+    out = source.with_name("onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vendors' deprecations
+        import tiny
+
+        tiny.tiny_pipeline(source)
+        export(source, out)
+    return source, out

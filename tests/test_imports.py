@@ -1,0 +1,186 @@
+"""What imports what, and what an import costs.
+
+The order is that of CONTRIBUTING.md: a module imports from its own or an earlier rank only. Imports inside functions
+count too, and so do those under TYPE_CHECKING; only the package's own lazy `load` is free, since it is the public door.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Longest prefix wins. Modules of one rank may import each other.
+RANKS: list[tuple[str, ...]] = [
+    ("errors", "targets"),
+    ("files", "resume"),
+    ("generation", "demo.shapes"),
+    ("families",),
+    ("precision", "sampling"),
+    ("metrics",),
+    ("contribution",),
+    ("plan",),
+    ("surgery",),
+    ("losses", "distill"),
+    ("int4", "quantize"),
+    ("checkpoint",),
+    ("export",),
+    ("runtimes",),
+    ("bench", "bench_worker"),
+    ("report",),
+    ("pipeline",),
+    ("demo", "cli"),
+]
+DOOR = "edgeprune"  # edgeprune/__init__.py
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the packages by its import name."""
+    out = {}
+    for name, folder in {
+        "edgeprune": ROOT / "edgeprune",
+        **{f"edgeprune.{n}": ROOT / n for n in ("export", "runtimes", "targets")},
+    }.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            out[".".join((name, *(p for p in parts if p != "__init__")))] = path
+    return out
+
+
+def imported(name: str, path: Path, known: set[str], tree: ast.AST | None = None) -> set[str]:
+    """The modules of ours that a file imports, wherever in the file."""
+    base = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    out = set()
+    for node in ast.walk(tree or ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            out |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = base.split(".")[: len(base.split(".")) - node.level + 1] if node.level else []
+            origin = ".".join([*package, *([node.module] if node.module else [])])
+            # `from edgeprune import plan` takes a module, `from edgeprune.plan import Plan` a name of one.
+            out |= {full if (full := f"{origin}.{alias.name}") in known else origin for alias in node.names}
+    return {found for found in out if found == DOOR or found.startswith(f"{DOOR}.")}
+
+
+def rank(name: str) -> int:
+    """The place of a module in the order."""
+    short = name.removeprefix(f"{DOOR}.")
+    fits = [(len(p), i) for i, row in enumerate(RANKS) for p in row if short == p or short.startswith(f"{p}.")]
+    assert fits, f"{name} has no place in the order: give it one in RANKS"
+    return max(fits)[1]
+
+
+def steps_back(imports: dict[str, set[str]]) -> list[str]:
+    """Imports of a later module by an earlier one."""
+    return [
+        f"{name} imports {other}"
+        for name, others in sorted(imports.items())
+        for other in sorted(others)
+        if name != DOOR and other != DOOR and rank(other) > rank(name)
+    ]
+
+
+def test_imports_go_one_way() -> None:
+    known = modules()
+    imports = {name: imported(name, path, set(known)) for name, path in known.items()}
+    assert len(known) > 10 and "edgeprune.errors" in imports["edgeprune.targets"]
+    assert steps_back(imports) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import edgeprune.cli",
+        "from edgeprune import cli",
+        "from edgeprune.cli import main",
+        "from . import cli",
+        "from .cli import main",
+        "def f():\n    from edgeprune import cli as x",
+    ],
+)
+def test_a_step_back_is_seen(line: str) -> None:
+    known = {"edgeprune.cli", "edgeprune.plan"}
+    found = imported("edgeprune.plan", Path("plan.py"), known, ast.parse(line))
+    assert steps_back({"edgeprune.plan": found}) == ["edgeprune.plan imports edgeprune.cli"]
+    assert steps_back({"edgeprune.cli": {"edgeprune.plan"}}) == []
+
+
+def test_no_module_is_named_like_a_vendor() -> None:
+    vendors = {"onnx", "torch", "numpy", "coremltools", "openvino", "tensorrt", "nncf", "diffusers", "transformers"}
+    assert not {path.stem for path in modules().values()} & vendors
+
+
+HEAVY = ("torch", "diffusers", "transformers", "nncf", "accelerate", "onnxruntime", "scipy", "matplotlib")
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level packages in sys.modules of a fresh interpreter after `code`."""
+    code += "\nimport sys, json; print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests")
+    assert run.returncode == 0, run.stderr
+    return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+def light(package: str) -> list[str]:
+    return [m for m in modules() if m.startswith(f"edgeprune.{package}") and m != "edgeprune.runtimes.eager"]
+
+
+@pytest.mark.parametrize("package", ["runtimes", "targets"])
+def test_device_side_never_imports_torch(package: str) -> None:
+    # A runtime's vendor may be absent here; what matters is what was loaded until then.
+    tries = "\n".join(f"try: import {m}\nexcept ImportError: pass" for m in light(package))
+    assert not loaded_by(f"from edgeprune.errors import EdgepruneError\n{tries}") & {
+        "torch",
+        "diffusers",
+        "transformers",
+    }
+
+
+def test_device_side_names_no_torch() -> None:
+    """The same by reading: an import inside a function, which the subprocess does not run, counts too."""
+    for name in [*light("runtimes"), *light("targets")]:
+        tree = ast.parse(modules()[name].read_text("utf-8"))
+        names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+        names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not {n.partition(".")[0] for n in names} & {"torch", "diffusers", "transformers"}, name
+
+
+def test_the_probe_sees_torch() -> None:
+    pytest.importorskip("torch")
+    assert "torch" in loaded_by("import edgeprune.int4")
+
+
+def test_import_edgeprune_loads_nothing_heavy() -> None:
+    assert not loaded_by("import edgeprune; edgeprune.__version__") & set(HEAVY)
+
+
+def test_cli_loads_nothing_heavy_for_help() -> None:
+    code = "import sys; sys.argv = ['edgeprune', '--help']\nfrom edgeprune.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass"
+    assert not loaded_by(code) & set(HEAVY)
+
+
+def fastest_s(arguments: list[str]) -> float:
+    """Best of three, after one run that fills the caches."""
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=ROOT / "tests")
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-c", "import edgeprune"], ["-c", "import sys; from edgeprune.cli import main; sys.exit(main())", "--help"]],
+    ids=["import", "help"],
+)
+def test_start_is_quick(arguments: list[str]) -> None:
+    assert fastest_s(arguments) < 0.5

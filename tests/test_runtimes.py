@@ -1,0 +1,302 @@
+"""Runtimes: tokens as transformers', images as torch's, and errors that name the file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeprune import runtimes
+from edgeprune.errors import InputError, MissingExtraError
+from edgeprune.runtimes import base, memory
+from edgeprune.runtimes.base import Generation, Settings
+from edgeprune.runtimes.scheduler import FlowMatchEuler
+
+PROMPTS = ["two red circles", "a drawing of a star above a ring"]
+
+
+class FakeBackend:
+    """Velocity is the latents plus the text's mean, so that every input reaches the output."""
+
+    name, provider, precision = "fake", "cpu", "fp32"
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def encode(self, prompts: list[str]) -> tuple[base.Array, base.Array]:
+        lengths = np.asarray([len(p) for p in prompts], np.float32)
+        return np.tile(lengths[:, None, None], (1, 4, 6)), np.tile(lengths[:, None], (1, 3))
+
+    def step(self, latents: base.Array, text: base.Array, pooled: base.Array, timestep: base.Array) -> base.Array:
+        self.batches.append(len(latents))
+        assert len(text) == len(pooled) == len(timestep) == len(latents)
+        return latents + text.mean((1, 2))[:, None, None, None] / 100
+
+    def decode(self, latents: base.Array) -> base.Array:
+        return np.tanh(latents[:, :3].repeat(8, axis=2).repeat(8, axis=3))
+
+    def close(self) -> None:
+        pass
+
+
+def fake() -> base.Runtime:
+    generation = Generation(3, 2.0, 32, 16, 0)
+    return base.Runtime(FakeBackend(), Settings(generation, 4, 8, 2), FlowMatchEuler())
+
+
+def test_an_image_does_not_depend_on_its_batch() -> None:
+    both = fake().generate(PROMPTS, seed=5)
+    alone = fake().generate(PROMPTS[1], seed=6)
+    assert both[0].size == (16, 32)
+    np.testing.assert_array_equal(np.asarray(both[1]), np.asarray(alone[0]))
+    same = fake().generate(PROMPTS, seed=[6, 6])
+    np.testing.assert_array_equal(np.asarray(same[1]), np.asarray(alone[0]))
+
+
+def test_guidance_doubles_the_batch_and_can_be_off() -> None:
+    model = fake()
+    seen: list[tuple[int, int]] = []
+    model.generate("x", progress=lambda done, total: seen.append((done, total)))
+    assert isinstance(model.backend, FakeBackend)
+    assert model.backend.batches == [2, 2, 2] and seen == [(1, 3), (2, 3), (3, 3)]
+    model.backend.batches.clear()
+    model.generate("x", guidance_scale=1.0, steps=2)
+    assert model.backend.batches == [1, 1]
+    # Guidance 1 by hand: v = v0 + 1 (v1 - v0) = v1.
+    with_text = model.generate_latents("x", guidance_scale=1.0)
+    nearly = model.generate_latents("x", guidance_scale=1.0000001)
+    np.testing.assert_allclose(nearly, with_text, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"seed": -1}, "seed"),
+        ({"seed": [1, 2]}, "seed"),
+        ({"steps": 0}, "steps"),
+        ({"height": 24}, "height"),
+        ({"width": 0}, "width"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        fake().generate(**({"prompt": "x"} | options))
+
+
+def test_memory_rows_say_how() -> None:
+    rows = memory.read()
+    assert rows["peak_rss_bytes"].bytes >= rows["rss_bytes"].bytes * 0.9 > 1e6
+    assert all(r.how for r in rows.values())
+    if sys.platform == "linux":
+        assert rows["anon_bytes"].bytes + rows["file_bytes"].bytes == pytest.approx(rows["rss_bytes"].bytes, rel=0.05)
+    assert memory.parse_kib("VmHWM:\t   12 kB\nThreads:\t3\n") == {"VmHWM": 12288}
+
+
+def test_memory_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("psutil")  # imported here: it looks at the platform too
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert {"rss_bytes", "peak_rss_bytes"} <= set(memory.read())
+
+
+# ------------------------------------------------------------------------------------- real files
+
+
+@pytest.fixture
+def source(tiny_folders: tuple[Path, Path]) -> Path:
+    """A tiny diffusers folder."""
+    return tiny_folders[0]
+
+
+@pytest.fixture
+def exported(tiny_folders: tuple[Path, Path]) -> Path:
+    """Its ONNX export, not quantised."""
+    return tiny_folders[1]
+
+
+@pytest.fixture
+def copy(exported: Path, tmp_path: Path) -> Iterator[Path]:
+    """The export, to be damaged."""
+    yield Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+def test_tokens_equal_transformers(exported: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    from edgeprune.runtimes.text import PromptTokenizer
+
+    theirs = CLIPTokenizer.from_pretrained(exported / "tokenizer")
+    texts = [
+        *PROMPTS,
+        "",
+        "  Two   RED\ncircles!! ",
+        "a " * 40,
+        "x" * 99,
+        "déjà vu, it's 12345 <|endoftext|> 🙂",
+        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen",
+    ]
+    ids = theirs(texts, padding="max_length", max_length=theirs.model_max_length, truncation=True).input_ids
+    ours = PromptTokenizer(exported / "tokenizer")
+    assert ours.max_length == 16
+    np.testing.assert_array_equal(ours(texts), ids)
+    np.testing.assert_array_equal(
+        PromptTokenizer(exported / "tokenizer", max_length=7)(texts),
+        theirs(texts, padding="max_length", max_length=7, truncation=True).input_ids,
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_same_seed_same_image_as_torch(source: Path, exported: Path) -> None:
+    """Same weights in float32: latents to 1e-4 of their size, pixels to 1 of 255."""
+    with runtimes.load(exported) as ours, runtimes.load(source) as theirs:
+        assert (ours.name, theirs.name) == ("ort", "eager")
+        for mine, reference in zip(ours.backend.encode(PROMPTS), theirs.backend.encode(PROMPTS), strict=True):
+            np.testing.assert_allclose(mine, reference, atol=2e-5)
+        mine, reference = (m.generate_latents(PROMPTS, seed=7) for m in (ours, theirs))
+        assert np.linalg.norm(mine - reference) <= 1e-4 * np.linalg.norm(reference)
+        images = [m.generate(PROMPTS, seed=7) for m in (ours, theirs)]
+        for a, b in zip(*images, strict=True):
+            assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
+        assert np.asarray(images[0][0]).std() > 5
+        # Another size than the exported example's, and no guidance.
+        wide = [m.generate(PROMPTS[0], height=32, width=96, guidance_scale=0, steps=2)[0] for m in (ours, theirs)]
+        assert wide[0].size == (96, 32)
+        assert np.abs(np.asarray(wide[0], int) - np.asarray(wide[1], int)).max() <= 1
+    with pytest.raises(InputError, match="closed"):
+        ours.generate("x")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_eager_equals_stock_diffusers(source: Path) -> None:
+    """Our loop, guidance and decoding against StableDiffusion3Pipeline itself, from the same noise."""
+    import torch
+
+    with runtimes.load(source) as model:
+        ours = np.asarray(model.generate(PROMPTS[0], seed=3)[0], int)
+        noise = base.initial_latents(model.settings, [3], 64, 64)
+        pipe = model.backend.pipeline  # type: ignore[attr-defined]
+        pipe.set_progress_bar_config(disable=True)
+        theirs = pipe(
+            PROMPTS[0], latents=torch.from_numpy(noise), num_inference_steps=4, guidance_scale=3.0, height=64, width=64,
+            max_sequence_length=0,
+        ).images[0]  # fmt: skip
+    assert np.abs(ours - np.asarray(theirs, int)).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_half_precision_reference_draws_about_the_same(source: Path) -> None:
+    with runtimes.load(source, dtype="bf16") as half, runtimes.load(source) as full:
+        assert half.backend.precision == "bf16"
+        a, b = (np.asarray(m.generate(PROMPTS[0])[0], float) for m in (half, full))
+    assert np.abs(a - b).mean() < 8
+
+
+def test_without_torch(exported: Path, tmp_path: Path) -> None:
+    """A device: importing torch, diffusers or transformers fails, and an image is drawn all the same."""
+    code = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in ('torch', 'diffusers', 'transformers', 'onnx', 'scipy'):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+from edgeprune import runtimes
+with runtimes.load(sys.argv[1]) as model:
+    model.generate('two red circles', seed=1)[0].save(sys.argv[2])
+"""
+    out = tmp_path / "out.png"
+    done = subprocess.run([sys.executable, "-c", code, exported, out], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    from PIL import Image
+
+    with Image.open(out) as image:
+        assert image.size == (64, 64)
+
+
+def test_folders_that_are_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no folder"):
+        runtimes.load(tmp_path / "absent")
+    with pytest.raises(InputError, match=r"model_index\.json"):
+        runtimes.load(tmp_path)
+    (tmp_path / "edgeprune_export.json").write_text('{"target": "toaster"}')
+    with pytest.raises(InputError, match="toaster"):
+        runtimes.load(tmp_path)
+
+
+def test_wrong_runtime_for_a_folder(exported: Path, source: Path) -> None:
+    with pytest.raises(InputError, match="export it first"):
+        runtimes.load(source, "ort")
+    with pytest.raises(InputError, match="eager"):
+        runtimes.load(exported, "eager")
+    with pytest.raises(InputError, match="expected one of ort, eager"):
+        runtimes.load(exported, "abacus")
+
+
+def test_missing_package_says_the_extra(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"edgeprune\[onnx\]"):
+        runtimes.load(exported)
+
+
+@pytest.mark.parametrize("name", ["transformer/model.onnx", "text_encoder_2/model.onnx", "vae_decoder/model.onnx"])
+def test_truncated_or_missing_onnx(copy: Path, name: str) -> None:
+    path = copy / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match=name):
+        runtimes.load(copy)
+    path.unlink()
+    with pytest.raises(InputError, match=name):
+        runtimes.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("generation.json", "num_inference_steps", 0),
+        ("generation.json", "guidance_scale", "high"),
+        ("generation.json", "height", 63),
+        ("transformer/config.json", "patch_size", None),
+        ("transformer/config.json", "joint_attention_dim", "wide"),
+        ("vae_decoder/config.json", "block_out_channels", []),
+        ("scheduler/scheduler_config.json", "use_karras_sigmas", True),
+        ("tokenizer/tokenizer_config.json", "model_max_length", 1e30),
+        ("tokenizer/tokenizer_config.json", "pad_token", "<nothing>"),
+    ],
+)
+def test_bad_field(copy: Path, name: str, field: str, value: object) -> None:
+    path = copy / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(InputError, match=rf"{name}.*{field}"):
+        runtimes.load(copy)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["generation.json", "edgeprune_export.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"],
+)
+def test_damaged_json(copy: Path, name: str) -> None:
+    (copy / name).write_text('{"half')
+    with pytest.raises(InputError, match=name):
+        runtimes.load(copy)
+    (copy / name).write_text("{}")
+    if name.startswith("tokenizer"):
+        with pytest.raises(InputError, match=name):
+            runtimes.load(copy)
+
+
+def test_bad_runtime_options(exported: Path) -> None:
+    with pytest.raises(InputError, match="accuracy_level"):
+        runtimes.load(exported, accuracy_level=9)
+
+
+def test_refuses_to_be_imported_under_another_name() -> None:
+    root = Path(runtimes.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", "import runtimes"], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 1 and "edgeprune.runtimes" in done.stderr

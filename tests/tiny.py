@@ -1,0 +1,101 @@
+"""A complete random SD3 pipeline, small enough to build in a test: 3 blocks of width 64, two CLIPs, a VAE.
+
+Seeded, so that every call makes the same weights. The zero-initialised layers diffusers leaves (none in SD3) would
+hide errors; adaLN modulation is therefore given visible weights. What it leaves out: sense; it draws noise.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+TOKENS, TEXT_WIDTH = 16, 32
+GENERATION = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 64, "width": 64, "max_sequence_length": 0}
+
+
+def tiny_transformer(**overrides: Any) -> SD3Transformer2DModel:
+    """3 blocks of width 64 over 8x8x8 latents, 16 text tokens of width 64; `overrides` go into the config."""
+    config: dict[str, Any] = {
+        "sample_size": 8, "patch_size": 1, "in_channels": 8, "out_channels": 8, "num_layers": 3,
+        "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 2 * TEXT_WIDTH,
+        "caption_projection_dim": 64, "pooled_projection_dim": 2 * TEXT_WIDTH, "pos_embed_max_size": 16,
+        "qk_norm": "rms_norm",
+    }  # fmt: skip
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(**config | overrides)
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            # Gates near zero would let a wrong branch pass unseen.
+            if "norm1" in name and name.endswith("linear.weight"):
+                parameter.mul_(4)
+    return transformer.eval()
+
+
+def tiny_inputs(*, batch: int = 2, height: int = 8, width: int = 8, tokens: int = TOKENS) -> dict[str, torch.Tensor]:
+    """One denoising step's inputs of `tiny_transformer()`, seeded."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(batch, 8, height, width, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, tokens, 2 * TEXT_WIDTH, generator=generator),
+        "pooled_projections": torch.randn(batch, 2 * TEXT_WIDTH, generator=generator),
+        "timestep": torch.rand(batch, generator=generator) * 1000,
+    }
+
+
+def tiny_text_encoder(vocab: int, end: int, *, seed: int = 0) -> CLIPTextModelWithProjection:
+    """Two layers of width 32."""
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=vocab, hidden_size=TEXT_WIDTH, intermediate_size=64, projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=TOKENS,
+        bos_token_id=end - 1, eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
+    return CLIPTextModelWithProjection(config).eval()
+
+
+def tiny_vae() -> AutoencoderKL:
+    """Factor 8, 8 latent channels, with the scale and shift of no real model."""
+    torch.manual_seed(2)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=8, norm_num_groups=4, sample_size=64,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.3, shift_factor=0.1,
+    )  # fmt: skip
+    return vae.eval()
+
+
+@functools.cache
+def tiny_tokenizer() -> CLIPTokenizer:
+    """The tokenizer of the built-in model (its training takes half a second, once a process)."""
+    from edgeprune.demo.train import make_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        return make_tokenizer(Path(folder))
+
+
+def tiny_pipeline(folder: Path, **overrides: Any) -> StableDiffusion3Pipeline:
+    """The whole pipeline, also saved to `folder` in half precision with a generation.json; T5 is absent."""
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    pipeline = StableDiffusion3Pipeline(
+        transformer=tiny_transformer(**overrides),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=tiny_vae(),
+        text_encoder=tiny_text_encoder(len(tokenizer), end, seed=3),
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_text_encoder(len(tokenizer), end, seed=4),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)
+    (folder / "generation.json").write_text(json.dumps(GENERATION, indent=1) + "\n")
+    # Back to float32, now exactly what is on disk.
+    return pipeline.to(torch.float32)
