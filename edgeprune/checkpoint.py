@@ -1,4 +1,6 @@
-"""The artefact on disk: a diffusers folder plus `edgeprune.json`. Atomic writes, strict and hashed reads, safetensors only.
+"""The artefact on disk: a diffusers folder plus `edgeprune.json`.
+
+Atomic writes, strict and hashed reads, safetensors only.
 
 `transformer/` holds the pruned weights in half precision; `transformer_int4/` the quantised ones. Whole-block plans
 load `transformer/` in stock diffusers; everything loads here. What it leaves out: shards and streaming.
@@ -68,7 +70,9 @@ class Manifest:
         data = read_json(path)
         if data.get("schema_version") != SCHEMA_VERSION:
             found = data.get("schema_version")
-            raise InputError(f"{path}: schema_version: found {found!r}, expected {SCHEMA_VERSION}; make the artefact again")
+            raise InputError(
+                f"{path}: schema_version: found {found!r}, expected {SCHEMA_VERSION}; make the artefact again"
+            )
         try:
             manifest = cls(**data)
         except TypeError as error:
@@ -107,7 +111,9 @@ class Manifest:
             if not path.is_file():
                 raise InputError(f"{path}: no such file, but {MANIFEST} lists it; make the artefact again")
             if sha256_file(path) != expected:
-                raise InputError(f"{path}: its SHA-256 is not the one in {MANIFEST}; the file is damaged or was changed")
+                raise InputError(
+                    f"{path}: its SHA-256 is not the one in {MANIFEST}; the file is damaged or was changed"
+                )
 
     def prune_plan(self, folder: Path) -> PrunePlan | None:
         """The plan that `transformer/` follows."""
@@ -134,7 +140,9 @@ def resolve(model: str | None) -> Path:
     """
     if model is None:
         if not BUILTIN.is_dir():
-            raise InputError(f"{BUILTIN}: the built-in model is not there; reinstall, or train it: python -m edgeprune.demo.train")
+            raise InputError(
+                f"{BUILTIN}: the built-in model is not there; reinstall, or train it: python -m edgeprune.demo.train"
+            )
         return BUILTIN
     folder = Path(model)
     if folder.is_dir():
@@ -145,7 +153,7 @@ def resolve(model: str | None) -> Path:
 
     try:
         return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.ckpt", "*.pkl", "*.msgpack"]))
-    except Exception as error:  # noqa: BLE001 (the hub's client raises many kinds)
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{model}: no such folder, and not available from the hub ({reason})") from error
 
@@ -161,7 +169,9 @@ def read_config(folder: Path) -> tuple[Config, Family]:
     path = folder / HALF / "config.json"
     if not path.is_file():
         index = read_json(folder / "model_index.json")
-        raise InputError(f"{folder}: not an MMDiT pipeline ({index.get('_class_name')!r} has no transformer/config.json)")
+        raise InputError(
+            f"{folder}: not an MMDiT pipeline ({index.get('_class_name')!r} has no transformer/config.json)"
+        )
     config = read_json(path)
     family = family_of(config, str(path))
     family.tensor_shapes(config)
@@ -226,12 +236,30 @@ def load_pipeline(folder: Path, transformer: nn.Module, dtype: torch.dtype = tor
     """The rest of a folder's pipeline around a loaded transformer. Never runs code or pickles of the folder."""
     from diffusers import DiffusionPipeline
 
-    with readable(folder):
+    # diffusers wants to be told of an absent T5, though the index says so.
+    index = read_json(folder / "model_index.json")
+    absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
+    with readable(folder), _no_bars():
         pipe = DiffusionPipeline.from_pretrained(
-            folder, transformer=transformer, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            folder, transformer=transformer, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **absent
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the vendors' own bars, which run into ours."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for vendor in (diffusers.utils.logging, transformers.utils.logging):
+        vendor.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for vendor in (diffusers.utils.logging, transformers.utils.logging):
+            vendor.enable_progress_bar()
 
 
 def save_transformer(folder: Path, part: str, config: Config, state: dict[str, torch.Tensor]) -> None:
@@ -250,7 +278,9 @@ def save_transformer(folder: Path, part: str, config: Config, state: dict[str, t
         shutil.rmtree(temporary, ignore_errors=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             need = sum(t.numel() * t.element_size() for t in state.values())
-            raise EdgepruneError(f"{folder / part}: disk full while writing {need} bytes; free some space and run again") from error
+            raise EdgepruneError(
+                f"{folder / part}: disk full while writing {need} bytes; free some space and run again"
+            ) from error
         raise EdgepruneError(f"{folder / part}: cannot be written ({error})") from error
     replace_folder(temporary, folder / part)
 

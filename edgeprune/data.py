@@ -79,7 +79,7 @@ def read_imagefolder(folder: Path, width: int, height: int) -> tuple[torch.Tenso
     """
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
-        raise InputError(f"{folder}: no metadata.jsonl; expected lines like {{\"file_name\": …, \"text\": …}}")
+        raise InputError(f'{folder}: no metadata.jsonl; expected lines like {{"file_name": …, "text": …}}')
     images, texts = [], []
     for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -118,7 +118,9 @@ def encode_images(pipe: Any, images: torch.Tensor, progress: Progress, *, batch:
     return torch.cat(parts)
 
 
-def _teacher_made(pipe: Any, prompts: list[str], generation: Generation, progress: Progress, *, batch: int = 32) -> torch.Tensor:
+def _teacher_made(
+    pipe: Any, prompts: list[str], generation: Generation, progress: Progress, *, batch: int = 32
+) -> torch.Tensor:
     condition = encode_prompts(pipe, prompts, generation.max_sequence_length)
     empty = encode_prompts(pipe, [""], generation.max_sequence_length)
     shape = latent_shape(pipe, generation)
@@ -134,7 +136,13 @@ def _teacher_made(pipe: Any, prompts: list[str], generation: Generation, progres
 
 
 def make_pairs(
-    pipe: Any, source: str, generation: Generation, cache: Path, *, samples: int, progress: Progress = lambda done, total: None
+    pipe: Any,
+    source: str,
+    generation: Generation,
+    cache: Path,
+    *,
+    samples: int,
+    progress: Progress = lambda done, total: None,
 ) -> Pairs:
     """Latents and texts from a source, computed once; `cache` is read if it is there.
 
@@ -164,7 +172,12 @@ def make_pairs(
         temporary = cache.with_name(cache.name + ".tmp")
         rows = torch.tensor([index[t] for t in texts])
         save_file(
-            {"latents": latents.contiguous(), "rows": rows, "hidden": encoded.hidden.contiguous(), "pooled": encoded.pooled},
+            {
+                "latents": latents.contiguous(),
+                "rows": rows,
+                "hidden": encoded.hidden.contiguous(),
+                "pooled": encoded.pooled,
+            },
             temporary,
         )
         os.replace(temporary, cache)

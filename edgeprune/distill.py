@@ -3,7 +3,8 @@
 PWP: everything before the first pruned block is frozen; since its inputs need no gradient either, autograd keeps
 nothing of it. SGDistill: the more a part contributes, the less it is updated (`graded`: a learning rate of its own;
 `binary`: the more contributing half is frozen). Each step's randomness comes from (seed, step) and the state is
-written atomically, so a killed run resumes to the same losses. What it leaves out: several processes, and data (see data.py).
+written atomically, so a killed run resumes to the same losses. What it leaves out: several processes,
+and data (see data.py).
 """
 
 from __future__ import annotations
@@ -58,14 +59,18 @@ class DistillOptions:
             if value not in allowed:
                 raise InputError(f"{name}: found {value!r}, expected one of {', '.join(allowed)}")
         if self.steps < 1 or self.batch < 1 or self.rate <= 0:
-            raise InputError(f"--steps, --batch, --rate: found {self.steps}, {self.batch}, {self.rate}, expected above 0")
+            raise InputError(
+                f"--steps, --batch, --rate: found {self.steps}, {self.batch}, {self.rate}, expected above 0"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """For digests and reports."""
         return asdict(self)
 
 
-def strengths(report: ContributionReport | None, plan: PrunePlan, mode: str, components: tuple[str, ...]) -> dict[tuple[int, str], float]:
+def strengths(
+    report: ContributionReport | None, plan: PrunePlan, mode: str, components: tuple[str, ...]
+) -> dict[tuple[int, str], float]:
     """Update strength in 0..1 of every component of every kept block, by original index.
 
     Ranked over all kept parts, 1 for the least contributing; graded falls linearly to 0.1, binary is 1 or 0. Without
@@ -195,10 +200,17 @@ def distill(
         # Features of the frozen prefix are equal by construction; only later blocks can differ.
         later = {k: v for k, v in catch_student.features.items() if not options.freeze_prefix or k > plan.first_pruned}
         loss, _ = distillation_loss(
-            velocity, target, (noise - batch.latents).to(velocity.device), later, catch_teacher.features, options.weights
+            velocity,
+            target,
+            (noise - batch.latents).to(velocity.device),
+            later,
+            catch_teacher.features,
+            options.weights,
         )
         if not torch.isfinite(loss):
-            raise EdgepruneError(f"distill: the loss is not finite at step {step}; {state_path} holds the last good state; lower --rate")
+            raise EdgepruneError(
+                f"distill: the loss is not finite at step {step}; {state_path} holds the last good state; lower --rate"
+            )
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _factor(options.schedule, step, options.steps)
         optimizer.zero_grad(set_to_none=True)
@@ -213,5 +225,7 @@ def distill(
             state = {n: p.detach() for n, p in trained.items()}
             meta = {"step": step, "losses": losses, "inputs": inputs_digest}
             save_state(state_path, {"student": state, "ema": ema.average}, optimizer, meta)
-    result = {n: t.detach().cpu() for n, t in student.state_dict().items()} | {n: t.cpu() for n, t in ema.average.items()}
+    result = {n: t.detach().cpu() for n, t in student.state_dict().items()} | {
+        n: t.cpu() for n, t in ema.average.items()
+    }
     return result, losses

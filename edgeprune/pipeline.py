@@ -144,7 +144,8 @@ class Workspace:
             if self.manifest.source != name or self.manifest.fingerprint != fingerprint(self.config):
                 if not fresh:
                     raise StaleStageError(
-                        f"{out}: made from {self.manifest.source!r}, found {name!r}; use another -o, or --fresh to start over"
+                        f"{out}: made from {self.manifest.source!r}, found {name!r}; "
+                        "use another -o, or --fresh to start over"
                     )
                 shutil.rmtree(out)
                 self._begin(name)
@@ -216,13 +217,18 @@ class Workspace:
             return False
         if found and not self.fresh:
             raise StaleStageError(
-                f"{self.out}: {name} was done with other inputs; use --fresh to do it again, or another -o to keep this one"
+                f"{self.out}: {name} was done with other inputs; "
+                "use --fresh to do it again, or another -o to keep this one"
             )
         start = time.monotonic()
         result = run(key)
         for later in STAGES[STAGES.index(name) :]:
             self.manifest.stages.pop(later, None)
-        self.manifest.stages[name] = {"inputs": key, "seconds": round(time.monotonic() - start, 3), "options": inputs} | result
+        self.manifest.stages[name] = {
+            "inputs": key,
+            "seconds": round(time.monotonic() - start, 3),
+            "options": inputs,
+        } | result
         self.manifest.save(self.out)
         return True
 
@@ -262,8 +268,8 @@ def run_analyze(ws: Workspace, options: AnalyzeOptions, progress: Progress = sil
     def run(key: str) -> dict[str, Any]:
         metric = metric_class(ws.pipe, ws.generation, prompts)
         analyze(
-            ws.family, ws.config, ws.pipe.transformer, metric.score, mean=modulation_mean(ws, prompts), metric=metric.name,
-            prompts=prompts, path=ws.report_path, inputs_digest=key, components=options.components,
+            ws.family, ws.config, ws.pipe.transformer, metric.score, mean=modulation_mean(ws, prompts),
+            metric=metric.name, prompts=prompts, path=ws.report_path, inputs_digest=key, components=options.components,
             progress=lambda done, total: progress("analyze", done, total, ""),
         )  # fmt: skip
         ws.manifest.hash_files(ws.out, "analysis.json")
@@ -282,7 +288,9 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
         ws.manifest.hash_files(ws.out, "plan.json")
         return {}
 
-    return ws.stage("plan", asdict(options) | {"scores": sha256_file(scores) if scores and scores.is_file() else str(scores)}, run)
+    return ws.stage(
+        "plan", asdict(options) | {"scores": sha256_file(scores) if scores and scores.is_file() else str(scores)}, run
+    )
 
 
 def run_prune(ws: Workspace) -> bool:
@@ -329,9 +337,17 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
         )  # fmt: skip
         student = build(ws.family, ws.config, plan, {n: t.float() for n, t in _pruned_state(ws, plan).items()})
         state, losses = distill(
-            ws.family, ws.pipe.transformer, student, plan, ws.report(), pairs, options, ws.out / "cache" / "distill.safetensors",
-            inputs_digest=key, progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
-        )  # fmt: skip
+            ws.family,
+            ws.pipe.transformer,
+            student,
+            plan,
+            ws.report(),
+            pairs,
+            options,
+            ws.out / "cache" / "distill.safetensors",
+            inputs_digest=key,
+            progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
+        )
         _save_half(ws, plan, state)
         return {"first_loss": sum(losses[:10]) / len(losses[:10]), "last_loss": sum(losses[-10:]) / len(losses[-10:])}
 
@@ -398,3 +414,27 @@ def config_family(path: Path) -> tuple[dict[str, Any], Family]:
 
     config = read_json(path)
     return config, family_of(config, str(path))
+
+
+def forecast(model: str | None, preset_name: str) -> dict[str, Any]:
+    """What `compress` would do, from the config alone: parts to score, training steps, bytes held and written."""
+    from edgeprune.contribution import parts
+    from edgeprune.precision import footprint
+
+    source = checkpoint.resolve(model)
+    config, family = checkpoint.read_config(source)
+    options = preset(preset_name, builtin=model is None)
+    size = footprint(family, family.tensor_shapes(config))
+    scored = len(parts(family, config, components=options.analyze.components)) + 1
+    return {
+        "blocks": family.block_count(config),
+        "parameters": size.parameters,
+        "analyze_parts": scored,
+        "analyze_prompts": options.analyze.count,
+        "distill_steps": options.distill.steps if options.distill else 0,
+        "teacher_fp32_bytes": 2 * size.bf16_bytes,
+        "distill_peak_bytes": 2 * size.bf16_bytes
+        + int(options.plan.keep or 1) * 8 * size.bf16_bytes
+        + 2 * size.bf16_bytes,
+        "written_bytes": size.bf16_bytes + size.int4_bytes,
+    }

@@ -1,7 +1,8 @@
 """From contributions and a budget to a plan: which blocks and components go. Torch-free; config and scores are enough.
 
 Methods: `hpp` removes the least contributing whole blocks among the later ones; `hybrid` goes on, past a share of
-removed parameters, with the components of the later blocks that remain, by loss per parameter; `manual` takes the user's list.
+removed parameters, with the components of the later blocks that remain, by loss per parameter; `manual`
+takes the user's list.
 A plan holds explicit indices and the fingerprint of the model it was made for.
 """
 
@@ -72,7 +73,9 @@ class PrunePlan:
         """
         try:
             if data["schema_version"] != SCHEMA_VERSION:
-                raise InputError(f"{where}: schema_version: found {data['schema_version']!r}, expected {SCHEMA_VERSION}")
+                raise InputError(
+                    f"{where}: schema_version: found {data['schema_version']!r}, expected {SCHEMA_VERSION}"
+                )
             plan = cls(
                 *(str(data["fingerprint"]), str(data["family"]), int(data["num_blocks"]), str(data["method"])),
                 *(sorted({int(b) for b in data["blocks"]}), sorted((int(b), str(c)) for b, c in data["components"])),
@@ -160,7 +163,9 @@ def make_plan(
         parts = [p for p in parts if p[0] not in gone]
         noops = [p for p in parts if p in family.noops(config)]
         if noops:
-            raise InputError(f"--components: {noops[0][0]}:{noops[0][1]} is not in this model, so there is nothing to remove")
+            raise InputError(
+                f"--components: {noops[0][0]}:{noops[0][1]} is not in this model, so there is nothing to remove"
+            )
     elif method in METHODS:
         if blocks or components:
             raise InputError(f"--blocks and --components go with --method manual, found --method {method}")
@@ -194,8 +199,9 @@ def make_plan(
         if not met(now):
             budget = f"--keep {keep}" if keep is not None else f"--max-memory {max_memory_bytes} bytes"
             raise BudgetError(
-                f"{budget} cannot be met by --method {method}: removing all it may (of blocks {first} to {count - protect_last - 1}) "
-                f"leaves {now.parameters / before.parameters:.3f} of the parameters, {now.int4_bytes} bytes after INT4; "
+                f"{budget} cannot be met by --method {method}: removing all it may "
+                f"(of blocks {first} to {count - protect_last - 1}) leaves {now.parameters / before.parameters:.3f} "
+                f"of the parameters, {now.int4_bytes} bytes after INT4; "
                 "allow more, lower --protect-first or --protect-last, or use --method hybrid"
             )
     else:
@@ -241,7 +247,9 @@ def parse_blocks(text: str, count: int) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if low > high or high >= count:
-            raise InputError(f"--blocks: found {item!r}, expected indices or closed ranges from 0 to {count - 1}, like 25-28,31")
+            raise InputError(
+                f"--blocks: found {item!r}, expected indices or closed ranges from 0 to {count - 1}, like 25-28,31"
+            )
         found.update(range(low, high + 1))
     return sorted(found)
 
@@ -253,6 +261,8 @@ def parse_components(text: str, count: int, family: Family) -> list[tuple[int, s
         block, _, component = item.partition(":")
         if not block.isdigit() or int(block) >= count or component not in family.components:
             names = ", ".join(family.components)
-            raise InputError(f"--components: found {item!r}, expected BLOCK:NAME with BLOCK below {count} and NAME of {names}")
+            raise InputError(
+                f"--components: found {item!r}, expected BLOCK:NAME with BLOCK below {count} and NAME of {names}"
+            )
         found.add((int(block), component))
     return sorted(found)

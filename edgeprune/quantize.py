@@ -1,7 +1,7 @@
 """INT4 weights: NNCF chooses the integers, one block at a time; the result is held in `PackedLinear`.
 
-Which tensor gets how many bits is said in precision.py. Data-free by default; with calibration inputs NNCF also runs AWQ
-or scale estimation. What it leaves out: GPTQ (NNCF has none for torch) and training with quantised weights.
+Which tensor gets how many bits is said in precision.py. Data-free by default; with calibration inputs NNCF also
+runs AWQ or scale estimation. What it leaves out: GPTQ (NNCF has none for torch) and training with quantised weights.
 """
 
 from __future__ import annotations
@@ -62,7 +62,11 @@ def prepare(family: Family, config: Config, model: nn.Module, *, group_size: int
         if p.bits < 16:
             with torch.device(linear.weight.device):
                 empty = PackedLinear(
-                    linear.in_features, linear.out_features, bits=p.bits, group_size=p.group_size, bias=linear.bias is not None
+                    linear.in_features,
+                    linear.out_features,
+                    bits=p.bits,
+                    group_size=p.group_size,
+                    bias=linear.bias is not None,
                 )
             _replace(model, name, empty)
     return model
@@ -170,7 +174,9 @@ def _samples(layers: dict[str, nn.Linear], run: Callable[[], None] | None) -> li
         return [tuple(torch.ones(1, m.in_features) for m in layers.values())]
     caught: dict[str, list[torch.Tensor]] = {n: [] for n in layers}
     hooks = [
-        m.register_forward_pre_hook(lambda _, args, n=n: caught[n].append(args[0].detach().flatten(0, -2)[:256].float()))
+        m.register_forward_pre_hook(
+            lambda _, args, n=n: caught[n].append(args[0].detach().flatten(0, -2)[:256].float())
+        )
         for n, m in layers.items()
     ]
     try:

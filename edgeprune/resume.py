@@ -1,4 +1,4 @@
-"""Training state on disk: one safetensors file, written atomically, so that a killed run goes on as if it had not stopped.
+"""Training state on disk: one safetensors file, written atomically, so that a killed run goes on undisturbed.
 
 Randomness is not stored: training loops derive each step's generator from (seed, step), see `step_generator`.
 """
@@ -24,9 +24,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def save_state(
-    path: Path, modules: dict[str, Tensors], optimizer: torch.optim.Optimizer, meta: dict[str, Any]
-) -> None:
+def save_state(path: Path, modules: dict[str, Tensors], optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> None:
     """Write state dicts, the optimizer's moments and JSON `meta` to `path`, by way of a temporary name."""
     tensors = {f"{name}/{key}": t.contiguous() for name, state in modules.items() for key, t in state.items()}
     for index, slots in optimizer.state_dict()["state"].items():

@@ -49,7 +49,9 @@ def encode_prompts(pipe: Any, prompts: list[str], max_sequence_length: int, *, b
 
 def noise(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal noise, one seed per image: (len(seeds), *shape), float32."""
-    return torch.from_numpy(np.stack([np.random.default_rng(s).standard_normal(shape, dtype=np.float32) for s in seeds]))
+    return torch.from_numpy(
+        np.stack([np.random.default_rng(s).standard_normal(shape, dtype=np.float32) for s in seeds])
+    )
 
 
 def latent_shape(pipe: Any, generation: Generation) -> tuple[int, int, int]:
@@ -82,7 +84,7 @@ def denoise(
     empty: Conditioning,
     guidance: float,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Euler steps from noise (B, C, h, w). Yields the latents before each step with its sigma, and at last the clean ones."""
+    """Euler steps from noise (B, C, h, w). Yields latents and sigma before each step, and at last the clean ones."""
     guided = guidance > 1
     count = len(latents)
     if guided:
@@ -129,11 +131,10 @@ def generate(
     images = []
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
-        latents = noise(seeds[rows], shape).to(condition.hidden)
-        for latents, _ in denoise(  # noqa: B007 (the last value is the result)
-            pipe.transformer, latents, levels, condition[rows], empty, generation.guidance_scale
-        ):
-            pass
+        start_latents = noise(seeds[rows], shape).to(condition.hidden)
+        *_, (latents, _) = denoise(
+            pipe.transformer, start_latents, levels, condition[rows], empty, generation.guidance_scale
+        )
         images.append(decode(pipe, latents))
         progress(min(start + batch, len(prompts)), len(prompts))
     return np.concatenate(images)

@@ -33,7 +33,9 @@ def prune_tensor(read: Read, source: Source, mean: torch.Tensor | None) -> torch
     return tensor
 
 
-def prune_state(family: Family, config: Config, plan: PrunePlan, read: Read, mean: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def prune_state(
+    family: Family, config: Config, plan: PrunePlan, read: Read, mean: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
     """The shorter model's state dict."""
     plan.check(config, "plan")
     sources = family.tensor_sources(config, plan.kept, plan.removed)
@@ -65,7 +67,7 @@ def load_strictly(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     if wrong:
         name = wrong[0]
         raise InputError(
-            f"weights do not fit the model: {name}: found {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
-            + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+            f"weights do not fit the model: {name}: found {found.get(name, 'none')}, "
+            f"expected {expected.get(name, 'none')}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
         )
     model.load_state_dict(state, strict=True, assign=True)

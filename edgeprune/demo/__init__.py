@@ -1,0 +1,1 @@
+"""The built-in model: shapes world, its trained teacher, and how that was trained."""

@@ -127,9 +127,7 @@ def prompts(task: str | None = None) -> tuple[Prompt, ...]:
         for relation, (a, b) in itertools.product(RELATIONS, itertools.permutations(SHAPES, 2)):
             add(f"a {a} {relation} a {b}", Thing(a), Thing(b), relation=relation)
     elif task == "color_attribution":
-        for (a, b), (p, q) in itertools.product(
-            itertools.permutations(SHAPES, 2), itertools.permutations(COLOURS, 2)
-        ):
+        for (a, b), (p, q) in itertools.product(itertools.permutations(SHAPES, 2), itertools.permutations(COLOURS, 2)):
             add(f"{_article(p)} {p} {a} and {_article(q)} {q} {b}", Thing(a, p), Thing(b, q))
     elif task == "typography":
         for glyph, colour in itertools.product(GLYPHS, COLOURS):
@@ -173,7 +171,9 @@ def parse(text: str) -> Meaning:
     """
     found = _by_text().get(" ".join(text.lower().split()))
     if found is None:
-        raise InputError(f"prompt {text!r} is not a caption of shapes world (like 'two red circles'); use another metric")
+        raise InputError(
+            f"prompt {text!r} is not a caption of shapes world (like 'two red circles'); use another metric"
+        )
     return found
 
 
@@ -316,7 +316,9 @@ def see(pixels: Pixels, *, glyphs: bool = False) -> list[Seen]:
     return [_look(pixels, distance, group, GLYPHS if glyphs else SHAPES) for group in groups]
 
 
-def _look(pixels: Pixels, distance: NDArray[np.float32], group: NDArray[np.bool_], names: str | tuple[str, ...]) -> Seen:
+def _look(
+    pixels: Pixels, distance: NDArray[np.float32], group: NDArray[np.bool_], names: str | tuple[str, ...]
+) -> Seen:
     level = float(np.quantile(distance[group], 0.8))
     # The box follows the half-covered outline, so that a soft edge does not widen it.
     ys, xs = np.nonzero(group & (distance > _OUTLINE * level))
@@ -366,7 +368,9 @@ def check(pixels: Pixels, meaning: Meaning) -> bool:
     seen = see(pixels, glyphs=meaning.task == "typography")
     if len(seen) != len(meaning.things):
         return False
-    if any(all(_fits(s, t) for s, t in zip(order, meaning.things, strict=True)) for order in itertools.permutations(seen)):
+    if any(
+        all(_fits(s, t) for s, t in zip(order, meaning.things, strict=True)) for order in itertools.permutations(seen)
+    ):
         return _placed(seen, meaning)
     return False
 
@@ -403,7 +407,9 @@ def task_means(values: NDArray[np.float64], tasks: list[str]) -> dict[str, float
     return {t: float(values[names == t].mean()) for t in TASKS if t in Counter(tasks)}
 
 
-def score(values: NDArray[np.float64], tasks: list[str], *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+def score(
+    values: NDArray[np.float64], tasks: list[str], *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
     """Mean over tasks with a bootstrap 95 % interval over prompts within each task: (mean, low, high).
 
     Args:

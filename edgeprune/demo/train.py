@@ -54,12 +54,16 @@ class Progress:
         self.losses: list[float] = []
 
     def __call__(self, step: int, loss: float) -> None:
+        """Note a step's loss; every 50th is printed."""
         self.losses.append(loss)
         if step % 50 == 0 or step == self.total:
             speed = (time.monotonic() - self.began) / (step - self.start)
             left = speed * (self.total - step)
             mean = sum(self.losses) / len(self.losses)
-            print(f"{self.name} {step}/{self.total} loss {mean:.4f} {speed:.3f} s/step {left / 60:.1f} min left", flush=True)
+            print(
+                f"{self.name} {step}/{self.total} loss {mean:.4f} {speed:.3f} s/step {left / 60:.1f} min left",
+                flush=True,
+            )
             self.losses.clear()
 
 
@@ -102,7 +106,11 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     raw.decoder = decoders.BPEDecoder(suffix="</w>")
     trainer = trainers.BpeTrainer(
-        vocab_size=1024, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=list(characters), show_progress=False
+        vocab_size=1024,
+        min_frequency=1,
+        end_of_word_suffix="</w>",
+        initial_alphabet=list(characters),
+        show_progress=False,
     )
     raw.train_from_iterator(captions, trainer)
     model = json.loads(raw.to_str())["model"]
@@ -136,7 +144,10 @@ def make_vae() -> AutoencoderKL:
 
 
 def train_vae(work: Path, *, steps: int, seed: int, count: int) -> AutoencoderKL:
-    """L1 + L2 (ink counts five times) + 1e-5 KL; AdamW 2e-3, batch 16. The latents' mean and spread go into the config."""
+    """L1 + L2 (ink counts five times) + 1e-5 KL; AdamW 2e-3, batch 16.
+
+    The latents' mean and spread go into the config.
+    """
     torch.manual_seed(seed)
     vae = make_vae()
     if (work / "vae" / "config.json").exists():

@@ -77,7 +77,10 @@ class Family(Protocol):
         """The shorter model's structure on the meta device, ready for a strict state dict."""
 
     def removal(self, model: nn.Module, block: int, component: str | None, mean: torch.Tensor) -> list[Swap]:
-        """The swaps that make a branch (or, for None, the block) contribute nothing; `mean` is the mean modulation input (D)."""
+        """The swaps that make a branch (or, for None, the block) contribute nothing.
+
+        `mean` is the mean modulation input (D), which a removed norm is fixed at.
+        """
 
     def modulation_input(self, model: nn.Module, timestep: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         """What the modulation layers multiply: (B, D)."""

@@ -1,0 +1,497 @@
+"""The command line: one short function per verb. Heavy packages are imported inside, so that `--help` is instant.
+
+Errors of ours become one line on stderr and an exit code (see errors.py). What it leaves out: logic.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgeprune.errors import EdgepruneError, InputError
+
+if TYPE_CHECKING:
+    from edgeprune.pipeline import Workspace
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    help="Make MMDiT diffusion models small enough for edge devices. Begin with: edgeprune compress -o small",
+)  # fmt: skip
+
+Model = Annotated[
+    str | None, typer.Argument(help="Diffusers folder or hub id; without it, the built-in model (or the folder's own).")
+]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Artefact folder to make or go on with.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Do a stage again although it was done with other inputs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")]
+Metric = Annotated[str, typer.Option(help="velocity (error of the velocity, no images) or shapes (checked images).")]
+Prompts = Annotated[str | None, typer.Option(help="Text file of prompts, one a line.")]
+Method = Annotated[str, typer.Option(help="hpp, hybrid or manual.")]
+Keep = Annotated[float | None, typer.Option(help="Share of the transformer's parameters that may be left, like 0.79.")]
+MaxMemory = Annotated[str | None, typer.Option(help="Bytes its weights may take after INT4, like 3.2GB.")]
+ProtectFirst = Annotated[int | None, typer.Option(help="Leading blocks never removed; half of all by default.")]
+ProtectLast = Annotated[int, typer.Option(help="Trailing blocks never removed.")]
+Threshold = Annotated[float, typer.Option(help="hybrid: share removed as whole blocks before components join.")]
+Blocks = Annotated[str, typer.Option(help="manual: closed ranges of blocks, like 25-28,31.")]
+Components = Annotated[str, typer.Option(help="manual: components, like 30:mlp,30:context_mlp.")]
+Steps = Annotated[int | None, typer.Option(help="Training steps; 0 leaves distillation out.")]
+GroupSize = Annotated[int, typer.Option(help="Weights that share one INT4 scale.")]
+Calibration = Annotated[str, typer.Option(help="none, awq or scale (scale estimation), from the model's own inputs.")]
+DataSource = Annotated[
+    str | None, typer.Option("--data", help="imagefolder with metadata.jsonl, a file of prompts, or 'shapes'.")
+]
+
+
+def main() -> None:
+    """Entry point: runs the app and turns errors into lines."""
+    # Vendors' advice is for developers; their errors still come through.
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    try:
+        app()
+    except EdgepruneError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped; run the same command again to go on", 130)
+    except OSError as error:
+        hint = "; free some space and run again" if error.errno == errno.ENOSPC else ""
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}{hint}", 1)
+
+
+def _fail(text: str, code: int) -> None:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, allow_nan=False))
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int, str], None]]:
+    """A progress bar per stage on stderr: done, speed by eye, time left."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left")),
+        *(TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int, note: str = "") -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total, note=note)
+            progress.update(tasks[what], completed=done, total=total, note=note)
+
+        yield update
+
+
+def parse_bytes(text: str) -> int:
+    """`3.2GB`, `850MB` or a plain number of bytes; units are powers of ten.
+
+    Raises:
+        InputError: not of this form.
+    """
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+    upper = text.strip().upper()
+    for unit, factor in units.items():
+        if upper.endswith(unit):
+            upper, scale = upper.removesuffix(unit), factor
+            break
+    else:
+        scale = 1
+    try:
+        value = float(upper)
+    except ValueError:
+        value = -1
+    if not 0 < value < 1e6 * 10**9:
+        raise InputError(f"--max-memory: found {text!r}, expected bytes like 3.2GB or 850MB")
+    return int(value * scale)
+
+
+def _workspace(out: Path, model: str | None, fresh: bool) -> Workspace:
+    from edgeprune.pipeline import Workspace
+
+    begun = (out / "edgeprune.json").is_file()
+    return Workspace(out, model, model_given=model is not None or not begun, fresh=fresh)
+
+
+def _plan_options(
+    method: str,
+    keep: float | None,
+    max_memory: str | None,
+    first: int | None,
+    last: int,
+    threshold: float,
+    blocks: str,
+    components: str,
+) -> Any:
+    from edgeprune.pipeline import PlanOptions
+
+    if (blocks or components) and method == "hpp":
+        method = "manual"
+    if method != "manual" and keep is None and max_memory is None:
+        keep = 0.79
+    size = parse_bytes(max_memory) if max_memory else None
+    return PlanOptions(method, keep, size, first, last, threshold, blocks, components)
+
+
+def _plan_rows(plan: Any) -> list[tuple[str, str]]:
+    removed = ", ".join(map(str, plan.blocks)) or "none"
+    parts = ", ".join(f"{b}:{c}" for b, c in plan.components)
+    share = plan.after.parameters / plan.before.parameters
+    return [
+        ("blocks removed", f"{removed} (of {plan.num_blocks})"),
+        *([("components removed", parts)] if parts else []),
+        ("parameters", f"{plan.before.parameters / 1e6:,.1f} M -> {plan.after.parameters / 1e6:,.1f} M ({share:.1%})"),
+        ("bf16", f"{plan.before.bf16_bytes / 1e6:,.1f} MB -> {plan.after.bf16_bytes / 1e6:,.1f} MB"),
+        (
+            "INT4",
+            f"{plan.after.int4_bytes / 1e6:,.1f} MB ({plan.after.int4_bytes / plan.before.bf16_bytes:.1%} of bf16)",
+        ),
+    ]
+
+
+def _table(rows: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for row in rows:
+        table.add_row(*row)
+    Console(stderr=True).print(table)
+
+
+@app.command(epilog="Example: edgeprune compress -o small  ·  edgeprune compress ./sd35 -o small --max-memory 3.2GB")
+def compress(
+    model: Model = None,
+    out: Out = Path("compressed"),
+    preset: Annotated[str, typer.Option(help="default, or quick for a first look.")] = "default",
+    metric: Metric = "velocity",
+    prompts: Prompts = None,
+    method: Method = "hpp",
+    keep: Keep = None,
+    max_memory: MaxMemory = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = 2,
+    threshold: Threshold = 0.15,
+    blocks: Blocks = "",
+    components: Components = "",
+    steps: Steps = None,
+    data: DataSource = None,
+    group_size: GroupSize = 64,
+    calibration: Calibration = "none",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")] = False,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> None:
+    """All stages: analyze, plan, prune, distill, quantize, and a report. Run it again after a kill to go on."""
+    from dataclasses import replace
+
+    from edgeprune import pipeline, report
+
+    if dry_run:
+        forecast = pipeline.forecast(model, preset)
+        _table([(k.replace("_", " "), f"{v:,}" if isinstance(v, int) else str(v)) for k, v in forecast.items()])
+        if as_json:
+            _print_json(forecast)
+        return
+    ws = _workspace(out, model, fresh)
+    options = pipeline.preset(preset, builtin=ws.builtin)
+    distill_options = options.distill
+    if steps is not None and distill_options is not None:
+        distill_options = replace(distill_options, steps=steps) if steps else None
+    options = replace(
+        options,
+        analyze=replace(options.analyze, metric=metric, prompts=prompts),
+        plan=_plan_options(method, keep, max_memory, protect_first, protect_last, threshold, blocks, components),
+        data=replace(options.data, source=data or options.data.source),
+        distill=distill_options,
+        quantize=replace(options.quantize, group_size=group_size, calibration=calibration),
+    )
+    with _bars() as progress:
+        ran = pipeline.compress(ws, options, progress)
+        summary = report.make(ws, quick=preset == "quick", redo=bool(ran), progress=progress)
+    _table([*_plan_rows(ws.plan()), *report.rows(summary)])
+    done = f"done: {', '.join(ran)}" if ran else "nothing to do, all stages are done"
+    _say(f"{done}; report: {out / 'report.html'}")
+    _say(f"next: edgeprune export {out} --target onnx -o {out}-onnx")
+    if as_json:
+        _print_json({"out": str(out), "ran": ran, **summary})
+
+
+@app.command(epilog="Example: edgeprune analyze -o small --metric velocity")
+def analyze(
+    model: Model = None,
+    out: Out = Path("compressed"),
+    metric: Metric = "velocity",
+    prompts: Prompts = None,
+    count: Annotated[int, typer.Option(min=1, help="Prompts to use.")] = 28,
+    only_blocks: Annotated[bool, typer.Option("--only-blocks", help="Leave the components out.")] = False,
+    fresh: Fresh = False,
+) -> None:
+    """Score the model without each block and component: analysis.json."""
+    from edgeprune import pipeline
+
+    ws = _workspace(out, model, fresh)
+    options = pipeline.AnalyzeOptions(metric, prompts, count, not only_blocks)
+    with _bars() as progress:
+        ran = pipeline.run_analyze(ws, options, progress)
+    found = ws.report()
+    assert found is not None
+    order = sorted(found.contributions().values(), key=lambda c: c.drop)
+    _table([(f"{c.block}:{c.component or 'block'}", f"{c.drop:.4f} ± {c.half_width or 0:.4f}") for c in order[:8]])
+    _say(
+        f"least contributing first, loss of the {found.metric} score with 95 % interval"
+        + ("" if ran else " (already done)")
+    )
+    _say(f"next: edgeprune plan -o {out} --keep 0.79")
+
+
+@app.command(epilog="Example: edgeprune plan --config transformer/config.json --scores scores.json --keep 0.79")
+def plan(
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Artefact folder that was analyzed.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A transformer's config.json: plan without weights.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Contribution scores, instead of the folder's own.")] = None,
+    method: Method = "hpp",
+    keep: Keep = None,
+    max_memory: MaxMemory = None,
+    protect_first: ProtectFirst = None,
+    protect_last: ProtectLast = 2,
+    threshold: Threshold = 0.15,
+    blocks: Blocks = "",
+    components: Components = "",
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> None:
+    """Choose what goes: plan.json, and what is left."""
+    from dataclasses import asdict
+
+    options = _plan_options(method, keep, max_memory, protect_first, protect_last, threshold, blocks, components)
+    if (out is None) == (config is None):
+        raise InputError("plan: give exactly one of -o (a folder) and --config (a transformer's config.json)")
+    if out is not None:
+        from edgeprune import pipeline
+
+        ws = _workspace(out, None, fresh)
+        pipeline.run_plan(ws, options, scores)
+        made = ws.plan()
+    else:
+        from edgeprune.contribution import ContributionReport
+        from edgeprune.families import family_of
+        from edgeprune.files import read_json
+        from edgeprune.plan import make_plan
+
+        assert config is not None
+        content = read_json(config)
+        loaded = ContributionReport.load(scores) if scores else None
+        made = make_plan(family_of(content, str(config)), content, loaded, **asdict(options))
+    _table(_plan_rows(made))
+    if as_json or out is None:
+        _print_json(made.to_json())
+    if out is not None:
+        _say(f"next: edgeprune prune -o {out}")
+
+
+@app.command(epilog="Example: edgeprune prune -o small")
+def prune(out: Out = Path("compressed"), fresh: Fresh = False) -> None:
+    """Make the shorter transformer: transformer/, loadable by stock diffusers for whole-block plans."""
+    from edgeprune import pipeline
+
+    ws = _workspace(out, None, fresh)
+    ran = pipeline.run_prune(ws)
+    _say(f"{out / 'transformer'}: {'written' if ran else 'already done'}\nnext: edgeprune distill -o {out}")
+
+
+@app.command(epilog="Example: edgeprune distill -o small --data images/ --steps 2000 --rate 1e-4")
+def distill(
+    out: Out = Path("compressed"),
+    data: DataSource = None,
+    samples: Annotated[int, typer.Option(min=1, help="Images to make, if the data is prompts or shapes.")] = 1024,
+    steps: Annotated[int, typer.Option(min=1)] = 1000,
+    batch: Annotated[int, typer.Option(min=1)] = 32,
+    rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
+    schedule: Annotated[str, typer.Option(help="constant or cosine.")] = "constant",
+    sensitivity: Annotated[str, typer.Option(help="SGDistill: graded, binary or off.")] = "graded",
+    freeze_prefix: Annotated[bool, typer.Option("--freeze-prefix/--no-freeze-prefix", help="PWP.")] = True,
+    lambda_task: Annotated[float, typer.Option(min=0)] = 0.0,
+    lambda_output: Annotated[float, typer.Option(min=0)] = 1.0,
+    lambda_feature: Annotated[float, typer.Option(min=0)] = 1e-4,
+    ema: Annotated[float, typer.Option(min=0, max=1, help="Decay of the averaged weights.")] = 0.99,
+    mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
+    seed: int = 0,
+    fresh: Fresh = False,
+) -> None:
+    """Teach the shorter transformer what the original knows. Killed, it goes on from its last state."""
+    from edgeprune import pipeline
+    from edgeprune.distill import DistillOptions
+    from edgeprune.losses import Weights
+
+    ws = _workspace(out, None, fresh)
+    options = DistillOptions(
+        steps=steps, batch=batch, rate=rate, schedule=schedule, sensitivity=sensitivity, freeze_prefix=freeze_prefix,
+        weights=Weights(lambda_task, lambda_output, lambda_feature), ema=ema, mixed_precision=mixed_precision,
+        gradient_checkpointing=gradient_checkpointing, seed=seed,
+    )  # fmt: skip
+    with _bars() as progress:
+        ran = pipeline.run_distill(ws, options, pipeline.DataOptions(data, samples), progress)
+    stage = ws.manifest.stages["distill"]
+    _say(f"loss {stage['first_loss']:.4f} -> {stage['last_loss']:.4f}" + ("" if ran else " (already done)"))
+    _say(f"next: edgeprune quantize -o {out}")
+
+
+@app.command(epilog="Example: edgeprune quantize -o small --group-size 64")
+def quantize(
+    out: Out = Path("compressed"), group_size: GroupSize = 64, calibration: Calibration = "none", fresh: Fresh = False
+) -> None:
+    """INT4 weights by NNCF, block by block: transformer_int4/."""
+    from edgeprune import pipeline
+
+    ws = _workspace(out, None, fresh)
+    with _bars() as progress:
+        ran = pipeline.run_quantize(ws, pipeline.QuantizeOptions(group_size, calibration), progress)
+    size = ws.manifest.stages["quantize"]["weights_bytes"]
+    _say(f"{out / 'transformer_int4'}: {size / 1e6:,.1f} MB" + ("" if ran else " (already done)"))
+    _say(f"next: edgeprune export {out} --target onnx -o {out}-onnx")
+
+
+@app.command(epilog="Example: edgeprune export small --target onnx -o small-onnx")
+def export(
+    artefact: Annotated[Path, typer.Argument(help="Artefact or diffusers folder.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    target: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+    as_json: AsJson = False,
+) -> None:
+    """Write what a device runs, with the checkpoint's own integers; fails if it does not compute the same."""
+    if target != "onnx":
+        raise InputError(f"--target: found {target!r}, expected onnx")
+    from edgeprune.export.to_onnx import export as to_onnx
+
+    record = to_onnx(artefact, out, progress=_say)
+    _say("parity holds")
+    _say(f'next: edgeprune generate "two red circles" --model {out} -o out.png, or: edgeprune bench {out}')
+    if as_json:
+        _print_json(record)
+
+
+@app.command(epilog='Example: edgeprune generate "two red circles" --model small-onnx -o out.png')
+def generate(
+    prompt: str,
+    model: Annotated[Path, typer.Option("--model", help="Exported, artefact or diffusers folder.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Image to write.")] = Path("out.png"),
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    negative_prompt: str = "",
+    seed: int = 0,
+) -> None:
+    """Draw one image with the runtime that fits the folder."""
+    from edgeprune import runtimes
+
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"-o {out}: expected a name ending in .png, .jpg or .webp")
+    if not out.parent.is_dir():
+        raise InputError(f"-o {out}: no such folder {out.parent}")
+    with _bars() as progress, runtimes.load(model) as runtime:
+        image = runtime.generate(
+            prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale,
+            height=height, width=width, seed=seed, progress=lambda done, total: progress("generate", done, total, ""),
+        )[0]  # fmt: skip
+    image.save(out)
+    _say(f"{out}: {image.width}x{image.height}, seed {seed}")
+
+
+@app.command(epilog='Example: edgeprune bench small-onnx --assert "peak_ratio<=0.9"')
+def bench(
+    folder: Annotated[Path, typer.Argument(help="Exported or artefact folder.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="Original: folder or hub id; the built-in model by default.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Warm steps timed.")] = 20,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of an image.")] = None,
+    quality: Annotated[int, typer.Option(min=0, help="Shapes-world prompts per task to score on; 0 for none.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")] = None,
+    check: Annotated[
+        list[str] | None, typer.Option("--assert", help="Like 'peak_ratio<=0.25'; exit 1 if missed.")
+    ] = None,
+) -> None:
+    """Memory, latency and quality beside the original in bf16, each in a fresh process of this run."""
+    from rich.console import Console
+
+    from edgeprune import bench as benchmark
+    from edgeprune.checkpoint import resolve
+    from edgeprune.files import write_json
+
+    for expression in check or []:
+        benchmark.parse_expression(expression)
+    original = benchmark.Variant("original", resolve(baseline), "eager", "bf16")
+    compressed = benchmark.Variant("compressed", folder)
+    result = benchmark.run([original, compressed], repeats=repeats, steps=steps, quality=quality, progress=_say)
+    Console().print(benchmark.table(result))
+    if json_file:
+        write_json(json_file, benchmark.to_json(result))
+        _say(f"wrote {json_file}")
+    benchmark.assert_expressions(result, check or [])
+
+
+@app.command(epilog="Example: edgeprune report -o small --bench bench.json")
+def report(
+    out: Out = Path("compressed"),
+    bench_file: Annotated[
+        Path | None, typer.Option("--bench", help="JSON of `edgeprune bench`, shown in the page.")
+    ] = None,
+) -> None:
+    """Write report.html again, with a bench's figures."""
+    from edgeprune import report as page
+    from edgeprune.files import read_json
+
+    ws = _workspace(out, None, False)
+    with _bars() as progress:
+        page.make(ws, redo=False, bench=read_json(bench_file) if bench_file else None, progress=progress)
+    _say(f"wrote {out / 'report.html'}")
+
+
+@app.command()
+def targets() -> None:
+    """List the devices that are known."""
+    from edgeprune import targets as known
+
+    _table([(name, known.load(name).description) for name in known.names()])
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from edgeprune import __version__
+
+        print(f"edgeprune {__version__}")
+        raise typer.Exit
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""`report.html`: one self-contained page on an artefact, made from what is measured when it is made.
+
+Images of original and compressed at the same seeds, quality with intervals, memory, latency, contributions, the
+plan, and how to go on. Measurements are kept in `report.json`, so that the page can be written again with a bench's
+figures. What it leaves out: measuring devices (bench.py).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from edgeprune import checkpoint
+from edgeprune.bench import MEASURES, show
+from edgeprune.checkpoint import INT4
+from edgeprune.contribution import Contribution, ContributionReport
+from edgeprune.data import PROMPTS, read_prompts
+from edgeprune.demo import shapes
+from edgeprune.files import read_json, write_json
+from edgeprune.pipeline import Progress, Workspace, silent
+from edgeprune.plan import PrunePlan
+from edgeprune.sampling import encode_prompts, generate, latent_shape, noise
+
+_DRAWS = 2000
+_SHOWN = 14
+
+
+def make(
+    ws: Workspace,
+    *,
+    quick: bool = False,
+    redo: bool = False,
+    bench: dict[str, Any] | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure (unless that is done and `redo` is False) and write the page; returns what was measured."""
+    ws.need("quantize", "report")
+    path, images_path = ws.out / "report.json", ws.out / "cache" / "report.npz"
+    done = path.is_file() and images_path.is_file() and not redo
+    inputs = ws.manifest.stages["quantize"]["inputs"]
+    if done and read_json(path)["inputs"] == inputs:
+        summary, images = read_json(path), dict(np.load(images_path))
+    else:
+        summary, images = _measure(ws, quick, progress)
+        summary["inputs"] = inputs
+        write_json(path, summary)
+        images_path.parent.mkdir(exist_ok=True)
+        np.savez_compressed(images_path, **images)  # type: ignore[arg-type]
+    _write_page(ws, summary, images, bench)
+    return summary
+
+
+def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The measurements as short lines."""
+    out = [
+        (
+            "transformer weights",
+            f"{show('_bytes', summary['original_bf16_bytes'])} bf16 -> "
+            f"{show('_bytes', summary['compressed_int4_bytes'])} INT4 ({summary['weights_ratio']:.1%})",
+        ),
+        (
+            "one step in torch, fp32, without INT4",
+            f"{show('_s', summary['original_step_s'])} -> {show('_s', summary['pruned_step_s'])} "
+            f"({summary['step_ratio']:.2f}x)",
+        ),
+        ("PSNR to the original's images", f"{summary['psnr_db']:.1f} dB, {summary['images']} images at equal seeds"),
+    ]
+    if summary.get("quality"):
+        q = summary["quality"]
+        out.append(
+            (
+                "score, held-out prompts, 95 % interval",
+                f"{_interval(q['original'])} -> {_interval(q['compressed'])}, "
+                f"relative drop {q['relative_drop'][0]:.1%} [{q['relative_drop'][1]:.1%}, {q['relative_drop'][2]:.1%}]",
+            )
+        )
+    return out
+
+
+def _interval(values: list[float]) -> str:
+    return f"{values[0]:.3f} [{values[1]:.3f}, {values[2]:.3f}]"
+
+
+def _measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    if ws.builtin:
+        chosen = shapes.evaluation_prompts(2 if quick else 15)
+        texts, meanings = [p.text for p in chosen], [p.meaning for p in chosen]
+    else:
+        texts, meanings = read_prompts(PROMPTS)[: 2 if quick else 8], []
+    seeds = list(range(len(texts)))
+    original = ws.pipe.transformer
+    int4 = checkpoint.load_transformer(ws.out, quantized=True)
+    images: dict[str, NDArray[Any]] = {}
+    for name, transformer in (("original", original), ("compressed", int4)):
+        ws.pipe.transformer = transformer
+        label = f"report: images, {name}"
+        images[name] = generate(
+            ws.pipe,
+            texts,
+            seeds,
+            ws.generation,
+            progress=lambda done, total, label=label: progress(label, done, total, ""),
+        )
+    ws.pipe.transformer = original
+    pruned = checkpoint.load_transformer(ws.out, quantized=False)
+    times = _step_times(ws, [original, pruned])
+    stored = sum(p.stat().st_size for p in (ws.out / INT4).glob("*.safetensors"))
+    before = ws.plan().before.bf16_bytes
+    errors = (images["original"].astype(np.float64) - images["compressed"]) ** 2
+    summary: dict[str, Any] = {
+        "prompts": texts,
+        "images": len(texts),
+        "original_bf16_bytes": before,
+        "compressed_int4_bytes": stored,
+        "weights_ratio": stored / before,
+        "original_step_s": times[0],
+        "pruned_step_s": times[1],
+        "step_ratio": times[1] / times[0],
+        "psnr_db": float(np.mean([10 * math.log10(255**2 / max(e.mean(), 1e-3)) for e in errors])),
+        "generation": vars(ws.generation),
+    }
+    if meanings:
+        passed = {
+            k: np.asarray([float(shapes.check(i, m)) for i, m in zip(v, meanings, strict=True)])
+            for k, v in images.items()
+        }
+        tasks = [m.task for m in meanings]
+        summary["quality"] = {
+            "metric": "shapes world, mean over tasks",
+            "original": shapes.score(passed["original"], tasks),
+            "compressed": shapes.score(passed["compressed"], tasks),
+            "relative_drop": _relative_drop(passed["original"], passed["compressed"], tasks),
+            "tasks": {k: shapes.task_means(v, tasks) for k, v in passed.items()},
+        }
+    return summary, images
+
+
+def _relative_drop(first: NDArray[Any], other: NDArray[Any], tasks: list[str]) -> tuple[float, float, float]:
+    """Loss of the mean over tasks as a share of the first's, with a paired bootstrap 95 % interval over prompts."""
+    rng = np.random.default_rng(0)
+    groups = [np.flatnonzero(np.asarray(tasks) == t) for t in dict.fromkeys(tasks)]
+
+    def drop(rows: list[NDArray[Any]]) -> float:
+        a, b = (np.mean([v[r].mean() for r in rows]) for v in (first, other))
+        return float((a - b) / a) if a else 0.0
+
+    draws = [drop([g[rng.integers(0, len(g), len(g))] for g in groups]) for _ in range(_DRAWS)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return drop(groups), float(low), float(high)
+
+
+@torch.no_grad()
+def _step_times(ws: Workspace, models: list[Any], repeats: int = 9) -> list[float]:
+    """Median seconds of one guided step of each model, taken in turns so that a busy machine is busy for all."""
+    c = encode_prompts(ws.pipe, ["", "a red circle"], ws.generation.max_sequence_length)
+    x = noise([0, 0], latent_shape(ws.pipe, ws.generation))
+    inputs = (x, c.hidden, c.pooled, torch.full((2,), 500.0))
+    times: list[list[float]] = [[] for _ in models]
+    for repeat in range(repeats + 1):
+        for model, found in zip(models, times, strict=True):
+            start = time.perf_counter()
+            model(*inputs, return_dict=False)
+            if repeat:
+                found.append(time.perf_counter() - start)
+    return [float(np.median(t)) for t in times]
+
+
+# ------------------------------------------------------------------------------------------- page
+
+
+def _png(pixels: NDArray[Any], scale: int) -> str:
+    image = Image.fromarray(pixels)
+    if scale > 1:
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight")
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def plots(report: ContributionReport, plan: PrunePlan) -> list[str]:
+    """Contribution of blocks, and of components, with intervals: two SVG images as data addresses."""
+    from matplotlib.figure import Figure
+
+    found = report.contributions()
+    label = f"loss of the {report.metric} score"
+    out = []
+    blocks = [c for c in found.values() if c.component is None]
+    figure = Figure(figsize=(9, 3))
+    axes = figure.subplots()
+    colours = ["#d55e00" if c.block in plan.blocks else "#0072b2" for c in blocks]
+    axes.bar([c.block for c in blocks], [c.drop for c in blocks], yerr=_errors(blocks), color=colours, capsize=2)
+    axes.set(xlabel="block removed (orange: pruned by the plan)", ylabel=label)
+    axes.set_yscale("symlog", linthresh=max(1e-3, min((abs(c.drop) for c in blocks if c.drop), default=1.0)))
+    out.append(_svg(figure))
+    names = [n for n in dict.fromkeys(c.component for c in found.values()) if n]
+    if names:
+        figure = Figure(figsize=(9, 3.4))
+        axes = figure.subplots()
+        palette = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+        for name, colour in zip(names, palette, strict=False):
+            mine = [c for c in found.values() if c.component == name]
+            axes.errorbar(
+                [c.block for c in mine],
+                [c.drop for c in mine],
+                yerr=_errors(mine),
+                label=name,
+                color=colour,
+                marker="o",
+                ms=3,
+                capsize=2,
+                lw=1,
+            )
+        axes.set(xlabel="block", ylabel=label, yscale="symlog")
+        axes.legend(ncols=len(names), fontsize=8)
+        out.append(_svg(figure))
+    return out
+
+
+def _errors(entries: list[Contribution]) -> list[float]:
+    return [c.half_width or 0.0 for c in entries]
+
+
+def _write_page(
+    ws: Workspace, summary: dict[str, Any], images: dict[str, NDArray[Any]], bench: dict[str, Any] | None
+) -> None:
+    plan, report = ws.plan(), ws.report()
+    height = images["original"].shape[1]
+    scale = max(1, 128 // height)
+    # One of each task first, so that the page shows all of them.
+    order = np.argsort(
+        np.arange(len(summary["prompts"])) % max(1, len(summary["prompts"]) // len(shapes.TASKS)), kind="stable"
+    )
+    pairs = [
+        {
+            "prompt": summary["prompts"][i],
+            "original": _png(images["original"][i], scale),
+            "compressed": _png(images["compressed"][i], scale),
+        }
+        for i in order[:_SHOWN]
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    quality = summary.get("quality")
+    page = environment.get_template("report.html.j2").render(
+        name=ws.out.name,
+        manifest=ws.manifest,
+        plan=plan,
+        rows=rows(summary),
+        pairs=pairs,
+        plots=plots(report, plan) if report else [],
+        prompts=len(report.prompts) if report else 0,
+        tasks=[
+            (t, quality["tasks"]["original"][t], quality["tasks"]["compressed"][t])
+            for t in quality["tasks"]["original"]
+        ]
+        if quality
+        else [],
+        bench=_bench_rows(bench) if bench else None,
+        out=str(ws.out),
+        version=ws.manifest.tools.get("edgeprune", ""),
+    )
+    target = ws.out / "report.html"
+    temporary = target.with_suffix(".html.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(target)
+
+
+def _bench_rows(bench: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of a bench's JSON."""
+    variants = bench["variants"]
+    (ratios,) = list(bench["comparisons"].values())[:1] or [{}]
+    table = [
+        (label, [show(key, v[key]) for v in variants], ratios.get(f"{stem}_ratio"))
+        for key, (label, stem) in MEASURES.items()
+        if any(v.get(key) is not None for v in variants)
+    ]
+    return {
+        "names": [f"{v['name']} ({v['runtime']}, {v['precision']})" for v in variants],
+        "rows": table,
+        "machine": bench["machine"],
+    }

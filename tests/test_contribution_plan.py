@@ -1,0 +1,133 @@
+"""Contribution reports and plans: torch-free arithmetic, known answers, refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edgeprune.contribution import ContributionReport, fingerprint, parts
+from edgeprune.errors import BudgetError, InputError
+from edgeprune.families import family_of
+from edgeprune.plan import PrunePlan, make_plan, parse_blocks, parse_components
+from edgeprune.precision import footprint
+
+DATA = Path(__file__).parent / "data"
+CONFIGS = json.loads((DATA / "transformer_configs.json").read_text())
+LARGE = CONFIGS["sd3.5-large"]
+SCORES = DATA / "sd35_large_turbo_blocks_hpsv2.json"
+SD3 = family_of(LARGE)
+
+
+def test_published_plan_from_published_scores() -> None:
+    plan = make_plan(SD3, LARGE, ContributionReport.load(SCORES), keep=0.79)
+    assert plan.blocks == json.loads(SCORES.read_text())["published_plan"] == [25, 26, 27, 28, 31, 32, 33, 34]
+    assert plan.after.parameters == 6_352_630_080
+    assert plan.after.int4_bytes / plan.before.bf16_bytes < 0.225
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("sd3.5-large", 8_056_627_520), ("sd3.5-medium", 2_243_171_520)])
+def test_parameter_counts_of_real_models(name: str, parameters: int) -> None:
+    assert footprint(SD3, SD3.tensor_shapes(CONFIGS[name])).parameters == parameters
+
+
+def test_one_block_of_sd35_large_has_213_million_parameters() -> None:
+    shapes = {n: s for n, s in SD3.tensor_shapes(LARGE).items() if n.startswith("transformer_blocks.5.")}
+    assert abs(footprint(SD3, shapes).parameters - 213.0e6) < 0.1e6
+
+
+def test_noops_are_left_out() -> None:
+    keys = parts(SD3, LARGE)
+    assert (37, "context_mlp") not in keys
+    assert (0, "attn2") not in keys
+    assert len(keys) == 38 + 5 * 38 - 1
+
+
+def report(config: dict[str, object], drops: dict[tuple[int, str | None], float]) -> ContributionReport:
+    return ContributionReport(
+        fingerprint(config), "sd3", SD3.block_count(config), "velocity", ["p", "q"], [0.0, 0.0],
+        {k: [-d, -d] for k, d in drops.items()},
+    )  # fmt: skip
+
+
+SMALL = LARGE | {"num_layers": 8}
+
+
+def test_hybrid_takes_blocks_then_components_of_the_remaining_later_blocks() -> None:
+    drops: dict[tuple[int, str | None], float] = {(b, None): 1.0 + b for b in range(8)}
+    drops |= {(b, c): 0.5 + b for b in range(8) for c in ("attn", "mlp", "context_mlp")}
+    plan = make_plan(SD3, SMALL, report(SMALL, drops), method="hybrid", keep=0.8, threshold=0.13, protect_last=1)
+    assert plan.blocks == [4]
+    assert plan.components and all(b in (5, 6) for b, _ in plan.components)
+    assert plan.after.parameters <= 0.8 * plan.before.parameters
+
+
+def test_memory_budget_counts_bytes_after_int4() -> None:
+    found = ContributionReport.load(SCORES)
+    whole = footprint(SD3, SD3.tensor_shapes(LARGE)).int4_bytes
+    plan = make_plan(SD3, LARGE, found, max_memory_bytes=whole - 1)
+    assert plan.blocks == [31]
+    assert plan.after.int4_bytes < whole
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"keep": 0.3}, BudgetError, "cannot be met"),
+        ({"keep": 1.2}, InputError, "--keep"),
+        ({}, InputError, "exactly one of"),
+        ({"keep": 0.5, "max_memory_bytes": 5}, InputError, "exactly one of"),
+        ({"method": "best", "keep": 0.8}, InputError, "--method"),
+        ({"method": "manual"}, InputError, "--blocks or --components"),
+        ({"method": "manual", "blocks": "0-37"}, InputError, "at least one must stay"),
+        ({"method": "manual", "blocks": "30-40"}, InputError, "30-40"),
+        ({"method": "manual", "components": "37:context_mlp"}, InputError, "nothing to remove"),
+        ({"method": "manual", "components": "3:ff"}, InputError, "3:ff"),
+        ({"keep": 0.8, "blocks": "3"}, InputError, "--method manual"),
+    ],
+)
+def test_refusals_name_the_option(options: dict[str, object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make_plan(SD3, LARGE, ContributionReport.load(SCORES), **options)  # type: ignore[arg-type]
+
+
+def test_ranges_are_closed() -> None:
+    assert parse_blocks("25-28, 31", 38) == [25, 26, 27, 28, 31]
+    assert parse_components("30:mlp,30:context_mlp", 38, SD3) == [(30, "context_mlp"), (30, "mlp")]
+
+
+def test_plan_survives_its_file_and_refuses_another_model(tmp_path: Path) -> None:
+    plan = make_plan(SD3, LARGE, None, method="manual", blocks="30", components="31:mlp")
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan.to_json()))
+    assert PrunePlan.load(path) == plan
+    assert plan.first_pruned == 30
+    with pytest.raises(InputError, match="another model"):
+        plan.check(CONFIGS["sd3.5-medium"], path)
+
+
+def test_report_of_another_model_is_refused() -> None:
+    with pytest.raises(InputError, match="another model"):
+        make_plan(SD3, LARGE, report(SMALL, {(0, None): 1.0}), keep=0.8)
+
+
+def test_contribution_is_a_mean_of_differences_with_an_interval() -> None:
+    found = ContributionReport("", "sd3", 1, "m", ["a", "b"], [1.0, 3.0], {(0, None): [0.5, 1.5]})
+    c = found.contributions()[0, None]
+    assert c.drop == 1.0
+    assert c.half_width == pytest.approx(1.96 * (0.5 / 2) ** 0.5 * 1.0)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 9}', '{"drop": 3, "metric": "m"}', '{"drop": {"x": 1}}'])
+def test_broken_reports_are_one_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match="scores.json"):
+        ContributionReport.load(path)
+
+
+def test_components_file_of_the_reference_ranks_no_noop() -> None:
+    path = Path(__file__).parents[2] / "shared" / "data" / "sd35_large_turbo_components_hpsv2.json"
+    if not path.is_file():
+        pytest.skip("the components file is not part of the project (see shared/data)")
+    assert "37<tab>ff_context" in json.loads(path.read_text())  # the reference ranks it; we must not
+    assert (37, "context_mlp") in SD3.noops(LARGE)
