@@ -217,7 +217,7 @@ def _load_original(folder: Path, dtype: torch.dtype) -> Any:
     config = read_json(folder / HALF / "config.json")
     with readable(folder / HALF):
         kind = getattr(diffusers, config["_class_name"])
-        model = kind.from_pretrained(folder / HALF, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True)
+        model = kind.from_pretrained(folder / HALF, use_safetensors=True, low_cpu_mem_usage=True, **_dtype(dtype))
     return model.eval().requires_grad_(False)
 
 
@@ -241,10 +241,16 @@ def load_pipeline(folder: Path, transformer: nn.Module, dtype: torch.dtype = tor
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
     with readable(folder), _no_bars():
         pipe = DiffusionPipeline.from_pretrained(
-            folder, transformer=transformer, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **absent
+            folder, transformer=transformer, use_safetensors=True, local_files_only=True, **_dtype(dtype), **absent
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """diffusers 0.42 renamed the argument, and warns of the old name."""
+    version = tuple(int(v) for v in metadata.version("diffusers").split(".")[:2])
+    return {"dtype" if version >= (0, 42) else "torch_dtype": dtype}
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ Blocks = Annotated[str, typer.Option(help="manual: closed ranges of blocks, like
 Components = Annotated[str, typer.Option(help="manual: components, like 30:mlp,30:context_mlp.")]
 Steps = Annotated[int | None, typer.Option(help="Training steps; 0 leaves distillation out.")]
 GroupSize = Annotated[int, typer.Option(help="Weights that share one INT4 scale.")]
-Calibration = Annotated[str, typer.Option(help="none, awq or scale (scale estimation), from the model's own inputs.")]
+Calibration = Annotated[str, typer.Option(help="none, or scale: NNCF's scale estimation on the model's own inputs.")]
 DataSource = Annotated[
     str | None, typer.Option("--data", help="imagefolder with metadata.jsonl, a file of prompts, or 'shapes'.")
 ]
@@ -132,10 +132,12 @@ def parse_bytes(text: str) -> int:
     return int(value * scale)
 
 
-def _workspace(out: Path, model: str | None, fresh: bool) -> Workspace:
+def _workspace(out: Path, model: str | None, fresh: bool, *, begin: bool = False) -> Workspace:
     from edgeprune.pipeline import Workspace
 
     begun = (out / "edgeprune.json").is_file()
+    if not begun and not begin:
+        raise InputError(f"{out / 'edgeprune.json'}: no such file; begin with: edgeprune analyze MODEL -o {out}")
     return Workspace(out, model, model_given=model is not None or not begun, fresh=fresh)
 
 
@@ -219,7 +221,9 @@ def compress(
         if as_json:
             _print_json(forecast)
         return
-    ws = _workspace(out, model, fresh)
+    pipeline.preset(preset, builtin=False)
+    plan_options = _plan_options(method, keep, max_memory, protect_first, protect_last, threshold, blocks, components)
+    ws = _workspace(out, model, fresh, begin=True)
     options = pipeline.preset(preset, builtin=ws.builtin)
     distill_options = options.distill
     if steps is not None and distill_options is not None:
@@ -227,7 +231,7 @@ def compress(
     options = replace(
         options,
         analyze=replace(options.analyze, metric=metric, prompts=prompts),
-        plan=_plan_options(method, keep, max_memory, protect_first, protect_last, threshold, blocks, components),
+        plan=plan_options,
         data=replace(options.data, source=data or options.data.source),
         distill=distill_options,
         quantize=replace(options.quantize, group_size=group_size, calibration=calibration),
@@ -256,7 +260,7 @@ def analyze(
     """Score the model without each block and component: analysis.json."""
     from edgeprune import pipeline
 
-    ws = _workspace(out, model, fresh)
+    ws = _workspace(out, model, fresh, begin=True)
     options = pipeline.AnalyzeOptions(metric, prompts, count, not only_blocks)
     with _bars() as progress:
         ran = pipeline.run_analyze(ws, options, progress)
@@ -444,11 +448,13 @@ def bench(
     from rich.console import Console
 
     from edgeprune import bench as benchmark
+    from edgeprune import runtimes
     from edgeprune.checkpoint import resolve
     from edgeprune.files import write_json
 
     for expression in check or []:
         benchmark.parse_expression(expression)
+    runtimes.choose(folder)
     original = benchmark.Variant("original", resolve(baseline), "eager", "bf16")
     compressed = benchmark.Variant("compressed", folder)
     result = benchmark.run([original, compressed], repeats=repeats, steps=steps, quality=quality, progress=_say)

@@ -1,7 +1,8 @@
 """INT4 weights: NNCF chooses the integers, one block at a time; the result is held in `PackedLinear`.
 
 Which tensor gets how many bits is said in precision.py. Data-free by default; with calibration inputs NNCF also
-runs AWQ or scale estimation. What it leaves out: GPTQ (NNCF has none for torch) and training with quantised weights.
+estimates scales. What it leaves out: AWQ (its scales would have to be folded into adaLN), GPTQ (NNCF has none for
+torch), and training with quantised weights.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from edgeprune.families import Config, Family
 from edgeprune.int4 import PackedLinear, pack
 from edgeprune.precision import Precision, precision_of
 
-CALIBRATIONS = ("none", "awq", "scale")
+CALIBRATIONS = ("none", "scale")
 
 
 def _layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -80,7 +81,8 @@ class _Linears(nn.Module):
         self.layers = nn.ModuleList(layers.values())
 
     def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        return [layer(x) for layer, x in zip(self.layers, inputs, strict=True)]
+        # NNCF's statistics hang on the operation that makes a layer's input, so there must be one.
+        return [layer(x * 1.0) for layer, x in zip(self.layers, inputs, strict=True)]
 
 
 def _nncf_integers(
@@ -89,7 +91,7 @@ def _nncf_integers(
     """Integers and scales by layer name, chosen by NNCF.
 
     Layers are handed over side by side rather than inside the block: NNCF's tracing then needs no example of the
-    block's own inputs, and AWQ would have to move scales into adaLN, which has nowhere to put them.
+    block's own inputs.
     """
     import nncf
 
@@ -98,7 +100,6 @@ def _nncf_integers(
         compressed: Any = nncf.compress_weights(
             holder, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=group_size, all_layers=True,
             dataset=nncf.Dataset(samples), scale_estimation=calibration == "scale" or None,
-            awq=calibration == "awq" or None,
         )  # fmt: skip
     state = compressed.state_dict()
     out = {}
@@ -143,7 +144,7 @@ def quantize(
     """Replace every linear layer that the rule names, in place.
 
     Args:
-        calibration: `none`, `awq` or `scale`; the latter two need `run`.
+        calibration: `none`, or `scale` (scale estimation), which needs `run`.
         run: runs the model on calibration inputs; layers' inputs are caught on the way, block by block.
         progress: called with blocks done and blocks in all.
     """

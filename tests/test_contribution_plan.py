@@ -117,7 +117,9 @@ def test_contribution_is_a_mean_of_differences_with_an_interval() -> None:
     assert c.half_width == pytest.approx(1.96 * (0.5 / 2) ** 0.5 * 1.0)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 9}', '{"drop": 3, "metric": "m"}', '{"drop": {"x": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"schema_version": 9}', '{"drop": 3, "metric": "m"}', '{"drop": {"x": 1}}']
+)
 def test_broken_reports_are_one_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "scores.json"
     path.write_text(text)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from tiny import tiny_inputs, tiny_transformer
 
 from edgeprune.contribution import Removed
 from edgeprune.errors import InputError
@@ -10,15 +11,13 @@ from edgeprune.families import family_of
 from edgeprune.plan import make_plan
 from edgeprune.surgery import build, load_strictly, prune
 
-from tiny import tiny_inputs, tiny_transformer
-
 
 def velocity(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(**tiny_inputs(), return_dict=False)[0]
 
 
-def setup(**overrides: object):  # noqa: ANN201
+def setup(**overrides: object):
     model = tiny_transformer(num_layers=4, **overrides)
     config = {"_class_name": "SD3Transformer2DModel"} | {k: v for k, v in model.config.items() if not k.startswith("_")}
     family = family_of(config)
@@ -50,7 +49,17 @@ def test_whole_blocks_equal_skipped_blocks_and_load_in_stock_diffusers(blocks: s
     assert sum(p.numel() for p in short.parameters()) == plan.after.parameters
 
 
-EVERY = ["1:norm", "1:context_norm", "1:attn", "1:mlp", "1:context_mlp", "3:norm", "3:context_norm", "3:attn", "0:attn2"]
+EVERY = [
+    "1:norm",
+    "1:context_norm",
+    "1:attn",
+    "1:mlp",
+    "1:context_mlp",
+    "3:norm",
+    "3:context_norm",
+    "3:attn",
+    "0:attn2",
+]
 
 
 @pytest.mark.parametrize("components", [*EVERY, ",".join(EVERY)])

@@ -1,0 +1,65 @@
+"""The command line as a user meets it: help, plans without weights, and one line for every bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parent / "data"
+
+
+def run(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edgeprune.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+
+
+def test_plan_from_published_scores_without_weights(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads((DATA / "transformer_configs.json").read_text())["sd3.5-large"]))
+    scores = str(DATA / "sd35_large_turbo_blocks_hpsv2.json")
+    found = run("plan", "--config", str(config), "--scores", scores, "--keep", "0.79")
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout.splitlines()[-1])["blocks"] == [25, 26, 27, 28, 31, 32, 33, 34]
+    assert "6,352.6 M (78.8%)" in found.stderr
+
+
+@pytest.mark.parametrize(
+    "verb", ["compress", "analyze", "plan", "prune", "distill", "quantize", "export", "generate", "bench"]
+)
+def test_help_of_every_verb_has_an_example(verb: str) -> None:
+    found = run(verb, "--help")
+    assert found.returncode == 0
+    assert "Example" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["compress", "nowhere", "-o", "x"], "nowhere: no such folder"),
+        (["compress", ".", "-o", "x"], "no model_index.json"),
+        (["compress", "--preset", "fast", "-o", "x"], "--preset"),
+        (["compress", "--max-memory", "lots", "-o", "x"], "--max-memory"),
+        (["plan", "-o", "x", "--config", "c.json"], "exactly one of"),
+        (["plan", "--config", "c.json"], "c.json: no such file"),
+        (["prune", "-o", "x"], "begin with: edgeprune analyze"),
+        (["export", "x", "--target", "abacus", "-o", "y"], "--target"),
+        (["export", "nowhere", "-o", "y"], "nowhere"),
+        (["generate", "a red circle", "--model", "nowhere"], "nowhere"),
+        (["generate", "a red circle", "--model", ".", "-o", "out.bmp"], "out.bmp"),
+        (["bench", "nowhere"], "nowhere"),
+        (["bench", ".", "--assert", "peak~3"], "--assert"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(args: list[str], words: str, tmp_path: Path) -> None:
+    found = run(*args, cwd=tmp_path)
+    assert found.returncode == 2, found.stderr
+    assert "Traceback" not in found.stderr
+    (line,) = [text for text in found.stderr.splitlines() if text.startswith("error:")]
+    assert words in line
+
+
+def test_version_and_targets() -> None:
+    assert run("--version").stdout.startswith("edgeprune 0.")
+    assert "cpu-x86" in run("targets").stderr

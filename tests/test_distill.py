@@ -1,0 +1,161 @@
+"""Distillation: what is frozen, how strongly the rest is updated, losses by original index, and resuming."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import TOKENS, tiny_inputs, tiny_transformer
+
+from edgeprune.contribution import ContributionReport, fingerprint
+from edgeprune.data import Pairs
+from edgeprune.distill import DistillOptions, distill, parameter_groups, strengths
+from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.families import family_of
+from edgeprune.losses import Weights, feature_loss
+from edgeprune.plan import PrunePlan, make_plan
+from edgeprune.resume import Ema, load_state
+from edgeprune.surgery import prune
+
+
+def setup() -> tuple[Any, Any, Any, PrunePlan, ContributionReport, Pairs]:
+    teacher = tiny_transformer(num_layers=5)
+    config = {"_class_name": "SD3Transformer2DModel"} | {k: v for k, v in teacher.config.items() if k[0] != "_"}
+    family = family_of(config)
+    plan = make_plan(family, config, None, method="manual", blocks="2")
+    student = prune(family, teacher, config, plan, None)
+    student.load_state_dict({n: t.clone() for n, t in student.state_dict().items()}, assign=True)
+    drops = {(b, c): float(b) for b in range(5) for c in family.components}
+    report = ContributionReport(fingerprint(config), "sd3", 5, "m", ["p"], [0.0], {k: [-d] for k, d in drops.items()})
+    g = torch.Generator().manual_seed(3)
+    width = tiny_inputs()["pooled_projections"].shape[-1]
+    pairs = Pairs(
+        torch.randn(16, 8, 8, 8, generator=g), torch.arange(16) % 4,
+        torch.randn(4, TOKENS, width, generator=g), torch.randn(4, width, generator=g),
+    )  # fmt: skip
+    return family, teacher, student, plan, report, pairs
+
+
+def run(
+    path: Path, steps: int, *, until: int | None = None, **options: Any
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    family, teacher, student, plan, report, pairs = setup()
+
+    class Killed(Exception):
+        pass
+
+    def progress(step: int, total: int, loss: float) -> None:
+        if step == until:
+            raise Killed
+
+    chosen = DistillOptions(steps=steps, batch=4, rate=1e-3, **options)
+    try:
+        return distill(
+            family,
+            teacher,
+            student,
+            plan,
+            report,
+            pairs,
+            chosen,
+            path,
+            inputs_digest="x",
+            save_every=2,
+            progress=progress,
+        )
+    except Killed:
+        return {}, []
+
+
+def test_a_killed_run_resumes_to_the_same_losses_and_weights(tmp_path: Path) -> None:
+    whole, losses = run(tmp_path / "whole.safetensors", 8, schedule="cosine")
+    run(tmp_path / "killed.safetensors", 8, until=5, schedule="cosine")
+    again, resumed = run(tmp_path / "killed.safetensors", 8, schedule="cosine")
+    assert resumed == losses
+    assert all(torch.equal(whole[n], again[n]) for n in whole)
+
+
+def test_loss_falls_and_prefix_stays(tmp_path: Path) -> None:
+    _, _, before, plan, _, _ = setup()
+    after, losses = run(tmp_path / "s.safetensors", 60, sensitivity="off")
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    start = before.state_dict()
+    for name, tensor in after.items():
+        frozen = name.startswith(
+            ("transformer_blocks.0.", "transformer_blocks.1.", "time_text_embed.", "context_embedder.")
+        )
+        if frozen:
+            assert torch.equal(tensor, start[name]), name
+    assert not torch.equal(
+        after["transformer_blocks.2.attn.to_q.weight"], start["transformer_blocks.2.attn.to_q.weight"]
+    )
+    assert plan.first_pruned == 2
+
+
+def test_strength_falls_as_contribution_rises() -> None:
+    family, _, _, plan, report, _ = setup()
+    graded = strengths(report, plan, "graded", family.components)
+    assert graded[0, "norm"] > graded[3, "mlp"] > graded[4, "mlp"]
+    assert max(graded.values()) == 1.0 and min(graded.values()) == pytest.approx(0.1)
+    assert set(strengths(report, plan, "binary", family.components).values()) == {0.0, 1.0}
+    assert set(strengths(None, plan, "graded", family.components).values()) == {1.0}
+    assert all(block != 2 for block, _ in graded)
+
+
+def test_groups_follow_original_indices_after_a_block_is_gone() -> None:
+    family, _, student, plan, report, _ = setup()
+    groups = parameter_groups(family, student, plan, report, DistillOptions(rate=1.0))
+    rate = {id(p): g["lr"] for g in groups for p in g["params"]}
+    mlp = student.transformer_blocks[2].ff.net[2].weight  # original block 3
+    assert rate[id(mlp)] == pytest.approx(strengths(report, plan, "graded", family.components)[3, "mlp"])
+
+
+def test_all_frozen_is_refused() -> None:
+    family, _, student, plan, report, _ = setup()
+    student.norm_out = student.proj_out = torch.nn.Identity()
+    student.transformer_blocks = student.transformer_blocks[:2]
+    with pytest.raises(InputError, match="every part is frozen"):
+        parameter_groups(family, student, plan, report, DistillOptions())
+
+
+def test_features_pair_by_original_index() -> None:
+    a, b = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    teacher = {0: (a,), 1: (b, b), 2: (a, a)}
+    assert feature_loss({1: (b, b)}, teacher) == 0
+    assert feature_loss({2: (b,)}, teacher) == 1
+    assert feature_loss({}, teacher) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path: Path) -> None:
+    family, teacher, student, plan, report, pairs = setup()
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(EdgepruneError, match="not finite at step"):
+        distill(
+            family, teacher, student, plan, report, pairs,
+            DistillOptions(steps=50, batch=4, rate=1e30, weights=Weights()), path, inputs_digest="x", save_every=1,
+        )  # fmt: skip
+    assert path.is_file()
+
+
+@pytest.mark.parametrize(
+    "options", [{"sensitivity": "some"}, {"schedule": "up"}, {"mixed_precision": "int2"}, {"steps": 0}]
+)
+def test_options_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="--"):
+        DistillOptions(**options).check()
+
+
+def test_damaged_state_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with pytest.raises(InputError, match="delete it to start over"):
+        load_state(path, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+
+
+def test_ema_moves_towards_the_live_weights() -> None:
+    p = torch.nn.Parameter(torch.zeros(2))
+    ema = Ema({"p": p}, 0.9)
+    with torch.no_grad():
+        p.fill_(1.0)
+    ema.update(10_000)
+    assert torch.allclose(ema.average["p"], torch.full((2,), 0.1))

@@ -1,0 +1,198 @@
+"""compress end to end on a tiny model: artefact, no-ops, stale inputs, resuming, and damaged files."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_inputs, tiny_pipeline
+
+import edgeprune
+from edgeprune import checkpoint, pipeline, report
+from edgeprune.contribution import Key, analyze
+from edgeprune.distill import DistillOptions
+from edgeprune.errors import InputError, StaleStageError
+from edgeprune.pipeline import AnalyzeOptions, CompressOptions, DataOptions, PlanOptions, Workspace
+
+OPTIONS = CompressOptions(
+    analyze=AnalyzeOptions(count=3),
+    plan=PlanOptions(keep=0.95, protect_first=1, protect_last=0),
+    data=DataOptions("shapes", 16),
+    distill=DistillOptions(steps=3, batch=2),
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "tiny"
+    tiny_pipeline(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artefact(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("artefact") / "small"
+    ws = Workspace(out, str(source))
+    assert pipeline.compress(ws, OPTIONS) == list(pipeline.STAGES)
+    report.make(ws, quick=True)
+    return out
+
+
+@pytest.fixture
+def copy(artefact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artefact, tmp_path / "copy"))
+
+
+def test_artefact_loads_here_and_in_stock_diffusers(artefact: Path) -> None:
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    plan = Workspace(artefact, None, model_given=False).plan()
+    stock = StableDiffusion3Pipeline.from_pretrained(artefact, text_encoder_3=None, tokenizer_3=None)
+    assert isinstance(stock.transformer, SD3Transformer2DModel)
+    assert stock.transformer.config.num_layers == len(plan.kept) == 2
+    half = checkpoint.load_transformer(artefact, quantized=False)
+    with torch.no_grad():
+        a, b = (m(**tiny_inputs(), return_dict=False)[0] for m in (stock.transformer.float(), half))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    small = edgeprune.load(artefact)
+    assert type(small.transformer.transformer_blocks[0].ff.net[2]).__name__ == "PackedLinear"
+
+
+def test_manifest_tells_all(artefact: Path) -> None:
+    data = json.loads((artefact / "edgeprune.json").read_text())
+    assert list(data["stages"]) == list(pipeline.STAGES)
+    assert data["plan"]["blocks"] and data["tools"]["torch"] == torch.__version__
+    assert {"transformer", "transformer_int4", "analysis.json", "plan.json"} <= {n.split("/")[0] for n in data["files"]}
+
+
+def test_done_stages_are_no_ops(source: Path, artefact: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in artefact.rglob("*") if p.is_file()}
+    assert pipeline.compress(Workspace(artefact, str(source)), OPTIONS) == []
+    assert before == {p: p.stat().st_mtime_ns for p in artefact.rglob("*") if p.is_file()}
+
+
+def test_other_inputs_need_fresh(source: Path, copy: Path) -> None:
+    other = replace(OPTIONS, distill=DistillOptions(steps=2, batch=2))
+    with pytest.raises(StaleStageError, match="--fresh"):
+        pipeline.compress(Workspace(copy, str(source)), other)
+    assert pipeline.compress(Workspace(copy, str(source), fresh=True), other) == ["distill", "quantize"]
+
+
+def test_component_plan_loads_strictly(source: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "parts", str(source))
+    options = replace(
+        OPTIONS, plan=PlanOptions("manual", components="1:norm,1:mlp,0:attn,2:context_norm"), distill=None
+    )
+    pipeline.compress(ws, options)
+    state = checkpoint.load_transformer(ws.out, quantized=True).state_dict()
+    assert "transformer_blocks.1.norm1.linear.bias" in state
+    assert not [n for n in state if n.startswith(("transformer_blocks.1.ff.", "transformer_blocks.0.attn."))]
+    with torch.no_grad():
+        edgeprune.load(ws.out).transformer(**tiny_inputs())
+
+
+def test_analysis_resumes_without_redoing(source: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "a", str(source))
+    calls = 0
+
+    def score() -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return [float(calls)]
+
+    def go() -> dict[Key, list[float]]:
+        mean = torch.zeros(64)
+        made = analyze(
+            ws.family, ws.config, ws.pipe.transformer, score, mean=mean, metric="m", prompts=["p"], path=ws.report_path,
+            inputs_digest="d", components=False,
+        )  # fmt: skip
+        return made.scores
+
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    partial = ws.report_path.with_name("analysis.json.partial")
+    partial.write_text(partial.read_text() + '{"part": [2, nu')  # torn by the kill
+    calls = 10
+    assert go() == {(0, None): [2.0], (1, None): [3.0], (2, None): [11.0]}
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda d: _truncate(d / "transformer_int4" / "diffusion_pytorch_model.safetensors"), "SHA-256"),
+        (lambda d: (d / "transformer_int4" / "diffusion_pytorch_model.safetensors").unlink(), "no such file"),
+        (lambda d: (d / "edgeprune.json").write_text("{"), "not readable as JSON"),
+        (lambda d: _edit(d / "edgeprune.json", "schema_version", 99), "schema_version"),
+        (lambda d: _edit(d / "edgeprune.json", "files", {"transformer_int4/../../x": "0"}), "out of the folder"),
+        (
+            lambda d: _edit(d / "transformer" / "config.json", "_class_name", "UNet2DConditionModel"),
+            "expected an MMDiT",
+        ),
+        (lambda d: (d / "model_index.json").unlink(), "model_index.json"),
+    ],
+)
+def test_damage_is_one_clear_error(copy: Path, damage: object, words: str) -> None:
+    damage(copy)  # type: ignore[operator]
+    with pytest.raises(InputError, match=words):
+        edgeprune.load(copy)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _edit(path: Path, field: str, value: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+
+
+def test_truncated_source_weights(source: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(source, tmp_path / "broken"))
+    _truncate(broken / "transformer" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        Workspace(tmp_path / "o", str(broken)).pipe  # noqa: B018
+
+
+def test_workspace_refuses_strange_folders(source: Path, artefact: Path, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(InputError, match="not a folder of edgeprune"):
+        Workspace(tmp_path, str(source))
+    with pytest.raises(StaleStageError, match="made from"):
+        Workspace(artefact, str(Path(shutil.copytree(source, tmp_path / "other"))))
+    with pytest.raises(InputError, match="no such folder"):
+        Workspace(tmp_path / "new", "./nothing-here")
+    with pytest.raises(InputError, match="edgeprune prune"):
+        pipeline.run_distill(Workspace(tmp_path / "new", str(source)), DistillOptions(), DataOptions())
+
+
+def test_disk_full_leaves_what_was_there(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (copy / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(edgeprune.errors.EdgepruneError, match="disk full"):
+        checkpoint.save_transformer(copy, "transformer", {}, {"x": torch.zeros(3)})
+    assert (copy / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert not (copy / "transformer.tmp").exists()
+
+
+def test_page_is_self_contained_and_escaped(copy: Path, source: Path) -> None:
+    manifest = checkpoint.Manifest.load(copy)
+    evil = "<script>alert(1)</script>"
+    path = copy / "report.json"
+    data = json.loads(path.read_text())
+    data["prompts"][0] = evil
+    path.write_text(json.dumps(data))
+    ws = Workspace(copy, str(source))
+    report.make(ws)
+    page = (copy / "report.html").read_text()
+    assert evil not in page and "&lt;script&gt;" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert page.count("data:image/png") >= 4 and page.count("data:image/svg") == 2
+    assert manifest.plan is not None

@@ -1,0 +1,95 @@
+"""INT4: packing, the custom op, NNCF's integers, the rule, and bytes."""
+
+import pytest
+import torch
+from tiny import tiny_inputs, tiny_transformer
+from torch import nn
+
+from edgeprune.errors import InputError
+from edgeprune.families import family_of
+from edgeprune.int4 import PackedLinear, dequantize, pack, packed_linear, unpack
+from edgeprune.precision import Precision, footprint, precision_of
+from edgeprune.quantize import packed_from, prepare, quantize, round_to_nearest
+from edgeprune.surgery import load_strictly
+
+CONFIG = {"_class_name": "SD3Transformer2DModel"}
+SD3 = family_of(CONFIG)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_pack_and_unpack_are_inverse(bits: int) -> None:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    values = torch.randint(low, high, (6, 64), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    packed = pack(values, bits)
+    assert packed.dtype == torch.uint8 and packed.numel() * 8 == values.numel() * bits
+    assert torch.equal(unpack(packed, bits), values)
+
+
+def test_low_nibble_comes_first() -> None:
+    assert pack(torch.tensor([[1, -2]]), 4).item() == 0xE1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_op_equals_the_plain_product_and_passes_opcheck(bits: int) -> None:
+    linear = nn.Linear(64, 24)
+    precision = Precision(bits, 32 if bits == 4 else 64)
+    layer = packed_from(linear, *round_to_nearest(linear.weight.detach(), precision), precision)
+    x = torch.randn(3, 5, 64)
+    weight = dequantize(layer.weight_packed, layer.weight_scale, bits, torch.float32)
+    assert layer.bias is not None
+    torch.testing.assert_close(layer(x), x @ weight.T + layer.bias.float())
+    assert (weight - linear.weight).abs().max() < linear.weight.abs().max() / (6 if bits == 4 else 120)
+    torch.library.opcheck(packed_linear, (x, layer.weight_packed, layer.weight_scale, layer.bias, bits))
+
+
+def test_layer_refuses_groups_that_do_not_divide() -> None:
+    with pytest.raises(InputError, match="does not divide"):
+        PackedLinear(96, 8, bits=4, group_size=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("transformer_blocks.0.attn.to_q.weight", (64, 128), Precision(4, 64)),
+        ("transformer_blocks.0.attn.to_q.weight", (64, 96), Precision(4, 32)),
+        ("transformer_blocks.0.attn.to_q.weight", (64, 50), Precision(8, 50)),
+        ("transformer_blocks.0.attn.norm_q.weight", (64,), Precision(16)),
+        ("transformer_blocks.0.attn.to_q.bias", (64,), Precision(16)),
+        ("proj_out.weight", (8, 128), Precision(8, 128)),
+        ("pos_embed.proj.weight", (128, 8, 1, 1), Precision(16)),
+    ],
+)
+def test_rule(name: str, shape: tuple[int, ...], expected: Precision) -> None:
+    assert precision_of(SD3, name, shape) == expected
+
+
+@pytest.mark.parametrize("calibration", ["none", "scale"])
+def test_quantised_model_is_close_and_as_small_as_forecast(calibration: str) -> None:
+    model = tiny_transformer()
+    config = CONFIG | {k: v for k, v in model.config.items() if k[0] != "_"}
+    with torch.no_grad():
+        expected = model(**tiny_inputs(), return_dict=False)[0]
+        quantize(SD3, model, calibration=calibration, run=lambda: model(**tiny_inputs(), return_dict=False))
+        found = model(**tiny_inputs(), return_dict=False)[0]
+    error = ((found - expected).norm() / expected.norm()).item()
+    assert 0 < error < 0.25
+    assert not [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    keep = (".weight_packed", ".weight_scale")
+    state = {n: t if n.endswith(keep) else t.half() for n, t in model.state_dict().items()}
+    stored = sum(t.numel() * t.element_size() for t in state.values())
+    assert stored == footprint(SD3, SD3.tensor_shapes(config)).int4_bytes
+    # A strict load into an empty model of the same rule gives the same numbers.
+    again = prepare(SD3, config, tiny_transformer())
+    load_strictly(again, {n: t if n.endswith(keep) else t.float() for n, t in state.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(again(**tiny_inputs(), return_dict=False)[0], found, rtol=1e-2, atol=1e-2)
+
+
+def test_nncf_rounds_no_worse_than_we_would() -> None:
+    model = tiny_transformer()
+    weight = model.transformer_blocks[0].ff.net[2].weight.detach().clone()
+    quantize(SD3, model)
+    layer = model.transformer_blocks[0].ff.net[2]
+    values, scale = round_to_nearest(weight, Precision(4, 64))
+    ours = packed_from(nn.Linear(weight.shape[1], weight.shape[0]), values, scale, Precision(4, 64)).weight
+    assert (layer.weight - weight).norm() <= 1.05 * (ours - weight).norm()
