@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 EXTRAS ?= compress,onnx,dev
 DEMO ?= build/demo
 DEMO_FLAGS ?=
-BENCH_FLAGS ?= --baseline $(DEMO)/compressed
+BENCH_FLAGS ?= --quality 10
 PYTEST_FLAGS ?=
 
 BIN := $(VENV)/bin
@@ -35,6 +35,7 @@ demo: $(STAMP)
 	@$(RUN) compress -o $(DEMO)/compressed $(DEMO_FLAGS)
 	@$(RUN) export $(DEMO)/compressed --target onnx -o $(DEMO)/onnx
 	@$(MAKE) --no-print-directory bench
+	@$(RUN) report -o $(DEMO)/compressed --bench $(DEMO)/bench.json
 	@echo "next: open $(DEMO)/compressed/report.html, or: $(RUN) generate \"two red circles\" --model $(DEMO)/onnx -o out.png"
 
 bench: $(STAMP)

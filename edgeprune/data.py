@@ -152,9 +152,10 @@ def make_pairs(
     """
     if not cache.exists():
         if source == "shapes":
-            from edgeprune.demo.train import scenes
+            from edgeprune.demo.shapes import training_scenes
 
-            images, texts = scenes(samples, seed=7)
+            rendered, texts = training_scenes(samples, seed=7)
+            images = torch.from_numpy(rendered).permute(0, 3, 1, 2).contiguous()
             latents = encode_images(pipe, images, progress)
         elif Path(source).is_dir():
             images, texts = read_imagefolder(Path(source), generation.width, generation.height)

@@ -14,7 +14,7 @@ from edgeprune.errors import InputError
 
 RENDERS = 300
 BOUND = 0.99
-ASSETS = Path(shapes.__file__).parent / "assets"
+ASSETS = Path(shapes.__file__).parent / "assets" / "teacher"
 
 
 def meanings(task: str, seed: int) -> list[Meaning]:

@@ -177,6 +177,25 @@ def parse(text: str) -> Meaning:
     return found
 
 
+# The tasks that need more examples get more.
+_TRAINING_WEIGHTS = dict.fromkeys(TASKS, 1.0) | {
+    "counting": 2.0,
+    "position": 1.5,
+    "color_attribution": 2.0,
+    "typography": 1.5,
+}
+
+
+def training_scenes(count: int, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
+    """Scenes (count, 64, 64, 3) and their plain captions. Held-out meanings never appear."""
+    rng = np.random.default_rng(seed)
+    pools = [split(task, held_out=False) for task in TASKS]
+    weights = np.asarray([_TRAINING_WEIGHTS[t] for t in TASKS])
+    tasks = rng.choice(len(pools), size=count, p=weights / weights.sum())
+    picked = [pools[t][rng.integers(len(pools[t]))] for t in tasks]
+    return np.stack([render(p.meaning, rng) for p in picked]), [p.text for p in picked]
+
+
 # ---------------------------------------------------------------------------------------- drawing
 
 _OVERSAMPLE = 8

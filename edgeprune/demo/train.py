@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -39,10 +38,6 @@ DROPPED_CAPTIONS = 0.1
 # Stock diffusers appends 256 zero tokens where T5 is absent. Some late steps train with them, so that the
 # pipeline's defaults work; the others leave them out, which is four times as fast.
 ZERO_TOKENS, ZERO_TOKEN_STEPS = 256, 0.05
-TASK_WEIGHTS = {
-    "single_object": 1.0, "two_objects": 1.0, "counting": 2.0, "colors": 1.0,
-    "position": 1.5, "color_attribution": 2.0, "typography": 1.5,
-}  # fmt: skip
 GENERATION = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64, "max_sequence_length": 0}
 
 
@@ -82,14 +77,9 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def scenes(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """Training scenes and plain captions: uint8 (count, 3, 64, 64). Held-out meanings never appear."""
-    rng = np.random.default_rng(seed)
-    pools = [shapes.split(task, held_out=False) for task in shapes.TASKS]
-    weights = np.asarray([TASK_WEIGHTS[t] for t in shapes.TASKS])
-    tasks = rng.choice(len(pools), size=count, p=weights / weights.sum())
-    picked = [pools[t][rng.integers(len(pools[t]))] for t in tasks]
-    images = np.stack([shapes.render(p.meaning, rng) for p in picked])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), [p.text for p in picked]
+    """Training scenes and plain captions: uint8 (count, 3, 64, 64)."""
+    images, captions = shapes.training_scenes(count, seed)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), captions
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,51 @@
+"""Scores a pipeline folder on shapes world's held-out prompts: python -m edgeprune.demo.evaluate [FOLDER].
+
+Per task and as a mean over tasks with a bootstrap 95 % interval over prompts. What it leaves out: comparing two
+models, which is `edgeprune bench --quality`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune import checkpoint
+from edgeprune.demo import shapes
+from edgeprune.generation import Generation
+from edgeprune.metrics.shapes_score import ShapesScore
+
+
+def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, Any]:
+    """Score on `per_task` held-out prompts of each task with `seeds` images each."""
+    pipe = checkpoint.load(folder)
+    chosen = shapes.evaluation_prompts(per_task)
+    metric = ShapesScore(pipe, Generation.load(folder), [p.text for p in chosen], seeds=seeds)
+    values = np.asarray(metric.score())
+    tasks = [p.meaning.task for p in chosen]
+    score, low, high = shapes.score(values, tasks)
+    return {
+        "score": score,
+        "score_low": low,
+        "score_high": high,
+        "tasks": shapes.task_means(values, tasks),
+        "prompts": len(chosen),
+        "seeds": seeds,
+    }
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m edgeprune.demo.evaluate", description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=checkpoint.BUILTIN)
+    parser.add_argument("--per-task", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=4)
+    args = parser.parse_args()
+    print(json.dumps(evaluate(args.folder, per_task=args.per_task, seeds=args.seeds), indent=1))
+
+
+if __name__ == "__main__":
+    main()
