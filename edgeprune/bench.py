@@ -178,7 +178,8 @@ def run(
 
         prompts = [p for p in shapes.evaluation_prompts(quality) for _ in range(quality_seeds)]
     bandwidth = memory_bandwidth()
-    measured, images = [], []
+    measured: list[Measured] = []
+    images: list[NDArray[np.uint8]] = []
     with tempfile.TemporaryDirectory(prefix="edgeprune-bench-") as scratch:
         for variant in variants:
             progress(f"{variant.name}: {variant.folder}")

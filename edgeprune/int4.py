@@ -64,6 +64,7 @@ class PackedLinear(nn.Module):
 
     weight_packed: torch.Tensor
     weight_scale: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(self, in_features: int, out_features: int, *, bits: int, group_size: int, bias: bool = True) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ figures. What it leaves out: measuring devices (bench.py).
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import math
 import time
@@ -103,14 +104,8 @@ def _measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, 
     images: dict[str, NDArray[Any]] = {}
     for name, transformer in (("original", original), ("compressed", int4)):
         ws.pipe.transformer = transformer
-        label = f"report: images, {name}"
-        images[name] = generate(
-            ws.pipe,
-            texts,
-            seeds,
-            ws.generation,
-            progress=lambda done, total, label=label: progress(label, done, total, ""),
-        )
+        shown = functools.partial(_show_images, progress, name)
+        images[name] = generate(ws.pipe, texts, seeds, ws.generation, progress=shown)
     ws.pipe.transformer = original
     pruned = checkpoint.load_transformer(ws.out, quantized=False)
     times = _step_times(ws, [original, pruned])
@@ -143,6 +138,10 @@ def _measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, 
             "tasks": {k: shapes.task_means(v, tasks) for k, v in passed.items()},
         }
     return summary, images
+
+
+def _show_images(progress: Progress, name: str, done: int, total: int) -> None:
+    progress(f"report: images, {name}", done, total, "")
 
 
 def _relative_drop(first: NDArray[Any], other: NDArray[Any], tasks: list[str]) -> tuple[float, float, float]:

@@ -72,7 +72,8 @@ def sigmas(pipe: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
         limits = (c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
         extra["mu"] = calculate_shift(tokens, *limits)
     scheduler.set_timesteps(steps, **extra)
-    return scheduler.sigmas.float()
+    levels: torch.Tensor = scheduler.sigmas.float()
+    return levels
 
 
 @torch.no_grad()

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
-
-# --import-mode=importlib leaves the path alone; this lets tests say `import tiny`.
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

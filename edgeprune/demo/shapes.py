@@ -201,6 +201,11 @@ def training_scenes(count: int, seed: int) -> tuple[NDArray[np.uint8], list[str]
 _OVERSAMPLE = 8
 
 
+def _coverage(image: Image.Image) -> NDArray[np.float32]:
+    """A grey image as ink in [0, 1]."""
+    return np.asarray(image, dtype=np.float32) / np.float32(255)
+
+
 @functools.cache
 def _glyph(char: str) -> NDArray[np.float32]:
     """A character as ink in [0, 1], cropped to its box, large."""
@@ -209,7 +214,7 @@ def _glyph(char: str) -> NDArray[np.float32]:
     ImageDraw.Draw(image).text((80, 40), char, fill=255, font=font, stroke_width=10)
     box = image.getbbox()
     assert box is not None
-    return np.asarray(image.crop(box), dtype=np.float32) / 255
+    return _coverage(image.crop(box))
 
 
 @functools.cache
@@ -218,7 +223,7 @@ def _ink(shape: str, extent: int) -> NDArray[np.float32]:
     if shape in GLYPHS:
         ink = Image.fromarray((_glyph(shape) * 255).astype(np.uint8))
         width = max(1, round(extent * ink.width / ink.height))
-        return np.asarray(ink.resize((width, extent), Image.Resampling.BOX), dtype=np.float32) / 255
+        return _coverage(ink.resize((width, extent), Image.Resampling.BOX))
     n = extent * _OVERSAMPLE
     image = Image.new("L", (n, n), 0)
     draw = ImageDraw.Draw(image)
@@ -242,7 +247,7 @@ def _ink(shape: str, extent: int) -> NDArray[np.float32]:
     else:
         raise InputError(f"shape: found {shape!r}, expected one of {', '.join(SHAPES)}")
     small = image.resize((extent, extent), Image.Resampling.BOX)
-    return np.asarray(small, dtype=np.float32) / 255
+    return _coverage(small)
 
 
 def render(meaning: Meaning, rng: np.random.Generator) -> Pixels:

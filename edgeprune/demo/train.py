@@ -238,7 +238,8 @@ def train_transformer(
 
     def ids_of(texts: list[str]) -> torch.Tensor:
         encoded = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-        return encoded.input_ids
+        ids: torch.Tensor = encoded.input_ids
+        return ids
 
     unique = sorted(set(captions))
     table = torch.stack([ids_of([t.format(c) for c in unique]) for t in shapes.TEMPLATES])  # (templates, captions, M)
