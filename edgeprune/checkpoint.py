@@ -239,7 +239,7 @@ def load_pipeline(folder: Path, transformer: nn.Module, dtype: torch.dtype = tor
     # diffusers wants to be told of an absent T5, though the index says so.
     index = read_json(folder / "model_index.json")
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
-    with readable(folder), _no_bars():
+    with readable(folder), no_bars():
         pipe = DiffusionPipeline.from_pretrained(
             folder, transformer=transformer, use_safetensors=True, local_files_only=True, **_dtype(dtype), **absent
         )
@@ -254,7 +254,7 @@ def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Without the vendors' own bars, which run into ours."""
     import diffusers.utils.logging
     import transformers.utils.logging

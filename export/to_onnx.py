@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
-from edgeprune.checkpoint import load_transformer
+from edgeprune.checkpoint import load_transformer, no_bars
 from edgeprune.errors import EdgepruneError, InputError, ParityError
 from edgeprune.export import graph, parity
 from edgeprune.files import read_json, sha256_file, write_json
@@ -131,7 +131,8 @@ def _present(index: Mapping[str, Any], name: str) -> bool:
 def _from_pretrained(load: Callable[..., Any], folder: Path) -> Any:
     """A vendor's loader, its many exceptions mapped to one that names the folder."""
     try:
-        return load(folder, local_files_only=True)
+        with no_bars():
+            return load(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from error
 

@@ -222,16 +222,36 @@ def encode_text(encoders: list[Any], ids: torch.Tensor) -> tuple[torch.Tensor, t
     return torch.cat([o.hidden_states[-2] for o in outputs], -1), torch.cat([o[0] for o in outputs], -1)
 
 
+def load_weights(nets: torch.nn.ModuleDict, folder: Path) -> None:
+    """Fill transformer and text encoders from a finished pipeline of this recipe, to go on training it."""
+    for name, net in nets.items():
+        file = "diffusion_pytorch_model.safetensors" if name == "transformer" else "model.safetensors"
+        net.load_state_dict({n: t.float() for n, t in load_file(folder / name / file).items()})
+
+
 def train_transformer(
-    work: Path, latents: torch.Tensor, captions: list[str], *, steps: int, seed: int, batch: int, peak: float
+    work: Path,
+    latents: torch.Tensor,
+    captions: list[str],
+    *,
+    steps: int,
+    seed: int,
+    batch: int,
+    peak: float,
+    start: Path | None = None,
 ) -> StableDiffusion3Pipeline:
-    """Flow matching, velocity target, sigma logit-normal with mean 0.3; AdamW, EMA 0.999."""
+    """Flow matching, velocity target, sigma logit-normal with mean 0.3; AdamW, EMA 0.999.
+
+    `start` is a finished pipeline whose weights are taken instead of random ones.
+    """
     tokenizer = make_tokenizer(work / "tokenizer")
     torch.manual_seed(seed + 3)
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     encoders = [make_text_encoder(len(tokenizer), end) for _ in range(2)]
     transformer = make_transformer()
     nets = torch.nn.ModuleDict({"transformer": transformer, "text_encoder": encoders[0], "text_encoder_2": encoders[1]})
+    if start is not None:
+        load_weights(nets, start)
     nets.train()
     optimizer = torch.optim.AdamW(nets.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
     ema = Ema(dict(nets.named_parameters()), 0.999)
@@ -299,12 +319,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="finished pipeline to go on from: its VAE, encoders and transformer")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.start and not (args.work / "vae").exists():
+        shutil.copytree(args.start / "vae", args.work / "vae")
     vae = train_vae(args.work, steps=args.vae_steps, seed=args.seed, count=min(args.scenes, 12_000))
     latents, captions = make_latents(args.work, vae, seed=args.seed, count=args.scenes)
     pipeline = train_transformer(
-        args.work, latents, captions, steps=args.steps, seed=args.seed, batch=args.batch, peak=args.rate
+        args.work,
+        latents,
+        captions,
+        steps=args.steps,
+        seed=args.seed,
+        batch=args.batch,
+        peak=args.rate,
+        start=args.start,
     )
     if args.out:
         temporary = args.out.with_name(args.out.name + ".tmp")
