@@ -275,7 +275,8 @@ def disk_bytes(folder: Path) -> dict[str, int]:
     """transformer_disk_bytes and total_disk_bytes of the files that generation reads."""
     transformer = sum(p.stat().st_size for p in _weight_files(_transformer(folder)))
     # An artefact's half-precision transformer is not read where there is an INT4 one.
-    others = [d for d in folder.iterdir() if d.is_dir() and not d.name.startswith("transformer")]
+    skipped = ("transformer", "transformer_int4", "cache")
+    others = [d for d in folder.iterdir() if d.is_dir() and d.name not in skipped]
     rest = sum(p.stat().st_size for d in others for p in _weight_files(d))
     return {"transformer_disk_bytes": transformer, "total_disk_bytes": transformer + rest}
 

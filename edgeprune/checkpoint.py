@@ -9,7 +9,6 @@ load `transformer/` in stock diffusers; everything loads here. What it leaves ou
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from edgeprune import __version__
@@ -30,12 +29,15 @@ from edgeprune.families import Config, Family, family_of
 from edgeprune.files import read_json, sha256_file, write_json
 from edgeprune.plan import PrunePlan
 from edgeprune.quantize import prepare
+from edgeprune.resume import save_tensors
 from edgeprune.surgery import load_strictly
 
 SCHEMA_VERSION = 1
 MANIFEST = "edgeprune.json"
 HALF, INT4 = "transformer", "transformer_int4"
 BUILTIN = Path(__file__).parent / "demo" / "assets" / "teacher"
+_NEVER = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack")
+"""Code and pickles: neither fetched nor copied."""
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -152,7 +154,7 @@ def resolve(model: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.ckpt", "*.pkl", "*.msgpack"]))
+        return Path(snapshot_download(model, ignore_patterns=list(_NEVER)))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{model}: no such folder, and not available from the hub ({reason})") from error
@@ -234,17 +236,29 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> 
 
 def load_pipeline(folder: Path, transformer: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
     """The rest of a folder's pipeline around a loaded transformer. Never runs code or pickles of the folder."""
-    from diffusers import DiffusionPipeline
+    from diffusers import StableDiffusion3Pipeline
 
-    # diffusers wants to be told of an absent T5, though the index says so.
     index = read_json(folder / "model_index.json")
+    _check_index(index, folder / "model_index.json")
+    # diffusers wants to be told of an absent T5, though the index says so.
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
     with readable(folder), no_bars():
-        pipe = DiffusionPipeline.from_pretrained(
+        pipe = StableDiffusion3Pipeline.from_pretrained(
             folder, transformer=transformer, use_safetensors=True, local_files_only=True, **_dtype(dtype), **absent
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _check_index(index: dict[str, Any], path: Path) -> None:
+    """Only classes of diffusers and transformers: another name would make diffusers import the folder's own code."""
+    if index.get("_class_name") != "StableDiffusion3Pipeline":
+        raise InputError(
+            f"{path}: _class_name: found {index.get('_class_name')!r}, expected 'StableDiffusion3Pipeline'"
+        )
+    for name, entry in index.items():
+        if isinstance(entry, list) and entry[:1] not in (["diffusers"], ["transformers"], [None]):
+            raise InputError(f"{path}: {name}: found {entry!r}, expected a class of diffusers or transformers")
 
 
 def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -277,17 +291,11 @@ def save_transformer(folder: Path, part: str, config: Config, state: dict[str, t
     temporary = folder / f"{part}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        save_tensors(temporary / _WEIGHTS, state, {"format": "pt"})
         write_json(temporary / "config.json", config)
-        save_file({n: t.contiguous() for n, t in state.items()}, temporary / _WEIGHTS, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            need = sum(t.numel() * t.element_size() for t in state.values())
-            raise EdgepruneError(
-                f"{folder / part}: disk full while writing {need} bytes; free some space and run again"
-            ) from error
-        raise EdgepruneError(f"{folder / part}: cannot be written ({error})") from error
+        raise
     replace_folder(temporary, folder / part)
 
 
@@ -310,11 +318,10 @@ def copy_surroundings(source: Path, folder: Path) -> None:
             continue
         if not re.fullmatch(r"\w+", name) or not (source / name).is_dir():
             raise InputError(f"{source / 'model_index.json'}: {name}: no such folder beside it")
-        if not (folder / name).is_dir():
-            temporary = folder / f"{name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(source / name, temporary, ignore=shutil.ignore_patterns("*.bin", "*.pt", "*.ckpt", "*.pkl"))
-            temporary.rename(folder / name)
+        temporary = folder / f"{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source / name, temporary, ignore=shutil.ignore_patterns(*_NEVER))
+        replace_folder(temporary, folder / name)
     for name in ("model_index.json", "generation.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -141,6 +141,18 @@ def _workspace(out: Path, model: str | None, fresh: bool, *, begin: bool = False
     return Workspace(out, model, model_given=model is not None or not begun, fresh=fresh)
 
 
+def _source_of(folder: Path) -> str | None:
+    """The model that an export or artefact was made from; None for the built-in one."""
+    from edgeprune.files import read_json
+
+    for name in ("edgeprune_export.json", "edgeprune.json"):
+        if (folder / name).is_file():
+            source = read_json(folder / name).get("source")
+            if isinstance(source, str):
+                return None if source == "built-in" else source
+    raise InputError(f"{folder}: does not say what it was made from; give --baseline")
+
+
 def _plan_options(
     method: str,
     keep: float | None,
@@ -150,6 +162,7 @@ def _plan_options(
     threshold: float,
     blocks: str,
     components: str,
+    group_size: int,
 ) -> Any:
     from edgeprune.pipeline import PlanOptions
 
@@ -158,7 +171,7 @@ def _plan_options(
     if method != "manual" and keep is None and max_memory is None:
         keep = 0.79
     size = parse_bytes(max_memory) if max_memory else None
-    return PlanOptions(method, keep, size, first, last, threshold, blocks, components)
+    return PlanOptions(method, keep, size, first, last, threshold, blocks, components, group_size)
 
 
 def _plan_rows(plan: Any) -> list[tuple[str, str]]:
@@ -215,16 +228,12 @@ def compress(
 
     from edgeprune import pipeline, report
 
-    if dry_run:
-        forecast = pipeline.forecast(model, preset)
-        _table([(k.replace("_", " "), f"{v:,}" if isinstance(v, int) else str(v)) for k, v in forecast.items()])
-        if as_json:
-            _print_json(forecast)
-        return
-    pipeline.preset(preset, builtin=False)
-    plan_options = _plan_options(method, keep, max_memory, protect_first, protect_last, threshold, blocks, components)
-    ws = _workspace(out, model, fresh, begin=True)
-    options = pipeline.preset(preset, builtin=ws.builtin)
+    plan_options = _plan_options(
+        method, keep, max_memory, protect_first, protect_last, threshold, blocks, components, group_size
+    )
+    begun = model is None and (out / "edgeprune.json").is_file()
+    ws = _workspace(out, model, fresh) if begun else None
+    options = pipeline.preset(preset, builtin=ws.builtin if ws else model is None)
     distill_options = options.distill
     if steps is not None and distill_options is not None:
         distill_options = replace(distill_options, steps=steps) if steps else None
@@ -236,6 +245,13 @@ def compress(
         distill=distill_options,
         quantize=replace(options.quantize, group_size=group_size, calibration=calibration),
     )
+    if dry_run:
+        forecast = pipeline.forecast(model, options)
+        _table([(k.replace("_", " "), f"{v:,}") for k, v in forecast.items()])
+        if as_json:
+            _print_json(forecast)
+        return
+    ws = ws or _workspace(out, model, fresh, begin=True)
     with _bars() as progress:
         ran = pipeline.compress(ws, options, progress)
         summary = report.make(ws, quick=preset == "quick", redo=bool(ran), progress=progress)
@@ -288,13 +304,16 @@ def plan(
     threshold: Threshold = 0.15,
     blocks: Blocks = "",
     components: Components = "",
+    group_size: GroupSize = 64,
     fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
     """Choose what goes: plan.json, and what is left."""
     from dataclasses import asdict
 
-    options = _plan_options(method, keep, max_memory, protect_first, protect_last, threshold, blocks, components)
+    options = _plan_options(
+        method, keep, max_memory, protect_first, protect_last, threshold, blocks, components, group_size
+    )
     if (out is None) == (config is None):
         raise InputError("plan: give exactly one of -o (a folder) and --config (a transformer's config.json)")
     if out is not None:
@@ -334,35 +353,47 @@ def prune(out: Out = Path("compressed"), fresh: Fresh = False) -> None:
 def distill(
     out: Out = Path("compressed"),
     data: DataSource = None,
-    samples: Annotated[int, typer.Option(min=1, help="Images to make, if the data is prompts or shapes.")] = 1024,
-    steps: Annotated[int, typer.Option(min=1)] = 1000,
-    batch: Annotated[int, typer.Option(min=1)] = 32,
-    rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
-    schedule: Annotated[str, typer.Option(help="constant or cosine.")] = "constant",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Images to make, if the data is prompts or shapes.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default as compress has it, as of all these.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1)] = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rate of AdamW.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="constant or cosine.")] = None,
     sensitivity: Annotated[str, typer.Option(help="SGDistill: graded, binary or off.")] = "graded",
     freeze_prefix: Annotated[bool, typer.Option("--freeze-prefix/--no-freeze-prefix", help="PWP.")] = True,
     lambda_task: Annotated[float, typer.Option(min=0)] = 0.0,
     lambda_output: Annotated[float, typer.Option(min=0)] = 1.0,
     lambda_feature: Annotated[float, typer.Option(min=0)] = 1e-4,
-    ema: Annotated[float, typer.Option(min=0, max=1, help="Decay of the averaged weights.")] = 0.99,
+    ema: Annotated[float | None, typer.Option(min=0, max=1, help="Decay of the averaged weights.")] = None,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
     seed: int = 0,
     fresh: Fresh = False,
 ) -> None:
     """Teach the shorter transformer what the original knows. Killed, it goes on from its last state."""
+    from dataclasses import replace
+
     from edgeprune import pipeline
-    from edgeprune.distill import DistillOptions
     from edgeprune.losses import Weights
 
     ws = _workspace(out, None, fresh)
-    options = DistillOptions(
-        steps=steps, batch=batch, rate=rate, schedule=schedule, sensitivity=sensitivity, freeze_prefix=freeze_prefix,
-        weights=Weights(lambda_task, lambda_output, lambda_feature), ema=ema, mixed_precision=mixed_precision,
-        gradient_checkpointing=gradient_checkpointing, seed=seed,
-    )  # fmt: skip
+    base = pipeline.preset("default", builtin=ws.builtin)
+    assert base.distill is not None
+    given = {"steps": steps, "batch": batch, "rate": rate, "schedule": schedule, "ema": ema}
+    options = replace(
+        base.distill,
+        **{k: v for k, v in given.items() if v is not None},
+        sensitivity=sensitivity,
+        freeze_prefix=freeze_prefix,
+        weights=Weights(lambda_task, lambda_output, lambda_feature),
+        mixed_precision=mixed_precision,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+    )
+    source = pipeline.DataOptions(data or base.data.source, samples or base.data.samples)
     with _bars() as progress:
-        ran = pipeline.run_distill(ws, options, pipeline.DataOptions(data, samples), progress)
+        ran = pipeline.run_distill(ws, options, source, progress)
     stage = ws.manifest.stages["distill"]
     _say(f"loss {stage['first_loss']:.4f} -> {stage['last_loss']:.4f}" + ("" if ran else " (already done)"))
     _say(f"next: edgeprune quantize -o {out}")
@@ -434,7 +465,7 @@ def generate(
 def bench(
     folder: Annotated[Path, typer.Argument(help="Exported or artefact folder.")],
     baseline: Annotated[
-        str | None, typer.Option(help="Original: folder or hub id; the built-in model by default.")
+        str | None, typer.Option(help="Original: folder or hub id; by default the model it was made from.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Warm steps timed.")] = 20,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of an image.")] = None,
@@ -455,7 +486,7 @@ def bench(
     for expression in check or []:
         benchmark.parse_expression(expression)
     runtimes.choose(folder)
-    original = benchmark.Variant("original", resolve(baseline), "eager", "bf16")
+    original = benchmark.Variant("original", resolve(baseline or _source_of(folder)), "eager", "bf16")
     compressed = benchmark.Variant("compressed", folder)
     result = benchmark.run([original, compressed], repeats=repeats, steps=steps, quality=quality, progress=_say)
     Console().print(benchmark.table(result))

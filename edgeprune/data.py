@@ -7,7 +7,6 @@ the images, or shapes world's own renders. What it leaves out: tar shards, strea
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from edgeprune.errors import InputError
+from edgeprune.files import digest, sha256_file
 from edgeprune.generation import Generation
+from edgeprune.resume import save_tensors
 from edgeprune.sampling import denoise, encode_prompts, latent_shape, noise, sigmas
 
 Progress = Callable[[int, int], None]
@@ -135,6 +136,19 @@ def _teacher_made(
     return torch.cat(parts)
 
 
+def source_digest(source: str) -> str:
+    """Identity of a source's content: of images, by name, size and time of change."""
+    path = Path(source)
+    if source == "shapes":
+        return source
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        return digest([(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+    if path.is_file():
+        return sha256_file(path)
+    raise InputError(f"--data: {source}: no such folder or file, and not 'shapes'")
+
+
 def make_pairs(
     pipe: Any,
     source: str,
@@ -169,18 +183,7 @@ def make_pairs(
         unique = ["", *sorted(set(texts) - {""})]
         index = {t: i for i, t in enumerate(unique)}
         encoded = encode_prompts(pipe, unique, generation.max_sequence_length)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_name(cache.name + ".tmp")
         rows = torch.tensor([index[t] for t in texts])
-        save_file(
-            {
-                "latents": latents.contiguous(),
-                "rows": rows,
-                "hidden": encoded.hidden.contiguous(),
-                "pooled": encoded.pooled,
-            },
-            temporary,
-        )
-        os.replace(temporary, cache)
+        save_tensors(cache, {"latents": latents, "rows": rows, "hidden": encoded.hidden, "pooled": encoded.pooled})
     data = load_file(cache)
     return Pairs(data["latents"], data["rows"], data["hidden"], data["pooled"])

@@ -169,6 +169,7 @@ def distill(
     rates = [g["lr"] for g in optimizer.param_groups]
     if options.gradient_checkpointing:
         student.enable_gradient_checkpointing()
+    net, optimizer = accelerator.prepare(student, optimizer)  # before the average is taken: it may move the weights
     trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
     ema = Ema(trained, options.ema)
     step, losses = 0, []
@@ -184,7 +185,6 @@ def distill(
     catch_student = _Catcher(family.blocks(student), plan.kept)
     student.train()
     teacher.eval().requires_grad_(False)
-    net, optimizer = accelerator.prepare(student, optimizer)
     teacher.to(accelerator.device)
     while step < options.steps:
         g = step_generator(options.seed, step)
@@ -198,7 +198,7 @@ def distill(
         with accelerator.autocast():
             velocity = net(*inputs, return_dict=False)[0]
         # Features of the frozen prefix are equal by construction; only later blocks can differ.
-        later = {k: v for k, v in catch_student.features.items() if not options.freeze_prefix or k > plan.first_pruned}
+        later = {k: v for k, v in catch_student.features.items() if not options.freeze_prefix or k >= plan.first_pruned}
         loss, _ = distillation_loss(
             velocity,
             target,
@@ -225,6 +225,7 @@ def distill(
             state = {n: p.detach() for n, p in trained.items()}
             meta = {"step": step, "losses": losses, "inputs": inputs_digest}
             save_state(state_path, {"student": state, "ema": ema.average}, optimizer, meta)
+    teacher.to("cpu")
     result = {n: t.detach().cpu() for n, t in student.state_dict().items()} | {
         n: t.cpu() for n, t in ema.average.items()
     }

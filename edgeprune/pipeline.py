@@ -19,15 +19,15 @@ import torch
 
 from edgeprune import checkpoint
 from edgeprune.checkpoint import HALF, INT4, MANIFEST, Manifest
-from edgeprune.contribution import ContributionReport, analyze, fingerprint
-from edgeprune.data import PROMPTS, make_pairs, read_prompts
+from edgeprune.contribution import ContributionReport, analyze, fingerprint, parts
+from edgeprune.data import PROMPTS, make_pairs, read_prompts, source_digest
 from edgeprune.distill import DistillOptions, distill
 from edgeprune.errors import InputError, StaleStageError
-from edgeprune.families import Family, family_of
 from edgeprune.files import digest, sha256_file, write_json
 from edgeprune.generation import Generation
 from edgeprune.metrics import metric_named
 from edgeprune.plan import PrunePlan, make_plan
+from edgeprune.precision import footprint
 from edgeprune.quantize import CALIBRATIONS, quantize
 from edgeprune.sampling import encode_prompts, latent_shape, sigmas
 from edgeprune.surgery import build, prune_state
@@ -64,6 +64,8 @@ class PlanOptions:
     threshold: float = 0.15
     blocks: str = ""
     components: str = ""
+    group_size: int = 64
+    """Of the INT4 weights whose bytes are counted."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Workspace:
             StaleStageError: the folder was begun with another model.
         """
         self.out, self.fresh = out, fresh
-        name = "built-in" if model is None else str(model)
+        name = "built-in" if model is None else str(Path(model).resolve()) if Path(model).is_dir() else model
         if (out / MANIFEST).is_file():
             self.manifest = Manifest.load(out)
             if not model_given:
@@ -142,21 +144,12 @@ class Workspace:
             self.source = checkpoint.resolve(model)
             self.config, self.family = checkpoint.read_config(self.source)
             if self.manifest.source != name or self.manifest.fingerprint != fingerprint(self.config):
-                if not fresh:
-                    raise StaleStageError(
-                        f"{out}: made from {self.manifest.source!r}, found {name!r}; "
-                        "use another -o, or --fresh to start over"
-                    )
-                shutil.rmtree(out)
-                self._begin(name)
+                raise StaleStageError(f"{out}: made from {self.manifest.source!r}, found {name!r}; use another -o")
             return
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out}: exists and is not a folder of edgeprune (no {MANIFEST}); use another -o")
         self.source = checkpoint.resolve(model)
         self.config, self.family = checkpoint.read_config(self.source)
-        self._begin(name)
-
-    def _begin(self, name: str) -> None:
         self.manifest = Manifest(name, fingerprint(self.config), self.family.name, self.config)
         self.out.mkdir(parents=True, exist_ok=True)
         self.manifest.save(self.out)
@@ -178,8 +171,9 @@ class Workspace:
 
     @cached_property
     def weights_hash(self) -> str:
-        """Identity of the original transformer's weights."""
-        return digest([sha256_file(p) for p in sorted((self.source / HALF).glob("*.safetensors"))])
+        """Identity of the original pipeline: its weights, configs and tokenizers."""
+        paths = sorted(p for kind in ("*.safetensors", "*.json") for p in self.source.rglob(kind))
+        return digest([(p.relative_to(self.source).as_posix(), sha256_file(p)) for p in paths])
 
     @property
     def report_path(self) -> Path:
@@ -220,10 +214,9 @@ class Workspace:
                 f"{self.out}: {name} was done with other inputs; "
                 "use --fresh to do it again, or another -o to keep this one"
             )
+        self._forget(STAGES[STAGES.index(name) :])
         start = time.monotonic()
         result = run(key)
-        for later in STAGES[STAGES.index(name) :]:
-            self.manifest.stages.pop(later, None)
         self.manifest.stages[name] = {
             "inputs": key,
             "seconds": round(time.monotonic() - start, 3),
@@ -231,6 +224,32 @@ class Workspace:
         } | result
         self.manifest.save(self.out)
         return True
+
+    def _forget(self, stages: tuple[str, ...]) -> None:
+        """Drop stages and what only they made, before anything new is written: no reader may find old weights."""
+        if not any(s in self.manifest.stages for s in stages):
+            return
+        for stage in stages:
+            self.manifest.stages.pop(stage, None)
+            part = {"prune": HALF, "quantize": INT4}.get(stage)
+            if part:
+                self.manifest.files = {k: v for k, v in self.manifest.files.items() if k.split("/")[0] != part}
+        self.manifest.save(self.out)
+        for stage, part in (("prune", HALF), ("quantize", INT4)):
+            if stage in stages:
+                shutil.rmtree(self.out / part, ignore_errors=True)
+
+    def skip_distillation(self) -> None:
+        """Go on without distillation.
+
+        Raises:
+            StaleStageError: the folder was distilled, and `fresh` was not said.
+        """
+        if "distill" not in self.manifest.stages:
+            return
+        if not self.fresh:
+            raise StaleStageError(f"{self.out}: was distilled; use --fresh to prune again without, or another -o")
+        self._forget(STAGES[STAGES.index("prune") :])
 
     def need(self, name: str, after: str) -> None:
         """Refuse to run `after` before `name`."""
@@ -327,10 +346,15 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
     options.check()
     plan = ws.plan()
     source = data.source or ("shapes" if ws.builtin else str(PROMPTS))
-    inputs = {"options": options.to_json(), "data": asdict(data) | {"source": source}}
+    if options.sensitivity != "off" and ws.report() is None:
+        raise InputError(
+            f"--sensitivity {options.sensitivity} needs contribution scores; run `edgeprune analyze`, or use off"
+        )
+    identity = [source_digest(source), data.samples, asdict(ws.generation)]
+    inputs = {"options": options.to_json(), "data": identity}
 
     def run(key: str) -> dict[str, Any]:
-        cache = ws.out / "cache" / f"pairs-{digest([source, data.samples, ws.weights_hash])[:12]}.safetensors"
+        cache = ws.out / "cache" / f"pairs-{digest([identity, ws.weights_hash])[:12]}.safetensors"
         pairs = make_pairs(
             ws.pipe, source, ws.generation, cache, samples=data.samples,
             progress=lambda done, total: progress("distill: latents", done, total, ""),
@@ -395,10 +419,13 @@ def run_quantize(ws: Workspace, options: QuantizeOptions, progress: Progress = s
 def compress(ws: Workspace, options: CompressOptions, progress: Progress = silent) -> list[str]:
     """All stages; returns the names of those that ran."""
     ran = []
-    if options.plan.method != "manual" and run_analyze(ws, options.analyze, progress):
+    needs_scores = options.plan.method != "manual" or (options.distill and options.distill.sensitivity != "off")
+    if needs_scores and run_analyze(ws, options.analyze, progress):
         ran.append("analyze")
     if run_plan(ws, options.plan):
         ran.append("plan")
+    if options.distill is None:
+        ws.skip_distillation()
     if run_prune(ws):
         ran.append("prune")
     if options.distill is not None and run_distill(ws, options.distill, options.data, progress):
@@ -408,33 +435,23 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
     return ran
 
 
-def config_family(path: Path) -> tuple[dict[str, Any], Family]:
-    """A transformer's config.json and its family, for planning without weights."""
-    from edgeprune.files import read_json
+def forecast(model: str | None, options: CompressOptions) -> dict[str, Any]:
+    """What `compress` would do, from the config alone: parts to score, training steps, bytes held and written.
 
-    config = read_json(path)
-    return config, family_of(config, str(path))
-
-
-def forecast(model: str | None, preset_name: str) -> dict[str, Any]:
-    """What `compress` would do, from the config alone: parts to score, training steps, bytes held and written."""
-    from edgeprune.contribution import parts
-    from edgeprune.precision import footprint
-
+    In training, teacher, student, gradients, two moments and the average are held in float32; activations come on top.
+    """
     source = checkpoint.resolve(model)
     config, family = checkpoint.read_config(source)
-    options = preset(preset_name, builtin=model is None)
     size = footprint(family, family.tensor_shapes(config))
-    scored = len(parts(family, config, components=options.analyze.components)) + 1
+    keep = options.plan.keep if options.plan.keep is not None else 1.0
+    training = 2 * size.bf16_bytes + round(5 * keep * 2 * size.bf16_bytes) if options.distill else 0
     return {
         "blocks": family.block_count(config),
         "parameters": size.parameters,
-        "analyze_parts": scored,
+        "analyze_parts": len(parts(family, config, components=options.analyze.components)) + 1,
         "analyze_prompts": options.analyze.count,
         "distill_steps": options.distill.steps if options.distill else 0,
-        "teacher_fp32_bytes": 2 * size.bf16_bytes,
-        "distill_peak_bytes": 2 * size.bf16_bytes
-        + int(options.plan.keep or 1) * 8 * size.bf16_bytes
-        + 2 * size.bf16_bytes,
-        "written_bytes": size.bf16_bytes + size.int4_bytes,
+        "analyze_weights_bytes": 2 * size.bf16_bytes,
+        "distill_weights_bytes": training,
+        "written_bytes": round(keep * (size.bf16_bytes + size.int4_bytes)),
     }

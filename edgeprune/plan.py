@@ -16,7 +16,7 @@ from typing import Any
 
 from edgeprune.contribution import ContributionReport, Key, fingerprint
 from edgeprune.errors import BudgetError, InputError
-from edgeprune.families import Config, Family
+from edgeprune.families import Config, Family, family_of
 from edgeprune.families.base import Shape
 from edgeprune.files import read_json
 from edgeprune.precision import Footprint, footprint
@@ -83,8 +83,8 @@ class PrunePlan:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{where}: not a plan ({type(error).__name__}: {error})") from error
-        if any(not 0 <= b < plan.num_blocks for b, _ in plan.keys):
-            raise InputError(f"{where}: blocks: expected indices from 0 to {plan.num_blocks - 1}")
+        if any(not 0 <= b < plan.num_blocks for b, _ in plan.keys) or len(plan.blocks) >= plan.num_blocks:
+            raise InputError(f"{where}: blocks: expected indices from 0 to {plan.num_blocks - 1}, not all of them")
         return plan
 
     @classmethod
@@ -93,7 +93,11 @@ class PrunePlan:
         return cls.from_json(read_json(path), path)
 
     def check(self, config: Config, where: Path | str) -> None:
-        """Refuse to be used with another model."""
+        """Refuse to be used with another model, or with components that the model does not know."""
+        known = family_of(config).components
+        unknown = [c for _, c in self.components if c not in known]
+        if unknown:
+            raise InputError(f"{where}: components: found {unknown[0]!r}, expected {', '.join(known)}")
         found = fingerprint(config)
         if found != self.fingerprint:
             raise InputError(
@@ -162,6 +166,8 @@ def make_plan(
             raise InputError(f"--blocks: all {count} blocks would be removed; at least one must stay")
         parts = [p for p in parts if p[0] not in gone]
         noops = [p for p in parts if p in family.noops(config)]
+        if keep is not None or max_memory_bytes is not None:
+            raise InputError("--method manual removes what you list; leave --keep and --max-memory out")
         if noops:
             raise InputError(
                 f"--components: {noops[0][0]}:{noops[0][1]} is not in this model, so there is nothing to remove"
@@ -188,7 +194,7 @@ def make_plan(
         order = sorted((b for b in later if (b, None) in contributions), key=lambda b: contributions[b, None].drop)
         gone, parts, now = [], [], before
         for block in order:
-            if met(now):
+            if met(now) or len(gone) + 1 == count:
                 break
             candidate = after([*gone, block], [])
             if method == "hybrid" and candidate.parameters < (1 - threshold) * before.parameters:

@@ -5,6 +5,7 @@ Randomness is not stored: training loops derive each step's generator from (seed
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from edgeprune.errors import InputError
+from edgeprune.errors import EdgepruneError, InputError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -29,10 +30,29 @@ def save_state(path: Path, modules: dict[str, Tensors], optimizer: torch.optim.O
     tensors = {f"{name}/{key}": t.contiguous() for name, state in modules.items() for key, t in state.items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(t).contiguous() for key, t in slots.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, tensors, {"meta": json.dumps(meta)})
+
+
+def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file by way of a temporary name.
+
+    Raises:
+        EdgepruneError: the disk is full or the folder cannot be written; what was at `path` is untouched.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"meta": json.dumps(meta)})
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        # safetensors hides the error number in its text.
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            need = sum(t.numel() * t.element_size() for t in tensors.values())
+            raise EdgepruneError(
+                f"{path}: disk full while writing {need} bytes; free some space and run again"
+            ) from error
+        raise EdgepruneError(f"{path}: cannot be written ({error})") from error
 
 
 def load_state(path: Path, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensors], dict[str, Any]]:

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
-from edgeprune.checkpoint import load_transformer, no_bars
+from edgeprune.checkpoint import MANIFEST, load_transformer, no_bars
 from edgeprune.errors import EdgepruneError, InputError, ParityError
 from edgeprune.export import graph, parity
 from edgeprune.files import read_json, sha256_file, write_json
@@ -67,6 +67,9 @@ def export(artefact: Path, out: Path, *, progress: Progress = _silent) -> dict[s
             "target": TARGET,
             "opset": graph.OPSET,
             "quantized": _quantized(artefact),
+            "source": read_json(artefact / MANIFEST)["source"]
+            if (artefact / MANIFEST).is_file()
+            else str(artefact.resolve()),
             "parity": errors,
             "files": {path.relative_to(partial).as_posix(): sha256_file(path) for path in files},
         }

@@ -60,6 +60,18 @@ def test_bad_input_is_one_line_and_exit_2(args: list[str], words: str, tmp_path:
     assert words in line
 
 
+def test_dry_run_forecasts_and_writes_nothing(tmp_path: Path) -> None:
+    from tiny import tiny_pipeline
+
+    tiny_pipeline(tmp_path / "tiny")
+    found = run("compress", "tiny", "-o", "out", "--dry-run", "--json", "--keep", "0.5", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    data = json.loads(found.stdout.splitlines()[-1])
+    assert data["blocks"] == 3 and data["analyze_parts"] == 1 + 3 + 5 * 3 - 1
+    assert data["distill_weights_bytes"] == pytest.approx(data["analyze_weights_bytes"] * (1 + 5 * 0.5), rel=1e-3)
+    assert not (tmp_path / "out").exists()
+
+
 def test_version_and_targets() -> None:
     assert run("--version").stdout.startswith("edgeprune 0.")
     assert "cpu-x86" in run("targets").stderr

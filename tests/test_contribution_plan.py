@@ -73,6 +73,8 @@ def test_memory_budget_counts_bytes_after_int4() -> None:
     ("options", "error", "words"),
     [
         ({"keep": 0.3}, BudgetError, "cannot be met"),
+        ({"keep": 0.02, "protect_first": 0, "protect_last": 0}, BudgetError, "cannot be met"),
+        ({"method": "manual", "blocks": "3", "keep": 0.5}, InputError, "leave --keep"),
         ({"keep": 1.2}, InputError, "--keep"),
         ({}, InputError, "exactly one of"),
         ({"keep": 0.5, "max_memory_bytes": 5}, InputError, "exactly one of"),

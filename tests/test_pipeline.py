@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny import tiny_inputs, tiny_pipeline
 
 import edgeprune
-from edgeprune import checkpoint, pipeline, report
+from edgeprune import checkpoint, pipeline, report, resume
 from edgeprune.contribution import Key, analyze
 from edgeprune.distill import DistillOptions
-from edgeprune.errors import InputError, StaleStageError
+from edgeprune.errors import EdgepruneError, InputError, StaleStageError
 from edgeprune.pipeline import AnalyzeOptions, CompressOptions, DataOptions, PlanOptions, Workspace
 
 OPTIONS = CompressOptions(
@@ -169,17 +170,56 @@ def test_workspace_refuses_strange_folders(source: Path, artefact: Path, tmp_pat
         pipeline.run_distill(Workspace(tmp_path / "new", str(source)), DistillOptions(), DataOptions())
 
 
-def test_disk_full_leaves_what_was_there(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
+)
+def test_disk_full_leaves_what_was_there(copy: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     before = (copy / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(edgeprune.errors.EdgepruneError, match="disk full"):
+    monkeypatch.setattr(resume, "save_file", full)
+    with pytest.raises(EdgepruneError, match="disk full"):
         checkpoint.save_transformer(copy, "transformer", {}, {"x": torch.zeros(3)})
     assert (copy / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert not (copy / "transformer.tmp").exists()
+
+
+def test_doing_a_stage_again_leaves_no_old_int4(source: Path, copy: Path) -> None:
+    ws = Workspace(copy, str(source), fresh=True)
+    assert pipeline.run_distill(ws, DistillOptions(steps=1, batch=2), OPTIONS.data)
+    assert not (copy / "transformer_int4").exists()
+    assert not [n for n in ws.manifest.files if n.startswith("transformer_int4/")]
+
+
+def test_leaving_distillation_out_of_a_distilled_folder_needs_fresh(source: Path, copy: Path) -> None:
+    without = replace(OPTIONS, distill=None)
+    with pytest.raises(StaleStageError, match="was distilled"):
+        pipeline.compress(Workspace(copy, str(source)), without)
+    assert pipeline.compress(Workspace(copy, str(source), fresh=True), without) == ["prune", "quantize"]
+
+
+def test_changed_data_is_noticed(source: Path, copy: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    data = DataOptions(str(prompts), 2)
+    assert pipeline.run_distill(Workspace(copy, str(source), fresh=True), DistillOptions(steps=1, batch=2), data)
+    prompts.write_text("a blue circle\n")
+    with pytest.raises(StaleStageError):
+        pipeline.run_distill(Workspace(copy, str(source)), DistillOptions(steps=1, batch=2), data)
+
+
+@pytest.mark.parametrize("index", [{"vae": ["evil", "Vae"]}, {"_class_name": ["pipeline", "Evil"]}])
+def test_a_folder_cannot_bring_code(source: Path, tmp_path: Path, index: dict[str, object]) -> None:
+    evil = Path(shutil.copytree(source, tmp_path / "evil"))
+    for name in ("evil.py", "pipeline.py"):
+        (evil / name).write_text("raise SystemExit(9)")
+    path = evil / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | index))
+    with pytest.raises(InputError, match="model_index.json"):
+        edgeprune.load(evil)
 
 
 def test_page_is_self_contained_and_escaped(copy: Path, source: Path) -> None:
