@@ -380,7 +380,7 @@ def distill(
     ws = _workspace(out, None, fresh)
     base = pipeline.preset("default", builtin=ws.builtin)
     assert base.distill is not None
-    given = {"steps": steps, "batch": batch, "rate": rate, "schedule": schedule, "ema": ema}
+    given: dict[str, Any] = {"steps": steps, "batch": batch, "rate": rate, "schedule": schedule, "ema": ema}
     options = replace(
         base.distill,
         **{k: v for k, v in given.items() if v is not None},
