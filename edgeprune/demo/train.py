@@ -339,7 +339,11 @@ def main() -> None:
     if args.out:
         temporary = args.out.with_name(args.out.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        pipeline.to(torch.float16).save_pretrained(temporary)
+        # transformers loads in the precision of the file, diffusers in float32: half text encoders would not fit a float
+        # transformer in a plain `from_pretrained`, and they are small.
+        pipeline.transformer.half()
+        pipeline.vae.half()
+        pipeline.save_pretrained(temporary)
         (temporary / "generation.json").write_text(json.dumps(GENERATION, indent=1) + "\n")
         shutil.rmtree(args.out, ignore_errors=True)
         temporary.rename(args.out)
