@@ -339,8 +339,8 @@ def main() -> None:
     if args.out:
         temporary = args.out.with_name(args.out.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        # transformers loads in the precision of the file, diffusers in float32: half text encoders would not fit a float
-        # transformer in a plain `from_pretrained`, and they are small.
+        # transformers loads in the precision of the file, diffusers in float32: half text encoders would not fit a
+        # float transformer in a plain `from_pretrained`, and they are small.
         pipeline.transformer.half()
         pipeline.vae.half()
         pipeline.save_pretrained(temporary)
