@@ -344,6 +344,9 @@ def main() -> None:
         pipeline.transformer.half()
         pipeline.vae.half()
         pipeline.save_pretrained(temporary)
+        path = temporary / "vae" / "config.json"
+        config = {k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2) + "\n")
         (temporary / "generation.json").write_text(json.dumps(GENERATION, indent=1) + "\n")
         shutil.rmtree(args.out, ignore_errors=True)
         temporary.rename(args.out)
