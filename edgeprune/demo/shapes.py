@@ -315,7 +315,9 @@ _GRID = 20
 _MASK_LEVEL = 60.0  # distance from the background, of 441, above which a pixel is ink
 _MIN_AREA = 30  # pixels; the smallest true shape covers 70
 _OUTLINE = 0.4  # coverage at which a shape's edge is
-_MAX_SHAPE_ERROR = 0.18  # mean absolute difference to the template; true renders stay below 0.07
+_MAX_SHAPE_ERROR = (
+    0.18  # template error (and aspect) above which a thing has no shape; the tables in the tests judge it
+)
 _MAX_COLOUR_ERROR = 75.0
 
 
