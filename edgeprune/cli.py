@@ -418,15 +418,19 @@ def quantize(
 def export(
     artefact: Annotated[Path, typer.Argument(help="Artefact or diffusers folder.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
-    target: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+    target: Annotated[str, typer.Option(help="Format: onnx, openvino, trt or coreml.")] = "onnx",
+    device: Annotated[
+        str | None, typer.Option(help="A name from `edgeprune targets`: sizes, precision, limits.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write what a device runs, with the checkpoint's own integers; fails if it does not compute the same."""
-    if target != "onnx":
-        raise InputError(f"--target: found {target!r}, expected onnx")
-    from edgeprune.export.to_onnx import export as to_onnx
+    from edgeprune.targets import for_format
 
-    record = to_onnx(artefact, out, progress=_say)
+    chosen = for_format(target, device)
+    from edgeprune import export as exporting
+
+    record = exporting.export(artefact, out, target, chosen, progress=_say)
     _say("parity holds")
     _say(f'next: edgeprune generate "two red circles" --model {out} -o out.png, or: edgeprune bench {out}')
     if as_json:
@@ -513,12 +517,33 @@ def report(
     _say(f"wrote {out / 'report.html'}")
 
 
-@app.command()
-def targets() -> None:
-    """List the devices that are known."""
+devices = typer.Typer(help="The devices that are known.", invoke_without_command=True)
+app.add_typer(devices, name="targets")
+
+
+@devices.callback()
+def targets(context: typer.Context) -> None:
+    """List the devices that are known; `show NAME` explains one."""
     from edgeprune import targets as known
 
-    _table([(name, known.load(name).description) for name in known.names()])
+    if context.invoked_subcommand is None:
+        _table([(name, known.load(name).description) for name in known.names()])
+        _say("next: edgeprune targets show NAME")
+
+
+@devices.command(epilog="Example: edgeprune targets show rtx")
+def show(name: str, as_json: AsJson = False) -> None:
+    """Everything known of one device."""
+    from dataclasses import asdict
+
+    from edgeprune import targets as known
+
+    values = asdict(known.load(name))
+    _table(
+        [(k.replace("_", " "), ", ".join(map(str, v)) if isinstance(v, tuple) else str(v)) for k, v in values.items()]
+    )
+    if as_json:
+        _print_json(values)
 
 
 @app.callback(invoke_without_command=True)

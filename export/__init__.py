@@ -1,9 +1,37 @@
-"""An artefact becomes a target's file: one translation of the quantised layer per target, gated by parity.
+"""An artefact becomes a format's folder: one translation of the quantised layer per format, gated by parity.
 
-`to_onnx.export` writes the ONNX folder. This `__init__` imports nothing heavy and refuses any other import name:
-with the project root on `sys.path` the folder would also be importable as `export`, and two copies of the
-custom op's translation would exist.
+`FORMATS` are the to_*.py beside this file, each with `export(artefact, out, device=..., progress=...)`. This `__init__`
+imports nothing heavy and refuses any other import name: with the project root on `sys.path` the folder would also be
+importable as `export`, and two copies of the custom op's translation would exist.
 """
+
+from __future__ import annotations
 
 if __name__ != "edgeprune.export":
     raise ImportError(f"import this package as edgeprune.export, not as {__name__}")
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import InputError
+from edgeprune.targets import Target
+
+FORMATS = sorted(path.stem.removeprefix("to_") for path in Path(__file__).parent.glob("to_*.py"))
+"""What can be written: coreml, onnx, ..."""
+
+
+def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Write `out` in a format of FORMATS for a device; returns the content of edgeprune_export.json.
+
+    Raises:
+        InputError: `artefact` or `out` is not usable, or the artefact cannot be for this device.
+        ParityError: a network does not compute what its checkpoint computes.
+        EdgepruneError: the disk is full, or `out` cannot be written.
+    """
+    if fmt not in FORMATS:
+        raise InputError(f"--target: found {fmt!r}, expected one of {', '.join(FORMATS)}")
+    module = importlib.import_module(f"edgeprune.export.to_{fmt}")
+    written: dict[str, Any] = module.export(artefact, out, device=device, progress=progress)
+    return written

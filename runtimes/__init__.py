@@ -1,13 +1,14 @@
 """Runs a compressed model: `load(folder)` gives a `Runtime` that generates images, steps, and measures memory.
 
-Two runtimes so far: `ort` (an export folder, ONNX Runtime; needs neither torch nor diffusers) and `eager` (a
-diffusers or artefact folder in torch, the reference). What it leaves out: batching servers, LoRA, image-to-image.
+One module per runtime, listed in RUNTIMES. `eager` is the torch reference; the others open an export folder and
+need neither torch nor diffusers. What it leaves out: batching servers, LoRA, image-to-image.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if __name__ != "edgeprune.runtimes":
     raise ImportError(f"import this package as edgeprune.runtimes, not as {__name__}")
@@ -20,34 +21,71 @@ from edgeprune.files import read_json
 from edgeprune.runtimes.base import Runtime
 from edgeprune.runtimes.base import open_runtime as _open_runtime
 
-__all__ = ["RUNTIMES", "Runtime", "choose", "load", "prepare"]
+__all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "candidates", "choose", "load", "prepare"]
 
-RUNTIMES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "ort": ("onnx", ("onnxruntime", "tokenizers", "PIL")),
-    "eager": ("compress", ("torch", "diffusers", "transformers", "PIL")),
+
+@dataclass(frozen=True)
+class RuntimeInfo:
+    """What is known of a runtime without importing it."""
+
+    extra: str
+    """The extra of edgeprune that installs it."""
+    packages: tuple[str, ...]
+    """What it imports."""
+    formats: tuple[str, ...]
+    """Export formats (`target` in edgeprune_export.json) that it opens; none for a diffusers folder."""
+
+    def missing(self) -> str | None:
+        """The first of its packages that is not installed."""
+        return next((p for p in self.packages if importlib.util.find_spec(p) is None), None)
+
+
+_BASE = ("tokenizers", "PIL")
+RUNTIMES: dict[str, RuntimeInfo] = {
+    "ort": RuntimeInfo("onnx", ("onnxruntime", *_BASE), ("onnx",)),
+    "eager": RuntimeInfo("compress", ("torch", "diffusers", "transformers", *_BASE), ()),
 }
-"""Runtime name to the extra that installs it and the packages it imports."""
+"""By name, which is also the module's; of several that open a format, the first installed one is taken."""
 
 
 def choose(folder: Path) -> str:
-    """The runtime for a folder: `ort` for an ONNX export, `eager` for a diffusers or artefact folder.
+    """The runtime for a folder: for an export, the first installed one that opens its format, else `eager`.
 
     Raises:
-        InputError: there is no such folder, or it is neither.
+        InputError: there is no such folder, or it is neither an export nor a pipeline.
+        MissingExtraError: no runtime that opens the export is installed.
+    """
+    fitting = candidates(folder)
+    installed = [name for name in fitting if RUNTIMES[name].missing() is None]
+    return installed[0] if installed else _raise_missing(fitting[-1])
+
+
+def candidates(folder: Path) -> list[str]:
+    """Every runtime that opens this folder, the preferred one first, installed or not.
+
+    Raises:
+        InputError: there is no such folder, or it is neither an export nor a pipeline.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: found no folder, expected an export or a diffusers pipeline")
     manifest = folder / "edgeprune_export.json"
     if manifest.exists():
         target = read_json(manifest).get("target")
-        if target != "onnx":
-            raise InputError(f"{manifest}: target: found {target!r}, expected 'onnx'")
-        return "ort"
+        if found := [name for name, info in RUNTIMES.items() if target in info.formats]:
+            return found
+        known = sorted({f for info in RUNTIMES.values() for f in info.formats})
+        raise InputError(f"{manifest}: target: found {target!r}, expected one of {', '.join(known)}")
     if (folder / "model_index.json").exists():
-        return "eager"
+        return ["eager"]
     raise InputError(
         f"{folder}: found neither edgeprune_export.json (an export) nor model_index.json (a diffusers pipeline)"
     )
+
+
+def _raise_missing(runtime: str) -> NoReturn:
+    info = RUNTIMES[runtime]
+    package = info.missing() or runtime
+    raise MissingExtraError({"PIL": "pillow"}.get(package, package), info.extra)
 
 
 def prepare(runtime: str) -> Any:
@@ -59,11 +97,9 @@ def prepare(runtime: str) -> Any:
     """
     if runtime not in RUNTIMES:
         raise InputError(f"runtime: found {runtime!r}, expected one of {', '.join(RUNTIMES)}")
-    extra, packages = RUNTIMES[runtime]
-    for package in packages:
-        # Not `except ImportError`: a package that is there but broken should show its own error.
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError({"PIL": "pillow"}.get(package, package), extra)
+    # Not `except ImportError`: a package that is there but broken should show its own error.
+    if RUNTIMES[runtime].missing():
+        _raise_missing(runtime)
     return importlib.import_module(f"edgeprune.runtimes.{runtime}")
 
 
@@ -72,18 +108,21 @@ def load(folder: str | Path, runtime: str | None = None, **options: Any) -> Runt
 
     Args:
         folder: an export folder (`ort`), or a diffusers or artefact folder (`eager`).
-        runtime: `ort`, `eager`, or None to choose by what the folder is.
-        **options: passed to the runtime: `threads` (both), `accuracy_level` (ort), `dtype` (eager: fp32, bf16).
+        runtime: a name of RUNTIMES, or None to choose by what the folder is and what is installed.
+        **options: passed to the runtime's `open_backend`: `threads`; `low_memory` (exports), `accuracy_level` (ort),
+            `dtype` (eager: fp32, bf16).
 
     Raises:
         InputError: the folder or one of its files is not usable.
         MissingExtraError: a package that the runtime needs is not installed.
     """
     folder = Path(folder)
-    found = choose(folder)
-    if runtime is not None and runtime != found:
-        if runtime in RUNTIMES:
-            hint = "export it first (edgeprune export)" if runtime == "ort" else "give the folder it was exported from"
-            raise InputError(f"{folder}: found a folder for runtime {found!r}, expected one for {runtime!r}; {hint}")
+    if runtime is None:
+        return _open_runtime(folder, prepare(choose(folder)), options)
+    if runtime not in RUNTIMES:
         raise InputError(f"runtime: found {runtime!r}, expected one of {', '.join(RUNTIMES)}")
-    return _open_runtime(folder, prepare(found), options)
+    fitting = candidates(folder)
+    if runtime not in fitting:
+        hint = "give the folder it was exported from" if runtime == "eager" else "export it first (edgeprune export)"
+        raise InputError(f"{folder}: found a folder for {', '.join(fitting)}, expected one for {runtime}; {hint}")
+    return _open_runtime(folder, prepare(runtime), options)

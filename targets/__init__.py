@@ -1,6 +1,6 @@
 """Targets: what a device can run, as data. One TOML per device in this folder, and one dataclass that reads it.
 
-A target says which runtime it uses, how much memory it has and which weight formats it takes.
+A target says which formats and runtimes it uses, how much memory it has, which weights and shapes it takes.
 Left out: measured speed, which `edgeprune bench` finds out, and anything of one model.
 """
 
@@ -22,7 +22,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Target", "load", "names"]
+__all__ = ["DEFAULTS", "Target", "for_format", "load", "names"]
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,52 @@ class Target:
     """The file's name without .toml, as given to `--target`."""
     description: str
     """One line for people."""
-    runtime: str
-    """The module of edgeprune.runtimes that runs on it."""
+    formats: tuple[str, ...]
+    """What `edgeprune export --target` may write for it, the preferred one first."""
+    runtimes: tuple[str, ...]
+    """The modules of edgeprune.runtimes that run on it, the preferred one first."""
+    requires: str
+    """The least system it stands for: OS version, compute capability."""
     memory_bytes: int
-    """Memory that models may share with everything else on the device."""
+    """Memory that a model may use on the device, all its networks and activations together."""
     memory_source: str
     """Where `memory_bytes` comes from."""
     dtypes: tuple[str, ...]
     """Formats of weights that the runtime takes, the smallest first."""
+    activations: str
+    """What it computes in: float32 or float16."""
     int4_group_sizes: tuple[int, ...]
     """Sizes of INT4 groups along the input that it takes, the best first."""
     int4_symmetric_only: bool
     """True if INT4 weights must not have zero points."""
     opset: int
     """ONNX opset to export with; 0 where the runtime does not read ONNX."""
+    batch: tuple[int, ...]
+    """Least and largest batch of one step; guidance takes two for an image."""
+    side: tuple[int, ...]
+    """Least and largest height and width in pixels, for models that are made for such sizes."""
+    chunks: int
+    """Parts the transformer is split into: 1, or more where the device refuses large files."""
+
+
+DEFAULTS = {"onnx": "cpu-x86", "openvino": "cpu-x86", "trt": "rtx", "coreml": "macbook-m"}
+"""The target that `edgeprune export --target FORMAT` has in mind without `--device`."""
+
+
+def for_format(fmt: str, device: str | None = None) -> Target:
+    """The target to export for.
+
+    Raises:
+        InputError: no such format or device, or the device does not take the format.
+    """
+    if fmt not in DEFAULTS:
+        raise InputError(f"--target: found {fmt!r}, expected one of {', '.join(DEFAULTS)}")
+    target = load(device or DEFAULTS[fmt])
+    if fmt not in target.formats:
+        raise InputError(
+            f"--device: found {target.name}, which takes {', '.join(target.formats)}, expected one that takes {fmt}"
+        )
+    return target
 
 
 def names() -> list[str]:
@@ -81,7 +113,12 @@ def parse(name: str, text: str) -> Target:
             f"{name}.toml: {', '.join(unlike)}: missing or unknown, expected {', '.join(sorted(expected))}"
         )
     kinds = get_type_hints(Target)
-    return Target(name=name, **{key: _value(name, key, value, kinds[key]) for key, value in found.items()})
+    target = Target(name=name, **{key: _value(name, key, value, kinds[key]) for key, value in found.items()})
+    for key in ("batch", "side"):
+        value = getattr(target, key)
+        if len(value) != 2 or not 0 < value[0] <= value[1]:
+            raise InputError(f"{name}.toml: {key}: found {list(value)}, expected the least and the largest")
+    return target
 
 
 def _value(name: str, key: str, value: Any, kind: Any) -> Any:

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from edgeprune.errors import EdgepruneError, InputError, ParityError
-from edgeprune.export import graph, parity, to_onnx
+from edgeprune.export import folder, graph, parity, to_onnx
 from edgeprune.files import sha256_file
 from edgeprune.int4 import PackedLinear, pack
 
@@ -222,9 +222,9 @@ def test_axes_have_the_names_that_optimum_evaluates(exported: tuple[Path, dict[s
 
 def test_folder(exported: tuple[Path, dict[str, Any]], source: Path) -> None:
     out, record = exported
-    assert json.loads((out / to_onnx.FILE).read_text()) == record
+    assert json.loads((out / folder.FILE).read_text()) == record
     assert (record["schema_version"], record["target"], record["opset"], record["quantized"]) == (1, "onnx", 21, True)
-    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} - {to_onnx.FILE}
+    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} - {folder.FILE}
     assert files == set(record["files"])
     assert files >= {
         *("model_index.json", "generation.json", "scheduler/scheduler_config.json"),
@@ -258,7 +258,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], None]], 
             action(partial)
             return {}
 
-        monkeypatch.setattr(to_onnx, "_networks", networks)
+        monkeypatch.setattr(to_onnx, "networks", networks)
 
     return use
 

@@ -14,13 +14,19 @@ from edgeprune.errors import InputError
 
 GOOD = """
 description = "a board"
-runtime = "ort"
+formats = ["onnx"]
+runtimes = ["ort"]
+requires = "nothing"
 memory_bytes = 8_000_000_000
 memory_source = "guessed"
 dtypes = ["int4", "float32"]
 int4_group_sizes = [64, 32]
 int4_symmetric_only = false
 opset = 21
+activations = "float32"
+batch = [1, 2]
+side = [64, 128]
+chunks = 1
 """
 
 
@@ -37,7 +43,9 @@ def test_every_target_reads(name: str) -> None:
     assert 10**9 <= target.memory_bytes < 10**12
     assert set(target.dtypes) <= {"int4", "int8", "float16", "bfloat16", "float32"}
     assert ("int4" in target.dtypes) == bool(target.int4_group_sizes)
-    assert target.runtime in {"ort", "trt", "coreml", "openvino"}
+    assert set(target.runtimes) <= {"ort", "trt", "coreml", "openvino"} and target.runtimes
+    assert set(target.formats) <= set(targets.DEFAULTS) and target.formats
+    assert target.activations in {"float32", "float16"}
 
 
 def test_a_target_cannot_be_changed() -> None:
@@ -70,7 +78,8 @@ def test_good_text() -> None:
         ("8_000_000_000", "8e9", "memory_bytes: found 8000000000.0, expected int"),
         ('["int4", "float32"]', '"int4"', "dtypes: found 'int4', expected a list"),
         ("[64, 32]", '[64, "32"]', "int4_group_sizes: found '32', expected int"),
-        ('runtime = "ort"', "runtime = [", "not TOML"),
+        ('runtimes = ["ort"]', "runtimes = [", "not TOML"),
+        ("[1, 2]", "[2, 1]", "batch: found [2, 1], expected the least and the largest"),
     ],
 )
 def test_bad_text_says_where(old: str, new: str, says: str) -> None:

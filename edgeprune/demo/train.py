@@ -239,6 +239,7 @@ def train_transformer(
     batch: int,
     peak: float,
     start: Path | None = None,
+    compiled: bool = False,
 ) -> StableDiffusion3Pipeline:
     """Flow matching, velocity target, sigma logit-normal with mean 0.3; AdamW, EMA 0.999.
 
@@ -253,7 +254,8 @@ def train_transformer(
     if start is not None:
         load_weights(nets, start)
     nets.train()
-    optimizer = torch.optim.AdamW(nets.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(nets.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    usual = torch.compile(transformer) if compiled else transformer
     ema = Ema(dict(nets.named_parameters()), 0.999)
 
     def ids_of(texts: list[str]) -> torch.Tensor:
@@ -284,9 +286,10 @@ def train_transformer(
         sigma = torch.sigmoid(torch.randn(batch, generator=g) + 0.3)
         mixed = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1))
         hidden, pooled = encode_text(encoders, ids)
+        predict = usual
         if step > 0.8 * steps and torch.rand((), generator=g) < ZERO_TOKEN_STEPS:
-            hidden = F.pad(hidden, (0, 0, 0, ZERO_TOKENS))
-        velocity = transformer(mixed, hidden, pooled, sigma * 1000, return_dict=False)[0]
+            hidden, predict = F.pad(hidden, (0, 0, 0, ZERO_TOKENS)), transformer  # compiled for one length only
+        velocity = predict(mixed, hidden, pooled, sigma * 1000, return_dict=False)[0]
         loss = F.mse_loss(velocity, noise - clean)
         set_rate(optimizer, falling(step, steps, peak))
         optimizer.zero_grad(set_to_none=True)
@@ -319,6 +322,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="a fifth faster; needs a C++ compiler")
     parser.add_argument("--start", type=Path, help="finished pipeline to go on from: its VAE, encoders and transformer")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -335,6 +339,7 @@ def main() -> None:
         batch=args.batch,
         peak=args.rate,
         start=args.start,
+        compiled=args.compile,
     )
     if args.out:
         temporary = args.out.with_name(args.out.name + ".tmp")

@@ -1,0 +1,179 @@
+"""The folder around exported networks: index, scheduler, tokenizers, generation defaults, manifest; written atomically.
+
+    write(artefact, out, "onnx", lambda partial: {...})
+
+All happens in `OUT.partial`, renamed at the end; whatever goes wrong, no half-made folder stays and a previous export
+is untouched. What it leaves out: the networks, which each format's to_*.py writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+
+from edgeprune.checkpoint import MANIFEST, no_bars
+from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.files import read_json, sha256_file, write_json
+from edgeprune.generation import Generation
+
+FILE = "edgeprune_export.json"
+SCHEMA_VERSION = 1
+
+Progress = Callable[[str], None]
+"""Called with one line of text as each part begins."""
+Networks = Callable[[Path], dict[str, Any]]
+"""Writes the networks into a folder; returns what else edgeprune_export.json shall say."""
+
+
+def silent(_: str) -> None:
+    """No progress."""
+
+
+def write(artefact: Path, out: Path, target: str, networks: Networks) -> dict[str, Any]:
+    """Make the export folder `out` of format `target`; returns the content of edgeprune_export.json.
+
+    Raises:
+        InputError: `artefact` is not an SD3 folder or is damaged, or `out` holds something that is not an export.
+        EdgepruneError: the disk is full, or `out` cannot be written.
+    """
+    index = _index(artefact)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: found a file, expected a folder or nothing")
+    if out.exists() and any(out.iterdir()) and not (out / FILE).is_file():
+        raise InputError(f"{out}: found a folder without {FILE}, expected an empty or new folder, or a previous export")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir(parents=True)
+        said = networks(partial)
+        _small_files(artefact, partial, index)
+        _configs(artefact, partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "target": target,
+            "quantized": is_quantized(artefact),
+            "source": read_json(artefact / MANIFEST)["source"]
+            if (artefact / MANIFEST).is_file()
+            else str(artefact.resolve()),
+            **said,
+            "files": {path.relative_to(partial).as_posix(): sha256_file(path) for path in files},
+        }
+        write_json(partial / FILE, record)
+        _put(partial, out)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise EdgepruneError(f"{out}: cannot be written: {error}") from error
+        raise
+    return record
+
+
+def _put(partial: Path, out: Path) -> None:
+    """Rename over a previous export, which comes back if that fails."""
+    old = out.with_name(out.name + ".old")
+    if not out.exists():
+        partial.rename(out)
+        return
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def is_quantized(artefact: Path) -> bool:
+    """Whether the artefact holds INT4 weights."""
+    return (artefact / "transformer_int4").is_dir()
+
+
+def _index(artefact: Path) -> dict[str, Any]:
+    """model_index.json, if this is a pipeline that can be exported."""
+    path = artefact / "model_index.json"
+    if not artefact.is_dir():
+        raise InputError(f"{artefact}: no such folder")
+    index = read_json(path)
+    if index.get("_class_name") != "StableDiffusion3Pipeline":
+        raise InputError(
+            f"{path}: _class_name: found {index.get('_class_name')!r}, expected 'StableDiffusion3Pipeline'"
+        )
+    if _present(index, "text_encoder_3"):
+        raise InputError(
+            f"{path}: text_encoder_3: found {index['text_encoder_3']}, expected null: T5 cannot be exported yet; "
+            "save the pipeline without it (text_encoder_3=None, tokenizer_3=None)"
+        )
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"):
+        if not _present(index, name):
+            raise InputError(f"{path}: {name}: found {index.get(name)!r}, expected a library and a class")
+        if not (artefact / name).is_dir():
+            raise InputError(f"{artefact / name}: no such folder, though {path.name} lists it")
+    return index
+
+
+def _present(index: Mapping[str, Any], name: str) -> bool:
+    entry = index.get(name)
+    return isinstance(entry, list) and bool(entry) and entry[0] is not None
+
+
+def from_pretrained(load: Callable[..., Any], folder: Path) -> Any:
+    """A vendor's loader, its many exceptions mapped to one that names the folder.
+
+    Raises:
+        InputError: the folder cannot be loaded.
+    """
+    try:
+        with no_bars():
+            return load(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _configs(artefact: Path, partial: Path) -> None:
+    """Each network's config.json, and generation.json."""
+    config = read_json(artefact / ("transformer_int4" if is_quantized(artefact) else "transformer") / "config.json")
+    write_json(partial / "transformer" / "config.json", config)
+    for name in ("text_encoder", "text_encoder_2"):
+        write_json(partial / name / "config.json", read_json(artefact / name / "config.json"))
+    vae = read_json(artefact / "vae" / "config.json")
+    # AutoencoderKL's own default; a runtime reads no Python.
+    write_json(partial / "vae_decoder" / "config.json", {"scaling_factor": 0.18215, "shift_factor": None} | vae)
+    generation = Generation.load(artefact)
+    if not (artefact / "generation.json").exists():
+        side = int(config["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+        generation = dataclasses.replace(generation, height=side, width=side)
+    generation.save(partial)
+
+
+def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> None:
+    """Index, scheduler and tokenizers."""
+    kept = {key: value for key, value in index.items() if key != "_name_or_path"}
+    write_json(partial / "model_index.json", kept)
+    shutil.copytree(artefact / "scheduler", partial / "scheduler")
+    for name in ("tokenizer", "tokenizer_2"):
+        _tokenizer(artefact / name, partial / name)
+
+
+def _tokenizer(source: Path, target: Path) -> None:
+    """Copy a CLIP tokenizer; complete it for both worlds.
+
+    The `tokenizers` package alone reads tokenizer.json, which hub folders of SD3 lack; optimum with transformers 4
+    reads vocab.json and merges.txt, which transformers 5 no longer writes.
+    """
+    shutil.copytree(source, target)
+    if not (target / "tokenizer.json").exists():
+        from_pretrained(AutoTokenizer.from_pretrained, source).save_pretrained(target)
+    model = read_json(target / "tokenizer.json").get("model", {})
+    if not (target / "vocab.json").exists() and model.get("type") == "BPE":
+        pairs = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+        (target / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        (target / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")

@@ -1,0 +1,124 @@
+"""A `Backend` made of exported networks, each a function from named arrays to named arrays.
+
+A runtime gives one function, which opens a network's folder (`OUT/transformer`); what is SD3's about using the
+networks (which hidden state, padding, latent scale) is here once. Low-memory mode opens a stage's networks when it
+begins and closes them when the next one does, so that the peak is the largest stage, not the sum.
+What it leaves out: a T5 encoder, and the vendors' own options (each runtime's `open_backend`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from edgeprune.errors import InputError
+from edgeprune.files import read_json
+from edgeprune.runtimes.base import Array, Settings
+from edgeprune.runtimes.text import PromptTokenizer
+
+STAGES = {"encode": ("text_encoder", "text_encoder_2"), "step": ("transformer",), "decode": ("vae_decoder",)}
+
+
+class Network(Protocol):
+    """One opened network."""
+
+    provider: str
+    """Where it computes, in the runtime's own word."""
+
+    def __call__(self, **arrays: Any) -> dict[str, Array]:
+        """Outputs by name, float32; inputs are cast to what the file wants.
+
+        Raises:
+            InputError: the vendor's error, on one line.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the weights back. Calling it twice is allowed."""
+        ...
+
+
+Open = Callable[[Path], Network]
+"""Opens the network of a folder like OUT/transformer."""
+
+
+class NetworkBackend:
+    """The `Backend` of an export folder.
+
+    Raises:
+        InputError: a file is missing, damaged or not what the export writes.
+    """
+
+    def __init__(self, name: str, folder: Path, settings: Settings, open_network: Open, *, low_memory: bool) -> None:
+        if (folder / "text_encoder_3").exists():
+            raise InputError(f"{folder / 'text_encoder_3'}: found a T5 encoder, expected none: not supported yet")
+        self.name, self.provider = name, ""
+        self._folder, self._open, self._low_memory = folder, open_network, low_memory
+        self._zero_tokens = settings.generation.max_sequence_length
+        config_path = folder / "transformer" / "config.json"
+        self._width = read_json(config_path).get("joint_attention_dim")
+        if not isinstance(self._width, int):
+            raise InputError(f"{config_path}: joint_attention_dim: found {self._width!r}, expected a whole number")
+        vae = read_json(folder / "vae_decoder" / "config.json")
+        self._scaling, self._shift = vae.get("scaling_factor") or 1.0, vae.get("shift_factor") or 0.0
+        first = PromptTokenizer(folder / "tokenizer")
+        # diffusers pads both prompts to the first tokenizer's length.
+        self._tokenizers = first, PromptTokenizer(folder / "tokenizer_2", max_length=first.max_length)
+        quantized = read_json(folder / "edgeprune_export.json").get("quantized")
+        self.precision = "fp32" if quantized is False else "int4"
+        self._closed = False
+        self._networks: dict[str, Network] = {}
+        if not low_memory:
+            for stage in STAGES:
+                self._stage(stage)
+
+    def _stage(self, stage: str) -> list[Network]:
+        """The networks of a stage, opened if they are not."""
+        if self._closed:
+            raise InputError("runtime: found it closed, expected an open one")
+        if self._low_memory:
+            for name in [n for n in self._networks if n not in STAGES[stage]]:
+                self._networks.pop(name).close()
+        for name in STAGES[stage]:
+            if name not in self._networks:
+                self._networks[name] = self._open(self._folder / name)
+                if stage == "step":
+                    self.provider = self._networks[name].provider
+        return [self._networks[name] for name in STAGES[stage]]
+
+    def encode(self, prompts: list[str]) -> tuple[Array, Array]:
+        """Text to (hidden (B, M, K), pooled (B, P))."""
+        hidden, pooled = [], []
+        for tokenizer, encoder in zip(self._tokenizers, self._stage("encode"), strict=True):
+            outputs = encoder(input_ids=tokenizer(prompts))
+            # hidden_states.0 is the embedding, .n the last layer: SD3 reads the one before the last.
+            states = sorted((int(k.rpartition(".")[2]), k) for k in outputs if k.startswith("hidden_states."))
+            hidden.append(outputs[states[-2][1]])
+            pooled.append(outputs["text_embeds"])
+        joined = np.concatenate(hidden, axis=-1)
+        beyond = (0, self._zero_tokens), (0, self._width - joined.shape[-1])
+        return np.pad(joined, ((0, 0), *beyond)), np.concatenate(pooled, axis=-1)
+
+    def step(self, latents: Array, text: Array, pooled: Array, timestep: Array) -> Array:
+        """One velocity (B, C, h, w)."""
+        (transformer,) = self._stage("step")
+        outputs = transformer(
+            hidden_states=latents, encoder_hidden_states=text, pooled_projections=pooled, timestep=timestep
+        )
+        return next(iter(outputs.values()))
+
+    def decode(self, latents: Array) -> Array:
+        """Latents (B, C, h, w) to pixels (B, 3, H, W)."""
+        (decoder,) = self._stage("decode")
+        scaled = latents / np.float32(self._scaling) + np.float32(self._shift)
+        return next(iter(decoder(latent_sample=scaled).values()))
+
+    def close(self) -> None:
+        """Close every network."""
+        self._closed = True
+        for network in self._networks.values():
+            network.close()
+        self._networks.clear()
