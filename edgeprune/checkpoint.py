@@ -52,6 +52,8 @@ class Manifest:
     family: str
     config: Config
     """Of the source transformer."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """How images are made in every stage, see `Generation`."""
     plan: dict[str, Any] | None = None
     group_size: int | None = None
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -79,7 +81,14 @@ class Manifest:
             manifest = cls(**data)
         except TypeError as error:
             raise InputError(f"{path}: not a manifest ({error})") from error
-        kinds = (("config", dict), ("stages", dict), ("files", dict), ("source", str), ("family", str))
+        kinds = (
+            ("config", dict),
+            ("stages", dict),
+            ("files", dict),
+            ("source", str),
+            ("family", str),
+            ("generation", dict),
+        )
         for name, kind in kinds:
             if not isinstance(getattr(manifest, name), kind):
                 raise InputError(f"{path}: {name}: expected a {kind.__name__}")
@@ -310,7 +319,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def copy_surroundings(source: Path, folder: Path) -> None:
-    """Copy everything of a pipeline but its transformer: encoders, tokenizers, VAE, scheduler, defaults."""
+    """Copy everything of a pipeline but its transformer: encoders, tokenizers, VAE, scheduler."""
     index = read_json(source / "model_index.json")
     folder.mkdir(parents=True, exist_ok=True)
     for name, entry in index.items():
@@ -322,6 +331,4 @@ def copy_surroundings(source: Path, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(source / name, temporary, ignore=shutil.ignore_patterns(*_NEVER))
         replace_folder(temporary, folder / name)
-    for name in ("model_index.json", "generation.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    shutil.copyfile(source / "model_index.json", folder / "model_index.json")

@@ -50,6 +50,12 @@ DataSource = Annotated[
 ]
 
 
+InferenceSteps = Annotated[int | None, typer.Option(min=1, help="Denoising steps of the images made on the way.")]
+Guidance = Annotated[float | None, typer.Option(help="Their guidance scale; 0 for models distilled without.")]
+Height = Annotated[int | None, typer.Option(min=8, help="Their height in pixels.")]
+Width = Annotated[int | None, typer.Option(min=8, help="Their width in pixels.")]
+
+
 def main() -> None:
     """Entry point: runs the app and turns errors into lines."""
     # Vendors' advice is for developers; their errors still come through.
@@ -132,13 +138,20 @@ def parse_bytes(text: str) -> int:
     return int(value * scale)
 
 
-def _workspace(out: Path, model: str | None, fresh: bool, *, begin: bool = False) -> Workspace:
+def _workspace(
+    out: Path, model: str | None, fresh: bool, *, begin: bool = False, generation: dict[str, Any] | None = None
+) -> Workspace:
     from edgeprune.pipeline import Workspace
 
     begun = (out / "edgeprune.json").is_file()
     if not begun and not begin:
         raise InputError(f"{out / 'edgeprune.json'}: no such file; begin with: edgeprune analyze MODEL -o {out}")
-    return Workspace(out, model, model_given=model is not None or not begun, fresh=fresh)
+    given = {name: value for name, value in (generation or {}).items() if value is not None}
+    return Workspace(out, model, model_given=model is not None or not begun, fresh=fresh, generation=given)
+
+
+def _generation(steps: int | None, guidance: float | None, height: int | None, width: int | None) -> dict[str, Any]:
+    return {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
 
 
 def _source_of(folder: Path) -> str | None:
@@ -219,6 +232,10 @@ def compress(
     data: DataSource = None,
     group_size: GroupSize = 64,
     calibration: Calibration = "none",
+    inference_steps: InferenceSteps = None,
+    guidance_scale: Guidance = None,
+    height: Height = None,
+    width: Width = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")] = False,
     fresh: Fresh = False,
     as_json: AsJson = False,
@@ -232,7 +249,8 @@ def compress(
         method, keep, max_memory, protect_first, protect_last, threshold, blocks, components, group_size
     )
     begun = model is None and (out / "edgeprune.json").is_file()
-    ws = _workspace(out, model, fresh) if begun else None
+    generation = _generation(inference_steps, guidance_scale, height, width)
+    ws = _workspace(out, model, fresh, generation=generation) if begun else None
     options = pipeline.preset(preset, builtin=ws.builtin if ws else model is None)
     distill_options = options.distill
     if steps is not None and distill_options is not None:
@@ -251,7 +269,7 @@ def compress(
         if as_json:
             _print_json(forecast)
         return
-    ws = ws or _workspace(out, model, fresh, begin=True)
+    ws = ws or _workspace(out, model, fresh, begin=True, generation=generation)
     with _bars() as progress:
         ran = pipeline.compress(ws, options, progress)
         summary = report.make(ws, quick=preset == "quick", redo=bool(ran), progress=progress)
@@ -271,12 +289,17 @@ def analyze(
     prompts: Prompts = None,
     count: Annotated[int, typer.Option(min=1, help="Prompts to use.")] = 28,
     only_blocks: Annotated[bool, typer.Option("--only-blocks", help="Leave the components out.")] = False,
+    inference_steps: InferenceSteps = None,
+    guidance_scale: Guidance = None,
+    height: Height = None,
+    width: Width = None,
     fresh: Fresh = False,
 ) -> None:
     """Score the model without each block and component: analysis.json."""
     from edgeprune import pipeline
 
-    ws = _workspace(out, model, fresh, begin=True)
+    generation = _generation(inference_steps, guidance_scale, height, width)
+    ws = _workspace(out, model, fresh, begin=True, generation=generation)
     options = pipeline.AnalyzeOptions(metric, prompts, count, not only_blocks)
     with _bars() as progress:
         ran = pipeline.run_analyze(ws, options, progress)

@@ -52,6 +52,15 @@ def _digest(file: Any) -> str:  # Python 3.10 has no file_digest
     return state.hexdigest()
 
 
+def sha256_unless_known(path: Path, known: dict[str, Any]) -> str:
+    """As `sha256_file`, but a file of the size and time noted in `known` is not read again; `known` is kept current."""
+    stat = path.stat()
+    seen = known.get(str(path))
+    if not (isinstance(seen, list) and seen[:2] == [stat.st_size, stat.st_mtime_ns]):
+        known[str(path)] = seen = [stat.st_size, stat.st_mtime_ns, sha256_file(path)]
+    return str(seen[2])
+
+
 def digest(data: Any) -> str:
     """Hex digest of a JSON value, key order aside: the identity of a stage's inputs."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

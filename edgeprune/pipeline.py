@@ -23,7 +23,7 @@ from edgeprune.contribution import ContributionReport, analyze, fingerprint, par
 from edgeprune.data import PROMPTS, make_pairs, read_prompts, source_digest
 from edgeprune.distill import DistillOptions, distill
 from edgeprune.errors import InputError, StaleStageError
-from edgeprune.files import digest, sha256_file, write_json
+from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known, write_json
 from edgeprune.generation import Generation
 from edgeprune.metrics import metric_named
 from edgeprune.plan import PrunePlan, make_plan
@@ -122,13 +122,22 @@ def preset(name: str, *, builtin: bool) -> CompressOptions:
 class Workspace:
     """An artefact folder being made from a model, and what is loaded of that model."""
 
-    def __init__(self, out: Path, model: str | None, *, model_given: bool = True, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        model: str | None,
+        *,
+        model_given: bool = True,
+        fresh: bool = False,
+        generation: dict[str, Any] | None = None,
+    ) -> None:
         """Open or begin a folder.
 
         Args:
             model: as the user named it, None for the built-in one.
             model_given: False takes the model that the folder was begun with.
             fresh: allow stages to be made again with other inputs.
+            generation: fields of `Generation` that differ from the folder's, or the source's, own.
 
         Raises:
             InputError: the model is not usable, or the folder holds something else.
@@ -145,12 +154,14 @@ class Workspace:
             self.config, self.family = checkpoint.read_config(self.source)
             if self.manifest.source != name or self.manifest.fingerprint != fingerprint(self.config):
                 raise StaleStageError(f"{out}: made from {self.manifest.source!r}, found {name!r}; use another -o")
+            self._set_generation(self.manifest.generation, generation or {})
             return
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out}: exists and is not a folder of edgeprune (no {MANIFEST}); use another -o")
         self.source = checkpoint.resolve(model)
         self.config, self.family = checkpoint.read_config(self.source)
         self.manifest = Manifest(name, fingerprint(self.config), self.family.name, self.config)
+        self._set_generation(asdict(Generation.load(self.source)), generation or {})
         self.out.mkdir(parents=True, exist_ok=True)
         self.manifest.save(self.out)
 
@@ -159,10 +170,16 @@ class Workspace:
         """Whether the model is ours."""
         return self.manifest.source == "built-in"
 
-    @cached_property
-    def generation(self) -> Generation:
-        """The source's sampling defaults."""
-        return Generation.load(self.source)
+    def _set_generation(self, known: dict[str, Any], given: dict[str, Any]) -> None:
+        self.generation = Generation.checked(known | given, f"{self.out / MANIFEST}: generation")
+        changed = [n for n, v in given.items() if known.get(n) != v]
+        if changed and self.manifest.stages and not self.fresh:
+            said = ", ".join(f"{n} {known.get(n)}" for n in changed)
+            raise StaleStageError(f"{self.out}: begun with {said}; use --fresh to do its stages again, or another -o")
+        if asdict(self.generation) != self.manifest.generation:
+            self.manifest.generation = asdict(self.generation)
+            if (self.out / MANIFEST).is_file():
+                self.manifest.save(self.out)
 
     @cached_property
     def pipe(self) -> Any:
@@ -171,18 +188,30 @@ class Workspace:
 
     @cached_property
     def weights_hash(self) -> str:
-        """Identity of the original pipeline: its weights, configs and tokenizers."""
+        """Identity of the original pipeline: its weights, configs and tokenizers. Gigabytes are hashed once."""
         paths = sorted(p for kind in ("*.safetensors", "*.json") for p in self.source.rglob(kind))
-        return digest([(p.relative_to(self.source).as_posix(), sha256_file(p)) for p in paths])
+        path = self.out / "cache" / "hashes.json"
+        known = read_json(path) if path.is_file() else {}
+        before = dict(known)
+        found = [(p.relative_to(self.source).as_posix(), sha256_unless_known(p, known)) for p in paths]
+        if known != before:
+            write_json(path, known)
+        return digest(found)
 
     @property
     def report_path(self) -> Path:
         """Where `analyze` writes."""
         return self.out / "analysis.json"
 
+    @property
+    def scores_path(self) -> Path:
+        """Where `plan` keeps scores that it was given instead of the folder's own."""
+        return self.out / "scores.json"
+
     def report(self) -> ContributionReport | None:
-        """The contribution scores, if there are any."""
-        return ContributionReport.load(self.report_path) if self.report_path.is_file() else None
+        """The contribution scores, if there are any: those that the plan was made from, else the folder's own."""
+        paths = [p for p in (self.scores_path, self.report_path) if p.is_file()]
+        return ContributionReport.load(paths[0]) if paths else None
 
     def plan(self) -> PrunePlan:
         """The plan.
@@ -301,7 +330,11 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
     """A plan to `plan.json`, from this folder's scores or from a given file."""
 
     def run(_: str) -> dict[str, Any]:
-        report = ContributionReport.load(scores) if scores else ws.report()
+        ws.scores_path.unlink(missing_ok=True)
+        if scores:
+            ContributionReport.load(scores)  # refused before it is kept
+            shutil.copyfile(scores, ws.scores_path)
+        report = ws.report()
         plan = make_plan(ws.family, ws.config, report, **asdict(options))
         write_json(ws.out / "plan.json", plan.to_json())
         ws.manifest.hash_files(ws.out, "plan.json")
@@ -320,6 +353,7 @@ def run_prune(ws: Workspace) -> bool:
         state = _pruned_state(ws, plan)
         _save_half(ws, plan, state)
         checkpoint.copy_surroundings(ws.source, ws.out)
+        ws.generation.save(ws.out)
         return {}
 
     return ws.stage("prune", {"plan": plan.to_json()}, run)

@@ -8,7 +8,6 @@ is untouched. What it leaves out: the networks, which each format's to_*.py writ
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -147,11 +146,7 @@ def _configs(artefact: Path, partial: Path) -> None:
     vae = read_json(artefact / "vae" / "config.json")
     # AutoencoderKL's own default; a runtime reads no Python.
     write_json(partial / "vae_decoder" / "config.json", {"scaling_factor": 0.18215, "shift_factor": None} | vae)
-    generation = Generation.load(artefact)
-    if not (artefact / "generation.json").exists():
-        side = int(config["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-        generation = dataclasses.replace(generation, height=side, width=side)
-    generation.save(partial)
+    Generation.load(artefact).save(partial)
 
 
 def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import opset21, values
 from torch import nn
 
@@ -212,6 +213,8 @@ def to_ir(module: nn.Module, example: Mapping[str, torch.Tensor], inputs: Axes, 
         assert value.shape is not None
         value.shape = ir.Shape([axes.get(i, dim) for i, dim in enumerate(value.shape)])
     model.producer_name = "edgeprune"
+    # Stack traces: most of a small file, and paths of the machine it was made on.
+    ClearMetadataAndDocStringPass()(model)
     return model
 
 

@@ -10,7 +10,7 @@ Shapes: B batch, M text tokens, K joint attention width, P pooled width, C laten
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -83,8 +83,6 @@ def _whole(path: Path, values: dict[str, Any], field: str) -> int:
 def read_settings(folder: Path) -> Settings:
     """Settings of an export, artefact or plain diffusers folder.
 
-    Without generation.json, the defaults are those of diffusers' StableDiffusion3Pipeline at the trained size.
-
     Raises:
         InputError: a config or generation.json lacks a field or holds an impossible value.
     """
@@ -97,9 +95,6 @@ def read_settings(folder: Path) -> Settings:
         raise InputError(f"{vae_path}: block_out_channels: found {widths!r}, expected a list of widths")
     factor = 2 ** (len(widths) - 1)
     generation = Generation.load(folder)
-    if not (folder / "generation.json").exists():
-        side = _whole(config_path, config, "sample_size") * factor
-        generation = replace(generation, height=side, width=side)
     channels, patch = _whole(config_path, config, "in_channels"), _whole(config_path, config, "patch_size")
     settings = Settings(generation, channels, factor, patch)
     check_size(settings, generation.height, generation.width, where=f"{folder / 'generation.json'}: ")

@@ -236,3 +236,39 @@ def test_page_is_self_contained_and_escaped(copy: Path, source: Path) -> None:
     assert "http" not in page.replace("http://www.w3.org", "")
     assert page.count("data:image/png") >= 4 and page.count("data:image/svg") == 2
     assert manifest.plan is not None
+
+
+def test_given_scores_also_guide_distillation(source: Path, artefact: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "out", str(source))
+    pipeline.run_plan(ws, OPTIONS.plan, artefact / "analysis.json")
+    found, own = ws.report(), pipeline.ContributionReport.load(artefact / "analysis.json")
+    assert found is not None and found.contributions() == own.contributions()
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(InputError, match="bad.json"):
+        pipeline.run_plan(Workspace(tmp_path / "out", str(source), fresh=True), OPTIONS.plan, tmp_path / "bad.json")
+
+
+def test_how_images_are_made_is_kept(source: Path, copy: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "out", str(source), generation={"num_inference_steps": 3, "height": 16})
+    assert (ws.generation.num_inference_steps, ws.generation.height) == (3, 16)
+    assert Workspace(tmp_path / "out", str(source)).generation == ws.generation
+    with pytest.raises(InputError, match="num_inference_steps: found 0"):
+        Workspace(tmp_path / "other", str(source), generation={"num_inference_steps": 0})
+    with pytest.raises(StaleStageError, match="begun with num_inference_steps"):
+        Workspace(copy, str(source), generation={"num_inference_steps": 5})
+    Workspace(copy, str(source), generation={"num_inference_steps": 5}, fresh=True)
+    assert Workspace(copy, str(source)).generation.num_inference_steps == 5
+
+
+def test_source_is_hashed_once_unless_it_changes(source: Path, artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Workspace(artefact, str(source)).weights_hash
+    monkeypatch.setattr("edgeprune.files.sha256_file", lambda path: pytest.fail(f"read {path} again"))
+    assert Workspace(artefact, str(source)).weights_hash == first
+    monkeypatch.undo()
+    config = source / "scheduler" / "scheduler_config.json"
+    before = config.read_text()
+    config.write_text(before + " ")
+    try:
+        assert Workspace(artefact, str(source)).weights_hash != first
+    finally:
+        config.write_text(before)
