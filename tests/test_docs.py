@@ -1,0 +1,88 @@
+"""What the docs say can be typed: edgeprune commands parse, make targets, Python names and links are there."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from edgeprune.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "edgeprune" / "demo" / "assets" / "teacher" / "README.md"]
+
+
+def blocks(page: Path, *kinds: str) -> list[str]:
+    """The code blocks of a page of these kinds."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    return [text for kind, text in found if kind in kinds]
+
+
+def typed(page: Path, program: str) -> list[str]:
+    """Commands of a program in a page's console blocks, without prompt and comment; lines ending in \\ are joined."""
+    lines = "\n".join(blocks(page, "console", "bash", "sh")).replace("\\\n", " ").splitlines()
+    return [line for line in (raw.strip().removeprefix("$ ") for raw in lines) if line.split(" ")[0] == program]
+
+
+def parse(command: Any, words: list[str], parent: Any = None) -> None:
+    """Parse as the command line does, options of sub-commands included, without running anything."""
+    context = command.make_context(command.name, words, parent=parent)
+    # Newer typers carry a click of their own: no class to import holds for every version.
+    if hasattr(command, "resolve_command") and (rest := [*context._protected_args, *context.args]):
+        _, sub, left = command.resolve_command(context, rest)
+        assert sub is not None
+        parse(sub, left, context)
+
+
+EXAMPLES = [
+    example.strip()
+    for info in app.registered_commands
+    for example in (info.epilog or "").removeprefix("Example: ").split("·")
+    if example.strip()
+]
+COMMANDS = sorted({c for page in PAGES for c in typed(page, "edgeprune")} | set(EXAMPLES))
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_parses(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    parse(typer.main.get_command(app), words[1:])
+
+
+def test_a_wrong_command_does_not_parse() -> None:
+    with pytest.raises(Exception, match="No such option"):
+        parse(typer.main.get_command(app), ["export", "small", "--tarGet", "onnx", "-o", "x"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_make_targets_are_there(page: Path) -> None:
+    known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    said = {w for line in typed(page, "make") for w in shlex.split(line, comments=True)[1:] if "=" not in w}
+    assert said <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_blocks_name_what_exists(page: Path) -> None:
+    for text in blocks(page, "python"):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("edgeprune"):
+                module = importlib.import_module(str(node.module))
+                missing = [a.name for a in node.names if not hasattr(module, a.name)]
+                assert all(importlib.util.find_spec(f"{node.module}.{name}") for name in missing)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_local_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
+        assert "://" in link or (page.parent / link).exists(), link
