@@ -255,6 +255,8 @@ def compress(
     distill_options = options.distill
     if steps is not None and distill_options is not None:
         distill_options = replace(distill_options, steps=steps) if steps else None
+    if distill_options is not None:
+        distill_options = replace(distill_options, int4_group_size=group_size)
     options = replace(
         options,
         analyze=replace(options.analyze, metric=metric, prompts=prompts),
@@ -391,6 +393,10 @@ def distill(
     ema: Annotated[float | None, typer.Option(min=0, max=1, help="Decay of the averaged weights.")] = None,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
+    quantize_aware: Annotated[
+        bool, typer.Option("--quantize-aware/--no-quantize-aware", help="Train with weights rounded to INT4.")
+    ] = True,
+    group_size: GroupSize = 64,
     seed: int = 0,
     fresh: Fresh = False,
 ) -> None:
@@ -412,6 +418,7 @@ def distill(
         weights=Weights(lambda_task, lambda_output, lambda_feature),
         mixed_precision=mixed_precision,
         gradient_checkpointing=gradient_checkpointing,
+        int4_group_size=group_size if quantize_aware else None,
         seed=seed,
     )
     source = pipeline.DataOptions(data or base.data.source, samples or base.data.samples)

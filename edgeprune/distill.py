@@ -2,13 +2,14 @@
 
 PWP: everything before the first pruned block is frozen; since its inputs need no gradient either, autograd keeps
 nothing of it. SGDistill: the more a part contributes, the less it is updated (`graded`: a learning rate of its own;
-`binary`: the more contributing half is frozen). Each step's randomness comes from (seed, step) and the state is
-written atomically, so a killed run resumes to the same losses. What it leaves out: several processes,
-and data (see data.py).
+`binary`: the more contributing half is frozen). Quantisation-aware: the student computes with weights rounded to INT4,
+and gradients pass straight through the rounding. Each step's randomness comes from (seed, step) and the state is
+written atomically, so a killed run resumes to the same losses. What it leaves out: several processes, and data.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,13 +17,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from edgeprune.contribution import ContributionReport
 from edgeprune.data import Pairs
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.families import Family
+from edgeprune.int4 import round_int4
 from edgeprune.losses import Features, Weights, distillation_loss
 from edgeprune.plan import PrunePlan
+from edgeprune.precision import precision_of
 from edgeprune.resume import Ema, load_state, save_state, step_generator
 
 SENSITIVITIES = ("graded", "binary", "off")
@@ -47,6 +51,8 @@ class DistillOptions:
     """Share of samples trained with the empty prompt, for guidance."""
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
+    int4_group_size: int | None = 64
+    """Train with weights rounded to INT4 in groups of this size; None trains without rounding."""
     seed: int = 0
 
     def check(self) -> None:
@@ -133,6 +139,36 @@ class _Catcher:
         self.features[key] = (image,) if context is None else (image, context)
 
 
+def _round_weights(family: Family, student: nn.Module, group_size: int) -> list[nn.Linear]:
+    """Let the linear layers that will be INT4 compute with rounded weights; the weights themselves stay as they are.
+
+    By an own `forward`, not by a parametrisation: names stay those of the checkpoint. Returns the layers changed.
+    """
+    changed = []
+    for name, layer in student.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        precision = precision_of(family, f"{name}.weight", tuple(layer.weight.shape), group_size=group_size)
+        if precision.bits == 4:
+            layer.forward = functools.partial(_rounded, layer, precision.group_size, _Frozen())  # type: ignore[method-assign]
+            changed.append(layer)
+    return changed
+
+
+class _Frozen:
+    """The rounded weight of a layer that is not trained, made once."""
+
+    weight: torch.Tensor | None = None
+
+
+def _rounded(layer: nn.Linear, group_size: int, frozen: _Frozen, x: torch.Tensor) -> torch.Tensor:
+    if layer.weight.requires_grad:
+        return F.linear(x, round_int4(layer.weight, group_size), layer.bias)
+    if frozen.weight is None:
+        frozen.weight = round_int4(layer.weight.detach(), group_size)
+    return F.linear(x, frozen.weight, layer.bias)
+
+
 def _factor(schedule: str, step: int, total: int) -> float:
     warm = min(1.0, (step + 1) / 20)
     if schedule == "constant":
@@ -183,6 +219,7 @@ def distill(
             optimizer.state.clear()
     catch_teacher = _Catcher(family.blocks(teacher), list(range(plan.num_blocks)))
     catch_student = _Catcher(family.blocks(student), plan.kept)
+    rounded = _round_weights(family, student, options.int4_group_size) if options.int4_group_size else []
     student.train()
     teacher.eval().requires_grad_(False)
     teacher.to(accelerator.device)
@@ -197,7 +234,7 @@ def distill(
             target = teacher(*inputs, return_dict=False)[0]
         with accelerator.autocast():
             velocity = net(*inputs, return_dict=False)[0]
-        # Features of the frozen prefix are equal by construction; only later blocks can differ.
+        # Features of the frozen prefix are what they are; only later blocks can learn.
         later = {k: v for k, v in catch_student.features.items() if not options.freeze_prefix or k >= plan.first_pruned}
         loss, _ = distillation_loss(
             velocity,
@@ -226,6 +263,8 @@ def distill(
             meta = {"step": step, "losses": losses, "inputs": inputs_digest}
             save_state(state_path, {"student": state, "ema": ema.average}, optimizer, meta)
     teacher.to("cpu")
+    for layer in rounded:
+        del layer.forward
     result = {n: t.detach().cpu() for n, t in student.state_dict().items()} | {
         n: t.cpu() for n, t in ema.average.items()
     }

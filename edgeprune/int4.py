@@ -39,6 +39,18 @@ def dequantize(packed: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torc
     return (values.to(dtype).view(out, groups, -1) * scale.to(dtype)[..., None]).view(out, -1)
 
 
+def round_int4(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """What symmetric INT4 makes of a weight (O, I), same dtype; the gradient passes straight through.
+
+    As NNCF's INT4_SYM without data: a group's value of largest magnitude becomes -8 steps; scales have half precision.
+    """
+    groups = weight.detach().float().view(weight.shape[0], -1, group_size)
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scale = torch.where(extreme == 0, 1.0, extreme / -8)
+    rounded = (groups / scale).round().clamp(-8, 7) * scale.half().float()
+    return weight + (rounded.view_as(weight).to(weight.dtype) - weight.detach())
+
+
 @torch.library.custom_op("edgeprune::packed_linear", mutates_args=())
 def packed_linear(
     x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bits: int

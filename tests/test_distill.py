@@ -12,8 +12,10 @@ from edgeprune.data import Pairs
 from edgeprune.distill import DistillOptions, distill, parameter_groups, strengths
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.families import family_of
+from edgeprune.int4 import round_int4
 from edgeprune.losses import Weights, feature_loss
 from edgeprune.plan import PrunePlan, make_plan
+from edgeprune.precision import precision_of
 from edgeprune.resume import Ema, load_state
 from edgeprune.surgery import prune
 
@@ -159,3 +161,34 @@ def test_ema_moves_towards_the_live_weights() -> None:
         p.fill_(1.0)
     ema.update(10_000)
     assert torch.allclose(ema.average["p"], torch.full((2,), 0.1))
+
+
+def test_training_on_rounded_weights_lowers_the_error_after_rounding(tmp_path: Path) -> None:
+    family, teacher, student, _, _, pairs = setup()
+    g = torch.Generator().manual_seed(1)
+    batch, sigma = pairs.batch(16, 0.1, g), torch.rand(16, generator=g)
+    mixed = torch.lerp(batch.latents, torch.randn(batch.latents.shape, generator=g), sigma.view(-1, 1, 1, 1))
+    inputs = (mixed, batch.hidden, batch.pooled, sigma * 1000)
+
+    def error(group_size: int | None) -> float:
+        """Of the result's velocity once its weights are rounded as INT4 will."""
+        path = tmp_path / f"{group_size}.safetensors"
+        options = {"sensitivity": "off", "freeze_prefix": False, "schedule": "cosine", "int4_group_size": group_size}
+        state, _ = run(path, 200, **options)
+        for name, tensor in state.items():
+            if precision_of(family, name, tuple(tensor.shape), group_size=64).bits == 4:
+                state[name] = round_int4(tensor, 64)
+        student.load_state_dict(state)
+        with torch.no_grad():
+            found, expected = (m(*inputs, return_dict=False)[0] for m in (student, teacher))
+        return float((found - expected).norm() / expected.norm())
+
+    aware, unaware = error(64), error(None)
+    assert aware < 0.95 * unaware
+
+
+def test_training_on_rounded_weights_leaves_the_student_as_it_was_built(tmp_path: Path) -> None:
+    family, teacher, student, plan, report, pairs = setup()
+    options = DistillOptions(steps=2, batch=4)
+    distill(family, teacher, student, plan, report, pairs, options, tmp_path / "s", inputs_digest="x")
+    assert not [n for n, m in student.named_modules() if "forward" in vars(m)]

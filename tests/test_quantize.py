@@ -7,7 +7,7 @@ from torch import nn
 
 from edgeprune.errors import InputError
 from edgeprune.families import family_of
-from edgeprune.int4 import PackedLinear, dequantize, pack, packed_linear, unpack
+from edgeprune.int4 import PackedLinear, dequantize, pack, packed_linear, round_int4, unpack
 from edgeprune.precision import Precision, footprint, precision_of
 from edgeprune.quantize import packed_from, prepare, quantize, round_to_nearest
 from edgeprune.surgery import load_strictly
@@ -93,3 +93,23 @@ def test_nncf_rounds_no_worse_than_we_would() -> None:
     values, scale = round_to_nearest(weight, Precision(4, 64))
     ours = packed_from(nn.Linear(weight.shape[1], weight.shape[0]), values, scale, Precision(4, 64)).weight
     assert (layer.weight - weight).norm() <= 1.05 * (ours - weight).norm()
+
+
+def test_training_rounds_as_nncf_will() -> None:
+    """Distillation with rounded weights helps only if NNCF then takes the same values."""
+    model = tiny_transformer()
+    names = ("attn.to_q", "ff.net.0.proj", "norm1.linear")
+    block = model.transformer_blocks[0]
+    expected = {n: round_int4(block.get_submodule(n).weight.detach().clone(), 64) for n in names}
+    quantize(SD3, model)
+    for name, weight in expected.items():
+        torch.testing.assert_close(block.get_submodule(name).weight, weight, rtol=1e-3, atol=1e-6)
+
+
+def test_rounding_passes_the_gradient_straight_through() -> None:
+    weight = torch.randn(4, 64, requires_grad=True)
+    rounded = round_int4(weight, 32)
+    (rounded * 3).sum().backward()
+    assert torch.equal(weight.grad, torch.full((4, 64), 3.0))
+    assert 0 < (rounded - weight).abs().max() < weight.abs().max() / 8
+    assert torch.equal(round_int4(torch.zeros(2, 32), 32), torch.zeros(2, 32))
