@@ -44,7 +44,9 @@ Blocks = Annotated[str, typer.Option(help="manual: closed ranges of blocks, like
 Components = Annotated[str, typer.Option(help="manual: components, like 30:mlp,30:context_mlp.")]
 Steps = Annotated[int | None, typer.Option(help="Training steps; 0 leaves distillation out.")]
 GroupSize = Annotated[int, typer.Option(help="Weights that share one INT4 scale.")]
-Calibration = Annotated[str, typer.Option(help="none, or scale: NNCF's scale estimation on the model's own inputs.")]
+Calibration = Annotated[
+    str, typer.Option(help="none; scale (NNCF's scale estimation) or awq, both on the model's inputs.")
+]
 DataSource = Annotated[
     str | None, typer.Option("--data", help="imagefolder with metadata.jsonl, a file of prompts, or 'shapes'.")
 ]

@@ -1,8 +1,7 @@
 """INT4 weights: NNCF chooses the integers, one block at a time; the result is held in `PackedLinear`.
 
-Which tensor gets how many bits is said in precision.py. Data-free by default; with calibration inputs NNCF also
-estimates scales. What it leaves out: AWQ (its scales would have to be folded into adaLN), GPTQ (NNCF has none for
-torch), and training with quantised weights.
+Which tensor gets how many bits is said in precision.py. Data-free by default; with calibration inputs NNCF estimates
+scales, or channels are scaled first (awq.py). What it leaves out: GPTQ (NNCF has none for torch).
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgeprune.awq import best_divisor, fold
 from edgeprune.families import Config, Family
 from edgeprune.int4 import PackedLinear, pack
 from edgeprune.precision import Precision, precision_of
 
-CALIBRATIONS = ("none", "scale")
+CALIBRATIONS = ("none", "scale", "awq")
 
 
 def _layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -144,14 +144,16 @@ def quantize(
     """Replace every linear layer that the rule names, in place.
 
     Args:
-        calibration: `none`, or `scale` (scale estimation), which needs `run`.
+        calibration: `none`; `scale` (scale estimation) or `awq`, which need `run`.
         run: runs the model on calibration inputs; layers' inputs are caught on the way, block by block.
         progress: called with blocks done and blocks in all.
     """
     blocks = family.blocks(model)
     for index, block in enumerate(blocks):
         progress(index, len(blocks))
-        prefix = f"transformer_blocks.{index}." if blocks is getattr(model, "transformer_blocks", None) else ""
+        prefix = family.block_prefix(model, index)
+        if calibration == "awq" and run is not None:
+            _scale_channels(family, block, prefix, group_size, run)
         by_group: dict[int, dict[str, nn.Linear]] = {}
         for name, linear in _layers(block).items():
             p = precision_of(family, f"{prefix}{name}.weight", tuple(linear.weight.shape), group_size=group_size)
@@ -159,7 +161,7 @@ def quantize(
         for group, layers in by_group.items():
             if not group:
                 continue
-            samples = _samples(layers, run if calibration != "none" else None)
+            samples = _samples(layers, run if calibration == "scale" else None)
             for name, (values, scale) in _nncf_integers(layers, group, samples, calibration).items():
                 _replace(block, name, packed_from(layers[name], values, scale, Precision(4, group)))
     for name, linear in _layers(model).items():
@@ -167,6 +169,26 @@ def quantize(
         _replace(model, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
     progress(len(blocks), len(blocks))
     return model
+
+
+def _scale_channels(family: Family, block: nn.Module, prefix: str, group_size: int, run: Callable[[], None]) -> None:
+    """AWQ on every group of a block that is still in floats."""
+    layers = _layers(block)
+    groups = family.scaling_groups(block)
+    wanted = {n: layers[n] for group in groups for n in group.consumers}
+    samples = _samples(wanted, run)
+    inputs = {name: torch.cat([sample[i] for sample in samples]) for i, name in enumerate(wanted)}
+    for group in groups:
+        weights = [layers[n].weight.detach().float() for n in group.consumers]
+        precisions = [
+            precision_of(family, f"{prefix}{n}.weight", tuple(w.shape), group_size=group_size)
+            for n, w in zip(group.consumers, weights, strict=True)
+        ]
+        if any(p.bits != 4 for p in precisions):
+            continue
+        s = best_divisor(weights, [inputs[n] for n in group.consumers], [p.group_size for p in precisions])
+        if s is not None:
+            fold(block, group, s)
 
 
 def _samples(layers: dict[str, nn.Linear], run: Callable[[], None] | None) -> list[tuple[torch.Tensor, ...]]:

@@ -29,7 +29,7 @@ RANKS: list[tuple[str, ...]] = [
     ("plan",),
     ("surgery",),
     ("losses", "int4"),
-    ("distill",),
+    ("distill", "awq"),
     ("quantize",),
     ("checkpoint",),
     ("pipeline",),

@@ -1,10 +1,13 @@
 """INT4: packing, the custom op, NNCF's integers, the rule, and bytes."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import tiny_inputs, tiny_transformer
 from torch import nn
 
+from edgeprune.awq import best_divisor, fold
 from edgeprune.errors import InputError
 from edgeprune.families import family_of
 from edgeprune.int4 import PackedLinear, dequantize, pack, packed_linear, round_int4, unpack
@@ -63,7 +66,7 @@ def test_rule(name: str, shape: tuple[int, ...], expected: Precision) -> None:
     assert precision_of(SD3, name, shape) == expected
 
 
-@pytest.mark.parametrize("calibration", ["none", "scale"])
+@pytest.mark.parametrize("calibration", ["none", "scale", "awq"])
 def test_quantised_model_is_close_and_as_small_as_forecast(calibration: str) -> None:
     model = tiny_transformer()
     config = CONFIG | {k: v for k, v in model.config.items() if k[0] != "_"}
@@ -113,3 +116,37 @@ def test_rounding_passes_the_gradient_straight_through() -> None:
     assert torch.equal(weight.grad, torch.full((4, 64), 3.0))
     assert 0 < (rounded - weight).abs().max() < weight.abs().max() / 8
     assert torch.equal(round_int4(torch.zeros(2, 32), 32), torch.zeros(2, 32))
+
+
+@pytest.mark.parametrize("options", [{}, {"dual_attention_layers": (0,)}, {"removed": True}])
+def test_folding_a_divisor_changes_nothing_in_floats(options: dict[str, Any]) -> None:
+    removed = options.pop("removed", False)
+    model = tiny_transformer(**options)
+    if removed:
+        swaps = SD3.removal(model, 0, "attn", torch.zeros(1)) + SD3.removal(model, 1, "mlp", torch.zeros(1))
+        swaps += SD3.removal(model, 1, "context_norm", torch.randn(model.inner_dim))
+        for swap in swaps:
+            setattr(swap.owner, swap.attribute, swap.replacement)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        expected = model(**tiny_inputs(), return_dict=False)[0]
+        folded = set()
+        for block in SD3.blocks(model):
+            for group in SD3.scaling_groups(block):
+                size = block.get_submodule(group.consumers[0]).in_features
+                fold(block, group, torch.rand(size, generator=g) * 4 + 0.25)
+                folded.update(group.consumers)
+        found = model(**tiny_inputs(), return_dict=False)[0]
+    assert {"attn.to_v", "attn.add_k_proj", "attn.to_out.0", "ff.net.0.proj", "ff_context.net.0.proj"} <= folded
+    assert ("attn2.to_k" in folded) == ("dual_attention_layers" in options)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_awq_helps_where_few_channels_carry_most() -> None:
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(96, 128, generator=g), torch.randn(300, 128, generator=g)
+    x[:, ::16] *= 30
+    s = best_divisor([weight], [x], [64])
+    assert s is not None
+    plain, scaled = ((w - weight) @ x.T for w in (round_int4(weight, 64), round_int4(weight * s, 64) / s))
+    assert scaled.norm() < 0.8 * plain.norm()

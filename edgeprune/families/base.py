@@ -46,6 +46,26 @@ class Source:
     """True for a removed norm's bias: the modulation at the mean input takes the place of the bias."""
 
 
+@dataclass(frozen=True)
+class Producer:
+    """Rows of a linear layer that can absorb a division of its outputs."""
+
+    layer: str
+    """Name within the block."""
+    rows: tuple[int, int]
+    """From, to."""
+    one_plus: bool = False
+    """True if the outputs are used as 1 + them."""
+
+
+@dataclass(frozen=True)
+class ScalingGroup:
+    """Layers of a block that read one input, and what makes it."""
+
+    consumers: tuple[str, ...]
+    producers: tuple[Producer, ...]
+
+
 class Family(Protocol):
     """One MMDiT architecture. B batch, N image tokens, M text tokens, D width, C latent channels."""
 
@@ -87,6 +107,12 @@ class Family(Protocol):
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The model's own list of blocks, in order."""
+
+    def block_prefix(self, model: nn.Module, index: int) -> str:
+        """What the names of a block's tensors begin with in the state dict: `transformer_blocks.3.`."""
+
+    def scaling_groups(self, block: nn.Module) -> list[ScalingGroup]:
+        """Layers of a block whose common input can be divided channel by channel at no cost; see awq.py."""
 
 
 def family_of(config: Config, where: str = "transformer/config.json") -> Family:

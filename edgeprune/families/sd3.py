@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING, Any, cast
 
 from edgeprune.errors import InputError
-from edgeprune.families.base import Config, Shape, Source, Swap
+from edgeprune.families.base import Config, Producer, ScalingGroup, Shape, Source, Swap
 
 if TYPE_CHECKING:
     import torch
@@ -187,6 +187,41 @@ class SD3:
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """`transformer_blocks`."""
         return cast("nn.ModuleList", model.transformer_blocks)
+
+    def block_prefix(self, model: nn.Module, index: int) -> str:
+        """`transformer_blocks.N.`."""
+        return f"transformer_blocks.{index}."
+
+    def scaling_groups(self, block: nn.Module) -> list[ScalingGroup]:
+        """What reads each adaLN output, and the two output projections that read the attended values."""
+        from torch import nn
+
+        layers = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        d = layers["attn.to_q" if "attn.to_q" in layers else "norm1.linear"].in_features
+        # Parts of the modulation by position: shift, scale, gate of attention; of the MLP; of the second attention.
+        zero = ((0, "attn.to_q attn.to_k attn.to_v"), (3, "ff.net.0.proj"), (6, "attn2.to_q attn2.to_k attn2.to_v"))
+        context = ((0, "attn.add_q_proj attn.add_k_proj attn.add_v_proj"), (3, "ff_context.net.0.proj"))
+        groups = []
+        for norm, members in (("norm1.linear", zero), ("norm1_context.linear", context)):
+            if norm not in layers:
+                continue
+            # AdaLayerNormContinuous of the last block: scale, shift.
+            last = layers[norm].out_features == 2 * d
+            for part, names in members:
+                consumers = tuple(n for n in names.split() if n in layers)
+                if consumers and (part + 2) * d <= layers[norm].out_features:
+                    shift, scale = (part + 1, part) if last else (part, part + 1)
+                    producers = (
+                        Producer(norm, (shift * d, (shift + 1) * d)),
+                        Producer(norm, (scale * d, (scale + 1) * d), one_plus=True),
+                    )
+                    groups.append(ScalingGroup(consumers, producers))
+        for attention in ("attn", "attn2"):
+            consumers = tuple(n for n in (f"{attention}.to_out.0", f"{attention}.to_add_out") if n in layers)
+            values = [n for n in (f"{attention}.to_v", f"{attention}.add_v_proj") if n in layers]
+            if consumers:
+                groups.append(ScalingGroup(consumers, tuple(Producer(n, (0, d)) for n in values)))
+        return groups
 
 
 FAMILY = SD3()
