@@ -154,7 +154,7 @@ class Workspace:
             self.config, self.family = checkpoint.read_config(self.source)
             if self.manifest.source != name or self.manifest.fingerprint != fingerprint(self.config):
                 raise StaleStageError(f"{out}: made from {self.manifest.source!r}, found {name!r}; use another -o")
-            self._set_generation(self.manifest.generation, generation or {})
+            self._set_generation(self.manifest.generation or asdict(Generation.load(self.source)), generation or {})
             return
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out}: exists and is not a folder of edgeprune (no {MANIFEST}); use another -o")
