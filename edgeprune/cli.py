@@ -37,6 +37,9 @@ Prompts = Annotated[str | None, typer.Option(help="Text file of prompts, one a l
 Method = Annotated[str, typer.Option(help="hpp, hybrid or manual.")]
 Keep = Annotated[float | None, typer.Option(help="Share of the transformer's parameters that may be left, like 0.79.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Bytes its weights may take after INT4, like 3.2GB.")]
+FitTo = Annotated[
+    str | None, typer.Option("--fit", help="A device of `edgeprune targets` whose memory sets the budget.")
+]
 ProtectFirst = Annotated[int | None, typer.Option(help="Leading blocks never removed; half of all by default.")]
 ProtectLast = Annotated[int, typer.Option(help="Trailing blocks never removed.")]
 Threshold = Annotated[float, typer.Option(help="hybrid: share removed as whole blocks before components join.")]
@@ -178,15 +181,32 @@ def _plan_options(
     blocks: str,
     components: str,
     group_size: int,
+    fit: str | None,
 ) -> Any:
+    from edgeprune import targets
     from edgeprune.pipeline import PlanOptions
 
     if (blocks or components) and method == "hpp":
         method = "manual"
-    if method != "manual" and keep is None and max_memory is None:
+    if fit and (keep is not None or max_memory or method == "manual"):
+        raise InputError("--fit sets the budget by itself; leave --keep, --max-memory and --method manual out")
+    if fit:
+        targets.load(fit)
+    if method != "manual" and keep is None and max_memory is None and not fit:
         keep = 0.79
     size = parse_bytes(max_memory) if max_memory else None
-    return PlanOptions(method, keep, size, first, last, threshold, blocks, components, group_size)
+    return PlanOptions(method, keep, size, first, last, threshold, blocks, components, group_size, fit)
+
+
+def _fit_rows(fit: Any) -> list[tuple[str, str]]:
+    rows = [
+        (f"memory of {fit.target}", fit.memory_bytes),
+        ("- text encoders", fit.text_encoders_bytes),
+        ("- VAE decoder", fit.vae_decoder_bytes),
+        ("- activations, estimated", fit.activations_bytes),
+        ("= for the transformer", fit.transformer_bytes),
+    ]
+    return [(name, f"{value / 1e9:,.3f} GB") for name, value in rows]
 
 
 def _plan_rows(plan: Any) -> list[tuple[str, str]]:
@@ -225,6 +245,7 @@ def compress(
     method: Method = "hpp",
     keep: Keep = None,
     max_memory: MaxMemory = None,
+    fit: FitTo = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = 2,
     threshold: Threshold = 0.15,
@@ -248,7 +269,7 @@ def compress(
     from edgeprune import pipeline, report
 
     plan_options = _plan_options(
-        method, keep, max_memory, protect_first, protect_last, threshold, blocks, components, group_size
+        method, keep, max_memory, protect_first, protect_last, threshold, blocks, components, group_size, fit
     )
     begun = model is None and (out / "edgeprune.json").is_file()
     generation = _generation(inference_steps, guidance_scale, height, width)
@@ -274,6 +295,8 @@ def compress(
             _print_json(forecast)
         return
     ws = ws or _workspace(out, model, fresh, begin=True, generation=generation)
+    if fit:
+        _table(_fit_rows(ws.fit(fit)))
     with _bars() as progress:
         ran = pipeline.compress(ws, options, progress)
         summary = report.make(ws, quick=preset == "quick", redo=bool(ran), progress=progress)
@@ -326,6 +349,7 @@ def plan(
     method: Method = "hpp",
     keep: Keep = None,
     max_memory: MaxMemory = None,
+    fit: FitTo = None,
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = 2,
     threshold: Threshold = 0.15,
@@ -339,7 +363,7 @@ def plan(
     from dataclasses import asdict
 
     options = _plan_options(
-        method, keep, max_memory, protect_first, protect_last, threshold, blocks, components, group_size
+        method, keep, max_memory, protect_first, protect_last, threshold, blocks, components, group_size, fit
     )
     if (out is None) == (config is None):
         raise InputError("plan: give exactly one of -o (a folder) and --config (a transformer's config.json)")
@@ -347,6 +371,8 @@ def plan(
         from edgeprune import pipeline
 
         ws = _workspace(out, None, fresh)
+        if fit:
+            _table(_fit_rows(ws.fit(fit)))
         pipeline.run_plan(ws, options, scores)
         made = ws.plan()
     else:
@@ -356,9 +382,12 @@ def plan(
         from edgeprune.plan import make_plan
 
         assert config is not None
+        if fit:
+            raise InputError("--fit counts a pipeline's files: give -o (a folder), not --config")
         content = read_json(config)
         loaded = ContributionReport.load(scores) if scores else None
-        made = make_plan(family_of(content, str(config)), content, loaded, **asdict(options))
+        choices = {name: value for name, value in asdict(options).items() if name != "fit"}
+        made = make_plan(family_of(content, str(config)), content, loaded, **choices)
     _table(_plan_rows(made))
     if as_json or out is None:
         _print_json(made.to_json())

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from edgeprune import checkpoint
+from edgeprune import checkpoint, targets
 from edgeprune.checkpoint import HALF, INT4, MANIFEST, Manifest
 from edgeprune.contribution import ContributionReport, analyze, fingerprint, parts
 from edgeprune.data import PROMPTS, make_pairs, read_prompts, source_digest
 from edgeprune.distill import DistillOptions, distill
 from edgeprune.errors import InputError, StaleStageError
 from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known, write_json
+from edgeprune.fit import Fit, fit
 from edgeprune.generation import Generation
 from edgeprune.metrics import metric_named
 from edgeprune.plan import PrunePlan, make_plan
@@ -66,6 +67,8 @@ class PlanOptions:
     components: str = ""
     group_size: int = 64
     """Of the INT4 weights whose bytes are counted."""
+    fit: str | None = None
+    """Name of a target whose memory sets the budget, see fit.py."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,16 @@ class Workspace:
         paths = [p for p in (self.scores_path, self.report_path) if p.is_file()]
         return ContributionReport.load(paths[0]) if paths else None
 
+    def fit(self, target: str | None) -> Fit:
+        """What a device leaves for the transformer's weights.
+
+        Raises:
+            InputError: no such target.
+            BudgetError: nothing is left.
+        """
+        guided = self.generation.guidance_scale > 1
+        return fit(self.source, targets.load(target or ""), self.generation, guided=guided)
+
     def plan(self) -> PrunePlan:
         """The plan.
 
@@ -334,8 +347,10 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
         if scores:
             ContributionReport.load(scores)  # refused before it is kept
             shutil.copyfile(scores, ws.scores_path)
-        report = ws.report()
-        plan = make_plan(ws.family, ws.config, report, **asdict(options))
+        choices = asdict(options)
+        if choices.pop("fit"):
+            choices["max_memory_bytes"] = ws.fit(options.fit).transformer_bytes
+        plan = make_plan(ws.family, ws.config, ws.report(), **choices)
         write_json(ws.out / "plan.json", plan.to_json())
         ws.manifest.hash_files(ws.out, "plan.json")
         return {}

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgeprune.contribution import ContributionReport, Key, fingerprint
+from edgeprune.contribution import Contribution, ContributionReport, Key, fingerprint
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import Config, Family, family_of
 from edgeprune.families.base import Shape
@@ -152,89 +152,121 @@ def make_plan(
         InputError: wrong options, or a report of another model.
         BudgetError: nothing the method may remove meets the budget.
     """
-    count = family.block_count(config)
-    before = footprint(family, family.tensor_shapes(config), group_size=group_size)
-
-    def after(gone: list[int], parts: list[tuple[int, str]]) -> Footprint:
-        return footprint(family, remaining_shapes(family, config, gone, parts), group_size=group_size)
-
+    model = _Model(family, config, group_size)
     if method == "manual":
-        gone, parts = parse_blocks(blocks, count), parse_components(components, count, family)
-        if not gone and not parts:
-            raise InputError("--method manual: expected --blocks or --components")
-        if len(gone) == count:
-            raise InputError(f"--blocks: all {count} blocks would be removed; at least one must stay")
-        parts = [p for p in parts if p[0] not in gone]
-        noops = [p for p in parts if p in family.noops(config)]
         if keep is not None or max_memory_bytes is not None:
             raise InputError("--method manual removes what you list; leave --keep and --max-memory out")
-        if noops:
-            raise InputError(
-                f"--components: {noops[0][0]}:{noops[0][1]} is not in this model, so there is nothing to remove"
-            )
+        gone, parts = _listed(model, blocks, components)
     elif method in METHODS:
         if blocks or components:
             raise InputError(f"--blocks and --components go with --method manual, found --method {method}")
-        if (keep is None) == (max_memory_bytes is None):
-            raise InputError("budget: give exactly one of --keep and --max-memory")
-        if keep is not None and not 0 < keep <= 1:
-            raise InputError(f"--keep: found {keep}, expected a share above 0 and up to 1")
         if report is None:
             raise InputError(f"--method {method} needs contribution scores; run `edgeprune analyze` first")
-        _check_report(report, config, count)
-
-        def met(now: Footprint) -> bool:
-            if keep is not None:
-                return now.parameters <= keep * before.parameters
-            return now.int4_bytes <= (max_memory_bytes or 0)
-
-        first = count // 2 if protect_first is None else protect_first
-        later = range(first, count - protect_last)
-        contributions = report.contributions()
-        order = sorted((b for b in later if (b, None) in contributions), key=lambda b: contributions[b, None].drop)
-        gone, parts, now = [], [], before
-        for block in order:
-            if met(now) or len(gone) + 1 == count:
-                break
-            candidate = after([*gone, block], [])
-            if method == "hybrid" and candidate.parameters < (1 - threshold) * before.parameters:
-                break
-            gone, now = [*gone, block], candidate
-        if method == "hybrid" and not met(now):
-            parts, now = _components_until(met, family, config, contributions, gone, later, after)
-        if not met(now):
-            budget = f"--keep {keep}" if keep is not None else f"--max-memory {max_memory_bytes} bytes"
+        _check_report(report, config, model.count)
+        budget = _Budget(model.before, keep, max_memory_bytes)
+        first = model.count // 2 if protect_first is None else protect_first
+        later = range(first, model.count - protect_last)
+        gone, parts = _ranked(model, report.contributions(), budget, later, threshold if method == "hybrid" else None)
+        now = model.after(gone, parts)
+        if not budget.met(now):
             raise BudgetError(
-                f"{budget} cannot be met by --method {method}: removing all it may "
-                f"(of blocks {first} to {count - protect_last - 1}) leaves {now.parameters / before.parameters:.3f} "
-                f"of the parameters, {now.int4_bytes} bytes after INT4; "
+                f"{budget} cannot be met by --method {method}: removing all it may (of blocks {first} to "
+                f"{later.stop - 1}) leaves {now.parameters / model.before.parameters:.3f} of the parameters, "
+                f"{now.int4_bytes} bytes after INT4; "
                 "allow more, lower --protect-first or --protect-last, or use --method hybrid"
             )
     else:
         raise InputError(f"--method: found {method!r}, expected one of {', '.join(METHODS)}")
-    return PrunePlan(
-        fingerprint(config), family.name, count, method, sorted(gone), sorted(parts), before, after(gone, parts)
-    )
+    gone, parts = sorted(gone), sorted(parts)
+    after = model.after(gone, parts)
+    return PrunePlan(fingerprint(config), family.name, model.count, method, gone, parts, model.before, after)
 
 
-def _components_until(
-    met: Any, family: Family, config: Config, contributions: Any, gone: list[int], later: range, after: Any
-) -> tuple[list[tuple[int, str]], Footprint]:
+class _Model:
+    """What is planned for, and what it costs with parts gone."""
+
+    def __init__(self, family: Family, config: Config, group_size: int) -> None:
+        self.family, self.config, self._group_size = family, config, group_size
+        self.count = family.block_count(config)
+        self.before = footprint(family, family.tensor_shapes(config), group_size=group_size)
+
+    def after(self, gone: list[int], parts: list[tuple[int, str]]) -> Footprint:
+        """The footprint without these blocks and components."""
+        shapes = remaining_shapes(self.family, self.config, gone, parts)
+        return footprint(self.family, shapes, group_size=self._group_size)
+
+
+class _Budget:
+    """A share of the parameters or bytes after INT4."""
+
+    def __init__(self, before: Footprint, keep: float | None, max_memory_bytes: int | None) -> None:
+        if (keep is None) == (max_memory_bytes is None):
+            raise InputError("budget: give exactly one of --keep and --max-memory")
+        if keep is not None and not 0 < keep <= 1:
+            raise InputError(f"--keep: found {keep}, expected a share above 0 and up to 1")
+        self._parameters = None if keep is None else keep * before.parameters
+        self._bytes = max_memory_bytes
+        self._text = f"--keep {keep}" if keep is not None else f"--max-memory {max_memory_bytes} bytes"
+
+    def met(self, now: Footprint) -> bool:
+        """Whether no more need go."""
+        if self._parameters is not None:
+            return now.parameters <= self._parameters
+        return now.int4_bytes <= (self._bytes or 0)
+
+    def __str__(self) -> str:
+        return self._text
+
+
+def _listed(model: _Model, blocks: str, components: str) -> tuple[list[int], list[tuple[int, str]]]:
+    """Blocks and components as the user lists them."""
+    gone = parse_blocks(blocks, model.count)
+    parts = [p for p in parse_components(components, model.count, model.family) if p[0] not in gone]
+    if not gone and not parts:
+        raise InputError("--method manual: expected --blocks or --components")
+    if len(gone) == model.count:
+        raise InputError(f"--blocks: all {model.count} blocks would be removed; at least one must stay")
+    if noops := [p for p in parts if p in model.family.noops(model.config)]:
+        raise InputError(
+            f"--components: {noops[0][0]}:{noops[0][1]} is not in this model, so there is nothing to remove"
+        )
+    return gone, parts
+
+
+def _ranked(
+    model: _Model, contributions: dict[Key, Contribution], budget: _Budget, later: range, threshold: float | None
+) -> tuple[list[int], list[tuple[int, str]]]:
+    """Later blocks, the least contributing first, until the budget is met; past `threshold` (hybrid) components."""
+    order = sorted((b for b in later if (b, None) in contributions), key=lambda b: contributions[b, None].drop)
+    gone: list[int] = []
+    for block in order:
+        if budget.met(model.after(gone, [])) or len(gone) + 1 == model.count:
+            break
+        candidate = model.after([*gone, block], [])
+        if threshold is not None and candidate.parameters < (1 - threshold) * model.before.parameters:
+            break
+        gone.append(block)
+    return gone, [] if threshold is None else _components(model, contributions, budget, later, gone)
+
+
+def _components(
+    model: _Model, contributions: dict[Key, Contribution], budget: _Budget, later: range, gone: list[int]
+) -> list[tuple[int, str]]:
     """Components of the remaining later blocks, least loss per parameter first, until the budget is met."""
-    now = after(gone, [])
+    now = model.after(gone, [])
     ranked = []
     for (block, component), c in contributions.items():
         if component is not None and block in later and block not in gone:
-            saved = now.parameters - after(gone, [(block, component)]).parameters
+            saved = now.parameters - model.after(gone, [(block, component)]).parameters
             if saved > 0:
                 ranked.append((max(c.drop, 0.0) / saved, -saved, block, component))
     parts: list[tuple[int, str]] = []
     for *_, block, component in sorted(ranked):
-        if met(now):
+        if budget.met(now):
             break
         parts.append((block, component))
-        now = after(gone, parts)
-    return parts, now
+        now = model.after(gone, parts)
+    return parts
 
 
 def _check_report(report: ContributionReport, config: Config, count: int) -> None:

@@ -25,7 +25,7 @@ RANKS: list[tuple[str, ...]] = [
     ("families",),
     ("precision", "sampling"),
     ("metrics", "data"),
-    ("contribution",),
+    ("contribution", "fit"),
     ("plan",),
     ("surgery",),
     ("losses", "int4"),

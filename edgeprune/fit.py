@@ -1,0 +1,103 @@
+"""How many bytes of a device are left for the transformer's weights, and how that sum is made. Torch-free.
+
+Everything is counted as if in memory at once: text encoders, VAE decoder, transformer, and the largest activations of
+one stage, since stages run one after the other. Weights are counted from the headers of the pipeline's files,
+activations estimated from the architecture at the size images are made in. What it leaves out: the runtime's own
+overhead, which only `edgeprune bench` on the device can say.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from edgeprune.errors import BudgetError, InputError
+from edgeprune.files import read_json
+from edgeprune.generation import Generation
+from edgeprune.targets import Target
+
+_BYTES = {"float32": 4, "float16": 2}
+# Live at once around an MLP, in widths: both residual streams, their normed copies, and four widths twice (before and
+# after the activation function). Attention is fused on every runtime of ours, so no N x N scores.
+_TRANSFORMER_WIDTHS = 2 + 2 + 8
+# Around the last up block of the VAE: input, normed, convolved and residual images of its narrowest width, with the
+# first convolution still at the width before.
+_VAE_IMAGES = 6
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The sum, in bytes."""
+
+    target: str
+    memory_bytes: int
+    text_encoders_bytes: int
+    vae_decoder_bytes: int
+    activations_bytes: int
+    """Estimate of the largest stage."""
+
+    @property
+    def transformer_bytes(self) -> int:
+        """What is left for the transformer's weights."""
+        return self.memory_bytes - self.text_encoders_bytes - self.vae_decoder_bytes - self.activations_bytes
+
+
+def fit(source: Path, target: Target, generation: Generation, *, guided: bool) -> Fit:
+    """Sum up a diffusers folder on a device.
+
+    Args:
+        source: the pipeline's folder.
+        guided: guidance runs two samples a step.
+
+    Raises:
+        BudgetError: nothing is left for the transformer.
+        InputError: a config lacks a field, or a file is damaged.
+    """
+    size = _BYTES[target.activations]
+    index = read_json(source / "model_index.json")
+    encoders = [n for n in index if n.startswith("text_encoder") and (source / n).is_dir()]
+    config, vae = read_json(source / "transformer" / "config.json"), read_json(source / "vae" / "config.json")
+    try:
+        transformer = _transformer_activations(config, vae, source, generation) * (2 if guided else 1)
+        widths = vae["block_out_channels"]
+        decoder = _VAE_IMAGES * widths[min(1, len(widths) - 1)] * generation.height * generation.width
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{source}: configs of transformer and vae: {error}: expected a number") from error
+    found = Fit(
+        target.name, target.memory_bytes, sum(_parameters(source / n) for n in encoders) * size,
+        _parameters(source / "vae", "decoder.") * size, max(transformer, decoder) * size,
+    )  # fmt: skip
+    if found.transformer_bytes <= 0:
+        raise BudgetError(
+            f"--fit {target.name}: text encoders ({found.text_encoders_bytes} bytes), VAE decoder "
+            f"({found.vae_decoder_bytes}) and activations ({found.activations_bytes}) already fill its "
+            f"{target.memory_bytes} bytes; use a smaller --height and --width, or a pipeline without T5"
+        )
+    return found
+
+
+def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source: Path, generation: Generation) -> int:
+    """Numbers alive at once in one sample's step."""
+    unit = int(2 ** (len(vae["block_out_channels"]) - 1) * config["patch_size"])
+    tokens = math.ceil(generation.height / unit) * math.ceil(generation.width / unit)
+    text = read_json(source / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    return _TRANSFORMER_WIDTHS * width * (tokens + min(int(text), 512) + generation.max_sequence_length)
+
+
+def _parameters(folder: Path, prefix: str = "") -> int:
+    """Numbers in a component's safetensors files, from their headers."""
+    names: dict[str, int] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name.startswith(prefix):
+                        names[name] = math.prod(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not readable as safetensors ({error})") from error
+    return sum(names.values())
