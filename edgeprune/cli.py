@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -225,7 +225,7 @@ def _plan_rows(plan: Any) -> list[tuple[str, str]]:
     ]
 
 
-def _table(rows: list[tuple[str, str]]) -> None:
+def _table(rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -576,6 +576,21 @@ def report(
     with _bars() as progress:
         page.make(ws, redo=False, bench=read_json(bench_file) if bench_file else None, progress=progress)
     _say(f"wrote {out / 'report.html'}")
+
+
+@app.command(epilog="Example: edgeprune doctor --json")
+def doctor(as_json: AsJson = False) -> None:
+    """What is installed, what can be compressed, exported and run here, and what adds the rest."""
+    from dataclasses import asdict
+
+    from edgeprune import doctor as examination
+
+    findings, conflicts = examination.examine(), examination.conflicts()
+    _table([("yes" if f.works else "no", f.what, f"{f.why}; {f.fix}" if f.fix else f.why) for f in findings])
+    for conflict in conflicts:
+        _say(f"conflict: {conflict}")
+    if as_json:
+        _print_json({"findings": [asdict(f) for f in findings], "conflicts": conflicts})
 
 
 devices = typer.Typer(help="The devices that are known.", invoke_without_command=True)

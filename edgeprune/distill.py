@@ -176,6 +176,27 @@ def _factor(schedule: str, step: int, total: int) -> float:
     return warm * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / total))))
 
 
+@dataclass(frozen=True)
+class _Noisy:
+    """One step's batch on its way between data and noise."""
+
+    inputs: tuple[torch.Tensor, ...]
+    """Latents (B, C, h, w), hidden (B, M, K), pooled (B, P), timestep (B)."""
+    velocity: torch.Tensor
+    """Noise minus clean latents."""
+
+
+def _noisy(pairs: Pairs, options: DistillOptions, step: int, device: torch.device) -> _Noisy:
+    """The batch of a step, sigma logit-normal; the same after a resume."""
+    g = step_generator(options.seed, step)
+    batch = pairs.batch(options.batch, options.drop_captions, g)
+    sigma = torch.sigmoid(torch.randn(options.batch, generator=g))
+    noise = torch.randn(batch.latents.shape, generator=g)
+    mixed = torch.lerp(batch.latents, noise, sigma.view(-1, 1, 1, 1))
+    inputs = tuple(t.to(device) for t in (mixed, batch.hidden, batch.pooled, sigma * 1000))
+    return _Noisy(inputs, (noise - batch.latents).to(device))
+
+
 def distill(
     family: Family,
     teacher: Any,
@@ -224,26 +245,14 @@ def distill(
     teacher.eval().requires_grad_(False)
     teacher.to(accelerator.device)
     while step < options.steps:
-        g = step_generator(options.seed, step)
-        batch = pairs.batch(options.batch, options.drop_captions, g)
-        sigma = torch.sigmoid(torch.randn(options.batch, generator=g))
-        noise = torch.randn(batch.latents.shape, generator=g)
-        mixed = torch.lerp(batch.latents, noise, sigma.view(-1, 1, 1, 1))
-        inputs = [t.to(accelerator.device) for t in (mixed, batch.hidden, batch.pooled, sigma * 1000)]
+        noisy = _noisy(pairs, options, step, accelerator.device)
         with torch.no_grad(), accelerator.autocast():
-            target = teacher(*inputs, return_dict=False)[0]
+            target = teacher(*noisy.inputs, return_dict=False)[0]
         with accelerator.autocast():
-            velocity = net(*inputs, return_dict=False)[0]
+            velocity = net(*noisy.inputs, return_dict=False)[0]
         # Features of the frozen prefix are what they are; only later blocks can learn.
         later = {k: v for k, v in catch_student.features.items() if not options.freeze_prefix or k >= plan.first_pruned}
-        loss, _ = distillation_loss(
-            velocity,
-            target,
-            (noise - batch.latents).to(velocity.device),
-            later,
-            catch_teacher.features,
-            options.weights,
-        )
+        loss, _ = distillation_loss(velocity, target, noisy.velocity, later, catch_teacher.features, options.weights)
         if not torch.isfinite(loss):
             raise EdgepruneError(
                 f"distill: the loss is not finite at step {step}; {state_path} holds the last good state; lower --rate"

@@ -21,6 +21,11 @@ from edgeprune.targets import Target
 FORMATS = sorted(path.stem.removeprefix("to_") for path in Path(__file__).parent.glob("to_*.py"))
 """What can be written: coreml, onnx, ..."""
 
+NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "onnx": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
+}
+"""By format: the extra that installs what its export needs beside `compress`, and these packages; `a|b` is either."""
+
 
 def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Callable[[str], None]) -> dict[str, Any]:
     """Write `out` in a format of FORMATS for a device; returns the content of edgeprune_export.json.

@@ -34,6 +34,8 @@ class RuntimeInfo:
     """What it imports."""
     formats: tuple[str, ...]
     """Export formats (`target` in edgeprune_export.json) that it opens; none for a diffusers folder."""
+    hardware: str = ""
+    """What it cannot run without: `an NVIDIA GPU`, `macOS`, or nothing."""
 
     def missing(self) -> str | None:
         """The first of its packages that is not installed."""

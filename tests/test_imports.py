@@ -37,7 +37,8 @@ RANKS: list[tuple[str, ...]] = [
     ("runtimes",),
     ("bench", "bench_worker"),
     ("report",),
-    ("demo", "cli"),
+    ("demo", "doctor"),
+    ("cli",),
 ]
 DOOR = "edgeprune"  # edgeprune/__init__.py
 

@@ -1,0 +1,83 @@
+"""What is installed here, what can be exported and run with it, and the command that adds what is missing.
+
+Looks packages up without importing them, so it answers at once and on a device without torch. What it leaves out:
+whether a package works, which the export's parity check and `edgeprune bench` find out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from edgeprune import export, runtimes
+
+COMPRESS = ("accelerate", "diffusers", "jinja2", "matplotlib", "nncf", "scipy", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that edgeprune can do."""
+
+    what: str
+    """`compress`, `export onnx`, `run ort`."""
+    works: bool
+    why: str
+    """Versions if it works, what is missing if not."""
+    fix: str
+    """Command that adds what is missing, or nothing."""
+
+
+_HARDWARE: dict[str, Callable[[], bool]] = {
+    "an NVIDIA GPU": lambda: Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None,
+    "macOS": lambda: sys.platform == "darwin",
+}
+
+
+def _present(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _version(package: str) -> str:
+    names = metadata.packages_distributions().get(package, [package])
+    try:
+        return f"{package} {metadata.version(names[0])}"
+    except metadata.PackageNotFoundError:
+        return package
+
+
+def _finding(what: str, extra: str, packages: tuple[str, ...], hardware: str = "") -> Finding:
+    missing = [p for p in packages if not any(map(_present, p.split("|")))]
+    if missing:
+        return Finding(
+            what, False, f"missing {', '.join(missing).replace('|', ' or ')}", f"pip install 'edgeprune[{extra}]'"
+        )
+    if hardware and not _HARDWARE[hardware]():
+        return Finding(what, False, f"needs {hardware}", "")
+    found = [next(p for p in package.split("|") if _present(p)) for package in packages]
+    return Finding(what, True, ", ".join(map(_version, found)), "")
+
+
+def examine() -> list[Finding]:
+    """Everything edgeprune does, in the order of work."""
+    out = [_finding("compress", "compress", COMPRESS)]
+    for fmt, (extra, packages) in export.NEEDS.items():
+        out.append(_finding(f"export {fmt}", f"compress,{extra}", (*COMPRESS, *packages)))
+    for name, info in runtimes.RUNTIMES.items():
+        out.append(_finding(f"run {name}", info.extra, info.packages, info.hardware))
+    return out
+
+
+def conflicts() -> list[str]:
+    """Packages that spoil each other, one line each."""
+    installed = {(d.metadata["Name"] or "").lower() for d in metadata.distributions()}
+    if {"onnxruntime", "onnxruntime-gpu"} <= installed:
+        return [
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; keep one: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'edgeprune[onnx-gpu]'"
+        ]
+    return []
