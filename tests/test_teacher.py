@@ -50,3 +50,12 @@ def test_stock_diffusers_draws_better_than_chance(pipe) -> None:  # type: ignore
 def test_card_says_how_and_what() -> None:
     card = (Path(BUILTIN) / "README.md").read_text()
     assert "edgeprune.demo.train" in card and all(task in card for task in shapes.TASKS)
+
+
+def test_the_tokenizer_is_the_same_from_run_to_run(tmp_path: Path) -> None:
+    """Going on from a checkpoint with other token numbers would scramble the text encoders."""
+    from edgeprune.demo.train import make_tokenizer
+
+    first, second = (make_tokenizer(tmp_path / name).get_vocab() for name in "ab")
+    assert first == second
+    assert all(len(make_tokenizer(tmp_path / "a").tokenize(word)) == 1 for word in ("purple", "x", "9", "rings"))

@@ -88,7 +88,9 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the caption grammar is one token."""
+    """A CLIP tokenizer in which every word of the caption grammar is one token; the folder's own if it has one."""
+    if (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists():
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
     captions = [t.format(p.text) for p in shapes.prompts() for t in shapes.TEMPLATES]
     characters = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-"
     raw = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
@@ -104,8 +106,9 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     )
     raw.train_from_iterator(captions, trainer)
     model = json.loads(raw.to_str())["model"]
-    # Byte-level CLIP needs each character alone and at a word's end.
-    words = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    # In an order of our own: the trainer numbers characters differently from run to run. Byte-level CLIP needs each
+    # character alone and at a word's end.
+    words = sorted(model["vocab"])
     words += [f"{c}</w>" for c in characters if f"{c}</w>" not in model["vocab"]]
     vocab = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
@@ -323,11 +326,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="a fifth faster; needs a C++ compiler")
-    parser.add_argument("--start", type=Path, help="finished pipeline to go on from: its VAE, encoders and transformer")
+    parser.add_argument("--start", type=Path, help="finished pipeline to go on from: all of it")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.start and not (args.work / "vae").exists():
-        shutil.copytree(args.start / "vae", args.work / "vae")
+    for name in ("vae", "tokenizer"):
+        if args.start and not (args.work / name).exists():
+            shutil.copytree(args.start / name, args.work / name)
     vae = train_vae(args.work, steps=args.vae_steps, seed=args.seed, count=min(args.scenes, 12_000))
     latents, captions = make_latents(args.work, vae, seed=args.seed, count=args.scenes)
     pipeline = train_transformer(
