@@ -110,6 +110,7 @@ def halve(model: Any) -> None:
             half = values.astype(np.float16)
         if np.array_equal(half, values):
             users = list(node.output(0).get_target_inputs())
-            wide = opset13.convert(opset13.constant(half), "f32")
+            narrow = opset13.constant(half, name=node.get_friendly_name())
+            wide = opset13.convert(narrow, "f32")
             for user in users:
                 user.replace_source_output(wide.output(0))

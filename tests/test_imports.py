@@ -118,7 +118,7 @@ def test_no_module_is_named_like_a_vendor() -> None:
     assert {path.stem for path in modules().values()} & vendors == {"openvino"}
 
 
-HEAVY = ("torch", "diffusers", "transformers", "nncf", "accelerate", "onnxruntime", "scipy", "matplotlib")
+HEAVY = ("torch", "diffusers", "transformers", "nncf", "accelerate", "onnxruntime", "openvino", "scipy", "matplotlib")
 
 
 def loaded_by(code: str) -> set[str]:
