@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
+from edgeprune.export import fit
 from edgeprune.targets import Target
 
 FORMATS = sorted(path.stem.removeprefix("to_") for path in Path(__file__).parent.glob("to_*.py"))
@@ -37,6 +38,7 @@ def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Cal
     """
     if fmt not in FORMATS:
         raise InputError(f"--target: found {fmt!r}, expected one of {', '.join(FORMATS)}")
+    fit.check(artefact, device)
     module = importlib.import_module(f"edgeprune.export.to_{fmt}")
     written: dict[str, Any] = module.export(artefact, out, device=device, progress=progress)
     return written

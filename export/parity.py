@@ -1,8 +1,8 @@
-"""Does an ONNX file compute what the checkpoint computes? Without a yes there is no export.
+"""Does an exported network compute what the checkpoint computes? Without a yes there is no export.
 
-Both sides have the same integers, so what is left is the order of float additions: 1e-6 on a tiny model. ONNX Runtime
-runs at `session.qdq_matmulnbits_accuracy_level=1` (float activations); its default of 4 rounds activations to int8,
-which is a runtime's choice and no fault of the file.
+Both sides have the same integers, so what is left is the order of float additions: 1e-6 on a tiny model. `check` takes
+whatever runs the file. `session` is ONNX Runtime at `session.qdq_matmulnbits_accuracy_level=1` (float activations); its
+default of 4 rounds activations to int8, which is a runtime's choice and no fault of the file.
 What it leaves out: image quality, and the error that quantisation itself makes (that is `bench`'s).
 """
 
@@ -23,7 +23,7 @@ BOUND = 1e-3
 
 
 class Runner(Protocol):
-    """The part of onnxruntime.InferenceSession that is used here."""
+    """What runs a file: the part of onnxruntime.InferenceSession that is used here."""
 
     def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any]) -> Sequence[Any]:
         """All outputs, in the model's order."""
@@ -81,8 +81,8 @@ def check(
             expected = reference(**example)
         try:
             found = runner.run(list(outputs), {key: value.numpy() for key, value in example.items()})
-        except Exception as error:  # see session()
-            raise ParityError(f"{name}: ONNX Runtime cannot run it at {sizes} ({error})") from error
+        except Exception as error:  # vendors raise what they like
+            raise ParityError(f"{name}: the exported file does not run at {sizes} ({error})") from error
         for output, a, b in zip(outputs, found, expected, strict=True):
             error_max, error_rms = relative_error(np.asarray(a), b.numpy())
             if not error_max <= BOUND:

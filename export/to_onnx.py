@@ -9,7 +9,7 @@ What it leaves out: T5, FLUX, the VAE's encoder, transformers larger than memory
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,15 @@ def export(artefact: Path, out: Path, *, device: Target | None = None, progress:
 
 # ------------------------------------------------------------------------------------- the networks
 
+Opened = Callable[[Path], parity.Runner]
+"""From a written ONNX file to something that runs it."""
 
-def networks(artefact: Path, partial: Path, progress: Progress) -> dict[str, Any]:
-    """Write and compare one model after the other; what else edgeprune_export.json shall say."""
+
+def networks(artefact: Path, partial: Path, progress: Progress, *, opened: Opened = parity.session) -> dict[str, Any]:
+    """Write and compare one model after the other; what else edgeprune_export.json shall say.
+
+    `opened` gets each `partial/<network>/model.onnx` and says what is compared; it may leave another format there.
+    """
     errors = {}
     quantized = is_quantized(artefact)
     transformer = graph.Transformer(load_transformer(artefact, quantized=quantized, dtype=torch.float32))
@@ -60,7 +66,7 @@ def networks(artefact: Path, partial: Path, progress: Progress) -> dict[str, Any
     ]
     traced = transformer.example(batch=2, height=min(4, limit), width=min(6, limit), tokens=5)
     progress("transformer")
-    errors["transformer"] = _network("transformer", transformer, traced, examples, partial)
+    errors["transformer"] = _network("transformer", transformer, traced, examples, partial, opened)
     del transformer
 
     for name in ("text_encoder", "text_encoder_2"):
@@ -69,13 +75,14 @@ def networks(artefact: Path, partial: Path, progress: Progress) -> dict[str, Any
         examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
         progress(name)
         traced = encoder.example(batch=2, tokens=min(7, longest))
-        errors[name] = _network(name, encoder, traced, examples, partial)
+        errors[name] = _network(name, encoder, traced, examples, partial, opened)
         del encoder
 
     vae = graph.VaeDecoder(from_pretrained(AutoencoderKL.from_pretrained, artefact / "vae"))
     examples = [vae.example(batch=b, height=h, width=w) for b, h, w in ((1, 8, 8), (3, 5, 7))]
     progress("vae_decoder")
-    errors["vae_decoder"] = _network("vae_decoder", vae, vae.example(batch=2, height=4, width=6), examples, partial)
+    traced = vae.example(batch=2, height=4, width=6)
+    errors["vae_decoder"] = _network("vae_decoder", vae, traced, examples, partial, opened)
     return {"opset": graph.OPSET, "parity": errors}
 
 
@@ -85,6 +92,7 @@ def _network(
     traced: Mapping[str, torch.Tensor],
     examples: Sequence[Mapping[str, torch.Tensor]],
     partial: Path,
+    opened: Opened,
 ) -> dict[str, Any]:
     """Trace, write, check and compare one network."""
     module.eval().to(torch.float32)
@@ -95,4 +103,4 @@ def _network(
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ParityError(f"{name}: not valid ONNX: {error}") from error
-    return parity.check(name, parity.session(path), module, examples, list(module.outputs))
+    return parity.check(name, opened(path), module, examples, list(module.outputs))

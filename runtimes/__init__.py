@@ -39,11 +39,18 @@ class RuntimeInfo:
 
     def missing(self) -> str | None:
         """The first of its packages that is not installed."""
-        return next((p for p in self.packages if importlib.util.find_spec(p) is None), None)
+        return next((p for p in self.packages if _absent(p)), None)
+
+
+def _absent(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    # A folder without code, such as an export named `openvino` in the working directory, has a spec but no origin.
+    return spec is None or spec.origin is None
 
 
 _BASE = ("tokenizers", "PIL")
 RUNTIMES: dict[str, RuntimeInfo] = {
+    "openvino": RuntimeInfo("openvino", ("openvino", *_BASE), ("openvino", "onnx")),
     "ort": RuntimeInfo("onnx", ("onnxruntime", *_BASE), ("onnx",)),
     "eager": RuntimeInfo("compress", ("torch", "diffusers", "transformers", *_BASE), ()),
 }
@@ -109,10 +116,10 @@ def load(folder: str | Path, runtime: str | None = None, **options: Any) -> Runt
     """Open a model folder for generation.
 
     Args:
-        folder: an export folder (`ort`), or a diffusers or artefact folder (`eager`).
+        folder: an export folder (`openvino`, `ort`), or a diffusers or artefact folder (`eager`).
         runtime: a name of RUNTIMES, or None to choose by what the folder is and what is installed.
-        **options: passed to the runtime's `open_backend`: `threads`; `low_memory` (exports), `accuracy_level` (ort),
-            `dtype` (eager: fp32, bf16).
+        **options: passed to the runtime's `open_backend`: `threads`; `low_memory` (exports); `device`,
+            `dynamic_quantization`, `cache_dir` (openvino); `accuracy_level` (ort); `dtype` (eager: fp32, bf16).
 
     Raises:
         InputError: the folder or one of its files is not usable.

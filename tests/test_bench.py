@@ -158,7 +158,7 @@ def test_two_variants_for_real(tiny_folders: tuple[Path, Path]) -> None:
     source, exported = tiny_folders
     lines: list[str] = []
     found = bench.run(
-        [Variant("original", source, "eager", "fp32"), Variant("exported", exported)],
+        [Variant("original", source, "eager", "fp32"), Variant("exported", exported, "ort")],
         repeats=3, warmup=1, steps=2, quality=1, progress=lines.append,
     )  # fmt: skip
     first, other = found.variants
@@ -183,7 +183,7 @@ def test_a_damaged_folder_is_the_users_error(tiny_folders: tuple[Path, Path], tm
     copy = Path(shutil.copytree(tiny_folders[1], tmp_path / "copy"))
     (copy / "transformer" / "model.onnx").write_bytes(b"no")
     with pytest.raises(InputError, match=r"compressed: .*model\.onnx"):
-        bench.run([Variant("compressed", copy)], repeats=1)
+        bench.run([Variant("compressed", copy, "ort")], repeats=1)
 
 
 def test_worker_prints_errors_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

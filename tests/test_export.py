@@ -384,7 +384,7 @@ def test_damaged_weights_are_the_users_error(
     monkeypatch.setattr(to_onnx, "load_transformer", lambda *_, **__: model)
     real = to_onnx._network
     monkeypatch.setattr(
-        to_onnx, "_network", lambda name, _m, _t, _e, p: (p / name).mkdir() if name == "transformer" else real
+        to_onnx, "_network", lambda name, _m, _t, _e, p, *_: (p / name).mkdir() if name == "transformer" else real
     )
     with pytest.raises(InputError, match="text_encoder: cannot be loaded"):
         to_onnx.export(bad, tmp_path / "out")

@@ -155,7 +155,7 @@ def test_tokens_equal_transformers(exported: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_same_seed_same_image_as_torch(source: Path, exported: Path) -> None:
     """Same weights in float32: latents to 1e-4 of their size, pixels to 1 of 255."""
-    with runtimes.load(exported) as ours, runtimes.load(source) as theirs:
+    with runtimes.load(exported, "ort") as ours, runtimes.load(source) as theirs:
         assert (ours.name, theirs.name) == ("ort", "eager")
         for mine, reference in zip(ours.backend.encode(PROMPTS), theirs.backend.encode(PROMPTS), strict=True):
             np.testing.assert_allclose(mine, reference, atol=2e-5)
@@ -208,7 +208,7 @@ class Block:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Block())
 from edgeprune import runtimes
-with runtimes.load(sys.argv[1]) as model:
+with runtimes.load(sys.argv[1], 'ort') as model:
     model.generate('two red circles', seed=1)[0].save(sys.argv[2])
 """
     out = tmp_path / "out.png"
@@ -235,7 +235,7 @@ def test_wrong_runtime_for_a_folder(exported: Path, source: Path) -> None:
         runtimes.load(source, "ort")
     with pytest.raises(InputError, match="eager"):
         runtimes.load(exported, "eager")
-    with pytest.raises(InputError, match="expected one of ort, eager"):
+    with pytest.raises(InputError, match="expected one of openvino, ort, eager"):
         runtimes.load(exported, "abacus")
 
 
@@ -250,10 +250,10 @@ def test_truncated_or_missing_onnx(copy: Path, name: str) -> None:
     path = copy / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match=name):
-        runtimes.load(copy)
+        runtimes.load(copy, "ort")
     path.unlink()
     with pytest.raises(InputError, match=name):
-        runtimes.load(copy)
+        runtimes.load(copy, "ort")
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_damaged_json(copy: Path, name: str) -> None:
 
 def test_bad_runtime_options(exported: Path) -> None:
     with pytest.raises(InputError, match="accuracy_level"):
-        runtimes.load(exported, accuracy_level=9)
+        runtimes.load(exported, "ort", accuracy_level=9)
 
 
 def test_refuses_to_be_imported_under_another_name() -> None:

@@ -1,0 +1,56 @@
+"""Can this artefact be for this device? Asked before any work starts, from headers alone.
+
+What it leaves out: memory (the budget's part, before pruning) and image sizes (the device's TOML, for larger models).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from edgeprune.errors import InputError
+from edgeprune.targets import Target
+
+
+def check(artefact: Path, device: Target) -> None:
+    """Refuse INT4 weights in groups that the device does not take; float folders pass.
+
+    Raises:
+        InputError: the device takes no INT4 weights or not these groups, or a weight file is damaged.
+    """
+    folder = artefact / "transformer_int4"
+    for size, layer in sorted(group_sizes(folder).items()):
+        if "int4" not in device.dtypes:
+            raise InputError(
+                f"{folder}: found INT4 weights, expected {' or '.join(device.dtypes)}, which {device.name} takes"
+            )
+        if size not in device.int4_group_sizes:
+            taken = ", ".join(str(s) for s in sorted(device.int4_group_sizes))
+            raise InputError(
+                f"{folder}: {layer}: group size: found {size}, expected one of {taken}, which {device.name} takes; "
+                "see edgeprune quantize --group-size"
+            )
+
+
+def group_sizes(folder: Path) -> dict[int, str]:
+    """INT4 group sizes in `transformer_int4`, each with the first layer that has it; empty without such a folder.
+
+    A layer of one group is passed over: the 8-bit layers are so, and a runtime sees it as one scale per output.
+
+    Raises:
+        InputError: a weight file is damaged.
+    """
+    found: dict[int, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: cannot be read: {error}") from error
+        for name, shape in shapes.items():
+            layer = name.removesuffix(".weight_packed")
+            groups = shapes.get(f"{layer}.weight_scale", [0, 0])[1]
+            if layer != name and groups > 1:
+                found.setdefault(2 * shape[1] // groups, layer)
+    return found

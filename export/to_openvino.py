@@ -1,0 +1,116 @@
+"""An artefact, or any SD3 diffusers folder, becomes a folder of OpenVINO IR (`openvino_model.xml` and `.bin`).
+
+    export(Path("compressed"), Path("ir"), device=targets.load("intel-igpu"))
+
+Each network is traced to the same ONNX as to_onnx.py writes, read by OpenVINO, saved, and compared with torch on the
+CPU in float32. INT4 and INT8 constants stay the checkpoint's. Other constants become half precision where that changes
+no bit of them, which is all that the checkpoint stores in half precision; OpenVINO's own `compress_to_fp16` rounds the
+rest too, and that fails parity (5.8e-3 on a tiny model, from the timestep's frequencies).
+What it leaves out: fixed shapes (the NPU's are set when it runs), and what to_onnx.py leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.errors import EdgepruneError, MissingExtraError, ParityError
+from edgeprune.export import parity, to_onnx
+from edgeprune.export.folder import Progress, silent, write
+from edgeprune.targets import Target
+
+MODEL = "openvino_model.xml"
+"""As optimum-intel names it."""
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+"""By default OpenVINO rounds activations to int8 in groups, and computes in bf16 where the CPU can."""
+_LEAST_BYTES = 1024  # smaller constants are not worth a node
+
+
+def export(artefact: Path, out: Path, *, device: Target, progress: Progress = silent) -> dict[str, Any]:
+    """Write the folder `out`, the same for every device that takes the artefact's groups.
+
+    With `artefact/transformer_int4` its integers are kept, else weights are as exact as in the folder.
+
+    Returns the content of edgeprune_export.json.
+
+    Raises:
+        MissingExtraError: openvino is not installed.
+        InputError: `artefact` is not an SD3 folder or is damaged, or `out` holds something that is not an export.
+        ParityError: a model does not compute what its checkpoint computes.
+        EdgepruneError: the disk is full, or `out` cannot be written.
+    """
+    try:
+        import openvino
+    except ModuleNotFoundError:
+        raise MissingExtraError("openvino", "openvino") from None
+    said = {"openvino": openvino.get_version()}
+    return write(artefact, out, "openvino", lambda p: to_onnx.networks(artefact, p, progress, opened=converted) | said)
+
+
+class Compiled:
+    """Saved IR on the CPU, as `parity.check` runs it."""
+
+    def __init__(self, path: Path) -> None:
+        import openvino
+        import torch
+
+        threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self._model = openvino.Core().compile_model(path, "CPU", EXACT | threads)
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any]) -> Sequence[Any]:
+        """The outputs of these names, or all."""
+        found = self._model(dict(feeds))
+        return [found[name] for name in names] if names is not None else list(found.values())
+
+
+def converted(path: Path) -> parity.Runner:
+    """Write MODEL beside an ONNX file, remove that, and open what was written.
+
+    Raises:
+        ParityError: OpenVINO does not take the file, or its own.
+        EdgepruneError: what it wrote is larger than the ONNX file: packed weights did not stay packed.
+    """
+    import openvino
+
+    parts = [path, *path.parent.glob(f"{path.name}.data")]
+    before = sum(part.stat().st_size for part in parts)
+    target = path.with_name(MODEL)
+    try:
+        model = openvino.Core().read_model(path)
+        halve(model)
+        openvino.save_model(model, target, compress_to_fp16=False)
+        del model  # it maps the parts
+        runner = Compiled(target)
+    except RuntimeError as error:
+        raise ParityError(f"{path.parent.name}: OpenVINO cannot convert it ({' '.join(str(error).split())})") from error
+    after = target.with_suffix(".bin").stat().st_size
+    if after > before:
+        raise EdgepruneError(
+            f"{path.parent.name}: found {after} bytes of weights, expected at most the {before} of its ONNX file; "
+            f"OpenVINO {openvino.get_version()} unpacked the integers"
+        )
+    for part in parts:
+        part.unlink()
+    return runner
+
+
+def halve(model: Any) -> None:
+    """Store float32 constants in half precision where every value stays the same; in place."""
+    from openvino import Type, opset13
+
+    for node in model.get_ordered_ops():
+        constant = node.get_type_name() == "Constant" and node.get_element_type() == Type.f32
+        if not constant or node.get_byte_size() < _LEAST_BYTES:
+            continue
+        values = node.data
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if np.array_equal(half, values):
+            users = list(node.output(0).get_target_inputs())
+            narrow = opset13.constant(half, name=node.get_friendly_name())
+            wide = opset13.convert(narrow, "f32")
+            for user in users:
+                user.replace_source_output(wide.output(0))

@@ -1,0 +1,158 @@
+"""Networks in OpenVINO, numpy in and out, on the CPU, an Intel GPU or an NPU.
+
+Needs openvino and tokenizers, not torch. Opens IR (`openvino_model.xml`, weights memory-mapped) and ONNX alike. On the
+CPU it computes in float32 with float activations, where OpenVINO's own defaults are bf16 on CPUs that have it and
+activations rounded to int8. What it leaves out: several streams, asynchronous requests, remote tensors.
+Executed on the CPU only; what is said here of GPU and NPU follows OpenVINO's documentation.
+"""
+
+from __future__ import annotations
+
+# This file has its vendor's name: with this folder on sys.path (as for a script in it) `import openvino` finds it.
+if __name__ != "edgeprune.runtimes.openvino":
+    raise ImportError(f"import this module as edgeprune.runtimes.openvino, not as {__name__}; it is not OpenVINO's own")
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+
+from edgeprune.errors import InputError
+from edgeprune.files import read_json
+from edgeprune.runtimes.base import Array, Settings
+from edgeprune.runtimes.networks import NetworkBackend
+
+FILES = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
+"""A network's file by the folder's format."""
+_DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+_EXACT: dict[str, dict[str, Any]] = {
+    "CPU": {"INFERENCE_PRECISION_HINT": "f32", _DYNAMIC: "0"},
+    "GPU": {_DYNAMIC: "0"},  # computes in float16
+    "NPU": {},
+}
+"""Settings by kind of device; the NPU has none that would make it more exact."""
+_STATIC = ("NPU",)
+"""Takes no dynamic shapes."""
+
+
+class OpenVinoNetwork:
+    """One IR or ONNX file, called by input name, answering by output name, its errors mapped to ours.
+
+    With `static` it is compiled for the sizes of the first call, and again when they change.
+    """
+
+    def __init__(self, path: Path, device: str, config: dict[str, Any], *, static: bool) -> None:
+        if not path.exists():
+            raise InputError(f"{path}: found no file, expected an OpenVINO or ONNX model; export again")
+        self._path, self._device, self._config, self._static = path, device, config, static
+        self._shapes: dict[str, list[int]] | None = None
+        self._compiled: openvino.CompiledModel | None = None if static else self._compile(None)
+        self._closed = False
+        self.provider = device
+
+    def _compile(self, shapes: dict[str, list[int]] | None) -> openvino.CompiledModel:
+        core = openvino.Core()
+        try:
+            if shapes is None:
+                return core.compile_model(self._path, self._device, self._config)
+            model = core.read_model(self._path)
+            model.reshape(shapes)
+            return core.compile_model(model, self._device, self._config)
+        except RuntimeError as error:
+            raise InputError(
+                f"{self._path}: found {_line(error)}, expected a whole model that {self._device} takes; export again"
+            ) from None
+
+    def __call__(self, **arrays: Any) -> dict[str, Array]:
+        """Outputs by name, float32."""
+        if self._closed:
+            raise InputError("runtime: found it closed, expected an open one")
+        shapes = {name: list(np.shape(value)) for name, value in arrays.items()}
+        if self._static and shapes != self._shapes:
+            self._compiled = None  # before the next one takes its memory
+            self._compiled, self._shapes = self._compile(shapes), shapes
+        assert self._compiled is not None
+        types = {port.any_name: port.element_type.to_dtype() for port in self._compiled.inputs}
+        if missing := set(types) - set(arrays):
+            raise InputError(f"{self._path}: inputs: found also {sorted(missing)}, expected {sorted(arrays)}")
+        try:
+            values = self._compiled({name: np.asarray(arrays[name], kind) for name, kind in types.items()})
+        except RuntimeError as error:
+            raise InputError(f"{self._path}: found {_line(error)}; inputs were {shapes}") from None
+        return {name: np.asarray(value, np.float32) for port, value in values.items() for name in port.names}
+
+    def close(self) -> None:
+        """Drop the compiled model; OpenVINO frees its memory."""
+        self._compiled, self._closed = None, True
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def settings_of(
+    device: str, *, threads: int = 0, dynamic_quantization: bool = False, cache_dir: str | Path | None = None
+) -> dict[str, Any]:
+    """OpenVINO's properties for these options.
+
+    Raises:
+        InputError: OpenVINO sees no such device here, it does not have the option, or the cache cannot be written.
+    """
+    kind = device.partition(".")[0]
+    seen = openvino.Core().available_devices
+    if kind not in _EXACT or not any(name == device or name.startswith(f"{device}.") for name in seen):
+        raise InputError(
+            f"device: found {device!r}, expected CPU, GPU or NPU, of which OpenVINO sees here: {', '.join(seen)}"
+        )
+    config = dict(_EXACT[kind])
+    if dynamic_quantization and config.pop(_DYNAMIC, None) is None:
+        raise InputError(f"dynamic_quantization: found True for {device}, expected it for CPU or GPU")
+    if threads < 0 or (threads and kind != "CPU"):
+        raise InputError(f"threads: found {threads} for {device}, expected 0 or more for CPU, none elsewhere")
+    if threads:
+        config["INFERENCE_NUM_THREADS"] = threads
+    if cache_dir is not None:
+        try:
+            Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cache_dir: {cache_dir}: {error.strerror}, expected a folder to write") from None
+        config["CACHE_DIR"] = str(cache_dir)
+    return config
+
+
+def open_backend(
+    folder: Path,
+    settings: Settings,
+    *,
+    device: str = "CPU",
+    threads: int = 0,
+    dynamic_quantization: bool = False,
+    cache_dir: str | Path | None = None,
+    low_memory: bool = False,
+) -> NetworkBackend:
+    """Open an export folder of format openvino or onnx.
+
+    Args:
+        folder: the export.
+        settings: what its small files say.
+        device: CPU, GPU (or GPU.1, ...) or NPU.
+        threads: on the CPU; 0 lets OpenVINO decide.
+        dynamic_quantization: round activations to int8 in groups. Less exact: about 1e-2 of the velocity's largest
+            value on the built-in model, instead of 1e-6.
+        cache_dir: keeps compiled models there, so that the next start is quicker.
+        low_memory: hold one stage's networks at a time.
+
+    Raises:
+        InputError: a file is missing, damaged or not what the export writes, or an option does not fit the device.
+    """
+    config = settings_of(device, threads=threads, dynamic_quantization=dynamic_quantization, cache_dir=cache_dir)
+    file = FILES[read_json(folder / "edgeprune_export.json")["target"]]
+    static = device.partition(".")[0] in _STATIC
+    return NetworkBackend(
+        "openvino",
+        folder,
+        settings,
+        lambda path: OpenVinoNetwork(path / file, device, config, static=static),
+        low_memory=low_memory,
+    )
