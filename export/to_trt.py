@@ -155,7 +155,7 @@ def _networks(
             "onnx_weight_bytes": weight_bytes,
             "engine_bytes": engine.stat().st_size,
             "build_s": round(time.monotonic() - began, 2),
-            "profile": profile,
+            "profile": {tensor: [list(shape) for shape in shapes] for tensor, shapes in profile.items()},
             "engine_parity": _engine_parity(name, engine, module, profile, trt, half=half),
         }
         del module, examples

@@ -32,8 +32,8 @@ RANKS: list[tuple[str, ...]] = [
     ("int4", "quantize"),
     ("checkpoint",),
     ("pipeline",),
-    ("export",),
     ("runtimes",),
+    ("export",),
     ("bench", "bench_worker"),
     ("report",),
     ("demo", "cli"),
@@ -113,7 +113,18 @@ def test_a_step_back_is_seen(line: str) -> None:
 
 
 def test_no_module_is_named_like_a_vendor() -> None:
-    vendors = {"onnx", "torch", "numpy", "coremltools", "openvino", "tensorrt", "nncf", "diffusers", "transformers"}
+    vendors = {
+        "onnx",
+        "torch",
+        "cuda",
+        "numpy",
+        "coremltools",
+        "openvino",
+        "tensorrt",
+        "nncf",
+        "diffusers",
+        "transformers",
+    }
     assert not {path.stem for path in modules().values()} & vendors
 
 
