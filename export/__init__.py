@@ -24,6 +24,8 @@ FORMATS = sorted(path.stem.removeprefix("to_") for path in Path(__file__).parent
 
 NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnx": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "openvino": ("openvino", ("onnx", "onnxscript", "onnxruntime", "openvino")),
+    "trt": ("trt", ("onnx", "onnxscript", "onnxruntime", "tensorrt|tensorrt_rtx")),
 }
 """By format: the extra that installs what its export needs beside `compress`, and these packages; `a|b` is either."""
 

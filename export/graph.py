@@ -175,11 +175,18 @@ class VaeDecoder(nn.Module):
         return {"latent_sample": torch.randn(batch, self.config.latent_channels, height, width, generator=generator)}
 
 
+def half(example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs of a network in half precision. Timesteps stay float32: near 1000 half precision has steps of 0.5."""
+    return {k: v.half() if v.is_floating_point() and k != "timestep" else v for k, v in example.items()}
+
+
 # --------------------------------------------------------------------------------------- torch to ONNX
 
 
 def to_ir(module: nn.Module, example: Mapping[str, torch.Tensor], inputs: Axes, outputs: Axes) -> ir.Model:
-    """Trace `module(**example)` and lower the quantised layers; float32, batch and sizes dynamic as the axes say.
+    """Trace `module(**example)` and lower the quantised layers; batch and sizes dynamic as the axes say.
+
+    The file computes in the precision of the module and its example: float32, or float16 (`half`).
 
     Raises:
         EdgepruneError: PyTorch cannot trace or translate the module.
@@ -228,7 +235,8 @@ def lower_packed_linear(model: ir.Model) -> None:
         bias = node.inputs[3] if len(node.inputs) > 3 else None
         assert packed is not None and scale is not None and packed.name is not None
         bits = node.attributes["bits"].as_int()
-        weight_value, groups = _weight(graph, packed, bits), _scale(graph, scale)
+        kind = x.dtype or ir.DataType.FLOAT  # type: ignore[union-attr]
+        weight_value, groups = _weight(graph, packed, bits), _scale(graph, scale, kind)
         features = weight_value.shape[0]  # type: ignore[index]
         assert isinstance(features, int)
         name = packed.name.removesuffix(".weight_packed")
@@ -239,7 +247,7 @@ def lower_packed_linear(model: ir.Model) -> None:
         product = ir.node("MatMul", [x, dequantised.outputs[0]], name=f"{name}.matmul")
         nodes, last = [dequantised, product], product
         if bias is not None:
-            last = ir.node("Add", [product.outputs[0], _float(graph, bias)], name=f"{name}.add")
+            last = ir.node("Add", [product.outputs[0], _float(graph, bias, kind)], name=f"{name}.add")
             nodes.append(last)
         ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, last.outputs)
     for name, value in list(graph.initializers.items()):
@@ -284,17 +292,17 @@ def _transposed(packed: ir.TensorProtocol, bits: int, name: str) -> ir.TensorPro
     return ir.PackedTensor(flat[0::2] | flat[1::2] << 4, ir.DataType.INT4, shape=integers.shape, name=name)
 
 
-def _scale(graph: ir.Graph, scale: ir.Value) -> ir.Value:
-    """(O, G) in the checkpoint's precision as float32 (G, O)."""
-    values32 = np.ascontiguousarray(_array(scale).astype(np.float32).T)
-    return _register(graph, ir.tensor(values32, name=f"{scale.name}.T"))
+def _scale(graph: ir.Graph, scale: ir.Value, kind: ir.DataType) -> ir.Value:
+    """(O, G) in the checkpoint's precision as (G, O) in the activations'."""
+    values = np.ascontiguousarray(_array(scale).astype(kind.numpy()).T)
+    return _register(graph, ir.tensor(values, name=f"{scale.name}.T"))
 
 
-def _float(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """The same initialiser in float32."""
-    if value.dtype == ir.DataType.FLOAT:
+def _float(graph: ir.Graph, value: ir.Value, kind: ir.DataType) -> ir.Value:
+    """The same initialiser in the activations' precision."""
+    if value.dtype == kind:
         return value
-    return _register(graph, ir.tensor(_array(value).astype(np.float32), name=f"{value.name}.float"))
+    return _register(graph, ir.tensor(_array(value).astype(kind.numpy()), name=f"{value.name}.float"))
 
 
 def save(model: ir.Model, path: Path) -> None:

@@ -9,11 +9,12 @@ What it leaves out: T5, FLUX, the VAE's encoder, transformers larger than memory
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModelWithProjection
@@ -45,6 +46,8 @@ def export(artefact: Path, out: Path, *, device: Target | None = None, progress:
 
 Opened = Callable[[Path], parity.Runner]
 """From a written ONNX file to something that runs it."""
+Module = graph.Transformer | graph.TextEncoder | graph.VaeDecoder
+Part = tuple[str, Module, Mapping[str, torch.Tensor], Sequence[Mapping[str, torch.Tensor]]]
 
 
 def networks(artefact: Path, partial: Path, progress: Progress, *, opened: Opened = parity.session) -> dict[str, Any]:
@@ -53,42 +56,53 @@ def networks(artefact: Path, partial: Path, progress: Progress, *, opened: Opene
     `opened` gets each `partial/<network>/model.onnx` and says what is compared; it may leave another format there.
     """
     errors = {}
-    quantized = is_quantized(artefact)
-    transformer = graph.Transformer(load_transformer(artefact, quantized=quantized, dtype=torch.float32))
+    for name, module, traced, examples in parts(artefact):
+        progress(name)
+        errors[name] = _network(name, module, traced, examples, partial, opened)
+        del module  # else it is in memory while the next is loaded
+    return {"opset": graph.OPSET, "parity": errors}
+
+
+def parts(artefact: Path) -> Iterator[Part]:
+    """The four networks one after the other: name, module, inputs to trace with, inputs to compare at."""
+    transformer = graph.Transformer(load_transformer(artefact, quantized=is_quantized(artefact), dtype=torch.float32))
     limit = int(transformer.model.config.pos_embed_max_size)
-    tokens = read_json(artefact / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
-    tokens = tokens if isinstance(tokens, int) and 2 < tokens < 100_000 else 77
+    tokens = longest_prompt(artefact)
     # Sizes are patches. An odd number of them takes another path through the crop of the position table.
     sizes = [(1, 8, 8, tokens), (3, 5, 7, 3), (2, 12, 9, 2 * tokens)]
     examples = [
         transformer.example(batch=b, height=min(h, limit), width=min(w, limit), tokens=m, seed=i)
         for i, (b, h, w, m) in enumerate(sizes)
     ]
-    traced = transformer.example(batch=2, height=min(4, limit), width=min(6, limit), tokens=5)
-    progress("transformer")
-    errors["transformer"] = _network("transformer", transformer, traced, examples, partial, opened)
+    yield (
+        "transformer",
+        transformer,
+        transformer.example(batch=2, height=min(4, limit), width=min(6, limit), tokens=5),
+        examples,
+    )
     del transformer
 
     for name in ("text_encoder", "text_encoder_2"):
         encoder = graph.TextEncoder(from_pretrained(CLIPTextModelWithProjection.from_pretrained, artefact / name))
         longest = encoder.config.max_position_embeddings
         examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
-        progress(name)
-        traced = encoder.example(batch=2, tokens=min(7, longest))
-        errors[name] = _network(name, encoder, traced, examples, partial, opened)
+        yield name, encoder, encoder.example(batch=2, tokens=min(7, longest)), examples
         del encoder
 
     vae = graph.VaeDecoder(from_pretrained(AutoencoderKL.from_pretrained, artefact / "vae"))
     examples = [vae.example(batch=b, height=h, width=w) for b, h, w in ((1, 8, 8), (3, 5, 7))]
-    progress("vae_decoder")
-    traced = vae.example(batch=2, height=4, width=6)
-    errors["vae_decoder"] = _network("vae_decoder", vae, traced, examples, partial, opened)
-    return {"opset": graph.OPSET, "parity": errors}
+    yield "vae_decoder", vae, vae.example(batch=2, height=4, width=6), examples
+
+
+def longest_prompt(artefact: Path) -> int:
+    """Tokens that a prompt is padded to."""
+    tokens = read_json(artefact / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
+    return tokens if isinstance(tokens, int) and 2 < tokens < 100_000 else 77
 
 
 def _network(
     name: str,
-    module: graph.Transformer | graph.TextEncoder | graph.VaeDecoder,
+    module: Module,
     traced: Mapping[str, torch.Tensor],
     examples: Sequence[Mapping[str, torch.Tensor]],
     partial: Path,
@@ -98,9 +112,18 @@ def _network(
     module.eval().to(torch.float32)
     path = partial / name / "model.onnx"
     path.parent.mkdir()
-    graph.save(graph.to_ir(module, traced, module.inputs, module.outputs), path)
+    save(name, graph.to_ir(module, traced, module.inputs, module.outputs), path)
+    return parity.check(name, opened(path), module, examples, list(module.outputs))
+
+
+def save(name: str, model: ir.Model, path: Path) -> None:
+    """Write a network's file and have it checked.
+
+    Raises:
+        ParityError: onnx.checker refuses it.
+    """
+    graph.save(model, path)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ParityError(f"{name}: not valid ONNX: {error}") from error
-    return parity.check(name, opened(path), module, examples, list(module.outputs))

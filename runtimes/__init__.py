@@ -52,6 +52,9 @@ _BASE = ("tokenizers", "PIL")
 RUNTIMES: dict[str, RuntimeInfo] = {
     "openvino": RuntimeInfo("openvino", ("openvino", *_BASE), ("openvino", "onnx")),
     "ort": RuntimeInfo("onnx", ("onnxruntime", *_BASE), ("onnx",)),
+    "trt": RuntimeInfo(
+        "trt", ("cuda", *_BASE), ("trt",), "an NVIDIA GPU"
+    ),  # and the TensorRT that built the folder, which it names
     "eager": RuntimeInfo("compress", ("torch", "diffusers", "transformers", *_BASE), ()),
 }
 """By name, which is also the module's; of several that open a format, the first installed one is taken."""
@@ -94,7 +97,7 @@ def candidates(folder: Path) -> list[str]:
 def _raise_missing(runtime: str) -> NoReturn:
     info = RUNTIMES[runtime]
     package = info.missing() or runtime
-    raise MissingExtraError({"PIL": "pillow"}.get(package, package), info.extra)
+    raise MissingExtraError({"PIL": "pillow", "cuda": "cuda-bindings"}.get(package, package), info.extra)
 
 
 def prepare(runtime: str) -> Any:
@@ -119,7 +122,8 @@ def load(folder: str | Path, runtime: str | None = None, **options: Any) -> Runt
         folder: an export folder (`openvino`, `ort`), or a diffusers or artefact folder (`eager`).
         runtime: a name of RUNTIMES, or None to choose by what the folder is and what is installed.
         **options: passed to the runtime's `open_backend`: `threads`; `low_memory` (exports); `device`,
-            `dynamic_quantization`, `cache_dir` (openvino); `accuracy_level` (ort); `dtype` (eager: fp32, bf16).
+            `dynamic_quantization`, `cache_dir` (openvino); `accuracy_level` (ort); `cuda_graph` (trt);
+            `dtype` (eager: fp32, bf16).
 
     Raises:
         InputError: the folder or one of its files is not usable.

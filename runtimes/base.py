@@ -148,6 +148,9 @@ def denoise(
     if negative is not None:
         # The unconditional half first, as in diffusers.
         text, pooled = np.concatenate([negative[0], text]), np.concatenate([negative[1], pooled])
+    # Read-only: a runtime may leave them on its device as long as it is given the same arrays.
+    text, pooled = text.view(), pooled.view()
+    text.flags.writeable = pooled.flags.writeable = False
     sigmas = scheduler.sigmas(steps, tokens=tokens)
     for i in range(steps):
         batch = latents if negative is None else np.concatenate([latents, latents])
@@ -278,8 +281,9 @@ class Runtime:
         )
 
     def memory(self) -> dict[str, memory.Reading]:
-        """This process's memory now and at its peak; each row says how it was measured."""
-        return memory.read()
+        """This process's memory now and at its peak, and its device's own; each row says how it was measured."""
+        own: Callable[[], dict[str, memory.Reading]] = getattr(self.backend, "memory", dict)
+        return memory.read() | own()
 
     def close(self) -> None:
         """Give the weights back."""

@@ -17,6 +17,7 @@ import numpy as np
 from edgeprune.errors import InputError
 from edgeprune.files import read_json
 from edgeprune.runtimes.base import Array, Settings
+from edgeprune.runtimes.memory import Reading
 from edgeprune.runtimes.text import PromptTokenizer
 
 STAGES = {"encode": ("text_encoder", "text_encoder_2"), "step": ("transformer",), "decode": ("vae_decoder",)}
@@ -46,16 +47,26 @@ Open = Callable[[Path], Network]
 
 
 class NetworkBackend:
-    """The `Backend` of an export folder.
+    """The `Backend` of an export folder; `memory` gives rows of a device's own memory, where it has one.
 
     Raises:
         InputError: a file is missing, damaged or not what the export writes.
     """
 
-    def __init__(self, name: str, folder: Path, settings: Settings, open_network: Open, *, low_memory: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        settings: Settings,
+        open_network: Open,
+        *,
+        low_memory: bool,
+        memory: Callable[[], dict[str, Reading]] = dict,
+    ) -> None:
         if (folder / "text_encoder_3").exists():
             raise InputError(f"{folder / 'text_encoder_3'}: found a T5 encoder, expected none: not supported yet")
         self.name, self.provider = name, ""
+        self.memory = memory
         self._folder, self._open, self._low_memory = folder, open_network, low_memory
         self._zero_tokens = settings.generation.max_sequence_length
         config_path = folder / "transformer" / "config.json"

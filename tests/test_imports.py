@@ -33,8 +33,8 @@ RANKS: list[tuple[str, ...]] = [
     ("quantize",),
     ("checkpoint",),
     ("pipeline",),
-    ("export",),
     ("runtimes",),
+    ("export",),
     ("bench", "bench_worker"),
     ("report",),
     ("demo", "doctor"),
@@ -115,7 +115,18 @@ def test_a_step_back_is_seen(line: str) -> None:
 
 
 def test_no_module_is_named_like_a_vendor() -> None:
-    vendors = {"onnx", "torch", "numpy", "coremltools", "openvino", "tensorrt", "nncf", "diffusers", "transformers"}
+    vendors = {
+        "onnx",
+        "torch",
+        "cuda",
+        "numpy",
+        "coremltools",
+        "openvino",
+        "tensorrt",
+        "nncf",
+        "diffusers",
+        "transformers",
+    }
     # runtimes/openvino.py refuses any other name than its own: test_openvino.py.
     assert {path.stem for path in modules().values()} & vendors == {"openvino"}
 

@@ -1,0 +1,370 @@
+"""An artefact becomes a folder of TensorRT engines for one device, INT4 from the checkpoint's integers.
+
+    export(Path("compressed"), Path("engines"), device=targets.load("rtx"))
+
+Each network is traced in half precision, written as ONNX, compared with the float32 checkpoint in ONNX Runtime, and
+built by `tensorrt`, or `tensorrt_rtx`, which needs no GPU for that. A network whose half-precision arithmetic leaves
+the bound (an overflow, say) is built in float32, and the manifest says so. On a machine with a GPU the engine itself
+is compared as well. The ONNX files are not kept: an engine holds its weights. What it leaves out: several
+optimisation profiles, INT8 activations, refitting.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from edgeprune.checkpoint import INT4, MANIFEST, Manifest
+from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
+from edgeprune.export import forms, graph, parity, to_onnx
+from edgeprune.export.folder import Progress, is_quantized, silent, write
+from edgeprune.export.to_onnx import Module
+from edgeprune.int4 import PackedLinear
+from edgeprune.runtimes.base import Settings, read_settings
+from edgeprune.runtimes.gpu import open_gpu
+from edgeprune.runtimes.trt import VENDORS, TrtNetwork, first_vendor, logger
+from edgeprune.targets import Target
+
+ENGINE, CACHE = "model.engine", "timing.cache"
+RTX_DEVICES = ("rtx",)
+"""Targets that engines of tensorrt_rtx run on."""
+
+Range = tuple[int, int, int]
+"""Least, best and largest size of a dynamic axis."""
+Profile = dict[str, tuple[tuple[int, ...], ...]]
+"""Least, best and largest shape by input name."""
+
+
+def export(artefact: Path, out: Path, *, device: Target, progress: Progress = silent) -> dict[str, Any]:
+    """Write the folder `out` for `device`; a previous export's timing cache is used again.
+
+    Returns the content of edgeprune_export.json.
+
+    Raises:
+        MissingExtraError: no TensorRT that builds for this device is installed.
+        InputError: `artefact` is not an SD3 folder or is damaged, its INT4 is not what the device takes, or `out` holds
+            something that is not an export.
+        ParityError: a network does not compute what its checkpoint computes.
+        EdgepruneError: TensorRT cannot build a network, the disk is full, or `out` cannot be written.
+    """
+    trt = builder(device)
+    refuse(artefact, device)
+    cache = (out / CACHE).read_bytes() if (out / CACHE).is_file() else b""
+    return write(artefact, out, "trt", lambda partial: _networks(artefact, partial, device, trt, cache, progress))
+
+
+# ------------------------------------------------------------------------------------- before any work
+
+
+def builder(device: Target) -> Any:
+    """The TensorRT package that builds for a device.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    trt = first_vendor()
+    if trt is None or (trt.__name__ == "tensorrt_rtx" and device.name not in RTX_DEVICES):
+        name = "tensorrt_rtx" if device.name in RTX_DEVICES else "tensorrt"
+        raise MissingExtraError(name, VENDORS[name])
+    return trt
+
+
+def refuse(artefact: Path, device: Target) -> None:
+    """Compare the artefact's INT4 with what the device takes.
+
+    Raises:
+        InputError: zero points where the device wants none, or a group size that it does not take.
+    """
+    if not is_quantized(artefact) or not (artefact / MANIFEST).is_file():
+        return
+    _refuse_group(f"{artefact / MANIFEST}: group_size", Manifest.load(artefact).group_size, device)
+    index = artefact / INT4 / "diffusion_pytorch_model.safetensors"
+    if device.int4_symmetric_only and index.is_file() and b"zero_point" in _header(index):
+        raise InputError(f"{index}: found zero points (asymmetric INT4), expected symmetric INT4 for {device.name}")
+
+
+def _refuse_group(where: str, group_size: int | None, device: Target) -> None:
+    if group_size is not None and group_size not in device.int4_group_sizes:
+        sizes = ", ".join(map(str, device.int4_group_sizes))
+        raise InputError(
+            f"{where}: found {group_size}, expected one of {sizes}, which {device.name} takes; quantise again"
+        )
+
+
+def _header(path: Path) -> bytes:
+    """The names and shapes at the start of a safetensors file."""
+    with path.open("rb") as file:
+        return file.read(min(int.from_bytes(file.read(8), "little"), 100_000_000))
+
+
+# ------------------------------------------------------------------------------------- the networks
+
+
+def _networks(
+    artefact: Path, partial: Path, device: Target, trt: Any, cache: bytes, progress: Progress
+) -> dict[str, Any]:
+    """Write one engine after the other; what else edgeprune_export.json shall say."""
+    settings = read_settings(artefact)
+    tokens = to_onnx.longest_prompt(artefact) + settings.generation.max_sequence_length
+    engine_builder = Builder(trt, cache, progress)
+    positive_only = not engine_builder.takes_negative_scales()
+    errors, said = {}, {}
+    for name, module, traced, examples in to_onnx.parts(artefact):
+        progress(name)
+        for path, layer in module.named_modules():
+            if isinstance(layer, PackedLinear) and layer.bits == 4:
+                _refuse_group(f"{artefact / INT4}: {path}: group size", layer.group_size, device)
+        module.eval().to(torch.float32)
+        if isinstance(module, graph.Transformer):
+            sizes = axis_ranges(device, settings, int(module.model.config.pos_embed_max_size), tokens)
+        elif isinstance(module, graph.TextEncoder):
+            sizes["sequence_length"] = (1, *[int(module.config.max_position_embeddings)] * 2)
+        profile = profile_of(module.inputs, traced, sizes)
+        half, rounding = _half_precision(module, examples[0], device)
+        # Changed in place to half precision, the module could not be the reference any more.
+        written = copy.deepcopy(module).half() if half else module
+        model = graph.to_ir(written, graph.half(traced) if half else traced, module.inputs, module.outputs)
+        del written
+        forms.per_output(model)
+        rewritten = forms.make_positive(model) if positive_only else 0
+        engine = partial / name / ENGINE
+        engine.parent.mkdir()
+        with tempfile.TemporaryDirectory(dir=partial) as scratch:
+            path = Path(scratch) / "model.onnx"
+            to_onnx.save(name, model, path)
+            weight_bytes = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+            del model
+            errors[name] = parity.check(name, parity.session(path), module, examples, list(module.outputs), half=half)
+            began = time.monotonic()
+            layers = engine_builder.build(name, path, profile, engine)
+        said[name] = {
+            "precision": "float16" if half else "float32",
+            "half_rms_relative": rounding,
+            **layers,
+            "rewritten_for_positive_scales": rewritten,
+            "onnx_weight_bytes": weight_bytes,
+            "engine_bytes": engine.stat().st_size,
+            "build_s": round(time.monotonic() - began, 2),
+            "profile": {tensor: [list(shape) for shape in shapes] for tensor, shapes in profile.items()},
+            "engine_parity": _engine_parity(name, engine, module, profile, trt, half=half),
+        }
+        del module, examples
+    if timings := engine_builder.timing_cache():
+        (partial / CACHE).write_bytes(timings)
+    return {
+        "opset": graph.OPSET,
+        "device": device.name,
+        "builder": {"name": trt.__name__, "version": trt.__version__},
+        "parity": errors,
+        "networks": said,
+    }
+
+
+def _half_precision(module: Module, example: Mapping[str, torch.Tensor], device: Target) -> tuple[bool, float | None]:
+    """Whether half precision stays within the bound, and the error it makes (None: infinite, or not wanted).
+
+    PyTorch rounds to half precision after every operation, as a GPU does; ONNX Runtime on the CPU computes chains of
+    operations in float32, where an overflow goes unseen.
+    """
+    if device.activations != "float16":
+        return False, None
+    given = graph.half(example)
+    with torch.no_grad():
+        expected = module(**{k: v.float() if v.is_floating_point() else v for k, v in given.items()})
+        found = copy.deepcopy(module).half()(**given)
+    error = max(parity.relative_error(a.float().numpy(), b.numpy())[1] for a, b in zip(found, expected, strict=True))
+    return error <= parity.HALF_BOUND, error if np.isfinite(error) else None
+
+
+def _engine_parity(
+    name: str, engine: Path, module: Module, profile: Profile, trt: Any, *, half: bool
+) -> dict[str, Any] | None:
+    """Compare the engine itself at the profile's least shape (but all tokens); None where there is no GPU."""
+    try:
+        gpu = open_gpu(VENDORS[trt.__name__])
+    except (InputError, MissingExtraError):
+        return None
+    network = TrtNetwork(engine, trt, gpu)
+    try:
+        return parity.check(
+            name, _OnDevice(network), module, [_smallest(module, profile)], list(module.outputs), half=half
+        )
+    finally:
+        network.close()
+
+
+def _smallest(module: Module, profile: Profile) -> dict[str, torch.Tensor]:
+    least = {name: shapes[0] for name, shapes in profile.items()}
+    if isinstance(module, graph.TextEncoder):
+        batch, _ = least["input_ids"]
+        return module.example(batch=batch, tokens=profile["input_ids"][2][1])
+    if isinstance(module, graph.VaeDecoder):
+        batch, _, height, width = least["latent_sample"]
+        return module.example(batch=batch, height=height, width=width)
+    batch, _, height, width = least["hidden_states"]
+    patch = int(module.model.config.patch_size)
+    tokens = profile["encoder_hidden_states"][2][1]
+    return module.example(batch=batch, height=height // patch, width=width // patch, tokens=tokens)
+
+
+class _OnDevice:
+    """A TrtNetwork as parity.Runner."""
+
+    def __init__(self, network: TrtNetwork) -> None:
+        self._network = network
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """The outputs of these names."""
+        outputs = self._network(**feeds)
+        return [outputs[name] for name in names or outputs]
+
+
+# ------------------------------------------------------------------------------------- shapes
+
+
+def axis_ranges(device: Target, settings: Settings, table: int, tokens: int) -> dict[str, Range]:
+    """Sizes of every dynamic axis: the device's, clipped to what the model can do.
+
+    Args:
+        device: batch and image sides in pixels, which are for models made for such sizes.
+        settings: the model's own size, which the range is extended down to if the device's sizes are all larger.
+        table: patches per side of the position table.
+        tokens: text tokens of a prompt, zero tokens included.
+    """
+    unit = settings.factor * settings.patch
+
+    def side(own: int) -> Range:
+        largest = min(device.side[1], table * unit) // unit * unit
+        least = -(-min(device.side[0], own, largest) // unit) * unit
+        return tuple(n // settings.factor for n in (least, min(max(own, least), largest), largest))  # type: ignore[return-value]
+
+    least, largest = device.batch
+    height, width = side(settings.generation.height), side(settings.generation.width)
+    return {
+        "batch_size": (least, min(max(2, least), largest), largest),  # guidance takes two for an image
+        "height": height,
+        "width": width,
+        "latent_height": height,
+        "latent_width": width,
+        "sequence_length": (1, tokens, tokens),
+    }
+
+
+def profile_of(inputs: graph.Axes, example: Mapping[str, torch.Tensor], sizes: Mapping[str, Range]) -> Profile:
+    """Shapes of a network's inputs; axes without a name keep the example's size."""
+    return {
+        name: tuple(
+            tuple(sizes[axes[i]][k] if i in axes else n for i, n in enumerate(example[name].shape)) for k in range(3)
+        )
+        for name, axes in inputs.items()
+    }
+
+
+# ------------------------------------------------------------------------------------- TensorRT
+
+
+class Builder:
+    """A TensorRT builder, its log, its timing cache (regular TensorRT only), and its progress."""
+
+    def __init__(self, trt: Any, cache: bytes, progress: Progress) -> None:
+        self._trt, self._progress = trt, progress
+        self._log = logger(trt)
+        self._builder = trt.Builder(self._log)
+        self._cache: Any = None
+        self._start = cache
+
+    def build(self, name: str, onnx_path: Path, profile: Profile, engine: Path) -> dict[str, Any]:
+        """Write `engine`; how many layers have INT4 and INT8 weights in the network that TensorRT parsed.
+
+        Raises:
+            EdgepruneError: TensorRT cannot read the ONNX file or build from it.
+        """
+        trt = self._trt
+        network, parser = self._parser()
+        if not parser.parse_from_file(str(onnx_path)):
+            raise EdgepruneError(f"{name}: {trt.__name__} cannot read its ONNX: {_errors(parser)}")
+        kinds = Counter(
+            layer.get_input(0).dtype
+            for layer in map(network.get_layer, range(network.num_layers))
+            if layer.type == trt.LayerType.DEQUANTIZE
+        )
+        config = self._builder.create_builder_config()
+        shapes = self._builder.create_optimization_profile()
+        for tensor, (least, best, largest) in profile.items():
+            shapes.set_shape(tensor, least, best, largest)
+        config.add_optimization_profile(shapes)
+        config.progress_monitor = _monitor(trt, name, self._progress)
+        if trt.__name__ == "tensorrt":  # tensorrt_rtx times nothing while it builds
+            self._cache = self._cache or config.create_timing_cache(self._start)
+            config.set_timing_cache(self._cache, ignore_mismatch=False)
+        plan = self._builder.build_serialized_network(network, config)
+        if plan is None:
+            raise EdgepruneError(f"{name}: {trt.__name__} cannot build it: {self._log.said()}")
+        with engine.open("wb") as file:
+            file.write(plan)
+        return {"int4_layers": kinds[trt.DataType.INT4], "int8_layers": kinds[trt.DataType.INT8]}
+
+    def timing_cache(self) -> bytes:
+        """What the builder timed, for the next build on the same device; empty if it times nothing."""
+        return bytes(self._cache.serialize()) if self._cache is not None else b""
+
+    def takes_negative_scales(self) -> bool:
+        """Ask the parser, with a layer of one group per output, one of them negative."""
+        scale = helper.make_tensor(
+            "scale", TensorProto.FLOAT16, [2, 2], np.float16([[1, -1], [1, 1]]).tobytes(), raw=True
+        )
+        weight = helper.make_tensor("weight", TensorProto.INT4, [128, 2], bytes(128), raw=True)
+        shape = [1, 128]
+        nodes = [
+            helper.make_node("DequantizeLinear", ["weight", "scale"], ["w"], axis=0, block_size=64),
+            helper.make_node("MatMul", ["x", "w"], ["y"]),
+        ]
+        x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT16, s) for n, s in (("x", shape), ("y", [1, 2])))
+        model = helper.make_model(
+            helper.make_graph(nodes, "probe", [x], [y], [weight, scale]),
+            opset_imports=[helper.make_opsetid("", graph.OPSET)], ir_version=10,
+        )  # fmt: skip
+        _, parser = self._parser()
+        taken = bool(parser.parse(model.SerializeToString()))
+        self._log.said()  # a refusal is an answer here, not an error
+        return taken
+
+    def _parser(self) -> tuple[Any, Any]:
+        strongly_typed = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = self._builder.create_network(strongly_typed)
+        return network, self._trt.OnnxParser(network, self._log)
+
+
+def _errors(parser: Any) -> str:
+    """The parser's complaints on one line."""
+    return " ".join("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)).split())[:400]
+
+
+def _monitor(trt: Any, name: str, progress: Progress) -> Any:
+    """Tells `progress` of each phase of the build that is not part of another."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)  # pybind refuses super().__init__()
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if not parent:
+                progress(f"{name}: {phase}")
+
+        def phase_finish(self, phase: str) -> None:
+            pass
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            return True
+
+    return Monitor()

@@ -1,0 +1,162 @@
+"""The CUDA calls of the TensorRT runtime: device memory, copies, streams, captured graphs; and NVML's total.
+
+All that runtimes/trt.py asks of a GPU, apart from TensorRT itself, is in `Gpu`, so that a test can put a fake `cuda`
+under it. What it leaves out: several GPUs (the first one is taken), pinned host memory, kernels of our own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from numpy.typing import NDArray
+
+from edgeprune.errors import InputError, MissingExtraError
+from edgeprune.runtimes.memory import Reading
+
+
+class Gpu:
+    """The first CUDA device.
+
+    Args:
+        cuda: `cuda.bindings.runtime`, or what a test puts in its place.
+
+    Raises:
+        InputError: there is no CUDA device, or its driver is too old.
+    """
+
+    def __init__(self, cuda: Any) -> None:
+        self._cuda = cuda
+        self.weights_bytes = 0
+        """Of the engines that are open; the networks count here."""
+        self.allocated_bytes = self.peak_bytes = 0
+        self._sizes: dict[int, int] = {}
+        if not self.call("cudaGetDeviceCount"):
+            raise InputError("CUDA: found no device, expected an NVIDIA GPU")
+        self.call("cudaSetDevice", 0)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """One function of the CUDA runtime; its value, if it has one.
+
+        Raises:
+            InputError: CUDA's error, on one line.
+        """
+        error, *values = getattr(self._cuda, name)(*arguments)
+        if int(error):
+            _, text = self._cuda.cudaGetErrorString(error)
+            raise InputError(f"CUDA: {name}: found {text.decode()} (error {int(error)}), expected it to work")
+        return values[0] if values else None
+
+    def allocate(self, size: int) -> int:
+        """Device memory of at least one byte; its address."""
+        try:
+            pointer = int(self.call("cudaMalloc", max(size, 1)))
+        except InputError as error:
+            raise InputError(
+                f"{error}; {size} bytes were asked for, {self.allocated_bytes} are in use: make a smaller image or "
+                "batch, or load with low_memory"
+            ) from None
+        self._sizes[pointer] = size
+        self.allocated_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
+        return pointer
+
+    def free(self, pointer: int) -> None:
+        """Give back what `allocate` gave."""
+        self.allocated_bytes -= self._sizes.pop(pointer)
+        self.call("cudaFree", pointer)
+
+    def upload(self, pointer: int, array: NDArray[Any], stream: Any) -> None:
+        """Copy a contiguous array to the device. The array must live until `synchronize`."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpyAsync", pointer, array.ctypes.data, array.nbytes, kind, stream)
+
+    def download(self, array: NDArray[Any], pointer: int, stream: Any) -> None:
+        """Copy from the device into a contiguous array, whose content is there after `synchronize`."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpyAsync", array.ctypes.data, pointer, array.nbytes, kind, stream)
+
+    def stream(self) -> Any:
+        """A new stream, for `destroy_stream`."""
+        return self.call("cudaStreamCreate")
+
+    def synchronize(self, stream: Any) -> None:
+        """Wait until all work on the stream is done; an error of that work comes out here."""
+        self.call("cudaStreamSynchronize", stream)
+
+    def destroy_stream(self, stream: Any) -> None:
+        """Give a stream back."""
+        self.call("cudaStreamDestroy", stream)
+
+    def capture(self, stream: Any, work: Callable[[], None]) -> Any:
+        """Record what `work` puts on the stream, without running it; a graph for `replay` and `destroy_graph`."""
+        self.call("cudaStreamBeginCapture", stream, self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        try:
+            work()
+        finally:
+            graph = self.call("cudaStreamEndCapture", stream)
+        executable = self.call("cudaGraphInstantiate", graph, 0)
+        self.call("cudaGraphDestroy", graph)
+        return executable
+
+    def replay(self, graph: Any, stream: Any) -> None:
+        """Run a captured graph."""
+        self.call("cudaGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: Any) -> None:
+        """Give a captured graph back."""
+        self.call("cudaGraphExecDestroy", graph)
+
+    def memory(self) -> dict[str, Reading]:
+        """Rows beside those of memory.py: weights_bytes, activations_bytes, and gpu_process_bytes where NVML tells."""
+        rows = {
+            "weights_bytes": Reading(
+                self.weights_bytes, "open engines' files, weights and code: counted, not measured"
+            ),
+            "activations_bytes": Reading(
+                self.peak_bytes, "peak of inputs, outputs and scratch memory given to TensorRT: counted at cudaMalloc"
+            ),
+        }
+        total = nvml_process_bytes()
+        if total is not None:
+            rows["gpu_process_bytes"] = Reading(total, "this process on the GPU now, CUDA's own part included (NVML)")
+        return rows
+
+
+def open_gpu(extra: str) -> Gpu:
+    """The GPU of this machine.
+
+    Args:
+        extra: of edgeprune, which brings cuda-bindings.
+
+    Raises:
+        MissingExtraError: cuda-bindings is not installed.
+        InputError: there is no CUDA device, or its driver is too old.
+    """
+    try:
+        cuda = importlib.import_module("cuda.bindings.runtime")
+    except ModuleNotFoundError:
+        raise MissingExtraError("cuda-bindings", extra) from None
+    return Gpu(cuda)
+
+
+def nvml_process_bytes() -> int | None:
+    """What the driver says this process has on the first GPU; None without nvidia-ml-py or where it does not tell.
+
+    Jetsons and Windows drivers do not tell; inside a container the process may have another number.
+    """
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ModuleNotFoundError:
+        return None
+    try:
+        nvml.nvmlInit()
+        try:
+            running = nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(0))
+        finally:
+            nvml.nvmlShutdown()
+    except nvml.NVMLError:
+        return None
+    return next((p.usedGpuMemory for p in running if p.pid == os.getpid()), None)

@@ -1,0 +1,243 @@
+"""TensorRT engines, numpy in and out; `tensorrt` or `tensorrt_rtx`, whichever built them.
+
+Inputs and outputs have device buffers that live as long as shapes stay the same, and scratch memory is as large as
+these shapes need, not the profile's largest. An input that is read-only and the same array as before (the text
+embeddings, in every step but the first) is not copied again. Latents do cross to the host once a step: guidance and the
+scheduler are numpy's. What it leaves out: several GPUs, weight streaming, RTX's cache of compiled kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.errors import InputError, MissingExtraError
+from edgeprune.files import read_json
+from edgeprune.runtimes.base import Array, Settings
+from edgeprune.runtimes.gpu import Gpu, open_gpu
+from edgeprune.runtimes.networks import NetworkBackend
+
+VENDORS = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
+"""Packages that build and run engines, the preferred one first, with the extra that installs each. An engine runs in
+the package and version that built it."""
+
+
+def first_vendor() -> Any | None:
+    """The first of VENDORS that can be imported. TensorRT's bindings may be there without its libraries."""
+    for name in VENDORS:
+        try:
+            return importlib.import_module(name)
+        except (ImportError, OSError):
+            continue
+    return None
+
+
+def vendor(name: str) -> Any:
+    """One of VENDORS, imported.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise MissingExtraError(name, VENDORS[name])
+    return importlib.import_module(name)
+
+
+def logger(trt: Any) -> Any:
+    """A TensorRT logger that prints nothing and keeps errors as `lines`; `said()` gives them on one line."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)  # pybind refuses super().__init__()
+            self.lines: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.lines.append(message)
+
+        def said(self) -> str:
+            text = " ".join("; ".join(self.lines).split())
+            self.lines.clear()
+            return text[:400] or "no reason given"
+
+    return Log()
+
+
+class TrtNetwork:
+    """One engine, called by input name, answering by output name, its errors mapped to ours.
+
+    Args:
+        path: the engine's file.
+        trt: the package that built it.
+        gpu: where it runs.
+        built_by: package and version that built it, for the error of an engine that cannot be read.
+        cuda_graph: record the engine's kernels once per shape and launch them together.
+
+    Raises:
+        InputError: there is no such file, or TensorRT cannot read it or lacks memory for it.
+    """
+
+    def __init__(self, path: Path, trt: Any, gpu: Gpu, *, built_by: str = "", cuda_graph: bool = False) -> None:
+        if not path.is_file() or not path.stat().st_size:
+            raise InputError(f"{path}: found no file, expected a TensorRT engine; export again")
+        self._path, self._gpu, self._cuda_graph = path, gpu, cuda_graph
+        self._log = logger(trt)
+        self._runtime = trt.Runtime(self._log)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            self._engine = self._runtime.deserialize_cuda_engine(content)
+        if self._engine is None:
+            raise InputError(
+                f"{path}: found {self._log.said()}, expected an engine that {trt.__name__} {trt.__version__} can read"
+                f"{f'; it was built by {built_by}' if built_by else ''}; export again on this device"
+            )
+        self._own_graph = cuda_graph and not hasattr(trt, "CudaGraphStrategy")
+        self._context = self._new_context(trt)
+        self._inputs: dict[str, Any] = {}
+        self._outputs: dict[str, Any] = {}
+        for i in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(i)
+            is_input = self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+            (self._inputs if is_input else self._outputs)[name] = np.dtype(
+                trt.nptype(self._engine.get_tensor_dtype(name))
+            )
+        self._stream = gpu.stream()
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._pointers: dict[str, int] = {}
+        self._scratch: int | None = None
+        self._sent: dict[str, NDArray[Any]] = {}
+        self._graph: Any = None
+        self._size = path.stat().st_size
+        gpu.weights_bytes += self._size
+        self.provider = trt.__name__
+
+    def _new_context(self, trt: Any) -> Any:
+        """An execution context whose scratch memory is ours to give."""
+        managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._cuda_graph and not self._own_graph:  # TensorRT for RTX captures by itself
+            config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(managed)
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            context = self._engine.create_execution_context(config)
+        else:
+            context = self._engine.create_execution_context(managed)
+        if context is None:
+            raise InputError(f"{self._path}: found {self._log.said()}, expected an execution context")
+        return context
+
+    def __call__(self, **arrays: Any) -> dict[str, Array]:
+        """Outputs by name, float32."""
+        if self._context is None:
+            raise InputError("runtime: found it closed, expected an open one")
+        if missing := sorted(set(self._inputs) - set(arrays)):
+            raise InputError(f"{self._path}: inputs: found also {missing}, expected {sorted(arrays)}")
+        given = {name: np.asarray(arrays[name]) for name in self._inputs}
+        shapes = {name: array.shape for name, array in given.items()}
+        if shapes != self._shapes:
+            self._reserve(shapes)
+        kept = []  # until the stream is done with them
+        for name, array in given.items():
+            if array is self._sent.get(name):
+                continue
+            kept.append(np.ascontiguousarray(array, self._inputs[name]))
+            self._gpu.upload(self._pointers[name], kept[-1], self._stream)
+            self._sent.pop(name, None)
+            if not array.flags.writeable:
+                self._sent[name] = array
+        self._launch()
+        results = {
+            name: np.empty(tuple(self._context.get_tensor_shape(name)), dtype) for name, dtype in self._outputs.items()
+        }
+        for name, result in results.items():
+            self._gpu.download(result, self._pointers[name], self._stream)
+        self._gpu.synchronize(self._stream)
+        return {name: np.asarray(result, np.float32) for name, result in results.items()}
+
+    def _launch(self) -> None:
+        if self._graph is not None:
+            self._gpu.replay(self._graph, self._stream)
+            return
+        self._enqueue()
+        if self._own_graph:
+            # The run before let TensorRT make what a capture forbids to make.
+            self._graph = self._gpu.capture(self._stream, self._enqueue)
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise InputError(f"{self._path}: found {self._log.said()}, expected it to run; inputs were {self._shapes}")
+
+    def _reserve(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Set the shapes and allocate for them what they need."""
+        for name, shape in shapes.items():
+            least, _, largest = (tuple(x) for x in self._engine.get_tensor_profile_shape(name, 0))
+            fits = len(shape) == len(least) and all(a <= n <= b for a, n, b in zip(least, shape, largest, strict=True))
+            if not fits:
+                raise InputError(
+                    f"{self._path}: {name}: found the shape {shape}, expected one from {least} to {largest}, which the "
+                    "engine was built for; choose another size or batch, or export for a device with a wider range"
+                )
+        self._release()
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise InputError(f"{self._path}: {name}: found {self._log.said()}, expected it to take {shape}")
+        for name, dtype in {**self._inputs, **self._outputs}.items():
+            size = int(np.prod(tuple(self._context.get_tensor_shape(name)), dtype=np.int64)) * dtype.itemsize
+            self._pointers[name] = self._gpu.allocate(size)
+            self._context.set_tensor_address(name, self._pointers[name])
+        size = self._context.update_device_memory_size_for_shapes()
+        self._scratch = self._gpu.allocate(size)
+        self._context.set_device_memory(self._scratch, size)
+        self._shapes = shapes
+
+    def _release(self) -> None:
+        """Give the buffers of the shapes back."""
+        self._shapes = {}
+        self._sent.clear()
+        if self._graph is not None:
+            self._gpu.destroy_graph(self._graph)
+            self._graph = None
+        for pointer in [*self._pointers.values(), *([self._scratch] if self._scratch is not None else [])]:
+            self._gpu.free(pointer)
+        self._pointers.clear()
+        self._scratch = None
+
+    def close(self) -> None:
+        """Give back buffers, context and weights."""
+        if self._context is None:
+            return
+        self._release()
+        self._context = self._engine = self._runtime = None
+        self._gpu.destroy_stream(self._stream)
+        self._gpu.weights_bytes -= self._size
+
+
+def open_backend(
+    folder: Path, settings: Settings, *, cuda_graph: bool = False, low_memory: bool = False
+) -> NetworkBackend:
+    """Open an export folder.
+
+    Raises:
+        MissingExtraError: the TensorRT that built it, or cuda-bindings, is not installed.
+        InputError: there is no GPU, or a file is missing, damaged or of another TensorRT.
+    """
+    path = folder / "edgeprune_export.json"
+    builder = read_json(path).get("builder")
+    if not isinstance(builder, dict) or builder.get("name") not in VENDORS:
+        raise InputError(f"{path}: builder: found {builder!r}, expected a name of {', '.join(VENDORS)} and its version")
+    name = builder["name"]
+    trt = vendor(name)
+    gpu = open_gpu(VENDORS[name])
+    built_by = f"{name} {builder.get('version')}"
+    return NetworkBackend(
+        "trt",
+        folder,
+        settings,
+        lambda part: TrtNetwork(part / "model.engine", trt, gpu, built_by=built_by, cuda_graph=cuda_graph),
+        low_memory=low_memory,
+        memory=gpu.memory,
+    )
