@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from edgeprune.checkpoint import MANIFEST, no_bars
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.files import read_json, sha256_file, write_json
+from edgeprune.generation import FILE as GENERATION
 from edgeprune.generation import Generation
 
 FILE = "edgeprune_export.json"
@@ -29,7 +30,8 @@ SCHEMA_VERSION = 1
 Progress = Callable[[str], None]
 """Called with one line of text as each part begins."""
 Networks = Callable[[Path], dict[str, Any]]
-"""Writes the networks into a folder; returns what else edgeprune_export.json shall say."""
+"""Writes the networks into a folder, and generation.json if its sizes are not the artefact's; returns what else
+edgeprune_export.json shall say."""
 
 
 def silent(_: str) -> None:
@@ -147,11 +149,18 @@ def _configs(artefact: Path, partial: Path) -> None:
     vae = read_json(artefact / "vae" / "config.json")
     # AutoencoderKL's own default; a runtime reads no Python.
     write_json(partial / "vae_decoder" / "config.json", {"scaling_factor": 0.18215, "shift_factor": None} | vae)
+    if not (partial / GENERATION).exists():  # a format of fixed sizes says its own
+        default_generation(artefact).save(partial)
+
+
+def default_generation(artefact: Path) -> Generation:
+    """The artefact's generation.json, or diffusers' defaults at the trained size."""
     generation = Generation.load(artefact)
-    if not (artefact / "generation.json").exists():
-        side = int(config["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-        generation = dataclasses.replace(generation, height=side, width=side)
-    generation.save(partial)
+    if (artefact / GENERATION).exists():
+        return generation
+    config, vae = (read_json(artefact / name / "config.json") for name in ("transformer", "vae"))
+    side = int(config["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    return dataclasses.replace(generation, height=side, width=side)
 
 
 def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> None:

@@ -67,11 +67,13 @@ def check(
     reference: torch.nn.Module,
     examples: Sequence[Mapping[str, torch.Tensor]],
     outputs: Sequence[str],
+    *,
+    bound: float = BOUND,
 ) -> dict[str, Any]:
     """Compare every output at every example; the worst errors and the shapes tried, for edgeprune_export.json.
 
     Raises:
-        ParityError: a relative error (maximum) above BOUND, or the model does not run at one of the shapes.
+        ParityError: a relative error (maximum) above `bound`, or the model does not run at one of the shapes.
     """
     worst, worst_rms, shapes = 0.0, 0.0, []
     for example in examples:
@@ -82,13 +84,13 @@ def check(
         try:
             found = runner.run(list(outputs), {key: value.numpy() for key, value in example.items()})
         except Exception as error:  # see session()
-            raise ParityError(f"{name}: ONNX Runtime cannot run it at {sizes} ({error})") from error
+            raise ParityError(f"{name}: it does not run at {sizes} ({error})") from error
         for output, a, b in zip(outputs, found, expected, strict=True):
             error_max, error_rms = relative_error(np.asarray(a), b.numpy())
-            if not error_max <= BOUND:
+            if not error_max <= bound:
                 raise ParityError(
                     f"{name}: {output}: found a relative error of {error_max:.2e} against the checkpoint at {sizes}, "
-                    f"expected at most {BOUND:.0e}"
+                    f"expected at most {bound:.0e}"
                 )
             worst, worst_rms = max(worst, error_max), max(worst_rms, error_rms)
-    return {"max_relative": worst, "rms_relative": worst_rms, "bound": BOUND, "shapes": shapes}
+    return {"max_relative": worst, "rms_relative": worst_rms, "bound": bound, "shapes": shapes}

@@ -43,6 +43,7 @@ class RuntimeInfo:
 _BASE = ("tokenizers", "PIL")
 RUNTIMES: dict[str, RuntimeInfo] = {
     "ort": RuntimeInfo("onnx", ("onnxruntime", *_BASE), ("onnx",)),
+    "coreml": RuntimeInfo("coreml", ("coremltools", *_BASE), ("coreml",)),
     "eager": RuntimeInfo("compress", ("torch", "diffusers", "transformers", *_BASE), ()),
 }
 """By name, which is also the module's; of several that open a format, the first installed one is taken."""
@@ -110,7 +111,7 @@ def load(folder: str | Path, runtime: str | None = None, **options: Any) -> Runt
         folder: an export folder (`ort`), or a diffusers or artefact folder (`eager`).
         runtime: a name of RUNTIMES, or None to choose by what the folder is and what is installed.
         **options: passed to the runtime's `open_backend`: `threads`; `low_memory` (exports), `accuracy_level` (ort),
-            `dtype` (eager: fp32, bf16).
+            `compute_units` (coreml), `dtype` (eager: fp32, bf16).
 
     Raises:
         InputError: the folder or one of its files is not usable.
