@@ -261,9 +261,9 @@ def _measured(variant: Variant, found: dict[str, Any], bandwidth: float, quality
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files of one component that its runtime loads: safetensors, without half-precision copies, or ONNX."""
-    onnx = [p for p in folder.glob("model.onnx*") if p.is_file()]
-    return onnx or [p for p in folder.glob("*.safetensors") if not re.search(r"\.(fp16|bf16)\b", p.name)]
+    """The files of one component that its runtime loads: safetensors (no half-precision copies), ONNX or Core ML."""
+    exported = [p for p in (*folder.glob("model.onnx*"), *folder.glob("*.mlpackage/**/weight.bin")) if p.is_file()]
+    return exported or [p for p in folder.glob("*.safetensors") if not re.search(r"\.(fp16|bf16)\b", p.name)]
 
 
 def _transformer(folder: Path) -> Path:

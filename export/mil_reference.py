@@ -160,7 +160,8 @@ def _slice_by_index(
     none = [0] * x.ndim
     firsts, lasts, drops = (_ints(mask) or none for mask in (begin_mask, end_mask, squeeze_mask))
     index: list[Any] = []
-    for axis, (first, last, step) in enumerate(zip(_ints(begin), _ints(end), _ints(stride) or [1] * x.ndim)):
+    steps = _ints(stride) or [1] * x.ndim
+    for axis, (first, last, step) in enumerate(zip(_ints(begin), _ints(end), steps, strict=True)):
         whole = slice(None if firsts[axis] else first, None if lasts[axis] else last, step)
         index.append(first if drops[axis] else whole)
     return x[tuple(index)]

@@ -48,10 +48,10 @@ try:
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
     from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
     from coremltools.converters.mil.mil import types
+
+    from edgeprune.export.mil_reference import Package
 except ImportError:
     raise MissingExtraError("coremltools", "coreml") from None
-
-from edgeprune.export.mil_reference import Package
 
 BOUND = 2e-3
 """Largest relative error that passes where arithmetic is float32: what half-precision weights may cost."""
@@ -90,7 +90,7 @@ def refuse(artefact: Path, device: Target) -> None:
     system = re.fullmatch(r"(\w+) (\d+)(?:\.\d+)*", device.requires)
     if system is None or int(system[2]) < _LEAST.get(system[1], sys.maxsize):
         raise InputError(
-            f"{device.name}.toml: requires: found {device.requires!r}, expected macOS 15, iOS 18 or iPadOS 18 or newer: "
+            f"{device.name}.toml: requires: found {device.requires!r}, expected macOS 15, iOS 18, iPadOS 18 or newer: "
             "4-bit weights in blocks and fused attention begin there"
         )
     if not is_quantized(artefact):
@@ -129,9 +129,7 @@ def generation_for(artefact: Path, device: Target) -> Generation:
         if getattr(generation, field) % unit:
             found = getattr(generation, field)
             raise InputError(f"{artefact / 'generation.json'}: {field}: found {found}, expected a multiple of {unit}")
-    return dataclasses.replace(
-        generation, height=min(generation.height, most), width=min(generation.width, most)
-    )
+    return dataclasses.replace(generation, height=min(generation.height, most), width=min(generation.width, most))
 
 
 # ------------------------------------------------------------------------------------- the networks

@@ -4,7 +4,7 @@
 
 Needs coremltools and macOS 15, not torch. A package is compiled once, loaded (which specialises it for the compute
 units; macOS keeps the result for the next time) and called; a transformer in chunks is called chunk after chunk.
-A batch larger than a package takes is run in pieces. On iPhone and iPad the packages are run from Swift (docs/coreml.md).
+A batch larger than a package takes is run in pieces. On iPhone and iPad an app runs the packages (docs/coreml.md).
 What it leaves out: keeping the compiled model, asynchronous prediction, sizes other than the exported one.
 """
 
@@ -81,7 +81,9 @@ class CoremlNetwork:
         chunks = sorted(folder.glob("chunk_*.mlpackage"), key=lambda path: int(path.stem.removeprefix("chunk_")))
         paths = [whole] if whole.exists() else chunks
         if not paths:
-            raise InputError(f"{whole}: found neither it nor chunk_1.mlpackage, expected a Core ML package; export again")
+            raise InputError(
+                f"{whole}: found neither it nor chunk_1.mlpackage, expected a Core ML package; export again"
+            )
         self.provider, self._folder = provider, folder
         self._packages: Sequence[Any] = [_open(path, open_package) for path in paths]
 
@@ -101,8 +103,8 @@ class CoremlNetwork:
         for name, (allowed, _) in first.items():
             if taken[name].shape[1:] not in {shape[1:] for shape in allowed}:
                 raise InputError(
-                    f"{self._folder}: {name}: found shape {taken[name].shape}, expected one of {allowed}: a package has "
-                    "one size; set height, width and max_sequence_length in generation.json and export again"
+                    f"{self._folder}: {name}: found shape {taken[name].shape}, expected one of {allowed}: a package "
+                    "has one size; set height, width and max_sequence_length in generation.json and export again"
                 )
         batches = sorted({shape[0] for allowed, _ in first.values() for shape in allowed}, reverse=True)
         pieces, start, total = [], 0, len(next(iter(taken.values())))
@@ -117,7 +119,9 @@ class CoremlNetwork:
     def _piece(self, arrays: dict[str, Any]) -> dict[str, Array]:
         found: dict[str, Any] = {}
         for package in self._packages:
-            feed = {n: np.asarray(arrays[n], np.int32 if whole else np.float32) for n, (_, whole) in package.inputs.items()}
+            feed = {
+                n: np.asarray(arrays[n], np.int32 if whole else np.float32) for n, (_, whole) in package.inputs.items()
+            }
             try:
                 found = package.predict(feed)
             except (RuntimeError, ValueError, TypeError) as error:
@@ -125,7 +129,9 @@ class CoremlNetwork:
                 raise InputError(f"{self._folder}: found {_line(error)}; inputs were {sizes}") from None
             arrays = arrays | found
         # Core ML allows no dot in a name.
-        return {re.sub(r"^hidden_states_(?=\d)", "hidden_states.", n): np.asarray(v, np.float32) for n, v in found.items()}
+        return {
+            re.sub(r"^hidden_states_(?=\d)", "hidden_states.", n): np.asarray(v, np.float32) for n, v in found.items()
+        }
 
     def close(self) -> None:
         """Drop the models; Core ML frees their memory."""
@@ -160,7 +166,9 @@ def open_backend(
     if compute_units not in COMPUTE_UNITS:
         raise InputError(f"compute_units: found {compute_units!r}, expected one of {', '.join(COMPUTE_UNITS)}")
     if coremltools is None:
-        raise InputError(f"{folder}: found {sys.platform}, expected macOS 15 or newer: Core ML runs on Apple devices only")
+        raise InputError(
+            f"{folder}: found {sys.platform}, expected macOS 15 or newer: Core ML runs on Apple devices only"
+        )
     compiled = tempfile.TemporaryDirectory(prefix="edgeprune-")  # goes with the last function that knows it
 
     def open_package(path: Path) -> CompiledPackage:

@@ -1,7 +1,8 @@
 """This process's memory, each row with how it was measured: a peak is a peak, a snapshot says so.
 
 Linux reads /proc (exact, no package), macOS adds the physical footprint, by which it judges a process. Elsewhere psutil
-gives what the system offers, and rows it cannot measure are absent, not guessed. What it leaves out: GPU memory, swap, other processes.
+gives what the system offers, and rows it cannot measure are absent, not guessed. What it leaves out: GPU memory of
+other systems, swap, other processes.
 """
 
 from __future__ import annotations
