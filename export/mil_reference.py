@@ -101,7 +101,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (str, bytes)):
         return value
     array = np.asarray(value)
-    kind = np.float32 if array.dtype.kind == "f" else bool if array.dtype.kind == "b" else np.int64
+    kind: Any = np.float32 if array.dtype.kind == "f" else bool if array.dtype.kind == "b" else np.int64
     return torch.from_numpy(np.array(array, kind))
 
 

@@ -148,7 +148,7 @@ def networks(artefact: Path, partial: Path, device: Target, progress: Progress) 
     factor = 2 ** (len(read_json(artefact / "vae" / "config.json")["block_out_channels"]) - 1)
     height, width = generation.height // factor, generation.width // factor
 
-    errors, chunks = {}, {}
+    errors = {}
     progress("transformer")
     whole = graph.Transformer(load_transformer(artefact, quantized=is_quantized(artefact), dtype=torch.float32))
     patch = int(whole.model.config.patch_size)
@@ -156,7 +156,7 @@ def networks(artefact: Path, partial: Path, device: Target, progress: Progress) 
     examples = [whole.example(batch=b, **sizes, seed=b) for b in range(device.batch[0], device.batch[1] + 1)]
     parts = split(whole.model, device.chunks, height // patch, width // patch)
     errors["transformer"] = _network("transformer", parts, whole, examples, partial)
-    chunks["transformer"] = len(parts)
+    chunks = len(parts)
     del whole, parts
 
     for name in ("text_encoder", "text_encoder_2"):
@@ -301,7 +301,9 @@ class Prediction:
 
     def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any], *, half: bool = True) -> list[NDArray[Any]]:
         """As Package.run; Core ML always computes in half precision."""
-        kinds = {name: np.int32 if np.asarray(a).dtype.kind == "i" else np.float32 for name, a in feeds.items()}
+        kinds: dict[str, Any] = {
+            name: np.int32 if np.asarray(a).dtype.kind == "i" else np.float32 for name, a in feeds.items()
+        }
         found = self._model.predict({name: np.asarray(array, kinds[name]) for name, array in feeds.items()})
         return [np.asarray(found[name], np.float32) for name in names or self.outputs]
 

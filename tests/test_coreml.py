@@ -83,7 +83,7 @@ def exported(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def blob(package: Path, value: Any) -> bytes:
-    """A constant's bytes in weight.bin, by its 64-byte header and without coremltools; of a small one, in the program."""
+    """A constant's bytes in weight.bin, by its 64-byte header; a small one is in the program itself."""
     if value.HasField("immediateValue"):
         return bytes(value.immediateValue.tensor.bytes.values)
     raw = (package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin").read_bytes()
@@ -120,7 +120,7 @@ def test_integers_in_the_package_are_the_checkpoints(exported: tuple[Path, dict[
 def test_folder_and_parity(exported: tuple[Path, dict[str, Any]]) -> None:
     out, record = exported
     assert json.loads((out / "edgeprune_export.json").read_text()) == record
-    assert (record["target"], record["device"], record["chunks"]) == ("coreml", "macbook-m", {"transformer": 1})
+    assert (record["target"], record["device"], record["chunks"]) == ("coreml", "macbook-m", 1)
     assert set(record["parity"]) == {"transformer", "text_encoder", "text_encoder_2", "vae_decoder"}
     for name, found in record["parity"].items():
         assert 0 < found["max_relative"] < 1e-3 and found["max_relative"] < found["half_relative"] < 1e-2, name
@@ -151,12 +151,12 @@ def test_what_a_program_asks_for(exported: tuple[Path, dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def chunked(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The transformer in two parts, batch 1."""
+    """The transformer in two parts, batch 1 and 2."""
     folder = tmp_path_factory.mktemp("chunks")
     whole = graph.Transformer(model)
     parts = to_coreml.split(model, PHONE.chunks, 8, 8)
-    example = whole.example(batch=1, height=8, width=8, tokens=16)
-    assert to_coreml._network("transformer", parts, whole, [example], folder)["max_relative"] < 1e-3
+    examples = [whole.example(batch=b, height=8, width=8, tokens=16) for b in (1, 2)]
+    assert to_coreml._network("transformer", parts, whole, examples, folder)["max_relative"] < 1e-3
     return folder / "transformer"
 
 
@@ -438,7 +438,7 @@ def test_chunks_are_chained(
     example = graph.Transformer(model).example(batch=2, height=8, width=8, tokens=16, seed=3)
     with runtimes.load(folder) as runtime:
         found = runtime.step(*(value.numpy() for value in example.values()))
-    assert vendor.batches == [1, 1, 1, 1]  # these chunks take a batch of one
+    assert vendor.batches == [2, 2]
     with torch.no_grad():
         assert parity.relative_error(found, model(**example, return_dict=False)[0].numpy())[0] < 1e-3
 
