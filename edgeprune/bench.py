@@ -261,8 +261,9 @@ def _measured(variant: Variant, found: dict[str, Any], bandwidth: float, quality
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files of one component that its runtime loads: safetensors, without half-precision copies, or an export."""
-    exported = [p for pattern in ("model.onnx*", "openvino_model.*") for p in folder.glob(pattern) if p.is_file()]
+    """The files of one component that its runtime loads: safetensors (no half-precision copies) or an export's."""
+    patterns = ("model.onnx*", "openvino_model.*", "model.engine", "*.mlpackage/**/weight.bin")
+    exported = [p for pattern in patterns for p in folder.glob(pattern) if p.is_file()]
     return exported or [p for p in folder.glob("*.safetensors") if not re.search(r"\.(fp16|bf16)\b", p.name)]
 
 

@@ -42,11 +42,13 @@ def dequantize(packed: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torc
 def round_int4(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     """What symmetric INT4 makes of a weight (O, I), same dtype; the gradient passes straight through.
 
-    As NNCF's INT4_SYM without data: a group's value of largest magnitude becomes -8 steps; scales have half precision.
+    As quantize.py does without data: a group's largest weight becomes -8 steps, or 7.5 if it is positive; the scale has
+    half precision.
     """
     groups = weight.detach().float().view(weight.shape[0], -1, group_size)
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    scale = torch.where(extreme == 0, 1.0, extreme / -8)
+    scale = torch.where(extreme > 0, extreme / 7.5, extreme / -8)
+    scale = torch.where(extreme == 0, 1.0, scale)
     rounded = (groups / scale).round().clamp(-8, 7) * scale.half().float()
     return weight + (rounded.view_as(weight).to(weight.dtype) - weight.detach())
 

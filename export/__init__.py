@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
-from edgeprune.export import fit
+from edgeprune.export import accepts
 from edgeprune.targets import Target
 
 FORMATS = sorted(path.stem.removeprefix("to_") for path in Path(__file__).parent.glob("to_*.py"))
 """What can be written: coreml, onnx, ..."""
 
 NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "coreml": ("coreml", ("coremltools",)),
     "onnx": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
     "openvino": ("openvino", ("onnx", "onnxscript", "onnxruntime", "openvino")),
     "trt": ("trt", ("onnx", "onnxscript", "onnxruntime", "tensorrt|tensorrt_rtx")),
@@ -40,7 +41,7 @@ def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Cal
     """
     if fmt not in FORMATS:
         raise InputError(f"--target: found {fmt!r}, expected one of {', '.join(FORMATS)}")
-    fit.check(artefact, device)
+    accepts.check(artefact, device)
     module = importlib.import_module(f"edgeprune.export.to_{fmt}")
     written: dict[str, Any] = module.export(artefact, out, device=device, progress=progress)
     return written

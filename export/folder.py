@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from edgeprune.checkpoint import MANIFEST, no_bars
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.files import read_json, sha256_file, write_json
+from edgeprune.generation import FILE as GENERATION
 from edgeprune.generation import Generation
 
 FILE = "edgeprune_export.json"
@@ -28,7 +29,8 @@ SCHEMA_VERSION = 1
 Progress = Callable[[str], None]
 """Called with one line of text as each part begins."""
 Networks = Callable[[Path], dict[str, Any]]
-"""Writes the networks into a folder; returns what else edgeprune_export.json shall say."""
+"""Writes the networks into a folder, and generation.json if its sizes are not the artefact's; returns what else
+edgeprune_export.json shall say."""
 
 
 def silent(_: str) -> None:
@@ -146,7 +148,8 @@ def _configs(artefact: Path, partial: Path) -> None:
     vae = read_json(artefact / "vae" / "config.json")
     # AutoencoderKL's own default; a runtime reads no Python.
     write_json(partial / "vae_decoder" / "config.json", {"scaling_factor": 0.18215, "shift_factor": None} | vae)
-    Generation.load(artefact).save(partial)
+    if not (partial / GENERATION).exists():  # a format of fixed sizes says its own
+        Generation.load(artefact).save(partial)
 
 
 def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> None:

@@ -72,6 +72,7 @@ def check(
     examples: Sequence[Mapping[str, torch.Tensor]],
     outputs: Sequence[str],
     *,
+    bound: float = BOUND,
     half: bool = False,
 ) -> dict[str, Any]:
     """Compare every output at every example; the worst errors and the shapes tried, for edgeprune_export.json.
@@ -83,7 +84,7 @@ def check(
         ParityError: a relative error above the bound, or the model does not run at one of the shapes.
     """
     worst, worst_rms, shapes = 0.0, 0.0, []
-    bound = HALF_BOUND if half else BOUND
+    bound = HALF_BOUND if half else bound
     for example in examples:
         sizes = {key: list(value.shape) for key, value in example.items()}
         shapes.append(sizes)
@@ -92,8 +93,8 @@ def check(
             expected = reference(**{k: v.float() if v.is_floating_point() else v for k, v in given.items()})
         try:
             found = runner.run(list(outputs), {key: value.numpy() for key, value in given.items()})
-        except Exception as error:  # vendors raise what they like
-            raise ParityError(f"{name}: the exported file does not run at {sizes} ({error})") from error
+        except Exception as failure:  # vendors raise what they like
+            raise ParityError(f"{name}: the exported file does not run at {sizes} ({failure})") from failure
         for output, a, b in zip(outputs, found, expected, strict=True):
             error_max, error_rms = relative_error(np.asarray(a), b.numpy())
             error = error_rms if half else error_max

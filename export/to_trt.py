@@ -22,14 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
-from edgeprune.checkpoint import INT4, MANIFEST, Manifest
 from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.export import forms, graph, parity, to_onnx
-from edgeprune.export.folder import Progress, is_quantized, silent, write
+from edgeprune.export.folder import Progress, silent, write
 from edgeprune.export.to_onnx import Module
-from edgeprune.int4 import PackedLinear
 from edgeprune.runtimes.base import Settings, read_settings
 from edgeprune.runtimes.gpu import open_gpu
 from edgeprune.runtimes.trt import VENDORS, TrtNetwork, first_vendor, logger
@@ -52,13 +49,11 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
 
     Raises:
         MissingExtraError: no TensorRT that builds for this device is installed.
-        InputError: `artefact` is not an SD3 folder or is damaged, its INT4 is not what the device takes, or `out` holds
-            something that is not an export.
+        InputError: `artefact` is not an SD3 folder or is damaged, or `out` holds something that is not an export.
         ParityError: a network does not compute what its checkpoint computes.
         EdgepruneError: TensorRT cannot build a network, the disk is full, or `out` cannot be written.
     """
     trt = builder(device)
-    refuse(artefact, device)
     cache = (out / CACHE).read_bytes() if (out / CACHE).is_file() else b""
     return write(artefact, out, "trt", lambda partial: _networks(artefact, partial, device, trt, cache, progress))
 
@@ -79,34 +74,6 @@ def builder(device: Target) -> Any:
     return trt
 
 
-def refuse(artefact: Path, device: Target) -> None:
-    """Compare the artefact's INT4 with what the device takes.
-
-    Raises:
-        InputError: zero points where the device wants none, or a group size that it does not take.
-    """
-    if not is_quantized(artefact) or not (artefact / MANIFEST).is_file():
-        return
-    _refuse_group(f"{artefact / MANIFEST}: group_size", Manifest.load(artefact).group_size, device)
-    index = artefact / INT4 / "diffusion_pytorch_model.safetensors"
-    if device.int4_symmetric_only and index.is_file() and b"zero_point" in _header(index):
-        raise InputError(f"{index}: found zero points (asymmetric INT4), expected symmetric INT4 for {device.name}")
-
-
-def _refuse_group(where: str, group_size: int | None, device: Target) -> None:
-    if group_size is not None and group_size not in device.int4_group_sizes:
-        sizes = ", ".join(map(str, device.int4_group_sizes))
-        raise InputError(
-            f"{where}: found {group_size}, expected one of {sizes}, which {device.name} takes; quantise again"
-        )
-
-
-def _header(path: Path) -> bytes:
-    """The names and shapes at the start of a safetensors file."""
-    with path.open("rb") as file:
-        return file.read(min(int.from_bytes(file.read(8), "little"), 100_000_000))
-
-
 # ------------------------------------------------------------------------------------- the networks
 
 
@@ -117,18 +84,15 @@ def _networks(
     settings = read_settings(artefact)
     tokens = to_onnx.longest_prompt(artefact) + settings.generation.max_sequence_length
     engine_builder = Builder(trt, cache, progress)
-    positive_only = not engine_builder.takes_negative_scales()
     errors, said = {}, {}
     for name, module, traced, examples in to_onnx.parts(artefact):
         progress(name)
-        for path, layer in module.named_modules():
-            if isinstance(layer, PackedLinear) and layer.bits == 4:
-                _refuse_group(f"{artefact / INT4}: {path}: group size", layer.group_size, device)
         module.eval().to(torch.float32)
         if isinstance(module, graph.Transformer):
             sizes = axis_ranges(device, settings, int(module.model.config.pos_embed_max_size), tokens)
         elif isinstance(module, graph.TextEncoder):
-            sizes["sequence_length"] = (1, *[int(module.config.max_position_embeddings)] * 2)
+            longest = int(module.config.max_position_embeddings)
+            sizes["sequence_length"] = (1, longest, longest)
         profile = profile_of(module.inputs, traced, sizes)
         half, rounding = _half_precision(module, examples[0], device)
         # Changed in place to half precision, the module could not be the reference any more.
@@ -136,7 +100,6 @@ def _networks(
         model = graph.to_ir(written, graph.half(traced) if half else traced, module.inputs, module.outputs)
         del written
         forms.per_output(model)
-        rewritten = forms.make_positive(model) if positive_only else 0
         engine = partial / name / ENGINE
         engine.parent.mkdir()
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
@@ -151,7 +114,6 @@ def _networks(
             "precision": "float16" if half else "float32",
             "half_rms_relative": rounding,
             **layers,
-            "rewritten_for_positive_scales": rewritten,
             "onnx_weight_bytes": weight_bytes,
             "engine_bytes": engine.stat().st_size,
             "build_s": round(time.monotonic() - began, 2),
@@ -246,7 +208,11 @@ def axis_ranges(device: Target, settings: Settings, table: int, tokens: int) -> 
     def side(own: int) -> Range:
         largest = min(device.side[1], table * unit) // unit * unit
         least = -(-min(device.side[0], own, largest) // unit) * unit
-        return tuple(n // settings.factor for n in (least, min(max(own, least), largest), largest))  # type: ignore[return-value]
+        return (
+            least // settings.factor,
+            min(max(own, least), largest) // settings.factor,
+            largest // settings.factor,
+        )
 
     least, largest = device.batch
     height, width = side(settings.generation.height), side(settings.generation.width)
@@ -317,27 +283,6 @@ class Builder:
     def timing_cache(self) -> bytes:
         """What the builder timed, for the next build on the same device; empty if it times nothing."""
         return bytes(self._cache.serialize()) if self._cache is not None else b""
-
-    def takes_negative_scales(self) -> bool:
-        """Ask the parser, with a layer of one group per output, one of them negative."""
-        scale = helper.make_tensor(
-            "scale", TensorProto.FLOAT16, [2, 2], np.float16([[1, -1], [1, 1]]).tobytes(), raw=True
-        )
-        weight = helper.make_tensor("weight", TensorProto.INT4, [128, 2], bytes(128), raw=True)
-        shape = [1, 128]
-        nodes = [
-            helper.make_node("DequantizeLinear", ["weight", "scale"], ["w"], axis=0, block_size=64),
-            helper.make_node("MatMul", ["x", "w"], ["y"]),
-        ]
-        x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT16, s) for n, s in (("x", shape), ("y", [1, 2])))
-        model = helper.make_model(
-            helper.make_graph(nodes, "probe", [x], [y], [weight, scale]),
-            opset_imports=[helper.make_opsetid("", graph.OPSET)], ir_version=10,
-        )  # fmt: skip
-        _, parser = self._parser()
-        taken = bool(parser.parse(model.SerializeToString()))
-        self._log.said()  # a refusal is an answer here, not an error
-        return taken
 
     def _parser(self) -> tuple[Any, Any]:
         strongly_typed = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)

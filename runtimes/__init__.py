@@ -52,9 +52,9 @@ _BASE = ("tokenizers", "PIL")
 RUNTIMES: dict[str, RuntimeInfo] = {
     "openvino": RuntimeInfo("openvino", ("openvino", *_BASE), ("openvino", "onnx")),
     "ort": RuntimeInfo("onnx", ("onnxruntime", *_BASE), ("onnx",)),
-    "trt": RuntimeInfo(
-        "trt", ("cuda", *_BASE), ("trt",), "an NVIDIA GPU"
-    ),  # and the TensorRT that built the folder, which it names
+    # And the TensorRT that built the folder, which it names.
+    "trt": RuntimeInfo("trt", ("cuda", *_BASE), ("trt",), "an NVIDIA GPU"),
+    "coreml": RuntimeInfo("coreml", ("coremltools", *_BASE), ("coreml",), "macOS"),
     "eager": RuntimeInfo("compress", ("torch", "diffusers", "transformers", *_BASE), ()),
 }
 """By name, which is also the module's; of several that open a format, the first installed one is taken."""
@@ -123,7 +123,7 @@ def load(folder: str | Path, runtime: str | None = None, **options: Any) -> Runt
         runtime: a name of RUNTIMES, or None to choose by what the folder is and what is installed.
         **options: passed to the runtime's `open_backend`: `threads`; `low_memory` (exports); `device`,
             `dynamic_quantization`, `cache_dir` (openvino); `accuracy_level` (ort); `cuda_graph` (trt);
-            `dtype` (eager: fp32, bf16).
+            `compute_units` (coreml); `dtype` (eager: fp32, bf16).
 
     Raises:
         InputError: the folder or one of its files is not usable.

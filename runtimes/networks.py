@@ -80,6 +80,8 @@ class NetworkBackend:
         self._tokenizers = first, PromptTokenizer(folder / "tokenizer_2", max_length=first.max_length)
         quantized = read_json(folder / "edgeprune_export.json").get("quantized")
         self.precision = "fp32" if quantized is False else "int4"
+        self.times: dict[str, dict[str, float]] = {}
+        """By network, seconds of opening it, where a runtime tells its parts apart."""
         self._closed = False
         self._networks: dict[str, Network] = {}
         if not low_memory:

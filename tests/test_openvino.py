@@ -5,7 +5,6 @@ Executed on the CPU. GPU and NPU are a fake `Core` that compiles for the CPU wha
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import shutil
@@ -20,12 +19,11 @@ import onnx_ir as ir
 import pytest
 import tiny
 import torch
-from safetensors.numpy import save_file
 from torch import nn
 
 from edgeprune import bench, export, runtimes, targets
 from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
-from edgeprune.export import fit, folder, graph, parity, to_openvino
+from edgeprune.export import folder, graph, parity, to_openvino
 from edgeprune.files import sha256_file
 from edgeprune.int4 import PackedLinear, pack, unpack
 from edgeprune.precision import Precision
@@ -172,37 +170,6 @@ def test_a_file_that_openvino_does_not_take(tmp_path: Path) -> None:
     with pytest.raises(EdgepruneError, match="vae_decoder: OpenVINO cannot convert it") as caught:
         to_openvino.converted(path)
     assert "\n" not in str(caught.value)
-
-
-# ------------------------------------------------------------------------------------- what fits a device
-
-
-def artefact(path: Path, *, wide: int, group: int) -> Path:
-    """A transformer_int4 of one 4-bit and one 8-bit layer, and nothing else."""
-    tensors = {
-        "a.weight_packed": np.zeros((4, wide // 2), np.uint8), "a.weight_scale": np.zeros((4, wide // group), np.half),
-        "b.weight_packed": np.zeros((4, 48), np.uint8), "b.weight_scale": np.zeros((4, 1), np.half),
-    }  # fmt: skip
-    (path / "transformer_int4").mkdir(parents=True)
-    save_file(tensors, path / "transformer_int4" / "diffusion_pytorch_model.safetensors")
-    return path
-
-
-def test_a_group_that_the_device_does_not_take(tmp_path: Path) -> None:
-    npu, source = targets.load("intel-npu"), artefact(tmp_path / "32", wide=96, group=32)
-    assert fit.group_sizes(source / "transformer_int4") == {32: "a"}
-    with pytest.raises(InputError, match=r"a: group size: found 32, expected one of 64, 128, which intel-npu takes"):
-        export.export(source, tmp_path / "out", "openvino", npu, progress=pytest.fail)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["32"]
-    fit.check(source, targets.load("cpu-x86"))
-    fit.check(artefact(tmp_path / "64", wide=128, group=64), npu)
-    fit.check(tmp_path / "absent", npu)  # which `write` refuses
-    with pytest.raises(InputError, match="found INT4 weights, expected float16"):
-        fit.check(source, dataclasses.replace(npu, dtypes=("float16",)))
-    (path,) = (source / "transformer_int4").iterdir()
-    path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(InputError, match=r"safetensors: cannot be read"):
-        fit.check(source, npu)
 
 
 # ------------------------------------------------------------------------------------- the runtime

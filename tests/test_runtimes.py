@@ -235,7 +235,7 @@ def test_wrong_runtime_for_a_folder(exported: Path, source: Path) -> None:
         runtimes.load(source, "ort")
     with pytest.raises(InputError, match="eager"):
         runtimes.load(exported, "eager")
-    with pytest.raises(InputError, match="expected one of openvino, ort, eager"):
+    with pytest.raises(InputError, match="expected one of openvino, ort, .*eager"):
         runtimes.load(exported, "abacus")
 
 

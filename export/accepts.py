@@ -14,12 +14,19 @@ from edgeprune.targets import Target
 
 
 def check(artefact: Path, device: Target) -> None:
-    """Refuse INT4 weights in groups that the device does not take; float folders pass.
+    """Refuse INT4 weights that the device does not take; float folders pass.
 
     Raises:
-        InputError: the device takes no INT4 weights or not these groups, or a weight file is damaged.
+        InputError: the device takes no INT4 weights, not with zero points or not in these groups, or a weight file is
+            damaged.
     """
     folder = artefact / "transformer_int4"
+    if device.int4_symmetric_only:
+        for name in _shapes(folder):
+            if name.endswith("zero_point"):
+                raise InputError(
+                    f"{folder}: {name}: found zero points (asymmetric INT4), expected symmetric for {device.name}"
+                )
     for size, layer in sorted(group_sizes(folder).items()):
         if "int4" not in device.dtypes:
             raise InputError(
@@ -42,15 +49,22 @@ def group_sizes(folder: Path) -> dict[int, str]:
         InputError: a weight file is damaged.
     """
     found: dict[int, str] = {}
+    shapes = _shapes(folder)
+    for name, shape in shapes.items():
+        layer = name.removesuffix(".weight_packed")
+        groups = shapes.get(f"{layer}.weight_scale", [0, 0])[1]
+        if layer != name and groups > 1:
+            found.setdefault(2 * shape[1] // groups, layer)
+    return found
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """Every tensor of a folder's safetensors files, from their headers."""
+    shapes: dict[str, list[int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="numpy") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: cannot be read: {error}") from error
-        for name, shape in shapes.items():
-            layer = name.removesuffix(".weight_packed")
-            groups = shapes.get(f"{layer}.weight_scale", [0, 0])[1]
-            if layer != name and groups > 1:
-                found.setdefault(2 * shape[1] // groups, layer)
-    return found
+    return shapes

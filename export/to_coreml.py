@@ -1,0 +1,364 @@
+"""An artefact becomes a folder of Core ML packages (mlprogram for iOS 18 and macOS 15), INT4 kept as it is.
+
+    export(Path("compressed"), Path("coreml"), device=load("macbook-m"))
+
+Every `edgeprune::packed_linear` becomes constexpr_blockwise_shift_scale and linear, with the checkpoint's own integers
+and half-precision scales. All else is stored and computed in half precision, save the angles of the timestep, which it
+cannot hold. An export has one image size; its transformer takes the device's batches. A device's `chunks` splits the
+transformer between blocks. Each network is compared with torch before the next is loaded.
+What it leaves out: T5, FLUX, the VAE's encoder, several sizes in one package, and compiling (.mlmodelc): the device's.
+
+Notation: B batch, C latent channels, h w latent height and width, N image tokens, M text tokens, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from torch import nn
+from transformers import CLIPTextModelWithProjection
+
+from edgeprune.checkpoint import load_transformer
+from edgeprune.errors import EdgepruneError, InputError, MissingExtraError, ParityError
+from edgeprune.export import graph, parity
+from edgeprune.export.folder import Progress, from_pretrained, is_quantized, silent, write
+from edgeprune.files import read_json
+from edgeprune.generation import Generation
+from edgeprune.int4 import unpack
+from edgeprune.targets import Target
+
+logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns at import of what only a Mac has
+try:
+    import coremltools as ct
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
+    from coremltools.converters.mil.mil import types
+
+    from edgeprune.export.mil_reference import Package
+except ImportError:
+    raise MissingExtraError("coremltools", "coreml") from None
+
+BOUND = 2e-3
+"""Largest relative error that passes where arithmetic is float32: what half-precision weights may cost."""
+DEVICE_BOUND = 5e-2
+"""The same where Core ML itself computes, in half precision."""
+_LEAST = {"macOS": 15, "iOS": 18, "iPadOS": 18}
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def export(artefact: Path, out: Path, *, device: Target, progress: Progress = silent) -> dict[str, Any]:
+    """Write the folder `out` for a device.
+
+    With `artefact/transformer_int4` its integers are kept, else weights are float16.
+
+    Returns the content of edgeprune_export.json.
+
+    Raises:
+        InputError: `artefact` is not an SD3 folder or is damaged, it cannot be for this device, or `out` holds
+            something that is not an export.
+        ParityError: a package does not compute what its checkpoint computes, or overflows in half precision.
+        EdgepruneError: coremltools cannot convert a network, the disk is full, or `out` cannot be written.
+    """
+    return write(artefact, out, "coreml", lambda partial: networks(artefact, partial, device, progress))
+
+
+# ------------------------------------------------------------------------------------- what is refused
+
+
+def refuse(device: Target) -> None:
+    """What the weights must be is asked for every format (accepts.py).
+
+    Raises:
+        InputError: a system too old.
+    """
+    system = re.fullmatch(r"(\w+) (\d+)(?:\.\d+)*", device.requires)
+    if system is None or int(system[2]) < _LEAST.get(system[1], sys.maxsize):
+        raise InputError(
+            f"{device.name}.toml: requires: found {device.requires!r}, expected macOS 15, iOS 18, iPadOS 18 or newer: "
+            "4-bit weights in blocks and fused attention begin there"
+        )
+
+
+def generation_for(artefact: Path, device: Target) -> Generation:
+    """The artefact's defaults, their size held to what device and position table allow.
+
+    Raises:
+        InputError: a size that is not a whole number of tokens.
+    """
+    generation = Generation.load(artefact)
+    config, vae = (read_json(artefact / name / "config.json") for name in ("transformer", "vae"))
+    unit = int(config["patch_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    most = min(device.side[1] // unit, int(config["pos_embed_max_size"])) * unit
+    for field in ("height", "width"):
+        if getattr(generation, field) % unit:
+            found = getattr(generation, field)
+            raise InputError(f"{artefact / 'generation.json'}: {field}: found {found}, expected a multiple of {unit}")
+    return dataclasses.replace(generation, height=min(generation.height, most), width=min(generation.width, most))
+
+
+# ------------------------------------------------------------------------------------- the networks
+
+
+def networks(artefact: Path, partial: Path, device: Target, progress: Progress) -> dict[str, Any]:
+    """Write and compare one network after the other; what else edgeprune_export.json shall say.
+
+    Raises: as `export`.
+    """
+    refuse(device)
+    generation = generation_for(artefact, device)
+    generation.save(partial)
+    tokens = read_json(artefact / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
+    tokens = tokens if isinstance(tokens, int) and 2 < tokens < 100_000 else 77
+    factor = 2 ** (len(read_json(artefact / "vae" / "config.json")["block_out_channels"]) - 1)
+    height, width = generation.height // factor, generation.width // factor
+
+    errors = {}
+    progress("transformer")
+    whole = graph.Transformer(load_transformer(artefact, quantized=is_quantized(artefact), dtype=torch.float32))
+    patch = int(whole.model.config.patch_size)
+    sizes = {"height": height // patch, "width": width // patch, "tokens": tokens + generation.max_sequence_length}
+    examples = [whole.example(batch=b, **sizes, seed=b) for b in range(device.batch[0], device.batch[1] + 1)]
+    parts = split(whole.model, device.chunks, height // patch, width // patch)
+    errors["transformer"] = _network("transformer", parts, whole, examples, partial)
+    chunks = len(parts)
+    del whole, parts
+
+    for name in ("text_encoder", "text_encoder_2"):
+        progress(name)
+        encoder = TextEncoder(from_pretrained(CLIPTextModelWithProjection.from_pretrained, artefact / name))
+        errors[name] = _network(name, [encoder], encoder, [encoder.example(batch=1, tokens=tokens)], partial)
+        del encoder
+
+    progress("vae_decoder")
+    vae = graph.VaeDecoder(from_pretrained(AutoencoderKL.from_pretrained, artefact / "vae"))
+    examples = [vae.example(batch=1, height=height, width=width)]
+    errors["vae_decoder"] = _network("vae_decoder", [vae], vae, examples, partial)
+    return {"device": device.name, "batch": list(device.batch), "chunks": chunks, "parity": errors}
+
+
+class Part(nn.Module):
+    """Consecutive blocks of an SD3Transformer2DModel, the embedders before the first, the output layers after the last.
+
+    `inputs` and `outputs` name what `forward` takes and gives: those of graph.Transformer at both ends; between parts
+    the streams of image tokens (B, N, D) and text tokens (B, M, D), and from the first part to all others the
+    modulation input (B, D).
+    """
+
+    def __init__(self, model: Any, blocks: Sequence[int], index: int, *, height: int, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(model.transformer_blocks[i] for i in blocks)
+        self.size, self.patch = (height, width), int(model.config.patch_size)
+        self.first, self.last = blocks[0] == 0, blocks[-1] == len(model.transformer_blocks) - 1
+        # No program may call an input and an output the same.
+        self.inputs: Sequence[str] = [f"image_tokens_{index}", f"text_tokens_{index}", MODULATION]
+        self.outputs: Sequence[str] = [f"image_tokens_{index + 1}", f"text_tokens_{index + 1}"]
+        if self.first:
+            self.inputs, self.outputs = list(graph.Transformer.inputs), [*self.outputs, MODULATION]
+            self.pos_embed, self.context_embedder = model.pos_embed, model.context_embedder
+            self.time_text_embed = model.time_text_embed
+        if self.last:
+            self.outputs = list(graph.Transformer.outputs)
+            self.norm_out, self.proj_out = model.norm_out, model.proj_out
+
+    def forward(self, image: Any, text: Any, modulation: Any, timestep: Any = None) -> tuple[torch.Tensor, ...]:
+        """The tensors of `inputs` to those of `outputs`; a first part has the pooled text as its third."""
+        if self.first:
+            image, text = self.pos_embed(image), self.context_embedder(text)
+            modulation = self.time_text_embed(timestep, modulation)
+        for block in self.blocks:
+            text, image = block(hidden_states=image, encoder_hidden_states=text, temb=modulation)
+        if not self.last:
+            return (image, text, modulation) if self.first else (image, text)
+        out = self.proj_out(self.norm_out(image, modulation))
+        # (B, N, p p C) to (B, C, h, w), never above the five axes that Core ML allows.
+        channels_first = out.unflatten(-1, (self.patch**2, -1)).transpose(2, 3).flatten(2).transpose(1, 2)
+        velocity = channels_first.unflatten(2, self.size)
+        return (nn.functional.pixel_shuffle(velocity, self.patch) if self.patch > 1 else velocity,)
+
+
+def split(model: Any, chunks: int, height: int, width: int) -> list[Part]:
+    """The transformer in `chunks` parts of about equally many blocks, or as many as it has blocks; sizes in patches."""
+    blocks = np.array_split(np.arange(len(model.transformer_blocks)), min(chunks, len(model.transformer_blocks)))
+    return [Part(model, part.tolist(), i, height=height, width=width) for i, part in enumerate(blocks)]
+
+
+class TextEncoder(nn.Module):
+    """graph.TextEncoder without the states that no pipeline reads: pooled text, the last two states."""
+
+    inputs = tuple(graph.TextEncoder.inputs)
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.encoder = graph.TextEncoder(model)
+        # Core ML allows no dot in a name.
+        self.outputs = [name.replace(".", "_") for name in self._read(list(self.encoder.outputs))]
+        self.example = self.encoder.example
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, M) to (B, P) and twice (B, M, D)."""
+        return tuple(self._read(self.encoder(input_ids)))
+
+    @staticmethod
+    def _read(outputs: Sequence[Any]) -> list[Any]:
+        return [outputs[0], *outputs[-2:]]
+
+
+def _network(
+    name: str, parts: Sequence[Any], reference: nn.Module, examples: Sequence[Tensors], partial: Path
+) -> dict[str, Any]:
+    """Convert, save and compare one network, whose parts run one after the other."""
+    reference.eval().to(torch.float32).requires_grad_(False)
+    folder = partial / name
+    folder.mkdir()
+    batches = [len(next(iter(example.values()))) for example in examples]
+    tensors, packages = dict(examples[-1]), []
+    for i, part in enumerate(parts, 1):
+        path = folder / ("model.mlpackage" if len(parts) == 1 else f"chunk_{i}.mlpackage")
+        feeds = {key: tensors[key] for key in part.inputs}
+        try:
+            with _quiet(), torch.no_grad():
+                tensors |= zip(part.outputs, part(*feeds.values()), strict=True)
+                convert(part, feeds, list(part.outputs), batches).save(str(path))
+        except (ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
+            raise EdgepruneError(f"{name}: coremltools cannot convert it: {' '.join(str(error).split())}") from error
+        packages.append(Prediction(path) if sys.platform == "darwin" else Package(path))
+    chain, outputs = Chain(packages), list(parts[-1].outputs)
+    if sys.platform == "darwin":
+        return parity.check(name, chain, reference, examples, outputs, bound=DEVICE_BOUND) | {"by": "prediction"}
+    found = parity.check(name, chain, reference, examples, outputs, bound=BOUND)
+    return found | {"by": "mil_reference", "half_relative": _half(name, chain, reference, examples[-1], outputs)}
+
+
+def _half(name: str, chain: Chain, reference: nn.Module, example: Tensors, outputs: Sequence[str]) -> float:
+    """The largest relative error where every value is rounded to half precision: told, and bounded only by finite."""
+    with torch.no_grad():
+        expected = reference(**example)
+    found = chain.run(outputs, {key: value.numpy() for key, value in example.items()}, half=True)
+    worst = max(parity.relative_error(a, b.numpy())[0] for a, b in zip(found, expected, strict=True))
+    if not np.isfinite(worst):
+        raise ParityError(f"{name}: its activations overflow in half precision, which Core ML computes in")
+    return worst
+
+
+class Chain:
+    """Packages run one after the other, each taking by name what is there by then."""
+
+    def __init__(self, packages: Sequence[Package | Prediction]) -> None:
+        self.packages = packages
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any], *, half: bool = False) -> list[NDArray[Any]]:
+        """The outputs `names`, or all of the last package."""
+        arrays = dict(feeds)
+        for package in self.packages:
+            taken = {name: arrays[name] for name in package.inputs}
+            arrays |= zip(package.outputs, package.run(None, taken, half=half), strict=True)
+        return [arrays[name] for name in names or self.packages[-1].outputs]
+
+
+class Prediction:
+    """A package in Core ML itself, on the CPU of a Mac."""
+
+    def __init__(self, path: Path) -> None:
+        self._model: Any = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit.CPU_ONLY)
+        description = self._model.get_spec().description
+        self.inputs, self.outputs = ([v.name for v in part] for part in (description.input, description.output))
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any], *, half: bool = True) -> list[NDArray[Any]]:
+        """As Package.run; Core ML always computes in half precision."""
+        kinds: dict[str, Any] = {
+            name: np.int32 if np.asarray(a).dtype.kind == "i" else np.float32 for name, a in feeds.items()
+        }
+        found = self._model.predict({name: np.asarray(array, kinds[name]) for name, array in feeds.items()})
+        return [np.asarray(found[name], np.float32) for name in names or self.outputs]
+
+
+# ------------------------------------------------------------------------------------- torch to Core ML
+
+MODULATION = "modulation"
+_STREAMS = ("image_tokens_", "text_tokens_", MODULATION)
+"""What goes from chunk to chunk stays in half precision; what a caller gives or gets is float32 or int32."""
+
+
+def convert(module: nn.Module, example: Tensors, outputs: Sequence[str], batches: Sequence[int]) -> Any:
+    """A coremltools MLModel, not loaded, of `module(*example.values())`, whose first axes are the batch."""
+    batch = torch.export.Dim("batch", min=min(batches), max=max(batches)) if len(batches) > 1 else None
+    program = torch.export.export(
+        module,
+        tuple(example.values()),
+        dynamic_shapes=tuple({0: batch} for _ in example) if batch else None,
+        strict=False,
+    ).run_decompositions({})
+    for node in list(program.graph.nodes):  # coremltools does not know this no-op
+        if node.target is torch.ops.aten.alias.default:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    shapes = {name: [(b, *value.shape[1:]) for b in batches] for name, value in example.items()}
+    return ct.convert(
+        program,
+        inputs=[
+            ct.TensorType(
+                name=name,
+                shape=ct.EnumeratedShapes(shapes[name]) if batch else shapes[name][0],
+                dtype=_dtype(name, value),
+            )
+            for name, value in example.items()
+        ],
+        outputs=[ct.TensorType(name=name, dtype=_dtype(name)) for name in outputs],
+        minimum_deployment_target=ct.target.iOS18,
+        compute_precision=ct.transform.FP16ComputePrecision(lambda op: not _is_angle(op)),
+        skip_model_load=True,
+    )
+
+
+def _dtype(name: str, value: torch.Tensor | None = None) -> Any:
+    if value is not None and not value.is_floating_point():
+        return np.int32
+    return np.float16 if name.startswith(_STREAMS) else np.float32
+
+
+def _is_angle(op: Any, depth: int = 4) -> bool:
+    """Whether an operation is a sine or cosine, or leads to nothing else.
+
+    The timestep goes to 1000, where neighbours in half precision are half a radian apart.
+    """
+    if op.op_type in ("sin", "cos"):
+        return True
+    readers = [reader for output in op.outputs for reader in output.child_ops]
+    return depth > 0 and bool(readers) and all(_is_angle(reader, depth - 1) for reader in readers)
+
+
+@register_torch_op(torch_alias=["edgeprune::packed_linear"], override=True)  # type: ignore[untyped-decorator]
+def packed_linear(context: Any, node: Any) -> None:
+    """The stored integers (O, I) and scales (O, groups) as they are, dequantised by the device."""
+    x, packed, scale, bias, bits = _get_inputs(context, node)
+    integers = unpack(torch.from_numpy(np.array(packed.val).view(np.uint8)), int(bits.val)).numpy()
+    weight = mb.constexpr_blockwise_shift_scale(
+        data=integers.astype(types.np_int4_dtype if bits.val == 4 else np.int8),
+        scale=np.asarray(scale.val, np.float16),
+        name=packed.name,
+    )
+    more = {} if bias is None or bias.val is None else {"bias": np.asarray(bias.val, np.float16)}
+    context.add(mb.linear(x=x, weight=weight, name=node.name, **more))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """coremltools draws bars, and warns of the versions in use."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

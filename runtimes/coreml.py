@@ -1,0 +1,186 @@
+"""Core ML packages on a Mac, numpy in and out.
+
+    load("out", compute_units="cpu_and_ne")
+
+Needs coremltools and macOS 15, not torch. A package is compiled once, loaded (which specialises it for the compute
+units; macOS keeps the result for the next time) and called; a transformer in chunks is called chunk after chunk.
+A batch larger than a package takes is run in pieces. On iPhone and iPad an app runs the packages (docs/coreml.md).
+What it leaves out: keeping the compiled model, asynchronous prediction, sizes other than the exported one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.errors import InputError
+from edgeprune.runtimes.base import Array, Settings
+from edgeprune.runtimes.networks import NetworkBackend
+
+# Off macOS it cannot predict, and would import torch where that is.
+coremltools: Any = importlib.import_module("coremltools") if sys.platform == "darwin" else None
+
+COMPUTE_UNITS = ("all", "cpu_and_ne", "cpu_and_gpu", "cpu_only")
+_INT32 = 0x20000 | 32  # ArrayFeatureType.INT32
+
+
+class CompiledPackage:
+    """A package as Core ML runs it: the thin seam that tests replace.
+
+    Attributes:
+        inputs: by name, the shapes that it takes and whether they are whole numbers.
+        outputs: names.
+        compile_s, specialise_s: seconds that making it took.
+    """
+
+    def __init__(self, path: Path, compiled: Path, units: str) -> None:
+        began = time.perf_counter()
+        if not compiled.exists():
+            coremltools.models.utils.compile_model(str(path), str(compiled))
+        self.compile_s = time.perf_counter() - began
+        description = coremltools.utils.load_spec(str(path)).description
+        self.inputs = {v.name: shapes(v.type.multiArrayType) for v in description.input}
+        self.outputs = [v.name for v in description.output]
+        began = time.perf_counter()
+        self._model: Any = coremltools.models.CompiledMLModel(str(compiled), coremltools.ComputeUnit[units.upper()])
+        self.specialise_s = time.perf_counter() - began
+
+    def predict(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """Outputs by name."""
+        found: dict[str, Any] = self._model.predict(arrays)
+        return found
+
+
+def shapes(array: Any) -> tuple[list[tuple[int, ...]], bool]:
+    """The shapes that a package's input takes, and whether it holds whole numbers, from its ArrayFeatureType."""
+    listed = [tuple(s.shape) for s in array.enumeratedShapes.shapes] or [tuple(array.shape)]
+    return listed, array.dataType == _INT32
+
+
+Open = Callable[[Path], Any]
+"""Opens one .mlpackage as a CompiledPackage."""
+
+
+class CoremlNetwork:
+    """One network, of one package or of chunks, its errors mapped to ours.
+
+    Raises:
+        InputError: the folder has no package, or Core ML refuses one.
+    """
+
+    def __init__(self, folder: Path, provider: str, open_package: Open) -> None:
+        whole = folder / "model.mlpackage"
+        chunks = sorted(folder.glob("chunk_*.mlpackage"), key=lambda path: int(path.stem.removeprefix("chunk_")))
+        paths = [whole] if whole.exists() else chunks
+        if not paths:
+            raise InputError(
+                f"{whole}: found neither it nor chunk_1.mlpackage, expected a Core ML package; export again"
+            )
+        self.provider, self._folder = provider, folder
+        self._packages: Sequence[Any] = [_open(path, open_package) for path in paths]
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds to compile and to specialise, all chunks together."""
+        return {kind: sum(getattr(p, kind) for p in self._packages) for kind in ("compile_s", "specialise_s")}
+
+    def __call__(self, **arrays: Any) -> dict[str, Array]:
+        """Outputs by name, float32; the batch in pieces that the packages take."""
+        if not self._packages:
+            raise InputError("runtime: found it closed, expected an open one")
+        first = self._packages[0].inputs
+        if missing := sorted(set(first) - set(arrays)):
+            raise InputError(f"{self._folder}: inputs: found also {missing}, expected {sorted(arrays)}")
+        taken = {name: np.asarray(arrays[name]) for name in first}
+        for name, (allowed, _) in first.items():
+            if taken[name].shape[1:] not in {shape[1:] for shape in allowed}:
+                raise InputError(
+                    f"{self._folder}: {name}: found shape {taken[name].shape}, expected one of {allowed}: a package "
+                    "has one size; set height, width and max_sequence_length in generation.json and export again"
+                )
+        batches = sorted({shape[0] for allowed, _ in first.values() for shape in allowed}, reverse=True)
+        pieces, start, total = [], 0, len(next(iter(taken.values())))
+        while start < total:
+            size = next((b for b in batches if b <= total - start), None)
+            if size is None:
+                raise InputError(f"{self._folder}: batch: found {total}, expected a sum of {sorted(batches)}")
+            pieces.append(self._piece({name: array[start : start + size] for name, array in taken.items()}))
+            start += size
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _piece(self, arrays: dict[str, Any]) -> dict[str, Array]:
+        found: dict[str, Any] = {}
+        for package in self._packages:
+            feed = {
+                n: np.asarray(arrays[n], np.int32 if whole else np.float32) for n, (_, whole) in package.inputs.items()
+            }
+            try:
+                found = package.predict(feed)
+            except (RuntimeError, ValueError, TypeError) as error:
+                sizes = {name: array.shape for name, array in feed.items()}
+                raise InputError(f"{self._folder}: found {_line(error)}; inputs were {sizes}") from None
+            arrays = arrays | found
+        # Core ML allows no dot in a name.
+        return {
+            re.sub(r"^hidden_states_(?=\d)", "hidden_states.", n): np.asarray(v, np.float32) for n, v in found.items()
+        }
+
+    def close(self) -> None:
+        """Drop the models; Core ML frees their memory."""
+        self._packages = []
+
+
+def _open(path: Path, open_package: Open) -> Any:
+    try:
+        return open_package(path)
+    except Exception as error:  # coremltools raises plain Exception
+        raise InputError(f"{path}: found {_line(error)}, expected a whole Core ML package; export again") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def open_backend(
+    folder: Path, settings: Settings, *, compute_units: str = "all", low_memory: bool = False
+) -> NetworkBackend:
+    """Open an export folder.
+
+    Args:
+        folder: an export of format coreml.
+        settings: of that folder.
+        compute_units: one of COMPUTE_UNITS: what Core ML may choose from for each operation.
+        low_memory: hold one stage's networks at a time; what was compiled is kept for the next image.
+
+    Raises:
+        InputError: this is no Mac, the compute units are unknown, or a package is missing, damaged or of another size.
+    """
+    if compute_units not in COMPUTE_UNITS:
+        raise InputError(f"compute_units: found {compute_units!r}, expected one of {', '.join(COMPUTE_UNITS)}")
+    if coremltools is None:
+        raise InputError(
+            f"{folder}: found {sys.platform}, expected macOS 15 or newer: Core ML runs on Apple devices only"
+        )
+    compiled = tempfile.TemporaryDirectory(prefix="edgeprune-")  # goes with the last function that knows it
+
+    def open_package(path: Path) -> CompiledPackage:
+        return CompiledPackage(path, Path(compiled.name) / f"{path.parent.name}-{path.stem}.mlmodelc", compute_units)
+
+    times: dict[str, dict[str, float]] = {}
+
+    def open_network(path: Path) -> CoremlNetwork:
+        network = CoremlNetwork(path, compute_units, open_package)
+        times[path.name] = network.times
+        return network
+
+    backend = NetworkBackend("coreml", folder, settings, open_network, low_memory=low_memory)
+    backend.times = times
+    return backend
