@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= compress,onnx,dev
+EXTRAS ?= compress,onnx
+DEV_EXTRAS ?= $(EXTRAS),openvino,coreml,trt-rtx,dev
 DEMO ?= build/demo
 DEMO_FLAGS ?=
 BENCH_FLAGS ?= --quality 10
-PYTEST_FLAGS ?=
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+DEV_STAMP := $(VENV)/.stamp-dev
 RUN := $(BIN)/edgeprune
 CODE := edgeprune export runtimes targets tests
 
@@ -23,12 +25,19 @@ help:
 	@echo "make check   format, lint, types, tests with coverage"
 	@echo "make clean   remove build/ and $(VENV)"
 
-setup: $(STAMP)
+setup: $(DEV_STAMP)
+
+install = $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "setting up $(VENV) (a minute or two) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[$(EXTRAS)]'
+	@$(install) '.[$(EXTRAS)]'
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
+	@echo "adding what the tests need ..."
+	@$(install) '.[$(DEV_EXTRAS)]'
 	@touch $@
 
 demo: $(STAMP)
@@ -41,16 +50,16 @@ demo: $(STAMP)
 bench: $(STAMP)
 	@$(RUN) bench $(DEMO)/onnx $(BENCH_FLAGS) --json $(DEMO)/bench.json
 
-test: $(STAMP)
+test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 	@echo "next: make check (format, lint, types, coverage), or make demo"
 
-lint: $(STAMP)
+lint: $(DEV_STAMP)
 	@$(BIN)/ruff format --check -q $(CODE)
 	@$(BIN)/ruff check -q $(CODE)
 
 # Type checkers do not run import hooks: link the mapped folders into one tree.
-types: $(STAMP)
+types: $(DEV_STAMP)
 	@rm -rf build/typed && mkdir -p build/typed/edgeprune
 	@ln -s "$(CURDIR)"/edgeprune/* "$(CURDIR)"/export "$(CURDIR)"/runtimes "$(CURDIR)"/targets build/typed/edgeprune/
 	@MYPYPATH=build/typed $(BIN)/mypy --no-error-summary -p edgeprune
