@@ -57,6 +57,7 @@ DataSource = Annotated[
 
 InferenceSteps = Annotated[int | None, typer.Option(min=1, help="Denoising steps of the images made on the way.")]
 Guidance = Annotated[float | None, typer.Option(help="Their guidance scale; 0 for models distilled without.")]
+RuntimeName = Annotated[str | None, typer.Option(help="openvino, ort, trt, coreml or eager; by default what fits.")]
 Height = Annotated[int | None, typer.Option(min=8, help="Their height in pixels.")]
 Width = Annotated[int | None, typer.Option(min=8, help="Their width in pixels.")]
 
@@ -509,6 +510,8 @@ def generate(
     width: int | None = None,
     negative_prompt: str = "",
     seed: int = 0,
+    runtime: RuntimeName = None,
+    low_memory: Annotated[bool, typer.Option("--low-memory", help="Hold one stage's networks at a time.")] = False,
 ) -> None:
     """Draw one image with the runtime that fits the folder."""
     from edgeprune import runtimes
@@ -517,8 +520,9 @@ def generate(
         raise InputError(f"-o {out}: expected a name ending in .png, .jpg or .webp")
     if not out.parent.is_dir():
         raise InputError(f"-o {out}: no such folder {out.parent}")
-    with _bars() as progress, runtimes.load(model) as runtime:
-        image = runtime.generate(
+    options = {"low_memory": True} if low_memory else {}
+    with _bars() as progress, runtimes.load(model, runtime, **options) as opened:
+        image = opened.generate(
             prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale,
             height=height, width=width, seed=seed, progress=lambda done, total: progress("generate", done, total, ""),
         )[0]  # fmt: skip
@@ -526,9 +530,14 @@ def generate(
     _say(f"{out}: {image.width}x{image.height}, seed {seed}")
 
 
-@app.command(epilog='Example: edgeprune bench small-onnx --assert "peak_ratio<=0.9"')
+@app.command(
+    epilog='Example: edgeprune bench small-onnx --assert "peak_ratio<=0.9"  ·  edgeprune bench small-* --all-runtimes'
+)
 def bench(
-    folder: Annotated[Path, typer.Argument(help="Exported or artefact folder.")],
+    folders: Annotated[list[Path], typer.Argument(help="Exported or artefact folders.")],
+    all_runtimes: Annotated[
+        bool, typer.Option("--all-runtimes", help="Each folder in every runtime that opens it and can run here.")
+    ] = False,
     baseline: Annotated[
         str | None, typer.Option(help="Original: folder or hub id; by default the model it was made from.")
     ] = None,
@@ -550,10 +559,15 @@ def bench(
 
     for expression in check or []:
         benchmark.parse_expression(expression)
-    runtimes.choose(folder)
-    original = benchmark.Variant("original", resolve(baseline or _source_of(folder)), "eager", "bf16")
-    compressed = benchmark.Variant("compressed", folder)
-    result = benchmark.run([original, compressed], repeats=repeats, steps=steps, quality=quality, progress=_say)
+    pairs = [
+        (folder, name)
+        for folder in folders
+        for name in (runtimes.runnable(folder) if all_runtimes else [runtimes.choose(folder)])
+    ]
+    names = ["compressed"] if len(pairs) == 1 else [f"{folder.name}:{name}" for folder, name in pairs]
+    variants = [benchmark.Variant("original", resolve(baseline or _source_of(folders[0])), "eager", "bf16")]
+    variants += [benchmark.Variant(n, folder, runtime) for n, (folder, runtime) in zip(names, pairs, strict=True)]
+    result = benchmark.run(variants, repeats=repeats, steps=steps, quality=quality, progress=_say)
     Console().print(benchmark.table(result))
     if json_file:
         write_json(json_file, benchmark.to_json(result))

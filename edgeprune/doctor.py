@@ -7,12 +7,8 @@ whether a package works, which the export's parity check and `edgeprune bench` f
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 from edgeprune import export, runtimes
 
@@ -32,12 +28,6 @@ class Finding:
     """Command that adds what is missing, or nothing."""
 
 
-_HARDWARE: dict[str, Callable[[], bool]] = {
-    "an NVIDIA GPU": lambda: Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None,
-    "macOS": lambda: sys.platform == "darwin",
-}
-
-
 def _present(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
@@ -50,14 +40,14 @@ def _version(package: str) -> str:
         return package
 
 
-def _finding(what: str, extra: str, packages: tuple[str, ...], hardware: str = "") -> Finding:
+def _finding(what: str, extra: str, packages: tuple[str, ...], lacking: str = "") -> Finding:
     missing = [p for p in packages if not any(map(_present, p.split("|")))]
     if missing:
         return Finding(
             what, False, f"missing {', '.join(missing).replace('|', ' or ')}", f"pip install 'edgeprune[{extra}]'"
         )
-    if hardware and not _HARDWARE[hardware]():
-        return Finding(what, False, f"needs {hardware}", "")
+    if lacking:
+        return Finding(what, False, f"needs {lacking}", "")
     found = [next(p for p in package.split("|") if _present(p)) for package in packages]
     return Finding(what, True, ", ".join(map(_version, found)), "")
 
@@ -68,7 +58,8 @@ def examine() -> list[Finding]:
     for fmt, (extra, packages) in export.NEEDS.items():
         out.append(_finding(f"export {fmt}", f"compress,{extra}", (*COMPRESS, *packages)))
     for name, info in runtimes.RUNTIMES.items():
-        out.append(_finding(f"run {name}", info.extra, info.packages, info.hardware))
+        lacking = "" if info.has_hardware() else info.hardware
+        out.append(_finding(f"run {name}", info.extra, info.packages, lacking))
     return out
 
 

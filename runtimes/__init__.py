@@ -15,13 +15,22 @@ if __name__ != "edgeprune.runtimes":
 
 import importlib
 import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
 
 from edgeprune.errors import InputError, MissingExtraError
 from edgeprune.files import read_json
 from edgeprune.runtimes.base import Runtime
 from edgeprune.runtimes.base import open_runtime as _open_runtime
 
-__all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "candidates", "choose", "load", "prepare"]
+__all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "candidates", "choose", "load", "prepare", "runnable"]
+
+
+_HARDWARE: dict[str, Callable[[], bool]] = {
+    "an NVIDIA GPU": lambda: Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None,
+    "macOS": lambda: sys.platform == "darwin",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,10 @@ class RuntimeInfo:
     """Export formats (`target` in edgeprune_export.json) that it opens; none for a diffusers folder."""
     hardware: str = ""
     """What it cannot run without: `an NVIDIA GPU`, `macOS`, or nothing."""
+
+    def has_hardware(self) -> bool:
+        """Whether what it cannot run without is there."""
+        return not self.hardware or _HARDWARE[self.hardware]()
 
     def missing(self) -> str | None:
         """The first of its packages that is not installed."""
@@ -70,6 +83,15 @@ def choose(folder: Path) -> str:
     fitting = candidates(folder)
     installed = [name for name in fitting if RUNTIMES[name].missing() is None]
     return installed[0] if installed else _raise_missing(fitting[-1])
+
+
+def runnable(folder: Path) -> list[str]:
+    """Every runtime that opens this folder and whose packages and hardware are here.
+
+    Raises:
+        InputError: there is no such folder, or it is neither an export nor a pipeline.
+    """
+    return [name for name in candidates(folder) if RUNTIMES[name].missing() is None and RUNTIMES[name].has_hardware()]
 
 
 def candidates(folder: Path) -> list[str]:

@@ -27,7 +27,7 @@ def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_hardware_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(doctor._HARDWARE, "a lever", lambda: False)
+    monkeypatch.setitem(runtimes._HARDWARE, "a lever", lambda: False)
     monkeypatch.setitem(runtimes.RUNTIMES, "ort", runtimes.RuntimeInfo("onnx", ("numpy",), ("onnx",), "a lever"))
     found = {f.what: f for f in doctor.examine()}["run ort"]
     assert (found.works, found.why, found.fix) == (False, "needs a lever", "")
