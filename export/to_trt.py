@@ -121,9 +121,9 @@ def _networks(
     errors, said = {}, {}
     for name, module, traced, examples in to_onnx.parts(artefact):
         progress(name)
-        for path, layer in module.named_modules():
+        for layer_name, layer in module.named_modules():
             if isinstance(layer, PackedLinear) and layer.bits == 4:
-                _refuse_group(f"{artefact / INT4}: {path}: group size", layer.group_size, device)
+                _refuse_group(f"{artefact / INT4}: {layer_name}: group size", layer.group_size, device)
         module.eval().to(torch.float32)
         if isinstance(module, graph.Transformer):
             sizes = axis_ranges(device, settings, int(module.model.config.pos_embed_max_size), tokens)
@@ -142,7 +142,9 @@ def _networks(
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
             path = Path(scratch) / "model.onnx"
             to_onnx.save(name, model, path)
-            weight_bytes = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+            weight_bytes = sum(
+                v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
+            )
             del model
             errors[name] = parity.check(name, parity.session(path), module, examples, list(module.outputs), half=half)
             began = time.monotonic()

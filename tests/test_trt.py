@@ -52,7 +52,7 @@ def packed(layer: nn.Linear, bits: int, group_size: int, generator: torch.Genera
     scale = torch.randn(out.weight_scale.shape, generator=generator) * 0.2 / -low
     out.weight_scale.copy_(scale if bits == 4 else scale.abs() + 1e-4)
     if layer.bias is not None:
-        out.bias.copy_(layer.bias)
+        out.bias.copy_(layer.bias.detach())
     return out
 
 
