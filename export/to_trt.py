@@ -105,7 +105,9 @@ def _networks(
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
             path = Path(scratch) / "model.onnx"
             to_onnx.save(name, model, path)
-            weight_bytes = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+            weight_bytes = sum(
+                v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
+            )
             del model
             errors[name] = parity.check(name, parity.session(path), module, examples, list(module.outputs), half=half)
             began = time.monotonic()
