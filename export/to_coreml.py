@@ -182,7 +182,8 @@ class Part(nn.Module):
 
     def __init__(self, model: Any, blocks: Sequence[int], index: int, *, height: int, width: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(model.transformer_blocks[i] for i in blocks)
+        # Weights are called in the package as in the checkpoint.
+        self.transformer_blocks = nn.ModuleDict({str(i): model.transformer_blocks[i] for i in blocks})
         self.size, self.patch = (height, width), int(model.config.patch_size)
         self.first, self.last = blocks[0] == 0, blocks[-1] == len(model.transformer_blocks) - 1
         # No program may call an input and an output the same.
@@ -201,7 +202,7 @@ class Part(nn.Module):
         if self.first:
             image, text = self.pos_embed(image), self.context_embedder(text)
             modulation = self.time_text_embed(timestep, modulation)
-        for block in self.blocks:
+        for block in self.transformer_blocks.values():
             text, image = block(hidden_states=image, encoder_hidden_states=text, temb=modulation)
         if not self.last:
             return (image, text, modulation) if self.first else (image, text)
