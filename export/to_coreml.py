@@ -254,7 +254,8 @@ def _network(
         feeds = {key: tensors[key] for key in part.inputs}
         try:
             with _quiet(), torch.no_grad():
-                tensors |= zip(part.outputs, part(*feeds.values()), strict=True)
+                found = [value.contiguous() for value in part(*feeds.values())]  # coremltools takes no other inputs
+                tensors |= zip(part.outputs, found, strict=True)
                 convert(part, feeds, list(part.outputs), batches).save(str(path))
         except (ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
             raise EdgepruneError(f"{name}: coremltools cannot convert it: {' '.join(str(error).split())}") from error
@@ -262,8 +263,8 @@ def _network(
     chain, outputs = Chain(packages), list(parts[-1].outputs)
     if sys.platform == "darwin":
         return parity.check(name, chain, reference, examples, outputs, bound=DEVICE_BOUND) | {"by": "prediction"}
-    found = parity.check(name, chain, reference, examples, outputs, bound=BOUND)
-    return found | {"by": "mil_reference", "half_relative": _half(name, chain, reference, examples[-1], outputs)}
+    record = parity.check(name, chain, reference, examples, outputs, bound=BOUND)
+    return record | {"by": "mil_reference", "half_relative": _half(name, chain, reference, examples[-1], outputs)}
 
 
 def _half(name: str, chain: Chain, reference: nn.Module, example: Tensors, outputs: Sequence[str]) -> float:
