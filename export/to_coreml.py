@@ -161,7 +161,8 @@ class Part(nn.Module):
 
     def __init__(self, model: Any, blocks: Sequence[int], index: int, *, height: int, width: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(model.transformer_blocks[i] for i in blocks)
+        # Weights are called in the package as in the checkpoint.
+        self.transformer_blocks = nn.ModuleDict({str(i): model.transformer_blocks[i] for i in blocks})
         self.size, self.patch = (height, width), int(model.config.patch_size)
         self.first, self.last = blocks[0] == 0, blocks[-1] == len(model.transformer_blocks) - 1
         # No program may call an input and an output the same.
@@ -180,7 +181,7 @@ class Part(nn.Module):
         if self.first:
             image, text = self.pos_embed(image), self.context_embedder(text)
             modulation = self.time_text_embed(timestep, modulation)
-        for block in self.blocks:
+        for block in self.transformer_blocks.values():
             text, image = block(hidden_states=image, encoder_hidden_states=text, temb=modulation)
         if not self.last:
             return (image, text, modulation) if self.first else (image, text)
@@ -232,7 +233,8 @@ def _network(
         feeds = {key: tensors[key] for key in part.inputs}
         try:
             with _quiet(), torch.no_grad():
-                tensors |= zip(part.outputs, part(*feeds.values()), strict=True)
+                found = [value.contiguous() for value in part(*feeds.values())]  # coremltools takes no other inputs
+                tensors |= zip(part.outputs, found, strict=True)
                 convert(part, feeds, list(part.outputs), batches).save(str(path))
         except (ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
             raise EdgepruneError(f"{name}: coremltools cannot convert it: {' '.join(str(error).split())}") from error
@@ -240,8 +242,8 @@ def _network(
     chain, outputs = Chain(packages), list(parts[-1].outputs)
     if sys.platform == "darwin":
         return parity.check(name, chain, reference, examples, outputs, bound=DEVICE_BOUND) | {"by": "prediction"}
-    found = parity.check(name, chain, reference, examples, outputs, bound=BOUND)
-    return found | {"by": "mil_reference", "half_relative": _half(name, chain, reference, examples[-1], outputs)}
+    record = parity.check(name, chain, reference, examples, outputs, bound=BOUND)
+    return record | {"by": "mil_reference", "half_relative": _half(name, chain, reference, examples[-1], outputs)}
 
 
 def _half(name: str, chain: Chain, reference: nn.Module, example: Tensors, outputs: Sequence[str]) -> float:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,11 +171,12 @@ def open_backend(
         raise InputError(
             f"{folder}: found {sys.platform}, expected macOS 15 or newer: Core ML runs on Apple devices only"
         )
-    compiled = tempfile.TemporaryDirectory(prefix="edgeprune-")  # goes with the last function that knows it
+    compiled = Path(tempfile.mkdtemp(prefix="edgeprune-"))
 
     def open_package(path: Path) -> CompiledPackage:
-        return CompiledPackage(path, Path(compiled.name) / f"{path.parent.name}-{path.stem}.mlmodelc", compute_units)
+        return CompiledPackage(path, compiled / f"{path.parent.name}-{path.stem}.mlmodelc", compute_units)
 
+    weakref.finalize(open_package, shutil.rmtree, compiled, ignore_errors=True)
     times: dict[str, dict[str, float]] = {}
 
     def open_network(path: Path) -> CoremlNetwork:

@@ -99,8 +99,9 @@ def test_integers_in_the_package_are_the_checkpoints(exported: tuple[Path, dict[
     layers = {n.replace(".", "_"): m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     found = [op for op in operations if op.type == "constexpr_blockwise_shift_scale"]
     assert len(found) == len(layers) == 32
-    readers = [op for op in operations for a in op.inputs.values() for b in a.arguments if "weight_packed" in b.name]
-    assert {op.type for op in readers} == {"linear"}
+    made = {op.outputs[0].name for op in found}
+    readers = [op for op in operations for a in op.inputs.values() for b in a.arguments if b.name in made]
+    assert [op.type for op in readers] == ["linear"] * 32
 
     def stored(op: Any, key: str) -> Any:
         binding = op.inputs[key].arguments[0]
