@@ -48,7 +48,7 @@ demo: $(STAMP)
 	@echo "next: open $(DEMO)/compressed/report.html, or: $(RUN) generate \"two red circles\" --model $(DEMO)/onnx -o out.png"
 
 bench: $(STAMP)
-	@$(RUN) bench $(DEMO)/onnx $(BENCH_FLAGS) --json $(DEMO)/bench.json
+	@$(RUN) bench $(DEMO)/onnx --runtime ort $(BENCH_FLAGS) --json $(DEMO)/bench.json
 
 test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)

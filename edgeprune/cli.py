@@ -531,13 +531,13 @@ def generate(
 
 
 @app.command(
-    epilog='Example: edgeprune bench small-onnx --assert "peak_ratio<=0.9"  ·  edgeprune bench small-* --all-runtimes'
+    epilog='Example: edgeprune bench small-onnx --assert "peak_ratio<=0.9"  ·  edgeprune bench small-* --runtime all'
 )
 def bench(
     folders: Annotated[list[Path], typer.Argument(help="Exported or artefact folders.")],
-    all_runtimes: Annotated[
-        bool, typer.Option("--all-runtimes", help="Each folder in every runtime that opens it and can run here.")
-    ] = False,
+    runtime: Annotated[
+        str | None, typer.Option(help="A runtime by name, or all: every one that opens a folder and can run here.")
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Original: folder or hub id; by default the model it was made from.")
     ] = None,
@@ -562,11 +562,11 @@ def bench(
     pairs = [
         (folder, name)
         for folder in folders
-        for name in (runtimes.runnable(folder) if all_runtimes else [runtimes.choose(folder)])
+        for name in (runtimes.runnable(folder) if runtime == "all" else [runtime or runtimes.choose(folder)])
     ]
     names = ["compressed"] if len(pairs) == 1 else [f"{folder.name}:{name}" for folder, name in pairs]
     variants = [benchmark.Variant("original", resolve(baseline or _source_of(folders[0])), "eager", "bf16")]
-    variants += [benchmark.Variant(n, folder, runtime) for n, (folder, runtime) in zip(names, pairs, strict=True)]
+    variants += [benchmark.Variant(n, folder, name) for n, (folder, name) in zip(names, pairs, strict=True)]
     result = benchmark.run(variants, repeats=repeats, steps=steps, quality=quality, progress=_say)
     Console().print(benchmark.table(result))
     if json_file:
