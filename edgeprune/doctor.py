@@ -6,7 +6,6 @@ whether a package works, which the export's parity check and `edgeprune bench` f
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -29,18 +28,19 @@ class Finding:
 
 
 def _present(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    return not runtimes.absent(package)
 
 
 def _version(package: str) -> str:
-    names = metadata.packages_distributions().get(package, [package])
+    names = metadata.packages_distributions().get(package.split(".")[0], [package])
     try:
         return f"{package} {metadata.version(names[0])}"
     except metadata.PackageNotFoundError:
         return package
 
 
-def _finding(what: str, extra: str, packages: tuple[str, ...], lacking: str = "") -> Finding:
+def _finding(what: str, extra: str, packages: tuple[str, ...], lacking: str = "", *, told: int = 0) -> Finding:
+    """`told` is how many of the packages go without saying where they are there."""
     missing = [p for p in packages if not any(map(_present, p.split("|")))]
     if missing:
         return Finding(
@@ -48,7 +48,7 @@ def _finding(what: str, extra: str, packages: tuple[str, ...], lacking: str = ""
         )
     if lacking:
         return Finding(what, False, f"needs {lacking}", "")
-    found = [next(p for p in package.split("|") if _present(p)) for package in packages]
+    found = [next(p for p in package.split("|") if _present(p)) for package in packages[told:]]
     return Finding(what, True, ", ".join(map(_version, found)), "")
 
 
@@ -56,7 +56,7 @@ def examine() -> list[Finding]:
     """Everything edgeprune does, in the order of work."""
     out = [_finding("compress", "compress", COMPRESS)]
     for fmt, (extra, packages) in export.NEEDS.items():
-        out.append(_finding(f"export {fmt}", f"compress,{extra}", (*COMPRESS, *packages)))
+        out.append(_finding(f"export {fmt}", f"compress,{extra}", (*COMPRESS, *packages), told=len(COMPRESS)))
     for name, info in runtimes.RUNTIMES.items():
         lacking = "" if info.has_hardware() else info.hardware
         out.append(_finding(f"run {name}", info.extra, info.packages, lacking))

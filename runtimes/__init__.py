@@ -24,7 +24,7 @@ from edgeprune.files import read_json
 from edgeprune.runtimes.base import Runtime
 from edgeprune.runtimes.base import open_runtime as _open_runtime
 
-__all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "candidates", "choose", "load", "prepare", "runnable"]
+__all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "absent", "candidates", "choose", "load", "prepare", "runnable"]
 
 
 _HARDWARE: dict[str, Callable[[], bool]] = {
@@ -52,11 +52,15 @@ class RuntimeInfo:
 
     def missing(self) -> str | None:
         """The first of its packages that is not installed."""
-        return next((p for p in self.packages if _absent(p)), None)
+        return next((p for p in self.packages if absent(p)), None)
 
 
-def _absent(package: str) -> bool:
-    spec = importlib.util.find_spec(package)
+def absent(package: str) -> bool:
+    """Whether a package is not installed; it is not imported."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # of the package that it is part of
+        return True
     # A folder without code, such as an export named `openvino` in the working directory, has a spec but no origin.
     return spec is None or spec.origin is None
 
@@ -66,7 +70,7 @@ RUNTIMES: dict[str, RuntimeInfo] = {
     "openvino": RuntimeInfo("openvino", ("openvino", *_BASE), ("openvino", "onnx")),
     "ort": RuntimeInfo("onnx", ("onnxruntime", *_BASE), ("onnx",)),
     # And the TensorRT that built the folder, which it names.
-    "trt": RuntimeInfo("trt", ("cuda", *_BASE), ("trt",), "an NVIDIA GPU"),
+    "trt": RuntimeInfo("trt", ("cuda.bindings.runtime", *_BASE), ("trt",), "an NVIDIA GPU"),
     "coreml": RuntimeInfo("coreml", ("coremltools", *_BASE), ("coreml",), "macOS"),
     "eager": RuntimeInfo("compress", ("torch", "diffusers", "transformers", *_BASE), ()),
 }
@@ -119,7 +123,9 @@ def candidates(folder: Path) -> list[str]:
 def _raise_missing(runtime: str) -> NoReturn:
     info = RUNTIMES[runtime]
     package = info.missing() or runtime
-    raise MissingExtraError({"PIL": "pillow", "cuda": "cuda-bindings"}.get(package, package), info.extra)
+    raise MissingExtraError(
+        {"PIL": "pillow", "cuda.bindings.runtime": "cuda-bindings"}.get(package, package), info.extra
+    )
 
 
 def prepare(runtime: str) -> Any:

@@ -172,9 +172,13 @@ def test_training_on_rounded_weights_lowers_the_error_after_rounding(tmp_path: P
 
     def error(group_size: int | None) -> float:
         """Of the result's velocity once its weights are rounded as INT4 will."""
+        _, _, fresh, plan, report, _ = setup()
+        options = DistillOptions(
+            steps=100, batch=16, rate=5e-4, schedule="cosine", sensitivity="off", freeze_prefix=False,
+            int4_group_size=group_size,
+        )  # fmt: skip
         path = tmp_path / f"{group_size}.safetensors"
-        options = {"sensitivity": "off", "freeze_prefix": False, "schedule": "cosine", "int4_group_size": group_size}
-        state, _ = run(path, 200, **options)
+        state, _ = distill(family, teacher, fresh, plan, report, pairs, options, path, inputs_digest="x")
         for name, tensor in state.items():
             if precision_of(family, name, tuple(tensor.shape), group_size=64).bits == 4:
                 state[name] = round_int4(tensor, 64)
