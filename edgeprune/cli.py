@@ -35,6 +35,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on t
 Metric = Annotated[str, typer.Option(help="velocity (error of the velocity, no images) or shapes (checked images).")]
 Prompts = Annotated[str | None, typer.Option(help="Text file of prompts, one a line.")]
 Method = Annotated[str, typer.Option(help="hpp, hybrid or manual.")]
+MethodOrPreset = Annotated[
+    str | None, typer.Option("--method", help="hpp, hybrid or manual; by default hpp (for the built-in model hybrid).")
+]
 Keep = Annotated[float | None, typer.Option(help="Share of the transformer's parameters that may be left, like 0.79.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Bytes its weights may take after INT4, like 3.2GB.")]
 FitTo = Annotated[
@@ -243,7 +246,7 @@ def compress(
     preset: Annotated[str, typer.Option(help="default, or quick for a first look.")] = "default",
     metric: Metric = "velocity",
     prompts: Prompts = None,
-    method: Method = "hpp",
+    method: MethodOrPreset = None,
     keep: Keep = None,
     max_memory: MaxMemory = None,
     fit: FitTo = None,
@@ -269,8 +272,23 @@ def compress(
 
     from edgeprune import pipeline, report
 
-    plan_options = _plan_options(
-        method, keep, max_memory, protect_first, protect_last, threshold, blocks, components, group_size, fit
+    # The preset's own plan, unless the user says anything of a plan.
+    said = (method, keep, max_memory, fit, protect_first, protect_last, threshold, blocks, components)
+    plan_options = (
+        None
+        if said == (None, None, None, None, None, 2, 0.15, "", "")
+        else _plan_options(
+            method or "hpp",
+            keep,
+            max_memory,
+            protect_first,
+            protect_last,
+            threshold,
+            blocks,
+            components,
+            group_size,
+            fit,
+        )
     )
     begun = model is None and (out / "edgeprune.json").is_file()
     generation = _generation(inference_steps, guidance_scale, height, width)
@@ -284,7 +302,7 @@ def compress(
     options = replace(
         options,
         analyze=replace(options.analyze, metric=metric, prompts=prompts),
-        plan=plan_options,
+        plan=plan_options or replace(options.plan, group_size=group_size),
         data=replace(options.data, source=data or options.data.source),
         distill=distill_options,
         quantize=replace(options.quantize, group_size=group_size, calibration=calibration),

