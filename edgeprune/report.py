@@ -205,7 +205,7 @@ def plots(report: ContributionReport, plan: PrunePlan) -> list[str]:
     colours = ["#d55e00" if c.block in plan.blocks else "#0072b2" for c in blocks]
     axes.bar([c.block for c in blocks], [c.drop for c in blocks], yerr=_errors(blocks), color=colours, capsize=2)
     axes.set(xlabel="block removed (orange: pruned by the plan)", ylabel=label)
-    axes.set_yscale("symlog", linthresh=max(1e-3, min((abs(c.drop) for c in blocks if c.drop), default=1.0)))
+    axes.set_yscale("symlog", linthresh=_LINEAR)
     out.append(_svg(figure))
     names = [n for n in dict.fromkeys(c.component for c in found.values()) if n]
     if names:
@@ -225,10 +225,15 @@ def plots(report: ContributionReport, plan: PrunePlan) -> list[str]:
                 capsize=2,
                 lw=1,
             )
-        axes.set(xlabel="block", ylabel=label, yscale="symlog")
+        axes.set(xlabel="block", ylabel=label)
+        axes.set_yscale("symlog", linthresh=_LINEAR)
         axes.legend(ncols=len(names), fontsize=8)
         out.append(_svg(figure))
     return out
+
+
+_LINEAR = 1e-2
+"""Drops below this are noise for most metrics; above it the axis is logarithmic."""
 
 
 def _errors(entries: list[Contribution]) -> list[float]:
