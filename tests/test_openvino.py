@@ -221,7 +221,7 @@ def test_an_onnx_folder_is_opened_by_openvino_first(
 def test_a_folder_named_openvino_is_not_the_package(tmp_path: Path) -> None:
     """Such as an export in the working directory, which Python takes for a namespace package."""
     (tmp_path / "openvino").mkdir()
-    code = "import importlib.util as u; from edgeprune import runtimes as r; print(r._absent('openvino'))"
+    code = "import importlib.util as u; from edgeprune import runtimes as r; print(r.absent('openvino'))"
     for blocked, said in (("", "False"), ("sys.path[:] = [p for p in sys.path if 'site-packages' not in p];", "True")):
         code_then = f"import sys; import edgeprune.runtimes; {blocked} {code}"
         done = subprocess.run([sys.executable, "-c", code_then], capture_output=True, text=True, cwd=tmp_path)
