@@ -195,6 +195,12 @@ def _layer_norm(
     return F.layer_norm(x, x.shape[-1:], gamma, beta, float(epsilon))
 
 
+def _batch_norm(
+    x: Tensor, mean: Tensor, variance: Tensor, epsilon: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None
+) -> Tensor:
+    return F.batch_norm(x, mean, variance, gamma, beta, eps=float(epsilon))
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask)
 
@@ -237,6 +243,7 @@ def _argmax(x: Tensor, axis: Tensor, keep_dims: Tensor | bool = False, output_dt
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "add": lambda x, y: x + y,
+    "batch_norm": _batch_norm,
     "cast": _cast,
     "concat": _concat,
     "constexpr_blockwise_shift_scale": _dequantise,
