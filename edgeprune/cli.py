@@ -19,7 +19,7 @@ import typer
 from edgeprune.errors import EdgepruneError, InputError
 
 if TYPE_CHECKING:
-    from edgeprune.pipeline import Workspace
+    from edgeprune.pipeline import PlanOptions, Workspace
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -34,9 +34,8 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Do a stage again although 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")]
 Metric = Annotated[str, typer.Option(help="velocity (error of the velocity, no images) or shapes (checked images).")]
 Prompts = Annotated[str | None, typer.Option(help="Text file of prompts, one a line.")]
-Method = Annotated[str, typer.Option(help="hpp, hybrid or manual.")]
-MethodOrPreset = Annotated[
-    str | None, typer.Option("--method", help="hpp, hybrid or manual; by default hpp (for the built-in model hybrid).")
+Method = Annotated[
+    str | None, typer.Option(help="hpp, hybrid or manual; by default hpp, for the built-in model hybrid.")
 ]
 Keep = Annotated[float | None, typer.Option(help="Share of the transformer's parameters that may be left, like 0.79.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Bytes its weights may take after INT4, like 3.2GB.")]
@@ -44,8 +43,10 @@ FitTo = Annotated[
     str | None, typer.Option("--fit", help="A device of `edgeprune targets` whose memory sets the budget.")
 ]
 ProtectFirst = Annotated[int | None, typer.Option(help="Leading blocks never removed; half of all by default.")]
-ProtectLast = Annotated[int, typer.Option(help="Trailing blocks never removed.")]
-Threshold = Annotated[float, typer.Option(help="hybrid: share removed as whole blocks before components join.")]
+ProtectLast = Annotated[int | None, typer.Option(help="Trailing blocks never removed; 2 by default.")]
+Threshold = Annotated[
+    float | None, typer.Option(help="hybrid: share removed as whole blocks before components join; 0.15 by default.")
+]
 Blocks = Annotated[str, typer.Option(help="manual: closed ranges of blocks, like 25-28,31.")]
 Components = Annotated[str, typer.Option(help="manual: components, like 30:mlp,30:context_mlp.")]
 Steps = Annotated[int | None, typer.Option(help="Training steps; 0 leaves distillation out.")]
@@ -176,30 +177,38 @@ def _source_of(folder: Path) -> str | None:
 
 
 def _plan_options(
-    method: str,
+    start: PlanOptions,
+    method: str | None,
     keep: float | None,
     max_memory: str | None,
-    first: int | None,
-    last: int,
-    threshold: float,
+    fit: str | None,
+    protect_first: int | None,
+    protect_last: int | None,
+    threshold: float | None,
     blocks: str,
     components: str,
     group_size: int,
-    fit: str | None,
-) -> Any:
+) -> PlanOptions:
+    """`start`, the preset's, with what the user says; another method begins from its own defaults."""
+    from dataclasses import replace
+
     from edgeprune import targets
     from edgeprune.pipeline import PlanOptions
 
-    if (blocks or components) and method == "hpp":
+    if (blocks or components) and method in (None, "hpp"):
         method = "manual"
     if fit and (keep is not None or max_memory or method == "manual"):
         raise InputError("--fit sets the budget by itself; leave --keep, --max-memory and --method manual out")
     if fit:
         targets.load(fit)
-    if method != "manual" and keep is None and max_memory is None and not fit:
-        keep = 0.79
-    size = parse_bytes(max_memory) if max_memory else None
-    return PlanOptions(method, keep, size, first, last, threshold, blocks, components, group_size, fit)
+    if method is not None:
+        start = PlanOptions(method, keep=None if method == "manual" else start.keep)
+    if keep is not None or max_memory or fit:
+        size = parse_bytes(max_memory) if max_memory else None
+        start = replace(start, keep=keep, max_memory_bytes=size, fit=fit)
+    given = {"protect_first": protect_first, "protect_last": protect_last, "threshold": threshold}
+    said = {name: value for name, value in given.items() if value is not None}
+    return replace(start, **said, blocks=blocks, components=components, group_size=group_size)
 
 
 def _fit_rows(fit: Any) -> list[tuple[str, str]]:
@@ -246,13 +255,13 @@ def compress(
     preset: Annotated[str, typer.Option(help="default, or quick for a first look.")] = "default",
     metric: Metric = "velocity",
     prompts: Prompts = None,
-    method: MethodOrPreset = None,
+    method: Method = None,
     keep: Keep = None,
     max_memory: MaxMemory = None,
     fit: FitTo = None,
     protect_first: ProtectFirst = None,
-    protect_last: ProtectLast = 2,
-    threshold: Threshold = 0.15,
+    protect_last: ProtectLast = None,
+    threshold: Threshold = None,
     blocks: Blocks = "",
     components: Components = "",
     steps: Steps = None,
@@ -272,28 +281,23 @@ def compress(
 
     from edgeprune import pipeline, report
 
-    # The preset's own plan, unless the user says anything of a plan.
-    said = (method, keep, max_memory, fit, protect_first, protect_last, threshold, blocks, components)
-    plan_options = (
-        None
-        if said == (None, None, None, None, None, 2, 0.15, "", "")
-        else _plan_options(
-            method or "hpp",
-            keep,
-            max_memory,
-            protect_first,
-            protect_last,
-            threshold,
-            blocks,
-            components,
-            group_size,
-            fit,
-        )
-    )
     begun = model is None and (out / "edgeprune.json").is_file()
     generation = _generation(inference_steps, guidance_scale, height, width)
-    ws = _workspace(out, model, fresh, generation=generation) if begun else None
+    ws = _workspace(out, model, fresh, generation=None if dry_run else generation) if begun else None
     options = pipeline.preset(preset, builtin=ws.builtin if ws else model is None)
+    plan_options = _plan_options(
+        options.plan,
+        method,
+        keep,
+        max_memory,
+        fit,
+        protect_first,
+        protect_last,
+        threshold,
+        blocks,
+        components,
+        group_size,
+    )
     distill_options = options.distill
     if steps is not None and distill_options is not None:
         distill_options = replace(distill_options, steps=steps) if steps else None
@@ -302,7 +306,7 @@ def compress(
     options = replace(
         options,
         analyze=replace(options.analyze, metric=metric, prompts=prompts),
-        plan=plan_options or replace(options.plan, group_size=group_size),
+        plan=plan_options,
         data=replace(options.data, source=data or options.data.source),
         distill=distill_options,
         quantize=replace(options.quantize, group_size=group_size, calibration=calibration),
@@ -365,13 +369,13 @@ def plan(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Artefact folder that was analyzed.")] = None,
     config: Annotated[Path | None, typer.Option(help="A transformer's config.json: plan without weights.")] = None,
     scores: Annotated[Path | None, typer.Option(help="Contribution scores, instead of the folder's own.")] = None,
-    method: Method = "hpp",
+    method: Method = None,
     keep: Keep = None,
     max_memory: MaxMemory = None,
     fit: FitTo = None,
     protect_first: ProtectFirst = None,
-    protect_last: ProtectLast = 2,
-    threshold: Threshold = 0.15,
+    protect_last: ProtectLast = None,
+    threshold: Threshold = None,
     blocks: Blocks = "",
     components: Components = "",
     group_size: GroupSize = 64,
@@ -379,17 +383,18 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Choose what goes: plan.json, and what is left."""
-    from dataclasses import asdict
-
-    options = _plan_options(
-        method, keep, max_memory, protect_first, protect_last, threshold, blocks, components, group_size, fit
-    )
     if (out is None) == (config is None):
         raise InputError("plan: give exactly one of -o (a folder) and --config (a transformer's config.json)")
-    if out is not None:
-        from edgeprune import pipeline
+    if fit and config is not None:
+        raise InputError("--fit counts a pipeline's files: give -o (a folder), not --config")
+    from edgeprune import pipeline
 
-        ws = _workspace(out, None, fresh)
+    ws = _workspace(out, None, fresh) if out is not None else None
+    options = _plan_options(
+        pipeline.preset("default", builtin=ws is not None and ws.builtin).plan,
+        *(method, keep, max_memory, fit, protect_first, protect_last, threshold, blocks, components, group_size),
+    )
+    if ws is not None:
         if fit:
             _table(_fit_rows(ws.fit(fit)))
         pipeline.run_plan(ws, options, scores)
@@ -398,15 +403,11 @@ def plan(
         from edgeprune.contribution import ContributionReport
         from edgeprune.families import family_of
         from edgeprune.files import read_json
-        from edgeprune.plan import make_plan
 
         assert config is not None
-        if fit:
-            raise InputError("--fit counts a pipeline's files: give -o (a folder), not --config")
         content = read_json(config)
         loaded = ContributionReport.load(scores) if scores else None
-        choices = {name: value for name, value in asdict(options).items() if name != "fit"}
-        made = make_plan(family_of(content, str(config)), content, loaded, **choices)
+        made = pipeline.plan_for(family_of(content, str(config)), content, loaded, options)
     _table(_plan_rows(made))
     if as_json or out is None:
         _print_json(made.to_json())
@@ -580,9 +581,9 @@ def bench(
     pairs = [
         (folder, name)
         for folder in folders
-        for name in (runtimes.runnable(folder) if runtime == "all" else [runtime or runtimes.choose(folder)])
+        for name in (runtimes.runnable(folder) if runtime == "all" else [runtimes.choose(folder, runtime)])
     ]
-    names = ["compressed"] if len(pairs) == 1 else [f"{folder.name}:{name}" for folder, name in pairs]
+    names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]
     variants = [benchmark.Variant("original", resolve(baseline or _source_of(folders[0])), "eager", "bf16")]
     variants += [benchmark.Variant(n, folder, name) for n, (folder, name) in zip(names, pairs, strict=True)]
     result = benchmark.run(variants, repeats=repeats, steps=steps, quality=quality, progress=_say)

@@ -150,23 +150,15 @@ def _round_weights(family: Family, student: nn.Module, group_size: int) -> list[
             continue
         precision = precision_of(family, f"{name}.weight", tuple(layer.weight.shape), group_size=group_size)
         if precision.bits == 4:
-            layer.forward = functools.partial(_rounded, layer, precision.group_size, _Frozen())  # type: ignore[method-assign]
+            frozen = None if layer.weight.requires_grad else round_int4(layer.weight.detach(), precision.group_size)
+            # mypy takes methods for constants.
+            layer.forward = functools.partial(_rounded, layer, precision.group_size, frozen)  # type: ignore[method-assign]
             changed.append(layer)
     return changed
 
 
-class _Frozen:
-    """The rounded weight of a layer that is not trained, made once."""
-
-    weight: torch.Tensor | None = None
-
-
-def _rounded(layer: nn.Linear, group_size: int, frozen: _Frozen, x: torch.Tensor) -> torch.Tensor:
-    if layer.weight.requires_grad:
-        return F.linear(x, round_int4(layer.weight, group_size), layer.bias)
-    if frozen.weight is None:
-        frozen.weight = round_int4(layer.weight.detach(), group_size)
-    return F.linear(x, frozen.weight, layer.bias)
+def _rounded(layer: nn.Linear, group_size: int, frozen: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, round_int4(layer.weight, group_size) if frozen is None else frozen, layer.bias)
 
 
 def _factor(schedule: str, step: int, total: int) -> float:

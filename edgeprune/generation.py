@@ -58,6 +58,17 @@ class Generation:
                 raise InputError(f"{where}: {name}: found {value!r}, expected a number from {low} to 65536")
         return cls(**data)
 
+    def check_size(self, folder: Path) -> None:
+        """Hold height and width against a pipeline's folder.
+
+        Raises:
+            InputError: one is not a whole number of tokens.
+        """
+        unit = _pixels(folder, "patch_size") or 1
+        for name in ("height", "width"):
+            if (value := getattr(self, name)) % unit:
+                raise InputError(f"{name}: found {value}, expected a multiple of {unit}")
+
     def save(self, folder: Path) -> None:
         """Write beside the model index."""
         write_json(folder / FILE, asdict(self))
@@ -65,9 +76,14 @@ class Generation:
 
 def _trained_side(folder: Path) -> int | None:
     """Height and width in pixels that a pipeline's transformer was trained for, if its configs say so."""
+    return _pixels(folder, "sample_size")
+
+
+def _pixels(folder: Path, field: str) -> int | None:
+    """A field of the transformer's config that counts latent pixels, in image pixels; None where configs do not say."""
     vaes = [path for name in ("vae_decoder", "vae") if (path := folder / name / "config.json").exists()]
     transformer = folder / "transformer" / "config.json"
     if not vaes or not transformer.exists():
         return None
-    side, widths = read_json(transformer).get("sample_size"), read_json(vaes[0]).get("block_out_channels")
-    return side * 2 ** (len(widths) - 1) if isinstance(side, int) and isinstance(widths, list) else None
+    count, widths = read_json(transformer).get(field), read_json(vaes[0]).get("block_out_channels")
+    return count * 2 ** (len(widths) - 1) if isinstance(count, int) and isinstance(widths, list) else None

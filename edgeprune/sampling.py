@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeprune.errors import InputError
 from edgeprune.generation import Generation
 
 
@@ -56,16 +55,8 @@ def noise(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def latent_shape(pipe: Any, generation: Generation) -> tuple[int, int, int]:
-    """(C, h, w) of one image's latents.
-
-    Raises:
-        InputError: height or width is not a whole number of tokens.
-    """
+    """(C, h, w) of one image's latents."""
     factor = pipe.vae_scale_factor
-    unit = factor * pipe.transformer.config.patch_size
-    for name in ("height", "width"):
-        if (value := getattr(generation, name)) % unit:
-            raise InputError(f"{name}: found {value}, expected a multiple of {unit}")
     return pipe.transformer.config.in_channels, generation.height // factor, generation.width // factor
 
 

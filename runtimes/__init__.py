@@ -77,25 +77,38 @@ RUNTIMES: dict[str, RuntimeInfo] = {
 """By name, which is also the module's; of several that open a format, the first installed one is taken."""
 
 
-def choose(folder: Path) -> str:
-    """The runtime for a folder: for an export, the first installed one that opens its format, else `eager`.
+def choose(folder: Path, runtime: str | None = None) -> str:
+    """The runtime for a folder: the one named, or of an export the first installed one, else `eager`.
 
     Raises:
-        InputError: there is no such folder, or it is neither an export nor a pipeline.
+        InputError: there is no such folder, it is neither an export nor a pipeline, or the named runtime does not open it.
         MissingExtraError: no runtime that opens the export is installed.
     """
+    if runtime is not None and runtime not in RUNTIMES:
+        raise InputError(f"runtime: found {runtime!r}, expected one of {', '.join(RUNTIMES)}")
     fitting = candidates(folder)
-    installed = [name for name in fitting if RUNTIMES[name].missing() is None]
-    return installed[0] if installed else _raise_missing(fitting[-1])
+    if runtime is None:
+        installed = [name for name in fitting if RUNTIMES[name].missing() is None]
+        return installed[0] if installed else _raise_missing(fitting[-1])
+    if runtime not in fitting:
+        hint = "give the folder it was exported from" if runtime == "eager" else "export it first (edgeprune export)"
+        raise InputError(f"{folder}: found a folder for {', '.join(fitting)}, expected one for {runtime}; {hint}")
+    return runtime
 
 
 def runnable(folder: Path) -> list[str]:
     """Every runtime that opens this folder and whose packages and hardware are here.
 
     Raises:
-        InputError: there is no such folder, or it is neither an export nor a pipeline.
+        InputError: there is no such folder, it is neither an export nor a pipeline, or none of its runtimes can run here.
     """
-    return [name for name in candidates(folder) if RUNTIMES[name].missing() is None and RUNTIMES[name].has_hardware()]
+    fitting = candidates(folder)
+    found = [name for name in fitting if RUNTIMES[name].missing() is None and RUNTIMES[name].has_hardware()]
+    if not found:
+        raise InputError(
+            f"{folder}: found a folder for {', '.join(fitting)}, none of which runs here; see edgeprune doctor"
+        )
+    return found
 
 
 def candidates(folder: Path) -> list[str]:
@@ -154,16 +167,8 @@ def load(folder: str | Path, runtime: str | None = None, **options: Any) -> Runt
             `compute_units` (coreml); `dtype` (eager: fp32, bf16).
 
     Raises:
-        InputError: the folder or one of its files is not usable.
+        InputError: the folder or one of its files is not usable, or the runtime has no such option.
         MissingExtraError: a package that the runtime needs is not installed.
     """
     folder = Path(folder)
-    if runtime is None:
-        return _open_runtime(folder, prepare(choose(folder)), options)
-    if runtime not in RUNTIMES:
-        raise InputError(f"runtime: found {runtime!r}, expected one of {', '.join(RUNTIMES)}")
-    fitting = candidates(folder)
-    if runtime not in fitting:
-        hint = "give the folder it was exported from" if runtime == "eager" else "export it first (edgeprune export)"
-        raise InputError(f"{folder}: found a folder for {', '.join(fitting)}, expected one for {runtime}; {hint}")
-    return _open_runtime(folder, prepare(runtime), options)
+    return _open_runtime(folder, prepare(choose(folder, runtime)), options)

@@ -9,6 +9,7 @@ Shapes: B batch, M text tokens, K joint attention width, P pooled width, C laten
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,7 +300,15 @@ class Runtime:
 
 
 def open_runtime(folder: Path, module: ModuleType, options: dict[str, Any]) -> Runtime:
-    """Read the small files first, so that a bad setting is told before gigabytes are loaded."""
+    """Read the small files first, so that a bad setting is told before gigabytes are loaded.
+
+    Raises:
+        InputError: a setting is not usable, or the runtime has no such option.
+    """
+    known = list(inspect.signature(module.open_backend).parameters)[2:]
+    if unknown := sorted(set(options) - set(known)):
+        name = module.__name__.rpartition(".")[2]
+        raise InputError(f"{folder}: {name}: option {unknown[0]}: not known, expected one of {', '.join(known)}")
     settings = read_settings(folder)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = FlowMatchEuler.from_config(read_json(scheduler_path), where=str(scheduler_path))

@@ -85,8 +85,12 @@ class NetworkBackend:
         self._closed = False
         self._networks: dict[str, Network] = {}
         if not low_memory:
-            for stage in STAGES:
-                self._stage(stage)
+            try:
+                for stage in STAGES:
+                    self._stage(stage)
+            except BaseException:
+                self.close()  # nobody else holds those that were opened
+                raise
 
     def _stage(self, stage: str) -> list[Network]:
         """The networks of a stage, opened if they are not."""

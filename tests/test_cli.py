@@ -68,10 +68,28 @@ def test_dry_run_forecasts_and_writes_nothing(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     data = json.loads(found.stdout.splitlines()[-1])
     assert data["blocks"] == 3 and data["analyze_parts"] == 1 + 3 + 5 * 3 - 1
-    assert data["distill_weights_bytes"] == pytest.approx(data["analyze_weights_bytes"] * (1 + 5 * 0.5), rel=1e-3)
+    assert data["distill_weights_bytes"] == pytest.approx(data["analyze_weights_bytes"] * (1 + 6 * 0.5), rel=1e-3)
     assert not (tmp_path / "out").exists()
 
 
 def test_version_and_targets() -> None:
     assert run("--version").stdout.startswith("edgeprune 0.")
     assert "cpu-x86" in run("targets").stderr
+
+
+def test_plan_options_begin_from_the_preset() -> None:
+    from edgeprune.cli import _plan_options
+    from edgeprune.pipeline import PlanOptions, preset
+
+    start = preset("default", builtin=True).plan
+
+    def made(**said: object) -> PlanOptions:
+        names = ("method", "keep", "max_memory", "fit", "protect_first", "protect_last", "threshold")
+        return _plan_options(start, *(said.get(n) for n in names), said.get("blocks", ""), "", 64)  # type: ignore[arg-type]
+
+    assert made() == start and start.method == "hybrid"  # `plan` after `compress` has nothing to do
+    assert (made(keep=0.9).method, made(keep=0.9).keep) == ("hybrid", 0.9)
+    assert made(method="hpp") == PlanOptions("hpp", keep=start.keep)
+    assert (made(blocks="3").method, made(blocks="3").keep) == ("manual", None)
+    assert (made(fit="rtx").keep, made(max_memory="3GB").max_memory_bytes) == (None, 3 * 10**9)
+    assert made(threshold=0.3, protect_last=1).protect_first == start.protect_first

@@ -254,6 +254,9 @@ def test_how_images_are_made_is_kept(source: Path, copy: Path, tmp_path: Path) -
     assert Workspace(tmp_path / "out", str(source)).generation == ws.generation
     with pytest.raises(InputError, match="num_inference_steps: found 0"):
         Workspace(tmp_path / "other", str(source), generation={"num_inference_steps": 0})
+    with pytest.raises(InputError, match="height: found 60, expected a multiple of 8"):
+        Workspace(tmp_path / "odd", str(source), generation={"height": 60})
+    assert not (tmp_path / "odd").exists()
     with pytest.raises(StaleStageError, match="begun with num_inference_steps"):
         Workspace(copy, str(source), generation={"num_inference_steps": 5})
     Workspace(copy, str(source), generation={"num_inference_steps": 5}, fresh=True)

@@ -300,3 +300,43 @@ def test_refuses_to_be_imported_under_another_name() -> None:
     root = Path(runtimes.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", "import runtimes"], capture_output=True, text=True, cwd=root)
     assert done.returncode == 1 and "edgeprune.runtimes" in done.stderr
+
+
+def test_an_option_that_a_runtime_does_not_have(source: Path, exported: Path) -> None:
+    with pytest.raises(InputError, match="eager: option low_memory: not known, expected one of dtype, threads"):
+        runtimes.load(source, low_memory=True)
+    with pytest.raises(InputError, match="ort: option dtype: not known"):
+        runtimes.load(exported, "ort", dtype="bf16")
+
+
+def test_nothing_that_runs_here_is_an_error(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "ort" in runtimes.runnable(exported)
+    monkeypatch.setattr(runtimes.RuntimeInfo, "has_hardware", lambda self: False)
+    with pytest.raises(InputError, match="none of which runs here; see edgeprune doctor"):
+        runtimes.runnable(exported)
+
+
+def test_networks_are_closed_when_a_later_one_fails(exported: Path) -> None:
+    from edgeprune.runtimes.base import read_settings
+    from edgeprune.runtimes.networks import NetworkBackend
+
+    class Opened:
+        provider, closed = "x", False
+
+        def __call__(self, **arrays: object) -> dict[str, Any]:
+            return {}
+
+        def close(self) -> None:
+            self.closed = True
+
+    opened: list[Opened] = []
+
+    def open_network(path: Path) -> Opened:
+        if path.name == "transformer":
+            raise InputError("damaged")
+        opened.append(Opened())
+        return opened[-1]
+
+    with pytest.raises(InputError, match="damaged"):
+        NetworkBackend("x", exported, read_settings(exported), open_network, low_memory=False)
+    assert len(opened) == 2 and all(network.closed for network in opened)
