@@ -103,8 +103,8 @@ class CompressOptions:
 def preset(name: str, *, builtin: bool) -> CompressOptions:
     """`default`, or `quick` for a first look and for CI.
 
-    The built-in model is small and takes a larger step. Of it components go rather than blocks: it hardly uses its context
-    MLPs, and at the same bytes much more of the velocity is kept (README.md has the figures).
+    The built-in model is small and takes a larger step. Of it components go rather than blocks: it hardly uses its
+    context MLPs, and at the same bytes much more of the velocity is kept (README.md has the figures).
 
     Raises:
         InputError: unknown name.
@@ -505,8 +505,8 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
 def forecast(model: str | None, options: CompressOptions) -> dict[str, Any]:
     """What `compress` would do, from the config alone: parts to score, training steps, bytes held and written.
 
-    In training, teacher, student, gradients, two moments, the average and rounded weights are held in float32; activations
-    come on top.
+    In training, teacher, student, gradients, two moments, the average and rounded weights are held in float32;
+    activations come on top.
     """
     source = checkpoint.resolve(model)
     config, family = checkpoint.read_config(source)

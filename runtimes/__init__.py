@@ -81,7 +81,7 @@ def choose(folder: Path, runtime: str | None = None) -> str:
     """The runtime for a folder: the one named, or of an export the first installed one, else `eager`.
 
     Raises:
-        InputError: there is no such folder, it is neither an export nor a pipeline, or the named runtime does not open it.
+        InputError: no such folder, neither an export nor a pipeline, or not one that the named runtime opens.
         MissingExtraError: no runtime that opens the export is installed.
     """
     if runtime is not None and runtime not in RUNTIMES:
@@ -100,7 +100,7 @@ def runnable(folder: Path) -> list[str]:
     """Every runtime that opens this folder and whose packages and hardware are here.
 
     Raises:
-        InputError: there is no such folder, it is neither an export nor a pipeline, or none of its runtimes can run here.
+        InputError: no such folder, neither an export nor a pipeline, or none of its runtimes can run here.
     """
     fitting = candidates(folder)
     found = [name for name in fitting if RUNTIMES[name].missing() is None and RUNTIMES[name].has_hardware()]
