@@ -26,7 +26,7 @@ from torch import nn
 from edgeprune import __version__
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.families import Config, Family, family_of
-from edgeprune.files import read_json, sha256_file, write_json
+from edgeprune.files import copy_folder, read_json, replace_folder, sha256_file, write_json
 from edgeprune.plan import PrunePlan
 from edgeprune.quantize import prepare
 from edgeprune.resume import save_tensors
@@ -308,16 +308,6 @@ def save_transformer(folder: Path, part: str, config: Config, state: dict[str, t
     replace_folder(temporary, folder / part)
 
 
-def replace_folder(new: Path, target: Path) -> None:
-    """Move a finished folder to its place; the old one goes only when the new one is there."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def copy_surroundings(source: Path, folder: Path) -> None:
     """Copy everything of a pipeline but its transformer: encoders, tokenizers, VAE, scheduler."""
     index = read_json(source / "model_index.json")
@@ -329,6 +319,6 @@ def copy_surroundings(source: Path, folder: Path) -> None:
             raise InputError(f"{source / 'model_index.json'}: {name}: no such folder beside it")
         temporary = folder / f"{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source / name, temporary, ignore=shutil.ignore_patterns(*_NEVER))
+        copy_folder(source / name, temporary, *_NEVER)
         replace_folder(temporary, folder / name)
     shutil.copyfile(source / "model_index.json", folder / "model_index.json")

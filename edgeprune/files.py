@@ -1,17 +1,19 @@
-"""Reading and writing small files without surprises: atomic JSON, hashes, and errors that name the file.
+"""Files without surprises: atomic JSON, copies, hashes, and errors that name the file.
 
 Leaves out weights: see checkpoint.py.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import InputError
+from edgeprune.errors import EdgepruneError, InputError
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -32,11 +34,64 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write by way of a temporary name, so that a reader sees the old or the new file, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write by way of a temporary name, so that a reader sees the old or the new file, never a part.
+
+    Raises:
+        EdgepruneError: the disk is full or the folder cannot be written; what was at `path` is untouched.
+    """
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def copy_folder(source: Path, target: Path, *leave_out: str) -> None:
+    """Copy a folder to a new place, but for files of these patterns. If that fails, nothing is left there.
+
+    Raises:
+        EdgepruneError: a file cannot be read, or the disk is full.
+    """
+
+    def copy(one: str, to: str) -> str:  # copytree collects OSErrors and goes on; this ends it at the first
+        try:
+            return shutil.copyfile(one, to)
+        except OSError as error:
+            raise cannot_write(Path(to), error) from error
+
+    try:
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*leave_out), copy_function=copy)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Move a finished folder to its place; what was there goes only when it is, and comes back if that fails."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if not target.exists():
+        new.rename(target)
+        return
+    target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def cannot_write(path: Path, error: Exception) -> EdgepruneError:
+    """What to raise when a file was not written: one line that says why, and what to do if the disk is full."""
+    # safetensors hides the error number in its text.
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return EdgepruneError(f"{path}: disk full; free some space and run again")
+    return EdgepruneError(f"{path}: cannot be written ({error})")
 
 
 def sha256_file(path: Path) -> str:

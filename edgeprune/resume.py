@@ -5,7 +5,6 @@ Randomness is not stored: training loops derive each step's generator from (seed
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.errors import InputError
+from edgeprune.files import cannot_write
 
 Tensors = dict[str, torch.Tensor]
 
@@ -46,13 +46,7 @@ def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None =
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        # safetensors hides the error number in its text.
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            need = sum(t.numel() * t.element_size() for t in tensors.values())
-            raise EdgepruneError(
-                f"{path}: disk full while writing {need} bytes; free some space and run again"
-            ) from error
-        raise EdgepruneError(f"{path}: cannot be written ({error})") from error
+        raise cannot_write(path, error) from error
 
 
 def load_state(path: Path, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensors], dict[str, Any]]:

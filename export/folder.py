@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from edgeprune.checkpoint import MANIFEST, no_bars
-from edgeprune.errors import EdgepruneError, InputError
-from edgeprune.files import read_json, sha256_file, write_json
+from edgeprune.errors import InputError
+from edgeprune.files import cannot_write, copy_folder, read_json, replace_folder, sha256_file, write_json
 from edgeprune.generation import FILE as GENERATION
 from edgeprune.generation import Generation
 
@@ -68,29 +68,13 @@ def write(artefact: Path, out: Path, target: str, networks: Networks) -> dict[st
             "files": {path.relative_to(partial).as_posix(): sha256_file(path) for path in files},
         }
         write_json(partial / FILE, record)
-        _put(partial, out)
+        replace_folder(partial, out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
-            raise EdgepruneError(f"{out}: cannot be written: {error}") from error
+            raise cannot_write(out, error) from error
         raise
     return record
-
-
-def _put(partial: Path, out: Path) -> None:
-    """Rename over a previous export, which comes back if that fails."""
-    old = out.with_name(out.name + ".old")
-    if not out.exists():
-        partial.rename(out)
-        return
-    shutil.rmtree(old, ignore_errors=True)
-    out.rename(old)
-    try:
-        partial.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def is_quantized(artefact: Path) -> bool:
@@ -156,7 +140,7 @@ def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> Non
     """Index, scheduler and tokenizers."""
     kept = {key: value for key, value in index.items() if key != "_name_or_path"}
     write_json(partial / "model_index.json", kept)
-    shutil.copytree(artefact / "scheduler", partial / "scheduler")
+    copy_folder(artefact / "scheduler", partial / "scheduler")
     for name in ("tokenizer", "tokenizer_2"):
         _tokenizer(artefact / name, partial / name)
 
@@ -167,7 +151,7 @@ def _tokenizer(source: Path, target: Path) -> None:
     The `tokenizers` package alone reads tokenizer.json, which hub folders of SD3 lack; optimum with transformers 4
     reads vocab.json and merges.txt, which transformers 5 no longer writes.
     """
-    shutil.copytree(source, target)
+    copy_folder(source, target)
     if not (target / "tokenizer.json").exists():
         from_pretrained(AutoTokenizer.from_pretrained, source).save_pretrained(target)
     model = read_json(target / "tokenizer.json").get("model", {})
