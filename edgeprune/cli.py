@@ -19,7 +19,7 @@ import typer
 from edgeprune.errors import EdgepruneError, InputError
 
 if TYPE_CHECKING:
-    from edgeprune.pipeline import PlanOptions, Workspace
+    from edgeprune.pipeline import CompressOptions, PlanOptions, Workspace
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -280,6 +280,7 @@ def compress(
     from dataclasses import replace
 
     from edgeprune import pipeline, report
+    from edgeprune.checkpoint import resolve
 
     begun = model is None and (out / "edgeprune.json").is_file()
     generation = _generation(inference_steps, guidance_scale, height, width)
@@ -312,10 +313,7 @@ def compress(
         quantize=replace(options.quantize, group_size=group_size, calibration=calibration),
     )
     if dry_run:
-        forecast = pipeline.forecast(model, options)
-        _table([(k.replace("_", " "), f"{v:,}") for k, v in forecast.items()])
-        if as_json:
-            _print_json(forecast)
+        _forecast(ws.source if ws else resolve(model), options, generation, as_json)
         return
     ws = ws or _workspace(out, model, fresh, begin=True, generation=generation)
     if fit:
@@ -329,6 +327,20 @@ def compress(
     _say(f"next: edgeprune export {out} --target onnx -o {out}-onnx")
     if as_json:
         _print_json({"out": str(out), "ran": ran, **summary})
+
+
+def _forecast(source: Path, options: CompressOptions, given: dict[str, Any], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from edgeprune.forecast import forecast
+    from edgeprune.generation import Generation
+
+    said = {name: value for name, value in given.items() if value is not None}
+    found = forecast(source, options, Generation.checked(asdict(Generation.load(source)) | said, "options"))
+    _table([(key.replace("_", " "), f"{value:,}") for key, value in found.items()])
+    _say("floors are the work at the speed of a matrix product here: expect more")
+    if as_json:
+        _print_json(found)
 
 
 @app.command(epilog="Example: edgeprune analyze -o small --metric velocity")

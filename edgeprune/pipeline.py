@@ -29,7 +29,6 @@ from edgeprune.fit import Fit, fit
 from edgeprune.generation import Generation
 from edgeprune.metrics import metric_named
 from edgeprune.plan import PrunePlan, make_plan
-from edgeprune.precision import footprint
 from edgeprune.quantize import CALIBRATIONS, quantize
 from edgeprune.sampling import encode_prompts, latent_shape, sigmas
 from edgeprune.surgery import build, prune_state
@@ -378,6 +377,19 @@ def plan_for(
     return make_plan(family, config, report, **choices)
 
 
+def rehearse(family: Family, config: Config, options: CompressOptions, budget: int | None) -> PrunePlan:
+    """A plan as if all parts contributed alike: what is left is about as large as what the real plan will leave.
+
+    Raises:
+        BudgetError: no plan of these options meets the budget.
+    """
+    alike = dict.fromkeys(parts(family, config, components=options.analyze.components), 0.0)
+    report = ContributionReport(
+        fingerprint(config), family.name, family.block_count(config), "none", [], [], {}, summary=alike
+    )
+    return plan_for(family, config, report, options.plan, budget)
+
+
 def run_prune(ws: Workspace) -> bool:
     """The shorter transformer to `transformer/`, the rest of the pipeline beside it."""
     plan = ws.plan()
@@ -484,8 +496,13 @@ def run_quantize(ws: Workspace, options: QuantizeOptions, progress: Progress = s
 
 
 def compress(ws: Workspace, options: CompressOptions, progress: Progress = silent) -> list[str]:
-    """All stages; returns the names of those that ran."""
+    """All stages; returns the names of those that ran.
+
+    Raises:
+        BudgetError: the plan's budget cannot be met; said before anything is computed.
+    """
     ran = []
+    rehearse(ws.family, ws.config, options, ws.fit(options.plan.fit).transformer_bytes if options.plan.fit else None)
     needs_scores = options.plan.method != "manual" or (options.distill and options.distill.sensitivity != "off")
     if needs_scores and run_analyze(ws, options.analyze, progress):
         ran.append("analyze")
@@ -500,27 +517,3 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
     if run_quantize(ws, options.quantize, progress):
         ran.append("quantize")
     return ran
-
-
-def forecast(model: str | None, options: CompressOptions) -> dict[str, Any]:
-    """What `compress` would do, from the config alone: parts to score, training steps, bytes held and written.
-
-    In training, teacher, student, gradients, two moments, the average and rounded weights are held in float32;
-    activations come on top.
-    """
-    source = checkpoint.resolve(model)
-    config, family = checkpoint.read_config(source)
-    size = footprint(family, family.tensor_shapes(config))
-    keep = options.plan.keep if options.plan.keep is not None else 1.0
-    students = 5 + (options.distill is not None and options.distill.int4_group_size is not None)
-    training = 2 * size.bf16_bytes + round(students * keep * 2 * size.bf16_bytes) if options.distill else 0
-    return {
-        "blocks": family.block_count(config),
-        "parameters": size.parameters,
-        "analyze_parts": len(parts(family, config, components=options.analyze.components)) + 1,
-        "analyze_prompts": options.analyze.count,
-        "distill_steps": options.distill.steps if options.distill else 0,
-        "analyze_weights_bytes": 2 * size.bf16_bytes,
-        "distill_weights_bytes": training,
-        "written_bytes": round(keep * (size.bf16_bytes + size.int4_bytes)),
-    }

@@ -33,6 +33,7 @@ RANKS: list[tuple[str, ...]] = [
     ("quantize",),
     ("checkpoint",),
     ("pipeline",),
+    ("forecast",),
     ("runtimes",),
     ("export",),
     ("bench", "bench_worker"),

@@ -23,6 +23,10 @@ class Metric(Protocol):
     def __init__(self, pipe: Any, generation: Generation, prompts: list[str]) -> None:
         """Prepare with the untouched model."""
 
+    @staticmethod
+    def evaluations(generation: Generation, prompts: int) -> int:
+        """How many samples go through the transformer for one score."""
+
     def score(self) -> list[float]:
         """Score the pipeline's transformer as it is now: one value per prompt."""
 

@@ -44,6 +44,11 @@ class VelocityError:
         self.reference = self._velocities()
         self.norms = self._per_prompt(self.reference)
 
+    @staticmethod
+    def evaluations(generation: Generation, prompts: int) -> int:
+        """One a state."""
+        return prompts * min(STATES, generation.num_inference_steps)
+
     def _velocities(self) -> torch.Tensor:
         parts = []
         for start in range(0, len(self.states), self.batch):

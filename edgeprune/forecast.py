@@ -1,0 +1,100 @@
+"""What `compress` would cost, from configs alone: work, least time on this machine, memory, bytes written.
+
+Work is counted by torch on a model without weights; the least time is that work at the speed of one large matrix
+product, measured now, so a run takes longer (activation functions, small matrices, reading). What it leaves out:
+activations, and the report's images.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgeprune import checkpoint, targets
+from edgeprune.contribution import parts
+from edgeprune.families import Config, Family
+from edgeprune.files import read_json
+from edgeprune.fit import fit
+from edgeprune.generation import Generation
+from edgeprune.metrics import metric_named
+from edgeprune.pipeline import CompressOptions, rehearse
+
+
+def forecast(source: Path, options: CompressOptions, generation: Generation) -> dict[str, Any]:
+    """Rows of the forecast, units in their names.
+
+    In training, teacher, student, gradients, two moments, the average and (where training rounds) rounded weights are
+    held in float32.
+
+    Args:
+        source: the pipeline's folder.
+
+    Raises:
+        BudgetError: the plan's budget cannot be met, whatever the scores.
+        InputError: an option or a config is not usable.
+    """
+    config, family = checkpoint.read_config(source)
+    guided = generation.guidance_scale > 1
+    fitted = options.plan.fit
+    budget = fit(source, targets.load(fitted), generation, guided=guided).transformer_bytes if fitted else None
+    plan = rehearse(family, config, options, budget)
+    before, after = plan.before, plan.after
+
+    scored = len(parts(family, config, components=options.analyze.components)) + 1
+    per_score = metric_named(options.analyze.metric).evaluations(generation, options.analyze.count)
+    training, rounded = options.distill, options.distill is not None and options.distill.int4_group_size is not None
+    # A training step is one evaluation of the teacher, and three of the student: forward, and twice that backward.
+    taught = training.steps * training.batch if training else 0
+    flops = flops_per_evaluation(family, config, source, generation)
+    speed = matmul_flops_per_s()
+    share = after.parameters / before.parameters
+    float32 = 2 * before.bf16_bytes
+    return {
+        "blocks": family.block_count(config),
+        "parameters": before.parameters,
+        "parameters_left": after.parameters,
+        "int4_bytes": after.int4_bytes,
+        "analyze_parts": scored,
+        "analyze_prompts": options.analyze.count,
+        "analyze_evaluations": scored * per_score,
+        "analyze_floor_s": round(scored * per_score * flops / speed, 1),
+        "distill_steps": training.steps if training else 0,
+        "distill_floor_s": round(taught * (1 + 3 * share) * flops / speed, 1),
+        "evaluation_flops": flops,
+        "matmul_flops_per_s": round(speed),
+        "analyze_weights_bytes": float32,
+        "distill_weights_bytes": float32 + (5 + rounded) * 2 * after.bf16_bytes if training else 0,
+        "written_bytes": after.bf16_bytes + after.int4_bytes,
+    }
+
+
+def flops_per_evaluation(family: Family, config: Config, source: Path, generation: Generation) -> int:
+    """Floating-point operations of one sample through the transformer, counted by torch on the meta device."""
+    model = family.build(config, list(range(family.block_count(config))), frozenset())
+    widths = read_json(source / "vae" / "config.json").get("block_out_channels", [0] * 4)
+    factor = 2 ** (len(widths) - 1)
+    text = read_json(source / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model(
+            torch.empty(1, config["in_channels"], generation.height // factor, generation.width // factor),
+            torch.empty(1, min(int(text), 512) + generation.max_sequence_length, config["joint_attention_dim"]),
+            torch.empty(1, config["pooled_projection_dim"]),
+            torch.empty(1),
+            return_dict=False,
+        )
+    return int(counter.get_total_flops())
+
+
+def matmul_flops_per_s(size: int = 1024, repeats: int = 5) -> float:
+    """Speed of a float32 matrix product of this size on this machine: the best of `repeats`."""
+    a = torch.ones(size, size)
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / min(times)
