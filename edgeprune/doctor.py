@@ -7,6 +7,7 @@ and `edgeprune bench` find out.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -34,8 +35,11 @@ def _present(package: str) -> bool:
     return not runtimes.absent(package)
 
 
+_distributions = functools.cache(metadata.packages_distributions)  # reads every installed package
+
+
 def _version(package: str) -> str:
-    names = metadata.packages_distributions().get(package.split(".")[0], [package])
+    names = _distributions().get(package.split(".")[0], [package])
     try:
         return f"{package} {metadata.version(names[0])}"
     except metadata.PackageNotFoundError:

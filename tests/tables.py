@@ -72,4 +72,5 @@ def _save(
     found = [helper.make_tensor_value_info(name, _FLOAT, shape) for name, shape in outputs.items()]
     graph = helper.make_graph(nodes, "tables", inputs, found, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    onnx.save(model, path / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    # Inside the file: ONNX Runtime would map tables of a file beside it, and what is not read takes no memory.
+    onnx.save(model, path / "model.onnx")

