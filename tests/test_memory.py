@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import heavy
 import numpy as np
 import pytest
-import tables
 
 from edgeprune import runtimes
 from edgeprune.runtimes import memory
@@ -108,8 +108,8 @@ with runtimes.load(sys.argv[1], "ort", threads=1, low_memory=sys.argv[2] == "Tru
 
 @linux
 def test_low_memory_holds_the_largest_stage_not_the_sum(tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:
-    """Three stages of 64 MB: the peak falls by two of them. The rest is ONNX Runtime's code and what reading takes."""
-    model = tables.folder(tiny_folders[1], tmp_path / "model", STAGE)
+    """Three stages of 64 MB: the peak falls by two of them. The rest is the library's code."""
+    model = heavy.folder(tiny_folders[1], tmp_path / "model", STAGE)
     whole, low = (run(ROWS, model, low_memory) for low_memory in (False, True))
     for rows in (whole, low):
         assert rows["peak_bytes"] == sum(rows[name] for name in memory.SPLIT[1:])
@@ -148,9 +148,9 @@ def test_nothing_is_left_after_many_loads(
 ) -> None:
     """Over the second half memory grows by less than `bound` bytes per load, files and threads by none at all.
 
-    The tables of one load have 0.8 MB: one that stayed would be twenty times the bound.
+    The weights of one load have 0.6 MB: one that stayed would be fifteen times the bound.
     """
-    model = tables.folder(tiny_folders[1], tmp_path / "model", 200_000)
+    model = heavy.folder(tiny_folders[1], tmp_path / "model", 200_000)
     held = np.asarray(run(LEAK, model, runtime, loads))[loads // 2 :]
     slope = np.polyfit(np.arange(len(held)), held[:, 0], 1)[0]
     assert slope < bound, f"{slope:.0f} bytes per load, {held[::10, 0].tolist()}"
