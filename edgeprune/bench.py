@@ -432,7 +432,7 @@ def table(result: BenchResult) -> Table:
     out = Table(title=f"{result.machine['cpu']}, {result.machine['cores']} cores")
     out.add_column("")
     for m in result.variants:
-        out.add_column(f"{m.name}\n{m.runtime} {m.precision} {m.provider}", justify="right")
+        out.add_column(f"{m.name}\n{m.runtime} {m.precision} {m.provider}", justify="right", overflow="fold")
     for name in result.comparisons:
         out.add_column(f"{name} /\n{result.variants[0].name}", justify="right")
     out.add_row("why this provider", *(m.provider_why for m in result.variants), *[""] * len(result.comparisons))
