@@ -29,7 +29,7 @@ from edgeprune.errors import AssertionMissedError, EdgepruneError, InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PROMPT = "two red circles"
 
 MEASURES: dict[str, tuple[str, str]] = {
@@ -39,12 +39,13 @@ MEASURES: dict[str, tuple[str, str]] = {
     "step_p95_s": ("warm step, p95", "step_p95"),
     "step_floor_s": ("floor: transformer bytes / memory bandwidth", "step_floor"),
     "image_p50_s": ("image, p50", "image"),
-    "transformer_weights_bytes": ("transformer weights as computed with", "weights"),
+    "transformer_weights_bytes": ("transformer weights as computed with", "transformer_weights"),
     "transformer_disk_bytes": ("transformer on disk", "transformer_disk"),
     "total_disk_bytes": ("all weights on disk", "disk"),
-    "peak_rss_bytes": ("peak memory", "peak"),
-    "peak_over_baseline_bytes": ("peak less interpreter and libraries", "peak_over_baseline"),
-    "baseline_rss_bytes": ("interpreter and libraries, before load", "baseline"),
+    "peak_bytes": ("peak memory", "peak"),
+    "runtime_overhead_bytes": ("of it runtime: interpreter and libraries", "runtime_overhead"),
+    "weights_bytes": ("of it weights, as loaded", "weights"),
+    "activations_bytes": ("of it activations", "activations"),
     "rss_bytes": ("settled: resident", "rss"),
     "pss_bytes": ("settled: PSS", "pss"),
     "anon_bytes": ("settled: anonymous", "anon"),
@@ -89,6 +90,8 @@ class Measured:
     folder: str
     runtime: str
     provider: str
+    provider_why: str
+    """Why it computed there."""
     precision: str
     values: dict[str, float | int | None]
     """Keys of MEASURES; None where this system cannot measure it."""
@@ -248,6 +251,7 @@ def _measured(variant: Variant, found: dict[str, Any], bandwidth: float, quality
         folder=str(variant.folder),
         runtime=found["runtime"],
         provider=found["provider"],
+        provider_why=found["provider_why"],
         precision=found["precision"],
         values={k: values[k] for k in MEASURES},
         steps_s=found["steps_s"],
@@ -428,9 +432,10 @@ def table(result: BenchResult) -> Table:
     out = Table(title=f"{result.machine['cpu']}, {result.machine['cores']} cores")
     out.add_column("")
     for m in result.variants:
-        out.add_column(f"{m.name}\n{m.runtime} {m.precision} {m.provider}", justify="right")
+        out.add_column(f"{m.name}\n{m.runtime} {m.precision} {m.provider}", justify="right", overflow="fold")
     for name in result.comparisons:
         out.add_column(f"{name} /\n{result.variants[0].name}", justify="right")
+    out.add_row("why this provider", *(m.provider_why for m in result.variants), *[""] * len(result.comparisons))
     for key, (label, stem) in MEASURES.items():
         ratios = [c.ratios[f"{stem}_ratio"] for c in result.comparisons.values()]
         cells = ["-" if r is None else f"{r:.3f}" for r in ratios]

@@ -43,19 +43,18 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     name = spec["runtime"] or runtimes.choose(folder)
     runtimes.prepare(name)
     gc.collect()
-    baseline = memory.read()
 
     began = time.perf_counter()
     with runtimes.load(folder, name, **spec["options"]) as model:
         out: dict[str, Any] = {"load_s": time.perf_counter() - began}
-        out |= {"runtime": name, "provider": model.backend.provider, "precision": model.backend.precision}
         out |= _steps(model, spec)
         out |= _images(model, spec)
+        backend = model.backend
+        out |= {"runtime": name, "provider": backend.provider, "provider_why": backend.why}
+        out["precision"] = backend.precision
         gc.collect()
-        now = memory.read()
-        out["baseline_rss_bytes"] = baseline["rss_bytes"].bytes
-        out |= {row: now[row].bytes if row in now else None for row in memory.ROWS}
-        out["peak_over_baseline_bytes"] = max(0, now["peak_rss_bytes"].bytes - baseline["rss_bytes"].bytes)
+        now = model.memory()
+        out |= {row: now[row].bytes if row in now else None for row in (*memory.SPLIT, *memory.ROWS)}
         out["how"] = {row: reading.how for row, reading in now.items()}
         if spec.get("prompts"):
             np.save(spec["images"], _quality(model, spec))

@@ -543,6 +543,12 @@ def generate(
     seed: int = 0,
     runtime: RuntimeName = None,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Hold one stage's networks at a time.")] = False,
+    provider: Annotated[
+        str | None, typer.Option(help="ort: tensorrt, cuda, coreml, openvino or cpu; by default the first one here.")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="ort, openvino: keep prepared weights here for the next start.")
+    ] = None,
 ) -> None:
     """Draw one image with the runtime that fits the folder."""
     from edgeprune import runtimes
@@ -551,14 +557,16 @@ def generate(
         raise InputError(f"-o {out}: expected a name ending in .png, .jpg or .webp")
     if not out.parent.is_dir():
         raise InputError(f"-o {out}: no such folder {out.parent}")
-    options = {"low_memory": True} if low_memory else {}
+    given = {"low_memory": low_memory, "provider": provider, "cache_dir": cache_dir}
+    options = {name: value for name, value in given.items() if value}
     with _bars() as progress, runtimes.load(model, runtime, **options) as opened:
         image = opened.generate(
             prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale,
             height=height, width=width, seed=seed, progress=lambda done, total: progress("generate", done, total, ""),
         )[0]  # fmt: skip
     image.save(out)
-    _say(f"{out}: {image.width}x{image.height}, seed {seed}")
+    where = f"{opened.name} on {opened.backend.provider} ({opened.backend.why})"
+    _say(f"{out}: {image.width}x{image.height}, seed {seed}; {where}")
 
 
 @app.command(

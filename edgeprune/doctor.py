@@ -1,15 +1,19 @@
 """What is installed here, what can be exported and run with it, and the command that adds what is missing.
 
-Looks packages up without importing them, so it answers at once and on a device without torch. What it leaves out:
-whether a package works, which the export's parity check and `edgeprune bench` find out.
+Looks packages up without importing them, so it answers at once and on a device without torch; only ONNX Runtime is
+imported, which alone knows its providers. What it leaves out: whether a package works, which the export's parity check
+and `edgeprune bench` find out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import importlib
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 from edgeprune import export, runtimes
+from edgeprune.runtimes.providers import choose
 
 COMPRESS = ("accelerate", "diffusers", "jinja2", "matplotlib", "nncf", "scipy", "torch", "transformers")
 
@@ -31,8 +35,11 @@ def _present(package: str) -> bool:
     return not runtimes.absent(package)
 
 
+_distributions = functools.cache(metadata.packages_distributions)  # reads every installed package
+
+
 def _version(package: str) -> str:
-    names = metadata.packages_distributions().get(package.split(".")[0], [package])
+    names = _distributions().get(package.split(".")[0], [package])
     try:
         return f"{package} {metadata.version(names[0])}"
     except metadata.PackageNotFoundError:
@@ -60,7 +67,19 @@ def examine() -> list[Finding]:
     for name, info in runtimes.RUNTIMES.items():
         lacking = "" if info.has_hardware() else info.hardware
         out.append(_finding(f"run {name}", info.extra, info.packages, lacking))
+        if name == "ort" and out[-1].works:
+            works, said = _provider()
+            out[-1] = replace(out[-1], works=works, why=f"{out[-1].why}; {said}")
     return out
+
+
+def _provider() -> tuple[bool, str]:
+    try:
+        onnxruntime = importlib.import_module("onnxruntime")
+        choice = choose(onnxruntime.get_available_providers())
+    except (ImportError, AttributeError) as error:  # two packages in one folder leave a broken one
+        return False, f"cannot be imported: {error}"
+    return True, f"{choice.providers[0]}: {choice.why}"
 
 
 def conflicts() -> list[str]:

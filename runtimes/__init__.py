@@ -162,8 +162,9 @@ def load(folder: str | Path, runtime: str | None = None, **options: Any) -> Runt
     Args:
         folder: an export folder (`openvino`, `ort`), or a diffusers or artefact folder (`eager`).
         runtime: a name of RUNTIMES, or None to choose by what the folder is and what is installed.
-        **options: passed to the runtime's `open_backend`: `threads`; `low_memory` (exports); `device`,
-            `dynamic_quantization`, `cache_dir` (openvino); `accuracy_level` (ort); `cuda_graph` (trt);
+        **options: passed to the runtime's `open_backend`: `threads`; `low_memory` (exports); `cache_dir`
+            (openvino, ort); `device`, `dynamic_quantization` (openvino); `provider`, `accuracy_level` (ort);
+            `cuda_graph` (trt);
             `compute_units` (coreml); `dtype` (eager: fp32, bf16).
 
     Raises:

@@ -39,7 +39,9 @@ class Backend(Protocol):
     name: str
     """`ort`, `eager`."""
     provider: str
-    """Where it computes, in the runtime's own word."""
+    """Where it computes, in the runtime's own word; empty until low-memory mode has opened the transformer."""
+    why: str
+    """Why there: `the only one here`, `provider=cpu`; empty as long."""
     precision: str
     """What the transformer's weights are: `int4`, `bf16`, `fp32`, ..."""
 
@@ -53,6 +55,10 @@ class Backend(Protocol):
 
     def decode(self, latents: Array) -> Array:
         """Latents (B, C, h, w) as the scheduler leaves them to pixels (B, 3, H, W) in -1..1."""
+        ...
+
+    def memory(self) -> dict[str, memory.Reading]:
+        """The rows of memory.SPLIT, of the process or of the device that holds the weights, and perhaps others."""
         ...
 
     def close(self) -> None:
@@ -282,9 +288,13 @@ class Runtime:
         )
 
     def memory(self) -> dict[str, memory.Reading]:
-        """This process's memory now and at its peak, and its device's own; each row says how it was measured."""
-        own: Callable[[], dict[str, memory.Reading]] = getattr(self.backend, "memory", dict)
-        return memory.read() | own()
+        """The same rows on every device, each with how it was measured.
+
+        `peak_bytes` and its parts `runtime_overhead_bytes`, `weights_bytes`, `activations_bytes`; and what the system
+        tells of this process now (`rss_bytes`, on Linux `anon_bytes`, ...). Ask after the first image: before it there
+        were no activations. A row that cannot be measured here is absent.
+        """
+        return memory.read() | self.backend.memory()
 
     def close(self) -> None:
         """Give the weights back."""

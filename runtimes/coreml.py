@@ -86,7 +86,7 @@ class CoremlNetwork:
             raise InputError(
                 f"{whole}: found neither it nor chunk_1.mlpackage, expected a Core ML package; export again"
             )
-        self.provider, self._folder = provider, folder
+        self.provider, self.why, self._folder = provider, f"compute_units={provider}", folder
         self._packages: Sequence[Any] = [_open(path, open_package) for path in paths]
 
     @property

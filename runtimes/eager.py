@@ -16,6 +16,7 @@ from diffusers import StableDiffusion3Pipeline
 from edgeprune import checkpoint
 from edgeprune.errors import InputError
 from edgeprune.runtimes.base import Array, Settings
+from edgeprune.runtimes.memory import Meter, Reading
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -23,10 +24,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class EagerBackend:
     """The `Backend` of plain torch; made by `open_backend`."""
 
-    name = "eager"
-    provider = "cpu"
+    name, provider, why = "eager", "cpu", "the only one it has"
 
-    def __init__(self, pipeline: StableDiffusion3Pipeline, settings: Settings, *, dtype: str, quantized: bool) -> None:
+    def __init__(
+        self, pipeline: StableDiffusion3Pipeline, settings: Settings, meter: Meter, *, dtype: str, quantized: bool
+    ) -> None:
+        self._meter = meter
         self._pipeline: StableDiffusion3Pipeline | None = pipeline
         self._dtype = DTYPES[dtype]
         self._zero_tokens = settings.generation.max_sequence_length
@@ -70,8 +73,14 @@ class EagerBackend:
         scaled = latents / np.float32(vae.config.scaling_factor) + np.float32(vae.config.shift_factor or 0.0)
         return _numpy(vae.decode(self._tensor(scaled), return_dict=False)[0])
 
+    def memory(self) -> dict[str, Reading]:
+        """The rows of memory.SPLIT, of this process."""
+        return self._meter.rows()
+
     def close(self) -> None:
         """Drop the pipeline."""
+        if self._pipeline is not None:
+            self._meter.note()
         self._pipeline = None
 
     def _tensor(self, array: Array) -> torch.Tensor:
@@ -93,6 +102,8 @@ def open_backend(folder: Path, settings: Settings, *, dtype: str = "fp32", threa
         raise InputError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
     if threads:
         torch.set_num_threads(threads)
-    pipeline = checkpoint.load(folder, dtype=DTYPES[dtype])
+    meter = Meter()
+    with meter.opening():
+        pipeline = checkpoint.load(folder, dtype=DTYPES[dtype])
     quantized = (folder / "transformer_int4").is_dir()
-    return EagerBackend(pipeline, settings, dtype=dtype, quantized=quantized)
+    return EagerBackend(pipeline, settings, meter, dtype=dtype, quantized=quantized)

@@ -29,9 +29,9 @@ class Gpu:
 
     def __init__(self, cuda: Any) -> None:
         self._cuda = cuda
-        self.weights_bytes = 0
-        """Of the engines that are open; the networks count here."""
-        self.allocated_bytes = self.peak_bytes = 0
+        self.weights_bytes = self.allocated_bytes = 0
+        """Of the engines that are open, and of buffers: now."""
+        self._most = {"peak_bytes": 0, "weights_bytes": 0, "activations_bytes": 0}
         self._sizes: dict[int, int] = {}
         if not self.call("cudaGetDeviceCount"):
             raise InputError("CUDA: found no device, expected an NVIDIA GPU")
@@ -59,14 +59,23 @@ class Gpu:
                 "batch, or load with low_memory"
             ) from None
         self._sizes[pointer] = size
-        self.allocated_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
+        self._count(allocated=size)
         return pointer
 
     def free(self, pointer: int) -> None:
         """Give back what `allocate` gave."""
-        self.allocated_bytes -= self._sizes.pop(pointer)
+        self._count(allocated=-self._sizes.pop(pointer))
         self.call("cudaFree", pointer)
+
+    def hold(self, size: int) -> None:
+        """Count an engine that was opened, or with a negative size one that was closed."""
+        self._count(weights=size)
+
+    def _count(self, *, weights: int = 0, allocated: int = 0) -> None:
+        self.weights_bytes += weights
+        self.allocated_bytes += allocated
+        now = self.weights_bytes + self.allocated_bytes, self.weights_bytes, self.allocated_bytes
+        self._most = {row: max(most, n) for (row, most), n in zip(self._most.items(), now, strict=True)}
 
     def upload(self, pointer: int, array: NDArray[Any], stream: Any) -> None:
         """Copy a contiguous array to the device. The array must live until `synchronize`."""
@@ -110,19 +119,32 @@ class Gpu:
         self.call("cudaGraphExecDestroy", graph)
 
     def memory(self) -> dict[str, Reading]:
-        """Rows beside those of memory.py: weights_bytes, activations_bytes, and gpu_process_bytes where NVML tells."""
+        """The rows of memory.SPLIT, of the GPU instead of the process; its overhead only where NVML tells."""
+        counted = "on the GPU, at one time: counted, not measured"
         rows = {
-            "weights_bytes": Reading(
-                self.weights_bytes, "open engines' files, weights and code: counted, not measured"
-            ),
+            "weights_bytes": Reading(self._most["weights_bytes"], f"open engines' files, weights and code, {counted}"),
             "activations_bytes": Reading(
-                self.peak_bytes, "peak of inputs, outputs and scratch memory given to TensorRT: counted at cudaMalloc"
+                self._most["activations_bytes"], f"inputs, outputs and scratch memory given to TensorRT, {counted}"
             ),
         }
-        total = nvml_process_bytes()
-        if total is not None:
-            rows["gpu_process_bytes"] = Reading(total, "this process on the GPU now, CUDA's own part included (NVML)")
-        return rows
+        peak, how = self._most["peak_bytes"], f"weights and activations, {counted}"
+        if total := nvml_row():
+            overhead = max(0, total["gpu_process_bytes"].bytes - self.weights_bytes - self.allocated_bytes)
+            rows["runtime_overhead_bytes"] = Reading(
+                overhead, "CUDA's and TensorRT's own on the GPU: this process now (NVML) less what is counted"
+            )
+            peak, how = peak + overhead, f"{how}; and runtime overhead"
+        else:
+            how += "; without runtime overhead, which NVML does not tell here"
+        return rows | total | {"peak_bytes": Reading(peak, how)}
+
+
+def nvml_row() -> dict[str, Reading]:
+    """`gpu_process_bytes`, where NVML tells it."""
+    total = nvml_process_bytes()
+    if total is None:
+        return {}
+    return {"gpu_process_bytes": Reading(total, "this process on the GPU now, CUDA's own part included (NVML)")}
 
 
 def open_gpu(extra: str) -> Gpu:

@@ -1,8 +1,9 @@
 """This process's memory, each row with how it was measured: a peak is a peak, a snapshot says so.
 
 Linux reads /proc (exact, no package), macOS adds the physical footprint, by which it judges a process. Elsewhere psutil
-gives what the system offers, and rows it cannot measure are absent, not guessed. What it leaves out: GPU memory of
-other systems, swap, other processes.
+gives what the system offers, and rows it cannot measure are absent, not guessed. `Meter` divides the peak into what was
+there before a model was opened, its weights, and its activations. What it leaves out: GPU memory (gpu.py), swap, other
+processes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import ctypes
 import os
 import struct
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,9 @@ _FOOTPRINT = {
 ROWS = (*_STATUS, "pss_bytes", *_FOOTPRINT)
 """Every row that `read` may give."""
 
+SPLIT = ("peak_bytes", "runtime_overhead_bytes", "weights_bytes", "activations_bytes")
+"""The rows that every runtime gives, the peak and its parts; one that cannot be measured is absent."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -42,6 +48,82 @@ class Reading:
 def read() -> dict[str, Reading]:
     """Named rows: peak_rss_bytes, rss_bytes, and on Linux anon_bytes, file_bytes, pss_bytes."""
     return _linux() if sys.platform == "linux" else _other()
+
+
+class Meter:
+    """Divides this process's peak into runtime overhead, weights and activations. Make it just before opening a model.
+
+    Example:
+        meter = Meter()
+        with meter.opening():
+            session = open_model()
+        session.run()
+        meter.rows()["activations_bytes"]
+    """
+
+    def __init__(self) -> None:
+        self._before = _levels(read())
+        self._private = self._held = 0
+        self._peak_of_opening = 0
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Around the opening of a network: what has been added after it counts as weights."""
+        peak = _levels(read()).peak
+        yield
+        now = _levels(read())
+        self._private = max(0, now.private - self._before.private)
+        if now.peak > peak:
+            self._peak_of_opening = now.peak
+
+    def note(self) -> None:
+        """Before a network is closed: mapped weights become resident as they are used, not when they are opened."""
+        mapped = max(0, _levels(read()).mapped - self._before.mapped)
+        self._held = max(self._held, self._private + mapped)
+
+    def rows(self) -> dict[str, Reading]:
+        """The rows of SPLIT. The three parts add up to the peak, unless it was reached before the model was opened."""
+        self.note()
+        now = _levels(read())
+        rest = max(0, now.peak - self._before.resident - self._held)
+        # A peak cannot be set back without hiding it from others who watch this process.
+        bound = "at most, the peak was in opening: " if now.peak == self._peak_of_opening else ""
+        return {
+            "peak_bytes": Reading(now.peak, now.peak_how),
+            "runtime_overhead_bytes": Reading(
+                self._before.resident,
+                f"before the model was opened: interpreter, libraries, all else of this process ({now.source})",
+            ),
+            "weights_bytes": Reading(self._held, f"added by opening, at one time, {now.weights_how}"),
+            "activations_bytes": Reading(rest, f"{bound}peak less runtime overhead and weights"),
+        }
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """One moment in bytes, of what this system can tell apart."""
+
+    resident: int
+    private: int
+    """Part of it that is no file's."""
+    mapped: int
+    peak: int
+    peak_how: str
+    source: str
+    weights_how: str
+
+
+def _levels(rows: dict[str, Reading]) -> _Levels:
+    if "footprint_bytes" in rows:
+        now, peak = rows["footprint_bytes"].bytes, rows["peak_footprint_bytes"]
+        how = "as physical footprint: weights that are mapped and clean are not in it"
+        return _Levels(now, now, 0, peak.bytes, peak.how, "physical footprint", how)
+    now, peak = rows["rss_bytes"].bytes, rows["peak_rss_bytes"]
+    if "anon_bytes" in rows:
+        private, mapped = rows["anon_bytes"].bytes, rows["file_bytes"].bytes
+        how = "anonymous when opened (RssAnon) and file-backed as used since (RssFile), mapped weights and library code"
+        return _Levels(now, private, mapped, peak.bytes, peak.how, "VmRSS", how)
+    return _Levels(now, now, 0, peak.bytes, peak.how, "resident set", "as resident set, when opened")
 
 
 def parse_kib(text: str) -> dict[str, int]:

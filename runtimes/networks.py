@@ -17,7 +17,7 @@ import numpy as np
 from edgeprune.errors import InputError
 from edgeprune.files import read_json
 from edgeprune.runtimes.base import Array, Settings
-from edgeprune.runtimes.memory import Reading
+from edgeprune.runtimes.memory import Meter, Reading
 from edgeprune.runtimes.text import PromptTokenizer
 
 STAGES = {"encode": ("text_encoder", "text_encoder_2"), "step": ("transformer",), "decode": ("vae_decoder",)}
@@ -28,6 +28,8 @@ class Network(Protocol):
 
     provider: str
     """Where it computes, in the runtime's own word."""
+    why: str
+    """Why there."""
 
     def __call__(self, **arrays: Any) -> dict[str, Array]:
         """Outputs by name, float32; inputs are cast to what the file wants.
@@ -47,7 +49,15 @@ Open = Callable[[Path], Network]
 
 
 class NetworkBackend:
-    """The `Backend` of an export folder; `memory` gives rows of a device's own memory, where it has one.
+    """The `Backend` of an export folder.
+
+    Args:
+        name: the runtime's.
+        folder: the export.
+        settings: what its small files say.
+        open_network: opens one network's folder.
+        low_memory: hold one stage's networks at a time.
+        memory: rows of a device's own memory, where it has one.
 
     Raises:
         InputError: a file is missing, damaged or not what the export writes.
@@ -65,8 +75,9 @@ class NetworkBackend:
     ) -> None:
         if (folder / "text_encoder_3").exists():
             raise InputError(f"{folder / 'text_encoder_3'}: found a T5 encoder, expected none: not supported yet")
-        self.name, self.provider = name, ""
-        self.memory = memory
+        self._meter = Meter()
+        self.name, self.provider, self.why = name, "", ""
+        self._device_memory = memory
         self._folder, self._open, self._low_memory = folder, open_network, low_memory
         self._zero_tokens = settings.generation.max_sequence_length
         config_path = folder / "transformer" / "config.json"
@@ -98,12 +109,14 @@ class NetworkBackend:
             raise InputError("runtime: found it closed, expected an open one")
         if self._low_memory:
             for name in [n for n in self._networks if n not in STAGES[stage]]:
+                self._meter.note()
                 self._networks.pop(name).close()
         for name in STAGES[stage]:
             if name not in self._networks:
-                self._networks[name] = self._open(self._folder / name)
+                with self._meter.opening():
+                    self._networks[name] = self._open(self._folder / name)
                 if stage == "step":
-                    self.provider = self._networks[name].provider
+                    self.provider, self.why = self._networks[name].provider, self._networks[name].why
         return [self._networks[name] for name in STAGES[stage]]
 
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
@@ -133,8 +146,15 @@ class NetworkBackend:
         scaled = latents / np.float32(self._scaling) + np.float32(self._shift)
         return next(iter(decoder(latent_sample=scaled).values()))
 
+    def memory(self) -> dict[str, Reading]:
+        """The rows of memory.SPLIT: the device's own where it has them, not a mixture."""
+        own = self._device_memory()
+        return own if "peak_bytes" in own else self._meter.rows() | own
+
     def close(self) -> None:
         """Close every network."""
+        if not self._closed:
+            self._meter.note()
         self._closed = True
         for network in self._networks.values():
             network.close()

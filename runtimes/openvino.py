@@ -49,7 +49,7 @@ class OpenVinoNetwork:
         self._shapes: dict[str, list[int]] | None = None
         self._compiled: openvino.CompiledModel | None = None if static else self._compile(None)
         self._closed = False
-        self.provider = device
+        self.provider, self.why = device, f"device={device}"
 
     def _compile(self, shapes: dict[str, list[int]] | None) -> openvino.CompiledModel:
         core = openvino.Core()

@@ -1,11 +1,14 @@
 """ONNX networks in ONNX Runtime, numpy in and out.
 
 Needs onnxruntime and tokenizers, not torch. The INT4 weights are DequantizeLinear + MatMul pairs that ONNX
-Runtime fuses to MatMulNBits. What it leaves out: I/O binding, prepacked weights on disk.
+Runtime fuses to MatMulNBits. providers.py chooses where it computes, prepack.py keeps prepacked weights on disk.
+What it leaves out: I/O binding, providers' own options. Executed on the CPU only.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,13 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as vendor
 
 from edgeprune.errors import InputError
+from edgeprune.runtimes import prepack
 from edgeprune.runtimes.base import Array, Settings
+from edgeprune.runtimes.gpu import nvml_row
 from edgeprune.runtimes.networks import NetworkBackend
+from edgeprune.runtimes.providers import Choice, choose
 
+_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 _VENDOR_ERRORS = (
     vendor.EPFail,
     vendor.Fail,
@@ -37,13 +44,33 @@ _TYPES = {
 
 
 class OrtNetwork:
-    """One ONNX file, called by input name, answering by output name, its errors mapped to ours."""
+    """One ONNX file, called by input name, answering by output name, its errors mapped to ours.
 
-    def __init__(self, path: Path, options: onnxruntime.SessionOptions) -> None:
+    Args:
+        path: the file.
+        options: makes a session's options, anew each time.
+        choice: where to compute.
+        cache_dir: where prepacked weights are kept, or None for none.
+
+    Raises:
+        InputError: the file is missing, damaged or no ONNX, the provider that was asked for does not start, or the
+            cache cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        options: Callable[[], onnxruntime.SessionOptions],
+        choice: Choice,
+        cache_dir: Path | None = None,
+    ) -> None:
         if not path.exists():
             raise InputError(f"{path}: found no file, expected an ONNX model; export again")
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=providers())
+            if cache_dir is None:
+                session = _session(path, options(), choice)
+            else:
+                session = _prepacked_session(path, options, choice, cache_dir)
         except _VENDOR_ERRORS as error:
             raise InputError(f"{path}: found {_line(error)}, expected a whole ONNX model; export again") from None
         self._session: onnxruntime.InferenceSession | None = session
@@ -51,6 +78,7 @@ class OrtNetwork:
         self._inputs = {i.name: _TYPES.get(i.type, np.float32) for i in session.get_inputs()}
         self._outputs = [o.name for o in session.get_outputs()]
         self.provider: str = session.get_providers()[0]
+        self.why = choice.started(self.provider)
 
     def __call__(self, **arrays: Any) -> dict[str, Array]:
         """Outputs by name, float32."""
@@ -76,9 +104,26 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def providers() -> list[str]:
-    """CUDA if this onnxruntime has it, then CPU."""
-    return [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in onnxruntime.get_available_providers()]
+def _session(path: Path, options: onnxruntime.SessionOptions, choice: Choice) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(path), options, providers=list(choice.providers))
+
+
+def _prepacked_session(
+    path: Path, options: Callable[[], onnxruntime.SessionOptions], choice: Choice, cache_dir: Path
+) -> onnxruntime.InferenceSession:
+    """A session on the prepacked copy, which is made again if ONNX Runtime does not take it."""
+    config = {"accuracy_level": options().get_session_config_entry(_ACCURACY)}
+    for attempt in range(2):
+        copy = prepack.prepacked(path, cache_dir, config, options)
+        as_is = options()
+        as_is.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            return _session(copy, as_is, choice)
+        except _VENDOR_ERRORS:
+            prepack.forget(copy)
+            if attempt:
+                raise
+    raise AssertionError("unreachable")
 
 
 def session_options(*, accuracy_level: int = 1, threads: int = 0) -> onnxruntime.SessionOptions:
@@ -102,19 +147,46 @@ def session_options(*, accuracy_level: int = 1, threads: int = 0) -> onnxruntime
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.log_severity_level = 3
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+    options.add_session_config_entry(_ACCURACY, str(accuracy_level))
     return options
 
 
 def open_backend(
-    folder: Path, settings: Settings, *, accuracy_level: int = 1, threads: int = 0, low_memory: bool = False
+    folder: Path,
+    settings: Settings,
+    *,
+    provider: str | None = None,
+    accuracy_level: int = 1,
+    threads: int = 0,
+    cache_dir: str | Path | None = None,
+    low_memory: bool = False,
 ) -> NetworkBackend:
     """Open an export folder.
 
+    Args:
+        folder: an export of format onnx.
+        settings: of that folder.
+        provider: tensorrt, cuda, coreml, openvino or cpu; None for the first of these that is here.
+        accuracy_level: of MatMulNBits, see `session_options`.
+        threads: inside one operator; 0 for one per core.
+        cache_dir: on the CPU, keeps prepacked weights there and maps them. The first start makes them, which takes
+            more time and memory.
+        low_memory: hold one stage's networks at a time.
+
     Raises:
-        InputError: a file is missing, truncated or not what the export writes.
+        InputError: a file is missing, truncated or not what the export writes, or an option does not fit.
     """
-    options = session_options(accuracy_level=accuracy_level, threads=threads)
+    choice = choose(onnxruntime.get_available_providers(), provider)
+    options = functools.partial(session_options, accuracy_level=accuracy_level, threads=threads)
+    options()  # before anything is opened
+    if cache_dir is not None and choice.name != "cpu":
+        raise InputError(f"cache_dir: found it for {choice.providers[0]}, expected it for provider=cpu only")
+    cache = None if cache_dir is None else Path(cache_dir)
     return NetworkBackend(
-        "ort", folder, settings, lambda path: OrtNetwork(path / "model.onnx", options), low_memory=low_memory
+        "ort",
+        folder,
+        settings,
+        lambda path: OrtNetwork(path / "model.onnx", options, choice, cache),
+        low_memory=low_memory,
+        memory=nvml_row if choice.name in ("tensorrt", "cuda") else dict,
     )

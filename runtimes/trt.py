@@ -113,8 +113,8 @@ class TrtNetwork:
         self._sent: dict[str, NDArray[Any]] = {}
         self._graph: Any = None
         self._size = path.stat().st_size
-        gpu.weights_bytes += self._size
-        self.provider = trt.__name__
+        gpu.hold(self._size)
+        self.provider, self.why = trt.__name__, f"built by {built_by}"
 
     def _new_context(self, trt: Any) -> Any:
         """An execution context whose scratch memory is ours to give."""
@@ -213,7 +213,7 @@ class TrtNetwork:
         self._release()
         self._context = self._engine = self._runtime = None
         self._gpu.destroy_stream(self._stream)
-        self._gpu.weights_bytes -= self._size
+        self._gpu.hold(-self._size)
 
 
 def open_backend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -12,56 +13,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import FakeBackend, fake_runtime
 
 from edgeprune import runtimes
 from edgeprune.errors import InputError, MissingExtraError
 from edgeprune.runtimes import base, memory
-from edgeprune.runtimes.base import Generation, Settings
-from edgeprune.runtimes.scheduler import FlowMatchEuler
 
 PROMPTS = ["two red circles", "a drawing of a star above a ring"]
 
 
-class FakeBackend:
-    """Velocity is the latents plus the text's mean, so that every input reaches the output."""
-
-    name, provider, precision = "fake", "cpu", "fp32"
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-
-    def encode(self, prompts: list[str]) -> tuple[base.Array, base.Array]:
-        lengths = np.asarray([len(p) for p in prompts], np.float32)
-        return np.tile(lengths[:, None, None], (1, 4, 6)), np.tile(lengths[:, None], (1, 3))
-
-    def step(self, latents: base.Array, text: base.Array, pooled: base.Array, timestep: base.Array) -> base.Array:
-        self.batches.append(len(latents))
-        assert len(text) == len(pooled) == len(timestep) == len(latents)
-        return latents + text.mean((1, 2))[:, None, None, None] / 100
-
-    def decode(self, latents: base.Array) -> base.Array:
-        return np.tanh(latents[:, :3].repeat(8, axis=2).repeat(8, axis=3))
-
-    def close(self) -> None:
-        pass
-
-
-def fake() -> base.Runtime:
-    generation = Generation(3, 2.0, 32, 16, 0)
-    return base.Runtime(FakeBackend(), Settings(generation, 4, 8, 2), FlowMatchEuler())
-
-
 def test_an_image_does_not_depend_on_its_batch() -> None:
-    both = fake().generate(PROMPTS, seed=5)
-    alone = fake().generate(PROMPTS[1], seed=6)
+    both = fake_runtime().generate(PROMPTS, seed=5)
+    alone = fake_runtime().generate(PROMPTS[1], seed=6)
     assert both[0].size == (16, 32)
     np.testing.assert_array_equal(np.asarray(both[1]), np.asarray(alone[0]))
-    same = fake().generate(PROMPTS, seed=[6, 6])
+    same = fake_runtime().generate(PROMPTS, seed=[6, 6])
     np.testing.assert_array_equal(np.asarray(same[1]), np.asarray(alone[0]))
 
 
 def test_guidance_doubles_the_batch_and_can_be_off() -> None:
-    model = fake()
+    model = fake_runtime()
     seen: list[tuple[int, int]] = []
     model.generate("x", progress=lambda done, total: seen.append((done, total)))
     assert isinstance(model.backend, FakeBackend)
@@ -88,22 +59,32 @@ def test_guidance_doubles_the_batch_and_can_be_off() -> None:
 )
 def test_bad_options_are_named(options: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
-        fake().generate(**({"prompt": "x"} | options))
+        fake_runtime().generate(**({"prompt": "x"} | options))
 
 
-def test_memory_rows_say_how() -> None:
-    rows = memory.read()
-    assert rows["peak_rss_bytes"].bytes >= rows["rss_bytes"].bytes * 0.9 > 1e6
-    assert all(r.how for r in rows.values())
-    if sys.platform == "linux":
-        assert rows["anon_bytes"].bytes + rows["file_bytes"].bytes == pytest.approx(rows["rss_bytes"].bytes, rel=0.05)
-    assert memory.parse_kib("VmHWM:\t   12 kB\nThreads:\t3\n") == {"VmHWM": 12288}
+def test_every_backend_has_the_whole_interface() -> None:
+    """Names and parameters of the Protocol, in the fake as in the real ones: one that lacks some is found here."""
+    from edgeprune.runtimes.eager import EagerBackend
+    from edgeprune.runtimes.networks import NetworkBackend
+
+    methods = {n: m for n, m in vars(base.Backend).items() if inspect.isfunction(m) and not n.startswith("_")}
+    assert set(methods) == {"encode", "step", "decode", "memory", "close"}
+    for kind in (FakeBackend, NetworkBackend, EagerBackend):
+        for name, method in methods.items():
+            theirs = inspect.signature(getattr(kind, name)).parameters
+            assert list(theirs) == list(inspect.signature(method).parameters), (kind, name)
+    assert set(base.Backend.__annotations__) == {"name", "provider", "why", "precision"}
 
 
-def test_memory_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("psutil")  # imported here: it looks at the platform too
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert {"rss_bytes", "peak_rss_bytes"} <= set(memory.read())
+def test_a_runtime_is_closed_by_its_with() -> None:
+    with pytest.raises(ZeroDivisionError), fake_runtime() as model:
+        assert {"load", "Runtime"} <= set(runtimes.__all__) and model.name == "fake"
+        assert set(model.memory()) >= set(memory.SPLIT)
+        raise ZeroDivisionError
+    assert isinstance(model.backend, FakeBackend) and model.backend.closed
+    with pytest.raises(InputError, match="closed"):
+        model.generate("x")
+    model.close()
 
 
 # ------------------------------------------------------------------------------------- real files
@@ -321,7 +302,7 @@ def test_networks_are_closed_when_a_later_one_fails(exported: Path) -> None:
     from edgeprune.runtimes.networks import NetworkBackend
 
     class Opened:
-        provider, closed = "x", False
+        provider, why, closed = "x", "y", False
 
         def __call__(self, **arrays: object) -> dict[str, Any]:
             return {}

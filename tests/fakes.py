@@ -1,0 +1,47 @@
+"""A runtime without a vendor: the same interface, arithmetic instead of networks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgeprune.errors import InputError
+from edgeprune.generation import Generation
+from edgeprune.runtimes import base
+from edgeprune.runtimes.memory import Meter, Reading
+from edgeprune.runtimes.scheduler import FlowMatchEuler
+
+
+class FakeBackend:
+    """Velocity is the latents plus the text's mean, so that every input reaches the output."""
+
+    name, provider, why, precision = "fake", "cpu", "the only one it has", "fp32"
+
+    def __init__(self) -> None:
+        self.meter = Meter()
+        self.batches: list[int] = []
+        self.closed = False
+
+    def encode(self, prompts: list[str]) -> tuple[base.Array, base.Array]:
+        if self.closed:
+            raise InputError("runtime: found it closed, expected an open one")
+        lengths = np.asarray([len(p) for p in prompts], np.float32)
+        return np.tile(lengths[:, None, None], (1, 4, 6)), np.tile(lengths[:, None], (1, 3))
+
+    def step(self, latents: base.Array, text: base.Array, pooled: base.Array, timestep: base.Array) -> base.Array:
+        self.batches.append(len(latents))
+        assert len(text) == len(pooled) == len(timestep) == len(latents)
+        return latents + text.mean((1, 2))[:, None, None, None] / 100
+
+    def decode(self, latents: base.Array) -> base.Array:
+        return np.tanh(latents[:, :3].repeat(8, axis=2).repeat(8, axis=3))
+
+    def memory(self) -> dict[str, Reading]:
+        return self.meter.rows()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def fake_runtime() -> base.Runtime:
+    """Opened: 3 steps, guidance 2, images of 16 x 32."""
+    return base.Runtime(FakeBackend(), base.Settings(Generation(3, 2.0, 32, 16, 0), 4, 8, 2), FlowMatchEuler())
