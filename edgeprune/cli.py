@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
+from edgeprune.extras import COMPRESS, absent, conflicts
 
 if TYPE_CHECKING:
     from edgeprune.pipeline import PlanOptions, Workspace
@@ -80,6 +81,10 @@ def main() -> None:
     except OSError as error:
         hint = "; free some space and run again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error.filename or 'file'}: {error.strerror or error}{hint}", 1)
+    except ModuleNotFoundError as error:
+        if error.name not in COMPRESS or not absent(error.name):
+            raise
+        _fail(str(MissingExtraError(error.name, "compress")), MissingExtraError.exit_code)
 
 
 def _fail(text: str, code: int) -> None:
@@ -91,6 +96,12 @@ def _say(text: str) -> None:
     from rich.console import Console
 
     Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
+
+
+def _warn(runtime: str) -> None:
+    """Tell of packages that spoil this runtime."""
+    for conflict in conflicts() if runtime == "ort" else []:
+        _say(f"conflict: {conflict}")
 
 
 def _print_json(data: Any) -> None:
@@ -540,6 +551,7 @@ def generate(
     if not out.parent.is_dir():
         raise InputError(f"-o {out}: no such folder {out.parent}")
     options = {"low_memory": True} if low_memory else {}
+    _warn(runtimes.choose(model, runtime))
     with _bars() as progress, runtimes.load(model, runtime, **options) as opened:
         image = opened.generate(
             prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale,
@@ -583,6 +595,8 @@ def bench(
         for folder in folders
         for name in (runtimes.runnable(folder) if runtime == "all" else [runtimes.choose(folder, runtime)])
     ]
+    for name in {name for _, name in pairs}:
+        _warn(name)
     names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]
     variants = [benchmark.Variant("original", resolve(baseline or _source_of(folders[0])), "eager", "bf16")]
     variants += [benchmark.Variant(n, folder, name) for n, (folder, name) in zip(names, pairs, strict=True)]
@@ -618,12 +632,12 @@ def doctor(as_json: AsJson = False) -> None:
 
     from edgeprune import doctor as examination
 
-    findings, conflicts = examination.examine(), examination.conflicts()
+    findings, clashes = examination.examine(), conflicts()
     _table([("yes" if f.works else "no", f.what, f"{f.why}; {f.fix}" if f.fix else f.why) for f in findings])
-    for conflict in conflicts:
+    for conflict in clashes:
         _say(f"conflict: {conflict}")
     if as_json:
-        _print_json({"findings": [asdict(f) for f in findings], "conflicts": conflicts})
+        _print_json({"findings": [asdict(f) for f in findings], "conflicts": clashes})
 
 
 devices = typer.Typer(help="The devices that are known.", invoke_without_command=True)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from edgeprune import export, runtimes
-
-COMPRESS = ("accelerate", "diffusers", "jinja2", "matplotlib", "nncf", "scipy", "torch", "transformers")
+from edgeprune.extras import COMPRESS, absent, distribution, missing
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,6 @@ class Finding:
     """Command that adds what is missing, or nothing."""
 
 
-def _present(package: str) -> bool:
-    return not runtimes.absent(package)
-
-
 def _version(package: str) -> str:
     names = metadata.packages_distributions().get(package.split(".")[0], [package])
     try:
@@ -41,14 +36,12 @@ def _version(package: str) -> str:
 
 def _finding(what: str, extra: str, packages: tuple[str, ...], lacking: str = "", *, told: int = 0) -> Finding:
     """`told` is how many of the packages go without saying where they are there."""
-    missing = [p for p in packages if not any(map(_present, p.split("|")))]
-    if missing:
-        return Finding(
-            what, False, f"missing {', '.join(missing).replace('|', ' or ')}", f"pip install 'edgeprune[{extra}]'"
-        )
+    if gone := missing(packages):
+        named = ", ".join(map(distribution, gone)).replace("|", " or ")
+        return Finding(what, False, f"missing {named}", f"pip install 'edgeprune[{extra}]'")
     if lacking:
         return Finding(what, False, f"needs {lacking}", "")
-    found = [next(p for p in package.split("|") if _present(p)) for package in packages[told:]]
+    found = [next(p for p in package.split("|") if not absent(p)) for package in packages[told:]]
     return Finding(what, True, ", ".join(map(_version, found)), "")
 
 
@@ -61,14 +54,3 @@ def examine() -> list[Finding]:
         lacking = "" if info.has_hardware() else info.hardware
         out.append(_finding(f"run {name}", info.extra, info.packages, lacking))
     return out
-
-
-def conflicts() -> list[str]:
-    """Packages that spoil each other, one line each."""
-    installed = {(d.metadata["Name"] or "").lower() for d in metadata.distributions()}
-    if {"onnxruntime", "onnxruntime-gpu"} <= installed:
-        return [
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; keep one: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'edgeprune[onnx-gpu]'"
-        ]
-    return []

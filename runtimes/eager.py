@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import StableDiffusion3Pipeline
 
-from edgeprune import checkpoint
 from edgeprune.errors import InputError
+from edgeprune.extras import needs
 from edgeprune.runtimes.base import Array, Settings
+
+with needs("compress"):
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+
+    from edgeprune import checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as vendor
 
 from edgeprune.errors import InputError
+from edgeprune.extras import needs
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.networks import NetworkBackend
+
+with needs("onnx"):
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as vendor
 
 _VENDOR_ERRORS = (
     vendor.EPFail,
