@@ -217,7 +217,7 @@ def _plan_options(
     if keep is not None or max_memory or fit:
         size = parse_bytes(max_memory) if max_memory else None
         start = replace(start, keep=keep, max_memory_bytes=size, fit=fit)
-    given = {"protect_first": protect_first, "protect_last": protect_last, "threshold": threshold}
+    given: dict[str, Any] = {"protect_first": protect_first, "protect_last": protect_last, "threshold": threshold}
     said = {name: value for name, value in given.items() if value is not None}
     return replace(start, **said, blocks=blocks, components=components, group_size=group_size)
 
@@ -252,10 +252,11 @@ def _plan_rows(plan: Any) -> list[tuple[str, str]]:
 def _table(rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False, box=None)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as text, or rich takes 'edgeprune[onnx]' for markup and drops the extra
     Console(stderr=True).print(table)
 
 
@@ -633,7 +634,7 @@ def doctor(as_json: AsJson = False) -> None:
     from edgeprune import doctor as examination
 
     findings, clashes = examination.examine(), conflicts()
-    _table([("yes" if f.works else "no", f.what, f"{f.why}; {f.fix}" if f.fix else f.why) for f in findings])
+    _table([("yes" if f.works else "no", f.what, f"{f.fix} ({f.why})" if f.fix else f.why) for f in findings])
     for conflict in clashes:
         _say(f"conflict: {conflict}")
     if as_json:

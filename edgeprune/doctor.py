@@ -34,14 +34,16 @@ def _version(package: str) -> str:
         return package
 
 
-def _finding(what: str, extra: str, packages: tuple[str, ...], lacking: str = "", *, told: int = 0) -> Finding:
-    """`told` is how many of the packages go without saying where they are there."""
-    if gone := missing(packages):
-        named = ", ".join(map(distribution, gone)).replace("|", " or ")
-        return Finding(what, False, f"missing {named}", f"pip install 'edgeprune[{extra}]'")
-    if lacking:
+def _finding(what: str, extra: str, packages: tuple[str, ...], lacking: str = "", *, compress: bool = False) -> Finding:
+    """`compress`: it needs what compressing needs as well, which goes without saying where it is there."""
+    if lacking:  # no package would help
         return Finding(what, False, f"needs {lacking}", "")
-    found = [next(p for p in package.split("|") if not absent(p)) for package in packages[told:]]
+    gone = [distribution(package).replace("|", " or ") for package in missing(packages)]
+    if compress and missing(COMPRESS):
+        gone.insert(0, "what compress needs")
+    if gone:
+        return Finding(what, False, f"missing {', '.join(gone)}", f"pip install 'edgeprune[{extra}]'")
+    found = [next(p for p in package.split("|") if not absent(p)) for package in packages]
     return Finding(what, True, ", ".join(map(_version, found)), "")
 
 
@@ -49,7 +51,7 @@ def examine() -> list[Finding]:
     """Everything edgeprune does, in the order of work."""
     out = [_finding("compress", "compress", COMPRESS)]
     for fmt, (extra, packages) in export.NEEDS.items():
-        out.append(_finding(f"export {fmt}", f"compress,{extra}", (*COMPRESS, *packages), told=len(COMPRESS)))
+        out.append(_finding(f"export {fmt}", f"compress,{extra}", packages, compress=True))
     for name, info in runtimes.RUNTIMES.items():
         lacking = "" if info.has_hardware() else info.hardware
         out.append(_finding(f"run {name}", info.extra, info.packages, lacking))

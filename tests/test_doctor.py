@@ -36,9 +36,16 @@ def test_hardware_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_two_onnx_runtimes_are_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
     """doctor, generate and bench say it; the last two where ONNX Runtime is what they will use."""
+    here = {"onnxruntime"}
+
+    def version(name: str) -> str:
+        if name not in here:
+            raise extras.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(extras.metadata, "version", version)
     assert extras.conflicts() == []
-    real = extras.metadata.version
-    monkeypatch.setattr(extras.metadata, "version", lambda name: "1" if name == "onnxruntime-gpu" else real(name))
+    here.add("onnxruntime-gpu")
     (said,) = extras.conflicts()
     assert "keep one: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'edgeprune[onnx-gpu]'" in said
     monkeypatch.setattr(runtimes, "choose", lambda folder, runtime: runtime)

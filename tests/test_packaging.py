@@ -304,4 +304,8 @@ def test_doctor_in_a_base_install(site: Path, base: Path, tmp_path: Path) -> Non
     run = run_with([site, base], CLI, "doctor", "--json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)["findings"]
-    assert not any(finding["works"] for finding in found) and all("edgeprune[" in f["fix"] for f in found)
+    hardware = {f["what"] for f in found if f["why"] in ("needs macOS", "needs an NVIDIA GPU")}
+    assert hardware <= {"run coreml", "run trt"} and not any(f["works"] for f in found)
+    # The command is whole on the screen, where 80 columns are: not taken for markup, not broken over lines.
+    assert all(f"pip install 'edgeprune[{f['fix'][23:-2]}]' (missing" in run.stderr for f in found if f["fix"])
+    assert {f["what"] for f in found if not f["fix"]} == hardware
