@@ -553,7 +553,7 @@ def generate(
         raise InputError(f"-o {out}: no such folder {out.parent}")
     options = {"low_memory": True} if low_memory else {}
     _warn(runtimes.choose(model, runtime))
-    with _bars() as progress, runtimes.load(model, runtime, **options) as opened:
+    with runtimes.load(model, runtime, **options) as opened, _bars() as progress:
         image = opened.generate(
             prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale,
             height=height, width=width, seed=seed, progress=lambda done, total: progress("generate", done, total, ""),

@@ -49,7 +49,7 @@ def of_checkpoint(folder: Path) -> dict[str, Weight]:
         if name == key:
             continue
         scale = tensors[f"{name}.weight_scale"]
-        bits = 8 if scale.shape[1] == 1 and f"{name}.".split(".")[0] != "transformer_blocks" else 4
+        bits = 4 if name.startswith("transformer_blocks.") else 8  # the rule of precision.py
         shape = packed.shape[0], packed.shape[1] * 8 // bits
         values = integers(packed.tobytes(), bits, shape)
         found[name] = Weight(bits, values, scale.astype(np.float32), packed.nbytes + scale.nbytes)

@@ -1,4 +1,4 @@
-"""What the clients open: the built-in model without a block, and without two more components, as a user would make it.
+"""What the clients open: the built-in model without half its blocks, and without two more components.
 
 No training and no scores: these tests ask whether folders load and compute, not how good the images are.
 """
@@ -21,7 +21,7 @@ def pytest_report_header() -> str:
 
 def compressed(folder: Path, components: str, *, quantized: bool) -> Path:
     workspace = Workspace(folder, None)
-    pipeline.run_plan(workspace, PlanOptions("manual", blocks="9", components=components))
+    pipeline.run_plan(workspace, PlanOptions("manual", blocks="3-8", components=components))
     pipeline.run_prune(workspace)
     if quantized:
         pipeline.run_quantize(workspace, QuantizeOptions())
@@ -37,7 +37,7 @@ def whole_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def component_wise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artefact of a component plan with INT4 weights."""
-    return compressed(tmp_path_factory.mktemp("made") / "components", "5:mlp,6:context_mlp", quantized=True)
+    return compressed(tmp_path_factory.mktemp("made") / "components", "2:mlp,9:context_mlp", quantized=True)
 
 
 @pytest.fixture(scope="session")

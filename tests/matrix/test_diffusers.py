@@ -29,5 +29,5 @@ def test_edgeprune_load_runs_a_component_plan(component_wise: Path, exported: Pa
 
 def test_stock_diffusers_does_not_take_a_component_plan_for_a_whole_one(component_wise: Path) -> None:
     """It would draw with random weights where the removed ones were."""
-    with pytest.raises(ValueError, match=r"transformer_blocks\.5\.ff"):
+    with pytest.raises(ValueError, match=r"transformer_blocks\.\d+\.ff"):
         StableDiffusion3Pipeline.from_pretrained(component_wise, text_encoder_3=None, tokenizer_3=None)
