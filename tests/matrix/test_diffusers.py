@@ -22,6 +22,9 @@ def test_stock_diffusers_runs_a_whole_block_plan(whole_block: Path) -> None:
 
 
 def test_edgeprune_load_runs_a_component_plan(component_wise: Path, exported: Path) -> None:
-    """Stock diffusers would fill what was removed with random weights, with a warning. Against the ONNX export in ONNX Runtime, which shares nothing with diffusers but the integers."""
+    """Against the ONNX export in ONNX Runtime, which shares nothing with diffusers but the integers.
+
+    Stock diffusers would fill what was removed with random weights, and only warn.
+    """
     image, reference = drawn(edgeprune.load(component_wise), component_wise), ours(exported, "ort")
     assert reference.std() > 5 and np.abs(image - reference).max() <= 1
