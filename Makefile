@@ -12,22 +12,27 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 DEV_STAMP := $(VENV)/.stamp-dev
+OLDEST := build/matrix/oldest
+OLDEST_STAMP := $(OLDEST)/.stamp
 RUN := $(BIN)/edgeprune
+OLDEST_TESTS := surgery quantize pipeline export runtimes scheduler
 CODE := edgeprune export runtimes targets tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test lint types check clean
+.PHONY: help setup demo bench test lint types check check-matrix clean
 
 help:
 	@echo "make demo    compress, export and bench the built-in model"
 	@echo "make bench   only the bench, on what make demo left"
 	@echo "make test    run the tests"
 	@echo "make check   format, lint, types, tests with coverage"
+	@echo "make check-matrix   stock diffusers and optimum, on the oldest and the newest versions"
 	@echo "make clean   remove build/ and $(VENV)"
 
 setup: $(DEV_STAMP)
 
-install = $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e
+pip = -m pip install -q --disable-pip-version-check
+install = $(BIN)/python $(pip) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "setting up $(VENV) (a minute or two) ..."
@@ -67,6 +72,19 @@ types: $(DEV_STAMP)
 check: lint types
 	@$(BIN)/python -m pytest -q --cov --cov-report=term $(PYTEST_FLAGS)
 	@echo "next: commit; .ci/run does the same on a clean clone"
+
+$(OLDEST_STAMP): pyproject.toml tests/matrix/oldest.txt
+	@echo "setting up $(OLDEST) (a minute or two) ..."
+	@$(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python $(pip) -c tests/matrix/oldest.txt -e '.[compress,optimum]' hypothesis pytest pytest-xdist
+	@touch $@
+
+# Newest: the usual environment. Oldest: also where optimum lives, and where the tests of what touches diffusers and
+# transformers run once more.
+check-matrix: $(DEV_STAMP) $(OLDEST_STAMP)
+	@$(OLDEST)/bin/python -m pytest -m clients tests/matrix
+	@$(BIN)/python -m pytest -m clients tests/matrix/test_diffusers.py
+	@$(OLDEST)/bin/python -m pytest -q $(PYTEST_FLAGS) $(OLDEST_TESTS:%=tests/test_%.py)
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(VENV)

@@ -9,6 +9,7 @@ load `transformer/` in stock diffusers; everything loads here. What it leaves ou
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -138,7 +139,7 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except EdgepruneError:
         raise
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise InputError(f"{path}: cannot be loaded ({type(error).__name__}: {text[:300]})") from error
 
@@ -308,6 +309,20 @@ def save_transformer(folder: Path, part: str, config: Config, state: dict[str, t
     replace_folder(temporary, folder / part)
 
 
+def complete_tokenizer(folder: Path) -> None:
+    """Write vocab.json and merges.txt beside a BPE tokenizer.json; other folders are left as they are.
+
+    Transformers 4 reads only these for CLIP, and transformers 5 no longer writes them.
+    """
+    if not (folder / "tokenizer.json").is_file() or (folder / "vocab.json").exists():
+        return
+    model = read_json(folder / "tokenizer.json").get("model", {})
+    if model.get("type") == "BPE":
+        pairs = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
+
+
 def copy_surroundings(source: Path, folder: Path) -> None:
     """Copy everything of a pipeline but its transformer: encoders, tokenizers, VAE, scheduler."""
     index = read_json(source / "model_index.json")
@@ -320,5 +335,6 @@ def copy_surroundings(source: Path, folder: Path) -> None:
         temporary = folder / f"{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         copy_folder(source / name, temporary, *_NEVER)
+        complete_tokenizer(temporary)
         replace_folder(temporary, folder / name)
     shutil.copyfile(source / "model_index.json", folder / "model_index.json")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
+from edgeprune.extras import COMPRESS, absent, conflicts
 
 if TYPE_CHECKING:
     from edgeprune.pipeline import CompressOptions, PlanOptions, Workspace
@@ -80,6 +81,10 @@ def main() -> None:
     except OSError as error:
         hint = "; free some space and run again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error.filename or 'file'}: {error.strerror or error}{hint}", 1)
+    except ModuleNotFoundError as error:
+        if error.name not in COMPRESS or not absent(error.name):
+            raise
+        _fail(str(MissingExtraError(error.name, "compress")), MissingExtraError.exit_code)
 
 
 def _fail(text: str, code: int) -> None:
@@ -91,6 +96,12 @@ def _say(text: str) -> None:
     from rich.console import Console
 
     Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
+
+
+def _warn(runtime: str) -> None:
+    """Tell of packages that spoil this runtime."""
+    for conflict in conflicts() if runtime == "ort" else []:
+        _say(f"conflict: {conflict}")
 
 
 def _print_json(data: Any) -> None:
@@ -206,7 +217,7 @@ def _plan_options(
     if keep is not None or max_memory or fit:
         size = parse_bytes(max_memory) if max_memory else None
         start = replace(start, keep=keep, max_memory_bytes=size, fit=fit)
-    given = {"protect_first": protect_first, "protect_last": protect_last, "threshold": threshold}
+    given: dict[str, Any] = {"protect_first": protect_first, "protect_last": protect_last, "threshold": threshold}
     said = {name: value for name, value in given.items() if value is not None}
     return replace(start, **said, blocks=blocks, components=components, group_size=group_size)
 
@@ -241,10 +252,11 @@ def _plan_rows(plan: Any) -> list[tuple[str, str]]:
 def _table(rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False, box=None)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as text, or rich takes 'edgeprune[onnx]' for markup and drops the extra
     Console(stderr=True).print(table)
 
 
@@ -559,7 +571,8 @@ def generate(
         raise InputError(f"-o {out}: no such folder {out.parent}")
     given = {"low_memory": low_memory, "provider": provider, "cache_dir": cache_dir}
     options = {name: value for name, value in given.items() if value}
-    with _bars() as progress, runtimes.load(model, runtime, **options) as opened:
+    _warn(runtimes.choose(model, runtime))
+    with runtimes.load(model, runtime, **options) as opened, _bars() as progress:
         image = opened.generate(
             prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale,
             height=height, width=width, seed=seed, progress=lambda done, total: progress("generate", done, total, ""),
@@ -603,6 +616,8 @@ def bench(
         for folder in folders
         for name in (runtimes.runnable(folder) if runtime == "all" else [runtimes.choose(folder, runtime)])
     ]
+    for name in {name for _, name in pairs}:
+        _warn(name)
     names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]
     variants = [benchmark.Variant("original", resolve(baseline or _source_of(folders[0])), "eager", "bf16")]
     variants += [benchmark.Variant(n, folder, name) for n, (folder, name) in zip(names, pairs, strict=True)]
@@ -638,12 +653,12 @@ def doctor(as_json: AsJson = False) -> None:
 
     from edgeprune import doctor as examination
 
-    findings, conflicts = examination.examine(), examination.conflicts()
-    _table([("yes" if f.works else "no", f.what, f"{f.why}; {f.fix}" if f.fix else f.why) for f in findings])
-    for conflict in conflicts:
+    findings, clashes = examination.examine(), conflicts()
+    _table([("yes" if f.works else "no", f.what, f"{f.fix} ({f.why})" if f.fix else f.why) for f in findings])
+    for conflict in clashes:
         _say(f"conflict: {conflict}")
     if as_json:
-        _print_json({"findings": [asdict(f) for f in findings], "conflicts": conflicts})
+        _print_json({"findings": [asdict(f) for f in findings], "conflicts": clashes})
 
 
 devices = typer.Typer(help="The devices that are known.", invoke_without_command=True)

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 
 from edgeprune import export, runtimes
+from edgeprune.extras import COMPRESS, absent, distribution, missing
 from edgeprune.runtimes.providers import choose
-
-COMPRESS = ("accelerate", "diffusers", "jinja2", "matplotlib", "nncf", "scipy", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,6 @@ class Finding:
     """Command that adds what is missing, or nothing."""
 
 
-def _present(package: str) -> bool:
-    return not runtimes.absent(package)
-
-
 _distributions = functools.cache(metadata.packages_distributions)  # reads every installed package
 
 
@@ -46,16 +41,16 @@ def _version(package: str) -> str:
         return package
 
 
-def _finding(what: str, extra: str, packages: tuple[str, ...], lacking: str = "", *, told: int = 0) -> Finding:
-    """`told` is how many of the packages go without saying where they are there."""
-    missing = [p for p in packages if not any(map(_present, p.split("|")))]
-    if missing:
-        return Finding(
-            what, False, f"missing {', '.join(missing).replace('|', ' or ')}", f"pip install 'edgeprune[{extra}]'"
-        )
-    if lacking:
+def _finding(what: str, extra: str, packages: tuple[str, ...], lacking: str = "", *, compress: bool = False) -> Finding:
+    """`compress`: it needs what compressing needs as well, which goes without saying where it is there."""
+    if lacking:  # no package would help
         return Finding(what, False, f"needs {lacking}", "")
-    found = [next(p for p in package.split("|") if _present(p)) for package in packages[told:]]
+    gone = [distribution(package).replace("|", " or ") for package in missing(packages)]
+    if compress and missing(COMPRESS):
+        gone.insert(0, "what compress needs")
+    if gone:
+        return Finding(what, False, f"missing {', '.join(gone)}", f"pip install 'edgeprune[{extra}]'")
+    found = [next(p for p in package.split("|") if not absent(p)) for package in packages]
     return Finding(what, True, ", ".join(map(_version, found)), "")
 
 
@@ -63,7 +58,7 @@ def examine() -> list[Finding]:
     """Everything edgeprune does, in the order of work."""
     out = [_finding("compress", "compress", COMPRESS)]
     for fmt, (extra, packages) in export.NEEDS.items():
-        out.append(_finding(f"export {fmt}", f"compress,{extra}", (*COMPRESS, *packages), told=len(COMPRESS)))
+        out.append(_finding(f"export {fmt}", f"compress,{extra}", packages, compress=True))
     for name, info in runtimes.RUNTIMES.items():
         lacking = "" if info.has_hardware() else info.hardware
         out.append(_finding(f"run {name}", info.extra, info.packages, lacking))
@@ -80,14 +75,3 @@ def _provider() -> tuple[bool, str]:
     except (ImportError, AttributeError) as error:  # two packages in one folder leave a broken one
         return False, f"cannot be imported: {error}"
     return True, f"{choice.providers[0]}: {choice.why}"
-
-
-def conflicts() -> list[str]:
-    """Packages that spoil each other, one line each."""
-    installed = {(d.metadata["Name"] or "").lower() for d in metadata.distributions()}
-    if {"onnxruntime", "onnxruntime-gpu"} <= installed:
-        return [
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; keep one: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'edgeprune[onnx-gpu]'"
-        ]
-    return []

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgeprune import extras
 from edgeprune.errors import InputError
 from edgeprune.export import accepts
 from edgeprune.targets import Target
@@ -24,17 +25,18 @@ FORMATS = sorted(path.stem.removeprefix("to_") for path in Path(__file__).parent
 
 NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "coreml": ("coreml", ("coremltools",)),
-    "onnx": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
-    "openvino": ("openvino", ("onnx", "onnxscript", "onnxruntime", "openvino")),
-    "trt": ("trt", ("onnx", "onnxscript", "onnxruntime", "tensorrt|tensorrt_rtx")),
+    "onnx": ("onnx", ("onnxruntime",)),
+    "openvino": ("openvino", ("openvino",)),
+    "trt": ("onnx,trt", ("onnxruntime", "tensorrt|tensorrt_rtx")),
 }
-"""By format: the extra that installs what its export needs beside `compress`, and these packages; `a|b` is either."""
+"""By format: the extras that install what its export needs beside `compress`, and these packages; `a|b` is either."""
 
 
 def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Callable[[str], None]) -> dict[str, Any]:
     """Write `out` in a format of FORMATS for a device; returns the content of edgeprune_export.json.
 
     Raises:
+        MissingExtraError: a package that the format needs is not installed.
         InputError: `artefact` or `out` is not usable, or the artefact cannot be for this device.
         ParityError: a network does not compute what its checkpoint computes.
         EdgepruneError: the disk is full, or `out` cannot be written.
@@ -42,6 +44,10 @@ def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Cal
     if fmt not in FORMATS:
         raise InputError(f"--target: found {fmt!r}, expected one of {', '.join(FORMATS)}")
     accepts.check(artefact, device)
+    extra, packages = NEEDS[fmt]
+    extras.require(extras.COMPRESS, f"compress,{extra}")
+    # Which TensorRT it must be depends on the device: to_trt.py says.
+    extras.require(tuple(package for package in packages if "|" not in package), extra)
     module = importlib.import_module(f"edgeprune.export.to_{fmt}")
     written: dict[str, Any] = module.export(artefact, out, device=device, progress=progress)
     return written

@@ -8,7 +8,6 @@ is untouched. What it leaves out: the networks, which each format's to_*.py writ
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-from edgeprune.checkpoint import MANIFEST, no_bars
+from edgeprune.checkpoint import MANIFEST, complete_tokenizer, no_bars
 from edgeprune.errors import InputError
 from edgeprune.files import cannot_write, copy_folder, read_json, replace_folder, sha256_file, write_json
 from edgeprune.generation import FILE as GENERATION
@@ -146,16 +145,11 @@ def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> Non
 
 
 def _tokenizer(source: Path, target: Path) -> None:
-    """Copy a CLIP tokenizer; complete it for both worlds.
+    """Copy a CLIP tokenizer; complete it for the `tokenizers` package alone, and for optimum with transformers 4.
 
-    The `tokenizers` package alone reads tokenizer.json, which hub folders of SD3 lack; optimum with transformers 4
-    reads vocab.json and merges.txt, which transformers 5 no longer writes.
+    The first reads tokenizer.json, which hub folders of SD3 lack.
     """
     copy_folder(source, target)
     if not (target / "tokenizer.json").exists():
         from_pretrained(AutoTokenizer.from_pretrained, source).save_pretrained(target)
-    model = read_json(target / "tokenizer.json").get("model", {})
-    if not (target / "vocab.json").exists() and model.get("type") == "BPE":
-        pairs = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
-        (target / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-        (target / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
+    complete_tokenizer(target)

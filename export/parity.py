@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeprune.errors import MissingExtraError, ParityError
+from edgeprune.errors import ParityError
 from edgeprune.export import graph
+from edgeprune.extras import needs
 
 BOUND = 1e-3
 """Largest relative error (maximum) that passes in float32."""
@@ -40,10 +41,8 @@ def session(path: Path) -> Runner:
         MissingExtraError: onnxruntime is not installed.
         ParityError: ONNX Runtime refuses the file.
     """
-    try:
+    with needs("onnx"):
         import onnxruntime
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "onnx") from None
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.intra_op_num_threads = torch.get_num_threads()

@@ -32,16 +32,17 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection
 
 from edgeprune.checkpoint import load_transformer
-from edgeprune.errors import EdgepruneError, InputError, MissingExtraError, ParityError
+from edgeprune.errors import EdgepruneError, InputError, ParityError
 from edgeprune.export import graph, parity
 from edgeprune.export.folder import Progress, from_pretrained, is_quantized, silent, write
+from edgeprune.extras import needs
 from edgeprune.files import read_json
 from edgeprune.generation import Generation
 from edgeprune.int4 import unpack
 from edgeprune.targets import Target
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns at import of what only a Mac has
-try:
+with needs("coreml"):
     import coremltools as ct
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
@@ -49,8 +50,6 @@ try:
     from coremltools.converters.mil.mil import types
 
     from edgeprune.export.mil_reference import Package
-except ImportError:
-    raise MissingExtraError("coremltools", "coreml") from None
 
 BOUND = 2e-3
 """Largest relative error that passes where arithmetic is float32: what half-precision weights may cost."""

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.errors import EdgepruneError, MissingExtraError, ParityError
+from edgeprune.errors import EdgepruneError, ParityError
 from edgeprune.export import parity, to_onnx
 from edgeprune.export.folder import Progress, silent, write
+from edgeprune.extras import needs
 from edgeprune.targets import Target
 
 MODEL = "openvino_model.xml"
@@ -42,10 +43,8 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
         ParityError: a model does not compute what its checkpoint computes.
         EdgepruneError: the disk is full, or `out` cannot be written.
     """
-    try:
+    with needs("openvino"):
         import openvino
-    except ModuleNotFoundError:
-        raise MissingExtraError("openvino", "openvino") from None
     said = {"openvino": openvino.get_version()}
     return write(artefact, out, "openvino", lambda p: to_onnx.networks(artefact, p, progress, opened=converted) | said)
 

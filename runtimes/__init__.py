@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if __name__ != "edgeprune.runtimes":
     raise ImportError(f"import this package as edgeprune.runtimes, not as {__name__}")
 
 import importlib
-import importlib.util
 import shutil
 import sys
 from collections.abc import Callable
 
-from edgeprune.errors import InputError, MissingExtraError
+from edgeprune import extras
+from edgeprune.errors import InputError
 from edgeprune.files import read_json
 from edgeprune.runtimes.base import Runtime
 from edgeprune.runtimes.base import open_runtime as _open_runtime
 
-__all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "absent", "candidates", "choose", "load", "prepare", "runnable"]
+__all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "candidates", "choose", "load", "prepare", "runnable"]
 
 
 _HARDWARE: dict[str, Callable[[], bool]] = {
@@ -50,19 +50,17 @@ class RuntimeInfo:
         """Whether what it cannot run without is there."""
         return not self.hardware or _HARDWARE[self.hardware]()
 
-    def missing(self) -> str | None:
-        """The first of its packages that is not installed."""
-        return next((p for p in self.packages if absent(p)), None)
+    def installed(self) -> bool:
+        """Whether all of its packages are."""
+        return not extras.missing(self.packages)
 
+    def require(self) -> None:
+        """Refuse to go on without its packages.
 
-def absent(package: str) -> bool:
-    """Whether a package is not installed; it is not imported."""
-    try:
-        spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:  # of the package that it is part of
-        return True
-    # A folder without code, such as an export named `openvino` in the working directory, has a spec but no origin.
-    return spec is None or spec.origin is None
+        Raises:
+            MissingExtraError: one of them is not installed.
+        """
+        extras.require(self.packages, self.extra)
 
 
 _BASE = ("tokenizers", "PIL")
@@ -88,8 +86,10 @@ def choose(folder: Path, runtime: str | None = None) -> str:
         raise InputError(f"runtime: found {runtime!r}, expected one of {', '.join(RUNTIMES)}")
     fitting = candidates(folder)
     if runtime is None:
-        installed = [name for name in fitting if RUNTIMES[name].missing() is None]
-        return installed[0] if installed else _raise_missing(fitting[-1])
+        installed = [name for name in fitting if RUNTIMES[name].installed()]
+        if not installed:
+            RUNTIMES[fitting[-1]].require()
+        return installed[0]
     if runtime not in fitting:
         hint = "give the folder it was exported from" if runtime == "eager" else "export it first (edgeprune export)"
         raise InputError(f"{folder}: found a folder for {', '.join(fitting)}, expected one for {runtime}; {hint}")
@@ -103,7 +103,7 @@ def runnable(folder: Path) -> list[str]:
         InputError: no such folder, neither an export nor a pipeline, or none of its runtimes can run here.
     """
     fitting = candidates(folder)
-    found = [name for name in fitting if RUNTIMES[name].missing() is None and RUNTIMES[name].has_hardware()]
+    found = [name for name in fitting if RUNTIMES[name].installed() and RUNTIMES[name].has_hardware()]
     if not found:
         raise InputError(
             f"{folder}: found a folder for {', '.join(fitting)}, none of which runs here; see edgeprune doctor"
@@ -133,14 +133,6 @@ def candidates(folder: Path) -> list[str]:
     )
 
 
-def _raise_missing(runtime: str) -> NoReturn:
-    info = RUNTIMES[runtime]
-    package = info.missing() or runtime
-    raise MissingExtraError(
-        {"PIL": "pillow", "cuda.bindings.runtime": "cuda-bindings"}.get(package, package), info.extra
-    )
-
-
 def prepare(runtime: str) -> Any:
     """Import a runtime's module and its libraries, nothing else; `bench` measures its baseline after this.
 
@@ -151,8 +143,7 @@ def prepare(runtime: str) -> Any:
     if runtime not in RUNTIMES:
         raise InputError(f"runtime: found {runtime!r}, expected one of {', '.join(RUNTIMES)}")
     # Not `except ImportError`: a package that is there but broken should show its own error.
-    if RUNTIMES[runtime].missing():
-        _raise_missing(runtime)
+    RUNTIMES[runtime].require()
     return importlib.import_module(f"edgeprune.runtimes.{runtime}")
 
 

@@ -24,11 +24,13 @@ from typing import Any
 import numpy as np
 
 from edgeprune.errors import InputError
+from edgeprune.extras import needs
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.networks import NetworkBackend
 
 # Off macOS it cannot predict, and would import torch where that is.
-coremltools: Any = importlib.import_module("coremltools") if sys.platform == "darwin" else None
+with needs("coreml"):
+    coremltools: Any = importlib.import_module("coremltools") if sys.platform == "darwin" else None
 
 COMPUTE_UNITS = ("all", "cpu_and_ne", "cpu_and_gpu", "cpu_only")
 _INT32 = 0x20000 | 32  # ArrayFeatureType.INT32

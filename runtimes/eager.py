@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import StableDiffusion3Pipeline
 
-from edgeprune import checkpoint
 from edgeprune.errors import InputError
+from edgeprune.extras import needs
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.memory import Meter, Reading
+
+with needs("compress"):
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+
+    from edgeprune import checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 
 from edgeprune.errors import InputError
+from edgeprune.extras import needs
 from edgeprune.files import read_json
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.networks import NetworkBackend
+
+with needs("openvino"):
+    import openvino
 
 FILES = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
 """A network's file by the folder's format."""

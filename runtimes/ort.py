@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as vendor
 
 from edgeprune.errors import InputError
+from edgeprune.extras import needs
 from edgeprune.runtimes import prepack
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.gpu import nvml_row
 from edgeprune.runtimes.networks import NetworkBackend
 from edgeprune.runtimes.providers import Choice, choose
+
+with needs("onnx"):
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as vendor
 
 _ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 _VENDOR_ERRORS = (

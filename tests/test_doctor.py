@@ -4,11 +4,12 @@ import importlib.util
 import json
 import subprocess
 import sys
-from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from edgeprune import doctor, export, runtimes
+from edgeprune import doctor, export, extras, runtimes
+from edgeprune.cli import app
 
 
 def test_everything_is_examined() -> None:
@@ -34,14 +35,28 @@ def test_hardware_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_two_onnx_runtimes_are_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Package:
-        def __init__(self, name: str) -> None:
-            self.metadata: dict[str, Any] = {"Name": name}
+    """doctor, generate and bench say it; the last two where ONNX Runtime is what they will use."""
+    here = {"onnxruntime"}
 
-    monkeypatch.setattr(doctor.metadata, "distributions", lambda: [Package("onnxruntime"), Package("numpy")])
-    assert doctor.conflicts() == []
-    monkeypatch.setattr(doctor.metadata, "distributions", lambda: [Package("onnxruntime"), Package("onnxruntime-GPU")])
-    assert "keep one" in doctor.conflicts()[0]
+    def version(name: str) -> str:
+        if name not in here:
+            raise extras.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(extras.metadata, "version", version)
+    assert extras.conflicts() == []
+    here.add("onnxruntime-gpu")
+    (said,) = extras.conflicts()
+    assert "keep one: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'edgeprune[onnx-gpu]'" in said
+    monkeypatch.setattr(runtimes, "choose", lambda folder, runtime: runtime)
+    for arguments, told in (
+        (["doctor"], True),
+        (["generate", "x", "--model", "nowhere", "--runtime", "ort"], True),
+        (["generate", "x", "--model", "nowhere", "--runtime", "openvino"], False),
+        (["bench", "nowhere", "--runtime", "ort"], True),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert ("keep one" in " ".join(result.stderr.split())) is told, arguments
 
 
 def test_it_needs_no_torch() -> None:

@@ -1,4 +1,4 @@
-"""ONNX export: the integers, the arithmetic at other sizes than the traced ones, the folder, and what must not stay."""
+"""ONNX export: the layers, the arithmetic at other sizes than the traced ones, the folder, and what must not stay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ import onnx_ir as ir
 import pytest
 import tiny
 import torch
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -81,37 +80,8 @@ def exported(source: Path, model: nn.Module, tmp_path_factory: pytest.TempPathFa
     return out, record
 
 
-# ------------------------------------------------------------------------------------- the integers
-
-
-def integers(raw: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
-    """Bytes to signed numbers, without the package's own unpack."""
-    if bits == 8:
-        return raw.view(np.int8)
-    nibbles = np.stack([raw % 16, raw // 16], -1).reshape(*raw.shape[:-1], -1).astype(np.int8)
-    return np.where(nibbles >= 8, nibbles - 16, nibbles).astype(np.int8)
-
-
-def bytes_of_weights(path: Path) -> dict[str, onnx.TensorProto]:
-    loaded = onnx.load(str(path))
-    return {tensor.name: tensor for tensor in loaded.graph.initializer}
-
-
-def test_the_integers_in_the_file_are_the_checkpoints(exported: tuple[Path, dict[str, Any]], model: nn.Module) -> None:
-    path = exported[0] / "transformer" / "model.onnx"
-    tensors = bytes_of_weights(path)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
-    assert len(layers) == LAYERS
-    for name, layer in layers.items():
-        tensor = tensors[f"{name}.weight_packed.T"]
-        assert tensor.data_type == (onnx.TensorProto.INT4 if layer.bits == 4 else onnx.TensorProto.INT8)
-        assert list(tensor.dims) == [layer.in_features, layer.out_features]
-        found = integers(np.frombuffer(tensor.raw_data, np.uint8), layer.bits).reshape(list(tensor.dims))
-        stored = layer.weight_packed.numpy().reshape(layer.out_features, -1)
-        np.testing.assert_array_equal(found.T, integers(stored, layer.bits), name)
-        scale = onnx.numpy_helper.to_array(tensors[f"{name}.weight_scale.T"])
-        assert scale.dtype == np.float32
-        np.testing.assert_array_equal(scale.T, layer.weight_scale.float().numpy(), name)
+# ------------------------------------------------------------------------------------- the layers
+# That the integers are the checkpoint's: test_integers.py.
 
 
 def test_no_float_copy_of_a_quantised_weight_is_left(exported: tuple[Path, dict[str, Any]], model: nn.Module) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from email.parser import Parser
-from importlib.metadata import distribution, version
+from importlib.metadata import Distribution, distribution, version
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from PIL import Image
+
+from edgeprune import export, extras, runtimes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -119,20 +124,79 @@ def test_wheel_says_what_it_is(wheel: Path) -> None:
     assert f"{info}/licenses/LICENSE" in archive.namelist()
 
 
-def link_base_install(into: Path) -> None:
-    """Link what `pip install edgeprune` would bring, with all that needs in turn and nothing else, into a folder."""
-    into.mkdir()
-    waiting, seen = list(PROJECT["project"]["dependencies"]), set()
+TORCH = {"torch", "diffusers", "transformers", "accelerate", "nncf"}
+
+
+def closure(extra: str = "") -> dict[str, Distribution]:
+    """By name, all that `pip install edgeprune[extra]` brings, with all that needs in turn."""
+    found: dict[str, Distribution] = {}
+    waiting = [Requirement(line) for line in PROJECT["project"]["dependencies"] + EXTRAS.get(extra, [])]
     while waiting:
-        need = Requirement(waiting.pop())
-        if need.name in seen or (need.marker and not need.marker.evaluate({"extra": ""})):
+        need = waiting.pop()
+        if need.name in found or (need.marker and not need.marker.evaluate({"extra": ""})):
             continue
-        seen.add(need.name)
-        found = distribution(need.name)
-        waiting += found.requires or []
+        found[need.name] = distribution(need.name)
+        for line in found[need.name].requires or []:
+            inner = Requirement(line)
+            if not inner.marker or any(inner.marker.evaluate({"extra": e}) for e in ("", *need.extras)):
+                waiting.append(inner)
+    return found
+
+
+def link_install(into: Path, extra: str = "") -> None:
+    """Link the files of `closure(extra)` and nothing else into a folder."""
+    into.mkdir()
+    for found in closure(extra).values():
         for top in {file.parts[0] for file in found.files or [] if file.parts[0] not in ("..", "__pycache__")}:
             if not (into / top).exists():
                 (into / top).symlink_to(found.locate_file(top))
+
+
+@pytest.mark.parametrize("extra", ["", "onnx", "openvino", "coreml", "trt-rtx"])
+def test_a_device_gets_no_torch(extra: str) -> None:
+    """From the installed packages' metadata; `trt` has the same beside TensorRT itself, which is no Python code."""
+    names = {name.lower() for name in closure(extra)}
+    assert {requirement(line) for line in EXTRAS.get(extra, [])} <= names and not names & TORCH
+    assert {requirement(line) for line in EXTRAS["trt"]} - {"tensorrt"} <= {name.lower() for name in closure("trt-rtx")}
+
+
+def test_the_extra_that_is_named_brings_what_is_missing() -> None:
+    """What runtimes, exports and `compress` say to install is what installs the package."""
+    called = {"cuda.bindings.runtime": "cuda-bindings", "PIL": "pillow", "tensorrt|tensorrt_rtx": "tensorrt"}
+    told = [(info.extra, info.packages) for info in runtimes.RUNTIMES.values()]
+    told += [*export.NEEDS.values(), ("compress", extras.COMPRESS)]
+    for names, packages in told:
+        brought = {requirement(line) for extra in names.split(",") for line in EXTRAS[extra]}
+        brought |= {requirement(line) for line in PROJECT["project"]["dependencies"]}
+        assert {called.get(package, package) for package in packages} <= brought, names
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the wheel, installed."""
+    out = tmp_path_factory.mktemp("site") / "site"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(out)]
+    installed = subprocess.run([*command, str(wheel)], capture_output=True, text=True)
+    assert installed.returncode == 0, installed.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds what the base install brings."""
+    out = tmp_path_factory.mktemp("base") / "base"
+    link_install(out)
+    return out
+
+
+def run_with(folders: list[Path], code: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Python with these folders and its own library only.
+
+    -I -S: no site-packages, no editable finder, no current folder; so neither torch nor this tree can be found.
+    """
+    path = f"import sys; sys.path[:0] = {[str(folder) for folder in folders]!r}\n"
+    command = [sys.executable, "-I", "-S", "-c", path + code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
 PROBE = """
@@ -148,21 +212,100 @@ try:
     edgeprune.no_such_name
 except AttributeError as error:
     assert "no_such_name" in str(error)
-sys.argv = ["edgeprune", "--help"]
-from edgeprune.cli import main
-sys.exit(main())
 """
+CLI = "import sys\nfrom edgeprune.cli import main\nsys.argv[0] = 'edgeprune'\nmain()"
 
 
-def test_wheel_in_an_environment_without_torch(wheel: Path, tmp_path: Path) -> None:
-    site, base = tmp_path / "site", tmp_path / "base"
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site)]
-    installed = subprocess.run([*command, str(wheel)], capture_output=True, text=True)
-    assert installed.returncode == 0, installed.stderr
-    link_base_install(base)
-    # -I -S: no site-packages, no editable finder, no current folder; so neither torch nor this tree can be found.
-    code = f"import sys; sys.path[:0] = [{str(site)!r}, {str(base)!r}]\n"
-    code += PROBE.format(version=version("edgeprune"), site=str(site))
-    run = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+def test_wheel_in_an_environment_without_torch(site: Path, base: Path, tmp_path: Path) -> None:
+    code = PROBE.format(version=version("edgeprune"), site=str(site)) + CLI
+    run = run_with([site, base], code, "--help", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "compress" in run.stdout
+
+
+def as_ir(exported: Path, out: Path) -> Path:
+    """An ONNX export as OpenVINO's, without tracing it again."""
+    from edgeprune.export.to_openvino import converted
+
+    shutil.copytree(exported, out)
+    for path in out.glob("*/model.onnx"):
+        converted(path)
+    record = json.loads((out / "edgeprune_export.json").read_text("utf-8"))
+    (out / "edgeprune_export.json").write_text(json.dumps(record | {"target": "openvino"}))
+    return out
+
+
+@pytest.mark.parametrize(("extra", "runtime"), [("onnx", "ort"), ("openvino", "openvino")])
+def test_an_image_without_torch(
+    extra: str, runtime: str, site: Path, tiny_folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """`pip install edgeprune[extra]` and an export are all that a device needs."""
+    folder = tiny_folders[1] if extra == "onnx" else as_ir(tiny_folders[1], tmp_path / "ir")
+    link_install(tmp_path / extra, extra)
+    arguments = ["generate", "two red circles", "--model", folder, "-o", "out.png", "--runtime", runtime]
+    code = PROBE.format(version=version("edgeprune"), site=str(site)) + CLI
+    run = run_with([site, tmp_path / extra], code, *arguments, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.size == (64, 64)
+
+
+MISSING = {
+    "runtime ort": "onnxruntime is not installed; run: pip install 'edgeprune[onnx]'",
+    "runtime openvino": "openvino is not installed; run: pip install 'edgeprune[openvino]'",
+    "runtime trt": "cuda-bindings is not installed; run: pip install 'edgeprune[trt]'",
+    "runtime coreml": "coremltools is not installed; run: pip install 'edgeprune[coreml]'",
+    "runtime eager": "torch is not installed; run: pip install 'edgeprune[compress]'",
+    **{f"export {fmt}": f"run: pip install 'edgeprune[compress,{needs[0]}]'" for fmt, needs in export.NEEDS.items()},
+    "compress": "is not installed; run: pip install 'edgeprune[compress]'",
+}
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_a_missing_extra_is_one_line(
+    what: str, site: Path, base: Path, tiny_folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """In a base install: every runtime, every export format, and compressing."""
+    assert {f"runtime {name}" for name in runtimes.RUNTIMES} | {f"export {name}" for name in export.FORMATS} <= {
+        *MISSING
+    }
+    kind, _, name = what.partition(" ")
+    folder = tmp_path / "folder"
+    if kind == "runtime":
+        folder.mkdir()
+        for file in ("model_index.json", "edgeprune_export.json")[: 1 if name == "eager" else 2]:
+            (folder / file).write_text(json.dumps({"target": "".join(runtimes.RUNTIMES[name].formats[:1])}))
+        arguments = ["generate", "x", "--model", folder, "--runtime", name]
+    elif kind == "export":
+        arguments = ["export", tiny_folders[0], "--target", name, "-o", "out"]
+    else:
+        arguments = ["compress", "-o", "out"]
+    run = run_with([site, base], CLI, *arguments, cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: ") and run.stderr.endswith(f"{MISSING[what]}\n")
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["ort", "openvino", "eager"])
+def test_importing_a_runtime_without_its_extra(name: str, site: Path, base: Path, tmp_path: Path) -> None:
+    """The others import only what is there: `coreml` looks for its package on a Mac, `trt` when it opens a folder."""
+    code = f"""
+from edgeprune.errors import MissingExtraError
+try:
+    import edgeprune.runtimes.{name}
+except MissingExtraError as error:
+    print(error)
+"""
+    run = run_with([site, base], code, cwd=tmp_path)
+    assert run.stdout.strip() == MISSING[f"runtime {name}"], run.stderr
+
+
+def test_doctor_in_a_base_install(site: Path, base: Path, tmp_path: Path) -> None:
+    run = run_with([site, base], CLI, "doctor", "--json", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)["findings"]
+    hardware = {f["what"] for f in found if f["why"] in ("needs macOS", "needs an NVIDIA GPU")}
+    assert hardware <= {"run coreml", "run trt"} and not any(f["works"] for f in found)
+    # The command is whole on the screen, where 80 columns are: not taken for markup, not broken over lines.
+    assert all(f"pip install 'edgeprune[{f['fix'][23:-2]}]' (missing" in run.stderr for f in found if f["fix"])
+    assert {f["what"] for f in found if not f["fix"]} == hardware

@@ -238,6 +238,15 @@ def test_page_is_self_contained_and_escaped(copy: Path, source: Path) -> None:
     assert manifest.plan is not None
 
 
+def test_tokenizers_are_for_both_transformers(artefact: Path) -> None:
+    """Version 5 writes and reads tokenizer.json, version 4 reads vocab.json and merges.txt."""
+    for folder in (artefact, checkpoint.BUILTIN):
+        for name in ("tokenizer", "tokenizer_2"):
+            model = json.loads((folder / name / "tokenizer.json").read_text())["model"]
+            assert json.loads((folder / name / "vocab.json").read_text()) == model["vocab"]
+            assert len((folder / name / "merges.txt").read_text().splitlines()) == 1 + len(model["merges"])
+
+
 def test_given_scores_also_guide_distillation(source: Path, artefact: Path, tmp_path: Path) -> None:
     ws = Workspace(tmp_path / "out", str(source))
     pipeline.run_plan(ws, OPTIONS.plan, artefact / "analysis.json")

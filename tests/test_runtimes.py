@@ -179,28 +179,6 @@ def test_half_precision_reference_draws_about_the_same(source: Path) -> None:
     assert np.abs(a - b).mean() < 8
 
 
-def test_without_torch(exported: Path, tmp_path: Path) -> None:
-    """A device: importing torch, diffusers or transformers fails, and an image is drawn all the same."""
-    code = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] in ('torch', 'diffusers', 'transformers', 'onnx', 'scipy'):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Block())
-from edgeprune import runtimes
-with runtimes.load(sys.argv[1], 'ort') as model:
-    model.generate('two red circles', seed=1)[0].save(sys.argv[2])
-"""
-    out = tmp_path / "out.png"
-    done = subprocess.run([sys.executable, "-c", code, exported, out], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    from PIL import Image
-
-    with Image.open(out) as image:
-        assert image.size == (64, 64)
-
-
 def test_folders_that_are_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no folder"):
         runtimes.load(tmp_path / "absent")

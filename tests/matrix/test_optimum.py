@@ -1,0 +1,49 @@
+"""The ONNX folder, unchanged, in optimum's ORTStableDiffusion3Pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from drawing import PROMPT, STEPS, drawn, ours
+
+from edgeprune.files import sha256_file
+
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]  # vendors' deprecations
+
+
+@pytest.fixture
+def client() -> Any:
+    """The class; imported here, where the warnings of its import are let pass."""
+    from optimum.onnxruntime import ORTStableDiffusion3Pipeline
+
+    return ORTStableDiffusion3Pipeline
+
+
+def hashes(folder: Path) -> dict[Path, str]:
+    return {path: sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_draws_what_our_runtime_draws(client: Any, exported: Path) -> None:
+    """From the same latents every pixel to 1 of 255, where ONNX Runtime computes INT4 layers in floats as ours does."""
+    before = hashes(exported)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    pipe = client.from_pretrained(exported, session_options=options)
+    assert (pipe.text_encoder_3, pipe.tokenizer_3) == (None, None)
+    image, reference = drawn(pipe, exported), ours(exported, "ort")
+    assert reference.std() > 5 and np.abs(image - reference).max() <= 1
+    assert hashes(exported) == before
+
+
+def test_with_no_options_at_all(client: Any, exported: Path) -> None:
+    """ONNX Runtime then rounds activations to int8, which moves few pixels; and a call may leave everything out that
+    our runtimes set: an absent T5's zero tokens are then added to the prompt.
+    """
+    pipe = client.from_pretrained(exported)
+    assert np.abs(drawn(pipe, exported) - ours(exported, "ort")).mean() < 2
+    image = np.asarray(pipe(PROMPT, num_inference_steps=STEPS, height=64, width=64).images[0])
+    assert image.shape == (64, 64, 3) and image.std() > 5

@@ -1,0 +1,129 @@
+"""The quantised weights as each format's files hold them, read without the code that wrote them.
+
+    of_checkpoint(folder), of_onnx(path), of_openvino(path), of_coreml(path) -> {layer: Weight}
+
+Layers are called as in the checkpoint. What it leaves out: engines, whose format is TensorRT's own; `of_onnx` reads
+what its parser is given. O and I are a layer's outputs and inputs, G groups along I.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One quantised layer of a file."""
+
+    bits: int
+    integers: NDArray[np.int8]
+    """(O, I)"""
+    scale: NDArray[np.float32]
+    """(O, G)"""
+    file_bytes: int
+    """Integers and scales as they lie in the file."""
+
+
+def integers(raw: bytes, bits: int, shape: tuple[int, ...]) -> NDArray[np.int8]:
+    """Two's complement numbers of 8 bits, or of 4 with the lower nibble first."""
+    stored = np.frombuffer(raw, np.uint8)
+    if bits == 4:
+        nibbles = np.stack([stored & 15, stored >> 4], -1).reshape(-1)
+        stored = np.where(nibbles > 7, nibbles + 240, nibbles).astype(np.uint8)
+    return stored.view(np.int8).reshape(shape)
+
+
+def of_checkpoint(folder: Path) -> dict[str, Weight]:
+    """`transformer_int4/` of an artefact: uint8 (O, I * bits / 8), scales (O, G) in half precision."""
+    tensors = load_file(folder / "transformer_int4" / "diffusion_pytorch_model.safetensors")
+    found = {}
+    for key, packed in tensors.items():
+        name = key.removesuffix(".weight_packed")
+        if name == key:
+            continue
+        scale = tensors[f"{name}.weight_scale"]
+        bits = 4 if name.startswith("transformer_blocks.") else 8  # the rule of precision.py
+        shape = packed.shape[0], packed.shape[1] * 8 // bits
+        values = integers(packed.tobytes(), bits, shape)
+        found[name] = Weight(bits, values, scale.astype(np.float32), packed.nbytes + scale.nbytes)
+    return found
+
+
+def of_onnx(model: Any) -> dict[str, Weight]:
+    """An ONNX file, or one that is loaded: INT4 or INT8 (I, O), scales (G, O) or, one per output, (O)."""
+    import onnx
+
+    loaded = onnx.load(str(model)) if isinstance(model, Path) else model
+    tensors = {tensor.name: tensor for tensor in loaded.graph.initializer}
+    found = {}
+    for key, tensor in tensors.items():
+        name = key.removesuffix(".weight_packed.T")
+        if name == key:
+            continue
+        bits = {onnx.TensorProto.INT4: 4, onnx.TensorProto.INT8: 8}[tensor.data_type]
+        scale = onnx.numpy_helper.to_array(tensors[f"{name}.weight_scale.T"]).reshape(-1, tensor.dims[1])
+        values = integers(tensor.raw_data, bits, tuple(tensor.dims))
+        found[name] = Weight(bits, values.T, scale.T.astype(np.float32), len(tensor.raw_data) + scale.nbytes)
+    return found
+
+
+def of_openvino(path: Path) -> dict[str, Weight]:
+    """An `openvino_model.xml`: i4 or i8 (I, O), scales (G, O)."""
+    import openvino
+
+    nodes = openvino.Core().read_model(path).get_ordered_ops()
+    constants = {n.get_friendly_name(): n for n in nodes if n.get_type_name() == "Constant"}
+    found = {}
+    for key, node in constants.items():
+        name = key.removesuffix(".weight_packed.T")
+        if name == key:
+            continue
+        bits = {"i4": 4, "i8": 8}[node.get_element_type().get_type_name()]
+        raw, scale = np.array(node.data, copy=True), np.array(constants[f"{name}.weight_scale.T"].data, copy=True)
+        values = integers(raw.tobytes(), bits, tuple(node.shape))
+        scales = scale.reshape(-1, node.shape[1]).T.astype(np.float32)
+        found[name] = Weight(bits, values.T, scales, raw.nbytes + scale.nbytes)
+    return found
+
+
+def of_coreml(path: Path, names: list[str]) -> dict[str, Weight]:
+    """A `model.mlpackage`: data (O, I) and scales (O, G); `names` are the layers', whose dots a program cannot have."""
+    import coremltools as ct
+
+    from edgeprune.export.mil_reference import Package
+
+    bits_of = {ct.proto.MIL_pb2.INT4: 4, ct.proto.MIL_pb2.INT8: 8}
+    weights = (path / "Data" / "com.apple.CoreML" / "weights" / "weight.bin").read_bytes()
+    operations = Package(path).operations
+    constants = {op.outputs[0].name: op.attributes["val"] for op in operations if op.type == "const"}
+
+    def read(op: Any, key: str) -> tuple[bytes, Any]:
+        """A constant's bytes, in weight.bin behind a header of 64 bytes or in the program itself, and its type."""
+        binding = op.inputs[key].arguments[0]
+        value = constants[binding.name] if binding.name else binding.value
+        if value.HasField("immediateValue"):
+            return bytes(value.immediateValue.tensor.bytes.values), value.type.tensorType
+        sentinel, _, size, offset = struct.unpack_from("<IIQQ", weights, value.blobFileValue.offset)
+        assert sentinel == 0xDEADBEEF
+        return weights[offset : offset + size], value.type.tensorType
+
+    called = {f"_{name.replace('.', '_')}_weight_packed": name for name in names}
+    found = {}
+    for op in operations:
+        if op.type != "constexpr_blockwise_shift_scale":
+            continue
+        (name,) = (name for key, name in called.items() if key in op.outputs[0].name)
+        (data, kind), (scale, _) = read(op, "data"), read(op, "scale")
+        shape = tuple(d.constant.size for d in kind.dimensions)
+        scales = np.frombuffer(scale, np.float16).reshape(shape[0], -1).astype(np.float32)
+        bits = bits_of[kind.dataType]
+        assert name not in found
+        found[name] = Weight(bits, integers(data, bits, shape), scales, len(data) + len(scale))
+    return found
