@@ -1,11 +1,14 @@
 """The torch reference: a diffusers or artefact folder behind the same interface; the one file here that imports torch.
 
 It exists to compare with: same noise, same schedule, same guidance as the other runtimes. An artefact's INT4
-transformer computes by dequantising each layer at each call: exact, slow. What it leaves out: GPUs, compilation.
+transformer computes by dequantising each layer at each call: exact, slow. On a machine with a GPU it runs there, so
+that `bench` compares like with like. What it leaves out: several GPUs, compilation.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import numpy as np
 from edgeprune.errors import InputError
 from edgeprune.extras import needs
 from edgeprune.runtimes.base import Array, Settings
+from edgeprune.runtimes.gpu import nvml_row
 from edgeprune.runtimes.memory import Meter, Reading
 
 with needs("compress"):
@@ -22,18 +26,28 @@ with needs("compress"):
 
     from edgeprune import checkpoint
 
+Rows = Callable[[], dict[str, Reading]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class EagerBackend:
     """The `Backend` of plain torch; made by `open_backend`."""
 
-    name, provider, why = "eager", "cpu", "the only one it has"
+    name = "eager"
 
     def __init__(
-        self, pipeline: StableDiffusion3Pipeline, settings: Settings, meter: Meter, *, dtype: str, quantized: bool
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        settings: Settings,
+        rows: Rows,
+        *,
+        device: str,
+        why: str,
+        dtype: str,
+        quantized: bool,
     ) -> None:
-        self._meter = meter
+        self.provider, self.why, self._rows = device, why, rows
+        self._device = torch.device(device)
         self._pipeline: StableDiffusion3Pipeline | None = pipeline
         self._dtype = DTYPES[dtype]
         self._zero_tokens = settings.generation.max_sequence_length
@@ -53,6 +67,7 @@ class EagerBackend:
             prompts,
             None,
             None,
+            device=self._device,
             do_classifier_free_guidance=False,
             max_sequence_length=self._zero_tokens,
         )
@@ -65,7 +80,7 @@ class EagerBackend:
             hidden_states=self._tensor(latents),
             encoder_hidden_states=self._tensor(text),
             pooled_projections=self._tensor(pooled),
-            timestep=torch.from_numpy(timestep),  # float32: half precision would move the noise level
+            timestep=torch.from_numpy(timestep).to(self._device),  # float32: half precision would move the noise level
             return_dict=False,
         )[0]
         return _numpy(velocity)
@@ -78,30 +93,69 @@ class EagerBackend:
         return _numpy(vae.decode(self._tensor(scaled), return_dict=False)[0])
 
     def memory(self) -> dict[str, Reading]:
-        """The rows of memory.SPLIT, of this process."""
-        return self._meter.rows()
+        """The rows of memory.SPLIT, of this process or of the GPU."""
+        return self._rows()
 
     def close(self) -> None:
         """Drop the pipeline."""
         if self._pipeline is not None:
-            self._meter.note()
+            self.memory()  # a row may be a maximum so far
         self._pipeline = None
 
     def _tensor(self, array: Array) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._dtype)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, self._dtype)
 
 
 def _numpy(tensor: Any) -> Array:
-    array: Array = tensor.float().numpy()
+    array: Array = tensor.float().cpu().numpy()
     return array
 
 
-def open_backend(folder: Path, settings: Settings, *, dtype: str = "fp32", threads: int = 0) -> EagerBackend:
+def cuda_rows(cuda: Any, weights: int) -> dict[str, Reading]:
+    """The rows of memory.SPLIT, of the GPU instead of the process; its overhead only where NVML tells.
+
+    Args:
+        cuda: `torch.cuda`, or what a test puts in its place.
+        weights: what torch had allocated once the model was there, in bytes.
+    """
+    peak, how = cuda.max_memory_allocated(), "peak of torch's allocator (max_memory_allocated)"
+    rows = {
+        "weights_bytes": Reading(weights, "on the GPU once the model was there (torch, memory_allocated)"),
+        "activations_bytes": Reading(max(0, peak - weights), f"on the GPU: {how} less weights"),
+    }
+    if total := nvml_row():
+        overhead = max(0, total["gpu_process_bytes"].bytes - cuda.memory_allocated())
+        rows["runtime_overhead_bytes"] = Reading(
+            overhead, "CUDA's own and the allocator's unused blocks: this process now (NVML) less memory_allocated"
+        )
+        peak, how = peak + overhead, f"{how}; and runtime overhead"
+    else:
+        how += "; without runtime overhead, which NVML does not tell here"
+    return rows | total | {"peak_bytes": Reading(peak, how)}
+
+
+def _pick_device(device: str | None) -> tuple[str, str]:
+    """Where to compute, and why there."""
+    here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    if device is None:
+        return here[0], "torch finds a GPU" if here[0] == "cuda" else "torch finds no GPU"
+    if device not in here:
+        raise InputError(f"device: found {device!r}, expected one of {', '.join(here)}, which torch finds here")
+    return device, f"device={device}"
+
+
+def open_backend(
+    folder: Path, settings: Settings, *, dtype: str = "fp32", threads: int = 0, device: str | None = None
+) -> EagerBackend:
     """Open a diffusers or artefact folder; an artefact's INT4 transformer is used where there is one.
 
+    Args:
+        device: `cuda` or `cpu`; None takes the GPU where there is one.
+
     Raises:
-        InputError: an unknown dtype, or the folder is not a usable pipeline.
+        InputError: an unknown dtype, a device that is not here, or the folder is not a usable pipeline.
     """
+    where, why = _pick_device(device)
     if dtype not in DTYPES:
         raise InputError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
     if threads:
@@ -109,5 +163,9 @@ def open_backend(folder: Path, settings: Settings, *, dtype: str = "fp32", threa
     meter = Meter()
     with meter.opening():
         pipeline = checkpoint.load(folder, dtype=DTYPES[dtype])
+    rows: Rows = meter.rows
+    if where == "cuda":
+        pipeline.to(where)
+        rows = functools.partial(cuda_rows, torch.cuda, torch.cuda.memory_allocated())
     quantized = (folder / "transformer_int4").is_dir()
-    return EagerBackend(pipeline, settings, meter, dtype=dtype, quantized=quantized)
+    return EagerBackend(pipeline, settings, rows, device=where, why=why, dtype=dtype, quantized=quantized)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import heavy
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from edgeprune import runtimes
+from edgeprune.errors import InputError
 from edgeprune.runtimes import memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -100,6 +102,7 @@ def run(code: str, *arguments: Any) -> Any:
 ROWS = """
 import json, sys
 from edgeprune import runtimes
+from edgeprune.errors import InputError
 with runtimes.load(sys.argv[1], "ort", threads=1, low_memory=sys.argv[2] == "True") as model:
     model.generate("two red circles", steps=1)
     print(json.dumps({name: row.bytes for name, row in model.memory().items()}))
@@ -121,6 +124,7 @@ def test_low_memory_holds_the_largest_stage_not_the_sum(tiny_folders: tuple[Path
 LEAK = """
 import gc, json, os, sys
 from edgeprune import runtimes
+from edgeprune.errors import InputError
 from edgeprune.runtimes import memory
 held = []
 for _ in range(int(sys.argv[2])):
@@ -158,3 +162,27 @@ def test_every_runtime_gives_the_rows(tiny_folders: tuple[Path, Path]) -> None:
             rows = model.memory()
             assert set(memory.SPLIT) <= set(rows) and all(rows[n].how for n in memory.SPLIT), name
             assert rows["weights_bytes"].bytes >= 0 and rows["peak_bytes"].bytes > 1e6
+
+
+def test_rows_of_a_gpu_come_from_the_allocator_and_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgeprune.runtimes import eager
+
+    cuda = SimpleNamespace(max_memory_allocated=lambda: 900, memory_allocated=lambda: 700)
+    monkeypatch.setattr(eager, "nvml_row", dict)
+    rows = eager.cuda_rows(cuda, 600)
+    assert {n: r.bytes for n, r in rows.items()} == {"peak_bytes": 900, "weights_bytes": 600, "activations_bytes": 300}
+    assert "NVML does not tell" in rows["peak_bytes"].how
+    monkeypatch.setattr(eager, "nvml_row", lambda: {"gpu_process_bytes": memory.Reading(1500, "NVML")})
+    rows = eager.cuda_rows(cuda, 600)
+    assert (rows["runtime_overhead_bytes"].bytes, rows["peak_bytes"].bytes) == (800, 1700)
+
+
+def test_the_torch_reference_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgeprune.runtimes import eager
+
+    monkeypatch.setattr(eager.torch.cuda, "is_available", lambda: False)
+    assert eager._pick_device(None) == ("cpu", "torch finds no GPU")
+    with pytest.raises(InputError, match="device: found 'cuda', expected one of cpu"):
+        eager._pick_device("cuda")
+    monkeypatch.setattr(eager.torch.cuda, "is_available", lambda: True)
+    assert eager._pick_device(None)[0] == "cuda" and eager._pick_device("cpu")[0] == "cpu"
