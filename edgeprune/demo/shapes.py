@@ -15,7 +15,7 @@ import functools
 import hashlib
 import itertools
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -255,107 +255,71 @@ def _ink(shape: str, extent: int) -> NDArray[np.float32]:
 
 def render(meaning: Meaning, rng: np.random.Generator) -> Pixels:
     """One random scene that satisfies `meaning`: (64, 64, 3)."""
-    inks = [_ink(t.shape, int(rng.integers(*_extents(meaning, t), endpoint=True))) for t in meaning.things]
-    while True:
-        corners = [_corner(meaning, ink.shape, rng) for ink in inks]
-        if _allowed(meaning, _boxes(inks, corners)):
-            return _compose(inks, corners, [t.colour or str(rng.choice(list(COLOURS))) for t in meaning.things])
-
-
-def nearest_render(pixels: Pixels, meaning: Meaning, rng: np.random.Generator, *, tries: int = 8) -> Pixels:
-    """A scene that satisfies `meaning` and is as like a given image as can easily be had.
-
-    What the image shows is taken over (where things are, how large, in which colours) wherever the meaning leaves it
-    open. Where two things have no relation and the image is wrong, the first is on the left, or above: whoever learns
-    from these scenes needs a rule for which is which. If the things cannot be where the image has them, they are tried
-    with rows and columns exchanged, then with some of them elsewhere, and at last the nearest of `tries` random scenes
-    is taken.
-    """
-    count = len(meaning.things)
-    seen = see(pixels, glyphs=meaning.task == "typography")[:6]
-    turned = [replace(s, box=(s.box[1], s.box[0], s.box[3], s.box[2])) for s in seen]
-    more = [[*seen[: count - 1], *_elsewhere(count - len(seen[: count - 1]), rng)] for _ in range(tries)]
-    alike = len(set(meaning.things)) == 1
-    free = alike or meaning.relation is not None or check(pixels, meaning)
-    for layouts in ([seen], [turned], more):
-        pick = itertools.combinations if alike else itertools.permutations
-        chosen = [c for layout in layouts for c in pick(layout, count)]
-        if scenes := [scene for c in chosen if (scene := _redraw(meaning, c, free, rng)) is not None]:
-            return _most_like(pixels, scenes)
-    return _most_like(pixels, [render(meaning, rng) for _ in range(tries)])
-
-
-def _most_like(pixels: Pixels, scenes: list[Pixels]) -> Pixels:
-    """The scene with the least difference in means of 4x4 pixels."""
-    small = [image.reshape(SIZE // 4, 4, SIZE // 4, 4, 3).mean((1, 3)) for image in (pixels, *scenes)]
-    return scenes[int(np.argmin([np.abs(s - small[0]).sum() for s in small[1:]]))]
-
-
-def _elsewhere(count: int, rng: np.random.Generator) -> list[Seen]:
-    """Things that nobody saw, anywhere."""
-    corners = rng.integers(2, SIZE - 22, size=(count, 2))
-    return [Seen(None, None, (int(y), int(x), int(y) + 20, int(x) + 20)) for y, x in corners]
-
-
-def _redraw(meaning: Meaning, chosen: tuple[Seen, ...], free: bool, rng: np.random.Generator) -> Pixels | None:
-    """The things of `meaning` in the places of `chosen`, moved a little if need be, in order unless `free`; or None."""
-    for jitter in (0, 2, 4, 6):
-        inks, corners, colours = [], [], []
-        for thing, seen in zip(meaning.things, chosen, strict=True):
-            y0, x0, y1, x1 = seen.box
-            ink = _ink(thing.shape, int(np.clip(max(y1 - y0, x1 - x0), *_extents(meaning, thing))))
-            dy, dx = rng.integers(-jitter, jitter, size=2, endpoint=True)
-            (h, w), y, x = ink.shape, (y0 + y1) / 2 + dy, (x0 + x1) / 2 + dx
-            corners.append((int(np.clip(y - h / 2, 2, SIZE - h - 2)), int(np.clip(x - w / 2, 2, SIZE - w - 2))))
-            inks.append(ink)
-            colours.append(thing.colour or seen.colour or str(rng.choice(list(COLOURS))))
-        boxes = _boxes(inks, corners)
-        ordered = free or _relation(boxes[0], boxes[1], 0) in ("to the left of", "above")
-        if ordered and _allowed(meaning, boxes) and check(scene := _compose(inks, corners, colours), meaning):
-            return scene
-    return None
-
-
-def _compose(inks: list[NDArray[np.float32]], corners: list[tuple[int, int]], colours: list[str]) -> Pixels:
-    """Inks painted on the background, the later over the earlier."""
     canvas = np.empty((SIZE, SIZE, 3), np.float32)
     canvas[:] = BACKGROUND
-    for ink, (y, x), colour in zip(inks, corners, colours, strict=True):
+    inks = [_ink(t.shape, _extent(meaning, t, rng)) for t in meaning.things]
+    corners = _layout(meaning, [ink.shape for ink in inks], rng)
+    for thing, ink, (y, x) in zip(meaning.things, inks, corners, strict=True):
+        colour = COLOURS[thing.colour or str(rng.choice(list(COLOURS)))]
         h, w = ink.shape
         patch = canvas[y : y + h, x : x + w]
-        patch += ink[..., None] * (np.asarray(COLOURS[colour], np.float32) - patch)
+        patch += ink[..., None] * (np.asarray(colour, np.float32) - patch)
     return canvas.round().astype(np.uint8)
 
 
-def _extents(meaning: Meaning, thing: Thing) -> tuple[int, int]:
-    """The least and the largest longer side of a thing, in pixels."""
-    return {
+def _extent(meaning: Meaning, thing: Thing, rng: np.random.Generator) -> int:
+    low, high = {
         "single_object": (14, 17) if thing.size == "small" else (28, 32),
         "counting": (16, 20) if len(meaning.things) > 2 else (16, 24),
         "colors": (20, 34),
         "typography": (34, 40),
     }.get(meaning.task, (18, 25))
+    return int(rng.integers(low, high + 1))
 
 
-Box = tuple[int, int, int, int]
-"""y0, x0, y1, x1."""
+def _layout(meaning: Meaning, boxes: list[tuple[int, ...]], rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Top-left corners (y, x) so that boxes keep 2 pixels from the edge and 4 from one another."""
+    centres = _centres(meaning) or [None] * len(boxes)
+    while True:
+        corners = [_corner(meaning, box, centre, rng) for box, centre in zip(boxes, centres, strict=True)]
+        rows = [(y, x, y + h, x + w) for (y, x), (h, w) in zip(corners, boxes, strict=True)]
+        apart = all(
+            a[2] + 4 <= b[0] or b[2] + 4 <= a[0] or a[3] + 4 <= b[1] or b[3] + 4 <= a[1]
+            for a, b in itertools.combinations(rows, 2)
+        )
+        if apart and (meaning.relation is None or _relation(rows[0], rows[1]) == meaning.relation):
+            return corners
 
 
-def _boxes(inks: list[NDArray[np.float32]], corners: list[tuple[int, int]]) -> list[Box]:
-    return [(y, x, y + ink.shape[0], x + ink.shape[1]) for ink, (y, x) in zip(inks, corners, strict=True)]
+_NEAR, _MIDDLE, _FAR = 17, 32, 47
+_PAIRS = {
+    "to the left of": ((_MIDDLE, _NEAR), (_MIDDLE, _FAR)),
+    "to the right of": ((_MIDDLE, _FAR), (_MIDDLE, _NEAR)),
+    "above": ((_NEAR, _MIDDLE), (_FAR, _MIDDLE)),
+    "below": ((_FAR, _MIDDLE), (_NEAR, _MIDDLE)),
+}
+"""Centres (y, x) of two things by their relation."""
 
 
-def _allowed(meaning: Meaning, boxes: list[Box]) -> bool:
-    """Whether boxes keep 4 pixels from one another, and the relation holds."""
-    apart = all(
-        a[2] + 4 <= b[0] or b[2] + 4 <= a[0] or a[3] + 4 <= b[1] or b[3] + 4 <= a[1]
-        for a, b in itertools.combinations(boxes, 2)
-    )
-    return apart and (meaning.relation is None or _relation(boxes[0], boxes[1]) == meaning.relation)
+def _centres(meaning: Meaning) -> tuple[tuple[int, int], ...] | None:
+    """Where several things are, before chance moves them a little: without a relation from left to right, as named.
+
+    Where things may be anywhere, a small model draws two of one kind instead of one of each: which of two places is
+    whose has to be agreed on from noise alone.
+    """
+    if len(meaning.things) == 2:
+        return _PAIRS[meaning.relation or "to the left of"]
+    corners = (_NEAR, _NEAR), (_NEAR, _FAR), (_FAR, _NEAR), (_FAR, _FAR)
+    return {3: (*corners[:2], (_FAR, _MIDDLE)), 4: corners}.get(len(meaning.things))
 
 
-def _corner(meaning: Meaning, box: tuple[int, ...], rng: np.random.Generator) -> tuple[int, int]:
+def _corner(
+    meaning: Meaning, box: tuple[int, ...], centre: tuple[int, int] | None, rng: np.random.Generator
+) -> tuple[int, int]:
     h, w = box
+    if centre is not None:
+        y, x = (int(c) - side // 2 + int(rng.integers(-3, 4)) for c, side in zip(centre, box, strict=True))
+        return min(max(y, 2), SIZE - h - 2), min(max(x, 2), SIZE - w - 2)
     if meaning.place is None and meaning.task != "typography":
         return int(rng.integers(2, SIZE - h - 1)), int(rng.integers(2, SIZE - w - 1))
     jitter = rng.integers(0, 4, size=2)
@@ -367,7 +331,7 @@ def _corner(meaning: Meaning, box: tuple[int, ...], rng: np.random.Generator) ->
 
 
 def _relation(a: tuple[int, ...], b: tuple[int, ...], margin: float = 4.0) -> str | None:
-    """Where box a is seen from box b; None if neither axis dominates by `margin` pixels."""
+    """Where box a is seen from box b; None if neither axis clearly dominates."""
     dy, dx = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
     if abs(dx) > abs(dy) + margin:
         return "to the left of" if dx < 0 else "to the right of"
@@ -394,7 +358,8 @@ class Seen:
 
     shape: str | None
     colour: str | None
-    box: Box
+    box: tuple[int, int, int, int]
+    """y0, x0, y1, x1."""
 
 
 def see(pixels: Pixels, *, glyphs: bool = False) -> list[Seen]:

@@ -4,7 +4,7 @@
 
 Three stages, each kept in DIR and skipped when done: `vae`, `latents` (rendered scenes, encoded once),
 `transformer`. A killed run goes on from its last checkpoint (every 250 steps). The learning rate is
-constant and falls to zero over the last fifth, so `--steps` may be changed at a resume before the fall.
+constant and falls to zero over the last half, so `--steps` may be changed at a resume before the fall.
 What it leaves out: several devices and mixed precision; this is for one laptop CPU.
 """
 
@@ -64,15 +64,15 @@ class Progress:
             self.losses.clear()
 
 
-def falling(step: int, total: int, peak: float, *, warmup: int = 100, fall: float = 0.2) -> float:
-    """Learning rate: linear warm-up, constant, linear to zero over the last `fall` of all steps."""
-    return peak * min(1.0, (step + 1) / warmup, max(0.0, (total - step) / (fall * total)))
+def falling(step: int, total: int, peak: float, *, warmup: int = 100) -> float:
+    """Learning rate: linear warm-up, constant, linear to zero over the second half."""
+    return peak * min(1.0, (step + 1) / warmup, max(0.0, (total - step) / (0.5 * total)))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group this learning rate, times its own `factor` if it has one."""
+    """Give every parameter group this learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("factor", 1.0)
+        group["lr"] = rate
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -166,7 +166,7 @@ def train_vae(work: Path, *, steps: int, seed: int, count: int) -> AutoencoderKL
         weight = 1 + 4 * ((x - background).abs().amax(1, keepdim=True) > 0.1).float()
         error = recon - x
         loss = (weight * (error.abs() + error.square())).mean() + 1e-5 * posterior.kl().mean()
-        set_rate(optimizer, falling(step, steps, 2e-3, fall=0.5))
+        set_rate(optimizer, falling(step, steps, 2e-3))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
