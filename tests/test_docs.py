@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import typer
 
+from edgeprune import targets
 from edgeprune.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += [ROOT / "edgeprune" / "demo" / "assets" / "teacher" / "README.md"]
 
 
@@ -63,6 +64,16 @@ def test_command_parses(line: str) -> None:
 def test_a_wrong_command_does_not_parse() -> None:
     with pytest.raises(Exception, match="No such option"):
         parse(typer.main.get_command(app), ["export", "small", "--tarGet", "onnx", "-o", "x"])
+
+
+@pytest.mark.parametrize("name", targets.names())
+def test_every_device_has_a_page_of_steps(name: str) -> None:
+    page = ROOT / "docs" / "devices" / f"{name}.md"
+    commands = typed(page, "edgeprune")
+    assert any(line.startswith("edgeprune compress") and f"--fit {name}" in line for line in commands)
+    exports = [line for line in commands if line.startswith("edgeprune export") and f"--device {name} " in line]
+    assert any(f"--target {fmt}" in line for line in exports for fmt in targets.load(name).formats)
+    assert "## Never executed" in page.read_text("utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
