@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from edgeprune import errors, runtimes
 from edgeprune.errors import AssertionMissedError, EdgepruneError, InputError
+from edgeprune.runtimes import memory
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,6 +92,8 @@ class Measured:
     runtime: str
     provider: str
     provider_why: str
+    memory_of: str
+    """Whose memory the rows of memory.SPLIT are: `process` or `gpu`."""
     """Why it computed there."""
     precision: str
     values: dict[str, float | int | None]
@@ -173,7 +176,7 @@ def run(
         if value < low:
             raise InputError(f"{option}: found {value}, expected {low} or more")
     for variant in variants:  # before minutes of measuring the others
-        runtimes.choose(variant.folder)
+        runtimes.RUNTIMES[runtimes.choose(variant.folder, variant.runtime)].require()
     spec = {"repeats": repeats, "warmup": warmup, "steps": steps, "prompt": prompt}
     prompts: list[Any] = []
     if quality:
@@ -252,6 +255,7 @@ def _measured(variant: Variant, found: dict[str, Any], bandwidth: float, quality
         runtime=found["runtime"],
         provider=found["provider"],
         provider_why=found["provider_why"],
+        memory_of=found["memory_of"],
         precision=found["precision"],
         values={k: values[k] for k in MEASURES},
         steps_s=found["steps_s"],
@@ -316,11 +320,12 @@ def _count(path: Path) -> int:
 
 
 def compare(first: Measured, other: Measured, psnr: float | None, *, draws: int = 2000, seed: int = 0) -> Comparison:
-    """Ratios other / first."""
+    """Ratios other / first; none of the process's memory to a GPU's."""
     ratios: dict[str, float | None] = {}
     for key, (_, stem) in MEASURES.items():
         mine, theirs = other.values[key], first.values[key]
-        ratios[f"{stem}_ratio"] = mine / theirs if mine is not None and theirs else None
+        alike = key not in memory.SPLIT or other.memory_of == first.memory_of
+        ratios[f"{stem}_ratio"] = mine / theirs if alike and mine is not None and theirs else None
     rng = np.random.default_rng(seed)
 
     def medians(times: list[float]) -> NDArray[np.float64]:
@@ -455,7 +460,7 @@ def table(result: BenchResult) -> Table:
 # ------------------------------------------------------------------------------------- assertions
 
 _OPERATORS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt}
-_EXPRESSION = re.compile(r"\s*([\w.-]+?)\s*(<=|>=|==|<|>)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
+_EXPRESSION = re.compile(r"\s*([^\s<>=]+?)\s*(<=|>=|==|<|>)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
 
 
 def figures(result: BenchResult) -> dict[str, float | None]:

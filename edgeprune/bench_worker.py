@@ -55,6 +55,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         gc.collect()
         now = model.memory()
         out |= {row: now[row].bytes if row in now else None for row in (*memory.SPLIT, *memory.ROWS)}
+        out["memory_of"] = now["peak_bytes"].place
         out["how"] = {row: reading.how for row, reading in now.items()}
         if spec.get("prompts"):
             np.save(spec["images"], _quality(model, spec))

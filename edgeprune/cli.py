@@ -20,6 +20,7 @@ from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.extras import COMPRESS, absent, conflicts
 
 if TYPE_CHECKING:
+    from edgeprune.generation import Generation
     from edgeprune.pipeline import CompressOptions, PlanOptions, Workspace
 
 app = typer.Typer(
@@ -212,7 +213,7 @@ def _plan_options(
         raise InputError("--fit sets the budget by itself; leave --keep, --max-memory and --method manual out")
     if fit:
         targets.load(fit)
-    if method is not None:
+    if method not in (None, start.method):
         start = PlanOptions(method, keep=None if method == "manual" else start.keep)
     if keep is not None or max_memory or fit:
         size = parse_bytes(max_memory) if max_memory else None
@@ -293,6 +294,7 @@ def compress(
 
     from edgeprune import pipeline, report
     from edgeprune.checkpoint import resolve
+    from edgeprune.generation import Generation
 
     begun = model is None and (out / "edgeprune.json").is_file()
     generation = _generation(inference_steps, guidance_scale, height, width)
@@ -325,7 +327,8 @@ def compress(
         quantize=replace(options.quantize, group_size=group_size, calibration=calibration),
     )
     if dry_run:
-        _forecast(ws.source if ws else resolve(model), options, generation, as_json)
+        source = ws.source if ws else resolve(model)
+        _forecast(source, options, ws.generation if ws else Generation.load(source), generation, as_json)
         return
     ws = ws or _workspace(out, model, fresh, begin=True, generation=generation)
     if fit:
@@ -341,14 +344,16 @@ def compress(
         _print_json({"out": str(out), "ran": ran, **summary})
 
 
-def _forecast(source: Path, options: CompressOptions, given: dict[str, Any], as_json: bool) -> None:
+def _forecast(source: Path, options: CompressOptions, known: Generation, given: dict[str, Any], as_json: bool) -> None:
     from dataclasses import asdict
 
     from edgeprune.forecast import forecast
     from edgeprune.generation import Generation
 
     said = {name: value for name, value in given.items() if value is not None}
-    found = forecast(source, options, Generation.checked(asdict(Generation.load(source)) | said, "options"))
+    generation = Generation.checked(asdict(known) | said, "options")
+    generation.check_size(source)
+    found = forecast(source, options, generation)
     _table([(key.replace("_", " "), f"{value:,}") for key, value in found.items()])
     _say("floors are the work at the speed of a matrix product here: expect more")
     if as_json:

@@ -5,6 +5,7 @@ Leaves out weights: see checkpoint.py.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -46,7 +47,8 @@ def write_json(path: Path, data: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
 
 
@@ -63,6 +65,8 @@ def copy_folder(source: Path, target: Path, *leave_out: str) -> None:
         except OSError as error:
             raise cannot_write(Path(to), error) from error
 
+    if target.exists():
+        raise EdgepruneError(f"{target}: is there already")
     try:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(*leave_out), copy_function=copy)
     except BaseException:

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from edgeprune import checkpoint, targets
+from edgeprune import checkpoint
 from edgeprune.contribution import parts
 from edgeprune.families import Config, Family
 from edgeprune.files import read_json
-from edgeprune.fit import fit
 from edgeprune.generation import Generation
 from edgeprune.metrics import metric_named
-from edgeprune.pipeline import CompressOptions, rehearse
+from edgeprune.pipeline import CompressOptions, budget_for, rehearse
 
 
 def forecast(source: Path, options: CompressOptions, generation: Generation) -> dict[str, Any]:
@@ -38,20 +37,21 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
         InputError: an option or a config is not usable.
     """
     config, family = checkpoint.read_config(source)
-    guided = generation.guidance_scale > 1
-    fitted = options.plan.fit
-    budget = fit(source, targets.load(fitted), generation, guided=guided).transformer_bytes if fitted else None
-    plan = rehearse(family, config, options, budget)
+    plan = rehearse(family, config, options, budget_for(source, generation, options.plan))
     before, after = plan.before, plan.after
 
     scored = len(parts(family, config, components=options.analyze.components)) + 1
     per_score = metric_named(options.analyze.metric).evaluations(generation, options.analyze.count)
     training, rounded = options.distill, options.distill is not None and options.distill.int4_group_size is not None
-    # A training step is one evaluation of the teacher, and three of the student: forward, and twice that backward.
+    # A training step is one evaluation of the teacher, and three of the student: forward, and twice that backward, but
+    # one of a frozen prefix.
     taught = training.steps * training.batch if training else 0
+    made = options.data.samples if training and _teacher_draws(options.data.source) else 0
+    drawn = made * generation.num_inference_steps * (2 if generation.guidance_scale > 1 else 1)
     flops = flops_per_evaluation(family, config, source, generation)
     speed = matmul_flops_per_s()
     share = after.parameters / before.parameters
+    prefix = plan.first_pruned / plan.num_blocks if training and training.freeze_prefix else 0.0
     float32 = 2 * before.bf16_bytes
     return {
         "blocks": family.block_count(config),
@@ -63,13 +63,20 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
         "analyze_evaluations": scored * per_score,
         "analyze_floor_s": round(scored * per_score * flops / speed, 1),
         "distill_steps": training.steps if training else 0,
-        "distill_floor_s": round(taught * (1 + 3 * share) * flops / speed, 1),
+        "data_evaluations": drawn,
+        "data_floor_s": round(drawn * flops / speed, 1),
+        "distill_floor_s": round(taught * (1 + prefix + 3 * max(0.0, share - prefix)) * flops / speed, 1),
         "evaluation_flops": flops,
         "matmul_flops_per_s": round(speed),
         "analyze_weights_bytes": float32,
         "distill_weights_bytes": float32 + (5 + rounded) * 2 * after.bf16_bytes if training else 0,
         "written_bytes": after.bf16_bytes + after.int4_bytes,
     }
+
+
+def _teacher_draws(source: str | None) -> bool:
+    """Whether the training images are made by the teacher: not those of shapes world, nor those of a folder."""
+    return source != "shapes" and not (source and Path(source).is_dir())
 
 
 def flops_per_evaluation(family: Family, config: Config, source: Path, generation: Generation) -> int:

@@ -347,7 +347,7 @@ def run_analyze(ws: Workspace, options: AnalyzeOptions, progress: Progress = sil
 
 def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool:
     """A plan to `plan.json`, from this folder's scores or from a given file."""
-    budget = ws.fit(options.fit).transformer_bytes if options.fit else None
+    budget = budget_for(ws.source, ws.generation, options)
 
     def run(_: str) -> dict[str, Any]:
         ws.scores_path.unlink(missing_ok=True)
@@ -375,6 +375,13 @@ def plan_for(
     if choices.pop("fit"):
         choices["max_memory_bytes"] = budget
     return make_plan(family, config, report, **choices)
+
+
+def budget_for(source: Path, generation: Generation, options: PlanOptions) -> int | None:
+    """The bytes that the device of `options.fit` leaves for the transformer; None where no device is named."""
+    if options.fit is None:
+        return None
+    return fit(source, targets.load(options.fit), generation, guided=generation.guidance_scale > 1).transformer_bytes
 
 
 def rehearse(family: Family, config: Config, options: CompressOptions, budget: int | None) -> PrunePlan:
@@ -502,7 +509,7 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
         BudgetError: the plan's budget cannot be met; said before anything is computed.
     """
     ran = []
-    rehearse(ws.family, ws.config, options, ws.fit(options.plan.fit).transformer_bytes if options.plan.fit else None)
+    rehearse(ws.family, ws.config, options, budget_for(ws.source, ws.generation, options.plan))
     needs_scores = options.plan.method != "manual" or (options.distill and options.distill.sensitivity != "off")
     if needs_scores and run_analyze(ws, options.analyze, progress):
         ran.append("analyze")

@@ -5,6 +5,7 @@ Randomness is not stored: training loops derive each step's generator from (seed
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -45,7 +46,8 @@ def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None =
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata=metadata)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
 
 

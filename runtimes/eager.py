@@ -118,20 +118,20 @@ def cuda_rows(cuda: Any, weights: int) -> dict[str, Reading]:
         cuda: `torch.cuda`, or what a test puts in its place.
         weights: what torch had allocated once the model was there, in bytes.
     """
-    peak, how = cuda.max_memory_allocated(), "peak of torch's allocator (max_memory_allocated)"
+    peak, how = cuda.max_memory_reserved(), "peak of torch's allocator (max_memory_reserved)"
     rows = {
-        "weights_bytes": Reading(weights, "on the GPU once the model was there (torch, memory_allocated)"),
-        "activations_bytes": Reading(max(0, peak - weights), f"on the GPU: {how} less weights"),
+        "weights_bytes": Reading(weights, "on the GPU once the model was there (torch, memory_allocated)", "gpu"),
+        "activations_bytes": Reading(max(0, peak - weights), f"on the GPU: {how} less weights", "gpu"),
     }
     if total := nvml_row():
-        overhead = max(0, total["gpu_process_bytes"].bytes - cuda.memory_allocated())
+        overhead = max(0, total["gpu_process_bytes"].bytes - cuda.memory_reserved())
         rows["runtime_overhead_bytes"] = Reading(
-            overhead, "CUDA's own and the allocator's unused blocks: this process now (NVML) less memory_allocated"
+            overhead, "CUDA's own on the GPU: this process now (NVML) less memory_reserved", "gpu"
         )
         peak, how = peak + overhead, f"{how}; and runtime overhead"
     else:
         how += "; without runtime overhead, which NVML does not tell here"
-    return rows | total | {"peak_bytes": Reading(peak, how)}
+    return rows | total | {"peak_bytes": Reading(peak, how, "gpu")}
 
 
 def _pick_device(device: str | None) -> tuple[str, str]:

@@ -122,21 +122,25 @@ class Gpu:
         """The rows of memory.SPLIT, of the GPU instead of the process; its overhead only where NVML tells."""
         counted = "on the GPU, at one time: counted, not measured"
         rows = {
-            "weights_bytes": Reading(self._most["weights_bytes"], f"open engines' files, weights and code, {counted}"),
+            "weights_bytes": Reading(
+                self._most["weights_bytes"], f"open engines' files, weights and code, {counted}", "gpu"
+            ),
             "activations_bytes": Reading(
-                self._most["activations_bytes"], f"inputs, outputs and scratch memory given to TensorRT, {counted}"
+                self._most["activations_bytes"],
+                f"inputs, outputs and scratch memory given to TensorRT, {counted}",
+                "gpu",
             ),
         }
         peak, how = self._most["peak_bytes"], f"weights and activations, {counted}"
         if total := nvml_row():
             overhead = max(0, total["gpu_process_bytes"].bytes - self.weights_bytes - self.allocated_bytes)
             rows["runtime_overhead_bytes"] = Reading(
-                overhead, "CUDA's and TensorRT's own on the GPU: this process now (NVML) less what is counted"
+                overhead, "CUDA's and TensorRT's own on the GPU: this process now (NVML) less what is counted", "gpu"
             )
             peak, how = peak + overhead, f"{how}; and runtime overhead"
         else:
             how += "; without runtime overhead, which NVML does not tell here"
-        return rows | total | {"peak_bytes": Reading(peak, how)}
+        return rows | total | {"peak_bytes": Reading(peak, how, "gpu")}
 
 
 def nvml_row() -> dict[str, Reading]:
@@ -144,7 +148,7 @@ def nvml_row() -> dict[str, Reading]:
     total = nvml_process_bytes()
     if total is None:
         return {}
-    return {"gpu_process_bytes": Reading(total, "this process on the GPU now, CUDA's own part included (NVML)")}
+    return {"gpu_process_bytes": Reading(total, "this process on the GPU now, CUDA's own part included (NVML)", "gpu")}
 
 
 def open_gpu(extra: str) -> Gpu:

@@ -43,6 +43,8 @@ class Reading:
     bytes: int
     how: str
     """What was read, and whether it is a peak or a snapshot."""
+    place: str = "process"
+    """Whose memory: `process`, or `gpu`."""
 
 
 def read() -> dict[str, Reading]:

@@ -179,7 +179,8 @@ def open_backend(
     Raises:
         InputError: a file is missing, truncated or not what the export writes, or an option does not fit.
     """
-    choice = choose(onnxruntime.get_available_providers(), provider)
+    # Only the CPU's weights are repacked.
+    choice = choose(onnxruntime.get_available_providers(), "cpu" if cache_dir and not provider else provider)
     options = functools.partial(session_options, accuracy_level=accuracy_level, threads=threads)
     options()  # before anything is opened
     if cache_dir is not None and choice.name != "cpu":

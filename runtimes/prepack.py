@@ -45,10 +45,12 @@ def prepacked(path: Path, cache_dir: Path, config: dict[str, Any], options: Call
         with tempfile.TemporaryDirectory(prefix="tmp-", dir=cache_dir) as scratch:
             made = Path(scratch) / "entry"
             made.mkdir()
+            _room(path, cache_dir)
             _make(path, made, options())
             # Older copies of this model, or this one damaged.
             for old in cache_dir.glob(f"{name}-*"):
-                shutil.rmtree(old, ignore_errors=True)
+                if old != entry or not _whole(old):  # a whole one is another process's, just made
+                    shutil.rmtree(old, ignore_errors=True)
             try:
                 made.rename(entry)
             except OSError:
@@ -57,6 +59,13 @@ def prepacked(path: Path, cache_dir: Path, config: dict[str, Any], options: Call
     except OSError as error:
         raise InputError(f"cache_dir: {cache_dir}: {error.strerror or error}, expected a folder to write") from None
     return entry / _MODEL
+
+
+def _room(path: Path, cache_dir: Path) -> None:
+    """A copy takes about twice the model; onnxruntime does not say it clearly if the disk is full."""
+    need, free = 2 * sum(size for size, _ in _stamps(path.parent).values()), shutil.disk_usage(cache_dir).free
+    if free < need:
+        raise InputError(f"cache_dir: {cache_dir}: found {free} bytes free, expected {need}; free some space")
 
 
 def forget(model: Path) -> None:

@@ -20,7 +20,9 @@ from edgeprune.errors import AssertionMissedError, EdgepruneError, InputError
 def measured(name: str, scale: float, quality: Quality | None = None) -> Measured:
     values: dict[str, float | int | None] = {k: 100.0 * scale for k in bench.MEASURES} | {"pss_bytes": None}
     steps = [scale, 1.1 * scale, 0.9 * scale]
-    return Measured(name, "x", "ort", "cpu", "the only one here", "int4", values, steps, [scale], {}, quality)
+    return Measured(
+        name, "x", "ort", "cpu", "the only one here", "process", "int4", values, steps, [scale], {}, quality
+    )
 
 
 @pytest.fixture
@@ -196,3 +198,16 @@ def test_worker_prints_errors_as_json(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setattr(sys, "argv", ["bench_worker", json.dumps(spec)])
     assert bench_worker.main() == 2
     assert json.loads(capsys.readouterr().out)["kind"] == "InputError"
+
+
+def test_memory_of_a_process_and_of_a_gpu_have_no_ratio() -> None:
+    from dataclasses import replace
+
+    first, other = measured("a", 1.0), measured("b", 0.5)
+    assert bench.compare(first, other, None).ratios["peak_ratio"] == 0.5
+    ratios = bench.compare(replace(first, memory_of="gpu"), other, None).ratios
+    assert ratios["peak_ratio"] is None and ratios["load_ratio"] == 0.5
+
+
+def test_an_assertion_may_name_a_variant_of_several_folders() -> None:
+    assert bench.parse_expression("out/a.onnx:ort.step_p50_s<=1") == ("out/a.onnx:ort.step_p50_s", "<=", 1.0)

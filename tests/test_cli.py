@@ -96,6 +96,7 @@ def test_plan_options_begin_from_the_preset() -> None:
 
     assert made() == start and start.method == "hybrid"  # `plan` after `compress` has nothing to do
     assert (made(keep=0.9).method, made(keep=0.9).keep) == ("hybrid", 0.9)
+    assert made(method="hybrid") == start
     assert made(method="hpp") == PlanOptions("hpp", keep=start.keep)
     assert (made(blocks="3").method, made(blocks="3").keep) == ("manual", None)
     assert (made(fit="rtx").keep, made(max_memory="3GB").max_memory_bytes) == (None, 3 * 10**9)

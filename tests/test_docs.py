@@ -73,7 +73,10 @@ def test_every_device_has_a_page_of_steps(name: str) -> None:
     assert any(line.startswith("edgeprune compress") and f"--fit {name}" in line for line in commands)
     exports = [line for line in commands if line.startswith("edgeprune export") and f"--device {name} " in line]
     assert any(f"--target {fmt}" in line for line in exports for fmt in targets.load(name).formats)
-    assert "## Never executed" in page.read_text("utf-8")
+    device, text = targets.load(name), page.read_text("utf-8")
+    assert "## Never executed" in text
+    assert device.requires in text and device.memory_source in text
+    assert f"in {device.memory_bytes / 1e9:g} GB together" in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,14 +112,22 @@ def test_a_cache_that_cannot_be_written(model: Path, tmp_path: Path) -> None:
 
 
 def test_another_process_was_quicker(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, real = tmp_path / "cache", prepack._make
+    cache, make = tmp_path / "cache", prepack._make
     network(model, tmp_path / "other")
     (theirs,) = entries(tmp_path / "other")
 
-    def rename(self: Path, target: Path) -> Path:
-        shutil.copytree(theirs, target)
-        raise OSError(39, "Directory not empty")
+    def slow(path: Path, folder: Path, options: Any) -> None:
+        make(path, folder, options)
+        shutil.copytree(theirs, cache / theirs.name)
 
-    monkeypatch.setattr(Path, "rename", rename)
-    assert network(model, cache).provider == "CPUExecutionProvider" and real is prepack._make
-    assert len(entries(cache)) == 1
+    monkeypatch.setattr(prepack, "_make", slow)
+    assert network(model, cache).provider == "CPUExecutionProvider"
+    (kept,) = entries(cache)
+    assert prepack._whole(kept) and {p.name for p in kept.iterdir()} == {p.name for p in theirs.iterdir()}
+
+
+def test_a_disk_without_room_for_the_copy(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(InputError, match=r"cache_dir: .*cache: found 100 bytes free, expected \d+; free some space"):
+        network(model, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []

@@ -177,3 +177,12 @@ def test_score() -> None:
     assert low < mean < high <= 1
     assert shapes.task_means(values, tasks) == {"counting": 0.5, "colors": 1.0}
     assert shapes.score(np.ones(4), ["colors"] * 4) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("task", ["two_objects", "color_attribution"])
+def test_things_without_a_relation_stand_in_the_order_of_the_caption(task: str) -> None:
+    rng = np.random.default_rng(5)
+    for prompt in shapes.prompts(task)[::37]:
+        first, second = prompt.meaning.things
+        boxes = {s.shape: s.box for s in shapes.see(shapes.render(prompt.meaning, rng))}
+        assert boxes[first.shape][3] + 4 <= boxes[second.shape][1]
