@@ -290,7 +290,7 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """All stages: analyze, plan, prune, distill, quantize, and a report. Run it again after a kill to go on."""
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from edgeprune import pipeline, report
     from edgeprune.checkpoint import resolve
@@ -326,10 +326,15 @@ def compress(
         distill=distill_options,
         quantize=replace(options.quantize, group_size=group_size, calibration=calibration),
     )
+    source = ws.source if ws else resolve(model)
+    said = {name: value for name, value in generation.items() if value is not None}
+    images = Generation.checked(asdict(ws.generation if ws else Generation.load(source)) | said, "options")
+    images.check_size(source)
     if dry_run:
-        source = ws.source if ws else resolve(model)
-        _forecast(source, options, ws.generation if ws else Generation.load(source), generation, as_json)
+        _forecast(source, options, images, as_json)
         return
+    if ws is None:
+        pipeline.rehearse(source, images, options)  # before there is a folder
     ws = ws or _workspace(out, model, fresh, begin=True, generation=generation)
     if fit:
         _table(_fit_rows(ws.fit(fit)))
@@ -344,15 +349,9 @@ def compress(
         _print_json({"out": str(out), "ran": ran, **summary})
 
 
-def _forecast(source: Path, options: CompressOptions, known: Generation, given: dict[str, Any], as_json: bool) -> None:
-    from dataclasses import asdict
-
+def _forecast(source: Path, options: CompressOptions, generation: Generation, as_json: bool) -> None:
     from edgeprune.forecast import forecast
-    from edgeprune.generation import Generation
 
-    said = {name: value for name, value in given.items() if value is not None}
-    generation = Generation.checked(asdict(known) | said, "options")
-    generation.check_size(source)
     found = forecast(source, options, generation)
     _table([(key.replace("_", " "), f"{value:,}") for key, value in found.items()])
     _say("floors are the work at the speed of a matrix product here: expect more")

@@ -20,7 +20,7 @@ from edgeprune.families import Config, Family
 from edgeprune.files import read_json
 from edgeprune.generation import Generation
 from edgeprune.metrics import metric_named
-from edgeprune.pipeline import CompressOptions, budget_for, rehearse
+from edgeprune.pipeline import CompressOptions, rehearse
 
 
 def forecast(source: Path, options: CompressOptions, generation: Generation) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
         InputError: an option or a config is not usable.
     """
     config, family = checkpoint.read_config(source)
-    plan = rehearse(family, config, options, budget_for(source, generation, options.plan))
+    plan = rehearse(source, generation, options)
     before, after = plan.before, plan.after
 
     scored = len(parts(family, config, components=options.analyze.components)) + 1

@@ -384,17 +384,21 @@ def budget_for(source: Path, generation: Generation, options: PlanOptions) -> in
     return fit(source, targets.load(options.fit), generation, guided=generation.guidance_scale > 1).transformer_bytes
 
 
-def rehearse(family: Family, config: Config, options: CompressOptions, budget: int | None) -> PrunePlan:
+def rehearse(source: Path, generation: Generation, options: CompressOptions) -> PrunePlan:
     """A plan as if all parts contributed alike: what is left is about as large as what the real plan will leave.
+
+    Args:
+        source: the pipeline's folder.
 
     Raises:
         BudgetError: no plan of these options meets the budget.
     """
+    config, family = checkpoint.read_config(source)
     alike = dict.fromkeys(parts(family, config, components=options.analyze.components), 0.0)
     report = ContributionReport(
         fingerprint(config), family.name, family.block_count(config), "none", [], [], {}, summary=alike
     )
-    return plan_for(family, config, report, options.plan, budget)
+    return plan_for(family, config, report, options.plan, budget_for(source, generation, options.plan))
 
 
 def run_prune(ws: Workspace) -> bool:
@@ -509,7 +513,7 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
         BudgetError: the plan's budget cannot be met; said before anything is computed.
     """
     ran = []
-    rehearse(ws.family, ws.config, options, budget_for(ws.source, ws.generation, options.plan))
+    rehearse(ws.source, ws.generation, options)
     needs_scores = options.plan.method != "manual" or (options.distill and options.distill.sensitivity != "off")
     if needs_scores and run_analyze(ws, options.analyze, progress):
         ran.append("analyze")

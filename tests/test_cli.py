@@ -64,13 +64,14 @@ def test_dry_run_forecasts_and_writes_nothing(tmp_path: Path) -> None:
     from tiny import tiny_pipeline
 
     tiny_pipeline(tmp_path / "tiny")
-    found = run("compress", "tiny", "-o", "out", "--dry-run", "--json", "--keep", "0.5", cwd=tmp_path)
+    open_ends = ("--protect-first", "0", "--protect-last", "1")  # of three blocks
+    found = run("compress", "tiny", "-o", "out", "--dry-run", "--json", "--keep", "0.5", *open_ends, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     data = json.loads(found.stdout.splitlines()[-1])
     assert data["blocks"] == 3 and data["analyze_parts"] == 1 + 3 + 5 * 3 - 1
-    assert 0.4 < data["parameters_left"] / data["parameters"] <= 0.5
+    assert 0.2 < data["parameters_left"] / data["parameters"] <= 0.5
     student = data["distill_weights_bytes"] - data["analyze_weights_bytes"]
-    assert student == pytest.approx(6 * data["analyze_weights_bytes"] * 0.5, rel=0.2)
+    assert student == pytest.approx(6 * 4 * data["parameters_left"], rel=0.2)
     assert data["evaluation_flops"] > 2 * data["parameters"] and data["analyze_floor_s"] > 0
     found = run("compress", "tiny", "-o", "out", "--dry-run", "--max-memory", "9KB", cwd=tmp_path)
     assert found.returncode == 2 and "cannot be met" in found.stderr

@@ -92,7 +92,7 @@ def test_the_runtime_says_where_and_why(
         assert (model.backend.provider, model.backend.why) == (provider, why)
     assert FakeSession.asked == [[CPU] if options else [CUDA, CPU]] * 4
     with pytest.raises(InputError, match=f"cache_dir: found it for {CUDA}, expected it for provider=cpu only"):
-        runtimes.load(tiny_folders[1], "ort", cache_dir="x")
+        runtimes.load(tiny_folders[1], "ort", provider="cuda", cache_dir="x")
 
 
 def test_the_real_one(tiny_folders: tuple[Path, Path]) -> None:

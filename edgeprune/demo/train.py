@@ -40,7 +40,7 @@ SIGMA_MEAN = 1.0
 # Stock diffusers appends 256 zero tokens where T5 is absent. Some late steps train with them, so that the
 # pipeline's defaults work; the others leave them out, which is four times as fast.
 ZERO_TOKENS, ZERO_TOKEN_STEPS = 256, 0.05
-GENERATION = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64, "max_sequence_length": 0}
+GENERATION = {"num_inference_steps": 20, "guidance_scale": 2.0, "height": 64, "width": 64, "max_sequence_length": 0}
 
 
 class Progress:
