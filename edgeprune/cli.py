@@ -575,6 +575,7 @@ def generate(
         raise InputError(f"-o {out}: no such folder {out.parent}")
     given = {"low_memory": low_memory, "provider": provider, "cache_dir": cache_dir}
     options = {name: value for name, value in given.items() if value}
+    runtime = runtime or ("ort" if provider else None)  # only ONNX Runtime has providers
     _warn(runtimes.choose(model, runtime))
     with runtimes.load(model, runtime, **options) as opened, _bars() as progress:
         image = opened.generate(

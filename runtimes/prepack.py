@@ -15,10 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-
 from edgeprune.errors import InputError
+from edgeprune.extras import needs
 from edgeprune.files import digest, read_json, write_json
+
+with needs("onnx"):
+    import onnxruntime
 
 _MODEL, _DATA, _ENTRY = "model.onnx", "model.onnx.data", "entry.json"
 
