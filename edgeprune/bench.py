@@ -92,9 +92,9 @@ class Measured:
     runtime: str
     provider: str
     provider_why: str
+    """Why it computed there."""
     memory_of: str
     """Whose memory the rows of memory.SPLIT are: `process` or `gpu`."""
-    """Why it computed there."""
     precision: str
     values: dict[str, float | int | None]
     """Keys of MEASURES; None where this system cannot measure it."""

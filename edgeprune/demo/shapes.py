@@ -5,8 +5,9 @@ attribution) and typography. A `Meaning` is what a prompt asks for; `render` dra
 satisfies it, `check` says whether an image does. Meanings are split by a hash into train and
 held-out, and two phrasings of one meaning always fall on the same side.
 
-What it leaves out: rotation, overlap, textured backgrounds and free text. The caption grammar is
-closed, so `parse` is a dictionary lookup and an unknown prompt is an error, not a guess.
+What it leaves out: rotation, overlap, several things in places that the caption does not settle,
+textured backgrounds and free text. The caption grammar is closed, so `parse` is a dictionary lookup
+and an unknown prompt is an error, not a guess.
 """
 
 from __future__ import annotations
