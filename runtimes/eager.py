@@ -17,7 +17,7 @@ import numpy as np
 from edgeprune.errors import InputError
 from edgeprune.extras import needs
 from edgeprune.runtimes.base import Array, Settings
-from edgeprune.runtimes.gpu import nvml_row
+from edgeprune.runtimes.gpu import with_overhead
 from edgeprune.runtimes.memory import Meter, Reading
 
 with needs("compress"):
@@ -123,15 +123,8 @@ def cuda_rows(cuda: Any, weights: int) -> dict[str, Reading]:
         "weights_bytes": Reading(weights, "on the GPU once the model was there (torch, memory_allocated)", "gpu"),
         "activations_bytes": Reading(max(0, peak - weights), f"on the GPU: {how} less weights", "gpu"),
     }
-    if total := nvml_row():
-        overhead = max(0, total["gpu_process_bytes"].bytes - cuda.memory_reserved())
-        rows["runtime_overhead_bytes"] = Reading(
-            overhead, "CUDA's own on the GPU: this process now (NVML) less memory_reserved", "gpu"
-        )
-        peak, how = peak + overhead, f"{how}; and runtime overhead"
-    else:
-        how += "; without runtime overhead, which NVML does not tell here"
-    return rows | total | {"peak_bytes": Reading(peak, how, "gpu")}
+    own = "CUDA's own on the GPU: this process now (NVML) less memory_reserved"
+    return with_overhead(rows, peak, how, cuda.memory_reserved(), own)
 
 
 def _pick_device(device: str | None) -> tuple[str, str]:

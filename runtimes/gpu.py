@@ -131,16 +131,33 @@ class Gpu:
                 "gpu",
             ),
         }
-        peak, how = self._most["peak_bytes"], f"weights and activations, {counted}"
-        if total := nvml_row():
-            overhead = max(0, total["gpu_process_bytes"].bytes - self.weights_bytes - self.allocated_bytes)
-            rows["runtime_overhead_bytes"] = Reading(
-                overhead, "CUDA's and TensorRT's own on the GPU: this process now (NVML) less what is counted", "gpu"
-            )
-            peak, how = peak + overhead, f"{how}; and runtime overhead"
-        else:
-            how += "; without runtime overhead, which NVML does not tell here"
-        return rows | total | {"peak_bytes": Reading(peak, how, "gpu")}
+        return with_overhead(
+            rows,
+            self._most["peak_bytes"],
+            f"weights and activations, {counted}",
+            self.weights_bytes + self.allocated_bytes,
+            "CUDA's and TensorRT's own on the GPU: this process now (NVML) less what is counted",
+        )
+
+
+def with_overhead(rows: dict[str, Reading], peak: int, how: str, counted: int, own: str) -> dict[str, Reading]:
+    """Add the peak and, where NVML tells, the runtime's own part, which is in the peak then.
+
+    Args:
+        rows: weights and activations on the GPU.
+        peak: theirs, in bytes, and `how` it was found.
+        counted: bytes that are theirs now.
+        own: how the runtime's own part is found.
+    """
+    total = nvml_row()
+    overhead: dict[str, Reading] = {}
+    if total:
+        beside = max(0, total["gpu_process_bytes"].bytes - counted)
+        overhead["runtime_overhead_bytes"] = Reading(beside, own, "gpu")
+        peak, how = peak + beside, f"{how}; and runtime overhead"
+    else:
+        how += "; without runtime overhead, which NVML does not tell here"
+    return rows | overhead | total | {"peak_bytes": Reading(peak, how, "gpu")}
 
 
 def nvml_row() -> dict[str, Reading]:

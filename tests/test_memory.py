@@ -165,14 +165,14 @@ def test_every_runtime_gives_the_rows(tiny_folders: tuple[Path, Path]) -> None:
 
 
 def test_rows_of_a_gpu_come_from_the_allocator_and_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgeprune.runtimes import eager
+    from edgeprune.runtimes import eager, gpu
 
     cuda = SimpleNamespace(max_memory_reserved=lambda: 900, memory_reserved=lambda: 850)
-    monkeypatch.setattr(eager, "nvml_row", dict)
+    monkeypatch.setattr(gpu, "nvml_row", dict)
     rows = eager.cuda_rows(cuda, 600)
     assert {n: r.bytes for n, r in rows.items()} == {"peak_bytes": 900, "weights_bytes": 600, "activations_bytes": 300}
     assert "NVML does not tell" in rows["peak_bytes"].how and {r.place for r in rows.values()} == {"gpu"}
-    monkeypatch.setattr(eager, "nvml_row", lambda: {"gpu_process_bytes": memory.Reading(1000, "NVML", "gpu")})
+    monkeypatch.setattr(gpu, "nvml_row", lambda: {"gpu_process_bytes": memory.Reading(1000, "NVML", "gpu")})
     rows = eager.cuda_rows(cuda, 600)
     assert (rows["runtime_overhead_bytes"].bytes, rows["peak_bytes"].bytes) == (150, 1050)
 
