@@ -449,7 +449,8 @@ def prune(out: Out = Path("compressed"), fresh: Fresh = False) -> None:
     from edgeprune import pipeline
 
     ws = _workspace(out, None, fresh)
-    ran = pipeline.run_prune(ws)
+    with _bars() as progress:
+        ran = pipeline.run_prune(ws, progress)
     _say(f"{out / 'transformer'}: {'written' if ran else 'already done'}\nnext: edgeprune distill -o {out}")
 
 

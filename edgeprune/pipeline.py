@@ -7,6 +7,8 @@ things look on screen (cli.py) and on the page (report.py).
 
 from __future__ import annotations
 
+import copy
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -28,10 +30,13 @@ from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known,
 from edgeprune.fit import Fit, fit
 from edgeprune.generation import Generation
 from edgeprune.metrics import metric_named
-from edgeprune.plan import PrunePlan, make_plan
-from edgeprune.quantize import CALIBRATIONS, quantize
+from edgeprune.plan import PrunePlan, make_plan, remaining_shapes
+from edgeprune.quantize import CALIBRATIONS, prepare, quantize_part
+from edgeprune.resume import Tensors
 from edgeprune.sampling import encode_prompts, latent_shape, sigmas
-from edgeprune.surgery import build, prune_state
+from edgeprune.stored import PACKED
+from edgeprune.surgery import build, prune_state, prune_tensor
+from edgeprune.weights import Weights
 
 STAGES = ("analyze", "plan", "prune", "distill", "quantize")
 Progress = Callable[[str, int, int, str], None]
@@ -401,13 +406,20 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
     return plan_for(family, config, report, options.plan, budget_for(source, generation, options.plan))
 
 
-def run_prune(ws: Workspace) -> bool:
-    """The shorter transformer to `transformer/`, the rest of the pipeline beside it."""
+def run_prune(ws: Workspace, progress: Progress = silent) -> bool:
+    """The shorter transformer to `transformer/`, the rest of the pipeline beside it. Tensors go by one at a time."""
     plan = ws.plan()
 
-    def run(_: str) -> dict[str, Any]:
-        state = _pruned_state(ws, plan)
-        _save_half(ws, plan, state)
+    def run(key: str) -> dict[str, Any]:
+        original, mean = _original_weights(ws), _mean(ws, plan)
+        sources = ws.family.tensor_sources(ws.config, plan.kept, plan.removed)
+        shapes = remaining_shapes(ws.family, ws.config, plan.blocks, plan.components)
+        parts = _by_block(ws.family, {name: 2 * math.prod(shape) for name, shape in shapes.items()}, len(plan.kept))
+
+        def make(index: int) -> Tensors:
+            return {n: _half(prune_tensor(original.__getitem__, sources[n], mean)) for n in parts[index]}
+
+        _write_half(ws, plan, parts, make, key, progress)
         checkpoint.copy_surroundings(ws.source, ws.out)
         ws.generation.save(ws.out)
         return {}
@@ -415,17 +427,42 @@ def run_prune(ws: Workspace) -> bool:
     return ws.stage("prune", {"plan": plan.to_json()}, run)
 
 
-def _pruned_state(ws: Workspace, plan: PrunePlan) -> dict[str, torch.Tensor]:
-    needs_mean = any(c in ("norm", "context_norm") for _, c in plan.components)
-    mean = modulation_mean(ws, analysis_prompts(ws, AnalyzeOptions())) if needs_mean else None
-    original = ws.pipe.transformer.state_dict()
-    return prune_state(ws.family, ws.config, plan, original.__getitem__, mean)
+def _original_weights(ws: Workspace) -> Weights:
+    weights = Weights(ws.source / HALF)
+    weights.check(ws.family.tensor_shapes(ws.config))
+    return weights
 
 
-def _save_half(ws: Workspace, plan: PrunePlan, state: dict[str, torch.Tensor]) -> None:
-    half = torch.bfloat16 if ws.config.get("torch_dtype") == "bfloat16" else torch.float16
+def _mean(ws: Workspace, plan: PrunePlan) -> torch.Tensor | None:
+    """The mean modulation input (D), where a plan needs it."""
+    needed = any(c in ("norm", "context_norm") for _, c in plan.components)
+    return modulation_mean(ws, analysis_prompts(ws, AnalyzeOptions())) if needed else None
+
+
+def _by_block(family: Family, sizes: dict[str, int], blocks: int) -> list[dict[str, int]]:
+    """Tensors in the parts that are made at once: block by block, then what is outside blocks."""
+    parts: list[dict[str, int]] = [{} for _ in range(blocks + 1)]
+    for name, size in sizes.items():
+        place = family.place(name)
+        parts[-1 if place is None else place[0]][name] = size
+    return parts
+
+
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    """16-bit tensors stay what they are; others become float16."""
+    return tensor if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.half()
+
+
+def _write_half(
+    ws: Workspace,
+    plan: PrunePlan,
+    parts: list[dict[str, int]],
+    make: Callable[[int], Tensors],
+    key: str,
+    progress: Progress,
+) -> None:
     config = ws.family.shorter_config(ws.config, plan.kept)
-    checkpoint.save_transformer(ws.out, HALF, config, {n: t.to(half) for n, t in state.items()})
+    checkpoint.write_transformer(ws.out, HALF, config, parts, make, inputs=key, progress=progress)
     ws.manifest.plan = plan.to_json()
     ws.manifest.hash_files(ws.out, HALF)
 
@@ -449,7 +486,8 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
             ws.pipe, source, ws.generation, cache, samples=data.samples,
             progress=lambda done, total: progress("distill: latents", done, total, ""),
         )  # fmt: skip
-        student = build(ws.family, ws.config, plan, {n: t.float() for n, t in _pruned_state(ws, plan).items()})
+        pruned = prune_state(ws.family, ws.config, plan, _original_weights(ws).__getitem__, _mean(ws, plan))
+        student = build(ws.family, ws.config, plan, {n: t.float() for n, t in pruned.items()})
         state, losses = distill(
             ws.family,
             ws.pipe.transformer,
@@ -462,7 +500,9 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
             inputs_digest=key,
             progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
         )
-        _save_half(ws, plan, state)
+        halves = {n: _half(t) for n, t in state.items()}
+        parts = _by_block(ws.family, {n: 2 * t.numel() for n, t in halves.items()}, len(plan.kept))
+        _write_half(ws, plan, parts, lambda i: {n: halves[n] for n in parts[i]}, key, progress)
         return {"first_loss": sum(losses[:10]) / len(losses[:10]), "last_loss": sum(losses[-10:]) / len(losses[-10:])}
 
     return ws.stage("distill", inputs, run)
@@ -477,33 +517,55 @@ def run_quantize(ws: Workspace, options: QuantizeOptions, progress: Progress = s
         raise InputError(f"--group-size: found {options.group_size}, expected 16, 32, 64 or 128")
     plan = ws.plan()
 
-    def run(_: str) -> dict[str, Any]:
-        model = checkpoint.load_transformer(ws.out, quantized=False)
-        calibrate = None
-        if options.calibration != "none":
-            prompts = analysis_prompts(ws, AnalyzeOptions())
-            metric = metric_named("velocity")(ws.pipe, ws.generation, prompts)
-            original = ws.pipe.transformer
+    def run(key: str) -> dict[str, Any]:
+        stored = checkpoint.open_transformer(ws.out, quantized=False)
+        empty = prepare(ws.family, copy.deepcopy(stored.model), group_size=options.group_size).state_dict()
+        sizes = {n: t.numel() * (t.element_size() if n.endswith(PACKED) else 2) for n, t in empty.items()}
+        parts = _by_block(ws.family, sizes, len(plan.kept))
+        calibrate = _calibration(ws, stored.load()) if options.calibration != "none" else None
 
-            def calibrate() -> None:
-                ws.pipe.transformer = model
-                try:
-                    metric.score()
-                finally:
-                    ws.pipe.transformer = original
+        def make(index: int) -> Tensors:
+            block = index if index < len(plan.kept) else None
+            if calibrate is None:
+                stored.fill(stored.names(block), None)
+            quantize_part(ws.family, stored.model, block, **asdict(options), run=calibrate)
+            state = stored.model.state_dict()
+            tensors = {n: state[n] if n.endswith(PACKED) else state[n].half() for n in parts[index]}
+            if calibrate is None and block is not None:
+                stored.drop(block)
+            return tensors
 
-        quantize(
-            ws.family, model, group_size=options.group_size, calibration=options.calibration, run=calibrate,
-            progress=lambda done, total: progress("quantize", done, total, ""),
-        )  # fmt: skip
-        keep = (".weight_packed", ".weight_scale")
-        state = {n: t if n.endswith(keep) else t.half() for n, t in model.state_dict().items()}
+        def found(index: int, weights: Weights) -> None:
+            if calibrate is not None and index < len(plan.kept):  # the blocks after it are calibrated with it
+                prefix = ws.family.block_prefix(stored.model, index)
+                prepare(ws.family, ws.family.blocks(stored.model)[index], prefix=prefix, group_size=options.group_size)
+                tensors = {n: weights[n] if n.endswith(PACKED) else weights[n].float() for n in parts[index]}
+                stored.model.load_state_dict(tensors, strict=False, assign=True)
+
         ws.manifest.group_size = options.group_size
-        checkpoint.save_transformer(ws.out, INT4, ws.family.shorter_config(ws.config, plan.kept), state)
+        config = ws.family.shorter_config(ws.config, plan.kept)
+        size = checkpoint.write_transformer(
+            ws.out, INT4, config, parts, make, inputs=key, found=found, progress=progress
+        )
         ws.manifest.hash_files(ws.out, INT4)
-        return {"weights_bytes": sum(t.numel() * t.element_size() for t in state.values())}
+        return {"weights_bytes": size}
 
     return ws.stage("quantize", asdict(options), run)
+
+
+def _calibration(ws: Workspace, model: Any) -> Callable[[], None]:
+    """Runs `model` on the analysis prompts' trajectories."""
+    metric = metric_named("velocity")(ws.pipe, ws.generation, analysis_prompts(ws, AnalyzeOptions()))
+    original = ws.pipe.transformer
+
+    def run() -> None:
+        ws.pipe.transformer = model
+        try:
+            metric.score()
+        finally:
+            ws.pipe.transformer = original
+
+    return run
 
 
 def compress(ws: Workspace, options: CompressOptions, progress: Progress = silent) -> list[str]:
@@ -521,7 +583,7 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
         ran.append("plan")
     if options.distill is None:
         ws.skip_distillation()
-    if run_prune(ws):
+    if run_prune(ws, progress):
         ran.append("prune")
     if options.distill is not None and run_distill(ws, options.distill, options.data, progress):
         ran.append("distill")

@@ -38,7 +38,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "tiny"
     pipeline = tiny.tiny_pipeline(folder, num_layers=2)
     config, family = read_config(folder)
-    model, generator = prepare(family, config, pipeline.transformer), torch.Generator().manual_seed(5)
+    model, generator = prepare(family, pipeline.transformer), torch.Generator().manual_seed(5)
     for layer in model.modules():
         if isinstance(layer, PackedLinear):
             low, shape = -(2 ** (layer.bits - 1)), (layer.out_features, layer.in_features)

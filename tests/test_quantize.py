@@ -82,7 +82,7 @@ def test_quantised_model_is_close_and_as_small_as_forecast(calibration: str) -> 
     stored = sum(t.numel() * t.element_size() for t in state.values())
     assert stored == footprint(SD3, SD3.tensor_shapes(config)).int4_bytes
     # A strict load into an empty model of the same rule gives the same numbers.
-    again = prepare(SD3, config, tiny_transformer())
+    again = prepare(SD3, tiny_transformer())
     load_strictly(again, {n: t if n.endswith(keep) else t.float() for n, t in state.items()})
     with torch.no_grad():
         torch.testing.assert_close(again(**tiny_inputs(), return_dict=False)[0], found, rtol=1e-2, atol=1e-2)
