@@ -18,7 +18,7 @@ from torch import nn
 from edgeprune.awq import best_divisor, fold
 from edgeprune.families import Config, Family
 from edgeprune.int4 import PackedLinear, pack
-from edgeprune.precision import Precision, precision_of
+from edgeprune.precision import Precision, precision_of, t5_precision_of
 
 CALIBRATIONS = ("none", "scale", "awq")
 
@@ -181,6 +181,20 @@ def quantize(
         p = precision_of(family, f"{name}.weight", tuple(linear.weight.shape), group_size=group_size)
         _replace(model, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
     progress(len(blocks), len(blocks))
+    return model
+
+
+def quantize_t5(model: nn.Module) -> nn.Module:
+    """Store a T5EncoderModel as `t5_precision_of` says, in place: linear layers rounded to the nearest of 8 bits.
+
+    Embeddings keep their dtype, with values that half precision holds.
+    """
+    for name, linear in _layers(model).items():
+        p = t5_precision_of(f"{name}.weight", tuple(linear.weight.shape))
+        _replace(model, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.data = module.weight.data.half().to(module.weight.dtype)
     return model
 
 
