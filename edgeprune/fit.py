@@ -15,9 +15,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from edgeprune.encoders import T5, text_encoders
 from edgeprune.errors import BudgetError, InputError
+from edgeprune.families.base import Shape
 from edgeprune.files import read_json
 from edgeprune.generation import Generation
+from edgeprune.precision import t5_precision_of
 from edgeprune.targets import Target
 
 _BYTES = {"float32": 4, "float16": 2}
@@ -58,8 +61,6 @@ def fit(source: Path, target: Target, generation: Generation, *, guided: bool) -
         InputError: a config lacks a field, or a file is damaged.
     """
     size = _BYTES[target.activations]
-    index = read_json(source / "model_index.json")
-    encoders = [n for n in index if n.startswith("text_encoder") and (source / n).is_dir()]
     config, vae = read_json(source / "transformer" / "config.json"), read_json(source / "vae" / "config.json")
     try:
         transformer = _transformer_activations(config, vae, source, generation) * (2 if guided else 1)
@@ -68,8 +69,8 @@ def fit(source: Path, target: Target, generation: Generation, *, guided: bool) -
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"{source}: configs of transformer and vae: {error}: expected a number") from error
     found = Fit(
-        target.name, target.memory_bytes, sum(_parameters(source / n) for n in encoders) * size,
-        _parameters(source / "vae", "decoder.") * size, max(transformer, decoder) * size,
+        target.name, target.memory_bytes, sum(_encoder_bytes(source / n, kind, size) for n, kind in text_encoders(source).items()),
+        sum(map(math.prod, _shapes(source / "vae", "decoder.").values())) * size, max(transformer, decoder) * size,
     )  # fmt: skip
     if found.transformer_bytes <= 0:
         raise BudgetError(
@@ -89,15 +90,23 @@ def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source
     return _TRANSFORMER_WIDTHS * width * (tokens + min(int(text), 512) + generation.max_sequence_length)
 
 
-def _parameters(folder: Path, prefix: str = "") -> int:
-    """Numbers in a component's safetensors files, from their headers."""
-    names: dict[str, int] = {}
+def _encoder_bytes(folder: Path, kind: str, size: int) -> int:
+    """A text encoder's weights as an export stores them; `size` is that of a float."""
+    shapes = _shapes(folder)
+    if kind == T5:
+        return sum(t5_precision_of(name, shape).nbytes(shape) for name, shape in shapes.items())
+    return sum(map(math.prod, shapes.values())) * size
+
+
+def _shapes(folder: Path, prefix: str = "") -> dict[str, Shape]:
+    """Shape by name of the tensors in a component's safetensors files, from their headers."""
+    names: dict[str, Shape] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118
                     if name.startswith(prefix):
-                        names[name] = math.prod(file.get_slice(name).get_shape())
+                        names[name] = tuple(file.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not readable as safetensors ({error})") from error
-    return sum(names.values())
+    return names

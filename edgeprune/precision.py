@@ -5,6 +5,10 @@
 - Linear weights outside blocks (timestep and prompt embedders, context embedder, output): 8 bits with one scale
   per output. Every token passes them at every step and they are few.
 - All else (biases, norm scales, the patch convolution, the position table): 16 bits.
+
+A T5 text encoder is stored by a rule of its own when it is exported, whether or not the transformer is quantised:
+T5-XXL has 4.76 G parameters, 19 GB in float32. Linear weights, all of them inside blocks: 8 bits with one scale per
+output. Embeddings (tokens, relative positions): 16 bits. Other encoders and the VAE are as the format computes.
 """
 
 from __future__ import annotations
@@ -40,6 +44,13 @@ def precision_of(family: Family, name: str, shape: Shape, *, group_size: int = 6
     for size in (group_size, *GROUP_SIZES):
         if size <= group_size and shape[1] % size == 0:
             return Precision(4, size)
+    return Precision(8, shape[1])
+
+
+def t5_precision_of(name: str, shape: Shape) -> Precision:
+    """Apply T5's rule to one tensor of a T5EncoderModel's state dict."""
+    if ".block." not in name or len(shape) != 2 or "relative_attention_bias" in name:
+        return Precision(16)
     return Precision(8, shape[1])
 
 

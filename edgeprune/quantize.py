@@ -18,7 +18,7 @@ from torch import nn
 from edgeprune.awq import best_divisor, fold
 from edgeprune.families import Family
 from edgeprune.int4 import PackedLinear, pack
-from edgeprune.precision import Precision, precision_of
+from edgeprune.precision import Precision, precision_of, t5_precision_of
 
 CALIBRATIONS = ("none", "scale", "awq")
 _BATCH = 2**24
@@ -219,6 +219,20 @@ def _batches(sizes: dict[str, int]) -> list[list[str]]:
             out.append([])
         out[-1].append(name)
     return out
+
+
+def quantize_t5(model: nn.Module) -> nn.Module:
+    """Store a T5EncoderModel as `t5_precision_of` says, in place: linear layers rounded to the nearest of 8 bits.
+
+    Embeddings keep their dtype, with values that half precision holds.
+    """
+    for name, linear in _layers(model).items():
+        p = t5_precision_of(f"{name}.weight", tuple(linear.weight.shape))
+        _replace(model, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.data = module.weight.data.half().to(module.weight.dtype)
+    return model
 
 
 def _scale_channels(family: Family, block: nn.Module, prefix: str, group_size: int, run: Callable[[], None]) -> None:

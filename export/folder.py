@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from edgeprune.checkpoint import MANIFEST, complete_tokenizer, no_bars
+from edgeprune.encoders import CLIP, T5, check_tokens, is_present, text_encoders, tokenizer_of
 from edgeprune.errors import InputError
 from edgeprune.files import cannot_write, copy_folder, read_json, replace_folder, sha256_file, write_json
 from edgeprune.generation import FILE as GENERATION
@@ -91,22 +92,19 @@ def _index(artefact: Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: _class_name: found {index.get('_class_name')!r}, expected 'StableDiffusion3Pipeline'"
         )
-    if _present(index, "text_encoder_3"):
-        raise InputError(
-            f"{path}: text_encoder_3: found {index['text_encoder_3']}, expected null: T5 cannot be exported yet; "
-            "save the pipeline without it (text_encoder_3=None, tokenizer_3=None)"
-        )
-    for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"):
-        if not _present(index, name):
+    wanted = {"text_encoder": CLIP, "text_encoder_2": CLIP}
+    if is_present(index, "text_encoder_3"):
+        wanted["text_encoder_3"] = T5
+    for name in ("transformer", "vae", *wanted, *map(tokenizer_of, wanted), "scheduler"):
+        if not is_present(index, name):
             raise InputError(f"{path}: {name}: found {index.get(name)!r}, expected a library and a class")
         if not (artefact / name).is_dir():
             raise InputError(f"{artefact / name}: no such folder, though {path.name} lists it")
+    for name, kind in wanted.items():
+        if index[name][-1] != kind:
+            raise InputError(f"{path}: {name}: found {index[name][-1]!r}, expected {kind!r}")
+    check_tokens(artefact, Generation.load(artefact).max_sequence_length)
     return index
-
-
-def _present(index: Mapping[str, Any], name: str) -> bool:
-    entry = index.get(name)
-    return isinstance(entry, list) and bool(entry) and entry[0] is not None
 
 
 def from_pretrained(load: Callable[..., Any], folder: Path) -> Any:
@@ -126,7 +124,7 @@ def _configs(artefact: Path, partial: Path) -> None:
     """Each network's config.json, and generation.json."""
     config = read_json(artefact / ("transformer_int4" if is_quantized(artefact) else "transformer") / "config.json")
     write_json(partial / "transformer" / "config.json", config)
-    for name in ("text_encoder", "text_encoder_2"):
+    for name in text_encoders(artefact):
         write_json(partial / name / "config.json", read_json(artefact / name / "config.json"))
     vae = read_json(artefact / "vae" / "config.json")
     # AutoencoderKL's own default; a runtime reads no Python.
@@ -140,14 +138,14 @@ def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> Non
     kept = {key: value for key, value in index.items() if key != "_name_or_path"}
     write_json(partial / "model_index.json", kept)
     copy_folder(artefact / "scheduler", partial / "scheduler")
-    for name in ("tokenizer", "tokenizer_2"):
-        _tokenizer(artefact / name, partial / name)
+    for encoder in text_encoders(artefact):
+        _tokenizer(artefact / tokenizer_of(encoder), partial / tokenizer_of(encoder))
 
 
 def _tokenizer(source: Path, target: Path) -> None:
-    """Copy a CLIP tokenizer; complete it for the `tokenizers` package alone, and for optimum with transformers 4.
+    """Copy a tokenizer; complete it for the `tokenizers` package alone, and for optimum with transformers 4.
 
-    The first reads tokenizer.json, which hub folders of SD3 lack.
+    The first reads tokenizer.json, which CLIP's in hub folders of SD3 lack.
     """
     copy_folder(source, target)
     if not (target / "tokenizer.json").exists():

@@ -6,7 +6,7 @@
 replaces it by DequantizeLinear(INT4 or INT8, axis=0, block_size) -> MatMul -> Add. Weights are stored [in, out], so no
 Transpose is left for a runtime to trip over. A module of fake tensors is traced like one of real ones; its weights are
 then read, repacked and written one at a time. What the checkpoint holds in half precision the file holds so too, and
-casts it. What it leaves out: T5.
+casts it. What it leaves out: text encoders that do not fit into memory.
 
 Notation: B batch, C latent channels, h w latent height and width, M text tokens, K text width, P pooled width,
 I and O a layer's inputs and outputs, G groups along I.
@@ -42,6 +42,8 @@ OPSET = 21
 DOMAIN = "edgeprune"
 # Above this a model's weights go into `model.onnx.data`; ONNX itself cannot hold 2 GB in one file.
 INLINE_BYTES = 1_000_000
+
+_LEAST_TABLE_BYTES = 1024  # smaller ones are not worth a node
 
 Axes = Mapping[str, Mapping[int, str]]
 """Dynamic axes by tensor name: {"hidden_states": {0: "batch_size", 2: "height"}}."""
@@ -159,6 +161,60 @@ class TextEncoder(nn.Module):
         return {"input_ids": ids}
 
 
+class T5Encoder(nn.Module):
+    """T5EncoderModel: its last hidden state, every token attending to every other, padding included, as SD3 and FLUX do.
+
+    The stream between layers is float32 also where all else is half precision: T5-XXL's goes beyond 65,504. The bias of
+    two positions is looked up by their distance: a table instead of T5's logarithms, whose rounding decides a bucket.
+    """
+
+    inputs: Axes = {"input_ids": {0: "batch_size", 1: "sequence_length"}}
+    outputs: Axes = {"last_hidden_state": {0: "batch_size", 1: "sequence_length"}}
+    bias: torch.Tensor
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config: Any = model.config
+        attention = model.encoder.block[0].layer[0].SelfAttention
+        # All positions at this distance or beyond are in one bucket.
+        self.farthest = int(self.config.relative_attention_max_distance)
+        buckets = attention._relative_position_bucket(
+            torch.arange(-self.farthest, self.farthest + 1), bidirectional=True,
+            num_buckets=self.config.relative_attention_num_buckets, max_distance=self.farthest,
+        )  # fmt: skip
+        self.register_buffer("bias", attention.relative_attention_bias.weight.detach()[buckets])
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
+        """(B, M) int64 to (B, M, K)."""
+        encoder = self.model.encoder
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        distances = (positions[None, :] - positions[:, None]).clamp(-self.farthest, self.farthest) + self.farthest
+        bias = nn.functional.embedding(distances, self.bias).permute(2, 0, 1)[None]  # (1, heads, M, M)
+        hidden = encoder.embed_tokens(input_ids).float()
+        for block in encoder.block:
+            attention, feed_forward = block.layer
+            hidden = attention(hidden, position_bias=bias)[0]
+            hidden = hidden + self._feed_forward(feed_forward.DenseReluDense, feed_forward.layer_norm(hidden))
+        return (encoder.final_layer_norm(hidden),)
+
+    def _feed_forward(self, dense: Any, x: torch.Tensor) -> torch.Tensor:
+        """(B, M, K) to float32 (B, M, K). transformers' own asks `wo` for its weight, which PackedLinear would unpack."""
+        inner = dense.act(dense.wi_0(x)) * dense.wi_1(x) if self.config.is_gated_act else dense.act(dense.wi(x))
+        out: torch.Tensor = dense.wo(inner.float())
+        return out
+
+    def example(self, *, batch: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Random words, an end token, then padding, at different lengths."""
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, self.config.vocab_size, (batch, tokens), generator=generator)
+        for row in range(batch):
+            end = tokens - 1 - row * (tokens // batch)
+            ids[row, end:] = self.config.pad_token_id
+            ids[row, end] = self.config.eos_token_id
+        return {"input_ids": ids}
+
+
 class VaeDecoder(nn.Module):
     """AutoencoderKL's decoder: images (B, 3, h * f, w * f) in about -1..1; scale and shift stay with the caller."""
 
@@ -235,6 +291,7 @@ def to_ir(
     # Limits in bytes: sizes are folded, weights are not.
     onnxscript.optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=65536)
     lower_packed_linear(model)
+    halve_tables(model)
     for value, axes in zip(model.graph.outputs, outputs.values(), strict=True):
         assert value.shape is not None
         value.shape = ir.Shape([axes.get(i, dim) for i, dim in enumerate(value.shape)])
@@ -299,6 +356,29 @@ def lower_packed_linear(model: ir.Model) -> None:
             del graph.initializers[name]
     model.opset_imports.pop(DOMAIN, None)
     graph.opset_imports.pop(DOMAIN, None)
+
+
+def halve_tables(model: ir.Model) -> None:
+    """Store float32 tables that rows are taken from (embeddings) in half precision, where that changes no bit of them."""
+    for node in list(model.graph):
+        table = node.inputs[0] if node.op_type == "Gather" else None
+        if table is None or table.const_value is None or table.dtype != ir.DataType.FLOAT:
+            continue
+        if len(table.uses()) > 1 or node.outputs[0].is_graph_output():
+            continue
+        values = table.const_value.numpy()
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if values.nbytes < _LEAST_TABLE_BYTES or not np.array_equal(half, values):
+            continue
+        table.const_value, table.dtype = ir.tensor(half, name=table.name), ir.DataType.FLOAT16
+        rows = node.outputs[0]
+        cast = ir.node("Cast", [rows], {"to": ir.DataType.FLOAT.value}, name=f"{node.name}.float")
+        wide = cast.outputs[0]
+        wide.shape, wide.dtype, rows.dtype = rows.shape, ir.DataType.FLOAT, ir.DataType.FLOAT16
+        rows.replace_all_uses_with(wide)
+        cast.replace_input_with(0, rows)
+        model.graph.insert_after(node, cast)
 
 
 def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

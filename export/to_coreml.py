@@ -6,7 +6,8 @@ Every `edgeprune::packed_linear` becomes constexpr_blockwise_shift_scale and lin
 and half-precision scales. All else is stored and computed in half precision, save the angles of the timestep, which it
 cannot hold. An export has one image size; its transformer takes the device's batches. A device's `chunks` splits the
 transformer between blocks. Each network is compared with torch before the next is loaded.
-What it leaves out: T5, FLUX, the VAE's encoder, several sizes in one package, and compiling (.mlmodelc): the device's.
+A T5 text encoder has its 8-bit integers (precision.py) and half-precision tables, but computes in float32: T5-XXL's
+values leave half precision. What it leaves out: FLUX, the VAE's encoder, several sizes in one package, and compiling (.mlmodelc): the device's.
 
 Notation: B batch, C latent channels, h w latent height and width, N image tokens, M text tokens, D width.
 """
@@ -29,16 +30,16 @@ import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import nn
-from transformers import CLIPTextModelWithProjection
 
 from edgeprune.checkpoint import load_transformer
+from edgeprune.encoders import T5, text_encoders
 from edgeprune.errors import EdgepruneError, InputError, ParityError
-from edgeprune.export import graph, parity
+from edgeprune.export import graph, parity, to_onnx
 from edgeprune.export.folder import Progress, from_pretrained, is_quantized, silent, write
 from edgeprune.extras import needs
 from edgeprune.files import read_json
 from edgeprune.generation import Generation
-from edgeprune.int4 import unpack
+from edgeprune.int4 import PackedLinear, unpack
 from edgeprune.targets import Target
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns at import of what only a Mac has
@@ -137,10 +138,14 @@ def networks(artefact: Path, partial: Path, device: Target, progress: Progress) 
     chunks = len(parts)
     del whole, parts
 
-    for name in ("text_encoder", "text_encoder_2"):
+    for name, kind in text_encoders(artefact).items():
         progress(name)
-        encoder = TextEncoder(from_pretrained(CLIPTextModelWithProjection.from_pretrained, artefact / name))
-        errors[name] = _network(name, [encoder], encoder, [encoder.example(batch=1, tokens=tokens)], partial)
+        encoder: Any
+        encoder, length = to_onnx.text_encoder(artefact, name, kind)
+        if kind != T5:
+            encoder, length = TextEncoder(encoder), tokens
+        example = encoder.example(batch=1, tokens=length)
+        errors[name] = _network(name, [encoder], encoder, [example], partial, half=kind != T5)
         del encoder
 
     progress("vae_decoder")
@@ -202,9 +207,9 @@ class TextEncoder(nn.Module):
 
     inputs = tuple(graph.TextEncoder.inputs)
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, encoder: graph.TextEncoder) -> None:
         super().__init__()
-        self.encoder = graph.TextEncoder(model)
+        self.encoder = encoder
         # Core ML allows no dot in a name.
         self.outputs = [name.replace(".", "_") for name in self._read(list(self.encoder.outputs))]
         self.example = self.encoder.example
@@ -219,10 +224,19 @@ class TextEncoder(nn.Module):
 
 
 def _network(
-    name: str, parts: Sequence[Any], reference: nn.Module, examples: Sequence[Tensors], partial: Path
+    name: str,
+    parts: Sequence[Any],
+    reference: nn.Module,
+    examples: Sequence[Tensors],
+    partial: Path,
+    *,
+    half: bool = True,
 ) -> dict[str, Any]:
-    """Convert, save and compare one network, whose parts run one after the other."""
+    """Convert, save and compare one network, whose parts run one after the other; computed in half precision or not."""
     reference.eval().to(torch.float32).requires_grad_(False)
+    for layer in reference.modules():
+        if half and isinstance(layer, PackedLinear):  # a program's weights have the precision of their scales
+            layer.weight_scale = layer.weight_scale.half()
     folder = partial / name
     folder.mkdir()
     batches = [len(next(iter(example.values()))) for example in examples]
@@ -234,7 +248,7 @@ def _network(
             with _quiet(), torch.no_grad():
                 found = [value.contiguous() for value in part(*feeds.values())]  # coremltools takes no other inputs
                 tensors |= zip(part.outputs, found, strict=True)
-                convert(part, feeds, list(part.outputs), batches).save(str(path))
+                convert(part, feeds, list(part.outputs), batches, half=half).save(str(path))
         except (ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
             raise EdgepruneError(f"{name}: coremltools cannot convert it: {' '.join(str(error).split())}") from error
         packages.append(Prediction(path) if sys.platform == "darwin" else Package(path))
@@ -295,8 +309,13 @@ _STREAMS = ("image_tokens_", "text_tokens_", MODULATION)
 """What goes from chunk to chunk stays in half precision; what a caller gives or gets is float32 or int32."""
 
 
-def convert(module: nn.Module, example: Tensors, outputs: Sequence[str], batches: Sequence[int]) -> Any:
-    """A coremltools MLModel, not loaded, of `module(*example.values())`, whose first axes are the batch."""
+def convert(
+    module: nn.Module, example: Tensors, outputs: Sequence[str], batches: Sequence[int], *, half: bool = True
+) -> Any:
+    """A coremltools MLModel, not loaded, of `module(*example.values())`, whose first axes are the batch.
+
+    With `half` all but the timestep's angles computes in half precision, else only tables are looked up in it.
+    """
     batch = torch.export.Dim("batch", min=min(batches), max=max(batches)) if len(batches) > 1 else None
     program = torch.export.export(
         module,
@@ -321,7 +340,7 @@ def convert(module: nn.Module, example: Tensors, outputs: Sequence[str], batches
         ],
         outputs=[ct.TensorType(name=name, dtype=_dtype(name)) for name in outputs],
         minimum_deployment_target=ct.target.iOS18,
-        compute_precision=ct.transform.FP16ComputePrecision(lambda op: not _is_angle(op)),
+        compute_precision=ct.transform.FP16ComputePrecision(_is_no_angle if half else _is_lookup),
         skip_model_load=True,
     )
 
@@ -330,6 +349,14 @@ def _dtype(name: str, value: torch.Tensor | None = None) -> Any:
     if value is not None and not value.is_floating_point():
         return np.int32
     return np.float16 if name.startswith(_STREAMS) else np.float32
+
+
+def _is_no_angle(op: Any) -> bool:
+    return not _is_angle(op)
+
+
+def _is_lookup(op: Any) -> bool:
+    return bool(op.op_type == "gather")
 
 
 def _is_angle(op: Any, depth: int = 4) -> bool:
@@ -350,10 +377,10 @@ def packed_linear(context: Any, node: Any) -> None:
     integers = unpack(torch.from_numpy(np.array(packed.val).view(np.uint8)), int(bits.val)).numpy()
     weight = mb.constexpr_blockwise_shift_scale(
         data=integers.astype(types.np_int4_dtype if bits.val == 4 else np.int8),
-        scale=np.asarray(scale.val, np.float16),
+        scale=scale.val,
         name=packed.name,
     )
-    more = {} if bias is None or bias.val is None else {"bias": np.asarray(bias.val, np.float16)}
+    more = {} if bias is None or bias.val is None else {"bias": np.asarray(bias.val, scale.val.dtype)}
     context.add(mb.linear(x=x, weight=weight, name=node.name, **more))
 
 

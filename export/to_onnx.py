@@ -3,12 +3,14 @@
     export(Path("compressed"), Path("onnx"))
 
 Each network is traced, written, checked by onnx.checker and compared with torch (parity.py) before the next is loaded.
-What it leaves out: T5, FLUX, the VAE's encoder, transformers larger than memory, and the files around the networks
+A T5 text encoder is stored in 8 bits (precision.py), and compared with torch computing from the same integers.
+What it leaves out: FLUX, the VAE's encoder, transformers larger than memory, and the files around the networks
 (folder.py).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,16 @@ import onnx
 import onnx_ir as ir
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from edgeprune.checkpoint import load_transformer
+from edgeprune.encoders import T5, text_encoders
 from edgeprune.errors import ParityError
 from edgeprune.export import graph, parity
 from edgeprune.export.folder import Progress, from_pretrained, is_quantized, silent, write
 from edgeprune.files import read_json
+from edgeprune.generation import Generation
+from edgeprune.quantize import quantize_t5
 from edgeprune.targets import Target
 
 
@@ -46,7 +51,7 @@ def export(artefact: Path, out: Path, *, device: Target | None = None, progress:
 
 Opened = Callable[[Path], parity.Runner]
 """From a written ONNX file to something that runs it."""
-Module = graph.Transformer | graph.TextEncoder | graph.VaeDecoder
+Module = graph.Transformer | graph.TextEncoder | graph.T5Encoder | graph.VaeDecoder
 Part = tuple[str, Module, Mapping[str, torch.Tensor], Sequence[Mapping[str, torch.Tensor]]]
 
 
@@ -64,7 +69,7 @@ def networks(artefact: Path, partial: Path, progress: Progress, *, opened: Opene
 
 
 def parts(artefact: Path) -> Iterator[Part]:
-    """The four networks one after the other: name, module, inputs to trace with, inputs to compare at."""
+    """The networks one after the other: name, module, inputs to trace with, inputs to compare at."""
     transformer = graph.Transformer(load_transformer(artefact, quantized=is_quantized(artefact), dtype=torch.float32))
     limit = int(transformer.model.config.pos_embed_max_size)
     tokens = longest_prompt(artefact)
@@ -82,9 +87,8 @@ def parts(artefact: Path) -> Iterator[Part]:
     )
     del transformer
 
-    for name in ("text_encoder", "text_encoder_2"):
-        encoder = graph.TextEncoder(from_pretrained(CLIPTextModelWithProjection.from_pretrained, artefact / name))
-        longest = encoder.config.max_position_embeddings
+    for name, kind in text_encoders(artefact).items():
+        encoder, longest = text_encoder(artefact, name, kind)
         examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
         yield name, encoder, encoder.example(batch=2, tokens=min(7, longest)), examples
         del encoder
@@ -92,6 +96,16 @@ def parts(artefact: Path) -> Iterator[Part]:
     vae = graph.VaeDecoder(from_pretrained(AutoencoderKL.from_pretrained, artefact / "vae"))
     examples = [vae.example(batch=b, height=h, width=w) for b, h, w in ((1, 8, 8), (3, 5, 7))]
     yield "vae_decoder", vae, vae.example(batch=2, height=4, width=6), examples
+
+
+def text_encoder(artefact: Path, name: str, kind: str) -> tuple[graph.TextEncoder | graph.T5Encoder, int]:
+    """A text encoder of this class, T5 already in 8 bits, and the most tokens that it is given."""
+    if kind == T5:
+        # In the folder's own precision: in float32, T5-XXL takes 19 GB before it is rounded.
+        model = from_pretrained(functools.partial(T5EncoderModel.from_pretrained, dtype="auto"), artefact / name)
+        return graph.T5Encoder(quantize_t5(model)), Generation.load(artefact).max_sequence_length
+    clip = graph.TextEncoder(from_pretrained(CLIPTextModelWithProjection.from_pretrained, artefact / name))
+    return clip, int(clip.config.max_position_embeddings)
 
 
 def longest_prompt(artefact: Path) -> int:

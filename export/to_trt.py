@@ -90,8 +90,8 @@ def _networks(
         module.eval().to(torch.float32)
         if isinstance(module, graph.Transformer):
             sizes = axis_ranges(device, settings, int(module.model.config.pos_embed_max_size), tokens)
-        elif isinstance(module, graph.TextEncoder):
-            longest = int(module.config.max_position_embeddings)
+        elif isinstance(module, graph.TextEncoder | graph.T5Encoder):
+            longest = examples[0]["input_ids"].shape[1]
             sizes["sequence_length"] = (1, longest, longest)
         profile = profile_of(module.inputs, traced, sizes)
         half, rounding = _half_precision(module, examples[0], device)
@@ -169,7 +169,7 @@ def _engine_parity(
 
 def _smallest(module: Module, profile: Profile) -> dict[str, torch.Tensor]:
     least = {name: shapes[0] for name, shapes in profile.items()}
-    if isinstance(module, graph.TextEncoder):
+    if isinstance(module, graph.TextEncoder | graph.T5Encoder):
         batch, _ = least["input_ids"]
         return module.example(batch=batch, tokens=profile["input_ids"][2][1])
     if isinstance(module, graph.VaeDecoder):

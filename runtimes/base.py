@@ -269,11 +269,11 @@ class Runtime:
         height = settings.generation.height if height is None else height
         width = settings.generation.width if width is None else width
         check_size(settings, height, width)
-        positive = self.backend.encode(prompts)
-        negative = None
+        # At once: in low-memory mode every text encoder is opened anew for each call.
+        hidden, pooled = self.backend.encode([*prompts, negative_prompt] if scale > 1 else prompts)
+        positive, negative = (hidden[: len(prompts)], pooled[: len(prompts)]), None
         if scale > 1:
-            hidden, pooled = self.backend.encode([negative_prompt])
-            negative = hidden.repeat(len(prompts), axis=0), pooled.repeat(len(prompts), axis=0)
+            negative = hidden[-1:].repeat(len(prompts), axis=0), pooled[-1:].repeat(len(prompts), axis=0)
         unit = settings.factor * settings.patch
         return denoise(
             self.backend,

@@ -1,9 +1,9 @@
 """A `Backend` made of exported networks, each a function from named arrays to named arrays.
 
 A runtime gives one function, which opens a network's folder (`OUT/transformer`); what is SD3's about using the
-networks (which hidden state, padding, latent scale) is here once. Low-memory mode opens a stage's networks when it
-begins and closes them when the next one does, so that the peak is the largest stage, not the sum.
-What it leaves out: a T5 encoder, and the vendors' own options (each runtime's `open_backend`).
+networks (which hidden state, padding, latent scale) is here once. Low-memory mode opens a network when it is needed
+and closes it before the next one is, so that the peak is the largest, not the sum.
+What it leaves out: the vendors' own options (each runtime's `open_backend`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from edgeprune.encoders import T5, check_tokens, text_encoders, tokenizer_of
 from edgeprune.errors import InputError
 from edgeprune.files import read_json
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.memory import Meter, Reading
 from edgeprune.runtimes.text import PromptTokenizer
-
-STAGES = {"encode": ("text_encoder", "text_encoder_2"), "step": ("transformer",), "decode": ("vae_decoder",)}
 
 
 class Network(Protocol):
@@ -56,7 +55,7 @@ class NetworkBackend:
         folder: the export.
         settings: what its small files say.
         open_network: opens one network's folder.
-        low_memory: hold one stage's networks at a time.
+        low_memory: hold one network at a time.
         memory: rows of a device's own memory, where it has one.
 
     Raises:
@@ -73,22 +72,25 @@ class NetworkBackend:
         low_memory: bool,
         memory: Callable[[], dict[str, Reading]] = dict,
     ) -> None:
-        if (folder / "text_encoder_3").exists():
-            raise InputError(f"{folder / 'text_encoder_3'}: found a T5 encoder, expected none: not supported yet")
         self._meter = Meter()
         self.name, self.provider, self.why = name, "", ""
         self._device_memory = memory
         self._folder, self._open, self._low_memory = folder, open_network, low_memory
-        self._zero_tokens = settings.generation.max_sequence_length
+        self._t5_tokens = settings.generation.max_sequence_length
+        check_tokens(folder, self._t5_tokens)
         config_path = folder / "transformer" / "config.json"
         self._width = read_json(config_path).get("joint_attention_dim")
         if not isinstance(self._width, int):
             raise InputError(f"{config_path}: joint_attention_dim: found {self._width!r}, expected a whole number")
         vae = read_json(folder / "vae_decoder" / "config.json")
         self._scaling, self._shift = vae.get("scaling_factor") or 1.0, vae.get("shift_factor") or 0.0
+        self._encoders = text_encoders(folder)
         first = PromptTokenizer(folder / "tokenizer")
-        # diffusers pads both prompts to the first tokenizer's length.
-        self._tokenizers = first, PromptTokenizer(folder / "tokenizer_2", max_length=first.max_length)
+        # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
+        lengths = {n: self._t5_tokens if kind == T5 else first.max_length for n, kind in self._encoders.items()}
+        self._tokenizers = {
+            n: PromptTokenizer(folder / tokenizer_of(n), max_length=length) for n, length in lengths.items()
+        }
         quantized = read_json(folder / "edgeprune_export.json").get("quantized")
         self.precision = "fp32" if quantized is False else "int4"
         self.times: dict[str, dict[str, float]] = {}
@@ -97,52 +99,53 @@ class NetworkBackend:
         self._networks: dict[str, Network] = {}
         if not low_memory:
             try:
-                for stage in STAGES:
-                    self._stage(stage)
+                for network in (*self._encoders, "transformer", "vae_decoder"):
+                    self._network(network)
             except BaseException:
                 self.close()  # nobody else holds those that were opened
                 raise
 
-    def _stage(self, stage: str) -> list[Network]:
-        """The networks of a stage, opened if they are not."""
+    def _network(self, name: str) -> Network:
+        """A network, opened if it is not; in low-memory mode the only one."""
         if self._closed:
             raise InputError("runtime: found it closed, expected an open one")
         if self._low_memory:
-            for name in [n for n in self._networks if n not in STAGES[stage]]:
+            for other in [n for n in self._networks if n != name]:
                 self._meter.note()
-                self._networks.pop(name).close()
-        for name in STAGES[stage]:
-            if name not in self._networks:
-                with self._meter.opening():
-                    self._networks[name] = self._open(self._folder / name)
-                if stage == "step":
-                    self.provider, self.why = self._networks[name].provider, self._networks[name].why
-        return [self._networks[name] for name in STAGES[stage]]
+                self._networks.pop(other).close()
+        if name not in self._networks:
+            with self._meter.opening():
+                self._networks[name] = self._open(self._folder / name)
+            if name == "transformer":
+                self.provider, self.why = self._networks[name].provider, self._networks[name].why
+        return self._networks[name]
 
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
-        """Text to (hidden (B, M, K), pooled (B, P))."""
-        hidden, pooled = [], []
-        for tokenizer, encoder in zip(self._tokenizers, self._stage("encode"), strict=True):
-            outputs = encoder(input_ids=tokenizer(prompts))
+        """Text to (hidden (B, M, K), pooled (B, P)): CLIP's tokens, filled up with zeros to K, then T5's."""
+        hidden, pooled, last = [], [], np.zeros((len(prompts), self._t5_tokens, self._width), np.float32)
+        for name, kind in self._encoders.items():
+            outputs = self._network(name)(input_ids=self._tokenizers[name](prompts))
+            if kind == T5:
+                last = outputs["last_hidden_state"]
+                continue
             # hidden_states.0 is the embedding, .n the last layer: SD3 reads the one before the last.
             states = sorted((int(k.rpartition(".")[2]), k) for k in outputs if k.startswith("hidden_states."))
             hidden.append(outputs[states[-2][1]])
             pooled.append(outputs["text_embeds"])
-        joined = np.concatenate(hidden, axis=-1)
-        beyond = (0, self._zero_tokens), (0, self._width - joined.shape[-1])
-        return np.pad(joined, ((0, 0), *beyond)), np.concatenate(pooled, axis=-1)
+        clip = np.concatenate(hidden, axis=-1)
+        clip = np.pad(clip, ((0, 0), (0, 0), (0, self._width - clip.shape[-1])))
+        return np.concatenate([clip, last], axis=1), np.concatenate(pooled, axis=-1)
 
     def step(self, latents: Array, text: Array, pooled: Array, timestep: Array) -> Array:
         """One velocity (B, C, h, w)."""
-        (transformer,) = self._stage("step")
-        outputs = transformer(
+        outputs = self._network("transformer")(
             hidden_states=latents, encoder_hidden_states=text, pooled_projections=pooled, timestep=timestep
         )
         return next(iter(outputs.values()))
 
     def decode(self, latents: Array) -> Array:
         """Latents (B, C, h, w) to pixels (B, 3, H, W)."""
-        (decoder,) = self._stage("decode")
+        decoder = self._network("vae_decoder")
         scaled = latents / np.float32(self._scaling) + np.float32(self._shift)
         return next(iter(decoder(latent_sample=scaled).values()))
 

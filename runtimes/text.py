@@ -1,6 +1,6 @@
-"""Prompts to token ids with the `tokenizers` package alone, as transformers' CLIPTokenizer pads and truncates.
+"""Prompts to token ids with the `tokenizers` package alone, as transformers' CLIP and T5 tokenizers pad and truncate.
 
-What it leaves out: T5 (its zero tokens are added by the runtimes) and prompt weighting.
+An end token that the rules add is kept when a prompt is cut. What it leaves out: prompt weighting.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ _LONGEST = 1_000_000  # transformers writes 1e30 where a tokenizer has no limit
 class PromptTokenizer:
     """A `tokenizer` folder: tokenizer.json (the rules) and tokenizer_config.json (length and padding token).
 
+    Args:
+        folder: that folder.
+        max_length: tokens of every prompt, instead of the folder's own length.
+
     Raises:
         InputError: a file is missing or damaged, or has no usable length or padding token.
     """
@@ -32,10 +36,10 @@ class PromptTokenizer:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # `tokenizers` raises bare Exception
             raise InputError(f"{path}: found {error}, expected a tokenizer of the tokenizers package") from None
-        found = config.get("model_max_length")
-        if isinstance(found, bool) or not isinstance(found, int) or not 2 < found < _LONGEST:
-            raise InputError(f"{config_path}: model_max_length: found {found!r}, expected a whole number above 2")
-        self.max_length = found if max_length is None else max_length
+        found = config.get("model_max_length") if max_length is None else max_length
+        if isinstance(found, bool) or not isinstance(found, int) or not 1 < found < _LONGEST:
+            raise InputError(f"{config_path}: model_max_length: found {found!r}, expected a whole number above 1")
+        self.max_length = found
         token = config.get("pad_token", "<|endoftext|>")
         token = token["content"] if isinstance(token, dict) and "content" in token else token
         pad_id = self._tokenizer.token_to_id(token) if isinstance(token, str) else None

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 RANKS: list[tuple[str, ...]] = [
     ("errors", "targets"),
     ("files", "resume", "extras"),
-    ("generation", "demo.shapes"),
+    ("generation", "encoders", "demo.shapes"),
     ("families",),
     ("precision", "sampling"),
     ("metrics", "data"),

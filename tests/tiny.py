@@ -1,4 +1,4 @@
-"""A complete random SD3 pipeline, small enough to build in a test: 3 blocks of width 64, two CLIPs, a VAE.
+"""A complete random SD3 pipeline, small enough to build in a test: 3 blocks of width 64, two CLIPs, a VAE, and a T5 if asked.
 
 Seeded, so that every call makes the same weights. The zero-initialised layers diffusers leaves (none in SD3) would
 hide errors; adaLN modulation is therefore given visible weights. What it leaves out: sense; it draws noise.
@@ -14,9 +14,18 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 TOKENS, TEXT_WIDTH = 16, 32
+T5_TOKENS, T5_WIDTH = 160, 96  # more tokens than T5 tells distances apart, wider than both CLIPs together
 GENERATION = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 64, "width": 64, "max_sequence_length": 0}
 
 
@@ -80,9 +89,40 @@ def tiny_tokenizer() -> CLIPTokenizer:
         return make_tokenizer(Path(folder))
 
 
-def tiny_pipeline(folder: Path, **overrides: Any) -> StableDiffusion3Pipeline:
-    """The whole pipeline, also saved to `folder` in half precision with a generation.json; T5 is absent."""
+def tiny_t5(vocab: int) -> T5EncoderModel:
+    """Two gated layers, as T5 1.1 has them, whose position biases are not near zero."""
+    torch.manual_seed(6)
+    config = T5Config(
+        vocab_size=vocab, d_model=T5_WIDTH, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = T5EncoderModel(config).eval()
+    with torch.no_grad():
+        model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_(std=1)
+    return model
+
+
+@functools.cache
+def tiny_t5_tokenizer() -> T5TokenizerFast:
+    """A Unigram tokenizer with T5's special tokens, trained on the built-in model's prompts."""
+    from edgeprune.demo import shapes
+
+    raw = Tokenizer(models.Unigram())
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    special = ["<pad>", "</s>", "<unk>"]  # 0, 1 and 2, as in every T5
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
+    raw.train_from_iterator([prompt.text for prompt in shapes.prompts()[:2000]], trainer)
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    with tempfile.TemporaryDirectory() as folder:
+        raw.save(f"{folder}/tokenizer.json")
+        return T5TokenizerFast.from_pretrained(folder, extra_ids=0, model_max_length=512)
+
+
+def tiny_pipeline(folder: Path, *, t5: bool = False, **overrides: Any) -> StableDiffusion3Pipeline:
+    """The whole pipeline, also saved to `folder` in half precision with a generation.json."""
     tokenizer = tiny_tokenizer()
+    if t5:
+        overrides = {"joint_attention_dim": T5_WIDTH} | overrides
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     pipeline = StableDiffusion3Pipeline(
         transformer=tiny_transformer(**overrides),
@@ -92,10 +132,10 @@ def tiny_pipeline(folder: Path, **overrides: Any) -> StableDiffusion3Pipeline:
         tokenizer=tokenizer,
         text_encoder_2=tiny_text_encoder(len(tokenizer), end, seed=4),
         tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=tiny_t5(len(tiny_t5_tokenizer())) if t5 else None,
+        tokenizer_3=tiny_t5_tokenizer() if t5 else None,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
-    (folder / "generation.json").write_text(json.dumps(GENERATION, indent=1) + "\n")
+    (folder / "generation.json").write_text(json.dumps(GENERATION | ({"max_sequence_length": T5_TOKENS} if t5 else {}), indent=1) + "\n")
     # Back to float32, now exactly what is on disk.
     return pipeline.to(torch.float32)

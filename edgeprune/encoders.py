@@ -1,0 +1,50 @@
+"""Which text encoders a pipeline folder has, by its model_index.json: CLIPs and T5, under whatever number. Torch-free.
+
+SD3 has T5 as `text_encoder_3`, FLUX as `text_encoder_2`: what an encoder is, its class says, not its number.
+What it leaves out: loading them, and classes other than these two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import InputError
+from edgeprune.files import read_json
+
+CLIP, T5 = "CLIPTextModelWithProjection", "T5EncoderModel"
+
+
+def is_present(index: Mapping[str, Any], name: str) -> bool:
+    """Whether model_index.json names a class for this part."""
+    entry = index.get(name)
+    return isinstance(entry, list) and bool(entry) and entry[0] is not None
+
+
+def text_encoders(folder: Path) -> dict[str, str]:
+    """Class by name of the text encoders that a pipeline has, in their order.
+
+    Raises:
+        InputError: model_index.json is missing or damaged.
+    """
+    index = read_json(folder / "model_index.json")
+    names = sorted(name for name in index if name.startswith("text_encoder") and is_present(index, name))
+    return {name: str(index[name][-1]) for name in names}
+
+
+def tokenizer_of(encoder: str) -> str:
+    """`tokenizer_3` of `text_encoder_3`."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def check_tokens(folder: Path, tokens: int) -> None:
+    """Refuse a `max_sequence_length` that leaves T5 no word beside its end token.
+
+    Raises:
+        InputError: it is below 2 and the folder has a T5.
+    """
+    if tokens < 2 and T5 in text_encoders(folder).values():
+        raise InputError(
+            f"{folder / 'generation.json'}: max_sequence_length: found {tokens}, expected 2 or more with a T5 encoder"
+        )
