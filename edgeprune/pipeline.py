@@ -229,8 +229,7 @@ class Workspace:
             InputError: no such target.
             BudgetError: nothing is left.
         """
-        guided = self.generation.guidance_scale > 1
-        return fit(self.source, targets.load(target), self.generation, guided=guided)
+        return fit(self.source, targets.load(target), self.generation)
 
     def plan(self) -> PrunePlan:
         """The plan.
@@ -322,7 +321,8 @@ def modulation_mean(ws: Workspace, prompts: list[str]) -> torch.Tensor:
     """Mean modulation input (D) over the sampler's timesteps and these prompts."""
     pooled = encode_prompts(ws.pipe, prompts, ws.generation.max_sequence_length).pooled
     levels = sigmas(ws.pipe, ws.generation.num_inference_steps, latent_shape(ws.pipe, ws.generation))[:-1] * 1000
-    inputs = [ws.family.modulation_input(ws.pipe.transformer, t.expand(len(pooled)), pooled) for t in levels]
+    guidance = ws.generation.guidance_scale
+    inputs = [ws.family.modulation_input(ws.pipe.transformer, t.expand(len(pooled)), pooled, guidance) for t in levels]
     return torch.cat(inputs).mean(0)
 
 
@@ -381,7 +381,7 @@ def budget_for(source: Path, generation: Generation, options: PlanOptions) -> in
     """The bytes that the device of `options.fit` leaves for the transformer; None where no device is named."""
     if options.fit is None:
         return None
-    return fit(source, targets.load(options.fit), generation, guided=generation.guidance_scale > 1).transformer_bytes
+    return fit(source, targets.load(options.fit), generation).transformer_bytes
 
 
 def rehearse(source: Path, generation: Generation, options: CompressOptions) -> PrunePlan:
@@ -416,7 +416,7 @@ def run_prune(ws: Workspace) -> bool:
 
 
 def _pruned_state(ws: Workspace, plan: PrunePlan) -> dict[str, torch.Tensor]:
-    needs_mean = any(c in ("norm", "context_norm") for _, c in plan.components)
+    needs_mean = any(c in ws.family.norms for _, c in plan.components)
     mean = modulation_mean(ws, analysis_prompts(ws, AnalyzeOptions())) if needs_mean else None
     original = ws.pipe.transformer.state_dict()
     return prune_state(ws.family, ws.config, plan, original.__getitem__, mean)
@@ -460,6 +460,7 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
             options,
             ws.out / "cache" / "distill.safetensors",
             inputs_digest=key,
+            guidance=ws.generation.guidance_scale,
             progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
         )
         _save_half(ws, plan, state)
