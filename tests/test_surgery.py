@@ -121,8 +121,7 @@ def test_pieces_make_the_whole(kind: str) -> None:
         image, context, modulation = family.embed(model, inputs)
         for block in family.blocks(model):
             image, context = family.run(block, image, context, modulation, positions)
-        patch = family.latents(config).patch
-        out = family.unembed(model, image, modulation, (6 // patch, 10 // patch))
+        out = family.unembed(model, image, modulation, family.grid(model, inputs))
     found = family.velocity(config, out, step[0].shape)
     assert (found - tiny_velocity(model, height=6, width=10)).abs().max() <= 1e-5
 

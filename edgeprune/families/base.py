@@ -122,6 +122,8 @@ class Family(Protocol):
     encoders: tuple[Encoder, ...]
     tail: tuple[str, ...]
     """What the names of tensors after the last block begin with."""
+    position_inputs: tuple[str, ...]
+    """Inputs of the network that depend on sizes alone; `positions` reads them."""
 
     # ---------------------------------------------------------------- from the config alone, without torch
 
@@ -232,8 +234,11 @@ class Family(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One block: both streams after it; the text stream is None where the block ends it."""
 
-    def unembed(self, model: Any, image: torch.Tensor, modulation: torch.Tensor, size: tuple[Any, Any]) -> torch.Tensor:
-        """The network's output from the image stream after the last block; `size` is h, w in tokens."""
+    def grid(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+        """h, w in tokens, where `unembed` needs them."""
+
+    def unembed(self, model: Any, image: torch.Tensor, modulation: torch.Tensor, grid: tuple[Any, ...]) -> torch.Tensor:
+        """The network's output from the image stream after the last block."""
 
 
 def family_of(config: Config, where: str = "transformer/config.json") -> Family:

@@ -79,6 +79,7 @@ class Flux:
         Encoder("text_encoder_2", "T5EncoderModel", "tokenizer_2"),
     )
     tail = ("norm_out.", "proj_out.")
+    position_inputs = ("img_ids", "txt_ids")
 
     def block_count(self, config: Config) -> int:
         """`num_layers` joint blocks and `num_single_layers` single ones."""
@@ -363,7 +364,11 @@ class Flux:
         )
         return image, text
 
-    def unembed(self, model: Any, image: torch.Tensor, modulation: torch.Tensor, size: tuple[Any, Any]) -> torch.Tensor:
+    def grid(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+        """Tokens stay packed."""
+        return ()
+
+    def unembed(self, model: Any, image: torch.Tensor, modulation: torch.Tensor, grid: tuple[Any, ...]) -> torch.Tensor:
         """(B, N, 4 C)."""
         return cast("torch.Tensor", model.proj_out(model.norm_out(image, modulation)))
 

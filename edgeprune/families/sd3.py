@@ -59,6 +59,7 @@ class SD3:
         Encoder("text_encoder_3", "T5EncoderModel", "tokenizer_3", optional=True),
     )
     tail = ("norm_out.", "proj_out.")
+    position_inputs: tuple[str, ...] = ()
 
     def block_count(self, config: Config) -> int:
         """`num_layers`."""
@@ -289,14 +290,19 @@ class SD3:
         text, image = block(hidden_states=image, encoder_hidden_states=text, temb=modulation)
         return image, text
 
-    def unembed(self, model: Any, image: torch.Tensor, modulation: torch.Tensor, size: tuple[Any, Any]) -> torch.Tensor:
+    def grid(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+        """From the latents."""
+        patch = int(model.config.patch_size)
+        return tuple(n // patch for n in inputs["hidden_states"].shape[-2:])
+
+    def unembed(self, model: Any, image: torch.Tensor, modulation: torch.Tensor, grid: tuple[Any, ...]) -> torch.Tensor:
         """(B, N, p p C) to (B, C, h, w), never above the five axes that Core ML allows."""
         import torch
 
         patch = int(model.config.patch_size)
         out = model.proj_out(model.norm_out(image, modulation))
         channels_first = out.unflatten(-1, (patch**2, -1)).transpose(2, 3).flatten(2).transpose(1, 2)
-        velocity = channels_first.unflatten(2, size)
+        velocity = channels_first.unflatten(2, grid)
         return torch.nn.functional.pixel_shuffle(velocity, patch) if patch > 1 else velocity
 
 
