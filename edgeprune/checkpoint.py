@@ -25,7 +25,7 @@ from torch import nn
 
 from edgeprune import __version__
 from edgeprune.errors import EdgepruneError, InputError
-from edgeprune.families import Config, Family, family_of
+from edgeprune.families import Config, Family, family_of, family_of_model
 from edgeprune.files import copy_folder, need_space, read_json, replace_folder, sha256_file, write_json
 from edgeprune.plan import PrunePlan
 from edgeprune.quantize import prepare
@@ -244,26 +244,24 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> 
 
 def load_pipeline(folder: Path, transformer: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
     """The rest of a folder's pipeline around a loaded transformer. Never runs code or pickles of the folder."""
-    from diffusers import StableDiffusion3Pipeline
+    import diffusers
 
-    index = read_json(folder / "model_index.json")
-    _check_index(index, folder / "model_index.json")
-    # diffusers wants to be told of an absent T5, though the index says so.
+    index, family = read_json(folder / "model_index.json"), family_of_model(transformer)
+    _check_index(index, family, folder / "model_index.json")
+    # diffusers wants to be told of an absent encoder, though the index says so.
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
     with readable(folder), no_bars():
-        pipe = StableDiffusion3Pipeline.from_pretrained(
+        pipe = getattr(diffusers, family.pipeline).from_pretrained(
             folder, transformer=transformer, use_safetensors=True, local_files_only=True, **_dtype(dtype), **absent
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _check_index(index: dict[str, Any], path: Path) -> None:
+def _check_index(index: dict[str, Any], family: Family, path: Path) -> None:
     """Only classes of diffusers and transformers: another name would make diffusers import the folder's own code."""
-    if index.get("_class_name") != "StableDiffusion3Pipeline":
-        raise InputError(
-            f"{path}: _class_name: found {index.get('_class_name')!r}, expected 'StableDiffusion3Pipeline'"
-        )
+    if index.get("_class_name") != family.pipeline:
+        raise InputError(f"{path}: _class_name: found {index.get('_class_name')!r}, expected {family.pipeline!r}")
     for name, entry in index.items():
         if isinstance(entry, list) and entry[:1] not in (["diffusers"], ["transformers"], [None]):
             raise InputError(f"{path}: {name}: found {entry!r}, expected a class of diffusers or transformers")

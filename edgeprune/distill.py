@@ -10,7 +10,7 @@ written atomically, so a killed run resumes to the same losses. What it leaves o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from edgeprune.losses import Features, Weights, distillation_loss
 from edgeprune.plan import PrunePlan
 from edgeprune.precision import precision_of
 from edgeprune.resume import Ema, load_state, save_state, step_generator
+from edgeprune.sampling import Conditioning, velocity
 
 SENSITIVITIES = ("graded", "binary", "off")
 SCHEDULES = ("constant", "cosine")
@@ -107,11 +108,12 @@ def parameter_groups(
     Frozen by PWP: the blocks before the first pruned one, and the embedders that feed them.
     """
     strength = strengths(report, plan, options.sensitivity, family.components)
+    config: Any = student.config
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
-        place = family.place(name)
+        place = family.place(config, name)
         if place is None:
-            after = name.startswith(("norm_out.", "proj_out."))
+            after = name.startswith(family.tail)
             value = 1.0 if after or not options.freeze_prefix else 0.0
         else:
             original, component = plan.kept[place[0]], place[1]
@@ -129,13 +131,13 @@ def parameter_groups(
 class _Catcher:
     """Collects the outputs of blocks by original index while a model runs."""
 
-    def __init__(self, blocks: nn.ModuleList, originals: list[int]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], originals: list[int]) -> None:
         self.features: Features = {}
         for block, original in zip(blocks, originals, strict=True):
             block.register_forward_hook(lambda _, __, out, key=original: self._catch(key, out))
 
     def _catch(self, key: int, out: Any) -> None:
-        context, image = out
+        context, image = out  # diffusers' order in every MMDiT
         self.features[key] = (image,) if context is None else (image, context)
 
 
@@ -172,8 +174,11 @@ def _factor(schedule: str, step: int, total: int) -> float:
 class _Noisy:
     """One step's batch on its way between data and noise."""
 
-    inputs: tuple[torch.Tensor, ...]
-    """Latents (B, C, h, w), hidden (B, M, K), pooled (B, P), timestep (B)."""
+    latents: torch.Tensor
+    """(B, C, h, w), between data and noise."""
+    condition: Conditioning
+    sigma: torch.Tensor
+    """(B)."""
     velocity: torch.Tensor
     """Noise minus clean latents."""
 
@@ -185,8 +190,8 @@ def _noisy(pairs: Pairs, options: DistillOptions, step: int, device: torch.devic
     sigma = torch.sigmoid(torch.randn(options.batch, generator=g))
     noise = torch.randn(batch.latents.shape, generator=g)
     mixed = torch.lerp(batch.latents, noise, sigma.view(-1, 1, 1, 1))
-    inputs = tuple(t.to(device) for t in (mixed, batch.hidden, batch.pooled, sigma * 1000))
-    return _Noisy(inputs, (noise - batch.latents).to(device))
+    condition = Conditioning(batch.hidden.to(device), batch.pooled.to(device))
+    return _Noisy(mixed.to(device), condition, sigma.to(device), (noise - batch.latents).to(device))
 
 
 def distill(
@@ -200,10 +205,14 @@ def distill(
     state_path: Path,
     *,
     inputs_digest: str,
+    guidance: float = 1.0,
     save_every: int = 100,
     progress: Callable[[int, int, float], None] = lambda step, total, loss: None,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Train `student` in place; returns the averaged state dict and the loss of every step.
+
+    Args:
+        guidance: the scale that models are trained at which take it as an input.
 
     Raises:
         EdgepruneError: the loss is not finite; the last good state stays on disk.
@@ -239,12 +248,12 @@ def distill(
     while step < options.steps:
         noisy = _noisy(pairs, options, step, accelerator.device)
         with torch.no_grad(), accelerator.autocast():
-            target = teacher(*noisy.inputs, return_dict=False)[0]
+            target = velocity(teacher, noisy.latents, noisy.condition, noisy.sigma, guidance)
         with accelerator.autocast():
-            velocity = net(*noisy.inputs, return_dict=False)[0]
+            found = velocity(net, noisy.latents, noisy.condition, noisy.sigma, guidance)
         # Features of the frozen prefix are what they are; only later blocks can learn.
         later = {k: v for k, v in catch_student.features.items() if not options.freeze_prefix or k >= plan.first_pruned}
-        loss, _ = distillation_loss(velocity, target, noisy.velocity, later, catch_teacher.features, options.weights)
+        loss, _ = distillation_loss(found, target, noisy.velocity, later, catch_teacher.features, options.weights)
         if not torch.isfinite(loss):
             raise EdgepruneError(
                 f"distill: the loss is not finite at step {step}; {state_path} holds the last good state; lower --rate"

@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from edgeprune.encoders import T5, text_encoders
 from edgeprune.errors import BudgetError, InputError
+from edgeprune.families import family_of
 from edgeprune.families.base import Shape
 from edgeprune.files import read_json
-from edgeprune.generation import Generation
+from edgeprune.generation import Generation, longest_prompt
 from edgeprune.precision import t5_precision_of
 from edgeprune.targets import Target
 
@@ -49,12 +50,11 @@ class Fit:
         return self.memory_bytes - self.text_encoders_bytes - self.vae_decoder_bytes - self.activations_bytes
 
 
-def fit(source: Path, target: Target, generation: Generation, *, guided: bool) -> Fit:
+def fit(source: Path, target: Target, generation: Generation) -> Fit:
     """Sum up a diffusers folder on a device.
 
     Args:
         source: the pipeline's folder.
-        guided: guidance runs two samples a step.
 
     Raises:
         BudgetError: nothing is left for the transformer.
@@ -63,7 +63,7 @@ def fit(source: Path, target: Target, generation: Generation, *, guided: bool) -
     size = _BYTES[target.activations]
     config, vae = read_json(source / "transformer" / "config.json"), read_json(source / "vae" / "config.json")
     try:
-        transformer = _transformer_activations(config, vae, source, generation) * (2 if guided else 1)
+        transformer = _transformer_activations(config, vae, source, generation)
         widths = vae["block_out_channels"]
         decoder = _VAE_IMAGES * widths[min(1, len(widths) - 1)] * generation.height * generation.width
     except (KeyError, TypeError, IndexError) as error:
@@ -82,12 +82,14 @@ def fit(source: Path, target: Target, generation: Generation, *, guided: bool) -
 
 
 def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source: Path, generation: Generation) -> int:
-    """Numbers alive at once in one sample's step."""
-    unit = int(2 ** (len(vae["block_out_channels"]) - 1) * config["patch_size"])
+    """Numbers alive at once in a step, of two samples where guidance takes two."""
+    family = family_of(config, str(source / "transformer" / "config.json"))
+    unit = int(2 ** (len(vae["block_out_channels"]) - 1)) * family.latents(config).patch
     tokens = math.ceil(generation.height / unit) * math.ceil(generation.width / unit)
-    text = read_json(source / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-    return _TRANSFORMER_WIDTHS * width * (tokens + min(int(text), 512) + generation.max_sequence_length)
+    text = family.text_tokens(longest_prompt(source), generation.max_sequence_length)
+    samples = 2 if family.guided(config, generation.guidance_scale) else 1
+    return _TRANSFORMER_WIDTHS * width * (tokens + text) * samples
 
 
 def _encoder_bytes(folder: Path, kind: str, size: int) -> int:

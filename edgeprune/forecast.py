@@ -18,9 +18,10 @@ from edgeprune import checkpoint
 from edgeprune.contribution import parts
 from edgeprune.families import Config, Family
 from edgeprune.files import read_json
-from edgeprune.generation import Generation
+from edgeprune.generation import Generation, longest_prompt
 from edgeprune.metrics import metric_named
 from edgeprune.pipeline import CompressOptions, rehearse
+from edgeprune.sampling import Conditioning, velocity
 
 
 def forecast(source: Path, options: CompressOptions, generation: Generation) -> dict[str, Any]:
@@ -41,13 +42,14 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
     before, after = plan.before, plan.after
 
     scored = len(parts(family, config, components=options.analyze.components)) + 1
-    per_score = metric_named(options.analyze.metric).evaluations(generation, options.analyze.count)
+    per_step = 2 if family.guided(config, generation.guidance_scale) else 1
+    per_score = metric_named(options.analyze.metric).evaluations(generation, options.analyze.count, per_step)
     training, rounded = options.distill, options.distill is not None and options.distill.int4_group_size is not None
     # A training step is one evaluation of the teacher, and three of the student: forward, and twice that backward, but
     # one of a frozen prefix.
     taught = training.steps * training.batch if training else 0
     made = options.data.samples if training and _teacher_draws(options.data.source) else 0
-    drawn = made * generation.num_inference_steps * (2 if generation.guidance_scale > 1 else 1)
+    drawn = made * generation.num_inference_steps * per_step
     flops = flops_per_evaluation(family, config, source, generation)
     speed = matmul_flops_per_s()
     share = after.parameters / before.parameters
@@ -84,15 +86,12 @@ def flops_per_evaluation(family: Family, config: Config, source: Path, generatio
     model = family.build(config, list(range(family.block_count(config))), frozenset())
     widths = read_json(source / "vae" / "config.json").get("block_out_channels", [0] * 4)
     factor = 2 ** (len(widths) - 1)
-    text = read_json(source / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
+    size = family.latents(config).channels, generation.height // factor, generation.width // factor
+    tokens = family.text_tokens(longest_prompt(source), generation.max_sequence_length)
+    text, pooled = family.text_widths(config)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model(
-            torch.empty(1, config["in_channels"], generation.height // factor, generation.width // factor),
-            torch.empty(1, min(int(text), 512) + generation.max_sequence_length, config["joint_attention_dim"]),
-            torch.empty(1, config["pooled_projection_dim"]),
-            torch.empty(1),
-            return_dict=False,
-        )
+        condition = Conditioning(torch.empty(1, tokens, text), torch.empty(1, pooled))
+        velocity(model, torch.empty(1, *size), condition, torch.empty(1), generation.guidance_scale)
     return int(counter.get_total_flops())
 
 

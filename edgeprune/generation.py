@@ -1,7 +1,7 @@
 """How a model is sampled by default, and where that is written. Torch-free.
 
 `generation.json` lies beside `model_index.json`; stock diffusers ignores it. A folder without one gets the defaults of
-`StableDiffusion3Pipeline`, at the size that its transformer was trained for.
+its family, at the size that its transformer was trained for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
+from edgeprune.families import Config, Family, family_of
 from edgeprune.files import read_json, write_json
 
 FILE = "generation.json"
@@ -26,7 +27,7 @@ class Generation:
     """Pixels."""
     width: int = 1024
     max_sequence_length: int = 256
-    """T5 tokens; where T5 is absent, as many zero tokens are appended."""
+    """T5 tokens; where SD3 comes without T5, as many zero tokens are appended."""
 
     @classmethod
     def load(cls, folder: Path) -> Generation:
@@ -37,8 +38,10 @@ class Generation:
         """
         path = folder / FILE
         if not path.exists():
-            side = _trained_side(folder)
-            return cls(height=side, width=side) if side else cls()
+            config, family = _transformer(folder)
+            side, factor = config.get("sample_size"), _factor(folder)
+            size = {"height": side * factor, "width": side * factor} if isinstance(side, int) and factor else {}
+            return cls(**(family.defaults(config) if family else {}) | size)
         return cls.checked(read_json(path), str(path))
 
     @classmethod
@@ -64,7 +67,8 @@ class Generation:
         Raises:
             InputError: one is not a whole number of tokens.
         """
-        unit = _pixels(folder, "patch_size") or 1
+        config, family = _transformer(folder)
+        unit = family.latents(config).patch * (_factor(folder) or 1) if family else 1
         for name in ("height", "width"):
             if (value := getattr(self, name)) % unit:
                 raise InputError(f"{name}: found {value}, expected a multiple of {unit}")
@@ -74,16 +78,24 @@ class Generation:
         write_json(folder / FILE, asdict(self))
 
 
-def _trained_side(folder: Path) -> int | None:
-    """Height and width in pixels that a pipeline's transformer was trained for, if its configs say so."""
-    return _pixels(folder, "sample_size")
+def longest_prompt(folder: Path) -> int:
+    """Tokens that a pipeline's first tokenizer pads a prompt to."""
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    tokens = read_json(path).get("model_max_length", 77)
+    return tokens if isinstance(tokens, int) and 2 < tokens < 100_000 else 77
 
 
-def _pixels(folder: Path, field: str) -> int | None:
-    """A field of the transformer's config that counts latent pixels, in image pixels; None where configs do not say."""
-    vaes = [path for name in ("vae_decoder", "vae") if (path := folder / name / "config.json").exists()]
-    transformer = folder / "transformer" / "config.json"
-    if not vaes or not transformer.exists():
-        return None
-    count, widths = read_json(transformer).get(field), read_json(vaes[0]).get("block_out_channels")
-    return count * 2 ** (len(widths) - 1) if isinstance(count, int) and isinstance(widths, list) else None
+def _transformer(folder: Path) -> tuple[Config, Family | None]:
+    """A pipeline's transformer config and its family; none where there is no such file."""
+    path = folder / "transformer" / "config.json"
+    if not path.exists():
+        return {}, None
+    config = read_json(path)
+    return config, family_of(config, str(path))
+
+
+def _factor(folder: Path) -> int | None:
+    """Image pixels of a latent pixel's side; None where no config says so."""
+    paths = [path for name in ("vae_decoder", "vae") if (path := folder / name / "config.json").exists()]
+    widths = read_json(paths[0]).get("block_out_channels") if paths else None
+    return 2 ** (len(widths) - 1) if isinstance(widths, list) else None

@@ -234,8 +234,7 @@ class Workspace:
             InputError: no such target.
             BudgetError: nothing is left.
         """
-        guided = self.generation.guidance_scale > 1
-        return fit(self.source, targets.load(target), self.generation, guided=guided)
+        return fit(self.source, targets.load(target), self.generation)
 
     def plan(self) -> PrunePlan:
         """The plan.
@@ -327,7 +326,8 @@ def modulation_mean(ws: Workspace, prompts: list[str]) -> torch.Tensor:
     """Mean modulation input (D) over the sampler's timesteps and these prompts."""
     pooled = encode_prompts(ws.pipe, prompts, ws.generation.max_sequence_length).pooled
     levels = sigmas(ws.pipe, ws.generation.num_inference_steps, latent_shape(ws.pipe, ws.generation))[:-1] * 1000
-    inputs = [ws.family.modulation_input(ws.pipe.transformer, t.expand(len(pooled)), pooled) for t in levels]
+    guidance = ws.generation.guidance_scale
+    inputs = [ws.family.modulation_input(ws.pipe.transformer, t.expand(len(pooled)), pooled, guidance) for t in levels]
     return torch.cat(inputs).mean(0)
 
 
@@ -386,7 +386,7 @@ def budget_for(source: Path, generation: Generation, options: PlanOptions) -> in
     """The bytes that the device of `options.fit` leaves for the transformer; None where no device is named."""
     if options.fit is None:
         return None
-    return fit(source, targets.load(options.fit), generation, guided=generation.guidance_scale > 1).transformer_bytes
+    return fit(source, targets.load(options.fit), generation).transformer_bytes
 
 
 def rehearse(source: Path, generation: Generation, options: CompressOptions) -> PrunePlan:
@@ -414,7 +414,7 @@ def run_prune(ws: Workspace, progress: Progress = silent) -> bool:
         original, mean = _original_weights(ws), _mean(ws, plan)
         sources = ws.family.tensor_sources(ws.config, plan.kept, plan.removed)
         shapes = remaining_shapes(ws.family, ws.config, plan.blocks, plan.components)
-        parts = _by_block(ws.family, {name: 2 * math.prod(shape) for name, shape in shapes.items()}, len(plan.kept))
+        parts = _by_block(ws, {name: 2 * math.prod(shape) for name, shape in shapes.items()}, plan)
 
         def make(index: int) -> Tensors:
             return {n: _half(prune_tensor(original.__getitem__, sources[n], mean)) for n in parts[index]}
@@ -435,15 +435,16 @@ def _original_weights(ws: Workspace) -> Weights:
 
 def _mean(ws: Workspace, plan: PrunePlan) -> torch.Tensor | None:
     """The mean modulation input (D), where a plan needs it."""
-    needed = any(c in ("norm", "context_norm") for _, c in plan.components)
+    needed = any(c in ws.family.norms for _, c in plan.components)
     return modulation_mean(ws, analysis_prompts(ws, AnalyzeOptions())) if needed else None
 
 
-def _by_block(family: Family, sizes: dict[str, int], blocks: int) -> list[dict[str, int]]:
+def _by_block(ws: Workspace, sizes: dict[str, int], plan: PrunePlan) -> list[dict[str, int]]:
     """Tensors in the parts that are made at once: block by block, then what is outside blocks."""
-    parts: list[dict[str, int]] = [{} for _ in range(blocks + 1)]
+    config = ws.family.shorter_config(ws.config, plan.kept)
+    parts: list[dict[str, int]] = [{} for _ in range(len(plan.kept) + 1)]
     for name, size in sizes.items():
-        place = family.place(name)
+        place = ws.family.place(config, name)
         parts[-1 if place is None else place[0]][name] = size
     return parts
 
@@ -498,10 +499,11 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
             options,
             ws.out / "cache" / "distill.safetensors",
             inputs_digest=key,
+            guidance=ws.generation.guidance_scale,
             progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
         )
         halves = {n: _half(t) for n, t in state.items()}
-        parts = _by_block(ws.family, {n: 2 * t.numel() for n, t in halves.items()}, len(plan.kept))
+        parts = _by_block(ws, {n: 2 * t.numel() for n, t in halves.items()}, plan)
         _write_half(ws, plan, parts, lambda i: {n: halves[n] for n in parts[i]}, key, progress)
         return {"first_loss": sum(losses[:10]) / len(losses[:10]), "last_loss": sum(losses[-10:]) / len(losses[-10:])}
 
@@ -521,7 +523,7 @@ def run_quantize(ws: Workspace, options: QuantizeOptions, progress: Progress = s
         stored = checkpoint.open_transformer(ws.out, quantized=False)
         empty = prepare(ws.family, copy.deepcopy(stored.model), group_size=options.group_size).state_dict()
         sizes = {n: t.numel() * (t.element_size() if n.endswith(PACKED) else 2) for n, t in empty.items()}
-        parts = _by_block(ws.family, sizes, len(plan.kept))
+        parts = _by_block(ws, sizes, plan)
         calibrate = _calibration(ws, stored.load()) if options.calibration != "none" else None
 
         def make(index: int) -> Tensors:

@@ -94,15 +94,15 @@ class PrunePlan:
 
     def check(self, config: Config, where: Path | str) -> None:
         """Refuse to be used with another model, or with components that the model does not know."""
-        known = family_of(config).components
-        unknown = [c for _, c in self.components if c not in known]
+        family = family_of(config)
+        unknown = [c for _, c in self.components if c not in family.components]
         if unknown:
-            raise InputError(f"{where}: components: found {unknown[0]!r}, expected {', '.join(known)}")
+            raise InputError(f"{where}: components: found {unknown[0]!r}, expected {', '.join(family.components)}")
         found = fingerprint(config)
         if found != self.fingerprint:
             raise InputError(
                 f"{where}: fingerprint: the plan is for another model ({self.num_blocks} blocks of {self.family}, "
-                f"{self.fingerprint}), found {config.get('num_layers')} blocks, {found}; make a plan for this model"
+                f"{self.fingerprint}), found {family.block_count(config)} blocks, {found}; make a plan for this model"
             )
 
 
@@ -117,8 +117,10 @@ def remaining_shapes(
     shapes = {}
     for name, source in sources.items():
         shape = original[source.name]
-        rows = shape[0] if source.rows is None else sum(b - a for a, b in source.rows)
-        shapes[name] = (rows, *shape[1:])
+        for axis, ranges in enumerate((source.rows, source.columns)):
+            if ranges is not None:
+                shape = (*shape[:axis], sum(b - a for a, b in ranges), *shape[axis + 1 :])
+        shapes[name] = shape
     return shapes
 
 

@@ -39,7 +39,7 @@ def precision_of(family: Family, name: str, shape: Shape, *, group_size: int = 6
     """Apply the rule to one tensor of a state dict."""
     if not name.endswith(".weight") or len(shape) != 2:
         return Precision(16)
-    if family.place(name) is None:
+    if not family.in_block(name):
         return Precision(8, shape[1])
     for size in (group_size, *GROUP_SIZES):
         if size <= group_size and shape[1] % size == 0:

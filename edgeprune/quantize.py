@@ -186,7 +186,7 @@ def quantize_part(
         run: runs the model on calibration inputs; the layers' inputs are caught on the way.
     """
     if block is None:
-        outside = {n: m for n, m in _layers(model).items() if family.place(f"{n}.weight") is None}
+        outside = {n: m for n, m in _layers(model).items() if not family.in_block(n)}
         for name, linear in outside.items():
             p = precision_of(family, f"{name}.weight", tuple(linear.weight.shape), group_size=group_size)
             _replace(model, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))

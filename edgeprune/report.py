@@ -30,7 +30,7 @@ from edgeprune.demo import shapes
 from edgeprune.files import read_json, write_json
 from edgeprune.pipeline import Progress, Workspace, silent
 from edgeprune.plan import PrunePlan
-from edgeprune.sampling import encode_prompts, generate, latent_shape, noise
+from edgeprune.sampling import encode_prompts, generate, latent_shape, noise, velocity
 
 _DRAWS = 2000
 _SHOWN = 14
@@ -163,12 +163,12 @@ def _step_times(ws: Workspace, models: list[Any], repeats: int = 9) -> list[floa
     """Median seconds of one guided step of each model, taken in turns so that a busy machine is busy for all."""
     c = encode_prompts(ws.pipe, ["", "a red circle"], ws.generation.max_sequence_length)
     x = noise([0, 0], latent_shape(ws.pipe, ws.generation))
-    inputs = (x, c.hidden, c.pooled, torch.full((2,), 500.0))
+    sigma, guidance = torch.full((2,), 0.5), ws.generation.guidance_scale
     times: list[list[float]] = [[] for _ in models]
     for repeat in range(repeats + 1):
         for model, found in zip(models, times, strict=True):
             start = time.perf_counter()
-            model(*inputs, return_dict=False)
+            velocity(model, x, c, sigma, guidance)
             if repeat:
                 found.append(time.perf_counter() - start)
     return [float(np.median(t)) for t in times]

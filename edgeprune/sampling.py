@@ -1,7 +1,7 @@
 """Running a pipeline's transformer: text to conditioning, noise to latents, latents to images. Torch, batched, seeded.
 
 The noise of a seed is the same as the runtimes', so that images of torch and of a device can be compared. What it
-leaves out: everything that `StableDiffusion3Pipeline.__call__` offers beyond prompt, guidance, steps and size.
+leaves out: everything that a pipeline's `__call__` offers beyond prompt, guidance, steps and size.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgeprune.families import family_of_model
 from edgeprune.generation import Generation
 
 
@@ -38,13 +39,9 @@ class Conditioning:
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str], max_sequence_length: int, *, batch: int = 64) -> Conditioning:
     """Encode texts with the pipeline's own encoders."""
-    parts = [
-        pipe.encode_prompt(
-            *(prompts[i : i + batch],) * 3, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
-        )
-        for i in range(0, len(prompts), batch)
-    ]
-    return Conditioning(torch.cat([p[0] for p in parts]), torch.cat([p[2] for p in parts]))
+    family = family_of_model(pipe.transformer)
+    parts = [family.encode(pipe, prompts[i : i + batch], max_sequence_length) for i in range(0, len(prompts), batch)]
+    return Conditioning(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def noise(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
@@ -57,23 +54,44 @@ def noise(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
 def latent_shape(pipe: Any, generation: Generation) -> tuple[int, int, int]:
     """(C, h, w) of one image's latents."""
     factor = pipe.vae_scale_factor
-    return pipe.transformer.config.in_channels, generation.height // factor, generation.width // factor
+    channels = family_of_model(pipe.transformer).latents(pipe.transformer.config).channels
+    return channels, generation.height // factor, generation.width // factor
 
 
 def sigmas(pipe: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
     """The scheduler's noise levels for this many steps and latent shape (C, h, w): (steps + 1), from high to 0."""
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    family = family_of_model(pipe.transformer)
     extra = {}
     if scheduler.config.get("use_dynamic_shifting"):
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
         c = scheduler.config
-        tokens = shape[-1] * shape[-2] // pipe.transformer.config.patch_size**2
+        tokens = shape[-1] * shape[-2] // family.latents(pipe.transformer.config).patch ** 2
         limits = (c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
         extra["mu"] = calculate_shift(tokens, *limits)
-    scheduler.set_timesteps(steps, **extra)
+    scheduler.set_timesteps(steps, sigmas=family.levels(steps), **extra)
     levels: torch.Tensor = scheduler.sigmas.float()
     return levels
+
+
+def velocity(
+    model: Any, latents: torch.Tensor, condition: Conditioning, sigma: torch.Tensor, guidance: float
+) -> torch.Tensor:
+    """One evaluation of a transformer: velocity (B, C, h, w) of latents (B, C, h, w) at noise levels (B)."""
+    inputs = network_inputs(model, latents, condition, sigma, guidance)
+    output = model(**inputs, return_dict=False)[0]
+    found: torch.Tensor = family_of_model(model).velocity(model.config, output, latents.shape)
+    return found
+
+
+def network_inputs(
+    model: Any, latents: torch.Tensor, condition: Conditioning, sigma: torch.Tensor, guidance: float
+) -> dict[str, torch.Tensor]:
+    """What a transformer itself takes, by name."""
+    text, pooled = condition.hidden, condition.pooled
+    given = family_of_model(model).inputs(model.config, latents, text, pooled, sigma, guidance)
+    return {n: v if isinstance(v, torch.Tensor) else torch.tensor(v).to(latents.device) for n, v in given.items()}
 
 
 @torch.no_grad()
@@ -86,22 +104,20 @@ def denoise(
     guidance: float,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Euler steps from noise (B, C, h, w). Yields latents and sigma before each step, and at last the clean ones."""
-    guided = guidance > 1
+    guided = family_of_model(transformer).guided(transformer.config, guidance)
     count = len(latents)
     if guided:
         hidden = torch.cat([empty.hidden.expand_as(condition.hidden), condition.hidden])
         pooled = torch.cat([empty.pooled.expand_as(condition.pooled), condition.pooled])
-    else:
-        hidden, pooled = condition.hidden, condition.pooled
+        condition = Conditioning(hidden, pooled)
     for sigma, following in zip(levels[:-1], levels[1:], strict=True):
         yield latents, sigma
         x = torch.cat([latents, latents]) if guided else latents
-        timestep = (sigma * 1000).to(x).expand(len(x))
-        velocity = transformer(x, hidden, pooled, timestep, return_dict=False)[0]
+        found = velocity(transformer, x, condition, sigma.to(x).expand(len(x)), guidance)
         if guided:
-            free, bound = velocity.split(count)
-            velocity = free + guidance * (bound - free)
-        latents = latents + (following - sigma) * velocity
+            free, bound = found.split(count)
+            found = free + guidance * (bound - free)
+        latents = latents + (following - sigma) * found
     yield latents, levels[-1]
 
 

@@ -39,7 +39,9 @@ class StoredTransformer:
 
     def names(self, block: int | None) -> list[str]:
         """The tensors of a block, or for None those outside blocks."""
-        return [n for n in self.model.state_dict() if (p := self.family.place(n), p and p[0])[1] == block]
+        if block is None:
+            return [n for n in self.model.state_dict() if not self.family.in_block(n)]
+        return [n for n in self.model.state_dict() if n.startswith(self.family.block_prefix(self.model, block))]
 
     def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
         """One tensor; packed integers and scales as they are, all else in `dtype` (None: as it is)."""

@@ -28,8 +28,9 @@ def prune_tensor(read: Read, source: Source, mean: torch.Tensor | None) -> torch
             raise InputError(f"{source.name}: removing a norm needs the mean modulation input")
         weight = read(source.name.removesuffix("bias") + "weight")
         tensor = F.linear(mean.float(), weight.float(), tensor.float()).to(tensor.dtype)
-    if source.rows is not None:
-        tensor = torch.cat([tensor[a:b] for a, b in source.rows])
+    for axis, ranges in enumerate((source.rows, source.columns)):
+        if ranges is not None:
+            tensor = torch.cat([tensor.narrow(axis, a, b - a) for a, b in ranges], dim=axis)
     return tensor
 
 

@@ -34,7 +34,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from edgeprune.errors import EdgepruneError
+from edgeprune.families import family_of_model
+from edgeprune.families.base import Axes
 from edgeprune.int4 import unpack
+from edgeprune.sampling import Conditioning, network_inputs
 
 Read = Callable[[str], torch.Tensor]
 """From a tensor's name to the tensor."""
@@ -44,9 +47,6 @@ DOMAIN = "edgeprune"
 INLINE_BYTES = 1_000_000
 
 _LEAST_TABLE_BYTES = 1024  # smaller ones are not worth a node
-
-Axes = Mapping[str, Mapping[int, str]]
-"""Dynamic axes by tensor name: {"hidden_states": {0: "batch_size", 2: "height"}}."""
 
 _TORCH = {
     ir.DataType.FLOAT: torch.float32,
@@ -88,47 +88,41 @@ def _floor_divide(a: Any, b: Any) -> Any:
 
 
 class Transformer(nn.Module):
-    """SD3Transformer2DModel as ONNX sees it: velocity (B, C, h, w) from latents, text and timestep."""
+    """A transformer as ONNX sees it: what diffusers gives it, to what it gives, put together from the family's pieces.
 
-    inputs: Axes = {
-        "hidden_states": {0: "batch_size", 2: "height", 3: "width"},
-        "encoder_hidden_states": {0: "batch_size", 1: "sequence_length"},
-        "pooled_projections": {0: "batch_size"},
-        "timestep": {0: "batch_size"},
-    }
-    outputs: Axes = {"out_hidden_states": {0: "batch_size", 2: "height", 3: "width"}}
+    `reference` is diffusers' own forward pass, which exports are compared with.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.family = model, family_of_model(model)
+        self.inputs, self.outputs = self.family.axes(model.config)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        pooled_projections: torch.Tensor,
-        timestep: torch.Tensor,
-    ) -> tuple[torch.Tensor]:
-        """(B, C, h, w), (B, M, K), (B, P), (B,) to (B, C, h, w)."""
-        out: torch.Tensor = self.model(
-            hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states,
-            pooled_projections=pooled_projections, timestep=timestep, return_dict=False,
-        )[0]  # fmt: skip
-        return (out,)
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        """Those of `inputs`, in order, to that of `outputs`."""
+        family, model, inputs = self.family, self.model, dict(zip(self.inputs, tensors, strict=True))
+        positions = family.positions(model, inputs)
+        image, text, modulation = family.embed(model, inputs)
+        for block in family.blocks(model):
+            image, text = family.run(block, image, text, modulation, positions)
+        return (family.unembed(model, image, modulation, family.grid(model, inputs)),)
+
+    def reference(self, **inputs: torch.Tensor) -> tuple[torch.Tensor]:
+        """The same by the model's own forward pass."""
+        return (self.model(**inputs, return_dict=False)[0],)
 
     def example(self, *, batch: int, height: int, width: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
-        """Random inputs; `height` and `width` count patches, not latents."""
-        config: Any = self.model.config
+        """Random inputs; `height` and `width` count image tokens."""
         generator = torch.Generator().manual_seed(seed)
-        size, kind = config.patch_size, torch.float32
-        return {
-            "hidden_states": torch.randn(
-                batch, config.in_channels, height * size, width * size, generator=generator, dtype=kind
-            ),
-            "encoder_hidden_states": torch.randn(batch, tokens, config.joint_attention_dim, generator=generator),
-            "pooled_projections": torch.randn(batch, config.pooled_projection_dim, generator=generator),
-            "timestep": torch.rand(batch, generator=generator) * 1000,
-        }
+        space, widths = self.family.latents(self.model.config), self.family.text_widths(self.model.config)
+        shape = batch, space.channels, height * space.patch, width * space.patch
+        latents = torch.randn(shape, generator=generator)
+        condition = Conditioning(
+            torch.randn(batch, tokens, widths[0], generator=generator),
+            torch.randn(batch, widths[1], generator=generator),
+        )
+        sigma = torch.rand(batch, generator=generator)
+        return network_inputs(self.model, latents, condition, sigma, guidance=4 * float(sigma[0]))
 
 
 class TextEncoder(nn.Module):
@@ -241,8 +235,10 @@ class VaeDecoder(nn.Module):
 
 
 def half(example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs of a network in half precision. Timesteps stay float32: near 1000 half precision has steps of 0.5."""
-    return {k: v.half() if v.is_floating_point() and k != "timestep" else v for k, v in example.items()}
+    """The inputs of a network in half precision. What is one number a sample (timestep, guidance) stays float32: near
+    1000 half precision has steps of 0.5.
+    """
+    return {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in example.items()}
 
 
 # --------------------------------------------------------------------------------------- torch to ONNX
@@ -251,7 +247,7 @@ def half(example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def to_ir(
     module: nn.Module, example: Mapping[str, torch.Tensor], inputs: Axes, outputs: Axes, *, read: Read | None = None
 ) -> ir.Model:
-    """Trace `module(**example)` and lower the quantised layers; batch and sizes dynamic as the axes say.
+    """Trace `module(*example.values())` and lower the quantised layers; batch and sizes dynamic as the axes say.
 
     The file computes in the precision of the module and its example: float32, or float16 (`half`).
 
@@ -261,14 +257,15 @@ def to_ir(
     Raises:
         EdgepruneError: PyTorch cannot trace or translate the module.
     """
+    shapes: tuple[Any, ...] = tuple(dict(inputs[name]) for name in example)
     try:
         with torch.no_grad(), _quiet(), _fake_mode(module) as mode:
             program = torch.onnx.export(
                 module,
-                kwargs={name: mode.from_tensor(tensor) if mode else tensor for name, tensor in example.items()},
+                args=tuple(mode.from_tensor(tensor) if mode else tensor for tensor in example.values()),
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes={name: dict(inputs[name]) for name in example},
+                dynamic_shapes=(shapes,) if isinstance(module, Transformer) else shapes,  # *tensors is one argument
                 input_names=list(example),
                 output_names=list(outputs),
                 custom_translation_table={

@@ -242,6 +242,7 @@ def _argmax(x: Tensor, axis: Tensor, keep_dims: Tensor | bool = False, output_dt
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
+    "abs": lambda x: x.abs(),
     "add": lambda x, y: x + y,
     "batch_norm": _batch_norm,
     "cast": _cast,
@@ -264,6 +265,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "pow": lambda x, y: x**y,
     "real_div": lambda x, y: x / y,
     "reduce_argmax": _argmax,
+    "reduce_max": _reduce(torch.amax),
     "reduce_mean": _reduce(torch.mean),
     "reduce_sum": _reduce(torch.sum),
     "reshape": lambda x, shape: x.reshape(_ints(shape)),

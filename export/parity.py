@@ -67,7 +67,7 @@ def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, 
 def check(
     name: str,
     runner: Runner,
-    reference: torch.nn.Module,
+    module: torch.nn.Module,
     examples: Sequence[Mapping[str, torch.Tensor]],
     outputs: Sequence[str],
     *,
@@ -76,13 +76,14 @@ def check(
 ) -> dict[str, Any]:
     """Compare every output at every example; the worst errors and the shapes tried, for edgeprune_export.json.
 
-    With `half` the model takes and computes float16, the bound is HALF_BOUND on the rms error, and the float32
-    reference is given the same rounded inputs.
+    A transformer is compared with diffusers' own forward pass. With `half` the model takes and computes float16, the
+    bound is HALF_BOUND on the rms error, and the float32 module is given the same rounded inputs.
 
     Raises:
         ParityError: a relative error above the bound, or the model does not run at one of the shapes.
     """
     worst, worst_rms, shapes = 0.0, 0.0, []
+    reference = module.reference if isinstance(module, graph.Transformer) else module
     bound = HALF_BOUND if half else bound
     for example in examples:
         sizes = {key: list(value.shape) for key, value in example.items()}

@@ -7,7 +7,8 @@ and half-precision scales. All else is stored and computed in half precision, sa
 cannot hold. An export has one image size; its transformer takes the device's batches. A device's `chunks` splits the
 transformer between blocks. Each network is compared with torch before the next is loaded.
 A T5 text encoder has its 8-bit integers (precision.py) and half-precision tables, but computes in float32: T5-XXL's
-values leave half precision. What it leaves out: FLUX, the VAE's encoder, several sizes in one package, and compiling (.mlmodelc): the device's.
+values leave half precision.
+What it leaves out: the VAE's encoder, several sizes in one package, and compiling (.mlmodelc): the device's.
 
 Notation: B batch, C latent channels, h w latent height and width, N image tokens, M text tokens, D width.
 """
@@ -31,14 +32,14 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import nn
 
-from edgeprune.checkpoint import load_transformer
+from edgeprune.checkpoint import load_transformer, read_config
 from edgeprune.encoders import T5, text_encoders
 from edgeprune.errors import EdgepruneError, InputError, ParityError
 from edgeprune.export import graph, parity, to_onnx
 from edgeprune.export.folder import Progress, from_pretrained, is_quantized, silent, write
 from edgeprune.extras import needs
 from edgeprune.files import read_json
-from edgeprune.generation import Generation
+from edgeprune.generation import Generation, longest_prompt
 from edgeprune.int4 import PackedLinear, unpack
 from edgeprune.targets import Target
 
@@ -101,9 +102,11 @@ def generation_for(artefact: Path, device: Target) -> Generation:
         InputError: a size that is not a whole number of tokens.
     """
     generation = Generation.load(artefact)
-    config, vae = (read_json(artefact / name / "config.json") for name in ("transformer", "vae"))
-    unit = int(config["patch_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    most = min(device.side[1] // unit, int(config["pos_embed_max_size"])) * unit
+    config, family = read_config(artefact)
+    vae, space = read_json(artefact / "vae" / "config.json"), family.latents(config)
+    unit = space.patch * 2 ** (len(vae["block_out_channels"]) - 1)
+    tokens = device.side[1] // unit
+    most = min(tokens, space.largest or tokens) * unit
     for field in ("height", "width"):
         if getattr(generation, field) % unit:
             found = getattr(generation, field)
@@ -122,18 +125,18 @@ def networks(artefact: Path, partial: Path, device: Target, progress: Progress) 
     refuse(device)
     generation = generation_for(artefact, device)
     generation.save(partial)
-    tokens = read_json(artefact / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
-    tokens = tokens if isinstance(tokens, int) and 2 < tokens < 100_000 else 77
+    tokens = longest_prompt(artefact)
     factor = 2 ** (len(read_json(artefact / "vae" / "config.json")["block_out_channels"]) - 1)
     height, width = generation.height // factor, generation.width // factor
 
     errors = {}
     progress("transformer")
     whole = graph.Transformer(load_transformer(artefact, quantized=is_quantized(artefact), dtype=torch.float32))
-    patch = int(whole.model.config.patch_size)
-    sizes = {"height": height // patch, "width": width // patch, "tokens": tokens + generation.max_sequence_length}
+    patch = whole.family.latents(whole.model.config).patch
+    text = whole.family.text_tokens(tokens, generation.max_sequence_length)
+    sizes = {"height": height // patch, "width": width // patch, "tokens": text}
     examples = [whole.example(batch=b, **sizes, seed=b) for b in range(device.batch[0], device.batch[1] + 1)]
-    parts = split(whole.model, device.chunks, height // patch, width // patch)
+    parts = split(whole, device.chunks, examples[0])
     errors["transformer"] = _network("transformer", parts, whole, examples, partial)
     chunks = len(parts)
     del whole, parts
@@ -156,50 +159,59 @@ def networks(artefact: Path, partial: Path, device: Target, progress: Progress) 
 
 
 class Part(nn.Module):
-    """Consecutive blocks of an SD3Transformer2DModel, the embedders before the first, the output layers after the last.
+    """Consecutive blocks of a transformer, the embedders before the first, the output layers after the last.
 
-    `inputs` and `outputs` name what `forward` takes and gives: those of graph.Transformer at both ends; between parts
-    the streams of image tokens (B, N, D) and text tokens (B, M, D), and from the first part to all others the
-    modulation input (B, D).
+    `inputs` and `outputs` name what `forward` takes and gives: those of graph.Transformer at both ends, but positions,
+    which are constants of the size; between parts the streams of image tokens (B, N, D) and text tokens (B, M, D), and
+    from the first part to all others the modulation input (B, D).
     """
 
-    def __init__(self, model: Any, blocks: Sequence[int], index: int, *, height: int, width: int) -> None:
+    def __init__(self, whole: graph.Transformer, blocks: Sequence[int], index: int, example: Tensors) -> None:
         super().__init__()
+        model, self.family = whole.model, whole.family
+        self.config, self.grid = model.config, self.family.grid(model, example)
+        self.first, self.last = blocks[0] == 0, blocks[-1] == len(self.family.blocks(model)) - 1
         # Weights are called in the package as in the checkpoint.
-        self.transformer_blocks = nn.ModuleDict({str(i): model.transformer_blocks[i] for i in blocks})
-        self.size, self.patch = (height, width), int(model.config.patch_size)
-        self.first, self.last = blocks[0] == 0, blocks[-1] == len(model.transformer_blocks) - 1
+        self.places = [self.family.block_prefix(model, i).rstrip(".").rpartition(".") for i in blocks]
+        for name, child in model.named_children():
+            if isinstance(child, nn.ModuleList):
+                mine = {key: child[int(key)] for list_name, _, key in self.places if list_name == name}
+                setattr(self, name, nn.ModuleDict(mine))
+            elif self.last if f"{name}.".startswith(self.family.tail) else self.first:
+                setattr(self, name, child)
+        for i, table in enumerate(self.family.positions(model, example)):
+            self.register_buffer(f"positions_{i}", table, persistent=False)
         # No program may call an input and an output the same.
         self.inputs: Sequence[str] = [f"image_tokens_{index}", f"text_tokens_{index}", MODULATION]
         self.outputs: Sequence[str] = [f"image_tokens_{index + 1}", f"text_tokens_{index + 1}"]
         if self.first:
-            self.inputs, self.outputs = list(graph.Transformer.inputs), [*self.outputs, MODULATION]
-            self.pos_embed, self.context_embedder = model.pos_embed, model.context_embedder
-            self.time_text_embed = model.time_text_embed
+            self.inputs = [name for name in whole.inputs if name not in self.family.position_inputs]
+            self.outputs = [*self.outputs, MODULATION]
         if self.last:
-            self.outputs = list(graph.Transformer.outputs)
-            self.norm_out, self.proj_out = model.norm_out, model.proj_out
+            self.outputs = list(whole.outputs)
 
-    def forward(self, image: Any, text: Any, modulation: Any, timestep: Any = None) -> tuple[torch.Tensor, ...]:
-        """The tensors of `inputs` to those of `outputs`; a first part has the pooled text as its third."""
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tensors of `inputs` to those of `outputs`."""
+        text: torch.Tensor | None
         if self.first:
-            image, text = self.pos_embed(image), self.context_embedder(text)
-            modulation = self.time_text_embed(timestep, modulation)
-        for block in self.transformer_blocks.values():
-            text, image = block(hidden_states=image, encoder_hidden_states=text, temb=modulation)
-        if not self.last:
-            return (image, text, modulation) if self.first else (image, text)
-        out = self.proj_out(self.norm_out(image, modulation))
-        # (B, N, p p C) to (B, C, h, w), never above the five axes that Core ML allows.
-        channels_first = out.unflatten(-1, (self.patch**2, -1)).transpose(2, 3).flatten(2).transpose(1, 2)
-        velocity = channels_first.unflatten(2, self.size)
-        return (nn.functional.pixel_shuffle(velocity, self.patch) if self.patch > 1 else velocity,)
+            image, text, modulation = self.family.embed(self, dict(zip(self.inputs, tensors, strict=True)))
+        else:
+            image, text, modulation = tensors
+        positions = [buffer for name, buffer in self.named_buffers() if name.startswith("positions_")]
+        for list_name, _, key in self.places:
+            assert text is not None
+            image, text = self.family.run(getattr(self, list_name)[key], image, text, modulation, positions)
+        if self.last:
+            return (self.family.unembed(self, image, modulation, self.grid),)
+        assert text is not None
+        return (image, text, modulation) if self.first else (image, text)
 
 
-def split(model: Any, chunks: int, height: int, width: int) -> list[Part]:
-    """The transformer in `chunks` parts of about equally many blocks, or as many as it has blocks; sizes in patches."""
-    blocks = np.array_split(np.arange(len(model.transformer_blocks)), min(chunks, len(model.transformer_blocks)))
-    return [Part(model, part.tolist(), i, height=height, width=width) for i, part in enumerate(blocks)]
+def split(whole: graph.Transformer, chunks: int, example: Tensors) -> list[Part]:
+    """The transformer in `chunks` parts of about equally many blocks, or as many as it has blocks, for one size."""
+    count = len(whole.family.blocks(whole.model))
+    blocks = np.array_split(np.arange(count), min(chunks, count))
+    return [Part(whole, part.tolist(), i, example) for i, part in enumerate(blocks)]
 
 
 class TextEncoder(nn.Module):
@@ -262,7 +274,7 @@ def _network(
 def _half(name: str, chain: Chain, reference: nn.Module, example: Tensors, outputs: Sequence[str]) -> float:
     """The largest relative error where every value is rounded to half precision: told, and bounded only by finite."""
     with torch.no_grad():
-        expected = reference(**example)
+        expected = reference(*example.values())
     found = chain.run(outputs, {key: value.numpy() for key, value in example.items()}, half=True)
     worst = max(parity.relative_error(a, b.numpy())[0] for a, b in zip(found, expected, strict=True))
     if not np.isfinite(worst):
@@ -317,10 +329,11 @@ def convert(
     With `half` all but the timestep's angles computes in half precision, else only tables are looked up in it.
     """
     batch = torch.export.Dim("batch", min=min(batches), max=max(batches)) if len(batches) > 1 else None
+    dynamic = tuple({0: batch} for _ in example) if batch else None
     program = torch.export.export(
         module,
         tuple(example.values()),
-        dynamic_shapes=tuple({0: batch} for _ in example) if batch else None,
+        dynamic_shapes=(dynamic,) if batch and isinstance(module, Part) else dynamic,
         strict=False,
     ).run_decompositions({})
     for node in list(program.graph.nodes):  # coremltools does not know this no-op

@@ -1,10 +1,10 @@
-"""An artefact, or any SD3 diffusers folder, becomes an optimum-style folder of ONNX models.
+"""An artefact, or any diffusers folder of a family, becomes an optimum-style folder of ONNX models.
 
     export(Path("compressed"), Path("onnx"))
 
 Each network is traced, written, checked by onnx.checker and compared with torch (parity.py) before the next is loaded.
 A T5 text encoder is stored in 8 bits (precision.py), and compared with torch computing from the same integers.
-What it leaves out: FLUX, the VAE's encoder, transformers larger than memory, and the files around the networks
+What it leaves out: the VAE's encoder, transformers larger than memory, and the files around the networks
 (folder.py).
 """
 
@@ -26,8 +26,7 @@ from edgeprune.encoders import T5, text_encoders
 from edgeprune.errors import ParityError
 from edgeprune.export import graph, parity
 from edgeprune.export.folder import Progress, from_pretrained, is_quantized, silent, write
-from edgeprune.files import read_json
-from edgeprune.generation import Generation
+from edgeprune.generation import Generation, longest_prompt
 from edgeprune.quantize import quantize_t5
 from edgeprune.targets import Target
 
@@ -71,9 +70,9 @@ def networks(artefact: Path, partial: Path, progress: Progress, *, opened: Opene
 def parts(artefact: Path) -> Iterator[Part]:
     """The networks one after the other: name, module, inputs to trace with, inputs to compare at."""
     transformer = graph.Transformer(load_transformer(artefact, quantized=is_quantized(artefact), dtype=torch.float32))
-    limit = int(transformer.model.config.pos_embed_max_size)
+    limit = transformer.family.latents(transformer.model.config).largest or 12
     tokens = longest_prompt(artefact)
-    # Sizes are patches. An odd number of them takes another path through the crop of the position table.
+    # Sizes are image tokens. An odd number of them takes another path through the crop of the position table.
     sizes = [(1, 8, 8, tokens), (3, 5, 7, 3), (2, 12, 9, 2 * tokens)]
     examples = [
         transformer.example(batch=b, height=min(h, limit), width=min(w, limit), tokens=m, seed=i)
@@ -106,12 +105,6 @@ def text_encoder(artefact: Path, name: str, kind: str) -> tuple[graph.TextEncode
         return graph.T5Encoder(quantize_t5(model)), Generation.load(artefact).max_sequence_length
     clip = graph.TextEncoder(from_pretrained(CLIPTextModelWithProjection.from_pretrained, artefact / name))
     return clip, int(clip.config.max_position_embeddings)
-
-
-def longest_prompt(artefact: Path) -> int:
-    """Tokens that a prompt is padded to."""
-    tokens = read_json(artefact / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
-    return tokens if isinstance(tokens, int) and 2 < tokens < 100_000 else 77
 
 
 def _network(

@@ -23,10 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgeprune.checkpoint import read_config
 from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.export import forms, graph, parity, to_onnx
 from edgeprune.export.folder import Progress, silent, write
 from edgeprune.export.to_onnx import Module
+from edgeprune.generation import longest_prompt
 from edgeprune.runtimes.base import Settings, read_settings
 from edgeprune.runtimes.gpu import open_gpu
 from edgeprune.runtimes.trt import VENDORS, TrtNetwork, first_vendor, logger
@@ -82,14 +84,15 @@ def _networks(
 ) -> dict[str, Any]:
     """Write one engine after the other; what else edgeprune_export.json shall say."""
     settings = read_settings(artefact)
-    tokens = to_onnx.longest_prompt(artefact) + settings.generation.max_sequence_length
+    config, family = read_config(artefact)
+    tokens = family.text_tokens(longest_prompt(artefact), settings.generation.max_sequence_length)
     engine_builder = Builder(trt, cache, progress)
     errors, said = {}, {}
     for name, module, traced, examples in to_onnx.parts(artefact):
         progress(name)
         module.eval().to(torch.float32)
         if isinstance(module, graph.Transformer):
-            sizes = axis_ranges(device, settings, int(module.model.config.pos_embed_max_size), tokens)
+            sizes = axis_ranges(device, settings, family.latents(config).largest, tokens)
         elif isinstance(module, graph.TextEncoder | graph.T5Encoder):
             longest = examples[0]["input_ids"].shape[1]
             sizes["sequence_length"] = (1, longest, longest)
@@ -120,7 +123,7 @@ def _networks(
             "engine_bytes": engine.stat().st_size,
             "build_s": round(time.monotonic() - began, 2),
             "profile": {tensor: [list(shape) for shape in shapes] for tensor, shapes in profile.items()},
-            "engine_parity": _engine_parity(name, engine, module, profile, trt, half=half),
+            "engine_parity": _engine_parity(name, engine, module, sizes, trt, half=half),
         }
         del module, examples
     if timings := engine_builder.timing_cache():
@@ -144,16 +147,16 @@ def _half_precision(module: Module, example: Mapping[str, torch.Tensor], device:
         return False, None
     given = graph.half(example)
     with torch.no_grad():
-        expected = module(**{k: v.float() if v.is_floating_point() else v for k, v in given.items()})
-        found = copy.deepcopy(module).half()(**given)
+        expected = module(*(v.float() if v.is_floating_point() else v for v in given.values()))
+        found = copy.deepcopy(module).half()(*given.values())
     error = max(parity.relative_error(a.float().numpy(), b.numpy())[1] for a, b in zip(found, expected, strict=True))
     return error <= parity.HALF_BOUND, error if np.isfinite(error) else None
 
 
 def _engine_parity(
-    name: str, engine: Path, module: Module, profile: Profile, trt: Any, *, half: bool
+    name: str, engine: Path, module: Module, sizes: Mapping[str, Range], trt: Any, *, half: bool
 ) -> dict[str, Any] | None:
-    """Compare the engine itself at the profile's least shape (but all tokens); None where there is no GPU."""
+    """Compare the engine itself at the least sizes (but all tokens); None where there is no GPU."""
     try:
         gpu = open_gpu(VENDORS[trt.__name__])
     except (InputError, MissingExtraError):
@@ -161,24 +164,24 @@ def _engine_parity(
     network = TrtNetwork(engine, trt, gpu)
     try:
         return parity.check(
-            name, _OnDevice(network), module, [_smallest(module, profile)], list(module.outputs), half=half
+            name, _OnDevice(network), module, [_smallest(module, sizes)], list(module.outputs), half=half
         )
     finally:
         network.close()
 
 
-def _smallest(module: Module, profile: Profile) -> dict[str, torch.Tensor]:
-    least = {name: shapes[0] for name, shapes in profile.items()}
-    if isinstance(module, graph.TextEncoder | graph.T5Encoder):
-        batch, _ = least["input_ids"]
-        return module.example(batch=batch, tokens=profile["input_ids"][2][1])
+def _smallest(module: Module, sizes: Mapping[str, Range]) -> dict[str, torch.Tensor]:
+    least = {name: found[0] for name, found in sizes.items()}
+    batch = least["batch_size"]
     if isinstance(module, graph.VaeDecoder):
-        batch, _, height, width = least["latent_sample"]
-        return module.example(batch=batch, height=height, width=width)
-    batch, _, height, width = least["hidden_states"]
-    patch = int(module.model.config.patch_size)
-    tokens = profile["encoder_hidden_states"][2][1]
-    return module.example(batch=batch, height=height // patch, width=width // patch, tokens=tokens)
+        return module.example(batch=batch, height=least["latent_height"], width=least["latent_width"])
+    tokens = sizes["sequence_length"][2]
+    if isinstance(module, graph.Transformer):
+        patch = module.family.latents(module.model.config).patch
+        return module.example(
+            batch=batch, height=least["height"] // patch, width=least["width"] // patch, tokens=tokens
+        )
+    return module.example(batch=batch, tokens=tokens)
 
 
 class _OnDevice:
@@ -196,19 +199,19 @@ class _OnDevice:
 # ------------------------------------------------------------------------------------- shapes
 
 
-def axis_ranges(device: Target, settings: Settings, table: int, tokens: int) -> dict[str, Range]:
+def axis_ranges(device: Target, settings: Settings, table: int | None, tokens: int) -> dict[str, Range]:
     """Sizes of every dynamic axis: the device's, clipped to what the model can do.
 
     Args:
         device: batch and image sides in pixels, which are for models made for such sizes.
         settings: the model's own size, which the range is extended down to if the device's sizes are all larger.
-        table: patches per side of the position table.
+        table: most image tokens on a side, None for no limit.
         tokens: text tokens of a prompt, zero tokens included.
     """
     unit = settings.factor * settings.patch
 
     def side(own: int) -> Range:
-        largest = min(device.side[1], table * unit) // unit * unit
+        largest = min(device.side[1], table * unit if table else device.side[1]) // unit * unit
         least = -(-min(device.side[0], own, largest) // unit) * unit
         return (
             least // settings.factor,
@@ -218,12 +221,14 @@ def axis_ranges(device: Target, settings: Settings, table: int, tokens: int) -> 
 
     least, largest = device.batch
     height, width = side(settings.generation.height), side(settings.generation.width)
+    packed = [h * w // settings.patch**2 for h, w in zip(height, width, strict=True)]
     return {
         "batch_size": (least, min(max(2, least), largest), largest),  # guidance takes two for an image
         "height": height,
         "width": width,
         "latent_height": height,
         "latent_width": width,
+        "packed_height_width": (packed[0], packed[1], packed[2]),
         "sequence_length": (1, tokens, tokens),
     }
 

@@ -115,7 +115,12 @@ def test_one_layer(bits: int, bias: bool, tmp_path: Path) -> None:
     module, x = Wrapper(), {"x": torch.randn(3, 5, 48)}
     built = graph.to_ir(module, x, {"x": {0: "b", 1: "m"}}, {"y": {0: "b", 1: "m"}})
     # What the checkpoint holds in half precision is stored so.
-    assert [n.op_type for n in built.graph] == ["Cast", "DequantizeLinear", "MatMul", *(["Cast", "Add"] if bias else [])]
+    assert [n.op_type for n in built.graph] == [
+        "Cast",
+        "DequantizeLinear",
+        "MatMul",
+        *(["Cast", "Add"] if bias else []),
+    ]
     kinds = {str(value.dtype) for value in built.graph.initializers.values()}
     assert kinds == {f"INT{bits}", "FLOAT16"}
     graph.save(built, tmp_path / "model.onnx")

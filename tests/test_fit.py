@@ -26,7 +26,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_weights_are_those_of_the_loaded_networks(source: Path) -> None:
     target = targets.load("rtx")
-    found = fit(source, target, Generation.load(source), guided=True)
+    found = fit(source, target, Generation.load(source))
     encoders = [CLIPTextModelWithProjection.from_pretrained(source / n) for n in ("text_encoder", "text_encoder_2")]
     decoder = AutoencoderKL.from_pretrained(source / "vae").decoder
     assert found.text_encoders_bytes == 2 * sum(p.numel() for e in encoders for p in e.parameters())
@@ -38,13 +38,8 @@ def test_weights_are_those_of_the_loaded_networks(source: Path) -> None:
 def test_larger_images_and_wider_numbers_leave_less(source: Path) -> None:
     small, large = Generation(height=64, width=64), Generation(height=2048, width=2048)
     rtx, x86 = targets.load("rtx"), targets.load("cpu-x86")
-    assert (
-        fit(source, rtx, large, guided=True).activations_bytes > fit(source, rtx, small, guided=True).activations_bytes
-    )
-    assert (
-        fit(source, x86, small, guided=True).vae_decoder_bytes
-        == 2 * fit(source, rtx, small, guided=True).vae_decoder_bytes
-    )
+    assert fit(source, rtx, large).activations_bytes > fit(source, rtx, small).activations_bytes
+    assert fit(source, x86, small).vae_decoder_bytes == 2 * fit(source, rtx, small).vae_decoder_bytes
 
 
 def test_budget_of_the_plan(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

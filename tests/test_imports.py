@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 RANKS: list[tuple[str, ...]] = [
     ("errors", "targets"),
     ("files", "resume", "extras"),
-    ("generation", "encoders", "demo.shapes"),
-    ("families",),
+    ("families", "encoders"),
+    ("generation", "demo.shapes"),
     ("precision", "sampling"),
     ("metrics", "data"),
     ("contribution", "fit"),

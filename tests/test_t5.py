@@ -89,7 +89,9 @@ def test_openvino_folder(pipeline: tuple[Path, Any], tmp_path: Path) -> None:
         same(model.backend.encode(PROMPTS), expected(pipeline[1]))
 
 
-def test_linear_weights_are_in_8_bits_and_tables_in_half_precision(onnx_folder: Path, pipeline: tuple[Path, Any]) -> None:
+def test_linear_weights_are_in_8_bits_and_tables_in_half_precision(
+    onnx_folder: Path, pipeline: tuple[Path, Any]
+) -> None:
     import onnx
     from stored import of_onnx
 
@@ -101,7 +103,9 @@ def test_linear_weights_are_in_8_bits_and_tables_in_half_precision(onnx_folder: 
         np.testing.assert_array_equal(weight.integers.view(np.uint8), layer.weight_packed.numpy())
         assert weight.scale.shape == (layer.out_features, 1)
     floats = {t.name: t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
-    assert not [name for name, t in floats.items() if len(t.dims) > 1 and "weight_scale" not in name and max(t.dims) > 16]
+    assert not [
+        name for name, t in floats.items() if len(t.dims) > 1 and "weight_scale" not in name and max(t.dims) > 16
+    ]
     table = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16]
     assert sorted(list(t.dims) for t in table) == [[len(tiny.tiny_t5_tokenizer()), tiny.T5_WIDTH], [257, 2]]
 

@@ -1,4 +1,4 @@
-"""A complete random SD3 pipeline, small enough to build in a test: 3 blocks of width 64, two CLIPs, a VAE, and a T5 if asked.
+"""Complete random pipelines, small enough to build in a test: a few blocks of width 64, text encoders, a VAE.
 
 Seeded, so that every call makes the same weights. The zero-initialised layers diffusers leaves (none in SD3) would
 hide errors; adaLN modulation is therefore given visible weights. What it leaves out: sense; it draws noise.
@@ -9,11 +9,18 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPTextConfig,
@@ -23,6 +30,8 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+from edgeprune.sampling import Conditioning, velocity
 
 TOKENS, TEXT_WIDTH = 16, 32
 T5_TOKENS, T5_WIDTH = 160, 96  # more tokens than T5 tells distances apart, wider than both CLIPs together
@@ -38,13 +47,54 @@ def tiny_transformer(**overrides: Any) -> SD3Transformer2DModel:
         "qk_norm": "rms_norm",
     }  # fmt: skip
     torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(**config | overrides)
+    return visible(SD3Transformer2DModel(**config | overrides))
+
+
+def tiny_flux(**overrides: Any) -> FluxTransformer2DModel:
+    """2 joint and 3 single blocks of width 64 over the latents and text of `tiny_transformer()`."""
+    config: dict[str, Any] = {
+        "patch_size": 1, "in_channels": 32, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 32,
+        "num_attention_heads": 2, "joint_attention_dim": 2 * TEXT_WIDTH, "pooled_projection_dim": 2 * TEXT_WIDTH,
+        "axes_dims_rope": (8, 12, 12), "guidance_embeds": True,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return visible(FluxTransformer2DModel(**config | overrides))
+
+
+def visible(transformer: Any) -> Any:
+    """Gates near zero would let a wrong branch pass unseen."""
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
-            # Gates near zero would let a wrong branch pass unseen.
-            if "norm1" in name and name.endswith("linear.weight"):
+            if "transformer_blocks" in name and "norm" in name and name.endswith("linear.weight"):
                 parameter.mul_(4)
     return transformer.eval()
+
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "sd3": functools.partial(tiny_transformer, num_layers=4),
+    "sd3-dual": functools.partial(tiny_transformer, num_layers=4, dual_attention_layers=(0, 1)),
+    "flux": tiny_flux,
+    "flux-schnell": functools.partial(tiny_flux, guidance_embeds=False),
+}
+"""Transformers of every kind, for tests that all of them must pass."""
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """What its config.json would say."""
+    return {"_class_name": type(model).__name__} | {k: v for k, v in model.config.items() if k[0] != "_"}
+
+
+def tiny_step(**sizes: int) -> tuple[torch.Tensor, Conditioning, torch.Tensor, float]:
+    """What `velocity` takes of any of `KINDS`: `tiny_inputs()` and a guidance scale."""
+    inputs = tiny_inputs(**sizes)
+    condition = Conditioning(inputs["encoder_hidden_states"], inputs["pooled_projections"])
+    return inputs["hidden_states"], condition, inputs["timestep"] / 1000, 3.0
+
+
+def tiny_velocity(model: Any, **sizes: int) -> torch.Tensor:
+    """One evaluation of any of `KINDS`."""
+    with torch.no_grad():
+        return velocity(model, *tiny_step(**sizes))
 
 
 def tiny_inputs(*, batch: int = 2, height: int = 8, width: int = 8, tokens: int = TOKENS) -> dict[str, torch.Tensor]:
@@ -136,6 +186,8 @@ def tiny_pipeline(folder: Path, *, t5: bool = False, **overrides: Any) -> Stable
         tokenizer_3=tiny_t5_tokenizer() if t5 else None,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
-    (folder / "generation.json").write_text(json.dumps(GENERATION | ({"max_sequence_length": T5_TOKENS} if t5 else {}), indent=1) + "\n")
+    (folder / "generation.json").write_text(
+        json.dumps(GENERATION | ({"max_sequence_length": T5_TOKENS} if t5 else {}), indent=1) + "\n"
+    )
     # Back to float32, now exactly what is on disk.
     return pipeline.to(torch.float32)

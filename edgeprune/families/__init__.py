@@ -1,5 +1,5 @@
 """What differs between MMDiTs: one file per family, all else in the project is written once."""
 
-from edgeprune.families.base import Config, Family, Source, Swap, family_of
+from edgeprune.families.base import Config, Family, Source, Swap, family_of, family_of_model
 
-__all__ = ["Config", "Family", "Source", "Swap", "family_of"]
+__all__ = ["Config", "Family", "Source", "Swap", "family_of", "family_of_model"]

@@ -46,3 +46,27 @@ class ConstantModulation(nn.Module):
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
         """(B, D) to (1, 6 D): broadcast over the batch."""
         return self.bias[None].to(embedding.dtype)
+
+
+class Zeros(nn.Module):
+    """A removed branch whose output is concatenated with another: zeros of its width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """(B, N, D) to (B, N, width)."""
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], self.width)
+
+
+class BiasOnly(nn.Module):
+    """A linear layer all of whose inputs are gone."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.bias = linear.bias
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, N, 0) to (1, 1, D): broadcast."""
+        return self.bias[None, None].to(hidden_states.dtype)

@@ -8,46 +8,41 @@ removed, the block before takes that form, and its context modulation keeps two 
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeprune.errors import InputError
-from edgeprune.families.base import Config, Producer, ScalingGroup, Shape, Source, Swap
+from edgeprune.families.base import Array, Axes, Config, Encoder, LatentSpace, ScalingGroup, Shape, Source, Swap
+from edgeprune.families.joint import BLOCK, COMPONENT_OF, joint_groups, linear, swaps, width
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
-_COMPONENT_OF = {
-    "norm1": "norm", "norm1_context": "context_norm", "attn": "attn", "attn2": "attn2",
-    "ff": "mlp", "ff_context": "context_mlp",
-}  # fmt: skip
-_MODULE_OF = {component: module for module, component in _COMPONENT_OF.items()}
 # Of the context stream, a context_pre_only block still reads keys and values, but writes nothing.
 _ABSENT_IN_LAST = ("ff_context.", "attn.to_add_out.")
-
-
-def _linear(name: str, out: int, inp: int) -> dict[str, Shape]:
-    return {f"{name}.weight": (out, inp), f"{name}.bias": (out,)}
+_CLIP = "CLIPTextModelWithProjection"
 
 
 def _block_shapes(d: int, head: int, qk_norm: bool, last: bool, dual: bool) -> dict[str, Shape]:
-    shapes = _linear("norm1.linear", (9 if dual else 6) * d, d)
-    shapes |= _linear("norm1_context.linear", (2 if last else 6) * d, d)
+    shapes = linear("norm1.linear", (9 if dual else 6) * d, d)
+    shapes |= linear("norm1_context.linear", (2 if last else 6) * d, d)
     if qk_norm:
         shapes |= {f"attn.{n}.weight": (head,) for n in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")}
     for n in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj", "to_out.0"):
-        shapes |= _linear(f"attn.{n}", d, d)
+        shapes |= linear(f"attn.{n}", d, d)
     if not last:
-        shapes |= _linear("attn.to_add_out", d, d)
+        shapes |= linear("attn.to_add_out", d, d)
     if dual:
         if qk_norm:
             shapes |= {f"attn2.{n}.weight": (head,) for n in ("norm_q", "norm_k")}
         for n in ("to_q", "to_k", "to_v", "to_out.0"):
-            shapes |= _linear(f"attn2.{n}", d, d)
+            shapes |= linear(f"attn2.{n}", d, d)
     for n in ("ff",) if last else ("ff", "ff_context"):
-        shapes |= _linear(f"{n}.net.0.proj", 4 * d, d) | _linear(f"{n}.net.2", d, 4 * d)
+        shapes |= linear(f"{n}.net.0.proj", 4 * d, d) | linear(f"{n}.net.2", d, 4 * d)
     return shapes
 
 
@@ -55,7 +50,16 @@ class SD3:
     """See `Family` for what each method means."""
 
     name = "sd3"
+    pipeline = "StableDiffusion3Pipeline"
     components = ("norm", "context_norm", "attn", "attn2", "mlp", "context_mlp")
+    norms = ("norm", "context_norm")
+    encoders = (
+        Encoder("text_encoder", _CLIP, "tokenizer"),
+        Encoder("text_encoder_2", _CLIP, "tokenizer_2"),
+        Encoder("text_encoder_3", "T5EncoderModel", "tokenizer_3", optional=True),
+    )
+    tail = ("norm_out.", "proj_out.")
+    position_inputs: tuple[str, ...] = ()
 
     def block_count(self, config: Config) -> int:
         """`num_layers`."""
@@ -81,24 +85,28 @@ class SD3:
             "pos_embed.proj.bias": (d,),
         }
         for name, size in (("timestep_embedder", 256), ("text_embedder", pooled)):
-            shapes |= _linear(f"time_text_embed.{name}.linear_1", d, size)
-            shapes |= _linear(f"time_text_embed.{name}.linear_2", d, d)
-        shapes |= _linear("context_embedder", caption, joint)
+            shapes |= linear(f"time_text_embed.{name}.linear_1", d, size)
+            shapes |= linear(f"time_text_embed.{name}.linear_2", d, d)
+        shapes |= linear("context_embedder", caption, joint)
         count = self.block_count(config)
         dual = set(config.get("dual_attention_layers") or ())
         for i in range(count):
             block = _block_shapes(d, head, config.get("qk_norm") is not None, i == count - 1, i in dual)
             shapes |= {f"transformer_blocks.{i}.{n}": shape for n, shape in block.items()}
-        return shapes | _linear("norm_out.linear", 2 * d, d) | _linear("proj_out", patch * patch * out_channels, d)
+        return shapes | linear("norm_out.linear", 2 * d, d) | linear("proj_out", patch * patch * out_channels, d)
 
     def is_buffer(self, name: str) -> bool:
         """The position table is fixed."""
         return name == "pos_embed.pos_embed"
 
-    def place(self, name: str) -> tuple[int, str | None] | None:
+    def in_block(self, name: str) -> bool:
+        """Below `transformer_blocks`."""
+        return BLOCK.match(name) is not None
+
+    def place(self, config: Config, name: str) -> tuple[int, str | None] | None:
         """Block and component by diffusers' module names."""
-        found = _BLOCK.match(name)
-        return (int(found[1]), _COMPONENT_OF.get(found[2].split(".")[0])) if found else None
+        found = BLOCK.match(name)
+        return (int(found[1]), COMPONENT_OF.get(found[2].split(".")[0])) if found else None
 
     def noops(self, config: Config) -> frozenset[tuple[int, str]]:
         """The last block's context MLP, and `attn2` where a block has none."""
@@ -116,12 +124,12 @@ class SD3:
 
     def tensor_sources(self, config: Config, kept: list[int], removed: frozenset[tuple[int, str]]) -> dict[str, Source]:
         """Renumbered names; the new last block loses its context output."""
-        d = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+        d = width(config)
         sources: dict[str, Source] = {}
         new_of = {old: new for new, old in enumerate(kept)}
         becomes_last = kept[-1] if kept[-1] != self.block_count(config) - 1 else None
         for name in self.tensor_shapes(config):
-            place = self.place(name)
+            place = self.place(config, name)
             if place is None:
                 sources[name] = Source(name)
                 continue
@@ -137,11 +145,74 @@ class SD3:
                     rows = ((d, 2 * d), (0, d))  # scale, shift
             constant = False
             if (block, component) in removed:
-                if component not in ("norm", "context_norm") or rest.endswith(".weight"):
+                if component not in self.norms or rest.endswith(".weight"):
                     continue
                 constant = True
-            sources[f"transformer_blocks.{new_of[block]}.{rest}"] = Source(name, rows, constant)
+            sources[f"transformer_blocks.{new_of[block]}.{rest}"] = Source(name, rows, constant=constant)
         return sources
+
+    def latents(self, config: Config) -> LatentSpace:
+        """Channels, patch and position table of the config."""
+        return LatentSpace(*(int(config[n]) for n in ("in_channels", "patch_size", "pos_embed_max_size")))
+
+    def text_widths(self, config: Config) -> tuple[int, int]:
+        """`joint_attention_dim`, `pooled_projection_dim`."""
+        return int(config["joint_attention_dim"]), int(config["pooled_projection_dim"])
+
+    def text_tokens(self, prompt_tokens: int, max_sequence_length: int) -> int:
+        """CLIP's tokens, then T5's."""
+        return prompt_tokens + max_sequence_length
+
+    def defaults(self, config: Config) -> dict[str, Any]:
+        """`Generation` has them."""
+        return {}
+
+    def guided(self, config: Config, scale: float) -> bool:
+        """Above 1."""
+        return scale > 1
+
+    def levels(self, steps: int) -> NDArray[np.float64] | None:
+        """The scheduler's own."""
+        return None
+
+    def axes(self, config: Config) -> tuple[Axes, Axes]:
+        """As diffusers names them."""
+        latents = {0: "batch_size", 2: "height", 3: "width"}
+        inputs: Axes = {
+            "hidden_states": latents,
+            "encoder_hidden_states": {0: "batch_size", 1: "sequence_length"},
+            "pooled_projections": {0: "batch_size"},
+            "timestep": {0: "batch_size"},
+        }
+        return inputs, {"out_hidden_states": latents}
+
+    def inputs(
+        self, config: Config, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float
+    ) -> dict[str, Array]:
+        """Nothing is packed."""
+        return {
+            "hidden_states": latents,
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+            "timestep": sigma * 1000,
+        }
+
+    def velocity(self, config: Config, output: Array, shape: Shape) -> Array:
+        """As it is."""
+        return output
+
+    def join(
+        self, config: Config, outputs: Mapping[str, Mapping[str, NDArray[np.float32]]], max_sequence_length: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Both CLIPs side by side, padded to the joint width, then as many zero tokens as T5 would have."""
+        clips = [outputs[e.name] for e in self.encoders[:2]]
+        # hidden_states.0 is the embedding, .n the last layer: SD3 reads the one before the last.
+        states = [sorted((int(k.rpartition(".")[2]), k) for k in o if k.startswith("hidden_states.")) for o in clips]
+        joined = np.concatenate([o[s[-2][1]] for o, s in zip(clips, states, strict=True)], axis=-1)
+        beyond = (0, max_sequence_length), (0, self.text_widths(config)[0] - joined.shape[-1])
+        return np.pad(joined, ((0, 0), *beyond)), np.concatenate([o["text_embeds"] for o in clips], axis=-1)
+
+    # ---------------------------------------------------------------- modules
 
     def build(self, config: Config, kept: list[int], removed: frozenset[tuple[int, str]]) -> nn.Module:
         """A stock model of the shorter config with the removed components taken out, on the meta device."""
@@ -153,7 +224,7 @@ class SD3:
             model = SD3Transformer2DModel(**shorter)
         for new, old in enumerate(kept):
             for component in (c for b, c in sorted(removed) if b == old):
-                for swap in self._component_swaps(model.transformer_blocks[new], component, None):
+                for swap in swaps(model.transformer_blocks[new], component, None):
                     setattr(swap.owner, swap.attribute, swap.replacement)
         return cast("nn.Module", model)
 
@@ -161,67 +232,78 @@ class SD3:
         """Swaps for one branch of one block of a running model."""
         from edgeprune.families.removed import PassThrough
 
-        blocks = self.blocks(model)
         if component is None:
-            return [Swap(blocks, str(block), PassThrough())]
-        return self._component_swaps(blocks[block], component, mean)
+            return [Swap(cast("Any", model).transformer_blocks, str(block), PassThrough())]
+        return swaps(self.blocks(model)[block], component, mean)
 
-    def _component_swaps(self, block: Any, component: str, mean: torch.Tensor | None) -> list[Swap]:
-        from edgeprune.families.removed import ConstantModulation, NoBranch
-
-        module = _MODULE_OF[component]
-        if getattr(block, module, None) is None:
-            return []
-        if component in ("norm", "context_norm"):
-            norm = getattr(block, module)
-            return [Swap(norm, "linear", ConstantModulation(norm.linear, mean))]
-        return [Swap(block, module, NoBranch(2 if component == "attn" else 1))]
-
-    def modulation_input(self, model: nn.Module, timestep: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    def modulation_input(
+        self, model: nn.Module, timestep: torch.Tensor, pooled: torch.Tensor, guidance: float = 0.0
+    ) -> torch.Tensor:
         """silu of the timestep plus pooled-prompt embedding: (B, D)."""
         import torch
 
         embedding = cast("Any", model).time_text_embed(timestep, pooled)
         return torch.nn.functional.silu(embedding)
 
-    def blocks(self, model: nn.Module) -> nn.ModuleList:
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """`transformer_blocks`."""
-        return cast("nn.ModuleList", model.transformer_blocks)
+        return list(cast("Any", model).transformer_blocks)
 
     def block_prefix(self, model: nn.Module, index: int) -> str:
         """`transformer_blocks.N.`."""
         return f"transformer_blocks.{index}."
 
     def scaling_groups(self, block: nn.Module) -> list[ScalingGroup]:
-        """What reads each adaLN output, and the two output projections that read the attended values."""
-        from torch import nn
+        """Those of a joint block."""
+        return joint_groups(block)
 
-        layers = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        d = layers["attn.to_q" if "attn.to_q" in layers else "norm1.linear"].in_features
-        # Parts of the modulation by position: shift, scale, gate of attention; of the MLP; of the second attention.
-        zero = ((0, "attn.to_q attn.to_k attn.to_v"), (3, "ff.net.0.proj"), (6, "attn2.to_q attn2.to_k attn2.to_v"))
-        context = ((0, "attn.add_q_proj attn.add_k_proj attn.add_v_proj"), (3, "ff_context.net.0.proj"))
-        groups = []
-        for norm, members in (("norm1.linear", zero), ("norm1_context.linear", context)):
-            if norm not in layers:
-                continue
-            # AdaLayerNormContinuous of the last block: scale, shift.
-            last = layers[norm].out_features == 2 * d
-            for part, names in members:
-                consumers = tuple(n for n in names.split() if n in layers)
-                if consumers and (part + 2) * d <= layers[norm].out_features:
-                    shift, scale = (part + 1, part) if last else (part, part + 1)
-                    producers = (
-                        Producer(norm, (shift * d, (shift + 1) * d)),
-                        Producer(norm, (scale * d, (scale + 1) * d), one_plus=True),
-                    )
-                    groups.append(ScalingGroup(consumers, producers))
-        for attention in ("attn", "attn2"):
-            consumers = tuple(n for n in (f"{attention}.to_out.0", f"{attention}.to_add_out") if n in layers)
-            values = [n for n in (f"{attention}.to_v", f"{attention}.add_v_proj") if n in layers]
-            if consumers:
-                groups.append(ScalingGroup(consumers, tuple(Producer(n, (0, d)) for n in values)))
-        return groups
+    def encode(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """By `encode_prompt`, which adds zero tokens for an absent T5."""
+        hidden, _, pooled, _ = pipe.encode_prompt(
+            *(prompts,) * 3, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+        )
+        return hidden, pooled
+
+    # ---------------------------------------------------------------- the forward pass in pieces, for exports
+
+    def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The patch embedding adds its position table."""
+        return ()
+
+    def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Patches with their positions, text, timestep and pooled text."""
+        return (
+            model.pos_embed(inputs["hidden_states"]),
+            model.context_embedder(inputs["encoder_hidden_states"]),
+            model.time_text_embed(inputs["timestep"], inputs["pooled_projections"]),
+        )
+
+    def run(
+        self,
+        block: Any,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        modulation: torch.Tensor,
+        positions: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The last block gives no text."""
+        text, image = block(hidden_states=image, encoder_hidden_states=text, temb=modulation)
+        return image, text
+
+    def grid(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+        """From the latents."""
+        patch = int(model.config.patch_size)
+        return tuple(n // patch for n in inputs["hidden_states"].shape[-2:])
+
+    def unembed(self, model: Any, image: torch.Tensor, modulation: torch.Tensor, grid: tuple[Any, ...]) -> torch.Tensor:
+        """(B, N, p p C) to (B, C, h, w), never above the five axes that Core ML allows."""
+        import torch
+
+        patch = int(model.config.patch_size)
+        out = model.proj_out(model.norm_out(image, modulation))
+        channels_first = out.unflatten(-1, (patch**2, -1)).transpose(2, 3).flatten(2).transpose(1, 2)
+        velocity = channels_first.unflatten(2, grid)
+        return torch.nn.functional.pixel_shuffle(velocity, patch) if patch > 1 else velocity
 
 
 FAMILY = SD3()

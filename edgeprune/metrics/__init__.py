@@ -24,8 +24,8 @@ class Metric(Protocol):
         """Prepare with the untouched model."""
 
     @staticmethod
-    def evaluations(generation: Generation, prompts: int) -> int:
-        """How many samples go through the transformer for one score."""
+    def evaluations(generation: Generation, prompts: int, per_step: int) -> int:
+        """How many samples go through the transformer for one score, `per_step` of them in each step of an image."""
 
     def score(self) -> list[float]:
         """Score the pipeline's transformer as it is now: one value per prompt."""

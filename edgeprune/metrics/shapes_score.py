@@ -22,9 +22,9 @@ class ShapesScore:
         self.meanings = [shapes.parse(p) for p in prompts]
 
     @staticmethod
-    def evaluations(generation: Generation, prompts: int) -> int:
-        """All steps of an image, two a step with guidance."""
-        return prompts * generation.num_inference_steps * (2 if generation.guidance_scale > 1 else 1)
+    def evaluations(generation: Generation, prompts: int, per_step: int) -> int:
+        """All steps of an image."""
+        return prompts * generation.num_inference_steps * per_step
 
     def images(self) -> Any:
         """(prompts * seeds, 64, 64, 3), the seeds of a prompt side by side."""

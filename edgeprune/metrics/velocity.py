@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from edgeprune.generation import Generation
-from edgeprune.sampling import Conditioning, denoise, encode_prompts, latent_shape, noise, sigmas
+from edgeprune.sampling import Conditioning, denoise, encode_prompts, latent_shape, noise, sigmas, velocity
 
 STATES = 6
 """States kept of each trajectory, evenly spread over the steps of a short sampler."""
@@ -39,13 +39,14 @@ class VelocityError:
             states.append(torch.stack([latents for latents, _ in path][:-1]))
         self.states = torch.cat(states, dim=1).flatten(0, 1)  # (steps * prompts, C, h, w)
         steps = len(levels) - 1
-        self.timesteps = (levels[:-1] * 1000).to(self.states).repeat_interleave(self.count)
+        self.sigmas = levels[:-1].to(self.states).repeat_interleave(self.count)
+        self.guidance = generation.guidance_scale
         self.condition = Conditioning(condition.hidden.repeat(steps, 1, 1), condition.pooled.repeat(steps, 1))
         self.reference = self._velocities()
         self.norms = self._per_prompt(self.reference)
 
     @staticmethod
-    def evaluations(generation: Generation, prompts: int) -> int:
+    def evaluations(generation: Generation, prompts: int, per_step: int) -> int:
         """One a state."""
         return prompts * min(STATES, generation.num_inference_steps)
 
@@ -53,9 +54,8 @@ class VelocityError:
         parts = []
         for start in range(0, len(self.states), self.batch):
             rows = slice(start, start + self.batch)
-            c = self.condition[rows]
-            inputs = (self.states[rows], c.hidden, c.pooled, self.timesteps[rows])
-            parts.append(self.pipe.transformer(*inputs, return_dict=False)[0].float())
+            given = (self.states[rows], self.condition[rows], self.sigmas[rows], self.guidance)
+            parts.append(velocity(self.pipe.transformer, *given).float())
         return torch.cat(parts)
 
     def _per_prompt(self, values: torch.Tensor) -> torch.Tensor:
