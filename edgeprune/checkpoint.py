@@ -27,11 +27,12 @@ from torch import nn
 from edgeprune import __version__
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.families import Config, Family, family_of
+from edgeprune.families.base import CHANGED
 from edgeprune.files import copy_folder, read_json, replace_folder, sha256_file, write_json
 from edgeprune.plan import PrunePlan
 from edgeprune.quantize import prepare
 from edgeprune.resume import save_tensors
-from edgeprune.surgery import load_strictly
+from edgeprune.surgery import load_strictly, structure
 
 SCHEMA_VERSION = 1
 MANIFEST = "edgeprune.json"
@@ -205,15 +206,16 @@ def load_transformer(folder: Path, *, quantized: bool, dtype: torch.dtype = torc
             raise InputError(f"{folder}: not quantised (no {MANIFEST}); run `edgeprune quantize {folder}`")
         return _load_original(folder, dtype)
     manifest = Manifest.load(folder)
-    plan = manifest.prune_plan(folder)
     part = INT4 if quantized else HALF
     path = folder / part / _WEIGHTS
     if not path.is_file():
         stage = "quantize" if quantized else "prune"
         raise InputError(f"{path}: no such file; run `edgeprune {stage} -o {folder}`")
     manifest.verify(folder, part)
-    kept = plan.kept if plan else list(range(family.block_count(manifest.config)))
-    model = family.build(manifest.config, kept, plan.removed if plan else frozenset())
+    plan = manifest.prune_plan(folder)
+    if plan is None:
+        raise InputError(f"{folder / MANIFEST}: plan: found none beside {part}/; make the artefact again")
+    model = structure(family, manifest.config, plan)
     if quantized:
         prepare(family, config, model, group_size=manifest.group_size or 64)
     with readable(path):
@@ -227,6 +229,8 @@ def _load_original(folder: Path, dtype: torch.dtype) -> Any:
     import diffusers
 
     config = read_json(folder / HALF / "config.json")
+    if str(config["_class_name"]).startswith(CHANGED):
+        raise InputError(f"{folder}: no {MANIFEST}, and without it {HALF}/ cannot be loaded; make the artefact again")
     with readable(folder / HALF):
         kind = getattr(diffusers, config["_class_name"])
         model = kind.from_pretrained(folder / HALF, use_safetensors=True, low_cpu_mem_usage=True, **_dtype(dtype))

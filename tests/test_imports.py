@@ -23,7 +23,7 @@ RANKS: list[tuple[str, ...]] = [
     ("files", "resume", "extras"),
     ("generation", "demo.shapes"),
     ("families",),
-    ("precision", "sampling"),
+    ("precision", "sampling", "modulation"),
     ("metrics", "data"),
     ("contribution", "fit"),
     ("plan",),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
+_MODULATION = re.compile(r"(transformer_blocks\.\d+\.norm1(_context)?|norm_out)\.linear\.(weight|bias)")
 _COMPONENT_OF = {
     "norm1": "norm", "norm1_context": "context_norm", "attn": "attn", "attn2": "attn2",
     "ff": "mlp", "ff_context": "context_mlp",
@@ -56,6 +57,7 @@ class SD3:
 
     name = "sd3"
     components = ("norm", "context_norm", "attn", "attn2", "mlp", "context_mlp")
+    embedder = "time_text_embed"
 
     def block_count(self, config: Config) -> int:
         """`num_layers`."""
@@ -99,6 +101,10 @@ class SD3:
         """Block and component by diffusers' module names."""
         found = _BLOCK.match(name)
         return (int(found[1]), _COMPONENT_OF.get(found[2].split(".")[0])) if found else None
+
+    def modulates(self, name: str) -> bool:
+        """`norm1.linear`, `norm1_context.linear` of blocks, and `norm_out.linear`."""
+        return _MODULATION.fullmatch(name) is not None
 
     def noops(self, config: Config) -> frozenset[tuple[int, str]]:
         """The last block's context MLP, and `attn2` where a block has none."""
@@ -197,7 +203,7 @@ class SD3:
         from torch import nn
 
         layers = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        d = layers["attn.to_q" if "attn.to_q" in layers else "norm1.linear"].in_features
+        (d,) = cast("Any", block).norm1.norm.normalized_shape
         # Parts of the modulation by position: shift, scale, gate of attention; of the MLP; of the second attention.
         zero = ((0, "attn.to_q attn.to_k attn.to_v"), (3, "ff.net.0.proj"), (6, "attn2.to_q attn2.to_k attn2.to_v"))
         context = ((0, "attn.add_q_proj attn.add_k_proj attn.add_v_proj"), (3, "ff_context.net.0.proj"))
