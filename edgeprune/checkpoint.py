@@ -26,11 +26,13 @@ from torch import nn
 from edgeprune import __version__
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.families import Config, Family, family_of, family_of_model
+from edgeprune.families.base import CHANGED
 from edgeprune.files import copy_folder, need_space, read_json, replace_folder, sha256_file, write_json
 from edgeprune.plan import PrunePlan
 from edgeprune.quantize import prepare
 from edgeprune.resume import Tensors
 from edgeprune.stored import StoredTransformer
+from edgeprune.surgery import structure
 from edgeprune.weights import ShardWriter, Speed, Weights, shards
 
 SCHEMA_VERSION = 1
@@ -211,21 +213,24 @@ def open_transformer(folder: Path, *, quantized: bool) -> StoredTransformer:
         InputError: missing, damaged or not fitting files.
     """
     config, family = read_config(folder)
-    part, removed = INT4 if quantized else HALF, frozenset[tuple[int, str]]()
-    kept, manifest = list(range(family.block_count(config))), None
+    part, manifest = INT4 if quantized else HALF, None
     if (folder / MANIFEST).is_file():
         manifest = Manifest.load(folder)
-        config = manifest.config
-        if plan := manifest.prune_plan(folder):
-            kept, removed = plan.kept, plan.removed
         if not (folder / part).is_dir():
             stage = "quantize" if quantized else "prune"
             raise InputError(f"{folder / part}: no such folder; run `edgeprune {stage} -o {folder}`")
         manifest.verify(folder, part)
+        if (plan := manifest.prune_plan(folder)) is None:
+            raise InputError(f"{folder / MANIFEST}: plan: found none beside {part}/; make the artefact again")
+        with readable(folder / part):
+            model = structure(family, manifest.config, plan)
     elif quantized:
         raise InputError(f"{folder}: not quantised (no {MANIFEST}); run `edgeprune quantize {folder}`")
-    with readable(folder / part):
-        model = family.build(config, kept, removed)
+    elif str(config["_class_name"]).startswith(CHANGED):
+        raise InputError(f"{folder}: no {MANIFEST}, and without it {HALF}/ cannot be loaded; make the artefact again")
+    else:
+        with readable(folder / part):
+            model = family.build(config, list(range(family.block_count(config))), frozenset())
     if quantized and manifest:
         prepare(family, model, group_size=manifest.group_size or 64)
     return StoredTransformer(family, model, Weights(folder / part))

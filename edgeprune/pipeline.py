@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from edgeprune import checkpoint, targets
 from edgeprune.checkpoint import HALF, INT4, MANIFEST, Manifest
@@ -26,25 +27,33 @@ from edgeprune.data import PROMPTS, make_pairs, read_prompts, source_digest
 from edgeprune.distill import DistillOptions, distill
 from edgeprune.errors import InputError, StaleStageError
 from edgeprune.families import Config, Family
+from edgeprune.families.base import CHANGED
 from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known, write_json
 from edgeprune.fit import Fit, fit
 from edgeprune.generation import Generation
 from edgeprune.metrics import metric_named
-from edgeprune.plan import PrunePlan, make_plan, remaining_shapes
+from edgeprune.modulation import GRID, choose_rank, modulation_inputs, ranks, subspace
+from edgeprune.plan import PrunePlan, make_plan, modulation_width, remaining_shapes, shorter_config, tensor_sources
 from edgeprune.quantize import CALIBRATIONS, prepare, quantize_part
-from edgeprune.resume import Tensors
+from edgeprune.resume import Tensors, save_tensors
 from edgeprune.sampling import encode_prompts, latent_shape, sigmas
 from edgeprune.stored import PACKED
 from edgeprune.surgery import build, prune_state, prune_tensor
 from edgeprune.weights import Weights
 
 STAGES = ("analyze", "plan", "prune", "distill", "quantize")
+MODULATION = "modulation.safetensors"
+"""Mean (D) and basis (R, D) of the modulation input, where the plan projects it."""
 Progress = Callable[[str, int, int, str], None]
 """Called with what is done, how much of how much, and a word on it."""
 
 
 def silent(what: str, done: int, total: int, note: str = "") -> None:
     """No progress."""
+
+
+CAPTIONS = 16
+"""Of each task of shapes world, to calibrate the built-in model's modulation on."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,10 @@ class PlanOptions:
     """Of the INT4 weights whose bytes are counted."""
     fit: str | None = None
     """Name of a target whose memory sets the budget, see fit.py."""
+    modulation_rank: int | str | None = None
+    """Directions of the modulation input that stay; `auto` measures how many; None leaves it as it is."""
+    prompts: str | None = None
+    """A text file of the prompts that these directions are found on; by default as for `analyze`, but all of them."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +178,7 @@ class Workspace:
                 model = None if name == "built-in" else name
             self.source = checkpoint.resolve(model)
             self.config, self.family = checkpoint.read_config(self.source)
+            self._check_whole()
             if self.manifest.source != name or self.manifest.fingerprint != fingerprint(self.config):
                 raise StaleStageError(f"{out}: made from {self.manifest.source!r}, found {name!r}; use another -o")
             self._set_generation(self.manifest.generation or asdict(Generation.load(self.source)), generation or {})
@@ -173,6 +187,7 @@ class Workspace:
             raise InputError(f"{out}: exists and is not a folder of edgeprune (no {MANIFEST}); use another -o")
         self.source = checkpoint.resolve(model)
         self.config, self.family = checkpoint.read_config(self.source)
+        self._check_whole()
         self.manifest = Manifest(name, fingerprint(self.config), self.family.name, self.config)
         self._set_generation(asdict(Generation.load(self.source)), generation or {})
         self.out.mkdir(parents=True, exist_ok=True)
@@ -182,6 +197,10 @@ class Workspace:
     def builtin(self) -> bool:
         """Whether the model is ours."""
         return self.manifest.source == "built-in"
+
+    def _check_whole(self) -> None:
+        if str(self.config["_class_name"]).startswith(CHANGED):
+            raise InputError(f"{self.source}: parts of its blocks are gone already; compress the original instead")
 
     def _set_generation(self, known: dict[str, Any], given: dict[str, Any]) -> None:
         self.generation = Generation.checked(known | given, f"{self.out / MANIFEST}: generation")
@@ -350,24 +369,55 @@ def run_analyze(ws: Workspace, options: AnalyzeOptions, progress: Progress = sil
     return ws.stage("analyze", inputs, run)
 
 
+def calibration_prompts(ws: Workspace, options: PlanOptions) -> list[str]:
+    """The prompts that the modulation's directions are found on: the empty one of guidance, and never held-out ones."""
+    if options.prompts:
+        return ["", *read_prompts(Path(options.prompts))]
+    if ws.builtin:
+        from edgeprune.demo.shapes import evaluation_prompts
+
+        return ["", *(p.text for p in evaluation_prompts(CAPTIONS, held_out=False))]
+    return ["", *read_prompts(PROMPTS)]
+
+
+def calibration_inputs(ws: Workspace, prompts: list[str]) -> torch.Tensor:
+    """Modulation inputs (prompts, T, D) at the sampler's timesteps and an even grid."""
+    pooled = encode_prompts(ws.pipe, prompts, ws.generation.max_sequence_length).pooled
+    levels = sigmas(ws.pipe, ws.generation.num_inference_steps, latent_shape(ws.pipe, ws.generation))[:-1]
+    levels = torch.cat([levels, torch.linspace(0, 1, GRID)])
+    return modulation_inputs(ws.family, ws.pipe.transformer, levels * 1000, pooled)
+
+
 def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool:
-    """A plan to `plan.json`, from this folder's scores or from a given file."""
+    """A plan to `plan.json`, from this folder's scores or from a given file; beside it what projects the modulation."""
     budget = budget_for(ws.source, ws.generation, options)
+    rank = options.modulation_rank
+    prompts = [] if rank is None else calibration_prompts(ws, options)
 
     def run(_: str) -> dict[str, Any]:
+        (ws.out / MODULATION).unlink(missing_ok=True)
         ws.scores_path.unlink(missing_ok=True)
         if scores:
             ContributionReport.load(scores)  # refused before it is kept
             shutil.copyfile(scores, ws.scores_path)
-        plan = plan_for(ws.family, ws.config, ws.report(), options, budget)
+        chosen = rank if isinstance(rank, int) else None
+        if rank is not None:
+            inputs = calibration_inputs(ws, prompts)
+            chosen = choose_rank(inputs, modulation_width(ws.family, ws.config)) if chosen is None else chosen
+        plan = plan_for(ws.family, ws.config, ws.report(), replace(options, modulation_rank=chosen), budget)
+        if chosen is not None:
+            found = subspace(inputs.flatten(0, 1))
+            save_tensors(ws.out / MODULATION, {"mean": found.mean, "basis": found.basis(chosen)})
         write_json(ws.out / "plan.json", plan.to_json())
-        ws.manifest.hash_files(ws.out, "plan.json")
-        return {}
+        for name in ("plan.json", MODULATION):
+            ws.manifest.hash_files(ws.out, name)
+        return {"modulation_rank": chosen}
 
     return ws.stage(
         "plan",
         asdict(options)
-        | {"fit_bytes": budget, "scores": sha256_file(scores) if scores and scores.is_file() else str(scores)},
+        | {"fit_bytes": budget, "scores": sha256_file(scores) if scores and scores.is_file() else str(scores)}
+        | ({"calibration": prompts, "generation": asdict(ws.generation)} if prompts else {}),
         run,
     )
 
@@ -375,8 +425,17 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
 def plan_for(
     family: Family, config: Config, report: ContributionReport | None, options: PlanOptions, budget: int | None = None
 ) -> PrunePlan:
-    """`make_plan` with options; `budget` is the bytes that a device leaves, where one was named."""
+    """`make_plan` with options; `budget` is the bytes that a device leaves, where one was named.
+
+    Raises:
+        InputError: the modulation's rank is `auto`, which only a folder's own stage can measure.
+    """
+    if isinstance(options.modulation_rank, str):
+        raise InputError(
+            f"--modulation-rank {options.modulation_rank}: is measured on a model: give -o (a folder), or a number"
+        )
     choices = asdict(options)
+    del choices["prompts"]
     if choices.pop("fit"):
         choices["max_memory_bytes"] = budget
     return make_plan(family, config, report, **choices)
@@ -392,6 +451,8 @@ def budget_for(source: Path, generation: Generation, options: PlanOptions) -> in
 def rehearse(source: Path, generation: Generation, options: CompressOptions) -> PrunePlan:
     """A plan as if all parts contributed alike: what is left is about as large as what the real plan will leave.
 
+    A rank that is still to be measured counts as the smallest, so that no budget is refused that can be met.
+
     Args:
         source: the pipeline's folder.
 
@@ -403,7 +464,10 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
     report = ContributionReport(
         fingerprint(config), family.name, family.block_count(config), "none", [], [], {}, summary=alike
     )
-    return plan_for(family, config, report, options.plan, budget_for(source, generation, options.plan))
+    choices = options.plan
+    if isinstance(choices.modulation_rank, str):
+        choices = replace(choices, modulation_rank=ranks(modulation_width(family, config))[0])
+    return plan_for(family, config, report, choices, budget_for(source, generation, choices))
 
 
 def run_prune(ws: Workspace, progress: Progress = silent) -> bool:
@@ -411,13 +475,13 @@ def run_prune(ws: Workspace, progress: Progress = silent) -> bool:
     plan = ws.plan()
 
     def run(key: str) -> dict[str, Any]:
-        original, mean = _original_weights(ws), _mean(ws, plan)
-        sources = ws.family.tensor_sources(ws.config, plan.kept, plan.removed)
-        shapes = remaining_shapes(ws.family, ws.config, plan.blocks, plan.components)
+        original, (mean, basis) = _original_weights(ws), _calibrated(ws, plan)
+        sources = tensor_sources(ws.family, ws.config, plan.kept, plan.removed, plan.modulation_rank)
+        shapes = remaining_shapes(ws.family, ws.config, plan.blocks, plan.components, plan.modulation_rank)
         parts = _by_block(ws, {name: 2 * math.prod(shape) for name, shape in shapes.items()}, plan)
 
         def make(index: int) -> Tensors:
-            return {n: _half(prune_tensor(original.__getitem__, sources[n], mean)) for n in parts[index]}
+            return {n: _half(prune_tensor(original.__getitem__, sources[n], mean, basis)) for n in parts[index]}
 
         _write_half(ws, plan, parts, make, key, progress)
         checkpoint.copy_surroundings(ws.source, ws.out)
@@ -433,10 +497,19 @@ def _original_weights(ws: Workspace) -> Weights:
     return weights
 
 
-def _mean(ws: Workspace, plan: PrunePlan) -> torch.Tensor | None:
-    """The mean modulation input (D), where a plan needs it."""
-    needed = any(c in ws.family.norms for _, c in plan.components)
-    return modulation_mean(ws, analysis_prompts(ws, AnalyzeOptions())) if needed else None
+def _calibrated(ws: Workspace, plan: PrunePlan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mean modulation input (D) and the basis (R, D), where the plan needs them."""
+    if plan.modulation_rank is not None:
+        path = ws.out / MODULATION
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; run `edgeprune plan -o {ws.out} --fresh` again")
+        ws.manifest.verify(ws.out, MODULATION)
+        with checkpoint.readable(path):
+            tensors = load_file(path)
+            return tensors["mean"], tensors["basis"]
+    if any(c in ws.family.norms for _, c in plan.components):
+        return modulation_mean(ws, analysis_prompts(ws, AnalyzeOptions())), None
+    return None, None
 
 
 def _by_block(ws: Workspace, sizes: dict[str, int], plan: PrunePlan) -> list[dict[str, int]]:
@@ -462,7 +535,7 @@ def _write_half(
     key: str,
     progress: Progress,
 ) -> None:
-    config = ws.family.shorter_config(ws.config, plan.kept)
+    config = shorter_config(ws.family, ws.config, plan)
     checkpoint.write_transformer(ws.out, HALF, config, parts, make, inputs=key, progress=progress)
     ws.manifest.plan = plan.to_json()
     ws.manifest.hash_files(ws.out, HALF)
@@ -487,7 +560,7 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
             ws.pipe, source, ws.generation, cache, samples=data.samples,
             progress=lambda done, total: progress("distill: latents", done, total, ""),
         )  # fmt: skip
-        pruned = prune_state(ws.family, ws.config, plan, _original_weights(ws).__getitem__, _mean(ws, plan))
+        pruned = prune_state(ws.family, ws.config, plan, _original_weights(ws).__getitem__, *_calibrated(ws, plan))
         student = build(ws.family, ws.config, plan, {n: t.float() for n, t in pruned.items()})
         state, losses = distill(
             ws.family,
@@ -545,7 +618,7 @@ def run_quantize(ws: Workspace, options: QuantizeOptions, progress: Progress = s
                 stored.model.load_state_dict(tensors, strict=False, assign=True)
 
         ws.manifest.group_size = options.group_size
-        config = ws.family.shorter_config(ws.config, plan.kept)
+        config = shorter_config(ws.family, ws.config, plan)
         size = checkpoint.write_transformer(
             ws.out, INT4, config, parts, make, inputs=key, found=found, progress=progress
         )

@@ -19,7 +19,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import opset21, values
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edgeprune.errors import EdgepruneError
 from edgeprune.families import family_of_model
@@ -156,7 +156,7 @@ class TextEncoder(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """T5EncoderModel: its last hidden state, every token attending to every other, padding included, as SD3 and FLUX do.
+    """T5EncoderModel: its last hidden state; every token attends to every other, padding too, as SD3 and FLUX do.
 
     The stream between layers is float32 also where all else is half precision: T5-XXL's goes beyond 65,504. The bias of
     two positions is looked up by their distance: a table instead of T5's logarithms, whose rounding decides a bucket.
@@ -193,7 +193,7 @@ class T5Encoder(nn.Module):
         return (encoder.final_layer_norm(hidden),)
 
     def _feed_forward(self, dense: Any, x: torch.Tensor) -> torch.Tensor:
-        """(B, M, K) to float32 (B, M, K). transformers' own asks `wo` for its weight, which PackedLinear would unpack."""
+        """(B, M, K) to the same in float32. transformers' own reads `wo.weight`, which PackedLinear would unpack."""
         inner = dense.act(dense.wi_0(x)) * dense.wi_1(x) if self.config.is_gated_act else dense.act(dense.wi(x))
         out: torch.Tensor = dense.wo(inner.float())
         return out
@@ -301,11 +301,8 @@ def to_ir(
 @contextmanager
 def _fake_mode(module: nn.Module) -> Iterator[FakeTensorMode | None]:
     """The mode that a module's fake tensors belong to; None for a module of real ones."""
-    first = next(module.parameters(), None)
-    if not isinstance(first, FakeTensor):
-        yield None
-        return
-    with first.fake_mode as mode:
+    mode: FakeTensorMode | None = getattr(next(module.parameters(), None), "fake_mode", None)
+    with mode or nullcontext():
         yield mode
 
 
@@ -313,7 +310,7 @@ def _attach(value: ir.Value, read: Read) -> None:
     """Give an initialiser that was traced as a fake tensor its data, read when it is written."""
     fake, name = value.const_value, value.name
     assert fake is not None and name is not None
-    kind, shape = fake.dtype, ir.Shape(fake.shape)
+    kind, shape = fake.dtype, ir.Shape(fake.shape.numpy())
 
     def load() -> ir.TensorProtocol:
         return ir.tensor(read(name).to(_TORCH[kind]).numpy(), dtype=kind, name=name)
@@ -356,7 +353,7 @@ def lower_packed_linear(model: ir.Model) -> None:
 
 
 def halve_tables(model: ir.Model) -> None:
-    """Store float32 tables that rows are taken from (embeddings) in half precision, where that changes no bit of them."""
+    """Store float32 tables that rows are taken from (embeddings) in half precision, if that changes no bit of them."""
     for node in list(model.graph):
         table = node.inputs[0] if node.op_type == "Gather" else None
         if table is None or table.const_value is None or table.dtype != ir.DataType.FLOAT:
@@ -402,8 +399,8 @@ def _weight(graph: ir.Graph, packed: ir.Value, bits: int) -> ir.Value:
 def _shape(value: ir.Value) -> tuple[int, int]:
     """Rows and columns of an initialiser."""
     assert value.const_value is not None, f"{value.name} is not an initialiser"
-    rows, columns = value.const_value.shape
-    return int(rows), int(columns)
+    rows, columns = value.const_value.shape.numpy()
+    return rows, columns
 
 
 def _transposed(packed: ir.TensorProtocol, bits: int, name: str) -> ir.TensorProtocol:

@@ -28,6 +28,7 @@ from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.export import forms, graph, parity, to_onnx
 from edgeprune.export.folder import Progress, silent, write
 from edgeprune.export.to_onnx import Module
+from edgeprune.families.base import Axes
 from edgeprune.generation import longest_prompt
 from edgeprune.runtimes.base import Settings, read_settings
 from edgeprune.runtimes.gpu import open_gpu
@@ -233,7 +234,7 @@ def axis_ranges(device: Target, settings: Settings, table: int | None, tokens: i
     }
 
 
-def profile_of(inputs: graph.Axes, example: Mapping[str, torch.Tensor], sizes: Mapping[str, Range]) -> Profile:
+def profile_of(inputs: Axes, example: Mapping[str, torch.Tensor], sizes: Mapping[str, Range]) -> Profile:
     """Shapes of a network's inputs; axes without a name keep the example's size."""
     return {
         name: tuple(

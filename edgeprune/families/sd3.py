@@ -8,6 +8,7 @@ removed, the block before takes that form, and its context modulation keeps two 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_MODULATION = re.compile(r"(transformer_blocks\.\d+\.norm1(_context)?|norm_out)\.linear\.(weight|bias)")
 # Of the context stream, a context_pre_only block still reads keys and values, but writes nothing.
 _ABSENT_IN_LAST = ("ff_context.", "attn.to_add_out.")
 _CLIP = "CLIPTextModelWithProjection"
@@ -53,6 +55,7 @@ class SD3:
     pipeline = "StableDiffusion3Pipeline"
     components = ("norm", "context_norm", "attn", "attn2", "mlp", "context_mlp")
     norms = ("norm", "context_norm")
+    embedder = "time_text_embed"
     encoders = (
         Encoder("text_encoder", _CLIP, "tokenizer"),
         Encoder("text_encoder_2", _CLIP, "tokenizer_2"),
@@ -107,6 +110,10 @@ class SD3:
         """Block and component by diffusers' module names."""
         found = BLOCK.match(name)
         return (int(found[1]), COMPONENT_OF.get(found[2].split(".")[0])) if found else None
+
+    def modulates(self, name: str) -> bool:
+        """`norm1.linear`, `norm1_context.linear` of blocks, and `norm_out.linear`."""
+        return _MODULATION.fullmatch(name) is not None
 
     def noops(self, config: Config) -> frozenset[tuple[int, str]]:
         """The last block's context MLP, and `attn2` where a block has none."""
