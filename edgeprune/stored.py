@@ -75,8 +75,8 @@ class StoredTransformer:
     def traceable(self, dtype: torch.dtype = torch.float32) -> Any:
         """A copy of the model with fake tensors: shapes and dtypes of the CPU, no data."""
         model = copy.deepcopy(self.model)
+        wanted = {n: (t.shape, t.dtype if n.endswith(PACKED) else dtype) for n, t in model.state_dict().items()}
         with FakeTensorMode():
-            kinds = {n: t.dtype if n.endswith(PACKED) else dtype for n, t in model.state_dict().items()}
-            fakes = {n: torch.empty(t.shape, dtype=kinds[n]) for n, t in model.state_dict().items()}
-            model.load_state_dict(fakes, strict=True, assign=True)
+            fakes = {n: torch.empty(shape, dtype=kind) for n, (shape, kind) in wanted.items()}
+        model.load_state_dict(fakes, strict=True, assign=True)
         return model.requires_grad_(False)

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -36,7 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from edgeprune.errors import EdgepruneError
 from edgeprune.families import family_of_model
 from edgeprune.families.base import Axes
-from edgeprune.int4 import unpack
+from edgeprune.int4 import PackedLinear, unpack
 from edgeprune.sampling import Conditioning, network_inputs
 
 Read = Callable[[str], torch.Tensor]
@@ -102,8 +102,10 @@ class Transformer(nn.Module):
         """Those of `inputs`, in order, to that of `outputs`."""
         family, model, inputs = self.family, self.model, dict(zip(self.inputs, tensors, strict=True))
         positions = family.positions(model, inputs)
+        text: torch.Tensor | None
         image, text, modulation = family.embed(model, inputs)
         for block in family.blocks(model):
+            assert text is not None  # only the last block ends it
             image, text = family.run(block, image, text, modulation, positions)
         return (family.unembed(model, image, modulation, family.grid(model, inputs)),)
 
@@ -239,6 +241,18 @@ def half(example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     1000 half precision has steps of 0.5.
     """
     return {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in example.items()}
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def widen(module: M) -> M:
+    """A network for evaluation in float32, in place; what quantised layers store stays as it is."""
+    packed = {m: (m.weight_scale, m.bias) for m in module.modules() if isinstance(m, PackedLinear)}
+    module.eval().to(torch.float32)
+    for layer, (scale, bias) in packed.items():
+        layer.weight_scale, layer.bias = scale, bias
+    return module
 
 
 # --------------------------------------------------------------------------------------- torch to ONNX

@@ -79,9 +79,10 @@ class NetworkBackend:
         self._t5_tokens = settings.generation.max_sequence_length
         check_tokens(folder, self._t5_tokens)
         config_path = folder / "transformer" / "config.json"
-        self._width = read_json(config_path).get("joint_attention_dim")
-        if not isinstance(self._width, int):
-            raise InputError(f"{config_path}: joint_attention_dim: found {self._width!r}, expected a whole number")
+        width = read_json(config_path).get("joint_attention_dim")
+        if not isinstance(width, int):
+            raise InputError(f"{config_path}: joint_attention_dim: found {width!r}, expected a whole number")
+        self._width: int = width
         vae = read_json(folder / "vae_decoder" / "config.json")
         self._scaling, self._shift = vae.get("scaling_factor") or 1.0, vae.get("shift_factor") or 0.0
         self._encoders = text_encoders(folder)

@@ -11,7 +11,7 @@ Everywhere outside of a family a model is the same: latents (B, C, h, w), a nois
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -229,6 +229,9 @@ class Family(Protocol):
         """Hidden (B, M, K) and pooled (B, P) text by the pipeline's own encoders."""
 
     # ---------------------------------------------------------------- the forward pass in pieces, for exports
+
+    def compact(self, model: Any, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Let a model hold fixed tables in less room, in place; the tensors that it then has for those of `read`."""
 
     def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What every block reads that depends on sizes alone; none where the embedding has it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -331,6 +331,10 @@ class Flux:
         return hidden, pooled
 
     # ---------------------------------------------------------------- the forward pass in pieces, for exports
+
+    def compact(self, model: Any, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """There are no tables."""
+        return {}
 
     def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Cosine and sine of the rotary embedding, (M + N, head width) each.

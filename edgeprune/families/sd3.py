@@ -9,7 +9,7 @@ removed, the block before takes that form, and its context modulation keeps two 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -272,6 +272,19 @@ class SD3:
         return hidden, pooled
 
     # ---------------------------------------------------------------- the forward pass in pieces, for exports
+
+    def compact(self, model: Any, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The position table in rows and columns, if it can be told so."""
+        from edgeprune.families.positions import SeparatePatchEmbed, separate
+
+        found = separate(read("pos_embed.pos_embed"))
+        if found is None:
+            return {}
+        # In the model they are of the kind of its other tensors, real or fake.
+        like = model.pos_embed.pos_embed
+        empty = {name: like.new_empty(tensor.shape) for name, tensor in found.items()}
+        model.pos_embed = SeparatePatchEmbed(model.pos_embed, **empty)
+        return {f"pos_embed.{name}": tensor for name, tensor in found.items()}
 
     def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The patch embedding adds its position table."""
