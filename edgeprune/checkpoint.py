@@ -213,9 +213,12 @@ def load_transformer(folder: Path, *, quantized: bool, dtype: torch.dtype = torc
         raise InputError(f"{path}: no such file; run `edgeprune {stage} -o {folder}`")
     manifest.verify(folder, part)
     plan = manifest.prune_plan(folder)
-    if plan is None:
-        raise InputError(f"{folder / MANIFEST}: plan: found none beside {part}/; make the artefact again")
-    model = structure(family, manifest.config, plan)
+    count = family.block_count(manifest.config)
+    model = (
+        structure(family, manifest.config, plan)
+        if plan
+        else family.build(manifest.config, list(range(count)), frozenset())
+    )
     if quantized:
         prepare(family, config, model, group_size=manifest.group_size or 64)
     with readable(path):
