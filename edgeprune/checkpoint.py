@@ -213,24 +213,21 @@ def open_transformer(folder: Path, *, quantized: bool) -> StoredTransformer:
         InputError: missing, damaged or not fitting files.
     """
     config, family = read_config(folder)
-    part, manifest = INT4 if quantized else HALF, None
+    part, plan, manifest = INT4 if quantized else HALF, None, None
     if (folder / MANIFEST).is_file():
         manifest = Manifest.load(folder)
         if not (folder / part).is_dir():
             stage = "quantize" if quantized else "prune"
             raise InputError(f"{folder / part}: no such folder; run `edgeprune {stage} -o {folder}`")
         manifest.verify(folder, part)
-        if (plan := manifest.prune_plan(folder)) is None:
-            raise InputError(f"{folder / MANIFEST}: plan: found none beside {part}/; make the artefact again")
-        with readable(folder / part):
-            model = structure(family, manifest.config, plan)
+        config, plan = manifest.config, manifest.prune_plan(folder)
     elif quantized:
         raise InputError(f"{folder}: not quantised (no {MANIFEST}); run `edgeprune quantize {folder}`")
     elif str(config["_class_name"]).startswith(CHANGED):
         raise InputError(f"{folder}: no {MANIFEST}, and without it {HALF}/ cannot be loaded; make the artefact again")
-    else:
-        with readable(folder / part):
-            model = family.build(config, list(range(family.block_count(config))), frozenset())
+    with readable(folder / part):
+        every = list(range(family.block_count(config)))
+        model = structure(family, config, plan) if plan else family.build(config, every, frozenset())
     if quantized and manifest:
         prepare(family, model, group_size=manifest.group_size or 64)
     return StoredTransformer(family, model, Weights(folder / part))
