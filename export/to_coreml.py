@@ -7,7 +7,8 @@ and half-precision scales. All else is stored and computed in half precision, sa
 cannot hold. An export has one image size; its transformer takes the device's batches. A device's `chunks` splits the
 transformer between blocks. Each network is compared with torch before the next is loaded.
 A T5 text encoder has its 8-bit integers (precision.py) and half-precision tables, but computes in float32: T5-XXL's
-values leave half precision. What it leaves out: FLUX, the VAE's encoder, several sizes in one package, and compiling (.mlmodelc): the device's.
+values leave half precision.
+What it leaves out: FLUX, the VAE's encoder, several sizes in one package, and compiling (.mlmodelc): the device's.
 
 Notation: B batch, C latent channels, h w latent height and width, N image tokens, M text tokens, D width.
 """

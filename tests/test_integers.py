@@ -65,8 +65,8 @@ def written(artefact: Path, out: Path) -> dict[str, Written]:
     names, given = list(stored.of_checkpoint(artefact)), list[onnx.ModelProto]()
     parts, network, build = to_onnx.parts, to_coreml._network, to_trt.Builder.build
 
-    def only_the_transformer(name: str, *rest: Any) -> dict[str, Any]:
-        return network(name, *rest) if name == "transformer" else {}
+    def only_the_transformer(name: str, *rest: Any, **more: Any) -> dict[str, Any]:
+        return network(name, *rest, **more) if name == "transformer" else {}
 
     def noted(self: to_trt.Builder, name: str, path: Path, *rest: Any) -> dict[str, Any]:
         given.append(onnx.load(str(path)))

@@ -1,4 +1,4 @@
-"""A complete random SD3 pipeline, small enough to build in a test: 3 blocks of width 64, two CLIPs, a VAE, and a T5 if asked.
+"""A complete random SD3 pipeline, small enough for a test: 3 blocks of width 64, two CLIPs, a VAE, perhaps a T5.
 
 Seeded, so that every call makes the same weights. The zero-initialised layers diffusers leaves (none in SD3) would
 hide errors; adaLN modulation is therefore given visible weights. What it leaves out: sense; it draws noise.
@@ -136,6 +136,8 @@ def tiny_pipeline(folder: Path, *, t5: bool = False, **overrides: Any) -> Stable
         tokenizer_3=tiny_t5_tokenizer() if t5 else None,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
-    (folder / "generation.json").write_text(json.dumps(GENERATION | ({"max_sequence_length": T5_TOKENS} if t5 else {}), indent=1) + "\n")
+    (folder / "generation.json").write_text(
+        json.dumps(GENERATION | ({"max_sequence_length": T5_TOKENS} if t5 else {}), indent=1) + "\n"
+    )
     # Back to float32, now exactly what is on disk.
     return pipeline.to(torch.float32)
