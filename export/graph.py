@@ -158,7 +158,7 @@ class TextEncoder(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """T5EncoderModel: its last hidden state; every token attends to every other, padding too, as SD3 and FLUX do.
+    """T5EncoderModel: its last hidden state, without a mask: SD3 and FLUX have every token attend to padding too.
 
     The stream between layers is float32 also where all else is half precision: T5-XXL's goes beyond 65,504. The bias of
     two positions is looked up by their distance: a table instead of T5's logarithms, whose rounding decides a bucket.
@@ -195,7 +195,7 @@ class T5Encoder(nn.Module):
         return (encoder.final_layer_norm(hidden),)
 
     def _feed_forward(self, dense: Any, x: torch.Tensor) -> torch.Tensor:
-        """(B, M, K) to the same in float32. transformers' own reads `wo.weight`, which PackedLinear would unpack."""
+        """(B, M, K) to float32 (B, M, K). transformers' own reads `wo.weight`, which PackedLinear would unpack."""
         inner = dense.act(dense.wi_0(x)) * dense.wi_1(x) if self.config.is_gated_act else dense.act(dense.wi(x))
         out: torch.Tensor = dense.wo(inner.float())
         return out
@@ -367,7 +367,7 @@ def lower_packed_linear(model: ir.Model) -> None:
 
 
 def halve_tables(model: ir.Model) -> None:
-    """Store float32 tables that rows are taken from (embeddings) in half precision, if that changes no bit of them."""
+    """Store float32 tables that rows are taken from (embeddings) in half precision, where that changes no bit."""
     for node in list(model.graph):
         table = node.inputs[0] if node.op_type == "Gather" else None
         if table is None or table.const_value is None or table.dtype != ir.DataType.FLOAT:
