@@ -117,7 +117,10 @@ class Transformer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CLIPTextModelWithProjection: pooled and projected text, last state, then every hidden state (0 = embedding)."""
+    """CLIPTextModelWithProjection: pooled and projected text, last state, then every hidden state (0 = embedding).
+
+    CLIPTextModel: pooled text alone, not projected.
+    """
 
     inputs: Axes = {"input_ids": {0: "batch_size", 1: "sequence_length"}}
 
@@ -127,10 +130,14 @@ class TextEncoder(nn.Module):
         self.config: Any = model.config
         states = ["last_hidden_state", *(f"hidden_states.{i}" for i in range(self.config.num_hidden_layers + 1))]
         sequence = {0: "batch_size", 1: "sequence_length"}
-        self.outputs: Axes = {"text_embeds": {0: "batch_size"}, **dict.fromkeys(states, sequence)}
+        self.outputs: Axes = {"pooler_output": {0: "batch_size"}}
+        if hasattr(model, "text_projection"):
+            self.outputs = {"text_embeds": {0: "batch_size"}, **dict.fromkeys(states, sequence)}
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(B, M) int64 to (B, P) and states (B, M, D)."""
+        if "pooler_output" in self.outputs:
+            return (self.model(input_ids=input_ids).pooler_output,)
         out = self.model(input_ids=input_ids, output_hidden_states=True)
         return (out.text_embeds, out.last_hidden_state, *out.hidden_states)
 
