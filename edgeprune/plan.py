@@ -191,11 +191,36 @@ class _Model:
         self.family, self.config, self._group_size = family, config, group_size
         self.count = family.block_count(config)
         self.before = footprint(family, family.tensor_shapes(config), group_size=group_size)
+        self._counts: dict[tuple[tuple[int, ...], frozenset[str]], dict[int | None, Footprint]] = {}
 
     def after(self, gone: list[int], parts: list[tuple[int, str]]) -> Footprint:
-        """The footprint without these blocks and components."""
-        shapes = remaining_shapes(self.family, self.config, gone, parts)
-        return footprint(self.family, shapes, group_size=self._group_size)
+        """The footprint without these blocks and components.
+
+        What a block keeps depends on the blocks that stay and on its own components alone. So blocks are counted all at
+        once for each set of components, and a plan of hundreds of candidates takes tens of counts.
+        """
+        kept = tuple(i for i in range(self.count) if i not in gone)
+        removed: dict[int, frozenset[str]] = dict.fromkeys(kept, frozenset())
+        for block, component in parts:
+            if block in removed:
+                removed[block] |= {component}
+        blocks = [self._counted(kept, components)[block] for block, components in removed.items()]
+        return sum(blocks, self._counted(kept, frozenset())[None])
+
+    def _counted(self, kept: tuple[int, ...], components: frozenset[str]) -> dict[int | None, Footprint]:
+        """What is left of each block without these components, and outside blocks (None)."""
+        if (kept, components) not in self._counts:
+            gone = set(range(self.count)) - set(kept)
+            shapes = remaining_shapes(self.family, self.config, gone, [(b, c) for b in kept for c in components])
+            shorter = self.family.shorter_config(self.config, list(kept))
+            by_block: dict[int | None, dict[str, Shape]] = {None: {}} | {block: {} for block in kept}
+            for name, shape in shapes.items():
+                place = self.family.place(shorter, name)
+                by_block[kept[place[0]] if place else None][name] = shape
+            self._counts[kept, components] = {
+                block: footprint(self.family, mine, group_size=self._group_size) for block, mine in by_block.items()
+            }
+        return self._counts[kept, components]
 
 
 class _Budget:
