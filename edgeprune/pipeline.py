@@ -28,7 +28,7 @@ from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known,
 from edgeprune.fit import Fit, fit
 from edgeprune.generation import Generation
 from edgeprune.metrics import metric_named
-from edgeprune.plan import PrunePlan, make_plan
+from edgeprune.plan import DEFAULT, PlanOptions, PrunePlan, plan_for
 from edgeprune.quantize import CALIBRATIONS, quantize
 from edgeprune.sampling import encode_prompts, latent_shape, sigmas
 from edgeprune.surgery import build, prune_state
@@ -51,24 +51,6 @@ class AnalyzeOptions:
     """A text file; by default shapes world's training captions for the built-in model, else a list of ours."""
     count: int = 28
     components: bool = True
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """Options of `plan`, see `make_plan`."""
-
-    method: str = "hpp"
-    keep: float | None = None
-    max_memory_bytes: int | None = None
-    protect_first: int | None = None
-    protect_last: int = 2
-    threshold: float = 0.15
-    blocks: str = ""
-    components: str = ""
-    group_size: int = 64
-    """Of the INT4 weights whose bytes are counted."""
-    fit: str | None = None
-    """Name of a target whose memory sets the budget, see fit.py."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +92,7 @@ def preset(name: str, *, builtin: bool) -> CompressOptions:
     """
     if name not in ("default", "quick"):
         raise InputError(f"--preset: found {name!r}, expected default or quick")
-    options = CompressOptions(plan=PlanOptions(keep=0.79))
+    options = CompressOptions(plan=DEFAULT)
     if builtin:
         training = DistillOptions(steps=400, batch=32, rate=5e-4, schedule="cosine", ema=0.98)
         plan = replace(options.plan, method="hybrid", threshold=0.0, protect_first=0)
@@ -120,7 +102,7 @@ def preset(name: str, *, builtin: bool) -> CompressOptions:
         options = replace(
             options,
             analyze=AnalyzeOptions(count=7, components=False),
-            plan=PlanOptions(keep=0.79),
+            plan=DEFAULT,
             data=replace(options.data, samples=512),
             distill=replace(options.distill, steps=40, batch=16),
         )
@@ -365,16 +347,6 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
         | {"fit_bytes": budget, "scores": sha256_file(scores) if scores and scores.is_file() else str(scores)},
         run,
     )
-
-
-def plan_for(
-    family: Family, config: Config, report: ContributionReport | None, options: PlanOptions, budget: int | None = None
-) -> PrunePlan:
-    """`make_plan` with options; `budget` is the bytes that a device leaves, where one was named."""
-    choices = asdict(options)
-    if choices.pop("fit"):
-        choices["max_memory_bytes"] = budget
-    return make_plan(family, config, report, **choices)
 
 
 def budget_for(source: Path, generation: Generation, options: PlanOptions) -> int | None:

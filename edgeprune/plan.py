@@ -106,6 +106,27 @@ class PrunePlan:
             )
 
 
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of `plan`, see `make_plan`."""
+
+    method: str = "hpp"
+    keep: float | None = None
+    max_memory_bytes: int | None = None
+    protect_first: int | None = None
+    protect_last: int = 2
+    threshold: float = 0.15
+    blocks: str = ""
+    components: str = ""
+    group_size: int = 64
+    """Of the INT4 weights whose bytes are counted."""
+    fit: str | None = None
+    """Name of a target whose memory sets the budget, see fit.py."""
+
+
+DEFAULT = PlanOptions(keep=0.79)
+
+
 def remaining_shapes(
     family: Family, config: Config, blocks: Iterable[int], components: Iterable[tuple[int, str]]
 ) -> dict[str, Shape]:
@@ -182,6 +203,16 @@ def make_plan(
     gone, parts = sorted(gone), sorted(parts)
     after = model.after(gone, parts)
     return PrunePlan(fingerprint(config), family.name, model.count, method, gone, parts, model.before, after)
+
+
+def plan_for(
+    family: Family, config: Config, report: ContributionReport | None, options: PlanOptions, budget: int | None = None
+) -> PrunePlan:
+    """`make_plan` with options; `budget` is the bytes that a device leaves, where one was named."""
+    choices = asdict(options)
+    if choices.pop("fit"):
+        choices["max_memory_bytes"] = budget
+    return make_plan(family, config, report, **choices)
 
 
 class _Model:
