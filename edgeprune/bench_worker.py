@@ -66,14 +66,15 @@ def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
     """Times of one denoising step, guidance's second half included, as `generate` runs it."""
     wanted = model.settings.generation
     latents = initial_latents(model.settings, [0], wanted.height, wanted.width)
-    prompts = ["", spec["prompt"]] if wanted.guidance_scale > 1 else [spec["prompt"]]
+    guided = model.settings.family.guided(model.settings.config, wanted.guidance_scale)
+    prompts = ["", spec["prompt"]] if guided else [spec["prompt"]]
     text, pooled = model.backend.encode(prompts)
     latents = np.repeat(latents, len(prompts), axis=0)
-    timestep = np.full(len(prompts), 500, np.float32)
+    sigma = np.full(len(prompts), 0.5, np.float32)
 
     def once() -> float:
         began = time.perf_counter()
-        model.step(latents, text, pooled, timestep)
+        model.step(latents, text, pooled, sigma, wanted.guidance_scale)
         return time.perf_counter() - began
 
     first = once()

@@ -21,7 +21,8 @@ from edgeprune.extras import COMPRESS, absent, conflicts
 
 if TYPE_CHECKING:
     from edgeprune.generation import Generation
-    from edgeprune.pipeline import CompressOptions, PlanOptions, Workspace
+    from edgeprune.pipeline import CompressOptions, Workspace
+    from edgeprune.plan import PlanOptions
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -227,7 +228,7 @@ def _plan_options(
     from dataclasses import replace
 
     from edgeprune import targets
-    from edgeprune.pipeline import PlanOptions
+    from edgeprune.plan import PlanOptions
 
     rank = start.modulation_rank if modulation_rank is None else parse_rank(modulation_rank)
     if (blocks or components) and method in (None, "hpp"):
@@ -447,15 +448,17 @@ def plan(
         raise InputError("plan: give exactly one of -o (a folder) and --config (a transformer's config.json)")
     if fit and config is not None:
         raise InputError("--fit counts a pipeline's files: give -o (a folder), not --config")
-    from edgeprune import pipeline
+    from edgeprune.plan import DEFAULT, plan_for
 
-    ws = _workspace(out, None, fresh) if out is not None else None
-    options = _plan_options(
-        pipeline.preset("default", builtin=ws is not None and ws.builtin).plan,
+    chosen = (
         *(method, keep, max_memory, fit, protect_first, protect_last, threshold, blocks, components, group_size),
         *(modulation_rank, prompts),
     )
-    if ws is not None:
+    if out is not None:
+        from edgeprune import pipeline
+
+        ws = _workspace(out, None, fresh)
+        options = _plan_options(pipeline.preset("default", builtin=ws.builtin).plan, *chosen)
         if fit:
             _table(_fit_rows(ws.fit(fit)))
         pipeline.run_plan(ws, options, scores)
@@ -468,7 +471,7 @@ def plan(
         assert config is not None
         content = read_json(config)
         loaded = ContributionReport.load(scores) if scores else None
-        made = pipeline.plan_for(family_of(content, str(config)), content, loaded, options)
+        made = plan_for(family_of(content, str(config)), content, loaded, _plan_options(DEFAULT, *chosen))
     _table(_plan_rows(made))
     if as_json or out is None:
         _print_json(made.to_json())

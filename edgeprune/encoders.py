@@ -1,7 +1,7 @@
 """Which text encoders a pipeline folder has, by its model_index.json: CLIPs and T5, under whatever number. Torch-free.
 
 SD3 has T5 as `text_encoder_3`, FLUX as `text_encoder_2`: what an encoder is, its class says, not its number.
-What it leaves out: loading them, and classes other than these two.
+What it leaves out: loading them, and classes other than these three.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 from edgeprune.errors import InputError
 from edgeprune.files import read_json
 
-CLIP, T5 = "CLIPTextModelWithProjection", "T5EncoderModel"
+CLIP, CLIP_POOLED, T5 = "CLIPTextModelWithProjection", "CLIPTextModel", "T5EncoderModel"
+"""Of `CLIP` pipelines read every state and the projected text, of `CLIP_POOLED` the text before its projection."""
 
 
 def is_present(index: Mapping[str, Any], name: str) -> bool:

@@ -26,14 +26,22 @@ from edgeprune.contribution import ContributionReport, analyze, fingerprint, par
 from edgeprune.data import PROMPTS, make_pairs, read_prompts, source_digest
 from edgeprune.distill import DistillOptions, distill
 from edgeprune.errors import InputError, StaleStageError
-from edgeprune.families import Config, Family
 from edgeprune.families.base import CHANGED
 from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known, write_json
 from edgeprune.fit import Fit, fit
 from edgeprune.generation import Generation
 from edgeprune.metrics import metric_named
 from edgeprune.modulation import GRID, choose_rank, modulation_inputs, ranks, subspace
-from edgeprune.plan import PrunePlan, make_plan, modulation_width, remaining_shapes, shorter_config, tensor_sources
+from edgeprune.plan import (
+    DEFAULT,
+    PlanOptions,
+    PrunePlan,
+    modulation_width,
+    plan_for,
+    remaining_shapes,
+    shorter_config,
+    tensor_sources,
+)
 from edgeprune.quantize import CALIBRATIONS, prepare, quantize_part
 from edgeprune.resume import Tensors, save_tensors
 from edgeprune.sampling import encode_prompts, latent_shape, sigmas
@@ -65,28 +73,6 @@ class AnalyzeOptions:
     """A text file; by default shapes world's training captions for the built-in model, else a list of ours."""
     count: int = 28
     components: bool = True
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """Options of `plan`, see `make_plan`."""
-
-    method: str = "hpp"
-    keep: float | None = None
-    max_memory_bytes: int | None = None
-    protect_first: int | None = None
-    protect_last: int = 2
-    threshold: float = 0.15
-    blocks: str = ""
-    components: str = ""
-    group_size: int = 64
-    """Of the INT4 weights whose bytes are counted."""
-    fit: str | None = None
-    """Name of a target whose memory sets the budget, see fit.py."""
-    modulation_rank: int | str | None = None
-    """Directions of the modulation input that stay; `auto` measures how many; None leaves it as it is."""
-    prompts: str | None = None
-    """A text file of the prompts that these directions are found on; by default as for `analyze`, but all of them."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +114,7 @@ def preset(name: str, *, builtin: bool) -> CompressOptions:
     """
     if name not in ("default", "quick"):
         raise InputError(f"--preset: found {name!r}, expected default or quick")
-    options = CompressOptions(plan=PlanOptions(keep=0.79))
+    options = CompressOptions(plan=DEFAULT)
     if builtin:
         training = DistillOptions(steps=400, batch=32, rate=5e-4, schedule="cosine", ema=0.98)
         plan = replace(options.plan, method="hybrid", threshold=0.0, protect_first=0)
@@ -138,7 +124,7 @@ def preset(name: str, *, builtin: bool) -> CompressOptions:
         options = replace(
             options,
             analyze=AnalyzeOptions(count=7, components=False),
-            plan=PlanOptions(keep=0.79),
+            plan=DEFAULT,
             data=replace(options.data, samples=512),
             distill=replace(options.distill, steps=40, batch=16),
         )
@@ -420,25 +406,6 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
         | ({"calibration": prompts, "generation": asdict(ws.generation)} if prompts else {}),
         run,
     )
-
-
-def plan_for(
-    family: Family, config: Config, report: ContributionReport | None, options: PlanOptions, budget: int | None = None
-) -> PrunePlan:
-    """`make_plan` with options; `budget` is the bytes that a device leaves, where one was named.
-
-    Raises:
-        InputError: the modulation's rank is `auto`, which only a folder's own stage can measure.
-    """
-    if isinstance(options.modulation_rank, str):
-        raise InputError(
-            f"--modulation-rank {options.modulation_rank}: is measured on a model: give -o (a folder), or a number"
-        )
-    choices = asdict(options)
-    del choices["prompts"]
-    if choices.pop("fit"):
-        choices["max_memory_bytes"] = budget
-    return make_plan(family, config, report, **choices)
 
 
 def budget_for(source: Path, generation: Generation, options: PlanOptions) -> int | None:

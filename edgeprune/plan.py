@@ -164,6 +164,31 @@ def shorter_config(family: Family, config: Config, plan: PrunePlan) -> Config:
     }
 
 
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of `plan`, see `make_plan`."""
+
+    method: str = "hpp"
+    keep: float | None = None
+    max_memory_bytes: int | None = None
+    protect_first: int | None = None
+    protect_last: int = 2
+    threshold: float = 0.15
+    blocks: str = ""
+    components: str = ""
+    group_size: int = 64
+    """Of the INT4 weights whose bytes are counted."""
+    fit: str | None = None
+    """Name of a target whose memory sets the budget, see fit.py."""
+    modulation_rank: int | str | None = None
+    """Directions of the modulation input that stay; `auto` measures how many; None leaves it as it is."""
+    prompts: str | None = None
+    """A text file of the prompts that these directions are found on; by default as for `analyze`, but all of them."""
+
+
+DEFAULT = PlanOptions(keep=0.79)
+
+
 def remaining_shapes(
     family: Family,
     config: Config,
@@ -254,6 +279,25 @@ def make_plan(
     )
 
 
+def plan_for(
+    family: Family, config: Config, report: ContributionReport | None, options: PlanOptions, budget: int | None = None
+) -> PrunePlan:
+    """`make_plan` with options; `budget` is the bytes that a device leaves, where one was named.
+
+    Raises:
+        InputError: the modulation's rank is `auto`, which only a folder's own stage can measure.
+    """
+    if isinstance(options.modulation_rank, str):
+        raise InputError(
+            f"--modulation-rank {options.modulation_rank}: is measured on a model: give -o (a folder), or a number"
+        )
+    choices = asdict(options)
+    del choices["prompts"]
+    if choices.pop("fit"):
+        choices["max_memory_bytes"] = budget
+    return make_plan(family, config, report, **choices)
+
+
 class _Model:
     """What is planned for, and what it costs with parts gone."""
 
@@ -264,11 +308,38 @@ class _Model:
         self.family, self.config, self.rank, self._group_size = family, config, rank, group_size
         self.count = family.block_count(config)
         self.before = footprint(family, family.tensor_shapes(config), group_size=group_size)
+        self._counts: dict[tuple[tuple[int, ...], frozenset[str]], dict[int | None, Footprint]] = {}
 
     def after(self, gone: list[int], parts: list[tuple[int, str]]) -> Footprint:
-        """The footprint without these blocks and components."""
-        shapes = remaining_shapes(self.family, self.config, gone, parts, self.rank)
-        return footprint(self.family, shapes, group_size=self._group_size)
+        """The footprint without these blocks and components.
+
+        What a block keeps depends on the blocks that stay and on its own components alone. So blocks are counted all at
+        once for each set of components, and a plan of hundreds of candidates takes tens of counts.
+        """
+        kept = tuple(i for i in range(self.count) if i not in gone)
+        removed: dict[int, frozenset[str]] = dict.fromkeys(kept, frozenset())
+        for block, component in parts:
+            if block in removed:
+                removed[block] |= {component}
+        blocks = [self._counted(kept, components)[block] for block, components in removed.items()]
+        return sum(blocks, self._counted(kept, frozenset())[None])
+
+    def _counted(self, kept: tuple[int, ...], components: frozenset[str]) -> dict[int | None, Footprint]:
+        """What is left of each block without these components, and outside blocks (None)."""
+        if (kept, components) not in self._counts:
+            gone = set(range(self.count)) - set(kept)
+            shapes = remaining_shapes(
+                self.family, self.config, gone, [(b, c) for b in kept for c in components], self.rank
+            )
+            shorter = self.family.shorter_config(self.config, list(kept))
+            by_block: dict[int | None, dict[str, Shape]] = {None: {}} | {block: {} for block in kept}
+            for name, shape in shapes.items():
+                place = self.family.place(shorter, name)
+                by_block[kept[place[0]] if place else None][name] = shape
+            self._counts[kept, components] = {
+                block: footprint(self.family, mine, group_size=self._group_size) for block, mine in by_block.items()
+            }
+        return self._counts[kept, components]
 
 
 class _Budget:

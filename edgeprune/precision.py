@@ -62,6 +62,14 @@ class Footprint:
     bf16_bytes: int
     int4_bytes: int
 
+    def __add__(self, other: Footprint) -> Footprint:
+        """Both together."""
+        return Footprint(
+            self.parameters + other.parameters,
+            self.bf16_bytes + other.bf16_bytes,
+            self.int4_bytes + other.int4_bytes,
+        )
+
 
 def footprint(family: Family, shapes: dict[str, Shape], *, group_size: int = 64) -> Footprint:
     """Count a set of tensors. bf16 and INT4 bytes include the fixed tables, `parameters` does not."""

@@ -16,8 +16,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-from edgeprune.checkpoint import MANIFEST, complete_tokenizer, no_bars
-from edgeprune.encoders import CLIP, T5, check_tokens, is_present, text_encoders, tokenizer_of
+from edgeprune.checkpoint import MANIFEST, complete_tokenizer, no_bars, read_config
+from edgeprune.encoders import check_tokens, is_present, text_encoders, tokenizer_of
 from edgeprune.errors import InputError
 from edgeprune.files import cannot_write, copy_folder, read_json, replace_folder, sha256_file, write_json
 from edgeprune.generation import FILE as GENERATION
@@ -41,7 +41,7 @@ def write(artefact: Path, out: Path, target: str, networks: Networks) -> dict[st
     """Make the export folder `out` of format `target`; returns the content of edgeprune_export.json.
 
     Raises:
-        InputError: `artefact` is not an SD3 folder or is damaged, or `out` holds something that is not an export.
+        InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
         EdgepruneError: the disk is full, or `out` cannot be written.
     """
     index = _index(artefact)
@@ -88,13 +88,10 @@ def _index(artefact: Path) -> dict[str, Any]:
     if not artefact.is_dir():
         raise InputError(f"{artefact}: no such folder")
     index = read_json(path)
-    if index.get("_class_name") != "StableDiffusion3Pipeline":
-        raise InputError(
-            f"{path}: _class_name: found {index.get('_class_name')!r}, expected 'StableDiffusion3Pipeline'"
-        )
-    wanted = {"text_encoder": CLIP, "text_encoder_2": CLIP}
-    if is_present(index, "text_encoder_3"):
-        wanted["text_encoder_3"] = T5
+    _, family = read_config(artefact)
+    if index.get("_class_name") != family.pipeline:
+        raise InputError(f"{path}: _class_name: found {index.get('_class_name')!r}, expected {family.pipeline!r}")
+    wanted = {e.name: e.kind for e in family.encoders if not e.optional or is_present(index, e.name)}
     for name in ("transformer", "vae", *wanted, *map(tokenizer_of, wanted), "scheduler"):
         if not is_present(index, name):
             raise InputError(f"{path}: {name}: found {index.get(name)!r}, expected a library and a class")

@@ -31,7 +31,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import opset21, values
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from edgeprune.errors import EdgepruneError
 from edgeprune.families import family_of_model
@@ -128,7 +128,10 @@ class Transformer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CLIPTextModelWithProjection: pooled and projected text, last state, then every hidden state (0 = embedding)."""
+    """CLIPTextModelWithProjection: pooled and projected text, last state, then every hidden state (0 = embedding).
+
+    CLIPTextModel: pooled text alone, not projected.
+    """
 
     inputs: Axes = {"input_ids": {0: "batch_size", 1: "sequence_length"}}
 
@@ -138,10 +141,14 @@ class TextEncoder(nn.Module):
         self.config: Any = model.config
         states = ["last_hidden_state", *(f"hidden_states.{i}" for i in range(self.config.num_hidden_layers + 1))]
         sequence = {0: "batch_size", 1: "sequence_length"}
-        self.outputs: Axes = {"text_embeds": {0: "batch_size"}, **dict.fromkeys(states, sequence)}
+        self.outputs: Axes = {"pooler_output": {0: "batch_size"}}
+        if hasattr(model, "text_projection"):
+            self.outputs = {"text_embeds": {0: "batch_size"}, **dict.fromkeys(states, sequence)}
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(B, M) int64 to (B, P) and states (B, M, D)."""
+        if "pooler_output" in self.outputs:
+            return (self.model(input_ids=input_ids).pooler_output,)
         out = self.model(input_ids=input_ids, output_hidden_states=True)
         return (out.text_embeds, out.last_hidden_state, *out.hidden_states)
 
@@ -297,7 +304,7 @@ def to_ir(
     for value in list(model.graph.initializers.values()):
         assert value.name is not None
         value.name = value.name.removeprefix("model.")
-        if read is not None:
+        if read is not None and isinstance(getattr(value.const_value, "raw", None), FakeTensor):
             _attach(value, read)
     # Limits in bytes: sizes are folded, weights are not.
     onnxscript.optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=65536)

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgeprune.checkpoint import open_transformer, read_config
-from edgeprune.encoders import T5, text_encoders
+from edgeprune.encoders import CLIP, T5, text_encoders
 from edgeprune.errors import EdgepruneError, InputError, ParityError
 from edgeprune.export import graph, parity, to_onnx
 from edgeprune.export.folder import Progress, from_pretrained, is_quantized, silent, write
@@ -71,7 +71,7 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
     Returns the content of edgeprune_export.json.
 
     Raises:
-        InputError: `artefact` is not an SD3 folder or is damaged, it cannot be for this device, or `out` holds
+        InputError: `artefact` is not a pipeline of a family or is damaged, it cannot be for this device, or `out` holds
             something that is not an export.
         ParityError: a package does not compute what its checkpoint computes, or overflows in half precision.
         EdgepruneError: coremltools cannot convert a network, the disk is full, or `out` cannot be written.
@@ -148,7 +148,9 @@ def networks(artefact: Path, partial: Path, device: Target, progress: Progress) 
         encoder: Any
         encoder, length = to_onnx.text_encoder(artefact, name, kind)
         if kind != T5:
-            encoder, length = TextEncoder(encoder), tokens
+            length = tokens
+        if kind == CLIP:
+            encoder = TextEncoder(encoder)
         example = encoder.example(batch=1, tokens=length)
         errors[name] = _network(name, [encoder], encoder, [example], partial, half=kind != T5)
         del encoder

@@ -21,10 +21,10 @@ import onnx
 import onnx_ir as ir
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from edgeprune.checkpoint import open_transformer
-from edgeprune.encoders import T5, text_encoders
+from edgeprune.encoders import CLIP_POOLED, T5, text_encoders
 from edgeprune.errors import ParityError
 from edgeprune.export import graph, parity
 from edgeprune.export.folder import Progress, from_pretrained, is_quantized, silent, write
@@ -42,7 +42,7 @@ def export(artefact: Path, out: Path, *, device: Target | None = None, progress:
     Returns the content of edgeprune_export.json.
 
     Raises:
-        InputError: `artefact` is not an SD3 folder or is damaged, or `out` holds something that is not an export.
+        InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
         ParityError: a model does not compute what its checkpoint computes.
         EdgepruneError: the disk is full, or `out` cannot be written.
     """
@@ -143,7 +143,8 @@ def text_encoder(artefact: Path, name: str, kind: str) -> tuple[graph.TextEncode
         # In the folder's own precision: in float32, T5-XXL takes 19 GB before it is rounded.
         model = from_pretrained(functools.partial(T5EncoderModel.from_pretrained, dtype="auto"), artefact / name)
         return graph.T5Encoder(quantize_t5(model)), Generation.load(artefact).max_sequence_length
-    clip = graph.TextEncoder(from_pretrained(CLIPTextModelWithProjection.from_pretrained, artefact / name))
+    load = CLIPTextModel.from_pretrained if kind == CLIP_POOLED else CLIPTextModelWithProjection.from_pretrained
+    clip = graph.TextEncoder(from_pretrained(load, artefact / name))
     return clip, int(clip.config.max_position_embeddings)
 
 

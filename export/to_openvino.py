@@ -1,4 +1,4 @@
-"""An artefact, or any SD3 diffusers folder, becomes a folder of OpenVINO IR (`openvino_model.xml` and `.bin`).
+"""An artefact, or any diffusers folder of a family, becomes a folder of OpenVINO IR (`openvino_model.xml` and `.bin`).
 
     export(Path("compressed"), Path("ir"), device=targets.load("intel-igpu"))
 
@@ -39,7 +39,7 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
 
     Raises:
         MissingExtraError: openvino is not installed.
-        InputError: `artefact` is not an SD3 folder or is damaged, or `out` holds something that is not an export.
+        InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
         ParityError: a model does not compute what its checkpoint computes.
         EdgepruneError: the disk is full, or `out` cannot be written.
     """

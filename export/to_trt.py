@@ -51,7 +51,7 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
 
     Raises:
         MissingExtraError: no TensorRT that builds for this device is installed.
-        InputError: `artefact` is not an SD3 folder or is damaged, or `out` holds something that is not an export.
+        InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
         ParityError: a network does not compute what its checkpoint computes.
         EdgepruneError: TensorRT cannot build a network, the disk is full, or `out` cannot be written.
     """

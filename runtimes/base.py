@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.errors import InputError
+from edgeprune.families import Config, Family, family_of
 from edgeprune.files import read_json
 from edgeprune.generation import Generation
 from edgeprune.runtimes import memory
@@ -49,8 +50,11 @@ class Backend(Protocol):
         """Text to (hidden (B, M, K), pooled (B, P)), the zero tokens of an absent T5 included."""
         ...
 
-    def step(self, latents: Array, text: Array, pooled: Array, timestep: Array) -> Array:
-        """Velocity (B, C, h, w) from latents, hidden (B, M, K), pooled (B, P) and timestep (B,), 1000 sigma."""
+    def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
+        """Velocity (B, C, h, w) from latents, hidden (B, M, K), pooled (B, P) and noise levels sigma (B) in 0..1.
+
+        `guidance` is read by models that take the scale themselves.
+        """
         ...
 
     def decode(self, latents: Array) -> Array:
@@ -72,19 +76,21 @@ class Settings:
 
     generation: Generation
     """Steps, guidance, size and zero tokens where the caller gives none."""
-    channels: int
-    """Latent channels C."""
     factor: int
     """Pixels per latent pixel."""
-    patch: int
-    """Latent pixels per token and side."""
+    family: Family
+    config: Config
+    """The transformer's."""
 
+    @property
+    def channels(self) -> int:
+        """Latent channels C."""
+        return self.family.latents(self.config).channels
 
-def _whole(path: Path, values: dict[str, Any], field: str) -> int:
-    found = values.get(field)
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise InputError(f"{path}: {field}: found {found!r}, expected a whole number of at least 1")
-    return found
+    @property
+    def patch(self) -> int:
+        """Latent pixels per token and side."""
+        return self.family.latents(self.config).patch
 
 
 def read_settings(folder: Path) -> Settings:
@@ -102,8 +108,9 @@ def read_settings(folder: Path) -> Settings:
         raise InputError(f"{vae_path}: block_out_channels: found {widths!r}, expected a list of widths")
     factor = 2 ** (len(widths) - 1)
     generation = Generation.load(folder)
-    channels, patch = _whole(config_path, config, "in_channels"), _whole(config_path, config, "patch_size")
-    settings = Settings(generation, channels, factor, patch)
+    family = family_of(config, str(config_path))
+    family.text_widths(config)  # refused before gigabytes are loaded
+    settings = Settings(generation, factor, family, config)
     check_size(settings, generation.height, generation.width, where=f"{folder / 'generation.json'}: ")
     return settings
 
@@ -133,9 +140,8 @@ def denoise(
     positive: tuple[Array, Array],
     negative: tuple[Array, Array] | None,
     *,
-    steps: int,
+    sigmas: Array,
     guidance_scale: float,
-    tokens: int,
     progress: StepProgress | None = None,
 ) -> Array:
     """The loop from noise (B, C, h, w) to clean latents; with `negative`, guidance in one batch of 2 B.
@@ -146,9 +152,8 @@ def denoise(
         latents: the start, B seeds.
         positive: hidden (B, M, K) and pooled (B, P) of the prompts.
         negative: the same of the negative prompts, or None for no guidance.
-        steps: denoising steps.
-        guidance_scale: factor on (conditional - unconditional).
-        tokens: image tokens N, which dynamic shifting depends on.
+        sigmas: noise levels before each step and 0.
+        guidance_scale: factor on (conditional - unconditional), and what the model is told if it takes it.
         progress: called after each step.
     """
     text, pooled = positive
@@ -158,11 +163,10 @@ def denoise(
     # Read-only: a runtime may leave them on its device as long as it is given the same arrays.
     text, pooled = text.view(), pooled.view()
     text.flags.writeable = pooled.flags.writeable = False
-    sigmas = scheduler.sigmas(steps, tokens=tokens)
+    steps = len(sigmas) - 1
     for i in range(steps):
         batch = latents if negative is None else np.concatenate([latents, latents])
-        timestep = np.full(len(batch), sigmas[i] * np.float32(scheduler.num_train_timesteps), np.float32)
-        velocity = backend.step(batch, text, pooled, timestep)
+        velocity = backend.step(batch, text, pooled, np.full(len(batch), sigmas[i], np.float32), guidance_scale)
         if negative is not None:
             without, with_text = np.split(velocity, 2)
             velocity = without + np.float32(guidance_scale) * (with_text - without)
@@ -195,9 +199,9 @@ class Runtime:
         """The runtime's name: `ort`, `eager`."""
         return self.backend.name
 
-    def step(self, latents: Array, text: Array, pooled: Array, timestep: Array) -> Array:
+    def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float = 1.0) -> Array:
         """One velocity; shapes as in `Backend.step`."""
-        return self.backend.step(latents, text, pooled, timestep)
+        return self.backend.step(latents, text, pooled, sigma, guidance)
 
     def generate(
         self,
@@ -215,9 +219,10 @@ class Runtime:
 
         Args:
             prompt: one prompt or several, run as one batch.
-            negative_prompt: what guidance steers away from, for all prompts.
+            negative_prompt: what guidance steers away from, for all prompts; not read by models that take the scale.
             steps: denoising steps.
-            guidance_scale: 1 or less turns guidance off and halves the work.
+            guidance_scale: 1 or less turns guidance off and halves the work; of models that take the scale themselves
+                (FLUX.1 dev) the work is always one half.
             height: pixels.
             width: pixels.
             seed: one per prompt, or one number s for s, s + 1, ... The same seed gives the same start in every runtime.
@@ -270,20 +275,21 @@ class Runtime:
         width = settings.generation.width if width is None else width
         check_size(settings, height, width)
         # At once: in low-memory mode every text encoder is opened anew for each call.
-        hidden, pooled = self.backend.encode([*prompts, negative_prompt] if scale > 1 else prompts)
+        guided = settings.family.guided(settings.config, scale)
+        hidden, pooled = self.backend.encode([*prompts, negative_prompt] if guided else prompts)
         positive, negative = (hidden[: len(prompts)], pooled[: len(prompts)]), None
-        if scale > 1:
+        if guided:
             negative = hidden[-1:].repeat(len(prompts), axis=0), pooled[-1:].repeat(len(prompts), axis=0)
         unit = settings.factor * settings.patch
+        tokens = (height // unit) * (width // unit)
         return denoise(
             self.backend,
             self.scheduler,
             initial_latents(settings, seeds, height, width),
             positive,
             negative,
-            steps=steps,
+            sigmas=self.scheduler.sigmas(steps, tokens=tokens, levels=settings.family.levels(steps)),
             guidance_scale=scale,
-            tokens=(height // unit) * (width // unit),
             progress=progress,
         )
 

@@ -22,9 +22,10 @@ from edgeprune.runtimes.memory import Meter, Reading
 
 with needs("compress"):
     import torch
-    from diffusers import StableDiffusion3Pipeline
 
     from edgeprune import checkpoint
+    from edgeprune.families import family_of_model
+    from edgeprune.sampling import Conditioning, velocity
 
 Rows = Callable[[], dict[str, Reading]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -37,7 +38,7 @@ class EagerBackend:
 
     def __init__(
         self,
-        pipeline: StableDiffusion3Pipeline,
+        pipeline: Any,
         settings: Settings,
         rows: Rows,
         *,
@@ -48,13 +49,13 @@ class EagerBackend:
     ) -> None:
         self.provider, self.why, self._rows = device, why, rows
         self._device = torch.device(device)
-        self._pipeline: StableDiffusion3Pipeline | None = pipeline
+        self._pipeline: Any | None = pipeline
         self._dtype = DTYPES[dtype]
-        self._zero_tokens = settings.generation.max_sequence_length
+        self._t5_tokens = settings.generation.max_sequence_length
         self.precision = "int4" if quantized else dtype
 
     @property
-    def pipeline(self) -> StableDiffusion3Pipeline:
+    def pipeline(self) -> Any:
         """The diffusers pipeline behind it."""
         if self._pipeline is None:
             raise InputError("runtime: found it closed, expected an open one")
@@ -63,27 +64,17 @@ class EagerBackend:
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
         """Text to (hidden (B, M, K), pooled (B, P)), by diffusers' own encode_prompt."""
-        hidden, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts,
-            None,
-            None,
-            device=self._device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self._zero_tokens,
-        )
+        family = family_of_model(self.pipeline.transformer)
+        hidden, pooled = family.encode(self.pipeline, prompts, self._t5_tokens)
         return _numpy(hidden), _numpy(pooled)
 
     @torch.inference_mode()
-    def step(self, latents: Array, text: Array, pooled: Array, timestep: Array) -> Array:
+    def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
         """One velocity (B, C, h, w)."""
-        velocity = self.pipeline.transformer(
-            hidden_states=self._tensor(latents),
-            encoder_hidden_states=self._tensor(text),
-            pooled_projections=self._tensor(pooled),
-            timestep=torch.from_numpy(timestep).to(self._device),  # float32: half precision would move the noise level
-            return_dict=False,
-        )[0]
-        return _numpy(velocity)
+        condition = Conditioning(self._tensor(text), self._tensor(pooled))
+        # float32: half precision would move the noise level
+        level = torch.from_numpy(sigma).to(self._device)
+        return _numpy(velocity(self.pipeline.transformer, self._tensor(latents), condition, level, guidance))
 
     @torch.inference_mode()
     def decode(self, latents: Array) -> Array:

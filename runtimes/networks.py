@@ -1,9 +1,9 @@
 """A `Backend` made of exported networks, each a function from named arrays to named arrays.
 
-A runtime gives one function, which opens a network's folder (`OUT/transformer`); what is SD3's about using the
-networks (which hidden state, padding, latent scale) is here once. Low-memory mode opens a network when it is needed
-and closes it before one of the next stage is, so that the peak is the largest stage, not the sum: CLIPs, T5,
-transformer, VAE. CLIPs one at a time would leave holes in the heap: 24 MB more in tests/test_memory.py, not 32 less.
+A runtime gives one function, which opens a network's folder (`OUT/transformer`); how networks are used is here once,
+and what of it differs between models (which hidden state, packing) is the family's. Low-memory mode opens a network when
+it is needed and closes it before one of the next stage is, so that the peak is the largest stage, not the sum: CLIPs,
+T5, transformer, VAE. CLIPs one at a time would leave holes in the heap: 24 MB more in tests/test_memory.py, not 32 less.
 What it leaves out: the vendors' own options (each runtime's `open_backend`).
 """
 
@@ -79,11 +79,7 @@ class NetworkBackend:
         self._folder, self._open, self._low_memory = folder, open_network, low_memory
         self._t5_tokens = settings.generation.max_sequence_length
         check_tokens(folder, self._t5_tokens)
-        config_path = folder / "transformer" / "config.json"
-        width = read_json(config_path).get("joint_attention_dim")
-        if not isinstance(width, int):
-            raise InputError(f"{config_path}: joint_attention_dim: found {width!r}, expected a whole number")
-        self._width = width
+        self._family, self._config = settings.family, settings.config
         vae = read_json(folder / "vae_decoder" / "config.json")
         self._scaling, self._shift = vae.get("scaling_factor") or 1.0, vae.get("shift_factor") or 0.0
         self._encoders = text_encoders(folder)
@@ -127,30 +123,21 @@ class NetworkBackend:
         return self._encoders.get(name, name)
 
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
-        """Text to (hidden (B, M, K), pooled (B, P)): CLIP's tokens, filled up with zeros to K, then T5's."""
-        hidden, pooled, last = [], [], np.zeros((len(prompts), self._t5_tokens, self._width), np.float32)
-        for name, kind in self._encoders.items():
+        """Text to (hidden (B, M, K), pooled (B, P))."""
+        outputs = {}
+        for name in self._encoders:
             network = self._network(name)
             # One prompt at a time: the NPU compiles for a batch.
             rows = [network(input_ids=row[None]) for row in self._tokenizers[name](prompts)]
-            outputs = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
-            if kind == T5:
-                last = outputs["last_hidden_state"]
-                continue
-            # hidden_states.0 is the embedding, .n the last layer: SD3 reads the one before the last.
-            states = sorted((int(k.rpartition(".")[2]), k) for k in outputs if k.startswith("hidden_states."))
-            hidden.append(outputs[states[-2][1]])
-            pooled.append(outputs["text_embeds"])
-        clip = np.concatenate(hidden, axis=-1)
-        clip = np.pad(clip, ((0, 0), (0, 0), (0, self._width - clip.shape[-1])))
-        return np.concatenate([clip, last], axis=1), np.concatenate(pooled, axis=-1)
+            outputs[name] = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
+        return self._family.join(self._config, outputs, self._t5_tokens)
 
-    def step(self, latents: Array, text: Array, pooled: Array, timestep: Array) -> Array:
+    def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
         """One velocity (B, C, h, w)."""
-        outputs = self._network("transformer")(
-            hidden_states=latents, encoder_hidden_states=text, pooled_projections=pooled, timestep=timestep
-        )
-        return next(iter(outputs.values()))
+        inputs = self._family.inputs(self._config, latents, text, pooled, sigma, guidance)
+        outputs = self._network("transformer")(**inputs)
+        velocity: Array = self._family.velocity(self._config, next(iter(outputs.values())), latents.shape)
+        return velocity
 
     def decode(self, latents: Array) -> Array:
         """Latents (B, C, h, w) to pixels (B, 3, H, W)."""

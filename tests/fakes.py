@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from edgeprune.errors import InputError
+from edgeprune.families import family_of
 from edgeprune.generation import Generation
 from edgeprune.runtimes import base
 from edgeprune.runtimes.memory import Meter, Reading
 from edgeprune.runtimes.scheduler import FlowMatchEuler
+
+CONFIG = {"_class_name": "SD3Transformer2DModel", "in_channels": 4, "patch_size": 2, "pos_embed_max_size": 99}
+SETTINGS = base.Settings(Generation(3, 2.0, 32, 16, 0), 8, family_of(CONFIG), CONFIG)
 
 
 class FakeBackend:
@@ -27,9 +31,11 @@ class FakeBackend:
         lengths = np.asarray([len(p) for p in prompts], np.float32)
         return np.tile(lengths[:, None, None], (1, 4, 6)), np.tile(lengths[:, None], (1, 3))
 
-    def step(self, latents: base.Array, text: base.Array, pooled: base.Array, timestep: base.Array) -> base.Array:
+    def step(
+        self, latents: base.Array, text: base.Array, pooled: base.Array, sigma: base.Array, guidance: float
+    ) -> base.Array:
         self.batches.append(len(latents))
-        assert len(text) == len(pooled) == len(timestep) == len(latents)
+        assert len(text) == len(pooled) == len(sigma) == len(latents)
         return latents + text.mean((1, 2))[:, None, None, None] / 100
 
     def decode(self, latents: base.Array) -> base.Array:
@@ -44,4 +50,4 @@ class FakeBackend:
 
 def fake_runtime() -> base.Runtime:
     """Opened: 3 steps, guidance 2, images of 16 x 32."""
-    return base.Runtime(FakeBackend(), base.Settings(Generation(3, 2.0, 32, 16, 0), 4, 8, 2), FlowMatchEuler())
+    return base.Runtime(FakeBackend(), SETTINGS, FlowMatchEuler())

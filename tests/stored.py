@@ -49,7 +49,8 @@ def of_checkpoint(folder: Path) -> dict[str, Weight]:
         if name == key:
             continue
         scale = tensors[f"{name}.weight_scale"]
-        bits = 4 if name.startswith("transformer_blocks.") else 8  # the rule of precision.py
+        inside = name.startswith(("transformer_blocks.", "single_transformer_blocks."))
+        bits = 4 if inside else 8  # the rule of precision.py
         shape = packed.shape[0], packed.shape[1] * 8 // bits
         values = integers(packed.tobytes(), bits, shape)
         found[name] = Weight(bits, values, scale.astype(np.float32), packed.nbytes + scale.nbytes)
@@ -119,7 +120,8 @@ def of_coreml(path: Path, names: list[str]) -> dict[str, Weight]:
     for op in operations:
         if op.type != "constexpr_blockwise_shift_scale":
             continue
-        (name,) = (name for key, name in called.items() if key in op.outputs[0].name)
+        # One name may be the end of another: proj_out of single_transformer_blocks.0.proj_out.
+        name = called[max((key for key in called if key in op.outputs[0].name), key=len)]
         (data, kind), (scale, _) = read(op, "data"), read(op, "scale")
         shape = tuple(d.constant.size for d in kind.dimensions)
         scales = np.frombuffer(scale, np.float16).reshape(shape[0], -1).astype(np.float32)

@@ -1,6 +1,8 @@
 """Contribution reports and plans: torch-free arithmetic, known answers, refusals."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from edgeprune.contribution import ContributionReport, fingerprint, parts
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import family_of
-from edgeprune.plan import PrunePlan, make_plan, parse_blocks, parse_components
+from edgeprune.plan import PrunePlan, make_plan, parse_blocks, parse_components, remaining_shapes
 from edgeprune.precision import footprint
 
 DATA = Path(__file__).parent / "data"
@@ -25,14 +27,71 @@ def test_published_plan_from_published_scores() -> None:
     assert plan.after.int4_bytes / plan.before.bf16_bytes < 0.225
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("sd3.5-large", 8_056_627_520), ("sd3.5-medium", 2_243_171_520)])
+COUNTS = {
+    "sd3.5-large": 8_056_627_520,
+    "sd3.5-medium": 2_243_171_520,
+    "flux.1-schnell": 11_891_178_560,
+    "flux.1-dev": 11_901_408_320,
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), COUNTS.items())
 def test_parameter_counts_of_real_models(name: str, parameters: int) -> None:
-    assert footprint(SD3, SD3.tensor_shapes(CONFIGS[name])).parameters == parameters
+    family = family_of(CONFIGS[name])
+    assert footprint(family, family.tensor_shapes(CONFIGS[name])).parameters == parameters
 
 
 def test_one_block_of_sd35_large_has_213_million_parameters() -> None:
     shapes = {n: s for n, s in SD3.tensor_shapes(LARGE).items() if n.startswith("transformer_blocks.5.")}
     assert abs(footprint(SD3, shapes).parameters - 213.0e6) < 0.1e6
+
+
+@pytest.mark.parametrize(("block", "millions"), [(5, 339.8), (18, 339.8), (19, 141.6), (56, 141.6)])
+def test_blocks_of_flux_have_one_index(block: int, millions: float) -> None:
+    config, gone = CONFIGS["flux.1-dev"], str(block)
+    plan = make_plan(family_of(config), config, None, method="manual", blocks=gone)
+    assert plan.num_blocks == 57
+    assert plan.before.parameters - plan.after.parameters == pytest.approx(millions * 1e6, rel=1e-3)
+
+
+def test_components_of_a_single_block_of_flux() -> None:
+    """12 D^2 and small change: adaLN 3, attention 3 and its column block of proj_out 1, MLP 4 and its columns 4."""
+    config, d2 = CONFIGS["flux.1-dev"], 3072**2
+    for component, share in (("norm", 3), ("attn", 4), ("mlp", 8)):
+        plan = make_plan(family_of(config), config, None, method="manual", components=f"30:{component}")
+        assert plan.before.parameters - plan.after.parameters == pytest.approx(share * d2, rel=2e-3)
+    with pytest.raises(InputError, match="30:context_mlp is not in this model"):
+        make_plan(family_of(config), config, None, method="manual", components="30:context_mlp")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_plan_from_config_alone_is_quick_and_torch_free(name: str, tmp_path: Path) -> None:
+    """By the command line; best of two, in seconds of processor time; hybrid, which counts hundreds of candidates."""
+    config = CONFIGS[name]
+    family = family_of(config)
+    scores = {key: [-0.01 * i] for i, key in enumerate(parts(family, config))}
+    count = family.block_count(config)
+    made = ContributionReport(fingerprint(config), family.name, count, "m", ["p"], [0.0], scores)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "scores.json").write_text(json.dumps(made.to_json()))
+    said = ["--config", "config.json", "--scores", "scores.json", "--method", "hybrid", "--keep", "0.7"]
+    said += ["--protect-first", "0"]
+    code = f"""
+import sys, time
+from edgeprune.cli import main
+sys.argv = ["edgeprune", "plan", *{said!r}]
+ended = None
+try:
+    ended = main()
+except SystemExit as error:
+    ended = error.code
+assert not ended, ended
+assert not {{"torch", "diffusers", "transformers"}} & set(sys.modules)
+print(time.process_time())
+"""
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path) for _ in "12"]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    assert min(float(run.stdout.splitlines()[-1]) for run in runs) <= 1
 
 
 def test_noops_are_left_out() -> None:
@@ -59,6 +118,19 @@ def test_hybrid_takes_blocks_then_components_of_the_remaining_later_blocks() -> 
     assert plan.blocks == [4]
     assert plan.components and all(b in (5, 6) for b, _ in plan.components)
     assert plan.after.parameters <= 0.8 * plan.before.parameters
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_counts_block_by_block_are_those_of_the_whole(name: str) -> None:
+    config, family = CONFIGS[name], family_of(CONFIGS[name])
+    last = family.block_count(config) - 1
+    parts = [(0, "mlp"), (0, "attn"), (30, "attn"), (30, "mlp"), (last - 1, "norm"), (last, "mlp")]
+    parts = [p for p in parts if p[0] <= last]
+    for gone in ([], [1, last], [last - 2]):
+        listed = [p for p in parts if p[0] not in gone]
+        names = {"blocks": ",".join(map(str, gone)), "components": ",".join(f"{b}:{c}" for b, c in listed)}
+        plan = make_plan(family, config, None, method="manual", **names)
+        assert plan.after == footprint(family, remaining_shapes(family, config, gone, listed))
 
 
 def test_memory_budget_counts_bytes_after_int4() -> None:

@@ -129,8 +129,8 @@ def chunked(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The transformer in two parts, batch 1 and 2."""
     folder = tmp_path_factory.mktemp("chunks")
     whole = graph.Transformer(model)
-    parts = to_coreml.split(model, PHONE.chunks, 8, 8)
     examples = [whole.example(batch=b, height=8, width=8, tokens=16) for b in (1, 2)]
+    parts = to_coreml.split(whole, PHONE.chunks, examples[0])
     assert to_coreml._network("transformer", parts, whole, examples, folder)["max_relative"] < 1e-3
     return folder / "transformer"
 
@@ -154,12 +154,12 @@ def test_parts_equal_the_model_with_patches_of_two() -> None:
     whole = graph.Transformer(model)
     example = whole.example(batch=2, height=3, width=5, tokens=4)
     tensors = dict(example)
-    parts = to_coreml.split(model, 7, 3, 5)
+    parts = to_coreml.split(whole, 7, example)
     assert len(parts) == 3
     with torch.no_grad():
         for part in parts:
             tensors |= zip(part.outputs, part(*(tensors[name] for name in part.inputs)), strict=True)
-        torch.testing.assert_close(tensors["out_hidden_states"], whole(**example)[0])
+        torch.testing.assert_close(tensors["out_hidden_states"], whole.reference(**example)[0])
 
 
 class Layer(nn.Module):
@@ -262,6 +262,8 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("scaled_dot_product_attention", {"query": X, "key": X, "value": X}, F.scaled_dot_product_attention(X, X, X)),
     ("upsample_nearest_neighbor", {"x": X, "scale_factor_height": ints(2), "scale_factor_width": torch.tensor(3.0)},
      F.interpolate(X, scale_factor=(2, 3))),
+    ("abs", {"x": X}, X.abs()),
+    ("reduce_max", {"x": X, "axes": ints(1, -1), "keep_dims": torch.tensor(True)}, X.amax((1, 3), keepdim=True)),
     ("reduce_mean", {"x": X, "axes": ints(1, -1), "keep_dims": torch.tensor(True)}, X.mean((1, 3), keepdim=True)),
     ("reduce_argmax", {"x": ints(1, 7, 7, 2), "axis": ints(0)}, ints(1)[0]),
     ("expand_dims", {"x": X, "axes": ints(0, -1)}, X[None, ..., None]),
@@ -390,7 +392,8 @@ def test_chunks_are_chained(
     shutil.copytree(chunked, folder / "transformer", dirs_exist_ok=True)
     example = graph.Transformer(model).example(batch=2, height=8, width=8, tokens=16, seed=3)
     with runtimes.load(folder) as runtime:
-        found = runtime.step(*(value.numpy() for value in example.values()))
+        latents, text, pooled, timestep = (value.numpy() for value in example.values())
+        found = runtime.step(latents, text, pooled, timestep / 1000)
     assert vendor.batches == [2, 2]
     with torch.no_grad():
         assert parity.relative_error(found, model(**example, return_dict=False)[0].numpy())[0] < 1e-3

@@ -342,7 +342,7 @@ def test_bad_sources_are_named(source: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     (bad / "transformer").mkdir(parents=True)
     for change, text in (
-        ({"_class_name": "FluxPipeline"}, "_class_name: found 'FluxPipeline'"),
+        ({"_class_name": "FluxPipeline"}, "_class_name: found 'FluxPipeline', expected 'StableDiffusion3Pipeline'"),
         ({"text_encoder_3": ["transformers", "T5EncoderModel"]}, "tokenizer_3: found"),
         ({"vae": [None, None]}, "vae: found"),
         ({}, "vae: no such folder"),

@@ -29,14 +29,26 @@ from edgeprune.quantize import prepare
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
 WEIGHTS = "transformer_int4/diffusion_pytorch_model.safetensors"
 FORMATS = ("onnx", "openvino", "trt", "coreml")
-INT4_LAYERS, INT8_LAYERS = 25, 7  # two blocks, the last without a context MLP; embedders and output
+LAYERS = {"sd3": (33, 7), "flux": (20, 10)}
+"""INT4 and INT8 layers: two blocks with a second attention, the last without a context MLP; a joint block and a single
+one. Embedders and output.
+"""
+
+
+@pytest.fixture(scope="module", params=LAYERS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artefact(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks, every integer from the lowest to the highest, every scale another."""
     folder = tmp_path_factory.mktemp("source") / "tiny"
-    pipeline = tiny.tiny_pipeline(folder, num_layers=2)
+    pipeline: Any
+    if kind == "flux":
+        pipeline = tiny.tiny_flux_pipeline(folder, num_layers=1, num_single_layers=1)
+    else:
+        pipeline = tiny.tiny_pipeline(folder, num_layers=2, dual_attention_layers=(0, 1))
     config, family = read_config(folder)
     model, generator = prepare(family, pipeline.transformer), torch.Generator().manual_seed(5)
     for layer in model.modules():
@@ -46,7 +58,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
             layer.weight_scale.copy_((torch.rand(layer.weight_scale.shape, generator=generator) + 0.5) * 0.2 / -low)
     state = {n: t if n.endswith(("_packed", "_scale")) else t.half() for n, t in model.state_dict().items()}
     save_transformer(folder, "transformer_int4", config, state)
-    manifest = Manifest(source="tiny", fingerprint="", family="sd3", config=config, group_size=64)
+    manifest = Manifest(source="tiny", fingerprint="", family=kind, config=config, group_size=64)
     manifest.hash_files(folder, "transformer_int4")
     manifest.save(folder)
     return folder
@@ -82,7 +94,8 @@ def written(artefact: Path, out: Path) -> dict[str, Written]:
         to_coreml.export(artefact, out / "coreml", device=targets.load("macbook-m"))
     (engine_input,) = given
     said = record["networks"]["transformer"]
-    assert (said["int4_layers"], said["int8_layers"]) == (INT4_LAYERS, INT8_LAYERS)  # as TensorRT itself counts
+    layers = LAYERS[Manifest.load(artefact).family]
+    assert (said["int4_layers"], said["int8_layers"]) == layers  # as TensorRT itself counts
     paths = {
         "onnx": out / "onnx" / "transformer" / "model.onnx",
         "openvino": out / "openvino" / "transformer" / "openvino_model.xml",
@@ -116,10 +129,10 @@ def differences(expected: dict[str, Weight], found: dict[str, Weight]) -> list[s
     ]
 
 
-def test_every_format_holds_the_checkpoints_integers(formats: dict[str, Written]) -> None:
+def test_every_format_holds_the_checkpoints_integers(kind: str, formats: dict[str, Written]) -> None:
     expected = formats["checkpoint"].weights
     bits = [weight.bits for weight in expected.values()]
-    assert (bits.count(4), bits.count(8)) == (INT4_LAYERS, INT8_LAYERS)
+    assert (bits.count(4), bits.count(8)) == LAYERS[kind]
     for weight in expected.values():
         limits = weight.integers.min(), weight.integers.max()
         assert limits == ((-8, 7) if weight.bits == 4 else limits) and len(np.unique(weight.scale)) > 1

@@ -7,7 +7,6 @@ never executed here: reading an engine, and running it.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import dataclasses
 import json
@@ -34,6 +33,7 @@ from torch import nn
 from edgeprune import runtimes, targets
 from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.export import folder, forms, graph, parity, to_onnx, to_trt
+from edgeprune.families import family_of
 from edgeprune.generation import Generation
 from edgeprune.int4 import PackedLinear, pack
 from edgeprune.runtimes import trt
@@ -148,7 +148,8 @@ def test_an_overflow_is_seen_and_means_float32() -> None:
 
 
 def settings(side: int, *, factor: int = 8, patch: int = 2) -> Settings:
-    return Settings(Generation(4, 3.0, side, side, 0), 16, factor, patch)
+    config = {"_class_name": "SD3Transformer2DModel", "in_channels": 16, "patch_size": patch, "pos_embed_max_size": 192}
+    return Settings(Generation(4, 3.0, side, side, 0), factor, family_of(config), config)
 
 
 @pytest.mark.parametrize(
@@ -475,10 +476,10 @@ def test_text_goes_to_the_device_once(engines: Path, cuda: FakeCuda) -> None:
         # Token ids of two encoders; latents and timestep of five steps; text and pooled text once.
         assert cuda.uploads - before == 2 + 5 * 2 + 2
         assert all(a == allocated[0] for a in allocated)  # buffers stay where they are
-        latents, time = np.zeros((1, 8, 8, 8), np.float32), np.ones(1, np.float32)
-        first = model.step(latents, text, pooled, time)
+        latents, sigma = np.zeros((1, 8, 8, 8), np.float32), np.ones(1, np.float32)
+        first = model.step(latents, text, pooled, sigma)
         text *= 2  # writeable: it may change between calls
-        assert np.abs(model.step(latents, text, pooled, time) - first).max() > 0
+        assert np.abs(model.step(latents, text, pooled, sigma) - first).max() > 0
 
 
 def test_errors_are_one_line(engines: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,8 +532,8 @@ def test_the_engine_is_compared_where_there_is_a_gpu(
     monkeypatch.setattr(to_trt, "open_gpu", lambda extra: Gpu(cuda))
     module = graph.VaeDecoder(AutoencoderKL.from_pretrained(tiny_folders[0] / "vae").float()).eval()
     engine = engines / "vae_decoder" / "model.engine"
-    profile = {"latent_sample": ((1, 8, 4, 6), (1, 8, 8, 8), (2, 8, 8, 8))}
-    found = to_trt._engine_parity("vae_decoder", engine, module, profile, fake_tensorrt(cuda), half=True)
+    sizes = {"batch_size": (1, 1, 2), "latent_height": (4, 8, 8), "latent_width": (6, 8, 8)}
+    found = to_trt._engine_parity("vae_decoder", engine, module, sizes, fake_tensorrt(cuda), half=True)
     assert found is not None and found["shapes"] == [{"latent_sample": [1, 8, 4, 6]}]
     assert found["rms_relative"] < 1e-4 and not cuda.blocks
 

@@ -18,6 +18,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -25,6 +26,7 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -111,7 +113,7 @@ def tiny_inputs(*, batch: int = 2, height: int = 8, width: int = 8, tokens: int 
     }
 
 
-def tiny_text_encoder(vocab: int, end: int, *, seed: int = 0) -> CLIPTextModelWithProjection:
+def tiny_text_encoder(vocab: int, end: int, *, seed: int = 0, kind: Any = CLIPTextModelWithProjection) -> Any:
     """Two layers of width 32."""
     torch.manual_seed(seed)
     config = CLIPTextConfig(
@@ -119,7 +121,7 @@ def tiny_text_encoder(vocab: int, end: int, *, seed: int = 0) -> CLIPTextModelWi
         num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=TOKENS,
         bos_token_id=end - 1, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
-    return CLIPTextModelWithProjection(config).eval()
+    return kind(config).eval()
 
 
 def tiny_vae() -> AutoencoderKL:
@@ -193,6 +195,25 @@ def tiny_pipeline(folder: Path, *, t5: bool = False, **overrides: Any) -> Stable
         json.dumps(GENERATION | ({"max_sequence_length": T5_TOKENS} if t5 else {}), indent=1) + "\n"
     )
     # Back to float32, now exactly what is on disk.
+    return pipeline.to(torch.float32)
+
+
+def tiny_flux_pipeline(folder: Path, **overrides: Any) -> FluxPipeline:
+    """The whole pipeline with its T5, also saved to `folder` in half precision with a generation.json."""
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    shifted = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
+    pipeline = FluxPipeline(
+        transformer=tiny_flux(**{"joint_attention_dim": T5_WIDTH, "pooled_projection_dim": TEXT_WIDTH} | overrides),
+        scheduler=FlowMatchEulerDiscreteScheduler(**shifted if overrides.get("guidance_embeds", True) else {}),
+        vae=tiny_vae(),
+        text_encoder=tiny_text_encoder(len(tokenizer), end, seed=3, kind=CLIPTextModel),
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_t5(len(tiny_t5_tokenizer())),
+        tokenizer_2=tiny_t5_tokenizer(),
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)
+    (folder / "generation.json").write_text(json.dumps(GENERATION | {"max_sequence_length": 24}, indent=1) + "\n")
     return pipeline.to(torch.float32)
 
 

@@ -99,8 +99,6 @@ class Encoder:
     """Its folder."""
     kind: str
     """Its class in transformers."""
-    tokenizer: str
-    """The folder of its tokenizer."""
     optional: bool = False
     """Whether pipelines come without it."""
 
@@ -254,6 +252,18 @@ class Family(Protocol):
 
     def unembed(self, model: Any, image: torch.Tensor, modulation: torch.Tensor, grid: tuple[Any, ...]) -> torch.Tensor:
         """The network's output from the image stream after the last block."""
+
+
+def whole(config: Config, field: str) -> int:
+    """A field of a transformer's config.
+
+    Raises:
+        InputError: it is not a whole number of at least 1.
+    """
+    found = config.get(field)
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise InputError(f"transformer/config.json: {field}: found {found!r}, expected a whole number of at least 1")
+    return found
 
 
 def family_of(config: Config, where: str = "transformer/config.json") -> Family:

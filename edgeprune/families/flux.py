@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune.encoders import CLIP_POOLED, T5
 from edgeprune.errors import InputError
-from edgeprune.families.base import Array, Axes, Config, Encoder, LatentSpace, ScalingGroup, Shape, Source, Swap
+from edgeprune.families.base import Array, Axes, Config, Encoder, LatentSpace, ScalingGroup, Shape, Source, Swap, whole
 from edgeprune.families.joint import BLOCK, COMPONENT_OF, joint_groups, linear, linears, modulated, swaps, width
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ class Flux:
     norms = ("norm", "context_norm")
     embedder = "time_text_embed"
     encoders = (
-        Encoder("text_encoder", "CLIPTextModel", "tokenizer"),
-        Encoder("text_encoder_2", "T5EncoderModel", "tokenizer_2"),
+        Encoder("text_encoder", CLIP_POOLED),
+        Encoder("text_encoder_2", T5),
     )
     tail = ("norm_out.", "proj_out.")
     position_inputs = ("img_ids", "txt_ids")
@@ -182,11 +183,11 @@ class Flux:
 
     def latents(self, config: Config) -> LatentSpace:
         """`in_channels` counts those of a token."""
-        return LatentSpace(int(config["in_channels"]) // _PATCH**2, _PATCH)
+        return LatentSpace(whole(config, "in_channels") // _PATCH**2, _PATCH)
 
     def text_widths(self, config: Config) -> tuple[int, int]:
         """`joint_attention_dim`, `pooled_projection_dim`."""
-        return int(config["joint_attention_dim"]), int(config["pooled_projection_dim"])
+        return whole(config, "joint_attention_dim"), whole(config, "pooled_projection_dim")
 
     def text_tokens(self, prompt_tokens: int, max_sequence_length: int) -> int:
         """T5's; of CLIP only the pooled text is read."""

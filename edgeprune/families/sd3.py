@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune.encoders import CLIP, T5
 from edgeprune.errors import InputError
-from edgeprune.families.base import Array, Axes, Config, Encoder, LatentSpace, ScalingGroup, Shape, Source, Swap
+from edgeprune.families.base import Array, Axes, Config, Encoder, LatentSpace, ScalingGroup, Shape, Source, Swap, whole
 from edgeprune.families.joint import BLOCK, COMPONENT_OF, joint_groups, linear, swaps, width
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 _MODULATION = re.compile(r"(transformer_blocks\.\d+\.norm1(_context)?|norm_out)\.linear\.(weight|bias)")
 # Of the context stream, a context_pre_only block still reads keys and values, but writes nothing.
 _ABSENT_IN_LAST = ("ff_context.", "attn.to_add_out.")
-_CLIP = "CLIPTextModelWithProjection"
 
 
 def _block_shapes(d: int, head: int, qk_norm: bool, last: bool, dual: bool) -> dict[str, Shape]:
@@ -57,9 +57,9 @@ class SD3:
     norms = ("norm", "context_norm")
     embedder = "time_text_embed"
     encoders = (
-        Encoder("text_encoder", _CLIP, "tokenizer"),
-        Encoder("text_encoder_2", _CLIP, "tokenizer_2"),
-        Encoder("text_encoder_3", "T5EncoderModel", "tokenizer_3", optional=True),
+        Encoder("text_encoder", CLIP),
+        Encoder("text_encoder_2", CLIP),
+        Encoder("text_encoder_3", T5, optional=True),
     )
     tail = ("norm_out.", "proj_out.")
     position_inputs: tuple[str, ...] = ()
@@ -160,11 +160,11 @@ class SD3:
 
     def latents(self, config: Config) -> LatentSpace:
         """Channels, patch and position table of the config."""
-        return LatentSpace(*(int(config[n]) for n in ("in_channels", "patch_size", "pos_embed_max_size")))
+        return LatentSpace(*(whole(config, n) for n in ("in_channels", "patch_size", "pos_embed_max_size")))
 
     def text_widths(self, config: Config) -> tuple[int, int]:
         """`joint_attention_dim`, `pooled_projection_dim`."""
-        return int(config["joint_attention_dim"]), int(config["pooled_projection_dim"])
+        return whole(config, "joint_attention_dim"), whole(config, "pooled_projection_dim")
 
     def text_tokens(self, prompt_tokens: int, max_sequence_length: int) -> int:
         """CLIP's tokens, then T5's."""
@@ -211,13 +211,16 @@ class SD3:
     def join(
         self, config: Config, outputs: Mapping[str, Mapping[str, NDArray[np.float32]]], max_sequence_length: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Both CLIPs side by side, padded to the joint width, then as many zero tokens as T5 would have."""
+        """Both CLIPs side by side, filled up with zeros to K, then T5's tokens, or as many zeros."""
         clips = [outputs[e.name] for e in self.encoders[:2]]
         # hidden_states.0 is the embedding, .n the last layer: SD3 reads the one before the last.
         states = [sorted((int(k.rpartition(".")[2]), k) for k in o if k.startswith("hidden_states.")) for o in clips]
         joined = np.concatenate([o[s[-2][1]] for o, s in zip(clips, states, strict=True)], axis=-1)
-        beyond = (0, max_sequence_length), (0, self.text_widths(config)[0] - joined.shape[-1])
-        return np.pad(joined, ((0, 0), *beyond)), np.concatenate([o["text_embeds"] for o in clips], axis=-1)
+        wide = self.text_widths(config)[0]
+        joined = np.pad(joined, ((0, 0), (0, 0), (0, wide - joined.shape[-1])))
+        absent = {"last_hidden_state": np.zeros((len(joined), max_sequence_length, wide), np.float32)}
+        last = outputs.get("text_encoder_3", absent)["last_hidden_state"]
+        return np.concatenate([joined, last], axis=1), np.concatenate([o["text_embeds"] for o in clips], axis=-1)
 
     # ---------------------------------------------------------------- modules
 
