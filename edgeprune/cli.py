@@ -369,10 +369,11 @@ def compress(
         _table(_fit_rows(ws.fit(fit)))
     with _bars() as progress:
         ran = pipeline.compress(ws, options, progress)
-        summary = report.make(ws, quick=preset == "quick", redo=bool(ran), progress=progress)
-    _table([*_plan_rows(ws.plan()), *report.rows(summary)])
+        short = report.memory_short(ws)
+        summary = {} if short else report.make(ws, quick=preset == "quick", redo=bool(ran), progress=progress)
+    _table([*_plan_rows(ws.plan()), *(report.rows(summary) if summary else [])])
     done = f"done: {', '.join(ran)}" if ran else "nothing to do, all stages are done"
-    _say(f"{done}; report: {out / 'report.html'}")
+    _say(f"{done}; {short or 'report: ' + str(out / 'report.html')}")
     _say(f"next: edgeprune export {out} --target onnx -o {out}-onnx")
     if as_json:
         _print_json({"out": str(out), "ran": ran, **summary})
@@ -669,6 +670,24 @@ def bench(
         write_json(json_file, benchmark.to_json(result))
         _say(f"wrote {json_file}")
     benchmark.assert_expressions(result, check or [])
+
+
+@app.command(epilog="Example: edgeprune synth sd3.5-large -o large  ·  edgeprune synth list")
+def synth(
+    name: Annotated[str, typer.Argument(help="An architecture, or 'list' for those that are known.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Pipeline folder to write.")] = Path("synth"),
+) -> None:
+    """A full-size pipeline with random weights, to try memory and time on. Run it again after a kill to go on."""
+    from edgeprune.synth import architectures
+    from edgeprune.synth import synth as make
+
+    if name == "list":
+        _table([(n, str(config["_class_name"])) for n, config in architectures().items()])
+        return
+    with _bars() as progress:
+        size = make(name, out, progress=progress)
+    _say(f"{out}: {name} with random weights, {size / 1e9:,.1f} GB")
+    _say(f"next: edgeprune compress {out} -o small --blocks 25-30 --steps 0")
 
 
 @app.command(epilog="Example: edgeprune report -o small --bench bench.json")

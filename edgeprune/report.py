@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -34,6 +35,19 @@ from edgeprune.sampling import encode_prompts, generate, latent_shape, noise, ve
 
 _DRAWS = 2000
 _SHOWN = 14
+
+
+def memory_short(ws: Workspace) -> str:
+    """Why this machine cannot make the page, whose images take both models in float32; empty if it can."""
+    plan = ws.plan()
+    needed = 2 * (plan.before.bf16_bytes + plan.after.bf16_bytes)
+    available = psutil.virtual_memory().available
+    if needed < available:
+        return ""
+    return (
+        f"no report: its images take {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free; "
+        f"make it on a larger machine: edgeprune report -o {ws.out}"
+    )
 
 
 def make(

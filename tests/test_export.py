@@ -340,7 +340,7 @@ def test_bad_sources_are_named(source: Path, tmp_path: Path) -> None:
         to_onnx.export(tmp_path / "nowhere", tmp_path / "out")
     index = json.loads((source / "model_index.json").read_text())
     bad = tmp_path / "bad"
-    (bad / "transformer").mkdir(parents=True)
+    shutil.copytree(source / "transformer", bad / "transformer")
     for change, text in (
         ({"_class_name": "FluxPipeline"}, "_class_name: found 'FluxPipeline', expected 'StableDiffusion3Pipeline'"),
         ({"text_encoder_3": ["transformers", "T5EncoderModel"]}, "tokenizer_3: found"),

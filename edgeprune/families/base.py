@@ -143,6 +143,9 @@ class Family(Protocol):
     def is_buffer(self, name: str) -> bool:
         """True if this tensor of the state dict is no parameter (a fixed table)."""
 
+    def table(self, config: Config, name: str) -> torch.Tensor:
+        """A fixed table's values, float32."""
+
     def in_block(self, name: str) -> bool:
         """True if this tensor belongs to a block."""
 

@@ -125,6 +125,10 @@ class Flux:
         """There are none."""
         return False
 
+    def table(self, config: Config, name: str) -> torch.Tensor:
+        """There is none."""
+        raise AssertionError(name)
+
     def in_block(self, name: str) -> bool:
         """Below one of the two lists."""
         return bool(BLOCK.match(name) or _SINGLE.match(name))

@@ -102,6 +102,14 @@ class SD3:
         """The position table is fixed."""
         return name == "pos_embed.pos_embed"
 
+    def table(self, config: Config, name: str) -> torch.Tensor:
+        """Sines and cosines of the position, as PatchEmbed makes them."""
+        from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+        side, base = int(config["pos_embed_max_size"]), int(config["sample_size"]) // int(config["patch_size"])
+        made = get_2d_sincos_pos_embed(width(config), side, base_size=base, output_type="pt")
+        return made.float()[None]
+
     def in_block(self, name: str) -> bool:
         """Below `transformer_blocks`."""
         return BLOCK.match(name) is not None
