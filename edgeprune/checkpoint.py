@@ -3,7 +3,7 @@
 Atomic writes, strict and hashed reads, safetensors only.
 
 `transformer/` holds the pruned weights in half precision; `transformer_int4/` the quantised ones. Whole-block plans
-load `transformer/` in stock diffusers; everything loads here. What it leaves out: shards and streaming.
+load `transformer/` in stock diffusers; everything loads here. What it leaves out: the format of weights (weights.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -21,17 +21,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from edgeprune import __version__
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.families import Config, Family, family_of, family_of_model
-from edgeprune.files import copy_folder, read_json, replace_folder, sha256_file, write_json
+from edgeprune.families.base import CHANGED
+from edgeprune.files import copy_folder, need_space, read_json, replace_folder, sha256_file, write_json
 from edgeprune.plan import PrunePlan
 from edgeprune.quantize import prepare
-from edgeprune.resume import save_tensors
-from edgeprune.surgery import load_strictly
+from edgeprune.resume import Tensors
+from edgeprune.stored import StoredTransformer
+from edgeprune.surgery import structure
+from edgeprune.weights import ShardWriter, Speed, Weights, shards
 
 SCHEMA_VERSION = 1
 MANIFEST = "edgeprune.json"
@@ -39,7 +41,6 @@ HALF, INT4 = "transformer", "transformer_int4"
 BUILTIN = Path(__file__).parent / "demo" / "assets" / "teacher"
 _NEVER = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack")
 """Code and pickles: neither fetched nor copied."""
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass
@@ -191,7 +192,7 @@ def read_config(folder: Path) -> tuple[Config, Family]:
 
 
 def load_transformer(folder: Path, *, quantized: bool, dtype: torch.dtype = torch.float32) -> Any:
-    """The transformer of an artefact or of an original folder.
+    """The transformer of an artefact or of an original folder, in memory.
 
     Args:
         quantized: take `transformer_int4/`; packed integers stay as they are, all else becomes `dtype`.
@@ -199,38 +200,37 @@ def load_transformer(folder: Path, *, quantized: bool, dtype: torch.dtype = torc
     Raises:
         InputError: missing, damaged or not fitting files.
     """
+    return open_transformer(folder, quantized=quantized).load(dtype)
+
+
+def open_transformer(folder: Path, *, quantized: bool) -> StoredTransformer:
+    """The transformer of an artefact or of an original folder, its weights left on disk.
+
+    Args:
+        quantized: take `transformer_int4/`.
+
+    Raises:
+        InputError: missing, damaged or not fitting files.
+    """
     config, family = read_config(folder)
-    if not (folder / MANIFEST).is_file():
-        if quantized:
-            raise InputError(f"{folder}: not quantised (no {MANIFEST}); run `edgeprune quantize {folder}`")
-        return _load_original(folder, dtype)
-    manifest = Manifest.load(folder)
-    plan = manifest.prune_plan(folder)
-    part = INT4 if quantized else HALF
-    path = folder / part / _WEIGHTS
-    if not path.is_file():
-        stage = "quantize" if quantized else "prune"
-        raise InputError(f"{path}: no such file; run `edgeprune {stage} -o {folder}`")
-    manifest.verify(folder, part)
-    kept = plan.kept if plan else list(range(family.block_count(manifest.config)))
-    model = family.build(manifest.config, kept, plan.removed if plan else frozenset())
-    if quantized:
-        prepare(family, config, model, group_size=manifest.group_size or 64)
-    with readable(path):
-        state = load_file(path)
-    keep = (".weight_packed", ".weight_scale")
-    load_strictly(model, {n: t if n.endswith(keep) else t.to(dtype) for n, t in state.items()})
-    return model.eval().requires_grad_(False)
-
-
-def _load_original(folder: Path, dtype: torch.dtype) -> Any:
-    import diffusers
-
-    config = read_json(folder / HALF / "config.json")
-    with readable(folder / HALF):
-        kind = getattr(diffusers, config["_class_name"])
-        model = kind.from_pretrained(folder / HALF, use_safetensors=True, low_cpu_mem_usage=True, **_dtype(dtype))
-    return model.eval().requires_grad_(False)
+    part, plan, manifest = INT4 if quantized else HALF, None, None
+    if (folder / MANIFEST).is_file():
+        manifest = Manifest.load(folder)
+        if not (folder / part).is_dir():
+            stage = "quantize" if quantized else "prune"
+            raise InputError(f"{folder / part}: no such folder; run `edgeprune {stage} -o {folder}`")
+        manifest.verify(folder, part)
+        config, plan = manifest.config, manifest.prune_plan(folder)
+    elif quantized:
+        raise InputError(f"{folder}: not quantised (no {MANIFEST}); run `edgeprune quantize {folder}`")
+    elif str(config["_class_name"]).startswith(CHANGED):
+        raise InputError(f"{folder}: no {MANIFEST}, and without it {HALF}/ cannot be loaded; make the artefact again")
+    with readable(folder / part):
+        every = list(range(family.block_count(config)))
+        model = structure(family, config, plan) if plan else family.build(config, every, frozenset())
+    if quantized and manifest:
+        prepare(family, model, group_size=manifest.group_size or 64)
+    return StoredTransformer(family, model, Weights(folder / part))
 
 
 def load(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Any:
@@ -290,21 +290,66 @@ def no_bars() -> Iterator[None]:
             vendor.enable_progress_bar()
 
 
-def save_transformer(folder: Path, part: str, config: Config, state: dict[str, torch.Tensor]) -> None:
-    """Write `folder/part/` under a temporary name, then put it in place of what was there.
+def save_transformer(folder: Path, part: str, config: Config, state: Tensors) -> None:
+    """Write `folder/part/` from tensors in memory, then put it in place of what was there.
 
     Raises:
         EdgepruneError: the disk is full; what was there before is untouched.
     """
+    sizes = {n: t.numel() * t.element_size() for n, t in state.items()}
     temporary = folder / f"{part}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        save_tensors(temporary / _WEIGHTS, state, {"format": "pt"})
-        write_json(temporary / "config.json", config)
+        write_transformer(folder, part, config, [sizes], lambda _: state, inputs="")
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    replace_folder(temporary, folder / part)
+
+
+def write_transformer(
+    folder: Path,
+    part: str,
+    config: Config,
+    parts: Sequence[dict[str, int]],
+    make: Callable[[int], Tensors],
+    *,
+    inputs: str,
+    found: Callable[[int, Weights], None] = lambda index, weights: None,
+    progress: Callable[[str, int, int, str], None] = lambda what, done, total, note: None,
+) -> int:
+    """Write `folder/part/` shard by shard, then put it in place of what was there; returns its bytes of weights.
+
+    Killed, or out of disk, it leaves `part.tmp`, and the next call with the same `inputs` goes on from there.
+
+    Args:
+        folder: the artefact.
+        part: `transformer`, `transformer_int4`.
+        config: what its config.json shall be.
+        parts: bytes by tensor name of each part that is made at once, a block for example.
+        make: makes the tensors of a part.
+        inputs: digest of everything that the tensors depend on.
+        found: called instead of `make` for a part that a run before has written.
+        progress: called with shards done, shards in all, and bytes and speed.
+
+    Raises:
+        EdgepruneError: the disk is full; what was there before is untouched.
+    """
+    grouped = shards([sum(p.values()) for p in parts])
+    writer = ShardWriter(folder / f"{part}.tmp", [[n for i in g for n in parts[i]] for g in grouped], inputs)
+    sizes = [sum(sum(parts[i].values()) for i in group) for group in grouped]
+    need_space(folder, sum(size for i, size in enumerate(sizes) if not writer.has(i)))
+    speed = Speed(part, sizes, progress)
+    for index, group in enumerate(grouped):
+        if already := writer.has(index):
+            for i in group:
+                found(i, Weights(writer.path(index)))
+        else:
+            writer.put(index, {n: t for i in group for n, t in make(i).items()})
+        speed.done(index + 1, found=already)
+    writer.finish()
+    write_json(writer.folder / "config.json", config)
+    replace_folder(writer.folder, folder / part)
+    return sum(sizes)
 
 
 def complete_tokenizer(folder: Path) -> None:

@@ -52,6 +52,13 @@ Threshold = Annotated[
 ]
 Blocks = Annotated[str, typer.Option(help="manual: closed ranges of blocks, like 25-28,31.")]
 Components = Annotated[str, typer.Option(help="manual: components, like 30:mlp,30:context_mlp.")]
+ModulationRank = Annotated[
+    str | None,
+    typer.Option(
+        help="Directions of the modulation input that stay: a number, auto (as many as matter) or full (off).",
+        metavar="auto|R|full",
+    ),
+]
 Steps = Annotated[int | None, typer.Option(help="Training steps; 0 leaves distillation out.")]
 GroupSize = Annotated[int, typer.Option(help="Weights that share one INT4 scale.")]
 Calibration = Annotated[
@@ -161,6 +168,19 @@ def parse_bytes(text: str) -> int:
     return int(value * scale)
 
 
+def parse_rank(text: str) -> int | str | None:
+    """`auto`, a number, or None for `full`.
+
+    Raises:
+        InputError: not of this form.
+    """
+    if text in ("auto", "full"):
+        return None if text == "full" else text
+    if not (text.isascii() and text.isdecimal()):
+        raise InputError(f"--modulation-rank: found {text!r}, expected auto, full or a number")
+    return int(text)
+
+
 def _workspace(
     out: Path, model: str | None, fresh: bool, *, begin: bool = False, generation: dict[str, Any] | None = None
 ) -> Workspace:
@@ -201,6 +221,8 @@ def _plan_options(
     blocks: str,
     components: str,
     group_size: int,
+    modulation_rank: str | None,
+    prompts: str | None,
 ) -> PlanOptions:
     """`start`, the preset's, with what the user says; another method begins from its own defaults."""
     from dataclasses import replace
@@ -208,6 +230,7 @@ def _plan_options(
     from edgeprune import targets
     from edgeprune.plan import PlanOptions
 
+    rank = start.modulation_rank if modulation_rank is None else parse_rank(modulation_rank)
     if (blocks or components) and method in (None, "hpp"):
         method = "manual"
     if fit and (keep is not None or max_memory or method == "manual"):
@@ -221,7 +244,8 @@ def _plan_options(
         start = replace(start, keep=keep, max_memory_bytes=size, fit=fit)
     given: dict[str, Any] = {"protect_first": protect_first, "protect_last": protect_last, "threshold": threshold}
     said = {name: value for name, value in given.items() if value is not None}
-    return replace(start, **said, blocks=blocks, components=components, group_size=group_size)
+    listed: dict[str, Any] = {"blocks": blocks, "components": components, "group_size": group_size}
+    return replace(start, **said, **listed, modulation_rank=rank, prompts=None if rank is None else prompts)
 
 
 def _fit_rows(fit: Any) -> list[tuple[str, str]]:
@@ -242,6 +266,7 @@ def _plan_rows(plan: Any) -> list[tuple[str, str]]:
     return [
         ("blocks removed", f"{removed} (of {plan.num_blocks})"),
         *([("components removed", parts)] if parts else []),
+        *([("modulation rank", str(plan.modulation_rank))] if plan.modulation_rank is not None else []),
         ("parameters", f"{plan.before.parameters / 1e6:,.1f} M -> {plan.after.parameters / 1e6:,.1f} M ({share:.1%})"),
         ("bf16", f"{plan.before.bf16_bytes / 1e6:,.1f} MB -> {plan.after.bf16_bytes / 1e6:,.1f} MB"),
         (
@@ -278,6 +303,7 @@ def compress(
     threshold: Threshold = None,
     blocks: Blocks = "",
     components: Components = "",
+    modulation_rank: ModulationRank = None,
     steps: Steps = None,
     data: DataSource = None,
     group_size: GroupSize = 64,
@@ -313,6 +339,8 @@ def compress(
         blocks,
         components,
         group_size,
+        modulation_rank,
+        prompts,
     )
     distill_options = options.distill
     if steps is not None and distill_options is not None:
@@ -407,6 +435,10 @@ def plan(
     threshold: Threshold = None,
     blocks: Blocks = "",
     components: Components = "",
+    modulation_rank: ModulationRank = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Text file of prompts, one a line, that --modulation-rank calibrates on.")
+    ] = None,
     group_size: GroupSize = 64,
     fresh: Fresh = False,
     as_json: AsJson = False,
@@ -418,7 +450,10 @@ def plan(
         raise InputError("--fit counts a pipeline's files: give -o (a folder), not --config")
     from edgeprune.plan import DEFAULT, plan_for
 
-    chosen = method, keep, max_memory, fit, protect_first, protect_last, threshold, blocks, components, group_size
+    chosen = (
+        *(method, keep, max_memory, fit, protect_first, protect_last, threshold, blocks, components, group_size),
+        *(modulation_rank, prompts),
+    )
     if out is not None:
         from edgeprune import pipeline
 
@@ -450,7 +485,8 @@ def prune(out: Out = Path("compressed"), fresh: Fresh = False) -> None:
     from edgeprune import pipeline
 
     ws = _workspace(out, None, fresh)
-    ran = pipeline.run_prune(ws)
+    with _bars() as progress:
+        ran = pipeline.run_prune(ws, progress)
     _say(f"{out / 'transformer'}: {'written' if ran else 'already done'}\nnext: edgeprune distill -o {out}")
 
 

@@ -90,6 +90,20 @@ def replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def need_space(folder: Path, size: int) -> None:
+    """Refuse to begin writing `size` bytes where they do not fit.
+
+    Raises:
+        EdgepruneError: the disk has less; says how much is needed.
+    """
+    there = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise EdgepruneError(
+            f"{folder}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left; free some space and run again"
+        )
+
+
 def cannot_write(path: Path, error: Exception) -> EdgepruneError:
     """What to raise when a file was not written: one line that says why, and what to do if the disk is full."""
     # safetensors hides the error number in its text.

@@ -69,9 +69,12 @@ def fit(source: Path, target: Target, generation: Generation) -> Fit:
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"{source}: configs of transformer and vae: {error}: expected a number") from error
     found = Fit(
-        target.name, target.memory_bytes, sum(_encoder_bytes(source / n, kind, size) for n, kind in text_encoders(source).items()),
-        sum(map(math.prod, _shapes(source / "vae", "decoder.").values())) * size, max(transformer, decoder) * size,
-    )  # fmt: skip
+        target.name,
+        target.memory_bytes,
+        sum(_encoder_bytes(source / name, kind, size) for name, kind in text_encoders(source).items()),
+        sum(map(math.prod, _shapes(source / "vae", "decoder.").values())) * size,
+        max(transformer, decoder) * size,
+    )
     if found.transformer_bytes <= 0:
         raise BudgetError(
             f"--fit {target.name}: text encoders ({found.text_encoders_bytes} bytes), VAE decoder "

@@ -7,6 +7,8 @@ things look on screen (cli.py) and on the page (report.py).
 
 from __future__ import annotations
 
+import copy
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from edgeprune import checkpoint, targets
 from edgeprune.checkpoint import HALF, INT4, MANIFEST, Manifest
@@ -23,23 +26,42 @@ from edgeprune.contribution import ContributionReport, analyze, fingerprint, par
 from edgeprune.data import PROMPTS, make_pairs, read_prompts, source_digest
 from edgeprune.distill import DistillOptions, distill
 from edgeprune.errors import InputError, StaleStageError
-from edgeprune.families import Config, Family
+from edgeprune.families.base import CHANGED
 from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known, write_json
 from edgeprune.fit import Fit, fit
 from edgeprune.generation import Generation
 from edgeprune.metrics import metric_named
-from edgeprune.plan import DEFAULT, PlanOptions, PrunePlan, plan_for
-from edgeprune.quantize import CALIBRATIONS, quantize
+from edgeprune.modulation import GRID, choose_rank, modulation_inputs, ranks, subspace
+from edgeprune.plan import (
+    DEFAULT,
+    PlanOptions,
+    PrunePlan,
+    modulation_width,
+    plan_for,
+    remaining_shapes,
+    shorter_config,
+    tensor_sources,
+)
+from edgeprune.quantize import CALIBRATIONS, prepare, quantize_part
+from edgeprune.resume import Tensors, save_tensors
 from edgeprune.sampling import encode_prompts, latent_shape, sigmas
-from edgeprune.surgery import build, prune_state
+from edgeprune.stored import PACKED
+from edgeprune.surgery import build, prune_state, prune_tensor
+from edgeprune.weights import Weights
 
 STAGES = ("analyze", "plan", "prune", "distill", "quantize")
+MODULATION = "modulation.safetensors"
+"""Mean (D) and basis (R, D) of the modulation input, where the plan projects it."""
 Progress = Callable[[str, int, int, str], None]
 """Called with what is done, how much of how much, and a word on it."""
 
 
 def silent(what: str, done: int, total: int, note: str = "") -> None:
     """No progress."""
+
+
+CAPTIONS = 16
+"""Of each task of shapes world, to calibrate the built-in model's modulation on."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +164,7 @@ class Workspace:
                 model = None if name == "built-in" else name
             self.source = checkpoint.resolve(model)
             self.config, self.family = checkpoint.read_config(self.source)
+            self._check_whole()
             if self.manifest.source != name or self.manifest.fingerprint != fingerprint(self.config):
                 raise StaleStageError(f"{out}: made from {self.manifest.source!r}, found {name!r}; use another -o")
             self._set_generation(self.manifest.generation or asdict(Generation.load(self.source)), generation or {})
@@ -150,6 +173,7 @@ class Workspace:
             raise InputError(f"{out}: exists and is not a folder of edgeprune (no {MANIFEST}); use another -o")
         self.source = checkpoint.resolve(model)
         self.config, self.family = checkpoint.read_config(self.source)
+        self._check_whole()
         self.manifest = Manifest(name, fingerprint(self.config), self.family.name, self.config)
         self._set_generation(asdict(Generation.load(self.source)), generation or {})
         self.out.mkdir(parents=True, exist_ok=True)
@@ -159,6 +183,10 @@ class Workspace:
     def builtin(self) -> bool:
         """Whether the model is ours."""
         return self.manifest.source == "built-in"
+
+    def _check_whole(self) -> None:
+        if str(self.config["_class_name"]).startswith(CHANGED):
+            raise InputError(f"{self.source}: parts of its blocks are gone already; compress the original instead")
 
     def _set_generation(self, known: dict[str, Any], given: dict[str, Any]) -> None:
         self.generation = Generation.checked(known | given, f"{self.out / MANIFEST}: generation")
@@ -327,24 +355,55 @@ def run_analyze(ws: Workspace, options: AnalyzeOptions, progress: Progress = sil
     return ws.stage("analyze", inputs, run)
 
 
+def calibration_prompts(ws: Workspace, options: PlanOptions) -> list[str]:
+    """The prompts that the modulation's directions are found on: the empty one of guidance, and never held-out ones."""
+    if options.prompts:
+        return ["", *read_prompts(Path(options.prompts))]
+    if ws.builtin:
+        from edgeprune.demo.shapes import evaluation_prompts
+
+        return ["", *(p.text for p in evaluation_prompts(CAPTIONS, held_out=False))]
+    return ["", *read_prompts(PROMPTS)]
+
+
+def calibration_inputs(ws: Workspace, prompts: list[str]) -> torch.Tensor:
+    """Modulation inputs (prompts, T, D) at the sampler's timesteps and an even grid."""
+    pooled = encode_prompts(ws.pipe, prompts, ws.generation.max_sequence_length).pooled
+    levels = sigmas(ws.pipe, ws.generation.num_inference_steps, latent_shape(ws.pipe, ws.generation))[:-1]
+    levels = torch.cat([levels, torch.linspace(0, 1, GRID)])
+    return modulation_inputs(ws.family, ws.pipe.transformer, levels * 1000, pooled)
+
+
 def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool:
-    """A plan to `plan.json`, from this folder's scores or from a given file."""
+    """A plan to `plan.json`, from this folder's scores or from a given file; beside it what projects the modulation."""
     budget = budget_for(ws.source, ws.generation, options)
+    rank = options.modulation_rank
+    prompts = [] if rank is None else calibration_prompts(ws, options)
 
     def run(_: str) -> dict[str, Any]:
+        (ws.out / MODULATION).unlink(missing_ok=True)
         ws.scores_path.unlink(missing_ok=True)
         if scores:
             ContributionReport.load(scores)  # refused before it is kept
             shutil.copyfile(scores, ws.scores_path)
-        plan = plan_for(ws.family, ws.config, ws.report(), options, budget)
+        chosen = rank if isinstance(rank, int) else None
+        if rank is not None:
+            inputs = calibration_inputs(ws, prompts)
+            chosen = choose_rank(inputs, modulation_width(ws.family, ws.config)) if chosen is None else chosen
+        plan = plan_for(ws.family, ws.config, ws.report(), replace(options, modulation_rank=chosen), budget)
+        if chosen is not None:
+            found = subspace(inputs.flatten(0, 1))
+            save_tensors(ws.out / MODULATION, {"mean": found.mean, "basis": found.basis(chosen)})
         write_json(ws.out / "plan.json", plan.to_json())
-        ws.manifest.hash_files(ws.out, "plan.json")
-        return {}
+        for name in ("plan.json", MODULATION):
+            ws.manifest.hash_files(ws.out, name)
+        return {"modulation_rank": chosen}
 
     return ws.stage(
         "plan",
         asdict(options)
-        | {"fit_bytes": budget, "scores": sha256_file(scores) if scores and scores.is_file() else str(scores)},
+        | {"fit_bytes": budget, "scores": sha256_file(scores) if scores and scores.is_file() else str(scores)}
+        | ({"calibration": prompts, "generation": asdict(ws.generation)} if prompts else {}),
         run,
     )
 
@@ -359,6 +418,8 @@ def budget_for(source: Path, generation: Generation, options: PlanOptions) -> in
 def rehearse(source: Path, generation: Generation, options: CompressOptions) -> PrunePlan:
     """A plan as if all parts contributed alike: what is left is about as large as what the real plan will leave.
 
+    A rank that is still to be measured counts as the smallest, so that no budget is refused that can be met.
+
     Args:
         source: the pipeline's folder.
 
@@ -370,16 +431,26 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
     report = ContributionReport(
         fingerprint(config), family.name, family.block_count(config), "none", [], [], {}, summary=alike
     )
-    return plan_for(family, config, report, options.plan, budget_for(source, generation, options.plan))
+    choices = options.plan
+    if isinstance(choices.modulation_rank, str):
+        choices = replace(choices, modulation_rank=ranks(modulation_width(family, config))[0])
+    return plan_for(family, config, report, choices, budget_for(source, generation, choices))
 
 
-def run_prune(ws: Workspace) -> bool:
-    """The shorter transformer to `transformer/`, the rest of the pipeline beside it."""
+def run_prune(ws: Workspace, progress: Progress = silent) -> bool:
+    """The shorter transformer to `transformer/`, the rest of the pipeline beside it. Tensors go by one at a time."""
     plan = ws.plan()
 
-    def run(_: str) -> dict[str, Any]:
-        state = _pruned_state(ws, plan)
-        _save_half(ws, plan, state)
+    def run(key: str) -> dict[str, Any]:
+        original, (mean, basis) = _original_weights(ws), _calibrated(ws, plan)
+        sources = tensor_sources(ws.family, ws.config, plan.kept, plan.removed, plan.modulation_rank)
+        shapes = remaining_shapes(ws.family, ws.config, plan.blocks, plan.components, plan.modulation_rank)
+        parts = _by_block(ws, {name: 2 * math.prod(shape) for name, shape in shapes.items()}, plan)
+
+        def make(index: int) -> Tensors:
+            return {n: _half(prune_tensor(original.__getitem__, sources[n], mean, basis)) for n in parts[index]}
+
+        _write_half(ws, plan, parts, make, key, progress)
         checkpoint.copy_surroundings(ws.source, ws.out)
         ws.generation.save(ws.out)
         return {}
@@ -387,17 +458,52 @@ def run_prune(ws: Workspace) -> bool:
     return ws.stage("prune", {"plan": plan.to_json()}, run)
 
 
-def _pruned_state(ws: Workspace, plan: PrunePlan) -> dict[str, torch.Tensor]:
-    needs_mean = any(c in ws.family.norms for _, c in plan.components)
-    mean = modulation_mean(ws, analysis_prompts(ws, AnalyzeOptions())) if needs_mean else None
-    original = ws.pipe.transformer.state_dict()
-    return prune_state(ws.family, ws.config, plan, original.__getitem__, mean)
+def _original_weights(ws: Workspace) -> Weights:
+    weights = Weights(ws.source / HALF)
+    weights.check(ws.family.tensor_shapes(ws.config))
+    return weights
 
 
-def _save_half(ws: Workspace, plan: PrunePlan, state: dict[str, torch.Tensor]) -> None:
-    half = torch.bfloat16 if ws.config.get("torch_dtype") == "bfloat16" else torch.float16
+def _calibrated(ws: Workspace, plan: PrunePlan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mean modulation input (D) and the basis (R, D), where the plan needs them."""
+    if plan.modulation_rank is not None:
+        path = ws.out / MODULATION
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; run `edgeprune plan -o {ws.out} --fresh` again")
+        ws.manifest.verify(ws.out, MODULATION)
+        with checkpoint.readable(path):
+            tensors = load_file(path)
+            return tensors["mean"], tensors["basis"]
+    if any(c in ws.family.norms for _, c in plan.components):
+        return modulation_mean(ws, analysis_prompts(ws, AnalyzeOptions())), None
+    return None, None
+
+
+def _by_block(ws: Workspace, sizes: dict[str, int], plan: PrunePlan) -> list[dict[str, int]]:
+    """Tensors in the parts that are made at once: block by block, then what is outside blocks."""
     config = ws.family.shorter_config(ws.config, plan.kept)
-    checkpoint.save_transformer(ws.out, HALF, config, {n: t.to(half) for n, t in state.items()})
+    parts: list[dict[str, int]] = [{} for _ in range(len(plan.kept) + 1)]
+    for name, size in sizes.items():
+        place = ws.family.place(config, name)
+        parts[-1 if place is None else place[0]][name] = size
+    return parts
+
+
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    """16-bit tensors stay what they are; others become float16."""
+    return tensor if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.half()
+
+
+def _write_half(
+    ws: Workspace,
+    plan: PrunePlan,
+    parts: list[dict[str, int]],
+    make: Callable[[int], Tensors],
+    key: str,
+    progress: Progress,
+) -> None:
+    config = shorter_config(ws.family, ws.config, plan)
+    checkpoint.write_transformer(ws.out, HALF, config, parts, make, inputs=key, progress=progress)
     ws.manifest.plan = plan.to_json()
     ws.manifest.hash_files(ws.out, HALF)
 
@@ -421,7 +527,8 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
             ws.pipe, source, ws.generation, cache, samples=data.samples,
             progress=lambda done, total: progress("distill: latents", done, total, ""),
         )  # fmt: skip
-        student = build(ws.family, ws.config, plan, {n: t.float() for n, t in _pruned_state(ws, plan).items()})
+        pruned = prune_state(ws.family, ws.config, plan, _original_weights(ws).__getitem__, *_calibrated(ws, plan))
+        student = build(ws.family, ws.config, plan, {n: t.float() for n, t in pruned.items()})
         state, losses = distill(
             ws.family,
             ws.pipe.transformer,
@@ -435,7 +542,9 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
             guidance=ws.generation.guidance_scale,
             progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
         )
-        _save_half(ws, plan, state)
+        halves = {n: _half(t) for n, t in state.items()}
+        parts = _by_block(ws, {n: 2 * t.numel() for n, t in halves.items()}, plan)
+        _write_half(ws, plan, parts, lambda i: {n: halves[n] for n in parts[i]}, key, progress)
         return {"first_loss": sum(losses[:10]) / len(losses[:10]), "last_loss": sum(losses[-10:]) / len(losses[-10:])}
 
     return ws.stage("distill", inputs, run)
@@ -450,33 +559,55 @@ def run_quantize(ws: Workspace, options: QuantizeOptions, progress: Progress = s
         raise InputError(f"--group-size: found {options.group_size}, expected 16, 32, 64 or 128")
     plan = ws.plan()
 
-    def run(_: str) -> dict[str, Any]:
-        model = checkpoint.load_transformer(ws.out, quantized=False)
-        calibrate = None
-        if options.calibration != "none":
-            prompts = analysis_prompts(ws, AnalyzeOptions())
-            metric = metric_named("velocity")(ws.pipe, ws.generation, prompts)
-            original = ws.pipe.transformer
+    def run(key: str) -> dict[str, Any]:
+        stored = checkpoint.open_transformer(ws.out, quantized=False)
+        empty = prepare(ws.family, copy.deepcopy(stored.model), group_size=options.group_size).state_dict()
+        sizes = {n: t.numel() * (t.element_size() if n.endswith(PACKED) else 2) for n, t in empty.items()}
+        parts = _by_block(ws, sizes, plan)
+        calibrate = _calibration(ws, stored.load()) if options.calibration != "none" else None
 
-            def calibrate() -> None:
-                ws.pipe.transformer = model
-                try:
-                    metric.score()
-                finally:
-                    ws.pipe.transformer = original
+        def make(index: int) -> Tensors:
+            block = index if index < len(plan.kept) else None
+            if calibrate is None:
+                stored.fill(stored.names(block), None)
+            quantize_part(ws.family, stored.model, block, **asdict(options), run=calibrate)
+            state = stored.model.state_dict()
+            tensors = {n: state[n] if n.endswith(PACKED) else state[n].half() for n in parts[index]}
+            if calibrate is None and block is not None:
+                stored.drop(block)
+            return tensors
 
-        quantize(
-            ws.family, model, group_size=options.group_size, calibration=options.calibration, run=calibrate,
-            progress=lambda done, total: progress("quantize", done, total, ""),
-        )  # fmt: skip
-        keep = (".weight_packed", ".weight_scale")
-        state = {n: t if n.endswith(keep) else t.half() for n, t in model.state_dict().items()}
+        def found(index: int, weights: Weights) -> None:
+            if calibrate is not None and index < len(plan.kept):  # the blocks after it are calibrated with it
+                prefix = ws.family.block_prefix(stored.model, index)
+                prepare(ws.family, ws.family.blocks(stored.model)[index], prefix=prefix, group_size=options.group_size)
+                tensors = {n: weights[n] if n.endswith(PACKED) else weights[n].float() for n in parts[index]}
+                stored.model.load_state_dict(tensors, strict=False, assign=True)
+
         ws.manifest.group_size = options.group_size
-        checkpoint.save_transformer(ws.out, INT4, ws.family.shorter_config(ws.config, plan.kept), state)
+        config = shorter_config(ws.family, ws.config, plan)
+        size = checkpoint.write_transformer(
+            ws.out, INT4, config, parts, make, inputs=key, found=found, progress=progress
+        )
         ws.manifest.hash_files(ws.out, INT4)
-        return {"weights_bytes": sum(t.numel() * t.element_size() for t in state.values())}
+        return {"weights_bytes": size}
 
     return ws.stage("quantize", asdict(options), run)
+
+
+def _calibration(ws: Workspace, model: Any) -> Callable[[], None]:
+    """Runs `model` on the analysis prompts' trajectories."""
+    metric = metric_named("velocity")(ws.pipe, ws.generation, analysis_prompts(ws, AnalyzeOptions()))
+    original = ws.pipe.transformer
+
+    def run() -> None:
+        ws.pipe.transformer = model
+        try:
+            metric.score()
+        finally:
+            ws.pipe.transformer = original
+
+    return run
 
 
 def compress(ws: Workspace, options: CompressOptions, progress: Progress = silent) -> list[str]:
@@ -494,7 +625,7 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
         ran.append("plan")
     if options.distill is None:
         ws.skip_distillation()
-    if run_prune(ws):
+    if run_prune(ws, progress):
         ran.append("prune")
     if options.distill is not None and run_distill(ws, options.distill, options.data, progress):
         ran.append("distill")

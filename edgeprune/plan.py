@@ -2,7 +2,8 @@
 
 Methods: `hpp` removes the least contributing whole blocks among the later ones; `hybrid` goes on, past a share of
 removed parameters, with the components of the later blocks that remain, by loss per parameter; `manual`
-takes the user's list.
+takes the user's list. Where the modulation is projected on a basis (modulation.py), that comes first: its savings count
+towards the budget before any part is removed.
 A plan holds explicit indices and the fingerprint of the model it was made for.
 """
 
@@ -10,14 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edgeprune.contribution import Contribution, ContributionReport, Key, fingerprint
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import Config, Family, family_of
-from edgeprune.families.base import Shape
+from edgeprune.families.base import CHANGED, Shape, Source
 from edgeprune.files import read_json
 from edgeprune.precision import Footprint, footprint
 
@@ -39,6 +40,8 @@ class PrunePlan:
     """Removed components of blocks that stay."""
     before: Footprint = Footprint(0, 0, 0)
     after: Footprint = Footprint(0, 0, 0)
+    modulation_rank: int | None = None
+    """Directions of the modulation input that stay; 0 makes all modulation constant, None leaves it as it is."""
 
     @property
     def kept(self) -> list[int]:
@@ -52,8 +55,17 @@ class PrunePlan:
 
     @property
     def first_pruned(self) -> int:
-        """Original index of the first block that is removed or changed; the number of blocks if none is."""
-        return min([*self.blocks, *(b for b, _ in self.components)], default=self.num_blocks)
+        """Original index of the first block that is removed or loses a component; the number of blocks if none does.
+
+        Projected modulation changes every block, though little: where it is all that changes, the first.
+        """
+        none = self.num_blocks if self.modulation_rank is None else 0
+        return min([*self.blocks, *(b for b, _ in self.components)], default=none)
+
+    @property
+    def stock(self) -> bool:
+        """Whether diffusers' own class is what is left: nothing but whole blocks went."""
+        return not self.components and self.modulation_rank is None
 
     @property
     def keys(self) -> list[Key]:
@@ -80,11 +92,14 @@ class PrunePlan:
                 *(str(data["fingerprint"]), str(data["family"]), int(data["num_blocks"]), str(data["method"])),
                 *(sorted({int(b) for b in data["blocks"]}), sorted((int(b), str(c)) for b, c in data["components"])),
                 *(Footprint(**data["before"]), Footprint(**data["after"])),
+                None if data.get("modulation_rank") is None else int(data["modulation_rank"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{where}: not a plan ({type(error).__name__}: {error})") from error
         if any(not 0 <= b < plan.num_blocks for b, _ in plan.keys) or len(plan.blocks) >= plan.num_blocks:
             raise InputError(f"{where}: blocks: expected indices from 0 to {plan.num_blocks - 1}, not all of them")
+        if plan.modulation_rank is not None and plan.modulation_rank < 0:
+            raise InputError(f"{where}: modulation_rank: found {plan.modulation_rank}, expected 0 or more")
         return plan
 
     @classmethod
@@ -106,6 +121,49 @@ class PrunePlan:
             )
 
 
+def modulation_width(family: Family, config: Config) -> int:
+    """D, as the modulation layers read it."""
+    return next(s[1] for n, s in family.tensor_shapes(config).items() if len(s) == 2 and family.modulates(n))
+
+
+def tensor_sources(
+    family: Family, config: Config, kept: list[int], removed: frozenset[tuple[int, str]], rank: int | None
+) -> dict[str, Source]:
+    """For every tensor of the smaller model, what it is made from; see `PrunePlan.modulation_rank` for `rank`."""
+    sources = family.tensor_sources(config, kept, removed)
+    if rank is None:
+        return sources
+    out, embedder = {}, f"{family.embedder}."
+    for name, source in sources.items():
+        if name.startswith(embedder):
+            if rank:
+                out[f"{embedder}embedder.{name.removeprefix(embedder)}"] = source
+        elif not family.modulates(name):
+            out[name] = source
+        elif name.endswith(".bias"):
+            out[name] = replace(source, constant=True)
+        elif rank:
+            out[name] = replace(source, projected=True)
+    if rank:
+        out |= {f"{embedder}{made}": Source(made, calibrated=True) for made in ("mean", "basis")}
+    return out
+
+
+def shorter_config(family: Family, config: Config, plan: PrunePlan) -> Config:
+    """The config of what a plan leaves. Stock diffusers refuses it where its own class would not fit.
+
+    Diffusers ignores a `_class_name` that it does not know, and fills what is missing at random. What it does refuse,
+    in every way of loading, is a quantisation that it does not know.
+    """
+    shorter = family.shorter_config(config, plan.kept)
+    if plan.stock:
+        return shorter
+    return shorter | {
+        "_class_name": f"{CHANGED}{config['_class_name']}",
+        "quantization_config": {"quant_method": "edgeprune"},
+    }
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """Options of `plan`, see `make_plan`."""
@@ -122,26 +180,38 @@ class PlanOptions:
     """Of the INT4 weights whose bytes are counted."""
     fit: str | None = None
     """Name of a target whose memory sets the budget, see fit.py."""
+    modulation_rank: int | str | None = None
+    """Directions of the modulation input that stay; `auto` measures how many; None leaves it as it is."""
+    prompts: str | None = None
+    """A text file of the prompts that these directions are found on; by default as for `analyze`, but all of them."""
 
 
 DEFAULT = PlanOptions(keep=0.79)
 
 
 def remaining_shapes(
-    family: Family, config: Config, blocks: Iterable[int], components: Iterable[tuple[int, str]]
+    family: Family,
+    config: Config,
+    blocks: Iterable[int],
+    components: Iterable[tuple[int, str]],
+    rank: int | None = None,
 ) -> dict[str, Shape]:
     """Tensor shapes of the model that a plan leaves."""
     removed_blocks = set(blocks)
     kept = [i for i in range(family.block_count(config)) if i not in removed_blocks]
     original = family.tensor_shapes(config)
-    sources = family.tensor_sources(config, kept, frozenset(components))
-    shapes = {}
+    sources = tensor_sources(family, config, kept, frozenset(components), rank)
+    width = modulation_width(family, config)
+    shapes: dict[str, Shape] = {}
     for name, source in sources.items():
+        if source.calibrated:
+            shapes[name] = (width,) if source.name == "mean" else (rank or 0, width)
+            continue
         shape = original[source.name]
         for axis, ranges in enumerate((source.rows, source.columns)):
             if ranges is not None:
                 shape = (*shape[:axis], sum(b - a for a, b in ranges), *shape[axis + 1 :])
-        shapes[name] = shape
+        shapes[name] = (shape[0], rank or 0) if source.projected else shape
     return shapes
 
 
@@ -159,6 +229,7 @@ def make_plan(
     blocks: str = "",
     components: str = "",
     group_size: int = 64,
+    modulation_rank: int | None = None,
 ) -> PrunePlan:
     """A plan that meets the budget with the least loss the method knows.
 
@@ -170,12 +241,13 @@ def make_plan(
         protect_last: trailing blocks never removed.
         threshold: for `hybrid`, the share of parameters removed as whole blocks before components join.
         blocks, components: for `manual`, see `parse_blocks` and `parse_components`.
+        modulation_rank: see `PrunePlan`.
 
     Raises:
         InputError: wrong options, or a report of another model.
         BudgetError: nothing the method may remove meets the budget.
     """
-    model = _Model(family, config, group_size)
+    model = _Model(family, config, group_size, modulation_rank)
     if method == "manual":
         if keep is not None or max_memory_bytes is not None:
             raise InputError("--method manual removes what you list; leave --keep and --max-memory out")
@@ -202,14 +274,25 @@ def make_plan(
         raise InputError(f"--method: found {method!r}, expected one of {', '.join(METHODS)}")
     gone, parts = sorted(gone), sorted(parts)
     after = model.after(gone, parts)
-    return PrunePlan(fingerprint(config), family.name, model.count, method, gone, parts, model.before, after)
+    return PrunePlan(
+        *(fingerprint(config), family.name, model.count, method, gone, parts, model.before, after, modulation_rank)
+    )
 
 
 def plan_for(
     family: Family, config: Config, report: ContributionReport | None, options: PlanOptions, budget: int | None = None
 ) -> PrunePlan:
-    """`make_plan` with options; `budget` is the bytes that a device leaves, where one was named."""
+    """`make_plan` with options; `budget` is the bytes that a device leaves, where one was named.
+
+    Raises:
+        InputError: the modulation's rank is `auto`, which only a folder's own stage can measure.
+    """
+    if isinstance(options.modulation_rank, str):
+        raise InputError(
+            f"--modulation-rank {options.modulation_rank}: is measured on a model: give -o (a folder), or a number"
+        )
     choices = asdict(options)
+    del choices["prompts"]
     if choices.pop("fit"):
         choices["max_memory_bytes"] = budget
     return make_plan(family, config, report, **choices)
@@ -218,8 +301,11 @@ def plan_for(
 class _Model:
     """What is planned for, and what it costs with parts gone."""
 
-    def __init__(self, family: Family, config: Config, group_size: int) -> None:
-        self.family, self.config, self._group_size = family, config, group_size
+    def __init__(self, family: Family, config: Config, group_size: int, rank: int | None) -> None:
+        width = modulation_width(family, config)
+        if rank is not None and not 0 <= rank < width:
+            raise InputError(f"--modulation-rank: found {rank}, expected 0 to {width - 1}, or full")
+        self.family, self.config, self.rank, self._group_size = family, config, rank, group_size
         self.count = family.block_count(config)
         self.before = footprint(family, family.tensor_shapes(config), group_size=group_size)
         self._counts: dict[tuple[tuple[int, ...], frozenset[str]], dict[int | None, Footprint]] = {}
@@ -242,7 +328,9 @@ class _Model:
         """What is left of each block without these components, and outside blocks (None)."""
         if (kept, components) not in self._counts:
             gone = set(range(self.count)) - set(kept)
-            shapes = remaining_shapes(self.family, self.config, gone, [(b, c) for b in kept for c in components])
+            shapes = remaining_shapes(
+                self.family, self.config, gone, [(b, c) for b in kept for c in components], self.rank
+            )
             shorter = self.family.shorter_config(self.config, list(kept))
             by_block: dict[int | None, dict[str, Shape]] = {None: {}} | {block: {} for block in kept}
             for name, shape in shapes.items():
@@ -280,8 +368,8 @@ def _listed(model: _Model, blocks: str, components: str) -> tuple[list[int], lis
     """Blocks and components as the user lists them."""
     gone = parse_blocks(blocks, model.count)
     parts = [p for p in parse_components(components, model.count, model.family) if p[0] not in gone]
-    if not gone and not parts:
-        raise InputError("--method manual: expected --blocks or --components")
+    if not gone and not parts and model.rank is None:
+        raise InputError("--method manual: expected --blocks, --components or --modulation-rank")
     if len(gone) == model.count:
         raise InputError(f"--blocks: all {model.count} blocks would be removed; at least one must stay")
     if noops := [p for p in parts if p in model.family.noops(model.config)]:

@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from edgeprune.awq import best_divisor, fold
-from edgeprune.families import Config, Family
+from edgeprune.families import Family
 from edgeprune.int4 import PackedLinear, pack
 from edgeprune.precision import Precision, precision_of, t5_precision_of
 
 CALIBRATIONS = ("none", "scale", "awq")
+_BATCH = 2**24
+"""Weights handed to NNCF at once."""
 
 
 def _layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -55,11 +57,15 @@ def round_to_nearest(weight: torch.Tensor, precision: Precision) -> tuple[torch.
     return values.view_as(weight), scale
 
 
-def prepare(family: Family, config: Config, model: nn.Module, *, group_size: int = 64) -> nn.Module:
-    """Put empty `PackedLinear` layers where the rule says so, for loading a quantised state dict. In place."""
-    del config
-    for name, linear in _layers(model).items():
-        p = precision_of(family, f"{name}.weight", tuple(linear.weight.shape), group_size=group_size)
+def prepare(family: Family, module: nn.Module, *, prefix: str = "", group_size: int = 64) -> nn.Module:
+    """Put empty `PackedLinear` layers where the rule says so, for loading a quantised state dict. In place.
+
+    Args:
+        module: a transformer, or one of its blocks.
+        prefix: what the names of a block's tensors begin with.
+    """
+    for name, linear in _layers(module).items():
+        p = precision_of(family, f"{prefix}{name}.weight", tuple(linear.weight.shape), group_size=group_size)
         if p.bits < 16:
             with torch.device(linear.weight.device):
                 empty = PackedLinear(
@@ -69,16 +75,18 @@ def prepare(family: Family, config: Config, model: nn.Module, *, group_size: int
                     group_size=p.group_size,
                     bias=linear.bias is not None,
                 )
-            _replace(model, name, empty)
-    return model
+            _replace(module, name, empty)
+    return module
 
 
 class _Linears(nn.Module):
-    """One block's linear layers of one group size, side by side: what NNCF sees. Inputs and outputs by position."""
+    """Linear layers of one group size, side by side: what NNCF sees. Inputs and outputs by position."""
 
-    def __init__(self, layers: dict[str, nn.Linear]) -> None:
+    def __init__(self, weights: list[torch.Tensor]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers.values())
+        self.layers = nn.ModuleList(nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta") for w in weights)
+        for layer, weight in zip(self.layers, weights, strict=True):
+            layer.weight = nn.Parameter(weight.float().clone(), requires_grad=False)
 
     def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         # NNCF's statistics hang on the operation that makes a layer's input, so there must be one.
@@ -86,29 +94,33 @@ class _Linears(nn.Module):
 
 
 def _nncf_integers(
-    layers: dict[str, nn.Linear], group_size: int, samples: list[tuple[torch.Tensor, ...]], calibration: str
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Integers and scales by layer name, chosen by NNCF.
+    weights: list[torch.Tensor], group_size: int, samples: list[tuple[torch.Tensor, ...]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Integers (O, I) and scales (O, groups) of each weight, chosen by NNCF.
 
     Layers are handed over side by side rather than inside the block: NNCF's tracing then needs no example of the
     block's own inputs.
+
+    Args:
+        samples: inputs (R, I) of every layer, from which scales are estimated; none for plain rounding.
     """
     import nncf
 
-    holder = _Linears({n: _plain_copy(m) for n, m in layers.items()}).eval()
     with _quiet():
         compressed: Any = nncf.compress_weights(
-            holder, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=group_size, all_layers=True,
-            dataset=nncf.Dataset(samples), scale_estimation=calibration == "scale" or None,
+            _Linears(weights).eval(), mode=nncf.CompressWeightsMode.INT4_SYM, group_size=group_size, all_layers=True,
+            # NNCF traces with one.
+            dataset=nncf.Dataset(samples or [tuple(torch.ones(1, w.shape[1]) for w in weights)]),
+            scale_estimation=bool(samples) or None,
         )  # fmt: skip
     state = compressed.state_dict()
-    out = {}
-    for index, (name, linear) in enumerate(layers.items()):
+    out = []
+    for index, weight in enumerate(weights):
         packed = state[f"layers.{index}.weight"]
         scale = next(v for k, v in state.items() if f"layers:{index}:weight__" in k and k.endswith("_scale"))
         pairs = torch.stack([packed & 0xF, packed >> 4], dim=-1)
-        values = (pairs.flatten().to(torch.int16) - 8).view(linear.out_features, linear.in_features)
-        out[name] = _positive(linear.weight.detach(), values, scale.reshape(linear.out_features, -1))
+        values = (pairs.flatten().to(torch.int16) - 8).view(weight.shape)
+        out.append(_positive(weight, values, scale.reshape(weight.shape[0], -1)))
     return out
 
 
@@ -123,13 +135,6 @@ def _positive(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -
     again = (weight.float() / steps.clamp_min(1e-12)).round().clamp(-8, 7).to(values.dtype)
     negative = (scale < 0).repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
     return torch.where(negative, again, values), positive
-
-
-def _plain_copy(linear: nn.Linear) -> nn.Linear:
-    copy = nn.Linear(linear.in_features, linear.out_features, bias=False)
-    with torch.no_grad():
-        copy.weight.copy_(linear.weight)
-    return copy
 
 
 @contextlib.contextmanager
@@ -152,36 +157,68 @@ def quantize(
     group_size: int = 64,
     calibration: str = "none",
     run: Callable[[], None] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> nn.Module:
-    """Replace every linear layer that the rule names, in place.
+    """Replace every linear layer that the rule names, in place: the blocks in order, then what is outside of them.
+
+    Args: as `quantize_part`.
+    """
+    for block in (*range(len(family.blocks(model))), None):
+        quantize_part(family, model, block, group_size=group_size, calibration=calibration, run=run)
+    return model
+
+
+def quantize_part(
+    family: Family,
+    model: nn.Module,
+    block: int | None,
+    *,
+    group_size: int = 64,
+    calibration: str = "none",
+    run: Callable[[], None] | None = None,
+) -> None:
+    """Replace the linear layers of one block, or for None those outside the blocks, in place.
+
+    Only this part of the model need have weights, unless there is calibration.
 
     Args:
+        block: the block's index; the blocks before are quantised already.
         calibration: `none`; `scale` (scale estimation) or `awq`, which need `run`.
-        run: runs the model on calibration inputs; layers' inputs are caught on the way, block by block.
-        progress: called with blocks done and blocks in all.
+        run: runs the model on calibration inputs; the layers' inputs are caught on the way.
     """
-    blocks = family.blocks(model)
-    for index, block in enumerate(blocks):
-        progress(index, len(blocks))
-        prefix = family.block_prefix(model, index)
-        if calibration == "awq" and run is not None:
-            _scale_channels(family, block, prefix, group_size, run)
-        by_group: dict[int, dict[str, nn.Linear]] = {}
-        for name, linear in _layers(block).items():
-            p = precision_of(family, f"{prefix}{name}.weight", tuple(linear.weight.shape), group_size=group_size)
-            by_group.setdefault(p.group_size if p.bits == 4 else 0, {})[name] = linear
-        for group, layers in by_group.items():
-            if not group:
-                continue
-            samples = _samples(layers, run if calibration == "scale" else None)
-            for name, (values, scale) in _nncf_integers(layers, group, samples, calibration).items():
-                _replace(block, name, packed_from(layers[name], values, scale, Precision(4, group)))
-    for name, linear in _layers(model).items():
-        p = precision_of(family, f"{name}.weight", tuple(linear.weight.shape), group_size=group_size)
-        _replace(model, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
-    progress(len(blocks), len(blocks))
-    return model
+    if block is None:
+        outside = {n: m for n, m in _layers(model).items() if not family.in_block(n)}
+        for name, linear in outside.items():
+            p = precision_of(family, f"{name}.weight", tuple(linear.weight.shape), group_size=group_size)
+            _replace(model, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
+        return
+    module, prefix = family.blocks(model)[block], family.block_prefix(model, block)
+    if calibration == "awq" and run is not None:
+        _scale_channels(family, module, prefix, group_size, run)
+    layers = _layers(module)
+    caught = _samples(layers, run) if calibration == "scale" and run is not None else {}
+    by_group: dict[int, list[str]] = {}
+    for name, linear in layers.items():
+        p = precision_of(family, f"{prefix}{name}.weight", tuple(linear.weight.shape), group_size=group_size)
+        if p.bits == 4:
+            by_group.setdefault(p.group_size, []).append(name)
+        else:
+            _replace(module, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
+    for group, names in by_group.items():
+        for batch in _batches({n: layers[n].weight.numel() for n in names}):
+            weights = [layers[n].weight.detach() for n in batch]
+            samples = list(zip(*(caught[n] for n in batch), strict=True)) if caught else []
+            for name, (values, scale) in zip(batch, _nncf_integers(weights, group, samples), strict=True):
+                _replace(module, name, packed_from(layers.pop(name), values, scale, Precision(4, group)))
+
+
+def _batches(sizes: dict[str, int]) -> list[list[str]]:
+    """Layers that NNCF sees at once: a call takes a while, and the memory of its layers several times over."""
+    out: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if out[-1] and sum(sizes[n] for n in out[-1]) + size > _BATCH:
+            out.append([])
+        out[-1].append(name)
+    return out
 
 
 def quantize_t5(model: nn.Module) -> nn.Module:
@@ -203,8 +240,7 @@ def _scale_channels(family: Family, block: nn.Module, prefix: str, group_size: i
     layers = _layers(block)
     groups = family.scaling_groups(block)
     wanted = {n: layers[n] for group in groups for n in group.consumers}
-    samples = _samples(wanted, run)
-    inputs = {name: torch.cat([sample[i] for sample in samples]) for i, name in enumerate(wanted)}
+    inputs = {name: torch.cat(caught) for name, caught in _samples(wanted, run).items()}
     for group in groups:
         weights = [layers[n].weight.detach().float() for n in group.consumers]
         precisions = [
@@ -218,10 +254,8 @@ def _scale_channels(family: Family, block: nn.Module, prefix: str, group_size: i
             fold(block, group, s)
 
 
-def _samples(layers: dict[str, nn.Linear], run: Callable[[], None] | None) -> list[tuple[torch.Tensor, ...]]:
-    """Inputs of the layers: caught while `run` goes, or one row of ones where no data is used."""
-    if run is None:
-        return [tuple(torch.ones(1, m.in_features) for m in layers.values())]
+def _samples(layers: dict[str, nn.Linear], run: Callable[[], None]) -> dict[str, list[torch.Tensor]]:
+    """Inputs (R, I) of the layers, caught while `run` goes, one for each call."""
     caught: dict[str, list[torch.Tensor]] = {n: [] for n in layers}
     hooks = [
         m.register_forward_pre_hook(
@@ -236,4 +270,4 @@ def _samples(layers: dict[str, nn.Linear], run: Callable[[], None] | None) -> li
         for hook in hooks:
             hook.remove()
     count = min(len(c) for c in caught.values())
-    return [tuple(caught[n][i] for n in layers) for i in range(count)]
+    return {n: c[:count] for n, c in caught.items()}

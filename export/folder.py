@@ -95,11 +95,11 @@ def _index(artefact: Path) -> dict[str, Any]:
     for name in ("transformer", "vae", *wanted, *map(tokenizer_of, wanted), "scheduler"):
         if not is_present(index, name):
             raise InputError(f"{path}: {name}: found {index.get(name)!r}, expected a library and a class")
+        if index[name][-1] != wanted.get(name, index[name][-1]):
+            raise InputError(f"{path}: {name}: found {index[name][-1]!r}, expected {wanted[name]!r}")
+    for name in ("transformer", "vae", *wanted, *map(tokenizer_of, wanted), "scheduler"):
         if not (artefact / name).is_dir():
             raise InputError(f"{artefact / name}: no such folder, though {path.name} lists it")
-    for name, kind in wanted.items():
-        if index[name][-1] != kind:
-            raise InputError(f"{path}: {name}: found {index[name][-1]!r}, expected {kind!r}")
     check_tokens(artefact, Generation.load(artefact).max_sequence_length)
     return index
 

@@ -4,8 +4,9 @@
 
 `torch.onnx.export` leaves every `edgeprune::packed_linear` as one node of that name; `lower_packed_linear` then
 replaces it by DequantizeLinear(INT4 or INT8, axis=0, block_size) -> MatMul -> Add. Weights are stored [in, out], so no
-Transpose is left for a runtime to trip over, and are repacked one at a time while the file is written.
-What it leaves out: weights that do not fit into memory (a module of real tensors is traced).
+Transpose is left for a runtime to trip over. A module of fake tensors is traced like one of real ones; its weights are
+then read, repacked and written one at a time. What the checkpoint holds in half precision the file holds so too, and
+casts it. What it leaves out: text encoders that do not fit into memory.
 
 Notation: B batch, C latent channels, h w latent height and width, M text tokens, K text width, P pooled width,
 I and O a layer's inputs and outputs, G groups along I.
@@ -17,26 +18,29 @@ import functools
 import logging
 import operator
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxscript.optimizer
 import torch
-from numpy.typing import NDArray
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import opset21, values
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from edgeprune.errors import EdgepruneError
 from edgeprune.families import family_of_model
 from edgeprune.families.base import Axes
-from edgeprune.int4 import unpack
+from edgeprune.int4 import PackedLinear, unpack
 from edgeprune.sampling import Conditioning, network_inputs
 
+Read = Callable[[str], torch.Tensor]
+"""From a tensor's name to the tensor."""
 OPSET = 21
 DOMAIN = "edgeprune"
 # Above this a model's weights go into `model.onnx.data`; ONNX itself cannot hold 2 GB in one file.
@@ -44,6 +48,11 @@ INLINE_BYTES = 1_000_000
 
 _LEAST_TABLE_BYTES = 1024  # smaller ones are not worth a node
 
+_TORCH = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.UINT8: torch.uint8,
+}
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _SCHEMA = onnx.defs.OpSchema(
     "PackedLinear",
@@ -93,8 +102,10 @@ class Transformer(nn.Module):
         """Those of `inputs`, in order, to that of `outputs`."""
         family, model, inputs = self.family, self.model, dict(zip(self.inputs, tensors, strict=True))
         positions = family.positions(model, inputs)
+        text: torch.Tensor | None
         image, text, modulation = family.embed(model, inputs)
         for block in family.blocks(model):
+            assert text is not None  # only the last block ends it
             image, text = family.run(block, image, text, modulation, positions)
         return (family.unembed(model, image, modulation, family.grid(model, inputs)),)
 
@@ -154,7 +165,7 @@ class TextEncoder(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """T5EncoderModel: its last hidden state, every token attending to every other, padding included, as SD3 and FLUX do.
+    """T5EncoderModel: its last hidden state, without a mask: SD3 and FLUX have every token attend to padding too.
 
     The stream between layers is float32 also where all else is half precision: T5-XXL's goes beyond 65,504. The bias of
     two positions is looked up by their distance: a table instead of T5's logarithms, whose rounding decides a bucket.
@@ -191,7 +202,7 @@ class T5Encoder(nn.Module):
         return (encoder.final_layer_norm(hidden),)
 
     def _feed_forward(self, dense: Any, x: torch.Tensor) -> torch.Tensor:
-        """(B, M, K) to float32 (B, M, K). transformers' own asks `wo` for its weight, which PackedLinear would unpack."""
+        """(B, M, K) to float32 (B, M, K). transformers' own reads `wo.weight`, which PackedLinear would unpack."""
         inner = dense.act(dense.wi_0(x)) * dense.wi_1(x) if self.config.is_gated_act else dense.act(dense.wi(x))
         out: torch.Tensor = dense.wo(inner.float())
         return out
@@ -239,23 +250,40 @@ def half(example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in example.items()}
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
+def widen(module: M) -> M:
+    """A network for evaluation in float32, in place; what quantised layers store stays as it is."""
+    packed = {m: (m.weight_scale, m.bias) for m in module.modules() if isinstance(m, PackedLinear)}
+    module.eval().to(torch.float32)
+    for layer, (scale, bias) in packed.items():
+        layer.weight_scale, layer.bias = scale, bias
+    return module
+
+
 # --------------------------------------------------------------------------------------- torch to ONNX
 
 
-def to_ir(module: nn.Module, example: Mapping[str, torch.Tensor], inputs: Axes, outputs: Axes) -> ir.Model:
+def to_ir(
+    module: nn.Module, example: Mapping[str, torch.Tensor], inputs: Axes, outputs: Axes, *, read: Read | None = None
+) -> ir.Model:
     """Trace `module(*example.values())` and lower the quantised layers; batch and sizes dynamic as the axes say.
 
     The file computes in the precision of the module and its example: float32, or float16 (`half`).
+
+    Args:
+        read: gives the weights of a module of fake tensors, by the checkpoint's names.
 
     Raises:
         EdgepruneError: PyTorch cannot trace or translate the module.
     """
     shapes: tuple[Any, ...] = tuple(dict(inputs[name]) for name in example)
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), _fake_mode(module) as mode:
             program = torch.onnx.export(
                 module,
-                args=tuple(example.values()),
+                args=tuple(mode.from_tensor(tensor) if mode else tensor for tensor in example.values()),
                 dynamo=True,
                 opset_version=OPSET,
                 dynamic_shapes=(shapes,) if isinstance(module, Transformer) else shapes,  # *tensors is one argument
@@ -266,6 +294,7 @@ def to_ir(module: nn.Module, example: Mapping[str, torch.Tensor], inputs: Axes, 
                     operator.floordiv: _floor_divide,
                 },
                 verbose=False,
+                optimize=False,  # it would want the weights
             )
     except torch.onnx.OnnxExporterError as error:
         kind = type(getattr(module, "model", module)).__name__
@@ -275,6 +304,10 @@ def to_ir(module: nn.Module, example: Mapping[str, torch.Tensor], inputs: Axes, 
     for value in list(model.graph.initializers.values()):
         assert value.name is not None
         value.name = value.name.removeprefix("model.")
+        if read is not None and isinstance(getattr(value.const_value, "raw", None), FakeTensor):
+            _attach(value, read)
+    # Limits in bytes: sizes are folded, weights are not.
+    onnxscript.optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=65536)
     lower_packed_linear(model)
     halve_tables(model)
     for value, axes in zip(model.graph.outputs, outputs.values(), strict=True):
@@ -284,6 +317,26 @@ def to_ir(module: nn.Module, example: Mapping[str, torch.Tensor], inputs: Axes, 
     # Stack traces: most of a small file, and paths of the machine it was made on.
     ClearMetadataAndDocStringPass()(model)
     return model
+
+
+@contextmanager
+def _fake_mode(module: nn.Module) -> Iterator[FakeTensorMode | None]:
+    """The mode that a module's fake tensors belong to; None for a module of real ones."""
+    mode: FakeTensorMode | None = getattr(next(module.parameters(), None), "fake_mode", None)
+    with mode or nullcontext():
+        yield mode
+
+
+def _attach(value: ir.Value, read: Read) -> None:
+    """Give an initialiser that was traced as a fake tensor its data, read when it is written."""
+    fake, name = value.const_value, value.name
+    assert fake is not None and name is not None
+    kind, shape = fake.dtype, ir.Shape(fake.shape.numpy())
+
+    def load() -> ir.TensorProtocol:
+        return ir.tensor(read(name).to(_TORCH[kind]).numpy(), dtype=kind, name=name)
+
+    value.const_value = ir.LazyTensor(load, kind, shape, name=name)
 
 
 def lower_packed_linear(model: ir.Model) -> None:
@@ -297,18 +350,20 @@ def lower_packed_linear(model: ir.Model) -> None:
         assert packed is not None and scale is not None and packed.name is not None
         bits = node.attributes["bits"].as_int()
         kind = x.dtype or ir.DataType.FLOAT  # type: ignore[union-attr]
-        weight_value, groups = _weight(graph, packed, bits), _scale(graph, scale, kind)
+        weight_value = _weight(graph, packed, bits)
+        nodes: list[ir.Node] = []
+        groups = _cast(_scale(graph, scale), kind, nodes)
         features = weight_value.shape[0]  # type: ignore[index]
         assert isinstance(features, int)
         name = packed.name.removesuffix(".weight_packed")
         dequantised = ir.node(
             "DequantizeLinear", [weight_value, groups],
-            {"axis": 0, "block_size": features // int(groups.shape[0])}, name=f"{name}.dequantize",  # type: ignore[index, arg-type]
+            {"axis": 0, "block_size": features // _shape(scale)[1]}, name=f"{name}.dequantize",
         )  # fmt: skip
-        product = ir.node("MatMul", [x, dequantised.outputs[0]], name=f"{name}.matmul")
-        nodes, last = [dequantised, product], product
+        last = ir.node("MatMul", [x, dequantised.outputs[0]], name=f"{name}.matmul")
+        nodes += [dequantised, last]
         if bias is not None:
-            last = ir.node("Add", [product.outputs[0], _float(graph, bias, kind)], name=f"{name}.add")
+            last = ir.node("Add", [last.outputs[0], _cast(bias, kind, nodes)], name=f"{name}.add")
             nodes.append(last)
         ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, last.outputs)
     for name, value in list(graph.initializers.items()):
@@ -319,7 +374,7 @@ def lower_packed_linear(model: ir.Model) -> None:
 
 
 def halve_tables(model: ir.Model) -> None:
-    """Store float32 tables that rows are taken from (embeddings) in half precision, where that changes no bit of them."""
+    """Store float32 tables that rows are taken from (embeddings) in half precision, where that changes no bit."""
     for node in list(model.graph):
         table = node.inputs[0] if node.op_type == "Gather" else None
         if table is None or table.const_value is None or table.dtype != ir.DataType.FLOAT:
@@ -351,20 +406,22 @@ def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return graph.initializers[tensor.name]
 
 
-def _array(value: ir.Value) -> NDArray[Any]:
-    assert value.const_value is not None, f"{value.name} is not an initialiser"
-    return value.const_value.numpy()
-
-
 def _weight(graph: ir.Graph, packed: ir.Value, bits: int) -> ir.Value:
     """Bytes (O, I * bits / 8) as an INT4 or INT8 initialiser (I, O), made when the file is written."""
-    outs, row = _array(packed).shape
+    outs, row = _shape(packed)
     kind = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
     shape = ir.Shape([row * 8 // bits, outs])
     name = f"{packed.name}.T"
-    assert packed.const_value is not None  # else _array would have said so
+    assert packed.const_value is not None  # else _shape would have said so
     make = functools.partial(_transposed, packed.const_value, bits, name)
     return _register(graph, ir.LazyTensor(make, kind, shape, name=name))
+
+
+def _shape(value: ir.Value) -> tuple[int, int]:
+    """Rows and columns of an initialiser."""
+    assert value.const_value is not None, f"{value.name} is not an initialiser"
+    rows, columns = value.const_value.shape.numpy()
+    return rows, columns
 
 
 def _transposed(packed: ir.TensorProtocol, bits: int, name: str) -> ir.TensorProtocol:
@@ -376,17 +433,25 @@ def _transposed(packed: ir.TensorProtocol, bits: int, name: str) -> ir.TensorPro
     return ir.PackedTensor(flat[0::2] | flat[1::2] << 4, ir.DataType.INT4, shape=integers.shape, name=name)
 
 
-def _scale(graph: ir.Graph, scale: ir.Value, kind: ir.DataType) -> ir.Value:
-    """(O, G) in the checkpoint's precision as (G, O) in the activations'."""
-    values = np.ascontiguousarray(_array(scale).astype(kind.numpy()).T)
-    return _register(graph, ir.tensor(values, name=f"{scale.name}.T"))
-
-
-def _float(graph: ir.Graph, value: ir.Value, kind: ir.DataType) -> ir.Value:
-    """The same initialiser in the activations' precision."""
+def _cast(value: ir.Value, kind: ir.DataType, nodes: list[ir.Node]) -> ir.Value:
+    """An initialiser in the activations' precision: by a Cast that is added to `nodes`, if it is stored in another."""
     if value.dtype == kind:
         return value
-    return _register(graph, ir.tensor(_array(value).astype(kind.numpy()), name=f"{value.name}.float"))
+    nodes.append(ir.node("Cast", [value], {"to": kind}, name=f"{value.name}.cast"))
+    return nodes[-1].outputs[0]
+
+
+def _scale(graph: ir.Graph, scale: ir.Value) -> ir.Value:
+    """(O, G) as (G, O), made when the file is written."""
+    outs, groups = _shape(scale)
+    stored = scale.const_value
+    assert stored is not None
+    name = f"{scale.name}.T"
+
+    def make() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(stored.numpy().T), name=name)
+
+    return _register(graph, ir.LazyTensor(make, stored.dtype, ir.Shape([groups, outs]), name=name))
 
 
 def save(model: ir.Model, path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Both sides have the same integers, so what is left is the order of float additions: 1e-6 on a tiny model. `check` takes
 whatever runs the file. `session` is ONNX Runtime at `session.qdq_matmulnbits_accuracy_level=1` (float activations); its
-default of 4 rounds activations to int8, which is a runtime's choice and no fault of the file.
+default of 4 rounds activations to int8, which is a runtime's choice and no fault of the file. Neither side holds all
+of a large transformer: the file runs in slices (pieces.py), torch reads block by block (stored.py).
 What it leaves out: image quality, and the error that quantisation itself makes (that is `bench`'s).
 """
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import ParityError
 from edgeprune.export import graph
+from edgeprune.export.pieces import Pieces
 from edgeprune.extras import needs
 
 BOUND = 1e-3
@@ -35,17 +37,22 @@ class Runner(Protocol):
 
 
 def session(path: Path) -> Runner:
-    """The file in ONNX Runtime on the CPU, exact arithmetic, as many threads as torch has.
+    """The file in ONNX Runtime on the CPU, exact arithmetic, as many threads as torch has, not all of it in memory.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
         ParityError: ONNX Runtime refuses the file.
     """
+    return Pieces(path, _session)
+
+
+def _session(path: Path) -> Runner:
     with needs("onnx"):
         import onnxruntime
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.intra_op_num_threads = torch.get_num_threads()
+    options.enable_cpu_mem_arena = False
     options.log_severity_level = 4  # an error is raised, and need not be printed too
     try:
         runner: Runner = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

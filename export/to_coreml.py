@@ -22,7 +22,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import nn
 
-from edgeprune.checkpoint import load_transformer, read_config
+from edgeprune.checkpoint import open_transformer, read_config
 from edgeprune.encoders import CLIP, T5, text_encoders
 from edgeprune.errors import EdgepruneError, InputError, ParityError
 from edgeprune.export import graph, parity, to_onnx
@@ -41,6 +41,7 @@ from edgeprune.extras import needs
 from edgeprune.files import read_json
 from edgeprune.generation import Generation, longest_prompt
 from edgeprune.int4 import PackedLinear, unpack
+from edgeprune.stored import StoredTransformer
 from edgeprune.targets import Target
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns at import of what only a Mac has
@@ -131,15 +132,16 @@ def networks(artefact: Path, partial: Path, device: Target, progress: Progress) 
 
     errors = {}
     progress("transformer")
-    whole = graph.Transformer(load_transformer(artefact, quantized=is_quantized(artefact), dtype=torch.float32))
+    stored = open_transformer(artefact, quantized=is_quantized(artefact))
+    whole = graph.Transformer(stored.running())
     patch = whole.family.latents(whole.model.config).patch
     text = whole.family.text_tokens(tokens, generation.max_sequence_length)
     sizes = {"height": height // patch, "width": width // patch, "tokens": text}
     examples = [whole.example(batch=b, **sizes, seed=b) for b in range(device.batch[0], device.batch[1] + 1)]
-    parts = split(whole, device.chunks, examples[0])
-    errors["transformer"] = _network("transformer", parts, whole, examples, partial)
+    parts = split(graph.Transformer(stored.model), device.chunks, examples[0])
     chunks = len(parts)
-    del whole, parts
+    errors["transformer"] = _network("transformer", _loaded(parts, stored), whole, examples, partial, chunks=chunks)
+    del whole, parts, stored
 
     for name, kind in text_encoders(artefact).items():
         progress(name)
@@ -172,6 +174,7 @@ class Part(nn.Module):
         super().__init__()
         model, self.family = whole.model, whole.family
         self.config, self.grid = model.config, self.family.grid(model, example)
+        self.blocks = list(blocks)
         self.first, self.last = blocks[0] == 0, blocks[-1] == len(self.family.blocks(model)) - 1
         # Weights are called in the package as in the checkpoint.
         self.places = [self.family.block_prefix(model, i).rstrip(".").rpartition(".") for i in blocks]
@@ -208,6 +211,20 @@ class Part(nn.Module):
         assert text is not None
         return (image, text, modulation) if self.first else (image, text)
 
+    def tensors(self, stored: StoredTransformer) -> list[str]:
+        """The checkpoint's names of this part's tensors."""
+        blocks = [name for i in self.blocks for name in stored.names(i)]
+        outside = [(name, name.startswith(self.family.tail)) for name in stored.names(None)]
+        return blocks + [name for name, tail in outside if (self.last if tail else self.first)]
+
+
+def _loaded(parts: Sequence[Part], stored: StoredTransformer) -> Iterator[Part]:
+    """Each part with its weights, which are dropped when the next is asked for."""
+    for part in parts:
+        stored.fill(part.tensors(stored))
+        yield part
+        part.to("meta")
+
 
 def split(whole: graph.Transformer, chunks: int, example: Tensors) -> list[Part]:
     """The transformer in `chunks` parts of about equally many blocks, or as many as it has blocks, for one size."""
@@ -239,34 +256,35 @@ class TextEncoder(nn.Module):
 
 def _network(
     name: str,
-    parts: Sequence[Any],
+    parts: Iterable[Any],
     reference: nn.Module,
     examples: Sequence[Tensors],
     partial: Path,
     *,
+    chunks: int = 1,
     half: bool = True,
 ) -> dict[str, Any]:
     """Convert, save and compare one network, whose parts run one after the other; computed in half precision or not."""
-    reference.eval().to(torch.float32).requires_grad_(False)
+    graph.widen(reference).requires_grad_(False)
     for layer in reference.modules():
-        if half and isinstance(layer, PackedLinear):  # a program's weights have the precision of their scales
-            layer.weight_scale = layer.weight_scale.half()
+        if not half and isinstance(layer, PackedLinear):  # a program's weights have the precision of their scales
+            layer.weight_scale = layer.weight_scale.float()
     folder = partial / name
     folder.mkdir()
     batches = [len(next(iter(example.values()))) for example in examples]
-    tensors, packages = dict(examples[-1]), []
+    tensors, packages, outputs = dict(examples[-1]), [], []
     for i, part in enumerate(parts, 1):
-        path = folder / ("model.mlpackage" if len(parts) == 1 else f"chunk_{i}.mlpackage")
-        feeds = {key: tensors[key] for key in part.inputs}
+        path = folder / ("model.mlpackage" if chunks == 1 else f"chunk_{i}.mlpackage")
+        feeds, outputs = {key: tensors[key] for key in part.inputs}, list(part.outputs)
         try:
             with _quiet(), torch.no_grad():
                 found = [value.contiguous() for value in part(*feeds.values())]  # coremltools takes no other inputs
-                tensors |= zip(part.outputs, found, strict=True)
-                convert(part, feeds, list(part.outputs), batches, half=half).save(str(path))
+                tensors |= zip(outputs, found, strict=True)
+                convert(part, feeds, outputs, batches, half=half).save(str(path))
         except (ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
             raise EdgepruneError(f"{name}: coremltools cannot convert it: {' '.join(str(error).split())}") from error
         packages.append(Prediction(path) if sys.platform == "darwin" else Package(path))
-    chain, outputs = Chain(packages), list(parts[-1].outputs)
+    chain = Chain(packages)
     if sys.platform == "darwin":
         return parity.check(name, chain, reference, examples, outputs, bound=DEVICE_BOUND) | {"by": "prediction"}
     record = parity.check(name, chain, reference, examples, outputs, bound=BOUND)

@@ -3,15 +3,17 @@
     export(Path("compressed"), Path("onnx"))
 
 Each network is traced, written, checked by onnx.checker and compared with torch (parity.py) before the next is loaded.
-A T5 text encoder is stored in 8 bits (precision.py), and compared with torch computing from the same integers.
-What it leaves out: the VAE's encoder, transformers larger than memory, and the files around the networks
-(folder.py).
+Of the transformer neither side ever holds more than a few blocks. A T5 text encoder is stored in 8 bits (precision.py),
+and compared with torch computing from the same integers. What it leaves out: the VAE's encoder, and the files around
+the networks (folder.py).
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,14 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from edgeprune.checkpoint import load_transformer
+from edgeprune.checkpoint import open_transformer
 from edgeprune.encoders import CLIP_POOLED, T5, text_encoders
 from edgeprune.errors import ParityError
 from edgeprune.export import graph, parity
 from edgeprune.export.folder import Progress, from_pretrained, is_quantized, silent, write
 from edgeprune.generation import Generation, longest_prompt
 from edgeprune.quantize import quantize_t5
+from edgeprune.stored import StoredTransformer
 from edgeprune.targets import Target
 
 
@@ -51,7 +54,43 @@ def export(artefact: Path, out: Path, *, device: Target | None = None, progress:
 Opened = Callable[[Path], parity.Runner]
 """From a written ONNX file to something that runs it."""
 Module = graph.Transformer | graph.TextEncoder | graph.T5Encoder | graph.VaeDecoder
-Part = tuple[str, Module, Mapping[str, torch.Tensor], Sequence[Mapping[str, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network on its way into a file."""
+
+    name: str
+    module: Module
+    """In float32; what a file is compared with."""
+    traced: Mapping[str, torch.Tensor]
+    """Inputs to trace with."""
+    examples: Sequence[Mapping[str, torch.Tensor]]
+    """Inputs to compare at."""
+    stored: StoredTransformer | None = None
+    """Of the transformer: `module` reads its blocks from here when they run."""
+
+    def half(self) -> Module:
+        """The module in half precision; `module` stays what it is."""
+        if self.stored is not None:
+            return graph.Transformer(self.stored.running(torch.float16))
+        return copy.deepcopy(self.module).half()
+
+    def to_ir(self, *, half: bool = False) -> ir.Model:
+        """The network as ONNX, computing in float32 or in half precision."""
+        example = graph.half(self.traced) if half else self.traced
+        if self.stored is None:
+            module = self.half() if half else self.module
+            return graph.to_ir(module, example, module.inputs, module.outputs)
+        stored, dtype = self.stored, torch.float16 if half else torch.float32
+        model = stored.traceable(dtype)
+        own = stored.family.compact(model, stored.read)
+
+        def read(name: str) -> torch.Tensor:
+            return own[name].to(dtype) if name in own else stored.read(name, dtype)
+
+        transformer = graph.Transformer(model)
+        return graph.to_ir(transformer, example, transformer.inputs, transformer.outputs, read=read)
 
 
 def networks(artefact: Path, partial: Path, progress: Progress, *, opened: Opened = parity.session) -> dict[str, Any]:
@@ -60,16 +99,21 @@ def networks(artefact: Path, partial: Path, progress: Progress, *, opened: Opene
     `opened` gets each `partial/<network>/model.onnx` and says what is compared; it may leave another format there.
     """
     errors = {}
-    for name, module, traced, examples in parts(artefact):
-        progress(name)
-        errors[name] = _network(name, module, traced, examples, partial, opened)
-        del module  # else it is in memory while the next is loaded
+    for part in parts(artefact):
+        progress(part.name)
+        path = partial / part.name / "model.onnx"
+        path.parent.mkdir()
+        save(part.name, part.to_ir(), path)
+        outputs = list(part.module.outputs)
+        errors[part.name] = parity.check(part.name, opened(path), part.module, part.examples, outputs)
+        del part  # else it is in memory while the next is loaded
     return {"opset": graph.OPSET, "parity": errors}
 
 
 def parts(artefact: Path) -> Iterator[Part]:
-    """The networks one after the other: name, module, inputs to trace with, inputs to compare at."""
-    transformer = graph.Transformer(load_transformer(artefact, quantized=is_quantized(artefact), dtype=torch.float32))
+    """The networks one after the other."""
+    stored = open_transformer(artefact, quantized=is_quantized(artefact))
+    transformer = graph.Transformer(stored.running())
     limit = transformer.family.latents(transformer.model.config).largest or 12
     tokens = longest_prompt(artefact)
     # Sizes are image tokens. An odd number of them takes another path through the crop of the position table.
@@ -78,23 +122,19 @@ def parts(artefact: Path) -> Iterator[Part]:
         transformer.example(batch=b, height=min(h, limit), width=min(w, limit), tokens=m, seed=i)
         for i, (b, h, w, m) in enumerate(sizes)
     ]
-    yield (
-        "transformer",
-        transformer,
-        transformer.example(batch=2, height=min(4, limit), width=min(6, limit), tokens=5),
-        examples,
-    )
-    del transformer
+    traced = transformer.example(batch=2, height=min(4, limit), width=min(6, limit), tokens=5)
+    yield Part("transformer", transformer, traced, examples, stored)
+    del transformer, stored
 
     for name, kind in text_encoders(artefact).items():
         encoder, longest = text_encoder(artefact, name, kind)
         examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
-        yield name, encoder, encoder.example(batch=2, tokens=min(7, longest)), examples
+        yield Part(name, graph.widen(encoder), encoder.example(batch=2, tokens=min(7, longest)), examples)
         del encoder
 
     vae = graph.VaeDecoder(from_pretrained(AutoencoderKL.from_pretrained, artefact / "vae"))
     examples = [vae.example(batch=b, height=h, width=w) for b, h, w in ((1, 8, 8), (3, 5, 7))]
-    yield "vae_decoder", vae, vae.example(batch=2, height=4, width=6), examples
+    yield Part("vae_decoder", graph.widen(vae), vae.example(batch=2, height=4, width=6), examples)
 
 
 def text_encoder(artefact: Path, name: str, kind: str) -> tuple[graph.TextEncoder | graph.T5Encoder, int]:
@@ -106,22 +146,6 @@ def text_encoder(artefact: Path, name: str, kind: str) -> tuple[graph.TextEncode
     load = CLIPTextModel.from_pretrained if kind == CLIP_POOLED else CLIPTextModelWithProjection.from_pretrained
     clip = graph.TextEncoder(from_pretrained(load, artefact / name))
     return clip, int(clip.config.max_position_embeddings)
-
-
-def _network(
-    name: str,
-    module: Module,
-    traced: Mapping[str, torch.Tensor],
-    examples: Sequence[Mapping[str, torch.Tensor]],
-    partial: Path,
-    opened: Opened,
-) -> dict[str, Any]:
-    """Trace, write, check and compare one network."""
-    module.eval().to(torch.float32)
-    path = partial / name / "model.onnx"
-    path.parent.mkdir()
-    save(name, graph.to_ir(module, traced, module.inputs, module.outputs), path)
-    return parity.check(name, opened(path), module, examples, list(module.outputs))
 
 
 def save(name: str, model: ir.Model, path: Path) -> None:

@@ -11,7 +11,6 @@ optimisation profiles, INT8 activations, refitting.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from collections import Counter
@@ -27,7 +26,8 @@ from edgeprune.checkpoint import read_config
 from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.export import forms, graph, parity, to_onnx
 from edgeprune.export.folder import Progress, silent, write
-from edgeprune.export.to_onnx import Module
+from edgeprune.export.to_onnx import Module, Part
+from edgeprune.families.base import Axes
 from edgeprune.generation import longest_prompt
 from edgeprune.runtimes.base import Settings, read_settings
 from edgeprune.runtimes.gpu import open_gpu
@@ -88,20 +88,17 @@ def _networks(
     tokens = family.text_tokens(longest_prompt(artefact), settings.generation.max_sequence_length)
     engine_builder = Builder(trt, cache, progress)
     errors, said = {}, {}
-    for name, module, traced, examples in to_onnx.parts(artefact):
+    for part in to_onnx.parts(artefact):
+        name, module, examples = part.name, part.module, part.examples
         progress(name)
-        module.eval().to(torch.float32)
         if isinstance(module, graph.Transformer):
             sizes = axis_ranges(device, settings, family.latents(config).largest, tokens)
         elif isinstance(module, graph.TextEncoder | graph.T5Encoder):
             longest = examples[0]["input_ids"].shape[1]
             sizes["sequence_length"] = (1, longest, longest)
-        profile = profile_of(module.inputs, traced, sizes)
-        half, rounding = _half_precision(module, examples[0], device)
-        # Changed in place to half precision, the module could not be the reference any more.
-        written = copy.deepcopy(module).half() if half else module
-        model = graph.to_ir(written, graph.half(traced) if half else traced, module.inputs, module.outputs)
-        del written
+        profile = profile_of(module.inputs, part.traced, sizes)
+        half, rounding = _half_precision(part, device)
+        model = part.to_ir(half=half)
         forms.per_output(model)
         engine = partial / name / ENGINE
         engine.parent.mkdir()
@@ -125,7 +122,7 @@ def _networks(
             "profile": {tensor: [list(shape) for shape in shapes] for tensor, shapes in profile.items()},
             "engine_parity": _engine_parity(name, engine, module, sizes, trt, half=half),
         }
-        del module, examples
+        del part, module, examples
     if timings := engine_builder.timing_cache():
         (partial / CACHE).write_bytes(timings)
     return {
@@ -137,7 +134,7 @@ def _networks(
     }
 
 
-def _half_precision(module: Module, example: Mapping[str, torch.Tensor], device: Target) -> tuple[bool, float | None]:
+def _half_precision(part: Part, device: Target) -> tuple[bool, float | None]:
     """Whether half precision stays within the bound, and the error it makes (None: infinite, or not wanted).
 
     PyTorch rounds to half precision after every operation, as a GPU does; ONNX Runtime on the CPU computes chains of
@@ -145,10 +142,10 @@ def _half_precision(module: Module, example: Mapping[str, torch.Tensor], device:
     """
     if device.activations != "float16":
         return False, None
-    given = graph.half(example)
+    given = graph.half(part.examples[0])
     with torch.no_grad():
-        expected = module(*(v.float() if v.is_floating_point() else v for v in given.values()))
-        found = copy.deepcopy(module).half()(*given.values())
+        expected = part.module(*(v.float() if v.is_floating_point() else v for v in given.values()))
+        found = part.half()(*given.values())
     error = max(parity.relative_error(a.float().numpy(), b.numpy())[1] for a, b in zip(found, expected, strict=True))
     return error <= parity.HALF_BOUND, error if np.isfinite(error) else None
 
@@ -233,7 +230,7 @@ def axis_ranges(device: Target, settings: Settings, table: int | None, tokens: i
     }
 
 
-def profile_of(inputs: graph.Axes, example: Mapping[str, torch.Tensor], sizes: Mapping[str, Range]) -> Profile:
+def profile_of(inputs: Axes, example: Mapping[str, torch.Tensor], sizes: Mapping[str, Range]) -> Profile:
     """Shapes of a network's inputs; axes without a name keep the example's size."""
     return {
         name: tuple(

@@ -74,7 +74,8 @@ def test_a_plan_from_config_alone_is_quick_and_torch_free(name: str, tmp_path: P
     made = ContributionReport(fingerprint(config), family.name, count, "m", ["p"], [0.0], scores)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "scores.json").write_text(json.dumps(made.to_json()))
-    said = "--config config.json --scores scores.json --method hybrid --keep 0.7 --protect-first 0".split()
+    said = ["--config", "config.json", "--scores", "scores.json", "--method", "hybrid", "--keep", "0.7"]
+    said += ["--protect-first", "0"]
     code = f"""
 import sys, time
 from edgeprune.cli import main

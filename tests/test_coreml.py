@@ -59,7 +59,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "tiny"
     pipeline = tiny.tiny_pipeline(folder, num_layers=2)
     config, family = read_config(folder)
-    model = fill(prepare(family, config, pipeline.transformer))
+    model = fill(prepare(family, pipeline.transformer))
     state = {n: t if n.endswith(("_packed", "_scale")) else t.half() for n, t in model.state_dict().items()}
     save_transformer(folder, "transformer_int4", config, state)
     manifest = Manifest(source="tiny", fingerprint="", family="sd3", config=config, group_size=64)

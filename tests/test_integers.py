@@ -50,7 +50,7 @@ def artefact(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     else:
         pipeline = tiny.tiny_pipeline(folder, num_layers=2, dual_attention_layers=(0, 1))
     config, family = read_config(folder)
-    model, generator = prepare(family, config, pipeline.transformer), torch.Generator().manual_seed(5)
+    model, generator = prepare(family, pipeline.transformer), torch.Generator().manual_seed(5)
     for layer in model.modules():
         if isinstance(layer, PackedLinear):
             low, shape = -(2 ** (layer.bits - 1)), (layer.out_features, layer.in_features)
@@ -77,8 +77,8 @@ def written(artefact: Path, out: Path) -> dict[str, Written]:
     names, given = list(stored.of_checkpoint(artefact)), list[onnx.ModelProto]()
     parts, network, build = to_onnx.parts, to_coreml._network, to_trt.Builder.build
 
-    def only_the_transformer(name: str, *rest: Any) -> dict[str, Any]:
-        return network(name, *rest) if name == "transformer" else {}
+    def only_the_transformer(name: str, *rest: Any, **more: Any) -> dict[str, Any]:
+        return network(name, *rest, **more) if name == "transformer" else {}
 
     def noted(self: to_trt.Builder, name: str, path: Path, *rest: Any) -> dict[str, Any]:
         given.append(onnx.load(str(path)))

@@ -44,7 +44,7 @@ def exported(tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathF
     source, traced = tiny_folders
     out, names, told = tmp_path_factory.mktemp("out") / "ir", iter(NETWORKS), list[str]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "to_ir", lambda *_: ir.load(traced / next(names) / "model.onnx"))
+        patch.setattr(graph, "to_ir", lambda *_, **__: ir.load(traced / next(names) / "model.onnx"))
         record = export.export(source, out, "openvino", targets.load("intel-igpu"), progress=told.append)
     assert told == list(NETWORKS)
     return out, record

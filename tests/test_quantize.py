@@ -85,7 +85,7 @@ def test_quantised_model_is_close_and_as_small_as_forecast(kind: str, calibratio
     stored = sum(t.numel() * t.element_size() for t in state.values())
     assert stored == footprint(family, family.tensor_shapes(config)).int4_bytes
     # A strict load into an empty model of the same rule gives the same numbers.
-    again = prepare(family, config, KINDS[kind]())
+    again = prepare(family, KINDS[kind]())
     load_strictly(again, {n: t if n.endswith(keep) else t.float() for n, t in state.items()})
     torch.testing.assert_close(tiny_velocity(again), found, rtol=1e-2, atol=1e-2)
 

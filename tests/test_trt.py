@@ -7,7 +7,6 @@ never executed here: reading an engine, and running it.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import dataclasses
 import json
@@ -86,7 +85,7 @@ def built(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> SimpleN
         return real(self, name, path, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "load_transformer", lambda *_, **__: copy.deepcopy(model))
+        patch.setattr(to_onnx, "open_transformer", lambda *_, **__: tiny.stored(model))
         patch.setattr(to_trt.Builder, "build", build)
         record = to_trt.export(source, out, device=RTX, progress=told.append)
     return SimpleNamespace(source=source, out=out, record=record, told=told, given=given)

@@ -6,6 +6,7 @@ hide errors; adaLN modulation is therefore given visible weights. What it leaves
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import tempfile
@@ -33,7 +34,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from edgeprune.families import family_of_model
 from edgeprune.sampling import Conditioning, velocity
+from edgeprune.stored import StoredTransformer
 
 TOKENS, TEXT_WIDTH = 16, 32
 T5_TOKENS, T5_WIDTH = 160, 96  # more tokens than T5 tells distances apart, wider than both CLIPs together
@@ -188,7 +191,9 @@ def tiny_pipeline(folder: Path, *, t5: bool = False, **overrides: Any) -> Stable
         tokenizer_3=tiny_t5_tokenizer() if t5 else None,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
-    (folder / "generation.json").write_text(json.dumps(GENERATION | ({"max_sequence_length": T5_TOKENS} if t5 else {}), indent=1) + "\n")
+    (folder / "generation.json").write_text(
+        json.dumps(GENERATION | ({"max_sequence_length": T5_TOKENS} if t5 else {}), indent=1) + "\n"
+    )
     # Back to float32, now exactly what is on disk.
     return pipeline.to(torch.float32)
 
@@ -210,3 +215,17 @@ def tiny_flux_pipeline(folder: Path, **overrides: Any) -> FluxPipeline:
     pipeline.to(torch.float16).save_pretrained(folder)
     (folder / "generation.json").write_text(json.dumps(GENERATION | {"max_sequence_length": 24}, indent=1) + "\n")
     return pipeline.to(torch.float32)
+
+
+class _Held(dict[str, torch.Tensor]):
+    """Weights in memory where StoredTransformer expects them in files."""
+
+    def check(self, expected: Any) -> None:
+        """A model's own always fit."""
+
+
+def stored(model: torch.nn.Module) -> StoredTransformer:
+    """A loaded transformer as if its weights were on disk."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    empty = copy.deepcopy(model).to("meta")
+    return StoredTransformer(family_of_model(model), empty, _Held(state))  # type: ignore[arg-type]

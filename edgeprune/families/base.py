@@ -11,7 +11,7 @@ Everywhere outside of a family a model is the same: latents (B, C, h, w), a nois
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -40,6 +40,9 @@ _MODULES = {
     "FluxTransformer2DModel": "edgeprune.families.flux",
 }
 
+CHANGED = "Edgeprune"
+"""What stands before diffusers' class name where a model is no longer of that class: parts of blocks are gone."""
+
 
 @dataclass(frozen=True)
 class Swap:
@@ -61,7 +64,11 @@ class Source:
     columns: tuple[tuple[int, int], ...] | None = None
     """The same for columns."""
     constant: bool = False
-    """True for a removed norm's bias: the modulation at the mean input takes the place of the bias."""
+    """True for the bias of a modulation layer that is removed or projected: the modulation at the mean input."""
+    projected: bool = False
+    """True for the weight of a modulation layer that reads its input's coordinates on a basis instead."""
+    calibrated: bool = False
+    """True for what calibration makes instead of a tensor of the original: `name` is `mean` or `basis`."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,8 @@ class Family(Protocol):
     components: tuple[str, ...]
     norms: tuple[str, ...]
     """The components that are adaLN modulations: what stays of a removed one is its mean."""
+    embedder: str
+    """Name of the module whose output, after silu, is the modulation input."""
     encoders: tuple[Encoder, ...]
     tail: tuple[str, ...]
     """What the names of tensors after the last block begin with."""
@@ -139,6 +148,9 @@ class Family(Protocol):
 
     def place(self, config: Config, name: str) -> tuple[int, str | None] | None:
         """Block index and component of a tensor; component None for the rest of a block; None outside blocks."""
+
+    def modulates(self, name: str) -> bool:
+        """True if this tensor is of a layer that reads the modulation input: weight (O, D) or bias (O)."""
 
     def noops(self, config: Config) -> frozenset[tuple[int, str]]:
         """Components that the architecture does not have, so that removing them changes nothing."""
@@ -216,6 +228,9 @@ class Family(Protocol):
 
     # ---------------------------------------------------------------- the forward pass in pieces, for exports
 
+    def compact(self, model: Any, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Let a model hold fixed tables in less room, in place; the tensors that it then has for those of `read`."""
+
     def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What every block reads that depends on sizes alone; none where the embedding has it."""
 
@@ -258,9 +273,10 @@ def family_of(config: Config, where: str = "transformer/config.json") -> Family:
         InputError: the class is not an MMDiT that we know.
     """
     name = config.get("_class_name")
-    if not isinstance(name, str) or name not in _MODULES:
+    stock = name.removeprefix(CHANGED) if isinstance(name, str) else ""
+    if stock not in _MODULES:
         raise InputError(f"{where}: _class_name: found {name!r}, expected an MMDiT: {', '.join(_MODULES)}")
-    family: Family = importlib.import_module(_MODULES[name]).FAMILY
+    family: Family = importlib.import_module(_MODULES[stock]).FAMILY
     return family
 
 

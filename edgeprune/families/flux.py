@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_MODULATION = re.compile(
+    r"(transformer_blocks\.\d+\.norm1(_context)?|single_transformer_blocks\.\d+\.norm|norm_out)\.linear\.(weight|bias)"
+)
 _SINGLE = re.compile(r"single_transformer_blocks\.(\d+)\.(.+)")
 # The columns of proj_out are cut, the rest of it stays: it is no component's.
 _SINGLE_COMPONENT_OF = {"norm": "norm", "attn": "attn", "proj_mlp": "mlp"}
@@ -75,6 +78,7 @@ class Flux:
     pipeline = "FluxPipeline"
     components = ("norm", "context_norm", "attn", "mlp", "context_mlp")
     norms = ("norm", "context_norm")
+    embedder = "time_text_embed"
     encoders = (
         Encoder("text_encoder", CLIP_POOLED),
         Encoder("text_encoder_2", T5),
@@ -132,6 +136,10 @@ class Flux:
         if found := _SINGLE.match(name):
             return config["num_layers"] + int(found[1]), _SINGLE_COMPONENT_OF.get(found[2].split(".")[0])
         return None
+
+    def modulates(self, name: str) -> bool:
+        """The linear layers of every norm."""
+        return _MODULATION.fullmatch(name) is not None
 
     def noops(self, config: Config) -> frozenset[tuple[int, str]]:
         """A single block has no context of its own; that of the last block is not read again."""
@@ -329,6 +337,10 @@ class Flux:
         return hidden, pooled
 
     # ---------------------------------------------------------------- the forward pass in pieces, for exports
+
+    def compact(self, model: Any, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """There are no tables."""
+        return {}
 
     def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Cosine and sine of the rotary embedding, (M + N, head width) each.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgeprune.families.base import Config, Producer, ScalingGroup, Shape, Swap
 
@@ -80,7 +80,7 @@ def attended(layers: dict[str, nn.Linear], d: int, attention: str) -> list[Scali
 def joint_groups(block: nn.Module) -> list[ScalingGroup]:
     """The scaling groups of a joint block: what reads each adaLN output, and attention's output projections."""
     layers = linears(block)
-    d = layers["attn.to_q" if "attn.to_q" in layers else "norm1.linear"].in_features
+    (d,) = cast("Any", block).norm1.norm.normalized_shape
     # Parts of the modulation by position: shift, scale, gate of attention; of the MLP; of the second attention.
     image = ((0, "attn.to_q attn.to_k attn.to_v"), (3, "ff.net.0.proj"), (6, "attn2.to_q attn2.to_k attn2.to_v"))
     context = ((0, "attn.add_q_proj attn.add_k_proj attn.add_v_proj"), (3, "ff_context.net.0.proj"))

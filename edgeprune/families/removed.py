@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 class PassThrough(nn.Module):
@@ -111,3 +112,29 @@ class SingleBlock(nn.Module):
         if joined.dtype == torch.float16:
             joined = joined.clip(-65504, 65504)
         return joined[:, :tokens], joined[:, tokens:]
+
+
+class ProjectedEmbedding(nn.Module):
+    """The modulation input as its coordinates on a basis, centred, where layers read these instead.
+
+    Holds the original `embedder`, `mean` (D) and orthonormal `basis` (R, D). The mean is taken off first: its own
+    coordinates are larger than what varies, and half precision would round that away.
+    """
+
+    def __init__(self, embedder: nn.Module, rank: int, width: int) -> None:
+        super().__init__()
+        self.embedder = embedder
+        self.mean = nn.Parameter(torch.zeros(width))
+        self.basis = nn.Parameter(torch.zeros(rank, width))
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Whatever the embedder takes, to (B, R)."""
+        return F.linear(F.silu(self.embedder(*inputs)) - self.mean, self.basis)
+
+
+class ConstantEmbedding(nn.Module):
+    """A removed embedder: all modulation is constant, and its layers ask their input for nothing but its dtype."""
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """One column (B, 1) of the pooled text (B, P), which comes last."""
+        return inputs[-1][:, :1]

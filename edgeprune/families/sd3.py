@@ -8,7 +8,8 @@ removed, the block before takes that form, and its context modulation keeps two 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_MODULATION = re.compile(r"(transformer_blocks\.\d+\.norm1(_context)?|norm_out)\.linear\.(weight|bias)")
 # Of the context stream, a context_pre_only block still reads keys and values, but writes nothing.
 _ABSENT_IN_LAST = ("ff_context.", "attn.to_add_out.")
 
@@ -53,6 +55,7 @@ class SD3:
     pipeline = "StableDiffusion3Pipeline"
     components = ("norm", "context_norm", "attn", "attn2", "mlp", "context_mlp")
     norms = ("norm", "context_norm")
+    embedder = "time_text_embed"
     encoders = (
         Encoder("text_encoder", CLIP),
         Encoder("text_encoder_2", CLIP),
@@ -107,6 +110,10 @@ class SD3:
         """Block and component by diffusers' module names."""
         found = BLOCK.match(name)
         return (int(found[1]), COMPONENT_OF.get(found[2].split(".")[0])) if found else None
+
+    def modulates(self, name: str) -> bool:
+        """`norm1.linear`, `norm1_context.linear` of blocks, and `norm_out.linear`."""
+        return _MODULATION.fullmatch(name) is not None
 
     def noops(self, config: Config) -> frozenset[tuple[int, str]]:
         """The last block's context MLP, and `attn2` where a block has none."""
@@ -268,6 +275,19 @@ class SD3:
         return hidden, pooled
 
     # ---------------------------------------------------------------- the forward pass in pieces, for exports
+
+    def compact(self, model: Any, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The position table in rows and columns, if it can be told so."""
+        from edgeprune.families.positions import SeparatePatchEmbed, separate
+
+        found = separate(read("pos_embed.pos_embed"))
+        if found is None:
+            return {}
+        # In the model they are of the kind of its other tensors, real or fake.
+        like = model.pos_embed.pos_embed
+        empty = {name: like.new_empty(tensor.shape) for name, tensor in found.items()}
+        model.pos_embed = SeparatePatchEmbed(model.pos_embed, **empty)
+        return {f"pos_embed.{name}": tensor for name, tensor in found.items()}
 
     def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The patch embedding adds its position table."""

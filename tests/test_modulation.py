@@ -1,0 +1,319 @@
+"""Projected modulation: exact on its subspace, counted without weights, in every stage, refused by stock diffusers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from tiny import tiny_inputs, tiny_pipeline, tiny_transformer
+
+import edgeprune
+from edgeprune import checkpoint, modulation, pipeline
+from edgeprune.cli import parse_rank
+from edgeprune.contribution import Removed
+from edgeprune.distill import DistillOptions, parameter_groups
+from edgeprune.errors import BudgetError, InputError
+from edgeprune.families import family_of
+from edgeprune.int4 import PackedLinear
+from edgeprune.modulation import choose_rank, modulation_inputs, ranks, subspace
+from edgeprune.pipeline import CompressOptions, DataOptions, PlanOptions, Workspace
+from edgeprune.plan import PrunePlan, make_plan, modulation_width
+from edgeprune.quantize import quantize
+from edgeprune.surgery import prune, structure
+
+WIDTH = 64
+
+
+def setup(**overrides: object):
+    model = tiny_transformer(num_layers=4, **overrides)
+    config = {"_class_name": "SD3Transformer2DModel"} | {k: v for k, v in model.config.items() if not k.startswith("_")}
+    return model, config, family_of(config)
+
+
+def velocity(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**tiny_inputs() | inputs, return_dict=False)[0]
+
+
+def found_at(model, family, timesteps: torch.Tensor, pooled: torch.Tensor) -> modulation.Subspace:
+    return subspace(modulation_inputs(family, model, timesteps, pooled).flatten(0, 1))
+
+
+# ------------------------------------------------------------------------------------------------ surgery
+
+
+@pytest.mark.parametrize("overrides", [{}, {"dual_attention_layers": (0, 1, 3)}], ids=["sd3.5-large", "sd3.5-medium"])
+@pytest.mark.parametrize(
+    ("blocks", "components"), [("", ""), ("3", ""), ("1", "2:norm,2:mlp,3:context_norm"), ("", "0:attn,0:norm")]
+)
+def test_exact_where_the_inputs_lie_in_the_basis(overrides: dict[str, object], blocks: str, components: str) -> None:
+    """Twelve samples span eleven directions: at rank 11 the model computes what it computed, at 3 it does not."""
+    model, config, family = setup(**overrides)
+    timesteps, pooled = torch.tensor([10.0, 500.0, 990.0]), torch.randn(4, WIDTH)
+    found = found_at(model, family, timesteps, pooled)
+    assert found.directions.shape == (11, WIDTH)
+    inputs = {"timestep": timesteps[[0, 2]], "pooled_projections": pooled[[3, 1]]}
+    plans = {
+        rank: make_plan(
+            family, config, None, method="manual", blocks=blocks, components=components, modulation_rank=rank
+        )
+        for rank in (11, 3)
+    }
+    with Removed(family, model, plans[11].keys, found.mean):
+        expected = velocity(model, **inputs)
+    for rank, plan in plans.items():
+        thin = prune(family, model, config, plan, found.mean, found.basis(rank))
+        assert sum(p.numel() for p in thin.parameters()) == plan.after.parameters
+        error = (velocity(thin, **inputs) - expected).abs().max()
+        assert error <= 1e-5 if rank == 11 else error > 1e-3
+    assert thin.state_dict()["time_text_embed.basis"].shape == (3, WIDTH)
+    assert not [n for n, t in thin.state_dict().items() if family.modulates(n) and t.ndim == 2 and t.shape[1] != 3]
+
+
+def test_rank_0_is_every_norm_removed() -> None:
+    """And norm_out constant: the velocity depends on neither timestep nor prompt but through the tokens."""
+    model, config, family = setup()
+    mean = torch.randn(WIDTH)
+    plan = make_plan(family, config, None, method="manual", modulation_rank=0)
+    thin = prune(family, model, config, plan, mean)
+    assert sum(p.numel() for p in thin.parameters()) == plan.after.parameters
+    assert not [n for n in thin.state_dict() if n.startswith("time_text_embed.")]
+    keys = [(b, c) for b in range(4) for c in ("norm", "context_norm")]
+    with Removed(family, model, keys, mean), torch.no_grad():
+        weight, bias = model.norm_out.linear.weight.clone(), model.norm_out.linear.bias.clone()
+        model.norm_out.linear.bias += model.norm_out.linear.weight @ mean
+        model.norm_out.linear.weight.zero_()
+        expected = velocity(model)
+        model.norm_out.linear.weight.copy_(weight)
+        model.norm_out.linear.bias.copy_(bias)
+    assert (velocity(thin) - expected).abs().max() <= 1e-5
+    moved = velocity(thin, timestep=torch.tensor([1.0, 2.0]), pooled_projections=torch.zeros(2, WIDTH))
+    assert torch.equal(moved, velocity(thin))
+
+
+def test_calibration_reads_the_embedder_alone() -> None:
+    model, config, family = setup()
+    skeleton = family.build(config, [0, 1, 2, 3], frozenset())
+    skeleton.time_text_embed.load_state_dict(model.time_text_embed.state_dict(), assign=True)
+    timesteps, pooled = torch.tensor([10.0, 500.0]), torch.randn(3, WIDTH)
+    inputs = modulation_inputs(family, skeleton, timesteps, pooled)
+    assert inputs.shape == (3, 2, WIDTH)
+    expected = torch.nn.functional.silu(model.time_text_embed(timesteps[[1]], pooled[[2]]))[0]
+    torch.testing.assert_close(inputs[2, 1], expected)
+
+
+def test_what_is_missing_is_said() -> None:
+    model, config, family = setup()
+    plan = make_plan(family, config, None, method="manual", modulation_rank=4)
+    with pytest.raises(InputError, match="basis"):
+        prune(family, model, config, plan, torch.zeros(WIDTH))
+    with pytest.raises(InputError, match="mean"):
+        prune(family, model, config, plan, None, torch.zeros(4, WIDTH))
+
+
+# ------------------------------------------------------------------------------------------------ the subspace
+
+
+def test_directions_are_those_of_the_largest_variance() -> None:
+    axes = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))[0][:3]
+    spread = torch.tensor([5.0, 2.0, 1.0])
+    samples = torch.randn(400, 3, generator=torch.Generator().manual_seed(1)) * spread
+    found = subspace(samples @ axes + 7)
+    torch.testing.assert_close(found.mean, (samples @ axes + 7).mean(0))
+    assert ((found.directions[:3] @ axes.T).abs().diagonal() > 0.99).all()
+    left = found.residuals(samples @ axes + 7)
+    expected = [1.0, (5 / 30) ** 0.5, (1 / 30) ** 0.5, 0.0]
+    torch.testing.assert_close(left[:4].float(), torch.tensor(expected), rtol=0.1, atol=1e-3)
+    assert found.residuals(found.mean.expand(5, -1) + 3 * found.directions[0])[1] < 1e-3
+
+
+def test_auto_is_measured_on_prompts_held_out() -> None:
+    """40 prompts that all differ, the same at every timestep: 20 directions fit their own half, none the other's."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(1, 10, WIDTH, generator=generator)
+    assert choose_rank((shared * 3).expand(40, -1, -1), WIDTH) == 16  # ten timesteps: nine directions, and 4 do not do
+    alone = torch.randn(40, 1, WIDTH, generator=generator).expand(-1, 10, -1)
+    assert choose_rank(alone, WIDTH) is None
+    assert ranks(WIDTH) == [2, 4, 16, 32] and ranks(2432)[-1] == 1216
+
+
+def test_more_directions_than_samples() -> None:
+    with pytest.raises(InputError, match=r"--modulation-rank: found 9, expected up to 5: .* --prompts"):
+        subspace(torch.randn(6, WIDTH)).basis(9)
+
+
+# ------------------------------------------------------------------------------------------------ plan
+
+
+def test_modulation_first_then_blocks() -> None:
+    model, config, family = setup()
+    scores = pipeline.ContributionReport(
+        "", "sd3", 4, "none", [], [], {}, summary={(b, None): float(b) for b in range(4)}
+    )
+    options = {"method": "hpp", "protect_first": 1, "protect_last": 0}
+    full = make_plan(family, config, scores, keep=0.8, **options)
+    thin = make_plan(family, config, scores, keep=0.8, modulation_rank=16, **options)
+    assert full.blocks == [1] and thin.blocks == []
+    assert thin.after.int4_bytes < thin.before.int4_bytes and thin.after.parameters <= 0.8 * thin.before.parameters
+    both = make_plan(family, config, scores, keep=0.6, modulation_rank=16, **options)
+    assert both.blocks == [1] and both.after.parameters < thin.after.parameters
+    stored = quantize(family, prune(family, model, config, both, torch.zeros(WIDTH), torch.eye(WIDTH)[:16]))
+    keep = (".weight_packed", ".weight_scale")
+    sizes = {n: t.numel() * (t.element_size() if n.endswith(keep) else 2) for n, t in stored.state_dict().items()}
+    assert sum(sizes.values()) == both.after.int4_bytes
+    with pytest.raises(BudgetError):
+        make_plan(family, config, scores, max_memory_bytes=10_000, modulation_rank=0, **options)
+
+
+@pytest.mark.parametrize("rank", [-1, WIDTH])
+def test_rank_out_of_range(rank: int) -> None:
+    _, config, family = setup()
+    with pytest.raises(InputError, match=f"--modulation-rank: found {rank}, expected 0 to 63, or full"):
+        make_plan(family, config, None, method="manual", modulation_rank=rank)
+
+
+def test_plan_file_keeps_the_rank() -> None:
+    _, config, family = setup()
+    plan = make_plan(family, config, None, method="manual", modulation_rank=16)
+    data = json.loads(json.dumps(plan.to_json()))
+    assert PrunePlan.from_json(data, "plan.json") == plan and not plan.stock
+    del data["modulation_rank"]  # a plan from before there was one
+    assert PrunePlan.from_json(data, "plan.json").modulation_rank is None
+    with pytest.raises(InputError, match=r"plan.json: modulation_rank: found -2"):
+        PrunePlan.from_json(data | {"modulation_rank": -2}, "plan.json")
+
+
+def test_option() -> None:
+    assert (parse_rank("auto"), parse_rank("full"), parse_rank("16")) == ("auto", None, 16)
+    for text in ("", "-1", "half", "1.5", "²"):
+        with pytest.raises(InputError, match="--modulation-rank: found"):
+            parse_rank(text)
+    _, config, family = setup()
+    with pytest.raises(InputError, match="--modulation-rank auto: is measured on a model: give -o"):
+        pipeline.plan_for(family, config, None, PlanOptions("manual", modulation_rank="auto"))
+
+
+# ------------------------------------------------------------------------------------------------ later stages
+
+
+def test_distillation_trains_all_blocks_where_nothing_else_changed() -> None:
+    model, config, family = setup()
+    options = DistillOptions(sensitivity="off")
+    for blocks, first in (("", 0), ("2", 2)):
+        plan = make_plan(family, config, None, method="manual", blocks=blocks, modulation_rank=16)
+        assert plan.first_pruned == first
+        thin = prune(family, model, config, plan, torch.zeros(WIDTH), torch.eye(WIDTH)[:16])
+        parameter_groups(family, thin, plan, None, options)
+        trained = {n for n, p in thin.named_parameters() if p.requires_grad}
+        assert ("transformer_blocks.0.norm1.linear.weight" in trained) == (first == 0)
+        assert "transformer_blocks.2.norm1.linear.weight" in trained
+        assert not [n for n in trained if n.startswith("time_text_embed.")]
+
+
+@pytest.mark.parametrize(("rank", "bits", "group"), [(32, 4, 32), (16, 4, 16), (8, 8, 8)])
+def test_thin_layers_are_quantised_in_groups_that_divide_the_rank(rank: int, bits: int, group: int) -> None:
+    model, config, family = setup()
+    plan = make_plan(family, config, None, method="manual", modulation_rank=rank)
+    basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0][:rank]
+    thin = quantize(family, prune(family, model, config, plan, torch.zeros(WIDTH), basis))
+    layer = thin.transformer_blocks[1].norm1.linear
+    assert isinstance(layer, PackedLinear) and (layer.bits, layer.group_size) == (bits, group)
+    assert thin.norm_out.linear.bits == 8
+    assert isinstance(thin.time_text_embed.basis, torch.nn.Parameter)  # 16 bits, see docs/modulation.md
+
+
+def test_awq_knows_the_width_of_a_block_without_attention() -> None:
+    """Its modulation layers are no longer as wide as its tokens."""
+    model, config, family = setup()
+    plan = make_plan(family, config, None, method="manual", components="1:attn", modulation_rank=16)
+    block = structure(family, config, plan).transformer_blocks[1]
+    groups = [g for g in family.scaling_groups(block) if g.consumers == ("ff.net.0.proj",)]
+    assert [p.rows for g in groups for p in g.producers] == [(192, 256), (256, 320)]
+
+
+OPTIONS = CompressOptions(
+    plan=PlanOptions("manual", blocks="1", modulation_rank=16), data=DataOptions("shapes", 16),
+    distill=DistillOptions(steps=2, batch=2, sensitivity="off"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "tiny"
+    tiny_pipeline(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artefact(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("artefact") / "small"
+    pipeline.compress(Workspace(out, str(source)), OPTIONS)
+    return out
+
+
+def test_all_stages(artefact: Path, source: Path) -> None:
+    manifest = json.loads((artefact / "edgeprune.json").read_text())
+    assert manifest["plan"]["modulation_rank"] == 16 == manifest["stages"]["plan"]["modulation_rank"]
+    assert pipeline.MODULATION in manifest["files"]
+    pipe = edgeprune.load(artefact)
+    assert isinstance(pipe.transformer.transformer_blocks[0].norm1.linear, PackedLinear)
+    half = checkpoint.load_transformer(artefact, quantized=False)
+    original = checkpoint.load_transformer(source, quantized=False)
+    ws = Workspace(artefact, str(source))
+    small, whole = (velocity(m) for m in (half, original))
+    assert velocity(half).isfinite().all() and not torch.equal(small, whole)
+    assert pipeline.compress(ws, OPTIONS) == []
+
+
+def test_auto_stage_says_what_it_chose(source: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "out", str(source))
+    pipeline.run_plan(ws, replace(OPTIONS.plan, modulation_rank="auto"))
+    inputs = pipeline.calibration_inputs(ws, pipeline.calibration_prompts(ws, OPTIONS.plan))
+    expected = choose_rank(inputs, modulation_width(ws.family, ws.config))
+    assert ws.plan().modulation_rank == expected == ws.manifest.stages["plan"]["modulation_rank"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\ntwo stars\n")
+    options = replace(OPTIONS.plan, modulation_rank=63, prompts=str(prompts))
+    assert pipeline.calibration_prompts(ws, options) == ["", "a red circle", "two stars"]
+
+
+def test_a_plan_without_it_leaves_no_basis_behind(source: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "out", str(source))
+    pipeline.run_plan(ws, OPTIONS.plan)
+    (ws.out / pipeline.MODULATION).write_bytes(b"damaged")
+    with pytest.raises(InputError, match="SHA-256"):
+        pipeline.run_prune(ws)
+    pipeline.run_plan(Workspace(ws.out, str(source), fresh=True), replace(OPTIONS.plan, modulation_rank=None))
+    assert not (ws.out / pipeline.MODULATION).exists()
+    assert pipeline.MODULATION not in Workspace(ws.out, str(source)).manifest.files
+
+
+# ------------------------------------------------------------------------------------------------ stock diffusers
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stock_diffusers_refuses(artefact: Path) -> None:
+    for part in ("transformer", "transformer_int4"):
+        with pytest.raises(ValueError, match="got edgeprune"):
+            SD3Transformer2DModel.from_pretrained(artefact / part)
+    with pytest.raises(ValueError, match="got edgeprune"):
+        StableDiffusion3Pipeline.from_pretrained(artefact, text_encoder_3=None, tokenizer_3=None)
+
+
+def test_only_the_original_is_compressed(artefact: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="compress the original"):
+        Workspace(tmp_path / "again", str(artefact))
+    assert not (tmp_path / "again").exists()
+
+
+def test_without_its_manifest(artefact: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(artefact, tmp_path / "copy"))
+    (copy / "edgeprune.json").unlink()
+    with pytest.raises(InputError, match=r"no edgeprune.json"):
+        checkpoint.load_transformer(copy, quantized=False)
