@@ -217,7 +217,7 @@ def test_network_is_what_diffusers_gives_it(exported: Path) -> None:
 def test_openvino(artefact: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As IR; the ONNX stands in for tracing it again, which takes long."""
     names = iter(("transformer", "text_encoder", "text_encoder_2", "vae_decoder"))
-    monkeypatch.setattr(graph, "to_ir", lambda *_: ir.load(exported / next(names) / "model.onnx"))
+    monkeypatch.setattr(graph, "to_ir", lambda *_, **__: ir.load(exported / next(names) / "model.onnx"))
     record = to_openvino.export(artefact, tmp_path / "ir", device=targets.load("cpu-x86"))
     assert max(found["max_relative"] for found in record["parity"].values()) < 1e-4
     with runtimes.load(tmp_path / "ir") as ours, runtimes.load(artefact) as theirs:
@@ -250,7 +250,7 @@ def test_core_ml(artefact: Path, tmp_path: Path) -> None:
     examples = [whole.example(batch=1, height=4, width=4, tokens=24)]
     parts = to_coreml.split(whole, 3, examples[0])
     assert [part.inputs[:2] for part in parts[1:]] == [[f"image_tokens_{i}", f"text_tokens_{i}"] for i in (1, 2)]
-    record = to_coreml._network("transformer", parts, whole, examples, tmp_path)
+    record = to_coreml._network("transformer", parts, whole, examples, tmp_path, chunks=3)
     assert 0 < record["max_relative"] < 1e-3 and record["max_relative"] < record["half_relative"] < 1e-2
 
     def opened(path: Path) -> SimpleNamespace:

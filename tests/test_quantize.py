@@ -1,7 +1,5 @@
 """INT4: packing, the custom op, NNCF's integers, the rule, and bytes."""
 
-from typing import Any
-
 import pytest
 import torch
 from tiny import KINDS, config_of, tiny_transformer, tiny_velocity
