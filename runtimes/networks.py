@@ -1,9 +1,10 @@
 """A `Backend` made of exported networks, each a function from named arrays to named arrays.
 
 A runtime gives one function, which opens a network's folder (`OUT/transformer`); how networks are used is here once,
-and what of it differs between models (which hidden state, packing) is the family's. Low-memory mode opens a network when
-it is needed and closes it before one of the next stage is, so that the peak is the largest stage, not the sum: CLIPs,
-T5, transformer, VAE. CLIPs one at a time would leave holes in the heap: 24 MB more in tests/test_memory.py, not 32 less.
+and what of it differs between models (which hidden state, packing) is the family's. Low-memory mode opens a network
+when it is needed and closes it before one of the next stage is, so that the peak is the largest stage, not the sum:
+CLIPs, T5, transformer, VAE. CLIPs one at a time would leave holes in the heap: 24 MB more in tests/test_memory.py, not
+32 less.
 What it leaves out: the vendors' own options (each runtime's `open_backend`).
 """
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TOKENS, tiny_inputs, tiny_transformer
+from tiny import TOKENS, config_of, tiny_flux, tiny_inputs, tiny_transformer
 
 from edgeprune.contribution import ContributionReport, fingerprint
 from edgeprune.data import Pairs
@@ -20,15 +20,17 @@ from edgeprune.resume import Ema, load_state
 from edgeprune.surgery import prune
 
 
-def setup() -> tuple[Any, Any, Any, PrunePlan, ContributionReport, Pairs]:
-    teacher = tiny_transformer(num_layers=5)
-    config = {"_class_name": "SD3Transformer2DModel"} | {k: v for k, v in teacher.config.items() if k[0] != "_"}
+def setup(kind: str = "sd3") -> tuple[Any, Any, Any, PrunePlan, ContributionReport, Pairs]:
+    """Five blocks, the third of them pruned: of FLUX the first single one."""
+    teacher = tiny_flux() if kind == "flux" else tiny_transformer(num_layers=5)
+    config = config_of(teacher)
     family = family_of(config)
     plan = make_plan(family, config, None, method="manual", blocks="2")
     student = prune(family, teacher, config, plan, None)
     student.load_state_dict({n: t.clone() for n, t in student.state_dict().items()}, assign=True)
-    drops = {(b, c): float(b) for b in range(5) for c in family.components}
-    report = ContributionReport(fingerprint(config), "sd3", 5, "m", ["p"], [0.0], {k: [-d] for k, d in drops.items()})
+    drops = {(b, c): float(b) for b in range(5) for c in family.components if (b, c) not in family.noops(config)}
+    scores = {k: [-d] for k, d in drops.items()}
+    report = ContributionReport(fingerprint(config), family.name, 5, "m", ["p"], [0.0], scores)
     g = torch.Generator().manual_seed(3)
     width = tiny_inputs()["pooled_projections"].shape[-1]
     pairs = Pairs(
@@ -39,9 +41,9 @@ def setup() -> tuple[Any, Any, Any, PrunePlan, ContributionReport, Pairs]:
 
 
 def run(
-    path: Path, steps: int, *, until: int | None = None, **options: Any
+    path: Path, steps: int, *, kind: str = "sd3", until: int | None = None, **options: Any
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    family, teacher, student, plan, report, pairs = setup()
+    family, teacher, student, plan, report, pairs = setup(kind)
 
     class Killed(Exception):
         pass
@@ -62,6 +64,7 @@ def run(
             chosen,
             path,
             inputs_digest="x",
+            guidance=3.5,
             save_every=2,
             progress=progress,
         )
@@ -69,28 +72,32 @@ def run(
         return {}, []
 
 
-def test_a_killed_run_resumes_to_the_same_losses_and_weights(tmp_path: Path) -> None:
-    whole, losses = run(tmp_path / "whole.safetensors", 8, schedule="cosine")
-    run(tmp_path / "killed.safetensors", 8, until=5, schedule="cosine")
-    again, resumed = run(tmp_path / "killed.safetensors", 8, schedule="cosine")
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_killed_run_resumes_to_the_same_losses_and_weights(tmp_path: Path, kind: str, checkpointing: bool) -> None:
+    options = {"schedule": "cosine", "kind": kind, "gradient_checkpointing": checkpointing}
+    whole, losses = run(tmp_path / "whole.safetensors", 8, **options)
+    run(tmp_path / "killed.safetensors", 8, until=5, **options)
+    again, resumed = run(tmp_path / "killed.safetensors", 8, **options)
     assert resumed == losses
     assert all(torch.equal(whole[n], again[n]) for n in whole)
 
 
-def test_loss_falls_and_prefix_stays(tmp_path: Path) -> None:
-    _, _, before, plan, _, _ = setup()
-    after, losses = run(tmp_path / "s.safetensors", 60, sensitivity="off")
+@pytest.mark.parametrize(
+    ("kind", "moved"), [("sd3", "transformer_blocks.2."), ("flux", "single_transformer_blocks.0.")]
+)
+def test_loss_falls_and_prefix_stays(tmp_path: Path, kind: str, moved: str) -> None:
+    _, _, before, plan, _, _ = setup(kind)
+    after, losses = run(tmp_path / "s.safetensors", 60, kind=kind, sensitivity="off")
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     start = before.state_dict()
     for name, tensor in after.items():
         frozen = name.startswith(
-            ("transformer_blocks.0.", "transformer_blocks.1.", "time_text_embed.", "context_embedder.")
+            ("transformer_blocks.0.", "transformer_blocks.1.", "time_text_embed.", "context_embedder.", "x_embedder.")
         )
         if frozen:
             assert torch.equal(tensor, start[name]), name
-    assert not torch.equal(
-        after["transformer_blocks.2.attn.to_q.weight"], start["transformer_blocks.2.attn.to_q.weight"]
-    )
+    assert not torch.equal(after[f"{moved}attn.to_q.weight"], start[f"{moved}attn.to_q.weight"])
     assert plan.first_pruned == 2
 
 
@@ -104,11 +111,13 @@ def test_strength_falls_as_contribution_rises() -> None:
     assert all(block != 2 for block, _ in graded)
 
 
-def test_groups_follow_original_indices_after_a_block_is_gone() -> None:
-    family, _, student, plan, report, _ = setup()
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_groups_follow_original_indices_after_a_block_is_gone(kind: str) -> None:
+    family, _, student, plan, report, _ = setup(kind)
     groups = parameter_groups(family, student, plan, report, DistillOptions(rate=1.0))
     rate = {id(p): g["lr"] for g in groups for p in g["params"]}
-    mlp = student.transformer_blocks[2].ff.net[2].weight  # original block 3
+    third: Any = family.blocks(student)[2]  # original block 3
+    mlp = (third.proj_mlp if kind == "flux" else third.ff.net[2]).weight
     assert rate[id(mlp)] == pytest.approx(strengths(report, plan, "graded", family.components)[3, "mlp"])
 
 

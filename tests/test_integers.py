@@ -96,6 +96,7 @@ def written(artefact: Path, out: Path) -> dict[str, Written]:
     said = record["networks"]["transformer"]
     layers = LAYERS[Manifest.load(artefact).family]
     assert (said["int4_layers"], said["int8_layers"]) == layers  # as TensorRT itself counts
+    assert said["precision"] == "float16"
     paths = {
         "onnx": out / "onnx" / "transformer" / "model.onnx",
         "openvino": out / "openvino" / "transformer" / "openvino_model.xml",

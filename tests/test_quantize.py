@@ -1,19 +1,18 @@
 """INT4: packing, the custom op, NNCF's integers, the rule, and bytes."""
 
-from typing import Any
-
 import pytest
 import torch
-from tiny import tiny_inputs, tiny_transformer
+from tiny import KINDS, config_of, tiny_transformer, tiny_velocity
 from torch import nn
 
 from edgeprune.awq import best_divisor, fold
 from edgeprune.errors import InputError
 from edgeprune.families import family_of
 from edgeprune.int4 import PackedLinear, dequantize, pack, packed_linear, round_int4, unpack
+from edgeprune.plan import make_plan
 from edgeprune.precision import Precision, footprint, precision_of
 from edgeprune.quantize import packed_from, prepare, quantize, round_to_nearest
-from edgeprune.surgery import load_strictly
+from edgeprune.surgery import load_strictly, prune
 
 CONFIG = {"_class_name": "SD3Transformer2DModel"}
 SD3 = family_of(CONFIG)
@@ -58,6 +57,7 @@ def test_layer_refuses_groups_that_do_not_divide() -> None:
         ("transformer_blocks.0.attn.to_q.weight", (64, 50), Precision(8, 50)),
         ("transformer_blocks.0.attn.norm_q.weight", (64,), Precision(16)),
         ("transformer_blocks.0.attn.to_q.bias", (64,), Precision(16)),
+        ("single_transformer_blocks.0.proj_out.weight", (64, 320), Precision(8, 320)),  # of another family
         ("proj_out.weight", (8, 128), Precision(8, 128)),
         ("pos_embed.proj.weight", (128, 8, 1, 1), Precision(16)),
     ],
@@ -67,25 +67,25 @@ def test_rule(name: str, shape: tuple[int, ...], expected: Precision) -> None:
 
 
 @pytest.mark.parametrize("calibration", ["none", "scale", "awq"])
-def test_quantised_model_is_close_and_as_small_as_forecast(calibration: str) -> None:
-    model = tiny_transformer()
-    config = CONFIG | {k: v for k, v in model.config.items() if k[0] != "_"}
-    with torch.no_grad():
-        expected = model(**tiny_inputs(), return_dict=False)[0]
-        quantize(SD3, model, calibration=calibration, run=lambda: model(**tiny_inputs(), return_dict=False))
-        found = model(**tiny_inputs(), return_dict=False)[0]
+@pytest.mark.parametrize("kind", ["sd3", "sd3-dual", "flux"])
+def test_quantised_model_is_close_and_as_small_as_forecast(kind: str, calibration: str) -> None:
+    model = KINDS[kind]()
+    config = config_of(model)
+    family = family_of(config)
+    expected = tiny_velocity(model)
+    quantize(family, model, calibration=calibration, run=lambda: tiny_velocity(model))
+    found = tiny_velocity(model)
     error = ((found - expected).norm() / expected.norm()).item()
     assert 0 < error < 0.25
     assert not [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     keep = (".weight_packed", ".weight_scale")
     state = {n: t if n.endswith(keep) else t.half() for n, t in model.state_dict().items()}
     stored = sum(t.numel() * t.element_size() for t in state.values())
-    assert stored == footprint(SD3, SD3.tensor_shapes(config)).int4_bytes
+    assert stored == footprint(family, family.tensor_shapes(config)).int4_bytes
     # A strict load into an empty model of the same rule gives the same numbers.
-    again = prepare(SD3, tiny_transformer())
+    again = prepare(family, KINDS[kind]())
     load_strictly(again, {n: t if n.endswith(keep) else t.float() for n, t in state.items()})
-    with torch.no_grad():
-        torch.testing.assert_close(again(**tiny_inputs(), return_dict=False)[0], found, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(tiny_velocity(again), found, rtol=1e-2, atol=1e-2)
 
 
 def test_nncf_rounds_no_worse_than_we_would() -> None:
@@ -122,27 +122,25 @@ def test_rounding_passes_the_gradient_straight_through() -> None:
     assert torch.equal(round_int4(torch.zeros(2, 32), 32), torch.zeros(2, 32))
 
 
-@pytest.mark.parametrize("options", [{}, {"dual_attention_layers": (0,)}, {"removed": True}])
-def test_folding_a_divisor_changes_nothing_in_floats(options: dict[str, Any]) -> None:
-    removed = options.pop("removed", False)
-    model = tiny_transformer(**options)
+@pytest.mark.parametrize("removed", ["", "0:attn,1:mlp,0:context_norm", "2:mlp,3:attn,1:mlp"])
+@pytest.mark.parametrize("kind", ["sd3", "sd3-dual", "flux"])
+def test_folding_a_divisor_changes_nothing_in_floats(kind: str, removed: str) -> None:
+    model = KINDS[kind]()
+    family = family_of(config_of(model))
     if removed:
-        swaps = SD3.removal(model, 0, "attn", torch.zeros(1)) + SD3.removal(model, 1, "mlp", torch.zeros(1))
-        swaps += SD3.removal(model, 1, "context_norm", torch.randn(model.inner_dim))
-        for swap in swaps:
-            setattr(swap.owner, swap.attribute, swap.replacement)
+        plan = make_plan(family, config_of(model), None, method="manual", components=removed)
+        model = prune(family, model, config_of(model), plan, torch.randn(64))
     g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        expected = model(**tiny_inputs(), return_dict=False)[0]
-        folded = set()
-        for block in SD3.blocks(model):
-            for group in SD3.scaling_groups(block):
-                size = block.get_submodule(group.consumers[0]).in_features
-                fold(block, group, torch.rand(size, generator=g) * 4 + 0.25)
-                folded.update(group.consumers)
-        found = model(**tiny_inputs(), return_dict=False)[0]
+    expected, folded = tiny_velocity(model), set()
+    for block in family.blocks(model):
+        for group in family.scaling_groups(block):
+            size = block.get_submodule(group.consumers[0]).in_features
+            fold(block, group, torch.rand(size, generator=g) * 4 + 0.25)
+            folded.update(group.consumers)
+    found = tiny_velocity(model)
     assert {"attn.to_v", "attn.add_k_proj", "attn.to_out.0", "ff.net.0.proj", "ff_context.net.0.proj"} <= folded
-    assert ("attn2.to_k" in folded) == ("dual_attention_layers" in options)
+    assert ("attn2.to_k" in folded) == (kind == "sd3-dual")
+    assert ("proj_mlp" in folded) == (kind == "flux")
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 

@@ -264,6 +264,8 @@ class Flux:
         import torch
         from diffusers import FluxTransformer2DModel
 
+        from edgeprune.families.removed import ConstantModulation, SingleBlock
+
         shorter = {k: v for k, v in self.shorter_config(config, kept).items() if not k.startswith("_")}
         with torch.device("meta"):
             model = FluxTransformer2DModel(**shorter)
@@ -271,11 +273,14 @@ class Flux:
             for new, old in enumerate(kept):
                 gone = sorted(c for b, c in removed if b == old)
                 if new < joint:
-                    changes = [s for c in gone for s in swaps(model.transformer_blocks[new], c, None)]
-                else:
-                    changes = _cut(model.single_transformer_blocks[new - joint], gone)
-                for swap in changes:
-                    setattr(swap.owner, swap.attribute, swap.replacement)
+                    for swap in (s for c in gone for s in swaps(model.transformer_blocks[new], c, None)):
+                        setattr(swap.owner, swap.attribute, swap.replacement)
+                    continue
+                single = model.single_transformer_blocks[new - joint]
+                if "norm" in gone:
+                    single.norm.linear = ConstantModulation(single.norm.linear, None)
+                if "attn" in gone or "mlp" in gone:
+                    model.single_transformer_blocks[new - joint] = SingleBlock(single, gone)
         return cast("nn.Module", model)
 
     def removal(self, model: nn.Module, block: int, component: str | None, mean: torch.Tensor) -> list[Swap]:
@@ -388,27 +393,6 @@ class Flux:
     def unembed(self, model: Any, image: torch.Tensor, modulation: torch.Tensor, grid: tuple[Any, ...]) -> torch.Tensor:
         """(B, N, 4 C)."""
         return cast("torch.Tensor", model.proj_out(model.norm_out(image, modulation)))
-
-
-def _cut(block: Any, gone: list[str]) -> list[Swap]:
-    """What makes a single block's structure smaller; the block is on the meta device."""
-    from torch import nn
-
-    from edgeprune.families.removed import BiasOnly, ConstantModulation, Zeros
-
-    changes = []
-    if "norm" in gone:
-        changes.append(Swap(block.norm, "linear", ConstantModulation(block.norm.linear, None)))
-    # Concatenated with the other branch, which is all that is left then.
-    if "attn" in gone:
-        changes.append(Swap(block, "attn", Zeros(0)))
-    if "mlp" in gone:
-        changes.append(Swap(block, "proj_mlp", Zeros(0)))
-    d = block.proj_out.out_features
-    left = d * (("attn" not in gone) + _MLP_RATIO * ("mlp" not in gone))
-    if left < block.proj_out.in_features:
-        changes.append(Swap(block, "proj_out", nn.Linear(left, d) if left else BiasOnly(block.proj_out)))
-    return changes
 
 
 FAMILY = Flux()

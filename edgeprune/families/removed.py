@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -68,9 +69,49 @@ class BiasOnly(nn.Module):
         super().__init__()
         self.bias = linear.bias
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, N, 0) to (1, 1, D): broadcast."""
-        return self.bias[None, None].to(hidden_states.dtype)
+    def forward(self) -> torch.Tensor:
+        """(D)."""
+        return self.bias
+
+
+class SingleBlock(nn.Module):
+    """A single-stream block of FLUX without attention, MLP or both, with the columns of `proj_out` that are left.
+
+    Made of what is left of diffusers' own block, under the same names.
+    """
+
+    def __init__(self, block: Any, gone: Container[str]) -> None:
+        super().__init__()
+        self.norm = block.norm
+        d, left = block.proj_out.out_features, 0
+        if "attn" not in gone:
+            self.attn, left = block.attn, d
+        if "mlp" not in gone:
+            self.proj_mlp, self.act_mlp = block.proj_mlp, block.act_mlp
+            left += block.proj_mlp.out_features
+        self.proj_out = nn.Linear(left, d) if left else BiasOnly(block.proj_out)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As diffusers' own: streams (B, N, D) and (B, M, D) to the same, context first."""
+        tokens = encoder_hidden_states.shape[1]
+        joined = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        normed, gate = self.norm(joined, emb=temb)
+        parts = []
+        if hasattr(self, "attn"):
+            parts.append(self.attn(normed, image_rotary_emb=image_rotary_emb, **joint_attention_kwargs or {}))
+        if hasattr(self, "proj_mlp"):
+            parts.append(self.act_mlp(self.proj_mlp(normed)))
+        joined = joined + gate.unsqueeze(1) * self.proj_out(*parts)
+        if joined.dtype == torch.float16:
+            joined = joined.clip(-65504, 65504)
+        return joined[:, :tokens], joined[:, tokens:]
 
 
 class ProjectedEmbedding(nn.Module):
