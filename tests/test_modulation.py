@@ -233,6 +233,8 @@ def test_awq_knows_the_width_of_a_block_without_attention() -> None:
     block = structure(family, config, plan).transformer_blocks[1]
     groups = [g for g in family.scaling_groups(block) if g.consumers == ("ff.net.0.proj",)]
     assert [p.rows for g in groups for p in g.producers] == [(192, 256), (256, 320)]
+    plan = make_plan(family, config, None, method="manual", components="1:attn,1:norm,1:context_norm")
+    assert family.scaling_groups(structure(family, config, plan).transformer_blocks[1]) == []
 
 
 OPTIONS = CompressOptions(
@@ -302,6 +304,19 @@ def test_stock_diffusers_refuses(artefact: Path) -> None:
             SD3Transformer2DModel.from_pretrained(artefact / part)
     with pytest.raises(ValueError, match="got edgeprune"):
         StableDiffusion3Pipeline.from_pretrained(artefact, text_encoder_3=None, tokenizer_3=None)
+
+
+def test_an_export_has_the_stock_config(artefact: Path, source: Path, tmp_path: Path) -> None:
+    """Optimum reads it, and the network needs no class."""
+    pytest.importorskip("onnxruntime")
+    from edgeprune.export import folder
+
+    folder.write(artefact, tmp_path / "out", "onnx", lambda partial: {})
+    written, original = (
+        json.loads((path / "transformer" / "config.json").read_text()) for path in (tmp_path / "out", source)
+    )
+    assert written["_class_name"] == original["_class_name"] and "quantization_config" not in written
+    assert written["num_layers"] == 2
 
 
 def test_only_the_original_is_compressed(artefact: Path, tmp_path: Path) -> None:
