@@ -19,9 +19,9 @@ from edgeprune.distill import DistillOptions, parameter_groups
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import family_of
 from edgeprune.int4 import PackedLinear
-from edgeprune.modulation import choose_rank, modulation_inputs, ranks, subspace
-from edgeprune.pipeline import CompressOptions, DataOptions, PlanOptions, Workspace
-from edgeprune.plan import PrunePlan, make_plan, modulation_width
+from edgeprune.modulation import choose_rank, embedder_alone, modulation_inputs, ranks, subspace
+from edgeprune.pipeline import CompressOptions, DataOptions, Workspace
+from edgeprune.plan import PlanOptions, PrunePlan, make_plan, modulation_width
 from edgeprune.quantize import quantize
 from edgeprune.surgery import prune, structure
 
@@ -40,7 +40,7 @@ def velocity(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
 
 
 def found_at(model, family, timesteps: torch.Tensor, pooled: torch.Tensor) -> modulation.Subspace:
-    return subspace(modulation_inputs(family, model, timesteps, pooled).flatten(0, 1))
+    return subspace(modulation_inputs(family, model, timesteps, pooled, 1.0).flatten(0, 1))
 
 
 # ------------------------------------------------------------------------------------------------ surgery
@@ -97,10 +97,11 @@ def test_rank_0_is_every_norm_removed() -> None:
 
 def test_calibration_reads_the_embedder_alone() -> None:
     model, config, family = setup()
-    skeleton = family.build(config, [0, 1, 2, 3], frozenset())
-    skeleton.time_text_embed.load_state_dict(model.time_text_embed.state_dict(), assign=True)
+    state = {n: t for n, t in model.state_dict().items() if n.startswith("time_text_embed.")}
+    alone = embedder_alone(family, config, state.__getitem__)
+    assert sum(p.numel() for p in alone.parameters()) == sum(t.numel() for t in state.values())
     timesteps, pooled = torch.tensor([10.0, 500.0]), torch.randn(3, WIDTH)
-    inputs = modulation_inputs(family, skeleton, timesteps, pooled)
+    inputs = modulation_inputs(family, alone, timesteps, pooled, 1.0)
     assert inputs.shape == (3, 2, WIDTH)
     expected = torch.nn.functional.silu(model.time_text_embed(timesteps[[1]], pooled[[2]]))[0]
     torch.testing.assert_close(inputs[2, 1], expected)

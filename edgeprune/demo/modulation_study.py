@@ -28,11 +28,11 @@ from edgeprune.files import read_json, write_json
 from edgeprune.int4 import round_int4
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.modulation import GRID, Subspace, choose_rank, modulation_inputs, subspace
-from edgeprune.pipeline import PlanOptions, Workspace
-from edgeprune.plan import make_plan
+from edgeprune.pipeline import Workspace
+from edgeprune.plan import PlanOptions, make_plan
 from edgeprune.precision import Precision, precision_of
 from edgeprune.quantize import round_to_nearest
-from edgeprune.sampling import Conditioning, encode_prompts, generate, latent_shape, noise, sigmas
+from edgeprune.sampling import Conditioning, encode_prompts, generate, latent_shape, noise, sigmas, velocity
 from edgeprune.surgery import prune
 
 RANKS = (0, 2, 4, 8, 16, 32, 48, 64)
@@ -110,7 +110,7 @@ class Study:
         if levels is None:
             levels = torch.cat([self.levels, torch.linspace(0, 1, GRID)])
         pooled = encode_prompts(self.pipe, prompts, self.generation.max_sequence_length).pooled
-        return modulation_inputs(self.family, self.teacher, levels * 1000, pooled)
+        return modulation_inputs(self.family, self.teacher, levels * 1000, pooled, self.generation.guidance_scale)
 
     def captions(self, per_task: int) -> Prompts:
         """Training captions."""
@@ -239,9 +239,9 @@ class Study:
         models = {"32": self.thin(32), "64": self.thin(64), "32, sampler's timesteps only": self.thin(32, sampler)}
         for t in (1000, 995, 950, 800, 500, 200, 50, 5, 0):
             states = torch.lerp(clean, fresh, t / 1000)
-            inputs = (states, condition.hidden, condition.pooled, torch.full((len(texts),), float(t)))
-            target = self.teacher(*inputs, return_dict=False)[0]
-            rows[str(t)] = {n: _relative(m(*inputs, return_dict=False)[0], target) for n, m in models.items()}
+            given = (states, condition, torch.full((len(texts),), t / 1000), self.generation.guidance_scale)
+            target = velocity(self.teacher, *given)
+            rows[str(t)] = {n: _relative(velocity(m, *given), target) for n, m in models.items()}
         return rows
 
     @torch.no_grad()
@@ -255,7 +255,7 @@ class Study:
         free = Conditioning(empty.hidden.expand_as(m.condition.hidden), empty.pooled.expand_as(m.condition.pooled))
 
         def both(model: Any) -> list[torch.Tensor]:
-            return [model(m.states, c.hidden, c.pooled, m.timesteps, return_dict=False)[0] for c in (m.condition, free)]
+            return [velocity(model, m.states, c, m.sigmas, m.guidance) for c in (m.condition, free)]
 
         bound, unbound = both(self.teacher)
         found = {name: both(model) for name, model in models.items()}
