@@ -31,7 +31,7 @@ from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known,
 from edgeprune.fit import Fit, fit
 from edgeprune.generation import Generation
 from edgeprune.metrics import metric_named
-from edgeprune.modulation import GRID, choose_rank, modulation_inputs, ranks, subspace
+from edgeprune.modulation import GRID, choose_rank, embedder_alone, modulation_inputs, ranks, subspace
 from edgeprune.plan import (
     DEFAULT,
     PlanOptions,
@@ -206,6 +206,12 @@ class Workspace:
         return checkpoint.load_pipeline(self.source, checkpoint.load_transformer(self.source, quantized=False))
 
     @cached_property
+    def encoders(self) -> Any:
+        """The original pipeline around a transformer of which only the embedder of timestep and prompt is left."""
+        embedder = embedder_alone(self.family, self.config, Weights(self.source / HALF).__getitem__)
+        return checkpoint.load_pipeline(self.source, embedder)
+
+    @cached_property
     def weights_hash(self) -> str:
         """Identity of the original pipeline: its weights, configs and tokenizers. Gigabytes are hashed once."""
         paths = sorted(p for kind in ("*.safetensors", "*.json") for p in self.source.rglob(kind))
@@ -329,11 +335,18 @@ def analysis_prompts(ws: Workspace, options: AnalyzeOptions) -> list[str]:
 @torch.no_grad()
 def modulation_mean(ws: Workspace, prompts: list[str]) -> torch.Tensor:
     """Mean modulation input (D) over the sampler's timesteps and these prompts."""
-    pooled = encode_prompts(ws.pipe, prompts, ws.generation.max_sequence_length).pooled
-    levels = sigmas(ws.pipe, ws.generation.num_inference_steps, latent_shape(ws.pipe, ws.generation))[:-1] * 1000
-    guidance = ws.generation.guidance_scale
-    inputs = [ws.family.modulation_input(ws.pipe.transformer, t.expand(len(pooled)), pooled, guidance) for t in levels]
-    return torch.cat(inputs).mean(0)
+    return _modulation_inputs(ws, prompts, _sampled(ws)).flatten(0, 1).mean(0)
+
+
+def _sampled(ws: Workspace) -> torch.Tensor:
+    """The sampler's noise levels without the last, 0."""
+    return sigmas(ws.encoders, ws.generation.num_inference_steps, latent_shape(ws.encoders, ws.generation))[:-1]
+
+
+def _modulation_inputs(ws: Workspace, prompts: list[str], levels: torch.Tensor) -> torch.Tensor:
+    """Modulation inputs (prompts, T, D)."""
+    pooled = encode_prompts(ws.encoders, prompts, ws.generation.max_sequence_length).pooled
+    return modulation_inputs(ws.family, ws.encoders.transformer, levels * 1000, pooled, ws.generation.guidance_scale)
 
 
 def run_analyze(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> bool:
@@ -368,10 +381,7 @@ def calibration_prompts(ws: Workspace, options: PlanOptions) -> list[str]:
 
 def calibration_inputs(ws: Workspace, prompts: list[str]) -> torch.Tensor:
     """Modulation inputs (prompts, T, D) at the sampler's timesteps and an even grid."""
-    pooled = encode_prompts(ws.pipe, prompts, ws.generation.max_sequence_length).pooled
-    levels = sigmas(ws.pipe, ws.generation.num_inference_steps, latent_shape(ws.pipe, ws.generation))[:-1]
-    levels = torch.cat([levels, torch.linspace(0, 1, GRID)])
-    return modulation_inputs(ws.family, ws.pipe.transformer, levels * 1000, pooled)
+    return _modulation_inputs(ws, prompts, torch.cat([_sampled(ws), torch.linspace(0, 1, GRID)]))
 
 
 def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool:

@@ -189,6 +189,12 @@ class PlanOptions:
 DEFAULT = PlanOptions(keep=0.79)
 
 
+def stock_config(config: Config) -> Config:
+    """A shorter config as diffusers' own class has it, for those who read no weights by it."""
+    stock = {k: v for k, v in config.items() if k != "quantization_config"}
+    return stock | {"_class_name": config["_class_name"].removeprefix(CHANGED)}
+
+
 def remaining_shapes(
     family: Family,
     config: Config,

@@ -22,6 +22,7 @@ from edgeprune.errors import InputError
 from edgeprune.files import cannot_write, copy_folder, read_json, replace_folder, sha256_file, write_json
 from edgeprune.generation import FILE as GENERATION
 from edgeprune.generation import Generation
+from edgeprune.plan import stock_config
 
 FILE = "edgeprune_export.json"
 SCHEMA_VERSION = 1
@@ -120,7 +121,8 @@ def from_pretrained(load: Callable[..., Any], folder: Path) -> Any:
 def _configs(artefact: Path, partial: Path) -> None:
     """Each network's config.json, and generation.json."""
     config = read_json(artefact / ("transformer_int4" if is_quantized(artefact) else "transformer") / "config.json")
-    write_json(partial / "transformer" / "config.json", config)
+    # The network is whole in its file, and optimum reads the config.
+    write_json(partial / "transformer" / "config.json", stock_config(config))
     for name in text_encoders(artefact):
         write_json(partial / name / "config.json", read_json(artefact / name / "config.json"))
     vae = read_json(artefact / "vae" / "config.json")

@@ -19,9 +19,9 @@ from edgeprune.distill import DistillOptions, parameter_groups
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import family_of
 from edgeprune.int4 import PackedLinear
-from edgeprune.modulation import choose_rank, modulation_inputs, ranks, subspace
-from edgeprune.pipeline import CompressOptions, DataOptions, PlanOptions, Workspace
-from edgeprune.plan import PrunePlan, make_plan, modulation_width
+from edgeprune.modulation import choose_rank, embedder_alone, modulation_inputs, ranks, subspace
+from edgeprune.pipeline import CompressOptions, DataOptions, Workspace
+from edgeprune.plan import PlanOptions, PrunePlan, make_plan, modulation_width
 from edgeprune.quantize import quantize
 from edgeprune.surgery import prune, structure
 
@@ -40,7 +40,7 @@ def velocity(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
 
 
 def found_at(model, family, timesteps: torch.Tensor, pooled: torch.Tensor) -> modulation.Subspace:
-    return subspace(modulation_inputs(family, model, timesteps, pooled).flatten(0, 1))
+    return subspace(modulation_inputs(family, model, timesteps, pooled, 1.0).flatten(0, 1))
 
 
 # ------------------------------------------------------------------------------------------------ surgery
@@ -97,10 +97,11 @@ def test_rank_0_is_every_norm_removed() -> None:
 
 def test_calibration_reads_the_embedder_alone() -> None:
     model, config, family = setup()
-    skeleton = family.build(config, [0, 1, 2, 3], frozenset())
-    skeleton.time_text_embed.load_state_dict(model.time_text_embed.state_dict(), assign=True)
+    state = {n: t for n, t in model.state_dict().items() if n.startswith("time_text_embed.")}
+    alone = embedder_alone(family, config, state.__getitem__)
+    assert sum(p.numel() for p in alone.parameters()) == sum(t.numel() for t in state.values())
     timesteps, pooled = torch.tensor([10.0, 500.0]), torch.randn(3, WIDTH)
-    inputs = modulation_inputs(family, skeleton, timesteps, pooled)
+    inputs = modulation_inputs(family, alone, timesteps, pooled, 1.0)
     assert inputs.shape == (3, 2, WIDTH)
     expected = torch.nn.functional.silu(model.time_text_embed(timesteps[[1]], pooled[[2]]))[0]
     torch.testing.assert_close(inputs[2, 1], expected)
@@ -233,6 +234,8 @@ def test_awq_knows_the_width_of_a_block_without_attention() -> None:
     block = structure(family, config, plan).transformer_blocks[1]
     groups = [g for g in family.scaling_groups(block) if g.consumers == ("ff.net.0.proj",)]
     assert [p.rows for g in groups for p in g.producers] == [(192, 256), (256, 320)]
+    plan = make_plan(family, config, None, method="manual", components="1:attn,1:norm,1:context_norm")
+    assert family.scaling_groups(structure(family, config, plan).transformer_blocks[1]) == []
 
 
 OPTIONS = CompressOptions(
@@ -302,6 +305,19 @@ def test_stock_diffusers_refuses(artefact: Path) -> None:
             SD3Transformer2DModel.from_pretrained(artefact / part)
     with pytest.raises(ValueError, match="got edgeprune"):
         StableDiffusion3Pipeline.from_pretrained(artefact, text_encoder_3=None, tokenizer_3=None)
+
+
+def test_an_export_has_the_stock_config(artefact: Path, source: Path, tmp_path: Path) -> None:
+    """Optimum reads it, and the network needs no class."""
+    pytest.importorskip("onnxruntime")
+    from edgeprune.export import folder
+
+    folder.write(artefact, tmp_path / "out", "onnx", lambda partial: {})
+    written, original = (
+        json.loads((path / "transformer" / "config.json").read_text()) for path in (tmp_path / "out", source)
+    )
+    assert written["_class_name"] == original["_class_name"] and "quantization_config" not in written
+    assert written["num_layers"] == 2
 
 
 def test_only_the_original_is_compressed(artefact: Path, tmp_path: Path) -> None:

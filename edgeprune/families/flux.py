@@ -333,7 +333,8 @@ class Flux:
         if "norm.linear" not in layers:
             return []
         members = ((0, "attn.to_q attn.to_k attn.to_v proj_mlp"),)
-        return modulated(layers, layers["norm.linear"].in_features, "norm.linear", members)
+        (d,) = cast("Any", block).norm.norm.normalized_shape
+        return modulated(layers, d, "norm.linear", members)
 
     def encode(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """By `encode_prompt`."""

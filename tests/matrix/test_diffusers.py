@@ -22,9 +22,16 @@ def test_stock_diffusers_runs_a_whole_block_plan(whole_block: Path) -> None:
 
 
 def test_edgeprune_load_runs_a_component_plan(component_wise: Path, exported: Path) -> None:
-    """Against the ONNX export in ONNX Runtime, which shares nothing with diffusers but the integers.
-
-    Stock diffusers would fill what was removed with random weights, and only warn.
-    """
+    """Against the ONNX export in ONNX Runtime, which shares nothing with diffusers but the integers."""
     image, reference = drawn(edgeprune.load(component_wise), component_wise), ours(exported, "ort")
     assert reference.std() > 5 and np.abs(image - reference).max() <= 1
+
+
+def test_stock_diffusers_refuses_a_component_plan(component_wise: Path) -> None:
+    """It would fill what was removed with random weights, and only warn."""
+    for load in (
+        lambda: StableDiffusion3Pipeline.from_pretrained(component_wise, text_encoder_3=None, tokenizer_3=None),
+        lambda: SD3Transformer2DModel.from_pretrained(component_wise / "transformer"),
+    ):
+        with pytest.raises(ValueError, match="got edgeprune"):
+            load()
