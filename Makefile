@@ -15,7 +15,7 @@ DEV_STAMP := $(VENV)/.stamp-dev
 OLDEST := build/matrix/oldest
 OLDEST_STAMP := $(OLDEST)/.stamp
 RUN := $(BIN)/edgeprune
-OLDEST_TESTS := surgery quantize pipeline export runtimes scheduler
+OLDEST_TESTS := surgery quantize pipeline export runtimes scheduler t5
 CODE := edgeprune export runtimes targets tests
 
 .DEFAULT_GOAL := help

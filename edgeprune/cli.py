@@ -606,6 +606,7 @@ def generate(
 ) -> None:
     """Draw one image with the runtime that fits the folder."""
     from edgeprune import runtimes
+    from edgeprune.runtimes.base import check_size, read_settings
 
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"-o {out}: expected a name ending in .png, .jpg or .webp")
@@ -615,6 +616,12 @@ def generate(
     options = {name: value for name, value in given.items() if value}
     runtime = runtime or ("ort" if provider else None)  # only ONNX Runtime has providers
     _warn(runtimes.choose(model, runtime))
+    settings = read_settings(model)  # a bad size is told before gigabytes are loaded
+    check_size(
+        settings,
+        settings.generation.height if height is None else height,
+        settings.generation.width if width is None else width,
+    )
     with runtimes.load(model, runtime, **options) as opened, _bars() as progress:
         image = opened.generate(
             prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale,

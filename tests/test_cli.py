@@ -80,6 +80,16 @@ def test_dry_run_forecasts_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bad_size_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    from tiny import tiny_pipeline
+
+    tiny_pipeline(tmp_path / "tiny")
+    (tmp_path / "tiny" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    for side in ("height", "width"):
+        found = run("generate", "a red circle", "--model", "tiny", f"--{side}", "63", cwd=tmp_path)
+        assert found.returncode == 2 and f"{side}: found 63, expected a multiple of 8" in found.stderr
+
+
 def test_version_and_targets() -> None:
     assert run("--version").stdout.startswith("edgeprune 0.")
     assert "cpu-x86" in run("targets").stderr

@@ -100,3 +100,21 @@ def test_python_blocks_name_what_exists(page: Path) -> None:
 def test_local_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
         assert "://" in link or (page.parent / link).exists(), link
+
+
+def test_every_call_that_was_never_executed_is_listed() -> None:
+    """Names of what needs hardware, read from the sources; their own names (`_launch`) are not calls of a vendor."""
+    page = (ROOT / "docs" / "never-executed.md").read_text("utf-8")
+    patterns = {
+        "gpu.py": r"\b(cuda[A-Z]\w+|nvml[A-Z]\w+)",
+        "trt.py": r"_(?:engine|context|runtime)\.(\w+)",
+        "eager.py": r"\bcuda\.(\w*memory\w+)",
+        "coreml.py": r"coremltools\.([\w.]+)\(",
+        "memory.py": r"\b(proc_pid_rusage|peak_wset|getrusage)\b",
+        "providers.py": r"\"(\w+ExecutionProvider)\"",
+    }
+    for file, pattern in patterns.items():
+        found = set(re.findall(pattern, (ROOT / "runtimes" / file).read_text("utf-8")))
+        run_here = {"CPUExecutionProvider", "utils.load_spec"}
+        missing = {name for name in found - run_here if name not in page}
+        assert found and not missing, (file, missing)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import tiny
 from drawing import PROMPT, STEPS, drawn, ours
 
 from edgeprune.files import sha256_file
@@ -27,12 +28,17 @@ def hashes(folder: Path) -> dict[Path, str]:
     return {path: sha256_file(path) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_draws_what_our_runtime_draws(client: Any, exported: Path) -> None:
-    """From the same latents every pixel to 1 of 255, where ONNX Runtime computes INT4 layers in floats as ours does."""
-    before = hashes(exported)
+def in_floats() -> onnxruntime.SessionOptions:
+    """ONNX Runtime computes quantised layers in floats, as ours does."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    pipe = client.from_pretrained(exported, session_options=options)
+    return options
+
+
+def test_draws_what_our_runtime_draws(client: Any, exported: Path) -> None:
+    """From the same latents every pixel to 1 of 255."""
+    before = hashes(exported)
+    pipe = client.from_pretrained(exported, session_options=in_floats())
     assert (pipe.text_encoder_3, pipe.tokenizer_3) == (None, None)
     image, reference = drawn(pipe, exported), ours(exported, "ort")
     assert reference.std() > 5 and np.abs(image - reference).max() <= 1
@@ -47,3 +53,14 @@ def test_with_no_options_at_all(client: Any, exported: Path) -> None:
     assert np.abs(drawn(pipe, exported) - ours(exported, "ort")).mean() < 2
     image = np.asarray(pipe(PROMPT, num_inference_steps=STEPS, height=64, width=64).images[0])
     assert image.shape == (64, 64, 3) and image.std() > 5
+
+
+def test_draws_with_a_t5(client: Any, tmp_path: Path) -> None:
+    from edgeprune.export.to_onnx import export
+
+    tiny.tiny_pipeline(tmp_path / "source", t5=True, num_layers=1)
+    export(tmp_path / "source", tmp_path / "onnx")
+    pipe = client.from_pretrained(tmp_path / "onnx", session_options=in_floats())
+    assert pipe.text_encoder_3 is not None
+    image, reference = drawn(pipe, tmp_path / "onnx"), ours(tmp_path / "onnx", "ort")
+    assert reference.std() > 5 and np.abs(image - reference).max() <= 1
