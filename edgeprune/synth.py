@@ -92,8 +92,8 @@ def write_pipeline(
 def draw(family: Family, config: Config, name: str, shape: Shape) -> torch.Tensor:
     """One random tensor in bf16, the same for the same name.
 
-    A weight's rows have standard deviations around 1 / sqrt(inputs), log-normally spread by a third as trained ones are;
-    a fixed table is what diffusers makes of it.
+    A weight's rows have standard deviations around 1 / sqrt(inputs), log-normally spread by a third as trained ones
+    have; a fixed table is what diffusers makes of it.
     """
     if family.is_buffer(name):
         return family.table(config, name).to(torch.bfloat16)

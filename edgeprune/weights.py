@@ -157,12 +157,12 @@ class ShardWriter:
         (self.folder / _MARK).unlink()
 
 
-def shards(sizes: Sequence[int], limit: int = SHARD_BYTES) -> list[list[int]]:
-    """Which parts of these bytes go into which shard, in order: it is closed once it has `limit` bytes."""
+def shards(sizes: Sequence[int]) -> list[list[int]]:
+    """Which parts of these bytes go into which shard, in order: it is closed once it has SHARD_BYTES."""
     out: list[list[int]] = [[]]
     filled = 0
     for index, size in enumerate(sizes):
-        if filled >= limit:
+        if filled >= SHARD_BYTES:
             out.append([])
             filled = 0
         out[-1].append(index)

@@ -107,7 +107,7 @@ class SD3:
         from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
         side, base = int(config["pos_embed_max_size"]), int(config["sample_size"]) // int(config["patch_size"])
-        made = get_2d_sincos_pos_embed(width(config), side, base_size=base, output_type="pt")
+        made: torch.Tensor = get_2d_sincos_pos_embed(width(config), side, base_size=base, output_type="pt")
         return made.float()[None]
 
     def in_block(self, name: str) -> bool:
