@@ -69,6 +69,8 @@ class Variant:
     """`ort`, `eager`, or None to choose by the folder."""
     dtype: str | None = None
     """`bf16` or `fp32`, for `eager`; None for its default."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the runtime, see `runtimes.load`."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def _worker(variant: Variant, spec: dict[str, Any], progress: Progress) -> dict[
     spec = spec | {
         "folder": str(variant.folder),
         "runtime": variant.runtime,
-        "options": {} if variant.dtype is None else {"dtype": variant.dtype},
+        "options": variant.options if variant.dtype is None else variant.options | {"dtype": variant.dtype},
     }
     command = [sys.executable, "-m", "edgeprune.bench_worker", json.dumps(spec)]
     last = ""

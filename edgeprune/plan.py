@@ -1,9 +1,9 @@
 """From contributions and a budget to a plan: which blocks and components go. Torch-free; config and scores are enough.
 
 Methods: `hpp` removes the least contributing whole blocks among the later ones; `hybrid` goes on, past a share of
-removed parameters, with the components of the later blocks that remain, by loss per parameter; `manual`
-takes the user's list. Where the modulation is projected on a basis (modulation.py), that comes first: its savings count
-towards the budget before any part is removed.
+removed parameters, with the components of the later blocks that remain, by loss per parameter; `manual` takes the
+user's list, and removes nothing without one. Where the modulation is projected on a basis (modulation.py), that comes
+first: its savings count towards the budget before any part is removed.
 A plan holds explicit indices and the fingerprint of the model it was made for.
 """
 
@@ -374,8 +374,6 @@ def _listed(model: _Model, blocks: str, components: str) -> tuple[list[int], lis
     """Blocks and components as the user lists them."""
     gone = parse_blocks(blocks, model.count)
     parts = [p for p in parse_components(components, model.count, model.family) if p[0] not in gone]
-    if not gone and not parts and model.rank is None:
-        raise InputError("--method manual: expected --blocks, --components or --modulation-rank")
     if len(gone) == model.count:
         raise InputError(f"--blocks: all {model.count} blocks would be removed; at least one must stay")
     if noops := [p for p in parts if p in model.family.noops(model.config)]:

@@ -21,6 +21,7 @@ from edgeprune.errors import InputError
 from edgeprune.extras import needs
 from edgeprune.files import read_json
 from edgeprune.runtimes.base import Array, Settings
+from edgeprune.runtimes.mapped import given_back
 from edgeprune.runtimes.networks import NetworkBackend
 
 with needs("openvino"):
@@ -56,12 +57,14 @@ class OpenVinoNetwork:
 
     def _compile(self, shapes: dict[str, list[int]] | None) -> openvino.CompiledModel:
         core = openvino.Core()
+        weights = self._path.with_suffix(".bin") if self._path.suffix == ".xml" else Path(f"{self._path}.data")
         try:
-            if shapes is None:
-                return core.compile_model(self._path, self._device, self._config)
-            model = core.read_model(self._path)
-            model.reshape(shapes)
-            return core.compile_model(model, self._device, self._config)
+            with given_back(weights):
+                if shapes is None:
+                    return core.compile_model(self._path, self._device, self._config)
+                model = core.read_model(self._path)
+                model.reshape(shapes)
+                return core.compile_model(model, self._device, self._config)
         except RuntimeError as error:
             raise InputError(
                 f"{self._path}: found {_line(error)}, expected a whole model that {self._device} takes; export again"

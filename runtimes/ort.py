@@ -19,6 +19,7 @@ from edgeprune.extras import needs
 from edgeprune.runtimes import prepack
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.gpu import nvml_row
+from edgeprune.runtimes.mapped import given_back
 from edgeprune.runtimes.networks import NetworkBackend
 from edgeprune.runtimes.providers import Choice, choose
 
@@ -71,7 +72,8 @@ class OrtNetwork:
             raise InputError(f"{path}: found no file, expected an ONNX model; export again")
         try:
             if cache_dir is None:
-                session = _session(path, options(), choice)
+                with given_back(Path(f"{path}.data")):
+                    session = _session(path, options(), choice)
             else:
                 session = _prepacked_session(path, options, choice, cache_dir)
         except _VENDOR_ERRORS as error:

@@ -1,0 +1,205 @@
+"""The full-size table: every stage on models of 2 to 12 G parameters with random weights, timed, its peak memory read.
+
+    python -m edgeprune.demo.full_size -o build/full-size
+
+Each stage is a process of its own (the command a user would type), whose peak is the kernel's (ru_maxrss). Results are
+kept in OUT/results.json row by row, so that a killed run goes on; `--write FILE` puts the table between the marks of a
+page. Takes an hour on two cores, 70 GB of disk and 20 GB of memory. What it leaves out: image quality, which random
+weights do not have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from edgeprune import bench
+from edgeprune.files import read_json, write_json
+
+BLOCKS = "25-31,33"
+"""The eight blocks that the published plan removes from SD3.5 Large Turbo."""
+MARKS = "<!-- measured -->", "<!-- end -->"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one process took."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def run(*arguments: str) -> Stage:
+    """Run `edgeprune …` in a process of its own.
+
+    Raises:
+        SystemExit: it failed; its own message is on the screen.
+    """
+    print("$ edgeprune", *arguments, flush=True)
+    began = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "edgeprune.cli", *arguments])
+    _, status, usage = os.wait4(process.pid, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"edgeprune {arguments[0]} ended with {code}")
+    return Stage(time.monotonic() - began, usage.ru_maxrss * 1024)
+
+
+class Table:
+    """Rows as they are measured, kept on disk."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self._path = out, out / "results.json"
+        out.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[str, dict[str, Any]] = read_json(self._path) if self._path.is_file() else {}
+
+    def stage(self, name: str, *arguments: str, file: str | None = None) -> None:
+        """Measure a command, unless that is done; `file` is what it wrote, whose bytes are noted."""
+        if name in self.rows:
+            return
+        found = run(*arguments)
+        row: dict[str, Any] = {"seconds": round(found.seconds, 1), "peak_bytes": found.peak_bytes}
+        if file is not None:
+            row["file_bytes"] = sum(p.stat().st_size for p in _files(Path(file)))
+        self.note(name, row)
+
+    def note(self, name: str, row: dict[str, Any]) -> None:
+        """Keep a row."""
+        self.rows[name] = row
+        write_json(self._path, self.rows)
+        print(json.dumps({name: row}), flush=True)
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+
+
+def compressed(table: Table, label: str, source: Path, *options: str) -> Path:
+    """Prune and quantise a model, then ONNX; returns the artefact."""
+    artefact, onnx = table.out / label, table.out / f"{label}-onnx"
+    table.stage(f"{label}: prune and INT4", "compress", str(source), "-o", str(artefact), "--steps", "0", *options)
+    shutil.rmtree(artefact / "transformer", ignore_errors=True)  # half precision is not needed any more
+    table.stage(
+        f"{label}: ONNX", "export", str(artefact), "--target", "onnx", "-o", str(onnx), file=str(onnx / "transformer")
+    )
+    return artefact
+
+
+def steps(table: Table, source: Path, label: str) -> None:
+    """One denoising step in the CPU runtimes beside the original in bf16, in one run."""
+    name = f"{label}: one step"
+    if name in table.rows:
+        return
+    folder = str(table.out / label)
+    table.stage(
+        f"{label}: OpenVINO", "export", folder, "--target", "openvino", "-o", f"{folder}-openvino",
+        file=f"{folder}-openvino/transformer",
+    )  # fmt: skip
+    onnx, ir = Path(f"{folder}-onnx"), Path(f"{folder}-openvino")
+    variants = [
+        bench.Variant("original, torch bf16", source, "eager", "bf16"),
+        bench.Variant("OpenVINO", ir, "openvino", options={"low_memory": True}),
+        bench.Variant(
+            "OpenVINO, dynamic quantisation", ir, "openvino",
+            options={"low_memory": True, "dynamic_quantization": True},
+        ),
+        bench.Variant("ONNX Runtime", onnx, "ort", options={"low_memory": True}),
+    ]  # fmt: skip
+    result = bench.run(variants, repeats=2, warmup=0, steps=1, progress=print)
+    keys = ("load_s", "first_step_s", "step_p50_s", "peak_bytes", "anon_bytes", "file_bytes")
+    table.note(name, {v.name: {key: v.values[key] for key in keys} for v in result.variants})
+
+
+def sd35_large(table: Table) -> None:
+    """SD3.5 Large: less eight blocks, with projected modulation, and both."""
+    source = table.out / "sd3.5-large"
+    table.stage("sd3.5-large: synth", "synth", "sd3.5-large", "-o", str(source))
+    artefact = compressed(table, "large-8", source, "--blocks", BLOCKS)
+    steps(table, source, "large-8")
+    table.stage(
+        "large-8: TensorRT-RTX", "export", str(artefact), "--target", "trt", "--device", "rtx",
+        "-o", f"{artefact}-trt", file=f"{artefact}-trt/transformer",
+    )  # fmt: skip
+    table.stage(
+        "large-8: Core ML", "export", str(artefact), "--target", "coreml", "--device", "iphone-15-pro",
+        "-o", f"{artefact}-coreml", file=f"{artefact}-coreml/transformer",
+    )  # fmt: skip
+    for folder in table.out.glob("large-8*"):
+        shutil.rmtree(folder)
+    rank = ("--method", "manual", "--modulation-rank", "256")
+    compressed(table, "large-r256", source, *rank)
+    compressed(table, "large-8-r256", source, *rank, "--blocks", BLOCKS)
+    steps(table, source, "large-8-r256")
+    for folder in [source, *table.out.glob("large-*")]:
+        shutil.rmtree(folder)
+
+
+def flux_schnell(table: Table) -> None:
+    """FLUX.1 schnell, INT4 alone."""
+    source = table.out / "flux.1-schnell"
+    table.stage("flux.1-schnell: synth", "synth", "flux.1-schnell", "-o", str(source))
+    compressed(table, "flux", source, "--method", "manual")
+    for folder in [source, *table.out.glob("flux*")]:
+        shutil.rmtree(folder)
+
+
+PARTS: dict[str, Callable[[Table], None]] = {"sd35-large": sd35_large, "flux-schnell": flux_schnell}
+
+
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
+    """The table of a page."""
+    lines = [
+        f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}",
+        "",
+        "| what | time | peak memory | file |",
+        "| --- | --- | --- | --- |",
+    ]
+    single = {name: row for name, row in rows.items() if "seconds" in row}
+    for name, row in single.items():
+        size = f"{row['file_bytes'] / 1e9:.2f} GB" if "file_bytes" in row else ""
+        lines.append(f"| {name} | {row['seconds']:.0f} s | {row['peak_bytes'] / 1e9:.2f} GB | {size} |")
+    for name, row in rows.items():
+        if name in single:
+            continue
+        first = next(iter(row.values()))
+        lines += ["", f"{name}:", "", "| runtime | step | against the original | load | peak | against |"]
+        lines.append("| --- | --- | --- | --- | --- | --- |")
+        for runtime, values in row.items():
+            faster, smaller = first["step_p50_s"] / values["step_p50_s"], values["peak_bytes"] / first["peak_bytes"]
+            lines.append(
+                f"| {runtime} | {values['step_p50_s']:.1f} s | {faster:.2f} times faster | {values['load_s']:.0f} s "
+                f"| {values['peak_bytes'] / 1e9:.2f} GB | {smaller:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def insert(page: Path, text: str) -> None:
+    """Put the table between the marks of a page."""
+    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def main(out: Path = Path("build/full-size"), only: str | None = None, write: Path | None = None) -> None:
+    """Measure what is not yet measured, and print the table."""
+    table = Table(out)
+    chosen: Sequence[str] = [only] if only else list(PARTS)
+    for name in chosen:
+        PARTS[name](table)
+    print(markdown(table.rows))
+    if write is not None:
+        insert(write, markdown(table.rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
