@@ -1,4 +1,4 @@
-"""The ONNX folder, unchanged, in optimum's ORTStableDiffusion3Pipeline."""
+"""The ONNX folder, unchanged, in optimum's ORTStableDiffusion3Pipeline and ORTFluxPipeline."""
 
 from __future__ import annotations
 
@@ -64,3 +64,27 @@ def test_draws_with_a_t5(client: Any, tmp_path: Path) -> None:
     assert pipe.text_encoder_3 is not None
     image, reference = drawn(pipe, tmp_path / "onnx"), ours(tmp_path / "onnx", "ort")
     assert reference.std() > 5 and np.abs(image - reference).max() <= 1
+
+
+@pytest.mark.parametrize("variant", [{"guidance_embeds": True}, {"guidance_embeds": False}], ids=["dev", "schnell"])
+def test_flux_draws_what_our_runtime_draws(variant: dict[str, bool], tmp_path: Path) -> None:
+    """The pipeline packs latents and makes positions as our runtimes do; of schnell it reads no guidance scale."""
+    import torch
+    from optimum.onnxruntime import ORTFluxPipeline
+
+    from edgeprune import runtimes
+    from edgeprune.export.to_onnx import export
+    from edgeprune.runtimes.base import initial_latents
+
+    tiny.tiny_flux_pipeline(tmp_path / "source", **variant)
+    export(tmp_path / "source", tmp_path / "onnx")
+    pipe = ORTFluxPipeline.from_pretrained(tmp_path / "onnx", session_options=in_floats())
+    with runtimes.load(tmp_path / "onnx", "ort") as model:
+        scale = 3.0 if variant["guidance_embeds"] else 0.0
+        reference = np.asarray(model.generate(PROMPT, seed=3, steps=STEPS, guidance_scale=scale)[0], int)
+        noise = torch.from_numpy(initial_latents(model.settings, [3], 64, 64))
+    image = pipe(
+        PROMPT, latents=pipe._pack_latents(noise, 1, 8, 8, 8), num_inference_steps=STEPS, guidance_scale=3.0,
+        height=64, width=64, max_sequence_length=24,
+    ).images[0]  # fmt: skip
+    assert reference.std() > 5 and np.abs(np.asarray(image, int) - reference).max() <= 1
