@@ -103,7 +103,8 @@ def test_plan_options_begin_from_the_preset() -> None:
 
     def made(**said: object) -> PlanOptions:
         names = ("method", "keep", "max_memory", "fit", "protect_first", "protect_last", "threshold")
-        return _plan_options(start, *(said.get(n) for n in names), said.get("blocks", ""), "", 64)  # type: ignore[arg-type]
+        later = (said.get("blocks", ""), "", 64, said.get("modulation_rank"), "prompts.txt")
+        return _plan_options(start, *(said.get(n) for n in names), *later)  # type: ignore[arg-type]
 
     assert made() == start and start.method == "hybrid"  # `plan` after `compress` has nothing to do
     assert (made(keep=0.9).method, made(keep=0.9).keep) == ("hybrid", 0.9)
@@ -112,3 +113,6 @@ def test_plan_options_begin_from_the_preset() -> None:
     assert (made(blocks="3").method, made(blocks="3").keep) == ("manual", None)
     assert (made(fit="rtx").keep, made(max_memory="3GB").max_memory_bytes) == (None, 3 * 10**9)
     assert made(threshold=0.3, protect_last=1).protect_first == start.protect_first
+    assert made(modulation_rank="full") == start
+    thin = made(modulation_rank="auto", method="manual")
+    assert (thin.modulation_rank, thin.prompts, thin.keep) == ("auto", "prompts.txt", None)
