@@ -163,11 +163,11 @@ def parse_bytes(text: str) -> int:
 def _workspace(
     out: Path, model: str | None, fresh: bool, *, begin: bool = False, generation: dict[str, Any] | None = None
 ) -> Workspace:
-    from edgeprune.pipeline import Workspace
-
     begun = (out / "edgeprune.json").is_file()
     if not begun and not begin:
         raise InputError(f"{out / 'edgeprune.json'}: no such file; begin with: edgeprune analyze MODEL -o {out}")
+    from edgeprune.pipeline import Workspace  # with torch, which takes seconds
+
     given = {name: value for name, value in (generation or {}).items() if value is not None}
     return Workspace(out, model, model_given=model is not None or not begun, fresh=fresh, generation=given)
 
@@ -415,9 +415,15 @@ def plan(
         raise InputError("plan: give exactly one of -o (a folder) and --config (a transformer's config.json)")
     if fit and config is not None:
         raise InputError("--fit counts a pipeline's files: give -o (a folder), not --config")
-    from edgeprune import pipeline
+    from edgeprune.contribution import ContributionReport
+    from edgeprune.families import family_of
+    from edgeprune.files import read_json
 
+    content = read_json(config) if config is not None else {}
+    loaded = ContributionReport.load(scores) if scores is not None else None
     ws = _workspace(out, None, fresh) if out is not None else None
+    from edgeprune import pipeline  # with torch, which takes seconds
+
     options = _plan_options(
         pipeline.preset("default", builtin=ws is not None and ws.builtin).plan,
         *(method, keep, max_memory, fit, protect_first, protect_last, threshold, blocks, components, group_size),
@@ -428,13 +434,6 @@ def plan(
         pipeline.run_plan(ws, options, scores)
         made = ws.plan()
     else:
-        from edgeprune.contribution import ContributionReport
-        from edgeprune.families import family_of
-        from edgeprune.files import read_json
-
-        assert config is not None
-        content = read_json(config)
-        loaded = ContributionReport.load(scores) if scores else None
         made = pipeline.plan_for(family_of(content, str(config)), content, loaded, options)
     _table(_plan_rows(made))
     if as_json or out is None:

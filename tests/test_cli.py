@@ -80,6 +80,17 @@ def test_dry_run_forecasts_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "args", [["--config", "none.json"], ["--config", "c.json", "--scores", "none.json"], ["-o", "none"]]
+)
+def test_plan_looks_at_its_files_before_torch_is_imported(args: list[str], tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text("{}")
+    code = "import sys\nfrom edgeprune.cli import main\ntry:\n main()\nfinally:\n print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "plan", *args]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert found.returncode == 2 and "none" in found.stderr and found.stdout.strip() == "False", found
+
+
 def test_a_bad_size_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
     from tiny import tiny_pipeline
 
