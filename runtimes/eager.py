@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,9 +22,11 @@ from edgeprune.runtimes.memory import Meter, Reading
 
 with needs("compress"):
     import torch
-    from diffusers import StableDiffusion3Pipeline
 
     from edgeprune import checkpoint
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
 
 Rows = Callable[[], dict[str, Reading]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +61,13 @@ def test_artefact_loads_here_and_in_stock_diffusers(artefact: Path) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     small = edgeprune.load(artefact)
     assert type(small.transformer.transformer_blocks[0].ff.net[2]).__name__ == "PackedLinear"
+
+
+def test_loading_prints_nothing(source: Path) -> None:
+    """transformers gives advice on torchvision when diffusers' pipelines are imported, hence a process of its own."""
+    code = "import sys, edgeprune; edgeprune.load(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, source], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_manifest_tells_all(artefact: Path) -> None:
