@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
+from edgeprune.errors import CannotRunError, EdgepruneError, InputError, MissingExtraError
 from edgeprune.extras import COMPRESS, absent, conflicts
 
 if TYPE_CHECKING:
@@ -622,11 +622,19 @@ def bench(
 
     for expression in check or []:
         benchmark.parse_expression(expression)
-    pairs = [
-        (folder, name)
-        for folder in folders
-        for name in (runtimes.runnable(folder) if runtime == "all" else [runtimes.choose(folder, runtime)])
-    ]
+    pairs: list[tuple[Path, str]] = []
+    refusals: list[CannotRunError] = []
+    for folder in folders:
+        try:
+            fitting = runtimes.runnable(folder) if runtime == "all" else [runtimes.choose(folder, runtime)]
+        except CannotRunError as refusal:  # one device's folder among others'
+            refusals.append(refusal)
+            continue
+        pairs += [(folder, name) for name in fitting]
+    if not pairs:
+        raise refusals[0]
+    for refusal in refusals:
+        _say(f"left out: {refusal}")
     for name in {name for _, name in pairs}:
         _warn(name)
     names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]

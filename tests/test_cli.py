@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from edgeprune.runtimes import RUNTIMES
+
 DATA = Path(__file__).parent / "data"
 
 
@@ -99,6 +101,17 @@ def test_a_bad_size_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
     for side in ("height", "width"):
         found = run("generate", "a red circle", "--model", "tiny", f"--{side}", "63", cwd=tmp_path)
         assert found.returncode == 2 and f"{side}: found 63, expected a multiple of 8" in found.stderr
+
+
+@pytest.mark.skipif(RUNTIMES["trt"].has_hardware(), reason="a machine without a GPU is wanted")
+def test_bench_of_all_leaves_out_what_cannot_run_here(tmp_path: Path) -> None:
+    for name, target in (("engines", "trt"), ("ir", "onnx")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "edgeprune_export.json").write_text(json.dumps({"target": target, "source": "nowhere"}))
+    found = run("bench", "engines", "--runtime", "all", cwd=tmp_path)
+    assert found.returncode == 2 and "error: engines: found a folder for trt, none of which runs here" in found.stderr
+    found = run("bench", "engines", "ir", "--runtime", "all", cwd=tmp_path)  # goes on to the model that is not there
+    assert "left out: engines: found a folder for trt" in found.stderr and "error: nowhere" in found.stderr
 
 
 def test_version_and_targets() -> None:
