@@ -633,8 +633,8 @@ def bench(
         pairs += [(folder, name) for name in fitting]
     if not pairs:
         raise refusals[0]
-    for refusal in refusals:
-        _say(f"left out: {refusal}")
+    for left_out in refusals:
+        _say(f"left out: {left_out}")
     for name in {name for _, name in pairs}:
         _warn(name)
     names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -248,9 +249,12 @@ def test_page_is_self_contained_and_escaped(copy: Path, source: Path) -> None:
 
 
 def test_tokenizers_are_for_both_transformers(artefact: Path) -> None:
-    """Version 5 writes and reads tokenizer.json, version 4 reads vocab.json and merges.txt."""
+    """Version 5 writes only tokenizer.json, version 4 only vocab.json and merges.txt, which both read."""
     for folder in (artefact, checkpoint.BUILTIN):
         for name in ("tokenizer", "tokenizer_2"):
+            if folder == artefact and metadata.version("transformers").startswith("4."):
+                assert {"vocab.json", "merges.txt"} <= {path.name for path in (folder / name).iterdir()}
+                continue  # its source was saved by version 4
             model = json.loads((folder / name / "tokenizer.json").read_text())["model"]
             assert json.loads((folder / name / "vocab.json").read_text()) == model["vocab"]
             assert len((folder / name / "merges.txt").read_text().splitlines()) == 1 + len(model["merges"])
