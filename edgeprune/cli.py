@@ -349,11 +349,26 @@ def compress(
         _print_json({"out": str(out), "ran": ran, **summary})
 
 
+def _in_units(key: str, value: float) -> tuple[str, str]:
+    """A row for people from a key that ends in its unit; JSON keeps the plain number."""
+    units = {
+        "_flops_per_s": (1e12, "TFLOP/s"),
+        "_flops": (1e12, "TFLOP"),
+        "_bytes": (1e9, "GB"),
+        "_floor_s": (60, "minutes"),
+    }
+    for ending, (size, unit) in units.items():
+        if key.endswith(ending):
+            name, amount = key.removesuffix(ending) + ("_floor" if ending == "_floor_s" else ""), value / size
+            return name.replace("_", " "), f"{amount:,.0f} {unit}" if amount >= 100 else f"{amount:.3g} {unit}"
+    return key.replace("_", " "), f"{value:,}"
+
+
 def _forecast(source: Path, options: CompressOptions, generation: Generation, as_json: bool) -> None:
     from edgeprune.forecast import forecast
 
     found = forecast(source, options, generation)
-    _table([(key.replace("_", " "), f"{value:,}") for key, value in found.items()])
+    _table([_in_units(key, value) for key, value in found.items()])
     _say("floors are the work at the speed of a matrix product here: expect more")
     if as_json:
         _print_json(found)

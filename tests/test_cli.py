@@ -114,6 +114,23 @@ def test_bench_of_all_leaves_out_what_cannot_run_here(tmp_path: Path) -> None:
     assert "left out: engines: found a folder for trt" in found.stderr and "error: nowhere" in found.stderr
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "row"),
+    [
+        ("int4_bytes", 3_576_100_000, ("int4", "3.58 GB")),
+        ("distill_floor_s", 90, ("distill floor", "1.5 minutes")),
+        ("data_floor_s", 1.2e6, ("data floor", "20,000 minutes")),
+        ("evaluation_flops", 6.4e12, ("evaluation", "6.4 TFLOP")),
+        ("matmul_flops_per_s", 123_456_789_012, ("matmul", "0.123 TFLOP/s")),
+        ("parameters_left", 6_352_600_000, ("parameters left", "6,352,600,000")),
+    ],
+)
+def test_a_forecast_has_units_for_people(key: str, value: float, row: tuple[str, str]) -> None:
+    from edgeprune.cli import _in_units
+
+    assert _in_units(key, value) == row
+
+
 def test_version_and_targets() -> None:
     assert run("--version").stdout.startswith("edgeprune 0.")
     assert "cpu-x86" in run("targets").stderr
