@@ -574,7 +574,7 @@ def generate(
     runtime: RuntimeName = None,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Hold one stage's networks at a time.")] = False,
     provider: Annotated[
-        str | None, typer.Option(help="ort: tensorrt, cuda, coreml, openvino or cpu; by default the first one here.")
+        str | None, typer.Option(help="ort: cuda, tensorrt, coreml, openvino or cpu; by default the first one here.")
     ] = None,
     cache_dir: Annotated[
         Path | None, typer.Option(help="ort, openvino: keep prepared weights here for the next start.")
