@@ -131,10 +131,10 @@ def _positive(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -
     scales. With steps 8 / 7.5 as large that weight becomes 7, and like the others is wrong by half a step at most.
     """
     positive = torch.where(scale < 0, -scale.float() * (8 / 7.5), scale.float()).half()
-    steps = positive.float().repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
-    again = (weight.float() / steps.clamp_min(1e-12)).round().clamp(-8, 7).to(values.dtype)
-    negative = (scale < 0).repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
-    return torch.where(negative, again, values), positive
+    groups = (*scale.shape, -1)
+    again = weight.float().view(groups) / positive.float().clamp_min(1e-12)[..., None]
+    again = again.round_().clamp_(-8, 7).to(values.dtype)
+    return torch.where((scale < 0)[..., None], again, values.view(groups)).view_as(values), positive
 
 
 @contextlib.contextmanager

@@ -220,6 +220,11 @@ def tiny_flux_pipeline(folder: Path, **overrides: Any) -> FluxPipeline:
 class _Held(dict[str, torch.Tensor]):
     """Weights in memory where StoredTransformer expects them in files."""
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """As of Weights."""
+        return {name: tuple(tensor.shape) for name, tensor in self.items()}
+
     def check(self, expected: Any) -> None:
         """A model's own always fit."""
 
