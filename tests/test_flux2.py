@@ -1,4 +1,4 @@
-"""FLUX.2: what is tested beside surgery, packing, pieces and quantisation, which run through every kind of tiny.KINDS."""
+"""FLUX.2: what is not tested with every kind of tiny.KINDS (surgery, packing, pieces, quantisation)."""
 
 from __future__ import annotations
 

@@ -333,12 +333,12 @@ class Flux2:
         """Tokens, text, and (B, 16 D): the embedding of timestep and guidance, and the modulations of all blocks."""
         import torch
 
-        numbers = [inputs[n].float() * 1000 if n in inputs else None for n in ("timestep", "guidance")]
-        sines = [None if n is None else model.time_guidance_embed.time_proj(n) for n in numbers]
-        image = model.x_embedder(inputs["hidden_states"])
-        found = model.time_guidance_embed.timestep_embedder(sines[0].to(image.dtype))
-        if sines[1] is not None:
-            found = found + model.time_guidance_embed.guidance_embedder(sines[1].to(image.dtype))
+        image, embedder = model.x_embedder(inputs["hidden_states"]), model.time_guidance_embed
+        found: Any = 0
+        for name, layer in (("timestep", "timestep_embedder"), ("guidance", "guidance_embedder")):
+            if name in inputs:
+                sines = embedder.time_proj(inputs[name].float() * 1000)
+                found = found + getattr(embedder, layer)(sines.to(image.dtype))
         made = (model.double_stream_modulation_img, model.double_stream_modulation_txt, model.single_stream_modulation)
         modulation = torch.cat([found, *(layer(found) for layer in made)], dim=-1)
         return image, model.context_embedder(inputs["encoder_hidden_states"]), modulation
