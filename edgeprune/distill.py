@@ -137,7 +137,7 @@ class _Catcher:
             block.register_forward_hook(lambda _, __, out, key=original: self._catch(key, out))
 
     def _catch(self, key: int, out: Any) -> None:
-        context, image = out  # diffusers' order in every MMDiT
+        context, image = (None, out) if isinstance(out, torch.Tensor) else out  # one stream, or context first
         self.features[key] = (image,) if context is None else (image, context)
 
 

@@ -16,6 +16,9 @@ from edgeprune.files import read_json
 CLIP, CLIP_POOLED, T5 = "CLIPTextModelWithProjection", "CLIPTextModel", "T5EncoderModel"
 """Of `CLIP` pipelines read every state and the projected text, of `CLIP_POOLED` the text before its projection."""
 
+EXPORTED = (CLIP, CLIP_POOLED, T5)
+"""What an export can write."""
+
 
 def is_present(index: Mapping[str, Any], name: str) -> bool:
     """Whether model_index.json names a class for this part."""

@@ -122,8 +122,15 @@ class PrunePlan:
 
 
 def modulation_width(family: Family, config: Config) -> int:
-    """D, as the modulation layers read it."""
-    return next(s[1] for n, s in family.tensor_shapes(config).items() if len(s) == 2 and family.modulates(n))
+    """D, as the modulation layers read it.
+
+    Raises:
+        InputError: the family has none that can be projected.
+    """
+    for name, shape in family.tensor_shapes(config).items():
+        if len(shape) == 2 and family.modulates(name):
+            return shape[1]
+    raise InputError(f"--modulation-rank: found a model of {family.name}, which has no modulation layer in its blocks")
 
 
 def tensor_sources(
@@ -207,7 +214,7 @@ def remaining_shapes(
     kept = [i for i in range(family.block_count(config)) if i not in removed_blocks]
     original = family.tensor_shapes(config)
     sources = tensor_sources(family, config, kept, frozenset(components), rank)
-    width = modulation_width(family, config)
+    width = 0 if rank is None else modulation_width(family, config)
     shapes: dict[str, Shape] = {}
     for name, source in sources.items():
         if source.calibrated:
@@ -308,8 +315,7 @@ class _Model:
     """What is planned for, and what it costs with parts gone."""
 
     def __init__(self, family: Family, config: Config, group_size: int, rank: int | None) -> None:
-        width = modulation_width(family, config)
-        if rank is not None and not 0 <= rank < width:
+        if rank is not None and not 0 <= rank < (width := modulation_width(family, config)):
             raise InputError(f"--modulation-rank: found {rank}, expected 0 to {width - 1}, or full")
         self.family, self.config, self.rank, self._group_size = family, config, rank, group_size
         self.count = family.block_count(config)

@@ -239,6 +239,8 @@ def _scale_channels(family: Family, block: nn.Module, prefix: str, group_size: i
     """AWQ on every group of a block that is still in floats."""
     layers = _layers(block)
     groups = family.scaling_groups(block)
+    if not groups:
+        return
     wanted = {n: layers[n] for group in groups for n in group.consumers}
     inputs = {name: torch.cat(caught) for name, caught in _samples(wanted, run).items()}
     for group in groups:

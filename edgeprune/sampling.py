@@ -69,7 +69,8 @@ def sigmas(pipe: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
         c = scheduler.config
         tokens = shape[-1] * shape[-2] // family.latents(pipe.transformer.config).patch ** 2
         limits = (c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
-        extra["mu"] = calculate_shift(tokens, *limits)
+        own = family.shift(tokens, steps)
+        extra["mu"] = calculate_shift(tokens, *limits) if own is None else own
     scheduler.set_timesteps(steps, sigmas=family.levels(steps), **extra)
     levels: torch.Tensor = scheduler.sigmas.float()
     return levels

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from edgeprune.checkpoint import MANIFEST, complete_tokenizer, quiet, read_config
-from edgeprune.encoders import check_tokens, is_present, text_encoders, tokenizer_of
+from edgeprune.encoders import EXPORTED, check_tokens, is_present, text_encoders, tokenizer_of
 from edgeprune.errors import InputError
 from edgeprune.files import cannot_write, copy_folder, read_json, replace_folder, sha256_file, write_json
 from edgeprune.generation import FILE as GENERATION
@@ -93,6 +93,8 @@ def _index(artefact: Path) -> dict[str, Any]:
     if index.get("_class_name") != family.pipeline:
         raise InputError(f"{path}: _class_name: found {index.get('_class_name')!r}, expected {family.pipeline!r}")
     wanted = {e.name: e.kind for e in family.encoders if not e.optional or is_present(index, e.name)}
+    if foreign := [(name, kind) for name, kind in wanted.items() if kind not in EXPORTED]:
+        raise InputError(f"{path}: {foreign[0][0]}: found {foreign[0][1]}, which cannot be exported yet")
     for name in ("transformer", "vae", *wanted, *map(tokenizer_of, wanted), "scheduler"):
         if not is_present(index, name):
             raise InputError(f"{path}: {name}: found {index.get(name)!r}, expected a library and a class")

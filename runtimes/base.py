@@ -288,7 +288,12 @@ class Runtime:
             initial_latents(settings, seeds, height, width),
             positive,
             negative,
-            sigmas=self.scheduler.sigmas(steps, tokens=tokens, levels=settings.family.levels(steps)),
+            sigmas=self.scheduler.sigmas(
+                steps,
+                tokens=tokens,
+                levels=settings.family.levels(steps),
+                mu=settings.family.shift(tokens, steps),
+            ),
             guidance_scale=scale,
             progress=progress,
         )

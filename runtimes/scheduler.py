@@ -59,13 +59,21 @@ class FlowMatchEuler:
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         return tokens * slope + self.base_shift - slope * self.base_image_seq_len
 
-    def sigmas(self, steps: int, *, tokens: int = 0, levels: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
+    def sigmas(
+        self,
+        steps: int,
+        *,
+        tokens: int = 0,
+        levels: NDArray[np.float64] | None = None,
+        mu: float | None = None,
+    ) -> NDArray[np.float32]:
         """Noise levels before each step and 0 after the last: (steps + 1,), falling.
 
         Args:
             steps: denoising steps.
             tokens: image tokens; only dynamic shifting reads it.
             levels: unshifted noise levels (steps,) that a pipeline gives its scheduler; None for the scheduler's own.
+            mu: dynamic shift that a pipeline gives its scheduler; None for the scheduler's own.
 
         Raises:
             InputError: a single step cannot both start at 1 and end at `shift_terminal`.
@@ -81,7 +89,7 @@ class FlowMatchEuler:
         if not self.use_dynamic_shifting:
             picked = self.shift * picked / (1 + (self.shift - 1) * picked)
         else:
-            mu = self.mu(tokens)
+            mu = self.mu(tokens) if mu is None else mu
             level = math.exp(mu) if self.time_shift_type == "exponential" else mu
             picked = level / (level + (1 / picked - 1))
         if self.shift_terminal:

@@ -67,7 +67,7 @@ def test_rule(name: str, shape: tuple[int, ...], expected: Precision) -> None:
 
 
 @pytest.mark.parametrize("calibration", ["none", "scale", "awq"])
-@pytest.mark.parametrize("kind", ["sd3", "sd3-dual", "flux"])
+@pytest.mark.parametrize("kind", ["sd3", "sd3-dual", "flux", "flux2"])
 def test_quantised_model_is_close_and_as_small_as_forecast(kind: str, calibration: str) -> None:
     model = KINDS[kind]()
     config = config_of(model)

@@ -63,7 +63,8 @@ def every(kind: str) -> list[str]:
     family = family_of(config)
     names = [f"{b}:{c}" for b, c in parts(family, config, blocks=False)]
     last = family.block_count(config) - 1
-    return [*names, f"{last}:attn,{last}:mlp", f"1:norm,1:attn,{last}:norm,{last}:mlp", ",".join(names)]
+    several = f"1:norm,1:attn,{last}:norm,{last}:mlp" if family.norms else f"1:attn,{last}:mlp"
+    return [*names, f"{last}:attn,{last}:mlp", several, ",".join(names)]
 
 
 @pytest.mark.parametrize(("kind", "components"), [(k, c) for k in KINDS for c in every(k)])

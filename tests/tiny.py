@@ -18,6 +18,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -75,11 +76,28 @@ def visible(transformer: Any) -> Any:
     return transformer.eval()
 
 
+def tiny_flux2(**overrides: Any) -> Flux2Transformer2DModel:
+    """2 joint and 3 single blocks of width 64, as `tiny_flux()`."""
+    config: dict[str, Any] = {
+        "in_channels": 32, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 32, "num_attention_heads": 2,
+        "joint_attention_dim": 2 * TEXT_WIDTH, "axes_dims_rope": (8, 8, 8, 8), "guidance_embeds": False,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = Flux2Transformer2DModel(**config | overrides)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modulation" in name:
+                parameter.mul_(4)
+    return model.eval()
+
+
 KINDS: dict[str, Callable[..., Any]] = {
     "sd3": functools.partial(tiny_transformer, num_layers=4),
     "sd3-dual": functools.partial(tiny_transformer, num_layers=4, dual_attention_layers=(0, 1)),
     "flux": tiny_flux,
     "flux-schnell": functools.partial(tiny_flux, guidance_embeds=False),
+    "flux2": tiny_flux2,
+    "flux2-dev": functools.partial(tiny_flux2, guidance_embeds=True),
 }
 """Transformers of every kind, for tests that all of them must pass."""
 

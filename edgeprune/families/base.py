@@ -38,6 +38,7 @@ Axes = Mapping[str, Mapping[int, str]]
 _MODULES = {
     "SD3Transformer2DModel": "edgeprune.families.sd3",
     "FluxTransformer2DModel": "edgeprune.families.flux",
+    "Flux2Transformer2DModel": "edgeprune.families.flux2",
 }
 
 CHANGED = "Edgeprune"
@@ -181,6 +182,9 @@ class Family(Protocol):
 
     def levels(self, steps: int) -> NDArray[np.float64] | None:
         """Noise levels before each step, not yet shifted; None for the scheduler's own."""
+
+    def shift(self, tokens: int, steps: int) -> float | None:
+        """Dynamic shift (mu) of an image of so many tokens, where a pipeline has a rule of its own."""
 
     def axes(self, config: Config) -> tuple[Axes, Axes]:
         """Dynamic axes of what the network takes, in order, and of what it gives."""

@@ -211,6 +211,10 @@ class Flux:
         """From 1 to 1 / steps, as FluxPipeline has it."""
         return np.linspace(1.0, 1 / steps, steps)
 
+    def shift(self, tokens: int, steps: int) -> float | None:
+        """The scheduler's."""
+        return None
+
     def axes(self, config: Config) -> tuple[Axes, Axes]:
         """As optimum names them."""
         image = {0: "batch_size", 1: "packed_height_width"}

@@ -138,3 +138,62 @@ class ConstantEmbedding(nn.Module):
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """One column (B, 1) of the pooled text (B, P), which comes last."""
         return inputs[-1][:, :1]
+
+
+class Same(nn.Module):
+    """A removed block of one stream: it goes by unchanged."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """(B, N, D) as it is."""
+        return hidden_states
+
+
+class LaterColumns(nn.Module):
+    """A linear layer that does not read its first inputs: what made them contributes nothing."""
+
+    def __init__(self, linear: nn.Linear, first: int) -> None:
+        super().__init__()
+        self.linear, self.first = linear, first
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, N, first + rest) to (B, N, D)."""
+        return F.linear(hidden_states[..., self.first :], self.linear.weight[:, self.first :])
+
+
+class ParallelAttention(nn.Module):
+    """FLUX.2's attention with an MLP beside it, without one of them; the projections have what is left for the other.
+
+    Made of what is left of diffusers' own module, under the same names.
+    """
+
+    def __init__(self, attention: Any, gone: str) -> None:
+        super().__init__()
+        d, hidden = attention.inner_dim, attention.mlp_hidden_dim
+        self.head_dim, self.attends = attention.head_dim, gone != "attn"
+        rows, columns = (3 * d, d) if self.attends else (hidden * attention.mlp_mult_factor, hidden)
+        self.to_qkv_mlp_proj = nn.Linear(attention.query_dim, rows, bias=False)
+        self.to_out = nn.Linear(columns, attention.out_dim, bias=False)
+        if self.attends:
+            self.norm_q, self.norm_k = attention.norm_q, attention.norm_k
+        else:
+            self.mlp_act_fn = attention.mlp_act_fn
+
+    def forward(
+        self, hidden_states: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """(B, M + N, D) to the same."""
+        projected = self.to_qkv_mlp_proj(hidden_states)
+        if not self.attends:
+            made: torch.Tensor = self.to_out(self.mlp_act_fn(projected))
+            return made
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        heads = (x.unflatten(-1, (-1, self.head_dim)) for x in projected.chunk(3, dim=-1))
+        query, key, value = heads
+        query, key = self.norm_q(query), self.norm_k(key)
+        if image_rotary_emb is not None:
+            query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        found = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        out: torch.Tensor = self.to_out(found)
+        return out

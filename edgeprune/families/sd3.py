@@ -190,6 +190,10 @@ class SD3:
         """The scheduler's own."""
         return None
 
+    def shift(self, tokens: int, steps: int) -> float | None:
+        """The scheduler's."""
+        return None
+
     def axes(self, config: Config) -> tuple[Axes, Axes]:
         """As diffusers names them."""
         latents = {0: "batch_size", 2: "height", 3: "width"}
