@@ -259,14 +259,18 @@ def _fit_rows(fit: Any) -> list[tuple[str, str]]:
     return [(name, f"{value / 1e9:,.3f} GB") for name, value in rows]
 
 
-def _plan_rows(plan: Any) -> list[tuple[str, str]]:
+def _plan_rows(plan: Any, wanted: int | str | None) -> list[tuple[str, str]]:
+    """What a plan leaves; `wanted` is the modulation's rank as it was asked for."""
+    rank = None if plan.modulation_rank is None else str(plan.modulation_rank)
+    if wanted == "auto" and rank is None:
+        rank = "full: auto finds no smaller one that does for prompts it has not seen; give more --prompts"
     removed = ", ".join(map(str, plan.blocks)) or "none"
     parts = ", ".join(f"{b}:{c}" for b, c in plan.components)
     share = plan.after.parameters / plan.before.parameters
     return [
         ("blocks removed", f"{removed} (of {plan.num_blocks})"),
         *([("components removed", parts)] if parts else []),
-        *([("modulation rank", str(plan.modulation_rank))] if plan.modulation_rank is not None else []),
+        *([("modulation rank", rank)] if rank else []),
         ("parameters", f"{plan.before.parameters / 1e6:,.1f} M -> {plan.after.parameters / 1e6:,.1f} M ({share:.1%})"),
         ("bf16", f"{plan.before.bf16_bytes / 1e6:,.1f} MB -> {plan.after.bf16_bytes / 1e6:,.1f} MB"),
         (
@@ -371,7 +375,8 @@ def compress(
         ran = pipeline.compress(ws, options, progress)
         short = report.memory_short(ws)
         summary = {} if short else report.make(ws, quick=preset == "quick", redo=bool(ran), progress=progress)
-    _table([*_plan_rows(ws.plan()), *(report.rows(summary) if summary else [])])
+    rows = _plan_rows(ws.plan(), options.plan.modulation_rank)
+    _table([*rows, *(report.rows(summary) if summary else [])])
     done = f"done: {', '.join(ran)}" if ran else "nothing to do, all stages are done"
     _say(f"{done}; {short or 'report: ' + str(out / 'report.html')}")
     _say(f"next: edgeprune export {out} --target onnx -o {out}-onnx")
@@ -487,8 +492,9 @@ def plan(
 
         assert config is not None
         content = read_json(config)
-        made = plan_for(family_of(content, str(config)), content, loaded, _plan_options(DEFAULT, *chosen))
-    _table(_plan_rows(made))
+        options = _plan_options(DEFAULT, *chosen)
+        made = plan_for(family_of(content, str(config)), content, loaded, options)
+    _table(_plan_rows(made, options.modulation_rank))
     if as_json or out is None:
         _print_json(made.to_json())
     if out is not None:

@@ -14,7 +14,7 @@ from tiny import KINDS, config_of, tiny_inputs, tiny_pipeline, tiny_step
 
 import edgeprune
 from edgeprune import checkpoint, pipeline, sampling
-from edgeprune.cli import parse_rank
+from edgeprune.cli import _plan_rows, parse_rank
 from edgeprune.contribution import Removed, parts
 from edgeprune.distill import DistillOptions, parameter_groups
 from edgeprune.errors import BudgetError, InputError
@@ -187,6 +187,16 @@ def test_plan_file_keeps_the_rank() -> None:
     assert PrunePlan.from_json(data, "plan.json").modulation_rank is None
     with pytest.raises(InputError, match=r"plan.json: modulation_rank: found -2"):
         PrunePlan.from_json(data | {"modulation_rank": -2}, "plan.json")
+
+
+def test_the_rank_is_shown() -> None:
+    _, config, family = setup()
+    thin, whole = (
+        make_plan(family, config, None, method="manual", blocks="1", modulation_rank=rank) for rank in (16, None)
+    )
+    assert dict(_plan_rows(thin, "auto"))["modulation rank"] == "16"
+    assert "modulation rank" not in dict(_plan_rows(whole, None))
+    assert "give more --prompts" in dict(_plan_rows(whole, "auto"))["modulation rank"]
 
 
 def test_option() -> None:

@@ -29,7 +29,7 @@ from edgeprune.int4 import round_int4
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.modulation import GRID, Subspace, choose_rank, modulation_inputs, subspace
 from edgeprune.pipeline import Workspace
-from edgeprune.plan import PlanOptions, make_plan
+from edgeprune.plan import PlanOptions, PrunePlan, make_plan, plan_for
 from edgeprune.precision import Precision, precision_of
 from edgeprune.quantize import round_to_nearest
 from edgeprune.sampling import Conditioning, encode_prompts, generate, latent_shape, noise, sigmas, velocity
@@ -275,7 +275,7 @@ class Study:
 
     def images(self, name: str, model: Any) -> NDArray[np.uint8]:
         """One image of each scored caption, kept on disk."""
-        path = self.out / "images" / f"{name}.npy"
+        path = self.out / "images" / f"{name}-{self.per_task}.npy"
         if not path.is_file():
             self.pipe.transformer = model
             texts = [p.text for p in self.scored]
@@ -303,25 +303,34 @@ class Study:
     def _passed(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
         return np.asarray([float(shapes.check(i, p.meaning)) for i, p in zip(images, self.scored, strict=True)])
 
-    def variant(self, name: str, variant: Variant) -> dict[str, Any]:
-        """Compress with the stages of `compress`; what is left, and the error of the INT4 transformer."""
+    def smaller(self, name: str, variant: Variant) -> tuple[PrunePlan, Any]:
+        """The plan, and the model that it leaves, rounded to INT4; with the stages of `compress` if it is distilled."""
+        if not variant.distilled:
+            report = ContributionReport.load(self.base.report_path)
+            plan = plan_for(self.family, self.config, report, variant.plan)
+            basis = self.usual.basis(plan.modulation_rank) if plan.modulation_rank else None
+            model = prune(self.family, self.teacher, self.config, plan, self.usual.mean, basis)
+            return plan, self.rounded(model)
         ws = Workspace(self.out / "variants" / name, None)
         options = pipeline.preset("default", builtin=True)
+        assert options.distill is not None
         pipeline.run_plan(ws, variant.plan, self.base.report_path)
         pipeline.run_prune(ws)
-        if variant.distilled:
-            assert options.distill is not None
-            self._distil(ws, replace(options.distill, steps=self.steps), replace(options.data, samples=2000))
+        self._distil(ws, replace(options.distill, steps=self.steps), replace(options.data, samples=2000))
         pipeline.run_quantize(ws, options.quantize)
-        plan = ws.plan()
+        return ws.plan(), checkpoint.load_transformer(ws.out, quantized=True)
+
+    def variant(self, name: str, variant: Variant) -> dict[str, Any]:
+        """What is left, and its error."""
+        plan, model = self.smaller(name, variant)
         row: dict[str, Any] = {"series": variant.series, "distilled": variant.distilled, "rank": plan.modulation_rank}
         row |= {"blocks": plan.blocks, "components": len(plan.components)}
         row |= {"parameters": plan.after.parameters, "int4_bytes": plan.after.int4_bytes}
-        return row | {"error": self.error(checkpoint.load_transformer(ws.out, quantized=True))}
+        return row | {"error": self.error(model)}
 
-    def drawn(self, name: str) -> dict[str, Any]:
+    def drawn(self, name: str, variant: Variant) -> dict[str, Any]:
         """`judged` of a variant."""
-        return self.judged(name, checkpoint.load_transformer(self.out / "variants" / name, quantized=True))
+        return self.judged(name, self.smaller(name, variant)[1])
 
     def _distil(self, ws: Workspace, options: Any, data: Any) -> None:
         cache = self.out / "cache"
@@ -339,18 +348,18 @@ class Study:
         report = ContributionReport.load(self.base.report_path)
         drops = [c.drop for c in report.contributions().values() if c.component is None]
         self.once("blocks", lambda: {"least": min(drops), "median": float(np.median(drops)), "most": max(drops)})
-        for key in ("ranks", "calibration", "auto", "storage", "seen", "timesteps", "guidance"):
+        self.once("ranks", self.ranks)
+        for name, variant in variants().items():
+            if not variant.distilled:
+                self.once(f"variant {name}", functools.partial(self.variant, name, variant))
+        for key in ("calibration", "auto", "storage", "guidance", "timesteps"):
             self.once(key, getattr(self, key))
-        untrained = {name: v for name, v in variants().items() if not v.distilled}
-        for name, variant in untrained.items():
-            self.once(f"variant {name}", functools.partial(self.variant, name, variant))
         self.once("images teacher", lambda: self.judged("teacher", self.teacher))
-        for name in untrained:
-            self.once(f"images {name}", functools.partial(self.drawn, name))
         self.once("images float32-16", lambda: self.judged("float32-16", self.thin(16)))
+        self.once("seen", self.seen)
         for name, variant in variants().items():
             self.once(f"variant {name}", functools.partial(self.variant, name, variant))
-            self.once(f"images {name}", functools.partial(self.drawn, name))
+            self.once(f"images {name}", functools.partial(self.drawn, name, variant))
 
 
 def _relative(found: torch.Tensor, target: torch.Tensor) -> float:
