@@ -436,19 +436,20 @@ def plot(found: dict[str, Any], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.2))
-    left, middle, right = figure.subplots(1, 3)
+    judged = any(f"images {key.removeprefix('variant ')}" in found for key in found if key.startswith("variant "))
+    figure = Figure(figsize=(15 if judged else 10.5, 4.2))
+    left, middle, *others = figure.subplots(1, 3 if judged else 2)
     rows = {int(r): v for r, v in found["ranks"].items() if r != "full"}
     left.plot(
         [max(r, 1) for r in rows], [v["float32"] for v in rows.values()], "o-", color="#0072b2", label="projected"
     )
     after = {r: v["int4"] for r, v in rows.items() if "int4" in v}
     left.plot(list(after), list(after.values()), "s--", color="#d55e00", label="projected, all weights INT4")
-    for label, value, colour in (
-        ("INT4, nothing projected", found["ranks"]["full"]["int4"], "#000000"),
-        ("the least block removed", found["blocks"]["least"], "#cc79a7"),
+    for label, value, colour, line in (
+        ("INT4, nothing projected", found["ranks"]["full"]["int4"], "#000000", ":"),
+        ("the least block removed", found["blocks"]["least"], "#cc79a7", "--"),
     ):
-        left.axhline(value, color=colour, lw=1, ls=":", label=label)
+        left.axhline(value, color=colour, lw=1, ls=line, label=label)
     left.set(xscale="log", yscale="log", xlabel="rank", ylabel="relative velocity error, held-out prompts")
     left.set_xticks([max(r, 1) for r in rows], [str(r) for r in rows])
     left.minorticks_off()
@@ -466,14 +467,15 @@ def plot(found: dict[str, Any], path: Path) -> None:
                 mine.sort(key=lambda m: m[0])
                 middle.plot([size for size, *_ in mine], [error for _, error, _ in mine], **style)
             scored = [(size, *seen["score"]) for size, _, seen in mine if seen]
-            if scored:
+            for right in others if scored else []:
                 size, centre, low, high = (np.array(column) for column in zip(*scored, strict=True))
                 right.errorbar(size, centre, [centre - low, high - centre], capsize=2, **style)
-    middle.set(yscale="log", xlabel="INT4 weights, MB", ylabel="relative velocity error, held-out prompts")
+    middle.set(ylim=(0, None), xlabel="INT4 weights, MB", ylabel="relative velocity error, held-out prompts")
     middle.legend(fontsize=7)
-    if "images teacher" in found:
+    for right in others:
         right.axhline(found["images teacher"]["score"][0], color="#000000", lw=1, ls=":", label="original")
-    right.set(xlabel="INT4 weights, MB", ylabel="score on held-out prompts, 95 % interval")
+        right.set(xlabel="INT4 weights, MB", ylabel="score on held-out prompts, 95 % interval")
+        right.legend(fontsize=7)
     figure.tight_layout()
     with rc_context({"svg.hashsalt": "modulation"}):
         figure.savefig(path, metadata={"Date": None})
