@@ -375,8 +375,8 @@ def compress(
         ran = pipeline.compress(ws, options, progress)
         short = report.memory_short(ws)
         summary = {} if short else report.make(ws, quick=preset == "quick", redo=bool(ran), progress=progress)
-    measured = report.rows(summary) if summary else []
-    _table([*_plan_rows(ws.plan(), options.plan.modulation_rank), *measured])
+    rows = _plan_rows(ws.plan(), options.plan.modulation_rank)
+    _table([*rows, *(report.rows(summary) if summary else [])])
     done = f"done: {', '.join(ran)}" if ran else "nothing to do, all stages are done"
     _say(f"{done}; {short or 'report: ' + str(out / 'report.html')}")
     _say(f"next: edgeprune export {out} --target onnx -o {out}-onnx")
