@@ -636,7 +636,9 @@ def generate(
     given = {"low_memory": low_memory, "provider": provider, "cache_dir": cache_dir}
     options = {name: value for name, value in given.items() if value}
     runtime = runtime or ("ort" if provider else None)  # only ONNX Runtime has providers
-    _warn(runtimes.choose(model, runtime))
+    chosen = runtimes.choose(model, runtime)
+    _warn(chosen)
+    runtimes.RUNTIMES[chosen].require()
     settings = read_settings(model)  # a bad size is told before gigabytes are loaded
     check_size(
         settings,
