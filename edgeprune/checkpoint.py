@@ -246,13 +246,13 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> 
 
 def load_pipeline(folder: Path, transformer: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
     """The rest of a folder's pipeline around a loaded transformer. Never runs code or pickles of the folder."""
-    import diffusers
-
     index, family = read_json(folder / "model_index.json"), family_of_model(transformer)
     _check_index(index, family, folder / "model_index.json")
     # diffusers wants to be told of an absent encoder, though the index says so.
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
-    with readable(folder), no_bars():
+    with readable(folder), quiet():
+        import diffusers  # transformers gives advice when its pipelines are imported
+
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
             folder, transformer=transformer, use_safetensors=True, local_files_only=True, **_dtype(dtype), **absent
         )
@@ -276,18 +276,22 @@ def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 @contextlib.contextmanager
-def no_bars() -> Iterator[None]:
-    """Without the vendors' own bars, which run into ours."""
+def quiet() -> Iterator[None]:
+    """Without the vendors' own bars, which run into ours, and their advice, which is for developers."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    for vendor in (diffusers.utils.logging, transformers.utils.logging):
+    vendors = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [vendor.get_verbosity() for vendor in vendors]
+    for vendor in vendors:
         vendor.disable_progress_bar()
+        vendor.set_verbosity_error()
     try:
         yield
     finally:
-        for vendor in (diffusers.utils.logging, transformers.utils.logging):
+        for vendor, level in zip(vendors, levels, strict=True):
             vendor.enable_progress_bar()
+            vendor.set_verbosity(level)
 
 
 def save_transformer(folder: Path, part: str, config: Config, state: Tensors) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
+from edgeprune.errors import CannotRunError, EdgepruneError, InputError, MissingExtraError
 from edgeprune.extras import COMPRESS, absent, conflicts
 
 if TYPE_CHECKING:
@@ -184,11 +184,11 @@ def parse_rank(text: str) -> int | str | None:
 def _workspace(
     out: Path, model: str | None, fresh: bool, *, begin: bool = False, generation: dict[str, Any] | None = None
 ) -> Workspace:
-    from edgeprune.pipeline import Workspace
-
     begun = (out / "edgeprune.json").is_file()
     if not begun and not begin:
         raise InputError(f"{out / 'edgeprune.json'}: no such file; begin with: edgeprune analyze MODEL -o {out}")
+    from edgeprune.pipeline import Workspace  # with torch, which takes seconds
+
     given = {name: value for name, value in (generation or {}).items() if value is not None}
     return Workspace(out, model, model_given=model is not None or not begun, fresh=fresh, generation=given)
 
@@ -379,11 +379,26 @@ def compress(
         _print_json({"out": str(out), "ran": ran, **summary})
 
 
+def _in_units(key: str, value: float) -> tuple[str, str]:
+    """A row for people from a key that ends in its unit; JSON keeps the plain number."""
+    units = {
+        "_flops_per_s": (1e12, "TFLOP/s"),
+        "_flops": (1e12, "TFLOP"),
+        "_bytes": (1e9, "GB"),
+        "_floor_s": (60, "minutes"),
+    }
+    for ending, (size, unit) in units.items():
+        if key.endswith(ending):
+            name, amount = key.removesuffix(ending) + ("_floor" if ending == "_floor_s" else ""), value / size
+            return name.replace("_", " "), f"{amount:,.0f} {unit}" if amount >= 100 else f"{amount:.3g} {unit}"
+    return key.replace("_", " "), f"{value:,}"
+
+
 def _forecast(source: Path, options: CompressOptions, generation: Generation, as_json: bool) -> None:
     from edgeprune.forecast import forecast
 
     found = forecast(source, options, generation)
-    _table([(key.replace("_", " "), f"{value:,}") for key, value in found.items()])
+    _table([_in_units(key, value) for key, value in found.items()])
     _say("floors are the work at the speed of a matrix product here: expect more")
     if as_json:
         _print_json(found)
@@ -449,8 +464,10 @@ def plan(
         raise InputError("plan: give exactly one of -o (a folder) and --config (a transformer's config.json)")
     if fit and config is not None:
         raise InputError("--fit counts a pipeline's files: give -o (a folder), not --config")
+    from edgeprune.contribution import ContributionReport
     from edgeprune.plan import DEFAULT, plan_for
 
+    loaded = ContributionReport.load(scores) if scores is not None else None
     chosen = (
         *(method, keep, max_memory, fit, protect_first, protect_last, threshold, blocks, components, group_size),
         *(modulation_rank, prompts),
@@ -465,13 +482,11 @@ def plan(
         pipeline.run_plan(ws, options, scores)
         made = ws.plan()
     else:
-        from edgeprune.contribution import ContributionReport
         from edgeprune.families import family_of
         from edgeprune.files import read_json
 
         assert config is not None
         content = read_json(config)
-        loaded = ContributionReport.load(scores) if scores else None
         made = plan_for(family_of(content, str(config)), content, loaded, _plan_options(DEFAULT, *chosen))
     _table(_plan_rows(made))
     if as_json or out is None:
@@ -598,7 +613,7 @@ def generate(
     runtime: RuntimeName = None,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Hold one stage's networks at a time.")] = False,
     provider: Annotated[
-        str | None, typer.Option(help="ort: tensorrt, cuda, coreml, openvino or cpu; by default the first one here.")
+        str | None, typer.Option(help="ort: cuda, tensorrt, coreml, openvino or cpu; by default the first one here.")
     ] = None,
     cache_dir: Annotated[
         Path | None, typer.Option(help="ort, openvino: keep prepared weights here for the next start.")
@@ -661,11 +676,19 @@ def bench(
 
     for expression in check or []:
         benchmark.parse_expression(expression)
-    pairs = [
-        (folder, name)
-        for folder in folders
-        for name in (runtimes.runnable(folder) if runtime == "all" else [runtimes.choose(folder, runtime)])
-    ]
+    pairs: list[tuple[Path, str]] = []
+    refusals: list[CannotRunError] = []
+    for folder in folders:
+        try:
+            fitting = runtimes.runnable(folder) if runtime == "all" else [runtimes.choose(folder, runtime)]
+        except CannotRunError as refusal:  # one device's folder among others'
+            refusals.append(refusal)
+            continue
+        pairs += [(folder, name) for name in fitting]
+    if not pairs:
+        raise refusals[0]
+    for left_out in refusals:
+        _say(f"left out: {left_out}")
     for name in {name for _, name in pairs}:
         _warn(name)
     names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]

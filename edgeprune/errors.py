@@ -2,7 +2,8 @@
 
 EdgepruneError           exit 1   something of ours failed
 ├── InputError           exit 2   what the user gave is wrong: file, field, found, expected
-│   └── BudgetError      exit 2   the budget cannot be met by any plan the method allows
+│   ├── BudgetError      exit 2   the budget cannot be met by any plan the method allows
+│   └── CannotRunError   exit 2   an export is for another device than this one
 ├── MissingExtraError    exit 2   an optional package is not installed; says the pip command
 ├── StaleStageError      exit 2   a folder holds results of other inputs; says `--fresh`
 ├── ParityError          exit 1   an export does not compute what the checkpoint computes
@@ -26,6 +27,10 @@ class InputError(EdgepruneError):
 
 class BudgetError(InputError):
     """No plan that the method allows meets the budget."""
+
+
+class CannotRunError(InputError):
+    """A folder is whole, but none of its runtimes runs on this machine."""
 
 
 class StaleStageError(InputError):

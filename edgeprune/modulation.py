@@ -72,9 +72,10 @@ def subspace(inputs: torch.Tensor) -> Subspace:
 def ranks(width: int) -> list[int]:
     """Ranks that `auto` chooses from, rising, up to half the width.
 
-    Below 16 thin layers have 8 bits instead of 4, so 8 is as large as 16; above 64, groups of 64 must fit.
+    Below 16 thin layers have 8 bits instead of 4, so 8 is as large as 16. From 16 on they are one group of INT4, or
+    groups of 64: some devices take no other.
     """
-    return [r for r in (2, 4, 16, 32, 48, *range(64, width + 1, 64)) if r <= width // 2]
+    return [r for r in (2, 4, 16, 32, *range(64, width + 1, 64)) if r <= width // 2]
 
 
 def choose_rank(inputs: torch.Tensor, width: int) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-from edgeprune.checkpoint import MANIFEST, complete_tokenizer, no_bars, read_config
+from edgeprune.checkpoint import MANIFEST, complete_tokenizer, quiet, read_config
 from edgeprune.encoders import EXPORTED, check_tokens, is_present, text_encoders, tokenizer_of
 from edgeprune.errors import InputError
 from edgeprune.files import cannot_write, copy_folder, read_json, replace_folder, sha256_file, write_json
@@ -114,7 +114,7 @@ def from_pretrained(load: Callable[..., Any], folder: Path) -> Any:
         InputError: the folder cannot be loaded.
     """
     try:
-        with no_bars():
+        with quiet():
             return load(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from error

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import onnx
 from numpy.typing import NDArray
 
-PIECE_BYTES = 400_000_000
+PIECE_BYTES = 150_000_000
 _BITS = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
 
 

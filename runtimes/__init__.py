@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 
 from edgeprune import extras
-from edgeprune.errors import InputError
+from edgeprune.errors import CannotRunError, InputError
 from edgeprune.files import read_json
 from edgeprune.runtimes.base import Runtime
 from edgeprune.runtimes.base import open_runtime as _open_runtime
@@ -100,12 +100,13 @@ def runnable(folder: Path) -> list[str]:
     """Every runtime that opens this folder and whose packages and hardware are here.
 
     Raises:
-        InputError: no such folder, neither an export nor a pipeline, or none of its runtimes can run here.
+        CannotRunError: none of its runtimes can run here.
+        InputError: no such folder, or neither an export nor a pipeline.
     """
     fitting = candidates(folder)
     found = [name for name in fitting if RUNTIMES[name].installed() and RUNTIMES[name].has_hardware()]
     if not found:
-        raise InputError(
+        raise CannotRunError(
             f"{folder}: found a folder for {', '.join(fitting)}, none of which runs here; see edgeprune doctor"
         )
     return found

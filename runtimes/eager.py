@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ with needs("compress"):
     from edgeprune import checkpoint
     from edgeprune.families import family_of_model
     from edgeprune.sampling import Conditioning, velocity
+
+if TYPE_CHECKING:
+    pass
 
 Rows = Callable[[], dict[str, Reading]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -171,7 +171,7 @@ def open_backend(
     Args:
         folder: an export of format onnx.
         settings: of that folder.
-        provider: tensorrt, cuda, coreml, openvino or cpu; None for the first of these that is here.
+        provider: cuda, tensorrt, coreml, openvino or cpu; None for the first of these that is here.
         accuracy_level: of MatMulNBits, see `session_options`.
         threads: inside one operator; 0 for one per core.
         cache_dir: on the CPU, keeps prepacked weights there and maps them. The first start makes them, which takes

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from edgeprune.errors import InputError
 
 PROVIDERS: dict[str, tuple[str, ...]] = {
-    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
     "cuda": ("CUDAExecutionProvider",),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
     "coreml": ("CoreMLExecutionProvider",),
     "openvino": ("OpenVINOExecutionProvider",),
     "cpu": ("CPUExecutionProvider",),
 }
-"""By the name of the option, the preferred one first: ONNX Runtime's name, and those that take what it does not."""
+"""By the name of the option, the preferred one first: ONNX Runtime's name, and those that take what it does not.
+
+TensorRT's builds its engines anew at every start and for every new shape, which takes minutes, so CUDA goes before it:
+for engines that are kept there is `edgeprune export --target trt`."""
 
 
 @dataclass(frozen=True)

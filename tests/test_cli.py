@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from edgeprune.runtimes import RUNTIMES
+
 DATA = Path(__file__).parent / "data"
 
 
@@ -80,6 +82,17 @@ def test_dry_run_forecasts_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "args", [["--config", "none.json"], ["--config", "c.json", "--scores", "none.json"], ["-o", "none"]]
+)
+def test_plan_looks_at_its_files_before_torch_is_imported(args: list[str], tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text("{}")
+    code = "import sys\nfrom edgeprune.cli import main\ntry:\n main()\nfinally:\n print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "plan", *args]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert found.returncode == 2 and "none" in found.stderr and found.stdout.strip() == "False", found
+
+
 def test_a_bad_size_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
     from tiny import tiny_pipeline
 
@@ -88,6 +101,34 @@ def test_a_bad_size_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
     for side in ("height", "width"):
         found = run("generate", "a red circle", "--model", "tiny", f"--{side}", "63", cwd=tmp_path)
         assert found.returncode == 2 and f"{side}: found 63, expected a multiple of 8" in found.stderr
+
+
+@pytest.mark.skipif(RUNTIMES["trt"].has_hardware(), reason="a machine without a GPU is wanted")
+def test_bench_of_all_leaves_out_what_cannot_run_here(tmp_path: Path) -> None:
+    for name, target in (("engines", "trt"), ("ir", "onnx")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "edgeprune_export.json").write_text(json.dumps({"target": target, "source": "nowhere"}))
+    found = run("bench", "engines", "--runtime", "all", cwd=tmp_path)
+    assert found.returncode == 2 and "error: engines: found a folder for trt, none of which runs here" in found.stderr
+    found = run("bench", "engines", "ir", "--runtime", "all", cwd=tmp_path)  # goes on to the model that is not there
+    assert "left out: engines: found a folder for trt" in found.stderr and "error: nowhere" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "row"),
+    [
+        ("int4_bytes", 3_576_100_000, ("int4", "3.58 GB")),
+        ("distill_floor_s", 90, ("distill floor", "1.5 minutes")),
+        ("data_floor_s", 1.2e6, ("data floor", "20,000 minutes")),
+        ("evaluation_flops", 6.4e12, ("evaluation", "6.4 TFLOP")),
+        ("matmul_flops_per_s", 123_456_789_012, ("matmul", "0.123 TFLOP/s")),
+        ("parameters_left", 6_352_600_000, ("parameters left", "6,352,600,000")),
+    ],
+)
+def test_a_forecast_has_units_for_people(key: str, value: float, row: tuple[str, str]) -> None:
+    from edgeprune.cli import _in_units
+
+    assert _in_units(key, value) == row
 
 
 def test_version_and_targets() -> None:
@@ -103,7 +144,8 @@ def test_plan_options_begin_from_the_preset() -> None:
 
     def made(**said: object) -> PlanOptions:
         names = ("method", "keep", "max_memory", "fit", "protect_first", "protect_last", "threshold")
-        return _plan_options(start, *(said.get(n) for n in names), said.get("blocks", ""), "", 64)  # type: ignore[arg-type]
+        later = (said.get("blocks", ""), "", 64, said.get("modulation_rank"), "prompts.txt")
+        return _plan_options(start, *(said.get(n) for n in names), *later)  # type: ignore[arg-type]
 
     assert made() == start and start.method == "hybrid"  # `plan` after `compress` has nothing to do
     assert (made(keep=0.9).method, made(keep=0.9).keep) == ("hybrid", 0.9)
@@ -112,3 +154,6 @@ def test_plan_options_begin_from_the_preset() -> None:
     assert (made(blocks="3").method, made(blocks="3").keep) == ("manual", None)
     assert (made(fit="rtx").keep, made(max_memory="3GB").max_memory_bytes) == (None, 3 * 10**9)
     assert made(threshold=0.3, protect_last=1).protect_first == start.protect_first
+    assert made(modulation_rank="full") == start
+    thin = made(modulation_rank="auto", method="manual")
+    assert (thin.modulation_rank, thin.prompts, thin.keep) == ("auto", "prompts.txt", None)

@@ -33,6 +33,7 @@ RANKS: list[tuple[str, ...]] = [
     ("quantize",),
     ("weights", "stored"),
     ("checkpoint",),
+    ("synth",),
     ("pipeline",),
     ("forecast",),
     ("runtimes",),

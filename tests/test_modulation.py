@@ -5,106 +5,107 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from tiny import tiny_inputs, tiny_pipeline, tiny_transformer
+from tiny import KINDS, config_of, tiny_inputs, tiny_pipeline, tiny_step
 
 import edgeprune
-from edgeprune import checkpoint, modulation, pipeline
+from edgeprune import checkpoint, pipeline, sampling
 from edgeprune.cli import parse_rank
-from edgeprune.contribution import Removed
+from edgeprune.contribution import Removed, parts
 from edgeprune.distill import DistillOptions, parameter_groups
 from edgeprune.errors import BudgetError, InputError
-from edgeprune.families import family_of
+from edgeprune.families import Config, Family, family_of
 from edgeprune.int4 import PackedLinear
 from edgeprune.modulation import choose_rank, embedder_alone, modulation_inputs, ranks, subspace
 from edgeprune.pipeline import CompressOptions, DataOptions, Workspace
 from edgeprune.plan import PlanOptions, PrunePlan, make_plan, modulation_width
 from edgeprune.quantize import quantize
+from edgeprune.sampling import Conditioning
 from edgeprune.surgery import prune, structure
 
 WIDTH = 64
 
 
-def setup(**overrides: object):
-    model = tiny_transformer(num_layers=4, **overrides)
-    config = {"_class_name": "SD3Transformer2DModel"} | {k: v for k, v in model.config.items() if not k.startswith("_")}
+def setup(kind: str = "sd3", **overrides: Any) -> tuple[Any, Config, Family]:
+    model = KINDS[kind](**overrides)
+    config = config_of(model)
     return model, config, family_of(config)
 
 
-def velocity(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+def velocity(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(**tiny_inputs() | inputs, return_dict=False)[0]
-
-
-def found_at(model, family, timesteps: torch.Tensor, pooled: torch.Tensor) -> modulation.Subspace:
-    return subspace(modulation_inputs(family, model, timesteps, pooled, 1.0).flatten(0, 1))
 
 
 # ------------------------------------------------------------------------------------------------ surgery
 
 
-@pytest.mark.parametrize("overrides", [{}, {"dual_attention_layers": (0, 1, 3)}], ids=["sd3.5-large", "sd3.5-medium"])
-@pytest.mark.parametrize(
-    ("blocks", "components"), [("", ""), ("3", ""), ("1", "2:norm,2:mlp,3:context_norm"), ("", "0:attn,0:norm")]
-)
-def test_exact_where_the_inputs_lie_in_the_basis(overrides: dict[str, object], blocks: str, components: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("blocks", ["", "3", "1"])
+@pytest.mark.parametrize("parted", [False, True])
+def test_exact_where_the_inputs_lie_in_the_basis(kind: str, blocks: str, parted: bool) -> None:
     """Twelve samples span eleven directions: at rank 11 the model computes what it computed, at 3 it does not."""
-    model, config, family = setup(**overrides)
-    timesteps, pooled = torch.tensor([10.0, 500.0, 990.0]), torch.randn(4, WIDTH)
-    found = found_at(model, family, timesteps, pooled)
+    model, config, family = setup(kind)
+    sigmas, pooled = torch.tensor([0.01, 0.5, 0.99]), torch.randn(4, WIDTH)
+    latents, condition, _, guidance = tiny_step()
+    found = subspace(modulation_inputs(family, model, sigmas * 1000, pooled, guidance).flatten(0, 1))
     assert found.directions.shape == (11, WIDTH)
-    inputs = {"timestep": timesteps[[0, 2]], "pooled_projections": pooled[[3, 1]]}
-    plans = {
-        rank: make_plan(
-            family, config, None, method="manual", blocks=blocks, components=components, modulation_rank=rank
-        )
-        for rank in (11, 3)
-    }
-    with Removed(family, model, plans[11].keys, found.mean):
-        expected = velocity(model, **inputs)
-    for rank, plan in plans.items():
-        thin = prune(family, model, config, plan, found.mean, found.basis(rank))
-        assert sum(p.numel() for p in thin.parameters()) == plan.after.parameters
-        error = (velocity(thin, **inputs) - expected).abs().max()
-        assert error <= 1e-5 if rank == 11 else error > 1e-3
+    step = (latents, Conditioning(condition.hidden, pooled[[3, 1]]), sigmas[[0, 2]], guidance)
+    # Of every block that stays, the components by turns: a norm goes with and without its neighbours.
+    gone = [
+        (b, c) for i, (b, c) in enumerate(parts(family, config, blocks=False)) if i % 5 == 0 and str(b) not in blocks
+    ]
+    components = ",".join(f"{b}:{c}" for b, c in gone) if parted else ""
+    listed = {"method": "manual", "blocks": blocks, "components": components}
+    plans = {rank: make_plan(family, config, None, modulation_rank=rank, **listed) for rank in (11, 3)}
+    with torch.no_grad():
+        with Removed(family, model, plans[11].keys, found.mean):
+            expected = sampling.velocity(model, *step)
+        for rank, plan in plans.items():
+            thin = prune(family, model, config, plan, found.mean, found.basis(rank))
+            assert sum(p.numel() for p in thin.parameters()) == plan.after.parameters
+            error = (sampling.velocity(thin, *step) - expected).abs().max()
+            assert error <= 1e-4 if rank == 11 else error > 1e-3
     assert thin.state_dict()["time_text_embed.basis"].shape == (3, WIDTH)
     assert not [n for n, t in thin.state_dict().items() if family.modulates(n) and t.ndim == 2 and t.shape[1] != 3]
 
 
-def test_rank_0_is_every_norm_removed() -> None:
-    """And norm_out constant: the velocity depends on neither timestep nor prompt but through the tokens."""
-    model, config, family = setup()
+@pytest.mark.parametrize("kind", KINDS)
+def test_rank_0_is_constant_modulation(kind: str) -> None:
+    """As rank 1 where the direction is one that no input has."""
+    model, config, family = setup(kind)
     mean = torch.randn(WIDTH)
     plan = make_plan(family, config, None, method="manual", modulation_rank=0)
     thin = prune(family, model, config, plan, mean)
     assert sum(p.numel() for p in thin.parameters()) == plan.after.parameters
     assert not [n for n in thin.state_dict() if n.startswith("time_text_embed.")]
-    keys = [(b, c) for b in range(4) for c in ("norm", "context_norm")]
-    with Removed(family, model, keys, mean), torch.no_grad():
-        weight, bias = model.norm_out.linear.weight.clone(), model.norm_out.linear.bias.clone()
-        model.norm_out.linear.bias += model.norm_out.linear.weight @ mean
-        model.norm_out.linear.weight.zero_()
-        expected = velocity(model)
-        model.norm_out.linear.weight.copy_(weight)
-        model.norm_out.linear.bias.copy_(bias)
-    assert (velocity(thin) - expected).abs().max() <= 1e-5
-    moved = velocity(thin, timestep=torch.tensor([1.0, 2.0]), pooled_projections=torch.zeros(2, WIDTH))
-    assert torch.equal(moved, velocity(thin))
+    line = make_plan(family, config, None, method="manual", modulation_rank=1)
+    with torch.no_grad():
+        latents, condition, sigma, guidance = tiny_step()
+        expected = sampling.velocity(
+            prune(family, model, config, line, mean, torch.zeros(1, WIDTH)), latents, condition, sigma, guidance
+        )
+        other = Conditioning(condition.hidden, torch.zeros_like(condition.pooled))
+        found = [sampling.velocity(thin, latents, c, s, guidance) for c, s in ((condition, sigma), (other, sigma / 2))]
+    assert (found[0] - expected).abs().max() <= 1e-5 and torch.equal(*found)
 
 
-def test_calibration_reads_the_embedder_alone() -> None:
-    model, config, family = setup()
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibration_reads_the_embedder_alone(kind: str) -> None:
+    model, config, family = setup(kind)
     state = {n: t for n, t in model.state_dict().items() if n.startswith("time_text_embed.")}
     alone = embedder_alone(family, config, state.__getitem__)
     assert sum(p.numel() for p in alone.parameters()) == sum(t.numel() for t in state.values())
     timesteps, pooled = torch.tensor([10.0, 500.0]), torch.randn(3, WIDTH)
-    inputs = modulation_inputs(family, alone, timesteps, pooled, 1.0)
+    inputs = modulation_inputs(family, alone, timesteps, pooled, 3.0)
     assert inputs.shape == (3, 2, WIDTH)
-    expected = torch.nn.functional.silu(model.time_text_embed(timesteps[[1]], pooled[[2]]))[0]
-    torch.testing.assert_close(inputs[2, 1], expected)
+    torch.testing.assert_close(inputs[2], family.modulation_input(model, timesteps, pooled[[2, 2]], 3.0))
+    if config.get("guidance_embeds"):
+        assert not torch.allclose(inputs, modulation_inputs(family, alone, timesteps, pooled, 1.0))
 
 
 def test_what_is_missing_is_said() -> None:
@@ -227,8 +228,12 @@ def test_thin_layers_are_quantised_in_groups_that_divide_the_rank(rank: int, bit
     assert isinstance(thin.time_text_embed.basis, torch.nn.Parameter)  # 16 bits, see docs/modulation.md
 
 
-def test_awq_knows_the_width_of_a_block_without_attention() -> None:
-    """Its modulation layers are no longer as wide as its tokens."""
+def test_awq_knows_the_width_of_a_block() -> None:
+    """Its modulation layers are no longer as wide as its tokens, and attention may be gone."""
+    model, config, family = setup("flux")
+    plan = make_plan(family, config, None, method="manual", modulation_rank=16)
+    (group,) = family.scaling_groups(family.blocks(structure(family, config, plan))[-1])
+    assert [p.rows for p in group.producers] == [(0, 64), (64, 128)]
     model, config, family = setup()
     plan = make_plan(family, config, None, method="manual", components="1:attn", modulation_rank=16)
     block = structure(family, config, plan).transformer_blocks[1]
@@ -268,7 +273,9 @@ def test_all_stages(artefact: Path, source: Path) -> None:
     original = checkpoint.load_transformer(source, quantized=False)
     ws = Workspace(artefact, str(source))
     small, whole = (velocity(m) for m in (half, original))
-    assert velocity(half).isfinite().all() and not torch.equal(small, whole)
+    assert small.isfinite().all() and not torch.equal(small, whole)
+    stored = checkpoint.open_transformer(artefact, quantized=True).running()  # as exports read it, block by block
+    assert (velocity(stored) - velocity(pipe.transformer)).abs().max() <= 1e-5
     assert pipeline.compress(ws, OPTIONS) == []
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
 from torch import nn
 
-from edgeprune import targets
 from edgeprune.export import forms, graph, parity, to_coreml, to_onnx, to_openvino, to_trt
 from edgeprune.families import family_of
 from edgeprune.plan import make_plan
@@ -84,14 +81,8 @@ def test_tensorrt(wrapper: graph.Transformer, traced: dict[str, torch.Tensor], t
 
 
 def test_coreml_in_chunks(wrapper: graph.Transformer, tmp_path: Path) -> None:
-    model: Any = wrapper.model
-    parts = to_coreml.split(model, dataclasses.replace(targets.load("iphone-15-pro"), chunks=2).chunks, 8, 8)
-    found = to_coreml._network(
-        "transformer",
-        parts,
-        wrapper,
-        [wrapper.example(batch=b, height=8, width=8, tokens=16) for b in (1, 2)],
-        tmp_path,
-    )
+    sizes = [wrapper.example(batch=b, height=8, width=8, tokens=16) for b in (1, 2)]
+    parts = to_coreml.split(wrapper, 2, sizes[0])
+    found = to_coreml._network("transformer", parts, wrapper, sizes, tmp_path, chunks=2)
     assert found["max_relative"] < 1e-3 and found["half_relative"] < 2e-2
     assert len(list((tmp_path / "transformer").iterdir())) == 2

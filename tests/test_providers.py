@@ -13,7 +13,7 @@ from edgeprune import doctor, runtimes
 from edgeprune.errors import InputError
 from edgeprune.runtimes.providers import PROVIDERS, choose
 
-TRT, CUDA, COREML, OPENVINO, CPU = (providers[0] for providers in PROVIDERS.values())
+CUDA, TRT, COREML, OPENVINO, CPU = (providers[0] for providers in PROVIDERS.values())
 OTHER = "AzureExecutionProvider"
 
 
@@ -21,7 +21,8 @@ OTHER = "AzureExecutionProvider"
     ("available", "wanted", "chain", "why"),
     [
         ([OTHER, CPU], None, [CPU], "the only one here"),
-        ([TRT, CUDA, CPU], None, [TRT, CUDA, CPU], "the first of tensorrt, cuda, cpu, which are here"),
+        ([TRT, CUDA, CPU], None, [CUDA, CPU], "the first of cuda, tensorrt, cpu, which are here"),
+        ([TRT, CUDA, CPU], "tensorrt", [TRT, CUDA, CPU], "provider=tensorrt"),
         ([CPU, CUDA], None, [CUDA, CPU], "the first of cuda, cpu, which are here"),
         ([COREML, OTHER, CPU], None, [COREML, CPU], "the first of coreml, cpu, which are here"),
         ([OPENVINO, CPU], None, [OPENVINO, CPU], "the first of openvino, cpu, which are here"),
