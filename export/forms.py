@@ -16,18 +16,26 @@ def per_output(model: ir.Model) -> None:
             continue
         weight, scale = node.inputs[:2]
         assert weight is not None and scale is not None
-        if (cast := scale.producer()) is not None:
-            stored = cast.inputs[0]
-            assert stored is not None and stored.const_value is not None and scale.dtype is not None
-            stored.const_value = ir.tensor(stored.const_value.numpy().astype(scale.dtype.numpy()), name=stored.name)
-            stored.dtype = scale.dtype
-            ir.convenience.replace_all_uses_with(scale, stored)
-            model.graph.remove(cast)
-            scale = stored
+        scale = _constant(model, scale)
         assert scale.const_value is not None
-        values = scale.const_value.numpy()
-        if weight.dtype == ir.DataType.INT8 and values.ndim == 2 and values.shape[0] == 1:
-            scale.const_value = ir.tensor(values[0], name=scale.name)
-            scale.shape = ir.Shape(values[0].shape)
+        shape = scale.const_value.shape.numpy()
+        if weight.dtype == ir.DataType.INT8 and len(shape) == 2 and shape[0] == 1:
+            scale.const_value = ir.tensor(scale.const_value.numpy()[0], name=scale.name)
+            scale.shape = ir.Shape(shape[1:])
             node.attributes["axis"] = ir.AttrInt64("axis", 1)
             del node.attributes["block_size"]
+
+
+def _constant(model: ir.Model, scale: ir.Value) -> ir.Value:
+    """A scale as an initialiser, cast already; in place."""
+    cast = scale.producer()
+    if cast is None:
+        return scale
+    (stored,) = cast.inputs
+    assert stored is not None and stored.const_value is not None
+    kind = ir.DataType(cast.attributes["to"].as_int())
+    stored.const_value = ir.tensor(stored.const_value.numpy().astype(kind.numpy()), name=stored.name)
+    stored.dtype = kind
+    ir.convenience.replace_all_uses_with(scale, stored)
+    model.graph.remove(cast)
+    return stored

@@ -137,11 +137,14 @@ def test_an_overflow_is_seen_and_means_float32() -> None:
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
             return ((x * 300) * 300 / 90_000,)
 
-    good, error = to_trt._half_precision(Large(), {"x": torch.rand(2, 4) / 2}, RTX)
+    def part(x: torch.Tensor) -> to_onnx.Part:
+        return to_onnx.Part("large", Large(), {"x": x}, [{"x": x}])  # type: ignore[arg-type]
+
+    good, error = to_trt._half_precision(part(torch.rand(2, 4) / 2), RTX)
     assert good and 0 < error < parity.HALF_BOUND
-    assert to_trt._half_precision(Large(), {"x": torch.rand(2, 4) + 1}, RTX) == (False, None)
+    assert to_trt._half_precision(part(torch.rand(2, 4) + 1), RTX) == (False, None)
     single = dataclasses.replace(RTX, activations="float32")
-    assert to_trt._half_precision(Large(), {"x": torch.rand(2, 4)}, single) == (False, None)
+    assert to_trt._half_precision(part(torch.rand(2, 4)), single) == (False, None)
 
 
 # ------------------------------------------------------------------------------------- shapes
