@@ -478,9 +478,9 @@ def plan(
         *(modulation_rank, prompts),
     )
     if out is not None:
+        ws = _workspace(out, None, fresh)
         from edgeprune import pipeline
 
-        ws = _workspace(out, None, fresh)
         options = _plan_options(pipeline.preset("default", builtin=ws.builtin).plan, *chosen)
         if fit:
             _table(_fit_rows(ws.fit(fit)))

@@ -315,7 +315,8 @@ class _Model:
     """What is planned for, and what it costs with parts gone."""
 
     def __init__(self, family: Family, config: Config, group_size: int, rank: int | None) -> None:
-        if rank is not None and not 0 <= rank < (width := modulation_width(family, config)):
+        width = 0 if rank is None else modulation_width(family, config)
+        if rank is not None and not 0 <= rank < width:
             raise InputError(f"--modulation-rank: found {rank}, expected 0 to {width - 1}, or full")
         self.family, self.config, self.rank, self._group_size = family, config, rank, group_size
         self.count = family.block_count(config)
