@@ -107,7 +107,9 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
         for path in folder.rglob("*")
         if path.is_file()
         and (
-            path.suffix in {".py", ".j2"} or "assets" in path.parts or path.name == "py.typed" or path.suffix == ".toml"
+            path.suffix in {".py", ".j2", ".toml"}
+            or "assets" in path.parts
+            or path.name in ("py.typed", "architectures.json")
         )
     }
     assert {name for name in names if ".dist-info/" not in name} == expected

@@ -152,3 +152,17 @@ def test_awq_helps_where_few_channels_carry_most() -> None:
     assert s is not None
     plain, scaled = ((w - weight) @ x.T for w in (round_int4(weight, 64), round_int4(weight * s, 64) / s))
     assert scaled.norm() < 0.8 * plain.norm()
+
+
+def test_nncf_tells_nobody() -> None:
+    """By itself it forks the process at every call, to send telemetry; under pytest it does not, hence a process."""
+    code = """
+import os, torch
+from edgeprune.quantize import _nncf_integers
+_nncf_integers([torch.randn(8, 64)], 64, [])
+os.register_at_fork(before=lambda: print("forked"))
+_nncf_integers([torch.randn(8, 64)], 64, [])
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "NNCF"))}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "forked" not in found.stdout
