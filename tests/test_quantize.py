@@ -1,5 +1,9 @@
 """INT4: packing, the custom op, NNCF's integers, the rule, and bytes."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny import KINDS, config_of, tiny_transformer, tiny_velocity
