@@ -118,8 +118,8 @@ def _print_json(data: Any) -> None:
 
 
 @contextmanager
-def _bars() -> Iterator[Callable[[str, int, int, str], None]]:
-    """A progress bar per stage on stderr: done, speed by eye, time left."""
+def _bars() -> Iterator[Callable[..., None]]:
+    """A progress bar per stage on stderr: done, speed by eye, time left; a line for what has no steps."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -137,7 +137,10 @@ def _bars() -> Iterator[Callable[[str, int, int, str], None]]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         tasks: dict[str, Any] = {}
 
-        def update(what: str, done: int, total: int, note: str = "") -> None:
+        def update(what: str, done: int = 0, total: int = 0, note: str = "") -> None:
+            if not total:
+                progress.console.print(what, markup=False, highlight=False)
+                return
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=total, note=note)
             progress.update(tasks[what], completed=done, total=total, note=note)
@@ -598,7 +601,8 @@ def export(
     chosen = for_format(target, device)
     from edgeprune import export as exporting
 
-    record = exporting.export(artefact, out, target, chosen, progress=_say)
+    with _bars() as progress:
+        record = exporting.export(artefact, out, target, chosen, progress=progress)
     _say("parity holds")
     _say(f'next: edgeprune generate "two red circles" --model {out} -o out.png, or: edgeprune bench {out}')
     if as_json:

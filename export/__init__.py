@@ -32,8 +32,10 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
 """By format: the extras that install what its export needs beside `compress`, and these packages; `a|b` is either."""
 
 
-def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Callable[[str], None]) -> dict[str, Any]:
+def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Callable[..., None]) -> dict[str, Any]:
     """Write `out` in a format of FORMATS for a device; returns the content of edgeprune_export.json.
+
+    `progress` is called as folder.Progress says.
 
     Raises:
         MissingExtraError: a package that the format needs is not installed.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
@@ -27,14 +27,19 @@ from edgeprune.plan import stock_config
 FILE = "edgeprune_export.json"
 SCHEMA_VERSION = 1
 
-Progress = Callable[[str], None]
-"""Called with one line of text as each part begins."""
 Networks = Callable[[Path], dict[str, Any]]
 """Writes the networks into a folder, and generation.json if its sizes are not the artefact's; returns what else
 edgeprune_export.json shall say."""
 
 
-def silent(_: str) -> None:
+class Progress(Protocol):
+    """Told what begins, or with a total how far it is; the same text for the same part."""
+
+    def __call__(self, what: str, done: int = 0, total: int = 0, /) -> None:
+        """`done` of `total` steps; a line of text alone where there are none."""
+
+
+def silent(what: str, done: int = 0, total: int = 0, /) -> None:
     """No progress."""
 
 

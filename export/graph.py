@@ -454,10 +454,17 @@ def _scale(graph: ir.Graph, scale: ir.Value) -> ir.Value:
     return _register(graph, ir.LazyTensor(make, stored.dtype, ir.Shape([groups, outs]), name=name))
 
 
-def save(model: ir.Model, path: Path) -> None:
-    """Write `path` and, above 1 MB of weights, `path` + ".data"; tensors are written one by one."""
+def save(model: ir.Model, path: Path, written: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Write `path` and, above 1 MB of weights, `path` + ".data"; tensors are written one by one.
+
+    Args:
+        written: called with MB written and MB in all.
+    """
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > INLINE_BYTES else None)
+    ir.save(
+        model, path, external_data=f"{path.name}.data" if size > INLINE_BYTES else None,
+        callback=lambda tensor, info: written(int(info.offset + tensor.nbytes) // 10**6, size // 10**6),
+    )  # fmt: skip
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def networks(artefact: Path, partial: Path, progress: Progress, *, opened: Opene
         progress(part.name)
         path = partial / part.name / "model.onnx"
         path.parent.mkdir()
-        save(part.name, part.to_ir(), path)
+        save(part.name, part.to_ir(), path, progress)
         outputs = list(part.module.outputs)
         errors[part.name] = parity.check(part.name, opened(path), part.module, part.examples, outputs)
         del part  # else it is in memory while the next is loaded
@@ -153,13 +153,13 @@ def text_encoder(artefact: Path, name: str, kind: str) -> tuple[graph.TextEncode
     return clip, int(clip.config.max_position_embeddings)
 
 
-def save(name: str, model: ir.Model, path: Path) -> None:
+def save(name: str, model: ir.Model, path: Path, progress: Progress = silent) -> None:
     """Write a network's file and have it checked.
 
     Raises:
         ParityError: onnx.checker refuses it.
     """
-    graph.save(model, path)
+    graph.save(model, path, lambda done, total: progress(f"{name}: MB written", done, total))
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -104,7 +104,7 @@ def _networks(
         engine.parent.mkdir()
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
             path = Path(scratch) / "model.onnx"
-            to_onnx.save(name, model, path)
+            to_onnx.save(name, model, path, progress)
             weight_bytes = sum(
                 v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
             )
@@ -300,20 +300,27 @@ def _errors(parser: Any) -> str:
 
 
 def _monitor(trt: Any, name: str, progress: Progress) -> Any:
-    """Tells `progress` of each phase of the build that is not part of another."""
+    """Tells `progress` of the steps of each phase of the build that is not part of another."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)  # pybind refuses super().__init__()
 
+            self._steps: dict[str, tuple[int, int]] = {}
+
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             if not parent:
-                progress(f"{name}: {phase}")
+                self._steps[phase] = (0, steps)
+                progress(f"{name}: {phase}", 0, steps)
 
         def phase_finish(self, phase: str) -> None:
-            pass
+            if steps := self._steps.pop(phase, None):
+                progress(f"{name}: {phase}", steps[1], steps[1])
 
         def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self._steps:
+                self._steps[phase] = (step + 1, self._steps[phase][1])
+                progress(f"{name}: {phase}", *self._steps[phase])
             return True
 
     return Monitor()

@@ -75,7 +75,7 @@ def exported(source: Path, model: nn.Module, tmp_path_factory: pytest.TempPathFa
     told: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_onnx, "open_transformer", lambda *_, **__: tiny.stored(model))
-        record = to_onnx.export(source, out, progress=told.append)
+        record = to_onnx.export(source, out, progress=lambda what, *steps: steps or told.append(what))
     assert told == ["transformer", "text_encoder", "text_encoder_2", "vae_decoder"]
     return out, record
 

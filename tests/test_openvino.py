@@ -45,7 +45,13 @@ def exported(tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathF
     out, names, told = tmp_path_factory.mktemp("out") / "ir", iter(NETWORKS), list[str]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph, "to_ir", lambda *_, **__: ir.load(traced / next(names) / "model.onnx"))
-        record = export.export(source, out, "openvino", targets.load("intel-igpu"), progress=told.append)
+        record = export.export(
+            source,
+            out,
+            "openvino",
+            targets.load("intel-igpu"),
+            progress=lambda what, *steps: steps or told.append(what),
+        )
     assert told == list(NETWORKS)
     return out, record
 

@@ -77,7 +77,7 @@ def built(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> SimpleN
     tiny.tiny_pipeline(source, num_layers=1)
     (source / "transformer_int4").mkdir()
     shutil.copyfile(source / "transformer" / "config.json", source / "transformer_int4" / "config.json")
-    out, told, given = source.with_name("engines"), [], {}
+    out, given, events = source.with_name("engines"), {}, list[Any]()
     real = to_trt.Builder.build
 
     def build(self: to_trt.Builder, name: str, path: Path, *rest: Any) -> dict[str, Any]:
@@ -87,8 +87,10 @@ def built(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> SimpleN
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_onnx, "open_transformer", lambda *_, **__: tiny.stored(model))
         patch.setattr(to_trt.Builder, "build", build)
-        record = to_trt.export(source, out, device=RTX, progress=told.append)
-    return SimpleNamespace(source=source, out=out, record=record, told=told, given=given)
+        record = to_trt.export(source, out, device=RTX, progress=lambda *event: events.append(event))
+    told = [what for what, *numbers in events if not numbers]
+    steps = [event for event in events if len(event) == 3]
+    return SimpleNamespace(source=source, out=out, record=record, told=told, steps=steps, given=given)
 
 
 # ------------------------------------------------------------------------------------- engines, built here
@@ -100,7 +102,8 @@ def test_engines(built: SimpleNamespace) -> None:
     assert (record["target"], record["device"], record["quantized"]) == ("trt", "rtx", True)
     assert record["builder"] == {"name": "tensorrt_rtx", "version": tensorrt_rtx.__version__}
     assert [line for line in built.told if ":" not in line] == list(PARTS)
-    assert any(line.startswith("transformer: ") for line in built.told)  # TensorRT's own phases
+    steps = [tuple(numbers) for what, *numbers in built.steps if what.startswith("transformer: ") and "MB" not in what]
+    assert len(set(steps)) > 2 and any(done == total for done, total in steps)  # TensorRT's own phases
     for name in PARTS:
         said = record["networks"][name]
         engine = built.out / name / "model.engine"
