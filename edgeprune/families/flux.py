@@ -76,14 +76,14 @@ class Flux:
 
     name = "flux"
     pipeline = "FluxPipeline"
-    components = ("norm", "context_norm", "attn", "mlp", "context_mlp")
-    norms = ("norm", "context_norm")
+    components: tuple[str, ...] = ("norm", "context_norm", "attn", "mlp", "context_mlp")
+    norms: tuple[str, ...] = ("norm", "context_norm")
     embedder = "time_text_embed"
-    encoders = (
+    encoders: tuple[Encoder, ...] = (
         Encoder("text_encoder", CLIP_POOLED),
         Encoder("text_encoder_2", T5),
     )
-    tail = ("norm_out.", "proj_out.")
+    tail: tuple[str, ...] = ("norm_out.", "proj_out.")
     position_inputs = ("img_ids", "txt_ids")
 
     def block_count(self, config: Config) -> int:

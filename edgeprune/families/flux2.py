@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.errors import InputError
-from edgeprune.families.base import Array, Axes, Config, Encoder, LatentSpace, ScalingGroup, Shape, Source, Swap, whole
+from edgeprune.families.base import Array, Axes, Config, Encoder, ScalingGroup, Shape, Source, Swap, whole
+from edgeprune.families.flux import Flux
 from edgeprune.families.joint import BLOCK, COMPONENT_OF, swaps, width
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def _ids(rows: int, columns: int, tokens: int) -> NDArray[np.float32]:
     return flat
 
 
-class Flux2:
-    """See `Family` for what each method means."""
+class Flux2(Flux):
+    """See `Family` for what each method means; what is not here is as in FLUX.1."""
 
     name = "flux2"
     pipeline = "Flux2KleinPipeline"
@@ -71,17 +72,6 @@ class Flux2:
     encoders = (Encoder("text_encoder", "Qwen3ForCausalLM"),)
     tail = ("norm_out.", "proj_out.")
     position_inputs = ("img_ids", "txt_ids")
-
-    def block_count(self, config: Config) -> int:
-        """`num_layers` joint blocks and `num_single_layers` single ones."""
-        for field in ("num_layers", "num_single_layers"):
-            count = config.get(field)
-            if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= 1000:
-                raise InputError(f"transformer/config.json: {field}: found {count!r}, expected 0 to 1000")
-        total = int(config["num_layers"]) + int(config["num_single_layers"])
-        if not total:
-            raise InputError("transformer/config.json: num_layers and num_single_layers: found 0, expected a block")
-        return total
 
     def tensor_shapes(self, config: Config) -> dict[str, Shape]:
         """Every tensor of the diffusers state dict."""
@@ -107,14 +97,6 @@ class Flux2:
             shapes |= {f"single_transformer_blocks.{i}.{n}": s for n, s in _single_shapes(d, head, hidden).items()}
         return shapes | {"norm_out.linear.weight": (2 * d, d), "proj_out.weight": (patch**2 * out_channels, d)}
 
-    def is_buffer(self, name: str) -> bool:
-        """There are none."""
-        return False
-
-    def in_block(self, name: str) -> bool:
-        """Below one of the two lists."""
-        return bool(BLOCK.match(name) or _SINGLE.match(name))
-
     def place(self, config: Config, name: str) -> tuple[int, str | None] | None:
         """Block and component by diffusers' module names; of a single block only the norms of queries and keys."""
         if found := BLOCK.match(name):
@@ -132,11 +114,6 @@ class Flux2:
         joint, count = config["num_layers"], self.block_count(config)
         single = {(i, "context_mlp") for i in range(joint, count)}
         return frozenset(single if count > joint else {(joint - 1, "context_mlp")})
-
-    def shorter_config(self, config: Config, kept: list[int]) -> Config:
-        """Fewer layers of both kinds."""
-        joint = sum(i < config["num_layers"] for i in kept)
-        return config | {"num_layers": joint, "num_single_layers": len(kept) - joint}
 
     def tensor_sources(self, config: Config, kept: list[int], removed: frozenset[tuple[int, str]]) -> dict[str, Source]:
         """Renumbered names; rows and columns of a single block's projections go with what they are for."""
@@ -166,17 +143,9 @@ class Flux2:
             sources[f"{prefix}.{rest}"] = source
         return sources
 
-    def latents(self, config: Config) -> LatentSpace:
-        """`in_channels` counts those of a token."""
-        return LatentSpace(whole(config, "in_channels") // _PATCH**2, _PATCH)
-
     def text_widths(self, config: Config) -> tuple[int, int]:
         """`joint_attention_dim`; there is no pooled text."""
         return whole(config, "joint_attention_dim"), 0
-
-    def text_tokens(self, prompt_tokens: int, max_sequence_length: int) -> int:
-        """The encoder's."""
-        return max_sequence_length
 
     def defaults(self, config: Config) -> dict[str, Any]:
         """Those of the pipelines, dev's or Klein's."""
@@ -187,10 +156,6 @@ class Flux2:
     def guided(self, config: Config, scale: float) -> bool:
         """Above 1, where the model does not take the scale itself."""
         return scale > 1 and not config.get("guidance_embeds", True)
-
-    def levels(self, steps: int) -> NDArray[np.float64] | None:
-        """From 1 to 1 / steps."""
-        return np.linspace(1.0, 1 / steps, steps)
 
     def shift(self, tokens: int, steps: int) -> float | None:
         """Flux2Pipeline's `compute_empirical_mu`: lines at 10 and at 200 steps, between them by steps."""
@@ -291,16 +256,6 @@ class Flux2:
         scale = torch.full_like(timestep, guidance * 1000)
         return torch.nn.functional.silu(loaded.time_guidance_embed(timestep, scale))
 
-    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
-        """`transformer_blocks`, then `single_transformer_blocks`."""
-        loaded = cast("Any", model)
-        return [*loaded.transformer_blocks, *loaded.single_transformer_blocks]
-
-    def block_prefix(self, model: nn.Module, index: int) -> str:
-        """`transformer_blocks.N.` or `single_transformer_blocks.N.`."""
-        joint = len(cast("Any", model).transformer_blocks)
-        return f"transformer_blocks.{index}." if index < joint else f"single_transformer_blocks.{index - joint}."
-
     def scaling_groups(self, block: nn.Module) -> list[ScalingGroup]:
         """None: what makes a block's inputs is shared by all blocks."""
         return []
@@ -311,10 +266,6 @@ class Flux2:
         return hidden, hidden.new_zeros(len(hidden), 0)
 
     # ---------------------------------------------------------------- the forward pass in pieces, for exports
-
-    def compact(self, model: Any, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """There are no tables."""
-        return {}
 
     def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Cosine and sine of the rotary embedding, (M + N, head width) each, in float32."""
@@ -360,10 +311,6 @@ class Flux2:
         else:
             text, image = block(image, text, single, image_rotary_emb=angles, split_hidden_states=True)
         return image, text
-
-    def grid(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
-        """Tokens stay packed."""
-        return ()
 
     def unembed(self, model: Any, image: torch.Tensor, modulation: torch.Tensor, grid: tuple[Any, ...]) -> torch.Tensor:
         """(B, N, 4 C)."""
