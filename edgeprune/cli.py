@@ -729,7 +729,7 @@ def synth(
     with _bars() as progress:
         size = make(name, out, progress=progress)
     _say(f"{out}: {name} with random weights, {size / 1e9:,.1f} GB")
-    _say(f"next: edgeprune compress {out} -o small --blocks 25-30 --steps 0")
+    _say(f"next: edgeprune compress {out} -o small --method manual --steps 0")
 
 
 @app.command(epilog="Example: edgeprune report -o small --bench bench.json")

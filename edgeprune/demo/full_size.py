@@ -27,7 +27,7 @@ import typer
 from edgeprune import bench
 from edgeprune.files import read_json, write_json
 
-BLOCKS = "25-31,33"
+BLOCKS = "25-28,31-34"
 """The eight blocks that the published plan removes from SD3.5 Large Turbo."""
 MARKS = "<!-- measured -->", "<!-- end -->"
 
