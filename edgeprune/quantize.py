@@ -135,9 +135,9 @@ def _positive(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -
     """
     positive = torch.where(scale < 0, -scale.float() * (8 / 7.5), scale.float()).half()
     groups = (*scale.shape, -1)
-    again = weight.float().view(groups) / positive.float().clamp_min(1e-12)[..., None]
+    again = weight.float().reshape(groups) / positive.float().clamp_min(1e-12)[..., None]
     again = again.round_().clamp_(-8, 7).to(values.dtype)
-    return torch.where((scale < 0)[..., None], again, values.view(groups)).view_as(values), positive
+    return torch.where((scale < 0)[..., None], again, values.reshape(groups)).view(weight.shape), positive
 
 
 @contextlib.contextmanager
