@@ -137,7 +137,7 @@ def _positive(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -
     groups = (*scale.shape, -1)
     again = weight.float().reshape(groups) / positive.float().clamp_min(1e-12)[..., None]
     again = again.round_().clamp_(-8, 7).to(values.dtype)
-    return torch.where((scale < 0)[..., None], again, values.reshape(groups)).view(weight.shape), positive
+    return torch.where((scale < 0)[..., None], again, values.reshape(groups)).reshape(weight.shape), positive
 
 
 @contextlib.contextmanager
