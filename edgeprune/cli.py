@@ -134,18 +134,22 @@ def _bars() -> Iterator[Callable[..., None]]:
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left")),
         *(TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        tasks: dict[str, Any] = {}
+    progress, tasks = Progress(*columns, console=Console(stderr=True)), dict[str, Any]()
 
-        def update(what: str, done: int = 0, total: int = 0, note: str = "") -> None:
-            if not total:
-                progress.console.print(what, markup=False, highlight=False)
-                return
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total, note=note)
-            progress.update(tasks[what], completed=done, total=total, note=note)
+    def update(what: str, done: int = 0, total: int = 0, note: str = "") -> None:
+        progress.start()  # not before: an error alone is one line
+        if not total:
+            progress.console.print(what, markup=False, highlight=False)
+            return
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=total, note=note)
+        progress.update(tasks[what], completed=done, total=total, note=note)
 
+    try:
         yield update
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 def parse_bytes(text: str) -> int:

@@ -39,7 +39,9 @@ def thin(rank: int) -> nn.Module:
     return out.requires_grad_(False)
 
 
-@pytest.fixture(scope="module", params=[16, 4, 0])
+@pytest.fixture(
+    scope="module", params=[16, pytest.param(4, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.slow)]
+)
 def wrapper(request: pytest.FixtureRequest) -> graph.Transformer:
     return graph.Transformer(thin(request.param))
 
@@ -74,7 +76,7 @@ def test_tensorrt(wrapper: graph.Transformer, traced: dict[str, torch.Tensor], t
     parity.check("transformer", runner, wrapper, examples(wrapper), list(wrapper.outputs), half=True)
     sizes = {"batch_size": (1, 2, 2), "height": (8, 8, 8), "width": (8, 8, 8), "sequence_length": (16, 16, 16)}
     profile = to_trt.profile_of(wrapper.inputs, traced, sizes)
-    builder = to_trt.Builder(trt, b"", lambda _: None)
+    builder = to_trt.Builder(trt, b"", lambda *_: None)
     said = builder.build("transformer", tmp_path / "model.onnx", profile, tmp_path / "engine")
     bits = [layer.bits for layer in wrapper.modules() if hasattr(layer, "weight_packed")]
     assert (said["int4_layers"], said["int8_layers"]) == (bits.count(4), bits.count(8))

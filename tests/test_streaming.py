@@ -211,7 +211,7 @@ def test_a_running_model_holds_one_block(config: dict[str, Any], tmp_path: Path)
     assert held == [1] * 8
 
 
-@FAMILIES
+@pytest.mark.parametrize("config", [SD3, pytest.param(FLUX, marks=pytest.mark.slow)], ids=["sd3", "flux"])
 def test_slices_compute_what_the_file_computes(config: dict[str, Any], tmp_path: Path) -> None:
     folder = made(tmp_path / "m", config)
     part = next(iter(to_onnx.parts(folder)))

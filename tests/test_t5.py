@@ -80,6 +80,7 @@ def test_encode_is_diffusers_own(onnx_folder: Path, pipeline: tuple[Path, Any], 
         assert model.generate("two red circles", steps=1)[0].size == (64, 64)
 
 
+@pytest.mark.slow  # the ONNX folder runs in OpenVINO above
 def test_openvino_folder(pipeline: tuple[Path, Any], tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     from edgeprune.export.to_openvino import export

@@ -130,7 +130,7 @@ def test_timesteps_stay_float32(built: SimpleNamespace) -> None:
 
 def test_a_wrong_file_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no model")
-    builder = to_trt.Builder(tensorrt_rtx, b"", print)
+    builder = to_trt.Builder(tensorrt_rtx, b"", lambda *_: None)
     with pytest.raises(EdgepruneError, match="vae: tensorrt_rtx cannot read its ONNX: "):
         builder.build("vae", tmp_path / "model.onnx", {}, tmp_path / "engine")
 
@@ -214,7 +214,7 @@ def test_int4_stays_packed_in_the_engine(tmp_path: Path) -> None:
     x, axes = torch.randn(2, 1024).half(), {0: "b"}
     graph.save(graph.to_ir(One(layer).half(), {"x": x}, {"x": axes}, {"y": axes}), tmp_path / "model.onnx")
     profile = {"x": ((1, 1024), (2, 1024), (4, 1024))}
-    builder = to_trt.Builder(tensorrt_rtx, b"", lambda _: None)
+    builder = to_trt.Builder(tensorrt_rtx, b"", lambda *_: None)
     said = builder.build("one", tmp_path / "model.onnx", profile, tmp_path / "engine")
     assert said == {"int4_layers": 1, "int8_layers": 0}
     # Its weights are 0.5 MB in INT4, 2.1 MB in half precision; the rest is code.
