@@ -132,7 +132,8 @@ def _companions(family: Family, config: Config, out: Path) -> None:
             parts |= {encoder.name: _t5(hidden), tokenizer: _t5_tokenizer(out / "tokenizer.tmp")}
         else:
             width = pooled // max(1, clips)
-            parts |= {encoder.name: _clip(encoder.kind, width), tokenizer: _clip_tokenizer(out / "tokenizer.tmp")}
+            clip = _clip(encoder.kind, width, min(64, hidden // max(1, clips)))
+            parts |= {encoder.name: clip, tokenizer: _clip_tokenizer(out / "tokenizer.tmp")}
     shutil.rmtree(out / "tokenizer.tmp", ignore_errors=True)
     pipeline = getattr(diffusers, family.pipeline)(transformer=None, **parts)
     pipeline.to(torch.float16).save_pretrained(out)
@@ -153,12 +154,12 @@ def _clip_tokenizer(folder: Path) -> Any:
     return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
 
 
-def _clip(kind: str, width: int) -> Any:
-    """One layer; `width` is that of the pooled text."""
+def _clip(kind: str, width: int, states: int) -> Any:
+    """Two layers; `width` is that of the pooled text, `states` of the hidden states that are read beside it."""
     import transformers
 
     config = transformers.CLIPTextConfig(
-        vocab_size=90, hidden_size=width if kind != CLIP else 64, intermediate_size=64, projection_dim=width,
+        vocab_size=90, hidden_size=width if kind != CLIP else states, intermediate_size=64, projection_dim=width,
         num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=TOKENS, bos_token_id=88, eos_token_id=89,
         pad_token_id=89,
     )  # fmt: skip
