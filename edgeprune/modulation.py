@@ -2,7 +2,7 @@
 
 The input of every adaLN layer of a model is one vector, made from timestep and pooled prompt alone. Collected over
 calibration (timesteps x prompts) it is near a subspace, found here; surgery.py makes the layers read coordinates in it.
-What it leaves out: weighing directions by what the layers do with them (docs/modulation.md says what that would bring).
+What it leaves out: weighing directions by what the layers do with them.
 
 Notation: S samples, D width, R directions.
 """
