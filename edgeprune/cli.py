@@ -718,18 +718,14 @@ def bench(
     benchmark.assert_expressions(result, check or [])
 
 
-@app.command(epilog="Example: edgeprune synth sd3.5-large -o large  ·  edgeprune synth list")
+@app.command(epilog="Example: edgeprune synth sd3.5-large -o large")
 def synth(
-    name: Annotated[str, typer.Argument(help="An architecture, or 'list' for those that are known.")],
+    name: Annotated[str, typer.Argument(help="sd3.5-large, sd3.5-medium, flux.1-schnell or flux.1-dev.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Pipeline folder to write.")] = Path("synth"),
 ) -> None:
     """A full-size pipeline with random weights, to try memory and time on. Run it again after a kill to go on."""
-    from edgeprune.synth import architectures
     from edgeprune.synth import synth as make
 
-    if name == "list":
-        _table([(n, str(config["_class_name"])) for n, config in architectures().items()])
-        return
     with _bars() as progress:
         size = make(name, out, progress=progress)
     _say(f"{out}: {name} with random weights, {size / 1e9:,.1f} GB")

@@ -583,16 +583,22 @@ def run_quantize(ws: Workspace, options: QuantizeOptions, progress: Progress = s
             quantize_part(ws.family, stored.model, block, **asdict(options), run=calibrate)
             state = stored.model.state_dict()
             tensors = {n: state[n] if n.endswith(PACKED) else state[n].half() for n in parts[index]}
-            if calibrate is None and block is not None:
+            if calibrate is not None:
+                keep(tensors)
+            elif block is not None:
                 stored.drop(block)
             return tensors
 
         def found(index: int, weights: Weights) -> None:
-            if calibrate is not None and index < len(plan.kept):  # the blocks after it are calibrated with it
+            if calibrate is not None and index < len(plan.kept):
                 prefix = ws.family.block_prefix(stored.model, index)
                 prepare(ws.family, ws.family.blocks(stored.model)[index], prefix=prefix, group_size=options.group_size)
-                tensors = {n: weights[n] if n.endswith(PACKED) else weights[n].float() for n in parts[index]}
-                stored.model.load_state_dict(tensors, strict=False, assign=True)
+                keep({n: weights[n] for n in parts[index]})
+
+        def keep(tensors: Tensors) -> None:
+            """Later blocks are calibrated with a block as it is written, whichever run wrote it."""
+            floats = {n: t if n.endswith(PACKED) else t.float() for n, t in tensors.items()}
+            stored.model.load_state_dict(floats, strict=False, assign=True)
 
         ws.manifest.group_size = options.group_size
         config = shorter_config(ws.family, ws.config, plan)

@@ -153,23 +153,6 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def quantize(
-    family: Family,
-    model: nn.Module,
-    *,
-    group_size: int = 64,
-    calibration: str = "none",
-    run: Callable[[], None] | None = None,
-) -> nn.Module:
-    """Replace every linear layer that the rule names, in place: the blocks in order, then what is outside of them.
-
-    Args: as `quantize_part`.
-    """
-    for block in (*range(len(family.blocks(model))), None):
-        quantize_part(family, model, block, group_size=group_size, calibration=calibration, run=run)
-    return model
-
-
 def quantize_part(
     family: Family,
     model: nn.Module,

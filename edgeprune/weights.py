@@ -122,7 +122,6 @@ class ShardWriter:
 
     def __init__(self, folder: Path, groups: Sequence[Sequence[str]], inputs: str) -> None:
         self.folder, self.groups = folder, [list(g) for g in groups]
-        self._sizes: dict[int, int] = {}
         mark = {"inputs": inputs, "shards": len(groups)}
         if not (folder / _MARK).is_file() or read_json(folder / _MARK) != mark:
             shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from tiny import KINDS, config_of, tiny_inputs, tiny_pipeline, tiny_step
+from tiny import KINDS, config_of, quantize, tiny_inputs, tiny_pipeline, tiny_step
 
 import edgeprune
 from edgeprune import checkpoint, pipeline, sampling
@@ -23,7 +23,6 @@ from edgeprune.int4 import PackedLinear
 from edgeprune.modulation import choose_rank, embedder_alone, modulation_inputs, ranks, subspace
 from edgeprune.pipeline import CompressOptions, DataOptions, Workspace
 from edgeprune.plan import PlanOptions, PrunePlan, make_plan, modulation_width
-from edgeprune.quantize import quantize
 from edgeprune.sampling import Conditioning
 from edgeprune.surgery import prune, structure
 

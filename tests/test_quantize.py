@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tiny import KINDS, config_of, tiny_transformer, tiny_velocity
+from tiny import KINDS, config_of, quantize, tiny_transformer, tiny_velocity
 from torch import nn
 
 from edgeprune.awq import best_divisor, fold
@@ -15,7 +15,7 @@ from edgeprune.families import family_of
 from edgeprune.int4 import PackedLinear, dequantize, pack, packed_linear, round_int4, unpack
 from edgeprune.plan import make_plan
 from edgeprune.precision import Precision, footprint, precision_of
-from edgeprune.quantize import packed_from, prepare, quantize, round_to_nearest
+from edgeprune.quantize import packed_from, prepare, round_to_nearest
 from edgeprune.surgery import load_strictly, prune
 
 CONFIG = {"_class_name": "SD3Transformer2DModel"}

@@ -35,7 +35,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from edgeprune.families import family_of_model
+from edgeprune.families import Family, family_of_model
+from edgeprune.quantize import quantize_part
 from edgeprune.sampling import Conditioning, velocity
 from edgeprune.stored import StoredTransformer
 
@@ -252,3 +253,10 @@ def stored(model: torch.nn.Module) -> StoredTransformer:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     empty = copy.deepcopy(model).to("meta")
     return StoredTransformer(family_of_model(model), empty, _Held(state))  # type: ignore[arg-type]
+
+
+def quantize(family: Family, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+    """Every part of a loaded model, in place: the blocks in order, then what is outside of them."""
+    for block in (*range(len(family.blocks(model))), None):
+        quantize_part(family, model, block, **options)
+    return model

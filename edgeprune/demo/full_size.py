@@ -26,6 +26,7 @@ import typer
 
 from edgeprune import bench
 from edgeprune.files import read_json, write_json
+from edgeprune.synth import architectures
 
 BLOCKS = "25-28,31-34"
 """The eight blocks that the published plan removes from SD3.5 Large Turbo."""
@@ -96,6 +97,21 @@ def compressed(table: Table, label: str, source: Path, *options: str) -> Path:
     return artefact
 
 
+def remove(table: Table, *labels: str) -> None:
+    """Make room: all that was made under these names, and nothing under longer ones."""
+    for label in labels:
+        for suffix in ("", "-onnx", "-openvino", "-trt", "-coreml"):
+            shutil.rmtree(table.out / f"{label}{suffix}", ignore_errors=True)
+
+
+def plans(table: Table) -> None:
+    """A plan from each config alone."""
+    for name, config in architectures().items():
+        path = table.out / f"{name}.json"
+        write_json(path, config)
+        table.stage(f"{name}: plan from config", "plan", "--config", str(path), "--method", "manual", "--blocks", "5-8")
+
+
 def steps(table: Table, source: Path, label: str) -> None:
     """One denoising step in the CPU runtimes beside the original in bf16, in one run."""
     name = f"{label}: one step"
@@ -135,14 +151,12 @@ def sd35_large(table: Table) -> None:
         "large-8: Core ML", "export", str(artefact), "--target", "coreml", "--device", "iphone-15-pro",
         "-o", f"{artefact}-coreml", file=f"{artefact}-coreml/transformer",
     )  # fmt: skip
-    for folder in table.out.glob("large-8*"):
-        shutil.rmtree(folder)
+    remove(table, "large-8")
     rank = ("--method", "manual", "--modulation-rank", "256")
     compressed(table, "large-r256", source, *rank)
     compressed(table, "large-8-r256", source, *rank, "--blocks", BLOCKS)
     steps(table, source, "large-8-r256")
-    for folder in [source, *table.out.glob("large-*")]:
-        shutil.rmtree(folder)
+    remove(table, "large-r256", "large-8-r256", source.name)
 
 
 def flux_schnell(table: Table) -> None:
@@ -150,11 +164,14 @@ def flux_schnell(table: Table) -> None:
     source = table.out / "flux.1-schnell"
     table.stage("flux.1-schnell: synth", "synth", "flux.1-schnell", "-o", str(source))
     compressed(table, "flux", source, "--method", "manual")
-    for folder in [source, *table.out.glob("flux*")]:
-        shutil.rmtree(folder)
+    remove(table, "flux", source.name)
 
 
-PARTS: dict[str, Callable[[Table], None]] = {"sd35-large": sd35_large, "flux-schnell": flux_schnell}
+PARTS: dict[str, Callable[[Table], None]] = {
+    "plans": plans,
+    "sd35-large": sd35_large,
+    "flux-schnell": flux_schnell,
+}
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
@@ -168,7 +185,7 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
     single = {name: row for name, row in rows.items() if "seconds" in row}
     for name, row in single.items():
         size = f"{row['file_bytes'] / 1e9:.2f} GB" if "file_bytes" in row else ""
-        lines.append(f"| {name} | {row['seconds']:.0f} s | {row['peak_bytes'] / 1e9:.2f} GB | {size} |")
+        lines.append(f"| {name} | {row['seconds']:.4g} s | {row['peak_bytes'] / 1e9:.2f} GB | {size} |")
     for name, row in rows.items():
         if name in single:
             continue

@@ -360,9 +360,10 @@ class Flux:
         import torch
 
         ids = torch.cat((inputs["txt_ids"], inputs["img_ids"])).float()
+        theta = model.config.get("rope_theta", _THETA)  # FLUX.2's config says it
         angles = []
         for axis, size in enumerate(model.config.axes_dims_rope):
-            speeds = [float(_THETA ** (-i / size)) for i in range(0, size, 2)]
+            speeds = [float(theta ** (-i / size)) for i in range(0, size, 2)]
             angles.append(ids[:, axis, None] * torch.tensor(speeds, device=ids.device))
         # Neighbours share an angle.
         twice = torch.cat(angles, dim=-1)[..., None].expand(-1, -1, 2).flatten(1)

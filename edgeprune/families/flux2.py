@@ -194,12 +194,6 @@ class Flux2(Flux):
         }
         return out | {"guidance": sigma * 0 + guidance} if config.get("guidance_embeds", True) else out
 
-    def velocity(self, config: Config, output: Array, shape: Shape) -> Array:
-        """Tokens back to where they were."""
-        b, c, h, w = shape
-        tokens = output.reshape(b, h // _PATCH, w // _PATCH, c, _PATCH, _PATCH)
-        return tokens.swapaxes(3, 4).swapaxes(2, 4).swapaxes(1, 2).reshape(b, c, h, w)
-
     def join(
         self, config: Config, outputs: Mapping[str, Mapping[str, NDArray[np.float32]]], max_sequence_length: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -266,19 +260,6 @@ class Flux2(Flux):
         return hidden, hidden.new_zeros(len(hidden), 0)
 
     # ---------------------------------------------------------------- the forward pass in pieces, for exports
-
-    def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Cosine and sine of the rotary embedding, (M + N, head width) each, in float32."""
-        import torch
-
-        ids = torch.cat((inputs["txt_ids"], inputs["img_ids"])).float()
-        angles = []
-        for axis, size in enumerate(model.config.axes_dims_rope):
-            speeds = [float(model.config.rope_theta ** (-i / size)) for i in range(0, size, 2)]
-            angles.append(ids[:, axis, None] * torch.tensor(speeds, device=ids.device))
-        # Neighbours share an angle.
-        twice = torch.cat(angles, dim=-1)[..., None].expand(-1, -1, 2).flatten(1)
-        return twice.cos(), twice.sin()
 
     def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens, text, and (B, 16 D): the embedding of timestep and guidance, and the modulations of all blocks."""
