@@ -25,6 +25,8 @@ FILE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{FILE}.index.json"
 SHARD_BYTES = 200_000_000
 """A shard is closed once it has as much: one block of a full-size model, or the whole of a small one."""
+WORTH_TELLING = 10**9
+"""Bytes of a stage from which on it tells of bytes; a smaller one is over before they are read."""
 _MARK = "unfinished.json"
 
 
@@ -181,5 +183,6 @@ class Speed:
         done = sum(self._sizes[:count])
         self._found = done if found else self._found
         speed = (done - self._found) / max(1e-6, time.monotonic() - self._began)
-        note = f"{done / 1e9:.2f} of {sum(self._sizes) / 1e9:.2f} GB, {speed / 1e6:,.0f} MB/s"
+        total = sum(self._sizes)
+        note = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e6:,.0f} MB/s" if total >= WORTH_TELLING else ""
         self._progress(self._what, count, len(self._sizes), note)

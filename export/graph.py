@@ -307,7 +307,8 @@ def to_ir(
         if read is not None and isinstance(getattr(value.const_value, "raw", None), FakeTensor):
             _attach(value, read)
     # Limits in bytes: sizes are folded, weights are not.
-    onnxscript.optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=65536)
+    with _quiet():
+        onnxscript.optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=65536)
     lower_packed_linear(model)
     halve_tables(model)
     for value, axes in zip(model.graph.outputs, outputs.values(), strict=True):

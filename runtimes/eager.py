@@ -27,6 +27,10 @@ with needs("compress"):
     from edgeprune.families import family_of_model
     from edgeprune.sampling import Conditioning, velocity
 
+    with checkpoint.quiet():
+        # Brings what all pipelines use. Imported when one is opened, it would count as its weights and its load time.
+        from diffusers import StableDiffusion3Pipeline  # noqa: F401
+
 Rows = Callable[[], dict[str, Reading]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -193,3 +193,17 @@ def test_the_torch_reference_takes_a_gpu_where_there_is_one(monkeypatch: pytest.
         eager._pick_device("cuda")
     monkeypatch.setattr(eager.torch.cuda, "is_available", lambda: True)
     assert eager._pick_device(None)[0] == "cuda" and eager._pick_device("cpu")[0] == "cpu"
+
+
+def test_opening_the_torch_reference_imports_no_library(tiny_folders: tuple[Path, Path]) -> None:
+    """Else libraries would count as weights, and importing them as load time."""
+    code = f"""
+import sys
+from edgeprune import runtimes
+runtimes.prepare("eager")
+before = set(sys.modules)
+with runtimes.load({str(tiny_folders[0])!r}):
+    print([m for m in set(sys.modules) - before if m.startswith(("diffusers.pipelines.stable_", "transformers.models."))])
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
