@@ -203,7 +203,8 @@ from edgeprune import runtimes
 runtimes.prepare("eager")
 before = set(sys.modules)
 with runtimes.load({str(tiny_folders[0])!r}):
-    print([m for m in set(sys.modules) - before if m.startswith(("diffusers.pipelines.stable_", "transformers.models."))])
+    new = set(sys.modules) - before
+    print([m for m in new if m.startswith(("diffusers.pipelines.stable_", "transformers.models."))])
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
