@@ -471,7 +471,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
                 size, centre, low, high = (np.array(column) for column in zip(*scored, strict=True))
                 right.errorbar(size, centre, [centre - low, high - centre], capsize=2, **style)
     middle.set(ylim=(0, None), xlabel="INT4 weights, MB", ylabel="relative velocity error, held-out prompts")
-    middle.legend(fontsize=7)
+    middle.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))  # no corner is free of marks
     for right in others:
         right.axhline(found["images teacher"]["score"][0], color="#000000", lw=1, ls=":", label="original")
         right.set(xlabel="INT4 weights, MB", ylabel="score on held-out prompts, 95 % interval")
