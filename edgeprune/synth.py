@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from edgeprune.checkpoint import HALF, write_transformer
-from edgeprune.encoders import CLIP, T5
+from edgeprune.encoders import CLIP, T5, tokenizer_of
 from edgeprune.errors import InputError
 from edgeprune.families import Config, Family, family_of
 from edgeprune.families.base import Shape
@@ -125,7 +125,7 @@ def _companions(family: Family, config: Config, out: Path) -> None:
     }  # fmt: skip
     clips = sum(encoder.kind == CLIP for encoder in family.encoders)
     for encoder in family.encoders:
-        tokenizer = encoder.name.replace("text_encoder", "tokenizer")
+        tokenizer = tokenizer_of(encoder.name)
         if encoder.optional:
             parts |= {encoder.name: None, tokenizer: None}
         elif encoder.kind == T5:
