@@ -19,12 +19,13 @@ OLDEST_TESTS := surgery quantize pipeline export runtimes scheduler t5
 CODE := edgeprune export runtimes targets tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-full test lint types check check-matrix clean
+.PHONY: help setup demo bench bench-full evidence test lint types check check-matrix clean
 
 help:
 	@echo "make demo    compress, export and bench the built-in model"
 	@echo "make bench   only the bench, on what make demo left"
 	@echo "make bench-full   the table of docs/full-size.md: an hour, 70 GB of disk"
+	@echo "make evidence     the tables of docs/evidence.md: methods compared on the built-in model, an hour or two"
 	@echo "make test    run the tests"
 	@echo "make check   format, lint, types, tests with coverage"
 	@echo "make check-matrix   stock diffusers and optimum, on the oldest and the newest versions"
@@ -59,6 +60,10 @@ bench: $(STAMP)
 # Full-size models: an hour, 70 GB of disk. Killed, it goes on.
 bench-full: $(DEV_STAMP)
 	@$(BIN)/python -m edgeprune.demo.full_size --out build/full-size --write docs/full-size.md
+
+# Two grids of trainings. Killed, it goes on.
+evidence: $(STAMP)
+	@$(BIN)/python -m edgeprune.demo.evidence --out build/compare --write docs/evidence.md
 
 test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)

@@ -38,7 +38,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on t
 Metric = Annotated[str, typer.Option(help="velocity (error of the velocity, no images) or shapes (checked images).")]
 Prompts = Annotated[str | None, typer.Option(help="Text file of prompts, one a line.")]
 Method = Annotated[
-    str | None, typer.Option(help="hpp, hybrid or manual; by default hpp, for the built-in model hybrid.")
+    str | None,
+    typer.Option(
+        help="hpp, hybrid or manual; by default hpp, for the built-in model hybrid. Baselines: bk-sdm, koala, uniform, "
+        "magnitude, random."
+    ),
 ]
 Keep = Annotated[float | None, typer.Option(help="Share of the transformer's parameters that may be left, like 0.79.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Bytes its weights may take after INT4, like 3.2GB.")]
@@ -366,6 +370,7 @@ def compress(
         distill=distill_options,
         quantize=replace(options.quantize, group_size=group_size, calibration=calibration),
     )
+    options = pipeline.as_published(options)
     source = ws.source if ws else resolve(model)
     said = {name: value for name, value in generation.items() if value is not None}
     images = Generation.checked(asdict(ws.generation if ws else Generation.load(source)) | said, "options")
@@ -532,6 +537,9 @@ def distill(
     schedule: Annotated[str | None, typer.Option(help="constant or cosine.")] = None,
     sensitivity: Annotated[str, typer.Option(help="SGDistill: graded, binary or off.")] = "graded",
     freeze_prefix: Annotated[bool, typer.Option("--freeze-prefix/--no-freeze-prefix", help="PWP.")] = True,
+    features: Annotated[
+        str, typer.Option(help="What --lambda-feature compares: outputs of blocks or of their attention.")
+    ] = "blocks",
     lambda_task: Annotated[float, typer.Option(min=0)] = 0.0,
     lambda_output: Annotated[float, typer.Option(min=0)] = 1.0,
     lambda_feature: Annotated[float, typer.Option(min=0)] = 1e-4,
@@ -560,6 +568,7 @@ def distill(
         **{k: v for k, v in given.items() if v is not None},
         sensitivity=sensitivity,
         freeze_prefix=freeze_prefix,
+        features=features,
         weights=Weights(lambda_task, lambda_output, lambda_feature),
         mixed_precision=mixed_precision,
         gradient_checkpointing=gradient_checkpointing,
@@ -716,6 +725,49 @@ def bench(
         write_json(json_file, benchmark.to_json(result))
         _say(f"wrote {json_file}")
     benchmark.assert_expressions(result, check or [])
+
+
+@app.command(epilog="Example: edgeprune compare -o build/compare  ·  edgeprune compare ./sd35 -o grid --grid mine.toml")
+def compare(
+    model: Model = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make or go on with.")] = Path("compare"),
+    preset: Annotated[str, typer.Option(help="A grid that comes with edgeprune: demo or demo-tight.")] = "demo",
+    grid: Annotated[Path | None, typer.Option(help="A grid of your own (TOML), instead of the preset.")] = None,
+    metric: Annotated[str | None, typer.Option(help="By default shapes for the built-in model, else velocity.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Text file of prompts to score on, one a line; none that is trained on.")
+    ] = None,
+    per_task: Annotated[int, typer.Option(min=1, help="Built-in model: held-out captions of each of 7 tasks.")] = 30,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compress by many methods at one budget and score all on the same prompts: compare.md, compare.svg."""
+    from edgeprune import compare as comparing
+    from edgeprune import compare_page, pipeline
+    from edgeprune.checkpoint import resolve
+
+    builtin = model is None
+    path = grid or comparing.grid_named(preset)
+    rows = comparing.Grid.load(path, pipeline.preset("default", builtin=builtin))
+    texts = comparing.held_out_prompts(builtin, prompts, per_task)
+    if dry_run:
+        found = comparing.forecast_grid(
+            resolve(model), rows, len(texts), metric or ("shapes" if builtin else "velocity")
+        )
+        _table([_in_units(key, value) for key, value in found.items()])
+        _say("floors are the work at the speed of a matrix product here: expect more")
+        if as_json:
+            _print_json(found)
+        return
+    ws = _workspace(out / "original", model, False, begin=True)
+    with _bars() as progress:
+        summary = comparing.compare(ws, rows, metric or ("shapes" if builtin else "velocity"), texts, out, progress)
+    paths = compare_page.write(summary, out)
+    _table([compare_page.HEADINGS, *compare_page.cells(summary)])
+    _say("wrote " + ", ".join(map(str, paths)))
+    _say(f"next: edgeprune export {out / rows.reference / 'seed-0'} --target onnx -o {out / rows.reference}-onnx")
+    if as_json:
+        _print_json(summary)
 
 
 @app.command(epilog="Example: edgeprune synth sd3.5-large -o large")

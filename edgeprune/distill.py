@@ -10,7 +10,7 @@ written atomically, so a killed run resumes to the same losses. What it leaves o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from edgeprune.sampling import Conditioning, velocity
 
 SENSITIVITIES = ("graded", "binary", "off")
 SCHEDULES = ("constant", "cosine")
+FEATURES = ("blocks", "attention")
 _FLOOR = 0.1  # update strength of the most contributing part, graded
 
 
@@ -47,6 +48,8 @@ class DistillOptions:
     freeze_prefix: bool = True
     """PWP."""
     weights: Weights = Weights()
+    features: str = "blocks"
+    """Whose outputs `weights.feature` compares: those of blocks, or of their attention."""
     ema: float = 0.99
     drop_captions: float = 0.1
     """Share of samples trained with the empty prompt, for guidance."""
@@ -60,6 +63,7 @@ class DistillOptions:
         """Refuse values out of range, naming the option."""
         for name, value, allowed in (
             ("--sensitivity", self.sensitivity, SENSITIVITIES),
+            ("--features", self.features, FEATURES),
             ("--schedule", self.schedule, SCHEDULES),
             ("--mixed-precision", self.mixed_precision, ("no", "bf16", "fp16")),
         ):
@@ -129,12 +133,21 @@ def parameter_groups(
 
 
 class _Catcher:
-    """Collects the outputs of blocks by original index while a model runs."""
+    """Collects the outputs of blocks (or of their attention) by original index while a model runs."""
 
-    def __init__(self, blocks: Sequence[nn.Module], originals: list[int]) -> None:
+    def __init__(self, family: Family, model: nn.Module, originals: list[int], features: str) -> None:
         self.features: Features = {}
-        for block, original in zip(blocks, originals, strict=True):
-            block.register_forward_hook(lambda _, __, out, key=original: self._catch(key, out))
+        self._hooks = []
+        for block, original in zip(family.blocks(model), originals, strict=True):
+            module = block if features == "blocks" else family.attention(block)
+            if module is not None:
+                hook = module.register_forward_hook(lambda _, __, out, key=original: self._catch(key, out))
+                self._hooks.append(hook)
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _catch(self, key: int, out: Any) -> None:
         context, image = (None, out) if isinstance(out, torch.Tensor) else out  # one stream, or context first
@@ -239,8 +252,8 @@ def distill(
             step, losses = meta["step"], meta["losses"]
         else:
             optimizer.state.clear()
-    catch_teacher = _Catcher(family.blocks(teacher), list(range(plan.num_blocks)))
-    catch_student = _Catcher(family.blocks(student), plan.kept)
+    catch_teacher = _Catcher(family, teacher, list(range(plan.num_blocks)), options.features)
+    catch_student = _Catcher(family, student, plan.kept, options.features)
     rounded = _round_weights(family, student, options.int4_group_size) if options.int4_group_size else []
     student.train()
     teacher.eval().requires_grad_(False)
@@ -273,6 +286,8 @@ def distill(
             meta = {"step": step, "losses": losses, "inputs": inputs_digest}
             save_state(state_path, {"student": state, "ema": ema.average}, optimizer, meta)
     teacher.to("cpu")
+    catch_teacher.close()
+    catch_student.close()
     for layer in rounded:
         del layer.forward
     result = {n: t.detach().cpu() for n, t in student.state_dict().items()} | {

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from edgeprune import checkpoint, targets
+from edgeprune.baselines import baselines
 from edgeprune.checkpoint import HALF, INT4, MANIFEST, Manifest
 from edgeprune.contribution import ContributionReport, analyze, fingerprint, parts
 from edgeprune.data import PROMPTS, make_pairs, read_prompts, source_digest
@@ -131,6 +132,15 @@ def preset(name: str, *, builtin: bool) -> CompressOptions:
     return options
 
 
+def as_published(options: CompressOptions) -> CompressOptions:
+    """A baseline is distilled by its own rule: its features, every weight trained alike; all else stays as it is."""
+    baseline = baselines().get(options.plan.method)
+    if baseline is None or options.distill is None:
+        return options
+    training = replace(options.distill, features=baseline.features, sensitivity="off", freeze_prefix=False)
+    return replace(options, distill=training)
+
+
 class Workspace:
     """An artefact folder being made from a model, and what is loaded of that model."""
 
@@ -155,7 +165,7 @@ class Workspace:
             InputError: the model is not usable, or the folder holds something else.
             StaleStageError: the folder was begun with another model.
         """
-        self.out, self.fresh = out, fresh
+        self.out, self.fresh, self.cache = out, fresh, out / "cache"
         name = "built-in" if model is None else str(Path(model).resolve()) if Path(model).is_dir() else model
         if (out / MANIFEST).is_file():
             self.manifest = Manifest.load(out)
@@ -178,6 +188,14 @@ class Workspace:
         self._set_generation(asdict(Generation.load(self.source)), generation or {})
         self.out.mkdir(parents=True, exist_ok=True)
         self.manifest.save(self.out)
+
+    def beside(self, out: Path) -> Workspace:
+        """Another artefact of the same model and settings, which shares what is loaded and cached of the model."""
+        model = None if self.builtin else self.manifest.source
+        other = Workspace(out, model, fresh=self.fresh, generation=asdict(self.generation))
+        other.cache = self.cache
+        vars(other).update(pipe=self.pipe, weights_hash=self.weights_hash)  # what cached_property would make anew
+        return other
 
     @property
     def builtin(self) -> bool:
@@ -215,7 +233,7 @@ class Workspace:
     def weights_hash(self) -> str:
         """Identity of the original pipeline: its weights, configs and tokenizers. Gigabytes are hashed once."""
         paths = sorted(p for kind in ("*.safetensors", "*.json") for p in self.source.rglob(kind))
-        path = self.out / "cache" / "hashes.json"
+        path = self.cache / "hashes.json"
         known = read_json(path) if path.is_file() else {}
         before = dict(known)
         found = [(p.relative_to(self.source).as_posix(), sha256_unless_known(p, known)) for p in paths]
@@ -400,7 +418,8 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
         if rank is not None:
             inputs = calibration_inputs(ws, prompts)
             chosen = choose_rank(inputs, modulation_width(ws.family, ws.config)) if chosen is None else chosen
-        plan = plan_for(ws.family, ws.config, ws.report(), replace(options, modulation_rank=chosen), budget)
+        known = block_magnitudes(ws) if options.method in baselines() and baselines()[options.method].magnitudes else ()
+        plan = plan_for(ws.family, ws.config, ws.report(), replace(options, modulation_rank=chosen), budget, known)
         if chosen is not None:
             found = subspace(inputs.flatten(0, 1))
             save_tensors(ws.out / MODULATION, {"mean": found.mean, "basis": found.basis(chosen)})
@@ -416,6 +435,19 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
         | ({"calibration": prompts, "generation": asdict(ws.generation)} if prompts else {}),
         run,
     )
+
+
+def block_magnitudes(ws: Workspace) -> list[float]:
+    """Root mean square of the weights of each block, read one tensor at a time."""
+    weights = _original_weights(ws)
+    squares, counts = [0.0] * ws.family.block_count(ws.config), [0] * ws.family.block_count(ws.config)
+    for name in weights.shapes:
+        place = ws.family.place(ws.config, name)
+        if place is not None:
+            tensor = weights[name]
+            squares[place[0]] += float(tensor.float().square().sum(dtype=torch.float64))
+            counts[place[0]] += tensor.numel()
+    return [math.sqrt(s / c) for s, c in zip(squares, counts, strict=True)]
 
 
 def budget_for(source: Path, generation: Generation, options: PlanOptions) -> int | None:
@@ -444,7 +476,7 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
     choices = options.plan
     if isinstance(choices.modulation_rank, str):
         choices = replace(choices, modulation_rank=ranks(modulation_width(family, config))[0])
-    return plan_for(family, config, report, choices, budget_for(source, generation, choices))
+    return plan_for(family, config, report, choices, budget_for(source, generation, choices), [1.0] * report.num_blocks)
 
 
 def run_prune(ws: Workspace, progress: Progress = silent) -> bool:
@@ -532,7 +564,7 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
     inputs = {"options": options.to_json(), "data": identity}
 
     def run(key: str) -> dict[str, Any]:
-        cache = ws.out / "cache" / f"pairs-{digest([identity, ws.weights_hash])[:12]}.safetensors"
+        cache = ws.cache / f"pairs-{digest([identity, ws.weights_hash])[:12]}.safetensors"
         pairs = make_pairs(
             ws.pipe, source, ws.generation, cache, samples=data.samples,
             progress=lambda done, total: progress("distill: latents", done, total, ""),
@@ -634,7 +666,7 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
     """
     ran = []
     rehearse(ws.source, ws.generation, options)
-    needs_scores = options.plan.method != "manual" or (options.distill and options.distill.sensitivity != "off")
+    needs_scores = options.plan.scored or (options.distill and options.distill.sensitivity != "off")
     if needs_scores and run_analyze(ws, options.analyze, progress):
         ran.append("analyze")
     if run_plan(ws, options.plan):

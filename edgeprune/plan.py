@@ -2,19 +2,20 @@
 
 Methods: `hpp` removes the least contributing whole blocks among the later ones; `hybrid` goes on, past a share of
 removed parameters, with the components of the later blocks that remain, by loss per parameter; `manual` takes the
-user's list, and removes nothing without one. Where the modulation is projected on a basis (modulation.py), that comes
-first: its savings count towards the budget before any part is removed.
+user's list, and removes nothing without one; the others are those of baselines/. Where the modulation is projected on a
+basis (modulation.py), that comes first: its savings count towards the budget before any part is removed.
 A plan holds explicit indices and the fingerprint of the model it was made for.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from edgeprune.baselines import Blocks, baselines
 from edgeprune.contribution import Contribution, ContributionReport, Key, fingerprint
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import Config, Family, family_of
@@ -23,7 +24,7 @@ from edgeprune.files import read_json
 from edgeprune.precision import Footprint, footprint
 
 SCHEMA_VERSION = 1
-METHODS = ("hpp", "hybrid", "manual")
+METHODS = ("hpp", "hybrid", "manual", *baselines())
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,13 @@ class PlanOptions:
     """Directions of the modulation input that stay; `auto` measures how many; None leaves it as it is."""
     prompts: str | None = None
     """A text file of the prompts that these directions are found on; by default as for `analyze`, but all of them."""
+    seed: int = 0
+    """Of what a baseline draws by lot."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether the method chooses by contributions."""
+        return self.method != "manual" and self.method not in baselines()
 
 
 DEFAULT = PlanOptions(keep=0.79)
@@ -243,18 +251,22 @@ def make_plan(
     components: str = "",
     group_size: int = 64,
     modulation_rank: int | None = None,
+    seed: int = 0,
+    magnitudes: Sequence[float] = (),
 ) -> PrunePlan:
     """A plan that meets the budget with the least loss the method knows.
 
     Args:
-        report: contributions; not needed for `manual`.
+        report: contributions; not needed for `manual` and baselines.
         keep: share of the transformer's parameters that may be left, 0..1.
         max_memory_bytes: bytes that its weights may take after INT4.
-        protect_first: leading blocks never removed; half of all by default.
+        protect_first: leading blocks never removed; half of all by default, none for baselines.
         protect_last: trailing blocks never removed.
         threshold: for `hybrid`, the share of parameters removed as whole blocks before components join.
         blocks, components: for `manual`, see `parse_blocks` and `parse_components`.
         modulation_rank: see `PrunePlan`.
+        seed: of what a baseline draws by lot.
+        magnitudes: root mean square of each block's weights, for baselines that ask for it.
 
     Raises:
         InputError: wrong options, or a report of another model.
@@ -268,13 +280,21 @@ def make_plan(
     elif method in METHODS:
         if blocks or components:
             raise InputError(f"--blocks and --components go with --method manual, found --method {method}")
-        if report is None:
-            raise InputError(f"--method {method} needs contribution scores; run `edgeprune analyze` first")
-        _check_report(report, config, model.count)
         budget = _Budget(model.before, keep, max_memory_bytes)
-        first = model.count // 2 if protect_first is None else protect_first
+        baseline = baselines().get(method)
+        first = protect_first if protect_first is not None else 0 if baseline else model.count // 2
         later = range(first, model.count - protect_last)
-        gone, parts = _ranked(model, report.contributions(), budget, later, threshold if method == "hybrid" else None)
+        if baseline is not None:
+            if baseline.magnitudes and not magnitudes:
+                raise InputError(f"--method {method} reads weights: give -o (a folder), not --config")
+            known = Blocks(model.count, later, magnitudes, seed)
+            gone, parts = _smallest(model, lambda number: baseline.choose(known, number), budget, len(later)), []
+        else:
+            if report is None:
+                raise InputError(f"--method {method} needs contribution scores; run `edgeprune analyze` first")
+            _check_report(report, config, model.count)
+            cut = threshold if method == "hybrid" else None
+            gone, parts = _ranked(model, report.contributions(), budget, later, cut)
         now = model.after(gone, parts)
         if not budget.met(now):
             raise BudgetError(
@@ -293,7 +313,12 @@ def make_plan(
 
 
 def plan_for(
-    family: Family, config: Config, report: ContributionReport | None, options: PlanOptions, budget: int | None = None
+    family: Family,
+    config: Config,
+    report: ContributionReport | None,
+    options: PlanOptions,
+    budget: int | None = None,
+    magnitudes: Sequence[float] = (),
 ) -> PrunePlan:
     """`make_plan` with options; `budget` is the bytes that a device leaves, where one was named.
 
@@ -308,7 +333,7 @@ def plan_for(
     del choices["prompts"]
     if choices.pop("fit"):
         choices["max_memory_bytes"] = budget
-    return make_plan(family, config, report, **choices)
+    return make_plan(family, config, report, **choices, magnitudes=magnitudes)
 
 
 class _Model:
@@ -388,6 +413,13 @@ def _listed(model: _Model, blocks: str, components: str) -> tuple[list[int], lis
             f"--components: {noops[0][0]}:{noops[0][1]} is not in this model, so there is nothing to remove"
         )
     return gone, parts
+
+
+def _smallest(model: _Model, choose: Callable[[int], list[int]], budget: _Budget, most: int) -> list[int]:
+    """The fewest blocks of a baseline's choice that meet the budget, or all that may go."""
+    most = min(most, model.count - 1)
+    numbers = (n for n in range(most) if budget.met(model.after(choose(n), [])))
+    return choose(next(numbers, most))
 
 
 def _ranked(

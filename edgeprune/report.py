@@ -122,7 +122,7 @@ def _measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, 
         images[name] = generate(ws.pipe, texts, seeds, ws.generation, progress=shown)
     ws.pipe.transformer = original
     pruned = checkpoint.load_transformer(ws.out, quantized=False)
-    times = _step_times(ws, [original, pruned])
+    times = step_times(ws, [original, pruned])
     stored = sum(p.stat().st_size for p in (ws.out / INT4).glob("*.safetensors"))
     before = ws.plan().before.bf16_bytes
     errors = (images["original"].astype(np.float64) - images["compressed"]) ** 2
@@ -173,7 +173,7 @@ def _relative_drop(first: NDArray[Any], other: NDArray[Any], tasks: list[str]) -
 
 
 @torch.no_grad()
-def _step_times(ws: Workspace, models: list[Any], repeats: int = 9) -> list[float]:
+def step_times(ws: Workspace, models: list[Any], repeats: int = 9) -> list[float]:
     """Median seconds of one guided step of each model, taken in turns so that a busy machine is busy for all."""
     c = encode_prompts(ws.pipe, ["", "a red circle"], ws.generation.max_sequence_length)
     x = noise([0, 0], latent_shape(ws.pipe, ws.generation))

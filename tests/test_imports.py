@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 RANKS: list[tuple[str, ...]] = [
     ("errors", "targets"),
     ("files", "resume", "extras"),
-    ("families", "encoders"),
+    ("families", "encoders", "baselines"),
     ("generation", "demo.shapes"),
     ("precision", "sampling", "modulation"),
     ("metrics", "data"),
@@ -40,6 +40,7 @@ RANKS: list[tuple[str, ...]] = [
     ("export",),
     ("bench", "bench_worker"),
     ("report",),
+    ("compare", "compare_page"),
     ("demo", "doctor"),
     ("cli",),
 ]

@@ -25,12 +25,12 @@ from typing import Any
 import typer
 
 from edgeprune import bench
+from edgeprune.demo.pages import insert
 from edgeprune.files import read_json, write_json
 from edgeprune.synth import architectures
 
 BLOCKS = "25-28,31-34"
 """The eight blocks that the published plan removes from SD3.5 Large Turbo."""
-MARKS = "<!-- measured -->", "<!-- end -->"
 
 
 @dataclass(frozen=True)
@@ -199,13 +199,6 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
                 f"| {values['peak_bytes'] / 1e9:.2f} GB | {smaller:.3f} |"
             )
     return "\n".join(lines)
-
-
-def insert(page: Path, text: str) -> None:
-    """Put the table between the marks of a page."""
-    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def main(out: Path = Path("build/full-size"), only: str | None = None, write: Path | None = None) -> None:

@@ -224,6 +224,9 @@ class Family(Protocol):
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The model's blocks, in order."""
 
+    def attention(self, block: nn.Module) -> nn.Module | None:
+        """A block's attention, where it still has one: one stream, or image and context."""
+
     def block_prefix(self, model: nn.Module, index: int) -> str:
         """What the names of a block's tensors begin with in the state dict: `transformer_blocks.3.`."""
 

@@ -19,7 +19,17 @@ from numpy.typing import NDArray
 from edgeprune.encoders import CLIP_POOLED, T5
 from edgeprune.errors import InputError
 from edgeprune.families.base import Array, Axes, Config, Encoder, LatentSpace, ScalingGroup, Shape, Source, Swap, whole
-from edgeprune.families.joint import BLOCK, COMPONENT_OF, joint_groups, linear, linears, modulated, swaps, width
+from edgeprune.families.joint import (
+    BLOCK,
+    COMPONENT_OF,
+    attention,
+    joint_groups,
+    linear,
+    linears,
+    modulated,
+    swaps,
+    width,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -323,6 +333,10 @@ class Flux:
         """`transformer_blocks`, then `single_transformer_blocks`."""
         loaded = cast("Any", model)
         return [*loaded.transformer_blocks, *loaded.single_transformer_blocks]
+
+    def attention(self, block: nn.Module) -> nn.Module | None:
+        """`attn` of both kinds of blocks."""
+        return attention(block)
 
     def block_prefix(self, model: nn.Module, index: int) -> str:
         """`transformer_blocks.N.` or `single_transformer_blocks.N.`."""

@@ -44,6 +44,12 @@ def swaps(block: Any, component: str, mean: torch.Tensor | None) -> list[Swap]:
     return [Swap(block, module, NoBranch(2 if component == "attn" else 1))]
 
 
+def attention(block: nn.Module) -> nn.Module | None:
+    """A block's joint attention; what stands for a removed one has no weights."""
+    found: nn.Module | None = getattr(block, "attn", None)
+    return found if found is not None and any(True for _ in found.parameters()) else None
+
+
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
     """A block's linear layers by name."""
     from torch import nn

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgeprune.encoders import CLIP, T5
 from edgeprune.errors import InputError
 from edgeprune.families.base import Array, Axes, Config, Encoder, LatentSpace, ScalingGroup, Shape, Source, Swap, whole
-from edgeprune.families.joint import BLOCK, COMPONENT_OF, joint_groups, linear, swaps, width
+from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, joint_groups, linear, swaps, width
 
 if TYPE_CHECKING:
     import torch
@@ -270,6 +270,10 @@ class SD3:
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """`transformer_blocks`."""
         return list(cast("Any", model).transformer_blocks)
+
+    def attention(self, block: nn.Module) -> nn.Module | None:
+        """`attn`, which both streams share."""
+        return attention(block)
 
     def block_prefix(self, model: nn.Module, index: int) -> str:
         """`transformer_blocks.N.`."""

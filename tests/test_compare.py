@@ -1,0 +1,154 @@
+"""Grids: what they may hold, what a run keeps, intervals with known answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import tiny_pipeline
+from typer.testing import CliRunner
+
+from edgeprune import compare, compare_page
+from edgeprune.compare import GRIDS, Grid, grid_named
+from edgeprune.data import PROMPTS
+from edgeprune.errors import InputError
+from edgeprune.pipeline import AnalyzeOptions, CompressOptions, DataOptions, Workspace, preset
+
+GRID = """
+budget = 0.25
+reference = "ours"
+seeds = 2
+[distill]
+steps = 2
+batch = 2
+[[rows]]
+name = "koala"
+group = "baselines"
+plan = { method = "koala", protect_last = 0 }
+[[rows]]
+name = "ours"
+plan = { method = "hpp", protect_first = 0, protect_last = 0 }
+[[rows]]
+name = "half"
+plan = { method = "manual", blocks = "1" }
+distill = false
+quantize = false
+"""
+START = CompressOptions(analyze=AnalyzeOptions(count=2, components=False), data=DataOptions("shapes", 8))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(GRIDS.glob("*.toml")), ids=lambda p: p.stem)
+def test_grids_of_the_package(path: Path) -> None:
+    grid = Grid.load(grid_named(path.stem), preset("default", builtin=True))
+    rows = {row.name: row for row in grid.rows}
+    assert {"bk-sdm", "koala"} <= rows.keys() and grid.reference in rows
+    steps = {row.options.distill.steps for row in grid.rows if row.options.distill}
+    assert len(steps) == 1  # all are trained alike
+
+
+def test_rows(tmp_path: Path) -> None:
+    koala, ours, half = Grid.load(write(tmp_path / "grid.toml", GRID), START).rows
+    assert koala.options.distill is not None and ours.options.distill is not None
+    assert (koala.options.distill.features, koala.options.distill.freeze_prefix) == ("attention", False)
+    assert (ours.options.distill.sensitivity, ours.options.distill.steps, ours.seeds) == ("graded", 2, 2)
+    assert half.options.distill is None and not half.quantized and half.seeds == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("budget = 0.25", "budget = 5", "budget: found '5'"),
+        ("budget = 0.25", "budgets = 0.25", "budget: found"),
+        ("steps = 2", "steps = 'many'", "steps: found 'many'"),
+        ("steps = 2", "step = 2", "found 'step', expected one of steps"),
+        ("batch = 2", "batch = 0", "found 2, 0"),
+        ('"koala", protect_last', '"koalas", protect_last', "found 'koalas', expected one of hpp"),
+        ('name = "half"', 'name = "../half"', "name: found '../half'"),
+        ('name = "half"', 'name = "ours"', "expected one of them, once"),
+        ('reference = "ours"', 'reference = "theirs"', "reference: found 'theirs' among koala, ours, half"),
+        ("[[rows]]", "[[rows", "not a readable TOML file"),
+    ],
+)
+def test_what_a_grid_may_not_hold(old: str, new: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="grid.toml: ") as caught:
+        Grid.load(write(tmp_path / "grid.toml", GRID.replace(old, new, 1)), START)
+    assert said in str(caught.value)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(InputError, match="--preset: found 'x', expected one of demo"):
+        grid_named("x")
+
+
+def test_intervals_have_known_answers() -> None:
+    original = np.ones(50)
+    same, worse = np.ones((3, 50)), np.full((2, 50), 0.75)
+    assert compare.interval(same) == (1, 1, 1)
+    assert compare.relative_drop(original, worse) == pytest.approx((0.25,) * 3)
+    assert compare.lead(same, worse) == pytest.approx((0.25,) * 3)
+    rng = np.random.default_rng(5)
+    mean, low, high = compare.interval(rng.integers(0, 2, (1, 400)).astype(float))
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.1)  # binomial
+    between_seeds = compare.interval(np.repeat([[0.0], [1.0]], 50, axis=1))
+    assert between_seeds[1:] == (0, 1)  # seeds that differ are seen, though prompts agree
+
+
+def test_a_grid_is_run_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_pipeline(source)
+    grid = Grid.load(write(tmp_path / "grid.toml", GRID), START)
+    prompts = ["a red circle", "two blue squares"]
+
+    def run() -> dict[str, Any]:
+        return compare.compare(Workspace(out / "original", str(source)), grid, "velocity", prompts, out)
+
+    done: list[str] = []
+    real = compare._run
+
+    def killed(base: Any, row: Any, *rest: Any) -> dict[str, Any]:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(row.name)
+        return real(base, row, *rest)
+
+    monkeypatch.setattr(compare, "_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert done == ["koala", "koala"]
+    monkeypatch.setattr(compare, "_run", lambda base, row, *rest: done.append(row.name) or real(base, row, *rest))
+    summary = run()
+    assert done == ["koala", "koala", "ours", "ours", "half"]
+    assert run() == summary and len(done) == 5
+
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert rows["koala"]["bytes_ratio"] < 0.3 and rows["koala"]["blocks"] and rows["koala"]["lead"] is not None
+    assert rows["half"]["blocks"] == [1] and rows["half"]["bytes"] > rows["ours"]["bytes"]
+    assert summary["original"]["score"] == (0, 0, 0) and rows["ours"]["score"][0] < 0
+    assert len(list((out / "original" / "cache").glob("pairs-*"))) == 1  # made once for all rows
+    assert not list((out / "koala" / "seed-0" / "cache").glob("pairs-*"))
+
+    first = compare_page.write(summary, out)
+    pictures = [path.read_bytes() for path in first]
+    assert [path.read_bytes() for path in compare_page.write(summary, out)] == pictures
+    assert "| koala (2 seeds) |" in (out / "compare.md").read_text()
+
+
+def test_the_command_forecasts_and_refuses(tmp_path: Path) -> None:
+    from edgeprune.cli import app
+
+    tiny_pipeline(tmp_path / "source")
+    grid = write(tmp_path / "grid.toml", GRID)
+    words = ["compare", str(tmp_path / "source"), "-o", str(tmp_path / "out"), "--grid", str(grid)]
+    done = CliRunner().invoke(app, [*words, "--dry-run", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["runs"] == 5 and found["training_steps"] == 8
+    count = len(PROMPTS.read_text(encoding="utf-8").split("\n"))
+    assert found["score_evaluations"] > 5 * count
+    assert not (tmp_path / "out").exists()
