@@ -11,7 +11,7 @@ What it leaves out: fixed shapes (the NPU's are set when it runs), and what to_o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import numpy as np
 
 from edgeprune.errors import EdgepruneError, ParityError
 from edgeprune.export import parity, to_onnx
-from edgeprune.export.folder import Progress, silent, write
+from edgeprune.export.folder import write
+from edgeprune.export.progress import Progress, silent
 from edgeprune.extras import needs
 from edgeprune.targets import Target
 
@@ -46,7 +47,10 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
     with needs("openvino"):
         import openvino
     said = {"openvino": openvino.get_version()}
-    return write(artefact, out, "openvino", lambda p: to_onnx.networks(artefact, p, progress, opened=converted) | said)
+    return write(
+        artefact, out, "openvino", said,
+        lambda work: to_onnx.networks(artefact, work, progress, opened=converted) | said,
+    )  # fmt: skip
 
 
 class Compiled:
@@ -59,9 +63,14 @@ class Compiled:
         threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self._model = openvino.Core().compile_model(path, "CPU", EXACT | threads)
 
-    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any]) -> Sequence[Any]:
+    steps = 1
+
+    def run(
+        self, names: Sequence[str] | None, feeds: Mapping[str, Any], *, step: Callable[[], None] = lambda: None
+    ) -> Sequence[Any]:
         """The outputs of these names, or all."""
         found = self._model(dict(feeds))
+        step()
         return [found[name] for name in names] if names is not None else list(found.values())
 
 

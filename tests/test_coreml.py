@@ -133,7 +133,7 @@ def chunked(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = to_coreml.split(whole, PHONE.chunks, examples[0])
     record = to_coreml._network("transformer", parts, whole, examples, folder, chunks=len(parts))
     assert record["max_relative"] < 1e-3
-    return folder / "transformer"
+    return folder
 
 
 def test_chunks_equal_the_whole(exported: tuple[Path, dict[str, Any]], chunked: Path, model: Any) -> None:
@@ -185,7 +185,7 @@ def compared(module: Layer, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("bits", "bias"), [(4, True), (8, False)])
 def test_one_layer(bits: int, bias: bool, tmp_path: Path) -> None:
     assert compared(Layer(bits, bias), tmp_path)["max_relative"] < 5e-4
-    types = Counter(op.type for op in Package(tmp_path / "layer" / "model.mlpackage").operations)
+    types = Counter(op.type for op in Package(tmp_path / "model.mlpackage").operations)
     assert types["linear"] == types["constexpr_blockwise_shift_scale"] == 1
 
 
