@@ -77,7 +77,8 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
         InputError: `artefact` is not a pipeline of a family or is damaged, it cannot be for this device, or `out` holds
             something that is not an export.
         ParityError: a package does not compute what its checkpoint computes, or overflows in half precision.
-        EdgepruneError: coremltools cannot convert a network, the disk is full, or `out` cannot be written.
+        EdgepruneError: coremltools cannot convert a network.
+        DiskError: the disk is full, or `out` cannot be written; the next call goes on from there.
     """
     options = {"device": dataclasses.asdict(device), "coremltools": ct.__version__}
     return write(artefact, out, "coreml", options, lambda work: networks(artefact, work, device, progress))

@@ -48,7 +48,7 @@ def export(artefact: Path, out: Path, *, device: Target | None = None, progress:
     Raises:
         InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
         ParityError: a model does not compute what its checkpoint computes.
-        EdgepruneError: the disk is full, or `out` cannot be written.
+        DiskError: the disk is full, or `out` cannot be written; the next call goes on from there.
     """
     return write(artefact, out, "onnx", {}, lambda work: networks(artefact, work, progress))
 

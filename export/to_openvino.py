@@ -22,6 +22,7 @@ from edgeprune.export import parity, to_onnx
 from edgeprune.export.folder import write
 from edgeprune.export.progress import Progress, silent
 from edgeprune.extras import needs
+from edgeprune.files import cannot_write, need_space
 from edgeprune.targets import Target
 
 MODEL = "openvino_model.xml"
@@ -42,7 +43,7 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
         MissingExtraError: openvino is not installed.
         InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
         ParityError: a model does not compute what its checkpoint computes.
-        EdgepruneError: the disk is full, or `out` cannot be written.
+        DiskError: the disk is full, or `out` cannot be written; the next call goes on from there.
     """
     with needs("openvino"):
         import openvino
@@ -79,6 +80,7 @@ def converted(path: Path) -> parity.Runner:
 
     Raises:
         ParityError: OpenVINO does not take the file, or its own.
+        DiskError: the disk has too little room, or is full nevertheless.
         EdgepruneError: what it wrote is larger than the ONNX file: packed weights did not stay packed.
     """
     import openvino
@@ -86,13 +88,17 @@ def converted(path: Path) -> parity.Runner:
     parts = [path, *path.parent.glob(f"{path.name}.data")]
     before = sum(part.stat().st_size for part in parts)
     target = path.with_name(MODEL)
+    need_space(target.parent, before)
     try:
         model = openvino.Core().read_model(path)
         halve(model)
+        count_names(model)
         openvino.save_model(model, target, compress_to_fp16=False)
         del model  # it maps the parts
         runner = Compiled(target)
     except RuntimeError as error:
+        if "iostream error" in str(error):  # all that OpenVINO says of a write that failed
+            raise cannot_write(target, error) from error
         raise ParityError(f"{path.parent.name}: OpenVINO cannot convert it ({' '.join(str(error).split())})") from error
     after = target.with_suffix(".bin").stat().st_size
     if after > before:
@@ -103,6 +109,13 @@ def converted(path: Path) -> parity.Runner:
     for part in parts:
         part.unlink()
     return runner
+
+
+def count_names(model: Any) -> None:
+    """Number the nodes without a name of their own within the model, in place: OpenVINO counts through a process."""
+    for index, node in enumerate(model.get_ordered_ops()):
+        if node.get_friendly_name() == node.get_name():
+            node.set_friendly_name(f"{node.get_type_name()}_{index}")
 
 
 def halve(model: Any) -> None:

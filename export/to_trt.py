@@ -55,7 +55,8 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
         MissingExtraError: no TensorRT that builds for this device is installed.
         InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
         ParityError: a network does not compute what its checkpoint computes.
-        EdgepruneError: TensorRT cannot build a network, the disk is full, or `out` cannot be written.
+        EdgepruneError: TensorRT cannot build a network.
+        DiskError: the disk is full, or `out` cannot be written; the next call goes on from there.
     """
     trt = builder(device)
     options = {"device": dataclasses.asdict(device), "builder": [trt.__name__, trt.__version__]}
@@ -136,7 +137,7 @@ def _networks(
     }
 
 
-def _half_precision(part: Part, device: Target, progress: Progress) -> tuple[bool, float | None]:
+def _half_precision(part: Part, device: Target, progress: Progress = silent) -> tuple[bool, float | None]:
     """Whether half precision stays within the bound, and the error it makes (None: infinite, or not wanted).
 
     PyTorch rounds to half precision after every operation, as a GPU does; ONNX Runtime on the CPU computes chains of

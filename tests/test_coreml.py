@@ -26,7 +26,7 @@ from edgeprune.checkpoint import Manifest, read_config, save_transformer
 from edgeprune.errors import InputError, ParityError
 from edgeprune.export import graph, parity, to_coreml
 from edgeprune.export.mil_reference import OPERATIONS, Package
-from edgeprune.files import write_json
+from edgeprune.files import sha256_file, write_json
 from edgeprune.int4 import PackedLinear, pack
 from edgeprune.quantize import prepare
 from edgeprune.runtimes import coreml, memory
@@ -148,6 +148,32 @@ def test_chunks_equal_the_whole(exported: tuple[Path, dict[str, Any]], chunked: 
     assert parity.relative_error(to_coreml.Chain(packages).run(names, feeds)[0], whole)[0] < 1e-5
     counts = [sum(op.type == "constexpr_blockwise_shift_scale" for op in x.operations) for x in packages]
     assert counts == [14 + 5, 11 + 2]  # a block, then embedders or output layers
+
+
+def test_a_chunk_that_is_there_is_not_converted_again(
+    chunked: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in the end the bytes are those of a run that was not killed."""
+    whole, converted = graph.Transformer(model), list[list[str]]()
+    examples = [whole.example(batch=b, height=8, width=8, tokens=16) for b in (1, 2)]
+    parts, real = to_coreml.split(whole, PHONE.chunks, examples[0]), to_coreml.convert
+    monkeypatch.setattr(to_coreml, "convert", lambda *a, **k: converted.append(a[2]) or real(*a, **k))
+
+    def run(last: tuple[str, int, int] | None) -> None:
+        def told(*event: Any) -> None:
+            if event == last:
+                raise KeyboardInterrupt
+
+        to_coreml._network("transformer", parts, whole, examples, tmp_path, chunks=len(parts), progress=told)
+
+    for last in (("transformer: converted", 1, 2), ("transformer: compared", 3, 8)):
+        with pytest.raises(KeyboardInterrupt):
+            run(last)
+    run(None)
+    assert converted == [["image_tokens_1", "text_tokens_1", "modulation"], ["out_hidden_states"]]
+    files = [p.relative_to(chunked) for p in sorted(chunked.rglob("*")) if p.is_file()]
+    assert len(files) == 6 and not list(tmp_path.glob("unfinished*"))
+    assert [sha256_file(tmp_path / file) for file in files] == [sha256_file(chunked / file) for file in files]
 
 
 def test_parts_equal_the_model_with_patches_of_two() -> None:

@@ -6,7 +6,6 @@ conversion are replaced: what they write is tested where they are. Chunks of Cor
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -22,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from edgeprune import targets, weights
+from edgeprune import export, targets, weights
 from edgeprune.errors import DiskError
 from edgeprune.export import data, folder, graph, to_onnx, unfinished
 from edgeprune.files import sha256_file
@@ -319,7 +318,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     try:
         yield resized
     finally:
-        subprocess.run(["umount", str(path)], check=True)
+        subprocess.run(["umount", "-l", str(path)], check=True)  # a vendor may still map a file
 
 
 @pytest.mark.parametrize("fmt", ["onnx", "openvino"])
@@ -327,10 +326,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
     fmt: str,
     tiny_folders: tuple[Path, Path],
     disk: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from edgeprune import export
-
     source, device, seen = tiny_folders[0], targets.for_format(fmt, None), set[str]()
     told = Told()
     for size in ("100k", "400k", "700k", "1m", "1500k", "2m", "3m", "4m", "6m", "16m"):
@@ -342,7 +338,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
         except DiskError as error:
             assert "\n" not in str(error) and str(out) in str(error)
             seen |= {text for text in ("disk full", "needs") if text in str(error)}
-        with contextlib.suppress(FileNotFoundError):
-            assert list(out.with_name("out.partial").iterdir())
-    assert seen == {"disk full", "needs"} and told.begun != NETWORKS
+        assert (out.with_name("out.partial") / unfinished.MARK).is_file()
+    # To OpenVINO's own writing there is no room only if another program takes it meanwhile.
+    assert "needs" in seen and ("disk full" in seen or fmt == "openvino") and told.begun != NETWORKS
     assert json.loads((out / folder.FILE).read_text())["files"].keys() == hashes(out).keys() - {folder.FILE}
