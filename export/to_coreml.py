@@ -21,7 +21,6 @@ import io
 import logging
 import re
 import sys
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +40,7 @@ from edgeprune.export.folder import from_pretrained, is_quantized, write
 from edgeprune.export.progress import Progress, silent
 from edgeprune.export.unfinished import SCRATCH, Unfinished
 from edgeprune.extras import needs
-from edgeprune.files import read_json, write_json
+from edgeprune.files import read_json
 from edgeprune.generation import Generation, longest_prompt
 from edgeprune.int4 import PackedLinear, unpack
 from edgeprune.stored import StoredTransformer
@@ -308,16 +307,9 @@ def _network(
 
 
 def _save(model: Any, path: Path) -> None:
-    """Write a package, there whole or not at all; the same model is the same bytes."""
+    """Write a package, there whole or not at all."""
     scratch = path.with_name(SCRATCH + path.name)
     model.save(str(scratch))
-    manifest = read_json(scratch / "Manifest.json")
-    items = sorted(manifest["itemInfoEntries"].items(), key=lambda item: str(item[1]["path"]))
-    # coremltools draws them at random, and they need be unique in a package only
-    names = {old: str(uuid.uuid5(uuid.NAMESPACE_URL, item["path"])) for old, item in items}
-    manifest["itemInfoEntries"] = {names[old]: item for old, item in items}
-    manifest["rootModelIdentifier"] = names[manifest["rootModelIdentifier"]]
-    write_json(scratch / "Manifest.json", manifest)
     scratch.rename(path)
 
 
