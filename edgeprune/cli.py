@@ -608,7 +608,10 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write what a device runs, with the checkpoint's own integers; fails if it does not compute the same."""
+    """Write what a device runs, with the checkpoint's own integers; fails if it does not compute the same.
+
+    Killed, or out of disk, it leaves OUT.partial, and the same command goes on from there.
+    """
     from edgeprune.targets import for_format
 
     chosen = for_format(target, device)

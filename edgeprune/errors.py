@@ -6,6 +6,7 @@ EdgepruneError           exit 1   something of ours failed
 │   └── CannotRunError   exit 2   an export is for another device than this one
 ├── MissingExtraError    exit 2   an optional package is not installed; says the pip command
 ├── StaleStageError      exit 2   a folder holds results of other inputs; says `--fresh`
+├── DiskError            exit 1   a disk is full or cannot be written; what is finished is kept
 ├── ParityError          exit 1   an export does not compute what the checkpoint computes
 └── AssertionMissedError exit 1   `bench --assert` did not hold
 """
@@ -44,6 +45,10 @@ class MissingExtraError(EdgepruneError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; run: pip install 'edgeprune[{extra}]'")
+
+
+class DiskError(EdgepruneError):
+    """A file was not written: the disk is full, or the folder cannot be written. The same command goes on later."""
 
 
 class ParityError(EdgepruneError):

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.errors import DiskError, EdgepruneError, InputError
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def write_json(path: Path, data: Any) -> None:
     """Write by way of a temporary name, so that a reader sees the old or the new file, never a part.
 
     Raises:
-        EdgepruneError: the disk is full or the folder cannot be written; what was at `path` is untouched.
+        DiskError: the disk is full or the folder cannot be written; what was at `path` is untouched.
     """
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     temporary = path.with_name(path.name + ".tmp")
@@ -94,22 +94,22 @@ def need_space(folder: Path, size: int) -> None:
     """Refuse to begin writing `size` bytes where they do not fit.
 
     Raises:
-        EdgepruneError: the disk has less; says how much is needed.
+        DiskError: the disk has less; says how much is needed.
     """
     there = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if free < size:
-        raise EdgepruneError(
+        raise DiskError(
             f"{folder}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left; free some space and run again"
         )
 
 
-def cannot_write(path: Path, error: Exception) -> EdgepruneError:
+def cannot_write(path: Path, error: Exception) -> DiskError:
     """What to raise when a file was not written: one line that says why, and what to do if the disk is full."""
     # safetensors hides the error number in its text.
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        return EdgepruneError(f"{path}: disk full; free some space and run again")
-    return EdgepruneError(f"{path}: cannot be written ({error})")
+        return DiskError(f"{path}: disk full; free some space and run again")
+    return DiskError(f"{path}: cannot be written ({error})")
 
 
 def sha256_file(path: Path) -> str:

@@ -38,7 +38,7 @@ def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None =
     """Write a safetensors file by way of a temporary name.
 
     Raises:
-        EdgepruneError: the disk is full or the folder cannot be written; what was at `path` is untouched.
+        DiskError: the disk is full or the folder cannot be written; what was at `path` is untouched.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

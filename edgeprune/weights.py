@@ -143,7 +143,7 @@ class ShardWriter:
         """Write a shard.
 
         Raises:
-            EdgepruneError: the disk is full; the shards before stay.
+            DiskError: the disk is full; the shards before stay.
         """
         if sorted(tensors) != sorted(self.groups[index]):
             raise AssertionError(f"shard {index}: other tensors than it was planned for")

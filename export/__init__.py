@@ -35,13 +35,14 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
 def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Callable[..., None]) -> dict[str, Any]:
     """Write `out` in a format of FORMATS for a device; returns the content of edgeprune_export.json.
 
-    `progress` is called as folder.Progress says.
+    Killed, or out of disk, it leaves `OUT.partial`, and the next call with the same arguments goes on from there.
+    `progress` is called as progress.Progress says.
 
     Raises:
         MissingExtraError: a package that the format needs is not installed.
         InputError: `artefact` or `out` is not usable, or the artefact cannot be for this device.
         ParityError: a network does not compute what its checkpoint computes.
-        EdgepruneError: the disk is full, or `out` cannot be written.
+        DiskError: the disk is full, or `out` cannot be written.
     """
     if fmt not in FORMATS:
         raise InputError(f"--target: found {fmt!r}, expected one of {', '.join(FORMATS)}")

@@ -1,54 +1,54 @@
 """The folder around exported networks: index, scheduler, tokenizers, generation defaults, manifest; written atomically.
 
-    write(artefact, out, "onnx", lambda partial: {...})
+    write(artefact, out, "onnx", {}, lambda work: {...})
 
-All happens in `OUT.partial`, renamed at the end; whatever goes wrong, no half-made folder stays and a previous export
-is untouched. What it leaves out: the networks, which each format's to_*.py writes.
+All happens in `OUT.partial`, renamed at the end; whatever goes wrong, a previous export is untouched. What a kill or a
+full disk leaves in `OUT.partial`, the next run of the same inputs goes on with (unfinished.py); a network that is wrong
+leaves nothing. What it leaves out: the networks, which each format's to_*.py writes.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
+from edgeprune import __version__
 from edgeprune.checkpoint import MANIFEST, complete_tokenizer, quiet, read_config
 from edgeprune.encoders import EXPORTED, check_tokens, is_present, text_encoders, tokenizer_of
-from edgeprune.errors import InputError
-from edgeprune.files import cannot_write, copy_folder, read_json, replace_folder, sha256_file, write_json
+from edgeprune.errors import DiskError, EdgepruneError, InputError
+from edgeprune.export.unfinished import MARK, Unfinished
+from edgeprune.files import cannot_write, copy_folder, digest, read_json, replace_folder, sha256_file, write_json
 from edgeprune.generation import FILE as GENERATION
 from edgeprune.generation import Generation
 from edgeprune.plan import stock_config
 
 FILE = "edgeprune_export.json"
 SCHEMA_VERSION = 1
+_TOOLS = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
+"""Whose version may change a graph; a format adds its own."""
 
-Networks = Callable[[Path], dict[str, Any]]
-"""Writes the networks into a folder, and generation.json if its sizes are not the artefact's; returns what else
-edgeprune_export.json shall say."""
-
-
-class Progress(Protocol):
-    """Told what begins, or with a total how far it is; the same text for the same part."""
-
-    def __call__(self, what: str, done: int = 0, total: int = 0, /) -> None:
-        """`done` of `total` steps; a line of text alone where there are none."""
+Networks = Callable[[Unfinished], dict[str, Any]]
+"""Writes the networks that are not there yet, and generation.json if its sizes are not the artefact's; returns what
+else edgeprune_export.json shall say."""
 
 
-def silent(what: str, done: int = 0, total: int = 0, /) -> None:
-    """No progress."""
-
-
-def write(artefact: Path, out: Path, target: str, networks: Networks) -> dict[str, Any]:
+def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], networks: Networks) -> dict[str, Any]:
     """Make the export folder `out` of format `target`; returns the content of edgeprune_export.json.
+
+    Args:
+        options: whatever the files depend on beside the artefact and the format: the device, its tool's version.
+        networks: writes the networks.
 
     Raises:
         InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
-        EdgepruneError: the disk is full, or `out` cannot be written.
+        DiskError: the disk is full, or `out` cannot be written; what is finished is kept.
     """
     index = _index(artefact)
     if out.exists() and not out.is_dir():
@@ -57,12 +57,12 @@ def write(artefact: Path, out: Path, target: str, networks: Networks) -> dict[st
         raise InputError(f"{out}: found a folder without {FILE}, expected an empty or new folder, or a previous export")
     partial = out.with_name(out.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir(parents=True)
-        said = networks(partial)
+        work = Unfinished(partial, _inputs(artefact, target, options))
+        said = networks(work)
         _small_files(artefact, partial, index)
         _configs(artefact, partial)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        files = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
+        del files[MARK]
         record = {
             "schema_version": SCHEMA_VERSION,
             "target": target,
@@ -71,16 +71,38 @@ def write(artefact: Path, out: Path, target: str, networks: Networks) -> dict[st
             if (artefact / MANIFEST).is_file()
             else str(artefact.resolve()),
             **said,
-            "files": {path.relative_to(partial).as_posix(): sha256_file(path) for path in files},
+            "files": {name: work.hashes.get(name) or sha256_file(path) for name, path in files.items()},
         }
         write_json(partial / FILE, record)
+        work.close()
         replace_folder(partial, out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise cannot_write(out, error) from error
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    except EdgepruneError as error:
+        if not isinstance(error, DiskError):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     return record
+
+
+def _inputs(artefact: Path, target: str, options: Mapping[str, Any]) -> str:
+    """Digest of everything that an export depends on. Files are told by size and time: to read them takes minutes."""
+    encoders = text_encoders(artefact)
+    parts = ("transformer", "transformer_int4", "vae", "scheduler", *encoders, *map(tokenizer_of, encoders))
+    paths = [p for part in parts for p in sorted((artefact / part).rglob("*")) if p.is_file()]
+    manifest = read_json(artefact / MANIFEST) if (artefact / MANIFEST).is_file() else {}
+    return digest(
+        {
+            "edgeprune": [__version__, SCHEMA_VERSION],
+            "target": target,
+            "options": dict(options),
+            "tools": {name: metadata.version(name) for name in _TOOLS},
+            "index": read_json(artefact / "model_index.json"),
+            "generation": asdict(Generation.load(artefact)),
+            "manifest": {key: value for key, value in manifest.items() if key not in ("stages", "tools")},
+            "files": {str(p.relative_to(artefact)): [p.stat().st_size, p.stat().st_mtime_ns] for p in paths},
+        }
+    )
 
 
 def is_quantized(artefact: Path) -> bool:
@@ -143,9 +165,14 @@ def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> Non
     """Index, scheduler and tokenizers."""
     kept = {key: value for key, value in index.items() if key != "_name_or_path"}
     write_json(partial / "model_index.json", kept)
-    copy_folder(artefact / "scheduler", partial / "scheduler")
+    _copy(artefact / "scheduler", partial / "scheduler")
     for encoder in text_encoders(artefact):
         _tokenizer(artefact / tokenizer_of(encoder), partial / tokenizer_of(encoder))
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
+    copy_folder(source, target)
 
 
 def _tokenizer(source: Path, target: Path) -> None:
@@ -153,7 +180,7 @@ def _tokenizer(source: Path, target: Path) -> None:
 
     The first reads tokenizer.json, which CLIP's in hub folders of SD3 lack.
     """
-    copy_folder(source, target)
+    _copy(source, target)
     if not (target / "tokenizer.json").exists():
         from_pretrained(AutoTokenizer.from_pretrained, source).save_pretrained(target)
     complete_tokenizer(target)

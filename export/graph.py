@@ -34,6 +34,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from edgeprune.errors import EdgepruneError
+from edgeprune.export import data
+from edgeprune.export.progress import Progress, silent
 from edgeprune.families import family_of_model
 from edgeprune.families.base import Axes
 from edgeprune.int4 import PackedLinear, unpack
@@ -47,6 +49,7 @@ DOMAIN = "edgeprune"
 INLINE_BYTES = 1_000_000
 
 _LEAST_TABLE_BYTES = 1024  # smaller ones are not worth a node
+_LEAST_BESIDE = 256  # bytes; what is not larger (shapes, axes) stays in the graph's file
 
 _TORCH = {
     ir.DataType.FLOAT: torch.float32,
@@ -455,17 +458,31 @@ def _scale(graph: ir.Graph, scale: ir.Value) -> ir.Value:
     return _register(graph, ir.LazyTensor(make, stored.dtype, ir.Shape([groups, outs]), name=name))
 
 
-def save(model: ir.Model, path: Path, written: Callable[[int, int], None] = lambda done, total: None) -> None:
-    """Write `path` and, above 1 MB of weights, `path` + ".data"; tensors are written one by one.
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of a model's weights."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def save(
+    model: ir.Model, path: Path, *, journal: Path | None = None, what: str = "", progress: Progress = silent
+) -> None:
+    """Write `path` and, above 1 MB of weights, `path` + ".data", where the model's weights are from then on.
 
     Args:
-        written: called with MB written and MB in all.
+        journal: notes what of the data is written, to go on from there after a kill; None begins anew.
+        what: what to call this in `progress`, which is told of stretches of the data written.
+
+    Raises:
+        DiskError: the disk has too little room.
+        OSError: the disk is full nevertheless.
     """
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    ir.save(
-        model, path, external_data=f"{path.name}.data" if size > INLINE_BYTES else None,
-        callback=lambda tensor, info: written(int(info.offset + tensor.nbytes) // 10**6, size // 10**6),
-    )  # fmt: skip
+    if weight_bytes(model) > INLINE_BYTES:
+        large = [v for v in model.graph.initializers.values() if v.const_value and v.const_value.nbytes > _LEAST_BESIDE]
+        tensors = [v.const_value for v in large if v.const_value is not None]
+        written = data.write(path.with_name(f"{path.name}.data"), tensors, journal, what, progress)
+        for value, tensor in zip(large, written, strict=True):
+            value.const_value = tensor
+    ir.save(model, path)
 
 
 @contextmanager

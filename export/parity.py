@@ -9,7 +9,8 @@ What it leaves out: image quality, and the error that quantisation itself makes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeprune.errors import ParityError
+from edgeprune.errors import EdgepruneError, ParityError
 from edgeprune.export import graph
-from edgeprune.export.pieces import Pieces
+from edgeprune.export.pieces import Pieces, Session
+from edgeprune.export.progress import Progress, Steps, silent
 from edgeprune.extras import needs
 
 BOUND = 1e-3
@@ -30,10 +32,16 @@ the built-in model's networks and up to 3e-3 on random ones; a wrong integer, ax
 
 
 class Runner(Protocol):
-    """What runs a file: the part of onnxruntime.InferenceSession that is used here."""
+    """What runs a file, in one or several steps."""
 
-    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any]) -> Sequence[Any]:
-        """All outputs, in the model's order."""
+    @property
+    def steps(self) -> int:
+        """How many there are."""
+
+    def run(
+        self, names: Sequence[str] | None, feeds: Mapping[str, Any], *, step: Callable[[], None] = ...
+    ) -> Sequence[Any]:
+        """Outputs of these names, or all in the model's order; `step` is called after each step."""
 
 
 def session(path: Path) -> Runner:
@@ -46,7 +54,7 @@ def session(path: Path) -> Runner:
     return Pieces(path, _session)
 
 
-def _session(path: Path) -> Runner:
+def _session(path: Path) -> Session:
     with needs("onnx"):
         import onnxruntime
     options = onnxruntime.SessionOptions()
@@ -55,10 +63,30 @@ def _session(path: Path) -> Runner:
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 4  # an error is raised, and need not be printed too
     try:
-        runner: Runner = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        runner: Session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # pybind's exceptions have no common base below this
         raise ParityError(f"{path.name}: ONNX Runtime cannot load it ({error})") from error
     return runner
+
+
+def torch_steps(module: torch.nn.Module) -> int:
+    """How many steps `stepping` counts when a network runs once: a transformer's blocks, else one."""
+    return len(module.family.blocks(module.model)) if isinstance(module, graph.Transformer) else 1
+
+
+@contextmanager
+def stepping(module: torch.nn.Module, step: Callable[[], None]) -> Iterator[None]:
+    """Call `step` after each block of a transformer that runs inside, else once."""
+    if not isinstance(module, graph.Transformer):
+        yield
+        step()
+        return
+    hooks = [block.register_forward_hook(lambda *_: step()) for block in module.family.blocks(module.model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, float]:
@@ -80,11 +108,13 @@ def check(
     *,
     bound: float = BOUND,
     half: bool = False,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Compare every output at every example; the worst errors and the shapes tried, for edgeprune_export.json.
 
     A transformer is compared with diffusers' own forward pass. With `half` the model takes and computes float16, the
-    bound is HALF_BOUND on the rms error, and the float32 module is given the same rounded inputs.
+    bound is HALF_BOUND on the rms error, and the float32 module is given the same rounded inputs. `progress` is told of
+    torch's blocks and the file's steps.
 
     Raises:
         ParityError: a relative error above the bound, or the model does not run at one of the shapes.
@@ -92,14 +122,17 @@ def check(
     worst, worst_rms, shapes = 0.0, 0.0, []
     reference = module.reference if isinstance(module, graph.Transformer) else module
     bound = HALF_BOUND if half else bound
+    step = Steps(f"{name}: compared", len(examples) * (torch_steps(module) + runner.steps), progress)
     for example in examples:
         sizes = {key: list(value.shape) for key, value in example.items()}
         shapes.append(sizes)
         given = graph.half(example) if half else example
-        with torch.no_grad():
+        with torch.no_grad(), stepping(module, step):
             expected = reference(**{k: v.float() if v.is_floating_point() else v for k, v in given.items()})
         try:
-            found = runner.run(list(outputs), {key: value.numpy() for key, value in given.items()})
+            found = runner.run(list(outputs), {key: value.numpy() for key, value in given.items()}, step=step)
+        except (EdgepruneError, OSError):
+            raise
         except Exception as failure:  # vendors raise what they like
             raise ParityError(f"{name}: the exported file does not run at {sizes} ({failure})") from failure
         for output, a, b in zip(outputs, found, expected, strict=True):

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import onnx
 from numpy.typing import NDArray
 
+from edgeprune.export.unfinished import SCRATCH
+
 PIECE_BYTES = 150_000_000
 _BITS = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
 
@@ -52,10 +54,19 @@ class Pieces:
             self._types = {value.name: value.type.tensor_type.elem_type for value in values}
         self._model = model
 
-    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any]) -> list[NDArray[Any]]:
-        """The outputs of these names, or all."""
+    @property
+    def steps(self) -> int:
+        """How many slices run one after the other."""
+        return len(self.slices)
+
+    def run(
+        self, names: Sequence[str] | None, feeds: Mapping[str, Any], *, step: Callable[[], None] = lambda: None
+    ) -> list[NDArray[Any]]:
+        """The outputs of these names, or all; `step` is called after each slice."""
         if self._whole is not None:
-            return list(self._whole.run(names, feeds))
+            found = self._whole.run(names, feeds)
+            step()
+            return list(found)
         values, last = dict(feeds), _last_use(self.slices, self._outputs)
         for index, nodes in enumerate(self.slices):
             read = {name for node in nodes for name in node.input}
@@ -65,6 +76,7 @@ class Pieces:
             values |= zip(outputs, self._run(piece, read, outputs, values), strict=True)
             for name in [n for n in values if last.get(n, -1) <= index]:
                 del values[name]
+            step()
         return [values[name] for name in names or self._outputs]
 
     def _piece(self, nodes: Sequence[onnx.NodeProto], inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
@@ -82,7 +94,7 @@ class Pieces:
         self, piece: onnx.ModelProto, read: set[str], outputs: list[str], values: Mapping[str, Any]
     ) -> Sequence[Any]:
         # Beside the file: data outside of a model's folder is not read.
-        with tempfile.NamedTemporaryFile(dir=self._path.parent, suffix=".onnx") as file:
+        with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=SCRATCH, suffix=".onnx") as file:
             file.write(piece.SerializeToString())
             file.flush()
             session = self._session(Path(file.name))

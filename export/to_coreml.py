@@ -22,7 +22,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ from edgeprune.checkpoint import open_transformer, read_config
 from edgeprune.encoders import CLIP, T5, text_encoders
 from edgeprune.errors import EdgepruneError, InputError, ParityError
 from edgeprune.export import graph, parity, to_onnx
-from edgeprune.export.folder import Progress, from_pretrained, is_quantized, silent, write
+from edgeprune.export.folder import from_pretrained, is_quantized, write
+from edgeprune.export.progress import Progress, silent
+from edgeprune.export.unfinished import SCRATCH, Unfinished
 from edgeprune.extras import needs
 from edgeprune.files import read_json
 from edgeprune.generation import Generation, longest_prompt
@@ -74,9 +76,11 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
         InputError: `artefact` is not a pipeline of a family or is damaged, it cannot be for this device, or `out` holds
             something that is not an export.
         ParityError: a package does not compute what its checkpoint computes, or overflows in half precision.
-        EdgepruneError: coremltools cannot convert a network, the disk is full, or `out` cannot be written.
+        EdgepruneError: coremltools cannot convert a network.
+        DiskError: the disk is full, or `out` cannot be written; the next call goes on from there.
     """
-    return write(artefact, out, "coreml", lambda partial: networks(artefact, partial, device, progress))
+    options = {"device": dataclasses.asdict(device), "coremltools": ct.__version__}
+    return write(artefact, out, "coreml", options, lambda work: networks(artefact, work, device, progress))
 
 
 # ------------------------------------------------------------------------------------- what is refused
@@ -118,32 +122,35 @@ def generation_for(artefact: Path, device: Target) -> Generation:
 # ------------------------------------------------------------------------------------- the networks
 
 
-def networks(artefact: Path, partial: Path, device: Target, progress: Progress) -> dict[str, Any]:
+def networks(artefact: Path, work: Unfinished, device: Target, progress: Progress) -> dict[str, Any]:
     """Write and compare one network after the other; what else edgeprune_export.json shall say.
 
     Raises: as `export`.
     """
     refuse(device)
     generation = generation_for(artefact, device)
-    generation.save(partial)
+    generation.save(work.folder)
     tokens = longest_prompt(artefact)
     factor = 2 ** (len(read_json(artefact / "vae" / "config.json")["block_out_channels"]) - 1)
     height, width = generation.height // factor, generation.width // factor
 
-    errors = {}
-    progress("transformer")
-    stored = open_transformer(artefact, quantized=is_quantized(artefact))
-    whole = graph.Transformer(stored.running())
-    patch = whole.family.latents(whole.model.config).patch
-    text = whole.family.text_tokens(tokens, generation.max_sequence_length)
-    sizes = {"height": height // patch, "width": width // patch, "tokens": text}
-    examples = [whole.example(batch=b, **sizes, seed=b) for b in range(device.batch[0], device.batch[1] + 1)]
-    parts = split(graph.Transformer(stored.model), device.chunks, examples[0])
-    chunks = len(parts)
-    errors["transformer"] = _network("transformer", _loaded(parts, stored), whole, examples, partial, chunks=chunks)
-    del whole, parts, stored
+    if not work.has(name := "transformer"):
+        progress(name)
+        stored = open_transformer(artefact, quantized=is_quantized(artefact))
+        whole = graph.Transformer(stored.running())
+        patch = whole.family.latents(whole.model.config).patch
+        text = whole.family.text_tokens(tokens, generation.max_sequence_length)
+        sizes = {"height": height // patch, "width": width // patch, "tokens": text}
+        examples = [whole.example(batch=b, **sizes, seed=b) for b in range(device.batch[0], device.batch[1] + 1)]
+        parts = split(graph.Transformer(stored.model), device.chunks, examples[0])
+        chunks, loaded = len(parts), _loaded(parts, stored)
+        found = _network(name, loaded, whole, examples, work.begin(name), chunks=chunks, progress=progress)
+        work.finish(name, {"parity": found, "chunks": chunks})
+        del whole, parts, loaded, stored
 
     for name, kind in text_encoders(artefact).items():
+        if work.has(name):
+            continue
         progress(name)
         encoder: Any
         encoder, length = to_onnx.text_encoder(artefact, name, kind)
@@ -152,14 +159,17 @@ def networks(artefact: Path, partial: Path, device: Target, progress: Progress) 
         if kind == CLIP:
             encoder = TextEncoder(encoder)
         example = encoder.example(batch=1, tokens=length)
-        errors[name] = _network(name, [encoder], encoder, [example], partial, half=kind != T5)
+        found = _network(name, [encoder], encoder, [example], work.begin(name), half=kind != T5, progress=progress)
+        work.finish(name, {"parity": found})
         del encoder
 
-    progress("vae_decoder")
-    vae = graph.VaeDecoder(from_pretrained(AutoencoderKL.from_pretrained, artefact / "vae"))
-    examples = [vae.example(batch=1, height=height, width=width)]
-    errors["vae_decoder"] = _network("vae_decoder", [vae], vae, examples, partial)
-    return {"device": device.name, "batch": list(device.batch), "chunks": chunks, "parity": errors}
+    if not work.has(name := "vae_decoder"):
+        progress(name)
+        vae = graph.VaeDecoder(from_pretrained(AutoencoderKL.from_pretrained, artefact / "vae"))
+        examples = [vae.example(batch=1, height=height, width=width)]
+        work.finish(name, {"parity": _network(name, [vae], vae, examples, work.begin(name), progress=progress)})
+    chunks = work.said("chunks")["transformer"]
+    return {"device": device.name, "batch": list(device.batch), "chunks": chunks, "parity": work.said("parity")}
 
 
 class Part(nn.Module):
@@ -259,18 +269,20 @@ def _network(
     parts: Iterable[Any],
     reference: nn.Module,
     examples: Sequence[Tensors],
-    partial: Path,
+    folder: Path,
     *,
     chunks: int = 1,
     half: bool = True,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Convert, save and compare one network, whose parts run one after the other; computed in half precision or not."""
+    """Convert, save and compare one network, whose parts run one after the other; computed in half precision or not.
+
+    A part that an earlier run has saved is not converted again.
+    """
     graph.widen(reference).requires_grad_(False)
     for layer in reference.modules():
         if not half and isinstance(layer, PackedLinear):  # a program's weights have the precision of their scales
             layer.weight_scale = layer.weight_scale.float()
-    folder = partial / name
-    folder.mkdir()
     batches = [len(next(iter(example.values()))) for example in examples]
     tensors, packages, outputs = dict(examples[-1]), [], []
     for i, part in enumerate(parts, 1):
@@ -280,15 +292,25 @@ def _network(
             with _quiet(), torch.no_grad():
                 found = [value.contiguous() for value in part(*feeds.values())]  # coremltools takes no other inputs
                 tensors |= zip(outputs, found, strict=True)
-                convert(part, feeds, outputs, batches, half=half).save(str(path))
+                if not path.exists():
+                    _save(convert(part, feeds, outputs, batches, half=half), path)
         except (ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
             raise EdgepruneError(f"{name}: coremltools cannot convert it: {' '.join(str(error).split())}") from error
         packages.append(Prediction(path) if sys.platform == "darwin" else Package(path))
+        progress(f"{name}: converted", i, chunks)
     chain = Chain(packages)
     if sys.platform == "darwin":
-        return parity.check(name, chain, reference, examples, outputs, bound=DEVICE_BOUND) | {"by": "prediction"}
-    record = parity.check(name, chain, reference, examples, outputs, bound=BOUND)
+        record = parity.check(name, chain, reference, examples, outputs, bound=DEVICE_BOUND, progress=progress)
+        return record | {"by": "prediction"}
+    record = parity.check(name, chain, reference, examples, outputs, bound=BOUND, progress=progress)
     return record | {"by": "mil_reference", "half_relative": _half(name, chain, reference, examples[-1], outputs)}
+
+
+def _save(model: Any, path: Path) -> None:
+    """Write a package, there whole or not at all."""
+    scratch = path.with_name(SCRATCH + path.name)
+    model.save(str(scratch))
+    scratch.rename(path)
 
 
 def _half(name: str, chain: Chain, reference: nn.Module, example: Tensors, outputs: Sequence[str]) -> float:
@@ -308,12 +330,25 @@ class Chain:
     def __init__(self, packages: Sequence[Package | Prediction]) -> None:
         self.packages = packages
 
-    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any], *, half: bool = False) -> list[NDArray[Any]]:
-        """The outputs `names`, or all of the last package."""
+    @property
+    def steps(self) -> int:
+        """How many packages run one after the other."""
+        return len(self.packages)
+
+    def run(
+        self,
+        names: Sequence[str] | None,
+        feeds: Mapping[str, Any],
+        *,
+        half: bool = False,
+        step: Callable[[], None] = lambda: None,
+    ) -> list[NDArray[Any]]:
+        """The outputs `names`, or all of the last package; `step` is called after each package."""
         arrays = dict(feeds)
         for package in self.packages:
             taken = {name: arrays[name] for name in package.inputs}
             arrays |= zip(package.outputs, package.run(None, taken, half=half), strict=True)
+            step()
         return [arrays[name] for name in names or self.packages[-1].outputs]
 
 

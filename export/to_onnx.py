@@ -3,7 +3,8 @@
     export(Path("compressed"), Path("onnx"))
 
 Each network is traced, written, checked by onnx.checker and compared with torch (parity.py) before the next is loaded.
-Of the transformer neither side ever holds more than a few blocks. A T5 text encoder is stored in 8 bits (precision.py),
+Of the transformer neither side ever holds more than a few blocks. After a kill, networks that were compared stay, and
+the file that was being written goes on where it was (data.py). A T5 text encoder is stored in 8 bits (precision.py),
 and compared with torch computing from the same integers. What it leaves out: the VAE's encoder, and the files around
 the networks (folder.py).
 """
@@ -28,7 +29,9 @@ from edgeprune.checkpoint import open_transformer
 from edgeprune.encoders import CLIP_POOLED, T5, text_encoders
 from edgeprune.errors import ParityError
 from edgeprune.export import graph, parity
-from edgeprune.export.folder import Progress, from_pretrained, is_quantized, silent, write
+from edgeprune.export.folder import from_pretrained, is_quantized, write
+from edgeprune.export.progress import Progress, silent
+from edgeprune.export.unfinished import MARK, Unfinished
 from edgeprune.generation import Generation, longest_prompt
 from edgeprune.quantize import quantize_t5
 from edgeprune.stored import StoredTransformer
@@ -45,9 +48,9 @@ def export(artefact: Path, out: Path, *, device: Target | None = None, progress:
     Raises:
         InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
         ParityError: a model does not compute what its checkpoint computes.
-        EdgepruneError: the disk is full, or `out` cannot be written.
+        DiskError: the disk is full, or `out` cannot be written; the next call goes on from there.
     """
-    return write(artefact, out, "onnx", lambda partial: networks(artefact, partial, progress))
+    return write(artefact, out, "onnx", {}, lambda work: networks(artefact, work, progress))
 
 
 # ------------------------------------------------------------------------------------- the networks
@@ -96,25 +99,44 @@ class Part:
         return graph.to_ir(transformer, example, transformer.inputs, transformer.outputs, read=read)
 
 
-def networks(artefact: Path, partial: Path, progress: Progress, *, opened: Opened = parity.session) -> dict[str, Any]:
+def networks(
+    artefact: Path, work: Unfinished, progress: Progress, *, opened: Opened = parity.session
+) -> dict[str, Any]:
     """Write and compare one model after the other; what else edgeprune_export.json shall say.
 
-    `opened` gets each `partial/<network>/model.onnx` and says what is compared; it may leave another format there.
+    `opened` gets each `<network>/model.onnx` and says what is compared; it may leave another format there.
     """
-    errors = {}
-    for part in parts(artefact):
+    for part in parts(artefact, work.has):
         progress(part.name)
-        path = partial / part.name / "model.onnx"
-        path.parent.mkdir()
+        path = work.begin(part.name) / "model.onnx"
         save(part.name, part.to_ir(), path, progress)
         outputs = list(part.module.outputs)
-        errors[part.name] = parity.check(part.name, opened(path), part.module, part.examples, outputs)
+        found = parity.check(part.name, opened(path), part.module, part.examples, outputs, progress=progress)
+        work.finish(part.name, {"parity": found})
         del part  # else it is in memory while the next is loaded
-    return {"opset": graph.OPSET, "parity": errors}
+    return {"opset": graph.OPSET, "parity": work.said("parity")}
 
 
-def parts(artefact: Path) -> Iterator[Part]:
-    """The networks one after the other."""
+def parts(artefact: Path, has: Callable[[str], bool] = lambda name: False) -> Iterator[Part]:
+    """The networks one after the other, but for those that the export has."""
+    if not has("transformer"):
+        yield _transformer(artefact)
+
+    for name, kind in text_encoders(artefact).items():
+        if has(name):
+            continue
+        encoder, longest = text_encoder(artefact, name, kind)
+        examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
+        yield Part(name, graph.widen(encoder), encoder.example(batch=2, tokens=min(7, longest)), examples)
+        del encoder
+
+    if not has("vae_decoder"):
+        vae = graph.VaeDecoder(from_pretrained(AutoencoderKL.from_pretrained, artefact / "vae"))
+        examples = [vae.example(batch=b, height=h, width=w) for b, h, w in ((1, 8, 8), (3, 5, 7))]
+        yield Part("vae_decoder", graph.widen(vae), vae.example(batch=2, height=4, width=6), examples)
+
+
+def _transformer(artefact: Path) -> Part:
     stored = open_transformer(artefact, quantized=is_quantized(artefact))
     transformer = graph.Transformer(stored.running())
     limit = transformer.family.latents(transformer.model.config).largest or 12
@@ -128,18 +150,7 @@ def parts(artefact: Path) -> Iterator[Part]:
         for i, (b, h, w, m) in enumerate(sizes)
     ]
     traced = transformer.example(batch=2, height=min(4, limit), width=min(6, limit), tokens=5)
-    yield Part("transformer", transformer, traced, examples, stored)
-    del transformer, stored
-
-    for name, kind in text_encoders(artefact).items():
-        encoder, longest = text_encoder(artefact, name, kind)
-        examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
-        yield Part(name, graph.widen(encoder), encoder.example(batch=2, tokens=min(7, longest)), examples)
-        del encoder
-
-    vae = graph.VaeDecoder(from_pretrained(AutoencoderKL.from_pretrained, artefact / "vae"))
-    examples = [vae.example(batch=b, height=h, width=w) for b, h, w in ((1, 8, 8), (3, 5, 7))]
-    yield Part("vae_decoder", graph.widen(vae), vae.example(batch=2, height=4, width=6), examples)
+    return Part("transformer", transformer, traced, examples, stored)
 
 
 def text_encoder(artefact: Path, name: str, kind: str) -> tuple[graph.TextEncoder | graph.T5Encoder, int]:
@@ -154,12 +165,13 @@ def text_encoder(artefact: Path, name: str, kind: str) -> tuple[graph.TextEncode
 
 
 def save(name: str, model: ir.Model, path: Path, progress: Progress = silent) -> None:
-    """Write a network's file and have it checked.
+    """Write a network's file and have it checked; of its weights, what an earlier run wrote stays.
 
     Raises:
+        DiskError: the disk has too little room.
         ParityError: onnx.checker refuses it.
     """
-    graph.save(model, path, lambda done, total: progress(f"{name}: MB written", done, total))
+    graph.save(model, path, journal=path.with_name(MARK), what=f"{name}: written", progress=progress)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

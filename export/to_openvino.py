@@ -11,7 +11,7 @@ What it leaves out: fixed shapes (the NPU's are set when it runs), and what to_o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import numpy as np
 
 from edgeprune.errors import EdgepruneError, ParityError
 from edgeprune.export import parity, to_onnx
-from edgeprune.export.folder import Progress, silent, write
+from edgeprune.export.folder import write
+from edgeprune.export.progress import Progress, silent
 from edgeprune.extras import needs
+from edgeprune.files import cannot_write, need_space
 from edgeprune.targets import Target
 
 MODEL = "openvino_model.xml"
@@ -41,12 +43,15 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
         MissingExtraError: openvino is not installed.
         InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
         ParityError: a model does not compute what its checkpoint computes.
-        EdgepruneError: the disk is full, or `out` cannot be written.
+        DiskError: the disk is full, or `out` cannot be written; the next call goes on from there.
     """
     with needs("openvino"):
         import openvino
     said = {"openvino": openvino.get_version()}
-    return write(artefact, out, "openvino", lambda p: to_onnx.networks(artefact, p, progress, opened=converted) | said)
+    return write(
+        artefact, out, "openvino", said,
+        lambda work: to_onnx.networks(artefact, work, progress, opened=converted) | said,
+    )  # fmt: skip
 
 
 class Compiled:
@@ -59,9 +64,14 @@ class Compiled:
         threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self._model = openvino.Core().compile_model(path, "CPU", EXACT | threads)
 
-    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any]) -> Sequence[Any]:
+    steps = 1
+
+    def run(
+        self, names: Sequence[str] | None, feeds: Mapping[str, Any], *, step: Callable[[], None] = lambda: None
+    ) -> Sequence[Any]:
         """The outputs of these names, or all."""
         found = self._model(dict(feeds))
+        step()
         return [found[name] for name in names] if names is not None else list(found.values())
 
 
@@ -70,6 +80,7 @@ def converted(path: Path) -> parity.Runner:
 
     Raises:
         ParityError: OpenVINO does not take the file, or its own.
+        DiskError: the disk has too little room, or is full nevertheless.
         EdgepruneError: what it wrote is larger than the ONNX file: packed weights did not stay packed.
     """
     import openvino
@@ -77,13 +88,17 @@ def converted(path: Path) -> parity.Runner:
     parts = [path, *path.parent.glob(f"{path.name}.data")]
     before = sum(part.stat().st_size for part in parts)
     target = path.with_name(MODEL)
+    need_space(target.parent, before)
     try:
         model = openvino.Core().read_model(path)
         halve(model)
+        count_names(model)
         openvino.save_model(model, target, compress_to_fp16=False)
         del model  # it maps the parts
         runner = Compiled(target)
     except RuntimeError as error:
+        if "iostream error" in str(error):  # all that OpenVINO says of a write that failed
+            raise cannot_write(target, error) from error
         raise ParityError(f"{path.parent.name}: OpenVINO cannot convert it ({' '.join(str(error).split())})") from error
     after = target.with_suffix(".bin").stat().st_size
     if after > before:
@@ -94,6 +109,13 @@ def converted(path: Path) -> parity.Runner:
     for part in parts:
         part.unlink()
     return runner
+
+
+def count_names(model: Any) -> None:
+    """Number the nodes without a name of their own within the model, in place: OpenVINO counts through a process."""
+    for index, node in enumerate(model.get_ordered_ops()):
+        if node.get_friendly_name() == node.get_name():
+            node.set_friendly_name(f"{node.get_type_name()}_{index}")
 
 
 def halve(model: Any) -> None:

@@ -11,10 +11,10 @@ optimisation profiles, INT8 activations, refitting.
 
 from __future__ import annotations
 
-import tempfile
+import dataclasses
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from edgeprune.checkpoint import read_config
 from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.export import forms, graph, parity, to_onnx
-from edgeprune.export.folder import Progress, silent, write
+from edgeprune.export.folder import write
+from edgeprune.export.progress import Progress, Steps, silent
 from edgeprune.export.to_onnx import Module, Part
+from edgeprune.export.unfinished import Unfinished
 from edgeprune.families.base import Axes
 from edgeprune.generation import longest_prompt
 from edgeprune.runtimes.base import Settings, read_settings
@@ -45,7 +47,7 @@ Profile = dict[str, tuple[tuple[int, ...], ...]]
 
 
 def export(artefact: Path, out: Path, *, device: Target, progress: Progress = silent) -> dict[str, Any]:
-    """Write the folder `out` for `device`; a previous export's timing cache is used again.
+    """Write the folder `out` for `device`; the timing cache of a previous export, or of a killed one, is used again.
 
     Returns the content of edgeprune_export.json.
 
@@ -53,11 +55,12 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
         MissingExtraError: no TensorRT that builds for this device is installed.
         InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
         ParityError: a network does not compute what its checkpoint computes.
-        EdgepruneError: TensorRT cannot build a network, the disk is full, or `out` cannot be written.
+        EdgepruneError: TensorRT cannot build a network.
+        DiskError: the disk is full, or `out` cannot be written; the next call goes on from there.
     """
     trt = builder(device)
-    cache = (out / CACHE).read_bytes() if (out / CACHE).is_file() else b""
-    return write(artefact, out, "trt", lambda partial: _networks(artefact, partial, device, trt, cache, progress))
+    options = {"device": dataclasses.asdict(device), "builder": [trt.__name__, trt.__version__]}
+    return write(artefact, out, "trt", options, lambda work: _networks(artefact, out, work, device, trt, progress))
 
 
 # ------------------------------------------------------------------------------------- before any work
@@ -80,39 +83,38 @@ def builder(device: Target) -> Any:
 
 
 def _networks(
-    artefact: Path, partial: Path, device: Target, trt: Any, cache: bytes, progress: Progress
+    artefact: Path, out: Path, work: Unfinished, device: Target, trt: Any, progress: Progress
 ) -> dict[str, Any]:
     """Write one engine after the other; what else edgeprune_export.json shall say."""
     settings = read_settings(artefact)
     config, family = read_config(artefact)
     tokens = family.text_tokens(longest_prompt(artefact), settings.generation.max_sequence_length)
-    engine_builder = Builder(trt, cache, progress)
-    errors, said = {}, {}
-    for part in to_onnx.parts(artefact):
+    caches = [folder / CACHE for folder in (work.folder, out) if (folder / CACHE).is_file()]
+    engine_builder = Builder(trt, caches[0].read_bytes() if caches else b"", progress)
+    sizes = axis_ranges(device, settings, family.latents(config).largest, tokens)
+    for part in to_onnx.parts(artefact, work.has):
         name, module, examples = part.name, part.module, part.examples
         progress(name)
-        if isinstance(module, graph.Transformer):
-            sizes = axis_ranges(device, settings, family.latents(config).largest, tokens)
-        elif isinstance(module, graph.TextEncoder | graph.T5Encoder):
+        if isinstance(module, graph.TextEncoder | graph.T5Encoder):
             longest = examples[0]["input_ids"].shape[1]
             sizes["sequence_length"] = (1, longest, longest)
         profile = profile_of(module.inputs, part.traced, sizes)
-        half, rounding = _half_precision(part, device)
+        half, rounding = _half_precision(part, device, progress)
         model = part.to_ir(half=half)
         forms.per_output(model)
-        engine = partial / name / ENGINE
-        engine.parent.mkdir()
-        with tempfile.TemporaryDirectory(dir=partial) as scratch:
-            path = Path(scratch) / "model.onnx"
-            to_onnx.save(name, model, path, progress)
-            weight_bytes = sum(
-                v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
-            )
-            del model
-            errors[name] = parity.check(name, parity.session(path), module, examples, list(module.outputs), half=half)
-            began = time.monotonic()
-            layers = engine_builder.build(name, path, profile, engine)
-        said[name] = {
+        engine = work.begin(name) / ENGINE
+        path = engine.with_name("model.onnx")
+        weight_bytes = graph.weight_bytes(model)
+        to_onnx.save(name, model, path, progress)
+        del model
+        found = parity.check(
+            name, parity.session(path), module, examples, list(module.outputs), half=half, progress=progress
+        )
+        began = time.monotonic()
+        layers = engine_builder.build(name, path, profile, engine)
+        for onnx_file in path.parent.glob(f"{path.name}*"):
+            onnx_file.unlink()
+        said = {
             "precision": "float16" if half else "float32",
             "half_rms_relative": rounding,
             **layers,
@@ -122,19 +124,20 @@ def _networks(
             "profile": {tensor: [list(shape) for shape in shapes] for tensor, shapes in profile.items()},
             "engine_parity": _engine_parity(name, engine, module, sizes, trt, half=half),
         }
+        if timings := engine_builder.timing_cache():
+            (work.folder / CACHE).write_bytes(timings)
+        work.finish(name, {"parity": found, "network": said})
         del part, module, examples
-    if timings := engine_builder.timing_cache():
-        (partial / CACHE).write_bytes(timings)
     return {
         "opset": graph.OPSET,
         "device": device.name,
         "builder": {"name": trt.__name__, "version": trt.__version__},
-        "parity": errors,
-        "networks": said,
+        "parity": work.said("parity"),
+        "networks": work.said("network"),
     }
 
 
-def _half_precision(part: Part, device: Target) -> tuple[bool, float | None]:
+def _half_precision(part: Part, device: Target, progress: Progress = silent) -> tuple[bool, float | None]:
     """Whether half precision stays within the bound, and the error it makes (None: infinite, or not wanted).
 
     PyTorch rounds to half precision after every operation, as a GPU does; ONNX Runtime on the CPU computes chains of
@@ -142,10 +145,13 @@ def _half_precision(part: Part, device: Target) -> tuple[bool, float | None]:
     """
     if device.activations != "float16":
         return False, None
-    given = graph.half(part.examples[0])
+    given, halved = graph.half(part.examples[0]), part.half()
+    step = Steps(f"{part.name}: tried in half precision", 2 * parity.torch_steps(part.module), progress)
     with torch.no_grad():
-        expected = part.module(*(v.float() if v.is_floating_point() else v for v in given.values()))
-        found = part.half()(*given.values())
+        with parity.stepping(part.module, step):
+            expected = part.module(*(v.float() if v.is_floating_point() else v for v in given.values()))
+        with parity.stepping(halved, step):
+            found = halved(*given.values())
     error = max(parity.relative_error(a.float().numpy(), b.numpy())[1] for a, b in zip(found, expected, strict=True))
     return error <= parity.HALF_BOUND, error if np.isfinite(error) else None
 
@@ -184,12 +190,17 @@ def _smallest(module: Module, sizes: Mapping[str, Range]) -> dict[str, torch.Ten
 class _OnDevice:
     """A TrtNetwork as parity.Runner."""
 
+    steps = 1
+
     def __init__(self, network: TrtNetwork) -> None:
         self._network = network
 
-    def run(self, names: Sequence[str] | None, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    def run(
+        self, names: Sequence[str] | None, feeds: Mapping[str, NDArray[Any]], *, step: Callable[[], None] = lambda: None
+    ) -> list[NDArray[Any]]:
         """The outputs of these names."""
         outputs = self._network(**feeds)
+        step()
         return [outputs[name] for name in names or outputs]
 
 

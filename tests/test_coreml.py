@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import enum
@@ -26,7 +27,7 @@ from edgeprune.checkpoint import Manifest, read_config, save_transformer
 from edgeprune.errors import InputError, ParityError
 from edgeprune.export import graph, parity, to_coreml
 from edgeprune.export.mil_reference import OPERATIONS, Package
-from edgeprune.files import write_json
+from edgeprune.files import sha256_file, write_json
 from edgeprune.int4 import PackedLinear, pack
 from edgeprune.quantize import prepare
 from edgeprune.runtimes import coreml, memory
@@ -133,7 +134,7 @@ def chunked(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = to_coreml.split(whole, PHONE.chunks, examples[0])
     record = to_coreml._network("transformer", parts, whole, examples, folder, chunks=len(parts))
     assert record["max_relative"] < 1e-3
-    return folder / "transformer"
+    return folder
 
 
 def test_chunks_equal_the_whole(exported: tuple[Path, dict[str, Any]], chunked: Path, model: Any) -> None:
@@ -148,6 +149,39 @@ def test_chunks_equal_the_whole(exported: tuple[Path, dict[str, Any]], chunked: 
     assert parity.relative_error(to_coreml.Chain(packages).run(names, feeds)[0], whole)[0] < 1e-5
     counts = [sum(op.type == "constexpr_blockwise_shift_scale" for op in x.operations) for x in packages]
     assert counts == [14 + 5, 11 + 2]  # a block, then embedders or output layers
+
+
+def test_a_chunk_that_is_there_is_not_converted_again(
+    chunked: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in the end the weights are those of a run that was not killed; coremltools numbers names at random."""
+    whole, converted = graph.Transformer(model), list[list[str]]()
+    examples = [whole.example(batch=b, height=8, width=8, tokens=16) for b in (1, 2)]
+    parts, real = to_coreml.split(whole, PHONE.chunks, examples[0]), to_coreml.convert
+    monkeypatch.setattr(to_coreml, "convert", lambda *a, **k: converted.append(a[2]) or real(*a, **k))
+
+    def run(last: tuple[str, int, int] | None) -> None:
+        def told(*event: Any) -> None:
+            if event == last:
+                raise KeyboardInterrupt
+
+        to_coreml._network("transformer", parts, whole, examples, tmp_path, chunks=len(parts), progress=told)
+
+    def hashes(folder: Path) -> dict[str, str]:
+        return {str(p.relative_to(folder)): sha256_file(p) for p in folder.rglob("*") if p.is_file()}
+
+    kept = dict[str, str]()
+    for last in (("transformer: converted", 1, 2), ("transformer: compared", 3, 8), None):
+        with pytest.raises(KeyboardInterrupt) if last else contextlib.nullcontext():
+            run(last)
+        found = hashes(tmp_path)
+        assert kept.items() <= found.items()
+        kept = found
+    assert converted == [["image_tokens_1", "text_tokens_1", "modulation"], ["out_hidden_states"]]
+    expected = hashes(chunked)
+    assert kept.keys() == expected.keys()
+    files = [name for name in expected if name.endswith("weight.bin")]
+    assert len(files) == 2 and all(kept[name] == expected[name] for name in files)
 
 
 def test_parts_equal_the_model_with_patches_of_two() -> None:
@@ -185,7 +219,7 @@ def compared(module: Layer, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("bits", "bias"), [(4, True), (8, False)])
 def test_one_layer(bits: int, bias: bool, tmp_path: Path) -> None:
     assert compared(Layer(bits, bias), tmp_path)["max_relative"] < 5e-4
-    types = Counter(op.type for op in Package(tmp_path / "layer" / "model.mlpackage").operations)
+    types = Counter(op.type for op in Package(tmp_path / "model.mlpackage").operations)
     assert types["linear"] == types["constexpr_blockwise_shift_scale"] == 1
 
 

@@ -263,7 +263,7 @@ def test_core_ml(artefact: Path, tmp_path: Path) -> None:
 
     # As the runtime calls it: positions are given too, but are constants of the package.
     example = whole.example(batch=1, height=4, width=4, tokens=24, seed=3)
-    network = CoremlNetwork(tmp_path / "transformer", "all", opened)
+    network = CoremlNetwork(tmp_path, "all", opened)
     found = network(**{name: value.numpy() for name, value in example.items()})["out_hidden_states"]
     with torch.no_grad():
         assert parity.relative_error(found, whole.reference(**example)[0].numpy())[0] < 1e-3

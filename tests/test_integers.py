@@ -85,7 +85,7 @@ def written(artefact: Path, out: Path) -> dict[str, Written]:
         return build(self, name, path, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "parts", lambda folder: itertools.islice(parts(folder), 1))
+        patch.setattr(to_onnx, "parts", lambda *of: itertools.islice(parts(*of), 1))
         patch.setattr(to_coreml, "_network", only_the_transformer)
         patch.setattr(to_trt.Builder, "build", noted)
         to_onnx.export(artefact, out / "onnx")

@@ -330,7 +330,7 @@ def test_an_export_has_the_stock_config(artefact: Path, source: Path, tmp_path: 
     pytest.importorskip("onnxruntime")
     from edgeprune.export import folder
 
-    folder.write(artefact, tmp_path / "out", "onnx", lambda partial: {})
+    folder.write(artefact, tmp_path / "out", "onnx", {}, lambda work: {})
     written, original = (
         json.loads((path / "transformer" / "config.json").read_text()) for path in (tmp_path / "out", source)
     )

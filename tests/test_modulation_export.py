@@ -87,4 +87,4 @@ def test_coreml_in_chunks(wrapper: graph.Transformer, tmp_path: Path) -> None:
     parts = to_coreml.split(wrapper, 2, sizes[0])
     found = to_coreml._network("transformer", parts, wrapper, sizes, tmp_path, chunks=2)
     assert found["max_relative"] < 1e-3 and found["half_relative"] < 2e-2
-    assert len(list((tmp_path / "transformer").iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 2
