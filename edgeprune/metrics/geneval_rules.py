@@ -146,9 +146,15 @@ def _all_prompts(seed: int = 43, draws: int = 100) -> tuple[Prompt, ...]:
     return tuple(Prompt(text_of(m), m) for m in dict.fromkeys(meanings))
 
 
-def evaluation_prompts(per_task: int | None = None) -> list[Prompt]:
-    """The benchmark's 553 prompts, task by task; or the first `per_task` of each task."""
-    every = _all_prompts()
+def evaluation_prompts(per_task: int | None = None, *, held_out: bool = True) -> list[Prompt]:
+    """The benchmark's 553 prompts, task by task; or the first `per_task` of each task.
+
+    With `held_out` False others of the same kinds, to choose a plan by; single objects are the same ones.
+    """
+    every: list[Prompt] = list(_all_prompts())
+    if not held_out:
+        others = _all_prompts(seed=44)
+        every = [p for p in others if p.meaning.task == "single_object" or p not in every]
     return [p for task in TASKS for p in [q for q in every if q.meaning.task == task][:per_task]]
 
 
