@@ -18,7 +18,7 @@ import numpy as np
 from edgeprune import metrics, runtimes
 from edgeprune.errors import InputError
 from edgeprune.files import digest, sha256_file
-from edgeprune.imagefolder import METADATA, Sample, open_image, read_samples
+from edgeprune.imagefolder import METADATA, Sample, open_image
 from edgeprune.stats import Interval, mean_interval, paired_drop
 
 BATCH = 8

@@ -25,6 +25,8 @@ Images = Sequence["NDArray[np.uint8]"]
 
 _CLIP = "a CLIP folder of transformers or its hub id, such as openai/clip-vit-large-patch14"
 
+_DETECTOR = "a Mask2Former folder of transformers or its hub id, facebook/mask2former-swin-small-coco-instance"
+
 
 @dataclass(frozen=True)
 class Known:
@@ -53,7 +55,7 @@ KNOWN = {
         "geneval",
         (*_TRANSFORMERS, "scipy"),
         {
-            "geneval": "a Mask2Former folder of transformers or its hub id, facebook/mask2former-swin-small-coco-instance",
+            "geneval": _DETECTOR,
             "clip": f"{_CLIP}, which names the colours",
         },
         tasks="edgeprune.metrics.geneval_rules",

@@ -1,4 +1,4 @@
-"""CLIP as metrics use it: texts and images to vectors of length 1. Images are prepared by PIL, with or without torchvision.
+"""CLIP as metrics use it: texts and images to unit vectors. Images are prepared by PIL, torchvision or not.
 
 What it leaves out: long prompts; what is beyond CLIP's 77 tokens is cut off.
 """

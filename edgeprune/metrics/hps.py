@@ -1,4 +1,4 @@
-"""HPS v2.1, the human preference score (Wu et al., arXiv 2306.09341): 100 times the cosine in a fine-tuned CLIP ViT-H/14.
+"""HPS v2.1, human preference (Wu et al., arXiv 2306.09341): 100 times the cosine in a fine-tuned CLIP ViT-H/14.
 
 Its weights come as a pickle with open_clip's names. That is read once, by torch's `weights_only` loader, and written
 as a CLIP folder of transformers, which is all that the metric takes:

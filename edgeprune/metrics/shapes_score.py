@@ -1,4 +1,4 @@
-"""The shapes-world score: 1 where an image satisfies its prompt's meaning by the checker, else 0. See demo/shapes.py."""
+"""The shapes-world score: 1 where an image shows what its prompt means by the checker, else 0. See demo/shapes.py."""
 
 from __future__ import annotations
 
