@@ -217,7 +217,10 @@ def score(
             lost = paired_drop(first, values, tasks)
             found = {"original": mean_interval(first, tasks), "original_values": first}
             found |= {"drop": lost.difference, "relative_drop": lost.relative}
-        means = {t: float(np.mean([v for v, u in zip(values, tasks, strict=True) if u == t])) for t in tasks or []}
+        means: dict[str, float] = {}
+        if tasks:
+            pairs = list(zip(tasks, values, strict=True))
+            means = {t: float(np.mean([v for task, v in pairs if task == t])) for t in dict.fromkeys(tasks)}
         out.append(Score(name, mean_interval(values, tasks), means, len(samples), texts, values, **found))
     return out
 

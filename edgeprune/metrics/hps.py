@@ -5,8 +5,8 @@ as a CLIP folder of transformers, which is all that the metric takes:
 
     python -m edgeprune.metrics.hps HPS_v2.1_compressed.pt --clip laion/CLIP-ViT-H-14-laion2B-s32B-b79K -o hpsv2.1
 
-What it leaves out: HPS v2's prompts (give them by --prompts), and its padding of images that are not square: they are
-cropped to the middle, as by CLIP.
+What it leaves out: HPS v2's prompts (give them by --prompts). Images that are not square are cropped to the middle, as by
+CLIP; whether HPS's own code does so was not checked.
 """
 
 from __future__ import annotations
