@@ -205,7 +205,7 @@ def test_hps_is_converted_whole(clip_folder: Path, tmp_path: Path) -> None:
 
 class _Evil:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return (
+        return (print, ("this must never be printed",))
             Path.touch,
             (Path(__file__).parent / "never"),
         )  # type: ignore[return-value]

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from edgeprune.extras import needs
 
+__all__ = ["BATCH", "Clip", "ImageProcessor"]
+
 with needs("clip"):
     import torch
     from transformers import CLIPModel, CLIPTokenizer

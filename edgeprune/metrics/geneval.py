@@ -6,6 +6,7 @@ colours are named by CLIP, on crops whose surroundings are painted grey. What it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -62,8 +63,8 @@ class GenEval:
         for segment, values in zip(found["segments_info"], found["segmentation"], strict=False):  # none: one empty map
             mask = values.cpu().numpy() > 0
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-            out.append(Detection(NAMES[segment["label_id"]], segment["score"], tuple(map(float, box)), mask))
+            box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
+            out.append(Detection(NAMES[segment["label_id"]], segment["score"], box, mask))
         return out
 
     def colors_of(self, image: NDArray[np.uint8], found: Sequence[Detection], name: str) -> list[str]:
@@ -87,7 +88,8 @@ class GenEval:
         """
         out = []
         for image, prompt in zip(images, prompts, strict=True):
-            out.append(float(verdict(self.detect(image), parse(prompt), lambda d, n, i=image: self.colors_of(i, d, n))))
+            colors_of = functools.partial(self.colors_of, image)
+            out.append(float(verdict(self.detect(image), parse(prompt), colors_of)))
         return out
 
 

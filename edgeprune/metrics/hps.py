@@ -5,8 +5,8 @@ as a CLIP folder of transformers, which is all that the metric takes:
 
     python -m edgeprune.metrics.hps HPS_v2.1_compressed.pt --clip laion/CLIP-ViT-H-14-laion2B-s32B-b79K -o hpsv2.1
 
-What it leaves out: HPS v2's prompts (give them by --prompts). Images that are not square are cropped to the middle, as by
-CLIP; whether HPS's own code does so was not checked.
+What it leaves out: HPS v2's prompts (give them by --prompts). Images that are not square are cropped to the middle,
+as by CLIP; whether HPS's own code does so was not checked.
 """
 
 from __future__ import annotations
@@ -16,11 +16,17 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.extras import needs
 from edgeprune.metrics import Images
-from edgeprune.metrics.clip_model import Clip, CLIPModel, CLIPTokenizer, ImageProcessor, torch
+from edgeprune.metrics.clip_model import Clip, ImageProcessor
 from edgeprune.metrics.pretrained import load
+
+with needs("hpsv2"):
+    import torch
+    from transformers import CLIPModel, CLIPTokenizer
 
 
 class Hps:
@@ -107,13 +113,12 @@ def convert(file: Path, clip: str, out: Path) -> None:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(file)
+            state: dict[str, Any] = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)  # never runs code of the file
     except Exception as error:  # each loader has its own
         raise InputError(f"{file}: not readable as weights alone ({' '.join(str(error).split())[:200]})") from error
-    state = state.get("state_dict", state)
-    named = {k.removeprefix("module."): v for k, v in state.items()}
+    named = {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()}
     config = load(CLIPModel.config_class, clip, "hpsv2")
     with torch.device("meta"):
         model = CLIPModel(config)
