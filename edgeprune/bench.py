@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from edgeprune import errors, runtimes
 from edgeprune.errors import AssertionMissedError, EdgepruneError, InputError
+from edgeprune.metrics.psnr import decibels
 from edgeprune.runtimes import memory
 
 if TYPE_CHECKING:
@@ -345,8 +346,7 @@ def psnr_db(first: NDArray[np.uint8], other: NDArray[np.uint8]) -> float | None:
     """Mean over images of the peak signal-to-noise ratio; (P, H, W, 3) both. None if their sizes differ."""
     if first.shape != other.shape:
         return None
-    errors_ = ((first.astype(np.float64) - other) ** 2).mean(axis=(1, 2, 3))
-    return float(np.minimum(100.0, 10 * np.log10(255**2 / np.maximum(errors_, 1e-12))).mean())
+    return float(np.mean([decibels(a, b) for a, b in zip(first, other, strict=True)]))
 
 
 def _score(images: NDArray[np.uint8], prompts: list[Any]) -> Quality:

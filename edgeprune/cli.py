@@ -35,7 +35,16 @@ Model = Annotated[
 Out = Annotated[Path, typer.Option("-o", "--out", help="Artefact folder to make or go on with.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Do a stage again although it was done with other inputs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")]
-Metric = Annotated[str, typer.Option(help="velocity (error of the velocity, no images) or shapes (checked images).")]
+Metric = Annotated[
+    str,
+    typer.Option(
+        help="velocity (error of the velocity, no images), or a metric of images: see `edgeprune score --help`."
+    ),
+]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=PATH of a metric's weights, like clip=./clip: clip, hpsv2, geneval (and clip), lpips."),
+]
 Prompts = Annotated[str | None, typer.Option(help="Text file of prompts, one a line.")]
 Method = Annotated[
     str | None,
@@ -308,6 +317,7 @@ def compress(
     out: Out = Path("compressed"),
     preset: Annotated[str, typer.Option(help="default, or quick for a first look.")] = "default",
     metric: Metric = "velocity",
+    weights: Weights = None,
     prompts: Prompts = None,
     method: Method = None,
     keep: Keep = None,
@@ -337,6 +347,7 @@ def compress(
     from edgeprune import pipeline, report
     from edgeprune.checkpoint import resolve
     from edgeprune.generation import Generation
+    from edgeprune.metrics import parse_weights
 
     begun = model is None and (out / "edgeprune.json").is_file()
     generation = _generation(inference_steps, guidance_scale, height, width)
@@ -364,7 +375,7 @@ def compress(
         distill_options = replace(distill_options, int4_group_size=group_size)
     options = replace(
         options,
-        analyze=replace(options.analyze, metric=metric, prompts=prompts),
+        analyze=replace(options.analyze, metric=metric, prompts=prompts, weights=parse_weights(weights or [])),
         plan=plan_options,
         data=replace(options.data, source=data or options.data.source),
         distill=distill_options,
@@ -426,6 +437,7 @@ def analyze(
     model: Model = None,
     out: Out = Path("compressed"),
     metric: Metric = "velocity",
+    weights: Weights = None,
     prompts: Prompts = None,
     count: Annotated[int, typer.Option(min=1, help="Prompts to use.")] = 28,
     only_blocks: Annotated[bool, typer.Option("--only-blocks", help="Leave the components out.")] = False,
@@ -437,10 +449,12 @@ def analyze(
 ) -> None:
     """Score the model without each block and component: analysis.json."""
     from edgeprune import pipeline
+    from edgeprune.metrics import check_analysis, parse_weights
 
+    options = pipeline.AnalyzeOptions(metric, prompts, count, not only_blocks, parse_weights(weights or []))
+    check_analysis(options.metric, options.weights)  # before there is a folder
     generation = _generation(inference_steps, guidance_scale, height, width)
     ws = _workspace(out, model, fresh, begin=True, generation=generation)
-    options = pipeline.AnalyzeOptions(metric, prompts, count, not only_blocks)
     with _bars() as progress:
         ran = pipeline.run_analyze(ws, options, progress)
     found = ws.report()
@@ -737,6 +751,7 @@ def compare(
     preset: Annotated[str, typer.Option(help="A grid that comes with edgeprune: demo or demo-tight.")] = "demo",
     grid: Annotated[Path | None, typer.Option(help="A grid of your own (TOML), instead of the preset.")] = None,
     metric: Annotated[str | None, typer.Option(help="By default shapes for the built-in model, else velocity.")] = None,
+    weights: Weights = None,
     prompts: Annotated[
         str | None, typer.Option(help="Text file of prompts to score on, one a line; none that is trained on.")
     ] = None,
@@ -748,15 +763,16 @@ def compare(
     from edgeprune import compare as comparing
     from edgeprune import compare_page, pipeline
     from edgeprune.checkpoint import resolve
+    from edgeprune.metrics import check_analysis, parse_weights
 
     builtin = model is None
+    name, given = metric or ("shapes" if builtin else "velocity"), parse_weights(weights or [])
+    check_analysis(name, given)
     path = grid or comparing.grid_named(preset)
     rows = comparing.Grid.load(path, pipeline.preset("default", builtin=builtin))
     texts = comparing.held_out_prompts(builtin, prompts, per_task)
     if dry_run:
-        found = comparing.forecast_grid(
-            resolve(model), rows, len(texts), metric or ("shapes" if builtin else "velocity")
-        )
+        found = comparing.forecast_grid(resolve(model), rows, len(texts), name)
         _table([_in_units(key, value) for key, value in found.items()])
         _say("floors are the work at the speed of a matrix product here: expect more")
         if as_json:
@@ -764,13 +780,97 @@ def compare(
         return
     ws = _workspace(out / "original", model, False, begin=True)
     with _bars() as progress:
-        summary = comparing.compare(ws, rows, metric or ("shapes" if builtin else "velocity"), texts, out, progress)
+        summary = comparing.compare(ws, rows, name, texts, out, progress, weights=given)
     paths = compare_page.write(summary, out)
     _table([compare_page.HEADINGS, *compare_page.cells(summary)])
     _say("wrote " + ", ".join(map(str, paths)))
     _say(f"next: edgeprune export {out / rows.reference / 'seed-0'} --target onnx -o {out / rows.reference}-onnx")
     if as_json:
         _print_json(summary)
+
+
+@app.command(
+    epilog="Example: edgeprune score small --against built-in --metric shapes  ·  "
+    "edgeprune score images --against ./sd35 --metric psnr --metric clip --weights clip=./clip  ·  "
+    "edgeprune score small-onnx --metric geneval --weights geneval=./mask2former --weights clip=./clip -o scored"
+)
+def score(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A model to draw with, or images with metadata.jsonl.")],
+    metric: Annotated[
+        list[str],
+        typer.Option(help="shapes, clip, hpsv2, geneval; with --against also psnr, ssim, lpips. Again for more."),
+    ],
+    against: Annotated[
+        str | None, typer.Option(help="The original: a model, a hub id, built-in, or images of the same prompts.")
+    ] = None,
+    weights: Weights = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file of prompts, one a line; by default the metric's own, or a list of ours."),
+    ] = None,
+    per_task: Annotated[
+        int | None, typer.Option(min=1, help="geneval, shapes: prompts of each task; else all.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
+    runtime: RuntimeName = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of an image.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Keep the images here; a killed run goes on with them.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Images by any metric, with 95 % intervals; with --against also what was lost, in pairs of prompts."""
+    import tempfile
+    from contextlib import ExitStack
+
+    from edgeprune import scoring
+    from edgeprune.files import sha256_file
+    from edgeprune.imagefolder import read_samples
+    from edgeprune.metrics import parse_weights
+
+    given = parse_weights(weights or [])
+    scoring.check(metric, given, against is not None)
+    places = {"images": _images_or_model(folder)} | ({"original": _images_or_model(against)} if against else {})
+    made = [path for path in places.values() if scoring.is_images(path)]
+    if made and (prompts or per_task or seeds > 1):
+        raise InputError(f"{made[0]} says its prompts by itself; leave --prompts, --per-task and --seeds out")
+    if made:
+        wanted = [scoring.Wish(s.text, i if s.seed is None else s.seed) for i, s in enumerate(read_samples(made[0]))]
+        scoring.check_prompts(metric, [w.text for w in wanted])
+    else:
+        wanted = scoring.wishes(metric, prompts=prompts, per_task=per_task, seeds=seeds)
+    with ExitStack() as stack, _bars() as progress:
+        kept = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeprune-score-")))
+        for name, place in places.items():
+            if place not in made:
+                # The original of an export is a diffusers folder, which --runtime is not about.
+                scoring.draw(
+                    place, kept / name, wanted, runtime=runtime if name == "images" else None, steps=steps,
+                    progress=progress,
+                )  # fmt: skip
+                places[name] = kept / name
+        read = {name: read_samples(place) for name, place in places.items()}
+        found = scoring.score(read["images"], metric, against=read.get("original"), weights=given, progress=progress)
+    _table(scoring.rows(found))
+    _say(f"{found[0].images} images of {len(found[0].prompts)} prompts; 95 % bootstrap intervals over prompts")
+    if out:
+        _say(f"images are in {out}")
+    if not against:
+        _say(f"next: edgeprune score {folder} --against ORIGINAL --metric {metric[0]} for what was lost")
+    elif not out and len(made) < len(places):
+        _say("next: the same with -o DIR keeps the images, to be scored again")
+    if as_json:
+        settings = {"folder": folder, "against": against, "weights": given, "steps": steps}
+        settings["prompts_sha256"] = sha256_file(prompts) if prompts else None
+        _print_json(scoring.to_json(found) | {"settings": settings})
+
+
+def _images_or_model(text: str) -> Path:
+    if Path(text).is_dir():
+        return Path(text)
+    from edgeprune.checkpoint import resolve  # with torch
+
+    return resolve(None if text == "built-in" else text)
 
 
 @app.command(epilog="Example: edgeprune synth sd3.5-large -o large")

@@ -29,7 +29,7 @@ from edgeprune.errors import InputError
 from edgeprune.files import digest, read_json, write_json
 from edgeprune.forecast import forecast
 from edgeprune.generation import Generation
-from edgeprune.metrics import Metric, metric_named
+from edgeprune.metrics import Metric, evaluations, of_pipeline
 from edgeprune.pipeline import CompressOptions, Progress, Workspace, as_published, silent
 from edgeprune.plan import METHODS, PlanOptions
 from edgeprune.precision import footprint
@@ -176,7 +176,7 @@ def forecast_grid(source: Path, grid: Grid, prompts: int, metric: str) -> dict[s
     each = [(row.seeds, forecast(source, seeded(row, 0, budget), generation)) for row in grid.rows]
     first, runs = each[0][1], sum(seeds for seeds, _ in each)
     per_step = 2 if family.guided(config, generation.guidance_scale) else 1
-    scored = (runs + 1) * metric_named(metric).evaluations(generation, prompts, per_step)
+    scored = (runs + 1) * evaluations(metric, generation, prompts, per_step)
     analyzed = any(row.options.plan.scored or _guided(row.options) for row in grid.rows)
     return {
         "rows": len(each),
@@ -192,13 +192,21 @@ def forecast_grid(source: Path, grid: Grid, prompts: int, metric: str) -> dict[s
 
 
 def compare(
-    base: Workspace, grid: Grid, metric: str, prompts: list[str], out: Path, progress: Progress = silent
+    base: Workspace,
+    grid: Grid,
+    metric: str,
+    prompts: list[str],
+    out: Path,
+    progress: Progress = silent,
+    *,
+    weights: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Make and score every row that is not there yet; returns what `summarise` makes of it, and writes it to `out`.
 
     Args:
         base: a folder of the original's own, where it is analysed.
         prompts: what is scored on; none that anything was trained or calibrated on.
+        weights: the metric's own, see metrics.KNOWN.
 
     Raises:
         BudgetError: a method cannot meet the budget.
@@ -206,7 +214,7 @@ def compare(
     before = footprint(base.family, base.family.tensor_shapes(base.config)).bf16_bytes
     if any(row.options.plan.scored or _guided(row.options) for row in grid.rows):
         pipeline.run_analyze(base, base_options(grid), progress)
-    scorer = metric_named(metric)(base.pipe, base.generation, prompts)
+    scorer = of_pipeline(metric, base.pipe, base.generation, prompts, weights)
     path = out / "results.json"
     found: dict[str, Any] = read_json(path) if path.is_file() else {}
     identity = {"metric": metric, "prompts": prompts, "weights": base.weights_hash}

@@ -6,7 +6,6 @@ the images, or shapes world's own renders. What it leaves out: tar shards, strea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from edgeprune.errors import InputError
 from edgeprune.files import digest, sha256_file
 from edgeprune.generation import Generation
+from edgeprune.imagefolder import open_image, read_samples
 from edgeprune.resume import save_tensors
 from edgeprune.sampling import denoise, encode_prompts, latent_shape, noise, sigmas
 
@@ -78,32 +78,15 @@ def read_imagefolder(folder: Path, width: int, height: int) -> tuple[torch.Tenso
     Raises:
         InputError: no metadata, a bad line, a path that leads out of the folder, or an unreadable image.
     """
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        raise InputError(f'{folder}: no metadata.jsonl; expected lines like {{"file_name": …, "text": …}}')
     images, texts = [], []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            path, text = (folder / entry["file_name"]).resolve(), str(entry["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{metadata}:{number}: expected file_name and text ({error})") from error
-        if not path.is_relative_to(folder.resolve()):
-            raise InputError(f"{metadata}:{number}: file_name: {entry['file_name']!r} leads out of the folder")
-        try:
-            image = Image.open(path).convert("RGB")
-        except (OSError, Image.DecompressionBombError) as error:
-            raise InputError(f"{path}: not a readable image ({error})") from error
+    for sample in read_samples(folder):
+        image = open_image(sample.path)
         scale = max(width / image.width, height / image.height)
         size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
         image = image.resize(size, Image.Resampling.LANCZOS)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         images.append(np.asarray(image.crop((left, top, left + width, top + height))))
-        texts.append(text)
-    if not images:
-        raise InputError(f"{metadata}: no images in it")
+        texts.append(sample.text)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), texts
 
 

@@ -19,7 +19,7 @@ from edgeprune.contribution import parts
 from edgeprune.families import Config, Family
 from edgeprune.files import read_json
 from edgeprune.generation import Generation, longest_prompt
-from edgeprune.metrics import metric_named
+from edgeprune.metrics import evaluations
 from edgeprune.pipeline import CompressOptions, rehearse
 from edgeprune.sampling import Conditioning, velocity
 
@@ -43,7 +43,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
 
     scored = len(parts(family, config, components=options.analyze.components)) + 1
     per_step = 2 if family.guided(config, generation.guidance_scale) else 1
-    per_score = metric_named(options.analyze.metric).evaluations(generation, options.analyze.count, per_step)
+    per_score = evaluations(options.analyze.metric, generation, options.analyze.count, per_step)
     training, rounded = options.distill, options.distill is not None and options.distill.int4_group_size is not None
     # A training step is one evaluation of the teacher, and three of the student: forward, and twice that backward, but
     # one of a frozen prefix.

@@ -31,7 +31,7 @@ from edgeprune.families.base import CHANGED
 from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known, write_json
 from edgeprune.fit import Fit, fit
 from edgeprune.generation import Generation
-from edgeprune.metrics import metric_named
+from edgeprune.metrics import VELOCITY, check_analysis, of_pipeline, tasks_of
 from edgeprune.modulation import GRID, choose_rank, embedder_alone, modulation_inputs, ranks, subspace
 from edgeprune.plan import (
     DEFAULT,
@@ -71,9 +71,12 @@ class AnalyzeOptions:
 
     metric: str = "velocity"
     prompts: str | None = None
-    """A text file; by default shapes world's training captions for the built-in model, else a list of ours."""
+    """A text file; by default the metric's own or, for the built-in model, shapes world's, never
+    held-out ones; else a list of ours."""
     count: int = 28
     components: bool = True
+    weights: dict[str, str] = field(default_factory=dict)
+    """Of the metric, see metrics.KNOWN."""
 
 
 @dataclass(frozen=True)
@@ -342,11 +345,9 @@ def analysis_prompts(ws: Workspace, options: AnalyzeOptions) -> list[str]:
     """The prompts that contributions are measured on; never held-out ones."""
     if options.prompts:
         return read_prompts(Path(options.prompts))[: options.count]
-    if ws.builtin:
-        from edgeprune.demo.shapes import TASKS, evaluation_prompts
-
-        per_task = -(-options.count // len(TASKS))
-        return [p.text for p in evaluation_prompts(per_task, held_out=False)]
+    if own := tasks_of(options.metric) or (tasks_of("shapes") if ws.builtin else None):
+        per_task = -(-options.count // len(own.TASKS))
+        return [p.text for p in own.evaluation_prompts(per_task, held_out=False)]
     return read_prompts(PROMPTS)[: options.count]
 
 
@@ -369,12 +370,14 @@ def _modulation_inputs(ws: Workspace, prompts: list[str], levels: torch.Tensor) 
 
 def run_analyze(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> bool:
     """Contribution scores to `analysis.json`."""
-    metric_class = metric_named(options.metric)
     prompts = analysis_prompts(ws, options)
+    check_analysis(options.metric, options.weights, prompts)
     inputs = asdict(options) | {"prompts": prompts, "generation": asdict(ws.generation)}
+    if not options.weights:
+        del inputs["weights"]  # so that what was made before there were any is still current
 
     def run(key: str) -> dict[str, Any]:
-        metric = metric_class(ws.pipe, ws.generation, prompts)
+        metric = of_pipeline(options.metric, ws.pipe, ws.generation, prompts, options.weights)
         analyze(
             ws.family, ws.config, ws.pipe.transformer, metric.score, mean=modulation_mean(ws, prompts),
             metric=metric.name, prompts=prompts, path=ws.report_path, inputs_digest=key, components=options.components,
@@ -467,7 +470,9 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
 
     Raises:
         BudgetError: no plan of these options meets the budget.
+        InputError: the metric cannot be asked.
     """
+    check_analysis(options.analyze.metric, options.analyze.weights)
     config, family = checkpoint.read_config(source)
     alike = dict.fromkeys(parts(family, config, components=options.analyze.components), 0.0)
     report = ContributionReport(
@@ -645,7 +650,7 @@ def run_quantize(ws: Workspace, options: QuantizeOptions, progress: Progress = s
 
 def _calibration(ws: Workspace, model: Any) -> Callable[[], None]:
     """Runs `model` on the analysis prompts' trajectories."""
-    metric = metric_named("velocity")(ws.pipe, ws.generation, analysis_prompts(ws, AnalyzeOptions()))
+    metric = of_pipeline(VELOCITY, ws.pipe, ws.generation, analysis_prompts(ws, AnalyzeOptions()))
     original = ws.pipe.transformer
 
     def run() -> None:

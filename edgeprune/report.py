@@ -32,8 +32,8 @@ from edgeprune.files import read_json, write_json
 from edgeprune.pipeline import Progress, Workspace, silent
 from edgeprune.plan import PrunePlan
 from edgeprune.sampling import encode_prompts, generate, latent_shape, noise, velocity
+from edgeprune.stats import paired_drop
 
-_DRAWS = 2000
 _SHOWN = 14
 
 
@@ -148,7 +148,7 @@ def _measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, 
             "metric": "shapes world, mean over tasks",
             "original": shapes.score(passed["original"], tasks),
             "compressed": shapes.score(passed["compressed"], tasks),
-            "relative_drop": _relative_drop(passed["original"], passed["compressed"], tasks),
+            "relative_drop": paired_drop(passed["original"], passed["compressed"], tasks).relative or (0.0, 0.0, 0.0),
             "tasks": {k: shapes.task_means(v, tasks) for k, v in passed.items()},
         }
     return summary, images
@@ -156,20 +156,6 @@ def _measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, 
 
 def _show_images(progress: Progress, name: str, done: int, total: int) -> None:
     progress(f"report: images, {name}", done, total, "")
-
-
-def _relative_drop(first: NDArray[Any], other: NDArray[Any], tasks: list[str]) -> tuple[float, float, float]:
-    """Loss of the mean over tasks as a share of the first's, with a paired bootstrap 95 % interval over prompts."""
-    rng = np.random.default_rng(0)
-    groups = [np.flatnonzero(np.asarray(tasks) == t) for t in dict.fromkeys(tasks)]
-
-    def drop(rows: list[NDArray[Any]]) -> float:
-        a, b = (np.mean([v[r].mean() for r in rows]) for v in (first, other))
-        return float((a - b) / a) if a else 0.0
-
-    draws = [drop([g[rng.integers(0, len(g), len(g))] for g in groups]) for _ in range(_DRAWS)]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return drop(groups), float(low), float(high)
 
 
 @torch.no_grad()

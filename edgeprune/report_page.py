@@ -1,4 +1,4 @@
-"""A report as a page (`report.html`) and as a model card (`README.md`): all text escaped, nothing loaded from elsewhere.
+"""A report as a page (`report.html`) and as a model card (`README.md`): text escaped, nothing loaded from elsewhere.
 
 What it leaves out: measuring (report.py).
 """

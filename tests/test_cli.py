@@ -28,7 +28,7 @@ def test_plan_from_published_scores_without_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["compress", "analyze", "plan", "prune", "distill", "quantize", "export", "generate", "bench"]
+    "verb", ["compress", "analyze", "plan", "prune", "distill", "quantize", "export", "generate", "bench", "score"]
 )
 def test_help_of_every_verb_has_an_example(verb: str) -> None:
     found = run(verb, "--help")
@@ -51,6 +51,14 @@ def test_help_of_every_verb_has_an_example(verb: str) -> None:
         (["generate", "a red circle", "--model", "nowhere"], "nowhere"),
         (["generate", "a red circle", "--model", ".", "-o", "out.bmp"], "out.bmp"),
         (["bench", "nowhere"], "nowhere"),
+        (["score", "nowhere", "--metric", "shapes"], "nowhere: no such folder"),
+        (["score", ".", "--metric", "beauty"], "expected one of shapes, clip, hpsv2, geneval, psnr, ssim, lpips"),
+        (["score", ".", "--metric", "psnr"], "give --against ORIGINAL"),
+        (["score", ".", "--metric", "clip"], "give --weights clip=PATH"),
+        (["score", ".", "--metric", "geneval", "--weights", "geneval=x"], "give --weights clip=PATH"),
+        (["score", ".", "--metric", "clip", "--weights", "clap=x"], "expected NAME=PATH"),
+        (["analyze", "-o", "x", "--metric", "clip"], "give --weights clip=PATH"),
+        (["compress", "-o", "x", "--metric", "beauty"], "expected one of velocity, shapes, clip"),
         (["bench", ".", "--assert", "peak~3"], "--assert"),
     ],
 )

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # Longest prefix wins. Modules of one rank may import each other.
 RANKS: list[tuple[str, ...]] = [
     ("errors", "targets"),
-    ("files", "resume", "extras"),
+    ("files", "resume", "extras", "stats", "imagefolder"),
     ("families", "encoders", "baselines"),
     ("generation", "demo.shapes"),
     ("precision", "sampling", "modulation"),
@@ -38,7 +38,7 @@ RANKS: list[tuple[str, ...]] = [
     ("forecast",),
     ("runtimes",),
     ("export",),
-    ("bench", "bench_worker"),
+    ("bench", "bench_worker", "scoring"),
     ("report",),
     ("compare", "compare_page"),
     ("demo", "doctor"),

@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from PIL import Image
 
-from edgeprune import export, extras, runtimes
+from edgeprune import export, extras, metrics, runtimes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -109,7 +109,7 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
         and (
             path.suffix in {".py", ".j2", ".toml"}
             or "assets" in path.parts
-            or path.name in ("py.typed", "architectures.json")
+            or path.name in ("py.typed", "architectures.json", "prompts.txt")
         )
     }
     assert {name for name in names if ".dist-info/" not in name} == expected
@@ -167,6 +167,7 @@ def test_the_extra_that_is_named_brings_what_is_missing() -> None:
     called = {"cuda.bindings.runtime": "cuda-bindings", "PIL": "pillow", "tensorrt|tensorrt_rtx": "tensorrt"}
     told = [(info.extra, info.packages) for info in runtimes.RUNTIMES.values()]
     told += [*export.NEEDS.values(), ("compress", extras.COMPRESS)]
+    told += [(name, known.packages) for name, known in metrics.KNOWN.items() if known.packages]
     for names, packages in told:
         brought = {requirement(line) for extra in names.split(",") for line in EXTRAS[extra]}
         brought |= {requirement(line) for line in PROJECT["project"]["dependencies"]}

@@ -1,7 +1,7 @@
 """Scores a pipeline folder on shapes world's held-out prompts: python -m edgeprune.demo.evaluate [FOLDER].
 
 Per task and as a mean over tasks with a bootstrap 95 % interval over prompts. What it leaves out: comparing two
-models, which is `edgeprune bench --quality`.
+models, which is `edgeprune score --against`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import numpy as np
 from edgeprune import checkpoint
 from edgeprune.demo import shapes
 from edgeprune.generation import Generation
-from edgeprune.metrics.shapes_score import ShapesScore
+from edgeprune.metrics import of_images
+from edgeprune.metrics.drawn import Drawn
 
 
 def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, Any]:
     """Score on `per_task` held-out prompts of each task with `seeds` images each."""
     pipe = checkpoint.load(folder)
     chosen = shapes.evaluation_prompts(per_task)
-    metric = ShapesScore(pipe, Generation.load(folder), [p.text for p in chosen], seeds=seeds)
+    texts = [p.text for p in chosen]
+    metric = Drawn("shapes", of_images("shapes", {}), pipe, Generation.load(folder), texts, seeds=seeds)
     values = np.asarray(metric.score())
     tasks = [p.meaning.task for p in chosen]
     score, low, high = shapes.score(values, tasks)

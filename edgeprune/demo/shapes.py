@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from edgeprune.errors import InputError
+from edgeprune.stats import Interval, mean_interval
 
 SIZE = 64
 BACKGROUND = (238, 238, 238)
@@ -465,18 +466,11 @@ def task_means(values: NDArray[np.float64], tasks: list[str]) -> dict[str, float
     return {t: float(values[names == t].mean()) for t in TASKS if t in Counter(tasks)}
 
 
-def score(
-    values: NDArray[np.float64], tasks: list[str], *, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean over tasks with a bootstrap 95 % interval over prompts within each task: (mean, low, high).
+def score(values: NDArray[np.float64], tasks: list[str]) -> Interval:
+    """Mean over tasks with a bootstrap 95 % interval over prompts within each task.
 
     Args:
         values: share of satisfied images per prompt, (P,).
         tasks: task of each prompt.
     """
-    rng = np.random.default_rng(seed)
-    names = np.asarray(tasks)
-    groups = [values[names == t] for t in TASKS if (names == t).any()]
-    means = np.mean([g[rng.integers(0, len(g), (draws, len(g)))].mean(1) for g in groups], axis=0)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(np.mean([g.mean() for g in groups])), float(low), float(high)
+    return mean_interval(values, tasks)

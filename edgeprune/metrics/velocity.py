@@ -46,8 +46,8 @@ class VelocityError:
         self.norms = self._per_prompt(self.reference)
 
     @staticmethod
-    def evaluations(generation: Generation, prompts: int, per_step: int) -> int:
-        """One a state."""
+    def evaluations(generation: Generation, prompts: int) -> int:
+        """Samples through the transformer for one score: one a state."""
         return prompts * min(STATES, generation.num_inference_steps)
 
     def _velocities(self) -> torch.Tensor:
@@ -67,6 +67,3 @@ class VelocityError:
         """Minus the relative error per prompt."""
         error = self._per_prompt(self._velocities() - self.reference)
         return [0.0 - float(e) for e in error / self.norms]
-
-
-METRIC = VelocityError

@@ -1,0 +1,47 @@
+"""Bootstrap intervals: known answers, pairing, tasks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from edgeprune.stats import mean_interval, paired_drop
+
+
+def test_interval_of_a_mean_is_that_of_the_normal_law() -> None:
+    values = np.random.default_rng(1).normal(5, 2, 400)
+    found = mean_interval(values)
+    half = 1.96 * values.std() / 20
+    assert found.mean == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - half, abs=half / 8)
+    assert found.high == pytest.approx(values.mean() + half, abs=half / 8)
+    assert mean_interval(np.ones(4)) == (1, 1, 1)
+
+
+def test_tasks_weigh_alike_and_are_drawn_within() -> None:
+    values, tasks = [1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"]
+    assert mean_interval(values).mean == 0.75
+    assert mean_interval(values, tasks) == (0.5, 0.5, 0.5)  # drawing within a task changes neither mean
+
+
+def test_pairs_take_the_prompts_own_difficulty_out() -> None:
+    easy = np.random.default_rng(2).uniform(0, 100, 200)
+    found = paired_drop(easy, easy - 1)
+    assert found.difference == pytest.approx((1, 1, 1))
+    assert mean_interval(easy).high - mean_interval(easy).low > 5
+    assert found.relative is not None and found.relative.mean == pytest.approx(1 / easy.mean())
+    assert paired_drop(easy, easy).difference == (0, 0, 0)
+
+
+def test_a_rise_is_a_negative_drop_and_nothing_has_no_share() -> None:
+    assert paired_drop([1.0, 1.0], [2.0, 2.0]).relative == (-1, -1, -1)
+    nothing = paired_drop([0.0, 0.0], [1.0, 0.0])
+    assert nothing.relative is None and nothing.difference.mean == -0.5
+
+
+def test_is_free_of_torch() -> None:
+    code = "import sys, edgeprune.stats, edgeprune.metrics, edgeprune.scoring; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
