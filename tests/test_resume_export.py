@@ -339,6 +339,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
             assert "\n" not in str(error) and str(out) in str(error)
             seen |= {text for text in ("disk full", "needs") if text in str(error)}
         assert (out.with_name("out.partial") / unfinished.MARK).is_file()
-    # To OpenVINO's own writing there is no room only if another program takes it meanwhile.
-    assert "needs" in seen and ("disk full" in seen or fmt == "openvino") and told.begun != NETWORKS
+    assert "needs" in seen
+    if fmt == "onnx":  # OpenVINO's copy of the largest network needs more room than all that follows
+        assert "disk full" in seen and told.begun != NETWORKS
     assert json.loads((out / folder.FILE).read_text())["files"].keys() == hashes(out).keys() - {folder.FILE}
