@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -298,27 +299,29 @@ def test_core_ml_converts_no_network_twice(
 
 
 @pytest.fixture()
-def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+def disk() -> Iterator[Callable[[str], Path]]:
     """A file system of its own; called with a size, it has that size."""
-    path = tmp_path / "disk"
-    path.mkdir()
+    if not shutil.which("mount"):
+        pytest.skip("file systems cannot be mounted here")
+    # Not below pytest's folders: were the tests killed, pytest could not remove it.
+    path = Path(tempfile.mkdtemp(prefix="edgeprune-disk-"))
 
     def mount(*options: str) -> None:
         run = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(path)], capture_output=True, check=False)
         if run.returncode:
+            path.rmdir()
             pytest.skip("file systems cannot be mounted here")
 
     def resized(size: str) -> Path:
         mount("-o", f"remount,size={size}")
         return path
 
-    if not shutil.which("mount"):
-        pytest.skip("file systems cannot be mounted here")
     mount("-o", "size=1m")
     try:
         yield resized
     finally:
         subprocess.run(["umount", "-l", str(path)], check=True)  # a vendor may still map a file
+        path.rmdir()
 
 
 @pytest.mark.parametrize("fmt", ["onnx", "openvino"])
@@ -339,6 +342,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
             assert "\n" not in str(error) and str(out) in str(error)
             seen |= {text for text in ("disk full", "needs") if text in str(error)}
         assert (out.with_name("out.partial") / unfinished.MARK).is_file()
-    # To OpenVINO's own writing there is no room only if another program takes it meanwhile.
-    assert "needs" in seen and ("disk full" in seen or fmt == "openvino") and told.begun != NETWORKS
+    assert "needs" in seen
+    if fmt == "onnx":  # OpenVINO's copy of the largest network needs more room than all that follows
+        assert "disk full" in seen and told.begun != NETWORKS
     assert json.loads((out / folder.FILE).read_text())["files"].keys() == hashes(out).keys() - {folder.FILE}
