@@ -152,12 +152,23 @@ def trials(study: Study, rater: int) -> list[Trial]:
     for block in itertools.count(rater):
         for condition in square[block % len(square)]:
             if row := waiting[condition]:
-                recent = {trial.prompt for trial in out[-len(choices) :]}
-                # The same prompt soon again invites comparing from memory.
-                out.append(row.pop(next((i for i, trial in enumerate(row) if trial.prompt not in recent), 0)))
+                out.append(row.pop(_farthest(row, out, len(choices))))
         if not any(waiting):
             break
     return _with_checks(study, out, shuffle)
+
+
+def _farthest(row: list[Trial], out: list[Trial], most: int) -> int:
+    """Index of the first trial whose prompt is not among the last `most` shown, or as many of them as can be avoided.
+
+    The same prompt soon again invites comparing from memory.
+    """
+    for width in range(most, 0, -1):
+        recent = {trial.prompt for trial in out[-width:]}
+        for i, trial in enumerate(row):
+            if trial.prompt not in recent:
+                return i
+    return 0
 
 
 def _ranks(study: Study, condition: int) -> list[int]:

@@ -305,7 +305,7 @@ function onKey(event) {
   } else if (event.key === "Backspace") {
     byId("form").reset();
     focusOn(0);
-  } else if (event.key === "Enter" && event.target.tagName !== "BUTTON") submit();
+  } else if (event.key === "Enter") submit();
   else if (event.key.toLowerCase() === "z") enlarge(document.querySelector("#images img"));
   else return;
   event.preventDefault();
