@@ -219,9 +219,7 @@ def test_no_reply_names_a_variant_a_file_or_another_host(tmp_path: Path) -> None
             assert status == 200
             told = str(headers).encode() + body
             assert not any(name.encode() in told for name in [*names, "000.png", "images/"]), path
-            assert (
-                b"//" not in body.replace(b"http://www.w3.org/2000/svg", b"") or b"://" not in body or "image" in path
-            )
+            assert "image" in path or b"://" not in body.replace(b"http://www.w3.org/2000/svg", b"")
             assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'")
             assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
             assert "set-cookie" not in headers
@@ -399,7 +397,6 @@ def test_what_cannot_be_stored_is_an_error_so_that_the_page_keeps_it(
 ) -> None:
     with served(tiny_study(tmp_path)) as server:
         token = join(server)
-        server.store._connection.execute("PRAGMA max_page_count = 1")
         server.store._connection.execute("PRAGMA query_only = 1")
         assert request(server, "POST", f"/api/r/{token}/answers", {"trial": 0, **ANSWER})[0] == 500
         assert "answers.sqlite" in capsys.readouterr().err
@@ -461,7 +458,7 @@ def test_paired_test_and_holm() -> None:
     assert holm([0.01, 0.04, None, 0.03]) == pytest.approx([0.03, 0.06, None, 0.06])
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ratings with effects of raters, prompts and both, a mean of 3: about 95 of 100 intervals have it."""
     pytest.importorskip("scipy")
     from edgeprune.study import statistics
@@ -469,20 +466,19 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng, inside = np.random.default_rng(1), 0
     rater, prompt = (grid.ravel() for grid in np.indices((15, 20)))
     zero = np.zeros(len(rater), int)
-    statistics_draws, statistics.DRAWS = statistics.DRAWS, 200
-    try:
-        for _ in range(60):
-            effects = rng.normal(0, 0.5, 15)[rater] + rng.normal(0, 0.5, 20)[prompt] + rng.normal(0, 0.7, len(rater))
-            low, high = statistics.interval(statistics.Ratings(3 + effects, rater, prompt, zero, 1), lambda m: m)
-            inside += bool(low[0] <= 3 <= high[0])
-    finally:
-        statistics.DRAWS = statistics_draws
-    assert inside >= 51
+    monkeypatch.setattr(statistics, "DRAWS", 200)
+    for _ in range(40):
+        effects = rng.normal(0, 0.5, 15)[rater] + rng.normal(0, 0.5, 20)[prompt] + rng.normal(0, 0.7, len(rater))
+        ratings = statistics.Ratings(3 + effects, rater, prompt, zero, 1)
+        low, high = statistics.interval(statistics.bootstrap(ratings))
+        inside += bool(low[0] <= 3 <= high[0])
+    assert inside >= 33  # of 40; below it by chance once in a thousand times
 
 
 def answer_all(folder: Path, raters: int, reply: Any) -> None:
     """Raters who answer every trial by `reply(rater, trial)`: quality, alignment."""
     study, store = design.read(folder), Store(folder)
+    store._connection.execute("PRAGMA synchronous = OFF")  # hundreds of waits for the disk
     for number in range(raters):
         rater = store.rater(store.join(lambda n: trials(study, n)))
         assert rater is not None
@@ -545,6 +541,18 @@ def test_pairs_with_known_answers(tmp_path: Path) -> None:
     assert alignment["p_raters"] == alignment["p_prompts"] == 2 / 2**6
 
 
+def test_results_before_there_are_any(tmp_path: Path) -> None:
+    folder = tiny_study(tmp_path, checks=1)
+    with pytest.raises(InputError, match="begin with: edgeprune study serve"):
+        results_of(folder)
+    Store(folder).close()
+    with pytest.raises(InputError, match="nobody has answered yet"):
+        results_of(folder)
+    answer_all(folder, 1, lambda rater, trial: (1, 5))
+    with pytest.raises(InputError, match="all 1 raters who answered missed an attention check"):
+        results_of(folder)
+
+
 def test_a_rater_who_stopped_counts_with_what_is_there(tmp_path: Path) -> None:
     folder = tiny_study(tmp_path, per_rater=3, checks=0)
     study, store = design.read(folder), Store(folder)
@@ -575,7 +583,6 @@ def test_what_is_written(tmp_path: Path) -> None:
     with written["results.csv"].open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [float(row["mos_low"]) for row in table] == [row["mos"][1] for row in summary["rows"]]
-    assert all(name in written["results.svg"].read_text() or True for name in VARIANTS)
     with Image.open(written["results.png"]) as image:
         assert image.width > 800
 
@@ -597,8 +604,6 @@ def test_the_command_of_the_docs_makes_a_study(tmp_path: Path) -> None:
     assert "original: original" in found.stderr and "next: edgeprune study serve taste" in found.stderr
     again = run("new", "taste", "--variants", *names, "--prompts", "images/prompts.txt", cwd=tmp_path)
     assert again.returncode == 2 and again.stderr == "error: taste: is there already; a new study needs a new folder\n"
-    early = run("results", "taste", cwd=tmp_path)
-    assert early.returncode == 2 and "begin with: edgeprune study serve taste" in early.stderr
     refused = run("serve", "taste", "--host", "0.0.0.0", cwd=tmp_path)
     assert refused.returncode == 2 and "add --token" in refused.stderr
     assert not (tmp_path / "taste" / "answers.sqlite").exists()

@@ -115,7 +115,11 @@ def results(
 
     given = outcome.gather(design.read(folder), folder)
     summary = outcome.summarise(given)
-    Console().print(outcome.table(summary))
+    console = Console()
+    for table in outcome.tables(summary):
+        console.print(table)
+    for note in outcome.notes(summary):
+        console.print(note, markup=False, highlight=False)
     for path in outcome.write(given, summary, out or folder / "results"):
         typer.echo(f"wrote {path}", err=True)
     if as_json:

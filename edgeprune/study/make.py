@@ -50,7 +50,7 @@ def make(
         raise InputError(f"--mode: found {mode!r}, expected {' or '.join(MODES)}")
     if len(variants) < 2:
         raise InputError(f"--variants: found {len(variants)}, expected two or more, the original first")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or list(folder.iterdir())):
         raise InputError(f"{folder}: is there already; a new study needs a new folder")
     images = {check_variant(name): _images(source) for name, source in variants.items()}
     original, *others = images

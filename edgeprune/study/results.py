@@ -21,7 +21,7 @@ from edgeprune.study.design import QUESTIONS, SCALE, Study, conditions
 from edgeprune.study.store import FILE, Answer, Rater, Store
 
 with needs("study"):
-    from edgeprune.study.statistics import Floats, Ratings, alpha, holm, interval, paired_test
+    from edgeprune.study.statistics import Floats, Ratings, alpha, bootstrap, holm, interval, paired_test
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,11 +30,10 @@ _COLUMNS = {
     "mos": ("variant", "question", "answers", "mos", "drop", "relative_drop", "p_raters", "p_prompts"),
     "pairs": ("variant", "question", "answers", "preferred", "over", "p_raters", "p_prompts"),
 }
-_TITLES = {
-    "mos": "MOS",
-    "relative_drop": "drop, share",
-    "p_raters": "p over raters",
-    "p_prompts": "p over prompts",
+_P = {"p_raters": "p, raters", "p_prompts": "p, prompts"}
+_SHOWN = {
+    "mos": {"variant": "variant", "mos": "MOS", "relative_drop": "drop", **_P},
+    "pairs": {"variant": "variant", "preferred": "preferred", "over": "over", **_P},
 }
 PALETTE = {"quality": "#0072b2", "alignment": "#d55e00"}
 
@@ -125,9 +124,11 @@ def summarise(given: Given) -> dict[str, Any]:
 
 def _mos_rows(study: Study, question: str, found: Ratings) -> list[dict[str, Any]]:
     means, differences = found.means(), [found.of(unit) for unit in (found.rater, found.prompt)]
-    scores = _triples(means, interval(found, lambda m: m))
-    drops = _triples(means[0] - means, interval(found, lambda m: m[0] - m))
-    shares = _triples((means[0] - means) / means[0], interval(found, lambda m: (m[0] - m) / m[0]))
+    draws = bootstrap(found)
+    first = draws[:, :1]
+    scores = _triples(means, interval(draws))
+    drops = _triples(means[0] - means, interval(first - draws))
+    shares = _triples((means[0] - means) / means[0], interval((first - draws) / first))
     tests = [holm([paired_test(d[:, 0] - d[:, v]) for v in range(1, len(means))]) for d in differences]
     counts = np.bincount(found.condition, minlength=found.conditions)
     return [
@@ -146,7 +147,7 @@ def _mos_rows(study: Study, question: str, found: Ratings) -> list[dict[str, Any
 
 
 def _pair_rows(study: Study, question: str, found: Ratings) -> list[dict[str, Any]]:
-    shares = _triples((found.means() + 1) / 2, interval(found, lambda m: (m + 1) / 2))
+    shares = _triples((found.means() + 1) / 2, interval((bootstrap(found) + 1) / 2))
     sides = [found.of(unit) for unit in (found.rater, found.prompt)]
     tests = [holm([paired_test(d[:, c]) for c in range(found.conditions)]) for d in sides]
     counts = np.bincount(found.condition, minlength=found.conditions)
@@ -181,17 +182,21 @@ def _text(name: str, value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def table(summary: dict[str, Any]) -> Table:
-    """The rows, for a terminal."""
+def tables(summary: dict[str, Any]) -> list[Table]:
+    """One for each question, narrow enough for a terminal; the files have all columns."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    names = _COLUMNS[summary["mode"]]
-    out = Table(title=Text(summary["title"]), caption=Text("\n".join(notes(summary))))
-    for name in names:
-        out.add_column(_TITLES.get(name, name), justify="left" if name in ("variant", "question", "over") else "right")
-    for row in summary["rows"]:
-        out.add_row(*(Text(_text(name, row[name])) for name in names))
+    out = []
+    for question in QUESTIONS:
+        table = Table(title=Text(f"{summary['title']}: {question}"), box=box.SIMPLE_HEAD, title_justify="left")
+        for name, title in _SHOWN[summary["mode"]].items():
+            table.add_column(title, justify="left" if name in ("variant", "over") else "right")
+        for row in summary["rows"]:
+            if row["question"] == question:
+                table.add_row(*(Text(_text(name, row[name])) for name in _SHOWN[summary["mode"]]))
+        out.append(table)
     return out
 
 
@@ -203,7 +208,7 @@ def notes(summary: dict[str, Any]) -> list[str]:
         f"{who['counted']} raters counted ({who['finished']} of {who['answered']} finished, {who['missed_a_check']} "
         f"left out for a missed attention check), {summary['prompts']} prompts, "
         f"{summary['median_answer_s']:.0f} s an answer.",
-        "Intervals: 95 %, bootstrap over raters and prompts. p: paired permutation tests, Holm-corrected.",
+        "Intervals: 95 %, bootstrap over raters and prompts. p: paired permutation tests over either, Holm-corrected.",
         f"Agreement (Krippendorff's alpha, interval): {told}.",
     ]
 

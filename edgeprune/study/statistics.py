@@ -7,7 +7,6 @@ models of single raters, such as the bias and inconsistency of ITU-T P.913.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,25 +46,29 @@ class Ratings:
             return np.asarray((np.bincount(cell, self.value, count * self.conditions) / total).reshape(count, -1))
 
 
-def interval(ratings: Ratings, statistic: Callable[[Floats], Floats]) -> tuple[Floats, Floats]:
-    """Bootstrap 95 % interval, low and high, of a statistic of the conditions' means.
+def bootstrap(ratings: Ratings) -> Floats:
+    """The conditions' means (D, C) in D draws, NaN where a draw has no rating of a condition.
 
-    Raters and prompts are drawn again independently, a rating counting as often as both were drawn: the interval is for
+    Raters and prompts are drawn again independently, a rating counting as often as both were drawn: intervals are for
     other people and other prompts. Source: A. Owen, "The pigeonhole bootstrap", 2007.
     """
     rng = np.random.default_rng(_SEED)
-    _, rater = np.unique(ratings.rater, return_inverse=True)
-    _, prompt = np.unique(ratings.prompt, return_inverse=True)
-    draws = []
-    for _ in range(DRAWS):
+    units = [np.unique(unit, return_inverse=True)[1] for unit in (ratings.rater, ratings.prompt)]
+    draws = np.empty((DRAWS, ratings.conditions))
+    for draw in draws:
         weight = np.ones(len(ratings.value))
-        for unit in (rater, prompt):
+        for unit in units:
             count = int(unit.max()) + 1
-            weight = weight * np.bincount(rng.integers(0, count, count), minlength=count)[unit]
-        draws.append(statistic(ratings.means(weight)))
+            weight *= np.bincount(rng.integers(0, count, count), minlength=count)[unit]
+        draw[:] = ratings.means(weight)
+    return draws
+
+
+def interval(draws: Floats) -> tuple[Floats, Floats]:
+    """95 % interval, low and high (C), of what was computed from draws (D, C)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a condition that nobody rated yet stays NaN
-        low, high = np.nanquantile(np.asarray(draws), [0.025, 0.975], axis=0)
+        low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
     return low, high
 
 
