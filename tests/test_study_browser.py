@@ -6,6 +6,8 @@ What counts in the end is the database, so every walk ends by reading it.
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -249,25 +251,38 @@ def test_a_reply_that_was_lost_does_not_answer_twice(browser: Any, server: Study
     assert stored(server) == [(0, 0)]
 
 
-def test_a_server_that_is_started_again_loses_nothing(browser: Any, tmp_path: Path) -> None:
+@contextmanager
+def command(folder: Path, port: int) -> Iterator[str]:
+    """`edgeprune study serve` as a process of its own, killed at the end; gives its address."""
+    arguments = ["-m", "edgeprune.cli", "study", "serve", str(folder), "--port", str(port)]
+    process = subprocess.Popen([sys.executable, *arguments], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        yield process.stderr.readline().split()[-1]
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
+
+
+def test_a_server_that_is_killed_and_started_again_loses_nothing(browser: Any, tmp_path: Path) -> None:
     folder = tiny_study(tmp_path, prompts=2, size=300, checks=1)
-    with served(folder) as first:
-        port = first.server_address[1]
-        context = browser.new_context()
-        page = context.new_page()
-        page.goto(first.address)
+    page = browser.new_context().new_page()
+    with command(folder, 0) as address:
+        page.goto(address)
         begin(page)
         answer(page)
         page.wait_for_selector("#saved:has-text('Saved')")
         page.wait_for_load_state("networkidle")
     answer(page)
     page.wait_for_selector("#saved.bad")
-    with served(folder, port=port) as second:
+    with command(folder, int(address.rstrip("/").rpartition(":")[2])):
         for _ in range(5):
             answer(page)
         wait_for_end(page, 7)
-        context.close()
-        assert stored(second) == [(0, trial) for trial in range(7)]
+    page.context.close()
+    with served(folder) as server:
+        assert stored(server) == [(0, trial) for trial in range(7)]
 
 
 def test_ten_raters_at_once(browser: Any, server: StudyServer) -> None:
