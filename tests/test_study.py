@@ -72,14 +72,21 @@ def test_every_cell_is_shown_equally_often(mode: str, variants: int, prompts: in
         assert len({(t.prompt, frozenset(t.shown)) for t in mine}) == per_rater  # nothing twice
         seen.update((t.prompt, frozenset(t.shown)) for t in mine)
         sides.update((t.prompt, t.shown) for t in mine)
+        own = Counter(frozenset(t.shown) for t in mine)
+        assert max(own.values()) - min(own[frozenset(c)] for c in design.conditions(mode, variants)) <= 2
         assert max(seen.values()) - (min(seen.values()) if len(seen) == cells else 0) <= 1
     assert len(seen) == cells and len(set(seen.values())) == 1
+    assert len(sides) == cells * (2 if mode == "pairs" else 1)
     assert len(set(sides.values())) == 1  # left as often as right, for every prompt and pair
 
 
 def test_order_is_balanced_random_and_repeatable() -> None:
     study = study_of("mos", 4, 8, 32)
     places: Counter[Any] = Counter()
+    first = Counter(
+        (place, t.shown[0]) for r in range(4) for place, t in enumerate(trials(study_of("mos", 4, 8, 4), r))
+    )
+    assert len(first) == 16  # in the first four trials as well
     again = 0
     for rater in range(10 * len(williams(4))):
         mine = trials(study, rater)
@@ -109,7 +116,7 @@ def test_a_study_keeps_pixels_and_nothing_else_of_a_file(tmp_path: Path) -> None
     folders = image_folders(tmp_path / "in")
     note = PngInfo()
     note.add_text("model", "ours")
-    Image.new("RGB", (8, 8), (1, 2, 3)).save(folders["ours"] / "000.png", pnginfo=note)
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(folders["ours"] / "000.png", pnginfo=note, icc_profile=b"ours")
     Image.new("RGB", (8, 8), (7, 7, 7)).save(folders["ours"] / "001.webp", lossless=True)
     (folders["ours"] / "001.png").unlink()
     made = make(tmp_path / "study", folders, prompts=tmp_path / "in" / "prompts.txt", title="T", seed=3)
