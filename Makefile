@@ -19,7 +19,7 @@ OLDEST_TESTS := surgery quantize pipeline export runtimes scheduler t5
 CODE := edgeprune export runtimes targets tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-full evidence test lint types check check-matrix clean
+.PHONY: help setup demo bench bench-full evidence test lint types check check-matrix check-browser clean
 
 help:
 	@echo "make demo    compress, export and bench the built-in model"
@@ -29,6 +29,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   format, lint, types, tests with coverage"
 	@echo "make check-matrix   stock diffusers and optimum, on the oldest and the newest versions"
+	@echo "make check-browser   a real browser walks through the user study; needs chromium"
 	@echo "make clean   remove build/ and $(VENV)"
 
 setup: $(DEV_STAMP)
@@ -95,6 +96,11 @@ check-matrix: $(DEV_STAMP) $(OLDEST_STAMP)
 	@$(OLDEST)/bin/python -m pytest -m clients tests/matrix
 	@$(BIN)/python -m pytest -m clients tests/matrix/test_diffusers.py
 	@$(OLDEST)/bin/python -m pytest -q $(PYTEST_FLAGS) $(OLDEST_TESTS:%=tests/test_%.py)
+
+# The system's chromium, or what `playwright install chromium` left.
+check-browser: $(DEV_STAMP)
+	@$(BIN)/python $(pip) 'playwright>=1.49'
+	@$(BIN)/python -m pytest -q -m browser tests/test_study_browser.py
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(VENV)

@@ -18,6 +18,7 @@ import typer
 
 from edgeprune.errors import CannotRunError, EdgepruneError, InputError, MissingExtraError
 from edgeprune.extras import COMPRESS, absent, conflicts
+from edgeprune.study.cli import study
 
 if TYPE_CHECKING:
     from edgeprune.generation import Generation
@@ -918,6 +919,8 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         _print_json({"findings": [asdict(f) for f in findings], "conflicts": clashes})
 
+
+app.add_typer(study, name="study")
 
 devices = typer.Typer(help="The devices that are known.", invoke_without_command=True)
 app.add_typer(devices, name="targets")

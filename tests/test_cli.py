@@ -28,10 +28,14 @@ def test_plan_from_published_scores_without_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["compress", "analyze", "plan", "prune", "distill", "quantize", "export", "generate", "bench", "score"]
+    "verb",
+    [
+        *("compress", "analyze", "plan", "prune", "distill", "quantize", "export", "generate", "bench", "score"),
+        *("study new", "study serve", "study results"),
+    ],
 )
 def test_help_of_every_verb_has_an_example(verb: str) -> None:
-    found = run(verb, "--help")
+    found = run(*verb.split(), "--help")
     assert found.returncode == 0
     assert "Example" in found.stdout
 

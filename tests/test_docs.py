@@ -42,9 +42,11 @@ def parse(command: Any, words: list[str], parent: Any = None) -> None:
         parse(sub, left, context)
 
 
+GROUPS = [app, *(group.typer_instance for group in app.registered_groups)]
 EXAMPLES = [
     example.strip()
-    for info in app.registered_commands
+    for group in GROUPS
+    for info in group.registered_commands
     for example in (info.epilog or "").removeprefix("Example: ").split("·")
     if example.strip()
 ]

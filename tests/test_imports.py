@@ -41,7 +41,7 @@ RANKS: list[tuple[str, ...]] = [
     ("bench", "bench_worker", "scoring"),
     ("report",),
     ("compare", "compare_page"),
-    ("demo", "doctor"),
+    ("demo", "doctor", "study"),
     ("cli",),
 ]
 DOOR = "edgeprune"  # edgeprune/__init__.py

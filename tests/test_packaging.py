@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from PIL import Image
+from studies import image_folders
 
 from edgeprune import export, extras, metrics, runtimes
 
@@ -312,3 +313,18 @@ def test_doctor_in_a_base_install(site: Path, base: Path, tmp_path: Path) -> Non
     # The command is whole on the screen, where 80 columns are: not taken for markup, not broken over lines.
     assert all(f"pip install 'edgeprune[{f['fix'][23:-2]}]' (missing" in run.stderr for f in found if f["fix"])
     assert {f["what"] for f in found if not f["fix"]} == hardware
+
+
+def test_a_study_in_a_base_install(site: Path, base: Path, tmp_path: Path) -> None:
+    """It is made and served without the extra; only its results need one, and say so."""
+    folders = [f"{name}={path}" for name, path in image_folders(tmp_path / "images").items()]
+    prompts = ["--prompts", tmp_path / "images" / "prompts.txt"]
+    run = run_with([site, base], CLI, "study", "new", "taste", "--variants", *folders, *prompts, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    serving = "from pathlib import Path\nfrom edgeprune.study.server import ASSETS, StudyServer\n"
+    serving += "with StudyServer(Path('taste')) as server: print(server.address, (ASSETS / 'page.html').is_file())"
+    run = run_with([site, base], serving, cwd=tmp_path)
+    assert run.stdout.startswith("http://127.0.0.1:") and run.stdout.endswith("/ True\n"), run.stderr
+    run = run_with([site, base], CLI, "study", "results", "taste", cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "error: scipy is not installed; run: pip install 'edgeprune[study]'\n"

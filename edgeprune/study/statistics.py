@@ -1,0 +1,119 @@
+"""Means, intervals, paired tests and agreement over ratings that cross raters with prompts.
+
+Ratings are rows: value (N), rater (N), prompt (N), condition (N), the last three indices from 0. What it leaves out:
+models of single raters, such as the bias and inconsistency of ITU-T P.913.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import permutation_test
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+DRAWS = 2000
+_RESAMPLES = 9999
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """The answers to one question."""
+
+    value: Floats
+    rater: Ints
+    prompt: Ints
+    condition: Ints
+    conditions: int
+
+    def means(self, weight: Floats | None = None) -> Floats:
+        """Mean of each condition (C), NaN where it has none; `weight` (N) counts a row that often."""
+        weight = np.ones(len(self.value)) if weight is None else weight
+        total = np.bincount(self.condition, weight, self.conditions)
+        with np.errstate(invalid="ignore"):
+            return np.asarray(np.bincount(self.condition, weight * self.value, self.conditions) / total)
+
+    def of(self, unit: Ints) -> Floats:
+        """Mean of each unit (rater or prompt) and condition: (U, C), NaN where there is none."""
+        count = int(unit.max(initial=-1)) + 1
+        cell = unit * self.conditions + self.condition
+        total = np.bincount(cell, minlength=count * self.conditions)
+        with np.errstate(invalid="ignore"):
+            return np.asarray((np.bincount(cell, self.value, count * self.conditions) / total).reshape(count, -1))
+
+
+def bootstrap(ratings: Ratings) -> Floats:
+    """The conditions' means (D, C) in D draws, NaN where a draw has no rating of a condition.
+
+    Raters and prompts are drawn again independently, a rating counting as often as both were drawn: intervals are for
+    other people and other prompts. Source: A. Owen, "The pigeonhole bootstrap", 2007.
+    """
+    rng = np.random.default_rng(_SEED)
+    units = [np.unique(unit, return_inverse=True)[1] for unit in (ratings.rater, ratings.prompt)]
+    draws = np.empty((DRAWS, ratings.conditions))
+    for draw in draws:
+        weight = np.ones(len(ratings.value))
+        for unit in units:
+            count = int(unit.max()) + 1
+            weight *= np.bincount(rng.integers(0, count, count), minlength=count)[unit]
+        draw[:] = ratings.means(weight)
+    return draws
+
+
+def interval(draws: Floats) -> tuple[Floats, Floats]:
+    """95 % interval, low and high (C), of what was computed from draws (D, C)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a condition that nobody rated yet stays NaN
+        low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
+    return low, high
+
+
+def paired_test(difference: Floats) -> float | None:
+    """Two-sided p of a mean difference of 0, by flipping signs: exact for up to 13 pairs, else 9999 random flips.
+
+    NaN, a unit without one of the two, is left out; None where fewer than two units remain.
+    """
+    difference = difference[~np.isnan(difference)]
+    if len(difference) < 2:
+        return None
+    found = permutation_test(
+        (difference,),
+        lambda x, axis: np.mean(x, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        random_state=_SEED,
+    )
+    return float(found.pvalue)
+
+
+def holm(p: list[float | None]) -> list[float | None]:
+    """Holm's correction for several tests; None stays and does not count. Source: S. Holm, 1979."""
+    order = sorted((value, i) for i, value in enumerate(p) if value is not None)
+    out, highest = list(p), 0.0
+    for rank, (value, i) in enumerate(order):
+        out[i] = highest = max(highest, min(1.0, value * (len(order) - rank)))
+    return out
+
+
+def alpha(ratings: Ratings) -> float | None:
+    """Krippendorff's alpha, interval metric, over images (prompt and condition) that two raters or more saw.
+
+    1 is full agreement, 0 what chance gives; None where no image has two ratings, or all ratings are alike. Source:
+    K. Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011; with squared differences its coincidence matrix
+    comes down to variances: of each image, weighted by its number of ratings, over that of all ratings.
+    """
+    image = ratings.prompt * ratings.conditions + ratings.condition
+    count = np.bincount(image)
+    kept = count[image] > 1
+    value, image = ratings.value[kept], image[kept]
+    if not len(value) or np.ptp(value) == 0:
+        return None
+    number = np.maximum(np.bincount(image, minlength=len(count)), 1)
+    mean = np.bincount(image, value, len(count)) / number
+    observed = np.mean((value - mean[image]) ** 2 * number[image] / (number[image] - 1))
+    return float(1 - observed / np.var(value, ddof=1))
