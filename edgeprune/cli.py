@@ -416,7 +416,7 @@ def _forecast(source: Path, options: CompressOptions, generation: Generation, as
         _print_json(found)
 
 
-@app.command(epilog="Example: edgeprune analyze -o small --metric velocity")
+@app.command(epilog="Example: edgeprune analyze -o small --joint  ·  edgeprune analyze ./sd35 --dry-run --pairs")
 def analyze(
     model: Model = None,
     out: Out = Path("compressed"),
@@ -424,29 +424,53 @@ def analyze(
     prompts: Prompts = None,
     count: Annotated[int, typer.Option(min=1, help="Prompts to use.")] = 28,
     only_blocks: Annotated[bool, typer.Option("--only-blocks", help="Leave the components out.")] = False,
+    joint: Annotated[bool, typer.Option("--joint", help="Groups of a block's components too (figure 4).")] = False,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Any two parts too, for `plan --method milp`.")] = False,
+    estimator: Annotated[
+        str,
+        typer.Option(
+            help="exhaustive (run without each group), reuse (the same numbers, half the work; velocity only) or gates "
+            "(estimated by gradients in one pass; velocity only)."
+        ),
+    ] = "exhaustive",
     inference_steps: InferenceSteps = None,
     guidance_scale: Guidance = None,
     height: Height = None,
     width: Width = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Time one evaluation, say what it would cost.")] = False,
     fresh: Fresh = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score the model without each block and component: analysis.json."""
     from edgeprune import pipeline
 
     generation = _generation(inference_steps, guidance_scale, height, width)
+    options = pipeline.AnalyzeOptions(metric, prompts, count, not only_blocks, joint, pairs, estimator)
     ws = _workspace(out, model, fresh, begin=True, generation=generation)
-    options = pipeline.AnalyzeOptions(metric, prompts, count, not only_blocks)
     with _bars() as progress:
         ran = pipeline.run_analyze(ws, options, progress)
     found = ws.report()
     assert found is not None
     order = sorted(found.contributions().values(), key=lambda c: c.drop)
-    _table([(f"{c.block}:{c.component or 'block'}", f"{c.drop:.4f} ± {c.half_width or 0:.4f}") for c in order[:8]])
+    _table([(str(c), f"{c.drop:.4f} ± {c.half_width or 0:.4f}") for c in order[:8]])
     _say(
         f"least contributing first, loss of the {found.metric} score with 95 % interval"
         + ("" if ran else " (already done)")
     )
-    _say(f"next: edgeprune plan -o {out} --keep 0.79")
+    _say(f"next: edgeprune plot {ws.report_path} -o {out / 'plots'}, or: edgeprune plan -o {out} --keep 0.79")
+
+
+@app.command(epilog="Example: edgeprune plot small/analysis.json -o plots")
+def plot(
+    report: Annotated[Path, typer.Argument(help="Report of `edgeprune analyze`, or published scores.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("plots"),
+) -> None:
+    """Draw contributions with 95 % intervals: SVG and PNG of blocks and components, and of joint removals."""
+    from edgeprune.contribution import ContributionReport
+    from edgeprune.plots import save
+
+    for path in save(ContributionReport.load(report), out):
+        _say(f"wrote {path}")
 
 
 @app.command(epilog="Example: edgeprune plan --config transformer/config.json --scores scores.json --keep 0.79")

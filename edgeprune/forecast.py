@@ -15,12 +15,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgeprune import checkpoint
-from edgeprune.contribution import parts
 from edgeprune.families import Config, Family
 from edgeprune.files import read_json
 from edgeprune.generation import Generation, longest_prompt
 from edgeprune.metrics import metric_named
-from edgeprune.pipeline import CompressOptions, rehearse
+from edgeprune.pipeline import CompressOptions, analysis_groups, rehearse
 from edgeprune.sampling import Conditioning, velocity
 
 
@@ -41,7 +40,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
     plan = rehearse(source, generation, options)
     before, after = plan.before, plan.after
 
-    scored = len(parts(family, config, components=options.analyze.components)) + 1
+    scored = len(analysis_groups(family, config, options.analyze)) + 1
     per_step = 2 if family.guided(config, generation.guidance_scale) else 1
     per_score = metric_named(options.analyze.metric).evaluations(generation, options.analyze.count, per_step)
     training, rounded = options.distill, options.distill is not None and options.distill.int4_group_size is not None

@@ -22,10 +22,12 @@ from safetensors.torch import load_file
 
 from edgeprune import checkpoint, targets
 from edgeprune.checkpoint import HALF, INT4, MANIFEST, Manifest
-from edgeprune.contribution import ContributionReport, analyze, fingerprint, parts
+from edgeprune.contribution import ContributionReport, Group, analyze, fingerprint, groups
 from edgeprune.data import PROMPTS, make_pairs, read_prompts, source_digest
 from edgeprune.distill import DistillOptions, distill
 from edgeprune.errors import InputError, StaleStageError
+from edgeprune.estimators import estimator_named
+from edgeprune.families import Config, Family
 from edgeprune.families.base import CHANGED
 from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known, write_json
 from edgeprune.fit import Fit, fit
@@ -73,6 +75,12 @@ class AnalyzeOptions:
     """A text file; by default shapes world's training captions for the built-in model, else a list of ours."""
     count: int = 28
     components: bool = True
+    joint: bool = False
+    """Groups of a block's components as well, see contribution.py."""
+    pairs: bool = False
+    """Any two parts as well."""
+    estimator: str = "exhaustive"
+    """How scores are come by, see estimators/."""
 
 
 @dataclass(frozen=True)
@@ -332,6 +340,17 @@ def analysis_prompts(ws: Workspace, options: AnalyzeOptions) -> list[str]:
     return read_prompts(PROMPTS)[: options.count]
 
 
+def analysis_groups(family: Family, config: Config, options: AnalyzeOptions) -> list[Group]:
+    """What is removed, one group after the other.
+
+    Raises:
+        InputError: joint removals of components that are left out.
+    """
+    if options.joint and not options.components:
+        raise InputError("--joint removes components together; leave --only-blocks out")
+    return groups(family, config, components=options.components, joint=options.joint, pairs=options.pairs)
+
+
 @torch.no_grad()
 def modulation_mean(ws: Workspace, prompts: list[str]) -> torch.Tensor:
     """Mean modulation input (D) over the sampler's timesteps and these prompts."""
@@ -351,15 +370,17 @@ def _modulation_inputs(ws: Workspace, prompts: list[str], levels: torch.Tensor) 
 
 def run_analyze(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> bool:
     """Contribution scores to `analysis.json`."""
-    metric_class = metric_named(options.metric)
+    metric_class, estimator_class = metric_named(options.metric), estimator_named(options.estimator, options.metric)
+    wanted = analysis_groups(ws.family, ws.config, options)
     prompts = analysis_prompts(ws, options)
     inputs = asdict(options) | {"prompts": prompts, "generation": asdict(ws.generation)}
 
     def run(key: str) -> dict[str, Any]:
         metric = metric_class(ws.pipe, ws.generation, prompts)
+        estimator = estimator_class(ws.family, metric, modulation_mean(ws, prompts))
         analyze(
-            ws.family, ws.config, ws.pipe.transformer, metric.score, mean=modulation_mean(ws, prompts),
-            metric=metric.name, prompts=prompts, path=ws.report_path, inputs_digest=key, components=options.components,
+            ws.family, ws.config, estimator.estimate, groups=wanted, metric=metric.name, estimator=estimator.name,
+            prompts=prompts, path=ws.report_path, inputs_digest=key,
             progress=lambda done, total: progress("analyze", done, total, ""),
         )  # fmt: skip
         ws.manifest.hash_files(ws.out, "analysis.json")
@@ -437,7 +458,7 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
         BudgetError: no plan of these options meets the budget.
     """
     config, family = checkpoint.read_config(source)
-    alike = dict.fromkeys(parts(family, config, components=options.analyze.components), 0.0)
+    alike = dict.fromkeys(groups(family, config, components=options.analyze.components), 0.0)
     report = ContributionReport(
         fingerprint(config), family.name, family.block_count(config), "none", [], [], {}, summary=alike
     )

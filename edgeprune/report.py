@@ -12,6 +12,7 @@ import functools
 import io
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,11 @@ from PIL import Image
 from edgeprune import checkpoint
 from edgeprune.bench import MEASURES, show
 from edgeprune.checkpoint import INT4
-from edgeprune.contribution import Contribution, ContributionReport
 from edgeprune.data import PROMPTS, read_prompts
 from edgeprune.demo import shapes
 from edgeprune.files import read_json, write_json
 from edgeprune.pipeline import Progress, Workspace, silent
-from edgeprune.plan import PrunePlan
+from edgeprune.plots import figures, svg
 from edgeprune.sampling import encode_prompts, generate, latent_shape, noise, velocity
 
 _DRAWS = 2000
@@ -200,58 +200,8 @@ def _png(pixels: NDArray[Any], scale: int) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _svg(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight")
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def plots(report: ContributionReport, plan: PrunePlan) -> list[str]:
-    """Contribution of blocks, and of components, with intervals: two SVG images as data addresses."""
-    from matplotlib.figure import Figure
-
-    found = report.contributions()
-    label = f"loss of the {report.metric} score"
-    out = []
-    blocks = [c for c in found.values() if c.component is None]
-    figure = Figure(figsize=(9, 3))
-    axes = figure.subplots()
-    colours = ["#d55e00" if c.block in plan.blocks else "#0072b2" for c in blocks]
-    axes.bar([c.block for c in blocks], [c.drop for c in blocks], yerr=_errors(blocks), color=colours, capsize=2)
-    axes.set(xlabel="block removed (orange: pruned by the plan)", ylabel=label)
-    axes.set_yscale("symlog", linthresh=_LINEAR)
-    out.append(_svg(figure))
-    names = [n for n in dict.fromkeys(c.component for c in found.values()) if n]
-    if names:
-        figure = Figure(figsize=(9, 3.4))
-        axes = figure.subplots()
-        palette = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
-        for name, colour in zip(names, palette, strict=False):
-            mine = [c for c in found.values() if c.component == name]
-            axes.errorbar(
-                [c.block for c in mine],
-                [c.drop for c in mine],
-                yerr=_errors(mine),
-                label=name,
-                color=colour,
-                marker="o",
-                ms=3,
-                capsize=2,
-                lw=1,
-            )
-        axes.set(xlabel="block", ylabel=label)
-        axes.set_yscale("symlog", linthresh=_LINEAR)
-        axes.legend(ncols=len(names), fontsize=8)
-        out.append(_svg(figure))
-    return out
-
-
-_LINEAR = 1e-2
-"""Drops below this are noise for most metrics; above it the axis is logarithmic."""
-
-
-def _errors(entries: list[Contribution]) -> list[float]:
-    return [c.half_width or 0.0 for c in entries]
+def _address(draw: Callable[[], Any]) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(draw)).decode()
 
 
 def _write_page(
@@ -285,7 +235,7 @@ def _write_page(
         plan=plan,
         rows=rows(summary),
         pairs=pairs,
-        plots=plots(report, plan) if report else [],
+        plots=[_address(draw) for draw in figures(report, tuple(plan.keys)).values()] if report else [],
         prompts=len(report.prompts) if report else 0,
         tasks=[
             (t, quality["tasks"]["original"][t], quality["tasks"]["compressed"][t])

@@ -26,6 +26,7 @@ RANKS: list[tuple[str, ...]] = [
     ("precision", "sampling", "modulation"),
     ("metrics", "data"),
     ("contribution", "fit"),
+    ("estimators", "planners", "plots"),
     ("plan",),
     ("surgery",),
     ("losses", "int4"),

@@ -50,13 +50,14 @@ class VelocityError:
         """One a state."""
         return prompts * min(STATES, generation.num_inference_steps)
 
+    def velocity(self, rows: slice) -> torch.Tensor:
+        """Conditional velocities of the transformer as it is now at some of the states; prompts go round first."""
+        given = (self.states[rows], self.condition[rows], self.sigmas[rows], self.guidance)
+        return velocity(self.pipe.transformer, *given).float()
+
     def _velocities(self) -> torch.Tensor:
-        parts = []
-        for start in range(0, len(self.states), self.batch):
-            rows = slice(start, start + self.batch)
-            given = (self.states[rows], self.condition[rows], self.sigmas[rows], self.guidance)
-            parts.append(velocity(self.pipe.transformer, *given).float())
-        return torch.cat(parts)
+        starts = range(0, len(self.states), self.batch)
+        return torch.cat([self.velocity(slice(start, start + self.batch)) for start in starts])
 
     def _per_prompt(self, values: torch.Tensor) -> torch.Tensor:
         """Root of the summed squares of all states of a prompt: (P,)."""
