@@ -38,7 +38,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on t
 Metric = Annotated[str, typer.Option(help="velocity (error of the velocity, no images) or shapes (checked images).")]
 Prompts = Annotated[str | None, typer.Option(help="Text file of prompts, one a line.")]
 Method = Annotated[
-    str | None, typer.Option(help="hpp, hybrid or manual; by default hpp, for the built-in model hybrid.")
+    str | None,
+    typer.Option(help="hpp, hybrid, greedy, milp or manual; by default hpp, for the built-in model hybrid."),
 ]
 Keep = Annotated[float | None, typer.Option(help="Share of the transformer's parameters that may be left, like 0.79.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Bytes its weights may take after INT4, like 3.2GB.")]
@@ -49,6 +50,9 @@ ProtectFirst = Annotated[int | None, typer.Option(help="Leading blocks never rem
 ProtectLast = Annotated[int | None, typer.Option(help="Trailing blocks never removed; 2 by default.")]
 Threshold = Annotated[
     float | None, typer.Option(help="hybrid: share removed as whole blocks before components join; 0.15 by default.")
+]
+MaxLatency = Annotated[
+    float | None, typer.Option(help="milp: share of a step's time here that may be left, beside the other budget.")
 ]
 Blocks = Annotated[str, typer.Option(help="manual: closed ranges of blocks, like 25-28,31.")]
 Components = Annotated[str, typer.Option(help="manual: components, like 30:mlp,30:context_mlp.")]
@@ -230,6 +234,7 @@ def _plan_options(
     group_size: int,
     modulation_rank: str | None,
     prompts: str | None,
+    max_latency: float | None,
 ) -> PlanOptions:
     """`start`, the preset's, with what the user says; another method begins from its own defaults."""
     from dataclasses import replace
@@ -250,6 +255,7 @@ def _plan_options(
         size = parse_bytes(max_memory) if max_memory else None
         start = replace(start, keep=keep, max_memory_bytes=size, fit=fit)
     given: dict[str, Any] = {"protect_first": protect_first, "protect_last": protect_last, "threshold": threshold}
+    given["max_latency"] = max_latency
     said = {name: value for name, value in given.items() if value is not None}
     listed: dict[str, Any] = {"blocks": blocks, "components": components, "group_size": group_size}
     return replace(start, **said, **listed, modulation_rank=rank, prompts=None if rank is None else prompts)
@@ -312,6 +318,7 @@ def compress(
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
     threshold: Threshold = None,
+    max_latency: MaxLatency = None,
     blocks: Blocks = "",
     components: Components = "",
     modulation_rank: ModulationRank = None,
@@ -352,6 +359,7 @@ def compress(
         group_size,
         modulation_rank,
         prompts,
+        max_latency,
     )
     distill_options = options.distill
     if steps is not None and distill_options is not None:
@@ -485,6 +493,7 @@ def plan(
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
     threshold: Threshold = None,
+    max_latency: MaxLatency = None,
     blocks: Blocks = "",
     components: Components = "",
     modulation_rank: ModulationRank = None,
@@ -506,7 +515,7 @@ def plan(
     loaded = ContributionReport.load(scores) if scores is not None else None
     chosen = (
         *(method, keep, max_memory, fit, protect_first, protect_last, threshold, blocks, components, group_size),
-        *(modulation_rank, prompts),
+        *(modulation_rank, prompts, max_latency),
     )
     if out is not None:
         ws = _workspace(out, None, fresh)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from edgeprune import checkpoint, targets
 from edgeprune.checkpoint import HALF, INT4, MANIFEST, Manifest
-from edgeprune.contribution import ContributionReport, Group, analyze, fingerprint, groups
+from edgeprune.contribution import ContributionReport, Group, Key, analyze, fingerprint, groups, removed
 from edgeprune.data import PROMPTS, make_pairs, read_prompts, source_digest
 from edgeprune.distill import DistillOptions, distill
 from edgeprune.errors import InputError, StaleStageError
@@ -44,11 +44,13 @@ from edgeprune.plan import (
     shorter_config,
     tensor_sources,
 )
+from edgeprune.planners import PLANNERS, Measured
 from edgeprune.quantize import CALIBRATIONS, prepare, quantize_part
 from edgeprune.resume import Tensors, save_tensors
 from edgeprune.sampling import encode_prompts, latent_shape, sigmas
 from edgeprune.stored import PACKED
 from edgeprune.surgery import build, prune_state, prune_tensor
+from edgeprune.timing import step_seconds
 from edgeprune.weights import Weights
 
 STAGES = ("analyze", "plan", "prune", "distill", "quantize")
@@ -421,7 +423,8 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
         if rank is not None:
             inputs = calibration_inputs(ws, prompts)
             chosen = choose_rank(inputs, modulation_width(ws.family, ws.config)) if chosen is None else chosen
-        plan = plan_for(ws.family, ws.config, ws.report(), replace(options, modulation_rank=chosen), budget)
+        measured = measured_for(ws, options)
+        plan = plan_for(ws.family, ws.config, ws.report(), replace(options, modulation_rank=chosen), budget, measured)
         if chosen is not None:
             found = subspace(inputs.flatten(0, 1))
             save_tensors(ws.out / MODULATION, {"mean": found.mean, "basis": found.basis(chosen)})
@@ -437,6 +440,31 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
         | ({"calibration": prompts, "generation": asdict(ws.generation)} if prompts else {}),
         run,
     )
+
+
+@torch.no_grad()
+def measured_for(ws: Workspace, options: PlanOptions) -> Measured:
+    """What the method asks of the running model: losses as they are asked for, or the time that parts take."""
+    report = ws.report()
+    if report is None or not (options.method == "greedy" or options.max_latency is not None):
+        return Measured()
+    if not report.prompts:
+        raise InputError("scores: published scores say no prompts, so nothing can be scored beside them; analyze first")
+    metric = metric_named(report.metric)(ws.pipe, ws.generation, report.prompts)
+    model, mean = ws.pipe.transformer, modulation_mean(ws, report.prompts)
+    if options.max_latency is not None:
+        state = metric_named("velocity")(ws.pipe, ws.generation, report.prompts[:1])
+        step_s, seconds = step_seconds(
+            ws.family, model, lambda: state.velocity(slice(1)), list(report.contributions()), mean
+        )
+        return Measured(seconds=seconds, step_s=step_s)
+    whole = metric.score()
+
+    def loss(gone: list[Key]) -> float:
+        with removed(ws.family, model, gone, mean):
+            return sum(a - b for a, b in zip(whole, metric.score(), strict=True)) / len(whole)
+
+    return Measured(loss)
 
 
 def budget_for(source: Path, generation: Generation, options: PlanOptions) -> int | None:
@@ -463,6 +491,8 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
         fingerprint(config), family.name, family.block_count(config), "none", [], [], {}, summary=alike
     )
     choices = options.plan
+    if choices.method in PLANNERS:  # what may go is the same
+        choices = replace(choices, method="hybrid", threshold=1.0, max_latency=None)
     if isinstance(choices.modulation_rank, str):
         choices = replace(choices, modulation_rank=ranks(modulation_width(family, config))[0])
     return plan_for(family, config, report, choices, budget_for(source, generation, choices))

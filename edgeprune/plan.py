@@ -2,8 +2,9 @@
 
 Methods: `hpp` removes the least contributing whole blocks among the later ones; `hybrid` goes on, past a share of
 removed parameters, with the components of the later blocks that remain, by loss per parameter; `manual` takes the
-user's list, and removes nothing without one. Where the modulation is projected on a basis (modulation.py), that comes
-first: its savings count towards the budget before any part is removed.
+user's list, and removes nothing without one; `greedy` and `milp` (planners/) know how parts act together. Where the
+modulation is projected on a basis (modulation.py), that comes first: its savings count towards the budget before any
+part is removed.
 A plan holds explicit indices and the fingerprint of the model it was made for.
 """
 
@@ -20,10 +21,11 @@ from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import Config, Family, family_of
 from edgeprune.families.base import CHANGED, Shape, Source
 from edgeprune.files import read_json
+from edgeprune.planners import PLANNERS, Measured, Problem, planner_named
 from edgeprune.precision import Footprint, footprint
 
 SCHEMA_VERSION = 1
-METHODS = ("hpp", "hybrid", "manual")
+METHODS = ("hpp", "hybrid", "manual", *PLANNERS)
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,8 @@ class PlanOptions:
     """Name of a target whose memory sets the budget, see fit.py."""
     modulation_rank: int | str | None = None
     """Directions of the modulation input that stay; `auto` measures how many; None leaves it as it is."""
+    max_latency: float | None = None
+    """Share of a step's time that may be left, 0..1, beside the other budget."""
     prompts: str | None = None
     """A text file of the prompts that these directions are found on; by default as for `analyze`, but all of them."""
 
@@ -243,6 +247,8 @@ def make_plan(
     components: str = "",
     group_size: int = 64,
     modulation_rank: int | None = None,
+    max_latency: float | None = None,
+    measured: Measured | None = None,
 ) -> PrunePlan:
     """A plan that meets the budget with the least loss the method knows.
 
@@ -255,11 +261,15 @@ def make_plan(
         threshold: for `hybrid`, the share of parameters removed as whole blocks before components join.
         blocks, components: for `manual`, see `parse_blocks` and `parse_components`.
         modulation_rank: see `PrunePlan`.
+        max_latency: for `milp`, share of a step's time that may be left, 0..1.
+        measured: what `greedy`, and `milp` with `max_latency`, ask of a running model.
 
     Raises:
         InputError: wrong options, or a report of another model.
         BudgetError: nothing the method may remove meets the budget.
     """
+    if max_latency is not None and (method != "milp" or not 0 < max_latency <= 1):
+        raise InputError(f"--max-latency: found {max_latency} with --method {method}, expected 0 to 1 with milp")
     model = _Model(family, config, group_size, modulation_rank)
     if method == "manual":
         if keep is not None or max_memory_bytes is not None:
@@ -274,7 +284,13 @@ def make_plan(
         budget = _Budget(model.before, keep, max_memory_bytes)
         first = model.count // 2 if protect_first is None else protect_first
         later = range(first, model.count - protect_last)
-        gone, parts = _ranked(model, report.contributions(), budget, later, threshold if method == "hybrid" else None)
+        if method in PLANNERS:
+            problem = _problem(model, report, budget, later, measured or Measured(), max_latency)
+            chosen = planner_named(method)(problem)
+            gone, parts = [b for b, c in chosen if c is None], [(b, c) for b, c in chosen if c is not None]
+        else:
+            cut = threshold if method == "hybrid" else None
+            gone, parts = _ranked(model, report.contributions(), budget, later, cut)
         now = model.after(gone, parts)
         if not budget.met(now):
             raise BudgetError(
@@ -293,7 +309,12 @@ def make_plan(
 
 
 def plan_for(
-    family: Family, config: Config, report: ContributionReport | None, options: PlanOptions, budget: int | None = None
+    family: Family,
+    config: Config,
+    report: ContributionReport | None,
+    options: PlanOptions,
+    budget: int | None = None,
+    measured: Measured | None = None,
 ) -> PrunePlan:
     """`make_plan` with options; `budget` is the bytes that a device leaves, where one was named.
 
@@ -308,7 +329,7 @@ def plan_for(
     del choices["prompts"]
     if choices.pop("fit"):
         choices["max_memory_bytes"] = budget
-    return make_plan(family, config, report, **choices)
+    return make_plan(family, config, report, **choices, measured=measured)
 
 
 class _Model:
@@ -363,15 +384,17 @@ class _Budget:
             raise InputError("budget: give exactly one of --keep and --max-memory")
         if keep is not None and not 0 < keep <= 1:
             raise InputError(f"--keep: found {keep}, expected a share above 0 and up to 1")
-        self._parameters = None if keep is None else keep * before.parameters
-        self._bytes = max_memory_bytes
+        self.limit = float(max_memory_bytes or 0) if keep is None else keep * before.parameters
+        self._keep = keep
         self._text = f"--keep {keep}" if keep is not None else f"--max-memory {max_memory_bytes} bytes"
+
+    def left(self, now: Footprint) -> int:
+        """Parameters or bytes, whichever are limited."""
+        return now.int4_bytes if self._keep is None else now.parameters
 
     def met(self, now: Footprint) -> bool:
         """Whether no more need go."""
-        if self._parameters is not None:
-            return now.parameters <= self._parameters
-        return now.int4_bytes <= (self._bytes or 0)
+        return self.left(now) <= self.limit
 
     def __str__(self) -> str:
         return self._text
@@ -388,6 +411,27 @@ def _listed(model: _Model, blocks: str, components: str) -> tuple[list[int], lis
             f"--components: {noops[0][0]}:{noops[0][1]} is not in this model, so there is nothing to remove"
         )
     return gone, parts
+
+
+def _problem(
+    model: _Model,
+    report: ContributionReport,
+    budget: _Budget,
+    later: range,
+    measured: Measured,
+    max_latency: float | None,
+) -> Problem:
+    """What a planner chooses from: parts of later blocks."""
+
+    def left(chosen: list[Key]) -> float:
+        return budget.left(model.after([b for b, c in chosen if c is None], [(b, c) for b, c in chosen if c]))
+
+    if max_latency is not None and not measured.seconds:
+        raise InputError("--max-latency is measured on a model: give -o (a folder), not --config")
+    losses = {part: c.drop for part, c in report.contributions().items() if part[0] in later}
+    joint = {parts: c.drop for parts, c in report.joint().items() if set(parts) <= losses.keys()}
+    save_s = 0.0 if max_latency is None else (1 - max_latency) * measured.step_s
+    return Problem(report.metric, losses, joint, left, budget.limit, model.count, measured, save_s)
 
 
 def _ranked(

@@ -144,7 +144,7 @@ def test_plan_options_begin_from_the_preset() -> None:
 
     def made(**said: object) -> PlanOptions:
         names = ("method", "keep", "max_memory", "fit", "protect_first", "protect_last", "threshold")
-        later = (said.get("blocks", ""), "", 64, said.get("modulation_rank"), "prompts.txt")
+        later = (said.get("blocks", ""), "", 64, said.get("modulation_rank"), "prompts.txt", said.get("max_latency"))
         return _plan_options(start, *(said.get(n) for n in names), *later)  # type: ignore[arg-type]
 
     assert made() == start and start.method == "hybrid"  # `plan` after `compress` has nothing to do

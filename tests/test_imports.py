@@ -26,7 +26,7 @@ RANKS: list[tuple[str, ...]] = [
     ("precision", "sampling", "modulation"),
     ("metrics", "data"),
     ("contribution", "fit"),
-    ("estimators", "planners", "plots"),
+    ("estimators", "planners", "plots", "timing"),
     ("plan",),
     ("surgery",),
     ("losses", "int4"),
