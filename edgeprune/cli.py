@@ -406,12 +406,32 @@ def _in_units(key: str, value: float) -> tuple[str, str]:
         "_flops": (1e12, "TFLOP"),
         "_bytes": (1e9, "GB"),
         "_floor_s": (60, "minutes"),
+        "_s": (1, "s"),
     }
     for ending, (size, unit) in units.items():
         if key.endswith(ending):
             name, amount = key.removesuffix(ending) + ("_floor" if ending == "_floor_s" else ""), value / size
             return name.replace("_", " "), f"{amount:,.0f} {unit}" if amount >= 100 else f"{amount:.3g} {unit}"
     return key.replace("_", " "), f"{value:,}"
+
+
+def _forecast_analysis(model: str | None, out: Path, options: Any, given: dict[str, Any], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from edgeprune.checkpoint import resolve
+    from edgeprune.forecast import forecast_analysis
+    from edgeprune.generation import Generation
+
+    begun = _workspace(out, None, False) if model is None and (out / "edgeprune.json").is_file() else None
+    source = begun.source if begun else resolve(model)
+    said = {name: value for name, value in given.items() if value is not None}
+    images = Generation.checked(asdict(begun.generation if begun else Generation.load(source)) | said, "options")
+    images.check_size(source)
+    found = forecast_analysis(source, options, images)
+    _table([_in_units(key, value) for key, value in found.items()])
+    _say("from one evaluation of one sample here, with weights in float32; batches take less time")
+    if as_json:
+        _print_json(found)
 
 
 def _forecast(source: Path, options: CompressOptions, generation: Generation, as_json: bool) -> None:
@@ -454,6 +474,9 @@ def analyze(
 
     generation = _generation(inference_steps, guidance_scale, height, width)
     options = pipeline.AnalyzeOptions(metric, prompts, count, not only_blocks, joint, pairs, estimator)
+    if dry_run:
+        _forecast_analysis(model, out, options, generation, as_json)
+        return
     ws = _workspace(out, model, fresh, begin=True, generation=generation)
     with _bars() as progress:
         ran = pipeline.run_analyze(ws, options, progress)
@@ -465,6 +488,8 @@ def analyze(
         f"least contributing first, loss of the {found.metric} score with 95 % interval"
         + ("" if ran else " (already done)")
     )
+    if as_json:
+        _print_json(found.to_json())
     _say(f"next: edgeprune plot {ws.report_path} -o {out / 'plots'}, or: edgeprune plan -o {out} --keep 0.79")
 
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 from scipy.stats import spearmanr
 
-from edgeprune.contribution import Group, groups
+from edgeprune.contribution import Group, group, groups
 from edgeprune.errors import InputError
 from edgeprune.estimators import estimator_named
 from edgeprune.estimators.exhaustive import Exhaustive
@@ -22,7 +22,6 @@ from edgeprune.metrics.velocity import VelocityError
 from edgeprune.sampling import Conditioning
 
 STEPS, PROMPTS = 3, 2
-EVERY = pytest.mark.parametrize("kind", tiny.KINDS)
 
 
 def setup(kind: str, monkeypatch: pytest.MonkeyPatch, *, batch: int = 4) -> tuple[Any, Any, list[Group]]:
@@ -43,7 +42,7 @@ def setup(kind: str, monkeypatch: pytest.MonkeyPatch, *, batch: int = 4) -> tupl
     pipe = SimpleNamespace(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler(), vae_scale_factor=8)
     metric = VelocityError(pipe, Generation(STEPS, 1.0, 64, 64, 6), ["a", "bb"], batch=batch)
     assert isinstance(metric.condition, Conditioning) and len(metric.states) == STEPS * PROMPTS
-    return family, metric, [(), *groups(family, config, joint=True, pairs=kind == "sd3-dual")]
+    return family, metric, [(), *groups(family, config, joint=True)]
 
 
 def block_samples(model: Any, family: Any) -> list[int]:
@@ -57,10 +56,10 @@ def block_samples(model: Any, family: Any) -> list[int]:
     return seen
 
 
-@EVERY
+@pytest.mark.parametrize("kind", ["sd3-dual", "flux", "flux2"])
 def test_reuse_gives_the_same_numbers_and_the_model_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, metric, wanted = setup(kind, monkeypatch)
-    wanted = wanted[:: 1 + len(wanted) // 60]
+    wanted = [*wanted, group([(1, "mlp"), (2, "attn")]), group([(0, None), (2, "mlp")])]
     mean = torch.full((64,), 0.1)
     model = metric.pipe.transformer
     before = list(model.modules())
@@ -83,19 +82,18 @@ def test_work_is_what_is_said(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert sum(seen) * (2 if estimator is Gates else 1) == pytest.approx(said), estimator
 
 
-@EVERY
+@pytest.mark.parametrize("kind", ["sd3-dual", "flux", "flux2"])
 def test_gates_are_first_order(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where every part is near its replacement, one pass tells each group's error to a few per cent."""
+    """One pass tells the error of parts, and of groups whose parts do not act on one another, within a half."""
     family, metric, wanted = setup(kind, monkeypatch)
-    wanted = [g for g in wanted if len(g) != 2 or g[0][0] == g[1][0]]
+    wanted = [g for g in wanted if len(g) < 2 or not {"norm", "context_norm"} & {c for _, c in g}]
     model, mean = metric.pipe.transformer, torch.zeros(64)
     needed = [p.requires_grad for p in model.parameters()]
     exact = {g: -sum(s) for g, s in Exhaustive(family, metric, mean).estimate(wanted)}
-    found = {g: -sum(s) for g, s in Gates(family, metric, mean, projections=64).estimate(wanted)}
+    found = {g: -sum(s) for g, s in Gates(family, metric, mean, projections=16).estimate(wanted)}
     assert found[()] == 0 and needed == [p.requires_grad for p in model.parameters()]
-    small = [g for g in wanted if 0 < exact[g] < 0.3]
-    assert spearmanr([exact[g] for g in wanted], [found[g] for g in wanted])[0] > 0.85
-    assert small and all(0.5 < found[g] / exact[g] < 2 for g in small)
+    assert any(len(g) == 2 for g in wanted) and spearmanr(*([d[g] for g in wanted] for d in (exact, found)))[0] > 0.85
+    assert all(0.5 < found[g] / exact[g] < 2 for g in wanted if 0 < exact[g] < 0.3)
 
 
 def test_one_projection_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ DATA = Path(__file__).parent / "data"
 CONFIGS = json.loads((DATA / "transformer_configs.json").read_text())
 
 
-def report(name: str, *, joint: bool) -> ContributionReport:
-    config = CONFIGS[name]
+def report(name: str, *, joint: bool, **overrides: object) -> ContributionReport:
+    config = CONFIGS[name] | overrides
     found = groups(family_of(config), config, joint=joint)
     scores = {g: [-0.01 * (i % 40), -0.02 * (i % 40)] for i, g in enumerate(found)}
     count = family_of(config).block_count(config)
@@ -39,13 +39,14 @@ def test_a_panel_for_each_kind_of_part(name: str, panels: int, together: int) ->
 
 
 def test_same_bytes_whatever_the_user_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = report("sd3.5-medium", joint=True)
+    made = report("sd3.5-large", joint=True, num_layers=2)
     first = save(made, tmp_path / "a")
     monkeypatch.setitem(matplotlib.rcParams, "font.size", 30)
     second = save(made, tmp_path / "b")
     assert [p.name for p in first] == ["contributions.svg", "contributions.png", "joint.svg", "joint.png"]
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
-    assert Image.open(first[1]).width > 600
+    with Image.open(first[1]) as image:
+        assert image.width > 600
 
 
 def test_a_published_summary_has_no_intervals(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
     python -m edgeprune.demo.estimator_study -o build/analysis [--write docs/analysis.md]
 
-On the built-in model. Each estimator runs in a process of its own, so that its peak memory is its own. What was measured
-is kept in OUT/found.json, and a killed study goes on there. What it leaves out: images, distillation.
+On the built-in model. Each estimator runs in a process of its own, so that its peak memory is its own. What was
+measured is kept in OUT/found.json, and a killed study goes on there. What it leaves out: images, distillation.
 """
 
 from __future__ import annotations
@@ -209,7 +209,6 @@ def tables(found: dict[str, Any]) -> str:
     """Everything that docs/analysis.md has between its marks, in Markdown."""
     exact = drops(found["exhaustive"])
     joint = drops(found["joint: reuse"])
-    work = {"singles": found["exhaustive"]["evaluations"]}
     lines = [
         "| estimator | evaluations | less | seconds | memory | Spearman, all parts | whole blocks | components |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -219,7 +218,7 @@ def tables(found: dict[str, Any]) -> str:
             run, got = found[name], drops(found[name])
             kinds = (exact, *({k: v for k, v in exact.items() if (k[0][1] is None) is w} for w in (True, False)))
             cells = [_interval(agreement(kind, got)) for kind in kinds] if name != "exhaustive" else ["", "", ""]
-            less = work["singles"] / run["evaluations"]
+            less = found["exhaustive"]["evaluations"] / run["evaluations"]
             lines.append(
                 f"| {name} | {run['evaluations']:,.0f} | {less:.1f}x | {run['seconds']:.0f} | "
                 f"{run['peak_over_before_bytes'] / 1e6:.0f} MB | {' | '.join(cells)} |"
@@ -238,14 +237,14 @@ def tables(found: dict[str, Any]) -> str:
             lines.append(f"| {row['keep']} | {row['method']} | {row['failed']} | | | | |")
             continue
         lines.append(
-            f"| {row['parameters'] / _whole(found):.3f} | {row['method']} | {row['blocks']} blocks, {row['components']} "
-            f"components | {row['int4_bytes'] / 1e6:.2f} MB | {row['error']:.3f} ± {row['interval']:.3f} | "
-            f"{row['scored']} | {row['seconds']:.0f} |"
+            f"| {row['parameters'] / _whole():.3f} | {row['method']} | {row['blocks']} blocks, "
+            f"{row['components']} components | {row['int4_bytes'] / 1e6:.2f} MB | "
+            f"{row['error']:.3f} ± {row['interval']:.3f} | {row['scored']} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _whole(found: dict[str, Any]) -> float:
+def _whole() -> float:
     from edgeprune import checkpoint
     from edgeprune.precision import footprint
 

@@ -25,6 +25,8 @@ class Estimator(Protocol):
     name: str
     metrics: tuple[str, ...] | None
     """Names of the metrics that it can estimate; None for every one."""
+    backward: bool
+    """Whether it takes gradients."""
 
     def __init__(self, family: Family, metric: Any, mean: torch.Tensor) -> None:
         """Prepare with the untouched model.
@@ -46,6 +48,15 @@ class Estimator(Protocol):
         Args:
             blocks: how many the transformer has.
             per_score: samples that the metric sends through the transformer for one score.
+        """
+
+    @staticmethod
+    def held(stream_bytes: int, saved_bytes: int, per_score: int) -> int:
+        """Bytes held beside weights and a forward pass.
+
+        Args:
+            stream_bytes: of a block's outputs, for one sample.
+            saved_bytes: what autograd keeps of one sample for a backward pass; 0 unless `backward`.
         """
 
 

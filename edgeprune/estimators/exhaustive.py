@@ -16,6 +16,7 @@ class Exhaustive:
 
     name = "exhaustive"
     metrics: tuple[str, ...] | None = None
+    backward = False
 
     def __init__(self, family: Family, metric: Any, mean: torch.Tensor) -> None:
         self.family, self.metric, self.mean = family, metric, mean
@@ -31,6 +32,11 @@ class Exhaustive:
     def evaluations(groups: list[Group], blocks: int, per_score: int) -> float:
         """One score each."""
         return len(groups) * per_score
+
+    @staticmethod
+    def held(stream_bytes: int, saved_bytes: int, per_score: int) -> int:
+        """Nothing."""
+        return 0
 
 
 ESTIMATOR = Exhaustive

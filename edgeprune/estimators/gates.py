@@ -50,6 +50,7 @@ class Gates:
 
     name = "gates"
     metrics: tuple[str, ...] | None = ("velocity",)
+    backward = True
 
     def __init__(
         self, family: Family, metric: Any, mean: torch.Tensor, *, projections: int = PROJECTIONS, seed: int = 0
@@ -102,6 +103,11 @@ class Gates:
     def evaluations(groups: list[Group], blocks: int, per_score: int) -> float:
         """Once forward, and once backward for each projection, however many groups there are."""
         return (1 + PROJECTIONS) * per_score
+
+    @staticmethod
+    def held(stream_bytes: int, saved_bytes: int, per_score: int) -> int:
+        """One batch, ready to go backward."""
+        return saved_bytes * min(_BATCH, per_score)
 
 
 ESTIMATOR = Gates

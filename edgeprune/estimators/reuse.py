@@ -51,6 +51,7 @@ class Reuse:
 
     name = "reuse"
     metrics: tuple[str, ...] | None = ("velocity",)
+    backward = False
 
     def __init__(self, family: Family, metric: Any, mean: torch.Tensor) -> None:
         self.family, self.metric, self.mean = family, metric, mean
@@ -82,6 +83,11 @@ class Reuse:
         """A group's own blocks and those after it; and every block once as it is."""
         begins = [parts[0][0] if parts else 0 for parts in groups]
         return sum(blocks - begin for begin in begins) * per_score / blocks + per_score
+
+    @staticmethod
+    def held(stream_bytes: int, saved_bytes: int, per_score: int) -> int:
+        """What a block gave, of every sample, and while it is made what the block before gave."""
+        return 2 * stream_bytes * per_score
 
 
 ESTIMATOR = Reuse

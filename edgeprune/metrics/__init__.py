@@ -27,6 +27,10 @@ class Metric(Protocol):
     def evaluations(generation: Generation, prompts: int, per_step: int) -> int:
         """How many samples go through the transformer for one score, `per_step` of them in each step of an image."""
 
+    @staticmethod
+    def preparing(generation: Generation, prompts: int, per_step: int) -> int:
+        """How many go through it to prepare."""
+
     def score(self) -> list[float]:
         """Score the pipeline's transformer as it is now: one value per prompt."""
 

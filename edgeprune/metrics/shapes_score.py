@@ -26,6 +26,11 @@ class ShapesScore:
         """All steps of an image."""
         return prompts * generation.num_inference_steps * per_step
 
+    @staticmethod
+    def preparing(generation: Generation, prompts: int, per_step: int) -> int:
+        """None."""
+        return 0
+
     def images(self) -> Any:
         """(prompts * seeds, 64, 64, 3), the seeds of a prompt side by side."""
         texts = [p for p in self.prompts for _ in range(self.seeds)]

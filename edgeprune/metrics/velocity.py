@@ -50,6 +50,11 @@ class VelocityError:
         """One a state."""
         return prompts * min(STATES, generation.num_inference_steps)
 
+    @staticmethod
+    def preparing(generation: Generation, prompts: int, per_step: int) -> int:
+        """The trajectory, and its velocities once more without guidance."""
+        return prompts * min(STATES, generation.num_inference_steps) * (per_step + 1)
+
     def velocity(self, rows: slice) -> torch.Tensor:
         """Conditional velocities of the transformer as it is now at some of the states; prompts go round first."""
         given = (self.states[rows], self.condition[rows], self.sigmas[rows], self.guidance)
