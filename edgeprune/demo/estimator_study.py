@@ -33,9 +33,9 @@ from edgeprune.files import read_json, write_json
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.plan import make_plan
 
-CAPTIONS = 14
-"""Training captions, two of each task; six states each."""
-FEW = 2
+CAPTIONS = 7
+"""Training captions, one of each task; six states each."""
+FEW = 1
 """Captions that pairs are scored on one by one."""
 HELD_OUT = 14
 DRAWS = 1000
