@@ -137,9 +137,11 @@ def _saved_bytes(model: Any, sample: tuple[torch.Tensor, Conditioning, torch.Ten
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    latents, *rest = sample
+    latents, condition, sigma, guidance = sample
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        alive = velocity(model, latents.requires_grad_(), *rest)  # or storages are freed and counted as one
+        alive = velocity(
+            model, latents.requires_grad_(), condition, sigma, guidance
+        )  # or storages are freed and counted as one
     del alive
     return sum(kept.values())
 

@@ -26,12 +26,14 @@ from scipy.stats import spearmanr
 from edgeprune import pipeline
 from edgeprune.contribution import Contribution, ContributionReport, Group, fingerprint, groups, removed
 from edgeprune.demo import shapes
+from edgeprune.errors import EdgepruneError
 from edgeprune.estimators.exhaustive import Exhaustive
 from edgeprune.estimators.gates import Gates
 from edgeprune.estimators.reuse import Reuse
 from edgeprune.files import read_json, write_json
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.plan import make_plan
+from edgeprune.planners import Measured
 
 CAPTIONS = 7
 """Training captions, one of each task; six states each."""
@@ -189,9 +191,9 @@ class Study:
                 try:
                     plan = make_plan(
                         ws.family, ws.config, report, method=method, keep=keep, protect_first=0, threshold=0.0
-                        if method == "hybrid" else 0.15, measured=pipeline.Measured(loss),
+                        if method == "hybrid" else 0.15, measured=Measured(loss),
                     )  # fmt: skip
-                except pipeline.InputError as error:
+                except EdgepruneError as error:
                     out.append(row | {"failed": str(error)})
                     continue
                 row |= {"seconds": time.perf_counter() - began, "scored": calls[0]}
@@ -227,7 +229,7 @@ def tables(found: dict[str, Any]) -> str:
         "",
         f"Joint removals, `gates` against `reuse`: {_interval(agreement(joint, drops(found['joint: gates'])))}",
     ]
-    exact_pairs = {k: v for k, v in drops(found["pairs: reuse"]).items() if len(k) == 2}
+    exact_pairs: dict[Group, float] = {k: v for k, v in drops(found["pairs: reuse"]).items() if len(k) == 2}
     pairs = _interval(agreement(exact_pairs, drops(found["pairs: gates"])))
     lines[-1] += f"; {len(exact_pairs):,} pairs: {pairs}."
     lines += ["", "| kept | method | gone | INT4 | velocity error, held out | scored | seconds |"]
