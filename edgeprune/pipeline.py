@@ -33,6 +33,7 @@ from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known,
 from edgeprune.fit import Fit, fit
 from edgeprune.generation import Generation
 from edgeprune.metrics import metric_named
+from edgeprune.metrics.velocity import VelocityError
 from edgeprune.modulation import GRID, choose_rank, embedder_alone, modulation_inputs, ranks, subspace
 from edgeprune.plan import (
     DEFAULT,
@@ -453,7 +454,7 @@ def measured_for(ws: Workspace, options: PlanOptions) -> Measured:
     metric = metric_named(report.metric)(ws.pipe, ws.generation, report.prompts)
     model, mean = ws.pipe.transformer, modulation_mean(ws, report.prompts)
     if options.max_latency is not None:
-        state = metric_named("velocity")(ws.pipe, ws.generation, report.prompts[:1])
+        state = VelocityError(ws.pipe, ws.generation, report.prompts[:1])
         step_s, seconds = step_seconds(
             ws.family, model, lambda: state.velocity(slice(1)), list(report.contributions()), mean
         )
