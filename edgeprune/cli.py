@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,8 +51,8 @@ Prompts = Annotated[str | None, typer.Option(help="Text file of prompts, one a l
 Method = Annotated[
     str | None,
     typer.Option(
-        help="hpp, hybrid or manual; by default hpp, for the built-in model hybrid. Baselines: bk-sdm, koala, uniform, "
-        "magnitude, random."
+        help="hpp, hybrid, greedy, milp or manual; by default hpp, for the built-in model hybrid. Baselines: bk-sdm, "
+        "koala, uniform, magnitude, random."
     ),
 ]
 Keep = Annotated[float | None, typer.Option(help="Share of the transformer's parameters that may be left, like 0.79.")]
@@ -63,6 +64,9 @@ ProtectFirst = Annotated[int | None, typer.Option(help="Leading blocks never rem
 ProtectLast = Annotated[int | None, typer.Option(help="Trailing blocks never removed; 2 by default.")]
 Threshold = Annotated[
     float | None, typer.Option(help="hybrid: share removed as whole blocks before components join; 0.15 by default.")
+]
+MaxLatency = Annotated[
+    float | None, typer.Option(help="milp: share of a step's time here that may be left, beside the other budget.")
 ]
 Blocks = Annotated[str, typer.Option(help="manual: closed ranges of blocks, like 25-28,31.")]
 Components = Annotated[str, typer.Option(help="manual: components, like 30:mlp,30:context_mlp.")]
@@ -211,7 +215,9 @@ def _workspace(
     from edgeprune.pipeline import Workspace  # with torch, which takes seconds
 
     given = {name: value for name, value in (generation or {}).items() if value is not None}
-    return Workspace(out, model, model_given=model is not None or not begun, fresh=fresh, generation=given)
+    ws = Workspace(out, model, model_given=model is not None or not begun, fresh=fresh, generation=given)
+    ws.command = shlex.join(["edgeprune", *sys.argv[1:]])
+    return ws
 
 
 def _generation(steps: int | None, guidance: float | None, height: int | None, width: int | None) -> dict[str, Any]:
@@ -244,6 +250,7 @@ def _plan_options(
     group_size: int,
     modulation_rank: str | None,
     prompts: str | None,
+    max_latency: float | None,
 ) -> PlanOptions:
     """`start`, the preset's, with what the user says; another method begins from its own defaults."""
     from dataclasses import replace
@@ -264,6 +271,7 @@ def _plan_options(
         size = parse_bytes(max_memory) if max_memory else None
         start = replace(start, keep=keep, max_memory_bytes=size, fit=fit)
     given: dict[str, Any] = {"protect_first": protect_first, "protect_last": protect_last, "threshold": threshold}
+    given["max_latency"] = max_latency
     said = {name: value for name, value in given.items() if value is not None}
     listed: dict[str, Any] = {"blocks": blocks, "components": components, "group_size": group_size}
     return replace(start, **said, **listed, modulation_rank=rank, prompts=None if rank is None else prompts)
@@ -327,6 +335,7 @@ def compress(
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
     threshold: Threshold = None,
+    max_latency: MaxLatency = None,
     blocks: Blocks = "",
     components: Components = "",
     modulation_rank: ModulationRank = None,
@@ -368,6 +377,7 @@ def compress(
         group_size,
         modulation_rank,
         prompts,
+        max_latency,
     )
     distill_options = options.distill
     if steps is not None and distill_options is not None:
@@ -415,12 +425,32 @@ def _in_units(key: str, value: float) -> tuple[str, str]:
         "_flops": (1e12, "TFLOP"),
         "_bytes": (1e9, "GB"),
         "_floor_s": (60, "minutes"),
+        "_s": (1, "s"),
     }
     for ending, (size, unit) in units.items():
         if key.endswith(ending):
             name, amount = key.removesuffix(ending) + ("_floor" if ending == "_floor_s" else ""), value / size
             return name.replace("_", " "), f"{amount:,.0f} {unit}" if amount >= 100 else f"{amount:.3g} {unit}"
     return key.replace("_", " "), f"{value:,}"
+
+
+def _forecast_analysis(model: str | None, out: Path, options: Any, given: dict[str, Any], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from edgeprune.checkpoint import resolve
+    from edgeprune.forecast import forecast_analysis
+    from edgeprune.generation import Generation
+
+    begun = _workspace(out, None, False) if model is None and (out / "edgeprune.json").is_file() else None
+    source = begun.source if begun else resolve(model)
+    said = {name: value for name, value in given.items() if value is not None}
+    images = Generation.checked(asdict(begun.generation if begun else Generation.load(source)) | said, "options")
+    images.check_size(source)
+    found = forecast_analysis(source, options, images)
+    _table([_in_units(key, value) for key, value in found.items()])
+    _say("from one evaluation of one sample here, with weights in float32; batches take less time")
+    if as_json:
+        _print_json(found)
 
 
 def _forecast(source: Path, options: CompressOptions, generation: Generation, as_json: bool) -> None:
@@ -433,7 +463,7 @@ def _forecast(source: Path, options: CompressOptions, generation: Generation, as
         _print_json(found)
 
 
-@app.command(epilog="Example: edgeprune analyze -o small --metric velocity")
+@app.command(epilog="Example: edgeprune analyze -o small --joint  ·  edgeprune analyze ./sd35 --dry-run --pairs")
 def analyze(
     model: Model = None,
     out: Out = Path("compressed"),
@@ -442,31 +472,62 @@ def analyze(
     prompts: Prompts = None,
     count: Annotated[int, typer.Option(min=1, help="Prompts to use.")] = 28,
     only_blocks: Annotated[bool, typer.Option("--only-blocks", help="Leave the components out.")] = False,
+    joint: Annotated[bool, typer.Option("--joint", help="Groups of a block's components too (figure 4).")] = False,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Any two parts too, for `plan --method milp`.")] = False,
+    estimator: Annotated[
+        str,
+        typer.Option(
+            help="exhaustive (run without each group), reuse (the same numbers, half the work; velocity only) or gates "
+            "(estimated by gradients in one pass; velocity only)."
+        ),
+    ] = "exhaustive",
     inference_steps: InferenceSteps = None,
     guidance_scale: Guidance = None,
     height: Height = None,
     width: Width = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Time one evaluation, say what it would cost.")] = False,
     fresh: Fresh = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score the model without each block and component: analysis.json."""
     from edgeprune import pipeline
     from edgeprune.metrics import check_analysis, parse_weights
 
-    options = pipeline.AnalyzeOptions(metric, prompts, count, not only_blocks, parse_weights(weights or []))
+    options = pipeline.AnalyzeOptions(
+        *(metric, prompts, count, not only_blocks, parse_weights(weights or []), joint, pairs, estimator)
+    )
     check_analysis(options.metric, options.weights)  # before there is a folder
     generation = _generation(inference_steps, guidance_scale, height, width)
+    if dry_run:
+        _forecast_analysis(model, out, options, generation, as_json)
+        return
     ws = _workspace(out, model, fresh, begin=True, generation=generation)
     with _bars() as progress:
         ran = pipeline.run_analyze(ws, options, progress)
     found = ws.report()
     assert found is not None
     order = sorted(found.contributions().values(), key=lambda c: c.drop)
-    _table([(f"{c.block}:{c.component or 'block'}", f"{c.drop:.4f} ± {c.half_width or 0:.4f}") for c in order[:8]])
+    _table([(str(c), f"{c.drop:.4f} ± {c.half_width or 0:.4f}") for c in order[:8]])
     _say(
         f"least contributing first, loss of the {found.metric} score with 95 % interval"
         + ("" if ran else " (already done)")
     )
-    _say(f"next: edgeprune plan -o {out} --keep 0.79")
+    if as_json:
+        _print_json(found.to_json())
+    _say(f"next: edgeprune plot {ws.report_path} -o {out / 'plots'}, or: edgeprune plan -o {out} --keep 0.79")
+
+
+@app.command(epilog="Example: edgeprune plot small/analysis.json -o plots")
+def plot(
+    report: Annotated[Path, typer.Argument(help="Report of `edgeprune analyze`, or published scores.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("plots"),
+) -> None:
+    """Draw contributions with 95 % intervals: SVG and PNG of blocks and components, and of joint removals."""
+    from edgeprune.contribution import ContributionReport
+    from edgeprune.plots import save
+
+    for path in save(ContributionReport.load(report), out):
+        _say(f"wrote {path}")
 
 
 @app.command(epilog="Example: edgeprune plan --config transformer/config.json --scores scores.json --keep 0.79")
@@ -481,6 +542,7 @@ def plan(
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
     threshold: Threshold = None,
+    max_latency: MaxLatency = None,
     blocks: Blocks = "",
     components: Components = "",
     modulation_rank: ModulationRank = None,
@@ -502,7 +564,7 @@ def plan(
     loaded = ContributionReport.load(scores) if scores is not None else None
     chosen = (
         *(method, keep, max_memory, fit, protect_first, protect_last, threshold, blocks, components, group_size),
-        *(modulation_rank, prompts),
+        *(modulation_rank, prompts, max_latency),
     )
     if out is not None:
         ws = _workspace(out, None, fresh)

@@ -1,47 +1,81 @@
-"""How much each block and component contributes: take it out, score, put it back.
+"""How much each block, each component and each group of them contributes: the score without it against the whole.
 
-One model load; branches are swapped out and in in place. The untouched model is scored the same way, no-ops
-are left out, raw scores per prompt are kept, and each contribution is a mean of per-prompt differences with a 95 %
-interval. Results are appended to `<report>.partial` one by one, so that a killed run goes on where it was.
-What it leaves out: joint removals and cheap estimators.
+What is removed together is a group of parts; a single part is a group of one, the untouched model the group of none.
+No-ops are left out, raw scores per prompt are kept, and each contribution is a mean of per-prompt differences with a
+95 % interval. Results are appended to `<report>.partial` one by one, so that a killed run goes on where it was.
+What it leaves out: how scores are come by (estimators/), and drawing them (plots.py).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
 from edgeprune.families import Config, Family
+from edgeprune.families.base import Swap
 from edgeprune.files import digest, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Key = tuple[int, str | None]
 """A block's index and a component, or None for the whole block."""
+Group = tuple[Key, ...]
+"""What is removed together, in the order of `group`."""
+Estimate = Callable[[list[Group]], Iterator[tuple[Group, list[float]]]]
+"""Scores of the model without each of these groups, in whatever order they are found; one value per prompt."""
+
+JOINT = (
+    ("norm", "mlp"),
+    ("context_mlp", "mlp"),
+    ("norm", "context_norm"),
+    ("context_norm", "context_mlp"),
+    ("context_norm", "mlp", "context_mlp"),
+    ("norm", "context_norm", "mlp", "context_mlp"),
+)
+"""The joint removals of figure 4 of HierarchicalPrune."""
+
+
+def group(parts: Iterable[Key]) -> Group:
+    """The parts in the one order that a group has."""
+    return tuple(sorted(parts, key=lambda part: (part[0], part[1] or "")))
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """How far the score falls without one block or component: mean and half-width of its 95 % interval."""
+    """How far the score falls without a group: mean and half-width of its 95 % interval."""
 
-    block: int
-    component: str | None
+    parts: Group
     drop: float
     half_width: float | None
     """None where the source gives no raw scores."""
 
+    @property
+    def block(self) -> int:
+        """The first block that is touched."""
+        return self.parts[0][0]
+
+    @property
+    def component(self) -> str | None:
+        """Of a single part; None for a whole block."""
+        return self.parts[0][1]
+
+    def __str__(self) -> str:
+        return " + ".join(f"{block}:{component or 'block'}" for block, component in self.parts)
+
 
 @dataclass(frozen=True)
 class ContributionReport:
-    """Scores of a model with each part removed. Higher scores are better."""
+    """Scores of a model with each group removed. Higher scores are better."""
 
     fingerprint: str
     """Of the model's config, see `fingerprint`."""
@@ -51,33 +85,44 @@ class ContributionReport:
     prompts: list[str]
     untouched: list[float]
     """Score of the whole model per prompt."""
-    scores: dict[Key, list[float]]
-    """Score per prompt without that part."""
-    summary: dict[Key, float] | None = None
+    scores: dict[Group, list[float]]
+    """Score per prompt without that group."""
+    summary: dict[Group, float] | None = None
     """Mean drops alone, where that is all a source gives."""
+    estimator: str = "exhaustive"
+    """How the scores were come by, see estimators/."""
 
     def contributions(self) -> dict[Key, Contribution]:
-        """Mean drop and interval for every part, in the order they were scored."""
+        """Mean drop and interval for every single part, in the order they were scored."""
+        return {parts[0]: c for parts, c in self._all().items() if len(parts) == 1}
+
+    def joint(self) -> dict[Group, Contribution]:
+        """Mean drop and interval for every group of several parts, in the order they were scored."""
+        return {parts: c for parts, c in self._all().items() if len(parts) > 1}
+
+    def _all(self) -> dict[Group, Contribution]:
         if self.summary is not None:
-            return {k: Contribution(*k, drop, None) for k, drop in self.summary.items()}
+            return {parts: Contribution(parts, drop, None) for parts, drop in self.summary.items()}
         out = {}
-        for key, scores in self.scores.items():
+        for parts, scores in self.scores.items():
             drops = [u - s for u, s in zip(self.untouched, scores, strict=True)]
             mean = sum(drops) / len(drops)
             variance = sum((d - mean) ** 2 for d in drops) / max(1, len(drops) - 1)
-            out[key] = Contribution(*key, mean, 1.96 * math.sqrt(variance / len(drops)))
+            out[parts] = Contribution(parts, mean, 1.96 * math.sqrt(variance / len(drops)))
         return out
 
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
         data = asdict(self) | {"schema_version": SCHEMA_VERSION}
-        data["scores"] = [{"block": b, "component": c, "scores": s} for (b, c), s in self.scores.items()]
+        data["scores"] = [{"parts": list(parts), "scores": scores} for parts, scores in self.scores.items()]
         data.pop("summary")
         return data
 
     @classmethod
     def load(cls, path: Path) -> ContributionReport:
         """Read a report, or a published summary `{"metric": …, "drop": {"0": change of score, …}}` of whole blocks.
+
+        Reports of schema 1 had single parts only, and are read as such.
 
         Raises:
             InputError: not such a file.
@@ -86,23 +131,34 @@ class ContributionReport:
         try:
             if "drop" in data:
                 # Published as the change of the score, so a loss is negative.
-                summary: dict[Key, float] = {(int(k), None): -float(v) for k, v in data["drop"].items()}
+                summary: dict[Group, float] = {((int(k), None),): -float(v) for k, v in data["drop"].items()}
                 return cls("", "", len(summary), str(data["metric"]), [], [], {}, summary)
-            if data["schema_version"] != SCHEMA_VERSION:
-                found = data["schema_version"]
-                raise InputError(f"{path}: schema_version: found {found!r}, expected {SCHEMA_VERSION}; analyze again")
-            scores = {(int(e["block"]), e["component"]): [float(s) for s in e["scores"]] for e in data["scores"]}
+            version = data["schema_version"]
+            if version not in (1, SCHEMA_VERSION):
+                raise InputError(f"{path}: schema_version: found {version!r}, expected {SCHEMA_VERSION}; analyze again")
+            scores = {
+                group(_key(k) for k in e["parts"]) if version > 1 else ((int(e["block"]), e["component"]),): [
+                    float(s) for s in e["scores"]
+                ]
+                for e in data["scores"]
+            }
             report = cls(
                 *(str(data["fingerprint"]), str(data["family"]), int(data["num_blocks"]), str(data["metric"])),
                 *(list(data["prompts"]), [float(s) for s in data["untouched"]], scores),
+                estimator=str(data.get("estimator", "exhaustive")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: not a contribution report ({type(error).__name__}: {error})") from error
         if any(len(s) != len(report.untouched) for s in report.scores.values()) or not report.untouched:
-            raise InputError(f"{path}: scores: expected {len(report.untouched)} per part, one for each prompt")
+            raise InputError(f"{path}: scores: expected {len(report.untouched)} per group, one for each prompt")
         if not all(math.isfinite(s) for row in (report.untouched, *report.scores.values()) for s in row):
             raise InputError(f"{path}: scores: found a value that is not a finite number")
         return report
+
+
+def _key(entry: Any) -> Key:
+    block, component = entry
+    return int(block), None if component is None else str(component)
 
 
 def fingerprint(config: Config) -> str:
@@ -119,75 +175,95 @@ def parts(family: Family, config: Config, *, blocks: bool = True, components: bo
     return keys
 
 
-class Removed:
-    """Context manager: the model without these parts; afterwards it is as before."""
+def groups(
+    family: Family, config: Config, *, components: bool = True, joint: bool = False, pairs: bool = False
+) -> list[Group]:
+    """Every part alone, then groups of a block's components (`JOINT`) and any two parts that do not overlap.
 
-    def __init__(self, family: Family, model: nn.Module, keys: list[Key], mean: torch.Tensor) -> None:
-        self.swaps = [s for block, component in keys for s in family.removal(model, block, component, mean)]
-        self.originals: list[nn.Module] = []
+    A group that has a no-op in it is left out, because another says the same.
+    """
+    singles = parts(family, config, components=components)
+    out: list[Group] = [(part,) for part in singles]
+    if joint:
+        candidates = [[(b, c) for c in names] for names in JOINT for b in range(family.block_count(config))]
+        out += [group(parts) for parts in candidates if set(parts) <= set(singles)]
+    if pairs:
+        both = itertools.combinations(singles, 2)
+        out += [group((a, b)) for a, b in both if a[0] != b[0] or None not in (a[1], b[1])]
+    return list(dict.fromkeys(out))
 
-    def __enter__(self) -> None:
-        """Swap out."""
-        for swap in self.swaps:
-            self.originals.append(getattr(swap.owner, swap.attribute))
+
+@contextmanager
+def swapped(swaps: Iterable[Swap]) -> Iterator[None]:
+    """A model with these modules in the place of its own; afterwards it is as before."""
+    originals: list[tuple[Swap, nn.Module]] = []
+    try:
+        for swap in swaps:
+            originals.append((swap, getattr(swap.owner, swap.attribute)))
             setattr(swap.owner, swap.attribute, swap.replacement)
+        yield
+    finally:
+        for swap, original in reversed(originals):
+            setattr(swap.owner, swap.attribute, original)
 
-    def __exit__(self, *_: object) -> None:
-        """Swap back in, the last first."""
-        for swap in reversed(self.swaps):
-            setattr(swap.owner, swap.attribute, self.originals.pop())
+
+def removal(family: Family, model: nn.Module, parts: Iterable[Key], mean: torch.Tensor) -> list[Swap]:
+    """The swaps that take these parts out; `mean` is the mean modulation input (D)."""
+    return [swap for block, component in parts for swap in family.removal(model, block, component, mean)]
+
+
+@contextmanager
+def removed(family: Family, model: nn.Module, parts: Iterable[Key], mean: torch.Tensor) -> Iterator[None]:
+    """A model without these parts; afterwards it is as before."""
+    with swapped(removal(family, model, parts, mean)):
+        yield
 
 
 def analyze(
     family: Family,
     config: Config,
-    model: nn.Module,
-    score: Callable[[], list[float]],
+    estimate: Estimate,
     *,
-    mean: torch.Tensor,
+    groups: list[Group],
     metric: str,
+    estimator: str,
     prompts: list[str],
     path: Path,
     inputs_digest: str,
-    components: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ContributionReport:
-    """Score `model` whole and without each part, and write the report to `path`.
+    """Score a model whole and without each group, and write the report to `path`.
 
     Args:
-        score: scores the model as it is now, one value per prompt, higher is better.
-        mean: mean modulation input (D), for removed norms.
+        estimate: scores the model without groups; higher is better.
+        metric, estimator: their names.
         inputs_digest: identity of everything that the scores depend on; a partial file of other inputs is dropped.
-        components: False scores whole blocks only.
-        progress: called with parts done and parts in all.
+        progress: called with groups done and groups in all, the untouched model among them.
     """
     partial = path.with_name(path.name + ".partial")
-    keys: list[Key | None] = [None, *parts(family, config, components=components)]
+    wanted: list[Group] = [(), *groups]
     done = _read_partial(partial, inputs_digest)
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a" if done is not None else "w", encoding="utf-8") as file:
         if done is None:
             done = {}
             file.write(json.dumps({"inputs": inputs_digest}) + "\n")
-        for index, key in enumerate(keys):
-            progress(index, len(keys))
-            if key in done:
-                continue
-            with Removed(family, model, [] if key is None else [key], mean):
-                done[key] = score()
-            file.write(json.dumps({"part": key, "scores": done[key]}) + "\n")
+        progress(len(done), len(wanted))
+        for parts, scores in estimate([parts for parts in wanted if parts not in done]):
+            done[parts] = scores
+            file.write(json.dumps({"parts": parts, "scores": scores}) + "\n")
             file.flush()
-    progress(len(keys), len(keys))
+            progress(len(done), len(wanted))
     report = ContributionReport(
-        fingerprint(config), family.name, family.block_count(config), metric, prompts, done[None],
-        {key: done[key] for key in keys if key is not None},
+        fingerprint(config), family.name, family.block_count(config), metric, prompts, done[()],
+        {parts: done[parts] for parts in groups}, estimator=estimator,
     )  # fmt: skip
     write_json(path, report.to_json())
     partial.unlink()
     return report
 
 
-def _read_partial(path: Path, inputs_digest: str) -> dict[Key | None, list[float]] | None:
+def _read_partial(path: Path, inputs_digest: str) -> dict[Group, list[float]] | None:
     """What a killed run has scored, or None if there is nothing to go on with. A torn last line is dropped."""
     if not path.exists():
         return None
@@ -197,7 +273,7 @@ def _read_partial(path: Path, inputs_digest: str) -> dict[Key | None, list[float
         if json.loads(whole[0]) != {"inputs": inputs_digest}:
             return None
         rows = [json.loads(line) for line in whole[1:]]
-        done: dict[Key | None, list[float]] = {tuple(r["part"]) if r["part"] else None: r["scores"] for r in rows}
+        done: dict[Group, list[float]] = {group(_key(k) for k in r["parts"]): r["scores"] for r in rows}
     except (ValueError, KeyError, TypeError, IndexError):
         return None
     if lines[-1]:

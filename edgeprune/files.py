@@ -35,12 +35,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Any) -> None:
+    """As `write_text`."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write by way of a temporary name, so that a reader sees the old or the new file, never a part.
 
     Raises:
         DiskError: the disk is full or the folder cannot be written; what was at `path` is untouched.
     """
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

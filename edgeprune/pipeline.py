@@ -23,15 +23,18 @@ from safetensors.torch import load_file
 from edgeprune import checkpoint, targets
 from edgeprune.baselines import baselines
 from edgeprune.checkpoint import HALF, INT4, MANIFEST, Manifest
-from edgeprune.contribution import ContributionReport, analyze, fingerprint, parts
+from edgeprune.contribution import ContributionReport, Group, Key, analyze, fingerprint, groups, removed
 from edgeprune.data import PROMPTS, make_pairs, read_prompts, source_digest
 from edgeprune.distill import DistillOptions, distill
 from edgeprune.errors import InputError, StaleStageError
+from edgeprune.estimators import estimator_named
+from edgeprune.families import Config, Family
 from edgeprune.families.base import CHANGED
 from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known, write_json
 from edgeprune.fit import Fit, fit
 from edgeprune.generation import Generation
 from edgeprune.metrics import VELOCITY, check_analysis, of_pipeline, tasks_of
+from edgeprune.metrics.velocity import VelocityError
 from edgeprune.modulation import GRID, choose_rank, embedder_alone, modulation_inputs, ranks, subspace
 from edgeprune.plan import (
     DEFAULT,
@@ -43,11 +46,13 @@ from edgeprune.plan import (
     shorter_config,
     tensor_sources,
 )
+from edgeprune.planners import PLANNERS, Measured
 from edgeprune.quantize import CALIBRATIONS, prepare, quantize_part
 from edgeprune.resume import Tensors, save_tensors
 from edgeprune.sampling import encode_prompts, latent_shape, sigmas
 from edgeprune.stored import PACKED
 from edgeprune.surgery import build, prune_state, prune_tensor
+from edgeprune.timing import step_seconds
 from edgeprune.weights import Weights
 
 STAGES = ("analyze", "plan", "prune", "distill", "quantize")
@@ -77,6 +82,12 @@ class AnalyzeOptions:
     components: bool = True
     weights: dict[str, str] = field(default_factory=dict)
     """Of the metric, see metrics.KNOWN."""
+    joint: bool = False
+    """Groups of a block's components as well, see contribution.py."""
+    pairs: bool = False
+    """Any two parts as well."""
+    estimator: str = "exhaustive"
+    """How scores are come by, see estimators/."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +180,8 @@ class Workspace:
             StaleStageError: the folder was begun with another model.
         """
         self.out, self.fresh, self.cache = out, fresh, out / "cache"
+        self.command = ""
+        """What the user typed, for the record."""
         name = "built-in" if model is None else str(Path(model).resolve()) if Path(model).is_dir() else model
         if (out / MANIFEST).is_file():
             self.manifest = Manifest.load(out)
@@ -303,6 +316,7 @@ class Workspace:
         result = run(key)
         self.manifest.stages[name] = {
             "inputs": key,
+            "command": self.command,
             "seconds": round(time.monotonic() - start, 3),
             "options": inputs,
         } | result
@@ -351,6 +365,17 @@ def analysis_prompts(ws: Workspace, options: AnalyzeOptions) -> list[str]:
     return read_prompts(PROMPTS)[: options.count]
 
 
+def analysis_groups(family: Family, config: Config, options: AnalyzeOptions) -> list[Group]:
+    """What is removed, one group after the other.
+
+    Raises:
+        InputError: joint removals of components that are left out.
+    """
+    if options.joint and not options.components:
+        raise InputError("--joint removes components together; leave --only-blocks out")
+    return groups(family, config, components=options.components, joint=options.joint, pairs=options.pairs)
+
+
 @torch.no_grad()
 def modulation_mean(ws: Workspace, prompts: list[str]) -> torch.Tensor:
     """Mean modulation input (D) over the sampler's timesteps and these prompts."""
@@ -370,6 +395,8 @@ def _modulation_inputs(ws: Workspace, prompts: list[str], levels: torch.Tensor) 
 
 def run_analyze(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> bool:
     """Contribution scores to `analysis.json`."""
+    estimator_class = estimator_named(options.estimator, options.metric)
+    wanted = analysis_groups(ws.family, ws.config, options)
     prompts = analysis_prompts(ws, options)
     check_analysis(options.metric, options.weights, prompts)
     inputs = asdict(options) | {"prompts": prompts, "generation": asdict(ws.generation)}
@@ -378,9 +405,10 @@ def run_analyze(ws: Workspace, options: AnalyzeOptions, progress: Progress = sil
 
     def run(key: str) -> dict[str, Any]:
         metric = of_pipeline(options.metric, ws.pipe, ws.generation, prompts, options.weights)
+        estimator = estimator_class(ws.family, metric, modulation_mean(ws, prompts))
         analyze(
-            ws.family, ws.config, ws.pipe.transformer, metric.score, mean=modulation_mean(ws, prompts),
-            metric=metric.name, prompts=prompts, path=ws.report_path, inputs_digest=key, components=options.components,
+            ws.family, ws.config, estimator.estimate, groups=wanted, metric=metric.name, estimator=estimator.name,
+            prompts=prompts, path=ws.report_path, inputs_digest=key,
             progress=lambda done, total: progress("analyze", done, total, ""),
         )  # fmt: skip
         ws.manifest.hash_files(ws.out, "analysis.json")
@@ -421,8 +449,8 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
         if rank is not None:
             inputs = calibration_inputs(ws, prompts)
             chosen = choose_rank(inputs, modulation_width(ws.family, ws.config)) if chosen is None else chosen
-        known = block_magnitudes(ws) if options.method in baselines() and baselines()[options.method].magnitudes else ()
-        plan = plan_for(ws.family, ws.config, ws.report(), replace(options, modulation_rank=chosen), budget, known)
+        measured = measured_for(ws, options)
+        plan = plan_for(ws.family, ws.config, ws.report(), replace(options, modulation_rank=chosen), budget, measured)
         if chosen is not None:
             found = subspace(inputs.flatten(0, 1))
             save_tensors(ws.out / MODULATION, {"mean": found.mean, "basis": found.basis(chosen)})
@@ -453,6 +481,35 @@ def block_magnitudes(ws: Workspace) -> list[float]:
     return [math.sqrt(s / c) for s, c in zip(squares, counts, strict=True)]
 
 
+@torch.no_grad()
+def measured_for(ws: Workspace, options: PlanOptions) -> Measured:
+    """What the method asks of the model: losses as they are asked for, the time that parts take, or magnitudes."""
+    baseline = baselines().get(options.method)
+    if baseline is not None:
+        return Measured(magnitudes=block_magnitudes(ws) if baseline.magnitudes else ())
+    report = ws.report()
+    if report is None or not (options.method == "greedy" or options.max_latency is not None):
+        return Measured()
+    if not report.prompts:
+        raise InputError("scores: published scores say no prompts, so nothing can be scored beside them; analyze first")
+    weights = ws.manifest.stages.get("analyze", {}).get("options", {}).get("weights")
+    metric = of_pipeline(report.metric, ws.pipe, ws.generation, report.prompts, weights)
+    model, mean = ws.pipe.transformer, modulation_mean(ws, report.prompts)
+    if options.max_latency is not None:
+        state = VelocityError(ws.pipe, ws.generation, report.prompts[:1])
+        step_s, seconds = step_seconds(
+            ws.family, model, lambda: state.velocity(slice(1)), list(report.contributions()), mean
+        )
+        return Measured(seconds=seconds, step_s=step_s)
+    whole = metric.score()
+
+    def loss(gone: list[Key]) -> float:
+        with removed(ws.family, model, gone, mean):
+            return sum(a - b for a, b in zip(whole, metric.score(), strict=True)) / len(whole)
+
+    return Measured(loss)
+
+
 def budget_for(source: Path, generation: Generation, options: PlanOptions) -> int | None:
     """The bytes that the device of `options.fit` leaves for the transformer; None where no device is named."""
     if options.fit is None:
@@ -474,14 +531,17 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
     """
     check_analysis(options.analyze.metric, options.analyze.weights)
     config, family = checkpoint.read_config(source)
-    alike = dict.fromkeys(parts(family, config, components=options.analyze.components), 0.0)
+    alike = dict.fromkeys(groups(family, config, components=options.analyze.components), 0.0)
     report = ContributionReport(
         fingerprint(config), family.name, family.block_count(config), "none", [], [], {}, summary=alike
     )
     choices = options.plan
+    if choices.method in PLANNERS:  # what may go is the same
+        choices = replace(choices, method="hybrid", threshold=1.0, max_latency=None)
     if isinstance(choices.modulation_rank, str):
         choices = replace(choices, modulation_rank=ranks(modulation_width(family, config))[0])
-    return plan_for(family, config, report, choices, budget_for(source, generation, choices), [1.0] * report.num_blocks)
+    even = Measured(magnitudes=[1.0] * report.num_blocks)
+    return plan_for(family, config, report, choices, budget_for(source, generation, choices), even)
 
 
 def run_prune(ws: Workspace, progress: Progress = silent) -> bool:

@@ -2,15 +2,16 @@
 
 Methods: `hpp` removes the least contributing whole blocks among the later ones; `hybrid` goes on, past a share of
 removed parameters, with the components of the later blocks that remain, by loss per parameter; `manual` takes the
-user's list, and removes nothing without one; the others are those of baselines/. Where the modulation is projected on a
-basis (modulation.py), that comes first: its savings count towards the budget before any part is removed.
+user's list, and removes nothing without one; `greedy` and `milp` (planners/) know how parts act together; the others
+are those of baselines/. Where the modulation is projected on a basis (modulation.py), that comes first: its savings
+count towards the budget before any part is removed.
 A plan holds explicit indices and the fingerprint of the model it was made for.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import Config, Family, family_of
 from edgeprune.families.base import CHANGED, Shape, Source
 from edgeprune.files import read_json
+from edgeprune.planners import PLANNERS, Measured, Problem, planner_named
 from edgeprune.precision import Footprint, footprint
 
 SCHEMA_VERSION = 1
-METHODS = ("hpp", "hybrid", "manual", *baselines())
+METHODS = ("hpp", "hybrid", "manual", *PLANNERS, *baselines())
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,8 @@ class PlanOptions:
     """Name of a target whose memory sets the budget, see fit.py."""
     modulation_rank: int | str | None = None
     """Directions of the modulation input that stay; `auto` measures how many; None leaves it as it is."""
+    max_latency: float | None = None
+    """Share of a step's time that may be left, 0..1, beside the other budget."""
     prompts: str | None = None
     """A text file of the prompts that these directions are found on; by default as for `analyze`, but all of them."""
     seed: int = 0
@@ -252,7 +256,8 @@ def make_plan(
     group_size: int = 64,
     modulation_rank: int | None = None,
     seed: int = 0,
-    magnitudes: Sequence[float] = (),
+    max_latency: float | None = None,
+    measured: Measured | None = None,
 ) -> PrunePlan:
     """A plan that meets the budget with the least loss the method knows.
 
@@ -266,12 +271,15 @@ def make_plan(
         blocks, components: for `manual`, see `parse_blocks` and `parse_components`.
         modulation_rank: see `PrunePlan`.
         seed: of what a baseline draws by lot.
-        magnitudes: root mean square of each block's weights, for baselines that ask for it.
+        max_latency: for `milp`, share of a step's time that may be left, 0..1.
+        measured: what `greedy`, `milp` with `max_latency`, and baselines may ask of a model.
 
     Raises:
         InputError: wrong options, or a report of another model.
         BudgetError: nothing the method may remove meets the budget.
     """
+    if max_latency is not None and (method != "milp" or not 0 < max_latency <= 1):
+        raise InputError(f"--max-latency: found {max_latency} with --method {method}, expected 0 to 1 with milp")
     model = _Model(family, config, group_size, modulation_rank)
     if method == "manual":
         if keep is not None or max_memory_bytes is not None:
@@ -284,17 +292,17 @@ def make_plan(
         baseline = baselines().get(method)
         first = protect_first if protect_first is not None else 0 if baseline else model.count // 2
         later = range(first, model.count - protect_last)
+        measured = measured or Measured()
         if baseline is not None:
-            if baseline.magnitudes and not magnitudes:
+            if baseline.magnitudes and not measured.magnitudes:
                 raise InputError(f"--method {method} reads weights: give -o (a folder), not --config")
-            known = Blocks(model.count, later, magnitudes, seed)
+            known = Blocks(model.count, later, measured.magnitudes, seed)
             gone, parts = _smallest(model, lambda number: baseline.choose(known, number), budget, len(later)), []
         else:
             if report is None:
                 raise InputError(f"--method {method} needs contribution scores; run `edgeprune analyze` first")
             _check_report(report, config, model.count)
-            cut = threshold if method == "hybrid" else None
-            gone, parts = _ranked(model, report.contributions(), budget, later, cut)
+            gone, parts = _by_scores(model, report, method, budget, later, threshold, measured, max_latency)
         now = model.after(gone, parts)
         if not budget.met(now):
             raise BudgetError(
@@ -318,7 +326,7 @@ def plan_for(
     report: ContributionReport | None,
     options: PlanOptions,
     budget: int | None = None,
-    magnitudes: Sequence[float] = (),
+    measured: Measured | None = None,
 ) -> PrunePlan:
     """`make_plan` with options; `budget` is the bytes that a device leaves, where one was named.
 
@@ -333,7 +341,7 @@ def plan_for(
     del choices["prompts"]
     if choices.pop("fit"):
         choices["max_memory_bytes"] = budget
-    return make_plan(family, config, report, **choices, magnitudes=magnitudes)
+    return make_plan(family, config, report, **choices, measured=measured)
 
 
 class _Model:
@@ -388,15 +396,17 @@ class _Budget:
             raise InputError("budget: give exactly one of --keep and --max-memory")
         if keep is not None and not 0 < keep <= 1:
             raise InputError(f"--keep: found {keep}, expected a share above 0 and up to 1")
-        self._parameters = None if keep is None else keep * before.parameters
-        self._bytes = max_memory_bytes
+        self.limit = float(max_memory_bytes or 0) if keep is None else keep * before.parameters
+        self._keep = keep
         self._text = f"--keep {keep}" if keep is not None else f"--max-memory {max_memory_bytes} bytes"
+
+    def left(self, now: Footprint) -> int:
+        """Parameters or bytes, whichever are limited."""
+        return now.int4_bytes if self._keep is None else now.parameters
 
     def met(self, now: Footprint) -> bool:
         """Whether no more need go."""
-        if self._parameters is not None:
-            return now.parameters <= self._parameters
-        return now.int4_bytes <= (self._bytes or 0)
+        return self.left(now) <= self.limit
 
     def __str__(self) -> str:
         return self._text
@@ -420,6 +430,44 @@ def _smallest(model: _Model, choose: Callable[[int], list[int]], budget: _Budget
     most = min(most, model.count - 1)
     numbers = (n for n in range(most) if budget.met(model.after(choose(n), [])))
     return choose(next(numbers, most))
+
+
+def _by_scores(
+    model: _Model,
+    report: ContributionReport,
+    method: str,
+    budget: _Budget,
+    later: range,
+    threshold: float,
+    measured: Measured,
+    max_latency: float | None,
+) -> tuple[list[int], list[tuple[int, str]]]:
+    """What a method removes that chooses by contributions."""
+    if method in PLANNERS:
+        chosen = planner_named(method)(_problem(model, report, budget, later, measured, max_latency))
+        return [b for b, c in chosen if c is None], [(b, c) for b, c in chosen if c is not None]
+    return _ranked(model, report.contributions(), budget, later, threshold if method == "hybrid" else None)
+
+
+def _problem(
+    model: _Model,
+    report: ContributionReport,
+    budget: _Budget,
+    later: range,
+    measured: Measured,
+    max_latency: float | None,
+) -> Problem:
+    """What a planner chooses from: parts of later blocks."""
+
+    def left(chosen: list[Key]) -> float:
+        return budget.left(model.after([b for b, c in chosen if c is None], [(b, c) for b, c in chosen if c]))
+
+    if max_latency is not None and not measured.seconds:
+        raise InputError("--max-latency is measured on a model: give -o (a folder), not --config")
+    losses = {part: c.drop for part, c in report.contributions().items() if part[0] in later}
+    joint = {parts: c.drop for parts, c in report.joint().items() if set(parts) <= losses.keys()}
+    save_s = 0.0 if max_latency is None else (1 - max_latency) * measured.step_s
+    return Problem(report.metric, losses, joint, left, budget.limit, model.count, measured, save_s)
 
 
 def _ranked(

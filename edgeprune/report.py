@@ -1,40 +1,33 @@
-"""`report.html`: one self-contained page on an artefact, made from what is measured when it is made.
+"""What a report on an artefact says, measured when it is made: images at the same seeds, quality, memory, latency.
 
-Images of original and compressed at the same seeds, quality with intervals, memory, latency, contributions, the
-plan, and how to go on. Measurements are kept in `report.json`, so that the page can be written again with a bench's
-figures. What it leaves out: measuring devices (bench.py).
+Measurements are kept in `report.json`, so that page and model card (report_page.py) can be written again, with the
+figures of a bench. What it leaves out: measuring devices (bench.py).
 """
 
 from __future__ import annotations
 
-import base64
 import functools
-import io
 import math
 import time
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
-from edgeprune import checkpoint
-from edgeprune.bench import MEASURES, show
+from edgeprune import checkpoint, report_page
+from edgeprune.bench import show
 from edgeprune.checkpoint import INT4
-from edgeprune.contribution import Contribution, ContributionReport
 from edgeprune.data import PROMPTS, read_prompts
 from edgeprune.demo import shapes
 from edgeprune.files import read_json, write_json
 from edgeprune.pipeline import Progress, Workspace, silent
-from edgeprune.plan import PrunePlan
 from edgeprune.sampling import encode_prompts, generate, latent_shape, noise, velocity
-from edgeprune.stats import paired_drop
+from edgeprune.stats import Interval, mean_interval, paired_drop
 
-_SHOWN = 14
+_SCHEMA = 2
+"""Of report.json: one of another is measured again."""
 
 
 def memory_short(ws: Workspace) -> str:
@@ -62,8 +55,8 @@ def make(
     ws.need("quantize", "report")
     path, images_path = ws.out / "report.json", ws.out / "cache" / "report.npz"
     done = path.is_file() and images_path.is_file() and not redo
-    inputs = ws.manifest.stages["quantize"]["inputs"]
-    if done and read_json(path)["inputs"] == inputs:
+    inputs = {"quantize": ws.manifest.stages["quantize"]["inputs"], "schema": _SCHEMA}
+    if done and read_json(path).get("inputs") == inputs:
         summary, images = read_json(path), dict(np.load(images_path))
     else:
         summary, images = _measure(ws, quick, progress)
@@ -71,7 +64,7 @@ def make(
         write_json(path, summary)
         images_path.parent.mkdir(exist_ok=True)
         np.savez_compressed(images_path, **images)  # type: ignore[arg-type]
-    _write_page(ws, summary, images, bench)
+    report_page.write(ws, summary, rows(summary), images, bench)
     return summary
 
 
@@ -149,9 +142,13 @@ def _measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, 
             "original": shapes.score(passed["original"], tasks),
             "compressed": shapes.score(passed["compressed"], tasks),
             "relative_drop": paired_drop(passed["original"], passed["compressed"], tasks).relative or (0.0, 0.0, 0.0),
-            "tasks": {k: shapes.task_means(v, tasks) for k, v in passed.items()},
+            "tasks": {k: _by_task(v, tasks) for k, v in passed.items()},
         }
     return summary, images
+
+
+def _by_task(values: NDArray[Any], tasks: list[str]) -> dict[str, Interval]:
+    return {t: mean_interval(values[np.asarray(tasks) == t]) for t in dict.fromkeys(tasks)}
 
 
 def _show_images(progress: Progress, name: str, done: int, total: int) -> None:
@@ -172,134 +169,3 @@ def step_times(ws: Workspace, models: list[Any], repeats: int = 9) -> list[float
             if repeat:
                 found.append(time.perf_counter() - start)
     return [float(np.median(t)) for t in times]
-
-
-# ------------------------------------------------------------------------------------------- page
-
-
-def _png(pixels: NDArray[Any], scale: int) -> str:
-    image = Image.fromarray(pixels)
-    if scale > 1:
-        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight")
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def plots(report: ContributionReport, plan: PrunePlan) -> list[str]:
-    """Contribution of blocks, and of components, with intervals: two SVG images as data addresses."""
-    from matplotlib.figure import Figure
-
-    found = report.contributions()
-    label = f"loss of the {report.metric} score"
-    out = []
-    blocks = [c for c in found.values() if c.component is None]
-    figure = Figure(figsize=(9, 3))
-    axes = figure.subplots()
-    colours = ["#d55e00" if c.block in plan.blocks else "#0072b2" for c in blocks]
-    axes.bar([c.block for c in blocks], [c.drop for c in blocks], yerr=_errors(blocks), color=colours, capsize=2)
-    axes.set(xlabel="block removed (orange: pruned by the plan)", ylabel=label)
-    axes.set_yscale("symlog", linthresh=_LINEAR)
-    out.append(_svg(figure))
-    names = [n for n in dict.fromkeys(c.component for c in found.values()) if n]
-    if names:
-        figure = Figure(figsize=(9, 3.4))
-        axes = figure.subplots()
-        palette = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
-        for name, colour in zip(names, palette, strict=False):
-            mine = [c for c in found.values() if c.component == name]
-            axes.errorbar(
-                [c.block for c in mine],
-                [c.drop for c in mine],
-                yerr=_errors(mine),
-                label=name,
-                color=colour,
-                marker="o",
-                ms=3,
-                capsize=2,
-                lw=1,
-            )
-        axes.set(xlabel="block", ylabel=label)
-        axes.set_yscale("symlog", linthresh=_LINEAR)
-        axes.legend(ncols=len(names), fontsize=8)
-        out.append(_svg(figure))
-    return out
-
-
-_LINEAR = 1e-2
-"""Drops below this are noise for most metrics; above it the axis is logarithmic."""
-
-
-def _errors(entries: list[Contribution]) -> list[float]:
-    return [c.half_width or 0.0 for c in entries]
-
-
-def _write_page(
-    ws: Workspace, summary: dict[str, Any], images: dict[str, NDArray[Any]], bench: dict[str, Any] | None
-) -> None:
-    plan, report = ws.plan(), ws.report()
-    height = images["original"].shape[1]
-    scale = max(1, 128 // height)
-    # One of each task first, so that the page shows all of them.
-    order = np.argsort(
-        np.arange(len(summary["prompts"])) % max(1, len(summary["prompts"]) // len(shapes.TASKS)), kind="stable"
-    )
-    pairs = [
-        {
-            "prompt": summary["prompts"][i],
-            "original": _png(images["original"][i], scale),
-            "compressed": _png(images["compressed"][i], scale),
-        }
-        for i in order[:_SHOWN]
-    ]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    quality = summary.get("quality")
-    page = environment.get_template("report.html.j2").render(
-        name=ws.out.name,
-        manifest=ws.manifest,
-        plan=plan,
-        rows=rows(summary),
-        pairs=pairs,
-        plots=plots(report, plan) if report else [],
-        prompts=len(report.prompts) if report else 0,
-        tasks=[
-            (t, quality["tasks"]["original"][t], quality["tasks"]["compressed"][t])
-            for t in quality["tasks"]["original"]
-        ]
-        if quality
-        else [],
-        bench=_bench_rows(bench) if bench else None,
-        out=str(ws.out),
-        version=ws.manifest.tools.get("edgeprune", ""),
-    )
-    target = ws.out / "report.html"
-    temporary = target.with_suffix(".html.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
-
-
-def _bench_rows(bench: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows of a bench's JSON."""
-    variants = bench["variants"]
-    (ratios,) = list(bench["comparisons"].values())[:1] or [{}]
-    table = [
-        (label, [show(key, v[key]) for v in variants], ratios.get(f"{stem}_ratio"))
-        for key, (label, stem) in MEASURES.items()
-        if any(v.get(key) is not None for v in variants)
-    ]
-    return {
-        "names": [f"{v['name']} ({v['runtime']}, {v['precision']})" for v in variants],
-        "rows": table,
-        "machine": bench["machine"],
-    }

@@ -13,6 +13,7 @@ from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import family_of
 from edgeprune.pipeline import CompressOptions, Workspace, as_published
 from edgeprune.plan import PlanOptions, make_plan
+from edgeprune.planners import Measured
 
 LARGE = json.loads((Path(__file__).parent / "data" / "transformer_configs.json").read_text())["sd3.5-large"]
 TEN = Blocks(10, range(10), [float(i % 4) for i in range(10)], 0)
@@ -41,12 +42,12 @@ def test_each_seed_draws_another_lot() -> None:
 @pytest.mark.parametrize("name", baselines())
 def test_a_plan_is_the_smallest_that_meets_the_budget(name: str) -> None:
     family = family_of(LARGE)
-    magnitudes = [1.0 + i for i in range(38)]
-    plan = make_plan(family, LARGE, None, method=name, keep=0.79, magnitudes=magnitudes)
+    measured = Measured(magnitudes=[1.0 + i for i in range(38)])
+    plan = make_plan(family, LARGE, None, method=name, keep=0.79, measured=measured)
     assert len(plan.blocks) == 8 and plan.after.parameters == 6_352_630_080 and not plan.components
     assert max(plan.blocks) < 36  # the last two are protected, as in every method
     with pytest.raises(BudgetError, match="cannot be met"):
-        make_plan(family, LARGE, None, method=name, keep=0.01, magnitudes=magnitudes)
+        make_plan(family, LARGE, None, method=name, keep=0.01, measured=measured)
 
 
 def test_magnitude_needs_weights() -> None:

@@ -94,6 +94,44 @@ def test_dry_run_forecasts_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_dry_run_of_an_analysis_times_an_evaluation(tmp_path: Path) -> None:
+    from tiny import tiny_pipeline
+
+    tiny_pipeline(tmp_path / "tiny")
+    found = {}
+    for estimator in ("exhaustive", "reuse", "gates"):
+        args = (
+            "analyze",
+            "tiny",
+            "-o",
+            "out",
+            "--dry-run",
+            "--json",
+            "--joint",
+            "--count",
+            "5",
+            "--estimator",
+            estimator,
+        )
+        done = run(*args, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found[estimator] = json.loads(done.stdout.splitlines()[-1])
+    groups, per_score, preparing = 1 + 3 + 14 + 18 - 4, 5 * 4, 5 * 4 * 3
+    whole = found["exhaustive"]
+    assert whole["groups"] == groups and whole["evaluations"] == groups * per_score + preparing
+    assert whole["analysis_s"] == pytest.approx(whole["evaluations"] * whole["evaluation_s"], rel=0.05, abs=0.1)
+    assert (
+        found["gates"]["evaluations"]
+        == 2 * per_score + preparing
+        < found["reuse"]["evaluations"]
+        < whole["evaluations"]
+    )
+    streams = 4 * 64 * (64 + 16)  # float32, of 64 image and 16 text tokens of width 64
+    assert [found[e]["held_bytes"] for e in ("exhaustive", "reuse")] == [0, 2 * streams * per_score]
+    assert found["gates"]["held_bytes"] > 3 * streams * 16
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "args", [["--config", "none.json"], ["--config", "c.json", "--scores", "none.json"], ["-o", "none"]]
 )
@@ -156,7 +194,7 @@ def test_plan_options_begin_from_the_preset() -> None:
 
     def made(**said: object) -> PlanOptions:
         names = ("method", "keep", "max_memory", "fit", "protect_first", "protect_last", "threshold")
-        later = (said.get("blocks", ""), "", 64, said.get("modulation_rank"), "prompts.txt")
+        later = (said.get("blocks", ""), "", 64, said.get("modulation_rank"), "prompts.txt", said.get("max_latency"))
         return _plan_options(start, *(said.get(n) for n in names), *later)  # type: ignore[arg-type]
 
     assert made() == start and start.method == "hybrid"  # `plan` after `compress` has nothing to do

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.contribution import ContributionReport, fingerprint, parts
+from edgeprune.contribution import ContributionReport, fingerprint, group, groups, parts
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import family_of
 from edgeprune.plan import PrunePlan, make_plan, parse_blocks, parse_components, remaining_shapes
@@ -69,7 +69,7 @@ def test_a_plan_from_config_alone_is_quick_and_torch_free(name: str, tmp_path: P
     """By the command line; best of two, in seconds of processor time; hybrid, which counts hundreds of candidates."""
     config = CONFIGS[name]
     family = family_of(config)
-    scores = {key: [-0.01 * i] for i, key in enumerate(parts(family, config))}
+    scores = {(key,): [-0.01 * i] for i, key in enumerate(parts(family, config))}
     count = family.block_count(config)
     made = ContributionReport(fingerprint(config), family.name, count, "m", ["p"], [0.0], scores)
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -104,7 +104,7 @@ def test_noops_are_left_out() -> None:
 def report(config: dict[str, object], drops: dict[tuple[int, str | None], float]) -> ContributionReport:
     return ContributionReport(
         fingerprint(config), "sd3", SD3.block_count(config), "velocity", ["p", "q"], [0.0, 0.0],
-        {k: [-d, -d] for k, d in drops.items()},
+        {(k,): [-d, -d] for k, d in drops.items()},
     )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def test_report_of_another_model_is_refused() -> None:
 
 
 def test_contribution_is_a_mean_of_differences_with_an_interval() -> None:
-    found = ContributionReport("", "sd3", 1, "m", ["a", "b"], [1.0, 3.0], {(0, None): [0.5, 1.5]})
+    found = ContributionReport("", "sd3", 1, "m", ["a", "b"], [1.0, 3.0], {((0, None),): [0.5, 1.5]})
     c = found.contributions()[0, None]
     assert c.drop == 1.0
     assert c.half_width == pytest.approx(1.96 * (0.5 / 2) ** 0.5 * 1.0)
@@ -206,3 +206,40 @@ def test_components_file_of_the_reference_ranks_no_noop() -> None:
         pytest.skip("the components file is not part of the project (see shared/data)")
     assert "37<tab>ff_context" in json.loads(path.read_text())  # the reference ranks it; we must not
     assert (37, "context_mlp") in SD3.noops(LARGE)
+
+
+def test_joint_removals_are_those_that_a_family_has() -> None:
+    found = {kind: groups(family_of(CONFIGS[kind]), CONFIGS[kind], joint=True) for kind in CONFIGS}
+    large = [g for g in found["sd3.5-large"] if len(g) > 1]
+    assert len(large) == 6 * 38 - 4  # the last block has no context MLP, which four of the six take
+    assert ((5, "context_norm"), (5, "mlp"), (5, "norm")) not in large  # not one of figure 4
+    assert ((5, "context_mlp"), (5, "context_norm"), (5, "mlp"), (5, "norm")) in large
+    single = [g for g in found["flux.1-dev"] if len(g) > 1 and g[0][0] >= 19]
+    assert single == [((b, "mlp"), (b, "norm")) for b in range(19, 57)]
+
+
+def test_pairs_do_not_overlap_and_are_said_once() -> None:
+    found = groups(SD3, SMALL, joint=True, pairs=True)
+    assert len(found) == len(set(found)) and all(g == group(g) for g in found)
+    assert group([(3, "mlp"), (2, None)]) in found and group([(2, "mlp"), (2, None)]) not in found
+    singles = 8 + 5 * 8 - 1
+    overlapping = sum(len([g for g in found if g[0][0] == b and len(g) == 1]) - 1 for b in range(8))
+    assert len([g for g in found if len(g) == 2]) == singles * (singles - 1) // 2 - overlapping
+
+
+def test_reports_of_schema_1_are_read(tmp_path: Path) -> None:
+    both = report(SMALL, {(0, None): 1.0, (1, "mlp"): 0.5})
+    new = both.to_json()
+    parts = [{"block": e["parts"][0][0], "component": e["parts"][0][1], "scores": e["scores"]} for e in new["scores"]]
+    for name, data in (("new", new), ("old", new | {"schema_version": 1, "scores": parts})):
+        (tmp_path / name).write_text(json.dumps(data))
+        assert ContributionReport.load(tmp_path / name) == both
+
+
+def test_joint_contributions_are_apart_from_single_ones(tmp_path: Path) -> None:
+    both = group([(2, "norm"), (2, "mlp")])
+    made = ContributionReport("", "sd3", 3, "m", ["a"], [1.0], {((2, "mlp"),): [0.5], both: [0.25]}, estimator="reuse")
+    (tmp_path / "r").write_text(json.dumps(made.to_json()))
+    read = ContributionReport.load(tmp_path / "r")
+    assert read == made and list(read.contributions()) == [(2, "mlp")]
+    assert read.joint()[both].drop == 0.75 and str(read.joint()[both]) == "2:mlp + 2:norm"

@@ -49,7 +49,7 @@ def test_budget_of_the_plan(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError, match="expected one of"):
         ws.fit("gameboy")
     # A device with room for everything but the whole transformer.
-    drops = {(b, c): [-0.1 * b] for b in range(3) for c in (None, *ws.family.components)}
+    drops = {((b, c),): [-0.1 * b] for b in range(3) for c in (None, *ws.family.components)}
     report = ContributionReport(fingerprint(ws.config), "sd3", 3, "m", ["p"], [0.0], drops)
     write_json(ws.report_path, report.to_json())
     used = generous.memory_bytes - generous.transformer_bytes

@@ -12,8 +12,9 @@ import pytest
 import tiny
 import torch
 
-from edgeprune.contribution import Removed, analyze, parts
+from edgeprune.contribution import analyze, groups, parts, removed
 from edgeprune.errors import InputError
+from edgeprune.estimators.exhaustive import Exhaustive
 from edgeprune.export import folder, graph, parity
 from edgeprune.families import family_of
 from edgeprune.generation import Generation
@@ -49,14 +50,15 @@ def test_analysis_scores_every_part_and_leaves_the_model_whole(tmp_path: Path) -
     family = family_of(config)
     metric = VelocityError(found, Generation(3, 1.0, 64, 64, 6), ["a", "bb"])
     report = analyze(
-        family, config, found.transformer, metric.score, mean=torch.zeros(64), metric="velocity", prompts=["a", "bb"],
-        path=tmp_path / "analysis.json", inputs_digest="x",
+        family, config, Exhaustive(family, metric, torch.zeros(64)).estimate, groups=groups(family, config),
+        metric="velocity", estimator="exhaustive", prompts=["a", "bb"], path=tmp_path / "analysis.json",
+        inputs_digest="x",
     )  # fmt: skip
-    assert set(report.scores) == set(parts(family, config)) and len(report.scores) == 5 + 5 + 5 + 2
+    assert set(report.contributions()) == set(parts(family, config)) and len(report.scores) == 5 + 5 + 5 + 2
     assert max(max(s) for s in report.scores.values()) < 0 and metric.score() == report.untouched == [0.0, 0.0]
     plan = make_plan(family, config, report, method="hybrid", keep=0.85, protect_first=0, protect_last=0)
     assert plan.components and plan.after.parameters <= 0.85 * plan.before.parameters
-    with Removed(family, found.transformer, plan.keys, torch.zeros(64)):
+    with removed(family, found.transformer, plan.keys, torch.zeros(64)):
         assert max(metric.score()) < 0
 
 

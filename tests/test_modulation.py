@@ -15,7 +15,7 @@ from tiny import KINDS, config_of, quantize, tiny_inputs, tiny_pipeline, tiny_st
 import edgeprune
 from edgeprune import checkpoint, pipeline, sampling
 from edgeprune.cli import _plan_rows, parse_rank
-from edgeprune.contribution import Removed, parts
+from edgeprune.contribution import parts, removed
 from edgeprune.distill import DistillOptions, parameter_groups
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import Config, Family, family_of
@@ -64,7 +64,7 @@ def test_exact_where_the_inputs_lie_in_the_basis(kind: str, blocks: str, parted:
     listed = {"method": "manual", "blocks": blocks, "components": components}
     plans = {rank: make_plan(family, config, None, modulation_rank=rank, **listed) for rank in (11, 3)}
     with torch.no_grad():
-        with Removed(family, model, plans[11].keys, found.mean):
+        with removed(family, model, plans[11].keys, found.mean):
             expected = sampling.velocity(model, *step)
         for rank, plan in plans.items():
             thin = prune(family, model, config, plan, found.mean, found.basis(rank))
@@ -155,7 +155,7 @@ def test_more_directions_than_samples() -> None:
 def test_modulation_first_then_blocks() -> None:
     model, config, family = setup()
     scores = pipeline.ContributionReport(
-        "", "sd3", 4, "none", [], [], {}, summary={(b, None): float(b) for b in range(4)}
+        "", "sd3", 4, "none", [], [], {}, summary={((b, None),): float(b) for b in range(4)}
     )
     options = {"method": "hpp", "protect_first": 1, "protect_last": 0}
     full = make_plan(family, config, scores, keep=0.8, **options)

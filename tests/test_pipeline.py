@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from tiny import tiny_inputs, tiny_pipeline
 
 import edgeprune
 from edgeprune import checkpoint, pipeline, report, resume
-from edgeprune.contribution import Key, analyze
+from edgeprune.contribution import Group, analyze, groups
 from edgeprune.distill import DistillOptions
 from edgeprune.errors import EdgepruneError, InputError, StaleStageError
+from edgeprune.estimators.exhaustive import Exhaustive
 from edgeprune.pipeline import AnalyzeOptions, CompressOptions, DataOptions, PlanOptions, Workspace
 
 OPTIONS = CompressOptions(
@@ -117,20 +119,20 @@ def test_analysis_resumes_without_redoing(source: Path, tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return [float(calls)]
 
-    def go() -> dict[Key, list[float]]:
-        mean = torch.zeros(64)
+    def go() -> dict[Group, list[float]]:
+        estimator = Exhaustive(ws.family, SimpleNamespace(pipe=ws.pipe, score=score), torch.zeros(64))
         made = analyze(
-            ws.family, ws.config, ws.pipe.transformer, score, mean=mean, metric="m", prompts=["p"], path=ws.report_path,
-            inputs_digest="d", components=False,
+            ws.family, ws.config, estimator.estimate, groups=groups(ws.family, ws.config, components=False), metric="m",
+            estimator="exhaustive", prompts=["p"], path=ws.report_path, inputs_digest="d",
         )  # fmt: skip
         return made.scores
 
     with pytest.raises(KeyboardInterrupt):
         go()
     partial = ws.report_path.with_name("analysis.json.partial")
-    partial.write_text(partial.read_text() + '{"part": [2, nu')  # torn by the kill
+    partial.write_text(partial.read_text() + '{"parts": [[2, nu')  # torn by the kill
     calls = 10
-    assert go() == {(0, None): [2.0], (1, None): [3.0], (2, None): [11.0]}
+    assert go() == {((0, None),): [2.0], ((1, None),): [3.0], ((2, None),): [11.0]}
     assert not partial.exists()
 
 
@@ -246,7 +248,7 @@ def test_page_is_self_contained_and_escaped(copy: Path, source: Path) -> None:
     page = (copy / "report.html").read_text()
     assert evil not in page and "&lt;script&gt;" in page
     assert "http" not in page.replace("http://www.w3.org", "")
-    assert page.count("data:image/png") >= 4 and page.count("data:image/svg") == 2
+    assert page.count("data:image/png") >= 4 and page.count("data:image/svg") == 1
     assert manifest.plan is not None
 
 

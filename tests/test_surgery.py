@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import KINDS, config_of, tiny_inputs, tiny_step, tiny_velocity
 
-from edgeprune.contribution import Removed, parts
+from edgeprune.contribution import parts, removed
 from edgeprune.errors import InputError
 from edgeprune.families import Config, Family, family_of
 from edgeprune.plan import make_plan
@@ -47,7 +47,7 @@ def test_whole_blocks_equal_skipped_blocks_and_load_in_stock_diffusers(kind: str
     plan = make_plan(family, config, None, method="manual", blocks=blocks)
     short = prune(family, model, config, plan, mean)
     assert type(short) is type(model)
-    with Removed(family, model, plan.keys, mean):
+    with removed(family, model, plan.keys, mean):
         expected = tiny_velocity(model)
     assert (tiny_velocity(short) - expected).abs().max() <= 1e-5
     assert (tiny_velocity(model) - expected).abs().max() > 1e-3  # the original is whole again, and differs
@@ -75,7 +75,7 @@ def test_components_equal_skipped_branches(kind: str, components: str, blocks: s
     model, config, family, mean = setup(kind)
     plan = make_plan(family, config, None, method="manual", blocks=blocks, components=components)
     short = prune(family, model, config, plan, mean)
-    with Removed(family, model, plan.keys, mean):
+    with removed(family, model, plan.keys, mean):
         expected = tiny_velocity(model)
     assert (tiny_velocity(short) - expected).abs().max() <= 1e-5
     assert (tiny_velocity(model) - expected).abs().max() > 1e-4
@@ -91,7 +91,7 @@ def test_removed_branch_contributes_nothing(kind: str, block: int) -> None:
     branches = [(block, c) for c in family.components if c not in family.norms]
     turned = torch.ones(8, 32), torch.zeros(8, 32)
     options = {"image_rotary_emb": turned} if kind == "flux" else {}
-    with torch.no_grad(), Removed(family, model, branches, mean):
+    with torch.no_grad(), removed(family, model, branches, mean):
         if hasattr(loaded, "proj_out"):
             loaded.proj_out.bias.zero_()  # which no component has
         context_out, image_out = loaded(image, context, embedding, **options)
@@ -104,7 +104,7 @@ def test_removed_norm_ignores_timestep_and_prompt(kind: str) -> None:
     model, _, family, mean = setup(kind)
     norm = model.transformer_blocks[1].norm1
     x = torch.randn(2, 5, 64)
-    with torch.no_grad(), Removed(family, model, [(1, "norm")], mean):
+    with torch.no_grad(), removed(family, model, [(1, "norm")], mean):
         a, b = norm(x, emb=torch.randn(2, 64))[0], norm(x, emb=torch.randn(2, 64))[0]
     assert torch.equal(a, b)
     assert not torch.equal(norm(x, emb=torch.randn(2, 64))[0], a)

@@ -189,3 +189,12 @@ def evaluations(name: str, generation: Generation, prompts: int, per_step: int) 
 
         return VelocityError.evaluations(generation, prompts)
     return prompts * generation.num_inference_steps * per_step
+
+
+def preparing(name: str, generation: Generation, prompts: int, per_step: int) -> int:
+    """How many samples go through the transformer before the first score."""
+    if name == VELOCITY:
+        from edgeprune.metrics.velocity import VelocityError
+
+        return VelocityError.preparing(generation, prompts, per_step)
+    return 0

@@ -50,13 +50,19 @@ class VelocityError:
         """Samples through the transformer for one score: one a state."""
         return prompts * min(STATES, generation.num_inference_steps)
 
+    @staticmethod
+    def preparing(generation: Generation, prompts: int, per_step: int) -> int:
+        """The trajectory, and its velocities once more without guidance."""
+        return prompts * min(STATES, generation.num_inference_steps) * (per_step + 1)
+
+    def velocity(self, rows: slice) -> torch.Tensor:
+        """Conditional velocities of the transformer as it is now at some of the states; prompts go round first."""
+        given = (self.states[rows], self.condition[rows], self.sigmas[rows], self.guidance)
+        return velocity(self.pipe.transformer, *given).float()
+
     def _velocities(self) -> torch.Tensor:
-        parts = []
-        for start in range(0, len(self.states), self.batch):
-            rows = slice(start, start + self.batch)
-            given = (self.states[rows], self.condition[rows], self.sigmas[rows], self.guidance)
-            parts.append(velocity(self.pipe.transformer, *given).float())
-        return torch.cat(parts)
+        starts = range(0, len(self.states), self.batch)
+        return torch.cat([self.velocity(slice(start, start + self.batch)) for start in starts])
 
     def _per_prompt(self, values: torch.Tensor) -> torch.Tensor:
         """Root of the summed squares of all states of a prompt: (P,)."""
