@@ -811,7 +811,7 @@ def bench(
 def compare(
     model: Model = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make or go on with.")] = Path("compare"),
-    preset: Annotated[str, typer.Option(help="A grid that comes with edgeprune: demo or demo-tight.")] = "demo",
+    preset: Annotated[str, typer.Option(help="A grid that comes with edgeprune: demo or demo-untrained.")] = "demo",
     grid: Annotated[Path | None, typer.Option(help="A grid of your own (TOML), instead of the preset.")] = None,
     metric: Annotated[str | None, typer.Option(help="By default shapes for the built-in model, else velocity.")] = None,
     weights: Weights = None,

@@ -157,7 +157,8 @@ def grid(ws: Workspace) -> list[tuple[str, list[dict[str, Any]]]]:
         said = f"trained at {value:.2f} of the rate" if training else "kept"
         return {"state": "kept", "strength": value, "title": f"{what}: {said}"}
 
-    return [(c, [cell(b, c) for b in range(plan.num_blocks)]) for c in ws.family.components]
+    rows = [(c, [cell(b, c) for b in range(plan.num_blocks)]) for c in ws.family.components]
+    return [(c, cells) for c, cells in rows if any(found["state"] != "absent" for found in cells)]
 
 
 def memory(ws: Workspace, summary: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 if __name__ != "edgeprune.runtimes.openvino":
     raise ImportError(f"import this module as edgeprune.runtimes.openvino, not as {__name__}; it is not OpenVINO's own")
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,17 @@ class OpenVinoNetwork:
         if not path.exists():
             raise InputError(f"{path}: found no file, expected an OpenVINO or ONNX model; export again")
         self._path, self._device, self._config, self._static = path, device, config, static
+        self._weights = path.with_suffix(".bin") if path.suffix == ".xml" else Path(f"{path}.data")
         self._shapes: dict[str, list[int]] | None = None
         self._compiled: openvino.CompiledModel | None = None if static else self._compile(None)
-        self._closed = False
+        self._closed = self._repacked = False
         self.provider, self.why = device, f"device={device}"
 
     def _compile(self, shapes: dict[str, list[int]] | None) -> openvino.CompiledModel:
         core = openvino.Core()
-        weights = self._path.with_suffix(".bin") if self._path.suffix == ".xml" else Path(f"{self._path}.data")
+        self._repacked = False
         try:
-            with given_back(weights):
+            with given_back(self._weights):
                 if shapes is None:
                     return core.compile_model(self._path, self._device, self._config)
                 model = core.read_model(self._path)
@@ -83,7 +85,11 @@ class OpenVinoNetwork:
         if missing := set(types) - set(arrays):
             raise InputError(f"{self._path}: inputs: found also {sorted(missing)}, expected {sorted(arrays)}")
         try:
-            values = self._compiled({name: np.asarray(arrays[name], kind) for name, kind in types.items()})
+            feed = {name: np.asarray(arrays[name], kind) for name, kind in types.items()}
+            # The CPU repacks weights when they are first used.
+            with nullcontext() if self._repacked else given_back(self._weights):
+                values = self._compiled(feed)
+            self._repacked = True
         except RuntimeError as error:
             raise InputError(f"{self._path}: found {_line(error)}; inputs were {shapes}") from None
         return {name: np.asarray(value, np.float32) for port, value in values.items() for name in port.names}

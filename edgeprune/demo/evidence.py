@@ -19,7 +19,7 @@ from edgeprune.compare import Grid, compare, grid_named, held_out_prompts
 from edgeprune.demo.pages import insert
 from edgeprune.pipeline import Workspace, preset
 
-PRESETS = ("demo", "demo-tight")
+PRESETS = ("demo", "demo-untrained")
 
 
 def _show(what: str, done: int, total: int, note: str = "") -> None:
