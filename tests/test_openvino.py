@@ -11,6 +11,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,25 @@ def test_unpacked_integers_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(openvino, "save_model", careless)
     with pytest.raises(EdgepruneError, match=r"found \d+ bytes of weights.*unpacked the integers"):
         to_openvino.converted(one_layer(tmp_path))
+
+
+def test_mapped_weights_are_given_back_while_they_are_repacked(
+    quantised: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is when it compiles, and when it runs for the first time."""
+    given: list[Path] = []
+
+    @contextmanager
+    def spy(path: Path) -> Iterator[None]:
+        given.append(path)
+        yield
+
+    monkeypatch.setattr(runtime, "given_back", spy)
+    network = runtime.OpenVinoNetwork(quantised, "CPU", EXACT, static=False)
+    example = graph.Transformer(model).example(batch=1, height=4, width=4, tokens=3)
+    for _ in range(2):
+        network(**{name: value.numpy() for name, value in example.items()})
+    assert given == [quantised.with_suffix(".bin")] * 2
 
 
 def test_only_exact_constants_are_halved() -> None:

@@ -100,7 +100,7 @@ def compressed(table: Table, label: str, source: Path, *options: str) -> Path:
 def remove(table: Table, *labels: str) -> None:
     """Make room: all that was made under these names, and nothing under longer ones."""
     for label in labels:
-        for suffix in ("", "-onnx", "-openvino", "-trt", "-coreml"):
+        for suffix in ("", "-onnx", "-openvino", "-prepared", "-trt", "-coreml"):
             shutil.rmtree(table.out / f"{label}{suffix}", ignore_errors=True)
 
 
@@ -122,7 +122,12 @@ def steps(table: Table, source: Path, label: str) -> None:
         f"{label}: OpenVINO", "export", folder, "--target", "openvino", "-o", f"{folder}-openvino",
         file=f"{folder}-openvino/transformer",
     )  # fmt: skip
-    onnx, ir = Path(f"{folder}-onnx"), Path(f"{folder}-openvino")
+    onnx, ir, prepared = (Path(f"{folder}-{kind}") for kind in ("onnx", "openvino", "prepared"))
+    table.stage(
+        f"{label}: ONNX Runtime prepares its weights", "generate", "a lake", "--model", str(onnx), "--runtime", "ort",
+        "--low-memory", "--cache-dir", str(prepared), "--steps", "1", "--height", "64", "--width", "64",
+        "-o", f"{folder}-image.png", file=str(prepared),
+    )  # fmt: skip
     variants = [
         bench.Variant("original, torch bf16", source, "eager", "bf16"),
         bench.Variant("OpenVINO", ir, "openvino", options={"low_memory": True}),
@@ -131,6 +136,9 @@ def steps(table: Table, source: Path, label: str) -> None:
             options={"low_memory": True, "dynamic_quantization": True},
         ),
         bench.Variant("ONNX Runtime", onnx, "ort", options={"low_memory": True}),
+        bench.Variant(
+            "ONNX Runtime, weights prepared", onnx, "ort", options={"low_memory": True, "cache_dir": str(prepared)}
+        ),
     ]  # fmt: skip
     result = bench.run(variants, repeats=2, warmup=0, steps=1, progress=print)
     keys = ("load_s", "first_step_s", "step_p50_s", "peak_bytes", "anon_bytes", "file_bytes")
