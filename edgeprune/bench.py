@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from edgeprune import errors, runtimes
 from edgeprune.errors import AssertionMissedError, EdgepruneError, InputError
-from edgeprune.metrics.psnr import decibels
+from edgeprune.metrics.psnr import mean_decibels
 from edgeprune.runtimes import memory
 
 if TYPE_CHECKING:
@@ -346,7 +346,7 @@ def psnr_db(first: NDArray[np.uint8], other: NDArray[np.uint8]) -> float | None:
     """Mean over images of the peak signal-to-noise ratio; (P, H, W, 3) both. None if their sizes differ."""
     if first.shape != other.shape:
         return None
-    return float(np.mean([decibels(a, b) for a, b in zip(first, other, strict=True)]))
+    return mean_decibels(list(first), list(other))
 
 
 def _score(images: NDArray[np.uint8], prompts: list[Any]) -> Quality:

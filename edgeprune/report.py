@@ -7,7 +7,6 @@ figures of a bench. What it leaves out: measuring devices (bench.py).
 from __future__ import annotations
 
 import functools
-import math
 import time
 from typing import Any
 
@@ -22,6 +21,7 @@ from edgeprune.checkpoint import INT4
 from edgeprune.data import PROMPTS, read_prompts
 from edgeprune.demo import shapes
 from edgeprune.files import read_json, write_json
+from edgeprune.metrics.psnr import mean_decibels
 from edgeprune.pipeline import Progress, Workspace, silent
 from edgeprune.sampling import encode_prompts, generate, latent_shape, noise, velocity
 from edgeprune.stats import Interval, mean_interval, paired_drop
@@ -118,7 +118,6 @@ def _measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, 
     times = step_times(ws, [original, pruned])
     stored = sum(p.stat().st_size for p in (ws.out / INT4).glob("*.safetensors"))
     before = ws.plan().before.bf16_bytes
-    errors = (images["original"].astype(np.float64) - images["compressed"]) ** 2
     summary: dict[str, Any] = {
         "prompts": texts,
         "images": len(texts),
@@ -128,7 +127,7 @@ def _measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, 
         "original_step_s": times[0],
         "pruned_step_s": times[1],
         "step_ratio": times[1] / times[0],
-        "psnr_db": float(np.mean([10 * math.log10(255**2 / max(e.mean(), 1e-3)) for e in errors])),
+        "psnr_db": mean_decibels(list(images["original"]), list(images["compressed"])),
         "generation": vars(ws.generation),
     }
     if meanings:

@@ -98,7 +98,7 @@ class EagerBackend:
         self._pipeline = None
 
     def _tensor(self, array: Array) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, self._dtype)
+        return torch.tensor(array).to(self._device, self._dtype)
 
 
 def _numpy(tensor: Any) -> Array:

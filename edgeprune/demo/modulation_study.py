@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from edgeprune.data import encode_images
 from edgeprune.demo import shapes
 from edgeprune.files import read_json, write_json
 from edgeprune.int4 import round_int4
+from edgeprune.metrics.psnr import mean_decibels
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.modulation import GRID, Subspace, choose_rank, modulation_inputs, subspace
 from edgeprune.pipeline import Workspace
@@ -291,12 +291,11 @@ class Study:
         original, made = self.images("teacher", self.teacher), self.images(name, model)
         first, other = (self._passed(i) for i in (original, made))
         tasks = [p.meaning.task for p in self.scored]
-        errors = ((original.astype(np.float64) - made) ** 2).mean((1, 2, 3))
         return {
             "score": shapes.score(other, tasks),
             "lost": int(((first == 1) & (other == 0)).sum()),
             "won": int(((first == 0) & (other == 1)).sum()),
-            "psnr_db": float(np.mean([10 * math.log10(255**2 / max(e, 1e-3)) for e in errors])),
+            "psnr_db": mean_decibels(list(original), list(made)),
             "images": len(made),
         }
 

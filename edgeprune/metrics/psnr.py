@@ -20,6 +20,11 @@ def decibels(first: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
     return min(MOST, float(10 * np.log10(255**2 / max(error, 1e-12))))
 
 
+def mean_decibels(first: Images, other: Images) -> float:
+    """Mean over images."""
+    return float(np.mean([decibels(a, b) for a, b in zip(first, other, strict=True)]))
+
+
 class Psnr:
     """Needs no weights."""
 
