@@ -233,14 +233,18 @@ def open_transformer(folder: Path, *, quantized: bool) -> StoredTransformer:
     return StoredTransformer(family, model, Weights(folder / part))
 
 
-def load(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Any:
-    """A diffusers pipeline of an artefact (with its INT4 transformer, if it has one) or of an original folder.
+def load(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, *, quantized: bool | None = None) -> Any:
+    """A diffusers pipeline of an artefact or of an original folder.
+
+    Args:
+        quantized: take the INT4 transformer; by default where there is one.
 
     Raises:
         InputError: missing, damaged or not fitting files.
     """
     root = Path(folder)
-    transformer = load_transformer(root, quantized=(root / INT4).is_dir(), dtype=dtype)
+    chosen = (root / INT4).is_dir() if quantized is None else quantized
+    transformer = load_transformer(root, quantized=chosen, dtype=dtype)
     return load_pipeline(root, transformer, dtype)
 
 

@@ -936,6 +936,35 @@ def _images_or_model(text: str) -> Path:
     return resolve(None if text == "built-in" else text)
 
 
+@app.command(epilog="Example: edgeprune lora style.safetensors --model small -o style-small.safetensors")
+def lora(
+    file: Annotated[Path, typer.Argument(help="A LoRA made for the original, safetensors.")],
+    model: Annotated[Path, typer.Option("--model", help="The artefact it shall be for.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Carry a LoRA of the original over to the pruned model, and say what no longer applies."""
+    from collections import Counter
+
+    from edgeprune.lora import read, remap
+    from edgeprune.resume import save_tensors
+
+    if out.suffix != ".safetensors":
+        raise InputError(f"-o {out}: expected a name ending in .safetensors")
+    ws = _workspace(model, None, False)
+    state, alpha = read(file, ws.family)
+    found = remap(state, ws.family, ws.config, ws.plan(), alpha)
+    if not found.kept and found.gone:
+        raise InputError(f"{file}: nothing of it applies: all of its {len(found.gone)} layers are gone from {model}")
+    save_tensors(out, found.tensors, {"format": "pt"})
+    why = Counter(found.gone.values())
+    _table([("layers that apply", str(len(found.kept))), *((f"gone: {w}", str(n)) for w, n in sorted(why.items()))])
+    _say(f"wrote {out}")
+    _say(f'next: pipe = edgeprune.load("{model}", quantized=False); pipe.load_lora_weights("{out}")')
+    if as_json:
+        _print_json({"out": str(out), "kept": found.kept, "gone": found.gone})
+
+
 @app.command(epilog="Example: edgeprune synth sd3.5-large -o large")
 def synth(
     name: Annotated[str, typer.Argument(help="sd3.5-large, sd3.5-medium, flux.1-schnell or flux.1-dev.")],

@@ -7,7 +7,7 @@ mean m: W x + b becomes (W P^T)(P (x - m)) + (W m + b), exact where x - m lies i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,10 +50,12 @@ def prune_tensor(
     if source.constant:
         weight = read(source.name.removesuffix("bias") + "weight")
         tensor = F.linear(calibrated("mean"), weight.float(), tensor.float()).to(tensor.dtype)
-    for axis, ranges in enumerate((source.rows, source.columns)):
-        if ranges is not None:
-            tensor = torch.cat([tensor.narrow(axis, a, b - a) for a, b in ranges], dim=axis)
-    return tensor
+    return cut(cut(tensor, 0, source.rows), 1, source.columns)
+
+
+def cut(tensor: torch.Tensor, axis: int, ranges: Sequence[tuple[int, int]] | None) -> torch.Tensor:
+    """These ranges of an axis, in this order; None keeps all."""
+    return tensor if ranges is None else torch.cat([tensor.narrow(axis, a, b - a) for a, b in ranges], dim=axis)
 
 
 def prune_state(

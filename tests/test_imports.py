@@ -35,7 +35,7 @@ RANKS: list[tuple[str, ...]] = [
     ("weights", "stored"),
     ("checkpoint",),
     ("synth",),
-    ("pipeline",),
+    ("pipeline", "lora"),
     ("forecast",),
     ("runtimes",),
     ("export",),
