@@ -83,7 +83,8 @@ Calibration = Annotated[
     str, typer.Option(help="none; scale (NNCF's scale estimation) or awq, both on the model's inputs.")
 ]
 DataSource = Annotated[
-    str | None, typer.Option("--data", help="imagefolder with metadata.jsonl, a file of prompts, or 'shapes'.")
+    str | None,
+    typer.Option("--data", help="imagefolder, .tar shards, YE-POP, datasets:NAME, a file of prompts, or 'shapes'."),
 ]
 
 

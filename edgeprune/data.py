@@ -1,7 +1,7 @@
 """What distillation learns from: latents with their encoded prompts, computed once and kept on disk.
 
-Sources: a folder of images with `metadata.jsonl` (imagefolder), a text file of prompts for which the teacher makes
-the images, or shapes world's own renders. What it leaves out: tar shards, streaming and aspect-ratio buckets.
+Sources: images in one of the layouts of sources/, a text file of prompts for which the teacher makes the images, or
+shapes world's own renders. What it leaves out: aspect-ratio buckets, and sources whose latents do not fit into memory.
 """
 
 from __future__ import annotations
@@ -13,17 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 
 from edgeprune.errors import InputError
-from edgeprune.files import digest, sha256_file
+from edgeprune.files import sha256_file, write_json
 from edgeprune.generation import Generation
-from edgeprune.imagefolder import open_image, read_samples
 from edgeprune.resume import save_tensors
 from edgeprune.sampling import denoise, encode_prompts, latent_shape, noise, sigmas
+from edgeprune.sources import Layout, Skipped, layout_of
 
 Progress = Callable[[int, int], None]
+_BATCH = 32
+"""Images in memory."""
+_UNKNOWN = (
+    "--data: {}: found none of these, expected an imagefolder with metadata.jsonl, .tar shards, YE-POP's JSON files, "
+    "datasets:NAME, a text file of prompts, or shapes"
+)
 PROMPTS = Path(__file__).parent / "prompts.txt"
 
 
@@ -72,22 +79,45 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def read_imagefolder(folder: Path, width: int, height: int) -> tuple[torch.Tensor, list[str]]:
-    """Images as (S, 3, H, W) uint8, resized and cropped to the middle, and their texts.
+def fitted(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
+    """An image as (H, W, 3), resized and cropped to the middle."""
+    scale = max(width / image.width, height / image.height)
+    size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))
 
-    Raises:
-        InputError: no metadata, a bad line, a path that leads out of the folder, or an unreadable image.
-    """
-    images, texts = [], []
-    for sample in read_samples(folder):
-        image = open_image(sample.path)
-        scale = max(width / image.width, height / image.height)
-        size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        images.append(np.asarray(image.crop((left, top, left + width, top + height))))
-        texts.append(sample.text)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), texts
+
+def _of_images(
+    pipe: Any, layout: Layout, source: str, generation: Generation, most: int, listed: Path, progress: Progress
+) -> tuple[torch.Tensor, list[str]]:
+    """Latents and texts of a source of images, a batch in memory at a time; what was skipped is listed in a file."""
+    latents, texts, skipped = list[torch.Tensor](), list[str](), list[Skipped]()
+    waiting: list[NDArray[np.uint8]] = []
+
+    def encode() -> None:
+        images = torch.from_numpy(np.stack(waiting)).permute(0, 3, 1, 2).contiguous()
+        latents.append(encode_images(pipe, images, lambda done, total: None))
+        waiting.clear()
+        progress(len(texts), len(texts))
+
+    for found in layout.read(source):
+        if isinstance(found, Skipped):
+            skipped.append(found)
+            continue
+        waiting.append(fitted(found.image, generation.width, generation.height))
+        texts.append(found.text)
+        if len(waiting) == _BATCH:
+            encode()
+        if layout.STREAMED and len(texts) == most:
+            break
+    if waiting:
+        encode()
+    if not texts:
+        why = f": {skipped[0].name}: {skipped[0].why}" if skipped else ""
+        raise InputError(f"--data {source}: no image with a caption that can be used{why}")
+    write_json(listed, {"used": len(texts), "skipped": [[s.name, s.why] for s in skipped]})
+    return torch.cat(latents), texts
 
 
 @torch.no_grad()
@@ -124,12 +154,11 @@ def source_digest(source: str) -> str:
     path = Path(source)
     if source == "shapes":
         return source
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        return digest([(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+    if layout := layout_of(source):
+        return layout.identity(source)
     if path.is_file():
         return sha256_file(path)
-    raise InputError(f"--data: {source}: no such folder or file, and not 'shapes'")
+    raise InputError(_UNKNOWN.format(source))
 
 
 def make_pairs(
@@ -144,8 +173,8 @@ def make_pairs(
     """Latents and texts from a source, computed once; `cache` is read if it is there.
 
     Args:
-        source: `shapes`, a folder, or a file of prompts.
-        samples: how many images to make (`shapes`, prompts); a folder is taken whole.
+        source: `shapes`, images in a layout of sources/, or a file of prompts.
+        samples: how many images to make (`shapes`, prompts) or to take of a stream; a folder is taken whole.
     """
     if not cache.exists():
         if source == "shapes":
@@ -154,15 +183,15 @@ def make_pairs(
             rendered, texts = training_scenes(samples, seed=7)
             images = torch.from_numpy(rendered).permute(0, 3, 1, 2).contiguous()
             latents = encode_images(pipe, images, progress)
-        elif Path(source).is_dir():
-            images, texts = read_imagefolder(Path(source), generation.width, generation.height)
-            latents = encode_images(pipe, images, progress)
+        elif layout := layout_of(source):
+            listed = cache.with_suffix(".json")
+            latents, texts = _of_images(pipe, layout, source, generation, samples, listed, progress)
         elif Path(source).is_file():
             prompts = read_prompts(Path(source))
             texts = [prompts[i % len(prompts)] for i in range(samples)]
             latents = _teacher_made(pipe, texts, generation, progress)
         else:
-            raise InputError(f"--data: {source}: no such folder or file, and not 'shapes'")
+            raise InputError(_UNKNOWN.format(source))
         unique = ["", *sorted(set(texts) - {""})]
         index = {t: i for i, t in enumerate(unique)}
         encoded = encode_prompts(pipe, unique, generation.max_sequence_length)

@@ -24,6 +24,7 @@ from edgeprune.generation import Generation, longest_prompt
 from edgeprune.metrics import evaluations, preparing
 from edgeprune.pipeline import AnalyzeOptions, CompressOptions, analysis_groups, rehearse
 from edgeprune.sampling import Conditioning, velocity
+from edgeprune.sources import layout_of
 
 
 def forecast(source: Path, options: CompressOptions, generation: Generation) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def _saved_bytes(model: Any, sample: tuple[torch.Tensor, Conditioning, torch.Ten
 
 def _teacher_draws(source: str | None) -> bool:
     """Whether the training images are made by the teacher: not those of shapes world, nor those of a folder."""
-    return source != "shapes" and not (source and Path(source).is_dir())
+    return source != "shapes" and not (source and layout_of(source))
 
 
 def flops_per_evaluation(family: Family, config: Config, source: Path, generation: Generation) -> int:

@@ -1,0 +1,58 @@
+"""YE-POP's layout: JSON files of `{"id": {"filename": …, "cogvlm_caption": …}, …}` beside the images that they name."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import InputError
+from edgeprune.files import digest
+from edgeprune.sources import Pair, Skipped, caption_of, pair_of
+
+STREAMED = False
+
+
+def fits(given: str) -> bool:
+    """A folder with JSON files of that form."""
+    first = next(iter(_files(given)), None)
+    return first is not None and any(isinstance(e, dict) and "filename" in e for e in _entries(first).values())
+
+
+def _files(given: str) -> list[Path]:
+    return sorted(Path(given).glob("*.json")) if Path(given).is_dir() else []
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def identity(given: str) -> str:
+    """By name, size and time of change of the JSON files and of the images' folders."""
+    known = [*_files(given), *sorted(p for p in Path(given).iterdir() if p.is_dir())]
+    return digest([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in known])
+
+
+def read(given: str) -> Iterator[Pair | Skipped]:
+    """File by file.
+
+    Raises:
+        InputError: a name leads out of the folder.
+    """
+    root = Path(given).resolve()
+    for path, (key, entry) in itertools.chain.from_iterable(
+        ((path, item) for item in _entries(path).items()) for path in _files(given)
+    ):
+        if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
+            yield Skipped(f"{path.name}: {key}", "no filename")
+            continue
+        image = (root / entry["filename"]).resolve()
+        if not image.is_relative_to(root):
+            raise InputError(f"{path}: {key}: filename: {entry['filename']!r} leads out of the folder")
+        yield pair_of(entry["filename"], image, caption_of(entry))

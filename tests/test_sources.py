@@ -1,0 +1,162 @@
+"""Layouts of training images: what each reads, what it skips and says, and what it refuses."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_pipeline
+
+from edgeprune import data, sources
+from edgeprune.errors import InputError
+from edgeprune.pipeline import Workspace
+from edgeprune.sources import Pair, Skipped, layout_of
+
+
+def picture(colour: str = "red", size: tuple[int, int] = (12, 8)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def everything(given: Path | str) -> tuple[list[tuple[str, str]], list[str]]:
+    """(name, text) of what can be used; names of what was skipped."""
+    layout = layout_of(str(given))
+    assert layout is not None
+    found = list(layout.read(str(given)))
+    pairs = [(f.name, f.text) for f in found if isinstance(f, Pair)]
+    assert all(f.image.mode == "RGB" for f in found if isinstance(f, Pair))
+    return pairs, [f.name for f in found if isinstance(f, Skipped)]
+
+
+def imagefolder(root: Path) -> Path:
+    root.mkdir()
+    (root / "a.png").write_bytes(picture())
+    (root / "b.png").write_bytes(b"no image")
+    entries: list[Any] = [
+        {"file_name": "a.png", "text": " a red box "},
+        {"file_name": "b.png", "text": "broken"},
+        {"file_name": "missing.png", "text": "nothing"},
+        {"file_name": "a.png", "text": "  "},
+        {"file_name": "a.png", "caption": "by another name"},
+    ]
+    (root / "metadata.jsonl").write_text("".join(f"{json.dumps(e)}\n" for e in entries))
+    return root
+
+
+def shard(path: Path, **members: bytes) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name.replace("__", "."))
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_imagefolder(tmp_path: Path) -> None:
+    pairs, skipped = everything(imagefolder(tmp_path / "images"))
+    assert pairs == [("a.png", "a red box"), ("a.png", "by another name")]
+    assert skipped == ["b.png", "missing.png", "a.png"]
+
+
+@pytest.mark.parametrize("line", ['{"file_name": "../a.png", "text": "x"}', '{"file_name": "/a.png", "text": "x"}'])
+def test_a_path_out_of_the_folder_is_refused(line: str, tmp_path: Path) -> None:
+    root = imagefolder(tmp_path / "images")
+    (root / "metadata.jsonl").write_text(line)
+    with pytest.raises(InputError, match="metadata.jsonl:1: file_name: .* leads out of the folder"):
+        everything(root)
+    (root / "metadata.jsonl").write_text("[1]")
+    with pytest.raises(InputError, match="metadata.jsonl:1: expected file_name and text"):
+        everything(root)
+
+
+def test_tar_shards(tmp_path: Path) -> None:
+    shard(
+        tmp_path / "tars" / "1.tar",
+        b1__png=picture(),
+        b1__txt=b"one",
+        b2__txt=b"no image",
+        b3__jpg=b"bad",
+        b3__txt=b"x",
+    )
+    json_ = json.dumps({"cogvlm_caption": "long", "llava_caption": "other"}).encode()
+    shard(tmp_path / "tars" / "0.tar", a1__json=json_, a1__png=picture("blue"), a2__png=picture(), a2__json=b"{")
+    pairs, skipped = everything(tmp_path / "tars")
+    assert pairs == [("0.tar/a1", "long"), ("1.tar/b1", "one")]
+    assert skipped == ["0.tar/a2", "1.tar/b2", "1.tar/b3"]
+    assert everything(tmp_path / "tars" / "1.tar")[0] == [("1.tar/b1", "one")]
+    whole = (tmp_path / "tars" / "1.tar").read_bytes()
+    (tmp_path / "tars" / "1.tar").write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(InputError, match=r"1\.tar: not a whole tar archive"):
+        everything(tmp_path / "tars")
+
+
+def test_names_in_a_tar_lead_nowhere(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "evil.tar", "w") as archive:
+        for name in ("../out.png", "/abs.png"):
+            info = tarfile.TarInfo(name)
+            info.size = len(picture())
+            archive.addfile(info, io.BytesIO(picture()))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    assert everything(tmp_path / "evil.tar") == ([], ["evil.tar/../out", "evil.tar//abs"])
+    assert not (tmp_path.parent / "out.png").exists()
+
+
+def test_yepop(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "7.png").write_bytes(picture())
+    entries = {"7": {"filename": "images/7.png", "cogvlm_caption": "a box"}, "8": {"filename": "images/8.png"}, "9": []}
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    assert everything(tmp_path) == ([("images/7.png", "a box")], ["images/8.png", "list.json: 9"])
+    (tmp_path / "list.json").write_text(json.dumps({"1": {"filename": "../../x.png"}}))
+    with pytest.raises(InputError, match=r"list.json: 1: filename: '../../x.png' leads out of the folder"):
+        everything(tmp_path)
+
+
+def test_huge_images_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_PIXELS", 50)
+    found = sources.pair_of("x", io.BytesIO(picture()), "text")
+    assert found == Skipped("x", "found 12 x 8, expected at most 50 pixels")
+
+
+def test_datasets_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"image": Image.new("L", (4, 4)), "text": "a"}, {"image": Image.new("RGB", (4, 4)), "text": None}]
+
+    class Fake:
+        @staticmethod
+        def load_dataset(name: str, split: str, streaming: bool) -> list[dict[str, Any]]:
+            assert (name, split, streaming) == ("me/mine", "test", True)
+            return rows
+
+    monkeypatch.setitem(__import__("sys").modules, "datasets", Fake)
+    assert everything("datasets:me/mine:test") == ([("row 0", "a")], ["row 1"])
+    rows.insert(0, {"text": "no image"})
+    with pytest.raises(InputError, match="datasets:me/mine:test: row 0: found no image in text"):
+        everything("datasets:me/mine:test")
+
+
+def test_pairs_are_made_of_what_is_good_and_list_the_rest(tmp_path: Path) -> None:
+    tiny_pipeline(tmp_path / "source")
+    ws = Workspace(tmp_path / "out", str(tmp_path / "source"))
+    images = imagefolder(tmp_path / "images")
+    assert layout_of(str(images)) is not None
+    before = data.source_digest(str(images))
+    pairs = data.make_pairs(ws.pipe, str(images), ws.generation, tmp_path / "pairs.safetensors", samples=1)
+    assert len(pairs.latents) == 2 and pairs.rows.tolist() == [1, 2]
+    torch.testing.assert_close(pairs.latents[0], pairs.latents[1])  # of one file
+    listed = json.loads((tmp_path / "pairs.json").read_text())
+    assert listed["used"] == 2 and [name for name, _ in listed["skipped"]] == ["b.png", "missing.png", "a.png"]
+    (images / "c.png").write_bytes(picture())
+    assert data.source_digest(str(images)) != before
+    (images / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "x"}')
+    with pytest.raises(InputError, match="no image with a caption that can be used: b.png: not a readable image"):
+        data.make_pairs(ws.pipe, str(images), ws.generation, tmp_path / "other.safetensors", samples=1)
+    with pytest.raises(InputError, match="--data: nowhere: found none of these"):
+        data.source_digest("nowhere")
