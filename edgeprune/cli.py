@@ -829,20 +829,22 @@ def compare(
     from edgeprune.checkpoint import resolve
     from edgeprune.metrics import check_analysis, parse_weights
 
-    builtin = model is None
+    begun = (out / "original" / "edgeprune.json").is_file()
+    ws = _workspace(out / "original", model, False) if begun else None
+    builtin = ws.builtin if ws else model is None
     name, given = metric or ("shapes" if builtin else "velocity"), parse_weights(weights or [])
     check_analysis(name, given)
     path = grid or comparing.grid_named(preset)
     rows = comparing.Grid.load(path, pipeline.preset("default", builtin=builtin))
     texts = comparing.held_out_prompts(builtin, prompts, per_task)
     if dry_run:
-        found = comparing.forecast_grid(resolve(model), rows, len(texts), name)
+        found = comparing.forecast_grid(ws.source if ws else resolve(model), rows, len(texts), name)
         _table([_in_units(key, value) for key, value in found.items()])
         _say("floors are the work at the speed of a matrix product here: expect more")
         if as_json:
             _print_json(found)
         return
-    ws = _workspace(out / "original", model, False, begin=True)
+    ws = ws or _workspace(out / "original", model, False, begin=True)
     with _bars() as progress:
         summary = comparing.compare(ws, rows, name, texts, out, progress, weights=given)
     paths = compare_page.write(summary, out)
@@ -947,17 +949,22 @@ def lora(
     """Carry a LoRA of the original over to the pruned model, and say what no longer applies."""
     from collections import Counter
 
+    from edgeprune.checkpoint import Manifest
+    from edgeprune.families import family_of
     from edgeprune.lora import read, remap
     from edgeprune.resume import save_tensors
 
     if out.suffix != ".safetensors":
         raise InputError(f"-o {out}: expected a name ending in .safetensors")
-    ws = _workspace(model, None, False)
-    state, alpha = read(file, ws.family)
-    found = remap(state, ws.family, ws.config, ws.plan(), alpha)
-    if not found.kept and found.gone:
+    manifest = Manifest.load(model)
+    family, made = family_of(manifest.config), manifest.prune_plan(model)
+    if made is None:
+        raise InputError(f"{model}: is not pruned yet; run `edgeprune prune -o {model}` first")
+    given = read(file, family)
+    found = remap(given, family, manifest.config, made)
+    if not found.kept:
         raise InputError(f"{file}: nothing of it applies: all of its {len(found.gone)} layers are gone from {model}")
-    save_tensors(out, found.tensors, {"format": "pt"})
+    save_tensors(out, found.tensors, {"format": "pt", **given.metadata})
     why = Counter(found.gone.values())
     _table([("layers that apply", str(len(found.kept))), *((f"gone: {w}", str(n)) for w, n in sorted(why.items()))])
     _say(f"wrote {out}")

@@ -3,37 +3,39 @@
     compare(Workspace(out / "original", None), Grid.load(GRIDS / "demo.toml"), "shapes", prompts, out)
 
 Every row is a folder `OUT/<row>/seed-<n>`, made by the stages of pipeline.py; what a killed run has finished is kept,
-so the same command goes on. Scores are per prompt. Intervals are of a bootstrap over prompts and training seeds, and
-every comparison is paired: same prompts, same noise. What it leaves out: table and plot (compare_page.py).
+so the same command goes on. Intervals are of a bootstrap over prompts and training seeds (stats.py), and every
+comparison is paired: same prompts, same noise. What it leaves out: table and plot (compare_page.py).
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from edgeprune import checkpoint, pipeline
+from edgeprune.baselines import baselines
 from edgeprune.checkpoint import HALF, INT4
-from edgeprune.data import PROMPTS, read_prompts
+from edgeprune.data import read_prompts
 from edgeprune.demo import shapes
 from edgeprune.distill import DistillOptions
 from edgeprune.errors import InputError
 from edgeprune.files import digest, read_json, write_json
 from edgeprune.forecast import forecast
 from edgeprune.generation import Generation
-from edgeprune.metrics import Metric, evaluations, of_pipeline
+from edgeprune.metrics import Metric, evaluations, of_pipeline, tasks_of
 from edgeprune.pipeline import CompressOptions, Progress, Workspace, as_published, silent
 from edgeprune.plan import METHODS, PlanOptions
 from edgeprune.precision import footprint
 from edgeprune.report import step_times
+from edgeprune.stats import mean_interval, paired_drop
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,9 +43,6 @@ else:
     import tomli as tomllib
 
 GRIDS = Path(__file__).parent / "grids"
-DRAWS = 2000
-Interval = tuple[float, float, float]
-"""Mean, and the ends of its 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,10 @@ def _row(row: _Row, grid: _Grid, start: CompressOptions) -> Row:
         rounded = quantize.group_size if row.quantize is not False and row.aware else None
         training = _set(replace(start.distill or DistillOptions(), int4_group_size=rounded), grid.distill, row.distill)
         training.check()
+    plan = replace(plan, group_size=quantize.group_size)
     options = as_published(replace(start, plan=plan, distill=training, quantize=quantize))
-    seeds = 1 if training is None else row.seeds or grid.seeds
+    drawn = plan.method in baselines() and baselines()[plan.method].drawn
+    seeds = 1 if training is None and not drawn else row.seeds or grid.seeds
     return Row(row.name, options, row.quantize is not False, seeds, row.group)
 
 
@@ -162,10 +163,16 @@ def grid_named(name: str) -> Path:
 
 
 def held_out_prompts(builtin: bool, prompts: str | None, per_task: int) -> list[str]:
-    """What is scored on: the file's, or shapes world's held-out captions, or the list that comes with the package."""
+    """What is scored on: the file's, or for the built-in model shapes world's held-out captions.
+
+    Raises:
+        InputError: neither; the list that comes with the package is what models are analysed and trained on.
+    """
     if prompts:
         return read_prompts(Path(prompts))
-    return [p.text for p in shapes.evaluation_prompts(per_task)] if builtin else read_prompts(PROMPTS)
+    if not builtin:
+        raise InputError("compare: give --prompts, a text file of prompts that nothing is trained on, to score on")
+    return [p.text for p in shapes.evaluation_prompts(per_task)]
 
 
 def forecast_grid(source: Path, grid: Grid, prompts: int, metric: str) -> dict[str, Any]:
@@ -177,17 +184,20 @@ def forecast_grid(source: Path, grid: Grid, prompts: int, metric: str) -> dict[s
     first, runs = each[0][1], sum(seeds for seeds, _ in each)
     per_step = 2 if family.guided(config, generation.guidance_scale) else 1
     scored = (runs + 1) * evaluations(metric, generation, prompts, per_step)
+    copied = sum(p.stat().st_size for p in source.rglob("*") if p.is_file() and p.parent.name != HALF)
+    trained = [found for _, found in each if found["distill_steps"]]
     analyzed = any(row.options.plan.scored or _guided(row.options) for row in grid.rows)
     return {
         "rows": len(each),
         "runs": runs,
         "training_steps": sum(seeds * found["distill_steps"] for seeds, found in each),
         "analyze_floor_s": first["analyze_floor_s"] if analyzed else 0.0,
+        "data_floor_s": trained[0]["data_floor_s"] if trained else 0.0,
         "distill_floor_s": round(sum(seeds * found["distill_floor_s"] for seeds, found in each), 1),
         "score_evaluations": scored,
         "score_floor_s": round(scored * first["evaluation_flops"] / first["matmul_flops_per_s"], 1),
         "peak_weights_bytes": max(found["distill_weights_bytes"] for _, found in each),
-        "written_bytes": sum(seeds * found["written_bytes"] for seeds, found in each),
+        "written_bytes": sum(seeds * (found["written_bytes"] + copied) for seeds, found in each),
     }
 
 
@@ -217,12 +227,15 @@ def compare(
     scorer = of_pipeline(metric, base.pipe, base.generation, prompts, weights)
     path = out / "results.json"
     found: dict[str, Any] = read_json(path) if path.is_file() else {}
-    identity = {"metric": metric, "prompts": prompts, "weights": base.weights_hash}
+    identity: dict[str, Any] = {"metric": metric, "prompts": prompts, "weights": base.weights_hash}
+    if weights:
+        identity["metric_weights"] = {name: [given, _identity(Path(given))] for name, given in weights.items()}
 
     def once(name: str, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:
         whole = digest({**identity, **key})
         if found.get(name, {}).get("inputs") != whole:
-            found[name] = {**make(), "inputs": whole}
+            began = time.monotonic()
+            found[name] = {**make(), "inputs": whole, "seconds": time.monotonic() - began}
             write_json(path, found)
 
     once("original", {"generation": asdict(base.generation)}, lambda: {"scores": scorer.score(), "bytes": before})
@@ -234,7 +247,14 @@ def compare(
         make = functools.partial(_run, base, row, options, out / row.name / f"seed-{seed}", scorer, progress)
         once(f"{row.name}/seed-{seed}", key, make)
     progress("compare", len(runs), len(runs), "")
-    return summarise(found, grid)
+    own = tasks_of(metric)
+    return summarise(found, grid, [own.parse(prompt).task for prompt in prompts] if own else None)
+
+
+def _identity(path: Path) -> list[Any]:
+    """Of a file or a folder, by size and time of change; a hub id has only its name."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 
 def _guided(options: CompressOptions) -> bool:
@@ -292,72 +312,42 @@ def _run(
 # ------------------------------------------------------------------------------------------- statistics
 
 
-def interval(values: NDArray[np.float64]) -> Interval:
-    """Mean of scores (seeds, prompts) with a bootstrap 95 % interval over both."""
-    return _bootstrap(lambda prompts, seeds: float(values[np.ix_(seeds, prompts)].mean()), values.shape[1], len(values))
+def summarise(found: Mapping[str, Any], grid: Grid, tasks: list[str] | None) -> dict[str, Any]:
+    """Per row: bytes, score, relative drop, lead of the reference, each with its interval where it is a sample.
 
-
-def relative_drop(original: NDArray[np.float64], values: NDArray[np.float64]) -> Interval | None:
-    """Loss of the mean of (seeds, prompts) as a share of the original's (prompts): paired, over both.
-
-    None where the original scores 0, as it does by the error against itself.
+    Args:
+        tasks: of each prompt, where the metric has tasks.
     """
-    if not original.any():
-        return None
-
-    def drop(prompts: NDArray[Any], seeds: NDArray[Any]) -> float:
-        whole = float(original[prompts].mean())
-        return (whole - float(values[np.ix_(seeds, prompts)].mean())) / max(abs(whole), 1e-9)
-
-    return _bootstrap(drop, values.shape[1], len(values))
-
-
-def lead(values: NDArray[np.float64], other: NDArray[np.float64]) -> Interval:
-    """How much higher the mean of `values` (seeds, prompts) is than `other`'s (its own seeds, the same prompts)."""
-
-    def difference(prompts: NDArray[Any], mine: NDArray[Any], theirs: NDArray[Any]) -> float:
-        return float(values[np.ix_(mine, prompts)].mean() - other[np.ix_(theirs, prompts)].mean())
-
-    return _bootstrap(difference, values.shape[1], len(values), len(other))
-
-
-def _bootstrap(statistic: Callable[..., float], *counts: int) -> Interval:
-    """A statistic of indices, one array for each count: of all, and its 2.5 and 97.5 % quantiles over draws of each."""
-    rng = np.random.default_rng(0)
-    drawn = [statistic(*(rng.integers(0, n, n) for n in counts)) for _ in range(DRAWS)]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return statistic(*map(np.arange, counts)), float(low), float(high)
-
-
-def summarise(found: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
-    """Per row: bytes, score, relative drop, lead of the reference, each with its interval where it is a sample."""
     original = np.asarray(found["original"]["scores"])
     runs = {row.name: [found[f"{row.name}/seed-{seed}"] for seed in range(row.seeds)] for row in grid.rows}
     scores = {name: np.asarray([run["scores"] for run in mine]) for name, mine in runs.items()}
     rows = []
     for row in grid.rows:
         mine = runs[row.name]
+        alike = all(run["blocks"] == mine[0]["blocks"] for run in mine)  # else by lot
+        lead = paired_drop(scores[grid.reference], scores[row.name], tasks).difference
         rows.append(
             {
                 "name": row.name,
                 "group": row.group,
                 "seeds": row.seeds,
-                "blocks": mine[0]["blocks"],
+                "blocks": mine[0]["blocks"] if alike else None,
                 "components": len(mine[0]["components"]),
                 "modulation_rank": mine[0]["modulation_rank"],
-                "bytes": mine[0]["bytes"],
-                "bytes_ratio": mine[0]["bytes"] / found["original"]["bytes"],
+                "bytes": max(run["bytes"] for run in mine),
+                "bytes_ratio": max(run["bytes"] for run in mine) / found["original"]["bytes"],
                 "step_ratio": float(np.median([run["step_ratio"] for run in mine])),
                 "train_s": sum(run["train_s"] for run in mine),
-                "score": interval(scores[row.name]),
-                "relative_drop": relative_drop(original, scores[row.name]),
-                "lead": None if row.name == grid.reference else lead(scores[grid.reference], scores[row.name]),
+                "score": mean_interval(scores[row.name], tasks),
+                "relative_drop": paired_drop(original, scores[row.name], tasks).relative,
+                "lead": None if row.name == grid.reference else lead,
             }
         )
     return {
         "budget": grid.budget,
         "reference": grid.reference,
         "prompts": len(original),
-        "original": {"score": interval(original[None]), "bytes": found["original"]["bytes"]},
+        "seconds": sum(run.get("seconds", 0.0) for run in found.values()),
+        "original": {"score": mean_interval(original, tasks), "bytes": found["original"]["bytes"]},
         "rows": rows,
     }

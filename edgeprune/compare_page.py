@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.bench import show
+from edgeprune.files import write_text
 
 HEADINGS = (
     "row", "gone", "INT4 or half", "of bf16", "step", "score, 95 % interval", "relative drop", "lead of the reference",
@@ -36,7 +37,9 @@ def cells(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _gone(row: dict[str, Any]) -> str:
     parts = []
-    if row["blocks"]:
+    if row["blocks"] is None:
+        parts.append("other blocks for each seed")
+    elif row["blocks"]:
         parts.append("blocks " + ", ".join(map(str, row["blocks"])))
     if row["components"]:
         parts.append(f"{row['components']} components")
@@ -91,5 +94,5 @@ def write(summary: dict[str, Any], out: Path) -> list[Path]:
     with matplotlib.rc_context({"svg.hashsalt": "edgeprune"}):
         for path in paths:
             figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    (out / "compare.md").write_text(markdown(summary) + "\n", encoding="utf-8")
+    write_text(out / "compare.md", markdown(summary) + "\n")
     return [*paths, out / "compare.md"]

@@ -132,6 +132,8 @@ class ContributionReport:
             if "drop" in data:
                 # Published as the change of the score, so a loss is negative.
                 summary: dict[Group, float] = {((int(k), None),): -float(v) for k, v in data["drop"].items()}
+                if not summary:
+                    raise InputError(f"{path}: drop: found no block, expected one for each")
                 return cls("", "", len(summary), str(data["metric"]), [], [], {}, summary)
             version = data["schema_version"]
             if version not in (1, SCHEMA_VERSION):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from edgeprune.errors import InputError
@@ -81,11 +81,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def fitted(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
     """An image as (H, W, 3), resized and cropped to the middle."""
-    scale = max(width / image.width, height / image.height)
-    size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    image = image.resize(size, Image.Resampling.LANCZOS)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return np.asarray(image.crop((left, top, left + width, top + height)))
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
 def _of_images(

@@ -38,7 +38,11 @@ def read_samples(folder: Path) -> list[Sample]:
     if not metadata.is_file():
         raise InputError(f'{folder}: no {METADATA}; expected lines like {{"file_name": …, "text": …}}')
     out = []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = metadata.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{metadata}: not readable as text ({error})") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

@@ -1,6 +1,6 @@
 """A LoRA that was made for the original, for the pruned model: layers find their new place, or are reported as gone.
 
-    remap(state, family, config, plan) -> Remapped
+    remap(read(path, family), family, config, plan) -> Remapped
 
 What a layer became is what surgery made of it: it moved with its block, lost rows or columns of a removed part, or is
 gone. Its scale (alpha / rank) goes into the weights, so that the file says the same to whoever loads it. What it leaves
@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,19 @@ class Remapped:
     """Why, by name of the layers that do not."""
 
 
-def read(path: Path, family: Family) -> tuple[dict[str, torch.Tensor], float | None]:
-    """A LoRA file in diffusers' names, whichever trainer wrote it (as far as diffusers knows it), and its own alpha.
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file in diffusers' names."""
+
+    tensors: dict[str, torch.Tensor]
+    alpha: float | None = None
+    """Of all layers of the transformer that say none themselves; None for each one's rank, which scales by 1."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """What diffusers has to know of the text encoders' layers."""
+
+
+def read(path: Path, family: Family) -> Lora:
+    """A file, whichever trainer wrote it, as far as diffusers knows it.
 
     Raises:
         InputError: not safetensors, or nothing that diffusers takes for a LoRA of this pipeline.
@@ -56,34 +66,42 @@ def read(path: Path, family: Family) -> tuple[dict[str, torch.Tensor], float | N
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        found = getattr(diffusers, family.pipeline).lora_state_dict(tensors)
+            said = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        # FLUX's conversion takes the alphas of diffusers' own names apart.
+        alphas = {name: tensor for name, tensor in tensors.items() if _ALPHA.fullmatch(name)}
+        found = alphas | getattr(diffusers, family.pipeline).lora_state_dict(tensors)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not readable as safetensors ({error})") from error
     except (ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
         raise InputError(f"{path}: not a LoRA of a {family.pipeline} ({' '.join(str(error).split())[:200]})") from error
-    return found, _alpha(path, metadata)
+    if not isinstance(said, dict):
+        raise InputError(f"{path}: lora_adapter_metadata: found {type(said).__name__}, expected an object")
+    if unknown := [n for n in found if not n.startswith(("transformer.", "text_encoder"))]:
+        raise InputError(
+            f"{path}: found {unknown[0]!r}, expected names of transformer or text encoders, as diffusers has"
+        )
+    if not any(name.startswith("transformer.") for name in found):
+        raise InputError(f"{path}: found no layer of the transformer, so it is not changed by pruning")
+    others = {k: v for k, v in said.items() if not k.startswith("transformer.")}
+    return Lora(found, _alpha(path, said), {"lora_adapter_metadata": json.dumps(others)} if others else {})
 
 
-def _alpha(path: Path, metadata: Any) -> float | None:
+def _alpha(path: Path, metadata: dict[str, Any]) -> float | None:
     """What diffusers' metadata says of the scale: alpha for every layer of the transformer."""
     said = {k.removeprefix("transformer."): v for k, v in metadata.items() if k.startswith("transformer.")}
-    for field in ("alpha_pattern", "use_rslora", "use_dora"):
-        if said.get(field):
-            raise InputError(f"{path}: {field}: found {said[field]!r}, expected a LoRA without; merge it instead")
+    for name in ("alpha_pattern", "use_rslora", "use_dora"):
+        if said.get(name):
+            raise InputError(f"{path}: {name}: found {said[name]!r}, expected a LoRA without; merge it instead")
     alpha = said.get("lora_alpha")
     return float(alpha) if isinstance(alpha, (int, float)) and math.isfinite(alpha) else None
 
 
-def remap(
-    state: Mapping[str, torch.Tensor], family: Family, config: Config, plan: PrunePlan, alpha: float | None = None
-) -> Remapped:
+def remap(lora: Lora, family: Family, config: Config, plan: PrunePlan) -> Remapped:
     """Every layer at its new place.
 
     Args:
-        state: tensors by diffusers' names; A is (R, I), B is (O, R); those of text encoders stay as they are.
+        lora: A is (R, I), B is (O, R); layers of text encoders stay as they are.
         config: of the original transformer.
-        alpha: of all layers that say none themselves; None for each one's rank, which scales by 1.
 
     Raises:
         InputError: a layer that the original has not, or of another size.
@@ -94,7 +112,7 @@ def remap(
     layers: dict[str, dict[str, torch.Tensor]] = {}
     alphas: dict[str, float] = {}
     out: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
+    for name, tensor in lora.tensors.items():
         if match := _LAYER.fullmatch(name):
             layers.setdefault(match["layer"], {})[match["part"]] = tensor
         elif match := _ALPHA.fullmatch(name):
@@ -122,7 +140,7 @@ def remap(
             gone[layer] = "its modulation is projected"
             continue
         rank = a.shape[0]
-        scale = alphas.get(layer, rank if alpha is None else alpha) / rank
+        scale = alphas.get(layer, rank if lora.alpha is None else lora.alpha) / rank
         new = target.removesuffix(".weight")
         out[f"transformer.{new}.lora_A.weight"] = cut(a, 1, source.columns).contiguous()
         out[f"transformer.{new}.lora_B.weight"] = (cut(b, 0, source.rows) * scale).contiguous()

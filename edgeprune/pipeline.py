@@ -562,7 +562,7 @@ def run_prune(ws: Workspace, progress: Progress = silent) -> bool:
         ws.generation.save(ws.out)
         return {}
 
-    return ws.stage("prune", {"plan": plan.to_json()}, run)
+    return ws.stage("prune", {"plan": plan.to_json(), "generation": asdict(ws.generation)}, run)
 
 
 def _original_weights(ws: Workspace) -> Weights:

@@ -92,7 +92,7 @@ def _draw(
     rows = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, (name, members) in zip(rows, panels.items(), strict=True):
         blocks = [c.block for c in members]
-        gone = [set(c.parts) <= set(removed) for c in members]
+        gone = [all(part in removed or (part[0], None) in removed for part in c.parts) for c in members]
         axes.bar(
             blocks, [c.drop for c in members], yerr=[c.half_width or 0.0 for c in members], width=0.7, capsize=1.5,
             color=[ORANGE if g else BLUE for g in gone], hatch=["////" if g else "" for g in gone],

@@ -61,9 +61,12 @@ def make(
     else:
         summary, images = _measure(ws, quick, progress)
         summary["inputs"] = inputs
-        write_json(path, summary)
         images_path.parent.mkdir(exist_ok=True)
-        np.savez_compressed(images_path, **images)  # type: ignore[arg-type]
+        path.unlink(missing_ok=True)  # else new images could stand beside old figures
+        temporary = images_path.with_suffix(".tmp.npz")
+        np.savez_compressed(temporary, **images)  # type: ignore[arg-type]
+        temporary.replace(images_path)
+        write_json(path, summary)
     report_page.write(ws, summary, rows(summary), images, bench)
     return summary
 
@@ -88,8 +91,8 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         out.append(
             (
                 "score, held-out prompts, 95 % interval",
-                f"{_interval(q['original'])} -> {_interval(q['compressed'])}, "
-                f"relative drop {q['relative_drop'][0]:.1%} [{q['relative_drop'][1]:.1%}, {q['relative_drop'][2]:.1%}]",
+                f"{_interval(q['original'])} -> {_interval(q['compressed'])}"
+                + (", relative drop {:.1%} [{:.1%}, {:.1%}]".format(*q["relative_drop"]) if q["relative_drop"] else ""),
             )
         )
     return out
@@ -140,7 +143,7 @@ def _measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, 
             "metric": "shapes world, mean over tasks",
             "original": shapes.score(passed["original"], tasks),
             "compressed": shapes.score(passed["compressed"], tasks),
-            "relative_drop": paired_drop(passed["original"], passed["compressed"], tasks).relative or (0.0, 0.0, 0.0),
+            "relative_drop": paired_drop(passed["original"], passed["compressed"], tasks).relative,
             "tasks": {k: _by_task(v, tasks) for k, v in passed.items()},
         }
     return summary, images

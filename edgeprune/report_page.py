@@ -50,7 +50,7 @@ def write(
         bench: JSON of `edgeprune bench`.
     """
     known = {
-        "name": ws.out.name,
+        "name": ws.out.resolve().name,
         "manifest": ws.manifest,
         "plan": ws.plan(),
         "rows": rows,

@@ -1,7 +1,8 @@
 """Bootstrap intervals over prompts: of a mean, and of what a paired score loses. Numpy alone.
 
 Prompts may belong to tasks: then the figure is the mean of the tasks' means, and prompts are drawn anew within each.
-What it leaves out: seeds of one prompt, which are not independent (average them first), and tests of significance.
+What it leaves out: several images of one prompt, which are not independent (average them first), and tests of
+significance.
 """
 
 from __future__ import annotations
@@ -37,15 +38,24 @@ def _groups(tasks: Sequence[str] | None, count: int) -> list[NDArray[np.intp]]:
     return [np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())]
 
 
-def _means(values: NDArray[np.float64], groups: list[NDArray[np.intp]], draws: int, seed: int) -> NDArray[np.float64]:
-    """Mean over groups of each row of (K, P) values, for the values as they are and for each draw: (K, 1 + draws).
+def _means(
+    rows: Sequence[NDArray[np.float64]], groups: list[NDArray[np.intp]], draws: int, seed: int
+) -> NDArray[np.float64]:
+    """Mean over seeds and groups of each of K arrays (S, P), as it is and for each draw: (K, 1 + draws).
 
-    All rows share the draws, so that differences of rows are paired.
+    All share the drawn prompts, so that their differences are paired; the S training seeds of each are drawn apart.
     """
     rng = np.random.default_rng(seed)
-    drawn = np.mean([values[:, g[rng.integers(0, len(g), (draws, len(g)))]].mean(-1) for g in groups], axis=0)
-    plain = np.mean([values[:, g].mean(-1) for g in groups], axis=0)
-    return np.concatenate([plain[:, None], drawn], axis=1)
+    picks = [g[rng.integers(0, len(g), (draws, len(g)))] for g in groups]
+    out = []
+    for values in rows:
+        plain = np.mean([values[:, g].mean() for g in groups])
+        drawn = np.mean([values[:, pick].mean(-1) for pick in picks], axis=0)  # (S, draws)
+        if len(values) > 1:
+            seeds = rng.integers(0, len(values), (len(values), draws))
+            drawn = np.take_along_axis(drawn, seeds, axis=0)
+        out.append(np.concatenate([[plain], drawn.mean(0)]))
+    return np.stack(out)
 
 
 def _interval(means: NDArray[np.float64]) -> Interval:
@@ -59,20 +69,20 @@ def mean_interval(
     """Mean over tasks of the mean over prompts.
 
     Args:
-        values: one per prompt, (P,).
+        values: one per prompt, (P,); or of several training seeds, (S, P), which are drawn anew as prompts are.
         tasks: task of each prompt; None if there is one task.
         draws: how often the prompts are drawn anew.
         seed: of the draws.
     """
-    given = np.asarray(values, dtype=float)[None]
-    return _interval(_means(given, _groups(tasks, given.shape[1]), draws, seed)[0])
+    given = np.atleast_2d(np.asarray(values, dtype=float))
+    return _interval(_means([given], _groups(tasks, given.shape[1]), draws, seed)[0])
 
 
 def paired_drop(
     first: ArrayLike, second: ArrayLike, tasks: Sequence[str] | None = None, *, draws: int = DRAWS, seed: int = 0
 ) -> Drop:
     """How far `second` is below `first`, prompt by prompt; arguments as in `mean_interval`."""
-    given = np.asarray([first, second], dtype=float)
-    a, b = _means(given, _groups(tasks, given.shape[1]), draws, seed)
+    given = [np.atleast_2d(np.asarray(values, dtype=float)) for values in (first, second)]
+    a, b = _means(given, _groups(tasks, given[0].shape[1]), draws, seed)
     share = np.divide(a - b, a, out=np.zeros_like(a), where=a > 0)  # a draw without any success tells nothing
     return Drop(_interval(a - b), _interval(share) if a[0] > 0 else None)

@@ -55,7 +55,7 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
         raise InputError(f"{out}: found a file, expected a folder or nothing")
     if out.exists() and any(out.iterdir()) and not (out / FILE).is_file():
         raise InputError(f"{out}: found a folder without {FILE}, expected an empty or new folder, or a previous export")
-    partial = out.with_name(out.name + ".partial")
+    partial = out.resolve().with_name(out.resolve().name + ".partial")  # "." has no name
     try:
         work = Unfinished(partial, _inputs(artefact, target, options))
         said = networks(work)

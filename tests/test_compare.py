@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tiny import tiny_pipeline
 from typer.testing import CliRunner
 
 from edgeprune import compare, compare_page
 from edgeprune.compare import GRIDS, Grid, grid_named
-from edgeprune.data import PROMPTS
 from edgeprune.errors import InputError
 from edgeprune.pipeline import AnalyzeOptions, CompressOptions, DataOptions, Workspace, preset
 
@@ -86,17 +84,21 @@ def test_unknown_preset() -> None:
         grid_named("x")
 
 
-def test_intervals_have_known_answers() -> None:
-    original = np.ones(50)
-    same, worse = np.ones((3, 50)), np.full((2, 50), 0.75)
-    assert compare.interval(same) == (1, 1, 1)
-    assert compare.relative_drop(original, worse) == pytest.approx((0.25,) * 3)
-    assert compare.lead(same, worse) == pytest.approx((0.25,) * 3)
-    rng = np.random.default_rng(5)
-    mean, low, high = compare.interval(rng.integers(0, 2, (1, 400)).astype(float))
-    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.1)  # binomial
-    between_seeds = compare.interval(np.repeat([[0.0], [1.0]], 50, axis=1))
-    assert between_seeds[1:] == (0, 1)  # seeds that differ are seen, though prompts agree
+def test_seeds_that_differ_are_seen(tmp_path: Path) -> None:
+    """Known answers of the bootstrap itself: test_stats.py."""
+    grid = Grid.load(write(tmp_path / "grid.toml", GRID), START)
+    run = {"blocks": [1], "components": [], "modulation_rank": None, "bytes": 50, "step_ratio": 0.5, "train_s": 1.0}
+    scores = {"koala": [0.0, 0.5], "ours": [1.0, 1.0], "half": [0.5]}
+    found: dict[str, Any] = {"original": {"scores": [1.0] * 50, "bytes": 100, "seconds": 1.0}}
+    for name, values in scores.items():
+        found |= {f"{name}/seed-{i}": run | {"scores": [v] * 50, "seconds": 2.0} for i, v in enumerate(values)}
+    summary = compare.summarise(found, grid, None)
+    koala, ours, half = summary["rows"]
+    assert koala["score"] == (0.25, 0, 0.5) and ours["score"] == (1, 1, 1)
+    assert koala["relative_drop"] == (0.75, 0.5, 1) and koala["lead"] == (0.75, 0.5, 1) and ours["lead"] is None
+    assert half["lead"] == (0.5, 0.5, 0.5) and half["bytes_ratio"] == 0.5 and summary["seconds"] == 11
+    found["koala/seed-1"] = found["koala/seed-1"] | {"blocks": [0]}
+    assert compare.summarise(found, grid, None)["rows"][0]["blocks"] is None
 
 
 def test_a_grid_is_run_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,10 +147,13 @@ def test_the_command_forecasts_and_refuses(tmp_path: Path) -> None:
     tiny_pipeline(tmp_path / "source")
     grid = write(tmp_path / "grid.toml", GRID)
     words = ["compare", str(tmp_path / "source"), "-o", str(tmp_path / "out"), "--grid", str(grid)]
+    words += ["--prompts", str(write(tmp_path / "prompts.txt", "a lake\na hill\n"))]
     done = CliRunner().invoke(app, [*words, "--dry-run", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["runs"] == 5 and found["training_steps"] == 8
-    count = len(PROMPTS.read_text(encoding="utf-8").split("\n"))
-    assert found["score_evaluations"] > 5 * count
+    # 5 runs and the original, 2 prompts, velocity's 6 states.
+    assert found["score_evaluations"] == 6 * 2 * 6
     assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(app, words[: words.index("--prompts")])
+    assert isinstance(done.exception, InputError) and "give --prompts" in str(done.exception)

@@ -1,5 +1,6 @@
 """LoRAs of the original on the pruned model: added before or after pruning they do the same; what is gone is said."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from edgeprune import pipeline
 from edgeprune.errors import InputError
 from edgeprune.families import family_of
-from edgeprune.lora import read, remap
+from edgeprune.lora import Lora, read, remap
 from edgeprune.pipeline import PlanOptions, Workspace
 from edgeprune.plan import make_plan
 from edgeprune.surgery import prune_state
@@ -53,7 +54,7 @@ def test_adding_before_or_after_pruning_is_the_same(kind: str) -> None:
     # FLUX: of the single block 3 the MLP, which cuts columns of another layer.
     plan = make_plan(family, config, None, method="manual", blocks="1", components="3:mlp")
     state, lora = dict(model.state_dict()), lora_of(model)
-    found = remap(lora, family, config, plan)
+    found = remap(Lora(lora), family, config, plan)
     before = prune_state(family, config, plan, merged(state, lora, ALPHA / RANK).__getitem__, None)
     after = merged(prune_state(family, config, plan, state.__getitem__, None), found.tensors, 1.0)
     assert before.keys() == after.keys()
@@ -70,7 +71,7 @@ def test_projected_modulation_is_reported() -> None:
     config = config_of(model)
     family = family_of(config)
     plan = make_plan(family, config, None, method="manual", modulation_rank=4)
-    found = remap(lora_of(model), family, config, plan)
+    found = remap(Lora(lora_of(model)), family, config, plan)
     assert set(found.gone.values()) == {"its modulation is projected"}
     assert found.gone.keys() == {layer for layer in found.gone if "norm1" in layer} and found.kept
 
@@ -82,10 +83,10 @@ def test_a_lora_of_another_model_is_refused() -> None:
     plan = make_plan(family, config, None, method="manual", blocks="1")
     lora = lora_of(tiny_transformer(num_layers=4))
     with pytest.raises(InputError, match=r"found 384 x 64, expected \(128, 64\): the LoRA is for another model"):
-        remap(lora, family, config, plan)
+        remap(Lora(lora), family, config, plan)
     half = {name: tensor for name, tensor in lora_of(model).items() if not name.endswith("lora_B.weight")}
     with pytest.raises(InputError, match="found one of lora_A and lora_B"):
-        remap(half, family, config, plan)
+        remap(Lora(half), family, config, plan)
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -94,6 +95,7 @@ def test_the_command(tmp_path: Path) -> None:
     tiny_pipeline(tmp_path / "source")
     ws = Workspace(tmp_path / "small", str(tmp_path / "source"))
     pipeline.run_plan(ws, PlanOptions("manual", blocks="1"))
+    pipeline.run_prune(ws)
     lora = lora_of(ws.pipe.transformer, alpha=False)
     lora["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 3)
     save_file(lora, tmp_path / "style.safetensors")
@@ -108,3 +110,24 @@ def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match="bad.safetensors: not readable"):
         read(tmp_path / "bad.safetensors", ws.family)
+    said = {"text_encoder.lora_alpha": 8, "transformer.lora_alpha": 4}
+    save_file(lora, tmp_path / "said.safetensors", {"lora_adapter_metadata": json.dumps(said)})
+    given = read(tmp_path / "said.safetensors", ws.family)
+    assert given.alpha == 4 and json.loads(given.metadata["lora_adapter_metadata"]) == {"text_encoder.lora_alpha": 8}
+    kohya = {"lora_unet_joint_blocks_0_x.lora_down.weight": torch.ones(2, 2)}
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    with pytest.raises(InputError, match="found 'lora_unet_joint_blocks_0_x.lora_down.weight', expected names of"):
+        read(tmp_path / "kohya.safetensors", ws.family)
+
+
+def test_flux_keeps_its_alphas(tmp_path: Path) -> None:
+    """diffusers takes them apart from the other tensors."""
+    model = tiny_flux()
+    config = config_of(model)
+    family = family_of(config)
+    save_file(lora_of(model), tmp_path / "flux.safetensors")
+    given = read(tmp_path / "flux.safetensors", family)
+    whole = make_plan(family, config, None, method="manual")
+    found = remap(given, family, config, whole).tensors
+    name = "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"
+    torch.testing.assert_close(found[name], given.tensors[name] * ALPHA / RANK)

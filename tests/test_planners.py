@@ -155,3 +155,31 @@ def test_plans_of_a_folder(tmp_path: Path) -> None:
         assert plan.method == given["method"] and plan.after.parameters <= 0.8 * plan.before.parameters
     with pytest.raises(InputError, match="leave --only-blocks out"):
         pipeline.run_analyze(ws, AnalyzeOptions(components=False, joint=True))
+
+
+def test_greedy_scores_again_after_a_block_took_its_components() -> None:
+    """The list of what is gone gets shorter then; what was scored before it is stale nevertheless."""
+    sizes: dict[Key, float] = {(0, "a"): 1, (0, "b"): 1, (0, None): 3, (1, "a"): 1, (2, "a"): 1}
+    alone: dict[Key, float] = {(0, "a"): 0.01, (0, "b"): 0.01, (0, None): 0.1, (1, "a"): 0.05, (2, "a"): 0.2}
+    scored: list[list[Key]] = []
+
+    def loss(gone: list[Key]) -> float:
+        scored.append(gone)
+        dearer = 0.0 if (1, "a") not in gone else 5.0 if (0, None) in gone else 0.05 if (0, "a") in gone else 0.0
+        return sum(alone[p] for p in gone) + dearer
+
+    def left(gone: list[Key]) -> float:
+        return 10 - sum(sizes[p] for p in gone)
+
+    given = Problem("m", alone, {}, left, 6.0, 4, Measured(loss))
+    # Block 0 makes (1, "a") dear, which only a new score can tell.
+    assert planner_named("greedy")(given) == [(0, None), (2, "a")]
+    assert [(0, None), (1, "a")] in scored
+
+
+def test_milp_without_anything_that_may_go() -> None:
+    given, _ = problem(0)
+    nothing = Problem(**vars(given) | {"losses": {}, "joint": {}})
+    with pytest.raises(BudgetError, match="nothing may go"):
+        planner_named("milp")(nothing)
+    assert planner_named("milp")(Problem(**vars(nothing) | {"limit": 21.0})) == []

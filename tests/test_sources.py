@@ -126,19 +126,39 @@ def test_huge_images_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found == Skipped("x", "found 12 x 8, expected at most 50 pixels")
 
 
+class FakeRows(list[dict[str, Any]]):
+    """What `datasets` gives, as far as it is asked."""
+
+    features: dict[str, Any]
+
+    def cast_column(self, name: str, kind: Any) -> "FakeRows":
+        assert name == "image" and not kind.decode
+        return self
+
+
 def test_datasets_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"image": Image.new("L", (4, 4)), "text": "a"}, {"image": Image.new("RGB", (4, 4)), "text": None}]
+    class FakeImage:
+        def __init__(self, decode: bool = True) -> None:
+            self.decode = decode
+
+    rows = FakeRows(
+        [{"image": {"bytes": b, "path": None}, "text": t} for b, t in ((picture(), "a"), (picture(), None))]
+    )
+    rows += [{"image": {"bytes": b"bad", "path": None}, "text": "b"}, {"image": None, "text": "c"}]
+    rows.features = {"text": None, "image": FakeImage()}
 
     class Fake:
+        Image = FakeImage
+
         @staticmethod
-        def load_dataset(name: str, split: str, streaming: bool) -> list[dict[str, Any]]:
+        def load_dataset(name: str, split: str, streaming: bool) -> FakeRows:
             assert (name, split, streaming) == ("me/mine", "test", True)
             return rows
 
     monkeypatch.setitem(__import__("sys").modules, "datasets", Fake)
-    assert everything("datasets:me/mine:test") == ([("row 0", "a")], ["row 1"])
-    rows.insert(0, {"text": "no image"})
-    with pytest.raises(InputError, match="datasets:me/mine:test: row 0: found no image in text"):
+    assert everything("datasets:me/mine:test") == ([("row 0", "a")], ["row 1", "row 2", "row 3"])
+    rows.features = {"text": None}
+    with pytest.raises(InputError, match="datasets:me/mine:test: found no image among its columns: text"):
         everything("datasets:me/mine:test")
 
 

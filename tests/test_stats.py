@@ -45,3 +45,13 @@ def test_a_rise_is_a_negative_drop_and_nothing_has_no_share() -> None:
 def test_is_free_of_torch() -> None:
     code = "import sys, edgeprune.stats, edgeprune.metrics, edgeprune.scoring; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_seeds_are_drawn_as_prompts_are() -> None:
+    apart = np.repeat([[0.0], [1.0]], 50, axis=1)
+    assert mean_interval(apart) == (0.5, 0, 1)  # prompts agree, seeds do not
+    assert mean_interval(np.full((3, 50), 0.25)) == (0.25, 0.25, 0.25)
+    drop = paired_drop(np.ones(50), apart)
+    assert drop.difference == (0.5, 0, 1) and drop.relative == (0.5, 0, 1)
+    both = paired_drop(apart, np.zeros((3, 50))).difference
+    assert both == (0.5, 0, 1)

@@ -37,6 +37,8 @@ class Baseline:
     """What is distilled beside the velocity, see DistillOptions.features."""
     magnitudes: bool = False
     """Whether it reads weights."""
+    drawn: bool = False
+    """Whether another seed removes other blocks."""
 
 
 @functools.cache

@@ -12,4 +12,4 @@ def choose(blocks: Blocks, number: int) -> list[int]:
     return [int(b) for b in np.random.default_rng(blocks.seed).permutation(list(blocks.removable))[:number]]
 
 
-BASELINE = Baseline("random", choose)
+BASELINE = Baseline("random", choose, drawn=True)

@@ -30,14 +30,14 @@ def _show(what: str, done: int, total: int, note: str = "") -> None:
 def main(out: Path = Path("build/compare"), write: Path | None = None, per_task: int = 30) -> None:
     """Run both grids and write the page."""
     for name in PRESETS:
-        folder, began = out / name, time.monotonic()
+        folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
         grid = Grid.load(grid_named(name), preset("default", builtin=True))
         prompts = held_out_prompts(builtin=True, prompts=None, per_task=per_task)
         print(name, flush=True)
         summary = compare(Workspace(out / "original", None), grid, "shapes", prompts, folder, _show)
         compare_page.write(summary, folder)
-        minutes = (time.monotonic() - began) / 60
+        minutes = summary["seconds"] / 60
         said = f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, {minutes:.0f} minutes."
         text = f"{compare_page.markdown(summary)}\n\n{said}"
         print(text)

@@ -59,6 +59,8 @@ class Gates:
 
     def estimate(self, groups: list[Group]) -> Iterator[tuple[Group, list[float]]]:
         """In the given order, after one pass."""
+        if not groups:  # a run that goes on may have all
+            return
         singles = list(dict.fromkeys(part for parts in groups for part in parts))
         slopes = self._slopes(singles)
         place = {part: index for index, part in enumerate(singles)}

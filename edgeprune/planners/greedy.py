@@ -23,7 +23,7 @@ def choose(problem: Problem) -> list[Key]:
     if loss is None:
         raise InputError("--method greedy scores the model again and again: give -o (a folder), not --config")
     gone: list[Key] = []
-    cost, left = 0.0, problem.left([])
+    cost, left, removals = 0.0, problem.left([]), 0
     heap = []
     for order, (part, alone) in enumerate(problem.losses.items()):
         saved = left - problem.left([part])
@@ -35,13 +35,14 @@ def choose(problem: Problem) -> list[Key]:
         if (part[0], None) in gone or _is_last_block(problem, gone, part):
             continue
         candidate = [p for p in gone if part[1] is not None or p[0] != part[0]] + [part]
-        if known < len(gone):
+        if known < removals:
             saved = left - problem.left(candidate)
             if saved > 0:
                 total = problem.cost(loss(candidate))
-                heapq.heappush(heap, ((total - cost) / saved, order, part, len(gone), total))
+                heapq.heappush(heap, ((total - cost) / saved, order, part, removals, total))
             continue
-        gone, cost, left = candidate, total, problem.left(candidate)
+        # A block takes the place of its components: the list may get shorter, the count of removals never does.
+        gone, cost, left, removals = candidate, total, problem.left(candidate), removals + 1
     return gone
 
 

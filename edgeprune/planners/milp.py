@@ -46,6 +46,10 @@ def _solve(problem: Problem, need: float) -> list[Key]:
     whole = problem.left([])
     saved = {part: whole - problem.left([part]) for part in problem.losses}
     parts = [part for part in problem.losses if saved[part] > 0]
+    if not parts:
+        if need <= 0:
+            return []
+        raise BudgetError("--method milp: nothing may go; lower --protect-first or --protect-last")
     place = {part: i for i, part in enumerate(parts)}
     alone = [problem.cost(problem.losses[part]) for part in parts]
     both = {}

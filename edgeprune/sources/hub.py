@@ -1,10 +1,11 @@
-"""A dataset of the Hugging Face hub, or one saved by `datasets`: `datasets:NAME` or `datasets:NAME:SPLIT`, streamed.
+"""A dataset of the Hugging Face hub (`datasets:NAME` or `datasets:NAME:SPLIT`, streamed), or one that `datasets` saved.
 
 Needs the extra `train`. Code of a dataset is never run. Never executed against the hub by us; local folders are read.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from edgeprune.errors import InputError
 from edgeprune.extras import needs
 from edgeprune.files import digest
-from edgeprune.sources import Pair, Skipped, caption_of
+from edgeprune.sources import Pair, Skipped, caption_of, pair_of
 
 _PREFIX = "datasets:"
 
@@ -26,12 +27,14 @@ def fits(given: str) -> bool:
 
 
 def identity(given: str) -> str:
-    """The name: what the hub has under it may change."""
-    return digest(given)
+    """Of a local one its files by size and time of change; of the hub's the name: what is under it may change."""
+    root = Path(given.removeprefix(_PREFIX).partition(":")[0])
+    files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else []
+    return digest([given, *([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files)])
 
 
 def read(given: str) -> Iterator[Pair | Skipped]:
-    """Row by row; the image is the first column that holds one.
+    """Row by row; the image is the first column that holds images.
 
     Raises:
         MissingExtraError: datasets is not installed.
@@ -45,14 +48,16 @@ def read(given: str) -> Iterator[Pair | Skipped]:
             rows: Any = datasets.load_from_disk(name)
         else:
             rows = datasets.load_dataset(name, split=split or "train", streaming=True)
-        for number, row in enumerate(rows):
-            image = next((value for value in row.values() if hasattr(value, "convert")), None)
-            if image is None:
-                raise InputError(f"{given}: row {number}: found no image in {', '.join(row)}")
-            text = caption_of(row)
-            if isinstance(text, str) and text.strip():
-                yield Pair(f"row {number}", image.convert("RGB"), text.strip())
+        image = next((n for n, kind in (rows.features or {}).items() if isinstance(kind, datasets.Image)), None)
+        if image is None:
+            raise InputError(f"{given}: found no image among its columns: {', '.join(rows.features or {}) or 'none'}")
+        # Undecoded, so that a bad one is ours to skip.
+        for number, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
+            file = row[image] or {}
+            content = io.BytesIO(file["bytes"]) if file.get("bytes") else file.get("path")
+            if content is None:
+                yield Skipped(f"row {number}", "no image")
             else:
-                yield Skipped(f"row {number}", f"caption: found {str(text)[:40]!r}, expected text")
+                yield pair_of(f"row {number}", content, caption_of(row))
     except (OSError, ValueError, RuntimeError, TypeError) as error:  # what datasets raises for what it cannot find
         raise InputError(f"{given}: cannot be read ({' '.join(str(error).split())[:300]})") from error

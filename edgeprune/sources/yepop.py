@@ -34,9 +34,10 @@ def _entries(path: Path) -> dict[str, Any]:
 
 
 def identity(given: str) -> str:
-    """By name, size and time of change of the JSON files and of the images' folders."""
-    known = [*_files(given), *sorted(p for p in Path(given).iterdir() if p.is_dir())]
-    return digest([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in known])
+    """By name, size and time of change of every file."""
+    root = Path(given)
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    return digest([(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
 
 
 def read(given: str) -> Iterator[Pair | Skipped]:
@@ -50,6 +51,9 @@ def read(given: str) -> Iterator[Pair | Skipped]:
         ((path, item) for item in _entries(path).items()) for path in _files(given)
     ):
         if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
+            yield Skipped(f"{path.name}: {key}", "no filename")
+            continue
+        if "\0" in entry["filename"]:
             yield Skipped(f"{path.name}: {key}", "no filename")
             continue
         image = (root / entry["filename"]).resolve()

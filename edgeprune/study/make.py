@@ -66,6 +66,7 @@ def make(
     share = per_rater or min(every, DEFAULT_PER_RATER)
     study = Study(secrets.token_hex(8), title, mode, seed, tuple(images), tuple(texts), tuple(names), share, checks)
 
+    folder = folder.resolve()  # "." has no name
     building = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
     try:
