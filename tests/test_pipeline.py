@@ -258,7 +258,7 @@ def test_page_shows_the_plan_and_the_memory(artefact: Path) -> None:
     assert list(cells) == [c for c in ws.family.components if c != "attn2"]  # this architecture has none
     assert all(len(row) == 3 for row in cells.values())
     (gone,) = plan.blocks
-    assert {row[gone]["state"] for row in cells.values()} == {"pruned", "absent"}
+    assert {row[gone]["state"] for row in cells.values()} == {"pruned"}
     frozen = {block for block in plan.kept if cells["mlp"][block]["state"] == "frozen"}
     assert frozen == set(range(plan.first_pruned))
     trained = [cells[c][b]["strength"] for c in cells for b in plan.kept if cells[c][b]["state"] == "kept"]
