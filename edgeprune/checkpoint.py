@@ -27,13 +27,23 @@ from edgeprune import __version__
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.families import Config, Family, family_of, family_of_model
 from edgeprune.families.base import CHANGED
-from edgeprune.files import copy_folder, need_space, read_json, replace_folder, sha256_file, write_json
+from edgeprune.files import (
+    check_schema,
+    copy_folder,
+    is_out_of_memory,
+    need_space,
+    read_json,
+    replace_folder,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from edgeprune.plan import PrunePlan
 from edgeprune.quantize import prepare
 from edgeprune.resume import Tensors
 from edgeprune.stored import StoredTransformer
 from edgeprune.surgery import structure
-from edgeprune.weights import ShardWriter, Speed, Weights, shards
+from edgeprune.weights import MARK, ShardWriter, Speed, Weights, is_of, shards
 
 SCHEMA_VERSION = 1
 MANIFEST = "edgeprune.json"
@@ -74,11 +84,8 @@ class Manifest:
         """
         path = folder / MANIFEST
         data = read_json(path)
-        if data.get("schema_version") != SCHEMA_VERSION:
-            found = data.get("schema_version")
-            raise InputError(
-                f"{path}: schema_version: found {found!r}, expected {SCHEMA_VERSION}; make the artefact again"
-            )
+        remedy = "make the artefact again, with another -o or after removing the folder"
+        check_schema(path, data.get("schema_version"), SCHEMA_VERSION, remedy)
         try:
             manifest = cls(**data)
         except TypeError as error:
@@ -106,7 +113,7 @@ class Manifest:
         """Take the hashes of every file below `part` anew."""
         self.files = {k: v for k, v in self.files.items() if k.split("/")[0] != part}
         root = folder / part
-        found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+        found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file() and p.name != MARK)
         self.files |= {p.relative_to(folder).as_posix(): sha256_file(p) for p in found}
 
     def verify(self, folder: Path, part: str) -> None:
@@ -141,6 +148,8 @@ def readable(path: Path) -> Iterator[None]:
     except EdgepruneError:
         raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         text = " ".join(str(error).split())
         raise InputError(f"{path}: cannot be loaded ({type(error).__name__}: {text[:300]})") from error
 
@@ -309,6 +318,7 @@ def save_transformer(folder: Path, part: str, config: Config, state: Tensors) ->
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         write_transformer(folder, part, config, [sizes], lambda _: state, inputs="")
+        noted(folder, part)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -327,7 +337,8 @@ def write_transformer(
 ) -> int:
     """Write `folder/part/` shard by shard, then put it in place of what was there; returns its bytes of weights.
 
-    Killed, or out of disk, it leaves `part.tmp`, and the next call with the same `inputs` goes on from there.
+    Killed, or out of disk, it leaves `part.tmp`, and the next call with the same `inputs` goes on from there. Until the
+    caller has noted that `part` is done and said so (`noted`), the next call finds it done.
 
     Args:
         folder: the artefact.
@@ -343,6 +354,10 @@ def write_transformer(
         EdgepruneError: the disk is full; what was there before is untouched.
     """
     grouped = shards([sum(p.values()) for p in parts])
+    if inputs and is_of(folder / part, inputs, len(grouped)):
+        for left in ("tmp", "old"):
+            shutil.rmtree(folder / f"{part}.{left}", ignore_errors=True)
+        return sum(sum(p.values()) for p in parts)
     writer = ShardWriter(folder / f"{part}.tmp", [[n for i in g for n in parts[i]] for g in grouped], inputs)
     sizes = [sum(sum(parts[i].values()) for i in group) for group in grouped]
     need_space(folder, sum(size for i, size in enumerate(sizes) if not writer.has(i)))
@@ -358,6 +373,11 @@ def write_transformer(
     write_json(writer.folder / "config.json", config)
     replace_folder(writer.folder, folder / part)
     return sum(sizes)
+
+
+def noted(folder: Path, part: str) -> None:
+    """What `write_transformer` has made is noted to be done: the mark by which a killed run would find it goes."""
+    (folder / part / MARK).unlink(missing_ok=True)
 
 
 def complete_tokenizer(folder: Path) -> None:
@@ -388,4 +408,4 @@ def copy_surroundings(source: Path, folder: Path) -> None:
         copy_folder(source / name, temporary, *_NEVER)
         complete_tokenizer(temporary)
         replace_folder(temporary, folder / name)
-    shutil.copyfile(source / "model_index.json", folder / "model_index.json")
+    write_text(folder / "model_index.json", (source / "model_index.json").read_text(encoding="utf-8"))

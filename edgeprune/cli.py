@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgeprune import stop
 from edgeprune.errors import CannotRunError, EdgepruneError, InputError, MissingExtraError
 from edgeprune.extras import COMPRESS, absent, conflicts
+from edgeprune.files import is_out_of_memory
 from edgeprune.study.cli import study
 
 if TYPE_CHECKING:
@@ -94,6 +96,12 @@ RuntimeName = Annotated[str | None, typer.Option(help="openvino, ort, trt, corem
 Height = Annotated[int | None, typer.Option(min=8, help="Their height in pixels.")]
 Width = Annotated[int | None, typer.Option(min=8, help="Their width in pixels.")]
 
+OUT_OF_MEMORY = (
+    "out of memory; what is finished is kept. Train with a smaller --batch, --gradient-checkpointing or "
+    "--mixed-precision bf16, make smaller images (--height, --width), end other programs, or use a larger machine; "
+    "`--dry-run` of compress and analyze says what is needed"
+)
+
 
 def main() -> None:
     """Entry point: runs the app and turns errors into lines."""
@@ -104,9 +112,15 @@ def main() -> None:
         app()
     except EdgepruneError as error:
         _fail(str(error), error.exit_code)
+    except stop.Stopped:
+        _fail("stopped by SIGTERM; run the same command again to go on", stop.EXIT_CODE)
     except KeyboardInterrupt:
         _fail("stopped; run the same command again to go on", 130)
-    except OSError as error:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            _fail(OUT_OF_MEMORY, 1)
+        if not isinstance(error, OSError):
+            raise
         hint = "; free some space and run again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error.filename or 'file'}: {error.strerror or error}{hint}", 1)
     except ModuleNotFoundError as error:
@@ -138,7 +152,10 @@ def _print_json(data: Any) -> None:
 
 @contextmanager
 def _bars() -> Iterator[Callable[..., None]]:
-    """A progress bar per stage on stderr: done, speed by eye, time left; a line for what has no steps."""
+    """A progress bar per stage on stderr: done, speed by eye, time left; a line for what has no steps.
+
+    SIGTERM ends it at the next step, see stop.py.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -156,6 +173,7 @@ def _bars() -> Iterator[Callable[..., None]]:
     progress, tasks = Progress(*columns, console=Console(stderr=True)), dict[str, Any]()
 
     def update(what: str, done: int = 0, total: int = 0, note: str = "") -> None:
+        stop.check()  # what is done so far is written
         progress.start()  # not before: an error alone is one line
         if not total:
             progress.console.print(what, markup=False, highlight=False)
@@ -165,7 +183,8 @@ def _bars() -> Iterator[Callable[..., None]]:
         progress.update(tasks[what], completed=done, total=total, note=note)
 
     try:
-        yield update
+        with stop.on_sigterm():
+            yield update
     finally:
         if progress.live.is_started:
             progress.stop()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from edgeprune.errors import InputError
 from edgeprune.families import Config, Family
 from edgeprune.families.base import Swap
-from edgeprune.files import digest, read_json, write_json
+from edgeprune.files import check_schema, digest, read_json, whole_lines, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -136,8 +136,8 @@ class ContributionReport:
                     raise InputError(f"{path}: drop: found no block, expected one for each")
                 return cls("", "", len(summary), str(data["metric"]), [], [], {}, summary)
             version = data["schema_version"]
-            if version not in (1, SCHEMA_VERSION):
-                raise InputError(f"{path}: schema_version: found {version!r}, expected {SCHEMA_VERSION}; analyze again")
+            if version != 1:
+                check_schema(path, version, SCHEMA_VERSION, "analyze again")
             scores = {
                 group(_key(k) for k in e["parts"]) if version > 1 else ((int(e["block"]), e["component"]),): [
                     float(s) for s in e["scores"]
@@ -242,7 +242,7 @@ def analyze(
         inputs_digest: identity of everything that the scores depend on; a partial file of other inputs is dropped.
         progress: called with groups done and groups in all, the untouched model among them.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     wanted: list[Group] = [(), *groups]
     done = _read_partial(partial, inputs_digest)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,7 +251,8 @@ def analyze(
             done = {}
             file.write(json.dumps({"inputs": inputs_digest}) + "\n")
         progress(len(done), len(wanted))
-        for parts, scores in estimate([parts for parts in wanted if parts not in done]):
+        missing = [parts for parts in wanted if parts not in done]
+        for parts, scores in estimate(missing) if missing else ():
             done[parts] = scores
             file.write(json.dumps({"parts": parts, "scores": scores}) + "\n")
             file.flush()
@@ -261,23 +262,24 @@ def analyze(
         {parts: done[parts] for parts in groups}, estimator=estimator,
     )  # fmt: skip
     write_json(path, report.to_json())
-    partial.unlink()
     return report
+
+
+def partial_of(path: Path) -> Path:
+    """Where a report's scores are kept until whoever asked for it has noted that it is done, and removes them."""
+    return path.with_name(path.name + ".partial")
 
 
 def _read_partial(path: Path, inputs_digest: str) -> dict[Group, list[float]] | None:
     """What a killed run has scored, or None if there is nothing to go on with. A torn last line is dropped."""
     if not path.exists():
         return None
-    lines = path.read_text(encoding="utf-8").split("\n")
-    whole = lines[:-1]  # a complete file ends with a newline
     try:
+        whole = whole_lines(path)
         if json.loads(whole[0]) != {"inputs": inputs_digest}:
             return None
         rows = [json.loads(line) for line in whole[1:]]
         done: dict[Group, list[float]] = {group(_key(k) for k in r["parts"]): r["scores"] for r in rows}
     except (ValueError, KeyError, TypeError, IndexError):
         return None
-    if lines[-1]:
-        path.write_text("\n".join(whole) + "\n", encoding="utf-8")
     return done

@@ -10,6 +10,7 @@ written atomically, so a killed run resumes to the same losses. What it leaves o
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from edgeprune import stop
 from edgeprune.contribution import ContributionReport
 from edgeprune.data import Pairs
 from edgeprune.errors import EdgepruneError, InputError
@@ -33,6 +35,8 @@ from edgeprune.sampling import Conditioning, velocity
 SENSITIVITIES = ("graded", "binary", "off")
 SCHEDULES = ("constant", "cosine")
 FEATURES = ("blocks", "attention")
+SAVE_S = 600.0
+"""The state is saved at least as often as this, however long a step takes."""
 _FLOOR = 0.1  # update strength of the most contributing part, graded
 
 
@@ -228,7 +232,7 @@ def distill(
         guidance: the scale that models are trained at which take it as an input.
 
     Raises:
-        EdgepruneError: the loss is not finite; the last good state stays on disk.
+        EdgepruneError: the loss or its gradient is not finite; the last good state stays on disk.
     """
     from accelerate import Accelerator
 
@@ -246,12 +250,19 @@ def distill(
     step, losses = 0, []
     if state_path.exists():
         modules, meta = load_state(state_path, optimizer)
-        if meta["inputs"] == inputs_digest:
+        if meta.get("inputs") == inputs_digest:
             student.load_state_dict(student.state_dict() | modules["student"])
             ema.load(modules["ema"])
             step, losses = meta["step"], meta["losses"]
         else:
             optimizer.state.clear()
+    saved, saved_s = step, time.monotonic()
+
+    def check_finite(what: str, value: torch.Tensor) -> None:
+        if not torch.isfinite(value):
+            kept = f"{state_path} holds the state after step {saved}" if saved else "no step was saved yet"
+            raise EdgepruneError(f"distill: {what} is not finite at step {step + 1}; {kept}; lower --rate")
+
     catch_teacher = _Catcher(family, teacher, list(range(plan.num_blocks)), options.features)
     catch_student = _Catcher(family, student, plan.kept, options.features)
     rounded = _round_weights(family, student, options.int4_group_size) if options.int4_group_size else []
@@ -267,24 +278,25 @@ def distill(
         # Features of the frozen prefix are what they are; only later blocks can learn.
         later = {k: v for k, v in catch_student.features.items() if not options.freeze_prefix or k >= plan.first_pruned}
         loss, _ = distillation_loss(found, target, noisy.velocity, later, catch_teacher.features, options.weights)
-        if not torch.isfinite(loss):
-            raise EdgepruneError(
-                f"distill: the loss is not finite at step {step}; {state_path} holds the last good state; lower --rate"
-            )
+        check_finite("the loss", loss)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _factor(options.schedule, step, options.steps)
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(list(trained.values()), 1.0)
+        norm = accelerator.clip_grad_norm_(list(trained.values()), 1.0)
+        if options.mixed_precision != "fp16":  # whose scaler leaves out such a step
+            check_finite("the gradient", norm)  # or the weights are lost, and saved so
         optimizer.step()
         ema.update(step)
         losses.append(loss.item())
         step += 1
-        progress(step, options.steps, losses[-1])
-        if step % save_every == 0 or step == options.steps:
+        late = time.monotonic() - saved_s > SAVE_S or stop.asked()
+        if step % save_every == 0 or step == options.steps or late:
             state = {n: p.detach() for n, p in trained.items()}
             meta = {"step": step, "losses": losses, "inputs": inputs_digest}
             save_state(state_path, {"student": state, "ema": ema.average}, optimizer, meta)
+            saved, saved_s = step, time.monotonic()
+        progress(step, options.steps, losses[-1])
     teacher.to("cpu")
     catch_teacher.close()
     catch_student.close()

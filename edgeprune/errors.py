@@ -3,9 +3,10 @@
 EdgepruneError           exit 1   something of ours failed
 ├── InputError           exit 2   what the user gave is wrong: file, field, found, expected
 │   ├── BudgetError      exit 2   the budget cannot be met by any plan the method allows
-│   └── CannotRunError   exit 2   an export is for another device than this one
+│   ├── CannotRunError   exit 2   an export is for another device than this one
+│   ├── StaleStageError  exit 2   a folder holds results of other inputs; says `--fresh`
+│   └── LockedError      exit 2   another run is at work in a folder; says which
 ├── MissingExtraError    exit 2   an optional package is not installed; says the pip command
-├── StaleStageError      exit 2   a folder holds results of other inputs; says `--fresh`
 ├── DiskError            exit 1   a disk is full or cannot be written; what is finished is kept
 ├── ParityError          exit 1   an export does not compute what the checkpoint computes
 └── AssertionMissedError exit 1   `bench --assert` did not hold
@@ -36,6 +37,10 @@ class CannotRunError(InputError):
 
 class StaleStageError(InputError):
     """A stage's results on disk were made from other inputs."""
+
+
+class LockedError(InputError):
+    """Another process is at work in a folder."""
 
 
 class MissingExtraError(EdgepruneError):

@@ -34,6 +34,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def check_schema(path: Path | str, found: Any, known: int, remedy: str) -> None:
+    """Refuse a file whose form another edgeprune has written.
+
+    Args:
+        found: its `schema_version`.
+        known: the one that this edgeprune reads.
+        remedy: what to do if the file's is older.
+
+    Raises:
+        InputError: they differ.
+    """
+    if found != known:
+        newer = isinstance(found, int) and found > known
+        what = "a newer edgeprune wrote it; upgrade" if newer else remedy
+        raise InputError(f"{path}: schema_version: found {found!r}, expected {known}; {what}")
+
+
 def write_json(path: Path, data: Any) -> None:
     """As `write_text`."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
@@ -54,6 +71,15 @@ def write_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that is appended to; a last one that a kill has torn is cut off, the others stay."""
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        os.truncate(path, end)
+    return data[:end].decode("utf-8").split("\n")[:-1]
 
 
 def copy_folder(source: Path, target: Path, *leave_out: str) -> None:
@@ -116,6 +142,17 @@ def cannot_write(path: Path, error: Exception) -> DiskError:
     return DiskError(f"{path}: cannot be written ({error})")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what Python, PyTorch or the system raises when memory is short."""
+    # By name, since not everyone has torch; on a CPU it raises a RuntimeError.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as file:
@@ -130,12 +167,17 @@ def _digest(file: Any) -> str:  # Python 3.10 has no file_digest
 
 
 def sha256_unless_known(path: Path, known: dict[str, Any]) -> str:
-    """As `sha256_file`, but a file of the size and time noted in `known` is not read again; `known` is kept current."""
+    """As `sha256_file`, but a file of the size and times noted in `known` is not read again; `known` is kept current.
+
+    Times are compared for equality alone, so a clock that was set back makes nothing current. The inode's time is one
+    of them: a copy that keeps the time of change does not keep that.
+    """
     stat = path.stat()
+    now = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     seen = known.get(str(path))
-    if not (isinstance(seen, list) and seen[:2] == [stat.st_size, stat.st_mtime_ns]):
-        known[str(path)] = seen = [stat.st_size, stat.st_mtime_ns, sha256_file(path)]
-    return str(seen[2])
+    if not (isinstance(seen, list) and seen[:-1] == now):
+        known[str(path)] = seen = [*now, sha256_file(path)]
+    return str(seen[-1])
 
 
 def digest(data: Any) -> str:

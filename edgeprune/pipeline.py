@@ -23,16 +23,17 @@ from safetensors.torch import load_file
 from edgeprune import checkpoint, targets
 from edgeprune.baselines import baselines
 from edgeprune.checkpoint import HALF, INT4, MANIFEST, Manifest
-from edgeprune.contribution import ContributionReport, Group, Key, analyze, fingerprint, groups, removed
+from edgeprune.contribution import ContributionReport, Group, Key, analyze, fingerprint, groups, partial_of, removed
 from edgeprune.data import PROMPTS, make_pairs, read_prompts, source_digest
 from edgeprune.distill import DistillOptions, distill
 from edgeprune.errors import InputError, StaleStageError
 from edgeprune.estimators import estimator_named
 from edgeprune.families import Config, Family
 from edgeprune.families.base import CHANGED
-from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known, write_json
+from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known, write_json, write_text
 from edgeprune.fit import Fit, fit
 from edgeprune.generation import Generation
+from edgeprune.lock import LOCK, hold, is_free
 from edgeprune.metrics import VELOCITY, check_analysis, of_pipeline, tasks_of
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.modulation import GRID, choose_rank, embedder_alone, modulation_inputs, ranks, subspace
@@ -167,7 +168,7 @@ class Workspace:
         fresh: bool = False,
         generation: dict[str, Any] | None = None,
     ) -> None:
-        """Open or begin a folder.
+        """Open or begin a folder. It is this process's as long as the object lives, see lock.py.
 
         Args:
             model: as the user named it, None for the built-in one.
@@ -178,12 +179,14 @@ class Workspace:
         Raises:
             InputError: the model is not usable, or the folder holds something else.
             StaleStageError: the folder was begun with another model.
+            LockedError: another process is at work in the folder.
         """
         self.out, self.fresh, self.cache = out, fresh, out / "cache"
         self.command = ""
         """What the user typed, for the record."""
         name = "built-in" if model is None else str(Path(model).resolve()) if Path(model).is_dir() else model
         if (out / MANIFEST).is_file():
+            self._lock = hold(out / LOCK, out)  # before the manifest is read, which another run may be changing
             self.manifest = Manifest.load(out)
             if not model_given:
                 name = self.manifest.source
@@ -195,14 +198,16 @@ class Workspace:
                 raise StaleStageError(f"{out}: made from {self.manifest.source!r}, found {name!r}; use another -o")
             self._set_generation(self.manifest.generation or asdict(Generation.load(self.source)), generation or {})
             return
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not is_free(out, MANIFEST):
             raise InputError(f"{out}: exists and is not a folder of edgeprune (no {MANIFEST}); use another -o")
         self.source = checkpoint.resolve(model)
         self.config, self.family = checkpoint.read_config(self.source)
         self._check_whole()
         self.manifest = Manifest(name, fingerprint(self.config), self.family.name, self.config)
         self._set_generation(asdict(Generation.load(self.source)), generation or {})
-        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock = hold(out / LOCK, out)
+        if (out / MANIFEST).is_file():
+            raise InputError(f"{out}: another run began it at the same moment; run again to go on with it")
         self.manifest.save(self.out)
 
     def beside(self, out: Path) -> Workspace:
@@ -305,6 +310,7 @@ class Workspace:
         key = digest({"weights": self.weights_hash, "upstream": upstream, "inputs": inputs})
         found = self.manifest.stages.get(name)
         if found and found["inputs"] == key:
+            self._noted()
             return False
         if found and not self.fresh:
             raise StaleStageError(
@@ -321,7 +327,12 @@ class Workspace:
             "options": inputs,
         } | result
         self.manifest.save(self.out)
+        self._noted()
         return True
+
+    def _noted(self) -> None:
+        for part in (HALF, INT4):
+            checkpoint.noted(self.out, part)
 
     def _forget(self, stages: tuple[str, ...]) -> None:
         """Drop stages and what only they made, before anything new is written: no reader may find old weights."""
@@ -414,7 +425,9 @@ def run_analyze(ws: Workspace, options: AnalyzeOptions, progress: Progress = sil
         ws.manifest.hash_files(ws.out, "analysis.json")
         return {}
 
-    return ws.stage("analyze", inputs, run)
+    ran = ws.stage("analyze", inputs, run)
+    partial_of(ws.report_path).unlink(missing_ok=True)
+    return ran
 
 
 def calibration_prompts(ws: Workspace, options: PlanOptions) -> list[str]:
@@ -444,7 +457,7 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
         ws.scores_path.unlink(missing_ok=True)
         if scores:
             ContributionReport.load(scores)  # refused before it is kept
-            shutil.copyfile(scores, ws.scores_path)
+            write_text(ws.scores_path, scores.read_text(encoding="utf-8"))
         chosen = rank if isinstance(rank, int) else None
         if rank is not None:
             inputs = calibration_inputs(ws, prompts)

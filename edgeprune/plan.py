@@ -21,7 +21,7 @@ from edgeprune.contribution import Contribution, ContributionReport, Key, finger
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import Config, Family, family_of
 from edgeprune.families.base import CHANGED, Shape, Source
-from edgeprune.files import read_json
+from edgeprune.files import check_schema, read_json
 from edgeprune.planners import PLANNERS, Measured, Problem, planner_named
 from edgeprune.precision import Footprint, footprint
 
@@ -87,10 +87,7 @@ class PrunePlan:
             InputError: a field is missing or of a wrong kind.
         """
         try:
-            if data["schema_version"] != SCHEMA_VERSION:
-                raise InputError(
-                    f"{where}: schema_version: found {data['schema_version']!r}, expected {SCHEMA_VERSION}"
-                )
+            check_schema(where, data["schema_version"], SCHEMA_VERSION, "run `edgeprune plan --fresh` again")
             plan = cls(
                 *(str(data["fingerprint"]), str(data["family"]), int(data["num_blocks"]), str(data["method"])),
                 *(sorted({int(b) for b in data["blocks"]}), sorted((int(b), str(c)) for b, c in data["components"])),

@@ -17,7 +17,7 @@ import numpy as np
 
 from edgeprune import metrics, runtimes
 from edgeprune.errors import InputError
-from edgeprune.files import digest, sha256_file
+from edgeprune.files import digest, sha256_file, whole_lines
 from edgeprune.imagefolder import METADATA, Sample, open_image
 from edgeprune.stats import Interval, mean_interval, paired_drop
 
@@ -134,7 +134,7 @@ def draw(
     ]
     metadata = out / METADATA
     # A torn last line has no newline; its image is drawn again.
-    done = metadata.read_text(encoding="utf-8").split("\n")[:-1] if metadata.exists() else []
+    done = whole_lines(metadata) if metadata.exists() else []
     if done != lines[: len(done)]:
         raise InputError(
             f"{metadata}: found images of another model, prompts or settings; give another --out, or remove it"
@@ -142,7 +142,6 @@ def draw(
     if len(done) == len(lines):
         return
     out.mkdir(parents=True, exist_ok=True)
-    metadata.write_text("".join(f"{line}\n" for line in done), encoding="utf-8")
     with runtimes.load(model, chosen) as opened, metadata.open("a", encoding="utf-8") as file:
         for start in range(len(done), len(lines), BATCH):
             batch = wanted[start : start + BATCH]

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from edgeprune.checkpoint import HALF, write_transformer
+from edgeprune.checkpoint import HALF, noted, write_transformer
 from edgeprune.encoders import CLIP, T5, tokenizer_of
 from edgeprune.errors import InputError
 from edgeprune.families import Config, Family, family_of
 from edgeprune.families.base import Shape
 from edgeprune.files import digest, read_json, write_json
 from edgeprune.generation import Generation
+from edgeprune.lock import LOCK, hold, is_free
 
 ARCHITECTURES = Path(__file__).parent / "families" / "architectures.json"
 TOKENS = 77
@@ -44,7 +45,7 @@ def synth(
     """Write the pipeline folder `out`; returns the transformer's bytes. A killed run goes on where it was.
 
     Raises:
-        InputError: no such architecture, or `out` holds something else.
+        InputError: no such architecture, or `out` holds something else, or another process writes there.
         EdgepruneError: the disk is too full; says how much is needed.
     """
     known = architectures()
@@ -66,27 +67,31 @@ def write_pipeline(
     if mark.is_file():
         if read_json(mark).get("config") != key:
             raise InputError(f"{mark}: found another architecture, expected {label}; use another -o")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif not is_free(out, mark.name):
         raise InputError(f"{out}: exists and was not made by synth; use another -o")
-    write_json(mark, {"architecture": label, "config": key})
-    family = family_of(config, label)
-    _companions(family, config, out)
-    shapes = family.tensor_shapes(config)
-    parts: list[dict[str, Shape]] = [{} for _ in range(family.block_count(config) + 1)]
-    for tensor, shape in shapes.items():
-        place = family.place(config, tensor)
-        parts[-1 if place is None else place[0]][tensor] = shape
-    if (out / HALF).is_dir():
-        return sum(2 * math.prod(shape) for shape in shapes.values())
-    return write_transformer(
-        out,
-        HALF,
-        config,
-        [{n: 2 * math.prod(shape) for n, shape in part.items()} for part in parts],
-        lambda index: {n: draw(family, config, n, shape) for n, shape in parts[index].items()},
-        inputs=key,
-        progress=progress,
-    )
+    with hold(out / LOCK, out):
+        write_json(mark, {"architecture": label, "config": key})
+        family = family_of(config, label)
+        _companions(family, config, out)
+        shapes = family.tensor_shapes(config)
+        parts: list[dict[str, Shape]] = [{} for _ in range(family.block_count(config) + 1)]
+        for tensor, shape in shapes.items():
+            place = family.place(config, tensor)
+            parts[-1 if place is None else place[0]][tensor] = shape
+        if (out / HALF).is_dir():
+            noted(out, HALF)
+            return sum(2 * math.prod(shape) for shape in shapes.values())
+        size = write_transformer(
+            out,
+            HALF,
+            config,
+            [{n: 2 * math.prod(shape) for n, shape in part.items()} for part in parts],
+            lambda index: {n: draw(family, config, n, shape) for n, shape in parts[index].items()},
+            inputs=key,
+            progress=progress,
+        )
+        noted(out, HALF)
+        return size
 
 
 def draw(family: Family, config: Config, name: str, shape: Shape) -> torch.Tensor:

@@ -27,7 +27,8 @@ SHARD_BYTES = 200_000_000
 """A shard is closed once it has as much: one block of a full-size model, or the whole of a small one."""
 WORTH_TELLING = 10**9
 """Bytes of a stage from which on it tells of bytes; a smaller one is over before they are read."""
-_MARK = "unfinished.json"
+MARK = "unfinished.json"
+"""Says what shards are of, until whoever wrote them has noted that they are done."""
 
 
 class Weights:
@@ -124,10 +125,9 @@ class ShardWriter:
 
     def __init__(self, folder: Path, groups: Sequence[Sequence[str]], inputs: str) -> None:
         self.folder, self.groups = folder, [list(g) for g in groups]
-        mark = {"inputs": inputs, "shards": len(groups)}
-        if not (folder / _MARK).is_file() or read_json(folder / _MARK) != mark:
+        if not is_of(folder, inputs, len(groups)):
             shutil.rmtree(folder, ignore_errors=True)
-            write_json(folder / _MARK, mark)
+            write_json(folder / MARK, {"inputs": inputs, "shards": len(groups)})
 
     def path(self, index: int) -> Path:
         """A shard's file."""
@@ -150,12 +150,19 @@ class ShardWriter:
         save_tensors(self.path(index), tensors, {"format": "pt"})
 
     def finish(self) -> None:
-        """Write the index; the folder is then what diffusers and `Weights` read."""
+        """Write the index: the folder is what diffusers and `Weights` read. Its mark stays."""
         if len(self.groups) > 1:
             files = {name: self.path(i).name for i, group in enumerate(self.groups) for name in group}
             size = sum(self.path(i).stat().st_size for i in range(len(self.groups)))
             write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": files})
-        (self.folder / _MARK).unlink()
+
+
+def is_of(folder: Path, inputs: str, count: int) -> bool:
+    """Whether a folder's mark says that its shards, finished or not, are so many and of these inputs."""
+    try:
+        return read_json(folder / MARK) == {"inputs": inputs, "shards": count}
+    except InputError:
+        return False
 
 
 def shards(sizes: Sequence[int]) -> list[list[int]]:

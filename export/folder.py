@@ -23,14 +23,24 @@ from edgeprune import __version__
 from edgeprune.checkpoint import MANIFEST, complete_tokenizer, quiet, read_config
 from edgeprune.encoders import EXPORTED, check_tokens, is_present, text_encoders, tokenizer_of
 from edgeprune.errors import DiskError, EdgepruneError, InputError
-from edgeprune.export.unfinished import MARK, Unfinished
-from edgeprune.files import cannot_write, copy_folder, digest, read_json, replace_folder, sha256_file, write_json
+from edgeprune.export.unfinished import MARK, Unfinished, is_whole
+from edgeprune.files import (
+    cannot_write,
+    copy_folder,
+    digest,
+    is_out_of_memory,
+    read_json,
+    replace_folder,
+    sha256_file,
+    write_json,
+)
 from edgeprune.generation import FILE as GENERATION
 from edgeprune.generation import Generation
+from edgeprune.lock import hold
 from edgeprune.plan import stock_config
+from edgeprune.runtimes import SCHEMA_VERSION
 
 FILE = "edgeprune_export.json"
-SCHEMA_VERSION = 1
 _TOOLS = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 """Whose version may change a graph; a format adds its own."""
 
@@ -48,6 +58,7 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
 
     Raises:
         InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
+        LockedError: another process is making this export.
         DiskError: the disk is full, or `out` cannot be written; what is finished is kept.
     """
     index = _index(artefact)
@@ -55,34 +66,43 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
         raise InputError(f"{out}: found a file, expected a folder or nothing")
     if out.exists() and any(out.iterdir()) and not (out / FILE).is_file():
         raise InputError(f"{out}: found a folder without {FILE}, expected an empty or new folder, or a previous export")
-    partial = out.resolve().with_name(out.resolve().name + ".partial")  # "." has no name
-    try:
-        work = Unfinished(partial, _inputs(artefact, target, options))
-        said = networks(work)
-        _small_files(artefact, partial, index)
-        _configs(artefact, partial)
-        files = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
-        del files[MARK]
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "target": target,
-            "quantized": is_quantized(artefact),
-            "source": read_json(artefact / MANIFEST)["source"]
-            if (artefact / MANIFEST).is_file()
-            else str(artefact.resolve()),
-            **said,
-            "files": {name: work.hashes.get(name) or sha256_file(path) for name, path in files.items()},
-        }
-        write_json(partial / FILE, record)
-        work.close()
-        replace_folder(partial, out)
-    except OSError as error:
-        raise cannot_write(out, error) from error
-    except EdgepruneError as error:
-        if not isinstance(error, DiskError):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return record
+    place = out.resolve()  # "." has no name
+    partial = place.with_name(place.name + ".partial")
+    # The lock is beside the folder, since a new one takes its place.
+    with hold(place.with_name(f".{place.name}.lock"), out):
+        try:
+            inputs = _inputs(artefact, target, options)
+            if is_whole(out, inputs):  # killed when all was done but this
+                (out / MARK).unlink()
+                shutil.rmtree(place.with_name(place.name + ".old"), ignore_errors=True)
+                return read_json(out / FILE)
+            work = Unfinished(partial, inputs)
+            said = networks(work)
+            _small_files(artefact, partial, index)
+            _configs(artefact, partial)
+            (partial / FILE).unlink(missing_ok=True)  # of a run that was killed just before the end
+            files = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
+            del files[MARK]
+            record = {
+                "schema_version": SCHEMA_VERSION,
+                "target": target,
+                "quantized": is_quantized(artefact),
+                "source": read_json(artefact / MANIFEST)["source"]
+                if (artefact / MANIFEST).is_file()
+                else str(artefact.resolve()),
+                **said,
+                "files": {name: work.hashes.get(name) or sha256_file(path) for name, path in files.items()},
+            }
+            write_json(partial / FILE, record)
+            replace_folder(partial, out)
+            (out / MARK).unlink()
+        except OSError as error:
+            raise cannot_write(out, error) from error
+        except EdgepruneError as error:
+            if not isinstance(error, DiskError):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return record
 
 
 def _inputs(artefact: Path, target: str, options: Mapping[str, Any]) -> str:
@@ -144,6 +164,8 @@ def from_pretrained(load: Callable[..., Any], folder: Path) -> Any:
         with quiet():
             return load(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from error
 
 

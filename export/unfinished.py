@@ -7,7 +7,8 @@
 
 `unfinished.json` says what the folder is of and which networks are finished, with the hashes of their files. Beside
 them lies what a network's own files need to go on (data.py, chunks of Core ML), and what is of no use after a kill, in
-names that begin with `unfinished-`. What it leaves out: two runs at once in one folder.
+names that begin with `unfinished-`. What it leaves out: two runs at once in one folder, see
+lock.py.
 """
 
 from __future__ import annotations
@@ -93,9 +94,12 @@ class Unfinished:
             file: sha256 for network in self._mark["networks"].values() for file, sha256 in network["files"].items()
         }
 
-    def close(self) -> None:
-        """The export is whole: no mark is left."""
-        (self.folder / MARK).unlink()
+
+def is_whole(folder: Path, inputs: str) -> bool:
+    """Whether an export of these inputs has its place, and still the mark that goes last."""
+    with contextlib.suppress(InputError):
+        return bool(read_json(folder / MARK).get("inputs") == inputs)
+    return False
 
 
 def _remove(folder: Path, pattern: str) -> None:

@@ -20,13 +20,14 @@ from collections.abc import Callable
 
 from edgeprune import extras
 from edgeprune.errors import CannotRunError, InputError
-from edgeprune.files import read_json
+from edgeprune.files import check_schema, read_json
 from edgeprune.runtimes.base import Runtime
 from edgeprune.runtimes.base import open_runtime as _open_runtime
 
 __all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "candidates", "choose", "load", "prepare", "runnable"]
 
-
+SCHEMA_VERSION = 1
+"""Of edgeprune_export.json."""
 _HARDWARE: dict[str, Callable[[], bool]] = {
     "an NVIDIA GPU": lambda: Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None,
     "macOS": lambda: sys.platform == "darwin",
@@ -116,13 +117,17 @@ def candidates(folder: Path) -> list[str]:
     """Every runtime that opens this folder, the preferred one first, installed or not.
 
     Raises:
-        InputError: there is no such folder, or it is neither an export nor a pipeline.
+        InputError: there is no such folder, it is neither an export nor a pipeline, or another edgeprune exported it.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: found no folder, expected an export or a diffusers pipeline")
     manifest = folder / "edgeprune_export.json"
     if manifest.exists():
-        target = read_json(manifest).get("target")
+        record = read_json(manifest)
+        check_schema(
+            manifest, record.get("schema_version", SCHEMA_VERSION), SCHEMA_VERSION, "export the artefact again"
+        )
+        target = record.get("target")
         if found := [name for name, info in RUNTIMES.items() if target in info.formats]:
             return found
         known = sorted({f for info in RUNTIMES.values() for f in info.formats})

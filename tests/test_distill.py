@@ -1,5 +1,7 @@
 """Distillation: what is frozen, how strongly the rest is updated, losses by original index, and resuming."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from tiny import TOKENS, config_of, tiny_flux, tiny_inputs, tiny_transformer
 
+from edgeprune import stop
 from edgeprune.contribution import ContributionReport, fingerprint
 from edgeprune.data import Pairs
 from edgeprune.distill import DistillOptions, distill, parameter_groups, strengths
@@ -83,6 +86,26 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights(tmp_path: Path, kin
     assert all(torch.equal(whole[n], again[n]) for n in whole)
 
 
+def test_sigterm_saves_at_the_next_step(tmp_path: Path) -> None:
+    whole, losses = run(tmp_path / "whole.safetensors", 8)
+    path = tmp_path / "stopped.safetensors"
+    family, teacher, student, plan, report, pairs = setup()
+
+    def progress(step: int, total: int, loss: float) -> None:
+        stop.check()
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(stop.Stopped), stop.on_sigterm():
+        distill(
+            family, teacher, student, plan, report, pairs, DistillOptions(steps=8, batch=4, rate=1e-3), path,
+            inputs_digest="x", guidance=3.5, save_every=100, progress=progress,
+        )  # fmt: skip
+    assert load_state(path, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))[1]["step"] == 4
+    again, resumed = run(path, 8)
+    assert resumed == losses and all(torch.equal(whole[n], again[n]) for n in whole)
+
+
 @pytest.mark.parametrize(
     ("kind", "moved"), [("sd3", "transformer_blocks.2."), ("flux", "single_transformer_blocks.0.")]
 )
@@ -146,6 +169,24 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path: Path
             DistillOptions(steps=50, batch=4, rate=1e30, weights=Weights()), path, inputs_digest="x", save_every=1,
         )  # fmt: skip
     assert path.is_file()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_lost(tmp_path: Path) -> None:
+    family, teacher, student, plan, report, pairs = setup()
+    path = tmp_path / "s.safetensors"
+
+    def progress(step: int, total: int, loss: float) -> None:
+        if step == 3:
+            student.proj_out.weight.register_hook(lambda gradient: gradient * torch.nan)
+
+    with pytest.raises(EdgepruneError, match=f"gradient is not finite at step 4; {path} holds the state after step 3"):
+        distill(
+            family, teacher, student, plan, report, pairs, DistillOptions(steps=8, batch=4), path,
+            inputs_digest="x", save_every=1, progress=progress,
+        )  # fmt: skip
+    modules, meta = load_state(path, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+    assert meta["step"] == 3
+    assert all(tensor.isfinite().all() for state in modules.values() for tensor in state.values())
 
 
 @pytest.mark.parametrize(

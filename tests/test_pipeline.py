@@ -1,6 +1,7 @@
 """compress end to end on a tiny model: artefact, no-ops, stale inputs, resuming, and damaged files."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from tiny import tiny_inputs, tiny_pipeline
 
 import edgeprune
-from edgeprune import checkpoint, pipeline, report, report_page, resume
+from edgeprune import checkpoint, pipeline, report, report_page, resume, weights
 from edgeprune.contribution import Group, analyze, groups
 from edgeprune.distill import DistillOptions
 from edgeprune.errors import EdgepruneError, InputError, StaleStageError
@@ -133,7 +134,8 @@ def test_analysis_resumes_without_redoing(source: Path, tmp_path: Path) -> None:
     partial.write_text(partial.read_text() + '{"parts": [[2, nu')  # torn by the kill
     calls = 10
     assert go() == {((0, None),): [2.0], ((1, None),): [3.0], ((2, None),): [11.0]}
-    assert not partial.exists()
+    calls = 20
+    assert go()[(2, None),] == [11.0] and calls == 20  # killed before the stage was noted: nothing is scored again
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,8 @@ def test_analysis_resumes_without_redoing(source: Path, tmp_path: Path) -> None:
         (lambda d: _truncate(d / "transformer_int4" / "diffusion_pytorch_model.safetensors"), "SHA-256"),
         (lambda d: (d / "transformer_int4" / "diffusion_pytorch_model.safetensors").unlink(), "no such file"),
         (lambda d: (d / "edgeprune.json").write_text("{"), "not readable as JSON"),
-        (lambda d: _edit(d / "edgeprune.json", "schema_version", 99), "schema_version"),
+        (lambda d: _edit(d / "edgeprune.json", "schema_version", 99), "schema_version: found 99.*upgrade"),
+        (lambda d: _edit(d / "edgeprune.json", "schema_version", 0), "found 0, expected 1; make the artefact again"),
         (lambda d: _edit(d / "edgeprune.json", "files", {"transformer_int4/../../x": "0"}), "out of the folder"),
         (
             lambda d: _edit(d / "transformer" / "config.json", "_class_name", "UNet2DConditionModel"),
@@ -163,6 +166,44 @@ def _truncate(path: Path) -> None:
 
 def _edit(path: Path, field: str, value: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+
+
+def test_a_clock_that_was_set_makes_nothing_stale(source: Path, copy: Path) -> None:
+    for time_ns in (0, 4 * 10**18):
+        for path in (p for folder in (source, copy) for p in folder.rglob("*") if p.is_file()):
+            os.utime(path, ns=(time_ns, time_ns))
+        assert pipeline.compress(Workspace(copy, str(source)), OPTIONS) == []
+
+
+@pytest.mark.parametrize("stage", ["analyze", "prune", "quantize"])
+def test_killed_before_a_finished_stage_was_noted(
+    source: Path, artefact: Path, copy: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files are in their place and the manifest knows nothing of it: no part is made again."""
+    part = {"prune": "transformer", "quantize": "transformer_int4"}.get(stage)
+    if stage == "prune":  # what it wrote, distillation has replaced
+        shutil.rmtree(copy)
+        pipeline.compress(Workspace(copy, str(source)), replace(OPTIONS, distill=None))
+    stages = json.loads((copy / "edgeprune.json").read_text())["stages"]
+    before_it = pipeline.STAGES[: pipeline.STAGES.index(stage)]
+    _edit(copy / "edgeprune.json", "stages", {name: stages[name] for name in before_it if name in stages})
+    if part:
+        count = len(list((copy / part).glob("*.safetensors")))
+        (copy / part / "unfinished.json").write_text(json.dumps({"inputs": stages[stage]["inputs"], "shards": count}))
+        (copy / f"{part}.old").mkdir()
+    else:
+        rows = json.loads((copy / "analysis.json").read_text())
+        key = json.loads((artefact / "edgeprune.json").read_text())["stages"]["analyze"]["inputs"]
+        lines = [{"inputs": key}, {"parts": [], "scores": rows["untouched"]}, *rows["scores"]]
+        (copy / "analysis.json.partial").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(weights.ShardWriter, "put", None)
+    monkeypatch.setattr(Exhaustive, "estimate", None)
+    before = {p: p.read_bytes() for p in copy.rglob("*.safetensors")}
+    ws = Workspace(copy, str(source))
+    run = {"analyze": lambda: pipeline.run_analyze(ws, OPTIONS.analyze), "prune": lambda: pipeline.run_prune(ws)}
+    assert run.get(stage, lambda: pipeline.run_quantize(ws, OPTIONS.quantize))()
+    assert before == {p: p.read_bytes() for p in copy.rglob("*.safetensors")}
+    assert not [p for p in copy.rglob("*") if p.name.endswith((".partial", ".old", ".tmp", "unfinished.json"))]
 
 
 def test_truncated_source_weights(source: Path, tmp_path: Path) -> None:

@@ -129,6 +129,27 @@ to_onnx.export(Path({str(source)!r}), Path({str(tmp_path / "onnx")!r}))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["onnx", "whole"]
 
 
+def test_killed_when_all_was_in_its_place(
+    tiny_folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tiny_folders[0], tmp_path / "onnx"
+
+    def replace(new: Path, target: Path) -> None:
+        new.rename(target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "replace_folder", replace)
+        with pytest.raises(KeyboardInterrupt):
+            to_onnx.export(source, out)
+    assert (out / unfinished.MARK).is_file()
+    told = Told()
+    record = to_onnx.export(source, out, progress=told)
+    assert told.begun == [] and record == json.loads((out / folder.FILE).read_text())
+    assert record["files"] == {name: sha256 for name, sha256 in hashes(out).items() if name != folder.FILE}
+    assert [p.name for p in tmp_path.iterdir()] == ["onnx"]
+
+
 def test_what_is_not_of_these_inputs_is_dropped(
     tiny_folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
