@@ -27,6 +27,7 @@ from edgeprune import errors, runtimes
 from edgeprune.errors import AssertionMissedError, EdgepruneError, InputError
 from edgeprune.metrics.psnr import mean_decibels
 from edgeprune.runtimes import memory
+from edgeprune.terminal import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -435,13 +436,16 @@ def show(key: str, value: float | int | None) -> str:
 def table(result: BenchResult) -> Table:
     """A rich table: one row per measure, one column per variant, one ratio column per comparison."""
     from rich.table import Table
+    from rich.text import Text
 
     out = Table(title=f"{result.machine['cpu']}, {result.machine['cores']} cores")
     out.add_column("")
-    for m in result.variants:
-        out.add_column(f"{m.name}\n{m.runtime} {m.precision} {m.provider}", justify="right", overflow="fold")
+    for m in result.variants:  # the name is a folder's: no markup
+        out.add_column(
+            Text(printable(f"{m.name}\n{m.runtime} {m.precision} {m.provider}")), justify="right", overflow="fold"
+        )
     for name in result.comparisons:
-        out.add_column(f"{name} /\n{result.variants[0].name}", justify="right")
+        out.add_column(Text(printable(f"{name} /\n{result.variants[0].name}")), justify="right")
     out.add_row("why this provider", *(m.provider_why for m in result.variants), *[""] * len(result.comparisons))
     for key, (label, stem) in MEASURES.items():
         ratios = [c.ratios[f"{stem}_ratio"] for c in result.comparisons.values()]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -24,12 +25,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from edgeprune import __version__
+from edgeprune.encoders import is_present, read_index
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.families import Config, Family, family_of, family_of_model
 from edgeprune.families.base import CHANGED
+from edgeprune.fields import real, shown, text, whole
 from edgeprune.files import (
+    check_links,
     check_schema,
     copy_folder,
+    inside,
     is_out_of_memory,
     need_space,
     read_json,
@@ -49,6 +54,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "edgeprune.json"
 HALF, INT4 = "transformer", "transformer_int4"
 BUILTIN = Path(__file__).parent / "demo" / "assets" / "teacher"
+_LONGEST_S = 1e10
 _NEVER = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack")
 """Code and pickles: neither fetched nor copied."""
 
@@ -90,17 +96,22 @@ class Manifest:
             manifest = cls(**data)
         except TypeError as error:
             raise InputError(f"{path}: not a manifest ({error})") from error
-        kinds = (
-            ("config", dict),
-            ("stages", dict),
-            ("files", dict),
-            ("source", str),
-            ("family", str),
-            ("generation", dict),
-        )
-        for name, kind in kinds:
-            if not isinstance(getattr(manifest, name), kind):
-                raise InputError(f"{path}: {name}: expected a {kind.__name__}")
+        for name in ("config", "stages", "files", "generation", "tools"):
+            if not isinstance(getattr(manifest, name), dict):
+                raise InputError(f"{path}: {name}: expected an object")
+        for name in ("source", "fingerprint", "family"):
+            text(data, name, path)
+        for name, kind in (("files", str), ("tools", str), ("stages", dict)):
+            if odd := [key for key, value in getattr(manifest, name).items() if not isinstance(value, kind)]:
+                raise InputError(f"{path}: {name}: {shown(odd[0])}: expected a {kind.__name__}")
+        for name, stage in manifest.stages.items():
+            text(stage, "inputs", f"{path}: stages: {shown(name)}")
+            text({"command": ""} | stage, "command", f"{path}: stages: {shown(name)}")
+            real(stage, "seconds", f"{path}: stages: {shown(name)}", least=0, most=_LONGEST_S)
+        if manifest.group_size is not None:
+            whole(data, "group_size", path)
+        if not isinstance(manifest.plan, (dict, NoneType)):
+            raise InputError(f"{path}: plan: expected an object or null")
         return manifest
 
     def save(self, folder: Path) -> None:
@@ -125,9 +136,7 @@ class Manifest:
         for name, expected in self.files.items():
             if name.split("/")[0] != part:
                 continue
-            path = (folder / name).resolve()
-            if not path.is_relative_to(folder.resolve()):
-                raise InputError(f"{folder / MANIFEST}: files: {name!r} leads out of the folder")
+            path = inside(folder, name, f"{folder / MANIFEST}: files")
             if not path.is_file():
                 raise InputError(f"{path}: no such file, but {MANIFEST} lists it; make the artefact again")
             if sha256_file(path) != expected:
@@ -188,11 +197,12 @@ def read_config(folder: Path) -> tuple[Config, Family]:
     """
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder}: no model_index.json; expected a diffusers pipeline folder")
+    check_links(folder)
     path = folder / HALF / "config.json"
     if not path.is_file():
         index = read_json(folder / "model_index.json")
         raise InputError(
-            f"{folder}: not an MMDiT pipeline ({index.get('_class_name')!r} has no transformer/config.json)"
+            f"{folder}: not an MMDiT pipeline ({shown(index.get('_class_name'))} has no transformer/config.json)"
         )
     config = read_json(path)
     family = family_of(config, str(path))
@@ -230,6 +240,10 @@ def open_transformer(folder: Path, *, quantized: bool) -> StoredTransformer:
             raise InputError(f"{folder / part}: no such folder; run `edgeprune {stage} -o {folder}`")
         manifest.verify(folder, part)
         config, plan = manifest.config, manifest.prune_plan(folder)
+        family = family_of(config, f"{folder / MANIFEST}: config")
+        family.tensor_shapes(config)
+        if plan:
+            plan.check(config, folder / MANIFEST)
     elif quantized:
         raise InputError(f"{folder}: not quantised (no {MANIFEST}); run `edgeprune quantize {folder}`")
     elif str(config["_class_name"]).startswith(CHANGED):
@@ -259,10 +273,12 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, *, 
 
 def load_pipeline(folder: Path, transformer: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
     """The rest of a folder's pipeline around a loaded transformer. Never runs code or pickles of the folder."""
-    index, family = read_json(folder / "model_index.json"), family_of_model(transformer)
-    _check_index(index, family, folder / "model_index.json")
+    index, family = read_index(folder), family_of_model(transformer)
+    if (name := index.get("_class_name")) != family.pipeline:
+        where = folder / "model_index.json"
+        raise InputError(f"{where}: _class_name: found {shown(name)}, expected {family.pipeline!r}")
     # diffusers wants to be told of an absent encoder, though the index says so.
-    absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}
     with readable(folder), quiet():
         import diffusers  # transformers gives advice when its pipelines are imported
 
@@ -271,15 +287,6 @@ def load_pipeline(folder: Path, transformer: nn.Module, dtype: torch.dtype = tor
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _check_index(index: dict[str, Any], family: Family, path: Path) -> None:
-    """Only classes of diffusers and transformers: another name would make diffusers import the folder's own code."""
-    if index.get("_class_name") != family.pipeline:
-        raise InputError(f"{path}: _class_name: found {index.get('_class_name')!r}, expected {family.pipeline!r}")
-    for name, entry in index.items():
-        if isinstance(entry, list) and entry[:1] not in (["diffusers"], ["transformers"], [None]):
-            raise InputError(f"{path}: {name}: found {entry!r}, expected a class of diffusers or transformers")
 
 
 def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -396,12 +403,12 @@ def complete_tokenizer(folder: Path) -> None:
 
 def copy_surroundings(source: Path, folder: Path) -> None:
     """Copy everything of a pipeline but its transformer: encoders, tokenizers, VAE, scheduler."""
-    index = read_json(source / "model_index.json")
+    index = read_index(source)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, entry in index.items():
-        if name.startswith("_") or name == HALF or not isinstance(entry, list) or entry[0] is None:
+    for name in index:
+        if name.startswith("_") or name == HALF or not is_present(index, name):
             continue
-        if not re.fullmatch(r"\w+", name) or not (source / name).is_dir():
+        if not (source / name).is_dir():
             raise InputError(f"{source / 'model_index.json'}: {name}: no such folder beside it")
         temporary = folder / f"{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)

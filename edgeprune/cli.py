@@ -22,6 +22,7 @@ from edgeprune.errors import CannotRunError, EdgepruneError, InputError, Missing
 from edgeprune.extras import COMPRESS, absent, conflicts
 from edgeprune.files import is_out_of_memory
 from edgeprune.study.cli import study
+from edgeprune.terminal import printable
 
 if TYPE_CHECKING:
     from edgeprune.generation import Generation
@@ -130,14 +131,14 @@ def main() -> None:
 
 
 def _fail(text: str, code: int) -> None:
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(text.split()))}", file=sys.stderr)
     raise SystemExit(code)
 
 
 def _say(text: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True, highlight=False).print(text, markup=False)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(printable(text), markup=False)
 
 
 def _warn(runtime: str) -> None:
@@ -167,13 +168,20 @@ def _bars() -> Iterator[Callable[..., None]]:
     )
 
     columns = (
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left")),
-        *(TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
+        *(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+        ),
+        *(TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False)),
     )
     progress, tasks = Progress(*columns, console=Console(stderr=True)), dict[str, Any]()
 
     def update(what: str, done: int = 0, total: int = 0, note: str = "") -> None:
         stop.check()  # what is done so far is written
+        what, note = printable(what), printable(note)
         progress.start()  # not before: an error alone is one line
         if not total:
             progress.console.print(what, markup=False, highlight=False)
@@ -336,7 +344,9 @@ def _table(rows: Sequence[tuple[str, ...]]) -> None:
 
     table = Table(show_header=False, box=None)
     for row in rows:
-        table.add_row(*map(Text, row))  # as text, or rich takes 'edgeprune[onnx]' for markup and drops the extra
+        table.add_row(
+            *(Text(printable(cell)) for cell in row)
+        )  # as text, or rich takes 'edgeprune[onnx]' for markup and drops the extra
     Console(stderr=True).print(table)
 
 

@@ -27,6 +27,7 @@ from edgeprune.data import read_prompts
 from edgeprune.demo import shapes
 from edgeprune.distill import DistillOptions
 from edgeprune.errors import InputError
+from edgeprune.fields import shown
 from edgeprune.files import digest, read_json, write_json
 from edgeprune.forecast import forecast
 from edgeprune.generation import Generation
@@ -43,6 +44,7 @@ else:
     import tomli as tomllib
 
 GRIDS = Path(__file__).parent / "grids"
+_MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class Grid:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or error.title
-            raise InputError(f"{path}: {where}: found {str(first['input'])[:80]!r}: {first['msg']}") from error
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InputError(f"{path}: {where}: found {shown(first['input'])}: {first['msg']}") from error
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a readable TOML file ({error})") from error
         names = [row.name for row in rows]
         if len(set(names)) < len(names) or data.reference not in names:
@@ -101,7 +103,7 @@ class _Row(BaseModel, extra="forbid"):
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     group: str = ""
-    seeds: int | None = Field(default=None, ge=1)
+    seeds: int | None = Field(default=None, ge=1, le=_MOST_SEEDS)
     plan: dict[str, Any] = {}
     distill: dict[str, Any] | Literal[False] = {}
     quantize: dict[str, Any] | Literal[False] = {}
@@ -114,7 +116,7 @@ class _Grid(BaseModel, extra="forbid"):
 
     budget: float = Field(gt=0, lt=1)
     reference: str
-    seeds: int = Field(default=1, ge=1)
+    seeds: int = Field(default=1, ge=1, le=_MOST_SEEDS)
     distill: dict[str, Any] = {}
     quantize: dict[str, Any] = {}
     rows: list[_Row] = Field(min_length=1)
@@ -133,6 +135,8 @@ def _set(base: T, *given: Mapping[str, Any]) -> T:
 
 
 def _row(row: _Row, grid: _Grid, start: CompressOptions) -> Row:
+    if "prompts" in row.plan:
+        raise InputError(f"{row.name}: plan.prompts: found a file's name, expected none: it may be of another folder")
     plan, training, quantize = _set(PlanOptions(), row.plan), None, start.quantize
     if plan.method not in METHODS:
         raise InputError(f"{row.name}: plan.method: found {plan.method!r}, expected one of {', '.join(METHODS)}")

@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING, Any
 from edgeprune.errors import InputError
 from edgeprune.families import Config, Family
 from edgeprune.families.base import Swap
-from edgeprune.files import check_schema, digest, read_json, whole_lines, write_json
+from edgeprune.fields import MOST_BLOCKS, shown, text, texts, whole
+from edgeprune.files import check_schema, digest, parse_json, read_json, whole_lines, write_json
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 SCHEMA_VERSION = 2
+_LARGEST = 1e12
+"""Of a score, so that sums of squares stay finite."""
 Key = tuple[int, str | None]
 """A block's index and a component, or None for the whole block."""
 Group = tuple[Key, ...]
@@ -128,39 +131,57 @@ class ContributionReport:
             InputError: not such a file.
         """
         data = read_json(path)
-        try:
-            if "drop" in data:
-                # Published as the change of the score, so a loss is negative.
-                summary: dict[Group, float] = {((int(k), None),): -float(v) for k, v in data["drop"].items()}
-                if not summary:
-                    raise InputError(f"{path}: drop: found no block, expected one for each")
-                return cls("", "", len(summary), str(data["metric"]), [], [], {}, summary)
-            version = data["schema_version"]
-            if version != 1:
-                check_schema(path, version, SCHEMA_VERSION, "analyze again")
-            scores = {
-                group(_key(k) for k in e["parts"]) if version > 1 else ((int(e["block"]), e["component"]),): [
-                    float(s) for s in e["scores"]
-                ]
-                for e in data["scores"]
-            }
-            report = cls(
-                *(str(data["fingerprint"]), str(data["family"]), int(data["num_blocks"]), str(data["metric"])),
-                *(list(data["prompts"]), [float(s) for s in data["untouched"]], scores),
-                estimator=str(data.get("estimator", "exhaustive")),
+        metric = text(data, "metric", path)
+        if "drop" in data:
+            return cls("", "", *_summary(data["drop"], metric, path))
+        if (version := data.get("schema_version")) != 1:
+            check_schema(path, version, SCHEMA_VERSION, "analyze again")
+        entries = data.get("scores")
+        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+            raise InputError(f"{path}: scores: found {shown(entries)}, expected a list of parts with their scores")
+        count, untouched = whole(data, "num_blocks", path, most=2 * MOST_BLOCKS), _scores(data.get("untouched"), path)
+        scores = {
+            _group(e.get("parts") if version != 1 else [[e.get("block"), e.get("component")]], count, path): _scores(
+                e.get("scores"), path
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: not a contribution report ({type(error).__name__}: {error})") from error
-        if any(len(s) != len(report.untouched) for s in report.scores.values()) or not report.untouched:
-            raise InputError(f"{path}: scores: expected {len(report.untouched)} per group, one for each prompt")
-        if not all(math.isfinite(s) for row in (report.untouched, *report.scores.values()) for s in row):
-            raise InputError(f"{path}: scores: found a value that is not a finite number")
-        return report
+            for e in entries
+        }
+        if any(len(s) != len(untouched) for s in scores.values()) or not untouched:
+            raise InputError(f"{path}: scores: expected {len(untouched)} per group, one for each prompt")
+        return cls(
+            *(text(data, "fingerprint", path), text(data, "family", path), count, metric),
+            *(texts(data, "prompts", path), untouched, scores),
+            estimator=text({"estimator": "exhaustive"} | data, "estimator", path),
+        )
 
 
-def _key(entry: Any) -> Key:
-    block, component = entry
-    return int(block), None if component is None else str(component)
+def _summary(drops: Any, metric: str, path: Path) -> tuple[int, str, list[str], list[float], Any, dict[Group, float]]:
+    """The fields of a report, from its published summary."""
+    if not isinstance(drops, dict) or not drops or drops.keys() != {str(i) for i in range(len(drops))}:
+        raise InputError(f"{path}: drop: found {shown(drops)}, expected a number for every block from 0 on")
+    # Published as the change of the score, so a loss is negative.
+    values = zip(drops, _scores([*drops.values()], path), strict=True)
+    return len(drops), metric, [], [], {}, {((int(k), None),): -v for k, v in values}
+
+
+def _scores(found: Any, path: Path) -> list[float]:
+    fits = isinstance(found, list) and all(type(s) in (int, float) and abs(s) <= _LARGEST for s in found)
+    if not fits:
+        raise InputError(f"{path}: scores: found {shown(found)}, expected a list of numbers up to {_LARGEST:g}")
+    return [float(s) for s in found]
+
+
+def _group(found: Any, count: int, path: Path) -> Group:
+    if not isinstance(found, list) or not found or not all(_is_key(part, count) for part in found):
+        raise InputError(f"{path}: parts: found {shown(found)}, expected blocks below {count} and their components")
+    return group((block, component) for block, component in found)
+
+
+def _is_key(found: Any, count: int) -> bool:
+    """Whether this is a pair of a block's index and a component's name or null."""
+    if not isinstance(found, list) or len(found) != 2:
+        return False
+    return type(found[0]) is int and 0 <= found[0] < count and (found[1] is None or isinstance(found[1], str))
 
 
 def fingerprint(config: Config) -> str:
@@ -275,11 +296,13 @@ def _read_partial(path: Path, inputs_digest: str) -> dict[Group, list[float]] | 
     if not path.exists():
         return None
     try:
-        whole = whole_lines(path)
-        if json.loads(whole[0]) != {"inputs": inputs_digest}:
+        complete = whole_lines(path)
+        if parse_json(complete[0]) != {"inputs": inputs_digest}:
             return None
-        rows = [json.loads(line) for line in whole[1:]]
-        done: dict[Group, list[float]] = {group(_key(k) for k in r["parts"]): r["scores"] for r in rows}
-    except (ValueError, KeyError, TypeError, IndexError):
+        done: dict[Group, list[float]] = {}
+        for row in map(parse_json, complete[1:]):
+            parts = _group(row["parts"], 2 * MOST_BLOCKS, path) if row["parts"] else ()  # () is the untouched model
+            done[parts] = _scores(row["scores"], path)
+    except (ValueError, KeyError, TypeError, IndexError, InputError):
         return None
     return done

@@ -6,15 +6,19 @@ What it leaves out: loading them, and classes other than these three.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
+from edgeprune.fields import shown
 from edgeprune.files import read_json
 
 CLIP, CLIP_POOLED, T5 = "CLIPTextModelWithProjection", "CLIPTextModel", "T5EncoderModel"
 """Of `CLIP` pipelines read every state and the projected text, of `CLIP_POOLED` the text before its projection."""
+
+_LIBRARIES = ("diffusers", "transformers")
 
 EXPORTED = (CLIP, CLIP_POOLED, T5)
 """What an export can write."""
@@ -26,13 +30,34 @@ def is_present(index: Mapping[str, Any], name: str) -> bool:
     return isinstance(entry, list) and bool(entry) and entry[0] is not None
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """A pipeline's model_index.json. Its parts are folders beside it, and classes of diffusers and transformers alone:
+    of another library, diffusers would import the folder's own code.
+
+    Raises:
+        InputError: it is missing or damaged, or a part is something else.
+    """
+    path = folder / "model_index.json"
+    index = read_json(path)
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, (list, dict)):
+            continue
+        fits = isinstance(entry, list) and len(entry) == 2 and re.fullmatch(r"\w+", name, re.ASCII)
+        known = fits and (entry == [None, None] or (entry[0] in _LIBRARIES and isinstance(entry[1], str)))
+        if not known or not (entry[1] is None or entry[1].isidentifier()):
+            raise InputError(
+                f"{path}: {shown(name)}: found {shown(entry)}, expected a class of diffusers or transformers"
+            )
+    return index
+
+
 def text_encoders(folder: Path) -> dict[str, str]:
     """Class by name of the text encoders that a pipeline has, in their order.
 
     Raises:
         InputError: model_index.json is missing or damaged.
     """
-    index = read_json(folder / "model_index.json")
+    index = read_index(folder)
     names = sorted(name for name in index if name.startswith("text_encoder") and is_present(index, name))
     return {name: str(index[name][-1]) for name in names}
 

@@ -9,12 +9,17 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import DiskError, EdgepruneError, InputError
+from edgeprune.fields import shown
+
+_LARGEST_JSON = 2**28
+"""Bytes: several times the largest tokenizer, or scores of all pairs."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -24,10 +29,16 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: no such file, not JSON, or not an object.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_JSON + 1)
+        if len(content) > _LARGEST_JSON:
+            raise InputError(
+                f"{path}: found more than {_LARGEST_JSON} bytes, expected a JSON file of ours or a model's"
+            )
+        data = parse_json(content.decode())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: found a JSON {type(data).__name__}, expected an object")
@@ -48,7 +59,63 @@ def check_schema(path: Path | str, found: Any, known: int, remedy: str) -> None:
     if found != known:
         newer = isinstance(found, int) and found > known
         what = "a newer edgeprune wrote it; upgrade" if newer else remedy
-        raise InputError(f"{path}: schema_version: found {found!r}, expected {known}; {what}")
+        raise InputError(f"{path}: schema_version: found {shown(found)}, expected {known}; {what}")
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value whose numbers are finite and whose texts can be written.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        data = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\u" in text:  # half a pair of surrogates is a text in JSON, and in no file or terminal
+        json.dumps(data, ensure_ascii=False).encode()
+    return data
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"found {text[:40]}, expected a finite number")
+    return value
+
+
+def inside(folder: Path, name: str, where: object) -> Path:
+    """The file of that name in a folder, or below it.
+
+    Raises:
+        InputError: the name, or a link on its way, leads out of the folder; says where the name was read.
+    """
+    try:
+        path = (folder / name).resolve()
+        if path.is_relative_to(_home(folder)):
+            return path
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a link to itself
+        raise InputError(f"{where}: found {shown(name)}, which is no file's name ({error})") from None
+    raise InputError(f"{where}: found {shown(name)}, which leads out of {folder}")
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a folder with a link that leads out of it: a copy would hold some other file of the reader's.
+
+    Raises:
+        InputError: there is one.
+    """
+    for root, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(root, name)
+            if path.is_symlink():
+                inside(folder, str(path.relative_to(folder)), "link")
+
+
+def _home(folder: Path) -> Path:
+    """What links may not leave: the folder, or for a snapshot of the hub's cache its model, whose files are links."""
+    there = folder.resolve()
+    return there.parent.parent if there.parent.name == "snapshots" else there
 
 
 def write_json(path: Path, data: Any) -> None:

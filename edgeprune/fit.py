@@ -19,8 +19,9 @@ from edgeprune.encoders import T5, text_encoders
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import family_of
 from edgeprune.families.base import Shape
+from edgeprune.families.joint import width
 from edgeprune.files import read_json
-from edgeprune.generation import Generation, longest_prompt
+from edgeprune.generation import Generation, latent_factor, longest_prompt
 from edgeprune.precision import t5_precision_of
 from edgeprune.targets import Target
 
@@ -62,12 +63,9 @@ def fit(source: Path, target: Target, generation: Generation) -> Fit:
     """
     size = _BYTES[target.activations]
     config, vae = read_json(source / "transformer" / "config.json"), read_json(source / "vae" / "config.json")
-    try:
-        transformer = _transformer_activations(config, vae, source, generation)
-        widths = vae["block_out_channels"]
-        decoder = _VAE_IMAGES * widths[min(1, len(widths) - 1)] * generation.height * generation.width
-    except (KeyError, TypeError, IndexError) as error:
-        raise InputError(f"{source}: configs of transformer and vae: {error}: expected a number") from error
+    transformer = _transformer_activations(config, vae, source, generation)
+    widths = vae["block_out_channels"]
+    decoder = _VAE_IMAGES * widths[min(1, len(widths) - 1)] * generation.height * generation.width
     found = Fit(
         target.name,
         target.memory_bytes,
@@ -87,12 +85,11 @@ def fit(source: Path, target: Target, generation: Generation) -> Fit:
 def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source: Path, generation: Generation) -> int:
     """Numbers alive at once in a step, of two samples where guidance takes two."""
     family = family_of(config, str(source / "transformer" / "config.json"))
-    unit = int(2 ** (len(vae["block_out_channels"]) - 1)) * family.latents(config).patch
+    unit = latent_factor(vae, source / "vae" / "config.json") * family.latents(config).patch
     tokens = math.ceil(generation.height / unit) * math.ceil(generation.width / unit)
-    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     text = family.text_tokens(longest_prompt(source), generation.max_sequence_length)
     samples = 2 if family.guided(config, generation.guidance_scale) else 1
-    return _TRANSFORMER_WIDTHS * width * (tokens + text) * samples
+    return _TRANSFORMER_WIDTHS * width(config) * (tokens + text) * samples
 
 
 def _encoder_bytes(folder: Path, kind: str, size: int) -> int:

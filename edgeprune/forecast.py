@@ -20,7 +20,7 @@ from edgeprune import checkpoint
 from edgeprune.estimators import estimator_named
 from edgeprune.families import Config, Family
 from edgeprune.files import read_json
-from edgeprune.generation import Generation, longest_prompt
+from edgeprune.generation import Generation, latent_factor, longest_prompt
 from edgeprune.metrics import evaluations, preparing
 from edgeprune.pipeline import AnalyzeOptions, CompressOptions, analysis_groups, rehearse
 from edgeprune.sampling import Conditioning, velocity
@@ -164,8 +164,8 @@ def _sample(
     family: Family, config: Config, source: Path, generation: Generation
 ) -> tuple[torch.Tensor, Conditioning, torch.Tensor, float]:
     """What `velocity` takes, of the sizes of one image; all zeros."""
-    widths = read_json(source / "vae" / "config.json").get("block_out_channels", [0] * 4)
-    factor = 2 ** (len(widths) - 1)
+    vae = source / "vae" / "config.json"
+    factor = latent_factor(read_json(vae), vae)
     size = family.latents(config).channels, generation.height // factor, generation.width // factor
     tokens = family.text_tokens(longest_prompt(source), generation.max_sequence_length)
     text, pooled = family.text_widths(config)

@@ -12,9 +12,13 @@ from typing import Any
 
 from edgeprune.errors import InputError
 from edgeprune.families import Config, Family, family_of
+from edgeprune.families.base import whole
+from edgeprune.fields import LARGEST, shown
 from edgeprune.files import read_json, write_json
 
 FILE = "generation.json"
+_MOST_HALVINGS = 8
+"""Of a VAE; those that there are have three."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,10 @@ class Generation:
         path = folder / FILE
         if not path.exists():
             config, family = _transformer(folder)
-            side, factor = config.get("sample_size"), _factor(folder)
-            size = {"height": side * factor, "width": side * factor} if isinstance(side, int) and factor else {}
-            return cls(**(family.defaults(config) if family else {}) | size)
+            defaults, factor = family.defaults(config) if family else {}, _factor(folder)
+            if factor and config.get("sample_size") is not None:
+                defaults |= dict.fromkeys(("height", "width"), factor * whole(config, "sample_size"))
+            return cls.checked(defaults, str(folder / "transformer" / "config.json"))
         return cls.checked(read_json(path), str(path))
 
     @classmethod
@@ -54,11 +59,11 @@ class Generation:
         names = {f.name for f in fields(cls)}
         for name, value in data.items():
             if name not in names:
-                raise InputError(f"{where}: {name}: unknown field, expected {', '.join(sorted(names))}")
+                raise InputError(f"{where}: {shown(name)}: unknown field, expected {', '.join(sorted(names))}")
             low = 0 if name in ("max_sequence_length", "guidance_scale") else 1
             kinds = (int, float) if name == "guidance_scale" else (int,)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= 65536:
-                raise InputError(f"{where}: {name}: found {value!r}, expected a number from {low} to 65536")
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= LARGEST:
+                raise InputError(f"{where}: {name}: found {shown(value)}, expected a number from {low} to {LARGEST}")
         return cls(**data)
 
     def check_size(self, folder: Path) -> None:
@@ -97,5 +102,20 @@ def _transformer(folder: Path) -> tuple[Config, Family | None]:
 def _factor(folder: Path) -> int | None:
     """Image pixels of a latent pixel's side; None where no config says so."""
     paths = [path for name in ("vae_decoder", "vae") if (path := folder / name / "config.json").exists()]
-    widths = read_json(paths[0]).get("block_out_channels") if paths else None
-    return 2 ** (len(widths) - 1) if isinstance(widths, list) else None
+    return latent_factor(read_json(paths[0]), paths[0]) if paths else None
+
+
+def latent_factor(vae: Config, where: object) -> int:
+    """Image pixels of a latent pixel's side, by a VAE's config.
+
+    Raises:
+        InputError: it does not say so.
+    """
+    widths = vae.get("block_out_channels")
+    if (
+        not isinstance(widths, list)
+        or not 1 <= len(widths) <= _MOST_HALVINGS
+        or not all(type(width) is int and 1 <= width <= LARGEST for width in widths)
+    ):
+        raise InputError(f"{where}: block_out_channels: found {shown(widths)}, expected a list of widths")
+    return int(2 ** (len(widths) - 1))

@@ -5,12 +5,14 @@ Lines that `edgeprune score` writes also have the `seed`. What it leaves out: ot
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeprune import fields
 from edgeprune.errors import InputError
+from edgeprune.fields import shown
+from edgeprune.files import inside, parse_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,22 +42,21 @@ def read_samples(folder: Path) -> list[Sample]:
     out = []
     try:
         lines = metadata.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{metadata}: not readable as text ({error})") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{metadata}: not readable ({error})") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{metadata}:{number}"
         try:
-            entry = json.loads(line)
-            path, text = (folder / entry["file_name"]).resolve(), str(entry["text"])
-            seed = entry.get("seed")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{metadata}:{number}: expected file_name and text ({error})") from error
-        if not path.is_relative_to(folder.resolve()):
-            raise InputError(f"{metadata}:{number}: file_name: {entry['file_name']!r} leads out of the folder")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise InputError(f"{metadata}:{number}: seed: found {seed!r}, expected a number from 0 on")
-        out.append(Sample(path, text, seed))
+            entry = parse_json(line)
+        except ValueError as error:
+            raise InputError(f"{where}: expected file_name and text ({error})") from error
+        if not isinstance(entry, dict):
+            raise InputError(f"{where}: found {shown(entry)}, expected file_name and text")
+        path = inside(folder, fields.text(entry, "file_name", where), f"{where}: file_name")
+        seed = None if entry.get("seed") is None else fields.whole(entry, "seed", where, least=0, most=2**63 - 1)
+        out.append(Sample(path, fields.text(entry, "text", where), seed))
     if not out:
         raise InputError(f"{metadata}: no images in it")
     return out
@@ -71,5 +72,5 @@ def open_image(path: Path) -> Image.Image:
 
     try:
         return Image.open(path).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable image ({error})") from error

@@ -11,8 +11,8 @@ A plan holds explicit indices and the fingerprint of the model it was made for.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from edgeprune.contribution import Contribution, ContributionReport, Key, finger
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import Config, Family, family_of
 from edgeprune.families.base import CHANGED, Shape, Source
+from edgeprune.fields import MOST_BLOCKS, shown, text, whole
 from edgeprune.files import check_schema, read_json
 from edgeprune.planners import PLANNERS, Measured, Problem, planner_named
 from edgeprune.precision import Footprint, footprint
 
 SCHEMA_VERSION = 1
+_MOST_BYTES = 10**15
 METHODS = ("hpp", "hybrid", "manual", *PLANNERS, *baselines())
 
 
@@ -86,21 +88,22 @@ class PrunePlan:
         Raises:
             InputError: a field is missing or of a wrong kind.
         """
-        try:
-            check_schema(where, data["schema_version"], SCHEMA_VERSION, "run `edgeprune plan --fresh` again")
-            plan = cls(
-                *(str(data["fingerprint"]), str(data["family"]), int(data["num_blocks"]), str(data["method"])),
-                *(sorted({int(b) for b in data["blocks"]}), sorted((int(b), str(c)) for b, c in data["components"])),
-                *(Footprint(**data["before"]), Footprint(**data["after"])),
-                None if data.get("modulation_rank") is None else int(data["modulation_rank"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{where}: not a plan ({type(error).__name__}: {error})") from error
-        if any(not 0 <= b < plan.num_blocks for b, _ in plan.keys) or len(plan.blocks) >= plan.num_blocks:
-            raise InputError(f"{where}: blocks: expected indices from 0 to {plan.num_blocks - 1}, not all of them")
-        if plan.modulation_rank is not None and plan.modulation_rank < 0:
-            raise InputError(f"{where}: modulation_rank: found {plan.modulation_rank}, expected 0 or more")
-        return plan
+        check_schema(where, data.get("schema_version"), SCHEMA_VERSION, "run `edgeprune plan --fresh` again")
+        count = whole(data, "num_blocks", where, most=2 * MOST_BLOCKS)
+        blocks, parts = data.get("blocks"), data.get("components")
+        if not isinstance(blocks, list) or not all(type(b) is int and 0 <= b < count for b in blocks):
+            raise InputError(f"{where}: blocks: found {shown(blocks)}, expected indices from 0 to {count - 1}")
+        if len(set(blocks)) >= count:
+            raise InputError(f"{where}: blocks: found all {count}, expected that one stays")
+        if not isinstance(parts, list) or not all(_is_part(part, count) for part in parts):
+            raise InputError(f"{where}: components: found {shown(parts)}, expected pairs of a block and a component")
+        rank = None if data.get("modulation_rank") is None else whole(data, "modulation_rank", where, least=0)
+        return cls(
+            *(text(data, "fingerprint", where), text(data, "family", where), count, text(data, "method", where)),
+            *(sorted(set(blocks)), sorted({(b, c) for b, c in parts})),
+            *(_footprint(data, "before", where), _footprint(data, "after", where)),
+            modulation_rank=rank,
+        )
 
     @classmethod
     def load(cls, path: Path) -> PrunePlan:
@@ -112,13 +115,27 @@ class PrunePlan:
         family = family_of(config)
         unknown = [c for _, c in self.components if c not in family.components]
         if unknown:
-            raise InputError(f"{where}: components: found {unknown[0]!r}, expected {', '.join(family.components)}")
+            raise InputError(f"{where}: components: found {shown(unknown[0])}, expected {', '.join(family.components)}")
         found = fingerprint(config)
-        if found != self.fingerprint:
+        if found != self.fingerprint or self.num_blocks != family.block_count(config):
             raise InputError(
                 f"{where}: fingerprint: the plan is for another model ({self.num_blocks} blocks of {self.family}, "
                 f"{self.fingerprint}), found {family.block_count(config)} blocks, {found}; make a plan for this model"
             )
+
+
+def _is_part(found: Any, count: int) -> bool:
+    """Whether this is a pair of a block's index and a component's name."""
+    if not isinstance(found, (list, tuple)) or len(found) != 2:
+        return False
+    return type(found[0]) is int and 0 <= found[0] < count and isinstance(found[1], str)
+
+
+def _footprint(data: Mapping[str, Any], name: str, where: Path | str) -> Footprint:
+    found, names = data.get(name), [f.name for f in fields(Footprint)]
+    if not isinstance(found, Mapping) or sorted(found) != sorted(names):
+        raise InputError(f"{where}: {name}: found {shown(found)}, expected {', '.join(names)}")
+    return Footprint(*(whole(found, n, f"{where}: {name}", least=0, most=_MOST_BYTES) for n in names))
 
 
 def modulation_width(family: Family, config: Config) -> int:

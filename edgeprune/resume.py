@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from edgeprune.errors import InputError
-from edgeprune.files import cannot_write
+from edgeprune.fields import shown
+from edgeprune.files import cannot_write, parse_json
 
 Tensors = dict[str, torch.Tensor]
 
@@ -61,7 +62,9 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer) -> tuple[dict[str, 
     slots: dict[int, Tensors] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads(file.metadata()["meta"])
+            meta = parse_json(file.metadata()["meta"])
+            if not isinstance(meta, dict):
+                raise ValueError("meta is no object")
             for full in file.keys():  # noqa: SIM118
                 name, _, key = full.partition("/")
                 if name == "optimizer":
@@ -71,8 +74,23 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer) -> tuple[dict[str, 
                     modules.setdefault(name, {})[key] = file.get_tensor(full)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a training state ({error}); delete it to start over") from error
+    _check_slots(path, slots, optimizer)
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     return modules, meta
+
+
+def _check_slots(path: Path, slots: dict[int, Tensors], optimizer: torch.optim.Optimizer) -> None:
+    """Moments are of their parameter's shape, and a count of steps is one number."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, found in slots.items():
+        if not 0 <= index < len(parameters):
+            raise InputError(f"{path}: optimizer/{index}: expected one of {len(parameters)}; delete it to start over")
+        for name, tensor in found.items():
+            if tensor.dim() and tensor.shape != parameters[index].shape:
+                raise InputError(
+                    f"{path}: optimizer/{index}/{shown(name)}: found {tuple(tensor.shape)}, expected "
+                    f"{tuple(parameters[index].shape)}; delete it to start over"
+                )
 
 
 class Ema:
@@ -99,4 +117,6 @@ class Ema:
         if state.keys() != self.average.keys():
             raise InputError("training state: the averaged weights are of another model")
         for name, tensor in state.items():
+            if tensor.shape != self.average[name].shape:
+                raise InputError(f"training state: {name}: the averaged weights are of another shape")
             self.average[name].copy_(tensor)

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from edgeprune.errors import InputError
 from edgeprune.families.base import Shape
-from edgeprune.files import read_json, write_json
+from edgeprune.fields import shown
+from edgeprune.files import inside, read_json, write_json
 from edgeprune.resume import Tensors, save_tensors
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -29,6 +30,9 @@ WORTH_TELLING = 10**9
 """Bytes of a stage from which on it tells of bytes; a smaller one is over before they are read."""
 MARK = "unfinished.json"
 """Says what shards are of, until whoever wrote them has noted that they are done."""
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_KINDS = (*_FLOATS, "U8", "I8", "I32", "I64", "BOOL")
+_MOST_TENSORS, _MOST_AXES, _LONGEST_AXIS = 1_000_000, 8, 2**31 - 1
 
 
 class Weights:
@@ -46,14 +50,17 @@ class Weights:
         listed = _listed(index) if index.is_file() else {}
         alone = folder / FILE if folder.is_dir() else folder
         for path in sorted({folder / file for file in listed.values()}) or [alone]:
-            for name, shape in _header(path).items():
+            for name, (shape, kind) in header(path).items():
+                if kind not in ("U8",) if name.endswith(".weight_packed") else kind not in _FLOATS:
+                    expected = "U8" if name.endswith(".weight_packed") else ", ".join(_FLOATS)
+                    raise InputError(f"{path}: {shown(name)}: found {kind}, expected {expected}")
                 if listed and listed.get(name) != path.name:
                     raise InputError(
-                        f"{index}: {name}: found {listed.get(name)!r}, expected {path.name!r}, which holds it"
+                        f"{index}: {shown(name)}: found {listed.get(name)!r}, expected {path.name!r}, which holds it"
                     )
                 self.shapes[name], self._paths[name] = shape, path
         if missing := sorted(listed.keys() - self.shapes.keys()):
-            raise InputError(f"{index}: {missing[0]}: found no such tensor in {listed[missing[0]]}")
+            raise InputError(f"{index}: {shown(missing[0])}: found no such tensor in {listed[missing[0]]}")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """One tensor, in its own dtype.
@@ -81,7 +88,7 @@ class Weights:
         if wrong:
             name = wrong[0]
             raise InputError(
-                f"{self._paths.get(name, self.folder)}: {name}: found {self.shapes.get(name, 'none')}, "
+                f"{self._paths.get(name, self.folder)}: {shown(name)}: found {self.shapes.get(name, 'none')}, "
                 f"expected {expected.get(name, 'none')}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
             )
 
@@ -93,19 +100,39 @@ def _listed(index: Path) -> dict[str, str]:
         raise InputError(f"{index}: weight_map: found {type(files).__name__}, expected file names by tensor")
     for name, file in files.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise InputError(f"{index}: {name}: found {file!r}, expected the name of a .safetensors file beside it")
+            raise InputError(
+                f"{index}: {shown(name)}: found {shown(file)}, expected the name of a .safetensors file beside it"
+            )
+        inside(index.parent, file, index)
     return files
 
 
-def _header(path: Path) -> dict[str, Shape]:
-    """Shapes by name of one file."""
+def header(path: Path) -> dict[str, tuple[Shape, str]]:
+    """Shape and dtype (as safetensors calls it) by name of one file's tensors.
+
+    The library itself refuses a header over 100 MB, one that is longer than the file, names given twice, tensors that
+    overlap or leave gaps, bytes that do not fit shape and dtype, and what is left at the end. Here go dtypes and
+    numbers of axes and of tensors that no model has: a shape of a zero and a huge number takes no bytes.
+
+    Raises:
+        InputError: no such file, or one of these.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not whole safetensors ({error}); download or make it again") from error
+    if len(found) > _MOST_TENSORS:
+        raise InputError(f"{path}: found {len(found)} tensors, expected up to {_MOST_TENSORS}")
+    for name, (shape, kind) in found.items():
+        if len(shape) > _MOST_AXES or any(side > _LONGEST_AXIS for side in shape):
+            raise InputError(f"{path}: {shown(name)}: found shape {shown(shape)}, expected one of a model")
+        if kind not in _KINDS:
+            raise InputError(f"{path}: {shown(name)}: found {kind}, expected one of {', '.join(_KINDS)}")
+    return found
 
 
 class ShardWriter:

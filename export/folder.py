@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from edgeprune import __version__
 from edgeprune.checkpoint import MANIFEST, complete_tokenizer, quiet, read_config
-from edgeprune.encoders import EXPORTED, check_tokens, is_present, text_encoders, tokenizer_of
+from edgeprune.encoders import EXPORTED, check_tokens, is_present, read_index, text_encoders, tokenizer_of
 from edgeprune.errors import DiskError, EdgepruneError, InputError
 from edgeprune.export.unfinished import MARK, Unfinished, is_whole
 from edgeprune.files import (
@@ -135,7 +135,7 @@ def _index(artefact: Path) -> dict[str, Any]:
     path = artefact / "model_index.json"
     if not artefact.is_dir():
         raise InputError(f"{artefact}: no such folder")
-    index = read_json(path)
+    index = read_index(artefact)
     _, family = read_config(artefact)
     if index.get("_class_name") != family.pipeline:
         raise InputError(f"{path}: _class_name: found {index.get('_class_name')!r}, expected {family.pipeline!r}")
@@ -154,15 +154,16 @@ def _index(artefact: Path) -> dict[str, Any]:
     return index
 
 
-def from_pretrained(load: Callable[..., Any], folder: Path) -> Any:
-    """A vendor's loader, its many exceptions mapped to one that names the folder.
+def from_pretrained(load: Callable[..., Any], folder: Path, *, tokenizer: bool = False) -> Any:
+    """A vendor's loader, its many exceptions mapped to one that names the folder. It reads no pickle and runs no code.
 
     Raises:
         InputError: the folder cannot be loaded.
     """
+    safe = {"trust_remote_code": False} if tokenizer else {"use_safetensors": True}
     try:
         with quiet():
-            return load(folder, local_files_only=True)
+            return load(folder, local_files_only=True, **safe)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
@@ -204,5 +205,5 @@ def _tokenizer(source: Path, target: Path) -> None:
     """
     _copy(source, target)
     if not (target / "tokenizer.json").exists():
-        from_pretrained(AutoTokenizer.from_pretrained, source).save_pretrained(target)
+        from_pretrained(AutoTokenizer.from_pretrained, source, tokenizer=True).save_pretrained(target)
     complete_tokenizer(target)

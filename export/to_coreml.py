@@ -41,7 +41,7 @@ from edgeprune.export.progress import Progress, silent
 from edgeprune.export.unfinished import SCRATCH, Unfinished
 from edgeprune.extras import needs
 from edgeprune.files import read_json
-from edgeprune.generation import Generation, longest_prompt
+from edgeprune.generation import Generation, latent_factor, longest_prompt
 from edgeprune.int4 import PackedLinear, unpack
 from edgeprune.stored import StoredTransformer
 from edgeprune.targets import Target
@@ -108,8 +108,8 @@ def generation_for(artefact: Path, device: Target) -> Generation:
     """
     generation = Generation.load(artefact)
     config, family = read_config(artefact)
-    vae, space = read_json(artefact / "vae" / "config.json"), family.latents(config)
-    unit = space.patch * 2 ** (len(vae["block_out_channels"]) - 1)
+    space = family.latents(config)
+    unit = space.patch * _factor(artefact)
     tokens = device.side[1] // unit
     most = min(tokens, space.largest or tokens) * unit
     for field in ("height", "width"):
@@ -117,6 +117,11 @@ def generation_for(artefact: Path, device: Target) -> Generation:
             found = getattr(generation, field)
             raise InputError(f"{artefact / 'generation.json'}: {field}: found {found}, expected a multiple of {unit}")
     return dataclasses.replace(generation, height=min(generation.height, most), width=min(generation.width, most))
+
+
+def _factor(artefact: Path) -> int:
+    path = artefact / "vae" / "config.json"
+    return latent_factor(read_json(path), path)
 
 
 # ------------------------------------------------------------------------------------- the networks
@@ -131,7 +136,7 @@ def networks(artefact: Path, work: Unfinished, device: Target, progress: Progres
     generation = generation_for(artefact, device)
     generation.save(work.folder)
     tokens = longest_prompt(artefact)
-    factor = 2 ** (len(read_json(artefact / "vae" / "config.json")["block_out_channels"]) - 1)
+    factor = _factor(artefact)
     height, width = generation.height // factor, generation.width // factor
 
     if not work.has(name := "transformer"):

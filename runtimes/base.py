@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import InputError
 from edgeprune.families import Config, Family, family_of
-from edgeprune.files import read_json
-from edgeprune.generation import Generation
+from edgeprune.files import check_links, read_json
+from edgeprune.generation import Generation, latent_factor
 from edgeprune.runtimes import memory
 from edgeprune.runtimes.scheduler import FlowMatchEuler
 
@@ -99,14 +99,12 @@ def read_settings(folder: Path) -> Settings:
     Raises:
         InputError: a config or generation.json lacks a field or holds an impossible value.
     """
+    check_links(folder)
     config_path = folder / "transformer" / "config.json"
     config = read_json(config_path)
     decoders = [folder / name / "config.json" for name in ("vae_decoder", "vae")]
     vae_path = next((p for p in decoders if p.exists()), decoders[-1])
-    widths = read_json(vae_path).get("block_out_channels")
-    if not isinstance(widths, list) or not widths:
-        raise InputError(f"{vae_path}: block_out_channels: found {widths!r}, expected a list of widths")
-    factor = 2 ** (len(widths) - 1)
+    factor = latent_factor(read_json(vae_path), vae_path)
     generation = Generation.load(folder)
     family = family_of(config, str(config_path))
     family.text_widths(config)  # refused before gigabytes are loaded

@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeprune.encoders import T5, check_tokens, text_encoders, tokenizer_of
 from edgeprune.errors import InputError
+from edgeprune.fields import real
 from edgeprune.files import read_json
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.memory import Meter, Reading
@@ -82,7 +83,10 @@ class NetworkBackend:
         check_tokens(folder, self._t5_tokens)
         self._family, self._config = settings.family, settings.config
         vae = read_json(folder / "vae_decoder" / "config.json")
-        self._scaling, self._shift = vae.get("scaling_factor") or 1.0, vae.get("shift_factor") or 0.0
+        where = folder / "vae_decoder" / "config.json"
+        given = {"scaling_factor": vae.get("scaling_factor") or 1.0, "shift_factor": vae.get("shift_factor") or 0.0}
+        self._scaling = real(given, "scaling_factor", where, least=1e-6, most=1e6)
+        self._shift = real(given, "shift_factor", where, least=-1e6, most=1e6)
         self._encoders = text_encoders(folder)
         first = PromptTokenizer(folder / "tokenizer")
         # diffusers pads the prompts of both CLIPs to the first tokenizer's length.

@@ -22,6 +22,7 @@ from edgeprune.errors import InputError
 from edgeprune.extras import needs
 from edgeprune.files import read_json
 from edgeprune.runtimes.base import Array, Settings
+from edgeprune.runtimes.external import check_external
 from edgeprune.runtimes.mapped import given_back
 from edgeprune.runtimes.networks import NetworkBackend
 
@@ -50,6 +51,8 @@ class OpenVinoNetwork:
     def __init__(self, path: Path, device: str, config: dict[str, Any], *, static: bool) -> None:
         if not path.exists():
             raise InputError(f"{path}: found no file, expected an OpenVINO or ONNX model; export again")
+        if path.suffix == ".onnx":
+            check_external(path)
         self._path, self._device, self._config, self._static = path, device, config, static
         self._weights = path.with_suffix(".bin") if path.suffix == ".xml" else Path(f"{path}.data")
         self._shapes: dict[str, list[int]] | None = None

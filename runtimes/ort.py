@@ -18,6 +18,7 @@ from edgeprune.errors import InputError
 from edgeprune.extras import needs
 from edgeprune.runtimes import prepack
 from edgeprune.runtimes.base import Array, Settings
+from edgeprune.runtimes.external import check_external
 from edgeprune.runtimes.gpu import nvml_row
 from edgeprune.runtimes.mapped import given_back
 from edgeprune.runtimes.networks import NetworkBackend
@@ -70,6 +71,7 @@ class OrtNetwork:
     ) -> None:
         if not path.exists():
             raise InputError(f"{path}: found no file, expected an ONNX model; export again")
+        check_external(path)
         try:
             if cache_dir is None:
                 with given_back(Path(f"{path}.data")):

@@ -105,7 +105,7 @@ def parse(name: str, text: str) -> Target:
     """
     try:
         found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{name}.toml: not TOML: {error}") from error
     expected = {f.name for f in fields(Target)} - {"name"}
     if unlike := sorted(expected ^ found.keys()):

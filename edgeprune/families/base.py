@@ -11,6 +11,7 @@ Everywhere outside of a family a model is the same: latents (B, C, h, w), a nois
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune import fields
 from edgeprune.errors import InputError
+from edgeprune.fields import LARGEST, shown
 
 if TYPE_CHECKING:
     import torch
@@ -264,16 +267,31 @@ class Family(Protocol):
         """The network's output from the image stream after the last block."""
 
 
-def whole(config: Config, field: str) -> int:
-    """A field of a transformer's config.
+WHERE = "transformer/config.json"
+_MOST_WEIGHTS = 10**12
+
+
+def whole(config: Config, field: str, default: int | None = None, *, least: int = 1, most: int = LARGEST) -> int:
+    """A field of a transformer's config; `default` where it is missing or null.
 
     Raises:
-        InputError: it is not a whole number of at least 1.
+        InputError: it is not a whole number from `least` to `most`.
     """
-    found = config.get(field)
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise InputError(f"transformer/config.json: {field}: found {found!r}, expected a whole number of at least 1")
-    return found
+    if default is not None and config.get(field) is None:
+        return default
+    return fields.whole(config, field, WHERE, least=least, most=most)
+
+
+def bounded(shapes: dict[str, Shape]) -> dict[str, Shape]:
+    """The shapes themselves.
+
+    Raises:
+        InputError: they are of more weights than any model has.
+    """
+    count = sum(map(math.prod, shapes.values()))
+    if count > _MOST_WEIGHTS:
+        raise InputError(f"{WHERE}: found a model of {count:.1e} weights, expected up to {_MOST_WEIGHTS:.0e}")
+    return shapes
 
 
 def family_of(config: Config, where: str = "transformer/config.json") -> Family:
@@ -285,7 +303,7 @@ def family_of(config: Config, where: str = "transformer/config.json") -> Family:
     name = config.get("_class_name")
     stock = name.removeprefix(CHANGED) if isinstance(name, str) else ""
     if stock not in _MODULES:
-        raise InputError(f"{where}: _class_name: found {name!r}, expected an MMDiT: {', '.join(_MODULES)}")
+        raise InputError(f"{where}: _class_name: found {shown(name)}, expected an MMDiT: {', '.join(_MODULES)}")
     family: Family = importlib.import_module(_MODULES[stock]).FAMILY
     return family
 

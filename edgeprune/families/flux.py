@@ -18,7 +18,20 @@ from numpy.typing import NDArray
 
 from edgeprune.encoders import CLIP_POOLED, T5
 from edgeprune.errors import InputError
-from edgeprune.families.base import Array, Axes, Config, Encoder, LatentSpace, ScalingGroup, Shape, Source, Swap, whole
+from edgeprune.families.base import (
+    WHERE,
+    Array,
+    Axes,
+    Config,
+    Encoder,
+    LatentSpace,
+    ScalingGroup,
+    Shape,
+    Source,
+    Swap,
+    bounded,
+    whole,
+)
 from edgeprune.families.joint import (
     BLOCK,
     COMPONENT_OF,
@@ -30,6 +43,7 @@ from edgeprune.families.joint import (
     swaps,
     width,
 )
+from edgeprune.fields import MOST_BLOCKS
 
 if TYPE_CHECKING:
     import torch
@@ -98,24 +112,17 @@ class Flux:
 
     def block_count(self, config: Config) -> int:
         """`num_layers` joint blocks and `num_single_layers` single ones."""
-        for field in ("num_layers", "num_single_layers"):
-            count = config.get(field)
-            if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= 1000:
-                raise InputError(f"transformer/config.json: {field}: found {count!r}, expected 0 to 1000")
-        total = int(config["num_layers"]) + int(config["num_single_layers"])
+        total = sum(whole(config, n, least=0, most=MOST_BLOCKS) for n in ("num_layers", "num_single_layers"))
         if not total:
-            raise InputError("transformer/config.json: num_layers and num_single_layers: found 0, expected a block")
+            raise InputError(f"{WHERE}: num_layers and num_single_layers: found 0, expected a block")
         return total
 
     def tensor_shapes(self, config: Config) -> dict[str, Shape]:
         """Every tensor of the diffusers state dict."""
-        try:
-            head, d = int(config["attention_head_dim"]), width(config)
-            channels, patch = int(config["in_channels"]), int(config.get("patch_size", 1))
-            out_channels = int(config.get("out_channels") or channels)
-            joint, pooled = self.text_widths(config)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"transformer/config.json: {error}: expected a number") from error
+        head, d = whole(config, "attention_head_dim"), width(config)
+        channels, patch = whole(config, "in_channels"), whole(config, "patch_size", 1)
+        out_channels = whole(config, "out_channels", channels)
+        joint, pooled = self.text_widths(config)
         embedders = [("timestep_embedder", 256), ("text_embedder", pooled)]
         if config.get("guidance_embeds"):
             embedders.append(("guidance_embedder", 256))
@@ -129,7 +136,8 @@ class Flux:
             shapes |= {f"transformer_blocks.{i}.{n}": s for n, s in _joint_shapes(d, head).items()}
         for i in range(config["num_single_layers"]):
             shapes |= {f"single_transformer_blocks.{i}.{n}": s for n, s in _single_shapes(d, head).items()}
-        return shapes | linear("norm_out.linear", 2 * d, d) | linear("proj_out", patch * patch * out_channels, d)
+        shapes |= linear("norm_out.linear", 2 * d, d) | linear("proj_out", patch * patch * out_channels, d)
+        return bounded(shapes)
 
     def is_buffer(self, name: str) -> bool:
         """There are none."""

@@ -17,9 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.errors import InputError
-from edgeprune.families.base import Array, Axes, Config, Encoder, ScalingGroup, Shape, Source, Swap, whole
+from edgeprune.families.base import (
+    WHERE,
+    Array,
+    Axes,
+    Config,
+    Encoder,
+    ScalingGroup,
+    Shape,
+    Source,
+    Swap,
+    bounded,
+    whole,
+)
 from edgeprune.families.flux import Flux
 from edgeprune.families.joint import BLOCK, COMPONENT_OF, swaps, width
+from edgeprune.fields import real
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +44,8 @@ _PATCH = 2
 
 def _hidden(config: Config) -> int:
     """Width between a block's MLP layers, after the gated half is gone."""
-    return int(width(config) * float(config.get("mlp_ratio", 3.0)))
+    ratio = real({"mlp_ratio": 3.0} | config, "mlp_ratio", WHERE, least=0.1, most=64)
+    return int(width(config) * ratio)
 
 
 def _joint_shapes(d: int, head: int, hidden: int) -> dict[str, Shape]:
@@ -75,13 +89,10 @@ class Flux2(Flux):
 
     def tensor_shapes(self, config: Config) -> dict[str, Shape]:
         """Every tensor of the diffusers state dict."""
-        try:
-            head, d, hidden = int(config["attention_head_dim"]), width(config), _hidden(config)
-            channels, patch = int(config["in_channels"]), int(config.get("patch_size", 1))
-            out_channels = int(config.get("out_channels") or channels)
-            sines, text = int(config.get("timestep_guidance_channels", 256)), self.text_widths(config)[0]
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"transformer/config.json: {error}: expected a number") from error
+        head, d, hidden = whole(config, "attention_head_dim"), width(config), _hidden(config)
+        channels, patch = whole(config, "in_channels"), whole(config, "patch_size", 1)
+        out_channels = whole(config, "out_channels", channels)
+        sines, text = whole(config, "timestep_guidance_channels", 256), self.text_widths(config)[0]
         self.block_count(config)
         shapes: dict[str, Shape] = {}
         for name in ("timestep_embedder", *(["guidance_embedder"] if config.get("guidance_embeds", True) else [])):
@@ -95,7 +106,7 @@ class Flux2(Flux):
             shapes |= {f"transformer_blocks.{i}.{n}": s for n, s in _joint_shapes(d, head, hidden).items()}
         for i in range(config["num_single_layers"]):
             shapes |= {f"single_transformer_blocks.{i}.{n}": s for n, s in _single_shapes(d, head, hidden).items()}
-        return shapes | {"norm_out.linear.weight": (2 * d, d), "proj_out.weight": (patch**2 * out_channels, d)}
+        return bounded(shapes | {"norm_out.linear.weight": (2 * d, d), "proj_out.weight": (patch**2 * out_channels, d)})
 
     def place(self, config: Config, name: str) -> tuple[int, str | None] | None:
         """Block and component by diffusers' module names; of a single block only the norms of queries and keys."""

@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from edgeprune.families.base import Config, Producer, ScalingGroup, Shape, Swap
+from edgeprune.errors import InputError
+from edgeprune.families.base import WHERE, Config, Producer, ScalingGroup, Shape, Swap, whole
+from edgeprune.fields import LARGEST
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +29,15 @@ def linear(name: str, out: int, inp: int) -> dict[str, Shape]:
 
 
 def width(config: Config) -> int:
-    """D."""
-    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    """D.
+
+    Raises:
+        InputError: heads or their width are no such numbers, or too many.
+    """
+    heads, head = whole(config, "num_attention_heads"), whole(config, "attention_head_dim")
+    if heads * head > LARGEST:
+        raise InputError(f"{WHERE}: num_attention_heads: found {heads} of {head}, expected a width up to {LARGEST}")
+    return heads * head
 
 
 def swaps(block: Any, component: str, mean: torch.Tensor | None) -> list[Swap]:

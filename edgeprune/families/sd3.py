@@ -17,8 +17,22 @@ from numpy.typing import NDArray
 
 from edgeprune.encoders import CLIP, T5
 from edgeprune.errors import InputError
-from edgeprune.families.base import Array, Axes, Config, Encoder, LatentSpace, ScalingGroup, Shape, Source, Swap, whole
+from edgeprune.families.base import (
+    WHERE,
+    Array,
+    Axes,
+    Config,
+    Encoder,
+    LatentSpace,
+    ScalingGroup,
+    Shape,
+    Source,
+    Swap,
+    bounded,
+    whole,
+)
 from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, joint_groups, linear, swaps, width
+from edgeprune.fields import MOST_BLOCKS, shown
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +41,16 @@ if TYPE_CHECKING:
 _MODULATION = re.compile(r"(transformer_blocks\.\d+\.norm1(_context)?|norm_out)\.linear\.(weight|bias)")
 # Of the context stream, a context_pre_only block still reads keys and values, but writes nothing.
 _ABSENT_IN_LAST = ("ff_context.", "attn.to_add_out.")
+_MOST_POSITIONS = 2**30
+"""Numbers in the position table; SD3.5 Medium's has 2 ** 27.8."""
+
+
+def _dual(config: Config) -> frozenset[int]:
+    """Blocks with a second attention."""
+    found = config.get("dual_attention_layers") or []
+    if not isinstance(found, (list, tuple)) or not all(type(i) is int for i in found):
+        raise InputError(f"{WHERE}: dual_attention_layers: found {shown(found)}, expected a list of indices")
+    return frozenset(found)
 
 
 def _block_shapes(d: int, head: int, qk_norm: bool, last: bool, dual: bool) -> dict[str, Shape]:
@@ -66,22 +90,16 @@ class SD3:
 
     def block_count(self, config: Config) -> int:
         """`num_layers`."""
-        count = config.get("num_layers")
-        if not isinstance(count, int) or not 1 <= count <= 1000:
-            raise InputError(f"transformer/config.json: num_layers: found {count!r}, expected 1 to 1000")
-        return count
+        return whole(config, "num_layers", most=MOST_BLOCKS)
 
     def tensor_shapes(self, config: Config) -> dict[str, Shape]:
         """Every tensor of the diffusers state dict."""
-        try:
-            head = int(config["attention_head_dim"])
-            d = int(config["num_attention_heads"]) * head
-            patch, channels = int(config["patch_size"]), int(config["in_channels"])
-            out_channels = int(config.get("out_channels") or channels)
-            table, joint = int(config["pos_embed_max_size"]), int(config["joint_attention_dim"])
-            pooled, caption = int(config["pooled_projection_dim"]), int(config["caption_projection_dim"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"transformer/config.json: {error}: expected a number") from error
+        head, d = whole(config, "attention_head_dim"), width(config)
+        channels, patch, table = (whole(config, n) for n in ("in_channels", "patch_size", "pos_embed_max_size"))
+        if table * table * d > _MOST_POSITIONS:  # diffusers computes it even for a model that takes no memory
+            raise InputError(f"{WHERE}: pos_embed_max_size: found {table}, expected a table up to {_MOST_POSITIONS}")
+        out_channels = whole(config, "out_channels", channels)
+        (joint, pooled), caption = self.text_widths(config), whole(config, "caption_projection_dim")
         shapes: dict[str, Shape] = {
             "pos_embed.pos_embed": (1, table * table, d),
             "pos_embed.proj.weight": (d, channels, patch, patch),
@@ -92,11 +110,12 @@ class SD3:
             shapes |= linear(f"time_text_embed.{name}.linear_2", d, d)
         shapes |= linear("context_embedder", caption, joint)
         count = self.block_count(config)
-        dual = set(config.get("dual_attention_layers") or ())
+        dual = _dual(config)
         for i in range(count):
             block = _block_shapes(d, head, config.get("qk_norm") is not None, i == count - 1, i in dual)
             shapes |= {f"transformer_blocks.{i}.{n}": shape for n, shape in block.items()}
-        return shapes | linear("norm_out.linear", 2 * d, d) | linear("proj_out", patch * patch * out_channels, d)
+        shapes |= linear("norm_out.linear", 2 * d, d) | linear("proj_out", patch * patch * out_channels, d)
+        return bounded(shapes)
 
     def is_buffer(self, name: str) -> bool:
         """The position table is fixed."""
@@ -106,7 +125,7 @@ class SD3:
         """Sines and cosines of the position, as PatchEmbed makes them."""
         from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
-        side, base = int(config["pos_embed_max_size"]), int(config["sample_size"]) // int(config["patch_size"])
+        side, base = whole(config, "pos_embed_max_size"), whole(config, "sample_size") // whole(config, "patch_size")
         made: torch.Tensor = get_2d_sincos_pos_embed(width(config), side, base_size=base, output_type="pt")
         return made.float()[None]
 
@@ -126,12 +145,12 @@ class SD3:
     def noops(self, config: Config) -> frozenset[tuple[int, str]]:
         """The last block's context MLP, and `attn2` where a block has none."""
         count = self.block_count(config)
-        dual = set(config.get("dual_attention_layers") or ())
+        dual = _dual(config)
         return frozenset({(count - 1, "context_mlp")} | {(i, "attn2") for i in range(count) if i not in dual})
 
     def shorter_config(self, config: Config, kept: list[int]) -> Config:
         """Fewer layers; the dual attention layers are renumbered."""
-        dual = set(config.get("dual_attention_layers") or ())
+        dual = _dual(config)
         return config | {
             "num_layers": len(kept),
             "dual_attention_layers": [new for new, old in enumerate(kept) if old in dual],

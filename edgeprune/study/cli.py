@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from edgeprune.errors import InputError
+from edgeprune.terminal import printable
 
 study = typer.Typer(
     no_args_is_help=True, help="Ask people: rate variants of images blindly in a web page of this machine."
@@ -119,7 +120,7 @@ def results(
     for table in outcome.tables(summary):
         console.print(table)
     for note in outcome.notes(summary):
-        console.print(note, markup=False, highlight=False)
+        console.print(printable(note), markup=False, highlight=False)
     for path in outcome.write(given, summary, out or folder / "results"):
         typer.echo(f"wrote {path}", err=True)
     if as_json:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
+from edgeprune.fields import shown
 from edgeprune.files import read_json
 
 MODES = ("mos", "pairs")
@@ -26,6 +27,8 @@ QUESTIONS = ("quality", "alignment")
 """What is asked of every trial: how good the image looks, and how well it shows its prompt."""
 SCALE = {"mos": (1, 2, 3, 4, 5), "pairs": (-1, 0, 1)}
 """The answers: bad to excellent (ITU-T P.910's five grades), or left, same, right."""
+_MOST_TRIALS = 10_000
+"""Of one rater, and prompts: more than anybody answers."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 _ID = re.compile(r"[0-9a-f]{16}")
 
@@ -96,26 +99,26 @@ def read(folder: Path) -> Study:
     def field(name: str, kind: type, fits: Any, expected: str) -> Any:
         value = data.get(name)
         if type(value) is not kind or not fits(value):
-            raise InputError(f"{path}: {name}: found {value!r}, expected {expected}")
+            raise InputError(f"{path}: {name}: found {shown(value)}, expected {expected}")
         return value
 
     def texts(name: str, fits: Any, expected: str) -> tuple[str, ...]:
         return tuple(field(name, list, lambda v: all(isinstance(t, str) for t in v) and fits(v), expected))
 
-    variants = texts("variants", lambda v: len(set(v)) == len(v) > 1, "two names or more, no two alike")
+    variants = texts("variants", lambda v: 100 >= len(set(v)) == len(v) > 1, "2 to 100 names, no two alike")
     for name in variants:
         check_variant(name)
-    prompts = texts("prompts", len, "a list of texts")
+    prompts = texts("prompts", lambda v: 0 < len(v) <= _MOST_TRIALS, f"a list of up to {_MOST_TRIALS} texts")
     return Study(
         id=field("id", str, _ID.fullmatch, "16 hex digits"),
         title=field("title", str, lambda v: True, "a text"),
         mode=field("mode", str, MODES.__contains__, " or ".join(MODES)),
-        seed=field("seed", int, lambda v: True, "a number"),
+        seed=field("seed", int, lambda v: abs(v) < 2**63, "a number"),
         variants=variants,
         prompts=prompts,
         files=texts("files", lambda v: len(v) == len(prompts), "as many names as prompts"),
-        per_rater=field("per_rater", int, lambda v: v > 0, "a number above 0"),
-        checks=field("checks", int, lambda v: v >= 0, "a number"),
+        per_rater=field("per_rater", int, lambda v: 0 < v <= _MOST_TRIALS, f"a number from 1 to {_MOST_TRIALS}"),
+        checks=field("checks", int, lambda v: 0 <= v <= _MOST_TRIALS, f"a number up to {_MOST_TRIALS}"),
     )
 
 

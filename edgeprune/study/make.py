@@ -6,7 +6,6 @@ leaves out: making the images (see docs/study.md).
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from edgeprune.errors import InputError
-from edgeprune.files import cannot_write, write_json
+from edgeprune.files import cannot_write, parse_json, write_json
 from edgeprune.study.design import MODES, Study, check_variant, conditions
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -122,7 +121,7 @@ def _prompts(path: Path, names: list[str]) -> list[str]:
         if not line:
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             file, text = Path(entry["file_name"]), entry["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}:{number}: expected file_name and text ({error})") from error
@@ -147,7 +146,7 @@ def _copy(source: Path, target: Path, original: Path) -> None:
                     f"expected equal sizes, or raters could tell variants apart"
                 )
             pixels = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{source}: not a readable image ({error})") from error
     pixels.info.clear()
     try:

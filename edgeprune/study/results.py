@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from edgeprune.extras import needs
 from edgeprune.files import cannot_write, write_json
 from edgeprune.study.design import QUESTIONS, SCALE, Study, conditions
 from edgeprune.study.store import FILE, Answer, Rater, Store
+from edgeprune.terminal import printable
 
 with needs("study"):
     from edgeprune.study.statistics import Floats, Ratings, alpha, bootstrap, holm, interval, paired_test
@@ -60,8 +62,13 @@ def gather(study: Study, folder: Path) -> Given:
     store = Store(folder)
     try:
         raters, answers = store.raters(), store.answers()
+        whole = all(_is_whole(study, raters, a) for a in answers)
+    except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"{folder / FILE}: not readable as answers ({error})") from error
     finally:
         store.close()
+    if not whole:
+        raise InputError(f"{folder / FILE}: found an answer that this study cannot have; it is of another, or damaged")
     missed = {a.rater for a in answers if not _passed(raters[a.rater], a)}
     given = Given(study, raters, answers, frozenset(missed))
     if not any(_counts(given, a) for a in answers):
@@ -70,6 +77,27 @@ def gather(study: Study, folder: Path) -> Given:
         )
         raise InputError(f"{folder / FILE}: no answers to count: {why}")
     return given
+
+
+def _is_whole(study: Study, raters: list[Rater], answer: Answer) -> bool:
+    """Whether an answer is one to a trial that a rater of this study can have had."""
+    if (
+        type(answer.rater) is not int
+        or not 0 <= answer.rater < len(raters)
+        or raters[answer.rater].number != answer.rater
+    ):
+        return False
+    trials = raters[answer.rater].trials
+    if type(answer.trial) is not int or not 0 <= answer.trial < len(trials):
+        return False
+    trial, scale = trials[answer.trial], SCALE[study.mode]
+    return (
+        type(trial.prompt) is int
+        and 0 <= trial.prompt < len(study.prompts)
+        and tuple(sorted(trial.shown)) in conditions(study.mode, len(study.variants))
+        and all(getattr(answer, question) in scale for question in QUESTIONS)
+        and isinstance(answer.seconds, float)
+    )
 
 
 def _passed(rater: Rater, answer: Answer) -> bool:
@@ -190,12 +218,14 @@ def tables(summary: dict[str, Any]) -> list[Table]:
 
     out = []
     for question in QUESTIONS:
-        table = Table(title=Text(f"{summary['title']}: {question}"), box=box.SIMPLE_HEAD, title_justify="left")
+        table = Table(
+            title=Text(printable(f"{summary['title']}: {question}")), box=box.SIMPLE_HEAD, title_justify="left"
+        )
         for name, title in _SHOWN[summary["mode"]].items():
             table.add_column(title, justify="left" if name in ("variant", "over") else "right")
         for row in summary["rows"]:
             if row["question"] == question:
-                table.add_row(*(Text(_text(name, row[name])) for name in _SHOWN[summary["mode"]]))
+                table.add_row(*(Text(printable(_text(name, row[name]))) for name in _SHOWN[summary["mode"]]))
         out.append(table)
     return out
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
+from edgeprune.files import parse_json
 from edgeprune.study.design import Trial
 
 FILE = "answers.sqlite"
@@ -119,7 +120,7 @@ class Store:
 
 
 def _rater(number: int, trials: str) -> Rater:
-    return Rater(number, tuple(Trial(prompt, tuple(shown), asked) for prompt, shown, asked in json.loads(trials)))
+    return Rater(number, tuple(Trial(prompt, tuple(shown), asked) for prompt, shown, asked in parse_json(trials)))
 
 
 def _now() -> str:

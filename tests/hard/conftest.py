@@ -1,0 +1,23 @@
+"""Counts what the fuzzer tried, and says it at the end of the run."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+
+TRIED: collections.Counter[str] = collections.Counter()
+REFUSED: collections.Counter[str] = collections.Counter()
+
+
+@pytest.fixture(scope="session")
+def tried() -> tuple[collections.Counter[str], collections.Counter[str]]:
+    """Inputs tried, and those of them that were refused by an error of ours, by target."""
+    return TRIED, REFUSED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for name, count in TRIED.items():
+        terminalreporter.write_line(f"fuzz: {name}: {count} inputs, {REFUSED[name]} refused")
+    if TRIED:
+        terminalreporter.write_line(f"fuzz: {sum(TRIED.values())} inputs in all")
