@@ -61,7 +61,7 @@ def test_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("budget = 0.25", "budget = 5", "budget: found '5'"),
+        ("budget = 0.25", "budget = 5", "budget: found 5"),
         ("budget = 0.25", "budgets = 0.25", "budget: found"),
         ("steps = 2", "steps = 'many'", "steps: found 'many'"),
         ("steps = 2", "step = 2", "found 'step', expected one of steps"),
