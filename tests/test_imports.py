@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 # Longest prefix wins. Modules of one rank may import each other.
 RANKS: list[tuple[str, ...]] = [
-    ("errors", "targets"),
+    ("errors", "fields", "terminal", "targets"),
     ("files", "resume", "extras", "stats", "imagefolder"),
     ("families", "encoders", "baselines"),
     ("generation", "demo.shapes"),
