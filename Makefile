@@ -19,7 +19,7 @@ OLDEST_TESTS := surgery quantize pipeline export runtimes scheduler t5
 CODE := edgeprune export runtimes targets tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-full evidence test lint types check check-matrix check-browser clean
+.PHONY: help setup demo bench bench-full evidence test test-hard lint types check check-matrix check-browser clean
 
 help:
 	@echo "make demo    compress, export and bench the built-in model"
@@ -27,6 +27,7 @@ help:
 	@echo "make bench-full   the table of docs/full-size.md: an hour, 70 GB of disk"
 	@echo "make evidence     the tables of docs/evidence.md: methods compared on the built-in model, an hour or two"
 	@echo "make test    run the tests"
+	@echo "make test-hard   damaged and hostile files, more than 100,000 of them"
 	@echo "make check   format, lint, types, tests with coverage"
 	@echo "make check-matrix   stock diffusers and optimum, on the oldest and the newest versions"
 	@echo "make check-browser   a real browser walks through the user study; needs chromium"
@@ -69,6 +70,10 @@ evidence: $(STAMP)
 test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 	@echo "next: make check (format, lint, types, coverage), or make demo"
+
+# Everything in tests/hard, one after the other.
+test-hard: $(DEV_STAMP)
+	@$(BIN)/python -m pytest -q -m hard tests/hard
 
 lint: $(DEV_STAMP)
 	@$(BIN)/ruff format --check -q $(CODE)

@@ -93,6 +93,8 @@ def inside(folder: Path, name: str, where: object) -> Path:
     try:
         path = (folder / name).resolve()
         if path.is_relative_to(_home(folder)):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                path.lstat()
             return path
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a link to itself
         raise InputError(f"{where}: found {shown(name)}, which is no file's name ({error})") from None

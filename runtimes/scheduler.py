@@ -14,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.errors import InputError
+from edgeprune.fields import shown
 
+_MOST_MU = 30.0
+_LARGEST = 10**6
 _OFF = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
 
 
@@ -49,10 +52,15 @@ class FlowMatchEuler:
             # A field of a later diffusers is harmless while it is off.
             if field in _OFF or (field not in known and not field.startswith("_")):
                 if value not in (None, False):
-                    raise InputError(f"{where}: {field}: found {value!r}, expected it off; it is not supported here")
+                    raise InputError(
+                        f"{where}: {shown(field)}: found {shown(value)}, expected it off; it is not supported here"
+                    )
             elif field in known and not _valid(field, value):
-                raise InputError(f"{where}: {field}: found {value!r}, expected {_EXPECTED.get(field, 'a number')}")
-        return cls(**{k: v for k, v in config.items() if k in known})
+                raise InputError(f"{where}: {field}: found {shown(value)}, expected {_EXPECTED.get(field, 'a number')}")
+        made = cls(**{k: v for k, v in config.items() if k in known})
+        if made.base_image_seq_len == made.max_image_seq_len:
+            raise InputError(f"{where}: max_image_seq_len: found {made.max_image_seq_len}, which is base_image_seq_len")
+        return made
 
     def mu(self, tokens: int) -> float:
         """The dynamic shift for an image of `tokens` tokens: linear between the base and the maximum length."""
@@ -90,10 +98,14 @@ class FlowMatchEuler:
             picked = self.shift * picked / (1 + (self.shift - 1) * picked)
         else:
             mu = self.mu(tokens) if mu is None else mu
+            if not (0 if self.time_shift_type == "linear" else -_MOST_MU) < mu < _MOST_MU:
+                raise InputError(f"scheduler_config.json: base_shift, max_shift: found a shift of {mu:g} for this size")
             level = math.exp(mu) if self.time_shift_type == "exponential" else mu
             picked = level / (level + (1 / picked - 1))
         if self.shift_terminal:
             rest = 1 - picked
+            if not rest[-1] > 0:
+                raise InputError(f"scheduler_config.json: shift_terminal: found {self.shift_terminal}, expected null")
             picked = 1 - rest * (1 - self.shift_terminal) / rest[-1]
         return np.append(picked, 0.0).astype(np.float32)
 
@@ -122,5 +134,7 @@ def _valid(field: str, value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     if field == "num_train_timesteps":
-        return isinstance(value, int) and value > 0
-    return 0 <= value < 1 if field == "shift_terminal" else True
+        return isinstance(value, int) and 0 < value <= _LARGEST
+    if field == "shift":
+        return 1e-3 <= value <= _LARGEST
+    return 0 <= value < 1 if field == "shift_terminal" else abs(value) <= _LARGEST

@@ -118,7 +118,7 @@ def damaged(draw: st.DrawFn, *documents: Any) -> Any:
         elif kind == 2 and isinstance(owner, list):
             owner.append(copy.deepcopy(owner[key]))
         else:
-            owner[key] = draw(hostile)
+            owner[key] = copy.deepcopy(draw(hostile))  # or the next part is replaced in the strategy's own list
         if not isinstance(root[""], (dict, list)):
             break
     return root[""]
