@@ -98,7 +98,7 @@ def inside(folder: Path, name: str, where: object) -> Path:
             return path
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a link to itself
         raise InputError(f"{where}: found {shown(name)}, which is no file's name ({error})") from None
-    raise InputError(f"{where}: found {shown(name)}, which leads out of {folder}")
+    raise InputError(f"{where}: found {shown(name)}, which leads out of the folder {folder}")
 
 
 def check_links(folder: Path) -> None:
