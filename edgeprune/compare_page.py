@@ -83,8 +83,7 @@ def write(summary: dict[str, Any], out: Path) -> list[Path]:
                 [row[key] for row in rows], [v[0] for v in values], yerr=errors, fmt=marker, color=colour,
                 capsize=2, ms=5, lw=1, label=(group or "rows") if key == "bytes_ratio" else None,
             )  # fmt: skip
-            for row in rows:
-                axes.annotate(row["name"], (row[key], row["score"][0]), (4, 3), textcoords="offset points", fontsize=7)
+        _name(axes, [(row[key], row["score"][0], row["name"]) for row in summary["rows"]])
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     both[0].axvline(summary["budget"], color="0.5", lw=1, ls=":", label="budget")
@@ -96,3 +95,22 @@ def write(summary: dict[str, Any], out: Path) -> list[Path]:
             figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     write_text(out / "compare.md", markdown(summary) + "\n")
     return [*paths, out / "compare.md"]
+
+
+def _name(axes: Any, points: list[tuple[float, float, str]]) -> None:
+    """Names beside points, pushed up where they would lie on each other."""
+    low, high = axes.get_ylim()
+    left, right = axes.get_xlim()
+    line, room = (high - low) / 34, (right - left) / 5
+    placed: list[tuple[float, float]] = []
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        at = y
+        while any(abs(x - a) < room and abs(at - b) < line for a, b in placed):
+            at += line / 4
+        placed.append((x, at))
+        axes.annotate(
+            name, (x, y), (x + room / 16, at), fontsize=7, va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "0.6"} if at != y else None,
+        )  # fmt: skip
+    axes.set_ylim(low, max(high, *(at + line for _, at in placed)))
+    axes.set_xlim(left, right + room / 2)
