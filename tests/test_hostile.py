@@ -223,6 +223,15 @@ def test_the_terminal_sees_no_control_characters(capsys: pytest.CaptureFixture[s
     assert "\x1b" not in told and "\x08" not in told and told.count(r"\x1b[31m") == 3 and "[bold]b[/bold]" in told
 
 
+def test_names_in_a_plot_are_no_formulas() -> None:
+    pytest.importorskip("matplotlib")
+    from edgeprune import plots
+
+    made = ContributionReport("", "sd3", 1, r"$\bad{", ["a"], [1.0], {((0, r"$\frac"),): [0.5]})
+    for draw in plots.figures(made).values():
+        assert plots.svg(draw).startswith(b"<?xml")
+
+
 def test_nothing_trusts_remote_code() -> None:
     root = Path(__file__).parents[1]
     for folder in ("edgeprune", "export", "runtimes", "targets"):
