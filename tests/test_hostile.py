@@ -227,7 +227,7 @@ def test_names_in_a_plot_are_no_formulas() -> None:
     pytest.importorskip("matplotlib")
     from edgeprune import plots
 
-    made = ContributionReport("", "sd3", 1, r"$\bad{", ["a"], [1.0], {((0, r"$\frac"),): [0.5]})
+    made = ContributionReport("", "sd3", 1, r"$\bad{$", ["a"], [1.0], {((0, r"$\frac$"),): [0.5]})
     for draw in plots.figures(made).values():
         assert plots.svg(draw).startswith(b"<?xml")
 
