@@ -102,11 +102,11 @@ def _draw(
             sums = [sum(singles[part].drop for part in c.parts) for c in members]
             axes.plot(blocks, sums, ls="", marker="_", ms=9, mew=1.5, color=ORANGE, label="sum of its parts alone")
         axes.axhline(0, color=BLACK, lw=0.6)
-        axes.set_title(name, loc="left", fontsize=8, pad=2)
+        axes.set_title(name, loc="left", fontsize=8, pad=2, parse_math=False)  # a file's word, no formula
         axes.set_yscale("symlog", linthresh=LINEAR)
     rows[-1].set(xlabel="block", xlim=(-0.7, report.num_blocks - 0.3))
     rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     if singles is not None:
         rows[0].legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=7, frameon=False, borderaxespad=0)
-    figure.suptitle(label, x=0.01, ha="left", fontsize=8)
+    figure.suptitle(label, x=0.01, ha="left", fontsize=8, parse_math=False)
     return figure

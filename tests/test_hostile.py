@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,40 @@ def test_the_terminal_sees_no_control_characters(capsys: pytest.CaptureFixture[s
         _fail(text, 2)
     told = capsys.readouterr().err
     assert "\x1b" not in told and "\x08" not in told and told.count(r"\x1b[31m") == 3 and "[bold]b[/bold]" in told
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ({"a": ("C64", [2], 0, 16)}, "found C64"),
+        ({"a.weight_packed": ("F32", [4], 0, 16)}, "found F32, expected U8"),
+        ({"a.weight": ("U8", [16], 0, 16)}, "found U8, expected F32"),
+        ({"a": ("F32", [4], 0, 16), "b": ("F32", [0, 2**60], 16, 16)}, "found shape"),
+        ({"a": ("F32", [1] * 9 + [4], 0, 16)}, "found shape"),
+        ({"a": ("F32", [4], 0, 16), "b": ("F32", [4], 0, 16)}, "not whole safetensors"),
+        ({"a": ("F32", [1], 0, 4), "b": ("F32", [2], 8, 16)}, "not whole safetensors"),
+        ({"a": ("F32", [8], 0, 32)}, "not whole safetensors"),
+    ],
+)
+def test_headers_of_weights(tmp_path: Path, header: dict[str, tuple[str, list[int], int, int]], says: str) -> None:
+    pytest.importorskip("torch")
+    from edgeprune.weights import Weights
+
+    entries = {n: {"dtype": d, "shape": s, "data_offsets": [a, b]} for n, (d, s, a, b) in header.items()}
+    raw = json.dumps(entries).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(16))
+    with pytest.raises(InputError, match=says):
+        Weights(path)
+
+
+def test_names_in_a_plot_are_no_formulas() -> None:
+    pytest.importorskip("matplotlib")
+    from edgeprune import plots
+
+    made = ContributionReport("", "sd3", 1, r"$\bad{$", ["a"], [1.0], {((0, r"$\frac$"),): [0.5]})
+    for draw in plots.figures(made).values():
+        assert plots.svg(draw).startswith(b"<?xml")
 
 
 def test_nothing_trusts_remote_code() -> None:
