@@ -1,5 +1,6 @@
 """Distillation: what is frozen, how strongly the rest is updated, losses by original index, and resuming."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from tiny import TOKENS, config_of, tiny_flux, tiny_inputs, tiny_transformer
 
 from edgeprune import stop
@@ -19,7 +21,7 @@ from edgeprune.int4 import round_int4
 from edgeprune.losses import Weights, feature_loss
 from edgeprune.plan import PrunePlan, make_plan
 from edgeprune.precision import precision_of
-from edgeprune.resume import Ema, load_state
+from edgeprune.resume import Ema
 from edgeprune.surgery import prune
 
 
@@ -41,6 +43,16 @@ def setup(kind: str = "sd3") -> tuple[Any, Any, Any, PrunePlan, ContributionRepo
         torch.randn(4, TOKENS, width, generator=g), torch.randn(4, width, generator=g),
     )  # fmt: skip
     return family, teacher, student, plan, report, pairs
+
+
+def saved(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """A training state without its optimizer's moments."""
+    with safe_open(path, framework="pt") as file:
+        modules: dict[str, dict[str, torch.Tensor]] = {}
+        for full in file.keys():  # noqa: SIM118
+            name, _, key = full.partition("/")
+            modules.setdefault(name, {})[key] = file.get_tensor(full)
+        return modules, json.loads(file.metadata()["meta"])
 
 
 def run(
@@ -86,6 +98,7 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights(tmp_path: Path, kin
     assert all(torch.equal(whole[n], again[n]) for n in whole)
 
 
+@pytest.mark.hard  # a worker of xdist was lost to such a signal once
 def test_sigterm_saves_at_the_next_step(tmp_path: Path) -> None:
     whole, losses = run(tmp_path / "whole.safetensors", 8)
     path = tmp_path / "stopped.safetensors"
@@ -101,7 +114,7 @@ def test_sigterm_saves_at_the_next_step(tmp_path: Path) -> None:
             family, teacher, student, plan, report, pairs, DistillOptions(steps=8, batch=4, rate=1e-3), path,
             inputs_digest="x", guidance=3.5, save_every=100, progress=progress,
         )  # fmt: skip
-    assert load_state(path, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))[1]["step"] == 4
+    assert saved(path)[1]["step"] == 4
     again, resumed = run(path, 8)
     assert resumed == losses and all(torch.equal(whole[n], again[n]) for n in whole)
 
@@ -184,7 +197,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_lost(tmp_pat
             family, teacher, student, plan, report, pairs, DistillOptions(steps=8, batch=4), path,
             inputs_digest="x", save_every=1, progress=progress,
         )  # fmt: skip
-    modules, meta = load_state(path, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+    modules, meta = saved(path)
     assert meta["step"] == 3
     assert all(tensor.isfinite().all() for state in modules.values() for tensor in state.values())
 

@@ -81,7 +81,7 @@ def exported(artefact: Path) -> Path:
 
 def test_every_stage(artefact: Path, sources: dict[str, Path]) -> None:
     scored = json.loads((artefact / "analysis.json").read_text())["scores"]
-    found = {(entry["block"], entry["component"]) for entry in scored}
+    found = {tuple(part) for entry in scored for part in entry["parts"]}
     assert {(0, None), (4, None), (1, "context_mlp"), (4, "mlp")} <= found and (4, "context_mlp") not in found
     assert all(max(entry["scores"]) < 0 for entry in scored)  # every one of them does something
     model: Any = checkpoint.load_transformer(artefact, quantized=True)

@@ -102,7 +102,7 @@ def test_a_making_that_fails_leaves_nothing(model: Path, tmp_path: Path) -> None
     (model / "model.onnx").write_bytes(b"no model")
     with pytest.raises(InputError, match=r"text_encoder/model\.onnx: found .*expected a whole ONNX model"):
         network(model, tmp_path / "cache")
-    assert entries(tmp_path / "cache") == []
+    assert not (tmp_path / "cache").exists() or entries(tmp_path / "cache") == []
 
 
 def test_a_cache_that_cannot_be_written(model: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         index.write_text(json.dumps({"weight_map": right["weight_map"] | {name: file}}))
         refused(match)
     index.write_text(json.dumps({"weight_map": right["weight_map"] | {"x": shard.name}}))
-    refused("x: found no such tensor in")
+    refused("'x': found no such tensor in")
     index.write_text(json.dumps({"weight_map": 5}))
     refused("weight_map: found int")
     del right["weight_map"][name]
