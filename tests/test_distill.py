@@ -21,7 +21,7 @@ from edgeprune.int4 import round_int4
 from edgeprune.losses import Weights, feature_loss
 from edgeprune.plan import PrunePlan, make_plan
 from edgeprune.precision import precision_of
-from edgeprune.resume import Ema
+from edgeprune.resume import Ema, load_state
 from edgeprune.surgery import prune
 
 
