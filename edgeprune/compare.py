@@ -28,7 +28,7 @@ from edgeprune.demo import shapes
 from edgeprune.distill import DistillOptions
 from edgeprune.errors import InputError
 from edgeprune.fields import shown
-from edgeprune.files import digest, read_json, write_json
+from edgeprune.files import digest, files_digest, read_json, write_json
 from edgeprune.forecast import forecast
 from edgeprune.generation import Generation
 from edgeprune.metrics import Metric, evaluations, of_pipeline, tasks_of
@@ -233,7 +233,7 @@ def compare(
     found: dict[str, Any] = read_json(path) if path.is_file() else {}
     identity: dict[str, Any] = {"metric": metric, "prompts": prompts, "weights": base.weights_hash}
     if weights:
-        identity["metric_weights"] = {name: [given, _identity(Path(given))] for name, given in weights.items()}
+        identity["metric_weights"] = {name: [given, files_digest(Path(given))] for name, given in weights.items()}
 
     def once(name: str, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:
         whole = digest({**identity, **key})
@@ -253,12 +253,6 @@ def compare(
     progress("compare", len(runs), len(runs), "")
     own = tasks_of(metric)
     return summarise(found, grid, [own.parse(prompt).task for prompt in prompts] if own else None)
-
-
-def _identity(path: Path) -> list[Any]:
-    """Of a file or a folder, by size and time of change; a hub id has only its name."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 
 def _guided(options: CompressOptions) -> bool:

@@ -249,6 +249,15 @@ def sha256_unless_known(path: Path, known: dict[str, Any]) -> str:
     return str(seen[-1])
 
 
+def files_digest(folder: Path) -> str:
+    """Changes when a file of a folder does: by name, size and time of change, so that nothing has to be read.
+
+    For a file, its own; where there is nothing, that of nothing.
+    """
+    paths = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+    return digest([(p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in paths])
+
+
 def digest(data: Any) -> str:
     """Hex digest of a JSON value, key order aside: the identity of a stage's inputs."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 
 from edgeprune.errors import InputError
 from edgeprune.extras import needs
-from edgeprune.files import digest
+from edgeprune.files import digest, files_digest
 from edgeprune.sources import Pair, Skipped, caption_of, pair_of
 
 _PREFIX = "datasets:"
@@ -28,9 +28,7 @@ def fits(given: str) -> bool:
 
 def identity(given: str) -> str:
     """Of a local one its files by size and time of change; of the hub's the name: what is under it may change."""
-    root = Path(given.removeprefix(_PREFIX).partition(":")[0])
-    files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else []
-    return digest([given, *([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files)])
+    return digest([given, files_digest(Path(given.removeprefix(_PREFIX).partition(":")[0]))])
 
 
 def read(given: str) -> Iterator[Pair | Skipped]:

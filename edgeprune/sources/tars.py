@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from edgeprune.errors import InputError
-from edgeprune.files import digest
+from edgeprune.files import files_digest
 from edgeprune.sources import Pair, Skipped, caption_of, pair_of
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
@@ -34,8 +34,8 @@ def _shards(given: str) -> list[Path]:
 
 
 def identity(given: str) -> str:
-    """By name, size and time of change of every shard."""
-    return digest([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _shards(given)])
+    """By name, size and time of change of every file."""
+    return files_digest(Path(given))
 
 
 def read(given: str) -> Iterator[Pair | Skipped]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import InputError
-from edgeprune.files import digest
+from edgeprune.files import files_digest
 from edgeprune.sources import Pair, Skipped, caption_of, pair_of
 
 STREAMED = False
@@ -35,9 +35,7 @@ def _entries(path: Path) -> dict[str, Any]:
 
 def identity(given: str) -> str:
     """By name, size and time of change of every file."""
-    root = Path(given)
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    return digest([(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+    return files_digest(Path(given))
 
 
 def read(given: str) -> Iterator[Pair | Skipped]:
