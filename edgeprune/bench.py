@@ -18,13 +18,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune import errors, runtimes
+from edgeprune import errors, fields, runtimes
 from edgeprune.errors import AssertionMissedError, EdgepruneError, InputError
+from edgeprune.files import check_schema, read_json
 from edgeprune.metrics.psnr import mean_decibels
 from edgeprune.runtimes import memory
 from edgeprune.terminal import printable
@@ -422,6 +424,32 @@ def to_json(result: BenchResult) -> dict[str, Any]:
             for name, c in result.comparisons.items()
         },
     }
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The JSON of a bench, as `to_json` makes it.
+
+    Raises:
+        InputError: it is none.
+    """
+    data = read_json(path)
+    check_schema(path, data.get("schema_version"), SCHEMA_VERSION, "run `edgeprune bench` again")
+    variants, comparisons, machine = (data.get(name) for name in ("variants", "comparisons", "machine"))
+    if not isinstance(variants, list) or not variants or not all(isinstance(v, dict) for v in variants):
+        raise InputError(f"{path}: variants: found {fields.shown(variants)}, expected objects")
+    if not isinstance(comparisons, dict) or not all(isinstance(c, dict) for c in comparisons.values()):
+        raise InputError(f"{path}: comparisons: found {fields.shown(comparisons)}, expected objects by variant")
+    if not isinstance(machine, dict) or not {"cpu", "cores"} <= machine.keys():
+        raise InputError(f"{path}: machine: found {fields.shown(machine)}, expected cpu and cores")
+    for variant in variants:
+        for name in ("name", "runtime", "precision"):
+            fields.text(variant, name, f"{path}: variants")
+    numbers = [(v, key) for v in variants for key in MEASURES]
+    numbers += [(c, f"{stem}_ratio") for c in comparisons.values() for _, stem in MEASURES.values()]
+    for row, key in numbers:
+        if not isinstance(row.get(key), (int, float, NoneType)):
+            raise InputError(f"{path}: {key}: found {fields.shown(row[key])}, expected a number or null")
+    return data
 
 
 def show(key: str, value: float | int | None) -> str:

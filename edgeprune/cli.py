@@ -1024,12 +1024,13 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html again, with a bench's figures."""
+    from edgeprune import bench as benchmark
     from edgeprune import report as page
-    from edgeprune.files import read_json
 
+    measured = benchmark.load(bench_file) if bench_file else None
     ws = _workspace(out, None, False)
     with _bars() as progress:
-        page.make(ws, redo=False, bench=read_json(bench_file) if bench_file else None, progress=progress)
+        page.make(ws, redo=False, bench=measured, progress=progress)
     _say(f"wrote {out / 'report.html'}")
 
 

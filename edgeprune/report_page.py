@@ -203,14 +203,15 @@ def _machine(ws: Workspace) -> list[tuple[str, str]]:
 def _bench_rows(bench: dict[str, Any]) -> dict[str, Any]:
     """What the page shows of a bench's JSON."""
     variants = bench["variants"]
-    (ratios,) = list(bench["comparisons"].values())[:1] or [{}]
+    compared = bench["comparisons"]
     table = [
-        (label, [show(key, v[key]) for v in variants], ratios.get(f"{stem}_ratio"))
+        (label, [show(key, v.get(key)) for v in variants], [c.get(f"{stem}_ratio") for c in compared.values()])
         for key, (label, stem) in MEASURES.items()
         if any(v.get(key) is not None for v in variants)
     ]
     return {
         "names": [f"{v['name']} ({v['runtime']}, {v['precision']})" for v in variants],
+        "ratios": ["ratio"] if len(compared) == 1 else [f"{name}, ratio" for name in compared],
         "rows": table,
         "machine": bench["machine"],
     }

@@ -15,6 +15,7 @@ import pytest
 from edgeprune import bench, bench_worker
 from edgeprune.bench import BenchResult, Measured, Quality, Variant
 from edgeprune.errors import AssertionMissedError, EdgepruneError, InputError
+from edgeprune.files import write_json
 
 
 def measured(name: str, scale: float, quality: Quality | None = None) -> Measured:
@@ -53,6 +54,30 @@ def test_json_and_table(result: BenchResult) -> None:
     text = io.StringIO()
     Console(file=text, width=140).print(bench.table(result))
     assert all(said in text.getvalue() for said in ("peak memory", "the only one here", "0.200", "31.0 dB"))
+
+
+def test_what_is_written_is_read_again(result: BenchResult, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    write_json(path, bench.to_json(result))
+    assert bench.load(path) == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema_version": 1}, "schema_version: found 1, expected 2; run `edgeprune bench` again"),
+        ({"variants": []}, r"variants: found \[\], expected objects"),
+        ({"variants": [{"name": "x"}]}, "variants: runtime: "),
+        ({"comparisons": 3}, "comparisons: found 3"),
+        ({"comparisons": {"x": {"peak_ratio": "0.2"}}}, "peak_ratio: found '0.2', expected a number or null"),
+        ({"machine": {}}, "machine: found {}, expected cpu and cores"),
+    ],
+)
+def test_a_file_that_is_no_bench(change: dict[str, Any], said: str, result: BenchResult, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    write_json(path, bench.to_json(result) | change)
+    with pytest.raises(InputError, match=f"bench.json: {said}"):
+        bench.load(path)
 
 
 def test_documented(result: BenchResult) -> None:
