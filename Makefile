@@ -73,7 +73,7 @@ test: $(DEV_STAMP)
 
 # Everything in tests/hard, one after the other.
 test-hard: $(DEV_STAMP)
-	@$(BIN)/python -m pytest -q -m hard tests/hard tests/test_stop.py tests/test_distill.py
+	@$(BIN)/python -m pytest -q -m hard tests/hard
 
 lint: $(DEV_STAMP)
 	@$(BIN)/ruff format --check -q $(CODE)

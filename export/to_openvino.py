@@ -58,11 +58,12 @@ class Compiled:
     """Saved IR on the CPU, as `parity.check` runs it."""
 
     def __init__(self, path: Path) -> None:
-        import openvino
         import torch
 
+        from edgeprune.runtimes.openvino import core
+
         threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        self._model = openvino.Core().compile_model(path, "CPU", EXACT | threads)
+        self._model = core().compile_model(path, "CPU", EXACT | threads)
 
     steps = 1
 
@@ -85,12 +86,14 @@ def converted(path: Path) -> parity.Runner:
     """
     import openvino
 
+    from edgeprune.runtimes.openvino import core
+
     parts = [path, *path.parent.glob(f"{path.name}.data")]
     before = sum(part.stat().st_size for part in parts)
     target = path.with_name(MODEL)
     need_space(target.parent, before)
     try:
-        model = openvino.Core().read_model(path)
+        model = core().read_model(path)
         halve(model)
         count_names(model)
         openvino.save_model(model, target, compress_to_fp16=False)

@@ -12,6 +12,7 @@ from __future__ import annotations
 if __name__ != "edgeprune.runtimes.openvino":
     raise ImportError(f"import this module as edgeprune.runtimes.openvino, not as {__name__}; it is not OpenVINO's own")
 
+import functools
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ _STATIC = ("NPU",)
 """Takes no dynamic shapes."""
 
 
+@functools.cache
+def core() -> openvino.Core:
+    """The only one of this process.
+
+    Its CPU plugin puts up a stack for signals, and gives it back when it goes. Of two that go in the order they came
+    in (2026.4), the second puts up the first one's stack again, which is gone: the next signal, Ctrl-C included,
+    is a segmentation fault.
+    """
+    return openvino.Core()
+
+
 class OpenVinoNetwork:
     """One IR or ONNX file, called by input name, answering by output name, its errors mapped to ours.
 
@@ -61,15 +73,14 @@ class OpenVinoNetwork:
         self.provider, self.why = device, f"device={device}"
 
     def _compile(self, shapes: dict[str, list[int]] | None) -> openvino.CompiledModel:
-        core = openvino.Core()
         self._repacked = False
         try:
             with given_back(self._weights):
                 if shapes is None:
-                    return core.compile_model(self._path, self._device, self._config)
-                model = core.read_model(self._path)
+                    return core().compile_model(self._path, self._device, self._config)
+                model = core().read_model(self._path)
                 model.reshape(shapes)
-                return core.compile_model(model, self._device, self._config)
+                return core().compile_model(model, self._device, self._config)
         except RuntimeError as error:
             raise InputError(
                 f"{self._path}: found {_line(error)}, expected a whole model that {self._device} takes; export again"
@@ -115,7 +126,7 @@ def settings_of(
         InputError: OpenVINO sees no such device here, it does not have the option, or the cache cannot be written.
     """
     kind = device.partition(".")[0]
-    seen = openvino.Core().available_devices
+    seen = core().available_devices
     if kind not in _EXACT or not any(name == device or name.startswith(f"{device}.") for name in seen):
         raise InputError(
             f"device: found {device!r}, expected CPU, GPU or NPU, of which OpenVINO sees here: {', '.join(seen)}"

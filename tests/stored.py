@@ -77,9 +77,9 @@ def of_onnx(model: Any) -> dict[str, Weight]:
 
 def of_openvino(path: Path) -> dict[str, Weight]:
     """An `openvino_model.xml`: i4 or i8 (I, O), scales (G, O)."""
-    import openvino
+    from edgeprune.runtimes.openvino import core
 
-    nodes = openvino.Core().read_model(path).get_ordered_ops()
+    nodes = core().read_model(path).get_ordered_ops()
     constants = {n.get_friendly_name(): n for n in nodes if n.get_type_name() == "Constant"}
     found = {}
     for key, node in constants.items():

@@ -98,7 +98,6 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights(tmp_path: Path, kin
     assert all(torch.equal(whole[n], again[n]) for n in whole)
 
 
-@pytest.mark.hard  # a worker of xdist was lost to such a signal once
 def test_sigterm_saves_at_the_next_step(tmp_path: Path) -> None:
     whole, losses = run(tmp_path / "whole.safetensors", 8)
     path = tmp_path / "stopped.safetensors"

@@ -266,13 +266,13 @@ def test_wrong_inputs_are_named(exported: tuple[Path, dict[str, Any]]) -> None:
     ],
 )
 def test_bad_options(device: str, options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino, "Core", FakeCore)
+    monkeypatch.setattr(runtime, "core", FakeCore)
     with pytest.raises(InputError, match=says):
         runtime.settings_of(device, **options)
 
 
 def test_options_become_properties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino, "Core", FakeCore)
+    monkeypatch.setattr(runtime, "core", FakeCore)
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     assert runtime.settings_of("CPU") == exact
     found = runtime.settings_of("CPU", threads=3, dynamic_quantization=True, cache_dir=tmp_path / "a" / "b")
@@ -296,6 +296,23 @@ def test_dynamic_quantisation_rounds_activations(quantised: Path, model: nn.Modu
     assert errors[1] >= errors[0] / 2
 
 
+def test_a_signal_finds_its_stack_after_many_models(quantised: Path) -> None:
+    """Where each model has a core of its own, and they go in the order they came in, it is a segmentation fault."""
+    code = f"""if True:
+        import os, signal
+        from pathlib import Path
+        from edgeprune.runtimes import openvino as runtime
+        config = runtime.settings_of("CPU", threads=1)
+        first, second = (runtime.OpenVinoNetwork(Path({str(quantised)!r}), "CPU", config, static=False) for _ in "ab")
+        first.close()
+        second.close()
+        signal.signal(signal.SIGTERM, lambda *_: print("asked to stop"))
+        os.kill(os.getpid(), signal.SIGTERM)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "asked to stop\n"), done.stderr
+
+
 def test_compile_cache(quantised: Path, model: nn.Module, tmp_path: Path) -> None:
     arrays = {k: v.numpy() for k, v in graph.Transformer(model).example(batch=1, height=4, width=4, tokens=3).items()}
     config = runtime.settings_of("CPU", threads=1, cache_dir=tmp_path / "cache")
@@ -309,7 +326,7 @@ def test_compile_cache(quantised: Path, model: nn.Module, tmp_path: Path) -> Non
 
 # ------------------------------------------------------------------------------------- devices that are not here
 
-CORE = openvino.Core
+CORE = runtime.core
 
 
 class FakeCore:
@@ -332,7 +349,7 @@ def test_other_devices(
     device: str, compiles: int, exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The NPU gets fixed shapes: of each network, and of the transformer again when the batch changes."""
-    monkeypatch.setattr(openvino, "Core", FakeCore)
+    monkeypatch.setattr(runtime, "core", FakeCore)
     monkeypatch.setattr(FakeCore, "compiled", [])
     with runtimes.load(exported[0], "openvino", device=device) as ours:
         assert len(FakeCore.compiled) == (0 if device == "NPU" else 4)

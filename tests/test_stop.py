@@ -19,7 +19,6 @@ class OutOfMemoryError(RuntimeError):
     """As torch names it."""
 
 
-@pytest.mark.hard  # a worker of xdist was lost to such a signal once
 def test_stops_where_it_is_asked() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with stop.on_sigterm():
@@ -37,7 +36,6 @@ def test_stops_where_it_is_asked() -> None:
     assert done == [0, 1, 2] and not stop.asked() and signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.hard  # a worker of xdist was lost to such a signal once
 def test_stops_at_the_end_if_nobody_checks() -> None:
     with pytest.raises(stop.Stopped), stop.on_sigterm():
         os.kill(os.getpid(), signal.SIGTERM)
