@@ -114,7 +114,7 @@ def test_mapped_weights_are_given_back_while_they_are_repacked(
         yield
 
     monkeypatch.setattr(runtime, "given_back", spy)
-    network = runtime.OpenVinoNetwork(quantised, "CPU", EXACT, static=False)
+    network = runtime.OpenVinoNetwork(quantised, "CPU", EXACT)
     example = graph.Transformer(model).example(batch=1, height=4, width=4, tokens=3)
     for _ in range(2):
         network(**{name: value.numpy() for name, value in example.items()})
@@ -240,14 +240,12 @@ def test_damaged_files(exported: tuple[Path, dict[str, Any]], tmp_path: Path, na
         if kind == "no":
             path.unlink()
         with pytest.raises(InputError, match=r"openvino_model\.xml: found .*, expected .*export again$") as caught:
-            runtime.OpenVinoNetwork(copy / "openvino_model.xml", "CPU", EXACT, static=False)
+            runtime.OpenVinoNetwork(copy / "openvino_model.xml", "CPU", EXACT)
         assert "\n" not in str(caught.value)
 
 
 def test_wrong_inputs_are_named(exported: tuple[Path, dict[str, Any]]) -> None:
-    network = runtime.OpenVinoNetwork(
-        exported[0] / "vae_decoder" / runtime.FILES["openvino"], "CPU", EXACT, static=False
-    )
+    network = runtime.OpenVinoNetwork(exported[0] / "vae_decoder" / runtime.FILES["openvino"], "CPU", EXACT)
     with pytest.raises(InputError, match=r"xml: inputs: found also \['latent_sample'\], expected \['x'\]"):
         network(x=np.zeros(1))
     with pytest.raises(InputError, match=r"xml: found .*inputs were \{'latent_sample': \[1, 3, 4, 4\]\}"):
@@ -277,7 +275,9 @@ def test_options_become_properties(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert runtime.settings_of("CPU") == exact
     found = runtime.settings_of("CPU", threads=3, dynamic_quantization=True, cache_dir=tmp_path / "a" / "b")
     cache = str(tmp_path / "a" / "b")
-    assert found == {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 3, "CACHE_DIR": cache}
+    assert found == {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": 3, "CACHE_DIR": cache}
+    monkeypatch.setattr(FakeCore, "capabilities", ["FP32"])
+    assert runtime.settings_of("CPU", dynamic_quantization=True) == {"INFERENCE_PRECISION_HINT": "f32"}
     assert (tmp_path / "a" / "b").is_dir()
     assert runtime.settings_of("GPU") == {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"} and runtime.settings_of("NPU") == {}
 
@@ -289,7 +289,7 @@ def test_dynamic_quantisation_rounds_activations(quantised: Path, model: nn.Modu
     errors = []
     for on in (False, True):
         config = runtime.settings_of("CPU", dynamic_quantization=on, threads=1)
-        found = runtime.OpenVinoNetwork(quantised, "CPU", config, static=False)(**example)
+        found = runtime.OpenVinoNetwork(quantised, "CPU", config)(**example)
         errors.append(parity.relative_error(found["out_hidden_states"], expected)[0])
     assert errors[0] < 1e-5 and errors[1] < 5e-2
     # Where the CPU has no int8 kernels for it OpenVINO leaves activations alone.
@@ -303,7 +303,7 @@ def test_a_signal_finds_its_stack_after_many_models(quantised: Path) -> None:
         from pathlib import Path
         from edgeprune.runtimes import openvino as runtime
         config = runtime.settings_of("CPU", threads=1)
-        first, second = (runtime.OpenVinoNetwork(Path({str(quantised)!r}), "CPU", config, static=False) for _ in "ab")
+        first, second = (runtime.OpenVinoNetwork(Path({str(quantised)!r}), "CPU", config) for _ in "ab")
         first.close()
         second.close()
         signal.signal(signal.SIGTERM, lambda *_: print("asked to stop"))
@@ -318,7 +318,7 @@ def test_compile_cache(quantised: Path, model: nn.Module, tmp_path: Path) -> Non
     config = runtime.settings_of("CPU", threads=1, cache_dir=tmp_path / "cache")
     found = []
     for _ in range(2):
-        network = runtime.OpenVinoNetwork(quantised, "CPU", config, static=False)
+        network = runtime.OpenVinoNetwork(quantised, "CPU", config)
         found.append(network(**arrays)["out_hidden_states"])
         assert len(list((tmp_path / "cache").glob("*.blob"))) == 1
     np.testing.assert_array_equal(*found)
@@ -333,10 +333,15 @@ class FakeCore:
     """Sees two GPUs and an NPU; compiles for the CPU, and writes down what for."""
 
     available_devices = ("CPU", "GPU.0", "GPU.1", "NPU")
+    capabilities = ["FP32", "BF16"]
     compiled: list[tuple[str, bool, dict[str, Any]]] = []
 
     def read_model(self, path: Path) -> Any:
         return CORE().read_model(path)
+
+    def get_property(self, device: str, name: str) -> list[str]:
+        assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
+        return self.capabilities
 
     def compile_model(self, model: Any, device: str, config: dict[str, Any]) -> Any:
         static = isinstance(model, openvino.Model) and not model.is_dynamic()
@@ -344,21 +349,19 @@ class FakeCore:
         return CORE().compile_model(model, "CPU", EXACT)
 
 
-@pytest.mark.parametrize(("device", "compiles"), [("NPU", 1 + 1 + 2 + 1), ("GPU.1", 4)])
-def test_other_devices(
-    device: str, compiles: int, exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The NPU gets fixed shapes: of each network, and of the transformer again when the batch changes."""
+@pytest.mark.parametrize("device", ["NPU", "GPU.1", "CPU"])
+def test_sizes_are_fixed(device: str, exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each network is compiled for the sizes it is called with, the transformer again when the batch changes."""
     monkeypatch.setattr(runtime, "core", FakeCore)
     monkeypatch.setattr(FakeCore, "compiled", [])
     with runtimes.load(exported[0], "openvino", device=device) as ours:
-        assert len(FakeCore.compiled) == (0 if device == "NPU" else 4)
+        assert not FakeCore.compiled
         drawn = ours.generate_latents(PROMPTS[0], seed=3, steps=2)
         without = ours.generate_latents(PROMPTS[0], seed=3, steps=1, guidance_scale=1.0)
         ours.backend.decode(drawn)
         assert ours.backend.provider == device
-    assert len(FakeCore.compiled) == compiles
-    assert {(d, static) for d, static, _ in FakeCore.compiled} == {(device, device == "NPU")}
+    assert len(FakeCore.compiled) == 1 + 1 + 2 + 1
+    assert {(d, static) for d, static, _ in FakeCore.compiled} == {(device, True)}
     monkeypatch.undo()
     with runtimes.load(exported[0], "openvino", threads=1) as ours:
         np.testing.assert_allclose(drawn, ours.generate_latents(PROMPTS[0], seed=3, steps=2), atol=1e-4)
@@ -397,7 +400,7 @@ def test_nothing_leaks(tmp_path: Path) -> None:
     path, x = path.with_name(to_openvino.MODEL), np.ones((2, 3, 512), np.float32)
     held = []
     for i in range(100):
-        network = runtime.OpenVinoNetwork(path, "CPU", EXACT, static=False)
+        network = runtime.OpenVinoNetwork(path, "CPU", EXACT)
         network(x=x)
         network.close()
         if i in (29, 99):
