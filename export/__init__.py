@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgeprune import extras
+from edgeprune import extras, heap
 from edgeprune.errors import InputError
 from edgeprune.export import accepts
 from edgeprune.targets import Target
@@ -52,5 +52,6 @@ def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Cal
     # Which TensorRT it must be depends on the device: to_trt.py says.
     extras.require(tuple(package for package in packages if "|" not in package), extra)
     module = importlib.import_module(f"edgeprune.export.to_{fmt}")
-    written: dict[str, Any] = module.export(artefact, out, device=device, progress=progress)
+    with heap.returned():
+        written: dict[str, Any] = module.export(artefact, out, device=device, progress=progress)
     return written

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ def networks(
         progress(part.name)
         path = work.begin(part.name) / "model.onnx"
         save(part.name, part.to_ir(), path, progress)
+        gc.collect()  # what was traced refers to itself
         outputs = list(part.module.outputs)
         found = parity.check(part.name, opened(path), part.module, part.examples, outputs, progress=progress)
         work.finish(part.name, {"parity": found})

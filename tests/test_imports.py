@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # Longest prefix wins. Modules of one rank may import each other.
 RANKS: list[tuple[str, ...]] = [
     ("errors", "targets", "fields", "terminal"),
-    ("files", "lock", "resume", "stop", "extras", "stats", "imagefolder", "sources"),
+    ("files", "heap", "lock", "resume", "stop", "extras", "stats", "imagefolder", "sources"),
     ("families", "encoders", "baselines"),
     ("generation", "demo.shapes"),
     ("precision", "sampling", "modulation"),

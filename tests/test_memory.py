@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -208,3 +209,36 @@ with runtimes.load({str(tiny_folders[0])!r}):
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------- what is freed
+
+HOLES = """if True:
+    import ctypes, sys
+    from contextlib import nullcontext
+    from edgeprune import heap
+    from edgeprune.runtimes import memory
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.free(libc.malloc(31 << 20))  # from here on glibc keeps pieces of this size
+    with heap.returned() if sys.argv[1] == "returned" else nullcontext():
+        large, small = [], []
+        for _ in range(50):
+            large.append(libc.malloc(4 << 20))
+            small.append(libc.malloc(100 << 10))
+            ctypes.memset(large[-1], 1, 4 << 20)
+        before = memory.read()["anon_bytes"].bytes
+        for piece in large:
+            libc.free(piece)
+        print(before - memory.read()["anon_bytes"].bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's")
+def test_freed_pieces_go_back() -> None:
+    """200 MB freed between small pieces that stay."""
+    freed = {
+        how: int(subprocess.check_output([sys.executable, "-c", HOLES, how], text=True)) for how in ("returned", "kept")
+    }
+    assert freed["returned"] > 190e6 > 50e6 > freed["kept"]
