@@ -316,6 +316,10 @@ def _fit_rows(fit: Any) -> list[tuple[str, str]]:
     return [(name, f"{value / 1e9:,.3f} GB") for name, value in rows]
 
 
+_MODULATION_BELOW = 0.75
+"""Share of the parameters from which on down the built-in model is better with projected modulation, beyond doubt."""
+
+
 def _plan_rows(plan: Any, wanted: int | str | None) -> list[tuple[str, str]]:
     """What a plan leaves; `wanted` is the modulation's rank as it was asked for."""
     rank = None if plan.modulation_rank is None else str(plan.modulation_rank)
@@ -324,6 +328,8 @@ def _plan_rows(plan: Any, wanted: int | str | None) -> list[tuple[str, str]]:
     removed = ", ".join(map(str, plan.blocks)) or "none"
     parts = ", ".join(f"{b}:{c}" for b, c in plan.components)
     share = plan.after.parameters / plan.before.parameters
+    if wanted is None and share < _MODULATION_BELOW:
+        rank = "full; --modulation-rank auto kept more at so few bytes (docs/modulation.md)"
     return [
         ("blocks removed", f"{removed} (of {plan.num_blocks})"),
         *([("components removed", parts)] if parts else []),

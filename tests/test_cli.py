@@ -25,6 +25,9 @@ def test_plan_from_published_scores_without_weights(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout.splitlines()[-1])["blocks"] == [25, 26, 27, 28, 31, 32, 33, 34]
     assert "6,352.6 M (78.8%)" in found.stderr
+    assert "--modulation-rank" not in found.stderr
+    less = run("plan", "--config", str(config), "--scores", scores, "--keep", "0.7")
+    assert "modulation rank  full; --modulation-rank auto kept more" in less.stderr
 
 
 @pytest.mark.parametrize(
