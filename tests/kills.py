@@ -143,9 +143,9 @@ def unreadable(folder: Path) -> tuple[int, list[str]]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hash by name of every file but the log; of the manifest, without the seconds that stages took."""
+    """Hash by name of every file but the log and the times of files; of the manifest, without the stages' seconds."""
     out = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "log"):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("log", "hashes.json")):
         data = path.read_bytes()
         if path.name == "edgeprune.json":
             manifest = json.loads(data)

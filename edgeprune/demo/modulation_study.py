@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from edgeprune import checkpoint, pipeline
 from edgeprune.contribution import ContributionReport
-from edgeprune.data import encode_images
 from edgeprune.demo import shapes
 from edgeprune.files import read_json, write_json
 from edgeprune.int4 import round_int4
@@ -32,7 +31,16 @@ from edgeprune.pipeline import Workspace
 from edgeprune.plan import PlanOptions, PrunePlan, make_plan, plan_for
 from edgeprune.precision import Precision, precision_of
 from edgeprune.quantize import round_to_nearest
-from edgeprune.sampling import Conditioning, encode_prompts, generate, latent_shape, noise, sigmas, velocity
+from edgeprune.sampling import (
+    Conditioning,
+    encode_images,
+    encode_prompts,
+    generate,
+    latent_shape,
+    noise,
+    sigmas,
+    velocity,
+)
 from edgeprune.surgery import prune
 
 RANKS = (0, 2, 4, 8, 16, 32, 48, 64)
@@ -231,7 +239,7 @@ class Study:
         pictures = [p.meaning for p in shapes.evaluation_prompts(3)]
         images = np.stack([shapes.render(m, np.random.default_rng(i)) for i, m in enumerate(pictures)])
         tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        clean = encode_images(self.pipe, tensor, lambda done, total: None)
+        clean = encode_images(self.pipe, tensor)
         fresh = noise(list(range(len(texts))), tuple(clean.shape[1:]))
         condition = encode_prompts(self.pipe, texts, self.generation.max_sequence_length)
         rows: dict[str, dict[str, float]] = {}
