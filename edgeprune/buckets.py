@@ -36,7 +36,7 @@ def bucket_sizes(base: Size, unit: int, largest: int | None = None) -> list[Size
         width = area // height // step * step
         fits = largest is None or max(height, width) <= largest
         if fits and width and max(height, width) <= RATIO * min(height, width):
-            found.add((height, width))
+            found |= {(height, width), (width, height)}
     return sorted(found)
 
 

@@ -583,7 +583,7 @@ def run_prune(ws: Workspace, progress: Progress = silent) -> bool:
     plan = ws.plan()
 
     def run(key: str) -> dict[str, Any]:
-        original, (mean, basis) = _original_weights(ws), _calibrated(ws, plan)
+        original, (mean, basis) = _original_weights(ws), _calibrated(ws, plan, key)
         sources = tensor_sources(ws.family, ws.config, plan.kept, plan.removed, plan.modulation_rank)
         shapes = remaining_shapes(ws.family, ws.config, plan.blocks, plan.components, plan.modulation_rank)
         parts = _by_block(ws, {name: 2 * math.prod(shape) for name, shape in shapes.items()}, plan)
@@ -605,8 +605,11 @@ def _original_weights(ws: Workspace) -> Weights:
     return weights
 
 
-def _calibrated(ws: Workspace, plan: PrunePlan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The mean modulation input (D) and the basis (R, D), where the plan needs them."""
+def _calibrated(ws: Workspace, plan: PrunePlan, key: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mean modulation input (D) and the basis (R, D), where the plan needs them; `key` is the digest of `prune`.
+
+    `distill` finds on disk what `prune` has computed: it may be without text encoders.
+    """
     if plan.modulation_rank is not None:
         path = ws.out / MODULATION
         if not path.is_file():
@@ -616,18 +619,12 @@ def _calibrated(ws: Workspace, plan: PrunePlan) -> tuple[torch.Tensor | None, to
             tensors = load_file(path)
             return tensors["mean"], tensors["basis"]
     if any(c in ws.family.norms for _, c in plan.components):
-        return _mean_once(ws, analysis_prompts(ws, AnalyzeOptions())), None
+        path = ws.cache / f"mean-{key[:12]}.safetensors"
+        if not path.is_file():
+            save_tensors(path, {"mean": modulation_mean(ws, analysis_prompts(ws, AnalyzeOptions()))})
+        with checkpoint.readable(path):
+            return load_file(path)["mean"], None
     return None, None
-
-
-def _mean_once(ws: Workspace, prompts: list[str]) -> torch.Tensor:
-    """`modulation_mean`, kept on disk: `prune` needs it, and `distill`, which may have no text encoders."""
-    inputs = digest([prompts, asdict(ws.generation), ws.weights_hash])
-    path = ws.cache / f"mean-{inputs[:12]}.safetensors"
-    if not path.is_file():
-        save_tensors(path, {"mean": modulation_mean(ws, prompts)})
-    with checkpoint.readable(path):
-        return load_file(path)["mean"]
 
 
 def _by_block(ws: Workspace, sizes: dict[str, int], plan: PrunePlan) -> list[dict[str, int]]:
@@ -684,7 +681,8 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
                 encoded, ws.family, ws.config, sha256=sha256,
                 progress=lambda done, total: progress("distill: checking", done, total, ""),
             )  # fmt: skip
-        pruned = prune_state(ws.family, ws.config, plan, _original_weights(ws).__getitem__, *_calibrated(ws, plan))
+        calibrated = _calibrated(ws, plan, ws.manifest.stages["prune"]["inputs"])
+        pruned = prune_state(ws.family, ws.config, plan, _original_weights(ws).__getitem__, *calibrated)
         student = build(ws.family, ws.config, plan, {n: t.float() for n, t in pruned.items()})
         state, losses = distill(
             ws.family,
