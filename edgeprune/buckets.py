@@ -32,7 +32,7 @@ def bucket_sizes(base: Size, unit: int, largest: int | None = None) -> list[Size
     area = base[0] * base[1]
     step = max(1, round(math.sqrt(area) / STEPS / unit)) * unit
     found = {base}
-    for height in range(step, math.isqrt(int(area * RATIO)) + 1, step):
+    for height in range(step, math.isqrt(area) + 1, step):  # and turned by a right angle
         width = area // height // step * step
         fits = largest is None or max(height, width) <= largest
         if fits and width and max(height, width) <= RATIO * min(height, width):

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from edgeprune.buckets import MOST_ENLARGED, Size, bucket_sizes, enlarged, fitted, nearest
 from edgeprune.cache import INDEX, SKIPPED, Index, Settings, Shard, is_cache, made_by
 from edgeprune.data import read_prompts
-from edgeprune.errors import InputError, StaleStageError
+from edgeprune.errors import EdgepruneError, InputError, StaleStageError
 from edgeprune.families import Config, Family, family_of
 from edgeprune.fields import shown
 from edgeprune.files import digest, parse_json, read_json, sha256_file, write_json
@@ -144,7 +144,8 @@ def forecast(folder: Path, generation: Generation, options: CacheOptions, out: P
         InputError: the source is none.
     """
     source_digest(options.source)
-    each, samples = sample_bytes(folder, generation, half=options.half), _total(options)
+    each = sample_bytes(folder, generation, half=options.half)
+    samples = _total(options, layout_of(options.source))
     there = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())
     return {
         "samples": samples,
@@ -191,53 +192,46 @@ def make_cache(
     made = Made(_begun(folder, settings))
     if made.index.complete and all((folder / shard.file).is_file() for shard in made.index.shards):
         return made
-    began, pipe = time.monotonic(), None
-    total, done, per_shard = _total(options) or options.samples, 0, int(settings["samples_per_shard"])
-    sizes = _sizes(model, generation, options)
-    listed, items = list[Skipped](), _items(options)
+    settings, began = made.index.settings, time.monotonic()
+    layout = layout_of(options.source)
+    encoder = _Encoder(load, generation, options, layout, _sizes(model, generation, options), workers)
+    total, done, per_shard = _total(options, layout), 0, int(settings["samples_per_shard"])
+    listed, items, shards = list[Skipped](), _items(options, layout), made.index.shards
 
     def tell(more: int = 0) -> None:
-        seconds = max(1e-6, time.monotonic() - began)
-        speed = f"{(made.samples + more) / seconds:.1f} samples/s, {made.written_bytes / 1e6:,.0f} MB written"
-        progress(min(done + more, total), total, speed)
+        speed = (made.samples + more) / max(1e-6, time.monotonic() - began)
+        known = total or options.samples
+        progress(min(done + more, known), known, f"{speed:.1f} samples/s, {made.written_bytes / 1e6:,.0f} MB written")
 
     for number in itertools.count():
-        left = options.samples - sum(shard.samples for shard in made.index.shards[:number])
+        left = options.samples - sum(shard.samples for shard in shards[:number])
         first = next(items, None) if left > 0 or "samples" not in settings else None
         if first is None:
             break
-        entries: Iterator[Any] = itertools.chain([first], itertools.islice(items, per_shard - 1))
+        entries = itertools.chain([first], itertools.islice(items, per_shard - 1))
         path = folder / f"shard-{number:05}.safetensors"
-        known = made.index.shards[number] if number < len(made.index.shards) else None
         skipped = _finished(path, settings)
-        if skipped is None:
-            pipe = pipe or load()
-            collected = _Collected(half=options.half)
-            if is_drawn(options.source):
-                _draw(pipe, list(entries), generation, sizes[0], collected, tell)
-            else:
-                _encode(pipe, entries, sizes, options, left, collected, workers, tell)
+        if new := skipped is None:
+            collected = encoder.collect(entries, left, tell)
             skipped = collected.skipped
-            tensors = collected.tensors(pipe, generation.max_sequence_length)
             about = {"settings": digest(settings), "skipped": [[s.name, s.why] for s in skipped]}
-            save_tensors(path, tensors, {"meta": json.dumps(about)})  # one entry: the order of several is by chance
+            # One entry of metadata: safetensors writes several in an order of chance.
+            save_tensors(path, encoder.tensors(collected), {"meta": json.dumps(about)})
             made.samples += collected.samples
             made.written_bytes += path.stat().st_size
-            known = None
         else:
-            deque(entries, maxlen=0)
-        if known is None:
-            shard = Shard(path.name, sha256_file(path), _counts(path), len(skipped))
-            made.index.shards[number : number + 1] = [shard]
+            deque(entries, maxlen=0)  # go past them
+        if new or number >= len(shards):
+            shards[number : number + 1] = [Shard(path.name, sha256_file(path), _counts(path), len(skipped))]
             made.index.save(folder)
         listed += skipped
-        done += made.index.shards[number].samples + len(skipped)
+        done += shards[number].samples + len(skipped)
         tell()
-    del made.index.shards[number:]
-    if not sum(shard.samples for shard in made.index.shards):
+    del shards[number:]
+    used = sum(shard.samples for shard in shards)
+    if not used:
         why = f": {listed[0].name}: {listed[0].why}" if listed else ""
         raise InputError(f"--data {options.source}: no image with a caption that can be used{why}")
-    used = sum(shard.samples for shard in made.index.shards)
     write_json(folder / SKIPPED, {"used": used, "skipped": [[s.name, s.why] for s in listed]})
     made.index.complete = True
     made.index.save(folder)
@@ -312,22 +306,20 @@ def _sizes(folder: Path, generation: Generation, options: CacheOptions) -> list[
     return bucket_sizes(base, unit, None if largest is None else largest * unit)
 
 
-def _total(options: CacheOptions) -> int | None:
+def _total(options: CacheOptions, layout: Layout | None) -> int | None:
     """How many entries there are, where that can be told."""
-    layout = layout_of(options.source)
     return options.samples if layout is None else layout.count(options.source)
 
 
-def _items(options: CacheOptions) -> Iterator[Any]:
+def _items(options: CacheOptions, layout: Layout | None) -> Iterator[Any]:
     """The source's entries: images with captions, or seeds and prompts for what the model is to draw."""
+    if layout:
+        return layout.read(options.source)
     if options.source == "shapes":
         from edgeprune.demo.shapes import training_scenes
 
         scenes = zip(*training_scenes(options.samples, seed=7), strict=True)
         return (Pair(f"scene {i}", Image.fromarray(pixels), text) for i, (pixels, text) in enumerate(scenes))
-    layout: Layout | None = layout_of(options.source)
-    if layout:
-        return layout.read(options.source)
     prompts = read_prompts(Path(options.source))
     return ((i, prompts[i % len(prompts)]) for i in range(options.samples))
 
@@ -336,7 +328,6 @@ def _items(options: CacheOptions) -> Iterator[Any]:
 class _Collected:
     """A shard on its way."""
 
-    half: bool
     latents: dict[Size, list[torch.Tensor]] = field(default_factory=dict)
     texts: dict[Size, list[str]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
@@ -345,60 +336,91 @@ class _Collected:
     def samples(self) -> int:
         return sum(map(len, self.texts.values()))
 
-    def add(self, size: Size, latents: torch.Tensor) -> None:
-        self.latents.setdefault(size, []).append(self._kept(latents))
 
-    def tensors(self, pipe: Any, max_sequence_length: int) -> Tensors:
+@dataclass
+class _Encoder:
+    """Entries to the content of a shard; the pipeline is loaded when there is a first one."""
+
+    load: Callable[[], Any]
+    generation: Generation
+    options: CacheOptions
+    layout: Layout | None
+    sizes: list[Size]
+    workers: int
+
+    @cached_property
+    def pipe(self) -> Any:
+        return self.load()
+
+    def collect(self, entries: Iterator[Any], most: int, tell: Callable[[int], None]) -> _Collected:
+        """Latents of entries, and their texts; `tell` hears of samples. Of a stream at most so many."""
+        collected = _Collected()
+        if self.layout or self.options.source == "shapes":
+            self._encode(entries, most, collected, tell)
+        else:
+            self._draw(list(entries), collected, tell)
+        return collected
+
+    def tensors(self, collected: _Collected) -> Tensors:
         """As the shard has them; each text is encoded once."""
-        unique = ["", *sorted({text for texts in self.texts.values() for text in texts} - {""})]
+        unique = ["", *sorted({text for texts in collected.texts.values() for text in texts} - {""})]
         places = {text: row for row, text in enumerate(unique)}
-        encoded = encode_prompts(pipe, unique, max_sequence_length)
+        encoded = encode_prompts(self.pipe, unique, self.generation.max_sequence_length)
         out = {"hidden": self._kept(encoded.hidden), "pooled": self._kept(encoded.pooled)}
-        for size, latents in self.latents.items():
+        for size, latents in collected.latents.items():
             name = f"{size[0]}x{size[1]}"
             out[f"latents.{name}"] = torch.cat(latents)
-            out[f"rows.{name}"] = torch.tensor([places[text] for text in self.texts[size]])
+            out[f"rows.{name}"] = torch.tensor([places[text] for text in collected.texts[size]])
         return out
 
-    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
-        kept = tensor.cpu().half() if self.half else tensor.cpu().float()
-        if not kept.isfinite().all():
-            raise InputError("--half: some numbers are too large for float16, or no numbers; leave it out")
-        return kept
+    def _encode(self, entries: Iterator[Any], most: int, collected: _Collected, tell: Callable[[int], None]) -> None:
+        """Images, a batch of one size at a time."""
+        streamed = self.layout is not None and self.layout.STREAMED
+        waiting: dict[Size, list[NDArray[np.uint8]]] = {}
 
+        def flush(size: Size) -> None:
+            pixels = torch.from_numpy(np.stack(waiting.pop(size))).permute(0, 3, 1, 2).contiguous()
+            collected.latents.setdefault(size, []).append(self._kept(encode_images(self.pipe, pixels)))
+            tell(collected.samples)
 
-def _encode(
-    pipe: Any,
-    entries: Iterator[Any],
-    sizes: list[Size],
-    options: CacheOptions,
-    most: int,
-    collected: _Collected,
-    workers: int,
-    tell: Callable[[int], None],
-) -> None:
-    """Entries of images into a shard, a batch of one size at a time; of a stream at most so many samples."""
-    streamed = (layout := layout_of(options.source)) is not None and layout.STREAMED
-    waiting: dict[Size, list[NDArray[np.uint8]]] = {}
-
-    def flush(size: Size) -> None:
-        pixels = torch.from_numpy(np.stack(waiting.pop(size))).permute(0, 3, 1, 2).contiguous()
-        collected.add(size, encode_images(pipe, pixels))
-        tell(collected.samples)
-
-    for found in _ahead(partial(_prepared, sizes=sizes, limited=options.buckets), entries, workers):
-        if isinstance(found, Skipped):
-            collected.skipped.append(found)
-            continue
-        size, pixels, text = found
-        collected.texts.setdefault(size, []).append(text)
-        waiting.setdefault(size, []).append(pixels)
-        if len(waiting[size]) == _BATCH:
+        prepare = partial(_prepared, sizes=self.sizes, limited=self.options.buckets)
+        for found in _ahead(prepare, entries, self.workers):
+            if isinstance(found, Skipped):
+                collected.skipped.append(found)
+                continue
+            size, pixels, text = found
+            collected.texts.setdefault(size, []).append(text)
+            waiting.setdefault(size, []).append(pixels)
+            if len(waiting[size]) == _BATCH:
+                flush(size)
+            if streamed and collected.samples == most:
+                break
+        for size in list(waiting):
             flush(size)
-        if streamed and collected.samples == most:
-            break
-    for size in list(waiting):
-        flush(size)
+
+    def _draw(self, wanted: list[tuple[int, str]], collected: _Collected, tell: Callable[[int], None]) -> None:
+        """The model's own images of (seed, prompt), as latents."""
+        pipe, generation, (size,) = self.pipe, self.generation, self.sizes
+        condition = encode_prompts(pipe, [text for _, text in wanted], generation.max_sequence_length)
+        empty = encode_prompts(pipe, [""], generation.max_sequence_length)
+        shape = latent_shape(pipe, generation)
+        levels = sigmas(pipe, generation.num_inference_steps, shape)
+        for start in range(0, len(wanted), _BATCH):
+            rows = slice(start, start + _BATCH)
+            x = noise([seed for seed, _ in wanted[rows]], shape).to(condition.hidden)
+            *_, (latents, _) = denoise(pipe.transformer, x, levels, condition[rows], empty, generation.guidance_scale)
+            collected.texts.setdefault(size, []).extend(text for _, text in wanted[rows])
+            collected.latents.setdefault(size, []).append(self._kept(latents))
+            tell(collected.samples)
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        found = tensor.cpu().float()
+        kept = found.half() if self.options.half else found
+        if not found.isfinite().all():
+            raise EdgepruneError("cache: the encoders give numbers that are not finite")
+        if not kept.isfinite().all():
+            raise InputError("--half: some numbers are too large for float16; leave it out")
+        return kept
 
 
 def _prepared(
@@ -426,28 +448,6 @@ def _ahead(work: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Itera
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _draw(
-    pipe: Any,
-    wanted: list[tuple[int, str]],
-    generation: Generation,
-    size: Size,
-    collected: _Collected,
-    tell: Callable[[int], None],
-) -> None:
-    """The model's own images of (seed, prompt), as latents."""
-    condition = encode_prompts(pipe, [text for _, text in wanted], generation.max_sequence_length)
-    empty = encode_prompts(pipe, [""], generation.max_sequence_length)
-    shape = latent_shape(pipe, generation)
-    levels = sigmas(pipe, generation.num_inference_steps, shape)
-    for start in range(0, len(wanted), _BATCH):
-        rows = slice(start, start + _BATCH)
-        x = noise([seed for seed, _ in wanted[rows]], shape).to(condition.hidden)
-        *_, (latents, _) = denoise(pipe.transformer, x, levels, condition[rows], empty, generation.guidance_scale)
-        collected.texts.setdefault(size, []).extend(text for _, text in wanted[rows])
-        collected.add(size, latents)
-        tell(collected.samples)
 
 
 def summary(made: Made) -> dict[str, Any]:

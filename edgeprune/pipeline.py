@@ -798,9 +798,12 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
 
     Raises:
         BudgetError: the plan's budget cannot be met; said before anything is computed.
+        InputError: the data is a cache that other encoders have made; said then too.
     """
     ran = []
     rehearse(ws.source, ws.generation, options)
+    if options.distill is not None and options.data.source and is_cache(options.data.source):
+        _check_cache(ws, Path(options.data.source), progress)
     needs_scores = options.plan.scored or (options.distill and options.distill.sensitivity != "off")
     if needs_scores and run_analyze(ws, options.analyze, progress):
         ran.append("analyze")

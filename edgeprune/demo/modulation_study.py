@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -340,14 +339,8 @@ class Study:
         return self.judged(name, self.smaller(name, variant)[1])
 
     def _distil(self, ws: Workspace, options: Any, data: Any) -> None:
-        cache = self.out / "cache"
-        cache.mkdir(exist_ok=True)
-        (ws.out / "cache").mkdir(exist_ok=True)
-        for path in cache.glob("pairs-*"):  # the same images for all
-            shutil.copyfile(path, ws.out / "cache" / path.name)
+        ws.cache = self.out / "cache"  # the same images for all
         pipeline.run_distill(ws, options, data, _progress)
-        for path in (ws.out / "cache").glob("pairs-*"):
-            shutil.copyfile(path, cache / path.name)
 
     def run(self) -> None:
         """Everything that is not known yet."""
