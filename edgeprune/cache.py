@@ -40,7 +40,8 @@ OF_SAMPLES = ("source", "content", "samples", "buckets", "dtype", "samples_per_s
 """The settings that say which samples these are. All others must be those of the model that learns from them."""
 _KEPT = (".safetensors", ".json", ".txt", ".model")
 """What weights, configs and tokenizers are written as."""
-_MOST_SHARDS, _MOST_SAMPLES = 10**6, 10**9
+_MOST_SHARDS, _MOST_SAMPLES = 60_000, 10**9
+"""Linux maps up to 65,530 files at once."""
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
@@ -239,7 +240,8 @@ def mapped(path: Path, sizes: Mapping[str, int], family: Family, config: Config)
         shape = found.get(name, ((), ""))[0]
         return shape if len(shape) == count else (0,) * count
 
-    channels, patch, largest = (getattr(family.latents(config), n) for n in ("channels", "patch", "largest"))
+    space = family.latents(config)
+    most = LARGEST if space.largest is None else space.largest * space.patch
     hidden_width, pooled_width = family.text_widths(config)
     texts, tokens, _ = axes("hidden", 3)
     expected: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -248,8 +250,8 @@ def mapped(path: Path, sizes: Mapping[str, int], family: Family, config: Config)
     }
     for size, count in sizes.items():
         _, _, *sides = axes(f"latents.{size}", 4)
-        fits = all(s and s % patch == 0 and (largest is None or s <= largest * patch) for s in sides)
-        expected[f"latents.{size}"] = ((count, channels, *(sides if fits else ("h", "w"))), ("F32", "F16"))
+        fits = all(0 < side <= most and side % space.patch == 0 for side in sides)
+        expected[f"latents.{size}"] = ((count, space.channels, *(sides if fits else ("h", "w"))), ("F32", "F16"))
         expected[f"rows.{size}"] = ((count,), ("I64",))
     for name in sorted(expected.keys() | found.keys()):
         (shape, kinds), (real, kind) = expected.get(name, (None, ())), found.get(name, (None, ""))
@@ -265,7 +267,8 @@ def mapped(path: Path, sizes: Mapping[str, int], family: Family, config: Config)
     parts = []
     for size in sizes:
         rows = tensors[f"rows.{size}"]
-        if not 0 <= int(rows.min()) <= int(rows.max()) < texts:
-            raise InputError(f"{path}: rows.{size}: found {int(rows.max())}, expected texts from 0 to {texts - 1}")
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= texts:
+            raise InputError(f"{path}: rows.{size}: found {low} to {high}, expected texts from 0 to {texts - 1}")
         parts.append(Part(tensors[f"latents.{size}"], rows, tensors["hidden"], tensors["pooled"]))
     return parts

@@ -743,8 +743,8 @@ def cache(
 
         _reading(measure_reading(Path(source), family, config), as_json)
         return
-    said = {n: v for n, v in _generation(inference_steps, guidance_scale, height, width).items() if v is not None}
-    images = Generation.checked(asdict(Generation.load(folder)) | said, "options")
+    given = {n: v for n, v in _generation(inference_steps, guidance_scale, height, width).items() if v is not None}
+    images = Generation.checked(asdict(Generation.load(folder)) | given, "options")
     images.check_size(folder)
     options = encode.CacheOptions(source, samples, buckets, half)
     encode.check_folder(out)
@@ -779,7 +779,8 @@ def cache(
         _say("nothing to do, the cache is complete")
     if summary["skipped"]:
         _say(f"what was skipped, and why: {out / 'skipped.json'}")
-    _say(f"next: edgeprune distill -o small --data {out}, or: edgeprune cache {out} --measure")
+    said = f" --model {model}" if model else ""
+    _say(f"next: edgeprune distill -o small --data {out}, or: edgeprune cache {out}{said} --measure")
     if as_json:
         _print_json({"out": str(out), **summary})
 
