@@ -87,7 +87,11 @@ Calibration = Annotated[
 ]
 DataSource = Annotated[
     str | None,
-    typer.Option("--data", help="imagefolder, .tar shards, YE-POP, datasets:NAME, a file of prompts, or 'shapes'."),
+    typer.Option(
+        "--data",
+        help="A folder of `edgeprune cache`, imagefolder, .tar shards, YE-POP, datasets:NAME, a file of prompts, or "
+        "'shapes'.",
+    ),
 ]
 
 
@@ -694,6 +698,125 @@ def distill(
     stage = ws.manifest.stages["distill"]
     _say(f"loss {stage['first_loss']:.4f} -> {stage['last_loss']:.4f}" + ("" if ran else " (already done)"))
     _say(f"next: edgeprune quantize -o {out}")
+
+
+@app.command(
+    epilog="Example: edgeprune cache images/ --model ./sd35 -o encoded --buckets  ·  "
+    "edgeprune cache encoded --model ./sd35 --measure  ·  "
+    "edgeprune cache datasets:me/pictures --model ./sd35 --samples 100000 --dry-run"
+)
+def cache(
+    source: Annotated[
+        str,
+        typer.Argument(help="imagefolder, .tar shards, YE-POP, datasets:NAME, a file of prompts, or 'shapes'."),
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Diffusers folder or hub id; without it, the built-in model.")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make or go on with.")] = Path("cache"),
+    samples: Annotated[
+        int, typer.Option(min=1, help="Images to make of prompts and shapes, or to take of datasets:NAME.")
+    ] = 1024,
+    buckets: Annotated[
+        bool, typer.Option("--buckets", help="Sizes by aspect ratio; else all are cropped to --height x --width.")
+    ] = False,
+    half: Annotated[bool, typer.Option("--half", help="Keep numbers in 16 bits: half of the disk.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Threads that decode and resize; one a core, up to 8.")
+    ] = None,
+    inference_steps: InferenceSteps = None,
+    guidance_scale: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="SOURCE is a cache: how fast it is read, beside its disk.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Encode images and captions once, for `distill --data` to read. Killed, it goes on after the last whole shard."""
+    from dataclasses import asdict
+
+    from edgeprune import encode, pipeline
+    from edgeprune.checkpoint import load_pipeline, load_transformer, read_config, resolve
+    from edgeprune.generation import Generation
+    from edgeprune.lock import LOCK, hold
+
+    folder = resolve(model)
+    config, family = read_config(folder)
+    if measure:
+        from edgeprune.throughput import measure as measure_reading
+
+        _reading(measure_reading(Path(source), family, config), as_json)
+        return
+    given = {n: v for n, v in _generation(inference_steps, guidance_scale, height, width).items() if v is not None}
+    images = Generation.checked(asdict(Generation.load(folder)) | given, "options")
+    images.check_size(folder)
+    options = encode.CacheOptions(source, samples, buckets, half)
+    encode.check_folder(out)
+    if dry_run:
+        expected = encode.forecast(folder, images, options, out)
+        _table(_megabytes(expected))
+        _say("at most: what cannot be used takes nothing, and equal captions are kept once a shard")
+        if as_json:
+            _print_json(expected)
+        return
+
+    def load() -> Any:
+        import torch
+
+        if encode.is_drawn(source):
+            pipe = load_pipeline(folder, load_transformer(folder, quantized=False))
+        else:
+            pipe = pipeline.load_encoders(folder)
+        return pipe.to("cuda") if torch.cuda.is_available() else pipe
+
+    settings = encode.settings_of(folder, images, options)
+    with hold(out / LOCK, out), _bars() as progress:
+        made = encode.make_cache(
+            load,
+            folder, out, settings, images, options, workers=workers or encode.WORKERS,
+            progress=lambda done, total, note: progress("cache", done, total, note),
+        )  # fmt: skip
+    summary = encode.summary(made)
+    sizes = ", ".join(f"{size}: {count:,}" for size, count in summary["sizes"].items())
+    _table([*_megabytes({k: v for k, v in summary.items() if k != "sizes"}), ("samples by size", sizes)])
+    if not made.samples:
+        _say("nothing to do, the cache is complete")
+    if summary["skipped"]:
+        _say(f"what was skipped, and why: {out / 'skipped.json'}")
+    said = f" --model {model}" if model else ""
+    _say(f"next: edgeprune distill -o small --data {out}, or: edgeprune cache {out}{said} --measure")
+    if as_json:
+        _print_json({"out": str(out), **summary})
+
+
+def _megabytes(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of what is smaller than models; what is not known is left out."""
+    rows = []
+    for key, value in found.items():
+        if key.endswith("_bytes_per_s"):
+            rows.append((key.removesuffix("_bytes_per_s").replace("_", " "), f"{value / 1e6:,.2f} MB/s"))
+        elif key.endswith("_bytes") and value is not None:
+            rows.append((key.removesuffix("_bytes").replace("_", " "), f"{value / 1e6:,.3f} MB"))
+        elif value is not None:
+            rows.append((key.replace("_per_s", "/s").replace("_", " "), f"{value:,}"))
+    return rows
+
+
+def _reading(found: dict[str, Any], as_json: bool) -> None:
+    rows = [("", "samples/s", "MB/s", "MB from disk")]
+    for part in ("sequential", "random", "batches"):
+        speed, rate, disk = (found[f"{part}_{unit}"] for unit in ("samples_per_s", "bytes_per_s", "from_disk_bytes"))
+        read = "not known" if disk is None else f"{disk / 1e6:,.1f}"
+        rows.append((part, f"{speed:,.0f}", f"{rate / 1e6:,.0f}", read))
+    _table(rows)
+    _say(
+        f"{found['samples']:,} samples of {found['sample_bytes']:,} bytes in {found['files_bytes'] / 1e6:,.1f} MB; "
+        + ("the system forgot them before each line" if found["cold"] else "they may have been in memory")
+    )
+    if as_json:
+        _print_json(found)
 
 
 @app.command(epilog="Example: edgeprune quantize -o small --group-size 64")

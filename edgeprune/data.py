@@ -1,42 +1,29 @@
-"""What distillation learns from: latents with their encoded prompts, computed once and kept on disk.
+"""What distillation learns from: batches of latents with their encoded prompts, drawn from what is mapped from disk.
 
-Sources: images in one of the layouts of sources/, a text file of prompts for which the teacher makes the images, or
-shapes world's own renders. What it leaves out: aspect-ratio buckets, and sources whose latents do not fit into memory.
+The pages of a file that is mapped are read when they are asked for and given back when memory is short, so it may be
+larger than memory. What it leaves out: where the files come from (cache.py reads them, encode.py makes them).
+
+Notation: B batch, S samples, T texts, C latent channels, M text tokens, K and P text widths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import bisect
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from safetensors.torch import load_file
 
 from edgeprune.errors import InputError
-from edgeprune.files import sha256_file, write_json
-from edgeprune.generation import Generation
-from edgeprune.resume import save_tensors
-from edgeprune.sampling import denoise, encode_prompts, latent_shape, noise, sigmas
-from edgeprune.sources import Layout, Skipped, layout_of
 
-Progress = Callable[[int, int], None]
-_BATCH = 32
-"""Images in memory."""
-_UNKNOWN = (
-    "--data: {}: found none of these, expected an imagefolder with metadata.jsonl, .tar shards, YE-POP's JSON files, "
-    "datasets:NAME, a text file of prompts, or shapes"
-)
 PROMPTS = Path(__file__).parent / "prompts.txt"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's data: latents (B, C, h, w), hidden (B, M, K), pooled (B, P)."""
+    """One step's data: latents (B, C, h, w), hidden (B, M, K), pooled (B, P), all float32."""
 
     latents: torch.Tensor
     hidden: torch.Tensor
@@ -44,8 +31,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """All of the data, in memory. Row 0 of the encoded texts is the empty prompt."""
+class Part:
+    """Samples of one size, in memory or mapped from a file. Row 0 of the encoded texts is the empty prompt."""
 
     latents: torch.Tensor
     """(S, C, h, w), normalised."""
@@ -56,11 +43,55 @@ class Pairs:
     pooled: torch.Tensor
     """(T, P)."""
 
+
+class _Bucket:
+    """Parts whose latents are of one size, as one list of samples."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts = parts
+        self.ends = list(itertools.accumulate(len(part.latents) for part in parts))
+
+    def sample(self, index: int, dropped: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents, hidden and pooled text; those of the empty prompt if dropped."""
+        at = bisect.bisect_right(self.ends, index)
+        part = self.parts[at]
+        place = index - (self.ends[at - 1] if at else 0)
+        row = 0 if dropped else int(part.rows[place])
+        return part.latents[place], part.hidden[row], part.pooled[row]
+
+
+class Pairs:
+    """All samples, whatever their number: only what a batch needs is read."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        """Parts in the order of their samples; those of one size of latents are drawn from together."""
+        grouped: dict[tuple[int, ...], list[Part]] = {}
+        for part in parts:
+            grouped.setdefault(tuple(part.latents.shape[1:]), []).append(part)
+        self._buckets = [_Bucket(parts) for _, parts in sorted(grouped.items())]
+        self._ends = list(itertools.accumulate(bucket.ends[-1] for bucket in self._buckets))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def item_bytes(self) -> int:
+        """Of a number as it is kept: 2 or 4."""
+        return self._buckets[0].parts[0].latents.element_size()
+
     def batch(self, size: int, drop: float, generator: torch.Generator) -> Batch:
-        """A random batch; a share `drop` of it has the empty prompt."""
-        picked = torch.randint(len(self.latents), (size,), generator=generator)
-        rows = self.rows[picked].masked_fill(torch.rand(size, generator=generator) < drop, 0)
-        return Batch(self.latents[picked], self.hidden[rows], self.pooled[rows])
+        """A random batch of one size of latents; a share `drop` of it has the empty prompt.
+
+        A size is drawn as often as its share of the samples, so every sample is drawn equally often.
+        """
+        bucket = self._buckets[0]
+        if len(self._buckets) > 1:
+            sample = int(torch.randint(len(self), (), generator=generator))
+            bucket = self._buckets[bisect.bisect_right(self._ends, sample)]
+        picked = torch.randint(bucket.ends[-1], (size,), generator=generator).tolist()
+        dropped = (torch.rand(size, generator=generator) < drop).tolist()
+        found = [bucket.sample(*one) for one in zip(picked, dropped, strict=True)]
+        return Batch(*(torch.stack(tensors).float() for tensors in zip(*found, strict=True)))
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -77,121 +108,3 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise InputError(f"{path}: no prompts, expected one a line")
     return prompts
-
-
-def fitted(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
-    """An image as (H, W, 3), resized and cropped to the middle."""
-    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
-
-
-def _of_images(
-    pipe: Any, layout: Layout, source: str, generation: Generation, most: int, listed: Path, progress: Progress
-) -> tuple[torch.Tensor, list[str]]:
-    """Latents and texts of a source of images, a batch in memory at a time; what was skipped is listed in a file."""
-    latents, texts, skipped = list[torch.Tensor](), list[str](), list[Skipped]()
-    waiting: list[NDArray[np.uint8]] = []
-
-    def encode() -> None:
-        images = torch.from_numpy(np.stack(waiting)).permute(0, 3, 1, 2).contiguous()
-        latents.append(encode_images(pipe, images, lambda done, total: None))
-        waiting.clear()
-        progress(len(texts), len(texts))
-
-    for found in layout.read(source):
-        if isinstance(found, Skipped):
-            skipped.append(found)
-            continue
-        waiting.append(fitted(found.image, generation.width, generation.height))
-        texts.append(found.text)
-        if len(waiting) == _BATCH:
-            encode()
-        if layout.STREAMED and len(texts) == most:
-            break
-    if waiting:
-        encode()
-    if not texts:
-        why = f": {skipped[0].name}: {skipped[0].why}" if skipped else ""
-        raise InputError(f"--data {source}: no image with a caption that can be used{why}")
-    write_json(listed, {"used": len(texts), "skipped": [[s.name, s.why] for s in skipped]})
-    return torch.cat(latents), texts
-
-
-@torch.no_grad()
-def encode_images(pipe: Any, images: torch.Tensor, progress: Progress, *, batch: int = 32) -> torch.Tensor:
-    """uint8 (S, 3, H, W) to normalised latents (S, C, h, w)."""
-    parts = []
-    config = pipe.vae.config
-    for start in range(0, len(images), batch):
-        x = images[start : start + batch].to(pipe.vae.dtype) / 127.5 - 1
-        parts.append((pipe.vae.encode(x).latent_dist.mean.float() - config.shift_factor) * config.scaling_factor)
-        progress(min(start + batch, len(images)), len(images))
-    return torch.cat(parts)
-
-
-def _teacher_made(
-    pipe: Any, prompts: list[str], generation: Generation, progress: Progress, *, batch: int = 32
-) -> torch.Tensor:
-    condition = encode_prompts(pipe, prompts, generation.max_sequence_length)
-    empty = encode_prompts(pipe, [""], generation.max_sequence_length)
-    shape = latent_shape(pipe, generation)
-    levels = sigmas(pipe, generation.num_inference_steps, shape)
-    parts = []
-    for start in range(0, len(prompts), batch):
-        rows = slice(start, start + batch)
-        x = noise(list(range(start, start + len(prompts[rows]))), shape).to(condition.hidden)
-        *_, (latents, _) = denoise(pipe.transformer, x, levels, condition[rows], empty, generation.guidance_scale)
-        parts.append(latents)
-        progress(min(start + batch, len(prompts)), len(prompts))
-    return torch.cat(parts)
-
-
-def source_digest(source: str) -> str:
-    """Identity of a source's content: of images, by name, size and time of change."""
-    path = Path(source)
-    if source == "shapes":
-        return source
-    if layout := layout_of(source):
-        return layout.identity(source)
-    if path.is_file():
-        return sha256_file(path)
-    raise InputError(_UNKNOWN.format(source))
-
-
-def make_pairs(
-    pipe: Any,
-    source: str,
-    generation: Generation,
-    cache: Path,
-    *,
-    samples: int,
-    progress: Progress = lambda done, total: None,
-) -> Pairs:
-    """Latents and texts from a source, computed once; `cache` is read if it is there.
-
-    Args:
-        source: `shapes`, images in a layout of sources/, or a file of prompts.
-        samples: how many images to make (`shapes`, prompts) or to take of a stream; a folder is taken whole.
-    """
-    if not cache.exists():
-        if source == "shapes":
-            from edgeprune.demo.shapes import training_scenes
-
-            rendered, texts = training_scenes(samples, seed=7)
-            images = torch.from_numpy(rendered).permute(0, 3, 1, 2).contiguous()
-            latents = encode_images(pipe, images, progress)
-        elif layout := layout_of(source):
-            listed = cache.with_suffix(".json")
-            latents, texts = _of_images(pipe, layout, source, generation, samples, listed, progress)
-        elif Path(source).is_file():
-            prompts = read_prompts(Path(source))
-            texts = [prompts[i % len(prompts)] for i in range(samples)]
-            latents = _teacher_made(pipe, texts, generation, progress)
-        else:
-            raise InputError(_UNKNOWN.format(source))
-        unique = ["", *sorted(set(texts) - {""})]
-        index = {t: i for i, t in enumerate(unique)}
-        encoded = encode_prompts(pipe, unique, generation.max_sequence_length)
-        rows = torch.tensor([index[t] for t in texts])
-        save_tensors(cache, {"latents": latents, "rows": rows, "hidden": encoded.hidden, "pooled": encoded.pooled})
-    data = load_file(cache)
-    return Pairs(data["latents"], data["rows"], data["hidden"], data["pooled"])

@@ -17,6 +17,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgeprune import checkpoint
+from edgeprune.data import PROMPTS
+from edgeprune.encode import is_drawn
 from edgeprune.estimators import estimator_named
 from edgeprune.families import Config, Family
 from edgeprune.files import read_json
@@ -24,7 +26,6 @@ from edgeprune.generation import Generation, latent_factor, longest_prompt
 from edgeprune.metrics import evaluations, preparing
 from edgeprune.pipeline import AnalyzeOptions, CompressOptions, analysis_groups, rehearse
 from edgeprune.sampling import Conditioning, velocity
-from edgeprune.sources import layout_of
 
 
 def forecast(source: Path, options: CompressOptions, generation: Generation) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
     # A training step is one evaluation of the teacher, and three of the student: forward, and twice that backward, but
     # one of a frozen prefix.
     taught = training.steps * training.batch if training else 0
-    made = options.data.samples if training and _teacher_draws(options.data.source) else 0
+    made = options.data.samples if training and is_drawn(options.data.source or str(PROMPTS)) else 0
     drawn = made * generation.num_inference_steps * per_step
     flops = flops_per_evaluation(family, config, source, generation)
     speed = matmul_flops_per_s()
@@ -145,11 +146,6 @@ def _saved_bytes(model: Any, sample: tuple[torch.Tensor, Conditioning, torch.Ten
         )  # or storages are freed and counted as one
     del alive
     return sum(kept.values())
-
-
-def _teacher_draws(source: str | None) -> bool:
-    """Whether the training images are made by the teacher: not those of shapes world, nor those of a folder."""
-    return source != "shapes" and not (source and layout_of(source))
 
 
 def flops_per_evaluation(family: Family, config: Config, source: Path, generation: Generation) -> int:

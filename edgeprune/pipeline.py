@@ -7,11 +7,12 @@ things look on screen (cli.py) and on the page (report.py).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +23,12 @@ from safetensors.torch import load_file
 
 from edgeprune import checkpoint, targets
 from edgeprune.baselines import baselines
+from edgeprune.cache import Index, is_cache, made_by, open_pairs
 from edgeprune.checkpoint import HALF, INT4, MANIFEST, Manifest
 from edgeprune.contribution import ContributionReport, Group, Key, analyze, fingerprint, groups, partial_of, removed
-from edgeprune.data import PROMPTS, make_pairs, read_prompts, source_digest
+from edgeprune.data import PROMPTS, read_prompts
 from edgeprune.distill import DistillOptions, distill
+from edgeprune.encode import CacheOptions, make_cache, settings_of, source_digest
 from edgeprune.errors import InputError, StaleStageError
 from edgeprune.estimators import estimator_named
 from edgeprune.families import Config, Family
@@ -156,6 +159,12 @@ def as_published(options: CompressOptions) -> CompressOptions:
     return replace(options, distill=training)
 
 
+def load_encoders(source: Path) -> Any:
+    """A folder's pipeline around a transformer of which only the embedder of timestep and prompt is left."""
+    config, family = checkpoint.read_config(source)
+    return checkpoint.load_pipeline(source, embedder_alone(family, config, Weights(source / HALF).__getitem__))
+
+
 class Workspace:
     """An artefact folder being made from a model, and what is loaded of that model."""
 
@@ -215,7 +224,8 @@ class Workspace:
         model = None if self.builtin else self.manifest.source
         other = Workspace(out, model, fresh=self.fresh, generation=asdict(self.generation))
         other.cache = self.cache
-        vars(other).update(pipe=self.pipe, weights_hash=self.weights_hash)  # what cached_property would make anew
+        shared = {"pipe": self.pipe, "teacher": self.teacher, "weights_hash": self.weights_hash}
+        vars(other).update(shared)  # what cached_property would make anew
         return other
 
     @property
@@ -240,27 +250,38 @@ class Workspace:
                 self.manifest.save(self.out)
 
     @cached_property
+    def teacher(self) -> Any:
+        """The original transformer in float32, loaded once."""
+        return checkpoint.load_transformer(self.source, quantized=False)
+
+    @cached_property
     def pipe(self) -> Any:
         """The original pipeline in float32, loaded once."""
-        return checkpoint.load_pipeline(self.source, checkpoint.load_transformer(self.source, quantized=False))
+        return checkpoint.load_pipeline(self.source, self.teacher)
 
     @cached_property
     def encoders(self) -> Any:
         """The original pipeline around a transformer of which only the embedder of timestep and prompt is left."""
-        embedder = embedder_alone(self.family, self.config, Weights(self.source / HALF).__getitem__)
-        return checkpoint.load_pipeline(self.source, embedder)
+        return load_encoders(self.source)
 
     @cached_property
     def weights_hash(self) -> str:
         """Identity of the original pipeline: its weights, configs and tokenizers. Gigabytes are hashed once."""
         paths = sorted(p for kind in ("*.safetensors", "*.json") for p in self.source.rglob(kind))
+        with self.hashes() as sha256:
+            return digest([(p.relative_to(self.source).as_posix(), sha256(p)) for p in paths])
+
+    @contextlib.contextmanager
+    def hashes(self) -> Iterator[Callable[[Path], str]]:
+        """SHA-256 of files, each read once as long as it stays what it is."""
         path = self.cache / "hashes.json"
         known = read_json(path) if path.is_file() else {}
         before = dict(known)
-        found = [(p.relative_to(self.source).as_posix(), sha256_unless_known(p, known)) for p in paths]
-        if known != before:
-            write_json(path, known)
-        return digest(found)
+        try:
+            yield lambda file: sha256_unless_known(file, known)
+        finally:
+            if known != before:
+                write_json(path, known)
 
     @property
     def report_path(self) -> Path:
@@ -562,7 +583,7 @@ def run_prune(ws: Workspace, progress: Progress = silent) -> bool:
     plan = ws.plan()
 
     def run(key: str) -> dict[str, Any]:
-        original, (mean, basis) = _original_weights(ws), _calibrated(ws, plan)
+        original, (mean, basis) = _original_weights(ws), _calibrated(ws, plan, key)
         sources = tensor_sources(ws.family, ws.config, plan.kept, plan.removed, plan.modulation_rank)
         shapes = remaining_shapes(ws.family, ws.config, plan.blocks, plan.components, plan.modulation_rank)
         parts = _by_block(ws, {name: 2 * math.prod(shape) for name, shape in shapes.items()}, plan)
@@ -584,8 +605,11 @@ def _original_weights(ws: Workspace) -> Weights:
     return weights
 
 
-def _calibrated(ws: Workspace, plan: PrunePlan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The mean modulation input (D) and the basis (R, D), where the plan needs them."""
+def _calibrated(ws: Workspace, plan: PrunePlan, key: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mean modulation input (D) and the basis (R, D), where the plan needs them; `key` is the digest of `prune`.
+
+    `distill` finds on disk what `prune` has computed: it may be without text encoders.
+    """
     if plan.modulation_rank is not None:
         path = ws.out / MODULATION
         if not path.is_file():
@@ -595,7 +619,11 @@ def _calibrated(ws: Workspace, plan: PrunePlan) -> tuple[torch.Tensor | None, to
             tensors = load_file(path)
             return tensors["mean"], tensors["basis"]
     if any(c in ws.family.norms for _, c in plan.components):
-        return modulation_mean(ws, analysis_prompts(ws, AnalyzeOptions())), None
+        path = ws.cache / f"mean-{key[:12]}.safetensors"
+        if not path.is_file():
+            save_tensors(path, {"mean": modulation_mean(ws, analysis_prompts(ws, AnalyzeOptions()))})
+        with checkpoint.readable(path):
+            return load_file(path)["mean"], None
     return None, None
 
 
@@ -638,20 +666,27 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
         raise InputError(
             f"--sensitivity {options.sensitivity} needs contribution scores; run `edgeprune analyze`, or use off"
         )
-    identity = [source_digest(source), data.samples, asdict(ws.generation)]
+    given = is_cache(source)
+    if given:
+        _check_cache(ws, Path(source), progress)
+    identity = [source_digest(source), None if given else data.samples, asdict(ws.generation)]
     inputs = {"options": options.to_json(), "data": identity}
 
     def run(key: str) -> dict[str, Any]:
-        cache = ws.cache / f"pairs-{digest([identity, ws.weights_hash])[:12]}.safetensors"
-        pairs = make_pairs(
-            ws.pipe, source, ws.generation, cache, samples=data.samples,
-            progress=lambda done, total: progress("distill: latents", done, total, ""),
-        )  # fmt: skip
-        pruned = prune_state(ws.family, ws.config, plan, _original_weights(ws).__getitem__, *_calibrated(ws, plan))
+        encoded = Path(source) if given else ws.cache / f"data-{digest([identity, ws.weights_hash])[:12]}"
+        if not given:
+            _encode(ws, encoded, CacheOptions(source, data.samples), progress)
+        with ws.hashes() as sha256:
+            pairs = open_pairs(
+                encoded, ws.family, ws.config, sha256=sha256,
+                progress=lambda done, total: progress("distill: checking", done, total, ""),
+            )  # fmt: skip
+        calibrated = _calibrated(ws, plan, ws.manifest.stages["prune"]["inputs"])
+        pruned = prune_state(ws.family, ws.config, plan, _original_weights(ws).__getitem__, *calibrated)
         student = build(ws.family, ws.config, plan, {n: t.float() for n, t in pruned.items()})
         state, losses = distill(
             ws.family,
-            ws.pipe.transformer,
+            ws.teacher,
             student,
             plan,
             ws.report(),
@@ -668,6 +703,28 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
         return {"first_loss": sum(losses[:10]) / len(losses[:10]), "last_loss": sum(losses[-10:]) / len(losses[-10:])}
 
     return ws.stage("distill", inputs, run)
+
+
+def _encode(ws: Workspace, folder: Path, options: CacheOptions, progress: Progress) -> None:
+    """What is missing of a cache of the folder's own."""
+    with ws.hashes() as sha256:
+        settings = settings_of(ws.source, ws.generation, options, sha256)
+    make_cache(
+        lambda: ws.pipe, ws.source, folder, settings, ws.generation, options,
+        progress=lambda done, total, note: progress("distill: latents", done, total, note),
+    )  # fmt: skip
+
+
+def _check_cache(ws: Workspace, folder: Path, progress: Progress) -> None:
+    """Refuse a cache that this model's encoders did not make; their files are hashed once, and not loaded."""
+    index = Index.load(folder)
+    with ws.hashes() as sha256:
+        drawn = "transformer" in index.settings
+        absent = index.check_made_by(made_by(ws.source, ws.generation, drawn=drawn, sha256=sha256), folder)
+    if absent:
+        progress(
+            f"distill: {folder} says what made it; no weights of {', '.join(absent)} here to compare with", 0, 0, ""
+        )
 
 
 def run_quantize(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) -> bool:
@@ -741,9 +798,12 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
 
     Raises:
         BudgetError: the plan's budget cannot be met; said before anything is computed.
+        InputError: the data is a cache that other encoders have made; said then too.
     """
     ran = []
     rehearse(ws.source, ws.generation, options)
+    if options.distill is not None and options.data.source and is_cache(options.data.source):
+        _check_cache(ws, Path(options.data.source), progress)
     needs_scores = options.plan.scored or (options.distill and options.distill.sensitivity != "off")
     if needs_scores and run_analyze(ws, options.analyze, progress):
         ran.append("analyze")

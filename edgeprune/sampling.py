@@ -1,4 +1,4 @@
-"""Running a pipeline's transformer: text to conditioning, noise to latents, latents to images. Torch, batched, seeded.
+"""Running a pipeline: text to conditioning, noise to latents, latents to images and back. Torch, batched, seeded.
 
 The noise of a seed is the same as the runtimes', so that images of torch and of a device can be compared. What it
 leaves out: everything that a pipeline's `__call__` offers beyond prompt, guidance, steps and size.
@@ -120,6 +120,17 @@ def denoise(
             found = free + guidance * (bound - free)
         latents = latents + (following - sigma) * found
     yield latents, levels[-1]
+
+
+@torch.no_grad()
+def encode_images(pipe: Any, images: torch.Tensor, *, batch: int = 32) -> torch.Tensor:
+    """uint8 (S, 3, H, W) to normalised latents (S, C, h, w), the mean of what the VAE says."""
+    parts = []
+    vae, config = pipe.vae, pipe.vae.config
+    for start in range(0, len(images), batch):
+        x = images[start : start + batch].to(vae.device, vae.dtype) / 127.5 - 1
+        parts.append((vae.encode(x).latent_dist.mean.float() - config.shift_factor) * config.scaling_factor)
+    return torch.cat(parts)
 
 
 @torch.no_grad()

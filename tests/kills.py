@@ -30,12 +30,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from edgeprune import distill, pipeline, weights
+from edgeprune import distill, encode, pipeline, weights
 from edgeprune.distill import DistillOptions
+from edgeprune.encode import CacheOptions
 from edgeprune.export import to_onnx, unfinished
+from edgeprune.generation import Generation
 from edgeprune.pipeline import AnalyzeOptions, DataOptions, PlanOptions, QuantizeOptions, Workspace
 
-STAGES = ("analyze", "distill", "quantize", "export")
+STAGES = ("analyze", "distill", "quantize", "export", "cache")
 STEPS, SAVE_EVERY = 12, 3
 WARM = {"distill": "accelerate", "quantize": "nncf"}
 """What a stage would import by itself, in every fork."""
@@ -83,7 +85,17 @@ def run_stage(stage: str, source: Path, folder: Path) -> None:
         shard.put, lambda self, index, _: ("shard", json.loads((self.folder / "unfinished.json").read_text()), index)
     )
     network.finish = noted(network.finish, lambda _, name, __: ("network", name))  # type: ignore[method-assign]
+    encode.SHARD_BYTES, encode._ROUND = 1, 2
+    encode.save_tensors = noted(  # type: ignore[attr-defined]
+        encode.save_tensors, lambda path, *_: ("encoded", path.parent.name, path.name)
+    )
     pipeline.distill = functools.partial(distill.distill, save_every=SAVE_EVERY)  # type: ignore[attr-defined]
+    if stage == "cache":
+        generation, options = Generation.load(source), CacheOptions("shapes", 9)
+        settings = encode.settings_of(source, generation, options)
+        load = functools.partial(pipeline.load_encoders, source)
+        encode.make_cache(load, source, folder / "encoded", settings, generation, options)
+        return
     if stage == "export":
         to_onnx.export(folder / "small", folder / "onnx")
         return
@@ -143,9 +155,9 @@ def unreadable(folder: Path) -> tuple[int, list[str]]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hash by name of every file but the log; of the manifest, without the seconds that stages took."""
+    """Hash by name of every file but the log and the times of files; of the manifest, without the stages' seconds."""
     out = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "log"):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("log", "hashes.json")):
         data = path.read_bytes()
         if path.name == "edgeprune.json":
             manifest = json.loads(data)

@@ -132,8 +132,8 @@ def test_a_grid_is_run_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert rows["koala"]["bytes_ratio"] < 0.3 and rows["koala"]["blocks"] and rows["koala"]["lead"] is not None
     assert rows["half"]["blocks"] == [1] and rows["half"]["bytes"] > rows["ours"]["bytes"]
     assert summary["original"]["score"] == (0, 0, 0) and rows["ours"]["score"][0] < 0
-    assert len(list((out / "original" / "cache").glob("pairs-*"))) == 1  # made once for all rows
-    assert not list((out / "koala" / "seed-0" / "cache").glob("pairs-*"))
+    assert len(list((out / "original" / "cache").glob("data-*"))) == 1  # made once for all rows
+    assert not list((out / "koala" / "seed-0" / "cache").glob("data-*"))
 
     first = compare_page.write(summary, out)
     pictures = [path.read_bytes() for path in first]

@@ -13,7 +13,7 @@ from tiny import TOKENS, config_of, tiny_flux, tiny_inputs, tiny_transformer
 
 from edgeprune import stop
 from edgeprune.contribution import ContributionReport, fingerprint
-from edgeprune.data import Pairs
+from edgeprune.data import Pairs, Part
 from edgeprune.distill import DistillOptions, distill, parameter_groups, strengths
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.families import family_of
@@ -38,11 +38,11 @@ def setup(kind: str = "sd3") -> tuple[Any, Any, Any, PrunePlan, ContributionRepo
     report = ContributionReport(fingerprint(config), family.name, 5, "m", ["p"], [0.0], scores)
     g = torch.Generator().manual_seed(3)
     width = tiny_inputs()["pooled_projections"].shape[-1]
-    pairs = Pairs(
+    part = Part(
         torch.randn(16, 8, 8, 8, generator=g), torch.arange(16) % 4,
         torch.randn(4, TOKENS, width, generator=g), torch.randn(4, width, generator=g),
     )  # fmt: skip
-    return family, teacher, student, plan, report, pairs
+    return family, teacher, student, plan, report, Pairs([part])
 
 
 def saved(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:

@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
-from tiny import tiny_pipeline
 
-from edgeprune import data, sources
+from edgeprune import sources
 from edgeprune.errors import InputError
-from edgeprune.pipeline import Workspace
-from edgeprune.sources import Pair, Skipped, layout_of
+from edgeprune.sources import Entry, Pair, Skipped, layout_of, opened
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (12, 8)) -> bytes:
@@ -27,7 +24,9 @@ def everything(given: Path | str) -> tuple[list[tuple[str, str]], list[str]]:
     """(name, text) of what can be used; names of what was skipped."""
     layout = layout_of(str(given))
     assert layout is not None
-    found = list(layout.read(str(given)))
+    entries = list(layout.read(str(given)))
+    assert layout.count(str(given)) in (len(entries), None)
+    found = [opened(e) if isinstance(e, Entry) else e for e in entries]
     pairs = [(f.name, f.text) for f in found if isinstance(f, Pair)]
     assert all(f.image.mode == "RGB" for f in found if isinstance(f, Pair))
     return pairs, [f.name for f in found if isinstance(f, Skipped)]
@@ -122,7 +121,7 @@ def test_yepop(tmp_path: Path) -> None:
 
 def test_huge_images_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_PIXELS", 50)
-    found = sources.pair_of("x", io.BytesIO(picture()), "text")
+    found = opened(Entry("x", picture(), "text"))
     assert found == Skipped("x", "found 12 x 8, expected at most 50 pixels")
 
 
@@ -160,23 +159,3 @@ def test_datasets_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     rows.features = {"text": None}
     with pytest.raises(InputError, match="datasets:me/mine:test: found no image among its columns: text"):
         everything("datasets:me/mine:test")
-
-
-def test_pairs_are_made_of_what_is_good_and_list_the_rest(tmp_path: Path) -> None:
-    tiny_pipeline(tmp_path / "source")
-    ws = Workspace(tmp_path / "out", str(tmp_path / "source"))
-    images = imagefolder(tmp_path / "images")
-    assert layout_of(str(images)) is not None
-    before = data.source_digest(str(images))
-    pairs = data.make_pairs(ws.pipe, str(images), ws.generation, tmp_path / "pairs.safetensors", samples=1)
-    assert len(pairs.latents) == 2 and pairs.rows.tolist() == [1, 2]
-    torch.testing.assert_close(pairs.latents[0], pairs.latents[1])  # of one file
-    listed = json.loads((tmp_path / "pairs.json").read_text())
-    assert listed["used"] == 2 and [name for name, _ in listed["skipped"]] == ["b.png", "missing.png", "a.png"]
-    (images / "c.png").write_bytes(picture())
-    assert data.source_digest(str(images)) != before
-    (images / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "x"}')
-    with pytest.raises(InputError, match="no image with a caption that can be used: b.png: not a readable image"):
-        data.make_pairs(ws.pipe, str(images), ws.generation, tmp_path / "other.safetensors", samples=1)
-    with pytest.raises(InputError, match="--data: nowhere: found none of these"):
-        data.source_digest("nowhere")

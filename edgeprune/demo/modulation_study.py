@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from numpy.typing import NDArray
 
 from edgeprune import checkpoint, pipeline
 from edgeprune.contribution import ContributionReport
-from edgeprune.data import encode_images
 from edgeprune.demo import shapes
 from edgeprune.files import read_json, write_json
 from edgeprune.int4 import round_int4
@@ -32,7 +30,16 @@ from edgeprune.pipeline import Workspace
 from edgeprune.plan import PlanOptions, PrunePlan, make_plan, plan_for
 from edgeprune.precision import Precision, precision_of
 from edgeprune.quantize import round_to_nearest
-from edgeprune.sampling import Conditioning, encode_prompts, generate, latent_shape, noise, sigmas, velocity
+from edgeprune.sampling import (
+    Conditioning,
+    encode_images,
+    encode_prompts,
+    generate,
+    latent_shape,
+    noise,
+    sigmas,
+    velocity,
+)
 from edgeprune.surgery import prune
 
 RANKS = (0, 2, 4, 8, 16, 32, 48, 64)
@@ -231,7 +238,7 @@ class Study:
         pictures = [p.meaning for p in shapes.evaluation_prompts(3)]
         images = np.stack([shapes.render(m, np.random.default_rng(i)) for i, m in enumerate(pictures)])
         tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        clean = encode_images(self.pipe, tensor, lambda done, total: None)
+        clean = encode_images(self.pipe, tensor)
         fresh = noise(list(range(len(texts))), tuple(clean.shape[1:]))
         condition = encode_prompts(self.pipe, texts, self.generation.max_sequence_length)
         rows: dict[str, dict[str, float]] = {}
@@ -332,14 +339,8 @@ class Study:
         return self.judged(name, self.smaller(name, variant)[1])
 
     def _distil(self, ws: Workspace, options: Any, data: Any) -> None:
-        cache = self.out / "cache"
-        cache.mkdir(exist_ok=True)
-        (ws.out / "cache").mkdir(exist_ok=True)
-        for path in cache.glob("pairs-*"):  # the same images for all
-            shutil.copyfile(path, ws.out / "cache" / path.name)
+        ws.cache = self.out / "cache"  # the same images for all
         pipeline.run_distill(ws, options, data, _progress)
-        for path in (ws.out / "cache").glob("pairs-*"):
-            shutil.copyfile(path, cache / path.name)
 
     def run(self) -> None:
         """Everything that is not known yet."""

@@ -1,16 +1,19 @@
-"""Where training images and their captions come from: each layout a file of its own, read one image at a time.
+"""Where training images and their captions come from: each layout a file of its own, read one entry at a time.
 
-A layout has `fits` (whether a `--data` is of it), `identity` and `read`. What cannot be used is passed on with the
-reason, so that a bad image among a million stops nothing and is listed. What it leaves out: prompts without images and
-shapes world, for which data.py makes images.
+A layout has `fits` (whether a `--data` is of it), `identity`, `count` and `read`. Entries are not opened yet (`opened`
+does), so that going past what is done costs little and images are decoded in parallel. What cannot be used is passed on
+with the reason, so that a bad image among a million stops nothing and is listed. What it leaves out: prompts without
+images and shapes world, for which encode.py makes images.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -20,6 +23,15 @@ CAPTIONS = ("text", "caption", "prompt", "cogvlm_caption", "llava_caption", "TEX
 """Names that a caption goes by, the better ones first."""
 MAX_PIXELS = 2**26
 """A larger image is skipped before it is unpacked."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image file that nobody has looked at yet, and what stands for its caption."""
+
+    name: str
+    file: Path | bytes
+    text: object
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,10 @@ class Layout(Protocol):
     def identity(self, given: str) -> str:
         """Changes when the content does; without reading all of it."""
 
-    def read(self, given: str) -> Iterator[Pair | Skipped]:
+    def count(self, given: str) -> int | None:
+        """How many entries `read` gives; None where only reading tells."""
+
+    def read(self, given: str) -> Iterator[Entry | Skipped]:
         """Everything, in an order that stays.
 
         Raises:
@@ -69,19 +84,20 @@ def layout_of(given: str) -> Layout | None:
     return None
 
 
-def pair_of(name: str, file: Any, text: object) -> Pair | Skipped:
-    """An image file (or a path) and its caption, if both are good."""
+def opened(entry: Entry) -> Pair | Skipped:
+    """An entry's image, decoded, and its caption, if both are good."""
     from PIL import Image
 
-    if not isinstance(text, str) or not text.strip():
-        return Skipped(name, f"caption: found {str(text)[:40]!r}, expected text")
+    if not isinstance(entry.text, str) or not entry.text.strip():
+        return Skipped(entry.name, f"caption: found {str(entry.text)[:40]!r}, expected text")
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(entry.file) if isinstance(entry.file, bytes) else entry.file) as image:
             if image.width * image.height > MAX_PIXELS:
-                return Skipped(name, f"found {image.width} x {image.height}, expected at most {MAX_PIXELS} pixels")
-            return Pair(name, image.convert("RGB"), text.strip())
+                why = f"found {image.width} x {image.height}, expected at most {MAX_PIXELS} pixels"
+                return Skipped(entry.name, why)
+            return Pair(entry.name, image.convert("RGB"), entry.text.strip())
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return Skipped(name, f"not a readable image ({type(error).__name__})")
+        return Skipped(entry.name, f"not a readable image ({type(error).__name__})")
 
 
 def caption_of(entry: Mapping[str, Any]) -> object:

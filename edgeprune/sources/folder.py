@@ -9,7 +9,7 @@ from pathlib import Path
 from edgeprune.errors import InputError
 from edgeprune.files import files_digest
 from edgeprune.imagefolder import METADATA
-from edgeprune.sources import Pair, Skipped, caption_of, pair_of
+from edgeprune.sources import Entry, Skipped, caption_of
 
 STREAMED = False
 
@@ -24,7 +24,12 @@ def identity(given: str) -> str:
     return files_digest(Path(given))
 
 
-def read(given: str) -> Iterator[Pair | Skipped]:
+def count(given: str) -> int | None:
+    """Every line; no image is opened."""
+    return sum(1 for _ in read(given))
+
+
+def read(given: str) -> Iterator[Entry | Skipped]:
     """Line by line; a path that leads out of the folder is no mistake that may pass.
 
     Raises:
@@ -43,4 +48,4 @@ def read(given: str) -> Iterator[Pair | Skipped]:
                 raise InputError(f"{metadata}:{number}: expected file_name and text ({error})") from error
             if not path.is_relative_to(root):
                 raise InputError(f"{metadata}:{number}: file_name: {name!r} leads out of the folder")
-            yield pair_of(name, path, caption_of(entry))
+            yield Entry(name, path, caption_of(entry))

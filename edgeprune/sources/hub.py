@@ -5,7 +5,6 @@ Needs the extra `train`. Code of a dataset is never run. Never executed against 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from edgeprune.errors import InputError
 from edgeprune.extras import needs
 from edgeprune.files import digest, files_digest
-from edgeprune.sources import Pair, Skipped, caption_of, pair_of
+from edgeprune.sources import Entry, Skipped, caption_of
 
 _PREFIX = "datasets:"
 
@@ -31,7 +30,12 @@ def identity(given: str) -> str:
     return digest([given, files_digest(Path(given.removeprefix(_PREFIX).partition(":")[0]))])
 
 
-def read(given: str) -> Iterator[Pair | Skipped]:
+def count(given: str) -> int | None:
+    """Not known before it is read."""
+    return None
+
+
+def read(given: str) -> Iterator[Entry | Skipped]:
     """Row by row; the image is the first column that holds images.
 
     Raises:
@@ -52,10 +56,10 @@ def read(given: str) -> Iterator[Pair | Skipped]:
         # Undecoded, so that a bad one is ours to skip.
         for number, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
             file = row[image] or {}
-            content = io.BytesIO(file["bytes"]) if file.get("bytes") else file.get("path")
+            content = file.get("bytes") or (Path(file["path"]) if file.get("path") else None)
             if content is None:
                 yield Skipped(f"row {number}", "no image")
             else:
-                yield pair_of(f"row {number}", content, caption_of(row))
+                yield Entry(f"row {number}", content, caption_of(row))
     except (OSError, ValueError, RuntimeError, TypeError) as error:  # what datasets raises for what it cannot find
         raise InputError(f"{given}: cannot be read ({' '.join(str(error).split())[:300]})") from error

@@ -5,7 +5,6 @@ Nothing is unpacked to disk, so no name in an archive leads anywhere. What it le
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from edgeprune.errors import InputError
 from edgeprune.files import files_digest
-from edgeprune.sources import Pair, Skipped, caption_of, pair_of
+from edgeprune.sources import Entry, Skipped, caption_of
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_BYTES = 2**26
@@ -38,40 +37,52 @@ def identity(given: str) -> str:
     return files_digest(Path(given))
 
 
-def read(given: str) -> Iterator[Pair | Skipped]:
+def count(given: str) -> int | None:
+    """By the headers; what is in the files is not read."""
+    return sum(1 for shard in _shards(given) for _ in _groups(shard, contents=False))
+
+
+def read(given: str) -> Iterator[Entry | Skipped]:
     """Shard by shard, in the order of their names.
 
     Raises:
         InputError: a shard is no tar, or ends early.
     """
     for shard in _shards(given):
-        key, parts = "", dict[str, bytes]()
-        try:
-            with tarfile.open(shard, "r:") as archive:
-                for member in archive:
-                    name = PurePosixPath(member.name)
-                    stem = member.name.removesuffix(name.suffix)
-                    if stem != key and parts:
-                        yield _pair(f"{shard.name}/{key}", parts)
-                        parts = {}
-                    key = stem
-                    if member.isfile() and name.suffix.lower() in (*IMAGES, ".txt", ".json"):
-                        if member.size > MAX_BYTES:
-                            yield Skipped(f"{shard.name}/{member.name}", f"found {member.size} bytes")
-                            continue
-                        file = archive.extractfile(member)
-                        assert file is not None  # a regular file
-                        parts[name.suffix.lower()] = file.read()
-                # tarfile takes half a header for the end.
-                if shard.stat().st_size % tarfile.BLOCKSIZE:
-                    raise tarfile.TarError("it ends within a block")
-                if parts:
-                    yield _pair(f"{shard.name}/{key}", parts)
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise InputError(f"{shard}: not a whole tar archive ({error}); download or make it again") from error
+        for found in _groups(shard, contents=True):
+            yield found if isinstance(found, Skipped) else _pair(*found)
 
 
-def _pair(name: str, parts: dict[str, bytes]) -> Pair | Skipped:
+def _groups(shard: Path, *, contents: bool) -> Iterator[tuple[str, dict[str, bytes]] | Skipped]:
+    """Name and files, by ending, of what belongs together; without `contents` the files are empty."""
+    key, parts = "", dict[str, bytes]()
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                name = PurePosixPath(member.name)
+                stem = member.name.removesuffix(name.suffix)
+                if stem != key and parts:
+                    yield f"{shard.name}/{key}", parts
+                    parts = {}
+                key = stem
+                if member.isfile() and name.suffix.lower() in (*IMAGES, ".txt", ".json"):
+                    if member.size > MAX_BYTES:
+                        yield Skipped(f"{shard.name}/{member.name}", f"found {member.size} bytes")
+                        continue
+                    file = archive.extractfile(member)
+                    assert file is not None  # a regular file
+                    parts[name.suffix.lower()] = file.read() if contents else b""
+                archive.members = []  # type: ignore[attr-defined]  # or all that went by are kept
+            # tarfile takes half a header for the end.
+            if shard.stat().st_size % tarfile.BLOCKSIZE:
+                raise tarfile.TarError("it ends within a block")
+            if parts:
+                yield f"{shard.name}/{key}", parts
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise InputError(f"{shard}: not a whole tar archive ({error}); download or make it again") from error
+
+
+def _pair(name: str, parts: dict[str, bytes]) -> Entry | Skipped:
     image = next((parts[kind] for kind in IMAGES if kind in parts), None)
     if image is None:
         return Skipped(name, "no image beside it")
@@ -82,4 +93,4 @@ def _pair(name: str, parts: dict[str, bytes]) -> Pair | Skipped:
             text = (caption_of(entry) if isinstance(entry, dict) else None) or text
         except (ValueError, RecursionError):
             return Skipped(name, "its .json is none")
-    return pair_of(name, io.BytesIO(image), text)
+    return Entry(name, image, text)

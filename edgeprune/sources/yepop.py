@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeprune.errors import InputError
 from edgeprune.files import files_digest
-from edgeprune.sources import Pair, Skipped, caption_of, pair_of
+from edgeprune.sources import Entry, Skipped, caption_of
 
 STREAMED = False
 
@@ -38,7 +38,12 @@ def identity(given: str) -> str:
     return files_digest(Path(given))
 
 
-def read(given: str) -> Iterator[Pair | Skipped]:
+def count(given: str) -> int | None:
+    """Every entry; no image is opened."""
+    return sum(1 for _ in read(given))
+
+
+def read(given: str) -> Iterator[Entry | Skipped]:
     """File by file.
 
     Raises:
@@ -57,4 +62,4 @@ def read(given: str) -> Iterator[Pair | Skipped]:
         image = (root / entry["filename"]).resolve()
         if not image.is_relative_to(root):
             raise InputError(f"{path}: {key}: filename: {entry['filename']!r} leads out of the folder")
-        yield pair_of(entry["filename"], image, caption_of(entry))
+        yield Entry(entry["filename"], image, caption_of(entry))

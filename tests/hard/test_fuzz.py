@@ -80,6 +80,21 @@ HEADER = {
     "b.weight_packed": {"dtype": "U8", "shape": [8], "data_offsets": [16, 24]},
     "__metadata__": {"format": "pt"},
 }
+CACHE = {
+    "schema_version": 1, "complete": True,
+    "settings": {"vae": "ab", "height": 64, "buckets": False, "samples_per_shard": 64, "guidance_scale": 2.5},
+    "shards": [{"file": "shard-00000.safetensors", "sha256": "ab", "sizes": {"64x64": 3, "8x80": 1}, "skipped": 0}],
+}  # fmt: skip
+SHARD = {
+    "rows.8x40": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]},
+    "hidden": {"dtype": "F16", "shape": [1, 1, 2], "data_offsets": [8, 12]},
+    "pooled": {"dtype": "F16", "shape": [1, 1], "data_offsets": [12, 14]},
+    "latents.8x40": {"dtype": "F16", "shape": [1, 1, 1, 5], "data_offsets": [14, 24]},
+}
+SHARD_OF = {
+    "_class_name": "SD3Transformer2DModel", "in_channels": 1, "patch_size": 1, "pos_embed_max_size": 8,
+    "joint_attention_dim": 2, "pooled_projection_dim": 1,
+}  # fmt: skip
 SAMPLE = {"file_name": "a.png", "text": "a cat", "seed": 3}
 ENTRY = {"location": "model.onnx.data", "offset": "0", "length": "8"}
 TARGET = (Path(targets.__file__).parent / "rtx.toml").read_text()
@@ -223,6 +238,27 @@ def _weights(path: Path) -> None:
     Weights(path)
 
 
+def _cache(path: Path) -> None:
+    from edgeprune.cache import Index
+
+    index = Index.load(path.parent)
+    assert all(
+        0 < shard.samples < 10**12 and Path(shard.file).name == shard.file for shard in index.shards if shard.sizes
+    )
+    index.check_made_by({"vae": "ab", "height": 64, "guidance_scale": 2.5}, path.parent)
+    assert index.identity and sum(index.sizes.values()) == sum(shard.samples for shard in index.shards)
+
+
+def _shard(path: Path) -> None:
+    import torch
+
+    from edgeprune.cache import mapped
+    from edgeprune.data import Pairs
+
+    (part,) = mapped(path, {"8x40": 1}, family_of(SHARD_OF), SHARD_OF)
+    assert Pairs([part]).batch(2, 0.5, torch.Generator()).latents.shape == (2, 1, 1, 5)
+
+
 def _grid(path: Path) -> None:
     from edgeprune.compare import Grid
     from edgeprune.pipeline import CompressOptions
@@ -244,6 +280,8 @@ TARGETS: dict[str, tuple[str, st.SearchStrategy[bytes], Callable[[Path], object]
     "images": ("metadata.jsonl", damaged(SAMPLE).map(text_of), _images, 6_000),
     "header": ("model.safetensors", damaged(HEADER).map(safetensors), _weights, 10_000),
     "safetensors": ("model.safetensors", torn(safetensors(HEADER)), _weights, 4_000),
+    "cache": ("cache.json", damaged(CACHE).map(text_of), _cache, 8_000),
+    "shard": ("shard.safetensors", damaged(SHARD).map(safetensors), _shard, 6_000),
     "external": ("model.onnx", damaged(ENTRY).map(onnx_file), check_external, 6_000),
     "onnx": ("model.onnx", torn(onnx_file(ENTRY)), check_external, 4_000),
     "target": ("x.toml", torn(TARGET.encode()), lambda p: targets.parse("x", p.read_text(errors="replace")), 3_000),
@@ -300,6 +338,7 @@ def test_whole_files_are_read(name: str, tmp_path: Path) -> None:
         "index": INDEX, "generation": GENERATION, "scheduler": SCHEDULER, "study": STUDY,
     }  # fmt: skip
     others = {"header": safetensors(HEADER), "safetensors": safetensors(HEADER), "target": TARGET.encode()}
+    others |= {"cache": text_of(CACHE), "shard": safetensors(SHARD)}
     others |= {"external": onnx_file(ENTRY), "onnx": onnx_file(ENTRY), "images": text_of(SAMPLE)}
     (tmp_path / "model.onnx.data").write_bytes(bytes(8))
     path = tmp_path / TARGETS[name][0]

@@ -1,4 +1,4 @@
-"""At least 50 kills over analyze, distill, quantize and export, and nothing lost: see tests/kills.py."""
+"""At least 50 kills over analyze, distill, quantize, export and cache, and nothing lost: see tests/kills.py."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def test_kills_at_any_moment_lose_nothing(capsys: pytest.CaptureFixture[str]) ->
     with capsys.disabled():
         print(f"\n{found}")
     assert found["losses"] == []
-    assert found["kills"] >= KILLS and set(found["by_stage"]) == {"analyze", "distill", "quantize", "export"}
+    assert found["kills"] >= KILLS and set(found["by_stage"]) == {"analyze", "distill", "quantize", "export", "cache"}
     assert found["files_read"] > 10 * KILLS
