@@ -71,9 +71,10 @@ test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 	@echo "next: make check (format, lint, types, coverage), or make demo"
 
-# Everything in tests/hard, one after the other.
+# Everything in tests/hard, one after the other; then the fuzzer that sees which code an input reaches, where it installs.
 test-hard: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q -m hard tests/hard
+	@if $(BIN)/python $(pip) 'atheris>=2.3'; then $(BIN)/python tests/hard/guided.py; else echo "atheris: no wheel for this system"; fi
 
 lint: $(DEV_STAMP)
 	@$(BIN)/ruff format --check -q $(CODE)

@@ -290,27 +290,32 @@ TARGETS: dict[str, tuple[str, st.SearchStrategy[bytes], Callable[[Path], object]
 """By name: the file, what is in it, what reads it, and how many are tried by `make test-hard`."""
 
 
-def _try(name: str, examples: int, tried: Counts) -> None:
+def attempts(name: str, examples: int, tried: Counts, folder: Path) -> Callable[[], None]:
+    """A test of one target, which tries this many contents of its file in `folder`."""
     file, contents, read, _ = TARGETS[name]
+    path = folder / file
+    (folder / "model.onnx.data").write_bytes(bytes(8))
+
+    @settings(
+        max_examples=examples, deadline=None, database=None, derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(contents)
+    def attempt(content: bytes) -> None:
+        path.write_bytes(content)
+        tried[0][name] += 1
+        try:
+            read(path)
+        except EdgepruneError as error:
+            tried[1][name] += 1
+            assert len(str(error)) < 5000, "an error of one line"
+
+    return attempt
+
+
+def _try(name: str, examples: int, tried: Counts) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, file)
-        Path(folder, "model.onnx.data").write_bytes(bytes(8))
-
-        @settings(
-            max_examples=examples, deadline=None, database=None, derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
-        @given(contents)
-        def attempt(content: bytes) -> None:
-            path.write_bytes(content)
-            tried[0][name] += 1
-            try:
-                read(path)
-            except EdgepruneError as error:
-                tried[1][name] += 1
-                assert len(str(error)) < 5000, "an error of one line"
-
-        attempt()
+        attempts(name, examples, tried, Path(folder))()
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if name != "grid"])
