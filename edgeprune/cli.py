@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeprune import stop
+from edgeprune import processes, stop
 from edgeprune.errors import CannotRunError, EdgepruneError, InputError, MissingExtraError
 from edgeprune.extras import COMPRESS, absent, conflicts
 from edgeprune.files import is_out_of_memory
@@ -95,12 +95,18 @@ DataSource = Annotated[
 ]
 
 
+Config = Annotated[
+    str | None,
+    typer.Option(help="Run in the processes of this YAML file of accelerate's, see docs/scale.md."),
+]
 InferenceSteps = Annotated[int | None, typer.Option(min=1, help="Denoising steps of the images made on the way.")]
 Guidance = Annotated[float | None, typer.Option(help="Their guidance scale; 0 for models distilled without.")]
 RuntimeName = Annotated[str | None, typer.Option(help="openvino, ort, trt, coreml or eager; by default what fits.")]
 Height = Annotated[int | None, typer.Option(min=8, help="Their height in pixels.")]
 Width = Annotated[int | None, typer.Option(min=8, help="Their width in pixels.")]
 
+SHARED = ("analyze", "distill")
+"""Verbs that several processes can share."""
 OUT_OF_MEMORY = (
     "out of memory; what is finished is kept. Train with a smaller --batch, --gradient-checkpointing or "
     "--mixed-precision bf16, make smaller images (--height, --width), end other programs, or use a larger machine; "
@@ -135,14 +141,16 @@ def main() -> None:
 
 
 def _fail(text: str, code: int) -> None:
-    print(f"error: {printable(' '.join(text.split()))}", file=sys.stderr)
+    who = "error" if processes.is_main() else f"error in process {processes.index()}"
+    print(f"{who}: {printable(' '.join(text.split()))}", file=sys.stderr)
     raise SystemExit(code)
 
 
 def _say(text: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True, highlight=False).print(printable(text), markup=False)
+    if processes.is_main():
+        Console(stderr=True, soft_wrap=True, highlight=False).print(printable(text), markup=False)
 
 
 def _warn(runtime: str) -> None:
@@ -152,7 +160,8 @@ def _warn(runtime: str) -> None:
 
 
 def _print_json(data: Any) -> None:
-    print(json.dumps(data, allow_nan=False))
+    if processes.is_main():
+        print(json.dumps(data, allow_nan=False))
 
 
 @contextmanager
@@ -185,6 +194,8 @@ def _bars() -> Iterator[Callable[..., None]]:
 
     def update(what: str, done: int = 0, total: int = 0, note: str = "") -> None:
         stop.check()  # what is done so far is written
+        if not processes.is_main():
+            return
         what, note = printable(what), printable(note)
         progress.start()  # not before: an error alone is one line
         if not total:
@@ -247,7 +258,8 @@ def _workspace(
     from edgeprune.pipeline import Workspace  # with torch, which takes seconds
 
     given = {name: value for name, value in (generation or {}).items() if value is not None}
-    ws = Workspace(out, model, model_given=model is not None or not begun, fresh=fresh, generation=given)
+    with processes.main_first():
+        ws = Workspace(out, model, model_given=model is not None or not begun, fresh=fresh, generation=given)
     ws.command = shlex.join(["edgeprune", *sys.argv[1:]])
     return ws
 
@@ -357,7 +369,8 @@ def _table(rows: Sequence[tuple[str, ...]]) -> None:
         table.add_row(
             *(Text(printable(cell)) for cell in row)
         )  # as text, or rich takes 'edgeprune[onnx]' for markup and drops the extra
-    Console(stderr=True).print(table)
+    if processes.is_main():
+        Console(stderr=True).print(table)
 
 
 @app.command(epilog="Example: edgeprune compress -o small  ·  edgeprune compress ./sd35 -o small --max-memory 3.2GB")
@@ -525,11 +538,16 @@ def analyze(
     guidance_scale: Guidance = None,
     height: Height = None,
     width: Width = None,
+    config: Config = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Time one evaluation, say what it would cost.")] = False,
     fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
     """Score the model without each block and component: analysis.json."""
+    if config and not processes.launched():
+        from edgeprune.launch import launch
+
+        return launch(config, sys.argv[1:])
     from edgeprune import pipeline
     from edgeprune.metrics import check_analysis, parse_weights
 
@@ -661,20 +679,36 @@ def distill(
     lambda_output: Annotated[float, typer.Option(min=0)] = 1.0,
     lambda_feature: Annotated[float, typer.Option(min=0)] = 1e-4,
     ema: Annotated[float | None, typer.Option(min=0, max=1, help="Decay of the averaged weights.")] = None,
-    mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    mixed_precision: Annotated[
+        str | None, typer.Option(help="no, bf16 or fp16; by default what accelerate's config says, else no.")
+    ] = None,
+    teacher_precision: Annotated[str, typer.Option(help="float32, bf16 or int8: the teacher's weights.")] = "float32",
+    teacher_offload: Annotated[
+        bool, typer.Option("--teacher-offload", help="Its weights stay on the CPU until a layer is run.")
+    ] = False,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
     quantize_aware: Annotated[
         bool, typer.Option("--quantize-aware/--no-quantize-aware", help="Train with weights rounded to INT4.")
     ] = True,
+    int4_from: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps that are not rounded.")] = 0.0,
     group_size: GroupSize = 64,
     seed: int = 0,
+    accumulate: Annotated[int, typer.Option(min=1, help="Portions of a process' batch, one after the other.")] = 1,
+    config: Config = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what each process would hold, and stop.")] = False,
     fresh: Fresh = False,
+    as_json: AsJson = False,
 ) -> None:
     """Teach the shorter transformer what the original knows. Killed, it goes on from its last state."""
     from dataclasses import replace
 
+    if config and not processes.launched() and not dry_run:
+        from edgeprune.launch import launch
+
+        return launch(config, sys.argv[1:])
     from edgeprune import pipeline
     from edgeprune.losses import Weights
+    from edgeprune.recipe import Placement
 
     ws = _workspace(out, None, fresh)
     base = pipeline.preset("default", builtin=ws.builtin)
@@ -687,14 +721,27 @@ def distill(
         freeze_prefix=freeze_prefix,
         features=features,
         weights=Weights(lambda_task, lambda_output, lambda_feature),
-        mixed_precision=mixed_precision,
+        mixed_precision=mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        teacher_precision=teacher_precision,
         gradient_checkpointing=gradient_checkpointing,
         int4_group_size=group_size if quantize_aware else None,
+        int4_from=int4_from,
         seed=seed,
     )
+    placement = Placement(accumulate, teacher_offload)
+    if dry_run:
+        from edgeprune.forecast import forecast_training
+        from edgeprune.launch import config_named
+
+        found = forecast_training(ws, options, placement, config_named(config) if config else None)
+        _table([_in_units(key, value) for key, value in found.items()])
+        _say("of one process, on its device; kernels, communication and the allocator take more")
+        if as_json:
+            _print_json(found)
+        return
     source = pipeline.DataOptions(data or base.data.source, samples or base.data.samples)
     with _bars() as progress:
-        ran = pipeline.run_distill(ws, options, source, progress)
+        ran = pipeline.run_distill(ws, options, source, progress, placement=placement)
     stage = ws.manifest.stages["distill"]
     _say(f"loss {stage['first_loss']:.4f} -> {stage['last_loss']:.4f}" + ("" if ran else " (already done)"))
     _say(f"next: edgeprune quantize -o {out}")
@@ -1210,12 +1257,16 @@ def show(name: str, as_json: AsJson = False) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         from edgeprune import __version__
 
         print(f"edgeprune {__version__}")
         raise typer.Exit
+    if processes.count() > 1 and context.invoked_subcommand not in SHARED:
+        raise InputError(f"several processes can share {' and '.join(SHARED)}; run anything else in one")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from edgeprune.baselines import baselines
 from edgeprune.checkpoint import HALF, INT4
 from edgeprune.data import read_prompts
 from edgeprune.demo import shapes
-from edgeprune.distill import DistillOptions
 from edgeprune.errors import InputError
 from edgeprune.fields import shown
 from edgeprune.files import digest, files_digest, read_json, write_json
@@ -35,6 +34,7 @@ from edgeprune.metrics import Metric, evaluations, of_pipeline, tasks_of
 from edgeprune.pipeline import CompressOptions, Progress, Workspace, as_published, silent
 from edgeprune.plan import METHODS, PlanOptions
 from edgeprune.precision import footprint
+from edgeprune.recipe import DistillOptions
 from edgeprune.report import step_times
 from edgeprune.stats import mean_interval, paired_drop
 

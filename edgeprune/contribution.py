@@ -2,7 +2,8 @@
 
 What is removed together is a group of parts; a single part is a group of one, the untouched model the group of none.
 No-ops are left out, raw scores per prompt are kept, and each contribution is a mean of per-prompt differences with a
-95 % interval. Results are appended to `<report>.partial` one by one, so that a killed run goes on where it was.
+95 % interval. Results are appended to `<report>.partial` one by one, so that a killed run goes on where it was. Several
+processes share the groups, each with a file of its own; any number of them can go on with what others have left.
 What it leaves out: how scores are come by (estimators/), and drawing them (plots.py).
 """
 
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeprune import processes
 from edgeprune.errors import InputError
 from edgeprune.families import Config, Family
 from edgeprune.families.base import Swap
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SCHEMA_VERSION = 2
+PARTIAL = ".partial"
 _LARGEST = 1e12
 """Of a score, so that sums of squares stay finite."""
 Key = tuple[int, str | None]
@@ -263,32 +266,42 @@ def analyze(
         inputs_digest: identity of everything that the scores depend on; a partial file of other inputs is dropped.
         progress: called with groups done and groups in all, the untouched model among them.
     """
-    partial = partial_of(path)
     wanted: list[Group] = [(), *groups]
-    done = _read_partial(partial, inputs_digest)
+    done = processes.from_main(_read_partials(path, inputs_digest))  # before anyone writes
+    missing = [parts for parts in wanted if parts not in done]
+    own = missing[processes.index() :: processes.count()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("a" if done is not None else "w", encoding="utf-8") as file:
-        if done is None:
-            done = {}
+    partial = path.with_name(path.name + PARTIAL + (f".{processes.index()}" if processes.index() else ""))
+    current = _read_partial(partial, inputs_digest) is not None
+    with partial.open("a" if current else "w", encoding="utf-8") as file:
+        if not current:
             file.write(json.dumps({"inputs": inputs_digest}) + "\n")
         progress(len(done), len(wanted))
-        missing = [parts for parts in wanted if parts not in done]
-        for parts, scores in estimate(missing) if missing else ():
-            done[parts] = scores
+        for number, (parts, scores) in enumerate(estimate(own) if own else (), 1):
             file.write(json.dumps({"parts": parts, "scores": scores}) + "\n")
             file.flush()
-            progress(len(done), len(wanted))
+            progress(min(len(done) + number * processes.count(), len(wanted)), len(wanted))
+    processes.meet()
+    done = _read_partials(path, inputs_digest)
     report = ContributionReport(
         fingerprint(config), family.name, family.block_count(config), metric, prompts, done[()],
         {parts: done[parts] for parts in groups}, estimator=estimator,
     )  # fmt: skip
-    write_json(path, report.to_json())
+    if processes.is_main():
+        write_json(path, report.to_json())
+    processes.meet()
     return report
 
 
-def partial_of(path: Path) -> Path:
+def partials_of(path: Path) -> list[Path]:
     """Where a report's scores are kept until whoever asked for it has noted that it is done, and removes them."""
-    return path.with_name(path.name + ".partial")
+    return sorted(path.parent.glob(f"{path.name}{PARTIAL}*"))
+
+
+def _read_partials(path: Path, inputs_digest: str) -> dict[Group, list[float]]:
+    """What earlier runs have scored, whichever process did."""
+    found = [_read_partial(partial, inputs_digest) for partial in partials_of(path)]
+    return {parts: scores for done in found if done for parts, scores in done.items()}
 
 
 def _read_partial(path: Path, inputs_digest: str) -> dict[Group, list[float]] | None:

@@ -24,7 +24,9 @@ from edgeprune.families import Config, Family
 from edgeprune.files import read_json
 from edgeprune.generation import Generation, latent_factor, longest_prompt
 from edgeprune.metrics import evaluations, preparing
-from edgeprune.pipeline import AnalyzeOptions, CompressOptions, analysis_groups, rehearse
+from edgeprune.pipeline import AnalyzeOptions, CompressOptions, Workspace, analysis_groups, rehearse
+from edgeprune.rank_memory import Layout, forecast_rank
+from edgeprune.recipe import DistillOptions, Placement
 from edgeprune.sampling import Conditioning, velocity
 
 
@@ -52,7 +54,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
     analysed = round(estimator.evaluations(wanted, family.block_count(config), per_score))
     training, rounded = options.distill, options.distill is not None and options.distill.int4_group_size is not None
     # A training step is one evaluation of the teacher, and three of the student: forward, and twice that backward, but
-    # one of a frozen prefix.
+    # of a frozen prefix one, or none while the student does not round and has it of the teacher.
     taught = training.steps * training.batch if training else 0
     made = options.data.samples if training and is_drawn(options.data.source or str(PROMPTS)) else 0
     drawn = made * generation.num_inference_steps * per_step
@@ -60,6 +62,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
     speed = matmul_flops_per_s()
     share = after.parameters / before.parameters
     prefix = plan.first_pruned / plan.num_blocks if training and training.freeze_prefix else 0.0
+    own = prefix * (1 - training.rounded_from / training.steps) if training else 0.0
     float32 = 2 * before.bf16_bytes
     return {
         "blocks": family.block_count(config),
@@ -73,7 +76,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
         "distill_steps": training.steps if training else 0,
         "data_evaluations": drawn,
         "data_floor_s": round(drawn * flops / speed, 1),
-        "distill_floor_s": round(taught * (1 + prefix + 3 * max(0.0, share - prefix)) * flops / speed, 1),
+        "distill_floor_s": round(taught * (1 + own + 3 * max(0.0, share - prefix)) * flops / speed, 1),
         "evaluation_flops": flops,
         "matmul_flops_per_s": round(speed),
         "analyze_weights_bytes": float32,
@@ -146,6 +149,22 @@ def _saved_bytes(model: Any, sample: tuple[torch.Tensor, Conditioning, torch.Ten
         )  # or storages are freed and counted as one
     del alive
     return sum(kept.values())
+
+
+def forecast_training(
+    ws: Workspace, options: DistillOptions, placement: Placement, config: Path | None
+) -> dict[str, int]:
+    """Rows of the forecast of `distill`: bytes that one process holds, see rank_memory.py.
+
+    Args:
+        config: of accelerate's; None for one process.
+
+    Raises:
+        InputError: there is no plan yet, or the config is not usable.
+    """
+    layout = Layout.of_config(config) if config else Layout()
+    sample = _sample(ws.family, ws.config, ws.source, ws.generation)
+    return forecast_rank(ws.family, ws.config, ws.plan(), ws.report(), options, placement, layout, sample)
 
 
 def flops_per_evaluation(family: Family, config: Config, source: Path, generation: Generation) -> int:

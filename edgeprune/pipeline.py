@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from edgeprune import checkpoint, targets
+from edgeprune import checkpoint, processes, targets
 from edgeprune.baselines import baselines
 from edgeprune.cache import Index, is_cache, made_by, open_pairs
 from edgeprune.checkpoint import HALF, INT4, MANIFEST, Manifest
-from edgeprune.contribution import ContributionReport, Group, Key, analyze, fingerprint, groups, partial_of, removed
+from edgeprune.contribution import ContributionReport, Group, Key, analyze, fingerprint, groups, partials_of, removed
 from edgeprune.data import PROMPTS, read_prompts
-from edgeprune.distill import DistillOptions, distill
+from edgeprune.distill import distill
 from edgeprune.encode import CacheOptions, make_cache, settings_of, source_digest
 from edgeprune.errors import InputError, StaleStageError
 from edgeprune.estimators import estimator_named
@@ -36,7 +36,7 @@ from edgeprune.families.base import CHANGED
 from edgeprune.files import digest, read_json, sha256_file, sha256_unless_known, write_json, write_text
 from edgeprune.fit import Fit, fit
 from edgeprune.generation import Generation
-from edgeprune.lock import LOCK, hold, is_free
+from edgeprune.lock import LOCK, Lock, hold, is_free
 from edgeprune.metrics import VELOCITY, check_analysis, of_pipeline, tasks_of
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.modulation import GRID, choose_rank, embedder_alone, modulation_inputs, ranks, subspace
@@ -52,10 +52,12 @@ from edgeprune.plan import (
 )
 from edgeprune.planners import PLANNERS, Measured
 from edgeprune.quantize import CALIBRATIONS, prepare, quantize_part
+from edgeprune.recipe import HERE, DistillOptions, Placement
 from edgeprune.resume import Tensors, save_tensors
 from edgeprune.sampling import encode_prompts, latent_shape, sigmas
 from edgeprune.stored import PACKED
 from edgeprune.surgery import build, prune_state, prune_tensor
+from edgeprune.teaching import lower
 from edgeprune.timing import step_seconds
 from edgeprune.weights import Weights
 
@@ -179,6 +181,8 @@ class Workspace:
     ) -> None:
         """Open or begin a folder. It is this process's as long as the object lives, see lock.py.
 
+        Of several processes the first one opens it first, and alone writes.
+
         Args:
             model: as the user named it, None for the built-in one.
             model_given: False takes the model that the folder was begun with.
@@ -195,7 +199,7 @@ class Workspace:
         """What the user typed, for the record."""
         name = "built-in" if model is None else str(Path(model).resolve()) if Path(model).is_dir() else model
         if (out / MANIFEST).is_file():
-            self._lock = hold(out / LOCK, out)  # before the manifest is read, which another run may be changing
+            self._lock = self._hold()  # before the manifest is read, which another run may be changing
             self.manifest = Manifest.load(out)
             if not model_given:
                 name = self.manifest.source
@@ -214,10 +218,18 @@ class Workspace:
         self._check_whole()
         self.manifest = Manifest(name, fingerprint(self.config), self.family.name, self.config)
         self._set_generation(asdict(Generation.load(self.source)), generation or {})
-        self._lock = hold(out / LOCK, out)
+        self._lock = self._hold()
         if (out / MANIFEST).is_file():
             raise InputError(f"{out}: another run began it at the same moment; run again to go on with it")
         self.manifest.save(self.out)
+
+    def _hold(self) -> Lock | None:
+        """The folder's lock is the first process'."""
+        return hold(self.out / LOCK, self.out) if processes.is_main() else None
+
+    def _save(self) -> None:
+        if processes.is_main():
+            self.manifest.save(self.out)
 
     def beside(self, out: Path) -> Workspace:
         """Another artefact of the same model and settings, which shares what is loaded and cached of the model."""
@@ -247,7 +259,7 @@ class Workspace:
         if asdict(self.generation) != self.manifest.generation:
             self.manifest.generation = asdict(self.generation)
             if (self.out / MANIFEST).is_file():
-                self.manifest.save(self.out)
+                self._save()
 
     @cached_property
     def teacher(self) -> Any:
@@ -328,7 +340,8 @@ class Workspace:
         """
         before = STAGES[: STAGES.index(name)]
         upstream = [self.manifest.stages[s]["inputs"] for s in before if s in self.manifest.stages]
-        key = digest({"weights": self.weights_hash, "upstream": upstream, "inputs": inputs})
+        with processes.main_first():  # the hashes of gigabytes are found once
+            key = digest({"weights": self.weights_hash, "upstream": upstream, "inputs": inputs})
         found = self.manifest.stages.get(name)
         if found and found["inputs"] == key:
             self._noted()
@@ -347,12 +360,12 @@ class Workspace:
             "seconds": round(time.monotonic() - start, 3),
             "options": inputs,
         } | result
-        self.manifest.save(self.out)
+        self._save()
         self._noted()
         return True
 
     def _noted(self) -> None:
-        for part in (HALF, INT4):
+        for part in (HALF, INT4) if processes.is_main() else ():
             checkpoint.noted(self.out, part)
 
     def _forget(self, stages: tuple[str, ...]) -> None:
@@ -364,9 +377,9 @@ class Workspace:
             part = {"prune": HALF, "quantize": INT4}.get(stage)
             if part:
                 self.manifest.files = {k: v for k, v in self.manifest.files.items() if k.split("/")[0] != part}
-        self.manifest.save(self.out)
+        self._save()
         for stage, part in (("prune", HALF), ("quantize", INT4)):
-            if stage in stages:
+            if stage in stages and processes.is_main():
                 shutil.rmtree(self.out / part, ignore_errors=True)
 
     def skip_distillation(self) -> None:
@@ -447,7 +460,8 @@ def run_analyze(ws: Workspace, options: AnalyzeOptions, progress: Progress = sil
         return {}
 
     ran = ws.stage("analyze", inputs, run)
-    partial_of(ws.report_path).unlink(missing_ok=True)
+    for partial in partials_of(ws.report_path) if processes.is_main() else ():
+        partial.unlink(missing_ok=True)
     return ran
 
 
@@ -656,8 +670,18 @@ def _write_half(
     ws.manifest.hash_files(ws.out, HALF)
 
 
-def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progress: Progress = silent) -> bool:
-    """Train the pruned transformer against the original; `transformer/` is replaced by the averaged weights."""
+def run_distill(
+    ws: Workspace,
+    options: DistillOptions,
+    data: DataOptions,
+    progress: Progress = silent,
+    *,
+    placement: Placement = HERE,
+) -> bool:
+    """Train the pruned transformer against the original; `transformer/` is replaced by the averaged weights.
+
+    In one process or several, see processes.py.
+    """
     ws.need("prune", "distill")
     options.check()
     plan = ws.plan()
@@ -668,25 +692,27 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
         )
     given = is_cache(source)
     if given:
-        _check_cache(ws, Path(source), progress)
+        with processes.main_first():
+            _check_cache(ws, Path(source), progress)
     identity = [source_digest(source), None if given else data.samples, asdict(ws.generation)]
     inputs = {"options": options.to_json(), "data": identity}
 
     def run(key: str) -> dict[str, Any]:
         encoded = Path(source) if given else ws.cache / f"data-{digest([identity, ws.weights_hash])[:12]}"
-        if not given:
-            _encode(ws, encoded, CacheOptions(source, data.samples), progress)
-        with ws.hashes() as sha256:
-            pairs = open_pairs(
-                encoded, ws.family, ws.config, sha256=sha256,
-                progress=lambda done, total: progress("distill: checking", done, total, ""),
-            )  # fmt: skip
-        calibrated = _calibrated(ws, plan, ws.manifest.stages["prune"]["inputs"])
+        with processes.main_first():
+            if not given:
+                _encode(ws, encoded, CacheOptions(source, data.samples), progress)
+            with ws.hashes() as sha256:
+                pairs = open_pairs(
+                    encoded, ws.family, ws.config, sha256=sha256,
+                    progress=lambda done, total: progress("distill: checking", done, total, ""),
+                )  # fmt: skip
+            calibrated = _calibrated(ws, plan, ws.manifest.stages["prune"]["inputs"])
         pruned = prune_state(ws.family, ws.config, plan, _original_weights(ws).__getitem__, *calibrated)
         student = build(ws.family, ws.config, plan, {n: t.float() for n, t in pruned.items()})
         state, losses = distill(
             ws.family,
-            ws.teacher,
+            _teacher(ws, options.teacher_precision),
             student,
             plan,
             ws.report(),
@@ -694,15 +720,28 @@ def run_distill(ws: Workspace, options: DistillOptions, data: DataOptions, progr
             options,
             ws.out / "cache" / "distill.safetensors",
             inputs_digest=key,
+            placement=placement,
             guidance=ws.generation.guidance_scale,
             progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
         )
-        halves = {n: _half(t) for n, t in state.items()}
-        parts = _by_block(ws, {n: 2 * t.numel() for n, t in halves.items()}, plan)
-        _write_half(ws, plan, parts, lambda i: {n: halves[n] for n in parts[i]}, key, progress)
+        if processes.is_main():
+            halves = {n: _half(t) for n, t in state.items()}
+            parts = _by_block(ws, {n: 2 * t.numel() for n, t in halves.items()}, plan)
+            _write_half(ws, plan, parts, lambda i: {n: halves[n] for n in parts[i]}, key, progress)
         return {"first_loss": sum(losses[:10]) / len(losses[:10]), "last_loss": sum(losses[-10:]) / len(losses[-10:])}
 
     return ws.stage("distill", inputs, run)
+
+
+def _teacher(ws: Workspace, precision: str) -> Any:
+    """The original transformer. One that training changes, in precision or into shards, is nobody else's."""
+    if precision == "float32" and processes.count() == 1:
+        return ws.teacher
+    for loaded in ("pipe", "teacher"):  # the encoders have done their work
+        vars(ws).pop(loaded, None)
+    teacher = checkpoint.load_transformer(ws.source, quantized=False)
+    lower(ws.family, teacher, precision)
+    return teacher
 
 
 def _encode(ws: Workspace, folder: Path, options: CacheOptions, progress: Progress) -> None:

@@ -22,11 +22,11 @@ from PIL import Image
 from edgeprune.bench import MEASURES, show
 from edgeprune.checkpoint import INT4
 from edgeprune.demo import shapes
-from edgeprune.distill import strengths
 from edgeprune.encoders import text_encoders
 from edgeprune.files import write_text
 from edgeprune.pipeline import STAGES, Workspace
 from edgeprune.plots import figures, svg
+from edgeprune.recipe import strengths
 
 CARD = "README.md"
 _OURS = "<!-- Written by edgeprune;"

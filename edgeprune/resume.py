@@ -1,6 +1,7 @@
 """Training state on disk: one safetensors file, written atomically, so that a killed run goes on undisturbed.
 
-Randomness is not stored: training loops derive each step's generator from (seed, step), see `step_generator`.
+Randomness is not stored: training loops derive each step's generator from (seed, step), see `step_generator`. What is
+stored is whole, however it is sharded over processes in memory, so that any number of them can go on with it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from edgeprune import processes
 from edgeprune.errors import InputError
 from edgeprune.fields import shown
 from edgeprune.files import cannot_write, parse_json
@@ -27,12 +30,40 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor, sharing its memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be sharded over processes, all of which have to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _sharded(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+    """A whole tensor, sharded as another one of its shape."""
+    if not hasattr(like, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
 def save_state(path: Path, modules: dict[str, Tensors], optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> None:
-    """Write state dicts, the optimizer's moments and JSON `meta` to `path`, by way of a temporary name."""
-    tensors = {f"{name}/{key}": t.contiguous() for name, state in modules.items() for key, t in state.items()}
+    """Write state dicts, the optimizer's moments and JSON `meta` to `path`, by way of a temporary name.
+
+    All processes have to ask, the first one writes.
+    """
+    found = {f"{name}/{key}": t for name, state in modules.items() for key, t in state.items()}
     for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(t).contiguous() for key, t in slots.items()}
-    save_tensors(path, tensors, {"meta": json.dumps(meta)})
+        found |= {f"optimizer/{index}/{key}": torch.as_tensor(t) for key, t in slots.items()}
+    tensors = {}
+    for name, tensor in found.items():
+        full = whole(tensor)
+        if processes.is_main():
+            tensors[name] = full
+    if processes.is_main():
+        save_tensors(path, tensors, {"meta": json.dumps(meta)})
 
 
 def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
@@ -75,6 +106,9 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer) -> tuple[dict[str, 
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a training state ({error}); delete it to start over") from error
     _check_slots(path, slots, optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, found in slots.items():
+        slots[index] = {n: _sharded(t, parameters[index]) if t.dim() else t for n, t in found.items()}
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     return modules, meta
 
@@ -108,15 +142,20 @@ class Ema:
     def update(self, step: int) -> None:
         """Move the average towards the live weights after optimizer step `step` (from 0)."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        live = [self.live[name].detach() for name in self.average]
-        torch._foreach_lerp_(list(self.average.values()), live, weight)
+        live = [local(self.live[name].detach()) for name in self.average]
+        torch._foreach_lerp_([local(tensor) for tensor in self.average.values()], live, weight)
 
-    @torch.no_grad()
-    def load(self, state: Tensors) -> None:
-        """Set the average from a saved state, strictly by name."""
-        if state.keys() != self.average.keys():
-            raise InputError("training state: the averaged weights are of another model")
-        for name, tensor in state.items():
-            if tensor.shape != self.average[name].shape:
-                raise InputError(f"training state: {name}: the averaged weights are of another shape")
-            self.average[name].copy_(tensor)
+
+@torch.no_grad()
+def fill(tensors: Mapping[str, torch.Tensor], state: Tensors) -> None:
+    """Set tensors from a saved state, strictly by name.
+
+    Raises:
+        InputError: the state is of another model.
+    """
+    if state.keys() != tensors.keys():
+        raise InputError("training state: its weights are of another model; delete it to start over")
+    for name, tensor in state.items():
+        if tensor.shape != tensors[name].shape:
+            raise InputError(f"training state: {name}: its weights are of another shape; delete it to start over")
+        tensors[name].copy_(_sharded(tensor, tensors[name]))

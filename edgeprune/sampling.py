@@ -79,10 +79,14 @@ def sigmas(pipe: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
 def velocity(
     model: Any, latents: torch.Tensor, condition: Conditioning, sigma: torch.Tensor, guidance: float
 ) -> torch.Tensor:
-    """One evaluation of a transformer: velocity (B, C, h, w) of latents (B, C, h, w) at noise levels (B)."""
-    inputs = network_inputs(model, latents, condition, sigma, guidance)
+    """One evaluation of a transformer: velocity (B, C, h, w) of latents (B, C, h, w) at noise levels (B).
+
+    `model` may be wrapped for training: by DDP or DeepSpeed, which have it as their `module`, or by FSDP.
+    """
+    bare = getattr(model, "module", model)
+    inputs = network_inputs(bare, latents, condition, sigma, guidance)
     output = model(**inputs, return_dict=False)[0]
-    found: torch.Tensor = family_of_model(model).velocity(model.config, output, latents.shape)
+    found: torch.Tensor = family_of_model(bare).velocity(bare.config, output, latents.shape)
     return found
 
 

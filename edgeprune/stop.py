@@ -4,6 +4,7 @@
         for part in parts:
             check()  # between parts, where all is written
 
+Several processes stop together: in `held()` nothing is raised, and whoever computes asks all of them, see distill.py.
 What has no end within GRACE_S is broken off; all files are written under temporary names, so this loses that part
 alone. What it leaves out: SIGINT, which Python raises at once.
 """
@@ -25,6 +26,7 @@ class Stopped(BaseException):
 
 
 _asked = False
+_held = False
 
 
 def asked() -> bool:
@@ -38,8 +40,19 @@ def check() -> None:
     Raises:
         Stopped: it did.
     """
-    if _asked:
+    if _asked and not _held:
         raise Stopped
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """While in it, `check` lets everything pass."""
+    global _held
+    _held = True
+    try:
+        yield
+    finally:
+        _held = False
 
 
 @contextmanager

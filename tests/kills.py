@@ -31,11 +31,11 @@ import torch
 from safetensors import safe_open
 
 from edgeprune import distill, encode, pipeline, weights
-from edgeprune.distill import DistillOptions
 from edgeprune.encode import CacheOptions
 from edgeprune.export import to_onnx, unfinished
 from edgeprune.generation import Generation
 from edgeprune.pipeline import AnalyzeOptions, DataOptions, PlanOptions, QuantizeOptions, Workspace
+from edgeprune.recipe import DistillOptions
 
 STAGES = ("analyze", "distill", "quantize", "export", "cache")
 STEPS, SAVE_EVERY = 12, 3

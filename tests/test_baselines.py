@@ -8,12 +8,12 @@ import pytest
 
 from edgeprune import pipeline
 from edgeprune.baselines import Blocks, baselines
-from edgeprune.distill import DistillOptions
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import family_of
 from edgeprune.pipeline import CompressOptions, Workspace, as_published
 from edgeprune.plan import PlanOptions, make_plan
 from edgeprune.planners import Measured
+from edgeprune.recipe import DistillOptions
 
 LARGE = json.loads((Path(__file__).parent / "data" / "transformer_configs.json").read_text())["sd3.5-large"]
 TEN = Blocks(10, range(10), [float(i % 4) for i in range(10)], 0)

@@ -24,13 +24,14 @@ from edgeprune import checkpoint, cli, encode
 from edgeprune.buckets import RATIO, bucket_sizes, enlarged, nearest
 from edgeprune.cache import is_cache, open_pairs
 from edgeprune.data import Pairs, Part
-from edgeprune.distill import DistillOptions, distill
+from edgeprune.distill import distill
 from edgeprune.encode import CacheOptions, make_cache, settings_of, source_digest, summary
 from edgeprune.errors import DiskError, InputError, StaleStageError
 from edgeprune.families import family_of
 from edgeprune.generation import Generation
 from edgeprune.pipeline import DataOptions, PlanOptions, Workspace, load_encoders, run_distill, run_plan, run_prune
 from edgeprune.plan import make_plan
+from edgeprune.recipe import DistillOptions
 from edgeprune.sampling import encode_images
 from edgeprune.sources import Entry
 from edgeprune.surgery import prune

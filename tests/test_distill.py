@@ -9,25 +9,26 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import TOKENS, config_of, tiny_flux, tiny_inputs, tiny_transformer
+from tiny import KINDS, TOKENS, config_of, tiny_inputs, tiny_transformer
 
 from edgeprune import stop
 from edgeprune.contribution import ContributionReport, fingerprint
 from edgeprune.data import Pairs, Part
-from edgeprune.distill import DistillOptions, distill, parameter_groups, strengths
+from edgeprune.distill import distill
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.families import family_of
 from edgeprune.int4 import round_int4
 from edgeprune.losses import Weights, feature_loss
 from edgeprune.plan import PrunePlan, make_plan
 from edgeprune.precision import precision_of
+from edgeprune.recipe import DistillOptions, parameter_groups, strengths
 from edgeprune.resume import Ema, load_state
 from edgeprune.surgery import prune
 
 
 def setup(kind: str = "sd3") -> tuple[Any, Any, Any, PrunePlan, ContributionReport, Pairs]:
     """Five blocks, the third of them pruned: of FLUX the first single one."""
-    teacher = tiny_flux() if kind == "flux" else tiny_transformer(num_layers=5)
+    teacher = tiny_transformer(num_layers=5) if kind == "sd3" else KINDS[kind]()
     config = config_of(teacher)
     family = family_of(config)
     plan = make_plan(family, config, None, method="manual", blocks="2")

@@ -21,7 +21,6 @@ import torch
 
 import edgeprune
 from edgeprune import checkpoint, pipeline, report, runtimes, targets
-from edgeprune.distill import DistillOptions
 from edgeprune.errors import InputError
 from edgeprune.export import graph, parity, to_coreml, to_onnx, to_openvino, to_trt
 from edgeprune.export.mil_reference import Package
@@ -29,6 +28,7 @@ from edgeprune.forecast import forecast
 from edgeprune.generation import Generation
 from edgeprune.pipeline import AnalyzeOptions, CompressOptions, DataOptions, Workspace
 from edgeprune.plan import PlanOptions
+from edgeprune.recipe import DistillOptions
 from edgeprune.runtimes import base
 from edgeprune.runtimes.coreml import CoremlNetwork, shapes
 

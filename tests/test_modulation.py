@@ -16,13 +16,13 @@ import edgeprune
 from edgeprune import checkpoint, pipeline, sampling
 from edgeprune.cli import _plan_rows, parse_rank
 from edgeprune.contribution import parts, removed
-from edgeprune.distill import DistillOptions, parameter_groups
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import Config, Family, family_of
 from edgeprune.int4 import PackedLinear
 from edgeprune.modulation import choose_rank, embedder_alone, modulation_inputs, ranks, subspace
 from edgeprune.pipeline import CompressOptions, DataOptions, Workspace
 from edgeprune.plan import PlanOptions, PrunePlan, make_plan, modulation_width
+from edgeprune.recipe import DistillOptions, parameter_groups
 from edgeprune.sampling import Conditioning
 from edgeprune.surgery import prune, structure
 

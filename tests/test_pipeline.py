@@ -18,10 +18,10 @@ from tiny import tiny_inputs, tiny_pipeline
 import edgeprune
 from edgeprune import checkpoint, pipeline, report, report_page, resume, weights
 from edgeprune.contribution import Group, analyze, groups
-from edgeprune.distill import DistillOptions
 from edgeprune.errors import EdgepruneError, InputError, StaleStageError
 from edgeprune.estimators.exhaustive import Exhaustive
 from edgeprune.pipeline import AnalyzeOptions, CompressOptions, DataOptions, PlanOptions, Workspace
+from edgeprune.recipe import DistillOptions
 
 OPTIONS = CompressOptions(
     analyze=AnalyzeOptions(count=3),

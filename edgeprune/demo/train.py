@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from edgeprune.demo import shapes
-from edgeprune.resume import Ema, load_state, save_state, step_generator
+from edgeprune.resume import Ema, fill, load_state, save_state, step_generator
 
 TOKENS = 16
 WIDTH, BLOCKS, HEADS, TEXT_WIDTH = 128, 14, 4, 64
@@ -279,7 +279,7 @@ def train_transformer(
     if checkpoint.exists():
         modules, meta = load_state(checkpoint, optimizer)
         nets.load_state_dict(modules["nets"])
-        ema.load(modules["ema"])
+        fill(ema.average, modules["ema"])
         step = meta["step"]
     progress = Progress("transformer", step, steps)
     while step < steps:

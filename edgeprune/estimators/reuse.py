@@ -33,7 +33,7 @@ class _Recorder(nn.Module):
         return out
 
 
-class _Replay(nn.Module):
+class Replay(nn.Module):
     """Gives what a block gave, batch by batch, round and round."""
 
     def __init__(self, kept: list[Any]) -> None:
@@ -67,7 +67,7 @@ class Reuse:
         for block in range(max(begins.values(), default=-1) + 1):
             before = slots[: max(0, block - 1)]
             if block:
-                before = [*before, replace(slots[block - 1], replacement=_Replay(kept))]
+                before = [*before, replace(slots[block - 1], replacement=Replay(kept))]
             for parts in (parts for parts, begin in begins.items() if begin == block):
                 with swapped([*before, *removal(self.family, model, parts, self.mean)]):
                     scores = self.metric.score()

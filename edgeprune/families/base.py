@@ -309,9 +309,11 @@ def family_of(config: Config, where: str = "transformer/config.json") -> Family:
 
 
 def family_of_model(model: nn.Module) -> Family:
-    """The family of a loaded transformer.
+    """The family of a loaded transformer. FSDP makes a class of its own from a model's.
 
     Raises:
         InputError: its class is not an MMDiT that we know.
     """
-    return family_of({"_class_name": type(model).__name__}, type(model).__name__)
+    names = [kind.__name__ for kind in type(model).__mro__]
+    known = next((name for name in names if name.removeprefix(CHANGED) in _MODULES), names[0])
+    return family_of({"_class_name": known}, names[0])

@@ -1,0 +1,124 @@
+"""What several processes compute, for test_processes.py: run by each of them, with what one process has computed.
+
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=1 python ranks.py FOLDER NAME ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from test_distill import setup
+
+from edgeprune import distill as training
+from edgeprune import processes
+from edgeprune.pipeline import AnalyzeOptions, Workspace, run_analyze
+from edgeprune.recipe import DistillOptions, Placement
+from edgeprune.resume import local, save_state
+from edgeprune.teaching import lower
+
+STEPS = 4
+
+
+class Killed(Exception):
+    """In the place of a kill."""
+
+
+def train(
+    folder: Path, name: str, *, until: int | None = None, accumulate: int = 1, offload: bool = False, **options: Any
+) -> None:
+    """Distil the tiny model of test_distill; loss and weights go to NAME.json and NAME.safetensors."""
+    family, teacher, student, plan, report, pairs = setup()
+
+    def progress(step: int, total: int, loss: float) -> None:
+        if step == until:
+            raise Killed
+
+    lower(family, teacher, options.get("teacher_precision", "float32"))
+    chosen = DistillOptions(steps=STEPS, batch=8, rate=1e-3, schedule="cosine", **options)
+    held: dict[str, int] = {}
+
+    def save(path: Path, modules: Any, optimizer: Any, meta: Any) -> None:
+        moments = [t for slots in optimizer.state.values() for t in slots.values()]
+        averages, trained = modules["ema"].values(), modules["student"].values()
+        held["moments_bytes"] = sum(local(t).nbytes for t in moments)
+        held["average_bytes"] = sum(local(t).nbytes for t in averages)
+        held["gradients_bytes"] = sum(local(t).nbytes for t in trained)  # one of each
+        held["student_bytes"] = sum(local(t).nbytes for t in (*student.parameters(), *student.buffers()))
+        held["teacher_bytes"] = sum(local(t).nbytes for t in (*teacher.parameters(), *teacher.buffers()))
+        save_state(path, modules, optimizer, meta)
+
+    training.save_state = save
+    try:
+        weights, losses = training.distill(
+            family, teacher, student, plan, report, pairs, chosen, folder / f"{name}.state", inputs_digest="x",
+            placement=Placement(accumulate, offload), save_every=2, progress=progress,
+        )  # fmt: skip
+    except Killed:
+        return
+    if processes.is_main():
+        save_file(weights, folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps(losses))
+        (folder / f"{name}.held.json").write_text(json.dumps(held))
+
+
+def analyze(folder: Path, name: str, *, until: int | None = None) -> None:
+    """Score the tiny pipeline in FOLDER/model; the report is NAME/analysis.json."""
+
+    def progress(what: str, done: int, total: int, note: str) -> None:
+        if done == until:
+            raise Killed
+
+    with processes.main_first():
+        ws = Workspace(folder / name, str(folder / "model"))
+    with contextlib.suppress(Killed):
+        run_analyze(ws, AnalyzeOptions(count=2, components=False, estimator="reuse"), progress)
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+"""As `accelerate launch` sets it by a config."""
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    analyze(folder, "two")
+    analyze(folder, "begun")
+    train(folder, "ddp")
+    train(folder, "accumulated", accumulate=2)
+    train(folder, "prefix", int4_from=0.5)
+    train(folder, "fresh_blocks", sensitivity="binary", freeze_prefix=False)
+    train(folder, "resumed", until=3)
+    train(folder, "resumed")
+    train(folder, "taken_over")  # of a state that one process left
+    os.environ |= FSDP2
+    AcceleratorState._reset_state()
+    train(folder, "sharded")
+    train(folder, "sharded_prefix", int4_from=0.5)
+    train(folder, "sharded_fresh_blocks", sensitivity="binary", freeze_prefix=False)
+    train(folder, "sharded_accumulated", accumulate=2)
+    train(folder, "sharded_int8", teacher_precision="int8", gradient_checkpointing=True)
+    train(folder, "sharded_taken_over", until=3)
+    train(folder, "sharded_taken_over")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    main()
