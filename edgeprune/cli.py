@@ -191,12 +191,18 @@ def _bars() -> Iterator[Callable[..., None]]:
         *(TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False)),
     )
     progress, tasks = Progress(*columns, console=Console(stderr=True)), dict[str, Any]()
+    tenths: dict[str, int] = {}
 
     def update(what: str, done: int = 0, total: int = 0, note: str = "") -> None:
         stop.check()  # what is done so far is written
         if not processes.is_main():
             return
         what, note = printable(what), printable(note)
+        if not progress.console.is_terminal:  # a log file: a line a tenth
+            if tenths.get(what) != (tenth := 10 * done // max(total, 1)):
+                tenths[what] = tenth
+                _say(f"{what}: {done} of {total} {note}".rstrip() if total else what)
+            return
         progress.start()  # not before: an error alone is one line
         if not total:
             progress.console.print(what, markup=False, highlight=False)

@@ -144,8 +144,7 @@ def preset(name: str, *, builtin: bool) -> CompressOptions:
         assert options.distill is not None
         options = replace(
             options,
-            analyze=AnalyzeOptions(count=7, components=False),
-            plan=DEFAULT,
+            analyze=AnalyzeOptions(count=7, estimator="gates"),
             data=replace(options.data, samples=512),
             distill=replace(options.distill, steps=40, batch=16),
         )
@@ -483,6 +482,7 @@ def calibration_inputs(ws: Workspace, prompts: list[str]) -> torch.Tensor:
 
 def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool:
     """A plan to `plan.json`, from this folder's scores or from a given file; beside it what projects the modulation."""
+    options.check()
     budget = budget_for(ws.source, ws.generation, options)
     rank = options.modulation_rank
     prompts = [] if rank is None else calibration_prompts(ws, options)

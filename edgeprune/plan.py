@@ -213,6 +213,11 @@ class PlanOptions:
     seed: int = 0
     """Of what a baseline draws by lot."""
 
+    def check(self) -> None:
+        """Refuse a method that there is not, naming the option."""
+        if self.method not in METHODS:
+            raise InputError(f"--method: found {self.method!r}, expected one of {', '.join(METHODS)}")
+
     @property
     def scored(self) -> bool:
         """Whether the method chooses by contributions."""
@@ -252,6 +257,16 @@ def remaining_shapes(
                 shape = (*shape[:axis], sum(b - a for a, b in ranges), *shape[axis + 1 :])
         shapes[name] = (shape[0], rank or 0) if source.projected else shape
     return shapes
+
+
+def _way_out(method: str, report: ContributionReport | None) -> str:
+    """What a budget that cannot be met leaves to try."""
+    known = [] if report is None else [part for part in report.contributions() if part[1] is not None]
+    if method == "hybrid" and not known:
+        return "the analysis has whole blocks alone; use --method hpp, or analyze components too"
+    return "allow more, lower --protect-first or --protect-last" + (
+        ", or use --method hybrid" if method == "hpp" else ""
+    )
 
 
 def make_plan(
@@ -322,8 +337,7 @@ def make_plan(
             raise BudgetError(
                 f"{budget} cannot be met by --method {method}: removing all it may (of blocks {first} to "
                 f"{later.stop - 1}) leaves {now.parameters / model.before.parameters:.3f} of the parameters, "
-                f"{now.int4_bytes} bytes after INT4; "
-                "allow more, lower --protect-first or --protect-last, or use --method hybrid"
+                f"{now.int4_bytes} bytes after INT4; {_way_out(method, report)}"
             )
     else:
         raise InputError(f"--method: found {method!r}, expected one of {', '.join(METHODS)}")

@@ -150,7 +150,7 @@ def draw(
                 image.save(out / f"{i:05}.png")
                 file.write(f"{lines[i]}\n")
             file.flush()
-            progress(f"images of {model}", start + len(batch), len(lines))
+            progress(f"images of {model.name}", start + len(batch), len(lines))
 
 
 def _identity(model: Path) -> str:

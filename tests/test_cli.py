@@ -92,6 +92,8 @@ def test_dry_run_forecasts_and_writes_nothing(tmp_path: Path) -> None:
     assert data["evaluation_flops"] > 2 * data["parameters"] and data["analyze_floor_s"] > 0
     found = run("compress", "tiny", "-o", "out", "--dry-run", "--max-memory", "9KB", cwd=tmp_path)
     assert found.returncode == 2 and "cannot be met" in found.stderr
+    found = run("compress", "tiny", "-o", "out", "--dry-run", "--method", "hppp", cwd=tmp_path)
+    assert found.returncode == 2 and "--method: found 'hppp', expected one of hpp, hybrid" in found.stderr
     found = run("compress", "tiny", "-o", "out", "--max-memory", "9KB", cwd=tmp_path)
     assert found.returncode == 2 and "cannot be met" in found.stderr and "analyze" not in found.stderr.split("error")[0]
     assert not (tmp_path / "out").exists()

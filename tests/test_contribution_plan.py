@@ -144,7 +144,8 @@ def test_memory_budget_counts_bytes_after_int4() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"keep": 0.3}, BudgetError, "cannot be met"),
+        ({"keep": 0.3}, BudgetError, "cannot be met.*or use --method hybrid$"),
+        ({"keep": 0.3, "method": "hybrid"}, BudgetError, "whole blocks alone; use --method hpp, or analyze components"),
         ({"keep": 0.02, "protect_first": 0, "protect_last": 0}, BudgetError, "cannot be met"),
         ({"method": "manual", "blocks": "3", "keep": 0.5}, InputError, "leave --keep"),
         ({"keep": 1.2}, InputError, "--keep"),
