@@ -108,7 +108,7 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
         for path in folder.rglob("*")
         if path.is_file()
         and (
-            path.suffix in {".py", ".j2", ".toml"}
+            path.suffix in {".py", ".j2", ".toml", ".yaml"}
             or "assets" in path.parts
             or path.name in ("py.typed", "architectures.json", "prompts.txt")
         )
