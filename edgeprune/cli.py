@@ -350,7 +350,7 @@ def _plan_rows(plan: Any, wanted: int | str | None) -> list[tuple[str, str]]:
     removed = ", ".join(map(str, plan.blocks)) or "none"
     parts = ", ".join(f"{b}:{c}" for b, c in plan.components)
     share = plan.after.parameters / plan.before.parameters
-    if wanted is None and share < _MODULATION_BELOW:
+    if wanted is None and plan.method != "manual" and share < _MODULATION_BELOW:
         rank = "full; --modulation-rank auto kept more at so few bytes (docs/modulation.md)"
     return [
         ("blocks removed", f"{removed} (of {plan.num_blocks})"),
