@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from edgeprune.demo import shapes
 from edgeprune.encoders import text_encoders
 from edgeprune.files import write_text
 from edgeprune.pipeline import STAGES, Workspace
+from edgeprune.plan import PrunePlan
 from edgeprune.plots import figures, svg
 from edgeprune.recipe import strengths
 
@@ -84,6 +84,7 @@ def _write_page(
     training = ws.manifest.stages.get("distill")
     page = environment.get_template("report.html.j2").render(
         **known,
+        removed=_removed(plan),
         pairs=pairs,
         small=images["original"].shape[1] <= _SMALL,
         memory=memory(ws, summary),
@@ -96,6 +97,19 @@ def _write_page(
         out=str(ws.out),
     )
     write_text(ws.out / "report.html", page)
+
+
+def _removed(plan: PrunePlan) -> list[tuple[str, str]]:
+    """What the plan took, as `plan` says it."""
+    before, after = plan.before.parameters, plan.after.parameters
+    blocks = ", ".join(map(str, plan.blocks)) or "none"
+    rank = [("modulation rank", str(plan.modulation_rank))] if plan.modulation_rank is not None else []
+    return [
+        ("blocks removed", f"{blocks} (of {plan.num_blocks})"),
+        ("components of others removed", str(len(plan.components))),
+        *rank,
+        ("parameters", f"{before / 1e6:,.1f} M -> {after / 1e6:,.1f} M ({after / before:.1%})"),
+    ]
 
 
 def _write_card(ws: Workspace, path: Path, known: dict[str, Any]) -> None:
@@ -196,7 +210,7 @@ def _machine(ws: Workspace) -> list[tuple[str, str]]:
         ("page made on", f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} cores, "
          f"{psutil.virtual_memory().total / 1e9:.0f} GB"),
         ("seconds", ", ".join(f"{s} {t:,.1f}" for s, t in seconds.items())),
-        ("images", json.dumps(ws.manifest.generation)),
+        ("images", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in ws.manifest.generation.items())),
     ]  # fmt: skip
 
 
