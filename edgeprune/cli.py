@@ -107,6 +107,8 @@ Width = Annotated[int | None, typer.Option(min=8, help="Their width in pixels.")
 
 SHARED = ("analyze", "distill")
 """Verbs that several processes can share."""
+_CTRL_C = 130
+"""What Typer makes of KeyboardInterrupt, without a word."""
 OUT_OF_MEMORY = (
     "out of memory; what is finished is kept. Train with a smaller --batch, --gradient-checkpointing or "
     "--mixed-precision bf16, make smaller images (--height, --width), end other programs, or use a larger machine; "
@@ -125,8 +127,10 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except stop.Stopped:
         _fail("stopped by SIGTERM; run the same command again to go on", stop.EXIT_CODE)
-    except KeyboardInterrupt:
-        _fail("stopped; run the same command again to go on", 130)
+    except SystemExit as end:
+        if end.code == _CTRL_C:
+            _fail("stopped; run the same command again to go on", _CTRL_C)
+        raise
     except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             _fail(OUT_OF_MEMORY, 1)

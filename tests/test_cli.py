@@ -30,6 +30,21 @@ def test_plan_from_published_scores_without_weights(tmp_path: Path) -> None:
     assert "modulation rank  full; --modulation-rank auto kept more" in less.stderr
 
 
+def test_ctrl_c_says_how_to_go_on() -> None:
+    code = """if True:
+        import os, signal
+        from edgeprune import cli
+
+        @cli.app.command()
+        def wait():
+            os.kill(os.getpid(), signal.SIGINT)
+
+        cli.main()
+    """
+    found = subprocess.run([sys.executable, "-c", code, "wait"], capture_output=True, text=True)
+    assert (found.returncode, found.stderr.strip()) == (130, "error: stopped; run the same command again to go on")
+
+
 @pytest.mark.parametrize(
     "verb",
     [
