@@ -1148,7 +1148,15 @@ def score(
 
 def _images_or_model(text: str) -> Path:
     if Path(text).is_dir():
-        return Path(text)
+        from edgeprune.imagefolder import METADATA
+
+        folder = Path(text)
+        if not any((folder / name).is_file() for name in (METADATA, "edgeprune_export.json", "model_index.json")):
+            raise InputError(
+                f"{folder}: found none of {METADATA} (images with their prompts), edgeprune_export.json (an export), "
+                "model_index.json (a diffusers pipeline), expected one"
+            )
+        return folder
     from edgeprune.checkpoint import resolve  # with torch
 
     return resolve(None if text == "built-in" else text)
