@@ -76,7 +76,7 @@ def test_help_of_every_verb_has_an_example(verb: str) -> None:
         (["score", "nowhere", "--metric", "shapes"], "nowhere: no such folder"),
         (["score", ".", "--metric", "beauty"], "expected one of shapes, clip, hpsv2, geneval, psnr, ssim, lpips"),
         (["score", ".", "--metric", "psnr"], "give --against ORIGINAL"),
-        (["score", ".", "--metric", "shapes"], "found none of metadata.jsonl (images with their prompts), edgeprune_exp"),
+        (["score", ".", "--metric", "shapes"], "found none of metadata.jsonl (images with their prompts), "),
         (["score", ".", "--metric", "clip"], "give --weights clip=PATH"),
         (["score", ".", "--metric", "geneval", "--weights", "geneval=x"], "give --weights clip=PATH"),
         (["score", ".", "--metric", "clip", "--weights", "clap=x"], "expected NAME=PATH"),
