@@ -96,8 +96,25 @@ FSDP2 = {
 """As `accelerate launch` sets it by a config."""
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def zero(folder: Path, stage: str) -> None:
+    """By DeepSpeed's ZeRO-2 or 3."""
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
+
+    def run(name: str, **options: Any) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(folder, f"zero{stage}{name}", **options)
+
+    run("")
+    run("_fresh_blocks", sensitivity="binary", freeze_prefix=False)
+    run("_accumulated", accumulate=2)
+    run("_prefix", int4_from=0.5)
+    run("_int8", teacher_precision="int8", gradient_checkpointing=True)
+    run("_resumed", until=3)
+    run("_resumed")
+    run("_taken_over")  # of a state that one process left
+
+
+def main(folder: Path) -> None:
     analyze(folder, "two")
     analyze(folder, "begun")
     train(folder, "ddp")
@@ -119,6 +136,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("error")
     torch.set_num_threads(1)
-    main()
+    if len(sys.argv) > 2:  # DeepSpeed warns of much that is its own
+        zero(Path(sys.argv[1]), sys.argv[2])
+    else:
+        warnings.simplefilter("error")
+        main(Path(sys.argv[1]))
