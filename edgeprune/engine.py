@@ -120,7 +120,7 @@ class Engine:
                 if hasattr(module, "set_reshard_after_forward"):  # for a backward pass that never comes it would wait
                     module.set_reshard_after_forward(True, recurse=False)
         elif self.shards:
-            shard(teacher)
+            shard(teacher, self.accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"])
         elif self.offload:
             from accelerate import cpu_offload
 

@@ -55,12 +55,18 @@ def plugin(mixed_precision: str, accumulate: int, images: int) -> Any:
     return made
 
 
-def shard(teacher: nn.Module) -> None:
-    """Cut up a frozen model as ZeRO-3 does a trained one: an engine of its own gathers each layer as it is run."""
+def shard(teacher: nn.Module, settings: dict[str, Any]) -> None:
+    """Cut up a frozen model as ZeRO-3 does a trained one: an engine of its own gathers each layer as it is run.
+
+    Args:
+        teacher: with weights in float32 or bf16.
+        settings: `zero_optimization` of the trained one.
+    """
     import deepspeed
 
+    zero = {name: value for name, value in settings.items() if name != "offload_optimizer"}
     half = next(teacher.parameters()).dtype == torch.bfloat16
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": half}}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "bf16": {"enabled": half}}
     deepspeed.initialize(model=teacher, config=config)
 
 
