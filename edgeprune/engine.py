@@ -48,7 +48,7 @@ class Engine:
             )
         size = batch // portions
         zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-        deepspeed = plugin(mixed_precision, accumulate, size) if zero else None
+        deepspeed: Any = plugin(mixed_precision, accumulate, size) if zero else None
         self.precision = mixed_precision
         processes.join()
         self.accelerator = Accelerator(
@@ -153,7 +153,7 @@ class Engine:
             yield
 
     def clip(self, parameters: list[nn.Parameter]) -> torch.Tensor:
-        """Limit the norm of the whole gradient to 1; what it was. DeepSpeed has done so, with the step that followed."""
+        """Limit the norm of the whole gradient to 1; what it was. DeepSpeed has, and taken its step."""
         found = self.accelerator.clip_grad_norm_(parameters, 1.0)
         if self.accelerator.distributed_type == "DEEPSPEED":  # -1 or None stand for what is not finite
             return torch.tensor(found if found is not None and found >= 0 else torch.nan)

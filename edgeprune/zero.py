@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO in the terms of the rest of training: its plugin for accelerate, parts of weights, a torch optimizer.
+"""DeepSpeed's ZeRO in the terms of the rest of training: a plugin of accelerate's, parts of weights, an optimizer.
 
 ZeRO-2 cuts up gradients and moments, ZeRO-3 weights as well. A `Part` has the methods of torch's DTensor, which FSDP2
 cuts weights up into, that resume.py asks for. What it leaves out: NVMe, and precision by DeepSpeed's own bf16 and fp16,
@@ -112,7 +112,7 @@ class Part:
         return self
 
 
-def held(tensor: torch.Tensor) -> Any:
+def held(tensor: Any) -> Any:
     """A tensor, or the `Part` that ZeRO-3 has left of a parameter."""
     return Part(tensor.ds_tensor, tensor.ds_shape) if hasattr(tensor, "ds_tensor") else tensor
 
@@ -131,7 +131,7 @@ class _Moment:
 
 
 class ZeroOptimizer:
-    """An AdamW whose parameters DeepSpeed has put into flat ones, cut up: its state by the parameters that it was given.
+    """An AdamW whose parameters DeepSpeed has made flat and cut up: its state by the parameters that it was given.
 
     All parameters have taken the same number of steps: DeepSpeed takes one that had no gradient for one of zeros.
     """

@@ -70,7 +70,18 @@ def test_base_install_is_what_a_device_needs() -> None:
 def test_extras_cover_the_users_list() -> None:
     names = {requirement(line) for lines in EXTRAS.values() for line in lines}
     assert names >= {
-        *("torch", "diffusers", "transformers", "accelerate", "deepspeed", "nncf", "datasets", "optimum", "onnx", "onnxscript"),
+        *(
+            "torch",
+            "diffusers",
+            "transformers",
+            "accelerate",
+            "deepspeed",
+            "nncf",
+            "datasets",
+            "optimum",
+            "onnx",
+            "onnxscript",
+        ),
         *("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu12", "coremltools", "openvino"),
     }
 
