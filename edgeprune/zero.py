@@ -50,7 +50,12 @@ def plugin(mixed_precision: str, accumulate: int, images: int) -> Any:
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": 1.0,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, on the CPU too: states go from engine to engine
-        "torch_autocast": {"enabled": mixed_precision == "bf16", "dtype": "bfloat16"},
+        # Without a list weights are gathered in bf16, and rounded to INT4 from there.
+        "torch_autocast": {
+            "enabled": mixed_precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
     }
     return made
 

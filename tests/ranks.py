@@ -142,6 +142,7 @@ def zero(folder: Path, stage: str) -> None:
     run("int8", teacher_precision="int8", gradient_checkpointing=True)
     on_cpu = {"offload_optimizer": {"device": "cpu"}} | ({"offload_param": {"device": "cpu"}} if stage == "3" else {})
     run("fresh_blocks_offloaded", on_cpu, sensitivity="binary", freeze_prefix=False)
+    run("bf16", mixed_precision="bf16")
     with contextlib.suppress(Spoilt):
         run("spoilt", spoil=2)
         raise AssertionError
