@@ -33,10 +33,11 @@ from edgeprune.losses import distillation_loss
 from edgeprune.plan import PrunePlan
 from edgeprune.prefix import SharedPrefix, common_blocks
 from edgeprune.recipe import HERE, DistillOptions, Placement, parameter_groups
-from edgeprune.resume import Ema, fill, load_state, save_state, step_generator, whole
+from edgeprune.resume import Ema, fill, fill_optimizer, read_state, save_state, step_generator, whole
 from edgeprune.rounding import Rounding
 from edgeprune.sampling import Conditioning, velocity
 from edgeprune.teaching import checkpoint_activations
+from edgeprune.zero import held
 
 SAVE_S = 600.0
 """The state is saved at least as often as this, however long a step takes."""
@@ -117,19 +118,21 @@ def distill(
         checkpoint_activations(student)
     rounding = Rounding(family, student, options.int4_group_size or 0) if options.rounded_from < options.steps else None
     common = common_blocks(family, teacher, student, plan) if options.freeze_prefix else 0
+    step, losses, left = 0, [], None
+    if state_path.exists():
+        modules, slots, meta = read_state(state_path)
+        if meta.get("inputs") == inputs_digest:
+            left = modules["ema"], slots
+            step, losses = meta["step"], meta["losses"]
+            # Before the engine has them: DeepSpeed takes copies of its own.
+            fill({n: p for n, p in student.named_parameters() if p.requires_grad}, modules["student"])
     net, optimizer = engine.train(student, optimizer)  # before the average is taken: it may move the weights
     engine.teach(teacher)
-    trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    trained = {n: held(p) for n, p in student.named_parameters() if p.requires_grad}
     ema = Ema(trained, options.ema)
-    step, losses = 0, []
-    if state_path.exists():
-        modules, meta = load_state(state_path, optimizer)
-        if meta.get("inputs") == inputs_digest:
-            fill(trained, modules["student"])
-            fill(ema.average, modules["ema"])
-            step, losses = meta["step"], meta["losses"]
-        else:
-            optimizer.state.clear()
+    if left:
+        fill(ema.average, left[0])
+        fill_optimizer(state_path, optimizer, left[1])
     saved, saved_s = step, time.monotonic()
 
     def check_finite(what: str, value: float) -> None:
@@ -138,11 +141,11 @@ def distill(
             raise EdgepruneError(f"distill: {what} is not finite at step {step + 1}; {kept}; lower --rate")
 
     def loss_of(part: _Noisy) -> torch.Tensor:
-        with torch.no_grad(), engine.accelerator.autocast():
+        with torch.no_grad(), engine.autocast():
             seen = part.latents.to(teacher.dtype)
             target = velocity(teacher, seen, part.condition.to(seen), part.sigma, guidance)
         begins = prefix.student_begins_after() if prefix and not (rounding and rounding.on) else nullcontext()
-        with engine.accelerator.autocast(), begins:
+        with engine.autocast(), begins:
             found = velocity(net, part.latents, part.condition, part.sigma, guidance)
         # Features of the frozen prefix are what they are; only later blocks can learn.
         later = {k: v for k, v in catch_student.features.items() if not options.freeze_prefix or k >= plan.first_pruned}
@@ -192,7 +195,8 @@ def distill(
     if prefix:
         prefix.end()
     result = {}
-    for name, tensor in (student.state_dict() | ema.average).items():
+    weights = {name: held(tensor) for name, tensor in student.state_dict(keep_vars=True).items()}
+    for name, tensor in (weights | ema.average).items():
         full = whole(tensor.detach()).cpu()  # all processes have to give their part
         if processes.is_main():
             result[name] = full

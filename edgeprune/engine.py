@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from edgeprune import processes
 from edgeprune.errors import InputError
 from edgeprune.recipe import Placement
 from edgeprune.resume import whole
+from edgeprune.zero import ZeroOptimizer, plugin, shard
 
 
 class Engine:
@@ -45,27 +46,30 @@ class Engine:
             raise InputError(
                 f"--mixed-precision: found {mixed_precision}, but accelerate's config says {said}; say one thing"
             )
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            raise InputError(
-                "accelerate's config: distributed_type: found DEEPSPEED, expected FSDP, which shards the same"
-            )
+        size = batch // portions
+        zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        deepspeed: Any = plugin(mixed_precision, accumulate, size) if zero else None
+        self.precision = mixed_precision
         processes.join()
         self.accelerator = Accelerator(
-            mixed_precision=mixed_precision,
+            mixed_precision="no" if zero else mixed_precision,  # DeepSpeed's is in its plugin
+            deepspeed_plugin=deepspeed,
             cpu=not torch.cuda.is_available(),
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and self.accelerator.distributed_type == "MULTI_CPU":
             self._shard_on_cpu()
+        if zero and self.accelerator.distributed_type != "DEEPSPEED":
+            self._zero_on_cpu(deepspeed)
         if self.accelerator.distributed_type == "FSDP" and not self.accelerator.is_fsdp2:
             raise InputError("accelerate's config: fsdp_version: found 1, expected 2")
-        if self.accelerator.distributed_type == "FSDP" and self.offload:
-            raise InputError(
-                "--teacher-offload: FSDP shards the teacher; set fsdp_offload_params in accelerate's config"
-            )
+        self.shards = self.accelerator.distributed_type == "FSDP" or (zero and deepspeed.zero_stage == 3)
+        """Whether a process holds a part of every weight, of the teacher too."""
+        if self.shards and self.offload:
+            option = "offload_param_device" if zero else "fsdp_offload_params"
+            raise InputError(f"--teacher-offload: the teacher is sharded; set {option} in accelerate's config")
         self.device: torch.device = self.accelerator.device
-        size = batch // portions
         first = processes.index() * accumulate
         self.rows = [slice(i * size, (i + 1) * size) for i in range(first, first + accumulate)]
         """Of the global batch, portion by portion."""
@@ -82,13 +86,28 @@ class Engine:
         self.accelerator.state.distributed_type = DistributedType.FSDP
         PartialState().distributed_type = DistributedType.FSDP  # from which the state is filled again
 
+    def _zero_on_cpu(self, deepspeed: Any) -> None:
+        """The same of DeepSpeed, which itself knows CPUs."""
+        from accelerate import PartialState
+        from accelerate.utils import DistributedType
+
+        if processes.count() == 1:
+            raise InputError("accelerate's config: num_processes: found 1, expected several with DeepSpeed on a CPU")
+        deepspeed.set_mixed_precision("no")
+        deepspeed.select(_from_accelerator_state=True)
+        self.accelerator.state.deepspeed_plugins = deepspeed
+        self.accelerator.state.distributed_type = DistributedType.DEEPSPEED
+        PartialState().distributed_type = DistributedType.DEEPSPEED
+
     def train(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """The student as it is to be called, and the optimizer as it is to be stepped."""
         with warnings.catch_warnings():
             # Buffers are fixed tables. What is to take the place of `broadcast_buffers` older torches do not have.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            groups = [list(group["params"]) for group in optimizer.param_groups]
             net, stepped = self.accelerator.prepare(student, optimizer)
-        return net, stepped
+        zero = self.accelerator.distributed_type == "DEEPSPEED"
+        return net, ZeroOptimizer(stepped, groups) if zero else stepped
 
     def teach(self, teacher: nn.Module) -> None:
         """Put a frozen teacher where it computes."""
@@ -100,6 +119,8 @@ class Engine:
             for module in sharded.modules():
                 if hasattr(module, "set_reshard_after_forward"):  # for a backward pass that never comes it would wait
                     module.set_reshard_after_forward(True, recurse=False)
+        elif self.shards:
+            shard(teacher, self.accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"])
         elif self.offload:
             from accelerate import cpu_offload
 
@@ -113,8 +134,15 @@ class Engine:
             from accelerate.hooks import remove_hook_from_submodules
 
             remove_hook_from_submodules(teacher)
-        elif self.accelerator.distributed_type != "FSDP":
+        elif not self.shards:
             teacher.to("cpu")
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Around a forward pass."""
+        if self.accelerator.distributed_type == "DEEPSPEED":  # for which accelerate has none
+            return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        found: AbstractContextManager[None] = self.accelerator.autocast()
+        return found
 
     @contextmanager
     def portion(self, net: Any) -> Iterator[None]:
@@ -125,8 +153,11 @@ class Engine:
             yield
 
     def clip(self, parameters: list[nn.Parameter]) -> torch.Tensor:
-        """Limit the norm of the whole gradient to 1; what it was."""
-        return whole(self.accelerator.clip_grad_norm_(parameters, 1.0))
+        """Limit the norm of the whole gradient to 1; what it was. DeepSpeed has, and taken its step."""
+        found = self.accelerator.clip_grad_norm_(parameters, 1.0)
+        if self.accelerator.distributed_type == "DEEPSPEED":  # -1 or None stand for what is not finite
+            return torch.tensor(found if found is not None and found >= 0 else torch.nan)
+        return whole(found)
 
     def mean(self, *values: float) -> list[float]:
         """Each value's mean over processes."""

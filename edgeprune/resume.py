@@ -56,7 +56,10 @@ def save_state(path: Path, modules: dict[str, Tensors], optimizer: torch.optim.O
     """
     found = {f"{name}/{key}": t for name, state in modules.items() for key, t in state.items()}
     for index, slots in optimizer.state_dict()["state"].items():
-        found |= {f"optimizer/{index}/{key}": torch.as_tensor(t) for key, t in slots.items()}
+        found |= {
+            f"optimizer/{index}/{key}": t if hasattr(t, "full_tensor") else torch.as_tensor(t)
+            for key, t in slots.items()
+        }
     tensors = {}
     for name, tensor in found.items():
         full = whole(tensor)
@@ -83,14 +86,29 @@ def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None =
         raise cannot_write(path, error) from error
 
 
+Slots = dict[int, Tensors]
+"""What an optimizer keeps of a parameter, by its place."""
+
+
 def load_state(path: Path, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """Read what `save_state` wrote: state dicts by name and the meta; `optimizer` is filled in place.
 
     Raises:
         InputError: the file is not readable as such a state.
     """
+    modules, slots, meta = read_state(path)
+    fill_optimizer(path, optimizer, slots)
+    return modules, meta
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensors], Slots, dict[str, Any]]:
+    """State dicts by name, what the optimizer kept, and the meta.
+
+    Raises:
+        InputError: the file is not readable as such a state.
+    """
     modules: dict[str, Tensors] = {}
-    slots: dict[int, Tensors] = {}
+    slots: Slots = {}
     try:
         with safe_open(path, framework="pt") as file:
             meta = parse_json(file.metadata()["meta"])
@@ -105,17 +123,24 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer) -> tuple[dict[str, 
                     modules.setdefault(name, {})[key] = file.get_tensor(full)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a training state ({error}); delete it to start over") from error
-    _check_slots(path, slots, optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, found in slots.items():
-        slots[index] = {n: _sharded(t, parameters[index]) if t.dim() else t for n, t in found.items()}
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    return modules, meta
+    return modules, slots, meta
 
 
-def _check_slots(path: Path, slots: dict[int, Tensors], optimizer: torch.optim.Optimizer) -> None:
+def fill_optimizer(path: Path, optimizer: torch.optim.Optimizer, slots: Slots) -> None:
+    """Set what an optimizer keeps, as it was read from `path`.
+
+    Raises:
+        InputError: it is of other parameters.
+    """
+    # DeepSpeed has flat ones in the place of those that it was given.
+    parameters = getattr(optimizer, "parameters", [p for group in optimizer.param_groups for p in group["params"]])
+    _check_slots(path, slots, parameters)
+    placed = {i: {n: _sharded(t, parameters[i]) if t.dim() else t for n, t in s.items()} for i, s in slots.items()}
+    optimizer.load_state_dict({"state": placed, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _check_slots(path: Path, slots: Slots, parameters: list[torch.Tensor]) -> None:
     """Moments are of their parameter's shape, and a count of steps is one number."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, found in slots.items():
         if not 0 <= index < len(parameters):
             raise InputError(f"{path}: optimizer/{index}: expected one of {len(parameters)}; delete it to start over")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from edgeprune.families import Family
 from edgeprune.int4 import round_int4
 from edgeprune.precision import precision_of
+from edgeprune.zero import held
 
 
 class Rounding:
@@ -37,7 +38,7 @@ class Rounding:
         """Compute with rounded weights. Those that are frozen are rounded once, unless this process has but a shard."""
         self.on = True
         for layer, size in self.layers:
-            if layer.weight.requires_grad or hasattr(layer.weight, "to_local"):
+            if layer.weight.requires_grad or hasattr(held(layer.weight), "to_local"):
                 # mypy takes methods for constants.
                 layer.forward = functools.partial(_rounded, layer, size)  # type: ignore[method-assign]
             else:

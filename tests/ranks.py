@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -23,10 +24,12 @@ from test_distill import setup
 
 from edgeprune import distill as training
 from edgeprune import processes
+from edgeprune.errors import EdgepruneError
 from edgeprune.pipeline import AnalyzeOptions, Workspace, run_analyze
 from edgeprune.recipe import DistillOptions, Placement
 from edgeprune.resume import local, save_state
 from edgeprune.teaching import lower
+from edgeprune.zero import held
 
 STEPS = 4
 
@@ -35,28 +38,44 @@ class Killed(Exception):
     """In the place of a kill."""
 
 
+class Spoilt(Exception):
+    """Training has ended by a gradient that was not finite."""
+
+
 def train(
-    folder: Path, name: str, *, until: int | None = None, accumulate: int = 1, offload: bool = False, **options: Any
+    folder: Path,
+    name: str,
+    *,
+    until: int | None = None,
+    spoil: int | None = None,
+    accumulate: int = 1,
+    offload: bool = False,
+    **options: Any,
 ) -> None:
-    """Distil the tiny model of test_distill; loss and weights go to NAME.json and NAME.safetensors."""
+    """Distil the tiny model of test_distill; loss and weights go to NAME.json and NAME.safetensors.
+
+    Gradients are not finite after step `spoil`.
+    """
     family, teacher, student, plan, report, pairs = setup()
 
     def progress(step: int, total: int, loss: float) -> None:
         if step == until:
             raise Killed
+        if step == spoil:
+            student.proj_out.weight.register_hook(lambda gradient: gradient * torch.nan)
 
     lower(family, teacher, options.get("teacher_precision", "float32"))
     chosen = DistillOptions(steps=STEPS, batch=8, rate=1e-3, schedule="cosine", **options)
-    held: dict[str, int] = {}
+    sizes: dict[str, int] = {}
 
     def save(path: Path, modules: Any, optimizer: Any, meta: Any) -> None:
         moments = [t for slots in optimizer.state.values() for t in slots.values()]
         averages, trained = modules["ema"].values(), modules["student"].values()
-        held["moments_bytes"] = sum(local(t).nbytes for t in moments)
-        held["average_bytes"] = sum(local(t).nbytes for t in averages)
-        held["gradients_bytes"] = sum(local(t).nbytes for t in trained)  # one of each
-        held["student_bytes"] = sum(local(t).nbytes for t in (*student.parameters(), *student.buffers()))
-        held["teacher_bytes"] = sum(local(t).nbytes for t in (*teacher.parameters(), *teacher.buffers()))
+        sizes["moments_bytes"] = sum(local(t).nbytes for t in moments)
+        sizes["average_bytes"] = sum(local(t).nbytes for t in averages)
+        sizes["gradients_bytes"] = sum(local(t).nbytes for t in trained)  # one of each
+        sizes["student_bytes"] = sum(local(held(t)).nbytes for t in (*student.parameters(), *student.buffers()))
+        sizes["teacher_bytes"] = sum(local(held(t)).nbytes for t in (*teacher.parameters(), *teacher.buffers()))
         save_state(path, modules, optimizer, meta)
 
     training.save_state = save
@@ -67,10 +86,15 @@ def train(
         )  # fmt: skip
     except Killed:
         return
+    except EdgepruneError as error:
+        kept = f"the gradient is not finite at step 3; {folder / name}.state holds the state after step 2"
+        if spoil and kept in str(error):
+            raise Spoilt from None
+        raise
     if processes.is_main():
         save_file(weights, folder / f"{name}.safetensors")
         (folder / f"{name}.json").write_text(json.dumps(losses))
-        (folder / f"{name}.held.json").write_text(json.dumps(held))
+        (folder / f"{name}.held.json").write_text(json.dumps(sizes))
 
 
 def analyze(folder: Path, name: str, *, until: int | None = None) -> None:
@@ -96,8 +120,35 @@ FSDP2 = {
 """As `accelerate launch` sets it by a config."""
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def zero(folder: Path, stage: str) -> None:
+    """By DeepSpeed's ZeRO-2 or 3."""
+    # By default ZeRO-3 leaves what is as small as these models whole.
+    small = {"stage": int(stage), "stage3_param_persistence_threshold": 0}
+
+    def run(name: str, zero: dict[str, Any] | None = None, **options: Any) -> None:
+        config = folder / f"zero{stage}_{name}.config"
+        config.write_text(json.dumps({"zero_optimization": small | (zero or {})}))
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(config)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(folder, f"zero{stage}_{name}", **options)
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    run("resumed", until=3)
+    if processes.is_main():
+        shutil.copy(folder / f"zero{stage}_resumed.state", folder / f"zero{stage}_left.state")
+    run("resumed")
+    run("taken_over")  # of a state that one process left
+    run("accumulated_prefix", accumulate=2, int4_from=0.5)
+    run("int8", teacher_precision="int8", gradient_checkpointing=True)
+    on_cpu = {"offload_optimizer": {"device": "cpu"}} | ({"offload_param": {"device": "cpu"}} if stage == "3" else {})
+    run("fresh_blocks_offloaded", on_cpu, sensitivity="binary", freeze_prefix=False)
+    run("bf16", mixed_precision="bf16")
+    with contextlib.suppress(Spoilt):
+        run("spoilt", spoil=2)
+        raise AssertionError
+
+
+def main(folder: Path) -> None:
     analyze(folder, "two")
     analyze(folder, "begun")
     train(folder, "ddp")
@@ -119,6 +170,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("error")
     torch.set_num_threads(1)
-    main()
+    if len(sys.argv) > 2:  # DeepSpeed warns of much that is its own
+        zero(Path(sys.argv[1]), sys.argv[2])
+    else:
+        warnings.simplefilter("error")
+        main(Path(sys.argv[1]))

@@ -30,7 +30,7 @@ RANKS: list[tuple[str, ...]] = [
     ("plan",),
     ("surgery",),
     ("losses", "int4"),
-    ("recipe", "engine", "features", "prefix", "rounding", "teaching"),
+    ("recipe", "engine", "features", "prefix", "rounding", "teaching", "zero"),
     ("distill", "awq"),
     ("quantize",),
     ("stored",),

@@ -70,7 +70,18 @@ def test_base_install_is_what_a_device_needs() -> None:
 def test_extras_cover_the_users_list() -> None:
     names = {requirement(line) for lines in EXTRAS.values() for line in lines}
     assert names >= {
-        *("torch", "diffusers", "transformers", "accelerate", "nncf", "datasets", "optimum", "onnx", "onnxscript"),
+        *(
+            "torch",
+            "diffusers",
+            "transformers",
+            "accelerate",
+            "deepspeed",
+            "nncf",
+            "datasets",
+            "optimum",
+            "onnx",
+            "onnxscript",
+        ),
         *("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu12", "coremltools", "openvino"),
     }
 
@@ -168,6 +179,7 @@ def test_the_extra_that_is_named_brings_what_is_missing() -> None:
     called = {"cuda.bindings.runtime": "cuda-bindings", "PIL": "pillow", "tensorrt|tensorrt_rtx": "tensorrt"}
     told = [(info.extra, info.packages) for info in runtimes.RUNTIMES.values()]
     told += [*export.NEEDS.values(), ("compress", extras.COMPRESS)]
+    told.append(("deepspeed", ("deepspeed",)))
     told += [(name, known.packages) for name, known in metrics.KNOWN.items() if known.packages]
     for names, packages in told:
         brought = {requirement(line) for extra in names.split(",") for line in EXTRAS[extra]}
