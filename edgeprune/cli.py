@@ -108,7 +108,7 @@ Width = Annotated[int | None, typer.Option(min=8, help="Their width in pixels.")
 SHARED = ("analyze", "distill")
 """Verbs that several processes can share."""
 _CTRL_C = 130
-"""What Typer makes of KeyboardInterrupt, without a word."""
+"""What Typer, but for old versions, makes of KeyboardInterrupt, without a word."""
 OUT_OF_MEMORY = (
     "out of memory; what is finished is kept. Train with a smaller --batch, --gradient-checkpointing or "
     "--mixed-precision bf16, make smaller images (--height, --width), end other programs, or use a larger machine; "
@@ -127,10 +127,10 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except stop.Stopped:
         _fail("stopped by SIGTERM; run the same command again to go on", stop.EXIT_CODE)
-    except SystemExit as end:
-        if end.code == _CTRL_C:
-            _fail("stopped; run the same command again to go on", _CTRL_C)
-        raise
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != _CTRL_C:
+            raise
+        _fail("stopped; run the same command again to go on", _CTRL_C)
     except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             _fail(OUT_OF_MEMORY, 1)
@@ -554,7 +554,7 @@ def analyze(
     as_json: AsJson = False,
 ) -> None:
     """Score the model without each block and component: analysis.json."""
-    if config and not processes.launched():
+    if config and not processes.launched() and not dry_run:
         from edgeprune.launch import launch
 
         return launch(config, sys.argv[1:])
@@ -810,7 +810,7 @@ def cache(
     images = Generation.checked(asdict(Generation.load(folder)) | given, "options")
     images.check_size(folder)
     options = encode.CacheOptions(source, samples, buckets, half)
-    encode.check_folder(out)
+    encode.check_folder(out, source)
     if dry_run:
         expected = encode.forecast(folder, images, options, out)
         _table(_megabytes(expected))

@@ -267,7 +267,7 @@ def analyze(
         progress: called with groups done and groups in all, the untouched model among them.
     """
     wanted: list[Group] = [(), *groups]
-    done = processes.from_main(_read_partials(path, inputs_digest))  # before anyone writes
+    done = processes.from_main(_read_partials(path, inputs_digest) if processes.is_main() else None)
     missing = [parts for parts in wanted if parts not in done]
     own = missing[processes.index() :: processes.count()]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -239,19 +239,21 @@ def make_cache(
     return made
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds something else.
+def check_folder(folder: Path, source: str) -> None:
+    """Refuse a folder that holds something else, or that is in the source, which it would change.
 
     Raises:
-        InputError: it is neither new nor empty nor a cache.
+        InputError: it is neither new nor empty nor a cache, or not beside the source.
     """
+    if Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
+        raise InputError(f"{folder}: found it in the source {source}, expected a folder outside of it; use another -o")
     if not (folder / INDEX).is_file() and not is_free(folder, INDEX):
         raise InputError(f"{folder}: exists and is not a cache (no {INDEX}); use another -o")
 
 
 def _begun(folder: Path, settings: Settings) -> Index:
     """The index of a folder, a new one where there is none."""
-    check_folder(folder)
+    check_folder(folder, str(settings["source"]))
     if not (folder / INDEX).is_file():
         index = Index(settings)
         index.save(folder)

@@ -160,8 +160,9 @@ def forecast_training(
         config: of accelerate's; None for one process.
 
     Raises:
-        InputError: there is no plan yet, or the config is not usable.
+        InputError: there is no plan yet, or an option or the config is not usable.
     """
+    options.check()
     layout = Layout.of_config(config) if config else Layout()
     sample = _sample(ws.family, ws.config, ws.source, ws.generation)
     return forecast_rank(ws.family, ws.config, ws.plan(), ws.report(), options, placement, layout, sample)

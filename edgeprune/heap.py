@@ -8,6 +8,7 @@ libraries, and work that makes the same tensors again and again, which a heap se
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ _LARGE, _MOST_LEARNT = 1 << 20, 32 << 20
 @contextmanager
 def returned() -> Iterator[None]:
     """While this lasts, pieces of 1 MB and more are mapped one by one, and unmapped when they are freed."""
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is None:  # not glibc
         yield
         return

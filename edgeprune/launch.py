@@ -7,9 +7,15 @@ What it leaves out: several machines, where each one runs `accelerate launch` by
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import psutil
+
+from edgeprune import processes
 from edgeprune.errors import InputError
 
 CONFIGS = Path(__file__).parent / "accelerate"
@@ -41,6 +47,8 @@ def launch(config: str, arguments: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     path = config_named(config)
+    os.environ[processes.LAUNCHED] = "1"
+    signal.signal(signal.SIGTERM, _pass_on)  # the launcher of several processes puts its own in this one's place
     words = ["--config_file", str(path), "--main_process_port", "0", "-m", "edgeprune.cli", *arguments]
     try:
         args = launch_command_parser().parse_args(words)
@@ -53,6 +61,12 @@ def launch(config: str, arguments: list[str]) -> None:
         raise SystemExit(128 + error.sigval) from None
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise InputError(f"{path}: not usable as a config of accelerate ({error})") from error
+
+
+def _pass_on(number: int, _: Any) -> None:
+    """Give a signal to the process that accelerate waits for, which saves and ends."""
+    for child in psutil.Process().children():
+        child.send_signal(number)
 
 
 def _code(code: int) -> int:

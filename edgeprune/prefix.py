@@ -23,8 +23,10 @@ from edgeprune.plan import PrunePlan
 def common_blocks(family: Family, teacher: nn.Module, student: Any, plan: PrunePlan) -> int:
     """How many leading blocks are the same in both, by value, with all that feeds them: those before the first pruned.
 
-    0 if a weight differs: another precision, projected modulation, or training that has begun.
+    0 if a weight differs, projected modulation or training that has begun, and for a teacher of another precision.
     """
+    if next(teacher.parameters()).dtype != next(student.parameters()).dtype:
+        return 0  # it would compute otherwise, also with weights that are equal
     count, theirs = plan.first_pruned, teacher.state_dict()
     for name, tensor in student.state_dict().items():
         place = family.place(student.config, name)

@@ -19,9 +19,13 @@ _LONGEST_WAIT = timedelta(days=7)
 """For the first process, which may be making training data; one that ends is noticed at once."""
 
 
+LAUNCHED = "EDGEPRUNE_LAUNCHED"
+"""Set by launch.py: accelerate says nothing to a process that it starts alone."""
+
+
 def launched() -> bool:
     """Whether a launcher started this process, as one of several or alone."""
-    return "LOCAL_RANK" in os.environ
+    return "LOCAL_RANK" in os.environ or LAUNCHED in os.environ
 
 
 def count() -> int:
@@ -71,14 +75,23 @@ def main_first() -> Iterator[None]:
     """The first process does what is inside alone, then the others do it.
 
     Raises:
-        SystemExit: in the others, if it failed in the first, which says why.
+        SystemExit: in the others, with the first one's exit code, if it failed there, which says why.
     """
-    if not is_main() and not from_main(None):
-        raise SystemExit(1)
-    done = False
+    if not is_main() and (code := from_main(None)):
+        raise SystemExit(code)
     try:
         yield
-        done = True
-    finally:
+    except BaseException as error:
         if is_main():
-            from_main(done)
+            from_main(_exit_code(error))
+        raise
+    if is_main():
+        from_main(0)
+
+
+def _exit_code(error: BaseException) -> int:
+    """What the command ends with, see cli.main: launchers pass on that of whoever they see failing first."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    found = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
+    return found if isinstance(found, int) and found else 1

@@ -1,7 +1,7 @@
 """Bootstrap intervals over prompts: of a mean, and of what a paired score loses. Numpy alone.
 
 Prompts may belong to tasks: then the figure is the mean of the tasks' means, and prompts are drawn anew within each;
-among all of them where a task has but one, which drawn anew would always be itself.
+among all of them where every task has but one, which drawn anew would always be itself.
 What it leaves out: several images of one prompt, which are not independent (average them first), and tests of
 significance.
 """
@@ -47,7 +47,7 @@ def _means(
     All share the drawn prompts, so that their differences are paired; the S training seeds of each are drawn apart.
     """
     rng = np.random.default_rng(seed)
-    drawn_within = groups if min(map(len, groups)) > 1 else [np.concatenate(groups)]
+    drawn_within = groups if max(map(len, groups)) > 1 else [np.concatenate(groups)]
     picks = [g[rng.integers(0, len(g), (draws, len(g)))] for g in drawn_within]
     out = []
     for values in rows:

@@ -24,6 +24,8 @@ GRACE_S = 25.0
 class Stopped(BaseException):
     """SIGTERM came. As KeyboardInterrupt it is no error, so that nobody who handles errors holds it up."""
 
+    exit_code = EXIT_CODE
+
 
 _asked = False
 _held = False

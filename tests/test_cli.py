@@ -34,6 +34,7 @@ def test_ctrl_c_says_how_to_go_on() -> None:
     code = """if True:
         import os, signal
         from edgeprune import cli
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
         @cli.app.command()
         def wait():

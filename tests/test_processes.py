@@ -244,6 +244,14 @@ def test_a_config_starts_processes_and_passes_on_how_they_end(tmp_path: Path) ->
     assert Layout.of_config(config) == Layout(2)
 
 
+def test_a_config_of_one_process_starts_it_once(tmp_path: Path) -> None:
+    config = tmp_path / "one.yaml"
+    config.write_text("distributed_type: 'NO'\nnum_processes: 1\nuse_cpu: true\n")
+    command = [sys.executable, "-m", "edgeprune.distill", "-o", str(tmp_path / "none"), "--config", str(config)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 2 and ended.stderr.count("begin with: edgeprune analyze") == 1, ended.stderr
+
+
 @pytest.mark.parametrize("name", ["1x24gb", "1x80gb", "8x80gb"])
 def test_configs_that_come_with_it_are_accelerates(name: str) -> None:
     layout = Layout.of_config(config_named(name))
