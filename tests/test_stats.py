@@ -61,4 +61,4 @@ def test_one_prompt_a_task_still_has_an_interval() -> None:
     found = mean_interval([1, 0, 1, 1], ["a", "b", "c", "d"])
     assert found.mean == 0.75 and found.low <= 0.5 < 1.0 <= found.high
     uneven = mean_interval([0, *[1, 0.9] * 10], ["a", *["b"] * 20])
-    assert uneven.low < uneven.mean == pytest.approx(0.475) < uneven.high < 0.5
+    assert uneven.mean == pytest.approx(0.475) and uneven.low < uneven.mean < uneven.high < 0.5
