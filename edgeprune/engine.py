@@ -49,6 +49,8 @@ class Engine:
         size = batch // portions
         zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
         deepspeed: Any = plugin(mixed_precision, accumulate, size) if zero else None
+        if mixed_precision == "fp16" and not torch.cuda.is_available():  # accelerate would go on in float32, unsaid
+            raise InputError("--mixed-precision: found fp16, expected no or bf16 without a CUDA GPU")
         self.precision = mixed_precision
         processes.join()
         self.accelerator = Accelerator(

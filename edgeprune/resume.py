@@ -78,7 +78,10 @@ def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None =
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as umask has it; safetensors would let nobody else read
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata=metadata)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):

@@ -89,3 +89,12 @@ def test_a_file_of_another_schema_says_what_to_do(found: object, words: str) -> 
         InputError, match=rf"a\.json: schema_version: found {found}, {'' if found == 3 else '.*'}{words}"
     ):
         check_schema("a.json", found, 2, "analyze again")
+
+
+def test_weights_are_as_readable_as_any_other_file(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from edgeprune.resume import save_tensors
+
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+    write_json(tmp_path / "a.json", {})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.json").stat().st_mode

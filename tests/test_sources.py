@@ -11,7 +11,7 @@ from PIL import Image
 
 from edgeprune import sources
 from edgeprune.errors import InputError
-from edgeprune.sources import Entry, Pair, Skipped, layout_of, opened
+from edgeprune.sources import Entry, Pair, Skipped, caption_of, layout_of, opened
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (12, 8)) -> bytes:
@@ -159,3 +159,9 @@ def test_datasets_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     rows.features = {"text": None}
     with pytest.raises(InputError, match="datasets:me/mine:test: found no image among its columns: text"):
         everything("datasets:me/mine:test")
+
+
+def test_what_has_no_caption_says_so() -> None:
+    assert opened(Entry("a.png", b"", caption_of({"text": ""}))) == Skipped(
+        "a.png", "caption: found none, expected text"
+    )

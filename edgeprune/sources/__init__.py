@@ -89,7 +89,8 @@ def opened(entry: Entry) -> Pair | Skipped:
     from PIL import Image
 
     if not isinstance(entry.text, str) or not entry.text.strip():
-        return Skipped(entry.name, f"caption: found {str(entry.text)[:40]!r}, expected text")
+        found = "none" if entry.text is None else repr(str(entry.text)[:40])
+        return Skipped(entry.name, f"caption: found {found}, expected text")
     try:
         with Image.open(io.BytesIO(entry.file) if isinstance(entry.file, bytes) else entry.file) as image:
             if image.width * image.height > MAX_PIXELS:
