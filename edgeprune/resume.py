@@ -6,9 +6,9 @@ stored is whole, however it is sharded over processes in memory, so that any num
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,18 +75,21 @@ def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None =
     Raises:
         DiskError: the disk is full or the folder cannot be written; what was at `path` is untouched.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    # a folder, since safetensors itself writes by way of a name of its own beside the file, which a kill leaves there
+    folder = path.with_name(path.name + ".partial")
+    temporary = folder / path.name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # as umask has it; safetensors would let nobody else read
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata=metadata)
         temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 Slots = dict[int, Tensors]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.errors import DiskError, EdgepruneError, InputError
 from edgeprune.files import check_schema, copy_folder, replace_folder, sha256_unless_known, whole_lines, write_json
 
 
@@ -98,3 +98,21 @@ def test_weights_are_as_readable_as_any_other_file(tmp_path: Path) -> None:
     save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
     write_json(tmp_path / "a.json", {})
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.json").stat().st_mode
+
+
+def test_what_a_killed_write_leaves_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from edgeprune import resume
+
+    def half(tensors: object, path: Path, metadata: object) -> None:
+        (path.parent / ".tmpA1b2C3").touch()  # as safetensors calls it while it writes
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DiskError, match=r"a\.safetensors: disk full"):
+        patch.setattr(resume, "save_file", half)
+        resume.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a.safetensors.partial").mkdir()  # killed, it cannot tidy up
+    (tmp_path / "a.safetensors.partial" / ".tmpA1b2C3").touch()
+    resume.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
