@@ -83,13 +83,14 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
             (partial / FILE).unlink(missing_ok=True)  # of a run that was killed just before the end
             files = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
             del files[MARK]
+            manifest = read_json(artefact / MANIFEST) if (artefact / MANIFEST).is_file() else {}
+            quantized = is_quantized(artefact)
             record = {
                 "schema_version": SCHEMA_VERSION,
                 "target": target,
-                "quantized": is_quantized(artefact),
-                "source": read_json(artefact / MANIFEST)["source"]
-                if (artefact / MANIFEST).is_file()
-                else str(artefact.resolve()),
+                "quantized": quantized,
+                "group_size": (manifest.get("group_size") or 64) if quantized else None,
+                "source": manifest.get("source", str(artefact.resolve())),
                 **said,
                 "files": {name: work.hashes.get(name) or sha256_file(path) for name, path in files.items()},
             }

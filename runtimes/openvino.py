@@ -21,6 +21,7 @@ import numpy as np
 
 from edgeprune.errors import InputError
 from edgeprune.extras import needs
+from edgeprune.fields import whole
 from edgeprune.files import read_json
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external
@@ -120,9 +121,18 @@ def _line(error: Exception) -> str:
 
 
 def settings_of(
-    device: str, *, threads: int = 0, dynamic_quantization: bool = False, cache_dir: str | Path | None = None
+    device: str,
+    *,
+    threads: int = 0,
+    dynamic_quantization: bool = False,
+    group_size: int = 0,
+    cache_dir: str | Path | None = None,
 ) -> dict[str, Any]:
     """OpenVINO's properties for these options.
+
+    Args:
+        group_size: INT4 weights that share a scale. The CPU then rounds so many activations together as well; with more
+            it would round none, with fewer (its default is 32) it is slower.
 
     Raises:
         InputError: OpenVINO sees no such device here, it does not have the option, or the cache cannot be written.
@@ -136,8 +146,11 @@ def settings_of(
     config = dict(_EXACT[kind])
     if dynamic_quantization and config.pop(_DYNAMIC, None) is None:
         raise InputError(f"dynamic_quantization: found True for {device}, expected it for CPU or GPU")
-    if dynamic_quantization and kind == "CPU" and "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        config["INFERENCE_PRECISION_HINT"] = "bf16"  # rounds less than int8 does
+    if dynamic_quantization and kind == "CPU":
+        if group_size:
+            config[_DYNAMIC] = str(group_size)
+        if "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            config["INFERENCE_PRECISION_HINT"] = "bf16"  # rounds less than int8 does
     if threads < 0 or (threads and kind != "CPU"):
         raise InputError(f"threads: found {threads} for {device}, expected 0 or more for CPU, none elsewhere")
     if threads:
@@ -168,7 +181,8 @@ def open_backend(
         settings: what its small files say.
         device: CPU, GPU (or GPU.1, ...) or NPU.
         threads: on the CPU; 0 lets OpenVINO decide.
-        dynamic_quantization: round activations to int8 in groups, and compute all else in bf16 where the CPU has it.
+        dynamic_quantization: round activations to int8 in groups, on the CPU those of the INT4 weights, and compute all
+            else in bf16 where the CPU has it.
             Less exact: about 1e-2 of the velocity's largest value on the built-in model, instead of 1e-6.
         cache_dir: keeps compiled models there, so that the next start is quicker.
         low_memory: hold one stage's networks at a time.
@@ -176,8 +190,16 @@ def open_backend(
     Raises:
         InputError: a file is missing, damaged or not what the export writes, or an option does not fit the device.
     """
-    config = settings_of(device, threads=threads, dynamic_quantization=dynamic_quantization, cache_dir=cache_dir)
-    file = FILES[read_json(folder / "edgeprune_export.json")["target"]]
+    path = folder / "edgeprune_export.json"
+    exported = read_json(path)
+    config = settings_of(
+        device,
+        threads=threads,
+        dynamic_quantization=dynamic_quantization,
+        group_size=0 if exported.get("group_size") is None else whole(exported, "group_size", path),
+        cache_dir=cache_dir,
+    )
+    file = FILES[exported["target"]]
     return NetworkBackend(
         "openvino",
         folder,

@@ -278,6 +278,10 @@ def test_options_become_properties(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found == {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": 3, "CACHE_DIR": cache}
     monkeypatch.setattr(FakeCore, "capabilities", ["FP32"])
     assert runtime.settings_of("CPU", dynamic_quantization=True) == {"INFERENCE_PRECISION_HINT": "f32"}
+    found = runtime.settings_of("CPU", dynamic_quantization=True, group_size=128)
+    assert found == {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}
+    assert runtime.settings_of("CPU", group_size=128) == exact
+    assert runtime.settings_of("GPU", dynamic_quantization=True, group_size=128) == {}  # it has its own
     assert (tmp_path / "a" / "b").is_dir()
     assert runtime.settings_of("GPU") == {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"} and runtime.settings_of("NPU") == {}
 
