@@ -14,7 +14,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx_ir as ir
@@ -298,6 +300,48 @@ def test_dynamic_quantisation_rounds_activations(quantised: Path, model: nn.Modu
     assert errors[0] < 1e-5 and errors[1] < 5e-2
     # Where the CPU has no int8 kernels for it OpenVINO leaves activations alone.
     assert errors[1] >= errors[0] / 2
+
+
+def test_bf16_leaves_angles_alone(quantised: Path, model: nn.Module, tmp_path: Path) -> None:
+    """Near 1000 neighbours in bf16 are four radians apart."""
+    wrapper = graph.Transformer(model)
+    example = wrapper.example(batch=2, height=8, width=8, tokens=16) | {"timestep": torch.tensor([501.0, 997.3])}
+    with torch.no_grad():
+        expected = model(**example, return_dict=False)[0].numpy()
+    tree = ElementTree.parse(quantised)
+    marked = [
+        layer for layer in tree.iterfind("layers/layer") if layer.find("rt_info/attribute[@name='precise']") is not None
+    ]
+    assert {"Parameter", "Sin", "Cos", "Reshape"} <= {str(layer.get("type")) for layer in marked}
+    assert {layer.get("name") for layer in marked if layer.get("type") == "Parameter"} == {"timestep"}
+    for layer in marked:
+        layer.remove(layer.find("rt_info"))  # type: ignore[arg-type]
+    tree.write(tmp_path / quantised.name)
+    (tmp_path / "openvino_model.bin").symlink_to(quantised.with_suffix(".bin"))
+    config = runtime.settings_of("CPU", dynamic_quantization=True, threads=1) | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    errors = []
+    for path in (quantised, tmp_path / quantised.name):
+        found = runtime.OpenVinoNetwork(path, "CPU", config)(**example)
+        errors.append(parity.relative_error(found["out_hidden_states"], expected)[1])
+    assert errors[0] < 2e-2
+    if config["INFERENCE_PRECISION_HINT"] == "bf16":
+        assert errors[1] > 3 * errors[0]
+
+
+def test_what_marks_no_angles_computes_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from openvino import opset13 as ops
+
+    seen = []
+    monkeypatch.setattr(runtime, "core", lambda: SimpleNamespace(read_model=lambda _: built))
+    for angle, says, expected in ((ops.sin, False, "f32"), (ops.sin, True, "bf16"), (ops.sqrt, False, "bf16")):
+        x = ops.parameter([1], np.float32)
+        built = openvino.Model([angle(x)], [x])
+        if says:
+            built.set_rt_info("float32", list(runtime.ANGLES))
+        (tmp_path / "model.xml").touch()
+        network = runtime.OpenVinoNetwork(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+        seen.append(network._config["INFERENCE_PRECISION_HINT"] == expected)
+    assert seen == [True, True, True]
 
 
 def test_a_signal_finds_its_stack_after_many_models(quantised: Path) -> None:
