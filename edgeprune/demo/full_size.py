@@ -26,6 +26,7 @@ import typer
 
 from edgeprune import bench
 from edgeprune.demo.pages import insert
+from edgeprune.export.folder import FILE as EXPORT
 from edgeprune.files import read_json, write_json
 from edgeprune.synth import architectures
 
@@ -74,6 +75,10 @@ class Table:
         if file is not None:
             row["file_bytes"] = sum(p.stat().st_size for p in _files(Path(file)))
         self.note(name, row)
+
+    def say(self, name: str, text: str) -> None:
+        """Add what else is to be known of a row."""
+        self.note(name, self.rows[name] | {"said": text})
 
     def note(self, name: str, row: dict[str, Any]) -> None:
         """Keep a row."""
@@ -183,6 +188,12 @@ def sd35_large(table: Table) -> None:
         "large-8: TensorRT-RTX", "export", str(artefact), "--target", "trt", "--device", "rtx",
         "-o", f"{artefact}-trt", file=f"{artefact}-trt/transformer",
     )  # fmt: skip
+    built = read_json(Path(f"{artefact}-trt/{EXPORT}"))["networks"]["transformer"]
+    table.say(
+        "large-8: TensorRT-RTX",
+        f"{built['build_s']:.0f} s of it the build; the engine has "
+        f"{built['engine_bytes'] / built['onnx_weight_bytes']:.3f} of the bytes of its weights",
+    )
     table.stage(
         "large-8: Core ML", "export", str(artefact), "--target", "coreml", "--device", "iphone-15-pro",
         "-o", f"{artefact}-coreml", file=f"{artefact}-coreml/transformer",
@@ -224,6 +235,7 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
     single = {name: row for name, row in rows.items() if "seconds" in row}
     for name, row in single.items():
         size = f"{row['file_bytes'] / 1e9:.2f} GB" if "file_bytes" in row else ""
+        name = f"{name} ({row['said']})" if "said" in row else name
         lines.append(f"| {name} | {row['seconds']:.4g} s | {row['peak_bytes'] / 1e9:.2f} GB | {size} |")
     for name, row in rows.items():
         if name in single:
