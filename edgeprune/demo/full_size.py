@@ -76,9 +76,10 @@ class Table:
             row["file_bytes"] = sum(p.stat().st_size for p in _files(Path(file)))
         self.note(name, row)
 
-    def say(self, name: str, text: str) -> None:
-        """Add what else is to be known of a row."""
-        self.note(name, self.rows[name] | {"said": text})
+    def say(self, name: str, text: Callable[[], str]) -> None:
+        """Add what else is to be known of a row, unless that is done."""
+        if "said" not in self.rows[name]:
+            self.note(name, self.rows[name] | {"said": text()})
 
     def note(self, name: str, row: dict[str, Any]) -> None:
         """Keep a row."""
@@ -89,6 +90,12 @@ class Table:
 
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+
+
+def _build(engines: Path) -> str:
+    built = read_json(engines / EXPORT)["networks"]["transformer"]
+    share = built["engine_bytes"] / built["onnx_weight_bytes"]
+    return f"{built['build_s']:.0f} s of it the build; the engine has {share:.3f} of the bytes of its weights"
 
 
 def compressed(table: Table, label: str, source: Path, *options: str) -> Path:
@@ -188,12 +195,7 @@ def sd35_large(table: Table) -> None:
         "large-8: TensorRT-RTX", "export", str(artefact), "--target", "trt", "--device", "rtx",
         "-o", f"{artefact}-trt", file=f"{artefact}-trt/transformer",
     )  # fmt: skip
-    built = read_json(Path(f"{artefact}-trt/{EXPORT}"))["networks"]["transformer"]
-    table.say(
-        "large-8: TensorRT-RTX",
-        f"{built['build_s']:.0f} s of it the build; the engine has "
-        f"{built['engine_bytes'] / built['onnx_weight_bytes']:.3f} of the bytes of its weights",
-    )
+    table.say("large-8: TensorRT-RTX", lambda: _build(Path(f"{artefact}-trt")))
     table.stage(
         "large-8: Core ML", "export", str(artefact), "--target", "coreml", "--device", "iphone-15-pro",
         "-o", f"{artefact}-coreml", file=f"{artefact}-coreml/transformer",
