@@ -125,8 +125,8 @@ def plans(table: Table) -> None:
         table.stage(f"{name}: plan from config", "plan", "--config", str(path), "--method", "manual", "--blocks", "5-8")
 
 
-def steps(table: Table, source: Path, label: str) -> None:
-    """One denoising step in the CPU runtimes beside the original in bf16, in one run."""
+def steps(table: Table, source: Path, label: str, *, ort: bool) -> None:
+    """One denoising step in the CPU runtimes beside the original in bf16, in one run; ONNX Runtime if wanted."""
     name = f"{label}: one step"
     if name in table.rows:
         return
@@ -136,11 +136,12 @@ def steps(table: Table, source: Path, label: str) -> None:
         file=f"{folder}-openvino/transformer",
     )  # fmt: skip
     onnx, ir, prepared = (Path(f"{folder}-{kind}") for kind in ("onnx", "openvino", "prepared"))
-    table.stage(
-        f"{label}: ONNX Runtime prepares its weights", "generate", "a lake", "--model", str(onnx), "--runtime", "ort",
-        "--low-memory", "--cache-dir", str(prepared), "--steps", "1", "--height", "64", "--width", "64",
-        "-o", f"{folder}-image.png", file=str(prepared),
-    )  # fmt: skip
+    if ort:
+        table.stage(
+            f"{label}: ONNX Runtime prepares its weights", "generate", "a lake", "--model", str(onnx), "--runtime",
+            "ort", "--low-memory", "--cache-dir", str(prepared), "--steps", "1", "--height", "64", "--width", "64",
+            "-o", f"{folder}-image.png", file=str(prepared),
+        )  # fmt: skip
     variants = [
         bench.Variant("original, torch bf16", source, "eager", "bf16"),
         bench.Variant("OpenVINO", ir, "openvino", options={"low_memory": True}),
@@ -148,12 +149,15 @@ def steps(table: Table, source: Path, label: str) -> None:
             "OpenVINO, dynamic quantisation", ir, "openvino",
             options={"low_memory": True, "dynamic_quantization": True},
         ),
-        bench.Variant("ONNX Runtime", onnx, "ort", options={"low_memory": True}),
-        bench.Variant(
-            "ONNX Runtime, weights prepared", onnx, "ort", options={"low_memory": True, "cache_dir": str(prepared)}
-        ),
     ]  # fmt: skip
-    table.note(name, measured(variants))
+    if ort:
+        variants += [
+            bench.Variant("ONNX Runtime", onnx, "ort", options={"low_memory": True}),
+            bench.Variant(
+                "ONNX Runtime, weights prepared", onnx, "ort", options={"low_memory": True, "cache_dir": str(prepared)}
+            ),
+        ]
+    table.note(name, measured(variants, repeats=3))
 
 
 def without_bf16(table: Table, source: Path, label: str) -> None:
@@ -173,24 +177,24 @@ def without_bf16(table: Table, source: Path, label: str) -> None:
     ]  # fmt: skip
     os.environ[_ISA] = "AVX512_CORE_VNNI"
     try:
-        table.note(name, measured(variants))
+        table.note(name, measured(variants, repeats=1))
     finally:
         del os.environ[_ISA]
 
 
-def measured(variants: list[bench.Variant]) -> dict[str, dict[str, Any]]:
+def measured(variants: list[bench.Variant], *, repeats: int) -> dict[str, dict[str, Any]]:
     """Rows of one bench by variant."""
-    result = bench.run(variants, repeats=3, warmup=0, steps=1, progress=print)
+    result = bench.run(variants, repeats=repeats, warmup=0, steps=1, progress=print)
     keys = ("load_s", "first_step_s", "step_p50_s", "peak_bytes", "anon_bytes", "file_bytes")
     return {v.name: {key: v.values[key] for key in keys} for v in result.variants}
 
 
 def sd35_large(table: Table) -> None:
-    """SD3.5 Large: less eight blocks, with projected modulation, both, and that in INT4 groups of 128."""
+    """SD3.5 Large: less eight blocks, with projected modulation, and both in INT4 groups of 128."""
     source = table.out / "sd3.5-large"
     table.stage("sd3.5-large: synth", "synth", "sd3.5-large", "-o", str(source))
     artefact = compressed(table, "large-8", source, "--blocks", BLOCKS)
-    steps(table, source, "large-8")
+    steps(table, source, "large-8", ort=True)
     table.stage(
         "large-8: TensorRT-RTX", "export", str(artefact), "--target", "trt", "--device", "rtx",
         "-o", f"{artefact}-trt", file=f"{artefact}-trt/transformer",
@@ -203,10 +207,9 @@ def sd35_large(table: Table) -> None:
     remove(table, "large-8")
     rank = ("--method", "manual", "--modulation-rank", "256")
     compressed(table, "large-r256", source, *rank)
-    compressed(table, "large-8-r256", source, *rank, "--blocks", BLOCKS)
-    remove(table, "large-r256", "large-8-r256")
+    remove(table, "large-r256")
     compressed(table, "large-8-r256-g128", source, *rank, "--blocks", BLOCKS, "--group-size", "128")
-    steps(table, source, "large-8-r256-g128")
+    steps(table, source, "large-8-r256-g128", ort=False)
     without_bf16(table, source, "large-8-r256-g128")
     remove(table, "large-8-r256-g128", source.name)
 
