@@ -76,7 +76,8 @@ Components = Annotated[str, typer.Option(help="manual: components, like 30:mlp,3
 ModulationRank = Annotated[
     str | None,
     typer.Option(
-        help="Directions of the modulation input that stay: a number, auto (as many as matter) or full (off).",
+        help="Directions of the modulation input that stay: a number, auto (as many as matter) or full (off). "
+        "By default auto where less than 0.75 of the parameters would stay, else full.",
         metavar="auto|R|full",
     ),
 ]
@@ -310,7 +311,7 @@ def _plan_options(
     from dataclasses import replace
 
     from edgeprune import targets
-    from edgeprune.plan import PlanOptions
+    from edgeprune.plan import NEEDED, PlanOptions
 
     rank = start.modulation_rank if modulation_rank is None else parse_rank(modulation_rank)
     if (blocks or components) and method in (None, "hpp"):
@@ -328,6 +329,8 @@ def _plan_options(
     given["max_latency"] = max_latency
     said = {name: value for name, value in given.items() if value is not None}
     listed: dict[str, Any] = {"blocks": blocks, "components": components, "group_size": group_size}
+    if rank == NEEDED and not start.scored:
+        rank = None
     return replace(start, **said, **listed, modulation_rank=rank, prompts=None if rank is None else prompts)
 
 
@@ -342,19 +345,19 @@ def _fit_rows(fit: Any) -> list[tuple[str, str]]:
     return [(name, f"{value / 1e9:,.3f} GB") for name, value in rows]
 
 
-_MODULATION_BELOW = 0.75
-"""Share of the parameters from which on down the built-in model is better with projected modulation, beyond doubt."""
-
-
 def _plan_rows(plan: Any, wanted: int | str | None) -> list[tuple[str, str]]:
-    """What a plan leaves; `wanted` is the modulation's rank as it was asked for."""
+    """What a plan leaves; `wanted` is the modulation's rank as it was asked for, None where nobody could measure it."""
+    from edgeprune.plan import MODULATION_BELOW, NEEDED
+
     rank = None if plan.modulation_rank is None else str(plan.modulation_rank)
-    if wanted == "auto" and rank is None:
-        rank = "full: auto finds no smaller one that does for prompts it has not seen; give more --prompts"
+    if rank is not None and wanted == NEEDED:
+        rank += f": less than {MODULATION_BELOW} of the parameters would stay; --modulation-rank full keeps all of it"
     removed = ", ".join(map(str, plan.blocks)) or "none"
     parts = ", ".join(f"{b}:{c}" for b, c in plan.components)
     share = plan.after.parameters / plan.before.parameters
-    if wanted is None and plan.method != "manual" and share < _MODULATION_BELOW:
+    if rank is None and (wanted == "auto" or (wanted == NEEDED and share < MODULATION_BELOW)):
+        rank = "full: auto finds no smaller one that does for prompts it has not seen; give more --prompts"
+    elif wanted is None and plan.method != "manual" and share < MODULATION_BELOW:
         rank = "full; --modulation-rank auto kept more at so few bytes (docs/modulation.md)"
     return [
         ("blocks removed", f"{removed} (of {plan.num_blocks})"),
@@ -651,7 +654,7 @@ def plan(
         content = read_json(config)
         options = _plan_options(DEFAULT, *chosen)
         made = plan_for(family_of(content, str(config)), content, loaded, options)
-    _table(_plan_rows(made, options.modulation_rank))
+    _table(_plan_rows(made, made.modulation_rank if out is None else options.modulation_rank))
     if as_json or out is None:
         _print_json(made.to_json())
     if out is not None:

@@ -29,7 +29,7 @@ from edgeprune.contribution import ContributionReport, Group, Key, analyze, fing
 from edgeprune.data import PROMPTS, read_prompts
 from edgeprune.distill import distill
 from edgeprune.encode import CacheOptions, make_cache, settings_of, source_digest
-from edgeprune.errors import InputError, StaleStageError
+from edgeprune.errors import BudgetError, InputError, StaleStageError
 from edgeprune.estimators import estimator_named
 from edgeprune.families import Config, Family
 from edgeprune.families.base import CHANGED
@@ -42,8 +42,11 @@ from edgeprune.metrics.velocity import VelocityError
 from edgeprune.modulation import GRID, choose_rank, embedder_alone, modulation_inputs, ranks, subspace
 from edgeprune.plan import (
     DEFAULT,
+    MODULATION_BELOW,
+    NEEDED,
     PlanOptions,
     PrunePlan,
+    is_projectable,
     modulation_width,
     plan_for,
     remaining_shapes,
@@ -485,6 +488,8 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
     options.check()
     budget = budget_for(ws.source, ws.generation, options)
     rank = options.modulation_rank
+    if rank == NEEDED and not is_projectable(ws.family, ws.config):
+        rank = None
     prompts = [] if rank is None else calibration_prompts(ws, options)
 
     def run(_: str) -> dict[str, Any]:
@@ -493,12 +498,17 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
         if scores:
             ContributionReport.load(scores)  # refused before it is kept
             write_text(ws.scores_path, scores.read_text(encoding="utf-8"))
+        measured = measured_for(ws, options)
+
+        def planned(rank: int | None) -> PrunePlan:
+            chosen = replace(options, modulation_rank=rank)
+            return plan_for(ws.family, ws.config, ws.report(), chosen, budget, measured)
+
         chosen = rank if isinstance(rank, int) else None
-        if rank is not None:
+        if rank is not None and not (rank == NEEDED and _is_enough(planned)):
             inputs = calibration_inputs(ws, prompts)
             chosen = choose_rank(inputs, modulation_width(ws.family, ws.config)) if chosen is None else chosen
-        measured = measured_for(ws, options)
-        plan = plan_for(ws.family, ws.config, ws.report(), replace(options, modulation_rank=chosen), budget, measured)
+        plan = planned(chosen)
         if chosen is not None:
             found = subspace(inputs.flatten(0, 1))
             save_tensors(ws.out / MODULATION, {"mean": found.mean, "basis": found.basis(chosen)})
@@ -514,6 +524,15 @@ def run_plan(ws: Workspace, options: PlanOptions, scores: Path | None = None) ->
         | ({"calibration": prompts, "generation": asdict(ws.generation)} if prompts else {}),
         run,
     )
+
+
+def _is_enough(planned: Callable[[int | None], PrunePlan]) -> bool:
+    """Whether a plan without projected modulation meets the budget, and leaves enough."""
+    try:
+        plan = planned(None)
+    except BudgetError:
+        return False
+    return plan.after.parameters >= MODULATION_BELOW * plan.before.parameters
 
 
 def block_magnitudes(ws: Workspace) -> list[float]:
@@ -586,6 +605,8 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
     choices = options.plan
     if choices.method in PLANNERS:  # what may go is the same
         choices = replace(choices, method="hybrid", threshold=1.0, max_latency=None)
+    if choices.modulation_rank == NEEDED and not is_projectable(family, config):
+        choices = replace(choices, modulation_rank=None)
     if isinstance(choices.modulation_rank, str):
         choices = replace(choices, modulation_rank=ranks(modulation_width(family, config))[0])
     even = Measured(magnitudes=[1.0] * report.num_blocks)

@@ -150,6 +150,11 @@ def modulation_width(family: Family, config: Config) -> int:
     raise InputError(f"--modulation-rank: found a model of {family.name}, which has no modulation layer in its blocks")
 
 
+def is_projectable(family: Family, config: Config) -> bool:
+    """Whether there is a modulation that reads fewer directions as well."""
+    return any(family.modulates(name) for name in family.tensor_shapes(config))
+
+
 def tensor_sources(
     family: Family, config: Config, kept: list[int], removed: frozenset[tuple[int, str]], rank: int | None
 ) -> dict[str, Source]:
@@ -205,7 +210,8 @@ class PlanOptions:
     fit: str | None = None
     """Name of a target whose memory sets the budget, see fit.py."""
     modulation_rank: int | str | None = None
-    """Directions of the modulation input that stay; `auto` measures how many; None leaves it as it is."""
+    """Directions of the modulation input that stay; `auto` measures how many, `needed` does so where less than
+    MODULATION_BELOW would stay without it; None leaves it as it is."""
     max_latency: float | None = None
     """Share of a step's time that may be left, 0..1, beside the other budget."""
     prompts: str | None = None
@@ -224,7 +230,11 @@ class PlanOptions:
         return self.method != "manual" and self.method not in baselines()
 
 
-DEFAULT = PlanOptions(keep=0.79)
+NEEDED = "needed"
+MODULATION_BELOW = 0.75
+"""Share of the parameters below which the built-in model is better with projected modulation, trained or not, beyond
+its intervals (docs/modulation.md). Above it they tell nothing apart, and stock diffusers opens what has it whole."""
+DEFAULT = PlanOptions(keep=0.79, modulation_rank=NEEDED)
 
 
 def stock_config(config: Config) -> Config:
@@ -361,6 +371,8 @@ def plan_for(
     Raises:
         InputError: the modulation's rank is `auto`, which only a folder's own stage can measure.
     """
+    if options.modulation_rank == NEEDED:
+        options = replace(options, modulation_rank=None)
     if isinstance(options.modulation_rank, str):
         raise InputError(
             f"--modulation-rank {options.modulation_rank}: is measured on a model: give -o (a folder), or a number"

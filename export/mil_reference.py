@@ -97,11 +97,12 @@ def _read_by(op: Any) -> set[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Text as it is; numbers as tensors of float32, int64 or bool."""
+    """Text as it is; numbers as tensors of float32, int64 or bool, those of one byte (weights) of int8 or uint8."""
     if isinstance(value, (str, bytes)):
         return value
     array = np.asarray(value)
-    kind: Any = np.float32 if array.dtype.kind == "f" else bool if array.dtype.kind == "b" else np.int64
+    whole = {("i", 1): np.int8, ("u", 1): np.uint8}.get((array.dtype.kind, array.dtype.itemsize), np.int64)
+    kind: Any = np.float32 if array.dtype.kind == "f" else bool if array.dtype.kind == "b" else whole
     return torch.from_numpy(np.array(array, kind))
 
 
@@ -120,10 +121,14 @@ def _only(what: str, found: Any, expected: Any) -> None:
 
 def _dequantise(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
     """scale * (data - offset), each scale for a block of equal size along every axis."""
-    for axis, size in enumerate(data.shape):
-        scale = scale.repeat_interleave(size // scale.shape[axis], axis)
-        offset = None if offset is None else offset.repeat_interleave(size // offset.shape[axis], axis)
-    return scale * (data.float() if offset is None else data.float() - offset)
+
+    def blocks(tensor: Tensor) -> Tensor:
+        """Two axes for each: the blocks, and what is in one; 1 there broadcasts."""
+        pairs = zip(scale.shape, tensor.shape, strict=True)
+        return tensor.reshape([n for count, size in pairs for n in (count, size // count)])
+
+    values = blocks(data) if offset is None else blocks(data) - blocks(offset.float())
+    return (values * blocks(scale.float())).reshape(data.shape)
 
 
 def _cast(x: Tensor, dtype: str) -> Tensor:

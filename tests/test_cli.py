@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,7 @@ def test_version_and_targets() -> None:
 def test_plan_options_begin_from_the_preset() -> None:
     from edgeprune.cli import _plan_options
     from edgeprune.pipeline import PlanOptions, preset
+    from edgeprune.plan import NEEDED
 
     start = preset("default", builtin=True).plan
 
@@ -219,13 +221,15 @@ def test_plan_options_begin_from_the_preset() -> None:
         later = (said.get("blocks", ""), "", 64, said.get("modulation_rank"), "prompts.txt", said.get("max_latency"))
         return _plan_options(start, *(said.get(n) for n in names), *later)  # type: ignore[arg-type]
 
+    start = replace(start, prompts="prompts.txt")
     assert made() == start and start.method == "hybrid"  # `plan` after `compress` has nothing to do
     assert (made(keep=0.9).method, made(keep=0.9).keep) == ("hybrid", 0.9)
-    assert made(method="hybrid") == start
-    assert made(method="hpp") == PlanOptions("hpp", keep=start.keep)
+    assert made(method="hybrid") == start and start.modulation_rank == NEEDED
+    assert made(method="hpp") == PlanOptions("hpp", keep=start.keep, modulation_rank=NEEDED, prompts="prompts.txt")
+    assert made(method="koala") == PlanOptions("koala", keep=start.keep)
     assert (made(blocks="3").method, made(blocks="3").keep) == ("manual", None)
     assert (made(fit="rtx").keep, made(max_memory="3GB").max_memory_bytes) == (None, 3 * 10**9)
     assert made(threshold=0.3, protect_last=1).protect_first == start.protect_first
-    assert made(modulation_rank="full") == start
+    assert made(modulation_rank="full") == replace(start, modulation_rank=None, prompts=None)
     thin = made(modulation_rank="auto", method="manual")
     assert (thin.modulation_rank, thin.prompts, thin.keep) == ("auto", "prompts.txt", None)

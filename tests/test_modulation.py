@@ -15,13 +15,14 @@ from tiny import KINDS, config_of, quantize, tiny_inputs, tiny_pipeline, tiny_st
 import edgeprune
 from edgeprune import checkpoint, pipeline, sampling
 from edgeprune.cli import _plan_rows, parse_rank
-from edgeprune.contribution import parts, removed
+from edgeprune.contribution import fingerprint, parts, removed
 from edgeprune.errors import BudgetError, InputError
 from edgeprune.families import Config, Family, family_of
+from edgeprune.files import write_json
 from edgeprune.int4 import PackedLinear
 from edgeprune.modulation import choose_rank, embedder_alone, modulation_inputs, ranks, subspace
 from edgeprune.pipeline import CompressOptions, DataOptions, Workspace
-from edgeprune.plan import PlanOptions, PrunePlan, make_plan, modulation_width
+from edgeprune.plan import NEEDED, PlanOptions, PrunePlan, make_plan, modulation_width
 from edgeprune.recipe import DistillOptions, parameter_groups
 from edgeprune.sampling import Conditioning
 from edgeprune.surgery import prune, structure
@@ -300,6 +301,36 @@ def test_auto_stage_says_what_it_chose(source: Path, tmp_path: Path) -> None:
     prompts.write_text("a red circle\ntwo stars\n")
     options = replace(OPTIONS.plan, modulation_rank=63, prompts=str(prompts))
     assert pipeline.calibration_prompts(ws, options) == ["", "a red circle", "two stars"]
+
+
+def test_projected_by_default_where_little_may_stay(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` is asked only where blocks alone would leave less than three quarters, or cannot meet the budget."""
+    monkeypatch.setattr(pipeline, "choose_rank", lambda *_: 16)
+    config, family = checkpoint.read_config(source)
+    count = family.block_count(config)
+    scores = {((block, None),): [-float(block)] for block in range(count)}
+    report = pipeline.ContributionReport(fingerprint(config), family.name, count, "none", ["a star"], [0.0], scores)
+    write_json(tmp_path / "scores.json", report.to_json())
+
+    def planned(**options: Any) -> PrunePlan:
+        ws = Workspace(tmp_path / "out", str(source), fresh=True)
+        given = replace(PlanOptions(protect_first=0, protect_last=0, modulation_rank=NEEDED), **options)
+        pipeline.run_plan(ws, given, tmp_path / "scores.json")
+        return ws.plan()
+
+    much, little = planned(keep=1.0), planned(keep=0.6)
+    assert much.modulation_rank is None
+    assert little.modulation_rank == 16 and (tmp_path / "out" / pipeline.MODULATION).is_file()
+    assert planned(keep=0.9, protect_first=count).modulation_rank == 16  # no block may go
+    rows = dict(_plan_rows(little, NEEDED))
+    assert rows["modulation rank"].startswith("16: less than 0.75") and "modulation rank" not in dict(
+        _plan_rows(much, NEEDED)
+    )
+    assert make_plan(family, config, report, keep=0.6, protect_first=0, protect_last=0).modulation_rank is None
+    monkeypatch.setattr(pipeline, "is_projectable", lambda *_: False)
+    assert planned(keep=0.6).modulation_rank is None
 
 
 def test_a_plan_without_it_leaves_no_basis_behind(source: Path, tmp_path: Path) -> None:
