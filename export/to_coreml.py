@@ -150,10 +150,7 @@ def networks(artefact: Path, work: Unfinished, device: Target, progress: Progres
         text = whole.family.text_tokens(tokens, generation.max_sequence_length)
         sizes = {"height": height // patch, "width": width // patch, "tokens": text}
         examples = [whole.example(batch=b, **sizes, seed=b) for b in range(device.batch[0], device.batch[1] + 1)]
-        weights = artefact / (INT4 if is_quantized(artefact) else HALF)
-        chunks = max(
-            device.chunks, math.ceil(sum(p.stat().st_size for p in weights.glob("*.safetensors")) / CHUNK_BYTES)
-        )
+        chunks = max(device.chunks, math.ceil(_stored_bytes(artefact) / CHUNK_BYTES))
         parts = split(graph.Transformer(stored.model), chunks, examples[0])
         chunks, loaded = len(parts), _loaded(parts, stored)
         found = _network(name, loaded, whole, examples, work.begin(name), chunks=chunks, progress=progress)
@@ -182,6 +179,11 @@ def networks(artefact: Path, work: Unfinished, device: Target, progress: Progres
         work.finish(name, {"parity": _network(name, [vae], vae, examples, work.begin(name), progress=progress)})
     chunks = work.said("chunks")["transformer"]
     return {"device": device.name, "batch": list(device.batch), "chunks": chunks, "parity": work.said("parity")}
+
+
+def _stored_bytes(artefact: Path) -> int:
+    weights = artefact / (INT4 if is_quantized(artefact) else HALF)
+    return sum(path.stat().st_size for path in weights.glob("*.safetensors"))
 
 
 class Part(nn.Module):

@@ -137,6 +137,20 @@ def chunked(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_large_transformer_has_more_chunks_than_its_device_asks_for(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def network(name: str, parts: Any, reference: Any, examples: Any, path: Path, **_: Any) -> dict[str, Any]:
+        (path / "model.mlpackage").touch()
+        return {"parts": len(list(parts))}
+
+    monkeypatch.setattr(to_coreml, "_network", network)
+    size = sum(p.stat().st_size for p in (artefact / "transformer_int4").glob("*.safetensors"))
+    monkeypatch.setattr(to_coreml, "CHUNK_BYTES", size - 1)
+    record = to_coreml.export(artefact, tmp_path / "out", device=MAC)
+    assert (MAC.chunks, record["chunks"], record["parity"]["transformer"]["parts"]) == (1, 2, 2)
+
+
 def test_chunks_equal_the_whole(exported: tuple[Path, dict[str, Any]], chunked: Path, model: Any) -> None:
     paths = sorted(chunked.iterdir())
     assert [p.name for p in paths] == ["chunk_1.mlpackage", "chunk_2.mlpackage"]
