@@ -12,8 +12,12 @@ optimisation profiles, INT8 activations, refitting.
 from __future__ import annotations
 
 import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from numpy.typing import NDArray
 from edgeprune.checkpoint import read_config
 from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.export import forms, graph, parity, to_onnx
+from edgeprune.export.engine import Profile, Spec
 from edgeprune.export.folder import write
 from edgeprune.export.progress import Progress, Steps, silent
 from edgeprune.export.to_onnx import Module, Part
@@ -33,7 +38,7 @@ from edgeprune.families.base import Axes
 from edgeprune.generation import longest_prompt
 from edgeprune.runtimes.base import Settings, read_settings
 from edgeprune.runtimes.gpu import open_gpu
-from edgeprune.runtimes.trt import VENDORS, TrtNetwork, first_vendor, logger
+from edgeprune.runtimes.trt import VENDORS, TrtNetwork, first_vendor
 from edgeprune.targets import Target
 
 ENGINE, CACHE = "model.engine", "timing.cache"
@@ -42,8 +47,6 @@ RTX_DEVICES = ("rtx",)
 
 Range = tuple[int, int, int]
 """Least, best and largest size of a dynamic axis."""
-Profile = dict[str, tuple[tuple[int, ...], ...]]
-"""Least, best and largest shape by input name."""
 
 
 def export(artefact: Path, out: Path, *, device: Target, progress: Progress = silent) -> dict[str, Any]:
@@ -255,83 +258,57 @@ def profile_of(inputs: Axes, example: Mapping[str, torch.Tensor], sizes: Mapping
 
 
 class Builder:
-    """A TensorRT builder, its log, its timing cache (regular TensorRT only), and its progress."""
+    """Builds engines with a TensorRT package, each in its own process (engine.py), and keeps their timing cache."""
 
     def __init__(self, trt: Any, cache: bytes, progress: Progress) -> None:
-        self._trt, self._progress = trt, progress
-        self._log = logger(trt)
-        self._builder = trt.Builder(self._log)
-        self._cache: Any = None
-        self._start = cache
+        self._trt, self._cache, self._progress = trt, cache, progress
 
     def build(self, name: str, onnx_path: Path, profile: Profile, engine: Path) -> dict[str, Any]:
         """Write `engine`; how many layers have INT4 and INT8 weights in the network that TensorRT parsed.
 
         Raises:
-            EdgepruneError: TensorRT cannot read the ONNX file or build from it.
+            EdgepruneError: TensorRT cannot read the ONNX file or build from it, or has not enough memory.
+            OSError: the disk is full.
         """
-        trt = self._trt
-        network, parser = self._parser()
-        if not parser.parse_from_file(str(onnx_path)):
-            raise EdgepruneError(f"{name}: {trt.__name__} cannot read its ONNX: {_errors(parser)}")
-        kinds = Counter(
-            layer.get_input(0).dtype
-            for layer in map(network.get_layer, range(network.num_layers))
-            if layer.type == trt.LayerType.DEQUANTIZE
-        )
-        config = self._builder.create_builder_config()
-        shapes = self._builder.create_optimization_profile()
-        for tensor, (least, best, largest) in profile.items():
-            shapes.set_shape(tensor, least, best, largest)
-        config.add_optimization_profile(shapes)
-        config.progress_monitor = _monitor(trt, name, self._progress)
-        if trt.__name__ == "tensorrt":  # tensorrt_rtx times nothing while it builds
-            self._cache = self._cache or config.create_timing_cache(self._start)
-            config.set_timing_cache(self._cache, ignore_mismatch=False)
-        plan = self._builder.build_serialized_network(network, config)
-        if plan is None:
-            raise EdgepruneError(f"{name}: {trt.__name__} cannot build it: {self._log.said()}")
-        with engine.open("wb") as file:
-            file.write(plan)
-        return {"int4_layers": kinds[trt.DataType.INT4], "int8_layers": kinds[trt.DataType.INT8]}
+        cache = engine.with_name(CACHE)
+        if self._cache:
+            cache.write_bytes(self._cache)
+        spec = Spec(self._trt.__name__, name, str(onnx_path), str(engine), profile, str(cache))
+        command = [sys.executable, "-m", "edgeprune.export.engine", json.dumps(dataclasses.asdict(spec))]
+        last: dict[str, Any] = {}
+        with (
+            tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as process,
+        ):
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    if line.startswith("{"):  # a vendor may print what it likes
+                        last = json.loads(line)
+                        if "progress" in last:
+                            self._progress(*last["progress"])
+            except BaseException:
+                process.kill()
+                raise
+            process.wait()
+            complaints.seek(0)
+            said = complaints.read().strip().splitlines()[-1:]
+        if last.get("errno"):
+            raise OSError(last["errno"], last["error"])
+        if "error" in last:
+            raise EdgepruneError(last["error"])
+        if "built" not in last:
+            killed = process.returncode == -signal.SIGKILL
+            why = "the system ends what takes too much memory" if killed else " ".join(said) or "no reason given"
+            raise EdgepruneError(
+                f"{name}: {self._trt.__name__} ended with {process.returncode} while it built the engine: {why}"
+            )
+        if cache.is_file():
+            self._cache = cache.read_bytes()
+            cache.unlink()
+        built: dict[str, Any] = last["built"]
+        return built
 
     def timing_cache(self) -> bytes:
         """What the builder timed, for the next build on the same device; empty if it times nothing."""
-        return bytes(self._cache.serialize()) if self._cache is not None else b""
-
-    def _parser(self) -> tuple[Any, Any]:
-        strongly_typed = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        network = self._builder.create_network(strongly_typed)
-        return network, self._trt.OnnxParser(network, self._log)
-
-
-def _errors(parser: Any) -> str:
-    """The parser's complaints on one line."""
-    return " ".join("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)).split())[:400]
-
-
-def _monitor(trt: Any, name: str, progress: Progress) -> Any:
-    """Tells `progress` of the steps of each phase of the build that is not part of another."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)  # pybind refuses super().__init__()
-
-            self._steps: dict[str, tuple[int, int]] = {}
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            if not parent:
-                self._steps[phase] = (0, steps)
-                progress(f"{name}: {phase}", 0, steps)
-
-        def phase_finish(self, phase: str) -> None:
-            if steps := self._steps.pop(phase, None):
-                progress(f"{name}: {phase}", steps[1], steps[1])
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            if phase in self._steps:
-                self._steps[phase] = (step + 1, self._steps[phase][1])
-                progress(f"{name}: {phase}", *self._steps[phase])
-            return True
-
-    return Monitor()
+        return self._cache

@@ -136,6 +136,19 @@ def test_a_wrong_file_is_one_error(tmp_path: Path) -> None:
         builder.build("vae", tmp_path / "model.onnx", {}, tmp_path / "engine")
 
 
+def test_a_build_that_is_killed_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the system, for want of memory; the export's own process goes on."""
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    builder = to_trt.Builder(tensorrt_rtx, b"", lambda *_: None)
+    with pytest.raises(EdgepruneError, match=r"vae: tensorrt_rtx ended with -9 .*takes too much memory"):
+        builder.build("vae", tmp_path / "model.onnx", {}, tmp_path / "engine")
+    (tmp_path / "python").write_text("#!/bin/sh\necho no such library >&2\nexit 3\n")
+    with pytest.raises(EdgepruneError, match=r"vae: tensorrt_rtx ended with 3 .*: no such library$"):
+        builder.build("vae", tmp_path / "model.onnx", {}, tmp_path / "engine")
+
+
 def test_an_overflow_is_seen_and_means_float32() -> None:
     class Large(nn.Module):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:

@@ -1,0 +1,132 @@
+"""One TensorRT engine from an ONNX file, in a process of its own: python -m edgeprune.export.engine SPEC.
+
+While TensorRT builds it holds the weights about four times: what tracing and comparing have in memory need not be there
+too, and where the system ends the process for want of memory, the export can still say so. SPEC is JSON, the fields of
+`Spec`; standard output has a line of JSON for each step and a last one with what was built, or an error.
+What it leaves out: who asks for it (to_trt.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import EdgepruneError
+from edgeprune.runtimes.trt import logger
+
+Profile = dict[str, tuple[tuple[int, ...], ...]]
+"""Least, best and largest shape by input name."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to build."""
+
+    vendor: str
+    """`tensorrt` or `tensorrt_rtx`."""
+    name: str
+    """Of the network, for messages."""
+    onnx: str
+    engine: str
+    profile: Profile
+    cache: str
+    """A timing cache, read if it is there and written (regular TensorRT only)."""
+
+
+def build(spec: Spec, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """Write the engine; how many layers have INT4 and INT8 weights in the network that TensorRT parsed.
+
+    Raises:
+        EdgepruneError: TensorRT cannot read the ONNX file or build from it.
+    """
+    trt = importlib.import_module(spec.vendor)
+    log = logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(spec.onnx):
+        raise EdgepruneError(f"{spec.name}: {spec.vendor} cannot read its ONNX: {_errors(parser)}")
+    kinds = Counter(
+        layer.get_input(0).dtype
+        for layer in map(network.get_layer, range(network.num_layers))
+        if layer.type == trt.LayerType.DEQUANTIZE
+    )
+    config = builder.create_builder_config()
+    shapes = builder.create_optimization_profile()
+    for tensor, (least, best, largest) in spec.profile.items():
+        shapes.set_shape(tensor, tuple(least), tuple(best), tuple(largest))
+    config.add_optimization_profile(shapes)
+    config.progress_monitor = _monitor(trt, spec.name, progress)
+    cache, timings = Path(spec.cache), None
+    if trt.__name__ == "tensorrt":  # tensorrt_rtx times nothing while it builds
+        timings = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
+        config.set_timing_cache(timings, ignore_mismatch=False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise EdgepruneError(f"{spec.name}: {spec.vendor} cannot build it: {log.said()}")
+    with Path(spec.engine).open("wb") as file:
+        file.write(plan)
+    if timings is not None:
+        cache.write_bytes(bytes(timings.serialize()))
+    return {"int4_layers": kinds[trt.DataType.INT4], "int8_layers": kinds[trt.DataType.INT8]}
+
+
+def _errors(parser: Any) -> str:
+    """The parser's complaints on one line."""
+    return " ".join("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)).split())[:400]
+
+
+def _monitor(trt: Any, name: str, progress: Callable[[str, int, int], None]) -> Any:
+    """Tells `progress` of the steps of each phase of the build that is not part of another."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)  # pybind refuses super().__init__()
+
+            self._steps: dict[str, tuple[int, int]] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if not parent:
+                self._steps[phase] = (0, steps)
+                progress(f"{name}: {phase}", 0, steps)
+
+        def phase_finish(self, phase: str) -> None:
+            if steps := self._steps.pop(phase, None):
+                progress(f"{name}: {phase}", steps[1], steps[1])
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self._steps:
+                self._steps[phase] = (step + 1, self._steps[phase][1])
+                progress(f"{name}: {phase}", *self._steps[phase])
+            return True
+
+    return Monitor()
+
+
+def _say(**line: Any) -> None:
+    try:
+        print(json.dumps(line), flush=True)
+    except BrokenPipeError:  # who asked for it is gone
+        os._exit(1)
+
+
+def main() -> None:
+    """See the module."""
+    spec = Spec(**json.loads(sys.argv[1]))
+    try:
+        _say(built=build(spec, lambda what, done, total: _say(progress=[what, done, total])))
+    except EdgepruneError as error:
+        _say(error=str(error))
+    except OSError as error:
+        _say(errno=error.errno, error=f"{spec.name}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    main()
