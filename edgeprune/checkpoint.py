@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from edgeprune import __version__
+from edgeprune import __version__, heap
 from edgeprune.encoders import is_present, read_index
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.families import Config, Family, family_of, family_of_model
@@ -369,13 +369,14 @@ def write_transformer(
     sizes = [sum(sum(parts[i].values()) for i in group) for group in grouped]
     need_space(folder, sum(size for i, size in enumerate(sizes) if not writer.has(i)))
     speed = Speed(part, sizes, progress)
-    for index, group in enumerate(grouped):
-        if already := writer.has(index):
-            for i in group:
-                found(i, Weights(writer.path(index)))
-        else:
-            writer.put(index, {n: t for i in group for n, t in make(i).items()})
-        speed.done(index + 1, found=already)
+    with heap.returned():
+        for index, group in enumerate(grouped):
+            if already := writer.has(index):
+                for i in group:
+                    found(i, Weights(writer.path(index)))
+            else:
+                writer.put(index, {n: t for i in group for n, t in make(i).items()})
+            speed.done(index + 1, found=already)
     writer.finish()
     write_json(writer.folder / "config.json", config)
     replace_folder(writer.folder, folder / part)
