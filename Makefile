@@ -24,7 +24,7 @@ CODE := edgeprune export runtimes targets tests
 help:
 	@echo "make demo    compress, export and bench the built-in model"
 	@echo "make bench   only the bench, on what make demo left"
-	@echo "make bench-full   the table of docs/full-size.md: an hour, 70 GB of disk"
+	@echo "make bench-full   the table of docs/full-size.md: an hour and a half, 70 GB of disk"
 	@echo "make evidence     the tables of docs/evidence.md: methods compared on the built-in model, an hour or two"
 	@echo "make test    run the tests"
 	@echo "make test-hard   damaged and hostile files, more than 100,000 of them"

@@ -58,7 +58,7 @@ with needs("coreml"):
     from edgeprune.export.mil_reference import Package
 
 CHUNK_BYTES = 400e6
-"""Weights in one package; coremltools holds about seven times as much while it converts them."""
+"""Weights in one package: SD3.5 Large's nine of these are converted within 3.3 GB."""
 BOUND = 2e-3
 """Largest relative error that passes where arithmetic is float32: what half-precision weights may cost."""
 DEVICE_BOUND = 5e-2

@@ -4,8 +4,8 @@
 
 Each stage is a process of its own (the command a user would type), whose peak is the kernel's (ru_maxrss). Results are
 kept in OUT/results.json row by row, so that a killed run goes on; `--write FILE` puts the table between the marks of a
-page. Takes an hour on two cores, 70 GB of disk and 20 GB of memory. What it leaves out: image quality, which random
-weights do not have.
+page. Takes an hour and a half on two cores, 70 GB of disk and 20 GB of memory. What it leaves out: image quality, which
+random weights do not have.
 """
 
 from __future__ import annotations
