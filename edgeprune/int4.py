@@ -20,23 +20,23 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Signed integers (O, I) to bytes: uint8 (O, I * bits / 8), lower nibble first."""
     if bits == 8:
         return values.to(torch.int8).contiguous().view(torch.uint8)
-    nibbles = (values.to(torch.int16) & 0xF).to(torch.uint8)
-    return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous()
+    whole = values.to(torch.int8).view(torch.uint8)
+    return (whole[:, 0::2] & 0xF) | (whole[:, 1::2] << 4)
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Bytes back to signed integers: int8 (O, I)."""
     if bits == 8:
         return packed.view(torch.int8)
-    pairs = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1).to(torch.int8)
-    return torch.where(pairs > 7, pairs - 16, pairs)
+    signed = packed.view(torch.int8)  # to the right, these are shifted with their sign
+    return torch.stack([(signed << 4) >> 4, signed >> 4], dim=-1).flatten(1)
 
 
 def dequantize(packed: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """The weight matrix (O, I) in `dtype`; `scale` is (O, groups)."""
     values = unpack(packed, bits)
     out, groups = scale.shape
-    return (values.to(dtype).view(out, groups, -1) * scale.to(dtype)[..., None]).view(out, -1)
+    return values.to(dtype).view(out, groups, -1).mul_(scale.to(dtype)[..., None]).view(out, -1)
 
 
 def round_int4(weight: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -122,7 +122,7 @@ def _nncf_integers(
         packed = state[f"layers.{index}.weight"]
         scale = next(v for k, v in state.items() if f"layers:{index}:weight__" in k and k.endswith("_scale"))
         pairs = torch.stack([packed & 0xF, packed >> 4], dim=-1)
-        values = (pairs.flatten().to(torch.int16) - 8).view(weight.shape)
+        values = (pairs.flatten().to(torch.int8) - 8).view(weight.shape)
         out.append(_positive(weight, values, scale.reshape(weight.shape[0], -1)))
     return out
 

@@ -26,7 +26,6 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxscript.optimizer
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import opset21, values
@@ -36,9 +35,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from edgeprune.errors import EdgepruneError
 from edgeprune.export import data
 from edgeprune.export.progress import Progress, silent
+from edgeprune.export.simplify import simplify
 from edgeprune.families import family_of_model
 from edgeprune.families.base import Axes
-from edgeprune.int4 import PackedLinear, unpack
+from edgeprune.int4 import PackedLinear, pack, unpack
 from edgeprune.sampling import Conditioning, network_inputs
 
 Read = Callable[[str], torch.Tensor]
@@ -309,9 +309,8 @@ def to_ir(
         value.name = value.name.removeprefix("model.")
         if read is not None and isinstance(getattr(value.const_value, "raw", None), FakeTensor):
             _attach(value, read)
-    # Limits in bytes: sizes are folded, weights are not.
     with _quiet():
-        onnxscript.optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=65536)
+        simplify(model)
     lower_packed_linear(model)
     halve_tables(model)
     for value, axes in zip(model.graph.outputs, outputs.values(), strict=True):
@@ -429,12 +428,12 @@ def _shape(value: ir.Value) -> tuple[int, int]:
 
 
 def _transposed(packed: ir.TensorProtocol, bits: int, name: str) -> ir.TensorProtocol:
-    integers = unpack(torch.from_numpy(packed.numpy().copy()), bits).numpy().T
+    integers = unpack(torch.from_numpy(packed.numpy().copy()), bits).T.contiguous()
     if bits == 8:
-        return ir.tensor(np.ascontiguousarray(integers), name=name)
+        return ir.tensor(integers.numpy(), name=name)
     # ONNX packs the flattened tensor, lower nibble first; I is even, so the count is.
-    flat = np.ascontiguousarray(integers).reshape(-1).view(np.uint8) & 0xF
-    return ir.PackedTensor(flat[0::2] | flat[1::2] << 4, ir.DataType.INT4, shape=integers.shape, name=name)
+    flat = pack(integers.view(1, -1), bits).flatten().numpy()
+    return ir.PackedTensor(flat, ir.DataType.INT4, shape=integers.shape, name=name)
 
 
 def _cast(value: ir.Value, kind: ir.DataType, nodes: list[ir.Node]) -> ir.Value:

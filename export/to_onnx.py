@@ -144,7 +144,7 @@ def _transformer(artefact: Path) -> Part:
     limit = transformer.family.latents(transformer.model.config).largest or 12
     tokens = longest_prompt(artefact)
     # Sizes are image tokens. An odd number of them takes another path through the crop of the position table.
-    sizes = [(1, 8, 8, tokens), (3, 5, 7, 3), (2, 12, 9, 2 * tokens)]
+    sizes = [(1, 8, 8, tokens), (3, 3, 5, 3), (2, 12, 9, 2 * tokens)]
     if sum(map(math.prod, stored.weights.shapes.values())) > LARGE:
         sizes = sizes[1:2]
     examples = [

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxscript.optimizer
 import pytest
 import tiny
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 
 from edgeprune.errors import DiskError, EdgepruneError, InputError, ParityError
 from edgeprune.export import folder, graph, parity, to_onnx, unfinished
+from edgeprune.export.simplify import simplify
 from edgeprune.files import sha256_file
 from edgeprune.int4 import PackedLinear, pack
 
@@ -128,6 +130,36 @@ def test_one_layer(bits: int, bias: bool, tmp_path: Path) -> None:
     runner = parity.session(tmp_path / "model.onnx")
     found = parity.check("layer", runner, module, [{"x": torch.randn(1, 9, 48)}], ["y"])
     assert found["max_relative"] < 1e-6
+
+
+def test_simplified_as_by_onnxscripts_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is not used because it takes minutes for a large transformer."""
+    seen: list[int] = []
+
+    def nodes(model: ir.Model) -> list[Any]:
+        """What they are, and by number what they read and give: names are made up on the way."""
+        numbers: dict[str | None, int] = {}
+        return [
+            (
+                node.op_type,
+                {name: attribute.value for name, attribute in node.attributes.items()},
+                [value and numbers.setdefault(value.name, len(numbers)) for value in (*node.inputs, *node.outputs)],
+            )
+            for node in model.graph
+        ]
+
+    def both(model: ir.Model) -> None:
+        theirs = ir.from_proto(ir.to_proto(model))
+        before = len(list(model.graph))
+        onnxscript.optimizer.optimize_ir(theirs, input_size_limit=4096, output_size_limit=65536)
+        simplify(model)
+        assert nodes(ir.from_proto(ir.to_proto(model))) == nodes(theirs)
+        seen.append(before - len(list(model.graph)))
+
+    monkeypatch.setattr(graph, "simplify", both)
+    wrapper = graph.Transformer(tiny.tiny_transformer(num_layers=1))
+    graph.to_ir(wrapper, wrapper.example(batch=2, height=4, width=6, tokens=5), wrapper.inputs, wrapper.outputs)
+    assert seen[0] > 50
 
 
 # ------------------------------------------------------------------------------------- the arithmetic
