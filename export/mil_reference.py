@@ -66,6 +66,7 @@ class Package:
             for name in _read_by(op):
                 if self._last[name] == i and name not in wanted:
                     del values[name]
+        self._constants.blob_reader_from_filename.clear()  # each keeps its file mapped: a chain would hold them all
         return [values[name].numpy() for name in wanted]
 
     def _step(self, op: Any, values: Mapping[str, Any]) -> Sequence[Any]:

@@ -32,13 +32,14 @@ import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edgeprune.checkpoint import HALF, INT4, open_transformer, read_config
 from edgeprune.encoders import CLIP, T5, text_encoders
 from edgeprune.errors import EdgepruneError, InputError, ParityError
 from edgeprune.export import graph, parity, to_onnx
 from edgeprune.export.folder import from_pretrained, is_quantized, write
-from edgeprune.export.progress import Progress, silent
+from edgeprune.export.progress import Progress, Steps, silent
 from edgeprune.export.unfinished import SCRATCH, Unfinished
 from edgeprune.extras import needs
 from edgeprune.files import read_json
@@ -304,10 +305,10 @@ def _network(
         feeds, outputs = {key: tensors[key] for key in part.inputs}, list(part.outputs)
         try:
             with _quiet(), torch.no_grad():
-                found = [value.contiguous() for value in part(*feeds.values())]  # coremltools takes no other inputs
-                tensors |= zip(outputs, found, strict=True)
                 if not path.exists():
                     _save(convert(part, feeds, outputs, batches, half=half), path)
+                if i < chunks:  # no program depends on the numbers that it is traced with
+                    tensors |= zip(outputs, _zeros_like_outputs(part, feeds), strict=True)
         except (ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
             raise EdgepruneError(f"{name}: coremltools cannot convert it: {' '.join(str(error).split())}") from error
         packages.append(Prediction(path) if sys.platform == "darwin" else Package(path))
@@ -317,7 +318,14 @@ def _network(
         record = parity.check(name, chain, reference, examples, outputs, bound=DEVICE_BOUND, progress=progress)
         return record | {"by": "prediction"}
     record = parity.check(name, chain, reference, examples, outputs, bound=BOUND, progress=progress)
-    return record | {"by": "mil_reference", "half_relative": _half(name, chain, examples[-1], outputs)}
+    return record | {"by": "mil_reference", "half_relative": _half(name, chain, examples[-1], outputs, progress)}
+
+
+def _zeros_like_outputs(part: Part, feeds: Tensors) -> list[torch.Tensor]:
+    """Zeros of the shapes and types of what a part gives, which need not be computed for that."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        found = part(*(mode.from_tensor(value) for value in feeds.values()))
+    return [torch.zeros(value.shape, dtype=value.dtype) for value in found]
 
 
 def _save(model: Any, path: Path) -> None:
@@ -327,13 +335,14 @@ def _save(model: Any, path: Path) -> None:
     scratch.rename(path)
 
 
-def _half(name: str, chain: Chain, example: Tensors, outputs: Sequence[str]) -> float:
+def _half(name: str, chain: Chain, example: Tensors, outputs: Sequence[str], progress: Progress = silent) -> float:
     """The largest relative error where every value is rounded to half precision: told, and bounded only by finite.
 
     Against what the chain gave last: the same example in float32, which was compared with the checkpoint's.
     """
     expected = chain.latest
-    found = chain.run(outputs, {key: value.numpy() for key, value in example.items()}, half=True)
+    step = Steps(f"{name}: compared in half precision", chain.steps, progress)
+    found = chain.run(outputs, {key: value.numpy() for key, value in example.items()}, half=True, step=step)
     worst = max(parity.relative_error(a, b)[0] for a, b in zip(found, expected, strict=True))
     if not np.isfinite(worst):
         raise ParityError(f"{name}: its activations overflow in half precision, which Core ML computes in")
