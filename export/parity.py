@@ -99,6 +99,15 @@ def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, 
     return worst, rms
 
 
+def expected(
+    module: torch.nn.Module, example: Mapping[str, torch.Tensor], step: Callable[[], None]
+) -> list[torch.Tensor]:
+    """What the checkpoint computes in float32, a transformer by diffusers' own forward pass; `step` as of stepping."""
+    reference = module.reference if isinstance(module, graph.Transformer) else module
+    with torch.no_grad(), stepping(module, step):
+        return list(reference(**{k: v.float() if v.is_floating_point() else v for k, v in example.items()}))
+
+
 def check(
     name: str,
     runner: Runner,
@@ -108,34 +117,35 @@ def check(
     *,
     bound: float = BOUND,
     half: bool = False,
+    known: Sequence[Sequence[torch.Tensor]] = (),
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Compare every output at every example; the worst errors and the shapes tried, for edgeprune_export.json.
 
     A transformer is compared with diffusers' own forward pass. With `half` the model takes and computes float16, the
-    bound is HALF_BOUND on the rms error, and the float32 module is given the same rounded inputs. `progress` is told of
-    torch's blocks and the file's steps.
+    bound is HALF_BOUND on the rms error, and the float32 module is given the same rounded inputs. What is `expected`
+    at the first examples need not be computed where it is `known`. `progress` is told of torch's blocks and the file's
+    steps.
 
     Raises:
         ParityError: a relative error above the bound, or the model does not run at one of the shapes.
     """
     worst, worst_rms, shapes = 0.0, 0.0, []
-    reference = module.reference if isinstance(module, graph.Transformer) else module
     bound = HALF_BOUND if half else bound
-    step = Steps(f"{name}: compared", len(examples) * (torch_steps(module) + runner.steps), progress)
-    for example in examples:
+    steps = len(examples) * runner.steps + (len(examples) - len(known)) * torch_steps(module)
+    step = Steps(f"{name}: compared", steps, progress)
+    for i, example in enumerate(examples):
         sizes = {key: list(value.shape) for key, value in example.items()}
         shapes.append(sizes)
         given = graph.half(example) if half else example
-        with torch.no_grad(), stepping(module, step):
-            expected = reference(**{k: v.float() if v.is_floating_point() else v for k, v in given.items()})
+        wanted = known[i] if i < len(known) else expected(module, given, step)
         try:
             found = runner.run(list(outputs), {key: value.numpy() for key, value in given.items()}, step=step)
         except (EdgepruneError, OSError):
             raise
         except Exception as failure:  # vendors raise what they like
             raise ParityError(f"{name}: the exported file does not run at {sizes} ({failure})") from failure
-        for output, a, b in zip(outputs, found, expected, strict=True):
+        for output, a, b in zip(outputs, found, wanted, strict=True):
             error_max, error_rms = relative_error(np.asarray(a), b.numpy())
             error = error_rms if half else error_max
             if not error <= bound:

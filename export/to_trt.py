@@ -12,6 +12,7 @@ optimisation profiles, INT8 activations, refitting.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import signal
 import subprocess
@@ -102,7 +103,7 @@ def _networks(
             longest = examples[0]["input_ids"].shape[1]
             sizes["sequence_length"] = (1, longest, longest)
         profile = profile_of(module.inputs, part.traced, sizes)
-        half, rounding = _half_precision(part, device, progress)
+        half, rounding, known = _half_precision(part, device, progress)
         model = part.to_ir(half=half)
         forms.per_output(model)
         engine = work.begin(name) / ENGINE
@@ -110,9 +111,11 @@ def _networks(
         weight_bytes = graph.weight_bytes(model)
         to_onnx.save(name, model, path, progress)
         del model
+        gc.collect()  # what was traced refers to itself, and TensorRT needs the room
         found = parity.check(
-            name, parity.session(path), module, examples, list(module.outputs), half=half, progress=progress
-        )
+            name, parity.session(path), module, examples, list(module.outputs),
+            half=half, known=known, progress=progress,
+        )  # fmt: skip
         began = time.monotonic()
         layers = engine_builder.build(name, path, profile, engine)
         for onnx_file in path.parent.glob(f"{path.name}*"):
@@ -140,23 +143,24 @@ def _networks(
     }
 
 
-def _half_precision(part: Part, device: Target, progress: Progress = silent) -> tuple[bool, float | None]:
-    """Whether half precision stays within the bound, and the error it makes (None: infinite, or not wanted).
+def _half_precision(
+    part: Part, device: Target, progress: Progress = silent
+) -> tuple[bool, float | None, list[list[torch.Tensor]]]:
+    """Whether half precision stays within the bound, the error it makes (None: infinite, or not wanted), and `known`.
 
     PyTorch rounds to half precision after every operation, as a GPU does; ONNX Runtime on the CPU computes chains of
     operations in float32, where an overflow goes unseen.
     """
     if device.activations != "float16":
-        return False, None
+        return False, None, []
     given, halved = graph.half(part.examples[0]), part.half()
     step = Steps(f"{part.name}: tried in half precision", 2 * parity.torch_steps(part.module), progress)
-    with torch.no_grad():
-        with parity.stepping(part.module, step):
-            expected = part.module(*(v.float() if v.is_floating_point() else v for v in given.values()))
-        with parity.stepping(halved, step):
-            found = halved(*given.values())
-    error = max(parity.relative_error(a.float().numpy(), b.numpy())[1] for a, b in zip(found, expected, strict=True))
-    return error <= parity.HALF_BOUND, error if np.isfinite(error) else None
+    wanted = parity.expected(part.module, given, step)
+    with torch.no_grad(), parity.stepping(halved, step):
+        found = halved(*given.values())
+    error = max(parity.relative_error(a.float().numpy(), b.numpy())[1] for a, b in zip(found, wanted, strict=True))
+    good = error <= parity.HALF_BOUND
+    return good, error if np.isfinite(error) else None, [wanted] if good else []
 
 
 def _engine_parity(

@@ -157,11 +157,13 @@ def test_an_overflow_is_seen_and_means_float32() -> None:
     def part(x: torch.Tensor) -> to_onnx.Part:
         return to_onnx.Part("large", Large(), {"x": x}, [{"x": x}])  # type: ignore[arg-type]
 
-    good, error = to_trt._half_precision(part(torch.rand(2, 4) / 2), RTX)
-    assert good and 0 < error < parity.HALF_BOUND
-    assert to_trt._half_precision(part(torch.rand(2, 4) + 1), RTX) == (False, None)
+    small = part(torch.rand(2, 4) / 2)
+    good, error, known = to_trt._half_precision(small, RTX)
+    assert good and error is not None and 0 < error < parity.HALF_BOUND
+    torch.testing.assert_close(known, [list(Large()(small.examples[0]["x"].half().float()))])
+    assert to_trt._half_precision(part(torch.rand(2, 4) + 1), RTX) == (False, None, [])
     single = dataclasses.replace(RTX, activations="float32")
-    assert to_trt._half_precision(part(torch.rand(2, 4)), single) == (False, None)
+    assert to_trt._half_precision(part(torch.rand(2, 4)), single) == (False, None, [])
 
 
 # ------------------------------------------------------------------------------------- shapes
