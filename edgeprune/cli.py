@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeprune import processes, stop
+from edgeprune import heap, processes, stop
 from edgeprune.errors import CannotRunError, EdgepruneError, InputError, MissingExtraError
 from edgeprune.extras import COMPRESS, absent, conflicts
 from edgeprune.files import is_out_of_memory
@@ -122,6 +122,7 @@ def main() -> None:
     # Vendors' advice is for developers; their errors still come through.
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    os.environ.setdefault(heap.LARGE_PAGES, "1")
     try:
         app()
     except EdgepruneError as error:
