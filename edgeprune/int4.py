@@ -21,7 +21,7 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
         return values.to(torch.int8).contiguous().view(torch.uint8)
     whole = values.to(torch.int8).view(torch.uint8)
-    return (whole[:, 0::2] & 0xF) | (whole[:, 1::2] << 4)
+    return ((whole[:, 0::2] & 0xF) | (whole[:, 1::2] << 4)).contiguous()
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:

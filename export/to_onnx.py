@@ -143,8 +143,9 @@ def _transformer(artefact: Path) -> Part:
     transformer = graph.Transformer(stored.running())
     limit = transformer.family.latents(transformer.model.config).largest or 12
     tokens = longest_prompt(artefact)
-    # Sizes are image tokens. An odd number of them takes another path through the crop of the position table.
-    sizes = [(1, 8, 8, tokens), (3, 3, 5, 3), (2, 12, 9, 2 * tokens)]
+    # Sizes are image tokens. An odd number of them takes another path through the crop of the position table. Where one
+    # size must do, no two of its numbers are the same, or the same as those traced, lest one axis passes for another.
+    sizes = [(1, 8, 8, tokens), (4, 3, 5, 2), (2, 12, 9, 2 * tokens)]
     if sum(map(math.prod, stored.weights.shapes.values())) > LARGE:
         sizes = sizes[1:2]
     examples = [

@@ -132,14 +132,37 @@ def test_one_layer(bits: int, bias: bool, tmp_path: Path) -> None:
     assert found["max_relative"] < 1e-6
 
 
-def test_simplified_as_by_onnxscripts_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "sd3": lambda: graph.Transformer(quantised(tiny.tiny_transformer(num_layers=1))),
+    "flux": lambda: graph.Transformer(tiny.tiny_flux(num_layers=1, num_single_layers=1)),
+    "flux2": lambda: graph.Transformer(tiny.tiny_flux2(num_layers=1, num_single_layers=1)),
+    "clip": lambda: graph.TextEncoder(tiny.tiny_text_encoder(400, 399)),
+    "t5": lambda: graph.T5Encoder(tiny.tiny_t5(200)),
+    "vae": lambda: graph.VaeDecoder(tiny.tiny_vae()),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [
+        ("sd3", True),
+        *(
+            pytest.param(n, h, marks=pytest.mark.slow)
+            for n in NETWORKS
+            for h in (False, True)
+            if (n, h) != ("sd3", True)
+        ),
+    ],
+)
+def test_simplified_as_by_onnxscripts_optimizer(name: str, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is not used because it takes minutes for a large transformer."""
     seen: list[int] = []
 
     def nodes(model: ir.Model) -> list[Any]:
         """What they are, and by number what they read and give: names are made up on the way."""
         numbers: dict[str | None, int] = {}
-        return [
+        given = [value.const_value.tobytes() for value in model.graph.initializers.values()]  # type: ignore[union-attr]
+        return [sorted(given)] + [
             (
                 node.op_type,
                 {name: attribute.value for name, attribute in node.attributes.items()},
@@ -157,9 +180,15 @@ def test_simplified_as_by_onnxscripts_optimizer(monkeypatch: pytest.MonkeyPatch)
         seen.append(before - len(list(model.graph)))
 
     monkeypatch.setattr(graph, "simplify", both)
-    wrapper = graph.Transformer(tiny.tiny_transformer(num_layers=1))
-    graph.to_ir(wrapper, wrapper.example(batch=2, height=4, width=6, tokens=5), wrapper.inputs, wrapper.outputs)
-    assert seen[0] > 50
+    wrapper = NETWORKS[name]().eval()
+    sizes: dict[str, int] = {"tokens": 7} if name in ("clip", "t5") else {"height": 4, "width": 6}
+    if isinstance(wrapper, graph.Transformer):
+        sizes["tokens"] = 5
+    example = wrapper.example(batch=2, **sizes)
+    if half:
+        wrapper, example = wrapper.half(), graph.half(example)
+    graph.to_ir(wrapper, example, wrapper.inputs, wrapper.outputs)
+    assert seen[0] > 20
 
 
 # ------------------------------------------------------------------------------------- the arithmetic
