@@ -1,8 +1,9 @@
 """One TensorRT engine from an ONNX file, in a process of its own: python -m edgeprune.export.engine SPEC.
 
-While TensorRT builds it holds the weights about four times: what tracing and comparing have in memory need not be there
-too, and where the system ends the process for want of memory, the export can still say so. SPEC is JSON, the fields of
-`Spec`; standard output has a line of JSON for each step and a last one with what was built, or an error.
+While TensorRT builds it holds the weights about four times, once mapped from the ONNX file, which is given back: what
+tracing and comparing have in memory need not be there too, and where the system ends the process for want of memory,
+the export can still say so. SPEC is JSON, the fields of `Spec`; standard output has a line of JSON for each step and a
+last one with what was built, or an error.
 What it leaves out: who asks for it (to_trt.py).
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import EdgepruneError
+from edgeprune.runtimes import mapped
 from edgeprune.runtimes.trt import logger
 
 Profile = dict[str, tuple[tuple[int, ...], ...]]
@@ -68,7 +70,8 @@ def build(spec: Spec, progress: Callable[[str, int, int], None]) -> dict[str, An
     if trt.__name__ == "tensorrt":  # tensorrt_rtx times nothing while it builds
         timings = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
         config.set_timing_cache(timings, ignore_mismatch=False)
-    plan = builder.build_serialized_network(network, config)
+    with mapped.given_back(Path(f"{spec.onnx}.data")):
+        plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EdgepruneError(f"{spec.name}: {spec.vendor} cannot build it: {log.said()}")
     with Path(spec.engine).open("wb") as file:

@@ -99,13 +99,13 @@ def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, 
     return worst, rms
 
 
-def expected(
+def reference(
     module: torch.nn.Module, example: Mapping[str, torch.Tensor], step: Callable[[], None]
 ) -> list[torch.Tensor]:
     """What the checkpoint computes in float32, a transformer by diffusers' own forward pass; `step` as of stepping."""
-    reference = module.reference if isinstance(module, graph.Transformer) else module
+    forward = module.reference if isinstance(module, graph.Transformer) else module
     with torch.no_grad(), stepping(module, step):
-        return list(reference(**{k: v.float() if v.is_floating_point() else v for k, v in example.items()}))
+        return list(forward(**{k: v.float() if v.is_floating_point() else v for k, v in example.items()}))
 
 
 def check(
@@ -123,9 +123,9 @@ def check(
     """Compare every output at every example; the worst errors and the shapes tried, for edgeprune_export.json.
 
     A transformer is compared with diffusers' own forward pass. With `half` the model takes and computes float16, the
-    bound is HALF_BOUND on the rms error, and the float32 module is given the same rounded inputs. What is `expected`
-    at the first examples need not be computed where it is `known`. `progress` is told of torch's blocks and the file's
-    steps.
+    bound is HALF_BOUND on the rms error, and the float32 module is given the same rounded inputs. `known` is what
+    `reference` gave for the first examples, rounded so with `half`; these are not computed again. `progress` is told of
+    torch's blocks and the file's steps.
 
     Raises:
         ParityError: a relative error above the bound, or the model does not run at one of the shapes.
@@ -138,14 +138,14 @@ def check(
         sizes = {key: list(value.shape) for key, value in example.items()}
         shapes.append(sizes)
         given = graph.half(example) if half else example
-        wanted = known[i] if i < len(known) else expected(module, given, step)
+        expected = known[i] if i < len(known) else reference(module, given, step)
         try:
             found = runner.run(list(outputs), {key: value.numpy() for key, value in given.items()}, step=step)
         except (EdgepruneError, OSError):
             raise
         except Exception as failure:  # vendors raise what they like
             raise ParityError(f"{name}: the exported file does not run at {sizes} ({failure})") from failure
-        for output, a, b in zip(outputs, found, wanted, strict=True):
+        for output, a, b in zip(outputs, found, expected, strict=True):
             error_max, error_rms = relative_error(np.asarray(a), b.numpy())
             error = error_rms if half else error_max
             if not error <= bound:

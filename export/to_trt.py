@@ -146,7 +146,9 @@ def _networks(
 def _half_precision(
     part: Part, device: Target, progress: Progress = silent
 ) -> tuple[bool, float | None, list[list[torch.Tensor]]]:
-    """Whether half precision stays within the bound, the error it makes (None: infinite, or not wanted), and `known`.
+    """Whether half precision stays within the bound, the error it makes (None: infinite, or not wanted).
+
+    And of parity.check's `known`, what was computed for that.
 
     PyTorch rounds to half precision after every operation, as a GPU does; ONNX Runtime on the CPU computes chains of
     operations in float32, where an overflow goes unseen.
@@ -155,12 +157,12 @@ def _half_precision(
         return False, None, []
     given, halved = graph.half(part.examples[0]), part.half()
     step = Steps(f"{part.name}: tried in half precision", 2 * parity.torch_steps(part.module), progress)
-    wanted = parity.expected(part.module, given, step)
+    expected = parity.reference(part.module, given, step)
     with torch.no_grad(), parity.stepping(halved, step):
         found = halved(*given.values())
-    error = max(parity.relative_error(a.float().numpy(), b.numpy())[1] for a, b in zip(found, wanted, strict=True))
+    error = max(parity.relative_error(a.float().numpy(), b.numpy())[1] for a, b in zip(found, expected, strict=True))
     good = error <= parity.HALF_BOUND
-    return good, error if np.isfinite(error) else None, [wanted] if good else []
+    return good, error if np.isfinite(error) else None, [expected] if good else []
 
 
 def _engine_parity(
