@@ -307,10 +307,10 @@ def _network(
             with _quiet(), torch.no_grad():
                 if not path.exists():
                     _save(convert(part, feeds, outputs, batches, half=half), path)
-                if i < chunks:  # no program depends on the numbers that it is traced with
-                    tensors |= zip(outputs, _zeros_like_outputs(part, feeds), strict=True)
         except (ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
             raise EdgepruneError(f"{name}: coremltools cannot convert it: {' '.join(str(error).split())}") from error
+        if i < chunks:  # no program depends on the numbers that it is traced with
+            tensors |= zip(outputs, _zeros_like_outputs(part, feeds), strict=True)
         packages.append(Prediction(path) if sys.platform == "darwin" else Package(path))
         progress(f"{name}: converted", i, chunks)
     chain = Chain(packages)
@@ -323,7 +323,7 @@ def _network(
 
 def _zeros_like_outputs(part: Part, feeds: Tensors) -> list[torch.Tensor]:
     """Zeros of the shapes and types of what a part gives, which need not be computed for that."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         found = part(*(mode.from_tensor(value) for value in feeds.values()))
     return [torch.zeros(value.shape, dtype=value.dtype) for value in found]
 
@@ -335,7 +335,7 @@ def _save(model: Any, path: Path) -> None:
     scratch.rename(path)
 
 
-def _half(name: str, chain: Chain, example: Tensors, outputs: Sequence[str], progress: Progress = silent) -> float:
+def _half(name: str, chain: Chain, example: Tensors, outputs: Sequence[str], progress: Progress) -> float:
     """The largest relative error where every value is rounded to half precision: told, and bounded only by finite.
 
     Against what the chain gave last: the same example in float32, which was compared with the checkpoint's.

@@ -9,6 +9,7 @@ import enum
 import json
 import shutil
 import struct
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,18 @@ def test_what_a_program_asks_for(exported: tuple[Path, dict[str, Any]]) -> None:
     # Only the part of the position table (16 x 16) that the size needs is stored.
     stored = [o.type.tensorType.dimensions for op in package.operations if op.type == "const" for o in op.outputs]
     assert [1, 256, 64] not in [[d.constant.size for d in dims] for dims in stored]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_package_that_ran_is_not_mapped(exported: tuple[Path, dict[str, Any]], model: nn.Module) -> None:
+    """Or a chain of them would have all weights in memory after its last."""
+    path, maps = exported[0] / "transformer" / "model.mlpackage", Path("/proc/self/maps")
+    package, seen = Package(path), list[bool]()
+    step = package._step
+    package._step = lambda *of: (step(*of), seen.append(str(path) in maps.read_text()))[0]  # type: ignore[method-assign]
+    example = graph.Transformer(model).example(batch=1, height=8, width=8, tokens=16)
+    package.run(None, {name: value.numpy() for name, value in example.items()})
+    assert any(seen) and str(path) not in maps.read_text()
 
 
 @pytest.fixture(scope="module")
