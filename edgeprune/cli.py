@@ -122,7 +122,6 @@ def main() -> None:
     # Vendors' advice is for developers; their errors still come through.
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    os.environ.setdefault(heap.LARGE_PAGES, "1")
     try:
         app()
     except EdgepruneError as error:
@@ -421,6 +420,7 @@ def compress(
     """All stages: analyze, plan, prune, distill, quantize, and a report. Run it again after a kill to go on."""
     from dataclasses import asdict, replace
 
+    heap.large_pages()
     from edgeprune import pipeline, report
     from edgeprune.checkpoint import resolve
     from edgeprune.generation import Generation
@@ -665,6 +665,7 @@ def plan(
 @app.command(epilog="Example: edgeprune prune -o small")
 def prune(out: Out = Path("compressed"), fresh: Fresh = False) -> None:
     """Make the shorter transformer: transformer/, loadable by stock diffusers for whole-block plans."""
+    heap.large_pages()
     from edgeprune import pipeline
 
     ws = _workspace(out, None, fresh)
@@ -885,6 +886,7 @@ def quantize(
     out: Out = Path("compressed"), group_size: GroupSize = 64, calibration: Calibration = "none", fresh: Fresh = False
 ) -> None:
     """INT4 weights by NNCF, block by block: transformer_int4/."""
+    heap.large_pages()
     from edgeprune import pipeline
 
     ws = _workspace(out, None, fresh)
@@ -912,6 +914,7 @@ def export(
     from edgeprune.targets import for_format
 
     chosen = for_format(target, device)
+    heap.large_pages()
     from edgeprune import export as exporting
 
     with _bars() as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import heavy
 import numpy as np
 import pytest
 
-from edgeprune import runtimes
+from edgeprune import heap, runtimes
 from edgeprune.errors import InputError
 from edgeprune.runtimes import memory
 
@@ -242,3 +243,27 @@ def test_freed_pieces_go_back() -> None:
         how: int(subprocess.check_output([sys.executable, "-c", HOLES, how], text=True)) for how in ("returned", "kept")
     }
     assert freed["returned"] > 190e6 > 50e6 > freed["kept"]
+
+
+def test_large_pages_are_asked_for_unless_the_user_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    variable = "THP_MEM_ALLOC_ENABLE"  # of PyTorch; whether the system has such pages to give is its own affair
+    monkeypatch.setenv(variable, "0")
+    heap.large_pages()
+    assert os.environ[variable] == "0"
+    monkeypatch.delenv(variable)
+    heap.large_pages()
+    assert os.environ[variable] == "1"
+
+
+@linux
+def test_memory_of_a_process_and_its_children() -> None:
+    from edgeprune.demo import full_size
+
+    child = "import time; held = b'1' * 100_000_000; print(flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert full_size.resident(process.pid) > 100e6
+        subprocess.run(["pkill", "-P", str(process.pid)], check=True)
+    assert full_size.resident(process.pid) == 0

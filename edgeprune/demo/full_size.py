@@ -2,10 +2,11 @@
 
     python -m edgeprune.demo.full_size -o build/full-size
 
-Each stage is a process of its own (the command a user would type), whose peak is the kernel's (ru_maxrss), or that of
-all processes together where it starts others. Results are kept in OUT/results.json row by row, so that a killed run
-goes on; `--write FILE` puts the table between the marks of a page. Takes an hour and a half on two cores, 70 GB of disk
-and 20 GB of memory. What it leaves out: image quality, which random weights do not have.
+Each stage is a process of its own (the command a user would type). Its peak memory is the kernel's (ru_maxrss), or,
+where it starts others and that is more, the most that was seen of all together. Results are kept in OUT/results.json
+row by row, so that a killed run goes on; `--write FILE` puts the table between the marks of a page. Takes an hour and a
+half on two cores, 70 GB of disk and 20 GB of memory. What it leaves out: image quality, which random weights do not
+have.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +39,12 @@ BLOCKS = "25-28,31-34"
 MORE_BLOCKS = "8-28"
 """Twenty-one blocks, for what a step of the seventeen others takes; what they draw is another matter."""
 _ISA = "ONEDNN_MAX_CPU_ISA"
-_EVERY_S = 0.2
+_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one process took."""
+    """What one process, and those that it started, took."""
 
     seconds: float
     peak_bytes: int
@@ -55,24 +57,44 @@ def run(*arguments: str) -> Stage:
         SystemExit: it failed; its own message is on the screen.
     """
     print("$ edgeprune", *arguments, flush=True)
-    began, together = time.monotonic(), 0
+    began = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "edgeprune.cli", *arguments])
-    while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-        together = max(together, _resident(process.pid))
-        time.sleep(_EVERY_S)
-    _, status, usage = ended
+    with together(process.pid) as seen:
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - began
     if code := os.waitstatus_to_exitcode(status):
         raise SystemExit(f"edgeprune {arguments[0]} ended with {code}")
-    return Stage(time.monotonic() - began, max(together, usage.ru_maxrss * 1024))
+    return Stage(seconds, max(*seen, usage.ru_maxrss * 1024))
 
 
-def _resident(pid: int) -> int:
-    """Bytes in memory of a process and of those that it has started; what they share counts for each."""
+@contextlib.contextmanager
+def together(pid: int) -> Iterator[list[int]]:
+    """Once a second, the bytes in memory of a process and of those that it has started; what they share counts for
+    each.
+    """
+    seen, end = [0], threading.Event()
+
+    def watch() -> None:
+        while not end.wait(_EVERY_S):
+            seen.append(resident(pid))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        end.set()
+        watcher.join()
+
+
+def resident(pid: int) -> int:
+    """As `together`, now; 0 if it has ended."""
     total = 0
-    with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+    with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         for each in (process, *process.children(recursive=True)):
-            total += each.memory_info().rss
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended since it was listed
+                total += each.memory_info().rss
     return total
 
 
