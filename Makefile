@@ -7,7 +7,8 @@ DEV_EXTRAS ?= $(EXTRAS),openvino,coreml,trt-rtx,dev
 DEMO ?= build/demo
 DEMO_FLAGS ?=
 BENCH_FLAGS ?= --quality 10
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+COVERAGE ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
@@ -59,7 +60,7 @@ demo: $(STAMP)
 bench: $(STAMP)
 	@$(RUN) bench $(DEMO)/onnx --runtime ort $(BENCH_FLAGS) --json $(DEMO)/bench.json
 
-# Full-size models: an hour, 70 GB of disk. Killed, it goes on.
+# Full-size models: an hour and a half, 70 GB of disk. Killed, it goes on.
 bench-full: $(DEV_STAMP)
 	@$(BIN)/python -m edgeprune.demo.full_size --out build/full-size --write docs/full-size.md
 
@@ -68,7 +69,7 @@ evidence: $(STAMP)
 	@$(BIN)/python -m edgeprune.demo.evidence --out build/compare --write docs/evidence.md
 
 test: $(DEV_STAMP)
-	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS) $(COVERAGE)
 	@echo "next: make check (format, lint, types, coverage), or make demo"
 
 # Everything in tests/hard, one after the other; then the fuzzer that sees which code an input reaches, where it installs.
