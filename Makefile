@@ -8,7 +8,6 @@ DEMO ?= build/demo
 DEMO_FLAGS ?=
 BENCH_FLAGS ?= --quality 10
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
-COVERAGE ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
@@ -69,7 +68,7 @@ evidence: $(STAMP)
 	@$(BIN)/python -m edgeprune.demo.evidence --out build/compare --write docs/evidence.md
 
 test: $(DEV_STAMP)
-	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS) $(COVERAGE)
+	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 	@echo "next: make check (format, lint, types, coverage), or make demo"
 
 # Everything in tests/hard, one after the other; then the fuzzer that sees which code an input reaches, where it installs.
