@@ -88,7 +88,7 @@ types: $(DEV_STAMP)
 
 check: lint types
 	@$(BIN)/python -m pytest -q --cov --cov-report=term $(PYTEST_FLAGS)
-	@echo "next: commit; .ci/run does the same on a clean clone"
+	@echo "next: commit; .ci/run does the same, but coverage, on a clean clone"
 
 $(OLDEST_STAMP): pyproject.toml tests/matrix/oldest.txt
 	@echo "setting up $(OLDEST) (a minute or two) ..."
