@@ -2,8 +2,8 @@
 
     simplify(model)
 
-One of the 46 rules of onnxscript 0.7.2's optimize_ir (it splits slices) goes through all nodes for each node: three
-minutes for FLUX's 57 blocks. What it leaves out: that rule, and others that none of our networks meets.
+One of the 46 rules of onnxscript 0.7.2's optimize_ir (it splits slices) goes through all nodes for each node: minutes
+for FLUX's 57 blocks. What it leaves out: that rule, and others that none of our networks meets.
 """
 
 from __future__ import annotations
