@@ -257,6 +257,7 @@ def test_large_pages_are_asked_for_unless_the_user_said_otherwise(monkeypatch: p
 
 @linux
 def test_memory_of_a_process_and_its_children() -> None:
+    psutil = pytest.importorskip("psutil")
     from edgeprune.demo import full_size
 
     child = "import time; held = b'1' * 100_000_000; print(flush=True); time.sleep(60)"
@@ -265,5 +266,6 @@ def test_memory_of_a_process_and_its_children() -> None:
         assert process.stdout is not None
         process.stdout.readline()
         assert full_size.resident(process.pid) > 100e6
-        subprocess.run(["pkill", "-P", str(process.pid)], check=True)
+        for each in psutil.Process(process.pid).children():
+            each.kill()
     assert full_size.resident(process.pid) == 0
