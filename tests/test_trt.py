@@ -7,6 +7,7 @@ never executed here: reading an engine, and running it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -32,7 +33,7 @@ from torch import nn
 
 from edgeprune import runtimes, targets
 from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
-from edgeprune.export import folder, forms, graph, parity, to_onnx, to_trt
+from edgeprune.export import engine, folder, forms, graph, parity, to_onnx, to_trt
 from edgeprune.families import family_of
 from edgeprune.generation import Generation
 from edgeprune.int4 import PackedLinear, pack
@@ -127,6 +128,28 @@ def test_layers_are_packed_in_what_tensorrt_parsed(built: SimpleNamespace, model
 def test_timesteps_stay_float32(built: SimpleNamespace) -> None:
     kinds = {i.name: i.type.tensor_type.elem_type for i in built.given["transformer"].graph.input}
     assert kinds.pop("timestep") == onnx.TensorProto.FLOAT and set(kinds.values()) == {onnx.TensorProto.FLOAT16}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_that_tensorrt_maps_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file beside the ONNX file is what it maps, and what is given back while it builds."""
+    layer, x = nn.Linear(1024, 1024), torch.ones(1, 1024)
+    graph.save(graph.to_ir(layer, {"input": x}, {"input": {}}, {"y": {}}), tmp_path / "model.onnx")
+    given: list[tuple[bool, bool]] = []
+    real = engine.mapped.given_back
+
+    def watched(path: Path) -> contextlib.AbstractContextManager[None]:
+        given.append((path.is_file(), str(path) in Path("/proc/self/maps").read_text()))
+        return real(path)
+
+    monkeypatch.setattr(engine.mapped, "given_back", watched)
+    shape = (1, 1024)
+    spec = engine.Spec(
+        "tensorrt_rtx", "layer", str(tmp_path / "model.onnx"), str(tmp_path / "model.engine"),
+        {"input": (shape, shape, shape)}, str(tmp_path / "timing.cache"),
+    )  # fmt: skip
+    engine.build(spec, lambda *_: None)
+    assert given == [(True, True)] and (tmp_path / "model.engine").stat().st_size > 2**20
 
 
 def test_a_wrong_file_is_one_error(tmp_path: Path) -> None:
