@@ -17,6 +17,7 @@ from typing import Any
 
 from edgeprune.errors import DiskError, EdgepruneError, InputError
 from edgeprune.fields import shown
+from edgeprune.hub_cache import stores
 
 _LARGEST_JSON = 2**28
 """Bytes: several times the largest tokenizer, or scores of all pairs."""
@@ -85,14 +86,21 @@ def _finite(text: str) -> float:
 
 
 def inside(folder: Path, name: str, where: object) -> Path:
-    """The file of that name in a folder, or below it.
+    """Resolve a name that a file gives for another file in the same folder, or below it.
+
+    In a snapshot of the hub's cache, links into the cache's own stores count as inside, see hub_cache.py.
+
+    Args:
+        where: what gave the name, for the error.
 
     Raises:
-        InputError: the name, or a link on its way, leads out of the folder; says where the name was read.
+        InputError: the name, or a link on its way, leads out of the folder.
     """
     try:
-        path = (folder / name).resolve()
-        if path.is_relative_to(_home(folder)):
+        home = folder.resolve()
+        path = (home / name).resolve()
+        by_name = Path(os.path.normpath(home / name))
+        if by_name.is_relative_to(home) and any(path.is_relative_to(place) for place in (home, *stores(home))):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.lstat()
             return path
@@ -112,12 +120,6 @@ def check_links(folder: Path) -> None:
             path = Path(root, name)
             if path.is_symlink():
                 inside(folder, str(path.relative_to(folder)), "link")
-
-
-def _home(folder: Path) -> Path:
-    """What links may not leave: the folder, or for a snapshot of the hub's cache its model, whose files are links."""
-    there = folder.resolve()
-    return there.parent.parent if there.parent.name == "snapshots" else there
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 # Longest prefix wins. Modules of one rank may import each other.
 RANKS: list[tuple[str, ...]] = [
-    ("errors", "targets", "fields", "terminal"),
+    ("errors", "targets", "fields", "hub_cache", "terminal"),
     ("processes", "launch", "files", "heap", "lock", "resume", "stop", "extras", "stats", "imagefolder", "sources"),
     ("families", "encoders", "baselines", "weights"),
     ("generation", "demo.shapes"),
