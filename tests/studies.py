@@ -56,7 +56,7 @@ def request(
     server: StudyServer, method: str, path: str, data: Any = None, headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, headers in lower case, and body of one request; the path is sent as it is."""
-    connection = HTTPConnection(*server.server_address[:2], timeout=20)
+    connection = HTTPConnection(*server.server_address[:2])
     body = None if data is None else data if isinstance(data, bytes) else json.dumps(data).encode()
     kind = {} if data is None else {"Content-Type": "application/json"}
     try:

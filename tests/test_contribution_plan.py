@@ -66,7 +66,7 @@ def test_components_of_a_single_block_of_flux() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_plan_from_config_alone_is_quick_and_torch_free(name: str, tmp_path: Path) -> None:
-    """By the command line; best of two, in seconds of processor time; hybrid, which counts hundreds of candidates."""
+    """By the command line, with hybrid: its hundreds of candidates are counted one set of components at a time."""
     config = CONFIGS[name]
     family = family_of(config)
     scores = {(key,): [-0.01 * i] for i, key in enumerate(parts(family, config))}
@@ -77,21 +77,24 @@ def test_a_plan_from_config_alone_is_quick_and_torch_free(name: str, tmp_path: P
     said = ["--config", "config.json", "--scores", "scores.json", "--method", "hybrid", "--keep", "0.7"]
     said += ["--protect-first", "0"]
     code = f"""
-import sys, time
+import sys
+from edgeprune import plan
 from edgeprune.cli import main
 sys.argv = ["edgeprune", "plan", *{said!r}]
-ended = None
+ended, counted, count = None, [], plan.remaining_shapes
+plan.remaining_shapes = lambda *a, **k: counted.append(a) or count(*a, **k)
 try:
     ended = main()
 except SystemExit as error:
     ended = error.code
 assert not ended, ended
 assert not {{"torch", "diffusers", "transformers"}} & set(sys.modules)
-print(time.process_time())
+print(len(counted))
 """
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path) for _ in "12"]
-    assert all(run.returncode == 0 for run in runs), runs[0].stderr
-    assert min(float(run.stdout.splitlines()[-1]) for run in runs) <= 1
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    counted = int(run.stdout.splitlines()[-1])  # how often the tensors of a whole model
+    assert 1 < counted < len(scores) / 2
 
 
 def test_noops_are_left_out() -> None:

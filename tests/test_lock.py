@@ -23,19 +23,19 @@ Start = Callable[[Path], subprocess.Popen[str]]
 def other() -> Iterator[Start]:
     """Starts a process that has a lock until it is ended."""
     code = """
-        import sys, time
+        import sys
         from pathlib import Path
         from edgeprune.lock import hold
         path = Path(sys.argv[1])
         held = hold(path, path.parent)
         print("held", flush=True)
-        time.sleep(60)
+        sys.stdin.read()  # until it is killed
     """
     started: list[subprocess.Popen[str]] = []
 
     def start(path: Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", textwrap.dedent(code), str(path)]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         assert started[-1].stdout and started[-1].stdout.readline() == "held\n"
         return started[-1]
 

@@ -260,9 +260,9 @@ def test_memory_of_a_process_and_its_children() -> None:
     psutil = pytest.importorskip("psutil")
     from edgeprune.demo import full_size
 
-    child = "import time; held = b'1' * 100_000_000; print(flush=True); time.sleep(60)"
+    child = "import sys; held = b'1' * 100_000_000; print(flush=True); sys.stdin.read()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         assert full_size.resident(process.pid) > 100e6

@@ -599,7 +599,7 @@ def test_what_is_written(tmp_path: Path) -> None:
 
 def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "edgeprune.cli", "study", *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
 def test_the_command_of_the_docs_makes_a_study(tmp_path: Path) -> None:
