@@ -15,7 +15,7 @@ DEV_STAMP := $(VENV)/.stamp-dev
 OLDEST := build/matrix/oldest
 OLDEST_STAMP := $(OLDEST)/.stamp
 RUN := $(BIN)/edgeprune
-OLDEST_TESTS := surgery quantize pipeline export runtimes scheduler t5
+OLDEST_TESTS := artefact/test_surgery quantization/test_quantize stages/test_pipeline export/test_export runtimes/test_runtimes runtimes/test_scheduler export/test_t5
 CODE := edgeprune export runtimes targets tests
 
 .DEFAULT_GOAL := help
@@ -61,11 +61,11 @@ bench: $(STAMP)
 
 # Full-size models: an hour and a half, 70 GB of disk. Killed, it goes on.
 bench-full: $(DEV_STAMP)
-	@$(BIN)/python -m edgeprune.demo.full_size --out build/full-size --write docs/full-size.md
+	@$(BIN)/python -m edgeprune.experiments.full_size --out build/full-size --write docs/full-size.md
 
 # Two grids of trainings. Killed, it goes on.
 evidence: $(STAMP)
-	@$(BIN)/python -m edgeprune.demo.evidence --out build/compare --write docs/evidence.md
+	@$(BIN)/python -m edgeprune.experiments.evidence --out build/compare --write docs/evidence.md
 
 test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
@@ -101,12 +101,12 @@ $(OLDEST_STAMP): pyproject.toml tests/matrix/oldest.txt
 check-matrix: $(DEV_STAMP) $(OLDEST_STAMP)
 	@$(OLDEST)/bin/python -m pytest -m clients tests/matrix
 	@$(BIN)/python -m pytest -m clients tests/matrix/test_diffusers.py
-	@$(OLDEST)/bin/python -m pytest -q $(PYTEST_FLAGS) $(OLDEST_TESTS:%=tests/test_%.py)
+	@$(OLDEST)/bin/python -m pytest -q $(PYTEST_FLAGS) $(OLDEST_TESTS:%=tests/%.py)
 
 # The system's chromium, or what `playwright install chromium` left.
 check-browser: $(DEV_STAMP)
 	@$(BIN)/python $(pip) 'playwright>=1.49'
-	@$(BIN)/python -m pytest -q -m browser tests/test_study_browser.py
+	@$(BIN)/python -m pytest -q -m browser tests/user_study/test_study_browser.py
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(VENV)

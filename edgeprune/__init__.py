@@ -1,7 +1,7 @@
 """edgeprune: make MMDiT diffusion models small enough for edge devices, and run them there.
 
 Importing this package costs nothing: torch and the other heavy packages load when something that needs them is used.
-Left out here: everything but `load`; each stage is a module of its own (`edgeprune.plan`, `edgeprune.export`, ...).
+Each folder is a room with a subject of its own; CONTRIBUTING.md draws them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgeprune.checkpoint import load
+    from edgeprune.artefact.checkpoint import load
 
 __all__ = ["__version__", "load"]
 
@@ -20,7 +20,7 @@ __version__ = version("edgeprune")
 def __getattr__(name: str) -> Any:
     """Import `load` at its first use (PEP 562), because it needs torch."""
     if name == "load":
-        from edgeprune.checkpoint import load
+        from edgeprune.artefact.checkpoint import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

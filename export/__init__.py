@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgeprune import extras, heap
-from edgeprune.errors import InputError
+from edgeprune.common import extras, heap
+from edgeprune.common.errors import InputError
 from edgeprune.export import accepts
 from edgeprune.targets import Target
 

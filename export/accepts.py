@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from edgeprune.errors import InputError
+from edgeprune.common.errors import InputError
 from edgeprune.targets import Target
 
 

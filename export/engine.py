@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import EdgepruneError
+from edgeprune.common.errors import EdgepruneError
 from edgeprune.runtimes import mapped
 from edgeprune.runtimes.trt import logger
 

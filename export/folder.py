@@ -20,11 +20,9 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from edgeprune import __version__
-from edgeprune.checkpoint import MANIFEST, complete_tokenizer, quiet, read_config
-from edgeprune.encoders import EXPORTED, check_tokens, is_present, read_index, text_encoders, tokenizer_of
-from edgeprune.errors import DiskError, EdgepruneError, InputError
-from edgeprune.export.unfinished import MARK, Unfinished, is_whole
-from edgeprune.files import (
+from edgeprune.artefact.checkpoint import MANIFEST, complete_tokenizer, quiet, read_config
+from edgeprune.common.errors import DiskError, EdgepruneError, InputError
+from edgeprune.common.files import (
     cannot_write,
     copy_folder,
     digest,
@@ -34,11 +32,13 @@ from edgeprune.files import (
     sha256_file,
     write_json,
 )
-from edgeprune.generation import FILE as GENERATION
-from edgeprune.generation import Generation
-from edgeprune.lock import hold
-from edgeprune.plan import stock_config
+from edgeprune.common.lock import hold
+from edgeprune.export.unfinished import MARK, Unfinished, is_whole
+from edgeprune.families.encoders import EXPORTED, check_tokens, is_present, read_index, text_encoders, tokenizer_of
+from edgeprune.planning.plan import stock_config
 from edgeprune.runtimes import SCHEMA_VERSION
+from edgeprune.sampling.generation import FILE as GENERATION
+from edgeprune.sampling.generation import Generation
 
 FILE = "edgeprune_export.json"
 _TOOLS = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")

@@ -32,14 +32,14 @@ from onnxscript import opset21, values
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from edgeprune.errors import EdgepruneError
-from edgeprune.export import data
+from edgeprune.common.errors import EdgepruneError
+from edgeprune.export import external_data as data
 from edgeprune.export.progress import Progress, silent
 from edgeprune.export.simplify import simplify
 from edgeprune.families import family_of_model
 from edgeprune.families.base import Axes
-from edgeprune.int4 import PackedLinear, pack, unpack
-from edgeprune.sampling import Conditioning, network_inputs
+from edgeprune.quantization.int4 import PackedLinear, pack, unpack
+from edgeprune.sampling.denoising import Conditioning, network_inputs
 
 Read = Callable[[str], torch.Tensor]
 """From a tensor's name to the tensor."""

@@ -23,7 +23,7 @@ from coremltools.converters.mil.frontend.milproto.load import TranscriptionConte
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from edgeprune.errors import ParityError
+from edgeprune.common.errors import ParityError
 
 Tensor = torch.Tensor
 

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeprune.errors import EdgepruneError, ParityError
+from edgeprune.common.errors import EdgepruneError, ParityError
+from edgeprune.common.extras import needs
 from edgeprune.export import graph
 from edgeprune.export.pieces import Pieces, Session
 from edgeprune.export.progress import Progress, Steps, silent
-from edgeprune.extras import needs
 
 BOUND = 1e-3
 """Largest relative error (maximum) that passes in float32."""

@@ -34,18 +34,18 @@ from numpy.typing import NDArray
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edgeprune.checkpoint import HALF, INT4, open_transformer, read_config
-from edgeprune.encoders import CLIP, T5, text_encoders
-from edgeprune.errors import EdgepruneError, InputError, ParityError
+from edgeprune.artefact.checkpoint import HALF, INT4, open_transformer, read_config
+from edgeprune.common.errors import EdgepruneError, InputError, ParityError
+from edgeprune.common.extras import needs
+from edgeprune.common.files import read_json
 from edgeprune.export import graph, parity, to_onnx
 from edgeprune.export.folder import from_pretrained, is_quantized, write
 from edgeprune.export.progress import Progress, Steps, silent
 from edgeprune.export.unfinished import SCRATCH, Unfinished
-from edgeprune.extras import needs
-from edgeprune.files import read_json
-from edgeprune.generation import Generation, latent_factor, longest_prompt
-from edgeprune.int4 import PackedLinear, unpack
-from edgeprune.stored import StoredTransformer
+from edgeprune.families.encoders import CLIP, T5, text_encoders
+from edgeprune.quantization.int4 import PackedLinear, unpack
+from edgeprune.residency.stored import StoredTransformer
+from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 from edgeprune.targets import Target
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns at import of what only a Mac has

@@ -26,16 +26,16 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from edgeprune.checkpoint import open_transformer
-from edgeprune.encoders import CLIP_POOLED, T5, text_encoders
-from edgeprune.errors import ParityError
+from edgeprune.artefact.checkpoint import open_transformer
+from edgeprune.common.errors import ParityError
 from edgeprune.export import graph, parity
 from edgeprune.export.folder import from_pretrained, is_quantized, write
 from edgeprune.export.progress import Progress, silent
 from edgeprune.export.unfinished import MARK, Unfinished
-from edgeprune.generation import Generation, longest_prompt
-from edgeprune.quantize import quantize_t5
-from edgeprune.stored import StoredTransformer
+from edgeprune.families.encoders import CLIP_POOLED, T5, text_encoders
+from edgeprune.quantization.quantize import quantize_t5
+from edgeprune.residency.stored import StoredTransformer
+from edgeprune.sampling.generation import Generation, longest_prompt
 from edgeprune.targets import Target
 
 

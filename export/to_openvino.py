@@ -19,12 +19,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from edgeprune.errors import EdgepruneError, ParityError
+from edgeprune.common.errors import EdgepruneError, ParityError
+from edgeprune.common.extras import needs
+from edgeprune.common.files import cannot_write, need_space, write_text
 from edgeprune.export import parity, to_onnx
 from edgeprune.export.folder import write
 from edgeprune.export.progress import Progress, silent
-from edgeprune.extras import needs
-from edgeprune.files import cannot_write, need_space, write_text
 from edgeprune.targets import Target
 
 MODEL = "openvino_model.xml"

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeprune.checkpoint import read_config
-from edgeprune.errors import EdgepruneError, InputError, MissingExtraError
+from edgeprune.artefact.checkpoint import read_config
+from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.export import forms, graph, parity, to_onnx
 from edgeprune.export.engine import Profile, Spec
 from edgeprune.export.folder import write
@@ -36,10 +36,10 @@ from edgeprune.export.progress import Progress, Steps, silent
 from edgeprune.export.to_onnx import Module, Part
 from edgeprune.export.unfinished import Unfinished
 from edgeprune.families.base import Axes
-from edgeprune.generation import longest_prompt
 from edgeprune.runtimes.base import Settings, read_settings
 from edgeprune.runtimes.gpu import open_gpu
 from edgeprune.runtimes.trt import VENDORS, TrtNetwork, first_vendor
+from edgeprune.sampling.generation import longest_prompt
 from edgeprune.targets import Target
 
 ENGINE, CACHE = "model.engine", "timing.cache"

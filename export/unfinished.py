@@ -18,8 +18,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import InputError
-from edgeprune.files import cannot_write, read_json, sha256_file, write_json
+from edgeprune.common.errors import InputError
+from edgeprune.common.files import cannot_write, read_json, sha256_file, write_json
 
 MARK = "unfinished.json"
 SCRATCH = "unfinished-"

@@ -18,9 +18,9 @@ import shutil
 import sys
 from collections.abc import Callable
 
-from edgeprune import extras
-from edgeprune.errors import CannotRunError, InputError
-from edgeprune.files import check_schema, read_json
+from edgeprune.common import extras
+from edgeprune.common.errors import CannotRunError, InputError
+from edgeprune.common.files import check_schema, read_json
 from edgeprune.runtimes.base import Runtime
 from edgeprune.runtimes.base import open_runtime as _open_runtime
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.errors import InputError
+from edgeprune.common.errors import InputError
+from edgeprune.common.files import check_links, read_json
 from edgeprune.families import Config, Family, family_of
-from edgeprune.files import check_links, read_json
-from edgeprune.generation import Generation, latent_factor
 from edgeprune.runtimes import memory
 from edgeprune.runtimes.scheduler import FlowMatchEuler
+from edgeprune.sampling.generation import Generation, latent_factor
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.errors import InputError
-from edgeprune.extras import needs
+from edgeprune.common.errors import InputError
+from edgeprune.common.extras import needs
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.networks import NetworkBackend
 

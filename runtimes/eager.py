@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.errors import InputError
-from edgeprune.extras import needs
+from edgeprune.common.errors import InputError
+from edgeprune.common.extras import needs
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.gpu import with_overhead
 from edgeprune.runtimes.memory import Meter, Reading
@@ -23,9 +23,9 @@ from edgeprune.runtimes.memory import Meter, Reading
 with needs("compress"):
     import torch
 
-    from edgeprune import checkpoint
+    from edgeprune.artefact import checkpoint
     from edgeprune.families import family_of_model
-    from edgeprune.sampling import Conditioning, velocity
+    from edgeprune.sampling.denoising import Conditioning, velocity
 
     with checkpoint.quiet():
         # Brings what all pipelines use. Imported when one is opened, it would count as its weights and its load time.

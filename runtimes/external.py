@@ -10,9 +10,9 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgeprune.errors import InputError
-from edgeprune.fields import shown
-from edgeprune.files import inside
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import shown
+from edgeprune.common.files import inside
 
 _BELOW = {
     "model": {7: "graph", 20: "training", 25: "function"},

@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from edgeprune.errors import InputError, MissingExtraError
+from edgeprune.common.errors import InputError, MissingExtraError
 from edgeprune.runtimes.memory import Reading
 
 

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edgeprune.encoders import T5, check_tokens, text_encoders, tokenizer_of
-from edgeprune.errors import InputError
-from edgeprune.fields import real
-from edgeprune.files import read_json
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import real
+from edgeprune.common.files import read_json
+from edgeprune.families.encoders import T5, check_tokens, text_encoders, tokenizer_of
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.memory import Meter, Reading
 from edgeprune.runtimes.text import PromptTokenizer

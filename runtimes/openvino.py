@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.errors import InputError
-from edgeprune.extras import needs
-from edgeprune.fields import whole
-from edgeprune.files import read_json
+from edgeprune.common.errors import InputError
+from edgeprune.common.extras import needs
+from edgeprune.common.fields import whole
+from edgeprune.common.files import read_json
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external
 from edgeprune.runtimes.mapped import given_back

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.errors import InputError
-from edgeprune.extras import needs
+from edgeprune.common.errors import InputError
+from edgeprune.common.extras import needs
 from edgeprune.runtimes import prepack
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external

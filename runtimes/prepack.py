@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import InputError
-from edgeprune.extras import needs
-from edgeprune.files import digest, read_json, write_json
+from edgeprune.common.errors import InputError
+from edgeprune.common.extras import needs
+from edgeprune.common.files import digest, read_json, write_json
 
 with needs("onnx"):
     import onnxruntime

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.errors import InputError
-from edgeprune.fields import shown
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import shown
 
 _MOST_MU = 30.0
 _LARGEST = 10**6

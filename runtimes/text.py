@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edgeprune.errors import InputError
-from edgeprune.files import read_json
+from edgeprune.common.errors import InputError
+from edgeprune.common.files import read_json
 
 _LONGEST = 1_000_000  # transformers writes 1e30 where a tokenizer has no limit
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.errors import InputError, MissingExtraError
-from edgeprune.files import read_json
+from edgeprune.common.errors import InputError, MissingExtraError
+from edgeprune.common.files import read_json
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.gpu import Gpu, open_gpu
 from edgeprune.runtimes.networks import NetworkBackend

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from importlib.resources import files
 from typing import Any, get_type_hints
 
-from edgeprune.errors import InputError
+from edgeprune.common.errors import InputError
 
 if sys.version_info >= (3, 11):
     import tomllib

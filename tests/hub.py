@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from edgeprune.hub_cache import SHARED_MARKER
+from edgeprune.common.hub_cache import SHARED_MARKER
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

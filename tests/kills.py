@@ -30,12 +30,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from edgeprune import distill, encode, pipeline, weights
-from edgeprune.encode import CacheOptions
+from edgeprune.data import encode
+from edgeprune.data.encode import CacheOptions
 from edgeprune.export import to_onnx, unfinished
-from edgeprune.generation import Generation
-from edgeprune.pipeline import AnalyzeOptions, DataOptions, PlanOptions, QuantizeOptions, Workspace
-from edgeprune.recipe import DistillOptions
+from edgeprune.residency import weights
+from edgeprune.sampling.generation import Generation
+from edgeprune.stages import pipeline
+from edgeprune.stages.pipeline import AnalyzeOptions, DataOptions, PlanOptions, QuantizeOptions, Workspace
+from edgeprune.training import distill
+from edgeprune.training.recipe import DistillOptions
 
 STAGES = ("analyze", "distill", "quantize", "export", "cache")
 STEPS, SAVE_EVERY = 12, 3

@@ -20,16 +20,16 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_distill import setup
+from distilling import setup
 
-from edgeprune import distill as training
-from edgeprune import processes
-from edgeprune.errors import EdgepruneError
-from edgeprune.pipeline import AnalyzeOptions, Workspace, run_analyze
-from edgeprune.recipe import DistillOptions, Placement
-from edgeprune.resume import local, save_state
-from edgeprune.teaching import lower
-from edgeprune.zero import held
+from edgeprune.common import processes
+from edgeprune.common.errors import EdgepruneError
+from edgeprune.stages.pipeline import AnalyzeOptions, Workspace, run_analyze
+from edgeprune.training import distill as training
+from edgeprune.training.recipe import DistillOptions, Placement
+from edgeprune.training.resume import local, save_state
+from edgeprune.training.teaching import lower
+from edgeprune.training.zero import held
 
 STEPS = 4
 

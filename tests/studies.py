@@ -1,4 +1,4 @@
-"""Tiny studies, a server on a free port, and a rater without a browser: for the tests of `edgeprune.study`."""
+"""Tiny studies, a server on a free port, and a rater without a browser: for the tests of `edgeprune.user_study`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from edgeprune.study.make import make
-from edgeprune.study.server import StudyServer
+from edgeprune.user_study.make import make
+from edgeprune.user_study.server import StudyServer
 
 SCRIPT = "<script>document.title = 'owned'</script>"
 VARIANTS = ("original", "ours", "koala")

@@ -1,7 +1,8 @@
 """What imports what, and what an import costs.
 
-The order is that of CONTRIBUTING.md: a module imports from its own or an earlier rank only. Imports inside functions
-count too, and so do those under TYPE_CHECKING; only the package's own lazy `load` is free, since it is the public door.
+A room is a folder of edgeprune. Imports go one way: a room imports rooms of earlier rows only, and rooms of one row do
+not know each other. Imports inside functions count too, and so do those under TYPE_CHECKING. The package's own lazy
+`load` is free, since it is the public door; `distill` is the door for launchers.
 """
 
 from __future__ import annotations
@@ -16,37 +17,28 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Longest prefix wins. Modules of one rank may import each other.
-RANKS: list[tuple[str, ...]] = [
-    ("errors", "targets", "fields", "hub_cache", "terminal"),
-    ("processes", "launch", "files", "heap", "lock", "resume", "stop", "extras", "stats", "imagefolder", "sources"),
-    ("families", "encoders", "baselines", "weights"),
-    ("generation", "demo.shapes"),
-    ("precision", "sampling", "modulation"),
-    ("metrics", "data", "buckets", "cache", "encode", "throughput"),
-    ("contribution", "fit"),
-    ("estimators", "planners", "plots", "timing"),
-    ("plan",),
-    ("surgery",),
-    ("losses", "int4"),
-    ("recipe", "engine", "features", "prefix", "rounding", "teaching", "zero"),
-    ("distill", "awq"),
-    ("quantize",),
-    ("stored",),
-    ("checkpoint",),
-    ("synth",),
-    ("pipeline", "lora"),
-    ("forecast", "rank_memory"),
+ROOMS: list[tuple[str, ...]] = [
+    ("common",),
+    ("targets", "shapes"),
+    ("families",),
+    ("residency",),
+    ("sampling", "quantization", "analysis"),
+    ("planning",),
+    ("artefact",),
+    ("data",),
+    ("training",),
     ("runtimes",),
     ("export",),
-    ("bench", "bench_worker", "scoring"),
-    ("report_page",),
+    ("metrics",),
+    ("stages",),
+    ("bench",),
     ("report",),
-    ("compare", "compare_page"),
-    ("demo", "doctor", "study"),
+    ("compare",),
+    ("experiments", "demo", "user_study"),
     ("cli",),
+    ("distill",),
 ]
-DOOR = "edgeprune"  # edgeprune/__init__.py
+DOOR = "edgeprune"
 
 
 def modules() -> dict[str, Path]:
@@ -72,34 +64,37 @@ def imported(name: str, path: Path, known: set[str], tree: ast.AST | None = None
         elif isinstance(node, ast.ImportFrom):
             package = base.split(".")[: len(base.split(".")) - node.level + 1] if node.level else []
             origin = ".".join([*package, *([node.module] if node.module else [])])
-            # `from edgeprune import plan` takes a module, `from edgeprune.plan import Plan` a name of one.
+            # `from edgeprune import plan` takes a module, `from edgeprune.planning.plan import Plan` a name of one.
             out |= {full if (full := f"{origin}.{alias.name}") in known else origin for alias in node.names}
     return {found for found in out if found == DOOR or found.startswith(f"{DOOR}.")}
 
 
-def rank(name: str) -> int:
-    """The place of a module in the order."""
-    short = name.removeprefix(f"{DOOR}.")
-    fits = [(len(p), i) for i, row in enumerate(RANKS) for p in row if short == p or short.startswith(f"{p}.")]
-    assert fits, f"{name} has no place in the order: give it one in RANKS"
-    return max(fits)[1]
+def room(name: str) -> str:
+    """The room of a module."""
+    return name.removeprefix(f"{DOOR}.").partition(".")[0]
 
 
 def steps_back(imports: dict[str, set[str]]) -> list[str]:
-    """Imports of a later module by an earlier one."""
+    """Imports of a room in the same or a later row."""
+    row = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}
     return [
         f"{name} imports {other}"
         for name, others in sorted(imports.items())
         for other in sorted(others)
-        if name != DOOR and other != DOOR and rank(other) > rank(name)
+        if DOOR not in (name, other) and room(name) != room(other) and row[room(other)] >= row[room(name)]
     ]
 
 
 def test_imports_go_one_way() -> None:
     known = modules()
     imports = {name: imported(name, path, set(known)) for name, path in known.items()}
-    assert len(known) > 10 and "edgeprune.errors" in imports["edgeprune.targets"]
+    assert len(known) > 10 and "edgeprune.common.errors" in imports["edgeprune.targets"]
     assert steps_back(imports) == []
+
+
+def test_every_module_is_in_a_room() -> None:
+    listed = [room for row in ROOMS for room in row]
+    assert sorted(listed) == sorted({room(name) for name in modules() if name != DOOR})
 
 
 @pytest.mark.parametrize(
@@ -114,10 +109,10 @@ def test_imports_go_one_way() -> None:
     ],
 )
 def test_a_step_back_is_seen(line: str) -> None:
-    known = {"edgeprune.cli", "edgeprune.plan"}
-    found = imported("edgeprune.plan", Path("plan.py"), known, ast.parse(line))
-    assert steps_back({"edgeprune.plan": found}) == ["edgeprune.plan imports edgeprune.cli"]
-    assert steps_back({"edgeprune.cli": {"edgeprune.plan"}}) == []
+    found = imported("edgeprune.planning", Path("planning.py"), {"edgeprune.cli"}, ast.parse(line))
+    assert steps_back({"edgeprune.planning": found}) == ["edgeprune.planning imports edgeprune.cli"]
+    assert steps_back({"edgeprune.cli": {"edgeprune.planning"}}) == []
+    assert steps_back({"edgeprune.shapes": {"edgeprune.targets.toml"}}) != []  # rooms of one row
 
 
 def test_no_module_is_named_like_a_vendor() -> None:
@@ -164,7 +159,7 @@ def light(package: str) -> list[str]:
 def test_device_side_never_imports_torch(package: str) -> None:
     # A runtime's vendor may be absent here; what matters is what was loaded until then.
     tries = "\n".join(f"try: import {m}\nexcept (ImportError, EdgepruneError): pass" for m in light(package))
-    assert not loaded_by(f"from edgeprune.errors import EdgepruneError\n{tries}") & {
+    assert not loaded_by(f"from edgeprune.common.errors import EdgepruneError\n{tries}") & {
         "torch",
         "diffusers",
         "transformers",
@@ -182,7 +177,7 @@ def test_device_side_names_no_torch() -> None:
 
 def test_the_probe_sees_torch() -> None:
     pytest.importorskip("torch")
-    assert "torch" in loaded_by("import edgeprune.int4")
+    assert "torch" in loaded_by("import edgeprune.quantization.int4")
 
 
 def test_import_edgeprune_loads_nothing_heavy() -> None:

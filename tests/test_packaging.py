@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 from PIL import Image
 from studies import image_folders
 
-from edgeprune import export, extras, metrics, runtimes
+from edgeprune import export, metrics, runtimes
+from edgeprune.common import extras
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -217,7 +218,7 @@ def run_with(folders: list[Path], code: str, *arguments: object, cwd: Path) -> s
 
 PROBE = """
 import importlib.util, sys
-import edgeprune, edgeprune.errors, edgeprune.runtimes, edgeprune.targets
+import edgeprune, edgeprune.common.errors, edgeprune.runtimes, edgeprune.targets
 assert edgeprune.__version__ == {version!r}, edgeprune.__version__
 assert edgeprune.__file__.startswith({site!r}), edgeprune.__file__
 assert edgeprune.targets.__file__.startswith({site!r}), edgeprune.targets.__file__
@@ -306,7 +307,7 @@ def test_a_missing_extra_is_one_line(
 def test_importing_a_runtime_without_its_extra(name: str, site: Path, base: Path, tmp_path: Path) -> None:
     """The others import only what is there: `coreml` looks for its package on a Mac, `trt` when it opens a folder."""
     code = f"""
-from edgeprune.errors import MissingExtraError
+from edgeprune.common.errors import MissingExtraError
 try:
     import edgeprune.runtimes.{name}
 except MissingExtraError as error:
@@ -333,7 +334,7 @@ def test_a_study_in_a_base_install(site: Path, base: Path, tmp_path: Path) -> No
     prompts = ["--prompts", tmp_path / "images" / "prompts.txt"]
     run = run_with([site, base], CLI, "study", "new", "taste", "--variants", *folders, *prompts, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    serving = "from pathlib import Path\nfrom edgeprune.study.server import ASSETS, StudyServer\n"
+    serving = "from pathlib import Path\nfrom edgeprune.user_study.server import ASSETS, StudyServer\n"
     serving += "with StudyServer(Path('taste')) as server: print(server.address, (ASSETS / 'page.html').is_file())"
     run = run_with([site, base], serving, cwd=tmp_path)
     assert run.stdout.startswith("http://127.0.0.1:") and run.stdout.endswith("/ True\n"), run.stderr

@@ -36,9 +36,9 @@ from transformers import (
 )
 
 from edgeprune.families import Family, family_of_model
-from edgeprune.quantize import quantize_part
-from edgeprune.sampling import Conditioning, velocity
-from edgeprune.stored import StoredTransformer
+from edgeprune.quantization.quantize import quantize_part
+from edgeprune.residency.stored import StoredTransformer
+from edgeprune.sampling.denoising import Conditioning, velocity
 
 TOKENS, TEXT_WIDTH = 16, 32
 T5_TOKENS, T5_WIDTH = 160, 96  # more tokens than T5 tells distances apart, wider than both CLIPs together
@@ -179,7 +179,7 @@ def tiny_t5(vocab: int) -> T5EncoderModel:
 @functools.cache
 def tiny_t5_tokenizer() -> T5TokenizerFast:
     """A Unigram tokenizer with T5's special tokens, trained on the built-in model's prompts."""
-    from edgeprune.demo import shapes
+    from edgeprune import shapes
 
     raw = Tokenizer(models.Unigram())
     raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])

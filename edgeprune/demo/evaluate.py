@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune import checkpoint
-from edgeprune.demo import shapes
-from edgeprune.generation import Generation
+from edgeprune import shapes
+from edgeprune.artefact import checkpoint
 from edgeprune.metrics import of_images
 from edgeprune.metrics.drawn import Drawn
+from edgeprune.sampling.generation import Generation
 
 
 def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, Any]:

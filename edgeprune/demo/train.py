@@ -29,8 +29,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from edgeprune.demo import shapes
-from edgeprune.resume import Ema, fill, load_state, save_state, step_generator
+from edgeprune import shapes
+from edgeprune.training.resume import Ema, fill, load_state, save_state, step_generator
 
 TOKENS = 16
 WIDTH, BLOCKS, HEADS, TEXT_WIDTH = 128, 14, 4, 64

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune import fields
-from edgeprune.errors import InputError
-from edgeprune.fields import LARGEST, shown
+from edgeprune.common import fields
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import LARGEST, shown
 
 if TYPE_CHECKING:
     import torch

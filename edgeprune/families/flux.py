@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.encoders import CLIP_POOLED, T5
-from edgeprune.errors import InputError
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import MOST_BLOCKS
 from edgeprune.families.base import (
     WHERE,
     Array,
@@ -32,6 +32,7 @@ from edgeprune.families.base import (
     bounded,
     whole,
 )
+from edgeprune.families.encoders import CLIP_POOLED, T5
 from edgeprune.families.joint import (
     BLOCK,
     COMPONENT_OF,
@@ -43,7 +44,6 @@ from edgeprune.families.joint import (
     swaps,
     width,
 )
-from edgeprune.fields import MOST_BLOCKS
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.errors import InputError
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import real
 from edgeprune.families.base import (
     WHERE,
     Array,
@@ -32,7 +33,6 @@ from edgeprune.families.base import (
 )
 from edgeprune.families.flux import Flux
 from edgeprune.families.joint import BLOCK, COMPONENT_OF, swaps, width
-from edgeprune.fields import real
 
 if TYPE_CHECKING:
     import torch

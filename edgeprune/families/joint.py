@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from edgeprune.errors import InputError
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import LARGEST
 from edgeprune.families.base import WHERE, Config, Producer, ScalingGroup, Shape, Swap, whole
-from edgeprune.fields import LARGEST
 
 if TYPE_CHECKING:
     import torch

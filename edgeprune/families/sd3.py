@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.encoders import CLIP, T5
-from edgeprune.errors import InputError
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import MOST_BLOCKS, shown
 from edgeprune.families.base import (
     WHERE,
     Array,
@@ -31,8 +31,8 @@ from edgeprune.families.base import (
     bounded,
     whole,
 )
+from edgeprune.families.encoders import CLIP, T5
 from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, joint_groups, linear, swaps, width
-from edgeprune.fields import MOST_BLOCKS, shown
 
 if TYPE_CHECKING:
     import torch

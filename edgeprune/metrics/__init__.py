@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edgeprune import extras
-from edgeprune.errors import InputError
-from edgeprune.generation import Generation
+from edgeprune.common import extras
+from edgeprune.common.errors import InputError
+from edgeprune.sampling.generation import Generation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +46,7 @@ class Known:
 
 _TORCH, _TRANSFORMERS = ("torch",), ("torch", "transformers")
 KNOWN = {
-    "shapes": Known("shapes_score", tasks="edgeprune.demo.shapes"),
+    "shapes": Known("shapes_score", tasks="edgeprune.shapes"),
     "clip": Known("clip_score", _TRANSFORMERS, {"clip": _CLIP}),
     "hpsv2": Known(
         "hps", _TRANSFORMERS, {"hpsv2": "a folder that `python -m edgeprune.metrics.hps` made of HPS v2.1's file"}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.extras import needs
+from edgeprune.common.extras import needs
 
 __all__ = ["BATCH", "Clip", "ImageProcessor"]
 

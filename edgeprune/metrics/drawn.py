@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.generation import Generation
 from edgeprune.metrics import KNOWN, ImageMetric
-from edgeprune.sampling import generate
+from edgeprune.sampling.denoising import generate
+from edgeprune.sampling.generation import Generation
 
 
 class Drawn:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.errors import InputError
+from edgeprune.common.errors import InputError
 
 # COCO's 80 classes in COCO's order, three with a word more than COCO's own name.
 NAMES = (

@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import EdgepruneError, InputError
-from edgeprune.extras import needs
+from edgeprune.common.errors import EdgepruneError, InputError
+from edgeprune.common.extras import needs
 from edgeprune.metrics import Images
 from edgeprune.metrics.clip_model import Clip, ImageProcessor
 from edgeprune.metrics.pretrained import load

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.errors import InputError
-from edgeprune.extras import needs
+from edgeprune.common.errors import InputError
+from edgeprune.common.extras import needs
 from edgeprune.metrics import Images
 from edgeprune.metrics.pairs import matched
 

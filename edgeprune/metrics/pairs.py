@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.errors import InputError
+from edgeprune.common.errors import InputError
 from edgeprune.metrics import Images
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from edgeprune.errors import InputError
+from edgeprune.common.errors import InputError
 
 
 def device() -> torch.device:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from edgeprune.demo import shapes
-from edgeprune.errors import InputError
+from edgeprune import shapes
+from edgeprune.common.errors import InputError
 from edgeprune.metrics import Images
 
 

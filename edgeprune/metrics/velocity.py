@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from edgeprune.generation import Generation
-from edgeprune.sampling import Conditioning, denoise, encode_prompts, latent_shape, noise, sigmas, velocity
+from edgeprune.sampling.denoising import Conditioning, denoise, encode_prompts, latent_shape, noise, sigmas, velocity
+from edgeprune.sampling.generation import Generation
 
 STATES = 6
 """States kept of each trajectory, evenly spread over the steps of a short sampler."""

@@ -19,24 +19,25 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgeprune import contribution, targets
-from edgeprune.contribution import ContributionReport
-from edgeprune.encoders import read_index, text_encoders
-from edgeprune.errors import EdgepruneError
+from edgeprune import targets
+from edgeprune.analysis import contribution
+from edgeprune.analysis.contribution import ContributionReport
+from edgeprune.common.errors import EdgepruneError
+from edgeprune.common.files import read_json
+from edgeprune.common.terminal import printable
+from edgeprune.data.imagefolder import read_samples
 from edgeprune.families import family_of
-from edgeprune.files import read_json
-from edgeprune.generation import Generation
-from edgeprune.imagefolder import read_samples
-from edgeprune.plan import PrunePlan
+from edgeprune.families.encoders import read_index, text_encoders
+from edgeprune.planning.plan import PrunePlan
 from edgeprune.runtimes.external import check_external
 from edgeprune.runtimes.scheduler import FlowMatchEuler
-from edgeprune.study import design
-from edgeprune.terminal import printable
+from edgeprune.sampling.generation import Generation
+from edgeprune.user_study import design
 
 SHORT = 40
 Counts = tuple[collections.Counter[str], collections.Counter[str]]
 
-CONFIGS = json.loads((Path(__file__).parents[1] / "data" / "transformer_configs.json").read_text())
+CONFIGS = json.loads((Path(__file__).parents[1] / "samples" / "transformer_configs.json").read_text())
 SMALL = [
     {"num_layers": 3, "num_single_layers": 2} | {k: v for k, v in config.items() if "num_" not in k or "head" in k}
     for config in CONFIGS.values()
@@ -213,7 +214,7 @@ def _index(path: Path) -> None:
 
 
 def _manifest(path: Path) -> None:
-    from edgeprune.checkpoint import Manifest  # with torch, which the other targets need not wait for
+    from edgeprune.artefact.checkpoint import Manifest  # with torch, which the other targets need not wait for
 
     manifest = Manifest.load(path.parent)
     manifest.prune_plan(path.parent)
@@ -233,13 +234,13 @@ def _study(path: Path) -> None:
 
 
 def _weights(path: Path) -> None:
-    from edgeprune.weights import Weights
+    from edgeprune.residency.weights import Weights
 
     Weights(path)
 
 
 def _cache(path: Path) -> None:
-    from edgeprune.cache import Index
+    from edgeprune.data.cache import Index
 
     index = Index.load(path.parent)
     assert all(
@@ -252,16 +253,16 @@ def _cache(path: Path) -> None:
 def _shard(path: Path) -> None:
     import torch
 
-    from edgeprune.cache import mapped
-    from edgeprune.data import Pairs
+    from edgeprune.data.cache import mapped
+    from edgeprune.data.pairs import Pairs
 
     (part,) = mapped(path, {"8x40": 1}, family_of(SHARD_OF), SHARD_OF)
     assert Pairs([part]).batch(2, 0.5, torch.Generator()).latents.shape == (2, 1, 1, 5)
 
 
 def _grid(path: Path) -> None:
-    from edgeprune.compare import Grid
-    from edgeprune.pipeline import CompressOptions
+    from edgeprune.compare.grid import Grid
+    from edgeprune.stages.pipeline import CompressOptions
 
     grid = Grid.load(path, CompressOptions())
     assert sum(row.seeds for row in grid.rows) < 10**6

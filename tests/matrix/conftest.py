@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune import pipeline
-from edgeprune.pipeline import PlanOptions, QuantizeOptions, Workspace
+from edgeprune.stages import pipeline
+from edgeprune.stages.pipeline import PlanOptions, QuantizeOptions, Workspace
 
 
 def pytest_report_header() -> str:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from drawing import PROMPT, STEPS, drawn, ours
 
-from edgeprune.files import sha256_file
+from edgeprune.common.files import sha256_file
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]  # vendors' deprecations
 

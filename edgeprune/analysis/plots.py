@@ -1,0 +1,112 @@
+"""Contributions as figures 3 and 4 of HierarchicalPrune have them, of any report: SVG and PNG, always the same bytes.
+
+`contributions` has a panel for whole blocks and one for each component type, `joint` one for each group of components
+that was removed together. Colours are Okabe and Ito's, which the colour-blind can tell apart, and none carries meaning
+alone. What it leaves out: pairs of parts in different blocks, which are thousands (`plan --method milp` reads them).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.analysis.contribution import JOINT, Contribution, ContributionReport, Group
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"
+LINEAR = 1e-2
+"""Drops below this are noise for most metrics; above it the axis is logarithmic."""
+_DPI = 144
+_STYLE = {"svg.hashsalt": "edgeprune", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def figures(report: ContributionReport, removed: Group = ()) -> dict[str, Callable[[], Figure]]:
+    """What can be drawn of a report, by file name.
+
+    Args:
+        removed: parts that a plan removes; they are hatched.
+    """
+    singles, joint = report.contributions(), report.joint()
+    panels: dict[str, list[Contribution]] = {}
+    for (_, component), found in singles.items():
+        panels.setdefault(component or "block", []).append(found)
+    together: dict[str, list[Contribution]] = {}
+    for names in JOINT:
+        members = [c for parts, c in joint.items() if _inside_a_block(parts) and {n for _, n in parts} == set(names)]
+        if members:
+            together[" + ".join(names)] = members
+    whole = f"loss of the {report.metric} score without a part, 95 % interval"
+    several = f"loss of the {report.metric} score without a group of components, 95 % interval"
+    drawn = {"contributions": lambda: _draw(panels, whole, report, removed)}
+    return drawn | ({"joint": lambda: _draw(together, several, report, removed, singles)} if together else {})
+
+
+def save(report: ContributionReport, out: Path) -> list[Path]:
+    """Write every figure of a report to a folder as SVG and PNG; returns the files."""
+    out.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name, draw in figures(report).items():
+        with _style():
+            figure = draw()
+            for ending, kept in (("svg", {"Date": None}), ("png", {"Software": None})):
+                made.append(out / f"{name}.{ending}")
+                figure.savefig(made[-1], dpi=_DPI, metadata=kept)
+    return made
+
+
+def svg(draw: Callable[[], Figure]) -> bytes:
+    """One figure as SVG."""
+    buffer = io.BytesIO()
+    with _style():
+        draw().savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _style() -> Any:
+    """The same look whatever the user's matplotlibrc says."""
+    from matplotlib import style
+
+    return style.context(["default", _STYLE])
+
+
+def _inside_a_block(parts: Group) -> bool:
+    return len({block for block, _ in parts}) == 1 and None not in {component for _, component in parts}
+
+
+def _draw(
+    panels: dict[str, list[Contribution]],
+    label: str,
+    report: ContributionReport,
+    removed: Group,
+    singles: dict[tuple[int, str | None], Contribution] | None = None,
+) -> Figure:
+    """One row of bars per panel, block by block, on one scale; where `singles` is given, the sum of a group's own."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(max(6.5, 0.16 * report.num_blocks + 1.5), 1.15 * len(panels) + 0.7), layout="constrained")
+    rows = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (name, members) in zip(rows, panels.items(), strict=True):
+        blocks = [c.block for c in members]
+        gone = [all(part in removed or (part[0], None) in removed for part in c.parts) for c in members]
+        axes.bar(
+            blocks, [c.drop for c in members], yerr=[c.half_width or 0.0 for c in members], width=0.7, capsize=1.5,
+            color=[ORANGE if g else BLUE for g in gone], hatch=["////" if g else "" for g in gone],
+            edgecolor="white", linewidth=0, error_kw={"elinewidth": 0.8, "ecolor": BLACK},
+        )  # fmt: skip
+        if singles is not None:
+            sums = [sum(singles[part].drop for part in c.parts) for c in members]
+            axes.plot(blocks, sums, ls="", marker="_", ms=9, mew=1.5, color=ORANGE, label="sum of its parts alone")
+        axes.axhline(0, color=BLACK, lw=0.6)
+        axes.set_title(name, loc="left", fontsize=8, pad=2, parse_math=False)  # a file's word, no formula
+        axes.set_yscale("symlog", linthresh=LINEAR)
+    rows[-1].set(xlabel="block", xlim=(-0.7, report.num_blocks - 0.3))
+    rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    if singles is not None:
+        rows[0].legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=7, frameon=False, borderaxespad=0)
+    figure.suptitle(label, x=0.01, ha="left", fontsize=8, parse_math=False)
+    return figure

@@ -1,0 +1,135 @@
+"""Makes the shorter model: every kept tensor is copied, cut or projected from one original tensor, the rest is gone.
+
+A projected modulation layer reads the R coordinates of its input x on a basis P (R, D) with orthonormal rows, less the
+mean m: W x + b becomes (W P^T)(P (x - m)) + (W m + b), exact where x - m lies in the basis. Works on a reader
+(`name -> tensor`), so the original may be a state dict or an open safetensors file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from edgeprune.common.errors import InputError
+from edgeprune.families import Config, Family
+from edgeprune.families.base import Source
+from edgeprune.families.removed import ConstantEmbedding, ConstantModulation, ProjectedEmbedding
+from edgeprune.planning.plan import PrunePlan, modulation_width, tensor_sources
+
+Read = Callable[[str], torch.Tensor]
+
+
+def prune_tensor(
+    read: Read, source: Source, mean: torch.Tensor | None, basis: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One tensor of the shorter model.
+
+    Args:
+        mean: mean modulation input (D), needed for removed norms and projected modulation.
+        basis: basis (R, D) of projected modulation.
+
+    Raises:
+        InputError: one of them is needed and not given.
+    """
+
+    def calibrated(name: str) -> torch.Tensor:
+        found = {"mean": mean, "basis": basis}[name]
+        if found is None:
+            raise InputError(f"{source.name}: removed or projected modulation needs the {name} of the modulation input")
+        return found.float()
+
+    if source.calibrated:
+        return calibrated(source.name)
+    tensor = read(source.name)
+    if source.projected:
+        tensor = (tensor.float() @ calibrated("basis").T).to(tensor.dtype)
+    if source.constant:
+        weight = read(source.name.removesuffix("bias") + "weight")
+        tensor = F.linear(calibrated("mean"), weight.float(), tensor.float()).to(tensor.dtype)
+    return cut(cut(tensor, 0, source.rows), 1, source.columns)
+
+
+def cut(tensor: torch.Tensor, axis: int, ranges: Sequence[tuple[int, int]] | None) -> torch.Tensor:
+    """These ranges of an axis, in this order; None keeps all."""
+    return tensor if ranges is None else torch.cat([tensor.narrow(axis, a, b - a) for a, b in ranges], dim=axis)
+
+
+def prune_state(
+    family: Family,
+    config: Config,
+    plan: PrunePlan,
+    read: Read,
+    mean: torch.Tensor | None,
+    basis: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """The shorter model's state dict."""
+    plan.check(config, "plan")
+    sources = tensor_sources(family, config, plan.kept, plan.removed, plan.modulation_rank)
+    return {name: prune_tensor(read, source, mean, basis).clone() for name, source in sources.items()}
+
+
+def structure(family: Family, config: Config, plan: PrunePlan) -> nn.Module:
+    """The shorter model on the meta device, ready for a strict state dict."""
+    model = family.build(config, plan.kept, plan.removed)
+    if plan.modulation_rank is not None:
+        with torch.device("meta"):
+            _project(family, model, plan.modulation_rank, modulation_width(family, config))
+    return model
+
+
+def _project(family: Family, model: nn.Module, rank: int, width: int) -> None:
+    """Let the modulation layers read R coordinates instead of the modulation input (D); in place."""
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear) or not family.modulates(f"{name}.weight"):
+            continue
+        path, _, attribute = name.rpartition(".")
+        norm = model.get_submodule(path)
+        for child, module in list(norm.named_children()):
+            if isinstance(module, nn.SiLU):  # the embedding's own part now, before the projection
+                setattr(norm, child, nn.Identity())
+        thin = nn.Linear(rank, layer.out_features) if rank else ConstantModulation(layer, None)
+        setattr(norm, attribute, thin)
+    embedder = model.get_submodule(family.embedder)
+    setattr(model, family.embedder, ProjectedEmbedding(embedder, rank, width) if rank else ConstantEmbedding())
+
+
+def build(family: Family, config: Config, plan: PrunePlan, state: dict[str, torch.Tensor]) -> nn.Module:
+    """The shorter model, filled strictly from `state`."""
+    model = structure(family, config, plan)
+    load_strictly(model, state)
+    return model.eval()
+
+
+def prune(
+    family: Family,
+    model: nn.Module,
+    config: Config,
+    plan: PrunePlan,
+    mean: torch.Tensor | None,
+    basis: torch.Tensor | None = None,
+) -> nn.Module:
+    """The shorter model, made from a loaded one; the original is left as it is."""
+    state = model.state_dict()
+    return build(family, config, plan, prune_state(family, config, plan, state.__getitem__, mean, basis))
+
+
+def load_strictly(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Assign a state dict in which every name and shape must fit.
+
+    Raises:
+        InputError: says the first names that do not fit.
+    """
+    expected: dict[str, Any] = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    found = {n: tuple(t.shape) for n, t in state.items()}
+    wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+    if wrong:
+        name = wrong[0]
+        raise InputError(
+            f"weights do not fit the model: {name}: found {found.get(name, 'none')}, "
+            f"expected {expected.get(name, 'none')}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+        )
+    model.load_state_dict(state, strict=True, assign=True)

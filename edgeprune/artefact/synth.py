@@ -1,0 +1,197 @@
+"""`edgeprune synth`: a full-size pipeline with random weights, to try everything on before the real weights are there.
+
+The transformer has the real architecture (families/architectures.json) and random weights, written shard by shard; text
+encoders, VAE and tokenizers are small random ones with the real interfaces. It draws noise, but costs what the real one
+costs: memory, time and bytes depend on shapes alone. What it leaves out: full-size text encoders and VAE.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeprune.artefact.checkpoint import HALF, noted, write_transformer
+from edgeprune.common.errors import InputError
+from edgeprune.common.files import digest, read_json, write_json
+from edgeprune.common.lock import LOCK, hold, is_free
+from edgeprune.families import Config, Family, family_of
+from edgeprune.families.base import Shape
+from edgeprune.families.encoders import CLIP, T5, tokenizer_of
+from edgeprune.sampling.generation import Generation
+
+ARCHITECTURES = Path(__file__).parents[1] / "families" / "architectures.json"
+TOKENS = 77
+"""Text tokens of every prompt."""
+
+
+def architectures() -> dict[str, Config]:
+    """Transformer configs of published models by name."""
+    return read_json(ARCHITECTURES)
+
+
+def synth(
+    name: str,
+    out: Path,
+    *,
+    progress: Callable[[str, int, int, str], None] = lambda what, done, total, note: None,
+) -> int:
+    """Write the pipeline folder `out`; returns the transformer's bytes. A killed run goes on where it was.
+
+    Raises:
+        InputError: no such architecture, or `out` holds something else, or another process writes there.
+        EdgepruneError: the disk is too full; says how much is needed.
+    """
+    known = architectures()
+    if name not in known:
+        raise InputError(f"synth: found {name!r}, expected one of {', '.join(known)}")
+    return write_pipeline(known[name], out, label=name, progress=progress)
+
+
+def write_pipeline(
+    config: Config,
+    out: Path,
+    *,
+    label: str,
+    progress: Callable[[str, int, int, str], None] = lambda what, done, total, note: None,
+) -> int:
+    """As `synth`, for any config of a family."""
+    mark = out / "synth.json"
+    key = digest(config)
+    if mark.is_file():
+        if read_json(mark).get("config") != key:
+            raise InputError(f"{mark}: found another architecture, expected {label}; use another -o")
+    elif not is_free(out, mark.name):
+        raise InputError(f"{out}: exists and was not made by synth; use another -o")
+    with hold(out / LOCK, out):
+        write_json(mark, {"architecture": label, "config": key})
+        family = family_of(config, label)
+        _companions(family, config, out)
+        shapes = family.tensor_shapes(config)
+        parts: list[dict[str, Shape]] = [{} for _ in range(family.block_count(config) + 1)]
+        for tensor, shape in shapes.items():
+            place = family.place(config, tensor)
+            parts[-1 if place is None else place[0]][tensor] = shape
+        if (out / HALF).is_dir():
+            noted(out, HALF)
+            return sum(2 * math.prod(shape) for shape in shapes.values())
+        size = write_transformer(
+            out,
+            HALF,
+            config,
+            [{n: 2 * math.prod(shape) for n, shape in part.items()} for part in parts],
+            lambda index: {n: draw(family, config, n, shape) for n, shape in parts[index].items()},
+            inputs=key,
+            progress=progress,
+        )
+        noted(out, HALF)
+        return size
+
+
+def draw(family: Family, config: Config, name: str, shape: Shape) -> torch.Tensor:
+    """One random tensor in bf16, the same for the same name.
+
+    A weight's rows have standard deviations around 1 / sqrt(inputs), log-normally spread by a third as trained ones
+    have; a fixed table is what diffusers makes of it.
+    """
+    if family.is_buffer(name):
+        return family.table(config, name).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    if len(shape) == 1:
+        values = torch.randn(shape, generator=generator) * 0.05
+        return (values + float(name.endswith(".weight"))).to(torch.bfloat16)
+    spread = torch.exp(torch.randn(shape[0], generator=generator) / 3) / math.sqrt(math.prod(shape[1:]))
+    weight = torch.randn(shape, generator=generator)
+    return weight.mul_(spread.view(-1, *(1,) * (len(shape) - 1))).to(torch.bfloat16)
+
+
+def _companions(family: Family, config: Config, out: Path) -> None:
+    """Everything of the pipeline but its transformer."""
+    import diffusers
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+
+    if (out / "model_index.json").is_file():
+        return
+    space, (hidden, pooled) = family.latents(config), family.text_widths(config)
+    torch.manual_seed(0)
+    parts: dict[str, Any] = {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(16, 16, 32, 32), layers_per_block=1, latent_channels=space.channels, norm_num_groups=8,
+            use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5, shift_factor=0.1,
+        ),
+    }  # fmt: skip
+    clips = sum(encoder.kind == CLIP for encoder in family.encoders)
+    for encoder in family.encoders:
+        tokenizer = tokenizer_of(encoder.name)
+        if encoder.optional:
+            parts |= {encoder.name: None, tokenizer: None}
+        elif encoder.kind == T5:
+            parts |= {encoder.name: _t5(hidden), tokenizer: _t5_tokenizer(out / "tokenizer.tmp")}
+        else:
+            width = pooled // max(1, clips)
+            clip = _clip(encoder.kind, width, min(64, hidden // max(1, clips)))
+            parts |= {encoder.name: clip, tokenizer: _clip_tokenizer(out / "tokenizer.tmp")}
+    shutil.rmtree(out / "tokenizer.tmp", ignore_errors=True)
+    pipeline = getattr(diffusers, family.pipeline)(transformer=None, **parts)
+    pipeline.to(torch.float16).save_pretrained(out)
+    sequence = TOKENS if any(e.kind == T5 and not e.optional for e in family.encoders) else 0
+    Generation(num_inference_steps=4, guidance_scale=0.0, height=512, width=512, max_sequence_length=sequence).save(out)
+    index = read_json(out / "model_index.json")
+    write_json(out / "model_index.json", index | {"transformer": ["diffusers", config["_class_name"]]})
+
+
+def _clip_tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    words = [*"abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-"]
+    vocab = [*words, *(f"{c}</w>" for c in words), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocab)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
+
+
+def _clip(kind: str, width: int, states: int) -> Any:
+    """Two layers; `width` is that of the pooled text, `states` of the hidden states that are read beside it."""
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        vocab_size=90, hidden_size=width if kind != CLIP else states, intermediate_size=64, projection_dim=width,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=TOKENS, bos_token_id=88, eos_token_id=89,
+        pad_token_id=89,
+    )  # fmt: skip
+    return getattr(transformers, kind)(config).eval()
+
+
+def _t5_tokenizer(folder: Path) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import T5TokenizerFast
+
+    letters = [(f"▁{c}", -3.0) for c in "abcdefghijklmnopqrstuvwxyz"] + [
+        (c, -2.0) for c in "abcdefghijklmnopqrstuvwxyz"
+    ]
+    raw = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *letters], unk_id=2))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    raw.save(str(folder / "tokenizer.json"))
+    return T5TokenizerFast.from_pretrained(folder, extra_ids=0, model_max_length=512)
+
+
+def _t5(width: int) -> Any:
+    """One layer whose output has the width of the transformer's text."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=55, d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return T5EncoderModel(config).eval()

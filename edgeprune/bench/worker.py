@@ -1,0 +1,116 @@
+"""Measures one variant in this process and prints one JSON line, the last of stdout: `bench` runs one of these each.
+
+    python -m edgeprune.bench.worker '{"folder": "out", "runtime": "ort", ...}'
+
+Memory is read before anything else than the measured work has run; quality images come last, so that they do not
+count. What it leaves out: ratios, scores, tables (see bench.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune import runtimes
+from edgeprune.common.errors import EdgepruneError
+from edgeprune.runtimes import memory
+from edgeprune.runtimes.base import Runtime, initial_latents
+
+IMAGES, IMAGES_S = 3, 20.0
+"""A full image is generated up to this often, as long as all together have taken less than this."""
+BATCH = 16
+"""Quality images per batch."""
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Run the measurements of one variant.
+
+    Args:
+        spec: folder, runtime (or None), options, repeats, warmup, steps (or None), prompt, and for quality: prompts,
+            seeds (one per prompt) and images (a .npy path to write).
+
+    Raises:
+        EdgepruneError: the folder cannot be used.
+    """
+    folder = Path(spec["folder"])
+    name = spec["runtime"] or runtimes.choose(folder)
+    runtimes.prepare(name)
+    gc.collect()
+
+    began = time.perf_counter()
+    with runtimes.load(folder, name, **spec["options"]) as model:
+        out: dict[str, Any] = {"load_s": time.perf_counter() - began}
+        out |= _steps(model, spec)
+        out |= _images(model, spec)
+        backend = model.backend
+        out |= {"runtime": name, "provider": backend.provider, "provider_why": backend.why}
+        out["precision"] = backend.precision
+        gc.collect()
+        now = model.memory()
+        out |= {row: now[row].bytes if row in now else None for row in (*memory.SPLIT, *memory.ROWS)}
+        out["memory_of"] = now["peak_bytes"].place
+        out["how"] = {row: reading.how for row, reading in now.items()}
+        if spec.get("prompts"):
+            np.save(spec["images"], _quality(model, spec))
+    return out
+
+
+def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
+    """Times of one denoising step, guidance's second half included, as `generate` runs it."""
+    wanted = model.settings.generation
+    latents = initial_latents(model.settings, [0], wanted.height, wanted.width)
+    guided = model.settings.family.guided(model.settings.config, wanted.guidance_scale)
+    prompts = ["", spec["prompt"]] if guided else [spec["prompt"]]
+    text, pooled = model.backend.encode(prompts)
+    latents = np.repeat(latents, len(prompts), axis=0)
+    sigma = np.full(len(prompts), 0.5, np.float32)
+
+    def once() -> float:
+        began = time.perf_counter()
+        model.step(latents, text, pooled, sigma, wanted.guidance_scale)
+        return time.perf_counter() - began
+
+    first = once()
+    for _ in range(spec["warmup"]):
+        once()
+    return {"first_step_s": first, "steps_s": [once() for _ in range(spec["repeats"])]}
+
+
+def _images(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
+    times: list[float] = []
+    while not times or (len(times) < IMAGES and sum(times) < IMAGES_S):
+        began = time.perf_counter()
+        model.generate(spec["prompt"], steps=spec["steps"], seed=0)
+        times.append(time.perf_counter() - began)
+    return {"images_s": times}
+
+
+def _quality(model: Runtime, spec: dict[str, Any]) -> NDArray[np.uint8]:
+    """(P, H, W, 3), one image per prompt and seed."""
+    images = []
+    prompts, seeds = spec["prompts"], spec["seeds"]
+    for i in range(0, len(prompts), BATCH):
+        images += model.generate(prompts[i : i + BATCH], steps=spec["steps"], seed=seeds[i : i + BATCH])
+        print(json.dumps({"progress": [len(images), len(prompts)]}), flush=True)
+    return np.stack([np.asarray(image) for image in images])
+
+
+def main() -> int:
+    """Command line: the spec as JSON in, the result or `{"error": ..., "kind": ...}` out."""
+    try:
+        print(json.dumps(measure(json.loads(sys.argv[1]))), flush=True)
+    except EdgepruneError as error:
+        print(json.dumps({"error": str(error), "kind": type(error).__name__}), flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

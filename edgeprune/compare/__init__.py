@@ -1,0 +1,1 @@
+"""Several methods at one budget: grid.py runs them, page.py writes the table and the plot."""

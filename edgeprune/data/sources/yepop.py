@@ -1,0 +1,65 @@
+"""YE-POP's layout: JSON files of `{"id": {"filename": …, "cogvlm_caption": …}, …}` beside the images that they name."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgeprune.common.errors import InputError
+from edgeprune.common.files import files_digest
+from edgeprune.data.sources import Entry, Skipped, caption_of
+
+STREAMED = False
+
+
+def fits(given: str) -> bool:
+    """A folder with JSON files of that form."""
+    first = next(iter(_files(given)), None)
+    return first is not None and any(isinstance(e, dict) and "filename" in e for e in _entries(first).values())
+
+
+def _files(given: str) -> list[Path]:
+    return sorted(Path(given).glob("*.json")) if Path(given).is_dir() else []
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def identity(given: str) -> str:
+    """By name, size and time of change of every file."""
+    return files_digest(Path(given))
+
+
+def count(given: str) -> int | None:
+    """Every entry; no image is opened."""
+    return sum(1 for _ in read(given))
+
+
+def read(given: str) -> Iterator[Entry | Skipped]:
+    """File by file.
+
+    Raises:
+        InputError: a name leads out of the folder.
+    """
+    root = Path(given).resolve()
+    for path, (key, entry) in itertools.chain.from_iterable(
+        ((path, item) for item in _entries(path).items()) for path in _files(given)
+    ):
+        if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
+            yield Skipped(f"{path.name}: {key}", "no filename")
+            continue
+        if "\0" in entry["filename"]:
+            yield Skipped(f"{path.name}: {key}", "no filename")
+            continue
+        image = (root / entry["filename"]).resolve()
+        if not image.is_relative_to(root):
+            raise InputError(f"{path}: {key}: filename: {entry['filename']!r} leads out of the folder")
+        yield Entry(entry["filename"], image, caption_of(entry))

@@ -1,0 +1,1 @@
+"""Scripts that write a page of docs/: full_size, evidence, estimators, modulation."""

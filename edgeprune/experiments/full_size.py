@@ -1,0 +1,325 @@
+"""The full-size table: every stage on models of 2 to 12 G parameters with random weights, timed, its peak memory read.
+
+    python -m edgeprune.experiments.full_size -o build/full-size
+
+Each stage is a process of its own (the command a user would type). Its peak memory is the kernel's (ru_maxrss), or,
+where it starts others and that is more, the most that was seen of all together. Results are kept in OUT/results.json
+row by row, so that a killed run goes on; `--write FILE` puts the table between the marks of a page. Takes an hour and a
+half on two cores, 70 GB of disk and 20 GB of memory. What it leaves out: image quality, which random weights do not
+have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import typer
+
+from edgeprune.artefact.synth import architectures
+from edgeprune.bench import measure as bench
+from edgeprune.common.files import read_json, write_json
+from edgeprune.experiments.pages import insert
+from edgeprune.export.folder import FILE as EXPORT
+
+BLOCKS = "25-28,31-34"
+"""The eight blocks that the published plan removes from SD3.5 Large Turbo."""
+MORE_BLOCKS = "8-28"
+"""Twenty-one blocks, for what a step of the seventeen others takes; what they draw is another matter."""
+_ISA = "ONEDNN_MAX_CPU_ISA"
+_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one process, and those that it started, took."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def run(*arguments: str) -> Stage:
+    """Run `edgeprune …` in a process of its own.
+
+    Raises:
+        SystemExit: it failed; its own message is on the screen.
+    """
+    print("$ edgeprune", *arguments, flush=True)
+    began = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "edgeprune.cli", *arguments])
+    with together(process.pid) as seen:
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - began
+    if code := os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"edgeprune {arguments[0]} ended with {code}")
+    return Stage(seconds, max(*seen, usage.ru_maxrss * 1024))
+
+
+@contextlib.contextmanager
+def together(pid: int) -> Iterator[list[int]]:
+    """Once a second, the bytes in memory of a process and of those that it has started; what they share counts for
+    each.
+    """
+    seen, end = [0], threading.Event()
+
+    def watch() -> None:
+        while not end.wait(_EVERY_S):
+            seen.append(resident(pid))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        end.set()
+        watcher.join()
+
+
+def resident(pid: int) -> int:
+    """As `together`, now; 0 if it has ended."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended since it was listed
+                total += each.memory_info().rss
+    return total
+
+
+class Table:
+    """Rows as they are measured, kept on disk."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self._path = out, out / "results.json"
+        out.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[str, dict[str, Any]] = read_json(self._path) if self._path.is_file() else {}
+
+    def stage(self, name: str, *arguments: str, file: str | None = None) -> None:
+        """Measure a command, unless that is done; `file` is what it wrote, whose bytes are noted."""
+        if name in self.rows:
+            return
+        found = run(*arguments)
+        row: dict[str, Any] = {"seconds": round(found.seconds, 1), "peak_bytes": found.peak_bytes}
+        if file is not None:
+            row["file_bytes"] = sum(p.stat().st_size for p in _files(Path(file)))
+        self.note(name, row)
+
+    def say(self, name: str, text: Callable[[], str]) -> None:
+        """Add what else is to be known of a row, unless that is done."""
+        if "said" not in self.rows[name]:
+            self.note(name, self.rows[name] | {"said": text()})
+
+    def note(self, name: str, row: dict[str, Any]) -> None:
+        """Keep a row."""
+        self.rows[name] = row
+        write_json(self._path, self.rows)
+        print(json.dumps({name: row}), flush=True)
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+
+
+def _build(engines: Path) -> str:
+    built = read_json(engines / EXPORT)["networks"]["transformer"]
+    share = built["engine_bytes"] / built["onnx_weight_bytes"]
+    return f"{built['build_s']:.0f} s of it the build; the engine has {share:.3f} of the bytes of its weights"
+
+
+def compressed(table: Table, label: str, source: Path, *options: str) -> Path:
+    """Prune and quantise a model; returns the artefact."""
+    artefact = table.out / label
+    table.stage(f"{label}: prune and INT4", "compress", str(source), "-o", str(artefact), "--steps", "0", *options)
+    for shard in (artefact / "transformer").glob("*.safetensors"):
+        shard.unlink()  # what is in half precision is not read again
+    return artefact
+
+
+def onnx(table: Table, artefact: Path) -> None:
+    """Export an artefact to ONNX."""
+    out = Path(f"{artefact}-onnx")
+    table.stage(
+        f"{artefact.name}: ONNX", "export", str(artefact), "--target", "onnx", "-o", str(out),
+        file=str(out / "transformer"),
+    )  # fmt: skip
+
+
+def remove(table: Table, *labels: str) -> None:
+    """Make room: all that was made under these names, and nothing under longer ones."""
+    for label in labels:
+        for suffix in ("", "-onnx", "-openvino", "-prepared", "-trt", "-coreml"):
+            shutil.rmtree(table.out / f"{label}{suffix}", ignore_errors=True)
+
+
+def plans(table: Table) -> None:
+    """A plan from each config alone."""
+    for name, config in architectures().items():
+        path = table.out / f"{name}.json"
+        write_json(path, config)
+        table.stage(f"{name}: plan from config", "plan", "--config", str(path), "--method", "manual", "--blocks", "5-8")
+
+
+def steps(table: Table, source: Path, label: str, *, ort: bool) -> None:
+    """One denoising step in the CPU runtimes beside the original in bf16, in one run; ONNX Runtime if wanted."""
+    name = f"{label}: one step"
+    if name in table.rows:
+        return
+    folder = str(table.out / label)
+    table.stage(
+        f"{label}: OpenVINO", "export", folder, "--target", "openvino", "-o", f"{folder}-openvino",
+        file=f"{folder}-openvino/transformer",
+    )  # fmt: skip
+    exported, ir, prepared = (Path(f"{folder}-{kind}") for kind in ("onnx", "openvino", "prepared"))
+    if ort:
+        table.stage(
+            f"{label}: ONNX Runtime prepares its weights", "generate", "a lake", "--model", str(exported), "--runtime",
+            "ort", "--low-memory", "--cache-dir", str(prepared), "--steps", "1", "--height", "64", "--width", "64",
+            "-o", f"{folder}-image.png", file=str(prepared),
+        )  # fmt: skip
+    variants = [
+        bench.Variant("original, torch bf16", source, "eager", "bf16"),
+        bench.Variant("OpenVINO", ir, "openvino", options={"low_memory": True}),
+        bench.Variant(
+            "OpenVINO, dynamic quantisation", ir, "openvino",
+            options={"low_memory": True, "dynamic_quantization": True},
+        ),
+    ]  # fmt: skip
+    if ort:
+        variants += [
+            bench.Variant("ONNX Runtime", exported, "ort", options={"low_memory": True}),
+            bench.Variant(
+                "ONNX Runtime, weights prepared",
+                exported,
+                "ort",
+                options={"low_memory": True, "cache_dir": str(prepared)},
+            ),
+        ]
+    table.note(name, measured(variants, repeats=3))
+
+
+def without_bf16(table: Table, source: Path, label: str) -> None:
+    """A step as on the many processors that have int8 dot products and no bf16: oneDNN is held to those instructions.
+
+    OpenVINO does not heed that variable, so it opens the ONNX folder, which it computes in float32 and int8.
+    """
+    name = f"{label}: one step without the processor's bf16"
+    if name in table.rows:
+        return
+    variants = [
+        bench.Variant("original, torch bf16", source, "eager", "bf16"),
+        bench.Variant(
+            "OpenVINO, dynamic quantisation, float32", table.out / f"{label}-onnx", "openvino",
+            options={"low_memory": True, "dynamic_quantization": True},
+        ),
+    ]  # fmt: skip
+    os.environ[_ISA] = "AVX512_CORE_VNNI"
+    try:
+        table.note(name, measured(variants, repeats=1))
+    finally:
+        del os.environ[_ISA]
+
+
+def measured(variants: list[bench.Variant], *, repeats: int) -> dict[str, dict[str, Any]]:
+    """Rows of one bench by variant."""
+    result = bench.run(variants, repeats=repeats, warmup=0, steps=1, progress=print)
+    keys = ("load_s", "first_step_s", "step_p50_s", "peak_bytes", "anon_bytes", "file_bytes")
+    return {v.name: {key: v.values[key] for key in keys} for v in result.variants}
+
+
+def sd35_large(table: Table) -> None:
+    """SD3.5 Large: less eight blocks, with projected modulation, both in INT4 groups of 128, and far fewer blocks."""
+    source = table.out / "sd3.5-large"
+    table.stage("sd3.5-large: synth", "synth", "sd3.5-large", "-o", str(source))
+    artefact = compressed(table, "large-8", source, "--blocks", BLOCKS)
+    onnx(table, artefact)
+    steps(table, source, "large-8", ort=True)
+    table.stage(
+        "large-8: TensorRT-RTX", "export", str(artefact), "--target", "trt", "--device", "rtx",
+        "-o", f"{artefact}-trt", file=f"{artefact}-trt/transformer",
+    )  # fmt: skip
+    table.say("large-8: TensorRT-RTX", lambda: _build(Path(f"{artefact}-trt")))
+    table.stage(
+        "large-8: Core ML", "export", str(artefact), "--target", "coreml", "--device", "iphone-15-pro",
+        "-o", f"{artefact}-coreml", file=f"{artefact}-coreml/transformer",
+    )  # fmt: skip
+    remove(table, "large-8")
+    rank = ("--method", "manual", "--modulation-rank", "256")
+    onnx(table, compressed(table, "large-r256", source, *rank))
+    remove(table, "large-r256")
+    onnx(table, compressed(table, "large-8-r256-g128", source, *rank, "--blocks", BLOCKS, "--group-size", "128"))
+    steps(table, source, "large-8-r256-g128", ort=False)
+    without_bf16(table, source, "large-8-r256-g128")
+    remove(table, "large-8-r256-g128")
+    compressed(table, "large-21-r256-g128", source, *rank, "--blocks", MORE_BLOCKS, "--group-size", "128")
+    steps(table, source, "large-21-r256-g128", ort=False)
+    remove(table, "large-21-r256-g128", source.name)
+
+
+def flux_schnell(table: Table) -> None:
+    """FLUX.1 schnell, INT4 alone."""
+    source = table.out / "flux.1-schnell"
+    table.stage("flux.1-schnell: synth", "synth", "flux.1-schnell", "-o", str(source))
+    onnx(table, compressed(table, "flux", source, "--method", "manual"))
+    remove(table, "flux", source.name)
+
+
+PARTS: dict[str, Callable[[Table], None]] = {
+    "plans": plans,
+    "sd35-large": sd35_large,
+    "flux-schnell": flux_schnell,
+}
+
+
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
+    """The table of a page."""
+    lines = [
+        f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}",
+        "",
+        "| what | time | peak memory | file |",
+        "| --- | --- | --- | --- |",
+    ]
+    single = {name: row for name, row in rows.items() if "seconds" in row}
+    for name, row in single.items():
+        size = f"{row['file_bytes'] / 1e9:.2f} GB" if "file_bytes" in row else ""
+        name = f"{name} ({row['said']})" if "said" in row else name
+        lines.append(f"| {name} | {row['seconds']:.4g} s | {row['peak_bytes'] / 1e9:.2f} GB | {size} |")
+    for name, row in rows.items():
+        if name in single:
+            continue
+        first = next(iter(row.values()))
+        lines += ["", f"{name}:", "", "| runtime | step | against the original | load | peak | against |"]
+        lines.append("| --- | --- | --- | --- | --- | --- |")
+        for runtime, values in row.items():
+            faster, smaller = first["step_p50_s"] / values["step_p50_s"], values["peak_bytes"] / first["peak_bytes"]
+            lines.append(
+                f"| {runtime} | {values['step_p50_s']:.1f} s | {faster:.2f} times faster | {values['load_s']:.0f} s "
+                f"| {values['peak_bytes'] / 1e9:.2f} GB | {smaller:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def main(out: Path = Path("build/full-size"), only: str | None = None, write: Path | None = None) -> None:
+    """Measure what is not yet measured, and print the table."""
+    table = Table(out)
+    chosen: Sequence[str] = [only] if only else list(PARTS)
+    for name in chosen:
+        PARTS[name](table)
+    print(markdown(table.rows))
+    if write is not None:
+        insert(write, markdown(table.rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,294 @@
+"""Scores images by any metric, alone or in pairs with the original's: what `edgeprune score` does.
+
+Images come from a folder with `metadata.jsonl`, or a model draws them into one, each as soon as it is made, so that a
+killed run goes on. Metrics are asked one after the other, a few images at a time. What it leaves out: memory and
+latency, see bench.py; drawing in a process of its own, since none of them is measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune import metrics, runtimes
+from edgeprune.common.errors import InputError
+from edgeprune.common.files import digest, sha256_file, whole_lines
+from edgeprune.common.intervals import Interval, mean_interval, paired_drop
+from edgeprune.data.imagefolder import METADATA, Sample, open_image
+
+BATCH = 8
+"""Images held at a time."""
+Progress = Callable[[str, int, int], None]
+"""Called with what is done, how many of it are, and how many there will be."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """An image to draw."""
+
+    text: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one metric says. Intervals are bootstrap 95 % ones over prompts, the seeds of one averaged."""
+
+    metric: str
+    score: Interval
+    tasks: dict[str, float]
+    """Means by task, of metrics that have tasks; their `score` is the mean of these."""
+    images: int
+    prompts: list[str]
+    values: list[float]
+    """One per prompt."""
+    original: Interval | None = None
+    """The original's, unless the metric itself compares the two."""
+    original_values: list[float] | None = None
+    drop: Interval | None = None
+    """The original's less this one's, in pairs."""
+    relative_drop: Interval | None = None
+    """As a share of the original's."""
+
+
+def is_images(folder: Path) -> bool:
+    """Whether a folder holds images with their prompts, and not a model."""
+    return (folder / METADATA).is_file()
+
+
+def wishes(
+    names: Sequence[str], *, prompts: Path | None = None, per_task: int | None = None, seeds: int = 1
+) -> list[Wish]:
+    """What to draw for these metrics: lines of a file, or the prompts that one of them is made for, or a list of ours.
+
+    Args:
+        names: of metrics.
+        prompts: text file, one prompt a line.
+        per_task: how many prompts of each task, where a metric has its own; None for all.
+        seeds: images per prompt.
+
+    Raises:
+        InputError: an unreadable file, two metrics with prompts of their own, or a prompt that one is not made for.
+    """
+    own = {name: module for name in names if (module := metrics.tasks_of(name))}
+    if prompts is None and len(own) > 1:
+        raise InputError(f"--metric: {' and '.join(own)} each have prompts of their own; score them one by one")
+    if per_task is not None and (prompts is not None or not own):
+        raise InputError("--per-task is for metrics with prompts of their own (geneval, shapes), without --prompts")
+    if prompts is None and own:
+        (module,) = own.values()
+        every = module.evaluation_prompts(**{} if per_task is None else {"per_task": per_task})
+        texts = [p.text for p in every]
+    else:
+        from edgeprune.sampling.prompts import PROMPTS, read_prompts  # with torch
+
+        texts = read_prompts(prompts or PROMPTS)
+    check_prompts(names, texts)
+    return [Wish(text, i * seeds + j) for i, text in enumerate(texts) for j in range(seeds)]
+
+
+def check_prompts(names: Sequence[str], texts: Sequence[str]) -> None:
+    """Refuse prompts before hours of drawing.
+
+    Raises:
+        InputError: one that a metric is not made for.
+    """
+    for name in names:
+        if module := metrics.tasks_of(name):
+            for text in texts:
+                module.parse(text)
+
+
+def draw(
+    model: Path,
+    out: Path,
+    wanted: Sequence[Wish],
+    *,
+    runtime: str | None = None,
+    steps: int | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> None:
+    """Images of a model by any runtime, as a folder with metadata. Those that are there already stay.
+
+    Args:
+        model: exported, artefact or diffusers folder.
+        out: folder to make or go on with.
+        wanted: what to draw, in this order.
+        runtime: name, or None to choose by the folder.
+        steps: denoising steps; None for the folder's default.
+        progress: called after each batch.
+
+    Raises:
+        InputError: `out` holds images of another model, prompts or settings; or the folder cannot be used.
+    """
+    chosen = runtimes.choose(model, runtime)
+    settings = {"model": _identity(model), "runtime": chosen, "steps": steps}
+    lines = [
+        json.dumps({"file_name": f"{i:05}.png", "text": w.text, "seed": w.seed} | settings)
+        for i, w in enumerate(wanted)
+    ]
+    metadata = out / METADATA
+    # A torn last line has no newline; its image is drawn again.
+    done = whole_lines(metadata) if metadata.exists() else []
+    if done != lines[: len(done)]:
+        raise InputError(
+            f"{metadata}: found images of another model, prompts or settings; give another --out, or remove it"
+        )
+    if len(done) == len(lines):
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with runtimes.load(model, chosen) as opened, metadata.open("a", encoding="utf-8") as file:
+        for start in range(len(done), len(lines), BATCH):
+            batch = wanted[start : start + BATCH]
+            images = opened.generate([w.text for w in batch], seed=[w.seed for w in batch], steps=steps)
+            for i, image in enumerate(images, start):
+                image.save(out / f"{i:05}.png")
+                file.write(f"{lines[i]}\n")
+            file.flush()
+            progress(f"images of {model.name}", start + len(batch), len(lines))
+
+
+def _identity(model: Path) -> str:
+    """Of a model's files, by name, size and time of change."""
+    files = [p for p in sorted(model.rglob("*")) if p.is_file() and p.parent != model]
+    known = [(p.relative_to(model).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    kept = [row for row in known if not row[0].startswith(("cache/", "."))]
+    own = [sha256_file(p) for name in ("model_index.json", "generation.json") if (p := model / name).is_file()]
+    return digest([kept, own])[:16]
+
+
+def pair(samples: Sequence[Sample], originals: Sequence[Sample]) -> None:
+    """Refuse images that are not of the same prompts and seeds in the same order.
+
+    Raises:
+        InputError: they are not.
+    """
+    if len(samples) != len(originals):
+        raise InputError(f"--against: found {len(originals)} images, expected {len(samples)}, one for each to score")
+    for number, (one, other) in enumerate(zip(samples, originals, strict=True), 1):
+        if one.text != other.text:
+            raise InputError(f"--against: image {number}: found the prompt {other.text!r}, expected {one.text!r}")
+        if None not in (one.seed, other.seed) and one.seed != other.seed:
+            raise InputError(f"--against: image {number}: found seed {other.seed}, expected {one.seed}")
+
+
+def score(
+    samples: Sequence[Sample],
+    names: Sequence[str],
+    *,
+    against: Sequence[Sample] | None = None,
+    weights: Mapping[str, str] | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> list[Score]:
+    """Ask each metric.
+
+    Args:
+        samples: images to score.
+        names: of metrics.
+        against: the original's images, of the same prompts and seeds.
+        weights: of the metrics, see metrics.KNOWN.
+        progress: called after a few images.
+
+    Raises:
+        InputError: see `check`, `pair` and each metric.
+        MissingExtraError: a package that a metric imports is not installed.
+    """
+    weights = weights or {}
+    check(names, weights, against is not None)
+    check_prompts(names, [s.text for s in samples])
+    if against is not None:
+        pair(samples, against)
+    texts = list(dict.fromkeys(s.text for s in samples))
+    out = []
+    for name in names:
+        known, metric = metrics.KNOWN[name], metrics.of_images(name, weights)
+        module = metrics.tasks_of(name)
+        tasks = [module.parse(text).task for text in texts] if module else None
+        values = _by_prompt(metric, samples, against if known.paired else None, texts, name, progress)
+        found: dict[str, Any] = {}
+        if against is not None and not known.paired:
+            first = _by_prompt(metric, against, None, texts, f"{name}, original", progress)
+            lost = paired_drop(first, values, tasks)
+            found = {"original": mean_interval(first, tasks), "original_values": first}
+            found |= {"drop": lost.difference, "relative_drop": lost.relative}
+        means: dict[str, float] = {}
+        if tasks:
+            pairs = list(zip(tasks, values, strict=True))
+            means = {t: float(np.mean([v for task, v in pairs if task == t])) for t in dict.fromkeys(tasks)}
+        out.append(Score(name, mean_interval(values, tasks), means, len(samples), texts, values, **found))
+    return out
+
+
+def check(names: Sequence[str], weights: Mapping[str, str], against: bool) -> None:
+    """Refuse metrics before anything is drawn.
+
+    Raises:
+        InputError: none, an unknown one, one given twice, missing weights, or one that needs the original's images.
+        MissingExtraError: a package that one imports is not installed.
+    """
+    if not names or len(set(names)) != len(names):
+        raise InputError(
+            f"--metric: found {list(names)}, expected at least one of {', '.join(metrics.KNOWN)}, each once"
+        )
+    for name in names:
+        if metrics.require(name, weights).paired and not against:
+            raise InputError(f"--metric {name} compares with the original's images; give --against ORIGINAL")
+
+
+def _by_prompt(
+    metric: metrics.ImageMetric,
+    samples: Sequence[Sample],
+    against: Sequence[Sample] | None,
+    texts: Sequence[str],
+    what: str,
+    progress: Progress,
+) -> list[float]:
+    """Mean over the images of each prompt, in the order of `texts`."""
+    values: dict[str, list[float]] = {text: [] for text in texts}
+    for start in range(0, len(samples), BATCH):
+        batch = samples[start : start + BATCH]
+        originals = _pixels(against[start : start + BATCH]) if against is not None else None
+        found = metric.score(_pixels(batch), [s.text for s in batch], originals)
+        for sample, value in zip(batch, found, strict=True):
+            if not np.isfinite(value):
+                raise InputError(f"{sample.path}: {what}: found {value}, expected a finite number")
+            values[sample.text].append(float(value))
+        progress(what, start + len(batch), len(samples))
+    return [float(np.mean(values[text])) for text in texts]
+
+
+def _pixels(samples: Sequence[Sample]) -> metrics.Images:
+    return [np.asarray(open_image(s.path)) for s in samples]
+
+
+def to_json(scores: Sequence[Score]) -> dict[str, Any]:
+    """Plain values for json.dump; docs/metrics.md describes them."""
+    return {"schema_version": 1, "scores": [{k: v for k, v in asdict(s).items() if k != "prompts"} for s in scores]} | {
+        "prompts": scores[0].prompts if scores else []
+    }
+
+
+def rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
+    """For a table: metric, score, and against the original its score and the drop."""
+    compared = any(s.original for s in scores)
+    out: list[tuple[str, ...]] = [("", "score", *(("original", "drop", "relative drop") if compared else ()))]
+    for s in scores:
+        known = metrics.KNOWN[s.metric]
+        note = " (against the original's images)" if known.paired else ""
+        note += ", lower is better" if known.lower_is_better else ""
+        rest = (_shown(s.original), _shown(s.drop), _shown(s.relative_drop, percent=True)) if compared else ()
+        out.append((s.metric + note, _shown(s.score), *rest))
+        out += [(f"- {task}", f"{mean:.3f}", *("",) * len(rest)) for task, mean in s.tasks.items()]
+    return out
+
+
+def _shown(interval: Interval | None, *, percent: bool = False) -> str:
+    if interval is None:
+        return ""
+    mean, low, high = (f"{v:.1%}" if percent else f"{v:.4g}" for v in interval)
+    return f"{mean} [{low}, {high}]"

@@ -1,0 +1,114 @@
+"""How many bytes of a device are left for the transformer's weights, and how that sum is made. Torch-free.
+
+Everything is counted as if in memory at once: text encoders, VAE decoder, transformer, and the largest activations of
+one stage, since stages run one after the other. Weights are counted from the headers of the pipeline's files,
+activations estimated from the architecture at the size images are made in. What it leaves out: the runtime's own
+overhead, which only `edgeprune bench` on the device can say.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from edgeprune.common.errors import BudgetError, InputError
+from edgeprune.common.files import read_json
+from edgeprune.families import family_of
+from edgeprune.families.base import Shape
+from edgeprune.families.encoders import T5, text_encoders
+from edgeprune.families.joint import width
+from edgeprune.quantization.precision import t5_precision_of
+from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
+from edgeprune.targets import Target
+
+_BYTES = {"float32": 4, "float16": 2}
+# Live at once around an MLP, in widths: both residual streams, their normed copies, and four widths twice (before and
+# after the activation function). Attention is fused on every runtime of ours, so no N x N scores.
+_TRANSFORMER_WIDTHS = 2 + 2 + 8
+# Around the last up block of the VAE: input, normed, convolved and residual images of its narrowest width, with the
+# first convolution still at the width before.
+_VAE_IMAGES = 6
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The sum, in bytes."""
+
+    target: str
+    memory_bytes: int
+    text_encoders_bytes: int
+    vae_decoder_bytes: int
+    activations_bytes: int
+    """Estimate of the largest stage."""
+
+    @property
+    def transformer_bytes(self) -> int:
+        """What is left for the transformer's weights."""
+        return self.memory_bytes - self.text_encoders_bytes - self.vae_decoder_bytes - self.activations_bytes
+
+
+def fit(source: Path, target: Target, generation: Generation) -> Fit:
+    """Sum up a diffusers folder on a device.
+
+    Args:
+        source: the pipeline's folder.
+
+    Raises:
+        BudgetError: nothing is left for the transformer.
+        InputError: a config lacks a field, or a file is damaged.
+    """
+    size = _BYTES[target.activations]
+    config, vae = read_json(source / "transformer" / "config.json"), read_json(source / "vae" / "config.json")
+    transformer = _transformer_activations(config, vae, source, generation)
+    widths = vae["block_out_channels"]
+    decoder = _VAE_IMAGES * widths[min(1, len(widths) - 1)] * generation.height * generation.width
+    found = Fit(
+        target.name,
+        target.memory_bytes,
+        sum(_encoder_bytes(source / name, kind, size) for name, kind in text_encoders(source).items()),
+        sum(map(math.prod, _shapes(source / "vae", "decoder.").values())) * size,
+        max(transformer, decoder) * size,
+    )
+    if found.transformer_bytes <= 0:
+        raise BudgetError(
+            f"--fit {target.name}: text encoders ({found.text_encoders_bytes} bytes), VAE decoder "
+            f"({found.vae_decoder_bytes}) and activations ({found.activations_bytes}) already fill its "
+            f"{target.memory_bytes} bytes; use a smaller --height and --width, or a pipeline without T5"
+        )
+    return found
+
+
+def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source: Path, generation: Generation) -> int:
+    """Numbers alive at once in a step, of two samples where guidance takes two."""
+    family = family_of(config, str(source / "transformer" / "config.json"))
+    unit = latent_factor(vae, source / "vae" / "config.json") * family.latents(config).patch
+    tokens = math.ceil(generation.height / unit) * math.ceil(generation.width / unit)
+    text = family.text_tokens(longest_prompt(source), generation.max_sequence_length)
+    samples = 2 if family.guided(config, generation.guidance_scale) else 1
+    return _TRANSFORMER_WIDTHS * width(config) * (tokens + text) * samples
+
+
+def _encoder_bytes(folder: Path, kind: str, size: int) -> int:
+    """A text encoder's weights as an export stores them; `size` is that of a float."""
+    shapes = _shapes(folder)
+    if kind == T5:
+        return sum(t5_precision_of(name, shape).nbytes(shape) for name, shape in shapes.items())
+    return sum(map(math.prod, shapes.values())) * size
+
+
+def _shapes(folder: Path, prefix: str = "") -> dict[str, Shape]:
+    """Shape by name of the tensors in a component's safetensors files, from their headers."""
+    names: dict[str, Shape] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name.startswith(prefix):
+                        names[name] = tuple(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not readable as safetensors ({error})") from error
+    return names

@@ -1,0 +1,261 @@
+"""INT4 weights: NNCF chooses the integers, one block at a time; the result is held in `PackedLinear`.
+
+Which tensor gets how many bits is said in precision.py. Data-free by default; with calibration inputs NNCF estimates
+scales, or channels are scaled first (awq.py). What it leaves out: GPTQ (NNCF has none for torch).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeprune.families import Family
+from edgeprune.quantization.awq import best_divisor, fold
+from edgeprune.quantization.int4 import PackedLinear, pack
+from edgeprune.quantization.precision import Precision, precision_of, t5_precision_of
+
+CALIBRATIONS = ("none", "scale", "awq")
+_BATCH = 2**24
+"""Weights handed to NNCF at once."""
+
+
+def _layers(module: nn.Module) -> dict[str, nn.Linear]:
+    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+
+
+def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, layer)
+
+
+def packed_from(linear: nn.Linear, values: torch.Tensor, scale: torch.Tensor, precision: Precision) -> PackedLinear:
+    """A `PackedLinear` of given integers (O, I) and scales (O, groups)."""
+    layer = PackedLinear(
+        linear.in_features, linear.out_features, bits=precision.bits, group_size=precision.group_size,
+        bias=linear.bias is not None,
+    )  # fmt: skip
+    layer.weight_packed.copy_(pack(values, precision.bits))
+    layer.weight_scale.copy_(scale)
+    if linear.bias is not None:
+        assert layer.bias is not None
+        layer.bias.copy_(linear.bias.detach())
+    return layer
+
+
+def round_to_nearest(weight: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric rounding: integers (O, I) and scales (O, groups) in half precision, for 8-bit layers."""
+    limit = 2 ** (precision.bits - 1) - 1
+    groups = weight.float().view(weight.shape[0], -1, precision.group_size)
+    scale = (groups.abs().amax(-1) / limit).clamp_min(1e-7).half()
+    values = (groups / scale.float()[..., None]).round().clamp(-limit - 1, limit)
+    return values.view_as(weight), scale
+
+
+def prepare(family: Family, module: nn.Module, *, prefix: str = "", group_size: int = 64) -> nn.Module:
+    """Put empty `PackedLinear` layers where the rule says so, for loading a quantised state dict. In place.
+
+    Args:
+        module: a transformer, or one of its blocks.
+        prefix: what the names of a block's tensors begin with.
+    """
+    for name, linear in _layers(module).items():
+        p = precision_of(family, f"{prefix}{name}.weight", tuple(linear.weight.shape), group_size=group_size)
+        if p.bits < 16:
+            with torch.device(linear.weight.device):
+                empty = PackedLinear(
+                    linear.in_features,
+                    linear.out_features,
+                    bits=p.bits,
+                    group_size=p.group_size,
+                    bias=linear.bias is not None,
+                )
+            _replace(module, name, empty)
+    return module
+
+
+class _Linears(nn.Module):
+    """Linear layers of one group size, side by side: what NNCF sees. Inputs and outputs by position."""
+
+    def __init__(self, weights: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta") for w in weights)
+        for layer, weight in zip(self.layers, weights, strict=True):
+            layer.weight = nn.Parameter(weight.float().clone(), requires_grad=False)
+
+    def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        # NNCF's statistics hang on the operation that makes a layer's input, so there must be one.
+        return [layer(x * 1.0) for layer, x in zip(self.layers, inputs, strict=True)]
+
+
+def _nncf_integers(
+    weights: list[torch.Tensor], group_size: int, samples: list[tuple[torch.Tensor, ...]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Integers (O, I) and scales (O, groups) of each weight, chosen by NNCF.
+
+    Layers are handed over side by side rather than inside the block: NNCF's tracing then needs no example of the
+    block's own inputs.
+
+    Args:
+        samples: inputs (R, I) of every layer, from which scales are estimated; none for plain rounding.
+    """
+    # Every call would tell NNCF's makers of it over the network, by a fork of this process.
+    os.environ.setdefault("NNCF_CI", "1")
+    import nncf
+
+    with _quiet():
+        compressed: Any = nncf.compress_weights(
+            _Linears(weights).eval(), mode=nncf.CompressWeightsMode.INT4_SYM, group_size=group_size, all_layers=True,
+            # NNCF traces with one.
+            dataset=nncf.Dataset(samples or [tuple(torch.ones(1, w.shape[1]) for w in weights)]),
+            scale_estimation=bool(samples) or None,
+        )  # fmt: skip
+    state = compressed.state_dict()
+    out = []
+    for index, weight in enumerate(weights):
+        packed = state[f"layers.{index}.weight"]
+        scale = next(v for k, v in state.items() if f"layers:{index}:weight__" in k and k.endswith("_scale"))
+        pairs = torch.stack([packed & 0xF, packed >> 4], dim=-1)
+        values = (pairs.flatten().to(torch.int8) - 8).view(weight.shape)
+        out.append(_positive(weight, values, scale.reshape(weight.shape[0], -1)))
+    return out
+
+
+def _positive(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round the groups that NNCF gave a negative scale again with a positive one; the others stay.
+
+    NNCF makes a group's largest weight -8 steps, by a negative scale if it is positive. TensorRT takes no negative
+    scales. With steps 8 / 7.5 as large that weight becomes 7, and like the others is wrong by half a step at most.
+    """
+    positive = torch.where(scale < 0, -scale.float() * (8 / 7.5), scale.float()).half()
+    groups = (*scale.shape, -1)
+    again = weight.float().reshape(groups) / positive.float().clamp_min(1e-12)[..., None]
+    again = again.round_().clamp_(-8, 7).to(values.dtype)
+    return torch.where((scale < 0)[..., None], again, values.reshape(groups)).reshape(weight.shape), positive
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """NNCF prints tables and bars; ours is the bar the user sees."""
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def quantize_part(
+    family: Family,
+    model: nn.Module,
+    block: int | None,
+    *,
+    group_size: int = 64,
+    calibration: str = "none",
+    run: Callable[[], None] | None = None,
+) -> None:
+    """Replace the linear layers of one block, or for None those outside the blocks, in place.
+
+    Only this part of the model need have weights, unless there is calibration.
+
+    Args:
+        block: the block's index; the blocks before are quantised already.
+        calibration: `none`; `scale` (scale estimation) or `awq`, which need `run`.
+        run: runs the model on calibration inputs; the layers' inputs are caught on the way.
+    """
+    if block is None:
+        outside = {n: m for n, m in _layers(model).items() if not family.in_block(n)}
+        for name, linear in outside.items():
+            p = precision_of(family, f"{name}.weight", tuple(linear.weight.shape), group_size=group_size)
+            _replace(model, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
+        return
+    module, prefix = family.blocks(model)[block], family.block_prefix(model, block)
+    if calibration == "awq" and run is not None:
+        _scale_channels(family, module, prefix, group_size, run)
+    layers = _layers(module)
+    caught = _samples(layers, run) if calibration == "scale" and run is not None else {}
+    by_group: dict[int, list[str]] = {}
+    for name, linear in layers.items():
+        p = precision_of(family, f"{prefix}{name}.weight", tuple(linear.weight.shape), group_size=group_size)
+        if p.bits == 4:
+            by_group.setdefault(p.group_size, []).append(name)
+        else:
+            _replace(module, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
+    for group, names in by_group.items():
+        for batch in _batches({n: layers[n].weight.numel() for n in names}):
+            weights = [layers[n].weight.detach() for n in batch]
+            samples = list(zip(*(caught[n] for n in batch), strict=True)) if caught else []
+            for name, (values, scale) in zip(batch, _nncf_integers(weights, group, samples), strict=True):
+                _replace(module, name, packed_from(layers.pop(name), values, scale, Precision(4, group)))
+
+
+def _batches(sizes: dict[str, int]) -> list[list[str]]:
+    """Layers that NNCF sees at once: a call takes a while, and the memory of its layers several times over."""
+    out: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if out[-1] and sum(sizes[n] for n in out[-1]) + size > _BATCH:
+            out.append([])
+        out[-1].append(name)
+    return out
+
+
+def quantize_t5(model: nn.Module) -> nn.Module:
+    """Store a T5EncoderModel as `t5_precision_of` says, in place: linear layers rounded to the nearest of 8 bits.
+
+    Embeddings keep their dtype, with values that half precision holds.
+    """
+    for name, linear in _layers(model).items():
+        p = t5_precision_of(f"{name}.weight", tuple(linear.weight.shape))
+        _replace(model, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.data = module.weight.data.half().to(module.weight.dtype)
+    return model
+
+
+def _scale_channels(family: Family, block: nn.Module, prefix: str, group_size: int, run: Callable[[], None]) -> None:
+    """AWQ on every group of a block that is still in floats."""
+    layers = _layers(block)
+    groups = family.scaling_groups(block)
+    if not groups:
+        return
+    wanted = {n: layers[n] for group in groups for n in group.consumers}
+    inputs = {name: torch.cat(caught) for name, caught in _samples(wanted, run).items()}
+    for group in groups:
+        weights = [layers[n].weight.detach().float() for n in group.consumers]
+        precisions = [
+            precision_of(family, f"{prefix}{n}.weight", tuple(w.shape), group_size=group_size)
+            for n, w in zip(group.consumers, weights, strict=True)
+        ]
+        if any(p.bits != 4 for p in precisions):
+            continue
+        s = best_divisor(weights, [inputs[n] for n in group.consumers], [p.group_size for p in precisions])
+        if s is not None:
+            fold(block, group, s)
+
+
+def _samples(layers: dict[str, nn.Linear], run: Callable[[], None]) -> dict[str, list[torch.Tensor]]:
+    """Inputs (R, I) of the layers, caught while `run` goes, one for each call."""
+    caught: dict[str, list[torch.Tensor]] = {n: [] for n in layers}
+    hooks = [
+        m.register_forward_pre_hook(
+            lambda _, args, n=n: caught[n].append(args[0].detach().flatten(0, -2)[:256].float())
+        )
+        for n, m in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    count = min(len(c) for c in caught.values())
+    return {n: c[:count] for n, c in caught.items()}

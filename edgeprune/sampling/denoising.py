@@ -1,0 +1,173 @@
+"""Running a pipeline: text to conditioning, noise to latents, latents to images and back. Torch, batched, seeded.
+
+The noise of a seed is the same as the runtimes', so that images of torch and of a device can be compared. What it
+leaves out: everything that a pipeline's `__call__` offers beyond prompt, guidance, steps and size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgeprune.families import family_of_model
+from edgeprune.sampling.generation import Generation
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts."""
+
+    hidden: torch.Tensor
+    """(B, M, K)."""
+    pooled: torch.Tensor
+    """(B, P)."""
+
+    def __getitem__(self, rows: Any) -> Conditioning:
+        """A selection of prompts."""
+        return Conditioning(self.hidden[rows], self.pooled[rows])
+
+    def to(self, reference: torch.Tensor) -> Conditioning:
+        """On the device and in the dtype of `reference`."""
+        return Conditioning(self.hidden.to(reference), self.pooled.to(reference))
+
+
+@torch.no_grad()
+def encode_prompts(pipe: Any, prompts: list[str], max_sequence_length: int, *, batch: int = 64) -> Conditioning:
+    """Encode texts with the pipeline's own encoders."""
+    family = family_of_model(pipe.transformer)
+    parts = [family.encode(pipe, prompts[i : i + batch], max_sequence_length) for i in range(0, len(prompts), batch)]
+    return Conditioning(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def noise(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal noise, one seed per image: (len(seeds), *shape), float32."""
+    return torch.from_numpy(
+        np.stack([np.random.default_rng(s).standard_normal(shape, dtype=np.float32) for s in seeds])
+    )
+
+
+def latent_shape(pipe: Any, generation: Generation) -> tuple[int, int, int]:
+    """(C, h, w) of one image's latents."""
+    factor = pipe.vae_scale_factor
+    channels = family_of_model(pipe.transformer).latents(pipe.transformer.config).channels
+    return channels, generation.height // factor, generation.width // factor
+
+
+def sigmas(pipe: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The scheduler's noise levels for this many steps and latent shape (C, h, w): (steps + 1), from high to 0."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    family = family_of_model(pipe.transformer)
+    extra = {}
+    if scheduler.config.get("use_dynamic_shifting"):
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+        c = scheduler.config
+        tokens = shape[-1] * shape[-2] // family.latents(pipe.transformer.config).patch ** 2
+        limits = (c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+        own = family.shift(tokens, steps)
+        extra["mu"] = calculate_shift(tokens, *limits) if own is None else own
+    scheduler.set_timesteps(steps, sigmas=family.levels(steps), **extra)
+    levels: torch.Tensor = scheduler.sigmas.float()
+    return levels
+
+
+def velocity(
+    model: Any, latents: torch.Tensor, condition: Conditioning, sigma: torch.Tensor, guidance: float
+) -> torch.Tensor:
+    """One evaluation of a transformer: velocity (B, C, h, w) of latents (B, C, h, w) at noise levels (B).
+
+    `model` may be wrapped for training: by DDP or DeepSpeed, which have it as their `module`, or by FSDP.
+    """
+    bare = getattr(model, "module", model)
+    inputs = network_inputs(bare, latents, condition, sigma, guidance)
+    output = model(**inputs, return_dict=False)[0]
+    found: torch.Tensor = family_of_model(bare).velocity(bare.config, output, latents.shape)
+    return found
+
+
+def network_inputs(
+    model: Any, latents: torch.Tensor, condition: Conditioning, sigma: torch.Tensor, guidance: float
+) -> dict[str, torch.Tensor]:
+    """What a transformer itself takes, by name."""
+    text, pooled = condition.hidden, condition.pooled
+    given = family_of_model(model).inputs(model.config, latents, text, pooled, sigma, guidance)
+    return {n: v if isinstance(v, torch.Tensor) else torch.tensor(v).to(latents.device) for n, v in given.items()}
+
+
+@torch.no_grad()
+def denoise(
+    transformer: Any,
+    latents: torch.Tensor,
+    levels: torch.Tensor,
+    condition: Conditioning,
+    empty: Conditioning,
+    guidance: float,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Euler steps from noise (B, C, h, w). Yields latents and sigma before each step, and at last the clean ones."""
+    guided = family_of_model(transformer).guided(transformer.config, guidance)
+    count = len(latents)
+    if guided:
+        hidden = torch.cat([empty.hidden.expand_as(condition.hidden), condition.hidden])
+        pooled = torch.cat([empty.pooled.expand_as(condition.pooled), condition.pooled])
+        condition = Conditioning(hidden, pooled)
+    for sigma, following in zip(levels[:-1], levels[1:], strict=True):
+        yield latents, sigma
+        x = torch.cat([latents, latents]) if guided else latents
+        found = velocity(transformer, x, condition, sigma.to(x).expand(len(x)), guidance)
+        if guided:
+            free, bound = found.split(count)
+            found = free + guidance * (bound - free)
+        latents = latents + (following - sigma) * found
+    yield latents, levels[-1]
+
+
+@torch.no_grad()
+def encode_images(pipe: Any, images: torch.Tensor, *, batch: int = 32) -> torch.Tensor:
+    """uint8 (S, 3, H, W) to normalised latents (S, C, h, w), the mean of what the VAE says."""
+    parts = []
+    vae, config = pipe.vae, pipe.vae.config
+    for start in range(0, len(images), batch):
+        x = images[start : start + batch].to(vae.device, vae.dtype) / 127.5 - 1
+        parts.append((vae.encode(x).latent_dist.mean.float() - config.shift_factor) * config.scaling_factor)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: torch.Tensor) -> NDArray[np.uint8]:
+    """Latents (B, C, h, w) to images (B, H, W, 3)."""
+    config = pipe.vae.config
+    scaled = latents / config.scaling_factor + config.shift_factor
+    pixels = pipe.vae.decode(scaled.to(pipe.vae.dtype)).sample.float()
+    out: NDArray[np.uint8] = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return out
+
+
+def generate(
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    generation: Generation,
+    *,
+    batch: int = 32,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> NDArray[np.uint8]:
+    """One image per prompt and seed: (P, H, W, 3) uint8."""
+    condition = encode_prompts(pipe, prompts, generation.max_sequence_length)
+    empty = encode_prompts(pipe, [""], generation.max_sequence_length)
+    shape = latent_shape(pipe, generation)
+    levels = sigmas(pipe, generation.num_inference_steps, shape)
+    images = []
+    for start in range(0, len(prompts), batch):
+        rows = slice(start, start + batch)
+        start_latents = noise(seeds[rows], shape).to(condition.hidden)
+        *_, (latents, _) = denoise(
+            pipe.transformer, start_latents, levels, condition[rows], empty, generation.guidance_scale
+        )
+        images.append(decode(pipe, latents))
+        progress(min(start + batch, len(prompts)), len(prompts))
+    return np.concatenate(images)

@@ -1,0 +1,121 @@
+"""How a model is sampled by default, and where that is written. Torch-free.
+
+`generation.json` lies beside `model_index.json`; stock diffusers ignores it. A folder without one gets the defaults of
+its family, at the size that its transformer was trained for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import LARGEST, shown
+from edgeprune.common.files import read_json, write_json
+from edgeprune.families import Config, Family, family_of
+from edgeprune.families.base import whole
+
+FILE = "generation.json"
+_MOST_HALVINGS = 8
+"""Of a VAE; those that there are have three."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Sampling defaults."""
+
+    num_inference_steps: int = 28
+    guidance_scale: float = 7.0
+    height: int = 1024
+    """Pixels."""
+    width: int = 1024
+    max_sequence_length: int = 256
+    """T5 tokens; where SD3 comes without T5, as many zero tokens are appended."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Generation:
+        """Read a folder's defaults.
+
+        Raises:
+            InputError: an unknown field, or a value of a wrong kind or range.
+        """
+        path = folder / FILE
+        if not path.exists():
+            config, family = _transformer(folder)
+            defaults, factor = family.defaults(config) if family else {}, _factor(folder)
+            if factor and config.get("sample_size") is not None:
+                defaults |= dict.fromkeys(("height", "width"), factor * whole(config, "sample_size"))
+            return cls.checked(defaults, str(folder / "transformer" / "config.json"))
+        return cls.checked(read_json(path), str(path))
+
+    @classmethod
+    def checked(cls, data: dict[str, Any], where: str) -> Generation:
+        """From values by field name; fields that are not given keep their defaults.
+
+        Raises:
+            InputError: an unknown field, or a value of a wrong kind or range.
+        """
+        names = {f.name for f in fields(cls)}
+        for name, value in data.items():
+            if name not in names:
+                raise InputError(f"{where}: {shown(name)}: unknown field, expected {', '.join(sorted(names))}")
+            low = 0 if name in ("max_sequence_length", "guidance_scale") else 1
+            kinds = (int, float) if name == "guidance_scale" else (int,)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= LARGEST:
+                raise InputError(f"{where}: {name}: found {shown(value)}, expected a number from {low} to {LARGEST}")
+        return cls(**data)
+
+    def check_size(self, folder: Path) -> None:
+        """Hold height and width against a pipeline's folder.
+
+        Raises:
+            InputError: one is not a whole number of tokens.
+        """
+        config, family = _transformer(folder)
+        unit = family.latents(config).patch * (_factor(folder) or 1) if family else 1
+        for name in ("height", "width"):
+            if (value := getattr(self, name)) % unit:
+                raise InputError(f"{name}: found {value}, expected a multiple of {unit}")
+
+    def save(self, folder: Path) -> None:
+        """Write beside the model index."""
+        write_json(folder / FILE, asdict(self))
+
+
+def longest_prompt(folder: Path) -> int:
+    """Tokens that a pipeline's first tokenizer pads a prompt to."""
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    tokens = read_json(path).get("model_max_length", 77)
+    return tokens if isinstance(tokens, int) and 2 < tokens < 100_000 else 77
+
+
+def _transformer(folder: Path) -> tuple[Config, Family | None]:
+    """A pipeline's transformer config and its family; none where there is no such file."""
+    path = folder / "transformer" / "config.json"
+    if not path.exists():
+        return {}, None
+    config = read_json(path)
+    return config, family_of(config, str(path))
+
+
+def _factor(folder: Path) -> int | None:
+    """Image pixels of a latent pixel's side; None where no config says so."""
+    paths = [path for name in ("vae_decoder", "vae") if (path := folder / name / "config.json").exists()]
+    return latent_factor(read_json(paths[0]), paths[0]) if paths else None
+
+
+def latent_factor(vae: Config, where: object) -> int:
+    """Image pixels of a latent pixel's side, by a VAE's config.
+
+    Raises:
+        InputError: it does not say so.
+    """
+    widths = vae.get("block_out_channels")
+    if (
+        not isinstance(widths, list)
+        or not 1 <= len(widths) <= _MOST_HALVINGS
+        or not all(type(width) is int and 1 <= width <= LARGEST for width in widths)
+    ):
+        raise InputError(f"{where}: block_out_channels: found {shown(widths)}, expected a list of widths")
+    return int(2 ** (len(widths) - 1))

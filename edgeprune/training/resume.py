@@ -1,0 +1,165 @@
+"""Training state on disk: one safetensors file, written atomically, so that a killed run goes on undisturbed.
+
+Randomness is not stored: training loops derive each step's generator from (seed, step), see `step_generator`. What is
+stored is whole, however it is sharded over processes in memory, so that any number of them can go on with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from edgeprune.common import processes
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import shown
+from edgeprune.common.files import parse_json
+from edgeprune.common.tensors import Tensors, save_tensors
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The source of all randomness of one training step, the same after a resume."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor, sharing its memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be sharded over processes, all of which have to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _sharded(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+    """A whole tensor, sharded as another one of its shape."""
+    if not hasattr(like, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def save_state(path: Path, modules: dict[str, Tensors], optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> None:
+    """Write state dicts, the optimizer's moments and JSON `meta` to `path`, by way of a temporary name.
+
+    All processes have to ask, the first one writes.
+    """
+    found = {f"{name}/{key}": t for name, state in modules.items() for key, t in state.items()}
+    for index, slots in optimizer.state_dict()["state"].items():
+        found |= {
+            f"optimizer/{index}/{key}": t if hasattr(t, "full_tensor") else torch.as_tensor(t)
+            for key, t in slots.items()
+        }
+    tensors = {}
+    for name, tensor in found.items():
+        full = whole(tensor)
+        if processes.is_main():
+            tensors[name] = full
+    if processes.is_main():
+        save_tensors(path, tensors, {"meta": json.dumps(meta)})
+
+
+Slots = dict[int, Tensors]
+"""What an optimizer keeps of a parameter, by its place."""
+
+
+def load_state(path: Path, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """Read what `save_state` wrote: state dicts by name and the meta; `optimizer` is filled in place.
+
+    Raises:
+        InputError: the file is not readable as such a state.
+    """
+    modules, slots, meta = read_state(path)
+    fill_optimizer(path, optimizer, slots)
+    return modules, meta
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensors], Slots, dict[str, Any]]:
+    """State dicts by name, what the optimizer kept, and the meta.
+
+    Raises:
+        InputError: the file is not readable as such a state.
+    """
+    modules: dict[str, Tensors] = {}
+    slots: Slots = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = parse_json(file.metadata()["meta"])
+            if not isinstance(meta, dict):
+                raise ValueError("meta is no object")
+            for full in file.keys():  # noqa: SIM118
+                name, _, key = full.partition("/")
+                if name == "optimizer":
+                    index, _, slot = key.partition("/")
+                    slots.setdefault(int(index), {})[slot] = file.get_tensor(full)
+                else:
+                    modules.setdefault(name, {})[key] = file.get_tensor(full)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a training state ({error}); delete it to start over") from error
+    return modules, slots, meta
+
+
+def fill_optimizer(path: Path, optimizer: torch.optim.Optimizer, slots: Slots) -> None:
+    """Set what an optimizer keeps, as it was read from `path`.
+
+    Raises:
+        InputError: it is of other parameters.
+    """
+    # DeepSpeed has flat ones in the place of those that it was given.
+    parameters = getattr(optimizer, "parameters", [p for group in optimizer.param_groups for p in group["params"]])
+    _check_slots(path, slots, parameters)
+    placed = {i: {n: _sharded(t, parameters[i]) if t.dim() else t for n, t in s.items()} for i, s in slots.items()}
+    optimizer.load_state_dict({"state": placed, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _check_slots(path: Path, slots: Slots, parameters: list[torch.Tensor]) -> None:
+    """Moments are of their parameter's shape, and a count of steps is one number."""
+    for index, found in slots.items():
+        if not 0 <= index < len(parameters):
+            raise InputError(f"{path}: optimizer/{index}: expected one of {len(parameters)}; delete it to start over")
+        for name, tensor in found.items():
+            if tensor.dim() and tensor.shape != parameters[index].shape:
+                raise InputError(
+                    f"{path}: optimizer/{index}/{shown(name)}: found {tuple(tensor.shape)}, expected "
+                    f"{tuple(parameters[index].shape)}; delete it to start over"
+                )
+
+
+class Ema:
+    """Exponential moving average of parameters, in their own dtype, updated in place.
+
+    Early steps use the smaller decay (1 + t) / (10 + t), so that the average forgets the initial weights.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float) -> None:
+        self.live = parameters
+        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the live weights after optimizer step `step` (from 0)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        live = [local(self.live[name].detach()) for name in self.average]
+        torch._foreach_lerp_([local(tensor) for tensor in self.average.values()], live, weight)
+
+
+@torch.no_grad()
+def fill(tensors: Mapping[str, torch.Tensor], state: Tensors) -> None:
+    """Set tensors from a saved state, strictly by name.
+
+    Raises:
+        InputError: the state is of another model.
+    """
+    if state.keys() != tensors.keys():
+        raise InputError("training state: its weights are of another model; delete it to start over")
+    for name, tensor in state.items():
+        if tensor.shape != tensors[name].shape:
+            raise InputError(f"training state: {name}: its weights are of another shape; delete it to start over")
+        tensors[name].copy_(_sharded(tensor, tensors[name]))

@@ -1,0 +1,333 @@
+"""What a study says: mean opinion scores or preferences with intervals, tests, agreement; as table, plot, JSON and CSV.
+
+Raters who missed an attention check are left out; raters who stopped midway count with what they answered. What it
+leaves out: the formulas (statistics.py).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeprune.common.errors import InputError
+from edgeprune.common.extras import needs
+from edgeprune.common.files import cannot_write, write_json
+from edgeprune.common.terminal import printable
+from edgeprune.user_study.design import QUESTIONS, SCALE, Study, conditions
+from edgeprune.user_study.store import FILE, Answer, Rater, Store
+
+with needs("study"):
+    from edgeprune.user_study.statistics import Floats, Ratings, alpha, bootstrap, holm, interval, paired_test
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_COLUMNS = {
+    "mos": ("variant", "question", "answers", "mos", "drop", "relative_drop", "p_raters", "p_prompts"),
+    "pairs": ("variant", "question", "answers", "preferred", "over", "p_raters", "p_prompts"),
+}
+_P = {"p_raters": "p, raters", "p_prompts": "p, prompts"}
+_SHOWN = {
+    "mos": {"variant": "variant", "mos": "MOS", "relative_drop": "drop", **_P},
+    "pairs": {"variant": "variant", "preferred": "preferred", "over": "over", **_P},
+}
+PALETTE = {"quality": "#0072b2", "alignment": "#d55e00"}
+
+
+@dataclass(frozen=True)
+class Given:
+    """All answers of a study, and which raters count."""
+
+    study: Study
+    raters: list[Rater]
+    answers: list[Answer]
+    left_out: frozenset[int]
+    """Numbers of raters who missed an attention check."""
+
+
+def gather(study: Study, folder: Path) -> Given:
+    """Read the answers.
+
+    Raises:
+        InputError: there are none, or none that count.
+    """
+    if not (folder / FILE).is_file():
+        raise InputError(f"{folder / FILE}: no such file; begin with: edgeprune study serve {folder}")
+    store = Store(folder)
+    try:
+        raters, answers = store.raters(), store.answers()
+        whole = all(_is_whole(study, raters, a) for a in answers)
+    except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"{folder / FILE}: not readable as answers ({error})") from error
+    finally:
+        store.close()
+    if not whole:
+        raise InputError(f"{folder / FILE}: found an answer that this study cannot have; it is of another, or damaged")
+    missed = {a.rater for a in answers if not _passed(raters[a.rater], a)}
+    given = Given(study, raters, answers, frozenset(missed))
+    if not any(_counts(given, a) for a in answers):
+        why = (
+            f"all {len(missed)} raters who answered missed an attention check" if missed else "nobody has answered yet"
+        )
+        raise InputError(f"{folder / FILE}: no answers to count: {why}")
+    return given
+
+
+def _is_whole(study: Study, raters: list[Rater], answer: Answer) -> bool:
+    """Whether an answer is one to a trial that a rater of this study can have had."""
+    if (
+        type(answer.rater) is not int
+        or not 0 <= answer.rater < len(raters)
+        or raters[answer.rater].number != answer.rater
+    ):
+        return False
+    trials = raters[answer.rater].trials
+    if type(answer.trial) is not int or not 0 <= answer.trial < len(trials):
+        return False
+    trial, scale = trials[answer.trial], SCALE[study.mode]
+    return (
+        type(trial.prompt) is int
+        and 0 <= trial.prompt < len(study.prompts)
+        and tuple(sorted(trial.shown)) in conditions(study.mode, len(study.variants))
+        and all(getattr(answer, question) in scale for question in QUESTIONS)
+        and isinstance(answer.seconds, float)
+    )
+
+
+def _passed(rater: Rater, answer: Answer) -> bool:
+    asked = rater.trials[answer.trial].asked
+    return asked is None or answer.quality == answer.alignment == asked
+
+
+def _counts(given: Given, answer: Answer) -> bool:
+    return answer.rater not in given.left_out and given.raters[answer.rater].trials[answer.trial].asked is None
+
+
+def ratings(given: Given, question: str) -> Ratings:
+    """The answers to a question that count. In pairs, how much the later variant is preferred: 1, 0 or -1."""
+    kinds = conditions(given.study.mode, len(given.study.variants))
+    rows = []
+    for answer in given.answers:
+        if _counts(given, answer):
+            trial, value = given.raters[answer.rater].trials[answer.trial], getattr(answer, question)
+            ordered = tuple(sorted(trial.shown))
+            rows.append((value if trial.shown == ordered else -value, answer.rater, trial.prompt, kinds.index(ordered)))
+    value, rater, prompt, condition = np.asarray(rows, np.int64).T
+    return Ratings(value.astype(np.float64), rater, prompt, condition, len(kinds))
+
+
+def summarise(given: Given) -> dict[str, Any]:
+    """Everything of the table, plot and JSON. An interval is [value, low, high]; null is what cannot be told yet."""
+    study, answering = given.study, {a.rater for a in given.answers}
+    complete = [r.number for r in given.raters if sum(a.rater == r.number for a in given.answers) == len(r.trials)]
+    seconds = [a.seconds for a in given.answers if _counts(given, a)]
+    rows, agreement = [], {}
+    for question in QUESTIONS:
+        found = ratings(given, question)
+        agreement[question] = alpha(found)
+        rows += _mos_rows(study, question, found) if study.mode == "mos" else _pair_rows(study, question, found)
+    return {
+        "schema": 1,
+        "title": study.title,
+        "mode": study.mode,
+        "original": study.variants[0],
+        "raters": {
+            "answered": len(answering),
+            "finished": len(complete),
+            "missed_a_check": len(given.left_out),
+            "counted": len(answering - given.left_out),
+        },
+        "prompts": len(study.prompts),
+        "median_answer_s": float(np.median(seconds)),
+        "krippendorff_alpha": agreement,
+        "rows": rows,
+    }
+
+
+def _mos_rows(study: Study, question: str, found: Ratings) -> list[dict[str, Any]]:
+    means, differences = found.means(), [found.of(unit) for unit in (found.rater, found.prompt)]
+    draws = bootstrap(found)
+    first = draws[:, :1]
+    scores = _triples(means, interval(draws))
+    drops = _triples(means[0] - means, interval(first - draws))
+    shares = _triples((means[0] - means) / means[0], interval((first - draws) / first))
+    tests = [holm([paired_test(d[:, 0] - d[:, v]) for v in range(1, len(means))]) for d in differences]
+    counts = np.bincount(found.condition, minlength=found.conditions)
+    return [
+        {
+            "variant": name,
+            "question": question,
+            "answers": int(counts[v]),
+            "mos": scores[v],
+            "drop": drops[v] if v else None,
+            "relative_drop": shares[v] if v else None,
+            "p_raters": tests[0][v - 1] if v else None,
+            "p_prompts": tests[1][v - 1] if v else None,
+        }
+        for v, name in enumerate(study.variants)
+    ]
+
+
+def _pair_rows(study: Study, question: str, found: Ratings) -> list[dict[str, Any]]:
+    shares = _triples((found.means() + 1) / 2, interval((bootstrap(found) + 1) / 2))
+    sides = [found.of(unit) for unit in (found.rater, found.prompt)]
+    tests = [holm([paired_test(d[:, c]) for c in range(found.conditions)]) for d in sides]
+    counts = np.bincount(found.condition, minlength=found.conditions)
+    return [
+        {
+            "variant": study.variants[later],
+            "question": question,
+            "answers": int(counts[c]),
+            "preferred": shares[c],
+            "over": study.variants[earlier],
+            "p_raters": tests[0][c],
+            "p_prompts": tests[1][c],
+        }
+        for c, (earlier, later) in enumerate(conditions(study.mode, len(study.variants)))
+    ]
+
+
+def _triples(values: Floats, bounds: tuple[Floats, Floats]) -> list[list[float] | None]:
+    stacked = np.stack([values, *bounds], axis=1)
+    return [None if np.isnan(row).any() else [float(x) for x in row] for row in stacked]
+
+
+# ------------------------------------------------------------------------------------------- what people read
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        style = ".1%" if name in ("relative_drop", "preferred") else ".2f"
+        return f"{value[0]:{style}} [{value[1]:{style}}, {value[2]:{style}}]"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def tables(summary: dict[str, Any]) -> list[Table]:
+    """One for each question, narrow enough for a terminal; the files have all columns."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    out = []
+    for question in QUESTIONS:
+        table = Table(
+            title=Text(printable(f"{summary['title']}: {question}")), box=box.SIMPLE_HEAD, title_justify="left"
+        )
+        for name, title in _SHOWN[summary["mode"]].items():
+            table.add_column(title, justify="left" if name in ("variant", "over") else "right")
+        for row in summary["rows"]:
+            if row["question"] == question:
+                table.add_row(*(Text(printable(_text(name, row[name]))) for name in _SHOWN[summary["mode"]]))
+        out.append(table)
+    return out
+
+
+def notes(summary: dict[str, Any]) -> list[str]:
+    """What the table has to be read with."""
+    who, agreement = summary["raters"], summary["krippendorff_alpha"]
+    told = ", ".join(f"{q} {'-' if a is None else f'{a:.2f}'}" for q, a in agreement.items())
+    return [
+        f"{who['counted']} raters counted ({who['finished']} of {who['answered']} finished, {who['missed_a_check']} "
+        f"left out for a missed attention check), {summary['prompts']} prompts, "
+        f"{summary['median_answer_s']:.0f} s an answer.",
+        "Intervals: 95 %, bootstrap over raters and prompts. p: paired permutation tests over either, Holm-corrected.",
+        f"Agreement (Krippendorff's alpha, interval): {told}.",
+    ]
+
+
+def write(given: Given, summary: dict[str, Any], out: Path) -> list[Path]:
+    """Write `results.json`, `results.csv`, `answers.csv` and the plot as SVG and PNG; returns their paths.
+
+    Raises:
+        EdgepruneError: the folder cannot be written.
+    """
+    write_json(out / "results.json", summary)
+    names = _COLUMNS[summary["mode"]]
+    wide = [name for name in names if any(isinstance(row[name], list) for row in summary["rows"])]
+    header = [
+        column for name in names for column in ([name, f"{name}_low", f"{name}_high"] if name in wide else [name])
+    ]
+    rows = []
+    for row in summary["rows"]:
+        rows.append([v for n in names for v in ((row[n] or [None] * 3) if n in wide else [row[n]])])
+    contents = {"results.csv": _csv([header, *rows]), "answers.csv": _csv(_answer_rows(given))}
+    figure = plot(summary)
+    for kind in ("svg", "png"):
+        buffer = io.BytesIO()
+        figure.savefig(
+            buffer, format=kind, bbox_inches="tight", dpi=200, metadata={"Date": None} if kind == "svg" else {}
+        )
+        contents[f"results.{kind}"] = buffer.getvalue()
+    for name, content in contents.items():
+        try:
+            (out / name).write_bytes(content)
+        except OSError as error:
+            raise cannot_write(out / name, error) from error
+    return [out / name for name in ("results.json", *contents)]
+
+
+def _csv(rows: list[list[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode()
+
+
+def _answer_rows(given: Given) -> list[list[Any]]:
+    """Every answer, those that do not count too; of a pair, `second` is what was right, and 1 prefers it."""
+    study = given.study
+    shown = ["variant"] if study.mode == "mos" else ["left", "right"]
+    header = ["rater", "trial", "file", "prompt", *shown, *QUESTIONS, "asked", "seconds", "at", "counted"]
+    rows: list[list[Any]] = [header]
+    for a in given.answers:
+        trial = given.raters[a.rater].trials[a.trial]
+        names = [study.variants[v] for v in trial.shown]
+        rows.append(
+            [a.rater, a.trial, study.files[trial.prompt], study.prompts[trial.prompt], *names, a.quality, a.alignment]
+            + [trial.asked, round(a.seconds, 2), a.at, int(_counts(given, a))]
+        )
+    return rows
+
+
+def plot(summary: dict[str, Any]) -> Any:
+    """A point with its interval for each row, a colour for each question: a matplotlib figure."""
+    with needs("study"):
+        from matplotlib.figure import Figure
+    mos = summary["mode"] == "mos"
+    rows = summary["rows"]
+    labels = list(dict.fromkeys(_label(row) for row in rows))
+    figure = Figure(figsize=(7, 1.4 + 0.55 * len(labels)))
+    axes = figure.subplots()
+    for number, question in enumerate(QUESTIONS):
+        for row in (r for r in rows if r["question"] == question):
+            if value := row["mos" if mos else "preferred"]:
+                y = labels.index(_label(row)) + (number - 0.5) * 0.28
+                bars = [[value[0] - value[1]], [value[2] - value[0]]]
+                marker = "os"[number]
+                axes.errorbar([value[0]], [y], xerr=bars, fmt=marker, ms=6, capsize=3, color=PALETTE[question])
+    for number, question in enumerate(QUESTIONS):
+        axes.plot([], [], "os"[number], color=PALETTE[question], label=question)
+    low, *_, high = SCALE["mos"] if mos else (0, 1)
+    axes.set(
+        yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5), xlim=(low, high),
+        xlabel="mean opinion score, 95 % interval" if mos else "share that prefers it, ties half, 95 % interval",
+    )  # fmt: skip
+    if not mos:
+        axes.axvline(0.5, color="#888888", lw=1, zorder=0)
+    axes.grid(axis="x", color="#e3e6ea")
+    axes.set_axisbelow(True)
+    axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure
+
+
+def _label(row: dict[str, Any]) -> str:
+    return f"{row['variant']} over {row['over']}" if "over" in row else str(row["variant"])

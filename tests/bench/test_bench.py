@@ -1,0 +1,239 @@
+"""bench: its worker in a real process, figures, assertions, and what it says when a worker fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeprune.bench import measure as bench
+from edgeprune.bench import worker as bench_worker
+from edgeprune.bench.measure import BenchResult, Measured, Quality, Variant
+from edgeprune.common.errors import AssertionMissedError, EdgepruneError, InputError
+from edgeprune.common.files import write_json
+
+
+def measured(name: str, scale: float, quality: Quality | None = None) -> Measured:
+    values: dict[str, float | int | None] = {k: 100.0 * scale for k in bench.MEASURES} | {"pss_bytes": None}
+    steps = [scale, 1.1 * scale, 0.9 * scale]
+    return Measured(
+        name, "x", "ort", "cpu", "the only one here", "process", "int4", values, steps, [scale], {}, quality
+    )
+
+
+@pytest.fixture
+def result() -> BenchResult:
+    first = measured("original", 1.0, Quality(0.9, 0.8, 1.0, {"colors": 0.9}, 7))
+    other = measured("compressed", 0.2, Quality(0.81, 0.7, 0.9, {"colors": 0.81}, 7))
+    comparisons = {"compressed": bench.compare(first, other, 31.0)}
+    return BenchResult([first, other], comparisons, bench.machine(1e9), {"repeats": 3})
+
+
+def test_ratios(result: BenchResult) -> None:
+    found = result.comparisons["compressed"]
+    assert found.ratios["peak_ratio"] == pytest.approx(0.2)
+    assert found.ratios["pss_ratio"] is None
+    low, high = found.step_p50_ratio_interval
+    assert 0.15 < low <= 0.2 <= high < 0.25
+    assert found.score_drop == pytest.approx(0.1)
+
+
+def test_json_and_table(result: BenchResult) -> None:
+    data = json.loads(json.dumps(bench.to_json(result), allow_nan=False))
+    assert data["schema_version"] == 2
+    assert [v["name"] for v in data["variants"]] == ["original", "compressed"]
+    assert data["variants"][1]["peak_bytes"] == 20.0 and data["variants"][1]["quality"]["score"] == 0.81
+    assert data["comparisons"]["compressed"]["psnr_db"] == 31.0
+    from rich.console import Console
+
+    text = io.StringIO()
+    Console(file=text, width=140).print(bench.table(result))
+    assert all(said in text.getvalue() for said in ("peak memory", "the only one here", "0.200", "31.0 dB"))
+
+
+def test_what_is_written_is_read_again(result: BenchResult, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    write_json(path, bench.to_json(result))
+    assert bench.load(path) == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema_version": 1}, "schema_version: found 1, expected 2; run `edgeprune bench` again"),
+        ({"variants": []}, r"variants: found \[\], expected objects"),
+        ({"variants": [{"name": "x"}]}, "variants: runtime: "),
+        ({"comparisons": 3}, "comparisons: found 3"),
+        ({"comparisons": {"x": {"peak_ratio": "0.2"}}}, "peak_ratio: found '0.2', expected a number or null"),
+        ({"machine": {}}, "machine: found {}, expected cpu and cores"),
+    ],
+)
+def test_a_file_that_is_no_bench(change: dict[str, Any], said: str, result: BenchResult, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    write_json(path, bench.to_json(result) | change)
+    with pytest.raises(InputError, match=f"bench.json: {said}"):
+        bench.load(path)
+
+
+def test_documented(result: BenchResult) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "bench.md").read_text("utf-8")
+    data = bench.to_json(result)
+    names = {*data, *data["variants"][0], *data["comparisons"]["compressed"], *data["machine"]}
+    assert [n for n in sorted(names) if n not in text] == []
+
+
+@pytest.mark.parametrize(
+    "text", ["peak_ratio<=0.25", "peak_ratio < 2.5e-1", "compressed.score >= .8", "psnr_db>30", "original.load_s==100"]
+)
+def test_assertions_that_hold(result: BenchResult, text: str) -> None:
+    bench.assert_expressions(result, [text])
+
+
+def test_assertions_that_do_not(result: BenchResult) -> None:
+    with pytest.raises(AssertionMissedError, match=r"peak_ratio is 0\.2, not <= 0\.1; score_drop is 0\.1, not < 0\.05"):
+        bench.assert_expressions(result, ["peak_ratio<=0.1", "load_ratio<1", "score_drop<0.05"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("speed<=1", "peak_ratio"),
+        ("peak_ratio=<1", "NAME OP NUMBER"),
+        ("peak_ratio<=fast", "NAME OP NUMBER"),
+        ("peak_ratio<=0.25 or true", "NAME OP NUMBER"),
+        ("pss_ratio<=1", "not measured"),
+    ],
+)
+def test_assertions_that_are_wrong(result: BenchResult, text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        bench.assert_expressions(result, [text])
+
+
+def test_psnr() -> None:
+    a = np.zeros((2, 4, 4, 3), np.uint8)
+    assert bench.psnr_db(a, a) == 100
+    assert bench.psnr_db(a, a + 255) == pytest.approx(0)
+    assert bench.psnr_db(a, a + 16) == pytest.approx(10 * np.log10(255**2 / 256))
+    assert bench.psnr_db(a, a[:, :2]) is None
+
+
+def test_score_counts_prompts_not_seeds() -> None:
+    from edgeprune import shapes
+
+    prompts = [p for p in shapes.evaluation_prompts(2) for _ in range(2)]
+    rng = np.random.default_rng(0)
+    images = np.stack([shapes.render(p.meaning, rng) for p in prompts])
+    found = bench._score(images, prompts)
+    assert (found.score, found.images) == (1.0, 28) and set(found.tasks) == set(shapes.TASKS)
+    images[:] = 238
+    assert bench._score(images, prompts).score == 0
+
+
+def test_bytes(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    for name in ("transformer", "transformer_int4", "vae"):
+        (tmp_path / name).mkdir()
+    save_file({"a": np.zeros((3, 5), np.float16)}, tmp_path / "transformer" / "m.safetensors")
+    save_file({"a": np.zeros((3, 5), np.float16)}, tmp_path / "vae" / "m.safetensors")
+    save_file({"a": np.zeros((3, 5), np.float32)}, tmp_path / "vae" / "m.fp16.safetensors")
+    (tmp_path / "transformer_int4").rmdir()
+    one = (tmp_path / "vae" / "m.safetensors").stat().st_size
+    assert bench.disk_bytes(tmp_path) == {"transformer_disk_bytes": one, "total_disk_bytes": 2 * one}
+    assert bench.weights_bytes(tmp_path, "bf16") == 30 and bench.weights_bytes(tmp_path, "fp32") == 60
+    (tmp_path / "transformer_int4").mkdir()
+    (tmp_path / "transformer_int4" / "model.safetensors").write_bytes(b"12345")
+    assert bench.disk_bytes(tmp_path) == {"transformer_disk_bytes": 5, "total_disk_bytes": 5 + one}
+    assert bench.weights_bytes(tmp_path, "int4") == 5
+    with pytest.raises(InputError, match="safetensors"):
+        bench.weights_bytes(tmp_path, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("variants", "options", "said"),
+    [
+        ([], {}, "variants"),
+        ([Variant("a", Path("x")), Variant("a", Path("y"))], {}, "variants"),
+        ([Variant("a", Path("no/such"))], {}, "no/such"),
+        ([Variant("a", Path("x"))], {"repeats": 0}, "repeats"),
+        ([Variant("a", Path("x"))], {"steps": 0}, "steps"),
+    ],
+)
+def test_bad_input(variants: list[Variant], options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        bench.run(variants, **options)
+
+
+def test_a_worker_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = subprocess.Popen
+    code = "import sys; print('so far'); print('out of luck', file=sys.stderr); sys.exit(9)"
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **kw: real([sys.executable, "-c", code], **kw))
+    with pytest.raises(EdgepruneError, match="a: .*status 9: out of luck"):
+        bench._worker(Variant("a", Path("x")), {}, lambda _: None)
+
+
+def test_importing_bench_is_light() -> None:
+    code = "import edgeprune.bench.measure, sys; assert not {'torch', 'scipy', 'onnxruntime'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_two_variants_for_real(tiny_folders: tuple[Path, Path]) -> None:
+    source, exported = tiny_folders
+    lines: list[str] = []
+    found = bench.run(
+        [Variant("original", source, "eager", "fp32"), Variant("exported", exported, "ort")],
+        repeats=3, warmup=1, steps=2, quality=1, progress=lines.append,
+    )  # fmt: skip
+    first, other = found.variants
+    assert (first.runtime, first.precision, other.runtime) == ("eager", "fp32", "ort")
+    for m in found.variants:
+        assert len(m.steps_s) == 3 and m.images_s
+        # Weights of a few kB are within what the system counts in.
+        small = ("weights_bytes", "activations_bytes")
+        assert all(v is not None and v > 0 for k, v in m.values.items() if k not in small)
+        parts = [m.values[k] or 0 for k in ("runtime_overhead_bytes", "weights_bytes", "activations_bytes")]
+        assert sum(parts) >= (m.values["peak_bytes"] or 0)
+        assert m.provider_why and set(m.how) >= {"peak_bytes", "runtime_overhead_bytes", "weights_bytes"}
+        assert m.quality is not None and m.quality.images == 7
+    # ONNX Runtime's process carries no torch.
+    ratio = found.comparisons["exported"].ratios["runtime_overhead_ratio"]
+    assert ratio is not None and ratio < 0.6
+    psnr = found.comparisons["exported"].psnr_db
+    assert psnr is not None and psnr > 60  # the same weights in float32
+    assert any("7 of 7" in line for line in lines)
+    json.dumps(bench.to_json(found), allow_nan=False)
+
+
+def test_a_damaged_folder_is_the_users_error(tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(tiny_folders[1], tmp_path / "copy"))
+    (copy / "transformer" / "model.onnx").write_bytes(b"no")
+    with pytest.raises(InputError, match=r"compressed: .*model\.onnx"):
+        bench.run([Variant("compressed", copy, "ort")], repeats=1)
+
+
+def test_worker_prints_errors_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = {"folder": "no/such", "runtime": None, "options": {}}
+    monkeypatch.setattr(sys, "argv", ["bench_worker", json.dumps(spec)])
+    assert bench_worker.main() == 2
+    assert json.loads(capsys.readouterr().out)["kind"] == "InputError"
+
+
+def test_memory_of_a_process_and_of_a_gpu_have_no_ratio() -> None:
+    from dataclasses import replace
+
+    first, other = measured("a", 1.0), measured("b", 0.5)
+    assert bench.compare(first, other, None).ratios["peak_ratio"] == 0.5
+    ratios = bench.compare(replace(first, memory_of="gpu"), other, None).ratios
+    assert ratios["peak_ratio"] is None and ratios["load_ratio"] == 0.5
+
+
+def test_an_assertion_may_name_a_variant_of_several_folders() -> None:
+    assert bench.parse_expression("out/a.onnx:ort.step_p50_s<=1") == ("out/a.onnx:ort.step_p50_s", "<=", 1.0)

@@ -1,0 +1,231 @@
+"""The command line as a user meets it: help, plans without weights, and one line for every bad input."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from shell import run
+
+from edgeprune.runtimes import RUNTIMES
+
+DATA = Path(__file__).parents[1] / "samples"
+
+
+def test_plan_from_published_scores_without_weights(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads((DATA / "transformer_configs.json").read_text())["sd3.5-large"]))
+    scores = str(DATA / "sd35_large_turbo_blocks_hpsv2.json")
+    found = run("plan", "--config", str(config), "--scores", scores, "--keep", "0.79")
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout.splitlines()[-1])["blocks"] == [25, 26, 27, 28, 31, 32, 33, 34]
+    assert "6,352.6 M (78.8%)" in found.stderr
+    assert "--modulation-rank" not in found.stderr
+    less = run("plan", "--config", str(config), "--scores", scores, "--keep", "0.7")
+    assert "modulation rank  full; --modulation-rank auto kept more" in less.stderr
+
+
+def test_ctrl_c_says_how_to_go_on() -> None:
+    code = """if True:
+        import os, signal
+        from edgeprune import cli
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
+        @cli.app.command()
+        def wait():
+            os.kill(os.getpid(), signal.SIGINT)
+
+        cli.main()
+    """
+    found = subprocess.run([sys.executable, "-c", code, "wait"], capture_output=True, text=True)
+    assert (found.returncode, found.stderr.strip()) == (130, "error: stopped; run the same command again to go on")
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        *("compress", "analyze", "plan", "prune", "distill", "quantize", "export", "generate", "bench", "score"),
+        *("study new", "study serve", "study results"),
+    ],
+)
+def test_help_of_every_verb_has_an_example(verb: str) -> None:
+    found = run(*verb.split(), "--help")
+    assert found.returncode == 0
+    assert "Example" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["compress", "nowhere", "-o", "x"], "nowhere: no such folder"),
+        (["compress", ".", "-o", "x"], "no model_index.json"),
+        (["compress", "--preset", "fast", "-o", "x"], "--preset"),
+        (["compress", "--max-memory", "lots", "-o", "x"], "--max-memory"),
+        (["plan", "-o", "x", "--config", "c.json"], "exactly one of"),
+        (["plan", "--config", "c.json"], "c.json: no such file"),
+        (["prune", "-o", "x"], "begin with: edgeprune analyze"),
+        (["export", "x", "--target", "abacus", "-o", "y"], "--target"),
+        (["export", "nowhere", "-o", "y"], "nowhere"),
+        (["generate", "a red circle", "--model", "nowhere"], "nowhere"),
+        (["generate", "a red circle", "--model", ".", "-o", "out.bmp"], "out.bmp"),
+        (["bench", "nowhere"], "nowhere"),
+        (["score", "nowhere", "--metric", "shapes"], "nowhere: no such folder"),
+        (["score", ".", "--metric", "beauty"], "expected one of shapes, clip, hpsv2, geneval, psnr, ssim, lpips"),
+        (["score", ".", "--metric", "psnr"], "give --against ORIGINAL"),
+        (["score", ".", "--metric", "shapes"], "found none of metadata.jsonl (images with their prompts), "),
+        (["score", ".", "--metric", "clip"], "give --weights clip=PATH"),
+        (["score", ".", "--metric", "geneval", "--weights", "geneval=x"], "give --weights clip=PATH"),
+        (["score", ".", "--metric", "clip", "--weights", "clap=x"], "expected NAME=PATH"),
+        (["analyze", "-o", "x", "--metric", "clip"], "give --weights clip=PATH"),
+        (["compress", "-o", "x", "--metric", "beauty"], "expected one of velocity, shapes, clip"),
+        (["bench", ".", "--assert", "peak~3"], "--assert"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(args: list[str], words: str, tmp_path: Path) -> None:
+    found = run(*args, cwd=tmp_path)
+    assert found.returncode == 2, found.stderr
+    assert "Traceback" not in found.stderr
+    (line,) = [text for text in found.stderr.splitlines() if text.startswith("error:")]
+    assert words in line
+
+
+def test_dry_run_forecasts_and_writes_nothing(tmp_path: Path) -> None:
+    from tiny import tiny_pipeline
+
+    tiny_pipeline(tmp_path / "tiny")
+    open_ends = ("--protect-first", "0", "--protect-last", "1")  # of three blocks
+    found = run("compress", "tiny", "-o", "out", "--dry-run", "--json", "--keep", "0.5", *open_ends, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    data = json.loads(found.stdout.splitlines()[-1])
+    assert data["blocks"] == 3 and data["analyze_parts"] == 1 + 3 + 5 * 3 - 1
+    assert 0.2 < data["parameters_left"] / data["parameters"] <= 0.5
+    student = data["distill_weights_bytes"] - data["analyze_weights_bytes"]
+    assert student == pytest.approx(6 * 4 * data["parameters_left"], rel=0.2)
+    assert data["evaluation_flops"] > 2 * data["parameters"] and data["analyze_floor_s"] > 0
+    found = run("compress", "tiny", "-o", "out", "--dry-run", "--max-memory", "9KB", cwd=tmp_path)
+    assert found.returncode == 2 and "cannot be met" in found.stderr
+    found = run("compress", "tiny", "-o", "out", "--dry-run", "--method", "hppp", cwd=tmp_path)
+    assert found.returncode == 2 and "--method: found 'hppp', expected one of hpp, hybrid" in found.stderr
+    found = run("compress", "tiny", "-o", "out", "--max-memory", "9KB", cwd=tmp_path)
+    assert found.returncode == 2 and "cannot be met" in found.stderr and "analyze" not in found.stderr.split("error")[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_of_an_analysis_times_an_evaluation(tmp_path: Path) -> None:
+    from tiny import tiny_pipeline
+
+    tiny_pipeline(tmp_path / "tiny")
+    found = {}
+    for estimator in ("exhaustive", "reuse", "gates"):
+        args = (
+            "analyze",
+            "tiny",
+            "-o",
+            "out",
+            "--dry-run",
+            "--json",
+            "--joint",
+            "--count",
+            "5",
+            "--estimator",
+            estimator,
+        )
+        done = run(*args, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found[estimator] = json.loads(done.stdout.splitlines()[-1])
+    groups, per_score, preparing = 1 + 3 + 14 + 18 - 4, 5 * 4, 5 * 4 * 3
+    whole = found["exhaustive"]
+    assert whole["groups"] == groups and whole["evaluations"] == groups * per_score + preparing
+    assert whole["analysis_s"] == pytest.approx(whole["evaluations"] * whole["evaluation_s"], rel=0.05, abs=0.1)
+    assert (
+        found["gates"]["evaluations"]
+        == 2 * per_score + preparing
+        < found["reuse"]["evaluations"]
+        < whole["evaluations"]
+    )
+    streams = 4 * 64 * (64 + 16)  # float32, of 64 image and 16 text tokens of width 64
+    assert [found[e]["held_bytes"] for e in ("exhaustive", "reuse")] == [0, 2 * streams * per_score]
+    assert found["gates"]["held_bytes"] > 3 * streams * 16
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "args", [["--config", "none.json"], ["--config", "c.json", "--scores", "none.json"], ["-o", "none"]]
+)
+def test_plan_looks_at_its_files_before_torch_is_imported(args: list[str], tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text("{}")
+    code = "import sys\nfrom edgeprune.cli import main\ntry:\n main()\nfinally:\n print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "plan", *args]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert found.returncode == 2 and "none" in found.stderr and found.stdout.strip() == "False", found
+
+
+def test_a_bad_size_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    from tiny import tiny_pipeline
+
+    tiny_pipeline(tmp_path / "tiny")
+    (tmp_path / "tiny" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    for side in ("height", "width"):
+        found = run("generate", "a red circle", "--model", "tiny", f"--{side}", "63", cwd=tmp_path)
+        assert found.returncode == 2 and f"{side}: found 63, expected a multiple of 8" in found.stderr
+
+
+@pytest.mark.skipif(RUNTIMES["trt"].has_hardware(), reason="a machine without a GPU is wanted")
+def test_bench_of_all_leaves_out_what_cannot_run_here(tmp_path: Path) -> None:
+    for name, target in (("engines", "trt"), ("ir", "onnx")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "edgeprune_export.json").write_text(json.dumps({"target": target, "source": "nowhere"}))
+    found = run("bench", "engines", "--runtime", "all", cwd=tmp_path)
+    assert found.returncode == 2 and "error: engines: found a folder for trt, none of which runs here" in found.stderr
+    found = run("bench", "engines", "ir", "--runtime", "all", cwd=tmp_path)  # goes on to the model that is not there
+    assert "left out: engines: found a folder for trt" in found.stderr and "error: nowhere" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "row"),
+    [
+        ("int4_bytes", 3_576_100_000, ("int4", "3.58 GB")),
+        ("distill_floor_s", 90, ("distill floor", "1.5 minutes")),
+        ("data_floor_s", 1.2e6, ("data floor", "20,000 minutes")),
+        ("evaluation_flops", 6.4e12, ("evaluation", "6.4 TFLOP")),
+        ("matmul_flops_per_s", 123_456_789_012, ("matmul", "0.123 TFLOP/s")),
+        ("parameters_left", 6_352_600_000, ("parameters left", "6,352,600,000")),
+    ],
+)
+def test_a_forecast_has_units_for_people(key: str, value: float, row: tuple[str, str]) -> None:
+    from edgeprune.cli import _in_units
+
+    assert _in_units(key, value) == row
+
+
+def test_version_and_targets() -> None:
+    assert run("--version").stdout.startswith("edgeprune 0.")
+    assert "cpu-x86" in run("targets").stderr
+
+
+def test_plan_options_begin_from_the_preset() -> None:
+    from edgeprune.cli import _plan_options
+    from edgeprune.planning.plan import NEEDED
+    from edgeprune.stages.pipeline import PlanOptions, preset
+
+    start = preset("default", builtin=True).plan
+
+    def made(**said: object) -> PlanOptions:
+        names = ("method", "keep", "max_memory", "fit", "protect_first", "protect_last", "threshold")
+        later = (said.get("blocks", ""), "", 64, said.get("modulation_rank"), "prompts.txt", said.get("max_latency"))
+        return _plan_options(start, *(said.get(n) for n in names), *later)  # type: ignore[arg-type]
+
+    start = replace(start, prompts="prompts.txt")
+    assert made() == start and start.method == "hybrid"  # `plan` after `compress` has nothing to do
+    assert (made(keep=0.9).method, made(keep=0.9).keep) == ("hybrid", 0.9)
+    assert made(method="hybrid") == start and start.modulation_rank == NEEDED
+    assert made(method="hpp") == PlanOptions("hpp", keep=start.keep, modulation_rank=NEEDED, prompts="prompts.txt")
+    assert made(method="koala") == PlanOptions("koala", keep=start.keep)
+    assert (made(blocks="3").method, made(blocks="3").keep) == ("manual", None)
+    assert (made(fit="rtx").keep, made(max_memory="3GB").max_memory_bytes) == (None, 3 * 10**9)
+    assert made(threshold=0.3, protect_last=1).protect_first == start.protect_first
+    assert made(modulation_rank="full") == replace(start, modulation_rank=None, prompts=None)
+    thin = made(modulation_rank="auto", method="manual")
+    assert (thin.modulation_rank, thin.prompts, thin.keep) == ("auto", "prompts.txt", None)

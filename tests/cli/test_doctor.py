@@ -1,0 +1,67 @@
+"""doctor: what it says is so, from package names alone."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from edgeprune import export, runtimes
+from edgeprune.cli import app, doctor
+from edgeprune.common import extras
+
+
+def test_everything_is_examined() -> None:
+    named = {f.what for f in doctor.examine()}
+    assert named == {"compress"} | {f"export {f}" for f in export.FORMATS} | {f"run {r}" for r in runtimes.RUNTIMES}
+    assert set(export.NEEDS) == set(export.FORMATS)
+
+
+def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "onnxruntime" else real(n, *a))
+    found = {f.what: f for f in doctor.examine()}
+    assert found["compress"].works and "torch 2" in found["compress"].why
+    assert not found["run ort"].works
+    assert (found["run ort"].why, found["run ort"].fix) == ("missing onnxruntime", "pip install 'edgeprune[onnx]'")
+
+
+def test_hardware_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(runtimes._HARDWARE, "a lever", lambda: False)
+    monkeypatch.setitem(runtimes.RUNTIMES, "ort", runtimes.RuntimeInfo("onnx", ("numpy",), ("onnx",), "a lever"))
+    found = {f.what: f for f in doctor.examine()}["run ort"]
+    assert (found.works, found.why, found.fix) == (False, "needs a lever", "")
+
+
+def test_two_onnx_runtimes_are_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """doctor, generate and bench say it; the last two where ONNX Runtime is what they will use."""
+    here = {"onnxruntime"}
+
+    def version(name: str) -> str:
+        if name not in here:
+            raise extras.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(extras.metadata, "version", version)
+    assert extras.conflicts() == []
+    here.add("onnxruntime-gpu")
+    (said,) = extras.conflicts()
+    assert "keep one: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'edgeprune[onnx-gpu]'" in said
+    monkeypatch.setattr(runtimes, "choose", lambda folder, runtime: runtime)
+    for arguments, told in (
+        (["doctor"], True),
+        (["generate", "x", "--model", "nowhere", "--runtime", "ort"], True),
+        (["generate", "x", "--model", "nowhere", "--runtime", "openvino"], False),
+        (["bench", "nowhere", "--runtime", "ort"], True),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert ("keep one" in " ".join(result.stderr.split())) is told, arguments
+
+
+def test_it_needs_no_torch() -> None:
+    call = "app(['doctor', '--json'], standalone_mode=False)"
+    code = f"import sys; from edgeprune.cli import app; {call}; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["findings"][0]["what"] == "compress"

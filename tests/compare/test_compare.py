@@ -1,0 +1,160 @@
+"""Grids: what they may hold, what a run keeps, intervals with known answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_pipeline
+from typer.testing import CliRunner
+
+from edgeprune.common.errors import InputError
+from edgeprune.compare import grid as compare
+from edgeprune.compare import page as compare_page
+from edgeprune.compare.grid import GRIDS, Grid, grid_named
+from edgeprune.stages.pipeline import AnalyzeOptions, CompressOptions, DataOptions, Workspace, preset
+
+GRID = """
+budget = 0.25
+reference = "ours"
+seeds = 2
+[distill]
+steps = 2
+batch = 2
+[[rows]]
+name = "koala"
+group = "baselines"
+plan = { method = "koala", protect_last = 0 }
+[[rows]]
+name = "ours"
+plan = { method = "hpp", protect_first = 0, protect_last = 0 }
+[[rows]]
+name = "half"
+plan = { method = "manual", blocks = "1" }
+distill = false
+quantize = false
+"""
+START = CompressOptions(analyze=AnalyzeOptions(count=2, components=False), data=DataOptions("shapes", 8))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(GRIDS.glob("*.toml")), ids=lambda p: p.stem)
+def test_grids_of_the_package(path: Path) -> None:
+    grid = Grid.load(grid_named(path.stem), preset("default", builtin=True))
+    rows = {row.name: row for row in grid.rows}
+    assert {"bk-sdm", "koala"} <= rows.keys() and grid.reference in rows
+    steps = {row.options.distill.steps for row in grid.rows if row.options.distill}
+    assert len(steps) <= 1  # all are trained alike
+
+
+def test_rows(tmp_path: Path) -> None:
+    koala, ours, half = Grid.load(write(tmp_path / "grid.toml", GRID), START).rows
+    assert koala.options.distill is not None and ours.options.distill is not None
+    assert (koala.options.distill.features, koala.options.distill.freeze_prefix) == ("attention", False)
+    assert (ours.options.distill.sensitivity, ours.options.distill.steps, ours.seeds) == ("graded", 2, 2)
+    assert half.options.distill is None and not half.quantized and half.seeds == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("budget = 0.25", "budget = 5", "budget: found 5"),
+        ("budget = 0.25", "budgets = 0.25", "budget: found"),
+        ("steps = 2", "steps = 'many'", "steps: found 'many'"),
+        ("steps = 2", "step = 2", "found 'step', expected one of steps"),
+        ("batch = 2", "batch = 0", "found 2, 0"),
+        ('"koala", protect_last', '"koalas", protect_last', "found 'koalas', expected one of hpp"),
+        ('name = "half"', 'name = "../half"', "name: found '../half'"),
+        ('name = "half"', 'name = "ours"', "expected one of them, once"),
+        ('reference = "ours"', 'reference = "theirs"', "reference: found 'theirs' among koala, ours, half"),
+        ("[[rows]]", "[[rows", "not a readable TOML file"),
+    ],
+)
+def test_what_a_grid_may_not_hold(old: str, new: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="grid.toml: ") as caught:
+        Grid.load(write(tmp_path / "grid.toml", GRID.replace(old, new, 1)), START)
+    assert said in str(caught.value)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(InputError, match="--preset: found 'x', expected one of demo"):
+        grid_named("x")
+
+
+def test_seeds_that_differ_are_seen(tmp_path: Path) -> None:
+    """Known answers of the bootstrap itself: test_stats.py."""
+    grid = Grid.load(write(tmp_path / "grid.toml", GRID), START)
+    run = {"blocks": [1], "components": [], "modulation_rank": None, "bytes": 50, "step_ratio": 0.5, "train_s": 1.0}
+    scores = {"koala": [0.0, 0.5], "ours": [1.0, 1.0], "half": [0.5]}
+    found: dict[str, Any] = {"original": {"scores": [1.0] * 50, "bytes": 100, "seconds": 1.0}}
+    for name, values in scores.items():
+        found |= {f"{name}/seed-{i}": run | {"scores": [v] * 50, "seconds": 2.0} for i, v in enumerate(values)}
+    summary = compare.summarise(found, grid, None)
+    koala, ours, half = summary["rows"]
+    assert koala["score"] == (0.25, 0, 0.5) and ours["score"] == (1, 1, 1)
+    assert koala["relative_drop"] == (0.75, 0.5, 1) and koala["lead"] == (0.75, 0.5, 1) and ours["lead"] is None
+    assert half["lead"] == (0.5, 0.5, 0.5) and half["bytes_ratio"] == 0.5 and summary["seconds"] == 11
+    found["koala/seed-1"] = found["koala/seed-1"] | {"blocks": [0]}
+    assert compare.summarise(found, grid, None)["rows"][0]["blocks"] is None
+
+
+def test_a_grid_is_run_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_pipeline(source)
+    grid = Grid.load(write(tmp_path / "grid.toml", GRID), START)
+    prompts = ["a red circle", "two blue squares"]
+
+    def run() -> dict[str, Any]:
+        return compare.compare(Workspace(out / "original", str(source)), grid, "velocity", prompts, out)
+
+    done: list[str] = []
+    real = compare._run
+
+    def killed(base: Any, row: Any, *rest: Any) -> dict[str, Any]:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(row.name)
+        return real(base, row, *rest)
+
+    monkeypatch.setattr(compare, "_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert done == ["koala", "koala"]
+    monkeypatch.setattr(compare, "_run", lambda base, row, *rest: done.append(row.name) or real(base, row, *rest))
+    summary = run()
+    assert done == ["koala", "koala", "ours", "ours", "half"]
+    assert run() == summary and len(done) == 5
+
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert rows["koala"]["bytes_ratio"] < 0.3 and rows["koala"]["blocks"] and rows["koala"]["lead"] is not None
+    assert rows["half"]["blocks"] == [1] and rows["half"]["bytes"] > rows["ours"]["bytes"]
+    assert summary["original"]["score"] == (0, 0, 0) and rows["ours"]["score"][0] < 0
+    assert len(list((out / "original" / "cache").glob("data-*"))) == 1  # made once for all rows
+    assert not list((out / "koala" / "seed-0" / "cache").glob("data-*"))
+
+    first = compare_page.write(summary, out)
+    pictures = [path.read_bytes() for path in first]
+    assert [path.read_bytes() for path in compare_page.write(summary, out)] == pictures
+    assert "| koala (2 seeds) |" in (out / "compare.md").read_text()
+
+
+def test_the_command_forecasts_and_refuses(tmp_path: Path) -> None:
+    from edgeprune.cli import app
+
+    tiny_pipeline(tmp_path / "source")
+    grid = write(tmp_path / "grid.toml", GRID)
+    words = ["compare", str(tmp_path / "source"), "-o", str(tmp_path / "out"), "--grid", str(grid)]
+    words += ["--prompts", str(write(tmp_path / "prompts.txt", "a lake\na hill\n"))]
+    done = CliRunner().invoke(app, [*words, "--dry-run", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["runs"] == 5 and found["training_steps"] == 8
+    # 5 runs and the original, 2 prompts, one of velocity's states at each of 4 steps.
+    assert found["score_evaluations"] == 6 * 2 * 4
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(app, words[: words.index("--prompts")])
+    assert isinstance(done.exception, InputError) and "give --prompts" in str(done.exception)

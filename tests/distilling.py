@@ -1,0 +1,34 @@
+"""A tiny teacher, a student of it, their plan, scores and data: what the tests of training share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tiny import KINDS, TOKENS, config_of, tiny_inputs, tiny_transformer
+
+from edgeprune.analysis.contribution import ContributionReport, fingerprint
+from edgeprune.artefact.surgery import prune
+from edgeprune.data.pairs import Pairs, Part
+from edgeprune.families import family_of
+from edgeprune.planning.plan import PrunePlan, make_plan
+
+
+def setup(kind: str = "sd3") -> tuple[Any, Any, Any, PrunePlan, ContributionReport, Pairs]:
+    """Five blocks, the third of them pruned: of FLUX the first single one."""
+    teacher = tiny_transformer(num_layers=5) if kind == "sd3" else KINDS[kind]()
+    config = config_of(teacher)
+    family = family_of(config)
+    plan = make_plan(family, config, None, method="manual", blocks="2")
+    student = prune(family, teacher, config, plan, None)
+    student.load_state_dict({n: t.clone() for n, t in student.state_dict().items()}, assign=True)
+    drops = {(b, c): float(b) for b in range(5) for c in family.components if (b, c) not in family.noops(config)}
+    scores = {(k,): [-d] for k, d in drops.items()}
+    report = ContributionReport(fingerprint(config), family.name, 5, "m", ["p"], [0.0], scores)
+    g = torch.Generator().manual_seed(3)
+    width = tiny_inputs()["pooled_projections"].shape[-1]
+    part = Part(
+        torch.randn(16, 8, 8, 8, generator=g), torch.arange(16) % 4,
+        torch.randn(4, TOKENS, width, generator=g), torch.randn(4, width, generator=g),
+    )  # fmt: skip
+    return family, teacher, student, plan, report, Pairs([part])

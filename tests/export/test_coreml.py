@@ -1,0 +1,515 @@
+"""Core ML: the packages, parity by the reference evaluator, the evaluator itself, the runtime on a fake."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import enum
+import json
+import shutil
+import struct
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from edgeprune import runtimes, targets
+from edgeprune.artefact import checkpoint
+from edgeprune.artefact.checkpoint import Manifest, read_config, save_transformer
+from edgeprune.common.errors import InputError, ParityError
+from edgeprune.common.files import sha256_file, write_json
+from edgeprune.export import graph, parity, to_coreml
+from edgeprune.export.mil_reference import OPERATIONS, Package
+from edgeprune.quantization.int4 import PackedLinear, pack
+from edgeprune.quantization.quantize import prepare
+from edgeprune.runtimes import coreml, memory
+
+import coremltools as ct  # isort: skip  # after to_coreml, which keeps it quiet
+from coremltools.converters.mil import Builder as mb  # isort: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
+MAC = dataclasses.replace(targets.load("macbook-m"), batch=(1, 2))
+PHONE = dataclasses.replace(targets.load("iphone-15-pro"), chunks=2)
+
+
+def fill(model: nn.Module) -> nn.Module:
+    """Random integers over the whole range and scales of both signs into every PackedLinear."""
+    generator = torch.Generator().manual_seed(5)
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear):
+            low = -(2 ** (layer.bits - 1))
+            shape = layer.out_features, layer.in_features
+            layer.weight_packed.copy_(pack(torch.randint(low, -low, shape, generator=generator), layer.bits))
+            layer.weight_scale.copy_(torch.randn(layer.weight_scale.shape, generator=generator) * 0.2 / -low)
+            if layer.bias is not None:
+                layer.bias.copy_(torch.linspace(-1, 1, layer.out_features))
+    return model
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real artefact of two blocks with INT4 weights."""
+    folder = tmp_path_factory.mktemp("source") / "tiny"
+    pipeline = tiny.tiny_pipeline(folder, num_layers=2)
+    config, family = read_config(folder)
+    model = fill(prepare(family, pipeline.transformer))
+    state = {n: t if n.endswith(("_packed", "_scale")) else t.half() for n, t in model.state_dict().items()}
+    save_transformer(folder, "transformer_int4", config, state)
+    manifest = Manifest(source="tiny", fingerprint="", family="sd3", config=config, group_size=64)
+    manifest.hash_files(folder, "transformer_int4")
+    manifest.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(artefact: Path) -> Any:
+    return checkpoint.load_transformer(artefact, quantized=True)
+
+
+@pytest.fixture(scope="module")
+def exported(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("out") / "coreml"
+    return out, to_coreml.export(artefact, out, device=MAC)
+
+
+# ------------------------------------------------------------------------------------- the packages
+
+
+def test_every_quantised_layer_feeds_a_linear(exported: tuple[Path, dict[str, Any]], model: nn.Module) -> None:
+    """That the integers are the checkpoint's: test_integers.py."""
+    operations = Package(exported[0] / "transformer" / "model.mlpackage").operations
+    found = [op for op in operations if op.type == "constexpr_blockwise_shift_scale"]
+    assert len(found) == sum(isinstance(m, PackedLinear) for m in model.modules()) == 32
+    made = {op.outputs[0].name for op in found}
+    readers = [op for op in operations for a in op.inputs.values() for b in a.arguments if b.name in made]
+    assert [op.type for op in readers] == ["linear"] * 32
+
+
+def test_folder_and_parity(exported: tuple[Path, dict[str, Any]]) -> None:
+    out, record = exported
+    assert json.loads((out / "edgeprune_export.json").read_text()) == record
+    assert (record["target"], record["device"], record["chunks"]) == ("coreml", "macbook-m", 1)
+    assert set(record["parity"]) == {"transformer", "text_encoder", "text_encoder_2", "vae_decoder"}
+    for name, found in record["parity"].items():
+        assert 0 < found["max_relative"] < 1e-3 and found["max_relative"] < found["half_relative"] < 1e-2, name
+        assert (out / name / "model.mlpackage").is_dir() and (out / name / "config.json").is_file()
+    assert json.loads((out / "generation.json").read_text()) == tiny.GENERATION
+    batches = [shapes["timestep"] for shapes in record["parity"]["transformer"]["shapes"]]
+    assert batches == [[1], [2]]
+
+
+def test_what_a_program_asks_for(exported: tuple[Path, dict[str, Any]]) -> None:
+    package = Package(exported[0] / "transformer" / "model.mlpackage")
+    types = Counter(op.type for op in package.operations)
+    assert types["scaled_dot_product_attention"] == 2 and "matmul" not in types and "softmax" not in types
+    assert package.spec.specificationVersion == ct.target.iOS18
+    kinds = {o.name: (op.type, o.type.tensorType.dataType) for op in package.operations for o in op.outputs}
+    half, full = ct.proto.MIL_pb2.FLOAT16, ct.proto.MIL_pb2.FLOAT32
+    assert {kind for op, kind in kinds.values() if op in ("sin", "cos")} == {full}
+    assert {kind for op, kind in kinds.values() if op in ("linear", "layer_norm", "scaled_dot_product_attention")} == {
+        half
+    }
+    inputs = {v.name: coreml.shapes(v.type.multiArrayType)[0] for v in package.spec.description.input}
+    assert inputs["hidden_states"] == [(1, 8, 8, 8), (2, 8, 8, 8)]
+    assert inputs["encoder_hidden_states"] == [(1, 16, 64), (2, 16, 64)]
+    # Only the part of the position table (16 x 16) that the size needs is stored.
+    stored = [o.type.tensorType.dimensions for op in package.operations if op.type == "const" for o in op.outputs]
+    assert [1, 256, 64] not in [[d.constant.size for d in dims] for dims in stored]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_package_that_ran_is_not_mapped(
+    exported: tuple[Path, dict[str, Any]], model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a chain of them would have all weights in memory after its last."""
+    path, seen, linear = exported[0] / "transformer" / "model.mlpackage", list[bool](), OPERATIONS["linear"]
+
+    def is_mapped() -> bool:
+        return str(path) in Path("/proc/self/maps").read_text()
+
+    def watched(**given: torch.Tensor) -> Any:
+        seen.append(is_mapped())
+        return linear(**given)
+
+    monkeypatch.setitem(OPERATIONS, "linear", watched)
+    example = graph.Transformer(model).example(batch=1, height=8, width=8, tokens=16)
+    Package(path).run(None, {name: value.numpy() for name, value in example.items()})
+    assert all(seen) and seen and not is_mapped()
+
+
+@pytest.fixture(scope="module")
+def chunked(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The transformer in two parts, batch 1 and 2."""
+    folder = tmp_path_factory.mktemp("chunks")
+    whole = graph.Transformer(model)
+    examples = [whole.example(batch=b, height=8, width=8, tokens=16) for b in (1, 2)]
+    parts = to_coreml.split(whole, PHONE.chunks, examples[0])
+    record = to_coreml._network("transformer", parts, whole, examples, folder, chunks=len(parts))
+    assert record["max_relative"] < 1e-3
+    return folder
+
+
+def test_a_large_transformer_has_more_chunks_than_its_device_asks_for(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def network(name: str, parts: Any, reference: Any, examples: Any, path: Path, **_: Any) -> dict[str, Any]:
+        (path / "model.mlpackage").touch()
+        return {"parts": len(list(parts))}
+
+    monkeypatch.setattr(to_coreml, "_network", network)
+    size = sum(p.stat().st_size for p in (artefact / "transformer_int4").glob("*.safetensors"))
+    monkeypatch.setattr(to_coreml, "CHUNK_BYTES", size - 1)
+    record = to_coreml.export(artefact, tmp_path / "out", device=MAC)
+    assert (MAC.chunks, record["chunks"], record["parity"]["transformer"]["parts"]) == (1, 2, 2)
+
+
+def test_chunks_equal_the_whole(exported: tuple[Path, dict[str, Any]], chunked: Path, model: Any) -> None:
+    paths = sorted(chunked.iterdir())
+    assert [p.name for p in paths] == ["chunk_1.mlpackage", "chunk_2.mlpackage"]
+    packages = [Package(path) for path in paths]
+    assert packages[1].inputs == ["image_tokens_1", "text_tokens_1", "modulation"]
+    example = graph.Transformer(model).example(batch=1, height=8, width=8, tokens=16, seed=3)
+    feeds = {name: value.numpy() for name, value in example.items()}
+    names = ["out_hidden_states"]
+    whole = Package(exported[0] / "transformer" / "model.mlpackage").run(names, feeds)[0]
+    assert parity.relative_error(to_coreml.Chain(packages).run(names, feeds)[0], whole)[0] < 1e-5
+    counts = [sum(op.type == "constexpr_blockwise_shift_scale" for op in x.operations) for x in packages]
+    assert counts == [14 + 5, 11 + 2]  # a block, then embedders or output layers
+
+
+def test_a_chunk_that_is_there_is_not_converted_again(
+    chunked: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in the end the weights are those of a run that was not killed; coremltools numbers names at random."""
+    whole, converted = graph.Transformer(model), list[list[str]]()
+    examples = [whole.example(batch=b, height=8, width=8, tokens=16) for b in (1, 2)]
+    parts, real = to_coreml.split(whole, PHONE.chunks, examples[0]), to_coreml.convert
+    monkeypatch.setattr(to_coreml, "convert", lambda *a, **k: converted.append(a[2]) or real(*a, **k))
+
+    def run(last: tuple[str, int, int] | None) -> None:
+        def told(*event: Any) -> None:
+            if event == last:
+                raise KeyboardInterrupt
+
+        to_coreml._network("transformer", parts, whole, examples, tmp_path, chunks=len(parts), progress=told)
+
+    def hashes(folder: Path) -> dict[str, str]:
+        return {str(p.relative_to(folder)): sha256_file(p) for p in folder.rglob("*") if p.is_file()}
+
+    kept = dict[str, str]()
+    for last in (("transformer: converted", 1, 2), ("transformer: compared", 3, 8), None):
+        with pytest.raises(KeyboardInterrupt) if last else contextlib.nullcontext():
+            run(last)
+        found = hashes(tmp_path)
+        assert kept.items() <= found.items()
+        kept = found
+    assert converted == [["image_tokens_1", "text_tokens_1", "modulation"], ["out_hidden_states"]]
+    expected = hashes(chunked)
+    assert kept.keys() == expected.keys()
+    files = [name for name in expected if name.endswith("weight.bin")]
+    assert len(files) == 2 and all(kept[name] == expected[name] for name in files)
+
+
+def test_parts_equal_the_model_with_patches_of_two() -> None:
+    model = tiny.tiny_transformer(patch_size=2, num_layers=3)
+    whole = graph.Transformer(model)
+    example = whole.example(batch=2, height=3, width=5, tokens=4)
+    tensors = dict(example)
+    parts = to_coreml.split(whole, 7, example)
+    assert len(parts) == 3
+    with torch.no_grad():
+        for part in parts:
+            tensors |= zip(part.outputs, part(*(tensors[name] for name in part.inputs)), strict=True)
+        torch.testing.assert_close(tensors["out_hidden_states"], whole.reference(**example)[0])
+
+
+class Layer(nn.Module):
+    """One quantised layer of odd width; `large` puts a value between that half precision cannot hold."""
+
+    inputs, outputs = ["x"], ["y"]
+
+    def __init__(self, bits: int, bias: bool, large: bool = False) -> None:
+        super().__init__()
+        self.layer, self.large = fill(PackedLinear(48, 7, bits=bits, group_size=16, bias=bias)), large
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        y = self.layer(x)
+        return ((y * 500) ** 2 / 4096,) if self.large else (y,)
+
+
+def compared(module: Layer, folder: Path) -> dict[str, Any]:
+    example = {"x": torch.randn(1, 5, 48, generator=torch.Generator().manual_seed(0))}
+    return to_coreml._network("layer", [module], module, [example], folder)
+
+
+@pytest.mark.parametrize(("bits", "bias"), [(4, True), (8, False)])
+def test_one_layer(bits: int, bias: bool, tmp_path: Path) -> None:
+    assert compared(Layer(bits, bias), tmp_path)["max_relative"] < 5e-4
+    types = Counter(op.type for op in Package(tmp_path / "model.mlpackage").operations)
+    assert types["linear"] == types["constexpr_blockwise_shift_scale"] == 1
+
+
+def test_wrong_order_of_nibbles_fails_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = to_coreml.unpack
+    monkeypatch.setattr(to_coreml, "unpack", lambda packed, bits: right(packed >> 4 | packed << 4, bits))
+    with pytest.raises(ParityError, match="layer: y: found a relative error of"):
+        compared(Layer(4, True), tmp_path)
+
+
+def test_overflow_in_half_precision_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match="layer: its activations overflow"):
+        compared(Layer(4, True, large=True), tmp_path)
+
+
+# ------------------------------------------------------------------------------------- refused before any work
+
+
+@pytest.mark.parametrize("requires", ["iOS 17", "macOS 14.5", "iPadOS 17", "compute capability 8.0"])
+def test_too_old_a_system(requires: str, artefact: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"requires: found '{requires}', expected macOS 15, iOS 18"):
+        to_coreml.export(artefact, tmp_path / "out", device=dataclasses.replace(MAC, requires=requires))
+    assert not list(tmp_path.iterdir())
+
+
+def test_size_is_held_to_the_device(artefact: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(artefact, tmp_path / "copy"))
+
+    def sized(height: int, width: int, most: int) -> tuple[int, int]:
+        write_json(copy / "generation.json", tiny.GENERATION | {"height": height, "width": width})
+        found = to_coreml.generation_for(copy, dataclasses.replace(MAC, side=(8, most)))
+        return found.height, found.width
+
+    assert sized(64, 96, 512) == (64, 96)
+    assert sized(64, 96, 77) == (64, 72)
+    assert sized(1024, 512, 512) == (128, 128)  # 16 patches of the position table
+    with pytest.raises(InputError, match=r"generation\.json: height: found 60, expected a multiple of 8"):
+        sized(60, 64, 512)
+
+
+# ------------------------------------------------------------------------------------- the evaluator
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+X = torch.linspace(-2, 2, 2 * 4 * 6 * 5).reshape(2, 4, 6, 5)
+W = torch.linspace(-1, 1, 3 * 2 * 3 * 3).reshape(3, 2, 3, 3)[:2]
+CASES: list[tuple[str, dict[str, Any], Any]] = [
+    ("conv", {"x": X, "weight": W, "strides": ints(2, 1), "pad_type": "custom", "pad": ints(1, 0, 2, 1),
+              "dilations": ints(1, 1), "groups": ints(2), "bias": ints(1, 2).float()},
+     F.conv2d(F.pad(X, (2, 1, 1, 0)), W, ints(1, 2).float(), (2, 1), groups=2)),
+    ("constexpr_blockwise_shift_scale",
+     {"data": ints(1, 2, 3, -8).reshape(2, 2), "scale": torch.tensor([[2.0], [0.5]]),
+      "offset": ints(1, 0).reshape(2, 1)},
+     torch.tensor([[0.0, 2.0], [1.5, -4.0]])),
+    ("slice_by_index", {"x": X, "begin": ints(0, 1, 2, 1), "end": ints(0, 3, 0, 4), "stride": ints(1, 1, 3, 2),
+                        "begin_mask": ints(1, 0, 0, 0), "end_mask": ints(1, 0, 1, 0), "squeeze_mask": ints(0, 0, 0, 0)},
+     X[:, 1:3, 2::3, 1:4:2]),
+    ("slice_by_index", {"x": X, "begin": ints(1, 0, 0, 0), "end": ints(0, 0, 0, 0), "end_mask": ints(0, 1, 1, 1),
+                        "squeeze_mask": ints(1, 0, 0, 0)}, X[1]),
+    ("split", {"x": X, "axis": ints(2), "split_sizes": ints(1, 5)}, X.split([1, 5], 2)),
+    ("split", {"x": X, "axis": ints(1), "num_splits": ints(2)}, X.chunk(2, 1)),
+    ("concat", {"values": [ints(2)[0], ints(3, 4)], "axis": ints(0), "interleave": torch.tensor(False)}, ints(2, 3, 4)),
+    ("gather", {"x": X, "indices": ints(3, -1).reshape(1, 2), "axis": ints(-2)}, X[:, :, [[3, 5]]]),
+    ("gather_nd", {"x": X, "indices": ints(1, 2, 0, 3).reshape(2, 2)}, X[[1, 0], [2, 3]]),
+    ("batch_norm", {"x": X, "mean": X[0, :, 0, 0], "variance": X[0, :, 1, 1] ** 2, "gamma": X[1, :, 0, 0],
+                    "beta": X[1, :, 2, 2], "epsilon": torch.tensor(1e-3)},
+     (X - X[:1, :, :1, :1]) / (X[:1, :, 1:2, 1:2] ** 2 + 1e-3).sqrt() * X[1:, :, :1, :1] + X[1:, :, 2:3, 2:3]),
+    ("layer_norm", {"x": X, "axes": ints(-1), "epsilon": torch.tensor(1e-3)}, F.layer_norm(X, (5,), eps=1e-3)),
+    ("gelu", {"x": X, "mode": "TANH_APPROXIMATION"}, F.gelu(X, approximate="tanh")),
+    ("gelu", {"x": X}, F.gelu(X)),
+    ("matmul", {"x": X, "y": X, "transpose_y": torch.tensor(True)}, X @ X.transpose(2, 3)),
+    ("scaled_dot_product_attention", {"query": X, "key": X, "value": X}, F.scaled_dot_product_attention(X, X, X)),
+    ("upsample_nearest_neighbor", {"x": X, "scale_factor_height": ints(2), "scale_factor_width": torch.tensor(3.0)},
+     F.interpolate(X, scale_factor=(2, 3))),
+    ("abs", {"x": X}, X.abs()),
+    ("reduce_max", {"x": X, "axes": ints(1, -1), "keep_dims": torch.tensor(True)}, X.amax((1, 3), keepdim=True)),
+    ("reduce_mean", {"x": X, "axes": ints(1, -1), "keep_dims": torch.tensor(True)}, X.mean((1, 3), keepdim=True)),
+    ("reduce_argmax", {"x": ints(1, 7, 7, 2), "axis": ints(0)}, ints(1)[0]),
+    ("expand_dims", {"x": X, "axes": ints(0, -1)}, X[None, ..., None]),
+    ("squeeze", {"x": X[:1, :1], "axes": ints(0, 1)}, X[0, 0]),
+    ("cast", {"x": torch.tensor([1.9, -1.9]), "dtype": "int32"}, ints(1, -1)),
+    ("rsqrt", {"x": X.abs(), "epsilon": torch.tensor(0.5)}, (X.abs() + 0.5).rsqrt()),
+    ("transpose", {"x": X, "perm": ints(0, 3, 1, 2)}, X.permute(0, 3, 1, 2)),
+    ("select", {"cond": X > 0, "a": X, "b": -X}, X.abs()),
+    ("pixel_shuffle", {"x": X, "upscale_factor": ints(2)}, F.pixel_shuffle(X, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arguments", "expected"), CASES, ids=[f"{i}-{c[0]}" for i, c in enumerate(CASES)])
+def test_operation(name: str, arguments: dict[str, Any], expected: Any) -> None:
+    torch.testing.assert_close(OPERATIONS[name](**arguments), expected)
+
+
+def saved(build: Any, path: Path) -> Path:
+    program = mb.program(input_specs=[mb.TensorSpec(shape=(2, 3))], opset_version=ct.target.iOS18)(build)
+    with to_coreml._quiet():
+        ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True).save(str(path))
+    return path
+
+
+def test_an_unknown_operation_is_named(tmp_path: Path) -> None:
+    package = Package(saved(lambda x: mb.mul(x=mb.erf(x=x), y=2.0), tmp_path / "erf.mlpackage"))
+    with pytest.raises(ParityError, match=r"erf\.mlpackage: MIL operation 'erf' \(erf_0"):
+        package.run(None, {"x": np.ones((2, 3))})
+    with pytest.raises(ParityError, match="MIL operation 'slice_by_index'"):
+        values = {"x": torch.ones(2, 3)}
+        op = SimpleNamespace(type="slice_by_index", inputs={}, outputs=[SimpleNamespace(name="y")])
+        package._step(op, values)
+
+
+def test_half_precision_rounds_after_each_operation(tmp_path: Path) -> None:
+    package = Package(saved(lambda x: mb.sub(x=mb.add(x=x, y=2048.0), y=2048.0), tmp_path / "m.mlpackage"))
+    x = np.full((2, 3), 0.75, np.float32)
+    np.testing.assert_array_equal(package.run(None, {"x": x})[0], x)
+    np.testing.assert_array_equal(package.run(None, {"x": x}, half=True)[0], np.zeros((2, 3)))
+    (tmp_path / "m.mlpackage" / "Manifest.json").write_text("{}")
+    with pytest.raises(ParityError, match=r"m\.mlpackage: coremltools cannot read it"):
+        Package(tmp_path / "m.mlpackage")
+
+
+# ------------------------------------------------------------------------------------- the runtime, with a fake Core ML
+
+
+class ComputeUnit(enum.Enum):
+    ALL, CPU_AND_NE, CPU_AND_GPU, CPU_ONLY = range(4)
+
+
+class FakeCoreML:
+    """The part of coremltools that runtimes/coreml.py uses; packages are computed by the reference evaluator."""
+
+    def __init__(self) -> None:
+        self.compiled: list[str] = []
+        self.loaded: list[tuple[str, ComputeUnit]] = []
+        self.batches: list[int] = []
+        self.ComputeUnit = ComputeUnit
+        self.utils = SimpleNamespace(load_spec=ct.utils.load_spec)
+        self.models = SimpleNamespace(
+            utils=SimpleNamespace(compile_model=self.compile_model), CompiledMLModel=self.open
+        )
+
+    def compile_model(self, package: str, destination: str) -> str:
+        if not Path(package, "Manifest.json").is_file():
+            raise Exception("compiler error:\n  no manifest")
+        assert destination.endswith(".mlmodelc")
+        Path(destination).mkdir()
+        (Path(destination) / "of").write_text(package)
+        self.compiled.append(Path(package).name)
+        return destination
+
+    def open(self, compiled: str, units: ComputeUnit) -> SimpleNamespace:
+        package = Package(Path((Path(compiled) / "of").read_text()))
+        self.loaded.append((package.path.parent.name, units))
+
+        def predict(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            for value in package.spec.description.input:
+                allowed, whole = coreml.shapes(value.type.multiArrayType)
+                array = arrays[value.name]
+                assert array.shape in allowed and array.dtype == (np.int32 if whole else np.float32)
+            self.batches.append(len(array))
+            return dict(zip(package.outputs, package.run(None, arrays), strict=True))
+
+        return SimpleNamespace(predict=predict)
+
+
+@pytest.fixture
+def vendor(monkeypatch: pytest.MonkeyPatch) -> FakeCoreML:
+    fake = FakeCoreML()
+    monkeypatch.setattr(coreml, "coremltools", fake)
+    return fake
+
+
+def test_draws_what_torch_draws(exported: tuple[Path, dict[str, Any]], artefact: Path, vendor: FakeCoreML) -> None:
+    prompts = ["two red circles", "a star above a ring"]
+    with runtimes.load(exported[0], compute_units="cpu_and_ne") as ours, runtimes.load(artefact) as theirs:
+        assert (ours.name, ours.backend.provider, ours.backend.precision) == ("coreml", "cpu_and_ne", "int4")
+        assert set(ours.backend.times) == {"text_encoder", "text_encoder_2", "transformer", "vae_decoder"}  # type: ignore[attr-defined]
+        assert all(t.keys() == {"compile_s", "specialise_s"} for t in ours.backend.times.values())  # type: ignore[attr-defined]
+        images = [m.generate(prompts, seed=7, steps=2) for m in (ours, theirs)]
+    assert {units for _, units in vendor.loaded} == {ComputeUnit.CPU_AND_NE}
+    # Two prompts one by one, an empty one, guidance's batch of 4 as 2 and 2, two images one by one.
+    assert vendor.batches == [1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 1, 1]
+    for a, b in zip(*images, strict=True):
+        assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 2
+    assert np.asarray(images[0][0]).std() > 5
+    with pytest.raises(InputError, match="closed"):
+        ours.generate("x")
+
+
+def test_low_memory_compiles_once(exported: tuple[Path, dict[str, Any]], vendor: FakeCoreML) -> None:
+    with runtimes.load(exported[0], low_memory=True) as model:
+        assert not vendor.loaded
+        for _ in range(2):
+            model.generate("x", steps=1, guidance_scale=0)
+    assert len(vendor.compiled) == 4 and len(vendor.loaded) == 8
+
+
+def test_chunks_are_chained(
+    exported: tuple[Path, dict[str, Any]], chunked: Path, model: Any, vendor: FakeCoreML, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(exported[0], tmp_path / "copy"))
+    shutil.rmtree(folder / "transformer" / "model.mlpackage")
+    shutil.copytree(chunked, folder / "transformer", dirs_exist_ok=True)
+    example = graph.Transformer(model).example(batch=2, height=8, width=8, tokens=16, seed=3)
+    with runtimes.load(folder) as runtime:
+        latents, text, pooled, timestep = (value.numpy() for value in example.values())
+        found = runtime.step(latents, text, pooled, timestep / 1000)
+    assert vendor.batches == [2, 2]
+    with torch.no_grad():
+        assert parity.relative_error(found, model(**example, return_dict=False)[0].numpy())[0] < 1e-3
+
+
+def test_errors_name_the_folder(exported: tuple[Path, dict[str, Any]], vendor: FakeCoreML, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="compute_units: found 'gpu', expected one of all, cpu_and_ne"):
+        runtimes.load(exported[0], compute_units="gpu")
+    with runtimes.load(exported[0]) as model:
+        with pytest.raises(InputError, match=r"transformer: hidden_states: found shape \(2, 8, 4, 12\)"):
+            model.generate("x", height=32, width=96)
+        network = model.backend._networks["vae_decoder"]  # type: ignore[attr-defined]
+        with pytest.raises(InputError, match="vae_decoder: inputs: found also"):
+            network(latents=np.zeros((1, 8, 8, 8)))
+        network._packages[0].predict = lambda _: (_ for _ in ()).throw(RuntimeError("no\nmemory"))
+        with pytest.raises(InputError, match=r"vae_decoder: found no memory; inputs were .*\(1, 8, 8, 8\)"):
+            network(latent_sample=np.zeros((1, 8, 8, 8)))
+    folder = Path(shutil.copytree(exported[0], tmp_path / "copy"))
+    (folder / "text_encoder" / "model.mlpackage" / "Manifest.json").unlink()
+    with pytest.raises(InputError, match=r"text_encoder/model\.mlpackage: found compiler error: no manifest"):
+        runtimes.load(folder)
+    shutil.rmtree(folder / "text_encoder" / "model.mlpackage")
+    with pytest.raises(InputError, match=r"text_encoder/model\.mlpackage: found neither it nor chunk_1"):
+        runtimes.load(folder)
+
+
+def test_elsewhere_than_on_a_mac(exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coreml, "coremltools", None)
+    with pytest.raises(InputError, match=r"expected macOS 15 or newer: Core ML runs on Apple devices only"):
+        runtimes.load(exported[0])
+
+
+def test_physical_footprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        def __init__(self, path: str) -> None:
+            assert "libSystem" in path
+
+        def proc_pid_rusage(self, pid: int, flavour: int, buffer: Any) -> int:
+            assert flavour == 4
+            struct.pack_into("<16x35Q", buffer, 0, *range(100, 135))
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    rows = memory._footprint()
+    assert {name: row.bytes for name, row in rows.items()} == {"footprint_bytes": 107, "peak_footprint_bytes": 128}
+    assert rows.keys() <= set(memory.ROWS)
+    monkeypatch.setattr(Library, "proc_pid_rusage", lambda *_: -1)
+    assert memory._footprint() == {}

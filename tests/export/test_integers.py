@@ -1,0 +1,174 @@
+"""One artefact, the same integers in every format, for every quantised layer; and what they take on disk.
+
+Each format is written by its own public `export`, without the text encoders and the VAE, which are not quantised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import stored
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from stored import Weight
+
+from edgeprune import targets
+from edgeprune.artefact.checkpoint import Manifest, read_config, save_transformer
+from edgeprune.export import to_coreml, to_onnx, to_openvino, to_trt
+from edgeprune.quantization.int4 import PackedLinear, pack
+from edgeprune.quantization.quantize import prepare
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
+WEIGHTS = "transformer_int4/diffusion_pytorch_model.safetensors"
+FORMATS = ("onnx", "openvino", "trt", "coreml")
+LAYERS = {"sd3": (33, 7), "flux": (20, 10)}
+"""INT4 and INT8 layers: two blocks with a second attention, the last without a context MLP; a joint block and a single
+one. Embedders and output.
+"""
+
+
+@pytest.fixture(scope="module", params=LAYERS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def artefact(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks, every integer from the lowest to the highest, every scale another."""
+    folder = tmp_path_factory.mktemp("source") / "tiny"
+    pipeline: Any
+    if kind == "flux":
+        pipeline = tiny.tiny_flux_pipeline(folder, num_layers=1, num_single_layers=1)
+    else:
+        pipeline = tiny.tiny_pipeline(folder, num_layers=2, dual_attention_layers=(0, 1))
+    config, family = read_config(folder)
+    model, generator = prepare(family, pipeline.transformer), torch.Generator().manual_seed(5)
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear):
+            low, shape = -(2 ** (layer.bits - 1)), (layer.out_features, layer.in_features)
+            layer.weight_packed.copy_(pack(torch.randint(low, -low, shape, generator=generator), layer.bits))
+            layer.weight_scale.copy_((torch.rand(layer.weight_scale.shape, generator=generator) + 0.5) * 0.2 / -low)
+    state = {n: t if n.endswith(("_packed", "_scale")) else t.half() for n, t in model.state_dict().items()}
+    save_transformer(folder, "transformer_int4", config, state)
+    manifest = Manifest(source="tiny", fingerprint="", family=kind, config=config, group_size=64)
+    manifest.hash_files(folder, "transformer_int4")
+    manifest.save(folder)
+    return folder
+
+
+@dataclasses.dataclass
+class Written:
+    """What one format's files hold, and how large they are without their graph's text."""
+
+    weights: dict[str, Weight]
+    bytes: int
+
+
+def written(artefact: Path, out: Path) -> dict[str, Written]:
+    """Export the transformer to every format and read it back; `trt` is what TensorRT's parser is given."""
+    names, given = list(stored.of_checkpoint(artefact)), list[onnx.ModelProto]()
+    parts, network, build = to_onnx.parts, to_coreml._network, to_trt.Builder.build
+
+    def only_the_transformer(name: str, *rest: Any, **more: Any) -> dict[str, Any]:
+        return network(name, *rest, **more) if name == "transformer" else {}
+
+    def noted(self: to_trt.Builder, name: str, path: Path, *rest: Any) -> dict[str, Any]:
+        given.append(onnx.load(str(path)))
+        return build(self, name, path, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "parts", lambda *of: itertools.islice(parts(*of), 1))
+        patch.setattr(to_coreml, "_network", only_the_transformer)
+        patch.setattr(to_trt.Builder, "build", noted)
+        to_onnx.export(artefact, out / "onnx")
+        to_openvino.export(artefact, out / "openvino", device=targets.load("cpu-x86"))
+        record = to_trt.export(artefact, out / "trt", device=targets.load("rtx"))
+        to_coreml.export(artefact, out / "coreml", device=targets.load("macbook-m"))
+    (engine_input,) = given
+    said = record["networks"]["transformer"]
+    layers = LAYERS[Manifest.load(artefact).family]
+    assert (said["int4_layers"], said["int8_layers"]) == layers  # as TensorRT itself counts
+    assert said["precision"] == "float16"
+    paths = {
+        "onnx": out / "onnx" / "transformer" / "model.onnx",
+        "openvino": out / "openvino" / "transformer" / "openvino_model.xml",
+        "coreml": out / "coreml" / "transformer" / "model.mlpackage",
+    }
+    weight_bin = paths["coreml"] / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    return {
+        "checkpoint": Written(stored.of_checkpoint(artefact), (artefact / WEIGHTS).stat().st_size),
+        "onnx": Written(stored.of_onnx(paths["onnx"]), sum(p.stat().st_size for p in paths["onnx"].parent.iterdir())),
+        "openvino": Written(
+            stored.of_openvino(paths["openvino"]), paths["openvino"].with_suffix(".bin").stat().st_size
+        ),
+        "trt": Written(stored.of_onnx(engine_input), engine_input.ByteSize()),
+        "coreml": Written(stored.of_coreml(paths["coreml"], names), weight_bin.stat().st_size),
+    }
+
+
+@pytest.fixture(scope="module")
+def formats(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
+    return written(artefact, tmp_path_factory.mktemp("out"))
+
+
+def differences(expected: dict[str, Weight], found: dict[str, Weight]) -> list[str]:
+    """The layers that are not the same in integers, bits or scales, or not in both."""
+    return sorted(expected.keys() ^ found.keys()) + [
+        name
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name].bits != found[name].bits
+        or expected[name].integers.tobytes() != found[name].integers.tobytes()
+        or expected[name].scale.tobytes() != found[name].scale.tobytes()
+    ]
+
+
+def test_every_format_holds_the_checkpoints_integers(kind: str, formats: dict[str, Written]) -> None:
+    expected = formats["checkpoint"].weights
+    bits = [weight.bits for weight in expected.values()]
+    assert (bits.count(4), bits.count(8)) == LAYERS[kind]
+    for weight in expected.values():
+        limits = weight.integers.min(), weight.integers.max()
+        assert limits == ((-8, 7) if weight.bits == 4 else limits) and len(np.unique(weight.scale)) > 1
+    assert {name: differences(expected, formats[name].weights) for name in FORMATS} == dict.fromkeys(FORMATS, [])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_flipped_bit_is_seen(artefact: Path, formats: dict[str, Written], bits: int, tmp_path: Path) -> None:
+    """The comparison itself: another checkpoint, which differs in one bit of one layer."""
+    name = next(n for n, w in formats["checkpoint"].weights.items() if w.bits == bits)
+    state = load_file(artefact / WEIGHTS)
+    state[f"{name}.weight_packed"][1, 2] ^= 0x10
+    (tmp_path / WEIGHTS).parent.mkdir()
+    save_file(state, tmp_path / WEIGHTS)
+    flipped = stored.of_checkpoint(tmp_path)
+    assert {f: differences(flipped, formats[f].weights) for f in FORMATS} == dict.fromkeys(FORMATS, [name])
+
+
+SCALES: dict[str, Callable[[int], float]] = {
+    "checkpoint": lambda group: 4 + 16 / group,
+    "trt": lambda group: 4 + 16 / group,
+    "coreml": lambda group: 4 + 16 / group,
+    "onnx": lambda group: 4 + 32 / group,  # scales in float32, as the activations
+    "openvino": lambda group: 4 + 32 / group,  # halved where a layer has 256 of them, which these have not all
+}
+"""Most bits of a weight by format, for groups of this size."""
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_bits_per_weight_on_disk(formats: dict[str, Written], name: str) -> None:
+    """4.25 with scales in half precision, 4.5 with float32 scales: integers and scales, measured in the files."""
+    weights = [w for w in formats[name].weights.values() if w.bits == 4]
+    count = sum(w.integers.size for w in weights)
+    found = 8 * sum(w.file_bytes for w in weights) / count
+    assert {w.integers.shape[1] // w.scale.shape[1] for w in weights} == {64}
+    assert 4.25 <= found <= SCALES[name](64) <= 4.5
+    # No second copy in half precision would fit into the rest of the file.
+    assert formats[name].bytes - sum(w.file_bytes for w in weights) < 2 * count

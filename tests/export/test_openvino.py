@@ -1,0 +1,465 @@
+"""OpenVINO: packed integers, exact halves, images as torch's, devices that are not here, and errors that name the file.
+
+Executed on the CPU. GPU and NPU are a fake `Core` that compiles for the CPU what it was given for them.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from edgeprune import export, runtimes, targets
+from edgeprune.bench import measure as bench
+from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
+from edgeprune.common.files import sha256_file
+from edgeprune.export import folder, graph, parity, to_openvino
+from edgeprune.quantization.precision import Precision
+from edgeprune.quantization.quantize import packed_from, round_to_nearest
+from edgeprune.runtimes import memory
+
+openvino = pytest.importorskip("openvino")
+from edgeprune.runtimes import openvino as runtime  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+NETWORKS = ("transformer", "text_encoder", "text_encoder_2", "vae_decoder")
+PROMPTS = ["two red circles", "a drawing of a star above a ring"]
+EXACT = runtime.settings_of("CPU", threads=1)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The tiny pipeline as IR; the ONNX of `tiny_folders` stands in for tracing it again, which takes long."""
+    source, traced = tiny_folders
+    out, names, told = tmp_path_factory.mktemp("out") / "ir", iter(NETWORKS), list[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "to_ir", lambda *_, **__: ir.load(traced / next(names) / "model.onnx"))
+        record = export.export(
+            source,
+            out,
+            "openvino",
+            targets.load("intel-igpu"),
+            progress=lambda what, *steps: steps or told.append(what),
+        )
+    assert told == list(NETWORKS)
+    return out, record
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """A tiny transformer in INT4, groups of 32, the modulation in INT8."""
+    out = tiny.tiny_transformer(num_layers=2)
+    for name, layer in list(out.named_modules()):
+        if isinstance(layer, nn.Linear) and name.startswith("transformer_blocks"):
+            precision = Precision(8, layer.in_features) if "norm1" in name else Precision(4, 32)
+            parent, _, leaf = name.rpartition(".")
+            packed = packed_from(layer, *round_to_nearest(layer.weight.detach(), precision), precision)
+            setattr(out.get_submodule(parent), leaf, packed)
+    return out
+
+
+@pytest.fixture(scope="module")
+def quantised(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its IR. That the integers are the checkpoint's: test_integers.py."""
+    wrapper = graph.Transformer(model)
+    path = tmp_path_factory.mktemp("quantised") / "transformer" / "model.onnx"
+    path.parent.mkdir()
+    traced = wrapper.example(batch=2, height=4, width=6, tokens=5)
+    graph.save(graph.to_ir(wrapper, traced, wrapper.inputs, wrapper.outputs), path)
+    runner = to_openvino.converted(path)
+    examples = [wrapper.example(batch=b, height=h, width=w, tokens=16) for b, h, w in ((1, 8, 8), (3, 5, 7))]
+    assert parity.check("transformer", runner, wrapper, examples, list(wrapper.outputs))["max_relative"] < 1e-5
+    assert sorted(p.name for p in path.parent.iterdir()) == ["openvino_model.bin", "openvino_model.xml"]
+    return path.with_name("openvino_model.xml")
+
+
+# ------------------------------------------------------------------------------------- the file
+
+
+def test_unpacked_integers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = openvino.save_model
+
+    def careless(model: Any, path: Path, **options: Any) -> None:
+        real(model, path, **options)
+        weights = path.with_suffix(".bin")
+        weights.write_bytes(weights.read_bytes() * 8)
+
+    monkeypatch.setattr(openvino, "save_model", careless)
+    with pytest.raises(EdgepruneError, match=r"found \d+ bytes of weights.*unpacked the integers"):
+        to_openvino.converted(one_layer(tmp_path))
+
+
+def test_mapped_weights_are_given_back_while_they_are_repacked(
+    quantised: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is when it compiles, and when it runs for the first time."""
+    given: list[Path] = []
+
+    @contextmanager
+    def spy(path: Path) -> Iterator[None]:
+        given.append(path)
+        yield
+
+    monkeypatch.setattr(runtime, "given_back", spy)
+    network = runtime.OpenVinoNetwork(quantised, "CPU", EXACT)
+    example = graph.Transformer(model).example(batch=1, height=4, width=4, tokens=3)
+    for _ in range(2):
+        network(**{name: value.numpy() for name, value in example.items()})
+    assert given == [quantised.with_suffix(".bin")] * 2
+
+
+def test_only_exact_constants_are_halved() -> None:
+    from openvino import opset13 as ops
+
+    exact = np.arange(512, dtype=np.float32) / 8
+    x = ops.parameter([512], np.float32)
+    values = {"exact": exact, "tenth": exact + np.float32(0.1), "huge": exact + np.float32(2**17)}
+    total: Any = x
+    for name, value in values.items():
+        constant = ops.constant(value)
+        constant.set_friendly_name(name)
+        total = ops.add(total, constant)
+    built = openvino.Model([total], [x])
+    to_openvino.halve(built)
+    kinds = sorted(n.get_element_type().get_type_name() for n in built.get_ops() if n.get_type_name() == "Constant")
+    assert kinds == ["f16", "f32", "f32"]
+    (found,) = openvino.compile_model(built, "CPU", EXACT)([np.zeros(512, np.float32)]).values()
+    np.testing.assert_array_equal(found, (values["exact"] + values["tenth"]) + values["huge"])
+
+
+def test_folder(exported: tuple[Path, dict[str, Any]], tiny_folders: tuple[Path, Path]) -> None:
+    out, record = exported
+    assert json.loads((out / folder.FILE).read_text()) == record
+    assert (record["target"], record["quantized"], record["openvino"]) == ("openvino", False, openvino.get_version())
+    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} - {folder.FILE}
+    assert {f: sha256_file(out / f) for f in files} == record["files"]
+    models = {f for f in files if f.endswith((".xml", ".bin", ".onnx", ".data"))}
+    assert models == {f"{name}/openvino_model.{end}" for name in NETWORKS for end in ("xml", "bin")}
+    for name in NETWORKS:
+        assert 0 < record["parity"][name]["max_relative"] < 2e-5, name
+        onnx_bytes = sum(p.stat().st_size for p in (tiny_folders[1] / name).glob("model.onnx*"))
+        assert (out / name / "openvino_model.bin").stat().st_size < 0.6 * onnx_bytes  # stored in half precision
+    assert [p.name for p in out.parent.iterdir()] == ["ir"]
+    assert bench.disk_bytes(out)["transformer_disk_bytes"] == sum(
+        (out / f).stat().st_size for f in models if f.startswith("transformer/")
+    )
+
+
+def test_export_without_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtraError, match=r"openvino is not installed; run: pip install 'edgeprune\[openvino\]'"):
+        to_openvino.export(tmp_path / "x", tmp_path / "y", device=targets.load("cpu-x86"))
+
+
+def test_a_file_that_openvino_does_not_take(tmp_path: Path) -> None:
+    (tmp_path / "vae_decoder").mkdir()
+    path = tmp_path / "vae_decoder" / "model.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(EdgepruneError, match="vae_decoder: OpenVINO cannot convert it") as caught:
+        to_openvino.converted(path)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- the runtime
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_same_seed_same_image_as_torch(exported: tuple[Path, dict[str, Any]], tiny_folders: tuple[Path, Path]) -> None:
+    """Same weights in float32: latents to 1e-4 of their size, pixels to 1 of 255; IR and ONNX alike."""
+    source, onnx_folder = tiny_folders
+    with runtimes.load(source) as theirs:
+        reference = theirs.generate_latents(PROMPTS, seed=7)
+        images = [np.asarray(image, int) for image in theirs.generate(PROMPTS, seed=7)]
+    for path, options in ((exported[0], {}), (exported[0], {"low_memory": True}), (onnx_folder, {"threads": 1})):
+        with runtimes.load(path, **options) as ours:
+            assert (ours.name, ours.backend.provider) == ("openvino", "CPU" if not options.get("low_memory") else "")
+            found = ours.generate_latents(PROMPTS, seed=7)
+            assert np.linalg.norm(found - reference) <= 1e-4 * np.linalg.norm(reference)
+            for a, b in zip(ours.generate(PROMPTS, seed=7), images, strict=True):
+                assert np.abs(np.asarray(a, int) - b).max() <= 1
+        with pytest.raises(InputError, match="closed"):
+            ours.generate("x")
+        ours.close()
+    assert images[0].std() > 5
+
+
+def test_low_memory_gives_the_same_image(exported: tuple[Path, dict[str, Any]]) -> None:
+    drawn = []
+    for low_memory in (False, True):
+        with runtimes.load(exported[0], low_memory=low_memory, threads=1) as ours:
+            drawn.append(ours.generate(PROMPTS[0], seed=3, steps=2)[0].tobytes())
+            held = list(ours.backend._networks)  # type: ignore[attr-defined]
+        assert held == (["vae_decoder"] if low_memory else ["text_encoder", "text_encoder_2", *NETWORKS[::3]])
+    assert drawn[0] == drawn[1]
+
+
+def test_an_onnx_folder_is_opened_by_openvino_first(
+    tiny_folders: tuple[Path, Path], exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert runtimes.candidates(tiny_folders[1]) == ["openvino", "ort"]
+    assert runtimes.candidates(exported[0]) == ["openvino"]
+    assert runtimes.choose(tiny_folders[1]) == "openvino"
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else real(name))
+    assert runtimes.choose(tiny_folders[1]) == "ort"
+    with pytest.raises(MissingExtraError, match=r"openvino is not installed; run: pip install 'edgeprune\[openvino\]'"):
+        runtimes.load(exported[0])
+
+
+def test_a_folder_named_openvino_is_not_the_package(tmp_path: Path) -> None:
+    """Such as an export in the working directory, which Python takes for a namespace package."""
+    (tmp_path / "openvino").mkdir()
+    code = "import importlib.util as u; from edgeprune.common import extras as e; print(e.absent('openvino'))"
+    for blocked, said in (("", "False"), ("sys.path[:] = [p for p in sys.path if 'site-packages' not in p];", "True")):
+        code_then = f"import sys; import edgeprune.common.extras; {blocked} {code}"
+        done = subprocess.run([sys.executable, "-c", code_then], capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.strip() == said, done.stderr
+
+
+@pytest.mark.parametrize("name", ["transformer", "text_encoder_2", "vae_decoder"])
+def test_damaged_files(exported: tuple[Path, dict[str, Any]], tmp_path: Path, name: str) -> None:
+    source = exported[0] / name
+    for damage in ("truncate xml", "truncate bin", "no bin", "no xml"):
+        copy = Path(shutil.copytree(source, tmp_path / damage))
+        kind, end = damage.split()
+        path = copy / f"openvino_model.{end}"
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        if kind == "no":
+            path.unlink()
+        with pytest.raises(InputError, match=r"openvino_model\.xml: found .*, expected .*export again$") as caught:
+            runtime.OpenVinoNetwork(copy / "openvino_model.xml", "CPU", EXACT)
+        assert "\n" not in str(caught.value)
+
+
+def test_wrong_inputs_are_named(exported: tuple[Path, dict[str, Any]]) -> None:
+    network = runtime.OpenVinoNetwork(exported[0] / "vae_decoder" / runtime.FILES["openvino"], "CPU", EXACT)
+    with pytest.raises(InputError, match=r"xml: inputs: found also \['latent_sample'\], expected \['x'\]"):
+        network(x=np.zeros(1))
+    with pytest.raises(InputError, match=r"xml: found .*inputs were \{'latent_sample': \[1, 3, 4, 4\]\}"):
+        network(latent_sample=np.zeros((1, 3, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "says"),
+    [
+        ("TPU", {}, r"device: found 'TPU', expected CPU, GPU or NPU, of which OpenVINO sees here: .*CPU"),
+        ("GPU.9", {}, "device: found 'GPU.9'"),
+        ("CPU", {"threads": -1}, "threads: found -1"),
+        ("NPU", {"threads": 2}, "threads: found 2 for NPU"),
+        ("NPU", {"dynamic_quantization": True}, "dynamic_quantization: found True for NPU, expected it for CPU or GPU"),
+        ("CPU", {"cache_dir": __file__}, "cache_dir: .*expected a folder to write"),
+    ],
+)
+def test_bad_options(device: str, options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "core", FakeCore)
+    with pytest.raises(InputError, match=says):
+        runtime.settings_of(device, **options)
+
+
+def test_options_become_properties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "core", FakeCore)
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    assert runtime.settings_of("CPU") == exact
+    found = runtime.settings_of("CPU", threads=3, dynamic_quantization=True, cache_dir=tmp_path / "a" / "b")
+    cache = str(tmp_path / "a" / "b")
+    assert found == {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": 3, "CACHE_DIR": cache}
+    monkeypatch.setattr(FakeCore, "capabilities", ["FP32"])
+    assert runtime.settings_of("CPU", dynamic_quantization=True) == {"INFERENCE_PRECISION_HINT": "f32"}
+    found = runtime.settings_of("CPU", dynamic_quantization=True, group_size=128)
+    assert found == {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}
+    assert runtime.settings_of("CPU", group_size=128) == exact
+    assert runtime.settings_of("GPU", dynamic_quantization=True, group_size=128) == {}  # it has its own
+    assert (tmp_path / "a" / "b").is_dir()
+    assert runtime.settings_of("GPU") == {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"} and runtime.settings_of("NPU") == {}
+
+
+def test_dynamic_quantisation_rounds_activations(quantised: Path, model: nn.Module) -> None:
+    example = graph.Transformer(model).example(batch=2, height=8, width=8, tokens=16)
+    with torch.no_grad():
+        expected = model(**example, return_dict=False)[0].numpy()
+    errors = []
+    for on in (False, True):
+        config = runtime.settings_of("CPU", dynamic_quantization=on, threads=1)
+        found = runtime.OpenVinoNetwork(quantised, "CPU", config)(**example)
+        errors.append(parity.relative_error(found["out_hidden_states"], expected)[0])
+    assert errors[0] < 1e-5 and errors[1] < 5e-2
+    # Where the CPU has no int8 kernels for it OpenVINO leaves activations alone.
+    assert errors[1] >= errors[0] / 2
+
+
+def test_bf16_leaves_angles_alone(quantised: Path, model: nn.Module, tmp_path: Path) -> None:
+    """Near 1000 neighbours in bf16 are four radians apart."""
+    wrapper = graph.Transformer(model)
+    example = wrapper.example(batch=2, height=8, width=8, tokens=16) | {"timestep": torch.tensor([501.0, 997.3])}
+    with torch.no_grad():
+        expected = model(**example, return_dict=False)[0].numpy()
+    tree = ElementTree.parse(quantised)
+    marked = [
+        layer for layer in tree.iterfind("layers/layer") if layer.find("rt_info/attribute[@name='precise']") is not None
+    ]
+    assert {"Parameter", "Sin", "Cos", "Reshape"} <= {str(layer.get("type")) for layer in marked}
+    assert {layer.get("name") for layer in marked if layer.get("type") == "Parameter"} == {"timestep"}
+    for layer in marked:
+        layer.remove(layer.find("rt_info"))  # type: ignore[arg-type]
+    tree.write(tmp_path / quantised.name)
+    (tmp_path / "openvino_model.bin").symlink_to(quantised.with_suffix(".bin"))
+    config = runtime.settings_of("CPU", dynamic_quantization=True, threads=1) | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    errors = []
+    for path in (quantised, tmp_path / quantised.name):
+        found = runtime.OpenVinoNetwork(path, "CPU", config)(**example)
+        errors.append(parity.relative_error(found["out_hidden_states"], expected)[1])
+    assert errors[0] < 2e-2
+    if config["INFERENCE_PRECISION_HINT"] == "bf16":
+        assert errors[1] > 3 * errors[0]
+
+
+def test_what_marks_no_angles_computes_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from openvino import opset13 as ops
+
+    seen = []
+    monkeypatch.setattr(runtime, "core", lambda: SimpleNamespace(read_model=lambda _: built))
+    for angle, says, expected in ((ops.sin, False, "f32"), (ops.sin, True, "bf16"), (ops.sqrt, False, "bf16")):
+        x = ops.parameter([1], np.float32)
+        built = openvino.Model([angle(x)], [x])
+        if says:
+            built.set_rt_info("float32", list(runtime.ANGLES))
+        (tmp_path / "model.xml").touch()
+        network = runtime.OpenVinoNetwork(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+        seen.append(network._config["INFERENCE_PRECISION_HINT"] == expected)
+    assert seen == [True, True, True]
+
+
+def test_a_signal_finds_its_stack_after_many_models(quantised: Path) -> None:
+    """Where each model has a core of its own, and they go in the order they came in, it is a segmentation fault."""
+    code = f"""if True:
+        import os, signal
+        from pathlib import Path
+        from edgeprune.runtimes import openvino as runtime
+        config = runtime.settings_of("CPU", threads=1)
+        first, second = (runtime.OpenVinoNetwork(Path({str(quantised)!r}), "CPU", config) for _ in "ab")
+        first.close()
+        second.close()
+        signal.signal(signal.SIGTERM, lambda *_: print("asked to stop"))
+        os.kill(os.getpid(), signal.SIGTERM)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "asked to stop\n"), done.stderr
+
+
+def test_compile_cache(quantised: Path, model: nn.Module, tmp_path: Path) -> None:
+    arrays = {k: v.numpy() for k, v in graph.Transformer(model).example(batch=1, height=4, width=4, tokens=3).items()}
+    config = runtime.settings_of("CPU", threads=1, cache_dir=tmp_path / "cache")
+    found = []
+    for _ in range(2):
+        network = runtime.OpenVinoNetwork(quantised, "CPU", config)
+        found.append(network(**arrays)["out_hidden_states"])
+        assert len(list((tmp_path / "cache").glob("*.blob"))) == 1
+    np.testing.assert_array_equal(*found)
+
+
+# ------------------------------------------------------------------------------------- devices that are not here
+
+CORE = runtime.core
+
+
+class FakeCore:
+    """Sees two GPUs and an NPU; compiles for the CPU, and writes down what for."""
+
+    available_devices = ("CPU", "GPU.0", "GPU.1", "NPU")
+    capabilities = ["FP32", "BF16"]
+    compiled: list[tuple[str, bool, dict[str, Any]]] = []
+
+    def read_model(self, path: Path) -> Any:
+        return CORE().read_model(path)
+
+    def get_property(self, device: str, name: str) -> list[str]:
+        assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
+        return self.capabilities
+
+    def compile_model(self, model: Any, device: str, config: dict[str, Any]) -> Any:
+        static = isinstance(model, openvino.Model) and not model.is_dynamic()
+        self.compiled.append((device, static, config))
+        return CORE().compile_model(model, "CPU", EXACT)
+
+
+@pytest.mark.parametrize("device", ["NPU", "GPU.1", "CPU"])
+def test_sizes_are_fixed(device: str, exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each network is compiled for the sizes it is called with, the transformer again when the batch changes."""
+    monkeypatch.setattr(runtime, "core", FakeCore)
+    monkeypatch.setattr(FakeCore, "compiled", [])
+    with runtimes.load(exported[0], "openvino", device=device) as ours:
+        assert not FakeCore.compiled
+        drawn = ours.generate_latents(PROMPTS[0], seed=3, steps=2)
+        without = ours.generate_latents(PROMPTS[0], seed=3, steps=1, guidance_scale=1.0)
+        ours.backend.decode(drawn)
+        assert ours.backend.provider == device
+    assert len(FakeCore.compiled) == 1 + 1 + 2 + 1
+    assert {(d, static) for d, static, _ in FakeCore.compiled} == {(device, True)}
+    monkeypatch.undo()
+    with runtimes.load(exported[0], "openvino", threads=1) as ours:
+        np.testing.assert_allclose(drawn, ours.generate_latents(PROMPTS[0], seed=3, steps=2), atol=1e-4)
+        again = ours.generate_latents(PROMPTS[0], seed=3, steps=1, guidance_scale=1.0)
+        np.testing.assert_allclose(without, again, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------- processes
+
+
+def one_layer(path: Path) -> Path:
+    """ONNX of one INT4 layer."""
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            linear = nn.Linear(512, 512)
+            self.model = packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.model(x),)
+
+    p = Precision(4, 64)
+    out = path / "layer" / "model.onnx"
+    out.parent.mkdir()
+    built = graph.to_ir(Wrapper(), {"x": torch.randn(2, 3, 512)}, {"x": {0: "b", 1: "m"}}, {"y": {0: "b", 1: "m"}})
+    graph.save(built, out)
+    return out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory rows are Linux's")
+def test_nothing_leaks(tmp_path: Path) -> None:
+    """100 times opened, used and closed: the last 70 add less than 2 MB, where one float copy of the layer is 1 MB."""
+    path = one_layer(tmp_path)
+    to_openvino.converted(path)
+    path, x = path.with_name(to_openvino.MODEL), np.ones((2, 3, 512), np.float32)
+    held = []
+    for i in range(100):
+        network = runtime.OpenVinoNetwork(path, "CPU", EXACT)
+        network(x=x)
+        network.close()
+        if i in (29, 99):
+            gc.collect()
+            held.append(memory.read()["anon_bytes"].bytes)
+    assert held[1] - held[0] < 2_000_000, held
+
+
+@pytest.mark.parametrize("command", [["openvino.py"], ["-c", "import openvino"]])
+def test_as_a_script_it_says_what_it_is(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT / "runtimes")
+    assert done.returncode == 1
+    assert "import this module as edgeprune.runtimes.openvino, not as" in done.stderr.splitlines()[-1]

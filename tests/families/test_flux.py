@@ -1,0 +1,272 @@
+"""FLUX from a diffusers folder to every runtime: a real artefact of a plan with blocks and components of both kinds.
+
+What is the same for every family is tested where it is: surgery, plans, distillation, quantisation, integers. Here is
+what FLUX has of its own on the way: packing, guidance as an input, its text encoders, its schedule.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import tiny
+import torch
+
+import edgeprune
+from edgeprune import runtimes, targets
+from edgeprune.artefact import checkpoint
+from edgeprune.common.errors import InputError
+from edgeprune.export import graph, parity, to_coreml, to_onnx, to_openvino, to_trt
+from edgeprune.export.mil_reference import Package
+from edgeprune.planning.plan import PlanOptions
+from edgeprune.report import figures as report
+from edgeprune.runtimes import base
+from edgeprune.runtimes.coreml import CoremlNetwork, shapes
+from edgeprune.sampling.generation import Generation
+from edgeprune.stages import pipeline
+from edgeprune.stages.forecast import forecast
+from edgeprune.stages.pipeline import AnalyzeOptions, CompressOptions, DataOptions, Workspace
+from edgeprune.training.recipe import DistillOptions
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
+PROMPTS = ["two red circles", "a drawing of a star above a ring"]
+GONE = {"blocks": "3", "components": "1:mlp,1:context_norm,2:mlp,4:attn,4:norm"}
+OPTIONS = CompressOptions(
+    analyze=AnalyzeOptions(count=2),
+    plan=PlanOptions("manual", **GONE),
+    data=DataOptions("shapes", 8),
+    distill=DistillOptions(steps=3, batch=2),
+)
+VARIANTS = {"dev": {}, "schnell": {"guidance_embeds": False}}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {name: tmp_path_factory.mktemp(name) / "tiny" for name in VARIANTS}
+    for name, folder in folders.items():
+        tiny.tiny_flux_pipeline(folder, **VARIANTS[name])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def source(variant: str, sources: dict[str, Path]) -> Path:
+    return sources[variant]
+
+
+@pytest.fixture(scope="module")
+def artefact(sources: dict[str, Path]) -> Path:
+    """Of dev."""
+    ws = Workspace(sources["dev"].with_name("small"), str(sources["dev"]))
+    assert pipeline.compress(ws, OPTIONS) == list(pipeline.STAGES)
+    return ws.out
+
+
+@pytest.fixture(scope="module")
+def exported(artefact: Path) -> Path:
+    to_onnx.export(artefact, artefact.with_name("onnx"))
+    return artefact.with_name("onnx")
+
+
+# ------------------------------------------------------------------------------------- compress
+
+
+def test_every_stage(artefact: Path, sources: dict[str, Path]) -> None:
+    scored = json.loads((artefact / "analysis.json").read_text())["scores"]
+    found = {tuple(part) for entry in scored for part in entry["parts"]}
+    assert {(0, None), (4, None), (1, "context_mlp"), (4, "mlp")} <= found and (4, "context_mlp") not in found
+    assert all(max(entry["scores"]) < 0 for entry in scored)  # every one of them does something
+    model: Any = checkpoint.load_transformer(artefact, quantized=True)
+    assert (model.config.num_layers, model.config.num_single_layers) == (2, 2)
+    first, second = model.single_transformer_blocks
+    assert (first.proj_out.in_features, second.proj_out.in_features) == (64, 4 * 64)
+    assert pipeline.compress(Workspace(artefact, str(sources["dev"])), OPTIONS) == []
+    report.make(Workspace(artefact, str(sources["dev"])), quick=True)
+    assert (artefact / "report.html").is_file()
+
+
+def test_whole_block_plans_load_in_stock_diffusers(source: Path, tmp_path: Path) -> None:
+    from diffusers import FluxPipeline
+
+    ws = Workspace(tmp_path / "blocks", str(source))
+    pipeline.run_plan(ws, PlanOptions("manual", blocks="1,3"))
+    pipeline.run_prune(ws)
+    stock = FluxPipeline.from_pretrained(ws.out)
+    ours = edgeprune.load(ws.out)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            *(tiny_step(p.transformer.float(), ws.out) for p in (stock, ours)), rtol=1e-4, atol=1e-4
+        )
+    assert (stock.transformer.config.num_layers, stock.transformer.config.num_single_layers) == (1, 2)
+
+
+def tiny_step(model: Any, folder: Path) -> torch.Tensor:
+    """One velocity at random inputs."""
+    whole = graph.Transformer(model)
+    return whole.reference(**whole.example(batch=1, height=2, width=3, tokens=5))[0]
+
+
+def test_forecast(source: Path, variant: str) -> None:
+    options = CompressOptions(plan=PlanOptions(keep=0.9, protect_first=0, protect_last=0))
+    rows = forecast(source, options, Generation.load(source))
+    # Guidance of dev is an input, of schnell a second evaluation.
+    assert rows["data_evaluations"] == 1024 * 4 * (1 if variant == "dev" else 2)
+    assert rows["evaluation_flops"] > 0 and rows["parameters_left"] < rows["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({"guidance_embeds": True}, (28, 3.5, 1024, 512)), ({"guidance_embeds": False}, (4, 0.0, 1024, 256))],
+)
+def test_defaults_are_those_of_the_model(source: Path, tmp_path: Path, config: Any, expected: Any) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "copy"))
+    (folder / "generation.json").unlink()
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    found = Generation.load(folder)
+    got = found.num_inference_steps, found.guidance_scale, found.height, found.max_sequence_length
+    assert got == expected and found.width == found.height
+    with pytest.raises(InputError, match="height: found 72, expected a multiple of 16"):  # 8 is a latent pixel
+        Generation(height=72, width=64).check_size(folder)
+
+
+# ------------------------------------------------------------------------------------- runtimes
+
+
+def test_eager_equals_stock_diffusers(source: Path, variant: str) -> None:
+    """Our loop, guidance, schedule and decoding against FluxPipeline itself, from the same noise."""
+    with runtimes.load(source) as model:
+        ours = np.asarray(model.generate(PROMPTS[0], seed=3)[0], int)
+        pipe = model.backend.pipeline  # type: ignore[attr-defined]
+        pipe.set_progress_bar_config(disable=True)
+        noise = torch.from_numpy(base.initial_latents(model.settings, [3], 64, 64))
+        # Of schnell the pipeline reads no guidance scale but that of its own second evaluation.
+        second = {} if variant == "dev" else {"negative_prompt": "", "true_cfg_scale": 3.0}
+        theirs = pipe(
+            PROMPTS[0], latents=pipe._pack_latents(noise, 1, 8, 8, 8), num_inference_steps=4, guidance_scale=3.0,
+            height=64, width=64, max_sequence_length=24, **second,
+        ).images[0]  # fmt: skip
+    assert ours.std() > 5 and np.abs(ours - np.asarray(theirs, int)).max() <= 1
+
+
+def test_guidance_reaches_the_image_in_one_evaluation(source: Path, variant: str) -> None:
+    with runtimes.load(source) as model:
+        batches: list[int] = []
+        step = model.backend.step
+        model.backend.step = lambda *args: batches.append(len(args[0])) or step(*args)  # type: ignore[method-assign, func-returns-value]
+        drawn = [model.generate_latents(PROMPTS[0], seed=3, guidance_scale=g, steps=2) for g in (1.0, 5.0)]
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-2
+    assert batches == ([1, 1, 1, 1] if variant == "dev" else [1, 1, 2, 2])
+
+
+@pytest.mark.parametrize("name", ["ort", "openvino"])
+def test_same_seed_same_image_as_torch(artefact: Path, exported: Path, name: str) -> None:
+    """An artefact's INT4 transformer; T5 is in 8 bits in the export, which is most of the difference."""
+    with runtimes.load(exported, name, low_memory=True) as ours, runtimes.load(artefact) as theirs:
+        for mine, reference in zip(ours.backend.encode(PROMPTS), theirs.backend.encode(PROMPTS), strict=True):
+            assert np.linalg.norm(mine - reference) <= 1e-2 * np.linalg.norm(reference)
+        text = theirs.backend.encode(PROMPTS)
+        latents = base.initial_latents(ours.settings, [1, 2], 48, 80)
+        sigma = np.asarray([0.9, 0.2], np.float32)
+        mine, reference = (m.step(latents, *text, sigma, 3.5) for m in (ours, theirs))
+        assert mine.shape == latents.shape
+        assert np.linalg.norm(mine - reference) <= 1e-4 * np.linalg.norm(reference)
+        images = [np.asarray(m.generate(PROMPTS[0], seed=7, height=32, width=96)[0], int) for m in (ours, theirs)]
+        assert images[0].shape == (32, 96, 3) and images[0].std() > 5
+        assert np.abs(images[0] - images[1]).max() <= 4
+
+
+# ------------------------------------------------------------------------------------- exports
+
+
+def test_network_is_what_diffusers_gives_it(exported: Path) -> None:
+    def axes(name: str) -> dict[str, list[str | int]]:
+        loaded = onnx.load(str(exported / name / "model.onnx"), load_external_data=False).graph
+        return {
+            v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+            for v in [*loaded.input, *loaded.output]
+        }
+
+    assert axes("transformer") == {
+        "hidden_states": ["batch_size", "packed_height_width", 32],
+        "encoder_hidden_states": ["batch_size", "sequence_length", tiny.T5_WIDTH],
+        "pooled_projections": ["batch_size", tiny.TEXT_WIDTH],
+        "timestep": ["batch_size"],
+        "img_ids": ["packed_height_width", 3],
+        "txt_ids": ["sequence_length", 3],
+        "guidance": ["batch_size"],
+        "out_hidden_states": ["batch_size", "packed_height_width", 32],
+    }
+    assert axes("text_encoder") == {
+        "input_ids": ["batch_size", "sequence_length"], "pooler_output": ["batch_size", tiny.TEXT_WIDTH],
+    }  # fmt: skip
+    loaded = onnx.load(str(exported / "transformer" / "model.onnx"))
+    # TensorRT has no float64, in which diffusers makes the rotary embedding.
+    assert onnx.TensorProto.DOUBLE not in {t.data_type for t in loaded.graph.initializer}
+    assert onnx.TensorProto.DOUBLE not in {v.type.tensor_type.elem_type for v in loaded.graph.value_info}
+
+
+def test_openvino(artefact: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As IR; the ONNX stands in for tracing it again, which takes long."""
+    names = iter(("transformer", "text_encoder", "text_encoder_2", "vae_decoder"))
+    monkeypatch.setattr(graph, "to_ir", lambda *_, **__: ir.load(exported / next(names) / "model.onnx"))
+    record = to_openvino.export(artefact, tmp_path / "ir", device=targets.load("cpu-x86"))
+    assert max(found["max_relative"] for found in record["parity"].values()) < 1e-4
+    with runtimes.load(tmp_path / "ir") as ours, runtimes.load(artefact) as theirs:
+        images = [np.asarray(m.generate(PROMPTS[0], seed=7, steps=2)[0], int) for m in (ours, theirs)]
+    assert ours.name == "openvino" and np.abs(images[0] - images[1]).max() <= 4
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_engine_profiles_are_of_packed_tokens(name: str, sources: dict[str, Path]) -> None:
+    """That TensorRT builds it from integers and half precision: test_integers.py."""
+    whole = graph.Transformer(tiny.tiny_flux(**VARIANTS[name]))
+    settings = base.read_settings(sources[name])
+    sizes = to_trt.axis_ranges(targets.load("rtx"), settings, settings.family.latents(settings.config).largest, 24)
+    profile = to_trt.profile_of(whole.inputs, whole.example(batch=2, height=2, width=2, tokens=5), sizes)
+    # Its own size, 64 x 64 pixels, up to the device's 1024 x 1024.
+    assert profile["hidden_states"] == ((1, 16, 32), (2, 16, 32), (2, 4096, 32))
+    assert profile["img_ids"] == ((16, 3), (16, 3), (4096, 3)) and profile["txt_ids"][2] == (24, 3)
+    assert ("guidance" in profile) == (name == "dev")
+    smallest = to_trt._smallest(whole, sizes)
+    assert {key: tuple(value.shape) for key, value in smallest.items() if key != "encoder_hidden_states"} == {
+        key: shapes[0] if key != "txt_ids" else shapes[2] for key, shapes in profile.items()
+        if key != "encoder_hidden_states"
+    }  # fmt: skip
+
+
+def test_core_ml(artefact: Path, tmp_path: Path) -> None:
+    """In parts: what the reference evaluator computes of them is what diffusers computes."""
+    model: Any = checkpoint.load_transformer(artefact, quantized=True)
+    whole = graph.Transformer(model)
+    examples = [whole.example(batch=1, height=4, width=4, tokens=24)]
+    parts = to_coreml.split(whole, 3, examples[0])
+    assert [part.inputs[:2] for part in parts[1:]] == [[f"image_tokens_{i}", f"text_tokens_{i}"] for i in (1, 2)]
+    record = to_coreml._network("transformer", parts, whole, examples, tmp_path, chunks=3)
+    assert 0 < record["max_relative"] < 1e-3 and record["max_relative"] < record["half_relative"] < 1e-2
+
+    def opened(path: Path) -> SimpleNamespace:
+        package = Package(path)
+        description = package.spec.description
+        return SimpleNamespace(
+            inputs={v.name: shapes(v.type.multiArrayType) for v in description.input}, compile_s=0, specialise_s=0,
+            predict=lambda arrays: dict(zip(package.outputs, package.run(None, arrays), strict=True)),
+        )  # fmt: skip
+
+    # As the runtime calls it: positions are given too, but are constants of the package.
+    example = whole.example(batch=1, height=4, width=4, tokens=24, seed=3)
+    network = CoremlNetwork(tmp_path, "all", opened)
+    found = network(**{name: value.numpy() for name, value in example.items()})["out_hidden_states"]
+    with torch.no_grad():
+        assert parity.relative_error(found, whole.reference(**example)[0].numpy())[0] < 1e-3

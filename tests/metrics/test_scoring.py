@@ -1,0 +1,170 @@
+"""`edgeprune score`: drawing with resuming, pairing, intervals, and the command line on folders of images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from shell import run
+
+from edgeprune import shapes
+from edgeprune.common.errors import InputError
+from edgeprune.data.imagefolder import Sample, read_samples
+from edgeprune.metrics import scoring
+from edgeprune.metrics.scoring import Wish
+
+
+def image_folder(folder: Path, images: list[Any], texts: list[str], seeds: list[int] | None = None) -> Path:
+    folder.mkdir()
+    lines = []
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        Image.fromarray(image).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": text} | ({"seed": seeds[i]} if seeds else {})))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Shapes-world images: eight right ones, and the same of which the second and the last are blank."""
+    root = tmp_path_factory.mktemp("worlds")
+    prompts = [p for p in shapes.evaluation_prompts(4) if p.meaning.task in ("single_object", "colors")]
+    texts = [p.text for p in prompts]
+    right = [shapes.render(p.meaning, np.random.default_rng(i)) for i, p in enumerate(prompts)]
+    blank = [np.full_like(image, 255) if i in (1, 7) else image for i, image in enumerate(right)]
+    return image_folder(root / "original", right, texts), image_folder(root / "images", blank, texts)
+
+
+def test_scores_and_drops_in_pairs(worlds: tuple[Path, Path]) -> None:
+    original, images = map(read_samples, worlds)
+    shapes_, psnr = scoring.score(images, ["shapes", "psnr"], against=original)
+    assert shapes_.tasks == {"single_object": 0.75, "colors": 0.75} and shapes_.score.mean == 0.75
+    assert shapes_.values == [1, 0, 1, 1, 1, 1, 1, 0] and shapes_.original_values == [1] * 8
+    assert shapes_.original == (1, 1, 1) and shapes_.drop is not None and shapes_.relative_drop is not None
+    assert shapes_.drop == shapes_.relative_drop and shapes_.drop.mean == 0.25
+    assert 0 <= shapes_.drop.low < 0.25 < shapes_.drop.high < 1
+    assert psnr.values[0] == 100 and psnr.values[1] < 20 and psnr.drop is None
+    assert scoring.score(images, ["shapes"])[0].original is None
+
+
+def test_seeds_of_a_prompt_are_averaged(tmp_path: Path) -> None:
+    black, white = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)
+    mine = read_samples(image_folder(tmp_path / "a", [black, white, black], ["p", "p", "q"]))
+    other = read_samples(image_folder(tmp_path / "b", [black] * 3, ["p", "p", "q"]))
+    (found,) = scoring.score(mine, ["psnr"], against=other)
+    assert found.values == [50, 100] and found.score.mean == 75 and found.images == 3
+
+
+def test_images_must_be_of_the_same_prompts_and_seeds() -> None:
+    one, other = Sample(Path("a"), "p", 3), Sample(Path("b"), "q", 3)
+    with pytest.raises(InputError, match="image 1: found the prompt 'q', expected 'p'"):
+        scoring.pair([one], [other])
+    with pytest.raises(InputError, match="found seed 4, expected 3"):
+        scoring.pair([one], [Sample(Path("b"), "p", 4)])
+    with pytest.raises(InputError, match="found 2 images, expected 1"):
+        scoring.pair([one], [one, one])
+    scoring.pair([one], [Sample(Path("b"), "p")])
+
+
+def test_what_is_drawn() -> None:
+    assert [w.seed for w in scoring.wishes(["shapes"], per_task=1, seeds=2)] == list(range(2 * len(shapes.TASKS)))
+    assert len(scoring.wishes(["geneval", "clip"])) == 553
+    assert len(scoring.wishes(["clip"])) == 24
+    with pytest.raises(InputError, match="each have prompts of their own"):
+        scoring.wishes(["geneval", "shapes"])
+    with pytest.raises(InputError, match="--per-task is for metrics"):
+        scoring.wishes(["clip"], per_task=2)
+
+
+def test_own_prompts_are_checked_before_drawing(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a photo of a bench\na lighthouse\n")
+    assert len(scoring.wishes(["clip"], prompts=path)) == 2
+    with pytest.raises(InputError, match="'a lighthouse' is not one of GenEval's"):
+        scoring.wishes(["geneval"], prompts=path)
+
+
+class Artist:
+    """A runtime that paints the seed; may die after some batches."""
+
+    def __init__(self, batches: int = 99) -> None:
+        self.left, self.drawn = batches, list[int]()
+
+    def __call__(self, *_: Any) -> Artist:
+        return self
+
+    def __enter__(self) -> Artist:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def generate(self, texts: list[str], *, seed: list[int], steps: int | None) -> list[Image.Image]:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.drawn += seed
+        return [Image.new("RGB", (8, 8), (s, 0, 0)) for s in seed]
+
+
+def test_a_killed_drawing_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    (model / "transformer").mkdir(parents=True)
+    (model / "model_index.json").write_text("{}")
+    (model / "transformer" / "w").write_text("1")
+    wanted = [Wish(f"p{i}", i) for i in range(20)]
+    first, second, third = Artist(2), Artist(), Artist()
+    monkeypatch.setattr(scoring.runtimes, "load", first)
+    with pytest.raises(KeyboardInterrupt):
+        scoring.draw(model, out, wanted)
+    with (out / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "000')  # torn by the kill
+    monkeypatch.setattr(scoring.runtimes, "load", second)
+    scoring.draw(model, out, wanted)
+    assert (first.drawn, second.drawn) == (list(range(16)), list(range(16, 20)))
+    samples = read_samples(out)
+    assert [(s.text, s.seed) for s in samples] == [(w.text, w.seed) for w in wanted]
+    assert Image.open(samples[17].path).getpixel((0, 0)) == (17, 0, 0)
+    monkeypatch.setattr(scoring.runtimes, "load", third)
+    scoring.draw(model, out, wanted)
+    (model / "cache").mkdir()
+    (model / "cache" / "c").write_text("kept by a runtime")
+    scoring.draw(model, out, wanted)
+    assert third.drawn == []
+    for change in (wanted[:19] + [Wish("other", 19)], wanted[:3]):
+        with pytest.raises(InputError, match="images of another model, prompts or settings; give another --out"):
+            scoring.draw(model, out, change)
+    (model / "transformer" / "w").write_text("12")
+    with pytest.raises(InputError, match="images of another model"):
+        scoring.draw(model, out, wanted)
+
+
+def test_command_line_on_images(worlds: tuple[Path, Path]) -> None:
+    original, images = map(str, worlds)
+    found = run("score", images, "--against", original, "--metric", "shapes", "--metric", "ssim", "--json")
+    assert found.returncode == 0, found.stderr
+    data = json.loads(found.stdout.splitlines()[-1])
+    assert data["schema_version"] == 1 and len(data["prompts"]) == 8
+    first, second = data["scores"]
+    assert (first["metric"], first["score"][0], first["drop"][0]) == ("shapes", 0.75, 0.25)
+    assert second["metric"] == "ssim" and second["drop"] is None and len(second["values"]) == 8
+    assert "0.75 [" in found.stderr and "25.0% [" in found.stderr and "8 images of 8 prompts" in found.stderr
+    alone = run("score", images, "--metric", "shapes")
+    assert alone.returncode == 0 and "next: edgeprune score" in alone.stderr and "--against ORIGINAL" in alone.stderr
+
+
+def test_command_line_says_what_is_wrong(worlds: tuple[Path, Path], tmp_path: Path) -> None:
+    images = str(worlds[1])
+    found = run("score", images, "--metric", "shapes", "--seeds", "2")
+    assert found.returncode == 2 and "says its prompts by itself" in found.stderr
+    white = np.full((32, 32, 3), 255, np.uint8)
+    small = image_folder(tmp_path / "small", [white], [read_samples(worlds[1])[0].text])
+    found = run("score", str(small), "--metric", "shapes")
+    assert found.returncode == 2 and "found an image of 32x32, expected 64x64" in found.stderr
+    (small / "0.png").write_text("not an image")
+    found = run("score", str(small), "--metric", "shapes")
+    assert found.returncode == 2 and "not a readable image" in found.stderr and "Traceback" not in found.stderr

@@ -1,0 +1,74 @@
+"""Baselines: which blocks they take, at a budget, and how they are distilled."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edgeprune.common.errors import BudgetError, InputError
+from edgeprune.families import family_of
+from edgeprune.planning.baselines import Blocks, baselines
+from edgeprune.planning.plan import PlanOptions, make_plan
+from edgeprune.planning.planners import Measured
+from edgeprune.stages import pipeline
+from edgeprune.stages.pipeline import CompressOptions, Workspace, as_published
+from edgeprune.training.recipe import DistillOptions
+
+LARGE = json.loads((Path(__file__).parents[1] / "samples" / "transformer_configs.json").read_text())["sd3.5-large"]
+TEN = Blocks(10, range(10), [float(i % 4) for i in range(10)], 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "three"),
+    [("bk-sdm", [5, 3, 7]), ("koala", [7, 8, 9]), ("uniform", [1, 5, 8]), ("magnitude", [0, 4, 8])],
+)
+def test_which_blocks_go(name: str, three: list[int]) -> None:
+    assert baselines()[name].choose(TEN, 3) == three
+
+
+@pytest.mark.parametrize("name", baselines())
+@pytest.mark.parametrize("number", [0, 1, 4, 8])
+def test_so_many_different_blocks_that_may_go(name: str, number: int) -> None:
+    chosen = baselines()[name].choose(replace(TEN, removable=range(1, 9)), number)
+    assert len(chosen) == len(set(chosen)) == number and set(chosen) <= set(range(1, 9))
+
+
+def test_each_seed_draws_another_lot() -> None:
+    draw = baselines()["random"].choose
+    assert draw(TEN, 5) == draw(TEN, 5) != draw(replace(TEN, seed=1), 5)
+
+
+@pytest.mark.parametrize("name", baselines())
+def test_a_plan_is_the_smallest_that_meets_the_budget(name: str) -> None:
+    family = family_of(LARGE)
+    measured = Measured(magnitudes=[1.0 + i for i in range(38)])
+    plan = make_plan(family, LARGE, None, method=name, keep=0.79, measured=measured)
+    assert len(plan.blocks) == 8 and plan.after.parameters == 6_352_630_080 and not plan.components
+    assert max(plan.blocks) < 36  # the last two are protected, as in every method
+    with pytest.raises(BudgetError, match="cannot be met"):
+        make_plan(family, LARGE, None, method=name, keep=0.01, measured=measured)
+
+
+def test_magnitude_needs_weights() -> None:
+    with pytest.raises(InputError, match="--method magnitude reads weights: give -o"):
+        make_plan(family_of(LARGE), LARGE, None, method="magnitude", keep=0.79)
+
+
+def test_a_baseline_is_distilled_by_its_own_rule() -> None:
+    options = CompressOptions(plan=PlanOptions("koala", keep=0.8), distill=DistillOptions(steps=7))
+    training = as_published(options).distill
+    assert training is not None
+    assert (training.features, training.sensitivity, training.freeze_prefix) == ("attention", "off", False)
+    assert training.steps == 7
+    ours = replace(options, plan=PlanOptions("hpp", keep=0.8))
+    assert as_published(ours) == ours
+
+
+def test_magnitudes_of_the_built_in_model(tmp_path: Path) -> None:
+    """Read tensor by tensor, they are those of the whole block."""
+    ws = Workspace(tmp_path / "out", None)
+    found = pipeline.block_magnitudes(ws)
+    tensors = [p.double().flatten() for p in ws.pipe.transformer.transformer_blocks[3].parameters()]
+    expected = (sum(float(t.square().sum()) for t in tensors) / sum(t.numel() for t in tensors)) ** 0.5
+    assert len(found) == 14 and found[3] == pytest.approx(expected, rel=1e-3)

@@ -1,0 +1,64 @@
+"""--fit: the sum of a pipeline on a device, against what the loaded networks hold."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from diffusers import AutoencoderKL
+from tiny import tiny_pipeline
+from transformers import CLIPTextModelWithProjection
+
+from edgeprune import targets
+from edgeprune.analysis.contribution import ContributionReport, fingerprint
+from edgeprune.common.errors import BudgetError, InputError
+from edgeprune.common.files import write_json
+from edgeprune.planning.fit import fit
+from edgeprune.sampling.generation import Generation
+from edgeprune.stages.pipeline import PlanOptions, Workspace, run_plan
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "tiny"
+    tiny_pipeline(folder)
+    return folder
+
+
+def test_weights_are_those_of_the_loaded_networks(source: Path) -> None:
+    target = targets.load("rtx")
+    found = fit(source, target, Generation.load(source))
+    encoders = [CLIPTextModelWithProjection.from_pretrained(source / n) for n in ("text_encoder", "text_encoder_2")]
+    decoder = AutoencoderKL.from_pretrained(source / "vae").decoder
+    assert found.text_encoders_bytes == 2 * sum(p.numel() for e in encoders for p in e.parameters())
+    assert found.vae_decoder_bytes == 2 * sum(p.numel() for p in decoder.parameters())
+    parts = (found.text_encoders_bytes, found.vae_decoder_bytes, found.activations_bytes, found.transformer_bytes)
+    assert sum(parts) == target.memory_bytes and min(parts) > 0
+
+
+def test_larger_images_and_wider_numbers_leave_less(source: Path) -> None:
+    small, large = Generation(height=64, width=64), Generation(height=2048, width=2048)
+    rtx, x86 = targets.load("rtx"), targets.load("cpu-x86")
+    assert fit(source, rtx, large).activations_bytes > fit(source, rtx, small).activations_bytes
+    assert fit(source, x86, small).vae_decoder_bytes == 2 * fit(source, rtx, small).vae_decoder_bytes
+
+
+def test_budget_of_the_plan(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ws = Workspace(tmp_path / "out", str(source))
+    generous = ws.fit("rtx")
+    assert generous.transformer_bytes > 0
+    with pytest.raises(InputError, match="expected one of"):
+        ws.fit("gameboy")
+    # A device with room for everything but the whole transformer.
+    drops = {((b, c),): [-0.1 * b] for b in range(3) for c in (None, *ws.family.components)}
+    report = ContributionReport(fingerprint(ws.config), "sd3", 3, "m", ["p"], [0.0], drops)
+    write_json(ws.report_path, report.to_json())
+    used = generous.memory_bytes - generous.transformer_bytes
+    tight = dataclasses.replace(targets.load("rtx"), memory_bytes=used + 200_000)
+    monkeypatch.setattr(targets, "load", lambda name: tight)
+    run_plan(ws, PlanOptions(fit="rtx", protect_first=0, protect_last=0))
+    plan = ws.plan()
+    assert plan.blocks and plan.after.int4_bytes <= 200_000 < plan.before.int4_bytes
+    nothing = dataclasses.replace(tight, memory_bytes=used)
+    monkeypatch.setattr(targets, "load", lambda name: nothing)
+    with pytest.raises(BudgetError, match="already fill"):
+        ws.fit("rtx")

@@ -1,0 +1,301 @@
+"""Runtimes: tokens as transformers', images as torch's, and errors that name the file."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import FakeBackend, fake_runtime
+
+from edgeprune import runtimes
+from edgeprune.common.errors import InputError, MissingExtraError
+from edgeprune.runtimes import base, memory
+
+PROMPTS = ["two red circles", "a drawing of a star above a ring"]
+
+
+def test_an_image_does_not_depend_on_its_batch() -> None:
+    both = fake_runtime().generate(PROMPTS, seed=5)
+    alone = fake_runtime().generate(PROMPTS[1], seed=6)
+    assert both[0].size == (16, 32)
+    np.testing.assert_array_equal(np.asarray(both[1]), np.asarray(alone[0]))
+    same = fake_runtime().generate(PROMPTS, seed=[6, 6])
+    np.testing.assert_array_equal(np.asarray(same[1]), np.asarray(alone[0]))
+
+
+def test_guidance_doubles_the_batch_and_can_be_off() -> None:
+    model = fake_runtime()
+    seen: list[tuple[int, int]] = []
+    model.generate("x", progress=lambda done, total: seen.append((done, total)))
+    assert isinstance(model.backend, FakeBackend)
+    assert model.backend.batches == [2, 2, 2] and seen == [(1, 3), (2, 3), (3, 3)]
+    model.backend.batches.clear()
+    model.generate("x", guidance_scale=1.0, steps=2)
+    assert model.backend.batches == [1, 1]
+    # Guidance 1 by hand: v = v0 + 1 (v1 - v0) = v1.
+    with_text = model.generate_latents("x", guidance_scale=1.0)
+    nearly = model.generate_latents("x", guidance_scale=1.0000001)
+    np.testing.assert_allclose(nearly, with_text, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"seed": -1}, "seed"),
+        ({"seed": [1, 2]}, "seed"),
+        ({"steps": 0}, "steps"),
+        ({"height": 24}, "height"),
+        ({"width": 0}, "width"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        fake_runtime().generate(**({"prompt": "x"} | options))
+
+
+def test_every_backend_has_the_whole_interface() -> None:
+    """Names and parameters of the Protocol, in the fake as in the real ones: one that lacks some is found here."""
+    from edgeprune.runtimes.eager import EagerBackend
+    from edgeprune.runtimes.networks import NetworkBackend
+
+    methods = {n: m for n, m in vars(base.Backend).items() if inspect.isfunction(m) and not n.startswith("_")}
+    assert set(methods) == {"encode", "step", "decode", "memory", "close"}
+    for kind in (FakeBackend, NetworkBackend, EagerBackend):
+        for name, method in methods.items():
+            theirs = inspect.signature(getattr(kind, name)).parameters
+            assert list(theirs) == list(inspect.signature(method).parameters), (kind, name)
+    assert set(base.Backend.__annotations__) == {"name", "provider", "why", "precision"}
+
+
+def test_a_runtime_is_closed_by_its_with() -> None:
+    with pytest.raises(ZeroDivisionError), fake_runtime() as model:
+        assert {"load", "Runtime"} <= set(runtimes.__all__) and model.name == "fake"
+        assert set(model.memory()) >= set(memory.SPLIT)
+        raise ZeroDivisionError
+    assert isinstance(model.backend, FakeBackend) and model.backend.closed
+    with pytest.raises(InputError, match="closed"):
+        model.generate("x")
+    model.close()
+
+
+# ------------------------------------------------------------------------------------- real files
+
+
+@pytest.fixture
+def source(tiny_folders: tuple[Path, Path]) -> Path:
+    """A tiny diffusers folder."""
+    return tiny_folders[0]
+
+
+@pytest.fixture
+def exported(tiny_folders: tuple[Path, Path]) -> Path:
+    """Its ONNX export, not quantised."""
+    return tiny_folders[1]
+
+
+@pytest.fixture
+def copy(exported: Path, tmp_path: Path) -> Iterator[Path]:
+    """The export, to be damaged."""
+    yield Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+def test_tokens_equal_transformers(exported: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    from edgeprune.runtimes.text import PromptTokenizer
+
+    theirs = CLIPTokenizer.from_pretrained(exported / "tokenizer")
+    texts = [
+        *PROMPTS,
+        "",
+        "  Two   RED\ncircles!! ",
+        "a " * 40,
+        "x" * 99,
+        "déjà vu, it's 12345 <|endoftext|> 🙂",
+        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen",
+    ]
+    ids = theirs(texts, padding="max_length", max_length=theirs.model_max_length, truncation=True).input_ids
+    ours = PromptTokenizer(exported / "tokenizer")
+    assert ours.max_length == 16
+    np.testing.assert_array_equal(ours(texts), ids)
+    np.testing.assert_array_equal(
+        PromptTokenizer(exported / "tokenizer", max_length=7)(texts),
+        theirs(texts, padding="max_length", max_length=7, truncation=True).input_ids,
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_same_seed_same_image_as_torch(source: Path, exported: Path) -> None:
+    """Same weights in float32: latents to 1e-4 of their size, pixels to 1 of 255."""
+    with runtimes.load(exported, "ort") as ours, runtimes.load(source) as theirs:
+        assert (ours.name, theirs.name) == ("ort", "eager")
+        for mine, reference in zip(ours.backend.encode(PROMPTS), theirs.backend.encode(PROMPTS), strict=True):
+            np.testing.assert_allclose(mine, reference, atol=2e-5)
+        mine, reference = (m.generate_latents(PROMPTS, seed=7) for m in (ours, theirs))
+        assert np.linalg.norm(mine - reference) <= 1e-4 * np.linalg.norm(reference)
+        images = [m.generate(PROMPTS, seed=7) for m in (ours, theirs)]
+        for a, b in zip(*images, strict=True):
+            assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
+        assert np.asarray(images[0][0]).std() > 5
+        # Another size than the exported example's, and no guidance.
+        wide = [m.generate(PROMPTS[0], height=32, width=96, guidance_scale=0, steps=2)[0] for m in (ours, theirs)]
+        assert wide[0].size == (96, 32)
+        assert np.abs(np.asarray(wide[0], int) - np.asarray(wide[1], int)).max() <= 1
+    with pytest.raises(InputError, match="closed"):
+        ours.generate("x")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_eager_equals_stock_diffusers(source: Path) -> None:
+    """Our loop, guidance and decoding against StableDiffusion3Pipeline itself, from the same noise."""
+    import torch
+
+    with runtimes.load(source) as model:
+        ours = np.asarray(model.generate(PROMPTS[0], seed=3)[0], int)
+        noise = base.initial_latents(model.settings, [3], 64, 64)
+        pipe = model.backend.pipeline  # type: ignore[attr-defined]
+        pipe.set_progress_bar_config(disable=True)
+        theirs = pipe(
+            PROMPTS[0], latents=torch.from_numpy(noise), num_inference_steps=4, guidance_scale=3.0, height=64, width=64,
+            max_sequence_length=0,
+        ).images[0]  # fmt: skip
+    assert np.abs(ours - np.asarray(theirs, int)).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_half_precision_reference_draws_about_the_same(source: Path) -> None:
+    with runtimes.load(source, dtype="bf16") as half, runtimes.load(source) as full:
+        assert half.backend.precision == "bf16"
+        a, b = (np.asarray(m.generate(PROMPTS[0])[0], float) for m in (half, full))
+    assert np.abs(a - b).mean() < 8
+
+
+def test_folders_that_are_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no folder"):
+        runtimes.load(tmp_path / "absent")
+    with pytest.raises(InputError, match=r"model_index\.json"):
+        runtimes.load(tmp_path)
+    (tmp_path / "edgeprune_export.json").write_text('{"target": "toaster"}')
+    with pytest.raises(InputError, match="toaster"):
+        runtimes.load(tmp_path)
+
+
+def test_wrong_runtime_for_a_folder(exported: Path, source: Path) -> None:
+    with pytest.raises(InputError, match="export it first"):
+        runtimes.load(source, "ort")
+    with pytest.raises(InputError, match="eager"):
+        runtimes.load(exported, "eager")
+    with pytest.raises(InputError, match="expected one of openvino, ort, .*eager"):
+        runtimes.load(exported, "abacus")
+
+
+def test_missing_package_says_the_extra(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"edgeprune\[onnx\]"):
+        runtimes.load(exported)
+
+
+@pytest.mark.parametrize("name", ["transformer/model.onnx", "text_encoder_2/model.onnx", "vae_decoder/model.onnx"])
+def test_truncated_or_missing_onnx(copy: Path, name: str) -> None:
+    path = copy / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match=name):
+        runtimes.load(copy, "ort")
+    path.unlink()
+    with pytest.raises(InputError, match=name):
+        runtimes.load(copy, "ort")
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("generation.json", "num_inference_steps", 0),
+        ("generation.json", "guidance_scale", "high"),
+        ("generation.json", "height", 63),
+        ("transformer/config.json", "patch_size", None),
+        ("transformer/config.json", "joint_attention_dim", "wide"),
+        ("vae_decoder/config.json", "block_out_channels", []),
+        ("scheduler/scheduler_config.json", "use_karras_sigmas", True),
+        ("tokenizer/tokenizer_config.json", "model_max_length", 1e30),
+        ("tokenizer/tokenizer_config.json", "pad_token", "<nothing>"),
+    ],
+)
+def test_bad_field(copy: Path, name: str, field: str, value: object) -> None:
+    path = copy / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(InputError, match=rf"{name}.*{field}"):
+        runtimes.load(copy)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["generation.json", "edgeprune_export.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"],
+)
+def test_damaged_json(copy: Path, name: str) -> None:
+    (copy / name).write_text('{"half')
+    with pytest.raises(InputError, match=name):
+        runtimes.load(copy)
+    (copy / name).write_text("{}")
+    if name.startswith("tokenizer"):
+        with pytest.raises(InputError, match=name):
+            runtimes.load(copy)
+
+
+def test_bad_runtime_options(exported: Path) -> None:
+    with pytest.raises(InputError, match="accuracy_level"):
+        runtimes.load(exported, "ort", accuracy_level=9)
+
+
+def test_refuses_to_be_imported_under_another_name() -> None:
+    root = Path(runtimes.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", "import runtimes"], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 1 and "edgeprune.runtimes" in done.stderr
+
+
+def test_an_option_that_a_runtime_does_not_have(source: Path, exported: Path) -> None:
+    with pytest.raises(InputError, match="eager: option low_memory: not known, expected one of dtype, threads"):
+        runtimes.load(source, low_memory=True)
+    with pytest.raises(InputError, match="ort: option dtype: not known"):
+        runtimes.load(exported, "ort", dtype="bf16")
+
+
+def test_nothing_that_runs_here_is_an_error(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "ort" in runtimes.runnable(exported)
+    monkeypatch.setattr(runtimes.RuntimeInfo, "has_hardware", lambda self: False)
+    with pytest.raises(InputError, match="none of which runs here; see edgeprune doctor"):
+        runtimes.runnable(exported)
+
+
+def test_networks_are_closed_when_a_later_one_fails(exported: Path) -> None:
+    from edgeprune.runtimes.base import read_settings
+    from edgeprune.runtimes.networks import NetworkBackend
+
+    class Opened:
+        provider, why, closed = "x", "y", False
+
+        def __call__(self, **arrays: object) -> dict[str, Any]:
+            return {}
+
+        def close(self) -> None:
+            self.closed = True
+
+    opened: list[Opened] = []
+
+    def open_network(path: Path) -> Opened:
+        if path.name == "transformer":
+            raise InputError("damaged")
+        opened.append(Opened())
+        return opened[-1]
+
+    with pytest.raises(InputError, match="damaged"):
+        NetworkBackend("x", exported, read_settings(exported), open_network, low_memory=False)
+    assert len(opened) == 2 and all(network.closed for network in opened)

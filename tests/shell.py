@@ -1,0 +1,12 @@
+"""The command line as a user has it: in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edgeprune.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
