@@ -138,7 +138,7 @@ def zero(folder: Path, stage: str) -> None:
         shutil.copy(folder / f"zero{stage}_resumed.state", folder / f"zero{stage}_left.state")
     run("resumed")
     run("taken_over")  # of a state that one process left
-    run("accumulated_prefix", accumulate=2, int4_from=0.5)
+    run("accumulated_prefix", accumulate=2, int4_group_size=None)
     run("int8", teacher_precision="int8", gradient_checkpointing=True)
     on_cpu = {"offload_optimizer": {"device": "cpu"}} | ({"offload_param": {"device": "cpu"}} if stage == "3" else {})
     run("fresh_blocks_offloaded", on_cpu, sensitivity="binary", freeze_prefix=False)
@@ -153,7 +153,7 @@ def main(folder: Path) -> None:
     analyze(folder, "begun")
     train(folder, "ddp")
     train(folder, "accumulated", accumulate=2)
-    train(folder, "prefix", int4_from=0.5)
+    train(folder, "prefix", int4_group_size=None)
     train(folder, "fresh_blocks", sensitivity="binary", freeze_prefix=False)
     train(folder, "resumed", until=3)
     train(folder, "resumed")
@@ -161,7 +161,7 @@ def main(folder: Path) -> None:
     os.environ |= FSDP2
     AcceleratorState._reset_state()
     train(folder, "sharded")
-    train(folder, "sharded_prefix", int4_from=0.5)
+    train(folder, "sharded_prefix", int4_group_size=None)
     train(folder, "sharded_fresh_blocks", sensitivity="binary", freeze_prefix=False)
     train(folder, "sharded_accumulated", accumulate=2)
     train(folder, "sharded_int8", teacher_precision="int8", gradient_checkpointing=True)

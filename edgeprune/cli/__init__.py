@@ -54,7 +54,7 @@ Prompts = Annotated[str | None, typer.Option(help="Text file of prompts, one a l
 Method = Annotated[
     str | None,
     typer.Option(
-        help="hpp, hybrid, greedy, milp or manual; by default hpp, for the built-in model hybrid. Baselines: bk-sdm, "
+        help="hpp, hybrid, milp or manual; by default hpp, for the built-in model hybrid. Baselines: bk-sdm, "
         "koala, uniform, magnitude, random."
     ),
 ]
@@ -67,9 +67,6 @@ ProtectFirst = Annotated[int | None, typer.Option(help="Leading blocks never rem
 ProtectLast = Annotated[int | None, typer.Option(help="Trailing blocks never removed; 2 by default.")]
 Threshold = Annotated[
     float | None, typer.Option(help="hybrid: share removed as whole blocks before components join; 0.15 by default.")
-]
-MaxLatency = Annotated[
-    float | None, typer.Option(help="milp: share of a step's time here that may be left, beside the other budget.")
 ]
 Blocks = Annotated[str, typer.Option(help="manual: closed ranges of blocks, like 25-28,31.")]
 Components = Annotated[str, typer.Option(help="manual: components, like 30:mlp,30:context_mlp.")]
@@ -305,7 +302,6 @@ def _plan_options(
     group_size: int,
     modulation_rank: str | None,
     prompts: str | None,
-    max_latency: float | None,
 ) -> PlanOptions:
     """`start`, the preset's, with what the user says; another method begins from its own defaults."""
     from dataclasses import replace
@@ -326,7 +322,6 @@ def _plan_options(
         size = parse_bytes(max_memory) if max_memory else None
         start = replace(start, keep=keep, max_memory_bytes=size, fit=fit)
     given: dict[str, Any] = {"protect_first": protect_first, "protect_last": protect_last, "threshold": threshold}
-    given["max_latency"] = max_latency
     said = {name: value for name, value in given.items() if value is not None}
     listed: dict[str, Any] = {"blocks": blocks, "components": components, "group_size": group_size}
     if rank == NEEDED and not start.scored:
@@ -401,7 +396,6 @@ def compress(
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
     threshold: Threshold = None,
-    max_latency: MaxLatency = None,
     blocks: Blocks = "",
     components: Components = "",
     modulation_rank: ModulationRank = None,
@@ -445,7 +439,6 @@ def compress(
         group_size,
         modulation_rank,
         prompts,
-        max_latency,
     )
     distill_options = options.distill
     if steps is not None and distill_options is not None:
@@ -615,7 +608,6 @@ def plan(
     protect_first: ProtectFirst = None,
     protect_last: ProtectLast = None,
     threshold: Threshold = None,
-    max_latency: MaxLatency = None,
     blocks: Blocks = "",
     components: Components = "",
     modulation_rank: ModulationRank = None,
@@ -637,7 +629,7 @@ def plan(
     loaded = ContributionReport.load(scores) if scores is not None else None
     chosen = (
         *(method, keep, max_memory, fit, protect_first, protect_last, threshold, blocks, components, group_size),
-        *(modulation_rank, prompts, max_latency),
+        *(modulation_rank, prompts),
     )
     if out is not None:
         ws = _workspace(out, None, fresh)
@@ -706,7 +698,6 @@ def distill(
     quantize_aware: Annotated[
         bool, typer.Option("--quantize-aware/--no-quantize-aware", help="Train with weights rounded to INT4.")
     ] = True,
-    int4_from: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps that are not rounded.")] = 0.0,
     group_size: GroupSize = 64,
     seed: int = 0,
     accumulate: Annotated[int, typer.Option(min=1, help="Portions of a process' batch, one after the other.")] = 1,
@@ -741,7 +732,6 @@ def distill(
         teacher_precision=teacher_precision,
         gradient_checkpointing=gradient_checkpointing,
         int4_group_size=group_size if quantize_aware else None,
-        int4_from=int4_from,
         seed=seed,
     )
     placement = Placement(accumulate, teacher_offload)
@@ -765,7 +755,6 @@ def distill(
 
 @app.command(
     epilog="Example: edgeprune cache images/ --model ./sd35 -o encoded --buckets  ·  "
-    "edgeprune cache encoded --model ./sd35 --measure  ·  "
     "edgeprune cache datasets:me/pictures --model ./sd35 --samples 100000 --dry-run"
 )
 def cache(
@@ -791,9 +780,6 @@ def cache(
     guidance_scale: Guidance = None,
     height: Height = None,
     width: Width = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="SOURCE is a cache: how fast it is read, beside its disk.")
-    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -807,12 +793,7 @@ def cache(
     from edgeprune.stages import pipeline
 
     folder = resolve(model)
-    config, family = read_config(folder)
-    if measure:
-        from edgeprune.data.throughput import measure as measure_reading
-
-        _reading(measure_reading(Path(source), family, config), as_json)
-        return
+    read_config(folder)  # refuses what is no MMDiT
     given = {n: v for n, v in _generation(inference_steps, guidance_scale, height, width).items() if v is not None}
     images = Generation.checked(asdict(Generation.load(folder)) | given, "options")
     images.check_size(folder)
@@ -849,8 +830,7 @@ def cache(
         _say("nothing to do, the cache is complete")
     if summary["skipped"]:
         _say(f"what was skipped, and why: {out / 'skipped.json'}")
-    said = f" --model {model}" if model else ""
-    _say(f"next: edgeprune distill -o small --data {out}, or: edgeprune cache {out}{said} --measure")
+    _say(f"next: edgeprune distill -o small --data {out}")
     if as_json:
         _print_json({"out": str(out), **summary})
 
@@ -866,21 +846,6 @@ def _megabytes(found: dict[str, Any]) -> list[tuple[str, str]]:
         elif value is not None:
             rows.append((key.replace("_per_s", "/s").replace("_", " "), f"{value:,}"))
     return rows
-
-
-def _reading(found: dict[str, Any], as_json: bool) -> None:
-    rows = [("", "samples/s", "MB/s", "MB from disk")]
-    for part in ("sequential", "random", "batches"):
-        speed, rate, disk = (found[f"{part}_{unit}"] for unit in ("samples_per_s", "bytes_per_s", "from_disk_bytes"))
-        read = "not known" if disk is None else f"{disk / 1e6:,.1f}"
-        rows.append((part, f"{speed:,.0f}", f"{rate / 1e6:,.0f}", read))
-    _table(rows)
-    _say(
-        f"{found['samples']:,} samples of {found['sample_bytes']:,} bytes in {found['files_bytes'] / 1e6:,.1f} MB; "
-        + ("the system forgot them before each line" if found["cold"] else "they may have been in memory")
-    )
-    if as_json:
-        _print_json(found)
 
 
 @app.command(epilog="Example: edgeprune quantize -o small --group-size 64")

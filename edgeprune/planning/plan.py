@@ -2,7 +2,7 @@
 
 Methods: `hpp` removes the least contributing whole blocks among the later ones; `hybrid` goes on, past a share of
 removed parameters, with the components of the later blocks that remain, by loss per parameter; `manual` takes the
-user's list, and removes nothing without one; `greedy` and `milp` (planners/) know how parts act together; the others
+user's list, and removes nothing without one; `milp` (planners/) knows how parts act together; the others
 are those of baselines/. Where the modulation is projected on a basis (modulation.py), that comes first: its savings
 count towards the budget before any part is removed.
 A plan holds explicit indices and the fingerprint of the model it was made for.
@@ -212,8 +212,6 @@ class PlanOptions:
     modulation_rank: int | str | None = None
     """Directions of the modulation input that stay; `auto` measures how many, `needed` does so where less than
     MODULATION_BELOW would stay without it; None leaves it as it is."""
-    max_latency: float | None = None
-    """Share of a step's time that may be left, 0..1, beside the other budget."""
     prompts: str | None = None
     """A text file of the prompts that these directions are found on; by default as for `analyze`, but all of them."""
     seed: int = 0
@@ -295,7 +293,6 @@ def make_plan(
     group_size: int = 64,
     modulation_rank: int | None = None,
     seed: int = 0,
-    max_latency: float | None = None,
     measured: Measured | None = None,
 ) -> PrunePlan:
     """A plan that meets the budget with the least loss the method knows.
@@ -310,15 +307,12 @@ def make_plan(
         blocks, components: for `manual`, see `parse_blocks` and `parse_components`.
         modulation_rank: see `PrunePlan`.
         seed: of what a baseline draws by lot.
-        max_latency: for `milp`, share of a step's time that may be left, 0..1.
-        measured: what `greedy`, `milp` with `max_latency`, and baselines may ask of a model.
+        measured: what baselines may ask of a model.
 
     Raises:
         InputError: wrong options, or a report of another model.
         BudgetError: nothing the method may remove meets the budget.
     """
-    if max_latency is not None and (method != "milp" or not 0 < max_latency <= 1):
-        raise InputError(f"--max-latency: found {max_latency} with --method {method}, expected 0 to 1 with milp")
     model = _Model(family, config, group_size, modulation_rank)
     if method == "manual":
         if keep is not None or max_memory_bytes is not None:
@@ -341,7 +335,7 @@ def make_plan(
             if report is None:
                 raise InputError(f"--method {method} needs contribution scores; run `edgeprune analyze` first")
             _check_report(report, config, model.count)
-            gone, parts = _by_scores(model, report, method, budget, later, threshold, measured, max_latency)
+            gone, parts = _by_scores(model, report, method, budget, later, threshold)
         now = model.after(gone, parts)
         if not budget.met(now):
             raise BudgetError(
@@ -479,12 +473,10 @@ def _by_scores(
     budget: _Budget,
     later: range,
     threshold: float,
-    measured: Measured,
-    max_latency: float | None,
 ) -> tuple[list[int], list[tuple[int, str]]]:
     """What a method removes that chooses by contributions."""
     if method in PLANNERS:
-        chosen = planner_named(method)(_problem(model, report, budget, later, measured, max_latency))
+        chosen = planner_named(method)(_problem(model, report, budget, later))
         return [b for b, c in chosen if c is None], [(b, c) for b, c in chosen if c is not None]
     return _ranked(model, report.contributions(), budget, later, threshold if method == "hybrid" else None)
 
@@ -494,20 +486,15 @@ def _problem(
     report: ContributionReport,
     budget: _Budget,
     later: range,
-    measured: Measured,
-    max_latency: float | None,
 ) -> Problem:
     """What a planner chooses from: parts of later blocks."""
 
     def left(chosen: list[Key]) -> float:
         return budget.left(model.after([b for b, c in chosen if c is None], [(b, c) for b, c in chosen if c]))
 
-    if max_latency is not None and not measured.seconds:
-        raise InputError("--max-latency is measured on a model: give -o (a folder), not --config")
     losses = {part: c.drop for part, c in report.contributions().items() if part[0] in later}
     joint = {parts: c.drop for parts, c in report.joint().items() if set(parts) <= losses.keys()}
-    save_s = 0.0 if max_latency is None else (1 - max_latency) * measured.step_s
-    return Problem(report.metric, losses, joint, left, budget.limit, model.count, measured, save_s)
+    return Problem(report.metric, losses, joint, left, budget.limit, model.count)
 
 
 def _ranked(

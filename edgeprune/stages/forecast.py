@@ -62,7 +62,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
     speed = matmul_flops_per_s()
     share = after.parameters / before.parameters
     prefix = plan.first_pruned / plan.num_blocks if training and training.freeze_prefix else 0.0
-    own = prefix * (1 - training.rounded_from / training.steps) if training else 0.0
+    own = prefix if rounded else 0.0
     float32 = 2 * before.bf16_bytes
     return {
         "blocks": family.block_count(config),

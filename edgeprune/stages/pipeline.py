@@ -25,15 +25,12 @@ from edgeprune import targets
 from edgeprune.analysis.contribution import (
     ContributionReport,
     Group,
-    Key,
     analyze,
     fingerprint,
     groups,
     partials_of,
-    removed,
 )
 from edgeprune.analysis.estimators import estimator_named
-from edgeprune.analysis.timing import step_seconds
 from edgeprune.artefact import checkpoint
 from edgeprune.artefact.checkpoint import HALF, INT4, MANIFEST, Manifest
 from edgeprune.artefact.surgery import build, prune_state, prune_tensor
@@ -47,7 +44,6 @@ from edgeprune.data.encode import CacheOptions, make_cache, settings_of, source_
 from edgeprune.families import Config, Family
 from edgeprune.families.base import CHANGED
 from edgeprune.metrics import VELOCITY, check_analysis, of_pipeline, tasks_of
-from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.baselines import baselines
 from edgeprune.planning.fit import Fit, fit
 from edgeprune.planning.modulation import GRID, choose_rank, embedder_alone, modulation_inputs, ranks, subspace
@@ -559,33 +555,10 @@ def block_magnitudes(ws: Workspace) -> list[float]:
     return [math.sqrt(s / c) for s, c in zip(squares, counts, strict=True)]
 
 
-@torch.no_grad()
 def measured_for(ws: Workspace, options: PlanOptions) -> Measured:
-    """What the method asks of the model: losses as they are asked for, the time that parts take, or magnitudes."""
+    """What the method asks of the model: magnitudes, of a baseline that reads weights."""
     baseline = baselines().get(options.method)
-    if baseline is not None:
-        return Measured(magnitudes=block_magnitudes(ws) if baseline.magnitudes else ())
-    report = ws.report()
-    if report is None or not (options.method == "greedy" or options.max_latency is not None):
-        return Measured()
-    if not report.prompts:
-        raise InputError("scores: published scores say no prompts, so nothing can be scored beside them; analyze first")
-    weights = ws.manifest.stages.get("analyze", {}).get("options", {}).get("weights")
-    metric = of_pipeline(report.metric, ws.pipe, ws.generation, report.prompts, weights)
-    model, mean = ws.pipe.transformer, modulation_mean(ws, report.prompts)
-    if options.max_latency is not None:
-        state = VelocityError(ws.pipe, ws.generation, report.prompts[:1])
-        step_s, seconds = step_seconds(
-            ws.family, model, lambda: state.velocity(slice(1)), list(report.contributions()), mean
-        )
-        return Measured(seconds=seconds, step_s=step_s)
-    whole = metric.score()
-
-    def loss(gone: list[Key]) -> float:
-        with removed(ws.family, model, gone, mean):
-            return sum(a - b for a, b in zip(whole, metric.score(), strict=True)) / len(whole)
-
-    return Measured(loss)
+    return Measured(magnitudes=block_magnitudes(ws) if baseline is not None and baseline.magnitudes else ())
 
 
 def budget_for(source: Path, generation: Generation, options: PlanOptions) -> int | None:
@@ -615,7 +588,7 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
     )
     choices = options.plan
     if choices.method in PLANNERS:  # what may go is the same
-        choices = replace(choices, method="hybrid", threshold=1.0, max_latency=None)
+        choices = replace(choices, method="hybrid", threshold=1.0)
     if choices.modulation_rank == NEEDED and not is_projectable(family, config):
         choices = replace(choices, modulation_rank=None)
     if isinstance(choices.modulation_rank, str):

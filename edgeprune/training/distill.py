@@ -114,7 +114,7 @@ def distill(
     rates = [g["lr"] for g in optimizer.param_groups]
     if options.gradient_checkpointing:
         checkpoint_activations(student)
-    rounding = Rounding(family, student, options.int4_group_size or 0) if options.rounded_from < options.steps else None
+    rounding = Rounding(family, student, options.int4_group_size) if options.int4_group_size is not None else None
     common = common_blocks(family, teacher, student, plan) if options.freeze_prefix else 0
     step, losses, left = 0, [], None
     if state_path.exists():
@@ -142,7 +142,7 @@ def distill(
         with torch.no_grad(), engine.autocast():
             seen = part.latents.to(teacher.dtype)
             target = velocity(teacher, seen, part.condition.to(seen), part.sigma, guidance)
-        begins = prefix.student_begins_after() if prefix and not (rounding and rounding.on) else nullcontext()
+        begins = prefix.student_begins_after() if prefix and not rounding else nullcontext()
         with engine.autocast(), begins:
             found = velocity(net, part.latents, part.condition, part.sigma, guidance)
         # Features of the frozen prefix are what they are; only later blocks can learn.
@@ -153,10 +153,10 @@ def distill(
     catch_student = Catcher(family, student, plan.kept, options.features)
     prefix = SharedPrefix(family, teacher, student, common) if common else None
     student.train()
+    if rounding:
+        rounding.begin()
     with stop.held():  # processes stop at a step that they agree on
         while step < options.steps:
-            if rounding and step >= options.rounded_from and not rounding.on:
-                rounding.begin()
             noisy = _noisy(pairs, options, step)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * _factor(options.schedule, step, options.steps)

@@ -2,7 +2,7 @@
 
 The teacher's pass gives what goes into the first block that differs; the student's pass begins there, with what stands
 in the place of removed blocks in analysis (estimators/reuse.py). What it leaves out: a student that rounds its weights,
-whose prefix is not the teacher's, see `DistillOptions.int4_from`.
+whose prefix is not the teacher's, see `DistillOptions.int4_group_size`.
 """
 
 from __future__ import annotations

@@ -136,8 +136,8 @@ def _activations(family: Family, student: Any, options: DistillOptions, sample: 
             kept.setdefault(storage._cdata, (current[0], storage.nbytes()))
         return tensor
 
-    if options.rounded_from < options.steps:
-        rounding = Rounding(family, student, options.int4_group_size or 0)
+    if options.int4_group_size is not None:
+        rounding = Rounding(family, student, options.int4_group_size)
         rounding.layers = [
             found for found in rounding.layers if found[0].weight.requires_grad
         ]  # others keep their size

@@ -45,8 +45,6 @@ class DistillOptions:
     gradient_checkpointing: bool = False
     int4_group_size: int | None = 64
     """Train with weights rounded to INT4 in groups of this size; None trains without rounding."""
-    int4_from: float = 0.0
-    """Share of the steps after which rounding begins. Until then the frozen prefix is run once for both models."""
     teacher_precision: str = "float32"
     """Of the weights that the teacher computes with."""
     seed: int = 0
@@ -66,18 +64,11 @@ class DistillOptions:
             raise InputError(
                 f"--steps, --batch, --rate: found {self.steps}, {self.batch}, {self.rate}, expected above 0"
             )
-        if not 0 <= self.int4_from <= 1:
-            raise InputError(f"--int4-from: found {self.int4_from}, expected a share of the steps, from 0 to 1")
 
     def to_json(self) -> dict[str, Any]:
         """For digests and reports. Later options only where they are used, so that what was made before is current."""
-        later = {"int4_from": 0.0, "teacher_precision": "float32"}
+        later = {"teacher_precision": "float32"}
         return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
-
-    @property
-    def rounded_from(self) -> int:
-        """The step (from 0) that rounding begins with; the number of steps if it never does."""
-        return self.steps if self.int4_group_size is None else round(self.int4_from * self.steps)
 
 
 def strengths(

@@ -25,7 +25,6 @@ class Rounding:
     def __init__(self, family: Family, student: nn.Module, group_size: int) -> None:
         self.layers: list[tuple[nn.Linear, int]] = []
         """With their group sizes. To be found before a shard takes the place of a weight."""
-        self.on = False
         self.kept: list[tuple[nn.Linear, torch.Tensor]] = []
         """Frozen layers with their weights as they were, on the CPU."""
         for name, layer in student.named_modules():
@@ -36,7 +35,6 @@ class Rounding:
 
     def begin(self) -> None:
         """Compute with rounded weights. Those that are frozen are rounded once, unless this process has but a shard."""
-        self.on = True
         for layer, size in self.layers:
             if layer.weight.requires_grad or hasattr(held(layer.weight), "to_local"):
                 # mypy takes methods for constants.
@@ -52,7 +50,6 @@ class Rounding:
         for layer, weight in self.kept:
             layer.weight.data = weight.to(layer.weight.device)
         self.kept.clear()
-        self.on = False
 
 
 def _rounded(layer: nn.Linear, group_size: int, x: torch.Tensor) -> torch.Tensor:

@@ -214,7 +214,7 @@ def test_plan_options_begin_from_the_preset() -> None:
 
     def made(**said: object) -> PlanOptions:
         names = ("method", "keep", "max_memory", "fit", "protect_first", "protect_last", "threshold")
-        later = (said.get("blocks", ""), "", 64, said.get("modulation_rank"), "prompts.txt", said.get("max_latency"))
+        later = (said.get("blocks", ""), "", 64, said.get("modulation_rank"), "prompts.txt")
         return _plan_options(start, *(said.get(n) for n in names), *later)  # type: ignore[arg-type]
 
     start = replace(start, prompts="prompts.txt")

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import KINDS, TOKENS, config_of, tiny_inputs, tiny_pipeline
 from typer.testing import CliRunner
@@ -30,7 +29,6 @@ from edgeprune.data.cache import is_cache, open_pairs
 from edgeprune.data.encode import CacheOptions, make_cache, settings_of, source_digest, summary
 from edgeprune.data.pairs import Pairs, Part
 from edgeprune.data.sources import Entry
-from edgeprune.data.throughput import measure
 from edgeprune.families import family_of
 from edgeprune.planning.plan import make_plan
 from edgeprune.sampling.denoising import encode_images
@@ -522,18 +520,6 @@ def test_a_shard_that_is_not_as_the_index_and_the_model_say(
 # ------------------------------------------------------------------------------------------------- reading, the command
 
 
-def test_reading_is_measured_beside_the_disk(pipe: Any, model: Path, tmp_path: Path) -> None:
-    folder = whole(pipe, model, tmp_path)
-    config, family = checkpoint.read_config(model)
-    found = measure(folder, family, config, batches=3, size=4)
-    with safe_open(folder / "shard-00000.safetensors", framework="pt") as file:
-        expected = sum(file.get_tensor(n)[0].nbytes for n in ("latents.64x64", "hidden", "pooled"))
-    assert found["samples"] == 6 and found["sample_bytes"] == expected
-    for part in ("sequential", "random", "batches"):
-        rate, speed = found[f"{part}_bytes_per_s"], found[f"{part}_samples_per_s"]
-        assert rate == pytest.approx(speed * expected, rel=0.01) and rate > 0
-
-
 def test_pages_are_mapped_not_read(pipe: Any, model: Path, tmp_path: Path) -> None:
     folder = whole(pipe, model, tmp_path)
     pairs = opened(folder, model)
@@ -561,7 +547,5 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
     again = run(*words)
     assert json.loads(again.stdout.splitlines()[-1])["made_samples"] == 0
     assert "nothing to do" in again.stderr and "next: edgeprune distill" in again.stderr
-    reading = json.loads(run(str(out), "--model", str(model), "--measure").stdout.splitlines()[-1])
-    assert reading["samples"] == 10
     refused = run(*words, "--height", "65")
     assert isinstance(refused.exception, InputError) and "height: found 65" in str(refused.exception)

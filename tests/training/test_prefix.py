@@ -43,10 +43,6 @@ def test_losses_and_weights_are_those_without(tmp_path: Path, kind: str, monkeyp
 
 def test_a_student_that_rounds_runs_its_own(tmp_path: Path) -> None:
     assert train(tmp_path / "rounded", "sd3")[2] == [4, 4, 4, 4]
-    _, losses, runs = train(tmp_path / "half", "sd3", int4_from=0.5)
-    assert runs == [2, 2, 4, 4]
-    _, float_losses, _ = train(tmp_path / "float", "sd3", int4_group_size=None)
-    assert losses[:2] == float_losses[:2] and losses[2] != float_losses[2]
 
 
 def test_a_trained_prefix_is_run(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process and two have computed."""
     out = tmp_path_factory.mktemp("ranks")
     ranks.train(out, "one")
-    ranks.train(out, "one_prefix", int4_from=0.5)
+    ranks.train(out, "one_prefix", int4_group_size=None)
     ranks.train(out, "one_int8", teacher_precision="int8")
     ranks.train(out, "one_fresh_blocks", sensitivity="binary", freeze_prefix=False)
     ranks.train(out, "taken_over", until=3)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from edgeprune.analysis.contribution import Group, Key
 
-PLANNERS = ("greedy", "milp")
+PLANNERS = ("milp",)
 _DISTANCES = ("velocity",)
 
 
@@ -21,12 +21,6 @@ _DISTANCES = ("velocity",)
 class Measured:
     """What a method may ask of a model, where there is one."""
 
-    loss: Callable[[list[Key]], float] | None = None
-    """Mean drop of the score without these parts."""
-    seconds: dict[Key, float] = field(default_factory=dict)
-    """How much less time a step takes without each part."""
-    step_s: float = 0.0
-    """Time of a step of the whole model."""
     magnitudes: Sequence[float] = ()
     """Root mean square of each block's weights."""
 
@@ -45,9 +39,6 @@ class Problem:
     limit: float
     """How much may be left."""
     blocks: int
-    measured: Measured
-    save_s: float = 0.0
-    """How much less time a step has to take."""
 
     def cost(self, loss: float) -> float:
         """A loss on the scale on which losses add up; a gain stays a gain."""

@@ -1,7 +1,7 @@
 """The best choice under the budgets by integer programming, over measured losses of parts and of pairs of parts.
 
 Removing a set costs the sum of its parts' costs and of its pairs' interactions, cost(both) - cost(one) - cost(other);
-pairs that were not measured are taken to have none. Bytes (or parameters) and seconds saved add up over parts. Solved
+pairs that were not measured are taken to have none. Bytes (or parameters) saved add up over parts. Solved
 by HiGHS through scipy, the products of pairs made linear. The choice is exact over the pairs in the program: the
 strongest gains, and every pair that a choice has met. With thousands at once the solver proves nothing in minutes.
 What it leaves out: weak gains of pairs that no choice has met, and interactions of three and more.
@@ -37,7 +37,7 @@ def choose(problem: Problem) -> list[Key]:
         if over <= 0:
             return gone
         need += over  # a part can save less beside others than alone: the last block's context is gone anyway
-    raise BudgetError(f"no choice of --method milp meets the budget in {_ROUNDS} attempts; use --method greedy")
+    raise BudgetError(f"no choice of --method milp meets the budget in {_ROUNDS} attempts; use --method hybrid")
 
 
 def _solve(problem: Problem, need: float) -> list[Key]:
@@ -81,9 +81,6 @@ def _solved(
     whole, place = problem.left([]), {part: i for i, part in enumerate(parts)}
     rows: list[tuple[dict[int, float], float]] = []  # sum of coefficient times variable is at least a number
     rows.append(({place[p]: saved[p] / whole for p in parts}, need / whole))
-    if problem.save_s > 0:
-        seconds = problem.measured.seconds
-        rows.append(({place[p]: seconds[p] / problem.save_s for p in parts}, 1.0))
     rows.append(({place[p]: -1.0 for p in parts if p[1] is None}, 1.0 - problem.blocks))
     rows += [({place[p]: -1.0, place[p[0], None]: -1.0}, -1.0) for p in parts if p[1] and (p[0], None) in place]
     for index, ((i, j), interaction) in enumerate(both.items(), start=len(parts)):
@@ -104,5 +101,5 @@ def _solved(
     if found.status == 2:
         raise BudgetError("the budgets cannot be met by --method milp, whatever goes of what may; allow more")
     if found.status != 0:
-        raise EdgepruneError(f"--method milp: no best choice proven in {TIME_LIMIT_S:.0f} s; use --method greedy")
+        raise EdgepruneError(f"--method milp: no best choice proven in {TIME_LIMIT_S:.0f} s; use --method hybrid")
     return [i for i in range(len(parts)) if found.x[i] > 0.5]
