@@ -1,4 +1,4 @@
-"""What the docs say can be typed: edgeprune commands parse, make targets, Python names and links are there."""
+"""The docs are true: commands parse, make targets, Python names and links exist, the layout is the real one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+from test_imports import ROOMS
 
 from edgeprune import targets
 from edgeprune.cli import app
@@ -102,6 +103,48 @@ def test_python_blocks_name_what_exists(page: Path) -> None:
 def test_local_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
         assert "://" in link or (page.parent / link).exists(), link
+
+
+def headings(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_to_headings_lead_somewhere(page: Path) -> None:
+    for file, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text("utf-8")):
+        if "://" not in file:
+            assert anchor in headings(page.parent / file if file else page), f"{file}#{anchor}"
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 200
+
+
+def test_the_index_lists_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = {(index.parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)\)", index.read_text("utf-8"))}
+    pages = {page for page in (ROOT / "docs").rglob("*.md") if page != index}
+    assert pages - linked == set()
+
+
+def diagram(page: Path) -> list[tuple[str, ...]]:
+    """Return the rows of rooms in the layout diagram; a line without a number continues the row above."""
+    rows: list[tuple[str, ...]] = []
+    for line in blocks(page, "text")[0].splitlines():
+        match = re.fullmatch(r" *(\d*) +(\w+) {2,}\S.*", line)
+        assert match is not None and match[1] in ("", str(len(rows) + 1)), line
+        if match[1]:
+            rows.append((match[2],))
+        else:
+            rows[-1] += (match[2],)
+    return rows
+
+
+def test_the_layout_is_the_list_of_rooms() -> None:
+    assert diagram(ROOT / "CONTRIBUTING.md") == ROOMS
 
 
 def test_every_call_that_was_never_executed_is_listed() -> None:
