@@ -60,6 +60,12 @@ def round_to_nearest(weight: torch.Tensor, precision: Precision) -> tuple[torch.
     return values.view_as(weight), scale
 
 
+def _packed_nearest(linear: nn.Linear, precision: Precision) -> PackedLinear:
+    """Round a layer to the nearest integers, without NNCF."""
+    values, scale = round_to_nearest(linear.weight.detach(), precision)
+    return packed_from(linear, values, scale, precision)
+
+
 def prepare(family: Architecture, module: nn.Module, *, prefix: str = "", group_size: int = 64) -> nn.Module:
     """Insert empty `PackedLinear` layers where the rule asks for them, in place, to load a quantised state dict.
 
@@ -183,7 +189,7 @@ def quantize_part(
         outside = {n: m for n, m in _layers(model).items() if not family.in_block(n)}
         for name, linear in outside.items():
             p = precision_of(family, f"{name}.weight", tuple(linear.weight.shape), group_size=group_size)
-            _replace(model, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
+            _replace(model, name, _packed_nearest(linear, p))
         return
     module, prefix = family.blocks(model)[block], family.block_prefix(model, block)
     if calibration == "awq" and run is not None:
@@ -196,7 +202,7 @@ def quantize_part(
         if p.bits == 4:
             by_group.setdefault(p.group_size, []).append(name)
         else:
-            _replace(module, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
+            _replace(module, name, _packed_nearest(linear, p))
     for group, names in by_group.items():
         for batch in _batches({n: layers[n].weight.numel() for n in names}):
             weights = [layers[n].weight.detach() for n in batch]
@@ -222,7 +228,7 @@ def quantize_t5(model: nn.Module) -> nn.Module:
     """
     for name, linear in _layers(model).items():
         p = t5_precision_of(f"{name}.weight", tuple(linear.weight.shape))
-        _replace(model, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
+        _replace(model, name, _packed_nearest(linear, p))
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.weight.data = module.weight.data.half().to(module.weight.dtype)
