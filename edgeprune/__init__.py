@@ -1,7 +1,7 @@
 """edgeprune: make MMDiT diffusion models small enough for edge devices, and run them there.
 
-Importing this package costs nothing: torch and the other heavy packages load when something that needs them is used.
-Each folder is a room with a subject of its own; CONTRIBUTING.md draws them.
+Importing this package is cheap: torch and the other heavy packages load at the first use of something that needs them.
+Each folder has one subject; CONTRIBUTING.md lists them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __version__ = version("edgeprune")
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` at its first use (PEP 562), because it needs torch."""
+    """Import `load` at its first use (PEP 562), since it needs torch."""
     if name == "load":
         from edgeprune.artefact.checkpoint import load
 

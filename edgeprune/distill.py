@@ -1,4 +1,4 @@
-"""`python -m edgeprune.distill` is `edgeprune distill`, for launchers that start a module."""
+"""The same as `edgeprune distill`, for launchers that start a module: `python -m edgeprune.distill`."""
 
 if __name__ == "__main__":
     import sys

@@ -1,7 +1,7 @@
-"""Complete random pipelines, small enough to build in a test: a few blocks of width 64, text encoders, a VAE.
+"""Complete random pipelines, small enough to build in a test: a few blocks of width 64, text encoders and a VAE.
 
-Seeded, so that every call makes the same weights. The zero-initialised layers diffusers leaves (none in SD3) would
-hide errors; adaLN modulation is therefore given visible weights. What it leaves out: sense; it draws noise.
+Fixed seeds give every call the same weights. Layers near zero would hide errors, so adaLN modulation gets larger ones.
+The images are noise.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from edgeprune.residency.stored import StoredTransformer
 from edgeprune.sampling.denoising import Conditioning, velocity
 
 TOKENS, TEXT_WIDTH = 16, 32
-T5_TOKENS, T5_WIDTH = 160, 96  # more tokens than T5 tells distances apart, wider than both CLIPs together
+T5_TOKENS, T5_WIDTH = 160, 96  # more tokens than distances that T5 tells apart, wider than both CLIPs together
 GENERATION = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 64, "width": 64, "max_sequence_length": 0}
 
 
 def tiny_transformer(**overrides: Any) -> SD3Transformer2DModel:
-    """3 blocks of width 64 over 8x8x8 latents, 16 text tokens of width 64; `overrides` go into the config."""
+    """Make 3 blocks of width 64 over 8x8x8 latents and 16 text tokens of width 64; `overrides` change the config."""
     config: dict[str, Any] = {
         "sample_size": 8, "patch_size": 1, "in_channels": 8, "out_channels": 8, "num_layers": 3,
         "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 2 * TEXT_WIDTH,
@@ -58,7 +58,7 @@ def tiny_transformer(**overrides: Any) -> SD3Transformer2DModel:
 
 
 def tiny_flux(**overrides: Any) -> FluxTransformer2DModel:
-    """2 joint and 3 single blocks of width 64 over the latents and text of `tiny_transformer()`."""
+    """Make 2 joint and 3 single blocks of width 64 over the latents and text of `tiny_transformer()`."""
     config: dict[str, Any] = {
         "patch_size": 1, "in_channels": 32, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 32,
         "num_attention_heads": 2, "joint_attention_dim": 2 * TEXT_WIDTH, "pooled_projection_dim": 2 * TEXT_WIDTH,
@@ -69,7 +69,7 @@ def tiny_flux(**overrides: Any) -> FluxTransformer2DModel:
 
 
 def visible(transformer: Any) -> Any:
-    """Gates near zero would let a wrong branch pass unseen."""
+    """Enlarge the gates: near zero they would hide a wrong branch."""
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
             if "transformer_blocks" in name and "norm" in name and name.endswith("linear.weight"):
@@ -78,7 +78,7 @@ def visible(transformer: Any) -> Any:
 
 
 def tiny_flux2(**overrides: Any) -> Flux2Transformer2DModel:
-    """2 joint and 3 single blocks of width 64, as `tiny_flux()`."""
+    """Make 2 joint and 3 single blocks of width 64, as `tiny_flux()`."""
     config: dict[str, Any] = {
         "in_channels": 32, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 32, "num_attention_heads": 2,
         "joint_attention_dim": 2 * TEXT_WIDTH, "axes_dims_rope": (8, 8, 8, 8), "guidance_embeds": False,
@@ -100,29 +100,29 @@ KINDS: dict[str, Callable[..., Any]] = {
     "flux2": tiny_flux2,
     "flux2-dev": functools.partial(tiny_flux2, guidance_embeds=True),
 }
-"""Transformers of every kind, for tests that all of them must pass."""
+"""A transformer of every kind, for tests that all of them must pass."""
 
 
 def config_of(model: Any) -> dict[str, Any]:
-    """What its config.json would say."""
+    """Return the contents of a model's config.json."""
     return {"_class_name": type(model).__name__} | {k: v for k, v in model.config.items() if k[0] != "_"}
 
 
 def tiny_step(**sizes: int) -> tuple[torch.Tensor, Conditioning, torch.Tensor, float]:
-    """What `velocity` takes of any of `KINDS`: `tiny_inputs()` and a guidance scale."""
+    """Return the arguments of `velocity` for any of `KINDS`: `tiny_inputs()` and a guidance scale."""
     inputs = tiny_inputs(**sizes)
     condition = Conditioning(inputs["encoder_hidden_states"], inputs["pooled_projections"])
     return inputs["hidden_states"], condition, inputs["timestep"] / 1000, 3.0
 
 
 def tiny_velocity(model: Any, **sizes: int) -> torch.Tensor:
-    """One evaluation of any of `KINDS`."""
+    """Evaluate any of `KINDS` once."""
     with torch.no_grad():
         return velocity(model, *tiny_step(**sizes))
 
 
 def tiny_inputs(*, batch: int = 2, height: int = 8, width: int = 8, tokens: int = TOKENS) -> dict[str, torch.Tensor]:
-    """One denoising step's inputs of `tiny_transformer()`, seeded."""
+    """Return seeded inputs of `tiny_transformer()` for one denoising step."""
     generator = torch.Generator().manual_seed(1)
     return {
         "hidden_states": torch.randn(batch, 8, height, width, generator=generator),
@@ -133,7 +133,7 @@ def tiny_inputs(*, batch: int = 2, height: int = 8, width: int = 8, tokens: int 
 
 
 def tiny_text_encoder(vocab: int, end: int, *, seed: int = 0, kind: Any = CLIPTextModelWithProjection) -> Any:
-    """Two layers of width 32."""
+    """Make a CLIP of two layers of width 32."""
     torch.manual_seed(seed)
     config = CLIPTextConfig(
         vocab_size=vocab, hidden_size=TEXT_WIDTH, intermediate_size=64, projection_dim=TEXT_WIDTH,
@@ -144,7 +144,7 @@ def tiny_text_encoder(vocab: int, end: int, *, seed: int = 0, kind: Any = CLIPTe
 
 
 def tiny_vae() -> AutoencoderKL:
-    """Factor 8, 8 latent channels, with the scale and shift of no real model."""
+    """Make a VAE of factor 8 with 8 latent channels, and scale and shift of no real model."""
     torch.manual_seed(2)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -156,7 +156,7 @@ def tiny_vae() -> AutoencoderKL:
 
 @functools.cache
 def tiny_tokenizer() -> CLIPTokenizer:
-    """The tokenizer of the built-in model (its training takes half a second, once a process)."""
+    """Train the built-in model's tokenizer: half a second, once per process."""
     from edgeprune.demo.train import make_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +164,7 @@ def tiny_tokenizer() -> CLIPTokenizer:
 
 
 def tiny_t5(vocab: int) -> T5EncoderModel:
-    """Two gated layers, as T5 1.1 has them, whose position biases are not near zero."""
+    """Make a T5 of two gated layers, as in T5 1.1, with position biases well above zero."""
     torch.manual_seed(6)
     config = T5Config(
         vocab_size=vocab, d_model=T5_WIDTH, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
@@ -178,7 +178,7 @@ def tiny_t5(vocab: int) -> T5EncoderModel:
 
 @functools.cache
 def tiny_t5_tokenizer() -> T5TokenizerFast:
-    """A Unigram tokenizer with T5's special tokens, trained on the built-in model's prompts."""
+    """Train a Unigram tokenizer with T5's special tokens on the built-in model's prompts."""
     from edgeprune import shapes
 
     raw = Tokenizer(models.Unigram())
@@ -193,7 +193,7 @@ def tiny_t5_tokenizer() -> T5TokenizerFast:
 
 
 def tiny_pipeline(folder: Path, *, t5: bool = False, **overrides: Any) -> StableDiffusion3Pipeline:
-    """The whole pipeline, also saved to `folder` in half precision with a generation.json."""
+    """Make an SD3 pipeline and save it to `folder` in half precision, with a generation.json."""
     tokenizer = tiny_tokenizer()
     if t5:
         overrides = {"joint_attention_dim": T5_WIDTH} | overrides
@@ -213,12 +213,12 @@ def tiny_pipeline(folder: Path, *, t5: bool = False, **overrides: Any) -> Stable
     (folder / "generation.json").write_text(
         json.dumps(GENERATION | ({"max_sequence_length": T5_TOKENS} if t5 else {}), indent=1) + "\n"
     )
-    # Back to float32, now exactly what is on disk.
+    # Back to float32, which now equals the files exactly.
     return pipeline.to(torch.float32)
 
 
 def tiny_flux_pipeline(folder: Path, **overrides: Any) -> FluxPipeline:
-    """The whole pipeline with its T5, also saved to `folder` in half precision with a generation.json."""
+    """Make a FLUX.1 pipeline with its T5 and save it to `folder` in half precision, with a generation.json."""
     tokenizer = tiny_tokenizer()
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     shifted = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
@@ -236,27 +236,27 @@ def tiny_flux_pipeline(folder: Path, **overrides: Any) -> FluxPipeline:
     return pipeline.to(torch.float32)
 
 
-class _Held(dict[str, torch.Tensor]):
-    """Weights in memory where StoredTransformer expects them in files."""
+class _InMemory(dict[str, torch.Tensor]):
+    """Stands in for `Weights`, with tensors in memory instead of files."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """As of Weights."""
+        """Return shapes by name, as `Weights` does."""
         return {name: tuple(tensor.shape) for name, tensor in self.items()}
 
     def check(self, expected: Any) -> None:
-        """A model's own always fit."""
+        """Accept: a model's own tensors always fit."""
 
 
 def stored(model: torch.nn.Module) -> StoredTransformer:
-    """A loaded transformer as if its weights were on disk."""
+    """Return a loaded transformer as if its weights were on disk."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     empty = copy.deepcopy(model).to("meta")
-    return StoredTransformer(family_of_model(model), empty, _Held(state))  # type: ignore[arg-type]
+    return StoredTransformer(family_of_model(model), empty, _InMemory(state))  # type: ignore[arg-type]
 
 
 def quantize(family: Family, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
-    """Every part of a loaded model, in place: the blocks in order, then what is outside of them."""
+    """Quantise every part of a loaded model, in place: the blocks in order, then the layers outside them."""
     for block in (*range(len(family.blocks(model))), None):
         quantize_part(family, model, block, **options)
     return model

@@ -1,5 +1,32 @@
-"""What differs between MMDiTs: one file per family, all else in the project is written once."""
+"""What differs between MMDiTs, with one file per family: sd3.py, flux.py, flux2.py.
 
-from edgeprune.families.base import Config, Family, Source, Swap, family_of, family_of_model
+A family plays three roles: `Architecture` (facts from the config), `Surgery` (what pruning does to its modules) and
+`Network` (how to run it). `family_of` finds the family of a config. joint.py, single.py and packing.py hold what
+several families share, positions.py SD3's position table, removed.py the modules that replace removed parts, and
+encoders.py the text encoders of a pipeline folder. architectures.json has the configs of published models.
+"""
 
-__all__ = ["Config", "Family", "Source", "Swap", "family_of", "family_of_model"]
+from edgeprune.families.architecture import Architecture, Config, Encoder, LatentSpace, Shape, Source
+from edgeprune.families.network import Array, Axes, Network
+from edgeprune.families.registry import CHANGED, Family, family_of, family_of_model
+from edgeprune.families.surgery import Producer, ScalingGroup, Surgery, Swap
+
+__all__ = [
+    "CHANGED",
+    "Architecture",
+    "Array",
+    "Axes",
+    "Config",
+    "Encoder",
+    "Family",
+    "LatentSpace",
+    "Network",
+    "Producer",
+    "ScalingGroup",
+    "Shape",
+    "Source",
+    "Surgery",
+    "Swap",
+    "family_of",
+    "family_of_model",
+]

@@ -1,7 +1,6 @@
-"""Which text encoders a pipeline folder has, by its model_index.json: CLIPs and T5, under whatever number. Torch-free.
+"""The text encoders of a pipeline folder, read from its model_index.json: CLIPs and T5. Torch-free.
 
-SD3 has T5 as `text_encoder_3`, FLUX as `text_encoder_2`: what an encoder is, its class says, not its number.
-What it leaves out: loading them, and classes other than these three.
+T5 is `text_encoder_3` in SD3 and `text_encoder_2` in FLUX: the class identifies an encoder, not its number.
 """
 
 from __future__ import annotations
@@ -16,26 +15,29 @@ from edgeprune.common.fields import shown
 from edgeprune.common.files import read_json
 
 CLIP, CLIP_POOLED, T5 = "CLIPTextModelWithProjection", "CLIPTextModel", "T5EncoderModel"
-"""Of `CLIP` pipelines read every state and the projected text, of `CLIP_POOLED` the text before its projection."""
+"""Classes in transformers. Pipelines read all hidden states and the projected text of `CLIP`, but only the text before
+projection of `CLIP_POOLED`."""
 
 _LIBRARIES = ("diffusers", "transformers")
 
 EXPORTED = (CLIP, CLIP_POOLED, T5)
-"""What an export can write."""
+"""Classes that an export can write."""
 
 
 def is_present(index: Mapping[str, Any], name: str) -> bool:
-    """Whether model_index.json names a class for this part."""
+    """Return True if model_index.json names a class for this part."""
     entry = index.get(name)
     return isinstance(entry, list) and bool(entry) and entry[0] is not None
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """A pipeline's model_index.json. Its parts are folders beside it, and classes of diffusers and transformers alone:
-    of another library, diffusers would import the folder's own code.
+    """Read a pipeline's model_index.json.
+
+    Only classes of diffusers and transformers may be parts: for any other library, diffusers would run code from the
+    folder.
 
     Raises:
-        InputError: it is missing or damaged, or a part is something else.
+        InputError: the file is missing or damaged, or a part is not a folder name with such a class.
     """
     path = folder / "model_index.json"
     index = read_json(path)
@@ -43,8 +45,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         if name.startswith("_") or not isinstance(entry, (list, dict)):
             continue
         fits = isinstance(entry, list) and len(entry) == 2 and re.fullmatch(r"\w+", name, re.ASCII)
-        known = fits and (entry == [None, None] or (entry[0] in _LIBRARIES and isinstance(entry[1], str)))
-        if not known or not (entry[1] is None or entry[1].isidentifier()):
+        allowed = fits and (entry == [None, None] or (entry[0] in _LIBRARIES and isinstance(entry[1], str)))
+        if not allowed or not (entry[1] is None or entry[1].isidentifier()):
             raise InputError(
                 f"{path}: {shown(name)}: found {shown(entry)}, expected a class of diffusers or transformers"
             )
@@ -52,7 +54,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def text_encoders(folder: Path) -> dict[str, str]:
-    """Class by name of the text encoders that a pipeline has, in their order.
+    """Return the class of each text encoder of a pipeline by name, in order.
 
     Raises:
         InputError: model_index.json is missing or damaged.
@@ -63,15 +65,15 @@ def text_encoders(folder: Path) -> dict[str, str]:
 
 
 def tokenizer_of(encoder: str) -> str:
-    """`tokenizer_3` of `text_encoder_3`."""
+    """Return the name of an encoder's tokenizer: `tokenizer_3` for `text_encoder_3`."""
     return encoder.replace("text_encoder", "tokenizer")
 
 
 def check_tokens(folder: Path, tokens: int) -> None:
-    """Refuse a `max_sequence_length` that leaves T5 no word beside its end token.
+    """Check that `max_sequence_length` leaves T5 room for a word and its end token.
 
     Raises:
-        InputError: it is below 2 and the folder has a T5.
+        InputError: `tokens` is below 2 and the folder has a T5.
     """
     if tokens < 2 and T5 in text_encoders(folder).values():
         raise InputError(

@@ -1,9 +1,9 @@
 """FLUX.1: `FluxTransformer2DModel`, joint blocks with two streams, then single-stream blocks; packed latents.
 
-Names and shapes follow diffusers. Blocks have one index: the joint ones first, then the single ones. In a single block
-text and image are one stream, and `proj_out` reads attention and MLP side by side: without one of them its columns are
-cut. The bias of `proj_out` is the block's, and stays even when both are gone. Two by two latent pixels are a token.
-The dev model takes the guidance scale as an input and needs no second evaluation; schnell has none.
+Names and shapes follow diffusers. Joint and single blocks share one index (single.py). In a single block text and
+image are one stream, and `proj_out` reads the outputs of attention and MLP concatenated: pruning one cuts its columns.
+The bias of `proj_out` belongs to the block and stays even if both are gone. Two by two latent pixels form a token
+(packing.py). The dev model takes the guidance scale as an input and needs no second evaluation; schnell takes none.
 """
 
 from __future__ import annotations
@@ -16,22 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.common.errors import InputError
-from edgeprune.common.fields import MOST_BLOCKS
-from edgeprune.families.base import (
-    WHERE,
-    Array,
-    Axes,
-    Config,
-    Encoder,
-    LatentSpace,
-    ScalingGroup,
-    Shape,
-    Source,
-    Swap,
-    bounded,
-    whole,
-)
+from edgeprune.families import packing, single
+from edgeprune.families.architecture import Config, Encoder, LatentSpace, Shape, Source, bounded, whole_number
 from edgeprune.families.encoders import CLIP_POOLED, T5
 from edgeprune.families.joint import (
     BLOCK,
@@ -42,8 +28,11 @@ from edgeprune.families.joint import (
     linears,
     modulated,
     swaps,
+    take_out,
     width,
 )
+from edgeprune.families.network import Array, Axes
+from edgeprune.families.surgery import ScalingGroup, Swap
 
 if TYPE_CHECKING:
     import torch
@@ -52,10 +41,9 @@ if TYPE_CHECKING:
 _MODULATION = re.compile(
     r"(transformer_blocks\.\d+\.norm1(_context)?|single_transformer_blocks\.\d+\.norm|norm_out)\.linear\.(weight|bias)"
 )
-_SINGLE = re.compile(r"single_transformer_blocks\.(\d+)\.(.+)")
-# The columns of proj_out are cut, the rest of it stays: it is no component's.
+# proj_out belongs to no component: pruning one only cuts its columns.
 _SINGLE_COMPONENT_OF = {"norm": "norm", "attn": "attn", "proj_mlp": "mlp"}
-_MLP_RATIO, _PATCH, _THETA = 4, 2, 10_000
+_MLP_RATIO = 4
 
 
 def _joint_shapes(d: int, head: int) -> dict[str, Shape]:
@@ -79,7 +67,7 @@ def _single_shapes(d: int, head: int) -> dict[str, Shape]:
 
 @functools.lru_cache(maxsize=8)
 def _ids(rows: int, columns: int) -> NDArray[np.float32]:
-    """Positions (rows * columns, 3) of tokens: 0, row, column. Read-only: a runtime need not send them twice."""
+    """Return positions (rows * columns, 3) of tokens: 0, row, column. Read-only, so a runtime sends them only once."""
     out = np.zeros((rows, columns, 3), np.float32)
     out[..., 1] += np.arange(rows, dtype=np.float32)[:, None]
     out[..., 2] += np.arange(columns, dtype=np.float32)
@@ -90,38 +78,33 @@ def _ids(rows: int, columns: int) -> NDArray[np.float32]:
 
 @functools.lru_cache(maxsize=8)
 def _text_ids(tokens: int) -> NDArray[np.float32]:
+    """Return positions (tokens, 3) of text: all 0. Read-only, as `_ids`."""
     out = np.zeros((tokens, 3), np.float32)
     out.flags.writeable = False
     return out
 
 
 class Flux:
-    """See `Family` for what each method means."""
+    """FLUX.1, in all roles of `Family`; the roles describe the methods."""
 
     name = "flux"
     pipeline = "FluxPipeline"
-    components: tuple[str, ...] = ("norm", "context_norm", "attn", "mlp", "context_mlp")
-    norms: tuple[str, ...] = ("norm", "context_norm")
+    components = ("norm", "context_norm", "attn", "mlp", "context_mlp")
+    norms = ("norm", "context_norm")
     embedder = "time_text_embed"
-    encoders: tuple[Encoder, ...] = (
-        Encoder("text_encoder", CLIP_POOLED),
-        Encoder("text_encoder_2", T5),
-    )
-    tail: tuple[str, ...] = ("norm_out.", "proj_out.")
+    encoders = (Encoder("text_encoder", CLIP_POOLED), Encoder("text_encoder_2", T5))
+    tail = ("norm_out.", "proj_out.")
     position_inputs = ("img_ids", "txt_ids")
 
     def block_count(self, config: Config) -> int:
-        """`num_layers` joint blocks and `num_single_layers` single ones."""
-        total = sum(whole(config, n, least=0, most=MOST_BLOCKS) for n in ("num_layers", "num_single_layers"))
-        if not total:
-            raise InputError(f"{WHERE}: num_layers and num_single_layers: found 0, expected a block")
-        return total
+        """Count joint and single blocks."""
+        return single.block_count(config)
 
     def tensor_shapes(self, config: Config) -> dict[str, Shape]:
-        """Every tensor of the diffusers state dict."""
-        head, d = whole(config, "attention_head_dim"), width(config)
-        channels, patch = whole(config, "in_channels"), whole(config, "patch_size", 1)
-        out_channels = whole(config, "out_channels", channels)
+        """List every tensor of the diffusers state dict."""
+        head, d = whole_number(config, "attention_head_dim"), width(config)
+        channels, patch = whole_number(config, "in_channels"), whole_number(config, "patch_size", 1)
+        out_channels = whole_number(config, "out_channels", channels)
         joint, pooled = self.text_widths(config)
         embedders = [("timestep_embedder", 256), ("text_embedder", pooled)]
         if config.get("guidance_embeds"):
@@ -140,42 +123,35 @@ class Flux:
         return bounded(shapes)
 
     def is_buffer(self, name: str) -> bool:
-        """There are none."""
+        """FLUX.1 has no fixed tables."""
         return False
 
-    def table(self, config: Config, name: str) -> torch.Tensor:
-        """There is none."""
-        raise AssertionError(name)
-
     def in_block(self, name: str) -> bool:
-        """Below one of the two lists."""
-        return bool(BLOCK.match(name) or _SINGLE.match(name))
+        """Match both lists of blocks."""
+        return single.in_block(name)
 
     def place(self, config: Config, name: str) -> tuple[int, str | None] | None:
-        """Block and component by diffusers' module names; single blocks come after the joint ones."""
-        if found := BLOCK.match(name):
-            return int(found[1]), COMPONENT_OF.get(found[2].split(".")[0])
-        if found := _SINGLE.match(name):
-            return config["num_layers"] + int(found[1]), _SINGLE_COMPONENT_OF.get(found[2].split(".")[0])
+        """Read block and component from diffusers' module names; single blocks follow the joint ones."""
+        if match := BLOCK.match(name):
+            return int(match[1]), COMPONENT_OF.get(match[2].split(".")[0])
+        if match := single.SINGLE.match(name):
+            return config["num_layers"] + int(match[1]), _SINGLE_COMPONENT_OF.get(match[2].split(".")[0])
         return None
 
     def modulates(self, name: str) -> bool:
-        """The linear layers of every norm."""
+        """Match the linear layers of every norm."""
         return _MODULATION.fullmatch(name) is not None
 
     def noops(self, config: Config) -> frozenset[tuple[int, str]]:
-        """A single block has no context of its own; that of the last block is not read again."""
-        joint, count = config["num_layers"], self.block_count(config)
-        single = {(i, c) for i in range(joint, count) for c in ("context_norm", "context_mlp")}
-        return frozenset(single if count > joint else {(joint - 1, "context_mlp")})
+        """A single block has no context of its own; nothing reads the context after the last block."""
+        return single.context_noops(config, ("context_norm", "context_mlp"))
 
     def shorter_config(self, config: Config, kept: list[int]) -> Config:
-        """Fewer layers of both kinds."""
-        joint = sum(i < config["num_layers"] for i in kept)
-        return config | {"num_layers": joint, "num_single_layers": len(kept) - joint}
+        """Reduce both numbers of layers."""
+        return single.shorter_config(config, kept)
 
     def tensor_sources(self, config: Config, kept: list[int], removed: frozenset[tuple[int, str]]) -> dict[str, Source]:
-        """Renumbered names; the columns of a single block's `proj_out` go with what they read."""
+        """Renumber the blocks, and cut the columns of a single block's `proj_out` that read a removed component."""
         d, joint = width(config), self.shorter_config(config, kept)["num_layers"]
         new_of = {old: new for new, old in enumerate(kept)}
         sources: dict[str, Source] = {}
@@ -198,91 +174,44 @@ class Flux:
                 if component not in self.norms or rest.endswith(".weight"):
                     continue
                 constant = True
-            new = new_of[block]
-            prefix = f"transformer_blocks.{new}" if new < joint else f"single_transformer_blocks.{new - joint}"
-            sources[f"{prefix}.{rest}"] = Source(name, columns=columns, constant=constant)
+            prefix = single.prefix(new_of[block], joint)
+            sources[f"{prefix}{rest}"] = Source(name, columns=columns, constant=constant)
         return sources
 
     def latents(self, config: Config) -> LatentSpace:
-        """`in_channels` counts those of a token."""
-        return LatentSpace(whole(config, "in_channels") // _PATCH**2, _PATCH)
+        """Return the latent space of packed tokens."""
+        return packing.latent_space(config)
 
     def text_widths(self, config: Config) -> tuple[int, int]:
-        """`joint_attention_dim`, `pooled_projection_dim`."""
-        return whole(config, "joint_attention_dim"), whole(config, "pooled_projection_dim")
+        """Return `joint_attention_dim` and `pooled_projection_dim`."""
+        return whole_number(config, "joint_attention_dim"), whole_number(config, "pooled_projection_dim")
 
     def text_tokens(self, prompt_tokens: int, max_sequence_length: int) -> int:
-        """T5's; of CLIP only the pooled text is read."""
+        """Count T5's tokens; the model reads only CLIP's pooled text."""
         return max_sequence_length
 
     def defaults(self, config: Config) -> dict[str, Any]:
-        """Those of the models' cards: dev, or schnell."""
+        """Return the settings of the model card: dev's or schnell's."""
         if config.get("guidance_embeds"):
             return {"guidance_scale": 3.5, "max_sequence_length": 512}
         return {"num_inference_steps": 4, "guidance_scale": 0.0, "max_sequence_length": 256}
 
     def guided(self, config: Config, scale: float) -> bool:
-        """Above 1, where the model does not take the scale itself."""
+        """Return True above 1 if the model does not take the scale as an input."""
         return scale > 1 and not config.get("guidance_embeds")
 
     def levels(self, steps: int) -> NDArray[np.float64] | None:
-        """From 1 to 1 / steps, as FluxPipeline has it."""
+        """Go from 1 to 1 / steps, as in FluxPipeline."""
         return np.linspace(1.0, 1 / steps, steps)
 
     def shift(self, tokens: int, steps: int) -> float | None:
-        """The scheduler's."""
+        """Use the scheduler's rule."""
         return None
 
-    def axes(self, config: Config) -> tuple[Axes, Axes]:
-        """As optimum names them."""
-        image = {0: "batch_size", 1: "packed_height_width"}
-        inputs: Axes = {
-            "hidden_states": image,
-            "encoder_hidden_states": {0: "batch_size", 1: "sequence_length"},
-            "pooled_projections": {0: "batch_size"},
-            "timestep": {0: "batch_size"},
-            "img_ids": {0: "packed_height_width"},
-            "txt_ids": {0: "sequence_length"},
-        }
-        if config.get("guidance_embeds"):
-            inputs = {**inputs, "guidance": {0: "batch_size"}}
-        return inputs, {"out_hidden_states": image}
-
-    def inputs(
-        self, config: Config, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float
-    ) -> dict[str, Array]:
-        """Tokens of two by two latent pixels; the model multiplies timestep and guidance by 1000 itself."""
-        b, c, h, w = latents.shape
-        rows, columns = h // _PATCH, w // _PATCH
-        # (B, C, i, p, j, q) to (B, i, j, C, p, q); numpy and torch share swapaxes, not permute.
-        tokens = latents.reshape(b, c, rows, _PATCH, columns, _PATCH).swapaxes(1, 2).swapaxes(2, 4).swapaxes(3, 4)
-        out = {
-            "hidden_states": tokens.reshape(b, rows * columns, c * _PATCH**2),
-            "encoder_hidden_states": text,
-            "pooled_projections": pooled,
-            "timestep": sigma,
-            "img_ids": _ids(rows, columns),
-            "txt_ids": _text_ids(text.shape[1]),
-        }
-        return out | {"guidance": sigma * 0 + guidance} if config.get("guidance_embeds") else out
-
-    def velocity(self, config: Config, output: Array, shape: Shape) -> Array:
-        """Tokens back to where they were."""
-        b, c, h, w = shape
-        rows, columns = h // _PATCH, w // _PATCH
-        tokens = output.reshape(b, rows, columns, c, _PATCH, _PATCH)
-        return tokens.swapaxes(3, 4).swapaxes(2, 4).swapaxes(1, 2).reshape(b, c, h, w)
-
-    def join(
-        self, config: Config, outputs: Mapping[str, Mapping[str, NDArray[np.float32]]], max_sequence_length: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """T5's last states, and CLIP's pooled text before any projection."""
-        return outputs["text_encoder_2"]["last_hidden_state"], outputs["text_encoder"]["pooler_output"]
-
-    # ---------------------------------------------------------------- modules
+    # ---------------------------------------------------------------- surgery
 
     def build(self, config: Config, kept: list[int], removed: frozenset[tuple[int, str]]) -> nn.Module:
-        """A stock model of the shorter config with the removed components taken out, on the meta device."""
+        """Build a stock model of the shorter config and take the removed components out."""
         import torch
         from diffusers import FluxTransformer2DModel
 
@@ -295,18 +224,21 @@ class Flux:
             for new, old in enumerate(kept):
                 gone = sorted(c for b, c in removed if b == old)
                 if new < joint:
-                    for swap in (s for c in gone for s in swaps(model.transformer_blocks[new], c, None)):
-                        setattr(swap.owner, swap.attribute, swap.replacement)
+                    take_out(model.transformer_blocks[new], gone)
                     continue
-                single = model.single_transformer_blocks[new - joint]
+                block = model.single_transformer_blocks[new - joint]
                 if "norm" in gone:
-                    single.norm.linear = ConstantModulation(single.norm.linear, None)
+                    block.norm.linear = ConstantModulation(block.norm.linear, None)
                 if "attn" in gone or "mlp" in gone:
-                    model.single_transformer_blocks[new - joint] = SingleBlock(single, gone)
+                    model.single_transformer_blocks[new - joint] = SingleBlock(block, gone)
         return cast("nn.Module", model)
 
+    def table(self, config: Config, name: str) -> torch.Tensor:
+        """FLUX.1 has no fixed tables: never called."""
+        raise AssertionError(name)
+
     def removal(self, model: nn.Module, block: int, component: str | None, mean: torch.Tensor) -> list[Swap]:
-        """Swaps for one branch of one block of a running model."""
+        """Return the swaps for a block, or for one component of it."""
         from edgeprune.families.removed import ConstantModulation, PassThrough, Zeros
 
         loaded = cast("Any", model)
@@ -315,44 +247,36 @@ class Flux:
             (loaded.transformer_blocks, block) if block < joint else (loaded.single_transformer_blocks, block - joint)
         )
         if component is None:
-            return [Swap(owner, str(index), PassThrough())]
+            return [Swap(owner, attribute=str(index), replacement=PassThrough())]
+        module = owner[index]
         if block < joint:
-            return swaps(owner[index], component, mean)
-        single = owner[index]
+            return swaps(module, component, mean)
         if component == "norm":
-            return [Swap(single.norm, "linear", ConstantModulation(single.norm.linear, mean))]
+            constant = ConstantModulation(module.norm.linear, mean)
+            return [Swap(module.norm, attribute="linear", replacement=constant)]
         if component == "attn":
-            return [Swap(single, "attn", Zeros(single.norm.linear.in_features))]
+            return [Swap(module, attribute="attn", replacement=Zeros(module.norm.linear.in_features))]
         if component == "mlp":
-            return [Swap(single, "proj_mlp", Zeros(single.proj_mlp.out_features))]
+            return [Swap(module, attribute="proj_mlp", replacement=Zeros(module.proj_mlp.out_features))]
         return []
 
-    def modulation_input(
-        self, model: nn.Module, timestep: torch.Tensor, pooled: torch.Tensor, guidance: float = 0.0
-    ) -> torch.Tensor:
-        """silu of the timestep plus guidance plus pooled-prompt embedding: (B, D)."""
-        import torch
-
-        loaded = cast("Any", model)
-        scales = [torch.full_like(timestep, guidance * 1000)] if loaded.config.guidance_embeds else []
-        return torch.nn.functional.silu(loaded.time_text_embed(timestep, *scales, pooled))
-
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
-        """`transformer_blocks`, then `single_transformer_blocks`."""
-        loaded = cast("Any", model)
-        return [*loaded.transformer_blocks, *loaded.single_transformer_blocks]
+        """Return the joint blocks, then the single ones."""
+        return single.blocks(model)
 
     def attention(self, block: nn.Module) -> nn.Module | None:
-        """`attn` of both kinds of blocks."""
+        """Return `attn`, which both kinds of blocks have."""
         return attention(block)
 
     def block_prefix(self, model: nn.Module, index: int) -> str:
-        """`transformer_blocks.N.` or `single_transformer_blocks.N.`."""
-        joint = len(cast("Any", model).transformer_blocks)
-        return f"transformer_blocks.{index}." if index < joint else f"single_transformer_blocks.{index - joint}."
+        """Return the prefix below one of the two lists."""
+        return single.block_prefix(model, index)
 
     def scaling_groups(self, block: nn.Module) -> list[ScalingGroup]:
-        """Those of a joint block; of a single one what reads its norm. Its `proj_out` reads more than attention."""
+        """Group a joint block as in joint.py; in a single block only the readers of its norm.
+
+        `proj_out` of a single block is in no group, because it reads more than attention.
+        """
         layers = linears(block)
         if "norm1.linear" in layers or "norm1_context.linear" in layers or "ff.net.2" in layers:
             return joint_groups(block)
@@ -362,37 +286,61 @@ class Flux:
         (d,) = cast("Any", block).norm.norm.normalized_shape
         return modulated(layers, d, "norm.linear", members)
 
+    # ---------------------------------------------------------------- network
+
+    def axes(self, config: Config) -> tuple[Axes, Axes]:
+        """Name the axes as optimum does."""
+        return packing.axes(pooled=True, guidance=bool(config.get("guidance_embeds")))
+
+    def inputs(
+        self, config: Config, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float
+    ) -> dict[str, Array]:
+        """Pack the latents; the model itself multiplies timestep and guidance by 1000."""
+        out = {
+            "hidden_states": packing.pack(latents),
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+            "timestep": sigma,
+            "img_ids": _ids(*packing.grid_of(latents)),
+            "txt_ids": _text_ids(text.shape[1]),
+        }
+        return out | {"guidance": sigma * 0 + guidance} if config.get("guidance_embeds") else out
+
+    def velocity(self, config: Config, output: Array, shape: Shape) -> Array:
+        """Unpack the tokens."""
+        return packing.unpack(output, shape)
+
+    def join(
+        self, config: Config, outputs: Mapping[str, Mapping[str, NDArray[np.float32]]], max_sequence_length: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return T5's last states and CLIP's pooled text before its projection."""
+        return outputs["text_encoder_2"]["last_hidden_state"], outputs["text_encoder"]["pooler_output"]
+
     def encode(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """By `encode_prompt`."""
+        """Call the pipeline's `encode_prompt`."""
         hidden, pooled, _ = pipe.encode_prompt(prompts, prompts, max_sequence_length=max_sequence_length)
         return hidden, pooled
 
-    # ---------------------------------------------------------------- the forward pass in pieces, for exports
+    def modulation_input(
+        self, model: nn.Module, timestep: torch.Tensor, pooled: torch.Tensor, guidance: float = 0.0
+    ) -> torch.Tensor:
+        """Return silu of the sum of timestep, guidance and pooled-prompt embeddings: (B, D)."""
+        import torch
+
+        loaded = cast("Any", model)
+        scales = [torch.full_like(timestep, guidance * 1000)] if loaded.config.guidance_embeds else []
+        return torch.nn.functional.silu(loaded.time_text_embed(timestep, *scales, pooled))
 
     def compact(self, model: Any, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """There are no tables."""
+        """FLUX.1 has no fixed tables."""
         return {}
 
     def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Cosine and sine of the rotary embedding, (M + N, head width) each.
-
-        In float32, where diffusers takes float64, which TensorRT and Core ML do not have. Angles stay below a few
-        hundred, where float32 is off by 1e-5.
-        """
-        import torch
-
-        ids = torch.cat((inputs["txt_ids"], inputs["img_ids"])).float()
-        theta = model.config.get("rope_theta", _THETA)  # FLUX.2's config says it
-        angles = []
-        for axis, size in enumerate(model.config.axes_dims_rope):
-            speeds = [float(theta ** (-i / size)) for i in range(0, size, 2)]
-            angles.append(ids[:, axis, None] * torch.tensor(speeds, device=ids.device))
-        # Neighbours share an angle.
-        twice = torch.cat(angles, dim=-1)[..., None].expand(-1, -1, 2).flatten(1)
-        return twice.cos(), twice.sin()
+        """Return cosine and sine of the rotary embedding, (M + N, head width) each."""
+        return packing.rotary(model, inputs)
 
     def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens, text, and timestep with guidance and pooled text; the two numbers stay float32 in half precision."""
+        """Embed tokens, text and conditioning; timestep and guidance stay float32 even in half precision."""
         numbers = [inputs[n].float() * 1000 for n in ("timestep", "guidance") if n in inputs]
         return (
             model.x_embedder(inputs["hidden_states"]),
@@ -408,18 +356,18 @@ class Flux:
         modulation: torch.Tensor,
         positions: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Both kinds of blocks take and give both streams."""
+        """Both kinds of blocks take and return both streams."""
         text, image = block(
             hidden_states=image, encoder_hidden_states=text, temb=modulation, image_rotary_emb=tuple(positions)
         )
         return image, text
 
     def grid(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
-        """Tokens stay packed."""
+        """Tokens stay packed, so `unembed` needs no grid."""
         return ()
 
     def unembed(self, model: Any, image: torch.Tensor, modulation: torch.Tensor, grid: tuple[Any, ...]) -> torch.Tensor:
-        """(B, N, 4 C)."""
+        """Return packed velocity (B, N, 4 C)."""
         return cast("torch.Tensor", model.proj_out(model.norm_out(image, modulation)))
 
 

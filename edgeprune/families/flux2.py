@@ -1,16 +1,15 @@
 """FLUX.2: `Flux2Transformer2DModel`, joint blocks with two streams, then single-stream blocks; packed latents.
 
-Names and shapes follow diffusers; nothing has a bias. Modulation is made once for all blocks, so that norms are no
-components. A single block has one projection in and one out for attention and MLP together: without one of them its
-rows of the first and its columns of the second are cut. The pipeline is Klein's, which reads text by Qwen3.
-What it leaves out: the text encoder's export, images as conditions, modulation compression (the layers are three).
+Names and shapes follow diffusers; nothing has a bias. All blocks share one modulation, so norms are no components. In a
+single block one projection feeds attention and MLP and one reads both: pruning one of the two cuts rows of the first
+projection and columns of the second. The pipeline is Klein's, which encodes text with Qwen3. Not supported: export of
+the text encoder, images as conditions, and modulation compression (there are only three such layers).
 """
 
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -18,32 +17,28 @@ from numpy.typing import NDArray
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import real
-from edgeprune.families.base import (
+from edgeprune.families import packing, single
+from edgeprune.families.architecture import (
     WHERE,
-    Array,
-    Axes,
     Config,
     Encoder,
-    ScalingGroup,
+    LatentSpace,
     Shape,
     Source,
-    Swap,
     bounded,
-    whole,
+    whole_number,
 )
-from edgeprune.families.flux import Flux
-from edgeprune.families.joint import BLOCK, COMPONENT_OF, swaps, width
+from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, swaps, take_out, width
+from edgeprune.families.network import Array, Axes
+from edgeprune.families.surgery import ScalingGroup, Swap
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_SINGLE = re.compile(r"single_transformer_blocks\.(\d+)\.(.+)")
-_PATCH = 2
-
 
 def _hidden(config: Config) -> int:
-    """Width between a block's MLP layers, after the gated half is gone."""
+    """Return the width between a block's MLP layers, after gating has halved it."""
     ratio = real({"mlp_ratio": 3.0} | config, "mlp_ratio", WHERE, least=0.1, most=64)
     return int(width(config) * ratio)
 
@@ -68,15 +63,20 @@ def _single_shapes(d: int, head: int, hidden: int) -> dict[str, Shape]:
 
 @functools.lru_cache(maxsize=8)
 def _ids(rows: int, columns: int, tokens: int) -> NDArray[np.float32]:
-    """Positions (rows * columns * tokens, 4): time, row, column, word. Read-only, as a runtime sends such only once."""
+    """Return positions (rows * columns * tokens, 4): time, row, column, word. Read-only: a runtime sends them once."""
     grid = np.meshgrid(0, np.arange(rows), np.arange(columns), np.arange(tokens), indexing="ij")
     flat = np.stack(grid, -1).reshape(-1, 4).astype(np.float32)
     flat.flags.writeable = False
     return flat
 
 
-class Flux2(Flux):
-    """See `Family` for what each method means; what is not here is as in FLUX.1."""
+def _takes_guidance(config: Config) -> bool:
+    """Return True if the guidance scale is an input of the model."""
+    return bool(config.get("guidance_embeds", True))
+
+
+class Flux2:
+    """FLUX.2, in all roles of `Family`; the roles describe the methods."""
 
     name = "flux2"
     pipeline = "Flux2KleinPipeline"
@@ -87,15 +87,19 @@ class Flux2(Flux):
     tail = ("norm_out.", "proj_out.")
     position_inputs = ("img_ids", "txt_ids")
 
+    def block_count(self, config: Config) -> int:
+        """Count joint and single blocks."""
+        return single.block_count(config)
+
     def tensor_shapes(self, config: Config) -> dict[str, Shape]:
-        """Every tensor of the diffusers state dict."""
-        head, d, hidden = whole(config, "attention_head_dim"), width(config), _hidden(config)
-        channels, patch = whole(config, "in_channels"), whole(config, "patch_size", 1)
-        out_channels = whole(config, "out_channels", channels)
-        sines, text = whole(config, "timestep_guidance_channels", 256), self.text_widths(config)[0]
+        """List every tensor of the diffusers state dict."""
+        head, d, hidden = whole_number(config, "attention_head_dim"), width(config), _hidden(config)
+        channels, patch = whole_number(config, "in_channels"), whole_number(config, "patch_size", 1)
+        out_channels = whole_number(config, "out_channels", channels)
+        sines, text = whole_number(config, "timestep_guidance_channels", 256), self.text_widths(config)[0]
         self.block_count(config)
         shapes: dict[str, Shape] = {}
-        for name in ("timestep_embedder", *(["guidance_embedder"] if config.get("guidance_embeds", True) else [])):
+        for name in ("timestep_embedder", *(["guidance_embedder"] if _takes_guidance(config) else [])):
             shapes[f"time_guidance_embed.{name}.linear_1.weight"] = (d, sines)
             shapes[f"time_guidance_embed.{name}.linear_2.weight"] = (d, d)
         for name, parts in (("double_stream_modulation_img", 6), ("double_stream_modulation_txt", 6)):
@@ -108,26 +112,39 @@ class Flux2(Flux):
             shapes |= {f"single_transformer_blocks.{i}.{n}": s for n, s in _single_shapes(d, head, hidden).items()}
         return bounded(shapes | {"norm_out.linear.weight": (2 * d, d), "proj_out.weight": (patch**2 * out_channels, d)})
 
+    def is_buffer(self, name: str) -> bool:
+        """FLUX.2 has no fixed tables."""
+        return False
+
+    def in_block(self, name: str) -> bool:
+        """Match both lists of blocks."""
+        return single.in_block(name)
+
     def place(self, config: Config, name: str) -> tuple[int, str | None] | None:
-        """Block and component by diffusers' module names; of a single block only the norms of queries and keys."""
-        if found := BLOCK.match(name):
-            return int(found[1]), COMPONENT_OF.get(found[2].split(".")[0])
-        if found := _SINGLE.match(name):
-            return config["num_layers"] + int(found[1]), "attn" if found[2].startswith("attn.norm_") else None
+        """Read block and component from diffusers' module names.
+
+        In a single block only the norms of queries and keys belong to a component: attention and MLP share the rest.
+        """
+        if match := BLOCK.match(name):
+            return int(match[1]), COMPONENT_OF.get(match[2].split(".")[0])
+        if match := single.SINGLE.match(name):
+            return config["num_layers"] + int(match[1]), "attn" if match[2].startswith("attn.norm_") else None
         return None
 
     def modulates(self, name: str) -> bool:
-        """Three layers for all blocks are not worth compressing."""
+        """Report none: three layers for all blocks are not worth compressing."""
         return False
 
     def noops(self, config: Config) -> frozenset[tuple[int, str]]:
-        """A single block has no context of its own; that of the last block is not read again."""
-        joint, count = config["num_layers"], self.block_count(config)
-        single = {(i, "context_mlp") for i in range(joint, count)}
-        return frozenset(single if count > joint else {(joint - 1, "context_mlp")})
+        """A single block has no context of its own; nothing reads the context after the last block."""
+        return single.context_noops(config, ("context_mlp",))
+
+    def shorter_config(self, config: Config, kept: list[int]) -> Config:
+        """Reduce both numbers of layers."""
+        return single.shorter_config(config, kept)
 
     def tensor_sources(self, config: Config, kept: list[int], removed: frozenset[tuple[int, str]]) -> dict[str, Source]:
-        """Renumbered names; rows and columns of a single block's projections go with what they are for."""
+        """Renumber the blocks, and cut the rows and columns of a single block's projections for a removed component."""
         d, hidden, joint = width(config), _hidden(config), self.shorter_config(config, kept)["num_layers"]
         new_of = {old: new for new, old in enumerate(kept)}
         sources: dict[str, Source] = {}
@@ -144,77 +161,50 @@ class Flux2(Flux):
             if block >= config["num_layers"] and len(left) < 2 and component is None:
                 if not left:
                     continue
-                attended = left == ["attn"]
+                attends = left == ["attn"]
                 if rest == "attn.to_out.weight":
-                    source = Source(name, columns=((0, d) if attended else (d, d + hidden),))
+                    source = Source(name, columns=((0, d) if attends else (d, d + hidden),))
                 else:
-                    source = Source(name, rows=((0, 3 * d) if attended else (3 * d, 3 * d + 2 * hidden),))
-            new = new_of[block]
-            prefix = f"transformer_blocks.{new}" if new < joint else f"single_transformer_blocks.{new - joint}"
-            sources[f"{prefix}.{rest}"] = source
+                    source = Source(name, rows=((0, 3 * d) if attends else (3 * d, 3 * d + 2 * hidden),))
+            sources[f"{single.prefix(new_of[block], joint)}{rest}"] = source
         return sources
 
+    def latents(self, config: Config) -> LatentSpace:
+        """Return the latent space of packed tokens."""
+        return packing.latent_space(config)
+
     def text_widths(self, config: Config) -> tuple[int, int]:
-        """`joint_attention_dim`; there is no pooled text."""
-        return whole(config, "joint_attention_dim"), 0
+        """Return `joint_attention_dim`, and 0: there is no pooled text."""
+        return whole_number(config, "joint_attention_dim"), 0
+
+    def text_tokens(self, prompt_tokens: int, max_sequence_length: int) -> int:
+        """Count the tokens of the only text encoder."""
+        return max_sequence_length
 
     def defaults(self, config: Config) -> dict[str, Any]:
-        """Those of the pipelines, dev's or Klein's."""
-        if config.get("guidance_embeds", True):
+        """Return the settings of the pipelines: dev's or Klein's."""
+        if _takes_guidance(config):
             return {"num_inference_steps": 50, "guidance_scale": 4.0, "max_sequence_length": 512}
         return {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 512}
 
     def guided(self, config: Config, scale: float) -> bool:
-        """Above 1, where the model does not take the scale itself."""
-        return scale > 1 and not config.get("guidance_embeds", True)
+        """Return True above 1 if the model does not take the scale as an input."""
+        return scale > 1 and not _takes_guidance(config)
+
+    def levels(self, steps: int) -> NDArray[np.float64] | None:
+        """Go from 1 to 1 / steps, as in the pipelines."""
+        return np.linspace(1.0, 1 / steps, steps)
 
     def shift(self, tokens: int, steps: int) -> float | None:
-        """Flux2Pipeline's `compute_empirical_mu`: lines at 10 and at 200 steps, between them by steps."""
+        """Follow Flux2Pipeline's `compute_empirical_mu`: lines at 10 and 200 steps, interpolated between them."""
         at_200 = 0.00016927 * tokens + 0.45666666
         at_10 = 8.73809524e-05 * tokens + 1.89833333
         return at_200 if tokens > 4300 else at_200 + (at_200 - at_10) / 190 * (steps - 200)
 
-    def axes(self, config: Config) -> tuple[Axes, Axes]:
-        """Named as FLUX.1's."""
-        image = {0: "batch_size", 1: "packed_height_width"}
-        inputs: Axes = {
-            "hidden_states": image,
-            "encoder_hidden_states": {0: "batch_size", 1: "sequence_length"},
-            "timestep": {0: "batch_size"},
-            "img_ids": {0: "packed_height_width"},
-            "txt_ids": {0: "sequence_length"},
-        }
-        if config.get("guidance_embeds", True):
-            inputs = {**inputs, "guidance": {0: "batch_size"}}
-        return inputs, {"out_hidden_states": image}
-
-    def inputs(
-        self, config: Config, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float
-    ) -> dict[str, Array]:
-        """Tokens of two by two latent pixels; the model multiplies timestep and guidance by 1000 itself."""
-        b, c, h, w = latents.shape
-        rows, columns = h // _PATCH, w // _PATCH
-        # (B, C, i, p, j, q) to (B, i, j, C, p, q); numpy and torch share swapaxes, not permute.
-        tokens = latents.reshape(b, c, rows, _PATCH, columns, _PATCH).swapaxes(1, 2).swapaxes(2, 4).swapaxes(3, 4)
-        out = {
-            "hidden_states": tokens.reshape(b, rows * columns, c * _PATCH**2),
-            "encoder_hidden_states": text,
-            "timestep": sigma,
-            "img_ids": _ids(rows, columns, 1),
-            "txt_ids": _ids(1, 1, text.shape[1]),
-        }
-        return out | {"guidance": sigma * 0 + guidance} if config.get("guidance_embeds", True) else out
-
-    def join(
-        self, config: Config, outputs: Mapping[str, Mapping[str, NDArray[np.float32]]], max_sequence_length: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Not reached: the export refuses the text encoder."""
-        raise InputError("text_encoder: found Qwen3ForCausalLM, which cannot be exported yet")
-
-    # ---------------------------------------------------------------- modules
+    # ---------------------------------------------------------------- surgery
 
     def build(self, config: Config, kept: list[int], removed: frozenset[tuple[int, str]]) -> nn.Module:
-        """A stock model of the shorter config with the removed components taken out, on the meta device."""
+        """Build a stock model of the shorter config and take the removed components out."""
         import torch
         from diffusers import Flux2Transformer2DModel
 
@@ -227,63 +217,119 @@ class Flux2(Flux):
             for new, old in enumerate(kept):
                 gone = sorted(c for b, c in removed if b == old)
                 if new < joint:
-                    for swap in (s for c in gone for s in swaps(model.transformer_blocks[new], c, None)):
-                        setattr(swap.owner, swap.attribute, swap.replacement)
+                    take_out(model.transformer_blocks[new], gone)
                 elif gone:
-                    single = model.single_transformer_blocks[new - joint]
-                    single.attn = NoBranch(1) if len(gone) > 1 else ParallelAttention(single.attn, gone[0])
+                    block = model.single_transformer_blocks[new - joint]
+                    block.attn = NoBranch(1) if len(gone) > 1 else ParallelAttention(block.attn, gone[0])
         return cast("nn.Module", model)
 
+    def table(self, config: Config, name: str) -> torch.Tensor:
+        """FLUX.2 has no fixed tables: never called."""
+        raise AssertionError(name)
+
     def removal(self, model: nn.Module, block: int, component: str | None, mean: torch.Tensor) -> list[Swap]:
-        """Swaps for one branch of one block of a running model."""
+        """Return the swaps for a block, or for one component of it."""
         from edgeprune.families.removed import LaterColumns, PassThrough, Same, Zeros
 
         loaded = cast("Any", model)
         joint = len(loaded.transformer_blocks)
         if block < joint:
             if component is None:
-                return [Swap(loaded.transformer_blocks, str(block), PassThrough())]
+                return [Swap(loaded.transformer_blocks, attribute=str(block), replacement=PassThrough())]
             return swaps(loaded.transformer_blocks[block], component, mean)
         if component is None:
-            return [Swap(loaded.single_transformer_blocks, str(block - joint), Same())]
-        attention = loaded.single_transformer_blocks[block - joint].attn
+            return [Swap(loaded.single_transformer_blocks, attribute=str(block - joint), replacement=Same())]
+        module = loaded.single_transformer_blocks[block - joint].attn
         if component == "attn":
-            return [Swap(attention, "to_out", LaterColumns(attention.to_out, attention.inner_dim))]
-        return [Swap(attention, "mlp_act_fn", Zeros(attention.mlp_hidden_dim))] if component == "mlp" else []
+            return [Swap(module, attribute="to_out", replacement=LaterColumns(module.to_out, module.inner_dim))]
+        if component == "mlp":
+            return [Swap(module, attribute="mlp_act_fn", replacement=Zeros(module.mlp_hidden_dim))]
+        return []
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Return the joint blocks, then the single ones."""
+        return single.blocks(model)
+
+    def attention(self, block: nn.Module) -> nn.Module | None:
+        """Return `attn`, which both kinds of blocks have."""
+        return attention(block)
+
+    def block_prefix(self, model: nn.Module, index: int) -> str:
+        """Return the prefix below one of the two lists."""
+        return single.block_prefix(model, index)
+
+    def scaling_groups(self, block: nn.Module) -> list[ScalingGroup]:
+        """Return none: all blocks share the layers that produce their inputs."""
+        return []
+
+    # ---------------------------------------------------------------- network
+
+    def axes(self, config: Config) -> tuple[Axes, Axes]:
+        """Name the axes as FLUX.1's."""
+        return packing.axes(pooled=False, guidance=_takes_guidance(config))
+
+    def inputs(
+        self, config: Config, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float
+    ) -> dict[str, Array]:
+        """Pack the latents; the model itself multiplies timestep and guidance by 1000."""
+        out = {
+            "hidden_states": packing.pack(latents),
+            "encoder_hidden_states": text,
+            "timestep": sigma,
+            "img_ids": _ids(*packing.grid_of(latents), 1),
+            "txt_ids": _ids(1, 1, text.shape[1]),
+        }
+        return out | {"guidance": sigma * 0 + guidance} if _takes_guidance(config) else out
+
+    def velocity(self, config: Config, output: Array, shape: Shape) -> Array:
+        """Unpack the tokens."""
+        return packing.unpack(output, shape)
+
+    def join(
+        self, config: Config, outputs: Mapping[str, Mapping[str, NDArray[np.float32]]], max_sequence_length: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Refuse: the text encoder cannot be exported, so this is never reached."""
+        raise InputError("text_encoder: found Qwen3ForCausalLM, which cannot be exported yet")
+
+    def encode(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call the pipeline's `encode_prompt`; there is no pooled text."""
+        hidden, _ = pipe.encode_prompt(prompts, max_sequence_length=max_sequence_length)
+        return hidden, hidden.new_zeros(len(hidden), 0)
 
     def modulation_input(
         self, model: nn.Module, timestep: torch.Tensor, pooled: torch.Tensor, guidance: float = 0.0
     ) -> torch.Tensor:
-        """silu of the timestep and guidance embedding: (B, D)."""
+        """Return silu of the timestep and guidance embedding: (B, D)."""
         import torch
 
         loaded = cast("Any", model)
         scale = torch.full_like(timestep, guidance * 1000)
         return torch.nn.functional.silu(loaded.time_guidance_embed(timestep, scale))
 
-    def scaling_groups(self, block: nn.Module) -> list[ScalingGroup]:
-        """None: what makes a block's inputs is shared by all blocks."""
-        return []
+    def compact(self, model: Any, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """FLUX.2 has no fixed tables."""
+        return {}
 
-    def encode(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """By `encode_prompt`; no pooled text."""
-        hidden, _ = pipe.encode_prompt(prompts, max_sequence_length=max_sequence_length)
-        return hidden, hidden.new_zeros(len(hidden), 0)
-
-    # ---------------------------------------------------------------- the forward pass in pieces, for exports
+    def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Return cosine and sine of the rotary embedding, (M + N, head width) each."""
+        return packing.rotary(model, inputs)
 
     def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens, text, and (B, 16 D): the embedding of timestep and guidance, and the modulations of all blocks."""
+        """Embed tokens and text. The third result (B, 16 D) is the conditioning with all blocks' modulations."""
         import torch
 
         image, embedder = model.x_embedder(inputs["hidden_states"]), model.time_guidance_embed
-        found: Any = 0
+        conditioning: Any = 0
         for name, layer in (("timestep", "timestep_embedder"), ("guidance", "guidance_embedder")):
             if name in inputs:
                 sines = embedder.time_proj(inputs[name].float() * 1000)
-                found = found + getattr(embedder, layer)(sines.to(image.dtype))
-        made = (model.double_stream_modulation_img, model.double_stream_modulation_txt, model.single_stream_modulation)
-        modulation = torch.cat([found, *(layer(found) for layer in made)], dim=-1)
+                conditioning = conditioning + getattr(embedder, layer)(sines.to(image.dtype))
+        shared = (
+            model.double_stream_modulation_img,
+            model.double_stream_modulation_txt,
+            model.single_stream_modulation,
+        )
+        modulation = torch.cat([conditioning, *(layer(conditioning) for layer in shared)], dim=-1)
         return image, model.context_embedder(inputs["encoder_hidden_states"]), modulation
 
     def run(
@@ -294,18 +340,22 @@ class Flux2(Flux):
         modulation: torch.Tensor,
         positions: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A single block takes both streams as one."""
+        """A single block reads both streams as one."""
         d = image.shape[-1]
-        _, first, second, single = modulation.split((d, 6 * d, 6 * d, 3 * d), dim=-1)
+        _, for_image, for_text, for_single = modulation.split((d, 6 * d, 6 * d, 3 * d), dim=-1)
         angles = tuple(positions)
         if hasattr(block, "norm1"):
-            text, image = block(image, text, first, second, image_rotary_emb=angles)
+            text, image = block(image, text, for_image, for_text, image_rotary_emb=angles)
         else:
-            text, image = block(image, text, single, image_rotary_emb=angles, split_hidden_states=True)
+            text, image = block(image, text, for_single, image_rotary_emb=angles, split_hidden_states=True)
         return image, text
 
+    def grid(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+        """Tokens stay packed, so `unembed` needs no grid."""
+        return ()
+
     def unembed(self, model: Any, image: torch.Tensor, modulation: torch.Tensor, grid: tuple[Any, ...]) -> torch.Tensor:
-        """(B, N, 4 C)."""
+        """Return packed velocity (B, N, 4 C)."""
         embedding = modulation[..., : image.shape[-1]]
         return cast("torch.Tensor", model.proj_out(model.norm_out(image, embedding)))
 

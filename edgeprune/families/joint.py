@@ -1,14 +1,15 @@
-"""What families have in common whose blocks are diffusers' joint blocks: two streams, one attention, adaLN."""
+"""What families share whose blocks are diffusers' joint blocks: two streams, one attention, adaLN."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import LARGEST
-from edgeprune.families.base import WHERE, Config, Producer, ScalingGroup, Shape, Swap, whole
+from edgeprune.families.architecture import WHERE, Config, Shape, whole_number
+from edgeprune.families.surgery import Producer, ScalingGroup, Swap
 
 if TYPE_CHECKING:
     import torch
@@ -24,24 +25,27 @@ BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 
 
 def linear(name: str, out: int, inp: int) -> dict[str, Shape]:
-    """Shapes of a linear layer with bias."""
+    """Return the shapes of a linear layer with bias."""
     return {f"{name}.weight": (out, inp), f"{name}.bias": (out,)}
 
 
 def width(config: Config) -> int:
-    """D.
+    """Return D, the number of heads times their width.
 
     Raises:
-        InputError: heads or their width are no such numbers, or too many.
+        InputError: one of the two is not a valid number, or their product is too large.
     """
-    heads, head = whole(config, "num_attention_heads"), whole(config, "attention_head_dim")
+    heads, head = whole_number(config, "num_attention_heads"), whole_number(config, "attention_head_dim")
     if heads * head > LARGEST:
         raise InputError(f"{WHERE}: num_attention_heads: found {heads} of {head}, expected a width up to {LARGEST}")
     return heads * head
 
 
 def swaps(block: Any, component: str, mean: torch.Tensor | None) -> list[Swap]:
-    """What takes a component out of a joint block; nothing where the block does not have it."""
+    """Return the swaps that take a component out of a joint block; empty if the block lacks it.
+
+    `mean` (D) is the mean modulation input; None for a model on the meta device, whose weights load later.
+    """
     from edgeprune.families.removed import ConstantModulation, NoBranch
 
     module = _MODULE_OF[component]
@@ -49,18 +53,25 @@ def swaps(block: Any, component: str, mean: torch.Tensor | None) -> list[Swap]:
         return []
     if component in ("norm", "context_norm"):
         norm = getattr(block, module)
-        return [Swap(norm, "linear", ConstantModulation(norm.linear, mean))]
-    return [Swap(block, module, NoBranch(2 if component == "attn" else 1))]
+        return [Swap(owner=norm, attribute="linear", replacement=ConstantModulation(norm.linear, mean))]
+    return [Swap(owner=block, attribute=module, replacement=NoBranch(2 if component == "attn" else 1))]
+
+
+def take_out(block: Any, components: Iterable[str]) -> None:
+    """Take components out of a joint block on the meta device, in place."""
+    for component in components:
+        for swap in swaps(block, component, None):
+            setattr(swap.owner, swap.attribute, swap.replacement)
 
 
 def attention(block: nn.Module) -> nn.Module | None:
-    """A block's joint attention; what stands for a removed one has no weights."""
-    found: nn.Module | None = getattr(block, "attn", None)
-    return found if found is not None and any(True for _ in found.parameters()) else None
+    """Return a block's `attn`, or None if it was removed: its replacement has no weights."""
+    module: nn.Module | None = getattr(block, "attn", None)
+    return module if module is not None and any(True for _ in module.parameters()) else None
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """A block's linear layers by name."""
+    """Return a block's linear layers by name."""
     from torch import nn
 
     return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
@@ -69,7 +80,15 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
 def modulated(
     layers: dict[str, nn.Linear], d: int, norm: str, members: Sequence[tuple[int, str]], *, scale_first: bool = False
 ) -> list[ScalingGroup]:
-    """Layers that read what an adaLN makes: by the part of the modulation where its shift (or scale) is."""
+    """Return the groups of layers that read what an adaLN produces.
+
+    Args:
+        layers: a block's linear layers by name.
+        d: width D of one part of the modulation.
+        norm: name of the modulation layer.
+        members: for each group, the part of the modulation that holds its first vector, and its layers' names.
+        scale_first: True if a part's scale precedes its shift.
+    """
     groups: list[ScalingGroup] = []
     if norm not in layers:
         return groups
@@ -78,22 +97,22 @@ def modulated(
         if consumers and (part + 2) * d <= layers[norm].out_features:
             shift, scale = (part + 1, part) if scale_first else (part, part + 1)
             producers = (
-                Producer(norm, (shift * d, (shift + 1) * d)),
-                Producer(norm, (scale * d, (scale + 1) * d), one_plus=True),
+                Producer(norm, rows=(shift * d, (shift + 1) * d)),
+                Producer(norm, rows=(scale * d, (scale + 1) * d), one_plus=True),
             )
             groups.append(ScalingGroup(consumers, producers))
     return groups
 
 
 def attended(layers: dict[str, nn.Linear], d: int, attention: str) -> list[ScalingGroup]:
-    """Output projections, which read the averaged values of both streams."""
+    """Return the group of attention's output projections, which read the averaged values of both streams."""
     consumers = tuple(n for n in (f"{attention}.to_out.0", f"{attention}.to_add_out") if n in layers)
     values = [n for n in (f"{attention}.to_v", f"{attention}.add_v_proj") if n in layers]
-    return [ScalingGroup(consumers, tuple(Producer(n, (0, d)) for n in values))] if consumers else []
+    return [ScalingGroup(consumers, tuple(Producer(n, rows=(0, d)) for n in values))] if consumers else []
 
 
 def joint_groups(block: nn.Module) -> list[ScalingGroup]:
-    """The scaling groups of a joint block: what reads each adaLN output, and attention's output projections."""
+    """Return the scaling groups of a joint block: readers of each adaLN output, and attention's output projections."""
     layers = linears(block)
     (d,) = cast("Any", block).norm1.norm.normalized_shape
     # Parts of the modulation by position: shift, scale, gate of attention; of the MLP; of the second attention.

@@ -1,7 +1,7 @@
-"""A square table of positions held as rows and columns: SD3's sines and cosines depend on one of them each.
+"""A square position table stored as rows and columns: each of SD3's sines and cosines depends on only one of the two.
 
 SD3.5 Large's table of 192 x 192 x 2432 has 90 M numbers, 2 % of the INT4 model; its rows and columns have 0.5 M.
-What it leaves out: tables that are not of this kind, which stay what they are.
+A table that does not split exactly stays whole.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def separate(table: torch.Tensor) -> dict[str, torch.Tensor] | None:
-    """The rows (n, D/2) and columns (n, D/2) of a table (1, n * n, D); None if it is not one of these, bit for bit."""
+    """Return rows (n, D/2) and columns (n, D/2) of a table (1, n * n, D); None unless they reproduce it bit for bit."""
     _, places, width = table.shape
     side = round(places**0.5)
     if side**2 != places or width % 2:
@@ -28,10 +28,10 @@ def separate(table: torch.Tensor) -> dict[str, torch.Tensor] | None:
 
 
 class SeparatePatchEmbed(nn.Module):
-    """diffusers' PatchEmbed with a table in two halves: the middle of it is taken, as there.
+    """diffusers' PatchEmbed with its table in two halves. Like the original, it uses the middle of the table.
 
     Args:
-        embed: a PatchEmbed; its convolution is kept.
+        embed: a PatchEmbed, whose convolution this module takes over.
         rows, columns: (n, D/2).
     """
 
@@ -42,7 +42,7 @@ class SeparatePatchEmbed(nn.Module):
         self.register_buffer("columns", columns)
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) to (B, N, D)."""
+        """Map (B, C, h, w) to (B, N, D)."""
         height, width = (size // self.patch for size in latent.shape[-2:])
         rows, columns = self._middle(self.rows, height), self._middle(self.columns, width)
         position = torch.cat([columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1)

@@ -1,4 +1,4 @@
-"""What stands in the place of a removed block, branch or modulation. Shared by the families."""
+"""Modules that replace a removed block, branch or modulation."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from torch.nn import functional as F
 
 
 class PassThrough(nn.Module):
-    """A removed joint block: both streams go by unchanged."""
+    """A removed joint block: returns both streams unchanged."""
 
     def forward(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Streams (B, N, D) and (B, M, D) in diffusers' order of results: context first."""
+        """Return the streams (B, N, D) and (B, M, D) in diffusers' order of results: context first."""
         return encoder_hidden_states, hidden_states
 
 
 class NoBranch(nn.Module):
-    """A removed branch: its output is zero, whatever the gate, so its residual stream stays as it is."""
+    """A removed branch: its output is zero for any gate, so the residual stream does not change."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
         self.outputs = outputs
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """A zero of shape (1, 1, 1), broadcast by the gate's product; a pair of them for joint attention."""
+        """Return a zero (1, 1, 1), which broadcasts with the gate; for joint attention a pair of them."""
         zero = hidden_states.new_zeros(1, 1, 1)
         return zero if self.outputs == 1 else (zero,) * self.outputs
 
 
 class ConstantModulation(nn.Module):
-    """A removed norm's modulation: one vector, no longer a function of timestep and prompt.
+    """A removed norm's modulation: one vector that no longer depends on timestep and prompt.
 
-    Holds `bias` (6 D, or 2 D): the output of the original linear layer at the mean input.
+    Holds `bias` (6 D, or 2 D): the original linear layer's output at the mean input.
     """
 
     def __init__(self, linear: nn.Linear, mean: torch.Tensor | None) -> None:
@@ -46,38 +46,38 @@ class ConstantModulation(nn.Module):
         self.bias = nn.Parameter(bias)
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """(B, D) to (1, 6 D): broadcast over the batch."""
+        """Map (B, D) to (1, 6 D), which broadcasts over the batch."""
         return self.bias[None].to(embedding.dtype)
 
 
 class Zeros(nn.Module):
-    """A removed branch whose output is concatenated with another: zeros of its width."""
+    """A removed branch whose output is concatenated with another: returns zeros of its width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """(B, N, D) to (B, N, width)."""
+        """Map (B, N, D) to (B, N, width)."""
         return hidden_states.new_zeros(*hidden_states.shape[:-1], self.width)
 
 
 class BiasOnly(nn.Module):
-    """A linear layer all of whose inputs are gone."""
+    """A linear layer that has lost all of its inputs."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.bias = linear.bias
 
     def forward(self) -> torch.Tensor:
-        """(D)."""
+        """Return the bias (D)."""
         return self.bias
 
 
 class SingleBlock(nn.Module):
-    """A single-stream block of FLUX without attention, MLP or both, with the columns of `proj_out` that are left.
+    """A single-stream block of FLUX.1 without attention, MLP or both, and with only the matching columns of `proj_out`.
 
-    Made of what is left of diffusers' own block, under the same names.
+    Its modules are those of diffusers' block, under the same names.
     """
 
     def __init__(self, block: Any, gone: Container[str]) -> None:
@@ -99,7 +99,7 @@ class SingleBlock(nn.Module):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As diffusers' own: streams (B, N, D) and (B, M, D) to the same, context first."""
+        """Map streams (B, N, D) and (B, M, D) to the same shapes, context first, as diffusers' block does."""
         tokens = encoder_hidden_states.shape[1]
         joined = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         normed, gate = self.norm(joined, emb=temb)
@@ -115,10 +115,10 @@ class SingleBlock(nn.Module):
 
 
 class ProjectedEmbedding(nn.Module):
-    """The modulation input as its coordinates on a basis, centred, where layers read these instead.
+    """The modulation input as centred coordinates on a basis, for layers that read these coordinates.
 
-    Holds the original `embedder`, `mean` (D) and orthonormal `basis` (R, D). The mean is taken off first: its own
-    coordinates are larger than what varies, and half precision would round that away.
+    Holds the original `embedder`, `mean` (D) and orthonormal `basis` (R, D). The mean is subtracted first: its
+    coordinates are larger than the part that varies, which half precision would round away.
     """
 
     def __init__(self, embedder: nn.Module, rank: int, width: int) -> None:
@@ -128,42 +128,42 @@ class ProjectedEmbedding(nn.Module):
         self.basis = nn.Parameter(torch.zeros(rank, width))
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Whatever the embedder takes, to (B, R)."""
+        """Map the embedder's inputs to (B, R)."""
         return F.linear(F.silu(self.embedder(*inputs)) - self.mean, self.basis)
 
 
 class ConstantEmbedding(nn.Module):
-    """A removed embedder: all modulation is constant, and its layers ask their input for nothing but its dtype."""
+    """A removed embedder: all modulation is constant, and its layers read only the dtype of their input."""
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """One column (B, 1) of the pooled text (B, P), which comes last."""
+        """Return one column (B, 1) of the pooled text (B, P), the last input."""
         return inputs[-1][:, :1]
 
 
 class Same(nn.Module):
-    """A removed block of one stream: it goes by unchanged."""
+    """A removed single-stream block: returns its stream unchanged."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """(B, N, D) as it is."""
+        """Return the stream (B, N, D)."""
         return hidden_states
 
 
 class LaterColumns(nn.Module):
-    """A linear layer that does not read its first inputs: what made them contributes nothing."""
+    """A linear layer that ignores its first inputs, so the branch that produces them contributes nothing."""
 
     def __init__(self, linear: nn.Linear, first: int) -> None:
         super().__init__()
         self.linear, self.first = linear, first
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, N, first + rest) to (B, N, D)."""
+        """Map (B, N, first + rest) to (B, N, D)."""
         return F.linear(hidden_states[..., self.first :], self.linear.weight[:, self.first :])
 
 
 class ParallelAttention(nn.Module):
-    """FLUX.2's attention with an MLP beside it, without one of them; the projections have what is left for the other.
+    """FLUX.2's parallel attention and MLP without one of the two; the projections keep only what the other needs.
 
-    Made of what is left of diffusers' own module, under the same names.
+    Its modules are those of diffusers' module, under the same names.
     """
 
     def __init__(self, attention: Any, gone: str) -> None:
@@ -181,19 +181,18 @@ class ParallelAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """(B, M + N, D) to the same."""
+        """Map (B, M + N, D) to the same shape."""
         projected = self.to_qkv_mlp_proj(hidden_states)
         if not self.attends:
-            made: torch.Tensor = self.to_out(self.mlp_act_fn(projected))
-            return made
+            mlp: torch.Tensor = self.to_out(self.mlp_act_fn(projected))
+            return mlp
         from diffusers.models.embeddings import apply_rotary_emb
 
-        heads = (x.unflatten(-1, (-1, self.head_dim)) for x in projected.chunk(3, dim=-1))
-        query, key, value = heads
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in projected.chunk(3, dim=-1))
         query, key = self.norm_q(query), self.norm_k(key)
         if image_rotary_emb is not None:
             query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        found = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        out: torch.Tensor = self.to_out(found)
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        out: torch.Tensor = self.to_out(attended)
         return out

@@ -1,9 +1,9 @@
 """Stable Diffusion 3 and 3.5: `SD3Transformer2DModel`, joint blocks with two streams.
 
-Names and shapes follow diffusers. Removal: a branch contributes nothing to its residual stream; a removed
-norm keeps its LayerNorm and gets constant modulation. The last block is `context_pre_only`: when it is
-removed, the block before takes that form, and its context modulation keeps two of six parts, reordered
-(AdaLayerNormZero: shift, scale, gate, …; AdaLayerNormContinuous: scale, shift).
+Names and shapes follow diffusers. A removed branch contributes nothing to its residual stream; a removed norm keeps its
+LayerNorm and gets constant modulation. The last block is `context_pre_only`: if it is removed, the new last block takes
+that form, and its context modulation keeps two of six parts, reordered (AdaLayerNormZero: shift, scale, gate, ...;
+AdaLayerNormContinuous: scale, shift).
 """
 
 from __future__ import annotations
@@ -17,40 +17,38 @@ from numpy.typing import NDArray
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import MOST_BLOCKS, shown
-from edgeprune.families.base import (
+from edgeprune.families.architecture import (
     WHERE,
-    Array,
-    Axes,
     Config,
     Encoder,
     LatentSpace,
-    ScalingGroup,
     Shape,
     Source,
-    Swap,
     bounded,
-    whole,
+    whole_number,
 )
 from edgeprune.families.encoders import CLIP, T5
-from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, joint_groups, linear, swaps, width
+from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, joint_groups, linear, swaps, take_out, width
+from edgeprune.families.network import Array, Axes
+from edgeprune.families.surgery import ScalingGroup, Swap
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 _MODULATION = re.compile(r"(transformer_blocks\.\d+\.norm1(_context)?|norm_out)\.linear\.(weight|bias)")
-# Of the context stream, a context_pre_only block still reads keys and values, but writes nothing.
+# A context_pre_only block reads keys and values from the context stream but does not write to it.
 _ABSENT_IN_LAST = ("ff_context.", "attn.to_add_out.")
 _MOST_POSITIONS = 2**30
-"""Numbers in the position table; SD3.5 Medium's has 2 ** 27.8."""
+"""Limit on the numbers in the position table; SD3.5 Medium's has 2 ** 27.8."""
 
 
 def _dual(config: Config) -> frozenset[int]:
-    """Blocks with a second attention."""
-    found = config.get("dual_attention_layers") or []
-    if not isinstance(found, (list, tuple)) or not all(type(i) is int for i in found):
-        raise InputError(f"{WHERE}: dual_attention_layers: found {shown(found)}, expected a list of indices")
-    return frozenset(found)
+    """Return the indices of blocks with a second attention."""
+    layers = config.get("dual_attention_layers") or []
+    if not isinstance(layers, (list, tuple)) or not all(type(i) is int for i in layers):
+        raise InputError(f"{WHERE}: dual_attention_layers: found {shown(layers)}, expected a list of indices")
+    return frozenset(layers)
 
 
 def _block_shapes(d: int, head: int, qk_norm: bool, last: bool, dual: bool) -> dict[str, Shape]:
@@ -73,7 +71,7 @@ def _block_shapes(d: int, head: int, qk_norm: bool, last: bool, dual: bool) -> d
 
 
 class SD3:
-    """See `Family` for what each method means."""
+    """Stable Diffusion 3, in all roles of `Family`; the roles describe the methods."""
 
     name = "sd3"
     pipeline = "StableDiffusion3Pipeline"
@@ -89,17 +87,20 @@ class SD3:
     position_inputs: tuple[str, ...] = ()
 
     def block_count(self, config: Config) -> int:
-        """`num_layers`."""
-        return whole(config, "num_layers", most=MOST_BLOCKS)
+        """Read `num_layers`."""
+        return whole_number(config, "num_layers", most=MOST_BLOCKS)
 
     def tensor_shapes(self, config: Config) -> dict[str, Shape]:
-        """Every tensor of the diffusers state dict."""
-        head, d = whole(config, "attention_head_dim"), width(config)
-        channels, patch, table = (whole(config, n) for n in ("in_channels", "patch_size", "pos_embed_max_size"))
-        if table * table * d > _MOST_POSITIONS:  # diffusers computes it even for a model that takes no memory
-            raise InputError(f"{WHERE}: pos_embed_max_size: found {table}, expected a table up to {_MOST_POSITIONS}")
-        out_channels = whole(config, "out_channels", channels)
-        (joint, pooled), caption = self.text_widths(config), whole(config, "caption_projection_dim")
+        """List every tensor of the diffusers state dict."""
+        head, d = whole_number(config, "attention_head_dim"), width(config)
+        channels, patch, table = (whole_number(config, n) for n in ("in_channels", "patch_size", "pos_embed_max_size"))
+        if table * table * d > _MOST_POSITIONS:  # diffusers computes the table even on the meta device
+            raise InputError(
+                f"{WHERE}: pos_embed_max_size: {table} makes a table of {table * table * d} numbers, "
+                f"expected up to {_MOST_POSITIONS}"
+            )
+        out_channels = whole_number(config, "out_channels", channels)
+        (joint, pooled), caption = self.text_widths(config), whole_number(config, "caption_projection_dim")
         shapes: dict[str, Shape] = {
             "pos_embed.pos_embed": (1, table * table, d),
             "pos_embed.proj.weight": (d, channels, patch, patch),
@@ -118,38 +119,30 @@ class SD3:
         return bounded(shapes)
 
     def is_buffer(self, name: str) -> bool:
-        """The position table is fixed."""
+        """Match the position table."""
         return name == "pos_embed.pos_embed"
 
-    def table(self, config: Config, name: str) -> torch.Tensor:
-        """Sines and cosines of the position, as PatchEmbed makes them."""
-        from diffusers.models.embeddings import get_2d_sincos_pos_embed
-
-        side, base = whole(config, "pos_embed_max_size"), whole(config, "sample_size") // whole(config, "patch_size")
-        made: torch.Tensor = get_2d_sincos_pos_embed(width(config), side, base_size=base, output_type="pt")
-        return made.float()[None]
-
     def in_block(self, name: str) -> bool:
-        """Below `transformer_blocks`."""
+        """Match names below `transformer_blocks`."""
         return BLOCK.match(name) is not None
 
     def place(self, config: Config, name: str) -> tuple[int, str | None] | None:
-        """Block and component by diffusers' module names."""
-        found = BLOCK.match(name)
-        return (int(found[1]), COMPONENT_OF.get(found[2].split(".")[0])) if found else None
+        """Read block and component from diffusers' module names."""
+        match = BLOCK.match(name)
+        return (int(match[1]), COMPONENT_OF.get(match[2].split(".")[0])) if match else None
 
     def modulates(self, name: str) -> bool:
-        """`norm1.linear`, `norm1_context.linear` of blocks, and `norm_out.linear`."""
+        """Match `norm1.linear` and `norm1_context.linear` of blocks, and `norm_out.linear`."""
         return _MODULATION.fullmatch(name) is not None
 
     def noops(self, config: Config) -> frozenset[tuple[int, str]]:
-        """The last block's context MLP, and `attn2` where a block has none."""
+        """Return the last block's context MLP, and `attn2` of every block without one."""
         count = self.block_count(config)
         dual = _dual(config)
         return frozenset({(count - 1, "context_mlp")} | {(i, "attn2") for i in range(count) if i not in dual})
 
     def shorter_config(self, config: Config, kept: list[int]) -> Config:
-        """Fewer layers; the dual attention layers are renumbered."""
+        """Reduce the number of layers and renumber the dual attention layers."""
         dual = _dual(config)
         return config | {
             "num_layers": len(kept),
@@ -157,7 +150,7 @@ class SD3:
         }
 
     def tensor_sources(self, config: Config, kept: list[int], removed: frozenset[tuple[int, str]]) -> dict[str, Source]:
-        """Renumbered names; the new last block loses its context output."""
+        """Renumber the blocks; the new last block loses its context output."""
         d = width(config)
         sources: dict[str, Source] = {}
         new_of = {old: new for new, old in enumerate(kept)}
@@ -186,35 +179,89 @@ class SD3:
         return sources
 
     def latents(self, config: Config) -> LatentSpace:
-        """Channels, patch and position table of the config."""
-        return LatentSpace(*(whole(config, n) for n in ("in_channels", "patch_size", "pos_embed_max_size")))
+        """Read channels, patch and size of the position table."""
+        return LatentSpace(
+            channels=whole_number(config, "in_channels"),
+            patch=whole_number(config, "patch_size"),
+            largest=whole_number(config, "pos_embed_max_size"),
+        )
 
     def text_widths(self, config: Config) -> tuple[int, int]:
-        """`joint_attention_dim`, `pooled_projection_dim`."""
-        return whole(config, "joint_attention_dim"), whole(config, "pooled_projection_dim")
+        """Return `joint_attention_dim` and `pooled_projection_dim`."""
+        return whole_number(config, "joint_attention_dim"), whole_number(config, "pooled_projection_dim")
 
     def text_tokens(self, prompt_tokens: int, max_sequence_length: int) -> int:
-        """CLIP's tokens, then T5's."""
+        """Add CLIP's tokens and T5's."""
         return prompt_tokens + max_sequence_length
 
     def defaults(self, config: Config) -> dict[str, Any]:
-        """`Generation` has them."""
+        """Return nothing: the defaults of `Generation` are SD3's."""
         return {}
 
     def guided(self, config: Config, scale: float) -> bool:
-        """Above 1."""
+        """Return True above 1."""
         return scale > 1
 
     def levels(self, steps: int) -> NDArray[np.float64] | None:
-        """The scheduler's own."""
+        """Use the scheduler's levels."""
         return None
 
     def shift(self, tokens: int, steps: int) -> float | None:
-        """The scheduler's."""
+        """Use the scheduler's rule."""
         return None
 
+    # ---------------------------------------------------------------- surgery
+
+    def build(self, config: Config, kept: list[int], removed: frozenset[tuple[int, str]]) -> nn.Module:
+        """Build a stock model of the shorter config and take the removed components out."""
+        import torch
+        from diffusers import SD3Transformer2DModel
+
+        shorter = {k: v for k, v in self.shorter_config(config, kept).items() if not k.startswith("_")}
+        with torch.device("meta"):
+            model = SD3Transformer2DModel(**shorter)
+        for new, old in enumerate(kept):
+            take_out(model.transformer_blocks[new], (c for b, c in sorted(removed) if b == old))
+        return cast("nn.Module", model)
+
+    def table(self, config: Config, name: str) -> torch.Tensor:
+        """Compute sines and cosines of the position, as PatchEmbed does."""
+        from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+        side = whole_number(config, "pos_embed_max_size")
+        base = whole_number(config, "sample_size") // whole_number(config, "patch_size")
+        table: torch.Tensor = get_2d_sincos_pos_embed(width(config), side, base_size=base, output_type="pt")
+        return table.float()[None]
+
+    def removal(self, model: nn.Module, block: int, component: str | None, mean: torch.Tensor) -> list[Swap]:
+        """Return the swaps for a block, or for one component of it."""
+        from edgeprune.families.removed import PassThrough
+
+        if component is None:
+            owner = cast("Any", model).transformer_blocks
+            return [Swap(owner, attribute=str(block), replacement=PassThrough())]
+        return swaps(self.blocks(model)[block], component, mean)
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Return `transformer_blocks`."""
+        return list(cast("Any", model).transformer_blocks)
+
+    def attention(self, block: nn.Module) -> nn.Module | None:
+        """Return `attn`, which both streams share."""
+        return attention(block)
+
+    def block_prefix(self, model: nn.Module, index: int) -> str:
+        """Return `transformer_blocks.N.`."""
+        return f"transformer_blocks.{index}."
+
+    def scaling_groups(self, block: nn.Module) -> list[ScalingGroup]:
+        """Group as in joint.py."""
+        return joint_groups(block)
+
+    # ---------------------------------------------------------------- network
+
     def axes(self, config: Config) -> tuple[Axes, Axes]:
-        """As diffusers names them."""
+        """Name the axes as diffusers does."""
         latents = {0: "batch_size", 2: "height", 3: "width"}
         inputs: Axes = {
             "hidden_states": latents,
@@ -227,7 +274,7 @@ class SD3:
     def inputs(
         self, config: Config, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float
     ) -> dict[str, Array]:
-        """Nothing is packed."""
+        """Pass the latents on unpacked."""
         return {
             "hidden_states": latents,
             "encoder_hidden_states": text,
@@ -236,15 +283,15 @@ class SD3:
         }
 
     def velocity(self, config: Config, output: Array, shape: Shape) -> Array:
-        """As it is."""
+        """Return the output, which is the velocity."""
         return output
 
     def join(
         self, config: Config, outputs: Mapping[str, Mapping[str, NDArray[np.float32]]], max_sequence_length: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Both CLIPs side by side, filled up with zeros to K, then T5's tokens, or as many zeros."""
+        """Concatenate both CLIPs by width, pad with zeros to K, then append T5's tokens, or zeros without T5."""
         clips = [outputs[e.name] for e in self.encoders[:2]]
-        # hidden_states.0 is the embedding, .n the last layer: SD3 reads the one before the last.
+        # hidden_states.0 is the embedding, .n the last layer; SD3 reads the last but one.
         states = [sorted((int(k.rpartition(".")[2]), k) for k in o if k.startswith("hidden_states.")) for o in clips]
         joined = np.concatenate([o[s[-2][1]] for o, s in zip(clips, states, strict=True)], axis=-1)
         wide = self.text_widths(config)[0]
@@ -253,83 +300,41 @@ class SD3:
         last = outputs.get("text_encoder_3", absent)["last_hidden_state"]
         return np.concatenate([joined, last], axis=1), np.concatenate([o["text_embeds"] for o in clips], axis=-1)
 
-    # ---------------------------------------------------------------- modules
-
-    def build(self, config: Config, kept: list[int], removed: frozenset[tuple[int, str]]) -> nn.Module:
-        """A stock model of the shorter config with the removed components taken out, on the meta device."""
-        import torch
-        from diffusers import SD3Transformer2DModel
-
-        shorter = {k: v for k, v in self.shorter_config(config, kept).items() if not k.startswith("_")}
-        with torch.device("meta"):
-            model = SD3Transformer2DModel(**shorter)
-        for new, old in enumerate(kept):
-            for component in (c for b, c in sorted(removed) if b == old):
-                for swap in swaps(model.transformer_blocks[new], component, None):
-                    setattr(swap.owner, swap.attribute, swap.replacement)
-        return cast("nn.Module", model)
-
-    def removal(self, model: nn.Module, block: int, component: str | None, mean: torch.Tensor) -> list[Swap]:
-        """Swaps for one branch of one block of a running model."""
-        from edgeprune.families.removed import PassThrough
-
-        if component is None:
-            return [Swap(cast("Any", model).transformer_blocks, str(block), PassThrough())]
-        return swaps(self.blocks(model)[block], component, mean)
-
-    def modulation_input(
-        self, model: nn.Module, timestep: torch.Tensor, pooled: torch.Tensor, guidance: float = 0.0
-    ) -> torch.Tensor:
-        """silu of the timestep plus pooled-prompt embedding: (B, D)."""
-        import torch
-
-        embedding = cast("Any", model).time_text_embed(timestep, pooled)
-        return torch.nn.functional.silu(embedding)
-
-    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
-        """`transformer_blocks`."""
-        return list(cast("Any", model).transformer_blocks)
-
-    def attention(self, block: nn.Module) -> nn.Module | None:
-        """`attn`, which both streams share."""
-        return attention(block)
-
-    def block_prefix(self, model: nn.Module, index: int) -> str:
-        """`transformer_blocks.N.`."""
-        return f"transformer_blocks.{index}."
-
-    def scaling_groups(self, block: nn.Module) -> list[ScalingGroup]:
-        """Those of a joint block."""
-        return joint_groups(block)
-
     def encode(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """By `encode_prompt`, which adds zero tokens for an absent T5."""
+        """Call the pipeline's `encode_prompt`, which appends zero tokens if T5 is absent."""
         hidden, _, pooled, _ = pipe.encode_prompt(
             *(prompts,) * 3, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
         )
         return hidden, pooled
 
-    # ---------------------------------------------------------------- the forward pass in pieces, for exports
+    def modulation_input(
+        self, model: nn.Module, timestep: torch.Tensor, pooled: torch.Tensor, guidance: float = 0.0
+    ) -> torch.Tensor:
+        """Return silu of the sum of timestep and pooled-prompt embeddings: (B, D)."""
+        import torch
+
+        embedding = cast("Any", model).time_text_embed(timestep, pooled)
+        return torch.nn.functional.silu(embedding)
 
     def compact(self, model: Any, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The position table in rows and columns, if it can be told so."""
+        """Split the position table into rows and columns if that loses nothing."""
         from edgeprune.families.positions import SeparatePatchEmbed, separate
 
-        found = separate(read("pos_embed.pos_embed"))
-        if found is None:
+        halves = separate(read("pos_embed.pos_embed"))
+        if halves is None:
             return {}
-        # In the model they are of the kind of its other tensors, real or fake.
+        # The model gets tensors of the same kind as its others, real or fake.
         like = model.pos_embed.pos_embed
-        empty = {name: like.new_empty(tensor.shape) for name, tensor in found.items()}
+        empty = {name: like.new_empty(tensor.shape) for name, tensor in halves.items()}
         model.pos_embed = SeparatePatchEmbed(model.pos_embed, **empty)
-        return {f"pos_embed.{name}": tensor for name, tensor in found.items()}
+        return {f"pos_embed.{name}": tensor for name, tensor in halves.items()}
 
     def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The patch embedding adds its position table."""
+        """Return nothing: the patch embedding adds its position table."""
         return ()
 
     def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Patches with their positions, text, timestep and pooled text."""
+        """Embed patches with their positions, text, and timestep with pooled text."""
         return (
             model.pos_embed(inputs["hidden_states"]),
             model.context_embedder(inputs["encoder_hidden_states"]),
@@ -344,17 +349,17 @@ class SD3:
         modulation: torch.Tensor,
         positions: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The last block gives no text."""
+        """The last block returns no text."""
         text, image = block(hidden_states=image, encoder_hidden_states=text, temb=modulation)
         return image, text
 
     def grid(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
-        """From the latents."""
+        """Divide the latents' sides by the patch."""
         patch = int(model.config.patch_size)
         return tuple(n // patch for n in inputs["hidden_states"].shape[-2:])
 
     def unembed(self, model: Any, image: torch.Tensor, modulation: torch.Tensor, grid: tuple[Any, ...]) -> torch.Tensor:
-        """(B, N, p p C) to (B, C, h, w), never above the five axes that Core ML allows."""
+        """Map (B, N, p p C) to (B, C, h, w) with at most five axes at a time, as Core ML allows."""
         import torch
 
         patch = int(model.config.patch_size)

@@ -1,2 +1,5 @@
-"""INT4 weights: int4.py is the layer and its custom op, quantize.py runs NNCF, awq.py scales channels, precision.py
-says which tensor gets how many bits."""
+"""INT4 and INT8 weights.
+
+precision.py says how many bits each tensor gets, int4.py holds the quantised layer and its custom op, quantize.py runs
+NNCF, and awq.py scales channels first.
+"""

@@ -1,11 +1,11 @@
-"""The quantised linear layer and its one custom op: what the checkpoint holds and every export translates.
+"""The quantised linear layer and its custom op. Checkpoints store the layer and each export translates the op.
 
-`PackedLinear` keeps integers and group scales; its forward calls `edgeprune::packed_linear`, which a graph
-exporter sees as one node and replaces by the target's own form (for ONNX: DequantizeLinear, MatMul, Add).
-Here the op dequantises and multiplies: a reference, exact for its integers, not a fast kernel.
+`PackedLinear` keeps integers and group scales. Its forward calls `edgeprune::packed_linear`. A graph exporter sees one
+node and replaces it by the target's own form (for ONNX: DequantizeLinear, MatMul, Add). Here the op dequantises and
+multiplies: an exact reference, not a fast kernel.
 
-Weights are symmetric: w[o, i] = q[o, i] * scale[o, i // group_size]. With 4 bits q is in -8..7 and two are in
-one byte, the lower nibble first, two's complement; with 8 bits q is in -128..127, one a byte (as uint8 bits).
+Weights are symmetric: w[o, i] = q[o, i] * scale[o, i // group_size]. With 4 bits q is in -8..7, and each byte holds two
+in two's complement, the lower nibble first; with 8 bits q is in -128..127, and each byte holds one (as uint8 bits).
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from edgeprune.common.errors import InputError
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Signed integers (O, I) to bytes: uint8 (O, I * bits / 8), lower nibble first."""
+    """Pack signed integers (O, I) into bytes: uint8 (O, I * bits / 8), lower nibble first."""
     if bits == 8:
         return values.to(torch.int8).contiguous().view(torch.uint8)
-    whole = values.to(torch.int8).view(torch.uint8)
-    return ((whole[:, 0::2] & 0xF) | (whole[:, 1::2] << 4)).contiguous()
+    unsigned = values.to(torch.int8).view(torch.uint8)
+    return ((unsigned[:, 0::2] & 0xF) | (unsigned[:, 1::2] << 4)).contiguous()
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Bytes back to signed integers: int8 (O, I)."""
+    """Undo `pack`: bytes to signed integers, int8 (O, I)."""
     if bits == 8:
         return packed.view(torch.int8)
-    signed = packed.view(torch.int8)  # to the right, these are shifted with their sign
+    signed = packed.view(torch.int8)  # a right shift keeps the sign
     return torch.stack([(signed << 4) >> 4, signed >> 4], dim=-1).flatten(1)
 
 
 def dequantize(packed: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """The weight matrix (O, I) in `dtype`; `scale` is (O, groups)."""
+    """Return the weight matrix (O, I) in `dtype`; `scale` is (O, groups)."""
     values = unpack(packed, bits)
     out, groups = scale.shape
     return values.to(dtype).view(out, groups, -1).mul_(scale.to(dtype)[..., None]).view(out, -1)
 
 
 def round_int4(weight: torch.Tensor, group_size: int) -> torch.Tensor:
-    """What symmetric INT4 makes of a weight (O, I), same dtype; the gradient passes straight through.
+    """Round a weight (O, I) to symmetric INT4 and return it in its dtype; the gradient passes straight through.
 
-    As quantize.py does without data: a group's largest weight becomes -8 steps, or 7.5 if it is positive; the scale has
-    half precision.
+    Rounds as quantize.py does without data: a group's largest weight becomes -8 steps, or 7.5 if it is positive. The
+    scale is rounded to half precision.
     """
     groups = weight.detach().float().view(weight.shape[0], -1, group_size)
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
@@ -57,7 +57,7 @@ def round_int4(weight: torch.Tensor, group_size: int) -> torch.Tensor:
 def packed_linear(
     x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
-    """x (..., I) times the dequantised weight, plus bias: (..., O) in the dtype of x."""
+    """Multiply x (..., I) by the dequantised weight and add the bias: (..., O) in the dtype of x."""
     weight = dequantize(packed, scale, bits, x.dtype)
     return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
@@ -73,7 +73,7 @@ class PackedLinear(nn.Module):
     Buffers: `weight_packed` uint8 (O, I * bits / 8), `weight_scale` float16 (O, I / group_size); `bias` (O) or None.
 
     Raises:
-        InputError: bits is not 4 or 8, or the group does not divide the input.
+        InputError: `bits` is not 4 or 8, or the group size does not divide the input.
     """
 
     weight_packed: torch.Tensor
@@ -97,14 +97,14 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantised weight (O, I), float32, made anew at each access; diffusers reads its dtype."""
+        """Return the dequantised weight (O, I) in float32, computed at each access; diffusers reads its dtype."""
         return dequantize(self.weight_packed, self.weight_scale, self.bits, torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., I) to (..., O)."""
+        """Map (..., I) to (..., O)."""
         out: torch.Tensor = packed_linear(x, self.weight_packed, self.weight_scale, self.bias, self.bits)
         return out
 
     def extra_repr(self) -> str:
-        """Shown by print(model)."""
+        """Return the layer's sizes and bits for print(model)."""
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"

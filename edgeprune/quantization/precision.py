@@ -1,14 +1,14 @@
-"""The rule that gives every tensor its storage: 4, 8 or 16 bits. Torch-free, so a plan can count bytes without weights.
+"""How every tensor is stored: in 4, 8 or 16 bits. Torch-free, so a plan can count bytes without weights.
 
-- Linear weights inside blocks: 4 bits, symmetric, group 64, or the largest of 32 and 16 that divides the input; 8 bits
-  if none does. They are nearly all of the bytes.
+- Linear weights inside blocks: 4 bits, symmetric, in groups of 64, or of 32 or 16 if only those divide the input;
+  8 bits if none does. They are nearly all of the bytes.
 - Linear weights outside blocks (timestep and prompt embedders, context embedder, output): 8 bits with one scale
-  per output. Every token passes them at every step and they are few.
-- All else (biases, norm scales, the patch convolution, the position table): 16 bits.
+  per output. They are few, and they matter to every token at every step.
+- All other tensors (biases, norm scales, the patch convolution, the position table): 16 bits.
 
-A T5 text encoder is stored by a rule of its own when it is exported, whether or not the transformer is quantised:
-T5-XXL has 4.76 G parameters, 19 GB in float32. Linear weights, all of them inside blocks: 8 bits with one scale per
-output. Embeddings (tokens, relative positions): 16 bits. Other encoders and the VAE are as the format computes.
+Exports store a T5 text encoder by its own rule, even if the transformer is not quantised: T5-XXL has 4.76 G parameters,
+19 GB in float32. Linear weights, all of them inside blocks: 8 bits with one scale per output. Embeddings (tokens,
+relative positions): 16 bits. Other encoders and the VAE keep the precision in which the format computes.
 """
 
 from __future__ import annotations
@@ -16,27 +16,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from edgeprune.families import Family
-from edgeprune.families.base import Shape
+from edgeprune.families import Architecture, Shape
 
 GROUP_SIZES = (64, 32, 16)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How one tensor is stored; `group_size` counts weights that share a 16-bit scale, 0 where there is none."""
+    """How one tensor is stored. `group_size` weights share a 16-bit scale; 0 means no scale."""
 
     bits: int
     group_size: int = 0
 
     def nbytes(self, shape: Shape) -> int:
-        """Bytes of a tensor of this shape, scales included."""
+        """Return the bytes of a tensor of this shape, scales included."""
         count = math.prod(shape)
         return count * self.bits // 8 + (count // self.group_size * 2 if self.group_size else 0)
 
 
-def precision_of(family: Family, name: str, shape: Shape, *, group_size: int = 64) -> Precision:
-    """Apply the rule to one tensor of a state dict."""
+def precision_of(family: Architecture, name: str, shape: Shape, *, group_size: int = 64) -> Precision:
+    """Apply the rule to one tensor of a transformer's state dict."""
     if not name.endswith(".weight") or len(shape) != 2:
         return Precision(16)
     if not family.in_block(name):
@@ -56,23 +55,23 @@ def t5_precision_of(name: str, shape: Shape) -> Precision:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a transformer's weights cost."""
+    """Number and bytes of a transformer's weights."""
 
     parameters: int
     bf16_bytes: int
     int4_bytes: int
 
     def __add__(self, other: Footprint) -> Footprint:
-        """Both together."""
+        """Add two footprints."""
         return Footprint(
-            self.parameters + other.parameters,
-            self.bf16_bytes + other.bf16_bytes,
-            self.int4_bytes + other.int4_bytes,
+            parameters=self.parameters + other.parameters,
+            bf16_bytes=self.bf16_bytes + other.bf16_bytes,
+            int4_bytes=self.int4_bytes + other.int4_bytes,
         )
 
 
-def footprint(family: Family, shapes: dict[str, Shape], *, group_size: int = 64) -> Footprint:
-    """Count a set of tensors. bf16 and INT4 bytes include the fixed tables, `parameters` does not."""
+def footprint(family: Architecture, shapes: dict[str, Shape], *, group_size: int = 64) -> Footprint:
+    """Count a set of tensors. The bytes include fixed tables; `parameters` does not."""
     return Footprint(
         parameters=sum(math.prod(s) for n, s in shapes.items() if not family.is_buffer(n)),
         bf16_bytes=sum(2 * math.prod(s) for s in shapes.values()),

@@ -1,7 +1,7 @@
-"""INT4 weights: NNCF chooses the integers, one block at a time; the result is held in `PackedLinear`.
+"""INT4 weights: NNCF chooses the integers, one block at a time, and `PackedLinear` layers store them.
 
-Which tensor gets how many bits is said in precision.py. Data-free by default; with calibration inputs NNCF estimates
-scales, or channels are scaled first (awq.py). What it leaves out: GPTQ (NNCF has none for torch).
+precision.py says how many bits each tensor gets. By default this needs no data; with calibration inputs NNCF estimates
+scales, or awq.py scales channels first. There is no GPTQ, which NNCF does not offer for torch.
 """
 
 from __future__ import annotations
@@ -16,27 +16,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeprune.families import Family
+from edgeprune.families import Architecture, Family
 from edgeprune.quantization.awq import best_divisor, fold
 from edgeprune.quantization.int4 import PackedLinear, pack
 from edgeprune.quantization.precision import Precision, precision_of, t5_precision_of
 
 CALIBRATIONS = ("none", "scale", "awq")
 _BATCH = 2**24
-"""Weights handed to NNCF at once."""
+"""Most weights that one call of NNCF gets."""
 
 
 def _layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """Return a module's linear layers by name."""
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
 def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` in the place of a submodule."""
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, layer)
 
 
 def packed_from(linear: nn.Linear, values: torch.Tensor, scale: torch.Tensor, precision: Precision) -> PackedLinear:
-    """A `PackedLinear` of given integers (O, I) and scales (O, groups)."""
+    """Build a `PackedLinear` from integers (O, I) and scales (O, groups), with the bias of `linear`."""
     layer = PackedLinear(
         linear.in_features, linear.out_features, bits=precision.bits, group_size=precision.group_size,
         bias=linear.bias is not None,
@@ -50,7 +52,7 @@ def packed_from(linear: nn.Linear, values: torch.Tensor, scale: torch.Tensor, pr
 
 
 def round_to_nearest(weight: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric rounding: integers (O, I) and scales (O, groups) in half precision, for 8-bit layers."""
+    """Round symmetrically, for 8-bit layers: return integers (O, I) and scales (O, groups) in half precision."""
     limit = 2 ** (precision.bits - 1) - 1
     groups = weight.float().view(weight.shape[0], -1, precision.group_size)
     scale = (groups.abs().amax(-1) / limit).clamp_min(1e-7).half()
@@ -58,12 +60,20 @@ def round_to_nearest(weight: torch.Tensor, precision: Precision) -> tuple[torch.
     return values.view_as(weight), scale
 
 
-def prepare(family: Family, module: nn.Module, *, prefix: str = "", group_size: int = 64) -> nn.Module:
-    """Put empty `PackedLinear` layers where the rule says so, for loading a quantised state dict. In place.
+def _packed_nearest(linear: nn.Linear, precision: Precision) -> PackedLinear:
+    """Round a layer to the nearest integers, without NNCF."""
+    values, scale = round_to_nearest(linear.weight.detach(), precision)
+    return packed_from(linear, values, scale, precision)
+
+
+def prepare(family: Architecture, module: nn.Module, *, prefix: str = "", group_size: int = 64) -> nn.Module:
+    """Insert empty `PackedLinear` layers where the rule asks for them, in place, to load a quantised state dict.
 
     Args:
+        family: the transformer's family.
         module: a transformer, or one of its blocks.
-        prefix: what the names of a block's tensors begin with.
+        prefix: name prefix of the block's tensors.
+        group_size: weights that share a scale.
     """
     for name, linear in _layers(module).items():
         p = precision_of(family, f"{prefix}{name}.weight", tuple(linear.weight.shape), group_size=group_size)
@@ -81,7 +91,7 @@ def prepare(family: Family, module: nn.Module, *, prefix: str = "", group_size: 
 
 
 class _Linears(nn.Module):
-    """Linear layers of one group size, side by side: what NNCF sees. Inputs and outputs by position."""
+    """Parallel linear layers of one group size, the module that NNCF compresses. Inputs and outputs are by position."""
 
     def __init__(self, weights: list[torch.Tensor]) -> None:
         super().__init__()
@@ -90,29 +100,30 @@ class _Linears(nn.Module):
             layer.weight = nn.Parameter(weight.float().clone(), requires_grad=False)
 
     def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        # NNCF's statistics hang on the operation that makes a layer's input, so there must be one.
+        # NNCF attaches its statistics to the operation that produces a layer's input, so there must be one.
         return [layer(x * 1.0) for layer, x in zip(self.layers, inputs, strict=True)]
 
 
 def _nncf_integers(
     weights: list[torch.Tensor], group_size: int, samples: list[tuple[torch.Tensor, ...]]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Integers (O, I) and scales (O, groups) of each weight, chosen by NNCF.
+    """Return integers (O, I) and scales (O, groups) of each weight, chosen by NNCF.
 
-    Layers are handed over side by side rather than inside the block: NNCF's tracing then needs no example of the
-    block's own inputs.
+    NNCF gets the layers in parallel instead of inside their block, so tracing needs no example of the block's inputs.
 
     Args:
-        samples: inputs (R, I) of every layer, from which scales are estimated; none for plain rounding.
+        weights: the weights (O, I).
+        group_size: weights that share a scale.
+        samples: inputs (R, I) of every layer, for estimating scales; empty for plain rounding.
     """
-    # Every call would tell NNCF's makers of it over the network, by a fork of this process.
+    # NNCF sends telemetry on every call, from a forked process; `NNCF_CI=1` turns it off.
     os.environ.setdefault("NNCF_CI", "1")
     import nncf
 
     with _quiet():
         compressed: Any = nncf.compress_weights(
             _Linears(weights).eval(), mode=nncf.CompressWeightsMode.INT4_SYM, group_size=group_size, all_layers=True,
-            # NNCF traces with one.
+            # NNCF traces with one sample.
             dataset=nncf.Dataset(samples or [tuple(torch.ones(1, w.shape[1]) for w in weights)]),
             scale_estimation=bool(samples) or None,
         )  # fmt: skip
@@ -128,10 +139,10 @@ def _nncf_integers(
 
 
 def _positive(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round the groups that NNCF gave a negative scale again with a positive one; the others stay.
+    """Round the groups with a negative scale again, with a positive one; the others stay.
 
-    NNCF makes a group's largest weight -8 steps, by a negative scale if it is positive. TensorRT takes no negative
-    scales. With steps 8 / 7.5 as large that weight becomes 7, and like the others is wrong by half a step at most.
+    NNCF maps a group's largest weight to -8 steps, with a negative scale if the weight is positive. TensorRT accepts no
+    negative scales. With steps 8 / 7.5 as large, that weight becomes 7, and its error stays within half a step.
     """
     positive = torch.where(scale < 0, -scale.float() * (8 / 7.5), scale.float()).half()
     groups = (*scale.shape, -1)
@@ -142,7 +153,7 @@ def _positive(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """NNCF prints tables and bars; ours is the bar the user sees."""
+    """Hide NNCF's tables and progress bars; edgeprune shows its own bar."""
     logger = logging.getLogger("nncf")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -162,20 +173,23 @@ def quantize_part(
     calibration: str = "none",
     run: Callable[[], None] | None = None,
 ) -> None:
-    """Replace the linear layers of one block, or for None those outside the blocks, in place.
+    """Quantise the linear layers of one block, or for None those outside the blocks, in place.
 
-    Only this part of the model need have weights, unless there is calibration.
+    Without calibration only this part of the model needs weights.
 
     Args:
-        block: the block's index; the blocks before are quantised already.
-        calibration: `none`; `scale` (scale estimation) or `awq`, which need `run`.
-        run: runs the model on calibration inputs; the layers' inputs are caught on the way.
+        family: the model's family.
+        model: the transformer.
+        block: the block's index; earlier blocks are already quantised.
+        group_size: weights that share a scale.
+        calibration: `none`, or `scale` (scale estimation) or `awq`, which need `run`.
+        run: runs the model on calibration inputs, so that hooks can record the layers' inputs.
     """
     if block is None:
         outside = {n: m for n, m in _layers(model).items() if not family.in_block(n)}
         for name, linear in outside.items():
             p = precision_of(family, f"{name}.weight", tuple(linear.weight.shape), group_size=group_size)
-            _replace(model, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
+            _replace(model, name, _packed_nearest(linear, p))
         return
     module, prefix = family.blocks(model)[block], family.block_prefix(model, block)
     if calibration == "awq" and run is not None:
@@ -188,7 +202,7 @@ def quantize_part(
         if p.bits == 4:
             by_group.setdefault(p.group_size, []).append(name)
         else:
-            _replace(module, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
+            _replace(module, name, _packed_nearest(linear, p))
     for group, names in by_group.items():
         for batch in _batches({n: layers[n].weight.numel() for n in names}):
             weights = [layers[n].weight.detach() for n in batch]
@@ -198,7 +212,7 @@ def quantize_part(
 
 
 def _batches(sizes: dict[str, int]) -> list[list[str]]:
-    """Layers that NNCF sees at once: a call takes a while, and the memory of its layers several times over."""
+    """Group layers into calls of NNCF: each call takes a while, and several times the memory of its layers."""
     out: list[list[str]] = [[]]
     for name, size in sizes.items():
         if out[-1] and sum(sizes[n] for n in out[-1]) + size > _BATCH:
@@ -208,13 +222,13 @@ def _batches(sizes: dict[str, int]) -> list[list[str]]:
 
 
 def quantize_t5(model: nn.Module) -> nn.Module:
-    """Store a T5EncoderModel as `t5_precision_of` says, in place: linear layers rounded to the nearest of 8 bits.
+    """Store a T5EncoderModel as `t5_precision_of` says, in place: round its linear layers to 8 bits.
 
-    Embeddings keep their dtype, with values that half precision holds.
+    Embeddings keep their dtype, but their values are rounded to half precision.
     """
     for name, linear in _layers(model).items():
         p = t5_precision_of(f"{name}.weight", tuple(linear.weight.shape))
-        _replace(model, name, packed_from(linear, *round_to_nearest(linear.weight.detach(), p), p))
+        _replace(model, name, _packed_nearest(linear, p))
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.weight.data = module.weight.data.half().to(module.weight.dtype)
@@ -222,7 +236,7 @@ def quantize_t5(model: nn.Module) -> nn.Module:
 
 
 def _scale_channels(family: Family, block: nn.Module, prefix: str, group_size: int, run: Callable[[], None]) -> None:
-    """AWQ on every group of a block that is still in floats."""
+    """Apply AWQ to every scaling group of a block that is not quantised yet."""
     layers = _layers(block)
     groups = family.scaling_groups(block)
     if not groups:
@@ -243,7 +257,7 @@ def _scale_channels(family: Family, block: nn.Module, prefix: str, group_size: i
 
 
 def _samples(layers: dict[str, nn.Linear], run: Callable[[], None]) -> dict[str, list[torch.Tensor]]:
-    """Inputs (R, I) of the layers, caught while `run` goes, one for each call."""
+    """Run `run` and return each layer's inputs (R, I), one per call."""
     caught: dict[str, list[torch.Tensor]] = {n: [] for n in layers}
     hooks = [
         m.register_forward_pre_hook(

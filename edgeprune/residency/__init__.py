@@ -1,1 +1,4 @@
-"""Where a model's weights are: weights.py reads and writes folders of shards, stored.py runs a model from disk."""
+"""Where a model's weights are.
+
+weights.py reads folders of weights, shards.py writes them, stored.py runs a model whose weights are on disk.
+"""

@@ -1,7 +1,6 @@
-"""A transformer whose weights are on disk: filled at once, block by block while it runs, or only in name for a tracer.
+"""A transformer whose weights stay on disk until needed: loaded at once, block by block while it runs, or as fakes.
 
-The structure is on the meta device and takes no memory. What it leaves out: which folder it is, and hashes
-(checkpoint.py).
+Its structure is on the meta device and takes no memory. Fake tensors are for tracing, which needs no data.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ from edgeprune.families import Family
 from edgeprune.residency.weights import Weights
 
 PACKED = (".weight_packed", ".weight_scale")
-"""What is never converted: integers and their scales."""
+"""Suffixes of tensors that keep their dtype: packed integers and their scales."""
 
 
 class StoredTransformer:
     """Structure and weights of one transformer.
 
     Args:
-        family: its family.
+        family: the model's family.
         model: the structure, on the meta device.
-        weights: where its tensors are.
+        weights: the tensors on disk.
 
     Raises:
-        InputError: the weights are not exactly those of the structure.
+        InputError: names or shapes of the weights differ from the structure's.
     """
 
     def __init__(self, family: Family, model: nn.Module, weights: Weights) -> None:
@@ -38,13 +37,13 @@ class StoredTransformer:
         weights.check({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 
     def names(self, block: int | None) -> list[str]:
-        """The tensors of a block, or for None those outside blocks."""
+        """Return the names of a block's tensors, or for None of the tensors outside blocks."""
         if block is None:
             return [n for n in self.model.state_dict() if not self.family.in_block(n)]
         return [n for n in self.model.state_dict() if n.startswith(self.family.block_prefix(self.model, block))]
 
     def read(self, name: str, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-        """One tensor; packed integers and scales as they are, all else in `dtype` (None: as it is)."""
+        """Read one tensor and convert it to `dtype` (None: keep its own), except packed integers and their scales."""
         tensor = self.weights[name]
         return tensor if name.endswith(PACKED) else tensor.to(dtype or tensor.dtype)
 
@@ -54,16 +53,16 @@ class StoredTransformer:
         self.model.requires_grad_(False)
 
     def drop(self, block: int) -> None:
-        """Give a block's memory back."""
+        """Free a block's memory."""
         self.family.blocks(self.model)[block].to("meta")
 
     def load(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The model with all of its weights in memory."""
+        """Return the model with all of its weights in memory."""
         self.fill(self.model.state_dict(), dtype)
         return self.model
 
     def running(self, dtype: torch.dtype = torch.float32) -> Any:
-        """A copy of the model that holds one block at a time: each is read when it runs, and dropped after."""
+        """Return a copy of the model that holds one block at a time: read before it runs, dropped afterwards."""
         stored = StoredTransformer(self.family, copy.deepcopy(self.model), self.weights)
         stored.fill(stored.names(None), dtype)
         for index, block in enumerate(self.family.blocks(stored.model)):
@@ -73,7 +72,7 @@ class StoredTransformer:
         return stored.model
 
     def traceable(self, dtype: torch.dtype = torch.float32) -> Any:
-        """A copy of the model with fake tensors: shapes and dtypes of the CPU, no data."""
+        """Return a copy of the model with fake tensors on the CPU: shapes and dtypes without data."""
         model = copy.deepcopy(self.model)
         wanted = {n: (t.shape, t.dtype if n.endswith(PACKED) else dtype) for n, t in model.state_dict().items()}
         with FakeTensorMode():

@@ -1,4 +1,5 @@
-"""Drawing images with torch: generation settings, prompts, noise levels, denoising.
+"""Sampling images with torch: generation settings, prompts, noise levels and denoising.
 
-generation.py and prompts.py are torch-free, since runtimes read them too.
+generation.py (default settings) and prompts.py (lists of prompts) do not load torch, since the runtimes read them too;
+denoising.py (encode, denoise, decode) does.
 """

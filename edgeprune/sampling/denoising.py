@@ -1,7 +1,7 @@
-"""Running a pipeline: text to conditioning, noise to latents, latents to images and back. Torch, batched, seeded.
+"""Run a pipeline in batches: encode text, denoise latents, decode images, and encode images.
 
-The noise of a seed is the same as the runtimes', so that images of torch and of a device can be compared. What it
-leaves out: everything that a pipeline's `__call__` offers beyond prompt, guidance, steps and size.
+A seed gives the same noise as in the runtimes, so images from torch and from a device can be compared. The only options
+are prompt, guidance, steps and size.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeprune.families import family_of_model
+from edgeprune.families import Architecture, Network, family_of_model
 from edgeprune.sampling.generation import Generation
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts."""
+    """Encoded prompts. B prompts, M text tokens."""
 
     hidden: torch.Tensor
     """(B, M, K)."""
@@ -28,40 +28,41 @@ class Conditioning:
     """(B, P)."""
 
     def __getitem__(self, rows: Any) -> Conditioning:
-        """A selection of prompts."""
+        """Select prompts."""
         return Conditioning(self.hidden[rows], self.pooled[rows])
 
     def to(self, reference: torch.Tensor) -> Conditioning:
-        """On the device and in the dtype of `reference`."""
+        """Convert to the device and dtype of `reference`."""
         return Conditioning(self.hidden.to(reference), self.pooled.to(reference))
 
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str], max_sequence_length: int, *, batch: int = 64) -> Conditioning:
-    """Encode texts with the pipeline's own encoders."""
-    family = family_of_model(pipe.transformer)
-    parts = [family.encode(pipe, prompts[i : i + batch], max_sequence_length) for i in range(0, len(prompts), batch)]
-    return Conditioning(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    """Encode prompts with the pipeline's own encoders."""
+    network: Network = family_of_model(pipe.transformer)
+    parts = [network.encode(pipe, prompts[i : i + batch], max_sequence_length) for i in range(0, len(prompts), batch)]
+    hidden, pooled = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Conditioning(hidden, pooled)
 
 
 def noise(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal noise, one seed per image: (len(seeds), *shape), float32."""
+    """Draw standard normal noise with one seed per image: (len(seeds), *shape), float32."""
     return torch.from_numpy(
         np.stack([np.random.default_rng(s).standard_normal(shape, dtype=np.float32) for s in seeds])
     )
 
 
 def latent_shape(pipe: Any, generation: Generation) -> tuple[int, int, int]:
-    """(C, h, w) of one image's latents."""
+    """Return the shape (C, h, w) of one image's latents."""
     factor = pipe.vae_scale_factor
     channels = family_of_model(pipe.transformer).latents(pipe.transformer.config).channels
     return channels, generation.height // factor, generation.width // factor
 
 
 def sigmas(pipe: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The scheduler's noise levels for this many steps and latent shape (C, h, w): (steps + 1), from high to 0."""
+    """Return the scheduler's noise levels for latents of `shape` (C, h, w): (steps + 1), from high to 0."""
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    family = family_of_model(pipe.transformer)
+    family: Architecture = family_of_model(pipe.transformer)
     extra = {}
     if scheduler.config.get("use_dynamic_shifting"):
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
@@ -69,8 +70,8 @@ def sigmas(pipe: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
         c = scheduler.config
         tokens = shape[-1] * shape[-2] // family.latents(pipe.transformer.config).patch ** 2
         limits = (c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
-        own = family.shift(tokens, steps)
-        extra["mu"] = calculate_shift(tokens, *limits) if own is None else own
+        shift = family.shift(tokens, steps)
+        extra["mu"] = calculate_shift(tokens, *limits) if shift is None else shift
     scheduler.set_timesteps(steps, sigmas=family.levels(steps), **extra)
     levels: torch.Tensor = scheduler.sigmas.float()
     return levels
@@ -79,24 +80,25 @@ def sigmas(pipe: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
 def velocity(
     model: Any, latents: torch.Tensor, condition: Conditioning, sigma: torch.Tensor, guidance: float
 ) -> torch.Tensor:
-    """One evaluation of a transformer: velocity (B, C, h, w) of latents (B, C, h, w) at noise levels (B).
+    """Evaluate a transformer once: velocity (B, C, h, w) of latents (B, C, h, w) at noise levels (B).
 
-    `model` may be wrapped for training: by DDP or DeepSpeed, which have it as their `module`, or by FSDP.
+    `model` may be wrapped for training by FSDP, or by DDP or DeepSpeed, which hold it in `module`.
     """
     bare = getattr(model, "module", model)
+    network: Network = family_of_model(bare)
     inputs = network_inputs(bare, latents, condition, sigma, guidance)
     output = model(**inputs, return_dict=False)[0]
-    found: torch.Tensor = family_of_model(bare).velocity(bare.config, output, latents.shape)
-    return found
+    out: torch.Tensor = network.velocity(bare.config, output, latents.shape)
+    return out
 
 
 def network_inputs(
     model: Any, latents: torch.Tensor, condition: Conditioning, sigma: torch.Tensor, guidance: float
 ) -> dict[str, torch.Tensor]:
-    """What a transformer itself takes, by name."""
-    text, pooled = condition.hidden, condition.pooled
-    given = family_of_model(model).inputs(model.config, latents, text, pooled, sigma, guidance)
-    return {n: v if isinstance(v, torch.Tensor) else torch.tensor(v).to(latents.device) for n, v in given.items()}
+    """Return the inputs of a transformer's own forward, by name."""
+    network: Network = family_of_model(model)
+    inputs = network.inputs(model.config, latents, condition.hidden, condition.pooled, sigma, guidance)
+    return {n: v if isinstance(v, torch.Tensor) else torch.tensor(v).to(latents.device) for n, v in inputs.items()}
 
 
 @torch.no_grad()
@@ -108,8 +110,21 @@ def denoise(
     empty: Conditioning,
     guidance: float,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Euler steps from noise (B, C, h, w). Yields latents and sigma before each step, and at last the clean ones."""
-    guided = family_of_model(transformer).guided(transformer.config, guidance)
+    """Take Euler steps from noise (B, C, h, w).
+
+    Args:
+        transformer: the model.
+        latents: noise (B, C, h, w).
+        levels: noise levels (steps + 1), from high to 0.
+        condition: encoded prompts, one per image.
+        empty: the encoded empty prompt, for guidance by a second evaluation.
+        guidance: guidance scale.
+
+    Yields:
+        Latents and sigma before each step, and the clean latents at the end.
+    """
+    architecture: Architecture = family_of_model(transformer)
+    guided = architecture.guided(transformer.config, guidance)
     count = len(latents)
     if guided:
         hidden = torch.cat([empty.hidden.expand_as(condition.hidden), condition.hidden])
@@ -118,17 +133,17 @@ def denoise(
     for sigma, following in zip(levels[:-1], levels[1:], strict=True):
         yield latents, sigma
         x = torch.cat([latents, latents]) if guided else latents
-        found = velocity(transformer, x, condition, sigma.to(x).expand(len(x)), guidance)
+        step = velocity(transformer, x, condition, sigma.to(x).expand(len(x)), guidance)
         if guided:
-            free, bound = found.split(count)
-            found = free + guidance * (bound - free)
-        latents = latents + (following - sigma) * found
+            unconditional, conditional = step.split(count)
+            step = unconditional + guidance * (conditional - unconditional)
+        latents = latents + (following - sigma) * step
     yield latents, levels[-1]
 
 
 @torch.no_grad()
 def encode_images(pipe: Any, images: torch.Tensor, *, batch: int = 32) -> torch.Tensor:
-    """uint8 (S, 3, H, W) to normalised latents (S, C, h, w), the mean of what the VAE says."""
+    """Encode uint8 images (S, 3, H, W) to normalised latents (S, C, h, w), the means of the VAE's distributions."""
     parts = []
     vae, config = pipe.vae, pipe.vae.config
     for start in range(0, len(images), batch):
@@ -139,7 +154,7 @@ def encode_images(pipe: Any, images: torch.Tensor, *, batch: int = 32) -> torch.
 
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor) -> NDArray[np.uint8]:
-    """Latents (B, C, h, w) to images (B, H, W, 3)."""
+    """Decode latents (B, C, h, w) to uint8 images (B, H, W, 3)."""
     config = pipe.vae.config
     scaled = latents / config.scaling_factor + config.shift_factor
     pixels = pipe.vae.decode(scaled.to(pipe.vae.dtype)).sample.float()
@@ -156,7 +171,7 @@ def generate(
     batch: int = 32,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> NDArray[np.uint8]:
-    """One image per prompt and seed: (P, H, W, 3) uint8."""
+    """Draw one image per prompt and seed: (P, H, W, 3) uint8. `progress` gets images done and all images."""
     condition = encode_prompts(pipe, prompts, generation.max_sequence_length)
     empty = encode_prompts(pipe, [""], generation.max_sequence_length)
     shape = latent_shape(pipe, generation)

@@ -1,7 +1,7 @@
-"""How a model is sampled by default, and where that is written. Torch-free.
+"""A model's default sampling settings and their file, `generation.json`. Torch-free.
 
-`generation.json` lies beside `model_index.json`; stock diffusers ignores it. A folder without one gets the defaults of
-its family, at the size that its transformer was trained for.
+The file is next to `model_index.json`; stock diffusers ignores it. A folder without it gets its family's defaults, at
+the image size of its transformer's training.
 """
 
 from __future__ import annotations
@@ -13,48 +13,49 @@ from typing import Any
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import LARGEST, shown
 from edgeprune.common.files import read_json, write_json
-from edgeprune.families import Config, Family, family_of
-from edgeprune.families.base import whole
+from edgeprune.families import Architecture, Config, family_of
+from edgeprune.families.architecture import whole_number
 
 FILE = "generation.json"
 _MOST_HALVINGS = 8
-"""Of a VAE; those that there are have three."""
+"""Limit on how often a VAE halves the image's sides; today's VAEs do so three times."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Sampling defaults."""
+    """Default sampling settings of a model."""
 
     num_inference_steps: int = 28
     guidance_scale: float = 7.0
     height: int = 1024
     """Pixels."""
     width: int = 1024
+    """Pixels."""
     max_sequence_length: int = 256
-    """T5 tokens; where SD3 comes without T5, as many zero tokens are appended."""
+    """T5 tokens; SD3 without T5 gets the same number of zero tokens."""
 
     @classmethod
     def load(cls, folder: Path) -> Generation:
-        """Read a folder's defaults.
+        """Read a folder's settings.
 
         Raises:
-            InputError: an unknown field, or a value of a wrong kind or range.
+            InputError: the file has an unknown field, or a value of the wrong type or out of range.
         """
         path = folder / FILE
         if not path.exists():
             config, family = _transformer(folder)
             defaults, factor = family.defaults(config) if family else {}, _factor(folder)
             if factor and config.get("sample_size") is not None:
-                defaults |= dict.fromkeys(("height", "width"), factor * whole(config, "sample_size"))
+                defaults |= dict.fromkeys(("height", "width"), factor * whole_number(config, "sample_size"))
             return cls.checked(defaults, str(folder / "transformer" / "config.json"))
         return cls.checked(read_json(path), str(path))
 
     @classmethod
     def checked(cls, data: dict[str, Any], where: str) -> Generation:
-        """From values by field name; fields that are not given keep their defaults.
+        """Build settings from values by field name; missing fields keep their defaults. `where` begins messages.
 
         Raises:
-            InputError: an unknown field, or a value of a wrong kind or range.
+            InputError: a field is unknown, or a value has the wrong type or is out of range.
         """
         names = {f.name for f in fields(cls)}
         for name, value in data.items():
@@ -67,10 +68,10 @@ class Generation:
         return cls(**data)
 
     def check_size(self, folder: Path) -> None:
-        """Hold height and width against a pipeline's folder.
+        """Check that a pipeline's folder can draw images of this height and width.
 
         Raises:
-            InputError: one is not a whole number of tokens.
+            InputError: a side is not a whole number of tokens.
         """
         config, family = _transformer(folder)
         unit = family.latents(config).patch * (_factor(folder) or 1) if family else 1
@@ -79,19 +80,19 @@ class Generation:
                 raise InputError(f"{name}: found {value}, expected a multiple of {unit}")
 
     def save(self, folder: Path) -> None:
-        """Write beside the model index."""
+        """Write the settings to a pipeline's folder."""
         write_json(folder / FILE, asdict(self))
 
 
 def longest_prompt(folder: Path) -> int:
-    """Tokens that a pipeline's first tokenizer pads a prompt to."""
+    """Return the number of tokens to which a pipeline's first tokenizer pads a prompt."""
     path = folder / "tokenizer" / "tokenizer_config.json"
     tokens = read_json(path).get("model_max_length", 77)
     return tokens if isinstance(tokens, int) and 2 < tokens < 100_000 else 77
 
 
-def _transformer(folder: Path) -> tuple[Config, Family | None]:
-    """A pipeline's transformer config and its family; none where there is no such file."""
+def _transformer(folder: Path) -> tuple[Config, Architecture | None]:
+    """Read a pipeline's transformer config and find its family; empty and None without such a file."""
     path = folder / "transformer" / "config.json"
     if not path.exists():
         return {}, None
@@ -100,16 +101,16 @@ def _transformer(folder: Path) -> tuple[Config, Family | None]:
 
 
 def _factor(folder: Path) -> int | None:
-    """Image pixels of a latent pixel's side; None where no config says so."""
+    """Return the image pixels per side of a latent pixel; None if the folder has no VAE config."""
     paths = [path for name in ("vae_decoder", "vae") if (path := folder / name / "config.json").exists()]
     return latent_factor(read_json(paths[0]), paths[0]) if paths else None
 
 
 def latent_factor(vae: Config, where: object) -> int:
-    """Image pixels of a latent pixel's side, by a VAE's config.
+    """Return the image pixels per side of a latent pixel, from a VAE's config.
 
     Raises:
-        InputError: it does not say so.
+        InputError: `block_out_channels` is missing or invalid.
     """
     widths = vae.get("block_out_channels")
     if (

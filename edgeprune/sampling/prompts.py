@@ -1,4 +1,4 @@
-"""Prompts in text files, and the list that comes with edgeprune for models other than the built-in one. Torch-free."""
+"""Prompts in text files, and the list that edgeprune uses for models other than the built-in one. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 from edgeprune.common.errors import InputError
 
 PROMPTS = Path(__file__).parent / "prompts.txt"
-"""Used where the user names no prompts."""
+"""The prompts to use if the user names none."""
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Lines of a text file that are not empty.
+    """Read a text file with one prompt per line; empty lines do not count.
 
     Raises:
-        InputError: not readable, or no prompt in it.
+        InputError: the file cannot be read or holds no prompt.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as a list of prompts ({error})") from error
+        raise InputError(f"{path}: cannot be read as a list of prompts ({error})") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise InputError(f"{path}: no prompts, expected one a line")
+        raise InputError(f"{path}: no prompts; write one prompt per line")
     return prompts

@@ -1,7 +1,7 @@
-"""FLUX from a diffusers folder to every runtime: a real artefact of a plan with blocks and components of both kinds.
+"""FLUX.1 from a diffusers folder to every runtime, with a plan that removes blocks and components of both kinds.
 
-What is the same for every family is tested where it is: surgery, plans, distillation, quantisation, integers. Here is
-what FLUX has of its own on the way: packing, guidance as an input, its text encoders, its schedule.
+Other tests cover what all families share: surgery, plans, distillation, quantisation, integers. These cover what only
+FLUX.1 has: packing, guidance as an input, its text encoders and its schedule.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def source(variant: str, sources: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def artefact(sources: dict[str, Path]) -> Path:
-    """Of dev."""
+    """An artefact made from dev."""
     ws = Workspace(sources["dev"].with_name("small"), str(sources["dev"]))
     assert pipeline.compress(ws, OPTIONS) == list(pipeline.STAGES)
     return ws.out
@@ -86,7 +86,7 @@ def test_every_stage(artefact: Path, sources: dict[str, Path]) -> None:
     scored = json.loads((artefact / "analysis.json").read_text())["scores"]
     found = {tuple(part) for entry in scored for part in entry["parts"]}
     assert {(0, None), (4, None), (1, "context_mlp"), (4, "mlp")} <= found and (4, "context_mlp") not in found
-    assert all(max(entry["scores"]) < 0 for entry in scored)  # every one of them does something
+    assert all(max(entry["scores"]) < 0 for entry in scored)  # every part has an effect
     model: Any = checkpoint.load_transformer(artefact, quantized=True)
     assert (model.config.num_layers, model.config.num_single_layers) == (2, 2)
     first, second = model.single_transformer_blocks
@@ -112,7 +112,7 @@ def test_whole_block_plans_load_in_stock_diffusers(source: Path, tmp_path: Path)
 
 
 def tiny_step(model: Any, folder: Path) -> torch.Tensor:
-    """One velocity at random inputs."""
+    """Return one velocity at random inputs."""
     whole = graph.Transformer(model)
     return whole.reference(**whole.example(batch=1, height=2, width=3, tokens=5))[0]
 
@@ -120,7 +120,7 @@ def tiny_step(model: Any, folder: Path) -> torch.Tensor:
 def test_forecast(source: Path, variant: str) -> None:
     options = CompressOptions(plan=PlanOptions(keep=0.9, protect_first=0, protect_last=0))
     rows = forecast(source, options, Generation.load(source))
-    # Guidance of dev is an input, of schnell a second evaluation.
+    # Guidance is an input of dev, but a second evaluation of schnell.
     assert rows["data_evaluations"] == 1024 * 4 * (1 if variant == "dev" else 2)
     assert rows["evaluation_flops"] > 0 and rows["parameters_left"] < rows["parameters"]
 
@@ -145,13 +145,13 @@ def test_defaults_are_those_of_the_model(source: Path, tmp_path: Path, config: A
 
 
 def test_eager_equals_stock_diffusers(source: Path, variant: str) -> None:
-    """Our loop, guidance, schedule and decoding against FluxPipeline itself, from the same noise."""
+    """Our loop, guidance, schedule and decoding equal FluxPipeline's, from the same noise."""
     with runtimes.load(source) as model:
         ours = np.asarray(model.generate(PROMPTS[0], seed=3)[0], int)
         pipe = model.backend.pipeline  # type: ignore[attr-defined]
         pipe.set_progress_bar_config(disable=True)
         noise = torch.from_numpy(base.initial_latents(model.settings, [3], 64, 64))
-        # Of schnell the pipeline reads no guidance scale but that of its own second evaluation.
+        # For schnell the pipeline reads only the guidance scale of its own second evaluation.
         second = {} if variant == "dev" else {"negative_prompt": "", "true_cfg_scale": 3.0}
         theirs = pipe(
             PROMPTS[0], latents=pipe._pack_latents(noise, 1, 8, 8, 8), num_inference_steps=4, guidance_scale=3.0,
@@ -172,7 +172,7 @@ def test_guidance_reaches_the_image_in_one_evaluation(source: Path, variant: str
 
 @pytest.mark.parametrize("name", ["ort", "openvino"])
 def test_same_seed_same_image_as_torch(artefact: Path, exported: Path, name: str) -> None:
-    """An artefact's INT4 transformer; T5 is in 8 bits in the export, which is most of the difference."""
+    """Both run the artefact's INT4 transformer; most of the difference comes from the export's 8-bit T5."""
     with runtimes.load(exported, name, low_memory=True) as ours, runtimes.load(artefact) as theirs:
         for mine, reference in zip(ours.backend.encode(PROMPTS), theirs.backend.encode(PROMPTS), strict=True):
             assert np.linalg.norm(mine - reference) <= 1e-2 * np.linalg.norm(reference)
@@ -212,13 +212,13 @@ def test_network_is_what_diffusers_gives_it(exported: Path) -> None:
         "input_ids": ["batch_size", "sequence_length"], "pooler_output": ["batch_size", tiny.TEXT_WIDTH],
     }  # fmt: skip
     loaded = onnx.load(str(exported / "transformer" / "model.onnx"))
-    # TensorRT has no float64, in which diffusers makes the rotary embedding.
+    # diffusers computes the rotary embedding in float64, which TensorRT lacks.
     assert onnx.TensorProto.DOUBLE not in {t.data_type for t in loaded.graph.initializer}
     assert onnx.TensorProto.DOUBLE not in {v.type.tensor_type.elem_type for v in loaded.graph.value_info}
 
 
 def test_openvino(artefact: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As IR; the ONNX stands in for tracing it again, which takes long."""
+    """The IR draws torch's images; the exported ONNX replaces a second trace, which takes long."""
     names = iter(("transformer", "text_encoder", "text_encoder_2", "vae_decoder"))
     monkeypatch.setattr(graph, "to_ir", lambda *_, **__: ir.load(exported / next(names) / "model.onnx"))
     record = to_openvino.export(artefact, tmp_path / "ir", device=targets.load("cpu-x86"))
@@ -230,12 +230,12 @@ def test_openvino(artefact: Path, exported: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_engine_profiles_are_of_packed_tokens(name: str, sources: dict[str, Path]) -> None:
-    """That TensorRT builds it from integers and half precision: test_integers.py."""
+    """test_integers.py tests that TensorRT builds the engine from integers and half precision."""
     whole = graph.Transformer(tiny.tiny_flux(**VARIANTS[name]))
     settings = base.read_settings(sources[name])
     sizes = to_trt.axis_ranges(targets.load("rtx"), settings, settings.family.latents(settings.config).largest, 24)
     profile = to_trt.profile_of(whole.inputs, whole.example(batch=2, height=2, width=2, tokens=5), sizes)
-    # Its own size, 64 x 64 pixels, up to the device's 1024 x 1024.
+    # From the model's 64 x 64 pixels up to the device's 1024 x 1024.
     assert profile["hidden_states"] == ((1, 16, 32), (2, 16, 32), (2, 4096, 32))
     assert profile["img_ids"] == ((16, 3), (16, 3), (4096, 3)) and profile["txt_ids"][2] == (24, 3)
     assert ("guidance" in profile) == (name == "dev")
@@ -247,7 +247,7 @@ def test_engine_profiles_are_of_packed_tokens(name: str, sources: dict[str, Path
 
 
 def test_core_ml(artefact: Path, tmp_path: Path) -> None:
-    """In parts: what the reference evaluator computes of them is what diffusers computes."""
+    """The reference evaluator computes the same from the chunks as diffusers from the whole model."""
     model: Any = checkpoint.load_transformer(artefact, quantized=True)
     whole = graph.Transformer(model)
     examples = [whole.example(batch=1, height=4, width=4, tokens=24)]
@@ -264,7 +264,7 @@ def test_core_ml(artefact: Path, tmp_path: Path) -> None:
             predict=lambda arrays: dict(zip(package.outputs, package.run(None, arrays), strict=True)),
         )  # fmt: skip
 
-    # As the runtime calls it: positions are given too, but are constants of the package.
+    # The runtime passes positions too, but they are constants of the package.
     example = whole.example(batch=1, height=4, width=4, tokens=24, seed=3)
     network = CoremlNetwork(tmp_path, "all", opened)
     found = network(**{name: value.numpy() for name, value in example.items()})["out_hidden_states"]

@@ -1,4 +1,4 @@
-"""FLUX.2: what is not tested with every kind of tiny.KINDS (surgery, packing, pieces, quantisation)."""
+"""FLUX.2: whatever the tests over tiny.KINDS (surgery, packing, pieces, quantisation) do not cover."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KLEIN = {
 
 
 def pipe() -> Any:
-    """What analysis asks of a pipeline; its text is random, one a prompt."""
+    """Return the parts of a pipeline that analysis reads; each prompt encodes to random text."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     def encode_prompt(prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, None]:

@@ -1,4 +1,4 @@
-"""INT4: packing, the custom op, NNCF's integers, the rule, and bytes."""
+"""INT4: packing, the custom op, NNCF's integers, the precision rule, and bytes."""
 
 import os
 import subprocess
@@ -86,7 +86,7 @@ def test_quantised_model_is_close_and_as_small_as_forecast(kind: str, calibratio
     state = {n: t if n.endswith(keep) else t.half() for n, t in model.state_dict().items()}
     stored = sum(t.numel() * t.element_size() for t in state.values())
     assert stored == footprint(family, family.tensor_shapes(config)).int4_bytes
-    # A strict load into an empty model of the same rule gives the same numbers.
+    # A strict load into an empty model prepared by the same rule gives the same numbers.
     again = prepare(family, KINDS[kind]())
     load_strictly(again, {n: t if n.endswith(keep) else t.float() for n, t in state.items()})
     torch.testing.assert_close(tiny_velocity(again), found, rtol=1e-2, atol=1e-2)
@@ -103,7 +103,7 @@ def test_nncf_rounds_no_worse_than_we_would() -> None:
 
 
 def test_training_rounds_as_nncf_will() -> None:
-    """Distillation with rounded weights helps only if NNCF then takes the same values."""
+    """Distillation with rounded weights helps only if NNCF later chooses the same values."""
     model = tiny_transformer()
     names = ("attn.to_q", "ff.net.0.proj", "norm1.linear")
     block = model.transformer_blocks[0]
@@ -111,8 +111,8 @@ def test_training_rounds_as_nncf_will() -> None:
     quantize(SD3, model)
     for name, weight in expected.items():
         layer = block.get_submodule(name)
-        assert (layer.weight_scale >= 0).all()  # TensorRT takes no others
-        # A weight that lies half way between two steps may fall on either side.
+        assert (layer.weight_scale >= 0).all()  # TensorRT accepts no negative scales
+        # A weight halfway between two steps may round either way.
         assert ((layer.weight - weight).abs() > 1e-3 * weight.abs() + 1e-6).float().mean() < 1e-3
         assert (layer.weight - weight).abs().max() <= layer.weight_scale.max() * 1.001
 
@@ -158,8 +158,8 @@ def test_awq_helps_where_few_channels_carry_most() -> None:
     assert scaled.norm() < 0.8 * plain.norm()
 
 
-def test_nncf_tells_nobody() -> None:
-    """By itself it forks the process at every call, to send telemetry; under pytest it does not, hence a process."""
+def test_nncf_sends_no_telemetry() -> None:
+    """By default NNCF forks the process at every call to send telemetry, but not under pytest: hence a subprocess."""
     code = """
 import os, torch
 from edgeprune.quantization.quantize import _nncf_integers

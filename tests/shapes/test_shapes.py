@@ -1,4 +1,4 @@
-"""The checker against the renderer, task by task; the captions and their split."""
+"""The checker against the renderer, task by task; captions and their split."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ASSETS = Path(shapes.__file__).parents[1] / "demo" / "assets" / "teacher"
 
 
 def meanings(task: str, seed: int) -> list[Meaning]:
-    """RENDERS random meanings of a task, as evenly as they go."""
+    """Return RENDERS random meanings of a task, as evenly as possible."""
     known = [p.meaning for p in shapes.prompts(task)]
     order = np.random.default_rng([seed, TASKS.index(task)]).permutation(max(RENDERS, len(known)))
     return [known[i % len(known)] for i in order[:RENDERS]]
@@ -35,9 +35,9 @@ def noisy(pixels: list[Pixels]) -> list[Pixels]:
 
 
 def others(task: str, found: list[Meaning]) -> list[Meaning]:
-    """For each meaning another one of the same task; every second time one whose caption is the most alike.
+    """Return another meaning of the same task for each meaning; every second one has the most similar caption.
 
-    Most alike: a neighbouring number or colour, the same things with colours or sides exchanged.
+    Similar captions have a neighbouring number or colour, or the same things with colours or sides exchanged.
     """
     known = shapes.prompts(task)
     words = sorted({w for p in known for w in p.text.split()})
@@ -55,7 +55,7 @@ def others(task: str, found: list[Meaning]) -> list[Meaning]:
 
 
 def rates(change: Callable[[list[Pixels]], list[Pixels]]) -> dict[str, tuple[float, float]]:
-    """By task, the share of its renders accepted, and of renders of another meaning rejected."""
+    """Return by task the share of renders accepted, and of renders of another meaning rejected."""
     out = {}
     for task in TASKS:
         drawn = renders(task)
@@ -68,9 +68,9 @@ def rates(change: Callable[[list[Pixels]], list[Pixels]]) -> dict[str, tuple[flo
 
 
 def judge(title: str, table: dict[str, tuple[float, float]], capsys: pytest.CaptureFixture[str]) -> None:
-    """Print the table, past pytest's capture, and hold every row of it to BOUND."""
+    """Print the table past pytest's capture and check every row against BOUND."""
     rows = [f"{task:18} {a:9.4f} {r:9.4f}" for task, (a, r) in table.items()]
-    head = f"{title}, {RENDERS} renders a task\n{'task':18} {'accepted':>9} {'rejected':>9}"
+    head = f"{title}, {RENDERS} renders per task\n{'task':18} {'accepted':>9} {'rejected':>9}"
     with capsys.disabled():
         print("", head, *rows, sep="\n")
     low = [row for row, pair in zip(rows, table.values(), strict=True) if min(pair) < BOUND]

@@ -1,0 +1,162 @@
+"""What a family says about its model from the config alone: names, shapes, blocks and defaults. Torch-free.
+
+Planning, byte counts and the runtimes need nothing else, so a new family can start with this role.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edgeprune.common import fields
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import LARGEST
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Config = dict[str, Any]
+"""A transformer's config.json."""
+
+Shape = tuple[int, ...]
+
+WHERE = "transformer/config.json"
+"""The file that error messages about a config name."""
+_MOST_WEIGHTS = 10**12
+
+
+@dataclass(frozen=True)
+class Source:
+    """How one tensor of the shorter model is made."""
+
+    name: str
+    """Tensor of the original model."""
+    rows: tuple[tuple[int, int], ...] | None = None
+    """Row ranges to keep, in this order; None keeps all rows."""
+    columns: tuple[tuple[int, int], ...] | None = None
+    """Column ranges to keep, in this order; None keeps all columns."""
+    constant: bool = False
+    """The bias of a modulation layer that is removed or projected: the modulation at the mean input."""
+    projected: bool = False
+    """The weight of a modulation layer that reads its input's coordinates on a basis."""
+    calibrated: bool = False
+    """Calibration makes this tensor, not the original model; `name` is then `mean` or `basis`."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A text encoder of a pipeline."""
+
+    name: str
+    """Its folder."""
+    kind: str
+    """Its class in transformers."""
+    optional: bool = False
+    """Whether a pipeline may lack it."""
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """The space of the latents that a transformer denoises."""
+
+    channels: int
+    """C."""
+    patch: int
+    """Side of a token in latent pixels."""
+    largest: int | None = None
+    """Most tokens along one side, if a position table limits them; None for no limit."""
+
+
+class Architecture(Protocol):
+    """What one MMDiT architecture looks like. M text tokens, D width."""
+
+    name: str
+    """Short name of the family, as plans store it."""
+    pipeline: str
+    """Class name of its pipeline in diffusers."""
+    components: tuple[str, ...]
+    """Parts of a block that pruning can remove."""
+    norms: tuple[str, ...]
+    """The components that are adaLN modulations. A removed one keeps its mean."""
+    embedder: str
+    """Name of the module whose output, after silu, is the modulation input."""
+    encoders: tuple[Encoder, ...]
+    """Text encoders of the pipeline, in order."""
+    tail: tuple[str, ...]
+    """Name prefixes of the tensors after the last block."""
+
+    def block_count(self, config: Config) -> int:
+        """Return the number of transformer blocks."""
+
+    def tensor_shapes(self, config: Config) -> dict[str, Shape]:
+        """Return the shape of every tensor of the state dict, buffers included."""
+
+    def is_buffer(self, name: str) -> bool:
+        """Return True if this tensor is a fixed table and not a parameter."""
+
+    def in_block(self, name: str) -> bool:
+        """Return True if this tensor belongs to a block."""
+
+    def place(self, config: Config, name: str) -> tuple[int, str | None] | None:
+        """Return block index and component of a tensor.
+
+        The component is None for tensors of a block that no component owns; the result is None outside blocks.
+        """
+
+    def modulates(self, name: str) -> bool:
+        """Return True for weight (O, D) and bias (O) of a layer that reads the modulation input."""
+
+    def noops(self, config: Config) -> frozenset[tuple[int, str]]:
+        """Return the components that blocks lack or nothing reads: removing them changes no output."""
+
+    def shorter_config(self, config: Config, kept: list[int]) -> Config:
+        """Return the config of the model that has only the blocks `kept` (original indices)."""
+
+    def tensor_sources(self, config: Config, kept: list[int], removed: frozenset[tuple[int, str]]) -> dict[str, Source]:
+        """Return, for every tensor of the shorter model, the original tensor that it is made from."""
+
+    def latents(self, config: Config) -> LatentSpace:
+        """Return the space of the latents."""
+
+    def text_widths(self, config: Config) -> tuple[int, int]:
+        """Return K and P, the widths of hidden and pooled text."""
+
+    def text_tokens(self, prompt_tokens: int, max_sequence_length: int) -> int:
+        """Return M. The first tokenizer pads to `prompt_tokens`, T5's to `max_sequence_length`."""
+
+    def defaults(self, config: Config) -> dict[str, Any]:
+        """Return the fields of `Generation` whose defaults differ from SD3's."""
+
+    def guided(self, config: Config, scale: float) -> bool:
+        """Return True if this guidance scale needs a second, unconditional evaluation per step."""
+
+    def levels(self, steps: int) -> NDArray[np.float64] | None:
+        """Return the noise level before each step, unshifted; None to use the scheduler's."""
+
+    def shift(self, tokens: int, steps: int) -> float | None:
+        """Return the dynamic shift (mu) for an image of `tokens` tokens; None to use the scheduler's rule."""
+
+
+def whole_number(config: Config, field: str, default: int | None = None, *, least: int = 1, most: int = LARGEST) -> int:
+    """Return an integer field of a transformer's config, or `default` if it is missing or null.
+
+    Raises:
+        InputError: the field is not a whole number from `least` to `most`.
+    """
+    if default is not None and config.get(field) is None:
+        return default
+    return fields.whole(config, field, WHERE, least=least, most=most)
+
+
+def bounded(shapes: dict[str, Shape]) -> dict[str, Shape]:
+    """Return the shapes unchanged, after checking that a real model can have so many weights.
+
+    Raises:
+        InputError: the shapes hold too many weights.
+    """
+    count = sum(map(math.prod, shapes.values()))
+    if count > _MOST_WEIGHTS:
+        raise InputError(f"{WHERE}: found a model of {count:.1e} weights, expected up to {_MOST_WEIGHTS:.0e}")
+    return shapes
