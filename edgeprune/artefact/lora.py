@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from edgeprune.artefact.surgery import cut
 from edgeprune.common.errors import InputError
 from edgeprune.families import Config, Family
-from edgeprune.planning.plan import PrunePlan, tensor_sources
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import tensor_sources
 
 _LAYER = re.compile(r"transformer\.(?P<layer>.+?)\.(?P<part>lora_A|lora_B)(?:\.\w+)?\.weight")
 _ALPHA = re.compile(r"transformer\.(?P<layer>.+)\.alpha")

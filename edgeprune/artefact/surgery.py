@@ -18,7 +18,8 @@ from edgeprune.common.errors import InputError
 from edgeprune.families import Config, Family
 from edgeprune.families.base import Source
 from edgeprune.families.removed import ConstantEmbedding, ConstantModulation, ProjectedEmbedding
-from edgeprune.planning.plan import PrunePlan, modulation_width, tensor_sources
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import modulation_width, tensor_sources
 
 Read = Callable[[str], torch.Tensor]
 

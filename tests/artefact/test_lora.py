@@ -14,7 +14,7 @@ from edgeprune.artefact.lora import Lora, read, remap
 from edgeprune.artefact.surgery import prune_state
 from edgeprune.common.errors import InputError
 from edgeprune.families import family_of
-from edgeprune.planning.plan import make_plan
+from edgeprune.planning.make import make_plan
 from edgeprune.stages import pipeline
 from edgeprune.stages.pipeline import PlanOptions, Workspace
 

@@ -21,7 +21,7 @@ from edgeprune.common.files import sha256_file
 from edgeprune.export import graph, parity, pieces, to_onnx
 from edgeprune.families import family_of
 from edgeprune.families.positions import SeparatePatchEmbed, separate
-from edgeprune.planning.plan import PlanOptions
+from edgeprune.planning.options import PlanOptions
 from edgeprune.residency import weights
 from edgeprune.residency.weights import INDEX, ShardWriter, Weights
 from edgeprune.sampling.generation import Generation

@@ -11,7 +11,7 @@ from edgeprune.analysis.contribution import parts, removed
 from edgeprune.artefact.surgery import build, load_strictly, prune
 from edgeprune.common.errors import InputError
 from edgeprune.families import Config, Family, family_of
-from edgeprune.planning.plan import make_plan
+from edgeprune.planning.make import make_plan
 from edgeprune.quantization.precision import footprint
 from edgeprune.sampling.denoising import network_inputs
 

@@ -8,9 +8,9 @@ import pytest
 
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.families import family_of
-from edgeprune.planning.baselines import Blocks, baselines
-from edgeprune.planning.plan import PlanOptions, make_plan
-from edgeprune.planning.planners import Measured
+from edgeprune.planning.make import make_plan
+from edgeprune.planning.methods import Blocks, Measured, baselines
+from edgeprune.planning.options import PlanOptions
 from edgeprune.stages import pipeline
 from edgeprune.stages.pipeline import CompressOptions, Workspace, as_published
 from edgeprune.training.recipe import DistillOptions

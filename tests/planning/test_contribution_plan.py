@@ -10,7 +10,10 @@ import pytest
 from edgeprune.analysis.contribution import ContributionReport, fingerprint, group, groups, parts
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.families import family_of
-from edgeprune.planning.plan import PrunePlan, make_plan, parse_blocks, parse_components, remaining_shapes
+from edgeprune.planning.make import make_plan
+from edgeprune.planning.methods.manual import parse_blocks, parse_components
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import remaining_shapes
 from edgeprune.quantization.precision import footprint
 
 DATA = Path(__file__).parents[1] / "samples"
@@ -78,11 +81,11 @@ def test_a_plan_from_config_alone_is_quick_and_torch_free(name: str, tmp_path: P
     said += ["--protect-first", "0"]
     code = f"""
 import sys
-from edgeprune.planning import plan
+from edgeprune.planning import budget
 from edgeprune.cli import main
 sys.argv = ["edgeprune", "plan", *{said!r}]
-ended, counted, count = None, [], plan.remaining_shapes
-plan.remaining_shapes = lambda *a, **k: counted.append(a) or count(*a, **k)
+ended, counted, count = None, [], budget.remaining_shapes
+budget.remaining_shapes = lambda *a, **k: counted.append(a) or count(*a, **k)
 try:
     ended = main()
 except SystemExit as error:

@@ -20,8 +20,11 @@ from edgeprune.cli import _plan_rows, parse_rank
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import write_json
 from edgeprune.families import Config, Family, family_of
+from edgeprune.planning.make import make_plan
 from edgeprune.planning.modulation import choose_rank, embedder_alone, modulation_inputs, ranks, subspace
-from edgeprune.planning.plan import NEEDED, PlanOptions, PrunePlan, make_plan, modulation_width
+from edgeprune.planning.options import NEEDED, PlanOptions
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import modulation_width
 from edgeprune.quantization.int4 import PackedLinear
 from edgeprune.sampling import denoising as sampling
 from edgeprune.sampling.denoising import Conditioning
@@ -210,7 +213,7 @@ def test_option() -> None:
             parse_rank(text)
     _, config, family = setup()
     with pytest.raises(InputError, match="--modulation-rank auto: is measured on a model: give -o"):
-        pipeline.plan_for(family, config, None, PlanOptions("manual", modulation_rank="auto"))
+        make_plan(family, config, None, PlanOptions("manual", modulation_rank="auto"))
 
 
 # ------------------------------------------------------------------------------------------------ later stages

@@ -12,8 +12,8 @@ from tiny import tiny_pipeline
 
 from edgeprune.analysis.contribution import Key, group
 from edgeprune.common.errors import BudgetError, InputError
-from edgeprune.planning.planners import Problem, planner_named
-from edgeprune.planning.planners.milp import GAP
+from edgeprune.planning.methods import Problem
+from edgeprune.planning.methods.milp import GAP, choose
 from edgeprune.stages import pipeline
 from edgeprune.stages.pipeline import AnalyzeOptions, PlanOptions, Workspace
 
@@ -36,7 +36,10 @@ def problem(seed: int, *, metric: str = "m", limit: float = 9.0) -> tuple[Proble
 
     joint = {group([PARTS[i], PARTS[j]]): loss([PARTS[i], PARTS[j]]) for i, j in both}
     losses = {part: loss([part]) for part in PARTS}
-    return Problem(metric, losses, joint, left, limit, 8), loss
+    made = Problem(
+        metric=metric, losses=losses, joint=joint, left=left, limit=limit, blocks=8, parameters=left, threshold=0.15
+    )
+    return made, loss
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -44,7 +47,7 @@ def test_milp_finds_the_best_of_all_choices(seed: int) -> None:
     given, loss = problem(seed)
     every = [list(s) for n in range(7) for s in itertools.combinations(PARTS, n)]
     best = min(loss(s) for s in every if given.left(s) <= given.limit)
-    found = planner_named("milp")(given)
+    found = choose(given)
     assert given.left(found) <= given.limit
     assert loss(found) <= best + GAP * abs(best) + 1e-6
 
@@ -75,5 +78,5 @@ def test_milp_without_anything_that_may_go() -> None:
     given, _ = problem(0)
     nothing = Problem(**vars(given) | {"losses": {}, "joint": {}})
     with pytest.raises(BudgetError, match="nothing may go"):
-        planner_named("milp")(nothing)
-    assert planner_named("milp")(Problem(**vars(nothing) | {"limit": 21.0})) == []
+        choose(nothing)
+    assert choose(Problem(**vars(nothing) | {"limit": 21.0})) == []
