@@ -1,4 +1,4 @@
-"""Exhaustive: remove a group, score, restore it. Works with every metric. Swaps modules of one loaded model in place."""
+"""Exhaustive: remove a group, score, restore it. Works with any metric. Swaps modules of one loaded model in place."""
 
 from __future__ import annotations
 
