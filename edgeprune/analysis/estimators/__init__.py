@@ -59,7 +59,9 @@ class Estimator(Protocol):
             saved_bytes: bytes that autograd saves of one sample for a backward pass; 0 unless `backward`.
         """
 
-    held = extra_bytes  # TEMP alias
+    @staticmethod
+    def held(stream_bytes: int, saved_bytes: int, per_score: int) -> int:  # TEMP alias
+        """Return `extra_bytes`."""
 
 
 def estimator_named(name: str, metric: str) -> type[Estimator]:
