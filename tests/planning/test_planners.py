@@ -1,4 +1,4 @@
-"""Planners on problems with known answers, and end to end on a tiny model."""
+"""The method `milp` on problems with known answers, and end to end on a tiny model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTS: list[Key] = [(b, "mlp") for b in range(6)]
 
 
 def problem(seed: int, *, metric: str = "m", limit: float = 9.0) -> tuple[Problem, Any]:
-    """Six parts of 1 to 6 units of 21 with random losses and interactions, and the true loss of a set."""
+    """Return six parts of 1 to 6 units, 21 in all, with random losses and interactions, and the true loss of a set."""
     draw = torch.Generator().manual_seed(seed)
     alone = (torch.rand(6, generator=draw) + 0.2).tolist()
     both = {(i, j): float(torch.randn(1, generator=draw)) * 0.3 for i, j in itertools.combinations(range(6), 2)}
@@ -59,7 +59,7 @@ def test_distances_add_up_in_squares() -> None:
 
 
 def test_plans_of_a_folder(tmp_path: Path) -> None:
-    """analyze with joint removals and pairs, then the planner."""
+    """Analyze with joint removals and pairs, then plan."""
     tiny_pipeline(tmp_path / "tiny")
     ws = Workspace(tmp_path / "out", str(tmp_path / "tiny"), fresh=True)
     options = AnalyzeOptions(count=2, joint=True, pairs=True, estimator="gates")
