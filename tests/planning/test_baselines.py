@@ -10,13 +10,18 @@ from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.families import family_of
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.methods import Blocks, Measured, baselines
-from edgeprune.planning.options import PlanOptions
+from edgeprune.planning.options import METHODS, PlanOptions
 from edgeprune.stages import pipeline
 from edgeprune.stages.pipeline import CompressOptions, Workspace, as_published
 from edgeprune.training.recipe import DistillOptions
 
 LARGE = json.loads((Path(__file__).parents[1] / "samples" / "transformer_configs.json").read_text())["sd3.5-large"]
 TEN = Blocks(10, range(10), [float(i % 4) for i in range(10)], 0)
+
+
+def test_methods_are_found_by_their_files() -> None:
+    ours = ("hpp", "hybrid", "manual", "milp")
+    assert METHODS == (*ours, "bk-sdm", "koala", "magnitude", "random", "uniform") == (*ours, *baselines())
 
 
 @pytest.mark.parametrize(
