@@ -1,10 +1,12 @@
-"""How much each block, each component and each group of them contributes: the score without it against the whole.
+"""How much each block, each component and each group of them contributes: the score without it against the full score.
 
-What is removed together is a group of parts; a single part is a group of one, the untouched model the group of none.
-No-ops are left out, raw scores per prompt are kept, and each contribution is a mean of per-prompt differences with a
-95 % interval. Results are appended to `<report>.partial` one by one, so that a killed run goes on where it was. Several
-processes share the groups, each with a file of its own; any number of them can go on with what others have left.
-What it leaves out: how scores are come by (estimators/), and drawing them (plots.py).
+A part is a block or a component of a block. A group is a set of parts that are removed together; a single part is a
+group of one, and the untouched model is the empty group. No-ops are skipped. Raw scores are kept per prompt, and each
+contribution is the mean of per-prompt differences with a 95 % interval.
+
+Results are appended to `<report>.partial` one by one, so an interrupted run resumes. Several processes share the
+groups, each with its own partial file; a later run with any number of processes resumes from all of them. estimators/
+obtain the scores, plots.py draws them.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 PARTIAL = ".partial"
 _LARGEST = 1e12
-"""Of a score, so that sums of squares stay finite."""
+"""Largest absolute score that is accepted, so that sums of squares stay finite."""
 Key = tuple[int, str | None]
-"""A block's index and a component, or None for the whole block."""
+"""A part: a block's index and a component's name, or None for the whole block."""
 Group = tuple[Key, ...]
-"""What is removed together, in the order of `group`."""
+"""Parts that are removed together, in the order that `group` gives them."""
 Estimate = Callable[[list[Group]], Iterator[tuple[Group, list[float]]]]
-"""Scores of the model without each of these groups, in whatever order they are found; one value per prompt."""
+"""Yields the scores of the model without each of these groups, one value per prompt, in any order of groups."""
 
 JOINT = (
     ("norm", "mlp"),
@@ -48,31 +50,31 @@ JOINT = (
     ("context_norm", "mlp", "context_mlp"),
     ("norm", "context_norm", "mlp", "context_mlp"),
 )
-"""The joint removals of figure 4 of HierarchicalPrune."""
+"""Components that figure 4 of HierarchicalPrune removes together."""
 
 
 def group(parts: Iterable[Key]) -> Group:
-    """The parts in the one order that a group has."""
+    """Return the parts as a group, in its canonical order."""
     return tuple(sorted(parts, key=lambda part: (part[0], part[1] or "")))
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """How far the score falls without a group: mean and half-width of its 95 % interval."""
+    """How far the score drops without a group: mean and half-width of the 95 % interval."""
 
     parts: Group
     drop: float
     half_width: float | None
-    """None where the source gives no raw scores."""
+    """None if the source has no raw scores."""
 
     @property
     def block(self) -> int:
-        """The first block that is touched."""
+        """Index of the first block that the group touches."""
         return self.parts[0][0]
 
     @property
     def component(self) -> str | None:
-        """Of a single part; None for a whole block."""
+        """The component of the first part; None for a whole block."""
         return self.parts[0][1]
 
     def __str__(self) -> str:
@@ -81,44 +83,48 @@ class Contribution:
 
 @dataclass(frozen=True)
 class ContributionReport:
-    """Scores of a model with each group removed. Higher scores are better."""
+    """Scores of a model without each group. Higher scores are better."""
 
     fingerprint: str
-    """Of the model's config, see `fingerprint`."""
+    """Fingerprint of the model's config, see the function `fingerprint`."""
     family: str
     num_blocks: int
     metric: str
     prompts: list[str]
     untouched: list[float]
-    """Score of the whole model per prompt."""
+    """Score of the untouched model per prompt."""
     scores: dict[Group, list[float]]
-    """Score per prompt without that group."""
+    """Score per prompt without each group."""
     summary: dict[Group, float] | None = None
-    """Mean drops alone, where that is all a source gives."""
+    """Mean drop without each group, if the source has no raw scores; None if it has."""
     estimator: str = "exhaustive"
-    """How the scores were come by, see estimators/."""
+    """Name of the estimator that obtained the scores, see estimators/."""
 
     def contributions(self) -> dict[Key, Contribution]:
-        """Mean drop and interval for every single part, in the order they were scored."""
+        """Return mean drop and interval of every single part, in the order they were scored."""
         return {parts[0]: c for parts, c in self._all().items() if len(parts) == 1}
 
     def joint(self) -> dict[Group, Contribution]:
-        """Mean drop and interval for every group of several parts, in the order they were scored."""
+        """Return mean drop and interval of every group of several parts, in the order they were scored."""
         return {parts: c for parts, c in self._all().items() if len(parts) > 1}
 
     def _all(self) -> dict[Group, Contribution]:
+        """Return mean drop and interval of every group."""
         if self.summary is not None:
-            return {parts: Contribution(parts, drop, None) for parts, drop in self.summary.items()}
+            return {
+                parts: Contribution(parts=parts, drop=drop, half_width=None) for parts, drop in self.summary.items()
+            }
         out = {}
         for parts, scores in self.scores.items():
             drops = [u - s for u, s in zip(self.untouched, scores, strict=True)]
             mean = sum(drops) / len(drops)
             variance = sum((d - mean) ** 2 for d in drops) / max(1, len(drops) - 1)
-            out[parts] = Contribution(parts, mean, 1.96 * math.sqrt(variance / len(drops)))
+            half_width = 1.96 * math.sqrt(variance / len(drops))
+            out[parts] = Contribution(parts=parts, drop=mean, half_width=half_width)
         return out
 
     def to_json(self) -> dict[str, Any]:
-        """The file's content."""
+        """Return the content of the report's file."""
         data = asdict(self) | {"schema_version": SCHEMA_VERSION}
         data["scores"] = [{"parts": list(parts), "scores": scores} for parts, scores in self.scores.items()]
         data.pop("summary")
@@ -128,15 +134,19 @@ class ContributionReport:
     def load(cls, path: Path) -> ContributionReport:
         """Read a report, or a published summary `{"metric": …, "drop": {"0": change of score, …}}` of whole blocks.
 
-        Reports of schema 1 had single parts only, and are read as such.
+        Also reads schema 1, which had single parts only.
 
         Raises:
-            InputError: not such a file.
+            InputError: the file is neither.
         """
         data = read_json(path)
         metric = text(data, "metric", path)
         if "drop" in data:
-            return cls("", "", *_summary(data["drop"], metric, path))
+            summary = _summary(data["drop"], path)
+            return cls(
+                fingerprint="", family="", num_blocks=len(summary), metric=metric, prompts=[], untouched=[], scores={},
+                summary=summary,
+            )  # fmt: skip
         if (version := data.get("schema_version")) != 1:
             check_schema(path, version, SCHEMA_VERSION, "analyze again")
         entries = data.get("scores")
@@ -152,48 +162,54 @@ class ContributionReport:
         if any(len(s) != len(untouched) for s in scores.values()) or not untouched:
             raise InputError(f"{path}: scores: expected {len(untouched)} per group, one for each prompt")
         return cls(
-            *(text(data, "fingerprint", path), text(data, "family", path), count, metric),
-            *(texts(data, "prompts", path), untouched, scores),
+            fingerprint=text(data, "fingerprint", path),
+            family=text(data, "family", path),
+            num_blocks=count,
+            metric=metric,
+            prompts=texts(data, "prompts", path),
+            untouched=untouched,
+            scores=scores,
             estimator=text({"estimator": "exhaustive"} | data, "estimator", path),
         )
 
 
-def _summary(drops: Any, metric: str, path: Path) -> tuple[int, str, list[str], list[float], Any, dict[Group, float]]:
-    """The fields of a report, from its published summary."""
-    if not isinstance(drops, dict) or not drops or drops.keys() != {str(i) for i in range(len(drops))}:
-        raise InputError(f"{path}: drop: found {shown(drops)}, expected a number for every block from 0 on")
-    # Published as the change of the score, so a loss is negative.
-    values = zip(drops, _scores([*drops.values()], path), strict=True)
-    return len(drops), metric, [], [], {}, {((int(k), None),): -v for k, v in values}
+def _summary(changes: Any, path: Path) -> dict[Group, float]:
+    """Return the mean drop of each block from a published summary, which has the change of the score: its negative."""
+    if not isinstance(changes, dict) or not changes or changes.keys() != {str(i) for i in range(len(changes))}:
+        raise InputError(f"{path}: drop: found {shown(changes)}, expected a number for every block from 0 on")
+    values = zip(changes, _scores([*changes.values()], path), strict=True)
+    return {((int(block), None),): -change for block, change in values}
 
 
-def _scores(found: Any, path: Path) -> list[float]:
-    fits = isinstance(found, list) and all(type(s) in (int, float) and abs(s) <= _LARGEST for s in found)
+def _scores(value: Any, path: Path) -> list[float]:
+    """Return a JSON value that must be a list of scores."""
+    fits = isinstance(value, list) and all(type(s) in (int, float) and abs(s) <= _LARGEST for s in value)
     if not fits:
-        raise InputError(f"{path}: scores: found {shown(found)}, expected a list of numbers up to {_LARGEST:g}")
-    return [float(s) for s in found]
+        raise InputError(f"{path}: scores: found {shown(value)}, expected a list of numbers up to {_LARGEST:g}")
+    return [float(s) for s in value]
 
 
-def _group(found: Any, count: int, path: Path) -> Group:
-    if not isinstance(found, list) or not found or not all(_is_key(part, count) for part in found):
-        raise InputError(f"{path}: parts: found {shown(found)}, expected blocks below {count} and their components")
-    return group((block, component) for block, component in found)
+def _group(value: Any, count: int, path: Path) -> Group:
+    """Return a JSON value that must be a list of parts of a model with `count` blocks."""
+    if not isinstance(value, list) or not value or not all(_is_part(part, count) for part in value):
+        raise InputError(f"{path}: parts: found {shown(value)}, expected blocks below {count} and their components")
+    return group((block, component) for block, component in value)
 
 
-def _is_key(found: Any, count: int) -> bool:
-    """Whether this is a pair of a block's index and a component's name or null."""
-    if not isinstance(found, list) or len(found) != 2:
+def _is_part(value: Any, count: int) -> bool:
+    """Return whether a JSON value is a pair of a block's index and a component's name or null."""
+    if not isinstance(value, list) or len(value) != 2:
         return False
-    return type(found[0]) is int and 0 <= found[0] < count and (found[1] is None or isinstance(found[1], str))
+    return type(value[0]) is int and 0 <= value[0] < count and (value[1] is None or isinstance(value[1], str))
 
 
 def fingerprint(config: Config) -> str:
-    """Identity of an architecture: its config without what diffusers adds for bookkeeping."""
+    """Return a digest of an architecture: of its config without what diffusers adds for bookkeeping."""
     return digest({k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"})[:16]
 
 
 def parts(family: Family, config: Config, *, blocks: bool = True, components: bool = True) -> list[Key]:
-    """Every block, then every component that is not a no-op."""
+    """Return every block, then every component that is not a no-op."""
     count, noops = family.block_count(config), family.noops(config)
     keys: list[Key] = [(b, None) for b in range(count)] if blocks else []
     if components:
@@ -204,9 +220,14 @@ def parts(family: Family, config: Config, *, blocks: bool = True, components: bo
 def groups(
     family: Family, config: Config, *, components: bool = True, joint: bool = False, pairs: bool = False
 ) -> list[Group]:
-    """Every part alone, then groups of a block's components (`JOINT`) and any two parts that do not overlap.
+    """Return the groups to score, each once.
 
-    A group that has a no-op in it is left out, because another says the same.
+    Groups that contain a no-op are left out: the same group without it gives the same score.
+
+    Args:
+        components: every component alone, in addition to every block.
+        joint: the combinations of a block's components in `JOINT`.
+        pairs: any two parts that do not overlap.
     """
     singles = parts(family, config, components=components)
     out: list[Group] = [(part,) for part in singles]
@@ -221,7 +242,7 @@ def groups(
 
 @contextmanager
 def swapped(swaps: Iterable[Swap]) -> Iterator[None]:
-    """A model with these modules in the place of its own; afterwards it is as before."""
+    """Replace modules of a model inside the context; on exit the originals are restored."""
     originals: list[tuple[Swap, nn.Module]] = []
     try:
         for swap in swaps:
@@ -234,13 +255,13 @@ def swapped(swaps: Iterable[Swap]) -> Iterator[None]:
 
 
 def removal(family: Family, model: nn.Module, parts: Iterable[Key], mean: torch.Tensor) -> list[Swap]:
-    """The swaps that take these parts out; `mean` is the mean modulation input (D)."""
+    """Return the swaps that remove these parts; `mean` is the mean modulation input (D)."""
     return [swap for block, component in parts for swap in family.removal(model, block, component, mean)]
 
 
 @contextmanager
 def removed(family: Family, model: nn.Module, parts: Iterable[Key], mean: torch.Tensor) -> Iterator[None]:
-    """A model without these parts; afterwards it is as before."""
+    """Remove these parts of a model inside the context; on exit they are restored. `mean` as for `removal`."""
     with swapped(removal(family, model, parts, mean)):
         yield
 
@@ -258,18 +279,21 @@ def analyze(
     inputs_digest: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ContributionReport:
-    """Score a model whole and without each group, and write the report to `path`.
+    """Score a model untouched and without each group, and write the report to `path`.
+
+    Collective: every process must call it, and all return the same report.
 
     Args:
         estimate: scores the model without groups; higher is better.
-        metric, estimator: their names.
-        inputs_digest: identity of everything that the scores depend on; a partial file of other inputs is dropped.
-        progress: called with groups done and groups in all, the untouched model among them.
+        metric: its name.
+        estimator: its name.
+        inputs_digest: digest of everything that the scores depend on; a partial file of other inputs is discarded.
+        progress: called with groups done and groups in total, including the untouched model.
     """
     wanted: list[Group] = [(), *groups]
     done = processes.from_main(_read_partials(path, inputs_digest) if processes.is_main() else None)
     missing = [parts for parts in wanted if parts not in done]
-    own = missing[processes.index() :: processes.count()]
+    share = missing[processes.index() :: processes.count()]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL + (f".{processes.index()}" if processes.index() else ""))
     current = _read_partial(partial, inputs_digest) is not None
@@ -277,16 +301,22 @@ def analyze(
         if not current:
             file.write(json.dumps({"inputs": inputs_digest}) + "\n")
         progress(len(done), len(wanted))
-        for number, (parts, scores) in enumerate(estimate(own) if own else (), 1):
+        for number, (parts, scores) in enumerate(estimate(share) if share else (), 1):
             file.write(json.dumps({"parts": parts, "scores": scores}) + "\n")
             file.flush()
             progress(min(len(done) + number * processes.count(), len(wanted)), len(wanted))
     processes.meet()
     done = _read_partials(path, inputs_digest)
     report = ContributionReport(
-        fingerprint(config), family.name, family.block_count(config), metric, prompts, done[()],
-        {parts: done[parts] for parts in groups}, estimator=estimator,
-    )  # fmt: skip
+        fingerprint=fingerprint(config),
+        family=family.name,
+        num_blocks=family.block_count(config),
+        metric=metric,
+        prompts=prompts,
+        untouched=done[()],
+        scores={parts: done[parts] for parts in groups},
+        estimator=estimator,
+    )
     if processes.is_main():
         write_json(path, report.to_json())
     processes.meet()
@@ -294,18 +324,18 @@ def analyze(
 
 
 def partials_of(path: Path) -> list[Path]:
-    """Where a report's scores are kept until whoever asked for it has noted that it is done, and removes them."""
+    """Return the partial files of a report. The caller removes them once it has recorded that the report is done."""
     return sorted(path.parent.glob(f"{path.name}{PARTIAL}*"))
 
 
 def _read_partials(path: Path, inputs_digest: str) -> dict[Group, list[float]]:
-    """What earlier runs have scored, whichever process did."""
-    found = [_read_partial(partial, inputs_digest) for partial in partials_of(path)]
-    return {parts: scores for done in found if done for parts, scores in done.items()}
+    """Return what the processes of earlier runs have scored."""
+    every = [_read_partial(partial, inputs_digest) for partial in partials_of(path)]
+    return {parts: scores for done in every if done for parts, scores in done.items()}
 
 
 def _read_partial(path: Path, inputs_digest: str) -> dict[Group, list[float]] | None:
-    """What a killed run has scored, or None if there is nothing to go on with. A torn last line is dropped."""
+    """Return what an interrupted run has scored, or None if it cannot be used. An incomplete last line is dropped."""
     if not path.exists():
         return None
     try:

@@ -1,8 +1,8 @@
-"""Contributions as figures 3 and 4 of HierarchicalPrune have them, of any report: SVG and PNG, always the same bytes.
+"""Draw the contributions of a report like figures 3 and 4 of HierarchicalPrune, as SVG and PNG with reproducible bytes.
 
-`contributions` has a panel for whole blocks and one for each component type, `joint` one for each group of components
-that was removed together. Colours are Okabe and Ito's, which the colour-blind can tell apart, and none carries meaning
-alone. What it leaves out: pairs of parts in different blocks, which are thousands (`plan --method milp` reads them).
+The figure `contributions` has a panel for whole blocks and one for each component type. The figure `joint` has a panel
+for each set of components that was removed together. The colours are Okabe and Ito's, which colour-blind readers can
+distinguish, and no colour carries meaning alone. Pairs of parts in different blocks are not drawn: there are thousands.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"
 LINEAR = 1e-2
-"""Drops below this are noise for most metrics; above it the axis is logarithmic."""
+"""The axis is linear below this drop, which is noise for most metrics, and logarithmic above."""
 _DPI = 144
 _STYLE = {"svg.hashsalt": "edgeprune", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def figures(report: ContributionReport, removed: Group = ()) -> dict[str, Callable[[], Figure]]:
-    """What can be drawn of a report, by file name.
+    """Return a function that draws each figure of a report, by file name.
 
     Args:
-        removed: parts that a plan removes; they are hatched.
+        removed: parts that a plan removes; their bars are hatched.
     """
     singles, joint = report.contributions(), report.joint()
     panels: dict[str, list[Contribution]] = {}
-    for (_, component), found in singles.items():
-        panels.setdefault(component or "block", []).append(found)
+    for (_, component), contribution in singles.items():
+        panels.setdefault(component or "block", []).append(contribution)
     together: dict[str, list[Contribution]] = {}
     for names in JOINT:
         members = [c for parts, c in joint.items() if _inside_a_block(parts) and {n for _, n in parts} == set(names)]
         if members:
             together[" + ".join(names)] = members
-    whole = f"loss of the {report.metric} score without a part, 95 % interval"
+    single = f"loss of the {report.metric} score without a part, 95 % interval"
     several = f"loss of the {report.metric} score without a group of components, 95 % interval"
-    drawn = {"contributions": lambda: _draw(panels, whole, report, removed)}
+    drawn = {"contributions": lambda: _draw(panels, single, report, removed)}
     return drawn | ({"joint": lambda: _draw(together, several, report, removed, singles)} if together else {})
 
 
 def save(report: ContributionReport, out: Path) -> list[Path]:
-    """Write every figure of a report to a folder as SVG and PNG; returns the files."""
+    """Write every figure of a report to a folder as SVG and PNG; return the files."""
     out.mkdir(parents=True, exist_ok=True)
-    made = []
+    files = []
     for name, draw in figures(report).items():
         with _style():
             figure = draw()
-            for ending, kept in (("svg", {"Date": None}), ("png", {"Software": None})):
-                made.append(out / f"{name}.{ending}")
-                figure.savefig(made[-1], dpi=_DPI, metadata=kept)
-    return made
+            for ending, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+                files.append(out / f"{name}.{ending}")
+                figure.savefig(files[-1], dpi=_DPI, metadata=metadata)
+    return files
 
 
 def svg(draw: Callable[[], Figure]) -> bytes:
-    """One figure as SVG."""
+    """Return a figure as SVG."""
     buffer = io.BytesIO()
     with _style():
         draw().savefig(buffer, format="svg", metadata={"Date": None})
@@ -67,13 +67,14 @@ def svg(draw: Callable[[], Figure]) -> bytes:
 
 
 def _style() -> Any:
-    """The same look whatever the user's matplotlibrc says."""
+    """Return a context with the same style whatever the user's matplotlibrc says."""
     from matplotlib import style
 
     return style.context(["default", _STYLE])
 
 
 def _inside_a_block(parts: Group) -> bool:
+    """Return whether a group consists of components of one block."""
     return len({block for block, _ in parts}) == 1 and None not in {component for _, component in parts}
 
 
@@ -84,7 +85,7 @@ def _draw(
     removed: Group,
     singles: dict[tuple[int, str | None], Contribution] | None = None,
 ) -> Figure:
-    """One row of bars per panel, block by block, on one scale; where `singles` is given, the sum of a group's own."""
+    """Draw a row of bars per panel, one per block, on one scale. With `singles`, mark the sum of each group's parts."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -102,7 +103,9 @@ def _draw(
             sums = [sum(singles[part].drop for part in c.parts) for c in members]
             axes.plot(blocks, sums, ls="", marker="_", ms=9, mew=1.5, color=ORANGE, label="sum of its parts alone")
         axes.axhline(0, color=BLACK, lw=0.6)
-        axes.set_title(name, loc="left", fontsize=8, pad=2, parse_math=False)  # a file's word, no formula
+        axes.set_title(
+            name, loc="left", fontsize=8, pad=2, parse_math=False
+        )  # the name comes from a file and is not a formula
         axes.set_yscale("symlog", linthresh=LINEAR)
     rows[-1].set(xlabel="block", xlim=(-0.7, report.num_blocks - 0.3))
     rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))

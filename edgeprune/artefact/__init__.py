@@ -1,2 +1,5 @@
-"""The compressed model on disk: checkpoint.py reads and writes it, surgery.py prunes, lora.py carries LoRAs over,
-synth.py makes full-size models with random weights."""
+"""The compressed model on disk: a diffusers folder plus `edgeprune.json`.
+
+manifest.py is `edgeprune.json`; resolve.py finds a model's folder; loading.py and writing.py read and write folders;
+surgery.py makes the shorter model; lora.py remaps LoRAs; synth.py makes full-size models with random weights.
+"""

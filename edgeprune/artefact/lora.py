@@ -1,11 +1,14 @@
-"""A LoRA that was made for the original, for the pruned model: layers find their new place, or are reported as gone.
+"""Remap a LoRA trained on the original to the pruned model; layers that no longer exist are reported.
 
     remap(read(path, family), family, config, plan) -> Remapped
 
-What a layer became is what surgery made of it: it moved with its block, lost rows or columns of a removed part, or is
-gone. Its scale (alpha / rank) goes into the weights, so that the file says the same to whoever loads it. What it leaves
-out: layers whose modulation is projected, since their part at the mean input would be a bias, which a LoRA has not; and
-quantised weights, to which diffusers adds no LoRA (it goes on `transformer/`).
+A layer follows what surgery did to its weight: it moved with its block, lost rows or columns, or was removed. Its scale
+(alpha / rank) is multiplied into the weights, so every loader applies the same scale.
+
+Two cases are not supported. Layers with projected modulation are reported as gone: their effect at the mean input would
+be a bias, which a LoRA cannot store. And diffusers adds no LoRA to quantised weights, so load `transformer/` with it.
+
+Notation: I inputs and O outputs of a layer, R the LoRA's rank.
 """
 
 from __future__ import annotations
@@ -23,39 +26,40 @@ from safetensors import SafetensorError, safe_open
 from edgeprune.artefact.surgery import cut
 from edgeprune.common.errors import InputError
 from edgeprune.families import Config, Family
-from edgeprune.planning.plan import PrunePlan, tensor_sources
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import tensor_sources
 
-_LAYER = re.compile(r"transformer\.(?P<layer>.+?)\.(?P<part>lora_A|lora_B)(?:\.\w+)?\.weight")
+_LAYER = re.compile(r"transformer\.(?P<layer>.+?)\.(?P<matrix>lora_A|lora_B)(?:\.\w+)?\.weight")
 _ALPHA = re.compile(r"transformer\.(?P<layer>.+)\.alpha")
 
 
 @dataclass(frozen=True)
 class Remapped:
-    """A LoRA for the pruned model, in diffusers' names."""
+    """A LoRA for the pruned model, with diffusers' tensor names."""
 
     tensors: dict[str, torch.Tensor]
     kept: dict[str, str]
-    """New name by old name of the layers that still apply."""
+    """New name by old name of each layer that still exists."""
     gone: dict[str, str]
-    """Why, by name of the layers that do not."""
+    """Reason by old name of each layer that no longer exists."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file in diffusers' names."""
+    """The content of a LoRA file, with diffusers' tensor names."""
 
     tensors: dict[str, torch.Tensor]
     alpha: float | None = None
-    """Of all layers of the transformer that say none themselves; None for each one's rank, which scales by 1."""
+    """Alpha of the transformer's layers that have no alpha tensor. None means the layer's rank, so the scale is 1."""
     metadata: dict[str, str] = field(default_factory=dict)
-    """What diffusers has to know of the text encoders' layers."""
+    """Metadata that diffusers needs for the text encoders' layers."""
 
 
 def read(path: Path, family: Family) -> Lora:
-    """A file, whichever trainer wrote it, as far as diffusers knows it.
+    """Read a LoRA file in any format that diffusers can convert.
 
     Raises:
-        InputError: not safetensors, or nothing that diffusers takes for a LoRA of this pipeline.
+        InputError: it is not safetensors, or diffusers does not accept it as a LoRA of this pipeline.
     """
     import diffusers
 
@@ -66,65 +70,64 @@ def read(path: Path, family: Family) -> Lora:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            said = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        # FLUX's conversion takes the alphas of diffusers' own names apart.
+            adapter = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        # FLUX's conversion consumes the alphas that already have diffusers' names.
         alphas = {name: tensor for name, tensor in tensors.items() if _ALPHA.fullmatch(name)}
-        found = alphas | getattr(diffusers, family.pipeline).lora_state_dict(tensors)
+        converted = alphas | getattr(diffusers, family.pipeline).lora_state_dict(tensors)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not readable as safetensors ({error})") from error
     except (ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
         raise InputError(f"{path}: not a LoRA of a {family.pipeline} ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(said, dict):
-        raise InputError(f"{path}: lora_adapter_metadata: found {type(said).__name__}, expected an object")
-    if unknown := [n for n in found if not n.startswith(("transformer.", "text_encoder"))]:
+    if not isinstance(adapter, dict):
+        raise InputError(f"{path}: lora_adapter_metadata: found {type(adapter).__name__}, expected an object")
+    if unknown := [n for n in converted if not n.startswith(("transformer.", "text_encoder"))]:
         raise InputError(
-            f"{path}: found {unknown[0]!r}, expected names of transformer or text encoders, as diffusers has"
+            f"{path}: found {unknown[0]!r}, expected names of the transformer or text encoders as in diffusers"
         )
-    if not any(name.startswith("transformer.") for name in found):
-        raise InputError(f"{path}: found no layer of the transformer, so it is not changed by pruning")
-    others = {k: v for k, v in said.items() if not k.startswith("transformer.")}
-    return Lora(found, _alpha(path, said), {"lora_adapter_metadata": json.dumps(others)} if others else {})
+    if not any(name.startswith("transformer.") for name in converted):
+        raise InputError(f"{path}: has no layer of the transformer; it works with the pruned model unchanged")
+    others = {k: v for k, v in adapter.items() if not k.startswith("transformer.")}
+    return Lora(
+        tensors=converted,
+        alpha=_alpha(path, adapter),
+        metadata={"lora_adapter_metadata": json.dumps(others)} if others else {},
+    )
 
 
 def _alpha(path: Path, metadata: dict[str, Any]) -> float | None:
-    """What diffusers' metadata says of the scale: alpha for every layer of the transformer."""
-    said = {k.removeprefix("transformer."): v for k, v in metadata.items() if k.startswith("transformer.")}
+    """Return the transformer's alpha from diffusers' metadata, or None if there is none.
+
+    Raises:
+        InputError: the metadata asks for a scale that a remapped LoRA cannot have.
+    """
+    fields = {k.removeprefix("transformer."): v for k, v in metadata.items() if k.startswith("transformer.")}
     for name in ("alpha_pattern", "use_rslora", "use_dora"):
-        if said.get(name):
-            raise InputError(f"{path}: {name}: found {said[name]!r}, expected a LoRA without; merge it instead")
-    alpha = said.get("lora_alpha")
+        if fields.get(name):
+            raise InputError(
+                f"{path}: {name}: found {fields[name]!r}, which cannot be remapped; merge the LoRA instead"
+            )
+    alpha = fields.get("lora_alpha")
     return float(alpha) if isinstance(alpha, (int, float)) and math.isfinite(alpha) else None
 
 
 def remap(lora: Lora, family: Family, config: Config, plan: PrunePlan) -> Remapped:
-    """Every layer at its new place.
+    """Move every layer to its place in the pruned model.
 
     Args:
-        lora: A is (R, I), B is (O, R); layers of text encoders stay as they are.
-        config: of the original transformer.
+        lora: A is (R, I), B is (O, R); layers of text encoders stay unchanged.
+        config: the original transformer's.
 
     Raises:
-        InputError: a layer that the original has not, or of another size.
+        InputError: the original has no such layer, or one of another size.
     """
     shapes = family.tensor_shapes(config)
     sources = tensor_sources(family, config, plan.kept, plan.removed, plan.modulation_rank)
     places = {source.name: (name, source) for name, source in sources.items()}
-    layers: dict[str, dict[str, torch.Tensor]] = {}
-    alphas: dict[str, float] = {}
-    out: dict[str, torch.Tensor] = {}
-    for name, tensor in lora.tensors.items():
-        if match := _LAYER.fullmatch(name):
-            layers.setdefault(match["layer"], {})[match["part"]] = tensor
-        elif match := _ALPHA.fullmatch(name):
-            alphas[match["layer"]] = float(tensor)
-        elif name.startswith("transformer."):
-            raise InputError(f"{name}: found a tensor that is neither lora_A, lora_B nor alpha")
-        else:
-            out[name] = tensor
+    layers, alphas, out = _by_layer(lora)
     kept, gone = {}, {}
-    for layer, parts in layers.items():
-        weight, found = f"{layer}.weight", (parts.get("lora_A"), parts.get("lora_B"))
-        a, b = found
+    for layer, matrices in layers.items():
+        weight = f"{layer}.weight"
+        a, b = matrices.get("lora_A"), matrices.get("lora_B")
         if a is None or b is None:
             raise InputError(f"{layer}: found one of lora_A and lora_B, expected both")
         if shapes.get(weight) != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
@@ -133,7 +136,7 @@ def remap(lora: Lora, family: Family, config: Config, plan: PrunePlan) -> Remapp
                 f"the LoRA is for another model"
             )
         if weight not in places:
-            gone[layer] = _why(family, config, plan, weight)
+            gone[layer] = _reason(family, config, plan, weight)
             continue
         target, source = places[weight]
         if source.projected:
@@ -145,10 +148,30 @@ def remap(lora: Lora, family: Family, config: Config, plan: PrunePlan) -> Remapp
         out[f"transformer.{new}.lora_A.weight"] = cut(a, 1, source.columns).contiguous()
         out[f"transformer.{new}.lora_B.weight"] = (cut(b, 0, source.rows) * scale).contiguous()
         kept[layer] = new
-    return Remapped(out, kept, gone)
+    return Remapped(tensors=out, kept=kept, gone=gone)
 
 
-def _why(family: Family, config: Config, plan: PrunePlan, weight: str) -> str:
+def _by_layer(
+    lora: Lora,
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, float], dict[str, torch.Tensor]]:
+    """Return the transformer's matrices by layer, its alphas by layer, and all other tensors by name."""
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    alphas: dict[str, float] = {}
+    others: dict[str, torch.Tensor] = {}
+    for name, tensor in lora.tensors.items():
+        if match := _LAYER.fullmatch(name):
+            layers.setdefault(match["layer"], {})[match["matrix"]] = tensor
+        elif match := _ALPHA.fullmatch(name):
+            alphas[match["layer"]] = float(tensor)
+        elif name.startswith("transformer."):
+            raise InputError(f"{name}: found a tensor that is neither lora_A, lora_B nor alpha")
+        else:
+            others[name] = tensor
+    return layers, alphas, others
+
+
+def _reason(family: Family, config: Config, plan: PrunePlan, weight: str) -> str:
+    """Return why the pruned model has no such weight."""
     place = family.place(config, weight)
     if place is None:
         return "its layer is gone"

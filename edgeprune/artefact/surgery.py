@@ -1,8 +1,11 @@
-"""Makes the shorter model: every kept tensor is copied, cut or projected from one original tensor, the rest is gone.
+"""Make the shorter model: each of its tensors is copied, cut or projected from one tensor of the original.
 
-A projected modulation layer reads the R coordinates of its input x on a basis P (R, D) with orthonormal rows, less the
-mean m: W x + b becomes (W P^T)(P (x - m)) + (W m + b), exact where x - m lies in the basis. Works on a reader
-(`name -> tensor`), so the original may be a state dict or an open safetensors file.
+A projected modulation layer reads R coordinates of its input x instead of x: those of x - m on a basis P (R, D) with
+orthonormal rows, where m is the mean input. W x + b becomes (W P^T)(P (x - m)) + (W m + b), which is exact if x - m
+lies in the span of the basis. The original is read through a function (`name -> tensor`), so it may be a state dict or
+an open safetensors file.
+
+Notation: D width, R modulation rank.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from edgeprune.common.errors import InputError
 from edgeprune.families import Config, Family
 from edgeprune.families.base import Source
 from edgeprune.families.removed import ConstantEmbedding, ConstantModulation, ProjectedEmbedding
-from edgeprune.planning.plan import PrunePlan, modulation_width, tensor_sources
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import modulation_width, tensor_sources
 
 Read = Callable[[str], torch.Tensor]
 
@@ -26,21 +30,21 @@ Read = Callable[[str], torch.Tensor]
 def prune_tensor(
     read: Read, source: Source, mean: torch.Tensor | None, basis: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """One tensor of the shorter model.
+    """Return one tensor of the shorter model.
 
     Args:
         mean: mean modulation input (D), needed for removed norms and projected modulation.
-        basis: basis (R, D) of projected modulation.
+        basis: basis (R, D), needed for projected modulation.
 
     Raises:
-        InputError: one of them is needed and not given.
+        InputError: the tensor needs one of them and it is None.
     """
 
     def calibrated(name: str) -> torch.Tensor:
-        found = {"mean": mean, "basis": basis}[name]
-        if found is None:
+        value = {"mean": mean, "basis": basis}[name]
+        if value is None:
             raise InputError(f"{source.name}: removed or projected modulation needs the {name} of the modulation input")
-        return found.float()
+        return value.float()
 
     if source.calibrated:
         return calibrated(source.name)
@@ -54,7 +58,7 @@ def prune_tensor(
 
 
 def cut(tensor: torch.Tensor, axis: int, ranges: Sequence[tuple[int, int]] | None) -> torch.Tensor:
-    """These ranges of an axis, in this order; None keeps all."""
+    """Return a tensor with only these ranges of an axis, in this order; None keeps all."""
     return tensor if ranges is None else torch.cat([tensor.narrow(axis, a, b - a) for a, b in ranges], dim=axis)
 
 
@@ -66,14 +70,18 @@ def prune_state(
     mean: torch.Tensor | None,
     basis: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The shorter model's state dict."""
+    """Return the shorter model's state dict; `mean` and `basis` as for `prune_tensor`.
+
+    Raises:
+        InputError: the plan is for another model, or needs a mean or basis that is None.
+    """
     plan.check(config, "plan")
     sources = tensor_sources(family, config, plan.kept, plan.removed, plan.modulation_rank)
     return {name: prune_tensor(read, source, mean, basis).clone() for name, source in sources.items()}
 
 
 def structure(family: Family, config: Config, plan: PrunePlan) -> nn.Module:
-    """The shorter model on the meta device, ready for a strict state dict."""
+    """Return the shorter model on the meta device, ready for a strict state dict."""
     model = family.build(config, plan.kept, plan.removed)
     if plan.modulation_rank is not None:
         with torch.device("meta"):
@@ -82,14 +90,14 @@ def structure(family: Family, config: Config, plan: PrunePlan) -> nn.Module:
 
 
 def _project(family: Family, model: nn.Module, rank: int, width: int) -> None:
-    """Let the modulation layers read R coordinates instead of the modulation input (D); in place."""
+    """Replace in place the modulation layers by ones that read R coordinates instead of the modulation input (D)."""
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear) or not family.modulates(f"{name}.weight"):
             continue
         path, _, attribute = name.rpartition(".")
         norm = model.get_submodule(path)
         for child, module in list(norm.named_children()):
-            if isinstance(module, nn.SiLU):  # the embedding's own part now, before the projection
+            if isinstance(module, nn.SiLU):  # now applied by the embedding, before the projection
                 setattr(norm, child, nn.Identity())
         thin = nn.Linear(rank, layer.out_features) if rank else ConstantModulation(layer, None)
         setattr(norm, attribute, thin)
@@ -98,7 +106,11 @@ def _project(family: Family, model: nn.Module, rank: int, width: int) -> None:
 
 
 def build(family: Family, config: Config, plan: PrunePlan, state: dict[str, torch.Tensor]) -> nn.Module:
-    """The shorter model, filled strictly from `state`."""
+    """Return the shorter model with the weights of `state`, which must fit exactly.
+
+    Raises:
+        InputError: a name or shape does not fit.
+    """
     model = structure(family, config, plan)
     load_strictly(model, state)
     return model.eval()
@@ -112,16 +124,16 @@ def prune(
     mean: torch.Tensor | None,
     basis: torch.Tensor | None = None,
 ) -> nn.Module:
-    """The shorter model, made from a loaded one; the original is left as it is."""
+    """Return the shorter model of a loaded one, which stays unchanged; `mean` and `basis` as for `prune_tensor`."""
     state = model.state_dict()
     return build(family, config, plan, prune_state(family, config, plan, state.__getitem__, mean, basis))
 
 
 def load_strictly(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Assign a state dict in which every name and shape must fit.
+    """Assign a state dict to a model; every name and shape must fit.
 
     Raises:
-        InputError: says the first names that do not fit.
+        InputError: one does not; names the first.
     """
     expected: dict[str, Any] = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     found = {n: tuple(t.shape) for n, t in state.items()}

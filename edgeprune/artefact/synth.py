@@ -1,8 +1,8 @@
-"""`edgeprune synth`: a full-size pipeline with random weights, to try everything on before the real weights are there.
+"""`edgeprune synth`: a full-size pipeline with random weights, to try every stage before you have the real weights.
 
-The transformer has the real architecture (families/architectures.json) and random weights, written shard by shard; text
-encoders, VAE and tokenizers are small random ones with the real interfaces. It draws noise, but costs what the real one
-costs: memory, time and bytes depend on shapes alone. What it leaves out: full-size text encoders and VAE.
+The transformer has the real architecture (families/architectures.json) and random weights, written shard by shard. Text
+encoders, VAE and tokenizers are small and random, with the real interfaces. The images are noise, but the transformer
+costs what the real one costs: memory, time and bytes depend only on shapes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from edgeprune.artefact.checkpoint import HALF, noted, write_transformer
+from edgeprune.artefact.manifest import HALF
+from edgeprune.artefact.writing import noted, write_transformer
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, read_json, write_json
 from edgeprune.common.lock import LOCK, hold, is_free
@@ -28,11 +29,11 @@ from edgeprune.sampling.generation import Generation
 
 ARCHITECTURES = Path(__file__).parents[1] / "families" / "architectures.json"
 TOKENS = 77
-"""Text tokens of every prompt."""
+"""Number of text tokens of every prompt."""
 
 
 def architectures() -> dict[str, Config]:
-    """Transformer configs of published models by name."""
+    """Return the transformer configs of published models by name."""
     return read_json(ARCHITECTURES)
 
 
@@ -42,10 +43,10 @@ def synth(
     *,
     progress: Callable[[str, int, int, str], None] = lambda what, done, total, note: None,
 ) -> int:
-    """Write the pipeline folder `out`; returns the transformer's bytes. A killed run goes on where it was.
+    """Write the pipeline folder `out` and return the transformer's bytes. An interrupted run resumes.
 
     Raises:
-        InputError: no such architecture, or `out` holds something else, or another process writes there.
+        InputError: there is no such architecture, `out` holds something else, or another process writes there.
         EdgepruneError: the disk is too full; says how much is needed.
     """
     known = architectures()
@@ -61,7 +62,7 @@ def write_pipeline(
     label: str,
     progress: Callable[[str, int, int, str], None] = lambda what, done, total, note: None,
 ) -> int:
-    """As `synth`, for any config of a family."""
+    """Write the pipeline folder `out` for any transformer config; like `synth`, with `label` as the name."""
     mark = out / "synth.json"
     key = digest(config)
     if mark.is_file():
@@ -74,10 +75,10 @@ def write_pipeline(
         family = family_of(config, label)
         _companions(family, config, out)
         shapes = family.tensor_shapes(config)
-        parts: list[dict[str, Shape]] = [{} for _ in range(family.block_count(config) + 1)]
+        chunks: list[dict[str, Shape]] = [{} for _ in range(family.block_count(config) + 1)]
         for tensor, shape in shapes.items():
             place = family.place(config, tensor)
-            parts[-1 if place is None else place[0]][tensor] = shape
+            chunks[-1 if place is None else place[0]][tensor] = shape
         if (out / HALF).is_dir():
             noted(out, HALF)
             return sum(2 * math.prod(shape) for shape in shapes.values())
@@ -85,8 +86,8 @@ def write_pipeline(
             out,
             HALF,
             config,
-            [{n: 2 * math.prod(shape) for n, shape in part.items()} for part in parts],
-            lambda index: {n: draw(family, config, n, shape) for n, shape in parts[index].items()},
+            [{n: 2 * math.prod(shape) for n, shape in chunk.items()} for chunk in chunks],
+            lambda index: {n: draw(family, config, n, shape) for n, shape in chunks[index].items()},
             inputs=key,
             progress=progress,
         )
@@ -95,10 +96,10 @@ def write_pipeline(
 
 
 def draw(family: Family, config: Config, name: str, shape: Shape) -> torch.Tensor:
-    """One random tensor in bf16, the same for the same name.
+    """Return a random tensor in bf16, the same for the same name.
 
-    A weight's rows have standard deviations around 1 / sqrt(inputs), log-normally spread by a third as trained ones
-    have; a fixed table is what diffusers makes of it.
+    The standard deviations of a weight's rows are log-normal around 1 / sqrt(inputs) with a spread of a third, as in
+    trained weights. A fixed table gets its real values.
     """
     if family.is_buffer(name):
         return family.table(config, name).to(torch.bfloat16)
@@ -112,7 +113,7 @@ def draw(family: Family, config: Config, name: str, shape: Shape) -> torch.Tenso
 
 
 def _companions(family: Family, config: Config, out: Path) -> None:
-    """Everything of the pipeline but its transformer."""
+    """Write everything of the pipeline but its transformer, unless it is there."""
     import diffusers
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
@@ -160,7 +161,7 @@ def _clip_tokenizer(folder: Path) -> Any:
 
 
 def _clip(kind: str, width: int, states: int) -> Any:
-    """Two layers; `width` is that of the pooled text, `states` of the hidden states that are read beside it."""
+    """Return a two-layer CLIP text encoder; `width` is that of the pooled text, `states` that of the hidden states."""
     import transformers
 
     config = transformers.CLIPTextConfig(
@@ -187,7 +188,7 @@ def _t5_tokenizer(folder: Path) -> Any:
 
 
 def _t5(width: int) -> Any:
-    """One layer whose output has the width of the transformer's text."""
+    """Return a one-layer T5 encoder; `width` is that of the transformer's text input."""
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(

@@ -1,9 +1,9 @@
-"""How many bytes of a device are left for the transformer's weights, and how that sum is made. Torch-free.
+"""How many bytes of a device's memory are left for the transformer's weights. Torch-free.
 
-Everything is counted as if in memory at once: text encoders, VAE decoder, transformer, and the largest activations of
-one stage, since stages run one after the other. Weights are counted from the headers of the pipeline's files,
-activations estimated from the architecture at the size images are made in. What it leaves out: the runtime's own
-overhead, which only `edgeprune bench` on the device can say.
+The sum assumes that everything is in memory at once: text encoders, VAE decoder, transformer, and the largest
+activations of one stage, since stages run one after the other. Weights are counted from the headers of the pipeline's
+files. Activations are estimated from the architecture at the image size of the generation settings. The runtime's own
+overhead is not included; only `edgeprune bench` on the device can measure it.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from edgeprune.sampling.generation import Generation, latent_factor, longest_pro
 from edgeprune.targets import Target
 
 _BYTES = {"float32": 4, "float16": 2}
-# Live at once around an MLP, in widths: both residual streams, their normed copies, and four widths twice (before and
-# after the activation function). Attention is fused on every runtime of ours, so no N x N scores.
+# Alive at once around an MLP, in widths: both residual streams, their normed copies, and four widths twice (before and
+# after the activation function). Attention is fused in every runtime, so there are no N x N scores.
 _TRANSFORMER_WIDTHS = 2 + 2 + 8
-# Around the last up block of the VAE: input, normed, convolved and residual images of its narrowest width, with the
-# first convolution still at the width before.
+# Images alive at once around the last up block of the VAE, at its narrowest width: input, normed, convolved and
+# residual, where the first convolution still has the width before.
 _VAE_IMAGES = 6
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The sum, in bytes."""
+    """The memory of a device and what the rest of the pipeline takes of it."""
 
     target: str
     memory_bytes: int
     text_encoders_bytes: int
     vae_decoder_bytes: int
     activations_bytes: int
-    """Estimate of the largest stage."""
+    """Estimate for the stage with the largest activations."""
 
     @property
     def transformer_bytes(self) -> int:
-        """What is left for the transformer's weights."""
+        """Bytes left for the transformer's weights."""
         return self.memory_bytes - self.text_encoders_bytes - self.vae_decoder_bytes - self.activations_bytes
 
 
 def fit(source: Path, target: Target, generation: Generation) -> Fit:
-    """Sum up a diffusers folder on a device.
+    """Return how a pipeline fits a device at the image size of the generation settings.
 
     Args:
-        source: the pipeline's folder.
+        source: the pipeline's diffusers folder.
 
     Raises:
         BudgetError: nothing is left for the transformer.
@@ -66,24 +66,26 @@ def fit(source: Path, target: Target, generation: Generation) -> Fit:
     transformer = _transformer_activations(config, vae, source, generation)
     widths = vae["block_out_channels"]
     decoder = _VAE_IMAGES * widths[min(1, len(widths) - 1)] * generation.height * generation.width
-    found = Fit(
-        target.name,
-        target.memory_bytes,
-        sum(_encoder_bytes(source / name, kind, size) for name, kind in text_encoders(source).items()),
-        sum(map(math.prod, _shapes(source / "vae", "decoder.").values())) * size,
-        max(transformer, decoder) * size,
+    result = Fit(
+        target=target.name,
+        memory_bytes=target.memory_bytes,
+        text_encoders_bytes=sum(
+            _encoder_bytes(source / name, kind, size) for name, kind in text_encoders(source).items()
+        ),
+        vae_decoder_bytes=sum(map(math.prod, _shapes(source / "vae", "decoder.").values())) * size,
+        activations_bytes=max(transformer, decoder) * size,
     )
-    if found.transformer_bytes <= 0:
+    if result.transformer_bytes <= 0:
         raise BudgetError(
-            f"--fit {target.name}: text encoders ({found.text_encoders_bytes} bytes), VAE decoder "
-            f"({found.vae_decoder_bytes}) and activations ({found.activations_bytes}) already fill its "
+            f"--fit {target.name}: text encoders ({result.text_encoders_bytes} bytes), VAE decoder "
+            f"({result.vae_decoder_bytes}) and activations ({result.activations_bytes}) already fill its "
             f"{target.memory_bytes} bytes; use a smaller --height and --width, or a pipeline without T5"
         )
-    return found
+    return result
 
 
 def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source: Path, generation: Generation) -> int:
-    """Numbers alive at once in a step, of two samples where guidance takes two."""
+    """Return how many numbers are alive at once in a step; guidance may need two samples."""
     family = family_of(config, str(source / "transformer" / "config.json"))
     unit = latent_factor(vae, source / "vae" / "config.json") * family.latents(config).patch
     tokens = math.ceil(generation.height / unit) * math.ceil(generation.width / unit)
@@ -93,7 +95,7 @@ def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source
 
 
 def _encoder_bytes(folder: Path, kind: str, size: int) -> int:
-    """A text encoder's weights as an export stores them; `size` is that of a float."""
+    """Return the bytes of a text encoder's weights as an export stores them; `size` is the bytes of a float."""
     shapes = _shapes(folder)
     if kind == T5:
         return sum(t5_precision_of(name, shape).nbytes(shape) for name, shape in shapes.items())
@@ -101,7 +103,11 @@ def _encoder_bytes(folder: Path, kind: str, size: int) -> int:
 
 
 def _shapes(folder: Path, prefix: str = "") -> dict[str, Shape]:
-    """Shape by name of the tensors in a component's safetensors files, from their headers."""
+    """Return shape by name of the tensors in a component's safetensors files, read from the headers.
+
+    Raises:
+        InputError: a file is damaged.
+    """
     names: dict[str, Shape] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:

@@ -1,4 +1,4 @@
-"""Estimators on tiny models of every kind: the same numbers by less work, or nearly the same by much less."""
+"""Estimators on tiny models of every family: equal scores with less work, or close ones with much less."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS, PROMPTS = 3, 2
 
 
 def setup(kind: str, monkeypatch: pytest.MonkeyPatch, *, batch: int = 4) -> tuple[Any, Any, list[Group]]:
-    """A family, a prepared metric over two batches, and every group there is."""
+    """Return a family, a prepared metric over two batches, and every group of the model."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     model = tiny.KINDS[kind]()
@@ -46,7 +46,7 @@ def setup(kind: str, monkeypatch: pytest.MonkeyPatch, *, batch: int = 4) -> tupl
 
 
 def block_samples(model: Any, family: Any) -> list[int]:
-    """Counts samples through blocks, into the list that is returned."""
+    """Return a list that grows by the number of samples whenever a block runs."""
     seen: list[int] = []
     for block in family.blocks(model):
         block.register_forward_hook(
@@ -69,7 +69,7 @@ def test_reuse_gives_the_same_numbers_and_the_model_back(kind: str, monkeypatch:
 
 @pytest.mark.parametrize("kind", ["sd3", "flux2"])
 def test_work_is_what_is_said(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Removed blocks do not run: those of whole-block groups are forecast a little high, by one block each."""
+    """Forecast work equals the samples counted. Whole-block groups are left out: a removed block does not run."""
     family, metric, wanted = setup(kind, monkeypatch)
     wanted = [g for g in wanted if all(c is not None for _, c in g)]
     model, mean = metric.pipe.transformer, torch.zeros(64)
@@ -84,7 +84,7 @@ def test_work_is_what_is_said(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("kind", ["sd3-dual", "flux", "flux2"])
 def test_gates_are_first_order(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pass tells the error of parts, and of groups whose parts do not act on one another, within a half."""
+    """One pass estimates the error of parts, and of groups without interactions, within a factor of two."""
     family, metric, wanted = setup(kind, monkeypatch)
     wanted = [g for g in wanted if len(g) < 2 or not {"norm", "context_norm"} & {c for _, c in g}]
     model, mean = metric.pipe.transformer, torch.zeros(64)

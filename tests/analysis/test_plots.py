@@ -1,4 +1,4 @@
-"""Plots of reports: which are drawn, always the same bytes, with intervals."""
+"""Plots of reports: which figures are drawn, reproducible bytes, intervals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRAs of the original on the pruned model: added before or after pruning they do the same; what is gone is said."""
+"""LoRAs of the original on the pruned model: merging before or after pruning is equal; removed layers are reported."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from edgeprune.artefact.lora import Lora, read, remap
 from edgeprune.artefact.surgery import prune_state
 from edgeprune.common.errors import InputError
 from edgeprune.families import family_of
-from edgeprune.planning.plan import make_plan
+from edgeprune.planning.make import make_plan
 from edgeprune.stages import pipeline
 from edgeprune.stages.pipeline import PlanOptions, Workspace
 
@@ -22,7 +22,7 @@ RANK, ALPHA = 2, 3.0
 
 
 def lora_of(model: Any, alpha: bool = True) -> dict[str, torch.Tensor]:
-    """On every linear layer of the blocks."""
+    """Return a LoRA on every linear layer of the blocks."""
     g = torch.Generator().manual_seed(0)
     out = {}
     for name, layer in model.named_modules():
@@ -51,7 +51,7 @@ def test_adding_before_or_after_pruning_is_the_same(kind: str) -> None:
     model = tiny_flux() if kind == "flux" else tiny_transformer(num_layers=5)
     config = config_of(model)
     family = family_of(config)
-    # FLUX: of the single block 3 the MLP, which cuts columns of another layer.
+    # For FLUX, 3 is a single block, where removing the MLP cuts columns of another layer.
     plan = make_plan(family, config, None, method="manual", blocks="1", components="3:mlp")
     state, lora = dict(model.state_dict()), lora_of(model)
     found = remap(Lora(lora), family, config, plan)
@@ -121,7 +121,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_flux_keeps_its_alphas(tmp_path: Path) -> None:
-    """diffusers takes them apart from the other tensors."""
+    """diffusers' conversion drops them; `read` keeps them."""
     model = tiny_flux()
     config = config_of(model)
     family = family_of(config)

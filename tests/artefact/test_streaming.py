@@ -1,4 +1,4 @@
-"""Models larger than memory: shards read, written and resumed, blocks held one at a time, files run in slices."""
+"""Models larger than memory: shards are read, written and resumed, one block is in memory, files run in slices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edgeprune.common.files import sha256_file
 from edgeprune.export import graph, parity, pieces, to_onnx
 from edgeprune.families import family_of
 from edgeprune.families.positions import SeparatePatchEmbed, separate
-from edgeprune.planning.plan import PlanOptions
+from edgeprune.planning.options import PlanOptions
 from edgeprune.residency import weights
 from edgeprune.residency.weights import INDEX, ShardWriter, Weights
 from edgeprune.sampling.generation import Generation
@@ -44,19 +44,19 @@ FAMILIES = pytest.mark.parametrize("config", [SD3, FLUX], ids=["sd3", "flux"])
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every block is a shard of its own."""
+    """Make every block its own shard."""
     monkeypatch.setattr(weights, "SHARD_BYTES", 1)
 
 
 def made(folder: Path, config: dict[str, Any] = SD3) -> Path:
-    """A tiny pipeline of one shard per block."""
+    """Write a tiny pipeline with one shard per block."""
     synth.write_pipeline(config, folder, label="tiny")
     Generation(num_inference_steps=2, guidance_scale=0.0, height=64, width=64, max_sequence_length=8).save(folder)
     return folder
 
 
 def planned(folder: Path, source: Path, blocks: str = "1") -> Workspace:
-    """A workspace whose plan removes these blocks."""
+    """Return a workspace whose plan removes these blocks."""
     ws = Workspace(folder, str(source))
     pipeline.run_plan(ws, PlanOptions(method="manual", blocks=blocks))
     return ws

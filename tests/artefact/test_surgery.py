@@ -1,4 +1,4 @@
-"""Surgery: the shorter model computes what the original does with those branches skipped. Every family."""
+"""Surgery: the shorter model computes what the original does with those branches skipped, in every family."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from edgeprune.analysis.contribution import parts, removed
 from edgeprune.artefact.surgery import build, load_strictly, prune
 from edgeprune.common.errors import InputError
 from edgeprune.families import Config, Family, family_of
-from edgeprune.planning.plan import make_plan
+from edgeprune.planning.make import make_plan
 from edgeprune.quantization.precision import footprint
 from edgeprune.sampling.denoising import network_inputs
 
@@ -50,7 +50,7 @@ def test_whole_blocks_equal_skipped_blocks_and_load_in_stock_diffusers(kind: str
     with removed(family, model, plan.keys, mean):
         expected = tiny_velocity(model)
     assert (tiny_velocity(short) - expected).abs().max() <= 1e-5
-    assert (tiny_velocity(model) - expected).abs().max() > 1e-3  # the original is whole again, and differs
+    assert (tiny_velocity(model) - expected).abs().max() > 1e-3  # the original is restored, and differs
     stock = type(model)(**{k: v for k, v in short.config.items() if not k.startswith("_")}).eval()
     stock.load_state_dict(short.state_dict(), strict=True)
     assert torch.equal(tiny_velocity(stock), tiny_velocity(short))
@@ -58,7 +58,7 @@ def test_whole_blocks_equal_skipped_blocks_and_load_in_stock_diffusers(kind: str
 
 
 def every(kind: str) -> list[str]:
-    """Each component of each block, several of a block together, and all."""
+    """Return each component of each block, several of a block together, and all of them."""
     config = config_of(KINDS[kind]())
     family = family_of(config)
     names = [f"{b}:{c}" for b, c in parts(family, config, blocks=False)]
@@ -84,7 +84,7 @@ def test_components_equal_skipped_branches(kind: str, components: str, blocks: s
 
 @pytest.mark.parametrize(("kind", "block"), [("sd3", 1), ("sd3-dual", 1), ("flux", 1), ("flux", 3)])
 def test_removed_branch_contributes_nothing(kind: str, block: int) -> None:
-    """Not the identity in its place, as in the reference code: block and residual stream stay as they are."""
+    """Unlike in the reference code, no identity takes its place: the residual stream passes the block unchanged."""
     model, config, family, mean = setup(kind)
     loaded: Any = family.blocks(model)[block]
     image, context, embedding = torch.randn(2, 5, 64), torch.randn(2, 3, 64), torch.randn(2, 64)
@@ -93,7 +93,7 @@ def test_removed_branch_contributes_nothing(kind: str, block: int) -> None:
     options = {"image_rotary_emb": turned} if kind == "flux" else {}
     with torch.no_grad(), removed(family, model, branches, mean):
         if hasattr(loaded, "proj_out"):
-            loaded.proj_out.bias.zero_()  # which no component has
+            loaded.proj_out.bias.zero_()  # belongs to no component
         context_out, image_out = loaded(image, context, embedding, **options)
     assert torch.equal(image_out, image)
     assert torch.equal(context_out, context)
@@ -112,7 +112,7 @@ def test_removed_norm_ignores_timestep_and_prompt(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_make_the_whole(kind: str) -> None:
-    """The forward pass that exports trace, against diffusers' own."""
+    """Compare the forward pass that exports trace with diffusers' own."""
     model, config, family, _ = setup(kind)
     step = tiny_step(height=6, width=10)
     inputs = network_inputs(model, *step)

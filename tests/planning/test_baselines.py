@@ -1,4 +1,4 @@
-"""Baselines: which blocks they take, at a budget, and how they are distilled."""
+"""Baselines: which blocks they remove, the budget, and how each is distilled."""
 
 import json
 from dataclasses import replace
@@ -8,15 +8,20 @@ import pytest
 
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.families import family_of
-from edgeprune.planning.baselines import Blocks, baselines
-from edgeprune.planning.plan import PlanOptions, make_plan
-from edgeprune.planning.planners import Measured
+from edgeprune.planning.make import make_plan
+from edgeprune.planning.methods import Blocks, Measured, baselines
+from edgeprune.planning.options import METHODS, PlanOptions
 from edgeprune.stages import pipeline
 from edgeprune.stages.pipeline import CompressOptions, Workspace, as_published
 from edgeprune.training.recipe import DistillOptions
 
 LARGE = json.loads((Path(__file__).parents[1] / "samples" / "transformer_configs.json").read_text())["sd3.5-large"]
 TEN = Blocks(10, range(10), [float(i % 4) for i in range(10)], 0)
+
+
+def test_methods_are_found_by_their_files() -> None:
+    ours = ("hpp", "hybrid", "manual", "milp")
+    assert METHODS == (*ours, "bk-sdm", "koala", "magnitude", "random", "uniform") == (*ours, *baselines())
 
 
 @pytest.mark.parametrize(
@@ -45,7 +50,7 @@ def test_a_plan_is_the_smallest_that_meets_the_budget(name: str) -> None:
     measured = Measured(magnitudes=[1.0 + i for i in range(38)])
     plan = make_plan(family, LARGE, None, method=name, keep=0.79, measured=measured)
     assert len(plan.blocks) == 8 and plan.after.parameters == 6_352_630_080 and not plan.components
-    assert max(plan.blocks) < 36  # the last two are protected, as in every method
+    assert max(plan.blocks) < 36  # the last two are protected, as for every method
     with pytest.raises(BudgetError, match="cannot be met"):
         make_plan(family, LARGE, None, method=name, keep=0.01, measured=measured)
 
@@ -66,7 +71,7 @@ def test_a_baseline_is_distilled_by_its_own_rule() -> None:
 
 
 def test_magnitudes_of_the_built_in_model(tmp_path: Path) -> None:
-    """Read tensor by tensor, they are those of the whole block."""
+    """Read tensor by tensor, they equal those of all weights of the block at once."""
     ws = Workspace(tmp_path / "out", None)
     found = pipeline.block_magnitudes(ws)
     tensors = [p.double().flatten() for p in ws.pipe.transformer.transformer_blocks[3].parameters()]

@@ -10,7 +10,10 @@ import pytest
 from edgeprune.analysis.contribution import ContributionReport, fingerprint, group, groups, parts
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.families import family_of
-from edgeprune.planning.plan import PrunePlan, make_plan, parse_blocks, parse_components, remaining_shapes
+from edgeprune.planning.make import make_plan
+from edgeprune.planning.methods.manual import parse_blocks, parse_components
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import remaining_shapes
 from edgeprune.quantization.precision import footprint
 
 DATA = Path(__file__).parents[1] / "samples"
@@ -55,7 +58,7 @@ def test_blocks_of_flux_have_one_index(block: int, millions: float) -> None:
 
 
 def test_components_of_a_single_block_of_flux() -> None:
-    """12 D^2 and small change: adaLN 3, attention 3 and its column block of proj_out 1, MLP 4 and its columns 4."""
+    """A block has about 15 D^2: adaLN 3, attention 3 and its columns of proj_out 1, MLP 4 and its columns 4."""
     config, d2 = CONFIGS["flux.1-dev"], 3072**2
     for component, share in (("norm", 3), ("attn", 4), ("mlp", 8)):
         plan = make_plan(family_of(config), config, None, method="manual", components=f"30:{component}")
@@ -66,7 +69,7 @@ def test_components_of_a_single_block_of_flux() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_plan_from_config_alone_is_quick_and_torch_free(name: str, tmp_path: Path) -> None:
-    """By the command line, with hybrid: its hundreds of candidates are counted one set of components at a time."""
+    """Runs the command with hybrid, whose hundreds of candidates are counted one set of components at a time."""
     config = CONFIGS[name]
     family = family_of(config)
     scores = {(key,): [-0.01 * i] for i, key in enumerate(parts(family, config))}
@@ -74,15 +77,15 @@ def test_a_plan_from_config_alone_is_quick_and_torch_free(name: str, tmp_path: P
     made = ContributionReport(fingerprint(config), family.name, count, "m", ["p"], [0.0], scores)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "scores.json").write_text(json.dumps(made.to_json()))
-    said = ["--config", "config.json", "--scores", "scores.json", "--method", "hybrid", "--keep", "0.7"]
-    said += ["--protect-first", "0"]
+    arguments = ["--config", "config.json", "--scores", "scores.json", "--method", "hybrid", "--keep", "0.7"]
+    arguments += ["--protect-first", "0"]
     code = f"""
 import sys
-from edgeprune.planning import plan
+from edgeprune.planning import budget
 from edgeprune.cli import main
-sys.argv = ["edgeprune", "plan", *{said!r}]
-ended, counted, count = None, [], plan.remaining_shapes
-plan.remaining_shapes = lambda *a, **k: counted.append(a) or count(*a, **k)
+sys.argv = ["edgeprune", "plan", *{arguments!r}]
+ended, counted, count = None, [], budget.remaining_shapes
+budget.remaining_shapes = lambda *a, **k: counted.append(a) or count(*a, **k)
 try:
     ended = main()
 except SystemExit as error:
@@ -93,7 +96,7 @@ print(len(counted))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    counted = int(run.stdout.splitlines()[-1])  # how often the tensors of a whole model
+    counted = int(run.stdout.splitlines()[-1])  # how often the tensors of a model were counted
     assert 1 < counted < len(scores) / 2
 
 
@@ -215,7 +218,7 @@ def test_components_file_of_the_reference_ranks_no_noop() -> None:
 def test_joint_removals_are_those_that_a_family_has() -> None:
     found = {kind: groups(family_of(CONFIGS[kind]), CONFIGS[kind], joint=True) for kind in CONFIGS}
     large = [g for g in found["sd3.5-large"] if len(g) > 1]
-    assert len(large) == 6 * 38 - 4  # the last block has no context MLP, which four of the six take
+    assert len(large) == 6 * 38 - 4  # the last block has no context MLP, which is part of four of the six
     assert ((5, "context_norm"), (5, "mlp"), (5, "norm")) not in large  # not one of figure 4
     assert ((5, "context_mlp"), (5, "context_norm"), (5, "mlp"), (5, "norm")) in large
     single = [g for g in found["flux.1-dev"] if len(g) > 1 and g[0][0] >= 19]

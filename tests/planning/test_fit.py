@@ -1,4 +1,4 @@
-"""--fit: the sum of a pipeline on a device, against what the loaded networks hold."""
+"""--fit: the bytes of a pipeline on a device, compared with the loaded networks."""
 
 import dataclasses
 from pathlib import Path

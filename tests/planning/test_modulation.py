@@ -1,4 +1,4 @@
-"""Projected modulation: exact on its subspace, counted without weights, in every stage, refused by stock diffusers."""
+"""Projected modulation: exact on its subspace, counted without weights, used in every stage, refused by diffusers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from edgeprune.cli import _plan_rows, parse_rank
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import write_json
 from edgeprune.families import Config, Family, family_of
+from edgeprune.planning.make import make_plan
 from edgeprune.planning.modulation import choose_rank, embedder_alone, modulation_inputs, ranks, subspace
-from edgeprune.planning.plan import NEEDED, PlanOptions, PrunePlan, make_plan, modulation_width
+from edgeprune.planning.options import NEEDED, PlanOptions
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import modulation_width
 from edgeprune.quantization.int4 import PackedLinear
 from edgeprune.sampling import denoising as sampling
 from edgeprune.sampling.denoising import Conditioning
@@ -31,7 +34,7 @@ from edgeprune.training.recipe import DistillOptions, parameter_groups
 
 WIDTH = 64
 THIN = [kind for kind in KINDS if not kind.startswith("flux2")]
-"""FLUX.2 has three modulation layers for all blocks together: nothing to save."""
+"""FLUX.2 shares three modulation layers between all blocks: nothing to save."""
 
 
 def setup(kind: str = "sd3", **overrides: Any) -> tuple[Any, Config, Family]:
@@ -59,7 +62,7 @@ def test_exact_where_the_inputs_lie_in_the_basis(kind: str, blocks: str, parted:
     found = subspace(modulation_inputs(family, model, sigmas * 1000, pooled, guidance).flatten(0, 1))
     assert found.directions.shape == (11, WIDTH)
     step = (latents, Conditioning(condition.hidden, pooled[[3, 1]]), sigmas[[0, 2]], guidance)
-    # Of every block that stays, the components by turns: a norm goes with and without its neighbours.
+    # Every fifth component of the blocks that stay: a norm is removed with and without its neighbours.
     gone = [
         (b, c) for i, (b, c) in enumerate(parts(family, config, blocks=False)) if i % 5 == 0 and str(b) not in blocks
     ]
@@ -80,7 +83,7 @@ def test_exact_where_the_inputs_lie_in_the_basis(kind: str, blocks: str, parted:
 
 @pytest.mark.parametrize("kind", THIN)
 def test_rank_0_is_constant_modulation(kind: str) -> None:
-    """As rank 1 where the direction is one that no input has."""
+    """Equals rank 1 with a basis of zeros."""
     model, config, family = setup(kind)
     mean = torch.randn(WIDTH)
     plan = make_plan(family, config, None, method="manual", modulation_rank=0)
@@ -138,10 +141,10 @@ def test_directions_are_those_of_the_largest_variance() -> None:
 
 
 def test_auto_is_measured_on_prompts_held_out() -> None:
-    """40 prompts that all differ, the same at every timestep: 20 directions fit their own half, none the other's."""
+    """40 random prompts, constant over timesteps: the directions of one half do not fit the other half."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(1, 10, WIDTH, generator=generator)
-    assert choose_rank((shared * 3).expand(40, -1, -1), WIDTH) == 16  # ten timesteps: nine directions, and 4 do not do
+    assert choose_rank((shared * 3).expand(40, -1, -1), WIDTH) == 16  # ten timesteps: nine directions, 4 are too few
     alone = torch.randn(40, 1, WIDTH, generator=generator).expand(-1, 10, -1)
     assert choose_rank(alone, WIDTH) is None
     assert ranks(WIDTH) == [2, 4, 16, 32] and ranks(2432)[-1] == 1216
@@ -187,7 +190,7 @@ def test_plan_file_keeps_the_rank() -> None:
     plan = make_plan(family, config, None, method="manual", modulation_rank=16)
     data = json.loads(json.dumps(plan.to_json()))
     assert PrunePlan.from_json(data, "plan.json") == plan and not plan.stock
-    del data["modulation_rank"]  # a plan from before there was one
+    del data["modulation_rank"]  # a plan from before the field existed
     assert PrunePlan.from_json(data, "plan.json").modulation_rank is None
     with pytest.raises(InputError, match=r"plan.json: modulation_rank: found -2"):
         PrunePlan.from_json(data | {"modulation_rank": -2}, "plan.json")
@@ -210,7 +213,7 @@ def test_option() -> None:
             parse_rank(text)
     _, config, family = setup()
     with pytest.raises(InputError, match="--modulation-rank auto: is measured on a model: give -o"):
-        pipeline.plan_for(family, config, None, PlanOptions("manual", modulation_rank="auto"))
+        make_plan(family, config, None, PlanOptions("manual", modulation_rank="auto"))
 
 
 # ------------------------------------------------------------------------------------------------ later stages
@@ -243,7 +246,7 @@ def test_thin_layers_are_quantised_in_groups_that_divide_the_rank(rank: int, bit
 
 
 def test_awq_knows_the_width_of_a_block() -> None:
-    """Its modulation layers are no longer as wide as its tokens, and attention may be gone."""
+    """Modulation layers are no longer as wide as the tokens, and attention may be removed."""
     model, config, family = setup("flux")
     plan = make_plan(family, config, None, method="manual", modulation_rank=16)
     (group,) = family.scaling_groups(family.blocks(structure(family, config, plan))[-1])
@@ -308,7 +311,7 @@ def test_auto_stage_says_what_it_chose(source: Path, tmp_path: Path) -> None:
 def test_projected_by_default_where_little_may_stay(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`auto` is asked only where blocks alone would leave less than three quarters, or cannot meet the budget."""
+    """Measures the rank only if blocks alone would leave less than three quarters, or cannot meet the budget."""
     monkeypatch.setattr(pipeline, "choose_rank", lambda *_: 16)
     config, family = checkpoint.read_config(source)
     count = family.block_count(config)
@@ -359,7 +362,7 @@ def test_stock_diffusers_refuses(artefact: Path) -> None:
 
 
 def test_an_export_has_the_stock_config(artefact: Path, source: Path, tmp_path: Path) -> None:
-    """Optimum reads it, and the network needs no class."""
+    """Optimum reads the config, and the exported network needs no class of ours."""
     pytest.importorskip("onnxruntime")
     from edgeprune.export import folder
 

@@ -1,4 +1,4 @@
-"""Planners on problems with known answers, and end to end on a tiny model."""
+"""The method `milp` on problems with known answers, and end to end on a tiny model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tiny import tiny_pipeline
 
 from edgeprune.analysis.contribution import Key, group
 from edgeprune.common.errors import BudgetError, InputError
-from edgeprune.planning.planners import Problem, planner_named
-from edgeprune.planning.planners.milp import GAP
+from edgeprune.planning.methods import Problem
+from edgeprune.planning.methods.milp import GAP, choose
 from edgeprune.stages import pipeline
 from edgeprune.stages.pipeline import AnalyzeOptions, PlanOptions, Workspace
 
@@ -21,7 +21,7 @@ PARTS: list[Key] = [(b, "mlp") for b in range(6)]
 
 
 def problem(seed: int, *, metric: str = "m", limit: float = 9.0) -> tuple[Problem, Any]:
-    """Six parts of 1 to 6 units of 21 with random losses and interactions, and the true loss of a set."""
+    """Return six parts of 1 to 6 units, 21 in all, with random losses and interactions, and the true loss of a set."""
     draw = torch.Generator().manual_seed(seed)
     alone = (torch.rand(6, generator=draw) + 0.2).tolist()
     both = {(i, j): float(torch.randn(1, generator=draw)) * 0.3 for i, j in itertools.combinations(range(6), 2)}
@@ -36,7 +36,10 @@ def problem(seed: int, *, metric: str = "m", limit: float = 9.0) -> tuple[Proble
 
     joint = {group([PARTS[i], PARTS[j]]): loss([PARTS[i], PARTS[j]]) for i, j in both}
     losses = {part: loss([part]) for part in PARTS}
-    return Problem(metric, losses, joint, left, limit, 8), loss
+    made = Problem(
+        metric=metric, losses=losses, joint=joint, left=left, limit=limit, blocks=8, parameters=left, threshold=0.15
+    )
+    return made, loss
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -44,7 +47,7 @@ def test_milp_finds_the_best_of_all_choices(seed: int) -> None:
     given, loss = problem(seed)
     every = [list(s) for n in range(7) for s in itertools.combinations(PARTS, n)]
     best = min(loss(s) for s in every if given.left(s) <= given.limit)
-    found = planner_named("milp")(given)
+    found = choose(given)
     assert given.left(found) <= given.limit
     assert loss(found) <= best + GAP * abs(best) + 1e-6
 
@@ -56,7 +59,7 @@ def test_distances_add_up_in_squares() -> None:
 
 
 def test_plans_of_a_folder(tmp_path: Path) -> None:
-    """analyze with joint removals and pairs, then the planner."""
+    """Analyze with joint removals and pairs, then plan."""
     tiny_pipeline(tmp_path / "tiny")
     ws = Workspace(tmp_path / "out", str(tmp_path / "tiny"), fresh=True)
     options = AnalyzeOptions(count=2, joint=True, pairs=True, estimator="gates")
@@ -75,5 +78,5 @@ def test_milp_without_anything_that_may_go() -> None:
     given, _ = problem(0)
     nothing = Problem(**vars(given) | {"losses": {}, "joint": {}})
     with pytest.raises(BudgetError, match="nothing may go"):
-        planner_named("milp")(nothing)
-    assert planner_named("milp")(Problem(**vars(nothing) | {"limit": 21.0})) == []
+        choose(nothing)
+    assert choose(Problem(**vars(nothing) | {"limit": 21.0})) == []

@@ -1,7 +1,7 @@
-"""How contributions are come by: the model is run without each group, or what that would give is estimated.
+"""How scores are obtained: by running the model without each group, or by estimating what that would give.
 
-An estimator scores a running pipeline's transformer without groups of parts, one value per prompt, higher is better.
-A new one is one new file, listed in `_MODULES`.
+An estimator scores the transformer of a loaded pipeline without groups of parts: one value per prompt, higher is
+better. A new one is one new file, listed in `_MODULES`.
 """
 
 from __future__ import annotations
@@ -20,55 +20,59 @@ _MODULES = {n: f"edgeprune.analysis.estimators.{n}" for n in ("exhaustive", "reu
 
 
 class Estimator(Protocol):
-    """See the module."""
+    """Scores a pipeline's transformer without groups of parts."""
 
     name: str
     metrics: tuple[str, ...] | None
-    """Names of the metrics that it can estimate; None for every one."""
+    """Names of the metrics that it can estimate; None means all."""
     backward: bool
-    """Whether it takes gradients."""
+    """Whether it runs a backward pass."""
 
     def __init__(self, family: Family, metric: Any, mean: torch.Tensor) -> None:
         """Prepare with the untouched model.
 
         Args:
             metric: prepared with the pipeline, see metrics/.
-            mean: mean modulation input (D), which removed norms are fixed at.
+            mean: mean modulation input (D), which replaces the input of removed norms.
         """
 
     def estimate(self, groups: list[Group]) -> Iterator[tuple[Group, list[float]]]:
-        """Scores without each group, in whatever order they are found; the empty group is the untouched model."""
+        """Yield the scores without each group, in any order; the empty group is the untouched model."""
 
     @staticmethod
     def evaluations(groups: list[Group], blocks: int, per_score: int) -> float:
-        """The work of `estimate` in evaluations of the whole transformer for one sample.
+        """Return the work of `estimate`, in evaluations of the full transformer for one sample.
 
-        A backward pass that takes no gradient of a weight counts as one evaluation.
+        A backward pass without gradients of weights counts as one evaluation.
 
         Args:
-            blocks: how many the transformer has.
+            blocks: number of blocks of the transformer.
             per_score: samples that the metric sends through the transformer for one score.
         """
 
     @staticmethod
-    def held(stream_bytes: int, saved_bytes: int, per_score: int) -> int:
-        """Bytes held beside weights and a forward pass.
+    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int) -> int:
+        """Return the memory that `estimate` needs in addition to the weights and a forward pass.
 
         Args:
-            stream_bytes: of a block's outputs, for one sample.
-            saved_bytes: what autograd keeps of one sample for a backward pass; 0 unless `backward`.
+            stream_bytes: bytes of a block's outputs for one sample.
+            saved_bytes: bytes that autograd saves of one sample for a backward pass; 0 unless `backward`.
         """
+
+    @staticmethod
+    def held(stream_bytes: int, saved_bytes: int, per_score: int) -> int:  # TEMP alias
+        """Return `extra_bytes`."""
 
 
 def estimator_named(name: str, metric: str) -> type[Estimator]:
-    """The class of an estimator.
+    """Return the class of an estimator.
 
     Raises:
-        InputError: unknown name, or a metric that it cannot estimate.
+        InputError: the name is unknown, or it cannot estimate the metric.
     """
     if name not in _MODULES:
         raise InputError(f"--estimator: found {name!r}, expected one of {', '.join(_MODULES)}")
-    found: type[Estimator] = importlib.import_module(_MODULES[name]).ESTIMATOR
-    if found.metrics is not None and metric not in found.metrics:
-        raise InputError(f"--estimator {name} works with --metric {', '.join(found.metrics)}, found {metric}")
-    return found
+    estimator: type[Estimator] = importlib.import_module(_MODULES[name]).ESTIMATOR
+    if estimator.metrics is not None and metric not in estimator.metrics:
+        raise InputError(f"--estimator {name} works with --metric {', '.join(estimator.metrics)}, found {metric}")
+    return estimator

@@ -1,4 +1,4 @@
-"""The protocol itself: take a group out, score, put it back. Any metric. One model load; swaps are made in place."""
+"""Exhaustive: remove a group, score, restore it. Works with any metric. Swaps modules of one loaded model in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgeprune.families import Family
 
 
 class Exhaustive:
-    """See the module."""
+    """Scores by running the model without each group."""
 
     name = "exhaustive"
     metrics: tuple[str, ...] | None = None
@@ -22,7 +22,7 @@ class Exhaustive:
         self.family, self.metric, self.mean = family, metric, mean
 
     def estimate(self, groups: list[Group]) -> Iterator[tuple[Group, list[float]]]:
-        """In the given order."""
+        """Yield scores in the order of `groups`."""
         for parts in groups:
             with removed(self.family, self.metric.pipe.transformer, parts, self.mean):
                 scores = self.metric.score()
@@ -30,13 +30,15 @@ class Exhaustive:
 
     @staticmethod
     def evaluations(groups: list[Group], blocks: int, per_score: int) -> float:
-        """One score each."""
+        """Return one score per group."""
         return len(groups) * per_score
 
     @staticmethod
-    def held(stream_bytes: int, saved_bytes: int, per_score: int) -> int:
-        """Nothing."""
+    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int) -> int:
+        """Return 0: swaps need no further memory."""
         return 0
+
+    held = extra_bytes  # TEMP alias
 
 
 ESTIMATOR = Exhaustive

@@ -1,9 +1,11 @@
-"""All contributions at once, from the gradient of the velocity with respect to a gate on every branch.
+"""Gates: all contributions at once, from the gradient of the velocity with respect to a gate on every branch.
 
-A gate g of 1 leaves a branch as it is, 0 removes it. To first order, removing part j moves the velocity by
+A gate g of 1 leaves a branch unchanged, 0 removes it. To first order, removing part j moves the velocity by
 d_j = dv/dg_j, and a group by the sum over its parts. For a random r with independent standard normal entries the mean
 of (r . d)^2 is ||d||^2, so the gradients of a few random projections r . v give every group's relative velocity
-error. What it leaves out: everything beyond first order; docs/analysis.md has how far that goes.
+error. Everything beyond first order is ignored; docs/analysis.md measures how well that works.
+
+Notation: K projections, J parts, S states, B batch.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from edgeprune.families import Family
 from edgeprune.families.base import Swap
 
 PROJECTIONS = 1
-"""Of each state; the states of a trajectory and the prompts are averaged over as well."""
+"""Random projections per state. The error is also averaged over the states of a trajectory and over prompts."""
 _BATCH = 16
-"""States at once: what the backward pass needs of every block is held."""
+"""States per batch; autograd saves what it needs of every block for all of them."""
 
 
 class _Gated(nn.Module):
-    """Between a module (gate 1) and what stands in its place when it is removed (gate 0), sample by sample."""
+    """Interpolates between a module (gate 1) and its replacement on removal (gate 0), with one gate per sample."""
 
     def __init__(self, swap: Swap) -> None:
         super().__init__()
@@ -34,19 +36,20 @@ class _Gated(nn.Module):
         self.gate = torch.empty(0)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As both: a tensor (B, ...), or several."""
+        """Return what lies between both outputs: a tensor (B, ...), or several."""
         with_it, without = self.original(*args, **kwargs), self.replacement(*args, **kwargs)
         if isinstance(with_it, torch.Tensor):
             return self._between(with_it, without)
         return tuple(a if a is None else self._between(a, b) for a, b in zip(with_it, without, strict=True))
 
     def _between(self, with_it: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
+        """Interpolate one output (B, ...)."""
         gate = self.gate.view(-1, *(1,) * (with_it.dim() - 1))
         return without + gate * (with_it - without)
 
 
 class Gates:
-    """See the module."""
+    """Estimates the velocity error of every group from one gradient per projection."""
 
     name = "gates"
     metrics: tuple[str, ...] | None = ("velocity",)
@@ -58,8 +61,8 @@ class Gates:
         self.family, self.metric, self.mean, self.projections, self.seed = family, metric, mean, projections, seed
 
     def estimate(self, groups: list[Group]) -> Iterator[tuple[Group, list[float]]]:
-        """In the given order, after one pass."""
-        if not groups:  # a run that goes on may have all
+        """Yield scores in the order of `groups`, after one pass over the states."""
+        if not groups:  # a resumed run may have all scores
             return
         singles = list(dict.fromkeys(part for parts in groups for part in parts))
         slopes = self._slopes(singles)
@@ -70,7 +73,7 @@ class Gates:
             yield parts, [0.0 - float(e) for e in error]
 
     def _slopes(self, singles: list[Key]) -> torch.Tensor:
-        """r . dv/dg for every projection, part and state: (K, J, S)."""
+        """Return r . dv/dg for every projection, part and state: (K, J, S)."""
         model, draw = self.metric.pipe.transformer, torch.Generator().manual_seed(self.seed)
         gated = [
             [replace(swap, replacement=_Gated(swap)) for swap in removal(self.family, model, [part], self.mean)]
@@ -80,17 +83,17 @@ class Gates:
         model.requires_grad_(False)
         slopes = []
         try:
-            with swapped(swap for mine in gated for swap in mine):
+            with swapped(swap for swaps in gated for swap in swaps):
                 for start in range(0, len(self.metric.states), _BATCH):
                     rows = slice(start, start + _BATCH)
                     gates = torch.ones(len(singles), len(self.metric.states[rows]), requires_grad=True)
-                    for mine, gate in zip(gated, gates, strict=True):
-                        for swap in mine:
+                    for swaps, gate in zip(gated, gates, strict=True):
+                        for swap in swaps:
                             cast("_Gated", swap.replacement).gate = gate
                     with torch.enable_grad():
-                        found = self.metric.velocity(rows)
+                        velocity = self.metric.velocity(rows)
                         projected = [
-                            (found * torch.randn(found.shape, generator=draw).to(found)).sum()
+                            (velocity * torch.randn(velocity.shape, generator=draw).to(velocity)).sum()
                             for _ in range(self.projections)
                         ]
                     slopes.append(
@@ -103,13 +106,15 @@ class Gates:
 
     @staticmethod
     def evaluations(groups: list[Group], blocks: int, per_score: int) -> float:
-        """Once forward, and once backward for each projection, however many groups there are."""
+        """Return one forward pass and one backward pass per projection, whatever the number of groups."""
         return (1 + PROJECTIONS) * per_score
 
     @staticmethod
-    def held(stream_bytes: int, saved_bytes: int, per_score: int) -> int:
-        """One batch, ready to go backward."""
+    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int) -> int:
+        """Return what autograd saves of one batch."""
         return saved_bytes * min(_BATCH, per_score)
+
+    held = extra_bytes  # TEMP alias
 
 
 ESTIMATOR = Gates

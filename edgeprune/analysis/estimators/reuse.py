@@ -1,9 +1,9 @@
-"""The same scores with less work: the blocks before a group give what they gave before, and are not run again.
+"""Reuse: the same scores as `exhaustive` with less work, because the blocks before a group are not run again.
 
-Block by block: every state's streams before block k are kept, all groups that begin at k are scored from them, then k
-is run once as it is. Only one block's inputs are kept at a time. The numbers are those of `exhaustive`, to the bit,
-since the model's own forward pass runs, with blocks replaced. What it leaves out: metrics that sample images, where a
-change shows in the next step's inputs to the first block.
+It goes block by block. It keeps the outputs of block k - 1 for every state, scores all groups that begin at block k
+from them, then runs block k once, unchanged. Only one block's outputs are kept at a time. The scores are those of
+`exhaustive`, to the bit, since the model's own forward pass runs, with blocks replaced. Metrics that sample images
+cannot be estimated this way: there, a change also alters the input to the first block at the next step.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from edgeprune.families import Family
 
 
 class _Recorder(nn.Module):
-    """A block that keeps what it gives, batch by batch."""
+    """A block that records its outputs, one entry per batch."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block, self.kept = block, list[Any]()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the block."""
+        """Run the block and record its output."""
         out = self.block(*args, **kwargs)
         self.kept.append(out)
         return out
 
 
 class Replay(nn.Module):
-    """Gives what a block gave, batch by batch, round and round."""
+    """Replays a block's recorded outputs, one per call, and starts over at the end."""
 
     def __init__(self, kept: list[Any]) -> None:
         super().__init__()
         self.kept, self.calls = kept, 0
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        """Whatever comes in."""
+        """Return the next recorded output, whatever the input."""
         self.calls += 1
         return self.kept[(self.calls - 1) % len(self.kept)]
 
 
 class Reuse:
-    """See the module."""
+    """Scores by running only the blocks from the start of each group on."""
 
     name = "reuse"
     metrics: tuple[str, ...] | None = ("velocity",)
@@ -58,7 +58,7 @@ class Reuse:
 
     @torch.no_grad()
     def estimate(self, groups: list[Group]) -> Iterator[tuple[Group, list[float]]]:
-        """In the order of the blocks that groups begin at."""
+        """Yield scores in the order of the blocks at which groups begin."""
         model = self.metric.pipe.transformer
         count = len(self.family.blocks(model))
         slots = [self.family.removal(model, block, None, self.mean)[0] for block in range(count)]
@@ -80,14 +80,16 @@ class Reuse:
 
     @staticmethod
     def evaluations(groups: list[Group], blocks: int, per_score: int) -> float:
-        """A group's own blocks and those after it; and every block once as it is."""
+        """Return, per group, its own blocks and those after it, and every block once unchanged."""
         begins = [parts[0][0] if parts else 0 for parts in groups]
         return sum(blocks - begin for begin in begins) * per_score / blocks + per_score
 
     @staticmethod
-    def held(stream_bytes: int, saved_bytes: int, per_score: int) -> int:
-        """What a block gave, of every sample, and while it is made what the block before gave."""
+    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int) -> int:
+        """Return two blocks' outputs for every sample: those recorded, and those being recorded."""
         return 2 * stream_bytes * per_score
+
+    held = extra_bytes  # TEMP alias
 
 
 ESTIMATOR = Reuse

@@ -1,0 +1,116 @@
+"""`edgeprune.json`, the manifest of an artefact: what it was made from, by which stages, and the hash of every file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from edgeprune import __version__
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import real, shown, text, whole
+from edgeprune.common.files import check_schema, inside, read_json, sha256_file, write_json
+from edgeprune.families import Config
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.residency.weights import MARK
+
+SCHEMA_VERSION = 1
+MANIFEST = "edgeprune.json"
+HALF, INT4 = "transformer", "transformer_int4"
+"""Subfolders of an artefact: the pruned weights in half precision, and the quantised ones."""
+_LONGEST_S = 1e10
+
+
+@dataclass
+class Manifest:
+    """The content of `edgeprune.json`."""
+
+    source: str
+    """The original model as the user named it."""
+    fingerprint: str
+    """Fingerprint of the original transformer's config."""
+    family: str
+    config: Config
+    """The original transformer's config."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """The settings with which every stage makes images, see `Generation`."""
+    plan: dict[str, Any] | None = None
+    """The plan that `transformer/` follows, as JSON."""
+    group_size: int | None = None
+    """Group size of the INT4 weights."""
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By stage: `inputs` (a digest), `seconds`, and what the stage reports."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 by path relative to the folder."""
+    tools: dict[str, str] = field(default_factory=dict)
+    """Version by package."""
+    schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read a folder's manifest.
+
+        Raises:
+            InputError: it is missing, damaged, or written by another version of edgeprune.
+        """
+        path = folder / MANIFEST
+        data = read_json(path)
+        remedy = "make the artefact again, with another -o or after removing the folder"
+        check_schema(path, data.get("schema_version"), SCHEMA_VERSION, remedy)
+        try:
+            manifest = cls(**data)
+        except TypeError as error:
+            raise InputError(f"{path}: not a manifest ({error})") from error
+        for name in ("config", "stages", "files", "generation", "tools"):
+            if not isinstance(getattr(manifest, name), dict):
+                raise InputError(f"{path}: {name}: expected an object")
+        for name in ("source", "fingerprint", "family"):
+            text(data, name, path)
+        for name, kind in (("files", str), ("tools", str), ("stages", dict)):
+            if odd := [key for key, value in getattr(manifest, name).items() if not isinstance(value, kind)]:
+                raise InputError(f"{path}: {name}: {shown(odd[0])}: expected a {kind.__name__}")
+        for name, stage in manifest.stages.items():
+            text(stage, "inputs", f"{path}: stages: {shown(name)}")
+            text({"command": ""} | stage, "command", f"{path}: stages: {shown(name)}")
+            real(stage, "seconds", f"{path}: stages: {shown(name)}", least=0, most=_LONGEST_S)
+        if manifest.group_size is not None:
+            whole(data, "group_size", path)
+        if not isinstance(manifest.plan, (dict, NoneType)):
+            raise InputError(f"{path}: plan: expected an object or null")
+        return manifest
+
+    def save(self, folder: Path) -> None:
+        """Write the manifest with the versions of the installed tools."""
+        names = ("torch", "diffusers", "transformers", "nncf", "safetensors", "numpy")
+        self.tools = {"edgeprune": __version__} | {n: metadata.version(n) for n in names}
+        write_json(folder / MANIFEST, asdict(self))
+
+    def hash_files(self, folder: Path, entry: str) -> None:
+        """Hash the files of `entry`, a file or a subfolder of `folder`, in place of the hashes it had."""
+        self.files = {k: v for k, v in self.files.items() if k.split("/")[0] != entry}
+        root = folder / entry
+        paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file() and p.name != MARK)
+        self.files |= {p.relative_to(folder).as_posix(): sha256_file(p) for p in paths}
+
+    def verify(self, folder: Path, entry: str) -> None:
+        """Check the hashes of `entry`, a file or a subfolder of `folder`.
+
+        Raises:
+            InputError: a file is missing or changed.
+        """
+        for name, expected in self.files.items():
+            if name.split("/")[0] != entry:
+                continue
+            path = inside(folder, name, f"{folder / MANIFEST}: files")
+            if not path.is_file():
+                raise InputError(f"{path}: no such file, but {MANIFEST} lists it; make the artefact again")
+            if sha256_file(path) != expected:
+                raise InputError(
+                    f"{path}: its SHA-256 is not the one in {MANIFEST}; the file is damaged or was changed"
+                )
+
+    def prune_plan(self, folder: Path) -> PrunePlan | None:
+        """Return the plan that `transformer/` follows; `folder` is named in errors."""
+        return PrunePlan.from_json(self.plan, folder / MANIFEST) if self.plan else None

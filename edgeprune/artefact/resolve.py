@@ -1,0 +1,63 @@
+"""From what the user names as a model to a local folder, and to the config and family in it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from edgeprune.artefact.manifest import HALF
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import shown
+from edgeprune.common.files import check_links, read_json
+from edgeprune.families import Config, Family, family_of
+
+BUILTIN = Path(__file__).parents[1] / "demo" / "assets" / "teacher"
+UNSAFE = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack")
+"""Patterns of code and pickles, which are neither downloaded nor copied."""
+
+
+def resolve(model: str | None) -> Path:
+    """Return the local folder of a model: a hub id's snapshot, a folder itself, or for None the built-in model's.
+
+    Raises:
+        InputError: there is no such folder, and it is not a hub id that can be downloaded.
+    """
+    if model is None:
+        if not BUILTIN.is_dir():
+            raise InputError(
+                f"{BUILTIN}: the built-in model is missing; reinstall, or train it: python -m edgeprune.demo.train"
+            )
+        return BUILTIN
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise InputError(f"{model}: no such folder; expected a diffusers folder or a hub id like owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=list(UNSAFE)))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{model}: no such folder, and not available from the hub ({reason})") from error
+
+
+def read_config(folder: Path) -> tuple[Config, Family]:
+    """Return the transformer config of a pipeline folder, and its family.
+
+    Raises:
+        InputError: it is not a diffusers folder, or not an MMDiT.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder}: no model_index.json; expected a diffusers pipeline folder")
+    check_links(folder)
+    path = folder / HALF / "config.json"
+    if not path.is_file():
+        index = read_json(folder / "model_index.json")
+        raise InputError(
+            f"{folder}: not an MMDiT pipeline ({shown(index.get('_class_name'))} has no transformer/config.json)"
+        )
+    config = read_json(path)
+    family = family_of(config, str(path))
+    family.tensor_shapes(config)  # raises if a field is missing or out of range
+    return config, family

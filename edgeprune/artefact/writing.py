@@ -1,0 +1,132 @@
+"""Write an artefact: its transformer shard by shard, and the rest of the pipeline as copies. Resumes after a kill.
+
+A subfolder is written under a temporary name and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from edgeprune.artefact.manifest import HALF
+from edgeprune.artefact.resolve import UNSAFE
+from edgeprune.common import heap
+from edgeprune.common.errors import InputError
+from edgeprune.common.files import copy_folder, need_space, read_json, replace_folder, write_json, write_text
+from edgeprune.common.tensors import Tensors
+from edgeprune.families import Config
+from edgeprune.families.encoders import is_present, read_index
+from edgeprune.residency.weights import MARK, ShardWriter, Speed, Weights, is_of, shards
+
+
+def save_transformer(folder: Path, subfolder: str, config: Config, state: Tensors) -> None:
+    """Write `folder/subfolder/` from tensors in memory, and replace what was there.
+
+    Raises:
+        EdgepruneError: the disk is full; what was there before is untouched.
+    """
+    sizes = {n: t.numel() * t.element_size() for n, t in state.items()}
+    temporary = folder / f"{subfolder}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write_transformer(folder, subfolder, config, [sizes], lambda _: state, inputs="")
+        noted(folder, subfolder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_transformer(
+    folder: Path,
+    subfolder: str,
+    config: Config,
+    chunks: Sequence[dict[str, int]],
+    make: Callable[[int], Tensors],
+    *,
+    inputs: str,
+    found: Callable[[int, Weights], None] = lambda index, weights: None,
+    progress: Callable[[str, int, int, str], None] = lambda what, done, total, note: None,
+) -> int:
+    """Write `folder/subfolder/` shard by shard, replace what was there, and return the bytes of its weights.
+
+    If it is killed or the disk is full, it leaves `subfolder.tmp`, and the next call with the same `inputs` resumes
+    from there. Until the caller has recorded that the subfolder is done and called `noted`, the next call with the same
+    `inputs` finds it done and writes nothing.
+
+    Args:
+        folder: the artefact.
+        subfolder: `transformer` or `transformer_int4`.
+        config: the content of its config.json.
+        chunks: bytes by tensor name of each chunk that is made at once, for example a block.
+        make: makes the tensors of a chunk, given its index.
+        inputs: digest of everything that the tensors depend on.
+        found: called instead of `make` for a chunk that an earlier run has written.
+        progress: called with shards done, shards in total, and bytes and speed.
+
+    Raises:
+        EdgepruneError: the disk is full; what was there before is untouched.
+    """
+    grouped = shards([sum(chunk.values()) for chunk in chunks])
+    if inputs and is_of(folder / subfolder, inputs, len(grouped)):
+        for leftover in ("tmp", "old"):
+            shutil.rmtree(folder / f"{subfolder}.{leftover}", ignore_errors=True)
+        return sum(sum(chunk.values()) for chunk in chunks)
+    writer = ShardWriter(folder / f"{subfolder}.tmp", [[n for i in g for n in chunks[i]] for g in grouped], inputs)
+    sizes = [sum(sum(chunks[i].values()) for i in group) for group in grouped]
+    need_space(folder, sum(size for i, size in enumerate(sizes) if not writer.has(i)))
+    speed = Speed(subfolder, sizes, progress)
+    with heap.returned():
+        for index, group in enumerate(grouped):
+            if already := writer.has(index):
+                for i in group:
+                    found(i, Weights(writer.path(index)))
+            else:
+                writer.put(index, {n: t for i in group for n, t in make(i).items()})
+            speed.done(index + 1, found=already)
+    writer.finish()
+    write_json(writer.folder / "config.json", config)
+    replace_folder(writer.folder, folder / subfolder)
+    return sum(sizes)
+
+
+def noted(folder: Path, subfolder: str) -> None:
+    """Remove the mark by which `write_transformer` finds a subfolder done, once the caller has recorded that it is."""
+    (folder / subfolder / MARK).unlink(missing_ok=True)
+
+
+def complete_tokenizer(folder: Path) -> None:
+    """Write vocab.json and merges.txt from a BPE tokenizer.json if they are missing; leave other folders unchanged.
+
+    For CLIP, transformers 4 reads only these two files, and transformers 5 no longer writes them.
+    """
+    if not (folder / "tokenizer.json").is_file() or (folder / "vocab.json").exists():
+        return
+    model = read_json(folder / "tokenizer.json").get("model", {})
+    if model.get("type") == "BPE":
+        pairs = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
+
+
+def copy_surroundings(source: Path, folder: Path) -> None:
+    """Copy everything of a pipeline but its transformer: encoders, tokenizers, VAE, scheduler.
+
+    Raises:
+        InputError: a component that the index lists is missing.
+        EdgepruneError: a file cannot be read, or the disk is full.
+    """
+    index = read_index(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in index:
+        if name.startswith("_") or name == HALF or not is_present(index, name):
+            continue
+        if not (source / name).is_dir():
+            raise InputError(f"{source / 'model_index.json'}: {name}: no such folder, but the index lists it")
+        temporary = folder / f"{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        copy_folder(source / name, temporary, *UNSAFE)
+        complete_tokenizer(temporary)
+        replace_folder(temporary, folder / name)
+    write_text(folder / "model_index.json", (source / "model_index.json").read_text(encoding="utf-8"))

@@ -1,0 +1,95 @@
+"""How large a model is without some of its parts, and whether that meets a budget. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from edgeprune.analysis.contribution import Key
+from edgeprune.common.errors import InputError
+from edgeprune.families import Config, Family
+from edgeprune.families.base import Shape
+from edgeprune.planning.remainder import modulation_width, remaining_shapes
+from edgeprune.quantization.precision import Footprint, footprint
+
+
+class ModelSize:
+    """Counts the parameters and bytes of a model without some of its parts.
+
+    Projected modulation counts first: what it saves is saved before any part is removed.
+
+    Raises:
+        InputError: the modulation rank is out of range.
+    """
+
+    def __init__(self, family: Family, config: Config, group_size: int, rank: int | None) -> None:
+        width = 0 if rank is None else modulation_width(family, config)
+        if rank is not None and not 0 <= rank < width:
+            raise InputError(f"--modulation-rank: found {rank}, expected 0 to {width - 1}, or full")
+        self._family, self._config, self._rank, self._group_size = family, config, rank, group_size
+        self.blocks = family.block_count(config)
+        """Number of blocks of the original."""
+        self.original = footprint(family, family.tensor_shapes(config), group_size=group_size)
+        """The footprint of the original, its modulation unchanged."""
+        self._counts: dict[tuple[tuple[int, ...], frozenset[str]], dict[int | None, Footprint]] = {}
+
+    def without(self, parts: Iterable[Key]) -> Footprint:
+        """Return the footprint without these blocks and components.
+
+        What a block keeps depends only on which blocks stay and on its own components. So all blocks are counted at
+        once for each set of components, and a plan with hundreds of candidates needs only tens of counts.
+        """
+        parts = list(parts)
+        gone = {block for block, component in parts if component is None}
+        kept = tuple(i for i in range(self.blocks) if i not in gone)
+        components: dict[int, frozenset[str]] = dict.fromkeys(kept, frozenset())
+        for block, component in parts:
+            if component is not None and block in components:
+                components[block] |= {component}
+        blocks = [self._counted(kept, names)[block] for block, names in components.items()]
+        return sum(blocks, self._counted(kept, frozenset())[None])
+
+    def _counted(self, kept: tuple[int, ...], components: frozenset[str]) -> dict[int | None, Footprint]:
+        """Return what is left of each kept block without these components, and outside blocks (key None)."""
+        if (kept, components) not in self._counts:
+            gone = set(range(self.blocks)) - set(kept)
+            shapes = remaining_shapes(
+                self._family, self._config, gone, [(b, c) for b in kept for c in components], self._rank
+            )
+            shorter = self._family.shorter_config(self._config, list(kept))
+            by_block: dict[int | None, dict[str, Shape]] = {None: {}} | {block: {} for block in kept}
+            for name, shape in shapes.items():
+                place = self._family.place(shorter, name)
+                by_block[kept[place[0]] if place else None][name] = shape
+            self._counts[kept, components] = {
+                block: footprint(self._family, in_block, group_size=self._group_size)
+                for block, in_block in by_block.items()
+            }
+        return self._counts[kept, components]
+
+
+class Budget:
+    """The most that may be left: a share of the parameters, or bytes after INT4.
+
+    Raises:
+        InputError: not exactly one of the two is set, or the share is out of range.
+    """
+
+    def __init__(self, original: Footprint, keep: float | None, max_memory_bytes: int | None) -> None:
+        if (keep is None) == (max_memory_bytes is None):
+            raise InputError("budget: give exactly one of --keep and --max-memory")
+        if keep is not None and not 0 < keep <= 1:
+            raise InputError(f"--keep: found {keep}, expected a share above 0 and up to 1")
+        self.limit = float(max_memory_bytes or 0) if keep is None else keep * original.parameters
+        self._keep = keep
+        self._text = f"--keep {keep}" if keep is not None else f"--max-memory {max_memory_bytes} bytes"
+
+    def amount(self, size: Footprint) -> int:
+        """Return the quantity that is limited: parameters or bytes."""
+        return size.int4_bytes if self._keep is None else size.parameters
+
+    def met(self, size: Footprint) -> bool:
+        """Return whether a model of this size meets the budget."""
+        return self.amount(size) <= self.limit
+
+    def __str__(self) -> str:
+        return self._text

@@ -1,0 +1,167 @@
+"""From scores and a budget to a plan: ask a method (methods/) which parts to remove, and check the result. Torch-free.
+
+The config and, for methods that need them, contribution scores are enough; no weights are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from edgeprune.analysis.contribution import ContributionReport, Key, fingerprint
+from edgeprune.common.errors import BudgetError, InputError
+from edgeprune.families import Config, Family
+from edgeprune.planning.budget import Budget, ModelSize
+from edgeprune.planning.methods import Baseline, Blocks, Listed, Measured, Problem, Scored, methods
+from edgeprune.planning.options import NEEDED, PlanOptions
+from edgeprune.planning.plan import PrunePlan
+
+
+def make_plan(
+    family: Family,
+    config: Config,
+    report: ContributionReport | None,
+    options: PlanOptions | None = None,
+    device_bytes: int | None = None,
+    measured: Measured | None = None,
+    **changes: Any,
+) -> PrunePlan:
+    """Return a plan that meets the budget with the least loss that the method can find.
+
+    Args:
+        report: contribution scores; None for `manual` and baselines, which need none.
+        options: by default `PlanOptions()`. A `modulation_rank` of NEEDED counts as None here.
+        device_bytes: the budget if `options.fit` names a device: the bytes that the device leaves for the weights.
+        measured: measurements of the weights, which some baselines need.
+        changes: fields of `options` to replace.
+
+    Raises:
+        InputError: wrong options, or a report of another model.
+        BudgetError: nothing that the method may remove meets the budget.
+    """
+    options = replace(options or PlanOptions(), **changes)
+    if options.fit:
+        options = replace(options, max_memory_bytes=device_bytes)
+    rank = None if options.modulation_rank == NEEDED else options.modulation_rank
+    if isinstance(rank, str):
+        raise InputError(f"--modulation-rank {rank}: is measured on a model: give -o (a folder), or a number")
+    size = ModelSize(family, config, options.group_size, rank)
+    options.check()
+    method = methods()[options.method]
+    if isinstance(method, Listed):
+        if options.keep is not None or options.max_memory_bytes is not None:
+            raise InputError(f"--method {method.name} removes what you list; leave --keep and --max-memory out")
+        removed = method.choose(family, config, options.blocks, options.components)
+    else:
+        removed = _within_budget(method, config, report, options, size, measured or Measured())
+    return PrunePlan(
+        fingerprint=fingerprint(config),
+        family=family.name,
+        num_blocks=size.blocks,
+        method=method.name,
+        blocks=sorted(block for block, component in removed if component is None),
+        components=sorted((block, component) for block, component in removed if component is not None),
+        before=size.original,
+        after=size.without(removed),
+        modulation_rank=rank,
+    )
+
+
+plan_for = make_plan  # TEMP alias
+
+
+def _within_budget(
+    method: Scored | Baseline,
+    config: Config,
+    report: ContributionReport | None,
+    options: PlanOptions,
+    size: ModelSize,
+    measured: Measured,
+) -> list[Key]:
+    """Return the parts that a method removes to meet the budget.
+
+    Raises:
+        InputError: wrong options, or the method lacks scores or measurements.
+        BudgetError: the method cannot meet the budget.
+    """
+    if options.blocks or options.components:
+        raise InputError(f"--blocks and --components go with --method manual, found --method {method.name}")
+    budget = Budget(size.original, options.keep, options.max_memory_bytes)
+    first = options.protect_first
+    if first is None:
+        first = 0 if isinstance(method, Baseline) else size.blocks // 2
+    removable = range(first, size.blocks - options.protect_last)
+    if isinstance(method, Baseline):
+        if method.magnitudes and not measured.magnitudes:
+            raise InputError(f"--method {method.name} reads weights: give -o (a folder), not --config")
+        blocks = Blocks(count=size.blocks, removable=removable, magnitudes=measured.magnitudes, seed=options.seed)
+        removed = _fewest_blocks(method, blocks, size, budget)
+    else:
+        if report is None:
+            raise InputError(f"--method {method.name} needs contribution scores; run `edgeprune analyze` first")
+        _check_report(report, config, size.blocks)
+        removed = method.choose(_problem(report, removable, size, budget, options.threshold))
+    left = size.without(removed)
+    if not budget.met(left):
+        raise BudgetError(
+            f"{budget} cannot be met by --method {method.name}: removing all it may (of blocks {first} to "
+            f"{removable.stop - 1}) leaves {left.parameters / size.original.parameters:.3f} of the parameters, "
+            f"{left.int4_bytes} bytes after INT4; {_way_out(method.name, report)}"
+        )
+    return removed
+
+
+def _fewest_blocks(baseline: Baseline, blocks: Blocks, size: ModelSize, budget: Budget) -> list[Key]:
+    """Return the smallest choice of a baseline that meets the budget, or the largest if none does."""
+    most = min(len(blocks.removable), blocks.count - 1)
+    for number in range(most):
+        removed = _whole(baseline.choose(blocks, number))
+        if budget.met(size.without(removed)):
+            return removed
+    return _whole(baseline.choose(blocks, most))
+
+
+def _whole(blocks: Sequence[int]) -> list[Key]:
+    """Return whole blocks as parts."""
+    return [(block, None) for block in blocks]
+
+
+def _problem(
+    report: ContributionReport, removable: range, size: ModelSize, budget: Budget, threshold: float
+) -> Problem:
+    """Return what a scored method chooses from: the removable blocks and their components."""
+    losses = {part: c.drop for part, c in report.contributions().items() if part[0] in removable}
+    return Problem(
+        metric=report.metric,
+        losses=losses,
+        joint={parts: c.drop for parts, c in report.joint().items() if set(parts) <= losses.keys()},
+        left=lambda removed: budget.amount(size.without(removed)),
+        limit=budget.limit,
+        blocks=size.blocks,
+        parameters=lambda removed: size.without(removed).parameters,
+        threshold=threshold,
+    )
+
+
+def _check_report(report: ContributionReport, config: Config, blocks: int) -> None:
+    """Check that a report is of this model; a published summary has no fingerprint.
+
+    Raises:
+        InputError: it is of another model.
+    """
+    expected = fingerprint(config)
+    if report.num_blocks != blocks or (report.fingerprint and report.fingerprint != expected):
+        raise InputError(
+            f"scores: made for another model ({report.num_blocks} blocks, {report.fingerprint or 'summary'}), "
+            f"expected {blocks} blocks, {expected}"
+        )
+
+
+def _way_out(method: str, report: ContributionReport | None) -> str:
+    """Return what to try when a budget cannot be met."""
+    has_components = report is not None and any(part[1] is not None for part in report.contributions())
+    if method == "hybrid" and not has_components:
+        return "the analysis has whole blocks alone; use --method hpp, or analyze components too"
+    advice = "allow more, lower --protect-first or --protect-last"
+    return f"{advice}, or use --method hybrid" if method == "hpp" else advice

@@ -1,0 +1,68 @@
+"""Options of `plan`, and the defaults. Torch-free and cheap to import: the command line lists the methods from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgeprune.common.errors import InputError
+from edgeprune.planning.methods import Baseline, Listed, methods
+
+METHODS = tuple(methods())
+"""Names that `--method` takes: the project's own methods, then the baselines."""
+NEEDED = "needed"
+"""Value of `modulation_rank`: project the modulation only if less than MODULATION_BELOW would stay without it."""
+MODULATION_BELOW = 0.75
+"""Share of the parameters below which projected modulation makes the built-in model better, trained or not, by more
+than the confidence intervals (docs/modulation.md). Above it there is no measurable difference, and a model with
+unchanged modulation opens in stock diffusers."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of `plan`. All of them enter the digest of the stage."""
+
+    method: str = "hpp"
+    """One of METHODS."""
+    keep: float | None = None
+    """Budget: the share of the transformer's parameters that may be left, above 0 and up to 1."""
+    max_memory_bytes: int | None = None
+    """Budget: the bytes that the transformer's weights may take after INT4."""
+    protect_first: int | None = None
+    """Number of leading blocks that are never removed; by default half of all, none for baselines."""
+    protect_last: int = 2
+    """Number of trailing blocks that are never removed."""
+    threshold: float = 0.15
+    """For `hybrid`: share of the parameters removed as whole blocks before components are."""
+    blocks: str = ""
+    """For `manual`: blocks to remove, see `parse_blocks`."""
+    components: str = ""
+    """For `manual`: components to remove, see `parse_components`."""
+    group_size: int = 64
+    """Group size of the INT4 weights whose bytes are counted."""
+    fit: str | None = None
+    """Budget: name of a target whose memory sets it, see fit.py."""
+    modulation_rank: int | str | None = None
+    """Directions of the modulation input that stay. `auto` measures how many; NEEDED measures only if it pays off;
+    None leaves the modulation unchanged. See `PrunePlan.modulation_rank`."""
+    prompts: str | None = None
+    """Text file of the prompts that these directions are found on; by default those of `analyze`, but all of them."""
+    seed: int = 0
+    """Seed for a baseline that chooses at random."""
+
+    def check(self) -> None:
+        """Check the method.
+
+        Raises:
+            InputError: there is no such method.
+        """
+        if self.method not in METHODS:
+            raise InputError(f"--method: found {self.method!r}, expected one of {', '.join(METHODS)}")
+
+    @property
+    def scored(self) -> bool:
+        """Whether the method chooses by contribution scores."""
+        return not isinstance(methods().get(self.method), (Listed, Baseline))
+
+
+DEFAULT = PlanOptions(keep=0.79, modulation_rank=NEEDED)
+"""The options of `plan` for a model that is not the built-in one."""
