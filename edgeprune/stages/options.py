@@ -41,7 +41,7 @@ class DataOptions:
     """`shapes`, a cache, a folder of images, or a text file of prompts; by default `shapes` for the built-in model and
     the prompts that ship with edgeprune for others."""
     samples: int = 1024
-    """How many samples to make or to take; a cache is used whole."""
+    """How many samples to make, or to take from a stream; a cache or a folder of images is used whole."""
 
 
 @dataclass(frozen=True)

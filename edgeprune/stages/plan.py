@@ -39,7 +39,7 @@ CAPTIONS = 16
 
 
 def calibration_prompts(ws: Workspace, options: PlanOptions) -> list[str]:
-    """Return the prompts that the modulation's directions are found on: guidance's empty one, and no held-out ones."""
+    """Return the prompts that the modulation's directions are found on, with the empty prompt; never held-out ones."""
     if options.prompts:
         return ["", *read_prompts(Path(options.prompts))]
     if ws.builtin:

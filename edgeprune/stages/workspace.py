@@ -161,13 +161,13 @@ class Workspace:
     def hashes(self) -> Iterator[Callable[[Path], str]]:
         """Yield a function for the SHA-256 of a file. It reads a file again only when the file has changed."""
         path = self.cache / "hashes.json"
-        known = read_json(path) if path.is_file() else {}
-        before = dict(known)
+        stored = read_json(path) if path.is_file() else {}
+        before = dict(stored)
         try:
-            yield lambda file: sha256_unless_known(file, known)
+            yield lambda file: sha256_unless_known(file, stored)
         finally:
-            if known != before:
-                write_json(path, known)
+            if stored != before:
+                write_json(path, stored)
 
     @property
     def report_path(self) -> Path:

@@ -135,9 +135,7 @@ def damaged(draw: st.DrawFn, *documents: Any) -> Any:
         elif kind == 2 and isinstance(owner, list):
             owner.append(copy.deepcopy(owner[key]))
         else:
-            owner[key] = copy.deepcopy(
-                draw(hostile)
-            )  # without a copy the next damage would change the strategy's own list
+            owner[key] = copy.deepcopy(draw(hostile))  # the strategy's own list must stay as it is
         if not isinstance(root[""], (dict, list)):
             break
     return root[""]
