@@ -1,10 +1,11 @@
-"""Kills the stages of a tiny pipeline at random moments and says what was lost: `python tests/kills.py --kills 200`.
+"""Kill the stages of a tiny pipeline at random moments, and list what was lost: `python tests/kills.py --kills 200`.
 
-One process imports everything once and forks; a fork runs one stage and gets SIGKILL after a random time, again and
-again, until it is left to end. After each kill every JSON and safetensors file in place must be readable; at the end
-all files must be those of an undisturbed run, and nothing that was finished may have been done twice. The last line of
-stdout is JSON: what was tried, and every loss. What it leaves out: a machine that loses power, and other formats than
-ONNX (tests/test_resume_export.py).
+One process imports everything once and forks. A fork runs one stage and gets SIGKILL after a random time; this repeats
+a few times, then the stage may finish. After each kill every JSON and safetensors file in its place must be readable.
+At the end all files must equal those of an undisturbed run, and no finished work may have been done twice. The last
+line of stdout is JSON: what was tried, and every loss.
+
+Not covered: power failures, and export formats other than ONNX (tests/export/test_resume_export.py).
 """
 
 from __future__ import annotations
@@ -33,26 +34,29 @@ from safetensors import safe_open
 from edgeprune.data import encode
 from edgeprune.data.encode import CacheOptions
 from edgeprune.export import to_onnx, unfinished
+from edgeprune.planning.plan import PlanOptions
 from edgeprune.residency import weights
 from edgeprune.sampling.generation import Generation
-from edgeprune.stages import pipeline
-from edgeprune.stages.pipeline import AnalyzeOptions, DataOptions, PlanOptions, QuantizeOptions, Workspace
-from edgeprune.training import distill
+from edgeprune.stages import analyze, distill, plan, prune, quantize
+from edgeprune.stages.options import AnalyzeOptions, DataOptions, QuantizeOptions
+from edgeprune.stages.original import load_encoders
+from edgeprune.stages.workspace import Workspace
+from edgeprune.training import distill as training
 from edgeprune.training.recipe import DistillOptions
 
 STAGES = ("analyze", "distill", "quantize", "export", "cache")
 STEPS, SAVE_EVERY = 12, 3
 WARM = {"distill": "accelerate", "quantize": "nncf"}
-"""What a stage would import by itself, in every fork."""
+"""Modules that a stage imports; imported before forking, or every fork would import them again."""
 PER_STAGE = 5
-"""Kills of a stage before it is left to end."""
+"""Kills of a stage before it may finish."""
 SCRATCH = (".tmp", ".partial")
-"""Endings of folders that are not in their place yet."""
+"""Suffixes of files and folders that are not finished."""
 
 
 @dataclass
-class Found:
-    """What was tried and what came of it."""
+class Outcome:
+    """What was tried, and what was lost."""
 
     kills: Counter[str] = field(default_factory=Counter)
     runs: int = 0
@@ -62,7 +66,7 @@ class Found:
 
 
 def run_stage(stage: str, source: Path, folder: Path) -> None:
-    """One stage as the command of its name runs it; `folder/log` gets a line for every piece that is finished."""
+    """Run one stage as its command would; `folder/log` gets a line for every finished piece of work."""
     log = os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def note(*words: object) -> None:
@@ -71,9 +75,9 @@ def run_stage(stage: str, source: Path, folder: Path) -> None:
     def noted(function: Callable[..., Any], words: Callable[..., tuple[object, ...]]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            found = function(*args, **kwargs)
+            result = function(*args, **kwargs)
             note(*words(*args))
-            return found
+            return result
 
         return call
 
@@ -92,11 +96,11 @@ def run_stage(stage: str, source: Path, folder: Path) -> None:
     encode.save_tensors = noted(  # type: ignore[attr-defined]
         encode.save_tensors, lambda path, *_: ("encoded", path.parent.name, path.name)
     )
-    pipeline.distill = functools.partial(distill.distill, save_every=SAVE_EVERY)  # type: ignore[attr-defined]
+    distill.distill = functools.partial(training.distill, save_every=SAVE_EVERY)  # type: ignore[attr-defined]
     if stage == "cache":
         generation, options = Generation.load(source), CacheOptions("shapes", 9)
         settings = encode.settings_of(source, generation, options)
-        load = functools.partial(pipeline.load_encoders, source)
+        load = functools.partial(load_encoders, source)
         encode.make_cache(load, source, folder / "encoded", settings, generation, options)
         return
     if stage == "export":
@@ -104,20 +108,20 @@ def run_stage(stage: str, source: Path, folder: Path) -> None:
         return
     ws = Workspace(folder / "small", str(source))
     if stage == "analyze":
-        pipeline.run_analyze(ws, AnalyzeOptions(count=2), progress)
+        analyze.run(ws, AnalyzeOptions(count=2), progress)
     elif stage == "distill":
-        pipeline.run_plan(ws, PlanOptions(keep=0.95, protect_first=1, protect_last=0))
-        pipeline.run_prune(ws, progress)
-        pipeline.run_distill(ws, DistillOptions(steps=STEPS, batch=2), DataOptions("shapes", 8), progress)
+        plan.run(ws, PlanOptions(keep=0.95, protect_first=1, protect_last=0))
+        prune.run(ws, progress)
+        distill.run(ws, DistillOptions(steps=STEPS, batch=2), DataOptions("shapes", 8), progress)
     else:
-        pipeline.run_quantize(ws, QuantizeOptions(), progress)
+        quantize.run(ws, QuantizeOptions(), progress)
 
 
 def forked(act: Callable[[], None], kill_after_s: float | None = None) -> bool:
-    """Run in a fork; True if it came to its end, False if it was killed before.
+    """Run in a fork; return whether it finished before it was killed.
 
     Raises:
-        RuntimeError: it failed by itself.
+        RuntimeError: it failed on its own.
     """
     child = os.fork()
     if not child:
@@ -131,7 +135,7 @@ def forked(act: Callable[[], None], kill_after_s: float | None = None) -> bool:
             os._exit(code)
     if kill_after_s is not None:
         time.sleep(kill_after_s)
-        os.kill(child, signal.SIGKILL)  # one that has ended is still there to be waited for
+        os.kill(child, signal.SIGKILL)  # a fork that has finished stays a zombie until waitpid
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status not in (0, -signal.SIGKILL):
         raise RuntimeError(f"exit code {status}")
@@ -139,7 +143,7 @@ def forked(act: Callable[[], None], kill_after_s: float | None = None) -> bool:
 
 
 def unreadable(folder: Path) -> tuple[int, list[str]]:
-    """How many JSON and safetensors files are in their place, and which of them cannot be read."""
+    """Count the finished JSON and safetensors files; return also those that cannot be read, with the error."""
     count, bad = 0, []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -158,7 +162,10 @@ def unreadable(folder: Path) -> tuple[int, list[str]]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hash by name of every file but the log and the times of files; of the manifest, without the stages' seconds."""
+    """Return the SHA-256 of every file by its name.
+
+    The log and the cache of hashes are left out, and in the manifest the seconds of the stages.
+    """
     out = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("log", "hashes.json")):
         data = path.read_bytes()
@@ -172,70 +179,72 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def done_twice(log: Path) -> list[str]:
-    """Pieces that were finished more than once; steps between two saves may be."""
+    """Return the log lines of work that was finished twice; only training steps between two saves may be."""
     lines = Counter(log.read_text().splitlines())
     between = {f"distill {step}" for step in range(STEPS) if step % SAVE_EVERY}
     return [line for line, count in lines.items() if count > 1 and line not in between]
 
 
-def torment(folder: Path, kills: int, stages: tuple[str, ...], rng: random.Random) -> Found:
-    """Kill at least so often, in as many rounds as it takes.
+def torment(folder: Path, kills: int, stages: tuple[str, ...], rng: random.Random) -> Outcome:
+    """Kill stages in as many rounds as it takes, and compare each round with an undisturbed run.
 
     Args:
-        folder: an empty one.
-        stages: those of STAGES that get kills, in their order.
+        folder: an empty folder.
+        kills: how many kills there shall be at least.
+        stages: the members of STAGES to kill, in the order of STAGES.
+        rng: draws the moments.
     """
     from tiny import tiny_pipeline
 
-    found, source, whole = Found(), folder / "source", folder / "whole"
+    outcome, source, undisturbed = Outcome(), folder / "source", folder / "undisturbed"
     forked(lambda: tiny_pipeline(source) and None)
-    whole.mkdir()
+    undisturbed.mkdir()
     seconds: dict[str, float] = {}
     for stage in stages:
         began = time.monotonic()
-        forked(functools.partial(run_stage, stage, source, whole))
+        forked(functools.partial(run_stage, stage, source, undisturbed))
         seconds[stage] = time.monotonic() - began
-    expected = contents(whole)
-    while found.kills.total() < kills:
-        found.rounds += 1
-        place = folder / f"round-{found.rounds}"
+    expected = contents(undisturbed)
+    while outcome.kills.total() < kills:
+        outcome.rounds += 1
+        place = folder / f"round-{outcome.rounds}"
         place.mkdir()
         for stage in stages:
-            act, left = functools.partial(run_stage, stage, source, place), kills - found.kills.total()
-            mine = min(PER_STAGE, -(-left // (len(stages) - stages.index(stage))))
-            for _ in range(mine):
-                found.runs += 1
+            act, left = functools.partial(run_stage, stage, source, place), kills - outcome.kills.total()
+            tries = min(PER_STAGE, -(-left // (len(stages) - stages.index(stage))))
+            for _ in range(tries):
+                outcome.runs += 1
                 if forked(act, rng.uniform(0, 0.9) * seconds[stage]):
                     break
-                found.kills[stage] += 1
+                outcome.kills[stage] += 1
                 count, bad = unreadable(place)
-                found.files_read += count
-                found.losses += [f"round {found.rounds}, {stage}: not readable: {line}" for line in bad]
+                outcome.files_read += count
+                outcome.losses += [f"round {outcome.rounds}, {stage}: not readable: {line}" for line in bad]
             else:
-                found.runs += 1
+                outcome.runs += 1
                 forked(act)
-        got = contents(place)
-        differ = sorted(n for n in expected.keys() | got.keys() if expected.get(n) != got.get(n))
-        found.losses += [f"round {found.rounds}: not as undisturbed: {name}" for name in differ]
-        found.losses += [f"round {found.rounds}: done twice: {line}" for line in done_twice(place / "log")]
-    return found
+        actual = contents(place)
+        differ = sorted(n for n in expected.keys() | actual.keys() if expected.get(n) != actual.get(n))
+        outcome.losses += [f"round {outcome.rounds}: not as undisturbed: {name}" for name in differ]
+        outcome.losses += [f"round {outcome.rounds}: done twice: {line}" for line in done_twice(place / "log")]
+    return outcome
 
 
 def main() -> None:
-    """See the module."""
+    """Read the options, kill, and print the outcome."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    torch.set_num_threads(1)  # threads would not survive a fork
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # threads do not survive a fork
     warnings.simplefilter("ignore")  # vendors' deprecations
-    for stage in given.stages:
+    for stage in args.stages:
         if stage in WARM:
             importlib.import_module(WARM[stage])
     with tempfile.TemporaryDirectory(prefix="edgeprune-kills-") as folder:
-        found = torment(Path(folder), given.kills, tuple(given.stages), random.Random(given.seed))
-    print(json.dumps({**vars(found), "kills": found.kills.total(), "by_stage": dict(found.kills)}))
+        outcome = torment(Path(folder), args.kills, tuple(args.stages), random.Random(args.seed))
+    print(json.dumps({**vars(outcome), "kills": outcome.kills.total(), "by_stage": dict(outcome.kills)}))
 
 
 if __name__ == "__main__":

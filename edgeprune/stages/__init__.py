@@ -1,1 +1,4 @@
-"""The artefact folder being made, one stage after the other: analyze, plan, prune, distill, quantize."""
+"""The stages that make an artefact, one file each: analyze, plan, prune, distill, quantize.
+
+`compress` runs all of them. `workspace` holds the folder that they work on, `options` what they can be told.
+"""

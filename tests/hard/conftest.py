@@ -1,4 +1,4 @@
-"""Counts what the fuzzer tried, and says it at the end of the run."""
+"""Count what the fuzzer tried, and print the counts at the end of the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REFUSED: collections.Counter[str] = collections.Counter()
 
 @pytest.fixture(scope="session")
 def tried() -> tuple[collections.Counter[str], collections.Counter[str]]:
-    """Inputs tried, and those of them that were refused by an error of ours, by target."""
+    """Counters by target: inputs tried, and inputs refused with an EdgepruneError."""
     return TRIED, REFUSED
 
 

@@ -1,9 +1,10 @@
-"""The targets of test_fuzz.py under atheris, which looks for inputs that reach new code: python tests/hard/guided.py
+"""Fuzz the targets of test_fuzz.py with atheris, which looks for inputs that reach new code.
 
+    python tests/hard/guided.py
     python tests/hard/guided.py --runs 2000 plan manifest
 
-Hypothesis makes the files from the fuzzer's bytes. A crash that is no error of ours ends it, with the file printed by
-hypothesis. What it leaves out: keeping a corpus; each run begins from nothing.
+Hypothesis makes the files from the fuzzer's bytes. Any error but an EdgepruneError ends the run, and hypothesis prints
+the file. No corpus is kept: each run starts from nothing.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ def one(name: str, runs: int, folder: Path) -> None:
         nonlocal calls
         attempt(content)
         calls += 1
-        if calls == runs:  # libFuzzer ends the process without a word to Python
+        if calls == runs:  # libFuzzer ends the process without returning to Python
             print(f"{counts[0][name]} files", flush=True)
 
-    # Hypothesis takes many bytes for a file; libFuzzer would begin with very few.
+    # Hypothesis needs many bytes for a file; libFuzzer would start with very few.
     atheris.Setup([name, f"-runs={runs}", "-len_control=0", "-max_len=8000", f"-artifact_prefix={folder}/"], counted)
     atheris.Fuzz()
 
 
 def main() -> None:
-    """Fuzz every target in a process of its own."""
+    """Fuzz each target in its own process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="targets; by default all")
-    parser.add_argument("--runs", type=int, default=2000, help="inputs of each")
+    parser.add_argument("--runs", type=int, default=2000, help="inputs per target")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.folder:
@@ -54,11 +55,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, name, "--runs", str(args.runs), "--folder", folder]
             done = subprocess.run(command, capture_output=True, text=True)
-        said = done.stderr.splitlines()
         print(f"{name}: {done.stdout.strip() or 'failed'}", flush=True)
         if done.returncode:
             failed.append(name)
-            print("\n".join([*done.stdout.splitlines()[-40:], *said[-40:]]))
+            print("\n".join([*done.stdout.splitlines()[-40:], *done.stderr.splitlines()[-40:]]))
     sys.exit(f"crashed: {', '.join(failed)}" if failed else 0)
 
 

@@ -1,7 +1,8 @@
-"""Files that somebody else wrote, damaged at random: whatever is read ends in a result or in an error of ours.
+"""Damage files from outside at random: reading them must end in a result or in an EdgepruneError.
 
-Whole documents are the start; parts of them are replaced by values that readers forget. The short form runs with the
-other tests; `make test-hard` tries more than 100,000. What it leaves out: vendors' own parsers, and building models.
+Each attempt starts from a valid document and replaces parts of it with values that readers tend to forget. A short form
+runs with the other tests; `make test-hard` tries more than 100,000 files. Vendors' parsers and the building of models
+are not fuzzed.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ hostile = st.one_of(
 
 @st.composite
 def damaged(draw: st.DrawFn, *documents: Any) -> Any:
-    """One of the documents, with up to three parts of it replaced, removed, doubled or renamed."""
+    """Draw a document with up to three of its parts replaced, removed, repeated or renamed."""
     root = {"": copy.deepcopy(draw(st.sampled_from(documents)))}
     for _ in range(draw(st.integers(1, 3))):
         owner: Any = root
@@ -134,7 +135,7 @@ def damaged(draw: st.DrawFn, *documents: Any) -> Any:
         elif kind == 2 and isinstance(owner, list):
             owner.append(copy.deepcopy(owner[key]))
         else:
-            owner[key] = copy.deepcopy(draw(hostile))  # or the next part is replaced in the strategy's own list
+            owner[key] = copy.deepcopy(draw(hostile))  # the strategy's own list must stay as it is
         if not isinstance(root[""], (dict, list)):
             break
     return root[""]
@@ -142,7 +143,7 @@ def damaged(draw: st.DrawFn, *documents: Any) -> Any:
 
 @st.composite
 def torn(draw: st.DrawFn, *contents: bytes) -> bytes:
-    """One of these files, cut, or with bytes of it replaced."""
+    """Draw a file that is cut, or has some bytes replaced."""
     data = bytearray(draw(st.sampled_from(contents)))
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
@@ -154,11 +155,12 @@ def torn(draw: st.DrawFn, *contents: bytes) -> bytes:
 
 
 def text_of(document: Any) -> bytes:
-    """JSON, with the numbers and halves of surrogates that only Python's writer writes."""
+    """Return JSON as Python writes it, with NaN, infinities and lone surrogates."""
     return json.dumps(document).encode()
 
 
 def safetensors(header: Any) -> bytes:
+    """Return a safetensors file with this header and 24 zero bytes of data."""
     raw = text_of(header)
     return struct.pack("<Q", len(raw)) + raw + bytes(24)
 
@@ -171,7 +173,7 @@ def _field(number: int, content: bytes) -> bytes:
 
 
 def onnx_file(entry: Any) -> bytes:
-    """A model of one tensor with such external data, in protobuf's own bytes."""
+    """Return an ONNX model of one tensor with this external data, encoded as protobuf."""
     pairs = entry.items() if isinstance(entry, dict) else [("location", entry)]
     written = [[str(x).encode("utf-8", "surrogatepass") for x in pair] for pair in pairs]
     tensor = b"".join(_field(13, _field(1, key[:100]) + _field(2, value[:1000])) for key, value in written)
@@ -199,13 +201,13 @@ def _plan(path: Path) -> None:
 
 def _analysis(path: Path) -> None:
     report = ContributionReport.load(path)
-    found = [*report.contributions().values(), *report.joint().values()]
-    assert all(c.drop == c.drop and abs(c.drop) < 1e300 for c in found)
+    contributions = [*report.contributions().values(), *report.joint().values()]
+    assert all(c.drop == c.drop and abs(c.drop) < 1e300 for c in contributions)
 
 
 def _scheduler(path: Path) -> None:
-    made = FlowMatchEuler.from_config(read_json(path))
-    made.sigmas(4, tokens=256)
+    scheduler = FlowMatchEuler.from_config(read_json(path))
+    scheduler.sigmas(4, tokens=256)
 
 
 def _index(path: Path) -> None:
@@ -214,7 +216,7 @@ def _index(path: Path) -> None:
 
 
 def _manifest(path: Path) -> None:
-    from edgeprune.artefact.checkpoint import Manifest  # with torch, which the other targets need not wait for
+    from edgeprune.artefact.checkpoint import Manifest  # imports torch, which the other targets do not need
 
     manifest = Manifest.load(path.parent)
     manifest.prune_plan(path.parent)
@@ -262,7 +264,7 @@ def _shard(path: Path) -> None:
 
 def _grid(path: Path) -> None:
     from edgeprune.compare.grid import Grid
-    from edgeprune.stages.pipeline import CompressOptions
+    from edgeprune.stages.options import CompressOptions
 
     grid = Grid.load(path, CompressOptions())
     assert sum(row.seeds for row in grid.rows) < 10**6
@@ -288,11 +290,11 @@ TARGETS: dict[str, tuple[str, st.SearchStrategy[bytes], Callable[[Path], object]
     "target": ("x.toml", torn(TARGET.encode()), lambda p: targets.parse("x", p.read_text(errors="replace")), 3_000),
     "grid": ("grid.toml", torn(GRID.encode()), _grid, 1_500),
 }
-"""By name: the file, what is in it, what reads it, and how many are tried by `make test-hard`."""
+"""By name: the file, its contents, its reader, and how many contents `make test-hard` tries."""
 
 
 def attempts(name: str, examples: int, tried: Counts, folder: Path) -> Callable[[], None]:
-    """A test of one target, which tries this many contents of its file in `folder`."""
+    """Return a test of one target that tries `examples` contents of its file in `folder`."""
     file, contents, read, _ = TARGETS[name]
     path = folder / file
     (folder / "model.onnx.data").write_bytes(bytes(8))
@@ -309,7 +311,7 @@ def attempts(name: str, examples: int, tried: Counts, folder: Path) -> Callable[
             read(path)
         except EdgepruneError as error:
             tried[1][name] += 1
-            assert len(str(error)) < 5000, "an error of one line"
+            assert len(str(error)) < 5000, "the message is longer than a line"
 
     return attempt
 
@@ -337,16 +339,16 @@ def test_many_are_more_than_100_000() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if name != "grid"])
-def test_whole_files_are_read(name: str, tmp_path: Path) -> None:
-    """Else the fuzzer would only find that everything is refused."""
-    whole = {
+def test_undamaged_files_are_read(name: str, tmp_path: Path) -> None:
+    """Undamaged files must be readable, or the fuzzer would only see refusals."""
+    documents = {
         "plan": PLAN, "analysis": ANALYSIS, "manifest": MANIFEST | {"files": {}}, "json": PLAN, "config": SMALL[0],
         "index": INDEX, "generation": GENERATION, "scheduler": SCHEDULER, "study": STUDY,
     }  # fmt: skip
-    others = {"header": safetensors(HEADER), "safetensors": safetensors(HEADER), "target": TARGET.encode()}
-    others |= {"cache": text_of(CACHE), "shard": safetensors(SHARD)}
-    others |= {"external": onnx_file(ENTRY), "onnx": onnx_file(ENTRY), "images": text_of(SAMPLE)}
+    files = {"header": safetensors(HEADER), "safetensors": safetensors(HEADER), "target": TARGET.encode()}
+    files |= {"cache": text_of(CACHE), "shard": safetensors(SHARD)}
+    files |= {"external": onnx_file(ENTRY), "onnx": onnx_file(ENTRY), "images": text_of(SAMPLE)}
     (tmp_path / "model.onnx.data").write_bytes(bytes(8))
     path = tmp_path / TARGETS[name][0]
-    path.write_bytes(others[name] if name in others else text_of(whole[name]))
+    path.write_bytes(files[name] if name in files else text_of(documents[name]))
     TARGETS[name][2](path)

@@ -1,4 +1,4 @@
-"""Four kills and nothing lost: the short form of tests/hard/test_kills.py; and that a loss would be seen."""
+"""Four kills lose nothing: the short form of tests/hard/test_kills.py. A loss would be noticed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_four_kills_lose_nothing() -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tests)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["losses"] == [] and found["kills"] >= 4 and found["files_read"]
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert outcome["losses"] == [] and outcome["kills"] >= 4 and outcome["files_read"]
 
 
 def test_losses_are_seen(tmp_path: Path) -> None:

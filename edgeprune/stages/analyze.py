@@ -1,0 +1,154 @@
+"""The stage `analyze`: how much each block and component contributes, written to `analysis.json`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeprune.analysis.contribution import Group, analyze, groups, partials_of
+from edgeprune.analysis.estimators import estimator_named
+from edgeprune.artefact import checkpoint
+from edgeprune.common import processes
+from edgeprune.common.errors import InputError
+from edgeprune.families import Config, Family
+from edgeprune.metrics import check_analysis, evaluations, of_pipeline, preparing, tasks_of
+from edgeprune.sampling.denoising import velocity
+from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.prompts import PROMPTS, read_prompts
+from edgeprune.stages.costs import Sample, evaluations_per_step, sample
+from edgeprune.stages.modulation import modulation_mean
+from edgeprune.stages.options import AnalyzeOptions
+from edgeprune.stages.workspace import Progress, Workspace, silent
+
+
+def analysis_prompts(ws: Workspace, options: AnalyzeOptions) -> list[str]:
+    """Return the prompts that contributions are measured on; never held-out ones."""
+    if options.prompts:
+        return read_prompts(Path(options.prompts))[: options.count]
+    if tasks := tasks_of(options.metric) or (tasks_of("shapes") if ws.builtin else None):
+        per_task = -(-options.count // len(tasks.TASKS))
+        return [p.text for p in tasks.evaluation_prompts(per_task, held_out=False)]
+    return read_prompts(PROMPTS)[: options.count]
+
+
+def analysis_groups(family: Family, config: Config, options: AnalyzeOptions) -> list[Group]:
+    """Return the groups of parts whose removal is scored, one after the other.
+
+    Raises:
+        InputError: joint removals of components, without components.
+    """
+    if options.joint and not options.components:
+        raise InputError("--joint removes components together; leave --only-blocks out")
+    return groups(family, config, components=options.components, joint=options.joint, pairs=options.pairs)
+
+
+def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> bool:
+    """Write contribution scores to `analysis.json`; return whether the stage ran.
+
+    Raises:
+        InputError: unknown estimator or metric, missing weights of the metric, or prompts that it is not made for.
+        StaleStageError: see `Workspace.stage`.
+    """
+    estimator_class = estimator_named(options.estimator, options.metric)
+    removals = analysis_groups(ws.family, ws.config, options)
+    prompts = analysis_prompts(ws, options)
+    check_analysis(options.metric, options.weights, prompts)
+    inputs = asdict(options) | {"prompts": prompts, "generation": asdict(ws.generation)}
+    if not options.weights:
+        del inputs["weights"]  # older folders do not have this option; they stay current
+
+    def score(key: str) -> dict[str, Any]:
+        metric = of_pipeline(options.metric, ws.pipe, ws.generation, prompts, options.weights)
+        estimator = estimator_class(ws.family, metric, modulation_mean(ws, prompts))
+        analyze(
+            ws.family, ws.config, estimator.estimate, groups=removals, metric=metric.name, estimator=estimator.name,
+            prompts=prompts, path=ws.report_path, inputs_digest=key,
+            progress=lambda done, total: progress("analyze", done, total, ""),
+        )  # fmt: skip
+        ws.manifest.hash_files(ws.out, "analysis.json")
+        return {}
+
+    ran = ws.stage("analyze", inputs, score)
+    for partial in partials_of(ws.report_path) if processes.is_main() else ():
+        partial.unlink(missing_ok=True)
+    return ran
+
+
+def forecast(source: Path, options: AnalyzeOptions, generation: Generation) -> dict[str, Any]:
+    """Forecast what `analyze` would cost, from one timed evaluation of the loaded transformer.
+
+    The transformer is loaded in float32 and runs up to three times. Evaluations are of one sample; in batches each
+    takes less time.
+
+    Args:
+        source: the pipeline's folder.
+        options: of the analysis.
+        generation: how images are made.
+
+    Returns:
+        Numbers with units in their names. `held_bytes` is what the estimator keeps, without the weights and without
+        the activations of a forward pass.
+
+    Raises:
+        InputError: an option or a config is not usable.
+    """
+    config, family = checkpoint.read_config(source)
+    estimator = estimator_named(options.estimator, options.metric)
+    removals = analysis_groups(family, config, options)
+    per_step, blocks = evaluations_per_step(family, config, generation), family.block_count(config)
+    per_score = evaluations(options.metric, generation, options.count, per_step)
+    before = preparing(options.metric, generation, options.count, per_step)
+    total = estimator.evaluations([(), *removals], blocks, per_score) + before
+    model = checkpoint.load_transformer(source, quantized=False)
+    model.requires_grad_(False)
+    one = sample(family, config, source, generation)
+    stream_bytes, evaluation_s = _measure(family, model, one)
+    saved = _saved_bytes(model, one) if estimator.backward else 0
+    return {
+        "blocks": blocks,
+        "groups": len(removals) + 1,
+        "evaluations": round(total),
+        "evaluation_s": round(evaluation_s, 4),
+        "analysis_s": round(total * evaluation_s, 1),
+        "weights_bytes": sum(p.nbytes for p in model.parameters()),
+        "held_bytes": estimator.held(stream_bytes, saved, per_score),
+    }
+
+
+def _measure(family: Family, model: Any, one: Sample) -> tuple[int, float]:
+    """Evaluate one sample twice; return the bytes of a block's output, and the seconds of the second evaluation."""
+    stream_bytes = list[int]()
+
+    def count_bytes(_: Any, __: Any, out: Any) -> None:
+        stream_bytes.append(sum(t.nbytes for t in (out if isinstance(out, tuple) else (out,)) if t is not None))
+
+    with torch.no_grad():
+        handle = family.blocks(model)[0].register_forward_hook(count_bytes)
+        velocity(model, *one)
+        handle.remove()
+        began = time.perf_counter()
+        velocity(model, *one)
+        return stream_bytes[0], time.perf_counter() - began
+
+
+def _saved_bytes(model: Any, one: Sample) -> int:
+    """Return what autograd keeps of a forward pass for the backward pass, where weights need no gradients."""
+    saved: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def count_storage(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    latents, condition, sigma, guidance = one
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count_storage, lambda tensor: tensor):
+        # Keep the result: freed storages would be reused, and counted as one.
+        result = velocity(model, latents.requires_grad_(), condition, sigma, guidance)
+    del result
+    return sum(saved.values())

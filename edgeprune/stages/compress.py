@@ -1,0 +1,207 @@
+"""All stages in their order: analyze -> plan -> prune -> distill -> quantize; their presets, and what they would cost.
+
+The forecast of `compress` needs configs only, no weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgeprune.analysis.contribution import ContributionReport, fingerprint, groups
+from edgeprune.analysis.estimators import estimator_named
+from edgeprune.artefact import checkpoint
+from edgeprune.common.errors import InputError
+from edgeprune.data.cache import is_cache
+from edgeprune.data.encode import is_drawn
+from edgeprune.metrics import check_analysis, evaluations
+from edgeprune.planning.baselines import baselines
+from edgeprune.planning.modulation import ranks
+from edgeprune.planning.plan import DEFAULT, NEEDED, PrunePlan, is_projectable, modulation_width, plan_for
+from edgeprune.planning.planners import PLANNERS, Measured
+from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.prompts import PROMPTS
+from edgeprune.stages import analyze, distill, plan, prune, quantize
+from edgeprune.stages.costs import evaluations_per_step, flops_per_evaluation, matmul_flops_per_s
+from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
+from edgeprune.stages.workspace import Progress, Workspace, silent
+from edgeprune.training.recipe import DistillOptions
+
+
+def preset(name: str, *, builtin: bool) -> CompressOptions:
+    """Return the options of a preset: `default`, or `quick` for a first look and for CI.
+
+    The built-in model is small and takes a larger learning rate. It loses components rather than blocks: it hardly uses
+    its context MLPs, and at the same bytes much more of the velocity is kept (README.md has the figures).
+
+    Raises:
+        InputError: unknown name.
+    """
+    if name not in ("default", "quick"):
+        raise InputError(f"--preset: found {name!r}, expected default or quick")
+    options = CompressOptions(plan=DEFAULT)
+    if builtin:
+        training = DistillOptions(steps=400, batch=32, rate=5e-4, schedule="cosine", ema=0.98)
+        plan_options = replace(options.plan, method="hybrid", threshold=0.0, protect_first=0)
+        options = replace(options, plan=plan_options, data=DataOptions("shapes", 6000), distill=training)
+    if name == "quick":
+        assert options.distill is not None
+        options = replace(
+            options,
+            analyze=AnalyzeOptions(count=7, estimator="gates"),
+            data=replace(options.data, samples=512),
+            distill=replace(options.distill, steps=40, batch=16),
+        )
+    return options
+
+
+def as_published(options: CompressOptions) -> CompressOptions:
+    """Return options that distill a baseline by its own rule: its features, and all weights trained alike."""
+    baseline = baselines().get(options.plan.method)
+    if baseline is None or options.distill is None:
+        return options
+    training = replace(options.distill, features=baseline.features, sensitivity="off", freeze_prefix=False)
+    return replace(options, distill=training)
+
+
+def rehearse(source: Path, generation: Generation, options: CompressOptions) -> PrunePlan:
+    """Return a plan as if all parts contributed alike; it leaves about as many bytes as the real plan will.
+
+    A modulation rank that has to be measured counts as the smallest one, so no budget is refused that can be met.
+
+    Args:
+        source: the pipeline's folder.
+        generation: how images are made.
+        options: of all stages.
+
+    Raises:
+        BudgetError: no plan with these options meets the budget.
+        InputError: the metric is unknown, or its weights are missing.
+    """
+    check_analysis(options.analyze.metric, options.analyze.weights)
+    config, family = checkpoint.read_config(source)
+    alike = dict.fromkeys(groups(family, config, components=options.analyze.components), 0.0)
+    report = ContributionReport(
+        fingerprint=fingerprint(config),
+        family=family.name,
+        num_blocks=family.block_count(config),
+        metric="none",
+        prompts=[],
+        untouched=[],
+        scores={},
+        summary=alike,
+    )
+    choices = options.plan
+    if choices.method in PLANNERS:  # hybrid may remove the same parts
+        choices = replace(choices, method="hybrid", threshold=1.0)
+    if choices.modulation_rank == NEEDED and not is_projectable(family, config):
+        choices = replace(choices, modulation_rank=None)
+    if isinstance(choices.modulation_rank, str):
+        choices = replace(choices, modulation_rank=ranks(modulation_width(family, config))[0])
+    even = Measured(magnitudes=[1.0] * report.num_blocks)
+    return plan_for(family, config, report, choices, plan.budget_for(source, generation, choices), even)
+
+
+def forecast(source: Path, options: CompressOptions, generation: Generation) -> dict[str, Any]:
+    """Forecast what `compress` would cost: work, least time on this machine, memory of weights, and bytes written.
+
+    Activations and the report's images are not counted. See costs.py for the work and the time.
+
+    Args:
+        source: the pipeline's folder.
+        options: of all stages.
+        generation: how images are made.
+
+    Returns:
+        Numbers with units in their names.
+
+    Raises:
+        BudgetError: the budget cannot be met, whatever the scores.
+        InputError: an option or a config is not usable.
+    """
+    config, family = checkpoint.read_config(source)
+    expected = rehearse(source, generation, options)
+    before, after = expected.before, expected.after
+
+    removals = [(), *analyze.analysis_groups(family, config, options.analyze)]
+    estimator = estimator_named(options.analyze.estimator, options.analyze.metric)
+    per_step = evaluations_per_step(family, config, generation)
+    per_score = evaluations(options.analyze.metric, generation, options.analyze.count, per_step)
+    scored = round(estimator.evaluations(removals, family.block_count(config), per_score))
+    training = options.distill
+    drawn_images = options.data.samples if training and is_drawn(options.data.source or str(PROMPTS)) else 0
+    drawn = drawn_images * generation.num_inference_steps * per_step
+    flops = flops_per_evaluation(family, config, source, generation)
+    speed = matmul_flops_per_s()
+    float32_bytes = 2 * before.bf16_bytes
+    return {
+        "blocks": family.block_count(config),
+        "parameters": before.parameters,
+        "parameters_left": after.parameters,
+        "int4_bytes": after.int4_bytes,
+        "analyze_parts": len(removals),
+        "analyze_prompts": options.analyze.count,
+        "analyze_evaluations": scored,
+        "analyze_floor_s": round(scored * flops / speed, 1),
+        "distill_steps": training.steps if training else 0,
+        "data_evaluations": drawn,
+        "data_floor_s": round(drawn * flops / speed, 1),
+        "distill_floor_s": round(_training_evaluations(training, expected) * flops / speed, 1),
+        "evaluation_flops": flops,
+        "matmul_flops_per_s": round(speed),
+        "analyze_weights_bytes": float32_bytes,
+        "distill_weights_bytes": float32_bytes + _student_bytes(training, expected),
+        "written_bytes": after.bf16_bytes + after.int4_bytes,
+    }
+
+
+def _training_evaluations(training: DistillOptions | None, expected: PrunePlan) -> float:
+    """Return the work of the training steps, in evaluations of the teacher.
+
+    A sample takes one evaluation of the teacher and three of the student: forward, and twice that backward. A frozen
+    prefix runs forward only; a student whose weights are not rounded takes the prefix's result from the teacher.
+    """
+    if training is None:
+        return 0
+    share = expected.after.parameters / expected.before.parameters
+    prefix = expected.first_pruned / expected.num_blocks if training.freeze_prefix else 0.0
+    student_prefix = prefix if training.int4_group_size is not None else 0.0
+    return training.steps * training.batch * (1 + student_prefix + 3 * max(0.0, share - prefix))
+
+
+def _student_bytes(training: DistillOptions | None, expected: PrunePlan) -> int:
+    """Return the bytes of float32 tensors in the student's size.
+
+    They are its weights, gradients, two moments, the average and, where training rounds, the rounded weights.
+    """
+    if training is None:
+        return 0
+    return (5 + (training.int4_group_size is not None)) * 2 * expected.after.bf16_bytes
+
+
+def compress(ws: Workspace, options: CompressOptions, progress: Progress = silent) -> list[str]:
+    """Run all stages; return the names of those that were not done yet.
+
+    Raises:
+        BudgetError: the budget cannot be met; raised before anything is computed.
+        InputError: the data is a cache that other encoders made; raised before anything is computed.
+    """
+    ran = []
+    rehearse(ws.source, ws.generation, options)
+    if options.distill is not None and options.data.source and is_cache(options.data.source):
+        distill.check_cache(ws, Path(options.data.source), progress)
+    needs_scores = options.plan.scored or (options.distill and options.distill.sensitivity != "off")
+    if needs_scores and analyze.run(ws, options.analyze, progress):
+        ran.append("analyze")
+    if plan.run(ws, options.plan):
+        ran.append("plan")
+    if options.distill is None:
+        ws.skip_distillation()
+    if prune.run(ws, progress):
+        ran.append("prune")
+    if options.distill is not None and distill.run(ws, options.distill, options.data, progress):
+        ran.append("distill")
+    if quantize.run(ws, options.quantize, progress):
+        ran.append("quantize")
+    return ran

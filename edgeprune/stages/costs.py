@@ -1,0 +1,63 @@
+"""What one evaluation of the transformer costs, for the forecasts of the stages.
+
+torch counts the operations, on a model without weights. Divided by the speed of one large matrix product, measured now,
+they give the least time; a real run takes longer (activation functions, small matrices, reading weights).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgeprune.common.files import read_json
+from edgeprune.families import Config, Family
+from edgeprune.sampling.denoising import Conditioning, velocity
+from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
+
+Sample = tuple[torch.Tensor, Conditioning, torch.Tensor, float]
+"""Arguments of `velocity`: latents, conditioning, noise level, guidance scale."""
+
+
+def sample(family: Family, config: Config, source: Path, generation: Generation) -> Sample:
+    """Return arguments for `velocity` in the sizes of one image, all zeros.
+
+    Args:
+        family: the transformer's.
+        config: the transformer's.
+        source: the pipeline's folder.
+        generation: size of the image and length of the prompt.
+    """
+    vae = source / "vae" / "config.json"
+    factor = latent_factor(read_json(vae), vae)
+    size = family.latents(config).channels, generation.height // factor, generation.width // factor
+    tokens = family.text_tokens(longest_prompt(source), generation.max_sequence_length)
+    text, pooled = family.text_widths(config)
+    condition = Conditioning(torch.zeros(1, tokens, text), torch.zeros(1, pooled))
+    return torch.zeros(1, *size), condition, torch.zeros(1), generation.guidance_scale
+
+
+def evaluations_per_step(family: Family, config: Config, generation: Generation) -> int:
+    """Return how many evaluations one sampling step takes: two with classifier-free guidance."""
+    return 2 if family.guided(config, generation.guidance_scale) else 1
+
+
+def flops_per_evaluation(family: Family, config: Config, source: Path, generation: Generation) -> int:
+    """Count the floating-point operations of one sample through the transformer, on the meta device."""
+    model = family.build(config, list(range(family.block_count(config))), frozenset())
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        velocity(model, *sample(family, config, source, generation))
+    return int(counter.get_total_flops())
+
+
+def matmul_flops_per_s(size: int = 1024, repeats: int = 5) -> float:
+    """Measure the speed of a float32 matrix product of this size on this machine; return the best of `repeats`."""
+    a = torch.ones(size, size)
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / min(times)

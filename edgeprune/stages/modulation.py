@@ -1,0 +1,33 @@
+"""The input of the adaLN modulation layers, as the text encoders and the sampler make it: measured for several stages.
+
+Notation: T noise levels, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from edgeprune.planning.modulation import modulation_inputs
+from edgeprune.sampling.denoising import encode_prompts, latent_shape, sigmas
+from edgeprune.stages.workspace import Workspace
+
+MODULATION = "modulation.safetensors"
+"""Mean (D) and basis (R, D) of the modulation input; written by `plan` where it projects the modulation to R
+directions."""
+
+
+@torch.no_grad()
+def modulation_mean(ws: Workspace, prompts: list[str]) -> torch.Tensor:
+    """Return the mean modulation input (D) over the sampler's timesteps and these prompts."""
+    return inputs_of(ws, prompts, sampler_levels(ws)).flatten(0, 1).mean(0)
+
+
+def sampler_levels(ws: Workspace) -> torch.Tensor:
+    """Return the sampler's noise levels (T) without the last, which is 0."""
+    return sigmas(ws.encoders, ws.generation.num_inference_steps, latent_shape(ws.encoders, ws.generation))[:-1]
+
+
+def inputs_of(ws: Workspace, prompts: list[str], levels: torch.Tensor) -> torch.Tensor:
+    """Return the modulation inputs (prompts, T, D) of these prompts at these noise levels (T)."""
+    pooled = encode_prompts(ws.encoders, prompts, ws.generation.max_sequence_length).pooled
+    return modulation_inputs(ws.family, ws.encoders.transformer, levels * 1000, pooled, ws.generation.guidance_scale)

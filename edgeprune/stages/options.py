@@ -1,0 +1,66 @@
+"""The options of each stage. They enter the stages' digests through `asdict`: keep the names and order of the fields.
+
+`plan` and `distill` take PlanOptions (planning/plan.py) and DistillOptions (training/recipe.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from edgeprune.planning.plan import PlanOptions
+from edgeprune.training.recipe import DistillOptions
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions:
+    """Options of `analyze`."""
+
+    metric: str = "velocity"
+    prompts: str | None = None
+    """A text file. By default the metric's own prompts; else, for the built-in model, those of shapes world, without
+    the held-out ones; else the list that ships with edgeprune."""
+    count: int = 28
+    """How many prompts to use."""
+    components: bool = True
+    """Score components as well as whole blocks."""
+    weights: dict[str, str] = field(default_factory=dict)
+    """Paths of the metric's weights by name, see metrics.KNOWN."""
+    joint: bool = False
+    """Also score groups of components of one block, see contribution.JOINT."""
+    pairs: bool = False
+    """Also score every pair of parts."""
+    estimator: str = "exhaustive"
+    """How scores are obtained, see analysis/estimators/."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What `distill` learns from, see data/."""
+
+    source: str | None = None
+    """`shapes`, a cache, a folder of images, or a text file of prompts; by default `shapes` for the built-in model and
+    the prompts that ship with edgeprune for others."""
+    samples: int = 1024
+    """How many samples to make, or to take from a stream; a cache or a folder of images is used whole."""
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Options of `quantize`."""
+
+    group_size: int = 64
+    """Weights that share a scale."""
+    calibration: str = "none"
+    """One of quantize.CALIBRATIONS; all but `none` run the model on the prompts of `analyze`."""
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """The options of all stages that `compress` runs."""
+
+    analyze: AnalyzeOptions = field(default_factory=AnalyzeOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    distill: DistillOptions | None = field(default_factory=DistillOptions)
+    """None skips distillation."""
+    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)

@@ -1,0 +1,142 @@
+"""The stage `plan`: what is removed, written to `plan.json`, and where the modulation is projected, its basis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeprune import targets
+from edgeprune.analysis.contribution import ContributionReport
+from edgeprune.common.errors import BudgetError
+from edgeprune.common.files import sha256_file, write_json, write_text
+from edgeprune.common.tensors import save_tensors
+from edgeprune.planning.baselines import baselines
+from edgeprune.planning.fit import fit
+from edgeprune.planning.modulation import GRID, choose_rank, subspace
+from edgeprune.planning.plan import (
+    MODULATION_BELOW,
+    NEEDED,
+    PlanOptions,
+    PrunePlan,
+    is_projectable,
+    modulation_width,
+    plan_for,
+)
+from edgeprune.planning.planners import Measured
+from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.prompts import PROMPTS, read_prompts
+from edgeprune.stages.modulation import MODULATION, inputs_of, sampler_levels
+from edgeprune.stages.weights import original_weights
+from edgeprune.stages.workspace import Workspace
+
+CAPTIONS = 16
+"""Captions of each task of shapes world that calibrate the modulation of the built-in model."""
+
+
+def calibration_prompts(ws: Workspace, options: PlanOptions) -> list[str]:
+    """Return the prompts that the modulation's directions are found on, with the empty prompt; never held-out ones."""
+    if options.prompts:
+        return ["", *read_prompts(Path(options.prompts))]
+    if ws.builtin:
+        from edgeprune.shapes import evaluation_prompts
+
+        return ["", *(p.text for p in evaluation_prompts(CAPTIONS, held_out=False))]
+    return ["", *read_prompts(PROMPTS)]
+
+
+def calibration_inputs(ws: Workspace, prompts: list[str]) -> torch.Tensor:
+    """Return the modulation inputs (prompts, T, D) at the sampler's T noise levels and an even grid of GRID more."""
+    return inputs_of(ws, prompts, torch.cat([sampler_levels(ws), torch.linspace(0, 1, GRID)]))
+
+
+def block_magnitudes(ws: Workspace) -> list[float]:
+    """Return the root mean square of each block's weights, read one tensor at a time."""
+    weights = original_weights(ws)
+    squares, counts = [0.0] * ws.family.block_count(ws.config), [0] * ws.family.block_count(ws.config)
+    for name in weights.shapes:
+        place = ws.family.place(ws.config, name)
+        if place is not None:
+            tensor = weights[name]
+            squares[place[0]] += float(tensor.float().square().sum(dtype=torch.float64))
+            counts[place[0]] += tensor.numel()
+    return [math.sqrt(s / c) for s, c in zip(squares, counts, strict=True)]
+
+
+def measured_for(ws: Workspace, options: PlanOptions) -> Measured:
+    """Measure what the method needs to know of the model: the magnitudes of its blocks, for baselines that use them."""
+    baseline = baselines().get(options.method)
+    return Measured(magnitudes=block_magnitudes(ws) if baseline is not None and baseline.magnitudes else ())
+
+
+def budget_for(source: Path, generation: Generation, options: PlanOptions) -> int | None:
+    """Return the bytes that the device of `options.fit` leaves for the transformer; None where no device is named."""
+    if options.fit is None:
+        return None
+    return fit(source, targets.load(options.fit), generation).transformer_bytes
+
+
+def run(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool:
+    """Write `plan.json`, and MODULATION where the modulation is projected; return whether the stage ran.
+
+    Args:
+        ws: the workspace.
+        options: of the plan.
+        scores: a file of contribution scores to use instead of the folder's own.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+        InputError: an option or the scores are not usable.
+        StaleStageError: see `Workspace.stage`.
+    """
+    options.check()
+    budget = budget_for(ws.source, ws.generation, options)
+    rank = options.modulation_rank
+    if rank == NEEDED and not is_projectable(ws.family, ws.config):
+        rank = None
+    prompts = [] if rank is None else calibration_prompts(ws, options)
+
+    def write(_: str) -> dict[str, Any]:
+        (ws.out / MODULATION).unlink(missing_ok=True)
+        ws.scores_path.unlink(missing_ok=True)
+        if scores:
+            ContributionReport.load(scores)  # refuse an unusable file before it is copied
+            write_text(ws.scores_path, scores.read_text(encoding="utf-8"))
+        measured = measured_for(ws, options)
+
+        def plan_with(modulation_rank: int | None) -> PrunePlan:
+            chosen = replace(options, modulation_rank=modulation_rank)
+            return plan_for(ws.family, ws.config, ws.report(), chosen, budget, measured)
+
+        samples, chosen_rank = None, rank if isinstance(rank, int) else None
+        if rank is not None and not (rank == NEEDED and _suffices(plan_with)):
+            samples = calibration_inputs(ws, prompts)
+            if chosen_rank is None:
+                chosen_rank = choose_rank(samples, modulation_width(ws.family, ws.config))
+        plan = plan_with(chosen_rank)
+        if samples is not None and chosen_rank is not None:
+            space = subspace(samples.flatten(0, 1))
+            save_tensors(ws.out / MODULATION, {"mean": space.mean, "basis": space.basis(chosen_rank)})
+        write_json(ws.out / "plan.json", plan.to_json())
+        for name in ("plan.json", MODULATION):
+            ws.manifest.hash_files(ws.out, name)
+        return {"modulation_rank": chosen_rank}
+
+    scores_identity = sha256_file(scores) if scores and scores.is_file() else str(scores)
+    inputs = asdict(options) | {"fit_bytes": budget, "scores": scores_identity}
+    if prompts:
+        inputs |= {"calibration": prompts, "generation": asdict(ws.generation)}
+    return ws.stage("plan", inputs, write)
+
+
+def _suffices(plan_with: Callable[[int | None], PrunePlan]) -> bool:
+    """Return whether a plan without projected modulation meets the budget and leaves enough of the parameters."""
+    try:
+        plan = plan_with(None)
+    except BudgetError:
+        return False
+    return plan.after.parameters >= MODULATION_BELOW * plan.before.parameters

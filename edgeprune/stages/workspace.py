@@ -1,0 +1,286 @@
+"""The artefact folder being made: its lock, its manifest, and the rule by which a stage runs, is skipped or is refused.
+
+A stage's identity is the digest of its inputs, which include the digests of the stages before it. A stage that was
+done with the same inputs is skipped. One that was done with other inputs is refused unless `fresh`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from edgeprune import targets
+from edgeprune.analysis.contribution import ContributionReport, fingerprint
+from edgeprune.artefact import checkpoint
+from edgeprune.artefact.checkpoint import HALF, INT4, MANIFEST, Manifest
+from edgeprune.common import processes
+from edgeprune.common.errors import InputError, StaleStageError
+from edgeprune.common.files import digest, read_json, sha256_unless_known, write_json
+from edgeprune.common.lock import LOCK, Lock, hold, is_free
+from edgeprune.families.base import CHANGED
+from edgeprune.planning.fit import Fit, fit
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.sampling.generation import Generation
+from edgeprune.stages.original import Original
+
+STAGES = ("analyze", "plan", "prune", "distill", "quantize")
+Progress = Callable[[str, int, int, str], None]
+"""Called with a name of the work, the steps done, the steps in all, and a note."""
+
+
+def silent(what: str, done: int, total: int, note: str = "") -> None:
+    """Show no progress."""
+
+
+class Workspace:
+    """An artefact folder being made from an original model."""
+
+    def __init__(
+        self,
+        out: Path,
+        model: str | None,
+        *,
+        model_given: bool = True,
+        fresh: bool = False,
+        generation: dict[str, Any] | None = None,
+    ) -> None:
+        """Open a folder or begin a new one. This process holds its lock as long as the object lives, see lock.py.
+
+        With several processes, rank 0 opens the folder first and is the only one that writes.
+
+        Args:
+            out: the artefact's folder.
+            model: as the user named it; None is the built-in model.
+            model_given: False uses the model that the folder was begun with.
+            fresh: allow stages to be done again with other inputs.
+            generation: fields of `Generation` to change; the others come from the folder, or from the source.
+
+        Raises:
+            InputError: the model is not usable, or the folder holds something else.
+            StaleStageError: the folder was begun with another model.
+            LockedError: another process uses the folder.
+        """
+        self.out, self.fresh, self.cache = out, fresh, out / "cache"
+        self.command = ""
+        """What the user typed; the manifest keeps it for each stage."""
+        name = "built-in" if model is None else str(Path(model).resolve()) if Path(model).is_dir() else model
+        if (out / MANIFEST).is_file():
+            self._lock = self._hold()  # before the manifest is read: another run may be changing it
+            self.manifest = Manifest.load(out)
+            if not model_given:
+                name = self.manifest.source
+                model = None if name == "built-in" else name
+            self._open_original(model)
+            if self.manifest.source != name or self.manifest.fingerprint != fingerprint(self.config):
+                raise StaleStageError(f"{out}: made from {self.manifest.source!r}, not from {name!r}; use another -o")
+            self._set_generation(self.manifest.generation or asdict(Generation.load(self.source)), generation or {})
+            return
+        if not is_free(out, MANIFEST):
+            raise InputError(f"{out}: exists and is not a folder of edgeprune (no {MANIFEST}); use another -o")
+        self._open_original(model)
+        self.manifest = Manifest(
+            source=name, fingerprint=fingerprint(self.config), family=self.family.name, config=self.config
+        )
+        self._set_generation(asdict(Generation.load(self.source)), generation or {})
+        self._lock = self._hold()
+        if (out / MANIFEST).is_file():
+            raise InputError(f"{out}: another run began this folder at the same moment; run again to continue it")
+        self.manifest.save(self.out)
+
+    def _hold(self) -> Lock | None:
+        """Take the folder's lock, in rank 0 only."""
+        return hold(self.out / LOCK, self.out) if processes.is_main() else None
+
+    def _save(self) -> None:
+        if processes.is_main():
+            self.manifest.save(self.out)
+
+    def _open_original(self, model: str | None) -> None:
+        self.original = Original(checkpoint.resolve(model))
+        self.source = self.original.source
+        self.config, self.family = checkpoint.read_config(self.source)
+        if str(self.config["_class_name"]).startswith(CHANGED):
+            raise InputError(f"{self.source}: already pruned, parts of its blocks are missing; compress the original")
+
+    def _set_generation(self, current: dict[str, Any], requested: dict[str, Any]) -> None:
+        self.generation = Generation.checked(current | requested, f"{self.out / MANIFEST}: generation")
+        self.generation.check_size(self.source)
+        changed = [name for name, value in requested.items() if current.get(name) != value]
+        if changed and self.manifest.stages and not self.fresh:
+            settings = ", ".join(f"{name} {current.get(name)}" for name in changed)
+            raise StaleStageError(f"{self.out}: begun with {settings}; use --fresh to redo its stages, or another -o")
+        if asdict(self.generation) != self.manifest.generation:
+            self.manifest.generation = asdict(self.generation)
+            if (self.out / MANIFEST).is_file():
+                self._save()
+
+    def sibling(self, out: Path) -> Workspace:
+        """Open another artefact of the same model and settings; it shares what is loaded and cached of the model."""
+        other = Workspace(
+            out, None if self.builtin else self.manifest.source, fresh=self.fresh, generation=asdict(self.generation)
+        )
+        other.cache, other.original, other.weights_hash = self.cache, self.original.shared(), self.weights_hash
+        return other
+
+    beside = sibling  # TEMP alias
+
+    @property
+    def builtin(self) -> bool:
+        """Whether the model is the one that ships with edgeprune."""
+        return self.manifest.source == "built-in"
+
+    @property
+    def teacher(self) -> Any:
+        """The original transformer in float32, loaded once."""
+        return self.original.transformer
+
+    @property
+    def pipe(self) -> Any:
+        """The original pipeline in float32, loaded once."""
+        return self.original.pipe
+
+    @property
+    def encoders(self) -> Any:
+        """The original pipeline around a transformer that has only the embedder of timestep and prompt."""
+        return self.original.encoders
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Identity of the original pipeline: its weights, configs and tokenizers. Unchanged files are hashed once."""
+        paths = sorted(p for kind in ("*.safetensors", "*.json") for p in self.source.rglob(kind))
+        with self.hashes() as sha256:
+            return digest([(p.relative_to(self.source).as_posix(), sha256(p)) for p in paths])
+
+    @contextlib.contextmanager
+    def hashes(self) -> Iterator[Callable[[Path], str]]:
+        """Yield a function for the SHA-256 of a file. It reads a file again only when the file has changed."""
+        path = self.cache / "hashes.json"
+        stored = read_json(path) if path.is_file() else {}
+        before = dict(stored)
+        try:
+            yield lambda file: sha256_unless_known(file, stored)
+        finally:
+            if stored != before:
+                write_json(path, stored)
+
+    @property
+    def report_path(self) -> Path:
+        """Where `analyze` writes."""
+        return self.out / "analysis.json"
+
+    @property
+    def scores_path(self) -> Path:
+        """Where `plan` keeps scores of another folder that it was given."""
+        return self.out / "scores.json"
+
+    def report(self) -> ContributionReport | None:
+        """Load the contribution scores: those that `plan` was given, else the folder's own; None if there are none."""
+        paths = [p for p in (self.scores_path, self.report_path) if p.is_file()]
+        return ContributionReport.load(paths[0]) if paths else None
+
+    def fit(self, target: str) -> Fit:
+        """Return how much room a device leaves for the transformer's weights.
+
+        Raises:
+            InputError: no such target.
+            BudgetError: nothing is left.
+        """
+        return fit(self.source, targets.load(target), self.generation)
+
+    def plan(self) -> PrunePlan:
+        """Load the plan.
+
+        Raises:
+            InputError: there is no plan yet.
+        """
+        path = self.out / "plan.json"
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; run `edgeprune plan -o {self.out}` first")
+        plan = PrunePlan.load(path)
+        plan.check(self.config, path)
+        return plan
+
+    def stage(self, name: str, inputs: dict[str, Any], run: Callable[[str], dict[str, Any]]) -> bool:
+        """Run a stage unless it was done with the same inputs; return whether it ran.
+
+        Args:
+            name: one of STAGES.
+            inputs: everything that the result depends on, besides the model and earlier stages.
+            run: does the work. It gets the inputs' digest, and returns what the manifest shall keep of the result.
+
+        Raises:
+            StaleStageError: the stage was done with other inputs, and `fresh` is not set.
+        """
+        position = STAGES.index(name)
+        upstream = [self.manifest.stages[s]["inputs"] for s in STAGES[:position] if s in self.manifest.stages]
+        with processes.main_first():  # gigabytes are hashed by one process only
+            key = digest({"weights": self.weights_hash, "upstream": upstream, "inputs": inputs})
+        earlier = self.manifest.stages.get(name)
+        if earlier and earlier["inputs"] == key:
+            self._remove_marks()
+            return False
+        if earlier and not self.fresh:
+            raise StaleStageError(
+                f"{self.out}: {name} was done with other inputs; "
+                "use --fresh to do it again, or another -o to keep this one"
+            )
+        self._forget(STAGES[position:])
+        start = time.monotonic()
+        result = run(key)
+        self.manifest.stages[name] = {
+            "inputs": key,
+            "command": self.command,
+            "seconds": round(time.monotonic() - start, 3),
+            "options": inputs,
+        } | result
+        self._save()
+        self._remove_marks()
+        return True
+
+    def _remove_marks(self) -> None:
+        """Remove the marks of written weights: the manifest now lists the stage that wrote them."""
+        for part in (HALF, INT4) if processes.is_main() else ():
+            checkpoint.noted(self.out, part)
+
+    def _forget(self, stages: tuple[str, ...]) -> None:
+        """Drop stages and the weights that they wrote, before anything new is written: nobody may read old weights."""
+        if not any(s in self.manifest.stages for s in stages):
+            return
+        for stage in stages:
+            self.manifest.stages.pop(stage, None)
+            part = {"prune": HALF, "quantize": INT4}.get(stage)
+            if part:
+                self.manifest.files = {k: v for k, v in self.manifest.files.items() if k.split("/")[0] != part}
+        self._save()
+        for stage, part in (("prune", HALF), ("quantize", INT4)):
+            if stage in stages and processes.is_main():
+                shutil.rmtree(self.out / part, ignore_errors=True)
+
+    def skip_distillation(self) -> None:
+        """Prepare to continue without distillation: a distilled folder has to be pruned again.
+
+        Raises:
+            StaleStageError: the folder was distilled, and `fresh` is not set.
+        """
+        if "distill" not in self.manifest.stages:
+            return
+        if not self.fresh:
+            raise StaleStageError(
+                f"{self.out}: was distilled; use --fresh to prune again without distillation, or another -o"
+            )
+        self._forget(STAGES[STAGES.index("prune") :])
+
+    def need(self, name: str, after: str) -> None:
+        """Refuse to run the stage `after` before the stage `name`.
+
+        Raises:
+            InputError: `name` was not run.
+        """
+        if name not in self.manifest.stages:
+            raise InputError(f"{self.out}: {after} needs {name}; run `edgeprune {name} -o {self.out}` first")

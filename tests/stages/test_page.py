@@ -1,0 +1,68 @@
+"""The report's page and the model card of an artefact."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edgeprune.artefact import checkpoint
+from edgeprune.report import figures as report
+from edgeprune.report import page as report_page
+from edgeprune.stages import plan
+from edgeprune.stages.options import PlanOptions
+from edgeprune.stages.workspace import Workspace
+
+
+def test_page_is_self_contained_and_escaped(copy: Path, source: Path) -> None:
+    manifest = checkpoint.Manifest.load(copy)
+    evil = "<script>alert(1)</script>"
+    path = copy / "report.json"
+    data = json.loads(path.read_text())
+    data["prompts"][0] = evil
+    path.write_text(json.dumps(data))
+    ws = Workspace(copy, str(source))
+    report.make(ws)
+    page = (copy / "report.html").read_text()
+    assert evil not in page and "&lt;script&gt;" in page
+    assert "http:" not in page and "https:" not in page
+    assert page.count("data:image/png") >= 4 and page.count("data:image/svg") == 1
+    assert manifest.plan is not None
+
+
+def test_page_shows_the_plan_and_the_memory(artefact: Path) -> None:
+    ws = Workspace(artefact, None, model_given=False)
+    plan, cells = ws.plan(), dict(report_page.grid(ws))
+    assert list(cells) == [c for c in ws.family.components if c != "attn2"]  # this architecture has none
+    assert all(len(row) == 3 for row in cells.values())
+    (gone,) = plan.blocks
+    assert {row[gone]["state"] for row in cells.values()} == {"pruned"}
+    frozen = {block for block in plan.kept if cells["mlp"][block]["state"] == "frozen"}
+    assert frozen == set(range(plan.first_pruned))
+    trained = [cells[c][b]["strength"] for c in cells for b in plan.kept if cells[c][b]["state"] == "kept"]
+    assert trained and all(0.1 <= s <= 1 for s in trained) and len(set(trained)) > 1
+
+    (_, before), (_, after) = report_page.memory(ws, {"original_bf16_bytes": 10**6})
+    sizes = {part["name"]: part["bytes"] for part in after}
+    assert sizes["transformer"] == sum(p.stat().st_size for p in (artefact / "transformer_int4").glob("*.safetensors"))
+    assert sum(part["share"] for part in before) == pytest.approx(1)
+
+
+def test_model_card(copy: Path, source: Path) -> None:
+    ws = Workspace(copy, str(source))
+    ws.manifest.stages["plan"]["command"] = "edgeprune plan -o copy --keep 0.95"
+    report.make(ws)
+    card = (copy / "README.md").read_text()
+    front = card.split("---")[1]
+    assert 'library_name: "diffusers"' in front and 'pipeline_tag: "text-to-image"' in front
+    assert "base_model" not in front  # the source is a folder of this machine, no hub id
+    assert "edgeprune plan -o copy --keep 0.95" in card and "transformer weights" in card
+    (copy / "README.md").write_text("mine")
+    report.make(ws)
+    assert (copy / "README.md").read_text() == "mine"
+
+
+def test_each_stage_keeps_the_command_that_made_it(tmp_path: Path, source: Path) -> None:
+    ws = Workspace(tmp_path / "out", str(source))
+    ws.command = "edgeprune plan --blocks 1"
+    plan.run(ws, PlanOptions("manual", blocks="1"))
+    assert report_page.commands(Workspace(tmp_path / "out", str(source))) == ["edgeprune plan --blocks 1"]

@@ -1,0 +1,74 @@
+"""The artefact folder: what it may hold, its settings, hashes of the original, and what is loaded of it."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from stage_runs import OPTIONS
+
+from edgeprune.common.errors import InputError, StaleStageError
+from edgeprune.stages import distill
+from edgeprune.stages.compress import compress
+from edgeprune.stages.options import DataOptions
+from edgeprune.stages.workspace import Workspace
+from edgeprune.training.recipe import DistillOptions
+
+
+def test_workspace_refuses_strange_folders(source: Path, artefact: Path, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(InputError, match="not a folder of edgeprune"):
+        Workspace(tmp_path, str(source))
+    with pytest.raises(StaleStageError, match="made from"):
+        Workspace(artefact, str(Path(shutil.copytree(source, tmp_path / "other"))))
+    with pytest.raises(InputError, match="no such folder"):
+        Workspace(tmp_path / "new", "./nothing-here")
+    with pytest.raises(InputError, match="edgeprune prune"):
+        distill.run(Workspace(tmp_path / "new", str(source)), DistillOptions(), DataOptions())
+
+
+def test_how_images_are_made_is_kept(source: Path, copy: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "out", str(source), generation={"num_inference_steps": 3, "height": 16})
+    assert (ws.generation.num_inference_steps, ws.generation.height) == (3, 16)
+    assert Workspace(tmp_path / "out", str(source)).generation == ws.generation
+    with pytest.raises(InputError, match="num_inference_steps: found 0"):
+        Workspace(tmp_path / "other", str(source), generation={"num_inference_steps": 0})
+    with pytest.raises(InputError, match="height: found 60, expected a multiple of 8"):
+        Workspace(tmp_path / "odd", str(source), generation={"height": 60})
+    assert not (tmp_path / "odd").exists()
+    with pytest.raises(StaleStageError, match="begun with num_inference_steps"):
+        Workspace(copy, str(source), generation={"num_inference_steps": 5})
+    Workspace(copy, str(source), generation={"num_inference_steps": 5}, fresh=True)
+    assert Workspace(copy, str(source)).generation.num_inference_steps == 5
+
+
+def test_source_is_hashed_once_unless_it_changes(source: Path, artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Workspace(artefact, str(source)).weights_hash
+    monkeypatch.setattr("edgeprune.common.files.sha256_file", lambda path: pytest.fail(f"read {path} again"))
+    assert Workspace(artefact, str(source)).weights_hash == first
+    monkeypatch.undo()
+    config = source / "scheduler" / "scheduler_config.json"
+    before = config.read_text()
+    config.write_text(before + " ")
+    try:
+        assert Workspace(artefact, str(source)).weights_hash != first
+    finally:
+        config.write_text(before)
+
+
+def test_a_clock_that_was_set_makes_nothing_stale(source: Path, copy: Path) -> None:
+    for time_ns in (0, 4 * 10**18):
+        for path in (p for folder in (source, copy) for p in folder.rglob("*") if p.is_file()):
+            os.utime(path, ns=(time_ns, time_ns))
+        assert compress(Workspace(copy, str(source)), OPTIONS) == []
+
+
+def test_siblings_share_what_is_loaded_until_one_releases_it(source: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "first", str(source))
+    assert not ws.original.loaded
+    other = ws.sibling(tmp_path / "second")
+    assert other.pipe is ws.pipe and other.teacher is ws.teacher is ws.pipe.transformer
+    assert (other.cache, other.weights_hash) == (ws.cache, ws.weights_hash)
+    other.original.release()
+    assert not other.original.loaded and ws.original.loaded.keys() == {"pipe", "transformer"}
+    assert other.teacher is not ws.teacher
