@@ -196,7 +196,9 @@ def test_two_processes_score_as_one_to_the_byte(folder: Path, name: str) -> None
         ("sharded_int8", ProcessLayout(2, sharded=True), {"teacher_precision": "int8", "gradient_checkpointing": True}),
     ],
 )
-def test_what_a_process_holds_is_as_forecast(folder: Path, name: str, layout: ProcessLayout, options: dict[str, Any]) -> None:
+def test_what_a_process_holds_is_as_forecast(
+    folder: Path, name: str, layout: ProcessLayout, options: dict[str, Any]
+) -> None:
     held = json.loads((folder / f"{name}.held.json").read_text())
     family, _, student, plan, report, _ = setup()
     config = config_of(tiny_transformer(num_layers=5))
