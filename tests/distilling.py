@@ -9,7 +9,7 @@ from tiny import KINDS, TOKENS, config_of, tiny_inputs, tiny_transformer
 
 from edgeprune.analysis.contribution import ContributionReport, fingerprint
 from edgeprune.artefact.surgery import prune
-from edgeprune.data.pairs import Pairs, Part
+from edgeprune.data.pairs import Pairs, Samples
 from edgeprune.families import family_of
 from edgeprune.planning.plan import PrunePlan, make_plan
 
@@ -27,8 +27,8 @@ def setup(kind: str = "sd3") -> tuple[Any, Any, Any, PrunePlan, ContributionRepo
     report = ContributionReport(fingerprint(config), family.name, 5, "m", ["p"], [0.0], scores)
     g = torch.Generator().manual_seed(3)
     width = tiny_inputs()["pooled_projections"].shape[-1]
-    part = Part(
+    samples = Samples(
         torch.randn(16, 8, 8, 8, generator=g), torch.arange(16) % 4,
         torch.randn(4, TOKENS, width, generator=g), torch.randn(4, width, generator=g),
     )  # fmt: skip
-    return family, teacher, student, plan, report, Pairs([part])
+    return family, teacher, student, plan, report, Pairs([samples])

@@ -29,7 +29,7 @@ from edgeprune.training import distill as training
 from edgeprune.training.recipe import DistillOptions, Placement
 from edgeprune.training.resume import local, save_state
 from edgeprune.training.teaching import lower
-from edgeprune.training.zero import held
+from edgeprune.training.zero import shard_of
 
 STEPS = 4
 
@@ -74,8 +74,8 @@ def train(
         sizes["moments_bytes"] = sum(local(t).nbytes for t in moments)
         sizes["average_bytes"] = sum(local(t).nbytes for t in averages)
         sizes["gradients_bytes"] = sum(local(t).nbytes for t in trained)  # one of each
-        sizes["student_bytes"] = sum(local(held(t)).nbytes for t in (*student.parameters(), *student.buffers()))
-        sizes["teacher_bytes"] = sum(local(held(t)).nbytes for t in (*teacher.parameters(), *teacher.buffers()))
+        sizes["student_bytes"] = sum(local(shard_of(t)).nbytes for t in (*student.parameters(), *student.buffers()))
+        sizes["teacher_bytes"] = sum(local(shard_of(t)).nbytes for t in (*teacher.parameters(), *teacher.buffers()))
         save_state(path, modules, optimizer, meta)
 
     training.save_state = save

@@ -1,4 +1,4 @@
-"""Ground floor: errors, files, checked fields, locks, signals, processes, statistics.
+"""The ground floor: errors, files, checked fields, locks, signals, progress, processes, statistics.
 
-Imports nothing else of edgeprune.
+This room imports no other room of edgeprune.
 """

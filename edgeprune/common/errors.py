@@ -1,14 +1,14 @@
 """The one exception tree. The CLI turns each of these into one line and an exit code, never a traceback.
 
-EdgepruneError           exit 1   something of ours failed
-├── InputError           exit 2   what the user gave is wrong: file, field, found, expected
-│   ├── BudgetError      exit 2   the budget cannot be met by any plan the method allows
-│   ├── CannotRunError   exit 2   an export is for another device than this one
-│   ├── StaleStageError  exit 2   a folder holds results of other inputs; says `--fresh`
-│   └── LockedError      exit 2   another run is at work in a folder; says which
-├── MissingExtraError    exit 2   an optional package is not installed; says the pip command
-├── DiskError            exit 1   a disk is full or cannot be written; what is finished is kept
-├── ParityError          exit 1   an export does not compute what the checkpoint computes
+EdgepruneError           exit 1   something in edgeprune failed
+├── InputError           exit 2   the user's input is wrong: names the file or option, what was found and expected
+│   ├── BudgetError      exit 2   no plan that the method allows meets the budget
+│   ├── CannotRunError   exit 2   an export is for a different device
+│   ├── StaleStageError  exit 2   a folder holds results of other inputs; suggests `--fresh`
+│   └── LockedError      exit 2   another run is using the folder; names it
+├── MissingExtraError    exit 2   an optional package is not installed; gives the pip command
+├── DiskError            exit 1   a disk is full or not writable; finished files are kept
+├── ParityError          exit 1   an export's outputs differ from the checkpoint's
 └── AssertionMissedError exit 1   `bench --assert` did not hold
 """
 
@@ -16,13 +16,13 @@ from __future__ import annotations
 
 
 class EdgepruneError(Exception):
-    """Base of everything this package raises on purpose."""
+    """The base class of every error that this package raises on purpose."""
 
     exit_code = 1
 
 
 class InputError(EdgepruneError):
-    """A file, option or folder the user gave is not usable. The text names it, what was found, what was expected."""
+    """A file, option or folder from the user is not usable. The text names it, what was found, what was expected."""
 
     exit_code = 2
 
@@ -32,15 +32,15 @@ class BudgetError(InputError):
 
 
 class CannotRunError(InputError):
-    """A folder is whole, but none of its runtimes runs on this machine."""
+    """A folder is complete, but none of its runtimes runs on this machine."""
 
 
 class StaleStageError(InputError):
-    """A stage's results on disk were made from other inputs."""
+    """A stage's results on disk were computed from other inputs."""
 
 
 class LockedError(InputError):
-    """Another process is at work in a folder."""
+    """Another process is using the folder."""
 
 
 class MissingExtraError(EdgepruneError):
@@ -53,12 +53,12 @@ class MissingExtraError(EdgepruneError):
 
 
 class DiskError(EdgepruneError):
-    """A file was not written: the disk is full, or the folder cannot be written. The same command goes on later."""
+    """A file was not written: the disk is full or the folder is not writable. Running the command again resumes."""
 
 
 class ParityError(EdgepruneError):
-    """An exported model does not reproduce its checkpoint."""
+    """An exported model does not reproduce the outputs of its checkpoint."""
 
 
 class AssertionMissedError(EdgepruneError):
-    """A figure of `bench` misses the bound given by `--assert`."""
+    """A measurement of `bench` misses a bound set by `--assert`."""

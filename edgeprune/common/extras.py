@@ -1,6 +1,6 @@
-"""What each extra brings, whether it is installed, and the one-line errors where it is not. Imports no vendor.
+"""Optional packages: whether they are installed, and a one-line error that names the extra if they are not.
 
-What it leaves out: which version is installed, and whether it works.
+Nothing is imported to find out. Versions are not checked.
 """
 
 from __future__ import annotations
@@ -16,36 +16,39 @@ COMPRESS = (
     *("accelerate", "diffusers", "jinja2", "matplotlib", "nncf", "onnx", "onnxscript", "scipy", "torch"),
     "transformers",
 )
-"""What compressing imports; an export needs these as well."""
+"""Packages that compression imports; an export needs them too."""
 _DISTRIBUTIONS = {"PIL": "pillow", "cuda.bindings.runtime": "cuda-bindings"}
-"""What is not called as it is imported, as far as users are told of it."""
+"""Import names that differ from the PyPI name."""
 
 
 def absent(package: str) -> bool:
-    """Whether a package is not installed; it is not imported."""
+    """Return whether a package is not installed, without importing it."""
     try:
         spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:  # of the package that it is part of
+    except ModuleNotFoundError:  # its parent package is absent
         return True
     # A folder without code, such as an export named `openvino` in the working directory, has a spec but no origin.
     return spec is None or spec.origin is None
 
 
 def distribution(package: str) -> str:
-    """What pip calls it."""
+    """Return a package's name on PyPI."""
     return _DISTRIBUTIONS.get(package, package)
 
 
 def missing(packages: tuple[str, ...]) -> list[str]:
-    """Those that are not installed; `a|b` is either."""
+    """Return the packages that are not installed; `a|b` means either one will do."""
     return [package for package in packages if all(map(absent, package.split("|")))]
 
 
 def require(packages: tuple[str, ...], extra: str) -> None:
-    """Refuse to go on without these packages.
+    """Stop unless these packages are installed.
+
+    Args:
+        extra: the extra that installs them, or several separated by commas.
 
     Raises:
-        MissingExtraError: one is not installed; `extra` (or several, with commas) brings it.
+        MissingExtraError: a package is not installed.
     """
     if lacking := missing(packages):
         raise MissingExtraError(distribution(lacking[0]), extra)
@@ -53,10 +56,10 @@ def require(packages: tuple[str, ...], extra: str) -> None:
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Around imports: a package that is not there becomes a MissingExtraError, one that is broken shows its own.
+    """Guard imports: an absent package raises MissingExtraError; a broken one raises its own error.
 
     Raises:
-        MissingExtraError: an import inside found no such package.
+        MissingExtraError: an imported package is not installed.
     """
     try:
         yield
@@ -67,7 +70,7 @@ def needs(extra: str) -> Iterator[None]:
 
 
 def conflicts() -> list[str]:
-    """Packages that spoil each other, one line each, with the command that mends it."""
+    """Return one line for each pair of installed packages that break each other, with the command that fixes it."""
     both = ("onnxruntime", "onnxruntime-gpu")
     if any(_uninstalled(name) for name in both):
         return []

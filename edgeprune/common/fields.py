@@ -1,7 +1,6 @@
-"""Fields of a file that somebody else wrote: of the kind and in the range that is expected, or one line that says so.
+"""Checked fields of a file that someone else wrote: each has the expected type and range, or raises a one-line error.
 
-A number is bounded before anything is built from it. What it leaves out: files as such (files.py), and what a field
-means.
+Every number is bounded before anything is built from it.
 """
 
 from __future__ import annotations
@@ -12,63 +11,69 @@ from typing import Any
 from edgeprune.common.errors import InputError
 
 LARGEST = 65_536
-"""Of any width, count of heads, channels or pixels: ten times what there is."""
+"""The largest width, number of heads, channels or pixels accepted: ten times what exists today."""
 MOST_BLOCKS = 1000
-"""Of one kind."""
+"""The most transformer blocks of one kind accepted."""
 
 
 def shown(value: Any) -> str:
-    """A value as messages quote it: control characters escaped, and cut where it is long."""
+    """Return a value as error messages quote it: control characters escaped, long values truncated."""
     try:
         text = repr(value)
-    except ValueError:  # more digits than Python writes
+    except ValueError:  # an integer with more digits than Python prints
         text = "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def whole(data: Mapping[str, Any], name: str, where: object, *, least: int = 1, most: int = LARGEST) -> int:
-    """A whole number from `least` to `most`.
+def whole_number(data: Mapping[str, Any], name: str, where: object, *, least: int = 1, most: int = LARGEST) -> int:
+    """Return field `name`, a whole number from `least` to `most`.
+
+    Args:
+        where: the file, for the error.
 
     Raises:
-        InputError: it is missing, of another kind or out of range.
+        InputError: the field is missing, has another type or is out of range.
     """
-    found = data.get(name)
-    if isinstance(found, bool) or not isinstance(found, int) or not least <= found <= most:
-        raise InputError(f"{where}: {name}: found {shown(found)}, expected a whole number from {least} to {most}")
-    return found
+    value = data.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise InputError(f"{where}: {name}: found {shown(value)}, expected a whole number from {least} to {most}")
+    return value
 
 
-def real(data: Mapping[str, Any], name: str, where: object, *, least: float, most: float) -> float:
-    """A number from `least` to `most`.
+def real_number(data: Mapping[str, Any], name: str, where: object, *, least: float, most: float) -> float:
+    """Return field `name`, a number from `least` to `most`.
 
     Raises:
-        InputError: it is missing, of another kind, no number or out of range.
+        InputError: the field is missing, has another type, is NaN or is out of range.
     """
-    found = data.get(name)
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or not least <= found <= most:
-        raise InputError(f"{where}: {name}: found {shown(found)}, expected a number from {least:g} to {most:g}")
-    return float(found)
+    value = data.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise InputError(f"{where}: {name}: found {shown(value)}, expected a number from {least:g} to {most:g}")
+    return float(value)
 
 
 def text(data: Mapping[str, Any], name: str, where: object) -> str:
-    """A text.
+    """Return field `name`, a string.
 
     Raises:
-        InputError: it is missing or of another kind.
+        InputError: the field is missing or has another type.
     """
-    found = data.get(name)
-    if not isinstance(found, str):
-        raise InputError(f"{where}: {name}: found {shown(found)}, expected a text")
-    return found
+    value = data.get(name)
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {name}: found {shown(value)}, expected a string")
+    return value
 
 
 def texts(data: Mapping[str, Any], name: str, where: object) -> list[str]:
-    """A list of texts.
+    """Return field `name`, a list of strings.
 
     Raises:
-        InputError: it is missing, or something else is in it.
+        InputError: the field is missing, is no list, or holds anything other than strings.
     """
-    found = data.get(name)
-    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
-        raise InputError(f"{where}: {name}: found {shown(found)}, expected a list of texts")
-    return found
+    value = data.get(name)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise InputError(f"{where}: {name}: found {shown(value)}, expected a list of strings")
+    return value
+
+
+whole, real = whole_number, real_number  # TEMP alias

@@ -1,6 +1,6 @@
-"""Files without surprises: atomic JSON, copies, hashes, and errors that name the file.
+"""Safe file handling: atomic JSON, copies, hashes, and errors that name the file.
 
-Leaves out weights: see checkpoint.py.
+Tensors are written by tensors.py.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from edgeprune.common.fields import shown
 from edgeprune.common.hub_cache import stores
 
 _LARGEST_JSON = 2**28
-"""Bytes: several times the largest tokenizer, or scores of all pairs."""
+"""In bytes. The largest files read are tokenizers and the scores of all pairs; both are several times smaller."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        InputError: no such file, not JSON, or not an object.
+        InputError: the file does not exist, is not JSON, or holds something other than an object.
     """
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST_JSON + 1)
         if len(content) > _LARGEST_JSON:
             raise InputError(
-                f"{path}: found more than {_LARGEST_JSON} bytes, expected a JSON file of ours or a model's"
+                f"{path}: found more than {_LARGEST_JSON} bytes, expected a JSON file of edgeprune or of a model"
             )
         data = parse_json(content.decode())
     except FileNotFoundError:
@@ -47,15 +47,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_schema(path: Path | str, found: Any, known: int, remedy: str) -> None:
-    """Refuse a file whose form another edgeprune has written.
+    """Refuse a file that another version of edgeprune wrote in another schema.
 
     Args:
-        found: its `schema_version`.
-        known: the one that this edgeprune reads.
-        remedy: what to do if the file's is older.
+        found: the file's `schema_version`.
+        known: the version that this edgeprune reads.
+        remedy: what the user should do if the file is older.
 
     Raises:
-        InputError: they differ.
+        InputError: the versions differ.
     """
     if found != known:
         newer = isinstance(found, int) and found > known
@@ -64,16 +64,16 @@ def check_schema(path: Path | str, found: Any, known: int, remedy: str) -> None:
 
 
 def parse_json(text: str) -> Any:
-    """A JSON value whose numbers are finite and whose texts can be written.
+    """Parse JSON whose numbers are finite and whose strings can be encoded.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not such JSON.
     """
     try:
         data = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if "\\u" in text:  # half a pair of surrogates is a text in JSON, and in no file or terminal
+    if "\\u" in text:  # JSON allows a lone surrogate, which no file or terminal can encode
         json.dumps(data, ensure_ascii=False).encode()
     return data
 
@@ -86,15 +86,15 @@ def _finite(text: str) -> float:
 
 
 def inside(folder: Path, name: str, where: object) -> Path:
-    """Resolve a name that a file gives for another file in the same folder, or below it.
+    """Resolve a name by which one file refers to another file in `folder` or below it.
 
-    In a snapshot of the hub's cache, links into the cache's own stores count as inside, see hub_cache.py.
+    In a snapshot of the hub's cache, links into the cache's own stores count as inside; see hub_cache.py.
 
     Args:
-        where: what gave the name, for the error.
+        where: where the name was read, for the error.
 
     Raises:
-        InputError: the name, or a link on its way, leads out of the folder.
+        InputError: the name, or a symlink on its path, leads out of the folder.
     """
     try:
         home = folder.resolve()
@@ -104,16 +104,16 @@ def inside(folder: Path, name: str, where: object) -> Path:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.lstat()
             return path
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a link to itself
-        raise InputError(f"{where}: found {shown(name)}, which is no file's name ({error})") from None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a link to itself
+        raise InputError(f"{where}: found {shown(name)}, which is not a file name ({error})") from None
     raise InputError(f"{where}: found {shown(name)}, which leads out of the folder {folder}")
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a folder with a link that leads out of it: a copy would hold some other file of the reader's.
+    """Refuse a folder with a symlink that leads out of it: a copy of the folder would include the user's other files.
 
     Raises:
-        InputError: there is one.
+        InputError: there is such a link.
     """
     for root, folders, names in os.walk(folder):
         for name in (*folders, *names):
@@ -123,15 +123,15 @@ def check_links(folder: Path) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """As `write_text`."""
+    """Write a value as indented JSON, atomically; see `write_text`."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write by way of a temporary name, so that a reader sees the old or the new file, never a part.
+    """Write to a temporary file and rename it, so that readers see the old file or the new one, never half of it.
 
     Raises:
-        DiskError: the disk is full or the folder cannot be written; what was at `path` is untouched.
+        DiskError: the disk is full or the folder is not writable; the old file at `path` is untouched.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -145,7 +145,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that is appended to; a last one that a kill has torn is cut off, the others stay."""
+    """Return the complete lines of an append-only file; truncate a last line that a kill left incomplete."""
     data = path.read_bytes()
     end = data.rfind(b"\n") + 1
     if end < len(data):
@@ -154,20 +154,20 @@ def whole_lines(path: Path) -> list[str]:
 
 
 def copy_folder(source: Path, target: Path, *leave_out: str) -> None:
-    """Copy a folder to a new place, but for files of these patterns. If that fails, nothing is left there.
+    """Copy a folder to a new path, leaving out files that match the patterns. If that fails, nothing is left behind.
 
     Raises:
-        EdgepruneError: a file cannot be read, or the disk is full.
+        EdgepruneError: the target exists, a file cannot be read, or the disk is full.
     """
 
-    def copy(one: str, to: str) -> str:  # copytree collects OSErrors and goes on; this ends it at the first
+    def copy(one: str, to: str) -> str:  # copytree collects OSErrors and continues; this stops at the first
         try:
             return shutil.copyfile(one, to)
         except OSError as error:
             raise cannot_write(Path(to), error) from error
 
     if target.exists():
-        raise EdgepruneError(f"{target}: is there already")
+        raise EdgepruneError(f"{target}: already exists")
     try:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(*leave_out), copy_function=copy)
     except BaseException:
@@ -176,7 +176,7 @@ def copy_folder(source: Path, target: Path, *leave_out: str) -> None:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Move a finished folder to its place; what was there goes only when it is, and comes back if that fails."""
+    """Move a finished folder to `target`. The old folder is deleted only afterwards, and restored if the move fails."""
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if not target.exists():
@@ -192,13 +192,13 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def need_space(folder: Path, size: int) -> None:
-    """Refuse to begin writing `size` bytes where they do not fit.
+    """Check that the disk has room for `size` bytes before writing begins.
 
     Raises:
-        DiskError: the disk has less; says how much is needed.
+        DiskError: the disk has less free space; the message says how much is needed.
     """
-    there = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
     if free < size:
         raise DiskError(
             f"{folder}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left; free some space and run again"
@@ -206,16 +206,16 @@ def need_space(folder: Path, size: int) -> None:
 
 
 def cannot_write(path: Path, error: Exception) -> DiskError:
-    """What to raise when a file was not written: one line that says why, and what to do if the disk is full."""
-    # safetensors hides the error number in its text.
+    """Return the error to raise when a file was not written: why, and what to do if the disk is full."""
+    # safetensors gives the error number only in its text.
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         return DiskError(f"{path}: disk full; free some space and run again")
     return DiskError(f"{path}: cannot be written ({error})")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is what Python, PyTorch or the system raises when memory is short."""
-    # By name, since not everyone has torch; on a CPU it raises a RuntimeError.
+    """Return whether Python, PyTorch or the operating system raised this error because memory ran out."""
+    # Matched by name, since torch may not be installed. On a CPU, torch raises a RuntimeError.
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -225,7 +225,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Return the hex SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
@@ -238,28 +238,29 @@ def _digest(file: Any) -> str:  # Python 3.10 has no file_digest
 
 
 def sha256_unless_known(path: Path, known: dict[str, Any]) -> str:
-    """As `sha256_file`, but a file of the size and times noted in `known` is not read again; `known` is kept current.
+    """Return a file's SHA-256, reading the file only if its size or times differ from those in `known`.
 
-    Times are compared for equality alone, so a clock that was set back makes nothing current. The inode's time is one
-    of them: a copy that keeps the time of change does not keep that.
+    `known` is updated in place. Times are compared for equality only, so setting the clock back cannot make a stale
+    entry look valid. The inode's change time is included because a copy can preserve the modification time but not
+    that one.
     """
     stat = path.stat()
-    now = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-    seen = known.get(str(path))
-    if not (isinstance(seen, list) and seen[:-1] == now):
-        known[str(path)] = seen = [*now, sha256_file(path)]
-    return str(seen[-1])
+    current = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    entry = known.get(str(path))
+    if not (isinstance(entry, list) and entry[:-1] == current):
+        known[str(path)] = entry = [*current, sha256_file(path)]
+    return str(entry[-1])
 
 
 def files_digest(folder: Path) -> str:
-    """Changes when a file of a folder does: by name, size and time of change, so that nothing has to be read.
+    """Return a digest of the names, sizes and modification times of all files in a folder; no file is read.
 
-    For a file, its own; where there is nothing, that of nothing.
+    For a file, the digest covers that file; for a missing path, an empty list.
     """
     paths = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
     return digest([(p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in paths])
 
 
 def digest(data: Any) -> str:
-    """Hex digest of a JSON value, key order aside: the identity of a stage's inputs."""
+    """Return the hex SHA-256 of a JSON value, regardless of key order. Stages identify their inputs by it."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,9 @@
-"""How memory comes from the system and goes back, where large tensors come and go beside small ones.
+"""How the allocator obtains memory from the system and returns it.
 
-glibc learns from what is freed to keep pieces of up to 32 MB in its heap, where what a traced graph left lies between
-them: SD3.5 Large's export, a block at a time, peaked at 3.3 GB that way instead of 1.6. What it leaves out: other C
-libraries, and work that makes the same tensors again and again, which a heap serves faster.
+glibc adapts to freed allocations: it starts to keep allocations of up to 32 MB in its heap. There the small objects of
+a traced graph lie between them, so freed memory cannot return to the system. Exporting SD3.5 Large block by block
+peaked at 3.3 GB that way, and at 1.6 GB with `returned()`. Only glibc is handled. Work that allocates the same tensors
+again and again is faster without this.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ from contextlib import contextmanager
 
 _LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 _MMAP_THRESHOLD = -3
-"""M_MMAP_THRESHOLD of glibc's <malloc.h>."""
+"""M_MMAP_THRESHOLD in glibc's <malloc.h>."""
 _LARGE, _MOST_LEARNT = 1 << 20, 32 << 20
 
 
 def large_pages() -> None:
-    """PyTorch asks Linux for pages of 2 MB for its large tensors; to be called before it allocates anything.
+    """Let PyTorch request 2 MB pages from Linux for large tensors. Call this before PyTorch allocates anything.
 
-    Quantising FLUX spent more time in faults of 4 KB pages than in arithmetic. A user's own setting stays.
+    Without it, quantising FLUX spent more time in page faults of 4 KB pages than in arithmetic. A value that the user
+    has set is kept.
     """
     os.environ.setdefault(_LARGE_PAGES, "1")
 
 
 @contextmanager
 def returned() -> Iterator[None]:
-    """While this lasts, pieces of 1 MB and more are mapped one by one, and unmapped when they are freed."""
+    """Inside the context, map each allocation of 1 MB or more separately and unmap it when it is freed."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is None:  # not glibc
         yield

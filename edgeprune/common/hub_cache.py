@@ -1,11 +1,11 @@
-"""How huggingface_hub lays out its cache, read from paths alone.
+"""The layout of huggingface_hub's cache, recognised from paths alone.
 
     CACHE/models--OWNER--NAME/snapshots/REVISION/vae/config.json -> ../../../blobs/HASH
-    CACHE/models--OWNER--NAME/blobs/HASH                         a file, or since huggingface_hub 2 a link:
+    CACHE/models--OWNER--NAME/blobs/HASH                         a file, or since huggingface_hub 2 a symlink:
                                                                  -> ../../blobs/ab/HASH
     CACHE/blobs/ab/HASH                                          the file, shared by repositories
 
-Every file of a snapshot is therefore a link that leaves the snapshot, and only ever into one of these two stores.
+So every file of a snapshot is a symlink that leaves the snapshot, and it always leads into one of these two stores.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import re
 from pathlib import Path
 
 SHARED_MARKER = ".huggingface-shared-blobs"
-"""huggingface_hub writes this file into CACHE/blobs; a folder without it is not such a store."""
+"""huggingface_hub writes this file into CACHE/blobs; a folder without it is not a shared store."""
 _REPOSITORY = re.compile(r"(models|datasets|spaces)--.+")
 
 
 def stores(folder: Path) -> list[Path]:
-    """Return the folders that links below `folder` may lead into; none unless it is a snapshot, or is inside one.
+    """Return the folders that links below `folder` may lead into; empty unless `folder` is in a snapshot.
 
     Args:
         folder: a resolved path.

@@ -1,9 +1,8 @@
-"""Bootstrap intervals over prompts: of a mean, and of what a paired score loses. Numpy alone.
+"""Bootstrap intervals over prompts: of a mean score, and of the drop between two paired scores. Needs only numpy.
 
-Prompts may belong to tasks: then the figure is the mean of the tasks' means, and prompts are drawn anew within each;
-among all of them where every task has but one, which drawn anew would always be itself.
-What it leaves out: several images of one prompt, which are not independent (average them first), and tests of
-significance.
+Prompts may belong to tasks. Then the statistic is the mean of the tasks' means, and prompts are resampled within each
+task. If every task has a single prompt, prompts are resampled across all tasks, since resampling one prompt changes
+nothing. Several images of one prompt are not independent: average them first.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ DRAWS = 2000
 
 
 class Interval(NamedTuple):
-    """A figure with its bootstrap 95 % interval."""
+    """A mean with its 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -26,12 +25,12 @@ class Interval(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """What the second of two paired scores has lost."""
+    """How far the second of two paired scores is below the first."""
 
     difference: Interval
-    """First less second."""
+    """The first score minus the second."""
     relative: Interval | None
-    """The same as a share of the first's mean; None unless that is above 0."""
+    """The difference as a fraction of the first score's mean; None unless that mean is above 0."""
 
 
 def _groups(tasks: Sequence[str] | None, count: int) -> list[NDArray[np.intp]]:
@@ -42,9 +41,10 @@ def _groups(tasks: Sequence[str] | None, count: int) -> list[NDArray[np.intp]]:
 def _means(
     rows: Sequence[NDArray[np.float64]], groups: list[NDArray[np.intp]], draws: int, seed: int
 ) -> NDArray[np.float64]:
-    """Mean over seeds and groups of each of K arrays (S, P), as it is and for each draw: (K, 1 + draws).
+    """Return the mean over seeds and groups of each of K arrays (S, P), plain and for each draw: (K, 1 + draws).
 
-    All share the drawn prompts, so that their differences are paired; the S training seeds of each are drawn apart.
+    All K arrays share the resampled prompts, so their differences are paired. The S training seeds of each array are
+    resampled independently.
     """
     rng = np.random.default_rng(seed)
     drawn_within = groups if max(map(len, groups)) > 1 else [np.concatenate(groups)]
@@ -68,23 +68,23 @@ def _interval(means: NDArray[np.float64]) -> Interval:
 def mean_interval(
     values: ArrayLike, tasks: Sequence[str] | None = None, *, draws: int = DRAWS, seed: int = 0
 ) -> Interval:
-    """Mean over tasks of the mean over prompts.
+    """Return the mean over tasks of the mean over prompts, with its interval.
 
     Args:
-        values: one per prompt, (P,); or of several training seeds, (S, P), which are drawn anew as prompts are.
-        tasks: task of each prompt; None if there is one task.
-        draws: how often the prompts are drawn anew.
-        seed: of the draws.
+        values: one value per prompt, (P,); or for several training seeds (S, P), which are resampled as well.
+        tasks: the task of each prompt; None if there is only one task.
+        draws: the number of bootstrap resamples.
+        seed: seeds the resampling.
     """
-    given = np.atleast_2d(np.asarray(values, dtype=float))
-    return _interval(_means([given], _groups(tasks, given.shape[1]), draws, seed)[0])
+    scores = np.atleast_2d(np.asarray(values, dtype=float))
+    return _interval(_means([scores], _groups(tasks, scores.shape[1]), draws, seed)[0])
 
 
 def paired_drop(
     first: ArrayLike, second: ArrayLike, tasks: Sequence[str] | None = None, *, draws: int = DRAWS, seed: int = 0
 ) -> Drop:
-    """How far `second` is below `first`, prompt by prompt; arguments as in `mean_interval`."""
-    given = [np.atleast_2d(np.asarray(values, dtype=float)) for values in (first, second)]
-    a, b = _means(given, _groups(tasks, given[0].shape[1]), draws, seed)
-    share = np.divide(a - b, a, out=np.zeros_like(a), where=a > 0)  # a draw without any success tells nothing
+    """Return how far `second` is below `first`, prompt by prompt. The arguments are those of `mean_interval`."""
+    scores = [np.atleast_2d(np.asarray(values, dtype=float)) for values in (first, second)]
+    a, b = _means(scores, _groups(tasks, scores[0].shape[1]), draws, seed)
+    share = np.divide(a - b, a, out=np.zeros_like(a), where=a > 0)  # a draw without any success carries no information
     return Drop(_interval(a - b), _interval(share) if a[0] > 0 else None)

@@ -1,11 +1,11 @@
-"""One run at a time in a folder: a lock of the operating system, and beside it a note of who has it.
+"""One run at a time in a folder: an operating-system lock, and a note next to it that says who holds it.
 
-    self._lock = hold(out / LOCK, out)  # as long as it is referred to
+    self._lock = hold(out / LOCK, out)  # held for as long as something refers to it
     with hold(out / LOCK, out): ...
 
-The lock is flock's, by way of filelock: it ends with its process, however that ends, so none is ever stale, and what a
-killed run held the next one takes over. What it leaves out: threads and children of one process, which share its
-locks, and file systems without flock.
+The lock is an flock, taken through filelock. It ends with its process, however the process ends, so no lock is ever
+stale, and the next run can take over a killed run's folder. Threads and child processes share their process's locks.
+File systems without flock are not supported.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from edgeprune.common.errors import InputError, LockedError
 from edgeprune.common.files import cannot_write, read_json, write_json
 
 LOCK = ".lock"
-"""The name of the lock's file in a folder that is gone on with."""
+"""The lock file's name in a folder that a run can resume."""
 
 
 class Lock:
-    """A lock that this process has until nothing refers to it. Made by `hold`."""
+    """A lock that this process holds until nothing refers to it. Use `hold` to take one."""
 
     def __init__(self, path: Path, folder: Path) -> None:
-        """As `hold`."""
+        """Take the lock; see `hold` for arguments and errors."""
         lock, note = FileLock(path, thread_local=False), _note(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,33 +55,34 @@ class Lock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing: with the block goes a reference."""
+        """Do nothing: the block held a reference, and the lock ends with the last reference."""
 
 
-_held: weakref.WeakValueDictionary[Path, Lock] = weakref.WeakValueDictionary()
+_locks: weakref.WeakValueDictionary[Path, Lock] = weakref.WeakValueDictionary()
+"""The locks that this process holds."""
 
 
 def hold(path: Path, folder: Path) -> Lock:
-    """Take the lock whose file is `path`; the same one again if this process has it.
+    """Take the lock whose file is `path`; return the existing lock if this process already holds it.
 
     Args:
-        folder: what is locked, for the message.
+        folder: the locked folder, for the error.
 
     Raises:
-        LockedError: another process has it; says who, and what to do.
-        DiskError: its file cannot be written.
+        LockedError: another process holds it; the message says which one and what to do.
+        DiskError: the lock file cannot be written.
     """
     key = path.resolve()
-    lock = _held.get(key)
+    lock = _locks.get(key)
     if lock is None:
-        _held[key] = lock = Lock(path, folder)
+        _locks[key] = lock = Lock(path, folder)
     return lock
 
 
 def is_free(folder: Path, mark: str) -> bool:
-    """Whether a folder is new or empty, but for what a run that was killed before it wrote `mark` leaves."""
-    left = {LOCK, _note(folder / LOCK).name, f"{_note(folder / LOCK).name}.tmp", f"{mark}.tmp"}
-    return not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= left)
+    """Return whether a folder is new or empty, ignoring the files of a run that was killed before it wrote `mark`."""
+    leftovers = {LOCK, _note(folder / LOCK).name, f"{_note(folder / LOCK).name}.tmp", f"{mark}.tmp"}
+    return not folder.exists() or (folder.is_dir() and {p.name for p in folder.iterdir()} <= leftovers)
 
 
 def _note(path: Path) -> Path:
@@ -89,21 +90,21 @@ def _note(path: Path) -> Path:
 
 
 def _owner(note: Path) -> str:
-    """Who has a lock and how to get it, as far as is known: the note may be a moment late."""
+    """Return who holds a lock and how to get it. The note may not be written yet, since the lock comes first."""
     with contextlib.suppress(InputError):
-        said = read_json(note)
-        pid, host = said.get("pid"), said.get("host")
+        owner = read_json(note)
+        pid, host = owner.get("pid"), owner.get("host")
         if isinstance(pid, int) and (host != socket.gethostname() or psutil.pid_exists(pid)):
             return (
-                f"process {pid} on {host} since {said.get('since')} ({said.get('command')}); "
+                f"process {pid} on {host} since {owner.get('since')} ({owner.get('command')}); "
                 f"wait until it is done, or stop it there with `kill {pid}`"
             )
     return "another run, which has just begun; wait until it is done"
 
 
 def _release(lock: FileLock, path: Path, pid: int) -> None:
-    if os.getpid() == pid:  # not in a forked child, whose parent goes on
-        for file in (_note(path), path):  # before the lock goes: afterwards they may be another's
+    if os.getpid() == pid:  # not in a forked child: its parent still holds the lock
+        for file in (_note(path), path):  # before the release: afterwards the files may belong to another process
             with contextlib.suppress(OSError):
-                file.unlink(missing_ok=True)  # whoever gets a lock on a file without a name tries again: filelock
+                file.unlink(missing_ok=True)  # filelock tries again if the file that it locked has been unlinked
         lock.release()

@@ -1,10 +1,10 @@
-"""Several processes of one run, as `accelerate launch` or torchrun starts them: which is first, and waiting for it.
+"""The processes of one run, as `accelerate launch` or torchrun starts them: their ranks, and waiting for rank 0.
 
     with main_first():
-        data = load() if path.exists() else make(path)  # made once, loaded by the others
+        data = load() if path.exists() else make(path)  # made once by rank 0, loaded by the others
 
-The first process alone writes, holds locks and speaks; all of them see the same folders. One process alone, which the
-environment tells, loads nothing for any of this. What it leaves out: what the processes compute, see engine.py.
+Only rank 0 writes files, holds locks and prints; all ranks see the same folders. The environment says how many
+processes there are, so a single process imports nothing for this. What they compute is in training/parallel.py.
 """
 
 from __future__ import annotations
@@ -16,35 +16,36 @@ from datetime import timedelta
 from typing import Any
 
 _LONGEST_WAIT = timedelta(days=7)
-"""For the first process, which may be making training data; one that ends is noticed at once."""
+"""The others may wait this long for rank 0, which may be encoding training data. A rank that exits is noticed at once.
+"""
 
 
 LAUNCHED = "EDGEPRUNE_LAUNCHED"
-"""Set by launch.py: accelerate says nothing to a process that it starts alone."""
+"""launch.py sets this variable, because accelerate sets none for a process that it starts alone."""
 
 
 def launched() -> bool:
-    """Whether a launcher started this process, as one of several or alone."""
+    """Return whether a launcher started this process, alone or as one of several."""
     return "LOCAL_RANK" in os.environ or LAUNCHED in os.environ
 
 
 def count() -> int:
-    """How many processes the run has."""
+    """Return the number of processes of this run."""
     return int(os.environ.get("WORLD_SIZE", "1")) if launched() else 1
 
 
 def index() -> int:
-    """The place of this one, from 0."""
+    """Return this process's rank, from 0."""
     return int(os.environ.get("RANK", "0")) if launched() else 0
 
 
 def is_main() -> bool:
-    """Whether this is the first process."""
+    """Return whether this process is rank 0."""
     return index() == 0
 
 
 def join() -> None:
-    """Meet the other processes, once; before anything else of accelerate is asked."""
+    """Initialise the process group once, before any other accelerate call."""
     import torch
     from accelerate import PartialState
 
@@ -52,7 +53,7 @@ def join() -> None:
 
 
 def from_main(value: Any) -> Any:
-    """The first process' value, in every process."""
+    """Return rank 0's value in every process. Collective: every rank must call it."""
     if count() == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -62,7 +63,7 @@ def from_main(value: Any) -> Any:
 
 
 def meet() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this."""
     if count() > 1:
         from accelerate import PartialState
 
@@ -72,10 +73,10 @@ def meet() -> None:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The first process does what is inside alone, then the others do it.
+    """Run the block in rank 0 first, then in the other processes.
 
     Raises:
-        SystemExit: in the others, with the first one's exit code, if it failed there, which says why.
+        SystemExit: rank 0 failed. Raised in the other processes with rank 0's exit code; rank 0 reports the reason.
     """
     if not is_main() and (code := from_main(None)):
         raise SystemExit(code)
@@ -90,8 +91,8 @@ def main_first() -> Iterator[None]:
 
 
 def _exit_code(error: BaseException) -> int:
-    """What the command ends with, see cli.main: launchers pass on that of whoever they see failing first."""
+    """Return the exit code that cli.main gives an error. Launchers exit with the code of the first rank to fail."""
     if isinstance(error, KeyboardInterrupt):
         return 130
-    found = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
-    return found if isinstance(found, int) and found else 1
+    code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
+    return code if isinstance(code, int) and code else 1

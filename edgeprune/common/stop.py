@@ -1,12 +1,12 @@
-"""SIGTERM: a run stops at its next step, shard or part, keeps what it has, and exits with 143 within 30 seconds.
+"""SIGTERM: a run stops after its current step or file, keeps finished work, and exits with 143 within 30 seconds.
 
     with on_sigterm():
-        for part in parts:
-            check()  # between parts, where all is written
+        for file in files:
+            check()  # between files, when everything is written
 
-Several processes stop together: in `held()` nothing is raised, and whoever computes asks all of them, see distill.py.
-What has no end within GRACE_S is broken off; all files are written under temporary names, so this loses that part
-alone. What it leaves out: SIGINT, which Python raises at once.
+Several processes must stop at the same step: inside `deferred()` `check` raises nothing, and the training loop agrees
+with all ranks on when to stop (training/distill.py). Work that takes longer than GRACE_S is aborted. Files are written
+under temporary names, so only that piece of work is lost. Python itself handles SIGINT.
 """
 
 from __future__ import annotations
@@ -22,46 +22,46 @@ GRACE_S = 25.0
 
 
 class Stopped(BaseException):
-    """SIGTERM came. As KeyboardInterrupt it is no error, so that nobody who handles errors holds it up."""
+    """SIGTERM arrived. Like KeyboardInterrupt it is no Exception, so code that handles errors does not catch it."""
 
     exit_code = EXIT_CODE
 
 
 _asked = False
-_held = False
+_deferred = False
 
 
 def asked() -> bool:
-    """Whether SIGTERM came: time to save."""
+    """Return whether SIGTERM has arrived, so the run should save and stop."""
     return _asked
 
 
 def check() -> None:
-    """Stop here if SIGTERM came.
+    """Stop here if SIGTERM has arrived, unless stopping is deferred.
 
     Raises:
-        Stopped: it did.
+        Stopped: SIGTERM has arrived.
     """
-    if _asked and not _held:
+    if _asked and not _deferred:
         raise Stopped
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """While in it, `check` lets everything pass."""
-    global _held
-    _held = True
+def deferred() -> Iterator[None]:
+    """Inside the context, `check` does not raise; the caller asks `asked` and decides when to stop."""
+    global _deferred
+    _deferred = True
     try:
         yield
     finally:
-        _held = False
+        _deferred = False
 
 
 @contextmanager
 def on_sigterm() -> Iterator[None]:
-    """While in it, SIGTERM asks to stop. For the main thread."""
+    """Inside the context, SIGTERM requests a stop at the next `check`. Call this in the main thread."""
     global _asked
-    timer = threading.Timer(GRACE_S, _break_off)
+    timer = threading.Timer(GRACE_S, _abort)
     timer.daemon = True
 
     def ask(*_: object) -> None:
@@ -80,6 +80,6 @@ def on_sigterm() -> Iterator[None]:
         _asked = False
 
 
-def _break_off() -> None:
-    os.write(2, b"error: stopped by SIGTERM amid a long step, which is lost; run the same command again to go on\n")
+def _abort() -> None:
+    os.write(2, b"error: stopped by SIGTERM during a long step, which is lost; run the same command again to resume\n")
     os._exit(EXIT_CODE)

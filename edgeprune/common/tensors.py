@@ -1,4 +1,4 @@
-"""Tensors by name, and writing them to a safetensors file atomically."""
+"""Named tensors, and writing them atomically to a safetensors file."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Tensors = dict[str, torch.Tensor]
 
 
 def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file by way of a temporary name.
+    """Write a safetensors file under a temporary name, then rename it.
 
     Raises:
-        DiskError: the disk is full or the folder cannot be written; what was at `path` is untouched.
+        DiskError: the disk is full or the folder is not writable; the old file at `path` is untouched.
     """
-    # a folder, since safetensors itself writes by way of a name of its own beside the file, which a kill leaves there
+    # In a temporary folder: safetensors creates a temporary file of its own there, which a kill would leave behind.
     folder = path.with_name(path.name + ".partial")
     temporary = folder / path.name
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         temporary.touch()
-        mode = temporary.stat().st_mode  # as umask has it; safetensors would let nobody else read
+        mode = temporary.stat().st_mode  # as umask says; safetensors makes its files readable by their owner only
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata=metadata)
         temporary.chmod(mode)
         os.replace(temporary, path)

@@ -1,4 +1,5 @@
 """Training data.
 
-sources/ read what users have, encode.py makes a cache of it, cache.py maps a cache, pairs.py draws batches.
+sources/ reads images and captions, settings.py identifies and sizes a cache, encode.py makes it with encoder.py,
+cache.py checks and maps it, pairs.py draws batches from it.
 """

@@ -1,7 +1,4 @@
-"""Aspect-ratio buckets: a few sizes of about the same number of pixels, and the one that an image comes nearest to.
-
-Only shapes and PIL's resizing. What it leaves out: more than one number of pixels.
-"""
+"""Aspect-ratio buckets: a few image sizes of about the same number of pixels, and the size that fits an image best."""
 
 from __future__ import annotations
 
@@ -15,42 +12,42 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 RATIO = 2.0
-"""The longest side in shorter ones; longer images are cropped to it."""
+"""The highest ratio of the longer side to the shorter; more elongated images are cropped."""
 STEPS = 16
-"""Sides go in steps of this part of a square's side, or in what the model needs if that is more."""
+"""Sides are multiples of this fraction of a square's side, or of the model's unit if that is larger."""
 MOST_ENLARGED = 2.0
-"""An image that must grow by more to fill its bucket is left out."""
+"""An image that must grow by a higher factor to fill its bucket is skipped."""
 
 
 def bucket_sizes(base: Size, unit: int, largest: int | None = None) -> list[Size]:
-    """Sizes with at most the pixels of `base`, in steps of a multiple of `unit`, and `base` itself.
+    """Return `base` and sizes with at most as many pixels, whose sides are multiples of `unit`.
 
     Args:
-        unit: pixels of a token's side: what a VAE's factor and a transformer's patch make together.
-        largest: pixels of the longest side that the model has positions for; None for no limit.
+        unit: the side of a token in pixels: the VAE's factor times the transformer's patch size.
+        largest: the longest side in pixels that the model has positions for; None for no limit.
     """
     area = base[0] * base[1]
     step = max(1, round(math.sqrt(area) / STEPS / unit)) * unit
-    found = {base}
-    for height in range(step, math.isqrt(area) + 1, step):  # and turned by a right angle
+    sizes = {base}
+    for height in range(step, math.isqrt(area) + 1, step):  # each size is added in both orientations
         width = area // height // step * step
         fits = largest is None or max(height, width) <= largest
         if fits and width and max(height, width) <= RATIO * min(height, width):
-            found |= {(height, width), (width, height)}
-    return sorted(found)
+            sizes |= {(height, width), (width, height)}
+    return sorted(sizes)
 
 
 def nearest(image: Size, sizes: list[Size]) -> Size:
-    """The size whose ratio of sides is the nearest to an image's, the first of equals."""
+    """Return the size whose aspect ratio is nearest to an image's; the first one if several are equally near."""
     ratio = math.log(image[0] / image[1])
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
 
 
 def enlarged(image: Size, size: Size) -> float:
-    """By how much an image's sides grow to fill a size."""
+    """Return the factor by which an image's sides grow to fill a size."""
     return max(size[0] / image[0], size[1] / image[1])
 
 
 def fitted(image: Image.Image, size: Size) -> NDArray[np.uint8]:
-    """An image as (H, W, 3), resized and cropped to the middle."""
+    """Return an image resized and centre-cropped to a size, as (H, W, 3)."""
     return np.asarray(ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS))

@@ -1,6 +1,6 @@
-"""A folder of images with `metadata.jsonl`, as `datasets` reads it: one line of `file_name` and `text` per image.
+"""A folder of images with `metadata.jsonl`, as `datasets` reads it: one line with `file_name` and `text` per image.
 
-Lines that `edgeprune score` writes also have the `seed`. What it leaves out: other columns, nested datasets, arrow.
+Lines written by `edgeprune score` also have a `seed`. Other columns are ignored.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ METADATA = "metadata.jsonl"
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and what it is of."""
+    """An image file and its caption."""
 
     path: Path
     text: str
     seed: int | None = None
-    """Of the noise that it was made from, where that is known."""
+    """The seed of the noise that the image was generated from, if known."""
 
 
 def read_samples(folder: Path) -> list[Sample]:
-    """The images of a folder, in the order of its metadata.
+    """Read the image files and captions of a folder, in the order of its metadata.
 
     Raises:
-        InputError: no metadata, a bad line, a path that leads out of the folder, or no image.
+        InputError: the metadata is missing or empty, a line is not valid, or a path leads out of the folder.
     """
     metadata = folder / METADATA
     if not metadata.is_file():
@@ -55,18 +55,18 @@ def read_samples(folder: Path) -> list[Sample]:
         if not isinstance(entry, dict):
             raise InputError(f"{where}: found {shown(entry)}, expected file_name and text")
         path = inside(folder, fields.text(entry, "file_name", where), f"{where}: file_name")
-        seed = None if entry.get("seed") is None else fields.whole(entry, "seed", where, least=0, most=2**63 - 1)
+        seed = None if entry.get("seed") is None else fields.whole_number(entry, "seed", where, least=0, most=2**63 - 1)
         out.append(Sample(path, fields.text(entry, "text", where), seed))
     if not out:
-        raise InputError(f"{metadata}: no images in it")
+        raise InputError(f"{metadata}: lists no images")
     return out
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image as RGB.
+    """Open an image as RGB.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file is not a readable image.
     """
     from PIL import Image
 

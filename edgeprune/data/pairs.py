@@ -1,7 +1,7 @@
-"""What distillation learns from: batches of latents with their encoded prompts, drawn from what is mapped from disk.
+"""What distillation trains on: random batches of latents and encoded prompts, drawn from files on disk.
 
-The pages of a file that is mapped are read when they are asked for and given back when memory is short, so it may be
-larger than memory. What it leaves out: where the files come from (cache.py reads them, encode.py makes them).
+Files are memory-mapped: pages load on demand and can be evicted, so the data may exceed RAM. encode.py makes the files
+and cache.py reads them.
 
 Notation: B batch, S samples, T texts, C latent channels, M text tokens, K and P text widths.
 """
@@ -18,7 +18,7 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's data: latents (B, C, h, w), hidden (B, M, K), pooled (B, P), all float32."""
+    """The data of one step: latents (B, C, h, w), hidden (B, M, K), pooled (B, P), all float32."""
 
     latents: torch.Tensor
     hidden: torch.Tensor
@@ -26,13 +26,13 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Part:
+class Samples:
     """Samples of one size, in memory or mapped from a file. Row 0 of the encoded texts is the empty prompt."""
 
     latents: torch.Tensor
     """(S, C, h, w), normalised."""
     rows: torch.Tensor
-    """(S), the text of each sample."""
+    """(S), the row of each sample's text in `hidden` and `pooled`."""
     hidden: torch.Tensor
     """(T, M, K)."""
     pooled: torch.Tensor
@@ -40,30 +40,30 @@ class Part:
 
 
 class _Bucket:
-    """Parts whose latents are of one size, as one list of samples."""
+    """All samples of one size, from several shards, as one list."""
 
-    def __init__(self, parts: list[Part]) -> None:
-        self.parts = parts
-        self.ends = list(itertools.accumulate(len(part.latents) for part in parts))
+    def __init__(self, shards: list[Samples]) -> None:
+        self.shards = shards
+        self.ends = list(itertools.accumulate(len(shard.latents) for shard in shards))
 
     def sample(self, index: int, dropped: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents, hidden and pooled text; those of the empty prompt if dropped."""
+        """Return a sample's latents, hidden and pooled text; the text is the empty prompt if `dropped`."""
         at = bisect.bisect_right(self.ends, index)
-        part = self.parts[at]
+        shard = self.shards[at]
         place = index - (self.ends[at - 1] if at else 0)
-        row = 0 if dropped else int(part.rows[place])
-        return part.latents[place], part.hidden[row], part.pooled[row]
+        row = 0 if dropped else int(shard.rows[place])
+        return shard.latents[place], shard.hidden[row], shard.pooled[row]
 
 
 class Pairs:
-    """All samples, whatever their number: only what a batch needs is read."""
+    """All samples of a cache. Only the samples of a batch are read from disk."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        """Parts in the order of their samples; those of one size of latents are drawn from together."""
-        grouped: dict[tuple[int, ...], list[Part]] = {}
-        for part in parts:
-            grouped.setdefault(tuple(part.latents.shape[1:]), []).append(part)
-        self._buckets = [_Bucket(parts) for _, parts in sorted(grouped.items())]
+    def __init__(self, shards: Sequence[Samples]) -> None:
+        """Group the samples by the size of their latents, keeping their order."""
+        grouped: dict[tuple[int, ...], list[Samples]] = {}
+        for shard in shards:
+            grouped.setdefault(tuple(shard.latents.shape[1:]), []).append(shard)
+        self._buckets = [_Bucket(same_size) for _, same_size in sorted(grouped.items())]
         self._ends = list(itertools.accumulate(bucket.ends[-1] for bucket in self._buckets))
 
     def __len__(self) -> int:
@@ -71,13 +71,17 @@ class Pairs:
 
     @property
     def item_bytes(self) -> int:
-        """Of a number as it is kept: 2 or 4."""
-        return self._buckets[0].parts[0].latents.element_size()
+        """The bytes of a stored number: 2 or 4."""
+        return self._buckets[0].shards[0].latents.element_size()
 
     def batch(self, size: int, drop: float, generator: torch.Generator) -> Batch:
-        """A random batch of one size of latents; a share `drop` of it has the empty prompt.
+        """Draw a random batch whose latents all have one size.
 
-        A size is drawn as often as its share of the samples, so every sample is drawn equally often.
+        A size is drawn in proportion to its number of samples, so all samples are drawn equally often.
+
+        Args:
+            size: the number of samples B.
+            drop: the probability that a sample's text is replaced by the empty prompt.
         """
         bucket = self._buckets[0]
         if len(self._buckets) > 1:
@@ -85,5 +89,6 @@ class Pairs:
             bucket = self._buckets[bisect.bisect_right(self._ends, sample)]
         picked = torch.randint(bucket.ends[-1], (size,), generator=generator).tolist()
         dropped = (torch.rand(size, generator=generator) < drop).tolist()
-        found = [bucket.sample(*one) for one in zip(picked, dropped, strict=True)]
-        return Batch(*(torch.stack(tensors).float() for tensors in zip(*found, strict=True)))
+        samples = [bucket.sample(index, without_text) for index, without_text in zip(picked, dropped, strict=True)]
+        latents, hidden, pooled = (torch.stack(tensors).float() for tensors in zip(*samples, strict=True))
+        return Batch(latents=latents, hidden=hidden, pooled=pooled)

@@ -1,7 +1,7 @@
-"""Metrics: of images and their prompts, or of a transformer itself. A new one is one new file and one line of KNOWN.
+"""Metrics of images with their prompts, or of a transformer itself. A new metric is a new file and an entry in KNOWN.
 
-An image metric's file has a class METRIC that is an `ImageMetric`; `edgeprune score` asks it about images that are
-already made, `analyze` about those that a pipeline draws as it is now. Imports no vendor.
+The file of an image metric defines METRIC, an `ImageMetric` class. `edgeprune score` applies it to existing images,
+`analyze` to images that a pipeline generates. This module imports no optional package.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _DETECTOR = "a Mask2Former folder of transformers or its hub id, facebook/mask2f
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a metric without importing it."""
+    """What can be said of a metric without importing it."""
 
     module: str
     packages: tuple[str, ...] = ()
-    """What it imports beyond the core; the extra of the metric's own name brings them."""
+    """The optional packages that it imports; the extra with the metric's name installs them."""
     weights: Mapping[str, str] = field(default_factory=dict)
-    """Names of the weights that it takes, each with what to give."""
+    """The weights that it needs, by name, with a description of what to pass."""
     paired: bool = False
-    """Compares each image with the original's of the same prompt and seed."""
+    """It compares each image with the original model's image of the same prompt and seed."""
     lower_is_better: bool = False
     tasks: str | None = None
-    """Module with the prompts that it is made for, and `parse`, which tells a prompt's task; None if any will do."""
+    """The module of its own prompts, with `parse` to get a prompt's task; None if the metric takes any prompt."""
 
 
 _TORCH, _TRANSFORMERS = ("torch",), ("torch", "transformers")
@@ -49,14 +49,14 @@ KNOWN = {
     "shapes": Known("shapes_score", tasks="edgeprune.shapes"),
     "clip": Known("clip_score", _TRANSFORMERS, {"clip": _CLIP}),
     "hpsv2": Known(
-        "hps", _TRANSFORMERS, {"hpsv2": "a folder that `python -m edgeprune.metrics.hps` made of HPS v2.1's file"}
+        "hps", _TRANSFORMERS, {"hpsv2": "a folder that `python -m edgeprune.metrics.hps` made from HPS v2.1's file"}
     ),
     "geneval": Known(
         "geneval",
         (*_TRANSFORMERS, "scipy"),
         {
             "geneval": _DETECTOR,
-            "clip": f"{_CLIP}, which names the colours",
+            "clip": f"{_CLIP}, to name colours",
         },
         tasks="edgeprune.metrics.geneval_rules",
     ),
@@ -72,33 +72,33 @@ KNOWN = {
 }
 """Image metrics by name."""
 VELOCITY = "velocity"
-"""The one metric of the transformer itself, which only `analyze` can ask."""
+"""The only metric of the transformer itself; only `analyze` can use it."""
 
 
 class ImageMetric(Protocol):
-    """See the module."""
+    """Scores images, given their prompts."""
 
     def __init__(self, weights: Mapping[str, str]) -> None:
-        """Load. `weights` holds at least what KNOWN says."""
+        """Load the metric; `weights` has at least the names listed in KNOWN."""
 
     def score(self, images: Images, prompts: Sequence[str], originals: Images | None) -> list[float]:
-        """One value per image; `originals` are there for paired metrics."""
+        """Return one value per image. Paired metrics need `originals`."""
 
 
 class Metric(Protocol):
-    """Of a running pipeline: prepared once with the untouched model, then asked again and again."""
+    """Scores a pipeline: prepared once with the unmodified model, then asked after each modification."""
 
     name: str
 
     def score(self) -> list[float]:
-        """Score the pipeline's transformer as it is now: one value per prompt, higher is better."""
+        """Return one value per prompt for the transformer in its current state; higher is better."""
 
 
 def require(name: str, weights: Mapping[str, str]) -> Known:
-    """What is known of an image metric, once all that it needs is there.
+    """Return the entry of an image metric after checking that everything it needs is available.
 
     Raises:
-        InputError: no image metric of this name, or weights that it takes are not given.
+        InputError: there is no image metric of this name, or its weights are not given.
         MissingExtraError: a package that it imports is not installed.
     """
     if name not in KNOWN:
@@ -112,10 +112,10 @@ def require(name: str, weights: Mapping[str, str]) -> Known:
 
 
 def parse_weights(given: Sequence[str]) -> dict[str, str]:
-    """`clip=./clip` and the like, by name.
+    """Parse values of --weights such as `clip=./clip`; return the paths by name.
 
     Raises:
-        InputError: not of this form, an unknown name, or one given twice.
+        InputError: a value does not have this form, or its name is unknown or repeated.
     """
     names = dict.fromkeys(name for known in KNOWN.values() for name in known.weights)
     out: dict[str, str] = {}
@@ -128,28 +128,28 @@ def parse_weights(given: Sequence[str]) -> dict[str, str]:
 
 
 def of_images(name: str, weights: Mapping[str, str]) -> ImageMetric:
-    """An image metric, loaded.
+    """Load an image metric.
 
     Raises:
-        InputError: unknown name, or weights that are missing or not usable.
+        InputError: the name is unknown, or weights are missing or not usable.
         MissingExtraError: a package that it imports is not installed.
     """
     known = require(name, weights)
-    found: ImageMetric = importlib.import_module(f"{__name__}.{known.module}").METRIC(weights)
-    return found
+    metric: ImageMetric = importlib.import_module(f"{__name__}.{known.module}").METRIC(weights)
+    return metric
 
 
 def tasks_of(name: str) -> ModuleType | None:
-    """The module of a metric's own prompts and their tasks, if it has such."""
+    """Return the module of a metric's own prompts and tasks; None if it has none."""
     module = KNOWN[name].tasks if name in KNOWN else None
     return importlib.import_module(module) if module else None
 
 
 def check_analysis(name: str, weights: Mapping[str, str], prompts: Sequence[str] = ()) -> None:
-    """Refuse a metric for `analyze` before anything is loaded.
+    """Check a metric for `analyze` before anything is loaded.
 
     Raises:
-        InputError: unknown name, missing weights, or a prompt that the metric is not made for.
+        InputError: the name is unknown, weights are missing, or the metric does not support a prompt.
         MissingExtraError: a package that it imports is not installed.
     """
     if name == VELOCITY:
@@ -165,10 +165,10 @@ def check_analysis(name: str, weights: Mapping[str, str], prompts: Sequence[str]
 def of_pipeline(
     name: str, pipe: Any, generation: Generation, prompts: list[str], weights: Mapping[str, str] | None = None
 ) -> Metric:
-    """Any metric, prepared for a pipeline.
+    """Prepare a metric for a pipeline.
 
     Raises:
-        InputError: unknown name, or weights that are missing or not usable.
+        InputError: the name is unknown, or weights are missing or not usable.
         MissingExtraError: a package that it imports is not installed.
     """
     weights = weights or {}
@@ -183,7 +183,12 @@ def of_pipeline(
 
 
 def evaluations(name: str, generation: Generation, prompts: int, per_step: int) -> int:
-    """How many samples go through the transformer for one score, `per_step` of them in each step of an image."""
+    """Return how many samples pass through the transformer for one score.
+
+    Args:
+        prompts: the number of prompts.
+        per_step: samples per denoising step of an image; 2 with guidance.
+    """
     if name == VELOCITY:
         from edgeprune.metrics.velocity import VelocityError
 
@@ -192,7 +197,7 @@ def evaluations(name: str, generation: Generation, prompts: int, per_step: int) 
 
 
 def preparing(name: str, generation: Generation, prompts: int, per_step: int) -> int:
-    """How many samples go through the transformer before the first score."""
+    """Return how many samples pass through the transformer before the first score; arguments as in `evaluations`."""
     if name == VELOCITY:
         from edgeprune.metrics.velocity import VelocityError
 

@@ -1,6 +1,6 @@
-"""CLIP as metrics use it: texts and images to unit vectors. Images are prepared by PIL, torchvision or not.
+"""CLIP for metrics: texts and images to unit vectors. PIL prepares the images, whether or not torchvision is installed.
 
-What it leaves out: long prompts; what is beyond CLIP's 77 tokens is cut off.
+Prompts are truncated to CLIP's 77 tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ with needs("clip"):
     import torch
     from transformers import CLIPModel, CLIPTokenizer
 
-    try:  # transformers 5 calls by the plain name what needs torchvision
+    try:  # in transformers 5 the plain name needs torchvision
         from transformers import CLIPImageProcessorPil as ImageProcessor
     except ImportError:
         from transformers import CLIPImageProcessor as ImageProcessor
@@ -29,9 +29,9 @@ from edgeprune.metrics.pretrained import load
 BATCH = 16
 
 
-def _vectors(found: Any) -> torch.Tensor:
-    # transformers 5 wraps them.
-    values: torch.Tensor = found if isinstance(found, torch.Tensor) else found.pooler_output
+def _vectors(output: Any) -> torch.Tensor:
+    """Return the unit vectors of a model's output, which transformers 5 wraps in an object."""
+    values: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
     return torch.nn.functional.normalize(values.float(), dim=-1).cpu()
 
 
@@ -39,8 +39,8 @@ class Clip:
     """A CLIP with its tokenizer and image processor.
 
     Args:
-        source: folder or hub id.
-        name: of the weights, as --weights has it.
+        source: a folder or hub id.
+        name: the name of the weights in --weights.
     """
 
     def __init__(self, source: str, name: str) -> None:
@@ -50,7 +50,7 @@ class Clip:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """(T, K), each of length 1."""
+        """Return the unit vectors of texts, (T, K)."""
         longest = self.model.config.text_config.max_position_embeddings
         parts = []
         for i in range(0, len(texts), BATCH):
@@ -62,10 +62,10 @@ class Clip:
 
     @torch.no_grad()
     def images(self, images: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
-        """(B, K), each of length 1, of images (H, W, 3)."""
+        """Return the unit vectors of images (H, W, 3), as (B, K)."""
         parts = []
         for i in range(0, len(images), BATCH):
-            # Said, or an image of 3 rows would be taken for one with its channels first.
+            # Explicit: otherwise an image of 3 rows is taken for one whose channels come first.
             pixels = self.processor(
                 images=list(images[i : i + BATCH]), input_data_format="channels_last", return_tensors="pt"
             )["pixel_values"]
@@ -73,5 +73,5 @@ class Clip:
         return torch.cat(parts)
 
     def similarity(self, images: Sequence[NDArray[np.uint8]], texts: Sequence[str]) -> list[float]:
-        """Cosine of each image with its own text."""
+        """Return the cosine of each image with its own text."""
         return [float(v) for v in (self.images(images) * self.texts(texts)).sum(-1)]

@@ -1,4 +1,4 @@
-"""An image metric asked about the images that a pipeline draws as it is now, as `analyze` does."""
+"""An image metric applied to the images that a pipeline generates in its current state, for `analyze`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from edgeprune.sampling.generation import Generation
 
 
 class Drawn:
-    """One image per prompt and seed; the seed also depends on the prompt, so that scenes differ.
+    """Generates one image per prompt and seed, and scores them. Every image has its own seed, so that scenes differ.
 
-    A paired metric compares with the images of the model as it was when this was made.
+    Paired metrics compare with the images that the model generated when this object was created.
     """
 
     def __init__(
@@ -34,10 +34,10 @@ class Drawn:
         self.originals = list(self.images()) if KNOWN[name].paired else None
 
     def images(self) -> NDArray[np.uint8]:
-        """(prompts * seeds, H, W, 3), the seeds of a prompt side by side."""
+        """Generate images (prompts * seeds, H, W, 3); the seeds of one prompt are adjacent."""
         return generate(self.pipe, self.texts, list(range(len(self.texts))), self.generation)
 
     def score(self) -> list[float]:
-        """Mean over a prompt's seeds, for each prompt; higher is better."""
+        """Return the mean over its seeds for each prompt; higher is better."""
         values = self.metric.score(list(self.images()), self.texts, self.originals)
         return [self.sign * float(v) for v in np.asarray(values, dtype=float).reshape(-1, self.seeds).mean(1)]

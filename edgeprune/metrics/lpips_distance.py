@@ -1,7 +1,7 @@
-"""LPIPS (Zhang et al., arXiv 1801.03924), version 0.1 on AlexNet: distance to the original's image, 0 for equal ones.
+"""LPIPS (Zhang et al., arXiv 1801.03924), version 0.1 on AlexNet: the distance to the original's image, 0 if equal.
 
-Written out because the package `lpips` needs torchvision and fetches pickles; the weights are its own, saved once as
-safetensors by the command in docs/metrics.md. What it leaves out: VGG, SqueezeNet and maps of the distance.
+Implemented here because the package `lpips` needs torchvision and downloads pickles. The weights are those of that
+package; the command in docs/metrics.md saves them as safetensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.metrics import Images
-from edgeprune.metrics.pairs import matched
+from edgeprune.metrics.paired import matched
 
 with needs("lpips"):
     import torch
@@ -25,7 +25,7 @@ with needs("lpips"):
 
 from edgeprune.metrics.pretrained import device
 
-# AlexNet's convolutions as lpips names them: shape, stride, padding, and whether the maximum of 3x3 is taken before.
+# AlexNet's convolutions as lpips names them: shape, stride, padding, and whether 3x3 max pooling comes before.
 _LAYERS = {
     "net.slice1.0": ((64, 3, 11, 11), 4, 2, False),
     "net.slice2.3": ((192, 64, 5, 5), 1, 2, True),
@@ -33,12 +33,12 @@ _LAYERS = {
     "net.slice4.8": ((256, 384, 3, 3), 1, 1, False),
     "net.slice5.10": ((256, 256, 3, 3), 1, 1, False),
 }
-_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of its training images, for pixels in -1..1
-_SMALLEST = 31  # pixels a side that leave one number after both maxima
+_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # normalisation of pixels in -1..1
+_SMALLEST = 31  # the smallest side in pixels of which both poolings leave one number
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Of every weight that is read, by lpips's names."""
+    """Return the shape of every weight that is read, by lpips's names."""
     out: dict[str, tuple[int, ...]] = {}
     for index, (name, (shape, *_)) in enumerate(_LAYERS.items()):
         out |= {f"{name}.weight": shape, f"{name}.bias": shape[:1], f"lin{index}.model.1.weight": (1, shape[0], 1, 1)}
@@ -46,7 +46,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 class Lpips:
-    """Takes the weights `lpips`."""
+    """LPIPS; needs the weights `lpips`."""
 
     def __init__(self, weights: Mapping[str, str]) -> None:
         path = Path(weights["lpips"])
@@ -55,7 +55,7 @@ class Lpips:
             state = load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"{where}: not a safetensors file ({error}); docs/metrics.md has how to make it"
+                f"{where}: not a safetensors file ({error}); docs/metrics.md says how to make it"
             ) from error
         for name, shape in shapes().items():
             found = tuple(state[name].shape) if name in state else "nothing"
@@ -64,7 +64,7 @@ class Lpips:
         self.state = {name: state[name].float().to(device()) for name in shapes()}
 
     def _features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """What each layer sees of images (B, 3, H, W) in -1..1, each pixel's vector of length 1."""
+        """Return each layer's features of images (B, 3, H, W) in -1..1; each pixel's vector has length 1."""
         shift, scale = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (_SHIFT, _SCALE))
         x, out = (images - shift) / scale, []
         for name, (_, stride, padding, pooled) in _LAYERS.items():
@@ -75,10 +75,10 @@ class Lpips:
 
     @torch.no_grad()
     def distance(self, first: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-        """Of two images (H, W, 3).
+        """Return the distance of two images (H, W, 3).
 
         Raises:
-            InputError: they are too small for AlexNet.
+            InputError: the images are too small for AlexNet.
         """
         if min(first.shape[:2]) < _SMALLEST:
             found = f"{first.shape[1]}x{first.shape[0]}"
@@ -91,10 +91,10 @@ class Lpips:
         return total
 
     def score(self, images: Images, prompts: Sequence[str], originals: Images | None) -> list[float]:
-        """Distance per image.
+        """Return one distance per image.
 
         Raises:
-            InputError: two images differ in size, or are too small.
+            InputError: two images differ in size or are too small.
         """
         return [self.distance(a, b) for a, b in matched(images, originals)]
 

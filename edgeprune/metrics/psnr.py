@@ -1,4 +1,4 @@
-"""Peak signal-to-noise ratio of images against the original's at equal prompts and seeds, in dB."""
+"""PSNR, the peak signal-to-noise ratio, of images and the original's images of the same prompts and seeds, in dB."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.metrics import Images
-from edgeprune.metrics.pairs import matched
+from edgeprune.metrics.paired import matched
 
 MOST = 100.0
-"""dB of equal images, whose ratio is infinite."""
+"""The value in dB for equal images, whose ratio is infinite."""
 
 
 def decibels(first: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    """Of two images (H, W, 3)."""
+    """Return the PSNR of two images (H, W, 3)."""
     error = float(np.square(first.astype(np.float64) - other).mean())
     return min(MOST, float(10 * np.log10(255**2 / max(error, 1e-12))))
 
 
 def mean_decibels(first: Images, other: Images) -> float:
-    """Mean over images."""
+    """Return the mean PSNR over pairs of images."""
     return float(np.mean([decibels(a, b) for a, b in zip(first, other, strict=True)]))
 
 
 class Psnr:
-    """Needs no weights."""
+    """PSNR; needs no weights."""
 
     def __init__(self, weights: Mapping[str, str]) -> None:
         pass
 
     def score(self, images: Images, prompts: Sequence[str], originals: Images | None) -> list[float]:
-        """dB per image.
+        """Return one value in dB per image.
 
         Raises:
             InputError: two images differ in size.

@@ -1,8 +1,8 @@
-"""Scores images by any metric, alone or in pairs with the original's: what `edgeprune score` does.
+"""Scores images by any metric, alone or paired with the original model's images: the work of `edgeprune score`.
 
-Images come from a folder with `metadata.jsonl`, or a model draws them into one, each as soon as it is made, so that a
-killed run goes on. Metrics are asked one after the other, a few images at a time. What it leaves out: memory and
-latency, see bench.py; drawing in a process of its own, since none of them is measured.
+Images come from a folder with `metadata.jsonl`, or a model generates them into one. Each image is saved as soon as it
+is finished, so an interrupted run resumes. Metrics run one after another, a few images at a time. The bench room
+measures memory and latency.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from edgeprune.common.intervals import Interval, mean_interval, paired_drop
 from edgeprune.data.imagefolder import METADATA, Sample, open_image
 
 BATCH = 8
-"""Images held at a time."""
-Progress = Callable[[str, int, int], None]
-"""Called with what is done, how many of it are, and how many there will be."""
+"""The number of images in memory at a time."""
+ImagesDone = Callable[[str, int, int], None]
+"""Called with what is being done, the number of images done, and their total."""
 
 
 @dataclass(frozen=True)
 class Wish:
-    """An image to draw."""
+    """An image to generate."""
 
     text: str
     seed: int
@@ -37,43 +37,47 @@ class Wish:
 
 @dataclass(frozen=True)
 class Score:
-    """What one metric says. Intervals are bootstrap 95 % ones over prompts, the seeds of one averaged."""
+    """The result of one metric. Intervals are 95 % bootstrap intervals over prompts; a prompt's seeds are averaged."""
 
     metric: str
     score: Interval
     tasks: dict[str, float]
-    """Means by task, of metrics that have tasks; their `score` is the mean of these."""
+    """Means by task, if the metric has tasks; `score` is then the mean of these means."""
     images: int
     prompts: list[str]
     values: list[float]
-    """One per prompt."""
+    """One value per prompt."""
     original: Interval | None = None
-    """The original's, unless the metric itself compares the two."""
+    """The original model's score, unless the metric itself compares the two models."""
     original_values: list[float] | None = None
     drop: Interval | None = None
-    """The original's less this one's, in pairs."""
+    """The original's score minus this one, paired by prompt."""
     relative_drop: Interval | None = None
-    """As a share of the original's."""
+    """The drop as a fraction of the original's score."""
 
 
 def is_images(folder: Path) -> bool:
-    """Whether a folder holds images with their prompts, and not a model."""
+    """Return whether a folder holds images with their prompts rather than a model."""
     return (folder / METADATA).is_file()
 
 
 def wishes(
     names: Sequence[str], *, prompts: Path | None = None, per_task: int | None = None, seeds: int = 1
 ) -> list[Wish]:
-    """What to draw for these metrics: lines of a file, or the prompts that one of them is made for, or a list of ours.
+    """Return the images to generate for these metrics.
+
+    The prompts are the lines of a file, or else the prompts of the one metric that has its own, or else edgeprune's
+    list.
 
     Args:
-        names: of metrics.
-        prompts: text file, one prompt a line.
-        per_task: how many prompts of each task, where a metric has its own; None for all.
-        seeds: images per prompt.
+        names: the names of the metrics.
+        prompts: a text file with one prompt per line.
+        per_task: the number of prompts of each task, for a metric with prompts of its own; None for all.
+        seeds: the number of images per prompt.
 
     Raises:
-        InputError: an unreadable file, two metrics with prompts of their own, or a prompt that one is not made for.
+        InputError: the file is not readable, several metrics have prompts of their own, or a metric does not support a
+            prompt.
     """
     own = {name: module for name in names if (module := metrics.tasks_of(name))}
     if prompts is None and len(own) > 1:
@@ -93,10 +97,10 @@ def wishes(
 
 
 def check_prompts(names: Sequence[str], texts: Sequence[str]) -> None:
-    """Refuse prompts before hours of drawing.
+    """Check that the metrics support all prompts, before hours of image generation.
 
     Raises:
-        InputError: one that a metric is not made for.
+        InputError: a metric does not support a prompt.
     """
     for name in names:
         if module := metrics.tasks_of(name):
@@ -111,20 +115,20 @@ def draw(
     *,
     runtime: str | None = None,
     steps: int | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: ImagesDone = lambda what, done, total: None,
 ) -> None:
-    """Images of a model by any runtime, as a folder with metadata. Those that are there already stay.
+    """Generate a model's images with any runtime into a folder with metadata. Existing images are kept.
 
     Args:
-        model: exported, artefact or diffusers folder.
-        out: folder to make or go on with.
-        wanted: what to draw, in this order.
-        runtime: name, or None to choose by the folder.
-        steps: denoising steps; None for the folder's default.
+        model: an exported, artefact or diffusers folder.
+        out: the folder to create or resume.
+        wanted: the images to generate, in this order.
+        runtime: the runtime's name; None to choose by the folder.
+        steps: the number of denoising steps; None for the folder's default.
         progress: called after each batch.
 
     Raises:
-        InputError: `out` holds images of another model, prompts or settings; or the folder cannot be used.
+        InputError: `out` holds images of another model, other prompts or settings; or `model` is not usable.
     """
     chosen = runtimes.choose(model, runtime)
     settings = {"model": _identity(model), "runtime": chosen, "steps": steps}
@@ -133,7 +137,7 @@ def draw(
         for i, w in enumerate(wanted)
     ]
     metadata = out / METADATA
-    # A torn last line has no newline; its image is drawn again.
+    # An incomplete last line has no newline; its image is generated again.
     done = whole_lines(metadata) if metadata.exists() else []
     if done != lines[: len(done)]:
         raise InputError(
@@ -154,19 +158,19 @@ def draw(
 
 
 def _identity(model: Path) -> str:
-    """Of a model's files, by name, size and time of change."""
+    """Return a digest of the names, sizes and modification times of a model's files."""
     files = [p for p in sorted(model.rglob("*")) if p.is_file() and p.parent != model]
-    known = [(p.relative_to(model).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    kept = [row for row in known if not row[0].startswith(("cache/", "."))]
-    own = [sha256_file(p) for name in ("model_index.json", "generation.json") if (p := model / name).is_file()]
-    return digest([kept, own])[:16]
+    stats = [(p.relative_to(model).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    kept = [row for row in stats if not row[0].startswith(("cache/", "."))]
+    top = [sha256_file(p) for name in ("model_index.json", "generation.json") if (p := model / name).is_file()]
+    return digest([kept, top])[:16]
 
 
 def pair(samples: Sequence[Sample], originals: Sequence[Sample]) -> None:
-    """Refuse images that are not of the same prompts and seeds in the same order.
+    """Check that both sets of images have the same prompts and seeds in the same order.
 
     Raises:
-        InputError: they are not.
+        InputError: they differ.
     """
     if len(samples) != len(originals):
         raise InputError(f"--against: found {len(originals)} images, expected {len(samples)}, one for each to score")
@@ -183,16 +187,16 @@ def score(
     *,
     against: Sequence[Sample] | None = None,
     weights: Mapping[str, str] | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: ImagesDone = lambda what, done, total: None,
 ) -> list[Score]:
-    """Ask each metric.
+    """Score images by each metric.
 
     Args:
-        samples: images to score.
-        names: of metrics.
-        against: the original's images, of the same prompts and seeds.
-        weights: of the metrics, see metrics.KNOWN.
-        progress: called after a few images.
+        samples: the images to score.
+        names: the names of the metrics.
+        against: the original's images of the same prompts and seeds.
+        weights: the metrics' weights by name, see metrics.KNOWN.
+        progress: called after each batch.
 
     Raises:
         InputError: see `check`, `pair` and each metric.
@@ -210,26 +214,36 @@ def score(
         module = metrics.tasks_of(name)
         tasks = [module.parse(text).task for text in texts] if module else None
         values = _by_prompt(metric, samples, against if known.paired else None, texts, name, progress)
-        found: dict[str, Any] = {}
+        comparison: dict[str, Any] = {}
         if against is not None and not known.paired:
             first = _by_prompt(metric, against, None, texts, f"{name}, original", progress)
-            lost = paired_drop(first, values, tasks)
-            found = {"original": mean_interval(first, tasks), "original_values": first}
-            found |= {"drop": lost.difference, "relative_drop": lost.relative}
+            drop = paired_drop(first, values, tasks)
+            comparison = {"original": mean_interval(first, tasks), "original_values": first}
+            comparison |= {"drop": drop.difference, "relative_drop": drop.relative}
         means: dict[str, float] = {}
         if tasks:
             pairs = list(zip(tasks, values, strict=True))
             means = {t: float(np.mean([v for task, v in pairs if task == t])) for t in dict.fromkeys(tasks)}
-        out.append(Score(name, mean_interval(values, tasks), means, len(samples), texts, values, **found))
+        out.append(
+            Score(
+                metric=name,
+                score=mean_interval(values, tasks),
+                tasks=means,
+                images=len(samples),
+                prompts=texts,
+                values=values,
+                **comparison,
+            )
+        )
     return out
 
 
 def check(names: Sequence[str], weights: Mapping[str, str], against: bool) -> None:
-    """Refuse metrics before anything is drawn.
+    """Check the metrics before any image is generated.
 
     Raises:
-        InputError: none, an unknown one, one given twice, missing weights, or one that needs the original's images.
-        MissingExtraError: a package that one imports is not installed.
+        InputError: there is no metric, or one is unknown, repeated, lacks weights, or needs the original's images.
+        MissingExtraError: a package that a metric imports is not installed.
     """
     if not names or len(set(names)) != len(names):
         raise InputError(
@@ -246,15 +260,15 @@ def _by_prompt(
     against: Sequence[Sample] | None,
     texts: Sequence[str],
     what: str,
-    progress: Progress,
+    progress: ImagesDone,
 ) -> list[float]:
-    """Mean over the images of each prompt, in the order of `texts`."""
+    """Return the mean over the images of each prompt, in the order of `texts`."""
     values: dict[str, list[float]] = {text: [] for text in texts}
     for start in range(0, len(samples), BATCH):
         batch = samples[start : start + BATCH]
         originals = _pixels(against[start : start + BATCH]) if against is not None else None
-        found = metric.score(_pixels(batch), [s.text for s in batch], originals)
-        for sample, value in zip(batch, found, strict=True):
+        scores = metric.score(_pixels(batch), [s.text for s in batch], originals)
+        for sample, value in zip(batch, scores, strict=True):
             if not np.isfinite(value):
                 raise InputError(f"{sample.path}: {what}: found {value}, expected a finite number")
             values[sample.text].append(float(value))
@@ -267,14 +281,14 @@ def _pixels(samples: Sequence[Sample]) -> metrics.Images:
 
 
 def to_json(scores: Sequence[Score]) -> dict[str, Any]:
-    """Plain values for json.dump; docs/metrics.md describes them."""
+    """Return plain values for json.dump; docs/metrics.md describes them."""
     return {"schema_version": 1, "scores": [{k: v for k, v in asdict(s).items() if k != "prompts"} for s in scores]} | {
         "prompts": scores[0].prompts if scores else []
     }
 
 
 def rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
-    """For a table: metric, score, and against the original its score and the drop."""
+    """Return the rows of a table: metric, score and, if compared, the original's score and the drops."""
     compared = any(s.original for s in scores)
     out: list[tuple[str, ...]] = [("", "score", *(("original", "drop", "relative drop") if compared else ()))]
     for s in scores:

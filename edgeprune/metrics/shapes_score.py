@@ -1,4 +1,4 @@
-"""The shapes-world score: 1 where an image shows what its prompt means by the checker, else 0. See demo/shapes.py."""
+"""The shapes-world score: 1 if the checker of edgeprune.shapes finds in an image what its prompt asks for, else 0."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from edgeprune.metrics import Images
 
 
 class ShapesScore:
-    """Needs no weights."""
+    """The shapes-world score; needs no weights."""
 
     def __init__(self, weights: Mapping[str, str]) -> None:
         pass
 
     def score(self, images: Images, prompts: Sequence[str], originals: Images | None) -> list[float]:
-        """1 or 0 per image.
+        """Return 1 or 0 per image.
 
         Raises:
-            InputError: a prompt is not of shapes world, or an image not of its size.
+            InputError: a prompt does not describe shapes world, or an image has another size.
         """
         for image in images:
             if image.shape != (shapes.SIZE, shapes.SIZE, 3):

@@ -1,7 +1,7 @@
-"""Structural similarity of images to the original's at equal prompts and seeds (Wang et al. 2004): 1 for equal images.
+"""SSIM, structural similarity to the original's images of the same prompts and seeds (Wang et al. 2004): 1 if equal.
 
-Gaussian windows with sigma 1.5, per colour channel; windows that reach over the border are left out, as the paper has
-it. What it leaves out: several scales.
+Computed at one scale, per colour channel, with Gaussian windows of sigma 1.5. Windows that cross the border are left
+out, as in the paper.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.metrics import Images
-from edgeprune.metrics.pairs import matched
+from edgeprune.metrics.paired import matched
 
 with needs("ssim"):
     from scipy.ndimage import gaussian_filter
@@ -24,10 +24,10 @@ _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def ssim(first: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    """Of two images (H, W, 3), each side at least 11 pixels.
+    """Return the SSIM of two images (H, W, 3), whose sides have at least 11 pixels.
 
     Raises:
-        InputError: smaller than one window.
+        InputError: the images are smaller than one window.
     """
     if min(first.shape[:2]) < 2 * RADIUS + 1:
         found = f"{first.shape[1]}x{first.shape[0]}"
@@ -46,16 +46,16 @@ def ssim(first: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
 
 
 class Ssim:
-    """Needs no weights."""
+    """SSIM; needs no weights."""
 
     def __init__(self, weights: Mapping[str, str]) -> None:
         pass
 
     def score(self, images: Images, prompts: Sequence[str], originals: Images | None) -> list[float]:
-        """-1 to 1 per image.
+        """Return -1 to 1 per image.
 
         Raises:
-            InputError: two images differ in size, or one is smaller than a window.
+            InputError: two images differ in size or are smaller than a window.
         """
         return [ssim(a, b) for a, b in matched(images, originals)]
 

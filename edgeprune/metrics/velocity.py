@@ -1,7 +1,7 @@
-"""Relative velocity error against the untouched model over its own trajectory. Needs no images and no other model.
+"""The relative velocity error against the unmodified model along its own trajectory; needs no images or other models.
 
-For each prompt the untouched model's states x_t are kept with its conditional velocities; the score is
--||v - v_T|| / ||v_T|| over these states, so the untouched model scores 0.
+For each prompt, the unmodified model's states x_t and conditional velocities v_T are stored. The score is
+-||v - v_T|| / ||v_T|| over these states, so the unmodified model scores 0.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from edgeprune.sampling.denoising import Conditioning, denoise, encode_prompts, 
 from edgeprune.sampling.generation import Generation
 
 STATES = 6
-"""States kept of each trajectory, evenly spread over the steps of a short sampler."""
+"""The number of states per trajectory: the sampler runs with at most this many steps."""
 
 
 class VelocityError:
-    """See the module."""
+    """The velocity metric of a pipeline; see the module's docstring."""
 
     name = "velocity"
 
@@ -47,29 +47,29 @@ class VelocityError:
 
     @staticmethod
     def evaluations(generation: Generation, prompts: int) -> int:
-        """Samples through the transformer for one score: one a state."""
+        """Return how many samples pass through the transformer for one score: one per state."""
         return prompts * min(STATES, generation.num_inference_steps)
 
     @staticmethod
     def preparing(generation: Generation, prompts: int, per_step: int) -> int:
-        """The trajectory, and its velocities once more without guidance."""
+        """Return how many samples pass through it at creation: the trajectory, then its states without guidance."""
         return prompts * min(STATES, generation.num_inference_steps) * (per_step + 1)
 
     def velocity(self, rows: slice) -> torch.Tensor:
-        """Conditional velocities of the transformer as it is now at some of the states; prompts go round first."""
-        given = (self.states[rows], self.condition[rows], self.sigmas[rows], self.guidance)
-        return velocity(self.pipe.transformer, *given).float()
+        """Return the conditional velocities of the transformer as it is now, at some states (by step, then prompt)."""
+        inputs = (self.states[rows], self.condition[rows], self.sigmas[rows], self.guidance)
+        return velocity(self.pipe.transformer, *inputs).float()
 
     def _velocities(self) -> torch.Tensor:
         starts = range(0, len(self.states), self.batch)
         return torch.cat([self.velocity(slice(start, start + self.batch)) for start in starts])
 
     def _per_prompt(self, values: torch.Tensor) -> torch.Tensor:
-        """Root of the summed squares of all states of a prompt: (P,)."""
+        """Return the norm over all states of each prompt, (P,)."""
         return values.view(-1, self.count, *values.shape[1:]).square().sum(dim=(0, 2, 3, 4)).sqrt()
 
     @torch.no_grad()
     def score(self) -> list[float]:
-        """Minus the relative error per prompt."""
+        """Return minus the relative error per prompt."""
         error = self._per_prompt(self._velocities() - self.reference)
         return [0.0 - float(e) for e in error / self.norms]

@@ -1,4 +1,5 @@
 """Distillation.
 
-distill.py is the loop, recipe.py its options, parallel.py several processes, resume.py its state on disk.
+distill.py trains, recipe.py holds its options, losses.py its objective, parallel.py and zero.py distribute it over
+processes, resume.py stores its state, launch.py starts the processes, rank_memory.py forecasts their memory.
 """

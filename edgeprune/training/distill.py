@@ -1,11 +1,10 @@
-"""One training loop that teaches the shorter model what the teacher knows, through accelerate.
+"""The training loop: a pruned student learns to reproduce its teacher's velocities and features, through accelerate.
 
-Quantisation-aware: the student computes with weights rounded to INT4. Of a frozen part whose inputs need no gradient,
-autograd keeps nothing. Each step's randomness comes from (seed, step) and the state is written atomically, so a killed
-run resumes to the same losses, also with another number of processes. What it leaves out: what is frozen (recipe.py),
-processes (engine.py), and data.
+Training is quantisation-aware: the student computes with weights rounded to INT4. Autograd stores no activations for a
+frozen part whose inputs need no gradient. Each step derives its randomness from (seed, step), and the state is written
+atomically, so an interrupted run resumes to the same losses, even with another number of processes.
 
-    python -m edgeprune.distill -o small  # as `edgeprune distill`: for launchers that take a module
+    python -m edgeprune.distill -o small  # the same as `edgeprune distill`, for launchers that take a module
 """
 
 from __future__ import annotations
@@ -29,55 +28,230 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.denoising import Conditioning, velocity
 from edgeprune.training.features import Catcher
 from edgeprune.training.losses import distillation_loss
-from edgeprune.training.parallel import Engine
+from edgeprune.training.parallel import Parallel
 from edgeprune.training.prefix import SharedPrefix, common_blocks
 from edgeprune.training.recipe import HERE, DistillOptions, Placement, parameter_groups
-from edgeprune.training.resume import Ema, fill, fill_optimizer, read_state, save_state, step_generator, whole
+from edgeprune.training.resume import Ema, fill, fill_optimizer, gathered, read_state, save_state, step_generator
 from edgeprune.training.rounding import Rounding
 from edgeprune.training.teaching import checkpoint_activations
-from edgeprune.training.zero import held
+from edgeprune.training.zero import shard_of
 
 SAVE_S = 600.0
-"""The state is saved at least as often as this, however long a step takes."""
+"""The state is saved at least this often, however long a step takes."""
+
+StepDone = Callable[[int, int, float], None]
+"""Called after each step with the steps done, their total, and the step's loss."""
 
 
 def _factor(schedule: str, step: int, total: int) -> float:
-    warm = min(1.0, (step + 1) / 20)
+    """Return the factor on the learning rate at a step: 20 steps of warm-up, then the schedule."""
+    warmup = min(1.0, (step + 1) / 20)
     if schedule == "constant":
-        return warm
-    return warm * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / total))))
+        return warmup
+    return warmup * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / total))))
 
 
 @dataclass(frozen=True)
 class _Noisy:
-    """One step's batch on its way between data and noise."""
+    """A batch with noise added."""
 
     latents: torch.Tensor
-    """(B, C, h, w), between data and noise."""
+    """(B, C, h, w), interpolated between data and noise."""
     condition: Conditioning
     sigma: torch.Tensor
     """(B)."""
     velocity: torch.Tensor
-    """Noise minus clean latents."""
+    """(B, C, h, w), noise minus clean latents."""
 
     def __getitem__(self, rows: slice) -> _Noisy:
-        """Some of its samples."""
-        return _Noisy(self.latents[rows], self.condition[rows], self.sigma[rows], self.velocity[rows])
+        """Return some samples of the batch."""
+        return _Noisy(
+            latents=self.latents[rows],
+            condition=self.condition[rows],
+            sigma=self.sigma[rows],
+            velocity=self.velocity[rows],
+        )
 
     def to(self, device: torch.device) -> _Noisy:
-        """On a device."""
-        condition = Conditioning(self.condition.hidden.to(device), self.condition.pooled.to(device))
-        return _Noisy(self.latents.to(device), condition, self.sigma.to(device), self.velocity.to(device))
+        """Return the batch on a device."""
+        return _Noisy(
+            latents=self.latents.to(device),
+            condition=Conditioning(self.condition.hidden.to(device), self.condition.pooled.to(device)),
+            sigma=self.sigma.to(device),
+            velocity=self.velocity.to(device),
+        )
 
 
 def _noisy(pairs: Pairs, options: DistillOptions, step: int) -> _Noisy:
-    """The global batch of a step, sigma logit-normal; the same in every process and after a resume."""
-    g = step_generator(options.seed, step)
-    batch = pairs.batch(options.batch, options.drop_captions, g)
-    sigma = torch.sigmoid(torch.randn(options.batch, generator=g))
-    noise = torch.randn(batch.latents.shape, generator=g)
+    """Draw the global batch of a step, with logit-normal sigma; the same in every process and after a resume."""
+    generator = step_generator(options.seed, step)
+    batch = pairs.batch(options.batch, options.drop_captions, generator)
+    sigma = torch.sigmoid(torch.randn(options.batch, generator=generator))
+    noise = torch.randn(batch.latents.shape, generator=generator)
     mixed = torch.lerp(batch.latents, noise, sigma.view(-1, 1, 1, 1))
-    return _Noisy(mixed, Conditioning(batch.hidden, batch.pooled), sigma, noise - batch.latents)
+    return _Noisy(
+        latents=mixed,
+        condition=Conditioning(batch.hidden, batch.pooled),
+        sigma=sigma,
+        velocity=noise - batch.latents,
+    )
+
+
+class _Models:
+    """Teacher and student during training: the hooks on both, and the loss between them."""
+
+    def __init__(
+        self,
+        family: Family,
+        teacher: Any,
+        student: Any,
+        plan: PrunePlan,
+        options: DistillOptions,
+        guidance: float,
+        parallel: Parallel,
+    ) -> None:
+        """Prepare the student for training. Call this before a shard takes the place of a weight."""
+        self.family, self.teacher, self.student, self.plan, self.options = family, teacher, student, plan, options
+        self.guidance, self.parallel = guidance, parallel
+        if options.gradient_checkpointing:
+            checkpoint_activations(student)
+        size = options.int4_group_size
+        self.rounding = Rounding(family, student, size) if size is not None else None
+        self.common = common_blocks(family, teacher, student, plan) if options.freeze_prefix else 0
+
+    def begin(self, net: Any) -> None:
+        """Install the hooks and start computing with rounded weights.
+
+        Args:
+            net: the student as accelerate wraps it.
+        """
+        family, options, plan = self.family, self.options, self.plan
+        self.net = net
+        self.teacher_features = Catcher(family, self.teacher, list(range(plan.num_blocks)), options.features)
+        self.student_features = Catcher(family, self.student, plan.kept, options.features)
+        self.prefix = SharedPrefix(family, self.teacher, self.student, self.common) if self.common else None
+        self.student.train()
+        if self.rounding:
+            self.rounding.begin()
+
+    def loss(self, batch: _Noisy) -> torch.Tensor:
+        """Return the distillation loss of a batch."""
+        with torch.no_grad(), self.parallel.autocast():
+            latents = batch.latents.to(self.teacher.dtype)
+            target = velocity(self.teacher, latents, batch.condition.to(latents), batch.sigma, self.guidance)
+        skip = self.prefix.student_begins_after() if self.prefix and not self.rounding else nullcontext()
+        with self.parallel.autocast(), skip:
+            predicted = velocity(self.net, batch.latents, batch.condition, batch.sigma, self.guidance)
+        # The features of the frozen prefix cannot change; only later blocks can learn.
+        learning = {
+            block: streams
+            for block, streams in self.student_features.features.items()
+            if not self.options.freeze_prefix or block >= self.plan.first_pruned
+        }
+        taught = self.teacher_features.features
+        return distillation_loss(predicted, target, batch.velocity, learning, taught, self.options.weights)[0]
+
+    def end(self) -> None:
+        """Remove the hooks and restore both models."""
+        self.parallel.release(self.teacher)
+        self.teacher_features.close()
+        self.student_features.close()
+        if self.rounding:
+            self.rounding.end()
+        if self.prefix:
+            self.prefix.end()
+
+
+class _State:
+    """What changes while training: trained weights, their average, the optimizer, the losses. Saved and resumed."""
+
+    def __init__(self, path: Path, inputs_digest: str, optimizer: Any, options: DistillOptions) -> None:
+        self.path, self.inputs_digest, self.optimizer, self.options = path, inputs_digest, optimizer, options
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.step, self.saved_step, self.saved_s = 0, 0, 0.0
+        self.losses: list[float] = []
+
+    def prepare(self, models: _Models) -> None:
+        """Load the saved state of the same inputs, if there is one, and give models and optimizer to accelerate."""
+        student, parallel, resumed = models.student, models.parallel, None
+        if self.path.exists():
+            modules, slots, meta = read_state(self.path)
+            if meta.get("inputs") == self.inputs_digest:
+                resumed = modules["ema"], slots
+                self.step, self.losses = meta["step"], meta["losses"]
+                # Before accelerate prepares the student: DeepSpeed copies the weights.
+                fill({n: p for n, p in student.named_parameters() if p.requires_grad}, modules["student"])
+        self.net, self.optimizer = parallel.train(student, self.optimizer)  # may move the weights, so before the Ema
+        parallel.teach(models.teacher)
+        self.trained = {n: shard_of(p) for n, p in student.named_parameters() if p.requires_grad}
+        self.ema = Ema(self.trained, self.options.ema)
+        if resumed:
+            fill(self.ema.average, resumed[0])
+            fill_optimizer(self.path, self.optimizer, resumed[1])
+        self.saved_step, self.saved_s = self.step, time.monotonic()
+
+    def set_rates(self) -> None:
+        """Set the learning rates of this step and clear the gradients."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * _factor(self.options.schedule, self.step, self.options.steps)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def update(self, parallel: Parallel, loss: float) -> None:
+        """Take an optimizer step with the accumulated gradients, unless loss or gradient is not finite."""
+        self._check_finite("the loss", loss)
+        norm = parallel.clip(list(self.trained.values()))
+        if self.options.mixed_precision != "fp16":  # the fp16 scaler skips such a step itself
+            self._check_finite("the gradient", norm.item())  # otherwise the weights would be lost, and saved as such
+        self.optimizer.step()
+        self.ema.update(self.step)
+        self.losses.append(loss)
+        self.step += 1
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            kept = f"{self.path} holds the state after step {self.saved_step}"
+            kept = kept if self.saved_step else "no step was saved yet"
+            raise EdgepruneError(f"distill: {what} is not finite at step {self.step + 1}; {kept}; lower --rate")
+
+    def save(self) -> None:
+        """Write the state. Collective: every rank must call it."""
+        student = {n: p.detach() for n, p in self.trained.items()}
+        meta = {"step": self.step, "losses": self.losses, "inputs": self.inputs_digest}
+        save_state(self.path, {"student": student, "ema": self.ema.average}, self.optimizer, meta)
+        self.saved_step, self.saved_s = self.step, time.monotonic()
+
+    def averaged(self, student: Any) -> dict[str, torch.Tensor]:
+        """Return the student's state dict with averaged weights; empty except in rank 0. Collective."""
+        result = {}
+        weights = {name: shard_of(tensor) for name, tensor in student.state_dict(keep_vars=True).items()}
+        for name, tensor in (weights | self.ema.average).items():
+            full = gathered(tensor.detach()).cpu()  # in every rank: each holds a part
+            if processes.is_main():
+                result[name] = full
+        return result
+
+
+def _train(models: _Models, state: _State, pairs: Pairs, save_every: int, progress: StepDone) -> None:
+    """Run the remaining steps, saving the state on the way."""
+    options, parallel = state.options, models.parallel
+    with stop.deferred():  # all ranks stop after the same step, see `asked`
+        while state.step < options.steps:
+            noisy = _noisy(pairs, options, state.step)
+            state.set_rates()
+            loss_here = 0.0
+            for rows in parallel.rows:
+                with parallel.micro_batch(state.net):
+                    loss = models.loss(noisy[rows].to(parallel.device))
+                    parallel.accelerator.backward(loss)
+                loss_here += loss.item() / len(parallel.rows)
+            late = time.monotonic() - state.saved_s > SAVE_S
+            mean, due, asked = parallel.mean(loss_here, late, stop.asked())
+            state.update(parallel, mean)
+            if state.step % save_every == 0 or state.step == options.steps or due or asked:
+                state.save()
+            progress(state.step, options.steps, mean)
+            if asked:
+                raise stop.Stopped
 
 
 def distill(
@@ -94,108 +268,28 @@ def distill(
     placement: Placement = HERE,
     guidance: float = 1.0,
     save_every: int = 100,
-    progress: Callable[[int, int, float], None] = lambda step, total, loss: None,
+    progress: StepDone = lambda step, total, loss: None,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Train `student` in place; returns the averaged state dict (of the first process alone) and each step's loss.
+    """Train `student` in place; return its averaged state dict (in rank 0 only) and the loss of each step.
 
     Args:
-        placement: where it is computed, and in which portions.
-        guidance: the scale that models are trained at which take it as an input.
+        state_path: the training state's file; a state of the same `inputs_digest` is resumed.
+        placement: where training runs, and in how many micro-batches.
+        guidance: the guidance scale for models that take it as an input.
+        save_every: save the state after this many steps.
 
     Raises:
         EdgepruneError: the loss or its gradient is not finite; the last good state stays on disk.
-        Stopped: SIGTERM came to one of the processes; the state is saved.
+        Stopped: one of the processes received SIGTERM; the state is saved.
     """
     options.check()
-    engine = Engine(options.mixed_precision, options.batch, placement)
-    optimizer: Any = torch.optim.AdamW(
-        parameter_groups(family, student, plan, report, options), lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0
-    )
-    rates = [g["lr"] for g in optimizer.param_groups]
-    if options.gradient_checkpointing:
-        checkpoint_activations(student)
-    rounding = Rounding(family, student, options.int4_group_size) if options.int4_group_size is not None else None
-    common = common_blocks(family, teacher, student, plan) if options.freeze_prefix else 0
-    step, losses, left = 0, [], None
-    if state_path.exists():
-        modules, slots, meta = read_state(state_path)
-        if meta.get("inputs") == inputs_digest:
-            left = modules["ema"], slots
-            step, losses = meta["step"], meta["losses"]
-            # Before the engine has them: DeepSpeed takes copies of its own.
-            fill({n: p for n, p in student.named_parameters() if p.requires_grad}, modules["student"])
-    net, optimizer = engine.train(student, optimizer)  # before the average is taken: it may move the weights
-    engine.teach(teacher)
-    trained = {n: held(p) for n, p in student.named_parameters() if p.requires_grad}
-    ema = Ema(trained, options.ema)
-    if left:
-        fill(ema.average, left[0])
-        fill_optimizer(state_path, optimizer, left[1])
-    saved, saved_s = step, time.monotonic()
-
-    def check_finite(what: str, value: float) -> None:
-        if not math.isfinite(value):
-            kept = f"{state_path} holds the state after step {saved}" if saved else "no step was saved yet"
-            raise EdgepruneError(f"distill: {what} is not finite at step {step + 1}; {kept}; lower --rate")
-
-    def loss_of(part: _Noisy) -> torch.Tensor:
-        with torch.no_grad(), engine.autocast():
-            seen = part.latents.to(teacher.dtype)
-            target = velocity(teacher, seen, part.condition.to(seen), part.sigma, guidance)
-        begins = prefix.student_begins_after() if prefix and not rounding else nullcontext()
-        with engine.autocast(), begins:
-            found = velocity(net, part.latents, part.condition, part.sigma, guidance)
-        # Features of the frozen prefix are what they are; only later blocks can learn.
-        later = {k: v for k, v in catch_student.features.items() if not options.freeze_prefix or k >= plan.first_pruned}
-        return distillation_loss(found, target, part.velocity, later, catch_teacher.features, options.weights)[0]
-
-    catch_teacher = Catcher(family, teacher, list(range(plan.num_blocks)), options.features)
-    catch_student = Catcher(family, student, plan.kept, options.features)
-    prefix = SharedPrefix(family, teacher, student, common) if common else None
-    student.train()
-    if rounding:
-        rounding.begin()
-    with stop.held():  # processes stop at a step that they agree on
-        while step < options.steps:
-            noisy = _noisy(pairs, options, step)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * _factor(options.schedule, step, options.steps)
-            optimizer.zero_grad(set_to_none=True)
-            own = 0.0
-            for rows in engine.rows:
-                with engine.portion(net):
-                    loss = loss_of(noisy[rows].to(engine.device))
-                    engine.accelerator.backward(loss)
-                own += loss.item() / len(engine.rows)
-            late = time.monotonic() - saved_s > SAVE_S
-            mean, due, asked = engine.mean(own, late, stop.asked())
-            check_finite("the loss", mean)
-            norm = engine.clip(list(trained.values()))
-            if options.mixed_precision != "fp16":  # whose scaler leaves out such a step
-                check_finite("the gradient", norm.item())  # or the weights are lost, and saved so
-            optimizer.step()
-            ema.update(step)
-            losses.append(mean)
-            step += 1
-            if step % save_every == 0 or step == options.steps or due or asked:
-                state = {n: p.detach() for n, p in trained.items()}
-                meta = {"step": step, "losses": losses, "inputs": inputs_digest}
-                save_state(state_path, {"student": state, "ema": ema.average}, optimizer, meta)
-                saved, saved_s = step, time.monotonic()
-            progress(step, options.steps, mean)
-            if asked:
-                raise stop.Stopped
-    engine.release(teacher)
-    catch_teacher.close()
-    catch_student.close()
-    if rounding:
-        rounding.end()
-    if prefix:
-        prefix.end()
-    result = {}
-    weights = {name: held(tensor) for name, tensor in student.state_dict(keep_vars=True).items()}
-    for name, tensor in (weights | ema.average).items():
-        full = whole(tensor.detach()).cpu()  # all processes have to give their part
-        if processes.is_main():
-            result[name] = full
-    return result, losses
+    parallel = Parallel(options.mixed_precision, options.batch, placement)
+    groups = parameter_groups(family, student, plan, report, options)
+    optimizer: Any = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0)
+    state = _State(state_path, inputs_digest, optimizer, options)
+    models = _Models(family, teacher, student, plan, options, guidance, parallel)
+    state.prepare(models)
+    models.begin(state.net)
+    _train(models, state, pairs, save_every, progress)
+    models.end()
+    return state.averaged(student), state.losses

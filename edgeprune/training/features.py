@@ -1,6 +1,6 @@
-"""The outputs of blocks, caught by original index while a model runs, wrapped by DDP, FSDP or DeepSpeed or not.
+"""Forward hooks that collect the outputs of blocks by original index, also under DDP, FSDP and DeepSpeed wrappers.
 
-What it leaves out: comparing them, see losses.py.
+losses.py compares the outputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from edgeprune.training.losses import Features
 
 
 class Catcher:
-    """Collects the outputs of blocks (or of their attention) by original index."""
+    """Collects the outputs of blocks, or of their attention, by the original model's block index."""
 
     def __init__(self, family: Family, model: nn.Module, originals: list[int], features: str) -> None:
         self.features: Features = {}
@@ -27,7 +27,7 @@ class Catcher:
                 self._hooks.append(hook)
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 

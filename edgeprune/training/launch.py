@@ -1,8 +1,8 @@
-"""Starts this command again in the processes that a config of accelerate describes, and ends as they do.
+"""Runs this command in the processes that a launch config of accelerate describes, and exits with their code.
 
-    launch("two-gpus.yaml", ["distill", "-o", "small"])  # as: accelerate launch --config_file two-gpus.yaml ...
+    launch("two-gpus.yaml", ["distill", "-o", "small"])  # like: accelerate launch --config_file two-gpus.yaml ...
 
-What it leaves out: several machines, where each one runs `accelerate launch` by itself.
+On several machines, run `accelerate launch` on each of them instead.
 """
 
 from __future__ import annotations
@@ -18,45 +18,50 @@ import psutil
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
 
-CONFIGS = Path(__file__).parent / "configs"
+LAUNCH_FILES = Path(__file__).parent / "configs"
 
 
-def config_named(name: str) -> Path:
-    """A file, or a config that comes with edgeprune.
+def launch_file(name: str) -> Path:
+    """Return the launch config of this name: one of edgeprune's own, or a YAML file.
 
     Raises:
-        InputError: neither.
+        InputError: there is neither.
     """
-    own = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
-    if name in own:
-        return own[name]
+    builtin = {path.stem: path for path in sorted(LAUNCH_FILES.glob("*.yaml"))}
+    if name in builtin:
+        return builtin[name]
     if not Path(name).is_file():
-        raise InputError(f"--config: found {name!r}, expected a YAML file of accelerate's or one of {', '.join(own)}")
+        raise InputError(
+            f"--config: found {name!r}, expected a YAML file of accelerate's or one of {', '.join(builtin)}"
+        )
     return Path(name)
 
 
+config_named = launch_file  # TEMP alias
+
+
 def launch(config: str, arguments: list[str]) -> None:
-    """Run `edgeprune` with these arguments in processes of its own, until they end.
+    """Run `edgeprune` with these arguments in the launched processes, and wait until they exit.
 
     Raises:
-        InputError: the config is not usable.
-        SystemExit: with the code of the first process that failed.
+        InputError: the launch config is not usable.
+        SystemExit: a process failed; with the exit code of the first one that did.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    path = config_named(config)
+    path = launch_file(config)
     os.environ[processes.LAUNCHED] = "1"
-    signal.signal(signal.SIGTERM, _pass_on)  # the launcher of several processes puts its own in this one's place
+    signal.signal(signal.SIGTERM, _pass_on)  # the launcher for several processes replaces this handler by its own
     words = ["--config_file", str(path), "--main_process_port", "0", "-m", "edgeprune.cli", *arguments]
     try:
         args = launch_command_parser().parse_args(words)
         launch_command(args)
     except ChildFailedError as error:
-        raise SystemExit(_code(error.get_first_failure()[1].exitcode)) from None
-    except subprocess.CalledProcessError as error:  # accelerate starts one process by itself
-        raise SystemExit(_code(error.returncode)) from None
+        raise SystemExit(_exit_code(error.get_first_failure()[1].exitcode)) from None
+    except subprocess.CalledProcessError as error:  # accelerate starts a single process without torch's launcher
+        raise SystemExit(_exit_code(error.returncode)) from None
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
@@ -64,10 +69,11 @@ def launch(config: str, arguments: list[str]) -> None:
 
 
 def _pass_on(number: int, _: Any) -> None:
-    """Give a signal to the process that accelerate waits for, which saves and ends."""
+    """Forward a signal to the process that accelerate waits for; that process saves its work and exits."""
     for child in psutil.Process().children():
         child.send_signal(number)
 
 
-def _code(code: int) -> int:
+def _exit_code(code: int) -> int:
+    """Return the exit code that a shell reports: 128 plus the signal's number for a killed process."""
     return 128 - code if code < 0 else code

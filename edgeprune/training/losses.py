@@ -12,12 +12,12 @@ import torch
 from torch.nn import functional as F
 
 Features = dict[int, tuple[torch.Tensor, ...]]
-"""Outputs of blocks by original index: image stream (B, N, D) and, where the block writes it, context (B, M, D)."""
+"""Outputs of blocks by original index: image stream (B, N, D) and, if the block outputs it, context (B, M, D)."""
 
 
 @dataclass(frozen=True)
-class Weights:
-    """The three lambdas."""
+class LossWeights:
+    """The weights (lambdas) of the three terms of the objective."""
 
     task: float = 0.0
     output: float = 1.0
@@ -25,7 +25,7 @@ class Weights:
 
 
 def feature_loss(student: Features, teacher: Features) -> torch.Tensor:
-    """Sum over the student's blocks of the mean squared error of each stream that both write."""
+    """Return the sum, over the student's blocks, of the mean squared error of each stream that both models output."""
     terms = [
         F.mse_loss(s.float(), t.float())
         for index, streams in student.items()
@@ -40,9 +40,9 @@ def distillation_loss(
     target: torch.Tensor,
     student_features: Features,
     teacher_features: Features,
-    weights: Weights,
+    weights: LossWeights,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """The weighted sum, and its unweighted parts as numbers.
+    """Return the weighted sum, and its unweighted terms as numbers.
 
     Args:
         student, teacher: velocities (B, C, h, w).
@@ -57,3 +57,6 @@ def distillation_loss(
     if weights.feature:
         total = total + weights.feature * feature
     return total, {"output": output.item(), "task": task.item(), "feature": feature.item()}
+
+
+Weights = LossWeights  # TEMP alias

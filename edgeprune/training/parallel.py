@@ -1,8 +1,8 @@
-"""What accelerate is told: one student to train and one frozen teacher, in one process or several, sharded or not.
+"""Distributes training with accelerate: one trained student and one frozen teacher, sharded or not.
 
-Every process draws the same global batch and takes its rows of it, so that the number of processes, and of portions
-that gradients are accumulated over, change nothing but the order of sums. What it leaves out: starting processes, see
-launch.py, and what a step computes, see distill.py.
+Every process draws the same global batch and takes its own rows of it. So the number of processes, and of micro-batches
+that gradients are accumulated over, changes nothing but the order of sums. launch.py starts the processes, distill.py
+computes the steps.
 """
 
 from __future__ import annotations
@@ -19,42 +19,57 @@ from torch import nn
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
 from edgeprune.training.recipe import Placement
-from edgeprune.training.resume import whole
+from edgeprune.training.resume import gathered
 from edgeprune.training.zero import ZeroOptimizer, plugin, shard
 
 
-class Engine:
-    """An Accelerator with a batch to share out."""
+class Parallel:
+    """An Accelerator, and this process's share of the batch."""
 
     def __init__(self, mixed_precision: str, batch: int, placement: Placement) -> None:
         """Join the other processes.
 
         Raises:
-            InputError: the batch cannot be shared out, or accelerate's config says otherwise.
+            InputError: the batch cannot be divided among the processes, or accelerate's config contradicts an option.
+        """
+        self.offload, accumulate = placement.teacher_offload, placement.accumulate
+        micro_batches = processes.count() * accumulate
+        if accumulate < 1 or batch % micro_batches:
+            raise InputError(
+                f"--batch: found {batch}, expected a multiple of {micro_batches}, "
+                "the number of processes times --accumulate"
+            )
+        configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if configured not in ("no", mixed_precision):
+            raise InputError(
+                f"--mixed-precision: found {mixed_precision}, but accelerate's config says {configured}; "
+                "set both to the same value"
+            )
+        size = batch // micro_batches
+        self.precision = mixed_precision
+        self._accelerate(accumulate, size)
+        self.device: torch.device = self.accelerator.device
+        first = processes.index() * accumulate
+        self.rows = [slice(i * size, (i + 1) * size) for i in range(first, first + accumulate)]
+        """The rows of the global batch that each micro-batch of this process takes."""
+
+    def _accelerate(self, accumulate: int, size: int) -> None:
+        """Create the Accelerator.
+
+        Args:
+            accumulate: micro-batches per step in this process.
+            size: samples per micro-batch.
         """
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
-        self.offload, accumulate = placement.teacher_offload, placement.accumulate
-        portions = processes.count() * accumulate
-        if accumulate < 1 or batch % portions:
-            raise InputError(
-                f"--batch: found {batch}, expected a multiple of {portions}, the number of processes times --accumulate"
-            )
-        said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if said not in ("no", mixed_precision):
-            raise InputError(
-                f"--mixed-precision: found {mixed_precision}, but accelerate's config says {said}; say one thing"
-            )
-        size = batch // portions
         zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-        deepspeed: Any = plugin(mixed_precision, accumulate, size) if zero else None
-        if mixed_precision == "fp16" and not torch.cuda.is_available():  # accelerate would go on in float32, unsaid
+        deepspeed: Any = plugin(self.precision, accumulate, size) if zero else None
+        if self.precision == "fp16" and not torch.cuda.is_available():  # accelerate would silently use float32
             raise InputError("--mixed-precision: found fp16, expected no or bf16 without a CUDA GPU")
-        self.precision = mixed_precision
         processes.join()
         self.accelerator = Accelerator(
-            mixed_precision="no" if zero else mixed_precision,  # DeepSpeed's is in its plugin
+            mixed_precision="no" if zero else self.precision,  # DeepSpeed's precision is set in its plugin
             deepspeed_plugin=deepspeed,
             cpu=not torch.cuda.is_available(),
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False),
@@ -67,17 +82,13 @@ class Engine:
         if self.accelerator.distributed_type == "FSDP" and not self.accelerator.is_fsdp2:
             raise InputError("accelerate's config: fsdp_version: found 1, expected 2")
         self.shards = self.accelerator.distributed_type == "FSDP" or (zero and deepspeed.zero_stage == 3)
-        """Whether a process holds a part of every weight, of the teacher too."""
+        """Whether each process holds a shard of every weight, the teacher's included."""
         if self.shards and self.offload:
             option = "offload_param_device" if zero else "fsdp_offload_params"
             raise InputError(f"--teacher-offload: the teacher is sharded; set {option} in accelerate's config")
-        self.device: torch.device = self.accelerator.device
-        first = processes.index() * accumulate
-        self.rows = [slice(i * size, (i + 1) * size) for i in range(first, first + accumulate)]
-        """Of the global batch, portion by portion."""
 
     def _shard_on_cpu(self) -> None:
-        """Accelerate's state has FSDP on GPUs alone, and would go on with DDP; what it calls then runs on CPUs."""
+        """Make accelerate use FSDP on CPUs: it enables FSDP on GPUs only, although FSDP itself runs on CPUs."""
         from accelerate import PartialState
         from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -86,10 +97,10 @@ class Engine:
             plugin.set_mixed_precision(self.accelerator.mixed_precision)
         self.accelerator.state.fsdp_plugin = plugin
         self.accelerator.state.distributed_type = DistributedType.FSDP
-        PartialState().distributed_type = DistributedType.FSDP  # from which the state is filled again
+        PartialState().distributed_type = DistributedType.FSDP  # accelerate restores its state from this one
 
     def _zero_on_cpu(self, deepspeed: Any) -> None:
-        """The same of DeepSpeed, which itself knows CPUs."""
+        """Make accelerate use DeepSpeed on CPUs, where DeepSpeed itself runs."""
         from accelerate import PartialState
         from accelerate.utils import DistributedType
 
@@ -102,24 +113,24 @@ class Engine:
         PartialState().distributed_type = DistributedType.DEEPSPEED
 
     def train(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """The student as it is to be called, and the optimizer as it is to be stepped."""
+        """Return the module to call in the student's place, and the optimizer to step."""
         with warnings.catch_warnings():
-            # Buffers are fixed tables. What is to take the place of `broadcast_buffers` older torches do not have.
+            # Buffers are constant tables. Older versions of torch lack the replacement for `broadcast_buffers`.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             groups = [list(group["params"]) for group in optimizer.param_groups]
-            net, stepped = self.accelerator.prepare(student, optimizer)
+            net, prepared = self.accelerator.prepare(student, optimizer)
         zero = self.accelerator.distributed_type == "DEEPSPEED"
-        return net, ZeroOptimizer(stepped, groups) if zero else stepped
+        return net, ZeroOptimizer(prepared, groups) if zero else prepared
 
     def teach(self, teacher: nn.Module) -> None:
-        """Put a frozen teacher where it computes."""
+        """Freeze the teacher, and shard it or move it to the device."""
         teacher.eval().requires_grad_(False)
         if self.accelerator.distributed_type == "FSDP":
             from accelerate.utils import fsdp2_prepare_model
 
             sharded: Any = fsdp2_prepare_model(self.accelerator, teacher)
             for module in sharded.modules():
-                if hasattr(module, "set_reshard_after_forward"):  # for a backward pass that never comes it would wait
+                if hasattr(module, "set_reshard_after_forward"):  # the root waits for a backward pass, but none comes
                     module.set_reshard_after_forward(True, recurse=False)
         elif self.shards:
             shard(teacher, self.accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"])
@@ -131,7 +142,7 @@ class Engine:
             teacher.to(self.device)
 
     def release(self, teacher: nn.Module) -> None:
-        """Put the teacher back, unless it stays sharded."""
+        """Move the teacher back to the CPU, unless it is sharded."""
         if self.offload:
             from accelerate.hooks import remove_hook_from_submodules
 
@@ -140,30 +151,33 @@ class Engine:
             teacher.to("cpu")
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Around a forward pass."""
-        if self.accelerator.distributed_type == "DEEPSPEED":  # for which accelerate has none
+        """Return the mixed-precision context of a forward pass."""
+        if self.accelerator.distributed_type == "DEEPSPEED":  # accelerate has no autocast for it
             return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        found: AbstractContextManager[None] = self.accelerator.autocast()
-        return found
+        context: AbstractContextManager[None] = self.accelerator.autocast()
+        return context
 
     @contextmanager
-    def portion(self, net: Any) -> Iterator[None]:
-        """For one portion, forward and backward. Gradients are summed over processes after the last one alone."""
+    def micro_batch(self, net: Any) -> Iterator[None]:
+        """Wrap the forward and backward pass of one micro-batch; only the last one sums gradients over processes."""
         with warnings.catch_warnings(), self.accelerator.accumulate(net):
-            # Which an operation in place would spoil; the losses have none.
+            # In-place operations on the view would be wrong; the losses use none.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
             yield
 
     def clip(self, parameters: list[nn.Parameter]) -> torch.Tensor:
-        """Limit the norm of the whole gradient to 1; what it was. DeepSpeed has, and taken its step."""
-        found = self.accelerator.clip_grad_norm_(parameters, 1.0)
-        if self.accelerator.distributed_type == "DEEPSPEED":  # -1 or None stand for what is not finite
-            return torch.tensor(found if found is not None and found >= 0 else torch.nan)
-        return whole(found)
+        """Clip the norm of the whole gradient to 1, and return the norm before clipping. Collective.
+
+        DeepSpeed has already clipped the gradients and taken its step; only the norm is returned.
+        """
+        norm = self.accelerator.clip_grad_norm_(parameters, 1.0)
+        if self.accelerator.distributed_type == "DEEPSPEED":  # -1 or None means that it is not finite
+            return torch.tensor(norm if norm is not None and norm >= 0 else torch.nan)
+        return gathered(norm)
 
     def mean(self, *values: float) -> list[float]:
-        """Each value's mean over processes."""
-        found: list[float] = self.accelerator.reduce(
+        """Return each value's mean over the processes. Collective."""
+        means: list[float] = self.accelerator.reduce(
             torch.tensor(values, dtype=torch.float64, device=self.device), "mean"
         ).tolist()
-        return found
+        return means

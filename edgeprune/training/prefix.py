@@ -1,8 +1,8 @@
-"""The frozen blocks before the first pruned one, run once for teacher and student: they are the same weights (PWP).
+"""Runs the frozen blocks before the first pruned one (PWP) once for teacher and student, since their weights are equal.
 
-The teacher's pass gives what goes into the first block that differs; the student's pass begins there, with what stands
-in the place of removed blocks in analysis (estimators/reuse.py). What it leaves out: a student that rounds its weights,
-whose prefix is not the teacher's, see `DistillOptions.int4_group_size`.
+The student's pass starts from the teacher's output of the last common block. The skipped blocks are replaced as in
+analysis (estimators/reuse.py). A student with rounded weights cannot share the prefix, since its weights differ from
+the teacher's; see `DistillOptions.int4_group_size`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from edgeprune.planning.plan import PrunePlan
 
 
 def common_blocks(family: Family, teacher: nn.Module, student: Any, plan: PrunePlan) -> int:
-    """How many leading blocks are the same in both, by value, with all that feeds them: those before the first pruned.
+    """Return the number of leading blocks, before the first pruned one, that both models can share.
 
-    0 if a weight differs, projected modulation or training that has begun, and for a teacher of another precision.
+    This is 0 if a weight of these blocks or of the embedders before them differs by value, because modulation was
+    projected or training has begun; or if the teacher has another precision.
     """
     if next(teacher.parameters()).dtype != next(student.parameters()).dtype:
-        return 0  # it would compute otherwise, also with weights that are equal
-    count, theirs = plan.first_pruned, teacher.state_dict()
+        return 0  # the results would differ even if the weights were equal
+    count, teacher_state = plan.first_pruned, teacher.state_dict()
     for name, tensor in student.state_dict().items():
         place = family.place(student.config, name)
         feeds = not name.startswith(family.tail) if place is None else place[0] < count
-        if feeds and not (name in theirs and _same(tensor, theirs[name])):
+        if feeds and not (name in teacher_state and _same(tensor, teacher_state[name])):
             return 0
     return min(count, len(plan.kept))
 
@@ -41,11 +42,11 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class SharedPrefix:
-    """Of a teacher and a student whose first `count` blocks are the same."""
+    """The first `count` blocks, common to a teacher and its student."""
 
     def __init__(self, family: Family, teacher: nn.Module, student: Any, count: int) -> None:
         self.replay, self.dtype = Replay([]), student.dtype
-        no_mean = torch.empty(0)  # which whole blocks do not ask for
+        no_mean = torch.empty(0)  # removing whole blocks does not use the mean
         self.swaps = [family.removal(student, block, None, no_mean)[0] for block in range(count)]
         last = self.swaps[-1]
         self.swaps[-1] = type(last)(last.owner, last.attribute, self.replay)
@@ -53,16 +54,16 @@ class SharedPrefix:
 
     def _keep(self, _: nn.Module, __: Any, out: Any) -> None:
         streams = out if isinstance(out, tuple) else (out,)
-        streams = tuple(s if s is None else s.to(self.dtype) for s in streams)  # a teacher in bf16 gives bf16
+        streams = tuple(s if s is None else s.to(self.dtype) for s in streams)  # a teacher in bf16 outputs bf16
         self.replay.kept = [streams if isinstance(out, tuple) else streams[0]]
 
     @contextmanager
     def student_begins_after(self) -> Iterator[None]:
-        """The student's pass is the teacher's last one up to the first pruned block, then its own."""
+        """Inside the context, the student's pass starts from the teacher's last output of the common blocks."""
         with swapped(self.swaps):
             yield
 
     def end(self) -> None:
-        """Leave the teacher as it was."""
+        """Remove the hook from the teacher and free the stored output."""
         self.hook.remove()
         self.replay.kept = []

@@ -1,8 +1,8 @@
-"""What one process of a distillation holds on its device: forecast from configs and a plan, before anything is loaded.
+"""Forecasts the device memory of one process of a distillation, from configs and a plan, before anything is loaded.
 
-Weights, gradients, moments and the average are counted parameter by parameter, as they are sharded; activations by
-autograd, from one pass on torch's fake tensors, which have a device's kernels but no memory. What it leaves out: what
-kernels, communication and the allocator take beside it, and casts of mixed precision.
+Weights, gradients, moments and the average are counted parameter by parameter, sharded as in training. Activations are
+those that autograd saves in one pass on torch's fake tensors, which run the device's kernels without memory. Not
+counted: workspace of kernels, communication buffers, fragmentation, and mixed-precision copies.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode  # meta tensors have no fused attention, and would keep its matrix
+from torch._subclasses import FakeTensorMode  # meta tensors lack fused attention and would save the attention matrix
 
 from edgeprune.analysis.contribution import ContributionReport
 from edgeprune.artefact.surgery import structure
@@ -26,43 +26,48 @@ from edgeprune.training.recipe import DistillOptions, Placement, parameter_group
 from edgeprune.training.rounding import Rounding
 from edgeprune.training.teaching import lower
 
-Sample = tuple[torch.Tensor, Conditioning, torch.Tensor, float]
-"""What `velocity` takes beside a model."""
+VelocityInputs = tuple[torch.Tensor, Conditioning, torch.Tensor, float]
+"""The arguments of `velocity` after the model: latents, condition, sigma, guidance."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How processes share a model."""
+class ProcessLayout:
+    """How the processes of a run divide a model among them."""
 
     processes: int = 1
     sharded: bool = False
-    """FSDP2: each process holds a part of every weight of both models."""
+    """FSDP2: each process holds a shard of every weight of both models."""
     offloaded: bool = False
-    """And holds it on the CPU."""
+    """The shards are kept on the CPU."""
 
     @classmethod
-    def of_config(cls, path: Path) -> Layout:
-        """As a config of accelerate's says.
+    def of_launch_file(cls, path: Path) -> ProcessLayout:
+        """Read the layout from a launch config of accelerate.
 
         Raises:
-            InputError: it is not readable, or of an engine that is not known.
+            InputError: the file is not readable, or its distributed type is not supported.
         """
         from accelerate.commands.config.config_args import load_config_from_file
 
         try:
-            config = load_config_from_file(str(path))
-            kind, count = str(config.distributed_type.value), int(config.num_processes)
-            fsdp = dict(getattr(config, "fsdp_config", None) or {})
+            launch = load_config_from_file(str(path))
+            kind, count = str(launch.distributed_type.value), int(launch.num_processes)
+            fsdp = dict(getattr(launch, "fsdp_config", None) or {})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path}: not usable as a config of accelerate ({error})") from error
         if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP"):
             raise InputError(f"{path}: distributed_type: found {kind}, expected NO, MULTI_GPU or FSDP")
-        return cls(max(1, count), kind == "FSDP", bool(fsdp.get("fsdp_offload_params")))
+        return cls(processes=max(1, count), sharded=kind == "FSDP", offloaded=bool(fsdp.get("fsdp_offload_params")))
 
-    def held(self, tensors: Iterable[torch.Tensor]) -> int:
-        """Bytes of these parameters that the first process holds: shards are of rows, rounded up."""
+    of_config = of_launch_file  # TEMP alias
+
+    def bytes_per_rank(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Return the bytes of these parameters in rank 0; shards are whole rows, rounded up."""
         ways = self.processes if self.sharded else 1
         return sum(t.nbytes // max(1, len(t)) * -(-len(t) // ways) if t.dim() else t.nbytes for t in tensors)
+
+
+Layout = ProcessLayout  # TEMP alias
 
 
 def forecast_rank(
@@ -72,43 +77,43 @@ def forecast_rank(
     report: ContributionReport | None,
     options: DistillOptions,
     placement: Placement,
-    layout: Layout,
-    sample: Sample,
+    layout: ProcessLayout,
+    sample: VelocityInputs,
 ) -> dict[str, int]:
-    """Bytes by what they are for, of the first process.
+    """Return the bytes in rank 0 by what they are used for, their sum, and the number of processes.
 
     Args:
-        config: of the original transformer.
-        sample: of one image.
+        config: the original transformer's config.
+        sample: the inputs of one image.
 
     Raises:
-        InputError: nothing is left to train, or the batch cannot be shared out.
+        InputError: nothing is left to train, or the batch cannot be divided among the processes.
     """
-    portions = layout.processes * placement.accumulate
-    if options.batch % portions:
-        raise InputError(f"--batch: found {options.batch}, expected a multiple of {portions}")
+    micro_batches = layout.processes * placement.accumulate
+    if options.batch % micro_batches:
+        raise InputError(f"--batch: found {options.batch}, expected a multiple of {micro_batches}")
     teacher = family.build(config, list(range(family.block_count(config))), frozenset())
     lower(family, teacher, options.teacher_precision)
     student: Any = structure(family, config, plan)
     groups = parameter_groups(family, student, plan, report, options)
     trained = [p for group in groups for p in group["params"]]
-    weights = layout.held(student.parameters()) + _buffers(student)
-    once = layout.held(trained)
-    taught = layout.held(teacher.parameters()) + _buffers(teacher)
+    student_bytes = layout.bytes_per_rank(student.parameters()) + _buffers(student)
+    trained_bytes = layout.bytes_per_rank(trained)
+    teacher_bytes = layout.bytes_per_rank(teacher.parameters()) + _buffers(teacher)
     rows = {
-        "teacher_bytes": 0 if placement.teacher_offload else taught,
-        "student_bytes": weights,
-        "gradients_bytes": once,
-        "moments_bytes": 2 * once + 4 * len(trained),
-        "average_bytes": once,
+        "teacher_bytes": 0 if placement.teacher_offload else teacher_bytes,
+        "student_bytes": student_bytes,
+        "gradients_bytes": trained_bytes,
+        "moments_bytes": 2 * trained_bytes + 4 * len(trained),
+        "average_bytes": trained_bytes,
         "gathered_bytes": 0,
     }
     if layout.sharded:
         blocks = [*family.blocks(student), *family.blocks(teacher)]
         largest = max(sum(p.nbytes for p in block.parameters()) for block in blocks)
         rows |= dict.fromkeys(rows, 0) if layout.offloaded else {}
-        rows["gathered_bytes"] = 2 * largest  # one is computed with while the next one comes
-    rows["activations_bytes"] = _activations(family, student, options, sample, options.batch // portions)
+        rows["gathered_bytes"] = 2 * largest  # one block computes while the next one is gathered
+    rows["activations_bytes"] = _activations(family, student, options, sample, options.batch // micro_batches)
     return rows | {"rank_bytes": sum(rows.values()), "processes": layout.processes}
 
 
@@ -116,11 +121,17 @@ def _buffers(model: nn.Module) -> int:
     return sum(b.nbytes for b in model.buffers())
 
 
-def _activations(family: Family, student: Any, options: DistillOptions, sample: Sample, batch: int) -> int:
-    """What autograd keeps of the student's pass for this many images; with checkpoints, of one block at a time."""
+def _activations(family: Family, student: Any, options: DistillOptions, sample: VelocityInputs, batch: int) -> int:
+    """Return the bytes that autograd saves in the student's forward pass.
+
+    With checkpointing these are the blocks' outputs and the activations of the largest block.
+
+    Args:
+        batch: the number of images in the pass.
+    """
     latents, condition, sigma, guidance = sample
     sizes = [(batch, *t.shape[1:]) for t in (latents, condition.hidden, condition.pooled, sigma)]
-    kept: dict[int, tuple[int, int]] = {}  # by storage: block, bytes
+    saved: dict[int, tuple[int, int]] = {}  # (block, bytes) by storage; block -1 is outside of all blocks
     streams, current = [0] * len(family.blocks(student)), [-1]
 
     def begin(index: int, out: Any = None) -> None:
@@ -132,28 +143,27 @@ def _activations(family: Family, student: Any, options: DistillOptions, sample: 
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept.setdefault(storage._cdata, (current[0], storage.nbytes()))
+        if storage._cdata not in weights:
+            saved.setdefault(storage._cdata, (current[0], storage.nbytes()))
         return tensor
 
     if options.int4_group_size is not None:
         rounding = Rounding(family, student, options.int4_group_size)
-        rounding.layers = [
-            found for found in rounding.layers if found[0].weight.requires_grad
-        ]  # others keep their size
+        # Rounding frozen layers does not change their size.
+        rounding.layers = [(layer, size) for layer, size in rounding.layers if layer.weight.requires_grad]
         rounding.begin()
     for index, block in enumerate(family.blocks(student)):
         block.register_forward_pre_hook(lambda *_, index=index: begin(index))
         block.register_forward_hook(lambda _, __, out, index=index: begin(index, out))
     with FakeTensorMode(allow_non_fake_inputs=True):
         student.to_empty(device="cpu")
-        known = {t.untyped_storage()._cdata for t in (*student.parameters(), *student.buffers())}
+        weights = {t.untyped_storage()._cdata for t in (*student.parameters(), *student.buffers())}
         noisy, hidden, pooled, levels = (torch.empty(size) for size in sizes)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             alive = velocity(student, noisy, Conditioning(hidden, pooled), levels, guidance)
         del alive
-    by_block = [sum(size for place, size in kept.values() if place == b) for b in range(len(streams))]
-    outside = sum(size for place, size in kept.values() if place < 0)
+    by_block = [sum(size for place, size in saved.values() if place == b) for b in range(len(streams))]
+    outside = sum(size for place, size in saved.values() if place < 0)
     if options.gradient_checkpointing:
         return outside + sum(streams) + max(by_block)
     return outside + sum(by_block)

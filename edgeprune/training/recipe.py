@@ -1,7 +1,7 @@
-"""What distillation is told: its options, which parts are frozen, and how strongly the others are updated.
+"""The options of distillation: what is trained for how long, what is frozen, and how strongly the rest is updated.
 
-PWP: everything before the first pruned block is frozen. SGDistill: the more a part contributes, the less it is updated
-(`graded`: a learning rate of its own; `binary`: the more contributing half is frozen). What it leaves out: training.
+PWP freezes everything before the first pruned block. SGDistill updates a component the less, the more it contributes:
+`graded` gives each component its own learning rate, `binary` freezes the half that contributes more.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from edgeprune.analysis.contribution import ContributionReport
 from edgeprune.common.errors import InputError
 from edgeprune.families import Family
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.training.losses import Weights
+from edgeprune.training.losses import LossWeights
 
 SENSITIVITIES = ("graded", "binary", "off")
 SCHEDULES = ("constant", "cosine")
 TEACHERS = ("float32", "bf16", "int8")
 FEATURES = ("blocks", "attention")
-_FLOOR = 0.1  # update strength of the most contributing part, graded
+_FLOOR = 0.1
+"""The update strength of the component that contributes most, with `graded`."""
 
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """Everything that the result depends on, beside the models and the data."""
+    """Everything that the result depends on, apart from the models and the data."""
 
     steps: int = 1000
     batch: int = 32
@@ -34,23 +35,28 @@ class DistillOptions:
     schedule: str = "constant"
     sensitivity: str = "graded"
     freeze_prefix: bool = True
-    """PWP."""
-    weights: Weights = Weights()
+    """Freeze everything before the first pruned block (PWP)."""
+    weights: LossWeights = LossWeights()
     features: str = "blocks"
-    """Whose outputs `weights.feature` compares: those of blocks, or of their attention."""
+    """The outputs that the feature loss compares: those of `blocks`, or of their `attention`."""
     ema: float = 0.99
+    """The decay of the moving average of the weights."""
     drop_captions: float = 0.1
-    """Share of samples trained with the empty prompt, for guidance."""
+    """The fraction of samples trained with the empty prompt, for guidance."""
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     int4_group_size: int | None = 64
     """Train with weights rounded to INT4 in groups of this size; None trains without rounding."""
     teacher_precision: str = "float32"
-    """Of the weights that the teacher computes with."""
+    """The precision of the teacher's weights."""
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse values out of range, naming the option."""
+        """Check the options.
+
+        Raises:
+            InputError: a value is not allowed; the message names the option.
+        """
         for name, value, allowed in (
             ("--sensitivity", self.sensitivity, SENSITIVITIES),
             ("--features", self.features, FEATURES),
@@ -66,7 +72,10 @@ class DistillOptions:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """For digests and reports. Later options only where they are used, so that what was made before is current."""
+        """Return the options for digests and reports.
+
+        Options added later appear only if they are used, so that the digests of older results stay valid.
+        """
         later = {"teacher_precision": "float32"}
         return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
@@ -74,34 +83,38 @@ class DistillOptions:
 def strengths(
     report: ContributionReport | None, plan: PrunePlan, mode: str, components: tuple[str, ...]
 ) -> dict[tuple[int, str], float]:
-    """Update strength in 0..1 of every component of every kept block, by original index.
+    """Return the update strength in 0..1 of every component of every kept block, by original index.
 
-    Ranked over all kept parts, 1 for the least contributing; graded falls linearly to 0.1, binary is 1 or 0. Without
-    scores of components a block's own score counts for them; without any scores everything is updated fully.
+    All kept components are ranked by contribution. `graded` falls linearly from 1 for the lowest to 0.1 for the
+    highest; `binary` is 1 for the lower half and 0 for the other. A component without a score takes its block's score.
+    Components without any score have strength 1.
     """
-    parts = [(b, c) for b in plan.kept for c in components if (b, c) not in plan.removed]
+    kept = [(b, c) for b in plan.kept for c in components if (b, c) not in plan.removed]
     if mode == "off" or report is None:
-        return dict.fromkeys(parts, 1.0)
-    known = report.contributions()
+        return dict.fromkeys(kept, 1.0)
+    contributions = report.contributions()
     drops = {}
-    for part in parts:
-        found = known.get(part) or known.get((part[0], None))
-        if found is not None:
-            drops[part] = found.drop
-    order = sorted(drops, key=lambda p: (drops[p], p))
-    out = dict.fromkeys(parts, 1.0)
-    for rank, part in enumerate(order):
+    for component in kept:
+        contribution = contributions.get(component) or contributions.get((component[0], None))
+        if contribution is not None:
+            drops[component] = contribution.drop
+    order = sorted(drops, key=lambda c: (drops[c], c))
+    out = dict.fromkeys(kept, 1.0)
+    for rank, component in enumerate(order):
         share = rank / max(1, len(order) - 1)
-        out[part] = 1 - share * (1 - _FLOOR) if mode == "graded" else float(share < 0.5)
+        out[component] = 1 - share * (1 - _FLOOR) if mode == "graded" else float(share < 0.5)
     return out
 
 
 def parameter_groups(
     family: Family, student: nn.Module, plan: PrunePlan, report: ContributionReport | None, options: DistillOptions
 ) -> list[dict[str, Any]]:
-    """Optimizer groups by update strength; frozen parameters stop requiring gradients.
+    """Return optimizer groups by update strength, and turn off gradients for frozen parameters.
 
-    Frozen by PWP: the blocks before the first pruned one, and the embedders that feed them.
+    PWP freezes the blocks before the first pruned one, and the embedders before them.
+
+    Raises:
+        InputError: every parameter is frozen.
     """
     strength = strengths(report, plan, options.sensitivity, family.components)
     config: Any = student.config
@@ -126,13 +139,13 @@ def parameter_groups(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where training is computed, and in which portions: nothing that the result depends on, but for rounding."""
+    """Where training runs, and in how many micro-batches. The result does not depend on it, except for rounding."""
 
     accumulate: int = 1
-    """Portions of a process' share of the batch that gradients are summed over."""
+    """The number of micro-batches in a process's share of the batch; their gradients are summed."""
     teacher_offload: bool = False
-    """The teacher's weights stay on the CPU, and go to the device layer by layer."""
+    """Keep the teacher's weights on the CPU and move them to the device layer by layer."""
 
 
 HERE = Placement()
-"""All at once."""
+"""One micro-batch per process, with the teacher on the device."""

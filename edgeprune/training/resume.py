@@ -1,7 +1,7 @@
-"""Training state on disk: one safetensors file, written atomically, so that a killed run goes on undisturbed.
+"""The training state on disk: one safetensors file, written atomically, so that an interrupted run resumes exactly.
 
-Randomness is not stored: training loops derive each step's generator from (seed, step), see `step_generator`. What is
-stored is whole, however it is sharded over processes in memory, so that any number of them can go on with it.
+Random state is not stored: training loops derive each step's generator from (seed, step), see `step_generator`.
+Tensors are stored unsharded, so any number of processes can resume.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from edgeprune.common.tensors import Tensors, save_tensors
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The source of all randomness of one training step, the same after a resume."""
+    """Return the generator of all randomness of one training step; it is the same after a resume."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor, sharing its memory."""
+    """Return this process's shard of a tensor, sharing its memory."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be sharded over processes, all of which have to ask."""
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a possibly sharded tensor. Collective: every rank must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _sharded(tensor: torch.Tensor, like: Any) -> torch.Tensor:
-    """A whole tensor, sharded as another one of its shape."""
+    """Shard a full tensor in the way of another tensor of its shape."""
     if not hasattr(like, "device_mesh"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -46,19 +46,19 @@ def _sharded(tensor: torch.Tensor, like: Any) -> torch.Tensor:
 
 
 def save_state(path: Path, modules: dict[str, Tensors], optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> None:
-    """Write state dicts, the optimizer's moments and JSON `meta` to `path`, by way of a temporary name.
+    """Write state dicts, the optimizer's moments and JSON `meta` to `path`, atomically.
 
-    All processes have to ask, the first one writes.
+    Collective: every rank must call it; rank 0 writes.
     """
-    found = {f"{name}/{key}": t for name, state in modules.items() for key, t in state.items()}
+    named = {f"{name}/{key}": t for name, state in modules.items() for key, t in state.items()}
     for index, slots in optimizer.state_dict()["state"].items():
-        found |= {
+        named |= {
             f"optimizer/{index}/{key}": t if hasattr(t, "full_tensor") else torch.as_tensor(t)
             for key, t in slots.items()
         }
     tensors = {}
-    for name, tensor in found.items():
-        full = whole(tensor)
+    for name, tensor in named.items():
+        full = gathered(tensor)
         if processes.is_main():
             tensors[name] = full
     if processes.is_main():
@@ -66,14 +66,14 @@ def save_state(path: Path, modules: dict[str, Tensors], optimizer: torch.optim.O
 
 
 Slots = dict[int, Tensors]
-"""What an optimizer keeps of a parameter, by its place."""
+"""An optimizer's state (moments and step count) by the index of the parameter."""
 
 
 def load_state(path: Path, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Read what `save_state` wrote: state dicts by name and the meta; `optimizer` is filled in place.
+    """Read a state written by `save_state`: return its state dicts by name and its meta, and fill `optimizer` in place.
 
     Raises:
-        InputError: the file is not readable as such a state.
+        InputError: the file is not a training state, or is of other parameters.
     """
     modules, slots, meta = read_state(path)
     fill_optimizer(path, optimizer, slots)
@@ -81,10 +81,10 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer) -> tuple[dict[str, 
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensors], Slots, dict[str, Any]]:
-    """State dicts by name, what the optimizer kept, and the meta.
+    """Read a state written by `save_state`: return its state dicts by name, optimizer state and meta.
 
     Raises:
-        InputError: the file is not readable as such a state.
+        InputError: the file is not a training state.
     """
     modules: dict[str, Tensors] = {}
     slots: Slots = {}
@@ -92,7 +92,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensors], Slots, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             meta = parse_json(file.metadata()["meta"])
             if not isinstance(meta, dict):
-                raise ValueError("meta is no object")
+                raise ValueError("meta is not an object")
             for full in file.keys():  # noqa: SIM118
                 name, _, key = full.partition("/")
                 if name == "optimizer":
@@ -106,12 +106,12 @@ def read_state(path: Path) -> tuple[dict[str, Tensors], Slots, dict[str, Any]]:
 
 
 def fill_optimizer(path: Path, optimizer: torch.optim.Optimizer, slots: Slots) -> None:
-    """Set what an optimizer keeps, as it was read from `path`.
+    """Load an optimizer's state that was read from `path`.
 
     Raises:
-        InputError: it is of other parameters.
+        InputError: the state is of other parameters.
     """
-    # DeepSpeed has flat ones in the place of those that it was given.
+    # DeepSpeed replaces the parameters in its groups by flat ones.
     parameters = getattr(optimizer, "parameters", [p for group in optimizer.param_groups for p in group["params"]])
     _check_slots(path, slots, parameters)
     placed = {i: {n: _sharded(t, parameters[i]) if t.dim() else t for n, t in s.items()} for i, s in slots.items()}
@@ -119,20 +119,22 @@ def fill_optimizer(path: Path, optimizer: torch.optim.Optimizer, slots: Slots) -
 
 
 def _check_slots(path: Path, slots: Slots, parameters: list[torch.Tensor]) -> None:
-    """Moments are of their parameter's shape, and a count of steps is one number."""
-    for index, found in slots.items():
+    """Check that moments have their parameter's shape; step counts are single numbers."""
+    for index, moments in slots.items():
         if not 0 <= index < len(parameters):
-            raise InputError(f"{path}: optimizer/{index}: expected one of {len(parameters)}; delete it to start over")
-        for name, tensor in found.items():
+            raise InputError(
+                f"{path}: optimizer/{index}: expected an index below {len(parameters)}; delete the file to start over"
+            )
+        for name, tensor in moments.items():
             if tensor.dim() and tensor.shape != parameters[index].shape:
                 raise InputError(
                     f"{path}: optimizer/{index}/{shown(name)}: found {tuple(tensor.shape)}, expected "
-                    f"{tuple(parameters[index].shape)}; delete it to start over"
+                    f"{tuple(parameters[index].shape)}; delete the file to start over"
                 )
 
 
 class Ema:
-    """Exponential moving average of parameters, in their own dtype, updated in place.
+    """An exponential moving average of parameters, in their own dtype, updated in place.
 
     Early steps use the smaller decay (1 + t) / (10 + t), so that the average forgets the initial weights.
     """
@@ -144,7 +146,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the average towards the live weights after optimizer step `step` (from 0)."""
+        """Move the average towards the current weights after optimizer step `step` (from 0)."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         live = [local(self.live[name].detach()) for name in self.average]
         torch._foreach_lerp_([local(tensor) for tensor in self.average.values()], live, weight)
@@ -152,14 +154,14 @@ class Ema:
 
 @torch.no_grad()
 def fill(tensors: Mapping[str, torch.Tensor], state: Tensors) -> None:
-    """Set tensors from a saved state, strictly by name.
+    """Copy a saved state into tensors, strictly by name.
 
     Raises:
         InputError: the state is of another model.
     """
     if state.keys() != tensors.keys():
-        raise InputError("training state: its weights are of another model; delete it to start over")
+        raise InputError("training state: its weights belong to another model; delete it to start over")
     for name, tensor in state.items():
         if tensor.shape != tensors[name].shape:
-            raise InputError(f"training state: {name}: its weights are of another shape; delete it to start over")
+            raise InputError(f"training state: {name}: its weights have another shape; delete it to start over")
         tensors[name].copy_(_sharded(tensor, tensors[name]))

@@ -1,8 +1,8 @@
-"""Fake INT4 while training: the student computes with rounded weights, gradients pass straight through the rounding.
+"""Fake INT4 quantisation in training: the student computes with rounded weights, gradients pass straight through.
 
-By an own `forward` of each trained layer, not by a parametrisation: names stay those of the checkpoint, and the weights
-themselves stay as they are. Frozen weights are put aside for rounded ones. What it leaves out: the rounding itself, see
-int4.py, and packing, see quantize.py.
+Each trained layer gets a `forward` of its own instead of a parametrisation, so the checkpoint's names and the weights
+themselves stay unchanged. Frozen layers hold rounded weights; their originals move to the CPU meanwhile. int4.py
+rounds, quantize.py packs.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch.nn import functional as F
 from edgeprune.families import Family
 from edgeprune.quantization.int4 import round_int4
 from edgeprune.quantization.precision import precision_of
-from edgeprune.training.zero import held
+from edgeprune.training.zero import shard_of
 
 
 class Rounding:
-    """Of the linear layers of a student that will be INT4."""
+    """Rounding for those linear layers of a student that will be stored in INT4."""
 
     def __init__(self, family: Family, student: nn.Module, group_size: int) -> None:
         self.layers: list[tuple[nn.Linear, int]] = []
-        """With their group sizes. To be found before a shard takes the place of a weight."""
+        """Layers with their group sizes; collected before sharding, while weights still have their shapes."""
         self.kept: list[tuple[nn.Linear, torch.Tensor]] = []
-        """Frozen layers with their weights as they were, on the CPU."""
+        """Frozen layers with their original weights, on the CPU."""
         for name, layer in student.named_modules():
             if isinstance(layer, nn.Linear):
                 precision = precision_of(family, f"{name}.weight", tuple(layer.weight.shape), group_size=group_size)
@@ -34,17 +34,17 @@ class Rounding:
                     self.layers.append((layer, precision.group_size))
 
     def begin(self) -> None:
-        """Compute with rounded weights. Those that are frozen are rounded once, unless this process has but a shard."""
+        """Start computing with rounded weights. Frozen weights are rounded once, unless they are sharded."""
         for layer, size in self.layers:
-            if layer.weight.requires_grad or hasattr(held(layer.weight), "to_local"):
-                # mypy takes methods for constants.
+            if layer.weight.requires_grad or hasattr(shard_of(layer.weight), "to_local"):
+                # mypy does not allow assigning to a method.
                 layer.forward = functools.partial(_rounded, layer, size)  # type: ignore[method-assign]
             else:
                 self.kept.append((layer, layer.weight.detach().cpu()))
                 layer.weight.data = round_int4(layer.weight.detach(), size)
 
     def end(self) -> None:
-        """Leave the student as it was built."""
+        """Restore the student's layers and original weights."""
         for layer, _ in self.layers:
             vars(layer).pop("forward", None)
         for layer, weight in self.kept:

@@ -1,7 +1,7 @@
-"""A teacher in less room, and activations in less room: what training holds beside the student's weights.
+"""Saving memory in training: a teacher in lower precision, and checkpointed activations.
 
-int8: linear layers of blocks with one symmetric scale per output, in the checkpoint's own packed layer. bf16: all
-weights. What it leaves out: a teacher on the CPU or in shards, see engine.py.
+`int8` stores the linear layers of blocks with one symmetric scale per output, in the checkpoint's own packed layer.
+`bf16` stores all weights. parallel.py offloads or shards the teacher.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from edgeprune.quantization.int4 import PackedLinear, pack
 
 @torch.no_grad()
 def lower(family: Family, teacher: Any, precision: str) -> None:
-    """Hold a teacher's weights in `bf16` or `int8`, in place; `float32` leaves them."""
+    """Convert a teacher's weights to `bf16` or `int8` in place; `float32` changes nothing."""
     if precision == "bf16":
-        nn.Module.to(teacher, torch.bfloat16)  # diffusers' own warns of parts that are to stay float32, even if of none
+        nn.Module.to(teacher, torch.bfloat16)  # diffusers' own `to` warns of float32 modules even if there are none
     elif precision == "int8":
-        found = [
+        layers = [
             (name, layer)
             for name, layer in teacher.named_modules()
             if isinstance(layer, nn.Linear) and family.in_block(f"{name}.weight")
         ]
-        for name, layer in found:
+        for name, layer in layers:
             owner, _, attribute = name.rpartition(".")
             setattr(teacher.get_submodule(owner), attribute, _int8(layer))
 
@@ -44,7 +44,7 @@ def _int8(layer: nn.Linear) -> PackedLinear:
 
 
 def checkpoint_activations(student: Any) -> None:
-    """Let the blocks that gradients pass through compute their activations again; the frozen ones before keep none."""
+    """Recompute the activations of blocks that gradients pass through; frozen blocks before them store none anyway."""
     student.enable_gradient_checkpointing(_checkpointed)
 
 

@@ -1,8 +1,8 @@
-"""DeepSpeed's ZeRO in the terms of the rest of training: a plugin of accelerate's, parts of weights, an optimizer.
+"""DeepSpeed's ZeRO behind the interfaces of the rest of training: accelerate's plugin, shards of weights, an optimizer.
 
-ZeRO-2 cuts up gradients and moments, ZeRO-3 weights as well. A `Part` has the methods of torch's DTensor, which FSDP2
-cuts weights up into, that resume.py asks for. What it leaves out: NVMe, and precision by DeepSpeed's own bf16 and fp16,
-which hold weights in half; `torch_autocast` computes as it is done without DeepSpeed.
+ZeRO-2 shards gradients and moments, ZeRO-3 weights as well. A `FlatShard` has those methods of torch's DTensor, the
+shard of FSDP2, that resume.py uses. Offloading to NVMe is not supported, nor are DeepSpeed's own bf16 and fp16 modes,
+which store weights in half precision; `torch_autocast` computes as training without DeepSpeed does.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from edgeprune.common import extras, processes
 from edgeprune.common.errors import InputError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What Adam keeps of a parameter, beside its count of steps."""
+"""Adam's state of a parameter, apart from its step count."""
 
 
 def plugin(mixed_precision: str, accumulate: int, images: int) -> Any:
-    """What accelerate is told of DeepSpeed, from what its launcher has set.
+    """Return accelerate's DeepSpeed plugin, from the settings that its launcher has put into the environment.
 
     Args:
         mixed_precision: no or bf16.
-        accumulate: portions of a step.
-        images: of a portion in one process.
+        accumulate: micro-batches per step in this process.
+        images: images per micro-batch.
 
     Raises:
-        InputError: accelerate's config asks for something else than ZeRO-2 or 3 of weights in float32.
+        InputError: accelerate's config requests anything other than ZeRO-2 or 3 with weights in float32.
         MissingExtraError: DeepSpeed is not installed.
     """
     extras.require(("deepspeed",), "deepspeed")
@@ -40,8 +40,8 @@ def plugin(mixed_precision: str, accumulate: int, images: int) -> Any:
         raise InputError(f"accelerate's config: zero_stage: found {made.zero_stage}, expected 2 or 3")
     if "nvme" in (made.offload_optimizer_device, made.offload_param_device):
         raise InputError("accelerate's config: offload device: found nvme, expected none or cpu")
-    if given := [name for name in ("bf16", "fp16", "optimizer", "scheduler") if name in config]:
-        raise InputError(f"accelerate's config: deepspeed_config_file: {given[0]}: edgeprune sets this; remove it")
+    if clashing := [name for name in ("bf16", "fp16", "optimizer", "scheduler") if name in config]:
+        raise InputError(f"accelerate's config: deepspeed_config_file: {clashing[0]}: edgeprune sets this; remove it")
     if mixed_precision == "fp16":
         raise InputError("--mixed-precision: found fp16, expected no or bf16 with DeepSpeed")
     config |= {
@@ -49,8 +49,8 @@ def plugin(mixed_precision: str, accumulate: int, images: int) -> Any:
         "train_micro_batch_size_per_gpu": images,
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": 1.0,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, on the CPU too: states go from engine to engine
-        # Without a list weights are gathered in bf16, and rounded to INT4 from there.
+        "zero_force_ds_cpu_optimizer": False,  # use torch's AdamW on the CPU too, so states work without DeepSpeed
+        # Without this list weights would be gathered in bf16 and rounded to INT4 from bf16.
         "torch_autocast": {
             "enabled": mixed_precision == "bf16",
             "dtype": "bfloat16",
@@ -61,11 +61,11 @@ def plugin(mixed_precision: str, accumulate: int, images: int) -> Any:
 
 
 def shard(teacher: nn.Module, settings: dict[str, Any]) -> None:
-    """Cut up a frozen model as ZeRO-3 does a trained one: an engine of its own gathers each layer as it is run.
+    """Shard a frozen model with ZeRO-3. DeepSpeed gathers each layer when it runs.
 
     Args:
-        teacher: with weights in float32 or bf16.
-        settings: `zero_optimization` of the trained one.
+        teacher: a model with weights in float32 or bf16.
+        settings: the `zero_optimization` settings of the student.
     """
     import deepspeed
 
@@ -75,55 +75,59 @@ def shard(teacher: nn.Module, settings: dict[str, Any]) -> None:
     deepspeed.initialize(model=teacher, config=config)
 
 
-class Part:
-    """What this process holds of a tensor: as many numbers as the others, the last ones perhaps padding."""
+class FlatShard:
+    """This process's flat shard of a tensor. All shards have the same length; the last one may end in padding."""
 
-    def __init__(self, part: torch.Tensor, shape: torch.Size) -> None:
-        self.part, self.shape = part, shape
-        """Flat; and of the whole."""
+    def __init__(self, flat: torch.Tensor, shape: torch.Size) -> None:
+        """Wrap a flat tensor.
+
+        Args:
+            shape: the shape of the full tensor.
+        """
+        self.flat, self.shape = flat, shape
 
     def to_local(self) -> torch.Tensor:
-        """The numbers themselves."""
-        return self.part
+        """Return the flat tensor itself."""
+        return self.flat
 
-    def detach(self) -> Part:
-        """Itself: autograd knows of none."""
+    def detach(self) -> FlatShard:
+        """Return this shard: autograd does not track it."""
         return self
 
-    def clone(self) -> Part:
-        """In memory of its own."""
-        return Part(self.part.detach().clone(), self.shape)
+    def clone(self) -> FlatShard:
+        """Return a copy in memory of its own."""
+        return FlatShard(self.flat.detach().clone(), self.shape)
 
     def full_tensor(self) -> torch.Tensor:
-        """The whole, in every process; all have to ask."""
+        """Gather the full tensor. Collective: every rank must call it."""
         from deepspeed.accelerator import get_accelerator
 
-        own = self.part.detach().to(get_accelerator().current_device_name())  # from the host, where it is offloaded
-        parts = [torch.empty_like(own) for _ in range(processes.count())]
-        torch.distributed.all_gather(parts, own)
-        return torch.cat(parts)[: self.shape.numel()].view(self.shape)
+        here = self.flat.detach().to(get_accelerator().current_device_name())  # it may be offloaded to the host
+        shards = [torch.empty_like(here) for _ in range(processes.count())]
+        torch.distributed.all_gather(shards, here)
+        return torch.cat(shards)[: self.shape.numel()].view(self.shape)
 
-    def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """The same part of another tensor of this shape."""
-        size = self.part.numel()
-        own = whole.flatten()[processes.index() * size : (processes.index() + 1) * size]
-        padded = torch.zeros_like(self.part)
-        padded[: len(own)].copy_(own)
+    def cut(self, full: torch.Tensor) -> torch.Tensor:
+        """Return this process's flat shard of another full tensor of the same shape."""
+        size = self.flat.numel()
+        values = full.flatten()[processes.index() * size : (processes.index() + 1) * size]
+        padded = torch.zeros_like(self.flat)
+        padded[: len(values)].copy_(values)
         return padded
 
-    def copy_(self, whole: torch.Tensor) -> Part:
-        """Take over this part of a whole tensor."""
-        self.part.copy_(self.cut(whole))
+    def copy_(self, full: torch.Tensor) -> FlatShard:
+        """Overwrite this shard with its part of a full tensor."""
+        self.flat.copy_(self.cut(full))
         return self
 
 
-def held(tensor: Any) -> Any:
-    """A tensor, or the `Part` that ZeRO-3 has left of a parameter."""
-    return Part(tensor.ds_tensor, tensor.ds_shape) if hasattr(tensor, "ds_tensor") else tensor
+def shard_of(tensor: Any) -> Any:
+    """Return the `FlatShard` of a parameter that ZeRO-3 has sharded; return any other tensor unchanged."""
+    return FlatShard(tensor.ds_tensor, tensor.ds_shape) if hasattr(tensor, "ds_tensor") else tensor
 
 
 class _Moment:
-    """Of a parameter; made whole only when it is asked for."""
+    """A moment of a sharded parameter; gathered only by `full_tensor`."""
 
     def __init__(self, parameter: nn.Parameter, name: str) -> None:
         self.parameter, self.name = parameter, name
@@ -131,28 +135,28 @@ class _Moment:
     def full_tensor(self) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        found: torch.Tensor = safe_get_full_optimizer_state(self.parameter, self.name)
-        return found
+        full: torch.Tensor = safe_get_full_optimizer_state(self.parameter, self.name)
+        return full
 
 
 class ZeroOptimizer:
-    """An AdamW whose parameters DeepSpeed has made flat and cut up: its state by the parameters that it was given.
+    """An AdamW whose parameters DeepSpeed has flattened and sharded; its state is still addressed by parameter.
 
-    All parameters have taken the same number of steps: DeepSpeed takes one that had no gradient for one of zeros.
+    All parameters have taken the same number of steps: DeepSpeed treats a missing gradient as zeros.
     """
 
     def __init__(self, wrapped: Any, groups: list[list[nn.Parameter]]) -> None:
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        self._given = [p for group in groups for p in group]
-        self.parameters = [held(p) for p in self._given]
+        self._originals = [p for group in groups for p in group]
+        self.parameters = [shard_of(p) for p in self._originals]
         zero, self._adam = wrapped.optimizer, wrapped.optimizer.optimizer
-        sharded = hasattr(self._given[0], "ds_tensor")
+        sharded = hasattr(self._originals[0], "ds_tensor")
         self._flat: list[torch.Tensor] = (
             zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups
         )
-        # As torch does at the first step, which is too late for a state that is resumed; and DeepSpeed 0.19 looks for
-        # the moments of all groups after the first one's step.
+        # torch creates this state at the first step, which is too late for resuming; and DeepSpeed 0.19 looks for the
+        # moments of all groups after the step of the first group.
         for flat in self._flat:
             self._adam.state[flat] = {"step": torch.tensor(0.0)} | {n: torch.zeros_like(flat) for n in MOMENTS}
         if not sharded:
@@ -161,41 +165,42 @@ class ZeroOptimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """With their rates, of flat parameters."""
-        found: list[dict[str, Any]] = self._adam.param_groups
-        return found
+        """The groups of flat parameters, with their learning rates."""
+        groups: list[dict[str, Any]] = self._adam.param_groups
+        return groups
 
     @property
     def state(self) -> dict[torch.Tensor, Any]:
-        """Of the flat parameters of this process."""
-        found: dict[torch.Tensor, Any] = self._adam.state
-        return found
+        """The state of this process's flat parameters."""
+        state: dict[torch.Tensor, Any] = self._adam.state
+        return state
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: DeepSpeed does it after its step."""
+        """Do nothing: DeepSpeed clears the gradients after its step."""
 
     def step(self) -> None:
-        """Nothing: DeepSpeed has clipped gradients and taken its step at the end of the last backward pass."""
+        """Do nothing: DeepSpeed clips gradients and takes its step at the end of the last backward pass."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As of a torch optimizer, with moments that become whole by `full_tensor`."""
+        """Return the state in the form of a torch optimizer; `full_tensor` gathers each moment."""
         step = self._adam.state[self._flat[0]]["step"].clone()
         state = {
-            i: {"step": step.clone()} | {name: _Moment(p, name) for name in MOMENTS} for i, p in enumerate(self._given)
+            i: {"step": step.clone()} | {name: _Moment(p, name) for name in MOMENTS}
+            for i, p in enumerate(self._originals)
         }
         return {"state": state, "param_groups": self.param_groups}
 
-    def load_state_dict(self, found: dict[str, Any]) -> None:
-        """Take over whole moments by parameter; one without any has zeros."""
+    def load_state_dict(self, loaded: dict[str, Any]) -> None:
+        """Load full moments by parameter; parameters without saved moments keep zeros."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        slots = found["state"]
+        slots = loaded["state"]
         step = max((float(s["step"]) for s in slots.values()), default=0.0)
         for flat in self._flat:
             self._adam.state[flat]["step"].fill_(step)
-        for index, (given, part) in enumerate(zip(self._given, self.parameters, strict=True)):
+        for index, (parameter, shard) in enumerate(zip(self._originals, self.parameters, strict=True)):
             for name in MOMENTS if index in slots else ():
-                if isinstance(part, Part):  # the other call of DeepSpeed's does not know of padding
-                    safe_set_local_optimizer_state(given, part.cut(slots[index][name]), name)
+                if isinstance(shard, FlatShard):  # safe_set_full_optimizer_state does not handle padding
+                    safe_set_local_optimizer_state(parameter, shard.cut(slots[index][name]), name)
                 else:
-                    safe_set_full_optimizer_state(given, slots[index][name].to(given.device), name)
+                    safe_set_full_optimizer_state(parameter, slots[index][name].to(parameter.device), name)

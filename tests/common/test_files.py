@@ -84,7 +84,7 @@ def test_nothing_reads_the_clock_but_to_tell_people() -> None:
         calls = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
         if any(call.endswith((".now", ".utcnow", ".today", "time.time", "time_ns")) for call in calls):
             found.add(path.relative_to(root).as_posix())
-    assert found == {"edgeprune/lock.py", "edgeprune/study/store.py"}
+    assert found == {"edgeprune/common/lock.py", "edgeprune/user_study/store.py"}
 
 
 @pytest.mark.parametrize(
@@ -109,17 +109,17 @@ def test_weights_are_as_readable_as_any_other_file(tmp_path: Path) -> None:
 
 def test_what_a_killed_write_leaves_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    from edgeprune.training import resume
+    from edgeprune.common import tensors
 
     def half(tensors: object, path: Path, metadata: object) -> None:
         (path.parent / ".tmpA1b2C3").touch()  # as safetensors calls it while it writes
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(DiskError, match=r"a\.safetensors: disk full"):
-        patch.setattr(resume, "save_file", half)
-        resume.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+        patch.setattr(tensors, "save_file", half)
+        tensors.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
     assert not list(tmp_path.iterdir())
     (tmp_path / "a.safetensors.partial").mkdir()  # killed, it cannot tidy up
     (tmp_path / "a.safetensors.partial" / ".tmpA1b2C3").touch()
-    resume.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+    tensors.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]

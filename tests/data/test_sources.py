@@ -91,7 +91,7 @@ def test_tar_shards(tmp_path: Path) -> None:
     assert everything(tmp_path / "tars" / "1.tar")[0] == [("1.tar/b1", "one")]
     whole = (tmp_path / "tars" / "1.tar").read_bytes()
     (tmp_path / "tars" / "1.tar").write_bytes(whole[: len(whole) // 3])
-    with pytest.raises(InputError, match=r"1\.tar: not a whole tar archive"):
+    with pytest.raises(InputError, match=r"1\.tar: not a complete tar archive"):
         everything(tmp_path / "tars")
 
 

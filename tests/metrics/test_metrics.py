@@ -19,7 +19,7 @@ from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, Mask2FormerFo
 
 from edgeprune import metrics
 from edgeprune.common.errors import InputError
-from edgeprune.metrics import geneval, hps, lpips_distance
+from edgeprune.metrics import geneval, hps_convert, lpips_distance
 from edgeprune.metrics.clip_model import Clip, ImageProcessor
 from edgeprune.metrics.geneval_rules import NAMES
 
@@ -195,7 +195,7 @@ def open_clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_hps_is_converted_whole(clip_folder: Path, tmp_path: Path) -> None:
     state = load_file(clip_folder / "model.safetensors")
     torch.save({"epoch": 1, "state_dict": open_clip_names(state)}, tmp_path / "hps.pt")
-    hps.convert(tmp_path / "hps.pt", str(clip_folder), tmp_path / "hps")
+    hps_convert.convert(tmp_path / "hps.pt", str(clip_folder), tmp_path / "hps")
     found = load_file(tmp_path / "hps" / "model.safetensors")
     assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
     images = [pair()[0]] * 3
@@ -210,15 +210,15 @@ class _Evil:
 
 def test_hps_never_runs_a_pickle_and_refuses_other_shapes(clip_folder: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": _Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match="not readable as weights alone"):
-        hps.convert(tmp_path / "evil.pt", str(clip_folder), tmp_path / "out")
+    with pytest.raises(InputError, match="not readable as a file of weights only"):
+        hps_convert.convert(tmp_path / "evil.pt", str(clip_folder), tmp_path / "out")
     state = open_clip_names(load_file(clip_folder / "model.safetensors"))
     save_file(state | {"visual.proj": torch.zeros(48, 8)}, tmp_path / "narrow.safetensors")
     with pytest.raises(InputError, match=r"visual_projection.weight: found \(8, 48\), expected \(16, 48\)"):
-        hps.convert(tmp_path / "narrow.safetensors", str(clip_folder), tmp_path / "out")
+        hps_convert.convert(tmp_path / "narrow.safetensors", str(clip_folder), tmp_path / "out")
     save_file(state | {"head.weight": torch.zeros(1)}, tmp_path / "more.safetensors")
     with pytest.raises(InputError, match=r"head.weight: found a weight of this name"):
-        hps.convert(tmp_path / "more.safetensors", str(clip_folder), tmp_path / "out")
+        hps_convert.convert(tmp_path / "more.safetensors", str(clip_folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

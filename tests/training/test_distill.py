@@ -16,7 +16,7 @@ from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.quantization.int4 import round_int4
 from edgeprune.quantization.precision import precision_of
 from edgeprune.training.distill import distill
-from edgeprune.training.losses import Weights, feature_loss
+from edgeprune.training.losses import LossWeights, feature_loss
 from edgeprune.training.recipe import DistillOptions, parameter_groups, strengths
 from edgeprune.training.resume import Ema, load_state
 
@@ -154,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path: Path
     with pytest.raises(EdgepruneError, match="not finite at step"):
         distill(
             family, teacher, student, plan, report, pairs,
-            DistillOptions(steps=50, batch=4, rate=1e30, weights=Weights()), path, inputs_digest="x", save_every=1,
+            DistillOptions(steps=50, batch=4, rate=1e30, weights=LossWeights()), path, inputs_digest="x", save_every=1,
         )  # fmt: skip
     assert path.is_file()
 

@@ -22,8 +22,8 @@ from edgeprune.artefact.checkpoint import Manifest
 from edgeprune.common.errors import InputError, MissingExtraError
 from edgeprune.common.extras import absent
 from edgeprune.sampling.denoising import velocity
-from edgeprune.training.launch import config_named
-from edgeprune.training.rank_memory import Layout, forecast_rank
+from edgeprune.training.launch import launch_file
+from edgeprune.training.rank_memory import ProcessLayout, forecast_rank
 from edgeprune.training.recipe import DistillOptions, Placement, parameter_groups
 from edgeprune.training.zero import plugin
 
@@ -189,14 +189,16 @@ def test_two_processes_score_as_one_to_the_byte(folder: Path, name: str) -> None
 @pytest.mark.parametrize(
     ("name", "layout", "options"),
     [
-        ("one", Layout(), {}),
-        ("ddp", Layout(2), {}),
-        ("sharded", Layout(2, sharded=True), {}),
-        ("sharded_fresh_blocks", Layout(2, sharded=True), {"sensitivity": "binary", "freeze_prefix": False}),
-        ("sharded_int8", Layout(2, sharded=True), {"teacher_precision": "int8", "gradient_checkpointing": True}),
+        ("one", ProcessLayout(), {}),
+        ("ddp", ProcessLayout(2), {}),
+        ("sharded", ProcessLayout(2, sharded=True), {}),
+        ("sharded_fresh_blocks", ProcessLayout(2, sharded=True), {"sensitivity": "binary", "freeze_prefix": False}),
+        ("sharded_int8", ProcessLayout(2, sharded=True), {"teacher_precision": "int8", "gradient_checkpointing": True}),
     ],
 )
-def test_what_a_process_holds_is_as_forecast(folder: Path, name: str, layout: Layout, options: dict[str, Any]) -> None:
+def test_what_a_process_holds_is_as_forecast(
+    folder: Path, name: str, layout: ProcessLayout, options: dict[str, Any]
+) -> None:
     held = json.loads((folder / f"{name}.held.json").read_text())
     family, _, student, plan, report, _ = setup()
     config = config_of(tiny_transformer(num_layers=5))
@@ -212,7 +214,7 @@ def test_activations_are_as_forecast(checkpointing: bool) -> None:
     family, _, student, plan, report, _ = setup()
     config = config_of(tiny_transformer(num_layers=5))
     options = DistillOptions(batch=2, int4_group_size=None, gradient_checkpointing=checkpointing)
-    rows = forecast_rank(family, config, plan, report, options, Placement(), Layout(), tiny_step(batch=1))
+    rows = forecast_rank(family, config, plan, report, options, Placement(), ProcessLayout(), tiny_step(batch=1))
     parameter_groups(family, student, plan, report, options)
     known = {t.untyped_storage().data_ptr() for t in (*student.parameters(), *student.buffers())}
     kept: dict[int, int] = {}
@@ -241,7 +243,7 @@ def test_a_config_starts_processes_and_passes_on_how_they_end(tmp_path: Path) ->
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "error: " in ended.stderr and "error in process 1: " in ended.stderr
-    assert Layout.of_config(config) == Layout(2)
+    assert ProcessLayout.of_launch_file(config) == ProcessLayout(2)
 
 
 def test_a_config_of_one_process_starts_it_once(tmp_path: Path) -> None:
@@ -254,7 +256,7 @@ def test_a_config_of_one_process_starts_it_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["1x24gb", "1x80gb", "8x80gb"])
 def test_configs_that_come_with_it_are_accelerates(name: str) -> None:
-    layout = Layout.of_config(config_named(name))
+    layout = ProcessLayout.of_launch_file(launch_file(name))
     assert f"{layout.processes}x" == name[:2] and layout.sharded == (name != "1x80gb")
     with pytest.raises(InputError, match="expected a YAML file of accelerate's or one of 1x24gb, 1x80gb, 8x80gb"):
-        config_named("2x80gb")
+        launch_file("2x80gb")

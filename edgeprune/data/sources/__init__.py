@@ -1,9 +1,9 @@
-"""Where training images and their captions come from: each layout a file of its own, read one entry at a time.
+"""Sources of training images and captions: one module per layout, read one entry at a time.
 
-A layout has `fits` (whether a `--data` is of it), `identity`, `count` and `read`. Entries are not opened yet (`opened`
-does), so that going past what is done costs little and images are decoded in parallel. What cannot be used is passed on
-with the reason, so that a bad image among a million stops nothing and is listed. What it leaves out: prompts without
-images and shapes world, for which encode.py makes images.
+A layout module has `fits` (whether a `--data` has this layout), `identity`, `count` and `read`. `read` does not open
+the images; `opened` does. So a resumed run can skip finished entries cheaply, and threads decode images in parallel.
+An entry that is not usable becomes `Skipped` with the reason, so one bad image among a million stops nothing and is
+listed. encoder.py handles prompts without images, and shapes world.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CAPTIONS = ("text", "caption", "prompt", "cogvlm_caption", "llava_caption", "TEXT", "alt_txt")
-"""Names that a caption goes by, the better ones first."""
+"""The names of caption fields, in order of preference."""
 MAX_PIXELS = 2**26
-"""A larger image is skipped before it is unpacked."""
+"""A larger image is skipped without being decoded."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An image file that nobody has looked at yet, and what stands for its caption."""
+    """An image file that has not been opened, and the value of its caption field."""
 
     name: str
     file: Path | bytes
@@ -45,47 +45,47 @@ class Pair:
 
 @dataclass(frozen=True)
 class Skipped:
-    """What cannot be used."""
+    """An entry that is not usable, and why. The reason is written to the cache, so its wording is part of a shard."""
 
     name: str
     why: str
 
 
 class Layout(Protocol):
-    """One way in which images and captions are kept."""
+    """A way in which images and captions are stored. `given` is always the value of `--data`."""
 
     STREAMED: bool
-    """Whether there may be no end of it, so that only so many are taken."""
+    """Whether the source may be endless, so that a cache takes a limited number of samples."""
 
     def fits(self, given: str) -> bool:
-        """Whether `--data` names something of this layout."""
+        """Return whether `--data` names a source of this layout."""
 
     def identity(self, given: str) -> str:
-        """Changes when the content does; without reading all of it."""
+        """Return a digest that changes with the content, without reading all of it."""
 
     def count(self, given: str) -> int | None:
-        """How many entries `read` gives; None where only reading tells."""
+        """Return the number of entries that `read` yields; None if the source must be read to know."""
 
     def read(self, given: str) -> Iterator[Entry | Skipped]:
-        """Everything, in an order that stays.
+        """Yield all entries, always in the same order.
 
         Raises:
-            InputError: the whole of it cannot be used.
+            InputError: the source as a whole is not usable.
         """
 
 
 def layout_of(given: str) -> Layout | None:
-    """The layout of a `--data`, or None where it is none of images."""
+    """Return the layout of a `--data`; None if it is not a source of images."""
     for info in pkgutil.iter_modules(__path__):
-        layout: Any = importlib.import_module(f"{__name__}.{info.name}")
-        if layout.fits(given):
-            found: Layout = layout
-            return found
+        module: Any = importlib.import_module(f"{__name__}.{info.name}")
+        if module.fits(given):
+            layout: Layout = module
+            return layout
     return None
 
 
 def opened(entry: Entry) -> Pair | Skipped:
-    """An entry's image, decoded, and its caption, if both are good."""
+    """Decode an entry's image and check its caption."""
     from PIL import Image
 
     if not isinstance(entry.text, str) or not entry.text.strip():
@@ -102,5 +102,5 @@ def opened(entry: Entry) -> Pair | Skipped:
 
 
 def caption_of(entry: Mapping[str, Any]) -> object:
-    """The caption among an entry's fields, or None."""
+    """Return the caption among an entry's fields, or None."""
     return next((entry[name] for name in CAPTIONS if entry.get(name)), None)

@@ -1,4 +1,4 @@
-"""An imagefolder, as `datasets` reads it: images and `metadata.jsonl`, a line of `file_name` and caption per image."""
+"""An imagefolder as `datasets` reads it: images, and `metadata.jsonl` with `file_name` and a caption per line."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ STREAMED = False
 
 
 def fits(given: str) -> bool:
-    """A folder with metadata.jsonl."""
+    """Return whether this is a folder with metadata.jsonl."""
     return (Path(given) / METADATA).is_file()
 
 
 def identity(given: str) -> str:
-    """By name, size and time of change of every file."""
+    """Return a digest of the name, size and modification time of every file."""
     return files_digest(Path(given))
 
 
 def count(given: str) -> int | None:
-    """Every line; no image is opened."""
+    """Count the lines; no image is opened."""
     return sum(1 for _ in read(given))
 
 
 def read(given: str) -> Iterator[Entry | Skipped]:
-    """Line by line; a path that leads out of the folder is no mistake that may pass.
+    """Yield one entry per line.
 
     Raises:
-        InputError: such a path, or a line that is none.
+        InputError: a line is not valid, or its path leads out of the folder.
     """
     root, metadata = Path(given).resolve(), Path(given) / METADATA
     with metadata.open(encoding="utf-8", errors="replace") as lines:

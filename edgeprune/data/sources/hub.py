@@ -1,6 +1,6 @@
-"""A dataset of the Hugging Face hub (`datasets:NAME` or `datasets:NAME:SPLIT`, streamed), or one that `datasets` saved.
+"""A dataset on the Hugging Face hub (`datasets:NAME` or `datasets:NAME:SPLIT`, streamed), or one saved by `datasets`.
 
-Needs the extra `train`. Code of a dataset is never run. Never executed against the hub by us; local folders are read.
+Needs the extra `train`. A dataset's own code is never run. Tested with local folders only, never against the hub.
 """
 
 from __future__ import annotations
@@ -14,33 +14,31 @@ from edgeprune.common.extras import needs
 from edgeprune.common.files import digest, files_digest
 from edgeprune.data.sources import Entry, Skipped, caption_of
 
+STREAMED = True
 _PREFIX = "datasets:"
 
 
-STREAMED = True
-
-
 def fits(given: str) -> bool:
-    """By its prefix."""
+    """Return whether `given` has the prefix `datasets:`."""
     return given.startswith(_PREFIX)
 
 
 def identity(given: str) -> str:
-    """Of a local one its files by size and time of change; of the hub's the name: what is under it may change."""
+    """Return a digest of a local dataset's file sizes and times; for the hub, of the name, whose content may change."""
     return digest([given, files_digest(Path(given.removeprefix(_PREFIX).partition(":")[0]))])
 
 
 def count(given: str) -> int | None:
-    """Not known before it is read."""
+    """Return None: the number of rows is unknown before they are read."""
     return None
 
 
 def read(given: str) -> Iterator[Entry | Skipped]:
-    """Row by row; the image is the first column that holds images.
+    """Yield one entry per row, with the image of the first column that holds images.
 
     Raises:
         MissingExtraError: datasets is not installed.
-        InputError: there is no such dataset, or it holds no images.
+        InputError: the dataset does not exist or has no images.
     """
     with needs("train"):
         import datasets  # type: ignore[import-not-found,unused-ignore]
@@ -53,7 +51,7 @@ def read(given: str) -> Iterator[Entry | Skipped]:
         image = next((n for n, kind in (rows.features or {}).items() if isinstance(kind, datasets.Image)), None)
         if image is None:
             raise InputError(f"{given}: found no image among its columns: {', '.join(rows.features or {}) or 'none'}")
-        # Undecoded, so that a bad one is ours to skip.
+        # Not decoded by `datasets`, so that a bad image is skipped instead of raising.
         for number, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
             file = row[image] or {}
             content = file.get("bytes") or (Path(file["path"]) if file.get("path") else None)
@@ -61,5 +59,5 @@ def read(given: str) -> Iterator[Entry | Skipped]:
                 yield Skipped(f"row {number}", "no image")
             else:
                 yield Entry(f"row {number}", content, caption_of(row))
-    except (OSError, ValueError, RuntimeError, TypeError) as error:  # what datasets raises for what it cannot find
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # what datasets raises if it finds nothing
         raise InputError(f"{given}: cannot be read ({' '.join(str(error).split())[:300]})") from error

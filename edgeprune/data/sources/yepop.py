@@ -1,4 +1,4 @@
-"""YE-POP's layout: JSON files of `{"id": {"filename": …, "cogvlm_caption": …}, …}` beside the images that they name."""
+"""YE-POP's layout: JSON files of `{"id": {"filename": …, "cogvlm_caption": …}, …}` in the same folder as the images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STREAMED = False
 
 
 def fits(given: str) -> bool:
-    """A folder with JSON files of that form."""
+    """Return whether this is a folder with such JSON files."""
     first = next(iter(_files(given)), None)
     return first is not None and any(isinstance(e, dict) and "filename" in e for e in _entries(first).values())
 
@@ -34,20 +34,20 @@ def _entries(path: Path) -> dict[str, Any]:
 
 
 def identity(given: str) -> str:
-    """By name, size and time of change of every file."""
+    """Return a digest of the name, size and modification time of every file."""
     return files_digest(Path(given))
 
 
 def count(given: str) -> int | None:
-    """Every entry; no image is opened."""
+    """Count the entries; no image is opened."""
     return sum(1 for _ in read(given))
 
 
 def read(given: str) -> Iterator[Entry | Skipped]:
-    """File by file.
+    """Yield the entries JSON file by JSON file, in the order of the files' names.
 
     Raises:
-        InputError: a name leads out of the folder.
+        InputError: a file name leads out of the folder.
     """
     root = Path(given).resolve()
     for path, (key, entry) in itertools.chain.from_iterable(

@@ -1,4 +1,4 @@
-"""Images beside the original's, for the metrics that compare the two."""
+"""Pairs of an image and the original model's image, for metrics that compare the two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgeprune.metrics import Images
 
 
 def matched(images: Images, originals: Images | None) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Pairs (image, original), both (H, W, 3).
+    """Yield pairs (image, original), both (H, W, 3).
 
     Raises:
         InputError: two images differ in size.

@@ -1,0 +1,160 @@
+"""What identifies a cache of encoded data, and how large it will be: from options, configs and hashes alone.
+
+A cache is used again only if all of its settings are the same: the source's content, the hashes of everything that
+encodes, image size, and how samples are stored.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.common.errors import InputError
+from edgeprune.common.files import read_json, sha256_file
+from edgeprune.data.buckets import Size, bucket_sizes
+from edgeprune.data.cache import Index, Settings, is_cache, made_by
+from edgeprune.data.sources import Layout, layout_of
+from edgeprune.families import Config, Family, family_of
+from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
+
+SHARD_BYTES = 2**28
+"""The approximate size of a shard."""
+WORKERS = min(8, os.cpu_count() or 1)
+"""The default number of threads that decode and resize images."""
+_ROUND = 64
+"""The number of entries in a shard is a multiple of this, so that batches of images and texts are full."""
+_UNKNOWN = (
+    "--data: {}: not a known source; expected an imagefolder with metadata.jsonl, .tar shards, YE-POP's JSON files, "
+    "datasets:NAME, a text file of prompts, shapes, or a folder made by `edgeprune cache`"
+)
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Which samples a cache holds, and how it stores them."""
+
+    source: str
+    """`shapes`, images in a layout of sources/, or a file of prompts."""
+    samples: int = 1024
+    """How many samples to make (`shapes`, prompts) or to take from a stream; a folder is always used completely."""
+    buckets: bool = False
+    """Several image sizes by aspect ratio instead of one."""
+    half: bool = False
+    """Store float16 instead of float32."""
+
+
+def is_drawn(source: str) -> bool:
+    """Return whether the model itself generates the images, from a file of prompts."""
+    return source != "shapes" and not is_cache(source) and layout_of(source) is None
+
+
+def source_digest(source: str) -> str:
+    """Return the identity of a source's content; for images, from names, sizes and modification times.
+
+    Raises:
+        InputError: this is not a known source.
+    """
+    path = Path(source)
+    if source == "shapes":
+        return source
+    if is_cache(source):
+        return Index.load(path).identity
+    if layout := layout_of(source):
+        return layout.identity(source)
+    if path.is_file():
+        return sha256_file(path)
+    raise InputError(_UNKNOWN.format(source))
+
+
+def settings_of(
+    folder: Path, generation: Generation, options: CacheOptions, sha256: Callable[[Path], str] = sha256_file
+) -> Settings:
+    """Return everything that the bytes of a cache depend on.
+
+    Args:
+        folder: the pipeline's folder.
+        sha256: hashes a file; it may cache its results.
+
+    Raises:
+        InputError: the source is unknown or is a cache itself, or buckets are requested for images that the model
+            generates.
+    """
+    layout, drawn, content = layout_of(options.source), is_drawn(options.source), source_digest(options.source)
+    if is_cache(options.source):
+        raise InputError(f"{options.source}: is a cache already; pass it to distill or compress as --data")
+    if drawn and options.buckets:
+        raise InputError("--buckets: images that the model makes are of one size; omit it, or give images")
+    complete = layout is not None and not layout.STREAMED
+    size = sample_bytes(folder, generation, half=options.half)
+    return made_by(folder, generation, drawn=drawn, sha256=sha256) | {
+        "source": options.source,
+        "content": content,
+        **({} if complete else {"samples": options.samples}),
+        "buckets": options.buckets,
+        "dtype": "float16" if options.half else "float32",
+        "samples_per_shard": max(1, SHARD_BYTES // size // _ROUND) * _ROUND,
+    }
+
+
+def forecast(folder: Path, generation: Generation, options: CacheOptions, out: Path) -> dict[str, Any]:
+    """Return the size of a cache before it is made; units are in the names, null where the source must be read first.
+
+    Args:
+        folder: the pipeline's folder.
+        out: where the cache will be.
+
+    Raises:
+        InputError: the source is unknown.
+    """
+    source_digest(options.source)
+    per_sample = sample_bytes(folder, generation, half=options.half)
+    samples = entry_count(options, layout_of(options.source))
+    existing = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())
+    return {
+        "samples": samples,
+        "sample_bytes": per_sample,
+        "cache_bytes": None if samples is None else samples * per_sample,
+        "free_bytes": shutil.disk_usage(existing).free,
+    }
+
+
+def sample_bytes(folder: Path, generation: Generation, *, half: bool) -> int:
+    """Return the bytes of a sample that has a caption of its own, from the model's configs alone."""
+    config, family = _transformer(folder)
+    latents = family.latents(config)
+    factor = _token_side(folder, family, config) // latents.patch
+    tokens = family.text_tokens(longest_prompt(folder), generation.max_sequence_length)
+    hidden, pooled = family.text_widths(config)
+    numbers = latents.channels * (generation.height // factor) * (generation.width // factor) + tokens * hidden + pooled
+    return numbers * (2 if half else 4)
+
+
+def sizes_of(folder: Path, generation: Generation, options: CacheOptions) -> list[Size]:
+    """Return the image sizes of a cache: all buckets, or the one size that the model generates."""
+    base = (generation.height, generation.width)
+    if not options.buckets:
+        return [base]
+    config, family = _transformer(folder)
+    unit, largest = _token_side(folder, family, config), family.latents(config).largest
+    return bucket_sizes(base, unit, None if largest is None else largest * unit)
+
+
+def entry_count(options: CacheOptions, layout: Layout | None) -> int | None:
+    """Return the number of entries of a source; None if the source must be read to know."""
+    return options.samples if layout is None else layout.count(options.source)
+
+
+def _transformer(folder: Path) -> tuple[Config, Family]:
+    path = folder / "transformer" / "config.json"
+    config = read_json(path)
+    return config, family_of(config, str(path))
+
+
+def _token_side(folder: Path, family: Family, config: Config) -> int:
+    """Return the side of an image token in pixels."""
+    vae = folder / "vae" / "config.json"
+    return latent_factor(read_json(vae), vae) * family.latents(config).patch
