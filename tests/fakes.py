@@ -27,7 +27,7 @@ class FakeBackend:
 
     def encode(self, prompts: list[str]) -> tuple[base.Array, base.Array]:
         if self.closed:
-            raise InputError("runtime: found it closed, expected an open one")
+            raise InputError("the runtime is closed; load the folder again")
         lengths = np.asarray([len(p) for p in prompts], np.float32)
         return np.tile(lengths[:, None, None], (1, 4, 6)), np.tile(lengths[:, None], (1, 3))
 

@@ -477,17 +477,17 @@ def test_errors_name_the_folder(exported: tuple[Path, dict[str, Any]], vendor: F
         with pytest.raises(InputError, match=r"transformer: hidden_states: found shape \(2, 8, 4, 12\)"):
             model.generate("x", height=32, width=96)
         network = model.backend._networks["vae_decoder"]  # type: ignore[attr-defined]
-        with pytest.raises(InputError, match="vae_decoder: inputs: found also"):
+        with pytest.raises(InputError, match="vae_decoder: inputs: the package also needs"):
             network(latents=np.zeros((1, 8, 8, 8)))
         network._packages[0].predict = lambda _: (_ for _ in ()).throw(RuntimeError("no\nmemory"))
-        with pytest.raises(InputError, match=r"vae_decoder: found no memory; inputs were .*\(1, 8, 8, 8\)"):
+        with pytest.raises(InputError, match=r"vae_decoder: Core ML failed: no memory; inputs were .*\(1, 8, 8, 8\)"):
             network(latent_sample=np.zeros((1, 8, 8, 8)))
     folder = Path(shutil.copytree(exported[0], tmp_path / "copy"))
     (folder / "text_encoder" / "model.mlpackage" / "Manifest.json").unlink()
-    with pytest.raises(InputError, match=r"text_encoder/model\.mlpackage: found compiler error: no manifest"):
+    with pytest.raises(InputError, match=r"text_encoder/model\.mlpackage: Core ML cannot open it: compiler error: no manifest"):
         runtimes.load(folder)
     shutil.rmtree(folder / "text_encoder" / "model.mlpackage")
-    with pytest.raises(InputError, match=r"text_encoder/model\.mlpackage: found neither it nor chunk_1"):
+    with pytest.raises(InputError, match=r"text_encoder/model\.mlpackage: neither it nor chunk_1"):
         runtimes.load(folder)
 
 

@@ -116,7 +116,7 @@ def test_mapped_weights_are_given_back_while_they_are_repacked(
         given.append(path)
         yield
 
-    monkeypatch.setattr(runtime, "given_back", spy)
+    monkeypatch.setattr(runtime, "evicting", spy)
     network = runtime.OpenVinoNetwork(quantised, "CPU", EXACT)
     example = graph.Transformer(model).example(batch=1, height=4, width=4, tokens=3)
     for _ in range(2):
@@ -242,28 +242,28 @@ def test_damaged_files(exported: tuple[Path, dict[str, Any]], tmp_path: Path, na
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         if kind == "no":
             path.unlink()
-        with pytest.raises(InputError, match=r"openvino_model\.xml: found .*, expected .*export again$") as caught:
+        with pytest.raises(InputError, match=r"openvino_model\.xml: OpenVINO cannot open it on .*export again$") as caught:
             runtime.OpenVinoNetwork(copy / "openvino_model.xml", "CPU", EXACT)
         assert "\n" not in str(caught.value)
 
 
 def test_wrong_inputs_are_named(exported: tuple[Path, dict[str, Any]]) -> None:
     network = runtime.OpenVinoNetwork(exported[0] / "vae_decoder" / runtime.FILES["openvino"], "CPU", EXACT)
-    with pytest.raises(InputError, match=r"xml: inputs: found also \['latent_sample'\], expected \['x'\]"):
+    with pytest.raises(InputError, match=r"xml: inputs: the model also needs \['latent_sample'\], found \['x'\]"):
         network(x=np.zeros(1))
-    with pytest.raises(InputError, match=r"xml: found .*inputs were \{'latent_sample': \[1, 3, 4, 4\]\}"):
+    with pytest.raises(InputError, match=r"xml: OpenVINO failed: .*inputs were \{'latent_sample': \[1, 3, 4, 4\]\}"):
         network(latent_sample=np.zeros((1, 3, 4, 4)))
 
 
 @pytest.mark.parametrize(
     ("device", "options", "says"),
     [
-        ("TPU", {}, r"device: found 'TPU', expected CPU, GPU or NPU, of which OpenVINO sees here: .*CPU"),
+        ("TPU", {}, r"device: found 'TPU', expected CPU, GPU or NPU; OpenVINO finds here: .*CPU"),
         ("GPU.9", {}, "device: found 'GPU.9'"),
         ("CPU", {"threads": -1}, "threads: found -1"),
         ("NPU", {"threads": 2}, "threads: found 2 for NPU"),
-        ("NPU", {"dynamic_quantization": True}, "dynamic_quantization: found True for NPU, expected it for CPU or GPU"),
-        ("CPU", {"cache_dir": __file__}, "cache_dir: .*expected a folder to write"),
+        ("NPU", {"dynamic_quantization": True}, "dynamic_quantization: found True for NPU, expected it for CPU or GPU only"),
+        ("CPU", {"cache_dir": __file__}, "cache_dir: .*expected a writable folder"),
     ],
 )
 def test_bad_options(device: str, options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,13 +136,13 @@ def test_weights_that_tensorrt_maps_are_given_back(tmp_path: Path, monkeypatch: 
     layer, x = nn.Linear(1024, 1024), torch.ones(1, 1024)
     graph.save(graph.to_ir(layer, {"input": x}, {"input": {}}, {"y": {}}), tmp_path / "model.onnx")
     given: list[tuple[bool, bool]] = []
-    real = engine.mapped.given_back
+    real = engine.mapped.evicting
 
     def watched(path: Path) -> contextlib.AbstractContextManager[None]:
         given.append((path.is_file(), str(path) in Path("/proc/self/maps").read_text()))
         return real(path)
 
-    monkeypatch.setattr(engine.mapped, "given_back", watched)
+    monkeypatch.setattr(engine.mapped, "evicting", watched)
     shape = (1, 1024)
     spec = engine.Spec(
         "tensorrt_rtx", "layer", str(tmp_path / "model.onnx"), str(tmp_path / "model.engine"),
@@ -535,25 +535,25 @@ def test_errors_are_one_line(engines: Path, cuda: FakeCuda, monkeypatch: pytest.
             model.generate("x", height=520)
         network = model.backend._networks["transformer"]  # type: ignore[attr-defined]
         network._context.fail = True
-        with pytest.raises(InputError, match="transformer/model.engine: found no reason given, expected it to run"):
+        with pytest.raises(InputError, match="transformer/model.engine: the engine failed: no reason given; inputs were"):
             model.generate("x")
         network._context.fail = False
         cuda.memory = 100_000
-        with pytest.raises(InputError, match=r"cudaMalloc: found out of memory \(error 2\).*bytes were asked for"):
+        with pytest.raises(InputError, match=r"cannot allocate .* bytes of GPU memory: CUDA: cudaMalloc failed: out of memory \(error 2\)"):
             model.generate("x", height=128, width=128)
         cuda.memory = 10**9
         model.generate("x")  # it goes on
     (engines / "vae_decoder" / "model.engine").write_text("of another version")
     with pytest.raises(
-        InputError, match=r"found a header of version 3, .* tensorrt 10.3 .* built by tensorrt 10.3; exp"
+        InputError, match=r"tensorrt 10.3 cannot read this engine: a header of version 3; .* built by tensorrt 10.3; exp"
     ):
         runtimes.load(engines)
     (engines / "vae_decoder" / "model.engine").write_text("")
-    with pytest.raises(InputError, match="found no file, expected a TensorRT engine"):
+    with pytest.raises(InputError, match="no such file or an empty one, expected a TensorRT engine"):
         runtimes.load(engines)
     record = json.loads((engines / folder.FILE).read_text())
     (engines / folder.FILE).write_text(json.dumps(record | {"builder": {"name": "nvcc"}}))
-    with pytest.raises(InputError, match="builder: found .*nvcc.*, expected a name of tensorrt, tensorrt_rtx"):
+    with pytest.raises(InputError, match="builder: found .*nvcc.*, expected the name tensorrt or tensorrt_rtx"):
         runtimes.load(engines)
 
 
@@ -586,10 +586,10 @@ def test_the_engine_is_compared_where_there_is_a_gpu(
 def test_real_vendors_without_a_gpu(built: SimpleNamespace, tmp_path: Path) -> None:
     """As far as the vendors go: TensorRT's refusal of a file, and CUDA's of a machine without a driver."""
     (tmp_path / "model.engine").write_bytes(b"no engine")
-    with pytest.raises(InputError, match=r"model.engine: found .*expected an engine that tensorrt_rtx .* can read"):
+    with pytest.raises(InputError, match=r"model.engine: tensorrt_rtx .* cannot read this engine: "):
         trt.TrtNetwork(tmp_path / "model.engine", tensorrt_rtx, Gpu(FakeCuda()))
     if int(cuda_runtime.cudaGetDeviceCount()[0]):
-        with pytest.raises(InputError, match="CUDA: cudaGetDeviceCount: found "):
+        with pytest.raises(InputError, match="CUDA: cudaGetDeviceCount failed: "):
             runtimes.load(built.out)
 
 

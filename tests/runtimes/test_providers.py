@@ -47,7 +47,7 @@ def test_one_that_is_not_here(wanted: str) -> None:
 def test_one_that_does_not_start() -> None:
     """A GPU build on a machine without a GPU: ONNX Runtime goes on with the CPU."""
     assert choose([CUDA, CPU]).started(CPU) == f"{CUDA} is installed but does not start here"
-    with pytest.raises(InputError, match=f"provider: found that {CUDA} does not start here"):
+    with pytest.raises(InputError, match=f"provider: {CUDA} does not start here"):
         choose([CUDA, CPU], "cuda").started(CPU)
 
 

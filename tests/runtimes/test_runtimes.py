@@ -262,9 +262,9 @@ def test_refuses_to_be_imported_under_another_name() -> None:
 
 
 def test_an_option_that_a_runtime_does_not_have(source: Path, exported: Path) -> None:
-    with pytest.raises(InputError, match="eager: option low_memory: not known, expected one of dtype, threads"):
+    with pytest.raises(InputError, match="eager: option low_memory: unknown, expected one of dtype, threads"):
         runtimes.load(source, low_memory=True)
-    with pytest.raises(InputError, match="ort: option dtype: not known"):
+    with pytest.raises(InputError, match="ort: option dtype: unknown"):
         runtimes.load(exported, "ort", dtype="bf16")
 
 
