@@ -75,7 +75,7 @@ class Written:
 def written(artefact: Path, out: Path) -> dict[str, Written]:
     """Export the transformer to every format and read it back; `trt` is what TensorRT's parser is given."""
     names, given = list(stored.of_checkpoint(artefact)), list[onnx.ModelProto]()
-    parts, network, build = to_onnx.parts, to_coreml._network, to_trt.Builder.build
+    sources, network, build = to_onnx.sources, to_coreml.convert_network, to_trt.Builder.build
 
     def only_the_transformer(name: str, *rest: Any, **more: Any) -> dict[str, Any]:
         return network(name, *rest, **more) if name == "transformer" else {}
@@ -85,8 +85,8 @@ def written(artefact: Path, out: Path) -> dict[str, Written]:
         return build(self, name, path, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "parts", lambda *of: itertools.islice(parts(*of), 1))
-        patch.setattr(to_coreml, "_network", only_the_transformer)
+        patch.setattr(to_onnx, "sources", lambda *of: itertools.islice(sources(*of), 1))
+        patch.setattr(to_coreml, "convert_network", only_the_transformer)
         patch.setattr(to_trt.Builder, "build", noted)
         to_onnx.export(artefact, out / "onnx")
         to_openvino.export(artefact, out / "openvino", device=targets.load("cpu-x86"))

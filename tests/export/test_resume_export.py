@@ -25,8 +25,7 @@ import pytest
 from edgeprune import export, targets
 from edgeprune.common.errors import DiskError
 from edgeprune.common.files import sha256_file
-from edgeprune.export import external_data as data
-from edgeprune.export import folder, graph, to_onnx, unfinished
+from edgeprune.export import external_data, folder, to_onnx, unfinished
 from edgeprune.residency import weights
 
 NETWORKS = ["transformer", "text_encoder", "text_encoder_2", "vae_decoder"]
@@ -37,10 +36,10 @@ Export = Callable[..., dict[str, Any]]
 def _quick(tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks are not traced; each tensor of the transformer is a stretch of its own, other networks are inline."""
     monkeypatch.setattr(
-        to_onnx.Part, "to_ir", lambda self, half=False: ir.load(tiny_folders[1] / self.name / "model.onnx")
+        to_onnx.NetworkSource, "to_ir", lambda self, half=False: ir.load(tiny_folders[1] / self.name / "model.onnx")
     )
     monkeypatch.setattr(weights, "SHARD_BYTES", 1)
-    monkeypatch.setattr(graph, "INLINE_BYTES", 500_000)
+    monkeypatch.setattr(external_data, "INLINE_BYTES", 500_000)
 
 
 def hashes(out: Path) -> dict[str, str]:
@@ -75,8 +74,8 @@ def killed(export: Export, source: Path, out: Path, *last: Any) -> Told:
 
 def test_goes_on_where_it_was(tiny_folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out, stretches = tiny_folders[0], tmp_path / "onnx", list[int]()
-    real = data._stretch
-    monkeypatch.setattr(data, "_stretch", lambda *given: stretches.append(1) or real(*given))
+    real = external_data._write_shard
+    monkeypatch.setattr(external_data, "_write_shard", lambda *given: stretches.append(1) or real(*given))
     told = Told()
     to_onnx.export(source, tmp_path / "whole", progress=told)
     whole, count = hashes(tmp_path / "whole"), len(stretches)
@@ -104,11 +103,11 @@ def test_sigkill_in_the_middle_of_a_tensor(tiny_folders: tuple[Path, Path], tmp_
 import os, signal, onnx_ir as ir
 from pathlib import Path
 from edgeprune.residency import weights
-from edgeprune.export import external_data as data, graph, to_onnx
+from edgeprune.export import external_data, to_onnx
 
-to_onnx.Part.to_ir = lambda self, half=False: ir.load(Path({str(traced)!r}) / self.name / "model.onnx")
-weights.SHARD_BYTES, graph.INLINE_BYTES = 1, 500_000
-real, written = data._stretch, []
+to_onnx.NetworkSource.to_ir = lambda self, half=False: ir.load(Path({str(traced)!r}) / self.name / "model.onnx")
+weights.SHARD_BYTES, external_data.INLINE_BYTES = 1, 500_000
+real, written = external_data._write_shard, []
 
 def torn(file, tensors):
     written.append(1)
@@ -118,7 +117,7 @@ def torn(file, tensors):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(file, tensors)
 
-data._stretch = torn
+external_data._write_shard = torn
 to_onnx.export(Path({str(source)!r}), Path({str(tmp_path / "onnx")!r}))
 """
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
@@ -213,7 +212,7 @@ def test_damage_is_made_again(tmp_path: Path) -> None:
     again = unfinished.Unfinished(tmp_path / "p", "1")
     assert not again.has("a") and again.has("b")
     again.finish("a", {"parity": "A"})
-    assert list(again.said("parity").items()) == [("a", "A"), ("b", "b")]  # in the order of an undisturbed run
+    assert list(again.recorded("parity").items()) == [("a", "A"), ("b", "b")]  # in the order of an undisturbed run
 
 
 def test_a_stretch_that_is_not_as_noted_is_written_again(tmp_path: Path) -> None:
@@ -221,7 +220,7 @@ def test_a_stretch_that_is_not_as_noted_is_written_again(tmp_path: Path) -> None
     path, journal, told = tmp_path / "w.data", tmp_path / "journal.json", list[int]()
 
     def write(given: list[Any]) -> None:
-        data.write(path, given, journal, "w", lambda what, done, total, note: told.append(done))
+        external_data.write(path, given, journal, "w", lambda what, done, total, note: told.append(done))
 
     write(tensors)
     whole = path.read_bytes()

@@ -15,7 +15,7 @@ import torch
 
 from edgeprune import runtimes, targets
 from edgeprune.common.errors import InputError
-from edgeprune.export import graph, parity, to_onnx
+from edgeprune.export import modules, parity, to_onnx
 from edgeprune.planning import fit
 from edgeprune.quantization.precision import t5_precision_of
 from edgeprune.quantization.quantize import quantize_t5
@@ -125,7 +125,7 @@ def test_rounding_costs_little(pipeline: tuple[Path, Any]) -> None:
 def test_any_number_of_tokens(onnx_folder: Path, pipeline: tuple[Path, Any]) -> None:
     runner = parity.session(onnx_folder / "text_encoder_3" / "model.onnx")
     for batch, tokens in ((1, 1), (2, 17), (1, 300)):
-        example = graph.T5Encoder(pipeline[1].text_encoder_3).example(batch=batch, tokens=tokens)
+        example = modules.T5Encoder(pipeline[1].text_encoder_3).example(batch=batch, tokens=tokens)
         with torch.no_grad():
             wanted = pipeline[1].text_encoder_3(example["input_ids"])[0].numpy()
         same(runner.run(None, {"input_ids": example["input_ids"].numpy()}), [wanted])
@@ -251,7 +251,7 @@ def test_engines(pipeline: tuple[Path, Any], tmp_path: Path) -> None:
 
 def test_the_stream_stays_float32_in_half_precision(pipeline: tuple[Path, Any]) -> None:
     """Sums beyond 65,504, as T5-XXL makes them, pass."""
-    module = graph.T5Encoder(quantize_t5(copy.deepcopy(pipeline[1].text_encoder_3)))
+    module = modules.T5Encoder(quantize_t5(copy.deepcopy(pipeline[1].text_encoder_3)))
     for block in module.model.encoder.block:
         block.layer[1].DenseReluDense.wo.weight_scale.mul_(100_000)
     example = module.example(batch=1, tokens=9)
