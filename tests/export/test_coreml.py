@@ -41,7 +41,7 @@ PHONE = dataclasses.replace(targets.load("iphone-15-pro"), chunks=2)
 
 
 def fill(model: nn.Module) -> nn.Module:
-    """Random integers over the whole range and scales of both signs into every PackedLinear."""
+    """Fill every PackedLinear with random integers over the whole range and scales of both signs."""
     generator = torch.Generator().manual_seed(5)
     for layer in model.modules():
         if isinstance(layer, PackedLinear):
@@ -84,7 +84,7 @@ def exported(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def test_every_quantised_layer_feeds_a_linear(exported: tuple[Path, dict[str, Any]], model: nn.Module) -> None:
-    """That the integers are the checkpoint's: test_integers.py."""
+    """test_integers.py checks that the integers are the checkpoint's."""
     operations = Package(exported[0] / "transformer" / "model.mlpackage").operations
     found = [op for op in operations if op.type == "constexpr_blockwise_shift_scale"]
     assert len(found) == sum(isinstance(m, PackedLinear) for m in model.modules()) == 32
@@ -129,7 +129,7 @@ def test_what_a_program_asks_for(exported: tuple[Path, dict[str, Any]]) -> None:
 def test_a_package_that_ran_is_not_mapped(
     exported: tuple[Path, dict[str, Any]], model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a chain of them would have all weights in memory after its last."""
+    """Otherwise a chain of packages would end with all weights in memory."""
     path, seen, linear = exported[0] / "transformer" / "model.mlpackage", list[bool](), OPERATIONS["linear"]
 
     def is_mapped() -> bool:
@@ -147,7 +147,7 @@ def test_a_package_that_ran_is_not_mapped(
 
 @pytest.fixture(scope="module")
 def chunked(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The transformer in two parts, batch 1 and 2."""
+    """The transformer in two chunks, for batches of 1 and 2."""
     folder = tmp_path_factory.mktemp("chunks")
     whole = modules.Transformer(model)
     examples = [whole.example(batch=b, height=8, width=8, tokens=16) for b in (1, 2)]
@@ -188,7 +188,7 @@ def test_chunks_equal_the_whole(exported: tuple[Path, dict[str, Any]], chunked: 
 def test_a_chunk_that_is_there_is_not_converted_again(
     chunked: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And in the end the weights are those of a run that was not killed; coremltools numbers names at random."""
+    """In the end the weights equal those of an uninterrupted run. coremltools chooses names at random."""
     whole, converted = modules.Transformer(model), list[list[str]]()
     examples = [whole.example(batch=b, height=8, width=8, tokens=16) for b in (1, 2)]
     parts, real = coreml_chunks.split(whole, PHONE.chunks, examples[0]), coreml_packages.convert
@@ -234,7 +234,7 @@ def test_parts_equal_the_model_with_patches_of_two() -> None:
 
 
 class Layer(nn.Module):
-    """One quantised layer of odd width; `large` puts a value between that half precision cannot hold."""
+    """One quantised layer of odd width; `large` adds an intermediate value that overflows half precision."""
 
     inputs, outputs = ["x"], ["y"]
 
@@ -355,7 +355,7 @@ def test_draws_what_torch_draws(exported: tuple[Path, dict[str, Any]], artefact:
         assert all(t.keys() == {"compile_s", "specialise_s"} for t in ours.backend.times.values())  # type: ignore[attr-defined]
         images = [m.generate(prompts, seed=7, steps=2) for m in (ours, theirs)]
     assert {units for _, units in vendor.loaded} == {ComputeUnit.CPU_AND_NE}
-    # Two prompts one by one, an empty one, guidance's batch of 4 as 2 and 2, two images one by one.
+    # Two prompts and an empty one, one by one; guidance's batch of 4 as 2 and 2; two images one by one.
     assert vendor.batches == [1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 1, 1]
     for a, b in zip(*images, strict=True):
         assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 2

@@ -33,7 +33,7 @@ LAYERS = 25  # 14 in a block, 11 in the last, which has no context MLP and outpu
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline; its INT4 folder holds only what export reads itself, `open_transformer` being replaced."""
+    """A tiny pipeline; its INT4 folder has only a config, because tests replace `open_transformer`."""
     folder = tmp_path_factory.mktemp("source") / "tiny"
     tiny.tiny_pipeline(folder)
     (folder / "transformer_int4").mkdir()
@@ -58,7 +58,7 @@ def exported(source: Path, model: nn.Module, tmp_path_factory: pytest.TempPathFa
 
 
 # ------------------------------------------------------------------------------------- the layers
-# That the integers are the checkpoint's: test_integers.py.
+# test_integers.py checks that the integers are the checkpoint's.
 
 
 def test_no_float_copy_of_a_quantised_weight_is_left(exported: tuple[Path, dict[str, Any]], model: nn.Module) -> None:
@@ -110,7 +110,7 @@ def test_text_encoder_on_real_prompts(exported: tuple[Path, dict[str, Any]], sou
     with torch.no_grad():
         expected = encoder(ids.input_ids, output_hidden_states=True)
     assert parity.relative_error(found["text_embeds"], expected.text_embeds.numpy())[0] < 1e-5
-    # What diffusers reads, and optimum rebuilds from hidden_states.0 to .(layers - 1) and last_hidden_state.
+    # diffusers reads this state; optimum finds it among hidden_states.0 to .(layers - 1) and last_hidden_state.
     assert parity.relative_error(found["hidden_states.1"], expected.hidden_states[-2].numpy())[0] < 1e-5
 
 
@@ -148,7 +148,7 @@ def test_folder(exported: tuple[Path, dict[str, Any]], source: Path) -> None:
         *(f"tokenizer_2/{f}" for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")),
     }
     assert not [f for f in files if f.endswith((".safetensors", ".tmp"))]
-    # The exporter notes stack traces, and with them paths of this machine.
+    # The exporter writes stack traces, which contain paths of this machine.
     assert b".py" not in (out / "transformer" / "model.onnx").read_bytes()
     assert {f: sha256_file(out / f) for f in files} == record["files"]
     assert json.loads((out / "generation.json").read_text()) == tiny.GENERATION
@@ -169,7 +169,7 @@ def test_tokenizer_alone_gives_the_same_ids(exported: tuple[Path, dict[str, Any]
 
 @pytest.fixture()
 def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], None]], None]:
-    """Replace the slow part by a function of the partial folder."""
+    """Replace the slow part with a function of the partial folder."""
 
     def use(action: Callable[[Path], None]) -> None:
         def networks(_artefact: Path, work: unfinished.Unfinished, *_: Any) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def test_failure_leaves_the_previous_export(
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     with pytest.raises(expected):
         to_onnx.export(source, tmp_path / "other")
-    left = ["onnx", "onnx.partial", "other.partial"] if kept else ["onnx"]  # to go on with: test_resume_export.py
+    left = ["onnx", "onnx.partial", "other.partial"] if kept else ["onnx"]  # to resume from: test_resume_export.py
     assert sorted(p.name for p in tmp_path.iterdir()) == left
 
 
@@ -235,7 +235,7 @@ def test_nibbles_of_the_wrong_order_fail_parity(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The gate itself: one layer's nibbles are swapped on their way into the file."""
+    """Test the parity check itself: swap the nibbles of one layer in the file."""
 
     def swapped(*_: Any, **__: Any) -> ir.Model:
         built = ir.load(exported[0] / "transformer" / "model.onnx")
@@ -294,7 +294,7 @@ def test_damaged_weights_are_the_users_error(
 
 
 def test_float_folder(tmp_path: Path) -> None:
-    """A diffusers folder that nobody compressed, through the real loader; size from its config."""
+    """Export an uncompressed diffusers folder with the real loader; the image size comes from its config."""
     checkpoint = pytest.importorskip("edgeprune.artefact.checkpoint")
     assert checkpoint
     folder = tmp_path / "float"

@@ -38,7 +38,7 @@ def test_one_layer(bits: int, bias: bool, tmp_path: Path) -> None:
 
     module, x = Wrapper(), {"x": torch.randn(3, 5, 48)}
     built = graph.to_ir(module, x, {"x": {0: "b", 1: "m"}}, {"y": {0: "b", 1: "m"}})
-    # What the checkpoint holds in half precision is stored so.
+    # Tensors that the checkpoint stores in half precision stay so.
     assert [n.op_type for n in built.graph] == [
         "Cast",
         "DequantizeLinear",
@@ -95,11 +95,11 @@ NETWORKS: dict[str, Callable[[], Any]] = {
     ],
 )
 def test_simplified_as_by_onnxscripts_optimizer(name: str, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is not used because it takes minutes for a large transformer."""
+    """The optimizer itself is not used, because it takes minutes for a large transformer."""
     seen: list[int] = []
 
     def nodes(model: ir.Model) -> list[Any]:
-        """What they are, and by number what they read and give: names are made up on the way."""
+        """Describe the nodes with numbers instead of names, because the passes invent names."""
         numbers: dict[str | None, int] = {}
         tensors = [value.const_value for value in model.graph.initializers.values()]
         return [

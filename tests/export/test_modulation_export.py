@@ -22,7 +22,7 @@ WIDTH = 64
 
 
 def thin(rank: int) -> nn.Module:
-    """Two blocks, quantised as the rule says; a norm is removed too."""
+    """Return two blocks, quantised by the precision rules; one norm is removed too."""
     model = tiny.tiny_transformer(num_layers=2)
     config = {"_class_name": "SD3Transformer2DModel"} | {k: v for k, v in model.config.items() if not k.startswith("_")}
     family = family_of(config)
@@ -59,7 +59,7 @@ def test_onnx_and_openvino(wrapper: modules.Transformer, traced: dict[str, torch
     path = tmp_path / "transformer" / "model.onnx"
     path.parent.mkdir()
     model = graph.to_ir(wrapper, traced, wrapper.inputs, wrapper.outputs)
-    assert [i.name for i in model.graph.inputs] == list(wrapper.inputs)  # runtimes give all, read or not
+    assert [i.name for i in model.graph.inputs] == list(wrapper.inputs)  # runtimes pass all inputs, used or not
     to_onnx.save("transformer", model, path)
     for runner in (parity.session(path), to_openvino.converted(path)):
         found = parity.check("transformer", runner, wrapper, examples(wrapper), list(wrapper.outputs))

@@ -1,6 +1,7 @@
-"""OpenVINO: packed integers, exact halves, images as torch's, devices that are not here, and errors that name the file.
+"""OpenVINO: packed integers, exact halves, torch's images, devices that are not here, and errors that name the file.
 
-Executed on the CPU. GPU and NPU are a fake `Core` that compiles for the CPU what it was given for them.
+Executed on the CPU. GPU and NPU are a fake core that compiles their models for the CPU. Options:
+test_openvino_runtime.py.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ PROMPTS = ["two red circles", "a drawing of a star above a ring"]
 
 @pytest.fixture(scope="module")
 def exported(tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The tiny pipeline as IR; the ONNX of `tiny_folders` stands in for tracing it again, which takes long."""
+    """The tiny pipeline as IR. It reuses the ONNX of `tiny_folders`, because tracing takes long."""
     source, traced = tiny_folders
     out, names, told = tmp_path_factory.mktemp("out") / "ir", iter(NETWORKS), list[str]()
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +64,7 @@ def exported(tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    """A tiny transformer in INT4, groups of 32, the modulation in INT8."""
+    """A tiny transformer in INT4 with groups of 32 and INT8 modulation."""
     out = tiny.tiny_transformer(num_layers=2)
     for name, layer in list(out.named_modules()):
         if isinstance(layer, nn.Linear) and name.startswith("transformer_blocks"):
@@ -76,7 +77,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def quantised(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its IR. That the integers are the checkpoint's: test_integers.py."""
+    """The model's IR. test_integers.py checks that the integers are the checkpoint's."""
     wrapper = modules.Transformer(model)
     path = tmp_path_factory.mktemp("quantised") / "transformer" / "model.onnx"
     path.parent.mkdir()
@@ -108,7 +109,7 @@ def test_unpacked_integers_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 def test_mapped_weights_are_given_back_while_they_are_repacked(
     quantised: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That is when it compiles, and when it runs for the first time."""
+    """Repacking happens when it compiles and at the first run."""
     given: list[Path] = []
 
     @contextmanager
@@ -181,7 +182,7 @@ def test_a_file_that_openvino_does_not_take(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_same_seed_same_image_as_torch(exported: tuple[Path, dict[str, Any]], tiny_folders: tuple[Path, Path]) -> None:
-    """Same weights in float32: latents to 1e-4 of their size, pixels to 1 of 255; IR and ONNX alike."""
+    """With the same float32 weights, latents agree to 1e-4 of their size and pixels to 1 of 255, from IR and ONNX."""
     source, onnx_folder = tiny_folders
     with runtimes.load(source) as theirs:
         reference = theirs.generate_latents(PROMPTS, seed=7)
@@ -257,12 +258,12 @@ def test_dynamic_quantisation_rounds_activations(quantised: Path, model: nn.Modu
         found = runtime.OpenVinoNetwork(quantised, "CPU", config)(**example)
         errors.append(parity.relative_error(found["out_hidden_states"], expected)[0])
     assert errors[0] < 1e-5 and errors[1] < 5e-2
-    # Where the CPU has no int8 kernels for it OpenVINO leaves activations alone.
+    # On a CPU without int8 kernels OpenVINO does not round activations.
     assert errors[1] >= errors[0] / 2
 
 
 def test_bf16_leaves_angles_alone(quantised: Path, model: nn.Module, tmp_path: Path) -> None:
-    """Near 1000 neighbours in bf16 are four radians apart."""
+    """Near 1000, neighbouring bf16 numbers are four radians apart."""
     wrapper = modules.Transformer(model)
     example = wrapper.example(batch=2, height=8, width=8, tokens=16) | {"timestep": torch.tensor([501.0, 997.3])}
     with torch.no_grad():
@@ -288,7 +289,7 @@ def test_bf16_leaves_angles_alone(quantised: Path, model: nn.Module, tmp_path: P
 
 
 def test_a_signal_finds_its_stack_after_many_models(quantised: Path) -> None:
-    """Where each model has a core of its own, and they go in the order they came in, it is a segmentation fault."""
+    """With one core per model, destroyed in order of creation, this is a segmentation fault."""
     code = f"""if True:
         import os, signal
         from pathlib import Path
@@ -320,7 +321,7 @@ def test_compile_cache(quantised: Path, model: nn.Module, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("device", ["NPU", "GPU.1", "CPU"])
 def test_sizes_are_fixed(device: str, exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each network is compiled for the sizes it is called with, the transformer again when the batch changes."""
+    """Each network is compiled for the sizes of its call; the transformer again when the batch changes."""
     monkeypatch.setattr(runtime, "core", FakeCore)
     monkeypatch.setattr(FakeCore, "compiled", [])
     with runtimes.load(exported[0], "openvino", device=device) as ours:
@@ -342,7 +343,7 @@ def test_sizes_are_fixed(device: str, exported: tuple[Path, dict[str, Any]], mon
 
 
 def one_layer(path: Path) -> Path:
-    """ONNX of one INT4 layer."""
+    """Write an ONNX file with one INT4 layer."""
 
     class Wrapper(nn.Module):
         def __init__(self) -> None:
@@ -363,7 +364,7 @@ def one_layer(path: Path) -> Path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory rows are Linux's")
 def test_nothing_leaks(tmp_path: Path) -> None:
-    """100 times opened, used and closed: the last 70 add less than 2 MB, where one float copy of the layer is 1 MB."""
+    """Open, use and close 100 times: the last 70 add less than 2 MB; one float copy of the layer has 1 MB."""
     path = one_layer(tmp_path)
     to_openvino.converted(path)
     path, x = path.with_name(to_openvino.MODEL), np.ones((2, 3, 512), np.float32)

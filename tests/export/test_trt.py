@@ -40,7 +40,7 @@ PARTS = ("transformer", "text_encoder", "text_encoder_2", "vae_decoder")
 
 
 def packed(layer: nn.Linear, bits: int, group_size: int, generator: torch.Generator) -> PackedLinear:
-    """Random integers over the whole range, random scales."""
+    """Return a layer with random integers over the whole range and random scales."""
     low, shape = -(2 ** (bits - 1)), (layer.out_features, layer.in_features)
     out = PackedLinear(shape[1], shape[0], bits=bits, group_size=group_size, bias=layer.bias is not None)
     out.weight_packed.copy_(pack(torch.randint(low, -low, shape, generator=generator), bits))
@@ -67,7 +67,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def built(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A tiny pipeline's engines, what was told and written, and the transformer's ONNX that TensorRT was given."""
+    """A tiny pipeline's engines, the reported progress, the record, and the ONNX files that TensorRT got."""
     source = tmp_path_factory.mktemp("trt") / "tiny"
     tiny.tiny_pipeline(source, num_layers=1)
     (source / "transformer_int4").mkdir()
@@ -126,7 +126,7 @@ def test_timesteps_stay_float32(built: SimpleNamespace) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_weights_that_tensorrt_maps_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file beside the ONNX file is what it maps, and what is given back while it builds."""
+    """TensorRT maps the data file next to the ONNX file; its pages are evicted while it builds."""
     layer, x = nn.Linear(1024, 1024), torch.ones(1, 1024)
     external_data.save(graph.to_ir(layer, {"input": x}, {"input": {}}, {"y": {}}), tmp_path / "model.onnx")
     given: list[tuple[bool, bool]] = []
@@ -154,7 +154,7 @@ def test_a_wrong_file_is_one_error(tmp_path: Path) -> None:
 
 
 def test_a_build_that_is_killed_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by the system, for want of memory; the export's own process goes on."""
+    """The system may kill the build for lack of memory; the export's own process survives."""
     (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
@@ -270,7 +270,7 @@ def test_forms_change_no_value(tmp_path: Path) -> None:
 
 
 def test_real_vendors_without_a_gpu(built: SimpleNamespace, tmp_path: Path) -> None:
-    """As far as the vendors go: TensorRT's refusal of a file, and CUDA's of a machine without a driver."""
+    """Test what the vendors do here: TensorRT rejects a file, and CUDA a machine without a driver."""
     (tmp_path / "model.engine").write_bytes(b"no engine")
     with pytest.raises(InputError, match=r"model.engine: tensorrt_rtx .* cannot read this engine: "):
         trt.TrtNetwork(tmp_path / "model.engine", tensorrt_rtx, Gpu(FakeCuda()))

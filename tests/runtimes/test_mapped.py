@@ -1,4 +1,4 @@
-"""Pages of a mapped file leave memory, and what they hold does not change."""
+"""Pages of a mapped file are evicted from memory, and their content stays the same."""
 
 import mmap
 import os

@@ -1,4 +1,4 @@
-"""OpenVINO's options and properties, on devices that are not here, and the module's import name."""
+"""OpenVINO's options become properties, also for devices that are not here; and the module's import name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_folder_named_openvino_is_not_the_package(tmp_path: Path) -> None:
-    """Such as an export in the working directory, which Python takes for a namespace package."""
+    """For example an export in the working directory, which Python takes for a namespace package."""
     (tmp_path / "openvino").mkdir()
     code = "import importlib.util as u; from edgeprune.common import extras as e; print(e.absent('openvino'))"
     for blocked, said in (("", "False"), ("sys.path[:] = [p for p in sys.path if 'site-packages' not in p];", "True")):

@@ -1,4 +1,4 @@
-"""Prepacked weights on disk: the same results, made once, and made again when anything has changed."""
+"""Prepacked weights on disk: the same results; created once, and again after any change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHOICE = choose(["CPUExecutionProvider"])
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders that were made."""
+    """The models that were prepacked."""
     found: list[Path] = []
     real = prepack._make
 
@@ -91,7 +91,7 @@ def test_damage_is_repaired(model: Path, tmp_path: Path, made: list[Path], damag
         (entry / "entry.json").unlink()
     elif damage == "half an entry":
         (entry / "entry.json").write_text("{")
-    else:  # as it was written, as far as the entry knows
+    else:  # damaged, although the entry matches
         file.write_bytes(b"nothing")
         prepack.write_json(entry / "entry.json", prepack._stamps(entry))
     np.testing.assert_array_equal(network(model, cache)(input_ids=ids)["text_embeds"], expected)

@@ -29,7 +29,7 @@ PARTS = ("transformer", "text_encoder", "text_encoder_2", "vae_decoder")
 
 @pytest.fixture
 def engines(tiny_folders: tuple[Path, Path], tmp_path: Path) -> Path:
-    """An ONNX export made into a TensorRT one: an engine is a file with the ONNX file's path."""
+    """A TensorRT export made from an ONNX export: an engine is a file with the path of the ONNX file."""
     out = tmp_path / "engines"
     shutil.copytree(tiny_folders[1], out, ignore=shutil.ignore_patterns("*.onnx*"))
     for name in PARTS:
@@ -79,7 +79,7 @@ def test_the_same_latents_as_onnx_runtime(
         largest = max(sizes["transformer"], sizes["text_encoder"] + sizes["text_encoder_2"], sizes["vae_decoder"])
         weights = largest if options.get("low_memory") else sum(sizes.values())
         assert rows["weights_bytes"].bytes == weights and "counted" in rows["peak_bytes"].how
-        # NVML does not tell here: the process's overhead is not mixed in.
+        # NVML reports nothing here, so the process's overhead is not included.
         assert "runtime_overhead_bytes" not in rows
         assert weights < rows["peak_bytes"].bytes <= weights + rows["activations_bytes"].bytes
         assert (cuda.launches > 0) == bool(options.get("cuda_graph"))
@@ -125,7 +125,7 @@ def test_errors_are_one_line(engines: Path, cuda: FakeCuda, monkeypatch: pytest.
         ):
             model.generate("x", height=128, width=128)
         cuda.memory = 10**9
-        model.generate("x")  # it goes on
+        model.generate("x")  # it still works
     (engines / "vae_decoder" / "model.engine").write_text("of another version")
     with pytest.raises(
         InputError,

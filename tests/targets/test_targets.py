@@ -1,4 +1,4 @@
-"""Targets: every file reads, and a wrong one says what is wrong."""
+"""Every target file can be read, and the error of a wrong one names the fault."""
 
 from __future__ import annotations
 
