@@ -169,8 +169,8 @@ def _slice_by_index(
     index: list[Any] = []
     steps = _ints(stride) or [1] * x.ndim
     for axis, (first, last, step) in enumerate(zip(_ints(begin), _ints(end), steps, strict=True)):
-        whole = slice(None if firsts[axis] else first, None if lasts[axis] else last, step)
-        index.append(first if drops[axis] else whole)
+        part = slice(None if firsts[axis] else first, None if lasts[axis] else last, step)
+        index.append(first if drops[axis] else part)
     return x[tuple(index)]
 
 

@@ -117,7 +117,7 @@ def check(
     *,
     bound: float = BOUND,
     half: bool = False,
-    known: Sequence[Sequence[torch.Tensor]] = (),
+    references: Sequence[Sequence[torch.Tensor]] = (),
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Compare every output at every example; return the worst errors and the shapes, for edgeprune_export.json.
@@ -131,7 +131,7 @@ def check(
         bound: largest relative error that passes.
         half: the file takes and computes float16. Then the bound is HALF_BOUND on the rms error, and the float32 module
             gets the same rounded inputs.
-        known: results of `reference` for the first examples (with rounded inputs if `half`), not computed again.
+        references: results of `reference` for the first examples (with rounded inputs if `half`); not computed again.
         progress: called after each block of torch and each step of the file.
 
     Raises:
@@ -139,13 +139,13 @@ def check(
     """
     worst, worst_rms, shapes = 0.0, 0.0, []
     bound = HALF_BOUND if half else bound
-    steps = len(examples) * runner.steps + (len(examples) - len(known)) * torch_steps(module)
+    steps = len(examples) * runner.steps + (len(examples) - len(references)) * torch_steps(module)
     step = Steps(f"{name}: compared", steps, progress)
     for i, example in enumerate(examples):
         sizes = {key: list(value.shape) for key, value in example.items()}
         shapes.append(sizes)
         inputs = modules.half_inputs(example) if half else example
-        expected = known[i] if i < len(known) else reference(module, inputs, step)
+        expected = references[i] if i < len(references) else reference(module, inputs, step)
         try:
             results = runner.run(list(outputs), {key: value.numpy() for key, value in inputs.items()}, step=step)
         except (EdgepruneError, OSError):

@@ -102,7 +102,7 @@ def _networks(
             longest = examples[0]["input_ids"].shape[1]
             sizes["sequence_length"] = (1, longest, longest)
         profile = profile_of(module.inputs, source.traced, sizes)
-        half, rounding, known = _half_precision(source, device, progress)
+        half, rounding, references = _half_precision(source, device, progress)
         model = source.to_ir(half=half)
         forms.per_output(model)
         engine = work.begin(name) / ENGINE
@@ -113,7 +113,7 @@ def _networks(
         gc.collect()  # a traced program refers to itself, and TensorRT needs the memory
         record = parity.check(
             name, parity.session(path), module, examples, list(module.outputs),
-            half=half, known=known, progress=progress,
+            half=half, references=references, progress=progress,
         )  # fmt: skip
         began = time.monotonic()
         layers = engine_builder.build(name, path, profile, engine)
@@ -151,7 +151,7 @@ def _half_precision(
 
     Returns:
         Whether half precision stays within the bound; its error (None if it is infinite, or if the device computes in
-        float32); and `known` for parity.check.
+        float32); and `references` for parity.check.
     """
     if device.activations != "float16":
         return False, None, []

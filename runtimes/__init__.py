@@ -66,12 +66,14 @@ class RuntimeInfo:
 
 _BASE = ("tokenizers", "PIL")
 RUNTIMES: dict[str, RuntimeInfo] = {
-    "openvino": RuntimeInfo("openvino", ("openvino", *_BASE), ("openvino", "onnx")),
-    "ort": RuntimeInfo("onnx", ("onnxruntime", *_BASE), ("onnx",)),
+    "openvino": RuntimeInfo(extra="openvino", packages=("openvino", *_BASE), formats=("openvino", "onnx")),
+    "ort": RuntimeInfo(extra="onnx", packages=("onnxruntime", *_BASE), formats=("onnx",)),
     # It also needs the TensorRT that built the folder; edgeprune_export.json names it.
-    "trt": RuntimeInfo("trt", ("cuda.bindings.runtime", *_BASE), ("trt",), "an NVIDIA GPU"),
-    "coreml": RuntimeInfo("coreml", ("coremltools", *_BASE), ("coreml",), "macOS"),
-    "eager": RuntimeInfo("compress", ("torch", "diffusers", "transformers", *_BASE), ()),
+    "trt": RuntimeInfo(
+        extra="trt", packages=("cuda.bindings.runtime", *_BASE), formats=("trt",), hardware="an NVIDIA GPU"
+    ),
+    "coreml": RuntimeInfo(extra="coreml", packages=("coremltools", *_BASE), formats=("coreml",), hardware="macOS"),
+    "eager": RuntimeInfo(extra="compress", packages=("torch", "diffusers", "transformers", *_BASE), formats=()),
 }
 """By module name. If several open a format, the first installed one is the default."""
 
@@ -130,8 +132,8 @@ def candidates(folder: Path) -> list[str]:
         target = record.get("target")
         if opening := [name for name, info in RUNTIMES.items() if target in info.formats]:
             return opening
-        known = sorted({f for info in RUNTIMES.values() for f in info.formats})
-        raise InputError(f"{manifest}: target: found {target!r}, expected one of {', '.join(known)}")
+        formats = sorted({f for info in RUNTIMES.values() for f in info.formats})
+        raise InputError(f"{manifest}: target: found {target!r}, expected one of {', '.join(formats)}")
     if (folder / "model_index.json").exists():
         return ["eager"]
     raise InputError(

@@ -110,7 +110,7 @@ def read_settings(folder: Path) -> Settings:
     generation = Generation.load(folder)
     family = family_of(config, str(config_path))
     family.text_widths(config)  # fails here, before gigabytes are loaded
-    settings = Settings(generation, factor, family, config)
+    settings = Settings(generation=generation, factor=factor, family=family, config=config)
     check_size(settings, generation.height, generation.width, where=f"{folder / 'generation.json'}: ")
     return settings
 
@@ -326,10 +326,10 @@ def open_runtime(folder: Path, module: ModuleType, options: dict[str, Any]) -> R
     Raises:
         InputError: a setting is not usable, or the runtime has no such option.
     """
-    known = list(inspect.signature(module.open_backend).parameters)[2:]
-    if unknown := sorted(set(options) - set(known)):
+    accepted = list(inspect.signature(module.open_backend).parameters)[2:]
+    if unknown := sorted(set(options) - set(accepted)):
         name = module.__name__.rpartition(".")[2]
-        raise InputError(f"{folder}: {name}: option {unknown[0]}: unknown, expected one of {', '.join(known)}")
+        raise InputError(f"{folder}: {name}: option {unknown[0]}: unknown, expected one of {', '.join(accepted)}")
     settings = read_settings(folder)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = FlowMatchEuler.from_config(read_json(scheduler_path), where=str(scheduler_path))

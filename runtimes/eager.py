@@ -118,8 +118,8 @@ def cuda_rows(cuda: Any, weights: int) -> dict[str, Reading]:
         "weights_bytes": Reading(weights, "on the GPU once the model was there (torch, memory_allocated)", "gpu"),
         "activations_bytes": Reading(max(0, peak - weights), f"on the GPU: {how} less weights", "gpu"),
     }
-    own = "CUDA's own on the GPU: this process now (NVML) less memory_reserved"
-    return with_overhead(rows, peak, how, cuda.memory_reserved(), own)
+    overhead_how = "CUDA's own on the GPU: this process now (NVML) less memory_reserved"
+    return with_overhead(rows, peak, how, cuda.memory_reserved(), overhead_how)
 
 
 def _pick_device(device: str | None) -> tuple[str, str]:

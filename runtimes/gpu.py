@@ -144,7 +144,7 @@ class Gpu:
         )
 
 
-def with_overhead(rows: dict[str, Reading], peak: int, how: str, counted: int, own: str) -> dict[str, Reading]:
+def with_overhead(rows: dict[str, Reading], peak: int, how: str, counted: int, overhead_how: str) -> dict[str, Reading]:
     """Add the peak and, if NVML reports the process's total, the runtime's overhead, which the peak then includes.
 
     Args:
@@ -152,13 +152,13 @@ def with_overhead(rows: dict[str, Reading], peak: int, how: str, counted: int, o
         peak: peak of weights and activations, in bytes.
         how: how that peak was measured.
         counted: current bytes of weights and activations.
-        own: how the overhead is measured.
+        overhead_how: how the overhead is measured.
     """
     total = nvml_row()
     overhead: dict[str, Reading] = {}
     if total:
         overhead_bytes = max(0, total["gpu_process_bytes"].bytes - counted)
-        overhead["runtime_overhead_bytes"] = Reading(overhead_bytes, own, "gpu")
+        overhead["runtime_overhead_bytes"] = Reading(overhead_bytes, overhead_how, "gpu")
         peak, how = peak + overhead_bytes, f"{how}; and runtime overhead"
     else:
         how += "; without runtime overhead, which NVML does not tell here"

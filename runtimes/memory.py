@@ -116,16 +116,41 @@ class _Levels:
 
 
 def _levels(rows: dict[str, Reading]) -> _Levels:
+    """Extract the levels from the rows of `read`."""
     if "footprint_bytes" in rows:
         now, peak = rows["footprint_bytes"].bytes, rows["peak_footprint_bytes"]
         how = "as physical footprint: weights that are mapped and clean are not in it"
-        return _Levels(now, now, 0, peak.bytes, peak.how, "physical footprint", how)
+        return _Levels(
+            resident=now,
+            private=now,
+            mapped=0,
+            peak=peak.bytes,
+            peak_how=peak.how,
+            source="physical footprint",
+            weights_how=how,
+        )
     now, peak = rows["rss_bytes"].bytes, rows["peak_rss_bytes"]
     if "anon_bytes" in rows:
         private, mapped = rows["anon_bytes"].bytes, rows["file_bytes"].bytes
         how = "anonymous when opened (RssAnon) and file-backed as used since (RssFile), mapped weights and library code"
-        return _Levels(now, private, mapped, peak.bytes, peak.how, "VmRSS", how)
-    return _Levels(now, now, 0, peak.bytes, peak.how, "resident set", "as resident set, when opened")
+        return _Levels(
+            resident=now,
+            private=private,
+            mapped=mapped,
+            peak=peak.bytes,
+            peak_how=peak.how,
+            source="VmRSS",
+            weights_how=how,
+        )
+    return _Levels(
+        resident=now,
+        private=now,
+        mapped=0,
+        peak=peak.bytes,
+        peak_how=peak.how,
+        source="resident set",
+        weights_how="as resident set, when opened",
+    )
 
 
 def parse_kib(text: str) -> dict[str, int]:

@@ -150,8 +150,8 @@ class NetworkBackend:
 
     def memory(self) -> dict[str, Reading]:
         """Return the rows of memory.SPLIT, for the device if it measures its own memory, else for this process."""
-        own = self._device_memory()
-        return own if "peak_bytes" in own else self._meter.rows() | own
+        device = self._device_memory()
+        return device if "peak_bytes" in device else self._meter.rows() | device
 
     def close(self) -> None:
         """Close every network."""

@@ -72,4 +72,4 @@ def choose(available: Sequence[str], wanted: str | None = None) -> Choice:
         why = f"provider={wanted}"
     else:
         why = "the only one here" if len(here) == 1 else f"the first of {', '.join(here)}, which are here"
-    return Choice(name, tuple(dict.fromkeys(chain)), why, wanted is not None)
+    return Choice(name=name, providers=tuple(dict.fromkeys(chain)), why=why, asked=wanted is not None)

@@ -44,20 +44,20 @@ class FlowMatchEuler:
         Raises:
             InputError: it names another scheduler class, or sets an unsupported field or an impossible value.
         """
-        found = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-        if found != "FlowMatchEulerDiscreteScheduler":
-            raise InputError(f"{where}: _class_name: found {found!r}, expected 'FlowMatchEulerDiscreteScheduler'")
-        known = {f.name for f in fields(cls)}
+        class_name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+        if class_name != "FlowMatchEulerDiscreteScheduler":
+            raise InputError(f"{where}: _class_name: found {class_name!r}, expected 'FlowMatchEulerDiscreteScheduler'")
+        supported = {f.name for f in fields(cls)}
         for field, value in config.items():
             # A field of a later diffusers is harmless while it is off.
-            if field in _OFF or (field not in known and not field.startswith("_")):
+            if field in _OFF or (field not in supported and not field.startswith("_")):
                 if value not in (None, False):
                     raise InputError(
                         f"{where}: {shown(field)}: found {shown(value)}, expected it off: it is not supported"
                     )
-            elif field in known and not _valid(field, value):
+            elif field in supported and not _valid(field, value):
                 raise InputError(f"{where}: {field}: found {shown(value)}, expected {_EXPECTED.get(field, 'a number')}")
-        made = cls(**{k: v for k, v in config.items() if k in known})
+        made = cls(**{k: v for k, v in config.items() if k in supported})
         if made.base_image_seq_len == made.max_image_seq_len:
             raise InputError(
                 f"{where}: max_image_seq_len: found {made.max_image_seq_len}, the same as base_image_seq_len"

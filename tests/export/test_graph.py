@@ -69,11 +69,17 @@ def test_what_is_known_is_not_computed_again() -> None:
     x = torch.ones(2, 3)
     told: list[tuple[int, int]] = []
     found = parity.check(
-        "double", Doubles(), Once(), [{"x": x}], ["y"], known=[[2 * x]], progress=lambda _, *at: told.append(at[:2])
+        "double",
+        Doubles(),
+        Once(),
+        [{"x": x}],
+        ["y"],
+        references=[[2 * x]],
+        progress=lambda _, *at: told.append(at[:2]),
     )
     assert found["max_relative"] == 0 and told == [(1, 1)]
     with pytest.raises(ParityError, match=r"relative error of 5\.00e-01"):
-        parity.check("double", Doubles(), Once(), [{"x": x}], ["y"], known=[[4 * x]])
+        parity.check("double", Doubles(), Once(), [{"x": x}], ["y"], references=[[4 * x]])
 
 
 NETWORKS: dict[str, Callable[[], Any]] = {

@@ -175,9 +175,9 @@ def test_an_overflow_is_seen_and_means_float32() -> None:
         return to_onnx.NetworkSource("large", Large(), {"x": x}, [{"x": x}])  # type: ignore[arg-type]
 
     small = source(torch.rand(2, 4) / 2)
-    good, error, known = to_trt._half_precision(small, RTX)
+    good, error, references = to_trt._half_precision(small, RTX)
     assert good and error is not None and 0 < error < parity.HALF_BOUND
-    torch.testing.assert_close(known, [list(Large()(small.examples[0]["x"].half().float()))])
+    torch.testing.assert_close(references, [list(Large()(small.examples[0]["x"].half().float()))])
     assert to_trt._half_precision(source(torch.rand(2, 4) + 1), RTX) == (False, None, [])
     single = dataclasses.replace(RTX, activations="float32")
     assert to_trt._half_precision(source(torch.rand(2, 4)), single) == (False, None, [])
