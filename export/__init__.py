@@ -1,8 +1,8 @@
-"""An artefact becomes a format's folder: one translation of the quantised layer per format, gated by parity.
+"""Exports an artefact to a device's format: ONNX, OpenVINO, TensorRT or Core ML, each compared with the checkpoint.
 
-`FORMATS` are the to_*.py beside this file, each with `export(artefact, out, device=..., progress=...)`. This `__init__`
-imports nothing heavy and refuses any other import name: with the project root on `sys.path` the folder would also be
-importable as `export`, and two copies of the custom op's translation would exist.
+`FORMATS` lists the to_*.py files of this folder, each with `export(artefact, out, device=..., progress=...)`. This file
+imports nothing heavy. It refuses any other import name: with the project root on `sys.path` the folder could also be
+imported as `export`, and the custom op would be translated twice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgeprune.export import accepts
 from edgeprune.targets import Target
 
 FORMATS = sorted(path.stem.removeprefix("to_") for path in Path(__file__).parent.glob("to_*.py"))
-"""What can be written: coreml, onnx, ..."""
+"""The formats that can be written: coreml, onnx, ..."""
 
 NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "coreml": ("coreml", ("coremltools",)),
@@ -29,18 +29,27 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "openvino": ("openvino", ("openvino",)),
     "trt": ("onnx,trt", ("onnxruntime", "tensorrt|tensorrt_rtx")),
 }
-"""By format: the extras that install what its export needs beside `compress`, and these packages; `a|b` is either."""
+"""By format: the extras that its export needs in addition to `compress`, and their packages; `a|b` is either."""
 
 
 def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Callable[..., None]) -> dict[str, Any]:
-    """Write `out` in a format of FORMATS for a device; returns the content of edgeprune_export.json.
+    """Write the folder `out` in one of FORMATS for a device.
 
-    Killed, or out of disk, it leaves `OUT.partial`, and the next call with the same arguments goes on from there.
-    `progress` is called as progress.Progress says.
+    An interrupted export leaves `OUT.partial`; the next call with the same arguments resumes there.
+
+    Args:
+        artefact: the artefact's folder, or a diffusers folder.
+        out: the folder to write.
+        fmt: one of FORMATS.
+        device: what the export is for.
+        progress: see progress.Progress.
+
+    Returns:
+        The content of edgeprune_export.json.
 
     Raises:
         MissingExtraError: a package that the format needs is not installed.
-        InputError: `artefact` or `out` is not usable, or the artefact cannot be for this device.
+        InputError: `artefact` or `out` is not usable, or the device cannot run the artefact.
         ParityError: a network does not compute what its checkpoint computes.
         DiskError: the disk is full, or `out` cannot be written.
     """
@@ -49,7 +58,7 @@ def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Cal
     accepts.check(artefact, device)
     extra, packages = NEEDS[fmt]
     extras.require(extras.COMPRESS, f"compress,{extra}")
-    # Which TensorRT it must be depends on the device: to_trt.py says.
+    # Which TensorRT is needed depends on the device; to_trt.py checks that.
     extras.require(tuple(package for package in packages if "|" not in package), extra)
     module = importlib.import_module(f"edgeprune.export.to_{fmt}")
     with heap.returned():

@@ -1,6 +1,6 @@
-"""Can this artefact be for this device? Asked before any work starts, from headers alone.
+"""Checks whether a device takes an artefact's weights, before any work starts; reads only file headers.
 
-What it leaves out: memory (the budget's part, before pruning) and image sizes (the device's TOML, for larger models).
+Memory is not checked here: `--fit` plans for it before pruning.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from edgeprune.targets import Target
 
 
 def check(artefact: Path, device: Target) -> None:
-    """Refuse INT4 weights that the device does not take; float folders pass.
+    """Refuse INT4 weights that the device does not take; folders with float weights pass.
 
     Raises:
-        InputError: the device takes no INT4 weights, not with zero points or not in these groups, or a weight file is
-            damaged.
+        InputError: the device takes no INT4 weights, none with zero points or none of this group size, or a weight file
+            is damaged.
     """
     folder = artefact / "transformer_int4"
     if device.int4_symmetric_only:
@@ -41,25 +41,25 @@ def check(artefact: Path, device: Target) -> None:
 
 
 def group_sizes(folder: Path) -> dict[int, str]:
-    """INT4 group sizes in `transformer_int4`, each with the first layer that has it; empty without such a folder.
+    """Return the INT4 group sizes in `transformer_int4`, each with the first layer that has it; empty without a folder.
 
-    A layer of one group is passed over: the 8-bit layers are so, and a runtime sees it as one scale per output.
+    Layers with a single group are skipped: 8-bit layers have one, and for a runtime it is one scale per output.
 
     Raises:
         InputError: a weight file is damaged.
     """
-    found: dict[int, str] = {}
+    first_layers: dict[int, str] = {}
     shapes = _shapes(folder)
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight_packed")
         groups = shapes.get(f"{layer}.weight_scale", [0, 0])[1]
         if layer != name and groups > 1:
-            found.setdefault(2 * shape[1] // groups, layer)
-    return found
+            first_layers.setdefault(2 * shape[1] // groups, layer)
+    return first_layers
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:
-    """Every tensor of a folder's safetensors files, from their headers."""
+    """Return the shape of every tensor in a folder's safetensors files, from their headers."""
     shapes: dict[str, list[int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:

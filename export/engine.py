@@ -1,10 +1,9 @@
-"""One TensorRT engine from an ONNX file, in a process of its own: python -m edgeprune.export.engine SPEC.
+"""Builds a TensorRT engine from an ONNX file, in a process of its own: python -m edgeprune.export.engine SPEC.
 
-While TensorRT builds it holds the weights about four times, once mapped from the ONNX file, which is given back: what
-tracing and comparing have in memory need not be there too, and where the system ends the process for want of memory,
-the export can still say so. SPEC is JSON, the fields of `Spec`; standard output has a line of JSON for each step and a
-last one with what was built, or an error.
-What it leaves out: who asks for it (to_trt.py).
+to_trt.py starts it. While TensorRT builds, it holds the weights about four times, once of them mapped from the ONNX
+file (these pages are evicted). A process of its own does not also hold what tracing and comparing need, and if the
+system kills it for lack of memory, the export survives and reports that. SPEC is JSON with the fields of `Spec`.
+Standard output has one JSON object per line: the progress, then what was built or an error.
 """
 
 from __future__ import annotations
@@ -24,26 +23,29 @@ from edgeprune.runtimes import mapped
 from edgeprune.runtimes.trt import logger
 
 Profile = dict[str, tuple[tuple[int, ...], ...]]
-"""Least, best and largest shape by input name."""
+"""Smallest, best and largest shape, by input name."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What to build."""
+    """Describes an engine to build."""
 
     vendor: str
     """`tensorrt` or `tensorrt_rtx`."""
     name: str
-    """Of the network, for messages."""
+    """The network's name, for messages."""
     onnx: str
     engine: str
     profile: Profile
     cache: str
-    """A timing cache, read if it is there and written (regular TensorRT only)."""
+    """Path of a timing cache: read if it exists, then written (regular TensorRT only)."""
 
 
 def build(spec: Spec, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
-    """Write the engine; how many layers have INT4 and INT8 weights in the network that TensorRT parsed.
+    """Write the engine.
+
+    Returns:
+        How many layers of the network that TensorRT parsed have INT4 and INT8 weights.
 
     Raises:
         EdgepruneError: TensorRT cannot read the ONNX file or build from it.
@@ -67,13 +69,13 @@ def build(spec: Spec, progress: Callable[[str, int, int], None]) -> dict[str, An
     config.add_optimization_profile(shapes)
     config.progress_monitor = _monitor(trt, spec.name, progress)
     cache, timings = Path(spec.cache), None
-    if trt.__name__ == "tensorrt":  # tensorrt_rtx times nothing while it builds
+    if trt.__name__ == "tensorrt":  # tensorrt_rtx does no timing while it builds
         timings = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
         config.set_timing_cache(timings, ignore_mismatch=False)
-    with mapped.given_back(Path(f"{spec.onnx}.data")):
+    with mapped.evicting(Path(f"{spec.onnx}.data")):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EdgepruneError(f"{spec.name}: {spec.vendor} cannot build it: {log.said()}")
+        raise EdgepruneError(f"{spec.name}: {spec.vendor} cannot build it: {log.take()}")
     with Path(spec.engine).open("wb") as file:
         file.write(plan)
     if timings is not None:
@@ -82,12 +84,12 @@ def build(spec: Spec, progress: Callable[[str, int, int], None]) -> dict[str, An
 
 
 def _errors(parser: Any) -> str:
-    """The parser's complaints on one line."""
+    """Return the parser's errors on one line."""
     return " ".join("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)).split())[:400]
 
 
 def _monitor(trt: Any, name: str, progress: Callable[[str, int, int], None]) -> Any:
-    """Tells `progress` of the steps of each phase of the build that is not part of another."""
+    """Return a monitor that reports the steps of each top-level phase of the build to `progress`."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -113,22 +115,23 @@ def _monitor(trt: Any, name: str, progress: Callable[[str, int, int], None]) -> 
     return Monitor()
 
 
-def _say(**line: Any) -> None:
+def _print_json(**line: Any) -> None:
+    """Print one line of JSON; end quietly if the reader is gone."""
     try:
         print(json.dumps(line), flush=True)
-    except BrokenPipeError:  # who asked for it is gone
+    except BrokenPipeError:
         os._exit(1)
 
 
 def main() -> None:
-    """See the module."""
+    """Build the engine that the first argument describes."""
     spec = Spec(**json.loads(sys.argv[1]))
     try:
-        _say(built=build(spec, lambda what, done, total: _say(progress=[what, done, total])))
+        _print_json(built=build(spec, lambda what, done, total: _print_json(progress=[what, done, total])))
     except EdgepruneError as error:
-        _say(error=str(error))
+        _print_json(error=str(error))
     except OSError as error:
-        _say(errno=error.errno, error=f"{spec.name}: {error.strerror}")
+        _print_json(errno=error.errno, error=f"{spec.name}: {error.strerror}")
 
 
 if __name__ == "__main__":

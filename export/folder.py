@@ -1,10 +1,10 @@
-"""The folder around exported networks: index, scheduler, tokenizers, generation defaults, manifest; written atomically.
+"""Writes the folder around exported networks: index, scheduler, tokenizers, generation defaults and manifest.
 
     write(artefact, out, "onnx", {}, lambda work: {...})
 
-All happens in `OUT.partial`, renamed at the end; whatever goes wrong, a previous export is untouched. What a kill or a
-full disk leaves in `OUT.partial`, the next run of the same inputs goes on with (unfinished.py); a network that is wrong
-leaves nothing. What it leaves out: the networks, which each format's to_*.py writes.
+Everything is written to `OUT.partial`, which is renamed at the end, so a failure leaves a previous export untouched.
+After a kill or with a full disk, the next run with the same inputs resumes in `OUT.partial` (unfinished.py). If a
+network is wrong, `OUT.partial` is removed. Each format's to_*.py writes the networks.
 """
 
 from __future__ import annotations
@@ -42,45 +42,52 @@ from edgeprune.sampling.generation import Generation
 
 FILE = "edgeprune_export.json"
 _TOOLS = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
-"""Whose version may change a graph; a format adds its own."""
+"""Packages whose version may change a graph; a format adds its own."""
 
 Networks = Callable[[Unfinished], dict[str, Any]]
-"""Writes the networks that are not there yet, and generation.json if its sizes are not the artefact's; returns what
-else edgeprune_export.json shall say."""
+"""Writes the networks that are not finished yet, and generation.json if its sizes differ from the artefact's; returns
+further content of edgeprune_export.json."""
 
 
 def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], networks: Networks) -> dict[str, Any]:
-    """Make the export folder `out` of format `target`; returns the content of edgeprune_export.json.
+    """Write the export folder `out` in the format `target`.
 
     Args:
-        options: whatever the files depend on beside the artefact and the format: the device, its tool's version.
+        artefact: the artefact's folder, or a diffusers folder.
+        out: the folder to write.
+        target: the format.
+        options: everything else that the files depend on: the device, the versions of the format's tools.
         networks: writes the networks.
 
+    Returns:
+        The content of edgeprune_export.json.
+
     Raises:
-        InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
-        LockedError: another process is making this export.
-        DiskError: the disk is full, or `out` cannot be written; what is finished is kept.
+        InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something other than an
+            export.
+        LockedError: another process is writing this export.
+        DiskError: the disk is full, or `out` cannot be written; finished networks are kept.
     """
     index = _index(artefact)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: found a file, expected a folder or nothing")
     if out.exists() and any(out.iterdir()) and not (out / FILE).is_file():
-        raise InputError(f"{out}: found a folder without {FILE}, expected an empty or new folder, or a previous export")
-    place = out.resolve()  # "." has no name
+        raise InputError(f"{out}: found a folder without {FILE}, expected a new or empty folder or a previous export")
+    place = out.resolve()  # "." has no name to extend
     partial = place.with_name(place.name + ".partial")
-    # The lock is beside the folder, since a new one takes its place.
+    # The lock is outside the folder, which is replaced.
     with hold(place.with_name(f".{place.name}.lock"), out):
         try:
             inputs = _inputs(artefact, target, options)
-            if is_whole(out, inputs):  # killed when all was done but this
+            if is_whole(out, inputs):  # a run was killed just before this
                 (out / MARK).unlink()
                 shutil.rmtree(place.with_name(place.name + ".old"), ignore_errors=True)
                 return read_json(out / FILE)
             work = Unfinished(partial, inputs)
-            said = networks(work)
+            more = networks(work)
             _small_files(artefact, partial, index)
             _configs(artefact, partial)
-            (partial / FILE).unlink(missing_ok=True)  # of a run that was killed just before the end
+            (partial / FILE).unlink(missing_ok=True)  # from a run that was killed just before the end
             files = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
             del files[MARK]
             manifest = read_json(artefact / MANIFEST) if (artefact / MANIFEST).is_file() else {}
@@ -91,7 +98,7 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
                 "quantized": quantized,
                 "group_size": (manifest.get("group_size") or 64) if quantized else None,
                 "source": manifest.get("source", str(artefact.resolve())),
-                **said,
+                **more,
                 "files": {name: work.hashes.get(name) or sha256_file(path) for name, path in files.items()},
             }
             write_json(partial / FILE, record)
@@ -107,7 +114,7 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
 
 
 def _inputs(artefact: Path, target: str, options: Mapping[str, Any]) -> str:
-    """Digest of everything that an export depends on. Files are told by size and time: to read them takes minutes."""
+    """Return a digest of everything that an export depends on. Files count by size and time: reading takes minutes."""
     encoders = text_encoders(artefact)
     parts = ("transformer", "transformer_int4", "vae", "scheduler", *encoders, *map(tokenizer_of, encoders))
     paths = [p for part in parts for p in sorted((artefact / part).rglob("*")) if p.is_file()]
@@ -127,12 +134,12 @@ def _inputs(artefact: Path, target: str, options: Mapping[str, Any]) -> str:
 
 
 def is_quantized(artefact: Path) -> bool:
-    """Whether the artefact holds INT4 weights."""
+    """Return whether the artefact holds INT4 weights."""
     return (artefact / "transformer_int4").is_dir()
 
 
 def _index(artefact: Path) -> dict[str, Any]:
-    """model_index.json, if this is a pipeline that can be exported."""
+    """Read model_index.json and check that the pipeline can be exported."""
     path = artefact / "model_index.json"
     if not artefact.is_dir():
         raise InputError(f"{artefact}: no such folder")
@@ -156,7 +163,7 @@ def _index(artefact: Path) -> dict[str, Any]:
 
 
 def from_pretrained(load: Callable[..., Any], folder: Path, *, tokenizer: bool = False) -> Any:
-    """A vendor's loader, its many exceptions mapped to one that names the folder. It reads no pickle and runs no code.
+    """Call a vendor's loader without pickle or remote code, and map its exceptions to one that names the folder.
 
     Raises:
         InputError: the folder cannot be loaded.
@@ -172,21 +179,21 @@ def from_pretrained(load: Callable[..., Any], folder: Path, *, tokenizer: bool =
 
 
 def _configs(artefact: Path, partial: Path) -> None:
-    """Each network's config.json, and generation.json."""
+    """Write each network's config.json, and generation.json."""
     config = read_json(artefact / ("transformer_int4" if is_quantized(artefact) else "transformer") / "config.json")
-    # The network is whole in its file, and optimum reads the config.
+    # The exported network needs no pruning plan, and optimum reads this config.
     write_json(partial / "transformer" / "config.json", stock_config(config))
     for name in text_encoders(artefact):
         write_json(partial / name / "config.json", read_json(artefact / name / "config.json"))
     vae = read_json(artefact / "vae" / "config.json")
-    # AutoencoderKL's own default; a runtime reads no Python.
+    # AutoencoderKL's defaults: runtimes do not import diffusers.
     write_json(partial / "vae_decoder" / "config.json", {"scaling_factor": 0.18215, "shift_factor": None} | vae)
-    if not (partial / GENERATION).exists():  # a format of fixed sizes says its own
+    if not (partial / GENERATION).exists():  # a format with fixed sizes has written its own
         Generation.load(artefact).save(partial)
 
 
 def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> None:
-    """Index, scheduler and tokenizers."""
+    """Write the index, the scheduler and the tokenizers."""
     kept = {key: value for key, value in index.items() if key != "_name_or_path"}
     write_json(partial / "model_index.json", kept)
     _copy(artefact / "scheduler", partial / "scheduler")
@@ -195,14 +202,14 @@ def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> Non
 
 
 def _copy(source: Path, target: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(target, ignore_errors=True)  # from a run that was killed
     copy_folder(source, target)
 
 
 def _tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer; complete it for the `tokenizers` package alone, and for optimum with transformers 4.
+    """Copy a tokenizer and complete it, so that the `tokenizers` package and optimum with transformers 4 can read it.
 
-    The first reads tokenizer.json, which CLIP's in hub folders of SD3 lack.
+    `tokenizers` needs tokenizer.json, which CLIP's folders in SD3 repositories of the hub lack.
     """
     _copy(source, target)
     if not (target / "tokenizer.json").exists():

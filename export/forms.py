@@ -1,7 +1,7 @@
-"""Quantised layers written in forms that TensorRT takes; the values stay what they are.
+"""Rewrites quantised layers to forms that TensorRT accepts, without changing a value.
 
-INT8, one scale per output: as quantisation per channel rather than in blocks of the whole input. Scales are constants
-in the precision of the activations, not casts.
+TensorRT wants INT8 with one scale per output as per-channel quantisation, not as blocks that span the whole input. It
+wants scales as constants in the precision of the activations, not behind a Cast.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 
 def per_output(model: ir.Model) -> None:
-    """Give INT8 weights of one group a scale vector (O) on axis 1 instead of (1, O) with a block, in place."""
+    """Give INT8 weights with one group a scale vector (O) on axis 1 instead of blocks (1, O); in place."""
     for node in list(model.graph):
         if node.op_type != "DequantizeLinear":
             continue
@@ -27,7 +27,7 @@ def per_output(model: ir.Model) -> None:
 
 
 def _constant(model: ir.Model, scale: ir.Value) -> ir.Value:
-    """A scale as an initialiser, cast already; in place."""
+    """Fold the Cast of a scale into its initialiser, in place, and return that."""
     cast = scale.producer()
     if cast is None:
         return scale

@@ -1,13 +1,12 @@
-"""Runs a saved Core ML package without a Mac: a reference for the MIL operations that our packages use.
+"""Evaluates a saved Core ML package without a Mac: a reference for the MIL operations that edgeprune's packages use.
 
     Package(Path("model.mlpackage")).run(["velocity"], {"hidden_states": ...})
 
-It walks the operations of the saved program, reading every constant from weight.bin, and computes each in torch. By
-default all arithmetic is float32 on the stored values, so what is left against the checkpoint is how the package
-stores them. With `half=True` every value that the program declares as half precision is rounded to it after each
-operation: what a device does, but for the order of its sums; an overflow shows here.
-What it leaves out: control flow, state, images, speed, and every operation and parameter not listed below, which is
-an error that names it.
+It walks the operations of the saved program, reads every constant from weight.bin, and computes each operation in
+torch. By default all arithmetic is float32 on the stored values, so a difference to the checkpoint comes from how the
+package stores them. With `half=True` every value that the program declares as half precision is rounded after each
+operation, as on a device (apart from the order of sums), so an overflow shows. Control flow, state and images are not
+supported; any operation or parameter that is not listed below raises an error that names it.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Package:
     """A saved mlprogram.
 
     Raises:
-        ParityError: it is not an mlprogram that coremltools can read.
+        ParityError: coremltools cannot read it as an mlprogram.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,14 +46,14 @@ class Package:
         block = program.block_specializations[program.opset]
         self.operations, self.inputs = list(block.operations), [v.name for v in program.inputs]
         self.outputs = list(block.outputs)
-        # Each value goes after its last reader, or a large model would have all of its weights here in float32.
+        # A value is dropped after its last reader; otherwise all weights of a large model would be here in float32.
         self._last = {name: i for i, op in enumerate(self.operations) for name in _read_by(op)}
 
     def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any], *, half: bool = False) -> list[NDArray[Any]]:
-        """The outputs `names` (all, in the program's order, for None) from arrays by input name.
+        """Compute the outputs `names` (for None all, in the program's order) from arrays by input name.
 
         Raises:
-            ParityError: an operation that this file does not know, or one that fails.
+            ParityError: an operation is not listed below, or fails.
         """
         values: dict[str, Any] = {name: _plain(np.asarray(array)) for name, array in feeds.items()}
         wanted = list(names or self.outputs)
@@ -66,19 +65,21 @@ class Package:
             for name in _read_by(op):
                 if self._last[name] == i and name not in wanted:
                     del values[name]
-        self._constants.blob_reader_from_filename.clear()  # each keeps its file mapped: a chain would hold them all
+        self._constants.blob_reader_from_filename.clear()  # each reader keeps its file mapped: a chain would hold all
         return [values[name].numpy() for name in wanted]
 
     def _step(self, op: Any, values: Mapping[str, Any]) -> Sequence[Any]:
-        """The results of one operation."""
+        """Compute the results of one operation."""
         if op.type == "const":
             return [_plain(_load_value(self._constants, op.attributes["val"]))]
         if op.type not in OPERATIONS:
-            raise ParityError(f"{self.path.name}: MIL operation {op.type!r} ({op.outputs[0].name}): not known here")
+            raise ParityError(
+                f"{self.path.name}: MIL operation {op.type!r} ({op.outputs[0].name}): not supported by mil_reference"
+            )
         arguments = {}
         for key, argument in op.inputs.items():
-            found = [self._argument(binding, values) for binding in argument.arguments]
-            arguments[key] = found if key == "values" else found[0]
+            bound = [self._argument(binding, values) for binding in argument.arguments]
+            arguments[key] = bound if key == "values" else bound[0]
         try:
             result = OPERATIONS[op.type](**arguments)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -93,22 +94,22 @@ class Package:
 
 
 def _read_by(op: Any) -> set[str]:
-    """Names of the values that an operation reads."""
+    """Return the names of the values that an operation reads."""
     return {b.name for a in op.inputs.values() for b in a.arguments if b.WhichOneof("binding") == "name"}
 
 
 def _plain(value: Any) -> Any:
-    """Text as it is; numbers as tensors of float32, int64 or bool, those of one byte (weights) of int8 or uint8."""
+    """Convert numbers to tensors of float32, int64 or bool, of int8 or uint8 if they have one byte; keep text."""
     if isinstance(value, (str, bytes)):
         return value
     array = np.asarray(value)
-    whole = {("i", 1): np.int8, ("u", 1): np.uint8}.get((array.dtype.kind, array.dtype.itemsize), np.int64)
-    kind: Any = np.float32 if array.dtype.kind == "f" else bool if array.dtype.kind == "b" else whole
+    integer = {("i", 1): np.int8, ("u", 1): np.uint8}.get((array.dtype.kind, array.dtype.itemsize), np.int64)
+    kind: Any = np.float32 if array.dtype.kind == "f" else bool if array.dtype.kind == "b" else integer
     return torch.from_numpy(np.array(array, kind))
 
 
-# ------------------------------------------------------------------------------ operations that are not torch's own
-# Parameters have MIL's names; those that a program leaves out have MIL's defaults.
+# ------------------------------------------------------------------------------ operations without an equal in torch
+# Parameters have MIL's names; a parameter that a program may omit has MIL's default.
 
 
 def _ints(value: Tensor | None) -> list[int]:
@@ -121,10 +122,10 @@ def _only(what: str, found: Any, expected: Any) -> None:
 
 
 def _dequantise(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    """scale * (data - offset), each scale for a block of equal size along every axis."""
+    """Return scale * (data - offset); each scale covers a block, of equal size along every axis."""
 
     def blocks(tensor: Tensor) -> Tensor:
-        """Two axes for each: the blocks, and what is in one; 1 there broadcasts."""
+        """Split each axis in two, the blocks and the values in one block, where a 1 broadcasts."""
         pairs = zip(scale.shape, tensor.shape, strict=True)
         return tensor.reshape([n for count, size in pairs for n in (count, size // count)])
 
@@ -162,14 +163,14 @@ def _slice_by_index(
     x: Tensor, begin: Tensor, end: Tensor, stride: Tensor | None = None, begin_mask: Tensor | None = None,
     end_mask: Tensor | None = None, squeeze_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """A set mask bit means: from the first, to the last, or one element whose axis goes."""
+    """Slice each axis; a mask of 1 means: from the start, to the end, or take one element and drop the axis."""
     none = [0] * x.ndim
     firsts, lasts, drops = (_ints(mask) or none for mask in (begin_mask, end_mask, squeeze_mask))
     index: list[Any] = []
     steps = _ints(stride) or [1] * x.ndim
     for axis, (first, last, step) in enumerate(zip(_ints(begin), _ints(end), steps, strict=True)):
-        whole = slice(None if firsts[axis] else first, None if lasts[axis] else last, step)
-        index.append(first if drops[axis] else whole)
+        part = slice(None if firsts[axis] else first, None if lasts[axis] else last, step)
+        index.append(first if drops[axis] else part)
     return x[tuple(index)]
 
 
@@ -242,7 +243,7 @@ def _expand_dims(x: Tensor, axes: Tensor) -> Tensor:
 
 
 def _argmax(x: Tensor, axis: Tensor, keep_dims: Tensor | bool = False, output_dtype: str = "int32") -> Tensor:
-    # The first of equal ones, which torch does not promise.
+    # MIL returns the first of equal values; torch does not promise that.
     best = x == x.amax(int(axis), keepdim=True)
     return best.long().argmax(int(axis), keepdim=bool(keep_dims))
 
@@ -294,4 +295,4 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "transpose": lambda x, perm: x.permute(_ints(perm)),
     "upsample_nearest_neighbor": _upsample,
 }
-"""What a package may hold: a function of MIL's named parameters, by the operation's name."""
+"""The supported operations, by name: functions of MIL's named parameters."""

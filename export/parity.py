@@ -1,10 +1,10 @@
-"""Does an exported network compute what the checkpoint computes? Without a yes there is no export.
+"""Checks that an exported network computes what its checkpoint computes; an export that does not is refused.
 
-Both sides have the same integers, so what is left is the order of float additions: 1e-6 on a tiny model. `check` takes
-whatever runs the file. `session` is ONNX Runtime at `session.qdq_matmulnbits_accuracy_level=1` (float activations); its
-default of 4 rounds activations to int8, which is a runtime's choice and no fault of the file. Neither side holds all
-of a large transformer: the file runs in slices (pieces.py), torch reads block by block (stored.py).
-What it leaves out: image quality, and the error that quantisation itself makes (that is `bench`'s).
+Both sides use the same integers, so only the order of float additions differs: 1e-6 on a tiny model. `check` takes
+anything that runs a file. `session` runs ONNX Runtime with `session.qdq_matmulnbits_accuracy_level=1` (float
+activations); its default of 4 rounds activations to int8, which is a choice of the runtime, not an error of the file.
+Neither side holds all of a large transformer: the file runs in chunks (chunked_onnx.py), and torch reads the
+checkpoint block by block (residency/stored.py). The error of quantisation itself is not measured here; `bench` does.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from numpy.typing import NDArray
 
 from edgeprune.common.errors import EdgepruneError, ParityError
 from edgeprune.common.extras import needs
-from edgeprune.export import graph
-from edgeprune.export.pieces import Pieces, Session
+from edgeprune.export import modules
+from edgeprune.export.chunked_onnx import ChunkedOnnx, Session
 from edgeprune.export.progress import Progress, Steps, silent
 
 BOUND = 1e-3
-"""Largest relative error (maximum) that passes in float32."""
+"""Largest relative error (of the maximum) that passes in float32."""
 HALF_BOUND = 1e-2
-"""Largest relative error (rms) that passes in float16. Rounding to 11 bits after every operation makes 2e-4 to 7e-4 on
-the built-in model's networks and up to 3e-3 on random ones; a wrong integer, axis or size makes 0.1 and more."""
+"""Largest relative error (of the rms) that passes in float16. Rounding to 11 bits after every operation costs 2e-4 to
+7e-4 on the built-in model's networks and up to 3e-3 on random ones; a wrong integer, axis or size costs 0.1 or more."""
 
 
 class Runner(Protocol):
-    """What runs a file, in one or several steps."""
+    """Something that runs an exported file, in one or several steps."""
 
     @property
     def steps(self) -> int:
-        """How many there are."""
+        """The number of steps of one run."""
 
     def run(
         self, names: Sequence[str] | None, feeds: Mapping[str, Any], *, step: Callable[[], None] = ...
     ) -> Sequence[Any]:
-        """Outputs of these names, or all in the model's order; `step` is called after each step."""
+        """Return the outputs of these names, or all in the model's order; call `step` after each step."""
 
 
 def session(path: Path) -> Runner:
-    """The file in ONNX Runtime on the CPU, exact arithmetic, as many threads as torch has, not all of it in memory.
+    """Open a file in ONNX Runtime on the CPU, chunk by chunk: float arithmetic, as many threads as torch uses.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
         ParityError: ONNX Runtime refuses the file.
     """
-    return Pieces(path, _session)
+    return ChunkedOnnx(path, _session)
 
 
 def _session(path: Path) -> Session:
@@ -61,23 +61,23 @@ def _session(path: Path) -> Session:
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.intra_op_num_threads = torch.get_num_threads()
     options.enable_cpu_mem_arena = False
-    options.log_severity_level = 4  # an error is raised, and need not be printed too
+    options.log_severity_level = 4  # errors are raised; do not print them too
     try:
         runner: Session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # pybind's exceptions have no common base below this
+    except Exception as error:  # pybind's exceptions have no other common base
         raise ParityError(f"{path.name}: ONNX Runtime cannot load it ({error})") from error
     return runner
 
 
 def torch_steps(module: torch.nn.Module) -> int:
-    """How many steps `stepping` counts when a network runs once: a transformer's blocks, else one."""
-    return len(module.family.blocks(module.model)) if isinstance(module, graph.Transformer) else 1
+    """Return how many steps `stepping` counts for one run: a transformer's blocks, else one."""
+    return len(module.family.blocks(module.model)) if isinstance(module, modules.Transformer) else 1
 
 
 @contextmanager
 def stepping(module: torch.nn.Module, step: Callable[[], None]) -> Iterator[None]:
-    """Call `step` after each block of a transformer that runs inside, else once."""
-    if not isinstance(module, graph.Transformer):
+    """Call `step` after each block of a transformer that runs in this context; for other networks once, at the end."""
+    if not isinstance(module, modules.Transformer):
         yield
         step()
         return
@@ -90,7 +90,7 @@ def stepping(module: torch.nn.Module, step: Callable[[], None]) -> Iterator[None
 
 
 def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, float]:
-    """(max|a-b| / max|b|, rms(a-b) / rms(b)); infinite where shapes differ or a value is not finite."""
+    """Return (max|a-b| / max|b|, rms(a-b) / rms(b)); infinite if shapes differ or a value is not finite."""
     if found.shape != expected.shape or not (np.isfinite(found).all() and np.isfinite(expected).all()):
         return float("inf"), float("inf")
     difference, expected = found.astype(np.float64) - expected, expected.astype(np.float64)
@@ -102,8 +102,8 @@ def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, 
 def reference(
     module: torch.nn.Module, example: Mapping[str, torch.Tensor], step: Callable[[], None]
 ) -> list[torch.Tensor]:
-    """What the checkpoint computes in float32, a transformer by diffusers' own forward pass; `step` as of stepping."""
-    forward = module.reference if isinstance(module, graph.Transformer) else module
+    """Run the checkpoint in float32, a transformer with diffusers' own forward pass; `step` as in `stepping`."""
+    forward = module.reference if isinstance(module, modules.Transformer) else module
     with torch.no_grad(), stepping(module, step):
         return list(forward(**{k: v.float() if v.is_floating_point() else v for k, v in example.items()}))
 
@@ -117,35 +117,42 @@ def check(
     *,
     bound: float = BOUND,
     half: bool = False,
-    known: Sequence[Sequence[torch.Tensor]] = (),
+    references: Sequence[Sequence[torch.Tensor]] = (),
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Compare every output at every example; the worst errors and the shapes tried, for edgeprune_export.json.
+    """Compare every output at every example; return the worst errors and the shapes, for edgeprune_export.json.
 
-    A transformer is compared with diffusers' own forward pass. With `half` the model takes and computes float16, the
-    bound is HALF_BOUND on the rms error, and the float32 module is given the same rounded inputs. `known` is what
-    `reference` gave for the first examples, rounded so with `half`; these are not computed again. `progress` is told of
-    torch's blocks and the file's steps.
+    Args:
+        name: the network's name, for messages.
+        runner: runs the exported file.
+        module: the network to compare with; a transformer runs diffusers' own forward pass.
+        examples: inputs to compare at.
+        outputs: names of the outputs, in the order in which `module` returns them.
+        bound: largest relative error that passes.
+        half: the file takes and computes float16. Then the bound is HALF_BOUND on the rms error, and the float32 module
+            gets the same rounded inputs.
+        references: results of `reference` for the first examples (with rounded inputs if `half`); not computed again.
+        progress: called after each block of torch and each step of the file.
 
     Raises:
-        ParityError: a relative error above the bound, or the model does not run at one of the shapes.
+        ParityError: a relative error is above the bound, or the file does not run at one of the shapes.
     """
     worst, worst_rms, shapes = 0.0, 0.0, []
     bound = HALF_BOUND if half else bound
-    steps = len(examples) * runner.steps + (len(examples) - len(known)) * torch_steps(module)
+    steps = len(examples) * runner.steps + (len(examples) - len(references)) * torch_steps(module)
     step = Steps(f"{name}: compared", steps, progress)
     for i, example in enumerate(examples):
         sizes = {key: list(value.shape) for key, value in example.items()}
         shapes.append(sizes)
-        given = graph.half(example) if half else example
-        expected = known[i] if i < len(known) else reference(module, given, step)
+        inputs = modules.half_inputs(example) if half else example
+        expected = references[i] if i < len(references) else reference(module, inputs, step)
         try:
-            found = runner.run(list(outputs), {key: value.numpy() for key, value in given.items()}, step=step)
+            results = runner.run(list(outputs), {key: value.numpy() for key, value in inputs.items()}, step=step)
         except (EdgepruneError, OSError):
             raise
-        except Exception as failure:  # vendors raise what they like
+        except Exception as failure:  # vendors raise any exception
             raise ParityError(f"{name}: the exported file does not run at {sizes} ({failure})") from failure
-        for output, a, b in zip(outputs, found, expected, strict=True):
+        for output, a, b in zip(outputs, results, expected, strict=True):
             error_max, error_rms = relative_error(np.asarray(a), b.numpy())
             error = error_rms if half else error_max
             if not error <= bound:

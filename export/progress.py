@@ -1,4 +1,4 @@
-"""How an export tells how far it is."""
+"""How an export reports its progress."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told what begins, or with a total how far it is; the same text for the same part."""
+    """Called when a step begins, and after each part of it; one step always has the same text."""
 
     def __call__(self, what: str, done: int = 0, total: int = 0, note: str = "", /) -> None:
-        """`done` of `total` steps and bytes and speed; a line of text alone where there are no steps."""
+        """Report `done` of `total` and a note (bytes, speed); a step without parts is reported by its text alone."""
 
 
 def silent(what: str, done: int = 0, total: int = 0, note: str = "", /) -> None:
-    """No progress."""
+    """Report nothing."""
 
 
 class Steps:
-    """Counts steps of equal worth and tells of each."""
+    """Counts steps of equal weight and reports each one."""
 
     def __init__(self, what: str, total: int, progress: Progress) -> None:
         self._what, self._total, self._progress, self._done = what, total, progress, 0
 
     def __call__(self, *_: object) -> None:
-        """One more is done."""
+        """Count one more step as done."""
         self._done += 1
         self._progress(self._what, self._done, self._total)

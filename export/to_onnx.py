@@ -2,11 +2,11 @@
 
     export(Path("compressed"), Path("onnx"))
 
-Each network is traced, written, checked by onnx.checker and compared with torch (parity.py) before the next is loaded.
-Of the transformer neither side ever holds more than a few blocks. After a kill, networks that were compared stay, and
-the file that was being written goes on where it was (data.py). A T5 text encoder is stored in 8 bits (precision.py),
-and compared with torch computing from the same integers. What it leaves out: the VAE's encoder, and the files around
-the networks (folder.py).
+Each network is traced, written, checked by onnx.checker and compared with torch (parity.py) before the next one is
+loaded. Only a few blocks of the transformer are in memory at a time. An interrupted export resumes: compared networks
+are kept, and a half-written file continues where it stopped (external_data.py). A T5 text encoder is stored in 8 bits
+(precision.py) and compared with torch on the same integers. The VAE's encoder is not exported. folder.py writes the
+other files of the folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 
 from edgeprune.artefact.checkpoint import open_transformer
 from edgeprune.common.errors import ParityError
-from edgeprune.export import graph, parity
+from edgeprune.export import external_data, graph, modules, parity
 from edgeprune.export.folder import from_pretrained, is_quantized, write
 from edgeprune.export.progress import Progress, silent
 from edgeprune.export.unfinished import MARK, Unfinished
@@ -40,16 +40,18 @@ from edgeprune.targets import Target
 
 
 def export(artefact: Path, out: Path, *, device: Target | None = None, progress: Progress = silent) -> dict[str, Any]:
-    """Write the folder `out`, the same for every device.
+    """Write the folder `out`, which is the same for every device.
 
-    With `artefact/transformer_int4` its integers are kept, else weights are float32.
+    If the artefact has `transformer_int4`, its integers are kept; otherwise weights are float32.
 
-    Returns the content of edgeprune_export.json.
+    Returns:
+        The content of edgeprune_export.json.
 
     Raises:
-        InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
-        ParityError: a model does not compute what its checkpoint computes.
-        DiskError: the disk is full, or `out` cannot be written; the next call goes on from there.
+        InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something other than an
+            export.
+        ParityError: a network does not compute what its checkpoint computes.
+        DiskError: the disk is full, or `out` cannot be written; the next call resumes.
     """
     return write(artefact, out, "onnx", {}, lambda work: networks(artefact, work, progress))
 
@@ -57,70 +59,74 @@ def export(artefact: Path, out: Path, *, device: Target | None = None, progress:
 # ------------------------------------------------------------------------------------- the networks
 
 LARGE = 10**9
-"""Stored numbers beyond which a transformer is compared at one size: every size reads all weights twice more."""
+"""A transformer with more stored numbers is compared at one size only: each size reads all weights twice."""
 Opened = Callable[[Path], parity.Runner]
-"""From a written ONNX file to something that runs it."""
-Module = graph.Transformer | graph.TextEncoder | graph.T5Encoder | graph.VaeDecoder
+"""Opens a written ONNX file to run it."""
+Module = modules.Transformer | modules.TextEncoder | modules.T5Encoder | modules.VaeDecoder
 
 
 @dataclass(frozen=True)
-class Part:
-    """One network on its way into a file."""
+class NetworkSource:
+    """One network of the pipeline before it is written: its module, and inputs to trace and compare it with."""
 
     name: str
     module: Module
-    """In float32; what a file is compared with."""
+    """In float32; the file is compared with it."""
     traced: Mapping[str, torch.Tensor]
     """Inputs to trace with."""
     examples: Sequence[Mapping[str, torch.Tensor]]
     """Inputs to compare at."""
     stored: StoredTransformer | None = None
-    """Of the transformer: `module` reads its blocks from here when they run."""
+    """Only of the transformer: `module` reads each block from here when it runs."""
 
     def half(self) -> Module:
-        """The module in half precision; `module` stays what it is."""
+        """Return a copy of the module in half precision."""
         if self.stored is not None:
-            return graph.Transformer(self.stored.running(torch.float16))
+            return modules.Transformer(self.stored.running(torch.float16))
         return copy.deepcopy(self.module).half()
 
     def to_ir(self, *, half: bool = False) -> ir.Model:
-        """The network as ONNX, computing in float32 or in half precision."""
-        example = graph.half(self.traced) if half else self.traced
+        """Trace the network to ONNX, computing in float32 or in half precision."""
+        example = modules.half_inputs(self.traced) if half else self.traced
         if self.stored is None:
             module = self.half() if half else self.module
             return graph.to_ir(module, example, module.inputs, module.outputs)
         stored, dtype = self.stored, torch.float16 if half else torch.float32
         model = stored.traceable(dtype)
-        own = stored.family.compact(model, stored.read)
+        compacted = stored.family.compact(model, stored.read)
 
         def read(name: str) -> torch.Tensor:
-            return own[name].to(dtype) if name in own else stored.read(name, dtype)
+            return compacted[name].to(dtype) if name in compacted else stored.read(name, dtype)
 
-        transformer = graph.Transformer(model)
+        transformer = modules.Transformer(model)
         return graph.to_ir(transformer, example, transformer.inputs, transformer.outputs, read=read)
 
 
 def networks(
     artefact: Path, work: Unfinished, progress: Progress, *, opened: Opened = parity.session
 ) -> dict[str, Any]:
-    """Write and compare one model after the other; what else edgeprune_export.json shall say.
+    """Write and compare one network after the other; return further content of edgeprune_export.json.
 
-    `opened` gets each `<network>/model.onnx` and says what is compared; it may leave another format there.
+    Args:
+        artefact: the pipeline's folder.
+        work: the unfinished export; its finished networks are skipped.
+        progress: see progress.Progress.
+        opened: opens each `<network>/model.onnx` to compare it; may first convert it to another format.
     """
-    for part in parts(artefact, work.has):
-        progress(part.name)
-        path = work.begin(part.name) / "model.onnx"
-        save(part.name, part.to_ir(), path, progress)
-        gc.collect()  # what was traced refers to itself
-        outputs = list(part.module.outputs)
-        found = parity.check(part.name, opened(path), part.module, part.examples, outputs, progress=progress)
-        work.finish(part.name, {"parity": found})
-        del part  # else it is in memory while the next is loaded
-    return {"opset": graph.OPSET, "parity": work.said("parity")}
+    for source in sources(artefact, work.has):
+        progress(source.name)
+        path = work.begin(source.name) / "model.onnx"
+        save(source.name, source.to_ir(), path, progress)
+        gc.collect()  # a traced program refers to itself
+        outputs = list(source.module.outputs)
+        record = parity.check(source.name, opened(path), source.module, source.examples, outputs, progress=progress)
+        work.finish(source.name, {"parity": record})
+        del source  # else it is still in memory while the next one is loaded
+    return {"opset": graph.OPSET, "parity": work.recorded("parity")}
 
 
-def parts(artefact: Path, has: Callable[[str], bool] = lambda name: False) -> Iterator[Part]:
-    """The networks one after the other, but for those that the export has."""
+def sources(artefact: Path, has: Callable[[str], bool] = lambda name: False) -> Iterator[NetworkSource]:
+    """Yield the networks one after the other, except those that the export already has."""
     if not has("transformer"):
         yield _transformer(artefact)
 
@@ -129,22 +135,32 @@ def parts(artefact: Path, has: Callable[[str], bool] = lambda name: False) -> It
             continue
         encoder, longest = text_encoder(artefact, name, kind)
         examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
-        yield Part(name, graph.widen(encoder), encoder.example(batch=2, tokens=min(7, longest)), examples)
+        yield NetworkSource(
+            name=name,
+            module=modules.widen(encoder),
+            traced=encoder.example(batch=2, tokens=min(7, longest)),
+            examples=examples,
+        )
         del encoder
 
     if not has("vae_decoder"):
-        vae = graph.VaeDecoder(from_pretrained(AutoencoderKL.from_pretrained, artefact / "vae"))
+        vae = modules.VaeDecoder(from_pretrained(AutoencoderKL.from_pretrained, artefact / "vae"))
         examples = [vae.example(batch=b, height=h, width=w) for b, h, w in ((1, 8, 8), (3, 5, 7))]
-        yield Part("vae_decoder", graph.widen(vae), vae.example(batch=2, height=4, width=6), examples)
+        yield NetworkSource(
+            name="vae_decoder",
+            module=modules.widen(vae),
+            traced=vae.example(batch=2, height=4, width=6),
+            examples=examples,
+        )
 
 
-def _transformer(artefact: Path) -> Part:
+def _transformer(artefact: Path) -> NetworkSource:
     stored = open_transformer(artefact, quantized=is_quantized(artefact))
-    transformer = graph.Transformer(stored.running())
+    transformer = modules.Transformer(stored.running())
     limit = transformer.family.latents(transformer.model.config).largest or 12
     tokens = longest_prompt(artefact)
-    # Sizes are image tokens. An odd number of them takes another path through the crop of the position table. Where one
-    # size must do, no two of its numbers are the same, or the same as those traced, lest one axis passes for another.
+    # Sizes are image tokens. An odd number takes another path through the crop of the position table. The size that is
+    # used alone has four different numbers, none of them a traced one, so that swapped axes show.
     sizes = [(1, 8, 8, tokens), (4, 3, 5, 2), (2, 12, 9, 2 * tokens)]
     if sum(map(math.prod, stored.weights.shapes.values())) > LARGE:
         sizes = sizes[1:2]
@@ -153,29 +169,33 @@ def _transformer(artefact: Path) -> Part:
         for i, (b, h, w, m) in enumerate(sizes)
     ]
     traced = transformer.example(batch=2, height=min(4, limit), width=min(6, limit), tokens=5)
-    return Part("transformer", transformer, traced, examples, stored)
+    return NetworkSource(name="transformer", module=transformer, traced=traced, examples=examples, stored=stored)
 
 
-def text_encoder(artefact: Path, name: str, kind: str) -> tuple[graph.TextEncoder | graph.T5Encoder, int]:
-    """A text encoder of this class, T5 already in 8 bits, and the most tokens that it is given."""
+def text_encoder(artefact: Path, name: str, kind: str) -> tuple[modules.TextEncoder | modules.T5Encoder, int]:
+    """Load a text encoder of class `kind` (T5 in 8 bits); also return the largest number of tokens it gets."""
     if kind == T5:
         # In the folder's own precision: in float32, T5-XXL takes 19 GB before it is rounded.
         model = from_pretrained(functools.partial(T5EncoderModel.from_pretrained, dtype="auto"), artefact / name)
-        return graph.T5Encoder(quantize_t5(model)), Generation.load(artefact).max_sequence_length
+        return modules.T5Encoder(quantize_t5(model)), Generation.load(artefact).max_sequence_length
     load = CLIPTextModel.from_pretrained if kind == CLIP_POOLED else CLIPTextModelWithProjection.from_pretrained
-    clip = graph.TextEncoder(from_pretrained(load, artefact / name))
+    clip = modules.TextEncoder(from_pretrained(load, artefact / name))
     return clip, int(clip.config.max_position_embeddings)
 
 
 def save(name: str, model: ir.Model, path: Path, progress: Progress = silent) -> None:
-    """Write a network's file and have it checked; of its weights, what an earlier run wrote stays.
+    """Write a network's file and check it; weights that an interrupted run wrote are kept.
 
     Raises:
         DiskError: the disk has too little room.
-        ParityError: onnx.checker refuses it.
+        ParityError: onnx.checker rejects the file.
     """
-    graph.save(model, path, journal=path.with_name(MARK), what=f"{name}: written", progress=progress)
+    external_data.save(model, path, journal=path.with_name(MARK), what=f"{name}: written", progress=progress)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ParityError(f"{name}: not valid ONNX: {error}") from error
+
+
+parts = sources  # TEMP alias
+Part = NetworkSource  # TEMP alias

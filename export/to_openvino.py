@@ -1,13 +1,13 @@
-"""An artefact, or any diffusers folder of a family, becomes a folder of OpenVINO IR (`openvino_model.xml` and `.bin`).
+"""Exports an artefact, or any diffusers folder of a family, to OpenVINO IR (`openvino_model.xml` and `.bin`).
 
     export(Path("compressed"), Path("ir"), device=targets.load("intel-igpu"))
 
-Each network is traced to the same ONNX as to_onnx.py writes, read by OpenVINO, saved, and compared with torch on the
-CPU in float32. INT4 and INT8 constants stay the checkpoint's. Other constants become half precision where that changes
-no bit of them, which is all that the checkpoint stores in half precision; OpenVINO's own `compress_to_fp16` rounds the
-rest too, and that fails parity (5.8e-3 on a tiny model, from the timestep's frequencies). Where a device computes in
-half precision or bf16, the angles of timestep and positions stay float32.
-What it leaves out: fixed shapes (the NPU's are set when it runs), and what to_onnx.py leaves out.
+Each network is traced to the same ONNX that to_onnx.py writes, read by OpenVINO, saved as IR, and compared with torch
+on the CPU in float32. INT4 and INT8 constants stay those of the checkpoint. Other constants are stored in half
+precision if that changes no value, which holds for everything that the checkpoint stores in half precision. OpenVINO's
+own `compress_to_fp16` would round the rest too, and that fails parity (5.8e-3 on a tiny model, from the timestep's
+frequencies). On devices that compute in half precision or bf16, the angles of timestep and positions stay float32.
+Shapes are dynamic; the runtime fixes them for the NPU.
 """
 
 from __future__ import annotations
@@ -30,34 +30,36 @@ from edgeprune.targets import Target
 MODEL = "openvino_model.xml"
 """As optimum-intel names it."""
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-"""By default OpenVINO rounds activations to int8 in groups, and computes in bf16 where the CPU can."""
-_LEAST_BYTES = 1024  # smaller constants are not worth a node
+"""OpenVINO's defaults are activations rounded to int8 in groups, and bf16 on CPUs that have it."""
+_LEAST_BYTES = 1024  # a smaller constant is not worth a Convert
 
 
 def export(artefact: Path, out: Path, *, device: Target, progress: Progress = silent) -> dict[str, Any]:
-    """Write the folder `out`, the same for every device that takes the artefact's groups.
+    """Write the folder `out`, which is the same for every device that supports the artefact's group size.
 
-    With `artefact/transformer_int4` its integers are kept, else weights are as exact as in the folder.
+    If the artefact has `transformer_int4`, its integers are kept; otherwise weights are as exact as in the artefact.
 
-    Returns the content of edgeprune_export.json.
+    Returns:
+        The content of edgeprune_export.json.
 
     Raises:
         MissingExtraError: openvino is not installed.
-        InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
-        ParityError: a model does not compute what its checkpoint computes.
-        DiskError: the disk is full, or `out` cannot be written; the next call goes on from there.
+        InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something other than an
+            export.
+        ParityError: a network does not compute what its checkpoint computes.
+        DiskError: the disk is full, or `out` cannot be written; the next call resumes.
     """
     with needs("openvino"):
         import openvino
-    said = {"openvino": openvino.get_version()}
+    version = {"openvino": openvino.get_version()}
     return write(
-        artefact, out, "openvino", said,
-        lambda work: to_onnx.networks(artefact, work, progress, opened=converted) | said,
+        artefact, out, "openvino", version,
+        lambda work: to_onnx.networks(artefact, work, progress, opened=converted) | version,
     )  # fmt: skip
 
 
 class Compiled:
-    """Saved IR on the CPU, as `parity.check` runs it."""
+    """Saved IR compiled for the CPU, as a parity.Runner."""
 
     def __init__(self, path: Path) -> None:
         import torch
@@ -72,26 +74,26 @@ class Compiled:
     def run(
         self, names: Sequence[str] | None, feeds: Mapping[str, Any], *, step: Callable[[], None] = lambda: None
     ) -> Sequence[Any]:
-        """The outputs of these names, or all."""
-        found = self._model(dict(feeds))
+        """Return the outputs of these names, or all."""
+        results = self._model(dict(feeds))
         step()
-        return [found[name] for name in names] if names is not None else list(found.values())
+        return [results[name] for name in names] if names is not None else list(results.values())
 
 
 def converted(path: Path) -> parity.Runner:
-    """Write MODEL beside an ONNX file, remove that, and open what was written.
+    """Convert an ONNX file to MODEL in the same folder, remove the ONNX file and open the result.
 
     Raises:
-        ParityError: OpenVINO does not take the file, or its own.
+        ParityError: OpenVINO cannot read the ONNX file, or compile what it saved.
         DiskError: the disk has too little room, or is full nevertheless.
-        EdgepruneError: what it wrote is larger than the ONNX file: packed weights did not stay packed.
+        EdgepruneError: the weights grew: OpenVINO unpacked the integers.
     """
     import openvino
 
     from edgeprune.runtimes.openvino import core
 
-    parts = [path, *path.parent.glob(f"{path.name}.data")]
-    before = sum(part.stat().st_size for part in parts)
+    onnx_files = [path, *path.parent.glob(f"{path.name}.data")]
+    before = sum(file.stat().st_size for file in onnx_files)
     target = path.with_name(MODEL)
     need_space(target.parent, before)
     try:
@@ -101,62 +103,63 @@ def converted(path: Path) -> parity.Runner:
         count_names(model)
         names = {node.get_friendly_name() for node in angles}
         openvino.save_model(model, target, compress_to_fp16=False)
-        del model, angles  # they map the parts
+        del model, angles  # they map the ONNX files
         mark(target, names)
         runner = Compiled(target)
     except RuntimeError as error:
-        if "iostream error" in str(error):  # all that OpenVINO says of a write that failed
+        if "iostream error" in str(error):  # OpenVINO's only hint of a failed write
             raise cannot_write(target, error) from error
         raise ParityError(f"{path.parent.name}: OpenVINO cannot convert it ({' '.join(str(error).split())})") from error
     after = target.with_suffix(".bin").stat().st_size
     if after > before:
         raise EdgepruneError(
-            f"{path.parent.name}: found {after} bytes of weights, expected at most the {before} of its ONNX file; "
+            f"{path.parent.name}: found {after} bytes of weights, expected at most {before}, as in its ONNX file; "
             f"OpenVINO {openvino.get_version()} unpacked the integers"
         )
-    for part in parts:
-        part.unlink()
+    for file in onnx_files:
+        file.unlink()
     return runner
 
 
 def count_names(model: Any) -> None:
-    """Number the nodes without a name of their own within the model, in place: OpenVINO counts through a process."""
+    """Number the unnamed nodes within the model, in place: OpenVINO's own numbers count on through the process."""
     for index, node in enumerate(model.get_ordered_ops()):
         if node.get_friendly_name() == node.get_name():
             node.set_friendly_name(f"{node.get_type_name()}_{index}")
 
 
 def exact_angles(model: Any) -> list[Any]:
-    """All nodes that sines and cosines are computed from, themselves included; the model says that it has them marked.
+    """Return all sines and cosines and the nodes they are computed from; note in the model that it has exact angles.
 
-    A timestep goes to 1000, where neighbours in bf16 are four radians apart: one step of SD3.5 Large's shape was off by
-    0.24 of the velocity for it, by 0.008 with exact angles (OpenVINO 2026.4 on the CPU).
+    A timestep goes up to 1000, where neighbouring bf16 numbers are four radians apart. Without exact angles, one step
+    of a model of SD3.5 Large's shape was off by 0.24 of the velocity, with them by 0.008 (OpenVINO 2026.4 on the CPU).
     """
     from openvino import opset13
 
     from edgeprune.runtimes.openvino import ANGLES
 
-    found: dict[int, Any] = {}
+    by_id: dict[int, Any] = {}
     todo = [node for node in model.get_ordered_ops() if node.get_type_name() in ("Sin", "Cos")]
     while todo:
         node = todo.pop()
-        if (key := node.get_instance_id()) in found:
+        if (key := node.get_instance_id()) in by_id:
             continue
         todo += [value.get_node() for value in node.input_values()]
         if node.get_type_name() == "Unsqueeze" and _is_last(node):
-            # the CPU turns it into a Reshape and forgets the mark
+            # the CPU plugin would turn it into a Reshape and lose the mark
             shape = np.array([0] * (node.get_output_partial_shape(0).rank.get_length() - 1) + [1])
             reshape = opset13.reshape(node.input_value(0), shape, special_zero=True)
             reshape.set_friendly_name(node.get_friendly_name())
             node.output(0).replace(reshape.output(0))
             node = reshape
-        found[key] = node
-    if found:
+        by_id[key] = node
+    if by_id:
         model.set_rt_info("float32", list(ANGLES))
-    return list(found.values())
+    return list(by_id.values())
 
 
 def _is_last(unsqueeze: Any) -> bool:
+    """Return whether an Unsqueeze adds the last axis."""
     axis = unsqueeze.input_value(1).get_node()
     rank = unsqueeze.get_output_partial_shape(0).rank
     return (
@@ -165,7 +168,7 @@ def _is_last(unsqueeze: Any) -> bool:
 
 
 def mark(path: Path, names: Set[str]) -> None:
-    """Have the layers of these names computed as they are stored; Python can set no such attribute on a node.
+    """Mark the layers of these names as `precise` in the XML: OpenVINO's Python API cannot set this on a node.
 
     Raises:
         DiskError: the disk is full.
@@ -181,7 +184,7 @@ def mark(path: Path, names: Set[str]) -> None:
 
 
 def halve(model: Any) -> None:
-    """Store float32 constants in half precision where every value stays the same; in place."""
+    """Store float32 constants in half precision if no value changes; in place."""
     from openvino import Type, opset13
 
     for node in model.get_ordered_ops():

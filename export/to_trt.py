@@ -1,12 +1,12 @@
-"""An artefact becomes a folder of TensorRT engines for one device, INT4 from the checkpoint's integers.
+"""Exports an artefact to a folder of TensorRT engines for one device, with the checkpoint's INT4 integers.
 
     export(Path("compressed"), Path("engines"), device=targets.load("rtx"))
 
-Each network is traced in half precision, written as ONNX, compared with the float32 checkpoint in ONNX Runtime, and
-built by `tensorrt`, or `tensorrt_rtx`, which needs no GPU for that. A network whose half-precision arithmetic leaves
-the bound (an overflow, say) is built in float32, and the manifest says so. On a machine with a GPU the engine itself
-is compared as well. The ONNX files are not kept: an engine holds its weights. What it leaves out: several
-optimisation profiles, INT8 activations, refitting.
+Each network is traced in half precision, written as ONNX, compared in ONNX Runtime with the float32 checkpoint, and
+built by `tensorrt` or by `tensorrt_rtx`, which needs no GPU to build. If half precision exceeds the error bound (for
+example by an overflow), the network is built in float32, and the manifest says so. On a machine with a GPU the engine
+itself is compared as well. The ONNX files are not kept, because an engine contains its weights. There is one
+optimisation profile; activations in INT8 and refitting are not supported.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 
 from edgeprune.artefact.checkpoint import read_config
 from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
-from edgeprune.export import forms, graph, parity, to_onnx
+from edgeprune.export import external_data, forms, graph, modules, parity, to_onnx
 from edgeprune.export.engine import Profile, Spec
 from edgeprune.export.folder import write
 from edgeprune.export.progress import Progress, Steps, silent
-from edgeprune.export.to_onnx import Module, Part
+from edgeprune.export.to_onnx import Module, NetworkSource
 from edgeprune.export.unfinished import Unfinished
 from edgeprune.families.base import Axes
 from edgeprune.runtimes.base import Settings, read_settings
@@ -44,34 +44,33 @@ from edgeprune.targets import Target
 
 ENGINE, CACHE = "model.engine", "timing.cache"
 RTX_DEVICES = ("rtx",)
-"""Targets that engines of tensorrt_rtx run on."""
+"""The targets that tensorrt_rtx builds for."""
 
 Range = tuple[int, int, int]
-"""Least, best and largest size of a dynamic axis."""
+"""Smallest, best and largest size of a dynamic axis."""
 
 
 def export(artefact: Path, out: Path, *, device: Target, progress: Progress = silent) -> dict[str, Any]:
-    """Write the folder `out` for `device`; the timing cache of a previous export, or of a killed one, is used again.
+    """Write the folder `out` for `device`; reuses the timing cache of a previous or interrupted export.
 
-    Returns the content of edgeprune_export.json.
+    Returns:
+        The content of edgeprune_export.json.
 
     Raises:
         MissingExtraError: no TensorRT that builds for this device is installed.
-        InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something that is no export.
+        InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something other than an
+            export.
         ParityError: a network does not compute what its checkpoint computes.
         EdgepruneError: TensorRT cannot build a network.
-        DiskError: the disk is full, or `out` cannot be written; the next call goes on from there.
+        DiskError: the disk is full, or `out` cannot be written; the next call resumes.
     """
     trt = builder(device)
     options = {"device": dataclasses.asdict(device), "builder": [trt.__name__, trt.__version__]}
     return write(artefact, out, "trt", options, lambda work: _networks(artefact, out, work, device, trt, progress))
 
 
-# ------------------------------------------------------------------------------------- before any work
-
-
 def builder(device: Target) -> Any:
-    """The TensorRT package that builds for a device.
+    """Return the TensorRT package that builds for a device.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -89,38 +88,38 @@ def builder(device: Target) -> Any:
 def _networks(
     artefact: Path, out: Path, work: Unfinished, device: Target, trt: Any, progress: Progress
 ) -> dict[str, Any]:
-    """Write one engine after the other; what else edgeprune_export.json shall say."""
+    """Write one engine after the other; return further content of edgeprune_export.json."""
     settings = read_settings(artefact)
     config, family = read_config(artefact)
     tokens = family.text_tokens(longest_prompt(artefact), settings.generation.max_sequence_length)
     caches = [folder / CACHE for folder in (work.folder, out) if (folder / CACHE).is_file()]
     engine_builder = Builder(trt, caches[0].read_bytes() if caches else b"", progress)
     sizes = axis_ranges(device, settings, family.latents(config).largest, tokens)
-    for part in to_onnx.parts(artefact, work.has):
-        name, module, examples = part.name, part.module, part.examples
+    for source in to_onnx.sources(artefact, work.has):
+        name, module, examples = source.name, source.module, source.examples
         progress(name)
-        if isinstance(module, graph.TextEncoder | graph.T5Encoder):
+        if isinstance(module, modules.TextEncoder | modules.T5Encoder):
             longest = examples[0]["input_ids"].shape[1]
             sizes["sequence_length"] = (1, longest, longest)
-        profile = profile_of(module.inputs, part.traced, sizes)
-        half, rounding, known = _half_precision(part, device, progress)
-        model = part.to_ir(half=half)
+        profile = profile_of(module.inputs, source.traced, sizes)
+        half, rounding, references = _half_precision(source, device, progress)
+        model = source.to_ir(half=half)
         forms.per_output(model)
         engine = work.begin(name) / ENGINE
         path = engine.with_name("model.onnx")
-        weight_bytes = graph.weight_bytes(model)
+        weight_bytes = external_data.weight_bytes(model)
         to_onnx.save(name, model, path, progress)
         del model
-        gc.collect()  # what was traced refers to itself, and TensorRT needs the room
-        found = parity.check(
+        gc.collect()  # a traced program refers to itself, and TensorRT needs the memory
+        record = parity.check(
             name, parity.session(path), module, examples, list(module.outputs),
-            half=half, known=known, progress=progress,
+            half=half, references=references, progress=progress,
         )  # fmt: skip
         began = time.monotonic()
         layers = engine_builder.build(name, path, profile, engine)
         for onnx_file in path.parent.glob(f"{path.name}*"):
             onnx_file.unlink()
-        said = {
+        details = {
             "precision": "float16" if half else "float32",
             "half_rms_relative": rounding,
             **layers,
@@ -132,35 +131,36 @@ def _networks(
         }
         if timings := engine_builder.timing_cache():
             (work.folder / CACHE).write_bytes(timings)
-        work.finish(name, {"parity": found, "network": said})
-        del part, module, examples
+        work.finish(name, {"parity": record, "network": details})
+        del source, module, examples
     return {
         "opset": graph.OPSET,
         "device": device.name,
         "builder": {"name": trt.__name__, "version": trt.__version__},
-        "parity": work.said("parity"),
-        "networks": work.said("network"),
+        "parity": work.recorded("parity"),
+        "networks": work.recorded("network"),
     }
 
 
 def _half_precision(
-    part: Part, device: Target, progress: Progress = silent
+    source: NetworkSource, device: Target, progress: Progress = silent
 ) -> tuple[bool, float | None, list[list[torch.Tensor]]]:
-    """Whether half precision stays within the bound, the error it makes (None: infinite, or not wanted).
+    """Try a network in half precision, in PyTorch, which rounds after every operation as a GPU does.
 
-    And of parity.check's `known`, what was computed for that.
+    ONNX Runtime on the CPU computes chains of operations in float32, so it would not see an overflow.
 
-    PyTorch rounds to half precision after every operation, as a GPU does; ONNX Runtime on the CPU computes chains of
-    operations in float32, where an overflow goes unseen.
+    Returns:
+        Whether half precision stays within the bound; its error (None if it is infinite, or if the device computes in
+        float32); and `references` for parity.check.
     """
     if device.activations != "float16":
         return False, None, []
-    given, halved = graph.half(part.examples[0]), part.half()
-    step = Steps(f"{part.name}: tried in half precision", 2 * parity.torch_steps(part.module), progress)
-    expected = parity.reference(part.module, given, step)
+    inputs, halved = modules.half_inputs(source.examples[0]), source.half()
+    step = Steps(f"{source.name}: tried in half precision", 2 * parity.torch_steps(source.module), progress)
+    expected = parity.reference(source.module, inputs, step)
     with torch.no_grad(), parity.stepping(halved, step):
-        found = halved(*given.values())
-    error = max(parity.relative_error(a.float().numpy(), b.numpy())[1] for a, b in zip(found, expected, strict=True))
+        outputs = halved(*inputs.values())
+    error = max(parity.relative_error(a.float().numpy(), b.numpy())[1] for a, b in zip(outputs, expected, strict=True))
     good = error <= parity.HALF_BOUND
     return good, error if np.isfinite(error) else None, [expected] if good else []
 
@@ -168,7 +168,7 @@ def _half_precision(
 def _engine_parity(
     name: str, engine: Path, module: Module, sizes: Mapping[str, Range], trt: Any, *, half: bool
 ) -> dict[str, Any] | None:
-    """Compare the engine itself at the least sizes (but all tokens); None where there is no GPU."""
+    """Compare the engine itself at the smallest sizes, but with all tokens; return None if there is no GPU."""
     try:
         gpu = open_gpu(VENDORS[trt.__name__])
     except (InputError, MissingExtraError):
@@ -183,12 +183,13 @@ def _engine_parity(
 
 
 def _smallest(module: Module, sizes: Mapping[str, Range]) -> dict[str, torch.Tensor]:
-    least = {name: found[0] for name, found in sizes.items()}
+    """Return example inputs of the smallest sizes, with all tokens."""
+    least = {name: size[0] for name, size in sizes.items()}
     batch = least["batch_size"]
-    if isinstance(module, graph.VaeDecoder):
+    if isinstance(module, modules.VaeDecoder):
         return module.example(batch=batch, height=least["latent_height"], width=least["latent_width"])
     tokens = sizes["sequence_length"][2]
-    if isinstance(module, graph.Transformer):
+    if isinstance(module, modules.Transformer):
         patch = module.family.latents(module.model.config).patch
         return module.example(
             batch=batch, height=least["height"] // patch, width=least["width"] // patch, tokens=tokens
@@ -197,7 +198,7 @@ def _smallest(module: Module, sizes: Mapping[str, Range]) -> dict[str, torch.Ten
 
 
 class _OnDevice:
-    """A TrtNetwork as parity.Runner."""
+    """A TrtNetwork as a parity.Runner."""
 
     steps = 1
 
@@ -207,7 +208,7 @@ class _OnDevice:
     def run(
         self, names: Sequence[str] | None, feeds: Mapping[str, NDArray[Any]], *, step: Callable[[], None] = lambda: None
     ) -> list[NDArray[Any]]:
-        """The outputs of these names."""
+        """Return the outputs of these names, or all."""
         outputs = self._network(**feeds)
         step()
         return [outputs[name] for name in names or outputs]
@@ -217,22 +218,22 @@ class _OnDevice:
 
 
 def axis_ranges(device: Target, settings: Settings, table: int | None, tokens: int) -> dict[str, Range]:
-    """Sizes of every dynamic axis: the device's, clipped to what the model can do.
+    """Return the sizes of every dynamic axis: the device's, clipped to what the model can do.
 
     Args:
-        device: batch and image sides in pixels, which are for models made for such sizes.
-        settings: the model's own size, which the range is extended down to if the device's sizes are all larger.
-        table: most image tokens on a side, None for no limit.
-        tokens: text tokens of a prompt, zero tokens included.
+        device: gives the range of the batch and of image sides in pixels.
+        settings: gives the model's default size; the range starts there if all of the device's sizes are larger.
+        table: largest number of image tokens on a side; None for no limit.
+        tokens: text tokens of a prompt, including zero tokens.
     """
     unit = settings.factor * settings.patch
 
-    def side(own: int) -> Range:
+    def side(default: int) -> Range:
         largest = min(device.side[1], table * unit if table else device.side[1]) // unit * unit
-        least = -(-min(device.side[0], own, largest) // unit) * unit
+        least = -(-min(device.side[0], default, largest) // unit) * unit
         return (
             least // settings.factor,
-            min(max(own, least), largest) // settings.factor,
+            min(max(default, least), largest) // settings.factor,
             largest // settings.factor,
         )
 
@@ -240,7 +241,7 @@ def axis_ranges(device: Target, settings: Settings, table: int | None, tokens: i
     height, width = side(settings.generation.height), side(settings.generation.width)
     packed = [h * w // settings.patch**2 for h, w in zip(height, width, strict=True)]
     return {
-        "batch_size": (least, min(max(2, least), largest), largest),  # guidance takes two for an image
+        "batch_size": (least, min(max(2, least), largest), largest),  # guidance takes two per image
         "height": height,
         "width": width,
         "latent_height": height,
@@ -251,7 +252,7 @@ def axis_ranges(device: Target, settings: Settings, table: int | None, tokens: i
 
 
 def profile_of(inputs: Axes, example: Mapping[str, torch.Tensor], sizes: Mapping[str, Range]) -> Profile:
-    """Shapes of a network's inputs; axes without a name keep the example's size."""
+    """Return the shapes of a network's inputs; axes without a name keep the example's size."""
     return {
         name: tuple(
             tuple(sizes[axes[i]][k] if i in axes else n for i, n in enumerate(example[name].shape)) for k in range(3)
@@ -264,32 +265,42 @@ def profile_of(inputs: Axes, example: Mapping[str, torch.Tensor], sizes: Mapping
 
 
 class Builder:
-    """Builds engines with a TensorRT package, each in its own process (engine.py), and keeps their timing cache."""
+    """Builds engines with a TensorRT package, each in its own process (engine.py), and keeps the timing cache."""
 
     def __init__(self, trt: Any, cache: bytes, progress: Progress) -> None:
         self._trt, self._cache, self._progress = trt, cache, progress
 
     def build(self, name: str, onnx_path: Path, profile: Profile, engine: Path) -> dict[str, Any]:
-        """Write `engine`; how many layers have INT4 and INT8 weights in the network that TensorRT parsed.
+        """Write `engine`.
+
+        Returns:
+            How many layers of the network that TensorRT parsed have INT4 and INT8 weights.
 
         Raises:
-            EdgepruneError: TensorRT cannot read the ONNX file or build from it, or has not enough memory.
+            EdgepruneError: TensorRT cannot read the ONNX file or build from it, or runs out of memory.
             OSError: the disk is full.
         """
         cache = engine.with_name(CACHE)
         if self._cache:
             cache.write_bytes(self._cache)
-        spec = Spec(self._trt.__name__, name, str(onnx_path), str(engine), profile, str(cache))
+        spec = Spec(
+            vendor=self._trt.__name__,
+            name=name,
+            onnx=str(onnx_path),
+            engine=str(engine),
+            profile=profile,
+            cache=str(cache),
+        )
         command = [sys.executable, "-m", "edgeprune.export.engine", json.dumps(dataclasses.asdict(spec))]
         last: dict[str, Any] = {}
         with (
-            tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints,
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as process,
+            tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
         ):
             assert process.stdout is not None
             try:
                 for line in process.stdout:
-                    if line.startswith("{"):  # a vendor may print what it likes
+                    if line.startswith("{"):  # vendors may print other lines
                         last = json.loads(line)
                         if "progress" in last:
                             self._progress(*last["progress"])
@@ -297,17 +308,21 @@ class Builder:
                 process.kill()
                 raise
             process.wait()
-            complaints.seek(0)
-            said = complaints.read().strip().splitlines()[-1:]
+            errors.seek(0)
+            last_words = errors.read().strip().splitlines()[-1:]
         if last.get("errno"):
             raise OSError(last["errno"], last["error"])
         if "error" in last:
             raise EdgepruneError(last["error"])
         if "built" not in last:
             killed = process.returncode == -signal.SIGKILL
-            why = "the system ends what takes too much memory" if killed else " ".join(said) or "no reason given"
+            why = (
+                "the system kills a process that takes too much memory"
+                if killed
+                else " ".join(last_words) or "no reason given"
+            )
             raise EdgepruneError(
-                f"{name}: {self._trt.__name__} ended with {process.returncode} while it built the engine: {why}"
+                f"{name}: {self._trt.__name__} ended with {process.returncode} while building the engine: {why}"
             )
         if cache.is_file():
             self._cache = cache.read_bytes()
@@ -316,5 +331,5 @@ class Builder:
         return built
 
     def timing_cache(self) -> bytes:
-        """What the builder timed, for the next build on the same device; empty if it times nothing."""
+        """Return the builder's timings, for the next build on the same device; empty if it does no timing."""
         return self._cache

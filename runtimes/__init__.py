@@ -1,7 +1,7 @@
-"""Runs a compressed model: `load(folder)` gives a `Runtime` that generates images, steps, and measures memory.
+"""Runs a compressed model: `load(folder)` returns a `Runtime` that generates images and measures memory.
 
-One module per runtime, listed in RUNTIMES. `eager` is the torch reference; the others open an export folder and
-need neither torch nor diffusers. What it leaves out: batching servers, LoRA, image-to-image.
+There is one module per runtime, listed in RUNTIMES. `eager` is the torch reference; the others open an export folder
+and import neither torch nor diffusers. LoRA and image-to-image are not supported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from edgeprune.runtimes.base import open_runtime as _open_runtime
 __all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "candidates", "choose", "load", "prepare", "runnable"]
 
 SCHEMA_VERSION = 1
-"""Of edgeprune_export.json."""
+"""The version of edgeprune_export.json."""
 _HARDWARE: dict[str, Callable[[], bool]] = {
     "an NVIDIA GPU": lambda: Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None,
     "macOS": lambda: sys.platform == "darwin",
@@ -36,27 +36,27 @@ _HARDWARE: dict[str, Callable[[], bool]] = {
 
 @dataclass(frozen=True)
 class RuntimeInfo:
-    """What is known of a runtime without importing it."""
+    """Facts about a runtime that do not require importing it."""
 
     extra: str
-    """The extra of edgeprune that installs it."""
+    """The extra of edgeprune that installs its packages."""
     packages: tuple[str, ...]
-    """What it imports."""
+    """The packages that it imports."""
     formats: tuple[str, ...]
-    """Export formats (`target` in edgeprune_export.json) that it opens; none for a diffusers folder."""
+    """The export formats (`target` in edgeprune_export.json) that it opens; empty if it opens diffusers folders."""
     hardware: str = ""
-    """What it cannot run without: `an NVIDIA GPU`, `macOS`, or nothing."""
+    """What it requires: `an NVIDIA GPU`, `macOS`, or nothing."""
 
     def has_hardware(self) -> bool:
-        """Whether what it cannot run without is there."""
+        """Return whether this machine has the required hardware."""
         return not self.hardware or _HARDWARE[self.hardware]()
 
     def installed(self) -> bool:
-        """Whether all of its packages are."""
+        """Return whether all of its packages are installed."""
         return not extras.missing(self.packages)
 
     def require(self) -> None:
-        """Refuse to go on without its packages.
+        """Check that its packages are installed.
 
         Raises:
             MissingExtraError: one of them is not installed.
@@ -66,21 +66,23 @@ class RuntimeInfo:
 
 _BASE = ("tokenizers", "PIL")
 RUNTIMES: dict[str, RuntimeInfo] = {
-    "openvino": RuntimeInfo("openvino", ("openvino", *_BASE), ("openvino", "onnx")),
-    "ort": RuntimeInfo("onnx", ("onnxruntime", *_BASE), ("onnx",)),
-    # And the TensorRT that built the folder, which it names.
-    "trt": RuntimeInfo("trt", ("cuda.bindings.runtime", *_BASE), ("trt",), "an NVIDIA GPU"),
-    "coreml": RuntimeInfo("coreml", ("coremltools", *_BASE), ("coreml",), "macOS"),
-    "eager": RuntimeInfo("compress", ("torch", "diffusers", "transformers", *_BASE), ()),
+    "openvino": RuntimeInfo(extra="openvino", packages=("openvino", *_BASE), formats=("openvino", "onnx")),
+    "ort": RuntimeInfo(extra="onnx", packages=("onnxruntime", *_BASE), formats=("onnx",)),
+    # It also needs the TensorRT that built the folder; edgeprune_export.json names it.
+    "trt": RuntimeInfo(
+        extra="trt", packages=("cuda.bindings.runtime", *_BASE), formats=("trt",), hardware="an NVIDIA GPU"
+    ),
+    "coreml": RuntimeInfo(extra="coreml", packages=("coremltools", *_BASE), formats=("coreml",), hardware="macOS"),
+    "eager": RuntimeInfo(extra="compress", packages=("torch", "diffusers", "transformers", *_BASE), formats=()),
 }
-"""By name, which is also the module's; of several that open a format, the first installed one is taken."""
+"""By module name. If several open a format, the first installed one is the default."""
 
 
 def choose(folder: Path, runtime: str | None = None) -> str:
-    """The runtime for a folder: the one named, or of an export the first installed one, else `eager`.
+    """Return the runtime for a folder: the one named, or the first installed one that opens it.
 
     Raises:
-        InputError: no such folder, neither an export nor a pipeline, or not one that the named runtime opens.
+        InputError: the folder does not exist, is neither an export nor a pipeline, or the named runtime cannot open it.
         MissingExtraError: no runtime that opens the export is installed.
     """
     if runtime is not None and runtime not in RUNTIMES:
@@ -92,32 +94,32 @@ def choose(folder: Path, runtime: str | None = None) -> str:
             RUNTIMES[fitting[-1]].require()
         return installed[0]
     if runtime not in fitting:
-        hint = "give the folder it was exported from" if runtime == "eager" else "export it first (edgeprune export)"
+        hint = "pass the folder it was exported from" if runtime == "eager" else "export it first (edgeprune export)"
         raise InputError(f"{folder}: found a folder for {', '.join(fitting)}, expected one for {runtime}; {hint}")
     return runtime
 
 
 def runnable(folder: Path) -> list[str]:
-    """Every runtime that opens this folder and whose packages and hardware are here.
+    """Return every runtime that opens this folder and whose packages and hardware are present.
 
     Raises:
         CannotRunError: none of its runtimes can run here.
-        InputError: no such folder, or neither an export nor a pipeline.
+        InputError: the folder does not exist, or is neither an export nor a pipeline.
     """
     fitting = candidates(folder)
-    found = [name for name in fitting if RUNTIMES[name].installed() and RUNTIMES[name].has_hardware()]
-    if not found:
+    usable = [name for name in fitting if RUNTIMES[name].installed() and RUNTIMES[name].has_hardware()]
+    if not usable:
         raise CannotRunError(
             f"{folder}: found a folder for {', '.join(fitting)}, none of which runs here; see edgeprune doctor"
         )
-    return found
+    return usable
 
 
 def candidates(folder: Path) -> list[str]:
-    """Every runtime that opens this folder, the preferred one first, installed or not.
+    """Return every runtime that opens this folder, the preferred one first, installed or not.
 
     Raises:
-        InputError: there is no such folder, it is neither an export nor a pipeline, or another edgeprune exported it.
+        InputError: the folder does not exist, is neither an export nor a pipeline, or has another schema version.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: found no folder, expected an export or a diffusers pipeline")
@@ -128,10 +130,10 @@ def candidates(folder: Path) -> list[str]:
             manifest, record.get("schema_version", SCHEMA_VERSION), SCHEMA_VERSION, "export the artefact again"
         )
         target = record.get("target")
-        if found := [name for name, info in RUNTIMES.items() if target in info.formats]:
-            return found
-        known = sorted({f for info in RUNTIMES.values() for f in info.formats})
-        raise InputError(f"{manifest}: target: found {target!r}, expected one of {', '.join(known)}")
+        if opening := [name for name, info in RUNTIMES.items() if target in info.formats]:
+            return opening
+        formats = sorted({f for info in RUNTIMES.values() for f in info.formats})
+        raise InputError(f"{manifest}: target: found {target!r}, expected one of {', '.join(formats)}")
     if (folder / "model_index.json").exists():
         return ["eager"]
     raise InputError(
@@ -140,7 +142,7 @@ def candidates(folder: Path) -> list[str]:
 
 
 def prepare(runtime: str) -> Any:
-    """Import a runtime's module and its libraries, nothing else; `bench` measures its baseline after this.
+    """Import a runtime's module and its libraries; `bench` measures its baseline after this.
 
     Raises:
         InputError: no runtime has this name.
@@ -148,7 +150,7 @@ def prepare(runtime: str) -> Any:
     """
     if runtime not in RUNTIMES:
         raise InputError(f"runtime: found {runtime!r}, expected one of {', '.join(RUNTIMES)}")
-    # Not `except ImportError`: a package that is there but broken should show its own error.
+    # Not `except ImportError`: a package that is installed but broken should show its own error.
     RUNTIMES[runtime].require()
     return importlib.import_module(f"edgeprune.runtimes.{runtime}")
 
@@ -157,12 +159,11 @@ def load(folder: str | Path, runtime: str | None = None, **options: Any) -> Runt
     """Open a model folder for generation.
 
     Args:
-        folder: an export folder (`openvino`, `ort`), or a diffusers or artefact folder (`eager`).
-        runtime: a name of RUNTIMES, or None to choose by what the folder is and what is installed.
+        folder: an export folder, or a diffusers or artefact folder (`eager`).
+        runtime: a name in RUNTIMES, or None to choose by the folder and the installed packages.
         **options: passed to the runtime's `open_backend`: `threads`; `low_memory` (exports); `cache_dir`
             (openvino, ort); `device`, `dynamic_quantization` (openvino); `provider`, `accuracy_level` (ort);
-            `cuda_graph` (trt);
-            `compute_units` (coreml); `dtype`, `device` (eager: fp32, bf16; cuda, cpu).
+            `cuda_graph` (trt); `compute_units` (coreml); `dtype`, `device` (eager: fp32, bf16; cuda, cpu).
 
     Raises:
         InputError: the folder or one of its files is not usable, or the runtime has no such option.

@@ -1,10 +1,11 @@
-"""What every runtime shares: folder settings, the denoising loop in numpy, and the object that users hold.
+"""What all runtimes share: a folder's settings, the denoising loop in numpy, and `Runtime`, the object for users.
 
-A runtime's own part is a `Backend`: text to embeddings, one velocity, latents to pixels. Everything else (noise,
-guidance, schedule, image objects) is here once, so two runtimes given the same seed start from the same latents
-and walk the same sigmas. What it leaves out: image-to-image, other samplers, previews.
+Each runtime implements a `Backend`: text to embeddings, one velocity, latents to pixels. Noise, guidance, schedule and
+images are handled here, so with the same seed two runtimes start from the same latents and use the same sigmas.
+Image-to-image, other samplers and previews are not supported.
 
-Shapes: B batch, M text tokens, K joint attention width, P pooled width, C latent channels, h, w latent size.
+Shapes: B batch, M text tokens, K joint attention width, P pooled width, C latent channels, h, w latent size, H, W
+image size.
 """
 
 from __future__ import annotations
@@ -31,56 +32,57 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float32]
 StepProgress = Callable[[int, int], None]
-"""Called after each denoising step with (steps done, steps in all)."""
+"""Called after each denoising step with (steps done, total steps)."""
 
 
 class Backend(Protocol):
-    """What a runtime implements. All arrays are float32 numpy unless said otherwise."""
+    """The interface that a runtime implements. Arrays are float32 unless stated otherwise."""
 
     name: str
-    """`ort`, `eager`."""
+    """The runtime's name: `ort`, `eager`."""
     provider: str
-    """Where it computes, in the runtime's own word; empty until low-memory mode has opened the transformer."""
+    """Where it computes, in the runtime's own term; in low-memory mode empty until the transformer was opened."""
     why: str
-    """Why there: `the only one here`, `provider=cpu`; empty as long."""
+    """Why it computes there: `the only one here`, `provider=cpu`; empty as long as `provider` is."""
     precision: str
-    """What the transformer's weights are: `int4`, `bf16`, `fp32`, ..."""
+    """The format of the transformer's weights: `int4`, `bf16`, `fp32`, ..."""
 
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
-        """Text to (hidden (B, M, K), pooled (B, P)), the zero tokens of an absent T5 included."""
+        """Encode text to (hidden (B, M, K), pooled (B, P)), with the zero tokens that stand for an absent T5."""
         ...
 
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
-        """Velocity (B, C, h, w) from latents, hidden (B, M, K), pooled (B, P) and noise levels sigma (B) in 0..1.
+        """Compute the velocity (B, C, h, w) of latents (B, C, h, w) at noise levels sigma (B) in 0..1.
 
-        `guidance` is read by models that take the scale themselves.
+        `text` is hidden (B, M, K), `pooled` is (B, P). Only models that take the guidance scale as an input read
+        `guidance`.
         """
         ...
 
     def decode(self, latents: Array) -> Array:
-        """Latents (B, C, h, w) as the scheduler leaves them to pixels (B, 3, H, W) in -1..1."""
+        """Decode the scheduler's final latents (B, C, h, w) to pixels (B, 3, H, W) in -1..1."""
         ...
 
     def memory(self) -> dict[str, memory.Reading]:
-        """The rows of memory.SPLIT, of the process or of the device that holds the weights, and perhaps others."""
+        """Return the rows of memory.SPLIT, for the process or the device with the weights, and optional others."""
         ...
 
     def close(self) -> None:
-        """Give the weights back. Calling it twice is allowed."""
+        """Release the weights; a second call does nothing."""
         ...
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a folder says about how its model is used."""
+    """A folder's settings for running its model."""
 
     generation: Generation
-    """Steps, guidance, size and zero tokens where the caller gives none."""
+    """Defaults for steps, guidance and size, and the number of zero tokens."""
     factor: int
     """Pixels per latent pixel."""
     family: Family
     config: Config
-    """The transformer's."""
+    """The transformer's config."""
 
     @property
     def channels(self) -> int:
@@ -89,12 +91,12 @@ class Settings:
 
     @property
     def patch(self) -> int:
-        """Latent pixels per token and side."""
+        """Latent pixels per token on each side."""
         return self.family.latents(self.config).patch
 
 
 def read_settings(folder: Path) -> Settings:
-    """Settings of an export, artefact or plain diffusers folder.
+    """Read the settings of an export, an artefact or a plain diffusers folder.
 
     Raises:
         InputError: a config or generation.json lacks a field or holds an impossible value.
@@ -107,8 +109,8 @@ def read_settings(folder: Path) -> Settings:
     factor = latent_factor(read_json(vae_path), vae_path)
     generation = Generation.load(folder)
     family = family_of(config, str(config_path))
-    family.text_widths(config)  # refused before gigabytes are loaded
-    settings = Settings(generation, factor, family, config)
+    family.text_widths(config)  # fails here, before gigabytes are loaded
+    settings = Settings(generation=generation, factor=factor, family=family, config=config)
     check_size(settings, generation.height, generation.width, where=f"{folder / 'generation.json'}: ")
     return settings
 
@@ -126,7 +128,7 @@ def check_size(settings: Settings, height: int, width: int, *, where: str = "") 
 
 
 def initial_latents(settings: Settings, seeds: Sequence[int], height: int, width: int) -> Array:
-    """Standard normal latents (B, C, h, w), one numpy generator per seed: an image never depends on its batch."""
+    """Draw standard normal latents (B, C, h, w) with one generator per seed: an image never depends on its batch."""
     shape = settings.channels, height // settings.factor, width // settings.factor
     return np.stack([np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds])
 
@@ -142,23 +144,23 @@ def denoise(
     guidance_scale: float,
     progress: StepProgress | None = None,
 ) -> Array:
-    """The loop from noise (B, C, h, w) to clean latents; with `negative`, guidance in one batch of 2 B.
+    """Denoise latents (B, C, h, w); with `negative`, guidance runs as one batch of 2 B.
 
     Args:
-        backend: gives the velocity.
-        scheduler: gives the sigmas.
-        latents: the start, B seeds.
+        backend: computes the velocity.
+        scheduler: takes the steps.
+        latents: the noise to start from.
         positive: hidden (B, M, K) and pooled (B, P) of the prompts.
         negative: the same of the negative prompts, or None for no guidance.
-        sigmas: noise levels before each step and 0.
-        guidance_scale: factor on (conditional - unconditional), and what the model is told if it takes it.
+        sigmas: the noise level before each step, then 0.
+        guidance_scale: factor on (conditional - unconditional); also the input of models that take it.
         progress: called after each step.
     """
     text, pooled = positive
     if negative is not None:
         # The unconditional half first, as in diffusers.
         text, pooled = np.concatenate([negative[0], text]), np.concatenate([negative[1], pooled])
-    # Read-only: a runtime may leave them on its device as long as it is given the same arrays.
+    # Read-only: a runtime may keep them on its device as long as it gets the same arrays.
     text, pooled = text.view(), pooled.view()
     text.flags.writeable = pooled.flags.writeable = False
     steps = len(sigmas) - 1
@@ -175,14 +177,14 @@ def denoise(
 
 
 def to_uint8(pixels: Array) -> NDArray[np.uint8]:
-    """Pixels (B, 3, H, W) in -1..1 to (B, H, W, 3) in 0..255."""
+    """Convert pixels (B, 3, H, W) in -1..1 to (B, H, W, 3) in 0..255."""
     unit = np.clip(pixels * 0.5 + 0.5, 0, 1).transpose(0, 2, 3, 1)
     out: NDArray[np.uint8] = (unit * 255).round().astype(np.uint8)
     return out
 
 
 class Runtime:
-    """An opened model. Use it as a context manager, or call `close`.
+    """An opened model. Use it as a context manager, or call `close` at the end.
 
     Example:
         with edgeprune.runtimes.load("out") as model:
@@ -198,7 +200,7 @@ class Runtime:
         return self.backend.name
 
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float = 1.0) -> Array:
-        """One velocity; shapes as in `Backend.step`."""
+        """Compute one velocity; shapes as in `Backend.step`."""
         return self.backend.step(latents, text, pooled, sigma, guidance)
 
     def generate(
@@ -213,21 +215,21 @@ class Runtime:
         seed: int | Sequence[int] = 0,
         progress: StepProgress | None = None,
     ) -> list[Image.Image]:
-        """One image per prompt; what is None comes from the folder's generation.json.
+        """Generate one image per prompt; an argument of None takes its value from the folder's generation.json.
 
         Args:
             prompt: one prompt or several, run as one batch.
-            negative_prompt: what guidance steers away from, for all prompts; not read by models that take the scale.
+            negative_prompt: what guidance steers away from, for all prompts; ignored by models that take the scale.
             steps: denoising steps.
-            guidance_scale: 1 or less turns guidance off and halves the work; of models that take the scale themselves
-                (FLUX.1 dev) the work is always one half.
+            guidance_scale: 1 or less turns guidance off and halves the work. Models that take the scale as an input
+                (FLUX.1 dev) always do half the work.
             height: pixels.
             width: pixels.
-            seed: one per prompt, or one number s for s, s + 1, ... The same seed gives the same start in every runtime.
-            progress: called with (steps done, steps in all).
+            seed: one per prompt, or one number s for s, s + 1, ... A seed gives the same noise in every runtime.
+            progress: called with (steps done, total steps).
 
         Raises:
-            InputError: no prompt, steps below 1, a seed below 0, seeds and prompts differ in number, or a bad size.
+            InputError: no prompt, steps below 1, a seed below 0, different numbers of seeds and prompts, or a bad size.
         """
         from PIL import Image
 
@@ -255,7 +257,7 @@ class Runtime:
         seed: int | Sequence[int] = 0,
         progress: StepProgress | None = None,
     ) -> Array:
-        """As `generate`, stopping before the VAE: latents (B, C, h, w)."""
+        """Do what `generate` does up to the VAE, and return latents (B, C, h, w)."""
         settings = self.settings
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
@@ -272,7 +274,7 @@ class Runtime:
         height = settings.generation.height if height is None else height
         width = settings.generation.width if width is None else width
         check_size(settings, height, width)
-        # At once: in low-memory mode every text encoder is opened anew for each call.
+        # All prompts at once: low-memory mode opens every text encoder for each call.
         guided = settings.family.guided(settings.config, scale)
         hidden, pooled = self.backend.encode([*prompts, negative_prompt] if guided else prompts)
         positive, negative = (hidden[: len(prompts)], pooled[: len(prompts)]), None
@@ -297,16 +299,16 @@ class Runtime:
         )
 
     def memory(self) -> dict[str, memory.Reading]:
-        """The same rows on every device, each with how it was measured.
+        """Return the same rows on every device, each with a description of how it was measured.
 
-        `peak_bytes` and its parts `runtime_overhead_bytes`, `weights_bytes`, `activations_bytes`; and what the system
-        tells of this process now (`rss_bytes`, on Linux `anon_bytes`, ...). Ask after the first image: before it there
-        were no activations. A row that cannot be measured here is absent.
+        They are `peak_bytes` and its parts `runtime_overhead_bytes`, `weights_bytes`, `activations_bytes`, and the
+        system's current figures for this process (`rss_bytes`, on Linux `anon_bytes`, ...). Call it after the first
+        image: before, there are no activations. A row that cannot be measured here is absent.
         """
         return memory.read() | self.backend.memory()
 
     def close(self) -> None:
-        """Give the weights back."""
+        """Release the weights."""
         self.backend.close()
 
     def __enter__(self) -> Runtime:
@@ -319,15 +321,15 @@ class Runtime:
 
 
 def open_runtime(folder: Path, module: ModuleType, options: dict[str, Any]) -> Runtime:
-    """Read the small files first, so that a bad setting is told before gigabytes are loaded.
+    """Open a folder; reads the small files first, so that a bad setting fails before gigabytes are loaded.
 
     Raises:
         InputError: a setting is not usable, or the runtime has no such option.
     """
-    known = list(inspect.signature(module.open_backend).parameters)[2:]
-    if unknown := sorted(set(options) - set(known)):
+    accepted = list(inspect.signature(module.open_backend).parameters)[2:]
+    if unknown := sorted(set(options) - set(accepted)):
         name = module.__name__.rpartition(".")[2]
-        raise InputError(f"{folder}: {name}: option {unknown[0]}: not known, expected one of {', '.join(known)}")
+        raise InputError(f"{folder}: {name}: option {unknown[0]}: unknown, expected one of {', '.join(accepted)}")
     settings = read_settings(folder)
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = FlowMatchEuler.from_config(read_json(scheduler_path), where=str(scheduler_path))

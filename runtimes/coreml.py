@@ -1,11 +1,11 @@
-"""Core ML packages on a Mac, numpy in and out.
+"""Runs Core ML packages on a Mac, with numpy inputs and outputs.
 
     load("out", compute_units="cpu_and_ne")
 
-Needs coremltools and macOS 15, not torch. A package is compiled once, loaded (which specialises it for the compute
-units; macOS keeps the result for the next time) and called; a transformer in chunks is called chunk after chunk.
-A batch larger than a package takes is run in pieces. On iPhone and iPad an app runs the packages (docs/coreml.md).
-What it leaves out: keeping the compiled model, asynchronous prediction, sizes other than the exported one.
+Needs coremltools and macOS 15, not torch. A package is compiled once and loaded, which specialises it for the compute
+units; macOS caches that. The chunks of a transformer run one after the other. A batch that is larger than a package
+takes is run in several calls. The compiled model is not kept after the process ends, and only the exported image size
+works. On iPhone and iPad an app runs the packages (docs/coreml.md).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from edgeprune.common.extras import needs
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.networks import NetworkBackend
 
-# Off macOS it cannot predict, and would import torch where that is.
+# Outside macOS it cannot predict, and it would import torch if that is installed.
 with needs("coreml"):
     coremltools: Any = importlib.import_module("coremltools") if sys.platform == "darwin" else None
 
@@ -37,12 +37,12 @@ _INT32 = 0x20000 | 32  # ArrayFeatureType.INT32
 
 
 class CompiledPackage:
-    """A package as Core ML runs it: the thin seam that tests replace.
+    """A package compiled and loaded by Core ML.
 
     Attributes:
-        inputs: by name, the shapes that it takes and whether they are whole numbers.
-        outputs: names.
-        compile_s, specialise_s: seconds that making it took.
+        inputs: by name, the shapes that it takes and whether the values are integers.
+        outputs: their names.
+        compile_s, specialise_s: seconds it took to compile and to load.
     """
 
     def __init__(self, path: Path, compiled: Path, units: str) -> None:
@@ -58,13 +58,13 @@ class CompiledPackage:
         self.specialise_s = time.perf_counter() - began
 
     def predict(self, arrays: dict[str, Any]) -> dict[str, Any]:
-        """Outputs by name."""
-        found: dict[str, Any] = self._model.predict(arrays)
-        return found
+        """Return the outputs by name."""
+        outputs: dict[str, Any] = self._model.predict(arrays)
+        return outputs
 
 
 def shapes(array: Any) -> tuple[list[tuple[int, ...]], bool]:
-    """The shapes that a package's input takes, and whether it holds whole numbers, from its ArrayFeatureType."""
+    """Return the shapes that a package's input takes and whether it holds integers, from its ArrayFeatureType."""
     listed = [tuple(s.shape) for s in array.enumeratedShapes.shapes] or [tuple(array.shape)]
     return listed, array.dataType == _INT32
 
@@ -74,10 +74,10 @@ Open = Callable[[Path], Any]
 
 
 class CoremlNetwork:
-    """One network, of one package or of chunks, its errors mapped to ours.
+    """One network, in one package or in chunks; maps Core ML's errors to InputError.
 
     Raises:
-        InputError: the folder has no package, or Core ML refuses one.
+        InputError: the folder has no package, or Core ML rejects one.
     """
 
     def __init__(self, folder: Path, provider: str, open_package: Open) -> None:
@@ -86,59 +86,61 @@ class CoremlNetwork:
         paths = [whole] if whole.exists() else chunks
         if not paths:
             raise InputError(
-                f"{whole}: found neither it nor chunk_1.mlpackage, expected a Core ML package; export again"
+                f"{whole}: neither it nor chunk_1.mlpackage exists, expected a Core ML package; export again"
             )
         self.provider, self.why, self._folder = provider, f"compute_units={provider}", folder
         self._packages: Sequence[Any] = [_open(path, open_package) for path in paths]
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds to compile and to specialise, all chunks together."""
+        """Seconds to compile and to specialise, summed over all chunks."""
         return {kind: sum(getattr(p, kind) for p in self._packages) for kind in ("compile_s", "specialise_s")}
 
     def __call__(self, **arrays: Any) -> dict[str, Array]:
-        """Outputs by name, float32; the batch in pieces that the packages take."""
+        """Return the outputs by name, float32; splits the batch into sizes that the packages take."""
         if not self._packages:
-            raise InputError("runtime: found it closed, expected an open one")
+            raise InputError("the runtime is closed; load the folder again")
         first = self._packages[0].inputs
         if missing := sorted(set(first) - set(arrays)):
-            raise InputError(f"{self._folder}: inputs: found also {missing}, expected {sorted(arrays)}")
-        taken = {name: np.asarray(arrays[name]) for name in first}
+            raise InputError(f"{self._folder}: inputs: the package also needs {missing}, found {sorted(arrays)}")
+        inputs = {name: np.asarray(arrays[name]) for name in first}
         for name, (allowed, _) in first.items():
-            if taken[name].shape[1:] not in {shape[1:] for shape in allowed}:
+            if inputs[name].shape[1:] not in {shape[1:] for shape in allowed}:
                 raise InputError(
-                    f"{self._folder}: {name}: found shape {taken[name].shape}, expected one of {allowed}: a package "
+                    f"{self._folder}: {name}: found shape {inputs[name].shape}, expected one of {allowed}: a package "
                     "has one size; set height, width and max_sequence_length in generation.json and export again"
                 )
         batches = sorted({shape[0] for allowed, _ in first.values() for shape in allowed}, reverse=True)
-        pieces, start, total = [], 0, len(next(iter(taken.values())))
+        results, start, total = [], 0, len(next(iter(inputs.values())))
         while start < total:
             size = next((b for b in batches if b <= total - start), None)
             if size is None:
                 raise InputError(f"{self._folder}: batch: found {total}, expected a sum of {sorted(batches)}")
-            pieces.append(self._piece({name: array[start : start + size] for name, array in taken.items()}))
+            results.append(self._predict({name: array[start : start + size] for name, array in inputs.items()}))
             start += size
-        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
 
-    def _piece(self, arrays: dict[str, Any]) -> dict[str, Array]:
-        found: dict[str, Any] = {}
+    def _predict(self, arrays: dict[str, Any]) -> dict[str, Array]:
+        """Run all chunks on a batch size that they take."""
+        outputs: dict[str, Any] = {}
         for package in self._packages:
             feed = {
-                n: np.asarray(arrays[n], np.int32 if whole else np.float32) for n, (_, whole) in package.inputs.items()
+                name: np.asarray(arrays[name], np.int32 if integer else np.float32)
+                for name, (_, integer) in package.inputs.items()
             }
             try:
-                found = package.predict(feed)
+                outputs = package.predict(feed)
             except (RuntimeError, ValueError, TypeError) as error:
                 sizes = {name: array.shape for name, array in feed.items()}
-                raise InputError(f"{self._folder}: found {_line(error)}; inputs were {sizes}") from None
-            arrays = arrays | found
+                raise InputError(f"{self._folder}: Core ML failed: {_line(error)}; inputs were {sizes}") from None
+            arrays = arrays | outputs
         # Core ML allows no dot in a name.
         return {
-            re.sub(r"^hidden_states_(?=\d)", "hidden_states.", n): np.asarray(v, np.float32) for n, v in found.items()
+            re.sub(r"^hidden_states_(?=\d)", "hidden_states.", n): np.asarray(v, np.float32) for n, v in outputs.items()
         }
 
     def close(self) -> None:
-        """Drop the models; Core ML frees their memory."""
+        """Drop the models; Core ML then frees their memory."""
         self._packages = []
 
 
@@ -146,7 +148,7 @@ def _open(path: Path, open_package: Open) -> Any:
     try:
         return open_package(path)
     except Exception as error:  # coremltools raises plain Exception
-        raise InputError(f"{path}: found {_line(error)}, expected a whole Core ML package; export again") from None
+        raise InputError(f"{path}: Core ML cannot open it: {_line(error)}; export again") from None
 
 
 def _line(error: Exception) -> str:
@@ -160,12 +162,12 @@ def open_backend(
 
     Args:
         folder: an export of format coreml.
-        settings: of that folder.
-        compute_units: one of COMPUTE_UNITS: what Core ML may choose from for each operation.
-        low_memory: hold one stage's networks at a time; what was compiled is kept for the next image.
+        settings: that folder's settings.
+        compute_units: one of COMPUTE_UNITS; Core ML chooses among these for each operation.
+        low_memory: hold the networks of one stage at a time; compiled packages are kept for the next image.
 
     Raises:
-        InputError: this is no Mac, the compute units are unknown, or a package is missing, damaged or of another size.
+        InputError: this is not a Mac, the compute units are unknown, or a package is missing or damaged.
     """
     if compute_units not in COMPUTE_UNITS:
         raise InputError(f"compute_units: found {compute_units!r}, expected one of {', '.join(COMPUTE_UNITS)}")

@@ -1,8 +1,8 @@
-"""The torch reference: a diffusers or artefact folder behind the same interface; the one file here that imports torch.
+"""The torch reference: runs a diffusers or artefact folder behind the common interface; only this file imports torch.
 
-It exists to compare with: same noise, same schedule, same guidance as the other runtimes. An artefact's INT4
-transformer computes by dequantising each layer at each call: exact, slow. On a machine with a GPU it runs there, so
-that `bench` compares like with like. What it leaves out: several GPUs, compilation.
+The other runtimes are compared with it: it has the same noise, schedule and guidance. It dequantises each layer of an
+INT4 transformer at each call, which is exact but slow. On a machine with a GPU it runs there, so that `bench` compares
+like with like. Several GPUs and compilation are not supported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ with needs("compress"):
     from edgeprune.sampling.denoising import Conditioning, velocity
 
     with checkpoint.quiet():
-        # Brings what all pipelines use. Imported when one is opened, it would count as its weights and its load time.
+        # Loads what all pipelines use. Importing it later would count as a pipeline's weights and load time.
         from diffusers import StableDiffusion3Pipeline  # noqa: F401
 
 Rows = Callable[[], dict[str, Reading]]
@@ -36,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class EagerBackend:
-    """The `Backend` of plain torch; made by `open_backend`."""
+    """The `Backend` in plain torch; created by `open_backend`."""
 
     name = "eager"
 
@@ -60,41 +60,41 @@ class EagerBackend:
 
     @property
     def pipeline(self) -> Any:
-        """The diffusers pipeline behind it."""
+        """The underlying diffusers pipeline."""
         if self._pipeline is None:
-            raise InputError("runtime: found it closed, expected an open one")
+            raise InputError("the runtime is closed; load the folder again")
         return self._pipeline
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
-        """Text to (hidden (B, M, K), pooled (B, P)), by diffusers' own encode_prompt."""
+        """Encode text to (hidden (B, M, K), pooled (B, P)) with diffusers' own encode_prompt."""
         family = family_of_model(self.pipeline.transformer)
         hidden, pooled = family.encode(self.pipeline, prompts, self._t5_tokens)
         return _numpy(hidden), _numpy(pooled)
 
     @torch.inference_mode()
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
-        """One velocity (B, C, h, w)."""
+        """Compute one velocity (B, C, h, w)."""
         condition = Conditioning(self._tensor(text), self._tensor(pooled))
-        # float32: half precision would move the noise level
+        # float32: half precision would change the noise level
         level = torch.from_numpy(sigma).to(self._device)
         return _numpy(velocity(self.pipeline.transformer, self._tensor(latents), condition, level, guidance))
 
     @torch.inference_mode()
     def decode(self, latents: Array) -> Array:
-        """Latents (B, C, h, w) to pixels (B, 3, H, W)."""
+        """Decode latents (B, C, h, w) to pixels (B, 3, H, W)."""
         vae = self.pipeline.vae
         scaled = latents / np.float32(vae.config.scaling_factor) + np.float32(vae.config.shift_factor or 0.0)
         return _numpy(vae.decode(self._tensor(scaled), return_dict=False)[0])
 
     def memory(self) -> dict[str, Reading]:
-        """The rows of memory.SPLIT, of this process or of the GPU."""
+        """Return the rows of memory.SPLIT, for this process or for the GPU."""
         return self._rows()
 
     def close(self) -> None:
-        """Drop the pipeline."""
+        """Drop the pipeline, which releases the weights."""
         if self._pipeline is not None:
-            self.memory()  # a row may be a maximum so far
+            self.memory()  # records the rows that are a maximum
         self._pipeline = None
 
     def _tensor(self, array: Array) -> torch.Tensor:
@@ -107,23 +107,23 @@ def _numpy(tensor: Any) -> Array:
 
 
 def cuda_rows(cuda: Any, weights: int) -> dict[str, Reading]:
-    """The rows of memory.SPLIT, of the GPU instead of the process; its overhead only where NVML tells.
+    """Return the rows of memory.SPLIT for the GPU; the runtime's overhead is there only if NVML reports it.
 
     Args:
-        cuda: `torch.cuda`, or what a test puts in its place.
-        weights: what torch had allocated once the model was there, in bytes.
+        cuda: `torch.cuda`, or a test's stand-in.
+        weights: bytes that torch had allocated once the model was on the GPU.
     """
     peak, how = cuda.max_memory_reserved(), "peak of torch's allocator (max_memory_reserved)"
     rows = {
         "weights_bytes": Reading(weights, "on the GPU once the model was there (torch, memory_allocated)", "gpu"),
         "activations_bytes": Reading(max(0, peak - weights), f"on the GPU: {how} less weights", "gpu"),
     }
-    own = "CUDA's own on the GPU: this process now (NVML) less memory_reserved"
-    return with_overhead(rows, peak, how, cuda.memory_reserved(), own)
+    overhead_how = "CUDA's own on the GPU: this process now (NVML) less memory_reserved"
+    return with_overhead(rows, peak, how, cuda.memory_reserved(), overhead_how)
 
 
 def _pick_device(device: str | None) -> tuple[str, str]:
-    """Where to compute, and why there."""
+    """Return the device to compute on, and why."""
     here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     if device is None:
         return here[0], "torch finds a GPU" if here[0] == "cuda" else "torch finds no GPU"
@@ -135,13 +135,17 @@ def _pick_device(device: str | None) -> tuple[str, str]:
 def open_backend(
     folder: Path, settings: Settings, *, dtype: str = "fp32", threads: int = 0, device: str | None = None
 ) -> EagerBackend:
-    """Open a diffusers or artefact folder; an artefact's INT4 transformer is used where there is one.
+    """Open a diffusers or artefact folder; an artefact's INT4 transformer is used if there is one.
 
     Args:
-        device: `cuda` or `cpu`; None takes the GPU where there is one.
+        folder: the folder.
+        settings: that folder's settings.
+        dtype: `fp32` or `bf16`.
+        threads: torch's threads; 0 keeps its default.
+        device: `cuda` or `cpu`; None takes the GPU if there is one.
 
     Raises:
-        InputError: an unknown dtype, a device that is not here, or the folder is not a usable pipeline.
+        InputError: the dtype is unknown, the device is not present, or the folder is not a usable pipeline.
     """
     where, why = _pick_device(device)
     if dtype not in DTYPES:

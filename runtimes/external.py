@@ -1,7 +1,7 @@
-"""Where an ONNX file says that its weights are: names in its own folder, and bytes that are in them. Needs no vendor.
+"""Checks that an ONNX file's external weights are in its own folder and inside the files it names; needs no vendor.
 
-Recent versions of ONNX Runtime and OpenVINO check the same, older ones do not. What it leaves out: whether the rest is
-ONNX at all; the vendors say that.
+Recent versions of ONNX Runtime and OpenVINO check the same, older ones do not. The rest of the file is not checked; the
+vendors do that.
 """
 
 from __future__ import annotations
@@ -24,36 +24,38 @@ _BELOW = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
-"""By message of onnx.proto, the fields that lead to external data."""
+"""By message of onnx.proto, the fields that can lead to external data."""
 _LENGTHS = {1: 8, 5: 4}
-"""Bytes of protobuf's fixed wire types."""
+"""Lengths of protobuf's fixed-size wire types, in bytes."""
 
 
 def check_external(path: Path) -> None:
-    """Refuse an ONNX file whose weights are said to be outside of its folder, or of the file that has them.
+    """Refuse an ONNX file that refers to weights outside its folder, or beyond the end of a data file.
 
     Raises:
-        InputError: they are, or the file is missing or no protobuf.
+        InputError: it does, or the file is missing or not protobuf.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            found = list(_entries(data))
+            entries = list(_entries(data))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: found {error}, expected a whole ONNX model; export again") from None
-    for entry in found:
-        there = inside(path.parent, entry.get("location", ""), f"{path}: external data")
-        if not there.is_file():
-            raise InputError(f"{path}: external data: found {shown(entry.get('location'))}, which is no file")
+        raise InputError(f"{path}: not a complete ONNX model: {error}; export again") from None
+    for entry in entries:
+        data_file = inside(path.parent, entry.get("location", ""), f"{path}: external data")
+        if not data_file.is_file():
+            raise InputError(f"{path}: external data: found {shown(entry.get('location'))}, which is not a file")
         try:
             begin, length = (int(entry.get(name, "0")) for name in ("offset", "length"))
         except ValueError:
             begin, length = -1, 0
-        if begin < 0 or length < 0 or begin + length > there.stat().st_size:
-            raise InputError(f"{path}: external data: found {shown(entry)}, expected bytes that {there.name} has")
+        if begin < 0 or length < 0 or begin + length > data_file.stat().st_size:
+            raise InputError(
+                f"{path}: external data: found {shown(entry)}, expected bytes that are in {data_file.name}"
+            )
 
 
 def _entries(data: mmap.mmap) -> Iterator[dict[str, str]]:
-    """The `external_data` of every tensor."""
+    """Yield the `external_data` of every tensor."""
     waiting = [("model", 0, len(data))]
     while waiting:
         kind, begin, end = waiting.pop()
@@ -70,7 +72,7 @@ def _entries(data: mmap.mmap) -> Iterator[dict[str, str]]:
 
 
 def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, begin and end of the fields of a message that have a length."""
+    """Yield number, begin and end of a message's length-delimited fields."""
     while at < end:
         key, at = _varint(data, at, end)
         wire = key & 7
@@ -84,7 +86,7 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]
         else:
             raise ValueError(f"wire type {wire}")
         if at + length > end:
-            raise ValueError("a field that is longer than its message")
+            raise ValueError("a field is longer than its message")
         if wire == 2:
             yield key >> 3, at, at + length
         at += length
@@ -97,4 +99,4 @@ def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
         value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
         if byte < 128:
             return value, at
-    raise ValueError("a number without an end")
+    raise ValueError("a number does not end")

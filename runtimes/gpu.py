@@ -1,7 +1,7 @@
-"""The CUDA calls of the TensorRT runtime: device memory, copies, streams, captured graphs; and NVML's total.
+"""The CUDA calls of the TensorRT runtime: device memory, copies, streams and captured graphs; and NVML's total.
 
-All that runtimes/trt.py asks of a GPU, apart from TensorRT itself, is in `Gpu`, so that a test can put a fake `cuda`
-under it. What it leaves out: several GPUs (the first one is taken), pinned host memory, kernels of our own.
+`Gpu` contains everything that runtimes/trt.py needs from a GPU apart from TensorRT itself, so a test can pass a fake
+`cuda`. Only the first GPU is used, and host memory is not pinned.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Gpu:
     """The first CUDA device.
 
     Args:
-        cuda: `cuda.bindings.runtime`, or what a test puts in its place.
+        cuda: `cuda.bindings.runtime`, or a test's stand-in.
 
     Raises:
         InputError: there is no CUDA device, or its driver is too old.
@@ -30,7 +30,7 @@ class Gpu:
     def __init__(self, cuda: Any) -> None:
         self._cuda = cuda
         self.weights_bytes = self.allocated_bytes = 0
-        """Of the engines that are open, and of buffers: now."""
+        """Bytes of the open engines, and of allocated buffers."""
         self._most = {"peak_bytes": 0, "weights_bytes": 0, "activations_bytes": 0}
         self._sizes: dict[int, int] = {}
         if not self.call("cudaGetDeviceCount"):
@@ -38,37 +38,41 @@ class Gpu:
         self.call("cudaSetDevice", 0)
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """One function of the CUDA runtime; its value, if it has one.
+        """Call a function of the CUDA runtime and return its value, if it has one.
 
         Raises:
-            InputError: CUDA's error, on one line.
+            InputError: CUDA reports an error.
         """
         error, *values = getattr(self._cuda, name)(*arguments)
         if int(error):
             _, text = self._cuda.cudaGetErrorString(error)
-            raise InputError(f"CUDA: {name}: found {text.decode()} (error {int(error)}), expected it to work")
+            raise InputError(f"CUDA: {name} failed: {text.decode()} (error {int(error)})")
         return values[0] if values else None
 
     def allocate(self, size: int) -> int:
-        """Device memory of at least one byte; its address."""
+        """Allocate device memory, at least one byte, and return its address.
+
+        Raises:
+            InputError: CUDA cannot allocate it.
+        """
         try:
             pointer = int(self.call("cudaMalloc", max(size, 1)))
         except InputError as error:
             raise InputError(
-                f"{error}; {size} bytes were asked for, {self.allocated_bytes} are in use: make a smaller image or "
-                "batch, or load with low_memory"
+                f"cannot allocate {size} bytes of GPU memory: {error}; {self.allocated_bytes} bytes are in use: "
+                "try a smaller image or batch, or load with low_memory"
             ) from None
         self._sizes[pointer] = size
         self._count(allocated=size)
         return pointer
 
     def free(self, pointer: int) -> None:
-        """Give back what `allocate` gave."""
+        """Free memory that `allocate` returned."""
         self._count(allocated=-self._sizes.pop(pointer))
         self.call("cudaFree", pointer)
 
     def hold(self, size: int) -> None:
-        """Count an engine that was opened, or with a negative size one that was closed."""
+        """Count the bytes of an engine that was opened, or closed (negative)."""
         self._count(weights=size)
 
     def _count(self, *, weights: int = 0, allocated: int = 0) -> None:
@@ -78,29 +82,29 @@ class Gpu:
         self._most = {row: max(most, n) for (row, most), n in zip(self._most.items(), now, strict=True)}
 
     def upload(self, pointer: int, array: NDArray[Any], stream: Any) -> None:
-        """Copy a contiguous array to the device. The array must live until `synchronize`."""
+        """Copy a contiguous array to the device. It must stay alive until `synchronize`."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call("cudaMemcpyAsync", pointer, array.ctypes.data, array.nbytes, kind, stream)
 
     def download(self, array: NDArray[Any], pointer: int, stream: Any) -> None:
-        """Copy from the device into a contiguous array, whose content is there after `synchronize`."""
+        """Copy from the device into a contiguous array; its content is valid after `synchronize`."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", array.ctypes.data, pointer, array.nbytes, kind, stream)
 
     def stream(self) -> Any:
-        """A new stream, for `destroy_stream`."""
+        """Create a stream; end it with `destroy_stream`."""
         return self.call("cudaStreamCreate")
 
     def synchronize(self, stream: Any) -> None:
-        """Wait until all work on the stream is done; an error of that work comes out here."""
+        """Wait until all work on the stream is done; errors of that work are raised here."""
         self.call("cudaStreamSynchronize", stream)
 
     def destroy_stream(self, stream: Any) -> None:
-        """Give a stream back."""
+        """Destroy a stream."""
         self.call("cudaStreamDestroy", stream)
 
     def capture(self, stream: Any, work: Callable[[], None]) -> Any:
-        """Record what `work` puts on the stream, without running it; a graph for `replay` and `destroy_graph`."""
+        """Record what `work` enqueues on the stream without running it; return the graph for `replay`."""
         self.call("cudaStreamBeginCapture", stream, self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         try:
             work()
@@ -115,11 +119,11 @@ class Gpu:
         self.call("cudaGraphLaunch", graph, stream)
 
     def destroy_graph(self, graph: Any) -> None:
-        """Give a captured graph back."""
+        """Destroy a captured graph."""
         self.call("cudaGraphExecDestroy", graph)
 
     def memory(self) -> dict[str, Reading]:
-        """The rows of memory.SPLIT, of the GPU instead of the process; its overhead only where NVML tells."""
+        """Return the rows of memory.SPLIT for the GPU; the runtime's overhead is there only if NVML reports it."""
         counted = "on the GPU, at one time: counted, not measured"
         rows = {
             "weights_bytes": Reading(
@@ -140,28 +144,29 @@ class Gpu:
         )
 
 
-def with_overhead(rows: dict[str, Reading], peak: int, how: str, counted: int, own: str) -> dict[str, Reading]:
-    """Add the peak and, where NVML tells, the runtime's own part, which is in the peak then.
+def with_overhead(rows: dict[str, Reading], peak: int, how: str, counted: int, overhead_how: str) -> dict[str, Reading]:
+    """Add the peak and, if NVML reports the process's total, the runtime's overhead, which the peak then includes.
 
     Args:
         rows: weights and activations on the GPU.
-        peak: theirs, in bytes, and `how` it was found.
-        counted: bytes that are theirs now.
-        own: how the runtime's own part is found.
+        peak: peak of weights and activations, in bytes.
+        how: how that peak was measured.
+        counted: current bytes of weights and activations.
+        overhead_how: how the overhead is measured.
     """
     total = nvml_row()
     overhead: dict[str, Reading] = {}
     if total:
-        beside = max(0, total["gpu_process_bytes"].bytes - counted)
-        overhead["runtime_overhead_bytes"] = Reading(beside, own, "gpu")
-        peak, how = peak + beside, f"{how}; and runtime overhead"
+        overhead_bytes = max(0, total["gpu_process_bytes"].bytes - counted)
+        overhead["runtime_overhead_bytes"] = Reading(overhead_bytes, overhead_how, "gpu")
+        peak, how = peak + overhead_bytes, f"{how}; and runtime overhead"
     else:
         how += "; without runtime overhead, which NVML does not tell here"
     return rows | overhead | total | {"peak_bytes": Reading(peak, how, "gpu")}
 
 
 def nvml_row() -> dict[str, Reading]:
-    """`gpu_process_bytes`, where NVML tells it."""
+    """Return the row `gpu_process_bytes`, or no row if NVML does not report it."""
     total = nvml_process_bytes()
     if total is None:
         return {}
@@ -169,10 +174,10 @@ def nvml_row() -> dict[str, Reading]:
 
 
 def open_gpu(extra: str) -> Gpu:
-    """The GPU of this machine.
+    """Open the first GPU of this machine.
 
     Args:
-        extra: of edgeprune, which brings cuda-bindings.
+        extra: the extra of edgeprune that installs cuda-bindings, for the error message.
 
     Raises:
         MissingExtraError: cuda-bindings is not installed.
@@ -186,9 +191,9 @@ def open_gpu(extra: str) -> Gpu:
 
 
 def nvml_process_bytes() -> int | None:
-    """What the driver says this process has on the first GPU; None without nvidia-ml-py or where it does not tell.
+    """Return the bytes this process uses on the first GPU; None if NVML does not report them.
 
-    Jetsons and Windows drivers do not tell; inside a container the process may have another number.
+    It needs nvidia-ml-py. Jetsons and Windows drivers report nothing; in a container the process may have another id.
     """
     try:
         nvml: Any = importlib.import_module("pynvml")

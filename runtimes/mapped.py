@@ -1,8 +1,8 @@
-"""Weights that a vendor maps from a file: given back while it repacks them, so that they are not in memory twice.
+"""Evicts the pages of a memory-mapped weight file while a vendor repacks it, so weights are not in memory twice.
 
-OpenVINO maps its `.bin`, copies every weight into a layout of its own, and keeps the mapping: the peak is the sum. The
-kernel is told in turn that the pages are not needed (MADV_PAGEOUT, which never loses data: what is read again is read
-from the file). Linux 5.4 and later; elsewhere nothing happens. What it leaves out: memory that is not of a file.
+OpenVINO maps its `.bin`, copies every weight into its own layout, and keeps the mapping: the peak is the sum of both.
+MADV_PAGEOUT tells the kernel that the pages are not needed now. It never loses data: a page that is read again comes
+from the file. It needs Linux 5.4 or later; elsewhere nothing happens.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ EVERY_S = 0.2
 
 
 @contextmanager
-def given_back(path: Path) -> Iterator[None]:
-    """While this lasts, and once at its end, the mapped pages of a file are given back."""
+def evicting(path: Path) -> Iterator[None]:
+    """Evict the mapped pages of a file repeatedly inside this context, and once at its end."""
     if sys.platform != "linux":
         yield
         return
@@ -29,7 +29,7 @@ def given_back(path: Path) -> Iterator[None]:
 
     def sweep() -> None:
         while not done.wait(EVERY_S):
-            give_back(path)
+            evict(path)
 
     thread = threading.Thread(target=sweep, daemon=True)
     thread.start()
@@ -38,16 +38,16 @@ def given_back(path: Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        give_back(path)
+        evict(path)
 
 
-def give_back(path: Path) -> None:
-    """Tell the kernel that no page of this file is needed now."""
+def evict(path: Path) -> None:
+    """Tell the kernel that no mapped page of this file is needed now."""
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     name = str(path.resolve())
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith(name):
             first, last = (int(address, 16) for address in line.split(" ", 1)[0].split("-"))
-            # Refused by an older kernel, or unmapped meanwhile: the pages stay, which is no error.
+            # An older kernel refuses, or the range was unmapped meanwhile: the pages stay, which is harmless.
             madvise(first, last - first, _PAGEOUT)

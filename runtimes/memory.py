@@ -1,9 +1,9 @@
-"""This process's memory, each row with how it was measured: a peak is a peak, a snapshot says so.
+"""Measures this process's memory; each row says how it was measured and whether it is a peak or a snapshot.
 
-Linux reads /proc (exact, no package), macOS adds the physical footprint, by which it judges a process. Elsewhere psutil
-gives what the system offers, and rows it cannot measure are absent, not guessed. `Meter` divides the peak into what was
-there before a model was opened, its weights, and its activations. What it leaves out: GPU memory (gpu.py), swap, other
-processes.
+On Linux the rows come from /proc (exact, no package). macOS adds the physical footprint, by which it judges a process.
+Elsewhere psutil returns what the system offers. A row that cannot be measured is absent, not guessed. `Meter` splits
+the peak into what was there before a model was opened, its weights, and its activations. gpu.py measures GPU memory;
+swap and other processes are not counted.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ _FOOTPRINT = {
 }
 
 ROWS = (*_STATUS, "pss_bytes", *_FOOTPRINT)
-"""Every row that `read` may give."""
+"""Every row that `read` may return."""
 
 SPLIT = ("peak_bytes", "runtime_overhead_bytes", "weights_bytes", "activations_bytes")
-"""The rows that every runtime gives, the peak and its parts; one that cannot be measured is absent."""
+"""The rows of every runtime: the peak and its parts; a row that cannot be measured is absent."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One row."""
+    """One row of a memory measurement."""
 
     bytes: int
     how: str
-    """What was read, and whether it is a peak or a snapshot."""
+    """What was measured, and whether it is a peak or a snapshot."""
     place: str = "process"
     """Whose memory: `process`, or `gpu`."""
 
 
 def read() -> dict[str, Reading]:
-    """Named rows: peak_rss_bytes, rss_bytes, and on Linux anon_bytes, file_bytes, pss_bytes."""
+    """Return rows by name: peak_rss_bytes, rss_bytes, on Linux also anon_bytes, file_bytes, pss_bytes."""
     return _linux() if sys.platform == "linux" else _other()
 
 
 class Meter:
-    """Divides this process's peak into runtime overhead, weights and activations. Make it just before opening a model.
+    """Splits this process's peak into runtime overhead, weights and activations. Create it just before opening a model.
 
     Example:
         meter = Meter()
@@ -70,7 +70,7 @@ class Meter:
 
     @contextmanager
     def opening(self) -> Iterator[None]:
-        """Around the opening of a network: what has been added after it counts as weights."""
+        """Open a network inside this context: the memory that it adds counts as weights."""
         peak = _levels(read()).peak
         yield
         now = _levels(read())
@@ -79,16 +79,16 @@ class Meter:
             self._peak_of_opening = now.peak
 
     def note(self) -> None:
-        """Before a network is closed: mapped weights become resident as they are used, not when they are opened."""
+        """Measure the weights; call it before closing a network: mapped weights become resident as they are used."""
         mapped = max(0, _levels(read()).mapped - self._before.mapped)
         self._held = max(self._held, self._private + mapped)
 
     def rows(self) -> dict[str, Reading]:
-        """The rows of SPLIT. The three parts add up to the peak, unless it was reached before the model was opened."""
+        """Return the rows of SPLIT. The parts add up to the peak, unless it was reached before the model was opened."""
         self.note()
         now = _levels(read())
         rest = max(0, now.peak - self._before.resident - self._held)
-        # A peak cannot be set back without hiding it from others who watch this process.
+        # The peak cannot be reset without hiding it from others who watch this process.
         bound = "at most, the peak was in opening: " if now.peak == self._peak_of_opening else ""
         return {
             "peak_bytes": Reading(now.peak, now.peak_how),
@@ -103,11 +103,11 @@ class Meter:
 
 @dataclass(frozen=True)
 class _Levels:
-    """One moment in bytes, of what this system can tell apart."""
+    """A snapshot in bytes, with the parts that this system can distinguish."""
 
     resident: int
     private: int
-    """Part of it that is no file's."""
+    """The part of it that does not come from a file."""
     mapped: int
     peak: int
     peak_how: str
@@ -116,20 +116,45 @@ class _Levels:
 
 
 def _levels(rows: dict[str, Reading]) -> _Levels:
+    """Extract the levels from the rows of `read`."""
     if "footprint_bytes" in rows:
         now, peak = rows["footprint_bytes"].bytes, rows["peak_footprint_bytes"]
         how = "as physical footprint: weights that are mapped and clean are not in it"
-        return _Levels(now, now, 0, peak.bytes, peak.how, "physical footprint", how)
+        return _Levels(
+            resident=now,
+            private=now,
+            mapped=0,
+            peak=peak.bytes,
+            peak_how=peak.how,
+            source="physical footprint",
+            weights_how=how,
+        )
     now, peak = rows["rss_bytes"].bytes, rows["peak_rss_bytes"]
     if "anon_bytes" in rows:
         private, mapped = rows["anon_bytes"].bytes, rows["file_bytes"].bytes
         how = "anonymous when opened (RssAnon) and file-backed as used since (RssFile), mapped weights and library code"
-        return _Levels(now, private, mapped, peak.bytes, peak.how, "VmRSS", how)
-    return _Levels(now, now, 0, peak.bytes, peak.how, "resident set", "as resident set, when opened")
+        return _Levels(
+            resident=now,
+            private=private,
+            mapped=mapped,
+            peak=peak.bytes,
+            peak_how=peak.how,
+            source="VmRSS",
+            weights_how=how,
+        )
+    return _Levels(
+        resident=now,
+        private=now,
+        mapped=0,
+        peak=peak.bytes,
+        peak_how=peak.how,
+        source="resident set",
+        weights_how="as resident set, when opened",
+    )
 
 
 def parse_kib(text: str) -> dict[str, int]:
-    """`Name:   12 kB` lines of /proc to bytes; other lines are passed over."""
+    """Parse the lines `Name:   12 kB` of /proc to bytes; other lines are skipped."""
     rows = (line.split() for line in text.splitlines())
     return {r[0].rstrip(":"): int(r[1]) * 1024 for r in rows if len(r) == 3 and r[2] == "kB"}
 
@@ -155,7 +180,7 @@ def _other() -> dict[str, Reading]:
     else:
         import resource
 
-        # macOS gives bytes here, the BSDs kilobytes.
+        # macOS returns bytes here, the BSDs kilobytes.
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         out["peak_rss_bytes"] = Reading(peak, "peak resident set (getrusage)")
@@ -165,7 +190,7 @@ def _other() -> dict[str, Reading]:
 
 
 def _footprint() -> dict[str, Reading]:
-    """Rows of macOS's rusage_info_v4: 16 bytes, then unsigned 64-bit fields. None where the system does not answer."""
+    """Return rows from macOS's rusage_info_v4 (16 bytes, then unsigned 64-bit fields); none if the call fails."""
     try:
         library = ctypes.CDLL("/usr/lib/libSystem.B.dylib")
     except OSError:

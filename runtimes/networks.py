@@ -1,11 +1,9 @@
 """A `Backend` made of exported networks, each a function from named arrays to named arrays.
 
-A runtime gives one function, which opens a network's folder (`OUT/transformer`); how networks are used is here once,
-and what of it differs between models (which hidden state, packing) is the family's. Low-memory mode opens a network
-when it is needed and closes it before one of the next stage is, so that the peak is the largest stage, not the sum:
-CLIPs, T5, transformer, VAE. CLIPs one at a time would leave holes in the heap: 24 MB more in tests/test_memory.py, not
-32 less.
-What it leaves out: the vendors' own options (each runtime's `open_backend`).
+A runtime provides a function that opens a network's folder (`OUT/transformer`). This file decides when each network
+runs; the family handles what differs between models (which hidden state, packing). Low-memory mode opens a network when
+it is needed and closes it before the next stage, so the peak is the largest stage, not the sum. The stages are CLIPs,
+T5, transformer, VAE. Opening CLIPs one at a time would fragment the heap: that measured 24 MB more, not 32 MB less.
 """
 
 from __future__ import annotations
@@ -29,40 +27,40 @@ class Network(Protocol):
     """One opened network."""
 
     provider: str
-    """Where it computes, in the runtime's own word."""
+    """Where it computes, in the runtime's own term."""
     why: str
-    """Why there."""
+    """Why it computes there."""
 
     def __call__(self, **arrays: Any) -> dict[str, Array]:
-        """Outputs by name, float32; inputs are cast to what the file wants.
+        """Return the outputs by name, float32; inputs are cast to the types of the file.
 
         Raises:
-            InputError: the vendor's error, on one line.
+            InputError: the vendor reports an error; its text is on one line.
         """
         ...
 
     def close(self) -> None:
-        """Give the weights back. Calling it twice is allowed."""
+        """Release the weights; a second call does nothing."""
         ...
 
 
 Open = Callable[[Path], Network]
-"""Opens the network of a folder like OUT/transformer."""
+"""Opens the network in a folder like OUT/transformer."""
 
 
 class NetworkBackend:
     """The `Backend` of an export folder.
 
     Args:
-        name: the runtime's.
+        name: the runtime's name.
         folder: the export.
-        settings: what its small files say.
+        settings: that folder's settings.
         open_network: opens one network's folder.
-        low_memory: hold one stage's networks at a time.
-        memory: rows of a device's own memory, where it has one.
+        low_memory: hold the networks of one stage at a time.
+        memory: returns rows for the memory of a device that has its own.
 
     Raises:
-        InputError: a file is missing, damaged or not what the export writes.
+        InputError: a file is missing, damaged or not as the export wrote it.
     """
 
     def __init__(
@@ -84,9 +82,9 @@ class NetworkBackend:
         self._family, self._config = settings.family, settings.config
         vae = read_json(folder / "vae_decoder" / "config.json")
         where = folder / "vae_decoder" / "config.json"
-        given = {"scaling_factor": vae.get("scaling_factor") or 1.0, "shift_factor": vae.get("shift_factor") or 0.0}
-        self._scaling = real(given, "scaling_factor", where, least=1e-6, most=1e6)
-        self._shift = real(given, "shift_factor", where, least=-1e6, most=1e6)
+        factors = {"scaling_factor": vae.get("scaling_factor") or 1.0, "shift_factor": vae.get("shift_factor") or 0.0}
+        self._scaling = real(factors, "scaling_factor", where, least=1e-6, most=1e6)
+        self._shift = real(factors, "shift_factor", where, least=-1e6, most=1e6)
         self._encoders = text_encoders(folder)
         first = PromptTokenizer(folder / "tokenizer")
         # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
@@ -97,7 +95,7 @@ class NetworkBackend:
         quantized = read_json(folder / "edgeprune_export.json").get("quantized")
         self.precision = "fp32" if quantized is False else "int4"
         self.times: dict[str, dict[str, float]] = {}
-        """By network, seconds of opening it, where a runtime tells its parts apart."""
+        """Seconds it took to open each network, for runtimes that report the parts of that."""
         self._closed = False
         self._networks: dict[str, Network] = {}
         if not low_memory:
@@ -105,13 +103,13 @@ class NetworkBackend:
                 for network in (*self._encoders, "transformer", "vae_decoder"):
                     self._network(network)
             except BaseException:
-                self.close()  # nobody else holds those that were opened
+                self.close()  # nobody else could close those that are open
                 raise
 
     def _network(self, name: str) -> Network:
-        """A network, opened if it is not; in low-memory mode those of other stages are closed before."""
+        """Return a network, opened if necessary; low-memory mode first closes the networks of other stages."""
         if self._closed:
-            raise InputError("runtime: found it closed, expected an open one")
+            raise InputError("the runtime is closed; load the folder again")
         if self._low_memory:
             for other in [n for n in self._networks if self._stage(n) != self._stage(name)]:
                 self._meter.note()
@@ -124,36 +122,36 @@ class NetworkBackend:
         return self._networks[name]
 
     def _stage(self, name: str) -> str:
-        """What a network shares with those that low-memory mode holds together with it: an encoder's class."""
+        """Return a network's stage: a text encoder's class, else its name. Low-memory mode holds only one stage."""
         return self._encoders.get(name, name)
 
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
-        """Text to (hidden (B, M, K), pooled (B, P))."""
+        """Encode text to (hidden (B, M, K), pooled (B, P))."""
         outputs = {}
         for name in self._encoders:
             network = self._network(name)
-            # One prompt at a time: the NPU compiles for a batch.
+            # One prompt at a time: the NPU compiles for one batch size.
             rows = [network(input_ids=row[None]) for row in self._tokenizers[name](prompts)]
             outputs[name] = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
         return self._family.join(self._config, outputs, self._t5_tokens)
 
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
-        """One velocity (B, C, h, w)."""
+        """Compute one velocity (B, C, h, w)."""
         inputs = self._family.inputs(self._config, latents, text, pooled, sigma, guidance)
         outputs = self._network("transformer")(**inputs)
         velocity: Array = self._family.velocity(self._config, next(iter(outputs.values())), latents.shape)
         return velocity
 
     def decode(self, latents: Array) -> Array:
-        """Latents (B, C, h, w) to pixels (B, 3, H, W)."""
+        """Decode latents (B, C, h, w) to pixels (B, 3, H, W)."""
         decoder = self._network("vae_decoder")
         scaled = latents / np.float32(self._scaling) + np.float32(self._shift)
         return next(iter(decoder(latent_sample=scaled).values()))
 
     def memory(self) -> dict[str, Reading]:
-        """The rows of memory.SPLIT: the device's own where it has them, not a mixture."""
-        own = self._device_memory()
-        return own if "peak_bytes" in own else self._meter.rows() | own
+        """Return the rows of memory.SPLIT, for the device if it measures its own memory, else for this process."""
+        device = self._device_memory()
+        return device if "peak_bytes" in device else self._meter.rows() | device
 
     def close(self) -> None:
         """Close every network."""

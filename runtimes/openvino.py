@@ -1,14 +1,14 @@
-"""Networks in OpenVINO, numpy in and out, on the CPU, an Intel GPU or an NPU.
+"""Runs networks in OpenVINO on the CPU, an Intel GPU or an NPU, with numpy inputs and outputs.
 
-Needs openvino and tokenizers, not torch. Opens IR (`openvino_model.xml`, weights memory-mapped) and ONNX alike. On the
-CPU it computes in float32 with float activations, where OpenVINO's own defaults are bf16 on CPUs that have it and
-activations rounded to int8. What it leaves out: several streams, asynchronous requests, remote tensors.
-Executed on the CPU only; what is said here of GPU and NPU follows OpenVINO's documentation.
+Needs openvino and tokenizers, not torch. Opens both IR (`openvino_model.xml`, with memory-mapped weights) and ONNX. On
+the CPU it computes in float32 with float activations; OpenVINO's own defaults are bf16 on CPUs that have it and
+activations rounded to int8. It uses one stream and synchronous requests.
+It was executed only on the CPU; the settings for GPU and NPU follow OpenVINO's documentation.
 """
 
 from __future__ import annotations
 
-# This file has its vendor's name: with this folder on sys.path (as for a script in it) `import openvino` finds it.
+# This file has its vendor's name: with this folder on sys.path (as for a script in it) `import openvino` would find it.
 if __name__ != "edgeprune.runtimes.openvino":
     raise ImportError(f"import this module as edgeprune.runtimes.openvino, not as {__name__}; it is not OpenVINO's own")
 
@@ -25,16 +25,16 @@ from edgeprune.common.fields import whole
 from edgeprune.common.files import read_json
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external
-from edgeprune.runtimes.mapped import given_back
+from edgeprune.runtimes.mapped import evicting
 from edgeprune.runtimes.networks import NetworkBackend
 
 with needs("openvino"):
     import openvino
 
 FILES = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
-"""A network's file by the folder's format."""
+"""The name of a network's file, by the folder's format."""
 ANGLES = ("edgeprune", "angles")
-"""Where a model says that the angles of timestep and positions stay float32 (export/to_openvino.py)."""
+"""Path of the rt_info that marks a model whose angles stay float32 (export/to_openvino.py)."""
 _PRECISION = "INFERENCE_PRECISION_HINT"
 _DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 _EXACT: dict[str, dict[str, Any]] = {
@@ -42,30 +42,30 @@ _EXACT: dict[str, dict[str, Any]] = {
     "GPU": {_DYNAMIC: "0"},  # computes in float16
     "NPU": {},
 }
-"""Settings by kind of device; the NPU has none that would make it more exact."""
+"""The most exact settings, by kind of device; the NPU has none."""
 
 
 @functools.cache
 def core() -> openvino.Core:
-    """The only one of this process.
+    """Return the only OpenVINO core of this process.
 
-    Its CPU plugin puts up a stack for signals, and gives it back when it goes. Of two that go in the order they came
-    in (2026.4), the second puts up the first one's stack again, which is gone: the next signal, Ctrl-C included,
-    is a segmentation fault.
+    Two cores can crash (2026.4): each CPU plugin installs its own signal stack and restores the previous one when it is
+    destroyed. If the first core is destroyed first, the second one restores a stack that is already freed, and the next
+    signal, including Ctrl-C, is a segmentation fault.
     """
     return openvino.Core()
 
 
 class OpenVinoNetwork:
-    """One IR or ONNX file, called by input name, answering by output name, its errors mapped to ours.
+    """One IR or ONNX file, with inputs and outputs by name; maps OpenVINO's errors to InputError.
 
-    It is compiled for the sizes of the first call, and again when they change: the NPU takes nothing else, and on the
-    CPU a model of dynamic sizes keeps activations of every block (70 MB a block of SD3.5 Large at 512x512).
+    It is compiled for the sizes of the first call, and again when they change. The NPU requires fixed sizes, and on the
+    CPU a model with dynamic sizes keeps the activations of every block (70 MB per block of SD3.5 Large at 512x512).
     """
 
     def __init__(self, path: Path, device: str, config: dict[str, Any]) -> None:
         if not path.exists():
-            raise InputError(f"{path}: found no file, expected an OpenVINO or ONNX model; export again")
+            raise InputError(f"{path}: no such file, expected an OpenVINO or ONNX model; export again")
         if path.suffix == ".onnx":
             check_external(path)
         self._path, self._device, self._config = path, device, config
@@ -82,47 +82,45 @@ class OpenVinoNetwork:
         self.provider, self.why = device, f"device={device}"
 
     def _unusable(self, error: RuntimeError) -> InputError:
-        return InputError(
-            f"{self._path}: found {_line(error)}, expected a whole model that {self._device} takes; export again"
-        )
+        return InputError(f"{self._path}: OpenVINO cannot open it on {self._device}: {_line(error)}; export again")
 
     def _compile(self, model: openvino.Model) -> openvino.CompiledModel:
         self._repacked = False
         try:
-            with given_back(self._weights):
+            with evicting(self._weights):
                 return core().compile_model(model, self._device, self._config)
         except RuntimeError as error:
             raise self._unusable(error) from None
 
     def __call__(self, **arrays: Any) -> dict[str, Array]:
-        """Outputs by name, float32."""
+        """Return the outputs by name, float32."""
         if self._model is None:
-            raise InputError("runtime: found it closed, expected an open one")
+            raise InputError("the runtime is closed; load the folder again")
         shapes = {name: list(np.shape(value)) for name, value in arrays.items()}
         types = {port.any_name: port.element_type.to_dtype() for port in self._model.inputs}
         if missing := set(types) - set(arrays):
-            raise InputError(f"{self._path}: inputs: found also {sorted(missing)}, expected {sorted(arrays)}")
+            raise InputError(f"{self._path}: inputs: the model also needs {sorted(missing)}, found {sorted(arrays)}")
         try:
             if self._compiled is None or shapes != self._shapes:
-                self._compiled = None  # before the next one takes its memory
+                self._compiled = None  # frees its memory before the next one needs it
                 self._model.reshape(shapes)
                 self._compiled, self._shapes = self._compile(self._model), shapes
             feed = {name: np.asarray(arrays[name], kind) for name, kind in types.items()}
-            # The CPU repacks weights when they are first used.
-            with nullcontext() if self._repacked else given_back(self._weights):
+            # The CPU repacks weights at their first use.
+            with nullcontext() if self._repacked else evicting(self._weights):
                 values = self._compiled(feed)
             self._repacked = True
         except RuntimeError as error:
-            raise InputError(f"{self._path}: found {_line(error)}; inputs were {shapes}") from None
+            raise InputError(f"{self._path}: OpenVINO failed: {_line(error)}; inputs were {shapes}") from None
         return {name: np.asarray(value, np.float32) for port, value in values.items() for name in port.names}
 
     def close(self) -> None:
-        """Drop the compiled model; OpenVINO frees its memory."""
+        """Drop the compiled model; OpenVINO then frees its memory."""
         self._compiled = self._model = None
 
 
 def _has_exact_angles(model: openvino.Model) -> bool:
-    """Whether bf16 leaves sines and cosines alone; it has no more than one in four of the timesteps near 1000."""
+    """Return whether sines and cosines stay exact: near 1000, bf16 has only every fourth timestep."""
     wavy = any(node.get_type_name() in ("Sin", "Cos") for node in model.get_ops())
     return not wavy or model.has_rt_info(list(ANGLES))
 
@@ -139,38 +137,40 @@ def settings_of(
     group_size: int = 0,
     cache_dir: str | Path | None = None,
 ) -> dict[str, Any]:
-    """OpenVINO's properties for these options.
+    """Return OpenVINO's properties for these options of `open_backend`.
 
     Args:
-        group_size: INT4 weights that share a scale. The CPU then rounds so many activations together as well; with more
-            it would round none, with fewer (its default is 32) it is slower.
+        device: CPU, GPU (or GPU.1, ...) or NPU.
+        threads: on the CPU; 0 lets OpenVINO decide.
+        dynamic_quantization: round activations to int8 in groups.
+        group_size: INT4 weights that share a scale. The CPU then rounds groups of as many activations; with larger
+            groups it would round none, with smaller ones (its default is 32) it is slower.
+        cache_dir: keeps compiled models.
 
     Raises:
-        InputError: OpenVINO sees no such device here, it does not have the option, or the cache cannot be written.
+        InputError: OpenVINO finds no such device, the device lacks the option, or the cache cannot be written.
     """
     kind = device.partition(".")[0]
     seen = core().available_devices
     if kind not in _EXACT or not any(name == device or name.startswith(f"{device}.") for name in seen):
-        raise InputError(
-            f"device: found {device!r}, expected CPU, GPU or NPU, of which OpenVINO sees here: {', '.join(seen)}"
-        )
+        raise InputError(f"device: found {device!r}, expected CPU, GPU or NPU; OpenVINO finds here: {', '.join(seen)}")
     config = dict(_EXACT[kind])
     if dynamic_quantization and config.pop(_DYNAMIC, None) is None:
-        raise InputError(f"dynamic_quantization: found True for {device}, expected it for CPU or GPU")
+        raise InputError(f"dynamic_quantization: found True for {device}, expected it for CPU or GPU only")
     if dynamic_quantization and kind == "CPU":
         if group_size:
             config[_DYNAMIC] = str(group_size)
         if "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            config[_PRECISION] = "bf16"  # rounds less than int8 does
+            config[_PRECISION] = "bf16"  # rounds less than int8
     if threads < 0 or (threads and kind != "CPU"):
-        raise InputError(f"threads: found {threads} for {device}, expected 0 or more for CPU, none elsewhere")
+        raise InputError(f"threads: found {threads} for {device}, expected 0 or more for CPU, 0 elsewhere")
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
     if cache_dir is not None:
         try:
             Path(cache_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"cache_dir: {cache_dir}: {error.strerror}, expected a folder to write") from None
+            raise InputError(f"cache_dir: {cache_dir}: {error.strerror}, expected a writable folder") from None
         config["CACHE_DIR"] = str(cache_dir)
     return config
 
@@ -189,17 +189,18 @@ def open_backend(
 
     Args:
         folder: the export.
-        settings: what its small files say.
+        settings: that folder's settings.
         device: CPU, GPU (or GPU.1, ...) or NPU.
         threads: on the CPU; 0 lets OpenVINO decide.
-        dynamic_quantization: round activations to int8 in groups, on the CPU those of the INT4 weights, and compute all
-            else but angles in bf16 where the CPU has it; a transformer that was exported to ONNX in float32.
-            Less exact: about 1e-2 of the velocity's largest value on the built-in model, instead of 1e-6.
-        cache_dir: keeps compiled models there, so that the next start is quicker.
-        low_memory: hold one stage's networks at a time.
+        dynamic_quantization: round activations to int8, on the CPU in groups as large as those of the INT4 weights, and
+            compute everything else in bf16 if the CPU has it. Angles stay float32; so does a whole transformer that was
+            exported to ONNX. It is less exact: the error is about 1e-2 of the velocity's largest value on the built-in
+            model, instead of 1e-6.
+        cache_dir: keeps compiled models there, so that the next start is faster.
+        low_memory: hold the networks of one stage at a time.
 
     Raises:
-        InputError: a file is missing, damaged or not what the export writes, or an option does not fit the device.
+        InputError: a file is missing, damaged or not as the export wrote it, or an option does not fit the device.
     """
     path = folder / "edgeprune_export.json"
     exported = read_json(path)

@@ -1,8 +1,8 @@
-"""ONNX networks in ONNX Runtime, numpy in and out.
+"""Runs ONNX networks in ONNX Runtime, with numpy inputs and outputs.
 
-Needs onnxruntime and tokenizers, not torch. The INT4 weights are DequantizeLinear + MatMul pairs that ONNX
-Runtime fuses to MatMulNBits. providers.py chooses where it computes, prepack.py keeps prepacked weights on disk.
-What it leaves out: I/O binding, providers' own options. Executed on the CPU only.
+Needs onnxruntime and tokenizers, not torch. The INT4 weights are DequantizeLinear + MatMul pairs, which ONNX Runtime
+fuses to MatMulNBits. providers.py chooses where it computes, prepack.py keeps prepacked weights on disk. I/O binding
+and the providers' own options are not used. It was executed only on the CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgeprune.runtimes import prepack
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external
 from edgeprune.runtimes.gpu import nvml_row
-from edgeprune.runtimes.mapped import given_back
+from edgeprune.runtimes.mapped import evicting
 from edgeprune.runtimes.networks import NetworkBackend
 from edgeprune.runtimes.providers import Choice, choose
 
@@ -49,17 +49,17 @@ _TYPES = {
 
 
 class OrtNetwork:
-    """One ONNX file, called by input name, answering by output name, its errors mapped to ours.
+    """One ONNX file, with inputs and outputs by name; maps ONNX Runtime's errors to InputError.
 
     Args:
         path: the file.
-        options: makes a session's options, anew each time.
+        options: creates new session options at each call.
         choice: where to compute.
-        cache_dir: where prepacked weights are kept, or None for none.
+        cache_dir: where prepacked weights are kept; None does not prepack.
 
     Raises:
-        InputError: the file is missing, damaged or no ONNX, the provider that was asked for does not start, or the
-            cache cannot be written.
+        InputError: the file is missing, damaged or not ONNX, the requested provider does not start, or the cache
+            cannot be written.
     """
 
     def __init__(
@@ -70,16 +70,16 @@ class OrtNetwork:
         cache_dir: Path | None = None,
     ) -> None:
         if not path.exists():
-            raise InputError(f"{path}: found no file, expected an ONNX model; export again")
+            raise InputError(f"{path}: no such file, expected an ONNX model; export again")
         check_external(path)
         try:
             if cache_dir is None:
-                with given_back(Path(f"{path}.data")):
+                with evicting(Path(f"{path}.data")):
                     session = _session(path, options(), choice)
             else:
                 session = _prepacked_session(path, options, choice, cache_dir)
         except _VENDOR_ERRORS as error:
-            raise InputError(f"{path}: found {_line(error)}, expected a whole ONNX model; export again") from None
+            raise InputError(f"{path}: ONNX Runtime cannot open it: {_line(error)}; export again") from None
         self._session: onnxruntime.InferenceSession | None = session
         self._path = path
         self._inputs = {i.name: _TYPES.get(i.type, np.float32) for i in session.get_inputs()}
@@ -88,22 +88,22 @@ class OrtNetwork:
         self.why = choice.started(self.provider)
 
     def __call__(self, **arrays: Any) -> dict[str, Array]:
-        """Outputs by name, float32."""
+        """Return the outputs by name, float32."""
         if self._session is None:
-            raise InputError("runtime: found it closed, expected an open one")
+            raise InputError("the runtime is closed; load the folder again")
         missing = set(self._inputs) - set(arrays)
         if missing:
-            raise InputError(f"{self._path}: inputs: found also {sorted(missing)}, expected {sorted(arrays)}")
+            raise InputError(f"{self._path}: inputs: the model also needs {sorted(missing)}, found {sorted(arrays)}")
         feed = {name: np.asarray(arrays[name], dtype) for name, dtype in self._inputs.items()}
         try:
             values = self._session.run(None, feed)
         except _VENDOR_ERRORS as error:
             shapes = {k: v.shape for k, v in feed.items()}
-            raise InputError(f"{self._path}: found {_line(error)}; inputs were {shapes}") from None
+            raise InputError(f"{self._path}: ONNX Runtime failed: {_line(error)}; inputs were {shapes}") from None
         return {k: np.asarray(v, np.float32) for k, v in zip(self._outputs, values, strict=True)}
 
     def close(self) -> None:
-        """Drop the session; ONNX Runtime frees its memory."""
+        """Drop the session; ONNX Runtime then frees its memory."""
         self._session = None
 
 
@@ -118,7 +118,7 @@ def _session(path: Path, options: onnxruntime.SessionOptions, choice: Choice) ->
 def _prepacked_session(
     path: Path, options: Callable[[], onnxruntime.SessionOptions], choice: Choice, cache_dir: Path
 ) -> onnxruntime.InferenceSession:
-    """A session on the prepacked copy, which is made again if ONNX Runtime does not take it."""
+    """Open the prepacked copy; if ONNX Runtime rejects it, make it again once."""
     config = {"accuracy_level": options().get_session_config_entry(_ACCURACY)}
     for attempt in range(2):
         copy = prepack.prepacked(path, cache_dir, config, options)
@@ -134,23 +134,23 @@ def _prepacked_session(
 
 
 def session_options(*, accuracy_level: int = 1, threads: int = 0) -> onnxruntime.SessionOptions:
-    """Options that favour exactness and little memory.
+    """Return session options that favour exactness and low memory.
 
-    On random SD3.5-Large weights level 4 had a relative error of 4.5e-3 against 2.6e-7 at level 1, and was not faster.
+    On random SD3.5-Large weights level 4 had a relative error of 4.5e-3, level 1 of 2.6e-7, and level 4 was not faster.
 
     Args:
-        accuracy_level: of MatMulNBits: 1 computes in float32, 4 in int8.
-        threads: inside one operator; 0 lets ONNX Runtime take one per core.
+        accuracy_level: MatMulNBits computes in float32 at 1, in int8 at 4.
+        threads: threads inside one operator; 0 lets ONNX Runtime use one per core.
 
     Raises:
-        InputError: the accuracy level is none of 0 to 4.
+        InputError: the accuracy level is not one of 0 to 4.
     """
     if accuracy_level not in range(5):
         raise InputError(f"accuracy_level: found {accuracy_level}, expected 0 to 4")
     options = onnxruntime.SessionOptions()
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = threads
-    # An arena keeps the largest step's activations for good; image sizes change, so a pattern would not be reused.
+    # An arena never frees the largest step's activations; a memory pattern is useless because image sizes change.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.log_severity_level = 3
@@ -172,21 +172,21 @@ def open_backend(
 
     Args:
         folder: an export of format onnx.
-        settings: of that folder.
-        provider: cuda, tensorrt, coreml, openvino or cpu; None for the first of these that is here.
-        accuracy_level: of MatMulNBits, see `session_options`.
-        threads: inside one operator; 0 for one per core.
-        cache_dir: on the CPU, keeps prepacked weights there and maps them. The first start makes them, which takes
+        settings: that folder's settings.
+        provider: cuda, tensorrt, coreml, openvino or cpu; None takes the first of these that is present.
+        accuracy_level: see `session_options`.
+        threads: threads inside one operator; 0 for one per core.
+        cache_dir: keeps prepacked weights there and maps them (CPU only). The first start creates them, which takes
             more time and memory.
-        low_memory: hold one stage's networks at a time.
+        low_memory: hold the networks of one stage at a time.
 
     Raises:
-        InputError: a file is missing, truncated or not what the export writes, or an option does not fit.
+        InputError: a file is missing, damaged or not as the export wrote it, or an option does not fit.
     """
-    # Only the CPU's weights are repacked.
+    # A cache implies the CPU: weights are prepacked only there.
     choice = choose(onnxruntime.get_available_providers(), "cpu" if cache_dir and not provider else provider)
     options = functools.partial(session_options, accuracy_level=accuracy_level, threads=threads)
-    options()  # before anything is opened
+    options()  # checks the options before anything is opened
     if cache_dir is not None and choice.name != "cpu":
         raise InputError(f"cache_dir: found it for {choice.providers[0]}, expected it for provider=cpu only")
     cache = None if cache_dir is None else Path(cache_dir)

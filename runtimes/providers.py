@@ -1,8 +1,8 @@
-"""Which of ONNX Runtime's execution providers computes: the first of PROVIDERS that the installed package has.
+"""Chooses ONNX Runtime's execution provider: the first of PROVIDERS that the installed package has.
 
-Names and an order only, no vendor is imported. A provider that the package has may still not start (a GPU or its
-libraries are missing): ONNX Runtime then goes on with the next one, and `started` says so or, where the user asked for
-that provider, refuses. What it leaves out: providers' own options, and devices beyond the first.
+This file has only names and their order; it imports no vendor. A provider in the package may still fail to start (a GPU
+or its libraries are missing). ONNX Runtime then falls back to the next one; `started` reports that, or raises an error
+if the user requested that provider. Only the first device is used.
 """
 
 from __future__ import annotations
@@ -19,49 +19,49 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     "openvino": ("OpenVINOExecutionProvider",),
     "cpu": ("CPUExecutionProvider",),
 }
-"""By the name of the option, the preferred one first: ONNX Runtime's name, and those that take what it does not.
+"""By option value, the preferred one first: ONNX Runtime's name of the provider, then those for operators it lacks.
 
-TensorRT's builds its engines anew at every start and for every new shape, which takes minutes, so CUDA goes before it:
-for engines that are kept there is `edgeprune export --target trt`."""
+CUDA comes before TensorRT, whose provider builds engines at every start and for every new shape, which takes minutes.
+`edgeprune export --target trt` writes engines that are kept."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A provider and the reason for it."""
+    """A chosen provider and the reason."""
 
     name: str
     """A key of PROVIDERS."""
     providers: tuple[str, ...]
-    """For an InferenceSession, the CPU last."""
+    """The list for an InferenceSession; the CPU is last."""
     why: str
     asked: bool
-    """Whether the user named it."""
+    """Whether the user requested it."""
 
     def started(self, found: str) -> str:
-        """Why the session computes with `found`, its first provider.
+        """Return why a session uses `found`, the first provider that started.
 
         Raises:
-            InputError: the user asked for another one.
+            InputError: the user requested another one.
         """
         if found == self.providers[0]:
             return self.why
         if self.asked:
             raise InputError(
-                f"provider: found that {self.providers[0]} does not start here, expected its device and libraries; "
-                "leave provider= out to take what works"
+                f"provider: {self.providers[0]} does not start here; check its device and libraries, or omit provider= "
+                "to use one that works"
             )
         return f"{self.providers[0]} is installed but does not start here"
 
 
 def choose(available: Sequence[str], wanted: str | None = None) -> Choice:
-    """The provider to use.
+    """Choose the provider.
 
     Args:
-        available: ONNX Runtime's names of what the package has, `onnxruntime.get_available_providers()`.
-        wanted: a key of PROVIDERS, or None for the first one there.
+        available: the providers of the installed package, `onnxruntime.get_available_providers()`.
+        wanted: a key of PROVIDERS, or None for the first available one.
 
     Raises:
-        InputError: `wanted` is no provider, or not there.
+        InputError: `wanted` is not a provider, or the package does not have it.
     """
     here = [name for name, providers in PROVIDERS.items() if providers[0] in available]
     if wanted is not None and wanted not in here:
@@ -72,4 +72,4 @@ def choose(available: Sequence[str], wanted: str | None = None) -> Choice:
         why = f"provider={wanted}"
     else:
         why = "the only one here" if len(here) == 1 else f"the first of {', '.join(here)}, which are here"
-    return Choice(name, tuple(dict.fromkeys(chain)), why, wanted is not None)
+    return Choice(name=name, providers=tuple(dict.fromkeys(chain)), why=why, asked=wanted is not None)

@@ -1,7 +1,7 @@
 """Flow matching's Euler schedule in numpy, equal to diffusers' FlowMatchEulerDiscreteScheduler to 1e-6.
 
-A sample moves from sigma 1 (noise) to 0 (image) along the predicted velocity. What it leaves out, and refuses by
-name: Karras, exponential and beta sigmas, inverted sigmas, stochastic sampling, user-given timesteps.
+A sample moves from sigma 1 (noise) to 0 (image) along the predicted velocity. Karras, exponential and beta sigmas,
+inverted sigmas, stochastic sampling and user-given timesteps are not supported; a config that enables one is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OFF = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "inver
 
 @dataclass(frozen=True)
 class FlowMatchEuler:
-    """The fields of scheduler_config.json that matter here, under diffusers' names and defaults."""
+    """The fields of scheduler_config.json that matter here, with diffusers' names and defaults."""
 
     num_train_timesteps: int = 1000
     shift: float = 1.0
@@ -42,28 +42,30 @@ class FlowMatchEuler:
         """Read a scheduler_config.json.
 
         Raises:
-            InputError: another scheduler class, or a field that is not supported; the field is named.
+            InputError: it names another scheduler class, or sets an unsupported field or an impossible value.
         """
-        found = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-        if found != "FlowMatchEulerDiscreteScheduler":
-            raise InputError(f"{where}: _class_name: found {found!r}, expected 'FlowMatchEulerDiscreteScheduler'")
-        known = {f.name for f in fields(cls)}
+        class_name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+        if class_name != "FlowMatchEulerDiscreteScheduler":
+            raise InputError(f"{where}: _class_name: found {class_name!r}, expected 'FlowMatchEulerDiscreteScheduler'")
+        supported = {f.name for f in fields(cls)}
         for field, value in config.items():
             # A field of a later diffusers is harmless while it is off.
-            if field in _OFF or (field not in known and not field.startswith("_")):
+            if field in _OFF or (field not in supported and not field.startswith("_")):
                 if value not in (None, False):
                     raise InputError(
-                        f"{where}: {shown(field)}: found {shown(value)}, expected it off; it is not supported here"
+                        f"{where}: {shown(field)}: found {shown(value)}, expected it off: it is not supported"
                     )
-            elif field in known and not _valid(field, value):
+            elif field in supported and not _valid(field, value):
                 raise InputError(f"{where}: {field}: found {shown(value)}, expected {_EXPECTED.get(field, 'a number')}")
-        made = cls(**{k: v for k, v in config.items() if k in known})
+        made = cls(**{k: v for k, v in config.items() if k in supported})
         if made.base_image_seq_len == made.max_image_seq_len:
-            raise InputError(f"{where}: max_image_seq_len: found {made.max_image_seq_len}, which is base_image_seq_len")
+            raise InputError(
+                f"{where}: max_image_seq_len: found {made.max_image_seq_len}, the same as base_image_seq_len"
+            )
         return made
 
     def mu(self, tokens: int) -> float:
-        """The dynamic shift for an image of `tokens` tokens: linear between the base and the maximum length."""
+        """Return the dynamic shift for an image of `tokens` tokens, linear in their number."""
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         return tokens * slope + self.base_shift - slope * self.base_image_seq_len
 
@@ -75,23 +77,24 @@ class FlowMatchEuler:
         levels: NDArray[np.float64] | None = None,
         mu: float | None = None,
     ) -> NDArray[np.float32]:
-        """Noise levels before each step and 0 after the last: (steps + 1,), falling.
+        """Return the noise level before each step, then 0: (steps + 1,), decreasing.
 
         Args:
             steps: denoising steps.
-            tokens: image tokens; only dynamic shifting reads it.
-            levels: unshifted noise levels (steps,) that a pipeline gives its scheduler; None for the scheduler's own.
-            mu: dynamic shift that a pipeline gives its scheduler; None for the scheduler's own.
+            tokens: image tokens; used only by dynamic shifting.
+            levels: unshifted noise levels (steps,) that the pipeline sets; None for the scheduler's own.
+            mu: dynamic shift that the pipeline sets; None for the scheduler's own.
 
         Raises:
-            InputError: a single step cannot both start at 1 and end at `shift_terminal`.
+            InputError: there is one step, which cannot both start at 1 and end at `shift_terminal`, or the shift is
+                out of range.
         """
         if self.shift_terminal and steps < 2:
             raise InputError(f"steps: found {steps}, expected at least 2 with shift_terminal {self.shift_terminal}")
         n = self.num_train_timesteps
         lowest, highest = np.float32(1) / np.float32(n), 1.0
         if not self.use_dynamic_shifting:
-            # diffusers shifts its training sigmas once here and the picked ones again below: keep both.
+            # diffusers shifts its training sigmas once here and the picked ones again below; so does this.
             lowest = np.float32(self.shift) * lowest / (1 + np.float32(self.shift - 1) * lowest)
         picked = np.linspace(highest * n, float(lowest) * n, steps) / n if levels is None else levels
         if not self.use_dynamic_shifting:
@@ -99,7 +102,9 @@ class FlowMatchEuler:
         else:
             mu = self.mu(tokens) if mu is None else mu
             if not (0 if self.time_shift_type == "linear" else -_MOST_MU) < mu < _MOST_MU:
-                raise InputError(f"scheduler_config.json: base_shift, max_shift: found a shift of {mu:g} for this size")
+                raise InputError(
+                    f"scheduler_config.json: base_shift, max_shift: found a shift of {mu:g} for this size, out of range"
+                )
             level = math.exp(mu) if self.time_shift_type == "exponential" else mu
             picked = level / (level + (1 / picked - 1))
         if self.shift_terminal:
@@ -112,12 +117,12 @@ class FlowMatchEuler:
     def step(
         self, velocity: NDArray[np.float32], sample: NDArray[np.float32], sigma: np.float32, following: np.float32
     ) -> NDArray[np.float32]:
-        """The sample at noise level `following`, from the sample and its velocity at `sigma`; any shape."""
+        """Move a sample of any shape from noise level `sigma` to `following` along its velocity."""
         return sample + (following - sigma) * velocity
 
 
 _EXPECTED = {
-    "num_train_timesteps": "a whole number above 0",
+    "num_train_timesteps": "an integer above 0",
     "use_dynamic_shifting": "true or false",
     "time_shift_type": "'exponential' or 'linear'",
     "shift_terminal": "null or a number between 0 and 1",
@@ -125,6 +130,7 @@ _EXPECTED = {
 
 
 def _valid(field: str, value: object) -> bool:
+    """Return whether a config field has a usable value."""
     if field == "use_dynamic_shifting":
         return isinstance(value, bool)
     if field == "time_shift_type":

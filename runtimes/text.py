@@ -1,6 +1,6 @@
-"""Prompts to token ids with the `tokenizers` package alone, as transformers' CLIP and T5 tokenizers pad and truncate.
+"""Turns prompts into token ids with the `tokenizers` package alone; pads and truncates as transformers does.
 
-An end token that the rules add is kept when a prompt is cut. What it leaves out: prompt weighting.
+A truncated prompt keeps the end token that the tokenizer's rules add. Prompt weighting is not supported.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _LONGEST = 1_000_000  # transformers writes 1e30 where a tokenizer has no limit
 
 
 class PromptTokenizer:
-    """A `tokenizer` folder: tokenizer.json (the rules) and tokenizer_config.json (length and padding token).
+    """Tokenizes with a `tokenizer` folder: tokenizer.json (rules), tokenizer_config.json (length, padding token).
 
     Args:
         folder: that folder.
-        max_length: tokens of every prompt, instead of the folder's own length.
+        max_length: tokens of every prompt; None takes the folder's own length.
 
     Raises:
         InputError: a file is missing or damaged, or has no usable length or padding token.
@@ -35,11 +35,11 @@ class PromptTokenizer:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # `tokenizers` raises bare Exception
-            raise InputError(f"{path}: found {error}, expected a tokenizer of the tokenizers package") from None
-        found = config.get("model_max_length") if max_length is None else max_length
-        if isinstance(found, bool) or not isinstance(found, int) or not 1 < found < _LONGEST:
-            raise InputError(f"{config_path}: model_max_length: found {found!r}, expected a whole number above 1")
-        self.max_length = found
+            raise InputError(f"{path}: the tokenizers package cannot read it: {error}") from None
+        length = config.get("model_max_length") if max_length is None else max_length
+        if isinstance(length, bool) or not isinstance(length, int) or not 1 < length < _LONGEST:
+            raise InputError(f"{config_path}: model_max_length: found {length!r}, expected an integer above 1")
+        self.max_length = length
         token = config.get("pad_token", "<|endoftext|>")
         token = token["content"] if isinstance(token, dict) and "content" in token else token
         pad_id = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
@@ -49,5 +49,5 @@ class PromptTokenizer:
         self._tokenizer.enable_padding(length=self.max_length, pad_id=pad_id, pad_token=token)
 
     def __call__(self, prompts: list[str]) -> NDArray[np.int64]:
-        """Token ids (B, max_length)."""
+        """Return token ids (B, max_length)."""
         return np.asarray([e.ids for e in self._tokenizer.encode_batch(prompts)], np.int64)

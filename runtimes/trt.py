@@ -1,9 +1,9 @@
-"""TensorRT engines, numpy in and out; `tensorrt` or `tensorrt_rtx`, whichever built them.
+"""Runs TensorRT engines with numpy inputs and outputs, in `tensorrt` or `tensorrt_rtx`, whichever built them.
 
-Inputs and outputs have device buffers that live as long as shapes stay the same, and scratch memory is as large as
-these shapes need, not the profile's largest. An input that is read-only and the same array as before (the text
-embeddings, in every step but the first) is not copied again. Latents do cross to the host once a step: guidance and the
-scheduler are numpy's. What it leaves out: several GPUs, weight streaming, RTX's cache of compiled kernels.
+Inputs and outputs have device buffers that are reused while shapes stay the same; scratch memory is sized for these
+shapes, not for the profile's largest. A read-only input that is the same array as before (the text embeddings, in every
+step but the first) is not copied again. Latents are copied to the host once per step, because guidance and the
+scheduler run in numpy. Several GPUs, weight streaming and RTX's kernel cache are not supported.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from edgeprune.runtimes.gpu import Gpu, open_gpu
 from edgeprune.runtimes.networks import NetworkBackend
 
 VENDORS = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
-"""Packages that build and run engines, the preferred one first, with the extra that installs each. An engine runs in
-the package and version that built it."""
+"""Packages that build and run engines, the preferred one first, with the extra that installs each. An engine runs only
+in the package and version that built it."""
 
 
 def first_vendor() -> Any | None:
-    """The first of VENDORS that can be imported. TensorRT's bindings may be there without its libraries."""
+    """Import the first of VENDORS that works; TensorRT's bindings may be installed without its libraries."""
     for name in VENDORS:
         try:
             return importlib.import_module(name)
@@ -39,7 +39,7 @@ def first_vendor() -> Any | None:
 
 
 def vendor(name: str) -> Any:
-    """One of VENDORS, imported.
+    """Import one of VENDORS.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -50,7 +50,7 @@ def vendor(name: str) -> Any:
 
 
 def logger(trt: Any) -> Any:
-    """A TensorRT logger that prints nothing and keeps errors as `lines`; `said()` gives them on one line."""
+    """Create a TensorRT logger that collects errors in `lines`; `take()` returns them on one line and clears them."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -61,7 +61,7 @@ def logger(trt: Any) -> Any:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.lines.append(message)
 
-        def said(self) -> str:
+        def take(self) -> str:
             text = " ".join("; ".join(self.lines).split())
             self.lines.clear()
             return text[:400] or "no reason given"
@@ -70,22 +70,22 @@ def logger(trt: Any) -> Any:
 
 
 class TrtNetwork:
-    """One engine, called by input name, answering by output name, its errors mapped to ours.
+    """One engine, with inputs and outputs by name; maps TensorRT's errors to InputError.
 
     Args:
         path: the engine's file.
         trt: the package that built it.
-        gpu: where it runs.
-        built_by: package and version that built it, for the error of an engine that cannot be read.
+        gpu: the GPU it runs on.
+        built_by: package and version that built it, for the error if the engine cannot be read.
         cuda_graph: record the engine's kernels once per shape and launch them together.
 
     Raises:
-        InputError: there is no such file, or TensorRT cannot read it or lacks memory for it.
+        InputError: the file does not exist, or TensorRT cannot read it or has too little memory for it.
     """
 
     def __init__(self, path: Path, trt: Any, gpu: Gpu, *, built_by: str = "", cuda_graph: bool = False) -> None:
         if not path.is_file() or not path.stat().st_size:
-            raise InputError(f"{path}: found no file, expected a TensorRT engine; export again")
+            raise InputError(f"{path}: no such file or an empty one, expected a TensorRT engine; export again")
         self._path, self._gpu, self._cuda_graph = path, gpu, cuda_graph
         self._log = logger(trt)
         self._runtime = trt.Runtime(self._log)
@@ -93,7 +93,7 @@ class TrtNetwork:
             self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise InputError(
-                f"{path}: found {self._log.said()}, expected an engine that {trt.__name__} {trt.__version__} can read"
+                f"{path}: {trt.__name__} {trt.__version__} cannot read this engine: {self._log.take()}"
                 f"{f'; it was built by {built_by}' if built_by else ''}; export again on this device"
             )
         self._own_graph = cuda_graph and not hasattr(trt, "CudaGraphStrategy")
@@ -117,7 +117,7 @@ class TrtNetwork:
         self.provider, self.why = trt.__name__, f"built by {built_by}"
 
     def _new_context(self, trt: Any) -> Any:
-        """An execution context whose scratch memory is ours to give."""
+        """Create an execution context whose scratch memory the caller allocates."""
         managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._cuda_graph and not self._own_graph:  # TensorRT for RTX captures by itself
             config = self._engine.create_runtime_config()
@@ -127,21 +127,21 @@ class TrtNetwork:
         else:
             context = self._engine.create_execution_context(managed)
         if context is None:
-            raise InputError(f"{self._path}: found {self._log.said()}, expected an execution context")
+            raise InputError(f"{self._path}: TensorRT cannot create an execution context: {self._log.take()}")
         return context
 
     def __call__(self, **arrays: Any) -> dict[str, Array]:
-        """Outputs by name, float32."""
+        """Return the outputs by name, float32."""
         if self._context is None:
-            raise InputError("runtime: found it closed, expected an open one")
+            raise InputError("the runtime is closed; load the folder again")
         if missing := sorted(set(self._inputs) - set(arrays)):
-            raise InputError(f"{self._path}: inputs: found also {missing}, expected {sorted(arrays)}")
-        given = {name: np.asarray(arrays[name]) for name in self._inputs}
-        shapes = {name: array.shape for name, array in given.items()}
+            raise InputError(f"{self._path}: inputs: the engine also needs {missing}, found {sorted(arrays)}")
+        inputs = {name: np.asarray(arrays[name]) for name in self._inputs}
+        shapes = {name: array.shape for name, array in inputs.items()}
         if shapes != self._shapes:
             self._reserve(shapes)
-        kept = []  # until the stream is done with them
-        for name, array in given.items():
+        kept = []  # the arrays must live until the stream is done with them
+        for name, array in inputs.items():
             if array is self._sent.get(name):
                 continue
             kept.append(np.ascontiguousarray(array, self._inputs[name]))
@@ -164,15 +164,15 @@ class TrtNetwork:
             return
         self._enqueue()
         if self._own_graph:
-            # The run before let TensorRT make what a capture forbids to make.
+            # The run above let TensorRT create what cannot be created during a capture.
             self._graph = self._gpu.capture(self._stream, self._enqueue)
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(int(self._stream)):
-            raise InputError(f"{self._path}: found {self._log.said()}, expected it to run; inputs were {self._shapes}")
+            raise InputError(f"{self._path}: the engine failed: {self._log.take()}; inputs were {self._shapes}")
 
     def _reserve(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Set the shapes and allocate for them what they need."""
+        """Set the input shapes and allocate all buffers for them."""
         for name, shape in shapes.items():
             least, _, largest = (tuple(x) for x in self._engine.get_tensor_profile_shape(name, 0))
             fits = len(shape) == len(least) and all(a <= n <= b for a, n, b in zip(least, shape, largest, strict=True))
@@ -184,7 +184,7 @@ class TrtNetwork:
         self._release()
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
-                raise InputError(f"{self._path}: {name}: found {self._log.said()}, expected it to take {shape}")
+                raise InputError(f"{self._path}: {name}: TensorRT rejects the shape {shape}: {self._log.take()}")
         for name, dtype in {**self._inputs, **self._outputs}.items():
             size = int(np.prod(tuple(self._context.get_tensor_shape(name)), dtype=np.int64)) * dtype.itemsize
             self._pointers[name] = self._gpu.allocate(size)
@@ -195,7 +195,7 @@ class TrtNetwork:
         self._shapes = shapes
 
     def _release(self) -> None:
-        """Give the buffers of the shapes back."""
+        """Free the buffers."""
         self._shapes = {}
         self._sent.clear()
         if self._graph is not None:
@@ -207,7 +207,7 @@ class TrtNetwork:
         self._scratch = None
 
     def close(self) -> None:
-        """Give back buffers, context and weights."""
+        """Free buffers, context and weights; a second call does nothing."""
         if self._context is None:
             return
         self._release()
@@ -221,14 +221,20 @@ def open_backend(
 ) -> NetworkBackend:
     """Open an export folder.
 
+    Args:
+        folder: an export of format trt.
+        settings: that folder's settings.
+        cuda_graph: record each engine's kernels once per shape and launch them together.
+        low_memory: hold the networks of one stage at a time.
+
     Raises:
-        MissingExtraError: the TensorRT that built it, or cuda-bindings, is not installed.
-        InputError: there is no GPU, or a file is missing, damaged or of another TensorRT.
+        MissingExtraError: the TensorRT that built the folder, or cuda-bindings, is not installed.
+        InputError: there is no GPU, or a file is missing, damaged or built by another TensorRT.
     """
     path = folder / "edgeprune_export.json"
     builder = read_json(path).get("builder")
     if not isinstance(builder, dict) or builder.get("name") not in VENDORS:
-        raise InputError(f"{path}: builder: found {builder!r}, expected a name of {', '.join(VENDORS)} and its version")
+        raise InputError(f"{path}: builder: found {builder!r}, expected the name {' or '.join(VENDORS)} and a version")
     name = builder["name"]
     trt = vendor(name)
     gpu = open_gpu(VENDORS[name])
@@ -237,7 +243,7 @@ def open_backend(
         "trt",
         folder,
         settings,
-        lambda part: TrtNetwork(part / "model.engine", trt, gpu, built_by=built_by, cuda_graph=cuda_graph),
+        lambda path: TrtNetwork(path / "model.engine", trt, gpu, built_by=built_by, cuda_graph=cuda_graph),
         low_memory=low_memory,
         memory=gpu.memory,
     )

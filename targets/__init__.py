@@ -1,12 +1,12 @@
-"""Targets: what a device can run, as data. One TOML per device in this folder, and one dataclass that reads it.
+"""Describes what a device can run, as data: one TOML file per device in this folder, read into a `Target`.
 
-A target says which formats and runtimes it uses, how much memory it has, which weights and shapes it takes.
-Left out: measured speed, which `edgeprune bench` finds out, and anything of one model.
+A target lists the formats and runtimes that a device uses, its memory, and the weights and shapes that it takes. It has
+no measured speed (see `edgeprune bench`) and nothing that is specific to one model.
 """
 
 from __future__ import annotations
 
-# The folder is mapped to this name by pyproject.toml; under any other it would be imported twice.
+# pyproject.toml maps the folder to this name; under another name it would be imported twice.
 if __name__ != "edgeprune.targets":
     raise ImportError(f"this package is edgeprune.targets, not {__name__}; run: pip install -e .")
 
@@ -27,49 +27,49 @@ __all__ = ["DEFAULTS", "Target", "for_format", "load", "names"]
 
 @dataclass(frozen=True)
 class Target:
-    """One device, as its TOML says."""
+    """One device, as described by its TOML file."""
 
     name: str
-    """The file's name without .toml, as given to `--target`."""
+    """The file's name without .toml, as passed to `--device`."""
     description: str
-    """One line for people."""
+    """One line for readers."""
     formats: tuple[str, ...]
-    """What `edgeprune export --target` may write for it, the preferred one first."""
+    """The formats that `edgeprune export --target` can write for it, the preferred one first."""
     runtimes: tuple[str, ...]
     """The modules of edgeprune.runtimes that run on it, the preferred one first."""
     requires: str
-    """The least system it stands for: OS version, compute capability."""
+    """The minimum system: OS version, compute capability."""
     memory_bytes: int
-    """Memory that a model may use on the device, all its networks and activations together."""
+    """Memory that a model may use on the device, for all networks and activations together."""
     memory_source: str
     """Where `memory_bytes` comes from."""
     dtypes: tuple[str, ...]
-    """Formats of weights that the runtime takes, the smallest first."""
+    """Weight formats that the runtime takes, the smallest first."""
     activations: str
-    """What it computes in: float32 or float16."""
+    """The precision it computes in: float32 or float16."""
     int4_group_sizes: tuple[int, ...]
-    """Sizes of INT4 groups along the input that it takes, the best first."""
+    """Sizes of INT4 groups (along the input) that it takes, the best first."""
     int4_symmetric_only: bool
     """True if INT4 weights must not have zero points."""
     opset: int
-    """ONNX opset to export with; 0 where the runtime does not read ONNX."""
+    """ONNX opset to export with; 0 if the runtime does not read ONNX."""
     batch: tuple[int, ...]
-    """Least and largest batch of one step; guidance takes two for an image."""
+    """Smallest and largest batch of one step; guidance takes two per image."""
     side: tuple[int, ...]
-    """Least and largest height and width in pixels, for models that are made for such sizes."""
+    """Smallest and largest height and width in pixels, for models that support such sizes."""
     chunks: int
-    """Parts the transformer is split into: 1, or more where the device refuses large files."""
+    """Number of chunks that the transformer is split into; more than 1 if the device rejects large files."""
 
 
 DEFAULTS = {"onnx": "cpu-x86", "openvino": "cpu-x86", "trt": "rtx", "coreml": "macbook-m"}
-"""The target that `edgeprune export --target FORMAT` has in mind without `--device`."""
+"""The target that `edgeprune export --target FORMAT` uses without `--device`."""
 
 
 def for_format(fmt: str, device: str | None = None) -> Target:
-    """The target to export for.
+    """Return the target to export for.
 
     Raises:
-        InputError: no such format or device, or the device does not take the format.
+        InputError: the format or device is unknown, or the device does not take the format.
     """
     if fmt not in DEFAULTS:
         raise InputError(f"--target: found {fmt!r}, expected one of {', '.join(DEFAULTS)}")
@@ -82,7 +82,7 @@ def for_format(fmt: str, device: str | None = None) -> Target:
 
 
 def names() -> list[str]:
-    """The names that `load` knows, sorted."""
+    """Return the names of all targets, sorted."""
     return sorted(f.name.removesuffix(".toml") for f in files(__name__).iterdir() if f.name.endswith(".toml"))
 
 
@@ -90,7 +90,7 @@ def load(name: str) -> Target:
     """Read a target by its name.
 
     Raises:
-        InputError: there is no such target, or its file does not say exactly what `Target` holds.
+        InputError: there is no such target, or its file does not have exactly the fields of `Target`.
     """
     if name not in names():
         raise InputError(f"target: found {name!r}, expected one of {', '.join(names())}")
@@ -98,30 +98,31 @@ def load(name: str) -> Target:
 
 
 def parse(name: str, text: str) -> Target:
-    """A target from the text of its TOML.
+    """Read a target from the text of its TOML file.
 
     Raises:
         InputError: the text is not TOML, or a field is missing, unknown or of another type.
     """
     try:
-        found = tomllib.loads(text)
+        record = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}.toml: not TOML: {error}") from error
     expected = {f.name for f in fields(Target)} - {"name"}
-    if unlike := sorted(expected ^ found.keys()):
+    if unlike := sorted(expected ^ record.keys()):
         raise InputError(
             f"{name}.toml: {', '.join(unlike)}: missing or unknown, expected {', '.join(sorted(expected))}"
         )
     kinds = get_type_hints(Target)
-    target = Target(name=name, **{key: _value(name, key, value, kinds[key]) for key, value in found.items()})
+    target = Target(name=name, **{key: _value(name, key, value, kinds[key]) for key, value in record.items()})
     for key in ("batch", "side"):
         value = getattr(target, key)
         if len(value) != 2 or not 0 < value[0] <= value[1]:
-            raise InputError(f"{name}.toml: {key}: found {list(value)}, expected the least and the largest")
+            raise InputError(f"{name}.toml: {key}: found {list(value)}, expected the smallest and the largest")
     return target
 
 
 def _value(name: str, key: str, value: Any, kind: Any) -> Any:
+    """Check the type of a field's value and turn a list into a tuple."""
     items = getattr(kind, "__args__", None)
     if items and isinstance(value, list):
         return tuple(_value(name, key, item, items[0]) for item in value)

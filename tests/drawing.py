@@ -1,4 +1,4 @@
-"""The same image from a diffusers-like client and from our runtimes: one prompt, one seed, a few steps."""
+"""Draws the same image with a diffusers-like client and with a runtime: one prompt, one seed, a few steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROMPT, SEED, STEPS = "two red circles", 3, 4
 
 
 def drawn(pipe: Any, folder: Path) -> NDArray[np.int64]:
-    """The image of any client, from the noise that our runtimes begin with."""
+    """Draw with any client, from the noise that the runtimes start with."""
     settings = read_settings(folder)
     made = settings.generation
     return np.asarray(
@@ -34,6 +34,6 @@ def drawn(pipe: Any, folder: Path) -> NDArray[np.int64]:
 
 
 def ours(folder: Path, runtime: str) -> NDArray[np.int64]:
-    """The same image in one of our runtimes."""
+    """Draw the same image with a runtime."""
     with runtimes.load(folder, runtime) as model:
         return np.asarray(model.generate(PROMPT, seed=SEED, steps=STEPS)[0], int)

@@ -1,4 +1,4 @@
-"""A runtime without a vendor: the same interface, arithmetic instead of networks."""
+"""A runtime without a vendor: it has the same interface but computes with arithmetic instead of networks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SETTINGS = base.Settings(Generation(3, 2.0, 32, 16, 0), 8, family_of(CONFIG), CO
 
 
 class FakeBackend:
-    """Velocity is the latents plus the text's mean, so that every input reaches the output."""
+    """The velocity is the latents plus the mean of the text, so every input affects the output."""
 
     name, provider, why, precision = "fake", "cpu", "the only one it has", "fp32"
 
@@ -27,7 +27,7 @@ class FakeBackend:
 
     def encode(self, prompts: list[str]) -> tuple[base.Array, base.Array]:
         if self.closed:
-            raise InputError("runtime: found it closed, expected an open one")
+            raise InputError("the runtime is closed; load the folder again")
         lengths = np.asarray([len(p) for p in prompts], np.float32)
         return np.tile(lengths[:, None, None], (1, 4, 6)), np.tile(lengths[:, None], (1, 3))
 
@@ -49,5 +49,5 @@ class FakeBackend:
 
 
 def fake_runtime() -> base.Runtime:
-    """Opened: 3 steps, guidance 2, images of 16 x 32."""
+    """Open the fake: 3 steps, guidance 2, images 16 wide and 32 high."""
     return base.Runtime(FakeBackend(), SETTINGS, FlowMatchEuler())

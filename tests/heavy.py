@@ -1,6 +1,6 @@
-"""An export folder with ONNX networks of any weight: each a few products, so that weights outweigh all else.
+"""Writes an export folder with ONNX networks of any size; each is a few matrix products, so weights dominate memory.
 
-For tests of memory, where a real model of that size would take minutes. What it leaves out: sense.
+It is for tests of memory, where a real model of that size would take minutes. The images are noise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FLOAT, _INT = TensorProto.FLOAT, TensorProto.INT64
 
 
 def folder(tiny_export: Path, out: Path, stage_bytes: int) -> Path:
-    """The tiny export's small files, and networks of which each stage (both text encoders, ...) has `stage_bytes`."""
+    """Copy the tiny export's small files and write networks with `stage_bytes` of weights in each stage."""
     shutil.copytree(tiny_export, out, ignore=shutil.ignore_patterns("*.onnx*"))
     node = helper.make_node
     for name in ("text_encoder", "text_encoder_2"):
@@ -57,7 +57,7 @@ def folder(tiny_export: Path, out: Path, stage_bytes: int) -> Path:
 def _products(
     first: str, width: int, last: str, width_out: int, size: int
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """`last` from `first` by way of a square matrix of about `size` bytes."""
+    """Return nodes and weights that compute `last` from `first` through a square matrix of about `size` bytes."""
     side = math.isqrt(size // 4)
     rng = np.random.default_rng(size)
     shapes = {"rise": (width, side), "square": (side, side), "fall": (side, width_out)}
@@ -78,8 +78,8 @@ def _save(
     outputs: dict[str, list[str | int]],
     constants: list[onnx.TensorProto],
 ) -> None:
-    found = [helper.make_tensor_value_info(name, _FLOAT, shape) for name, shape in outputs.items()]
-    graph = helper.make_graph(nodes, "heavy", inputs, found, constants)
+    results = [helper.make_tensor_value_info(name, _FLOAT, shape) for name, shape in outputs.items()]
+    graph = helper.make_graph(nodes, "heavy", inputs, results, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    # Beside the model, as exports are: inside it reading alone takes three times the weights.
+    # In a file of their own, as in exports: reading weights inside the model takes three times their memory.
     onnx.save(model, path / "model.onnx", save_as_external_data=True, location="model.onnx.data")

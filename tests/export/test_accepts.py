@@ -1,4 +1,4 @@
-"""What a device takes is asked before any work starts."""
+"""The export checks what a device takes before any work starts."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ NPU = targets.load("intel-npu")
 
 
 def artefact(path: Path, *, wide: int, group: int, more: str = "bias") -> Path:
-    """A transformer_int4 of one 4-bit and one 8-bit layer, and nothing else."""
+    """Write a transformer_int4 with one 4-bit and one 8-bit layer, and nothing else."""
     tensors = {
         "a.weight_packed": np.zeros((4, wide // 2), np.uint8), "a.weight_scale": np.zeros((4, wide // group), np.half),
         "b.weight_packed": np.zeros((4, 48), np.uint8), "b.weight_scale": np.zeros((4, 1), np.half),
@@ -39,7 +39,7 @@ def test_what_is_taken(tmp_path: Path) -> None:
     assert accepts.group_sizes(source / "transformer_int4") == {32: "a"}
     accepts.check(source, targets.load("cpu-x86"))
     accepts.check(artefact(tmp_path / "64", wide=128, group=64), NPU)
-    accepts.check(tmp_path / "absent", NPU)  # which the export itself refuses
+    accepts.check(tmp_path / "absent", NPU)  # the export itself refuses it
 
 
 def test_no_int4_no_zero_points_no_damage(tmp_path: Path) -> None:

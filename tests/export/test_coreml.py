@@ -1,4 +1,4 @@
-"""Core ML: the packages, parity by the reference evaluator, the evaluator itself, the runtime on a fake."""
+"""Core ML: the packages, parity by the reference evaluator (test_mil_reference.py), the runtime on a fake."""
 
 from __future__ import annotations
 
@@ -21,21 +21,19 @@ import tiny
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional as F
 
 from edgeprune import runtimes, targets
 from edgeprune.artefact import checkpoint
 from edgeprune.artefact.checkpoint import Manifest, read_config, save_transformer
 from edgeprune.common.errors import InputError, ParityError
 from edgeprune.common.files import sha256_file, write_json
-from edgeprune.export import graph, parity, to_coreml
+from edgeprune.export import coreml_chunks, coreml_packages, mil_conversion, modules, parity, to_coreml
 from edgeprune.export.mil_reference import OPERATIONS, Package
 from edgeprune.quantization.int4 import PackedLinear, pack
 from edgeprune.quantization.quantize import prepare
 from edgeprune.runtimes import coreml, memory
 
 import coremltools as ct  # isort: skip  # after to_coreml, which keeps it quiet
-from coremltools.converters.mil import Builder as mb  # isort: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
 MAC = dataclasses.replace(targets.load("macbook-m"), batch=(1, 2))
@@ -43,7 +41,7 @@ PHONE = dataclasses.replace(targets.load("iphone-15-pro"), chunks=2)
 
 
 def fill(model: nn.Module) -> nn.Module:
-    """Random integers over the whole range and scales of both signs into every PackedLinear."""
+    """Fill every PackedLinear with random integers over the whole range and scales of both signs."""
     generator = torch.Generator().manual_seed(5)
     for layer in model.modules():
         if isinstance(layer, PackedLinear):
@@ -86,7 +84,7 @@ def exported(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def test_every_quantised_layer_feeds_a_linear(exported: tuple[Path, dict[str, Any]], model: nn.Module) -> None:
-    """That the integers are the checkpoint's: test_integers.py."""
+    """test_integers.py checks that the integers are the checkpoint's."""
     operations = Package(exported[0] / "transformer" / "model.mlpackage").operations
     found = [op for op in operations if op.type == "constexpr_blockwise_shift_scale"]
     assert len(found) == sum(isinstance(m, PackedLinear) for m in model.modules()) == 32
@@ -131,7 +129,7 @@ def test_what_a_program_asks_for(exported: tuple[Path, dict[str, Any]]) -> None:
 def test_a_package_that_ran_is_not_mapped(
     exported: tuple[Path, dict[str, Any]], model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a chain of them would have all weights in memory after its last."""
+    """Otherwise a chain of packages would end with all weights in memory."""
     path, seen, linear = exported[0] / "transformer" / "model.mlpackage", list[bool](), OPERATIONS["linear"]
 
     def is_mapped() -> bool:
@@ -142,19 +140,19 @@ def test_a_package_that_ran_is_not_mapped(
         return linear(**given)
 
     monkeypatch.setitem(OPERATIONS, "linear", watched)
-    example = graph.Transformer(model).example(batch=1, height=8, width=8, tokens=16)
+    example = modules.Transformer(model).example(batch=1, height=8, width=8, tokens=16)
     Package(path).run(None, {name: value.numpy() for name, value in example.items()})
     assert all(seen) and seen and not is_mapped()
 
 
 @pytest.fixture(scope="module")
 def chunked(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The transformer in two parts, batch 1 and 2."""
+    """The transformer in two chunks, for batches of 1 and 2."""
     folder = tmp_path_factory.mktemp("chunks")
-    whole = graph.Transformer(model)
+    whole = modules.Transformer(model)
     examples = [whole.example(batch=b, height=8, width=8, tokens=16) for b in (1, 2)]
-    parts = to_coreml.split(whole, PHONE.chunks, examples[0])
-    record = to_coreml._network("transformer", parts, whole, examples, folder, chunks=len(parts))
+    parts = coreml_chunks.split(whole, PHONE.chunks, examples[0])
+    record = coreml_packages.convert_network("transformer", parts, whole, examples, folder, chunks=len(parts))
     assert record["max_relative"] < 1e-3
     return folder
 
@@ -166,7 +164,7 @@ def test_a_large_transformer_has_more_chunks_than_its_device_asks_for(
         (path / "model.mlpackage").touch()
         return {"parts": len(list(parts))}
 
-    monkeypatch.setattr(to_coreml, "_network", network)
+    monkeypatch.setattr(to_coreml, "convert_network", network)
     size = sum(p.stat().st_size for p in (artefact / "transformer_int4").glob("*.safetensors"))
     monkeypatch.setattr(to_coreml, "CHUNK_BYTES", size - 1)
     record = to_coreml.export(artefact, tmp_path / "out", device=MAC)
@@ -178,11 +176,11 @@ def test_chunks_equal_the_whole(exported: tuple[Path, dict[str, Any]], chunked: 
     assert [p.name for p in paths] == ["chunk_1.mlpackage", "chunk_2.mlpackage"]
     packages = [Package(path) for path in paths]
     assert packages[1].inputs == ["image_tokens_1", "text_tokens_1", "modulation"]
-    example = graph.Transformer(model).example(batch=1, height=8, width=8, tokens=16, seed=3)
+    example = modules.Transformer(model).example(batch=1, height=8, width=8, tokens=16, seed=3)
     feeds = {name: value.numpy() for name, value in example.items()}
     names = ["out_hidden_states"]
     whole = Package(exported[0] / "transformer" / "model.mlpackage").run(names, feeds)[0]
-    assert parity.relative_error(to_coreml.Chain(packages).run(names, feeds)[0], whole)[0] < 1e-5
+    assert parity.relative_error(coreml_packages.Chain(packages).run(names, feeds)[0], whole)[0] < 1e-5
     counts = [sum(op.type == "constexpr_blockwise_shift_scale" for op in x.operations) for x in packages]
     assert counts == [14 + 5, 11 + 2]  # a block, then embedders or output layers
 
@@ -190,18 +188,20 @@ def test_chunks_equal_the_whole(exported: tuple[Path, dict[str, Any]], chunked: 
 def test_a_chunk_that_is_there_is_not_converted_again(
     chunked: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And in the end the weights are those of a run that was not killed; coremltools numbers names at random."""
-    whole, converted = graph.Transformer(model), list[list[str]]()
+    """In the end the weights equal those of an uninterrupted run. coremltools chooses names at random."""
+    whole, converted = modules.Transformer(model), list[list[str]]()
     examples = [whole.example(batch=b, height=8, width=8, tokens=16) for b in (1, 2)]
-    parts, real = to_coreml.split(whole, PHONE.chunks, examples[0]), to_coreml.convert
-    monkeypatch.setattr(to_coreml, "convert", lambda *a, **k: converted.append(a[2]) or real(*a, **k))
+    parts, real = coreml_chunks.split(whole, PHONE.chunks, examples[0]), coreml_packages.convert
+    monkeypatch.setattr(coreml_packages, "convert", lambda *a, **k: converted.append(a[2]) or real(*a, **k))
 
     def run(last: tuple[str, int, int] | None) -> None:
         def told(*event: Any) -> None:
             if event == last:
                 raise KeyboardInterrupt
 
-        to_coreml._network("transformer", parts, whole, examples, tmp_path, chunks=len(parts), progress=told)
+        coreml_packages.convert_network(
+            "transformer", parts, whole, examples, tmp_path, chunks=len(parts), progress=told
+        )
 
     def hashes(folder: Path) -> dict[str, str]:
         return {str(p.relative_to(folder)): sha256_file(p) for p in folder.rglob("*") if p.is_file()}
@@ -222,10 +222,10 @@ def test_a_chunk_that_is_there_is_not_converted_again(
 
 def test_parts_equal_the_model_with_patches_of_two() -> None:
     model = tiny.tiny_transformer(patch_size=2, num_layers=3)
-    whole = graph.Transformer(model)
+    whole = modules.Transformer(model)
     example = whole.example(batch=2, height=3, width=5, tokens=4)
     tensors = dict(example)
-    parts = to_coreml.split(whole, 7, example)
+    parts = coreml_chunks.split(whole, 7, example)
     assert len(parts) == 3
     with torch.no_grad():
         for part in parts:
@@ -234,7 +234,7 @@ def test_parts_equal_the_model_with_patches_of_two() -> None:
 
 
 class Layer(nn.Module):
-    """One quantised layer of odd width; `large` puts a value between that half precision cannot hold."""
+    """One quantised layer of odd width; `large` adds an intermediate value that overflows half precision."""
 
     inputs, outputs = ["x"], ["y"]
 
@@ -249,7 +249,7 @@ class Layer(nn.Module):
 
 def compared(module: Layer, folder: Path) -> dict[str, Any]:
     example = {"x": torch.randn(1, 5, 48, generator=torch.Generator().manual_seed(0))}
-    return to_coreml._network("layer", [module], module, [example], folder)
+    return coreml_packages.convert_network("layer", [module], module, [example], folder)
 
 
 @pytest.mark.parametrize(("bits", "bias"), [(4, True), (8, False)])
@@ -260,8 +260,8 @@ def test_one_layer(bits: int, bias: bool, tmp_path: Path) -> None:
 
 
 def test_wrong_order_of_nibbles_fails_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = to_coreml.unpack
-    monkeypatch.setattr(to_coreml, "unpack", lambda packed, bits: right(packed >> 4 | packed << 4, bits))
+    right = mil_conversion.unpack
+    monkeypatch.setattr(mil_conversion, "unpack", lambda packed, bits: right(packed >> 4 | packed << 4, bits))
     with pytest.raises(ParityError, match="layer: y: found a relative error of"):
         compared(Layer(4, True), tmp_path)
 
@@ -294,89 +294,6 @@ def test_size_is_held_to_the_device(artefact: Path, tmp_path: Path) -> None:
     assert sized(1024, 512, 512) == (128, 128)  # 16 patches of the position table
     with pytest.raises(InputError, match=r"generation\.json: height: found 60, expected a multiple of 8"):
         sized(60, 64, 512)
-
-
-# ------------------------------------------------------------------------------------- the evaluator
-
-
-def ints(*values: int) -> torch.Tensor:
-    return torch.tensor(values)
-
-
-X = torch.linspace(-2, 2, 2 * 4 * 6 * 5).reshape(2, 4, 6, 5)
-W = torch.linspace(-1, 1, 3 * 2 * 3 * 3).reshape(3, 2, 3, 3)[:2]
-CASES: list[tuple[str, dict[str, Any], Any]] = [
-    ("conv", {"x": X, "weight": W, "strides": ints(2, 1), "pad_type": "custom", "pad": ints(1, 0, 2, 1),
-              "dilations": ints(1, 1), "groups": ints(2), "bias": ints(1, 2).float()},
-     F.conv2d(F.pad(X, (2, 1, 1, 0)), W, ints(1, 2).float(), (2, 1), groups=2)),
-    ("constexpr_blockwise_shift_scale",
-     {"data": ints(1, 2, 3, -8).reshape(2, 2), "scale": torch.tensor([[2.0], [0.5]]),
-      "offset": ints(1, 0).reshape(2, 1)},
-     torch.tensor([[0.0, 2.0], [1.5, -4.0]])),
-    ("slice_by_index", {"x": X, "begin": ints(0, 1, 2, 1), "end": ints(0, 3, 0, 4), "stride": ints(1, 1, 3, 2),
-                        "begin_mask": ints(1, 0, 0, 0), "end_mask": ints(1, 0, 1, 0), "squeeze_mask": ints(0, 0, 0, 0)},
-     X[:, 1:3, 2::3, 1:4:2]),
-    ("slice_by_index", {"x": X, "begin": ints(1, 0, 0, 0), "end": ints(0, 0, 0, 0), "end_mask": ints(0, 1, 1, 1),
-                        "squeeze_mask": ints(1, 0, 0, 0)}, X[1]),
-    ("split", {"x": X, "axis": ints(2), "split_sizes": ints(1, 5)}, X.split([1, 5], 2)),
-    ("split", {"x": X, "axis": ints(1), "num_splits": ints(2)}, X.chunk(2, 1)),
-    ("concat", {"values": [ints(2)[0], ints(3, 4)], "axis": ints(0), "interleave": torch.tensor(False)}, ints(2, 3, 4)),
-    ("gather", {"x": X, "indices": ints(3, -1).reshape(1, 2), "axis": ints(-2)}, X[:, :, [[3, 5]]]),
-    ("gather_nd", {"x": X, "indices": ints(1, 2, 0, 3).reshape(2, 2)}, X[[1, 0], [2, 3]]),
-    ("batch_norm", {"x": X, "mean": X[0, :, 0, 0], "variance": X[0, :, 1, 1] ** 2, "gamma": X[1, :, 0, 0],
-                    "beta": X[1, :, 2, 2], "epsilon": torch.tensor(1e-3)},
-     (X - X[:1, :, :1, :1]) / (X[:1, :, 1:2, 1:2] ** 2 + 1e-3).sqrt() * X[1:, :, :1, :1] + X[1:, :, 2:3, 2:3]),
-    ("layer_norm", {"x": X, "axes": ints(-1), "epsilon": torch.tensor(1e-3)}, F.layer_norm(X, (5,), eps=1e-3)),
-    ("gelu", {"x": X, "mode": "TANH_APPROXIMATION"}, F.gelu(X, approximate="tanh")),
-    ("gelu", {"x": X}, F.gelu(X)),
-    ("matmul", {"x": X, "y": X, "transpose_y": torch.tensor(True)}, X @ X.transpose(2, 3)),
-    ("scaled_dot_product_attention", {"query": X, "key": X, "value": X}, F.scaled_dot_product_attention(X, X, X)),
-    ("upsample_nearest_neighbor", {"x": X, "scale_factor_height": ints(2), "scale_factor_width": torch.tensor(3.0)},
-     F.interpolate(X, scale_factor=(2, 3))),
-    ("abs", {"x": X}, X.abs()),
-    ("reduce_max", {"x": X, "axes": ints(1, -1), "keep_dims": torch.tensor(True)}, X.amax((1, 3), keepdim=True)),
-    ("reduce_mean", {"x": X, "axes": ints(1, -1), "keep_dims": torch.tensor(True)}, X.mean((1, 3), keepdim=True)),
-    ("reduce_argmax", {"x": ints(1, 7, 7, 2), "axis": ints(0)}, ints(1)[0]),
-    ("expand_dims", {"x": X, "axes": ints(0, -1)}, X[None, ..., None]),
-    ("squeeze", {"x": X[:1, :1], "axes": ints(0, 1)}, X[0, 0]),
-    ("cast", {"x": torch.tensor([1.9, -1.9]), "dtype": "int32"}, ints(1, -1)),
-    ("rsqrt", {"x": X.abs(), "epsilon": torch.tensor(0.5)}, (X.abs() + 0.5).rsqrt()),
-    ("transpose", {"x": X, "perm": ints(0, 3, 1, 2)}, X.permute(0, 3, 1, 2)),
-    ("select", {"cond": X > 0, "a": X, "b": -X}, X.abs()),
-    ("pixel_shuffle", {"x": X, "upscale_factor": ints(2)}, F.pixel_shuffle(X, 2)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "arguments", "expected"), CASES, ids=[f"{i}-{c[0]}" for i, c in enumerate(CASES)])
-def test_operation(name: str, arguments: dict[str, Any], expected: Any) -> None:
-    torch.testing.assert_close(OPERATIONS[name](**arguments), expected)
-
-
-def saved(build: Any, path: Path) -> Path:
-    program = mb.program(input_specs=[mb.TensorSpec(shape=(2, 3))], opset_version=ct.target.iOS18)(build)
-    with to_coreml._quiet():
-        ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True).save(str(path))
-    return path
-
-
-def test_an_unknown_operation_is_named(tmp_path: Path) -> None:
-    package = Package(saved(lambda x: mb.mul(x=mb.erf(x=x), y=2.0), tmp_path / "erf.mlpackage"))
-    with pytest.raises(ParityError, match=r"erf\.mlpackage: MIL operation 'erf' \(erf_0"):
-        package.run(None, {"x": np.ones((2, 3))})
-    with pytest.raises(ParityError, match="MIL operation 'slice_by_index'"):
-        values = {"x": torch.ones(2, 3)}
-        op = SimpleNamespace(type="slice_by_index", inputs={}, outputs=[SimpleNamespace(name="y")])
-        package._step(op, values)
-
-
-def test_half_precision_rounds_after_each_operation(tmp_path: Path) -> None:
-    package = Package(saved(lambda x: mb.sub(x=mb.add(x=x, y=2048.0), y=2048.0), tmp_path / "m.mlpackage"))
-    x = np.full((2, 3), 0.75, np.float32)
-    np.testing.assert_array_equal(package.run(None, {"x": x})[0], x)
-    np.testing.assert_array_equal(package.run(None, {"x": x}, half=True)[0], np.zeros((2, 3)))
-    (tmp_path / "m.mlpackage" / "Manifest.json").write_text("{}")
-    with pytest.raises(ParityError, match=r"m\.mlpackage: coremltools cannot read it"):
-        Package(tmp_path / "m.mlpackage")
 
 
 # ------------------------------------------------------------------------------------- the runtime, with a fake Core ML
@@ -438,7 +355,7 @@ def test_draws_what_torch_draws(exported: tuple[Path, dict[str, Any]], artefact:
         assert all(t.keys() == {"compile_s", "specialise_s"} for t in ours.backend.times.values())  # type: ignore[attr-defined]
         images = [m.generate(prompts, seed=7, steps=2) for m in (ours, theirs)]
     assert {units for _, units in vendor.loaded} == {ComputeUnit.CPU_AND_NE}
-    # Two prompts one by one, an empty one, guidance's batch of 4 as 2 and 2, two images one by one.
+    # Two prompts and an empty one, one by one; guidance's batch of 4 as 2 and 2; two images one by one.
     assert vendor.batches == [1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 1, 1]
     for a, b in zip(*images, strict=True):
         assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 2
@@ -461,7 +378,7 @@ def test_chunks_are_chained(
     folder = Path(shutil.copytree(exported[0], tmp_path / "copy"))
     shutil.rmtree(folder / "transformer" / "model.mlpackage")
     shutil.copytree(chunked, folder / "transformer", dirs_exist_ok=True)
-    example = graph.Transformer(model).example(batch=2, height=8, width=8, tokens=16, seed=3)
+    example = modules.Transformer(model).example(batch=2, height=8, width=8, tokens=16, seed=3)
     with runtimes.load(folder) as runtime:
         latents, text, pooled, timestep = (value.numpy() for value in example.values())
         found = runtime.step(latents, text, pooled, timestep / 1000)
@@ -477,17 +394,19 @@ def test_errors_name_the_folder(exported: tuple[Path, dict[str, Any]], vendor: F
         with pytest.raises(InputError, match=r"transformer: hidden_states: found shape \(2, 8, 4, 12\)"):
             model.generate("x", height=32, width=96)
         network = model.backend._networks["vae_decoder"]  # type: ignore[attr-defined]
-        with pytest.raises(InputError, match="vae_decoder: inputs: found also"):
+        with pytest.raises(InputError, match="vae_decoder: inputs: the package also needs"):
             network(latents=np.zeros((1, 8, 8, 8)))
         network._packages[0].predict = lambda _: (_ for _ in ()).throw(RuntimeError("no\nmemory"))
-        with pytest.raises(InputError, match=r"vae_decoder: found no memory; inputs were .*\(1, 8, 8, 8\)"):
+        with pytest.raises(InputError, match=r"vae_decoder: Core ML failed: no memory; inputs were .*\(1, 8, 8, 8\)"):
             network(latent_sample=np.zeros((1, 8, 8, 8)))
     folder = Path(shutil.copytree(exported[0], tmp_path / "copy"))
     (folder / "text_encoder" / "model.mlpackage" / "Manifest.json").unlink()
-    with pytest.raises(InputError, match=r"text_encoder/model\.mlpackage: found compiler error: no manifest"):
+    with pytest.raises(
+        InputError, match=r"text_encoder/model\.mlpackage: Core ML cannot open it: compiler error: no manifest"
+    ):
         runtimes.load(folder)
     shutil.rmtree(folder / "text_encoder" / "model.mlpackage")
-    with pytest.raises(InputError, match=r"text_encoder/model\.mlpackage: found neither it nor chunk_1"):
+    with pytest.raises(InputError, match=r"text_encoder/model\.mlpackage: neither it nor chunk_1"):
         runtimes.load(folder)
 
 

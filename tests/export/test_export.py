@@ -1,4 +1,4 @@
-"""ONNX export: the layers, the arithmetic at other sizes than the traced ones, the folder, and what must not stay."""
+"""ONNX export: a whole folder, its arithmetic at other sizes than the traced ones, failures. Layers: test_graph.py."""
 
 from __future__ import annotations
 
@@ -15,50 +15,25 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxscript.optimizer
 import pytest
 import tiny
 import torch
+from quantised import quantised
 from tokenizers import Tokenizer
 from torch import nn
 
-from edgeprune.common.errors import DiskError, EdgepruneError, InputError, ParityError
+from edgeprune.common.errors import DiskError, InputError, ParityError
 from edgeprune.common.files import sha256_file
-from edgeprune.export import folder, graph, parity, to_onnx, unfinished
-from edgeprune.export.simplify import simplify
-from edgeprune.quantization.int4 import PackedLinear, pack
+from edgeprune.export import folder, graph, modules, parity, to_onnx, unfinished
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("onnxruntime")
 LAYERS = 25  # 14 in a block, 11 in the last, which has no context MLP and output
 
 
-def packed(layer: nn.Linear, bits: int, group_size: int, generator: torch.Generator) -> PackedLinear:
-    """Random integers over the whole range, scales of both signs."""
-    low = -(2 ** (bits - 1))
-    shape = (layer.out_features, layer.in_features)
-    out = PackedLinear(shape[1], shape[0], bits=bits, group_size=group_size, bias=layer.bias is not None)
-    out.weight_packed.copy_(pack(torch.randint(low, -low, shape, generator=generator), bits))
-    out.weight_scale.copy_(torch.randn(out.weight_scale.shape, generator=generator) * 0.2 / -low)
-    if layer.bias is not None:
-        out.bias.copy_(layer.bias.detach())
-    return out
-
-
-def quantised(model: nn.Module) -> nn.Module:
-    """The linear layers of the blocks become PackedLinear: modulation INT8 in groups of 16, others INT4 of 32."""
-    generator = torch.Generator().manual_seed(5)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and name.startswith("transformer_blocks"):
-            bits, group = (8, 16) if "norm1" in name else (4, 32)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, packed(layer, bits, group, generator))
-    return model
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline; its INT4 folder holds only what export reads itself, `open_transformer` being replaced."""
+    """A tiny pipeline; its INT4 folder has only a config, because tests replace `open_transformer`."""
     folder = tmp_path_factory.mktemp("source") / "tiny"
     tiny.tiny_pipeline(folder)
     (folder / "transformer_int4").mkdir()
@@ -83,7 +58,7 @@ def exported(source: Path, model: nn.Module, tmp_path_factory: pytest.TempPathFa
 
 
 # ------------------------------------------------------------------------------------- the layers
-# That the integers are the checkpoint's: test_integers.py.
+# test_integers.py checks that the integers are the checkpoint's.
 
 
 def test_no_float_copy_of_a_quantised_weight_is_left(exported: tuple[Path, dict[str, Any]], model: nn.Module) -> None:
@@ -101,117 +76,6 @@ def test_no_float_copy_of_a_quantised_weight_is_left(exported: tuple[Path, dict[
     assert not [t.name for t in loaded.graph.initializer if t.data_type == onnx.TensorProto.UINT8]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("bias", [True, False])
-def test_one_layer(bits: int, bias: bool, tmp_path: Path) -> None:
-    class Wrapper(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            # An odd number of outputs: rows of the transposed matrix do not end at a byte.
-            self.model = packed(nn.Linear(48, 7, bias=bias), bits, 16, torch.Generator().manual_seed(1))
-
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
-            return (self.model(x),)
-
-    module, x = Wrapper(), {"x": torch.randn(3, 5, 48)}
-    built = graph.to_ir(module, x, {"x": {0: "b", 1: "m"}}, {"y": {0: "b", 1: "m"}})
-    # What the checkpoint holds in half precision is stored so.
-    assert [n.op_type for n in built.graph] == [
-        "Cast",
-        "DequantizeLinear",
-        "MatMul",
-        *(["Cast", "Add"] if bias else []),
-    ]
-    kinds = {str(value.dtype) for value in built.graph.initializers.values()}
-    assert kinds == {f"INT{bits}", "FLOAT16"}
-    graph.save(built, tmp_path / "model.onnx")
-    onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
-    runner = parity.session(tmp_path / "model.onnx")
-    found = parity.check("layer", runner, module, [{"x": torch.randn(1, 9, 48)}], ["y"])
-    assert found["max_relative"] < 1e-6
-
-
-def test_what_is_known_is_not_computed_again() -> None:
-    class Once(nn.Module):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
-            raise AssertionError
-
-    class Doubles:
-        steps = 1
-
-        def run(self, names: Any, feeds: Any, *, step: Callable[[], None]) -> list[Any]:
-            step()
-            return [feeds["x"] * 2]
-
-    x = torch.ones(2, 3)
-    told: list[tuple[int, int]] = []
-    found = parity.check(
-        "double", Doubles(), Once(), [{"x": x}], ["y"], known=[[2 * x]], progress=lambda _, *at: told.append(at[:2])
-    )
-    assert found["max_relative"] == 0 and told == [(1, 1)]
-    with pytest.raises(ParityError, match=r"relative error of 5\.00e-01"):
-        parity.check("double", Doubles(), Once(), [{"x": x}], ["y"], known=[[4 * x]])
-
-
-NETWORKS: dict[str, Callable[[], Any]] = {
-    "sd3": lambda: graph.Transformer(quantised(tiny.tiny_transformer(num_layers=1))),
-    "flux": lambda: graph.Transformer(tiny.tiny_flux(num_layers=1, num_single_layers=1)),
-    "flux2": lambda: graph.Transformer(tiny.tiny_flux2(num_layers=1, num_single_layers=1)),
-    "clip": lambda: graph.TextEncoder(tiny.tiny_text_encoder(400, 399)),
-    "t5": lambda: graph.T5Encoder(tiny.tiny_t5(200)),
-    "vae": lambda: graph.VaeDecoder(tiny.tiny_vae()),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "half"),
-    [
-        pytest.param(name, half, marks=() if half and name in ("sd3", "flux") else pytest.mark.slow)
-        for name in NETWORKS
-        for half in (False, True)
-    ],
-)
-def test_simplified_as_by_onnxscripts_optimizer(name: str, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is not used because it takes minutes for a large transformer."""
-    seen: list[int] = []
-
-    def nodes(model: ir.Model) -> list[Any]:
-        """What they are, and by number what they read and give: names are made up on the way."""
-        numbers: dict[str | None, int] = {}
-        tensors = [value.const_value for value in model.graph.initializers.values()]
-        return [
-            sorted(tensor.tobytes() for tensor in tensors if tensor is not None),
-            *(
-                (
-                    node.op_type,
-                    {name: attribute.value for name, attribute in node.attributes.items()},
-                    [value and numbers.setdefault(value.name, len(numbers)) for value in (*node.inputs, *node.outputs)],
-                )
-                for node in model.graph
-            ),
-        ]
-
-    def both(model: ir.Model) -> None:
-        theirs = ir.from_proto(ir.to_proto(model))
-        before = len(list(model.graph))
-        onnxscript.optimizer.optimize_ir(theirs, input_size_limit=4096, output_size_limit=65536)
-        simplify(model)
-        assert nodes(ir.from_proto(ir.to_proto(model))) == nodes(theirs)
-        seen.append(before - len(list(model.graph)))
-
-    monkeypatch.setattr(graph, "simplify", both)
-    wrapper = NETWORKS[name]().eval()
-    sizes: dict[str, int] = {"tokens": 7} if name in ("clip", "t5") else {"height": 4, "width": 6}
-    if isinstance(wrapper, graph.Transformer):
-        sizes["tokens"] = 5
-    example = wrapper.example(batch=2, **sizes)
-    if half:
-        wrapper, example = wrapper.half(), graph.half(example)
-    graph.to_ir(wrapper, example, wrapper.inputs, wrapper.outputs)
-    assert seen[0] > 20
-
-
 # ------------------------------------------------------------------------------------- the arithmetic
 
 
@@ -222,7 +86,7 @@ def test_simplified_as_by_onnxscripts_optimizer(name: str, half: bool, monkeypat
 def test_other_sizes_than_the_traced(
     exported: tuple[Path, dict[str, Any]], model: nn.Module, batch: int, height: int, width: int, tokens: int
 ) -> None:
-    wrapper = graph.Transformer(model)
+    wrapper = modules.Transformer(model)
     example = wrapper.example(batch=batch, height=height, width=width, tokens=tokens, seed=9)
     runner = parity.session(exported[0] / "transformer" / "model.onnx")
     (found,) = runner.run(["out_hidden_states"], {k: v.numpy() for k, v in example.items()})
@@ -230,15 +94,6 @@ def test_other_sizes_than_the_traced(
         expected = model(**example, return_dict=False)[0].numpy()
     assert found.shape == expected.shape and found.dtype == np.float32
     assert parity.relative_error(found, expected)[0] < 1e-5
-
-
-def test_patches_of_two_by_two(tmp_path: Path) -> None:
-    wrapper = graph.Transformer(tiny.tiny_transformer(patch_size=2, num_layers=1)).eval()
-    traced = wrapper.example(batch=2, height=4, width=6, tokens=5)
-    graph.save(graph.to_ir(wrapper, traced, wrapper.inputs, wrapper.outputs), tmp_path / "model.onnx")
-    runner = parity.session(tmp_path / "model.onnx")
-    examples = [wrapper.example(batch=1, height=h, width=w, tokens=16) for h, w in ((5, 3), (16, 9))]
-    assert parity.check("p2", runner, wrapper, examples, list(wrapper.outputs))["max_relative"] < 1e-5
 
 
 def test_text_encoder_on_real_prompts(exported: tuple[Path, dict[str, Any]], source: Path) -> None:
@@ -255,7 +110,7 @@ def test_text_encoder_on_real_prompts(exported: tuple[Path, dict[str, Any]], sou
     with torch.no_grad():
         expected = encoder(ids.input_ids, output_hidden_states=True)
     assert parity.relative_error(found["text_embeds"], expected.text_embeds.numpy())[0] < 1e-5
-    # What diffusers reads, and optimum rebuilds from hidden_states.0 to .(layers - 1) and last_hidden_state.
+    # diffusers reads this state; optimum finds it among hidden_states.0 to .(layers - 1) and last_hidden_state.
     assert parity.relative_error(found["hidden_states.1"], expected.hidden_states[-2].numpy())[0] < 1e-5
 
 
@@ -293,7 +148,7 @@ def test_folder(exported: tuple[Path, dict[str, Any]], source: Path) -> None:
         *(f"tokenizer_2/{f}" for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")),
     }
     assert not [f for f in files if f.endswith((".safetensors", ".tmp"))]
-    # The exporter notes stack traces, and with them paths of this machine.
+    # The exporter writes stack traces, which contain paths of this machine.
     assert b".py" not in (out / "transformer" / "model.onnx").read_bytes()
     assert {f: sha256_file(out / f) for f in files} == record["files"]
     assert json.loads((out / "generation.json").read_text()) == tiny.GENERATION
@@ -314,7 +169,7 @@ def test_tokenizer_alone_gives_the_same_ids(exported: tuple[Path, dict[str, Any]
 
 @pytest.fixture()
 def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], None]], None]:
-    """Replace the slow part by a function of the partial folder."""
+    """Replace the slow part with a function of the partial folder."""
 
     def use(action: Callable[[Path], None]) -> None:
         def networks(_artefact: Path, work: unfinished.Unfinished, *_: Any) -> dict[str, Any]:
@@ -369,7 +224,7 @@ def test_failure_leaves_the_previous_export(
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     with pytest.raises(expected):
         to_onnx.export(source, tmp_path / "other")
-    left = ["onnx", "onnx.partial", "other.partial"] if kept else ["onnx"]  # to go on with: test_resume_export.py
+    left = ["onnx", "onnx.partial", "other.partial"] if kept else ["onnx"]  # to resume from: test_resume_export.py
     assert sorted(p.name for p in tmp_path.iterdir()) == left
 
 
@@ -380,7 +235,7 @@ def test_nibbles_of_the_wrong_order_fail_parity(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The gate itself: one layer's nibbles are swapped on their way into the file."""
+    """Test the parity check itself: swap the nibbles of one layer in the file."""
 
     def swapped(*_: Any, **__: Any) -> ir.Model:
         built = ir.load(exported[0] / "transformer" / "model.onnx")
@@ -394,22 +249,6 @@ def test_nibbles_of_the_wrong_order_fail_parity(
     with pytest.raises(ParityError, match=r"transformer: out_hidden_states: found a relative error of .* 1e-03"):
         to_onnx.export(source, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_weights_above_a_megabyte_lie_beside(tmp_path: Path) -> None:
-    for count, names in ((200_000, ["model.onnx"]), (300_000, ["model.onnx", "model.onnx.data"])):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        tensor = ir.tensor(np.arange(count, dtype=np.float32), name="w")
-        weight = ir.Value(name="w", shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        node = ir.node("Identity", [weight])
-        built = ir.Graph([], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 21}, name="g")
-        node.outputs[0].name = "y"
-        node.outputs[0].type, node.outputs[0].shape = weight.type, weight.shape
-        graph.save(ir.Model(built, ir_version=10), folder / "model.onnx")
-        assert sorted(p.name for p in folder.iterdir()) == names
-        (found,) = parity.session(folder / "model.onnx").run(None, {})
-        np.testing.assert_array_equal(found, np.arange(count, dtype=np.float32))
 
 
 def test_folders_that_are_not_ours_are_refused(source: Path, tmp_path: Path) -> None:
@@ -455,7 +294,7 @@ def test_damaged_weights_are_the_users_error(
 
 
 def test_float_folder(tmp_path: Path) -> None:
-    """A diffusers folder that nobody compressed, through the real loader; size from its config."""
+    """Export an uncompressed diffusers folder with the real loader; the image size comes from its config."""
     checkpoint = pytest.importorskip("edgeprune.artefact.checkpoint")
     assert checkpoint
     folder = tmp_path / "float"
@@ -470,26 +309,6 @@ def test_float_folder(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- small things
-
-
-def test_relative_error() -> None:
-    b = np.array([1.0, -4.0, 0.0])
-    assert parity.relative_error(b + np.array([0.0, 0.0, 0.4]), b) == pytest.approx((0.1, 0.4 / 17**0.5))
-    assert parity.relative_error(b * 0, b * 0) == (0.0, 0.0)
-    infinite = (float("inf"), float("inf"))
-    assert parity.relative_error(b, b * 0) == infinite
-    assert parity.relative_error(np.array([1.0, np.nan, 0.0]), b) == infinite
-    assert parity.relative_error(b, np.array([1.0, np.inf, 0.0])) == infinite
-    assert parity.relative_error(b[:2], b) == infinite
-
-
-def test_an_unknown_module_is_one_error() -> None:
-    class Odd(nn.Module):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
-            return (x + 1 if bool((x > 0).any()) else x,)
-
-    with pytest.raises(EdgepruneError, match="Odd: PyTorch cannot export it"):
-        graph.to_ir(Odd(), {"x": torch.ones(2, 2)}, {"x": {0: "b"}}, {"y": {0: "b"}})
 
 
 def test_only_one_import_name() -> None:

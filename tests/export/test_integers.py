@@ -1,6 +1,6 @@
-"""One artefact, the same integers in every format, for every quantised layer; and what they take on disk.
+"""For one artefact, every format has the same integers in every quantised layer; and their size on disk.
 
-Each format is written by its own public `export`, without the text encoders and the VAE, which are not quantised.
+Each format is written by its public `export`, without the text encoders and the VAE, which are not quantised.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
 WEIGHTS = "transformer_int4/diffusion_pytorch_model.safetensors"
 FORMATS = ("onnx", "openvino", "trt", "coreml")
 LAYERS = {"sd3": (33, 7), "flux": (20, 10)}
-"""INT4 and INT8 layers: two blocks with a second attention, the last without a context MLP; a joint block and a single
-one. Embedders and output.
+"""Numbers of INT4 and INT8 layers. SD3: two blocks with a second attention, the last without a context MLP. FLUX: one
+joint and one single block. INT8: embedders and output.
 """
 
 
@@ -42,7 +42,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def artefact(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two blocks, every integer from the lowest to the highest, every scale another."""
+    """An artefact of two blocks with random integers over the whole range and random scales."""
     folder = tmp_path_factory.mktemp("source") / "tiny"
     pipeline: Any
     if kind == "flux":
@@ -66,16 +66,16 @@ def artefact(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclasses.dataclass
 class Written:
-    """What one format's files hold, and how large they are without their graph's text."""
+    """The weights in one format's files, and the files' size."""
 
     weights: dict[str, Weight]
     bytes: int
 
 
 def written(artefact: Path, out: Path) -> dict[str, Written]:
-    """Export the transformer to every format and read it back; `trt` is what TensorRT's parser is given."""
+    """Export the transformer to every format and read it back; `trt` is the ONNX file that TensorRT's parser gets."""
     names, given = list(stored.of_checkpoint(artefact)), list[onnx.ModelProto]()
-    parts, network, build = to_onnx.parts, to_coreml._network, to_trt.Builder.build
+    sources, network, build = to_onnx.sources, to_coreml.convert_network, to_trt.Builder.build
 
     def only_the_transformer(name: str, *rest: Any, **more: Any) -> dict[str, Any]:
         return network(name, *rest, **more) if name == "transformer" else {}
@@ -85,8 +85,8 @@ def written(artefact: Path, out: Path) -> dict[str, Written]:
         return build(self, name, path, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "parts", lambda *of: itertools.islice(parts(*of), 1))
-        patch.setattr(to_coreml, "_network", only_the_transformer)
+        patch.setattr(to_onnx, "sources", lambda *of: itertools.islice(sources(*of), 1))
+        patch.setattr(to_coreml, "convert_network", only_the_transformer)
         patch.setattr(to_trt.Builder, "build", noted)
         to_onnx.export(artefact, out / "onnx")
         to_openvino.export(artefact, out / "openvino", device=targets.load("cpu-x86"))
@@ -120,7 +120,7 @@ def formats(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def differences(expected: dict[str, Weight], found: dict[str, Weight]) -> list[str]:
-    """The layers that are not the same in integers, bits or scales, or not in both."""
+    """Return the layers that differ in integers, bits or scales, or are only in one of the two."""
     return sorted(expected.keys() ^ found.keys()) + [
         name
         for name in sorted(expected.keys() & found.keys())
@@ -142,7 +142,7 @@ def test_every_format_holds_the_checkpoints_integers(kind: str, formats: dict[st
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_one_flipped_bit_is_seen(artefact: Path, formats: dict[str, Written], bits: int, tmp_path: Path) -> None:
-    """The comparison itself: another checkpoint, which differs in one bit of one layer."""
+    """Test the comparison itself with a checkpoint that differs in one bit of one layer."""
     name = next(n for n, w in formats["checkpoint"].weights.items() if w.bits == bits)
     state = load_file(artefact / WEIGHTS)
     state[f"{name}.weight_packed"][1, 2] ^= 0x10
@@ -156,10 +156,10 @@ SCALES: dict[str, Callable[[int], float]] = {
     "checkpoint": lambda group: 4 + 16 / group,
     "trt": lambda group: 4 + 16 / group,
     "coreml": lambda group: 4 + 16 / group,
-    "onnx": lambda group: 4 + 32 / group,  # scales in float32, as the activations
-    "openvino": lambda group: 4 + 32 / group,  # halved where a layer has 256 of them, which these have not all
+    "onnx": lambda group: 4 + 32 / group,  # scales in float32, like the activations
+    "openvino": lambda group: 4 + 32 / group,  # halved only in layers with at least 256 of them
 }
-"""Most bits of a weight by format, for groups of this size."""
+"""Largest number of bits per weight by format, for a group size."""
 
 
 @pytest.mark.parametrize("name", SCALES)
@@ -170,5 +170,5 @@ def test_bits_per_weight_on_disk(formats: dict[str, Written], name: str) -> None
     found = 8 * sum(w.file_bytes for w in weights) / count
     assert {w.integers.shape[1] // w.scale.shape[1] for w in weights} == {64}
     assert 4.25 <= found <= SCALES[name](64) <= 4.5
-    # No second copy in half precision would fit into the rest of the file.
+    # The rest of the file is too small for a second copy in half precision.
     assert formats[name].bytes - sum(w.file_bytes for w in weights) < 2 * count

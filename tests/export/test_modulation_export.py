@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from edgeprune.artefact.surgery import prune
-from edgeprune.export import forms, graph, parity, to_coreml, to_onnx, to_openvino, to_trt
+from edgeprune.export import coreml_chunks, coreml_packages, forms, graph, modules, parity, to_onnx, to_openvino, to_trt
 from edgeprune.families import family_of
 from edgeprune.planning.plan import make_plan
 from edgeprune.quantization.precision import precision_of
@@ -22,7 +22,7 @@ WIDTH = 64
 
 
 def thin(rank: int) -> nn.Module:
-    """Two blocks, quantised as the rule says; a norm is removed too."""
+    """Return two blocks, quantised by the precision rules; one norm is removed too."""
     model = tiny.tiny_transformer(num_layers=2)
     config = {"_class_name": "SD3Transformer2DModel"} | {k: v for k, v in model.config.items() if not k.startswith("_")}
     family = family_of(config)
@@ -42,34 +42,34 @@ def thin(rank: int) -> nn.Module:
 @pytest.fixture(
     scope="module", params=[16, pytest.param(4, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.slow)]
 )
-def wrapper(request: pytest.FixtureRequest) -> graph.Transformer:
-    return graph.Transformer(thin(request.param))
+def wrapper(request: pytest.FixtureRequest) -> modules.Transformer:
+    return modules.Transformer(thin(request.param))
 
 
 @pytest.fixture
-def traced(wrapper: graph.Transformer) -> dict[str, torch.Tensor]:
+def traced(wrapper: modules.Transformer) -> dict[str, torch.Tensor]:
     return wrapper.example(batch=2, height=4, width=6, tokens=5)
 
 
-def examples(wrapper: graph.Transformer) -> list[dict[str, torch.Tensor]]:
+def examples(wrapper: modules.Transformer) -> list[dict[str, torch.Tensor]]:
     return [wrapper.example(batch=b, height=h, width=w, tokens=16) for b, h, w in ((1, 8, 8), (3, 5, 7))]
 
 
-def test_onnx_and_openvino(wrapper: graph.Transformer, traced: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_onnx_and_openvino(wrapper: modules.Transformer, traced: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = tmp_path / "transformer" / "model.onnx"
     path.parent.mkdir()
     model = graph.to_ir(wrapper, traced, wrapper.inputs, wrapper.outputs)
-    assert [i.name for i in model.graph.inputs] == list(wrapper.inputs)  # runtimes give all, read or not
+    assert [i.name for i in model.graph.inputs] == list(wrapper.inputs)  # runtimes pass all inputs, used or not
     to_onnx.save("transformer", model, path)
     for runner in (parity.session(path), to_openvino.converted(path)):
         found = parity.check("transformer", runner, wrapper, examples(wrapper), list(wrapper.outputs))
         assert found["max_relative"] < 1e-4
 
 
-def test_tensorrt(wrapper: graph.Transformer, traced: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_tensorrt(wrapper: modules.Transformer, traced: dict[str, torch.Tensor], tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     written = copy.deepcopy(wrapper).half()
-    model = graph.to_ir(written, graph.half(traced), wrapper.inputs, wrapper.outputs)
+    model = graph.to_ir(written, modules.half_inputs(traced), wrapper.inputs, wrapper.outputs)
     forms.per_output(model)
     to_onnx.save("transformer", model, tmp_path / "model.onnx")
     runner = parity.session(tmp_path / "model.onnx")
@@ -82,9 +82,9 @@ def test_tensorrt(wrapper: graph.Transformer, traced: dict[str, torch.Tensor], t
     assert (said["int4_layers"], said["int8_layers"]) == (bits.count(4), bits.count(8))
 
 
-def test_coreml_in_chunks(wrapper: graph.Transformer, tmp_path: Path) -> None:
+def test_coreml_in_chunks(wrapper: modules.Transformer, tmp_path: Path) -> None:
     sizes = [wrapper.example(batch=b, height=8, width=8, tokens=16) for b in (1, 2)]
-    parts = to_coreml.split(wrapper, 2, sizes[0])
-    found = to_coreml._network("transformer", parts, wrapper, sizes, tmp_path, chunks=2)
+    parts = coreml_chunks.split(wrapper, 2, sizes[0])
+    found = coreml_packages.convert_network("transformer", parts, wrapper, sizes, tmp_path, chunks=2)
     assert found["max_relative"] < 1e-3 and found["half_relative"] < 2e-2
     assert len(list(tmp_path.iterdir())) == 2

@@ -1,7 +1,7 @@
-"""A killed export, or one out of disk, goes on: nothing finished is made again, and the bytes are an undisturbed run's.
+"""An interrupted export resumes: nothing finished is redone, and the bytes equal those of an uninterrupted run.
 
-The ONNX of `tiny_folders` stands in for tracing the networks again, which takes long. TensorRT's builder and Core ML's
-conversion are replaced: what they write is tested where they are. Chunks of Core ML: test_coreml.py.
+Tests reuse the ONNX of `tiny_folders`, because tracing takes long. TensorRT's builder and Core ML's conversion are
+replaced; other files test what they write. Chunks of Core ML: test_coreml.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ import pytest
 from edgeprune import export, targets
 from edgeprune.common.errors import DiskError
 from edgeprune.common.files import sha256_file
-from edgeprune.export import external_data as data
-from edgeprune.export import folder, graph, to_onnx, unfinished
+from edgeprune.export import external_data, folder, to_onnx, unfinished
 from edgeprune.residency import weights
 
 NETWORKS = ["transformer", "text_encoder", "text_encoder_2", "vae_decoder"]
@@ -35,21 +34,21 @@ Export = Callable[..., dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def _quick(tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks are not traced; each tensor of the transformer is a stretch of its own, other networks are inline."""
+    """Skip tracing; each tensor of the transformer is a shard of its own, other networks keep their weights inline."""
     monkeypatch.setattr(
-        to_onnx.Part, "to_ir", lambda self, half=False: ir.load(tiny_folders[1] / self.name / "model.onnx")
+        to_onnx.NetworkSource, "to_ir", lambda self, half=False: ir.load(tiny_folders[1] / self.name / "model.onnx")
     )
     monkeypatch.setattr(weights, "SHARD_BYTES", 1)
-    monkeypatch.setattr(graph, "INLINE_BYTES", 500_000)
+    monkeypatch.setattr(external_data, "INLINE_BYTES", 500_000)
 
 
 def hashes(out: Path) -> dict[str, str]:
-    """Of every file."""
+    """Return the SHA-256 of every file."""
     return {p.relative_to(out).as_posix(): sha256_file(p) for p in sorted(out.rglob("*")) if p.is_file()}
 
 
 class Told:
-    """Notes what is told, and raises KeyboardInterrupt at an event."""
+    """Records progress, and raises KeyboardInterrupt at an event."""
 
     def __init__(self, *last: Any) -> None:
         self.last, self.events = last, list[tuple[Any, ...]]()
@@ -61,12 +60,12 @@ class Told:
 
     @property
     def begun(self) -> list[str]:
-        """Networks that were not there."""
+        """The networks that this run began."""
         return [what for what, done in self.events if not done and ":" not in what]
 
 
 def killed(export: Export, source: Path, out: Path, *last: Any) -> Told:
-    """Run until an event."""
+    """Run an export until an event interrupts it."""
     told = Told(*last)
     with pytest.raises(KeyboardInterrupt):
         export(source, out, progress=told)
@@ -75,8 +74,8 @@ def killed(export: Export, source: Path, out: Path, *last: Any) -> Told:
 
 def test_goes_on_where_it_was(tiny_folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out, stretches = tiny_folders[0], tmp_path / "onnx", list[int]()
-    real = data._stretch
-    monkeypatch.setattr(data, "_stretch", lambda *given: stretches.append(1) or real(*given))
+    real = external_data._write_shard
+    monkeypatch.setattr(external_data, "_write_shard", lambda *given: stretches.append(1) or real(*given))
     told = Told()
     to_onnx.export(source, tmp_path / "whole", progress=told)
     whole, count = hashes(tmp_path / "whole"), len(stretches)
@@ -87,7 +86,7 @@ def test_goes_on_where_it_was(tiny_folders: tuple[Path, Path], tmp_path: Path, m
     assert killed(to_onnx.export, source, out, "transformer: written", 1).begun == ["transformer"]
     assert killed(to_onnx.export, source, out, "transformer: written", 30).begun == ["transformer"]
     assert killed(to_onnx.export, source, out, "transformer: compared", steps - 1).begun == ["transformer"]
-    assert len(stretches) == count  # none is written twice
+    assert len(stretches) == count  # no shard is written twice
     assert killed(to_onnx.export, source, out, "text_encoder: compared", 1).begun == NETWORKS[:2]
     assert killed(to_onnx.export, source, out, "vae_decoder", 0).begun == NETWORKS[1:]
     assert not out.exists()
@@ -104,11 +103,11 @@ def test_sigkill_in_the_middle_of_a_tensor(tiny_folders: tuple[Path, Path], tmp_
 import os, signal, onnx_ir as ir
 from pathlib import Path
 from edgeprune.residency import weights
-from edgeprune.export import external_data as data, graph, to_onnx
+from edgeprune.export import external_data, to_onnx
 
-to_onnx.Part.to_ir = lambda self, half=False: ir.load(Path({str(traced)!r}) / self.name / "model.onnx")
-weights.SHARD_BYTES, graph.INLINE_BYTES = 1, 500_000
-real, written = data._stretch, []
+to_onnx.NetworkSource.to_ir = lambda self, half=False: ir.load(Path({str(traced)!r}) / self.name / "model.onnx")
+weights.SHARD_BYTES, external_data.INLINE_BYTES = 1, 500_000
+real, written = external_data._write_shard, []
 
 def torn(file, tensors):
     written.append(1)
@@ -118,7 +117,7 @@ def torn(file, tensors):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(file, tensors)
 
-data._stretch = torn
+external_data._write_shard = torn
 to_onnx.export(Path({str(source)!r}), Path({str(tmp_path / "onnx")!r}))
 """
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
@@ -159,7 +158,7 @@ def test_what_is_not_of_these_inputs_is_dropped(
     partial = tmp_path / "onnx.partial"
 
     def left() -> list[str]:
-        """What a run that is killed as it begins has kept."""
+        """Start a run, interrupt it at once, and return what it kept."""
         with pytest.raises(KeyboardInterrupt):
             folder.write(source, out, target, options, stop)
         return sorted(p.name for p in partial.iterdir())
@@ -168,11 +167,11 @@ def test_what_is_not_of_these_inputs_is_dropped(
         raise KeyboardInterrupt
 
     target, options = "onnx", dict[str, Any]()
-    (partial / "transformer").mkdir(parents=True)  # of a version that kept none
+    (partial / "transformer").mkdir(parents=True)  # from a version that could not resume
     assert left() == [unfinished.MARK]
 
     def changed() -> bool:
-        """Whether a finished network goes; it stays with the same inputs."""
+        """Return whether the finished network was dropped; with the same inputs it stays."""
         return left() == [unfinished.MARK]
 
     def finish() -> None:
@@ -206,14 +205,14 @@ def test_damage_is_made_again(tmp_path: Path) -> None:
     work = unfinished.Unfinished(tmp_path / "p", "1")
     for name in ("a", "b"):
         (work.begin(name) / "model.onnx").write_text(name)
-        (tmp_path / "p" / name / "unfinished-1.onnx").touch()  # of a slice, killed
+        (tmp_path / "p" / name / "unfinished-1.onnx").touch()  # of an interrupted chunk
         work.finish(name, {"parity": name})
     assert sorted(work.hashes) == ["a/model.onnx", "b/model.onnx"] and work.has("a") and not work.has("c")
     (tmp_path / "p" / "a" / "model.onnx").write_text("A")
     again = unfinished.Unfinished(tmp_path / "p", "1")
     assert not again.has("a") and again.has("b")
     again.finish("a", {"parity": "A"})
-    assert list(again.said("parity").items()) == [("a", "A"), ("b", "b")]  # in the order of an undisturbed run
+    assert list(again.recorded("parity").items()) == [("a", "A"), ("b", "b")]  # in the order of an uninterrupted run
 
 
 def test_a_stretch_that_is_not_as_noted_is_written_again(tmp_path: Path) -> None:
@@ -221,7 +220,7 @@ def test_a_stretch_that_is_not_as_noted_is_written_again(tmp_path: Path) -> None
     path, journal, told = tmp_path / "w.data", tmp_path / "journal.json", list[int]()
 
     def write(given: list[Any]) -> None:
-        data.write(path, given, journal, "w", lambda what, done, total, note: told.append(done))
+        external_data.write(path, given, journal, "w", lambda what, done, total, note: told.append(done))
 
     write(tensors)
     whole = path.read_bytes()
@@ -267,13 +266,13 @@ def test_tensorrt_builds_no_engine_twice(
     pytest.importorskip("tensorrt_rtx")
     from edgeprune.export import to_trt
 
-    device = dataclasses.replace(targets.load("rtx"), activations="float32")  # as the ONNX files are
+    device = dataclasses.replace(targets.load("rtx"), activations="float32")  # like the ONNX files
     out, built = tmp_path / "engines", list[str]()
 
     def build(self: Any, name: str, path: Path, profile: Any, engine: Path) -> dict[str, Any]:
         assert path.is_file()
         built.append(name)
-        engine.write_bytes(f"{name} {len(built)}".encode())  # no build is like another
+        engine.write_bytes(f"{name} {len(built)}".encode())  # every build differs
         return {"int4_layers": 0, "int8_layers": 0}
 
     monkeypatch.setattr(to_trt.Builder, "build", build)
@@ -323,10 +322,10 @@ def test_core_ml_converts_no_network_twice(
 
 @pytest.fixture()
 def disk() -> Iterator[Callable[[str], Path]]:
-    """A file system of its own; called with a size, it has that size."""
+    """Mount a separate file system; the function resizes it and returns its path."""
     if not shutil.which("mount"):
         pytest.skip("file systems cannot be mounted here")
-    # Not below pytest's folders: were the tests killed, pytest could not remove it.
+    # Outside pytest's folders: pytest could not remove it if the tests were killed.
     path = Path(tempfile.mkdtemp(prefix="edgeprune-disk-"))
 
     def mount(*options: str) -> None:

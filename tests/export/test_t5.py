@@ -1,4 +1,4 @@
-"""T5 in every format: the joining of diffusers, 8-bit weights, tokens, low-memory mode, and what is refused."""
+"""T5 in every format: embeddings joined as in diffusers, 8-bit weights, tokens, low-memory mode, refused inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from edgeprune import runtimes, targets
 from edgeprune.common.errors import InputError
-from edgeprune.export import graph, parity, to_onnx
+from edgeprune.export import modules, parity, to_onnx
 from edgeprune.planning import fit
 from edgeprune.quantization.precision import t5_precision_of
 from edgeprune.quantization.quantize import quantize_t5
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A tiny pipeline with a T5: its folder, and itself with the T5 rounded as an export rounds it."""
+    """The folder of a tiny pipeline with a T5, and the pipeline with the T5 rounded as in an export."""
     folder = tmp_path_factory.mktemp("t5") / "source"
     pipe = tiny.tiny_pipeline(folder, t5=True, num_layers=1)
     pipe.text_encoder_3 = rounded(pipe.text_encoder_3)
@@ -36,7 +36,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 def rounded(model: Any) -> Any:
-    """transformers' own T5EncoderModel with the weights that the rounded integers stand for."""
+    """Return transformers' own T5EncoderModel with the dequantised weights."""
     integers = dict(quantize_t5(copy.deepcopy(model)).named_modules())
     out = copy.deepcopy(model)
     for name, layer in out.named_modules():
@@ -46,7 +46,7 @@ def rounded(model: Any) -> Any:
 
 
 def expected(pipe: Any, prompts: list[str] = PROMPTS) -> list[np.ndarray[Any, Any]]:
-    """Hidden and pooled by StableDiffusion3Pipeline.encode_prompt."""
+    """Return hidden and pooled text from StableDiffusion3Pipeline.encode_prompt."""
     with torch.no_grad():
         hidden, _, pooled, _ = pipe.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=tiny.T5_TOKENS
@@ -114,7 +114,7 @@ def test_linear_weights_are_in_8_bits_and_tables_in_half_precision(
 
 
 def test_rounding_costs_little(pipeline: tuple[Path, Any]) -> None:
-    """The error that 8 bits make, which parity does not see."""
+    """Measure the error of 8 bits, which the parity check does not see."""
     ids = torch.from_numpy(np.asarray(tiny.tiny_t5_tokenizer()(PROMPTS, padding=True).input_ids))
     exact = tiny.tiny_t5(len(tiny.tiny_t5_tokenizer()))
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_rounding_costs_little(pipeline: tuple[Path, Any]) -> None:
 def test_any_number_of_tokens(onnx_folder: Path, pipeline: tuple[Path, Any]) -> None:
     runner = parity.session(onnx_folder / "text_encoder_3" / "model.onnx")
     for batch, tokens in ((1, 1), (2, 17), (1, 300)):
-        example = graph.T5Encoder(pipeline[1].text_encoder_3).example(batch=batch, tokens=tokens)
+        example = modules.T5Encoder(pipeline[1].text_encoder_3).example(batch=batch, tokens=tokens)
         with torch.no_grad():
             wanted = pipeline[1].text_encoder_3(example["input_ids"])[0].numpy()
         same(runner.run(None, {"input_ids": example["input_ids"].numpy()}), [wanted])
@@ -138,7 +138,7 @@ def test_tokens_equal_transformers(onnx_folder: Path) -> None:
         ids = theirs(texts, padding="max_length", max_length=length, truncation=True).input_ids
         ours = PromptTokenizer(onnx_folder / "tokenizer_3", max_length=length)(texts)
         np.testing.assert_array_equal(ours, ids)
-        assert (ours == 1).any(1).all()  # the end token, also of a prompt that is cut
+        assert (ours == 1).any(1).all()  # the end token, also in a truncated prompt
 
 
 def test_low_memory_holds_t5_alone(onnx_folder: Path) -> None:
@@ -219,7 +219,7 @@ def test_what_is_refused(pipeline: tuple[Path, Any], tmp_path: Path, file: str, 
 
 
 def test_coreml_packages(pipeline: tuple[Path, Any], tmp_path: Path) -> None:
-    """By the reference evaluator; the float32 that it computes in is said by the package itself."""
+    """Run the packages in the reference evaluator; they declare that they compute in float32."""
     ct = pytest.importorskip("coremltools")
     from edgeprune.export.mil_reference import Package
     from edgeprune.export.to_coreml import export
@@ -250,8 +250,8 @@ def test_engines(pipeline: tuple[Path, Any], tmp_path: Path) -> None:
 
 
 def test_the_stream_stays_float32_in_half_precision(pipeline: tuple[Path, Any]) -> None:
-    """Sums beyond 65,504, as T5-XXL makes them, pass."""
-    module = graph.T5Encoder(quantize_t5(copy.deepcopy(pipeline[1].text_encoder_3)))
+    """Sums beyond 65,504, as in T5-XXL, do not overflow."""
+    module = modules.T5Encoder(quantize_t5(copy.deepcopy(pipeline[1].text_encoder_3)))
     for block in module.model.encoder.block:
         block.layer[1].DenseReluDense.wo.weight_scale.mul_(100_000)
     example = module.example(batch=1, tokens=9)

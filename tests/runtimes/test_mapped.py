@@ -1,4 +1,4 @@
-"""Pages of a mapped file leave memory, and what they hold does not change."""
+"""Pages of a mapped file are evicted from memory, and their content stays the same."""
 
 import mmap
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgeprune.runtimes import memory
-from edgeprune.runtimes.mapped import given_back
+from edgeprune.runtimes.mapped import evicting
 
 SIZE = 40_000_000
 
@@ -21,7 +21,7 @@ def test_pages_are_given_back_and_read_again(tmp_path: Path) -> None:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         before = bytes(mapped)
         full = memory.read()["file_bytes"].bytes
-        with given_back(path):
+        with evicting(path):
             pass
         assert full - memory.read()["file_bytes"].bytes > 0.8 * SIZE
         assert bytes(mapped) == before

@@ -1,4 +1,4 @@
-"""Memory rows: the same names everywhere, low-memory mode's peak, and that nothing is left after a thousand loads."""
+"""Memory rows: the same names everywhere, low-memory mode's peak, and no leak over a thousand loads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_memory_rows_say_how() -> None:
 
 
 def test_memory_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("psutil")  # imported here: it looks at the platform too
+    pytest.importorskip("psutil")  # imported before the patch: it checks the platform too
     monkeypatch.setattr(sys, "platform", "darwin")
     assert {"rss_bytes", "peak_rss_bytes"} <= set(memory.read())
 
@@ -47,7 +47,7 @@ def levels(resident: int, private: int, peak: int) -> dict[str, memory.Reading]:
 
 
 def split(monkeypatch: pytest.MonkeyPatch, *moments: dict[str, memory.Reading]) -> dict[str, memory.Reading]:
-    """A meter's rows: before, at the beginning and end of one opening, and then."""
+    """Return a meter's rows for readings before, at the beginning and end of an opening, and after it."""
     told = iter([*moments, moments[-1]])
     monkeypatch.setattr(memory, "read", lambda: next(told))
     meter = memory.Meter()
@@ -57,7 +57,7 @@ def split(monkeypatch: pytest.MonkeyPatch, *moments: dict[str, memory.Reading]) 
 
 
 def test_the_parts_add_up_to_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anonymous 10 -> 60 by opening, mapped 40 -> 70 by use, then a peak of 200."""
+    """Anonymous memory goes from 10 to 60 by opening, mapped from 40 to 70 by use; then comes a peak of 200."""
     before, opened, used = levels(50, 10, 50), levels(100, 60, 100), levels(140, 70, 200)
     rows = split(monkeypatch, before, before, opened, used)
     assert {name: rows[name].bytes for name in memory.SPLIT} == {
@@ -96,7 +96,7 @@ STAGE = 64_000_000
 
 
 def run(code: str, *arguments: Any) -> Any:
-    """What the code prints as JSON, from a process of its own."""
+    """Run code in a new process and return what it prints as JSON."""
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -153,9 +153,9 @@ print(json.dumps(held))
 def test_nothing_is_left_after_many_loads(
     tiny_folders: tuple[Path, Path], tmp_path: Path, runtime: str, loads: int, bound: int
 ) -> None:
-    """Over the second half memory grows by less than `bound` bytes per load, files and threads by none at all.
+    """Over the second half, memory grows by less than `bound` bytes per load; files and threads do not grow.
 
-    One load has 6 MB of weights. The bounds allow one step of the heap, which has been seen to grow by 16 MB and stay.
+    One load has 6 MB of weights. The bounds allow one growth of the heap; growth of 16 MB that stays was observed.
     """
     model = heavy.folder(tiny_folders[1], tmp_path / "model", 2_000_000)
     held = np.asarray(run(LEAK, model, loads, runtime))[loads // 2 :]
@@ -199,7 +199,7 @@ def test_the_torch_reference_takes_a_gpu_where_there_is_one(monkeypatch: pytest.
 
 
 def test_opening_the_torch_reference_imports_no_library(tiny_folders: tuple[Path, Path]) -> None:
-    """Else libraries would count as weights, and importing them as load time."""
+    """Otherwise libraries would count as weights, and importing them as load time."""
     code = f"""
 import sys
 from edgeprune import runtimes
@@ -239,7 +239,7 @@ HOLES = """if True:
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's")
 def test_freed_pieces_go_back() -> None:
-    """200 MB freed between small pieces that stay."""
+    """200 MB are freed between small allocations that stay."""
     freed = {
         how: int(subprocess.check_output([sys.executable, "-c", HOLES, how], text=True)) for how in ("returned", "kept")
     }
@@ -247,7 +247,7 @@ def test_freed_pieces_go_back() -> None:
 
 
 def test_large_pages_are_asked_for_unless_the_user_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    variable = "THP_MEM_ALLOC_ENABLE"  # of PyTorch; whether the system has such pages to give is its own affair
+    variable = "THP_MEM_ALLOC_ENABLE"  # PyTorch's; the system may or may not have such pages
     monkeypatch.setenv(variable, "0")
     heap.large_pages()
     assert os.environ[variable] == "0"

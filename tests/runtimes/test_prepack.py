@@ -1,4 +1,4 @@
-"""Prepacked weights on disk: the same results, made once, and made again when anything has changed."""
+"""Prepacked weights on disk: the same results; created once, and again after any change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHOICE = choose(["CPUExecutionProvider"])
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders that were made."""
+    """The models that were prepacked."""
     found: list[Path] = []
     real = prepack._make
 
@@ -91,7 +91,7 @@ def test_damage_is_repaired(model: Path, tmp_path: Path, made: list[Path], damag
         (entry / "entry.json").unlink()
     elif damage == "half an entry":
         (entry / "entry.json").write_text("{")
-    else:  # as it was written, as far as the entry knows
+    else:  # damaged, although the entry matches
         file.write_bytes(b"nothing")
         prepack.write_json(entry / "entry.json", prepack._stamps(entry))
     np.testing.assert_array_equal(network(model, cache)(input_ids=ids)["text_embeds"], expected)
@@ -100,14 +100,14 @@ def test_damage_is_repaired(model: Path, tmp_path: Path, made: list[Path], damag
 
 def test_a_making_that_fails_leaves_nothing(model: Path, tmp_path: Path) -> None:
     (model / "model.onnx").write_bytes(b"no model")
-    with pytest.raises(InputError, match=r"text_encoder/model\.onnx: found .*expected a whole ONNX model"):
+    with pytest.raises(InputError, match=r"text_encoder/model\.onnx: ONNX Runtime cannot open it: "):
         network(model, tmp_path / "cache")
     assert not (tmp_path / "cache").exists() or entries(tmp_path / "cache") == []
 
 
 def test_a_cache_that_cannot_be_written(model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cache_dir: .*file/cache: .*, expected a folder to write"):
+    with pytest.raises(InputError, match=r"cache_dir: .*file/cache: .*, expected a writable folder"):
         network(model, tmp_path / "file" / "cache")
 
 

@@ -1,4 +1,4 @@
-"""Execution providers: the order, the reason, and what is said of one that is not there or does not start."""
+"""Execution providers: the order, the reason, and messages for one that is absent or does not start."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def test_one_that_is_not_here(wanted: str) -> None:
 
 
 def test_one_that_does_not_start() -> None:
-    """A GPU build on a machine without a GPU: ONNX Runtime goes on with the CPU."""
+    """With a GPU build on a machine without a GPU, ONNX Runtime falls back to the CPU."""
     assert choose([CUDA, CPU]).started(CPU) == f"{CUDA} is installed but does not start here"
-    with pytest.raises(InputError, match=f"provider: found that {CUDA} does not start here"):
+    with pytest.raises(InputError, match=f"provider: {CUDA} does not start here"):
         choose([CUDA, CPU], "cuda").started(CPU)
 
 
@@ -56,7 +56,7 @@ def test_names_are_the_vendors() -> None:
 
 
 class FakeSession:
-    """Has no network; starts what `starts` names, else the CPU."""
+    """A session without a network; starts the providers in `starts`, else the CPU."""
 
     starts: tuple[str, ...] = (CUDA,)
     asked: list[list[str]] = []

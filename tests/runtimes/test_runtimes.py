@@ -1,4 +1,4 @@
-"""Runtimes: tokens as transformers', images as torch's, and errors that name the file."""
+"""Runtimes: the tokens of transformers, the images of torch, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_bad_options_are_named(options: dict[str, Any], named: str) -> None:
 
 
 def test_every_backend_has_the_whole_interface() -> None:
-    """Names and parameters of the Protocol, in the fake as in the real ones: one that lacks some is found here."""
+    """The fake and the real backends have the names and parameters of the Protocol."""
     from edgeprune.runtimes.eager import EagerBackend
     from edgeprune.runtimes.networks import NetworkBackend
 
@@ -98,13 +98,13 @@ def source(tiny_folders: tuple[Path, Path]) -> Path:
 
 @pytest.fixture
 def exported(tiny_folders: tuple[Path, Path]) -> Path:
-    """Its ONNX export, not quantised."""
+    """The folder's ONNX export, not quantised."""
     return tiny_folders[1]
 
 
 @pytest.fixture
 def copy(exported: Path, tmp_path: Path) -> Iterator[Path]:
-    """The export, to be damaged."""
+    """A copy of the export that a test may damage."""
     yield Path(shutil.copytree(exported, tmp_path / "copy"))
 
 
@@ -135,7 +135,7 @@ def test_tokens_equal_transformers(exported: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_same_seed_same_image_as_torch(source: Path, exported: Path) -> None:
-    """Same weights in float32: latents to 1e-4 of their size, pixels to 1 of 255."""
+    """With the same float32 weights, latents agree to 1e-4 of their size and pixels to 1 of 255."""
     with runtimes.load(exported, "ort") as ours, runtimes.load(source) as theirs:
         assert (ours.name, theirs.name) == ("ort", "eager")
         for mine, reference in zip(ours.backend.encode(PROMPTS), theirs.backend.encode(PROMPTS), strict=True):
@@ -156,7 +156,7 @@ def test_same_seed_same_image_as_torch(source: Path, exported: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_eager_equals_stock_diffusers(source: Path) -> None:
-    """Our loop, guidance and decoding against StableDiffusion3Pipeline itself, from the same noise."""
+    """Compare our loop, guidance and decoding with StableDiffusion3Pipeline itself, from the same noise."""
     import torch
 
     with runtimes.load(source) as model:
@@ -262,9 +262,9 @@ def test_refuses_to_be_imported_under_another_name() -> None:
 
 
 def test_an_option_that_a_runtime_does_not_have(source: Path, exported: Path) -> None:
-    with pytest.raises(InputError, match="eager: option low_memory: not known, expected one of dtype, threads"):
+    with pytest.raises(InputError, match="eager: option low_memory: unknown, expected one of dtype, threads"):
         runtimes.load(source, low_memory=True)
-    with pytest.raises(InputError, match="ort: option dtype: not known"):
+    with pytest.raises(InputError, match="ort: option dtype: unknown"):
         runtimes.load(exported, "ort", dtype="bf16")
 
 

@@ -1,4 +1,4 @@
-"""FlowMatchEuler against diffusers' scheduler, and its refusals."""
+"""FlowMatchEuler gives the values of diffusers' scheduler, and refuses unsupported configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Targets: every file reads, and a wrong one says what is wrong."""
+"""Every target file can be read, and the error of a wrong one names the fault."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_good_text() -> None:
         ('["int4", "float32"]', '"int4"', "dtypes: found 'int4', expected a list"),
         ("[64, 32]", '[64, "32"]', "int4_group_sizes: found '32', expected int"),
         ('runtimes = ["ort"]', "runtimes = [", "not TOML"),
-        ("[1, 2]", "[2, 1]", "batch: found [2, 1], expected the least and the largest"),
+        ("[1, 2]", "[2, 1]", "batch: found [2, 1], expected the smallest and the largest"),
     ],
 )
 def test_bad_text_says_where(old: str, new: str, says: str) -> None:

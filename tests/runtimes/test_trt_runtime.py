@@ -1,0 +1,189 @@
+"""The TensorRT runtime over a fake GPU (trt_fakes.py); a test compares the fakes' names with the vendors' own.
+
+Needs tensorrt-rtx-cu12 and cuda-bindings. What is never executed here: reading an engine, and running it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorrt_rtx
+from cuda.bindings import runtime as cuda_runtime
+from trt_fakes import FakeContext, FakeCuda, FakeEngine, fake_tensorrt
+
+from edgeprune import runtimes
+from edgeprune.common.errors import InputError
+from edgeprune.export import folder, modules, to_trt
+from edgeprune.runtimes import trt
+from edgeprune.runtimes.gpu import Gpu, nvml_process_bytes
+
+PARTS = ("transformer", "text_encoder", "text_encoder_2", "vae_decoder")
+
+
+@pytest.fixture
+def engines(tiny_folders: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A TensorRT export made from an ONNX export: an engine is a file with the path of the ONNX file."""
+    out = tmp_path / "engines"
+    shutil.copytree(tiny_folders[1], out, ignore=shutil.ignore_patterns("*.onnx*"))
+    for name in PARTS:
+        (out / name / "model.engine").write_text(str(tiny_folders[1] / name / "model.onnx"))
+    record = json.loads((out / folder.FILE).read_text())
+    builder = {"name": "tensorrt", "version": "10.3"}
+    (out / folder.FILE).write_text(json.dumps(record | {"target": "trt", "builder": builder}))
+    return out
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    monkeypatch.setattr(trt, "vendor", lambda name: fake_tensorrt(fake))
+    monkeypatch.setattr(trt, "open_gpu", lambda extra: Gpu(fake))
+    return fake
+
+
+def test_the_fakes_have_the_vendors_names() -> None:
+    def own(fake: type) -> set[str]:
+        return {n for n in vars(fake) if not n.startswith("_")}
+
+    assert {n for n in own(FakeCuda) if not hasattr(cuda_runtime, n)} == set()
+    assert own(FakeContext) - {"run"} <= set(dir(tensorrt_rtx.IExecutionContext))
+    assert own(FakeEngine) | {"num_io_tensors"} <= set(dir(tensorrt_rtx.ICudaEngine))
+    names = {*vars(fake_tensorrt(FakeCuda())), "CudaGraphStrategy"}
+    assert names <= set(dir(tensorrt_rtx)) | {"__name__", "__version__"}
+    assert hasattr(tensorrt_rtx.IRuntimeConfig, "cuda_graph_strategy")
+    assert tensorrt_rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE and tensorrt_rtx.ILogger.INTERNAL_ERROR
+
+
+@pytest.mark.parametrize("options", [{}, {"low_memory": True}, {"cuda_graph": True}])
+def test_the_same_latents_as_onnx_runtime(
+    engines: Path, tiny_folders: tuple[Path, Path], cuda: FakeCuda, options: dict[str, Any]
+) -> None:
+    with runtimes.load(tiny_folders[1]) as reference, runtimes.load(engines, **options) as ours:
+        assert (ours.name, ours.backend.provider) == ("trt", "" if options.get("low_memory") else "tensorrt")
+        for size in (64, 32):
+            expected = reference.generate_latents("two red circles", seed=3, height=size)
+            np.testing.assert_allclose(
+                ours.generate_latents("two red circles", seed=3, height=size), expected, atol=1e-4
+            )
+        assert ours.generate("two red circles")[0].size == (64, 64)
+        rows = ours.memory()
+        assert rows["activations_bytes"].bytes > 1000 and "peak_rss_bytes" in rows
+        sizes = {n: (engines / n / "model.engine").stat().st_size for n in PARTS}
+        largest = max(sizes["transformer"], sizes["text_encoder"] + sizes["text_encoder_2"], sizes["vae_decoder"])
+        weights = largest if options.get("low_memory") else sum(sizes.values())
+        assert rows["weights_bytes"].bytes == weights and "counted" in rows["peak_bytes"].how
+        # NVML reports nothing here, so the process's overhead is not included.
+        assert "runtime_overhead_bytes" not in rows
+        assert weights < rows["peak_bytes"].bytes <= weights + rows["activations_bytes"].bytes
+        assert (cuda.launches > 0) == bool(options.get("cuda_graph"))
+    assert not cuda.blocks and cuda.streams == 0
+    with pytest.raises(InputError, match="closed"):
+        ours.generate("x")
+
+
+def test_text_goes_to_the_device_once(engines: Path, cuda: FakeCuda) -> None:
+    with runtimes.load(engines) as model:
+        text, pooled = model.backend.encode(["two red circles"])
+        before = cuda.uploads
+        allocated = []
+        model.generate_latents(
+            "two red circles", guidance_scale=1, steps=5, progress=lambda *_: allocated.append(list(cuda.blocks))
+        )
+        # Token ids of two encoders; latents and timestep of five steps; text and pooled text once.
+        assert cuda.uploads - before == 2 + 5 * 2 + 2
+        assert all(a == allocated[0] for a in allocated)  # buffers stay where they are
+        latents, sigma = np.zeros((1, 8, 8, 8), np.float32), np.ones(1, np.float32)
+        first = model.step(latents, text, pooled, sigma)
+        text *= 2  # writeable: it may change between calls
+        assert np.abs(model.step(latents, text, pooled, sigma) - first).max() > 0
+
+
+def test_errors_are_one_line(engines: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    with runtimes.load(engines) as model:
+        with pytest.raises(
+            InputError, match=r"hidden_states: found the shape \(2, 8, 65, 8\), expected .* \(64, 8, 64, 64\)"
+        ):
+            model.generate("x", height=520)
+        network = model.backend._networks["transformer"]  # type: ignore[attr-defined]
+        network._context.fail = True
+        with pytest.raises(
+            InputError, match="transformer/model.engine: the engine failed: no reason given; inputs were"
+        ):
+            model.generate("x")
+        network._context.fail = False
+        cuda.memory = 100_000
+        with pytest.raises(
+            InputError,
+            match=r"cannot allocate .* bytes of GPU memory: CUDA: cudaMalloc failed: out of memory \(error 2\)",
+        ):
+            model.generate("x", height=128, width=128)
+        cuda.memory = 10**9
+        model.generate("x")  # it still works
+    (engines / "vae_decoder" / "model.engine").write_text("of another version")
+    with pytest.raises(
+        InputError,
+        match=r"tensorrt 10.3 cannot read this engine: a header of version 3; .* built by tensorrt 10.3; exp",
+    ):
+        runtimes.load(engines)
+    (engines / "vae_decoder" / "model.engine").write_text("")
+    with pytest.raises(InputError, match="no such file or an empty one, expected a TensorRT engine"):
+        runtimes.load(engines)
+    record = json.loads((engines / folder.FILE).read_text())
+    (engines / folder.FILE).write_text(json.dumps(record | {"builder": {"name": "nvcc"}}))
+    with pytest.raises(InputError, match="builder: found .*nvcc.*, expected the name tensorrt or tensorrt_rtx"):
+        runtimes.load(engines)
+
+
+def test_rtx_captures_by_itself(engines: Path, cuda: FakeCuda) -> None:
+    strategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+    vendor = fake_tensorrt(cuda, CudaGraphStrategy=strategy)
+    network = trt.TrtNetwork(engines / "vae_decoder" / "model.engine", vendor, Gpu(cuda), cuda_graph=True)
+    assert network._engine.config.cuda_graph_strategy == "whole"
+    network(latent_sample=np.zeros((1, 8, 4, 4)))
+    assert cuda.launches == 0
+    network.close()
+    network.close()
+
+
+def test_the_engine_is_compared_where_there_is_a_gpu(
+    engines: Path, tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import AutoencoderKL
+
+    cuda = FakeCuda()
+    monkeypatch.setattr(to_trt, "open_gpu", lambda extra: Gpu(cuda))
+    module = modules.VaeDecoder(AutoencoderKL.from_pretrained(tiny_folders[0] / "vae").float()).eval()
+    engine = engines / "vae_decoder" / "model.engine"
+    sizes = {"batch_size": (1, 1, 2), "latent_height": (4, 8, 8), "latent_width": (6, 8, 8)}
+    found = to_trt._engine_parity("vae_decoder", engine, module, sizes, fake_tensorrt(cuda), half=True)
+    assert found is not None and found["shapes"] == [{"latent_sample": [1, 8, 4, 6]}]
+    assert found["rms_relative"] < 1e-4 and not cuda.blocks
+
+
+def test_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert nvml_process_bytes() is None
+    import os
+
+    fake = SimpleNamespace(
+        NVMLError=OSError, nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetHandleByIndex=lambda i: i,
+        nvmlDeviceGetComputeRunningProcesses=lambda h: [
+            SimpleNamespace(pid=1, usedGpuMemory=1), SimpleNamespace(pid=os.getpid(), usedGpuMemory=5_000),
+        ],
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert nvml_process_bytes() == 5_000
+    assert Gpu(FakeCuda()).memory()["gpu_process_bytes"].bytes == 5_000
+
+    def fails() -> None:
+        raise OSError("driver not loaded")
+
+    fake.nvmlInit = fails
+    assert nvml_process_bytes() is None
