@@ -7,6 +7,7 @@ DEV_EXTRAS ?= $(EXTRAS),openvino,coreml,trt-rtx,dev
 DEMO ?= build/demo
 DEMO_FLAGS ?=
 BENCH_FLAGS ?= --quality 10
+START_FLAGS ?= --at-most 0.5
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
@@ -58,6 +59,7 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	@$(RUN) bench $(DEMO)/onnx --runtime ort $(BENCH_FLAGS) --json $(DEMO)/bench.json
+	@$(BIN)/python -m edgeprune.bench.start $(START_FLAGS)
 
 # Full-size models: an hour and a half, 70 GB of disk. Killed, it goes on.
 bench-full: $(DEV_STAMP)

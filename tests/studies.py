@@ -1,4 +1,4 @@
-"""Tiny studies, a server on a free port, and a rater without a browser: for the tests of `edgeprune.user_study`."""
+"""Tiny studies, a server on a free port, and raters without a browser: for the tests of `edgeprune.user_study`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from typing import Any
 
 from PIL import Image
 
+from edgeprune.user_study import design
+from edgeprune.user_study.design import trials
 from edgeprune.user_study.make import make
 from edgeprune.user_study.server import StudyServer
+from edgeprune.user_study.store import Store
 
 SCRIPT = "<script>document.title = 'owned'</script>"
 VARIANTS = ("original", "ours", "koala")
 
 
 def image_folders(root: Path, variants: tuple[str, ...] = VARIANTS, prompts: int = 4, size: int = 8) -> dict[str, Path]:
-    """Folders of one-coloured images, each of another colour, and `prompts.txt`, whose first prompt is a script."""
+    """Make folders of images, each of one colour of its own, and `prompts.txt`, whose first prompt is a script."""
     for v, name in enumerate(variants):
         (root / name).mkdir(parents=True)
         for p in range(prompts):
@@ -33,7 +36,7 @@ def image_folders(root: Path, variants: tuple[str, ...] = VARIANTS, prompts: int
 def tiny_study(
     root: Path, *, variants: tuple[str, ...] = VARIANTS, prompts: int = 4, size: int = 8, **more: Any
 ) -> Path:
-    """A study's folder."""
+    """Make a study and return its folder."""
     folders = image_folders(root / "images", variants, prompts, size)
     make(root / "study", folders, prompts=root / "images" / "prompts.txt", **more)
     return root / "study"
@@ -41,7 +44,7 @@ def tiny_study(
 
 @contextmanager
 def served(folder: Path, **more: Any) -> Iterator[StudyServer]:
-    """The study's server, running in a thread."""
+    """Run the study's server in a thread."""
     with StudyServer(folder, **more) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
@@ -55,7 +58,7 @@ def served(folder: Path, **more: Any) -> Iterator[StudyServer]:
 def request(
     server: StudyServer, method: str, path: str, data: Any = None, headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers in lower case, and body of one request; the path is sent as it is."""
+    """Send one request, its path unchanged; return status, headers in lower case, and body."""
     connection = HTTPConnection(*server.server_address[:2])
     body = None if data is None else data if isinstance(data, bytes) else json.dumps(data).encode()
     kind = {} if data is None else {"Content-Type": "application/json"}
@@ -68,19 +71,32 @@ def request(
 
 
 def get(server: StudyServer, path: str) -> Any:
-    """The JSON of an address that answers with 200."""
+    """Return the JSON of an address that answers with 200."""
     status, _, body = request(server, "GET", path)
     assert status == 200, (path, body)
     return json.loads(body)
 
 
 def post(server: StudyServer, path: str, data: Any) -> Any:
-    """The same for a POST."""
+    """Send a POST that answers with 200; return its JSON."""
     status, _, body = request(server, "POST", path, data)
     assert status == 200, (path, body)
     return json.loads(body)
 
 
 def join(server: StudyServer) -> str:
-    """A new rater's token."""
+    """Join as a new rater and return the token."""
     return str(post(server, "/api/raters", {})["rater"])
+
+
+def answer_all(folder: Path, raters: int, reply: Any) -> None:
+    """Let raters answer every trial by `reply(rater, trial)`: quality, alignment."""
+    study, store = design.read(folder), Store(folder)
+    store._connection.execute("PRAGMA synchronous = OFF")  # hundreds of waits for the disk
+    for number in range(raters):
+        rater = store.rater(store.join(lambda n: trials(study, n)))
+        assert rater is not None
+        for index, trial in enumerate(rater.trials):
+            quality, alignment = reply(number, trial)
+            store.answer(rater, index, quality, alignment, 2.0)
+    store.close()

@@ -1,9 +1,8 @@
-"""Measures one variant in this process and prints one JSON line, the last of stdout: `bench` runs one of these each.
+"""Measures one variant in this process and prints the figures as JSON on the last line; run.py starts one per variant.
 
     python -m edgeprune.bench.worker '{"folder": "out", "runtime": "ort", ...}'
 
-Memory is read before anything else than the measured work has run; quality images come last, so that they do not
-count. What it leaves out: ratios, scores, tables (see bench.py).
+The quality images come after the memory is read, so they affect no measurement.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from edgeprune.runtimes import memory
 from edgeprune.runtimes.base import Runtime, initial_latents
 
 IMAGES, IMAGES_S = 3, 20.0
-"""A full image is generated up to this often, as long as all together have taken less than this."""
+"""Generate a full image up to this many times, until together they have taken this many seconds."""
 BATCH = 16
 """Quality images per batch."""
 
@@ -63,7 +62,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
-    """Times of one denoising step, guidance's second half included, as `generate` runs it."""
+    """Time single denoising steps as `generate` runs them: with guidance, both halves of the batch."""
     wanted = model.settings.generation
     latents = initial_latents(model.settings, [0], wanted.height, wanted.width)
     guided = model.settings.family.guided(model.settings.config, wanted.guidance_scale)
@@ -93,7 +92,7 @@ def _images(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quality(model: Runtime, spec: dict[str, Any]) -> NDArray[np.uint8]:
-    """(P, H, W, 3), one image per prompt and seed."""
+    """Return one image per prompt and seed, (P, H, W, 3)."""
     images = []
     prompts, seeds = spec["prompts"], spec["seeds"]
     for i in range(0, len(prompts), BATCH):
@@ -103,7 +102,7 @@ def _quality(model: Runtime, spec: dict[str, Any]) -> NDArray[np.uint8]:
 
 
 def main() -> int:
-    """Command line: the spec as JSON in, the result or `{"error": ..., "kind": ...}` out."""
+    """Read the spec from the command line; print the result, or `{"error": ..., "kind": ...}`."""
     try:
         print(json.dumps(measure(json.loads(sys.argv[1]))), flush=True)
     except EdgepruneError as error:

@@ -1,1 +1,1 @@
-"""Several methods at one budget: grid.py runs them, page.py writes the table and the plot."""
+"""Several methods at one budget: `grid.py` says which, `run.py` runs them, `summary.py` sums up, `page.py` shows it."""

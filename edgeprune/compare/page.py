@@ -1,36 +1,39 @@
-"""A comparison as a table for people, as Markdown, and as a plot: SVG and PNG.
-
-What it leaves out: measuring (compare.py).
-"""
+"""Shows a comparison as a table, as Markdown, and as a plot in SVG and PNG."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from edgeprune.bench.measure import show
 from edgeprune.common.files import write_text
+from edgeprune.common.tables import interval_text, markdown_table, with_unit
 
 HEADINGS = (
     "row", "gone", "INT4 or half", "of bf16", "step", "score, 95 % interval", "relative drop", "lead of the reference",
 )  # fmt: skip
-# Okabe and Ito's palette, told apart by those who do not see red and green apart; shapes differ too.
+# Okabe and Ito's palette, which colour-blind readers can distinguish; the shapes differ too.
 _STYLES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P"))
 
 
 def cells(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A table's rows, the original first."""
-    whole = summary["original"]
+    """Return the table's rows under HEADINGS, the original first."""
+    original = summary["original"]
     out: list[tuple[str, ...]] = [
-        ("original", "", show("_bytes", whole["bytes"]), "1", "1", _interval(whole["score"]), "", "")
+        ("original", "", with_unit("_bytes", original["bytes"]), "1", "1", interval_text(original["score"]), "", "")
     ]
     for row in summary["rows"]:
         name = f"{row['name']} ({row['seeds']} seeds)" if row["seeds"] > 1 else row["name"]
-        drop = "{:.1%} [{:.1%}, {:.1%}]".format(*row["relative_drop"]) if row["relative_drop"] else ""
-        lead = "" if row["lead"] is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["lead"])
         out.append(
-            (name, _gone(row), show("_bytes", row["bytes"]), f"{row['bytes_ratio']:.3f}", f"{row['step_ratio']:.2f}")
-            + (_interval(row["score"]), drop, lead)
+            (
+                name,
+                _gone(row),
+                with_unit("_bytes", row["bytes"]),
+                f"{row['bytes_ratio']:.3f}",
+                f"{row['step_ratio']:.2f}",
+                interval_text(row["score"]),
+                interval_text(row["relative_drop"], ".1%") if row["relative_drop"] else "",
+                "" if row["lead"] is None else interval_text(row["lead"], "+.3f"),
+            )
         )
     return out
 
@@ -38,7 +41,7 @@ def cells(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 def _gone(row: dict[str, Any]) -> str:
     parts = []
     if row["blocks"] is None:
-        parts.append("other blocks for each seed")
+        parts.append("different blocks for each seed")
     elif row["blocks"]:
         parts.append("blocks " + ", ".join(map(str, row["blocks"])))
     if row["components"]:
@@ -48,18 +51,13 @@ def _gone(row: dict[str, Any]) -> str:
     return "; ".join(parts) or "nothing"
 
 
-def _interval(values: tuple[float, float, float]) -> str:
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*values)
-
-
 def markdown(summary: dict[str, Any]) -> str:
-    """The table."""
-    lines = [HEADINGS, ("---",) * len(HEADINGS), *cells(summary)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Return the table in Markdown."""
+    return markdown_table(HEADINGS, cells(summary))
 
 
 def write(summary: dict[str, Any], out: Path) -> list[Path]:
-    """`compare.md`, `compare.svg` and `compare.png`."""
+    """Write `compare.md`, `compare.svg` and `compare.png`; return their paths."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -83,7 +81,7 @@ def write(summary: dict[str, Any], out: Path) -> list[Path]:
                 [row[key] for row in rows], [v[0] for v in values], yerr=errors, fmt=marker, color=colour,
                 capsize=2, ms=5, lw=1, label=(group or "rows") if key == "bytes_ratio" else None,
             )  # fmt: skip
-        _name(axes, [(row[key], row["score"][0], row["name"]) for row in summary["rows"]])
+        _label_points(axes, [(row[key], row["score"][0], row["name"]) for row in summary["rows"]])
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     both[0].axvline(summary["budget"], color="0.5", lw=1, ls=":", label="budget")
@@ -97,8 +95,8 @@ def write(summary: dict[str, Any], out: Path) -> list[Path]:
     return [*paths, out / "compare.md"]
 
 
-def _name(axes: Any, points: list[tuple[float, float, str]]) -> None:
-    """Names beside points, pushed up where they would lie on each other."""
+def _label_points(axes: Any, points: list[tuple[float, float, str]]) -> None:
+    """Write names next to points, pushed up where they would overlap."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     line, room = (high - low) / 34, (right - left) / 5

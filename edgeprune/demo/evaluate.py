@@ -1,7 +1,7 @@
 """Scores a pipeline folder on shapes world's held-out prompts: python -m edgeprune.demo.evaluate [FOLDER].
 
-Per task and as a mean over tasks with a bootstrap 95 % interval over prompts. What it leaves out: comparing two
-models, which is `edgeprune score --against`.
+Prints the score of each task, and their mean with a bootstrap 95 % interval over prompts. To compare two models, use
+`edgeprune score --against`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgeprune.sampling.generation import Generation
 
 
 def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, Any]:
-    """Score on `per_task` held-out prompts of each task with `seeds` images each."""
+    """Return the scores on `per_task` held-out prompts of each task, with `seeds` images per prompt."""
     pipe = checkpoint.load(folder)
     chosen = shapes.evaluation_prompts(per_task)
     texts = [p.text for p in chosen]
@@ -40,11 +40,11 @@ def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, A
 
 
 def main() -> None:
-    """Command line; see the module's docstring."""
+    """Read the command line and print the scores as JSON."""
     parser = argparse.ArgumentParser(prog="python -m edgeprune.demo.evaluate", description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=checkpoint.BUILTIN)
-    parser.add_argument("--per-task", type=int, default=30)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("folder", type=Path, nargs="?", default=checkpoint.BUILTIN, help="default: the built-in model")
+    parser.add_argument("--per-task", type=int, default=30, help="held-out prompts of each task")
+    parser.add_argument("--seeds", type=int, default=4, help="images per prompt")
     args = parser.parse_args()
     print(json.dumps(evaluate(args.folder, per_task=args.per_task, seeds=args.seeds), indent=1))
 

@@ -1,11 +1,11 @@
-"""Trains the built-in teacher from nothing: VAE, then text encoders and MMDiT together.
+"""Trains the built-in teacher from scratch: the VAE, then text encoders and MMDiT together.
 
     python -m edgeprune.demo.train --work DIR [--out DIR]
 
-Three stages, each kept in DIR and skipped when done: `vae`, `latents` (rendered scenes, encoded once),
-`transformer`. A killed run goes on from its last checkpoint (every 250 steps). The learning rate is
-constant and falls to zero over the last half, so `--steps` may be changed at a resume before the fall.
-What it leaves out: several devices and mixed precision; this is for one laptop CPU.
+Three stages, each kept in DIR and skipped when done: `vae`, `latents` (rendered scenes, encoded once), `transformer`.
+An interrupted run resumes from its last checkpoint (every 250 steps). The learning rate is constant, then falls to zero
+over the second half, so you may change `--steps` when you resume before the fall. It trains on one laptop CPU, not on
+several devices.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,23 @@ from edgeprune.training.resume import Ema, fill, load_state, save_state, step_ge
 TOKENS = 16
 WIDTH, BLOCKS, HEADS, TEXT_WIDTH = 128, 14, 4, 64
 DROPPED_CAPTIONS = 0.1
-# Which thing goes where is settled at high noise. Of a logit-normal with mean 0.3, 3 % lies above 0.9; of this, 12 %.
+# The layout is decided at high noise. Of a logit-normal with mean 0.3, 3 % lies above 0.9; with this mean, 12 %.
 SIGMA_MEAN = 1.0
-# Stock diffusers appends 256 zero tokens where T5 is absent. Some late steps train with them, so that the
-# pipeline's defaults work; the others leave them out, which is four times as fast.
+# Stock diffusers appends 256 zero tokens where T5 is absent. Some late steps train with them, so that the pipeline's
+# defaults work; the other steps leave them out, which is four times as fast.
 ZERO_TOKENS, ZERO_TOKEN_STEPS = 256, 0.05
 GENERATION = {"num_inference_steps": 20, "guidance_scale": 2.0, "height": 64, "width": 64, "max_sequence_length": 0}
 
 
 class Progress:
-    """One printed line now and then: step, loss, speed, time left."""
+    """Prints a line every `every` steps: step, mean loss, speed, time left."""
 
     def __init__(self, name: str, start: int, total: int, every: int = 50) -> None:
         self.name, self.start, self.total, self.every, self.began = name, start, total, every, time.monotonic()
         self.losses: list[float] = []
 
     def __call__(self, step: int, loss: float) -> None:
-        """Note a step's loss; every so many a line is printed."""
+        """Note a step's loss, and print a line when it is due."""
         self.losses.append(loss)
         if step % self.every == 0 or step == self.total:
             speed = (time.monotonic() - self.began) / (step - self.start)
@@ -65,32 +66,36 @@ class Progress:
 
 
 def falling(step: int, total: int, peak: float, *, warmup: int = 100) -> float:
-    """Learning rate: linear warm-up, constant, linear to zero over the second half."""
+    """Return the learning rate: linear warm-up, constant, then linear to zero over the second half."""
     return peak * min(1.0, (step + 1) / warmup, max(0.0, (total - step) / (0.5 * total)))
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group this learning rate."""
+def descend(loss: torch.Tensor, module: torch.nn.Module, optimizer: torch.optim.Optimizer, *, rate: float) -> None:
+    """Take one optimizer step at this learning rate, with gradients clipped to norm 1."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
 
 
 # ------------------------------------------------------------------------------------------- data
 
 
 def scenes(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """Training scenes and plain captions: uint8 (count, 3, 64, 64)."""
+    """Return training scenes, uint8 (count, 3, 64, 64), and their plain captions."""
     images, captions = shapes.training_scenes(count, seed)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), captions
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 to float in -1..1."""
+    """Convert uint8 to float in -1..1."""
     return images.float() / 127.5 - 1
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the caption grammar is one token; the folder's own if it has one."""
+    """Return the folder's CLIP tokenizer; make it if needed, with one token for every word of the caption grammar."""
     if (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists():
         return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
     captions = [t.format(p.text) for p in shapes.prompts() for t in shapes.TEMPLATES]
@@ -108,8 +113,8 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     )
     raw.train_from_iterator(captions, trainer)
     model = json.loads(raw.to_str())["model"]
-    # In an order of our own: the trainer numbers characters differently from run to run. Byte-level CLIP needs each
-    # character alone and at a word's end.
+    # Sort the words: the trainer numbers characters differently from run to run. Byte-level CLIP needs each character
+    # alone and at a word's end.
     words = sorted(model["vocab"])
     words += [f"{c}</w>" for c in characters if f"{c}</w>" not in model["vocab"]]
     vocab = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
@@ -124,7 +129,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_vae() -> AutoencoderKL:
-    """Factor 8, 8 latent channels, 0.6 M parameters."""
+    """Return a VAE with factor 8, 8 latent channels and 0.6 M parameters."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -139,9 +144,9 @@ def make_vae() -> AutoencoderKL:
 
 
 def train_vae(work: Path, *, steps: int, seed: int, count: int) -> AutoencoderKL:
-    """L1 + L2 (ink counts five times) + 1e-5 KL; AdamW 2e-3, batch 16.
+    """Train the VAE unless that is done: L1 + L2 (ink counts five times) + 1e-5 KL; AdamW 2e-3, batch 16.
 
-    The latents' mean and spread go into the config.
+    The mean and the standard deviation of the latents go into the config.
     """
     torch.manual_seed(seed)
     vae = make_vae()
@@ -166,11 +171,7 @@ def train_vae(work: Path, *, steps: int, seed: int, count: int) -> AutoencoderKL
         weight = 1 + 4 * ((x - background).abs().amax(1, keepdim=True) > 0.1).float()
         error = recon - x
         loss = (weight * (error.abs() + error.square())).mean() + 1e-5 * posterior.kl().mean()
-        set_rate(optimizer, falling(step, steps, 2e-3))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, vae, optimizer, rate=falling(step, steps, 2e-3))
         step += 1
         progress(step, loss.item())
         if step % 250 == 0 or step == steps:
@@ -184,7 +185,7 @@ def train_vae(work: Path, *, steps: int, seed: int, count: int) -> AutoencoderKL
 
 
 def make_latents(work: Path, vae: AutoencoderKL, *, seed: int, count: int) -> tuple[torch.Tensor, list[str]]:
-    """Normalised latents of `count` training scenes, (count, 8, 8, 8), and their captions; computed once."""
+    """Return normalised latents of `count` training scenes, (count, 8, 8, 8), and their captions; computed once."""
     path, captions_path = work / "latents.safetensors", work / "captions.json"
     if not path.exists():
         images, captions = scenes(count, seed + 2)
@@ -202,7 +203,7 @@ def make_latents(work: Path, vae: AutoencoderKL, *, seed: int, count: int) -> tu
 
 
 def make_text_encoder(vocab: int, end: int) -> CLIPTextModelWithProjection:
-    """Three layers of width 64; diffusers reads the second last hidden state and the pooled output."""
+    """Return an encoder of three layers; diffusers reads its second last hidden state and its pooled output."""
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=vocab, hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, projection_dim=TEXT_WIDTH,
@@ -213,7 +214,7 @@ def make_text_encoder(vocab: int, end: int) -> CLIPTextModelWithProjection:
 
 
 def make_transformer() -> SD3Transformer2DModel:
-    """14 MMDiT blocks of width 128 over 8x8 latents: 64 image tokens."""
+    """Return 14 MMDiT blocks of width 128 over 8x8 latents: 64 image tokens."""
     return SD3Transformer2DModel(
         sample_size=8, patch_size=1, in_channels=8, out_channels=8, num_layers=BLOCKS,
         attention_head_dim=WIDTH // HEADS, num_attention_heads=HEADS, joint_attention_dim=2 * TEXT_WIDTH,
@@ -222,16 +223,52 @@ def make_transformer() -> SD3Transformer2DModel:
 
 
 def encode_text(encoders: list[Any], ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What StableDiffusion3Pipeline makes of token ids (B, M): hidden (B, M, 128) and pooled (B, 128)."""
+    """Encode token ids (B, M) like StableDiffusion3Pipeline: hidden (B, M, 128) and pooled (B, 128)."""
     outputs = [e(ids, output_hidden_states=True) for e in encoders]
     return torch.cat([o.hidden_states[-2] for o in outputs], -1), torch.cat([o[0] for o in outputs], -1)
 
 
 def load_weights(nets: torch.nn.ModuleDict, folder: Path) -> None:
-    """Fill transformer and text encoders from a finished pipeline of this recipe, to go on training it."""
+    """Load transformer and text encoders from a finished pipeline of this recipe, to train it further."""
     for name, net in nets.items():
         file = "diffusion_pytorch_model.safetensors" if name == "transformer" else "model.safetensors"
         net.load_state_dict({n: t.float() for n, t in load_file(folder / name / file).items()})
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Token ids of the training captions in every template."""
+
+    table: torch.Tensor
+    """(templates, different captions, M)."""
+    rows: torch.Tensor
+    """Each scene's index in the table, (count,)."""
+    empty: torch.Tensor
+    """Ids of the empty prompt, (M,)."""
+
+    @classmethod
+    def of(cls, captions: list[str], tokenizer: CLIPTokenizer) -> Captions:
+        """Tokenize the captions of all scenes."""
+
+        def ids_of(texts: list[str]) -> torch.Tensor:
+            encoded = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+            ids: torch.Tensor = encoded.input_ids
+            return ids
+
+        unique = sorted(set(captions))
+        row = {c: i for i, c in enumerate(unique)}
+        return cls(
+            table=torch.stack([ids_of([t.format(c) for c in unique]) for t in shapes.TEMPLATES]),
+            rows=torch.tensor([row[c] for c in captions]),
+            empty=ids_of([""])[0],
+        )
+
+    def draw(self, picked: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Return token ids (B, M) of these scenes in random templates; a tenth of them get the empty prompt."""
+        batch = len(picked)
+        template = torch.multinomial(torch.tensor([0.6, 0.2, 0.2]), batch, replacement=True, generator=generator)
+        dropped = torch.rand(batch, 1, generator=generator) < DROPPED_CAPTIONS
+        return torch.where(dropped, self.empty, self.table[template, self.rows[picked]])
 
 
 def train_transformer(
@@ -247,9 +284,14 @@ def train_transformer(
     compiled: bool = False,
     bf16: bool = False,
 ) -> StableDiffusion3Pipeline:
-    """Flow matching, velocity target, sigma logit-normal with mean 1; AdamW, EMA 0.999.
+    """Train transformer and text encoders: flow matching, velocity target, sigma logit-normal; AdamW, EMA 0.999.
 
-    `start` is a finished pipeline whose weights are taken instead of random ones.
+    Args:
+        latents: of the training scenes, (count, 8, 8, 8), with their `captions`.
+        peak: highest learning rate.
+        start: a finished pipeline to start from instead of random weights.
+        compiled: compile the transformer.
+        bf16: autocast the transformer.
     """
     tokenizer = make_tokenizer(work / "tokenizer")
     torch.manual_seed(seed + 3)
@@ -264,17 +306,7 @@ def train_transformer(
     usual = torch.compile(transformer) if compiled else transformer
     ema = Ema(dict(nets.named_parameters()), 0.999)
 
-    def ids_of(texts: list[str]) -> torch.Tensor:
-        encoded = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-        ids: torch.Tensor = encoded.input_ids
-        return ids
-
-    unique = sorted(set(captions))
-    table = torch.stack([ids_of([t.format(c) for c in unique]) for t in shapes.TEMPLATES])  # (templates, captions, M)
-    row = {c: i for i, c in enumerate(unique)}
-    rows = torch.tensor([row[c] for c in captions])
-    empty = ids_of([""])[0]
-
+    texts = Captions.of(captions, tokenizer)
     checkpoint, step = work / "transformer.safetensors", 0
     if checkpoint.exists():
         modules, meta = load_state(checkpoint, optimizer)
@@ -285,8 +317,7 @@ def train_transformer(
     while step < steps:
         g = step_generator(seed, step)
         picked = torch.randint(len(latents), (batch,), generator=g)
-        template = torch.multinomial(torch.tensor([0.6, 0.2, 0.2]), batch, replacement=True, generator=g)
-        ids = torch.where(torch.rand(batch, 1, generator=g) < DROPPED_CAPTIONS, empty, table[template, rows[picked]])
+        ids = texts.draw(picked, g)
         clean = latents[picked]
         noise = torch.randn(clean.shape, generator=g)
         sigma = torch.sigmoid(torch.randn(batch, generator=g) + SIGMA_MEAN)
@@ -294,15 +325,11 @@ def train_transformer(
         hidden, pooled = encode_text(encoders, ids)
         predict = usual
         if step > 0.8 * steps and torch.rand((), generator=g) < ZERO_TOKEN_STEPS:
-            hidden, predict = F.pad(hidden, (0, 0, 0, ZERO_TOKENS)), transformer  # compiled for one length only
+            hidden, predict = F.pad(hidden, (0, 0, 0, ZERO_TOKENS)), transformer  # compiled only for one length
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             velocity = predict(mixed, hidden, pooled, sigma * 1000, return_dict=False)[0]
         loss = F.mse_loss(velocity.float(), noise - clean)
-        set_rate(optimizer, falling(step, steps, peak))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, nets, optimizer, rate=falling(step, steps, peak))
         ema.update(step)
         step += 1
         progress(step, loss.item())
@@ -310,6 +337,16 @@ def train_transformer(
             save_state(checkpoint, {"nets": nets.state_dict(), "ema": ema.average}, optimizer, {"step": step})
     nets.load_state_dict(nets.state_dict() | ema.average)
     nets.eval()
+    return assemble(work, transformer, encoders, tokenizer)
+
+
+def assemble(
+    work: Path,
+    transformer: SD3Transformer2DModel,
+    encoders: list[CLIPTextModelWithProjection],
+    tokenizer: CLIPTokenizer,
+) -> StableDiffusion3Pipeline:
+    """Return a pipeline of the trained networks and the VAE in `work`."""
     return StableDiffusion3Pipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=AutoencoderKL.from_pretrained(work / "vae"),
@@ -319,11 +356,11 @@ def train_transformer(
 
 
 def save_pipeline(pipeline: StableDiffusion3Pipeline, out: Path, generation: dict[str, Any]) -> None:
-    """Write the finished pipeline, transformer and VAE in half precision, with how its images are made."""
+    """Write the finished pipeline, transformer and VAE in half precision, with its generation settings."""
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    # transformers loads in the precision of the file, diffusers in float32: half text encoders would not fit a
-    # float transformer in a plain `from_pretrained`, and they are small.
+    # transformers loads in the precision of the file, diffusers in float32: after a plain `from_pretrained`, text
+    # encoders in half precision would not match a float32 transformer. They are small, so they stay in float32.
     pipeline.transformer.half()
     pipeline.vae.half()
     pipeline.save_pretrained(temporary)
@@ -337,21 +374,23 @@ def save_pipeline(pipeline: StableDiffusion3Pipeline, out: Path, generation: dic
 
 
 def main() -> None:
-    """Command line; see the module's docstring."""
+    """Read the command line and train what is missing."""
     parser = argparse.ArgumentParser(prog="python -m edgeprune.demo.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path("build/teacher"), help="folder of checkpoints")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/teacher"), help="folder for the stages and their checkpoints"
+    )
     parser.add_argument("--out", type=Path, help="write the finished pipeline here, in half precision")
     parser.add_argument("--steps", type=int, default=7000, help="transformer steps")
-    parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--vae-steps", type=int, default=3000, help="VAE steps")
     parser.add_argument("--scenes", type=int, default=40_000, help="training scenes to render")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="a fifth faster; needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="compile: a fifth faster; needs a C++ compiler")
     parser.add_argument(
         "--bf16", action="store_true", help="autocast the transformer: a tenth faster where bf16 is native"
     )
-    parser.add_argument("--start", type=Path, help="finished pipeline to go on from: all of it")
+    parser.add_argument("--start", type=Path, help="finished pipeline to start from: VAE, tokenizer and weights")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for name in ("vae", "tokenizer"):

@@ -1,1 +1,1 @@
-"""Scripts that write a page of docs/: full_size, evidence, estimators, modulation."""
+"""Scripts that measure and write pages of docs/: full_size, evidence, estimators and modulation."""

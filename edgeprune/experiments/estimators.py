@@ -2,8 +2,8 @@
 
     python -m edgeprune.experiments.estimators -o build/analysis [--write docs/analysis.md]
 
-On the built-in model. Each estimator runs in a process of its own, so that its peak memory is its own. What was
-measured is kept in OUT/found.json, and a killed study goes on there. What it leaves out: images, distillation.
+Runs on the built-in model. Each estimator runs in its own process, so its peak memory is its own. OUT/found.json keeps
+the results, so an interrupted study resumes.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ from edgeprune.analysis.estimators.gates import Gates
 from edgeprune.analysis.estimators.reuse import Reuse
 from edgeprune.common.errors import EdgepruneError
 from edgeprune.common.files import read_json, write_json
+from edgeprune.common.tables import interval_text
+from edgeprune.experiments.pages import insert
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.plan import make_plan
 from edgeprune.stages import pipeline
 
 CAPTIONS = 7
-"""Training captions, one of each task; six states each."""
+"""Training captions, one per task; each gives six states."""
 FEW = 1
-"""Captions that pairs are scored on one by one."""
+"""Captions for scoring pairs one by one."""
 HELD_OUT = 14
 DRAWS = 1000
 BUDGETS = (0.79, 0.65)
-"""Shares of the parameters that plans may leave."""
+"""Shares of the parameters that plans may keep."""
 RUNS: dict[str, tuple[Any, dict[str, int], int, str]] = {
     "exhaustive": (Exhaustive, {}, CAPTIONS, "singles"),
     "reuse": (Reuse, {}, CAPTIONS, "singles"),
@@ -54,35 +56,40 @@ RUNS: dict[str, tuple[Any, dict[str, int], int, str]] = {
     "pairs: reuse": (Reuse, {}, FEW, "pairs"),
     "pairs: gates": (Gates, {"projections": 1}, CAPTIONS, "pairs"),
 }
-"""Estimator, its options, captions, and what is scored, by name."""
+"""By name: estimator, its options, number of captions, and what to score."""
 
 
 def prepared(out: Path, captions: list[str]) -> tuple[Any, VelocityError, torch.Tensor]:
-    """The folder, the metric on these captions, and the mean modulation input (D)."""
+    """Return the folder, the metric on these captions, and the mean modulation input (D)."""
     ws = pipeline.Workspace(out / "model", None)
     return ws, VelocityError(ws.pipe, ws.generation, captions), pipeline.modulation_mean(ws, captions)
 
 
 def captions(count: int, *, held_out: bool = False) -> list[str]:
-    """From every task in turn."""
+    """Return `count` captions, taking the tasks in turn."""
     per_task = -(-count // len(shapes.TASKS))
     texts = [p.text for p in shapes.evaluation_prompts(per_task, held_out=held_out)]
     return [texts[task * per_task + i] for i in range(per_task) for task in range(len(shapes.TASKS))][:count]
 
 
-def wanted(ws: Any, kind: str) -> list[Group]:
-    """What is scored: all single parts; joint removals; or both parts and pairs of what plans may remove."""
-    found = groups(ws.family, ws.config, joint=kind == "joint", pairs=kind == "pairs")
+def groups_to_score(ws: Any, kind: str) -> list[Group]:
+    """Return groups of parts to remove.
+
+    Args:
+        kind: `singles` for each part alone; `joint` for joint removals; `pairs` for single parts and pairs that plans
+            may remove.
+    """
+    candidates = groups(ws.family, ws.config, joint=kind == "joint", pairs=kind == "pairs")
     last = ws.family.block_count(ws.config) - 2
     return {
-        "singles": found,
-        "joint": [parts for parts in found if len(parts) > 1],
-        "pairs": [parts for parts in found if all(block < last for block, _ in parts)],
+        "singles": candidates,
+        "joint": [parts for parts in candidates if len(parts) > 1],
+        "pairs": [parts for parts in candidates if all(block < last for block, _ in parts)],
     }[kind]
 
 
-def one(out: Path, name: str) -> dict[str, Any]:
-    """One run: scores, seconds, memory above what was there before, and work in evaluations of the transformer."""
+def run_one(out: Path, name: str) -> dict[str, Any]:
+    """Return one run's scores, seconds, memory growth, and work in evaluations of the transformer."""
     kind, options, count, scored = RUNS[name]
     ws, metric, mean = prepared(out, captions(count))
     blocks, samples = ws.family.blocks(ws.pipe.transformer), [0]
@@ -93,12 +100,14 @@ def one(out: Path, name: str) -> dict[str, Any]:
 
     handles = [block.register_forward_hook(count_samples, with_kwargs=True) for block in blocks]
     before, began = psutil.Process().memory_info().rss, time.perf_counter()
-    scores = dict(estimator.estimate([(), *wanted(ws, scored)]))
+    scores = dict(estimator.estimate([(), *groups_to_score(ws, scored)]))
     seconds = time.perf_counter() - began
     for handle in handles:
         handle.remove()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    passes = 1 + options.get("projections", 0)  # a backward pass without gradients of weights costs about a forward one
+    passes = 1 + options.get(
+        "projections", 0
+    )  # a backward pass without weight gradients costs about as much as a forward pass
     return {
         "captions": metric.count,
         "scores": [[list(parts), values] for parts, values in scores.items()],
@@ -109,13 +118,13 @@ def one(out: Path, name: str) -> dict[str, Any]:
 
 
 def drops(run: dict[str, Any]) -> dict[Group, float]:
-    """Mean loss by group."""
+    """Return the mean loss by group."""
     return {tuple((b, c) for b, c in parts): -float(np.mean(s)) for parts, s in run["scores"] if parts}
 
 
-def agreement(exact: dict[Group, float], found: dict[Group, float], seed: int = 0) -> tuple[float, float, float]:
-    """Spearman's rank correlation with a bootstrap 95 % interval over groups."""
-    both = np.array([(exact[parts], found[parts]) for parts in exact if parts in found])
+def agreement(exact: dict[Group, float], estimate: dict[Group, float], seed: int = 0) -> tuple[float, float, float]:
+    """Return Spearman's rank correlation with a bootstrap 95 % interval over groups."""
+    both = np.array([(exact[parts], estimate[parts]) for parts in exact if parts in estimate])
     rng = np.random.default_rng(seed)
     values = [spearmanr(*both[rng.integers(0, len(both), len(both))].T)[0] for _ in range(DRAWS)]
     low, high = np.quantile(values, [0.025, 0.975])
@@ -123,46 +132,46 @@ def agreement(exact: dict[Group, float], found: dict[Group, float], seed: int = 
 
 
 class Study:
-    """What was found so far, and how to find the rest."""
+    """The results so far, and how to measure the rest."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.path = out, out / "found.json"
         out.mkdir(parents=True, exist_ok=True)
-        self.found: dict[str, Any] = read_json(self.path) if self.path.is_file() else {}
+        self.results: dict[str, Any] = read_json(self.path) if self.path.is_file() else {}
 
     def once(self, key: str, measure: Callable[[], Any]) -> None:
-        """Measure unless that is done."""
-        if key not in self.found:
-            self.found[key] = measure()
-            write_json(self.path, self.found)
+        """Measure `key` unless that is done."""
+        if key not in self.results:
+            self.results[key] = measure()
+            write_json(self.path, self.results)
             print(f"{key}: done", flush=True)
 
     def run(self) -> None:
-        """Everything that is not known yet."""
+        """Measure everything that is not known yet."""
         for name in RUNS:
             self.once(name, lambda name=name: self.apart(name))  # type: ignore[misc]
         self.once("plans", self.plans)
 
     def apart(self, name: str) -> dict[str, Any]:
-        """`one` in a process of its own."""
+        """Return `run_one` of a new process."""
         command = [sys.executable, "-m", "edgeprune.experiments.estimators", "-o", str(self.out), "--one", name]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return found
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return result
 
     def report(self, ws: Any, *names: str) -> ContributionReport:
-        """A report of these runs together."""
-        runs = [self.found[name] for name in names]
+        """Return one report that holds the scores of these runs."""
+        runs = [self.results[name] for name in names]
         scores = {tuple((b, c) for b, c in parts): values for run in runs for parts, values in run["scores"] if parts}
         count = runs[0]["captions"]
-        config = fingerprint(ws.config)
         return ContributionReport(
-            config, ws.family.name, ws.family.block_count(ws.config), "velocity", captions(count), [0.0] * count, scores
-        )
+            fingerprint=fingerprint(ws.config), family=ws.family.name, num_blocks=ws.family.block_count(ws.config),
+            metric="velocity", prompts=captions(count), untouched=[0.0] * count, scores=scores,
+        )  # fmt: skip
 
     def plans(self) -> list[dict[str, Any]]:
-        """Velocity error on held-out captions of every method's plan under every budget."""
-        ws, metric, mean = prepared(self.out, captions(CAPTIONS))
+        """Return the velocity error on held-out captions of every method's plan at every budget."""
+        ws, _, mean = prepared(self.out, captions(CAPTIONS))
         held_out = VelocityError(ws.pipe, ws.generation, captions(HELD_OUT, held_out=True))
         model = ws.pipe.transformer
 
@@ -181,8 +190,8 @@ class Study:
                 row: dict[str, Any] = {"keep": keep, "method": name}
                 try:
                     plan = make_plan(
-                        ws.family, ws.config, report, method=method, keep=keep, protect_first=0, threshold=0.0
-                        if method == "hybrid" else 0.15,
+                        ws.family, ws.config, report, method=method, keep=keep, protect_first=0,
+                        threshold=0.0 if method == "hybrid" else 0.15,
                     )  # fmt: skip
                 except EdgepruneError as error:
                     out.append(row | {"failed": str(error)})
@@ -193,51 +202,53 @@ class Study:
                 interval = 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5
                 row |= {"blocks": len(plan.blocks), "components": len(plan.components), "error": float(np.mean(values))}
                 row |= {"interval": interval, "int4_bytes": plan.after.int4_bytes, "parameters": plan.after.parameters}
-                out.append(row | {"parts": [str(Contribution((part,), 0.0, None)) for part in plan.keys]})
+                out.append(
+                    row | {"parts": [str(Contribution(parts=(part,), drop=0.0, half_width=None)) for part in plan.keys]}
+                )
                 print(row, flush=True)
         return out
 
 
-def tables(found: dict[str, Any]) -> str:
-    """Everything that docs/analysis.md has between its marks, in Markdown."""
-    exact = drops(found["exhaustive"])
-    joint = drops(found["joint: reuse"])
+def tables(results: dict[str, Any]) -> str:
+    """Return the tables between the marks of docs/analysis.md."""
+    exact = drops(results["exhaustive"])
+    joint = drops(results["joint: reuse"])
     lines = [
         "| estimator | evaluations | less | seconds | memory | Spearman, all parts | whole blocks | components |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, (_, _, _, scored) in RUNS.items():
         if scored == "singles":
-            run, got = found[name], drops(found[name])
+            run, got = results[name], drops(results[name])
             kinds = (exact, *({k: v for k, v in exact.items() if (k[0][1] is None) is w} for w in (True, False)))
-            cells = [_interval(agreement(kind, got)) for kind in kinds] if name != "exhaustive" else ["", "", ""]
-            less = found["exhaustive"]["evaluations"] / run["evaluations"]
+            cells = [interval_text(agreement(kind, got)) for kind in kinds] if name != "exhaustive" else ["", "", ""]
+            less = results["exhaustive"]["evaluations"] / run["evaluations"]
             lines.append(
                 f"| {name} | {run['evaluations']:,.0f} | {less:.1f}x | {run['seconds']:.0f} | "
                 f"{run['peak_over_before_bytes'] / 1e6:.0f} MB | {' | '.join(cells)} |"
             )
     lines += [
         "",
-        f"Joint removals, `gates` against `reuse`: {_interval(agreement(joint, drops(found['joint: gates'])))}",
+        f"Joint removals, `gates` against `reuse`: {interval_text(agreement(joint, drops(results['joint: gates'])))}",
     ]
-    exact_pairs: dict[Group, float] = {k: v for k, v in drops(found["pairs: reuse"]).items() if len(k) == 2}
-    pairs = _interval(agreement(exact_pairs, drops(found["pairs: gates"])))
+    exact_pairs: dict[Group, float] = {k: v for k, v in drops(results["pairs: reuse"]).items() if len(k) == 2}
+    pairs = interval_text(agreement(exact_pairs, drops(results["pairs: gates"])))
     lines[-1] += f"; {len(exact_pairs):,} pairs: {pairs}."
     lines += ["", "| kept | method | gone | INT4 | velocity error, held out | scored | seconds |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-    for row in found["plans"]:
+    for row in results["plans"]:
         if "failed" in row:
             lines.append(f"| {row['keep']} | {row['method']} | {row['failed']} | | | | |")
             continue
         lines.append(
-            f"| {row['parameters'] / _whole():.3f} | {row['method']} | {row['blocks']} blocks, "
+            f"| {row['parameters'] / _original_parameters():.3f} | {row['method']} | {row['blocks']} blocks, "
             f"{row['components']} components | {row['int4_bytes'] / 1e6:.2f} MB | "
             f"{row['error']:.3f} ± {row['interval']:.3f} | {row['scored']} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _whole() -> float:
+def _original_parameters() -> float:
     from edgeprune.artefact import checkpoint
     from edgeprune.quantization.precision import footprint
 
@@ -245,32 +256,21 @@ def _whole() -> float:
     return footprint(family, family.tensor_shapes(config)).parameters
 
 
-def _interval(values: tuple[float, float, float]) -> str:
-    return f"{values[0]:.3f} [{values[1]:.3f}, {values[2]:.3f}]"
-
-
-def write(page: Path, text: str) -> None:
-    """Put the tables between the page's marks."""
-    begin, end = "<!-- measured -->\n", "<!-- end -->"
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    page.write_text(f"{before}{begin}{text}{end}{rest.partition(end)[2]}", encoding="utf-8")
-
-
 def main() -> None:
-    """Command line; see the module's docstring."""
+    """Read the command line; measure one run, or run the study and print its tables."""
     parser = argparse.ArgumentParser(prog="python -m edgeprune.experiments.estimators", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, default=Path("build/analysis"))
-    parser.add_argument("--one", choices=RUNS, help="one run, as JSON on the last line")
-    parser.add_argument("--write", type=Path, help="a page whose tables are written again")
+    parser.add_argument("--one", choices=RUNS, help="measure only this run; prints JSON on the last line")
+    parser.add_argument("--write", type=Path, help="a page whose tables to replace")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(one(args.out, args.one)))
+        print(json.dumps(run_one(args.out, args.one)))
         return
     study = Study(args.out)
     study.run()
-    text = tables(study.found)
+    text = tables(study.results)
     if args.write:
-        write(args.write, text)
+        insert(args.write, text.rstrip("\n"))
     print(text)
 
 

@@ -1,7 +1,7 @@
 """Reproduces docs/evidence.md: python -m edgeprune.experiments.evidence --out build/compare --write docs/evidence.md
 
-Runs the two grids of the built-in model (`edgeprune compare`), copies their plots beside the page and their tables and
-the time they took into it. Killed, it goes on. What it leaves out: other models.
+Runs the two grids of the built-in model (`edgeprune compare`), writes their tables and run times into the page, and
+copies their plots next to it. An interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import typer
 
-from edgeprune.compare import page as compare_page
-from edgeprune.compare.grid import Grid, compare, grid_named, held_out_prompts
+from edgeprune.compare import page
+from edgeprune.compare.grid import Grid, grid_named
+from edgeprune.compare.run import compare, held_out_prompts
 from edgeprune.experiments.pages import insert
 from edgeprune.stages.pipeline import Workspace, preset
 
@@ -36,10 +37,10 @@ def main(out: Path = Path("build/compare"), write: Path | None = None, per_task:
         prompts = held_out_prompts(builtin=True, prompts=None, per_task=per_task)
         print(name, flush=True)
         summary = compare(Workspace(out / "original", None), grid, "shapes", prompts, folder, _show)
-        compare_page.write(summary, folder)
+        page.write(summary, folder)
         minutes = summary["seconds"] / 60
-        said = f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, {minutes:.0f} minutes."
-        text = f"{compare_page.markdown(summary)}\n\n{said}"
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, {minutes:.0f} minutes."
+        text = f"{page.markdown(summary)}\n\n{machine}"
         print(text)
         if write is not None:
             insert(write, text, name)

@@ -1,12 +1,12 @@
-"""The full-size table: every stage on models of 2 to 12 G parameters with random weights, timed, its peak memory read.
+"""Measures time and peak memory of every stage on models of 2 to 12 G parameters with random weights.
 
-    python -m edgeprune.experiments.full_size -o build/full-size
+    python -m edgeprune.experiments.full_size --out build/full-size
 
-Each stage is a process of its own (the command a user would type). Its peak memory is the kernel's (ru_maxrss), or,
-where it starts others and that is more, the most that was seen of all together. Results are kept in OUT/results.json
-row by row, so that a killed run goes on; `--write FILE` puts the table between the marks of a page. Takes an hour and a
-half on two cores, 70 GB of disk and 20 GB of memory. What it leaves out: image quality, which random weights do not
-have.
+Each stage is a process of its own, with the command that a user would type. Its peak memory is the kernel's
+(ru_maxrss); if it starts other processes, the largest sum sampled over all of them counts where that is more.
+OUT/results.json keeps the results row by row, so an interrupted run resumes; `--write FILE` puts the table between the
+marks of a page. Takes an hour and a half on two cores, 70 GB of disk and 20 GB of memory. Random weights say nothing
+about image quality, so it is not measured.
 """
 
 from __future__ import annotations
@@ -29,22 +29,24 @@ import psutil
 import typer
 
 from edgeprune.artefact.synth import architectures
-from edgeprune.bench import measure as bench
+from edgeprune.bench.run import Variant
+from edgeprune.bench.run import run as run_bench
 from edgeprune.common.files import read_json, write_json
+from edgeprune.common.tables import markdown_table
 from edgeprune.experiments.pages import insert
 from edgeprune.export.folder import FILE as EXPORT
 
 BLOCKS = "25-28,31-34"
 """The eight blocks that the published plan removes from SD3.5 Large Turbo."""
 MORE_BLOCKS = "8-28"
-"""Twenty-one blocks, for what a step of the seventeen others takes; what they draw is another matter."""
+"""Twenty-one blocks, to time a step of the other seventeen; such a model would hardly draw well."""
 _ISA = "ONEDNN_MAX_CPU_ISA"
 _EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one process, and those that it started, took."""
+    """Time and memory of one process and those that it started."""
 
     seconds: float
     peak_bytes: int
@@ -54,52 +56,56 @@ def run(*arguments: str) -> Stage:
     """Run `edgeprune …` in a process of its own.
 
     Raises:
-        SystemExit: it failed; its own message is on the screen.
+        SystemExit: the command failed; it has printed its own message.
     """
     print("$ edgeprune", *arguments, flush=True)
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "edgeprune.cli", *arguments])
-    with together(process.pid) as seen:
+    with memory_samples(process.pid) as samples:
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - began
     if code := os.waitstatus_to_exitcode(status):
         raise SystemExit(f"edgeprune {arguments[0]} ended with {code}")
-    return Stage(seconds, max(*seen, usage.ru_maxrss * 1024))
+    return Stage(seconds, max(*samples, usage.ru_maxrss * 1024))
 
 
 @contextlib.contextmanager
-def together(pid: int) -> Iterator[list[int]]:
-    """Once a second, the bytes in memory of a process and of those that it has started; what they share counts for
-    each.
-    """
-    seen, end = [0], threading.Event()
+def memory_samples(pid: int) -> Iterator[list[int]]:
+    """Sample `resident_bytes` of a process once a second into a list that grows until the block ends."""
+    samples, end = [0], threading.Event()
 
     def watch() -> None:
         while not end.wait(_EVERY_S):
-            seen.append(resident(pid))
+            samples.append(resident_bytes(pid))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield seen
+        yield samples
     finally:
         end.set()
         watcher.join()
 
 
-def resident(pid: int) -> int:
-    """As `together`, now; 0 if it has ended."""
+def resident_bytes(pid: int) -> int:
+    """Return the bytes in memory of a process and all that it started; 0 if it has ended.
+
+    Memory that processes share counts once for each.
+    """
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         for each in (process, *process.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):  # ended since it was listed
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended after it was listed
                 total += each.memory_info().rss
     return total
 
 
+resident = resident_bytes  # TEMP alias
+
+
 class Table:
-    """Rows as they are measured, kept on disk."""
+    """The measured rows, kept on disk."""
 
     def __init__(self, out: Path) -> None:
         self.out, self._path = out, out / "results.json"
@@ -107,22 +113,22 @@ class Table:
         self.rows: dict[str, dict[str, Any]] = read_json(self._path) if self._path.is_file() else {}
 
     def stage(self, name: str, *arguments: str, file: str | None = None) -> None:
-        """Measure a command, unless that is done; `file` is what it wrote, whose bytes are noted."""
+        """Measure a command unless that is done; also note the bytes of `file`, which it wrote."""
         if name in self.rows:
             return
-        found = run(*arguments)
-        row: dict[str, Any] = {"seconds": round(found.seconds, 1), "peak_bytes": found.peak_bytes}
+        stage = run(*arguments)
+        row: dict[str, Any] = {"seconds": round(stage.seconds, 1), "peak_bytes": stage.peak_bytes}
         if file is not None:
             row["file_bytes"] = sum(p.stat().st_size for p in _files(Path(file)))
         self.note(name, row)
 
-    def say(self, name: str, text: Callable[[], str]) -> None:
-        """Add what else is to be known of a row, unless that is done."""
+    def remark(self, name: str, text: Callable[[], str]) -> None:
+        """Add a remark to a row unless it has one."""
         if "said" not in self.rows[name]:
             self.note(name, self.rows[name] | {"said": text()})
 
     def note(self, name: str, row: dict[str, Any]) -> None:
-        """Keep a row."""
+        """Keep a row on disk and print it."""
         self.rows[name] = row
         write_json(self._path, self.rows)
         print(json.dumps({name: row}), flush=True)
@@ -135,15 +141,15 @@ def _files(path: Path) -> list[Path]:
 def _build(engines: Path) -> str:
     built = read_json(engines / EXPORT)["networks"]["transformer"]
     share = built["engine_bytes"] / built["onnx_weight_bytes"]
-    return f"{built['build_s']:.0f} s of it the build; the engine has {share:.3f} of the bytes of its weights"
+    return f"{built['build_s']:.0f} s of that is the build; the engine has {share:.3f} times the bytes of its weights"
 
 
 def compressed(table: Table, label: str, source: Path, *options: str) -> Path:
-    """Prune and quantise a model; returns the artefact."""
+    """Prune and quantise a model; return the artefact."""
     artefact = table.out / label
     table.stage(f"{label}: prune and INT4", "compress", str(source), "-o", str(artefact), "--steps", "0", *options)
     for shard in (artefact / "transformer").glob("*.safetensors"):
-        shard.unlink()  # what is in half precision is not read again
+        shard.unlink()  # nothing reads the half-precision weights again
     return artefact
 
 
@@ -157,14 +163,14 @@ def onnx(table: Table, artefact: Path) -> None:
 
 
 def remove(table: Table, *labels: str) -> None:
-    """Make room: all that was made under these names, and nothing under longer ones."""
+    """Free disk space: delete the folders of exactly these names and their exports."""
     for label in labels:
         for suffix in ("", "-onnx", "-openvino", "-prepared", "-trt", "-coreml"):
             shutil.rmtree(table.out / f"{label}{suffix}", ignore_errors=True)
 
 
 def plans(table: Table) -> None:
-    """A plan from each config alone."""
+    """Measure a plan from each config alone."""
     for name, config in architectures().items():
         path = table.out / f"{name}.json"
         write_json(path, config)
@@ -172,7 +178,7 @@ def plans(table: Table) -> None:
 
 
 def steps(table: Table, source: Path, label: str, *, ort: bool) -> None:
-    """One denoising step in the CPU runtimes beside the original in bf16, in one run; ONNX Runtime if wanted."""
+    """Measure one denoising step in OpenVINO, with `ort` also in ONNX Runtime, against the original in bf16."""
     name = f"{label}: one step"
     if name in table.rows:
         return
@@ -189,17 +195,17 @@ def steps(table: Table, source: Path, label: str, *, ort: bool) -> None:
             "-o", f"{folder}-image.png", file=str(prepared),
         )  # fmt: skip
     variants = [
-        bench.Variant("original, torch bf16", source, "eager", "bf16"),
-        bench.Variant("OpenVINO", ir, "openvino", options={"low_memory": True}),
-        bench.Variant(
+        Variant("original, torch bf16", source, "eager", "bf16"),
+        Variant("OpenVINO", ir, "openvino", options={"low_memory": True}),
+        Variant(
             "OpenVINO, dynamic quantisation", ir, "openvino",
             options={"low_memory": True, "dynamic_quantization": True},
         ),
     ]  # fmt: skip
     if ort:
         variants += [
-            bench.Variant("ONNX Runtime", exported, "ort", options={"low_memory": True}),
-            bench.Variant(
+            Variant("ONNX Runtime", exported, "ort", options={"low_memory": True}),
+            Variant(
                 "ONNX Runtime, weights prepared",
                 exported,
                 "ort",
@@ -210,16 +216,16 @@ def steps(table: Table, source: Path, label: str, *, ort: bool) -> None:
 
 
 def without_bf16(table: Table, source: Path, label: str) -> None:
-    """A step as on the many processors that have int8 dot products and no bf16: oneDNN is held to those instructions.
+    """Measure a step as on processors that have int8 dot products but no bf16, by restricting oneDNN's instructions.
 
-    OpenVINO does not heed that variable, so it opens the ONNX folder, which it computes in float32 and int8.
+    OpenVINO ignores that variable, so it gets the ONNX folder, which it computes in float32 and int8.
     """
     name = f"{label}: one step without the processor's bf16"
     if name in table.rows:
         return
     variants = [
-        bench.Variant("original, torch bf16", source, "eager", "bf16"),
-        bench.Variant(
+        Variant("original, torch bf16", source, "eager", "bf16"),
+        Variant(
             "OpenVINO, dynamic quantisation, float32", table.out / f"{label}-onnx", "openvino",
             options={"low_memory": True, "dynamic_quantization": True},
         ),
@@ -231,15 +237,15 @@ def without_bf16(table: Table, source: Path, label: str) -> None:
         del os.environ[_ISA]
 
 
-def measured(variants: list[bench.Variant], *, repeats: int) -> dict[str, dict[str, Any]]:
-    """Rows of one bench by variant."""
-    result = bench.run(variants, repeats=repeats, warmup=0, steps=1, progress=print)
+def measured(variants: list[Variant], *, repeats: int) -> dict[str, dict[str, Any]]:
+    """Run a bench and return its figures by variant."""
+    result = run_bench(variants, repeats=repeats, warmup=0, steps=1, progress=print)
     keys = ("load_s", "first_step_s", "step_p50_s", "peak_bytes", "anon_bytes", "file_bytes")
     return {v.name: {key: v.values[key] for key in keys} for v in result.variants}
 
 
 def sd35_large(table: Table) -> None:
-    """SD3.5 Large: less eight blocks, with projected modulation, both in INT4 groups of 128, and far fewer blocks."""
+    """Measure SD3.5 Large less 8 blocks, with projected modulation, with both in INT4 groups of 128, less 21 blocks."""
     source = table.out / "sd3.5-large"
     table.stage("sd3.5-large: synth", "synth", "sd3.5-large", "-o", str(source))
     artefact = compressed(table, "large-8", source, "--blocks", BLOCKS)
@@ -249,7 +255,7 @@ def sd35_large(table: Table) -> None:
         "large-8: TensorRT-RTX", "export", str(artefact), "--target", "trt", "--device", "rtx",
         "-o", f"{artefact}-trt", file=f"{artefact}-trt/transformer",
     )  # fmt: skip
-    table.say("large-8: TensorRT-RTX", lambda: _build(Path(f"{artefact}-trt")))
+    table.remark("large-8: TensorRT-RTX", lambda: _build(Path(f"{artefact}-trt")))
     table.stage(
         "large-8: Core ML", "export", str(artefact), "--target", "coreml", "--device", "iphone-15-pro",
         "-o", f"{artefact}-coreml", file=f"{artefact}-coreml/transformer",
@@ -268,7 +274,7 @@ def sd35_large(table: Table) -> None:
 
 
 def flux_schnell(table: Table) -> None:
-    """FLUX.1 schnell, INT4 alone."""
+    """Measure FLUX.1 schnell with INT4 alone."""
     source = table.out / "flux.1-schnell"
     table.stage("flux.1-schnell: synth", "synth", "flux.1-schnell", "-o", str(source))
     onnx(table, compressed(table, "flux", source, "--method", "manual"))
@@ -283,35 +289,44 @@ PARTS: dict[str, Callable[[Table], None]] = {
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
-    """The table of a page."""
-    lines = [
-        f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}",
-        "",
-        "| what | time | peak memory | file |",
-        "| --- | --- | --- | --- |",
-    ]
-    single = {name: row for name, row in rows.items() if "seconds" in row}
-    for name, row in single.items():
+    """Return the tables of the page."""
+    stages = {name: row for name, row in rows.items() if "seconds" in row}
+    lines = []
+    for name, row in stages.items():
         size = f"{row['file_bytes'] / 1e9:.2f} GB" if "file_bytes" in row else ""
-        name = f"{name} ({row['said']})" if "said" in row else name
-        lines.append(f"| {name} | {row['seconds']:.4g} s | {row['peak_bytes'] / 1e9:.2f} GB | {size} |")
+        label = f"{name} ({row['said']})" if "said" in row else name
+        lines.append((label, f"{row['seconds']:.4g} s", f"{row['peak_bytes'] / 1e9:.2f} GB", size))
+    parts = [
+        f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}",
+        markdown_table(("what", "time", "peak memory", "file"), lines),
+    ]
     for name, row in rows.items():
-        if name in single:
-            continue
-        first = next(iter(row.values()))
-        lines += ["", f"{name}:", "", "| runtime | step | against the original | load | peak | against |"]
-        lines.append("| --- | --- | --- | --- | --- | --- |")
-        for runtime, values in row.items():
-            faster, smaller = first["step_p50_s"] / values["step_p50_s"], values["peak_bytes"] / first["peak_bytes"]
-            lines.append(
-                f"| {runtime} | {values['step_p50_s']:.1f} s | {faster:.2f} times faster | {values['load_s']:.0f} s "
-                f"| {values['peak_bytes'] / 1e9:.2f} GB | {smaller:.3f} |"
+        if name not in stages:
+            parts += [f"{name}:", _bench_table(row)]
+    return "\n\n".join(parts)
+
+
+def _bench_table(row: dict[str, Any]) -> str:
+    """Return the figures of one bench by runtime, against the first."""
+    first = next(iter(row.values()))
+    lines = []
+    for runtime, values in row.items():
+        faster, smaller = first["step_p50_s"] / values["step_p50_s"], values["peak_bytes"] / first["peak_bytes"]
+        lines.append(
+            (
+                runtime,
+                f"{values['step_p50_s']:.1f} s",
+                f"{faster:.2f} times faster",
+                f"{values['load_s']:.0f} s",
+                f"{values['peak_bytes'] / 1e9:.2f} GB",
+                f"{smaller:.3f}",
             )
-    return "\n".join(lines)
+        )
+    return markdown_table(("runtime", "step", "against the original", "load", "peak", "against"), lines)
 
 
 def main(out: Path = Path("build/full-size"), only: str | None = None, write: Path | None = None) -> None:
-    """Measure what is not yet measured, and print the table."""
+    """Measure what is missing, print the table, and write it into a page if one is given."""
     table = Table(out)
     chosen: Sequence[str] = [only] if only else list(PARTS)
     for name in chosen:

@@ -1,4 +1,4 @@
-"""Puts what was measured between the marks of a page of docs/. What it leaves out: everything else on the page."""
+"""Writes measured tables between the marks of a page of docs/ and leaves the rest of the page as it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ MARKS = "<!-- {} -->", "<!-- end -->"
 
 
 def insert(page: Path, text: str, name: str = "measured") -> None:
-    """Replace what is between `<!-- name -->` and the next `<!-- end -->`."""
+    """Replace the text between `<!-- name -->` and the next `<!-- end -->`."""
     begin, end = MARKS[0].format(name), MARKS[1]
     before, rest = page.read_text(encoding="utf-8").split(begin)
     after = rest.split(end, 1)[1]

@@ -1,1 +1,1 @@
-"""The page about one artefact: figures.py measures, page.py writes report.html and the model card."""
+"""What compression changed: `measure.py` measures it, `page.py` writes page and model card, `make.py` does both."""

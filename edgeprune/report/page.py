@@ -1,6 +1,6 @@
-"""A report as a page (`report.html`) and as a model card (`README.md`): text escaped, nothing loaded from elsewhere.
+"""Writes a report as a page (`report.html`) and as a model card (`README.md`).
 
-What it leaves out: measuring (report.py).
+The page escapes all text and loads nothing from elsewhere.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from PIL import Image
 from edgeprune import shapes
 from edgeprune.analysis.plots import figures, svg
 from edgeprune.artefact.checkpoint import INT4
-from edgeprune.bench.measure import MEASURES, show
+from edgeprune.bench.tables import measure_rows
 from edgeprune.common.files import write_text
+from edgeprune.common.tables import NOT_MEASURED, interval_text, with_unit
 from edgeprune.families.encoders import text_encoders
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.stages.pipeline import STAGES, Workspace
@@ -32,7 +33,7 @@ CARD = "README.md"
 _OURS = "<!-- Written by edgeprune;"
 _SHOWN = 14
 _SMALL = 256
-"""Images up to this size are shown with sharp pixels."""
+"""The page shows images up to this size with sharp pixels."""
 
 
 def write(
@@ -42,14 +43,15 @@ def write(
     images: Mapping[str, NDArray[Any]],
     bench: dict[str, Any] | None,
 ) -> None:
-    """Write both; a README.md that somebody else wrote stays as it is.
+    """Write page and card; keep a README.md that edgeprune did not write.
 
     Args:
-        summary, images: as report.py keeps them; images by variant, (P, H, W, 3).
-        rows: the results as short lines.
-        bench: JSON of `edgeprune bench`.
+        summary: the measurements, see measure.py.
+        rows: the results as label and text.
+        images: by variant, each (P, H, W, 3).
+        bench: the JSON of `edgeprune bench`.
     """
-    known = {
+    shared = {
         "name": ws.out.resolve().name,
         "manifest": ws.manifest,
         "plan": ws.plan(),
@@ -58,10 +60,10 @@ def write(
         "commands": commands(ws),
         "version": ws.manifest.tools.get("edgeprune", ""),
     }
-    _write_page(ws, summary, images, bench, known)
+    _write_page(ws, summary, images, bench, shared)
     card = ws.out / CARD
     if not card.exists() or _OURS in card.read_text(encoding="utf-8", errors="replace"):
-        _write_card(ws, card, known)
+        _write_card(ws, card, shared)
 
 
 def _write_page(
@@ -69,10 +71,10 @@ def _write_page(
     summary: dict[str, Any],
     images: Mapping[str, NDArray[Any]],
     bench: dict[str, Any] | None,
-    known: dict[str, Any],
+    shared: dict[str, Any],
 ) -> None:
     plan, report = ws.plan(), ws.report()
-    # One of each task first, so that the page shows all of them.
+    # One prompt of each task first, so that the page shows all tasks.
     per_task = max(1, len(summary["prompts"]) // len(shapes.TASKS))
     order = np.argsort(np.arange(len(summary["prompts"])) % per_task, kind="stable")
     pairs = [
@@ -80,17 +82,17 @@ def _write_page(
         for i in order[:_SHOWN]
     ]
     environment = _environment(autoescape=True)
-    environment.filters["size"] = lambda size: show("_bytes", size)
+    environment.filters["size"] = lambda size: with_unit("_bytes", size)
     training = ws.manifest.stages.get("distill")
     page = environment.get_template("report.html.j2").render(
-        **known,
+        **shared,
         removed=_removed(plan),
         pairs=pairs,
         small=images["original"].shape[1] <= _SMALL,
         memory=memory(ws, summary),
         grid=grid(ws),
         trained=training is not None,
-        plots=[_address(draw) for draw in figures(report, tuple(plan.keys)).values()] if report else [],
+        plots=[_data_url(draw) for draw in figures(report, tuple(plan.keys)).values()] if report else [],
         prompts=len(report.prompts) if report else 0,
         bench=_bench_rows(bench) if bench else None,
         environment=_machine(ws),
@@ -100,7 +102,7 @@ def _write_page(
 
 
 def _removed(plan: PrunePlan) -> list[tuple[str, str]]:
-    """What the plan took, as `plan` says it."""
+    """Return what the plan removed, in the words of `edgeprune plan`."""
     before, after = plan.before.parameters, plan.after.parameters
     blocks = ", ".join(map(str, plan.blocks)) or "none"
     rank = [("modulation rank", str(plan.modulation_rank))] if plan.modulation_rank is not None else []
@@ -112,7 +114,7 @@ def _removed(plan: PrunePlan) -> list[tuple[str, str]]:
     ]
 
 
-def _write_card(ws: Workspace, path: Path, known: dict[str, Any]) -> None:
+def _write_card(ws: Workspace, path: Path, shared: dict[str, Any]) -> None:
     source = ws.manifest.source
     front: list[tuple[str, Any]] = [
         ("library_name", "diffusers"),
@@ -124,11 +126,11 @@ def _write_card(ws: Workspace, path: Path, known: dict[str, Any]) -> None:
     plan = ws.plan()
     parts = [f"{len(plan.blocks)} of {plan.num_blocks} blocks and {len(plan.components)} components of others removed"]
     if plan.modulation_rank is not None:
-        parts.append(f"modulation projected on {plan.modulation_rank} directions")
+        parts.append(f"modulation projected onto {plan.modulation_rank} directions")
     card = _environment(autoescape=False).get_template("model_card.md.j2")
-    written = {"rows": [(label, _cell(value)) for label, value in known["rows"]]}
+    escaped = {"rows": [(label, _cell(value)) for label, value in shared["rows"]]}
     gone = ", ".join([*parts, "weights in INT4"])
-    write_text(path, card.render(**known | written, front=front, gone=gone, pipeline=ws.family.pipeline))
+    write_text(path, card.render(**shared | escaped, front=front, gone=gone, pipeline=ws.family.pipeline))
 
 
 def _cell(text: str) -> str:
@@ -136,56 +138,61 @@ def _cell(text: str) -> str:
 
 
 def _environment(*, autoescape: bool) -> jinja2.Environment:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=autoescape,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
+    environment.filters["interval"] = lambda values: interval_text(values, ".2f")
+    return environment
 
 
-# ------------------------------------------------------------------------------------------- what is on it
+# ------------------------------------------------------------------------------------------- contents
 
 
 def commands(ws: Workspace) -> list[str]:
-    """The commands that made the folder, in order; a stage run from Python has none."""
-    found = [ws.manifest.stages[s].get("command", "") for s in STAGES if s in ws.manifest.stages]
-    return [line for line in dict.fromkeys(found) if line] or ["# made from Python: edgeprune.json has every option"]
+    """Return the commands that made the folder, in order; a stage that ran from Python has none."""
+    lines = [ws.manifest.stages[s].get("command", "") for s in STAGES if s in ws.manifest.stages]
+    return [line for line in dict.fromkeys(lines) if line] or ["# made from Python: edgeprune.json has every option"]
 
 
 def grid(ws: Workspace) -> list[tuple[str, list[dict[str, Any]]]]:
-    """By component, a cell for every block: pruned, frozen, kept (with its update strength, 0..1) or absent."""
+    """Return a cell per block for each component.
+
+    A cell's `state` is `pruned`, `frozen`, `kept` (with its update `strength`, 0..1) or `absent`.
+    """
     plan, noops = ws.plan(), ws.family.noops(ws.config)
     training = (ws.manifest.stages.get("distill") or {}).get("options", {}).get("options", {})
     strength = strengths(ws.report(), plan, training.get("sensitivity", "off"), ws.family.components)
 
     def cell(block: int, component: str) -> dict[str, Any]:
-        what = f"{block}:{component}"
+        part = f"{block}:{component}"
         if (block, component) in noops:
             return {"state": "absent"}
         if block in plan.blocks or (block, component) in plan.removed:
-            return {"state": "pruned", "title": f"{what}: pruned"}
+            return {"state": "pruned", "title": f"{part}: pruned"}
         value = strength.get((block, component), 1.0)
         if training and (value == 0 or (training.get("freeze_prefix") and block < plan.first_pruned)):
-            return {"state": "frozen", "title": f"{what}: frozen"}
-        said = f"trained at {value:.2f} of the rate" if training else "kept"
-        return {"state": "kept", "strength": value, "title": f"{what}: {said}"}
+            return {"state": "frozen", "title": f"{part}: frozen"}
+        fate = f"trained at {value:.2f} of the learning rate" if training else "kept"
+        return {"state": "kept", "strength": value, "title": f"{part}: {fate}"}
 
     rows = [(c, [cell(b, c) for b in range(plan.num_blocks)]) for c in ws.family.components]
-    return [(c, cells) for c, cells in rows if any(found["state"] != "absent" for found in cells)]
+    return [(c, cells) for c, cells in rows if any(one["state"] != "absent" for one in cells)]
 
 
 def memory(ws: Workspace, summary: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Bytes of every network's weights, original and compressed; shares are of the original's sum."""
+    """Return the bytes of every network's weights, original and compressed; shares are of the original's sum."""
     others = {name: _stored(ws.out / name) for name in text_encoders(ws.out)}
     vae = _stored(ws.out / "vae")
     columns = {
         "original": {**others, "transformer": summary["original_bf16_bytes"], "VAE": vae},
         "compressed": {**others, "transformer": _stored(ws.out / INT4), "VAE": vae},
     }
-    whole = sum(columns["original"].values())
+    total = sum(columns["original"].values())
     return [
-        (label, [{"name": n, "bytes": b, "text": show("_bytes", b), "share": b / whole} for n, b in sizes.items()])
+        (label, [{"name": n, "bytes": b, "text": with_unit("_bytes", b), "share": b / total} for n, b in sizes.items()])
         for label, sizes in columns.items()
     ]
 
@@ -215,18 +222,13 @@ def _machine(ws: Workspace) -> list[tuple[str, str]]:
 
 
 def _bench_rows(bench: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows of a bench's JSON."""
-    variants = bench["variants"]
-    compared = bench["comparisons"]
-    table = [
-        (label, [show(key, v.get(key)) for v in variants], [c.get(f"{stem}_ratio") for c in compared.values()])
-        for key, (label, stem) in MEASURES.items()
-        if any(v.get(key) is not None for v in variants)
-    ]
+    """Return what the page shows of a bench's JSON: the measures that at least one variant has."""
+    variants, compared = bench["variants"], bench["comparisons"]
+    rows = measure_rows(variants, compared.values())
     return {
         "names": [f"{v['name']} ({v['runtime']}, {v['precision']})" for v in variants],
         "ratios": ["ratio"] if len(compared) == 1 else [f"{name}, ratio" for name in compared],
-        "rows": table,
+        "rows": [row for row in rows if set(row.values) != {NOT_MEASURED}],
         "machine": bench["machine"],
     }
 
@@ -237,5 +239,5 @@ def _png(pixels: NDArray[Any]) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _address(draw: Callable[[], Any]) -> str:
+def _data_url(draw: Callable[[], Any]) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg(draw)).decode()

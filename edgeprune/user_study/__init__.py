@@ -1,6 +1,6 @@
-"""A user study: people rate images blindly in a web page of this machine; what comes out has intervals.
+"""A user study: people rate images blindly on a web page that this machine serves.
 
-`make.py` turns folders of images into a study, `design.py` decides who sees what in which order, `server.py` shows it
-and `store.py` keeps every answer, `results.py` computes what they say with the formulas of `statistics.py`. What it
-leaves out: recruiting raters, accounts, and encryption on the way (put a proxy or a tunnel in front).
+`make.py` turns folders of images into a study, `design.py` decides who sees what in which order, `server.py` serves the
+page, `store.py` keeps every answer, and `results.py` turns the answers into scores with the formulas of
+`statistics.py`. The server does not encrypt; put a proxy or a tunnel in front of it.
 """

@@ -1,9 +1,9 @@
 """Which images a rater sees, in which order: blind, randomised, and balanced over raters.
 
-A *condition* is what one trial shows: one variant (mode `mos`) or an unordered pair of them (mode `pairs`). The cells
-prompt x condition are dealt out in turn, so that after any number of raters no cell was shown more than once more than
-another. Within a rater conditions follow the rows of a Williams square: over raters each comes at every place, and
-after every other one, equally often. What it leaves out: adapting to the answers.
+A *condition* is what one trial shows: one variant (mode `mos`) or an unordered pair of variants (mode `pairs`). Raters
+get the cells prompt x condition in turn, so after any number of raters the counts of two cells differ by at most one.
+For each rater, the conditions follow rows of a Williams square: over all raters, each condition comes equally often at
+every place and after every other condition. The design does not adapt to the answers.
 
 Source of the square: E. J. Williams, "Experimental designs balanced for the estimation of residual effects of
 treatments", 1949.
@@ -24,33 +24,33 @@ from edgeprune.common.files import read_json
 
 MODES = ("mos", "pairs")
 QUESTIONS = ("quality", "alignment")
-"""What is asked of every trial: how good the image looks, and how well it shows its prompt."""
+"""What the page asks in every trial: how good the image looks, and how well it shows its prompt."""
 SCALE = {"mos": (1, 2, 3, 4, 5), "pairs": (-1, 0, 1)}
-"""The answers: bad to excellent (ITU-T P.910's five grades), or left, same, right."""
+"""The possible answers: bad to excellent (the five grades of ITU-T P.910), or left, same, right."""
 _MOST_TRIALS = 10_000
-"""Of one rater, and prompts: more than anybody answers."""
+"""Limit of trials per rater and of prompts: more than anybody answers."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 _ID = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One screen."""
+    """One screen of the page."""
 
     prompt: int
     """Its index in `Study.prompts`."""
     shown: tuple[int, ...]
     """Indices of variants: one, or left and right."""
     asked: int | None = None
-    """In an attention check: the answer that the screen asks for, instead of showing the prompt."""
+    """The answer that an attention check asks for in place of the prompt; None in other trials."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """What `study.json` holds."""
+    """The content of `study.json`."""
 
     id: str
-    """16 hex digits; a browser knows by it which study its rater is of."""
+    """16 hex digits, by which a browser recognises the study."""
     title: str
     mode: str
     seed: int
@@ -58,24 +58,24 @@ class Study:
     """The first is the original that the others are compared with."""
     prompts: tuple[str, ...]
     files: tuple[str, ...]
-    """The images' names where they came from, without suffix; for the CSV only."""
+    """The original names of the images, without suffix; only the CSV shows them."""
     per_rater: int
-    """Trials of one rater, attention checks aside."""
+    """Trials of one rater, without attention checks."""
     checks: int
     """Attention checks of one rater."""
 
     def image(self, variant: int, prompt: int) -> str:
-        """Path of an image inside the study's folder."""
+        """Return the path of an image inside the study's folder."""
         return f"images/{self.variants[variant]}/{prompt:04}.png"
 
 
 def conditions(mode: str, variants: int) -> list[tuple[int, ...]]:
-    """What a trial can show: each variant, or each pair."""
+    """Return what a trial can show: each variant, or each pair, as indices."""
     return list(itertools.combinations(range(variants), 1 if mode == "mos" else 2))
 
 
 def check_variant(name: str) -> str:
-    """The name itself, if it can be one of a variant.
+    """Return the name if a variant can have it.
 
     Raises:
         InputError: it cannot.
@@ -86,10 +86,10 @@ def check_variant(name: str) -> str:
 
 
 def read(folder: Path) -> Study:
-    """The study of a folder.
+    """Read the study of a folder.
 
     Raises:
-        InputError: no study there, or a field of it cannot be what `edgeprune study new` wrote.
+        InputError: the folder holds no study, or a field has a value that `edgeprune study new` never writes.
     """
     path = folder / "study.json"
     if not path.is_file():
@@ -123,7 +123,7 @@ def read(folder: Path) -> Study:
 
 
 def williams(count: int) -> list[list[int]]:
-    """Rows over 0..count-1: `count` of them if that is even, else twice as many."""
+    """Return the rows of a Williams square over 0..count-1: `count` rows if that is even, else twice as many."""
     first, low, high = [0], 1, count - 1
     while low <= high:
         first.append(low)
@@ -136,7 +136,7 @@ def williams(count: int) -> list[list[int]]:
 
 
 def trials(study: Study, rater: int) -> list[Trial]:
-    """All that rater number `rater` (from 0, in order of arrival) is shown, attention checks among it."""
+    """Return all trials of rater number `rater` (from 0, in order of arrival), with the attention checks."""
     choices, prompts = conditions(study.mode, len(study.variants)), len(study.prompts)
     sides = [_ranks(study, condition) for condition in range(len(choices))]
     shuffle = random.Random(f"{study.seed} {rater}")
@@ -146,7 +146,7 @@ def trials(study: Study, rater: int) -> list[Trial]:
         round_, prompt = divmod(cell, prompts)
         condition = (prompt + round_) % len(choices)
         shown = choices[condition]
-        if (turn + sides[condition][prompt]) % 2:  # sides change each time that a pair comes up again
+        if (turn + sides[condition][prompt]) % 2:  # swap the sides each time a pair comes up again
             shown = shown[::-1]
         waiting[condition].append(Trial(prompt, shown))
     for row in waiting:
@@ -162,9 +162,9 @@ def trials(study: Study, rater: int) -> list[Trial]:
 
 
 def _farthest(row: list[Trial], out: list[Trial], most: int) -> int:
-    """Index of the first trial whose prompt is not among the last `most` shown, or as many of them as can be avoided.
+    """Return the index of the first trial whose prompt was not among the last `most` shown, or else the last fewer.
 
-    The same prompt soon again invites comparing from memory.
+    A prompt that soon returns invites comparing from memory.
     """
     for width in range(most, 0, -1):
         recent = {trial.prompt for trial in out[-width:]}
@@ -175,14 +175,14 @@ def _farthest(row: list[Trial], out: list[Trial], most: int) -> int:
 
 
 def _ranks(study: Study, condition: int) -> list[int]:
-    """A shuffled 0..P-1, the same for every rater: half of the prompts of a condition have even ones."""
+    """Return a shuffled 0..P-1, the same for every rater, so that half of a condition's prompts have an even rank."""
     ranks = list(range(len(study.prompts)))
     random.Random(f"{study.seed} sides {condition}").shuffle(ranks)
     return ranks
 
 
 def _with_checks(study: Study, out: list[Trial], shuffle: random.Random) -> list[Trial]:
-    """One check at a random place of each of `checks` equal parts, never first."""
+    """Insert one check at a random place of each of `checks` equal parts, never as the first trial."""
     part = len(out) / max(study.checks, 1)
     for number in reversed(range(study.checks)):
         place = max(1, int(part * (number + shuffle.uniform(0.2, 1))))

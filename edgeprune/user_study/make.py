@@ -1,7 +1,7 @@
-"""A study's folder from folders of images: checked, copied, and without anything that tells variants apart.
+"""Makes a study's folder from folders of images, without anything that reveals which variant made an image.
 
-Images are written anew as PNG, because a file's format, size or text chunks can name the model that made it. What it
-leaves out: making the images (see docs/study.md).
+Every image becomes a new PNG, because the format, the size or text chunks of a file can name the model that made it.
+docs/study.md shows how to make the images.
 """
 
 from __future__ import annotations
@@ -36,21 +36,28 @@ def make(
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> Study:
-    """Write a study to `folder`; `variants` are folders of images of equal names, the original first.
+    """Write a study to `folder`.
 
-    `prompts` is a text file, whose n-th line belongs to the n-th image by name, or a `.jsonl` file with `file_name` and
-    `text`; by default `metadata.jsonl` beside the original's images. With more than `per_rater` trials to give, a rater
-    gets a part; by default at most 60.
+    Args:
+        variants: by name, folders whose images have equal names; the original first.
+        prompts: a text file whose n-th line belongs to the n-th image by name, or a `.jsonl` file with `file_name` and
+            `text`; by default `metadata.jsonl` in the original's folder.
+        mode: `mos` or `pairs`, see design.py.
+        title: what raters read above the study.
+        per_rater: trials of one rater, who gets a part of all if there are more; by default at most 60.
+        checks: attention checks of one rater.
+        seed: of the random order.
+        progress: receives what is done, how much of it, and of how much.
 
     Raises:
-        InputError: something of this does not fit together; nothing is left at `folder`.
+        InputError: the arguments or images do not fit together; `folder` stays as it was.
     """
     if mode not in MODES:
         raise InputError(f"--mode: found {mode!r}, expected {' or '.join(MODES)}")
     if len(variants) < 2:
         raise InputError(f"--variants: found {len(variants)}, expected two or more, the original first")
     if folder.exists() and (not folder.is_dir() or list(folder.iterdir())):
-        raise InputError(f"{folder}: is there already; a new study needs a new folder")
+        raise InputError(f"{folder}: exists already; a new study needs a new folder")
     images = {check_variant(name): _images(source) for name, source in variants.items()}
     original, *others = images
     for name in others:
@@ -61,10 +68,26 @@ def make(
     texts = _prompts(prompts or variants[original] / "metadata.jsonl", names)
     every = len(conditions(mode, len(images))) * len(names)
     if per_rater is not None and not 0 < per_rater <= every:
-        raise InputError(f"--per-rater: found {per_rater}, expected 1 to {every}, all there is to rate")
+        raise InputError(f"--per-rater: found {per_rater}, expected 1 to {every}, the number of all trials")
     share = per_rater or min(every, DEFAULT_PER_RATER)
-    study = Study(secrets.token_hex(8), title, mode, seed, tuple(images), tuple(texts), tuple(names), share, checks)
+    study = Study(
+        id=secrets.token_hex(8),
+        title=title,
+        mode=mode,
+        seed=seed,
+        variants=tuple(images),
+        prompts=tuple(texts),
+        files=tuple(names),
+        per_rater=share,
+        checks=checks,
+    )
+    _write(folder, study, images, progress)
+    return study
 
+
+def _write(folder: Path, study: Study, images: dict[str, dict[str, Path]], progress: Progress) -> None:
+    """Build the folder under a temporary name, then rename it."""
+    original, names = images[study.variants[0]], study.files
     folder = folder.resolve()  # "." has no name
     building = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
@@ -72,7 +95,7 @@ def make(
         for variant, name in enumerate(images):
             (building / "images" / name).mkdir(parents=True)
             for prompt, stem in enumerate(names):
-                _copy(images[name][stem], building / study.image(variant, prompt), images[original][stem])
+                _copy(images[name][stem], building / study.image(variant, prompt), original[stem])
                 progress("images", variant * len(names) + prompt + 1, len(images) * len(names))
         write_json(building / "study.json", asdict(study))
         if folder.is_dir():
@@ -82,11 +105,10 @@ def make(
         raise cannot_write(folder, error) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return study
 
 
 def _images(folder: Path) -> dict[str, Path]:
-    """The images of a folder by their name without suffix."""
+    """Return the images of a folder by their name without suffix."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     out: dict[str, Path] = {}
@@ -96,7 +118,7 @@ def _images(folder: Path) -> dict[str, Path]:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{path}: leads out of the folder")
         if path.stem in out:
-            raise InputError(f"{path}: found {out[path.stem].name} too, expected one image of a name")
+            raise InputError(f"{path}: found {out[path.stem].name} too, expected one image per name")
         out[path.stem] = path
     if not out:
         raise InputError(f"{folder}: no images, expected files ending in {', '.join(SUFFIXES)}")
@@ -104,11 +126,11 @@ def _images(folder: Path) -> dict[str, Path]:
 
 
 def _prompts(path: Path, names: list[str]) -> list[str]:
-    """The prompt of each image."""
+    """Return the prompt of each image."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give --prompts, a text file with one prompt a line") from None
+        raise InputError(f"{path}: no such file; give --prompts, a text file with one prompt per line") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable as prompts ({error})") from error
     if path.suffix != ".jsonl":
@@ -116,7 +138,7 @@ def _prompts(path: Path, names: list[str]) -> list[str]:
         if len(texts) != len(names):
             raise InputError(f"{path}: found {len(texts)} prompts, expected {len(names)}, one for each image")
         return texts
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line:
             continue
@@ -129,15 +151,15 @@ def _prompts(path: Path, names: list[str]) -> list[str]:
             raise InputError(f"{path}:{number}: file_name: {str(file)!r} leads out of the folder")
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{path}:{number}: text: found {text!r}, expected a prompt")
-        found[file.stem] = text.strip()
+        by_name[file.stem] = text.strip()
     for name in names:
-        if name not in found:
+        if name not in by_name:
             raise InputError(f"{path}: no line for the image {name}")
-    return [found[name] for name in names]
+    return [by_name[name] for name in names]
 
 
 def _copy(source: Path, target: Path, original: Path) -> None:
-    """The pixels alone, as PNG."""
+    """Write the pixels alone as PNG; the size must be the original's."""
     try:
         with Image.open(source) as opened, Image.open(original) as reference:
             if opened.size != reference.size:

@@ -1,7 +1,7 @@
-"""What a study says: mean opinion scores or preferences with intervals, tests, agreement; as table, plot, JSON and CSV.
+"""The results of a study as table, plot, JSON and CSV.
 
-Raters who missed an attention check are left out; raters who stopped midway count with what they answered. What it
-leaves out: the formulas (statistics.py).
+They are mean opinion scores or preferences with intervals, tests, and agreement; statistics.py has the formulas. Raters
+who missed an attention check do not count; raters who stopped midway count with what they answered.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.files import cannot_write, write_json
+from edgeprune.common.tables import interval_text
 from edgeprune.common.terminal import printable
 from edgeprune.user_study.design import QUESTIONS, SCALE, Study, conditions
 from edgeprune.user_study.store import FILE, Answer, Rater, Store
@@ -41,46 +42,46 @@ PALETTE = {"quality": "#0072b2", "alignment": "#d55e00"}
 
 
 @dataclass(frozen=True)
-class Given:
+class Collected:
     """All answers of a study, and which raters count."""
 
     study: Study
     raters: list[Rater]
     answers: list[Answer]
-    left_out: frozenset[int]
+    excluded: frozenset[int]
     """Numbers of raters who missed an attention check."""
 
 
-def gather(study: Study, folder: Path) -> Given:
-    """Read the answers.
+def gather(study: Study, folder: Path) -> Collected:
+    """Read the answers of a study's folder.
 
     Raises:
-        InputError: there are none, or none that count.
+        InputError: there are no answers, none that count, or the file is damaged.
     """
     if not (folder / FILE).is_file():
         raise InputError(f"{folder / FILE}: no such file; begin with: edgeprune study serve {folder}")
     store = Store(folder)
     try:
         raters, answers = store.raters(), store.answers()
-        whole = all(_is_whole(study, raters, a) for a in answers)
+        valid = all(_is_valid(study, raters, a) for a in answers)
     except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
         raise InputError(f"{folder / FILE}: not readable as answers ({error})") from error
     finally:
         store.close()
-    if not whole:
-        raise InputError(f"{folder / FILE}: found an answer that this study cannot have; it is of another, or damaged")
+    if not valid:
+        raise InputError(f"{folder / FILE}: an answer does not fit this study; the file is damaged or of another study")
     missed = {a.rater for a in answers if not _passed(raters[a.rater], a)}
-    given = Given(study, raters, answers, frozenset(missed))
-    if not any(_counts(given, a) for a in answers):
+    collected = Collected(study=study, raters=raters, answers=answers, excluded=frozenset(missed))
+    if not any(_counts(collected, a) for a in answers):
         why = (
             f"all {len(missed)} raters who answered missed an attention check" if missed else "nobody has answered yet"
         )
         raise InputError(f"{folder / FILE}: no answers to count: {why}")
-    return given
+    return collected
 
 
-def _is_whole(study: Study, raters: list[Rater], answer: Answer) -> bool:
-    """Whether an answer is one to a trial that a rater of this study can have had."""
+def _is_valid(study: Study, raters: list[Rater], answer: Answer) -> bool:
+    """Return whether an answer belongs to a trial that a rater of this study can have."""
     if (
         type(answer.rater) is not int
         or not 0 <= answer.rater < len(raters)
@@ -105,33 +106,37 @@ def _passed(rater: Rater, answer: Answer) -> bool:
     return asked is None or answer.quality == answer.alignment == asked
 
 
-def _counts(given: Given, answer: Answer) -> bool:
-    return answer.rater not in given.left_out and given.raters[answer.rater].trials[answer.trial].asked is None
+def _counts(collected: Collected, answer: Answer) -> bool:
+    return answer.rater not in collected.excluded and collected.raters[answer.rater].trials[answer.trial].asked is None
 
 
-def ratings(given: Given, question: str) -> Ratings:
-    """The answers to a question that count. In pairs, how much the later variant is preferred: 1, 0 or -1."""
-    kinds = conditions(given.study.mode, len(given.study.variants))
+def ratings(collected: Collected, question: str) -> Ratings:
+    """Return the answers to a question that count; in pairs 1, 0 or -1 for how far the later variant is preferred."""
+    kinds = conditions(collected.study.mode, len(collected.study.variants))
     rows = []
-    for answer in given.answers:
-        if _counts(given, answer):
-            trial, value = given.raters[answer.rater].trials[answer.trial], getattr(answer, question)
+    for answer in collected.answers:
+        if _counts(collected, answer):
+            trial, value = collected.raters[answer.rater].trials[answer.trial], getattr(answer, question)
             ordered = tuple(sorted(trial.shown))
             rows.append((value if trial.shown == ordered else -value, answer.rater, trial.prompt, kinds.index(ordered)))
     value, rater, prompt, condition = np.asarray(rows, np.int64).T
-    return Ratings(value.astype(np.float64), rater, prompt, condition, len(kinds))
+    return Ratings(
+        value=value.astype(np.float64), rater=rater, prompt=prompt, condition=condition, conditions=len(kinds)
+    )
 
 
-def summarise(given: Given) -> dict[str, Any]:
-    """Everything of the table, plot and JSON. An interval is [value, low, high]; null is what cannot be told yet."""
-    study, answering = given.study, {a.rater for a in given.answers}
-    complete = [r.number for r in given.raters if sum(a.rater == r.number for a in given.answers) == len(r.trials)]
-    seconds = [a.seconds for a in given.answers if _counts(given, a)]
+def summarise(collected: Collected) -> dict[str, Any]:
+    """Return the content of table, plot and JSON. An interval is [value, low, high]; None means too few answers."""
+    study, answering = collected.study, {a.rater for a in collected.answers}
+    complete = [
+        r.number for r in collected.raters if sum(a.rater == r.number for a in collected.answers) == len(r.trials)
+    ]
+    seconds = [a.seconds for a in collected.answers if _counts(collected, a)]
     rows, agreement = [], {}
     for question in QUESTIONS:
-        found = ratings(given, question)
-        agreement[question] = alpha(found)
-        rows += _mos_rows(study, question, found) if study.mode == "mos" else _pair_rows(study, question, found)
+        answers = ratings(collected, question)
+        agreement[question] = alpha(answers)
+        rows += _mos_rows(study, question, answers) if study.mode == "mos" else _pair_rows(study, question, answers)
     return {
         "schema": 1,
         "title": study.title,
@@ -140,8 +145,8 @@ def summarise(given: Given) -> dict[str, Any]:
         "raters": {
             "answered": len(answering),
             "finished": len(complete),
-            "missed_a_check": len(given.left_out),
-            "counted": len(answering - given.left_out),
+            "missed_a_check": len(collected.excluded),
+            "counted": len(answering - collected.excluded),
         },
         "prompts": len(study.prompts),
         "median_answer_s": float(np.median(seconds)),
@@ -150,15 +155,15 @@ def summarise(given: Given) -> dict[str, Any]:
     }
 
 
-def _mos_rows(study: Study, question: str, found: Ratings) -> list[dict[str, Any]]:
-    means, differences = found.means(), [found.of(unit) for unit in (found.rater, found.prompt)]
-    draws = bootstrap(found)
+def _mos_rows(study: Study, question: str, answers: Ratings) -> list[dict[str, Any]]:
+    means, differences = answers.means(), [answers.of(unit) for unit in (answers.rater, answers.prompt)]
+    draws = bootstrap(answers)
     first = draws[:, :1]
     scores = _triples(means, interval(draws))
     drops = _triples(means[0] - means, interval(first - draws))
     shares = _triples((means[0] - means) / means[0], interval((first - draws) / first))
     tests = [holm([paired_test(d[:, 0] - d[:, v]) for v in range(1, len(means))]) for d in differences]
-    counts = np.bincount(found.condition, minlength=found.conditions)
+    counts = np.bincount(answers.condition, minlength=answers.conditions)
     return [
         {
             "variant": name,
@@ -174,11 +179,11 @@ def _mos_rows(study: Study, question: str, found: Ratings) -> list[dict[str, Any
     ]
 
 
-def _pair_rows(study: Study, question: str, found: Ratings) -> list[dict[str, Any]]:
-    shares = _triples((found.means() + 1) / 2, interval((bootstrap(found) + 1) / 2))
-    sides = [found.of(unit) for unit in (found.rater, found.prompt)]
-    tests = [holm([paired_test(d[:, c]) for c in range(found.conditions)]) for d in sides]
-    counts = np.bincount(found.condition, minlength=found.conditions)
+def _pair_rows(study: Study, question: str, answers: Ratings) -> list[dict[str, Any]]:
+    shares = _triples((answers.means() + 1) / 2, interval((bootstrap(answers) + 1) / 2))
+    sides = [answers.of(unit) for unit in (answers.rater, answers.prompt)]
+    tests = [holm([paired_test(d[:, c]) for c in range(answers.conditions)]) for d in sides]
+    counts = np.bincount(answers.condition, minlength=answers.conditions)
     return [
         {
             "variant": study.variants[later],
@@ -198,20 +203,19 @@ def _triples(values: Floats, bounds: tuple[Floats, Floats]) -> list[list[float] 
     return [None if np.isnan(row).any() else [float(x) for x in row] for row in stacked]
 
 
-# ------------------------------------------------------------------------------------------- what people read
+# ------------------------------------------------------------------------------------------- table, files, plot
 
 
 def _text(name: str, value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, list):
-        style = ".1%" if name in ("relative_drop", "preferred") else ".2f"
-        return f"{value[0]:{style}} [{value[1]:{style}}, {value[2]:{style}}]"
+        return interval_text(value, ".1%" if name in ("relative_drop", "preferred") else ".2f")
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def tables(summary: dict[str, Any]) -> list[Table]:
-    """One for each question, narrow enough for a terminal; the files have all columns."""
+    """Return one table per question, narrow enough for a terminal; the files have all columns."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -231,20 +235,20 @@ def tables(summary: dict[str, Any]) -> list[Table]:
 
 
 def notes(summary: dict[str, Any]) -> list[str]:
-    """What the table has to be read with."""
+    """Return what a reader of the tables needs to know: raters, method, agreement."""
     who, agreement = summary["raters"], summary["krippendorff_alpha"]
-    told = ", ".join(f"{q} {'-' if a is None else f'{a:.2f}'}" for q, a in agreement.items())
+    agreements = ", ".join(f"{q} {'-' if a is None else f'{a:.2f}'}" for q, a in agreement.items())
     return [
         f"{who['counted']} raters counted ({who['finished']} of {who['answered']} finished, {who['missed_a_check']} "
         f"left out for a missed attention check), {summary['prompts']} prompts, "
-        f"{summary['median_answer_s']:.0f} s an answer.",
+        f"{summary['median_answer_s']:.0f} s per answer.",
         "Intervals: 95 %, bootstrap over raters and prompts. p: paired permutation tests over either, Holm-corrected.",
-        f"Agreement (Krippendorff's alpha, interval): {told}.",
+        f"Agreement (Krippendorff's alpha, interval): {agreements}.",
     ]
 
 
-def write(given: Given, summary: dict[str, Any], out: Path) -> list[Path]:
-    """Write `results.json`, `results.csv`, `answers.csv` and the plot as SVG and PNG; returns their paths.
+def write(collected: Collected, summary: dict[str, Any], out: Path) -> list[Path]:
+    """Write `results.json`, `results.csv`, `answers.csv` and the plot as SVG and PNG; return their paths.
 
     Raises:
         EdgepruneError: the folder cannot be written.
@@ -258,7 +262,7 @@ def write(given: Given, summary: dict[str, Any], out: Path) -> list[Path]:
     rows = []
     for row in summary["rows"]:
         rows.append([v for n in names for v in ((row[n] or [None] * 3) if n in wide else [row[n]])])
-    contents = {"results.csv": _csv([header, *rows]), "answers.csv": _csv(_answer_rows(given))}
+    contents = {"results.csv": _csv([header, *rows]), "answers.csv": _csv(_answer_rows(collected))}
     figure = plot(summary)
     for kind in ("svg", "png"):
         buffer = io.BytesIO()
@@ -280,24 +284,24 @@ def _csv(rows: list[list[Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _answer_rows(given: Given) -> list[list[Any]]:
-    """Every answer, those that do not count too; of a pair, `second` is what was right, and 1 prefers it."""
-    study = given.study
+def _answer_rows(collected: Collected) -> list[list[Any]]:
+    """Return every answer, counted or not; in pairs 1 prefers the image on the right and -1 the one on the left."""
+    study = collected.study
     shown = ["variant"] if study.mode == "mos" else ["left", "right"]
     header = ["rater", "trial", "file", "prompt", *shown, *QUESTIONS, "asked", "seconds", "at", "counted"]
     rows: list[list[Any]] = [header]
-    for a in given.answers:
-        trial = given.raters[a.rater].trials[a.trial]
+    for a in collected.answers:
+        trial = collected.raters[a.rater].trials[a.trial]
         names = [study.variants[v] for v in trial.shown]
         rows.append(
             [a.rater, a.trial, study.files[trial.prompt], study.prompts[trial.prompt], *names, a.quality, a.alignment]
-            + [trial.asked, round(a.seconds, 2), a.at, int(_counts(given, a))]
+            + [trial.asked, round(a.seconds, 2), a.at, int(_counts(collected, a))]
         )
     return rows
 
 
 def plot(summary: dict[str, Any]) -> Any:
-    """A point with its interval for each row, a colour for each question: a matplotlib figure."""
+    """Return a matplotlib figure: a point with its interval for each row, a colour for each question."""
     with needs("study"):
         from matplotlib.figure import Figure
     mos = summary["mode"] == "mos"

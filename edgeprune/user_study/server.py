@@ -1,15 +1,15 @@
-"""The page that raters see, and the few addresses behind it, on the standard library's threaded server.
+"""Serves the page that raters see and its API, on the standard library's threaded server.
 
-A rater is a secret token in the address, so a reload or another day goes on where the last answer was, and no cookie is
-set. Images are addressed by rater and trial: no address names a file or a variant. What it leaves out: encryption.
+A secret token in the address identifies a rater, so a reload, even on another day, continues after the last answer
+without a cookie. Images are addressed by rater and trial: no address names a file or a variant. Nothing is encrypted.
 
-    GET  /  /r/TOKEN                    the page: to begin, to go on
+    GET  /  /r/TOKEN                    the page: to begin, to continue
     GET  /page.js  /page.css  /page.svg
     GET  /api/study                     title and size of the study
     POST /api/raters                    a new rater
     GET  /api/r/TOKEN                   the trials, and which are answered
     GET  /api/r/TOKEN/image/TRIAL/SIDE  a PNG
-    POST /api/r/TOKEN/answers           one answer; sent twice it counts once
+    POST /api/r/TOKEN/answers           one answer; sent twice, it counts once
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _LONGEST_ANSWER_S = 86_400.0
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server bound there."""
+    """Return whether only this machine can reach a server that listens at this address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -59,7 +59,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Refusal(Exception):
-    """A request that is answered with an error."""
+    """Answers a request with an error."""
 
     def __init__(self, status: HTTPStatus, text: str) -> None:
         super().__init__(text)
@@ -67,16 +67,21 @@ class Refusal(Exception):
 
 
 class StudyServer(ThreadingHTTPServer):
-    """Serves one study's folder. Bound when made; `serve_forever` runs it, `server_close` frees port and database."""
+    """Serves one study's folder. Listens once made; `serve_forever` runs it, `server_close` frees port and database."""
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(self, folder: Path, host: str = "127.0.0.1", port: int = 0, token: str | None = None) -> None:
-        """Port 0 takes a free one; `token` has to be in the address that people begin with.
+        """Open the study and listen.
+
+        Args:
+            port: 0 takes a free one.
+            token: a secret that the link must contain with which people begin.
 
         Raises:
-            InputError: no whole study there, the address is not free, or not only of this machine and without a token.
+            InputError: the study is incomplete, the address is not free, or it is open to other machines without a
+                token.
         """
         if not is_loopback(host) and not token:
             raise InputError(f"--host {host}: others could open the study; add --token with a secret of your choice")
@@ -95,7 +100,7 @@ class StudyServer(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """Where people begin."""
+        """The link with which people begin."""
         host, port = self.server_address[:2]
         query = f"?token={self.token}" if self.token else ""
         return f"http://{f'[{host!s}]' if ':' in str(host) else host!s}:{port}/{query}"
@@ -107,21 +112,21 @@ class StudyServer(ThreadingHTTPServer):
             self.store.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that a phone dropped is no news; anything else is shown."""
+        """Print the error, except for a connection that the browser dropped."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
     def image(self, variant: int, prompt: int) -> Path:
-        """An image of the study.
+        """Return the path of an image of the study.
 
         Raises:
-            InputError: there is none, or a link leads out of the study's folder.
+            InputError: the image is missing, or a link leads out of the study's folder.
         """
         path = self.folder / self.study.image(variant, prompt)
         if not path.resolve().is_relative_to(self.folder):
             raise InputError(f"{path}: leads out of the study's folder")
         if not path.is_file():
-            raise InputError(f"{path}: no such image; the study is not whole")
+            raise InputError(f"{path}: no such image; the study is incomplete")
         return path
 
 
@@ -133,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Addresses hold raters' tokens: nothing is logged."""
+        """Log nothing: addresses hold raters' tokens."""
 
     def do_GET(self) -> None:
         self._answer(
@@ -160,8 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 self.url, host = urlsplit(self.path), urlsplit(f"//{self.headers.get('Host', '')}").hostname
             except ValueError:
-                raise Refusal(HTTPStatus.BAD_REQUEST, "This is no address.") from None
-            # Another site's name may lead here (DNS rebinding); where there is a token, that site lacks it.
+                raise Refusal(HTTPStatus.BAD_REQUEST, "This address is not valid.") from None
+            # Another site's name may resolve to this machine (DNS rebinding). That site does not know the token.
             if not self.server.token and not is_loopback(host or ""):
                 raise Refusal(HTTPStatus.FORBIDDEN, "This study is open on its own machine only.")
             for pattern, reply in routes.items():
@@ -171,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(HTTPStatus.NOT_FOUND, "There is nothing at this address.")
         except Refusal as refusal:
             self._send_json({"error": str(refusal)}, refusal.status)
-        except sqlite3.Error as error:  # the disk is full, say: the page keeps the answer and sends it again
+        except sqlite3.Error as error:  # such as a full disk: the page keeps the answer and sends it again
             print(f"error: {self.server.folder / FILE}: {error}", file=sys.stderr)
             self._send_json({"error": "The answer could not be stored."}, HTTPStatus.INTERNAL_SERVER_ERROR)
 
@@ -183,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(length))
 
     def _json_body(self) -> dict[str, Any]:
-        """An object; of this content type, a browser sends none for another site's page."""
+        """Return the body as an object; a browser sends no such content type for another site's page."""
         if self.headers.get("Content-Type") != "application/json":
             raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "expected application/json")
         try:
@@ -260,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_token(self) -> None:
         given = parse_qs(self.url.query).get("token", [""])[0]
         if self.server.token and not hmac.compare_digest(given.encode(), self.server.token.encode()):
-            raise Refusal(HTTPStatus.FORBIDDEN, "This study opens with its whole link only, the token included.")
+            raise Refusal(HTTPStatus.FORBIDDEN, "This study opens only with its complete link, which includes a token.")
 
     def _rater(self, match: re.Match[str]) -> Rater:
         rater = self.server.store.rater(match["token"])

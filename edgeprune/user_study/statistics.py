@@ -1,7 +1,7 @@
 """Means, intervals, paired tests and agreement over ratings that cross raters with prompts.
 
-Ratings are rows: value (N), rater (N), prompt (N), condition (N), the last three indices from 0. What it leaves out:
-models of single raters, such as the bias and inconsistency of ITU-T P.913.
+Ratings are rows: value (N), rater (N), prompt (N), condition (N), the last three as indices from 0. Raters are not
+modelled one by one, as ITU-T P.913 does with bias and inconsistency.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Ratings:
     conditions: int
 
     def means(self, weight: Floats | None = None) -> Floats:
-        """Mean of each condition (C), NaN where it has none; `weight` (N) counts a row that often."""
+        """Return the mean of each condition (C), NaN where it has no rating; `weight` (N) repeats rows."""
         weight = np.ones(len(self.value)) if weight is None else weight
         total = np.bincount(self.condition, weight, self.conditions)
         with np.errstate(invalid="ignore"):
             return np.asarray(np.bincount(self.condition, weight * self.value, self.conditions) / total)
 
     def of(self, unit: Ints) -> Floats:
-        """Mean of each unit (rater or prompt) and condition: (U, C), NaN where there is none."""
+        """Return the mean of each unit (rater or prompt) and condition: (U, C), NaN where there is no rating."""
         count = int(unit.max(initial=-1)) + 1
         cell = unit * self.conditions + self.condition
         total = np.bincount(cell, minlength=count * self.conditions)
@@ -47,10 +47,10 @@ class Ratings:
 
 
 def bootstrap(ratings: Ratings) -> Floats:
-    """The conditions' means (D, C) in D draws, NaN where a draw has no rating of a condition.
+    """Return the conditions' means in D draws: (D, C), NaN where a draw has no rating of a condition.
 
-    Raters and prompts are drawn again independently, a rating counting as often as both were drawn: intervals are for
-    other people and other prompts. Source: A. Owen, "The pigeonhole bootstrap", 2007.
+    Resamples raters and prompts independently; a rating counts as often as its rater times its prompt was drawn. So the
+    intervals hold for other people and other prompts. Source: A. Owen, "The pigeonhole bootstrap", 2007.
     """
     rng = np.random.default_rng(_SEED)
     units = [np.unique(unit, return_inverse=True)[1] for unit in (ratings.rater, ratings.prompt)]
@@ -65,22 +65,23 @@ def bootstrap(ratings: Ratings) -> Floats:
 
 
 def interval(draws: Floats) -> tuple[Floats, Floats]:
-    """95 % interval, low and high (C), of what was computed from draws (D, C)."""
+    """Return the 95 % interval, low and high (C), of values from draws (D, C)."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a condition that nobody rated yet stays NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # a condition without ratings stays NaN
         low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
     return low, high
 
 
 def paired_test(difference: Floats) -> float | None:
-    """Two-sided p of a mean difference of 0, by flipping signs: exact for up to 13 pairs, else 9999 random flips.
+    """Return the two-sided p of a mean difference of 0, by flipping signs.
 
-    NaN, a unit without one of the two, is left out; None where fewer than two units remain.
+    Exact for up to 13 pairs, else by 9999 random flips. Ignores NaN, a unit that lacks one of the two. None where fewer
+    than two units remain.
     """
     difference = difference[~np.isnan(difference)]
     if len(difference) < 2:
         return None
-    found = permutation_test(
+    test = permutation_test(
         (difference,),
         lambda x, axis: np.mean(x, axis=axis),
         permutation_type="samples",
@@ -88,11 +89,11 @@ def paired_test(difference: Floats) -> float | None:
         n_resamples=_RESAMPLES,
         random_state=_SEED,
     )
-    return float(found.pvalue)
+    return float(test.pvalue)
 
 
 def holm(p: list[float | None]) -> list[float | None]:
-    """Holm's correction for several tests; None stays and does not count. Source: S. Holm, 1979."""
+    """Apply Holm's correction for several tests; None stays None and does not count. Source: S. Holm, 1979."""
     order = sorted((value, i) for i, value in enumerate(p) if value is not None)
     out, highest = list(p), 0.0
     for rank, (value, i) in enumerate(order):
@@ -101,11 +102,11 @@ def holm(p: list[float | None]) -> list[float | None]:
 
 
 def alpha(ratings: Ratings) -> float | None:
-    """Krippendorff's alpha, interval metric, over images (prompt and condition) that two raters or more saw.
+    """Return Krippendorff's alpha, interval metric, over images (prompt and condition) that at least two raters saw.
 
-    1 is full agreement, 0 what chance gives; None where no image has two ratings, or all ratings are alike. Source:
-    K. Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011; with squared differences its coincidence matrix
-    comes down to variances: of each image, weighted by its number of ratings, over that of all ratings.
+    1 is full agreement, 0 is chance; None where no image has two ratings, or all ratings are equal. Source:
+    K. Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011. With squared differences its coincidence matrix
+    reduces to variances: that of each image, weighted by its number of ratings, over that of all ratings.
     """
     image = ratings.prompt * ratings.conditions + ratings.condition
     count = np.bincount(image)

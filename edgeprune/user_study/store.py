@@ -1,8 +1,7 @@
-"""Raters and their answers in SQLite, each committed to disk before it counts as given.
+"""Raters and their answers in SQLite; an answer counts once it is on disk.
 
-A rater's trials are stored with the rater, so that what an answer is about never depends on code that may have changed
-since. The first answer to a trial stands: sending it again changes nothing. What it leaves out: names and addresses of
-raters, which are never asked for.
+The trials of a rater are stored with the rater, so later changes of the code never change what an answer is about. The
+first answer to a trial stands: sending another one changes nothing. The database holds no names or addresses of raters.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import secrets
 import sqlite3
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ CREATE TABLE IF NOT EXISTS answers (
 
 @dataclass(frozen=True)
 class Rater:
-    """Who rates: a number and the trials, in order."""
+    """One rater: a number and the trials, in order."""
 
     number: int
     trials: tuple[Trial, ...]
@@ -42,30 +41,30 @@ class Rater:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rater said of one trial."""
+    """A rater's answer to one trial."""
 
     rater: int
     trial: int
     quality: int
     alignment: int
     seconds: float
-    """From the image's appearance to the answer, as the browser measured it."""
+    """Time from showing the image to the answer, as the browser measured it."""
     at: str
-    """When it was stored, UTC, ISO 8601."""
+    """Time of storing, UTC, ISO 8601."""
 
 
 class Store:
     """The database of one study's folder; its methods may be called from any thread."""
 
     def __init__(self, folder: Path) -> None:
-        """Open it, or make it.
+        """Open the database, or make it.
 
         Raises:
-            InputError: there is something else under its name, or it cannot be written.
+            InputError: its file is something else, or cannot be written.
         """
         path = folder / FILE
         try:
-            # SQLite's own defaults are kept: a journal beside one file, and a commit that waits for the disk.
+            # Keep SQLite's defaults: one file, a journal next to it, and commits that wait for the disk.
             self._connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
             self._connection.executescript(_TABLES)
         except sqlite3.Error as error:
@@ -77,10 +76,10 @@ class Store:
         self._connection.close()
 
     def join(self, plan: Callable[[int], list[Trial]]) -> str:
-        """Add a rater, whose trials are `plan(number)`; returns a new secret token."""
+        """Add a rater, whose trials are `plan(number)`; return a new secret token."""
         token = secrets.token_urlsafe(16)
         with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")  # no two raters get one number, whoever else writes
+            self._connection.execute("BEGIN IMMEDIATE")  # so that no two raters get one number
             try:
                 (number,) = self._connection.execute("SELECT COALESCE(MAX(number) + 1, 0) FROM raters").fetchone()
                 rows = json.dumps([(t.prompt, t.shown, t.asked) for t in plan(number)])
@@ -92,27 +91,29 @@ class Store:
         return token
 
     def rater(self, token: str) -> Rater | None:
-        """Who has this token."""
-        found = self._rows("SELECT number, trials FROM raters WHERE token = ?", token)
-        return _rater(*found[0]) if found else None
+        """Return the rater with this token."""
+        rows = self._rows("SELECT number, trials FROM raters WHERE token = ?", token)
+        return _rater(*rows[0]) if rows else None
 
     def answered(self, rater: Rater) -> list[int]:
-        """Indices of the trials that have an answer."""
+        """Return the indices of the trials that have an answer."""
         return [row[0] for row in self._rows("SELECT trial FROM answers WHERE rater = ? ORDER BY trial", rater.number)]
 
     def answer(self, rater: Rater, trial: int, quality: int, alignment: int, seconds: float) -> None:
-        """Keep an answer, unless there is one already; on disk when this returns."""
+        """Store an answer unless the trial has one; it is on disk when this returns."""
         row = (rater.number, trial, quality, alignment, seconds, _now())
         with self._lock:
             self._connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def raters(self) -> list[Rater]:
-        """All of them, in order of arrival."""
+        """Return all raters in order of arrival."""
         return [_rater(*row) for row in self._rows("SELECT number, trials FROM raters ORDER BY number")]
 
     def answers(self) -> list[Answer]:
-        """All of them, by rater and trial."""
-        return [Answer(*row) for row in self._rows("SELECT * FROM answers ORDER BY rater, trial")]
+        """Return all answers by rater and trial."""
+        columns = [field.name for field in fields(Answer)]
+        rows = self._rows("SELECT * FROM answers ORDER BY rater, trial")
+        return [Answer(**dict(zip(columns, row, strict=True))) for row in rows]
 
     def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         with self._lock:
@@ -120,7 +121,12 @@ class Store:
 
 
 def _rater(number: int, trials: str) -> Rater:
-    return Rater(number, tuple(Trial(prompt, tuple(shown), asked) for prompt, shown, asked in parse_json(trials)))
+    return Rater(
+        number=number,
+        trials=tuple(
+            Trial(prompt=prompt, shown=tuple(shown), asked=asked) for prompt, shown, asked in parse_json(trials)
+        ),
+    )
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""bench: its worker in a real process, figures, assertions, and what it says when a worker fails."""
+"""bench: its worker in a real process, figures, table, assertions, and what a failing worker reports."""
 
 from __future__ import annotations
 
@@ -12,18 +12,33 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeprune.bench import measure as bench
-from edgeprune.bench import worker as bench_worker
-from edgeprune.bench.measure import BenchResult, Measured, Quality, Variant
+from edgeprune.bench import worker
+from edgeprune.bench.assertions import assert_expressions, parse_expression
+from edgeprune.bench.disk import disk_bytes, weights_bytes
+from edgeprune.bench.machine import machine
+from edgeprune.bench.results import MEASURES, BenchResult, Measured, Quality, compare, load, to_json
+from edgeprune.bench.run import Variant, _score, _worker, psnr_db, run
+from edgeprune.bench.tables import table
 from edgeprune.common.errors import AssertionMissedError, EdgepruneError, InputError
 from edgeprune.common.files import write_json
 
 
 def measured(name: str, scale: float, quality: Quality | None = None) -> Measured:
-    values: dict[str, float | int | None] = {k: 100.0 * scale for k in bench.MEASURES} | {"pss_bytes": None}
+    values: dict[str, float | int | None] = {k: 100.0 * scale for k in MEASURES} | {"pss_bytes": None}
     steps = [scale, 1.1 * scale, 0.9 * scale]
     return Measured(
-        name, "x", "ort", "cpu", "the only one here", "process", "int4", values, steps, [scale], {}, quality
+        name=name,
+        folder="x",
+        runtime="ort",
+        provider="cpu",
+        provider_why="the only one here",
+        memory_of="process",
+        precision="int4",
+        values=values,
+        steps_s=steps,
+        images_s=[scale],
+        how={},
+        quality=quality,
     )
 
 
@@ -31,8 +46,8 @@ def measured(name: str, scale: float, quality: Quality | None = None) -> Measure
 def result() -> BenchResult:
     first = measured("original", 1.0, Quality(0.9, 0.8, 1.0, {"colors": 0.9}, 7))
     other = measured("compressed", 0.2, Quality(0.81, 0.7, 0.9, {"colors": 0.81}, 7))
-    comparisons = {"compressed": bench.compare(first, other, 31.0)}
-    return BenchResult([first, other], comparisons, bench.machine(1e9), {"repeats": 3})
+    comparisons = {"compressed": compare(first, other, 31.0)}
+    return BenchResult(variants=[first, other], comparisons=comparisons, machine=machine(1e9), settings={"repeats": 3})
 
 
 def test_ratios(result: BenchResult) -> None:
@@ -45,7 +60,7 @@ def test_ratios(result: BenchResult) -> None:
 
 
 def test_json_and_table(result: BenchResult) -> None:
-    data = json.loads(json.dumps(bench.to_json(result), allow_nan=False))
+    data = json.loads(json.dumps(to_json(result), allow_nan=False))
     assert data["schema_version"] == 2
     assert [v["name"] for v in data["variants"]] == ["original", "compressed"]
     assert data["variants"][1]["peak_bytes"] == 20.0 and data["variants"][1]["quality"]["score"] == 0.81
@@ -53,14 +68,14 @@ def test_json_and_table(result: BenchResult) -> None:
     from rich.console import Console
 
     text = io.StringIO()
-    Console(file=text, width=140).print(bench.table(result))
+    Console(file=text, width=140).print(table(result))
     assert all(said in text.getvalue() for said in ("peak memory", "the only one here", "0.200", "31.0 dB"))
 
 
 def test_what_is_written_is_read_again(result: BenchResult, tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    write_json(path, bench.to_json(result))
-    assert bench.load(path) == json.loads(path.read_text())
+    write_json(path, to_json(result))
+    assert load(path) == json.loads(path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -76,14 +91,14 @@ def test_what_is_written_is_read_again(result: BenchResult, tmp_path: Path) -> N
 )
 def test_a_file_that_is_no_bench(change: dict[str, Any], said: str, result: BenchResult, tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    write_json(path, bench.to_json(result) | change)
+    write_json(path, to_json(result) | change)
     with pytest.raises(InputError, match=f"bench.json: {said}"):
-        bench.load(path)
+        load(path)
 
 
 def test_documented(result: BenchResult) -> None:
     text = (Path(__file__).parents[2] / "docs" / "bench.md").read_text("utf-8")
-    data = bench.to_json(result)
+    data = to_json(result)
     names = {*data, *data["variants"][0], *data["comparisons"]["compressed"], *data["machine"]}
     assert [n for n in sorted(names) if n not in text] == []
 
@@ -92,12 +107,12 @@ def test_documented(result: BenchResult) -> None:
     "text", ["peak_ratio<=0.25", "peak_ratio < 2.5e-1", "compressed.score >= .8", "psnr_db>30", "original.load_s==100"]
 )
 def test_assertions_that_hold(result: BenchResult, text: str) -> None:
-    bench.assert_expressions(result, [text])
+    assert_expressions(result, [text])
 
 
 def test_assertions_that_do_not(result: BenchResult) -> None:
     with pytest.raises(AssertionMissedError, match=r"peak_ratio is 0\.2, not <= 0\.1; score_drop is 0\.1, not < 0\.05"):
-        bench.assert_expressions(result, ["peak_ratio<=0.1", "load_ratio<1", "score_drop<0.05"])
+        assert_expressions(result, ["peak_ratio<=0.1", "load_ratio<1", "score_drop<0.05"])
 
 
 @pytest.mark.parametrize(
@@ -112,15 +127,15 @@ def test_assertions_that_do_not(result: BenchResult) -> None:
 )
 def test_assertions_that_are_wrong(result: BenchResult, text: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        bench.assert_expressions(result, [text])
+        assert_expressions(result, [text])
 
 
 def test_psnr() -> None:
     a = np.zeros((2, 4, 4, 3), np.uint8)
-    assert bench.psnr_db(a, a) == 100
-    assert bench.psnr_db(a, a + 255) == pytest.approx(0)
-    assert bench.psnr_db(a, a + 16) == pytest.approx(10 * np.log10(255**2 / 256))
-    assert bench.psnr_db(a, a[:, :2]) is None
+    assert psnr_db(a, a) == 100
+    assert psnr_db(a, a + 255) == pytest.approx(0)
+    assert psnr_db(a, a + 16) == pytest.approx(10 * np.log10(255**2 / 256))
+    assert psnr_db(a, a[:, :2]) is None
 
 
 def test_score_counts_prompts_not_seeds() -> None:
@@ -129,10 +144,10 @@ def test_score_counts_prompts_not_seeds() -> None:
     prompts = [p for p in shapes.evaluation_prompts(2) for _ in range(2)]
     rng = np.random.default_rng(0)
     images = np.stack([shapes.render(p.meaning, rng) for p in prompts])
-    found = bench._score(images, prompts)
+    found = _score(images, prompts)
     assert (found.score, found.images) == (1.0, 28) and set(found.tasks) == set(shapes.TASKS)
     images[:] = 238
-    assert bench._score(images, prompts).score == 0
+    assert _score(images, prompts).score == 0
 
 
 def test_bytes(tmp_path: Path) -> None:
@@ -145,14 +160,14 @@ def test_bytes(tmp_path: Path) -> None:
     save_file({"a": np.zeros((3, 5), np.float32)}, tmp_path / "vae" / "m.fp16.safetensors")
     (tmp_path / "transformer_int4").rmdir()
     one = (tmp_path / "vae" / "m.safetensors").stat().st_size
-    assert bench.disk_bytes(tmp_path) == {"transformer_disk_bytes": one, "total_disk_bytes": 2 * one}
-    assert bench.weights_bytes(tmp_path, "bf16") == 30 and bench.weights_bytes(tmp_path, "fp32") == 60
+    assert disk_bytes(tmp_path) == {"transformer_disk_bytes": one, "total_disk_bytes": 2 * one}
+    assert weights_bytes(tmp_path, "bf16") == 30 and weights_bytes(tmp_path, "fp32") == 60
     (tmp_path / "transformer_int4").mkdir()
     (tmp_path / "transformer_int4" / "model.safetensors").write_bytes(b"12345")
-    assert bench.disk_bytes(tmp_path) == {"transformer_disk_bytes": 5, "total_disk_bytes": 5 + one}
-    assert bench.weights_bytes(tmp_path, "int4") == 5
+    assert disk_bytes(tmp_path) == {"transformer_disk_bytes": 5, "total_disk_bytes": 5 + one}
+    assert weights_bytes(tmp_path, "int4") == 5
     with pytest.raises(InputError, match="safetensors"):
-        bench.weights_bytes(tmp_path, "bf16")
+        weights_bytes(tmp_path, "bf16")
 
 
 @pytest.mark.parametrize(
@@ -167,26 +182,26 @@ def test_bytes(tmp_path: Path) -> None:
 )
 def test_bad_input(variants: list[Variant], options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        bench.run(variants, **options)
+        run(variants, **options)
 
 
-def test_a_worker_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     real = subprocess.Popen
     code = "import sys; print('so far'); print('out of luck', file=sys.stderr); sys.exit(9)"
     monkeypatch.setattr(subprocess, "Popen", lambda command, **kw: real([sys.executable, "-c", code], **kw))
     with pytest.raises(EdgepruneError, match="a: .*status 9: out of luck"):
-        bench._worker(Variant("a", Path("x")), {}, lambda _: None)
+        _worker(Variant("a", Path("x")), {}, lambda _: None)
 
 
 def test_importing_bench_is_light() -> None:
-    code = "import edgeprune.bench.measure, sys; assert not {'torch', 'scipy', 'onnxruntime'} & set(sys.modules)"
+    code = "import edgeprune.bench.run, sys; assert not {'torch', 'scipy', 'onnxruntime'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_two_variants_for_real(tiny_folders: tuple[Path, Path]) -> None:
     source, exported = tiny_folders
     lines: list[str] = []
-    found = bench.run(
+    found = run(
         [Variant("original", source, "eager", "fp32"), Variant("exported", exported, "ort")],
         repeats=3, warmup=1, steps=2, quality=1, progress=lines.append,
     )  # fmt: skip
@@ -207,7 +222,7 @@ def test_two_variants_for_real(tiny_folders: tuple[Path, Path]) -> None:
     psnr = found.comparisons["exported"].psnr_db
     assert psnr is not None and psnr > 60  # the same weights in float32
     assert any("7 of 7" in line for line in lines)
-    json.dumps(bench.to_json(found), allow_nan=False)
+    json.dumps(to_json(found), allow_nan=False)
 
 
 def test_a_damaged_folder_is_the_users_error(tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -216,13 +231,13 @@ def test_a_damaged_folder_is_the_users_error(tiny_folders: tuple[Path, Path], tm
     copy = Path(shutil.copytree(tiny_folders[1], tmp_path / "copy"))
     (copy / "transformer" / "model.onnx").write_bytes(b"no")
     with pytest.raises(InputError, match=r"compressed: .*model\.onnx"):
-        bench.run([Variant("compressed", copy, "ort")], repeats=1)
+        run([Variant("compressed", copy, "ort")], repeats=1)
 
 
 def test_worker_prints_errors_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"folder": "no/such", "runtime": None, "options": {}}
-    monkeypatch.setattr(sys, "argv", ["bench_worker", json.dumps(spec)])
-    assert bench_worker.main() == 2
+    monkeypatch.setattr(sys, "argv", ["worker", json.dumps(spec)])
+    assert worker.main() == 2
     assert json.loads(capsys.readouterr().out)["kind"] == "InputError"
 
 
@@ -230,10 +245,10 @@ def test_memory_of_a_process_and_of_a_gpu_have_no_ratio() -> None:
     from dataclasses import replace
 
     first, other = measured("a", 1.0), measured("b", 0.5)
-    assert bench.compare(first, other, None).ratios["peak_ratio"] == 0.5
-    ratios = bench.compare(replace(first, memory_of="gpu"), other, None).ratios
+    assert compare(first, other, None).ratios["peak_ratio"] == 0.5
+    ratios = compare(replace(first, memory_of="gpu"), other, None).ratios
     assert ratios["peak_ratio"] is None and ratios["load_ratio"] == 0.5
 
 
 def test_an_assertion_may_name_a_variant_of_several_folders() -> None:
-    assert bench.parse_expression("out/a.onnx:ort.step_p50_s<=1") == ("out/a.onnx:ort.step_p50_s", "<=", 1.0)
+    assert parse_expression("out/a.onnx:ort.step_p50_s<=1") == ("out/a.onnx:ort.step_p50_s", "<=", 1.0)

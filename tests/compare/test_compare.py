@@ -1,4 +1,4 @@
-"""Grids: what they may hold, what a run keeps, intervals with known answers."""
+"""Grids: what they may contain, what a run keeps, intervals with known answers."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,9 @@ from tiny import tiny_pipeline
 from typer.testing import CliRunner
 
 from edgeprune.common.errors import InputError
-from edgeprune.compare import grid as compare
-from edgeprune.compare import page as compare_page
+from edgeprune.compare import page, run
 from edgeprune.compare.grid import GRIDS, Grid, grid_named
+from edgeprune.compare.summary import summarise
 from edgeprune.stages.pipeline import AnalyzeOptions, CompressOptions, DataOptions, Workspace, preset
 
 GRID = """
@@ -74,7 +74,7 @@ def test_rows(tmp_path: Path) -> None:
         ("[[rows]]", "[[rows", "not a readable TOML file"),
     ],
 )
-def test_what_a_grid_may_not_hold(old: str, new: str, said: str, tmp_path: Path) -> None:
+def test_what_a_grid_may_not_contain(old: str, new: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="grid.toml: ") as caught:
         Grid.load(write(tmp_path / "grid.toml", GRID.replace(old, new, 1)), START)
     assert said in str(caught.value)
@@ -86,33 +86,33 @@ def test_unknown_preset() -> None:
 
 
 def test_seeds_that_differ_are_seen(tmp_path: Path) -> None:
-    """Known answers of the bootstrap itself: test_stats.py."""
+    """test_intervals.py checks known answers of the bootstrap itself."""
     grid = Grid.load(write(tmp_path / "grid.toml", GRID), START)
     run = {"blocks": [1], "components": [], "modulation_rank": None, "bytes": 50, "step_ratio": 0.5, "train_s": 1.0}
     scores = {"koala": [0.0, 0.5], "ours": [1.0, 1.0], "half": [0.5]}
     found: dict[str, Any] = {"original": {"scores": [1.0] * 50, "bytes": 100, "seconds": 1.0}}
     for name, values in scores.items():
         found |= {f"{name}/seed-{i}": run | {"scores": [v] * 50, "seconds": 2.0} for i, v in enumerate(values)}
-    summary = compare.summarise(found, grid, None)
+    summary = summarise(found, grid, None)
     koala, ours, half = summary["rows"]
     assert koala["score"] == (0.25, 0, 0.5) and ours["score"] == (1, 1, 1)
     assert koala["relative_drop"] == (0.75, 0.5, 1) and koala["lead"] == (0.75, 0.5, 1) and ours["lead"] is None
     assert half["lead"] == (0.5, 0.5, 0.5) and half["bytes_ratio"] == 0.5 and summary["seconds"] == 11
     found["koala/seed-1"] = found["koala/seed-1"] | {"blocks": [0]}
-    assert compare.summarise(found, grid, None)["rows"][0]["blocks"] is None
+    assert summarise(found, grid, None)["rows"][0]["blocks"] is None
 
 
-def test_a_grid_is_run_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grid_runs_once_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     tiny_pipeline(source)
     grid = Grid.load(write(tmp_path / "grid.toml", GRID), START)
     prompts = ["a red circle", "two blue squares"]
 
-    def run() -> dict[str, Any]:
-        return compare.compare(Workspace(out / "original", str(source)), grid, "velocity", prompts, out)
+    def compared() -> dict[str, Any]:
+        return run.compare(Workspace(out / "original", str(source)), grid, "velocity", prompts, out)
 
     done: list[str] = []
-    real = compare._run
+    real = run._run
 
     def killed(base: Any, row: Any, *rest: Any) -> dict[str, Any]:
         if len(done) == 2:
@@ -120,14 +120,14 @@ def test_a_grid_is_run_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
         done.append(row.name)
         return real(base, row, *rest)
 
-    monkeypatch.setattr(compare, "_run", killed)
+    monkeypatch.setattr(run, "_run", killed)
     with pytest.raises(KeyboardInterrupt):
-        run()
+        compared()
     assert done == ["koala", "koala"]
-    monkeypatch.setattr(compare, "_run", lambda base, row, *rest: done.append(row.name) or real(base, row, *rest))
-    summary = run()
+    monkeypatch.setattr(run, "_run", lambda base, row, *rest: done.append(row.name) or real(base, row, *rest))
+    summary = compared()
     assert done == ["koala", "koala", "ours", "ours", "half"]
-    assert run() == summary and len(done) == 5
+    assert compared() == summary and len(done) == 5
 
     rows = {row["name"]: row for row in summary["rows"]}
     assert rows["koala"]["bytes_ratio"] < 0.3 and rows["koala"]["blocks"] and rows["koala"]["lead"] is not None
@@ -136,9 +136,9 @@ def test_a_grid_is_run_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(list((out / "original" / "cache").glob("data-*"))) == 1  # made once for all rows
     assert not list((out / "koala" / "seed-0" / "cache").glob("data-*"))
 
-    first = compare_page.write(summary, out)
+    first = page.write(summary, out)
     pictures = [path.read_bytes() for path in first]
-    assert [path.read_bytes() for path in compare_page.write(summary, out)] == pictures
+    assert [path.read_bytes() for path in page.write(summary, out)] == pictures
     assert "| koala (2 seeds) |" in (out / "compare.md").read_text()
 
 

@@ -354,7 +354,7 @@ def test_only_the_whole_link_opens_a_study_with_a_token(browser: Any, tmp_path: 
         port = server.server_address[1]
         page = browser.new_context().new_page()
         page.goto(f"http://127.0.0.1:{port}/")
-        page.wait_for_selector("#begin-error:has-text('whole link')")
+        page.wait_for_selector("#begin-error:has-text('complete link')")
         assert not page.locator("#start").is_visible()
         page.goto(f"http://127.0.0.1:{port}/?token=long-secret")
         begin(page)

@@ -1,0 +1,209 @@
+"""Measures variants of a model: each in a fresh process, one after the other, and the others against the first.
+
+The first variant is the reference; every other one gets ratios against it. This module imports no torch: each worker
+loads its own runtime.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune import runtimes
+from edgeprune.bench.disk import disk_bytes, weights_bytes
+from edgeprune.bench.machine import machine, memory_bandwidth
+from edgeprune.bench.results import MEASURES, BenchResult, Measured, Quality, compare
+from edgeprune.common import errors
+from edgeprune.common.errors import EdgepruneError, InputError
+from edgeprune.metrics.psnr import mean_decibels
+
+PROMPT = "two red circles"
+
+Log = Callable[[str], None]
+"""Receives one line of text at a time while the work goes on."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model to measure."""
+
+    name: str
+    """Shown in the table; unique in a run."""
+    folder: Path
+    runtime: str | None = None
+    """`ort`, `eager`, ...; None chooses one that fits the folder."""
+    dtype: str | None = None
+    """`bf16` or `fp32`, for `eager`; None for its default."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the runtime, see `runtimes.load`."""
+
+
+def _silent(_: str) -> None:
+    """Drop the line."""
+
+
+def run(
+    variants: Sequence[Variant],
+    *,
+    repeats: int = 20,
+    warmup: int = 2,
+    steps: int | None = None,
+    prompt: str = PROMPT,
+    quality: int = 0,
+    quality_seeds: int = 1,
+    progress: Log = _silent,
+) -> BenchResult:
+    """Measure each variant in its own process, one after the other.
+
+    Args:
+        variants: the first is the reference of the ratios.
+        repeats: warm steps to time.
+        warmup: untimed steps between the first step and the timed ones.
+        steps: denoising steps of a full image; None for the folder's default.
+        prompt: prompt of the timed image.
+        quality: held-out prompts per task of shapes world to score; 0 scores nothing.
+        quality_seeds: images per such prompt.
+        progress: receives a line of text now and then.
+
+    Raises:
+        InputError: there is no variant, two have one name, a number is too low, or a folder cannot be used.
+        EdgepruneError: a worker died.
+    """
+    _check(variants, repeats=repeats, warmup=warmup, quality=quality, quality_seeds=quality_seeds, steps=steps)
+    spec = {"repeats": repeats, "warmup": warmup, "steps": steps, "prompt": prompt}
+    prompts: list[Any] = []
+    if quality:
+        from edgeprune import shapes
+
+        prompts = [p for p in shapes.evaluation_prompts(quality) for _ in range(quality_seeds)]
+    bandwidth = memory_bandwidth()
+    measured: list[Measured] = []
+    images: list[NDArray[np.uint8]] = []
+    with tempfile.TemporaryDirectory(prefix="edgeprune-bench-") as scratch:
+        for variant in variants:
+            progress(f"{variant.name}: {variant.folder}")
+            path = Path(scratch) / f"{len(measured)}.npy"
+            drawn = {"prompts": [p.text for p in prompts], "seeds": list(range(len(prompts))), "images": str(path)}
+            reply = _worker(variant, spec | drawn, progress)
+            score = None
+            if prompts:
+                images.append(np.load(path))
+                score = _score(images[-1], prompts)
+            measured.append(_measured(variant, reply, bandwidth, score))
+    comparisons = {
+        m.name: compare(measured[0], m, psnr_db(images[0], images[i]) if images else None)
+        for i, m in enumerate(measured)
+        if i
+    }
+    settings = spec | {"quality_prompts_per_task": quality, "quality_seeds": quality_seeds}
+    return BenchResult(variants=measured, comparisons=comparisons, machine=machine(bandwidth), settings=settings)
+
+
+def _check(
+    variants: Sequence[Variant], *, repeats: int, warmup: int, quality: int, quality_seeds: int, steps: int | None
+) -> None:
+    names = [v.name for v in variants]
+    if not names or len(set(names)) != len(names):
+        raise InputError(f"variants: found {names}, expected at least one, with different names")
+    for option, value, low in (
+        ("repeats", repeats, 1),
+        ("warmup", warmup, 0),
+        ("quality", quality, 0),
+        ("quality_seeds", quality_seeds, 1),
+        ("steps", 1 if steps is None else steps, 1),
+    ):
+        if value < low:
+            raise InputError(f"{option}: found {value}, expected {low} or more")
+    for variant in variants:  # fail now, not after minutes of measuring the other variants
+        runtimes.RUNTIMES[runtimes.choose(variant.folder, variant.runtime)].require()
+
+
+def _worker(variant: Variant, spec: dict[str, Any], progress: Log) -> dict[str, Any]:
+    """Run one worker to its end and return the JSON of its last line."""
+    spec = spec | {
+        "folder": str(variant.folder),
+        "runtime": variant.runtime,
+        "options": variant.options if variant.dtype is None else variant.options | {"dtype": variant.dtype},
+    }
+    command = [sys.executable, "-m", "edgeprune.bench.worker", json.dumps(spec)]
+    last = ""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8") as worker:
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                last = line
+                if line.startswith('{"progress"'):
+                    done, total = json.loads(line)["progress"]
+                    progress(f"{variant.name}: {done} of {total} quality images")
+        code = worker.returncode
+        stderr.seek(0)
+        tail = " | ".join(stderr.read().strip().splitlines()[-3:])
+    try:
+        reply = json.loads(last)
+    except ValueError:
+        reply = None
+    if isinstance(reply, dict) and "error" in reply:
+        kind = getattr(errors, reply["kind"], EdgepruneError)
+        # MissingExtraError builds its text from two names; the reply already holds the whole text.
+        raise (InputError if kind is errors.MissingExtraError else kind)(f"{variant.name}: {reply['error']}")
+    if code != 0 or not isinstance(reply, dict):
+        raise EdgepruneError(f"{variant.name}: the worker ended with status {code}: {tail or 'no message'}")
+    return reply
+
+
+def _measured(variant: Variant, reply: dict[str, Any], bandwidth: float, quality: Quality | None) -> Measured:
+    values: dict[str, float | int | None] = {k: reply[k] for k in MEASURES if k in reply}
+    values |= disk_bytes(variant.folder)
+    weights = weights_bytes(variant.folder, reply["precision"])
+    values["transformer_weights_bytes"] = weights
+    values["step_floor_s"] = weights / bandwidth
+    values["step_p50_s"], values["step_p95_s"] = (float(q) for q in np.quantile(reply["steps_s"], [0.5, 0.95]))
+    values["image_p50_s"] = float(np.median(reply["images_s"]))
+    return Measured(
+        name=variant.name,
+        folder=str(variant.folder),
+        runtime=reply["runtime"],
+        provider=reply["provider"],
+        provider_why=reply["provider_why"],
+        memory_of=reply["memory_of"],
+        precision=reply["precision"],
+        values={k: values[k] for k in MEASURES},
+        steps_s=reply["steps_s"],
+        images_s=reply["images_s"],
+        how=reply["how"],
+        quality=quality,
+    )
+
+
+def psnr_db(first: NDArray[np.uint8], other: NDArray[np.uint8]) -> float | None:
+    """Return the mean peak signal-to-noise ratio of images, both (P, H, W, 3); None if their sizes differ."""
+    if first.shape != other.shape:
+        return None
+    return mean_decibels(list(first), list(other))
+
+
+def _score(images: NDArray[np.uint8], prompts: list[Any]) -> Quality:
+    from edgeprune import shapes
+
+    if images.shape[1:] != (shapes.SIZE, shapes.SIZE, 3):
+        raise InputError(f"quality: found images of {images.shape[1:3]}, expected {shapes.SIZE}x{shapes.SIZE}")
+    right = [shapes.check(image, prompt.meaning) for image, prompt in zip(images, prompts, strict=True)]
+    # Seeds of one prompt are not independent: the bootstrap is over prompts.
+    by_prompt: dict[str, list[bool]] = {}
+    for prompt, ok in zip(prompts, right, strict=True):
+        by_prompt.setdefault(prompt.text, []).append(ok)
+    task_of = {p.text: p.meaning.task for p in prompts}
+    values, tasks = np.asarray([np.mean(v) for v in by_prompt.values()]), [task_of[t] for t in by_prompt]
+    mean, low, high = shapes.score(values, tasks)
+    return Quality(
+        score=mean, score_low=low, score_high=high, tasks=shapes.task_means(values, tasks), images=len(images)
+    )

@@ -1,0 +1,70 @@
+"""A bench as a table: rows by measure, for the terminal and for the report page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from edgeprune.bench.results import MEASURES, BenchResult
+from edgeprune.common.tables import NOT_MEASURED, interval_text, with_unit
+from edgeprune.common.terminal import printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class MeasureRow(NamedTuple):
+    """One measure."""
+
+    label: str
+    values: list[str]
+    """Of each variant, with its unit."""
+    ratios: list[float | None]
+    """Of each comparison."""
+
+
+def measure_rows(variants: Sequence[Mapping[str, Any]], comparisons: Iterable[Mapping[str, Any]]) -> list[MeasureRow]:
+    """Return a row for each of MEASURES.
+
+    Args:
+        variants: values by key of MEASURES.
+        comparisons: ratios by `<stem>_ratio`.
+    """
+    compared = list(comparisons)
+    return [
+        MeasureRow(
+            label=label,
+            values=[with_unit(key, values.get(key)) for values in variants],
+            ratios=[ratios.get(f"{stem}_ratio") for ratios in compared],
+        )
+        for key, (label, stem) in MEASURES.items()
+    ]
+
+
+def table(result: BenchResult) -> Table:
+    """Return a rich table: one row per measure, one column per variant, one ratio column per comparison."""
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(title=f"{result.machine['cpu']}, {result.machine['cores']} cores")
+    out.add_column("")
+    for m in result.variants:  # Text: a folder's name may look like markup
+        out.add_column(
+            Text(printable(f"{m.name}\n{m.runtime} {m.precision} {m.provider}")), justify="right", overflow="fold"
+        )
+    for name in result.comparisons:
+        out.add_column(Text(printable(f"{name} /\n{result.variants[0].name}")), justify="right")
+    out.add_row("why this provider", *(m.provider_why for m in result.variants), *[""] * len(result.comparisons))
+    for row in measure_rows([m.values for m in result.variants], [c.ratios for c in result.comparisons.values()]):
+        out.add_row(row.label, *row.values, *(NOT_MEASURED if r is None else f"{r:.3f}" for r in row.ratios))
+    if any(m.quality for m in result.variants):
+        scores = [
+            interval_text((q.score, q.score_low, q.score_high)) if (q := m.quality) else NOT_MEASURED
+            for m in result.variants
+        ]
+        compared = result.comparisons.values()
+        drops = [NOT_MEASURED if c.score_drop is None else f"drop {c.score_drop:.1%}" for c in compared]
+        out.add_row("score, 95 % interval", *scores, *drops)
+        psnrs = [NOT_MEASURED if c.psnr_db is None else f"{c.psnr_db:.1f} dB" for c in compared]
+        out.add_row("PSNR at equal seeds", *[""] * len(result.variants), *psnrs)
+    return out

@@ -1,0 +1,32 @@
+"""Numbers and tables as text: units, intervals, Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+NOT_MEASURED = "-"
+
+
+def with_unit(key: str, value: float | int | None) -> str:
+    """Return a value for people: GB and MB are 10^9 and 10^6 bytes, `-` stands for None.
+
+    Args:
+        key: the value's JSON key; bytes if it ends in `_bytes`, else seconds.
+    """
+    if value is None:
+        return NOT_MEASURED
+    if key.endswith("_bytes"):
+        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def interval_text(values: Sequence[float], style: str = ".3f") -> str:
+    """Return `value [low, high]`, each number in the format `style`."""
+    value, low, high = values
+    return f"{value:{style}} [{low:{style}}, {high:{style}}]"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown, without a line break at its end."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

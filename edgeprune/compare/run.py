@@ -1,0 +1,161 @@
+"""Runs a grid: compresses by every row with several seeds, and scores against the original on the same prompts.
+
+    grid = Grid.load(grid_named("demo"), preset("default", builtin=True))
+    compare(Workspace(out / "original", None), grid, "shapes", prompts, out)
+
+Every run is a folder `OUT/<row>/seed-<n>`, made by the stages of `compress`. Finished runs are kept, so the same
+command resumes an interrupted grid. Every comparison is paired: same prompts, same noise.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edgeprune import shapes
+from edgeprune.artefact import checkpoint
+from edgeprune.artefact.checkpoint import HALF, INT4
+from edgeprune.common.errors import InputError
+from edgeprune.common.files import digest, files_digest, read_json, write_json
+from edgeprune.compare.grid import Grid, Row
+from edgeprune.compare.summary import summarise
+from edgeprune.metrics import Metric, evaluations, of_pipeline, tasks_of
+from edgeprune.quantization.precision import footprint
+from edgeprune.report.measure import step_times
+from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.prompts import read_prompts
+from edgeprune.stages import pipeline
+from edgeprune.stages.forecast import forecast
+from edgeprune.stages.pipeline import CompressOptions, Progress, Workspace, silent
+
+
+def held_out_prompts(builtin: bool, prompts: str | None, per_task: int) -> list[str]:
+    """Return the prompts to score on: the file's, or for the built-in model shapes world's held-out captions.
+
+    Raises:
+        InputError: there is no file and the model is not the built-in one. The prompt list that comes with the package
+            serves analysis and training, so it cannot serve as held-out prompts.
+    """
+    if prompts:
+        return read_prompts(Path(prompts))
+    if not builtin:
+        raise InputError("compare: give --prompts, a text file of prompts that nothing is trained on, to score on")
+    return [p.text for p in shapes.evaluation_prompts(per_task)]
+
+
+def forecast_grid(source: Path, grid: Grid, prompts: int, metric: str) -> dict[str, Any]:
+    """Return what a grid costs, from configs alone: runs, training steps, lower bounds of time, bytes written.
+
+    stages/forecast.py describes the fields.
+    """
+    config, family = checkpoint.read_config(source)
+    generation = Generation.load(source)
+    budget = int(grid.budget * footprint(family, family.tensor_shapes(config)).bf16_bytes)
+    forecasts = [(row.seeds, forecast(source, row.seeded(0, budget), generation)) for row in grid.rows]
+    first, runs = forecasts[0][1], sum(seeds for seeds, _ in forecasts)
+    per_step = 2 if family.guided(config, generation.guidance_scale) else 1
+    scored = (runs + 1) * evaluations(metric, generation, prompts, per_step)
+    copied = sum(p.stat().st_size for p in source.rglob("*") if p.is_file() and p.parent.name != HALF)
+    trained = [costs for _, costs in forecasts if costs["distill_steps"]]
+    return {
+        "rows": len(forecasts),
+        "runs": runs,
+        "training_steps": sum(seeds * costs["distill_steps"] for seeds, costs in forecasts),
+        "analyze_floor_s": first["analyze_floor_s"] if grid.reads_contributions else 0.0,
+        "data_floor_s": trained[0]["data_floor_s"] if trained else 0.0,
+        "distill_floor_s": round(sum(seeds * costs["distill_floor_s"] for seeds, costs in forecasts), 1),
+        "score_evaluations": scored,
+        "score_floor_s": round(scored * first["evaluation_flops"] / first["matmul_flops_per_s"], 1),
+        "peak_weights_bytes": max(costs["distill_weights_bytes"] for _, costs in forecasts),
+        "written_bytes": sum(seeds * (costs["written_bytes"] + copied) for seeds, costs in forecasts),
+    }
+
+
+def compare(
+    base: Workspace,
+    grid: Grid,
+    metric: str,
+    prompts: list[str],
+    out: Path,
+    progress: Progress = silent,
+    *,
+    weights: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Make and score every run that `out` lacks; return the summary of all.
+
+    `out/results.json` keeps the scores of every run.
+
+    Args:
+        base: a folder of the original, which holds its analysis.
+        prompts: held-out prompts to score on; nothing may be trained or calibrated on them.
+        weights: weights of the metric, see metrics.KNOWN.
+
+    Raises:
+        BudgetError: a method cannot meet the budget.
+    """
+    before = footprint(base.family, base.family.tensor_shapes(base.config)).bf16_bytes
+    if grid.reads_contributions:
+        pipeline.run_analyze(base, grid.analyze, progress)
+    scorer = of_pipeline(metric, base.pipe, base.generation, prompts, weights)
+    path = out / "results.json"
+    results: dict[str, Any] = read_json(path) if path.is_file() else {}
+    identity: dict[str, Any] = {"metric": metric, "prompts": prompts, "weights": base.weights_hash}
+    if weights:
+        identity["metric_weights"] = {name: [given, files_digest(Path(given))] for name, given in weights.items()}
+
+    def once(name: str, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:
+        inputs = digest({**identity, **key})
+        if results.get(name, {}).get("inputs") != inputs:
+            began = time.monotonic()
+            results[name] = {**make(), "inputs": inputs, "seconds": time.monotonic() - began}
+            write_json(path, results)
+
+    once("original", {"generation": asdict(base.generation)}, lambda: {"scores": scorer.score(), "bytes": before})
+    runs = [(row, seed) for row in grid.rows for seed in range(row.seeds)]
+    for index, (row, seed) in enumerate(runs):
+        progress("compare", index, len(runs), f"{row.name}, seed {seed}")
+        options = row.seeded(seed, int(grid.budget * before))
+        key = {"options": asdict(options), "quantized": row.quantized, "generation": asdict(base.generation)}
+        make = functools.partial(_run, base, row, options, out / row.name / f"seed-{seed}", scorer, progress)
+        once(f"{row.name}/seed-{seed}", key, make)
+    progress("compare", len(runs), len(runs), "")
+    metric_tasks = tasks_of(metric)
+    tasks = [metric_tasks.parse(prompt).task for prompt in prompts] if metric_tasks else None
+    return summarise(results, grid, tasks)
+
+
+def _run(
+    base: Workspace, row: Row, options: CompressOptions, folder: Path, scorer: Metric, progress: Progress
+) -> dict[str, Any]:
+    """Compress and score one run; return its scores, bytes, plan, seconds of training and step time."""
+    ws = base.beside(folder)
+    ws.fresh = True  # replace the folder of another grid that has a row of the same name
+    pipeline.run_plan(ws, options.plan, base.report_path if row.reads_contributions else None)
+    if options.distill is None:
+        ws.skip_distillation()
+    pipeline.run_prune(ws, progress)
+    if options.distill is not None:
+        pipeline.run_distill(ws, options.distill, options.data, progress)
+    if row.quantized:
+        pipeline.run_quantize(ws, options.quantize, progress)
+    teacher, plan = base.pipe.transformer, ws.plan()
+    times = step_times(base, [teacher, checkpoint.load_transformer(ws.out, quantized=False)])
+    base.pipe.transformer = checkpoint.load_transformer(ws.out, quantized=row.quantized)
+    try:
+        scores = scorer.score()
+    finally:
+        base.pipe.transformer = teacher
+    weights = ws.out / (INT4 if row.quantized else HALF)
+    return {
+        "scores": scores,
+        "bytes": sum(p.stat().st_size for p in weights.glob("*.safetensors")),
+        "blocks": plan.blocks,
+        "components": plan.components,
+        "modulation_rank": plan.modulation_rank,
+        "train_s": ws.manifest.stages["distill"]["seconds"] if options.distill else 0.0,
+        "step_ratio": times[1] / times[0],
+    }

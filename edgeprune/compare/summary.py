@@ -1,0 +1,53 @@
+"""Sums up the runs of a grid row by row; intervals are bootstraps over prompts and training seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from edgeprune.common.intervals import mean_interval, paired_drop
+from edgeprune.compare.grid import Grid
+
+
+def summarise(results: Mapping[str, Any], grid: Grid, tasks: list[str] | None) -> dict[str, Any]:
+    """Return for each row its bytes, score, relative drop and the reference's lead, sampled figures with an interval.
+
+    Args:
+        results: the content of results.json: `original` and `<row>/seed-<n>`.
+        tasks: the task of each prompt, where the metric has tasks.
+    """
+    original = np.asarray(results["original"]["scores"])
+    runs = {row.name: [results[f"{row.name}/seed-{seed}"] for seed in range(row.seeds)] for row in grid.rows}
+    scores = {name: np.asarray([run["scores"] for run in row_runs]) for name, row_runs in runs.items()}
+    rows = []
+    for row in grid.rows:
+        row_runs = runs[row.name]
+        same_plan = all(run["blocks"] == row_runs[0]["blocks"] for run in row_runs)  # random plans differ by seed
+        lead = paired_drop(scores[grid.reference], scores[row.name], tasks).difference
+        rows.append(
+            {
+                "name": row.name,
+                "group": row.group,
+                "seeds": row.seeds,
+                "blocks": row_runs[0]["blocks"] if same_plan else None,
+                "components": len(row_runs[0]["components"]),
+                "modulation_rank": row_runs[0]["modulation_rank"],
+                "bytes": max(run["bytes"] for run in row_runs),
+                "bytes_ratio": max(run["bytes"] for run in row_runs) / results["original"]["bytes"],
+                "step_ratio": float(np.median([run["step_ratio"] for run in row_runs])),
+                "train_s": sum(run["train_s"] for run in row_runs),
+                "score": mean_interval(scores[row.name], tasks),
+                "relative_drop": paired_drop(original, scores[row.name], tasks).relative,
+                "lead": None if row.name == grid.reference else lead,
+            }
+        )
+    return {
+        "budget": grid.budget,
+        "reference": grid.reference,
+        "prompts": len(original),
+        "seconds": sum(run.get("seconds", 0.0) for run in results.values()),
+        "original": {"score": mean_interval(original, tasks), "bytes": results["original"]["bytes"]},
+        "rows": rows,
+    }

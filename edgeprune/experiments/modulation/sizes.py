@@ -1,0 +1,133 @@
+"""Ways to make the model smaller at equal bytes: velocity error and scored images, with and without distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune import shapes
+from edgeprune.analysis.contribution import ContributionReport
+from edgeprune.artefact import checkpoint
+from edgeprune.artefact.surgery import prune
+from edgeprune.experiments.modulation.study import Study, print_progress
+from edgeprune.metrics.psnr import mean_decibels
+from edgeprune.planning.plan import PlanOptions, PrunePlan, plan_for
+from edgeprune.sampling.denoising import generate
+from edgeprune.stages import pipeline
+from edgeprune.stages.pipeline import Workspace
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to make the model smaller."""
+
+    series: str
+    plan: PlanOptions
+    distilled: bool = False
+
+
+def variants() -> dict[str, Variant]:
+    """Return the variants by name, in the order of measuring; those that need training are last."""
+    parts = PlanOptions(method="hybrid", threshold=0.0, protect_first=0)  # as the built-in model's preset
+    whole = PlanOptions(method="hpp", protect_first=0)
+    out = {"int4": Variant(series="INT4 alone", plan=PlanOptions(method="hpp", keep=1.0))}
+
+    def add(keep: float) -> None:
+        out[f"parts-{keep}"] = Variant(series="components only", plan=replace(parts, keep=keep))
+        out[f"both-{keep}"] = Variant(
+            series="modulation, then components", plan=replace(parts, keep=keep, modulation_rank=32)
+        )
+
+    def project(rank: int) -> None:
+        out[f"modulation-{rank}"] = Variant(
+            series="modulation only", plan=PlanOptions(method="manual", modulation_rank=rank)
+        )
+
+    project(32)
+    add(0.65)
+    add(0.5)
+    project(16)
+    out["blocks-0.8"] = Variant(series="blocks only", plan=replace(whole, keep=0.8))
+    out["both-blocks-0.65"] = Variant(
+        series="modulation, then blocks", plan=replace(whole, keep=0.65, modulation_rank=32)
+    )
+    project(64)
+    add(0.58)
+    for name in ("parts-0.5", "both-0.5", "parts-0.65", "both-0.65"):
+        out[f"{name}-distilled"] = replace(out[name], distilled=True)
+    return out
+
+
+def smaller(study: Study, name: str, variant: Variant) -> tuple[PrunePlan, Any]:
+    """Return a variant's plan and its model rounded to INT4; a distilled one runs the stages of `compress`."""
+    if not variant.distilled:
+        report = ContributionReport.load(study.base.report_path)
+        plan = plan_for(study.family, study.config, report, variant.plan)
+        basis = study.usual.basis(plan.modulation_rank) if plan.modulation_rank else None
+        model = prune(study.family, study.teacher, study.config, plan, study.usual.mean, basis)
+        return plan, study.rounded(model)
+    ws = Workspace(study.out / "variants" / name, None)
+    options = pipeline.preset("default", builtin=True)
+    assert options.distill is not None
+    pipeline.run_plan(ws, variant.plan, study.base.report_path)
+    pipeline.run_prune(ws)
+    ws.cache = study.out / "cache"  # all variants train on the same images
+    distill, data = replace(options.distill, steps=study.steps), replace(options.data, samples=2000)
+    pipeline.run_distill(ws, distill, data, print_progress)
+    pipeline.run_quantize(ws, options.quantize)
+    return ws.plan(), checkpoint.load_transformer(ws.out, quantized=True)
+
+
+def measure_variant(study: Study, name: str, variant: Variant) -> dict[str, Any]:
+    """Return what the variant removes, its bytes and its velocity error."""
+    plan, model = smaller(study, name, variant)
+    row: dict[str, Any] = {"series": variant.series, "distilled": variant.distilled, "rank": plan.modulation_rank}
+    row |= {"blocks": plan.blocks, "components": len(plan.components)}
+    row |= {"parameters": plan.after.parameters, "int4_bytes": plan.after.int4_bytes}
+    return row | {"error": study.error(model)}
+
+
+def judge_variant(study: Study, name: str, variant: Variant) -> dict[str, Any]:
+    """Return `judged` of a variant."""
+    return judged(study, name, smaller(study, name, variant)[1])
+
+
+def scored(study: Study) -> list[shapes.Prompt]:
+    """Return the held-out captions whose images are checked."""
+    return shapes.evaluation_prompts(study.per_task)
+
+
+def judged(study: Study, name: str, model: Any) -> dict[str, Any]:
+    """Return the score with its interval, prompts lost and won against the teacher, and the PSNR to its images."""
+    original, made = _images(study, "teacher", study.teacher), _images(study, name, model)
+    prompts = scored(study)
+    first, other = (_passed(images, prompts) for images in (original, made))
+    tasks = [p.meaning.task for p in prompts]
+    return {
+        "score": shapes.score(other, tasks),
+        "lost": int(((first == 1) & (other == 0)).sum()),
+        "won": int(((first == 0) & (other == 1)).sum()),
+        "psnr_db": mean_decibels(list(original), list(made)),
+        "images": len(made),
+    }
+
+
+def _images(study: Study, name: str, model: Any) -> NDArray[np.uint8]:
+    """Return one image per scored caption, (P, H, W, 3); kept on disk."""
+    path = study.out / "images" / f"{name}-{study.per_task}.npy"
+    if not path.is_file():
+        study.pipe.transformer = model
+        texts = [p.text for p in scored(study)]
+        made = generate(study.pipe, texts, list(range(len(texts))), study.generation)
+        study.pipe.transformer = study.teacher
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, made)
+    loaded: NDArray[np.uint8] = np.load(path)
+    return loaded
+
+
+def _passed(images: NDArray[np.uint8], prompts: list[shapes.Prompt]) -> NDArray[np.float64]:
+    return np.asarray([float(shapes.check(i, p.meaning)) for i, p in zip(images, prompts, strict=True)])

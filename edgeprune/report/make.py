@@ -1,0 +1,98 @@
+"""Makes the report of an artefact: measures it once, then writes the page and the model card.
+
+`report.json` and `cache/report.npz` keep the measurements, so page and card can be rewritten, for example with the
+figures of a bench.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import psutil
+
+from edgeprune.common.files import read_json, write_json
+from edgeprune.common.tables import interval_text, with_unit
+from edgeprune.report import page
+from edgeprune.report.measure import measure
+from edgeprune.stages.pipeline import Progress, Workspace, silent
+
+_SCHEMA = 2
+"""Schema of report.json; a file with another one is measured again."""
+
+
+def lacking_memory(ws: Workspace) -> str:
+    """Return why this machine has too little memory for the report; empty if it has enough.
+
+    The report's images need both models in float32.
+    """
+    plan = ws.plan()
+    needed = 2 * (plan.before.bf16_bytes + plan.after.bf16_bytes)
+    available = psutil.virtual_memory().available
+    if needed < available:
+        return ""
+    return (
+        f"no report: its images need {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free; "
+        f"make it on a larger machine: edgeprune report -o {ws.out}"
+    )
+
+
+def make_report(
+    ws: Workspace,
+    *,
+    quick: bool = False,
+    redo: bool = False,
+    bench: dict[str, Any] | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure unless that is done, write page and card, and return what was measured.
+
+    Args:
+        quick: draw few prompts.
+        redo: measure again.
+        bench: the JSON of `edgeprune bench`, to show on the page.
+    """
+    ws.need("quantize", "report")
+    path, images_path = ws.out / "report.json", ws.out / "cache" / "report.npz"
+    done = path.is_file() and images_path.is_file() and not redo
+    inputs = {"quantize": ws.manifest.stages["quantize"]["inputs"], "schema": _SCHEMA}
+    if done and read_json(path).get("inputs") == inputs:
+        summary, images = read_json(path), dict(np.load(images_path))
+    else:
+        summary, images = measure(ws, quick, progress)
+        summary["inputs"] = inputs
+        images_path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)  # so that new images never stand with old figures
+        temporary = images_path.with_suffix(".tmp.npz")
+        np.savez_compressed(temporary, **images)  # type: ignore[arg-type]
+        temporary.replace(images_path)
+        write_json(path, summary)
+    page.write(ws, summary, summary_rows(summary), images, bench)
+    return summary
+
+
+def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the measurements as label and text."""
+    out = [
+        (
+            "transformer weights",
+            f"{with_unit('_bytes', summary['original_bf16_bytes'])} bf16 -> "
+            f"{with_unit('_bytes', summary['compressed_int4_bytes'])} INT4 ({summary['weights_ratio']:.1%})",
+        ),
+        (
+            "one step in torch, fp32, without INT4",
+            f"{with_unit('_s', summary['original_step_s'])} -> {with_unit('_s', summary['pruned_step_s'])} "
+            f"({summary['step_ratio']:.2f}x)",
+        ),
+        ("PSNR to the original's images", f"{summary['psnr_db']:.1f} dB, {summary['images']} images at equal seeds"),
+    ]
+    if quality := summary.get("quality"):
+        drop = quality["relative_drop"]
+        out.append(
+            (
+                "score, held-out prompts, 95 % interval",
+                f"{interval_text(quality['original'])} -> {interval_text(quality['compressed'])}"
+                + (f", relative drop {interval_text(drop, '.1%')}" if drop else ""),
+            )
+        )
+    return out

@@ -1,0 +1,102 @@
+"""Measures an artefact against its original: images at the same seeds, quality, bytes and step time."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgeprune import shapes
+from edgeprune.artefact import checkpoint
+from edgeprune.artefact.checkpoint import INT4
+from edgeprune.common.intervals import Interval, mean_interval, paired_drop
+from edgeprune.metrics.psnr import mean_decibels
+from edgeprune.sampling.denoising import encode_prompts, generate, latent_shape, noise, velocity
+from edgeprune.sampling.prompts import PROMPTS, read_prompts
+from edgeprune.stages.pipeline import Progress, Workspace
+
+
+def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Return the summary that report.json keeps, and the images of `original` and `compressed`, each (P, H, W, 3).
+
+    Args:
+        quick: draw few prompts.
+    """
+    if ws.builtin:
+        chosen = shapes.evaluation_prompts(2 if quick else 15)
+        texts, meanings = [p.text for p in chosen], [p.meaning for p in chosen]
+    else:
+        texts, meanings = read_prompts(PROMPTS)[: 2 if quick else 8], []
+    seeds = list(range(len(texts)))
+    original = ws.pipe.transformer
+    int4 = checkpoint.load_transformer(ws.out, quantized=True)
+    images: dict[str, NDArray[Any]] = {}
+    for name, transformer in (("original", original), ("compressed", int4)):
+        ws.pipe.transformer = transformer
+        shown = functools.partial(_show_images, progress, name)
+        images[name] = generate(ws.pipe, texts, seeds, ws.generation, progress=shown)
+    ws.pipe.transformer = original
+    pruned = checkpoint.load_transformer(ws.out, quantized=False)
+    times = step_times(ws, [original, pruned])
+    stored = sum(p.stat().st_size for p in (ws.out / INT4).glob("*.safetensors"))
+    before = ws.plan().before.bf16_bytes
+    summary: dict[str, Any] = {
+        "prompts": texts,
+        "images": len(texts),
+        "original_bf16_bytes": before,
+        "compressed_int4_bytes": stored,
+        "weights_ratio": stored / before,
+        "original_step_s": times[0],
+        "pruned_step_s": times[1],
+        "step_ratio": times[1] / times[0],
+        "psnr_db": mean_decibels(list(images["original"]), list(images["compressed"])),
+        "generation": vars(ws.generation),
+    }
+    if meanings:
+        summary["quality"] = _quality(images, meanings)
+    return summary, images
+
+
+def _quality(images: dict[str, NDArray[Any]], meanings: list[Any]) -> dict[str, Any]:
+    passed = {
+        k: np.asarray([float(shapes.check(i, m)) for i, m in zip(v, meanings, strict=True)]) for k, v in images.items()
+    }
+    tasks = [m.task for m in meanings]
+    return {
+        "metric": "shapes world, mean over tasks",
+        "original": shapes.score(passed["original"], tasks),
+        "compressed": shapes.score(passed["compressed"], tasks),
+        "relative_drop": paired_drop(passed["original"], passed["compressed"], tasks).relative,
+        "tasks": {k: _by_task(v, tasks) for k, v in passed.items()},
+    }
+
+
+def _by_task(values: NDArray[Any], tasks: list[str]) -> dict[str, Interval]:
+    return {t: mean_interval(values[np.asarray(tasks) == t]) for t in dict.fromkeys(tasks)}
+
+
+def _show_images(progress: Progress, name: str, done: int, total: int) -> None:
+    progress(f"report: images, {name}", done, total, "")
+
+
+@torch.no_grad()
+def step_times(ws: Workspace, models: list[Any], repeats: int = 9) -> list[float]:
+    """Return the median seconds of one guided step of each model.
+
+    The models take turns, so that other work on the machine slows all of them alike.
+    """
+    c = encode_prompts(ws.pipe, ["", "a red circle"], ws.generation.max_sequence_length)
+    x = noise([0, 0], latent_shape(ws.pipe, ws.generation))
+    sigma, guidance = torch.full((2,), 0.5), ws.generation.guidance_scale
+    times: list[list[float]] = [[] for _ in models]
+    for repeat in range(repeats + 1):
+        for model, model_times in zip(models, times, strict=True):
+            start = time.perf_counter()
+            velocity(model, x, c, sigma, guidance)
+            if repeat:
+                model_times.append(time.perf_counter() - start)
+    return [float(np.median(t)) for t in times]
