@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgeprune.artefact.checkpoint import load
+    from edgeprune.artefact.loading import load
 
 __all__ = ["__version__", "load"]
 
@@ -20,7 +20,7 @@ __version__ = version("edgeprune")
 def __getattr__(name: str) -> Any:
     """Import `load` at its first use (PEP 562), since it needs torch."""
     if name == "load":
-        from edgeprune.artefact.checkpoint import load
+        from edgeprune.artefact.loading import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

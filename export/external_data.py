@@ -20,7 +20,7 @@ import onnx_ir as ir
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, need_space, read_json, write_json
 from edgeprune.export.progress import Progress, silent
-from edgeprune.residency.weights import Speed, shards
+from edgeprune.residency.shards import Speed, group_into_shards
 
 INLINE_BYTES = 1_000_000
 """A model with more weights than this gets a data file; ONNX itself cannot hold 2 GB in one file."""
@@ -78,7 +78,7 @@ def write(
         DiskError: the disk has too little room.
         OSError: the disk is full nevertheless.
     """
-    groups = shards([tensor.nbytes for tensor in tensors])
+    groups = group_into_shards([tensor.nbytes for tensor in tensors])
     sizes = [sum(tensors[i].nbytes for i in group) for group in groups]
     layout = digest([[t.name, str(t.dtype), t.shape.numpy()] for t in tensors])
     hashes = _recorded(journal, layout) if journal is not None and path.is_file() else []

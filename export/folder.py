@@ -20,7 +20,10 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from edgeprune import __version__
-from edgeprune.artefact.checkpoint import MANIFEST, complete_tokenizer, quiet, read_config
+from edgeprune.artefact.loading import quiet
+from edgeprune.artefact.manifest import MANIFEST
+from edgeprune.artefact.resolve import read_config
+from edgeprune.artefact.writing import complete_tokenizer
 from edgeprune.common.errors import DiskError, EdgepruneError, InputError
 from edgeprune.common.files import (
     cannot_write,
@@ -35,7 +38,7 @@ from edgeprune.common.files import (
 from edgeprune.common.lock import hold
 from edgeprune.export.unfinished import MARK, Unfinished, is_whole
 from edgeprune.families.encoders import EXPORTED, check_tokens, is_present, read_index, text_encoders, tokenizer_of
-from edgeprune.planning.plan import stock_config
+from edgeprune.planning.remainder import stock_config
 from edgeprune.runtimes import SCHEMA_VERSION
 from edgeprune.sampling.generation import FILE as GENERATION
 from edgeprune.sampling.generation import Generation

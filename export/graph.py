@@ -30,7 +30,7 @@ from edgeprune.export.external_data import save  # noqa: F401  # TEMP alias
 from edgeprune.export.lowering import DOMAIN, halve_tables, lower_packed_linear
 from edgeprune.export.modules import Transformer
 from edgeprune.export.simplify import simplify
-from edgeprune.families.base import Axes
+from edgeprune.families import Axes
 
 Read = Callable[[str], torch.Tensor]
 """Reads a tensor by its name."""

@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from edgeprune.families import family_of_model
-from edgeprune.families.base import Axes
+from edgeprune.families import Axes, family_of_model
 from edgeprune.quantization.int4 import PackedLinear
 from edgeprune.sampling.denoising import Conditioning, network_inputs
 

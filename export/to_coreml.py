@@ -22,7 +22,9 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 
-from edgeprune.artefact.checkpoint import HALF, INT4, open_transformer, read_config
+from edgeprune.artefact.loading import open_transformer
+from edgeprune.artefact.manifest import HALF, INT4
+from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.files import read_json

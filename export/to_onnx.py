@@ -26,7 +26,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from edgeprune.artefact.checkpoint import open_transformer
+from edgeprune.artefact.loading import open_transformer
 from edgeprune.common.errors import ParityError
 from edgeprune.export import external_data, graph, modules, parity
 from edgeprune.export.folder import from_pretrained, is_quantized, write

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeprune.artefact.checkpoint import read_config
+from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.export import external_data, forms, graph, modules, parity, to_onnx
 from edgeprune.export.engine import Profile, Spec
@@ -35,7 +35,7 @@ from edgeprune.export.folder import write
 from edgeprune.export.progress import Progress, Steps, silent
 from edgeprune.export.to_onnx import Module, NetworkSource
 from edgeprune.export.unfinished import Unfinished
-from edgeprune.families.base import Axes
+from edgeprune.families import Axes
 from edgeprune.runtimes.base import Settings, read_settings
 from edgeprune.runtimes.gpu import open_gpu
 from edgeprune.runtimes.trt import VENDORS, TrtNetwork, first_vendor

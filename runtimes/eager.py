@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeprune.artefact.loading import load, quiet
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.runtimes.base import Array, Settings
@@ -23,11 +24,10 @@ from edgeprune.runtimes.memory import Meter, Reading
 with needs("compress"):
     import torch
 
-    from edgeprune.artefact import checkpoint
     from edgeprune.families import family_of_model
     from edgeprune.sampling.denoising import Conditioning, velocity
 
-    with checkpoint.quiet():
+    with quiet():
         # Loads what all pipelines use. Importing it later would count as a pipeline's weights and load time.
         from diffusers import StableDiffusion3Pipeline  # noqa: F401
 
@@ -154,7 +154,7 @@ def open_backend(
         torch.set_num_threads(threads)
     meter = Meter()
     with meter.opening():
-        pipeline = checkpoint.load(folder, dtype=DTYPES[dtype])
+        pipeline = load(folder, dtype=DTYPES[dtype])
     rows: Rows = meter.rows
     if where == "cuda":
         pipeline.to(where)

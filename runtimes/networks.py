@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from edgeprune.common.errors import InputError
-from edgeprune.common.fields import real
+from edgeprune.common.fields import real_number
 from edgeprune.common.files import read_json
 from edgeprune.families.encoders import T5, check_tokens, text_encoders, tokenizer_of
 from edgeprune.runtimes.base import Array, Settings
@@ -83,8 +83,8 @@ class NetworkBackend:
         vae = read_json(folder / "vae_decoder" / "config.json")
         where = folder / "vae_decoder" / "config.json"
         factors = {"scaling_factor": vae.get("scaling_factor") or 1.0, "shift_factor": vae.get("shift_factor") or 0.0}
-        self._scaling = real(factors, "scaling_factor", where, least=1e-6, most=1e6)
-        self._shift = real(factors, "shift_factor", where, least=-1e6, most=1e6)
+        self._scaling = real_number(factors, "scaling_factor", where, least=1e-6, most=1e6)
+        self._shift = real_number(factors, "shift_factor", where, least=-1e6, most=1e6)
         self._encoders = text_encoders(folder)
         first = PromptTokenizer(folder / "tokenizer")
         # diffusers pads the prompts of both CLIPs to the first tokenizer's length.

@@ -21,7 +21,7 @@ import numpy as np
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
-from edgeprune.common.fields import whole
+from edgeprune.common.fields import whole_number
 from edgeprune.common.files import read_json
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external
@@ -208,7 +208,7 @@ def open_backend(
         device,
         threads=threads,
         dynamic_quantization=dynamic_quantization,
-        group_size=0 if exported.get("group_size") is None else whole(exported, "group_size", path),
+        group_size=0 if exported.get("group_size") is None else whole_number(exported, "group_size", path),
         cache_dir=cache_dir,
     )
     file = FILES[exported["target"]]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edgeprune.artefact import checkpoint
+from edgeprune.artefact.resolve import read_config
 from edgeprune.data.cache import open_pairs
 from edgeprune.data.encode import Made, make_cache
 from edgeprune.data.pairs import Pairs
@@ -48,5 +48,5 @@ def contents(folder: Path) -> dict[str, str]:
 
 def opened(folder: Path, model: Path) -> Pairs:
     """Open a cache for a model."""
-    config, family = checkpoint.read_config(model)
+    config, family = read_config(model)
     return open_pairs(folder, family, config)

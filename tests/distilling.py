@@ -11,7 +11,8 @@ from edgeprune.analysis.contribution import ContributionReport, fingerprint
 from edgeprune.artefact.surgery import prune
 from edgeprune.data.pairs import Pairs, Samples
 from edgeprune.families import family_of
-from edgeprune.planning.plan import PrunePlan, make_plan
+from edgeprune.planning.make import make_plan
+from edgeprune.planning.plan import PrunePlan
 
 
 def setup(kind: str = "sd3") -> tuple[Any, Any, Any, PrunePlan, ContributionReport, Pairs]:

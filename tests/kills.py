@@ -31,11 +31,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from edgeprune.data import encode
-from edgeprune.data.encode import CacheOptions
+from edgeprune.data import encode, settings
+from edgeprune.data.settings import CacheOptions, settings_of
 from edgeprune.export import to_onnx, unfinished
-from edgeprune.planning.plan import PlanOptions
-from edgeprune.residency import weights
+from edgeprune.planning.options import PlanOptions
+from edgeprune.residency import shards
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import analyze, distill, plan, prune, quantize
 from edgeprune.stages.options import AnalyzeOptions, DataOptions, QuantizeOptions
@@ -86,22 +86,22 @@ def run_stage(stage: str, source: Path, folder: Path) -> None:
             note(what, done)
 
     first: dict[str, int] = {}
-    weights.SHARD_BYTES = 1  # many shards
-    shard, network = weights.ShardWriter, unfinished.Unfinished
+    shards.SHARD_BYTES = 1  # many shards
+    shard, network = shards.ShardWriter, unfinished.Unfinished
     shard.put = noted(  # type: ignore[method-assign]
         shard.put, lambda self, index, _: ("shard", json.loads((self.folder / "unfinished.json").read_text()), index)
     )
     network.finish = noted(network.finish, lambda _, name, __: ("network", name))  # type: ignore[method-assign]
-    encode.SHARD_BYTES, encode._ROUND = 1, 2
+    settings.SHARD_BYTES, settings._ROUND = 1, 2
     encode.save_tensors = noted(  # type: ignore[attr-defined]
         encode.save_tensors, lambda path, *_: ("encoded", path.parent.name, path.name)
     )
     distill.distill = functools.partial(training.distill, save_every=SAVE_EVERY)  # type: ignore[attr-defined]
     if stage == "cache":
         generation, options = Generation.load(source), CacheOptions("shapes", 9)
-        settings = encode.settings_of(source, generation, options)
+        identity = settings_of(source, generation, options)
         load = functools.partial(load_encoders, source)
-        encode.make_cache(load, source, folder / "encoded", settings, generation, options)
+        encode.make_cache(load, source, folder / "encoded", identity, generation, options)
         return
     if stage == "export":
         to_onnx.export(folder / "small", folder / "onnx")

@@ -24,7 +24,9 @@ from distilling import setup
 
 from edgeprune.common import processes
 from edgeprune.common.errors import EdgepruneError
-from edgeprune.stages.pipeline import AnalyzeOptions, Workspace, run_analyze
+from edgeprune.stages.analyze import run as run_analyze
+from edgeprune.stages.options import AnalyzeOptions
+from edgeprune.stages.workspace import Workspace
 from edgeprune.training import distill as training
 from edgeprune.training.recipe import DistillOptions, Placement
 from edgeprune.training.resume import local, save_state

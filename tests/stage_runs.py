@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from edgeprune.planning.plan import PlanOptions
+from edgeprune.planning.options import PlanOptions
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
 from edgeprune.training.recipe import DistillOptions
 

@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
-from edgeprune.common.fields import MOST_BLOCKS, shown, text, texts, whole
+from edgeprune.common.fields import MOST_BLOCKS, shown, text, texts, whole_number
 from edgeprune.common.files import check_schema, digest, parse_json, read_json, whole_lines, write_json
-from edgeprune.families import Config, Family
-from edgeprune.families.base import Swap
+from edgeprune.families import Config, Family, Swap
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +151,10 @@ class ContributionReport:
         entries = data.get("scores")
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise InputError(f"{path}: scores: found {shown(entries)}, expected a list of parts with their scores")
-        count, untouched = whole(data, "num_blocks", path, most=2 * MOST_BLOCKS), _scores(data.get("untouched"), path)
+        count, untouched = (
+            whole_number(data, "num_blocks", path, most=2 * MOST_BLOCKS),
+            _scores(data.get("untouched"), path),
+        )
         scores = {
             _group(e.get("parts") if version != 1 else [[e.get("block"), e.get("component")]], count, path): _scores(
                 e.get("scores"), path

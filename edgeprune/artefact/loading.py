@@ -22,8 +22,7 @@ from edgeprune.artefact.surgery import structure
 from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import is_out_of_memory
-from edgeprune.families import family_of, family_of_model
-from edgeprune.families.base import CHANGED
+from edgeprune.families import CHANGED, family_of, family_of_model
 from edgeprune.families.encoders import read_index
 from edgeprune.quantization.quantize import prepare
 from edgeprune.residency.stored import StoredTransformer

@@ -10,11 +10,11 @@ from typing import Any
 
 from edgeprune import __version__
 from edgeprune.common.errors import InputError
-from edgeprune.common.fields import real, shown, text, whole
+from edgeprune.common.fields import real_number, shown, text, whole_number
 from edgeprune.common.files import check_schema, inside, read_json, sha256_file, write_json
 from edgeprune.families import Config
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.residency.weights import MARK
+from edgeprune.residency.shards import MARK
 
 SCHEMA_VERSION = 1
 MANIFEST = "edgeprune.json"
@@ -74,9 +74,9 @@ class Manifest:
         for name, stage in manifest.stages.items():
             text(stage, "inputs", f"{path}: stages: {shown(name)}")
             text({"command": ""} | stage, "command", f"{path}: stages: {shown(name)}")
-            real(stage, "seconds", f"{path}: stages: {shown(name)}", least=0, most=_LONGEST_S)
+            real_number(stage, "seconds", f"{path}: stages: {shown(name)}", least=0, most=_LONGEST_S)
         if manifest.group_size is not None:
-            whole(data, "group_size", path)
+            whole_number(data, "group_size", path)
         if not isinstance(manifest.plan, (dict, NoneType)):
             raise InputError(f"{path}: plan: expected an object or null")
         return manifest

@@ -18,8 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgeprune.common.errors import InputError
-from edgeprune.families import Config, Family
-from edgeprune.families.base import Source
+from edgeprune.families import Config, Family, Source
 from edgeprune.families.removed import ConstantEmbedding, ConstantModulation, ProjectedEmbedding
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import modulation_width, tensor_sources

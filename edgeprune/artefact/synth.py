@@ -22,8 +22,7 @@ from edgeprune.artefact.writing import noted, write_transformer
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, read_json, write_json
 from edgeprune.common.lock import LOCK, hold, is_free
-from edgeprune.families import Config, Family, family_of
-from edgeprune.families.base import Shape
+from edgeprune.families import Config, Family, Shape, family_of
 from edgeprune.families.encoders import CLIP, T5, tokenizer_of
 from edgeprune.sampling.generation import Generation
 

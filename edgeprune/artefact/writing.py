@@ -18,7 +18,8 @@ from edgeprune.common.files import copy_folder, need_space, read_json, replace_f
 from edgeprune.common.tensors import Tensors
 from edgeprune.families import Config
 from edgeprune.families.encoders import is_present, read_index
-from edgeprune.residency.weights import MARK, ShardWriter, Speed, Weights, is_of, shards
+from edgeprune.residency.shards import MARK, ShardWriter, Speed, group_into_shards, has_mark
+from edgeprune.residency.weights import Weights
 
 
 def save_transformer(folder: Path, subfolder: str, config: Config, state: Tensors) -> None:
@@ -68,8 +69,8 @@ def write_transformer(
     Raises:
         EdgepruneError: the disk is full; what was there before is untouched.
     """
-    grouped = shards([sum(chunk.values()) for chunk in chunks])
-    if inputs and is_of(folder / subfolder, inputs, len(grouped)):
+    grouped = group_into_shards([sum(chunk.values()) for chunk in chunks])
+    if inputs and has_mark(folder / subfolder, inputs, len(grouped)):
         for leftover in ("tmp", "old"):
             shutil.rmtree(folder / f"{subfolder}.{leftover}", ignore_errors=True)
         return sum(sum(chunk.values()) for chunk in chunks)

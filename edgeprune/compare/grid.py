@@ -12,9 +12,10 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
-from edgeprune.planning.baselines import baselines
-from edgeprune.planning.plan import METHODS, PlanOptions
-from edgeprune.stages.pipeline import AnalyzeOptions, CompressOptions, as_published
+from edgeprune.planning.methods import baselines
+from edgeprune.planning.options import METHODS, PlanOptions
+from edgeprune.stages.compress import as_published
+from edgeprune.stages.options import AnalyzeOptions, CompressOptions
 from edgeprune.training.recipe import DistillOptions
 
 if sys.version_info >= (3, 11):

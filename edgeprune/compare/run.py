@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import shapes
-from edgeprune.artefact import checkpoint
-from edgeprune.artefact.checkpoint import HALF, INT4
+from edgeprune.artefact.loading import load_transformer
+from edgeprune.artefact.manifest import HALF, INT4
+from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, files_digest, read_json, write_json
 from edgeprune.compare.grid import Grid, Row
@@ -28,9 +29,14 @@ from edgeprune.quantization.precision import footprint
 from edgeprune.report.measure import step_times
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import read_prompts
-from edgeprune.stages import pipeline
-from edgeprune.stages.forecast import forecast
-from edgeprune.stages.pipeline import CompressOptions, Progress, Workspace, silent
+from edgeprune.stages.analyze import run as run_analyze
+from edgeprune.stages.compress import forecast
+from edgeprune.stages.distill import run as run_distill
+from edgeprune.stages.options import CompressOptions
+from edgeprune.stages.plan import run as run_plan
+from edgeprune.stages.prune import run as run_prune
+from edgeprune.stages.quantize import run as run_quantize
+from edgeprune.stages.workspace import Progress, Workspace, silent
 
 
 def held_out_prompts(builtin: bool, prompts: str | None, per_task: int) -> list[str]:
@@ -52,7 +58,7 @@ def forecast_grid(source: Path, grid: Grid, prompts: int, metric: str) -> dict[s
 
     stages/forecast.py describes the fields.
     """
-    config, family = checkpoint.read_config(source)
+    config, family = read_config(source)
     generation = Generation.load(source)
     budget = int(grid.budget * footprint(family, family.tensor_shapes(config)).bf16_bytes)
     forecasts = [(row.seeds, forecast(source, row.seeded(0, budget), generation)) for row in grid.rows]
@@ -99,7 +105,7 @@ def compare(
     """
     before = footprint(base.family, base.family.tensor_shapes(base.config)).bf16_bytes
     if grid.reads_contributions:
-        pipeline.run_analyze(base, grid.analyze, progress)
+        run_analyze(base, grid.analyze, progress)
     scorer = of_pipeline(metric, base.pipe, base.generation, prompts, weights)
     path = out / "results.json"
     results: dict[str, Any] = read_json(path) if path.is_file() else {}
@@ -134,17 +140,17 @@ def _run(
     """Compress and score one run; return its scores, bytes, plan, seconds of training and step time."""
     ws = base.beside(folder)
     ws.fresh = True  # replace the folder of another grid that has a row of the same name
-    pipeline.run_plan(ws, options.plan, base.report_path if row.reads_contributions else None)
+    run_plan(ws, options.plan, base.report_path if row.reads_contributions else None)
     if options.distill is None:
         ws.skip_distillation()
-    pipeline.run_prune(ws, progress)
+    run_prune(ws, progress)
     if options.distill is not None:
-        pipeline.run_distill(ws, options.distill, options.data, progress)
+        run_distill(ws, options.distill, options.data, progress)
     if row.quantized:
-        pipeline.run_quantize(ws, options.quantize, progress)
+        run_quantize(ws, options.quantize, progress)
     teacher, plan = base.pipe.transformer, ws.plan()
-    times = step_times(base, [teacher, checkpoint.load_transformer(ws.out, quantized=False)])
-    base.pipe.transformer = checkpoint.load_transformer(ws.out, quantized=row.quantized)
+    times = step_times(base, [teacher, load_transformer(ws.out, quantized=False)])
+    base.pipe.transformer = load_transformer(ws.out, quantized=row.quantized)
     try:
         scores = scorer.score()
     finally:

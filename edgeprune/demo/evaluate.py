@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from edgeprune import shapes
-from edgeprune.artefact import checkpoint
+from edgeprune.artefact.loading import load
+from edgeprune.artefact.resolve import BUILTIN
 from edgeprune.metrics import of_images
 from edgeprune.metrics.drawn import Drawn
 from edgeprune.sampling.generation import Generation
@@ -22,7 +23,7 @@ from edgeprune.sampling.generation import Generation
 
 def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, Any]:
     """Return the scores on `per_task` held-out prompts of each task, with `seeds` images per prompt."""
-    pipe = checkpoint.load(folder)
+    pipe = load(folder)
     chosen = shapes.evaluation_prompts(per_task)
     texts = [p.text for p in chosen]
     metric = Drawn("shapes", of_images("shapes", {}), pipe, Generation.load(folder), texts, seeds=seeds)
@@ -42,7 +43,7 @@ def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, A
 def main() -> None:
     """Read the command line and print the scores as JSON."""
     parser = argparse.ArgumentParser(prog="python -m edgeprune.demo.evaluate", description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=checkpoint.BUILTIN, help="default: the built-in model")
+    parser.add_argument("folder", type=Path, nargs="?", default=BUILTIN, help="default: the built-in model")
     parser.add_argument("--per-task", type=int, default=30, help="held-out prompts of each task")
     parser.add_argument("--seeds", type=int, default=4, help="images per prompt")
     args = parser.parse_args()

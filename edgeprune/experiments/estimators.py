@@ -28,13 +28,15 @@ from edgeprune.analysis.contribution import Contribution, ContributionReport, Gr
 from edgeprune.analysis.estimators.exhaustive import Exhaustive
 from edgeprune.analysis.estimators.gates import Gates
 from edgeprune.analysis.estimators.reuse import Reuse
+from edgeprune.artefact.resolve import BUILTIN, read_config
 from edgeprune.common.errors import EdgepruneError
 from edgeprune.common.files import read_json, write_json
 from edgeprune.common.tables import interval_text
 from edgeprune.experiments.pages import insert
 from edgeprune.metrics.velocity import VelocityError
-from edgeprune.planning.plan import make_plan
-from edgeprune.stages import pipeline
+from edgeprune.planning.make import make_plan
+from edgeprune.stages.modulation import modulation_mean
+from edgeprune.stages.workspace import Workspace
 
 CAPTIONS = 7
 """Training captions, one per task; each gives six states."""
@@ -61,8 +63,8 @@ RUNS: dict[str, tuple[Any, dict[str, int], int, str]] = {
 
 def prepared(out: Path, captions: list[str]) -> tuple[Any, VelocityError, torch.Tensor]:
     """Return the folder, the metric on these captions, and the mean modulation input (D)."""
-    ws = pipeline.Workspace(out / "model", None)
-    return ws, VelocityError(ws.pipe, ws.generation, captions), pipeline.modulation_mean(ws, captions)
+    ws = Workspace(out / "model", None)
+    return ws, VelocityError(ws.pipe, ws.generation, captions), modulation_mean(ws, captions)
 
 
 def captions(count: int, *, held_out: bool = False) -> list[str]:
@@ -249,10 +251,9 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def _original_parameters() -> float:
-    from edgeprune.artefact import checkpoint
     from edgeprune.quantization.precision import footprint
 
-    config, family = checkpoint.read_config(checkpoint.BUILTIN)
+    config, family = read_config(BUILTIN)
     return footprint(family, family.tensor_shapes(config)).parameters
 
 

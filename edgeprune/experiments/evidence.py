@@ -18,7 +18,8 @@ from edgeprune.compare import page
 from edgeprune.compare.grid import Grid, grid_named
 from edgeprune.compare.run import compare, held_out_prompts
 from edgeprune.experiments.pages import insert
-from edgeprune.stages.pipeline import Workspace, preset
+from edgeprune.stages.compress import preset
+from edgeprune.stages.workspace import Workspace
 
 PRESETS = ("demo", "demo-untrained")
 

@@ -147,7 +147,7 @@ def whole_number(config: Config, field: str, default: int | None = None, *, leas
     """
     if default is not None and config.get(field) is None:
         return default
-    return fields.whole(config, field, WHERE, least=least, most=most)
+    return fields.whole_number(config, field, WHERE, least=least, most=most)
 
 
 def bounded(shapes: dict[str, Shape]) -> dict[str, Shape]:

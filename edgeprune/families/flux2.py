@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.common.errors import InputError
-from edgeprune.common.fields import real
+from edgeprune.common.fields import real_number
 from edgeprune.families import packing, single
 from edgeprune.families.architecture import (
     WHERE,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 def _hidden(config: Config) -> int:
     """Return the width between a block's MLP layers, after gating has halved it."""
-    ratio = real({"mlp_ratio": 3.0} | config, "mlp_ratio", WHERE, least=0.1, most=64)
+    ratio = real_number({"mlp_ratio": 3.0} | config, "mlp_ratio", WHERE, least=0.1, most=64)
     return int(width(config) * ratio)
 
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 from edgeprune.analysis.contribution import Key
 from edgeprune.common.errors import InputError
-from edgeprune.families import Config, Family
-from edgeprune.families.base import Shape
+from edgeprune.families import Config, Family, Shape
 from edgeprune.planning.remainder import modulation_width, remaining_shapes
 from edgeprune.quantization.precision import Footprint, footprint
 

@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import read_json
-from edgeprune.families import family_of
-from edgeprune.families.base import Shape
+from edgeprune.families import Shape, family_of
 from edgeprune.families.encoders import T5, text_encoders
 from edgeprune.families.joint import width
 from edgeprune.quantization.precision import t5_precision_of

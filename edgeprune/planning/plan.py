@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.analysis.contribution import Key, fingerprint
 from edgeprune.common.errors import InputError
-from edgeprune.common.fields import MOST_BLOCKS, shown, text, whole
+from edgeprune.common.fields import MOST_BLOCKS, shown, text, whole_number
 from edgeprune.common.files import check_schema, read_json
 from edgeprune.families import Config, family_of
 from edgeprune.quantization.precision import Footprint
 
 if TYPE_CHECKING:  # TEMP facade
     from edgeprune.planning.make import make_plan as make_plan
-    from edgeprune.planning.make import plan_for as plan_for
     from edgeprune.planning.methods.manual import parse_blocks as parse_blocks
     from edgeprune.planning.methods.manual import parse_components as parse_components
     from edgeprune.planning.options import (
@@ -122,7 +121,7 @@ class PrunePlan:
             InputError: a field is missing or of the wrong type.
         """
         check_schema(where, data.get("schema_version"), SCHEMA_VERSION, "run `edgeprune plan --fresh` again")
-        count = whole(data, "num_blocks", where, most=2 * MOST_BLOCKS)
+        count = whole_number(data, "num_blocks", where, most=2 * MOST_BLOCKS)
         blocks, components = data.get("blocks"), data.get("components")
         if not isinstance(blocks, list) or not all(type(b) is int and 0 <= b < count for b in blocks):
             raise InputError(f"{where}: blocks: found {shown(blocks)}, expected indices from 0 to {count - 1}")
@@ -132,7 +131,7 @@ class PrunePlan:
             raise InputError(
                 f"{where}: components: found {shown(components)}, expected pairs of a block and a component"
             )
-        rank = None if data.get("modulation_rank") is None else whole(data, "modulation_rank", where, least=0)
+        rank = None if data.get("modulation_rank") is None else whole_number(data, "modulation_rank", where, least=0)
         return cls(
             fingerprint=text(data, "fingerprint", where),
             family=text(data, "family", where),
@@ -184,7 +183,7 @@ def _footprint(data: Mapping[str, Any], name: str, where: Path | str) -> Footpri
     value, names = data.get(name), [f.name for f in fields(Footprint)]
     if not isinstance(value, Mapping) or sorted(value) != sorted(names):
         raise InputError(f"{where}: {name}: found {shown(value)}, expected {', '.join(names)}")
-    return Footprint(**{n: whole(value, n, f"{where}: {name}", least=0, most=_MOST_BYTES) for n in names})
+    return Footprint(**{n: whole_number(value, n, f"{where}: {name}", least=0, most=_MOST_BYTES) for n in names})
 
 
 _MOVED = {  # TEMP facade: names that other rooms still import from here

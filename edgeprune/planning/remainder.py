@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from edgeprune.common.errors import InputError
-from edgeprune.families import Config, Family
-from edgeprune.families.base import CHANGED, Shape, Source
+from edgeprune.families import CHANGED, Config, Family, Shape, Source
 from edgeprune.planning.plan import PrunePlan
 
 

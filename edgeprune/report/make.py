@@ -15,7 +15,7 @@ from edgeprune.common.files import read_json, write_json
 from edgeprune.common.tables import interval_text, with_unit
 from edgeprune.report import page
 from edgeprune.report.measure import measure
-from edgeprune.stages.pipeline import Progress, Workspace, silent
+from edgeprune.stages.workspace import Progress, Workspace, silent
 
 _SCHEMA = 2
 """Schema of report.json; a file with another one is measured again."""

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from edgeprune import shapes
-from edgeprune.artefact import checkpoint
-from edgeprune.artefact.checkpoint import INT4
+from edgeprune.artefact.loading import load_transformer
+from edgeprune.artefact.manifest import INT4
 from edgeprune.common.intervals import Interval, mean_interval, paired_drop
 from edgeprune.metrics.psnr import mean_decibels
 from edgeprune.sampling.denoising import encode_prompts, generate, latent_shape, noise, velocity
 from edgeprune.sampling.prompts import PROMPTS, read_prompts
-from edgeprune.stages.pipeline import Progress, Workspace
+from edgeprune.stages.workspace import Progress, Workspace
 
 
 def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
@@ -33,14 +33,14 @@ def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, A
         texts, meanings = read_prompts(PROMPTS)[: 2 if quick else 8], []
     seeds = list(range(len(texts)))
     original = ws.pipe.transformer
-    int4 = checkpoint.load_transformer(ws.out, quantized=True)
+    int4 = load_transformer(ws.out, quantized=True)
     images: dict[str, NDArray[Any]] = {}
     for name, transformer in (("original", original), ("compressed", int4)):
         ws.pipe.transformer = transformer
         shown = functools.partial(_show_images, progress, name)
         images[name] = generate(ws.pipe, texts, seeds, ws.generation, progress=shown)
     ws.pipe.transformer = original
-    pruned = checkpoint.load_transformer(ws.out, quantized=False)
+    pruned = load_transformer(ws.out, quantized=False)
     times = step_times(ws, [original, pruned])
     stored = sum(p.stat().st_size for p in (ws.out / INT4).glob("*.safetensors"))
     before = ws.plan().before.bf16_bytes

@@ -20,13 +20,13 @@ from PIL import Image
 
 from edgeprune import shapes
 from edgeprune.analysis.plots import figures, svg
-from edgeprune.artefact.checkpoint import INT4
+from edgeprune.artefact.manifest import INT4
 from edgeprune.bench.tables import measure_rows
 from edgeprune.common.files import write_text
 from edgeprune.common.tables import NOT_MEASURED, interval_text, with_unit
 from edgeprune.families.encoders import text_encoders
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.stages.pipeline import STAGES, Workspace
+from edgeprune.stages.workspace import STAGES, Workspace
 from edgeprune.training.recipe import strengths
 
 CARD = "README.md"

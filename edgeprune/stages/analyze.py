@@ -11,7 +11,8 @@ import torch
 
 from edgeprune.analysis.contribution import Group, analyze, groups, partials_of
 from edgeprune.analysis.estimators import estimator_named
-from edgeprune.artefact import checkpoint
+from edgeprune.artefact.loading import load_transformer
+from edgeprune.artefact.resolve import read_config
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
 from edgeprune.families import Config, Family
@@ -96,14 +97,14 @@ def forecast(source: Path, options: AnalyzeOptions, generation: Generation) -> d
     Raises:
         InputError: an option or a config is not usable.
     """
-    config, family = checkpoint.read_config(source)
+    config, family = read_config(source)
     estimator = estimator_named(options.estimator, options.metric)
     removals = analysis_groups(family, config, options)
     per_step, blocks = evaluations_per_step(family, config, generation), family.block_count(config)
     per_score = evaluations(options.metric, generation, options.count, per_step)
     before = preparing(options.metric, generation, options.count, per_step)
     total = estimator.evaluations([(), *removals], blocks, per_score) + before
-    model = checkpoint.load_transformer(source, quantized=False)
+    model = load_transformer(source, quantized=False)
     model.requires_grad_(False)
     one = sample(family, config, source, generation)
     stream_bytes, evaluation_s = _measure(family, model, one)

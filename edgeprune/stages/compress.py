@@ -11,15 +11,18 @@ from typing import Any
 
 from edgeprune.analysis.contribution import ContributionReport, fingerprint, groups
 from edgeprune.analysis.estimators import estimator_named
-from edgeprune.artefact import checkpoint
+from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import InputError
 from edgeprune.data.cache import is_cache
-from edgeprune.data.encode import is_drawn
+from edgeprune.data.settings import is_drawn
 from edgeprune.metrics import check_analysis, evaluations
-from edgeprune.planning.baselines import baselines
+from edgeprune.planning.make import make_plan
+from edgeprune.planning.methods import Measured, baselines
 from edgeprune.planning.modulation import ranks
-from edgeprune.planning.plan import DEFAULT, NEEDED, PrunePlan, is_projectable, modulation_width, plan_for
-from edgeprune.planning.planners import PLANNERS, Measured
+from edgeprune.planning.options import DEFAULT, NEEDED
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.planners import PLANNERS
+from edgeprune.planning.remainder import is_projectable, modulation_width
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import PROMPTS
 from edgeprune.stages import analyze, distill, plan, prune, quantize
@@ -80,7 +83,7 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
         InputError: the metric is unknown, or its weights are missing.
     """
     check_analysis(options.analyze.metric, options.analyze.weights)
-    config, family = checkpoint.read_config(source)
+    config, family = read_config(source)
     alike = dict.fromkeys(groups(family, config, components=options.analyze.components), 0.0)
     report = ContributionReport(
         fingerprint=fingerprint(config),
@@ -100,7 +103,7 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
     if isinstance(choices.modulation_rank, str):
         choices = replace(choices, modulation_rank=ranks(modulation_width(family, config))[0])
     even = Measured(magnitudes=[1.0] * report.num_blocks)
-    return plan_for(family, config, report, choices, plan.budget_for(source, generation, choices), even)
+    return make_plan(family, config, report, choices, plan.budget_for(source, generation, choices), even)
 
 
 def forecast(source: Path, options: CompressOptions, generation: Generation) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
         BudgetError: the budget cannot be met, whatever the scores.
         InputError: an option or a config is not usable.
     """
-    config, family = checkpoint.read_config(source)
+    config, family = read_config(source)
     expected = rehearse(source, generation, options)
     before, after = expected.before, expected.after
 

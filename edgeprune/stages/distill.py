@@ -6,15 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgeprune.artefact import checkpoint
+from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.surgery import build, prune_state
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest
 from edgeprune.common.tensors import Tensors
 from edgeprune.data.cache import Index, is_cache, made_by, open_pairs
-from edgeprune.data.encode import CacheOptions, make_cache, settings_of, source_digest
+from edgeprune.data.encode import make_cache
 from edgeprune.data.pairs import Pairs
+from edgeprune.data.settings import CacheOptions, settings_of, source_digest
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.prompts import PROMPTS
 from edgeprune.stages.costs import sample
@@ -23,7 +24,7 @@ from edgeprune.stages.prune import mean_and_basis
 from edgeprune.stages.weights import by_block, half, original_weights, write_half
 from edgeprune.stages.workspace import Progress, Workspace, silent
 from edgeprune.training.distill import distill
-from edgeprune.training.rank_memory import Layout, forecast_rank
+from edgeprune.training.rank_memory import ProcessLayout, forecast_rank
 from edgeprune.training.recipe import HERE, DistillOptions, Placement
 from edgeprune.training.teaching import lower
 
@@ -129,7 +130,7 @@ def _teacher(ws: Workspace, precision: str) -> Any:
     if precision == "float32" and processes.count() == 1:
         return ws.teacher
     ws.original.release()  # encoding is done
-    teacher = checkpoint.load_transformer(ws.source, quantized=False)
+    teacher = load_transformer(ws.source, quantized=False)
     lower(ws.family, teacher, precision)
     return teacher
 
@@ -153,6 +154,6 @@ def forecast(ws: Workspace, options: DistillOptions, placement: Placement, confi
         InputError: there is no plan yet, or an option or the settings are not usable.
     """
     options.check()
-    layout = Layout.of_config(config) if config else Layout()
+    layout = ProcessLayout.of_config(config) if config else ProcessLayout()
     one = sample(ws.family, ws.config, ws.source, ws.generation)
     return forecast_rank(ws.family, ws.config, ws.plan(), ws.report(), options, placement, layout, one)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from edgeprune.planning.plan import PlanOptions
+from edgeprune.planning.options import PlanOptions
 from edgeprune.training.recipe import DistillOptions
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgeprune.artefact import checkpoint
-from edgeprune.artefact.checkpoint import HALF
+from edgeprune.artefact.loading import load_pipeline, load_transformer
+from edgeprune.artefact.manifest import HALF
+from edgeprune.artefact.resolve import read_config
 from edgeprune.planning.modulation import embedder_alone
 from edgeprune.residency.weights import Weights
 
@@ -28,12 +29,12 @@ class Original:
     @property
     def transformer(self) -> Any:
         """The transformer in float32."""
-        return self._once("transformer", lambda: checkpoint.load_transformer(self.source, quantized=False))
+        return self._once("transformer", lambda: load_transformer(self.source, quantized=False))
 
     @property
     def pipe(self) -> Any:
         """The whole pipeline in float32, around `transformer`."""
-        return self._once("pipe", lambda: checkpoint.load_pipeline(self.source, self.transformer))
+        return self._once("pipe", lambda: load_pipeline(self.source, self.transformer))
 
     @property
     def encoders(self) -> Any:
@@ -59,5 +60,5 @@ class Original:
 
 def load_encoders(source: Path) -> Any:
     """Load a folder's pipeline around a transformer that has only the embedder of timestep and prompt."""
-    config, family = checkpoint.read_config(source)
-    return checkpoint.load_pipeline(source, embedder_alone(family, config, Weights(source / HALF).__getitem__))
+    config, family = read_config(source)
+    return load_pipeline(source, embedder_alone(family, config, Weights(source / HALF).__getitem__))

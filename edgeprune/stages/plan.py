@@ -15,19 +15,13 @@ from edgeprune.analysis.contribution import ContributionReport
 from edgeprune.common.errors import BudgetError
 from edgeprune.common.files import sha256_file, write_json, write_text
 from edgeprune.common.tensors import save_tensors
-from edgeprune.planning.baselines import baselines
 from edgeprune.planning.fit import fit
+from edgeprune.planning.make import make_plan
+from edgeprune.planning.methods import Measured, baselines
 from edgeprune.planning.modulation import GRID, choose_rank, subspace
-from edgeprune.planning.plan import (
-    MODULATION_BELOW,
-    NEEDED,
-    PlanOptions,
-    PrunePlan,
-    is_projectable,
-    modulation_width,
-    plan_for,
-)
-from edgeprune.planning.planners import Measured
+from edgeprune.planning.options import MODULATION_BELOW, NEEDED, PlanOptions
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import is_projectable, modulation_width
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import PROMPTS, read_prompts
 from edgeprune.stages.modulation import MODULATION, inputs_of, sampler_levels
@@ -110,7 +104,7 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool
 
         def plan_with(modulation_rank: int | None) -> PrunePlan:
             chosen = replace(options, modulation_rank=modulation_rank)
-            return plan_for(ws.family, ws.config, ws.report(), chosen, budget, measured)
+            return make_plan(ws.family, ws.config, ws.report(), chosen, budget, measured)
 
         samples, chosen_rank = None, rank if isinstance(rank, int) else None
         if rank is not None and not (rank == NEEDED and _suffices(plan_with)):

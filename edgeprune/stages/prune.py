@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from edgeprune.artefact import checkpoint
+from edgeprune.artefact.loading import readable
 from edgeprune.artefact.surgery import prune_tensor
+from edgeprune.artefact.writing import copy_surroundings
 from edgeprune.common.errors import InputError
 from edgeprune.common.tensors import Tensors, save_tensors
-from edgeprune.planning.plan import PrunePlan, remaining_shapes, tensor_sources
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import remaining_shapes, tensor_sources
 from edgeprune.stages.analyze import analysis_prompts
 from edgeprune.stages.modulation import MODULATION, modulation_mean
 from edgeprune.stages.options import AnalyzeOptions
@@ -42,7 +44,7 @@ def run(ws: Workspace, progress: Progress = silent) -> bool:
             return {n: half(prune_tensor(original.__getitem__, sources[n], mean, basis)) for n in blocks[index]}
 
         write_half(ws, plan, blocks, make, key, progress)
-        checkpoint.copy_surroundings(ws.source, ws.out)
+        copy_surroundings(ws.source, ws.out)
         ws.generation.save(ws.out)
         return {}
 
@@ -68,13 +70,13 @@ def mean_and_basis(ws: Workspace, plan: PrunePlan, key: str) -> tuple[torch.Tens
         if not path.is_file():
             raise InputError(f"{path}: no such file; run `edgeprune plan -o {ws.out} --fresh` again")
         ws.manifest.verify(ws.out, MODULATION)
-        with checkpoint.readable(path):
+        with readable(path):
             tensors = load_file(path)
             return tensors["mean"], tensors["basis"]
     if any(c in ws.family.norms for _, c in plan.components):
         path = ws.cache / f"mean-{key[:12]}.safetensors"
         if not path.is_file():
             save_tensors(path, {"mean": modulation_mean(ws, analysis_prompts(ws, AnalyzeOptions()))})
-        with checkpoint.readable(path):
+        with readable(path):
             return load_file(path)["mean"], None
     return None, None

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from edgeprune.artefact import checkpoint
-from edgeprune.artefact.checkpoint import INT4
+from edgeprune.artefact.loading import open_transformer
+from edgeprune.artefact.manifest import INT4
+from edgeprune.artefact.writing import write_transformer
 from edgeprune.common.errors import InputError
 from edgeprune.common.tensors import Tensors
 from edgeprune.metrics import VELOCITY, of_pipeline
-from edgeprune.planning.plan import PrunePlan, shorter_config
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import shorter_config
 from edgeprune.quantization.quantize import CALIBRATIONS, prepare, quantize_part
 from edgeprune.residency.stored import PACKED
 from edgeprune.residency.weights import Weights
@@ -42,7 +44,7 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) ->
 
 def _quantize(ws: Workspace, options: QuantizeOptions, plan: PrunePlan, key: str, progress: Progress) -> dict[str, Any]:
     """Quantize block by block. Without calibration one block is in memory at a time, with it the whole transformer."""
-    stored = checkpoint.open_transformer(ws.out, quantized=False)
+    stored = open_transformer(ws.out, quantized=False)
     empty = prepare(ws.family, copy.deepcopy(stored.model), group_size=options.group_size).state_dict()
     sizes = {n: t.numel() * (t.element_size() if n.endswith(PACKED) else 2) for n, t in empty.items()}
     blocks = by_block(ws, sizes, plan)
@@ -75,7 +77,7 @@ def _quantize(ws: Workspace, options: QuantizeOptions, plan: PrunePlan, key: str
 
     ws.manifest.group_size = options.group_size
     config = shorter_config(ws.family, ws.config, plan)
-    size = checkpoint.write_transformer(ws.out, INT4, config, blocks, make, inputs=key, found=resume, progress=progress)
+    size = write_transformer(ws.out, INT4, config, blocks, make, inputs=key, found=resume, progress=progress)
     ws.manifest.hash_files(ws.out, INT4)
     return {"weights_bytes": size}
 

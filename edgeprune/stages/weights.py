@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from edgeprune.artefact import checkpoint
-from edgeprune.artefact.checkpoint import HALF
+from edgeprune.artefact.manifest import HALF
+from edgeprune.artefact.writing import write_transformer
 from edgeprune.common.tensors import Tensors
-from edgeprune.planning.plan import PrunePlan, shorter_config
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import shorter_config
 from edgeprune.residency.weights import Weights
 from edgeprune.stages.workspace import Progress, Workspace
 
@@ -68,6 +69,6 @@ def write_half(
         progress: see `Progress`.
     """
     config = shorter_config(ws.family, ws.config, plan)
-    checkpoint.write_transformer(ws.out, HALF, config, blocks, make, inputs=key, progress=progress)
+    write_transformer(ws.out, HALF, config, blocks, make, inputs=key, progress=progress)
     ws.manifest.plan = plan.to_json()
     ws.manifest.hash_files(ws.out, HALF)

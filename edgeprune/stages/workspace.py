@@ -17,13 +17,14 @@ from typing import Any
 
 from edgeprune import targets
 from edgeprune.analysis.contribution import ContributionReport, fingerprint
-from edgeprune.artefact import checkpoint
-from edgeprune.artefact.checkpoint import HALF, INT4, MANIFEST, Manifest
+from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest
+from edgeprune.artefact.resolve import read_config, resolve
+from edgeprune.artefact.writing import noted
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.common.files import digest, read_json, sha256_unless_known, write_json
 from edgeprune.common.lock import LOCK, Lock, hold, is_free
-from edgeprune.families.base import CHANGED
+from edgeprune.families import CHANGED
 from edgeprune.planning.fit import Fit, fit
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.generation import Generation
@@ -102,9 +103,9 @@ class Workspace:
             self.manifest.save(self.out)
 
     def _open_original(self, model: str | None) -> None:
-        self.original = Original(checkpoint.resolve(model))
+        self.original = Original(resolve(model))
         self.source = self.original.source
-        self.config, self.family = checkpoint.read_config(self.source)
+        self.config, self.family = read_config(self.source)
         if str(self.config["_class_name"]).startswith(CHANGED):
             raise InputError(f"{self.source}: already pruned, parts of its blocks are missing; compress the original")
 
@@ -246,7 +247,7 @@ class Workspace:
     def _remove_marks(self) -> None:
         """Remove the marks of written weights: the manifest now lists the stage that wrote them."""
         for part in (HALF, INT4) if processes.is_main() else ():
-            checkpoint.noted(self.out, part)
+            noted(self.out, part)
 
     def _forget(self, stages: tuple[str, ...]) -> None:
         """Drop stages and the weights that they wrote, before anything new is written: nobody may read old weights."""

@@ -15,8 +15,10 @@ from edgeprune.artefact.surgery import prune_state
 from edgeprune.common.errors import InputError
 from edgeprune.families import family_of
 from edgeprune.planning.make import make_plan
-from edgeprune.stages import pipeline
-from edgeprune.stages.pipeline import PlanOptions, Workspace
+from edgeprune.planning.options import PlanOptions
+from edgeprune.stages.plan import run as run_plan
+from edgeprune.stages.prune import run as run_prune
+from edgeprune.stages.workspace import Workspace
 
 RANK, ALPHA = 2, 3.0
 
@@ -94,8 +96,8 @@ def test_the_command(tmp_path: Path) -> None:
 
     tiny_pipeline(tmp_path / "source")
     ws = Workspace(tmp_path / "small", str(tmp_path / "source"))
-    pipeline.run_plan(ws, PlanOptions("manual", blocks="1"))
-    pipeline.run_prune(ws)
+    run_plan(ws, PlanOptions("manual", blocks="1"))
+    run_prune(ws)
     lora = lora_of(ws.pipe.transformer, alpha=False)
     lora["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 3)
     save_file(lora, tmp_path / "style.safetensors")

@@ -15,18 +15,25 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.embeddings import PatchEmbed
 
-from edgeprune.artefact import checkpoint, synth
+from edgeprune.artefact import synth
+from edgeprune.artefact.loading import load_transformer, open_transformer
 from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.files import sha256_file
-from edgeprune.export import graph, parity, pieces, to_onnx
+from edgeprune.export import graph, parity, to_onnx
+from edgeprune.export.chunked_onnx import ChunkedOnnx
+from edgeprune.export.to_onnx import sources
 from edgeprune.families import family_of
 from edgeprune.families.positions import SeparatePatchEmbed, separate
 from edgeprune.planning.options import PlanOptions
 from edgeprune.residency import weights
-from edgeprune.residency.weights import INDEX, ShardWriter, Weights
+from edgeprune.residency.shards import INDEX, ShardWriter
+from edgeprune.residency.weights import Weights
 from edgeprune.sampling.generation import Generation
-from edgeprune.stages import pipeline
-from edgeprune.stages.pipeline import QuantizeOptions, Workspace
+from edgeprune.stages.options import QuantizeOptions
+from edgeprune.stages.plan import run as run_plan
+from edgeprune.stages.prune import run as run_prune
+from edgeprune.stages.quantize import run as run_quantize
+from edgeprune.stages.workspace import Workspace
 
 SD3 = {
     "_class_name": "SD3Transformer2DModel", "sample_size": 8, "patch_size": 1, "in_channels": 8, "out_channels": 8,
@@ -58,7 +65,7 @@ def made(folder: Path, config: dict[str, Any] = SD3) -> Path:
 def planned(folder: Path, source: Path, blocks: str = "1") -> Workspace:
     """Return a workspace whose plan removes these blocks."""
     ws = Workspace(folder, str(source))
-    pipeline.run_plan(ws, PlanOptions(method="manual", blocks=blocks))
+    run_plan(ws, PlanOptions(method="manual", blocks=blocks))
     return ws
 
 
@@ -127,8 +134,8 @@ def test_prune_and_quantise_resume_to_the_same_bytes(
 ) -> None:
     source = made(tmp_path / "source", config)
     whole = planned(tmp_path / "whole", source)
-    pipeline.run_prune(whole)
-    pipeline.run_quantize(whole, QuantizeOptions())
+    run_prune(whole)
+    run_quantize(whole, QuantizeOptions())
     killed = planned(tmp_path / "killed", source)
     written: list[int] = []
     put = ShardWriter.put
@@ -139,7 +146,7 @@ def test_prune_and_quantise_resume_to_the_same_bytes(
         written.append(index)
         put(self, index, tensors)
 
-    for stage in (pipeline.run_prune, lambda ws: pipeline.run_quantize(ws, QuantizeOptions())):
+    for stage in (run_prune, lambda ws: run_quantize(ws, QuantizeOptions())):
         with monkeypatch.context() as patch:
             patch.setattr(ShardWriter, "put", full)
             with pytest.raises(EdgepruneError, match="disk full"):
@@ -152,7 +159,7 @@ def test_prune_and_quantise_resume_to_the_same_bytes(
         assert written == [2, 3]  # nothing is made twice
         written.clear()
     assert whole.manifest.files == killed.manifest.files
-    loaded = checkpoint.load_transformer(whole.out, quantized=True)
+    loaded = load_transformer(whole.out, quantized=True)
     assert len(family_of(config).blocks(loaded)) == 3
 
 
@@ -164,7 +171,7 @@ def test_calibrated_resume_sees_the_blocks_before(
     options, hashes = QuantizeOptions(calibration=calibration), []
     for name, kill in (("whole", False), ("killed", True)):
         ws = planned(tmp_path / name, source)
-        pipeline.run_prune(ws)
+        run_prune(ws)
         if kill:
             put = ShardWriter.put
 
@@ -176,8 +183,8 @@ def test_calibrated_resume_sees_the_blocks_before(
             with monkeypatch.context() as patch:
                 patch.setattr(ShardWriter, "put", stop)
                 with pytest.raises(KeyboardInterrupt):
-                    pipeline.run_quantize(ws, options)
-        pipeline.run_quantize(ws, options)
+                    run_quantize(ws, options)
+        run_quantize(ws, options)
         hashes.append([sha256_file(p) for p in sorted((ws.out / "transformer_int4").glob("*.safetensors"))])
     assert hashes[0] == hashes[1] and len(hashes[0]) == 4
 
@@ -195,8 +202,8 @@ def test_a_short_disk_is_told_before_anything_is_written(tmp_path: Path, monkeyp
 
 @FAMILIES
 def test_a_running_model_holds_one_block(config: dict[str, Any], tmp_path: Path) -> None:
-    stored = checkpoint.open_transformer(made(tmp_path / "m", config), quantized=False)
-    model, whole = stored.running(), checkpoint.load_transformer(tmp_path / "m", quantized=False)
+    stored = open_transformer(made(tmp_path / "m", config), quantized=False)
+    model, whole = stored.running(), load_transformer(tmp_path / "m", quantized=False)
     held: list[int] = []
     blocks = stored.family.blocks(model)
     for block in blocks:
@@ -215,11 +222,11 @@ def test_a_running_model_holds_one_block(config: dict[str, Any], tmp_path: Path)
 @pytest.mark.parametrize("config", [SD3, pytest.param(FLUX, marks=pytest.mark.slow)], ids=["sd3", "flux"])
 def test_slices_compute_what_the_file_computes(config: dict[str, Any], tmp_path: Path) -> None:
     folder = made(tmp_path / "m", config)
-    part = next(iter(to_onnx.parts(folder)))
+    part = next(iter(sources(folder)))
     path = tmp_path / "model.onnx"
     to_onnx.save("transformer", part.to_ir(), path)
     feeds = {name: tensor.numpy() for name, tensor in part.examples[1].items()}
-    sliced = pieces.Pieces(path, parity._session, limit=40_000)
+    sliced = ChunkedOnnx(path, parity._session, limit=40_000)
     assert len(sliced.slices) > 5
     (whole,), (found,) = (p.run(None, feeds) for p in (parity.session(path), sliced))
     np.testing.assert_allclose(found, whole, rtol=0, atol=1e-5 * np.abs(whole).max())

@@ -9,12 +9,16 @@ import hub
 import pytest
 from tiny import tiny_flux_pipeline
 
-from edgeprune.artefact.checkpoint import load_transformer, read_config, resolve
+from edgeprune.artefact.loading import load_transformer
+from edgeprune.artefact.resolve import read_config, resolve
 from edgeprune.common import hub_cache
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import check_links, inside
+from edgeprune.planning.options import PlanOptions
 from edgeprune.runtimes.base import read_settings
-from edgeprune.stages import pipeline
+from edgeprune.stages.compress import compress
+from edgeprune.stages.options import CompressOptions
+from edgeprune.stages.workspace import Workspace
 
 
 @pytest.fixture
@@ -84,8 +88,8 @@ def test_a_hub_id_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert resolve("me/m") == snapshot
     read_settings(snapshot)  # runtimes open original folders too
-    options = pipeline.CompressOptions(plan=pipeline.PlanOptions("manual"), distill=None)
-    pipeline.compress(pipeline.Workspace(tmp_path / "out", "me/m"), options)
+    options = CompressOptions(plan=PlanOptions("manual"), distill=None)
+    compress(Workspace(tmp_path / "out", "me/m"), options)
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
     assert len(load_transformer(tmp_path / "out", quantized=True).transformer_blocks) == 2
 

@@ -108,7 +108,7 @@ def test_what_a_run_leaves_that_had_hardly_begun_is_free(tmp_path: Path) -> None
 def test_every_kind_of_folder_is_locked(other: Start, tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:
     from edgeprune.artefact.synth import write_pipeline
     from edgeprune.export.to_onnx import export
-    from edgeprune.stages.pipeline import Workspace
+    from edgeprune.stages.workspace import Workspace
 
     source, _ = tiny_folders
     config = json.loads((source / "transformer" / "config.json").read_text())

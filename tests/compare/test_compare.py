@@ -12,7 +12,9 @@ from edgeprune.common.errors import InputError
 from edgeprune.compare import page, run
 from edgeprune.compare.grid import GRIDS, Grid, grid_named
 from edgeprune.compare.summary import summarise
-from edgeprune.stages.pipeline import AnalyzeOptions, CompressOptions, DataOptions, Workspace, preset
+from edgeprune.stages.compress import preset
+from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
+from edgeprune.stages.workspace import Workspace
 
 GRID = """
 budget = 0.25

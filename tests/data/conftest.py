@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_pipeline
 
 from edgeprune.data import settings
-from edgeprune.stages.pipeline import load_encoders
+from edgeprune.stages.original import load_encoders
 
 
 @pytest.fixture(scope="module")

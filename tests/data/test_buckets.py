@@ -18,7 +18,7 @@ from edgeprune.artefact.surgery import prune
 from edgeprune.data.buckets import RATIO, bucket_sizes, enlarged, nearest
 from edgeprune.data.pairs import Pairs, Samples
 from edgeprune.families import family_of
-from edgeprune.planning.plan import make_plan
+from edgeprune.planning.make import make_plan
 from edgeprune.training.distill import distill
 from edgeprune.training.recipe import DistillOptions
 

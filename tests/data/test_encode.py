@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from edgeprune import cli
-from edgeprune.artefact import checkpoint
+from edgeprune.artefact.loading import load
 from edgeprune.common.errors import DiskError, InputError, StaleStageError
 from edgeprune.data import encode, settings
 from edgeprune.data.encode import summary
@@ -170,7 +170,7 @@ def test_a_stream_gives_so_many_samples(
 
 
 def test_prompts_are_drawn_by_the_model(model: Path, tmp_path: Path) -> None:
-    whole = checkpoint.load(model)
+    whole = load(model)
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo stars\n")
     made = cached(whole, model, tmp_path / "prompts.txt", tmp_path / "out", samples=6)
     assert [s.samples for s in made.index.shards] == [4, 2]

@@ -13,14 +13,12 @@ from safetensors.torch import load_file
 
 from edgeprune.common.errors import InputError
 from edgeprune.data.cache import is_cache
-from edgeprune.stages.pipeline import (
-    DataOptions,
-    PlanOptions,
-    Workspace,
-    run_distill,
-    run_plan,
-    run_prune,
-)
+from edgeprune.planning.options import PlanOptions
+from edgeprune.stages.distill import run as run_distill
+from edgeprune.stages.options import DataOptions
+from edgeprune.stages.plan import run as run_plan
+from edgeprune.stages.prune import run as run_prune
+from edgeprune.stages.workspace import Workspace
 from edgeprune.training.recipe import DistillOptions
 
 

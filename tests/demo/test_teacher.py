@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from edgeprune import shapes
-from edgeprune.artefact.checkpoint import BUILTIN
+from edgeprune.artefact.resolve import BUILTIN
 from edgeprune.sampling.generation import Generation
 
 

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgeprune import runtimes, targets
-from edgeprune.artefact import checkpoint
-from edgeprune.artefact.checkpoint import Manifest, read_config, save_transformer
+from edgeprune.artefact.manifest import Manifest
+from edgeprune.artefact.resolve import read_config
+from edgeprune.artefact.writing import save_transformer
 from edgeprune.common.errors import InputError, ParityError
 from edgeprune.common.files import sha256_file, write_json
 from edgeprune.export import coreml_chunks, coreml_packages, mil_conversion, modules, parity, to_coreml
@@ -34,6 +35,7 @@ from edgeprune.quantization.quantize import prepare
 from edgeprune.runtimes import coreml, memory
 
 import coremltools as ct  # isort: skip  # after to_coreml, which keeps it quiet
+from edgeprune.artefact.loading import load_transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
 MAC = dataclasses.replace(targets.load("macbook-m"), batch=(1, 2))
@@ -71,7 +73,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(artefact: Path) -> Any:
-    return checkpoint.load_transformer(artefact, quantized=True)
+    return load_transformer(artefact, quantized=True)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from stored import Weight
 
 from edgeprune import targets
-from edgeprune.artefact.checkpoint import Manifest, read_config, save_transformer
+from edgeprune.artefact.manifest import Manifest
+from edgeprune.artefact.resolve import read_config
+from edgeprune.artefact.writing import save_transformer
 from edgeprune.export import to_coreml, to_onnx, to_openvino, to_trt
 from edgeprune.quantization.int4 import PackedLinear, pack
 from edgeprune.quantization.quantize import prepare

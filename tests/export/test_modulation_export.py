@@ -13,7 +13,7 @@ from torch import nn
 from edgeprune.artefact.surgery import prune
 from edgeprune.export import coreml_chunks, coreml_packages, forms, graph, modules, parity, to_onnx, to_openvino, to_trt
 from edgeprune.families import family_of
-from edgeprune.planning.plan import make_plan
+from edgeprune.planning.make import make_plan
 from edgeprune.quantization.precision import precision_of
 from edgeprune.quantization.quantize import packed_from, round_to_nearest
 

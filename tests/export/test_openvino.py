@@ -26,8 +26,8 @@ import torch
 from torch import nn
 
 from edgeprune import export, runtimes, targets
-from edgeprune.bench import measure as bench
 from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
+from edgeprune.bench import disk
 from edgeprune.common.files import sha256_file
 from edgeprune.export import external_data, folder, graph, modules, parity, to_openvino
 from edgeprune.quantization.precision import Precision
@@ -157,7 +157,7 @@ def test_folder(exported: tuple[Path, dict[str, Any]], tiny_folders: tuple[Path,
         onnx_bytes = sum(p.stat().st_size for p in (tiny_folders[1] / name).glob("model.onnx*"))
         assert (out / name / "openvino_model.bin").stat().st_size < 0.6 * onnx_bytes  # stored in half precision
     assert [p.name for p in out.parent.iterdir()] == ["ir"]
-    assert bench.disk_bytes(out)["transformer_disk_bytes"] == sum(
+    assert disk.disk_bytes(out)["transformer_disk_bytes"] == sum(
         (out / f).stat().st_size for f in models if f.startswith("transformer/")
     )
 

@@ -21,18 +21,21 @@ import torch
 
 import edgeprune
 from edgeprune import runtimes, targets
-from edgeprune.artefact import checkpoint
+from edgeprune.artefact.loading import load_transformer
 from edgeprune.common.errors import InputError
 from edgeprune.export import graph, parity, to_coreml, to_onnx, to_openvino, to_trt
 from edgeprune.export.mil_reference import Package
-from edgeprune.planning.plan import PlanOptions
-from edgeprune.report import figures as report
+from edgeprune.export.to_coreml import convert_network
+from edgeprune.planning.options import PlanOptions
+from edgeprune.report import make
 from edgeprune.runtimes import base
 from edgeprune.runtimes.coreml import CoremlNetwork, shapes
 from edgeprune.sampling.generation import Generation
-from edgeprune.stages import pipeline
-from edgeprune.stages.forecast import forecast
-from edgeprune.stages.pipeline import AnalyzeOptions, CompressOptions, DataOptions, Workspace
+from edgeprune.stages.compress import compress, forecast
+from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
+from edgeprune.stages.plan import run as run_plan
+from edgeprune.stages.prune import run as run_prune
+from edgeprune.stages.workspace import STAGES, Workspace
 from edgeprune.training.recipe import DistillOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
@@ -69,7 +72,7 @@ def source(variant: str, sources: dict[str, Path]) -> Path:
 def artefact(sources: dict[str, Path]) -> Path:
     """An artefact made from dev."""
     ws = Workspace(sources["dev"].with_name("small"), str(sources["dev"]))
-    assert pipeline.compress(ws, OPTIONS) == list(pipeline.STAGES)
+    assert compress(ws, OPTIONS) == list(STAGES)
     return ws.out
 
 
@@ -87,12 +90,12 @@ def test_every_stage(artefact: Path, sources: dict[str, Path]) -> None:
     found = {tuple(part) for entry in scored for part in entry["parts"]}
     assert {(0, None), (4, None), (1, "context_mlp"), (4, "mlp")} <= found and (4, "context_mlp") not in found
     assert all(max(entry["scores"]) < 0 for entry in scored)  # every part has an effect
-    model: Any = checkpoint.load_transformer(artefact, quantized=True)
+    model: Any = load_transformer(artefact, quantized=True)
     assert (model.config.num_layers, model.config.num_single_layers) == (2, 2)
     first, second = model.single_transformer_blocks
     assert (first.proj_out.in_features, second.proj_out.in_features) == (64, 4 * 64)
-    assert pipeline.compress(Workspace(artefact, str(sources["dev"])), OPTIONS) == []
-    report.make(Workspace(artefact, str(sources["dev"])), quick=True)
+    assert compress(Workspace(artefact, str(sources["dev"])), OPTIONS) == []
+    make.make_report(Workspace(artefact, str(sources["dev"])), quick=True)
     assert (artefact / "report.html").is_file()
 
 
@@ -100,8 +103,8 @@ def test_whole_block_plans_load_in_stock_diffusers(source: Path, tmp_path: Path)
     from diffusers import FluxPipeline
 
     ws = Workspace(tmp_path / "blocks", str(source))
-    pipeline.run_plan(ws, PlanOptions("manual", blocks="1,3"))
-    pipeline.run_prune(ws)
+    run_plan(ws, PlanOptions("manual", blocks="1,3"))
+    run_prune(ws)
     stock = FluxPipeline.from_pretrained(ws.out)
     ours = edgeprune.load(ws.out)
     with torch.no_grad():
@@ -248,12 +251,12 @@ def test_engine_profiles_are_of_packed_tokens(name: str, sources: dict[str, Path
 
 def test_core_ml(artefact: Path, tmp_path: Path) -> None:
     """The reference evaluator computes the same from the chunks as diffusers from the whole model."""
-    model: Any = checkpoint.load_transformer(artefact, quantized=True)
+    model: Any = load_transformer(artefact, quantized=True)
     whole = graph.Transformer(model)
     examples = [whole.example(batch=1, height=4, width=4, tokens=24)]
     parts = to_coreml.split(whole, 3, examples[0])
     assert [part.inputs[:2] for part in parts[1:]] == [[f"image_tokens_{i}", f"text_tokens_{i}"] for i in (1, 2)]
-    record = to_coreml._network("transformer", parts, whole, examples, tmp_path, chunks=3)
+    record = convert_network("transformer", parts, whole, examples, tmp_path, chunks=3)
     assert 0 < record["max_relative"] < 1e-3 and record["max_relative"] < record["half_relative"] < 1e-2
 
     def opened(path: Path) -> SimpleNamespace:

@@ -15,10 +15,10 @@ import torch
 from edgeprune.analysis.contribution import analyze, groups, parts, removed
 from edgeprune.analysis.estimators.exhaustive import Exhaustive
 from edgeprune.common.errors import InputError
-from edgeprune.export import folder, graph, parity
+from edgeprune.export import external_data, folder, graph, parity
 from edgeprune.families import family_of
 from edgeprune.metrics.velocity import VelocityError
-from edgeprune.planning.plan import make_plan
+from edgeprune.planning.make import make_plan
 from edgeprune.quantization.precision import footprint
 from edgeprune.runtimes.scheduler import FlowMatchEuler
 from edgeprune.sampling.denoising import sigmas
@@ -93,7 +93,7 @@ def test_a_real_config_is_planned_without_weights() -> None:
 def test_the_transformer_is_exported(tmp_path: Path) -> None:
     whole = graph.Transformer(tiny.tiny_flux2(guidance_embeds=True, num_layers=1, num_single_layers=1)).eval()
     traced = whole.example(batch=2, height=4, width=6, tokens=5)
-    graph.save(graph.to_ir(whole, traced, whole.inputs, whole.outputs), tmp_path / "model.onnx")
+    external_data.save(graph.to_ir(whole, traced, whole.inputs, whole.outputs), tmp_path / "model.onnx")
     examples = [whole.example(batch=b, height=h, width=w, tokens=m) for b, h, w, m in ((1, 3, 5, 7), (3, 8, 8, 2))]
     runner = parity.session(tmp_path / "model.onnx")
     assert parity.check("transformer", runner, whole, examples, list(whole.outputs))["max_relative"] < 1e-4

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeprune.families import Architecture, Config, Encoder, LatentSpace, Network, Shape, Source, Surgery, family_of
-from edgeprune.planning.plan import remaining_shapes
+from edgeprune.planning.remainder import remaining_shapes
 from edgeprune.quantization.precision import Footprint, Precision, footprint, precision_of
 
 CONFIG = {"layers": 3}

@@ -216,7 +216,7 @@ def _index(path: Path) -> None:
 
 
 def _manifest(path: Path) -> None:
-    from edgeprune.artefact.checkpoint import Manifest  # imports torch, which the other targets do not need
+    from edgeprune.artefact.manifest import Manifest  # imports torch, which the other targets do not need
 
     manifest = Manifest.load(path.parent)
     manifest.prune_plan(path.parent)

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.stages import pipeline
-from edgeprune.stages.pipeline import PlanOptions, QuantizeOptions, Workspace
+from edgeprune.planning.options import PlanOptions
+from edgeprune.stages.options import QuantizeOptions
+from edgeprune.stages.plan import run as run_plan
+from edgeprune.stages.prune import run as run_prune
+from edgeprune.stages.quantize import run as run_quantize
+from edgeprune.stages.workspace import Workspace
 
 
 def pytest_report_header() -> str:
@@ -21,10 +25,10 @@ def pytest_report_header() -> str:
 
 def compressed(folder: Path, components: str, *, quantized: bool) -> Path:
     workspace = Workspace(folder, None)
-    pipeline.run_plan(workspace, PlanOptions("manual", blocks="3-8", components=components))
-    pipeline.run_prune(workspace)
+    run_plan(workspace, PlanOptions("manual", blocks="3-8", components=components))
+    run_prune(workspace)
     if quantized:
-        pipeline.run_quantize(workspace, QuantizeOptions())
+        run_quantize(workspace, QuantizeOptions())
     return folder
 
 

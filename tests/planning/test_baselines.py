@@ -11,8 +11,10 @@ from edgeprune.families import family_of
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.methods import Blocks, Measured, baselines
 from edgeprune.planning.options import METHODS, PlanOptions
-from edgeprune.stages import pipeline
-from edgeprune.stages.pipeline import CompressOptions, Workspace, as_published
+from edgeprune.stages.compress import as_published
+from edgeprune.stages.options import CompressOptions
+from edgeprune.stages.plan import block_magnitudes
+from edgeprune.stages.workspace import Workspace
 from edgeprune.training.recipe import DistillOptions
 
 LARGE = json.loads((Path(__file__).parents[1] / "samples" / "transformer_configs.json").read_text())["sd3.5-large"]
@@ -73,7 +75,7 @@ def test_a_baseline_is_distilled_by_its_own_rule() -> None:
 def test_magnitudes_of_the_built_in_model(tmp_path: Path) -> None:
     """Read tensor by tensor, they equal those of all weights of the block at once."""
     ws = Workspace(tmp_path / "out", None)
-    found = pipeline.block_magnitudes(ws)
+    found = block_magnitudes(ws)
     tensors = [p.double().flatten() for p in ws.pipe.transformer.transformer_blocks[3].parameters()]
     expected = (sum(float(t.square().sum()) for t in tensors) / sum(t.numel() for t in tensors)) ** 0.5
     assert len(found) == 14 and found[3] == pytest.approx(expected, rel=1e-3)

@@ -13,8 +13,10 @@ from edgeprune.analysis.contribution import ContributionReport, fingerprint
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import write_json
 from edgeprune.planning.fit import fit
+from edgeprune.planning.options import PlanOptions
 from edgeprune.sampling.generation import Generation
-from edgeprune.stages.pipeline import PlanOptions, Workspace, run_plan
+from edgeprune.stages.plan import run as run_plan
+from edgeprune.stages.workspace import Workspace
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from tiny import KINDS, config_of, quantize, tiny_inputs, tiny_pipeline, tiny_step
 
 import edgeprune
-from edgeprune.analysis.contribution import fingerprint, parts, removed
-from edgeprune.artefact import checkpoint
+from edgeprune.analysis.contribution import ContributionReport, fingerprint, parts, removed
+from edgeprune.artefact.loading import load_transformer, open_transformer
+from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.surgery import prune, structure
 from edgeprune.cli import _plan_rows, parse_rank
 from edgeprune.common.errors import BudgetError, InputError
@@ -29,7 +30,13 @@ from edgeprune.quantization.int4 import PackedLinear
 from edgeprune.sampling import denoising as sampling
 from edgeprune.sampling.denoising import Conditioning
 from edgeprune.stages import pipeline
-from edgeprune.stages.pipeline import CompressOptions, DataOptions, Workspace
+from edgeprune.stages.compress import compress
+from edgeprune.stages.modulation import MODULATION
+from edgeprune.stages.options import CompressOptions, DataOptions
+from edgeprune.stages.plan import calibration_inputs, calibration_prompts
+from edgeprune.stages.plan import run as run_plan
+from edgeprune.stages.prune import run as run_prune
+from edgeprune.stages.workspace import Workspace
 from edgeprune.training.recipe import DistillOptions, parameter_groups
 
 WIDTH = 64
@@ -160,9 +167,7 @@ def test_more_directions_than_samples() -> None:
 
 def test_modulation_first_then_blocks() -> None:
     model, config, family = setup()
-    scores = pipeline.ContributionReport(
-        "", "sd3", 4, "none", [], [], {}, summary={((b, None),): float(b) for b in range(4)}
-    )
+    scores = ContributionReport("", "sd3", 4, "none", [], [], {}, summary={((b, None),): float(b) for b in range(4)})
     options = {"method": "hpp", "protect_first": 1, "protect_last": 0}
     full = make_plan(family, config, scores, keep=0.8, **options)
     thin = make_plan(family, config, scores, keep=0.8, modulation_rank=16, **options)
@@ -276,36 +281,36 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def artefact(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("artefact") / "small"
-    pipeline.compress(Workspace(out, str(source)), OPTIONS)
+    compress(Workspace(out, str(source)), OPTIONS)
     return out
 
 
 def test_all_stages(artefact: Path, source: Path) -> None:
     manifest = json.loads((artefact / "edgeprune.json").read_text())
     assert manifest["plan"]["modulation_rank"] == 16 == manifest["stages"]["plan"]["modulation_rank"]
-    assert pipeline.MODULATION in manifest["files"]
+    assert MODULATION in manifest["files"]
     pipe = edgeprune.load(artefact)
     assert isinstance(pipe.transformer.transformer_blocks[0].norm1.linear, PackedLinear)
-    half = checkpoint.load_transformer(artefact, quantized=False)
-    original = checkpoint.load_transformer(source, quantized=False)
+    half = load_transformer(artefact, quantized=False)
+    original = load_transformer(source, quantized=False)
     ws = Workspace(artefact, str(source))
     small, whole = (velocity(m) for m in (half, original))
     assert small.isfinite().all() and not torch.equal(small, whole)
-    stored = checkpoint.open_transformer(artefact, quantized=True).running()  # as exports read it, block by block
+    stored = open_transformer(artefact, quantized=True).running()  # as exports read it, block by block
     assert (velocity(stored) - velocity(pipe.transformer)).abs().max() <= 1e-5
-    assert pipeline.compress(ws, OPTIONS) == []
+    assert compress(ws, OPTIONS) == []
 
 
 def test_auto_stage_says_what_it_chose(source: Path, tmp_path: Path) -> None:
     ws = Workspace(tmp_path / "out", str(source))
-    pipeline.run_plan(ws, replace(OPTIONS.plan, modulation_rank="auto"))
-    inputs = pipeline.calibration_inputs(ws, pipeline.calibration_prompts(ws, OPTIONS.plan))
+    run_plan(ws, replace(OPTIONS.plan, modulation_rank="auto"))
+    inputs = calibration_inputs(ws, calibration_prompts(ws, OPTIONS.plan))
     expected = choose_rank(inputs, modulation_width(ws.family, ws.config))
     assert ws.plan().modulation_rank == expected == ws.manifest.stages["plan"]["modulation_rank"]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\ntwo stars\n")
     options = replace(OPTIONS.plan, modulation_rank=63, prompts=str(prompts))
-    assert pipeline.calibration_prompts(ws, options) == ["", "a red circle", "two stars"]
+    assert calibration_prompts(ws, options) == ["", "a red circle", "two stars"]
 
 
 def test_projected_by_default_where_little_may_stay(
@@ -313,21 +318,21 @@ def test_projected_by_default_where_little_may_stay(
 ) -> None:
     """Measures the rank only if blocks alone would leave less than three quarters, or cannot meet the budget."""
     monkeypatch.setattr(pipeline, "choose_rank", lambda *_: 16)
-    config, family = checkpoint.read_config(source)
+    config, family = read_config(source)
     count = family.block_count(config)
     scores = {((block, None),): [-float(block)] for block in range(count)}
-    report = pipeline.ContributionReport(fingerprint(config), family.name, count, "none", ["a star"], [0.0], scores)
+    report = ContributionReport(fingerprint(config), family.name, count, "none", ["a star"], [0.0], scores)
     write_json(tmp_path / "scores.json", report.to_json())
 
     def planned(**options: Any) -> PrunePlan:
         ws = Workspace(tmp_path / "out", str(source), fresh=True)
         given = replace(PlanOptions(protect_first=0, protect_last=0, modulation_rank=NEEDED), **options)
-        pipeline.run_plan(ws, given, tmp_path / "scores.json")
+        run_plan(ws, given, tmp_path / "scores.json")
         return ws.plan()
 
     much, little = planned(keep=1.0), planned(keep=0.6)
     assert much.modulation_rank is None
-    assert little.modulation_rank == 16 and (tmp_path / "out" / pipeline.MODULATION).is_file()
+    assert little.modulation_rank == 16 and (tmp_path / "out" / MODULATION).is_file()
     assert planned(keep=0.9, protect_first=count).modulation_rank == 16  # no block may go
     rows = dict(_plan_rows(little, NEEDED))
     assert rows["modulation rank"].startswith("16: less than 0.75") and "modulation rank" not in dict(
@@ -340,13 +345,13 @@ def test_projected_by_default_where_little_may_stay(
 
 def test_a_plan_without_it_leaves_no_basis_behind(source: Path, tmp_path: Path) -> None:
     ws = Workspace(tmp_path / "out", str(source))
-    pipeline.run_plan(ws, OPTIONS.plan)
-    (ws.out / pipeline.MODULATION).write_bytes(b"damaged")
+    run_plan(ws, OPTIONS.plan)
+    (ws.out / MODULATION).write_bytes(b"damaged")
     with pytest.raises(InputError, match="SHA-256"):
-        pipeline.run_prune(ws)
-    pipeline.run_plan(Workspace(ws.out, str(source), fresh=True), replace(OPTIONS.plan, modulation_rank=None))
-    assert not (ws.out / pipeline.MODULATION).exists()
-    assert pipeline.MODULATION not in Workspace(ws.out, str(source)).manifest.files
+        run_prune(ws)
+    run_plan(Workspace(ws.out, str(source), fresh=True), replace(OPTIONS.plan, modulation_rank=None))
+    assert not (ws.out / MODULATION).exists()
+    assert MODULATION not in Workspace(ws.out, str(source)).manifest.files
 
 
 # ------------------------------------------------------------------------------------------------ stock diffusers
@@ -386,4 +391,4 @@ def test_without_its_manifest(artefact: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(artefact, tmp_path / "copy"))
     (copy / "edgeprune.json").unlink()
     with pytest.raises(InputError, match=r"no edgeprune.json"):
-        checkpoint.load_transformer(copy, quantized=False)
+        load_transformer(copy, quantized=False)

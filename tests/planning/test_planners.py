@@ -14,8 +14,11 @@ from edgeprune.analysis.contribution import Key, group
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.planning.methods import Problem
 from edgeprune.planning.methods.milp import GAP, choose
-from edgeprune.stages import pipeline
-from edgeprune.stages.pipeline import AnalyzeOptions, PlanOptions, Workspace
+from edgeprune.planning.options import PlanOptions
+from edgeprune.stages.analyze import run as run_analyze
+from edgeprune.stages.options import AnalyzeOptions
+from edgeprune.stages.plan import run as run_plan
+from edgeprune.stages.workspace import Workspace
 
 PARTS: list[Key] = [(b, "mlp") for b in range(6)]
 
@@ -63,15 +66,15 @@ def test_plans_of_a_folder(tmp_path: Path) -> None:
     tiny_pipeline(tmp_path / "tiny")
     ws = Workspace(tmp_path / "out", str(tmp_path / "tiny"), fresh=True)
     options = AnalyzeOptions(count=2, joint=True, pairs=True, estimator="gates")
-    assert pipeline.run_analyze(ws, options) and not pipeline.run_analyze(ws, options)
+    assert run_analyze(ws, options) and not run_analyze(ws, options)
     report = ws.report()
     assert report is not None and report.estimator == "gates" and len(report.joint()) > 100
     open_ends: dict[str, Any] = {"keep": 0.8, "protect_first": 0, "protect_last": 0}
-    assert pipeline.run_plan(ws, PlanOptions("milp", **open_ends))
+    assert run_plan(ws, PlanOptions("milp", **open_ends))
     plan = ws.plan()
     assert plan.method == "milp" and plan.after.parameters <= 0.8 * plan.before.parameters
     with pytest.raises(InputError, match="leave --only-blocks out"):
-        pipeline.run_analyze(ws, AnalyzeOptions(components=False, joint=True))
+        run_analyze(ws, AnalyzeOptions(components=False, joint=True))
 
 
 def test_milp_without_anything_that_may_go() -> None:

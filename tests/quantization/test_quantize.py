@@ -12,7 +12,7 @@ from torch import nn
 from edgeprune.artefact.surgery import load_strictly, prune
 from edgeprune.common.errors import InputError
 from edgeprune.families import family_of
-from edgeprune.planning.plan import make_plan
+from edgeprune.planning.make import make_plan
 from edgeprune.quantization.awq import best_divisor, fold
 from edgeprune.quantization.int4 import PackedLinear, dequantize, pack, packed_linear, round_int4, unpack
 from edgeprune.quantization.precision import Precision, footprint, precision_of

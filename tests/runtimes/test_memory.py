@@ -18,6 +18,7 @@ import pytest
 from edgeprune import runtimes
 from edgeprune.common import heap
 from edgeprune.common.errors import InputError
+from edgeprune.experiments.full_size import resident_bytes
 from edgeprune.runtimes import memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -259,14 +260,13 @@ def test_large_pages_are_asked_for_unless_the_user_said_otherwise(monkeypatch: p
 @linux
 def test_memory_of_a_process_and_its_children() -> None:
     psutil = pytest.importorskip("psutil")
-    from edgeprune.experiments import full_size
 
     child = "import sys; held = b'1' * 100_000_000; print(flush=True); sys.stdin.read()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert full_size.resident(process.pid) > 100e6
+        assert resident_bytes(process.pid) > 100e6
         for each in psutil.Process(process.pid).children():
             each.kill()
-    assert full_size.resident(process.pid) == 0
+    assert resident_bytes(process.pid) == 0

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from edgeprune.report import make
+
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -23,14 +25,13 @@ def artefact(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A compressed tiny pipeline with its report; use `copy` to change it."""
     from stage_runs import OPTIONS
 
-    from edgeprune.report import figures
     from edgeprune.stages.compress import compress
     from edgeprune.stages.workspace import STAGES, Workspace
 
     out = tmp_path_factory.mktemp("artefact") / "small"
     ws = Workspace(out, str(source))
     assert compress(ws, OPTIONS) == list(STAGES)
-    figures.make(ws, quick=True)
+    make.make_report(ws, quick=True)
     return out
 
 

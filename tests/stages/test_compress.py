@@ -18,9 +18,10 @@ import edgeprune
 from edgeprune.analysis.contribution import ContributionReport, Group, groups
 from edgeprune.analysis.contribution import analyze as score_groups
 from edgeprune.analysis.estimators.exhaustive import Exhaustive
-from edgeprune.artefact import checkpoint
+from edgeprune.artefact.loading import load_transformer
+from edgeprune.artefact.resolve import BUILTIN
 from edgeprune.common.errors import InputError, StaleStageError
-from edgeprune.residency import weights
+from edgeprune.residency.shards import ShardWriter
 from edgeprune.stages import analyze, distill, plan, prune, quantize
 from edgeprune.stages.compress import compress
 from edgeprune.stages.options import DataOptions, PlanOptions
@@ -35,7 +36,7 @@ def test_artefact_loads_here_and_in_stock_diffusers(artefact: Path) -> None:
     stock = StableDiffusion3Pipeline.from_pretrained(artefact, text_encoder_3=None, tokenizer_3=None)
     assert isinstance(stock.transformer, SD3Transformer2DModel)
     assert stock.transformer.config.num_layers == len(plan.kept) == 2
-    half = checkpoint.load_transformer(artefact, quantized=False)
+    half = load_transformer(artefact, quantized=False)
     with torch.no_grad():
         a, b = (m(**tiny_inputs(), return_dict=False)[0] for m in (stock.transformer.float(), half))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -78,7 +79,7 @@ def test_component_plan_loads_strictly(source: Path, tmp_path: Path) -> None:
         OPTIONS, plan=PlanOptions("manual", components="1:norm,1:mlp,0:attn,2:context_norm"), distill=None
     )
     compress(ws, options)
-    state = checkpoint.load_transformer(ws.out, quantized=True).state_dict()
+    state = load_transformer(ws.out, quantized=True).state_dict()
     assert "transformer_blocks.1.norm1.linear.bias" in state
     assert not [n for n in state if n.startswith(("transformer_blocks.1.ff.", "transformer_blocks.0.attn."))]
     with torch.no_grad():
@@ -135,7 +136,7 @@ def test_killed_before_a_finished_stage_was_noted(
         key = json.loads((artefact / "edgeprune.json").read_text())["stages"]["analyze"]["inputs"]
         lines = [{"inputs": key}, {"parts": [], "scores": rows["untouched"]}, *rows["scores"]]
         (copy / "analysis.json.partial").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr(weights.ShardWriter, "put", None)
+    monkeypatch.setattr(ShardWriter, "put", None)
     monkeypatch.setattr(Exhaustive, "estimate", None)
     before = {p: p.read_bytes() for p in copy.rglob("*.safetensors")}
     ws = Workspace(copy, str(source))
@@ -171,7 +172,7 @@ def test_changed_data_is_noticed(source: Path, copy: Path, tmp_path: Path) -> No
 
 def test_tokenizers_are_for_both_transformers(artefact: Path) -> None:
     """transformers 5 writes only tokenizer.json, transformers 4 vocab.json and merges.txt; both read the latter."""
-    for folder in (artefact, checkpoint.BUILTIN):
+    for folder in (artefact, BUILTIN):
         for name in ("tokenizer", "tokenizer_2"):
             if folder == artefact and metadata.version("transformers").startswith("4."):
                 assert {"vocab.json", "merges.txt"} <= {path.name for path in (folder / name).iterdir()}

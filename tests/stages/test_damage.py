@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from stage_runs import edit, truncate
 
 import edgeprune
-from edgeprune.artefact import checkpoint
+from edgeprune.artefact.writing import save_transformer
 from edgeprune.common import tensors
 from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.stages.workspace import Workspace
@@ -57,7 +57,7 @@ def test_disk_full_leaves_what_was_there(copy: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(tensors, "save_file", full)
     with pytest.raises(EdgepruneError, match="disk full"):
-        checkpoint.save_transformer(copy, "transformer", {}, {"x": torch.zeros(3)})
+        save_transformer(copy, "transformer", {}, {"x": torch.zeros(3)})
     assert (copy / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert not (copy / "transformer.tmp").exists()
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.artefact import checkpoint
-from edgeprune.report import figures as report
+from edgeprune.artefact.manifest import Manifest
+from edgeprune.report import make
 from edgeprune.report import page as report_page
 from edgeprune.stages import plan
 from edgeprune.stages.options import PlanOptions
@@ -14,14 +14,14 @@ from edgeprune.stages.workspace import Workspace
 
 
 def test_page_is_self_contained_and_escaped(copy: Path, source: Path) -> None:
-    manifest = checkpoint.Manifest.load(copy)
+    manifest = Manifest.load(copy)
     evil = "<script>alert(1)</script>"
     path = copy / "report.json"
     data = json.loads(path.read_text())
     data["prompts"][0] = evil
     path.write_text(json.dumps(data))
     ws = Workspace(copy, str(source))
-    report.make(ws)
+    make.make_report(ws)
     page = (copy / "report.html").read_text()
     assert evil not in page and "&lt;script&gt;" in page
     assert "http:" not in page and "https:" not in page
@@ -50,14 +50,14 @@ def test_page_shows_the_plan_and_the_memory(artefact: Path) -> None:
 def test_model_card(copy: Path, source: Path) -> None:
     ws = Workspace(copy, str(source))
     ws.manifest.stages["plan"]["command"] = "edgeprune plan -o copy --keep 0.95"
-    report.make(ws)
+    make.make_report(ws)
     card = (copy / "README.md").read_text()
     front = card.split("---")[1]
     assert 'library_name: "diffusers"' in front and 'pipeline_tag: "text-to-image"' in front
     assert "base_model" not in front  # the source is a folder of this machine, no hub id
     assert "edgeprune plan -o copy --keep 0.95" in card and "transformer weights" in card
     (copy / "README.md").write_text("mine")
-    report.make(ws)
+    make.make_report(ws)
     assert (copy / "README.md").read_text() == "mine"
 
 

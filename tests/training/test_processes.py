@@ -18,7 +18,7 @@ from distilling import setup
 from safetensors.torch import load_file
 from tiny import config_of, tiny_pipeline, tiny_step, tiny_transformer
 
-from edgeprune.artefact.checkpoint import Manifest
+from edgeprune.artefact.manifest import Manifest
 from edgeprune.common.errors import InputError, MissingExtraError
 from edgeprune.common.extras import absent
 from edgeprune.sampling.denoising import velocity

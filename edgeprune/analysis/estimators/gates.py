@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from edgeprune.analysis.contribution import Group, Key, removal, swapped
-from edgeprune.families import Family
-from edgeprune.families.base import Swap
+from edgeprune.families import Family, Swap
 
 PROJECTIONS = 1
 """Random projections per state. The error is also averaged over the states of a trajectory and over prompts."""

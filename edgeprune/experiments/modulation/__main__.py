@@ -16,14 +16,15 @@ from edgeprune.experiments.modulation.plot import plot
 from edgeprune.experiments.modulation.sizes import judge_variant, judged, measure_variant, variants
 from edgeprune.experiments.modulation.study import Study, print_progress
 from edgeprune.experiments.modulation.tables import tables
-from edgeprune.stages import pipeline
+from edgeprune.stages.analyze import run as run_analyze
+from edgeprune.stages.options import AnalyzeOptions
 
 SEED = 7
 
 
 def run(study: Study) -> None:
     """Measure everything that is not known yet."""
-    pipeline.run_analyze(study.base, pipeline.AnalyzeOptions(), print_progress)
+    run_analyze(study.base, AnalyzeOptions(), print_progress)
     report = ContributionReport.load(study.base.report_path)
     drops = [c.drop for c in report.contributions().values() if c.component is None]
     study.once("blocks", lambda: {"least": min(drops), "median": float(np.median(drops)), "most": max(drops)})

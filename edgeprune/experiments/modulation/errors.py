@@ -16,7 +16,7 @@ from edgeprune.planning.modulation import GRID, choose_rank, subspace
 from edgeprune.quantization.precision import Precision
 from edgeprune.quantization.quantize import round_to_nearest
 from edgeprune.sampling.denoising import Conditioning, encode_images, encode_prompts, noise, velocity
-from edgeprune.stages import pipeline
+from edgeprune.stages.plan import CAPTIONS
 
 RANKS = (0, 2, 4, 8, 16, 32, 48, 64)
 CALIBRATED = (16, 32, 64)
@@ -58,7 +58,7 @@ def storage(study: Study) -> dict[str, float]:
 
 def calibration(study: Study) -> dict[str, dict[str, float]]:
     """Return the error on held-out captions by what the basis was calibrated on."""
-    usual = ["", *study.captions(pipeline.CAPTIONS)]
+    usual = ["", *study.captions(CAPTIONS)]
     choices: dict[str, torch.Tensor] = {
         f"{7 * n} captions": study.inputs(["", *study.captions(n)]) for n in (1, 2, 4, 8, 16, 32)
     }
@@ -100,7 +100,7 @@ def timesteps(study: Study) -> dict[str, dict[str, float]]:
     fresh = noise(list(range(len(texts))), tuple(clean.shape[1:]))
     condition = encode_prompts(study.pipe, texts, study.generation.max_sequence_length)
     rows: dict[str, dict[str, float]] = {}
-    sampler = subspace(study.inputs(["", *study.captions(pipeline.CAPTIONS)], study.levels).flatten(0, 1))
+    sampler = subspace(study.inputs(["", *study.captions(CAPTIONS)], study.levels).flatten(0, 1))
     models = {"32": study.thin(32), "64": study.thin(64), "32, sampler's timesteps only": study.thin(32, sampler)}
     for t in (1000, 995, 950, 800, 500, 200, 50, 5, 0):
         states = torch.lerp(clean, fresh, t / 1000)
@@ -117,7 +117,7 @@ def timesteps(study: Study) -> dict[str, dict[str, float]]:
 @torch.no_grad()
 def guidance(study: Study) -> dict[str, dict[str, float]]:
     """Return the error of the guided velocity by scale, with and without the empty prompt in the calibration."""
-    without = subspace(study.inputs(study.captions(pipeline.CAPTIONS)).flatten(0, 1))
+    without = subspace(study.inputs(study.captions(CAPTIONS)).flatten(0, 1))
     models = {f"{r}": study.thin(r) for r in (16, 32)}
     models |= {f"{r}, without the empty prompt": study.thin(r, without) for r in (16, 32)}
     m = study.metric

@@ -10,14 +10,20 @@ from numpy.typing import NDArray
 
 from edgeprune import shapes
 from edgeprune.analysis.contribution import ContributionReport
-from edgeprune.artefact import checkpoint
+from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.surgery import prune
 from edgeprune.experiments.modulation.study import Study, print_progress
 from edgeprune.metrics.psnr import mean_decibels
-from edgeprune.planning.plan import PlanOptions, PrunePlan, plan_for
+from edgeprune.planning.make import make_plan
+from edgeprune.planning.options import PlanOptions
+from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.denoising import generate
-from edgeprune.stages import pipeline
-from edgeprune.stages.pipeline import Workspace
+from edgeprune.stages.compress import preset
+from edgeprune.stages.distill import run as run_distill
+from edgeprune.stages.plan import run as run_plan
+from edgeprune.stages.prune import run as run_prune
+from edgeprune.stages.quantize import run as run_quantize
+from edgeprune.stages.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -65,20 +71,20 @@ def smaller(study: Study, name: str, variant: Variant) -> tuple[PrunePlan, Any]:
     """Return a variant's plan and its model rounded to INT4; a distilled one runs the stages of `compress`."""
     if not variant.distilled:
         report = ContributionReport.load(study.base.report_path)
-        plan = plan_for(study.family, study.config, report, variant.plan)
+        plan = make_plan(study.family, study.config, report, variant.plan)
         basis = study.usual.basis(plan.modulation_rank) if plan.modulation_rank else None
         model = prune(study.family, study.teacher, study.config, plan, study.usual.mean, basis)
         return plan, study.rounded(model)
     ws = Workspace(study.out / "variants" / name, None)
-    options = pipeline.preset("default", builtin=True)
+    options = preset("default", builtin=True)
     assert options.distill is not None
-    pipeline.run_plan(ws, variant.plan, study.base.report_path)
-    pipeline.run_prune(ws)
+    run_plan(ws, variant.plan, study.base.report_path)
+    run_prune(ws)
     ws.cache = study.out / "cache"  # all variants train on the same images
     distill, data = replace(options.distill, steps=study.steps), replace(options.data, samples=2000)
-    pipeline.run_distill(ws, distill, data, print_progress)
-    pipeline.run_quantize(ws, options.quantize)
-    return ws.plan(), checkpoint.load_transformer(ws.out, quantized=True)
+    run_distill(ws, distill, data, print_progress)
+    run_quantize(ws, options.quantize)
+    return ws.plan(), load_transformer(ws.out, quantized=True)
 
 
 def measure_variant(study: Study, name: str, variant: Variant) -> dict[str, Any]:

@@ -14,14 +14,14 @@ from edgeprune import shapes
 from edgeprune.artefact.surgery import prune
 from edgeprune.common.files import read_json, write_json
 from edgeprune.metrics.velocity import VelocityError
+from edgeprune.planning.make import make_plan
 from edgeprune.planning.modulation import GRID, Subspace, modulation_inputs, subspace
-from edgeprune.planning.plan import make_plan
 from edgeprune.quantization.int4 import round_int4
 from edgeprune.quantization.precision import Precision, precision_of
 from edgeprune.quantization.quantize import round_to_nearest
 from edgeprune.sampling.denoising import encode_prompts, latent_shape, sigmas
-from edgeprune.stages import pipeline
-from edgeprune.stages.pipeline import Workspace
+from edgeprune.stages.plan import CAPTIONS
+from edgeprune.stages.workspace import Workspace
 
 Prompts = list[str]
 
@@ -82,7 +82,7 @@ class Study:
     @functools.cached_property
     def usual(self) -> Subspace:
         """The subspace that `plan` would calibrate."""
-        return subspace(self.inputs(["", *self.captions(pipeline.CAPTIONS)]).flatten(0, 1))
+        return subspace(self.inputs(["", *self.captions(CAPTIONS)]).flatten(0, 1))
 
     def thin(self, rank: int, basis: Subspace | None = None) -> Any:
         """Return the teacher with its modulation projected onto `rank` directions, in float32."""
