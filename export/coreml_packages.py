@@ -20,11 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edgeprune.common.errors import EdgepruneError, ParityError
 from edgeprune.common.extras import needs
+from edgeprune.common.progress import Progress, Steps, silent
 from edgeprune.export import parity
 from edgeprune.export.coreml_chunks import Tensors
 from edgeprune.export.mil_conversion import convert, quiet  # before coremltools: it silences the import
 from edgeprune.export.modules import widen
-from edgeprune.export.progress import Progress, Steps, silent
 from edgeprune.export.unfinished import SCRATCH
 from edgeprune.quantization.int4 import PackedLinear
 

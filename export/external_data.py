@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, need_space, read_json, write_json
-from edgeprune.export.progress import Progress, silent
+from edgeprune.common.progress import Progress, silent
 from edgeprune.residency.shards import Speed, group_into_shards
 
 INLINE_BYTES = 1_000_000
@@ -63,7 +63,7 @@ def write(
     tensors: Sequence[ir.TensorProtocol],
     journal: Path | None,
     what: str,
-    progress: Callable[[str, int, int, str], None],
+    progress: Progress,
 ) -> list[ir.ExternalTensor]:
     """Write tensors to `path` and return them as references into that file.
 

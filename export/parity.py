@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from edgeprune.common.errors import EdgepruneError, ParityError
 from edgeprune.common.extras import needs
+from edgeprune.common.progress import Progress, Steps, silent
 from edgeprune.export import modules
 from edgeprune.export.chunked_onnx import ChunkedOnnx, Session
-from edgeprune.export.progress import Progress, Steps, silent
 
 BOUND = 1e-3
 """Largest relative error (of the maximum) that passes in float32."""

@@ -28,11 +28,11 @@ from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.files import read_json
+from edgeprune.common.progress import Progress, silent
 from edgeprune.export import modules, to_onnx
 from edgeprune.export.coreml_chunks import TrimmedTextEncoder, loaded, split
 from edgeprune.export.coreml_packages import convert_network
 from edgeprune.export.folder import from_pretrained, is_quantized, write
-from edgeprune.export.progress import Progress, silent
 from edgeprune.export.unfinished import Unfinished
 from edgeprune.families.encoders import CLIP, T5, text_encoders
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt

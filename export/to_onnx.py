@@ -28,9 +28,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.common.errors import ParityError
+from edgeprune.common.progress import Progress, silent
 from edgeprune.export import external_data, graph, modules, parity
 from edgeprune.export.folder import from_pretrained, is_quantized, write
-from edgeprune.export.progress import Progress, silent
 from edgeprune.export.unfinished import MARK, Unfinished
 from edgeprune.families.encoders import CLIP_POOLED, T5, text_encoders
 from edgeprune.quantization.quantize import quantize_t5

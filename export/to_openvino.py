@@ -22,9 +22,9 @@ import numpy as np
 from edgeprune.common.errors import EdgepruneError, ParityError
 from edgeprune.common.extras import needs
 from edgeprune.common.files import cannot_write, need_space, write_text
+from edgeprune.common.progress import Progress, silent
 from edgeprune.export import parity, to_onnx
 from edgeprune.export.folder import write
-from edgeprune.export.progress import Progress, silent
 from edgeprune.targets import Target
 
 MODEL = "openvino_model.xml"

@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 
 from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
+from edgeprune.common.progress import Progress, Steps, silent
 from edgeprune.export import external_data, forms, graph, modules, parity, to_onnx
 from edgeprune.export.engine import Profile, Spec
 from edgeprune.export.folder import write
-from edgeprune.export.progress import Progress, Steps, silent
 from edgeprune.export.to_onnx import Module, NetworkSource
 from edgeprune.export.unfinished import Unfinished
 from edgeprune.families import Axes

@@ -11,7 +11,6 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from edgeprune.artefact.writing import noted, write_transformer
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, read_json, write_json
 from edgeprune.common.lock import LOCK, hold, is_free
+from edgeprune.common.progress import Progress, silent
 from edgeprune.families import Config, Family, Shape, family_of
 from edgeprune.families.encoders import CLIP, T5, tokenizer_of
 from edgeprune.sampling.generation import Generation
@@ -40,7 +40,7 @@ def synth(
     name: str,
     out: Path,
     *,
-    progress: Callable[[str, int, int, str], None] = lambda what, done, total, note: None,
+    progress: Progress = silent,
 ) -> int:
     """Write the pipeline folder `out` and return the transformer's bytes. An interrupted run resumes.
 
@@ -59,7 +59,7 @@ def write_pipeline(
     out: Path,
     *,
     label: str,
-    progress: Callable[[str, int, int, str], None] = lambda what, done, total, note: None,
+    progress: Progress = silent,
 ) -> int:
     """Write the pipeline folder `out` for any transformer config; like `synth`, with `label` as the name."""
     mark = out / "synth.json"

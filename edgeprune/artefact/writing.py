@@ -15,6 +15,7 @@ from edgeprune.artefact.resolve import UNSAFE
 from edgeprune.common import heap
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import copy_folder, need_space, read_json, replace_folder, write_json, write_text
+from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
 from edgeprune.families import Config
 from edgeprune.families.encoders import is_present, read_index
@@ -48,7 +49,7 @@ def write_transformer(
     *,
     inputs: str,
     found: Callable[[int, Weights], None] = lambda index, weights: None,
-    progress: Callable[[str, int, int, str], None] = lambda what, done, total, note: None,
+    progress: Progress = silent,
 ) -> int:
     """Write `folder/subfolder/` shard by shard, replace what was there, and return the bytes of its weights.
 

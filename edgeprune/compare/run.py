@@ -22,6 +22,7 @@ from edgeprune.artefact.manifest import HALF, INT4
 from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, files_digest, read_json, write_json
+from edgeprune.common.progress import Progress, silent
 from edgeprune.compare.grid import Grid, Row
 from edgeprune.compare.summary import summarise
 from edgeprune.metrics import Metric, evaluations, of_pipeline, tasks_of
@@ -36,7 +37,7 @@ from edgeprune.stages.options import CompressOptions
 from edgeprune.stages.plan import run as run_plan
 from edgeprune.stages.prune import run as run_prune
 from edgeprune.stages.quantize import run as run_quantize
-from edgeprune.stages.workspace import Progress, Workspace, silent
+from edgeprune.stages.workspace import Workspace
 
 
 def held_out_prompts(builtin: bool, prompts: str | None, per_task: int) -> list[str]:

@@ -44,7 +44,7 @@ ZERO_TOKENS, ZERO_TOKEN_STEPS = 256, 0.05
 GENERATION = {"num_inference_steps": 20, "guidance_scale": 2.0, "height": 64, "width": 64, "max_sequence_length": 0}
 
 
-class Progress:
+class ProgressLine:
     """Prints a line every `every` steps: step, mean loss, speed, time left."""
 
     def __init__(self, name: str, start: int, total: int, every: int = 50) -> None:
@@ -160,7 +160,7 @@ def train_vae(work: Path, *, steps: int, seed: int, count: int) -> AutoencoderKL
         vae.load_state_dict(modules["vae"])
         step = meta["step"]
     background = to_unit(torch.tensor(shapes.BACKGROUND)).view(1, 3, 1, 1)
-    progress = Progress("vae", step, steps)
+    progress = ProgressLine("vae", step, steps)
     while step < steps:
         generator = step_generator(seed, step)
         x = to_unit(images[torch.randint(len(images), (16,), generator=generator)])
@@ -313,7 +313,7 @@ def train_transformer(
         nets.load_state_dict(modules["nets"])
         fill(ema.average, modules["ema"])
         step = meta["step"]
-    progress = Progress("transformer", step, steps)
+    progress = ProgressLine("transformer", step, steps)
     while step < steps:
         g = step_generator(seed, step)
         picked = torch.randint(len(latents), (batch,), generator=g)

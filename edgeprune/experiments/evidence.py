@@ -24,7 +24,7 @@ from edgeprune.stages.workspace import Workspace
 PRESETS = ("demo", "demo-untrained")
 
 
-def _show(what: str, done: int, total: int, note: str = "") -> None:
+def _show(what: str, done: int = 0, total: int = 0, note: str = "") -> None:
     if what == "compare":
         print(f"{done} of {total} {note}", flush=True)
 

@@ -8,7 +8,7 @@ measures memory and latency.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,11 @@ from edgeprune import metrics, runtimes
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, sha256_file, whole_lines
 from edgeprune.common.intervals import Interval, mean_interval, paired_drop
+from edgeprune.common.progress import Progress, silent
 from edgeprune.data.imagefolder import METADATA, Sample, open_image
 
 BATCH = 8
 """The number of images in memory at a time."""
-ImagesDone = Callable[[str, int, int], None]
-"""Called with what is being done, the number of images done, and their total."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def draw(
     *,
     runtime: str | None = None,
     steps: int | None = None,
-    progress: ImagesDone = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> None:
     """Generate a model's images with any runtime into a folder with metadata. Existing images are kept.
 
@@ -187,7 +186,7 @@ def score(
     *,
     against: Sequence[Sample] | None = None,
     weights: Mapping[str, str] | None = None,
-    progress: ImagesDone = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> list[Score]:
     """Score images by each metric.
 
@@ -260,7 +259,7 @@ def _by_prompt(
     against: Sequence[Sample] | None,
     texts: Sequence[str],
     what: str,
-    progress: ImagesDone,
+    progress: Progress,
 ) -> list[float]:
     """Return the mean over the images of each prompt, in the order of `texts`."""
     values: dict[str, list[float]] = {text: [] for text in texts}

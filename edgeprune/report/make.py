@@ -12,10 +12,11 @@ import numpy as np
 import psutil
 
 from edgeprune.common.files import read_json, write_json
+from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tables import interval_text, with_unit
 from edgeprune.report import page
 from edgeprune.report.measure import measure
-from edgeprune.stages.workspace import Progress, Workspace, silent
+from edgeprune.stages.workspace import Workspace
 
 _SCHEMA = 2
 """Schema of report.json; a file with another one is measured again."""

@@ -14,10 +14,11 @@ from edgeprune import shapes
 from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.manifest import INT4
 from edgeprune.common.intervals import Interval, mean_interval, paired_drop
+from edgeprune.common.progress import Progress
 from edgeprune.metrics.psnr import mean_decibels
 from edgeprune.sampling.denoising import encode_prompts, generate, latent_shape, noise, velocity
 from edgeprune.sampling.prompts import PROMPTS, read_prompts
-from edgeprune.stages.workspace import Progress, Workspace
+from edgeprune.stages.workspace import Workspace
 
 
 def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json, write_json
+from edgeprune.common.progress import Progress
 from edgeprune.common.tensors import Tensors, save_tensors
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -103,7 +104,7 @@ class Speed:
         progress: called with the stage, shards done, all shards, and the note.
     """
 
-    def __init__(self, what: str, sizes: Sequence[int], progress: Callable[[str, int, int, str], None]) -> None:
+    def __init__(self, what: str, sizes: Sequence[int], progress: Progress) -> None:
         self._what, self._sizes, self._progress = what, sizes, progress
         self._began, self._resumed_bytes = time.monotonic(), 0
 

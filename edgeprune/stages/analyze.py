@@ -15,6 +15,7 @@ from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.resolve import read_config
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
+from edgeprune.common.progress import Progress, silent
 from edgeprune.families import Config, Family
 from edgeprune.metrics import check_analysis, evaluations, of_pipeline, preparing, tasks_of
 from edgeprune.sampling.denoising import velocity
@@ -23,7 +24,7 @@ from edgeprune.sampling.prompts import PROMPTS, read_prompts
 from edgeprune.stages.costs import Sample, evaluations_per_step, sample
 from edgeprune.stages.modulation import modulation_mean
 from edgeprune.stages.options import AnalyzeOptions
-from edgeprune.stages.workspace import Progress, Workspace, silent
+from edgeprune.stages.workspace import Workspace
 
 
 def analysis_prompts(ws: Workspace, options: AnalyzeOptions) -> list[str]:

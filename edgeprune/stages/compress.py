@@ -13,6 +13,7 @@ from edgeprune.analysis.contribution import ContributionReport, fingerprint, gro
 from edgeprune.analysis.estimators import estimator_named
 from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import InputError
+from edgeprune.common.progress import Progress, silent
 from edgeprune.data.cache import is_cache
 from edgeprune.data.settings import is_drawn
 from edgeprune.metrics import check_analysis, evaluations
@@ -28,7 +29,7 @@ from edgeprune.sampling.prompts import PROMPTS
 from edgeprune.stages import analyze, distill, plan, prune, quantize
 from edgeprune.stages.costs import evaluations_per_step, flops_per_evaluation, matmul_flops_per_s
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
-from edgeprune.stages.workspace import Progress, Workspace, silent
+from edgeprune.stages.workspace import Workspace
 from edgeprune.training.recipe import DistillOptions
 
 

@@ -11,6 +11,7 @@ from edgeprune.artefact.surgery import build, prune_state
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest
+from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
 from edgeprune.data.cache import Index, is_cache, made_by, open_pairs
 from edgeprune.data.encode import make_cache
@@ -22,7 +23,7 @@ from edgeprune.stages.costs import sample
 from edgeprune.stages.options import DataOptions
 from edgeprune.stages.prune import mean_and_basis
 from edgeprune.stages.weights import by_block, half, original_weights, write_half
-from edgeprune.stages.workspace import Progress, Workspace, silent
+from edgeprune.stages.workspace import Workspace
 from edgeprune.training.distill import distill
 from edgeprune.training.rank_memory import ProcessLayout, forecast_rank
 from edgeprune.training.recipe import HERE, DistillOptions, Placement

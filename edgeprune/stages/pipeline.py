@@ -2,6 +2,7 @@
 """Old names of the stages, until their importers name the new modules."""
 
 from edgeprune.analysis.contribution import ContributionReport
+from edgeprune.common.progress import Progress, silent
 from edgeprune.planning.plan import PlanOptions, plan_for
 from edgeprune.stages.analyze import analysis_groups, analysis_prompts
 from edgeprune.stages.analyze import run as run_analyze
@@ -21,7 +22,7 @@ from edgeprune.stages.plan import (
 from edgeprune.stages.plan import run as run_plan
 from edgeprune.stages.prune import run as run_prune
 from edgeprune.stages.quantize import run as run_quantize
-from edgeprune.stages.workspace import STAGES, Progress, Workspace, silent
+from edgeprune.stages.workspace import STAGES, Workspace
 from edgeprune.training.recipe import DistillOptions
 
 __all__ = [

@@ -13,6 +13,7 @@ from edgeprune.artefact.loading import readable
 from edgeprune.artefact.surgery import prune_tensor
 from edgeprune.artefact.writing import copy_surroundings
 from edgeprune.common.errors import InputError
+from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors, save_tensors
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import remaining_shapes, tensor_sources
@@ -20,7 +21,7 @@ from edgeprune.stages.analyze import analysis_prompts
 from edgeprune.stages.modulation import MODULATION, modulation_mean
 from edgeprune.stages.options import AnalyzeOptions
 from edgeprune.stages.weights import by_block, half, original_weights, write_half
-from edgeprune.stages.workspace import Progress, Workspace, silent
+from edgeprune.stages.workspace import Workspace
 
 
 def run(ws: Workspace, progress: Progress = silent) -> bool:

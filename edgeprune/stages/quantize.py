@@ -11,6 +11,7 @@ from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.manifest import INT4
 from edgeprune.artefact.writing import write_transformer
 from edgeprune.common.errors import InputError
+from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
 from edgeprune.metrics import VELOCITY, of_pipeline
 from edgeprune.planning.plan import PrunePlan
@@ -21,7 +22,7 @@ from edgeprune.residency.weights import Weights
 from edgeprune.stages.analyze import analysis_prompts
 from edgeprune.stages.options import AnalyzeOptions, QuantizeOptions
 from edgeprune.stages.weights import by_block
-from edgeprune.stages.workspace import Progress, Workspace, silent
+from edgeprune.stages.workspace import Workspace
 
 GROUP_SIZES = (16, 32, 64, 128)
 

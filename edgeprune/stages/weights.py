@@ -8,11 +8,12 @@ import torch
 
 from edgeprune.artefact.manifest import HALF
 from edgeprune.artefact.writing import write_transformer
+from edgeprune.common.progress import Progress
 from edgeprune.common.tensors import Tensors
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import shorter_config
 from edgeprune.residency.weights import Weights
-from edgeprune.stages.workspace import Progress, Workspace
+from edgeprune.stages.workspace import Workspace
 
 
 def original_weights(ws: Workspace) -> Weights:

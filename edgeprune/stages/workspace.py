@@ -31,12 +31,6 @@ from edgeprune.sampling.generation import Generation
 from edgeprune.stages.original import Original
 
 STAGES = ("analyze", "plan", "prune", "distill", "quantize")
-Progress = Callable[[str, int, int, str], None]
-"""Called with a name of the work, the steps done, the steps in all, and a note."""
-
-
-def silent(what: str, done: int, total: int, note: str = "") -> None:
-    """Show no progress."""
 
 
 class Workspace:

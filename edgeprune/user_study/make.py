@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from PIL import Image, ImageOps
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import cannot_write, parse_json, write_json
+from edgeprune.common.progress import Progress, silent
 from edgeprune.user_study.design import MODES, Study, check_variant, conditions
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DEFAULT_PER_RATER = 60
 """About a quarter of an hour."""
-Progress = Callable[[str, int, int], None]
 
 
 def make(
@@ -34,7 +33,7 @@ def make(
     per_rater: int | None = None,
     checks: int = 2,
     seed: int = 0,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Study:
     """Write a study to `folder`.
 

@@ -25,7 +25,7 @@ from edgeprune.export.to_onnx import sources
 from edgeprune.families import family_of
 from edgeprune.families.positions import SeparatePatchEmbed, separate
 from edgeprune.planning.options import PlanOptions
-from edgeprune.residency import weights
+from edgeprune.residency import shards
 from edgeprune.residency.shards import INDEX, ShardWriter
 from edgeprune.residency.weights import Weights
 from edgeprune.sampling.generation import Generation
@@ -52,7 +52,7 @@ FAMILIES = pytest.mark.parametrize("config", [SD3, FLUX], ids=["sd3", "flux"])
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every block its own shard."""
-    monkeypatch.setattr(weights, "SHARD_BYTES", 1)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
 
 
 def made(folder: Path, config: dict[str, Any] = SD3) -> Path:

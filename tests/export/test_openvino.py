@@ -26,8 +26,8 @@ import torch
 from torch import nn
 
 from edgeprune import export, runtimes, targets
-from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.bench import disk
+from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.common.files import sha256_file
 from edgeprune.export import external_data, folder, graph, modules, parity, to_openvino
 from edgeprune.quantization.precision import Precision

@@ -26,7 +26,7 @@ from edgeprune import export, targets
 from edgeprune.common.errors import DiskError
 from edgeprune.common.files import sha256_file
 from edgeprune.export import external_data, folder, to_onnx, unfinished
-from edgeprune.residency import weights
+from edgeprune.residency import shards
 
 NETWORKS = ["transformer", "text_encoder", "text_encoder_2", "vae_decoder"]
 Export = Callable[..., dict[str, Any]]
@@ -38,7 +38,7 @@ def _quick(tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         to_onnx.NetworkSource, "to_ir", lambda self, half=False: ir.load(tiny_folders[1] / self.name / "model.onnx")
     )
-    monkeypatch.setattr(weights, "SHARD_BYTES", 1)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
     monkeypatch.setattr(external_data, "INLINE_BYTES", 500_000)
 
 
@@ -102,11 +102,11 @@ def test_sigkill_in_the_middle_of_a_tensor(tiny_folders: tuple[Path, Path], tmp_
     code = f"""
 import os, signal, onnx_ir as ir
 from pathlib import Path
-from edgeprune.residency import weights
+from edgeprune.residency import shards
 from edgeprune.export import external_data, to_onnx
 
 to_onnx.NetworkSource.to_ir = lambda self, half=False: ir.load(Path({str(traced)!r}) / self.name / "model.onnx")
-weights.SHARD_BYTES, external_data.INLINE_BYTES = 1, 500_000
+shards.SHARD_BYTES, external_data.INLINE_BYTES = 1, 500_000
 real, written = external_data._write_shard, []
 
 def torn(file, tensors):

@@ -26,7 +26,7 @@ from edgeprune.stages.workspace import Workspace
 Prompts = list[str]
 
 
-def print_progress(what: str, done: int, total: int, note: str = "") -> None:
+def print_progress(what: str, done: int = 0, total: int = 0, note: str = "") -> None:
     """Print about ten lines per stage."""
     if done % max(1, total // 10) == 0:
         print(f"  {what} {done}/{total} {note}", flush=True)
