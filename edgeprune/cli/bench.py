@@ -96,8 +96,8 @@ def _pairs(folders: list[Path], runtime: str | None) -> list[tuple[Path, str]]:
         pairs += [(folder, name) for name in fitting]
     if not pairs:
         raise refusals[0]
-    for refusal in refusals:
-        screen.say(f"left out: {refusal}")
+    for left_out in refusals:
+        screen.say(f"left out: {left_out}")
     for name in {name for _, name in pairs}:
         screen.say_conflicts(name)
     return pairs

@@ -16,6 +16,12 @@ EPILOG = (
 )
 
 
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, max=256, help="Threads that decode and resize images.", show_default="one per core, at most 8"),
+]
+
+
 def cache(
     source: Annotated[
         str,
@@ -43,12 +49,7 @@ def cache(
         ),
     ] = False,
     half: Annotated[bool, typer.Option("--half", help="Store numbers in 16 bits: half the disk space.")] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=256, help="Threads that decode and resize images.", show_default="one per core, at most 8"
-        ),
-    ] = None,
+    workers: Workers = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
     inference_steps: options.InferenceSteps = None,

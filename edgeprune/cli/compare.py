@@ -42,7 +42,7 @@ def compare(
         typer.Option(
             metavar="FILE",
             help="Text file with one prompt per line to score on. Use none that the models were trained on.",
-            show_default="held-out prompts",
+            show_default="held-out captions of the built-in model; other models need this option",
         ),
     ] = None,
     per_task: Annotated[

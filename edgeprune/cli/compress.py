@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 EPILOG = "Example: edgeprune compress -o small  ·  edgeprune compress ./sd35 -o small --max-memory 3.2GB"
 
 
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        help="Training steps; 0 skips distillation.", show_default="the preset's", rich_help_panel=options.TRAINING
+    ),
+]
+
+
 def compress(
     model: options.Model = None,
     out: options.Out = Path("compressed"),
@@ -39,12 +47,7 @@ def compress(
     threshold: options.Threshold = None,
     blocks: options.Blocks = "",
     components: options.Components = "",
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Training steps; 0 skips distillation.", show_default="the preset's", rich_help_panel=options.TRAINING
-        ),
-    ] = None,
+    steps: Steps = None,
     data: options.DataSource = None,
     metric: options.Metric = "velocity",
     weights: options.Weights = None,

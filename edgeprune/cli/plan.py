@@ -21,7 +21,10 @@ EPILOG = "Example: edgeprune plan --config transformer/config.json --scores scor
 
 def plan(
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="DIR", help="Artefact folder that was analyzed. Give either this or --config.")
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="DIR", help="Artefact folder that was analyzed. Give either this or --config."
+        ),
     ] = None,
     config: Annotated[
         Path | None,

@@ -20,6 +20,15 @@ EPILOG = (
 )
 
 
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Original to compare with: a model folder, a hub id, built-in, or images of the same prompts.",
+    ),
+]
+
+
 def score(
     folder: Annotated[
         str, typer.Argument(metavar="DIR", help="Model to draw with, or folder of images with metadata.jsonl.")
@@ -31,13 +40,7 @@ def score(
             help="How images are scored. psnr, ssim and lpips need --against. Repeat the option for several metrics.",
         ),
     ],
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Original to compare with: a model folder, a hub id, built-in, or images of the same prompts.",
-        ),
-    ] = None,
+    against: Against = None,
     weights: Annotated[list[str] | None, options.weights_of_metrics()] = None,
     prompts: Annotated[
         Path | None,
