@@ -18,6 +18,7 @@ import torch
 
 from edgeprune.artefact.manifest import HALF
 from edgeprune.artefact.writing import noted, write_transformer
+from edgeprune.artefact.loading import quiet
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, read_json, write_json
 from edgeprune.common.lock import LOCK, hold, is_free
@@ -141,7 +142,8 @@ def _companions(family: Family, config: Config, out: Path) -> None:
             parts |= {encoder.name: clip, tokenizer: _clip_tokenizer(out / "tokenizer.tmp")}
     shutil.rmtree(out / "tokenizer.tmp", ignore_errors=True)
     pipeline = getattr(diffusers, family.pipeline)(transformer=None, **parts)
-    pipeline.to(torch.float16).save_pretrained(out)
+    with quiet():
+        pipeline.to(torch.float16).save_pretrained(out)
     sequence = TOKENS if any(e.kind == T5 and not e.optional for e in family.encoders) else 0
     Generation(num_inference_steps=4, guidance_scale=0.0, height=512, width=512, max_sequence_length=sequence).save(out)
     index = read_json(out / "model_index.json")

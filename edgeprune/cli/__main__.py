@@ -1,4 +1,4 @@
-"""`python -m edgeprune.cli`, as launchers start it."""
+"""Run the command line as `python -m edgeprune.cli`; launchers of several processes start it this way."""
 
 from edgeprune.cli import main
 

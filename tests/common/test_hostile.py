@@ -199,15 +199,15 @@ def test_external_data_stays_in_the_folder_and_in_the_file(tmp_path: Path) -> No
 
 
 def test_the_terminal_sees_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    from edgeprune.cli import _fail, _say, _table
+    from edgeprune.cli.screen import fail, say, table
 
     text = "a\x1b[31mred\x1b]0;title\x07\x08\u202ecba [bold]b[/bold] é 猫"
     shown = r"a\x1b[31mred\x1b]0;title\x07\x08\u202ecba [bold]b[/bold] é 猫"
     assert printable(text) == shown and printable("two\nlines") == "two\nlines"
-    _say(text)
-    _table([(text, "x")])
+    say(text)
+    table([(text, "x")])
     with pytest.raises(SystemExit):
-        _fail(text, 2)
+        fail(text, 2)
     told = capsys.readouterr().err
     assert "\x1b" not in told and "\x08" not in told and told.count(r"\x1b[31m") == 3 and "[bold]b[/bold]" in told
 

@@ -66,8 +66,9 @@ def test_a_command_with_bars_stops_at_its_next_step() -> None:
     run = script("""
         import time
         from edgeprune import cli
+        from edgeprune.cli import screen
         def app():
-            with cli._bars() as progress:
+            with screen.bars() as progress:
                 for step in range(10**6):
                     print(step, flush=True)
                     progress("distill", step, 10**6, "")

@@ -17,7 +17,8 @@ from edgeprune.analysis.contribution import ContributionReport, fingerprint, par
 from edgeprune.artefact.loading import load_transformer, open_transformer
 from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.surgery import prune, structure
-from edgeprune.cli import _plan_rows, parse_rank
+from edgeprune.cli.options import parse_rank
+from edgeprune.cli.plan import plan_rows
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import write_json
 from edgeprune.families import Config, Family, family_of
@@ -206,9 +207,9 @@ def test_the_rank_is_shown() -> None:
     thin, whole = (
         make_plan(family, config, None, method="manual", blocks="1", modulation_rank=rank) for rank in (16, None)
     )
-    assert dict(_plan_rows(thin, "auto"))["modulation rank"] == "16"
-    assert "modulation rank" not in dict(_plan_rows(whole, None))
-    assert "give more --prompts" in dict(_plan_rows(whole, "auto"))["modulation rank"]
+    assert dict(plan_rows(thin, "auto"))["modulation rank"] == "16"
+    assert "modulation rank" not in dict(plan_rows(whole, None))
+    assert "give more --prompts" in dict(plan_rows(whole, "auto"))["modulation rank"]
 
 
 def test_option() -> None:
@@ -334,9 +335,9 @@ def test_projected_by_default_where_little_may_stay(
     assert much.modulation_rank is None
     assert little.modulation_rank == 16 and (tmp_path / "out" / MODULATION).is_file()
     assert planned(keep=0.9, protect_first=count).modulation_rank == 16  # no block may go
-    rows = dict(_plan_rows(little, NEEDED))
+    rows = dict(plan_rows(little, NEEDED))
     assert rows["modulation rank"].startswith("16: less than 0.75") and "modulation rank" not in dict(
-        _plan_rows(much, NEEDED)
+        plan_rows(much, NEEDED)
     )
     assert make_plan(family, config, report, keep=0.6, protect_first=0, protect_last=0).modulation_rank is None
     monkeypatch.setattr(pipeline, "is_projectable", lambda *_: False)

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from edgeprune import runtimes
-from edgeprune.cli import examine as doctor
+from edgeprune.cli import doctor
 from edgeprune.common.errors import InputError
 from edgeprune.runtimes.providers import PROVIDERS, choose
 

@@ -1,0 +1,128 @@
+"""`edgeprune cache`: training data, encoded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgeprune.cli import options, screen
+from edgeprune.cli.folder import images_of
+
+EPILOG = (
+    "Example: edgeprune cache images/ --model ./sd35 -o encoded --buckets  ·  "
+    "edgeprune cache datasets:me/pictures --model ./sd35 --samples 100000 --dry-run"
+)
+
+
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, max=256, help="Threads that decode and resize images.", show_default="one per core, at most 8"),
+]
+
+
+def cache(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="An imagefolder, .tar shards, YE-POP, datasets:NAME, a text file of prompts, or 'shapes'.",
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="MODEL", help="Diffusers folder or hub id.", show_default="the built-in model"
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to create, or to resume if it exists.")
+    ] = Path("cache"),
+    samples: Annotated[
+        int, typer.Option(min=1, help="Number of images to draw for prompts and shapes, or to take from datasets:NAME.")
+    ] = 1024,
+    buckets: Annotated[
+        bool,
+        typer.Option(
+            "--buckets", help="Choose sizes by aspect ratio. Without it all images are cropped to --height x --width."
+        ),
+    ] = False,
+    half: Annotated[bool, typer.Option("--half", help="Store numbers in 16 bits: half the disk space.")] = False,
+    workers: Workers = None,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+    inference_steps: options.InferenceSteps = None,
+    guidance_scale: options.Guidance = None,
+    height: options.Height = None,
+    width: options.Width = None,
+) -> None:  # fmt: skip
+    """Encode images and captions once, for `distill --data`.
+
+    An interrupted run resumes after the last complete shard.
+    """
+    from edgeprune.artefact.checkpoint import read_config, resolve
+    from edgeprune.common.lock import LOCK, hold
+    from edgeprune.data import encode
+
+    folder = resolve(model)
+    read_config(folder)  # refuses models that are no MMDiT
+    images_set = options.given(
+        num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width
+    )
+    images = images_of(folder, None, images_set)
+    chosen = encode.CacheOptions(source=source, samples=samples, buckets=buckets, half=half)
+    encode.check_folder(out, source)
+    if dry_run:
+        expected = encode.forecast(folder, images, chosen, out)
+        screen.table(_megabytes(expected))
+        screen.say("upper bounds: unusable images take no space, and equal captions are stored once per shard")
+        if as_json:
+            screen.print_json(expected)
+        return
+    settings = encode.settings_of(folder, images, chosen)
+    with hold(out / LOCK, out), screen.bars() as progress:
+        made = encode.make_cache(
+            lambda: _pipeline(folder, drawn=encode.is_drawn(source)),
+            folder, out, settings, images, chosen, workers=workers or encode.WORKERS,
+            progress=lambda done, total, note: progress("cache", done, total, note),
+        )  # fmt: skip
+    _show(encode.summary(made), out, bool(made.samples), as_json)
+
+
+def _pipeline(folder: Path, *, drawn: bool) -> Any:
+    """Load what encodes the data: the encoders, and the transformer as well if the images are drawn."""
+    import torch
+
+    from edgeprune.artefact.checkpoint import load_pipeline, load_transformer
+    from edgeprune.stages import pipeline
+
+    pipe = load_pipeline(folder, load_transformer(folder, quantized=False)) if drawn else pipeline.load_encoders(folder)
+    return pipe.to("cuda") if torch.cuda.is_available() else pipe
+
+
+def _show(summary: dict[str, Any], out: Path, worked: bool, as_json: bool) -> None:
+    """Show what the folder holds."""
+    sizes = ", ".join(f"{size}: {count:,}" for size, count in summary["sizes"].items())
+    rows = _megabytes({k: v for k, v in summary.items() if k != "sizes"})
+    screen.table([*rows, ("samples by size", sizes)])
+    if not worked:
+        screen.say("nothing to do, the cache is complete")
+    if summary["skipped"]:
+        screen.say(f"skipped images and the reasons: {out / 'skipped.json'}")
+    screen.say(f"next: edgeprune distill -o small --data {out}")
+    if as_json:
+        screen.print_json({"out": str(out), **summary})
+
+
+def _megabytes(numbers: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return rows in megabytes; unknown numbers are left out."""
+    rows = []
+    for key, value in numbers.items():
+        if key.endswith("_bytes_per_s"):
+            rows.append((key.removesuffix("_bytes_per_s").replace("_", " "), f"{value / 1e6:,.2f} MB/s"))
+        elif key.endswith("_bytes") and value is not None:
+            rows.append((key.removesuffix("_bytes").replace("_", " "), f"{value / 1e6:,.3f} MB"))
+        elif value is not None:
+            rows.append((key.replace("_per_s", "/s").replace("_", " "), f"{value:,}"))
+    return rows

@@ -1,0 +1,80 @@
+"""`edgeprune compare`: many methods at one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli import options, screen
+from edgeprune.cli.folder import is_begun, workspace
+
+EPILOG = "Example: edgeprune compare -o build/compare  ·  edgeprune compare ./sd35 -o grid --grid mine.toml"
+
+
+def grids() -> Iterable[str]:
+    """Return the names of the grids that come with edgeprune."""
+    folder = Path(__file__).parents[1] / "compare" / "grids"
+    return sorted(path.stem for path in folder.glob("*.toml"))
+
+
+def compare(
+    model: options.Model = None,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to create, or to resume if it exists.")
+    ] = Path("compare"),
+    preset: Annotated[str, options.choice(names=grids, help="Grid that comes with edgeprune.")] = "demo",
+    grid: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Your own grid as TOML, instead of --preset (docs/evidence.md).")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        options.choice(
+            names=options.analysis_metrics, help="How models are scored.",
+            show_default="shapes for the built-in model, else velocity",
+        ),
+    ] = None,
+    weights: Annotated[list[str] | None, options.weights_of_metrics()] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text file with one prompt per line to score on. Use none that the models were trained on.",
+            show_default="held-out captions of the built-in model; other models need this option",
+        ),
+    ] = None,
+    per_task: Annotated[
+        int, typer.Option(min=1, help="Built-in model: number of held-out captions of each of its 7 tasks.")
+    ] = 30,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:  # fmt: skip
+    """Compress with many methods at one budget and score all on the same prompts: compare.md, compare.svg."""
+    from edgeprune.artefact.checkpoint import resolve
+    from edgeprune.compare import grid as comparing
+    from edgeprune.compare import page as compare_page
+    from edgeprune.metrics import check_analysis, parse_weights
+    from edgeprune.stages import pipeline
+
+    original = out / "original"
+    ws = workspace(original, model) if is_begun(original) else None
+    builtin = ws.builtin if ws else model is None
+    name, paths = metric or ("shapes" if builtin else "velocity"), parse_weights(weights or [])
+    check_analysis(name, paths)
+    path = grid or comparing.grid_named(preset)
+    rows = comparing.Grid.load(path, pipeline.preset("default", builtin=builtin))
+    texts = comparing.held_out_prompts(builtin, prompts, per_task)
+    if dry_run:
+        numbers = comparing.forecast_grid(ws.source if ws else resolve(model), rows, len(texts), name)
+        return screen.forecast(numbers, screen.FLOORS, as_json)
+    ws = ws or workspace(original, model, begin=True)
+    with screen.bars() as progress:
+        summary = comparing.compare(ws, rows, name, texts, out, progress, weights=paths)
+    written = compare_page.write(summary, out)
+    screen.table([compare_page.HEADINGS, *compare_page.cells(summary)])
+    screen.say("wrote " + ", ".join(map(str, written)))
+    screen.say(f"next: edgeprune export {out / rows.reference / 'seed-0'} --target onnx -o {out / rows.reference}-onnx")
+    if as_json:
+        screen.print_json(summary)

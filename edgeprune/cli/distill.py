@@ -1,0 +1,215 @@
+"""`edgeprune distill`: train the shorter transformer."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgeprune.cli import options, screen
+from edgeprune.cli.folder import workspace
+from edgeprune.common import processes
+
+if TYPE_CHECKING:
+    from edgeprune.stages.pipeline import Workspace
+    from edgeprune.training.recipe import DistillOptions, Placement
+
+EPILOG = "Example: edgeprune distill -o small --data images/ --steps 2000 --rate 1e-4"
+
+_AS_COMPRESS = "as in `compress`"
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Number of images to draw if the data is prompts or shapes.", show_default=_AS_COMPRESS,
+        rich_help_panel=options.TRAINING,
+    ),
+]  # fmt: skip
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Training steps.", show_default=_AS_COMPRESS, rich_help_panel=options.TRAINING),
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Samples per step, over all processes.", show_default=_AS_COMPRESS,
+        rich_help_panel=options.TRAINING,
+    ),
+]  # fmt: skip
+Rate = Annotated[
+    float | None,
+    typer.Option(help="Learning rate of AdamW.", show_default=_AS_COMPRESS, rich_help_panel=options.TRAINING),
+]
+Schedule = Annotated[
+    str | None,
+    options.choice(
+        names=lambda: options.SCHEDULES, help="How the learning rate changes over the run.", show_default=_AS_COMPRESS,
+        rich_help_panel=options.TRAINING,
+    ),
+]  # fmt: skip
+Ema = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="Decay of the averaged weights, which are the result.", show_default=_AS_COMPRESS,
+        rich_help_panel=options.TRAINING,
+    ),
+]  # fmt: skip
+Seed = Annotated[int, typer.Option(help="Seed of all random draws.", rich_help_panel=options.TRAINING)]
+QuantizeAware = Annotated[
+    bool,
+    typer.Option(
+        "--quantize-aware/--no-quantize-aware", help="Train with weights rounded to INT4.",
+        rich_help_panel=options.TRAINING,
+    ),
+]  # fmt: skip
+GroupSize = Annotated[
+    int,
+    options.choice(
+        names=options.group_sizes, convert=int, help="Number of weights that share one INT4 scale.",
+        rich_help_panel=options.TRAINING,
+    ),
+]  # fmt: skip
+MixedPrecision = Annotated[
+    str | None,
+    options.choice(
+        names=lambda: options.MIXED_PRECISIONS, help="Number format of the student's computation.",
+        show_default="that of accelerate's config, else no", rich_help_panel=options.MEMORY,
+    ),
+]  # fmt: skip
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing", help="Recompute activations in the backward pass: less memory, more time.",
+        rich_help_panel=options.MEMORY,
+    ),
+]  # fmt: skip
+Accumulate = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Compute a process's share of the batch in this many portions, one after the other.",
+        rich_help_panel=options.MEMORY,
+    ),
+]  # fmt: skip
+TeacherPrecision = Annotated[
+    str,
+    options.choice(
+        names=lambda: options.TEACHER_PRECISIONS, help="Number format of the teacher's weights.",
+        rich_help_panel=options.MEMORY,
+    ),
+]  # fmt: skip
+TeacherOffload = Annotated[
+    bool,
+    typer.Option(
+        "--teacher-offload", help="Keep the teacher's weights on the CPU and move a layer to the device when it runs.",
+        rich_help_panel=options.MEMORY,
+    ),
+]  # fmt: skip
+Sensitivity = Annotated[
+    str,
+    options.choice(
+        names=lambda: options.SENSITIVITIES, rich_help_panel=options.LOSS,
+        help="SGDistill: the more a part contributes, the less it is trained. graded lowers its learning rate, binary "
+        "freezes the upper half, off trains all parts alike.",
+    ),
+]  # fmt: skip
+FreezePrefix = Annotated[
+    bool,
+    typer.Option(
+        "--freeze-prefix/--no-freeze-prefix", help="PWP: freeze everything before the first pruned block.",
+        rich_help_panel=options.LOSS,
+    ),
+]  # fmt: skip
+LambdaOutput = Annotated[
+    float, typer.Option(min=0, help="Weight of the error to the teacher's velocity.", rich_help_panel=options.LOSS)
+]
+LambdaFeature = Annotated[
+    float, typer.Option(min=0, help="Weight of the error to the teacher's features.", rich_help_panel=options.LOSS)
+]
+LambdaTask = Annotated[
+    float, typer.Option(min=0, help="Weight of the error to the data's own velocity.", rich_help_panel=options.LOSS)
+]
+FeaturesOf = Annotated[
+    str,
+    options.choice(
+        names=lambda: options.FEATURES, rich_help_panel=options.LOSS,
+        help="Outputs that --lambda-feature compares: those of blocks, or of their attention.",
+    ),
+]  # fmt: skip
+
+
+def distill(
+    out: options.Out = Path("compressed"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the memory that each process needs, and stop.")
+    ] = False,
+    fresh: options.Fresh = False,
+    as_json: options.AsJson = False,
+    data: options.DataSource = None,
+    samples: Samples = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    rate: Rate = None,
+    schedule: Schedule = None,
+    ema: Ema = None,
+    seed: Seed = 0,
+    quantize_aware: QuantizeAware = True,
+    group_size: GroupSize = 64,
+    mixed_precision: MixedPrecision = None,
+    gradient_checkpointing: GradientCheckpointing = False,
+    accumulate: Accumulate = 1,
+    teacher_precision: TeacherPrecision = "float32",
+    teacher_offload: TeacherOffload = False,
+    config: options.Config = None,
+    sensitivity: Sensitivity = "graded",
+    freeze_prefix: FreezePrefix = True,
+    lambda_output: LambdaOutput = 1.0,
+    lambda_feature: LambdaFeature = 1e-4,
+    lambda_task: LambdaTask = 0.0,
+    features: FeaturesOf = "blocks",
+) -> None:
+    """Train the shorter transformer to reproduce the original.
+
+    An interrupted run resumes from its last saved state when you run the same command again.
+    """
+    if config and not processes.launched() and not dry_run:
+        from edgeprune.training.launch import launch
+
+        return launch(config, sys.argv[1:])
+    from dataclasses import replace
+
+    from edgeprune.stages import pipeline
+    from edgeprune.training.losses import Weights
+    from edgeprune.training.recipe import Placement
+
+    ws = workspace(out, fresh=fresh)
+    base = pipeline.preset("default", builtin=ws.builtin)
+    assert base.distill is not None
+    chosen = replace(
+        base.distill, **options.given(steps=steps, batch=batch, rate=rate, schedule=schedule, ema=ema),
+        sensitivity=sensitivity, freeze_prefix=freeze_prefix, features=features,
+        weights=Weights(task=lambda_task, output=lambda_output, feature=lambda_feature),
+        mixed_precision=mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        teacher_precision=teacher_precision, gradient_checkpointing=gradient_checkpointing,
+        int4_group_size=group_size if quantize_aware else None, seed=seed,
+    )  # fmt: skip
+    placement = Placement(accumulate=accumulate, teacher_offload=teacher_offload)
+    if dry_run:
+        return _forecast(ws, chosen, placement, config, as_json)
+    source = pipeline.DataOptions(source=data or base.data.source, samples=samples or base.data.samples)
+    with screen.bars() as progress:
+        ran = pipeline.run_distill(ws, chosen, source, progress, placement=placement)
+    stage = ws.manifest.stages["distill"]
+    screen.say(f"loss {stage['first_loss']:.4f} -> {stage['last_loss']:.4f}" + ("" if ran else " (already done)"))
+    screen.say(f"next: edgeprune quantize -o {out}")
+
+
+def _forecast(ws: Workspace, chosen: DistillOptions, placement: Placement, config: str | None, as_json: bool) -> None:
+    """Show the memory of one process."""
+    from edgeprune.stages.forecast import forecast_training
+    from edgeprune.training.launch import config_named
+
+    numbers = forecast_training(ws, chosen, placement, config_named(config) if config else None)
+    remark = "of one process, on its device; kernels, communication and the allocator need more"
+    screen.forecast(numbers, remark, as_json)

@@ -1,0 +1,53 @@
+"""`edgeprune export`: the files that a device runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli import options, screen
+from edgeprune.common import heap
+
+EPILOG = "Example: edgeprune export small --target onnx -o small-onnx"
+
+
+def formats() -> Iterable[str]:
+    """Return the formats that can be written."""
+    from edgeprune.export import FORMATS
+
+    return FORMATS
+
+
+def export(
+    artefact: Annotated[Path, typer.Argument(metavar="MODEL", help="Artefact folder or diffusers folder.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
+    target: Annotated[str, options.choice(names=formats, help="Format to write.")] = "onnx",
+    device: Annotated[
+        str | None,
+        options.choice(
+            names=options.devices, show_default="the usual one of the format",
+            help="Device to export for; it sets precision, sizes and limits. See `edgeprune targets`.",
+        ),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:  # fmt: skip
+    """Write the files that a device runs, from the checkpoint's own integers.
+
+    The export fails if it does not compute the same as the checkpoint. If it is interrupted or the disk is full, it
+    leaves OUT.partial, and the same command resumes from there.
+    """
+    from edgeprune.targets import for_format
+
+    chosen = for_format(target, device)
+    heap.large_pages()
+    from edgeprune import export as exporting
+
+    with screen.bars() as progress:
+        record = exporting.export(artefact, out, target, chosen, progress=progress)
+    screen.say("parity holds: the export computes the same as the checkpoint")
+    screen.say(f'next: edgeprune generate "two red circles" --model {out} -o out.png, or: edgeprune bench {out}')
+    if as_json:
+        screen.print_json(record)

@@ -1,0 +1,408 @@
+"""Options that several commands share, and the functions that turn their text into values.
+
+A `choice` lists its names in the help, completes them in the shell, and refuses any other name. The names come from the
+registries, which are imported only when a command parses its options or shows its own help, so that `edgeprune --help`
+stays fast. Registries that import torch are repeated here as tuples; tests/cli/test_choices.py compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperArgument, TyperCommand
+
+from edgeprune.common.errors import InputError
+
+if TYPE_CHECKING:
+    from edgeprune.planning.plan import PlanOptions
+
+CALIBRATIONS = ("none", "scale", "awq")
+ESTIMATORS = ("exhaustive", "reuse", "gates")
+FEATURES = ("blocks", "attention")
+MIXED_PRECISIONS = ("no", "bf16", "fp16")
+PRESETS = ("default", "quick")
+SCHEDULES = ("constant", "cosine")
+SENSITIVITIES = ("graded", "binary", "off")
+TEACHER_PRECISIONS = ("float32", "bf16", "int8")
+
+
+class Names(str):
+    """The placeholder of a choice's value in the help, and how to look up the names that it stands for."""
+
+    names: Callable[[], Iterable[str]]
+
+
+class Verb(TyperCommand):
+    """A command that looks up the names of its choices when it shows its help."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help: `[a | b]` in place of an option's placeholder, the names after an argument's help."""
+        for param in self.params:
+            placeholder: Any = param.metavar
+            if isinstance(placeholder, Names):
+                names = list(placeholder.names())
+                if isinstance(param, TyperArgument):
+                    param.metavar = str(placeholder)
+                    param.help = f"{param.help} One of {', '.join(names)}."
+                else:
+                    param.metavar = f"[{' | '.join(names)}]"
+        super().format_help(ctx, formatter)
+
+
+def _chosen(
+    names: Callable[[], Iterable[str]], convert: Callable[[str], Any], metavar: str, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the keyword arguments of a `typer.Option` or `typer.Argument` that takes one of these names."""
+
+    def parse(value: Any) -> Any:
+        allowed = list(names())
+        if str(value) not in allowed:
+            raise typer.BadParameter(f"{str(value)!r} is not one of {', '.join(allowed)}.")
+        return convert(str(value))
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    placeholder = Names(metavar)
+    placeholder.names = names
+    return {"parser": parse, "autocompletion": complete, "metavar": placeholder, **kwargs}
+
+
+def choice(*flags: str, names: Callable[[], Iterable[str]], convert: Callable[[str], Any] = str, **kwargs: Any) -> Any:
+    """Return a `typer.Option` for one of some names; `kwargs` are the Option's own, such as `help`."""
+    return typer.Option(*flags, **_chosen(names, convert, "NAME", kwargs))
+
+
+def choice_argument(*, names: Callable[[], Iterable[str]], metavar: str, **kwargs: Any) -> Any:
+    """Return a `typer.Argument` for one of some names."""
+    return typer.Argument(**_chosen(names, str, metavar, kwargs))
+
+
+def methods() -> Iterable[str]:
+    """Return the names of `--method`, baselines included."""
+    from edgeprune.planning.plan import METHODS
+
+    return METHODS
+
+
+def image_metrics() -> Iterable[str]:
+    """Return the metrics that score images."""
+    from edgeprune.metrics import KNOWN
+
+    return KNOWN
+
+
+def analysis_metrics() -> Iterable[str]:
+    """Return the metrics that `analyze` can ask: those of images, and the velocity."""
+    from edgeprune.metrics import KNOWN, VELOCITY
+
+    return (VELOCITY, *KNOWN)
+
+
+def runtimes() -> Iterable[str]:
+    """Return the names of the runtimes."""
+    from edgeprune.runtimes import RUNTIMES
+
+    return RUNTIMES
+
+
+def devices() -> Iterable[str]:
+    """Return the names of the known devices."""
+    from edgeprune import targets
+
+    return targets.names()
+
+
+def group_sizes() -> Iterable[str]:
+    """Return the INT4 group sizes that some known device takes, rising."""
+    from edgeprune import targets
+
+    return map(str, sorted({size for name in targets.names() for size in targets.load(name).int4_group_sizes}))
+
+
+# Panels of the help.
+BUDGET, METHOD, ANALYSIS, TRAINING, INT4, IMAGES = "Budget", "Method", "Analysis", "Training", "INT4", "Images"
+LOSS, MEMORY = "Loss", "Memory and speed"
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Diffusers folder or hub id.",
+        show_default="the folder's own model, else the built-in one",
+    ),
+]
+Out = Annotated[
+    Path, typer.Option("-o", "--out", metavar="DIR", help="Artefact folder to create, or to resume if it exists.")
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Redo stages that were done with other inputs. Without it they are refused.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the expected cost and stop. Nothing is written.")]
+
+
+def weights_of_metrics(panel: str | None = None) -> Any:
+    """Return the option `--weights`."""
+    return typer.Option(
+        "--weights",
+        metavar="NAME=PATH",
+        help="Weights of a metric, such as clip=./clip. Repeat the option for several: geneval needs clip as well.",
+        rich_help_panel=panel,
+    )
+
+
+Metric = Annotated[
+    str,
+    choice(
+        names=analysis_metrics, rich_help_panel=ANALYSIS,
+        help="How parts are scored. velocity measures the transformer's output error and draws no images; the others "
+        "score images. psnr, ssim and lpips compare with the original's images.",
+    ),
+]  # fmt: skip
+Weights = Annotated[list[str] | None, weights_of_metrics(ANALYSIS)]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text file with one prompt per line.",
+        show_default="the metric's own prompts, else a list that comes with edgeprune",
+        rich_help_panel=ANALYSIS,
+    ),
+]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of the transformer's parameters to keep at most, such as 0.79.",
+        show_default="0.79 without another budget",
+        rich_help_panel=BUDGET,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help="Bytes that the transformer's INT4 weights may take, such as 3.2GB.",
+        rich_help_panel=BUDGET,
+    ),
+]
+FitTo = Annotated[
+    str | None,
+    choice(
+        "--fit", names=devices, rich_help_panel=BUDGET,
+        help="Device whose memory sets the budget; see `edgeprune targets`.",
+    ),
+]  # fmt: skip
+Method = Annotated[
+    str | None,
+    choice(
+        names=methods, rich_help_panel=METHOD, show_default="hpp; hybrid for the built-in model; manual with --blocks",
+        help="How parts are chosen. hpp removes whole blocks, hybrid also components, milp solves for the best set, "
+        "manual takes your list. The others are baselines to compare with.",
+    ),
+]  # fmt: skip
+ProtectFirst = Annotated[
+    int | None,
+    typer.Option(
+        help="Number of leading blocks that are never removed.",
+        show_default="half of all; 0 for the built-in model",
+        rich_help_panel=METHOD,
+    ),
+]
+ProtectLast = Annotated[
+    int | None,
+    typer.Option(help="Number of trailing blocks that are never removed.", show_default="2", rich_help_panel=METHOD),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="hybrid: share of the parameters to remove as whole blocks before removing components.",
+        show_default="0.15; 0 for the built-in model",
+        rich_help_panel=METHOD,
+    ),
+]
+Blocks = Annotated[
+    str,
+    typer.Option(
+        metavar="LIST",
+        help="manual: blocks to remove, as closed ranges such as 25-28,31.",
+        show_default="none",
+        rich_help_panel=METHOD,
+    ),
+]
+Components = Annotated[
+    str,
+    typer.Option(
+        metavar="LIST",
+        help="manual: components to remove, such as 30:mlp,30:context_mlp.",
+        show_default="none",
+        rich_help_panel=METHOD,
+    ),
+]
+ModulationRank = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|R|full",
+        help="Directions of the modulation input to keep: a number, auto (measures how many matter) or full (all).",
+        show_default="auto if less than 0.75 of the parameters would stay, else full",
+        rich_help_panel=METHOD,
+    ),
+]
+GroupSize = Annotated[
+    int,
+    choice(names=group_sizes, convert=int, help="Number of weights that share one INT4 scale.", rich_help_panel=INT4),
+]
+Calibration = Annotated[
+    str,
+    choice(
+        names=lambda: CALIBRATIONS, rich_help_panel=INT4,
+        help="How INT4 scales are chosen: none (from the weights alone), scale (NNCF's scale estimation) or awq. The "
+        "last two run the model to record its inputs.",
+    ),
+]  # fmt: skip
+DataSource = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="SOURCE",
+        help="Training data: a folder of `edgeprune cache`, an imagefolder, .tar shards, YE-POP, datasets:NAME, a text "
+        "file of prompts, or 'shapes'.",
+        show_default="prompts that come with edgeprune; shapes for the built-in model",
+        rich_help_panel=TRAINING,
+    ),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="YAML file of `accelerate config`: run in the processes that it describes (docs/scale.md).",
+        rich_help_panel=MEMORY,
+    ),
+]
+_OWN = "the model's own"
+InferenceSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Denoising steps of the images drawn on the way.", show_default=_OWN, rich_help_panel=IMAGES
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        help="Guidance scale of these images; 0 for models distilled without guidance.",
+        show_default=_OWN,
+        rich_help_panel=IMAGES,
+    ),
+]
+Height = Annotated[
+    int | None,
+    typer.Option(min=8, help="Height of these images in pixels.", show_default=_OWN, rich_help_panel=IMAGES),
+]
+Width = Annotated[
+    int | None,
+    typer.Option(min=8, help="Width of these images in pixels.", show_default=_OWN, rich_help_panel=IMAGES),
+]
+RuntimeName = Annotated[
+    str | None,
+    choice("--runtime", names=runtimes, help="Runtime to draw with.", show_default="the first installed one that fits"),
+]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that the user set: those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that `3.2GB`, `850MB` or a plain number means; units are powers of ten.
+
+    Raises:
+        InputError: the text has another form.
+    """
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+    number = text.strip().upper()
+    scale = 1
+    for unit, factor in units.items():
+        if number.endswith(unit):
+            number, scale = number.removesuffix(unit), factor
+            break
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1
+    if not 0 < value < 1e6 * 10**9:
+        raise InputError(f"--max-memory: found {text!r}, expected bytes like 3.2GB or 850MB")
+    return int(value * scale)
+
+
+def parse_rank(text: str) -> int | str | None:
+    """Return `auto`, a number, or None for `full`.
+
+    Raises:
+        InputError: the text has another form.
+    """
+    if text in ("auto", "full"):
+        return None if text == "full" else text
+    if not (text.isascii() and text.isdecimal()):
+        raise InputError(f"--modulation-rank: found {text!r}, expected auto, full or a number")
+    return int(text)
+
+
+def plan_options(
+    start: PlanOptions,
+    *,
+    method: str | None = None,
+    keep: float | None = None,
+    max_memory: str | None = None,
+    fit: str | None = None,
+    protect_first: int | None = None,
+    protect_last: int | None = None,
+    threshold: float | None = None,
+    blocks: str = "",
+    components: str = "",
+    group_size: int = 64,
+    modulation_rank: str | None = None,
+    prompts: str | None = None,
+) -> PlanOptions:
+    """Return the preset's options with the user's on top. Another method begins with its own defaults.
+
+    Args:
+        start: the options of the preset.
+        prompts: text file to measure the modulation's directions with.
+
+    Raises:
+        InputError: an option has another form, or `--fit` meets another budget.
+    """
+    from dataclasses import replace
+
+    from edgeprune import targets
+    from edgeprune.planning.plan import NEEDED, PlanOptions
+
+    rank = start.modulation_rank if modulation_rank is None else parse_rank(modulation_rank)
+    if (blocks or components) and method in (None, "hpp"):
+        method = "manual"
+    if fit and (keep is not None or max_memory or method == "manual"):
+        raise InputError("--fit sets the budget by itself; leave --keep, --max-memory and --method manual out")
+    if fit:
+        targets.load(fit)
+    if method not in (None, start.method):
+        start = PlanOptions(method=method, keep=None if method == "manual" else start.keep)
+    if keep is not None or max_memory or fit:
+        size = parse_bytes(max_memory) if max_memory else None
+        start = replace(start, keep=keep, max_memory_bytes=size, fit=fit)
+    if rank == NEEDED and not start.scored:
+        rank = None
+    return replace(
+        start,
+        **given(protect_first=protect_first, protect_last=protect_last, threshold=threshold),
+        blocks=blocks,
+        components=components,
+        group_size=group_size,
+        modulation_rank=rank,
+        prompts=None if rank is None else prompts,
+    )

@@ -1,0 +1,155 @@
+"""`edgeprune plan`: which blocks and components to remove, and how a plan is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgeprune.cli import options, screen
+from edgeprune.cli.folder import workspace
+from edgeprune.common.errors import InputError
+
+if TYPE_CHECKING:
+    from edgeprune.analysis.contribution import ContributionReport
+    from edgeprune.planning.fit import Fit
+    from edgeprune.planning.plan import PrunePlan
+
+EPILOG = "Example: edgeprune plan --config transformer/config.json --scores scores.json --keep 0.79"
+
+
+def plan(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="DIR", help="Artefact folder that was analyzed. Give either this or --config."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A transformer's config.json: plan without weights."),
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Contribution scores.", show_default="analysis.json of the folder"),
+    ] = None,
+    fresh: options.Fresh = False,
+    as_json: options.AsJson = False,
+    keep: options.Keep = None,
+    max_memory: options.MaxMemory = None,
+    fit: options.FitTo = None,
+    method: options.Method = None,
+    modulation_rank: options.ModulationRank = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=options.METHOD,
+            help="Text file with one prompt per line, on which --modulation-rank is measured.",
+            show_default="those of `analyze`",
+        ),
+    ] = None,
+    protect_first: options.ProtectFirst = None,
+    protect_last: options.ProtectLast = None,
+    threshold: options.Threshold = None,
+    blocks: options.Blocks = "",
+    components: options.Components = "",
+    group_size: options.GroupSize = 64,
+) -> None:  # fmt: skip
+    """Choose which parts to remove, and show what stays: plan.json."""
+    if (out is None) == (config is None):
+        raise InputError("plan: give exactly one of -o (a folder) and --config (a transformer's config.json)")
+    if fit and config is not None:
+        raise InputError("--fit counts a pipeline's files: give -o (a folder), not --config")
+    from edgeprune.analysis.contribution import ContributionReport
+
+    loaded = ContributionReport.load(scores) if scores is not None else None
+    chosen: dict[str, Any] = {
+        "method": method, "keep": keep, "max_memory": max_memory, "fit": fit, "protect_first": protect_first,
+        "protect_last": protect_last, "threshold": threshold, "blocks": blocks, "components": components,
+        "group_size": group_size, "modulation_rank": modulation_rank, "prompts": prompts,
+    }  # fmt: skip
+    if out is not None:
+        made, asked_rank = _of_folder(out, scores, fresh, chosen)
+    else:
+        assert config is not None
+        made = _of_config(config, loaded, chosen)
+        asked_rank = made.modulation_rank
+    screen.table(plan_rows(made, asked_rank))
+    if as_json or out is None:
+        screen.print_json(made.to_json())
+    if out is not None:
+        screen.say(f"next: edgeprune prune -o {out}")
+
+
+def _of_folder(
+    out: Path, scores: Path | None, fresh: bool, chosen: dict[str, Any]
+) -> tuple[PrunePlan, int | str | None]:
+    """Plan in an artefact folder. Return the plan and the modulation rank that was asked for."""
+    ws = workspace(out, fresh=fresh)
+    from edgeprune.stages import pipeline
+
+    plan_options = options.plan_options(pipeline.preset("default", builtin=ws.builtin).plan, **chosen)
+    if plan_options.fit:
+        screen.table(fit_rows(ws.fit(plan_options.fit)))
+    pipeline.run_plan(ws, plan_options, scores)
+    return ws.plan(), plan_options.modulation_rank
+
+
+def _of_config(config: Path, report: ContributionReport | None, chosen: dict[str, Any]) -> PrunePlan:
+    """Plan from a transformer's config alone."""
+    from edgeprune.common.files import read_json
+    from edgeprune.families import family_of
+    from edgeprune.planning.plan import DEFAULT, plan_for
+
+    content = read_json(config)
+    plan_options = options.plan_options(DEFAULT, **chosen)
+    return plan_for(family_of(content, str(config)), content, report, plan_options)
+
+
+def fit_rows(fit: Fit) -> list[tuple[str, str]]:
+    """Return rows that show what a device's memory leaves for the transformer."""
+    rows = [
+        (f"memory of {fit.target}", fit.memory_bytes),
+        ("- text encoders", fit.text_encoders_bytes),
+        ("- VAE decoder", fit.vae_decoder_bytes),
+        ("- activations, estimated", fit.activations_bytes),
+        ("= for the transformer", fit.transformer_bytes),
+    ]
+    return [(name, f"{value / 1e9:,.3f} GB") for name, value in rows]
+
+
+def plan_rows(plan: PrunePlan, asked_rank: int | str | None) -> list[tuple[str, str]]:
+    """Return rows that show what a plan removes and what stays.
+
+    Args:
+        asked_rank: the modulation rank that was asked for; None where no model was there to measure it on.
+    """
+    removed = ", ".join(map(str, plan.blocks)) or "none"
+    parts = ", ".join(f"{b}:{c}" for b, c in plan.components)
+    rank = _rank_shown(plan, asked_rank)
+    before, after = plan.before, plan.after
+    share = after.parameters / before.parameters
+    return [
+        ("blocks removed", f"{removed} (of {plan.num_blocks})"),
+        *([("components removed", parts)] if parts else []),
+        *([("modulation rank", rank)] if rank else []),
+        ("parameters", f"{before.parameters / 1e6:,.1f} M -> {after.parameters / 1e6:,.1f} M ({share:.1%})"),
+        ("bf16", f"{before.bf16_bytes / 1e6:,.1f} MB -> {after.bf16_bytes / 1e6:,.1f} MB"),
+        ("INT4", f"{after.int4_bytes / 1e6:,.1f} MB ({after.int4_bytes / before.bf16_bytes:.1%} of bf16)"),
+    ]
+
+
+def _rank_shown(plan: PrunePlan, asked: int | str | None) -> str:
+    """Return what to say about the modulation's rank; empty where there is nothing to say."""
+    from edgeprune.planning.plan import MODULATION_BELOW, NEEDED
+
+    share = plan.after.parameters / plan.before.parameters
+    if plan.modulation_rank is not None:
+        why = f": less than {MODULATION_BELOW} of the parameters would stay; --modulation-rank full keeps all of it"
+        return f"{plan.modulation_rank}{why if asked == NEEDED else ''}"
+    if asked == "auto" or (asked == NEEDED and share < MODULATION_BELOW):
+        return "full: auto found no smaller rank that works for prompts it has not seen; give more --prompts"
+    if asked is None and plan.method != "manual" and share < MODULATION_BELOW:
+        return "full; --modulation-rank auto kept more at so few bytes (docs/modulation.md)"
+    return ""

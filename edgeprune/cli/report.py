@@ -1,0 +1,31 @@
+"""`edgeprune report`: the page of an artefact folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli import options, screen
+from edgeprune.cli.folder import workspace
+
+EPILOG = "Example: edgeprune report -o small --bench bench.json"
+
+
+def report(
+    out: options.Out = Path("compressed"),
+    bench_file: Annotated[
+        Path | None,
+        typer.Option("--bench", metavar="FILE", help="JSON of `edgeprune bench` to show in the page."),
+    ] = None,
+) -> None:
+    """Write report.html again, with the figures of a benchmark if you give one."""
+    from edgeprune.bench import measure as benchmark
+    from edgeprune.report import figures as page
+
+    measured = benchmark.load(bench_file) if bench_file else None
+    ws = workspace(out)
+    with screen.bars() as progress:
+        page.make(ws, redo=False, bench=measured, progress=progress)
+    screen.say(f"wrote {out / 'report.html'}")

@@ -1,0 +1,38 @@
+"""`edgeprune synth`: a full-size pipeline with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli import options, screen
+
+EPILOG = "Example: edgeprune synth sd3.5-large -o large"
+
+
+def architectures() -> Iterable[str]:
+    """Return the names of the published architectures."""
+    from edgeprune.common.files import read_json
+
+    return list(read_json(Path(__file__).parents[1] / "families" / "architectures.json"))
+
+
+def synth(
+    name: Annotated[
+        str, options.choice_argument(names=architectures, metavar="NAME", help="Published model whose size it has.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Pipeline folder to write.")] = Path("synth"),
+) -> None:
+    """Write a full-size pipeline with random weights, to measure memory and time with.
+
+    An interrupted run resumes when you run the same command again.
+    """
+    from edgeprune.artefact.synth import synth as make
+
+    with screen.bars() as progress:
+        size = make(name, out, progress=progress)
+    screen.say(f"{out}: {name} with random weights, {size / 1e9:,.1f} GB")
+    screen.say(f"next: edgeprune compress {out} -o small --method manual --steps 0")

@@ -1,0 +1,43 @@
+"""`edgeprune targets`: the devices that edgeprune knows."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli import options, screen
+
+app = typer.Typer(
+    help="List the known devices; `show NAME` explains one.",
+    epilog="Example: edgeprune targets  ·  edgeprune targets show rtx",
+    invoke_without_command=True,
+)
+
+
+@app.callback()
+def targets(context: typer.Context) -> None:
+    """List the known devices; `show NAME` explains one."""
+    from edgeprune import targets as known
+
+    if context.invoked_subcommand is None:
+        screen.table([(name, known.load(name).description) for name in known.names()])
+        screen.say("next: edgeprune targets show NAME")
+
+
+@app.command(cls=options.Verb, epilog="Example: edgeprune targets show rtx")
+def show(
+    name: Annotated[str, options.choice_argument(names=options.devices, metavar="NAME", help="Name of the device.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Show everything known about one device."""
+    from dataclasses import asdict
+
+    from edgeprune import targets as known
+
+    values = asdict(known.load(name))
+    screen.table(
+        [(k.replace("_", " "), ", ".join(map(str, v)) if isinstance(v, tuple) else str(v)) for k, v in values.items()]
+    )
+    if as_json:
+        screen.print_json(values)

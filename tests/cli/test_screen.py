@@ -1,0 +1,69 @@
+"""What the commands show: warnings as lines, quiet vendors, and dry runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgeprune.cli import screen
+
+
+def script(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+
+def test_a_warning_is_one_line() -> None:
+    done = script("""if True:
+        import warnings
+        from edgeprune import cli
+
+        @cli.app.command()
+        def warn():
+            warnings.warn("the first line\\n  and the \\x1b[31msecond", UserWarning)
+            warnings.warn("only for developers", DeprecationWarning, stacklevel=9)
+
+        import sys
+        sys.argv = ["edgeprune", "warn"]
+        cli.main()
+    """)
+    assert done.returncode == 0
+    assert done.stderr == "warning: the first line and the \\x1b[31msecond\n"
+
+
+@pytest.mark.parametrize("kind", ["sd3.5-large", "flux.1-schnell"])
+def test_synth_shows_nothing_of_its_vendors(kind: str, tmp_path: Path) -> None:
+    code = """if True:
+        import sys
+        from edgeprune.artefact import synth
+        small = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 32, "joint_attention_dim": 64}
+        small |= {"pooled_projection_dim": 64}
+        known = {
+            "sd3.5-large": small | {"caption_projection_dim": 64},
+            "flux.1-schnell": small | {"num_single_layers": 1, "axes_dims_rope": [8, 12, 12]},
+        }
+        real = synth.architectures()
+        synth.architectures = lambda: {name: real[name] | changes for name, changes in known.items()}
+        from edgeprune.cli import main
+        sys.argv[0] = "edgeprune"
+        main()
+    """
+    done = script(code, "synth", kind, "-o", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["transformer", str(tmp_path / "out"), "next"], done.stderr
+    assert done.stdout == ""
+
+
+def test_a_forecast_shows_units_and_prints_plain_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {"int4_bytes": 3_576_100_000, "steps": 1000}
+    screen.forecast(numbers, "a remark", as_json=True)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == numbers
+    assert "3.58 GB" in printed.err and "1,000" in printed.err and "a remark" in printed.err
+    screen.forecast(numbers, "a remark", as_json=False)
+    assert capsys.readouterr().out == ""
