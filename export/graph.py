@@ -26,7 +26,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from edgeprune.common.errors import EdgepruneError
-from edgeprune.export.external_data import save  # noqa: F401  # TEMP alias
 from edgeprune.export.lowering import DOMAIN, halve_tables, lower_packed_linear
 from edgeprune.export.modules import Transformer
 from edgeprune.export.simplify import simplify

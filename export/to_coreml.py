@@ -160,6 +160,3 @@ def _stored_bytes(artefact: Path) -> int:
     """Return the bytes of the transformer's weight files that the export reads."""
     weights = artefact / (INT4 if is_quantized(artefact) else HALF)
     return sum(path.stat().st_size for path in weights.glob("*.safetensors"))
-
-
-_network = convert_network  # TEMP alias

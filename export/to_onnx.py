@@ -195,7 +195,3 @@ def save(name: str, model: ir.Model, path: Path, progress: Progress = silent) ->
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ParityError(f"{name}: not valid ONNX: {error}") from error
-
-
-parts = sources  # TEMP alias
-Part = NetworkSource  # TEMP alias

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from edgeprune.artefact.loading import quiet
 from edgeprune.artefact.manifest import HALF
 from edgeprune.artefact.writing import noted, write_transformer
-from edgeprune.artefact.loading import quiet
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, read_json, write_json
 from edgeprune.common.lock import LOCK, hold, is_free

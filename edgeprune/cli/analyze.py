@@ -63,9 +63,10 @@ def analyze(
 
         return launch(config, sys.argv[1:])
     from edgeprune.metrics import check_analysis, parse_weights
-    from edgeprune.stages import pipeline
+    from edgeprune.stages.analyze import run as run_analyze
+    from edgeprune.stages.options import AnalyzeOptions
 
-    chosen = pipeline.AnalyzeOptions(
+    chosen = AnalyzeOptions(
         metric=metric, prompts=prompts, count=count, components=not only_blocks, weights=parse_weights(weights or []),
         joint=joint, pairs=pairs, estimator=estimator,
     )  # fmt: skip
@@ -77,18 +78,18 @@ def analyze(
         return _forecast(model, out, chosen, images_set, as_json)
     ws = workspace(out, model, fresh=fresh, begin=True, generation=images_set)
     with screen.bars() as progress:
-        ran = pipeline.run_analyze(ws, chosen, progress)
+        ran = run_analyze(ws, chosen, progress)
     _show(ws, ran, as_json)
 
 
 def _forecast(model: str | None, out: Path, chosen: Any, images_set: dict[str, Any], as_json: bool) -> None:
     """Show the cost of an analysis."""
-    from edgeprune.artefact.checkpoint import resolve
-    from edgeprune.stages.forecast import forecast_analysis
+    from edgeprune.artefact.resolve import resolve
+    from edgeprune.stages.analyze import forecast
 
     ws = workspace(out) if model is None and is_begun(out) else None
     source = ws.source if ws else resolve(model)
-    numbers = forecast_analysis(source, chosen, images_of(source, ws, images_set))
+    numbers = forecast(source, chosen, images_of(source, ws, images_set))
     remark = "measured on one sample here, with float32 weights; batches take less time per sample"
     screen.forecast(numbers, remark, as_json)
 

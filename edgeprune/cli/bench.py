@@ -59,22 +59,23 @@ def bench(
     """
     from rich.console import Console
 
-    from edgeprune.artefact.checkpoint import resolve
-    from edgeprune.bench import measure as benchmark
+    from edgeprune.artefact.resolve import resolve
+    from edgeprune.bench import assertions, results, tables
+    from edgeprune.bench import run as bench_run
     from edgeprune.common.files import write_json
 
     for expression in check or []:
-        benchmark.parse_expression(expression)
+        assertions.parse_expression(expression)
     pairs = _pairs(folders, runtime)
     names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]
-    variants = [benchmark.Variant("original", resolve(baseline or source_of(folders[0])), "eager", "bf16")]
-    variants += [benchmark.Variant(n, folder, name) for n, (folder, name) in zip(names, pairs, strict=True)]
-    result = benchmark.run(variants, repeats=repeats, steps=steps, quality=quality, progress=screen.say)
-    Console().print(benchmark.table(result))
+    variants = [bench_run.Variant("original", resolve(baseline or source_of(folders[0])), "eager", "bf16")]
+    variants += [bench_run.Variant(n, folder, name) for n, (folder, name) in zip(names, pairs, strict=True)]
+    result = bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, progress=screen.say)
+    Console().print(tables.table(result))
     if json_file:
-        write_json(json_file, benchmark.to_json(result))
+        write_json(json_file, results.to_json(result))
         screen.say(f"wrote {json_file}")
-    benchmark.assert_expressions(result, check or [])
+    assertions.assert_expressions(result, check or [])
 
 
 def _pairs(folders: list[Path], runtime: str | None) -> list[tuple[Path, str]]:

@@ -61,9 +61,10 @@ def cache(
 
     An interrupted run resumes after the last complete shard.
     """
-    from edgeprune.artefact.checkpoint import read_config, resolve
+    from edgeprune.artefact.resolve import read_config, resolve
     from edgeprune.common.lock import LOCK, hold
     from edgeprune.data import encode
+    from edgeprune.data.settings import WORKERS, CacheOptions, forecast, is_drawn, settings_of
 
     folder = resolve(model)
     read_config(folder)  # refuses models that are no MMDiT
@@ -71,20 +72,20 @@ def cache(
         num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width
     )
     images = images_of(folder, None, images_set)
-    chosen = encode.CacheOptions(source=source, samples=samples, buckets=buckets, half=half)
+    chosen = CacheOptions(source=source, samples=samples, buckets=buckets, half=half)
     encode.check_folder(out, source)
     if dry_run:
-        expected = encode.forecast(folder, images, chosen, out)
+        expected = forecast(folder, images, chosen, out)
         screen.table(_megabytes(expected))
         screen.say("upper bounds: unusable images take no space, and equal captions are stored once per shard")
         if as_json:
             screen.print_json(expected)
         return
-    settings = encode.settings_of(folder, images, chosen)
+    settings = settings_of(folder, images, chosen)
     with hold(out / LOCK, out), screen.bars() as progress:
         made = encode.make_cache(
-            lambda: _pipeline(folder, drawn=encode.is_drawn(source)),
-            folder, out, settings, images, chosen, workers=workers or encode.WORKERS,
+            lambda: _pipeline(folder, drawn=is_drawn(source)),
+            folder, out, settings, images, chosen, workers=workers or WORKERS,
             progress=lambda done, total, note: progress("cache", done, total, note),
         )  # fmt: skip
     _show(encode.summary(made), out, bool(made.samples), as_json)
@@ -94,10 +95,10 @@ def _pipeline(folder: Path, *, drawn: bool) -> Any:
     """Load what encodes the data: the encoders, and the transformer as well if the images are drawn."""
     import torch
 
-    from edgeprune.artefact.checkpoint import load_pipeline, load_transformer
-    from edgeprune.stages import pipeline
+    from edgeprune.artefact.loading import load_pipeline, load_transformer
+    from edgeprune.stages.original import load_encoders
 
-    pipe = load_pipeline(folder, load_transformer(folder, quantized=False)) if drawn else pipeline.load_encoders(folder)
+    pipe = load_pipeline(folder, load_transformer(folder, quantized=False)) if drawn else load_encoders(folder)
     return pipe.to("cuda") if torch.cuda.is_available() else pipe
 
 

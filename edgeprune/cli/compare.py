@@ -52,26 +52,27 @@ def compare(
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
     """Compress with many methods at one budget and score all on the same prompts: compare.md, compare.svg."""
-    from edgeprune.artefact.checkpoint import resolve
-    from edgeprune.compare import grid as comparing
+    from edgeprune.artefact.resolve import resolve
     from edgeprune.compare import page as compare_page
+    from edgeprune.compare import run as comparison
+    from edgeprune.compare.grid import Grid, grid_named
     from edgeprune.metrics import check_analysis, parse_weights
-    from edgeprune.stages import pipeline
+    from edgeprune.stages import compress
 
     original = out / "original"
     ws = workspace(original, model) if is_begun(original) else None
     builtin = ws.builtin if ws else model is None
     name, paths = metric or ("shapes" if builtin else "velocity"), parse_weights(weights or [])
     check_analysis(name, paths)
-    path = grid or comparing.grid_named(preset)
-    rows = comparing.Grid.load(path, pipeline.preset("default", builtin=builtin))
-    texts = comparing.held_out_prompts(builtin, prompts, per_task)
+    path = grid or grid_named(preset)
+    rows = Grid.load(path, compress.preset("default", builtin=builtin))
+    texts = comparison.held_out_prompts(builtin, prompts, per_task)
     if dry_run:
-        numbers = comparing.forecast_grid(ws.source if ws else resolve(model), rows, len(texts), name)
+        numbers = comparison.forecast_grid(ws.source if ws else resolve(model), rows, len(texts), name)
         return screen.forecast(numbers, screen.FLOORS, as_json)
     ws = ws or workspace(original, model, begin=True)
     with screen.bars() as progress:
-        summary = comparing.compare(ws, rows, name, texts, out, progress, weights=paths)
+        summary = comparison.compare(ws, rows, name, texts, out, progress, weights=paths)
     written = compare_page.write(summary, out)
     screen.table([compare_page.HEADINGS, *compare_page.cells(summary)])
     screen.say("wrote " + ", ".join(map(str, written)))

@@ -14,8 +14,9 @@ from edgeprune.cli.plan import fit_rows, plan_rows
 from edgeprune.common import heap
 
 if TYPE_CHECKING:
-    from edgeprune.planning.plan import PlanOptions
-    from edgeprune.stages.pipeline import CompressOptions, Workspace
+    from edgeprune.planning.options import PlanOptions
+    from edgeprune.stages.options import CompressOptions
+    from edgeprune.stages.workspace import Workspace
 
 EPILOG = "Example: edgeprune compress -o small  ·  edgeprune compress ./sd35 -o small --max-memory 3.2GB"
 
@@ -64,17 +65,17 @@ def compress(
     An interrupted run resumes when you run the same command again.
     """
     heap.large_pages()
-    from edgeprune.artefact.checkpoint import resolve
-    from edgeprune.stages import pipeline
+    from edgeprune.artefact.resolve import resolve
+    from edgeprune.stages import compress as stage_order
 
-    importlib.import_module("edgeprune.report.figures")  # a missing package is refused before any work
+    importlib.import_module("edgeprune.report.make")  # a missing package is refused before any work
 
     images_set = options.given(
         num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width
     )
     begun = model is None and is_begun(out)
     ws = workspace(out, fresh=fresh, generation=None if dry_run else images_set) if begun else None
-    start = pipeline.preset(preset, builtin=ws.builtin if ws else model is None)
+    start = stage_order.preset(preset, builtin=ws.builtin if ws else model is None)
     plan = options.plan_options(
         start.plan, method=method, keep=keep, max_memory=max_memory, fit=fit, protect_first=protect_first,
         protect_last=protect_last, threshold=threshold, blocks=blocks, components=components, group_size=group_size,
@@ -87,11 +88,9 @@ def compress(
     source = ws.source if ws else resolve(model)
     images = images_of(source, ws, images_set)
     if dry_run:
-        from edgeprune.stages.forecast import forecast
-
-        return screen.forecast(forecast(source, chosen, images), screen.FLOORS, as_json)
+        return screen.forecast(stage_order.forecast(source, chosen, images), screen.FLOORS, as_json)
     if ws is None:
-        pipeline.rehearse(source, images, chosen)  # before the folder is created
+        stage_order.rehearse(source, images, chosen)  # before the folder is created
     ws = ws or workspace(out, model, fresh=fresh, begin=True, generation=images_set)
     if fit:
         screen.table(fit_rows(ws.fit(fit)))
@@ -114,7 +113,7 @@ def _merged(
     from dataclasses import replace
 
     from edgeprune.metrics import parse_weights
-    from edgeprune.stages import pipeline
+    from edgeprune.stages.compress import as_published
 
     training = start.distill
     if steps is not None and training is not None:
@@ -129,20 +128,20 @@ def _merged(
         distill=training,
         quantize=replace(start.quantize, group_size=group_size, calibration=calibration),
     )
-    return pipeline.as_published(chosen)
+    return as_published(chosen)
 
 
 def _run(ws: Workspace, chosen: CompressOptions, quick: bool, as_json: bool) -> None:
     """Run the stages and show what is left of the model."""
-    from edgeprune.report import figures as report
-    from edgeprune.stages import pipeline
+    from edgeprune.report import make
+    from edgeprune.stages.compress import compress
 
     with screen.bars() as progress:
-        ran = pipeline.compress(ws, chosen, progress)
-        too_little = report.memory_short(ws)
-        summary = {} if too_little else report.make(ws, quick=quick, redo=bool(ran), progress=progress)
+        ran = compress(ws, chosen, progress)
+        too_little = make.lacking_memory(ws)
+        summary = {} if too_little else make.make_report(ws, quick=quick, redo=bool(ran), progress=progress)
     rows = plan_rows(ws.plan(), chosen.plan.modulation_rank)
-    screen.table([*rows, *(report.rows(summary) if summary else [])])
+    screen.table([*rows, *(make.summary_rows(summary) if summary else [])])
     done = f"done: {', '.join(ran)}" if ran else "nothing to do, all stages are done"
     screen.say(f"{done}; {too_little or 'report: ' + str(ws.out / 'report.html')}")
     screen.say(f"next: edgeprune export {ws.out} --target onnx -o {ws.out}-onnx")

@@ -14,7 +14,7 @@ from edgeprune.cli.folder import workspace
 from edgeprune.common import processes
 
 if TYPE_CHECKING:
-    from edgeprune.stages.pipeline import Workspace
+    from edgeprune.stages.workspace import Workspace
     from edgeprune.training.recipe import DistillOptions, Placement
 
 EPILOG = "Example: edgeprune distill -o small --data images/ --steps 2000 --rate 1e-4"
@@ -179,17 +179,19 @@ def distill(
         return launch(config, sys.argv[1:])
     from dataclasses import replace
 
-    from edgeprune.stages import pipeline
-    from edgeprune.training.losses import Weights
+    from edgeprune.stages.compress import preset
+    from edgeprune.stages.distill import run as run_distill
+    from edgeprune.stages.options import DataOptions
+    from edgeprune.training.losses import LossWeights
     from edgeprune.training.recipe import Placement
 
     ws = workspace(out, fresh=fresh)
-    base = pipeline.preset("default", builtin=ws.builtin)
+    base = preset("default", builtin=ws.builtin)
     assert base.distill is not None
     chosen = replace(
         base.distill, **options.given(steps=steps, batch=batch, rate=rate, schedule=schedule, ema=ema),
         sensitivity=sensitivity, freeze_prefix=freeze_prefix, features=features,
-        weights=Weights(task=lambda_task, output=lambda_output, feature=lambda_feature),
+        weights=LossWeights(task=lambda_task, output=lambda_output, feature=lambda_feature),
         mixed_precision=mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         teacher_precision=teacher_precision, gradient_checkpointing=gradient_checkpointing,
         int4_group_size=group_size if quantize_aware else None, seed=seed,
@@ -197,9 +199,9 @@ def distill(
     placement = Placement(accumulate=accumulate, teacher_offload=teacher_offload)
     if dry_run:
         return _forecast(ws, chosen, placement, config, as_json)
-    source = pipeline.DataOptions(source=data or base.data.source, samples=samples or base.data.samples)
+    source = DataOptions(source=data or base.data.source, samples=samples or base.data.samples)
     with screen.bars() as progress:
-        ran = pipeline.run_distill(ws, chosen, source, progress, placement=placement)
+        ran = run_distill(ws, chosen, source, progress, placement=placement)
     stage = ws.manifest.stages["distill"]
     screen.say(f"loss {stage['first_loss']:.4f} -> {stage['last_loss']:.4f}" + ("" if ran else " (already done)"))
     screen.say(f"next: edgeprune quantize -o {out}")
@@ -207,9 +209,9 @@ def distill(
 
 def _forecast(ws: Workspace, chosen: DistillOptions, placement: Placement, config: str | None, as_json: bool) -> None:
     """Show the memory of one process."""
-    from edgeprune.stages.forecast import forecast_training
-    from edgeprune.training.launch import config_named
+    from edgeprune.stages.distill import forecast
+    from edgeprune.training.launch import launch_file
 
-    numbers = forecast_training(ws, chosen, placement, config_named(config) if config else None)
+    numbers = forecast(ws, chosen, placement, launch_file(config) if config else None)
     remark = "of one process, on its device; kernels, communication and the allocator need more"
     screen.forecast(numbers, remark, as_json)

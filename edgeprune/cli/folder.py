@@ -12,7 +12,7 @@ from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
     from edgeprune.sampling.generation import Generation
-    from edgeprune.stages.pipeline import Workspace
+    from edgeprune.stages.workspace import Workspace
 
 
 def is_begun(out: Path) -> bool:
@@ -42,7 +42,7 @@ def workspace(
     begun = is_begun(out)
     if not begun and not begin:
         raise InputError(f"{out / 'edgeprune.json'}: no such file; begin with: edgeprune analyze MODEL -o {out}")
-    from edgeprune.stages.pipeline import Workspace  # imports torch, which takes seconds
+    from edgeprune.stages.workspace import Workspace  # imports torch, which takes seconds
 
     with processes.main_first():
         ws = Workspace(out, model, model_given=model is not None or not begun, fresh=fresh, generation=generation or {})

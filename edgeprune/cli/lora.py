@@ -25,8 +25,8 @@ def lora(
     """
     from collections import Counter
 
-    from edgeprune.artefact.checkpoint import Manifest
     from edgeprune.artefact.lora import read, remap
+    from edgeprune.artefact.manifest import Manifest
     from edgeprune.common.tensors import save_tensors
     from edgeprune.families import family_of
 

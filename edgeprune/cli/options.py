@@ -17,7 +17,7 @@ from typer.core import TyperArgument, TyperCommand
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
-    from edgeprune.planning.plan import PlanOptions
+    from edgeprune.planning.options import PlanOptions
 
 CALIBRATIONS = ("none", "scale", "awq")
 ESTIMATORS = ("exhaustive", "reuse", "gates")
@@ -83,7 +83,7 @@ def choice_argument(*, names: Callable[[], Iterable[str]], metavar: str, **kwarg
 
 def methods() -> Iterable[str]:
     """Return the names of `--method`, baselines included."""
-    from edgeprune.planning.plan import METHODS
+    from edgeprune.planning.options import METHODS
 
     return METHODS
 
@@ -381,7 +381,7 @@ def plan_options(
     from dataclasses import replace
 
     from edgeprune import targets
-    from edgeprune.planning.plan import NEEDED, PlanOptions
+    from edgeprune.planning.options import NEEDED, PlanOptions
 
     rank = start.modulation_rank if modulation_rank is None else parse_rank(modulation_rank)
     if (blocks or components) and method in (None, "hpp"):

@@ -87,12 +87,13 @@ def _of_folder(
 ) -> tuple[PrunePlan, int | str | None]:
     """Plan in an artefact folder. Return the plan and the modulation rank that was asked for."""
     ws = workspace(out, fresh=fresh)
-    from edgeprune.stages import pipeline
+    from edgeprune.stages.compress import preset
+    from edgeprune.stages.plan import run as run_plan
 
-    plan_options = options.plan_options(pipeline.preset("default", builtin=ws.builtin).plan, **chosen)
+    plan_options = options.plan_options(preset("default", builtin=ws.builtin).plan, **chosen)
     if plan_options.fit:
         screen.table(fit_rows(ws.fit(plan_options.fit)))
-    pipeline.run_plan(ws, plan_options, scores)
+    run_plan(ws, plan_options, scores)
     return ws.plan(), plan_options.modulation_rank
 
 
@@ -100,11 +101,12 @@ def _of_config(config: Path, report: ContributionReport | None, chosen: dict[str
     """Plan from a transformer's config alone."""
     from edgeprune.common.files import read_json
     from edgeprune.families import family_of
-    from edgeprune.planning.plan import DEFAULT, plan_for
+    from edgeprune.planning.make import make_plan
+    from edgeprune.planning.options import DEFAULT
 
     content = read_json(config)
     plan_options = options.plan_options(DEFAULT, **chosen)
-    return plan_for(family_of(content, str(config)), content, report, plan_options)
+    return make_plan(family_of(content, str(config)), content, report, plan_options)
 
 
 def fit_rows(fit: Fit) -> list[tuple[str, str]]:
@@ -142,7 +144,7 @@ def plan_rows(plan: PrunePlan, asked_rank: int | str | None) -> list[tuple[str, 
 
 def _rank_shown(plan: PrunePlan, asked: int | str | None) -> str:
     """Return what to say about the modulation's rank; empty where there is nothing to say."""
-    from edgeprune.planning.plan import MODULATION_BELOW, NEEDED
+    from edgeprune.planning.options import MODULATION_BELOW, NEEDED
 
     share = plan.after.parameters / plan.before.parameters
     if plan.modulation_rank is not None:

@@ -17,9 +17,9 @@ def prune(out: options.Out = Path("compressed"), fresh: options.Fresh = False) -
     Stock diffusers opens it if the plan removes whole blocks only.
     """
     heap.large_pages()
-    from edgeprune.stages import pipeline
+    from edgeprune.stages.prune import run as run_prune
 
     ws = workspace(out, fresh=fresh)
     with screen.bars() as progress:
-        ran = pipeline.run_prune(ws, progress)
+        ran = run_prune(ws, progress)
     screen.say(f"{out / 'transformer'}: {'written' if ran else 'already done'}\nnext: edgeprune distill -o {out}")

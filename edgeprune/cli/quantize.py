@@ -19,12 +19,13 @@ def quantize(
 ) -> None:
     """Quantize the weights to INT4 with NNCF, block by block: transformer_int4/."""
     heap.large_pages()
-    from edgeprune.stages import pipeline
+    from edgeprune.stages.options import QuantizeOptions
+    from edgeprune.stages.quantize import run as run_quantize
 
     ws = workspace(out, fresh=fresh)
-    chosen = pipeline.QuantizeOptions(group_size=group_size, calibration=calibration)
+    chosen = QuantizeOptions(group_size=group_size, calibration=calibration)
     with screen.bars() as progress:
-        ran = pipeline.run_quantize(ws, chosen, progress)
+        ran = run_quantize(ws, chosen, progress)
     size = ws.manifest.stages["quantize"]["weights_bytes"]
     screen.say(f"{out / 'transformer_int4'}: {size / 1e6:,.1f} MB" + ("" if ran else " (already done)"))
     screen.say(f"next: edgeprune export {out} --target onnx -o {out}-onnx")

@@ -21,11 +21,11 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html again, with the figures of a benchmark if you give one."""
-    from edgeprune.bench import measure as benchmark
-    from edgeprune.report import figures as page
+    from edgeprune.bench import results
+    from edgeprune.report import make
 
-    measured = benchmark.load(bench_file) if bench_file else None
+    measured = results.load(bench_file) if bench_file else None
     ws = workspace(out)
     with screen.bars() as progress:
-        page.make(ws, redo=False, bench=measured, progress=progress)
+        make.make_report(ws, redo=False, bench=measured, progress=progress)
     screen.say(f"wrote {out / 'report.html'}")

@@ -153,6 +153,6 @@ def _images_or_model(text: str) -> Path:
                 "model_index.json (a diffusers pipeline), expected one"
             )
         return folder
-    from edgeprune.artefact.checkpoint import resolve  # imports torch
+    from edgeprune.artefact.resolve import resolve  # imports torch
 
     return resolve(None if text == "built-in" else text)

@@ -74,6 +74,3 @@ def texts(data: Mapping[str, Any], name: str, where: object) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise InputError(f"{where}: {name}: found {shown(value)}, expected a list of strings")
     return value
-
-
-whole, real = whole_number, real_number  # TEMP alias

@@ -168,12 +168,3 @@ def grid_named(name: str) -> Path:
     if name not in names:
         raise InputError(f"--preset: found {name!r}, expected one of {', '.join(names)}")
     return path
-
-
-def __getattr__(name: str) -> Any:  # TEMP alias: functions that moved to run.py and summary.py
-    from importlib import import_module
-
-    moved = {"compare": "run", "forecast_grid": "run", "held_out_prompts": "run", "summarise": "summary"}
-    if name not in moved:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"edgeprune.compare.{moved[name]}"), name)

@@ -139,7 +139,7 @@ def _run(
     base: Workspace, row: Row, options: CompressOptions, folder: Path, scorer: Metric, progress: Progress
 ) -> dict[str, Any]:
     """Compress and score one run; return its scores, bytes, plan, seconds of training and step time."""
-    ws = base.beside(folder)
+    ws = base.sibling(folder)
     ws.fresh = True  # replace the folder of another grid that has a row of the same name
     run_plan(ws, options.plan, base.report_path if row.reads_contributions else None)
     if options.distill is None:

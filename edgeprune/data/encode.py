@@ -24,23 +24,14 @@ from edgeprune.common.lock import is_free
 from edgeprune.common.tensors import save_tensors
 from edgeprune.data.cache import INDEX, SKIPPED, Index, Settings, Shard
 from edgeprune.data.encoder import Encoder, entries_of
-from edgeprune.data.settings import (  # TEMP alias: forecast, is_drawn, settings_of, source_digest for other rooms
+from edgeprune.data.settings import (
     WORKERS,
     CacheOptions,
     entry_count,
-    forecast,
-    is_drawn,
-    settings_of,
     sizes_of,
-    source_digest,
 )
 from edgeprune.data.sources import Skipped, layout_of
 from edgeprune.sampling.generation import Generation
-
-__all__ = [  # TEMP alias
-    "CacheOptions", "EntriesDone", "Made", "WORKERS", "check_folder", "forecast", "is_drawn", "make_cache",
-    "settings_of", "source_digest", "summary",
-]  # fmt: skip
 
 EntriesDone = Callable[[int, int, str], None]
 """Called with the number of entries done, their total, and a note on speed."""

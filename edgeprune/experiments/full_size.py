@@ -101,9 +101,6 @@ def resident_bytes(pid: int) -> int:
     return total
 
 
-resident = resident_bytes  # TEMP alias
-
-
 class Table:
     """The measured rows, kept on disk."""
 

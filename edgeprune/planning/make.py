@@ -68,9 +68,6 @@ def make_plan(
     )
 
 
-plan_for = make_plan  # TEMP alias
-
-
 def _within_budget(
     method: Scored | Baseline,
     config: Config,

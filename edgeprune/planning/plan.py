@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgeprune.analysis.contribution import Key, fingerprint
 from edgeprune.common.errors import InputError
@@ -17,44 +17,6 @@ from edgeprune.common.fields import MOST_BLOCKS, shown, text, whole_number
 from edgeprune.common.files import check_schema, read_json
 from edgeprune.families import Config, family_of
 from edgeprune.quantization.precision import Footprint
-
-if TYPE_CHECKING:  # TEMP facade
-    from edgeprune.planning.make import make_plan as make_plan
-    from edgeprune.planning.methods.manual import parse_blocks as parse_blocks
-    from edgeprune.planning.methods.manual import parse_components as parse_components
-    from edgeprune.planning.options import (
-        DEFAULT as DEFAULT,
-    )
-    from edgeprune.planning.options import (
-        METHODS as METHODS,
-    )
-    from edgeprune.planning.options import (
-        MODULATION_BELOW as MODULATION_BELOW,
-    )
-    from edgeprune.planning.options import (
-        NEEDED as NEEDED,
-    )
-    from edgeprune.planning.options import (
-        PlanOptions as PlanOptions,
-    )
-    from edgeprune.planning.remainder import (
-        is_projectable as is_projectable,
-    )
-    from edgeprune.planning.remainder import (
-        modulation_width as modulation_width,
-    )
-    from edgeprune.planning.remainder import (
-        remaining_shapes as remaining_shapes,
-    )
-    from edgeprune.planning.remainder import (
-        shorter_config as shorter_config,
-    )
-    from edgeprune.planning.remainder import (
-        stock_config as stock_config,
-    )
-    from edgeprune.planning.remainder import (
-        tensor_sources as tensor_sources,
-    )
 
 SCHEMA_VERSION = 1
 _MOST_BYTES = 10**15
@@ -184,20 +146,3 @@ def _footprint(data: Mapping[str, Any], name: str, where: Path | str) -> Footpri
     if not isinstance(value, Mapping) or sorted(value) != sorted(names):
         raise InputError(f"{where}: {name}: found {shown(value)}, expected {', '.join(names)}")
     return Footprint(**{n: whole_number(value, n, f"{where}: {name}", least=0, most=_MOST_BYTES) for n in names})
-
-
-_MOVED = {  # TEMP facade: names that other rooms still import from here
-    "make_plan": "make", "plan_for": "make", "parse_blocks": "methods.manual", "parse_components": "methods.manual",
-    "DEFAULT": "options", "METHODS": "options", "MODULATION_BELOW": "options", "NEEDED": "options",
-    "PlanOptions": "options", "is_projectable": "remainder", "modulation_width": "remainder",
-    "remaining_shapes": "remainder", "shorter_config": "remainder", "stock_config": "remainder",
-    "tensor_sources": "remainder",
-}  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:  # TEMP facade
-    import importlib
-
-    if name not in _MOVED:
-        raise AttributeError(name)
-    return getattr(importlib.import_module(f"edgeprune.planning.{_MOVED[name]}"), name)

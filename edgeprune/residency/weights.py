@@ -17,11 +17,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import inside, read_json
 from edgeprune.families import Shape
-from edgeprune.residency.shards import FILE, INDEX, MARK, ShardWriter, Speed, group_into_shards, has_mark
-
-# TEMP alias
-is_of, shards = has_mark, group_into_shards
-__all__ = ["FILE", "INDEX", "MARK", "ShardWriter", "Speed", "Weights", "header", "is_of", "shards"]
+from edgeprune.residency.shards import FILE, INDEX
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _KINDS = (*_FLOATS, "U8", "I8", "I32", "I64", "BOOL")

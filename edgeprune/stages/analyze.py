@@ -117,7 +117,7 @@ def forecast(source: Path, options: AnalyzeOptions, generation: Generation) -> d
         "evaluation_s": round(evaluation_s, 4),
         "analysis_s": round(total * evaluation_s, 1),
         "weights_bytes": sum(p.nbytes for p in model.parameters()),
-        "held_bytes": estimator.held(stream_bytes, saved, per_score),
+        "held_bytes": estimator.extra_bytes(stream_bytes, saved, per_score),
     }
 
 

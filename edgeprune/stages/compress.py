@@ -18,11 +18,10 @@ from edgeprune.data.cache import is_cache
 from edgeprune.data.settings import is_drawn
 from edgeprune.metrics import check_analysis, evaluations
 from edgeprune.planning.make import make_plan
-from edgeprune.planning.methods import Measured, baselines
+from edgeprune.planning.methods import Measured, Scored, baselines, methods
 from edgeprune.planning.modulation import ranks
 from edgeprune.planning.options import DEFAULT, NEEDED
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.planning.planners import PLANNERS
 from edgeprune.planning.remainder import is_projectable, modulation_width
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import PROMPTS
@@ -97,7 +96,8 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
         summary=alike,
     )
     choices = options.plan
-    if choices.method in PLANNERS:  # hybrid may remove the same parts
+    method = methods().get(choices.method)
+    if isinstance(method, Scored) and method.joint:  # hybrid may remove the same parts
         choices = replace(choices, method="hybrid", threshold=1.0)
     if choices.modulation_rank == NEEDED and not is_projectable(family, config):
         choices = replace(choices, modulation_rank=None)

@@ -155,6 +155,6 @@ def forecast(ws: Workspace, options: DistillOptions, placement: Placement, confi
         InputError: there is no plan yet, or an option or the settings are not usable.
     """
     options.check()
-    layout = ProcessLayout.of_config(config) if config else ProcessLayout()
+    layout = ProcessLayout.of_launch_file(config) if config else ProcessLayout()
     one = sample(ws.family, ws.config, ws.source, ws.generation)
     return forecast_rank(ws.family, ws.config, ws.plan(), ws.report(), options, placement, layout, one)

@@ -123,8 +123,6 @@ class Workspace:
         other.cache, other.original, other.weights_hash = self.cache, self.original.shared(), self.weights_hash
         return other
 
-    beside = sibling  # TEMP alias
-
     @property
     def builtin(self) -> bool:
         """Whether the model is the one that ships with edgeprune."""

@@ -37,9 +37,6 @@ def launch_file(name: str) -> Path:
     return Path(name)
 
 
-config_named = launch_file  # TEMP alias
-
-
 def launch(config: str, arguments: list[str]) -> None:
     """Run `edgeprune` with these arguments in the launched processes, and wait until they exit.
 

@@ -57,6 +57,3 @@ def distillation_loss(
     if weights.feature:
         total = total + weights.feature * feature
     return total, {"output": output.item(), "task": task.item(), "feature": feature.item()}
-
-
-Weights = LossWeights  # TEMP alias

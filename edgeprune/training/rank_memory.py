@@ -59,15 +59,10 @@ class ProcessLayout:
             raise InputError(f"{path}: distributed_type: found {kind}, expected NO, MULTI_GPU or FSDP")
         return cls(processes=max(1, count), sharded=kind == "FSDP", offloaded=bool(fsdp.get("fsdp_offload_params")))
 
-    of_config = of_launch_file  # TEMP alias
-
     def bytes_per_rank(self, tensors: Iterable[torch.Tensor]) -> int:
         """Return the bytes of these parameters in rank 0; shards are whole rows, rounded up."""
         ways = self.processes if self.sharded else 1
         return sum(t.nbytes // max(1, len(t)) * -(-len(t) // ways) if t.dim() else t.nbytes for t in tensors)
-
-
-Layout = ProcessLayout  # TEMP alias
 
 
 def forecast_rank(

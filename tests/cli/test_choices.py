@@ -184,8 +184,8 @@ def test_repeated_names_are_those_of_the_code() -> None:
 def test_the_code_below_refuses_as_well() -> None:
     """Callers from Python pass by Typer."""
     from edgeprune.metrics import check_analysis, scoring
-    from edgeprune.planning.plan import PlanOptions
-    from edgeprune.stages.pipeline import preset
+    from edgeprune.planning.options import PlanOptions
+    from edgeprune.stages.compress import preset
     from edgeprune.targets import for_format
 
     for name in options.PRESETS:

@@ -202,8 +202,8 @@ def test_version_and_targets() -> None:
 
 def test_plan_options_begin_from_the_preset() -> None:
     from edgeprune.cli.options import plan_options
-    from edgeprune.planning.plan import NEEDED
-    from edgeprune.stages.pipeline import PlanOptions, preset
+    from edgeprune.planning.options import NEEDED, PlanOptions
+    from edgeprune.stages.compress import preset
 
     start = preset("default", builtin=True).plan
 

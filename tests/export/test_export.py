@@ -295,8 +295,6 @@ def test_damaged_weights_are_the_users_error(
 
 def test_float_folder(tmp_path: Path) -> None:
     """Export an uncompressed diffusers folder with the real loader; the image size comes from its config."""
-    checkpoint = pytest.importorskip("edgeprune.artefact.checkpoint")
-    assert checkpoint
     folder = tmp_path / "float"
     tiny.tiny_pipeline(folder, num_layers=1)
     (folder / "generation.json").unlink()

@@ -30,7 +30,7 @@ from edgeprune.planning.remainder import modulation_width
 from edgeprune.quantization.int4 import PackedLinear
 from edgeprune.sampling import denoising as sampling
 from edgeprune.sampling.denoising import Conditioning
-from edgeprune.stages import pipeline
+from edgeprune.stages import plan as plan_stage
 from edgeprune.stages.compress import compress
 from edgeprune.stages.modulation import MODULATION
 from edgeprune.stages.options import CompressOptions, DataOptions
@@ -318,7 +318,7 @@ def test_projected_by_default_where_little_may_stay(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measures the rank only if blocks alone would leave less than three quarters, or cannot meet the budget."""
-    monkeypatch.setattr(pipeline, "choose_rank", lambda *_: 16)
+    monkeypatch.setattr(plan_stage, "choose_rank", lambda *_: 16)
     config, family = read_config(source)
     count = family.block_count(config)
     scores = {((block, None),): [-float(block)] for block in range(count)}
@@ -340,7 +340,7 @@ def test_projected_by_default_where_little_may_stay(
         plan_rows(much, NEEDED)
     )
     assert make_plan(family, config, report, keep=0.6, protect_first=0, protect_last=0).modulation_rank is None
-    monkeypatch.setattr(pipeline, "is_projectable", lambda *_: False)
+    monkeypatch.setattr(plan_stage, "is_projectable", lambda *_: False)
     assert planned(keep=0.6).modulation_rank is None
 
 

@@ -59,10 +59,6 @@ class Estimator(Protocol):
             saved_bytes: bytes that autograd saves of one sample for a backward pass; 0 unless `backward`.
         """
 
-    @staticmethod
-    def held(stream_bytes: int, saved_bytes: int, per_score: int) -> int:  # TEMP alias
-        """Return `extra_bytes`."""
-
 
 def estimator_named(name: str, metric: str) -> type[Estimator]:
     """Return the class of an estimator.

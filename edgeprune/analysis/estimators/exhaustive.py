@@ -38,7 +38,5 @@ class Exhaustive:
         """Return 0: swaps need no further memory."""
         return 0
 
-    held = extra_bytes  # TEMP alias
-
 
 ESTIMATOR = Exhaustive

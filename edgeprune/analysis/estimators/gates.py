@@ -113,7 +113,5 @@ class Gates:
         """Return what autograd saves of one batch."""
         return saved_bytes * min(_BATCH, per_score)
 
-    held = extra_bytes  # TEMP alias
-
 
 ESTIMATOR = Gates

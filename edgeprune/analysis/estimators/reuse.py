@@ -89,7 +89,5 @@ class Reuse:
         """Return two blocks' outputs for every sample: those recorded, and those being recorded."""
         return 2 * stream_bytes * per_score
 
-    held = extra_bytes  # TEMP alias
-
 
 ESTIMATOR = Reuse
