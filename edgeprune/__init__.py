@@ -6,15 +6,14 @@ Each folder has one subject; CONTRIBUTING.md lists them.
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from edgeprune.common.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from edgeprune.artefact.loading import load
 
 __all__ = ["__version__", "load"]
-
-__version__ = version("edgeprune")
 
 
 def __getattr__(name: str) -> Any:

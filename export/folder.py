@@ -19,7 +19,6 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-from edgeprune import __version__
 from edgeprune.artefact.loading import quiet
 from edgeprune.artefact.manifest import MANIFEST
 from edgeprune.artefact.resolve import read_config
@@ -36,6 +35,7 @@ from edgeprune.common.files import (
     write_json,
 )
 from edgeprune.common.lock import hold
+from edgeprune.common.version import VERSION
 from edgeprune.export.unfinished import MARK, Unfinished, is_whole
 from edgeprune.families.encoders import EXPORTED, check_tokens, is_present, read_index, text_encoders, tokenizer_of
 from edgeprune.planning.remainder import stock_config
@@ -124,7 +124,7 @@ def _inputs(artefact: Path, target: str, options: Mapping[str, Any]) -> str:
     manifest = read_json(artefact / MANIFEST) if (artefact / MANIFEST).is_file() else {}
     return digest(
         {
-            "edgeprune": [__version__, SCHEMA_VERSION],
+            "edgeprune": [VERSION, SCHEMA_VERSION],
             "target": target,
             "options": dict(options),
             "tools": {name: metadata.version(name) for name in _TOOLS},

@@ -8,10 +8,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from edgeprune import __version__
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import real_number, shown, text, whole_number
 from edgeprune.common.files import check_schema, inside, read_json, sha256_file, write_json
+from edgeprune.common.version import VERSION
 from edgeprune.families import Config
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.residency.shards import MARK
@@ -84,7 +84,7 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write the manifest with the versions of the installed tools."""
         names = ("torch", "diffusers", "transformers", "nncf", "safetensors", "numpy")
-        self.tools = {"edgeprune": __version__} | {n: metadata.version(n) for n in names}
+        self.tools = {"edgeprune": VERSION} | {n: metadata.version(n) for n in names}
         write_json(folder / MANIFEST, asdict(self))
 
     def hash_files(self, folder: Path, entry: str) -> None:
