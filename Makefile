@@ -16,7 +16,7 @@ DEV_STAMP := $(VENV)/.stamp-dev
 OLDEST := build/matrix/oldest
 OLDEST_STAMP := $(OLDEST)/.stamp
 RUN := $(BIN)/edgeprune
-OLDEST_TESTS := artefact/test_surgery quantization/test_quantize stages/test_pipeline export/test_export runtimes/test_runtimes runtimes/test_scheduler export/test_t5
+OLDEST_TESTS := artefact/test_surgery quantization/test_quantize stages/test_compress stages/test_workspace stages/test_damage export/test_export runtimes/test_runtimes runtimes/test_scheduler export/test_t5
 CODE := edgeprune export runtimes targets tests
 
 .DEFAULT_GOAL := help

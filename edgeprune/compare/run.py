@@ -57,7 +57,7 @@ def held_out_prompts(builtin: bool, prompts: str | None, per_task: int) -> list[
 def forecast_grid(source: Path, grid: Grid, prompts: int, metric: str) -> dict[str, Any]:
     """Return what a grid costs, from configs alone: runs, training steps, lower bounds of time, bytes written.
 
-    stages/forecast.py describes the fields.
+    `forecast` in stages/compress.py describes the fields.
     """
     config, family = read_config(source)
     generation = Generation.load(source)

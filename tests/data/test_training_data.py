@@ -46,7 +46,7 @@ def test_distill_reads_a_cache_without_encoders_and_vae(pipe: Any, model: Path, 
     assert [line for line in said if "to compare with" in line] == [
         f"distill: {encoded} says what made it; no weights of text_encoder, text_encoder_2, vae here to compare with"
     ]
-    assert not {"pipe", "encoders"} & vars(opened_folders[1]).keys()
+    assert not {"pipe", "encoders"} & opened_folders[1].original.loaded.keys()
     # Moved, it is the same data.
     encoded.rename(tmp_path / "moved")
     assert not run_distill(opened_folders[1], options, DataOptions(str(tmp_path / "moved"), samples=7))
