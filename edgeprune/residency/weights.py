@@ -118,7 +118,7 @@ def header(path: Path) -> dict[str, tuple[Shape, str]]:
         raise InputError(f"{path}: found {len(tensors)} tensors, expected up to {_MOST_TENSORS}")
     for name, (shape, kind) in tensors.items():
         if len(shape) > _MOST_AXES or any(side > _LONGEST_AXIS for side in shape):
-            raise InputError(f"{path}: {shown(name)}: shape {shown(shape)} is too large for a model")
+            raise InputError(f"{path}: {shown(name)}: found shape {shown(shape)}, too large for a model")
         if kind not in _KINDS:
             raise InputError(f"{path}: {shown(name)}: found {kind}, expected one of {', '.join(_KINDS)}")
     return tensors
