@@ -113,14 +113,14 @@ def _fewest_blocks(baseline: Baseline, blocks: Blocks, size: ModelSize, budget: 
     """Return the smallest choice of a baseline that meets the budget, or the largest if none does."""
     most = min(len(blocks.removable), blocks.count - 1)
     for number in range(most):
-        removed = _whole(baseline.choose(blocks, number))
+        removed = _as_parts(baseline.choose(blocks, number))
         if budget.met(size.without(removed)):
             return removed
-    return _whole(baseline.choose(blocks, most))
+    return _as_parts(baseline.choose(blocks, most))
 
 
-def _whole(blocks: Sequence[int]) -> list[Key]:
-    """Return whole blocks as parts."""
+def _as_parts(blocks: Sequence[int]) -> list[Key]:
+    """Return blocks as parts: a part without a component is the block itself."""
     return [(block, None) for block in blocks]
 
 

@@ -368,7 +368,7 @@ def test_stock_diffusers_refuses(artefact: Path) -> None:
 
 
 def test_an_export_has_the_stock_config(artefact: Path, source: Path, tmp_path: Path) -> None:
-    """Optimum reads the config, and the exported network needs no class of ours."""
+    """Optimum reads the config, and the exported network needs no class of edgeprune."""
     pytest.importorskip("onnxruntime")
     from edgeprune.export import folder
 

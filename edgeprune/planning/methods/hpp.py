@@ -1,4 +1,4 @@
-"""HPP, the block pruning of HierarchicalPrune: removes the removable blocks that contribute least, whole."""
+"""HPP, the block pruning of HierarchicalPrune: removes the blocks that contribute least, among those that may go."""
 
 from __future__ import annotations
 
