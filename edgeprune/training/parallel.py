@@ -59,6 +59,9 @@ class Parallel:
         Args:
             accumulate: micro-batches per step in this process.
             size: samples per micro-batch.
+
+        Raises:
+            InputError: accelerate's config or the hardware does not support an option.
         """
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin

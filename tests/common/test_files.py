@@ -1,4 +1,4 @@
-"""Files on a full disk: one line that says what to do, no half-made file, and what was there untouched."""
+"""Files on a full disk: one line that says what to do, no incomplete file, and the old file untouched."""
 
 import ast
 import errno
@@ -71,13 +71,13 @@ def test_a_clock_that_was_set_makes_nothing_current_or_stale(tmp_path: Path, tim
     one = sha256_unless_known(path, known)
     os.utime(path, ns=(time_ns, time_ns))
     assert sha256_unless_known(path, known) == one
-    path.write_text("two")  # of the same size, and the time set back to the one that is noted
+    path.write_text("two")  # same size, and the modification time is set back to the recorded one
     os.utime(path, ns=(time_ns, time_ns))
     assert sha256_unless_known(path, known) != one
 
 
 def test_nothing_reads_the_clock_but_to_tell_people() -> None:
-    """Speeds, periods and time limits use the monotonic clock; what is current is told by digests."""
+    """Speeds, periods and time limits use the monotonic clock; digests decide what is up to date."""
     root, found = Path(__file__).parents[2], set()
     for path in (p for folder in ("edgeprune", "export", "runtimes", "targets") for p in (root / folder).rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -112,14 +112,14 @@ def test_what_a_killed_write_leaves_goes_with_the_next(tmp_path: Path, monkeypat
     from edgeprune.common import tensors
 
     def half(tensors: object, path: Path, metadata: object) -> None:
-        (path.parent / ".tmpA1b2C3").touch()  # as safetensors calls it while it writes
+        (path.parent / ".tmpA1b2C3").touch()  # safetensors names its temporary file like this
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(DiskError, match=r"a\.safetensors: disk full"):
         patch.setattr(tensors, "save_file", half)
         tensors.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
     assert not list(tmp_path.iterdir())
-    (tmp_path / "a.safetensors.partial").mkdir()  # killed, it cannot tidy up
+    (tmp_path / "a.safetensors.partial").mkdir()  # a killed process cannot clean up
     (tmp_path / "a.safetensors.partial" / ".tmpA1b2C3").touch()
     tensors.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]

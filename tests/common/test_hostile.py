@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: they lead nowhere, are of no absurd size, and do not move the terminal's cursor."""
+"""Hostile files: their paths stay in the folder, absurd sizes are refused, and the terminal's cursor stays put."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_external_data_stays_in_the_folder_and_in_the_file(tmp_path: Path) -> No
         tensor = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
         for key, value in (("location", location), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
-        # Deep down: in a subgraph of a node.
+        # Nested: in a subgraph of a node.
         inner = onnx.helper.make_graph([], "inner", [], [], [tensor])
         node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=inner)
         path = folder / "model.onnx"

@@ -23,7 +23,7 @@ from edgeprune.stages.workspace import Workspace
 
 @pytest.fixture
 def snapshot(tmp_path: Path) -> Path:
-    """A snapshot of two files, one of them in the store that repositories share."""
+    """Make a snapshot of two files, one of them in the store that repositories share."""
     repository = tmp_path / "models--me--m"
     for folder in (repository / "snapshots" / "1" / "vae", repository / "blobs", tmp_path / "blobs"):
         folder.mkdir(parents=True)
@@ -39,7 +39,7 @@ def snapshot(tmp_path: Path) -> Path:
 def test_links_into_the_stores_stay_inside(snapshot: Path, tmp_path: Path) -> None:
     check_links(snapshot)
     assert inside(snapshot, "config.json", "x") == tmp_path / "models--me--m" / "blobs" / "abc"
-    # a subfolder is asked too: an index names the shards beside it
+    # also from a subfolder, since an index names shards in its own folder
     assert inside(snapshot / "vae", "weights", "x") == tmp_path / "blobs" / "def"
 
 
@@ -75,9 +75,9 @@ def test_the_marker_is_the_librarys() -> None:
 
 @pytest.mark.parametrize("shared", [False, True], ids=["old", "new"])
 def test_a_hub_id_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
-    """Sharded, found by huggingface_hub itself, and compressed to files that are no links."""
+    """A sharded model, located by huggingface_hub itself, is compressed to files that are not symlinks."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # vendors' deprecations
+        warnings.simplefilter("ignore")  # deprecations in dependencies
         pipe = tiny_flux_pipeline(tmp_path / "made")
     (tmp_path / "made" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     pipe.transformer.half().save_pretrained(tmp_path / "made" / "transformer", max_shard_size="100KB")

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: who has it is said, and what a dead process held is free."""
+"""One run at a time in a folder: errors name the owner of a lock, and a dead process's lock is free."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Start = Callable[[Path], subprocess.Popen[str]]
 
 @pytest.fixture
 def other() -> Iterator[Start]:
-    """Starts a process that has a lock until it is ended."""
+    """Return a function that starts a process which holds a lock until it is killed."""
     code = """
         import sys
         from pathlib import Path
@@ -57,7 +57,7 @@ def test_what_a_killed_process_held_is_free(other: Start, tmp_path: Path) -> Non
     process = other(tmp_path / LOCK)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert json.loads((tmp_path / ".lock.json").read_text())["pid"] == process.pid  # of the dead
+    assert json.loads((tmp_path / ".lock.json").read_text())["pid"] == process.pid  # the dead process's
     held = hold(tmp_path / LOCK, tmp_path)
     assert json.loads((tmp_path / ".lock.json").read_text())["pid"] == os.getpid()
     del held
@@ -74,10 +74,10 @@ def test_a_process_shares_its_lock_with_itself(other: Start, tmp_path: Path) -> 
         done = subprocess.run([sys.executable, "-c", code, tmp_path / LOCK], capture_output=True, text=True)
         assert done.returncode == 1 and f"in use by process {os.getpid()} on" in done.stderr
         if not (child := os.fork()):
-            first._end()  # as when it is collected
+            first._end()  # as if it were garbage-collected
             os._exit(0)
         os.waitpid(child, 0)
-        assert (tmp_path / ".lock.json").exists()  # a child's end is not ours
+        assert (tmp_path / ".lock.json").exists()  # a child's exit does not release the lock
         del first
     other(tmp_path / LOCK)
 

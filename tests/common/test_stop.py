@@ -1,4 +1,4 @@
-"""What ends a run: SIGTERM stops at the next step, and every way out is one line and an exit code."""
+"""How a run ends: SIGTERM stops it after the current step, and every ending is one line and an exit code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgeprune.common import stop
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch names it."""
+    """An error with the name of torch's."""
 
 
 def test_stops_where_it_is_asked() -> None:
@@ -31,7 +31,7 @@ def test_stops_where_it_is_asked() -> None:
             done.append(part)
             if part == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGTERM)  # as impatient people do
+                os.kill(os.getpid(), signal.SIGTERM)  # a second signal changes nothing
                 assert stop.asked()
     assert done == [0, 1, 2] and not stop.asked() and signal.getsignal(signal.SIGTERM) is before
 

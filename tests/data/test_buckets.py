@@ -76,7 +76,7 @@ def samples(*sizes: tuple[int, int], count: int = 6) -> list[Samples]:
 
 
 def test_batches_of_one_size_are_drawn_as_they_always_were() -> None:
-    """In three shards or in one: evidence of trained models depends on the order."""
+    """Whether in three shards or in one; published results depend on the order of random draws."""
     cut = samples((8, 8), (8, 8), (8, 8))
     pairs, generator = Pairs(cut), torch.Generator().manual_seed(5)
     batch = pairs.batch(32, 0.3, generator)
@@ -107,6 +107,6 @@ def test_training_takes_latents_of_several_sizes(kind: str, tmp_path: Path) -> N
     sizes = ((8, 8), (6, 10), (10, 6))
     losses = run(tmp_path / "s", sizes, 6)
     assert len(losses) == 6 and all(map(math.isfinite, losses))
-    # Wide and high images have positions of their own: the same numbers in another shape are another image.
+    # Wide and high images have different positions: the same numbers in another shape are another image.
     wide, high = (run(tmp_path / f"{size}", (size,), 1) for size in sizes[1:])
     assert wide != high

@@ -50,7 +50,7 @@ def test_a_cache_holds_what_was_encoded_and_lists_the_rest(pipe: Any, model: Pat
 def test_threads_change_no_byte(
     pipe: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buckets: bool
 ) -> None:
-    monkeypatch.setattr(settings, "_ROUND", 16)  # more than one thread has ahead
+    monkeypatch.setattr(settings, "_ROUND", 16)  # more entries than one thread prepares ahead
     source = images(tmp_path / "images", MIXED, bad=(2,))
     for workers in (1, 7):
         cached(pipe, model, source, tmp_path / str(workers), workers=workers, buckets=buckets)
@@ -176,7 +176,7 @@ def test_prompts_are_drawn_by_the_model(model: Path, tmp_path: Path) -> None:
     assert [s.samples for s in made.index.shards] == [4, 2]
     assert {"transformer", "scheduler", "guidance_scale"} < made.index.settings.keys()
     first, second = (load_file(tmp_path / "out" / s.file)["latents.64x64"] for s in made.index.shards)
-    assert len({t.numpy().tobytes() for t in (*first, *second)}) == 6  # a seed of its own each
+    assert len({t.numpy().tobytes() for t in (*first, *second)}) == 6  # each image has its own seed
     with pytest.raises(InputError, match="--buckets: images that the model makes are of one size"):
         cached(whole, model, tmp_path / "prompts.txt", tmp_path / "out", buckets=True)
 

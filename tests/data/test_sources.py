@@ -1,4 +1,4 @@
-"""Layouts of training images: what each reads, what it skips and says, and what it refuses."""
+"""Layouts of training images: what each one reads, skips (with a reason) and refuses."""
 
 import io
 import json
@@ -21,7 +21,7 @@ def picture(colour: str = "red", size: tuple[int, int] = (12, 8)) -> bytes:
 
 
 def everything(given: Path | str) -> tuple[list[tuple[str, str]], list[str]]:
-    """(name, text) of what can be used; names of what was skipped."""
+    """Return (name, text) of the usable entries, and the names of the skipped ones."""
     layout = layout_of(str(given))
     assert layout is not None
     entries = list(layout.read(str(given)))
@@ -126,7 +126,7 @@ def test_huge_images_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 class FakeRows(list[dict[str, Any]]):
-    """What `datasets` gives, as far as it is asked."""
+    """A stand-in for the rows that `datasets` returns."""
 
     features: dict[str, Any]
 

@@ -30,10 +30,10 @@ def test_distill_reads_a_cache_without_encoders_and_vae(pipe: Any, model: Path, 
 
     def begun(out: Path) -> Workspace:
         ws = Workspace(out, str(mine))
-        # A removed norm needs the mean modulation input, which text encoders make.
+        # Removing a norm needs the mean modulation input, which text encoders compute.
         run_plan(ws, PlanOptions("manual", keep=None, components="2:norm,2:mlp", modulation_rank=None))
         run_prune(ws)
-        return Workspace(out, str(mine))  # with nothing loaded
+        return Workspace(out, str(mine))  # a new one, with nothing loaded
 
     folders = [tmp_path / "with", tmp_path / "without"]
     opened_folders = [begun(folder) for folder in folders]
@@ -47,7 +47,7 @@ def test_distill_reads_a_cache_without_encoders_and_vae(pipe: Any, model: Path, 
         f"distill: {encoded} says what made it; no weights of text_encoder, text_encoder_2, vae here to compare with"
     ]
     assert not {"pipe", "encoders"} & opened_folders[1].original.loaded.keys()
-    # Moved, it is the same data.
+    # After a move, it is still the same data.
     encoded.rename(tmp_path / "moved")
     assert not run_distill(opened_folders[1], options, DataOptions(str(tmp_path / "moved"), samples=7))
 

@@ -1,4 +1,4 @@
-"""GenEval's rules on hand-made detections with the verdict that each must get, and its prompts."""
+"""GenEval's rules on hand-made detections with their expected verdicts, and GenEval's prompts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from edgeprune.metrics.geneval_rules import Detection, Meaning, Wanted, parse, r
 
 
 def seen(name: str, score: float = 0.95, *, at: tuple[float, float] = (50, 50), size: float = 20) -> Detection:
-    """A square object around a point."""
+    """Return a detection of a square object centred on a point."""
     half = size / 2
     return Detection(name, score, (at[0] - half, at[1] - half, at[0] + half, at[1] + half))
 
 
 class Painted:
-    """Names the colours it was told, by class, in order; remembers what it was asked."""
+    """Returns given colours by class, in order, and records the calls."""
 
     def __init__(self, **colors: list[str]) -> None:
         self.colors, self.asked = colors, list[tuple[str, int]]()
@@ -44,8 +44,8 @@ def judged(prompt: str, *found: Detection, **colors: list[str]) -> bool:
         ([], False),
         ([seen("chair")], False),
         ([seen("bench", 0.31)], True),
-        ([seen("bench", 0.3)], False),  # above the threshold, not on it
-        ([seen("bench"), seen("bench"), seen("dog")], True),  # others do no harm
+        ([seen("bench", 0.3)], False),  # scores must exceed the threshold
+        ([seen("bench"), seen("bench"), seen("dog")], True),  # other objects do not matter
     ],
 )
 def test_single_object(found: list[Detection], right: bool) -> None:
@@ -72,7 +72,7 @@ def test_two_objects(found: list[Detection], right: bool) -> None:
         ([0.95, 0.95, 0.95], True),
         ([0.95, 0.95], False),
         ([0.95, 0.95, 0.95, 0.95], False),  # one too many
-        ([0.95, 0.95, 0.95, 0.89], True),  # which counts only above 0.9
+        ([0.95, 0.95, 0.95, 0.89], True),  # the fourth is not above 0.9
         ([0.95, 0.95, 0.9], False),
     ],
 )
@@ -85,7 +85,7 @@ def test_counting(scores: list[float], right: bool) -> None:
     [
         ([seen("car")], ["pink"], True),
         ([seen("car")], ["red"], False),
-        ([seen("car", 0.5), seen("car", 0.9)], ["pink", "red"], True),  # the surest alone is asked about
+        ([seen("car", 0.5), seen("car", 0.9)], ["pink", "red"], True),  # only the highest score is checked
         ([], [], False),
     ],
 )
@@ -167,14 +167,14 @@ def test_the_benchmark_s_own_prompts() -> None:
     assert Counter(p.meaning.task for p in prompts) == {
         "single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100,
     }  # fmt: skip
-    # The first of each task, as the benchmark's paper and repository show them.
+    # The first prompt of each task, as in the benchmark's paper and repository.
     assert [p.text for p in rules.evaluation_prompts(1)] == [
         "a photo of a bench", "a photo of a bench and a sports ball", "a photo of two clocks",
         "a photo of a blue fire hydrant", "a photo of a dog right of a teddy bear",
         "a photo of a purple wine glass and a black apple",
     ]  # fmt: skip
     text = "".join(f"{p.text}\n" for p in prompts)
-    # docs/metrics.md gives this, to compare a fetched file with.
+    # docs/metrics.md gives this hash so that readers can check a downloaded file.
     assert hashlib.sha256(text.encode()).hexdigest() == (
         "55b6e3650e980c13daf30569eb666e000faf19bfc2b7b4cbe999fcdb7aa9d680"
     )

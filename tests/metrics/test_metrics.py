@@ -1,4 +1,4 @@
-"""Metrics on tiny models with known answers. What they were compared with once is said at each constant."""
+"""Metrics on tiny models with known answers; a comment at each constant names the reference it came from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Image = NDArray[np.uint8]
 
 
 def pair(height: int = 96, width: int = 80) -> tuple[Image, Image]:
-    """Noise, and the same with some more."""
+    """Return random images, and the same images with added noise."""
     rng = np.random.default_rng(0)
     first = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     other = np.clip(first.astype(int) + rng.integers(-40, 40, first.shape), 0, 255).astype(np.uint8)
@@ -59,7 +59,7 @@ def test_ssim_is_scikit_image_s() -> None:
 
 @pytest.fixture(scope="module")
 def alexnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LPIPS weights from a seed, those of the last layers positive."""
+    """Make random LPIPS weights; those of the last layers are positive."""
     generator = torch.Generator().manual_seed(0)
     state = {}
     for name, shape in lpips_distance.shapes().items():
@@ -95,7 +95,7 @@ def test_lpips_refuses_other_weights(alexnet: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIP whose texts and images differ visibly, with the built-in model's tokenizer."""
+    """Make a random CLIP with the built-in model's tokenizer, whose embeddings differ clearly between inputs."""
     tokenizer = tiny_tokenizer()
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     small: dict[str, Any] = {
@@ -111,7 +111,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = CLIPModel(CLIPConfig(text_config=text | small, vision_config=vision | small, projection_dim=16)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1:  # biases would make all vectors alike
+            if parameter.ndim > 1:  # biases would make all vectors similar
                 parameter.normal_(std=0.3)
     folder = tmp_path_factory.mktemp("clip")
     model.save_pretrained(folder)
@@ -124,7 +124,7 @@ PROMPTS = ["a red circle", "two blue squares and a green star", "a circle " * 40
 
 
 def cosines(folder: Path, images: Sequence[Image]) -> list[float]:
-    """Of PROMPTS, by the whole model's own logits."""
+    """Return the scores of PROMPTS from the full model's own logits."""
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), tiny_tokenizer()
     tokens = tokenizer(PROMPTS, padding=True, truncation=True, max_length=16, return_tensors="pt")
     pixels = ImageProcessor.from_pretrained(folder)(images=list(images), return_tensors="pt")
@@ -140,7 +140,7 @@ def test_clip_score_is_the_models_cosine(clip_folder: Path) -> None:
     assert found == pytest.approx([max(0, 100 * v) for v in expected], abs=1e-3)
     signed = metrics.of_images("hpsv2", {"hpsv2": str(clip_folder)}).score(images, PROMPTS, None)
     assert signed == pytest.approx([100 * v for v in expected], abs=1e-3)
-    assert min(signed) < 0 < max(signed)  # or the test does not see that CLIPScore is never negative
+    assert min(signed) < 0 < max(signed)  # otherwise the test would not cover the clamp of CLIPScore
 
 
 def test_an_image_of_three_rows_is_an_image(clip_folder: Path) -> None:
@@ -164,7 +164,7 @@ def test_clip_takes_no_pickle_and_no_part(clip_folder: Path, tmp_path: Path) -> 
 
 
 def open_clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of a CLIP as open_clip 3.3's CLIP has them, whose outputs agreed with the converted model's to 5e-8."""
+    """Rename a CLIP's weights as in open_clip 3.3, whose outputs agreed with the converted model's to 5e-8."""
     out = {
         "logit_scale": state["logit_scale"],
         "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
@@ -226,7 +226,7 @@ def test_hps_never_runs_a_pickle_and_refuses_other_shapes(clip_folder: Path, tmp
 
 
 def save_detector(folder: Path, labels: Sequence[str]) -> Path:
-    """A random Mask2Former."""
+    """Make a random Mask2Former."""
     backbone = SwinConfig(
         image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
         out_features=["stage1", "stage2", "stage3", "stage4"],
@@ -259,7 +259,7 @@ def test_random_weights_see_nothing(judge: geneval.GenEval) -> None:
 
 
 class Outputs:
-    """Says of any image: a car in the upper left quarter, a bench in the lower right one, and a doubtful dog."""
+    """Returns for any image: a car in the upper left quarter, a bench in the lower right one, and an uncertain dog."""
 
     device = torch.device("cpu")
 
@@ -272,7 +272,7 @@ class Outputs:
 
 
 class Eyes:
-    """A CLIP that knows red from green: of crops by their pixels, of texts by their words."""
+    """A CLIP that distinguishes red from green, in crops by their pixels and in texts by their words."""
 
     def __init__(self) -> None:
         self.seen: list[Image] = []

@@ -1,4 +1,4 @@
-"""`edgeprune score`: drawing with resuming, pairing, intervals, and the command line on folders of images."""
+"""`edgeprune score`: generating with resuming, pairing, intervals, and the command line on folders of images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def image_folder(folder: Path, images: list[Any], texts: list[str], seeds: list[
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Shapes-world images: eight right ones, and the same of which the second and the last are blank."""
+    """Make shapes-world images: eight correct ones, and a copy in which the second and the last are blank."""
     root = tmp_path_factory.mktemp("worlds")
     prompts = [p for p in shapes.evaluation_prompts(4) if p.meaning.task in ("single_object", "colors")]
     texts = [p.text for p in prompts]
@@ -89,7 +89,7 @@ def test_own_prompts_are_checked_before_drawing(tmp_path: Path) -> None:
 
 
 class Artist:
-    """A runtime that paints the seed; may die after some batches."""
+    """A runtime whose images encode the seed; it can fail after some batches."""
 
     def __init__(self, batches: int = 99) -> None:
         self.left, self.drawn = batches, list[int]()
@@ -122,7 +122,7 @@ def test_a_killed_drawing_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         scoring.draw(model, out, wanted)
     with (out / "metadata.jsonl").open("a") as file:
-        file.write('{"file_name": "000')  # torn by the kill
+        file.write('{"file_name": "000')  # incomplete because of the kill
     monkeypatch.setattr(scoring.runtimes, "load", second)
     scoring.draw(model, out, wanted)
     assert (first.drawn, second.drawn) == (list(range(16)), list(range(16, 20)))

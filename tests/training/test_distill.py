@@ -22,7 +22,7 @@ from edgeprune.training.resume import Ema, load_state
 
 
 def saved(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """A training state without its optimizer's moments."""
+    """Read a training state: state dicts by name, and the meta."""
     with safe_open(path, framework="pt") as file:
         modules: dict[str, dict[str, torch.Tensor]] = {}
         for full in file.keys():  # noqa: SIM118
@@ -209,7 +209,7 @@ def test_training_on_rounded_weights_lowers_the_error_after_rounding(tmp_path: P
     inputs = (mixed, batch.hidden, batch.pooled, sigma * 1000)
 
     def error(group_size: int | None) -> float:
-        """Of the result's velocity once its weights are rounded as INT4 will."""
+        """Return the relative velocity error of the trained student after its weights are rounded to INT4."""
         _, _, fresh, plan, report, _ = setup()
         options = DistillOptions(
             steps=100, batch=16, rate=5e-4, schedule="cosine", sensitivity="off", freeze_prefix=False,

@@ -1,4 +1,4 @@
-"""The frozen prefix that teacher and student have in common is run once, and nothing else changes by it."""
+"""The frozen prefix that teacher and student share runs once, and the results do not change."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from edgeprune.training.recipe import DistillOptions
 
 
 def train(path: Path, kind: str, **options: Any) -> tuple[dict[str, torch.Tensor], list[float], list[int]]:
-    """Weights, losses, and how often each block of the student ran."""
+    """Return weights, losses, and how often each block of the student ran."""
     family, teacher, student, plan, report, pairs = setup(kind)
     runs = [0] * len(plan.kept)
 

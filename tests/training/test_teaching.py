@@ -1,4 +1,4 @@
-"""A teacher in less room teaches nearly the same, on the CPU the very same; activations are computed again or kept."""
+"""A teacher in lower precision gives nearly the same results, one on the CPU the same; checkpointed activations."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def test_less_room_and_nearly_the_same(kind: str, precision: str, error: float, 
     with torch.no_grad():
         found = velocity(teacher, latents, condition.to(latents), sigma, guidance).float()
     if (kind, precision) == ("flux", "bf16"):
-        error = 0.2  # it rounds the timestep itself, up to 1000
+        error = 0.2  # bf16 rounds the timestep itself, which goes up to 1000
     assert 0 < float((found - whole).norm() / whole.norm()) < error
     assert _bytes(teacher) < share * size
 
