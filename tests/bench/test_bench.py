@@ -89,7 +89,9 @@ def test_what_is_written_is_read_again(result: BenchResult, tmp_path: Path) -> N
         ({"machine": {}}, "machine: found {}, expected cpu and cores"),
     ],
 )
-def test_a_file_that_is_no_bench(change: dict[str, Any], said: str, result: BenchResult, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_bench_is_refused(
+    change: dict[str, Any], said: str, result: BenchResult, tmp_path: Path
+) -> None:
     path = tmp_path / "bench.json"
     write_json(path, to_json(result) | change)
     with pytest.raises(InputError, match=f"bench.json: {said}"):
@@ -209,14 +211,14 @@ def test_two_variants_for_real(tiny_folders: tuple[Path, Path]) -> None:
     assert (first.runtime, first.precision, other.runtime) == ("eager", "fp32", "ort")
     for m in found.variants:
         assert len(m.steps_s) == 3 and m.images_s
-        # Weights of a few kB are within what the system counts in.
+        # Weights of a few kB are smaller than the units of the system's counters.
         small = ("weights_bytes", "activations_bytes")
         assert all(v is not None and v > 0 for k, v in m.values.items() if k not in small)
         parts = [m.values[k] or 0 for k in ("runtime_overhead_bytes", "weights_bytes", "activations_bytes")]
         assert sum(parts) >= (m.values["peak_bytes"] or 0)
         assert m.provider_why and set(m.how) >= {"peak_bytes", "runtime_overhead_bytes", "weights_bytes"}
         assert m.quality is not None and m.quality.images == 7
-    # ONNX Runtime's process carries no torch.
+    # ONNX Runtime's process loads no torch.
     ratio = found.comparisons["exported"].ratios["runtime_overhead_ratio"]
     assert ratio is not None and ratio < 0.6
     psnr = found.comparisons["exported"].psnr_db

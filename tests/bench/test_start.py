@@ -10,7 +10,7 @@ from edgeprune.bench import start
 
 
 class Machine:
-    """Runs commands in the seconds given for each, one number per run, and has the clock that shows it."""
+    """Pretends to run commands: each run moves the clock by the next number of seconds for that command."""
 
     def __init__(self, seconds: dict[str, list[float]]) -> None:
         self.seconds = {name: iter(values) for name, values in seconds.items()}

@@ -1,4 +1,4 @@
-"""The built-in teacher: complete, small, loaded by stock diffusers, and drawing what it is asked for."""
+"""The built-in teacher: complete, small, loaded by stock diffusers, and drawing what the prompt asks for."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_it_is_a_real_mmdit(pipe) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_stock_diffusers_draws_better_than_chance(pipe) -> None:  # type: ignore[no-untyped-def]
-    """A check that the weights are whole, not the score: that is in the model card."""
+    """Check that the weights are intact; the model card has the score."""
     import torch
 
     generation = Generation.load(BUILTIN)
@@ -53,7 +53,7 @@ def test_card_says_how_and_what() -> None:
 
 
 def test_the_tokenizer_is_the_same_from_run_to_run(tmp_path: Path) -> None:
-    """Going on from a checkpoint with other token numbers would scramble the text encoders."""
+    """Resuming a checkpoint with other token numbers would scramble the text encoders."""
     from edgeprune.demo.train import make_tokenizer
 
     first, second = (make_tokenizer(tmp_path / name).get_vocab() for name in "ab")

@@ -1,6 +1,6 @@
 """The user study in a real browser (Debian's chromium, headless): run with `make check-browser`.
 
-What counts in the end is the database, so every walk ends by reading it.
+The database decides, so every walk ends by reading it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def browser() -> Iterator[Any]:
 
     path = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
-        # Without a path playwright takes its own, where `playwright install chromium` was run.
+        # Without a path, playwright takes the browser that `playwright install chromium` installed.
         opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield opened
         opened.close()
@@ -38,7 +38,7 @@ def browser() -> Iterator[Any]:
 
 @contextmanager
 def rater(browser: Any, server: StudyServer, **options: Any) -> Iterator[Any]:
-    """A page of a new browser profile, at the study's beginning; what it complains of fails the test."""
+    """Open the study's first page in a new browser profile; errors on the page fail the test."""
     context = browser.new_context(**options)
     page = context.new_page()
     page.set_default_timeout(20_000)
@@ -48,7 +48,7 @@ def rater(browser: Any, server: StudyServer, **options: Any) -> Iterator[Any]:
     page.goto(server.address)
     try:
         yield page
-        # What the browser itself says of a connection that the test took away.
+        # The browser itself reports connections that the test took away.
         assert [c for c in complaints if "ERR_INTERNET_DISCONNECTED" not in c and "ERR_CONNECTION" not in c] == []
     finally:
         context.close()
@@ -60,7 +60,7 @@ def begin(page: Any) -> None:
 
 
 def answer(page: Any, *, keys: str = "34") -> None:
-    """One trial by keyboard, attention checks as they ask."""
+    """Answer one trial by keyboard, an attention check as it asks."""
     page.wait_for_selector(SHOWN)
     if page.locator("#text.asked").count():
         digit = page.inner_text("#text").split("“")[1][0]
@@ -136,7 +136,7 @@ def test_pairs_by_arrows(browser: Any, tmp_path: Path) -> None:
         assert [(a.quality, a.alignment) for a in server.store.answers()] == [(-1, 1), (0, -1), (1, -1)]
 
 
-def test_a_reload_in_the_middle_goes_on(browser: Any, server: StudyServer) -> None:
+def test_a_reload_in_the_middle_continues(browser: Any, server: StudyServer) -> None:
     with rater(browser, server) as page:
         begin(page)
         for _ in range(3):
@@ -171,7 +171,7 @@ def test_a_double_click_answers_once(browser: Any, server: StudyServer) -> None:
         for key in ("2", "2", "Enter", "Enter", "Enter"):
             page.keyboard.press(key)
         page.wait_for_selector(SHOWN)
-        page.keyboard.press("2")  # one question alone is no answer
+        page.keyboard.press("2")  # one question alone does not answer the trial
         page.keyboard.press("Enter")
         assert count(page) == "5 of 7"
         page.wait_for_selector("#saved:has-text('Saved')")
@@ -185,7 +185,7 @@ def test_backspace_takes_back_and_zoom_opens_and_closes(browser: Any, server: St
         for key in ("1", "Backspace", "5", "4", "z"):
             page.keyboard.press(key)
         assert page.locator("#zoom").is_visible()
-        page.keyboard.press("1")  # no answer while it is open
+        page.keyboard.press("1")  # does not answer while it is open
         page.click("#zoom")
         page.click("#images button")
         page.click("#zoom")
@@ -231,7 +231,7 @@ def test_an_answer_outlives_a_closed_page(browser: Any, server: StudyServer) -> 
 
 
 def test_a_reply_that_was_lost_does_not_answer_twice(browser: Any, server: StudyServer) -> None:
-    """The server has the answer, the page does not know: it sends it again."""
+    """The server has the answer but the page does not know, so it sends the answer again."""
     lost: Counter[str] = Counter()
 
     def lose(route: Any) -> None:
@@ -253,7 +253,7 @@ def test_a_reply_that_was_lost_does_not_answer_twice(browser: Any, server: Study
 
 @contextmanager
 def command(folder: Path, port: int) -> Iterator[str]:
-    """`edgeprune study serve` as a process of its own, killed at the end; gives its address."""
+    """Run `edgeprune study serve` in a new process, kill it at the end; yields its address."""
     arguments = ["-m", "edgeprune.cli", "study", "serve", str(folder), "--port", str(port)]
     process = subprocess.Popen([sys.executable, *arguments], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -348,7 +348,7 @@ def test_two_people_on_one_computer(browser: Any, server: StudyServer) -> None:
     assert stored(server) == [(0, 0), (1, 0)]
 
 
-def test_only_the_whole_link_opens_a_study_with_a_token(browser: Any, tmp_path: Path) -> None:
+def test_only_the_complete_link_opens_a_study_with_a_token(browser: Any, tmp_path: Path) -> None:
     folder = tiny_study(tmp_path, prompts=1, size=300, checks=0)
     with served(folder, host="0.0.0.0", token="long-secret") as server:
         port = server.server_address[1]
@@ -364,7 +364,7 @@ def test_only_the_whole_link_opens_a_study_with_a_token(browser: Any, tmp_path: 
         page.context.close()
 
 
-def test_a_link_that_nobody_has_is_told(browser: Any, server: StudyServer) -> None:
+def test_an_unknown_link_is_reported(browser: Any, server: StudyServer) -> None:
     page = browser.new_context().new_page()
     page.goto(f"{server.address}r/nobody")
     page.wait_for_selector("#end-what:has-text('does not know this link')")

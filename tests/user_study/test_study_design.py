@@ -82,7 +82,7 @@ def test_order_is_balanced_random_and_repeatable() -> None:
         again += sum(a.prompt == b.prompt for a, b in itertools.pairwise(mine))
         assert mine == trials(study, rater)
     assert len(set(places.values())) == 1
-    assert again <= 0.01 * 40 * 31  # only at a rater's end, where nothing else may be left; by chance it were 10 %
+    assert again <= 0.01 * 40 * 31  # only at a rater's end, where nothing else may be left; by chance it would be 10 %
     assert [t.prompt for t in trials(study, 0)] != [t.prompt for t in trials(study, 4)]
 
 

@@ -34,7 +34,7 @@ def test_mos_with_known_answers(tmp_path: Path) -> None:
         if trial.asked is not None:
             return (trial.asked, trial.asked) if rater < 8 else (trial.asked, 6 - trial.asked or 1)
         if rater >= 8:
-            return 1, 1  # would pull all down, were it counted
+            return 1, 1  # would lower every score if it counted
         return 5 - trial.shown[0] - (rater + trial.prompt) % 2, 3
 
     answer_all(folder, 9, reply)

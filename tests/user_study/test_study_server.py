@@ -77,7 +77,7 @@ def test_an_answer_is_on_disk_before_the_reply_and_outlives_the_server(tmp_path:
         token = join(server)
         before = get(server, f"/api/r/{token}")
         post(server, f"/api/r/{token}/answers", {"trial": 3, **ANSWER})
-        other = sqlite3.connect(folder / "answers.sqlite")  # as if this one were killed now
+        other = sqlite3.connect(folder / "answers.sqlite")  # as if the server were killed now
         assert other.execute("SELECT rater, trial, quality, alignment, seconds FROM answers").fetchall() == [
             (0, 3, 4, 2, 1.5)
         ]
@@ -213,7 +213,7 @@ def test_an_answer_off_the_scale_is_refused(change: dict[str, Any], status: int,
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"[" * 3000, b"\xff"])
-def test_a_body_that_is_no_object_is_refused(body: bytes, open_study: Any) -> None:
+def test_a_body_that_is_not_an_object_is_refused(body: bytes, open_study: Any) -> None:
     server, token = open_study
     assert request(server, "POST", f"/api/r/{token}/answers", body)[0] == 400
 

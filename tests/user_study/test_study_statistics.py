@@ -31,7 +31,7 @@ def test_paired_test_and_holm() -> None:
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ratings with effects of raters, prompts and both, a mean of 3: about 95 of 100 intervals have it."""
+    """Ratings with effects of raters, prompts and both, a mean of 3: about 95 of 100 intervals contain it."""
     pytest.importorskip("scipy")
     from edgeprune.user_study import statistics
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from edgeprune.analysis.contribution import ContributionReport
-from edgeprune.experiments import modulation
 from edgeprune.experiments.modulation.errors import ERRORS, ranks, seen
 from edgeprune.experiments.modulation.plot import plot
 from edgeprune.experiments.modulation.sizes import judge_variant, judged, measure_variant, variants
@@ -44,7 +43,7 @@ def run(study: Study) -> None:
 
 def main() -> None:
     """Read the command line, run the study and write its tables and plot."""
-    parser = argparse.ArgumentParser(prog="python -m edgeprune.experiments.modulation", description=modulation.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m edgeprune.experiments.modulation", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, default=Path("build/modulation"))
     parser.add_argument("--per-task", type=int, default=10, help="held-out captions of each of the seven tasks")
     parser.add_argument("--steps", type=int, default=200, help="training steps of each distillation")
