@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, plans without weights, and one line for every bad input."""
+"""The command line as a user sees it: help, plans without weights, and one line for every bad input."""
 
 import json
 import subprocess

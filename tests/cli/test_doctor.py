@@ -1,4 +1,4 @@
-"""doctor: what it says is so, from package names alone."""
+"""`edgeprune doctor`: what it finds from package names alone."""
 
 import importlib.util
 import json
@@ -36,7 +36,7 @@ def test_hardware_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_two_onnx_runtimes_are_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """doctor, generate and bench say it; the last two where ONNX Runtime is what they will use."""
+    """doctor reports it; generate and bench do so where they use ONNX Runtime."""
     here = {"onnxruntime"}
 
     def version(name: str) -> str:
