@@ -1,4 +1,4 @@
-# Each target sets up .venv by itself; the stamp file makes that happen again when the dependencies change.
+# Each target sets up .venv. The stamp file triggers another setup when the dependencies change.
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -24,14 +24,14 @@ CODE := edgeprune export runtimes targets tests
 
 help:
 	@echo "make demo    compress, export and bench the built-in model"
-	@echo "make bench   only the bench, on what make demo left"
+	@echo "make bench   only the bench, on the export that make demo wrote; fails if edgeprune --help takes over 0.5 s"
 	@echo "make bench-full   the table of docs/full-size.md: an hour and a half, 70 GB of disk"
 	@echo "make evidence     the tables of docs/evidence.md: methods compared on the built-in model, an hour or two"
 	@echo "make test    run the tests"
 	@echo "make test-hard   damaged and hostile files, more than 100,000 of them"
 	@echo "make check   format, lint, types, tests with coverage"
 	@echo "make check-matrix   stock diffusers and optimum, on the oldest and the newest versions"
-	@echo "make check-browser   a real browser walks through the user study; needs chromium"
+	@echo "make check-browser   the user study in a real browser; needs chromium"
 	@echo "make clean   remove build/ and $(VENV)"
 
 setup: $(DEV_STAMP)
@@ -53,7 +53,7 @@ $(DEV_STAMP): $(STAMP)
 demo: $(STAMP)
 	@$(RUN) compress -o $(DEMO)/compressed $(DEMO_FLAGS)
 	@$(RUN) export $(DEMO)/compressed --target onnx -o $(DEMO)/onnx
-	@$(MAKE) --no-print-directory bench
+	@$(MAKE) --no-print-directory bench START_FLAGS=
 	@$(RUN) report -o $(DEMO)/compressed --bench $(DEMO)/bench.json
 	@echo "next: open $(DEMO)/compressed/report.html, or: $(RUN) generate \"two red circles\" --model $(DEMO)/onnx -o out.png"
 
@@ -61,11 +61,11 @@ bench: $(STAMP)
 	@$(RUN) bench $(DEMO)/onnx --runtime ort $(BENCH_FLAGS) --json $(DEMO)/bench.json
 	@$(BIN)/python -m edgeprune.bench.start $(START_FLAGS)
 
-# Full-size models: an hour and a half, 70 GB of disk. Killed, it goes on.
+# Full-size models: an hour and a half, 70 GB of disk. Run it again after an interruption and it resumes.
 bench-full: $(DEV_STAMP)
 	@$(BIN)/python -m edgeprune.experiments.full_size --out build/full-size --write docs/full-size.md
 
-# Two grids of trainings. Killed, it goes on.
+# Two grids of training runs. Run it again after an interruption and it resumes.
 evidence: $(STAMP)
 	@$(BIN)/python -m edgeprune.experiments.evidence --out build/compare --write docs/evidence.md
 
@@ -73,7 +73,7 @@ test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 	@echo "next: make check (format, lint, types, coverage), or make demo"
 
-# Everything in tests/hard, one after the other; then the fuzzer that sees which code an input reaches, where it installs.
+# Everything in tests/hard, one test at a time; then the coverage-guided fuzzer, where it can be installed.
 test-hard: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q -m hard tests/hard
 	@if $(BIN)/python $(pip) 'atheris>=2.3'; then $(BIN)/python tests/hard/guided.py; else echo "atheris: no wheel for this system"; fi
@@ -90,7 +90,7 @@ types: $(DEV_STAMP)
 
 check: lint types
 	@$(BIN)/python -m pytest -q --cov --cov-report=term $(PYTEST_FLAGS)
-	@echo "next: commit; .ci/run does the same, but coverage, on a clean clone"
+	@echo "next: commit; .ci/run does the same without coverage"
 
 $(OLDEST_STAMP): pyproject.toml tests/matrix/oldest.txt
 	@echo "setting up $(OLDEST) (a minute or two) ..."
@@ -98,14 +98,14 @@ $(OLDEST_STAMP): pyproject.toml tests/matrix/oldest.txt
 	@$(OLDEST)/bin/python $(pip) -c tests/matrix/oldest.txt -e '.[compress,optimum]' hypothesis pytest pytest-xdist
 	@touch $@
 
-# Newest: the usual environment. Oldest: also where optimum lives, and where the tests of what touches diffusers and
-# transformers run once more.
+# The newest versions are those of the usual environment. The oldest environment also has optimum; the tests that touch
+# diffusers and transformers run there as well.
 check-matrix: $(DEV_STAMP) $(OLDEST_STAMP)
 	@$(OLDEST)/bin/python -m pytest -m clients tests/matrix
 	@$(BIN)/python -m pytest -m clients tests/matrix/test_diffusers.py
 	@$(OLDEST)/bin/python -m pytest -q $(PYTEST_FLAGS) $(OLDEST_TESTS:%=tests/%.py)
 
-# The system's chromium, or what `playwright install chromium` left.
+# Uses the system's chromium, or the one that `playwright install chromium` installed.
 check-browser: $(DEV_STAMP)
 	@$(BIN)/python $(pip) 'playwright>=1.49'
 	@$(BIN)/python -m pytest -q -m browser tests/user_study/test_study_browser.py
