@@ -1,4 +1,4 @@
-"""A tiny teacher, a student of it, their plan, scores and data: what the tests of training share."""
+"""A tiny teacher, its pruned student, plan, scores and data: shared by the tests of training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgeprune.planning.plan import PrunePlan
 
 
 def setup(kind: str = "sd3") -> tuple[Any, Any, Any, PrunePlan, ContributionReport, Pairs]:
-    """Five blocks, the third of them pruned: of FLUX the first single one."""
+    """Return models with five blocks of which the third is pruned; for FLUX that is the first single block."""
     teacher = tiny_transformer(num_layers=5) if kind == "sd3" else KINDS[kind]()
     config = config_of(teacher)
     family = family_of(config)

@@ -1,4 +1,4 @@
-"""What several processes compute, for test_processes.py: run by each of them, with what one process has computed.
+"""The work of each process in test_processes.py, which compares it with the work of a single process.
 
 RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=1 python ranks.py FOLDER NAME ...
 """
@@ -37,11 +37,11 @@ STEPS = 4
 
 
 class Killed(Exception):
-    """In the place of a kill."""
+    """Stands in for a kill."""
 
 
 class Spoilt(Exception):
-    """Training has ended by a gradient that was not finite."""
+    """Training ended because a gradient was not finite."""
 
 
 def train(
@@ -54,7 +54,7 @@ def train(
     offload: bool = False,
     **options: Any,
 ) -> None:
-    """Distil the tiny model of test_distill; loss and weights go to NAME.json and NAME.safetensors.
+    """Distil the tiny model of test_distill; write losses and weights to NAME.json and NAME.safetensors.
 
     Gradients are not finite after step `spoil`.
     """
@@ -75,7 +75,7 @@ def train(
         averages, trained = modules["ema"].values(), modules["student"].values()
         sizes["moments_bytes"] = sum(local(t).nbytes for t in moments)
         sizes["average_bytes"] = sum(local(t).nbytes for t in averages)
-        sizes["gradients_bytes"] = sum(local(t).nbytes for t in trained)  # one of each
+        sizes["gradients_bytes"] = sum(local(t).nbytes for t in trained)  # one gradient per weight
         sizes["student_bytes"] = sum(local(shard_of(t)).nbytes for t in (*student.parameters(), *student.buffers()))
         sizes["teacher_bytes"] = sum(local(shard_of(t)).nbytes for t in (*teacher.parameters(), *teacher.buffers()))
         save_state(path, modules, optimizer, meta)
@@ -119,12 +119,12 @@ FSDP2 = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
-"""As `accelerate launch` sets it by a config."""
+"""The environment that `accelerate launch` sets for a launch config with FSDP2."""
 
 
 def zero(folder: Path, stage: str) -> None:
-    """By DeepSpeed's ZeRO-2 or 3."""
-    # By default ZeRO-3 leaves what is as small as these models whole.
+    """Train with DeepSpeed's ZeRO-2 or 3."""
+    # By default ZeRO-3 does not shard parameters as small as these.
     small = {"stage": int(stage), "stage3_param_persistence_threshold": 0}
 
     def run(name: str, zero: dict[str, Any] | None = None, **options: Any) -> None:
@@ -139,7 +139,7 @@ def zero(folder: Path, stage: str) -> None:
     if processes.is_main():
         shutil.copy(folder / f"zero{stage}_resumed.state", folder / f"zero{stage}_left.state")
     run("resumed")
-    run("taken_over")  # of a state that one process left
+    run("taken_over")  # from a state that one process saved
     run("accumulated_prefix", accumulate=2, int4_group_size=None)
     run("int8", teacher_precision="int8", gradient_checkpointing=True)
     on_cpu = {"offload_optimizer": {"device": "cpu"}} | ({"offload_param": {"device": "cpu"}} if stage == "3" else {})
@@ -159,7 +159,7 @@ def main(folder: Path) -> None:
     train(folder, "fresh_blocks", sensitivity="binary", freeze_prefix=False)
     train(folder, "resumed", until=3)
     train(folder, "resumed")
-    train(folder, "taken_over")  # of a state that one process left
+    train(folder, "taken_over")  # from a state that one process saved
     os.environ |= FSDP2
     AcceleratorState._reset_state()
     train(folder, "sharded")
@@ -173,7 +173,7 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if len(sys.argv) > 2:  # DeepSpeed warns of much that is its own
+    if len(sys.argv) > 2:  # DeepSpeed raises many warnings of its own
         zero(Path(sys.argv[1]), sys.argv[2])
     else:
         warnings.simplefilter("error")

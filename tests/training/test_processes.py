@@ -31,7 +31,7 @@ HERE = Path(__file__).parents[1]
 
 
 def run(count: int, *arguments: str) -> None:
-    """tests/ranks.py in so many processes."""
+    """Run tests/ranks.py in `count` processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -50,7 +50,7 @@ def run(count: int, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process and two have computed."""
+    """Return a folder with the results of one process and of two."""
     out = tmp_path_factory.mktemp("ranks")
     ranks.train(out, "one")
     ranks.train(out, "one_prefix", int4_group_size=None)
@@ -91,7 +91,7 @@ def check_same(folder: Path, name: str, alone: str) -> None:
     assert losses == pytest.approx(expected, abs=1e-4, rel=1e-4)
     weights, whole = (load_file(folder / f"{n}.safetensors") for n in (name, alone))
     assert weights.keys() == whole.keys()
-    # Adam divides by the gradient's size, so that what rounding leaves of a tiny one may move a weight by a step.
+    # Adam divides by the gradient's size, so a rounding error of a tiny gradient can move a weight by a whole step.
     far = {n: float((weights[n] - whole[n]).abs().max()) for n in whole}
     assert max(far.values()) < 1e-3, max(far.items(), key=lambda item: item[1])
     moved = torch.cat([(weights[n] - whole[n]).flatten() for n in whole]).norm()
@@ -100,7 +100,7 @@ def check_same(folder: Path, name: str, alone: str) -> None:
 
 @pytest.fixture(scope="module", params=["2", "3"])
 def zero(folder: Path, request: pytest.FixtureRequest) -> str:
-    """A stage of DeepSpeed's ZeRO by which two processes have computed."""
+    """Train in two processes with a stage of DeepSpeed's ZeRO, and return the stage."""
     if absent("deepspeed"):
         pytest.skip("deepspeed is not installed")
     stage = str(request.param)
@@ -129,8 +129,8 @@ def test_one_process_takes_over_from_zero(folder: Path, zero: str) -> None:
 
 
 def test_zero_computes_in_bf16_with_weights_in_float32(folder: Path, zero: str) -> None:
-    """Losses within what bf16 rounds off, as where ZeRO-3 adds biases. INT4 of weights gathered in bf16 is 6 % off."""
-    AcceleratorState._reset_state()  # one process has one precision
+    """Losses differ by bf16 rounding only. INT4 of weights gathered in bf16 would be 6 % off."""
+    AcceleratorState._reset_state()  # accelerate allows one precision per process
     ranks.train(folder, "one_bf16", mixed_precision="bf16")
     AcceleratorState._reset_state()
     losses, expected = (json.loads((folder / f"{n}.json").read_text()) for n in (f"zero{zero}_bf16", "one_bf16"))
@@ -138,7 +138,7 @@ def test_zero_computes_in_bf16_with_weights_in_float32(folder: Path, zero: str) 
 
 
 def test_zero_cuts_up_what_it_says(folder: Path, zero: str) -> None:
-    """Two processes hold half of the moments each, by ZeRO-3 of the weights of both models and of the average too."""
+    """Two processes hold half of the moments each; with ZeRO-3 also of both models' weights, gradients and average."""
     whole, part = (json.loads((folder / f"{n}.held.json").read_text()) for n in ("one", f"zero{zero}_resumed"))
     halved = {key for key in whole if part[key] < 0.6 * whole[key]}
     shared = {"student_bytes", "teacher_bytes", "average_bytes", "gradients_bytes"}
@@ -210,7 +210,7 @@ def test_what_a_process_holds_is_as_forecast(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_as_forecast(checkpointing: bool) -> None:
-    """Of a real pass: what autograd keeps, and with checkpoints the most that is kept at a time is less."""
+    """Compare with what autograd saves in a real pass; with checkpointing, less is saved at a time."""
     family, _, student, plan, report, _ = setup()
     config = config_of(tiny_transformer(num_layers=5))
     options = DistillOptions(batch=2, int4_group_size=None, gradient_checkpointing=checkpointing)
