@@ -137,7 +137,7 @@ def _problem(
         limit=budget.limit,
         blocks=size.blocks,
         parameters=lambda removed: size.without(removed).parameters,
-        threshold=threshold,
+        block_floor=(1 - threshold) * size.original.parameters,
     )
 
 

@@ -40,7 +40,7 @@ def problem(seed: int, *, metric: str = "m", limit: float = 9.0) -> tuple[Proble
     joint = {group([PARTS[i], PARTS[j]]): loss([PARTS[i], PARTS[j]]) for i, j in both}
     losses = {part: loss([part]) for part in PARTS}
     made = Problem(
-        metric=metric, losses=losses, joint=joint, left=left, limit=limit, blocks=8, parameters=left, threshold=0.15
+        metric=metric, losses=losses, joint=joint, left=left, limit=limit, blocks=8, parameters=left, block_floor=0.0
     )
     return made, loss
 

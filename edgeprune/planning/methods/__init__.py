@@ -49,8 +49,8 @@ class Problem:
     """Number of blocks in the model. At least one must stay."""
     parameters: Callable[[list[Key]], float]
     """Number of parameters without these parts."""
-    threshold: float
-    """Share of the parameters that `hybrid` removes as whole blocks before it removes components."""
+    block_floor: float
+    """`hybrid` removes no whole block that would leave fewer parameters than this; it removes components instead."""
 
     def cost(self, loss: float) -> float:
         """Return a loss on the scale on which losses add up; a gain stays negative.

@@ -11,8 +11,8 @@ from edgeprune.planning.methods.hpp import least_contributing_blocks
 
 
 def choose(problem: Problem) -> list[Key]:
-    """Remove blocks until the threshold, then components, until the budget is met."""
-    blocks = least_contributing_blocks(problem, (1 - problem.threshold) * problem.parameters([]))
+    """Remove blocks down to the floor, then components, until the budget is met."""
+    blocks = least_contributing_blocks(problem, problem.block_floor)
     return [*blocks, *_components(problem, blocks)]
 
 
