@@ -304,7 +304,7 @@ def test_core_ml_converts_no_network_twice(
         (path / "model.mlpackage").write_text(name)
         return {"max_relative": 0.5}
 
-    monkeypatch.setattr(to_coreml, "_network", network)
+    monkeypatch.setattr(to_coreml, "convert_network", network)
 
     def export(artefact: Path, to: Path, progress: Any = lambda *_: None) -> dict[str, Any]:
         return to_coreml.export(artefact, to, device=device, progress=progress)
