@@ -161,7 +161,7 @@ def with_overhead(rows: dict[str, Reading], peak: int, how: str, counted: int, o
         overhead["runtime_overhead_bytes"] = Reading(overhead_bytes, overhead_how, "gpu")
         peak, how = peak + overhead_bytes, f"{how}; and runtime overhead"
     else:
-        how += "; without runtime overhead, which NVML does not tell here"
+        how += "; without runtime overhead, which NVML does not report here"
     return rows | overhead | total | {"peak_bytes": Reading(peak, how, "gpu")}
 
 

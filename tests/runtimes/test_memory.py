@@ -182,7 +182,7 @@ def test_rows_of_a_gpu_come_from_the_allocator_and_nvml(monkeypatch: pytest.Monk
     monkeypatch.setattr(gpu, "nvml_row", dict)
     rows = eager.cuda_rows(cuda, 600)
     assert {n: r.bytes for n, r in rows.items()} == {"peak_bytes": 900, "weights_bytes": 600, "activations_bytes": 300}
-    assert "NVML does not tell" in rows["peak_bytes"].how and {r.place for r in rows.values()} == {"gpu"}
+    assert "NVML does not report" in rows["peak_bytes"].how and {r.place for r in rows.values()} == {"gpu"}
     monkeypatch.setattr(gpu, "nvml_row", lambda: {"gpu_process_bytes": memory.Reading(1000, "NVML", "gpu")})
     rows = eager.cuda_rows(cuda, 600)
     assert (rows["runtime_overhead_bytes"].bytes, rows["peak_bytes"].bytes) == (150, 1050)
