@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.artefact.loading import load, quiet
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.runtimes.base import Array, Settings
@@ -24,6 +23,7 @@ from edgeprune.runtimes.memory import Meter, Reading
 with needs("compress"):
     import torch
 
+    from edgeprune.artefact.loading import load, quiet
     from edgeprune.families import family_of_model
     from edgeprune.sampling.denoising import Conditioning, velocity
 

@@ -54,4 +54,4 @@ def _weight_count(path: Path) -> int:
         with safe_open(path, "numpy") as file:
             return sum(int(np.prod(file.get_slice(key).get_shape(), dtype=np.int64)) for key in file.keys())  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: found {error}, expected a whole safetensors file") from None
+        raise InputError(f"{path}: not a complete safetensors file ({error})") from None

@@ -1,7 +1,8 @@
 """The command line: the app, its commands in panels, and the end of every run.
 
 Each command is the module of its name, which imports heavy packages inside its function, so that `edgeprune --help` is
-instant. Errors become one line on stderr and an exit code (common/errors.py); Python warnings become one line each.
+instant. Errors become one line on stderr and an exit code (common/errors.py), Python warnings one line each. Typer
+itself refuses unknown options and choices.
 """
 
 from __future__ import annotations
@@ -101,11 +102,11 @@ def main() -> None:
     except EdgepruneError as error:
         screen.fail(str(error), error.exit_code)
     except stop.Stopped:
-        screen.fail("stopped by SIGTERM; run the same command again to go on", stop.EXIT_CODE)
+        screen.fail("stopped by SIGTERM; run the same command again to resume", stop.EXIT_CODE)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != _CTRL_C:
             raise
-        screen.fail("stopped; run the same command again to go on", _CTRL_C)
+        screen.fail("stopped; run the same command again to resume", _CTRL_C)
     except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             screen.fail(OUT_OF_MEMORY, 1)

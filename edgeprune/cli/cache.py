@@ -67,7 +67,7 @@ def cache(
     from edgeprune.data.settings import WORKERS, CacheOptions, forecast, is_drawn, settings_of
 
     folder = resolve(model)
-    read_config(folder)  # refuses models that are no MMDiT
+    read_config(folder)  # refuses models that are not MMDiTs
     images_set = options.given(
         num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width
     )

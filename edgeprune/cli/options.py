@@ -387,7 +387,7 @@ def plan_options(
     if (blocks or components) and method in (None, "hpp"):
         method = "manual"
     if fit and (keep is not None or max_memory or method == "manual"):
-        raise InputError("--fit sets the budget by itself; leave --keep, --max-memory and --method manual out")
+        raise InputError("--fit sets the budget; omit --keep, --max-memory and --method manual")
     if fit:
         targets.load(fit)
     if method not in (None, start.method):

@@ -74,7 +74,7 @@ def score(
     places = {"images": _images_or_model(folder)} | ({"original": _images_or_model(against)} if against else {})
     ready = [path for path in places.values() if scoring.is_images(path)]
     if ready and (prompts or per_task or seeds > 1):
-        raise InputError(f"{ready[0]} says its prompts by itself; leave --prompts, --per-task and --seeds out")
+        raise InputError(f"{ready[0]} already has prompts; omit --prompts, --per-task and --seeds")
     if ready:
         wishes = _wishes_of(ready[0], metric)
     else:

@@ -34,7 +34,7 @@ def _variants(texts: list[str]) -> dict[str, Path]:
         if not (name and equals and folder):
             raise InputError(f"--variants: found {text!r}, expected NAME=FOLDER")
         if name in out:
-            raise InputError(f"--variants: {name} is there twice")
+            raise InputError(f"--variants: {name} is given twice")
         out[name] = Path(folder)
     return out
 

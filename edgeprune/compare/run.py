@@ -126,7 +126,7 @@ def compare(
     for index, (row, seed) in enumerate(runs):
         progress("compare", index, len(runs), f"{row.name}, seed {seed}")
         options = row.seeded(seed, int(grid.budget * before))
-        key = {"options": asdict(options), "quantized": row.quantized, "generation": asdict(base.generation)}
+        key = {"options": options.to_json(), "quantized": row.quantized, "generation": asdict(base.generation)}
         make = functools.partial(_run, base, row, options, out / row.name / f"seed-{seed}", scorer, progress)
         once(f"{row.name}/seed-{seed}", key, make)
     progress("compare", len(runs), len(runs), "")

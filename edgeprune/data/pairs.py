@@ -69,11 +69,6 @@ class Pairs:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    @property
-    def item_bytes(self) -> int:
-        """The bytes of a stored number: 2 or 4."""
-        return self._buckets[0].shards[0].latents.element_size()
-
     def batch(self, size: int, drop: float, generator: torch.Generator) -> Batch:
         """Draw a random batch whose latents all have one size.
 

@@ -30,7 +30,7 @@ _DETECTOR = "a Mask2Former folder of transformers or its hub id, facebook/mask2f
 
 @dataclass(frozen=True)
 class Known:
-    """What can be said of a metric without importing it."""
+    """Facts about a metric without importing it."""
 
     module: str
     packages: tuple[str, ...] = ()

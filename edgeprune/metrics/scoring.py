@@ -21,6 +21,7 @@ from edgeprune.common.files import digest, sha256_file, whole_lines
 from edgeprune.common.intervals import Interval, mean_interval, paired_drop
 from edgeprune.common.progress import Progress, silent
 from edgeprune.data.imagefolder import METADATA, Sample, open_image
+from edgeprune.sampling.prompts import PROMPTS, read_prompts
 
 BATCH = 8
 """The number of images in memory at a time."""
@@ -78,18 +79,18 @@ def wishes(
         InputError: the file is not readable, several metrics have prompts of their own, or a metric does not support a
             prompt.
     """
-    own = {name: module for name in names if (module := metrics.tasks_of(name))}
-    if prompts is None and len(own) > 1:
-        raise InputError(f"--metric: {' and '.join(own)} each have prompts of their own; score them one by one")
-    if per_task is not None and (prompts is not None or not own):
+    with_prompts = {name: module for name in names if (module := metrics.tasks_of(name))}
+    if prompts is None and len(with_prompts) > 1:
+        raise InputError(
+            f"--metric: {' and '.join(with_prompts)} each have prompts of their own; score them one by one"
+        )
+    if per_task is not None and (prompts is not None or not with_prompts):
         raise InputError("--per-task is for metrics with prompts of their own (geneval, shapes), without --prompts")
-    if prompts is None and own:
-        (module,) = own.values()
+    if prompts is None and with_prompts:
+        (module,) = with_prompts.values()
         every = module.evaluation_prompts(**{} if per_task is None else {"per_task": per_task})
         texts = [p.text for p in every]
     else:
-        from edgeprune.sampling.prompts import PROMPTS, read_prompts  # with torch
-
         texts = read_prompts(prompts or PROMPTS)
     check_prompts(names, texts)
     return [Wish(text, i * seeds + j) for i, text in enumerate(texts) for j in range(seeds)]

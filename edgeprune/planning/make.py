@@ -51,7 +51,7 @@ def make_plan(
     method = methods()[options.method]
     if isinstance(method, Listed):
         if options.keep is not None or options.max_memory_bytes is not None:
-            raise InputError(f"--method {method.name} removes what you list; leave --keep and --max-memory out")
+            raise InputError(f"--method {method.name} removes what you list; omit --keep and --max-memory")
         removed = method.choose(family, config, options.blocks, options.components)
     else:
         removed = _within_budget(method, config, report, options, size, measured or Measured())

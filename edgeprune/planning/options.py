@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from edgeprune.common.errors import InputError
 from edgeprune.planning.methods import Baseline, Listed, methods
@@ -48,6 +49,13 @@ class PlanOptions:
     """Text file of the prompts that these directions are found on; by default those of `analyze`, but all of them."""
     seed: int = 0
     """Seed for a baseline that chooses at random."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as stages digest them.
+
+        `max_latency` was an option until 2026-11. With its default, folders that were planned before stay current.
+        """
+        return asdict(self) | {"max_latency": None}
 
     def check(self) -> None:
         """Check the method.

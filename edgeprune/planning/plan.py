@@ -1,7 +1,7 @@
 """A plan as data: which parts of which model are removed, its JSON file, and the checks when it is read. Torch-free.
 
-A plan holds explicit indices and the fingerprint of the model it was made for. make.py makes plans; remainder.py tells
-what a plan leaves of a model.
+A plan holds explicit indices and the fingerprint of the model it was made for. make.py makes plans;
+remainder.py computes what a plan leaves of a model.
 """
 
 from __future__ import annotations

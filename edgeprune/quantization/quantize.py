@@ -32,7 +32,7 @@ def _layers(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` in the place of a submodule."""
+    """Replace a submodule by `layer`."""
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, layer)
 

@@ -108,7 +108,7 @@ def _removed(plan: PrunePlan) -> list[tuple[str, str]]:
     rank = [("modulation rank", str(plan.modulation_rank))] if plan.modulation_rank is not None else []
     return [
         ("blocks removed", f"{blocks} (of {plan.num_blocks})"),
-        ("components of others removed", str(len(plan.components))),
+        ("components of other blocks removed", str(len(plan.components))),
         *rank,
         ("parameters", f"{before / 1e6:,.1f} M -> {after / 1e6:,.1f} M ({after / before:.1%})"),
     ]
@@ -124,7 +124,9 @@ def _write_card(ws: Workspace, path: Path, shared: dict[str, Any]) -> None:
     if source.count("/") == 1 and not Path(source).exists():  # a hub id
         front += [("base_model", source), ("base_model_relation", "quantized")]
     plan = ws.plan()
-    parts = [f"{len(plan.blocks)} of {plan.num_blocks} blocks and {len(plan.components)} components of others removed"]
+    parts = [
+        f"{len(plan.blocks)} of {plan.num_blocks} blocks and {len(plan.components)} components of other blocks removed"
+    ]
     if plan.modulation_rank is not None:
         parts.append(f"modulation projected onto {plan.modulation_rank} directions")
     card = _environment(autoescape=False).get_template("model_card.md.j2")

@@ -44,7 +44,7 @@ def analysis_groups(family: Family, config: Config, options: AnalyzeOptions) -> 
         InputError: joint removals of components, without components.
     """
     if options.joint and not options.components:
-        raise InputError("--joint removes components together; leave --only-blocks out")
+        raise InputError("--joint removes components together; omit --only-blocks")
     return groups(family, config, components=options.components, joint=options.joint, pairs=options.pairs)
 
 

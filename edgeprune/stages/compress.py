@@ -155,7 +155,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
         "evaluation_flops": flops,
         "matmul_flops_per_s": round(speed),
         "analyze_weights_bytes": float32_bytes,
-        "distill_weights_bytes": float32_bytes + _student_bytes(training, expected),
+        "distill_weights_bytes": _training_bytes(training, expected),
         "written_bytes": after.bf16_bytes + after.int4_bytes,
     }
 
@@ -174,14 +174,16 @@ def _training_evaluations(training: DistillOptions | None, expected: PrunePlan) 
     return training.steps * training.batch * (1 + student_prefix + 3 * max(0.0, share - prefix))
 
 
-def _student_bytes(training: DistillOptions | None, expected: PrunePlan) -> int:
-    """Return the bytes of float32 tensors in the student's size.
+def _training_bytes(training: DistillOptions | None, expected: PrunePlan) -> int:
+    """Return the bytes of the tensors that training holds in float32; 0 without training.
 
-    They are its weights, gradients, two moments, the average and, where training rounds, the rounded weights.
+    They are the teacher's weights and, in the student's size, its weights, gradients, two moments, the average and,
+    where training rounds, the rounded weights.
     """
     if training is None:
         return 0
-    return (5 + (training.int4_group_size is not None)) * 2 * expected.after.bf16_bytes
+    copies = 5 + (training.int4_group_size is not None)
+    return 2 * expected.before.bf16_bytes + copies * 2 * expected.after.bf16_bytes
 
 
 def compress(ws: Workspace, options: CompressOptions, progress: Progress = silent) -> list[str]:

@@ -103,7 +103,8 @@ def check_cache(ws: Workspace, folder: Path, progress: Progress = silent) -> Non
         absent = index.check_made_by(made_by(ws.source, ws.generation, drawn=drawn, sha256=sha256), folder)
     if absent:
         progress(
-            f"distill: {folder} says what made it; no weights of {', '.join(absent)} here to compare with", 0, 0, ""
+            f"distill: {folder} records its encoders; the weights of {', '.join(absent)} are missing here, so they "
+            "were not compared"
         )
 
 

@@ -1,11 +1,12 @@
 """The options of each stage. They enter the stages' digests through `asdict`: keep the names and order of the fields.
 
-`plan` and `distill` take PlanOptions (planning/plan.py) and DistillOptions (training/recipe.py).
+`plan` and `distill` take PlanOptions (planning/options.py) and DistillOptions (training/recipe.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from edgeprune.planning.options import PlanOptions
 from edgeprune.training.recipe import DistillOptions
@@ -64,3 +65,11 @@ class CompressOptions:
     distill: DistillOptions | None = field(default_factory=DistillOptions)
     """None skips distillation."""
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as a grid's runs digest them.
+
+        `int4_from` was an option of `distill` until 2026-11. With its default, runs from before stay current.
+        """
+        distill = None if self.distill is None else asdict(self.distill) | {"int4_from": 0.0}
+        return asdict(self) | {"plan": self.plan.to_json(), "distill": distill}

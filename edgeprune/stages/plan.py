@@ -121,7 +121,7 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool
         return {"modulation_rank": chosen_rank}
 
     scores_identity = sha256_file(scores) if scores and scores.is_file() else str(scores)
-    inputs = asdict(options) | {"fit_bytes": budget, "scores": scores_identity}
+    inputs = options.to_json() | {"fit_bytes": budget, "scores": scores_identity}
     if prompts:
         inputs |= {"calibration": prompts, "generation": asdict(ws.generation)}
     return ws.stage("plan", inputs, write)

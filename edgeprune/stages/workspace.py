@@ -205,7 +205,7 @@ class Workspace:
         Args:
             name: one of STAGES.
             inputs: everything that the result depends on, besides the model and earlier stages.
-            run: does the work. It gets the inputs' digest, and returns what the manifest shall keep of the result.
+            run: does the work. It gets the inputs' digest, and returns what to store in the manifest of the result.
 
         Raises:
             StaleStageError: the stage was done with other inputs, and `fresh` is not set.

@@ -110,7 +110,7 @@ class _Models:
         guidance: float,
         parallel: Parallel,
     ) -> None:
-        """Prepare the student for training. Call this before a shard takes the place of a weight."""
+        """Prepare the student for training. Call this before the weights are sharded."""
         self.family, self.teacher, self.student, self.plan, self.options = family, teacher, student, plan, options
         self.guidance, self.parallel = guidance, parallel
         if options.gradient_checkpointing:

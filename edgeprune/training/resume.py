@@ -37,7 +37,7 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _sharded(tensor: torch.Tensor, like: Any) -> torch.Tensor:
-    """Shard a full tensor in the way of another tensor of its shape."""
+    """Shard a full tensor like another one of its shape."""
     if not hasattr(like, "device_mesh"):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -80,14 +80,14 @@ def test_a_command_with_bars_stops_at_its_next_step() -> None:
     run.send_signal(signal.SIGTERM)
     _, said = run.communicate()
     assert run.returncode == 143
-    assert said.splitlines()[-1] == "error: stopped by SIGTERM; run the same command again to go on"
+    assert said.splitlines()[-1] == "error: stopped by SIGTERM; run the same command again to resume"
 
 
 @pytest.mark.parametrize(
     ("raised", "code", "words"),
     [
-        (stop.Stopped(), 143, "stopped by SIGTERM; run the same command again to go on"),
-        (KeyboardInterrupt(), 130, "stopped; run the same command again to go on"),
+        (stop.Stopped(), 143, "stopped by SIGTERM; run the same command again to resume"),
+        (KeyboardInterrupt(), 130, "stopped; run the same command again to resume"),
         (MemoryError(), 1, "out of memory"),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "--batch"),

@@ -43,8 +43,9 @@ def test_distill_reads_a_cache_without_encoders_and_vae(pipe: Any, model: Path, 
     assert run_distill(opened_folders[1], options, DataOptions(str(encoded)), lambda what, *_: said.append(what))
     a, b = (load_file(f / "transformer" / "diffusion_pytorch_model.safetensors") for f in folders)
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    assert [line for line in said if "to compare with" in line] == [
-        f"distill: {encoded} says what made it; no weights of text_encoder, text_encoder_2, vae here to compare with"
+    assert [line for line in said if "records its encoders" in line] == [
+        f"distill: {encoded} records its encoders; the weights of text_encoder, text_encoder_2, vae are missing here, "
+        "so they were not compared"
     ]
     assert not {"pipe", "encoders"} & opened_folders[1].original.loaded.keys()
     # After a move, it is still the same data.

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +22,9 @@ from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.resolve import BUILTIN
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.residency.shards import ShardWriter
+from edgeprune.sampling.generation import Generation
 from edgeprune.stages import analyze, distill, plan, prune, quantize
-from edgeprune.stages.compress import compress
+from edgeprune.stages.compress import compress, forecast
 from edgeprune.stages.options import DataOptions, PlanOptions
 from edgeprune.stages.workspace import STAGES, Workspace
 from edgeprune.training.recipe import DistillOptions
@@ -190,3 +191,19 @@ def test_given_scores_also_guide_distillation(source: Path, artefact: Path, tmp_
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(InputError, match="bad.json"):
         plan.run(Workspace(tmp_path / "out", str(source), fresh=True), OPTIONS.plan, tmp_path / "bad.json")
+
+
+def test_no_training_holds_nothing(source: Path) -> None:
+    """The forecast counts the teacher's weights only if something is trained."""
+    generation = Generation.load(source)
+    trained = forecast(source, OPTIONS, generation)
+    untrained = forecast(source, replace(OPTIONS, distill=None), generation)
+    assert trained["distill_weights_bytes"] > 2 * trained["parameters"] * 4
+    assert untrained["distill_weights_bytes"] == 0 == untrained["distill_floor_s"]
+
+
+def test_digests_are_those_of_folders_from_before(source: Path) -> None:
+    """Options that were removed still enter the digests with their defaults, so no finished stage is done again."""
+    assert OPTIONS.plan.to_json() == asdict(OPTIONS.plan) | {"max_latency": None}
+    assert OPTIONS.to_json()["distill"]["int4_from"] == 0.0 and OPTIONS.to_json()["plan"]["max_latency"] is None
+    assert replace(OPTIONS, distill=None).to_json()["distill"] is None

@@ -39,7 +39,7 @@ def choose(problem: Problem) -> list[Key]:
         excess = problem.left(removed) - problem.limit
         if excess <= 0:
             return removed
-        # A part can save less together with others than alone: the last block's context is gone anyway.
+        # A part can save less in a set than alone, for example if the last block's context is already removed.
         need += excess
     raise BudgetError(f"no choice of --method milp meets the budget in {_ROUNDS} attempts; use --method hybrid")
 
@@ -57,7 +57,7 @@ def _solve(problem: Problem, need: float) -> list[Key]:
     if not parts:
         if need <= 0:
             return []
-        raise BudgetError("--method milp: nothing may go; lower --protect-first or --protect-last")
+        raise BudgetError("--method milp: no part is removable; lower --protect-first or --protect-last")
     index = {part: i for i, part in enumerate(parts)}
     costs = [problem.cost(problem.losses[part]) for part in parts]
     interactions: Pairs = {}
