@@ -227,7 +227,7 @@ def test_slices_compute_what_the_file_computes(config: dict[str, Any], tmp_path:
     to_onnx.save("transformer", part.to_ir(), path)
     feeds = {name: tensor.numpy() for name, tensor in part.examples[1].items()}
     sliced = ChunkedOnnx(path, parity._session, limit=40_000)
-    assert len(sliced.slices) > 5
+    assert len(sliced.chunks) > 5
     (whole,), (found,) = (p.run(None, feeds) for p in (parity.session(path), sliced))
     np.testing.assert_allclose(found, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".onnx"] == ["model.onnx"]

@@ -194,7 +194,7 @@ def test_what_is_not_of_these_inputs_is_dropped(
     os.utime(path, ns=(1, 1))
     assert changed()
     finish()
-    monkeypatch.setattr(folder, "__version__", "another")
+    monkeypatch.setattr(folder, "VERSION", "another")
     assert changed()
     finish()
     (partial / unfinished.MARK).write_text('{"inputs": ')
