@@ -18,7 +18,7 @@ import torch
 
 from edgeprune.artefact.loading import quiet
 from edgeprune.artefact.manifest import HALF
-from edgeprune.artefact.writing import noted, write_transformer
+from edgeprune.artefact.writing import remove_mark, write_transformer
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, read_json, write_json
 from edgeprune.common.lock import LOCK, hold, is_free
@@ -80,7 +80,7 @@ def write_pipeline(
             place = family.place(config, tensor)
             chunks[-1 if place is None else place[0]][tensor] = shape
         if (out / HALF).is_dir():
-            noted(out, HALF)
+            remove_mark(out, HALF)
             return sum(2 * math.prod(shape) for shape in shapes.values())
         size = write_transformer(
             out,
@@ -91,7 +91,7 @@ def write_pipeline(
             inputs=key,
             progress=progress,
         )
-        noted(out, HALF)
+        remove_mark(out, HALF)
         return size
 
 

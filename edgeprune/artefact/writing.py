@@ -34,7 +34,7 @@ def save_transformer(folder: Path, subfolder: str, config: Config, state: Tensor
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         write_transformer(folder, subfolder, config, [sizes], lambda _: state, inputs="")
-        noted(folder, subfolder)
+        remove_mark(folder, subfolder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -93,7 +93,7 @@ def write_transformer(
     return sum(sizes)
 
 
-def noted(folder: Path, subfolder: str) -> None:
+def remove_mark(folder: Path, subfolder: str) -> None:
     """Remove the mark by which `write_transformer` finds a subfolder done, once the caller has recorded that it is."""
     (folder / subfolder / MARK).unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """Training data.
 
-sources/ reads images and captions, settings.py identifies and sizes a cache, encode.py makes it with encoder.py,
-cache.py checks and maps it, pairs.py draws batches from it.
+sources/ read what users have, encoder.py encodes it, and encode.py makes a cache of it under the settings of
+settings.py. cache.py maps a cache, buckets.py chooses sizes, pairs.py draws batches, and imagefolder.py reads
+images with metadata.
 """

@@ -139,7 +139,9 @@ class Architecture(Protocol):
         """Return the dynamic shift (mu) for an image of `tokens` tokens; None to use the scheduler's rule."""
 
 
-def whole_number(config: Config, field: str, default: int | None = None, *, least: int = 1, most: int = LARGEST) -> int:
+def config_number(
+    config: Config, field: str, default: int | None = None, *, least: int = 1, most: int = LARGEST
+) -> int:
     """Return an integer field of a transformer's config, or `default` if it is missing or null.
 
     Raises:

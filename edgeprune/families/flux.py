@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.families import packing, single
-from edgeprune.families.architecture import Config, Encoder, LatentSpace, Shape, Source, bounded, whole_number
+from edgeprune.families.architecture import Config, Encoder, LatentSpace, Shape, Source, bounded, config_number
 from edgeprune.families.encoders import CLIP_POOLED, T5
 from edgeprune.families.joint import (
     BLOCK,
@@ -102,9 +102,9 @@ class Flux:
 
     def tensor_shapes(self, config: Config) -> dict[str, Shape]:
         """List every tensor of the diffusers state dict."""
-        head, d = whole_number(config, "attention_head_dim"), width(config)
-        channels, patch = whole_number(config, "in_channels"), whole_number(config, "patch_size", 1)
-        out_channels = whole_number(config, "out_channels", channels)
+        head, d = config_number(config, "attention_head_dim"), width(config)
+        channels, patch = config_number(config, "in_channels"), config_number(config, "patch_size", 1)
+        out_channels = config_number(config, "out_channels", channels)
         joint, pooled = self.text_widths(config)
         embedders = [("timestep_embedder", 256), ("text_embedder", pooled)]
         if config.get("guidance_embeds"):
@@ -184,7 +184,7 @@ class Flux:
 
     def text_widths(self, config: Config) -> tuple[int, int]:
         """Return `joint_attention_dim` and `pooled_projection_dim`."""
-        return whole_number(config, "joint_attention_dim"), whole_number(config, "pooled_projection_dim")
+        return config_number(config, "joint_attention_dim"), config_number(config, "pooled_projection_dim")
 
     def text_tokens(self, prompt_tokens: int, max_sequence_length: int) -> int:
         """Count T5's tokens; the model reads only CLIP's pooled text."""

@@ -26,7 +26,7 @@ from edgeprune.families.architecture import (
     Shape,
     Source,
     bounded,
-    whole_number,
+    config_number,
 )
 from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, swaps, take_out, width
 from edgeprune.families.network import Array, Axes
@@ -93,10 +93,10 @@ class Flux2:
 
     def tensor_shapes(self, config: Config) -> dict[str, Shape]:
         """List every tensor of the diffusers state dict."""
-        head, d, hidden = whole_number(config, "attention_head_dim"), width(config), _hidden(config)
-        channels, patch = whole_number(config, "in_channels"), whole_number(config, "patch_size", 1)
-        out_channels = whole_number(config, "out_channels", channels)
-        sines, text = whole_number(config, "timestep_guidance_channels", 256), self.text_widths(config)[0]
+        head, d, hidden = config_number(config, "attention_head_dim"), width(config), _hidden(config)
+        channels, patch = config_number(config, "in_channels"), config_number(config, "patch_size", 1)
+        out_channels = config_number(config, "out_channels", channels)
+        sines, text = config_number(config, "timestep_guidance_channels", 256), self.text_widths(config)[0]
         self.block_count(config)
         shapes: dict[str, Shape] = {}
         for name in ("timestep_embedder", *(["guidance_embedder"] if _takes_guidance(config) else [])):
@@ -175,7 +175,7 @@ class Flux2:
 
     def text_widths(self, config: Config) -> tuple[int, int]:
         """Return `joint_attention_dim`, and 0: there is no pooled text."""
-        return whole_number(config, "joint_attention_dim"), 0
+        return config_number(config, "joint_attention_dim"), 0
 
     def text_tokens(self, prompt_tokens: int, max_sequence_length: int) -> int:
         """Count the tokens of the only text encoder."""

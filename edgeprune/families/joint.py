@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import LARGEST
-from edgeprune.families.architecture import WHERE, Config, Shape, whole_number
+from edgeprune.families.architecture import WHERE, Config, Shape, config_number
 from edgeprune.families.surgery import Producer, ScalingGroup, Swap
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def width(config: Config) -> int:
     Raises:
         InputError: one of the two is not a valid number, or their product is too large.
     """
-    heads, head = whole_number(config, "num_attention_heads"), whole_number(config, "attention_head_dim")
+    heads, head = config_number(config, "num_attention_heads"), config_number(config, "attention_head_dim")
     if heads * head > LARGEST:
         raise InputError(f"{WHERE}: num_attention_heads: found {heads} of {head}, expected a width up to {LARGEST}")
     return heads * head

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.families.architecture import Config, LatentSpace, Shape, whole_number
+from edgeprune.families.architecture import Config, LatentSpace, Shape, config_number
 from edgeprune.families.network import Array, Axes
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _THETA = 10_000
 
 def latent_space(config: Config) -> LatentSpace:
     """Return the latent space of packed tokens; `in_channels` counts the channels of a token."""
-    return LatentSpace(channels=whole_number(config, "in_channels") // PATCH**2, patch=PATCH)
+    return LatentSpace(channels=config_number(config, "in_channels") // PATCH**2, patch=PATCH)
 
 
 def grid_of(latents: Array) -> tuple[int, int]:

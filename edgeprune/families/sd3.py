@@ -25,7 +25,7 @@ from edgeprune.families.architecture import (
     Shape,
     Source,
     bounded,
-    whole_number,
+    config_number,
 )
 from edgeprune.families.encoders import CLIP, T5
 from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, joint_groups, linear, swaps, take_out, width
@@ -88,19 +88,19 @@ class SD3:
 
     def block_count(self, config: Config) -> int:
         """Read `num_layers`."""
-        return whole_number(config, "num_layers", most=MOST_BLOCKS)
+        return config_number(config, "num_layers", most=MOST_BLOCKS)
 
     def tensor_shapes(self, config: Config) -> dict[str, Shape]:
         """List every tensor of the diffusers state dict."""
-        head, d = whole_number(config, "attention_head_dim"), width(config)
-        channels, patch, table = (whole_number(config, n) for n in ("in_channels", "patch_size", "pos_embed_max_size"))
+        head, d = config_number(config, "attention_head_dim"), width(config)
+        channels, patch, table = (config_number(config, n) for n in ("in_channels", "patch_size", "pos_embed_max_size"))
         if table * table * d > _MOST_POSITIONS:  # diffusers computes the table even on the meta device
             raise InputError(
                 f"{WHERE}: pos_embed_max_size: {table} makes a table of {table * table * d} numbers, "
                 f"expected up to {_MOST_POSITIONS}"
             )
-        out_channels = whole_number(config, "out_channels", channels)
-        (joint, pooled), caption = self.text_widths(config), whole_number(config, "caption_projection_dim")
+        out_channels = config_number(config, "out_channels", channels)
+        (joint, pooled), caption = self.text_widths(config), config_number(config, "caption_projection_dim")
         shapes: dict[str, Shape] = {
             "pos_embed.pos_embed": (1, table * table, d),
             "pos_embed.proj.weight": (d, channels, patch, patch),
@@ -181,14 +181,14 @@ class SD3:
     def latents(self, config: Config) -> LatentSpace:
         """Read channels, patch and size of the position table."""
         return LatentSpace(
-            channels=whole_number(config, "in_channels"),
-            patch=whole_number(config, "patch_size"),
-            largest=whole_number(config, "pos_embed_max_size"),
+            channels=config_number(config, "in_channels"),
+            patch=config_number(config, "patch_size"),
+            largest=config_number(config, "pos_embed_max_size"),
         )
 
     def text_widths(self, config: Config) -> tuple[int, int]:
         """Return `joint_attention_dim` and `pooled_projection_dim`."""
-        return whole_number(config, "joint_attention_dim"), whole_number(config, "pooled_projection_dim")
+        return config_number(config, "joint_attention_dim"), config_number(config, "pooled_projection_dim")
 
     def text_tokens(self, prompt_tokens: int, max_sequence_length: int) -> int:
         """Add CLIP's tokens and T5's."""
@@ -228,8 +228,8 @@ class SD3:
         """Compute sines and cosines of the position, as PatchEmbed does."""
         from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
-        side = whole_number(config, "pos_embed_max_size")
-        base = whole_number(config, "sample_size") // whole_number(config, "patch_size")
+        side = config_number(config, "pos_embed_max_size")
+        base = config_number(config, "sample_size") // config_number(config, "patch_size")
         table: torch.Tensor = get_2d_sincos_pos_embed(width(config), side, base_size=base, output_type="pt")
         return table.float()[None]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import MOST_BLOCKS
-from edgeprune.families.architecture import WHERE, Config, whole_number
+from edgeprune.families.architecture import WHERE, Config, config_number
 from edgeprune.families.joint import BLOCK
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def block_count(config: Config) -> int:
     Raises:
         InputError: a number is out of range, or there is no block.
     """
-    total = sum(whole_number(config, n, least=0, most=MOST_BLOCKS) for n in ("num_layers", "num_single_layers"))
+    total = sum(config_number(config, n, least=0, most=MOST_BLOCKS) for n in ("num_layers", "num_single_layers"))
     if not total:
         raise InputError(f"{WHERE}: num_layers and num_single_layers: found 0, expected a block")
     return total

@@ -13,7 +13,7 @@ from edgeprune.analysis.contribution import ContributionReport, Key, fingerprint
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.families import Config, Family
 from edgeprune.planning.budget import Budget, ModelSize
-from edgeprune.planning.methods import Baseline, Blocks, Listed, Measured, Problem, Scored, methods
+from edgeprune.planning.methods import Baseline, Blocks, Listed, Problem, Scored, methods
 from edgeprune.planning.options import NEEDED, PlanOptions
 from edgeprune.planning.plan import PrunePlan
 
@@ -24,7 +24,7 @@ def make_plan(
     report: ContributionReport | None,
     options: PlanOptions | None = None,
     device_bytes: int | None = None,
-    measured: Measured | None = None,
+    magnitudes: Sequence[float] = (),
     **changes: Any,
 ) -> PrunePlan:
     """Return a plan that meets the budget with the least loss that the method can find.
@@ -33,7 +33,7 @@ def make_plan(
         report: contribution scores; None for `manual` and baselines, which need none.
         options: by default `PlanOptions()`. A `modulation_rank` of NEEDED counts as None here.
         device_bytes: the budget if `options.fit` names a device: the bytes that the device leaves for the weights.
-        measured: measurements of the weights, which some baselines need.
+        magnitudes: root mean square of each block's weights, which some baselines need.
         changes: fields of `options` to replace.
 
     Raises:
@@ -54,7 +54,7 @@ def make_plan(
             raise InputError(f"--method {method.name} removes what you list; omit --keep and --max-memory")
         removed = method.choose(family, config, options.blocks, options.components)
     else:
-        removed = _within_budget(method, config, report, options, size, measured or Measured())
+        removed = _within_budget(method, config, report, options, size, magnitudes)
     return PrunePlan(
         fingerprint=fingerprint(config),
         family=family.name,
@@ -74,7 +74,7 @@ def _within_budget(
     report: ContributionReport | None,
     options: PlanOptions,
     size: ModelSize,
-    measured: Measured,
+    magnitudes: Sequence[float],
 ) -> list[Key]:
     """Return the parts that a method removes to meet the budget.
 
@@ -90,9 +90,9 @@ def _within_budget(
         first = 0 if isinstance(method, Baseline) else size.blocks // 2
     removable = range(first, size.blocks - options.protect_last)
     if isinstance(method, Baseline):
-        if method.magnitudes and not measured.magnitudes:
+        if method.magnitudes and not magnitudes:
             raise InputError(f"--method {method.name} reads weights: give -o (a folder), not --config")
-        blocks = Blocks(count=size.blocks, removable=removable, magnitudes=measured.magnitudes, seed=options.seed)
+        blocks = Blocks(count=size.blocks, removable=removable, magnitudes=magnitudes, seed=options.seed)
         removed = _fewest_blocks(method, blocks, size, budget)
     else:
         if report is None:

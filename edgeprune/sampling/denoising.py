@@ -36,6 +36,10 @@ class Conditioning:
         return Conditioning(self.hidden.to(reference), self.pooled.to(reference))
 
 
+VelocityInputs = tuple[torch.Tensor, Conditioning, torch.Tensor, float]
+"""The arguments of `velocity` after the model: latents, condition, sigma, guidance."""
+
+
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str], max_sequence_length: int, *, batch: int = 64) -> Conditioning:
     """Encode prompts with the pipeline's own encoders."""

@@ -14,7 +14,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.fields import LARGEST, shown
 from edgeprune.common.files import read_json, write_json
 from edgeprune.families import Architecture, Config, family_of
-from edgeprune.families.architecture import whole_number
+from edgeprune.families.architecture import config_number
 
 FILE = "generation.json"
 _MOST_HALVINGS = 8
@@ -46,7 +46,7 @@ class Generation:
             config, family = _transformer(folder)
             defaults, factor = family.defaults(config) if family else {}, _factor(folder)
             if factor and config.get("sample_size") is not None:
-                defaults |= dict.fromkeys(("height", "width"), factor * whole_number(config, "sample_size"))
+                defaults |= dict.fromkeys(("height", "width"), factor * config_number(config, "sample_size"))
             return cls.checked(defaults, str(folder / "transformer" / "config.json"))
         return cls.checked(read_json(path), str(path))
 

@@ -18,10 +18,10 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
 from edgeprune.families import Config, Family
 from edgeprune.metrics import check_analysis, evaluations, of_pipeline, preparing, tasks_of
-from edgeprune.sampling.denoising import velocity
+from edgeprune.sampling.denoising import VelocityInputs, velocity
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import PROMPTS, read_prompts
-from edgeprune.stages.costs import Sample, evaluations_per_step, sample
+from edgeprune.stages.costs import evaluations_per_step, sample
 from edgeprune.stages.modulation import modulation_mean
 from edgeprune.stages.options import AnalyzeOptions
 from edgeprune.stages.workspace import Workspace
@@ -121,7 +121,7 @@ def forecast(source: Path, options: AnalyzeOptions, generation: Generation) -> d
     }
 
 
-def _measure(family: Family, model: Any, one: Sample) -> tuple[int, float]:
+def _measure(family: Family, model: Any, one: VelocityInputs) -> tuple[int, float]:
     """Evaluate one sample twice; return the bytes of a block's output, and the seconds of the second evaluation."""
     stream_bytes = list[int]()
 
@@ -137,7 +137,7 @@ def _measure(family: Family, model: Any, one: Sample) -> tuple[int, float]:
         return stream_bytes[0], time.perf_counter() - began
 
 
-def _saved_bytes(model: Any, one: Sample) -> int:
+def _saved_bytes(model: Any, one: VelocityInputs) -> int:
     """Return what autograd keeps of a forward pass for the backward pass, where weights need no gradients."""
     saved: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

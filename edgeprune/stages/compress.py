@@ -18,7 +18,7 @@ from edgeprune.data.cache import is_cache
 from edgeprune.data.settings import is_drawn
 from edgeprune.metrics import check_analysis, evaluations
 from edgeprune.planning.make import make_plan
-from edgeprune.planning.methods import Measured, Scored, baselines, methods
+from edgeprune.planning.methods import Scored, baselines, methods
 from edgeprune.planning.modulation import ranks
 from edgeprune.planning.options import DEFAULT, NEEDED
 from edgeprune.planning.plan import PrunePlan
@@ -103,7 +103,7 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
         choices = replace(choices, modulation_rank=None)
     if isinstance(choices.modulation_rank, str):
         choices = replace(choices, modulation_rank=ranks(modulation_width(family, config))[0])
-    even = Measured(magnitudes=[1.0] * report.num_blocks)
+    even = [1.0] * report.num_blocks
     return make_plan(family, config, report, choices, plan.budget_for(source, generation, choices), even)
 
 

@@ -14,14 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgeprune.common.files import read_json
 from edgeprune.families import Config, Family
-from edgeprune.sampling.denoising import Conditioning, velocity
+from edgeprune.sampling.denoising import Conditioning, VelocityInputs, velocity
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 
-Sample = tuple[torch.Tensor, Conditioning, torch.Tensor, float]
-"""Arguments of `velocity`: latents, conditioning, noise level, guidance scale."""
 
-
-def sample(family: Family, config: Config, source: Path, generation: Generation) -> Sample:
+def sample(family: Family, config: Config, source: Path, generation: Generation) -> VelocityInputs:
     """Return arguments for `velocity` in the sizes of one image, all zeros.
 
     Args:

@@ -17,7 +17,7 @@ from edgeprune.common.files import sha256_file, write_json, write_text
 from edgeprune.common.tensors import save_tensors
 from edgeprune.planning.fit import fit
 from edgeprune.planning.make import make_plan
-from edgeprune.planning.methods import Measured, baselines
+from edgeprune.planning.methods import baselines
 from edgeprune.planning.modulation import GRID, choose_rank, subspace
 from edgeprune.planning.options import MODULATION_BELOW, NEEDED, PlanOptions
 from edgeprune.planning.plan import PrunePlan
@@ -61,10 +61,10 @@ def block_magnitudes(ws: Workspace) -> list[float]:
     return [math.sqrt(s / c) for s, c in zip(squares, counts, strict=True)]
 
 
-def measured_for(ws: Workspace, options: PlanOptions) -> Measured:
-    """Measure what the method needs to know of the model: the magnitudes of its blocks, for baselines that use them."""
+def magnitudes_for(ws: Workspace, options: PlanOptions) -> list[float]:
+    """Return the magnitude of each block for a baseline that reads weights; for other methods, none."""
     baseline = baselines().get(options.method)
-    return Measured(magnitudes=block_magnitudes(ws) if baseline is not None and baseline.magnitudes else ())
+    return block_magnitudes(ws) if baseline is not None and baseline.magnitudes else []
 
 
 def budget_for(source: Path, generation: Generation, options: PlanOptions) -> int | None:
@@ -100,11 +100,11 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool
         if scores:
             ContributionReport.load(scores)  # refuse an unusable file before it is copied
             write_text(ws.scores_path, scores.read_text(encoding="utf-8"))
-        measured = measured_for(ws, options)
+        magnitudes = magnitudes_for(ws, options)
 
         def plan_with(modulation_rank: int | None) -> PrunePlan:
             chosen = replace(options, modulation_rank=modulation_rank)
-            return make_plan(ws.family, ws.config, ws.report(), chosen, budget, measured)
+            return make_plan(ws.family, ws.config, ws.report(), chosen, budget, magnitudes)
 
         samples, chosen_rank = None, rank if isinstance(rank, int) else None
         if rank is not None and not (rank == NEEDED and _suffices(plan_with)):

@@ -19,7 +19,7 @@ from edgeprune import targets
 from edgeprune.analysis.contribution import ContributionReport, fingerprint
 from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest
 from edgeprune.artefact.resolve import read_config, resolve
-from edgeprune.artefact.writing import noted
+from edgeprune.artefact.writing import remove_mark
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.common.files import digest, read_json, sha256_unless_known, write_json
@@ -238,8 +238,8 @@ class Workspace:
 
     def _remove_marks(self) -> None:
         """Remove the marks of written weights: the manifest now lists the stage that wrote them."""
-        for part in (HALF, INT4) if processes.is_main() else ():
-            noted(self.out, part)
+        for subfolder in (HALF, INT4) if processes.is_main() else ():
+            remove_mark(self.out, subfolder)
 
     def _forget(self, stages: tuple[str, ...]) -> None:
         """Drop stages and the weights that they wrote, before anything new is written: nobody may read old weights."""
@@ -247,13 +247,13 @@ class Workspace:
             return
         for stage in stages:
             self.manifest.stages.pop(stage, None)
-            part = {"prune": HALF, "quantize": INT4}.get(stage)
-            if part:
-                self.manifest.files = {k: v for k, v in self.manifest.files.items() if k.split("/")[0] != part}
+            subfolder = {"prune": HALF, "quantize": INT4}.get(stage)
+            if subfolder:
+                self.manifest.files = {k: v for k, v in self.manifest.files.items() if k.split("/")[0] != subfolder}
         self._save()
-        for stage, part in (("prune", HALF), ("quantize", INT4)):
+        for stage, subfolder in (("prune", HALF), ("quantize", INT4)):
             if stage in stages and processes.is_main():
-                shutil.rmtree(self.out / part, ignore_errors=True)
+                shutil.rmtree(self.out / subfolder, ignore_errors=True)
 
     def skip_distillation(self) -> None:
         """Prepare to continue without distillation: a distilled folder has to be pruned again.

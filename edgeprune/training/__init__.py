@@ -1,5 +1,7 @@
 """Distillation.
 
-distill.py trains, recipe.py holds its options, losses.py its objective, parallel.py and zero.py distribute it over
-processes, resume.py stores its state, launch.py starts the processes, rank_memory.py forecasts their memory.
+distill.py is the loop, recipe.py its options, losses.py its objective. features.py catches what blocks compute,
+prefix.py shares the frozen blocks, rounding.py rounds weights while training, teaching.py lowers the teacher's
+precision. parallel.py runs in several processes, zero.py with DeepSpeed, launch.py starts them; rank_memory.py
+forecasts what each holds, and resume.py keeps the state on disk.
 """

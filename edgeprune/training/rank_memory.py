@@ -21,13 +21,10 @@ from edgeprune.artefact.surgery import structure
 from edgeprune.common.errors import InputError
 from edgeprune.families import Config, Family
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.sampling.denoising import Conditioning, velocity
+from edgeprune.sampling.denoising import Conditioning, VelocityInputs, velocity
 from edgeprune.training.recipe import DistillOptions, Placement, parameter_groups
 from edgeprune.training.rounding import Rounding
 from edgeprune.training.teaching import lower
-
-VelocityInputs = tuple[torch.Tensor, Conditioning, torch.Tensor, float]
-"""The arguments of `velocity` after the model: latents, condition, sigma, guidance."""
 
 
 @dataclass(frozen=True)

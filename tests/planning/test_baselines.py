@@ -9,7 +9,7 @@ import pytest
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.families import family_of
 from edgeprune.planning.make import make_plan
-from edgeprune.planning.methods import Blocks, Measured, baselines
+from edgeprune.planning.methods import Blocks, baselines
 from edgeprune.planning.options import METHODS, PlanOptions
 from edgeprune.stages.compress import as_published
 from edgeprune.stages.options import CompressOptions
@@ -49,12 +49,12 @@ def test_each_seed_draws_another_lot() -> None:
 @pytest.mark.parametrize("name", baselines())
 def test_a_plan_is_the_smallest_that_meets_the_budget(name: str) -> None:
     family = family_of(LARGE)
-    measured = Measured(magnitudes=[1.0 + i for i in range(38)])
-    plan = make_plan(family, LARGE, None, method=name, keep=0.79, measured=measured)
+    magnitudes = [1.0 + i for i in range(38)]
+    plan = make_plan(family, LARGE, None, method=name, keep=0.79, magnitudes=magnitudes)
     assert len(plan.blocks) == 8 and plan.after.parameters == 6_352_630_080 and not plan.components
     assert max(plan.blocks) < 36  # the last two are protected, as for every method
     with pytest.raises(BudgetError, match="cannot be met"):
-        make_plan(family, LARGE, None, method=name, keep=0.01, measured=measured)
+        make_plan(family, LARGE, None, method=name, keep=0.01, magnitudes=magnitudes)
 
 
 def test_magnitude_needs_weights() -> None:

@@ -153,7 +153,7 @@ def test_memory_budget_counts_bytes_after_int4() -> None:
         ({"keep": 0.3}, BudgetError, "cannot be met.*or use --method hybrid$"),
         ({"keep": 0.3, "method": "hybrid"}, BudgetError, "whole blocks alone; use --method hpp, or analyze components"),
         ({"keep": 0.02, "protect_first": 0, "protect_last": 0}, BudgetError, "cannot be met"),
-        ({"method": "manual", "blocks": "3", "keep": 0.5}, InputError, "leave --keep"),
+        ({"method": "manual", "blocks": "3", "keep": 0.5}, InputError, "omit --keep"),
         ({"keep": 1.2}, InputError, "--keep"),
         ({}, InputError, "exactly one of"),
         ({"keep": 0.5, "max_memory_bytes": 5}, InputError, "exactly one of"),

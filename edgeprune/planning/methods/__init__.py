@@ -25,14 +25,6 @@ _DISTANCES = ("velocity",)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Measurements of a model's weights, for methods that need them."""
-
-    magnitudes: Sequence[float] = ()
-    """Root mean square of each block's weights."""
-
-
-@dataclass(frozen=True)
 class Problem:
     """What a scored method chooses from."""
 

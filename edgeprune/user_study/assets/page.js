@@ -135,7 +135,7 @@ function makeQuestions() {
     return field;
   }));
   const keys = study.mode === "mos" ? "1 2 3 4 5" : "← ↓ →";
-  byId("keys").replaceChildren(...`Keys: ${keys} answer, ⌫ takes back, Enter goes on, Z enlarges`.split(" ").map((word) => {
+  byId("keys").replaceChildren(...`Keys: ${keys} answer, ⌫ undoes, Enter continues, Z enlarges`.split(" ").map((word) => {
     const key = /^([1-5←↓→⌫Z]|Enter)$/.test(word) ? document.createElement("kbd") : document.createElement("span");
     key.textContent = word;
     return key;
@@ -251,7 +251,7 @@ async function send() {
       answered = new Set(reply.answered);
       again = WAIT_MS.first;
     } catch (error) {
-      if (error.status !== 400) { // of a wrong answer there is no use; any other may be taken later
+      if (error.status !== 400) { // the server rejected this answer, so do not send it again; any other may be taken later
         status();
         timer = setTimeout(send, again);
         again = Math.min(2 * again, WAIT_MS.most);
