@@ -56,6 +56,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Make MMDiT diffusion models small enough for edge devices. Begin with: edgeprune compress -o small",
     epilog="Example: edgeprune compress -o small  ·  edgeprune export small --target onnx -o small-onnx",
 )

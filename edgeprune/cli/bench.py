@@ -43,7 +43,9 @@ def bench(
     quality: Annotated[
         int, typer.Option(min=0, help="Shapes-world prompts per task to score images on; 0 scores none.")
     ] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result to this file, as JSON.")
+    ] = None,
     check: Annotated[
         list[str] | None,
         typer.Option(

@@ -10,8 +10,12 @@ import typer
 
 from edgeprune.cli import options, screen
 from edgeprune.cli.folder import is_begun, workspace
+from edgeprune.common.errors import InputError
 
-EPILOG = "Example: edgeprune compare -o build/compare  ·  edgeprune compare ./sd35 -o grid --grid mine.toml"
+EPILOG = (
+    "Example: edgeprune compare -o build/compare  ·  "
+    "edgeprune compare ./sd35 -o grid --grid mine.toml --prompts prompts.txt"
+)
 
 
 def grids() -> Iterable[str]:
@@ -25,7 +29,9 @@ def compare(
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to create, or to resume if it exists.")
     ] = Path("compare"),
-    preset: Annotated[str, options.choice(names=grids, help="Grid that comes with edgeprune.")] = "demo",
+    preset: Annotated[
+        str | None, options.choice(names=grids, help="Grid that comes with edgeprune.", show_default="demo")
+    ] = None,
     grid: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Your own grid as TOML, instead of --preset (docs/evidence.md).")
     ] = None,
@@ -52,6 +58,8 @@ def compare(
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
     """Compress with many methods at one budget and score all on the same prompts: compare.md, compare.svg."""
+    if preset and grid:
+        raise InputError("give --preset or --grid, not both")
     from edgeprune.artefact.resolve import resolve
     from edgeprune.compare import page as compare_page
     from edgeprune.compare import run as comparison
@@ -64,7 +72,7 @@ def compare(
     builtin = ws.builtin if ws else model is None
     name, paths = metric or ("shapes" if builtin else "velocity"), parse_weights(weights or [])
     check_analysis(name, paths)
-    path = grid or grid_named(preset)
+    path = grid or grid_named(preset or "demo")
     rows = Grid.load(path, compress.preset("default", builtin=builtin))
     texts = comparison.held_out_prompts(builtin, prompts, per_task)
     if dry_run:

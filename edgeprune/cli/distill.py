@@ -19,41 +19,48 @@ if TYPE_CHECKING:
 
 EPILOG = "Example: edgeprune distill -o small --data images/ --steps 2000 --rate 1e-4"
 
-_AS_COMPRESS = "as in `compress`"
 Samples = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Number of images to draw if the data is prompts or shapes.", show_default=_AS_COMPRESS,
-        rich_help_panel=options.TRAINING,
+        min=1, help="Number of images to draw if the data is prompts or shapes.",
+        show_default="1024; 6000 for the built-in model", rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
 Steps = Annotated[
     int | None,
-    typer.Option(min=1, help="Training steps.", show_default=_AS_COMPRESS, rich_help_panel=options.TRAINING),
+    typer.Option(
+        min=1,
+        help="Training steps.",
+        show_default="1000; 400 for the built-in model",
+        rich_help_panel=options.TRAINING,
+    ),
 ]
 Batch = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Samples per step, over all processes.", show_default=_AS_COMPRESS,
-        rich_help_panel=options.TRAINING,
+        min=1, help="Samples per step, over all processes.", show_default="32", rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
 Rate = Annotated[
     float | None,
-    typer.Option(help="Learning rate of AdamW.", show_default=_AS_COMPRESS, rich_help_panel=options.TRAINING),
+    typer.Option(
+        help="Learning rate of AdamW.",
+        show_default="1e-4; 5e-4 for the built-in model",
+        rich_help_panel=options.TRAINING,
+    ),
 ]
 Schedule = Annotated[
     str | None,
     options.choice(
-        names=lambda: options.SCHEDULES, help="How the learning rate changes over the run.", show_default=_AS_COMPRESS,
-        rich_help_panel=options.TRAINING,
+        names=lambda: options.SCHEDULES, help="How the learning rate changes over the run.",
+        show_default="constant; cosine for the built-in model", rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
 Ema = Annotated[
     float | None,
     typer.Option(
-        min=0, max=1, help="Decay of the averaged weights, which are the result.", show_default=_AS_COMPRESS,
-        rich_help_panel=options.TRAINING,
+        min=0, max=1, help="Decay of the averaged weights, which are the result.",
+        show_default="0.99; 0.98 for the built-in model", rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
 Seed = Annotated[int, typer.Option(help="Seed of all random draws.", rich_help_panel=options.TRAINING)]
@@ -140,7 +147,7 @@ FeaturesOf = Annotated[
 
 
 def distill(
-    out: options.Out = Path("compressed"),
+    out: options.BegunFolder = Path("compressed"),
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the memory that each process needs, and stop.")
     ] = False,

@@ -138,6 +138,9 @@ Model = Annotated[
 Out = Annotated[
     Path, typer.Option("-o", "--out", metavar="DIR", help="Artefact folder to create, or to resume if it exists.")
 ]
+BegunFolder = Annotated[
+    Path, typer.Option("-o", "--out", metavar="DIR", help="Artefact folder that `analyze` or `compress` began.")
+]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Redo stages that were done with other inputs. Without it they are refused.")
 ]
@@ -201,7 +204,8 @@ Method = Annotated[
     str | None,
     choice(
         names=methods, rich_help_panel=METHOD, show_default="hpp; hybrid for the built-in model; manual with --blocks",
-        help="How parts are chosen. hpp removes whole blocks, hybrid also components, milp solves for the best set, "
+        help="How parts are chosen. hpp removes whole blocks, hybrid also components, milp solves an integer "
+        "program for the best set, "
         "manual takes your list. The others are baselines to compare with.",
     ),
 ]  # fmt: skip
@@ -221,7 +225,7 @@ Threshold = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE",
-        help="hybrid: share of the parameters to remove as whole blocks before removing components.",
+        help="hybrid only: share of the parameters to remove as whole blocks before removing components.",
         show_default="0.15; 0 for the built-in model",
         rich_help_panel=METHOD,
     ),
@@ -230,7 +234,7 @@ Blocks = Annotated[
     str,
     typer.Option(
         metavar="LIST",
-        help="manual: blocks to remove, as closed ranges such as 25-28,31.",
+        help="manual only: blocks to remove, as closed ranges such as 25-28,31.",
         show_default="none",
         rich_help_panel=METHOD,
     ),
@@ -239,7 +243,7 @@ Components = Annotated[
     str,
     typer.Option(
         metavar="LIST",
-        help="manual: components to remove, such as 30:mlp,30:context_mlp.",
+        help="manual only: components to remove, such as 30:mlp,30:context_mlp.",
         show_default="none",
         rich_help_panel=METHOD,
     ),
@@ -376,7 +380,8 @@ def plan_options(
         prompts: text file to measure the modulation's directions with.
 
     Raises:
-        InputError: an option has another form, or `--fit` meets another budget.
+        InputError: an option has another form, two options set the budget, or `--blocks` or `--components` meets
+            another method than manual.
     """
     from dataclasses import replace
 
@@ -384,8 +389,12 @@ def plan_options(
     from edgeprune.planning.options import NEEDED, PlanOptions
 
     rank = start.modulation_rank if modulation_rank is None else parse_rank(modulation_rank)
-    if (blocks or components) and method in (None, "hpp"):
-        method = "manual"
+    if blocks or components:
+        method = method or "manual"
+        if method != "manual":
+            raise InputError(f"--blocks and --components work with --method manual only, found --method {method}")
+    if keep is not None and max_memory:
+        raise InputError("give --keep or --max-memory, not both")
     if fit and (keep is not None or max_memory or method == "manual"):
         raise InputError("--fit sets the budget; omit --keep, --max-memory and --method manual")
     if fit:

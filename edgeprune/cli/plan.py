@@ -104,8 +104,10 @@ def _of_config(config: Path, report: ContributionReport | None, chosen: dict[str
     from edgeprune.planning.make import make_plan
     from edgeprune.planning.options import DEFAULT
 
-    content = read_json(config)
     plan_options = options.plan_options(DEFAULT, **chosen)
+    content = read_json(config)
+    if plan_options.scored and report is None:
+        raise InputError(f"--method {plan_options.method} needs contribution scores; give --scores FILE")
     return make_plan(family_of(content, str(config)), content, report, plan_options)
 
 

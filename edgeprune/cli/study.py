@@ -47,7 +47,10 @@ def _variants(texts: list[str]) -> dict[str, Path]:
 def new(
     folder: Folder,
     # An option takes one value in click: of `--variants a=x b=y` the rest arrives here.
-    more: Annotated[list[str] | None, typer.Argument(metavar="NAME=FOLDER", help="More variants.")] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME=FOLDER", help="The other variants, so that `--variants` can take several."),
+    ] = None,
     variants: Annotated[
         list[str] | None,
         typer.Option(

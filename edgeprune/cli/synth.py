@@ -21,12 +21,10 @@ def architectures() -> Iterable[str]:
 
 
 def synth(
-    name: Annotated[
-        str, options.choice_argument(names=architectures, metavar="NAME", help="Published model whose size it has.")
-    ],
+    name: Annotated[str, options.choice_argument(names=architectures, metavar="NAME", help="Model to imitate.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Pipeline folder to write.")] = Path("synth"),
 ) -> None:
-    """Write a full-size pipeline with random weights, to measure memory and time with.
+    """Write a full-size pipeline with random weights, for measuring memory and time.
 
     An interrupted run resumes when you run the same command again.
     """

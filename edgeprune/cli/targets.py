@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,8 +36,15 @@ def show(
     from edgeprune import targets as known
 
     values = asdict(known.load(name))
-    screen.table(
-        [(k.replace("_", " "), ", ".join(map(str, v)) if isinstance(v, tuple) else str(v)) for k, v in values.items()]
-    )
+    screen.table([_row(key, value) for key, value in values.items()])
     if as_json:
         screen.print_json(values)
+
+
+def _row(key: str, value: Any) -> tuple[str, str]:
+    """Return a readable row for a field of a target."""
+    if key.endswith("_bytes"):
+        return screen.in_units(key, value)
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    return key.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

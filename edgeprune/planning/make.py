@@ -83,7 +83,7 @@ def _within_budget(
         BudgetError: the method cannot meet the budget.
     """
     if options.blocks or options.components:
-        raise InputError(f"--blocks and --components go with --method manual, found --method {method.name}")
+        raise InputError(f"--blocks and --components work with --method manual only, found --method {method.name}")
     budget = Budget(size.original, options.keep, options.max_memory_bytes)
     first = options.protect_first
     if first is None:
