@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from edgeprune.cli import options, screen
-from edgeprune.cli.folder import images_of, is_begun, workspace
+from edgeprune.cli.folder import check_out, check_prompts, images_of, is_begun, workspace
 from edgeprune.common import processes
 
 EPILOG = "Example: edgeprune analyze -o small --joint  ·  edgeprune analyze ./sd35 --dry-run --pairs"
@@ -70,6 +70,8 @@ def analyze(
         metric=metric, prompts=prompts, count=count, components=not only_blocks, weights=parse_weights(weights or []),
         joint=joint, pairs=pairs, estimator=estimator,
     )  # fmt: skip
+    check_out(out)
+    check_prompts(prompts)
     check_analysis(chosen.metric, chosen.weights)  # before the folder is created
     images_set = options.given(
         num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from edgeprune.cli import options, screen
-from edgeprune.cli.folder import is_begun, workspace
+from edgeprune.cli.folder import check_out, is_begun, workspace
 from edgeprune.common.errors import InputError
 
 EPILOG = (
@@ -67,6 +67,7 @@ def compare(
     from edgeprune.metrics import check_analysis, parse_weights
     from edgeprune.stages import compress
 
+    check_out(out)
     original = out / "original"
     ws = workspace(original, model) if is_begun(original) else None
     builtin = ws.builtin if ws else model is None

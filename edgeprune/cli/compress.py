@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgeprune.cli import options, screen
-from edgeprune.cli.folder import images_of, is_begun, workspace
+from edgeprune.cli.folder import check_out, check_prompts, images_of, is_begun, workspace
 from edgeprune.cli.plan import fit_rows, plan_rows
 from edgeprune.common import heap
 
@@ -24,7 +23,10 @@ EPILOG = "Example: edgeprune compress -o small  ·  edgeprune compress ./sd35 -o
 Steps = Annotated[
     int | None,
     typer.Option(
-        help="Training steps; 0 skips distillation.", show_default="the preset's", rich_help_panel=options.TRAINING
+        min=0,
+        help="Training steps; 0 skips distillation.",
+        show_default="the preset's",
+        rich_help_panel=options.TRAINING,
     ),
 ]
 
@@ -65,10 +67,10 @@ def compress(
     An interrupted run resumes when you run the same command again.
     """
     heap.large_pages()
+    check_out(out)
     from edgeprune.artefact.resolve import resolve
+    from edgeprune.report import make  # noqa: F401  a missing package is refused before any work
     from edgeprune.stages import compress as stage_order
-
-    importlib.import_module("edgeprune.report.make")  # a missing package is refused before any work
 
     images_set = options.given(
         num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width
@@ -85,6 +87,7 @@ def compress(
         start, plan, steps=steps, data=data, metric=metric, prompts=prompts, weights=weights or [],
         group_size=group_size, calibration=calibration,
     )  # fmt: skip
+    _check_inputs(chosen)
     source = ws.source if ws else resolve(model)
     images = images_of(source, ws, images_set)
     if dry_run:
@@ -95,6 +98,19 @@ def compress(
     if fit:
         screen.table(fit_rows(ws.fit(fit)))
     _run(ws, chosen, preset == "quick", as_json)
+
+
+def _check_inputs(chosen: CompressOptions) -> None:
+    """Refuse files of prompts or data that cannot be used, before anything is computed.
+
+    Raises:
+        InputError: a file does not exist or cannot be used.
+    """
+    from edgeprune.data.settings import check_source
+
+    check_prompts(chosen.analyze.prompts)
+    if chosen.distill is not None and chosen.data.source is not None:
+        check_source(chosen.data.source)
 
 
 def _merged(

@@ -186,6 +186,7 @@ def distill(
         return launch(config, sys.argv[1:])
     from dataclasses import replace
 
+    from edgeprune.data.settings import check_source
     from edgeprune.stages.compress import preset
     from edgeprune.stages.distill import run as run_distill
     from edgeprune.stages.options import DataOptions
@@ -193,6 +194,8 @@ def distill(
     from edgeprune.training.recipe import Placement
 
     ws = workspace(out, fresh=fresh)
+    if data is not None:
+        check_source(data)
     base = preset("default", builtin=ws.builtin)
     assert base.distill is not None
     chosen = replace(

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from edgeprune.cli import options, screen
+from edgeprune.cli.folder import check_out
 from edgeprune.common import heap
 
 EPILOG = "Example: edgeprune export small --target onnx -o small-onnx"
@@ -42,6 +43,7 @@ def export(
     from edgeprune.targets import for_format
 
     chosen = for_format(target, device)
+    check_out(out)
     heap.large_pages()
     from edgeprune import export as exporting
 

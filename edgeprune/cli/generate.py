@@ -82,7 +82,8 @@ def generate(
     runtimes.RUNTIMES[chosen].require()
     settings = read_settings(model)  # refuses a bad size before gigabytes are loaded
     defaults = settings.generation
-    check_size(settings, defaults.height if height is None else height, defaults.width if width is None else width)
+    sides = defaults.height if height is None else height, defaults.width if width is None else width
+    check_size(settings, *sides, where="" if height is None and width is None else "--")
     with runtimes.load(model, runtime, **load_options) as opened, screen.bars() as progress:
         image = opened.generate(
             prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale,

@@ -212,6 +212,7 @@ Method = Annotated[
 ProtectFirst = Annotated[
     int | None,
     typer.Option(
+        min=0,
         help="Number of leading blocks that are never removed.",
         show_default="half of all; 0 for the built-in model",
         rich_help_panel=METHOD,
@@ -219,7 +220,9 @@ ProtectFirst = Annotated[
 ]
 ProtectLast = Annotated[
     int | None,
-    typer.Option(help="Number of trailing blocks that are never removed.", show_default="2", rich_help_panel=METHOD),
+    typer.Option(
+        min=0, help="Number of trailing blocks that are never removed.", show_default="2", rich_help_panel=METHOD
+    ),
 ]
 Threshold = Annotated[
     float | None,
@@ -298,6 +301,7 @@ InferenceSteps = Annotated[
 Guidance = Annotated[
     float | None,
     typer.Option(
+        min=0,
         help="Guidance scale of these images; 0 for models distilled without guidance.",
         show_default=_OWN,
         rich_help_panel=IMAGES,

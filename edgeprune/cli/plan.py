@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeprune.cli import options, screen
-from edgeprune.cli.folder import workspace
+from edgeprune.cli.folder import check_prompts, workspace
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def plan(
         raise InputError("plan: give exactly one of -o (a folder) and --config (a transformer's config.json)")
     if fit and config is not None:
         raise InputError("--fit counts a pipeline's files: give -o (a folder), not --config")
+    check_prompts(prompts)
     from edgeprune.analysis.contribution import ContributionReport
 
     loaded = ContributionReport.load(scores) if scores is not None else None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeprune.cli import options, screen
+from edgeprune.cli.folder import check_out
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def score(
 
     for model in (folder, *([against] if against else [])):
         _check_exists(model)
+    if out:
+        check_out(out)
     paths = parse_weights(weights or [])
     scoring.check(metric, paths, against is not None)
     places = {"images": _images_or_model(folder)} | ({"original": _images_or_model(against)} if against else {})

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from edgeprune.cli import options, screen
+from edgeprune.cli.folder import check_out
 
 EPILOG = "Example: edgeprune synth sd3.5-large -o large"
 
@@ -30,6 +31,7 @@ def synth(
     """
     from edgeprune.artefact.synth import synth as make
 
+    check_out(out)
     with screen.bars() as progress:
         size = make(name, out, progress=progress)
     screen.say(f"{out}: {name} with random weights, {size / 1e9:,.1f} GB")

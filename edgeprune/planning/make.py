@@ -88,6 +88,9 @@ def _within_budget(
     first = options.protect_first
     if first is None:
         first = 0 if isinstance(method, Baseline) else size.blocks // 2
+    for option, count in (("--protect-first", first), ("--protect-last", options.protect_last)):
+        if not 0 <= count <= size.blocks:
+            raise InputError(f"{option}: found {count}, expected 0 to {size.blocks}, the number of blocks")
     removable = range(first, size.blocks - options.protect_last)
     if isinstance(method, Baseline):
         if method.magnitudes and not measured.magnitudes:
