@@ -36,7 +36,7 @@ from edgeprune.cli import (
     synth,
     targets,
 )
-from edgeprune.cli.options import Verb
+from edgeprune.cli.choices import Verb
 from edgeprune.common import processes, stop
 from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.common.extras import COMPRESS, absent

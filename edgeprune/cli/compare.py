@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, options, screen
 from edgeprune.cli.folder import check_out, is_begun, workspace
 from edgeprune.common.errors import InputError
 
@@ -30,15 +30,15 @@ def compare(
         Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to create, or to resume if it exists.")
     ] = Path("compare"),
     preset: Annotated[
-        str | None, options.choice(names=grids, help="Grid that comes with edgeprune.", show_default="demo")
+        str | None, choices.choice(names=grids, help="Grid that comes with edgeprune.", show_default="demo")
     ] = None,
     grid: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Your own grid as TOML, instead of --preset (docs/evidence.md).")
     ] = None,
     metric: Annotated[
         str | None,
-        options.choice(
-            names=options.analysis_metrics, help="How models are scored.",
+        choices.choice(
+            names=choices.analysis_metrics, help="How models are scored.",
             show_default="shapes for the built-in model, else velocity",
         ),
     ] = None,
@@ -78,7 +78,7 @@ def compare(
     texts = comparison.held_out_prompts(builtin, prompts, per_task)
     if dry_run:
         numbers = comparison.forecast_grid(ws.source if ws else resolve(model), rows, len(texts), name)
-        return screen.forecast(numbers, screen.FLOORS, as_json)
+        return screen.show_forecast(numbers, screen.FLOORS, as_json)
     ws = ws or workspace(original, model, begin=True)
     with screen.bars() as progress:
         summary = comparison.compare(ws, rows, name, texts, out, progress, weights=paths)

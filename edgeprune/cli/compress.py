@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, options, screen
 from edgeprune.cli.folder import check_out, check_prompts, images_of, is_begun, workspace
 from edgeprune.cli.plan import fit_rows, plan_rows
 from edgeprune.common import heap
@@ -35,7 +35,7 @@ def compress(
     model: options.Model = None,
     out: options.Out = Path("compressed"),
     preset: Annotated[
-        str, options.choice(names=lambda: options.PRESETS, help="Where all other options start. quick is a first look.")
+        str, choices.choice(names=lambda: options.PRESETS, help="Where all other options start. quick is a first look.")
     ] = "default",
     dry_run: options.DryRun = False,
     fresh: options.Fresh = False,
@@ -53,7 +53,7 @@ def compress(
     steps: Steps = None,
     data: options.DataSource = None,
     metric: options.Metric = "velocity",
-    weights: options.Weights = None,
+    weights: options.MetricWeights = None,
     prompts: options.Prompts = None,
     group_size: options.GroupSize = 64,
     calibration: options.Calibration = "none",
@@ -91,7 +91,7 @@ def compress(
     source = ws.source if ws else resolve(model)
     images = images_of(source, ws, images_set)
     if dry_run:
-        return screen.forecast(stage_order.forecast(source, chosen, images), screen.FLOORS, as_json)
+        return screen.show_forecast(stage_order.forecast(source, chosen, images), screen.FLOORS, as_json)
     if ws is None:
         stage_order.rehearse(source, images, chosen)  # before the folder is created
     ws = ws or workspace(out, model, fresh=fresh, begin=True, generation=images_set)

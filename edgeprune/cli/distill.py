@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, options, screen
 from edgeprune.cli.folder import workspace
 from edgeprune.common import processes
 
@@ -51,7 +51,7 @@ Rate = Annotated[
 ]
 Schedule = Annotated[
     str | None,
-    options.choice(
+    choices.choice(
         names=lambda: options.SCHEDULES, help="How the learning rate changes over the run.",
         show_default="constant; cosine for the built-in model", rich_help_panel=options.TRAINING,
     ),
@@ -73,14 +73,14 @@ QuantizeAware = Annotated[
 ]  # fmt: skip
 GroupSize = Annotated[
     int,
-    options.choice(
-        names=options.group_sizes, convert=int, help="Number of weights that share one INT4 scale.",
+    choices.choice(
+        names=choices.group_sizes, convert=int, help="Number of weights that share one INT4 scale.",
         rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
 MixedPrecision = Annotated[
     str | None,
-    options.choice(
+    choices.choice(
         names=lambda: options.MIXED_PRECISIONS, help="Number format of the student's computation.",
         show_default="that of accelerate's config, else no", rich_help_panel=options.MEMORY,
     ),
@@ -101,7 +101,7 @@ Accumulate = Annotated[
 ]  # fmt: skip
 TeacherPrecision = Annotated[
     str,
-    options.choice(
+    choices.choice(
         names=lambda: options.TEACHER_PRECISIONS, help="Number format of the teacher's weights.",
         rich_help_panel=options.MEMORY,
     ),
@@ -115,7 +115,7 @@ TeacherOffload = Annotated[
 ]  # fmt: skip
 Sensitivity = Annotated[
     str,
-    options.choice(
+    choices.choice(
         names=lambda: options.SENSITIVITIES, rich_help_panel=options.LOSS,
         help="SGDistill: the more a part contributes, the less it is trained. graded lowers its learning rate, binary "
         "freezes the upper half, off trains all parts alike.",
@@ -139,7 +139,7 @@ LambdaTask = Annotated[
 ]
 FeaturesOf = Annotated[
     str,
-    options.choice(
+    choices.choice(
         names=lambda: options.FEATURES, rich_help_panel=options.LOSS,
         help="Outputs that --lambda-feature compares: those of blocks, or of their attention.",
     ),
@@ -168,7 +168,7 @@ def distill(
     accumulate: Accumulate = 1,
     teacher_precision: TeacherPrecision = "float32",
     teacher_offload: TeacherOffload = False,
-    config: options.Config = None,
+    config: options.LaunchConfig = None,
     sensitivity: Sensitivity = "graded",
     freeze_prefix: FreezePrefix = True,
     lambda_output: LambdaOutput = 1.0,
@@ -224,4 +224,4 @@ def _forecast(ws: Workspace, chosen: DistillOptions, placement: Placement, confi
 
     numbers = forecast(ws, chosen, placement, launch_file(config) if config else None)
     remark = "of one process, on its device; kernels, communication and the allocator need more"
-    screen.forecast(numbers, remark, as_json)
+    screen.show_forecast(numbers, remark, as_json)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, options, screen
 from edgeprune.common.errors import InputError
 
 EPILOG = 'Example: edgeprune generate "two red circles" --model small-onnx -o out.png'
@@ -57,7 +57,7 @@ def generate(
     ] = False,
     provider: Annotated[
         str | None,
-        options.choice(
+        choices.choice(
             names=providers, show_default="the first one here", help="ort: execution provider of ONNX Runtime."
         ),
     ] = None,

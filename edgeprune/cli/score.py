@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, options, screen
 from edgeprune.cli.folder import check_out
 from edgeprune.common.errors import InputError
 
@@ -36,8 +36,8 @@ def score(
     ],
     metric: Annotated[
         list[str],
-        options.choice(
-            names=options.image_metrics,
+        choices.choice(
+            names=choices.image_metrics,
             help="How images are scored. psnr, ssim and lpips need --against. Repeat the option for several metrics.",
         ),
     ],

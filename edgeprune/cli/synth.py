@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, screen
 from edgeprune.cli.folder import check_out
 
 EPILOG = "Example: edgeprune synth sd3.5-large -o large"
@@ -22,7 +22,7 @@ def architectures() -> Iterable[str]:
 
 
 def synth(
-    name: Annotated[str, options.choice_argument(names=architectures, metavar="NAME", help="Model to imitate.")],
+    name: Annotated[str, choices.choice_argument(names=architectures, metavar="NAME", help="Model to imitate.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Pipeline folder to write.")] = Path("synth"),
 ) -> None:
     """Write a full-size pipeline with random weights, for measuring memory and time.

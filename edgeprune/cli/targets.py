@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, options, screen
 
 app = typer.Typer(
     help="List the known devices; `show NAME` explains one.",
@@ -25,9 +25,9 @@ def targets(context: typer.Context) -> None:
         screen.say("next: edgeprune targets show NAME")
 
 
-@app.command(cls=options.Verb, epilog="Example: edgeprune targets show rtx")
+@app.command(cls=choices.Verb, epilog="Example: edgeprune targets show rtx")
 def show(
-    name: Annotated[str, options.choice_argument(names=options.devices, metavar="NAME", help="Name of the device.")],
+    name: Annotated[str, choices.choice_argument(names=choices.devices, metavar="NAME", help="Name of the device.")],
     as_json: options.AsJson = False,
 ) -> None:
     """Show everything known about one device."""

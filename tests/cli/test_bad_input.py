@@ -13,6 +13,8 @@ from edgeprune.cli import app
 from edgeprune.cli.folder import check_out
 from edgeprune.common.errors import InputError
 
+WIDE = {"COLUMNS": "400", "TERMINAL_WIDTH": "400"}
+"""As in test_choices.py: Typer reads the width once, when it first shows something."""
 DATA = Path(__file__).parents[1] / "samples"
 
 REFUSED = [
@@ -89,7 +91,7 @@ def everything(folder: Path) -> list[Path]:
 @pytest.mark.parametrize(("command", "words"), REFUSED, ids=[command for command, _ in REFUSED])
 def test_it_is_one_line_and_nothing_is_written(command: str, words: str, here: Path) -> None:
     before = everything(here)
-    result = CliRunner().invoke(app, command.split())
+    result = CliRunner().invoke(app, command.split(), env=WIDE)
     assert isinstance(result.exception, InputError), result.output  # `main` makes one line of it
     assert result.exception.exit_code == 2
     assert words in str(result.exception) and "Errno" not in str(result.exception)
@@ -99,7 +101,7 @@ def test_it_is_one_line_and_nothing_is_written(command: str, words: str, here: P
 @pytest.mark.parametrize(("command", "option"), OUT_OF_RANGE, ids=[command for command, _ in OUT_OF_RANGE])
 def test_a_number_out_of_range_is_refused_by_its_option(command: str, option: str, here: Path) -> None:
     before = everything(here)
-    result = CliRunner().invoke(app, command.split(), env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+    result = CliRunner().invoke(app, command.split(), env=WIDE)
     assert result.exit_code == 2
     assert f"Invalid value for '{option}'" in re.sub(r"\s+", " ", result.output)
     assert everything(here) == before
@@ -112,14 +114,14 @@ def test_an_output_folder_may_be_new_or_exist(here: Path) -> None:
 
 @pytest.mark.parametrize("words", [["-h"], ["compress", "-h"], ["study", "new", "-h"], ["targets", "show", "-h"]])
 def test_h_shows_the_help(words: list[str]) -> None:
-    result = CliRunner().invoke(app, words)
+    result = CliRunner().invoke(app, words, env=WIDE)
     assert result.exit_code == 0 and "Usage: " in result.output
 
 
 def test_the_help_of_distill_gives_the_defaults() -> None:
     from edgeprune.stages.compress import preset
 
-    help_text = CliRunner().invoke(app, ["distill", "-h"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"}).output
+    help_text = CliRunner().invoke(app, ["distill", "-h"], env=WIDE).output
     usual, builtin = (preset("default", builtin=b) for b in (False, True))
     assert usual.distill is not None and builtin.distill is not None
     pairs = [(usual.data.samples, builtin.data.samples)]
@@ -132,7 +134,7 @@ def test_the_help_of_distill_gives_the_defaults() -> None:
 
 
 def test_a_device_is_shown_in_units() -> None:
-    result = CliRunner().invoke(app, ["targets", "show", "rtx"], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, ["targets", "show", "rtx"], env=WIDE)
     assert result.exit_code == 0
     assert re.search(r"memory +\S+ GB", result.output) and "bytes" not in result.output
     assert not re.search(r"\b(True|False)\b", result.output)
