@@ -68,6 +68,7 @@ def compress(
     """
     heap.large_pages()
     check_out(out)
+    _check_inputs(prompts, None if steps == 0 else data)
     from edgeprune.artefact.resolve import resolve
     from edgeprune.report import make  # noqa: F401  a missing package is refused before any work
     from edgeprune.stages import compress as stage_order
@@ -87,7 +88,6 @@ def compress(
         start, plan, steps=steps, data=data, metric=metric, prompts=prompts, weights=weights or [],
         group_size=group_size, calibration=calibration,
     )  # fmt: skip
-    _check_inputs(chosen)
     source = ws.source if ws else resolve(model)
     images = images_of(source, ws, images_set)
     if dry_run:
@@ -100,7 +100,7 @@ def compress(
     _run(ws, chosen, preset == "quick", as_json)
 
 
-def _check_inputs(chosen: CompressOptions) -> None:
+def _check_inputs(prompts: str | None, data: str | None) -> None:
     """Refuse files of prompts or data that cannot be used, before anything is computed.
 
     Raises:
@@ -108,9 +108,9 @@ def _check_inputs(chosen: CompressOptions) -> None:
     """
     from edgeprune.data.settings import check_source
 
-    check_prompts(chosen.analyze.prompts)
-    if chosen.distill is not None and chosen.data.source is not None:
-        check_source(chosen.data.source)
+    check_prompts(prompts)
+    if data:
+        check_source(data)
 
 
 def _merged(

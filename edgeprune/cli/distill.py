@@ -193,9 +193,9 @@ def distill(
     from edgeprune.training.losses import LossWeights
     from edgeprune.training.recipe import Placement
 
-    ws = workspace(out, fresh=fresh)
-    if data is not None:
+    if data:
         check_source(data)
+    ws = workspace(out, fresh=fresh)
     base = preset("default", builtin=ws.builtin)
     assert base.distill is not None
     chosen = replace(

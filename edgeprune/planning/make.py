@@ -89,7 +89,7 @@ def _within_budget(
     if first is None:
         first = 0 if isinstance(method, Baseline) else size.blocks // 2
     for option, count in (("--protect-first", first), ("--protect-last", options.protect_last)):
-        if not 0 <= count <= size.blocks:
+        if not 0 <= count <= max(size.blocks, PlanOptions().protect_last):  # the default fits every model
             raise InputError(f"{option}: found {count}, expected 0 to {size.blocks}, the number of blocks")
     removable = range(first, size.blocks - options.protect_last)
     if isinstance(method, Baseline):

@@ -53,6 +53,7 @@ REFUSED = [
     ("compress -o x --data afile --dry-run", "afile: no prompts; write one prompt per line"),
     ("compress -o x --prompts none.txt --dry-run", "none.txt: no such file"),
     ("compress -o x --prompts empty", "empty: found a folder, expected a text file with one prompt per line"),
+    ("distill -o x --data none", "--data none: no such file or folder"),
     ("analyze -o x --prompts none.txt", "none.txt: no such file"),
     ("plan --config sd3.json --prompts none.txt", "none.txt: no such file"),
     ("cache empty -o x", "SOURCE empty: not a known source; expected an imagefolder"),
