@@ -160,7 +160,7 @@ def test_command_line_on_images(worlds: tuple[Path, Path]) -> None:
 def test_command_line_says_what_is_wrong(worlds: tuple[Path, Path], tmp_path: Path) -> None:
     images = str(worlds[1])
     found = run("score", images, "--metric", "shapes", "--seeds", "2")
-    assert found.returncode == 2 and "says its prompts by itself" in found.stderr
+    assert found.returncode == 2 and "already has prompts" in found.stderr
     white = np.full((32, 32, 3), 255, np.uint8)
     small = image_folder(tmp_path / "small", [white], [read_samples(worlds[1])[0].text])
     found = run("score", str(small), "--metric", "shapes")
