@@ -145,7 +145,10 @@ def _index(artefact: Path) -> dict[str, Any]:
     """Read model_index.json and check that the pipeline can be exported."""
     path = artefact / "model_index.json"
     if not artefact.is_dir():
-        raise InputError(f"{artefact}: no such folder")
+        found = "found a file, expected a folder" if artefact.exists() else "no such folder"
+        raise InputError(f"{artefact}: {found}")
+    if not path.is_file():
+        raise InputError(f"{artefact}: no model_index.json; expected an artefact or a diffusers folder")
     index = read_index(artefact)
     _, family = read_config(artefact)
     if index.get("_class_name") != family.pipeline:

@@ -16,6 +16,11 @@ UNSAFE = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack")
 """Patterns of code and pickles, which are neither downloaded nor copied."""
 
 
+def is_hub_id(model: str) -> bool:
+    """Return whether a name has the form owner/name. A folder can have such a name, too."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not model.startswith(".")
+
+
 def resolve(model: str | None) -> Path:
     """Return the local folder of a model: a hub id's snapshot, a folder itself, or for None the built-in model's.
 
@@ -31,7 +36,9 @@ def resolve(model: str | None) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+    if folder.exists():
+        raise InputError(f"{model}: found a file, expected a folder")
+    if not is_hub_id(model):
         raise InputError(f"{model}: no such folder; expected a diffusers folder or a hub id like owner/name")
     from huggingface_hub import snapshot_download
 

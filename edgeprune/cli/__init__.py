@@ -36,7 +36,7 @@ from edgeprune.cli import (
     synth,
     targets,
 )
-from edgeprune.cli.options import Verb
+from edgeprune.cli.choices import Verb
 from edgeprune.common import processes, stop
 from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.common.extras import COMPRESS, absent
@@ -56,6 +56,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Make MMDiT diffusion models small enough for edge devices. Begin with: edgeprune compress -o small",
     epilog="Example: edgeprune compress -o small  ·  edgeprune export small --target onnx -o small-onnx",
 )

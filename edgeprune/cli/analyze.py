@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeprune.cli import options, screen
-from edgeprune.cli.folder import images_of, is_begun, workspace
+from edgeprune.cli import choices, options, screen
+from edgeprune.cli.folder import check_out, check_prompts, images_of, is_begun, workspace
 from edgeprune.common import processes
 
 EPILOG = "Example: edgeprune analyze -o small --joint  ·  edgeprune analyze ./sd35 --dry-run --pairs"
@@ -24,7 +24,7 @@ def analyze(
     fresh: options.Fresh = False,
     as_json: options.AsJson = False,
     metric: options.Metric = "velocity",
-    weights: options.Weights = None,
+    weights: options.MetricWeights = None,
     prompts: options.Prompts = None,
     count: Annotated[int, typer.Option(min=1, help="Number of prompts.", rich_help_panel=options.ANALYSIS)] = 28,
     only_blocks: Annotated[
@@ -45,7 +45,7 @@ def analyze(
     ] = False,
     estimator: Annotated[
         str,
-        options.choice(
+        choices.choice(
             names=lambda: options.ESTIMATORS, rich_help_panel=options.ANALYSIS,
             help="How scores are obtained. exhaustive runs the model without each part. reuse gives the same numbers "
             "for half the work, gates estimates them from gradients in one pass; both need --metric velocity.",
@@ -55,7 +55,7 @@ def analyze(
     guidance_scale: options.Guidance = None,
     height: options.Height = None,
     width: options.Width = None,
-    config: options.Config = None,
+    config: options.LaunchConfig = None,
 ) -> None:  # fmt: skip
     """Score the model without each block and component: analysis.json."""
     if config and not processes.launched() and not dry_run:
@@ -70,6 +70,8 @@ def analyze(
         metric=metric, prompts=prompts, count=count, components=not only_blocks, weights=parse_weights(weights or []),
         joint=joint, pairs=pairs, estimator=estimator,
     )  # fmt: skip
+    check_out(out)
+    check_prompts(prompts)
     check_analysis(chosen.metric, chosen.weights)  # before the folder is created
     images_set = options.given(
         num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width
@@ -91,7 +93,7 @@ def _forecast(model: str | None, out: Path, chosen: Any, images_set: dict[str, A
     source = ws.source if ws else resolve(model)
     numbers = forecast(source, chosen, images_of(source, ws, images_set))
     remark = "measured on one sample here, with float32 weights; batches take less time per sample"
-    screen.forecast(numbers, remark, as_json)
+    screen.show_forecast(numbers, remark, as_json)
 
 
 def _show(ws: Any, ran: bool, as_json: bool) -> None:

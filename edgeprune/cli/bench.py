@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, screen
 from edgeprune.cli.folder import source_of
 from edgeprune.common.errors import CannotRunError
 
@@ -17,14 +17,14 @@ EPILOG = 'Example: edgeprune bench small-onnx --assert "peak_ratio<=0.9"  ·  ed
 
 def runtimes_or_all() -> Iterable[str]:
     """Return the names of the runtimes, and `all`."""
-    return (*options.runtimes(), "all")
+    return (*choices.runtimes(), "all")
 
 
 def bench(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Exported folders or artefact folders.")],
     runtime: Annotated[
         str | None,
-        options.choice(
+        choices.choice(
             names=runtimes_or_all, show_default="the first installed one that fits",
             help="Runtime to measure; all measures every runtime that opens a folder and can run here.",
         ),
@@ -43,7 +43,9 @@ def bench(
     quality: Annotated[
         int, typer.Option(min=0, help="Shapes-world prompts per task to score images on; 0 scores none.")
     ] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result to this file, as JSON.")
+    ] = None,
     check: Annotated[
         list[str] | None,
         typer.Option(

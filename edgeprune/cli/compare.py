@@ -8,10 +8,14 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
-from edgeprune.cli.folder import is_begun, workspace
+from edgeprune.cli import choices, options, screen
+from edgeprune.cli.folder import check_out, is_begun, workspace
+from edgeprune.common.errors import InputError
 
-EPILOG = "Example: edgeprune compare -o build/compare  ·  edgeprune compare ./sd35 -o grid --grid mine.toml"
+EPILOG = (
+    "Example: edgeprune compare -o build/compare  ·  "
+    "edgeprune compare ./sd35 -o grid --grid mine.toml --prompts prompts.txt"
+)
 
 
 def grids() -> Iterable[str]:
@@ -25,14 +29,16 @@ def compare(
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to create, or to resume if it exists.")
     ] = Path("compare"),
-    preset: Annotated[str, options.choice(names=grids, help="Grid that comes with edgeprune.")] = "demo",
+    preset: Annotated[
+        str | None, choices.choice(names=grids, help="Grid that comes with edgeprune.", show_default="demo")
+    ] = None,
     grid: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Your own grid as TOML, instead of --preset (docs/evidence.md).")
     ] = None,
     metric: Annotated[
         str | None,
-        options.choice(
-            names=options.analysis_metrics, help="How models are scored.",
+        choices.choice(
+            names=choices.analysis_metrics, help="How models are scored.",
             show_default="shapes for the built-in model, else velocity",
         ),
     ] = None,
@@ -52,6 +58,8 @@ def compare(
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
     """Compress with many methods at one budget and score all on the same prompts: compare.md, compare.svg."""
+    if preset and grid:
+        raise InputError("give --preset or --grid, not both")
     from edgeprune.artefact.resolve import resolve
     from edgeprune.compare import page as compare_page
     from edgeprune.compare import run as comparison
@@ -59,17 +67,18 @@ def compare(
     from edgeprune.metrics import check_analysis, parse_weights
     from edgeprune.stages import compress
 
+    check_out(out)
     original = out / "original"
     ws = workspace(original, model) if is_begun(original) else None
     builtin = ws.builtin if ws else model is None
     name, paths = metric or ("shapes" if builtin else "velocity"), parse_weights(weights or [])
     check_analysis(name, paths)
-    path = grid or grid_named(preset)
+    path = grid or grid_named(preset or "demo")
     rows = Grid.load(path, compress.preset("default", builtin=builtin))
     texts = comparison.held_out_prompts(builtin, prompts, per_task)
     if dry_run:
         numbers = comparison.forecast_grid(ws.source if ws else resolve(model), rows, len(texts), name)
-        return screen.forecast(numbers, screen.FLOORS, as_json)
+        return screen.show_forecast(numbers, screen.FLOORS, as_json)
     ws = ws or workspace(original, model, begin=True)
     with screen.bars() as progress:
         summary = comparison.compare(ws, rows, name, texts, out, progress, weights=paths)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
-from edgeprune.cli.folder import images_of, is_begun, workspace
+from edgeprune.cli import choices, options, screen
+from edgeprune.cli.folder import check_out, check_prompts, images_of, is_begun, workspace
 from edgeprune.cli.plan import fit_rows, plan_rows
 from edgeprune.common import heap
 
@@ -24,7 +23,10 @@ EPILOG = "Example: edgeprune compress -o small  ·  edgeprune compress ./sd35 -o
 Steps = Annotated[
     int | None,
     typer.Option(
-        help="Training steps; 0 skips distillation.", show_default="the preset's", rich_help_panel=options.TRAINING
+        min=0,
+        help="Training steps; 0 skips distillation.",
+        show_default="the preset's",
+        rich_help_panel=options.TRAINING,
     ),
 ]
 
@@ -33,7 +35,7 @@ def compress(
     model: options.Model = None,
     out: options.Out = Path("compressed"),
     preset: Annotated[
-        str, options.choice(names=lambda: options.PRESETS, help="Where all other options start. quick is a first look.")
+        str, choices.choice(names=lambda: options.PRESETS, help="Where all other options start. quick is a first look.")
     ] = "default",
     dry_run: options.DryRun = False,
     fresh: options.Fresh = False,
@@ -51,7 +53,7 @@ def compress(
     steps: Steps = None,
     data: options.DataSource = None,
     metric: options.Metric = "velocity",
-    weights: options.Weights = None,
+    weights: options.MetricWeights = None,
     prompts: options.Prompts = None,
     group_size: options.GroupSize = 64,
     calibration: options.Calibration = "none",
@@ -65,10 +67,11 @@ def compress(
     An interrupted run resumes when you run the same command again.
     """
     heap.large_pages()
+    check_out(out)
+    _check_inputs(prompts, None if steps == 0 else data)
     from edgeprune.artefact.resolve import resolve
+    from edgeprune.report import make  # noqa: F401  a missing package is refused before any work
     from edgeprune.stages import compress as stage_order
-
-    importlib.import_module("edgeprune.report.make")  # a missing package is refused before any work
 
     images_set = options.given(
         num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width
@@ -88,13 +91,26 @@ def compress(
     source = ws.source if ws else resolve(model)
     images = images_of(source, ws, images_set)
     if dry_run:
-        return screen.forecast(stage_order.forecast(source, chosen, images), screen.FLOORS, as_json)
+        return screen.show_forecast(stage_order.forecast(source, chosen, images), screen.FLOORS, as_json)
     if ws is None:
         stage_order.rehearse(source, images, chosen)  # before the folder is created
     ws = ws or workspace(out, model, fresh=fresh, begin=True, generation=images_set)
     if fit:
         screen.table(fit_rows(ws.fit(fit)))
     _run(ws, chosen, preset == "quick", as_json)
+
+
+def _check_inputs(prompts: str | None, data: str | None) -> None:
+    """Refuse files of prompts or data that cannot be used, before anything is computed.
+
+    Raises:
+        InputError: a file does not exist or cannot be used.
+    """
+    from edgeprune.data.settings import check_source
+
+    check_prompts(prompts)
+    if data:
+        check_source(data)
 
 
 def _merged(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, options, screen
 from edgeprune.cli.folder import workspace
 from edgeprune.common import processes
 
@@ -19,41 +19,48 @@ if TYPE_CHECKING:
 
 EPILOG = "Example: edgeprune distill -o small --data images/ --steps 2000 --rate 1e-4"
 
-_AS_COMPRESS = "as in `compress`"
 Samples = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Number of images to draw if the data is prompts or shapes.", show_default=_AS_COMPRESS,
-        rich_help_panel=options.TRAINING,
+        min=1, help="Number of images to draw if the data is prompts or shapes.",
+        show_default="1024; 6000 for the built-in model", rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
 Steps = Annotated[
     int | None,
-    typer.Option(min=1, help="Training steps.", show_default=_AS_COMPRESS, rich_help_panel=options.TRAINING),
+    typer.Option(
+        min=1,
+        help="Training steps.",
+        show_default="1000; 400 for the built-in model",
+        rich_help_panel=options.TRAINING,
+    ),
 ]
 Batch = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Samples per step, over all processes.", show_default=_AS_COMPRESS,
-        rich_help_panel=options.TRAINING,
+        min=1, help="Samples per step, over all processes.", show_default="32", rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
 Rate = Annotated[
     float | None,
-    typer.Option(help="Learning rate of AdamW.", show_default=_AS_COMPRESS, rich_help_panel=options.TRAINING),
+    typer.Option(
+        help="Learning rate of AdamW.",
+        show_default="1e-4; 5e-4 for the built-in model",
+        rich_help_panel=options.TRAINING,
+    ),
 ]
 Schedule = Annotated[
     str | None,
-    options.choice(
-        names=lambda: options.SCHEDULES, help="How the learning rate changes over the run.", show_default=_AS_COMPRESS,
-        rich_help_panel=options.TRAINING,
+    choices.choice(
+        names=lambda: options.SCHEDULES, help="How the learning rate changes over the run.",
+        show_default="constant; cosine for the built-in model", rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
 Ema = Annotated[
     float | None,
     typer.Option(
-        min=0, max=1, help="Decay of the averaged weights, which are the result.", show_default=_AS_COMPRESS,
-        rich_help_panel=options.TRAINING,
+        min=0, max=1, help="Decay of the averaged weights, which are the result.",
+        show_default="0.99; 0.98 for the built-in model", rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
 Seed = Annotated[int, typer.Option(help="Seed of all random draws.", rich_help_panel=options.TRAINING)]
@@ -66,14 +73,14 @@ QuantizeAware = Annotated[
 ]  # fmt: skip
 GroupSize = Annotated[
     int,
-    options.choice(
-        names=options.group_sizes, convert=int, help="Number of weights that share one INT4 scale.",
+    choices.choice(
+        names=choices.group_sizes, convert=int, help="Number of weights that share one INT4 scale.",
         rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
 MixedPrecision = Annotated[
     str | None,
-    options.choice(
+    choices.choice(
         names=lambda: options.MIXED_PRECISIONS, help="Number format of the student's computation.",
         show_default="that of accelerate's config, else no", rich_help_panel=options.MEMORY,
     ),
@@ -94,7 +101,7 @@ Accumulate = Annotated[
 ]  # fmt: skip
 TeacherPrecision = Annotated[
     str,
-    options.choice(
+    choices.choice(
         names=lambda: options.TEACHER_PRECISIONS, help="Number format of the teacher's weights.",
         rich_help_panel=options.MEMORY,
     ),
@@ -108,7 +115,7 @@ TeacherOffload = Annotated[
 ]  # fmt: skip
 Sensitivity = Annotated[
     str,
-    options.choice(
+    choices.choice(
         names=lambda: options.SENSITIVITIES, rich_help_panel=options.LOSS,
         help="SGDistill: the more a part contributes, the less it is trained. graded lowers its learning rate, binary "
         "freezes the upper half, off trains all parts alike.",
@@ -132,7 +139,7 @@ LambdaTask = Annotated[
 ]
 FeaturesOf = Annotated[
     str,
-    options.choice(
+    choices.choice(
         names=lambda: options.FEATURES, rich_help_panel=options.LOSS,
         help="Outputs that --lambda-feature compares: those of blocks, or of their attention.",
     ),
@@ -140,7 +147,7 @@ FeaturesOf = Annotated[
 
 
 def distill(
-    out: options.Out = Path("compressed"),
+    out: options.BegunFolder = Path("compressed"),
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the memory that each process needs, and stop.")
     ] = False,
@@ -161,7 +168,7 @@ def distill(
     accumulate: Accumulate = 1,
     teacher_precision: TeacherPrecision = "float32",
     teacher_offload: TeacherOffload = False,
-    config: options.Config = None,
+    config: options.LaunchConfig = None,
     sensitivity: Sensitivity = "graded",
     freeze_prefix: FreezePrefix = True,
     lambda_output: LambdaOutput = 1.0,
@@ -179,12 +186,15 @@ def distill(
         return launch(config, sys.argv[1:])
     from dataclasses import replace
 
+    from edgeprune.data.settings import check_source
     from edgeprune.stages.compress import preset
     from edgeprune.stages.distill import run as run_distill
     from edgeprune.stages.options import DataOptions
     from edgeprune.training.losses import LossWeights
     from edgeprune.training.recipe import Placement
 
+    if data:
+        check_source(data)
     ws = workspace(out, fresh=fresh)
     base = preset("default", builtin=ws.builtin)
     assert base.distill is not None
@@ -214,4 +224,4 @@ def _forecast(ws: Workspace, chosen: DistillOptions, placement: Placement, confi
 
     numbers = forecast(ws, chosen, placement, launch_file(config) if config else None)
     remark = "of one process, on its device; kernels, communication and the allocator need more"
-    screen.forecast(numbers, remark, as_json)
+    screen.show_forecast(numbers, remark, as_json)

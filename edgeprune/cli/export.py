@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, options, screen
+from edgeprune.cli.folder import check_out
 from edgeprune.common import heap
 
 EPILOG = "Example: edgeprune export small --target onnx -o small-onnx"
@@ -24,11 +25,11 @@ def formats() -> Iterable[str]:
 def export(
     artefact: Annotated[Path, typer.Argument(metavar="MODEL", help="Artefact folder or diffusers folder.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
-    target: Annotated[str, options.choice(names=formats, help="Format to write.")] = "onnx",
+    target: Annotated[str, choices.choice(names=formats, help="Format to write.")] = "onnx",
     device: Annotated[
         str | None,
-        options.choice(
-            names=options.devices, show_default="the usual one of the format",
+        choices.choice(
+            names=choices.devices, show_default="the usual one of the format",
             help="Device to export for; it sets precision, sizes and limits. See `edgeprune targets`.",
         ),
     ] = None,
@@ -42,6 +43,7 @@ def export(
     from edgeprune.targets import for_format
 
     chosen = for_format(target, device)
+    check_out(out)
     heap.large_pages()
     from edgeprune import export as exporting
 

@@ -20,6 +20,31 @@ def is_begun(out: Path) -> bool:
     return (out / "edgeprune.json").is_file()
 
 
+def check_out(out: Path) -> None:
+    """Refuse an output folder that cannot be created, before anything is computed.
+
+    Raises:
+        InputError: the path, or a folder above it, is a file.
+    """
+    for place in (out, *out.parents):
+        if place.is_dir():
+            return
+        if place.exists():
+            raise InputError(f"-o {out}: {place} is a file; use another -o")
+
+
+def check_prompts(prompts: str | None) -> None:
+    """Refuse a file of prompts that cannot be used, before anything is computed.
+
+    Raises:
+        InputError: the file cannot be read, or holds no prompt.
+    """
+    from edgeprune.sampling.prompts import read_prompts
+
+    if prompts is not None:
+        read_prompts(Path(prompts))
+
+
 def workspace(
     out: Path,
     model: str | None = None,
@@ -37,8 +62,9 @@ def workspace(
         generation: the settings of images that the user set.
 
     Raises:
-        InputError: the folder does not exist and `begin` is False, or is not usable.
+        InputError: the folder does not exist and `begin` is False, cannot be created, or is not usable.
     """
+    check_out(out)
     begun = is_begun(out)
     if not begun and not begin:
         raise InputError(f"{out / 'edgeprune.json'}: no such file; begin with: edgeprune analyze MODEL -o {out}")
@@ -62,7 +88,7 @@ def images_of(source: Path, ws: Workspace | None, chosen: dict[str, Any]) -> Gen
 
     start = ws.generation if ws else Generation.load(source)
     images = Generation.checked(asdict(start) | chosen, "options")
-    images.check_size(source)
+    images.check_size(source, chosen)
     return images
 
 

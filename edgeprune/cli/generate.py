@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, options, screen
 from edgeprune.common.errors import InputError
 
 EPILOG = 'Example: edgeprune generate "two red circles" --model small-onnx -o out.png'
@@ -57,7 +57,7 @@ def generate(
     ] = False,
     provider: Annotated[
         str | None,
-        options.choice(
+        choices.choice(
             names=providers, show_default="the first one here", help="ort: execution provider of ONNX Runtime."
         ),
     ] = None,
@@ -82,7 +82,8 @@ def generate(
     runtimes.RUNTIMES[chosen].require()
     settings = read_settings(model)  # refuses a bad size before gigabytes are loaded
     defaults = settings.generation
-    check_size(settings, defaults.height if height is None else height, defaults.width if width is None else width)
+    sides = defaults.height if height is None else height, defaults.width if width is None else width
+    check_size(settings, *sides, where="" if height is None and width is None else "--")
     with runtimes.load(model, runtime, **load_options) as opened, screen.bars() as progress:
         image = opened.generate(
             prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale,

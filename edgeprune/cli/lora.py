@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from edgeprune.cli import options, screen
+from edgeprune.cli.folder import is_begun
 from edgeprune.common.errors import InputError
 
 EPILOG = "Example: edgeprune lora style.safetensors --model small -o style-small.safetensors"
@@ -32,6 +33,8 @@ def lora(
 
     if out.suffix != ".safetensors":
         raise InputError(f"-o {out}: expected a name ending in .safetensors")
+    if not is_begun(model):
+        raise InputError(f"--model {model}: not an artefact folder; run `edgeprune compress` first")
     manifest = Manifest.load(model)
     family, plan = family_of(manifest.config), manifest.prune_plan(model)
     if plan is None:

@@ -1,19 +1,17 @@
 """Options that several commands share, and the functions that turn their text into values.
 
-A `choice` lists its names in the help, completes them in the shell, and refuses any other name. The names come from the
-registries, which are imported only when a command parses its options or shows its own help, so that `edgeprune --help`
-stays fast. Registries that import torch are repeated here as tuples; tests/cli/test_choices.py compares them.
+Options with a fixed list of names are choices (choices.py). Registries that import torch are repeated here as tuples;
+tests/cli/test_choices.py compares them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperArgument, TyperCommand
 
+from edgeprune.cli.choices import analysis_metrics, choice, devices, group_sizes, methods, runtimes
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,100 +25,6 @@ PRESETS = ("default", "quick")
 SCHEDULES = ("constant", "cosine")
 SENSITIVITIES = ("graded", "binary", "off")
 TEACHER_PRECISIONS = ("float32", "bf16", "int8")
-
-
-class Names(str):
-    """The placeholder of a choice's value in the help, and how to look up the names that it stands for."""
-
-    names: Callable[[], Iterable[str]]
-
-
-class Verb(TyperCommand):
-    """A command that looks up the names of its choices when it shows its help."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help: `[a | b]` in place of an option's placeholder, the names after an argument's help."""
-        for param in self.params:
-            placeholder: Any = param.metavar
-            if isinstance(placeholder, Names):
-                names = list(placeholder.names())
-                if isinstance(param, TyperArgument):
-                    param.metavar = str(placeholder)
-                    param.help = f"{param.help} One of {', '.join(names)}."
-                else:
-                    param.metavar = f"[{' | '.join(names)}]"
-        super().format_help(ctx, formatter)
-
-
-def _chosen(
-    names: Callable[[], Iterable[str]], convert: Callable[[str], Any], metavar: str, kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the keyword arguments of a `typer.Option` or `typer.Argument` that takes one of these names."""
-
-    def parse(value: Any) -> Any:
-        allowed = list(names())
-        if str(value) not in allowed:
-            raise typer.BadParameter(f"{str(value)!r} is not one of {', '.join(allowed)}.")
-        return convert(str(value))
-
-    def complete(incomplete: str) -> list[str]:
-        return [name for name in names() if name.startswith(incomplete)]
-
-    placeholder = Names(metavar)
-    placeholder.names = names
-    return {"parser": parse, "autocompletion": complete, "metavar": placeholder, **kwargs}
-
-
-def choice(*flags: str, names: Callable[[], Iterable[str]], convert: Callable[[str], Any] = str, **kwargs: Any) -> Any:
-    """Return a `typer.Option` for one of some names; `kwargs` are the Option's own, such as `help`."""
-    return typer.Option(*flags, **_chosen(names, convert, "NAME", kwargs))
-
-
-def choice_argument(*, names: Callable[[], Iterable[str]], metavar: str, **kwargs: Any) -> Any:
-    """Return a `typer.Argument` for one of some names."""
-    return typer.Argument(**_chosen(names, str, metavar, kwargs))
-
-
-def methods() -> Iterable[str]:
-    """Return the names of `--method`, baselines included."""
-    from edgeprune.planning.options import METHODS
-
-    return METHODS
-
-
-def image_metrics() -> Iterable[str]:
-    """Return the metrics that score images."""
-    from edgeprune.metrics import KNOWN
-
-    return KNOWN
-
-
-def analysis_metrics() -> Iterable[str]:
-    """Return the metrics that `analyze` can ask: those of images, and the velocity."""
-    from edgeprune.metrics import KNOWN, VELOCITY
-
-    return (VELOCITY, *KNOWN)
-
-
-def runtimes() -> Iterable[str]:
-    """Return the names of the runtimes."""
-    from edgeprune.runtimes import RUNTIMES
-
-    return RUNTIMES
-
-
-def devices() -> Iterable[str]:
-    """Return the names of the known devices."""
-    from edgeprune import targets
-
-    return targets.names()
-
-
-def group_sizes() -> Iterable[str]:
-    """Return the INT4 group sizes that some known device takes, rising."""
-    from edgeprune import targets
-
-    return map(str, sorted({size for name in targets.names() for size in targets.load(name).int4_group_sizes}))
 
 
 # Panels of the help.
@@ -137,6 +41,9 @@ Model = Annotated[
 ]
 Out = Annotated[
     Path, typer.Option("-o", "--out", metavar="DIR", help="Artefact folder to create, or to resume if it exists.")
+]
+BegunFolder = Annotated[
+    Path, typer.Option("-o", "--out", metavar="DIR", help="Artefact folder that `analyze` or `compress` began.")
 ]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Redo stages that were done with other inputs. Without it they are refused.")
@@ -163,7 +70,7 @@ Metric = Annotated[
         "score images. psnr, ssim and lpips compare with the original's images.",
     ),
 ]  # fmt: skip
-Weights = Annotated[list[str] | None, weights_of_metrics(ANALYSIS)]
+MetricWeights = Annotated[list[str] | None, weights_of_metrics(ANALYSIS)]
 Prompts = Annotated[
     str | None,
     typer.Option(
@@ -201,13 +108,15 @@ Method = Annotated[
     str | None,
     choice(
         names=methods, rich_help_panel=METHOD, show_default="hpp; hybrid for the built-in model; manual with --blocks",
-        help="How parts are chosen. hpp removes whole blocks, hybrid also components, milp solves for the best set, "
+        help="How parts are chosen. hpp removes whole blocks, hybrid also components, milp solves an integer "
+        "program for the best set, "
         "manual takes your list. The others are baselines to compare with.",
     ),
 ]  # fmt: skip
 ProtectFirst = Annotated[
     int | None,
     typer.Option(
+        min=0,
         help="Number of leading blocks that are never removed.",
         show_default="half of all; 0 for the built-in model",
         rich_help_panel=METHOD,
@@ -215,13 +124,15 @@ ProtectFirst = Annotated[
 ]
 ProtectLast = Annotated[
     int | None,
-    typer.Option(help="Number of trailing blocks that are never removed.", show_default="2", rich_help_panel=METHOD),
+    typer.Option(
+        min=0, help="Number of trailing blocks that are never removed.", show_default="2", rich_help_panel=METHOD
+    ),
 ]
 Threshold = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE",
-        help="hybrid: share of the parameters to remove as whole blocks before removing components.",
+        help="hybrid only: share of the parameters to remove as whole blocks before removing components.",
         show_default="0.15; 0 for the built-in model",
         rich_help_panel=METHOD,
     ),
@@ -230,7 +141,7 @@ Blocks = Annotated[
     str,
     typer.Option(
         metavar="LIST",
-        help="manual: blocks to remove, as closed ranges such as 25-28,31.",
+        help="manual only: blocks to remove, as closed ranges such as 25-28,31.",
         show_default="none",
         rich_help_panel=METHOD,
     ),
@@ -239,7 +150,7 @@ Components = Annotated[
     str,
     typer.Option(
         metavar="LIST",
-        help="manual: components to remove, such as 30:mlp,30:context_mlp.",
+        help="manual only: components to remove, such as 30:mlp,30:context_mlp.",
         show_default="none",
         rich_help_panel=METHOD,
     ),
@@ -276,7 +187,7 @@ DataSource = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
-Config = Annotated[
+LaunchConfig = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
@@ -294,6 +205,7 @@ InferenceSteps = Annotated[
 Guidance = Annotated[
     float | None,
     typer.Option(
+        min=0,
         help="Guidance scale of these images; 0 for models distilled without guidance.",
         show_default=_OWN,
         rich_help_panel=IMAGES,
@@ -376,7 +288,8 @@ def plan_options(
         prompts: text file to measure the modulation's directions with.
 
     Raises:
-        InputError: an option has another form, or `--fit` meets another budget.
+        InputError: an option has another form, two options set the budget, or `--blocks` or `--components` meets
+            another method than manual.
     """
     from dataclasses import replace
 
@@ -384,8 +297,12 @@ def plan_options(
     from edgeprune.planning.options import NEEDED, PlanOptions
 
     rank = start.modulation_rank if modulation_rank is None else parse_rank(modulation_rank)
-    if (blocks or components) and method in (None, "hpp"):
-        method = "manual"
+    if blocks or components:
+        method = method or "manual"
+        if method != "manual":
+            raise InputError(f"--blocks and --components work with --method manual only, found --method {method}")
+    if keep is not None and max_memory:
+        raise InputError("give --keep or --max-memory, not both")
     if fit and (keep is not None or max_memory or method == "manual"):
         raise InputError("--fit sets the budget; omit --keep, --max-memory and --method manual")
     if fit:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeprune.cli import options, screen
-from edgeprune.cli.folder import workspace
+from edgeprune.cli.folder import check_prompts, workspace
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def plan(
         raise InputError("plan: give exactly one of -o (a folder) and --config (a transformer's config.json)")
     if fit and config is not None:
         raise InputError("--fit counts a pipeline's files: give -o (a folder), not --config")
+    check_prompts(prompts)
     from edgeprune.analysis.contribution import ContributionReport
 
     loaded = ContributionReport.load(scores) if scores is not None else None
@@ -104,8 +105,10 @@ def _of_config(config: Path, report: ContributionReport | None, chosen: dict[str
     from edgeprune.planning.make import make_plan
     from edgeprune.planning.options import DEFAULT
 
-    content = read_json(config)
     plan_options = options.plan_options(DEFAULT, **chosen)
+    content = read_json(config)
+    if plan_options.scored and report is None:
+        raise InputError(f"--method {plan_options.method} needs contribution scores; give --scores FILE")
     return make_plan(family_of(content, str(config)), content, report, plan_options)
 
 

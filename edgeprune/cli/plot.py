@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from edgeprune.cli import screen
+from edgeprune.cli.folder import check_out
 
 EPILOG = "Example: edgeprune plot small/analysis.json -o plots"
 
@@ -25,5 +26,6 @@ def plot(
     from edgeprune.analysis.contribution import ContributionReport
     from edgeprune.analysis.plots import save
 
+    check_out(out)
     for path in save(ContributionReport.load(report), out):
         screen.say(f"wrote {path}")

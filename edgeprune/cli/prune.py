@@ -11,7 +11,7 @@ from edgeprune.common import heap
 EPILOG = "Example: edgeprune prune -o small"
 
 
-def prune(out: options.Out = Path("compressed"), fresh: options.Fresh = False) -> None:
+def prune(out: options.BegunFolder = Path("compressed"), fresh: options.Fresh = False) -> None:
     """Write the shorter transformer: transformer/.
 
     Stock diffusers opens it if the plan removes whole blocks only.

@@ -12,7 +12,7 @@ EPILOG = "Example: edgeprune quantize -o small --group-size 64"
 
 
 def quantize(
-    out: options.Out = Path("compressed"),
+    out: options.BegunFolder = Path("compressed"),
     fresh: options.Fresh = False,
     group_size: options.GroupSize = 64,
     calibration: options.Calibration = "none",

@@ -14,7 +14,7 @@ EPILOG = "Example: edgeprune report -o small --bench bench.json"
 
 
 def report(
-    out: options.Out = Path("compressed"),
+    out: options.BegunFolder = Path("compressed"),
     bench_file: Annotated[
         Path | None,
         typer.Option("--bench", metavar="FILE", help="JSON of `edgeprune bench` to show in the page."),

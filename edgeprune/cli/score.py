@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, options, screen
+from edgeprune.cli.folder import check_out
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def score(
     ],
     metric: Annotated[
         list[str],
-        options.choice(
-            names=options.image_metrics,
+        choices.choice(
+            names=choices.image_metrics,
             help="How images are scored. psnr, ssim and lpips need --against. Repeat the option for several metrics.",
         ),
     ],
@@ -69,6 +70,10 @@ def score(
     """
     from edgeprune.metrics import parse_weights, scoring
 
+    for model in (folder, *([against] if against else [])):
+        _check_exists(model)
+    if out:
+        check_out(out)
     paths = parse_weights(weights or [])
     scoring.check(metric, paths, against is not None)
     places = {"images": _images_or_model(folder)} | ({"original": _images_or_model(against)} if against else {})
@@ -95,6 +100,20 @@ def score(
         settings = {"folder": folder, "against": against, "weights": paths, "steps": steps}
         settings["prompts_sha256"] = sha256_file(prompts) if prompts else None
         screen.print_json(scoring.to_json(scores) | {"settings": settings})
+
+
+def _check_exists(model: str) -> None:
+    """Refuse a name that is neither a folder nor a hub id nor the built-in model. Nothing is downloaded.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if model == "built-in" or Path(model).is_dir():
+        return
+    from edgeprune.artefact.resolve import is_hub_id, resolve  # imports torch
+
+    if Path(model).exists() or not is_hub_id(model):
+        resolve(model)
 
 
 def _wishes_of(images: Path, metric: list[str]) -> list[Wish]:

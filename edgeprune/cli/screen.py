@@ -65,7 +65,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> None:
         Console(stderr=True).print(grid)
 
 
-def forecast(numbers: Mapping[str, float], remark: str, as_json: bool) -> None:
+def show_forecast(numbers: Mapping[str, float], remark: str, as_json: bool) -> None:
     """Show the numbers of a dry run with their units and a remark, and print them as JSON if wanted."""
     table([in_units(key, value) for key, value in numbers.items()])
     say(remark)

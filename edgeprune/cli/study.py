@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, options, screen
 from edgeprune.common.errors import InputError
 from edgeprune.common.terminal import printable
 
@@ -40,14 +40,17 @@ def _variants(texts: list[str]) -> dict[str, Path]:
 
 
 @app.command(
-    cls=options.Verb,
+    cls=choices.Verb,
     epilog="Example: edgeprune study new taste --variants original=images/original ours=images/ours "
     "--prompts prompts.txt",
 )
 def new(
     folder: Folder,
     # An option takes one value in click: of `--variants a=x b=y` the rest arrives here.
-    more: Annotated[list[str] | None, typer.Argument(metavar="NAME=FOLDER", help="More variants.")] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME=FOLDER", help="The other variants, so that `--variants` can take several."),
+    ] = None,
     variants: Annotated[
         list[str] | None,
         typer.Option(
@@ -67,7 +70,7 @@ def new(
     ] = None,
     mode: Annotated[
         str,
-        options.choice(
+        choices.choice(
             names=modes, help="What raters do: mos grades single images from 1 to 5, pairs compares two side by side."
         ),
     ] = "mos",
@@ -97,7 +100,7 @@ def new(
 
 
 @app.command(
-    cls=options.Verb,
+    cls=choices.Verb,
     epilog="Example: edgeprune study serve taste  ·  edgeprune study serve taste --host 0.0.0.0 --token a-long-secret",
 )
 def serve(
@@ -122,7 +125,7 @@ def serve(
         server.serve_forever()
 
 
-@app.command(cls=options.Verb, epilog="Example: edgeprune study results taste --json")
+@app.command(cls=choices.Verb, epilog="Example: edgeprune study results taste --json")
 def results(
     folder: Folder,
     out: Annotated[

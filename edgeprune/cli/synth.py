@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, screen
+from edgeprune.cli.folder import check_out
 
 EPILOG = "Example: edgeprune synth sd3.5-large -o large"
 
@@ -21,17 +22,16 @@ def architectures() -> Iterable[str]:
 
 
 def synth(
-    name: Annotated[
-        str, options.choice_argument(names=architectures, metavar="NAME", help="Published model whose size it has.")
-    ],
+    name: Annotated[str, choices.choice_argument(names=architectures, metavar="NAME", help="Model to imitate.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Pipeline folder to write.")] = Path("synth"),
 ) -> None:
-    """Write a full-size pipeline with random weights, to measure memory and time with.
+    """Write a full-size pipeline with random weights, for measuring memory and time.
 
     An interrupted run resumes when you run the same command again.
     """
     from edgeprune.artefact.synth import synth as make
 
+    check_out(out)
     with screen.bars() as progress:
         size = make(name, out, progress=progress)
     screen.say(f"{out}: {name} with random weights, {size / 1e9:,.1f} GB")

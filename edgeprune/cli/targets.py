@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from edgeprune.cli import options, screen
+from edgeprune.cli import choices, options, screen
 
 app = typer.Typer(
     help="List the known devices; `show NAME` explains one.",
@@ -25,9 +25,9 @@ def targets(context: typer.Context) -> None:
         screen.say("next: edgeprune targets show NAME")
 
 
-@app.command(cls=options.Verb, epilog="Example: edgeprune targets show rtx")
+@app.command(cls=choices.Verb, epilog="Example: edgeprune targets show rtx")
 def show(
-    name: Annotated[str, options.choice_argument(names=options.devices, metavar="NAME", help="Name of the device.")],
+    name: Annotated[str, choices.choice_argument(names=choices.devices, metavar="NAME", help="Name of the device.")],
     as_json: options.AsJson = False,
 ) -> None:
     """Show everything known about one device."""
@@ -36,8 +36,15 @@ def show(
     from edgeprune import targets as known
 
     values = asdict(known.load(name))
-    screen.table(
-        [(k.replace("_", " "), ", ".join(map(str, v)) if isinstance(v, tuple) else str(v)) for k, v in values.items()]
-    )
+    screen.table([_row(key, value) for key, value in values.items()])
     if as_json:
         screen.print_json(values)
+
+
+def _row(key: str, value: Any) -> tuple[str, str]:
+    """Return a readable row for a field of a target."""
+    if key.endswith("_bytes"):
+        return screen.in_units(key, value)
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    return key.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

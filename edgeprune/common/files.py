@@ -39,6 +39,8 @@ def read_json(path: Path) -> dict[str, Any]:
         data = parse_json(content.decode())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: found a folder, expected a file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(data, dict):

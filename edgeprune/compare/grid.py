@@ -92,6 +92,10 @@ class Grid:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or error.title
             raise InputError(f"{path}: {where}: found {shown(first['input'])}: {first['msg']}") from error
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        except IsADirectoryError:
+            raise InputError(f"{path}: found a folder, expected a file") from None
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a readable TOML file ({error})") from error
         names = [row.name for row in rows]

@@ -20,6 +20,7 @@ from edgeprune.data.cache import Index, Settings, is_cache, made_by
 from edgeprune.data.sources import Layout, layout_of
 from edgeprune.families import Config, Family, family_of
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
+from edgeprune.sampling.prompts import read_prompts
 
 SHARD_BYTES = 2**28
 """The approximate size of a shard."""
@@ -27,10 +28,7 @@ WORKERS = min(8, os.cpu_count() or 1)
 """The default number of threads that decode and resize images."""
 _ROUND = 64
 """The number of entries in a shard is a multiple of this, so that batches of images and texts are full."""
-_UNKNOWN = (
-    "--data: {}: not a known source; expected an imagefolder with metadata.jsonl, .tar shards, YE-POP's JSON files, "
-    "datasets:NAME, a text file of prompts, shapes, or a folder made by `edgeprune cache`"
-)
+_SOURCES = "an imagefolder with metadata.jsonl, .tar shards, YE-POP's JSON files, datasets:NAME, a text file of prompts"
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,29 @@ def source_digest(source: str) -> str:
         return layout.identity(source)
     if path.is_file():
         return sha256_file(path)
-    raise InputError(_UNKNOWN.format(source))
+    raise _unknown(source, "--data")
+
+
+def check_source(source: str, option: str = "--data") -> None:
+    """Check that this is a source of data, before anything is computed. Only a file of prompts is read.
+
+    Args:
+        option: what the user typed it for; messages begin with it.
+
+    Raises:
+        InputError: this is not a known source, or a file without prompts.
+    """
+    if source == "shapes" or is_cache(source) or layout_of(source):
+        return
+    if not Path(source).is_file():
+        raise _unknown(source, option)
+    read_prompts(Path(source))
+
+
+def _unknown(source: str, option: str) -> InputError:
+    found = "not a known source" if Path(source).exists() else "no such file or folder"
+    last = ", shapes, or a folder made by `edgeprune cache`" if option == "--data" else ", or shapes"
+    return InputError(f"{option} {source}: {found}; expected {_SOURCES}{last}")
 
 
 def settings_of(

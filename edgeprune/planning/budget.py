@@ -75,7 +75,7 @@ class Budget:
 
     def __init__(self, original: Footprint, keep: float | None, max_memory_bytes: int | None) -> None:
         if (keep is None) == (max_memory_bytes is None):
-            raise InputError("budget: give exactly one of --keep and --max-memory")
+            raise InputError("give --keep or --max-memory" + (", not both" if keep is not None else ""))
         if keep is not None and not 0 < keep <= 1:
             raise InputError(f"--keep: found {keep}, expected a share above 0 and up to 1")
         self.limit = float(max_memory_bytes or 0) if keep is None else keep * original.parameters

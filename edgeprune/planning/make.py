@@ -83,11 +83,14 @@ def _within_budget(
         BudgetError: the method cannot meet the budget.
     """
     if options.blocks or options.components:
-        raise InputError(f"--blocks and --components go with --method manual, found --method {method.name}")
+        raise InputError(f"--blocks and --components work with --method manual only, found --method {method.name}")
     budget = Budget(size.original, options.keep, options.max_memory_bytes)
     first = options.protect_first
     if first is None:
         first = 0 if isinstance(method, Baseline) else size.blocks // 2
+    for option, count in (("--protect-first", first), ("--protect-last", options.protect_last)):
+        if not 0 <= count <= max(size.blocks, PlanOptions().protect_last):  # the default fits every model
+            raise InputError(f"{option}: found {count}, expected 0 to {size.blocks}, the number of blocks")
     removable = range(first, size.blocks - options.protect_last)
     if isinstance(method, Baseline):
         if method.magnitudes and not magnitudes:

@@ -6,6 +6,7 @@ the image size of its transformer's training.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,11 @@ class Generation:
                 raise InputError(f"{where}: {name}: found {shown(value)}, expected a number from {low} to {LARGEST}")
         return cls(**data)
 
-    def check_size(self, folder: Path) -> None:
+    def check_size(self, folder: Path, options: Collection[str] = ()) -> None:
         """Check that a pipeline's folder can draw images of this height and width.
+
+        Args:
+            options: the fields that the user set by an option, so that messages name it.
 
         Raises:
             InputError: a side is not a whole number of tokens.
@@ -77,7 +81,8 @@ class Generation:
         unit = family.latents(config).patch * (_factor(folder) or 1) if family else 1
         for name in ("height", "width"):
             if (value := getattr(self, name)) % unit:
-                raise InputError(f"{name}: found {value}, expected a multiple of {unit}")
+                where = f"--{name}" if name in options else name
+                raise InputError(f"{where}: found {value}, expected a multiple of {unit}")
 
     def save(self, folder: Path) -> None:
         """Write the settings to a pipeline's folder."""

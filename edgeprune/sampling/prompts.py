@@ -18,6 +18,10 @@ def read_prompts(path: Path) -> list[str]:
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a text file with one prompt per line") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: found a folder, expected a text file with one prompt per line") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a list of prompts ({error})") from error
     prompts = [line.strip() for line in lines if line.strip()]

@@ -105,7 +105,7 @@ class Workspace:
 
     def _set_generation(self, current: dict[str, Any], requested: dict[str, Any]) -> None:
         self.generation = Generation.checked(current | requested, f"{self.out / MANIFEST}: generation")
-        self.generation.check_size(self.source)
+        self.generation.check_size(self.source, requested)
         changed = [name for name, value in requested.items() if current.get(name) != value]
         if changed and self.manifest.stages and not self.fresh:
             settings = ", ".join(f"{name} {current.get(name)}" for name in changed)

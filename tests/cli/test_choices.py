@@ -16,6 +16,7 @@ from shell import run
 from typer.testing import CliRunner
 
 from edgeprune.cli import PANELS, app, options, study, targets
+from edgeprune.cli.choices import Names, Verb
 from edgeprune.common.errors import InputError
 
 COMMAND = typer.main.get_command(app)
@@ -38,7 +39,7 @@ def choices() -> Iterator[tuple[str, str, list[str]]]:
     """Verb, option as typed, and the names that it takes."""
     for verb, command in leaves(typer.main.get_command(app)):
         for param in command.params:
-            if isinstance(param.metavar, options.Names):
+            if isinstance(param.metavar, Names):
                 yield verb, param.opts[0], list(param.metavar.names())
 
 
@@ -139,7 +140,7 @@ def test_values_are_plain() -> None:
     taken = {}
     other = typer.Typer()
 
-    @other.command(cls=options.Verb)
+    @other.command(cls=Verb)
     def verb(method: options.Method = None, size: options.GroupSize = 64, metric: options.Metric = "velocity") -> None:
         taken.update(method=method, size=size, metric=metric)
 

@@ -61,9 +61,9 @@ def test_synth_shows_nothing_of_its_vendors(kind: str, tmp_path: Path) -> None:
 
 def test_a_forecast_shows_units_and_prints_plain_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     numbers = {"int4_bytes": 3_576_100_000, "steps": 1000}
-    screen.forecast(numbers, "a remark", as_json=True)
+    screen.show_forecast(numbers, "a remark", as_json=True)
     printed = capsys.readouterr()
     assert json.loads(printed.out) == numbers
     assert "3.58 GB" in printed.err and "1,000" in printed.err and "a remark" in printed.err
-    screen.forecast(numbers, "a remark", as_json=False)
+    screen.show_forecast(numbers, "a remark", as_json=False)
     assert capsys.readouterr().out == ""
