@@ -184,6 +184,11 @@ def test_import_edgeprune_loads_nothing_heavy() -> None:
     assert not loaded_by("import edgeprune; edgeprune.__version__") & set(HEAVY)
 
 
+def test_a_models_folder_is_found_without_torch() -> None:
+    """So a folder that does not exist is refused at once, also by verbs that need torch later."""
+    assert not loaded_by("import edgeprune.artefact.resolve") & set(HEAVY)
+
+
 def test_cli_loads_nothing_heavy_for_help() -> None:
     assert not loaded_by(HELP) & set(HEAVY)
 

@@ -10,11 +10,10 @@ from typing import Any
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import real_number, shown, text, whole_number
-from edgeprune.common.files import check_schema, inside, read_json, sha256_file, write_json
+from edgeprune.common.files import UNFINISHED, check_schema, inside, read_json, sha256_file, write_json
 from edgeprune.common.version import VERSION
 from edgeprune.families import Config
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.residency.shards import MARK
 
 SCHEMA_VERSION = 1
 MANIFEST = "edgeprune.json"
@@ -91,7 +90,7 @@ class Manifest:
         """Hash the files of `entry`, a file or a subfolder of `folder`, in place of the hashes it had."""
         self.files = {k: v for k, v in self.files.items() if k.split("/")[0] != entry}
         root = folder / entry
-        paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file() and p.name != MARK)
+        paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file() and p.name != UNFINISHED)
         self.files |= {p.relative_to(folder).as_posix(): sha256_file(p) for p in paths}
 
     def verify(self, folder: Path, entry: str) -> None:

@@ -14,12 +14,20 @@ from edgeprune.artefact.manifest import HALF
 from edgeprune.artefact.resolve import UNSAFE
 from edgeprune.common import heap
 from edgeprune.common.errors import InputError
-from edgeprune.common.files import copy_folder, need_space, read_json, replace_folder, write_json, write_text
+from edgeprune.common.files import (
+    UNFINISHED,
+    copy_folder,
+    need_space,
+    read_json,
+    replace_folder,
+    write_json,
+    write_text,
+)
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
 from edgeprune.families import Config
 from edgeprune.families.encoders import is_present, read_index
-from edgeprune.residency.shards import MARK, ShardWriter, Speed, group_into_shards, has_mark
+from edgeprune.residency.shards import ShardWriter, Speed, group_into_shards, has_mark
 from edgeprune.residency.weights import Weights
 
 
@@ -95,7 +103,7 @@ def write_transformer(
 
 def remove_mark(folder: Path, subfolder: str) -> None:
     """Remove the mark by which `write_transformer` finds a subfolder done, once the caller has recorded that it is."""
-    (folder / subfolder / MARK).unlink(missing_ok=True)
+    (folder / subfolder / UNFINISHED).unlink(missing_ok=True)
 
 
 def complete_tokenizer(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from edgeprune.cli import choices, options, screen
-from edgeprune.cli.folder import check_out, check_prompts, images_of, is_begun, workspace
+from edgeprune.cli.folder import check_model, check_out, check_prompts, images_of, is_begun, workspace
 from edgeprune.common import processes
 
 EPILOG = "Example: edgeprune analyze -o small --joint  ·  edgeprune analyze ./sd35 --dry-run --pairs"
@@ -62,6 +62,9 @@ def analyze(
         from edgeprune.training.launch import launch
 
         return launch(config, sys.argv[1:])
+    check_out(out)
+    check_model(model)
+    check_prompts(prompts)
     from edgeprune.metrics import check_analysis, parse_weights
     from edgeprune.stages.analyze import run as run_analyze
     from edgeprune.stages.options import AnalyzeOptions
@@ -70,8 +73,6 @@ def analyze(
         metric=metric, prompts=prompts, count=count, components=not only_blocks, weights=parse_weights(weights or []),
         joint=joint, pairs=pairs, estimator=estimator,
     )  # fmt: skip
-    check_out(out)
-    check_prompts(prompts)
     check_analysis(chosen.metric, chosen.weights)  # before the folder is created
     images_set = options.given(
         num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from edgeprune.cli import options, screen
-from edgeprune.cli.folder import check_out, images_of
+from edgeprune.cli.folder import check_model, check_out, images_of
 
 EPILOG = (
     "Example: edgeprune cache images/ --model ./sd35 -o encoded --buckets  ·  "
@@ -61,12 +61,13 @@ def cache(
 
     An interrupted run resumes after the last complete shard.
     """
+    check_out(out)
+    check_model(model)
     from edgeprune.artefact.resolve import read_config, resolve
     from edgeprune.common.lock import LOCK, hold
     from edgeprune.data import encode
     from edgeprune.data.settings import WORKERS, CacheOptions, check_source, forecast, is_drawn, settings_of
 
-    check_out(out)
     check_source(source, "SOURCE")
     folder = resolve(model)
     read_config(folder)  # refuses models that are not MMDiTs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeprune.cli import choices, options, screen
-from edgeprune.cli.folder import check_out, check_prompts, images_of, is_begun, workspace
+from edgeprune.cli.folder import check_model, check_out, check_prompts, images_of, is_begun, workspace
 from edgeprune.cli.plan import fit_rows, plan_rows
 from edgeprune.common import heap
 
@@ -68,6 +68,7 @@ def compress(
     """
     heap.large_pages()
     check_out(out)
+    check_model(model)
     _check_inputs(prompts, None if steps == 0 else data)
     from edgeprune.artefact.resolve import resolve
     from edgeprune.report import make  # noqa: F401  a missing package is refused before any work

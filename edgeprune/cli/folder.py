@@ -33,6 +33,20 @@ def check_out(out: Path) -> None:
             raise InputError(f"-o {out}: {place} is a file; use another -o")
 
 
+def check_model(model: str | None) -> None:
+    """Refuse a name that is neither a folder nor a hub id nor the built-in model. Nothing is downloaded.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if model in (None, "built-in") or Path(str(model)).is_dir():
+        return
+    from edgeprune.artefact.resolve import is_hub_id, resolve
+
+    if Path(str(model)).exists() or not is_hub_id(str(model)):
+        resolve(model)
+
+
 def check_prompts(prompts: str | None) -> None:
     """Refuse a file of prompts that cannot be used, before anything is computed.
 

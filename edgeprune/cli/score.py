@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeprune.cli import choices, options, screen
-from edgeprune.cli.folder import check_out
+from edgeprune.cli.folder import check_model, check_out
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def score(
     from edgeprune.metrics import parse_weights, scoring
 
     for model in (folder, *([against] if against else [])):
-        _check_exists(model)
+        check_model(model)
     if out:
         check_out(out)
     paths = parse_weights(weights or [])
@@ -100,20 +100,6 @@ def score(
         settings = {"folder": folder, "against": against, "weights": paths, "steps": steps}
         settings["prompts_sha256"] = sha256_file(prompts) if prompts else None
         screen.print_json(scoring.to_json(scores) | {"settings": settings})
-
-
-def _check_exists(model: str) -> None:
-    """Refuse a name that is neither a folder nor a hub id nor the built-in model. Nothing is downloaded.
-
-    Raises:
-        InputError: there is no such folder.
-    """
-    if model == "built-in" or Path(model).is_dir():
-        return
-    from edgeprune.artefact.resolve import is_hub_id, resolve  # imports torch
-
-    if Path(model).exists() or not is_hub_id(model):
-        resolve(model)
 
 
 def _wishes_of(images: Path, metric: list[str]) -> list[Wish]:
@@ -172,6 +158,6 @@ def _images_or_model(text: str) -> Path:
                 "model_index.json (a diffusers pipeline), expected one"
             )
         return folder
-    from edgeprune.artefact.resolve import resolve  # imports torch
+    from edgeprune.artefact.resolve import resolve
 
     return resolve(None if text == "built-in" else text)

@@ -19,6 +19,9 @@ from edgeprune.common.errors import DiskError, EdgepruneError, InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.hub_cache import stores
 
+UNFINISHED = "unfinished.json"
+"""File in a folder of weights that says what they were made from, until whoever wrote them has recorded that they are
+complete."""
 _LARGEST_JSON = 2**28
 """In bytes. The largest files read are tokenizers and the scores of all pairs; both are several times smaller."""
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgeprune.common.errors import InputError
-from edgeprune.common.files import read_json, write_json
+from edgeprune.common.files import UNFINISHED, read_json, write_json
 from edgeprune.common.progress import Progress
 from edgeprune.common.tensors import Tensors, save_tensors
 
@@ -21,8 +21,6 @@ SHARD_BYTES = 200_000_000
 """A shard closes once it holds this much: one block of a full-size model, or all of a small one."""
 SHOW_BYTES_FROM = 10**9
 """Stages smaller than this show no byte counts: they finish too quickly."""
-MARK = "unfinished.json"
-"""File that says what the shards were made from. The caller deletes it after recording that they are complete."""
 
 
 class ShardWriter:
@@ -44,7 +42,7 @@ class ShardWriter:
         self.folder, self.groups = folder, [list(g) for g in groups]
         if not has_mark(folder, inputs, len(groups)):
             shutil.rmtree(folder, ignore_errors=True)
-            write_json(folder / MARK, {"inputs": inputs, "shards": len(groups)})
+            write_json(folder / UNFINISHED, {"inputs": inputs, "shards": len(groups)})
 
     def path(self, index: int) -> Path:
         """Return a shard's path."""
@@ -77,7 +75,7 @@ class ShardWriter:
 def has_mark(folder: Path, inputs: str, count: int) -> bool:
     """Return True if a folder's mark names these inputs and this number of shards, finished or not."""
     try:
-        return read_json(folder / MARK) == {"inputs": inputs, "shards": count}
+        return read_json(folder / UNFINISHED) == {"inputs": inputs, "shards": count}
     except InputError:
         return False
 
