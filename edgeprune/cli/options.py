@@ -132,7 +132,8 @@ Threshold = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE",
-        help="hybrid only: share of the parameters to remove as whole blocks before removing components.",
+        help="hybrid only: share of the parameters to remove as whole blocks before removing components. What "
+        "--modulation-rank saves does not count.",
         show_default="0.15; 0 for the built-in model",
         rich_help_panel=METHOD,
     ),

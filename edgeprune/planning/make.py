@@ -140,7 +140,7 @@ def _problem(
         limit=budget.limit,
         blocks=size.blocks,
         parameters=lambda removed: size.without(removed).parameters,
-        block_floor=(1 - threshold) * size.original.parameters,
+        block_floor=(1 - threshold) * size.without([]).parameters,
     )
 
 

@@ -33,7 +33,9 @@ class PlanOptions:
     protect_last: int = 2
     """Number of trailing blocks that are never removed."""
     threshold: float = 0.15
-    """For `hybrid`: share of the parameters removed as whole blocks before components are."""
+    """For `hybrid`: share of the parameters removed as whole blocks before components are. Counted at the plan's
+    modulation rank: 1 - parameters without these blocks / parameters with all blocks, both at that rank. So what the
+    projected modulation saves does not count."""
     blocks: str = ""
     """For `manual`: blocks to remove, see `parse_blocks`."""
     components: str = ""
@@ -55,7 +57,10 @@ class PlanOptions:
 
         `max_latency` was an option until 2026-11. With its default, folders that were planned before stay current.
         """
-        return asdict(self) | {"max_latency": None}
+        data = asdict(self) | {"max_latency": None}
+        if self.method == "hybrid" and self.threshold and self.modulation_rank is not None:
+            data["threshold_of"] = "projected"  # it was a share of the original, so these plans have changed
+        return data
 
     def check(self) -> None:
         """Check the method.

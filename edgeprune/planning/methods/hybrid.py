@@ -1,5 +1,7 @@
 """Hybrid: removes whole blocks as `hpp` does, up to a share of the parameters, then single components.
 
+The share is `PlanOptions.threshold`; what projected modulation saves does not count towards it.
+
 Components come from the removable blocks that stay, the one with the least loss per parameter first.
 """
 
