@@ -10,7 +10,6 @@ weights stay in the original file. A small file is one chunk. This is for compar
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,11 +93,12 @@ class ChunkedOnnx:
         self, chunk: onnx.ModelProto, read: set[str], outputs: list[str], values: Mapping[str, Any]
     ) -> Sequence[Any]:
         # In the file's folder: ONNX Runtime reads no weights from outside a model's folder.
-        with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=SCRATCH, suffix=".onnx") as file:
-            file.write(chunk.SerializeToString())
-            file.flush()
-            session = self._session(Path(file.name))
-            return session.run(outputs, {name: value for name, value in values.items() if name in read})
+        file = self._path.with_name(SCRATCH + self._path.name)
+        try:
+            file.write_bytes(chunk.SerializeToString())  # and closes it: Windows opens no file twice
+            return self._session(file).run(outputs, {name: value for name, value in values.items() if name in read})
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def _cut(model: onnx.ModelProto, limit: int) -> list[list[onnx.NodeProto]]:

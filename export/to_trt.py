@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +43,8 @@ from edgeprune.targets import Target
 
 ENGINE, CACHE = "model.engine", "timing.cache"
 RTX_DEVICES = ("rtx",)
+_KILLED = -9
+"""Exit status of a process that SIGKILL ended; Windows has neither that status nor `signal.SIGKILL`."""
 """The targets that tensorrt_rtx builds for."""
 
 Range = tuple[int, int, int]
@@ -315,7 +316,7 @@ class Builder:
         if "error" in last:
             raise EdgepruneError(last["error"])
         if "built" not in last:
-            killed = process.returncode == -signal.SIGKILL
+            killed = process.returncode == _KILLED
             why = (
                 "the system kills a process that takes too much memory"
                 if killed

@@ -133,6 +133,13 @@ def initial_latents(settings: Settings, seeds: Sequence[int], height: int, width
     return np.stack([np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds])
 
 
+def frozen(array: Array) -> Array:
+    """Return a read-only view: a runtime may keep it on its device for as long as it gets this same object."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 def denoise(
     backend: Backend,
     scheduler: FlowMatchEuler,
@@ -160,9 +167,7 @@ def denoise(
     if negative is not None:
         # The unconditional half first, as in diffusers.
         text, pooled = np.concatenate([negative[0], text]), np.concatenate([negative[1], pooled])
-    # Read-only: a runtime may keep them on its device as long as it gets the same arrays.
-    text, pooled = text.view(), pooled.view()
-    text.flags.writeable = pooled.flags.writeable = False
+    text, pooled = frozen(text), frozen(pooled)
     steps = len(sigmas) - 1
     for i in range(steps):
         batch = latents if negative is None else np.concatenate([latents, latents])

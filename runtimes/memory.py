@@ -162,6 +162,8 @@ def parse_kib(text: str) -> dict[str, int]:
 def _linux() -> dict[str, Reading]:
     status = parse_kib(Path("/proc/self/status").read_text())
     out = {name: Reading(status[key], how) for name, (key, how) in _STATUS.items() if key in status}
+    if "peak_rss_bytes" not in out:  # gVisor has no VmHWM
+        out["peak_rss_bytes"] = _getrusage_peak()
     rollup = Path("/proc/self/smaps_rollup")  # absent in some containers
     if rollup.exists() and "Pss" in (sums := parse_kib(rollup.read_text())):
         out["pss_bytes"] = Reading(
@@ -178,15 +180,19 @@ def _other() -> dict[str, Reading]:
     if hasattr(info, "peak_wset"):
         out["peak_rss_bytes"] = Reading(info.peak_wset, "peak working set (psutil, Windows)")
     else:
-        import resource
-
-        # macOS returns bytes here, the BSDs kilobytes.
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        out["peak_rss_bytes"] = Reading(peak, "peak resident set (getrusage)")
+        out["peak_rss_bytes"] = _getrusage_peak()
     if sys.platform == "darwin":
         out |= _footprint()
     return out
+
+
+def _getrusage_peak() -> Reading:
+    import resource
+
+    # macOS returns bytes here, Linux and the BSDs kilobytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return Reading(peak, "peak resident set since the process started (getrusage)")
 
 
 def _footprint() -> dict[str, Reading]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeprune import runtimes
 from edgeprune.common.errors import EdgepruneError
 from edgeprune.runtimes import memory
-from edgeprune.runtimes.base import Runtime, initial_latents
+from edgeprune.runtimes.base import Runtime, frozen, initial_latents
 
 IMAGES, IMAGES_S = 3, 20.0
 """Generate a full image up to this many times, until together they have taken this many seconds."""
@@ -67,7 +67,7 @@ def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
     latents = initial_latents(model.settings, [0], wanted.height, wanted.width)
     guided = model.settings.family.guided(model.settings.config, wanted.guidance_scale)
     prompts = ["", spec["prompt"]] if guided else [spec["prompt"]]
-    text, pooled = model.backend.encode(prompts)
+    text, pooled = map(frozen, model.backend.encode(prompts))  # as `generate` gives them: sent to a GPU once
     latents = np.repeat(latents, len(prompts), axis=0)
     sigma = np.full(len(prompts), 0.5, np.float32)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import psutil
 import pytest
 import tiny
 import torch
@@ -24,10 +25,10 @@ from torch import nn
 
 from edgeprune.common.errors import DiskError, InputError, ParityError
 from edgeprune.common.files import sha256_file
-from edgeprune.export import folder, graph, modules, parity, to_onnx, unfinished
+from edgeprune.export import chunked_onnx, folder, graph, modules, parity, to_onnx, unfinished
 
 ROOT = Path(__file__).parents[2]
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 LAYERS = 25  # 14 in a block, 11 in the last, which has no context MLP and output
 
 
@@ -94,6 +95,19 @@ def test_other_sizes_than_the_traced(
         expected = model(**example, return_dict=False)[0].numpy()
     assert found.shape == expected.shape and found.dtype == np.float32
     assert parity.relative_error(found, expected)[0] < 1e-5
+
+
+def test_a_chunk_is_closed_before_onnx_runtime_opens_it(exported: tuple[Path, dict[str, Any]]) -> None:
+    """Windows opens no file twice."""
+    path, opened = exported[0] / "text_encoder" / "model.onnx", []
+
+    def session(file: Path) -> Any:
+        opened.append(file.name)
+        assert str(file) not in {open_file.path for open_file in psutil.Process().open_files()}
+        return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+    chunked_onnx.ChunkedOnnx(path, session, limit=1).run(None, {"input_ids": np.ones((1, 16), np.int64)})
+    assert len(opened) > 3 and list(path.parent.glob(f"{unfinished.SCRATCH}*")) == []
 
 
 def test_text_encoder_on_real_prompts(exported: tuple[Path, dict[str, Any]], source: Path) -> None:

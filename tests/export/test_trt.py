@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -158,6 +159,7 @@ def test_a_build_that_is_killed_is_one_error(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.delattr(signal, "SIGKILL")  # as on Windows
     builder = to_trt.Builder(tensorrt_rtx, b"", lambda *_: None)
     with pytest.raises(EdgepruneError, match=r"vae: tensorrt_rtx ended with -9 .*takes too much memory"):
         builder.build("vae", tmp_path / "model.onnx", {}, tmp_path / "engine")

@@ -39,6 +39,17 @@ def test_memory_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"rss_bytes", "peak_rss_bytes"} <= set(memory.read())
 
 
+@linux
+def test_a_kernel_without_vmhwm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in gVisor: the peak comes from getrusage, and the split works."""
+    real = memory.parse_kib
+    monkeypatch.setattr(memory, "parse_kib", lambda text: {k: v for k, v in real(text).items() if k != "VmHWM"})
+    rows = memory.read()
+    assert "getrusage" in rows["peak_rss_bytes"].how
+    assert rows["peak_rss_bytes"].bytes >= rows["rss_bytes"].bytes * 0.9
+    assert memory.Meter().rows()["peak_bytes"] == rows["peak_rss_bytes"]
+
+
 # ------------------------------------------------------------------------------------- the split
 
 

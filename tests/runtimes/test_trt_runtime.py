@@ -19,6 +19,7 @@ from cuda.bindings import runtime as cuda_runtime
 from trt_fakes import FakeContext, FakeCuda, FakeEngine, fake_tensorrt
 
 from edgeprune import runtimes
+from edgeprune.bench import worker
 from edgeprune.common.errors import InputError
 from edgeprune.export import folder, modules, to_trt
 from edgeprune.runtimes import trt
@@ -103,6 +104,18 @@ def test_text_goes_to_the_device_once(engines: Path, cuda: FakeCuda) -> None:
         first = model.step(latents, text, pooled, sigma)
         text *= 2  # writeable: it may change between calls
         assert np.abs(model.step(latents, text, pooled, sigma) - first).max() > 0
+
+
+def test_bench_sends_text_as_generate_does(engines: Path, cuda: FakeCuda) -> None:
+    """Each step of the bench uploads latents and timestep alone; text goes to the device once."""
+    spec = {"prompt": "two red circles", "warmup": 0}
+    with runtimes.load(engines) as model:
+        counts = []
+        for repeats in (1, 4):
+            before = cuda.uploads
+            worker._steps(model, spec | {"repeats": repeats})
+            counts.append(cuda.uploads - before)
+    assert counts[1] - counts[0] == 3 * 2
 
 
 def test_errors_are_one_line(engines: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
