@@ -18,7 +18,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
 from edgeprune.families import Config, Family
 from edgeprune.metrics import check_analysis, evaluations, of_pipeline, preparing, tasks_of
-from edgeprune.sampling.denoising import VelocityInputs, velocity
+from edgeprune.sampling.denoising import VelocityInputs, at_once, velocity
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import PROMPTS, read_prompts
 from edgeprune.stages.costs import evaluations_per_step, sample
@@ -117,7 +117,7 @@ def forecast(source: Path, options: AnalyzeOptions, generation: Generation) -> d
         "evaluation_s": round(evaluation_s, 4),
         "analysis_s": round(total * evaluation_s, 1),
         "weights_bytes": sum(p.nbytes for p in model.parameters()),
-        "held_bytes": estimator.extra_bytes(stream_bytes, saved, per_score),
+        "held_bytes": estimator.extra_bytes(stream_bytes, saved, per_score, at_once(model, one[0].shape[1:])),
     }
 
 
