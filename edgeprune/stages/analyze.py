@@ -62,6 +62,8 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
     inputs = asdict(options) | {"prompts": prompts, "generation": asdict(ws.generation)}
     if not options.weights:
         del inputs["weights"]  # older folders do not have this option; they stay current
+    if options.joint and ws.family.kinds(ws.config).get("single"):
+        inputs["groups"] = len(removals)  # single-stream blocks had one joint group of three until 2026-11
 
     def score(key: str) -> dict[str, Any]:
         metric = of_pipeline(options.metric, ws.pipe, ws.generation, prompts, options.weights)
