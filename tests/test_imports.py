@@ -33,6 +33,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("stages",),
     ("bench",),
     ("report",),
+    ("api",),
     ("compare",),
     ("experiments", "demo", "user_study"),
     ("cli",),
@@ -182,6 +183,12 @@ def test_the_probe_sees_torch() -> None:
 
 def test_import_edgeprune_loads_nothing_heavy() -> None:
     assert not loaded_by("import edgeprune; edgeprune.__version__") & set(HEAVY)
+
+
+def test_the_api_loads_nothing_heavy() -> None:
+    """Its functions are there before torch, so that they can refuse a wrong path at once."""
+    code = "from edgeprune import api; api.compress; api.prune; api.PlanOptions; api.GenerationOptions"
+    assert not loaded_by(code) & set(HEAVY)
 
 
 def test_a_models_folder_is_found_without_torch() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
+import sys
 import warnings
 from typing import Annotated
 
@@ -37,7 +39,7 @@ from edgeprune.cli import (
     targets,
 )
 from edgeprune.cli.choices import Verb
-from edgeprune.common import processes, stop
+from edgeprune.common import invocation, processes, stop
 from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.common.extras import COMPRESS, absent
 from edgeprune.common.files import is_out_of_memory
@@ -83,6 +85,8 @@ app.add_typer(targets.app, name="targets", rich_help_panel="Tools")
 def _root(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
+    typed = invocation.command.set(shlex.join(["edgeprune", *sys.argv[1:]]))
+    context.call_on_close(lambda: invocation.command.reset(typed))
     if version:
         from edgeprune import __version__
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from edgeprune import api
+from edgeprune.api.folders import check_model, check_out, check_prompts
 from edgeprune.cli import choices, options, screen
-from edgeprune.cli.folder import check_model, check_out, check_prompts, images_of, is_begun, workspace
 from edgeprune.common import processes
 
 EPILOG = "Example: edgeprune analyze -o small --joint  ·  edgeprune analyze ./sd35 --dry-run --pairs"
@@ -65,50 +66,32 @@ def analyze(
     check_out(out)
     check_model(model)
     check_prompts(prompts)
-    from edgeprune.metrics import check_analysis, parse_weights
-    from edgeprune.stages.analyze import run as run_analyze
-    from edgeprune.stages.options import AnalyzeOptions
+    from edgeprune.metrics import parse_weights
 
-    chosen = AnalyzeOptions(
+    chosen = api.AnalyzeOptions(
         metric=metric, prompts=prompts, count=count, components=not only_blocks, weights=parse_weights(weights or []),
         joint=joint, pairs=pairs, estimator=estimator,
     )  # fmt: skip
-    check_analysis(chosen.metric, chosen.weights)  # before the folder is created
-    images_set = options.given(
-        num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width
-    )
+    generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
     if dry_run:
-        return _forecast(model, out, chosen, images_set, as_json)
-    ws = workspace(out, model, fresh=fresh, begin=True, generation=images_set)
+        numbers = api.forecast_analyze(model, out, chosen, generation=generation).to_json()
+        remark = "measured on one sample here, with float32 weights; batches take less time per sample"
+        return screen.show_forecast(numbers, remark, as_json)
     with screen.bars() as progress:
-        ran = run_analyze(ws, chosen, progress)
-    _show(ws, ran, as_json)
+        done = api.analyze(model, out, chosen, generation=generation, fresh=fresh, progress=progress)
+    _show(done, as_json)
 
 
-def _forecast(model: str | None, out: Path, chosen: Any, images_set: dict[str, Any], as_json: bool) -> None:
-    """Show the cost of an analysis."""
-    from edgeprune.artefact.resolve import resolve
-    from edgeprune.stages.analyze import forecast
-
-    ws = workspace(out) if model is None and is_begun(out) else None
-    source = ws.source if ws else resolve(model)
-    numbers = forecast(source, chosen, images_of(source, ws, images_set))
-    remark = "measured on one sample here, with float32 weights; batches take less time per sample"
-    screen.show_forecast(numbers, remark, as_json)
-
-
-def _show(ws: Any, ran: bool, as_json: bool) -> None:
+def _show(done: api.Analyzed, as_json: bool) -> None:
     """Show the least contributing parts."""
-    report = ws.report()
-    assert report is not None
-    order = sorted(report.contributions().values(), key=lambda c: c.drop)
+    order = sorted(done.report.contributions().values(), key=lambda c: c.drop)
     screen.table([(str(c), f"{c.drop:.4f} ± {c.half_width or 0:.4f}") for c in order[:8]])
     screen.say(
-        f"least contributing parts first: loss of the {report.metric} score with its 95 % interval"
-        + ("" if ran else " (already done)")
+        f"least contributing parts first: loss of the {done.report.metric} score with its 95 % interval"
+        + ("" if done.ran else " (already done)")
     )
     if as_json:
-        screen.print_json(report.to_json())
+        screen.print_json(done.to_json())
     screen.say(
-        f"next: edgeprune plot {ws.report_path} -o {ws.out / 'plots'}, or: edgeprune plan -o {ws.out} --keep 0.79"
+        f"next: edgeprune plot {done.path} -o {done.out / 'plots'}, or: edgeprune plan -o {done.out} --keep 0.79"
     )

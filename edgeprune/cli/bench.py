@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from edgeprune.api.folders import source_of
 from edgeprune.cli import choices, screen
-from edgeprune.cli.folder import source_of
 from edgeprune.common.errors import CannotRunError
 
 EPILOG = 'Example: edgeprune bench small-onnx --assert "peak_ratio<=0.9"  ·  edgeprune bench small-* --runtime all'

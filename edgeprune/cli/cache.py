@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from edgeprune.api.folders import check_model, check_out, images_of
 from edgeprune.cli import options, screen
-from edgeprune.cli.folder import check_model, check_out, images_of
 
 EPILOG = (
     "Example: edgeprune cache images/ --model ./sd35 -o encoded --buckets  ·  "
@@ -67,14 +67,12 @@ def cache(
     from edgeprune.common.lock import LOCK, hold
     from edgeprune.data import encode
     from edgeprune.data.settings import WORKERS, CacheOptions, check_source, forecast, is_drawn, settings_of
+    from edgeprune.sampling.generation import GenerationOptions
 
     check_source(source, "SOURCE")
     folder = resolve(model)
     read_config(folder)  # refuses models that are not MMDiTs
-    images_set = options.given(
-        num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width
-    )
-    images = images_of(folder, None, images_set)
+    images = images_of(folder, None, GenerationOptions(inference_steps, guidance_scale, height, width))
     chosen = CacheOptions(source=source, samples=samples, buckets=buckets, half=half)
     encode.check_folder(out, source)
     if dry_run:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from edgeprune.api.folders import check_out, is_begun, open_folder
 from edgeprune.cli import choices, options, screen
-from edgeprune.cli.folder import check_out, is_begun, workspace
 from edgeprune.common.errors import InputError
 
 EPILOG = (
@@ -69,7 +69,7 @@ def compare(
 
     check_out(out)
     original = out / "original"
-    ws = workspace(original, model) if is_begun(original) else None
+    ws = open_folder(original, model) if is_begun(original) else None
     builtin = ws.builtin if ws else model is None
     name, paths = metric or ("shapes" if builtin else "velocity"), parse_weights(weights or [])
     check_analysis(name, paths)
@@ -79,7 +79,7 @@ def compare(
     if dry_run:
         numbers = comparison.forecast_grid(ws.source if ws else resolve(model), rows, len(texts), name)
         return screen.show_forecast(numbers, screen.FLOORS, as_json)
-    ws = ws or workspace(original, model, begin=True)
+    ws = ws or open_folder(original, model, begin=True)
     with screen.bars() as progress:
         summary = comparison.compare(ws, rows, name, texts, out, progress, weights=paths)
     written = compare_page.write(summary, out)

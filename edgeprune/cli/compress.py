@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgeprune import api
+from edgeprune.api.folders import check_model, check_out, check_prompts, is_builtin
 from edgeprune.cli import choices, options, screen
-from edgeprune.cli.folder import check_model, check_out, check_prompts, images_of, is_begun, workspace
 from edgeprune.cli.plan import fit_rows, plan_rows
-from edgeprune.common import heap
 
 if TYPE_CHECKING:
     from edgeprune.planning.options import PlanOptions
     from edgeprune.stages.options import CompressOptions
-    from edgeprune.stages.workspace import Workspace
 
 EPILOG = "Example: edgeprune compress -o small  ·  edgeprune compress ./sd35 -o small --max-memory 3.2GB"
 
@@ -66,20 +65,10 @@ def compress(
 
     An interrupted run resumes when you run the same command again.
     """
-    heap.large_pages()
     check_out(out)
     check_model(model)
-    _check_inputs(prompts, None if steps == 0 else data)
-    from edgeprune.artefact.resolve import resolve
-    from edgeprune.report import make  # noqa: F401  a missing package is refused before any work
-    from edgeprune.stages import compress as stage_order
-
-    images_set = options.given(
-        num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width
-    )
-    begun = model is None and is_begun(out)
-    ws = workspace(out, fresh=fresh, generation=None if dry_run else images_set) if begun else None
-    start = stage_order.preset(preset, builtin=ws.builtin if ws else model is None)
+    check_prompts(prompts)
+    start = api.preset(preset, builtin=is_builtin(out, model))
     plan = options.plan_options(
         start.plan, method=method, keep=keep, max_memory=max_memory, fit=fit, protect_first=protect_first,
         protect_last=protect_last, threshold=threshold, blocks=blocks, components=components, group_size=group_size,
@@ -89,29 +78,15 @@ def compress(
         start, plan, steps=steps, data=data, metric=metric, prompts=prompts, weights=weights or [],
         group_size=group_size, calibration=calibration,
     )  # fmt: skip
-    source = ws.source if ws else resolve(model)
-    images = images_of(source, ws, images_set)
+    generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
     if dry_run:
-        return screen.show_forecast(stage_order.forecast(source, chosen, images), screen.FLOORS, as_json)
-    if ws is None:
-        stage_order.rehearse(source, images, chosen)  # before the folder is created
-    ws = ws or workspace(out, model, fresh=fresh, begin=True, generation=images_set)
-    if fit:
-        screen.table(fit_rows(ws.fit(fit)))
-    _run(ws, chosen, preset == "quick", as_json)
-
-
-def _check_inputs(prompts: str | None, data: str | None) -> None:
-    """Refuse files of prompts or data that cannot be used, before anything is computed.
-
-    Raises:
-        InputError: a file does not exist or cannot be used.
-    """
-    from edgeprune.data.settings import check_source
-
-    check_prompts(prompts)
-    if data:
-        check_source(data)
+        numbers = api.forecast_compress(model, out, chosen, generation=generation).to_json()
+        return screen.show_forecast(numbers, screen.FLOORS, as_json)
+    with screen.bars() as progress:
+        done = api.compress(
+            model, out, chosen, generation=generation, quick=preset == "quick", fresh=fresh, progress=progress
+        )
+    _show(done, as_json)
 
 
 def _merged(
@@ -148,19 +123,14 @@ def _merged(
     return as_published(chosen)
 
 
-def _run(ws: Workspace, chosen: CompressOptions, quick: bool, as_json: bool) -> None:
-    """Run the stages and show what is left of the model."""
+def _show(done: api.Compressed, as_json: bool) -> None:
+    """Show what is left of the model."""
     from edgeprune.report import make
-    from edgeprune.stages.compress import compress
 
-    with screen.bars() as progress:
-        ran = compress(ws, chosen, progress)
-        too_little = make.lacking_memory(ws)
-        summary = {} if too_little else make.make_report(ws, quick=quick, redo=bool(ran), progress=progress)
-    rows = plan_rows(ws.plan(), chosen.plan.modulation_rank)
-    screen.table([*rows, *(make.summary_rows(summary) if summary else [])])
-    done = f"done: {', '.join(ran)}" if ran else "nothing to do, all stages are done"
-    screen.say(f"{done}; {too_little or 'report: ' + str(ws.out / 'report.html')}")
-    screen.say(f"next: edgeprune export {ws.out} --target onnx -o {ws.out}-onnx")
+    rows = [*fit_rows(done.fit), *plan_rows(done.plan, done.options.plan.modulation_rank)]
+    screen.table([*rows, *(make.summary_rows(done.summary) if done.summary else [])])
+    ran = f"done: {', '.join(done.ran)}" if done.ran else "nothing to do, all stages are done"
+    screen.say(f"{ran}; {done.no_report or 'report: ' + str(done.out / 'report.html')}")
+    screen.say(f"next: edgeprune export {done.out} --target onnx -o {done.out}-onnx")
     if as_json:
-        screen.print_json({"out": str(ws.out), "ran": ran, **summary})
+        screen.print_json(done.to_json())

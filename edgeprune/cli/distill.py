@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgeprune.api.folders import open_folder
 from edgeprune.cli import choices, options, screen
-from edgeprune.cli.folder import workspace
 from edgeprune.common import processes
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def distill(
 
     if data:
         check_source(data)
-    ws = workspace(out, fresh=fresh)
+    ws = open_folder(out, fresh=fresh)
     base = preset("default", builtin=ws.builtin)
     assert base.distill is not None
     chosen = replace(

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from edgeprune.api.folders import check_out
 from edgeprune.cli import choices, options, screen
-from edgeprune.cli.folder import check_out
 from edgeprune.common import heap
 
 EPILOG = "Example: edgeprune export small --target onnx -o small-onnx"

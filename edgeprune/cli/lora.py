@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from edgeprune.api.folders import is_begun
 from edgeprune.cli import options, screen
-from edgeprune.cli.folder import is_begun
 from edgeprune.common.errors import InputError
 
 EPILOG = "Example: edgeprune lora style.safetensors --model small -o style-small.safetensors"

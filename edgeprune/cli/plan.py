@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgeprune import api
+from edgeprune.api.folders import check_begun, check_prompts, is_builtin
 from edgeprune.cli import options, screen
-from edgeprune.cli.folder import check_prompts, workspace
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
-    from edgeprune.analysis.contribution import ContributionReport
     from edgeprune.planning.fit import Fit
     from edgeprune.planning.plan import PrunePlan
 
@@ -62,58 +62,31 @@ def plan(
     if fit and config is not None:
         raise InputError("--fit counts a pipeline's files: give -o (a folder), not --config")
     check_prompts(prompts)
-    from edgeprune.analysis.contribution import ContributionReport
-
-    loaded = ContributionReport.load(scores) if scores is not None else None
     chosen: dict[str, Any] = {
         "method": method, "keep": keep, "max_memory": max_memory, "fit": fit, "protect_first": protect_first,
         "protect_last": protect_last, "threshold": threshold, "blocks": blocks, "components": components,
         "group_size": group_size, "modulation_rank": modulation_rank, "prompts": prompts,
     }  # fmt: skip
-    if out is not None:
-        made, asked_rank = _of_folder(out, scores, fresh, chosen)
-    else:
+    if out is None:
+        from edgeprune.planning.options import DEFAULT
+
         assert config is not None
-        made = _of_config(config, loaded, chosen)
-        asked_rank = made.modulation_rank
-    screen.table(plan_rows(made, asked_rank))
-    if as_json or out is None:
-        screen.print_json(made.to_json())
-    if out is not None:
-        screen.say(f"next: edgeprune prune -o {out}")
+        made = api.plan_of_config(config, options.plan_options(DEFAULT, **chosen), scores=scores)
+        screen.table(plan_rows(made, made.modulation_rank))
+        return screen.print_json(made.to_json())
+    check_begun(out)
+    start = api.preset("default", builtin=is_builtin(out))
+    done = api.plan(out, options.plan_options(start.plan, **chosen), scores=scores, fresh=fresh)
+    screen.table([*fit_rows(done.fit), *plan_rows(done.plan, done.options.modulation_rank)])
+    screen.say(f"next: edgeprune prune -o {out}")
+    if as_json:
+        screen.print_json(done.to_json())
 
 
-def _of_folder(
-    out: Path, scores: Path | None, fresh: bool, chosen: dict[str, Any]
-) -> tuple[PrunePlan, int | str | None]:
-    """Plan in an artefact folder. Return the plan and the modulation rank that was asked for."""
-    ws = workspace(out, fresh=fresh)
-    from edgeprune.stages.compress import preset
-    from edgeprune.stages.plan import run as run_plan
-
-    plan_options = options.plan_options(preset("default", builtin=ws.builtin).plan, **chosen)
-    if plan_options.fit:
-        screen.table(fit_rows(ws.fit(plan_options.fit)))
-    run_plan(ws, plan_options, scores)
-    return ws.plan(), plan_options.modulation_rank
-
-
-def _of_config(config: Path, report: ContributionReport | None, chosen: dict[str, Any]) -> PrunePlan:
-    """Plan from a transformer's config alone."""
-    from edgeprune.common.files import read_json
-    from edgeprune.families import family_of
-    from edgeprune.planning.make import make_plan
-    from edgeprune.planning.options import DEFAULT
-
-    plan_options = options.plan_options(DEFAULT, **chosen)
-    content = read_json(config)
-    if plan_options.scored and report is None:
-        raise InputError(f"--method {plan_options.method} needs contribution scores; give --scores FILE")
-    return make_plan(family_of(content, str(config)), content, report, plan_options)
-
-
-def fit_rows(fit: Fit) -> list[tuple[str, str]]:
-    """Return rows that show what a device's memory leaves for the transformer."""
+def fit_rows(fit: Fit | None) -> list[tuple[str, str]]:
+    """Return rows that show what a device's memory leaves for the transformer; none without a device."""
+    if fit is None:
+        return []
     rows = [
         (f"memory of {fit.target}", fit.memory_bytes),
         ("- text encoders", fit.text_encoders_bytes),

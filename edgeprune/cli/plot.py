@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from edgeprune.api.folders import check_out
 from edgeprune.cli import screen
-from edgeprune.cli.folder import check_out
 
 EPILOG = "Example: edgeprune plot small/analysis.json -o plots"
 

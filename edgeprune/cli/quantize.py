@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgeprune import api
+from edgeprune.api.folders import check_begun
 from edgeprune.cli import options, screen
-from edgeprune.cli.folder import workspace
-from edgeprune.common import heap
 
 EPILOG = "Example: edgeprune quantize -o small --group-size 64"
 
@@ -14,18 +14,16 @@ EPILOG = "Example: edgeprune quantize -o small --group-size 64"
 def quantize(
     out: options.BegunFolder = Path("compressed"),
     fresh: options.Fresh = False,
+    as_json: options.AsJson = False,
     group_size: options.GroupSize = 64,
     calibration: options.Calibration = "none",
 ) -> None:
     """Quantize the weights to INT4 with NNCF, block by block: transformer_int4/."""
-    heap.large_pages()
-    from edgeprune.stages.options import QuantizeOptions
-    from edgeprune.stages.quantize import run as run_quantize
-
-    ws = workspace(out, fresh=fresh)
-    chosen = QuantizeOptions(group_size=group_size, calibration=calibration)
+    check_begun(out)
+    chosen = api.QuantizeOptions(group_size=group_size, calibration=calibration)
     with screen.bars() as progress:
-        ran = run_quantize(ws, chosen, progress)
-    size = ws.manifest.stages["quantize"]["weights_bytes"]
-    screen.say(f"{out / 'transformer_int4'}: {size / 1e6:,.1f} MB" + ("" if ran else " (already done)"))
-    screen.say(f"next: edgeprune export {out} --target onnx -o {out}-onnx")
+        done = api.quantize(out, chosen, fresh=fresh, progress=progress)
+    size = f"{done.weights_bytes / 1e6:,.1f} MB" + ("" if done.ran else " (already done)")
+    screen.say(f"{out / 'transformer_int4'}: {size}\nnext: edgeprune export {out} --target onnx -o {out}-onnx")
+    if as_json:
+        screen.print_json(done.to_json())

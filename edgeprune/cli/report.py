@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from edgeprune.api.folders import open_folder
 from edgeprune.cli import options, screen
-from edgeprune.cli.folder import workspace
 
 EPILOG = "Example: edgeprune report -o small --bench bench.json"
 
@@ -25,7 +25,7 @@ def report(
     from edgeprune.report import make
 
     measured = results.load(bench_file) if bench_file else None
-    ws = workspace(out)
+    ws = open_folder(out)
     with screen.bars() as progress:
         make.make_report(ws, redo=False, bench=measured, progress=progress)
     screen.say(f"wrote {out / 'report.html'}")

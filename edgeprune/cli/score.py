@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgeprune.api.folders import check_model, check_out
 from edgeprune.cli import choices, options, screen
-from edgeprune.cli.folder import check_model, check_out
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from edgeprune.api.folders import check_out
 from edgeprune.cli import choices, screen
-from edgeprune.cli.folder import check_out
 
 EPILOG = "Example: edgeprune synth sd3.5-large -o large"
 

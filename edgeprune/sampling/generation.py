@@ -68,6 +68,14 @@ class Generation:
                 raise InputError(f"{where}: {name}: found {shown(value)}, expected a number from {low} to {LARGEST}")
         return cls(**data)
 
+    def changed(self, options: GenerationOptions, where: str) -> Generation:
+        """Return these settings with the fields that `options` sets. `where` begins messages.
+
+        Raises:
+            InputError: a value has the wrong type or is out of range.
+        """
+        return self.checked(asdict(self) | options.given(), where)
+
     def check_size(self, folder: Path, options: Collection[str] = ()) -> None:
         """Check that a pipeline's folder can draw images of this height and width.
 
@@ -87,6 +95,22 @@ class Generation:
     def save(self, folder: Path) -> None:
         """Write the settings to a pipeline's folder."""
         write_json(folder / FILE, asdict(self))
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Sampling settings that the user sets. None keeps the model's own, see `Generation`."""
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    """Pixels."""
+    width: int | None = None
+    """Pixels."""
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields that are set, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def longest_prompt(folder: Path) -> int:

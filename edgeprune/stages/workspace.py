@@ -20,7 +20,7 @@ from edgeprune.analysis.contribution import ContributionReport, fingerprint
 from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest
 from edgeprune.artefact.resolve import read_config, resolve
 from edgeprune.artefact.writing import remove_mark
-from edgeprune.common import processes
+from edgeprune.common import invocation, processes
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.common.files import digest, read_json, sha256_unless_known, write_json
 from edgeprune.common.lock import LOCK, Lock, hold, is_free
@@ -62,7 +62,7 @@ class Workspace:
             LockedError: another process uses the folder.
         """
         self.out, self.fresh, self.cache = out, fresh, out / "cache"
-        self.command = ""
+        self.command = invocation.command.get()
         """What the user typed; the manifest keeps it for each stage."""
         name = "built-in" if model is None else str(Path(model).resolve()) if Path(model).is_dir() else model
         if (out / MANIFEST).is_file():

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from edgeprune.api.folders import check_out
 from edgeprune.cli import app
-from edgeprune.cli.folder import check_out
 from edgeprune.common.errors import InputError
 
 WIDE = {"COLUMNS": "400", "TERMINAL_WIDTH": "400"}

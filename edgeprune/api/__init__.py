@@ -1,0 +1,74 @@
+"""Compress, export, run and measure from Python: what the command line does, as functions with typed results.
+
+    from edgeprune import api
+
+    api.compress(None, "small")  # the built-in model
+    api.export("small", "small-onnx")
+    api.generate("small-onnx", "two red circles").image.save("out.png")
+
+Importing this package is cheap: every name is imported at its first use. docs/api.md describes the functions.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgeprune.api.analyzing import Analyzed, AnalyzeForecast, analyze, forecast_analyze
+    from edgeprune.api.compressing import Compressed, CompressForecast, compress, forecast_compress
+    from edgeprune.api.stages import Planned, Pruned, Quantized, plan, plan_of_config, prune, quantize
+    from edgeprune.planning.options import PlanOptions
+    from edgeprune.sampling.generation import GenerationOptions
+    from edgeprune.stages.compress import preset
+    from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions, QuantizeOptions
+    from edgeprune.training.recipe import DistillOptions
+
+__all__ = [
+    "AnalyzeForecast",
+    "AnalyzeOptions",
+    "Analyzed",
+    "CompressForecast",
+    "CompressOptions",
+    "Compressed",
+    "DataOptions",
+    "DistillOptions",
+    "GenerationOptions",
+    "PlanOptions",
+    "Planned",
+    "Pruned",
+    "QuantizeOptions",
+    "Quantized",
+    "analyze",
+    "compress",
+    "forecast_analyze",
+    "forecast_compress",
+    "plan",
+    "plan_of_config",
+    "preset",
+    "prune",
+    "quantize",
+]
+_MODULES = {
+    "api.analyzing": ("AnalyzeForecast", "Analyzed", "analyze", "forecast_analyze"),
+    "api.compressing": ("CompressForecast", "Compressed", "compress", "forecast_compress"),
+    "api.stages": ("Planned", "Pruned", "Quantized", "plan", "plan_of_config", "prune", "quantize"),
+    "planning.options": ("PlanOptions",),
+    "sampling.generation": ("GenerationOptions",),
+    "stages.compress": ("preset",),
+    "stages.options": ("AnalyzeOptions", "CompressOptions", "DataOptions", "QuantizeOptions"),
+    "training.recipe": ("DistillOptions",),
+}
+_MODULE_OF = {name: f"edgeprune.{module}" for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name at its first use (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__

@@ -1,0 +1,163 @@
+"""`compress`: all stages and the report in one call, and what it would cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.api.folders import (
+    AnyPath,
+    check_model,
+    check_out,
+    check_prompts,
+    is_begun,
+    is_builtin,
+    open_folder,
+    source_and_images,
+)
+from edgeprune.common import heap
+from edgeprune.common.progress import Progress, silent
+
+if TYPE_CHECKING:  # the functions import these after their checks: torch takes seconds
+    from edgeprune.planning.fit import Fit
+    from edgeprune.planning.plan import PrunePlan
+    from edgeprune.sampling.generation import GenerationOptions
+    from edgeprune.stages.options import CompressOptions
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """The result of `compress`."""
+
+    out: Path
+    ran: tuple[str, ...]
+    """The stages that were not done yet, in their order."""
+    plan: PrunePlan
+    """What was removed, and the size before and after."""
+    options: CompressOptions
+    """The options that were used."""
+    fit: Fit | None
+    """The memory of the device, in bytes, where `options.plan.fit` names one."""
+    summary: dict[str, Any]
+    """What the report measured: the content of report.json, with units in the names. Empty without a report."""
+    no_report: str
+    """Why there is no report; empty if there is one."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `edgeprune compress --json` prints."""
+        return {"out": str(self.out), "ran": list(self.ran), **self.summary}
+
+
+@dataclass(frozen=True)
+class CompressForecast:
+    """What `compress` would cost. Times are floors: they assume the speed of a plain matrix product."""
+
+    blocks: int
+    parameters: int
+    """Of the transformer."""
+    parameters_left: int
+    int4_bytes: int
+    """The compressed transformer's weights."""
+    analyze_parts: int
+    analyze_prompts: int
+    analyze_evaluations: int
+    """Forward passes of one sample through the transformer."""
+    analyze_floor_s: float
+    distill_steps: int
+    data_evaluations: int
+    data_floor_s: float
+    distill_floor_s: float
+    evaluation_flops: int
+    matmul_flops_per_s: int
+    analyze_weights_bytes: int
+    distill_weights_bytes: int
+    written_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `edgeprune compress --dry-run --json` prints."""
+        return asdict(self)
+
+
+def compress(
+    model: AnyPath | None,
+    out: AnyPath,
+    options: CompressOptions | None = None,
+    *,
+    generation: GenerationOptions | None = None,
+    quick: bool = False,
+    fresh: bool = False,
+    progress: Progress = silent,
+) -> Compressed:
+    """Run all stages that are not done yet, and write a report. An interrupted call resumes.
+
+    Args:
+        model: a diffusers folder or a hub id; None for the model of `out`, or the built-in one where `out` is new.
+        out: the artefact folder to create or to resume.
+        options: of all stages; None for the preset `default`, or `quick` with `quick`. See `preset`.
+        generation: settings of images to change; None keeps the model's own.
+        quick: a first look: the report draws few images.
+        fresh: redo stages that were done with other options.
+        progress: called after each part of each stage.
+
+    Raises:
+        BudgetError: the budget cannot be met; raised before anything is computed.
+        InputError: the model, the data or an option is not usable.
+        MissingExtraError: a package that the metric needs is not installed.
+        StaleStageError: the folder was begun with another model, or a stage was done with other options and `fresh`
+            is not set.
+        LockedError: another process uses the folder.
+        DiskError: the disk is full; the next call resumes.
+    """
+    heap.large_pages()
+    chosen = _checked(model, out, options, quick)
+    from edgeprune.report import make
+    from edgeprune.stages import compress as stages
+
+    if not is_begun(out):
+        source, images = source_and_images(out, model, generation)
+        stages.rehearse(source, images, chosen)  # before the folder is created
+    ws = open_folder(out, model, fresh=fresh, begin=True, generation=generation)
+    fit = ws.fit(chosen.plan.fit) if chosen.plan.fit else None
+    ran = stages.compress(ws, chosen, progress)
+    no_report = make.lacking_memory(ws)
+    summary = {} if no_report else make.make_report(ws, quick=quick, redo=bool(ran), progress=progress)
+    return Compressed(
+        out=ws.out, ran=tuple(ran), plan=ws.plan(), options=chosen, fit=fit, summary=summary, no_report=no_report
+    )
+
+
+def forecast_compress(
+    model: AnyPath | None,
+    out: AnyPath,
+    options: CompressOptions | None = None,
+    *,
+    generation: GenerationOptions | None = None,
+    quick: bool = False,
+) -> CompressForecast:
+    """Forecast what `compress` with these arguments would cost, from configs alone. Nothing is written.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+        InputError: the model or an option is not usable.
+    """
+    chosen = _checked(model, out, options, quick)
+    from edgeprune.stages.compress import forecast
+
+    source, images = source_and_images(out, model, generation)
+    return CompressForecast(**forecast(source, chosen, images))
+
+
+def _checked(model: AnyPath | None, out: AnyPath, options: CompressOptions | None, quick: bool) -> CompressOptions:
+    """Return the options, or the preset's, after checks that need no model."""
+    check_out(out)
+    check_model(model)
+    from edgeprune.data.settings import check_source
+    from edgeprune.stages.compress import preset
+
+    chosen = options or preset("quick" if quick else "default", builtin=is_builtin(out, model))
+    check_prompts(chosen.analyze.prompts)
+    check_prompts(chosen.plan.prompts)
+    if chosen.distill is not None and chosen.data.source:
+        check_source(chosen.data.source)
+    return chosen

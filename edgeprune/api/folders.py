@@ -1,0 +1,178 @@
+"""Opens the artefact folder that a function works in, and refuses unusable arguments before anything is computed.
+
+Importing this file is cheap, and the checks need no torch: a wrong path is refused at once.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune.common import processes
+from edgeprune.common.errors import InputError
+
+if TYPE_CHECKING:
+    from edgeprune.sampling.generation import Generation, GenerationOptions
+    from edgeprune.stages.workspace import Workspace
+
+AnyPath = str | os.PathLike[str]
+"""A path as users give it."""
+
+
+def is_begun(out: AnyPath) -> bool:
+    """Return whether the folder is an artefact folder already."""
+    return (Path(out) / "edgeprune.json").is_file()
+
+
+def is_builtin(out: AnyPath, model: AnyPath | None = None) -> bool:
+    """Return whether a folder is, or will be, made from the model that ships with edgeprune.
+
+    Args:
+        out: the artefact folder, which need not exist.
+        model: as for `compress`.
+
+    Raises:
+        InputError: the folder's manifest is damaged.
+    """
+    if model is not None or not is_begun(out):
+        return model is None
+    from edgeprune.artefact.manifest import Manifest
+
+    return Manifest.load(Path(out)).source == "built-in"
+
+
+def check_out(out: AnyPath) -> None:
+    """Refuse an output folder that cannot be created, before anything is computed.
+
+    Raises:
+        InputError: the path, or a folder above it, is a file.
+    """
+    for place in (Path(out), *Path(out).parents):
+        if place.is_dir():
+            return
+        if place.exists():
+            raise InputError(f"-o {out}: {place} is a file; use another -o")
+
+
+def check_begun(out: AnyPath) -> None:
+    """Refuse a folder that is not an artefact folder.
+
+    Raises:
+        InputError: it has no manifest.
+    """
+    check_out(out)
+    if not is_begun(out):
+        raise InputError(f"{Path(out) / 'edgeprune.json'}: no such file; begin with: edgeprune analyze MODEL -o {out}")
+
+
+def check_model(model: AnyPath | None) -> None:
+    """Refuse a name that is neither a folder nor a hub id nor the built-in model. Nothing is downloaded.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if model in (None, "built-in") or Path(str(model)).is_dir():
+        return
+    from edgeprune.artefact.resolve import is_hub_id, resolve
+
+    if Path(str(model)).exists() or not is_hub_id(str(model)):
+        resolve(str(model))
+
+
+def check_prompts(prompts: AnyPath | None) -> None:
+    """Refuse a file of prompts that cannot be used, before anything is computed.
+
+    Raises:
+        InputError: the file cannot be read, or holds no prompt.
+    """
+    from edgeprune.sampling.prompts import read_prompts
+
+    if prompts is not None:
+        read_prompts(Path(prompts))
+
+
+def open_folder(
+    out: AnyPath,
+    model: AnyPath | None = None,
+    *,
+    fresh: bool = False,
+    begin: bool = False,
+    generation: GenerationOptions | None = None,
+) -> Workspace:
+    """Open an artefact folder. The process holds its lock as long as the result lives.
+
+    Args:
+        out: the folder.
+        model: as the user named it; None for the folder's own, or the built-in one where the folder is new.
+        fresh: redo stages that were done with other inputs.
+        begin: create the folder if it does not exist.
+        generation: settings of images to change; None keeps the folder's, or the model's own.
+
+    Raises:
+        InputError: the folder does not exist and `begin` is False, cannot be created, or is not usable.
+        StaleStageError: the folder was begun with another model or, without `fresh`, with other settings.
+        LockedError: another process uses the folder.
+    """
+    check_out(out) if begin else check_begun(out)
+    check_model(model)
+    begun = is_begun(out)
+    from edgeprune.stages.workspace import Workspace  # imports torch, which takes seconds
+
+    with processes.main_first():
+        return Workspace(
+            Path(out),
+            None if model is None else os.fspath(model),
+            model_given=model is not None or not begun,
+            fresh=fresh,
+            generation=generation.given() if generation else {},
+        )
+
+
+def source_and_images(
+    out: AnyPath, model: AnyPath | None, generation: GenerationOptions | None = None
+) -> tuple[Path, Generation]:
+    """Return the original's folder and the settings of its images, for a forecast. A new folder is not created.
+
+    Raises:
+        InputError: the model or a setting is not usable, or the model cannot draw this size.
+    """
+    if model is None and is_begun(out):
+        ws = open_folder(out)
+        return ws.source, images_of(ws.source, ws.generation, generation)
+    check_out(out)
+    check_model(model)
+    from edgeprune.artefact.resolve import resolve
+
+    source = resolve(None if model is None else os.fspath(model))
+    return source, images_of(source, None, generation)
+
+
+def images_of(source: Path, start: Generation | None, generation: GenerationOptions | None) -> Generation:
+    """Return the settings of images: `start` or else the model's own, with the user's on top.
+
+    Raises:
+        InputError: a setting is out of range, or the model cannot draw this size.
+    """
+    from edgeprune.sampling.generation import Generation, GenerationOptions
+
+    chosen = generation or GenerationOptions()
+    images = (start or Generation.load(source)).changed(chosen, "options")
+    images.check_size(source, chosen.given())
+    return images
+
+
+def source_of(folder: Path) -> str | None:
+    """Return the model that an export or artefact was made from; None for the built-in one.
+
+    Raises:
+        InputError: the folder does not name it.
+    """
+    from edgeprune.common.files import read_json
+
+    for name in ("edgeprune_export.json", "edgeprune.json"):
+        if (folder / name).is_file():
+            source = read_json(folder / name).get("source")
+            if isinstance(source, str):
+                return None if source == "built-in" else source
+    raise InputError(f"{folder}: does not say what it was made from; give --baseline")

@@ -1,0 +1,173 @@
+"""The stages of an artefact folder, one function per stage: plan, prune and quantize.
+
+A stage that was done with the same options is not done again. One that was done with other options is refused unless
+`fresh` is set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.api.folders import AnyPath, open_folder
+from edgeprune.common import heap
+from edgeprune.common.errors import InputError
+from edgeprune.common.progress import Progress, silent
+
+if TYPE_CHECKING:  # the functions import these after their checks: torch takes seconds
+    from edgeprune.planning.fit import Fit
+    from edgeprune.planning.options import PlanOptions
+    from edgeprune.planning.plan import PrunePlan
+    from edgeprune.stages.options import QuantizeOptions
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The result of `plan`."""
+
+    out: Path
+    ran: bool
+    """False if the stage was done already."""
+    plan: PrunePlan
+    """What is removed, and the size before and after."""
+    options: PlanOptions
+    """The options that were used."""
+    fit: Fit | None
+    """The memory of the device, in bytes, where `options.fit` names one."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `edgeprune plan --json` prints: the content of plan.json."""
+        return self.plan.to_json()
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The result of `prune`."""
+
+    out: Path
+    ran: bool
+    """False if the stage was done already."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `edgeprune prune --json` prints."""
+        return {"out": str(self.out), "ran": self.ran}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The result of `quantize`."""
+
+    out: Path
+    ran: bool
+    """False if the stage was done already."""
+    weights_bytes: int
+    """Bytes of the transformer's tensors on disk."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `edgeprune quantize --json` prints."""
+        return {"out": str(self.out), "ran": self.ran, "weights_bytes": self.weights_bytes}
+
+
+def plan(
+    out: AnyPath, options: PlanOptions | None = None, *, scores: AnyPath | None = None, fresh: bool = False
+) -> Planned:
+    """Choose which parts to remove, and write plan.json.
+
+    Args:
+        out: an artefact folder that `analyze` or `compress` began.
+        options: method and budget; None for the defaults of the folder's model.
+        scores: a file of contribution scores to use instead of the folder's own.
+        fresh: plan again where the folder was planned with other options.
+
+    Raises:
+        BudgetError: no plan meets the budget.
+        InputError: there is no such folder, or an option or the scores are not usable.
+        StaleStageError: the folder was planned with other options, and `fresh` is not set.
+        LockedError: another process uses the folder.
+    """
+    ws = open_folder(out, fresh=fresh)
+    from edgeprune.stages.compress import preset
+    from edgeprune.stages.plan import run
+
+    chosen = options or preset("default", builtin=ws.builtin).plan
+    fit = ws.fit(chosen.fit) if chosen.fit else None
+    ran = run(ws, chosen, None if scores is None else Path(scores))
+    return Planned(out=ws.out, ran=ran, plan=ws.plan(), options=chosen, fit=fit)
+
+
+def plan_of_config(config: AnyPath, options: PlanOptions | None = None, *, scores: AnyPath | None = None) -> PrunePlan:
+    """Choose which parts to remove from a transformer's config alone, without weights. Nothing is written.
+
+    Args:
+        config: the transformer's config.json.
+        options: method and budget; None for the defaults.
+        scores: a file of contribution scores; methods that choose by contribution need it.
+
+    Raises:
+        BudgetError: no plan meets the budget.
+        InputError: a file or an option is not usable, or the method needs scores.
+    """
+    from edgeprune.analysis.contribution import ContributionReport
+    from edgeprune.common.files import read_json
+    from edgeprune.families import family_of
+    from edgeprune.planning.options import DEFAULT
+
+    chosen = options or DEFAULT
+    report = None if scores is None else ContributionReport.load(Path(scores))
+    if chosen.fit:
+        raise InputError("--fit counts a pipeline's files: give -o (a folder), not --config")
+    content = read_json(Path(config))
+    if chosen.scored and report is None:
+        raise InputError(f"--method {chosen.method} needs contribution scores; give --scores FILE")
+    from edgeprune.planning.make import make_plan
+
+    return make_plan(family_of(content, str(config)), content, report, chosen)
+
+
+def prune(out: AnyPath, *, fresh: bool = False, progress: Progress = silent) -> Pruned:
+    """Write the shorter transformer in half precision, `transformer/`, and copy the rest of the pipeline.
+
+    Args:
+        out: a folder with a plan.
+        fresh: prune again where the folder was pruned by another plan.
+        progress: called after each file.
+
+    Raises:
+        InputError: there is no such folder or no plan, or a file is missing or damaged.
+        StaleStageError: the folder was pruned by another plan, and `fresh` is not set.
+        LockedError: another process uses the folder.
+        DiskError: the disk is full; the next call resumes.
+    """
+    heap.large_pages()
+    ws = open_folder(out, fresh=fresh)
+    from edgeprune.stages.prune import run
+
+    return Pruned(out=ws.out, ran=run(ws, progress))
+
+
+def quantize(
+    out: AnyPath, options: QuantizeOptions | None = None, *, fresh: bool = False, progress: Progress = silent
+) -> Quantized:
+    """Write the weights of `transformer/` as INT4 to `transformer_int4/`, block by block.
+
+    Args:
+        out: a pruned folder.
+        options: group size and calibration; None for the defaults.
+        fresh: quantize again where that was done with other options.
+        progress: called after each block.
+
+    Raises:
+        InputError: there is no such folder, nothing is pruned yet, or an option is not usable.
+        StaleStageError: the folder was quantized with other options, and `fresh` is not set.
+        LockedError: another process uses the folder.
+        DiskError: the disk is full; the next call resumes.
+    """
+    heap.large_pages()
+    ws = open_folder(out, fresh=fresh)
+    from edgeprune.stages.options import QuantizeOptions
+    from edgeprune.stages.quantize import run
+
+    ran = run(ws, options or QuantizeOptions(), progress)
+    size: int = ws.manifest.stages["quantize"]["weights_bytes"]
+    return Quantized(out=ws.out, ran=ran, weights_bytes=size)

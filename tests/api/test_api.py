@@ -1,0 +1,109 @@
+"""edgeprune.api from end to end on a tiny model, and the same through the command line: one result, printed as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stage_fixtures import source  # noqa: F401
+from stage_runs import OPTIONS
+from typer.testing import CliRunner
+
+from edgeprune import api
+from edgeprune.api import _MODULE_OF
+from edgeprune.cli import app
+from edgeprune.common.errors import BudgetError, InputError, StaleStageError
+
+
+def printed(*words: object) -> Any:
+    """What a command prints with --json."""
+    found = CliRunner().invoke(app, [*map(str, words), "--json"])
+    assert found.exit_code == 0, (found.output, found.exception)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def as_printed(result: Any) -> Any:
+    """A result's JSON after a round trip, which turns tuples into lists."""
+    return json.loads(json.dumps(result.to_json(), allow_nan=False))
+
+
+def test_the_door_names_what_it_exports() -> None:
+    assert sorted(api.__all__) == sorted(_MODULE_OF) == sorted(set(dir(api)))
+    for name in api.__all__:
+        value = getattr(api, name)
+        assert value.__doc__ and value.__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = api.nothing
+
+
+def test_no_function_takes_a_bag_of_options() -> None:
+    """Every parameter has a name and a type of its own, and every function has a result."""
+    functions = [f for name in api.__all__ if inspect.isfunction(f := getattr(api, name))]
+    assert len(functions) > 5
+    for function in functions:
+        parameters = inspect.signature(function).parameters.values()
+        assert not {p.kind for p in parameters} & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+        types = [*(str(p.annotation) for p in parameters), str(function.__annotations__["return"])]
+        assert not [t for t in types if re.search(r"\b(Any|dict|Mapping|None)$", t.removesuffix(" | None"))], types
+
+
+def test_the_stages_one_by_one(source: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Each function runs its stage once; its command prints the same JSON and does nothing more."""
+    out = tmp_path / "small"
+    analyzed = api.analyze(source, out, OPTIONS.analyze)
+    assert analyzed.ran and analyzed.path.is_file() and len(analyzed.report.contributions()) > 3
+    words = ("--count", OPTIONS.analyze.count)
+    assert printed("analyze", source, "-o", out, *words) == as_printed(analyzed)
+    planned = api.plan(out, OPTIONS.plan)
+    assert planned.ran and planned.plan.after.parameters < planned.plan.before.parameters
+    words = ("--keep", 0.95, "--protect-first", 1, "--protect-last", 0, "--modulation-rank", "full")
+    assert printed("plan", "-o", out, *words) == as_printed(planned)
+    with pytest.raises(StaleStageError, match="plan was done with other inputs"):
+        api.plan(out, dataclasses.replace(OPTIONS.plan, keep=0.9))
+    pruned = api.prune(out)
+    assert pruned.ran and (out / "transformer").is_dir()
+    assert printed("prune", "-o", out) == as_printed(pruned) | {"ran": False}
+    quantized = api.quantize(out)
+    stored = sum(p.stat().st_size for p in (out / "transformer_int4").glob("*.safetensors"))
+    assert quantized.ran and 0 < quantized.weights_bytes <= stored
+    assert printed("quantize", "-o", out) == as_printed(quantized) | {"ran": False}
+    commands = [s["command"] for s in json.loads((out / "edgeprune.json").read_text())["stages"].values()]
+    assert commands == ["", "", "", ""]  # nothing was typed
+
+
+def test_compress(source: Path, tmp_path: Path) -> None:  # noqa: F811
+    out, options = tmp_path / "small", dataclasses.replace(OPTIONS, distill=None)
+    expected = api.forecast_compress(source, out, options)
+    assert expected.blocks == 3 and expected.distill_steps == 0 and not out.exists()
+    made = api.compress(source, out, options, quick=True)
+    assert made.ran == ("analyze", "plan", "prune", "quantize") and made.no_report == ""
+    assert made.summary["psnr_db"] > 0 and made.plan.after.parameters <= expected.parameters
+    again = api.compress(None, out, options, quick=True)
+    assert again.ran == () and as_printed(again) == as_printed(made) | {"ran": []}
+
+
+def test_bad_input_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "small"
+    with pytest.raises(InputError, match="begin with: edgeprune analyze MODEL"):
+        api.prune(out)
+    with pytest.raises(InputError, match="no such folder"):
+        api.compress(tmp_path / "nowhere", out)
+    with pytest.raises(InputError, match="multiple of 8"):
+        api.analyze(source, out, OPTIONS.analyze, generation=api.GenerationOptions(height=63))
+    with pytest.raises(BudgetError):
+        api.compress(source, out, dataclasses.replace(OPTIONS, plan=api.PlanOptions(max_memory_bytes=9000)))
+    assert not out.exists()
+
+
+def test_a_folder_is_resumed_with_its_settings(source: Path, tmp_path: Path) -> None:  # noqa: F811
+    out, smaller = tmp_path / "small", api.GenerationOptions(height=32, num_inference_steps=2)
+    api.analyze(source, out, OPTIONS.analyze, generation=smaller)
+    assert json.loads((out / "edgeprune.json").read_text())["generation"]["height"] == 32
+    assert not api.analyze(None, out, OPTIONS.analyze).ran
+    with pytest.raises(StaleStageError, match="begun with height 32"):
+        api.analyze(None, out, OPTIONS.analyze, generation=api.GenerationOptions(height=64))
