@@ -5,13 +5,14 @@ losses.py compares the outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from edgeprune.families import Family
-from edgeprune.training.losses import Features
+from edgeprune.training.losses import Features, Streams
 
 
 class Catcher:
@@ -21,16 +22,34 @@ class Catcher:
         self.features: Features = {}
         self._hooks = []
         for block, original in zip(family.blocks(model), originals, strict=True):
-            module = block if features == "blocks" else family.attention(block)
+            module, streams = (block, of_block) if features == "blocks" else (family.attention(block), of_attention)
             if module is not None:
-                hook = module.register_forward_hook(lambda _, __, out, key=original: self._catch(key, out))
-                self._hooks.append(hook)
+                self._hooks.append(module.register_forward_hook(self._catch(original, streams)))
 
     def close(self) -> None:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
-    def _catch(self, key: int, out: Any) -> None:
-        context, image = (None, out) if isinstance(out, torch.Tensor) else out  # one stream, or context first
-        self.features[key] = (image,) if context is None else (image, context)
+    def _catch(self, key: int, streams: Callable[[nn.Module, Any], Streams]) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, _: Any, out: Any) -> None:
+            self.features[key] = streams(module, out)
+
+        return hook
+
+
+def of_block(_: nn.Module, out: Any) -> Streams:
+    """Name the streams that a block returns: one, or the context (None after the last block) before the image."""
+    context, image = (None, out) if isinstance(out, torch.Tensor) else out
+    return {"image": image} if context is None else {"image": image, "context": context}
+
+
+def of_attention(module: nn.Module, out: Any) -> Streams:
+    """Name the streams that attention returns: one, or the image before the context.
+
+    In SD3's last block the context is no output: diffusers returns it, but without the projection that it has in all
+    other blocks.
+    """
+    image, context = (out, None) if isinstance(out, torch.Tensor) else out
+    projected = getattr(module, "to_add_out", None) is not None
+    return {"image": image} if context is None or not projected else {"image": image, "context": context}

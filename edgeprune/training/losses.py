@@ -1,7 +1,11 @@
 """The distillation objective: pure functions of tensors.
 
 L = task * L_task + output * MSE(student velocity, teacher velocity) + feature * sum over kept blocks of MSE(features),
-with features paired by original block index (HierarchicalPrune, arXiv 2508.04663).
+with features paired by original block index and stream (HierarchicalPrune, arXiv 2508.04663).
+
+L_task is the mean squared error of the velocity, as BK-SDM's is of what its network predicts. HierarchicalPrune's code
+compares clean latents instead, which weighs a sample's velocity error by sigma squared; its own recipe gives the term
+no weight, so only baselines use it.
 """
 
 from __future__ import annotations
@@ -11,8 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-Features = dict[int, tuple[torch.Tensor, ...]]
-"""Outputs of blocks by original index: image stream (B, N, D) and, if the block outputs it, context (B, M, D)."""
+Streams = dict[str, torch.Tensor]
+"""Outputs of a block by stream: `image` (B, N, D) and, if the block outputs it, `context` (B, M, D). A block with one
+stream for both outputs `image` (B, M + N, D)."""
+Features = dict[int, Streams]
+"""Streams by the original index of the block."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,10 @@ class LossWeights:
 def feature_loss(student: Features, teacher: Features) -> torch.Tensor:
     """Return the sum, over the student's blocks, of the mean squared error of each stream that both models output."""
     terms = [
-        F.mse_loss(s.float(), t.float())
+        F.mse_loss(tensor.float(), teacher[index][stream].float())
         for index, streams in student.items()
-        for s, t in zip(streams, teacher[index], strict=False)
+        for stream, tensor in streams.items()
+        if stream in teacher[index]
     ]
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
