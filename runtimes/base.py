@@ -248,8 +248,7 @@ class Runtime:
             seed=seed,
             progress=progress,
         )
-        # One image at a time: the VAE of 1024x1024 pixels takes more memory than all the rest.
-        return [Image.fromarray(to_uint8(self.backend.decode(one[None]))[0]) for one in latents]
+        return [Image.fromarray(image) for image in to_uint8(self.backend.decode(latents))]
 
     def generate_latents(
         self,

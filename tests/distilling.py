@@ -13,6 +13,12 @@ from edgeprune.data.pairs import Pairs, Samples
 from edgeprune.families import family_of
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.training.recipe import DistillOptions, Recipe
+
+
+def recipe(options: DistillOptions) -> Recipe:
+    """Return the recipe of a plan of whole blocks, with the options on top and a tenth of the captions dropped."""
+    return options.over(Recipe(sensitivity="graded", drop_captions=0.1))
 
 
 def setup(kind: str = "sd3") -> tuple[Any, Any, Any, PrunePlan, ContributionReport, Pairs]:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from distilling import setup
+from distilling import recipe, setup
 
 from edgeprune.common import processes
 from edgeprune.common.errors import EdgepruneError
@@ -83,8 +83,8 @@ def train(
     training.save_state = save
     try:
         weights, losses = training.distill(
-            family, teacher, student, plan, report, pairs, chosen, folder / f"{name}.state", inputs_digest="x",
-            placement=Placement(accumulate, offload), save_every=2, progress=progress,
+            family, teacher, student, plan, report, pairs, chosen, recipe(chosen), folder / f"{name}.state",
+            inputs_digest="x", placement=Placement(accumulate, offload), save_every=2, progress=progress,
         )  # fmt: skip
     except Killed:
         return
@@ -143,7 +143,7 @@ def zero(folder: Path, stage: str) -> None:
     run("accumulated_prefix", accumulate=2, int4_group_size=None)
     run("int8", teacher_precision="int8", gradient_checkpointing=True)
     on_cpu = {"offload_optimizer": {"device": "cpu"}} | ({"offload_param": {"device": "cpu"}} if stage == "3" else {})
-    run("fresh_blocks_offloaded", on_cpu, sensitivity="binary", freeze_prefix=False)
+    run("fresh_blocks_offloaded", on_cpu, freeze_prefix=False)
     run("bf16", mixed_precision="bf16")
     with contextlib.suppress(Spoilt):
         run("spoilt", spoil=2)
@@ -156,7 +156,7 @@ def main(folder: Path) -> None:
     train(folder, "ddp")
     train(folder, "accumulated", accumulate=2)
     train(folder, "prefix", int4_group_size=None)
-    train(folder, "fresh_blocks", sensitivity="binary", freeze_prefix=False)
+    train(folder, "fresh_blocks", freeze_prefix=False)
     train(folder, "resumed", until=3)
     train(folder, "resumed")
     train(folder, "taken_over")  # from a state that one process saved
@@ -164,7 +164,7 @@ def main(folder: Path) -> None:
     AcceleratorState._reset_state()
     train(folder, "sharded")
     train(folder, "sharded_prefix", int4_group_size=None)
-    train(folder, "sharded_fresh_blocks", sensitivity="binary", freeze_prefix=False)
+    train(folder, "sharded_fresh_blocks", freeze_prefix=False)
     train(folder, "sharded_accumulated", accumulate=2)
     train(folder, "sharded_int8", teacher_precision="int8", gradient_checkpointing=True)
     train(folder, "sharded_taken_over", until=3)

@@ -41,18 +41,15 @@ Group = tuple[Key, ...]
 Estimate = Callable[[list[Group]], Iterator[tuple[Group, list[float]]]]
 """Yields the scores of the model without each of these groups, one value per prompt, in any order of groups."""
 
-TOGETHER = {
-    "joint": (
-        ("norm", "mlp"),
-        ("context_mlp", "mlp"),
-        ("norm", "context_norm"),
-        ("context_norm", "context_mlp"),
-        ("context_norm", "mlp", "context_mlp"),
-        ("norm", "context_norm", "mlp", "context_mlp"),
-    ),
-    "single": (("norm", "attn"), ("norm", "mlp"), ("attn", "mlp")),
-}
-"""Components that figure 4 of HierarchicalPrune removes together, by the kind of block (`Architecture.kinds`)."""
+JOINT = (
+    ("norm", "mlp"),
+    ("context_mlp", "mlp"),
+    ("norm", "context_norm"),
+    ("context_norm", "context_mlp"),
+    ("context_norm", "mlp", "context_mlp"),
+    ("norm", "context_norm", "mlp", "context_mlp"),
+)
+"""Components that figure 4 of HierarchicalPrune removes together."""
 
 
 def group(parts: Iterable[Key]) -> Group:
@@ -231,14 +228,13 @@ def groups(
 
     Args:
         components: every component alone, in addition to every block.
-        joint: the combinations of a block's components in `TOGETHER`.
+        joint: the combinations of a block's components in `JOINT`.
         pairs: any two parts that do not overlap.
     """
     singles = parts(family, config, components=components)
     out: list[Group] = [(part,) for part in singles]
     if joint:
-        kinds = family.kinds(config)
-        candidates = [[(b, c) for c in names] for kind in kinds for names in TOGETHER[kind] for b in kinds[kind]]
+        candidates = [[(b, c) for c in names] for names in JOINT for b in range(family.block_count(config))]
         out += [group(parts) for parts in candidates if set(parts) <= set(singles)]
     if pairs:
         both = itertools.combinations(singles, 2)

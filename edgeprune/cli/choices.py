@@ -7,7 +7,7 @@ stays fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import typer
@@ -38,12 +38,22 @@ class Verb(TyperCommand):
 
 
 def _chosen(
-    names: Callable[[], Iterable[str]], convert: Callable[[str], Any], metavar: str, kwargs: dict[str, Any]
+    names: Callable[[], Iterable[str]],
+    convert: Callable[[str], Any],
+    metavar: str,
+    kwargs: dict[str, Any],
+    refused: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return the keyword arguments of a `typer.Option` or `typer.Argument` that takes one of these names."""
+    """Return the keyword arguments of a `typer.Option` or `typer.Argument` that takes one of these names.
+
+    Args:
+        refused: why a name that one might expect is not among them.
+    """
 
     def parse(value: Any) -> Any:
         allowed = list(names())
+        if reason := (refused or {}).get(str(value)):
+            raise typer.BadParameter(f"{str(value)!r} is not one of {', '.join(allowed)}: {reason}.")
         if str(value) not in allowed:
             raise typer.BadParameter(f"{str(value)!r} is not one of {', '.join(allowed)}.")
         return convert(str(value))
@@ -56,9 +66,15 @@ def _chosen(
     return {"parser": parse, "autocompletion": complete, "metavar": placeholder, **kwargs}
 
 
-def choice(*flags: str, names: Callable[[], Iterable[str]], convert: Callable[[str], Any] = str, **kwargs: Any) -> Any:
+def choice(
+    *flags: str,
+    names: Callable[[], Iterable[str]],
+    convert: Callable[[str], Any] = str,
+    refused: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> Any:
     """Return a `typer.Option` for one of some names; `kwargs` are the Option's own, such as `help`."""
-    return typer.Option(*flags, **_chosen(names, convert, "NAME", kwargs))
+    return typer.Option(*flags, **_chosen(names, convert, "NAME", kwargs, refused))
 
 
 def choice_argument(*, names: Callable[[], Iterable[str]], metavar: str, **kwargs: Any) -> Any:

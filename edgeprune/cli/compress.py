@@ -105,14 +105,13 @@ def _merged(
     from dataclasses import replace
 
     from edgeprune.metrics import parse_weights
-    from edgeprune.stages.compress import as_published
 
     training = start.distill
     if steps is not None and training is not None:
         training = replace(training, steps=steps) if steps else None
     if training is not None:
         training = replace(training, int4_group_size=group_size)
-    chosen = replace(
+    return replace(
         start,
         analyze=replace(start.analyze, metric=metric, prompts=prompts, weights=parse_weights(weights)),
         plan=plan,
@@ -120,7 +119,6 @@ def _merged(
         distill=training,
         quantize=replace(start.quantize, group_size=group_size, calibration=calibration),
     )
-    return as_published(chosen)
 
 
 def _show(done: api.Compressed, as_json: bool) -> None:

@@ -114,34 +114,54 @@ TeacherOffload = Annotated[
     ),
 ]  # fmt: skip
 Sensitivity = Annotated[
-    str,
+    str | None,
     choices.choice(
-        names=lambda: options.SENSITIVITIES, rich_help_panel=options.LOSS,
-        help="SGDistill: the more a part contributes, the less it is trained. graded lowers its learning rate, binary "
-        "freezes the upper half, off trains all parts alike.",
+        names=lambda: options.SENSITIVITIES, refused={"binary": options.BINARY}, rich_help_panel=options.RECIPE,
+        help="SGDistill: graded lowers a part's learning rate, the more it contributes; off trains all parts alike.",
+        show_default="graded where the plan removes components, else off; off for baselines",
     ),
 ]  # fmt: skip
 FreezePrefix = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         "--freeze-prefix/--no-freeze-prefix", help="PWP: freeze everything before the first pruned block.",
-        rich_help_panel=options.LOSS,
+        show_default="freeze; not for baselines", rich_help_panel=options.RECIPE,
     ),
 ]  # fmt: skip
 LambdaOutput = Annotated[
-    float, typer.Option(min=0, help="Weight of the error to the teacher's velocity.", rich_help_panel=options.LOSS)
-]
+    float | None,
+    typer.Option(
+        min=0, help="Weight of the error to the teacher's velocity.",
+        show_default="1", rich_help_panel=options.RECIPE,
+    ),
+]  # fmt: skip
 LambdaFeature = Annotated[
-    float, typer.Option(min=0, help="Weight of the error to the teacher's features.", rich_help_panel=options.LOSS)
-]
+    float | None,
+    typer.Option(
+        min=0, help="Weight of the error to the teacher's features.",
+        show_default="1e-4; 1 for baselines", rich_help_panel=options.RECIPE,
+    ),
+]  # fmt: skip
 LambdaTask = Annotated[
-    float, typer.Option(min=0, help="Weight of the error to the data's own velocity.", rich_help_panel=options.LOSS)
-]
+    float | None,
+    typer.Option(
+        min=0, help="Weight of the error to the data's own velocity.",
+        show_default="0; 1 for baselines", rich_help_panel=options.RECIPE,
+    ),
+]  # fmt: skip
 FeaturesOf = Annotated[
-    str,
+    str | None,
     choices.choice(
-        names=lambda: options.FEATURES, rich_help_panel=options.LOSS,
+        names=lambda: options.FEATURES, rich_help_panel=options.RECIPE,
         help="Outputs that --lambda-feature compares: those of blocks, or of their attention.",
+        show_default="blocks; attention for koala",
+    ),
+]  # fmt: skip
+DropCaptions = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="Share of samples trained with the empty prompt.",
+        show_default="0.1 for models that are guided, else 0", rich_help_panel=options.RECIPE,
     ),
 ]  # fmt: skip
 
@@ -169,15 +189,17 @@ def distill(
     teacher_precision: TeacherPrecision = "float32",
     teacher_offload: TeacherOffload = False,
     config: options.LaunchConfig = None,
-    sensitivity: Sensitivity = "graded",
-    freeze_prefix: FreezePrefix = True,
-    lambda_output: LambdaOutput = 1.0,
-    lambda_feature: LambdaFeature = 1e-4,
-    lambda_task: LambdaTask = 0.0,
-    features: FeaturesOf = "blocks",
+    sensitivity: Sensitivity = None,
+    freeze_prefix: FreezePrefix = None,
+    lambda_output: LambdaOutput = None,
+    lambda_feature: LambdaFeature = None,
+    lambda_task: LambdaTask = None,
+    features: FeaturesOf = None,
+    drop_captions: DropCaptions = None,
 ) -> None:
     """Train the shorter transformer to reproduce the original.
 
+    Options of the recipe that are not given follow from the plan's method and the model; the run prints them.
     An interrupted run resumes from its last saved state when you run the same command again.
     """
     if config and not processes.launched() and not dry_run:
@@ -190,7 +212,6 @@ def distill(
     from edgeprune.stages.compress import preset
     from edgeprune.stages.distill import run as run_distill
     from edgeprune.stages.options import DataOptions
-    from edgeprune.training.losses import LossWeights
     from edgeprune.training.recipe import Placement
 
     if data:
@@ -200,8 +221,8 @@ def distill(
     assert base.distill is not None
     chosen = replace(
         base.distill, **options.given(steps=steps, batch=batch, rate=rate, schedule=schedule, ema=ema),
-        sensitivity=sensitivity, freeze_prefix=freeze_prefix, features=features,
-        weights=LossWeights(task=lambda_task, output=lambda_output, feature=lambda_feature),
+        sensitivity=sensitivity, freeze_prefix=freeze_prefix, features=features, drop_captions=drop_captions,
+        lambda_task=lambda_task, lambda_output=lambda_output, lambda_feature=lambda_feature,
         mixed_precision=mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         teacher_precision=teacher_precision, gradient_checkpointing=gradient_checkpointing,
         int4_group_size=group_size if quantize_aware else None, seed=seed,

@@ -23,13 +23,14 @@ FEATURES = ("blocks", "attention")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 PRESETS = ("default", "quick")
 SCHEDULES = ("constant", "cosine")
-SENSITIVITIES = ("graded", "binary", "off")
+SENSITIVITIES = ("graded", "off")
+BINARY = "the reference's binary form is the frozen prefix (PWP), with all parts after it trained alike; use off"
 TEACHER_PRECISIONS = ("float32", "bf16", "int8")
 
 
 # Panels of the help.
 BUDGET, METHOD, ANALYSIS, TRAINING, INT4, IMAGES = "Budget", "Method", "Analysis", "Training", "INT4", "Images"
-LOSS, MEMORY = "Loss", "Memory and speed"
+RECIPE, MEMORY = "Recipe", "Memory and speed"
 
 Model = Annotated[
     str | None,

@@ -14,7 +14,6 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.planning.methods import baselines
 from edgeprune.planning.options import METHODS, PlanOptions
-from edgeprune.stages.compress import as_published
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions
 from edgeprune.training.recipe import DistillOptions
 
@@ -41,8 +40,7 @@ class Row:
     @property
     def reads_contributions(self) -> bool:
         """Whether its plan or its training needs the analysis of the original."""
-        distill = self.options.distill
-        return self.options.plan.scored or (distill is not None and distill.sensitivity != "off")
+        return self.options.reads_scores
 
     def seeded(self, seed: int, budget_bytes: int) -> CompressOptions:
         """Return the row's options for one training seed and the grid's budget."""
@@ -155,7 +153,7 @@ def _row(row: _Row, grid: _Grid, start: CompressOptions) -> Row:
         training = _set(replace(start.distill or DistillOptions(), int4_group_size=rounded), grid.distill, row.distill)
         training.check()
     plan = replace(plan, group_size=quantize.group_size)
-    options = as_published(replace(start, plan=plan, distill=training, quantize=quantize))
+    options = replace(start, plan=plan, distill=training, quantize=quantize)
     drawn = plan.method in baselines() and baselines()[plan.method].drawn
     seeds = 1 if training is None and not drawn else row.seeds or grid.seeds
     return Row(name=row.name, options=options, quantized=row.quantize is not False, seeds=seeds, group=row.group)

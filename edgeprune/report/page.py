@@ -166,7 +166,10 @@ def grid(ws: Workspace) -> list[tuple[str, list[dict[str, Any]]]]:
     """
     plan, noops = ws.plan(), ws.family.noops(ws.config)
     training = (ws.manifest.stages.get("distill") or {}).get("options", {}).get("options", {})
-    strength = strengths(ws.report(), plan, training.get("sensitivity", "off"), ws.family.components)
+    strength = strengths(
+        ws.report(), plan, ws.family.components,
+        sensitivity=training.get("sensitivity", "off"), freeze_prefix=bool(training.get("freeze_prefix")),
+    )  # fmt: skip
 
     def cell(block: int, component: str) -> dict[str, Any]:
         part = f"{block}:{component}"
@@ -175,7 +178,7 @@ def grid(ws: Workspace) -> list[tuple[str, list[dict[str, Any]]]]:
         if block in plan.blocks or (block, component) in plan.removed:
             return {"state": "pruned", "title": f"{part}: pruned"}
         value = strength.get((block, component), 1.0)
-        if training and (value == 0 or (training.get("freeze_prefix") and block < plan.first_pruned)):
+        if value == 0:
             return {"state": "frozen", "title": f"{part}: frozen"}
         fate = f"trained at {value:.2f} of the learning rate" if training else "kept"
         return {"state": "kept", "strength": value, "title": f"{part}: {fate}"}

@@ -18,7 +18,7 @@ from edgeprune.data.cache import is_cache
 from edgeprune.data.settings import is_drawn
 from edgeprune.metrics import check_analysis, evaluations
 from edgeprune.planning.make import make_plan
-from edgeprune.planning.methods import Scored, baselines, methods
+from edgeprune.planning.methods import Scored, methods
 from edgeprune.planning.modulation import ranks
 from edgeprune.planning.options import DEFAULT, NEEDED
 from edgeprune.planning.plan import PrunePlan
@@ -57,15 +57,6 @@ def preset(name: str, *, builtin: bool) -> CompressOptions:
             distill=replace(options.distill, steps=40, batch=16),
         )
     return options
-
-
-def as_published(options: CompressOptions) -> CompressOptions:
-    """Return options that distill a baseline by its own rule: its features, and all weights trained alike."""
-    baseline = baselines().get(options.plan.method)
-    if baseline is None or options.distill is None:
-        return options
-    training = replace(options.distill, features=baseline.features, sensitivity="off", freeze_prefix=False)
-    return replace(options, distill=training)
 
 
 def rehearse(source: Path, generation: Generation, options: CompressOptions) -> PrunePlan:
@@ -134,6 +125,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
     per_score = evaluations(options.analyze.metric, generation, options.analyze.count, per_step)
     scored = round(estimator.evaluations(removals, family.block_count(config), per_score))
     training = options.distill
+    frozen = training is not None and distill.recipe_of(training, expected, family, config, generation).freeze_prefix
     drawn_images = options.data.samples if training and is_drawn(options.data.source or str(PROMPTS)) else 0
     drawn = drawn_images * generation.num_inference_steps * per_step
     flops = flops_per_evaluation(family, config, source, generation)
@@ -151,7 +143,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
         "distill_steps": training.steps if training else 0,
         "data_evaluations": drawn,
         "data_floor_s": round(drawn * flops / speed, 1),
-        "distill_floor_s": round(_training_evaluations(training, expected) * flops / speed, 1),
+        "distill_floor_s": round(_training_evaluations(training, expected, frozen) * flops / speed, 1),
         "evaluation_flops": flops,
         "matmul_flops_per_s": round(speed),
         "analyze_weights_bytes": float32_bytes,
@@ -160,7 +152,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
     }
 
 
-def _training_evaluations(training: DistillOptions | None, expected: PrunePlan) -> float:
+def _training_evaluations(training: DistillOptions | None, expected: PrunePlan, frozen_prefix: bool) -> float:
     """Return the work of the training steps, in evaluations of the teacher.
 
     A sample takes one evaluation of the teacher and three of the student: forward, and twice that backward. A frozen
@@ -169,7 +161,7 @@ def _training_evaluations(training: DistillOptions | None, expected: PrunePlan) 
     if training is None:
         return 0
     share = expected.after.parameters / expected.before.parameters
-    prefix = expected.first_pruned / expected.num_blocks if training.freeze_prefix else 0.0
+    prefix = expected.first_pruned / expected.num_blocks if frozen_prefix else 0.0
     student_prefix = prefix if training.int4_group_size is not None else 0.0
     return training.steps * training.batch * (1 + student_prefix + 3 * max(0.0, share - prefix))
 
@@ -197,8 +189,7 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
     rehearse(ws.source, ws.generation, options)
     if options.distill is not None and options.data.source and is_cache(options.data.source):
         distill.check_cache(ws, Path(options.data.source), progress)
-    needs_scores = options.plan.scored or (options.distill and options.distill.sensitivity != "off")
-    if needs_scores and analyze.run(ws, options.analyze, progress):
+    if options.reads_scores and analyze.run(ws, options.analyze, progress):
         ran.append("analyze")
     if plan.run(ws, options.plan):
         ran.append("plan")

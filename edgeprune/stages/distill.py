@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from edgeprune.data.cache import Index, is_cache, made_by, open_pairs
 from edgeprune.data.encode import make_cache
 from edgeprune.data.pairs import Pairs
 from edgeprune.data.settings import CacheOptions, settings_of, source_digest
+from edgeprune.families import Architecture, Config
+from edgeprune.planning.methods import baselines
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import PROMPTS
 from edgeprune.stages.costs import sample
 from edgeprune.stages.options import DataOptions
@@ -26,8 +29,50 @@ from edgeprune.stages.weights import by_block, half, original_weights, write_hal
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.distill import distill
 from edgeprune.training.rank_memory import ProcessLayout, forecast_rank
-from edgeprune.training.recipe import HERE, DistillOptions, Placement
+from edgeprune.training.recipe import HERE, DistillOptions, Placement, Recipe
 from edgeprune.training.teaching import lower
+
+PUBLISHED_STEPS, PUBLISHED_BATCH = 64_000, 64
+"""The published training of SD3.5 Large Turbo (HierarchicalPrune, `run_distil_sd3L.sh`: 8 GPUs with a batch of 8)."""
+CAPTIONS_DROPPED = 0.1
+"""The fraction of samples trained without a caption, for models whose guidance evaluates the empty prompt too."""
+
+
+def recipe_of(
+    options: DistillOptions, plan: PrunePlan, family: Architecture, config: Config, generation: Generation
+) -> Recipe:
+    """Return how a plan is distilled: by its method and its model, with the options that are set on top.
+
+    A baseline is distilled as its authors do. HierarchicalPrune grades updates by contribution together with
+    fine-grained removal, so plans that remove whole blocks alone are not graded.
+    """
+    recipe = Recipe(drop_captions=CAPTIONS_DROPPED if family.guided(config, generation.guidance_scale) else 0.0)
+    if baseline := baselines().get(plan.method):
+        recipe = replace(
+            recipe, features=baseline.features, freeze_prefix=False, lambda_task=baseline.lambda_task,
+            lambda_output=baseline.lambda_output, lambda_feature=baseline.lambda_feature,
+        )  # fmt: skip
+    elif plan.components:
+        recipe = replace(recipe, sensitivity="graded")
+    return options.over(recipe)
+
+
+def described(recipe: Recipe, options: DistillOptions, plan: PrunePlan, *, builtin: bool) -> str:
+    """Return a recipe in a line, and how its length compares with the published training."""
+    parts = [
+        f"lambda task {recipe.lambda_task:g}, output {recipe.lambda_output:g}, feature {recipe.lambda_feature:g} "
+        f"({recipe.features})",
+        "prefix frozen" if recipe.freeze_prefix else "all weights trained",
+        "updates graded by contribution" if recipe.sensitivity == "graded" else "updates not graded",
+        f"{recipe.drop_captions:.0%} of captions dropped",
+    ]
+    if not builtin:
+        share = options.steps * options.batch / (PUBLISHED_STEPS * PUBLISHED_BATCH)
+        parts.append(
+            f"{options.steps} steps of {options.batch}, {share:.2g} of the published training's samples "
+            f"({PUBLISHED_STEPS} steps of {PUBLISHED_BATCH})"
+        )
+    return f"distill: recipe of {plan.method}: {'; '.join(parts)}"
 
 
 def run(
@@ -50,10 +95,12 @@ def run(
     ws.need("prune", "distill")
     options.check()
     plan = ws.plan()
+    recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)
     source = data.source or ("shapes" if ws.builtin else str(PROMPTS))
-    if options.sensitivity != "off" and ws.report() is None:
+    if recipe.sensitivity == "graded" and ws.report() is None:
+        found = "graded" if options.sensitivity else "graded, the default for plans that remove components"
         raise InputError(
-            f"--sensitivity {options.sensitivity} needs contribution scores; run `edgeprune analyze`, or use off"
+            f"--sensitivity: found {found}: it needs contribution scores; run `edgeprune analyze`, or use off"
         )
     encoded = is_cache(source)
     if encoded:
@@ -62,6 +109,7 @@ def run(
     identity = [source_digest(source), None if encoded else data.samples, asdict(ws.generation)]
 
     def train(key: str) -> dict[str, Any]:
+        progress(described(recipe, options, plan, builtin=ws.builtin))
         folder = Path(source) if encoded else ws.cache / f"data-{digest([identity, ws.weights_hash])[:12]}"
         with processes.main_first():
             if not encoded:
@@ -78,6 +126,7 @@ def run(
             ws.report(),
             pairs,
             options,
+            recipe,
             ws.out / "cache" / "distill.safetensors",
             inputs_digest=key,
             placement=placement,
@@ -88,7 +137,7 @@ def run(
             _write(ws, plan, state, key, progress)
         return {"first_loss": sum(losses[:10]) / len(losses[:10]), "last_loss": sum(losses[-10:]) / len(losses[-10:])}
 
-    return ws.stage("distill", {"options": options.to_json(), "data": identity}, train)
+    return ws.stage("distill", {"options": options.to_json(recipe), "data": identity}, train)
 
 
 def check_cache(ws: Workspace, folder: Path, progress: Progress = silent) -> None:
@@ -157,5 +206,6 @@ def forecast(ws: Workspace, options: DistillOptions, placement: Placement, confi
     """
     options.check()
     layout = ProcessLayout.of_launch_file(config) if config else ProcessLayout()
-    one = sample(ws.family, ws.config, ws.source, ws.generation)
-    return forecast_rank(ws.family, ws.config, ws.plan(), ws.report(), options, placement, layout, one)
+    one, plan = sample(ws.family, ws.config, ws.source, ws.generation), ws.plan()
+    recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)
+    return forecast_rank(ws.family, ws.config, plan, ws.report(), options, recipe, placement, layout, one)

@@ -27,7 +27,7 @@ class AnalyzeOptions:
     weights: dict[str, str] = field(default_factory=dict)
     """Paths of the metric's weights by name, see metrics.KNOWN."""
     joint: bool = False
-    """Also score groups of components of one block, see contribution.TOGETHER."""
+    """Also score groups of components of one block, see contribution.JOINT."""
     pairs: bool = False
     """Also score every pair of parts."""
     estimator: str = "exhaustive"
@@ -65,6 +65,16 @@ class CompressOptions:
     distill: DistillOptions | None = field(default_factory=DistillOptions)
     """None skips distillation."""
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether the plan or the training needs contribution scores.
+
+        Training does if it is graded, which by default it is for plans that remove components.
+        """
+        if self.plan.scored or self.distill is None or self.distill.sensitivity == "off":
+            return self.plan.scored
+        return self.distill.sensitivity == "graded" or bool(self.plan.components)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a grid's runs digest them.

@@ -30,7 +30,7 @@ from edgeprune.training.features import Catcher
 from edgeprune.training.losses import distillation_loss
 from edgeprune.training.parallel import Parallel
 from edgeprune.training.prefix import SharedPrefix, common_blocks
-from edgeprune.training.recipe import HERE, DistillOptions, Placement, parameter_groups
+from edgeprune.training.recipe import HERE, DistillOptions, Placement, Recipe, parameter_groups
 from edgeprune.training.resume import Ema, fill, fill_optimizer, gathered, read_state, save_state, step_generator
 from edgeprune.training.rounding import Rounding
 from edgeprune.training.teaching import checkpoint_activations
@@ -82,10 +82,10 @@ class _Noisy:
         )
 
 
-def _noisy(pairs: Pairs, options: DistillOptions, step: int) -> _Noisy:
+def _noisy(pairs: Pairs, options: DistillOptions, recipe: Recipe, step: int) -> _Noisy:
     """Draw the global batch of a step, with logit-normal sigma; the same in every process and after a resume."""
     generator = step_generator(options.seed, step)
-    batch = pairs.batch(options.batch, options.drop_captions, generator)
+    batch = pairs.batch(options.batch, recipe.drop_captions, generator)
     sigma = torch.sigmoid(torch.randn(options.batch, generator=generator))
     noise = torch.randn(batch.latents.shape, generator=generator)
     mixed = torch.lerp(batch.latents, noise, sigma.view(-1, 1, 1, 1))
@@ -107,17 +107,18 @@ class _Models:
         student: Any,
         plan: PrunePlan,
         options: DistillOptions,
+        recipe: Recipe,
         guidance: float,
         parallel: Parallel,
     ) -> None:
         """Prepare the student for training. Call this before the weights are sharded."""
-        self.family, self.teacher, self.student, self.plan, self.options = family, teacher, student, plan, options
+        self.family, self.teacher, self.student, self.plan, self.recipe = family, teacher, student, plan, recipe
         self.guidance, self.parallel = guidance, parallel
         if options.gradient_checkpointing:
             checkpoint_activations(student)
         size = options.int4_group_size
         self.rounding = Rounding(family, student, size) if size is not None else None
-        self.common = common_blocks(family, teacher, student, plan) if options.freeze_prefix else 0
+        self.common = common_blocks(family, teacher, student, plan) if recipe.freeze_prefix else 0
 
     def begin(self, net: Any) -> None:
         """Install the hooks and start computing with rounded weights.
@@ -125,10 +126,10 @@ class _Models:
         Args:
             net: the student as accelerate wraps it.
         """
-        family, options, plan = self.family, self.options, self.plan
+        family, recipe, plan = self.family, self.recipe, self.plan
         self.net = net
-        self.teacher_features = Catcher(family, self.teacher, list(range(plan.num_blocks)), options.features)
-        self.student_features = Catcher(family, self.student, plan.kept, options.features)
+        self.teacher_features = Catcher(family, self.teacher, list(range(plan.num_blocks)), recipe.features)
+        self.student_features = Catcher(family, self.student, plan.kept, recipe.features)
         self.prefix = SharedPrefix(family, self.teacher, self.student, self.common) if self.common else None
         self.student.train()
         if self.rounding:
@@ -146,10 +147,10 @@ class _Models:
         learning = {
             block: streams
             for block, streams in self.student_features.features.items()
-            if not self.options.freeze_prefix or block >= self.plan.first_pruned
+            if not self.recipe.freeze_prefix or block >= self.plan.first_pruned
         }
         taught = self.teacher_features.features
-        return distillation_loss(predicted, target, batch.velocity, learning, taught, self.options.weights)[0]
+        return distillation_loss(predicted, target, batch.velocity, learning, taught, self.recipe.weights)[0]
 
     def end(self) -> None:
         """Remove the hooks and restore both models."""
@@ -236,7 +237,7 @@ def _train(models: _Models, state: _State, pairs: Pairs, save_every: int, progre
     options, parallel = state.options, models.parallel
     with stop.deferred():  # all ranks stop after the same step, see `asked`
         while state.step < options.steps:
-            noisy = _noisy(pairs, options, state.step)
+            noisy = _noisy(pairs, options, models.recipe, state.step)
             state.set_rates()
             loss_here = 0.0
             for rows in parallel.rows:
@@ -262,6 +263,7 @@ def distill(
     report: ContributionReport | None,
     pairs: Pairs,
     options: DistillOptions,
+    recipe: Recipe,
     state_path: Path,
     *,
     inputs_digest: str,
@@ -273,6 +275,7 @@ def distill(
     """Train `student` in place; return its averaged state dict (in rank 0 only) and the loss of each step.
 
     Args:
+        recipe: what those options became that follow from the plan and the model.
         state_path: the training state's file; a state of the same `inputs_digest` is resumed.
         placement: where training runs, and in how many micro-batches.
         guidance: the guidance scale for models that take it as an input.
@@ -284,10 +287,10 @@ def distill(
     """
     options.check()
     parallel = Parallel(options.mixed_precision, options.batch, placement)
-    groups = parameter_groups(family, student, plan, report, options)
+    groups = parameter_groups(family, student, plan, report, recipe, options.rate)
     optimizer: Any = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0)
     state = _State(state_path, inputs_digest, optimizer, options)
-    models = _Models(family, teacher, student, plan, options, guidance, parallel)
+    models = _Models(family, teacher, student, plan, options, recipe, guidance, parallel)
     state.prepare(models)
     models.begin(state.net)
     _train(models, state, pairs, save_every, progress)

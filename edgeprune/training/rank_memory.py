@@ -22,7 +22,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.families import Config, Family
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.denoising import Conditioning, VelocityInputs, velocity
-from edgeprune.training.recipe import DistillOptions, Placement, parameter_groups
+from edgeprune.training.recipe import DistillOptions, Placement, Recipe, parameter_groups
 from edgeprune.training.rounding import Rounding
 from edgeprune.training.teaching import lower
 
@@ -68,6 +68,7 @@ def forecast_rank(
     plan: PrunePlan,
     report: ContributionReport | None,
     options: DistillOptions,
+    recipe: Recipe,
     placement: Placement,
     layout: ProcessLayout,
     sample: VelocityInputs,
@@ -87,7 +88,7 @@ def forecast_rank(
     teacher = family.build(config, list(range(family.block_count(config))), frozenset())
     lower(family, teacher, options.teacher_precision)
     student: Any = structure(family, config, plan)
-    groups = parameter_groups(family, student, plan, report, options)
+    groups = parameter_groups(family, student, plan, report, recipe, options.rate)
     trained = [p for group in groups for p in group["params"]]
     student_bytes = layout.bytes_per_rank(student.parameters()) + _buffers(student)
     trained_bytes = layout.bytes_per_rank(trained)

@@ -1,12 +1,13 @@
 """The options of distillation: what is trained for how long, what is frozen, and how strongly the rest is updated.
 
-PWP freezes everything before the first pruned block. SGDistill updates a component the less, the more it contributes:
-`graded` gives each component its own learning rate, `binary` freezes the half that contributes more.
+PWP freezes everything before the first pruned block. SGDistill (`graded`) updates a component the less, the more it
+contributes: each component has its own learning rate. Options that are None follow from the plan and the model; a
+`Recipe` holds what they became.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,9 @@ from edgeprune.families import Family
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.training.losses import LossWeights
 
-SENSITIVITIES = ("graded", "binary", "off")
+SENSITIVITIES = ("graded", "off")
+BINARY = "the reference's binary form is the frozen prefix (PWP), with all parts after it trained alike; use off"
+"""Why `binary` is not a sensitivity."""
 SCHEDULES = ("constant", "cosine")
 TEACHERS = ("float32", "bf16", "int8")
 FEATURES = ("blocks", "attention")
@@ -26,23 +29,50 @@ _FLOOR = 0.1
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How a plan is distilled: the values of those options that follow from the plan and the model, if not set.
+
+    The defaults are HierarchicalPrune's for a plan that removes whole blocks, for a model that is not guided.
+    """
+
+    sensitivity: str = "off"
+    """`graded`: the more a component contributes, the lower its learning rate. `off`: all parts are trained alike."""
+    freeze_prefix: bool = True
+    """Freeze everything before the first pruned block (PWP)."""
+    features: str = "blocks"
+    """The outputs that the feature loss compares: those of `blocks`, or of their `attention`."""
+    lambda_task: float = 0.0
+    lambda_output: float = 1.0
+    lambda_feature: float = 1e-4
+    drop_captions: float = 0.0
+    """The fraction of samples trained with the empty prompt, which guidance evaluates too."""
+
+    @property
+    def weights(self) -> LossWeights:
+        """The weights of the terms of the loss."""
+        return LossWeights(task=self.lambda_task, output=self.lambda_output, feature=self.lambda_feature)
+
+
+@dataclass(frozen=True)
 class DistillOptions:
-    """Everything that the result depends on, apart from the models and the data."""
+    """Everything that the result depends on, apart from the models and the data.
+
+    Fields that are None by default are those of `Recipe`.
+    """
 
     steps: int = 1000
     batch: int = 32
     rate: float = 1e-4
     schedule: str = "constant"
-    sensitivity: str = "graded"
-    freeze_prefix: bool = True
-    """Freeze everything before the first pruned block (PWP)."""
-    weights: LossWeights = LossWeights()
-    features: str = "blocks"
-    """The outputs that the feature loss compares: those of `blocks`, or of their `attention`."""
+    sensitivity: str | None = None
+    freeze_prefix: bool | None = None
+    features: str | None = None
+    lambda_task: float | None = None
+    lambda_output: float | None = None
+    lambda_feature: float | None = None
+    drop_captions: float | None = None
     ema: float = 0.99
     """The decay of the moving average of the weights."""
-    drop_captions: float = 0.1
-    """The fraction of samples trained with the empty prompt, for guidance."""
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     int4_group_size: int | None = 64
@@ -57,84 +87,107 @@ class DistillOptions:
         Raises:
             InputError: a value is not allowed; the message names the option.
         """
+        if self.sensitivity == "binary":
+            raise InputError(f"--sensitivity: found 'binary': {BINARY}")
         for name, value, allowed in (
-            ("--sensitivity", self.sensitivity, SENSITIVITIES),
-            ("--features", self.features, FEATURES),
+            ("--sensitivity", self.sensitivity, (None, *SENSITIVITIES)),
+            ("--features", self.features, (None, *FEATURES)),
             ("--schedule", self.schedule, SCHEDULES),
             ("--teacher-precision", self.teacher_precision, TEACHERS),
             ("--mixed-precision", self.mixed_precision, ("no", "bf16", "fp16")),
         ):
             if value not in allowed:
-                raise InputError(f"{name}: found {value!r}, expected one of {', '.join(allowed)}")
+                raise InputError(f"{name}: found {value!r}, expected one of {', '.join(filter(None, allowed))}")
+        if not 0 <= (self.drop_captions or 0) <= 1:
+            raise InputError(f"--drop-captions: found {self.drop_captions}, expected a share from 0 to 1")
         if self.steps < 1 or self.batch < 1 or self.rate <= 0:
             raise InputError(
                 f"--steps, --batch, --rate: found {self.steps}, {self.batch}, {self.rate}, expected above 0"
             )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the options for digests and reports.
+    def over(self, recipe: Recipe) -> Recipe:
+        """Return a recipe with the options that are set on top."""
+        chosen = {name: getattr(self, name) for name in asdict(recipe)}
+        return replace(recipe, **{name: value for name, value in chosen.items() if value is not None})
+
+    def to_json(self, recipe: Recipe) -> dict[str, Any]:
+        """Return the options for digests and reports, with what those that are None became.
 
         Options added later appear only if they are used, so that the digests of older results stay valid.
         """
         later = {"teacher_precision": "float32"}
-        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
+        values = asdict(self) | asdict(recipe)
+        return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 
 def strengths(
-    report: ContributionReport | None, plan: PrunePlan, mode: str, components: tuple[str, ...]
+    report: ContributionReport | None,
+    plan: PrunePlan,
+    components: tuple[str, ...],
+    *,
+    sensitivity: str,
+    freeze_prefix: bool,
 ) -> dict[tuple[int, str], float]:
     """Return the update strength in 0..1 of every component of every kept block, by original index.
 
-    All kept components are ranked by contribution. `graded` falls linearly from 1 for the lowest to 0.1 for the
-    highest; `binary` is 1 for the lower half and 0 for the other. A component without a score takes its block's score.
-    Components without any score have strength 1.
+    A component before the first pruned block has strength 0 with `freeze_prefix`. `graded` ranks the others by
+    contribution: strength falls linearly from 1 for the lowest to 0.1 for the highest. A component without a score
+    takes its block's score; one without any score has strength 1, and so has every one with `off`.
     """
     kept = [(b, c) for b in plan.kept for c in components if (b, c) not in plan.removed]
-    if mode == "off" or report is None:
-        return dict.fromkeys(kept, 1.0)
+    frozen = [part for part in kept if freeze_prefix and part[0] < plan.first_pruned]
+    out = dict.fromkeys(kept, 1.0) | dict.fromkeys(frozen, 0.0)
+    if sensitivity == "off" or report is None:
+        return out
     contributions = report.contributions()
     drops = {}
-    for component in kept:
+    for component in kept[len(frozen) :]:
         contribution = contributions.get(component) or contributions.get((component[0], None))
         if contribution is not None:
             drops[component] = contribution.drop
     order = sorted(drops, key=lambda c: (drops[c], c))
-    out = dict.fromkeys(kept, 1.0)
     for rank, component in enumerate(order):
-        share = rank / max(1, len(order) - 1)
-        out[component] = 1 - share * (1 - _FLOOR) if mode == "graded" else float(share < 0.5)
+        out[component] = 1 - rank / max(1, len(order) - 1) * (1 - _FLOOR)
     return out
 
 
 def parameter_groups(
-    family: Family, student: nn.Module, plan: PrunePlan, report: ContributionReport | None, options: DistillOptions
+    family: Family,
+    student: nn.Module,
+    plan: PrunePlan,
+    report: ContributionReport | None,
+    recipe: Recipe,
+    rate: float,
 ) -> list[dict[str, Any]]:
     """Return optimizer groups by update strength, and turn off gradients for frozen parameters.
 
     PWP freezes the blocks before the first pruned one, and the embedders before them.
 
+    Args:
+        rate: the learning rate at strength 1.
+
     Raises:
         InputError: every parameter is frozen.
     """
-    strength = strengths(report, plan, options.sensitivity, family.components)
+    strength = strengths(
+        report, plan, family.components, sensitivity=recipe.sensitivity, freeze_prefix=recipe.freeze_prefix
+    )
     config: Any = student.config
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         place = family.place(config, name)
         if place is None:
-            after = name.startswith(family.tail)
-            value = 1.0 if after or not options.freeze_prefix else 0.0
+            frozen, value = recipe.freeze_prefix and not name.startswith(family.tail), 1.0
         else:
             original, component = plan.kept[place[0]], place[1]
+            frozen = recipe.freeze_prefix and original < plan.first_pruned
             value = 1.0 if component is None else strength.get((original, component), 1.0)
-            if options.freeze_prefix and original < plan.first_pruned:
-                value = 0.0
-        parameter.requires_grad_(value > 0)
-        if value > 0:
+        parameter.requires_grad_(not frozen)
+        if not frozen:
             groups.setdefault(value, []).append(parameter)
     if not groups:
-        raise InputError("nothing is left to train: every part is frozen; use --sensitivity off or --no-freeze-prefix")
-    return [{"params": p, "lr": options.rate * s, "strength": s} for s, p in sorted(groups.items())]
+        raise InputError("nothing is left to train: every part is frozen; use --no-freeze-prefix")
+    return [{"params": p, "lr": rate * s, "strength": s} for s, p in sorted(groups.items())]
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ WRONG = [
     (["plan", "--method", "nonsense"], "--method", "hpp, hybrid, manual, milp, bk-sdm, koala"),
     (["quantize", "--group-size", "48"], "--group-size", "16, 32, 64, 128"),
     (["analyze", "--estimator", "guess"], "--estimator", "exhaustive, reuse, gates"),
+    (["distill", "--sensitivity", "binary"], "--sensitivity", "graded, off: the reference's binary form is"),
     (["synth", "sd4"], "NAME", "sd3.5-large, sd3.5-medium"),
     (["targets", "show", "toaster"], "NAME", "cpu-arm, cpu-x86"),
     (["study", "new", "x", "--mode", "duel"], "--mode", "mos, pairs"),
@@ -174,7 +175,7 @@ def test_repeated_names_are_those_of_the_code() -> None:
     assert CALIBRATIONS == options.CALIBRATIONS
     assert recipe.FEATURES == options.FEATURES
     assert recipe.SCHEDULES == options.SCHEDULES
-    assert recipe.SENSITIVITIES == options.SENSITIVITIES
+    assert (recipe.SENSITIVITIES, recipe.BINARY) == (options.SENSITIVITIES, options.BINARY)
     assert recipe.TEACHERS == options.TEACHER_PRECISIONS
     assert list(synth.architectures()) == list(architectures())
     assert compare.grids() == sorted(path.stem for path in GRIDS.glob("*.toml"))

@@ -53,11 +53,28 @@ def test_grids_of_the_package(path: Path) -> None:
     assert len(steps) <= 1  # all are trained alike
 
 
+def test_published_rows_are_what_their_names_say() -> None:
+    """`pwp` freezes the prefix, the rest is trained alike; graded updates come with fine-grained removal alone."""
+    grid = Grid.load(grid_named("demo"), preset("default", builtin=True))
+    found = {}
+    for row in grid.rows:
+        if row.group.startswith("published"):
+            training = row.options.distill
+            assert training is not None
+            found[row.name] = (row.options.plan.method, training.sensitivity, training.freeze_prefix)
+    assert found == {
+        "hpp": ("hpp", "off", False),
+        "hpp-pwp": ("hpp", "off", True),
+        "hybrid-pwp": ("hybrid", "off", True),
+        "hybrid-pwp-graded": ("hybrid", "graded", True),
+    }
+
+
 def test_rows(tmp_path: Path) -> None:
     koala, ours, half = Grid.load(write(tmp_path / "grid.toml", GRID), START).rows
     assert koala.options.distill is not None and ours.options.distill is not None
-    assert (koala.options.distill.features, koala.options.distill.freeze_prefix) == ("attention", False)
-    assert (ours.options.distill.sensitivity, ours.options.distill.steps, ours.seeds) == ("graded", 2, 2)
+    assert (ours.options.distill.sensitivity, ours.options.distill.steps, ours.seeds) == (None, 2, 2)
+    assert [row.reads_contributions for row in (koala, ours, half)] == [False, True, False]
     assert half.options.distill is None and not half.quantized and half.seeds == 1
 
 

@@ -10,12 +10,9 @@ from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.families import family_of
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.methods import Blocks, baselines
-from edgeprune.planning.options import METHODS, PlanOptions
-from edgeprune.stages.compress import as_published
-from edgeprune.stages.options import CompressOptions
+from edgeprune.planning.options import METHODS
 from edgeprune.stages.plan import block_magnitudes
 from edgeprune.stages.workspace import Workspace
-from edgeprune.training.recipe import DistillOptions
 
 LARGE = json.loads((Path(__file__).parents[1] / "samples" / "transformer_configs.json").read_text())["sd3.5-large"]
 TEN = Blocks(10, range(10), [float(i % 4) for i in range(10)], 0)
@@ -60,16 +57,6 @@ def test_a_plan_is_the_smallest_that_meets_the_budget(name: str) -> None:
 def test_magnitude_needs_weights() -> None:
     with pytest.raises(InputError, match="--method magnitude reads weights: give -o"):
         make_plan(family_of(LARGE), LARGE, None, method="magnitude", keep=0.79)
-
-
-def test_a_baseline_is_distilled_by_its_own_rule() -> None:
-    options = CompressOptions(plan=PlanOptions("koala", keep=0.8), distill=DistillOptions(steps=7))
-    training = as_published(options).distill
-    assert training is not None
-    assert (training.features, training.sensitivity, training.freeze_prefix) == ("attention", "off", False)
-    assert training.steps == 7
-    ours = replace(options, plan=PlanOptions("hpp", keep=0.8))
-    assert as_published(ours) == ours
 
 
 def test_magnitudes_of_the_built_in_model(tmp_path: Path) -> None:

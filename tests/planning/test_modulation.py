@@ -38,7 +38,7 @@ from edgeprune.stages.plan import calibration_inputs, calibration_prompts
 from edgeprune.stages.plan import run as run_plan
 from edgeprune.stages.prune import run as run_prune
 from edgeprune.stages.workspace import Workspace
-from edgeprune.training.recipe import DistillOptions, parameter_groups
+from edgeprune.training.recipe import DistillOptions, Recipe, parameter_groups
 
 WIDTH = 64
 THIN = [kind for kind in KINDS if not kind.startswith("flux2")]
@@ -227,12 +227,11 @@ def test_option() -> None:
 
 def test_distillation_trains_all_blocks_where_nothing_else_changed() -> None:
     model, config, family = setup()
-    options = DistillOptions(sensitivity="off")
     for blocks, first in (("", 0), ("2", 2)):
         plan = make_plan(family, config, None, method="manual", blocks=blocks, modulation_rank=16)
         assert plan.first_pruned == first
         thin = prune(family, model, config, plan, torch.zeros(WIDTH), torch.eye(WIDTH)[:16])
-        parameter_groups(family, thin, plan, None, options)
+        parameter_groups(family, thin, plan, None, Recipe(), 1e-4)
         trained = {n for n, p in thin.named_parameters() if p.requires_grad}
         assert ("transformer_blocks.0.norm1.linear.weight" in trained) == (first == 0)
         assert "transformer_blocks.2.norm1.linear.weight" in trained

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import setup
+from distilling import recipe, setup
 from safetensors import safe_open
 
 from edgeprune.common import stop
 from edgeprune.common.errors import EdgepruneError, InputError
+from edgeprune.planning.plan import PrunePlan
 from edgeprune.quantization.int4 import round_int4
 from edgeprune.quantization.precision import precision_of
 from edgeprune.training.distill import distill
-from edgeprune.training.losses import LossWeights, feature_loss
-from edgeprune.training.recipe import DistillOptions, parameter_groups, strengths
+from edgeprune.training.losses import feature_loss
+from edgeprune.training.recipe import DistillOptions, Recipe, parameter_groups, strengths
 from edgeprune.training.resume import Ema, load_state
 
 
@@ -53,6 +54,7 @@ def run(
             report,
             pairs,
             chosen,
+            recipe(chosen),
             path,
             inputs_digest="x",
             guidance=3.5,
@@ -84,9 +86,10 @@ def test_sigterm_saves_at_the_next_step(tmp_path: Path) -> None:
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    chosen = DistillOptions(steps=8, batch=4, rate=1e-3)
     with pytest.raises(stop.Stopped), stop.on_sigterm():
         distill(
-            family, teacher, student, plan, report, pairs, DistillOptions(steps=8, batch=4, rate=1e-3), path,
+            family, teacher, student, plan, report, pairs, chosen, recipe(chosen), path,
             inputs_digest="x", guidance=3.5, save_every=100, progress=progress,
         )  # fmt: skip
     assert saved(path)[1]["step"] == 4
@@ -112,24 +115,46 @@ def test_loss_falls_and_prefix_stays(tmp_path: Path, kind: str, moved: str) -> N
     assert plan.first_pruned == 2
 
 
+GRADED = Recipe(sensitivity="graded")
+
+
+def graded(report: Any, plan: PrunePlan, family: Any, *, freeze_prefix: bool = True) -> dict[tuple[int, str], float]:
+    return strengths(report, plan, family.components, sensitivity="graded", freeze_prefix=freeze_prefix)
+
+
 def test_strength_falls_as_contribution_rises() -> None:
     family, _, _, plan, report, _ = setup()
-    graded = strengths(report, plan, "graded", family.components)
-    assert graded[0, "norm"] > graded[3, "mlp"] > graded[4, "mlp"]
-    assert max(graded.values()) == 1.0 and min(graded.values()) == pytest.approx(0.1)
-    assert set(strengths(report, plan, "binary", family.components).values()) == {0.0, 1.0}
-    assert set(strengths(None, plan, "graded", family.components).values()) == {1.0}
-    assert all(block != 2 for block, _ in graded)
+    found = graded(report, plan, family, freeze_prefix=False)
+    assert found[0, "norm"] > found[3, "mlp"] > found[4, "mlp"]
+    assert max(found.values()) == 1.0 and min(found.values()) == pytest.approx(0.1)
+    off = strengths(report, plan, family.components, sensitivity="off", freeze_prefix=False)
+    assert {*off.values(), *graded(None, plan, family, freeze_prefix=False).values()} == {1.0}
+    assert all(block != 2 for block, _ in found)
+
+
+def test_only_trainable_parts_are_ranked() -> None:
+    """The prefix of two blocks is frozen; the lowest part after it has the full rate, whatever the prefix scores."""
+    family, _, _, plan, report, _ = setup()
+    found = graded(report, plan, family)
+    assert {found[part] for part in found if part[0] < 2} == {0.0}
+    after = {part: value for part, value in found.items() if part[0] > 2}
+    scored = {part: value for part, value in after.items() if (part,) in report.scores}
+    assert max(scored.values()) == 1.0 and min(scored.values()) == pytest.approx(0.1)
+
+
+def test_binary_is_refused_with_what_it_means() -> None:
+    with pytest.raises(InputError, match=r"--sensitivity: found 'binary': .* frozen prefix \(PWP\).*; use off$"):
+        DistillOptions(sensitivity="binary").check()
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_groups_follow_original_indices_after_a_block_is_gone(kind: str) -> None:
     family, _, student, plan, report, _ = setup(kind)
-    groups = parameter_groups(family, student, plan, report, DistillOptions(rate=1.0))
+    groups = parameter_groups(family, student, plan, report, GRADED, 1.0)
     rate = {id(p): g["lr"] for g in groups for p in g["params"]}
     third: Any = family.blocks(student)[2]  # original block 3
     mlp = (third.proj_mlp if kind == "flux" else third.ff.net[2]).weight
-    assert rate[id(mlp)] == pytest.approx(strengths(report, plan, "graded", family.components)[3, "mlp"])
+    assert rate[id(mlp)] == pytest.approx(graded(report, plan, family)[3, "mlp"])
 
 
 def test_all_frozen_is_refused() -> None:
@@ -137,14 +162,16 @@ def test_all_frozen_is_refused() -> None:
     student.norm_out = student.proj_out = torch.nn.Identity()
     student.transformer_blocks = student.transformer_blocks[:2]
     with pytest.raises(InputError, match="every part is frozen"):
-        parameter_groups(family, student, plan, report, DistillOptions())
+        parameter_groups(family, student, plan, report, GRADED, 1.0)
 
 
 def test_features_pair_by_original_index() -> None:
     a, b = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
-    teacher = {0: (a,), 1: (b, b), 2: (a, a)}
-    assert feature_loss({1: (b, b)}, teacher) == 0
-    assert feature_loss({2: (b,)}, teacher) == 1
+    teacher = {0: {"image": a}, 1: {"image": b, "context": b}, 2: {"image": a, "context": b}}
+    assert feature_loss({1: {"image": b, "context": b}}, teacher) == 0
+    assert feature_loss({2: {"image": b}}, teacher) == 1
+    assert feature_loss({2: {"context": b}}, teacher) == 0
+    assert feature_loss({0: {"context": b, "image": b}}, teacher) == 1
     assert feature_loss({}, teacher) == 0
 
 
@@ -154,7 +181,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path: Path
     with pytest.raises(EdgepruneError, match="not finite at step"):
         distill(
             family, teacher, student, plan, report, pairs,
-            DistillOptions(steps=50, batch=4, rate=1e30, weights=LossWeights()), path, inputs_digest="x", save_every=1,
+            DistillOptions(steps=50, batch=4, rate=1e30), Recipe(), path, inputs_digest="x", save_every=1,
         )  # fmt: skip
     assert path.is_file()
 
@@ -169,7 +196,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_lost(tmp_pat
 
     with pytest.raises(EdgepruneError, match=f"gradient is not finite at step 4; {path} holds the state after step 3"):
         distill(
-            family, teacher, student, plan, report, pairs, DistillOptions(steps=8, batch=4), path,
+            family, teacher, student, plan, report, pairs, DistillOptions(steps=8, batch=4), Recipe(), path,
             inputs_digest="x", save_every=1, progress=progress,
         )  # fmt: skip
     modules, meta = saved(path)
@@ -178,7 +205,15 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_lost(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "options", [{"sensitivity": "some"}, {"schedule": "up"}, {"mixed_precision": "int2"}, {"steps": 0}]
+    "options",
+    [
+        {"sensitivity": "some"},
+        {"sensitivity": "binary"},
+        {"drop_captions": 1.5},
+        {"schedule": "up"},
+        {"mixed_precision": "int2"},
+        {"steps": 0},
+    ],
 )
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="--"):
@@ -216,7 +251,9 @@ def test_training_on_rounded_weights_lowers_the_error_after_rounding(tmp_path: P
             int4_group_size=group_size,
         )  # fmt: skip
         path = tmp_path / f"{group_size}.safetensors"
-        state, _ = distill(family, teacher, fresh, plan, report, pairs, options, path, inputs_digest="x")
+        state, _ = distill(
+            family, teacher, fresh, plan, report, pairs, options, recipe(options), path, inputs_digest="x"
+        )
         for name, tensor in state.items():
             if precision_of(family, name, tuple(tensor.shape), group_size=64).bits == 4:
                 state[name] = round_int4(tensor, 64)
@@ -232,7 +269,7 @@ def test_training_on_rounded_weights_lowers_the_error_after_rounding(tmp_path: P
 def test_training_on_rounded_weights_leaves_the_student_as_it_was_built(tmp_path: Path) -> None:
     family, teacher, student, plan, report, pairs = setup()
     options = DistillOptions(steps=2, batch=4)
-    distill(family, teacher, student, plan, report, pairs, options, tmp_path / "s", inputs_digest="x")
+    distill(family, teacher, student, plan, report, pairs, options, Recipe(), tmp_path / "s", inputs_digest="x")
     assert not [n for n, m in student.named_modules() if "forward" in vars(m)]
 
 

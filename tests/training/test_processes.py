@@ -14,7 +14,7 @@ import pytest
 import ranks
 import torch
 from accelerate.state import AcceleratorState
-from distilling import setup
+from distilling import recipe, setup
 from safetensors.torch import load_file
 from tiny import config_of, tiny_pipeline, tiny_step, tiny_transformer
 
@@ -192,7 +192,7 @@ def test_two_processes_score_as_one_to_the_byte(folder: Path, name: str) -> None
         ("one", ProcessLayout(), {}),
         ("ddp", ProcessLayout(2), {}),
         ("sharded", ProcessLayout(2, sharded=True), {}),
-        ("sharded_fresh_blocks", ProcessLayout(2, sharded=True), {"sensitivity": "binary", "freeze_prefix": False}),
+        ("sharded_fresh_blocks", ProcessLayout(2, sharded=True), {"freeze_prefix": False}),
         ("sharded_int8", ProcessLayout(2, sharded=True), {"teacher_precision": "int8", "gradient_checkpointing": True}),
     ],
 )
@@ -203,7 +203,7 @@ def test_what_a_process_holds_is_as_forecast(
     family, _, student, plan, report, _ = setup()
     config = config_of(tiny_transformer(num_layers=5))
     chosen = DistillOptions(batch=8, **options)
-    found = forecast_rank(family, config, plan, report, chosen, Placement(), layout, tiny_step(batch=1))
+    found = forecast_rank(family, config, plan, report, chosen, recipe(chosen), Placement(), layout, tiny_step(batch=1))
     assert {key: found[key] for key in held} == held
     assert found["rank_bytes"] == sum(v for k, v in found.items() if k not in ("rank_bytes", "processes"))
 
@@ -214,8 +214,10 @@ def test_activations_are_as_forecast(checkpointing: bool) -> None:
     family, _, student, plan, report, _ = setup()
     config = config_of(tiny_transformer(num_layers=5))
     options = DistillOptions(batch=2, int4_group_size=None, gradient_checkpointing=checkpointing)
-    rows = forecast_rank(family, config, plan, report, options, Placement(), ProcessLayout(), tiny_step(batch=1))
-    parameter_groups(family, student, plan, report, options)
+    rows = forecast_rank(
+        family, config, plan, report, options, recipe(options), Placement(), ProcessLayout(), tiny_step(batch=1)
+    )
+    parameter_groups(family, student, plan, report, recipe(options), options.rate)
     known = {t.untyped_storage().data_ptr() for t in (*student.parameters(), *student.buffers())}
     kept: dict[int, int] = {}
 

@@ -83,13 +83,23 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method to compare with: which blocks it removes, and how its paper distils."""
+    """A method to compare with: which blocks it removes, and how its authors distil.
+
+    Every baseline trains all weights alike. The three lambdas default to those of BK-SDM's training script
+    (`kd_train.sh` in Nota-NetsPresso/BK-SDM).
+    """
 
     name: str
     choose: Callable[[Blocks, int], list[int]]
     """Return this many of the removable blocks."""
     features: str = "blocks"
-    """Which features distillation compares, in addition to the velocity; see DistillOptions.features."""
+    """Which features distillation compares, in addition to the velocity; see Recipe in training/recipe.py."""
+    lambda_task: float = 1.0
+    """Weight of the error to the data's velocity."""
+    lambda_output: float = 1.0
+    """Weight of the error to the teacher's velocity."""
+    lambda_feature: float = 1.0
+    """Weight of the error to the teacher's features, summed over blocks."""
     magnitudes: bool = False
     """Whether it reads the blocks' magnitudes."""
     drawn: bool = False
