@@ -248,7 +248,8 @@ class Runtime:
             seed=seed,
             progress=progress,
         )
-        return [Image.fromarray(image) for image in to_uint8(self.backend.decode(latents))]
+        # One image at a time: the VAE of 1024x1024 pixels takes more memory than all the rest.
+        return [Image.fromarray(to_uint8(self.backend.decode(one[None]))[0]) for one in latents]
 
     def generate_latents(
         self,

@@ -41,15 +41,18 @@ Group = tuple[Key, ...]
 Estimate = Callable[[list[Group]], Iterator[tuple[Group, list[float]]]]
 """Yields the scores of the model without each of these groups, one value per prompt, in any order of groups."""
 
-JOINT = (
-    ("norm", "mlp"),
-    ("context_mlp", "mlp"),
-    ("norm", "context_norm"),
-    ("context_norm", "context_mlp"),
-    ("context_norm", "mlp", "context_mlp"),
-    ("norm", "context_norm", "mlp", "context_mlp"),
-)
-"""Components that figure 4 of HierarchicalPrune removes together."""
+TOGETHER = {
+    "joint": (
+        ("norm", "mlp"),
+        ("context_mlp", "mlp"),
+        ("norm", "context_norm"),
+        ("context_norm", "context_mlp"),
+        ("context_norm", "mlp", "context_mlp"),
+        ("norm", "context_norm", "mlp", "context_mlp"),
+    ),
+    "single": (("norm", "attn"), ("norm", "mlp"), ("attn", "mlp")),
+}
+"""Components that figure 4 of HierarchicalPrune removes together, by the kind of block (`Architecture.kinds`)."""
 
 
 def group(parts: Iterable[Key]) -> Group:
@@ -228,13 +231,14 @@ def groups(
 
     Args:
         components: every component alone, in addition to every block.
-        joint: the combinations of a block's components in `JOINT`.
+        joint: the combinations of a block's components in `TOGETHER`.
         pairs: any two parts that do not overlap.
     """
     singles = parts(family, config, components=components)
     out: list[Group] = [(part,) for part in singles]
     if joint:
-        candidates = [[(b, c) for c in names] for names in JOINT for b in range(family.block_count(config))]
+        kinds = family.kinds(config)
+        candidates = [[(b, c) for c in names] for kind in kinds for names in TOGETHER[kind] for b in kinds[kind]]
         out += [group(parts) for parts in candidates if set(parts) <= set(singles)]
     if pairs:
         both = itertools.combinations(singles, 2)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.analysis.contribution import JOINT, Contribution, ContributionReport, Group
+from edgeprune.analysis.contribution import TOGETHER, Contribution, ContributionReport, Group
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ def figures(report: ContributionReport, removed: Group = ()) -> dict[str, Callab
     for (_, component), contribution in singles.items():
         panels.setdefault(component or "block", []).append(contribution)
     together: dict[str, list[Contribution]] = {}
-    for names in JOINT:
+    for names in dict.fromkeys(names for sets in TOGETHER.values() for names in sets):
         members = [c for parts, c in joint.items() if _inside_a_block(parts) and {n for _, n in parts} == set(names)]
         if members:
             together[" + ".join(names)] = members

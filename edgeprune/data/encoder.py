@@ -26,7 +26,7 @@ from edgeprune.common.tensors import Tensors
 from edgeprune.data.buckets import MOST_ENLARGED, Size, enlarged, fitted, nearest
 from edgeprune.data.settings import CacheOptions
 from edgeprune.data.sources import Entry, Layout, Pair, Skipped, opened
-from edgeprune.sampling.denoising import denoise, encode_images, encode_prompts, latent_shape, noise, sigmas
+from edgeprune.sampling.denoising import at_once, denoise, encode_images, encode_prompts, latent_shape, noise, sigmas
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import read_prompts
 
@@ -139,9 +139,9 @@ class Encoder:
         condition = encode_prompts(pipe, [text for _, text in wanted], generation.max_sequence_length)
         empty = encode_prompts(pipe, [""], generation.max_sequence_length)
         shape = latent_shape(pipe, generation)
-        levels = sigmas(pipe, generation.num_inference_steps, shape)
-        for start in range(0, len(wanted), _BATCH):
-            rows = slice(start, start + _BATCH)
+        levels, batch = sigmas(pipe, generation.num_inference_steps, shape), at_once(pipe.transformer, shape)
+        for start in range(0, len(wanted), batch):
+            rows = slice(start, start + batch)
             x = noise([seed for seed, _ in wanted[rows]], shape).to(condition.hidden)
             *_, (latents, _) = denoise(pipe.transformer, x, levels, condition[rows], empty, generation.guidance_scale)
             encoded.texts.setdefault(size, []).extend(text for _, text in wanted[rows])

@@ -90,6 +90,9 @@ class Architecture(Protocol):
     def block_count(self, config: Config) -> int:
         """Return the number of transformer blocks."""
 
+    def kinds(self, config: Config) -> dict[str, range]:
+        """Return the indices of the blocks of each kind: `joint` has two streams, `single` one."""
+
     def tensor_shapes(self, config: Config) -> dict[str, Shape]:
         """Return the shape of every tensor of the state dict, buffers included."""
 

@@ -91,6 +91,10 @@ class Flux2:
         """Count joint and single blocks."""
         return single.block_count(config)
 
+    def kinds(self, config: Config) -> dict[str, range]:
+        """Return joint blocks, then single ones."""
+        return single.kinds(config)
+
     def tensor_shapes(self, config: Config) -> dict[str, Shape]:
         """List every tensor of the diffusers state dict."""
         head, d, hidden = config_number(config, "attention_head_dim"), width(config), _hidden(config)

@@ -90,6 +90,10 @@ class SD3:
         """Read `num_layers`."""
         return config_number(config, "num_layers", most=MOST_BLOCKS)
 
+    def kinds(self, config: Config) -> dict[str, range]:
+        """All blocks have two streams."""
+        return {"joint": range(self.block_count(config))}
+
     def tensor_shapes(self, config: Config) -> dict[str, Shape]:
         """List every tensor of the diffusers state dict."""
         head, d = config_number(config, "attention_head_dim"), width(config)

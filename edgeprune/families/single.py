@@ -29,6 +29,12 @@ def block_count(config: Config) -> int:
     return total
 
 
+def kinds(config: Config) -> dict[str, range]:
+    """Return the indices of the joint blocks and of the single ones."""
+    count = block_count(config)
+    return {"joint": range(config["num_layers"]), "single": range(config["num_layers"], count)}
+
+
 def in_block(name: str) -> bool:
     """Return True for names below one of the two lists of blocks."""
     return bool(BLOCK.match(name) or SINGLE.match(name))

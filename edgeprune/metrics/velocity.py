@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 
-from edgeprune.sampling.denoising import Conditioning, denoise, encode_prompts, latent_shape, noise, sigmas, velocity
+from edgeprune.sampling.denoising import (
+    Conditioning,
+    at_once,
+    denoise,
+    encode_prompts,
+    latent_shape,
+    noise,
+    sigmas,
+    velocity,
+)
 from edgeprune.sampling.generation import Generation
 
 STATES = 6
@@ -24,12 +33,13 @@ class VelocityError:
     name = "velocity"
 
     @torch.no_grad()
-    def __init__(self, pipe: Any, generation: Generation, prompts: list[str], *, batch: int = 64) -> None:
-        self.pipe, self.batch, self.count = pipe, batch, len(prompts)
+    def __init__(self, pipe: Any, generation: Generation, prompts: list[str]) -> None:
+        self.pipe, self.count = pipe, len(prompts)
         generation = replace(generation, num_inference_steps=min(STATES, generation.num_inference_steps))
         condition = encode_prompts(pipe, prompts, generation.max_sequence_length)
         empty = encode_prompts(pipe, [""], generation.max_sequence_length)
         shape = latent_shape(pipe, generation)
+        self.batch = batch = at_once(pipe.transformer, shape)
         levels = sigmas(pipe, generation.num_inference_steps, shape)
         states = []
         for start in range(0, self.count, batch):

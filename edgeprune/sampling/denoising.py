@@ -1,5 +1,7 @@
 """Run a pipeline in batches: encode text, denoise latents, decode images, and encode images.
 
+The memory of a batch is bounded: the transformer gets TOKENS_AT_ONCE, the VAE one image at a time.
+
 A seed gives the same noise as in the runtimes, so images from torch and from a device can be compared. The only options
 are prompt, guidance, steps and size.
 """
@@ -16,6 +18,12 @@ from numpy.typing import NDArray
 
 from edgeprune.families import Architecture, Network, family_of_model
 from edgeprune.sampling.generation import Generation
+
+TOKENS_AT_ONCE = 4096
+"""Most image tokens that pass through the transformer together, twice as many with guidance: one image of 1024x1024 of
+SD3 or FLUX, 64 images of the built-in model."""
+_MOST_AT_ONCE = 64
+"""Limit for smaller images, whose text has more tokens than the image."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,13 @@ def latent_shape(pipe: Any, generation: Generation) -> tuple[int, int, int]:
     factor = pipe.vae_scale_factor
     channels = family_of_model(pipe.transformer).latents(pipe.transformer.config).channels
     return channels, generation.height // factor, generation.width // factor
+
+
+def at_once(model: Any, shape: tuple[int, ...]) -> int:
+    """Return how many latents of `shape` (C, h, w) pass through a transformer together, see TOKENS_AT_ONCE."""
+    family: Architecture = family_of_model(model)
+    tokens = shape[-1] * shape[-2] // family.latents(model.config).patch ** 2
+    return max(1, min(_MOST_AT_ONCE, TOKENS_AT_ONCE // max(1, tokens)))
 
 
 def sigmas(pipe: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -146,12 +161,12 @@ def denoise(
 
 
 @torch.no_grad()
-def encode_images(pipe: Any, images: torch.Tensor, *, batch: int = 32) -> torch.Tensor:
+def encode_images(pipe: Any, images: torch.Tensor) -> torch.Tensor:
     """Encode uint8 images (S, 3, H, W) to normalised latents (S, C, h, w), the means of the VAE's distributions."""
     parts = []
     vae, config = pipe.vae, pipe.vae.config
-    for start in range(0, len(images), batch):
-        x = images[start : start + batch].to(vae.device, vae.dtype) / 127.5 - 1
+    for image in images.split(1):
+        x = image.to(vae.device, vae.dtype) / 127.5 - 1
         parts.append((vae.encode(x).latent_dist.mean.float() - config.shift_factor) * config.scaling_factor)
     return torch.cat(parts)
 
@@ -160,10 +175,11 @@ def encode_images(pipe: Any, images: torch.Tensor, *, batch: int = 32) -> torch.
 def decode(pipe: Any, latents: torch.Tensor) -> NDArray[np.uint8]:
     """Decode latents (B, C, h, w) to uint8 images (B, H, W, 3)."""
     config = pipe.vae.config
-    scaled = latents / config.scaling_factor + config.shift_factor
-    pixels = pipe.vae.decode(scaled.to(pipe.vae.dtype)).sample.float()
-    out: NDArray[np.uint8] = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return out
+    images = []
+    for scaled in (latents / config.scaling_factor + config.shift_factor).split(1):
+        pixels = pipe.vae.decode(scaled.to(pipe.vae.dtype)).sample.float()
+        images.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(images)
 
 
 def generate(
@@ -172,14 +188,13 @@ def generate(
     seeds: list[int],
     generation: Generation,
     *,
-    batch: int = 32,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> NDArray[np.uint8]:
     """Draw one image per prompt and seed: (P, H, W, 3) uint8. `progress` gets images done and all images."""
     condition = encode_prompts(pipe, prompts, generation.max_sequence_length)
     empty = encode_prompts(pipe, [""], generation.max_sequence_length)
     shape = latent_shape(pipe, generation)
-    levels = sigmas(pipe, generation.num_inference_steps, shape)
+    levels, batch = sigmas(pipe, generation.num_inference_steps, shape), at_once(pipe.transformer, shape)
     images = []
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)

@@ -18,7 +18,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
 from edgeprune.families import Config, Family
 from edgeprune.metrics import check_analysis, evaluations, of_pipeline, preparing, tasks_of
-from edgeprune.sampling.denoising import VelocityInputs, velocity
+from edgeprune.sampling.denoising import VelocityInputs, at_once, velocity
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import PROMPTS, read_prompts
 from edgeprune.stages.costs import evaluations_per_step, sample
@@ -62,6 +62,8 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
     inputs = asdict(options) | {"prompts": prompts, "generation": asdict(ws.generation)}
     if not options.weights:
         del inputs["weights"]  # older folders do not have this option; they stay current
+    if options.joint and ws.family.kinds(ws.config).get("single"):
+        inputs["groups"] = len(removals)  # single-stream blocks had one joint group of three until 2026-11
 
     def score(key: str) -> dict[str, Any]:
         metric = of_pipeline(options.metric, ws.pipe, ws.generation, prompts, options.weights)
@@ -117,7 +119,7 @@ def forecast(source: Path, options: AnalyzeOptions, generation: Generation) -> d
         "evaluation_s": round(evaluation_s, 4),
         "analysis_s": round(total * evaluation_s, 1),
         "weights_bytes": sum(p.nbytes for p in model.parameters()),
-        "held_bytes": estimator.extra_bytes(stream_bytes, saved, per_score),
+        "held_bytes": estimator.extra_bytes(stream_bytes, saved, per_score, at_once(model, one[0].shape[1:])),
     }
 
 

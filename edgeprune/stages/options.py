@@ -27,7 +27,7 @@ class AnalyzeOptions:
     weights: dict[str, str] = field(default_factory=dict)
     """Paths of the metric's weights by name, see metrics.KNOWN."""
     joint: bool = False
-    """Also score groups of components of one block, see contribution.JOINT."""
+    """Also score groups of components of one block, see contribution.TOGETHER."""
     pairs: bool = False
     """Also score every pair of parts."""
     estimator: str = "exhaustive"

@@ -40,7 +40,8 @@ def setup(kind: str, monkeypatch: pytest.MonkeyPatch, *, batch: int = 4) -> tupl
 
     monkeypatch.setattr(type(family), "encode", lambda _, *given: encode(*given))
     pipe = SimpleNamespace(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler(), vae_scale_factor=8)
-    metric = VelocityError(pipe, Generation(STEPS, 1.0, 64, 64, 6), ["a", "bb"], batch=batch)
+    monkeypatch.setattr("edgeprune.metrics.velocity.at_once", lambda *_: batch)
+    metric = VelocityError(pipe, Generation(STEPS, 1.0, 64, 64, 6), ["a", "bb"])
     assert isinstance(metric.condition, Conditioning) and len(metric.states) == STEPS * PROMPTS
     return family, metric, [(), *groups(family, config, joint=True)]
 
@@ -100,6 +101,23 @@ def test_one_projection_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     family, metric, wanted = setup("sd3", monkeypatch)
     first, again, other = (dict(Gates(family, metric, torch.zeros(64), seed=s).estimate(wanted)) for s in (0, 0, 1))
     assert first == again != other
+
+
+def test_gates_are_on_the_device_of_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, metric, wanted = setup("sd3", monkeypatch)
+    devices, ones = list[Any](), torch.ones
+    monkeypatch.setattr(
+        torch, "ones", lambda *size, **given: devices.append(given.get("device")) or ones(*size, **given)
+    )
+    dict(Gates(family, metric, torch.zeros(64)).estimate(wanted))
+    assert devices and set(devices) == {metric.states.device}
+
+
+def test_gates_save_no_more_states_than_the_metric_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, metric, wanted = setup("sd3", monkeypatch, batch=1)
+    seen = block_samples(metric.pipe.transformer, family)
+    list(Gates(family, metric, torch.zeros(64)).estimate(wanted))
+    assert set(seen) == {1} and Gates.extra_bytes(1, 10, STEPS * PROMPTS, 1) == 10
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def report(name: str, *, joint: bool, **overrides: object) -> ContributionReport
     return ContributionReport("", "x", count, "velocity", ["a", "b"], [0.0, 0.0], scores)
 
 
-@pytest.mark.parametrize(("name", "panels", "together"), [("sd3.5-medium", 7, 6), ("flux.1-dev", 6, 6)])
+@pytest.mark.parametrize(("name", "panels", "together"), [("sd3.5-medium", 7, 6), ("flux.1-dev", 6, 8)])
 def test_a_panel_for_each_kind_of_part(name: str, panels: int, together: int) -> None:
     drawn = figures(report(name, joint=True), removed=((3, None),))
     assert list(drawn) == ["contributions", "joint"]

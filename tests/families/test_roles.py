@@ -30,6 +30,9 @@ class ConfigOnly:
     def block_count(self, config: Config) -> int:
         return int(config["layers"])
 
+    def kinds(self, config: Config) -> dict[str, range]:
+        return {"joint": range(self.block_count(config))}
+
     def tensor_shapes(self, config: Config) -> dict[str, Shape]:
         shapes: dict[str, Shape] = {"embedder.weight": (D, 32), "table": (10, D)}
         for i in range(self.block_count(config)):

@@ -222,7 +222,10 @@ def test_joint_removals_are_those_that_a_family_has() -> None:
     assert ((5, "context_norm"), (5, "mlp"), (5, "norm")) not in large  # not one of figure 4
     assert ((5, "context_mlp"), (5, "context_norm"), (5, "mlp"), (5, "norm")) in large
     single = [g for g in found["flux.1-dev"] if len(g) > 1 and g[0][0] >= 19]
-    assert single == [((b, "mlp"), (b, "norm")) for b in range(19, 57)]
+    sets = [("attn", "norm"), ("mlp", "norm"), ("attn", "mlp")]  # figure 4 has these three for single-stream blocks
+    assert single == [tuple((b, c) for c in names) for names in sets for b in range(19, 57)]
+    two_streams = [g for g in found["flux.1-dev"] if len(g) > 1 and g[0][0] < 19]
+    assert len(two_streams) == 6 * 19  # the last one's context is read by the single-stream blocks
 
 
 def test_pairs_do_not_overlap_and_are_said_once() -> None:

@@ -31,6 +31,18 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
     np.testing.assert_array_equal(np.asarray(same[1]), np.asarray(alone[0]))
 
 
+def test_the_vae_gets_one_image_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, decode = list[int](), FakeBackend.decode
+
+    def counted(backend: FakeBackend, latents: base.Array) -> base.Array:
+        seen.append(len(latents))
+        return decode(backend, latents)
+
+    monkeypatch.setattr(FakeBackend, "decode", counted)
+    fake_runtime().generate(["a", "b", "c"])
+    assert seen == [1, 1, 1]
+
+
 def test_guidance_doubles_the_batch_and_can_be_off() -> None:
     model = fake_runtime()
     seen: list[tuple[int, int]] = []

@@ -51,12 +51,14 @@ class Estimator(Protocol):
         """
 
     @staticmethod
-    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int) -> int:
+    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int, batch: int) -> int:
         """Return the memory that `estimate` needs in addition to the weights and a forward pass.
 
         Args:
             stream_bytes: bytes of a block's outputs for one sample.
             saved_bytes: bytes that autograd saves of one sample for a backward pass; 0 unless `backward`.
+            per_score: as in `evaluations`.
+            batch: samples that pass through the transformer together.
         """
 
 

@@ -23,7 +23,7 @@ from edgeprune.families import Family, Swap
 PROJECTIONS = 1
 """Random projections per state. The error is also averaged over the states of a trajectory and over prompts."""
 _BATCH = 16
-"""States per batch; autograd saves what it needs of every block for all of them."""
+"""Most states per batch; autograd saves what it needs of every block for all of them."""
 
 
 class _Gated(nn.Module):
@@ -80,12 +80,12 @@ class Gates:
         ]
         frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         model.requires_grad_(False)
-        slopes = []
+        slopes, batch = [], min(_BATCH, self.metric.batch)
         try:
             with swapped(swap for swaps in gated for swap in swaps):
-                for start in range(0, len(self.metric.states), _BATCH):
-                    rows = slice(start, start + _BATCH)
-                    gates = torch.ones(len(singles), len(self.metric.states[rows]), requires_grad=True)
+                for start in range(0, len(self.metric.states), batch):
+                    states = self.metric.states[rows := slice(start, start + batch)]
+                    gates = torch.ones(len(singles), len(states), device=states.device, requires_grad=True)
                     for swaps, gate in zip(gated, gates, strict=True):
                         for swap in swaps:
                             cast("_Gated", swap.replacement).gate = gate
@@ -109,9 +109,9 @@ class Gates:
         return (1 + PROJECTIONS) * per_score
 
     @staticmethod
-    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int) -> int:
+    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int, batch: int) -> int:
         """Return what autograd saves of one batch."""
-        return saved_bytes * min(_BATCH, per_score)
+        return saved_bytes * min(_BATCH, batch, per_score)
 
 
 ESTIMATOR = Gates

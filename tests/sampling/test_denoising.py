@@ -1,0 +1,79 @@
+"""Sampling with torch: bounded batches, and tensors that are on another device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from edgeprune.metrics.velocity import VelocityError
+from edgeprune.sampling import denoising
+from edgeprune.sampling.denoising import at_once, decode, encode_images, generate
+from edgeprune.sampling.generation import Generation
+
+GENERATION = Generation(2, 3.0, 64, 64, 0)
+PROMPTS = ["a red circle", "two stars", "a ring"]
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Any:
+    return tiny.tiny_pipeline(tmp_path / "pipeline")
+
+
+def batches(module: torch.nn.Module) -> list[int]:
+    """Return a list that grows by the number of samples whenever the module runs."""
+    seen: list[int] = []
+    module.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
+    )
+    return seen
+
+
+@pytest.mark.parametrize(("side", "expected"), [(1, 64), (8, 64), (16, 16), (64, 1), (128, 1)])
+def test_a_batch_is_bounded_by_its_tokens(side: int, expected: int) -> None:
+    assert at_once(tiny.tiny_transformer(), (8, side, side)) == expected
+
+
+def test_the_vae_gets_one_image_at_a_time(pipe: Any) -> None:
+    encoder, decoder = batches(pipe.vae.encoder), batches(pipe.vae.decoder)
+    images = generate(pipe, PROMPTS, [0, 1, 2], GENERATION)
+    encode_images(pipe, torch.from_numpy(images).permute(0, 3, 1, 2))
+    assert images.shape == (3, 64, 64, 3) and decoder == encoder == [1, 1, 1]
+
+
+def test_large_images_are_sampled_one_by_one(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = generate(pipe, PROMPTS, [0, 1, 2], GENERATION)
+    monkeypatch.setattr(denoising, "TOKENS_AT_ONCE", 64)
+    seen = batches(pipe.transformer)
+    alone = generate(pipe, PROMPTS, [0, 1, 2], GENERATION)
+    assert set(seen) == {2}  # guidance
+    assert np.abs(alone.astype(int) - together).max() <= 1
+    seen.clear()
+    VelocityError(pipe, GENERATION, PROMPTS).score()
+    assert set(seen) == {1, 2}
+
+
+class _OnDevice(torch.Tensor):
+    """A tensor that numpy cannot read, as one on a GPU."""
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_decode_takes_latents_of_a_gpu() -> None:
+    vae = SimpleNamespace(
+        config=SimpleNamespace(scaling_factor=2.0, shift_factor=0.5),
+        dtype=torch.float32,
+        decode=lambda z: SimpleNamespace(sample=z.repeat_interleave(8, 2).repeat_interleave(8, 3)),
+    )
+    latents = torch.tensor([-3.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 2, 2)
+    images = decode(SimpleNamespace(vae=vae), latents.as_subclass(_OnDevice))
+    assert images.shape == (2, 16, 16, 3) and set(images.flatten().tolist()) == {0, 255}
