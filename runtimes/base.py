@@ -59,6 +59,14 @@ class Backend(Protocol):
         """
         ...
 
+    def largest_batch(self) -> int | None:
+        """Return the most rows that `step` takes in one call, or None if it has no limit.
+
+        An engine or a package has such a limit; in low-memory mode this opens the transformer. `encode` takes any
+        number of prompts, and `generate` decodes images one at a time.
+        """
+        ...
+
     def decode(self, latents: Array) -> Array:
         """Decode the scheduler's final latents (B, C, h, w) to pixels (B, 3, H, W) in -1..1."""
         ...
@@ -140,45 +148,83 @@ def frozen(array: Array) -> Array:
     return view
 
 
-def denoise(
-    backend: Backend,
-    scheduler: FlowMatchEuler,
-    latents: Array,
-    positive: tuple[Array, Array],
-    negative: tuple[Array, Array] | None,
-    *,
-    sigmas: Array,
-    guidance_scale: float,
-    progress: StepProgress | None = None,
-) -> Array:
-    """Denoise latents (B, C, h, w); with `negative`, guidance runs as one batch of 2 B.
+Text = tuple[Array, Array]
+"""Encoded prompts: hidden (B, M, K) and pooled (B, P)."""
+
+
+class Velocity:
+    """The velocity of latents at a noise level, with guidance if there is a negative text.
+
+    Guidance needs two rows per image: one call with both halves, or one call for each half if the backend takes no
+    more. The text arrays are read-only: a runtime may keep them on its device as long as it gets the same ones.
 
     Args:
         backend: computes the velocity.
+        positive: the encoded prompts, at most `images_at_once` of them.
+        negative: the same number of encoded negative prompts, or None for no guidance.
+        scale: factor on (conditional - unconditional); also the input of models that take it.
+    """
+
+    def __init__(self, backend: Backend, positive: Text, negative: Text | None, scale: float) -> None:
+        self._backend, self._scale = backend, scale
+        # The unconditional half first, as in diffusers.
+        halves = [positive] if negative is None else [negative, positive]
+        rows, most = len(halves) * len(positive[0]), backend.largest_batch()
+        self._guided = negative is not None
+        if most is None or rows <= most:
+            halves = [(np.concatenate([h[0] for h in halves]), np.concatenate([h[1] for h in halves]))]
+        self._texts = [(frozen(hidden), frozen(pooled)) for hidden, pooled in halves]
+
+    def __call__(self, latents: Array, sigma: float) -> Array:
+        """Return the velocity (B, C, h, w) of latents (B, C, h, w) at noise level sigma in 0..1."""
+        parts = []
+        for text, pooled in self._texts:
+            batch = np.concatenate([latents] * (len(text) // len(latents)))
+            levels = np.full(len(batch), sigma, np.float32)
+            parts.append(self._backend.step(batch, text, pooled, levels, self._scale))
+        velocity = np.concatenate(parts)
+        if not self._guided:
+            return velocity
+        without, with_text = np.split(velocity, 2)
+        guided: Array = without + np.float32(self._scale) * (with_text - without)
+        return guided
+
+
+def images_at_once(backend: Backend, *, guided: bool) -> int | None:
+    """Return how many images `Velocity` takes: as many as fit into the backend's batch, at least one; None for all."""
+    most = backend.largest_batch()
+    return None if most is None else max(1, most // 2 if guided else most)
+
+
+def denoise(
+    velocity: Velocity,
+    scheduler: FlowMatchEuler,
+    latents: Array,
+    sigmas: Array,
+    progress: StepProgress | None = None,
+) -> Array:
+    """Denoise latents (B, C, h, w).
+
+    Args:
+        velocity: computes one velocity.
         scheduler: takes the steps.
         latents: the noise to start from.
-        positive: hidden (B, M, K) and pooled (B, P) of the prompts.
-        negative: the same of the negative prompts, or None for no guidance.
         sigmas: the noise level before each step, then 0.
-        guidance_scale: factor on (conditional - unconditional); also the input of models that take it.
         progress: called after each step.
     """
-    text, pooled = positive
-    if negative is not None:
-        # The unconditional half first, as in diffusers.
-        text, pooled = np.concatenate([negative[0], text]), np.concatenate([negative[1], pooled])
-    text, pooled = frozen(text), frozen(pooled)
     steps = len(sigmas) - 1
     for i in range(steps):
-        batch = latents if negative is None else np.concatenate([latents, latents])
-        velocity = backend.step(batch, text, pooled, np.full(len(batch), sigmas[i], np.float32), guidance_scale)
-        if negative is not None:
-            without, with_text = np.split(velocity, 2)
-            velocity = without + np.float32(guidance_scale) * (with_text - without)
-        latents = scheduler.step(velocity, latents, sigmas[i], sigmas[i + 1])
+        latents = scheduler.step(velocity(latents, sigmas[i]), latents, sigmas[i], sigmas[i + 1])
         if progress is not None:
             progress(i + 1, steps)
     return latents
+
+
+def _part(progress: StepProgress | None, index: int, parts: int) -> StepProgress | None:
+    """Return the progress of one of several equal parts of the work."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(index * total + done, parts * total)
 
 
 def to_uint8(pixels: Array) -> NDArray[np.uint8]:
@@ -205,7 +251,7 @@ class Runtime:
         return self.backend.name
 
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float = 1.0) -> Array:
-        """Compute one velocity; shapes as in `Backend.step`."""
+        """Compute one velocity in one call; shapes as in `Backend.step`, B at most `Backend.largest_batch`."""
         return self.backend.step(latents, text, pooled, sigma, guidance)
 
     def generate(
@@ -223,15 +269,17 @@ class Runtime:
         """Generate one image per prompt; an argument of None takes its value from the folder's generation.json.
 
         Args:
-            prompt: one prompt or several, run as one batch.
+            prompt: one prompt or several. They run in batches as large as the runtime takes: an engine or a package
+                has a limit, and guidance takes two rows per prompt. Images are decoded one at a time.
             negative_prompt: what guidance steers away from, for all prompts; ignored by models that take the scale.
             steps: denoising steps.
             guidance_scale: 1 or less turns guidance off and halves the work. Models that take the scale as an input
                 (FLUX.1 dev) always do half the work.
             height: pixels.
             width: pixels.
-            seed: one per prompt, or one number s for s, s + 1, ... A seed gives the same noise in every runtime.
-            progress: called with (steps done, total steps).
+            seed: one per prompt, or one number s for s, s + 1, ... A seed gives the same noise in every runtime, but
+                not the noise of diffusers: NumPy draws it, not torch.
+            progress: called with (steps done, total steps), counted over all batches.
 
         Raises:
             InputError: no prompt, steps below 1, a seed below 0, different numbers of seeds and prompts, or a bad size.
@@ -248,7 +296,7 @@ class Runtime:
             seed=seed,
             progress=progress,
         )
-        # One image at a time: the VAE of 1024x1024 pixels takes more memory than all the rest.
+        # One at a time: a VAE's activations are the largest of all, and a device's takes no more.
         return [Image.fromarray(to_uint8(self.backend.decode(one[None]))[0]) for one in latents]
 
     def generate_latents(
@@ -280,29 +328,26 @@ class Runtime:
         height = settings.generation.height if height is None else height
         width = settings.generation.width if width is None else width
         check_size(settings, height, width)
-        # All prompts at once: low-memory mode opens every text encoder for each call.
         guided = settings.family.guided(settings.config, scale)
+        # All prompts at once: low-memory mode opens every text encoder for each call.
         hidden, pooled = self.backend.encode([*prompts, negative_prompt] if guided else prompts)
-        positive, negative = (hidden[: len(prompts)], pooled[: len(prompts)]), None
-        if guided:
-            negative = hidden[-1:].repeat(len(prompts), axis=0), pooled[-1:].repeat(len(prompts), axis=0)
         unit = settings.factor * settings.patch
         tokens = (height // unit) * (width // unit)
-        return denoise(
-            self.backend,
-            self.scheduler,
-            initial_latents(settings, seeds, height, width),
-            positive,
-            negative,
-            sigmas=self.scheduler.sigmas(
-                steps,
-                tokens=tokens,
-                levels=settings.family.levels(steps),
-                mu=settings.family.shift(tokens, steps),
-            ),
-            guidance_scale=scale,
-            progress=progress,
+        sigmas = self.scheduler.sigmas(
+            steps, tokens=tokens, levels=settings.family.levels(steps), mu=settings.family.shift(tokens, steps)
         )
+        noise = initial_latents(settings, seeds, height, width)
+        size = images_at_once(self.backend, guided=guided) or len(prompts)
+        pieces = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        done = []
+        for i, rows in enumerate(pieces):
+            positive, negative = (hidden[: len(prompts)][rows], pooled[: len(prompts)][rows]), None
+            if guided:
+                count = len(positive[0])
+                negative = hidden[-1:].repeat(count, axis=0), pooled[-1:].repeat(count, axis=0)
+            velocity = Velocity(self.backend, positive, negative, scale)
+            done.append(denoise(velocity, self.scheduler, noise[rows], sigmas, _part(progress, i, len(pieces))))
+        return np.concatenate(done)
 
     def memory(self) -> dict[str, memory.Reading]:
         """Return the same rows on every device, each with a description of how it was measured.

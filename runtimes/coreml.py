@@ -3,9 +3,8 @@
     load("out", compute_units="cpu_and_ne")
 
 Needs coremltools and macOS 15, not torch. A package is compiled once and loaded, which specialises it for the compute
-units; macOS caches that. The chunks of a transformer run one after the other. A batch that is larger than a package
-takes is run in several calls. The compiled model is not kept after the process ends, and only the exported image size
-works. On iPhone and iPad an app runs the packages (docs/coreml.md).
+units; macOS caches that. The chunks of a transformer run one after the other. The compiled model is not kept after the
+process ends, and only the exported image size works. On iPhone and iPad an app runs the packages (docs/coreml.md).
 """
 
 from __future__ import annotations
@@ -91,37 +90,29 @@ class CoremlNetwork:
         self.provider, self.why, self._folder = provider, f"compute_units={provider}", folder
         self._packages: Sequence[Any] = [_open(path, open_package) for path in paths]
 
+    def largest_batch(self, name: str) -> int:
+        """Return the most rows that an input takes; an export's packages take every number from 1 to it."""
+        allowed, _ = self._packages[0].inputs[name]
+        return int(max(shape[0] for shape in allowed))
+
     @property
     def times(self) -> dict[str, float]:
         """Seconds to compile and to specialise, summed over all chunks."""
         return {kind: sum(getattr(p, kind) for p in self._packages) for kind in ("compile_s", "specialise_s")}
 
     def __call__(self, **arrays: Any) -> dict[str, Array]:
-        """Return the outputs by name, float32; splits the batch into sizes that the packages take."""
+        """Return the outputs by name, float32; runs the chunks one after the other."""
         if not self._packages:
             raise InputError("the runtime is closed; load the folder again")
         first = self._packages[0].inputs
         if missing := sorted(set(first) - set(arrays)):
             raise InputError(f"{self._folder}: inputs: the package also needs {missing}, found {sorted(arrays)}")
-        inputs = {name: np.asarray(arrays[name]) for name in first}
         for name, (allowed, _) in first.items():
-            if inputs[name].shape[1:] not in {shape[1:] for shape in allowed}:
+            if (found := np.shape(arrays[name])) not in allowed:
                 raise InputError(
-                    f"{self._folder}: {name}: found shape {inputs[name].shape}, expected one of {allowed}: a package "
-                    "has one size; set height, width and max_sequence_length in generation.json and export again"
+                    f"{self._folder}: {name}: found shape {found}, expected one of {allowed}: a package has one size; "
+                    "set height, width and max_sequence_length in generation.json and export again"
                 )
-        batches = sorted({shape[0] for allowed, _ in first.values() for shape in allowed}, reverse=True)
-        results, start, total = [], 0, len(next(iter(inputs.values())))
-        while start < total:
-            size = next((b for b in batches if b <= total - start), None)
-            if size is None:
-                raise InputError(f"{self._folder}: batch: found {total}, expected a sum of {sorted(batches)}")
-            results.append(self._predict({name: array[start : start + size] for name, array in inputs.items()}))
-            start += size
-        return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
-
-    def _predict(self, arrays: dict[str, Any]) -> dict[str, Array]:
-        """Run all chunks on a batch size that they take."""
         outputs: dict[str, Any] = {}
         for package in self._packages:
             feed = {

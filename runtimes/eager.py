@@ -80,6 +80,10 @@ class EagerBackend:
         level = torch.from_numpy(sigma).to(self._device)
         return _numpy(velocity(self.pipeline.transformer, self._tensor(latents), condition, level, guidance))
 
+    def largest_batch(self) -> int | None:
+        """Return None: torch takes any batch that fits into memory."""
+        return None
+
     @torch.inference_mode()
     def decode(self, latents: Array) -> Array:
         """Decode latents (B, C, h, w) to pixels (B, 3, H, W)."""

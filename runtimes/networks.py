@@ -31,6 +31,10 @@ class Network(Protocol):
     why: str
     """Why it computes there."""
 
+    def largest_batch(self, name: str) -> int | None:
+        """Return the most rows that the input of this name takes in one call, or None if there is no limit."""
+        ...
+
     def __call__(self, **arrays: Any) -> dict[str, Array]:
         """Return the outputs by name, float32; inputs are cast to the types of the file.
 
@@ -141,6 +145,10 @@ class NetworkBackend:
         outputs = self._network("transformer")(**inputs)
         velocity: Array = self._family.velocity(self._config, next(iter(outputs.values())), latents.shape)
         return velocity
+
+    def largest_batch(self) -> int | None:
+        """Return the most rows that the transformer takes in one call, or None."""
+        return self._network("transformer").largest_batch("hidden_states")
 
     def decode(self, latents: Array) -> Array:
         """Decode latents (B, C, h, w) to pixels (B, 3, H, W)."""

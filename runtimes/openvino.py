@@ -92,6 +92,10 @@ class OpenVinoNetwork:
         except RuntimeError as error:
             raise self._unusable(error) from None
 
+    def largest_batch(self, name: str) -> None:
+        """Return None: the sizes of an export's models are dynamic."""
+        return None
+
     def __call__(self, **arrays: Any) -> dict[str, Array]:
         """Return the outputs by name, float32."""
         if self._model is None:

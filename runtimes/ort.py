@@ -87,6 +87,10 @@ class OrtNetwork:
         self.provider: str = session.get_providers()[0]
         self.why = choice.started(self.provider)
 
+    def largest_batch(self, name: str) -> None:
+        """Return None: the sizes of an export's models are dynamic."""
+        return None
+
     def __call__(self, **arrays: Any) -> dict[str, Array]:
         """Return the outputs by name, float32."""
         if self._session is None:

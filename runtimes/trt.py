@@ -130,6 +130,11 @@ class TrtNetwork:
             raise InputError(f"{self._path}: TensorRT cannot create an execution context: {self._log.take()}")
         return context
 
+    def largest_batch(self, name: str) -> int:
+        """Return the most rows that an input takes, from the engine's profile."""
+        _, _, largest = self._engine.get_tensor_profile_shape(name, 0)
+        return int(tuple(largest)[0])
+
     def __call__(self, **arrays: Any) -> dict[str, Array]:
         """Return the outputs by name, float32."""
         if self._context is None:

@@ -54,7 +54,8 @@ class Target:
     opset: int
     """ONNX opset to export with; 0 if the runtime does not read ONNX."""
     batch: tuple[int, ...]
-    """Smallest and largest batch of one step; guidance takes two per image."""
+    """Smallest batch, which is 1, and largest batch of one step. Guidance takes two rows per image; more images than
+    fit run in several batches."""
     side: tuple[int, ...]
     """Smallest and largest height and width in pixels, for models that support such sizes."""
     chunks: int
@@ -118,6 +119,8 @@ def parse(name: str, text: str) -> Target:
         value = getattr(target, key)
         if len(value) != 2 or not 0 < value[0] <= value[1]:
             raise InputError(f"{name}.toml: {key}: found {list(value)}, expected the smallest and the largest")
+    if target.batch[0] != 1:
+        raise InputError(f"{name}.toml: batch: found {list(target.batch)}, expected 1 first: images are decoded singly")
     return target
 
 

@@ -20,7 +20,9 @@ class FakeBackend:
 
     name, provider, why, precision = "fake", "cpu", "the only one it has", "fp32"
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
+        self.decoded: list[int] = []
         self.meter = Meter()
         self.batches: list[int] = []
         self.closed = False
@@ -35,10 +37,16 @@ class FakeBackend:
         self, latents: base.Array, text: base.Array, pooled: base.Array, sigma: base.Array, guidance: float
     ) -> base.Array:
         self.batches.append(len(latents))
+        if self.most is not None and len(latents) > self.most:
+            raise InputError(f"found the shape ({len(latents)}, ...), expected at most {self.most}")
         assert len(text) == len(pooled) == len(sigma) == len(latents)
         return latents + text.mean((1, 2))[:, None, None, None] / 100
 
+    def largest_batch(self) -> int | None:
+        return self.most
+
     def decode(self, latents: base.Array) -> base.Array:
+        self.decoded.append(len(latents))
         return np.tanh(latents[:, :3].repeat(8, axis=2).repeat(8, axis=3))
 
     def memory(self) -> dict[str, Reading]:
@@ -48,6 +56,6 @@ class FakeBackend:
         self.closed = True
 
 
-def fake_runtime() -> base.Runtime:
-    """Open the fake: 3 steps, guidance 2, images 16 wide and 32 high."""
-    return base.Runtime(FakeBackend(), SETTINGS, FlowMatchEuler())
+def fake_runtime(most: int | None = None) -> base.Runtime:
+    """Open the fake: 3 steps, guidance 2, images 16 wide and 32 high, at most `most` rows in one step."""
+    return base.Runtime(FakeBackend(most), SETTINGS, FlowMatchEuler())

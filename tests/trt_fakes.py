@@ -26,6 +26,8 @@ class FakeCuda:
         self.blocks: dict[int, NDArray[np.uint8]] = {}
         self.memory, self.streams, self.uploads, self.launches = memory, 0, 0, 0
         self.recording: list[Callable[[], None]] | None = None
+        self.largest_batch = 64
+        """Of every engine's profile; every other axis is 1 to 64."""
 
     def cudaGetDeviceCount(self) -> tuple[int, int]:
         return 0, 1
@@ -153,7 +155,9 @@ class FakeEngine:
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         dims = self.tensors[name].shape
-        return [tuple(d if isinstance(d, int) else limit for d in dims) for limit in (1, 2, 64)]
+        limits = {"batch_size": self.cuda.largest_batch}
+        largest = tuple(d if isinstance(d, int) else limits.get(d, 64) for d in dims)
+        return [*(tuple(d if isinstance(d, int) else least for d in dims) for least in (1, 1)), largest]
 
     def create_runtime_config(self) -> Any:
         return SimpleNamespace(set_execution_context_allocation_strategy=lambda strategy: None)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeprune import runtimes
 from edgeprune.common.errors import EdgepruneError
 from edgeprune.runtimes import memory
-from edgeprune.runtimes.base import Runtime, frozen, initial_latents
+from edgeprune.runtimes.base import Runtime, Velocity, initial_latents
 
 IMAGES, IMAGES_S = 3, 20.0
 """Generate a full image up to this many times, until together they have taken this many seconds."""
@@ -62,18 +62,18 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
-    """Time single denoising steps as `generate` runs them: with guidance, both halves of the batch."""
+    """Time single denoising steps of one image as `generate` runs them: with guidance, both halves."""
     wanted = model.settings.generation
     latents = initial_latents(model.settings, [0], wanted.height, wanted.width)
     guided = model.settings.family.guided(model.settings.config, wanted.guidance_scale)
     prompts = ["", spec["prompt"]] if guided else [spec["prompt"]]
-    text, pooled = map(frozen, model.backend.encode(prompts))  # as `generate` gives them: sent to a GPU once
-    latents = np.repeat(latents, len(prompts), axis=0)
-    sigma = np.full(len(prompts), 0.5, np.float32)
+    hidden, pooled = model.backend.encode(prompts)
+    negative = (hidden[:1], pooled[:1]) if guided else None
+    velocity = Velocity(model.backend, (hidden[-1:], pooled[-1:]), negative, wanted.guidance_scale)
 
     def once() -> float:
         began = time.perf_counter()
-        model.step(latents, text, pooled, sigma, wanted.guidance_scale)
+        velocity(latents, 0.5)
         return time.perf_counter() - began
 
     first = once()

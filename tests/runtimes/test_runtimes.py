@@ -59,6 +59,33 @@ def test_guidance_doubles_the_batch_and_can_be_off() -> None:
 
 
 @pytest.mark.parametrize(
+    ("most", "scale", "batches"),
+    [
+        (None, 2.0, [10]),
+        (None, 1.0, [5]),
+        (4, 2.0, [4, 4, 2]),
+        (3, 2.0, [2] * 5),
+        (2, 2.0, [2] * 5),
+        (2, 1.0, [2, 2, 1]),
+        (1, 2.0, [1] * 10),  # the halves one after the other
+        (1, 1.0, [1] * 5),
+    ],
+)
+def test_many_prompts_fit_into_the_batch_that_the_backend_takes(
+    most: int | None, scale: float, batches: list[int]
+) -> None:
+    prompts, seen = ["a" * (i + 1) for i in range(5)], []
+    model = fake_runtime(most)
+    images = model.generate(prompts, seed=3, steps=1, guidance_scale=scale, progress=lambda *done: seen.append(done))
+    assert isinstance(model.backend, FakeBackend)
+    assert model.backend.batches == batches and model.backend.decoded == [1] * 5
+    assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
+    for i, image in enumerate(images):
+        (alone,) = fake_runtime().generate(prompts[i], seed=3 + i, steps=1, guidance_scale=scale)
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(alone))
+
+
+@pytest.mark.parametrize(
     ("options", "named"),
     [
         ({"prompt": []}, "prompt"),
@@ -80,7 +107,7 @@ def test_every_backend_has_the_whole_interface() -> None:
     from edgeprune.runtimes.networks import NetworkBackend
 
     methods = {n: m for n, m in vars(base.Backend).items() if inspect.isfunction(m) and not n.startswith("_")}
-    assert set(methods) == {"encode", "step", "decode", "memory", "close"}
+    assert set(methods) == {"encode", "step", "largest_batch", "decode", "memory", "close"}
     for kind in (FakeBackend, NetworkBackend, EagerBackend):
         for name, method in methods.items():
             theirs = inspect.signature(getattr(kind, name)).parameters
@@ -296,6 +323,9 @@ def test_networks_are_closed_when_a_later_one_fails(exported: Path) -> None:
 
         def __call__(self, **arrays: object) -> dict[str, Any]:
             return {}
+
+        def largest_batch(self, name: str) -> None:
+            return None
 
         def close(self) -> None:
             self.closed = True

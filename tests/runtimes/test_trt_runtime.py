@@ -118,6 +118,19 @@ def test_bench_sends_text_as_generate_does(engines: Path, cuda: FakeCuda) -> Non
     assert counts[1] - counts[0] == 3 * 2
 
 
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_engines_of_small_batches_draw_many_prompts(
+    engines: Path, tiny_folders: tuple[Path, Path], cuda: FakeCuda, most: int, low_memory: bool
+) -> None:
+    prompts = ["two red circles", "a star", "a ring"]
+    cuda.largest_batch = most
+    with runtimes.load(engines, low_memory=low_memory) as model, runtimes.load(tiny_folders[1]) as whole:
+        ours, theirs = (m.generate(prompts, seed=5, steps=2) for m in (model, whole))
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
+
+
 def test_errors_are_one_line(engines: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     with runtimes.load(engines) as model:
         with pytest.raises(
