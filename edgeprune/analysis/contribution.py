@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from edgeprune.common import processes
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import MOST_BLOCKS, shown, text, texts, whole_number
 from edgeprune.common.files import check_schema, digest, parse_json, read_json, whole_lines, write_json
+from edgeprune.common.intervals import half_width
 from edgeprune.families import Config, Family, Swap
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ def group(parts: Iterable[Key]) -> Group:
 
 @dataclass(frozen=True)
 class Contribution:
-    """How far the score drops without a group: mean and half-width of the 95 % interval."""
+    """How far the score drops without a group: mean and half-width of the 95 % interval (Student's t over prompts)."""
 
     parts: Group
     drop: float
     half_width: float | None
-    """None if the source has no raw scores."""
+    """None if it is unknown: there is a single prompt, or the source has no raw scores."""
 
     @property
     def block(self) -> int:
@@ -120,9 +120,7 @@ class ContributionReport:
         for parts, scores in self.scores.items():
             drops = [u - s for u, s in zip(self.untouched, scores, strict=True)]
             mean = sum(drops) / len(drops)
-            variance = sum((d - mean) ** 2 for d in drops) / max(1, len(drops) - 1)
-            half_width = 1.96 * math.sqrt(variance / len(drops))
-            out[parts] = Contribution(parts=parts, drop=mean, half_width=half_width)
+            out[parts] = Contribution(parts=parts, drop=mean, half_width=half_width(drops))
         return out
 
     def to_json(self) -> dict[str, Any]:

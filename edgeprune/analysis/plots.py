@@ -39,8 +39,9 @@ def figures(report: ContributionReport, removed: Group = ()) -> dict[str, Callab
         members = [c for parts, c in joint.items() if _inside_a_block(parts) and {n for _, n in parts} == set(names)]
         if members:
             together[" + ".join(names)] = members
-    single = f"loss of the {report.metric} score without a part, 95 % interval"
-    several = f"loss of the {report.metric} score without a group of components, 95 % interval"
+    intervals = ", 95 % interval" if any(c.half_width is not None for c in singles.values()) else ""
+    single = f"loss of the {report.metric} score without a part{intervals}"
+    several = f"loss of the {report.metric} score without a group of components{intervals}"
     drawn = {"contributions": lambda: _draw(panels, single, report, removed)}
     return drawn | ({"joint": lambda: _draw(together, several, report, removed, singles)} if together else {})
 
@@ -94,9 +95,10 @@ def _draw(
     for axes, (name, members) in zip(rows, panels.items(), strict=True):
         blocks = [c.block for c in members]
         gone = [all(part in removed or (part[0], None) in removed for part in c.parts) for c in members]
+        known = all(c.half_width is not None for c in members)
         axes.bar(
-            blocks, [c.drop for c in members], yerr=[c.half_width or 0.0 for c in members], width=0.7, capsize=1.5,
-            color=[ORANGE if g else BLUE for g in gone], hatch=["////" if g else "" for g in gone],
+            blocks, [c.drop for c in members], yerr=[c.half_width for c in members] if known else None, width=0.7,
+            color=[ORANGE if g else BLUE for g in gone], hatch=["////" if g else "" for g in gone], capsize=1.5,
             edgecolor="white", linewidth=0, error_kw={"elinewidth": 0.8, "ecolor": BLACK},
         )  # fmt: skip
         if singles is not None:

@@ -44,9 +44,9 @@ class Quality:
     """Score of one variant on the evaluation prompts of shapes world."""
 
     score: float
-    score_low: float
-    """Bootstrap 95 % interval over prompts."""
-    score_high: float
+    score_low: float | None
+    """95 % interval over prompts (intervals.py); None for a single prompt."""
+    score_high: float | None
     tasks: dict[str, float]
     images: int
 
@@ -80,8 +80,8 @@ class Comparison:
 
     ratios: dict[str, float | None]
     """Keys `<stem>_ratio`: this variant's value divided by the first's."""
-    step_p50_ratio_interval: tuple[float, float]
-    """Bootstrap 95 % interval of step_p50_ratio over the warm steps of both."""
+    step_p50_ratio_interval: tuple[float, float] | None
+    """Bootstrap 95 % interval of step_p50_ratio over the warm steps of both; None if either has a single one."""
     psnr_db: float | None = None
     """Mean over images at equal prompts and seeds; None without quality. Equal images count as 100 dB."""
     score_drop: float | None = None
@@ -113,11 +113,14 @@ def compare(first: Measured, other: Measured, psnr: float | None, *, draws: int 
         values = np.asarray(times)
         return np.asarray(np.median(values[rng.integers(0, len(values), (draws, len(values)))], axis=1))
 
-    low, high = np.quantile(medians(other.steps_s) / medians(first.steps_s), [0.025, 0.975])
+    interval = None
+    if min(len(first.steps_s), len(other.steps_s)) > 1:
+        low, high = np.quantile(medians(other.steps_s) / medians(first.steps_s), [0.025, 0.975])
+        interval = float(low), float(high)
     drop = None
     if first.quality and other.quality and first.quality.score > 0:
         drop = 1 - other.quality.score / first.quality.score
-    return Comparison(ratios=ratios, step_p50_ratio_interval=(float(low), float(high)), psnr_db=psnr, score_drop=drop)
+    return Comparison(ratios=ratios, step_p50_ratio_interval=interval, psnr_db=psnr, score_drop=drop)
 
 
 def to_json(result: BenchResult) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def to_json(result: BenchResult) -> dict[str, Any]:
         "comparisons": {
             name: c.ratios
             | {
-                "step_p50_ratio_interval": list(c.step_p50_ratio_interval),
+                "step_p50_ratio_interval": c.step_p50_ratio_interval and list(c.step_p50_ratio_interval),
                 "psnr_db": c.psnr_db,
                 "score_drop": c.score_drop,
             }

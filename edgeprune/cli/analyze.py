@@ -85,9 +85,11 @@ def analyze(
 def _show(done: api.Analyzed, as_json: bool) -> None:
     """Show the least contributing parts."""
     order = sorted(done.report.contributions().values(), key=lambda c: c.drop)
-    screen.table([(str(c), f"{c.drop:.4f} ± {c.half_width or 0:.4f}") for c in order[:8]])
+    known = len(done.report.prompts) > 1
+    screen.table([(str(c), f"{c.drop:.4f}" + (f" ± {c.half_width:.4f}" if known else "")) for c in order[:8]])
     screen.say(
-        f"least contributing parts first: loss of the {done.report.metric} score with its 95 % interval"
+        f"least contributing parts first: loss of the {done.report.metric} score"
+        + (" with its 95 % interval" if known else "; one prompt gives no interval")
         + ("" if done.ran else " (already done)")
     )
     if as_json:

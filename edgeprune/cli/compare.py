@@ -84,6 +84,7 @@ def compare(
         summary = comparison.compare(ws, rows, name, texts, out, progress, weights=paths)
     written = compare_page.write(summary, out)
     screen.table([compare_page.HEADINGS, *compare_page.cells(summary)])
+    screen.say(compare_page.NOTE)
     screen.say("wrote " + ", ".join(map(str, written)))
     screen.say(f"next: edgeprune export {out / rows.reference / 'seed-0'} --target onnx -o {out / rows.reference}-onnx")
     if as_json:

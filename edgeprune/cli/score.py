@@ -87,7 +87,8 @@ def score(
     scores = _drawn_and_scored(places, ready, wishes, metric, paths, runtime, steps, out)
     screen.table(scoring.rows(scores))
     count, texts = scores[0].images, len(scores[0].prompts)
-    screen.say(f"{count} images of {texts} prompts; 95 % bootstrap intervals over prompts")
+    intervals = "95 % bootstrap intervals over prompts" if texts > 1 else "no interval"
+    screen.say(f"{count} images of {texts} prompt{'s' if texts > 1 else ''}; {intervals}")
     if out:
         screen.say(f"the images are in {out}")
     if not against:

@@ -20,9 +20,11 @@ def with_unit(key: str, value: float | int | None) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
-def interval_text(values: Sequence[float], style: str = ".3f") -> str:
-    """Return `value [low, high]`, each number in the format `style`."""
+def interval_text(values: Sequence[float | None], style: str = ".3f") -> str:
+    """Return `value [low, high]`, each number in the format `style`; `value (n = 1)` where low and high are None."""
     value, low, high = values
+    if low is None or high is None:
+        return f"{value:{style}} (n = 1)"
     return f"{value:{style}} [{low:{style}}, {high:{style}}]"
 
 

@@ -38,6 +38,11 @@ class Row:
     """Rows of one group share a plot style."""
 
     @property
+    def varies(self) -> bool:
+        """Whether another seed gives another result: it is trained, or its plan is drawn at random."""
+        return self.options.distill is not None or _is_drawn(self.options.plan.method)
+
+    @property
     def reads_contributions(self) -> bool:
         """Whether its plan or its training needs the analysis of the original."""
         return self.options.reads_scores
@@ -154,9 +159,13 @@ def _row(row: _Row, grid: _Grid, start: CompressOptions) -> Row:
         training.check()
     plan = replace(plan, group_size=quantize.group_size)
     options = replace(start, plan=plan, distill=training, quantize=quantize)
-    drawn = plan.method in baselines() and baselines()[plan.method].drawn
-    seeds = 1 if training is None and not drawn else row.seeds or grid.seeds
-    return Row(name=row.name, options=options, quantized=row.quantize is not False, seeds=seeds, group=row.group)
+    made = Row(name=row.name, options=options, quantized=row.quantize is not False, seeds=1, group=row.group)
+    return replace(made, seeds=row.seeds or grid.seeds) if made.varies else made
+
+
+def _is_drawn(method: str) -> bool:
+    """Return whether a method of `plan` chooses at random."""
+    return method in baselines() and baselines()[method].drawn
 
 
 def grid_named(name: str) -> Path:

@@ -9,8 +9,14 @@ from edgeprune.common.files import write_text
 from edgeprune.common.tables import interval_text, markdown_table, with_unit
 
 HEADINGS = (
-    "row", "gone", "INT4 or half", "of bf16", "step", "score, 95 % interval", "relative drop", "lead of the reference",
+    "row", "removed", "INT4 or half", "of bf16", "step", "score, 95 % interval", "relative drop",
+    "lead of the reference", "the reference",
 )  # fmt: skip
+NOTE = (
+    "1 seed: the interval is over prompts only; another training seed may score differently. The reference `wins` "
+    "or `loses` where the interval of its lead excludes 0, over prompts and the seeds of both rows. `one seed`: it "
+    "excludes 0 over prompts, but a row ran with a single seed."
+)
 # Okabe and Ito's palette, which colour-blind readers can distinguish; the shapes differ too.
 _STYLES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P"))
 
@@ -19,26 +25,28 @@ def cells(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return the table's rows under HEADINGS, the original first."""
     original = summary["original"]
     out: list[tuple[str, ...]] = [
-        ("original", "", with_unit("_bytes", original["bytes"]), "1", "1", interval_text(original["score"]), "", "")
+        ("original", "", with_unit("_bytes", original["bytes"]), "1", "1", interval_text(original["score"]), *3 * ("",))
     ]
     for row in summary["rows"]:
-        name = f"{row['name']} ({row['seeds']} seeds)" if row["seeds"] > 1 else row["name"]
+        seeds = f"{row['seeds']} seeds" if row["seeds"] > 1 else "1 seed" if row["one_seed"] else ""
+        name = f"{row['name']} ({seeds})" if seeds else row["name"]
         out.append(
             (
                 name,
-                _gone(row),
+                _removed(row),
                 with_unit("_bytes", row["bytes"]),
                 f"{row['bytes_ratio']:.3f}",
                 f"{row['step_ratio']:.2f}",
                 interval_text(row["score"]),
                 interval_text(row["relative_drop"], ".1%") if row["relative_drop"] else "",
                 "" if row["lead"] is None else interval_text(row["lead"], "+.3f"),
+                row["verdict"] or "",
             )
         )
     return out
 
 
-def _gone(row: dict[str, Any]) -> str:
+def _removed(row: dict[str, Any]) -> str:
     parts = []
     if row["blocks"] is None:
         parts.append("different blocks for each seed")
@@ -52,8 +60,8 @@ def _gone(row: dict[str, Any]) -> str:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """Return the table in Markdown."""
-    return markdown_table(HEADINGS, cells(summary))
+    """Return the table in Markdown, and below it what seeds and verdicts mean."""
+    return f"{markdown_table(HEADINGS, cells(summary))}\n\n{NOTE}"
 
 
 def write(summary: dict[str, Any], out: Path) -> list[Path]:
@@ -71,12 +79,13 @@ def write(summary: dict[str, Any], out: Path) -> list[Path]:
         strict=True,
     ):
         mean, low, high = summary["original"]["score"]
-        axes.axhspan(low, high, color="0.92", lw=0)
+        if low is not None:
+            axes.axhspan(low, high, color="0.92", lw=0)
         axes.axhline(mean, color="0.5", lw=1, label="original" if key == "bytes_ratio" else None)
         for group, (colour, marker) in zip(groups, _STYLES * (1 + len(groups) // len(_STYLES)), strict=False):
             rows = [row for row in summary["rows"] if row["group"] == group]
             values = [row["score"] for row in rows]
-            errors = [[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]]
+            errors = [[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]] if low is not None else None
             axes.errorbar(
                 [row[key] for row in rows], [v[0] for v in values], yerr=errors, fmt=marker, color=colour,
                 capsize=2, ms=5, lw=1, label=(group or "rows") if key == "bytes_ratio" else None,

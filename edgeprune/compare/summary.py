@@ -1,4 +1,4 @@
-"""Sums up the runs of a grid row by row; intervals are bootstraps over prompts and training seeds."""
+"""Sums up the runs of a grid row by row; intervals are bootstraps over prompts and, where there are several, seeds."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.common.intervals import mean_interval, paired_drop
-from edgeprune.compare.grid import Grid
+from edgeprune.common.intervals import Interval, excludes_zero, mean_interval, paired_drop
+from edgeprune.compare.grid import Grid, Row
+
+WINS, LOSES, UNDECIDED, ONE_SEED = "wins", "loses", "undecided", "one seed"
+"""Verdicts on the reference against a row. `one seed`: the interval excludes 0, but a training seed is not sampled."""
 
 
 def summarise(results: Mapping[str, Any], grid: Grid, tasks: list[str] | None) -> dict[str, Any]:
@@ -21,11 +24,12 @@ def summarise(results: Mapping[str, Any], grid: Grid, tasks: list[str] | None) -
     original = np.asarray(results["original"]["scores"])
     runs = {row.name: [results[f"{row.name}/seed-{seed}"] for seed in range(row.seeds)] for row in grid.rows}
     scores = {name: np.asarray([run["scores"] for run in row_runs]) for name, row_runs in runs.items()}
+    reference = next(row for row in grid.rows if row.name == grid.reference)
     rows = []
     for row in grid.rows:
         row_runs = runs[row.name]
         same_plan = all(run["blocks"] == row_runs[0]["blocks"] for run in row_runs)  # random plans differ by seed
-        lead = paired_drop(scores[grid.reference], scores[row.name], tasks).difference
+        lead = paired_drop(scores[reference.name], scores[row.name], tasks).difference
         rows.append(
             {
                 "name": row.name,
@@ -40,7 +44,9 @@ def summarise(results: Mapping[str, Any], grid: Grid, tasks: list[str] | None) -
                 "train_s": sum(run["train_s"] for run in row_runs),
                 "score": mean_interval(scores[row.name], tasks),
                 "relative_drop": paired_drop(original, scores[row.name], tasks).relative,
-                "lead": None if row.name == grid.reference else lead,
+                "lead": None if row is reference else lead,
+                "verdict": None if row is reference else verdict(lead, reference, row),
+                "one_seed": row.varies and row.seeds == 1,
             }
         )
     return {
@@ -51,3 +57,15 @@ def summarise(results: Mapping[str, Any], grid: Grid, tasks: list[str] | None) -
         "original": {"score": mean_interval(original, tasks), "bytes": results["original"]["bytes"]},
         "rows": rows,
     }
+
+
+def verdict(lead: Interval, reference: Row, rival: Row) -> str:
+    """Return whether the reference wins against a rival, by the interval of its lead over prompts and seeds.
+
+    It wins or loses only if the interval excludes 0, and if both were run with several seeds or depend on none.
+    """
+    if not excludes_zero(lead):
+        return UNDECIDED
+    if any(row.varies and row.seeds == 1 for row in (reference, rival)):
+        return ONE_SEED
+    return WINS if lead.mean > 0 else LOSES

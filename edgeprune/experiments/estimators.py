@@ -31,6 +31,7 @@ from edgeprune.analysis.estimators.reuse import Reuse
 from edgeprune.artefact.resolve import BUILTIN, read_config
 from edgeprune.common.errors import EdgepruneError
 from edgeprune.common.files import read_json, write_json
+from edgeprune.common.intervals import half_width
 from edgeprune.common.tables import interval_text
 from edgeprune.experiments.pages import insert
 from edgeprune.metrics.velocity import VelocityError
@@ -201,9 +202,12 @@ class Study:
                 row |= {"seconds": time.perf_counter() - began}
                 with removed(ws.family, model, plan.keys, mean):
                     values = [-v for v in held_out.score()]
-                interval = 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5
                 row |= {"blocks": len(plan.blocks), "components": len(plan.components), "error": float(np.mean(values))}
-                row |= {"interval": interval, "int4_bytes": plan.after.int4_bytes, "parameters": plan.after.parameters}
+                row |= {
+                    "interval": half_width(values),
+                    "int4_bytes": plan.after.int4_bytes,
+                    "parameters": plan.after.parameters,
+                }
                 out.append(
                     row | {"parts": [str(Contribution(parts=(part,), drop=0.0, half_width=None)) for part in plan.keys]}
                 )
@@ -236,7 +240,7 @@ def tables(results: dict[str, Any]) -> str:
     exact_pairs: dict[Group, float] = {k: v for k, v in drops(results["pairs: reuse"]).items() if len(k) == 2}
     pairs = interval_text(agreement(exact_pairs, drops(results["pairs: gates"])))
     lines[-1] += f"; {len(exact_pairs):,} pairs: {pairs}."
-    lines += ["", "| kept | method | gone | INT4 | velocity error, held out | scored | seconds |"]
+    lines += ["", "| kept | method | removed | INT4 | velocity error, held out | scored | seconds |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for row in results["plans"]:
         if "failed" in row:

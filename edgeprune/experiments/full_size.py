@@ -142,7 +142,7 @@ def _build(engines: Path) -> str:
 
 
 def compressed(table: Table, label: str, source: Path, *options: str) -> Path:
-    """Prune and quantise a model; return the artefact."""
+    """Prune and quantize a model; return the artefact."""
     artefact = table.out / label
     table.stage(f"{label}: prune and INT4", "compress", str(source), "-o", str(artefact), "--steps", "0", *options)
     for shard in (artefact / "transformer").glob("*.safetensors"):
@@ -195,7 +195,7 @@ def steps(table: Table, source: Path, label: str, *, ort: bool) -> None:
         Variant("original, torch bf16", source, "eager", "bf16"),
         Variant("OpenVINO", ir, "openvino", options={"low_memory": True}),
         Variant(
-            "OpenVINO, dynamic quantisation", ir, "openvino",
+            "OpenVINO, dynamic quantization", ir, "openvino",
             options={"low_memory": True, "dynamic_quantization": True},
         ),
     ]  # fmt: skip
@@ -223,7 +223,7 @@ def without_bf16(table: Table, source: Path, label: str) -> None:
     variants = [
         Variant("original, torch bf16", source, "eager", "bf16"),
         Variant(
-            "OpenVINO, dynamic quantisation, float32", table.out / f"{label}-onnx", "openvino",
+            "OpenVINO, dynamic quantization, float32", table.out / f"{label}-onnx", "openvino",
             options={"low_memory": True, "dynamic_quantization": True},
         ),
     ]  # fmt: skip

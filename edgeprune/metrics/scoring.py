@@ -20,6 +20,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, sha256_file, whole_lines
 from edgeprune.common.intervals import Interval, mean_interval, paired_drop
 from edgeprune.common.progress import Progress, silent
+from edgeprune.common.tables import interval_text
 from edgeprune.data.imagefolder import METADATA, Sample, open_image
 from edgeprune.sampling.prompts import PROMPTS, read_prompts
 
@@ -37,7 +38,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Score:
-    """The result of one metric. Intervals are 95 % bootstrap intervals over prompts; a prompt's seeds are averaged."""
+    """The result of one metric. Intervals are 95 %, over prompts (common/intervals.py); seeds are averaged."""
 
     metric: str
     score: Interval
@@ -302,7 +303,4 @@ def rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
 
 
 def _shown(interval: Interval | None, *, percent: bool = False) -> str:
-    if interval is None:
-        return ""
-    mean, low, high = (f"{v:.1%}" if percent else f"{v:.4g}" for v in interval)
-    return f"{mean} [{low}, {high}]"
+    return "" if interval is None else interval_text(interval, ".1%" if percent else ".4g")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import sqlite3
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from edgeprune.user_study.design import QUESTIONS, SCALE, Study, conditions
 from edgeprune.user_study.store import FILE, Answer, Rater, Store
 
 with needs("study"):
-    from edgeprune.user_study.statistics import Floats, Ratings, alpha, bootstrap, holm, interval, paired_test
+    from edgeprune.user_study.statistics import Floats, Ratings, alpha, bootstrap, holm, interval, paired_test, sampled
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -126,7 +127,10 @@ def ratings(collected: Collected, question: str) -> Ratings:
 
 
 def summarise(collected: Collected) -> dict[str, Any]:
-    """Return the content of table, plot and JSON. An interval is [value, low, high]; None means too few answers."""
+    """Return the content of table, plot and JSON. An interval is [value, low, high].
+
+    None stands for an interval without answers; low and high are None for a single answer.
+    """
     study, answering = collected.study, {a.rater for a in collected.answers}
     complete = [
         r.number for r in collected.raters if sum(a.rater == r.number for a in collected.answers) == len(r.trials)
@@ -159,9 +163,11 @@ def _mos_rows(study: Study, question: str, answers: Ratings) -> list[dict[str, A
     means, differences = answers.means(), [answers.of(unit) for unit in (answers.rater, answers.prompt)]
     draws = bootstrap(answers)
     first = draws[:, :1]
-    scores = _triples(means, interval(draws))
-    drops = _triples(means[0] - means, interval(first - draws))
-    shares = _triples((means[0] - means) / means[0], interval((first - draws) / first))
+    known = sampled(answers)
+    both = [k and known[0] for k in known]
+    scores = _triples(means, interval(draws), known)
+    drops = _triples(means[0] - means, interval(first - draws), both)
+    shares = _triples((means[0] - means) / means[0], interval((first - draws) / first), both)
     tests = [holm([paired_test(d[:, 0] - d[:, v]) for v in range(1, len(means))]) for d in differences]
     counts = np.bincount(answers.condition, minlength=answers.conditions)
     return [
@@ -180,7 +186,7 @@ def _mos_rows(study: Study, question: str, answers: Ratings) -> list[dict[str, A
 
 
 def _pair_rows(study: Study, question: str, answers: Ratings) -> list[dict[str, Any]]:
-    shares = _triples((answers.means() + 1) / 2, interval((bootstrap(answers) + 1) / 2))
+    shares = _triples((answers.means() + 1) / 2, interval((bootstrap(answers) + 1) / 2), sampled(answers))
     sides = [answers.of(unit) for unit in (answers.rater, answers.prompt)]
     tests = [holm([paired_test(d[:, c]) for c in range(answers.conditions)]) for d in sides]
     counts = np.bincount(answers.condition, minlength=answers.conditions)
@@ -198,9 +204,13 @@ def _pair_rows(study: Study, question: str, answers: Ratings) -> list[dict[str, 
     ]
 
 
-def _triples(values: Floats, bounds: tuple[Floats, Floats]) -> list[list[float] | None]:
-    stacked = np.stack([values, *bounds], axis=1)
-    return [None if np.isnan(row).any() else [float(x) for x in row] for row in stacked]
+def _triples(values: Floats, bounds: tuple[Floats, Floats], known: Sequence[bool]) -> list[list[float | None] | None]:
+    """Return [value, low, high] of each condition; None without answers, low and high None where not `known`."""
+    rows = zip(values, *bounds, known, strict=True)
+    return [
+        None if np.isnan(value) else [float(value), *((float(low), float(high)) if k else (None, None))]
+        for value, low, high, k in rows
+    ]
 
 
 # ------------------------------------------------------------------------------------------- table, files, plot
@@ -237,12 +247,14 @@ def tables(summary: dict[str, Any]) -> list[Table]:
 def notes(summary: dict[str, Any]) -> list[str]:
     """Return what a reader of the tables needs to know: raters, method, agreement."""
     who, agreement = summary["raters"], summary["krippendorff_alpha"]
+    over = [name for name, count in (("raters", who["counted"]), ("prompts", summary["prompts"])) if count > 1]
     agreements = ", ".join(f"{q} {'-' if a is None else f'{a:.2f}'}" for q, a in agreement.items())
     return [
         f"{who['counted']} raters counted ({who['finished']} of {who['answered']} finished, {who['missed_a_check']} "
         f"left out for a missed attention check), {summary['prompts']} prompts, "
         f"{summary['median_answer_s']:.0f} s per answer.",
-        "Intervals: 95 %, bootstrap over raters and prompts. p: paired permutation tests over either, Holm-corrected.",
+        f"Intervals: 95 %, bootstrap over {' and '.join(over) or 'nothing: one answer has none'}. "
+        "p: paired permutation tests, over raters and over prompts, Holm-corrected.",
         f"Agreement (Krippendorff's alpha, interval): {agreements}.",
     ]
 
@@ -313,7 +325,7 @@ def plot(summary: dict[str, Any]) -> Any:
         for row in (r for r in rows if r["question"] == question):
             if value := row["mos" if mos else "preferred"]:
                 y = labels.index(_label(row)) + (number - 0.5) * 0.28
-                bars = [[value[0] - value[1]], [value[2] - value[0]]]
+                bars = None if value[1] is None else [[value[0] - value[1]], [value[2] - value[0]]]
                 marker = "os"[number]
                 axes.errorbar([value[0]], [y], xerr=bars, fmt=marker, ms=6, capsize=3, color=PALETTE[question])
     for number, question in enumerate(QUESTIONS):

@@ -64,6 +64,12 @@ def bootstrap(ratings: Ratings) -> Floats:
     return draws
 
 
+def sampled(ratings: Ratings) -> list[bool]:
+    """Return for each condition whether it has more than one rater or prompt: one answer has no interval."""
+    counts = [(~np.isnan(ratings.of(unit))).sum(axis=0) for unit in (ratings.rater, ratings.prompt)]
+    return [bool(most > 1) for most in np.maximum(*counts)]
+
+
 def interval(draws: Floats) -> tuple[Floats, Floats]:
     """Return the 95 % interval, low and high (C), of values from draws (D, C)."""
     with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -52,3 +53,13 @@ def test_same_bytes_whatever_the_user_configured(tmp_path: Path, monkeypatch: py
 def test_a_published_summary_has_no_intervals(tmp_path: Path) -> None:
     scores = ContributionReport.load(DATA / "sd35_large_turbo_blocks_hpsv2.json")
     assert [p.suffix for p in save(scores, tmp_path)] == [".svg", ".png"]
+    (figure,) = (draw() for draw in figures(scores).values())
+    assert len(figure.axes[0].containers) == 1 and "interval" not in figure.get_suptitle()
+
+
+def test_one_prompt_has_no_intervals() -> None:
+    made = report("sd3.5-medium", joint=False)
+    one = dataclasses.replace(made, prompts=["a"], untouched=[0.0], scores={g: s[:1] for g, s in made.scores.items()})
+    assert {c.half_width for c in one.contributions().values()} == {None}
+    (figure,) = (draw() for draw in figures(one).values())
+    assert len(figure.axes[0].containers) == 1 and "interval" not in figure.get_suptitle()

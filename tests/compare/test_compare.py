@@ -108,17 +108,34 @@ def test_seeds_that_differ_are_seen(tmp_path: Path) -> None:
     """test_intervals.py checks known answers of the bootstrap itself."""
     grid = Grid.load(write(tmp_path / "grid.toml", GRID), START)
     run = {"blocks": [1], "components": [], "modulation_rank": None, "bytes": 50, "step_ratio": 0.5, "train_s": 1.0}
-    scores = {"koala": [0.0, 0.5], "ours": [1.0, 1.0], "half": [0.5]}
+    scores = {"koala": [0.0, 1.0], "ours": [1.0, 1.0], "half": [0.5]}
     found: dict[str, Any] = {"original": {"scores": [1.0] * 50, "bytes": 100, "seconds": 1.0}}
     for name, values in scores.items():
         found |= {f"{name}/seed-{i}": run | {"scores": [v] * 50, "seconds": 2.0} for i, v in enumerate(values)}
     summary = summarise(found, grid, None)
     koala, ours, half = summary["rows"]
-    assert koala["score"] == (0.25, 0, 0.5) and ours["score"] == (1, 1, 1)
-    assert koala["relative_drop"] == (0.75, 0.5, 1) and koala["lead"] == (0.75, 0.5, 1) and ours["lead"] is None
+    assert koala["score"] == (0.5, 0, 1) and ours["score"] == (1, 1, 1)
+    assert koala["relative_drop"] == (0.5, 0, 1) and koala["lead"] == (0.5, 0, 1) and ours["lead"] is None
     assert half["lead"] == (0.5, 0.5, 0.5) and half["bytes_ratio"] == 0.5 and summary["seconds"] == 11
+    assert [row["verdict"] for row in summary["rows"]] == ["undecided", None, "wins"]  # koala's seeds differ
     found["koala/seed-1"] = found["koala/seed-1"] | {"blocks": [0]}
     assert summarise(found, grid, None)["rows"][0]["blocks"] is None
+
+
+def test_a_row_of_one_seed_neither_wins_nor_loses(tmp_path: Path) -> None:
+    text = GRID.replace('group = "baselines"', "seeds = 1")
+    grid = Grid.load(write(tmp_path / "grid.toml", text), START)
+    run = {"blocks": [1], "components": [], "modulation_rank": None, "bytes": 50, "step_ratio": 0.5, "train_s": 1.0}
+    scores = {"koala/seed-0": 0.25, "ours/seed-0": 0.5, "ours/seed-1": 0.5, "half/seed-0": 0.75}
+    found: dict[str, Any] = {name: run | {"scores": [value] * 50} for name, value in scores.items()}
+    summary = summarise(found | {"original": {"scores": [1.0] * 50, "bytes": 100}}, grid, None)
+    koala, ours, half = summary["rows"]
+    assert koala["lead"] == (0.25, 0.25, 0.25) and koala["verdict"] == "one seed"
+    assert (koala["one_seed"], ours["one_seed"], half["one_seed"]) == (True, False, False)
+    assert half["verdict"] == "loses"  # not trained: another seed changes nothing
+    shown = page.markdown(summary)
+    assert "| koala (1 seed) |" in shown and "| half |" in shown
+    assert "1 seed: the interval is over prompts only" in shown
 
 
 def test_a_grid_runs_once_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +168,7 @@ def test_a_grid_runs_once_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
     rows = {row["name"]: row for row in summary["rows"]}
     assert rows["koala"]["bytes_ratio"] < 0.3 and rows["koala"]["blocks"] and rows["koala"]["lead"] is not None
     assert rows["half"]["blocks"] == [1] and rows["half"]["bytes"] > rows["ours"]["bytes"]
-    assert summary["original"]["score"] == (0, 0, 0) and rows["ours"]["score"][0] < 0
+    assert summary["original"]["score"][0] == 0 and rows["ours"]["score"][0] < 0
     assert len(list((out / "original" / "cache").glob("data-*"))) == 1  # made once for all rows
     assert not list((out / "koala" / "seed-0" / "cache").glob("data-*"))
 

@@ -194,7 +194,7 @@ def test_contribution_is_a_mean_of_differences_with_an_interval() -> None:
     found = ContributionReport("", "sd3", 1, "m", ["a", "b"], [1.0, 3.0], {((0, None),): [0.5, 1.5]})
     c = found.contributions()[0, None]
     assert c.drop == 1.0
-    assert c.half_width == pytest.approx(1.96 * (0.5 / 2) ** 0.5 * 1.0)
+    assert c.half_width == pytest.approx(12.706 * 0.5, rel=1e-4)  # one degree of freedom
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,11 @@ def test_a_rater_who_stopped_counts_with_what_is_there(tmp_path: Path) -> None:
     _, summary = results_of(folder)
     assert summary["raters"] == {"answered": 1, "finished": 0, "missed_a_check": 0, "counted": 1}
     assert sorted(row["mos"] is None for row in summary["rows"]) == [False] * 2 + [True] * 4
+    assert [row["mos"] for row in summary["rows"] if row["mos"]] == [[4, None, None]] * 2  # no interval of one answer
+    from edgeprune.user_study import results
+
+    assert "4.00 (n = 1)" in results._text("mos", summary["rows"][0]["mos"] or [4.0, None, None])
+    results.plot(summary)
     json.dumps(summary, allow_nan=False)
 
 

@@ -32,7 +32,7 @@ def tables(results: dict[str, Any]) -> str:
         )
     if "storage" in results:
         parts.append(markdown_table(["rank 32", "error"], [[n, _number(v)] for n, v in results["storage"].items()]))
-    head = ["", "rank", "gone", "INT4", "velocity error", "PSNR", "score, 95 % interval", "lost, won"]
+    head = ["", "rank", "removed", "INT4", "velocity error", "PSNR", "score, 95 % interval", "lost, won"]
     rows = []
     for name in dict.fromkeys(k.split(" ")[1] for k in results if k.startswith(("variant ", "images "))):
         sizes, images = results.get(f"variant {name}", {}), results.get(f"images {name}", {})
