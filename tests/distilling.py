@@ -5,20 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import KINDS, TOKENS, config_of, tiny_inputs, tiny_transformer
 
 from edgeprune.analysis.contribution import ContributionReport, fingerprint
 from edgeprune.artefact.surgery import prune
 from edgeprune.data.pairs import Pairs, Samples
-from edgeprune.families import family_of
+from edgeprune.families import family_of, family_of_model
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.training.recipe import DistillOptions, Recipe
 
 
 def recipe(options: DistillOptions) -> Recipe:
     """Return the recipe of a plan of whole blocks, with the options on top and a tenth of the captions dropped."""
     return options.over(Recipe(sensitivity="graded", drop_captions=0.1))
+
+
+def schedule(teacher: Any, *, shift: float = 3.0, steps: int = 4) -> NoiseSchedule:
+    """Return the noise levels of a tiny model with a constant shift."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    return NoiseSchedule(scheduler, family_of_model(teacher), config_of(teacher), steps)
 
 
 def setup(kind: str = "sd3") -> tuple[Any, Any, Any, PrunePlan, ContributionReport, Pairs]:

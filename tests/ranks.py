@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from distilling import recipe, setup
+from distilling import recipe, schedule, setup
 
 from edgeprune.common import processes
 from edgeprune.common.errors import EdgepruneError
@@ -83,8 +83,9 @@ def train(
     training.save_state = save
     try:
         weights, losses = training.distill(
-            family, teacher, student, plan, report, pairs, chosen, recipe(chosen), folder / f"{name}.state",
-            inputs_digest="x", placement=Placement(accumulate, offload), save_every=2, progress=progress,
+            family, teacher, student, plan, report, pairs, chosen, recipe(chosen), schedule(teacher),
+            folder / f"{name}.state", inputs_digest="x",
+            placement=Placement(accumulate, offload), save_every=2, progress=progress,
         )  # fmt: skip
     except Killed:
         return

@@ -157,6 +157,15 @@ FeaturesOf = Annotated[
         show_default="blocks; attention for koala",
     ),
 ]  # fmt: skip
+Levels = Annotated[
+    str | None,
+    choices.choice(
+        names=lambda: options.LEVELS, rich_help_panel=options.RECIPE,
+        help="Noise levels trained at: shifted as the scheduler does; steps, half of them exactly those that the model "
+        "is sampled at; or uniform.",
+        show_default="steps for models sampled in at most 8 steps, else shifted",
+    ),
+]  # fmt: skip
 DropCaptions = Annotated[
     float | None,
     typer.Option(
@@ -195,6 +204,7 @@ def distill(
     lambda_feature: LambdaFeature = None,
     lambda_task: LambdaTask = None,
     features: FeaturesOf = None,
+    levels: Levels = None,
     drop_captions: DropCaptions = None,
 ) -> None:
     """Train the shorter transformer to reproduce the original.
@@ -221,8 +231,9 @@ def distill(
     assert base.distill is not None
     chosen = replace(
         base.distill, **options.given(steps=steps, batch=batch, rate=rate, schedule=schedule, ema=ema),
-        sensitivity=sensitivity, freeze_prefix=freeze_prefix, features=features, drop_captions=drop_captions,
+        sensitivity=sensitivity, freeze_prefix=freeze_prefix, features=features,
         lambda_task=lambda_task, lambda_output=lambda_output, lambda_feature=lambda_feature,
+        levels=levels, drop_captions=drop_captions,
         mixed_precision=mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         teacher_precision=teacher_precision, gradient_checkpointing=gradient_checkpointing,
         int4_group_size=group_size if quantize_aware else None, seed=seed,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CALIBRATIONS = ("none", "scale", "awq")
 ESTIMATORS = ("exhaustive", "reuse", "gates")
 FEATURES = ("blocks", "attention")
+LEVELS = ("shifted", "steps", "uniform")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 PRESETS = ("default", "quick")
 SCHEDULES = ("constant", "cosine")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgeprune.families import Architecture, Network, family_of_model
 from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.schedule import NoiseSchedule
 
 TOKENS_AT_ONCE = 4096
 """Most image tokens that pass through the transformer together, twice as many with guidance: one image of 1024x1024 of
@@ -80,20 +81,7 @@ def at_once(model: Any, shape: tuple[int, ...]) -> int:
 
 def sigmas(pipe: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Return the scheduler's noise levels for latents of `shape` (C, h, w): (steps + 1), from high to 0."""
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    family: Architecture = family_of_model(pipe.transformer)
-    extra = {}
-    if scheduler.config.get("use_dynamic_shifting"):
-        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-
-        c = scheduler.config
-        tokens = shape[-1] * shape[-2] // family.latents(pipe.transformer.config).patch ** 2
-        limits = (c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
-        shift = family.shift(tokens, steps)
-        extra["mu"] = calculate_shift(tokens, *limits) if shift is None else shift
-    scheduler.set_timesteps(steps, sigmas=family.levels(steps), **extra)
-    levels: torch.Tensor = scheduler.sigmas.float()
-    return levels
+    return NoiseSchedule.of(pipe, steps).sigmas(shape)
 
 
 def velocity(

@@ -22,12 +22,14 @@ from edgeprune.planning.methods import baselines
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import PROMPTS
+from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.stages.costs import sample
 from edgeprune.stages.options import DataOptions
 from edgeprune.stages.prune import mean_and_basis
 from edgeprune.stages.weights import by_block, half, original_weights, write_half
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.distill import distill
+from edgeprune.training.levels import default_levels
 from edgeprune.training.rank_memory import ProcessLayout, forecast_rank
 from edgeprune.training.recipe import HERE, DistillOptions, Placement, Recipe
 from edgeprune.training.teaching import lower
@@ -46,7 +48,10 @@ def recipe_of(
     A baseline is distilled as its authors do. HierarchicalPrune grades updates by contribution together with
     fine-grained removal, so plans that remove whole blocks alone are not graded.
     """
-    recipe = Recipe(drop_captions=CAPTIONS_DROPPED if family.guided(config, generation.guidance_scale) else 0.0)
+    recipe = Recipe(
+        levels=default_levels(generation.num_inference_steps),
+        drop_captions=CAPTIONS_DROPPED if family.guided(config, generation.guidance_scale) else 0.0,
+    )
     if baseline := baselines().get(plan.method):
         recipe = replace(
             recipe, features=baseline.features, freeze_prefix=False, lambda_task=baseline.lambda_task,
@@ -64,6 +69,7 @@ def described(recipe: Recipe, options: DistillOptions, plan: PrunePlan, *, built
         f"({recipe.features})",
         "prefix frozen" if recipe.freeze_prefix else "all weights trained",
         "updates graded by contribution" if recipe.sensitivity == "graded" else "updates not graded",
+        f"noise levels {recipe.levels}",
         f"{recipe.drop_captions:.0%} of captions dropped",
     ]
     if not builtin:
@@ -127,6 +133,7 @@ def run(
             pairs,
             options,
             recipe,
+            NoiseSchedule.load(ws.source, ws.family, ws.config, ws.generation.num_inference_steps),
             ws.out / "cache" / "distill.safetensors",
             inputs_digest=key,
             placement=placement,

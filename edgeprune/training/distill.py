@@ -26,7 +26,9 @@ from edgeprune.data.pairs import Pairs
 from edgeprune.families import Family
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.denoising import Conditioning, velocity
+from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.training.features import Catcher
+from edgeprune.training.levels import draw_levels
 from edgeprune.training.losses import distillation_loss
 from edgeprune.training.parallel import Parallel
 from edgeprune.training.prefix import SharedPrefix, common_blocks
@@ -82,11 +84,13 @@ class _Noisy:
         )
 
 
-def _noisy(pairs: Pairs, options: DistillOptions, recipe: Recipe, step: int) -> _Noisy:
-    """Draw the global batch of a step, with logit-normal sigma; the same in every process and after a resume."""
+def _noisy(pairs: Pairs, options: DistillOptions, recipe: Recipe, schedule: NoiseSchedule, step: int) -> _Noisy:
+    """Draw the global batch of a step; the same in every process and after a resume."""
     generator = step_generator(options.seed, step)
     batch = pairs.batch(options.batch, recipe.drop_captions, generator)
-    sigma = torch.sigmoid(torch.randn(options.batch, generator=generator))
+    shape = tuple(batch.latents.shape[1:])
+    sampled = schedule.sigmas(shape)[:-1]
+    sigma = draw_levels(recipe.levels, options.batch, schedule.shift(shape), sampled, generator)
     noise = torch.randn(batch.latents.shape, generator=generator)
     mixed = torch.lerp(batch.latents, noise, sigma.view(-1, 1, 1, 1))
     return _Noisy(
@@ -108,12 +112,13 @@ class _Models:
         plan: PrunePlan,
         options: DistillOptions,
         recipe: Recipe,
+        schedule: NoiseSchedule,
         guidance: float,
         parallel: Parallel,
     ) -> None:
         """Prepare the student for training. Call this before the weights are sharded."""
         self.family, self.teacher, self.student, self.plan, self.recipe = family, teacher, student, plan, recipe
-        self.guidance, self.parallel = guidance, parallel
+        self.schedule, self.guidance, self.parallel = schedule, guidance, parallel
         if options.gradient_checkpointing:
             checkpoint_activations(student)
         size = options.int4_group_size
@@ -237,7 +242,7 @@ def _train(models: _Models, state: _State, pairs: Pairs, save_every: int, progre
     options, parallel = state.options, models.parallel
     with stop.deferred():  # all ranks stop after the same step, see `asked`
         while state.step < options.steps:
-            noisy = _noisy(pairs, options, models.recipe, state.step)
+            noisy = _noisy(pairs, options, models.recipe, models.schedule, state.step)
             state.set_rates()
             loss_here = 0.0
             for rows in parallel.rows:
@@ -264,6 +269,7 @@ def distill(
     pairs: Pairs,
     options: DistillOptions,
     recipe: Recipe,
+    schedule: NoiseSchedule,
     state_path: Path,
     *,
     inputs_digest: str,
@@ -276,6 +282,7 @@ def distill(
 
     Args:
         recipe: what those options became that follow from the plan and the model.
+        schedule: the original's noise levels.
         state_path: the training state's file; a state of the same `inputs_digest` is resumed.
         placement: where training runs, and in how many micro-batches.
         guidance: the guidance scale for models that take it as an input.
@@ -290,7 +297,7 @@ def distill(
     groups = parameter_groups(family, student, plan, report, recipe, options.rate)
     optimizer: Any = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0)
     state = _State(state_path, inputs_digest, optimizer, options)
-    models = _Models(family, teacher, student, plan, options, recipe, guidance, parallel)
+    models = _Models(family, teacher, student, plan, options, recipe, schedule, guidance, parallel)
     state.prepare(models)
     models.begin(state.net)
     _train(models, state, pairs, save_every, progress)

@@ -16,6 +16,7 @@ from edgeprune.analysis.contribution import ContributionReport
 from edgeprune.common.errors import InputError
 from edgeprune.families import Family
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.training.levels import LEVELS
 from edgeprune.training.losses import LossWeights
 
 SENSITIVITIES = ("graded", "off")
@@ -46,6 +47,8 @@ class Recipe:
     lambda_feature: float = 1e-4
     drop_captions: float = 0.0
     """The fraction of samples trained with the empty prompt, which guidance evaluates too."""
+    levels: str = "shifted"
+    """How noise levels are drawn, see levels.py."""
 
     @property
     def weights(self) -> LossWeights:
@@ -71,6 +74,7 @@ class DistillOptions:
     lambda_output: float | None = None
     lambda_feature: float | None = None
     drop_captions: float | None = None
+    levels: str | None = None
     ema: float = 0.99
     """The decay of the moving average of the weights."""
     mixed_precision: str = "no"
@@ -92,6 +96,7 @@ class DistillOptions:
         for name, value, allowed in (
             ("--sensitivity", self.sensitivity, (None, *SENSITIVITIES)),
             ("--features", self.features, (None, *FEATURES)),
+            ("--levels", self.levels, (None, *LEVELS)),
             ("--schedule", self.schedule, SCHEDULES),
             ("--teacher-precision", self.teacher_precision, TEACHERS),
             ("--mixed-precision", self.mixed_precision, ("no", "bf16", "fp16")),

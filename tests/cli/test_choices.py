@@ -49,6 +49,7 @@ FIXED = {
     ("compare", "--metric"), ("score", "--metric"), ("generate", "--runtime"), ("bench", "--runtime"),
     ("score", "--runtime"), ("export", "--target"), ("export", "--device"), ("compress", "--fit"), ("plan", "--fit"),
     ("analyze", "--estimator"), ("distill", "--schedule"), ("distill", "--sensitivity"), ("distill", "--features"),
+    ("distill", "--levels"),
     ("distill", "--teacher-precision"), ("distill", "--mixed-precision"), ("compress", "--calibration"),
     ("quantize", "--calibration"), ("compress", "--preset"), ("compare", "--preset"), ("compress", "--group-size"),
     ("plan", "--group-size"), ("distill", "--group-size"), ("quantize", "--group-size"), ("study new", "--mode"),
@@ -174,6 +175,7 @@ def test_repeated_names_are_those_of_the_code() -> None:
     assert tuple(estimators._MODULES) == options.ESTIMATORS
     assert CALIBRATIONS == options.CALIBRATIONS
     assert recipe.FEATURES == options.FEATURES
+    assert recipe.LEVELS == options.LEVELS
     assert recipe.SCHEDULES == options.SCHEDULES
     assert (recipe.SENSITIVITIES, recipe.BINARY) == (options.SENSITIVITIES, options.BINARY)
     assert recipe.TEACHERS == options.TEACHER_PRECISIONS

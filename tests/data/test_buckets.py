@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from caching import MIXED, cached, images, opened
-from distilling import recipe
+from distilling import recipe, schedule
 from safetensors.torch import load_file
 from tiny import KINDS, TOKENS, config_of, tiny_inputs
 
@@ -102,8 +102,8 @@ def test_training_takes_latents_of_several_sizes(kind: str, tmp_path: Path) -> N
         student = prune(family, teacher, config, plan, None)
         options = DistillOptions(steps=steps, batch=2, rate=1e-3, sensitivity="off", int4_group_size=None)
         return distill(
-            family, teacher, student, plan, None, Pairs(samples(*sizes)), options, recipe(options), path,
-            inputs_digest="x", save_every=3,
+            family, teacher, student, plan, None, Pairs(samples(*sizes)), options, recipe(options), schedule(teacher),
+            path, inputs_digest="x", save_every=3,
         )[1]  # fmt: skip
 
     sizes = ((8, 8), (6, 10), (10, 6))

@@ -50,6 +50,13 @@ def test_baselines_are_distilled_as_by_their_authors() -> None:
     assert own == Recipe(features="attention", lambda_task=0, lambda_output=1, lambda_feature=1)
 
 
+def test_few_step_models_are_trained_on_their_steps() -> None:
+    four = Generation(num_inference_steps=4, guidance_scale=0.0)
+    assert recipe_of(DistillOptions(), BLOCKS, FAMILY, CONFIG, four).levels == "steps"
+    assert recipe_of(DistillOptions(levels="uniform"), BLOCKS, FAMILY, CONFIG, four).levels == "uniform"
+    assert recipe(BLOCKS).levels == "shifted"
+
+
 def test_captions_are_dropped_for_guided_models_alone() -> None:
     assert recipe(BLOCKS, guidance_scale=0).drop_captions == 0  # SD3.5 Large Turbo
     assert recipe(BLOCKS, guidance_scale=7).drop_captions == 0.1
@@ -86,6 +93,7 @@ def test_koala_stage_by_stage_is_koala(source: Path, tmp_path: Path) -> None:
     assert stored["features"] == "attention"
     assert (stored["lambda_task"], stored["lambda_output"], stored["lambda_feature"]) == (1, 1, 1)
     assert (stored["sensitivity"], stored["freeze_prefix"]) == ("off", False)
+    assert stored["levels"] == "steps"  # the tiny pipeline is sampled in four steps
     said = next(line for line in lines if line.startswith("distill: recipe of koala"))
     assert "task 1, output 1, feature 1 (attention)" in said and "all weights trained" in said
     assert "1 steps of 2, 4.9e-07 of the published training's samples (64000 steps of 64)" in said

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import recipe, setup
+from distilling import recipe, schedule, setup
 from safetensors import safe_open
 
 from edgeprune.common import stop
@@ -16,7 +16,7 @@ from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.quantization.int4 import round_int4
 from edgeprune.quantization.precision import precision_of
-from edgeprune.training.distill import distill
+from edgeprune.training.distill import _noisy, distill
 from edgeprune.training.losses import feature_loss
 from edgeprune.training.recipe import DistillOptions, Recipe, parameter_groups, strengths
 from edgeprune.training.resume import Ema, load_state
@@ -55,6 +55,7 @@ def run(
             pairs,
             chosen,
             recipe(chosen),
+            schedule(teacher),
             path,
             inputs_digest="x",
             guidance=3.5,
@@ -89,7 +90,7 @@ def test_sigterm_saves_at_the_next_step(tmp_path: Path) -> None:
     chosen = DistillOptions(steps=8, batch=4, rate=1e-3)
     with pytest.raises(stop.Stopped), stop.on_sigterm():
         distill(
-            family, teacher, student, plan, report, pairs, chosen, recipe(chosen), path,
+            family, teacher, student, plan, report, pairs, chosen, recipe(chosen), schedule(teacher), path,
             inputs_digest="x", guidance=3.5, save_every=100, progress=progress,
         )  # fmt: skip
     assert saved(path)[1]["step"] == 4
@@ -181,7 +182,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path: Path
     with pytest.raises(EdgepruneError, match="not finite at step"):
         distill(
             family, teacher, student, plan, report, pairs,
-            DistillOptions(steps=50, batch=4, rate=1e30), Recipe(), path, inputs_digest="x", save_every=1,
+            DistillOptions(steps=50, batch=4, rate=1e30), Recipe(), schedule(teacher), path,
+            inputs_digest="x", save_every=1,
         )  # fmt: skip
     assert path.is_file()
 
@@ -196,7 +198,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_lost(tmp_pat
 
     with pytest.raises(EdgepruneError, match=f"gradient is not finite at step 4; {path} holds the state after step 3"):
         distill(
-            family, teacher, student, plan, report, pairs, DistillOptions(steps=8, batch=4), Recipe(), path,
+            family, teacher, student, plan, report, pairs,
+            DistillOptions(steps=8, batch=4), Recipe(), schedule(teacher), path,
             inputs_digest="x", save_every=1, progress=progress,
         )  # fmt: skip
     modules, meta = saved(path)
@@ -218,6 +221,16 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_lost(tmp_pat
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="--"):
         DistillOptions(**options).check()
+
+
+def test_a_batch_has_the_levels_of_its_schedule_and_of_its_step() -> None:
+    _, teacher, _, _, _, pairs = setup()
+    options = DistillOptions(batch=64)
+    batches = [_noisy(pairs, options, Recipe(), schedule(teacher, shift=3.0), step) for step in range(64)]
+    sigma = torch.cat([batch.sigma for batch in batches])
+    assert float(sigma.median()) == pytest.approx(0.75, abs=0.02)
+    again = _noisy(pairs, options, Recipe(), schedule(teacher, shift=3.0), 5)
+    assert torch.equal(again.sigma, batches[5].sigma) and torch.equal(again.latents, batches[5].latents)
 
 
 def test_damaged_state_says_what_to_do(tmp_path: Path) -> None:
@@ -252,7 +265,17 @@ def test_training_on_rounded_weights_lowers_the_error_after_rounding(tmp_path: P
         )  # fmt: skip
         path = tmp_path / f"{group_size}.safetensors"
         state, _ = distill(
-            family, teacher, fresh, plan, report, pairs, options, recipe(options), path, inputs_digest="x"
+            family,
+            teacher,
+            fresh,
+            plan,
+            report,
+            pairs,
+            options,
+            recipe(options),
+            schedule(teacher),
+            path,
+            inputs_digest="x",
         )
         for name, tensor in state.items():
             if precision_of(family, name, tuple(tensor.shape), group_size=64).bits == 4:
@@ -269,7 +292,19 @@ def test_training_on_rounded_weights_lowers_the_error_after_rounding(tmp_path: P
 def test_training_on_rounded_weights_leaves_the_student_as_it_was_built(tmp_path: Path) -> None:
     family, teacher, student, plan, report, pairs = setup()
     options = DistillOptions(steps=2, batch=4)
-    distill(family, teacher, student, plan, report, pairs, options, Recipe(), tmp_path / "s", inputs_digest="x")
+    distill(
+        family,
+        teacher,
+        student,
+        plan,
+        report,
+        pairs,
+        options,
+        Recipe(),
+        schedule(teacher),
+        tmp_path / "s",
+        inputs_digest="x",
+    )
     assert not [n for n, m in student.named_modules() if "forward" in vars(m)]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import recipe, setup
+from distilling import recipe, schedule, setup
 
 from edgeprune.training import distill as training
 from edgeprune.training.prefix import common_blocks
@@ -24,7 +24,18 @@ def train(path: Path, kind: str, **options: Any) -> tuple[dict[str, torch.Tensor
         block.register_forward_hook(lambda *_, index=index: ran(index))
     chosen = DistillOptions(steps=4, batch=4, rate=1e-3, **options)
     found = training.distill(
-        family, teacher, student, plan, report, pairs, chosen, recipe(chosen), path, inputs_digest="x", guidance=3.5
+        family,
+        teacher,
+        student,
+        plan,
+        report,
+        pairs,
+        chosen,
+        recipe(chosen),
+        schedule(teacher),
+        path,
+        inputs_digest="x",
+        guidance=3.5,
     )
     assert not any(block._forward_hooks for block in family.blocks(teacher))
     return *found, runs

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import recipe, setup
+from distilling import recipe, schedule, setup
 from tiny import tiny_step, tiny_velocity
 
 from edgeprune.sampling.denoising import velocity
@@ -40,8 +40,8 @@ def train(path: Path, kind: str = "sd3", *, placement: Placement = Placement(), 
     chosen = DistillOptions(steps=4, batch=4, rate=1e-3, **options)
     before = {n: t.clone() for n, t in teacher.state_dict().items()}
     found = distill(
-        family, teacher, student, plan, report, pairs, chosen, recipe(chosen), path, inputs_digest="x",
-        placement=placement, guidance=3.5,
+        family, teacher, student, plan, report, pairs, chosen, recipe(chosen), schedule(teacher), path,
+        inputs_digest="x", placement=placement, guidance=3.5,
     )  # fmt: skip
     assert all(torch.equal(t, before[n]) for n, t in teacher.state_dict().items())
     return found
