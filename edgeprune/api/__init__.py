@@ -16,48 +16,113 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgeprune.api.analyzing import Analyzed, AnalyzeForecast, analyze, forecast_analyze
+    from edgeprune.api.benching import bench
     from edgeprune.api.compressing import Compressed, CompressForecast, compress, forecast_compress
+    from edgeprune.api.distilling import Distilled, DistillForecast, distill, forecast_distill
+    from edgeprune.api.drawing import Generated, generate
+    from edgeprune.api.exporting import Exported, export
+    from edgeprune.api.scoring import Scored, score
     from edgeprune.api.stages import Planned, Pruned, Quantized, plan, plan_of_config, prune, quantize
+    from edgeprune.bench.results import BenchResult
     from edgeprune.planning.options import PlanOptions
     from edgeprune.sampling.generation import GenerationOptions
     from edgeprune.stages.compress import preset
     from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions, QuantizeOptions
-    from edgeprune.training.recipe import DistillOptions
+    from edgeprune.training.recipe import DistillOptions, Placement
 
 __all__ = [
     "AnalyzeForecast",
     "AnalyzeOptions",
     "Analyzed",
+    "BenchResult",
     "CompressForecast",
     "CompressOptions",
     "Compressed",
     "DataOptions",
+    "DistillForecast",
     "DistillOptions",
+    "Distilled",
+    "Exported",
+    "Generated",
     "GenerationOptions",
+    "Placement",
     "PlanOptions",
     "Planned",
     "Pruned",
     "QuantizeOptions",
     "Quantized",
+    "Scored",
     "analyze",
+    "bench",
     "compress",
+    "distill",
+    "export",
     "forecast_analyze",
     "forecast_compress",
+    "forecast_distill",
+    "generate",
     "plan",
     "plan_of_config",
     "preset",
     "prune",
     "quantize",
+    "score",
 ]
 _MODULES = {
-    "api.analyzing": ("AnalyzeForecast", "Analyzed", "analyze", "forecast_analyze"),
-    "api.compressing": ("CompressForecast", "Compressed", "compress", "forecast_compress"),
-    "api.stages": ("Planned", "Pruned", "Quantized", "plan", "plan_of_config", "prune", "quantize"),
+    "api.analyzing": (
+        "AnalyzeForecast",
+        "Analyzed",
+        "analyze",
+        "forecast_analyze",
+    ),
+    "api.benching": ("bench",),
+    "api.compressing": (
+        "CompressForecast",
+        "Compressed",
+        "compress",
+        "forecast_compress",
+    ),
+    "api.distilling": (
+        "DistillForecast",
+        "Distilled",
+        "distill",
+        "forecast_distill",
+    ),
+    "api.drawing": (
+        "Generated",
+        "generate",
+    ),
+    "api.exporting": (
+        "Exported",
+        "export",
+    ),
+    "api.scoring": (
+        "Scored",
+        "score",
+    ),
+    "api.stages": (
+        "Planned",
+        "Pruned",
+        "Quantized",
+        "plan",
+        "plan_of_config",
+        "prune",
+        "quantize",
+    ),
+    "bench.results": ("BenchResult",),
     "planning.options": ("PlanOptions",),
     "sampling.generation": ("GenerationOptions",),
     "stages.compress": ("preset",),
-    "stages.options": ("AnalyzeOptions", "CompressOptions", "DataOptions", "QuantizeOptions"),
-    "training.recipe": ("DistillOptions",),
+    "stages.options": (
+        "AnalyzeOptions",
+        "CompressOptions",
+        "DataOptions",
+        "QuantizeOptions",
+    ),
+    "training.recipe": (
+        "DistillOptions",
+        "Placement",
+    ),
 }
 _MODULE_OF = {name: f"edgeprune.{module}" for module, names in _MODULES.items() for name in names}
 

@@ -99,6 +99,29 @@ class BenchResult:
     settings: dict[str, Any]
     schema_version: int = field(default=SCHEMA_VERSION)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for json.dump; docs/bench.md describes them."""
+        return {
+            "schema_version": self.schema_version,
+            "machine": self.machine,
+            "settings": self.settings,
+            "variants": [
+                {k: v for k, v in vars(m).items() if k not in ("values", "quality")}
+                | m.values
+                | {"quality": vars(m.quality) if m.quality else None}
+                for m in self.variants
+            ],
+            "comparisons": {
+                name: c.ratios
+                | {
+                    "step_p50_ratio_interval": c.step_p50_ratio_interval and list(c.step_p50_ratio_interval),
+                    "psnr_db": c.psnr_db,
+                    "score_drop": c.score_drop,
+                }
+                for name, c in self.comparisons.items()
+            },
+        }
+
 
 def compare(first: Measured, other: Measured, psnr: float | None, *, draws: int = 2000, seed: int = 0) -> Comparison:
     """Return the ratios other / first; None between the memory of a process and that of a GPU."""
@@ -121,30 +144,6 @@ def compare(first: Measured, other: Measured, psnr: float | None, *, draws: int 
     if first.quality and other.quality and first.quality.score > 0:
         drop = 1 - other.quality.score / first.quality.score
     return Comparison(ratios=ratios, step_p50_ratio_interval=interval, psnr_db=psnr, score_drop=drop)
-
-
-def to_json(result: BenchResult) -> dict[str, Any]:
-    """Return plain values for json.dump; docs/bench.md describes them."""
-    return {
-        "schema_version": result.schema_version,
-        "machine": result.machine,
-        "settings": result.settings,
-        "variants": [
-            {k: v for k, v in vars(m).items() if k not in ("values", "quality")}
-            | m.values
-            | {"quality": vars(m.quality) if m.quality else None}
-            for m in result.variants
-        ],
-        "comparisons": {
-            name: c.ratios
-            | {
-                "step_p50_ratio_interval": c.step_p50_ratio_interval and list(c.step_p50_ratio_interval),
-                "psnr_db": c.psnr_db,
-                "score_drop": c.score_drop,
-            }
-            for name, c in result.comparisons.items()
-        },
-    }
 
 
 def load(path: Path) -> dict[str, Any]:

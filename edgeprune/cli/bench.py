@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.api.folders import source_of
+from edgeprune import api
 from edgeprune.cli import choices, screen
-from edgeprune.common.errors import CannotRunError
 
 EPILOG = 'Example: edgeprune bench small-onnx --assert "peak_ratio<=0.9"  ·  edgeprune bench small-* --runtime all'
 
@@ -61,46 +60,17 @@ def bench(
     """
     from rich.console import Console
 
-    from edgeprune.artefact.resolve import resolve
-    from edgeprune.bench import assertions, results, tables
-    from edgeprune.bench import run as bench_run
+    from edgeprune.bench import assertions, tables
     from edgeprune.common.files import write_json
 
     for expression in check or []:
         assertions.parse_expression(expression)
-    pairs = _pairs(folders, runtime)
-    names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]
-    variants = [bench_run.Variant("original", resolve(baseline or source_of(folders[0])), "eager", "bf16")]
-    variants += [bench_run.Variant(n, folder, name) for n, (folder, name) in zip(names, pairs, strict=True)]
-    result = bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, progress=screen.say)
+    result = api.bench(
+        folders, runtime=runtime, baseline=baseline, repeats=repeats, steps=steps, quality=quality,
+        progress=lambda what, *_: screen.say(what),
+    )  # fmt: skip
     Console().print(tables.table(result))
     if json_file:
-        write_json(json_file, results.to_json(result))
+        write_json(json_file, result.to_json())
         screen.say(f"wrote {json_file}")
     assertions.assert_expressions(result, check or [])
-
-
-def _pairs(folders: list[Path], runtime: str | None) -> list[tuple[Path, str]]:
-    """Return what to measure: folders with a runtime each. Folders that nothing here can run are named.
-
-    Raises:
-        CannotRunError: nothing here can run any of the folders.
-    """
-    from edgeprune import runtimes
-
-    pairs: list[tuple[Path, str]] = []
-    refusals: list[CannotRunError] = []
-    for folder in folders:
-        try:
-            fitting = runtimes.runnable(folder) if runtime == "all" else [runtimes.choose(folder, runtime)]
-        except CannotRunError as refusal:  # another device's folder, which does not stop the others
-            refusals.append(refusal)
-            continue
-        pairs += [(folder, name) for name in fitting]
-    if not pairs:
-        raise refusals[0]
-    for left_out in refusals:
-        screen.say(f"left out: {left_out}")
-    for name in {name for _, name in pairs}:
-        screen.say_conflicts(name)
-    return pairs

@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from edgeprune.api.folders import open_folder
+from edgeprune import api
+from edgeprune.api.folders import check_begun, is_builtin
 from edgeprune.cli import choices, options, screen
 from edgeprune.common import processes
-
-if TYPE_CHECKING:
-    from edgeprune.stages.workspace import Workspace
-    from edgeprune.training.recipe import DistillOptions, Placement
 
 EPILOG = "Example: edgeprune distill -o small --data images/ --steps 2000 --rate 1e-4"
 
@@ -219,15 +216,11 @@ def distill(
     from dataclasses import replace
 
     from edgeprune.data.settings import check_source
-    from edgeprune.stages.compress import preset
-    from edgeprune.stages.distill import run as run_distill
-    from edgeprune.stages.options import DataOptions
-    from edgeprune.training.recipe import Placement
 
     if data:
         check_source(data)
-    ws = open_folder(out, fresh=fresh)
-    base = preset("default", builtin=ws.builtin)
+    check_begun(out)
+    base = api.preset("default", builtin=is_builtin(out))
     assert base.distill is not None
     chosen = replace(
         base.distill, **options.given(steps=steps, batch=batch, rate=rate, schedule=schedule, ema=ema),
@@ -238,22 +231,15 @@ def distill(
         teacher_precision=teacher_precision, gradient_checkpointing=gradient_checkpointing,
         int4_group_size=group_size if quantize_aware else None, seed=seed,
     )  # fmt: skip
-    placement = Placement(accumulate=accumulate, teacher_offload=teacher_offload)
+    placement = api.Placement(accumulate=accumulate, teacher_offload=teacher_offload)
     if dry_run:
-        return _forecast(ws, chosen, placement, config, as_json)
-    source = DataOptions(source=data or base.data.source, samples=samples or base.data.samples)
+        numbers = api.forecast_distill(out, chosen, placement=placement, config=config).to_json()
+        remark = "of one process, on its device; kernels, communication and the allocator need more"
+        return screen.show_forecast(numbers, remark, as_json)
+    source = api.DataOptions(source=data or base.data.source, samples=samples or base.data.samples)
     with screen.bars() as progress:
-        ran = run_distill(ws, chosen, source, progress, placement=placement)
-    stage = ws.manifest.stages["distill"]
-    screen.say(f"loss {stage['first_loss']:.4f} -> {stage['last_loss']:.4f}" + ("" if ran else " (already done)"))
+        done = api.distill(out, chosen, source, placement=placement, fresh=fresh, progress=progress)
+    screen.say(f"loss {done.first_loss:.4f} -> {done.last_loss:.4f}" + ("" if done.ran else " (already done)"))
     screen.say(f"next: edgeprune quantize -o {out}")
-
-
-def _forecast(ws: Workspace, chosen: DistillOptions, placement: Placement, config: str | None, as_json: bool) -> None:
-    """Show the memory of one process."""
-    from edgeprune.stages.distill import forecast
-    from edgeprune.training.launch import launch_file
-
-    numbers = forecast(ws, chosen, placement, launch_file(config) if config else None)
-    remark = "of one process, on its device; kernels, communication and the allocator need more"
-    screen.show_forecast(numbers, remark, as_json)
+    if as_json:
+        screen.print_json(done.to_json())

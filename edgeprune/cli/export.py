@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.api.folders import check_out
+from edgeprune import api
 from edgeprune.cli import choices, options, screen
-from edgeprune.common import heap
 
 EPILOG = "Example: edgeprune export small --target onnx -o small-onnx"
 
@@ -40,16 +39,9 @@ def export(
     The export fails if it does not compute the same as the checkpoint. If it is interrupted or the disk is full, it
     leaves OUT.partial, and the same command resumes from there.
     """
-    from edgeprune.targets import for_format
-
-    chosen = for_format(target, device)
-    check_out(out)
-    heap.large_pages()
-    from edgeprune import export as exporting
-
     with screen.bars() as progress:
-        record = exporting.export(artefact, out, target, chosen, progress=progress)
+        done = api.export(artefact, out, target, device=device, progress=progress)
     screen.say("parity holds: the export computes the same as the checkpoint")
     screen.say(f'next: edgeprune generate "two red circles" --model {out} -o out.png, or: edgeprune bench {out}')
     if as_json:
-        screen.print_json(record)
+        screen.print_json(done.to_json())

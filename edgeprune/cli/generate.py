@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from edgeprune import api
 from edgeprune.cli import choices, options, screen
 from edgeprune.common.errors import InputError
 
@@ -52,6 +53,7 @@ def generate(
         int | None, typer.Option(help="Width in pixels.", show_default=_OWN, rich_help_panel=options.IMAGES)
     ] = None,
     runtime: options.RuntimeName = None,
+    as_json: options.AsJson = False,
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Load the networks of one stage at a time.")
     ] = False,
@@ -67,28 +69,18 @@ def generate(
     ] = None,
 ) -> None:  # fmt: skip
     """Draw one image with the runtime that fits the folder."""
-    from edgeprune import runtimes
-    from edgeprune.runtimes.base import check_size, read_settings
-
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"-o {out}: expected a name ending in .png, .jpg or .webp")
     if not out.parent.is_dir():
         raise InputError(f"-o {out}: no such folder {out.parent}")
-    load_options = {"low_memory": low_memory, "provider": provider, "cache_dir": cache_dir}
-    load_options = {name: value for name, value in load_options.items() if value}
-    runtime = runtime or ("ort" if provider else None)  # only ONNX Runtime has providers
-    chosen = runtimes.choose(model, runtime)
-    screen.say_conflicts(chosen)
-    runtimes.RUNTIMES[chosen].require()
-    settings = read_settings(model)  # refuses a bad size before gigabytes are loaded
-    defaults = settings.generation
-    sides = defaults.height if height is None else height, defaults.width if width is None else width
-    check_size(settings, *sides, where="" if height is None and width is None else "--")
-    with runtimes.load(model, runtime, **load_options) as opened, screen.bars() as progress:
-        image = opened.generate(
-            prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale,
-            height=height, width=width, seed=seed, progress=lambda done, total: progress("generate", done, total, ""),
-        )[0]  # fmt: skip
-    image.save(out)
-    where = f"{opened.name} on {opened.backend.provider} ({opened.backend.why})"
-    screen.say(f"{out}: {image.width}x{image.height}, seed {seed}; {where}")
+    generation = api.GenerationOptions(steps, guidance_scale, height, width)
+    with screen.bars() as progress:
+        drawn = api.generate(
+            model, prompt, negative_prompt=negative_prompt, seed=seed, generation=generation, runtime=runtime,
+            low_memory=low_memory, provider=provider, cache_dir=cache_dir, progress=progress,
+        )  # fmt: skip
+    drawn.image.save(out)
+    where = f"{drawn.runtime} on {drawn.provider} ({drawn.provider_why})"
+    screen.say(f"{out}: {drawn.image.width}x{drawn.image.height}, seed {seed}; {where}")
+    if as_json:
+        screen.print_json({"out": str(out), **drawn.to_json()})

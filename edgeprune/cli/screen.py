@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from edgeprune.common import processes, stop
-from edgeprune.common.extras import conflicts
 from edgeprune.common.terminal import printable
 
 FLOORS = "floors assume the speed of a plain matrix product on this machine; expect more"
@@ -37,12 +36,6 @@ def say(text: str) -> None:
 
     if processes.is_main():
         Console(stderr=True, soft_wrap=True, highlight=False).print(printable(text), markup=False)
-
-
-def say_conflicts(runtime: str) -> None:
-    """Name the installed packages that break this runtime."""
-    for conflict in conflicts() if runtime == "ort" else []:
-        say(f"conflict: {conflict}")
 
 
 def print_json(data: Any) -> None:

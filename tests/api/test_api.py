@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from stage_fixtures import source  # noqa: F401
 from stage_runs import OPTIONS
 from typer.testing import CliRunner
 
-from edgeprune import api
+from edgeprune import api, export, targets
 from edgeprune.api import _MODULE_OF
 from edgeprune.cli import app
 from edgeprune.common.errors import BudgetError, InputError, StaleStageError
@@ -68,12 +69,19 @@ def test_the_stages_one_by_one(source: Path, tmp_path: Path) -> None:  # noqa: F
     pruned = api.prune(out)
     assert pruned.ran and (out / "transformer").is_dir()
     assert printed("prune", "-o", out) == as_printed(pruned) | {"ran": False}
+    distilled = api.distill(out, OPTIONS.distill, OPTIONS.data)
+    assert distilled.ran and distilled.last_loss > 0
+    needed = api.forecast_distill(out, OPTIONS.distill)
+    assert needed.rank_bytes > needed.teacher_bytes > needed.student_bytes > 0 and needed.processes == 1
+    words = ("--data", "shapes", "--samples", 16, "--steps", 3, "--batch", 2)
+    assert printed("distill", "-o", out, *words) == as_printed(distilled) | {"ran": False}
+    assert printed("distill", "-o", out, *words, "--dry-run") == as_printed(needed)
     quantized = api.quantize(out)
     stored = sum(p.stat().st_size for p in (out / "transformer_int4").glob("*.safetensors"))
     assert quantized.ran and 0 < quantized.weights_bytes <= stored
     assert printed("quantize", "-o", out) == as_printed(quantized) | {"ran": False}
     commands = [s["command"] for s in json.loads((out / "edgeprune.json").read_text())["stages"].values()]
-    assert commands == ["", "", "", ""]  # nothing was typed
+    assert commands == [""] * 5  # nothing was typed
 
 
 def test_compress(source: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -107,3 +115,53 @@ def test_a_folder_is_resumed_with_its_settings(source: Path, tmp_path: Path) -> 
     assert not api.analyze(None, out, OPTIONS.analyze).ran
     with pytest.raises(StaleStageError, match="begun with height 32"):
         api.analyze(None, out, OPTIONS.analyze, generation=api.GenerationOptions(height=64))
+
+
+def test_export(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """The writing itself is tested in tests/export; here it only takes note of what it was asked."""
+    asked = []
+
+    def write(*arguments: Any, progress: Any) -> dict[str, Any]:
+        asked.append(arguments)
+        return {"target": "onnx", "quantized": False, "parity": {"vae_decoder": {"psnr_db": 90.0}}}
+
+    monkeypatch.setattr(export, "export", write)
+    made = api.export(str(source), tmp_path / "onnx", device="cpu-arm")
+    assert asked == [(source, tmp_path / "onnx", "onnx", targets.load("cpu-arm"))]
+    assert (made.out, made.target, made.device, made.quantized) == (tmp_path / "onnx", "onnx", "cpu-arm", False)
+    assert printed("export", source, "-o", tmp_path / "onnx", "--device", "cpu-arm") == as_printed(made) == made.record
+    with pytest.raises(InputError, match="is a file"):
+        api.export(source, source / "model_index.json" / "onnx")
+
+
+def test_generate(tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tiny_folders[1]
+    drawn = api.generate(folder, "two red circles", generation=api.GenerationOptions(height=32), seed=3)
+    assert drawn.image.size == (64, 32) and drawn.runtime in ("openvino", "ort")
+    words = ("two red circles", "--model", folder, "--height", 32, "--seed", 3, "-o", tmp_path / "out.png")
+    assert printed("generate", *words) == {"out": str(tmp_path / "out.png")} | as_printed(drawn)
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.tobytes() == drawn.image.tobytes()
+    with pytest.raises(InputError, match="--height: found 63, expected a multiple of 8"):
+        api.generate(folder, "x", generation=api.GenerationOptions(height=63))
+
+
+def test_score(source: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    made = api.score(source, ["psnr"], against=source, prompts=tmp_path / "prompts.txt", out=tmp_path / "images")
+    assert made.scores[0].score[0] == 100 and made.drawn == ("images", "original")
+    words = ("--metric", "psnr", "--against", source, "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "images")
+    assert printed("score", source, *words) == as_printed(made)
+    again = api.score(tmp_path / "images" / "images", ["psnr"], against=tmp_path / "images" / "original")
+    assert again.drawn == () and again.scores == made.scores
+
+
+def test_bench(source: Path, tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+    told: list[str] = []
+    found = api.bench([tiny_folders[1]], baseline=source, repeats=2, progress=lambda what, *_: told.append(what))
+    assert [m.name for m in found.variants] == ["original", "compressed"] and told
+    assert found.comparisons["compressed"].ratios["step_p50_ratio"]
+    data = as_printed(found)
+    assert data["variants"][1]["step_p50_s"] == found.variants[1].values["step_p50_s"]
+    with pytest.raises(InputError, match="nowhere"):
+        api.bench([tmp_path / "nowhere"], baseline=source)

@@ -16,7 +16,7 @@ from edgeprune.bench import worker
 from edgeprune.bench.assertions import assert_expressions, parse_expression
 from edgeprune.bench.disk import disk_bytes, weights_bytes
 from edgeprune.bench.machine import machine
-from edgeprune.bench.results import MEASURES, BenchResult, Measured, Quality, compare, load, to_json
+from edgeprune.bench.results import MEASURES, BenchResult, Measured, Quality, compare, load
 from edgeprune.bench.run import Variant, _score, _worker, psnr_db, run
 from edgeprune.bench.tables import table
 from edgeprune.common.errors import AssertionMissedError, EdgepruneError, InputError
@@ -60,7 +60,7 @@ def test_ratios(result: BenchResult) -> None:
 
 
 def test_json_and_table(result: BenchResult) -> None:
-    data = json.loads(json.dumps(to_json(result), allow_nan=False))
+    data = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert data["schema_version"] == 2
     assert [v["name"] for v in data["variants"]] == ["original", "compressed"]
     assert data["variants"][1]["peak_bytes"] == 20.0 and data["variants"][1]["quality"]["score"] == 0.81
@@ -74,7 +74,7 @@ def test_json_and_table(result: BenchResult) -> None:
 
 def test_what_is_written_is_read_again(result: BenchResult, tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    write_json(path, to_json(result))
+    write_json(path, result.to_json())
     assert load(path) == json.loads(path.read_text())
 
 
@@ -93,14 +93,14 @@ def test_a_file_that_is_not_a_bench_is_refused(
     change: dict[str, Any], said: str, result: BenchResult, tmp_path: Path
 ) -> None:
     path = tmp_path / "bench.json"
-    write_json(path, to_json(result) | change)
+    write_json(path, result.to_json() | change)
     with pytest.raises(InputError, match=f"bench.json: {said}"):
         load(path)
 
 
 def test_documented(result: BenchResult) -> None:
     text = (Path(__file__).parents[2] / "docs" / "bench.md").read_text("utf-8")
-    data = to_json(result)
+    data = result.to_json()
     names = {*data, *data["variants"][0], *data["comparisons"]["compressed"], *data["machine"]}
     assert [n for n in sorted(names) if n not in text] == []
 
@@ -224,7 +224,7 @@ def test_two_variants_for_real(tiny_folders: tuple[Path, Path]) -> None:
     psnr = found.comparisons["exported"].psnr_db
     assert psnr is not None and psnr > 60  # the same weights in float32
     assert any("7 of 7" in line for line in lines)
-    json.dumps(to_json(found), allow_nan=False)
+    json.dumps(found.to_json(), allow_nan=False)
 
 
 def test_a_damaged_folder_is_the_users_error(tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""`distill`: train the shorter transformer, and what a process needs for that."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.api.folders import AnyPath, check_begun, open_folder
+from edgeprune.common.progress import Progress, silent
+
+if TYPE_CHECKING:  # the functions import these after their checks: torch takes seconds
+    from edgeprune.stages.options import DataOptions
+    from edgeprune.stages.workspace import Workspace
+    from edgeprune.training.recipe import DistillOptions, Placement
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """The result of `distill`."""
+
+    out: Path
+    ran: bool
+    """False if the stage was done already."""
+    first_loss: float
+    """Mean over the first ten steps."""
+    last_loss: float
+    """Mean over the last ten steps."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `edgeprune distill --json` prints."""
+        return {"out": str(self.out), "ran": self.ran, "first_loss": self.first_loss, "last_loss": self.last_loss}
+
+
+@dataclass(frozen=True)
+class DistillForecast:
+    """The memory that one process of `distill` holds, by what it is used for."""
+
+    teacher_bytes: int
+    student_bytes: int
+    gradients_bytes: int
+    moments_bytes: int
+    """Of AdamW."""
+    average_bytes: int
+    """The moving average of the weights."""
+    gathered_bytes: int
+    """Blocks that are gathered from other processes to compute with them."""
+    activations_bytes: int
+    rank_bytes: int
+    """The sum."""
+    processes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `edgeprune distill --dry-run --json` prints."""
+        return asdict(self)
+
+
+def distill(
+    out: AnyPath,
+    options: DistillOptions | None = None,
+    data: DataOptions | None = None,
+    *,
+    placement: Placement | None = None,
+    fresh: bool = False,
+    progress: Progress = silent,
+) -> Distilled:
+    """Train the pruned transformer to reproduce the original; the result replaces `transformer/`.
+
+    An interrupted call resumes from its last saved state. Under `accelerate launch` every process calls this.
+
+    Args:
+        out: a pruned folder.
+        options: the recipe; None for the default of the folder's model.
+        data: what it learns from; None for the default of the folder's model.
+        placement: micro-batches, and where the teacher's weights are; None for one micro-batch on one device.
+        fresh: train again where that was done with other options or other data.
+        progress: called after each step and each part of the data.
+
+    Raises:
+        InputError: nothing is pruned yet, scores are missing, or an option or the data is not usable.
+        StaleStageError: the folder was distilled with other options, and `fresh` is not set.
+        LockedError: another process uses the folder.
+        EdgepruneError: the loss is not finite; the last good state stays on disk.
+    """
+    check_begun(out)
+    _check(data)
+    ws = open_folder(out, fresh=fresh)
+    from edgeprune.stages.compress import preset
+    from edgeprune.stages.distill import run
+    from edgeprune.training.recipe import HERE
+
+    default = preset("default", builtin=ws.builtin)
+    ran = run(ws, _chosen(ws, options), data or default.data, progress, placement=placement or HERE)
+    stage = ws.manifest.stages["distill"]
+    return Distilled(out=ws.out, ran=ran, first_loss=stage["first_loss"], last_loss=stage["last_loss"])
+
+
+def forecast_distill(
+    out: AnyPath,
+    options: DistillOptions | None = None,
+    *,
+    placement: Placement | None = None,
+    config: AnyPath | None = None,
+) -> DistillForecast:
+    """Forecast the memory of `distill` from configs alone. Nothing is written.
+
+    Args:
+        out: a folder with a plan.
+        options: the recipe; None for the default of the folder's model.
+        placement: as for `distill`.
+        config: YAML file of `accelerate config`, or the name of one that ships with edgeprune; None for one process.
+
+    Raises:
+        InputError: there is no plan yet, or an option or the config is not usable.
+    """
+    ws = open_folder(out)
+    from edgeprune.stages.distill import forecast
+    from edgeprune.training.launch import launch_file
+    from edgeprune.training.recipe import HERE
+
+    file = launch_file(str(config)) if config else None
+    return DistillForecast(**forecast(ws, _chosen(ws, options), placement or HERE, file))
+
+
+def _check(data: DataOptions | None) -> None:
+    """Refuse data that cannot be used, before the folder is opened."""
+    from edgeprune.data.settings import check_source
+
+    if data is not None and data.source:
+        check_source(data.source)
+
+
+def _chosen(ws: Workspace, options: DistillOptions | None) -> DistillOptions:
+    """Return the options, or the default of the folder's model."""
+    from edgeprune.stages.compress import preset
+    from edgeprune.training.recipe import DistillOptions
+
+    return options or preset("default", builtin=ws.builtin).distill or DistillOptions()

@@ -1,0 +1,107 @@
+"""`generate`: one image, with the runtime that fits the folder. Needs no torch for an export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.api.folders import AnyPath
+from edgeprune.common.extras import conflicts
+from edgeprune.common.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from edgeprune.sampling.generation import GenerationOptions
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The result of `generate`."""
+
+    image: Image
+    prompt: str
+    seed: int
+    runtime: str
+    """The runtime that drew it: ort, eager, ..."""
+    provider: str
+    """Where the runtime computed, in its own term."""
+    provider_why: str
+    """Why it computed there."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `edgeprune generate --json` prints besides the file's name. Sizes are in pixels."""
+        return {
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "width": self.image.width,
+            "height": self.image.height,
+            "runtime": self.runtime,
+            "provider": self.provider,
+            "provider_why": self.provider_why,
+        }
+
+
+def generate(
+    model: AnyPath,
+    prompt: str,
+    *,
+    negative_prompt: str = "",
+    seed: int = 0,
+    generation: GenerationOptions | None = None,
+    runtime: str | None = None,
+    low_memory: bool = False,
+    provider: str | None = None,
+    cache_dir: AnyPath | None = None,
+    progress: Progress = silent,
+) -> Generated:
+    """Draw one image. For several from one loaded model, use `edgeprune.runtimes.load`.
+
+    Args:
+        model: an export, an artefact folder or a diffusers folder.
+        prompt: what to draw.
+        negative_prompt: what guidance steers away from.
+        seed: of the starting noise; the same noise in every runtime, but not that of diffusers.
+        generation: steps, guidance scale and size; None for the model's own.
+        runtime: ort, openvino, trt, coreml or eager; None for the first installed one that fits.
+        low_memory: load the networks of one stage at a time.
+        provider: execution provider of ONNX Runtime; None for the first one here.
+        cache_dir: where ort and openvino keep prepared weights, for a faster next start.
+        progress: called after each denoising step.
+
+    Raises:
+        InputError: the folder is not usable, or a setting is out of range.
+        MissingExtraError: a package of the runtime is not installed.
+        CannotRunError: the export is for another device.
+    """
+    from edgeprune import runtimes
+    from edgeprune.runtimes.base import check_size, read_settings
+    from edgeprune.sampling.generation import GenerationOptions
+
+    folder, chosen = Path(model), generation or GenerationOptions()
+    load_options = {"low_memory": low_memory, "provider": provider, "cache_dir": cache_dir}
+    load_options = {name: value for name, value in load_options.items() if value}
+    runtime = runtimes.choose(folder, runtime or ("ort" if provider else None))  # only ONNX Runtime has providers
+    say_conflicts(runtime, progress)
+    runtimes.RUNTIMES[runtime].require()
+    settings = read_settings(folder)  # refuses a bad size before gigabytes are loaded
+    asked = chosen.height is not None or chosen.width is not None
+    images = settings.generation.changed(chosen, "options")
+    check_size(settings, images.height, images.width, where="--" if asked else "")
+    with runtimes.load(folder, runtime, **load_options) as opened:
+        (image,) = opened.generate(
+            prompt, negative_prompt=negative_prompt, steps=chosen.num_inference_steps,
+            guidance_scale=chosen.guidance_scale, height=chosen.height, width=chosen.width, seed=seed,
+            progress=lambda done, total: progress("generate", done, total, ""),
+        )  # fmt: skip
+        return Generated(
+            image=image, prompt=prompt, seed=seed, runtime=opened.name, provider=opened.backend.provider,
+            provider_why=opened.backend.why,
+        )  # fmt: skip
+
+
+def say_conflicts(runtime: str, progress: Progress) -> None:
+    """Name the installed packages that break this runtime."""
+    for conflict in conflicts() if runtime == "ort" else []:
+        progress(f"conflict: {conflict}")

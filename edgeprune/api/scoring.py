@@ -1,0 +1,171 @@
+"""`score`: images of a model, or images that exist already, by any metric."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.api.folders import AnyPath, check_model, check_out
+from edgeprune.common.errors import InputError
+from edgeprune.common.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from edgeprune.metrics.scoring import Score, Wish
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The result of `score`."""
+
+    scores: tuple[Score, ...]
+    """One per metric, with 95 % bootstrap intervals over prompts."""
+    folder: str
+    """What was scored."""
+    against: str | None
+    """The original."""
+    weights: Mapping[str, str]
+    """The metrics' weights by name."""
+    steps: int | None
+    prompts_sha256: str | None
+    """Of the file of prompts, if one was given."""
+    drawn: tuple[str, ...]
+    """Which images were drawn for this: `images`, `original`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `edgeprune score --json` prints; docs/metrics.md describes it."""
+        from edgeprune.metrics import scoring
+
+        settings = {
+            "folder": self.folder,
+            "against": self.against,
+            "weights": dict(self.weights),
+            "steps": self.steps,
+            "prompts_sha256": self.prompts_sha256,
+        }
+        return scoring.to_json(self.scores) | {"settings": settings}
+
+
+def score(
+    folder: AnyPath,
+    metrics: Sequence[str],
+    *,
+    against: AnyPath | None = None,
+    weights: Mapping[str, str] | None = None,
+    prompts: AnyPath | None = None,
+    per_task: int | None = None,
+    seeds: int = 1,
+    runtime: str | None = None,
+    steps: int | None = None,
+    out: AnyPath | None = None,
+    progress: Progress = silent,
+) -> Scored:
+    """Score images by each metric, and with `against` also what was lost, in pairs of images of the same prompt.
+
+    Args:
+        folder: a model folder or hub id to draw with, or a folder of images with metadata.jsonl.
+        metrics: names: clip, geneval, hpsv2, lpips, psnr, shapes, ssim.
+        against: the original: a model folder, a hub id, `built-in`, or a folder of images of the same prompts.
+        weights: paths of the metrics' weights by name.
+        prompts: a text file with one prompt per line; None for the metric's own prompts, else edgeprune's list.
+        per_task: geneval and shapes: number of prompts of each task; None for all.
+        seeds: images per prompt.
+        runtime: the runtime to draw with; None for the first installed one that fits.
+        steps: denoising steps of an image; None for the model's own.
+        out: keep the images here, so that an interrupted call resumes; None removes them.
+        progress: called after each batch.
+
+    Raises:
+        InputError: a folder, a metric, its weights or a prompt is not usable, or `out` holds other images.
+        MissingExtraError: a package that a metric imports is not installed.
+    """
+    for model in (folder, *([against] if against else [])):
+        check_model(model)
+    if out:
+        check_out(out)
+    from edgeprune.common.files import sha256_file
+    from edgeprune.metrics import scoring
+
+    paths = dict(weights or {})
+    scoring.check(metrics, paths, against is not None)
+    places = {"images": _images_or_model(folder)} | ({"original": _images_or_model(against)} if against else {})
+    ready = [path for path in places.values() if scoring.is_images(path)]
+    if ready and (prompts or per_task or seeds > 1):
+        raise InputError(f"{ready[0]} already has prompts; omit --prompts, --per-task and --seeds")
+    file = Path(prompts) if prompts else None
+    if ready:
+        wishes = _wishes_of(ready[0], metrics)
+    else:
+        wishes = scoring.wishes(metrics, prompts=file, per_task=per_task, seeds=seeds)
+    scores = _drawn_and_scored(places, ready, wishes, metrics, paths, runtime, steps, out, progress)
+    return Scored(
+        scores=tuple(scores),
+        folder=str(folder),
+        against=None if against is None else str(against),
+        weights=paths,
+        steps=steps,
+        prompts_sha256=sha256_file(file) if file else None,
+        drawn=tuple(name for name, place in places.items() if place not in ready),
+    )
+
+
+def _wishes_of(images: Path, metrics: Sequence[str]) -> list[Wish]:
+    """Return the prompts and seeds of images that exist already."""
+    from edgeprune.data.imagefolder import read_samples
+    from edgeprune.metrics import scoring
+
+    wishes = [scoring.Wish(s.text, i if s.seed is None else s.seed) for i, s in enumerate(read_samples(images))]
+    scoring.check_prompts(metrics, [w.text for w in wishes])
+    return wishes
+
+
+def _drawn_and_scored(
+    places: dict[str, Path],
+    ready: list[Path],
+    wishes: list[Wish],
+    metrics: Sequence[str],
+    weights: dict[str, str],
+    runtime: str | None,
+    steps: int | None,
+    out: AnyPath | None,
+    progress: Progress,
+) -> list[Score]:
+    """Draw the images that do not exist yet, and score all."""
+    from edgeprune.data.imagefolder import read_samples
+    from edgeprune.metrics import scoring
+
+    with ExitStack() as stack:
+        kept = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeprune-score-")))
+        folders = dict(places)
+        for name, place in places.items():
+            if place not in ready:
+                # The runtime is about the export; its original is a diffusers folder.
+                scoring.draw(
+                    place, kept / name, wishes, runtime=runtime if name == "images" else None, steps=steps,
+                    progress=progress,
+                )  # fmt: skip
+                folders[name] = kept / name
+        samples = {name: read_samples(folder) for name, folder in folders.items()}
+        return scoring.score(
+            samples["images"], metrics, against=samples.get("original"), weights=weights, progress=progress
+        )
+
+
+def _images_or_model(model: AnyPath) -> Path:
+    """Return the folder of images or of a model that the user named; `built-in` is the built-in model."""
+    folder = Path(model)
+    if folder.is_dir():
+        from edgeprune.data.imagefolder import METADATA
+
+        if not any((folder / name).is_file() for name in (METADATA, "edgeprune_export.json", "model_index.json")):
+            raise InputError(
+                f"{folder}: found none of {METADATA} (images with their prompts), edgeprune_export.json (an export), "
+                "model_index.json (a diffusers pipeline), expected one"
+            )
+        return folder
+    from edgeprune.artefact.resolve import resolve
+
+    return resolve(None if str(model) == "built-in" else str(model))
