@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
@@ -258,9 +258,32 @@ def swapped(swaps: Iterable[Swap]) -> Iterator[None]:
             setattr(swap.owner, swap.attribute, original)
 
 
+def collapsed(family: Family, config: Config, parts: Iterable[Key]) -> list[Key]:
+    """Return removed parts, with the whole block in place of its components where it keeps no branch.
+
+    A branch is a component that is not a norm. Without branches a block passes its streams on unchanged, and nothing
+    reads its norms. In a single-stream block of FLUX.1 the bias that attention and MLP share goes as well. One block
+    always stays.
+    """
+    removed = set(parts)
+    branches = set(family.components) - set(family.norms)
+    while True:
+        whole = {block for block, component in removed if component is None}
+        kept = [block for block in range(family.block_count(config)) if block not in whole]
+        touched = {block for block, component in removed if component in branches} - whole
+        # What has no effect depends on the blocks that stay: nothing reads the context of the last one.
+        noops = family.noops(family.shorter_config(config, kept)) if touched else frozenset()
+        gone = removed | {(kept[new], component) for new, component in noops}
+        empty = [block for block in touched if all((block, branch) in gone for branch in branches)]
+        if not empty or len(kept) == 1:
+            return sorted(removed, key=lambda part: (part[0], part[1] or ""))
+        removed = {part for part in removed if part[0] != empty[0]} | {(empty[0], None)}
+
+
 def removal(family: Family, model: nn.Module, parts: Iterable[Key], mean: torch.Tensor) -> list[Swap]:
     """Return the swaps that remove these parts; `mean` is the mean modulation input (D)."""
-    return [swap for block, component in parts for swap in family.removal(model, block, component, mean)]
+    removed = collapsed(family, dict(cast("Any", model).config), parts)
+    return [swap for block, component in removed for swap in family.removal(model, block, component, mean)]
 
 
 @contextmanager

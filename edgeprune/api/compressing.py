@@ -39,6 +39,8 @@ class Compressed:
     """The options that were used."""
     fit: Fit | None
     """The memory of the device, in bytes, where `options.plan.fit` names one."""
+    removable: str
+    """Which blocks the options let go, and of which kinds they are; empty for `manual`."""
     summary: dict[str, Any]
     """What the report measured: the content of report.json, with units in the names. Empty without a report."""
     no_report: str
@@ -111,6 +113,7 @@ def compress(
     """
     heap.large_pages()
     chosen = _checked(model, out, options, quick)
+    from edgeprune.planning.removable import Removable
     from edgeprune.report import make
     from edgeprune.stages import compress as stages
 
@@ -123,7 +126,14 @@ def compress(
     no_report = make.lacking_memory(ws)
     summary = {} if no_report else make.make_report(ws, quick=quick, redo=bool(ran), progress=progress)
     return Compressed(
-        out=ws.out, ran=tuple(ran), plan=ws.plan(), options=chosen, fit=fit, summary=summary, no_report=no_report
+        out=ws.out,
+        ran=tuple(ran),
+        plan=ws.plan(),
+        options=chosen,
+        fit=fit,
+        removable=Removable.shown(ws.family, ws.config, chosen.plan),
+        summary=summary,
+        no_report=no_report,
     )
 
 

@@ -35,6 +35,8 @@ class Planned:
     """The options that were used."""
     fit: Fit | None
     """The memory of the device, in bytes, where `options.fit` names one."""
+    removable: str
+    """Which blocks the options let go, and of which kinds they are; empty for `manual`."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `edgeprune plan --json` prints: the content of plan.json."""
@@ -87,13 +89,15 @@ def plan(
         LockedError: another process uses the folder.
     """
     ws = open_folder(out, fresh=fresh)
+    from edgeprune.planning.removable import Removable
     from edgeprune.stages.compress import preset
     from edgeprune.stages.plan import run
 
     chosen = options or preset("default", builtin=ws.builtin).plan
     fit = ws.fit(chosen.fit) if chosen.fit else None
     ran = run(ws, chosen, None if scores is None else Path(scores))
-    return Planned(out=ws.out, ran=ran, plan=ws.plan(), options=chosen, fit=fit)
+    removable = Removable.shown(ws.family, ws.config, chosen)
+    return Planned(out=ws.out, ran=ran, plan=ws.plan(), options=chosen, fit=fit, removable=removable)
 
 
 def plan_of_config(config: AnyPath, options: PlanOptions | None = None, *, scores: AnyPath | None = None) -> PrunePlan:

@@ -46,6 +46,7 @@ def compress(
     modulation_rank: options.ModulationRank = None,
     protect_first: options.ProtectFirst = None,
     protect_last: options.ProtectLast = None,
+    keep_components: options.KeepComponents = "",
     threshold: options.Threshold = None,
     blocks: options.Blocks = "",
     components: options.Components = "",
@@ -72,7 +73,7 @@ def compress(
     plan = options.plan_options(
         start.plan, method=method, keep=keep, max_memory=max_memory, fit=fit, protect_first=protect_first,
         protect_last=protect_last, threshold=threshold, blocks=blocks, components=components, group_size=group_size,
-        modulation_rank=modulation_rank, prompts=prompts,
+        modulation_rank=modulation_rank, prompts=prompts, keep_components=keep_components,
     )  # fmt: skip
     chosen = _merged(
         start, plan, steps=steps, data=data, metric=metric, prompts=prompts, weights=weights or [],
@@ -125,7 +126,7 @@ def _show(done: api.Compressed, as_json: bool) -> None:
     """Show what is left of the model."""
     from edgeprune.report import make
 
-    rows = [*fit_rows(done.fit), *plan_rows(done.plan, done.options.plan.modulation_rank)]
+    rows = [*fit_rows(done.fit), *plan_rows(done.plan, done.options.plan.modulation_rank, done.removable)]
     screen.table([*rows, *(make.summary_rows(done.summary) if done.summary else [])])
     ran = f"done: {', '.join(done.ran)}" if done.ran else "nothing to do, all stages are done"
     screen.say(f"{ran}; {done.no_report or 'report: ' + str(done.out / 'report.html')}")

@@ -116,10 +116,11 @@ Method = Annotated[
     ),
 ]  # fmt: skip
 ProtectFirst = Annotated[
-    int | None,
+    str | None,
     typer.Option(
-        min=0,
-        help="Number of leading blocks that are never removed.",
+        metavar="N|KIND=N,...",
+        help="Number of leading blocks that are never removed: of all, or of each kind of block, such as "
+        "joint=10,single=5. Kinds that you do not name keep their default.",
         show_default="half of all; 0 for the built-in model",
         rich_help_panel=METHOD,
     ),
@@ -128,6 +129,15 @@ ProtectLast = Annotated[
     int | None,
     typer.Option(
         min=0, help="Number of trailing blocks that are never removed.", show_default="2", rich_help_panel=METHOD
+    ),
+]
+KeepComponents = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="hybrid and milp only: component types that no block loses on its own, such as norm,attn.",
+        show_default="none",
+        rich_help_panel=METHOD,
     ),
 ]
 Threshold = Annotated[
@@ -268,6 +278,22 @@ def parse_rank(text: str) -> int | str | None:
     return int(text)
 
 
+def parse_protected(text: str) -> int | dict[str, int]:
+    """Return a number of blocks, or for `joint=10,single=5` a number for each kind of block.
+
+    Raises:
+        InputError: the text has another form.
+    """
+    pairs = [(kind.strip(), number.strip()) for kind, _, number in (item.partition("=") for item in text.split(","))]
+    if text.strip().isdecimal():
+        return int(text)
+    if not all(kind and number.isdecimal() for kind, number in pairs) or len(dict(pairs)) < len(pairs):
+        raise InputError(
+            f"--protect-first: found {text!r}, expected a number of blocks, or one for each kind like joint=10,single=5"
+        )
+    return {kind: int(number) for kind, number in pairs}
+
+
 def plan_options(
     start: PlanOptions,
     *,
@@ -275,7 +301,7 @@ def plan_options(
     keep: float | None = None,
     max_memory: str | None = None,
     fit: str | None = None,
-    protect_first: int | None = None,
+    protect_first: str | None = None,
     protect_last: int | None = None,
     threshold: float | None = None,
     blocks: str = "",
@@ -283,6 +309,7 @@ def plan_options(
     group_size: int = 64,
     modulation_rank: str | None = None,
     prompts: str | None = None,
+    keep_components: str = "",
 ) -> PlanOptions:
     """Return the preset's options with the user's on top. Another method begins with its own defaults.
 
@@ -319,7 +346,12 @@ def plan_options(
         rank = None
     return replace(
         start,
-        **given(protect_first=protect_first, protect_last=protect_last, threshold=threshold),
+        **given(
+            protect_first=None if protect_first is None else parse_protected(protect_first),
+            protect_last=protect_last,
+            threshold=threshold,
+        ),
+        keep_components=tuple(dict.fromkeys(filter(None, (name.strip() for name in keep_components.split(","))))),
         blocks=blocks,
         components=components,
         group_size=group_size,

@@ -51,6 +51,7 @@ def plan(
     ] = None,
     protect_first: options.ProtectFirst = None,
     protect_last: options.ProtectLast = None,
+    keep_components: options.KeepComponents = "",
     threshold: options.Threshold = None,
     blocks: options.Blocks = "",
     components: options.Components = "",
@@ -66,18 +67,24 @@ def plan(
         "method": method, "keep": keep, "max_memory": max_memory, "fit": fit, "protect_first": protect_first,
         "protect_last": protect_last, "threshold": threshold, "blocks": blocks, "components": components,
         "group_size": group_size, "modulation_rank": modulation_rank, "prompts": prompts,
+        "keep_components": keep_components,
     }  # fmt: skip
     if out is None:
+        from edgeprune.common.files import read_json
+        from edgeprune.families import family_of
         from edgeprune.planning.options import DEFAULT
+        from edgeprune.planning.removable import Removable
 
         assert config is not None
-        made = api.plan_of_config(config, options.plan_options(DEFAULT, **chosen), scores=scores)
-        screen.table(plan_rows(made, made.modulation_rank))
+        plan_options, content = options.plan_options(DEFAULT, **chosen), read_json(config)
+        made = api.plan_of_config(config, plan_options, scores=scores)
+        removable = Removable.shown(family_of(content, str(config)), content, plan_options)
+        screen.table(plan_rows(made, made.modulation_rank, removable))
         return screen.print_json(made.to_json())
     check_begun(out)
     start = api.preset("default", builtin=is_builtin(out))
     done = api.plan(out, options.plan_options(start.plan, **chosen), scores=scores, fresh=fresh)
-    screen.table([*fit_rows(done.fit), *plan_rows(done.plan, done.options.modulation_rank)])
+    screen.table([*fit_rows(done.fit), *plan_rows(done.plan, done.options.modulation_rank, done.removable)])
     screen.say(f"next: edgeprune prune -o {out}")
     if as_json:
         screen.print_json(done.to_json())
@@ -97,11 +104,12 @@ def fit_rows(fit: Fit | None) -> list[tuple[str, str]]:
     return [(name, f"{value / 1e9:,.3f} GB") for name, value in rows]
 
 
-def plan_rows(plan: PrunePlan, asked_rank: int | str | None) -> list[tuple[str, str]]:
+def plan_rows(plan: PrunePlan, asked_rank: int | str | None, removable: str = "") -> list[tuple[str, str]]:
     """Return rows that show what a plan removes and what stays.
 
     Args:
         asked_rank: the modulation rank that was asked for; None where no model was there to measure it on.
+        removable: which blocks could go, see `Removable.shown`; empty to leave that out.
     """
     removed = ", ".join(map(str, plan.blocks)) or "none"
     parts = ", ".join(f"{b}:{c}" for b, c in plan.components)
@@ -110,6 +118,7 @@ def plan_rows(plan: PrunePlan, asked_rank: int | str | None) -> list[tuple[str, 
     share = after.parameters / before.parameters
     return [
         ("blocks removed", f"{removed} (of {plan.num_blocks})"),
+        *([("blocks that may go", removable)] if removable else []),
         *([("components removed", parts)] if parts else []),
         *([("modulation rank", rank)] if rank else []),
         ("parameters", f"{before.parameters / 1e6:,.1f} M -> {after.parameters / 1e6:,.1f} M ({share:.1%})"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from edgeprune.analysis.contribution import Key
+from edgeprune.analysis.contribution import Key, collapsed
 from edgeprune.common.errors import InputError
 from edgeprune.families import Config, Family, Shape
 from edgeprune.planning.remainder import modulation_width, remaining_shapes
@@ -34,10 +34,11 @@ class ModelSize:
     def without(self, parts: Iterable[Key]) -> Footprint:
         """Return the footprint without these blocks and components.
 
+        A block that keeps no branch counts as removed, see `collapsed`.
         What a block keeps depends only on which blocks stay and on its own components. So all blocks are counted at
         once for each set of components, and a plan with hundreds of candidates needs only tens of counts.
         """
-        parts = list(parts)
+        parts = collapsed(self._family, self._config, parts)
         gone = {block for block, component in parts if component is None}
         kept = tuple(i for i in range(self.blocks) if i not in gone)
         components: dict[int, frozenset[str]] = dict.fromkeys(kept, frozenset())

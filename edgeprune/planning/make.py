@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from edgeprune.analysis.contribution import ContributionReport, Key, fingerprint
+from edgeprune.analysis.contribution import ContributionReport, Key, collapsed, fingerprint
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.families import Config, Family
 from edgeprune.planning.budget import Budget, ModelSize
 from edgeprune.planning.methods import Baseline, Blocks, Listed, Problem, Scored, methods
 from edgeprune.planning.options import NEEDED, PlanOptions
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.removable import Removable
 
 
 def make_plan(
@@ -54,7 +55,9 @@ def make_plan(
             raise InputError(f"--method {method.name} removes what you list; omit --keep and --max-memory")
         removed = method.choose(family, config, options.blocks, options.components)
     else:
-        removed = _within_budget(method, config, report, options, size, magnitudes)
+        removable = Removable.of(family, config, options)
+        removed = _within_budget(method, config, report, options, removable, size, magnitudes)
+    removed = collapsed(family, config, removed)
     return PrunePlan(
         fingerprint=fingerprint(config),
         family=family.name,
@@ -73,6 +76,7 @@ def _within_budget(
     config: Config,
     report: ContributionReport | None,
     options: PlanOptions,
+    removable: Removable,
     size: ModelSize,
     magnitudes: Sequence[float],
 ) -> list[Key]:
@@ -85,17 +89,10 @@ def _within_budget(
     if options.blocks or options.components:
         raise InputError(f"--blocks and --components work with --method manual only, found --method {method.name}")
     budget = Budget(size.original, options.keep, options.max_memory_bytes)
-    first = options.protect_first
-    if first is None:
-        first = 0 if isinstance(method, Baseline) else size.blocks // 2
-    for option, count in (("--protect-first", first), ("--protect-last", options.protect_last)):
-        if not 0 <= count <= max(size.blocks, PlanOptions().protect_last):  # the default fits every model
-            raise InputError(f"{option}: found {count}, expected 0 to {size.blocks}, the number of blocks")
-    removable = range(first, size.blocks - options.protect_last)
     if isinstance(method, Baseline):
         if method.magnitudes and not magnitudes:
             raise InputError(f"--method {method.name} reads weights: give -o (a folder), not --config")
-        blocks = Blocks(count=size.blocks, removable=removable, magnitudes=magnitudes, seed=options.seed)
+        blocks = Blocks(count=size.blocks, removable=removable.blocks, magnitudes=magnitudes, seed=options.seed)
         removed = _fewest_blocks(method, blocks, size, budget)
     else:
         if report is None:
@@ -105,8 +102,8 @@ def _within_budget(
     left = size.without(removed)
     if not budget.met(left):
         raise BudgetError(
-            f"{budget} cannot be met by --method {method.name}: removing all it may (of blocks {first} to "
-            f"{removable.stop - 1}) leaves {left.parameters / size.original.parameters:.3f} of the parameters, "
+            f"{budget} cannot be met by --method {method.name}: removing all it may (of blocks {removable}) "
+            f"leaves {left.parameters / size.original.parameters:.3f} of the parameters, "
             f"{left.int4_bytes} bytes after INT4; {_way_out(method.name, report)}"
         )
     return removed
@@ -128,10 +125,10 @@ def _as_parts(blocks: Sequence[int]) -> list[Key]:
 
 
 def _problem(
-    report: ContributionReport, removable: range, size: ModelSize, budget: Budget, threshold: float
+    report: ContributionReport, removable: Removable, size: ModelSize, budget: Budget, threshold: float
 ) -> Problem:
     """Return what a scored method chooses from: the removable blocks and their components."""
-    losses = {part: c.drop for part, c in report.contributions().items() if part[0] in removable}
+    losses = {part: c.drop for part, c in report.contributions().items() if part in removable}
     return Problem(
         metric=report.metric,
         losses=losses,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgeprune.common.errors import InputError
-from edgeprune.planning.methods import Baseline, Listed, methods
+from edgeprune.planning.methods import Baseline, Listed, Scored, methods
 
 METHODS = tuple(methods())
 """Names that `--method` takes: the project's own methods, then the baselines."""
@@ -28,8 +28,9 @@ class PlanOptions:
     """Budget: the share of the transformer's parameters that may be left, above 0 and up to 1."""
     max_memory_bytes: int | None = None
     """Budget: the bytes that the transformer's weights may take after INT4."""
-    protect_first: int | None = None
-    """Number of leading blocks that are never removed; by default half of all, none for baselines."""
+    protect_first: int | dict[str, int] | None = None
+    """Number of leading blocks that are never removed; by default half of all, none for baselines. Or a number for each
+    kind of block, as in {"joint": 10, "single": 5}; kinds that are not named keep their default."""
     protect_last: int = 2
     """Number of trailing blocks that are never removed."""
     threshold: float = 0.15
@@ -51,6 +52,9 @@ class PlanOptions:
     """Text file of the prompts that these directions are found on; by default those of `analyze`, but all of them."""
     seed: int = 0
     """Seed for a baseline that chooses at random."""
+    keep_components: tuple[str, ...] = ()
+    """Component types that no block loses on its own, such as ("attn",). A block that keeps no branch goes as a whole,
+    with its norms."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as stages digest them.
@@ -60,16 +64,21 @@ class PlanOptions:
         data = asdict(self) | {"max_latency": None}
         if self.method == "hybrid" and self.threshold and self.modulation_rank is not None:
             data["threshold_of"] = "projected"  # it was a share of the original, so these plans have changed
+        if not self.keep_components:
+            del data["keep_components"]  # older folders do not have this option; they stay current
         return data
 
     def check(self) -> None:
-        """Check the method.
+        """Check the method, and that it can keep components.
 
         Raises:
-            InputError: there is no such method.
+            InputError: there is no such method, or it removes no components of its own choice.
         """
         if self.method not in METHODS:
             raise InputError(f"--method: found {self.method!r}, expected one of {', '.join(METHODS)}")
+        able = [name for name, method in methods().items() if isinstance(method, Scored) and method.components]
+        if self.keep_components and self.method not in able:
+            raise InputError(f"--keep-components works with --method {', '.join(able)} only, found {self.method}")
 
     @property
     def scored(self) -> bool:

@@ -22,6 +22,7 @@ from edgeprune.planning.modulation import GRID, choose_rank, subspace
 from edgeprune.planning.options import MODULATION_BELOW, NEEDED, PlanOptions
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import is_projectable, modulation_width
+from edgeprune.planning.removable import Removable
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import PROMPTS, read_prompts
 from edgeprune.stages.modulation import MODULATION, inputs_of, sampler_levels
@@ -88,6 +89,7 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool
         StaleStageError: see `Workspace.stage`.
     """
     options.check()
+    Removable.of(ws.family, ws.config, options)  # a wrong option is refused before anything is measured or removed
     budget = budget_for(ws.source, ws.generation, options)
     rank = options.modulation_rank
     if rank == NEEDED and not is_projectable(ws.family, ws.config):

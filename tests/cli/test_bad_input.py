@@ -62,12 +62,18 @@ REFUSED = [
     ("compress -o x --height 100 --dry-run", "--height: found 100, expected a multiple of 8"),
     ("compress -o x --width 100", "--width: found 100, expected a multiple of 8"),
     ("compress -o x --protect-first 99 --dry-run", "--protect-first: found 99, expected 0 to 14"),
+    ("compress -o x --protect-first -1 --dry-run", "--protect-first: found '-1', expected a number of blocks, or one"),
+    ("compress -o x --protect-first joint=3,joint=4", "found 'joint=3,joint=4', expected a number of blocks, or one"),
+    ("compress -o x --protect-first single=3", "--protect-first: found a kind 'single', expected a kind of block of"),
+    ("compress -o x --protect-first joint=15", "--protect-first joint: found 15, expected 0 to 14"),
+    ("compress -o x --keep-components ff", "--keep-components: found 'ff', expected names from norm, context_norm"),
+    ("compress -o x --keep-components attn --method hpp", "works with --method hybrid, milp only, found hpp"),
+    ("plan --config sd3.json --keep-components attn --components 3:mlp", "--method hybrid, milp only, found manual"),
     ("compress -o x --protect-last 99", "--protect-last: found 99, expected 0 to 14"),
 ]  # fmt: skip
 
 OUT_OF_RANGE = [
     ("compress -o x --steps -5 --dry-run", "--steps"),
-    ("compress -o x --protect-first -1 --dry-run", "--protect-first"),
     ("plan --config sd3.json --protect-last -1", "--protect-last"),
     ("analyze -o x --guidance-scale -1", "--guidance-scale"),
 ]

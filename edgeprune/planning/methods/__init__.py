@@ -64,6 +64,8 @@ class Scored:
     name: str
     choose: Callable[[Problem], list[Key]]
     """Return the parts to remove. If nothing meets the budget, return all that may go, or raise BudgetError."""
+    components: bool = False
+    """Whether it also removes components of blocks that stay."""
     joint: bool = False
     """Whether it weighs how parts act together. Such a method cannot be rehearsed before there are scores."""
 

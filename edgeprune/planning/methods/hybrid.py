@@ -35,4 +35,4 @@ def _components(problem: Problem, blocks: list[Key]) -> list[Key]:
     return components
 
 
-METHOD = Scored(name="hybrid", choose=choose)
+METHOD = Scored(name="hybrid", choose=choose, components=True)

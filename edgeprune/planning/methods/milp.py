@@ -122,4 +122,4 @@ def _constraints(
     return rows
 
 
-METHOD = Scored(name="milp", choose=choose, joint=True)
+METHOD = Scored(name="milp", choose=choose, components=True, joint=True)
