@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from edgeprune.residency.weights import Weights
 
 
 class Original:
-    """A model's folder, and what has been loaded from it. Each network is loaded on first use and kept."""
+    """A model's folder, and what has been loaded from it. Each network is loaded on first use, once, and kept."""
 
     def __init__(self, source: Path) -> None:
         """Load nothing yet.
@@ -34,12 +35,23 @@ class Original:
     @property
     def pipe(self) -> Any:
         """The whole pipeline in float32, around `transformer`."""
-        return self._once("pipe", lambda: load_pipeline(self.source, self.transformer))
+        return self._once("pipe", lambda: self._around(self.transformer, "encoders"))
 
     @property
     def encoders(self) -> Any:
-        """The pipeline around a transformer that has only the embedder of timestep and prompt."""
-        return self._once("encoders", lambda: load_encoders(self.source))
+        """The pipeline for its text encoders; its transformer may have only the embedder of timestep and prompt."""
+        return self._once("encoders", lambda: self._around(self._embedder(), "pipe"))
+
+    def _embedder(self) -> Any:
+        return self.loaded["transformer"] if "transformer" in self.loaded else load_embedder(self.source)
+
+    def _around(self, transformer: Any, other: str) -> Any:
+        """Return the pipeline around `transformer`, with the text encoders of the pipeline `other` if it is loaded."""
+        if other not in self.loaded:
+            return load_pipeline(self.source, transformer)
+        pipe = copy.copy(self.loaded[other])
+        pipe.transformer = transformer
+        return pipe
 
     def _once(self, name: str, load: Callable[[], Any]) -> Any:
         if name not in self.loaded:
@@ -53,12 +65,16 @@ class Original:
         return other
 
     def release(self) -> None:
-        """Drop the transformer and the pipeline; the next use loads them again."""
-        for name in ("pipe", "transformer"):
-            self.loaded.pop(name, None)
+        """Drop all networks; the next use loads them again."""
+        self.loaded.clear()
+
+
+def load_embedder(source: Path) -> Any:
+    """Load a folder's transformer reduced to the embedder of timestep and prompt."""
+    config, family = read_config(source)
+    return embedder_alone(family, config, Weights(source / HALF).__getitem__)
 
 
 def load_encoders(source: Path) -> Any:
     """Load a folder's pipeline around a transformer that has only the embedder of timestep and prompt."""
-    config, family = read_config(source)
-    return load_pipeline(source, embedder_alone(family, config, Weights(source / HALF).__getitem__))
+    return load_pipeline(source, load_embedder(source))

@@ -140,7 +140,7 @@ class Workspace:
 
     @property
     def encoders(self) -> Any:
-        """The original pipeline around a transformer that has only the embedder of timestep and prompt."""
+        """The original pipeline for its text encoders, see `Original.encoders`."""
         return self.original.encoders
 
     @cached_property

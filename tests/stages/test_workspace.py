@@ -2,13 +2,15 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stage_runs import OPTIONS
 
 from edgeprune.common.errors import InputError, StaleStageError
-from edgeprune.stages import distill
+from edgeprune.stages import analyze, distill
 from edgeprune.stages.compress import compress
 from edgeprune.stages.options import DataOptions
 from edgeprune.stages.workspace import Workspace
@@ -72,3 +74,40 @@ def test_siblings_share_what_is_loaded_until_one_releases_it(source: Path, tmp_p
     other.original.release()
     assert not other.original.loaded and ws.original.loaded.keys() == {"pipe", "transformer"}
     assert other.teacher is not ws.teacher
+
+
+def counted_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that grows by its class whenever a text encoder is loaded."""
+    from transformers import CLIPTextModelWithProjection
+
+    seen, load = list[str](), CLIPTextModelWithProjection.from_pretrained.__func__
+
+    def counted(cls: Any, *args: Any, **options: Any) -> Any:
+        seen.append(cls.__name__)
+        return load(cls, *args, **options)
+
+    monkeypatch.setattr(CLIPTextModelWithProjection, "from_pretrained", classmethod(counted))
+    return seen
+
+
+def test_an_analysis_loads_each_text_encoder_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = counted_loads(monkeypatch)
+    ws = Workspace(tmp_path / "out", str(source))
+    analyze.run(ws, replace(OPTIONS.analyze, estimator="gates", components=False))
+    assert len(seen) == 2  # SD3's two CLIPs
+    assert ws.encoders.text_encoder is ws.pipe.text_encoder and ws.encoders.transformer is ws.teacher
+
+
+def test_encoders_that_calibrated_a_plan_also_draw(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = counted_loads(monkeypatch)
+    ws = Workspace(tmp_path / "out", str(source))
+    embedder = ws.encoders.transformer
+    assert "transformer" not in ws.original.loaded
+    assert ws.pipe.transformer is ws.teacher and ws.pipe.text_encoder is ws.encoders.text_encoder
+    assert ws.encoders.transformer is embedder and len(seen) == 2
+    ws.original.release()
+    assert not ws.original.loaded
