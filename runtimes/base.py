@@ -11,6 +11,7 @@ image size.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from edgeprune.common.files import check_links, read_json
 from edgeprune.families import Config, Family, family_of
 from edgeprune.runtimes import memory
 from edgeprune.runtimes.scheduler import FlowMatchEuler
-from edgeprune.sampling.generation import Generation, latent_factor
+from edgeprune.sampling.generation import Generation, is_distilled, latent_factor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -91,6 +92,26 @@ class Settings:
     family: Family
     config: Config
     """The transformer's config."""
+    distilled: bool = False
+    """`is_distilled` of model_index.json."""
+    compressed: bool = False
+    """Whether the folder is an artefact or an export of one, made for the guidance scale of `generation`."""
+
+    def scale(self, given: float | None) -> float:
+        """Return the guidance scale that acts if the user gives this one; None is the folder's own.
+
+        Warns in one line where the model ignores the scale, or was compressed at another one that it takes as an input:
+        projected modulation and distillation know only that one.
+        """
+        own = self.generation.guidance_scale
+        if given is None:
+            return own
+        scale, why = self.family.heeded(self.config, given, distilled=self.distilled)
+        if self.compressed and scale != own and self.family.takes_guidance(self.config):
+            why = f"guidance scale {scale:g}: the model was compressed for {own:g}, and never measured at others"
+        if why:
+            warnings.warn(why, stacklevel=2)
+        return scale
 
     @property
     def channels(self) -> int:
@@ -118,9 +139,18 @@ def read_settings(folder: Path) -> Settings:
     generation = Generation.load(folder)
     family = family_of(config, str(config_path))
     family.text_widths(config)  # fails here, before gigabytes are loaded
-    settings = Settings(generation=generation, factor=factor, family=family, config=config)
+    settings = Settings(
+        generation=generation, factor=factor, family=family, config=config, distilled=is_distilled(folder),
+        compressed=_is_compressed(folder),
+    )  # fmt: skip
     check_size(settings, generation.height, generation.width, where=f"{folder / 'generation.json'}: ")
     return settings
+
+
+def _is_compressed(folder: Path) -> bool:
+    """Return whether a folder is an artefact or an export of one."""
+    export = folder / "edgeprune_export.json"
+    return (folder / "edgeprune.json").is_file() or (export.is_file() and read_json(export).get("compressed") is True)
 
 
 def check_size(settings: Settings, height: int, width: int, *, where: str = "") -> None:
@@ -274,7 +304,8 @@ class Runtime:
             negative_prompt: what guidance steers away from, for all prompts; ignored by models that take the scale.
             steps: denoising steps.
             guidance_scale: 1 or less turns guidance off and halves the work. Models that take the scale as an input
-                (FLUX.1 dev) always do half the work.
+                (FLUX.1 dev) always do half the work. A warning tells if the model ignores the scale, or takes it and
+                was compressed for another one.
             height: pixels.
             width: pixels.
             seed: one per prompt, or one number s for s, s + 1, ... A seed gives the same noise in every runtime, but
@@ -324,7 +355,7 @@ class Runtime:
         steps = settings.generation.num_inference_steps if steps is None else steps
         if steps < 1:
             raise InputError(f"steps: found {steps}, expected 1 or more")
-        scale = settings.generation.guidance_scale if guidance_scale is None else guidance_scale
+        scale = settings.scale(guidance_scale)
         height = settings.generation.height if height is None else height
         width = settings.generation.width if width is None else width
         check_size(settings, height, width)

@@ -154,9 +154,10 @@ def images_of(source: Path, start: Generation | None, generation: GenerationOpti
     Raises:
         InputError: a setting is out of range, or the model cannot draw this size.
     """
-    from edgeprune.sampling.generation import Generation, GenerationOptions
+    from edgeprune.sampling.generation import Generation, GenerationOptions, heed
 
     chosen = generation or GenerationOptions()
+    chosen = GenerationOptions(**heed(source, chosen.given()))
     images = (start or Generation.load(source)).changed(chosen, "options")
     images.check_size(source, chosen.given())
     return images

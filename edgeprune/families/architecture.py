@@ -129,17 +129,41 @@ class Architecture(Protocol):
     def text_tokens(self, prompt_tokens: int, max_sequence_length: int) -> int:
         """Return M. The first tokenizer pads to `prompt_tokens`, T5's to `max_sequence_length`."""
 
-    def defaults(self, config: Config) -> dict[str, Any]:
-        """Return the fields of `Generation` whose defaults differ from SD3's."""
+    def defaults(self, config: Config, *, distilled: bool = False) -> dict[str, Any]:
+        """Return the fields of `Generation` whose defaults differ from SD3's.
+
+        Args:
+            config: the transformer's.
+            distilled: `is_distilled` in the pipeline's model_index.json: the model samples in few steps, unguided.
+        """
+
+    def takes_guidance(self, config: Config) -> bool:
+        """Return True if the guidance scale is an input of the model, which then needs no second evaluation."""
 
     def guided(self, config: Config, scale: float) -> bool:
         """Return True if this guidance scale needs a second, unconditional evaluation per step."""
+
+    def heeded(self, config: Config, scale: float, *, distilled: bool = False) -> tuple[float, str]:
+        """Return the guidance scale that acts in place of this one, and in a line why; '' if there is nothing to say.
+
+        Args:
+            config: the transformer's.
+            scale: as the user gave it.
+            distilled: as in `defaults`.
+        """
 
     def levels(self, steps: int) -> NDArray[np.float64] | None:
         """Return the noise level before each step, unshifted; None to use the scheduler's."""
 
     def shift(self, tokens: int, steps: int) -> float | None:
         """Return the dynamic shift (mu) for an image of `tokens` tokens; None to use the scheduler's rule."""
+
+
+def guided_above_one(scale: float) -> tuple[float, str]:
+    """Return the answer of `Architecture.heeded` for a model that is guided by a second evaluation."""
+    if 0 < scale < 1:
+        return scale, f"guidance scale {scale:g} has no effect: 1 or less is no guidance"
+    return scale, ""
 
 
 def config_number(

@@ -17,7 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.families import packing, single
-from edgeprune.families.architecture import Config, Encoder, LatentSpace, Shape, Source, bounded, config_number
+from edgeprune.families.architecture import (
+    Config,
+    Encoder,
+    LatentSpace,
+    Shape,
+    Source,
+    bounded,
+    config_number,
+    guided_above_one,
+)
 from edgeprune.families.encoders import CLIP_POOLED, T5
 from edgeprune.families.joint import (
     BLOCK,
@@ -111,7 +120,7 @@ class Flux:
         out_channels = config_number(config, "out_channels", channels)
         joint, pooled = self.text_widths(config)
         embedders = [("timestep_embedder", 256), ("text_embedder", pooled)]
-        if config.get("guidance_embeds"):
+        if self.takes_guidance(config):
             embedders.append(("guidance_embedder", 256))
         shapes: dict[str, Shape] = {}
         for name, size in embedders:
@@ -194,15 +203,28 @@ class Flux:
         """Count T5's tokens; the model reads only CLIP's pooled text."""
         return max_sequence_length
 
-    def defaults(self, config: Config) -> dict[str, Any]:
+    def defaults(self, config: Config, *, distilled: bool = False) -> dict[str, Any]:
         """Return the settings of the model card: dev's or schnell's."""
-        if config.get("guidance_embeds"):
+        if self.takes_guidance(config):
             return {"guidance_scale": 3.5, "max_sequence_length": 512}
         return {"num_inference_steps": 4, "guidance_scale": 0.0, "max_sequence_length": 256}
 
+    def takes_guidance(self, config: Config) -> bool:
+        """Return True for dev."""
+        return bool(config.get("guidance_embeds"))
+
     def guided(self, config: Config, scale: float) -> bool:
         """Return True above 1 if the model does not take the scale as an input."""
-        return scale > 1 and not config.get("guidance_embeds")
+        return scale > 1 and not self.takes_guidance(config)
+
+    def heeded(self, config: Config, scale: float, *, distilled: bool = False) -> tuple[float, str]:
+        """Say that schnell takes no scale, which diffusers therefore ignores."""
+        if self.guided(config, scale):
+            return scale, (
+                f"guidance scale {scale:g}: the model takes none, so each step is evaluated a second time without "
+                "the prompt, as with true_cfg_scale in diffusers; schnell is meant for 0"
+            )
+        return (scale, "") if self.takes_guidance(config) else guided_above_one(scale)
 
     def levels(self, steps: int) -> NDArray[np.float64] | None:
         """Go from 1 to 1 / steps, as in FluxPipeline."""
@@ -294,7 +316,7 @@ class Flux:
 
     def axes(self, config: Config) -> tuple[Axes, Axes]:
         """Name the axes as optimum does."""
-        return packing.axes(pooled=True, guidance=bool(config.get("guidance_embeds")))
+        return packing.axes(pooled=True, guidance=self.takes_guidance(config))
 
     def inputs(
         self, config: Config, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float
@@ -308,7 +330,7 @@ class Flux:
             "img_ids": _ids(*packing.grid_of(latents)),
             "txt_ids": _text_ids(text.shape[1]),
         }
-        return out | {"guidance": sigma * 0 + guidance} if config.get("guidance_embeds") else out
+        return out | {"guidance": sigma * 0 + guidance} if self.takes_guidance(config) else out
 
     def velocity(self, config: Config, output: Array, shape: Shape) -> Array:
         """Unpack the tokens."""

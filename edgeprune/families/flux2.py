@@ -27,6 +27,7 @@ from edgeprune.families.architecture import (
     Source,
     bounded,
     config_number,
+    guided_above_one,
 )
 from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, swaps, take_out, width
 from edgeprune.families.network import Array, Axes
@@ -70,11 +71,6 @@ def _ids(rows: int, columns: int, tokens: int) -> NDArray[np.float32]:
     return flat
 
 
-def _takes_guidance(config: Config) -> bool:
-    """Return True if the guidance scale is an input of the model."""
-    return bool(config.get("guidance_embeds", True))
-
-
 class Flux2:
     """FLUX.2, in all roles of `Family`; the roles describe the methods."""
 
@@ -103,7 +99,7 @@ class Flux2:
         sines, text = config_number(config, "timestep_guidance_channels", 256), self.text_widths(config)[0]
         self.block_count(config)
         shapes: dict[str, Shape] = {}
-        for name in ("timestep_embedder", *(["guidance_embedder"] if _takes_guidance(config) else [])):
+        for name in ("timestep_embedder", *(["guidance_embedder"] if self.takes_guidance(config) else [])):
             shapes[f"time_guidance_embed.{name}.linear_1.weight"] = (d, sines)
             shapes[f"time_guidance_embed.{name}.linear_2.weight"] = (d, d)
         for name, parts in (("double_stream_modulation_img", 6), ("double_stream_modulation_txt", 6)):
@@ -185,15 +181,27 @@ class Flux2:
         """Count the tokens of the only text encoder."""
         return max_sequence_length
 
-    def defaults(self, config: Config) -> dict[str, Any]:
-        """Return the settings of the pipelines: dev's or Klein's."""
-        if _takes_guidance(config):
-            return {"num_inference_steps": 50, "guidance_scale": 4.0, "max_sequence_length": 512}
-        return {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 512}
+    def defaults(self, config: Config, *, distilled: bool = False) -> dict[str, Any]:
+        """Return the settings of the pipelines: those of dev and of Klein's base model, or of the distilled Klein."""
+        few = {"num_inference_steps": 4, "guidance_scale": 1.0}
+        many = {"num_inference_steps": 50, "guidance_scale": 4.0}
+        return (few if distilled and not self.takes_guidance(config) else many) | {"max_sequence_length": 512}
+
+    def takes_guidance(self, config: Config) -> bool:
+        """Return True for dev."""
+        return bool(config.get("guidance_embeds", True))
 
     def guided(self, config: Config, scale: float) -> bool:
         """Return True above 1 if the model does not take the scale as an input."""
-        return scale > 1 and not _takes_guidance(config)
+        return scale > 1 and not self.takes_guidance(config)
+
+    def heeded(self, config: Config, scale: float, *, distilled: bool = False) -> tuple[float, str]:
+        """Ignore a scale above 1 if the model is distilled, as Flux2KleinPipeline does."""
+        if self.takes_guidance(config):
+            return scale, ""
+        if distilled and scale > 1:
+            return 1.0, f"guidance scale {scale:g} is ignored: model_index.json says is_distilled"
+        return guided_above_one(scale)
 
     def levels(self, steps: int) -> NDArray[np.float64] | None:
         """Go from 1 to 1 / steps, as in the pipelines."""
@@ -270,7 +278,7 @@ class Flux2:
 
     def axes(self, config: Config) -> tuple[Axes, Axes]:
         """Name the axes as FLUX.1's."""
-        return packing.axes(pooled=False, guidance=_takes_guidance(config))
+        return packing.axes(pooled=False, guidance=self.takes_guidance(config))
 
     def inputs(
         self, config: Config, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float
@@ -283,7 +291,7 @@ class Flux2:
             "img_ids": _ids(*packing.grid_of(latents), 1),
             "txt_ids": _ids(1, 1, text.shape[1]),
         }
-        return out | {"guidance": sigma * 0 + guidance} if _takes_guidance(config) else out
+        return out | {"guidance": sigma * 0 + guidance} if self.takes_guidance(config) else out
 
     def velocity(self, config: Config, output: Array, shape: Shape) -> Array:
         """Unpack the tokens."""

@@ -26,6 +26,7 @@ from edgeprune.families.architecture import (
     Source,
     bounded,
     config_number,
+    guided_above_one,
 )
 from edgeprune.families.encoders import CLIP, T5
 from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, joint_groups, linear, swaps, take_out, width
@@ -198,13 +199,21 @@ class SD3:
         """Add CLIP's tokens and T5's."""
         return prompt_tokens + max_sequence_length
 
-    def defaults(self, config: Config) -> dict[str, Any]:
+    def defaults(self, config: Config, *, distilled: bool = False) -> dict[str, Any]:
         """Return nothing: the defaults of `Generation` are SD3's."""
         return {}
+
+    def takes_guidance(self, config: Config) -> bool:
+        """Report no: SD3 is guided by a second evaluation."""
+        return False
 
     def guided(self, config: Config, scale: float) -> bool:
         """Return True above 1."""
         return scale > 1
+
+    def heeded(self, config: Config, scale: float, *, distilled: bool = False) -> tuple[float, str]:
+        """Report a scale below 1, which Turbo's users may give."""
+        return guided_above_one(scale)
 
     def levels(self, steps: int) -> NDArray[np.float64] | None:
         """Use the scheduler's levels."""

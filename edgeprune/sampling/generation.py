@@ -6,8 +6,9 @@ the image size of its transformer's training.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Generation:
 
     @classmethod
     def load(cls, folder: Path) -> Generation:
-        """Read a folder's settings.
+        """Read a folder's settings, with the guidance scale that its model heeds.
 
         Raises:
             InputError: the file has an unknown field, or a value of the wrong type or out of range.
@@ -45,11 +46,14 @@ class Generation:
         path = folder / FILE
         if not path.exists():
             config, family = _transformer(folder)
-            defaults, factor = family.defaults(config) if family else {}, _factor(folder)
+            defaults, factor = {}, _factor(folder)
+            if family:
+                defaults = family.defaults(config, distilled=is_distilled(folder))
             if factor and config.get("sample_size") is not None:
                 defaults |= dict.fromkeys(("height", "width"), factor * config_number(config, "sample_size"))
             return cls.checked(defaults, str(folder / "transformer" / "config.json"))
-        return cls.checked(read_json(path), str(path))
+        found = cls.checked(read_json(path), str(path))
+        return replace(found, guidance_scale=heeded(folder, found.guidance_scale)[0])
 
     @classmethod
     def checked(cls, data: dict[str, Any], where: str) -> Generation:
@@ -111,6 +115,29 @@ class GenerationOptions:
     def given(self) -> dict[str, Any]:
         """Return the fields that are set, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def is_distilled(folder: Path) -> bool:
+    """Return `is_distilled` of a pipeline's model_index.json, which few pipelines have; False without it."""
+    path = folder / "model_index.json"
+    return path.is_file() and read_json(path).get("is_distilled") is True
+
+
+def heeded(folder: Path, scale: float) -> tuple[float, str]:
+    """Return what `Architecture.heeded` says of a pipeline's folder."""
+    config, family = _transformer(folder)
+    return family.heeded(config, scale, distilled=is_distilled(folder)) if family else (scale, "")
+
+
+def heed(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that the user gave, with the guidance scale that acts; warn where it is another one."""
+    scale = options.get("guidance_scale")
+    if not isinstance(scale, (int, float)):
+        return options
+    scale, why = heeded(folder, scale)
+    if why:
+        warnings.warn(why, stacklevel=2)
+    return options | {"guidance_scale": scale}
 
 
 def longest_prompt(folder: Path) -> int:

@@ -27,7 +27,7 @@ from edgeprune.common.lock import LOCK, Lock, hold, is_free
 from edgeprune.families import CHANGED
 from edgeprune.planning.fit import Fit, fit
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.generation import Generation, heed
 from edgeprune.stages.original import Original
 
 STAGES = ("analyze", "plan", "prune", "distill", "quantize")
@@ -104,6 +104,7 @@ class Workspace:
             raise InputError(f"{self.source}: already pruned, parts of its blocks are missing; compress the original")
 
     def _set_generation(self, current: dict[str, Any], requested: dict[str, Any]) -> None:
+        requested = heed(self.source, requested)
         self.generation = Generation.checked(current | requested, f"{self.out / MANIFEST}: generation")
         self.generation.check_size(self.source, requested)
         changed = [name for name, value in requested.items() if current.get(name) != value]
