@@ -19,8 +19,9 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
+from edgeprune.artefact import card, licensing
 from edgeprune.artefact.loading import quiet
-from edgeprune.artefact.manifest import MANIFEST
+from edgeprune.artefact.manifest import MANIFEST, Manifest
 from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.writing import complete_tokenizer
 from edgeprune.common.errors import DiskError, EdgepruneError, InputError
@@ -33,6 +34,7 @@ from edgeprune.common.files import (
     replace_folder,
     sha256_file,
     write_json,
+    write_text,
 )
 from edgeprune.common.lock import hold
 from edgeprune.common.version import VERSION
@@ -90,6 +92,7 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
             more = networks(work)
             _small_files(artefact, partial, index)
             _configs(artefact, partial)
+            _card(artefact, out, partial, target)
             (partial / FILE).unlink(missing_ok=True)  # from a run that was killed just before the end
             files = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
             del files[MARK]
@@ -119,7 +122,7 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
 
 def _inputs(artefact: Path, target: str, options: Mapping[str, Any]) -> str:
     """Return a digest of everything that an export depends on. Files count by size and time: reading takes minutes."""
-    encoders = text_encoders(artefact)
+    encoders, licenses = text_encoders(artefact), licensing.files(artefact)
     parts = ("transformer", "transformer_int4", "vae", "scheduler", *encoders, *map(tokenizer_of, encoders))
     paths = [p for part in parts for p in sorted((artefact / part).rglob("*")) if p.is_file()]
     manifest = read_json(artefact / MANIFEST) if (artefact / MANIFEST).is_file() else {}
@@ -133,6 +136,7 @@ def _inputs(artefact: Path, target: str, options: Mapping[str, Any]) -> str:
             "generation": asdict(Generation.load(artefact)),
             "manifest": {key: value for key, value in manifest.items() if key not in ("stages", "tools")},
             "files": {str(p.relative_to(artefact)): [p.stat().st_size, p.stat().st_mtime_ns] for p in paths},
+            "license": [licensing.read(artefact), {name: sha256_file(path) for name, path in licenses.items()}],
         }
     )
 
@@ -200,12 +204,40 @@ def _configs(artefact: Path, partial: Path) -> None:
 
 
 def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> None:
-    """Write the index, the scheduler and the tokenizers."""
+    """Write the index, the scheduler, the tokenizers and the license files."""
     kept = {key: value for key, value in index.items() if key != "_name_or_path"}
     write_json(partial / "model_index.json", kept)
+    licensing.copy(artefact, partial)
     _copy(artefact / "scheduler", partial / "scheduler")
     for encoder in text_encoders(artefact):
         _tokenizer(artefact / tokenizer_of(encoder), partial / tokenizer_of(encoder))
+
+
+def _card(artefact: Path, out: Path, partial: Path, target: str) -> None:
+    """Write README.md: the license, what was changed, and how the folder is used."""
+    fields, name = licensing.read(artefact), out.resolve().name
+    front = {"pipeline_tag": "text-to-image", "tags": ["edgeprune", target], **card.license_fields(fields)}
+    changed = [f"Converted to {target} by edgeprune {VERSION}; a T5 text encoder has 8-bit weights."]
+    if (artefact / MANIFEST).is_file():
+        manifest = Manifest.load(artefact)
+        changed = card.changes(manifest, manifest.prune_plan(artefact)) + changed
+    lines = "\n".join(f"- {line}" for line in changed)
+    text = f"""{card.front_matter(front)}
+{card.MARK} `edgeprune export` writes this file again. -->
+
+# {card.escaped(name)}
+
+An export for devices. Run it with `edgeprune generate PROMPT --model {name}`.
+
+## What was changed
+
+{lines}
+
+## License
+
+{card.license_text(fields, licensing.files(partial))}
+"""
+    write_text(partial / "README.md", text)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -45,6 +45,8 @@ class Manifest:
     """SHA-256 by path relative to the folder."""
     tools: dict[str, str] = field(default_factory=dict)
     """Version by package."""
+    license: dict[str, Any] = field(default_factory=dict)
+    """What the original's card says of its license, see licensing.py."""
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -62,7 +64,7 @@ class Manifest:
             manifest = cls(**data)
         except TypeError as error:
             raise InputError(f"{path}: not a manifest ({error})") from error
-        for name in ("config", "stages", "files", "generation", "tools"):
+        for name in ("config", "stages", "files", "generation", "tools", "license"):
             if not isinstance(getattr(manifest, name), dict):
                 raise InputError(f"{path}: {name}: expected an object")
         for name in ("source", "fingerprint", "family"):

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from edgeprune.artefact import licensing
 from edgeprune.artefact.manifest import HALF
 from edgeprune.artefact.resolve import UNSAFE
 from edgeprune.common import heap
@@ -121,7 +122,7 @@ def complete_tokenizer(folder: Path) -> None:
 
 
 def copy_surroundings(source: Path, folder: Path) -> None:
-    """Copy everything of a pipeline but its transformer: encoders, tokenizers, VAE, scheduler.
+    """Copy everything of a pipeline but its transformer: encoders, tokenizers, VAE, scheduler, license files.
 
     Raises:
         InputError: a component that the index lists is missing.
@@ -139,4 +140,5 @@ def copy_surroundings(source: Path, folder: Path) -> None:
         copy_folder(source / name, temporary, *UNSAFE)
         complete_tokenizer(temporary)
         replace_folder(temporary, folder / name)
+    licensing.copy(source, folder)
     write_text(folder / "model_index.json", (source / "model_index.json").read_text(encoding="utf-8"))

@@ -20,6 +20,8 @@ from PIL import Image
 
 from edgeprune import shapes
 from edgeprune.analysis.plots import figures, svg
+from edgeprune.artefact import card as card_text
+from edgeprune.artefact import licensing
 from edgeprune.artefact.manifest import INT4
 from edgeprune.bench.tables import measure_rows
 from edgeprune.common.files import write_text
@@ -30,7 +32,6 @@ from edgeprune.stages.workspace import STAGES, Workspace
 from edgeprune.training.recipe import strengths
 
 CARD = "README.md"
-_OURS = "<!-- Written by edgeprune;"
 _SHOWN = 14
 _SMALL = 256
 """The page shows images up to this size with sharp pixels."""
@@ -62,7 +63,7 @@ def write(
     }
     _write_page(ws, summary, images, bench, shared)
     card = ws.out / CARD
-    if not card.exists() or _OURS in card.read_text(encoding="utf-8", errors="replace"):
+    if not card.exists() or card_text.MARK in card.read_text(encoding="utf-8", errors="replace"):
         _write_card(ws, card, shared)
 
 
@@ -115,24 +116,35 @@ def _removed(plan: PrunePlan) -> list[tuple[str, str]]:
 
 
 def _write_card(ws: Workspace, path: Path, shared: dict[str, Any]) -> None:
-    source = ws.manifest.source
-    front: list[tuple[str, Any]] = [
-        ("library_name", "diffusers"),
-        ("pipeline_tag", "text-to-image"),
-        ("tags", ["edgeprune", "pruned", "int4", ws.family.name]),
-    ]
-    if source.count("/") == 1 and not Path(source).exists():  # a hub id
-        front += [("base_model", source), ("base_model_relation", "quantized")]
+    license_fields = licensing.usable(ws.manifest.license)
+    front = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["edgeprune", "pruned", "int4", ws.family.name],
+        **card_text.license_fields(license_fields),
+    }
     plan = ws.plan()
     parts = [
         f"{len(plan.blocks)} of {plan.num_blocks} blocks and {len(plan.components)} components of other blocks removed"
     ]
     if plan.modulation_rank is not None:
         parts.append(f"modulation projected onto {plan.modulation_rank} directions")
+    license_text = card_text.license_text(license_fields, licensing.files(ws.out))
+    changes = card_text.changes(ws.manifest, plan)
     card = _environment(autoescape=False).get_template("model_card.md.j2")
     escaped = {"rows": [(label, _cell(value)) for label, value in shared["rows"]]}
     gone = ", ".join([*parts, "weights in INT4"])
-    write_text(path, card.render(**shared | escaped, front=front, gone=gone, pipeline=ws.family.pipeline))
+    write_text(
+        path,
+        card.render(
+            **shared | escaped,
+            front=card_text.front_matter(front),
+            gone=gone,
+            pipeline=ws.family.pipeline,
+            changes=changes,
+            license=license_text,
+        ),
+    )
 
 
 def _cell(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from edgeprune.artefact import licensing
 from edgeprune.artefact.loading import readable
 from edgeprune.artefact.surgery import prune_tensor
 from edgeprune.artefact.writing import copy_surroundings
@@ -47,6 +48,9 @@ def run(ws: Workspace, progress: Progress = silent) -> bool:
         write_half(ws, plan, blocks, make, key, progress)
         copy_surroundings(ws.source, ws.out)
         ws.generation.save(ws.out)
+        ws.manifest.license = dict(licensing.read(ws.source, ws.manifest.source))
+        for entry in {name.partition("/")[0] for name in licensing.files(ws.out)}:
+            ws.manifest.hash_files(ws.out, entry)
         return {}
 
     return ws.stage("prune", {"plan": plan.to_json(), "generation": asdict(ws.generation)}, write)

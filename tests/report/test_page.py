@@ -55,10 +55,25 @@ def test_model_card(copy: Path, source: Path) -> None:
     front = card.split("---")[1]
     assert 'library_name: "diffusers"' in front and 'pipeline_tag: "text-to-image"' in front
     assert "base_model" not in front  # the source is a folder of this machine, no hub id
+    assert "license:" not in front and "No license was found in the source" in card
     assert "edgeprune plan -o copy --keep 0.95" in card and "transformer weights" in card
     (copy / "README.md").write_text("mine")
     make.make_report(ws)
     assert (copy / "README.md").read_text() == "mine"
+
+
+def test_model_card_names_license_and_changes(copy: Path, source: Path) -> None:
+    (copy / "LICENSE.md").write_text("You may.")
+    ws = Workspace(copy, str(source))
+    ws.manifest.license = {"license": "other", "license_name": "you-may", "license_link": "LICENSE.md"}
+    ws.manifest.license["base_model"] = "me/model"
+    make.make_report(ws)
+    _, front, text = (copy / "README.md").read_text().split("---\n", 2)
+    for line in ('license: "other"', 'license_name: "you-may"', 'license_link: "LICENSE.md"', 'base_model: "me/model"'):
+        assert line in front.splitlines()
+    assert 'base_model_relation: "quantized"' in front and "`LICENSE.md`" in text
+    assert "Blocks removed from the transformer" in text and "distilled from the original" in text
+    assert "in INT4, groups of" in text
 
 
 def test_each_stage_keeps_the_command_that_made_it(tmp_path: Path, source: Path) -> None:

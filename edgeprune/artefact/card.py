@@ -1,0 +1,66 @@
+"""What the card of an artefact or an export says of its license and of what was changed. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from edgeprune.artefact.licensing import KEYS, Fields
+from edgeprune.artefact.manifest import Manifest
+from edgeprune.planning.plan import PrunePlan
+
+MARK = "<!-- Written by edgeprune;"
+"""Begins the comment by which edgeprune knows a card of its own."""
+
+
+def front_matter(fields: Mapping[str, Any]) -> str:
+    """Return a card's front matter with its lines `---`; a JSON value is YAML."""
+    return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in fields.items()) + "---\n"
+
+
+def license_fields(fields: Fields) -> dict[str, Any]:
+    """Return the license's part of the front matter; the hub shows a model with a base model as its derivative."""
+    return fields | ({"base_model_relation": "quantized"} if "base_model" in fields else {})
+
+
+def license_text(fields: Fields, names: Iterable[str]) -> str:
+    """Return the text of the section on the license.
+
+    Args:
+        fields: see licensing.read.
+        names: the license files in the card's folder.
+    """
+    names = list(names)
+    known = [f"{key}: {escaped(fields[key])}" for key in KEYS[:3] if key in fields]
+    if not known and not names:
+        return "No license was found in the source, neither in its card nor as a file. Look it up before you use this."
+    lines = [f"The license of the original applies to this model too: {'; '.join(known)}."] if known else []
+    copied = f"Copied from the original: {', '.join(f'`{name}`' for name in names)}."
+    lines.append(copied if names else "The original has no license file.")
+    return "\n".join([*lines, "A license may ask for more with a derivative, for example a notice or a name."])
+
+
+def changes(manifest: Manifest, plan: PrunePlan | None) -> list[str]:
+    """Return what was changed in the original model, a line each; licenses ask for this."""
+    lines = []
+    if plan is not None:
+        blocks = ", ".join(map(str, plan.blocks))
+        lines.append(f"Blocks removed from the transformer: {blocks or 'none'} (of {plan.num_blocks}).")
+        parts = ", ".join(f"{block}:{component}" for block, component in plan.components)
+        lines.append(f"Components of other blocks removed: {parts or 'none'}.")
+        if plan.modulation_rank is not None:
+            lines.append(f"Modulation projected onto {plan.modulation_rank} directions.")
+    trained = "distill" in manifest.stages
+    lines.append(f"The remaining weights were {'distilled from the original' if trained else 'not trained further'}.")
+    if "quantize" in manifest.stages:
+        lines.append(f"Weights of the transformer's blocks in INT4, groups of {manifest.group_size}.")
+    lines.append("Text encoders, tokenizers, VAE and scheduler are those of the original.")
+    return lines
+
+
+def escaped(value: str | list[str]) -> str:
+    """Return a text of the source as Markdown that shows it literally."""
+    text = value if isinstance(value, str) else ", ".join(value)
+    return re.sub(r"([\\`*_{}\[\]()#!|<>&~])", r"\\\1", text)
