@@ -84,8 +84,8 @@ def descend(loss: torch.Tensor, module: torch.nn.Module, optimizer: torch.optim.
 
 
 def scenes(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """Return training scenes, uint8 (count, 3, 64, 64), and their plain captions."""
-    images, captions = shapes.training_scenes(count, seed)
+    """Return scenes without held-out meanings, uint8 (count, 3, 64, 64), and their plain captions."""
+    images, captions = shapes.training_scenes(count, seed, shapes.SEEN)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), captions
 
 

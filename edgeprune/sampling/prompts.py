@@ -1,13 +1,28 @@
-"""Prompts in text files, and the list that edgeprune uses for models other than the built-in one. Torch-free."""
+"""Prompts: those of text files, and edgeprune's own captions by what they may be used for. Torch-free."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from edgeprune.common.errors import InputError
+from edgeprune.common.splits import Split
+from edgeprune.sampling.captions import captions
 
-PROMPTS = Path(__file__).parent / "prompts.txt"
-"""The prompts to use if the user names none."""
+
+def prompts(split: Split, count: int | None = None) -> list[str]:
+    """Return edgeprune's own captions of a split: the first `count`, which mix all kinds, or all.
+
+    They are for models other than the built-in one, which understands only the captions of shapes world.
+
+    Raises:
+        InputError: the split has fewer captions.
+    """
+    found = [caption.text for caption in captions() if caption.split is split]
+    if count is not None and count > len(found):
+        raise InputError(
+            f"prompts: found {count}, expected at most {len(found)}; give --prompts, a text file, for more"
+        )
+    return found[:count]
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -19,10 +19,10 @@ from edgeprune.shapes.captions import (
     evaluation_prompts,
     parse,
     prompts,
-    split,
+    prompts_of,
 )
 from edgeprune.shapes.checker import Seen, check, score, see, task_means
-from edgeprune.shapes.renderer import BACKGROUND, SIZE, Pixels, render, training_scenes
+from edgeprune.shapes.renderer import BACKGROUND, SEEN, SIZE, Pixels, render, training_scenes
 
 __all__ = [
     "BACKGROUND",
@@ -31,6 +31,7 @@ __all__ = [
     "NUMBERS",
     "PLACES",
     "RELATIONS",
+    "SEEN",
     "SHAPES",
     "SIZE",
     "TASKS",
@@ -44,10 +45,10 @@ __all__ = [
     "evaluation_prompts",
     "parse",
     "prompts",
+    "prompts_of",
     "render",
     "score",
     "see",
-    "split",
     "task_means",
     "training_scenes",
 ]

@@ -1,8 +1,9 @@
-"""The captions of shapes world: what each one means, the split into training and held-out, and the parser.
+"""The captions of shapes world: what each one means, the five splits, and the parser.
 
-A `Meaning` is what a prompt asks for. A hash of its key decides whether it is held out, so two phrasings of one meaning
-always fall on the same side. The grammar is closed: `parse` is a dictionary lookup, and an unknown prompt is an error
-instead of a guess.
+A `Meaning` is what a prompt asks for. A hash of its key decides its split, so two phrasings of one meaning always fall
+in the same split. The built-in model was trained on every split but the held-out one; whatever compresses it uses each
+split for one purpose. The grammar is closed: `parse` is a dictionary lookup, and an unknown prompt is an error instead
+of a guess.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from edgeprune.common.errors import InputError
+from edgeprune.common.splits import Split, fraction
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 32, 38),
@@ -37,6 +40,8 @@ TEMPLATES = ("{}", "a picture of {}", "a drawing of {}")
 # Share of each task's meanings that training never sees; smaller tasks hold out more.
 _HELD_OUT = {"single_object": 0.25, "two_objects": 0.4, "color_attribution": 0.1}
 _HELD_OUT_DEFAULT = 0.2
+# Share of the other meanings in each split, rounded up; distillation trains on the rest.
+_SHARES = {Split.ANALYSIS: 0.1, Split.CALIBRATION: 0.15, Split.TUNING: 0.1}
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,11 @@ class Meaning:
         """Return True if no training caption has this meaning."""
         share = _HELD_OUT.get(self.task, _HELD_OUT_DEFAULT)
         return int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:4], "big") / 2**32 < share
+
+    @property
+    def split(self) -> Split:
+        """Return the split of every caption that has this meaning."""
+        return Split.HELD_OUT if self.held_out else _splits()[self.key]
 
 
 @dataclass(frozen=True)
@@ -134,16 +144,38 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def split(task: str, *, held_out: bool) -> list[Prompt]:
-    """Return the training or the held-out prompts of a task, as plain captions."""
-    return [p for p in prompts(task) if p.meaning.held_out is held_out]
+@functools.cache
+def _splits() -> dict[str, Split]:
+    """Return the split of every meaning that is not held out, by its key.
+
+    A task's shares are of the ranks of hashes, not of the hashes themselves, so that small tasks are in every split
+    too. A few meanings belong to two tasks ("one red circle", "a red circle"); the smaller task decides.
+    """
+    out: dict[str, Split] = {}
+    for task in sorted(TASKS, key=lambda task: len(prompts(task))):
+        keys = {p.meaning.key for p in prompts(task) if not p.meaning.held_out} - out.keys()
+        left = sorted(keys, key=lambda key: fraction(f"split {key}"))
+        for name, share in _SHARES.items():
+            count = math.ceil(share * len(keys))
+            out |= dict.fromkeys(left[:count], name)
+            left = left[count:]
+        out |= dict.fromkeys(left, Split.TRAINING)
+    return out
 
 
-def evaluation_prompts(per_task: int = 30, *, held_out: bool = True, seed: int = 0) -> list[Prompt]:
-    """Return `per_task` distinct captions per task, task by task; templates add captions to tasks with few meanings."""
+def prompts_of(task: str, *splits: Split) -> list[Prompt]:
+    """Return a task's prompts whose meanings belong to one of these splits, as plain captions."""
+    return [p for p in prompts(task) if p.meaning.split in splits]
+
+
+def evaluation_prompts(per_task: int = 30, *, split: Split = Split.HELD_OUT, seed: int = 0) -> list[Prompt]:
+    """Return up to `per_task` distinct captions of each task, task by task.
+
+    Templates add captions to tasks with few meanings; of two objects, a split other than training may still have fewer.
+    """
     out: list[Prompt] = []
     for task in TASKS:
-        plain = split(task, held_out=held_out)
+        plain = prompts_of(task, split)
         order = np.random.default_rng([seed, TASKS.index(task)]).permutation(len(plain))
         ordered = [Prompt(t.format(plain[i].text), plain[i].meaning) for t in TEMPLATES for i in order]
         out += ordered[:per_task]

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from edgeprune.common.errors import InputError
-from edgeprune.shapes.captions import COLOURS, GLYPHS, SHAPES, TASKS, Meaning, Thing, split
+from edgeprune.common.splits import Split
+from edgeprune.shapes.captions import COLOURS, GLYPHS, SHAPES, TASKS, Meaning, Thing, prompts_of
 
 SIZE = 64
 BACKGROUND = (238, 238, 238)
@@ -178,10 +180,16 @@ _TRAINING_WEIGHTS = {
 }
 
 
-def training_scenes(count: int, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
-    """Return scenes (count, 64, 64, 3) and their plain captions. Held-out meanings never appear."""
+SEEN = tuple(split for split in Split if split is not Split.HELD_OUT)
+"""The splits that the built-in model was trained on."""
+
+
+def training_scenes(
+    count: int, seed: int, splits: Sequence[Split] = (Split.TRAINING,)
+) -> tuple[NDArray[np.uint8], list[str]]:
+    """Return scenes (count, 64, 64, 3) and their plain captions, whose meanings are of these splits."""
     rng = np.random.default_rng(seed)
-    pools = [split(task, held_out=False) for task in TASKS]
+    pools = [prompts_of(task, *splits) for task in TASKS]
     weights = np.asarray([_TRAINING_WEIGHTS[t] for t in TASKS])
     tasks = rng.choice(len(pools), size=count, p=weights / weights.sum())
     picked = [pools[t][rng.integers(len(pools[t]))] for t in tasks]

@@ -1,7 +1,8 @@
-"""The checker against the renderer, task by task; captions and their split."""
+"""The checker against the renderer, task by task; captions and their splits."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from edgeprune import shapes
 from edgeprune.common.errors import InputError
+from edgeprune.common.splits import Split
 from edgeprune.shapes import TASKS, Meaning, Pixels, Thing
 
 RENDERS = 300
@@ -113,20 +115,49 @@ def test_checker_rejects_nothing_and_too_much() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_split(task: str) -> None:
-    train = {p.meaning.key for p in shapes.split(task, held_out=False)}
-    held_out = {p.meaning.key for p in shapes.split(task, held_out=True)}
-    assert train and held_out
-    assert not train & held_out
-    assert len(train) > len(held_out)
-    texts = [{p.text for p in shapes.split(task, held_out=side)} for side in (False, True)]
-    assert not texts[0] & texts[1]
+def test_every_split_has_captions_of_every_task(task: str) -> None:
+    keys = {split: {p.meaning.key for p in shapes.prompts_of(task, split)} for split in Split}
+    total = sum(map(len, keys.values()))
+    assert total == len({p.meaning.key for p in shapes.prompts(task)})
+    assert all(
+        len(keys[Split.TRAINING]) > len(keys[other]) for other in (Split.ANALYSIS, Split.CALIBRATION, Split.TUNING)
+    )
+    for split in Split:
+        assert len([p for p in shapes.evaluation_prompts(4, split=split) if p.meaning.task == task]) == 4
+
+
+def test_no_meaning_is_in_two_splits() -> None:
+    """Over all tasks, since "one red circle" and "a red circle" mean the same."""
+    keys = [{p.meaning.key for task in TASKS for p in shapes.prompts_of(task, split)} for split in Split]
+    assert sum(map(len, keys)) == len(set().union(*keys)) == len({p.meaning.key for p in shapes.prompts()})
+    texts = [{p.text for p in shapes.evaluation_prompts(1000, split=split)} for split in Split]
+    assert sum(map(len, texts)) == len(set().union(*texts))
+    a, b = shapes.parse("one red circle"), shapes.parse("a drawing of a red circle")
+    assert a.split is b.split
+
+
+def test_the_built_in_models_own_training_is_unchanged() -> None:
+    """Its scenes and its evaluation must stay those of the weights that edgeprune ships."""
+    images, captions = shapes.training_scenes(20, 3, shapes.SEEN)
+    assert hashlib.sha256("\n".join(captions).encode()).hexdigest() == (
+        "aa559f47102478a639958397401541e2da233165adac2a1ba072fd43ef79e30c"
+    )
+    assert images.shape == (20, 64, 64, 3)
+    held_out = "\n".join(p.text for p in shapes.evaluation_prompts(30))
+    assert hashlib.sha256(held_out.encode()).hexdigest() == (
+        "560051d369f44a41832ae2d50c8f2e6982dedfe58208ded854482d5790ba4d6d"
+    )
+
+
+def test_distillation_draws_training_meanings_only() -> None:
+    _, captions = shapes.training_scenes(300, 3)
+    assert {shapes.parse(text).split for text in captions} == {Split.TRAINING}
 
 
 def test_every_word_of_held_out_captions_is_in_train() -> None:
     words = [
-        {w for task in TASKS for p in shapes.split(task, held_out=side) for w in p.text.split()}
-        for side in (False, True)
+        {w for task in TASKS for p in shapes.prompts_of(task, split) for w in p.text.split()}
+        for split in (Split.TRAINING, Split.HELD_OUT)
     ]
     assert words[1] <= words[0]
 
