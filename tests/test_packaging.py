@@ -122,7 +122,7 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
         and (
             path.suffix in {".py", ".j2", ".toml", ".yaml"}
             or "assets" in path.parts
-            or path.name in ("py.typed", "architectures.json", "prompts.txt")
+            or path.name in ("py.typed", "architectures.json")
         )
     }
     assert {name for name in names if ".dist-info/" not in name} == expected

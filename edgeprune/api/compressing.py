@@ -45,10 +45,12 @@ class Compressed:
     """What the report measured: the content of report.json, with units in the names. Empty without a report."""
     no_report: str
     """Why there is no report; empty if there is one."""
+    distillation: str
+    """How much it was trained, in words; `none` without data for a model other than the built-in one."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `edgeprune compress --json` prints."""
-        return {"out": str(self.out), "ran": list(self.ran), **self.summary}
+        return {"out": str(self.out), "ran": list(self.ran), "distillation": self.distillation, **self.summary}
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def compress(
     Args:
         model: a diffusers folder or a hub id; None for the model of `out`, or the built-in one where `out` is new.
         out: the artefact folder to create or to resume.
-        options: of all stages; None for the preset `default`, or `quick` with `quick`. See `preset`.
+        options: of all stages; None for the preset `default`, or `quick` with `quick`. See `preset`, which trains
+            another model than the built-in one only with data.
         generation: settings of images to change; None keeps the model's own.
         quick: a first look: the report draws few images.
         fresh: redo stages that were done with other options.
@@ -116,6 +119,7 @@ def compress(
     from edgeprune.planning.removable import Removable
     from edgeprune.report import make
     from edgeprune.stages import compress as stages
+    from edgeprune.stages.distill import amount
 
     if not is_begun(out):
         source, images = source_and_images(out, model, generation)
@@ -134,6 +138,7 @@ def compress(
         removable=Removable.shown(ws.family, ws.config, chosen.plan),
         summary=summary,
         no_report=no_report,
+        distillation=amount(ws),
     )
 
 
@@ -165,7 +170,9 @@ def _checked(model: AnyPath | None, out: AnyPath, options: CompressOptions | Non
     from edgeprune.data.settings import check_source
     from edgeprune.stages.compress import preset
 
-    chosen = options or preset("quick" if quick else "default", builtin=is_builtin(out, model))
+    builtin = is_builtin(out, model)
+    chosen = options or preset("quick" if quick else "default", builtin=builtin)
+    chosen.check_data(builtin=builtin)
     check_prompts(chosen.analyze.prompts)
     check_prompts(chosen.plan.prompts)
     if chosen.distill is not None and chosen.data.source:

@@ -71,13 +71,13 @@ def distill(
     Args:
         out: a pruned folder.
         options: the recipe; None for the default of the folder's model.
-        data: what it learns from; None for the default of the folder's model.
+        data: what it learns from; None is shapes world for the built-in model, other models need data.
         placement: micro-batches, and where the teacher's weights are; None for one micro-batch on one device.
         fresh: train again where that was done with other options or other data.
         progress: called after each step and each part of the data.
 
     Raises:
-        InputError: nothing is pruned yet, scores are missing, or an option or the data is not usable.
+        InputError: nothing is pruned yet, scores or data are missing, or an option or the data is not usable.
         StaleStageError: the folder was distilled with other options, and `fresh` is not set.
         LockedError: another process uses the folder.
         EdgepruneError: the loss is not finite; the last good state stays on disk.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgeprune.api.folders import AnyPath, check_model, check_out
 from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
+from edgeprune.common.splits import Split
 
 if TYPE_CHECKING:
     from edgeprune.metrics.scoring import Score, Wish
@@ -70,7 +71,7 @@ def score(
         metrics: names: clip, geneval, hpsv2, lpips, psnr, shapes, ssim.
         against: the original: a model folder, a hub id, `built-in`, or a folder of images of the same prompts.
         weights: paths of the metrics' weights by name.
-        prompts: a text file with one prompt per line; None for the metric's own prompts, else edgeprune's list.
+        prompts: a text file with one prompt per line; None for the metric's own prompts, else 100 held-out captions.
         per_task: geneval and shapes: number of prompts of each task; None for all.
         seeds: images per prompt.
         runtime: the runtime to draw with; None for the first installed one that fits.
@@ -117,7 +118,8 @@ def _wishes_of(images: Path, metrics: Sequence[str]) -> list[Wish]:
     from edgeprune.data.imagefolder import read_samples
     from edgeprune.metrics import scoring
 
-    wishes = [scoring.Wish(s.text, i if s.seed is None else s.seed) for i, s in enumerate(read_samples(images))]
+    drawn = enumerate(read_samples(images))
+    wishes = [scoring.Wish(s.text, Split.HELD_OUT.seed(i) if s.seed is None else s.seed) for i, s in drawn]
     scoring.check_prompts(metrics, [w.text for w in wishes])
     return wishes
 

@@ -24,6 +24,7 @@ from edgeprune.bench.machine import machine, memory_bandwidth
 from edgeprune.bench.results import MEASURES, BenchResult, Measured, Quality, compare
 from edgeprune.common import errors
 from edgeprune.common.errors import EdgepruneError, InputError
+from edgeprune.common.splits import Split
 from edgeprune.metrics.psnr import mean_decibels
 
 PROMPT = "two red circles"
@@ -92,7 +93,11 @@ def run(
         for variant in variants:
             progress(f"{variant.name}: {variant.folder}")
             path = Path(scratch) / f"{len(measured)}.npy"
-            drawn = {"prompts": [p.text for p in prompts], "seeds": list(range(len(prompts))), "images": str(path)}
+            drawn = {
+                "prompts": [p.text for p in prompts],
+                "seeds": Split.HELD_OUT.seeds(len(prompts)),
+                "images": str(path),
+            }
             reply = _worker(variant, spec | drawn, progress)
             score = None
             if prompts:

@@ -27,7 +27,7 @@ def cache(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="An imagefolder, .tar shards, YE-POP, datasets:NAME, a text file of prompts, or 'shapes'.",
+            help="An imagefolder, .tar shards, YE-POP, datasets:NAME, a text file of prompts, 'captions' or 'shapes'.",
         ),
     ],
     model: Annotated[
@@ -40,7 +40,8 @@ def cache(
         Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to create, or to resume if it exists.")
     ] = Path("cache"),
     samples: Annotated[
-        int, typer.Option(min=1, help="Number of images to draw for prompts and shapes, or to take from datasets:NAME.")
+        int,
+        typer.Option(min=1, help="Number of images to draw (captions, prompts, shapes) or to take (datasets:NAME)."),
     ] = 1024,
     buckets: Annotated[
         bool,

@@ -13,8 +13,7 @@ from edgeprune.cli import choices, options, screen
 from edgeprune.common.errors import InputError
 
 EPILOG = (
-    "Example: edgeprune compare -o build/compare  ·  "
-    "edgeprune compare ./sd35 -o grid --grid mine.toml --prompts prompts.txt"
+    "Example: edgeprune compare -o build/compare  ·  edgeprune compare ./sd35 -o grid --grid mine.toml --data images/"
 )
 
 
@@ -48,11 +47,12 @@ def compare(
         typer.Option(
             metavar="FILE",
             help="Text file with one prompt per line to score on. Use none that the models were trained on.",
-            show_default="held-out captions of the built-in model; other models need this option",
+            show_default="the metric's own prompts, else held-out captions",
         ),
     ] = None,
+    data: options.DataSource = None,
     per_task: Annotated[
-        int, typer.Option(min=1, help="Built-in model: number of held-out captions of each of its 7 tasks.")
+        int, typer.Option(min=1, help="Built-in model and geneval: number of held-out prompts of each task.")
     ] = 30,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
@@ -64,18 +64,22 @@ def compare(
     from edgeprune.compare import page as compare_page
     from edgeprune.compare import run as comparison
     from edgeprune.compare.grid import Grid, grid_named
+    from edgeprune.data.settings import check_source
     from edgeprune.metrics import check_analysis, parse_weights
     from edgeprune.stages import compress
 
     check_out(out)
+    if data:
+        check_source(data)
     original = out / "original"
     ws = open_folder(original, model) if is_begun(original) else None
     builtin = ws.builtin if ws else model is None
     name, paths = metric or ("shapes" if builtin else "velocity"), parse_weights(weights or [])
     check_analysis(name, paths)
     path = grid or grid_named(preset or "demo")
-    rows = Grid.load(path, compress.preset("default", builtin=builtin))
-    texts = comparison.held_out_prompts(builtin, prompts, per_task)
+    rows = Grid.load(path, compress.preset("default", builtin=builtin, data=data))
+    comparison.check_rows(rows, builtin=builtin)
+    texts = comparison.held_out_prompts(builtin, prompts, per_task, name)
     if dry_run:
         numbers = comparison.forecast_grid(ws.source if ws else resolve(model), rows, len(texts), name)
         return screen.show_forecast(numbers, screen.FLOORS, as_json)

@@ -11,6 +11,7 @@ from edgeprune import api
 from edgeprune.api.folders import check_model, check_out, check_prompts, is_builtin
 from edgeprune.cli import choices, options, screen
 from edgeprune.cli.plan import fit_rows, plan_rows
+from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
     from edgeprune.planning.options import PlanOptions
@@ -23,7 +24,7 @@ Steps = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Training steps; 0 skips distillation.",
+        help="Training steps; 0 skips distillation. The paper took 64,000, each of 64 samples.",
         show_default="the preset's",
         rich_help_panel=options.TRAINING,
     ),
@@ -69,17 +70,21 @@ def compress(
     check_out(out)
     check_model(model)
     check_prompts(prompts)
-    start = api.preset(preset, builtin=is_builtin(out, model))
+    start = api.preset(preset, builtin=is_builtin(out, model), data=data)
     plan = options.plan_options(
         start.plan, method=method, keep=keep, max_memory=max_memory, fit=fit, protect_first=protect_first,
         protect_last=protect_last, threshold=threshold, blocks=blocks, components=components, group_size=group_size,
         modulation_rank=modulation_rank, prompts=prompts, keep_components=keep_components,
     )  # fmt: skip
     chosen = _merged(
-        start, plan, steps=steps, data=data, metric=metric, prompts=prompts, weights=weights or [],
+        start, plan, steps=steps, metric=metric, prompts=prompts, weights=weights or [],
         group_size=group_size, calibration=calibration,
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
+    if chosen.distill is None and steps is None:
+        from edgeprune.stages.options import GIVE_DATA
+
+        screen.say(f"not distilled: {GIVE_DATA}")
     if dry_run:
         numbers = api.forecast_compress(model, out, chosen, generation=generation).to_json()
         return screen.show_forecast(numbers, screen.FLOORS, as_json)
@@ -95,7 +100,6 @@ def _merged(
     plan: PlanOptions,
     *,
     steps: int | None,
-    data: str | None,
     metric: str,
     prompts: str | None,
     weights: list[str],
@@ -106,8 +110,11 @@ def _merged(
     from dataclasses import replace
 
     from edgeprune.metrics import parse_weights
+    from edgeprune.stages.options import GIVE_DATA
 
     training = start.distill
+    if steps and training is None:
+        raise InputError(f"--steps {steps}: there is no data to train on; {GIVE_DATA}")
     if steps is not None and training is not None:
         training = replace(training, steps=steps) if steps else None
     if training is not None:
@@ -116,7 +123,6 @@ def _merged(
         start,
         analyze=replace(start.analyze, metric=metric, prompts=prompts, weights=parse_weights(weights)),
         plan=plan,
-        data=replace(start.data, source=data or start.data.source),
         distill=training,
         quantize=replace(start.quantize, group_size=group_size, calibration=calibration),
     )
@@ -127,6 +133,7 @@ def _show(done: api.Compressed, as_json: bool) -> None:
     from edgeprune.report import make
 
     rows = [*fit_rows(done.fit), *plan_rows(done.plan, done.options.plan.modulation_rank, done.removable)]
+    rows.append(("distillation", done.distillation))
     screen.table([*rows, *(make.summary_rows(done.summary) if done.summary else [])])
     ran = f"done: {', '.join(done.ran)}" if done.ran else "nothing to do, all stages are done"
     screen.say(f"{ran}; {done.no_report or 'report: ' + str(done.out / 'report.html')}")

@@ -19,7 +19,7 @@ EPILOG = "Example: edgeprune distill -o small --data images/ --steps 2000 --rate
 Samples = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Number of images to draw if the data is prompts or shapes.",
+        min=1, help="Number of images to draw if the data is captions, prompts or shapes.",
         show_default="1024; 6000 for the built-in model", rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
@@ -27,7 +27,7 @@ Steps = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Training steps.",
+        help="Training steps. The paper took 64,000.",
         show_default="1000; 400 for the built-in model",
         rich_help_panel=options.TRAINING,
     ),
@@ -35,7 +35,8 @@ Steps = Annotated[
 Batch = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Samples per step, over all processes.", show_default="32", rich_help_panel=options.TRAINING,
+        min=1, help="Samples per step, over all processes. The paper took 64.", show_default="32",
+        rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
 Rate = Annotated[
@@ -220,10 +221,10 @@ def distill(
     if data:
         check_source(data)
     check_begun(out)
-    base = api.preset("default", builtin=is_builtin(out))
-    assert base.distill is not None
+    base = api.preset("default", builtin=is_builtin(out), data=data)
     chosen = replace(
-        base.distill, **options.given(steps=steps, batch=batch, rate=rate, schedule=schedule, ema=ema),
+        base.distill or api.DistillOptions(),
+        **options.given(steps=steps, batch=batch, rate=rate, schedule=schedule, ema=ema),
         sensitivity=sensitivity, freeze_prefix=freeze_prefix, features=features,
         lambda_task=lambda_task, lambda_output=lambda_output, lambda_feature=lambda_feature,
         levels=levels, drop_captions=drop_captions,
@@ -236,7 +237,7 @@ def distill(
         numbers = api.forecast_distill(out, chosen, placement=placement, config=config).to_json()
         remark = "of one process, on its device; kernels, communication and the allocator need more"
         return screen.show_forecast(numbers, remark, as_json)
-    source = api.DataOptions(source=data or base.data.source, samples=samples or base.data.samples)
+    source = api.DataOptions(source=base.data.source, samples=samples or base.data.samples)
     with screen.bars() as progress:
         done = api.distill(out, chosen, source, placement=placement, fresh=fresh, progress=progress)
     screen.say(f"loss {done.first_loss:.4f} -> {done.last_loss:.4f}" + ("" if done.ran else " (already done)"))

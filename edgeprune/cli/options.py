@@ -78,7 +78,7 @@ Prompts = Annotated[
     typer.Option(
         metavar="FILE",
         help="Text file with one prompt per line.",
-        show_default="the metric's own prompts, else a list that comes with edgeprune",
+        show_default="the metric's own prompts, else captions of edgeprune that nothing else uses",
         rich_help_panel=ANALYSIS,
     ),
 ]
@@ -195,8 +195,8 @@ DataSource = Annotated[
         "--data",
         metavar="SOURCE",
         help="Training data: a folder of `edgeprune cache`, an imagefolder, .tar shards, YE-POP, datasets:NAME, a text "
-        "file of prompts, or 'shapes'.",
-        show_default="prompts that come with edgeprune; shapes for the built-in model",
+        "file of prompts, 'captions' (the model draws 1,024 images for captions that come with edgeprune) or 'shapes'.",
+        show_default="shapes for the built-in model; other models are not distilled without it",
         rich_help_panel=TRAINING,
     ),
 ]

@@ -43,7 +43,7 @@ def score(
         Path | None,
         typer.Option(
             metavar="FILE", help="Text file with one prompt per line.",
-            show_default="the metric's own prompts, else a list that comes with edgeprune",
+            show_default="the metric's own prompts, else 100 held-out captions of edgeprune",
         ),
     ] = None,
     per_task: Annotated[

@@ -20,15 +20,17 @@ from edgeprune import shapes
 from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.manifest import HALF, INT4
 from edgeprune.artefact.resolve import read_config
-from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, files_digest, read_json, write_json
 from edgeprune.common.progress import Progress, silent
+from edgeprune.common.splits import Split
 from edgeprune.compare.grid import Grid, Row
 from edgeprune.compare.summary import summarise
 from edgeprune.metrics import Metric, evaluations, of_pipeline, tasks_of
+from edgeprune.metrics.scoring import CAPTIONS
 from edgeprune.quantization.precision import footprint
 from edgeprune.report.measure import step_times
 from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.prompts import prompts as shipped_prompts
 from edgeprune.sampling.prompts import read_prompts
 from edgeprune.stages.analyze import run as run_analyze
 from edgeprune.stages.compress import forecast
@@ -40,18 +42,33 @@ from edgeprune.stages.quantize import run as run_quantize
 from edgeprune.stages.workspace import Workspace
 
 
-def held_out_prompts(builtin: bool, prompts: str | None, per_task: int) -> list[str]:
-    """Return the prompts to score on: the file's, or for the built-in model shapes world's held-out captions.
+def held_out_prompts(builtin: bool, prompts: str | None, per_task: int, metric: str = "shapes") -> list[str]:
+    """Return the prompts to score on: the file's, the metric's own, shapes world's or edgeprune's held-out captions.
+
+    Args:
+        builtin: whether the model is the built-in one.
+        prompts: a text file with one prompt per line.
+        per_task: the number of prompts of each task, where prompts have tasks.
+        metric: how models are scored.
 
     Raises:
-        InputError: there is no file and the model is not the built-in one. The prompt list that comes with the package
-            serves analysis and training, so it cannot serve as held-out prompts.
+        InputError: the file cannot be used.
     """
     if prompts:
         return read_prompts(Path(prompts))
-    if not builtin:
-        raise InputError("compare: give --prompts, a text file of prompts that nothing is trained on, to score on")
-    return [p.text for p in shapes.evaluation_prompts(per_task)]
+    if tasks := shapes if builtin else tasks_of(metric):
+        return [p.text for p in tasks.evaluation_prompts(per_task)]
+    return shipped_prompts(Split.HELD_OUT, CAPTIONS)
+
+
+def check_rows(grid: Grid, *, builtin: bool) -> None:
+    """Check that the rows that are distilled have data to train on.
+
+    Raises:
+        InputError: they have none.
+    """
+    for row in grid.rows:
+        row.options.check_data(builtin=builtin)
 
 
 def forecast_grid(source: Path, grid: Grid, prompts: int, metric: str) -> dict[str, Any]:
@@ -107,10 +124,11 @@ def compare(
     before = footprint(base.family, base.family.tensor_shapes(base.config)).bf16_bytes
     if grid.reads_contributions:
         run_analyze(base, grid.analyze, progress)
-    scorer = of_pipeline(metric, base.pipe, base.generation, prompts, weights)
+    scorer = of_pipeline(metric, base.pipe, base.generation, prompts, weights, split=Split.HELD_OUT)
     path = out / "results.json"
     results: dict[str, Any] = read_json(path) if path.is_file() else {}
-    identity: dict[str, Any] = {"metric": metric, "prompts": prompts, "weights": base.weights_hash}
+    identity: dict[str, Any] = {"metric": metric, "prompts": prompts, "seeds": Split.HELD_OUT.seed(0)}
+    identity["weights"] = base.weights_hash
     if weights:
         identity["metric_weights"] = {name: [given, files_digest(Path(given))] for name, given in weights.items()}
 

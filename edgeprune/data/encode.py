@@ -28,9 +28,10 @@ from edgeprune.data.settings import (
     WORKERS,
     CacheOptions,
     entry_count,
+    images_of,
     sizes_of,
 )
-from edgeprune.data.sources import Skipped, layout_of
+from edgeprune.data.sources import Skipped
 from edgeprune.sampling.generation import Generation
 
 EntriesDone = Callable[[int, int, str], None]
@@ -75,7 +76,7 @@ def make_cache(
     if made.index.complete and all((folder / shard.file).is_file() for shard in shards):
         return made
     settings, began = made.index.settings, time.monotonic()
-    layout = layout_of(options.source)
+    layout = images_of(options.source)
     encoder = Encoder(load, generation, options, layout, sizes_of(model, generation, options), workers)
     total, done, per_shard = entry_count(options, layout), 0, int(settings["samples_per_shard"])
     skipped, entries = list[Skipped](), entries_of(options, layout)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,13 +21,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeprune.common.errors import EdgepruneError, InputError
+from edgeprune.common.splits import Split
 from edgeprune.common.tensors import Tensors
 from edgeprune.data.buckets import MOST_ENLARGED, Size, enlarged, fitted, nearest
-from edgeprune.data.settings import CacheOptions
+from edgeprune.data.settings import SHAPES, CacheOptions, is_drawn, texts_of
 from edgeprune.data.sources import Entry, Layout, Pair, Skipped, opened
 from edgeprune.sampling.denoising import at_once, denoise, encode_images, encode_prompts, latent_shape, noise, sigmas
 from edgeprune.sampling.generation import Generation
-from edgeprune.sampling.prompts import read_prompts
 
 _BATCH = 32
 """Images encoded at once. With several sizes, up to this many images of each size are in memory."""
@@ -40,13 +39,13 @@ def entries_of(options: CacheOptions, layout: Layout | None) -> Iterator[Any]:
     """Return the source's entries: images with captions, or (seed, prompt) for images that the model generates."""
     if layout:
         return layout.read(options.source)
-    if options.source == "shapes":
+    if options.source == SHAPES:
         from edgeprune.shapes import training_scenes
 
-        scenes = zip(*training_scenes(options.samples, seed=7), strict=True)
+        scenes = zip(*training_scenes(options.samples, seed=Split.TRAINING.seed(7)), strict=True)
         return (Pair(f"scene {i}", Image.fromarray(pixels), text) for i, (pixels, text) in enumerate(scenes))
-    prompts = read_prompts(Path(options.source))
-    return ((i, prompts[i % len(prompts)]) for i in range(options.samples))
+    prompts = texts_of(options.source)
+    return ((Split.TRAINING.seed(i), prompts[i % len(prompts)]) for i in range(options.samples))
 
 
 @dataclass
@@ -88,7 +87,7 @@ class Encoder:
             report: called with the number of samples encoded so far.
         """
         encoded = Encoded()
-        if self.layout or self.options.source == "shapes":
+        if not is_drawn(self.options.source):
             self._encode_images(entries, most, encoded, report)
         else:
             self._draw(list(entries), encoded, report)

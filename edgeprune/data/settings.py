@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.common.errors import InputError
-from edgeprune.common.files import read_json, sha256_file
+from edgeprune.common.files import digest, read_json, sha256_file
+from edgeprune.common.splits import Split
 from edgeprune.data.buckets import Size, bucket_sizes
 from edgeprune.data.cache import Index, Settings, is_cache, made_by
 from edgeprune.data.sources import Layout, layout_of
 from edgeprune.families import Config, Family, family_of
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
-from edgeprune.sampling.prompts import read_prompts
+from edgeprune.sampling.prompts import prompts, read_prompts
 
+SHAPES, CAPTIONS = WORDS = ("shapes", "captions")
+"""Sources that come with edgeprune, always the training split: scenes of shapes world, and captions whose images the
+model generates."""
 SHARD_BYTES = 2**28
 """The approximate size of a shard."""
 WORKERS = min(8, os.cpu_count() or 1)
@@ -36,9 +40,9 @@ class CacheOptions:
     """Which samples a cache holds, and how it stores them."""
 
     source: str
-    """`shapes`, images in a layout of sources/, or a file of prompts."""
+    """One of WORDS, images in a layout of sources/, or a file of prompts."""
     samples: int = 1024
-    """How many samples to make (`shapes`, prompts) or to take from a stream; a folder is always used completely."""
+    """How many samples to make (WORDS, prompts) or to take from a stream; a folder is always used completely."""
     buckets: bool = False
     """Several image sizes by aspect ratio instead of one."""
     half: bool = False
@@ -46,8 +50,22 @@ class CacheOptions:
 
 
 def is_drawn(source: str) -> bool:
-    """Return whether the model itself generates the images, from a file of prompts."""
-    return source != "shapes" and not is_cache(source) and layout_of(source) is None
+    """Return whether the model itself generates the images, from captions or from a file of prompts."""
+    return source == CAPTIONS or not (source == SHAPES or is_cache(source) or layout_of(source))
+
+
+def texts_of(source: str) -> list[str]:
+    """Return the prompts of a source whose images the model generates.
+
+    Raises:
+        InputError: the file cannot be used.
+    """
+    return prompts(Split.TRAINING) if source == CAPTIONS else read_prompts(Path(source))
+
+
+def images_of(source: str) -> Layout | None:
+    """Return the layout of a source of images; None for the other sources."""
+    return None if source in WORDS else layout_of(source)
 
 
 def source_digest(source: str) -> str:
@@ -57,8 +75,10 @@ def source_digest(source: str) -> str:
         InputError: this is not a known source.
     """
     path = Path(source)
-    if source == "shapes":
-        return source
+    if source == SHAPES:
+        return f"{source}, {Split.TRAINING.value}"
+    if source == CAPTIONS:
+        return digest(texts_of(source))
     if is_cache(source):
         return Index.load(path).identity
     if layout := layout_of(source):
@@ -77,7 +97,7 @@ def check_source(source: str, option: str = "--data") -> None:
     Raises:
         InputError: this is not a known source, or a file without prompts.
     """
-    if source == "shapes" or is_cache(source) or layout_of(source):
+    if source in WORDS or is_cache(source) or layout_of(source):
         return
     if not Path(source).is_file():
         raise _unknown(source, option)
@@ -86,7 +106,7 @@ def check_source(source: str, option: str = "--data") -> None:
 
 def _unknown(source: str, option: str) -> InputError:
     found = "not a known source" if Path(source).exists() else "no such file or folder"
-    last = ", shapes, or a folder made by `edgeprune cache`" if option == "--data" else ", or shapes"
+    last = ", captions, shapes, or a folder made by `edgeprune cache`" if option == "--data" else ", captions or shapes"
     return InputError(f"{option} {source}: {found}; expected {_SOURCES}{last}")
 
 
@@ -103,7 +123,7 @@ def settings_of(
         InputError: the source is unknown or is a cache itself, or buckets are requested for images that the model
             generates.
     """
-    layout, drawn, content = layout_of(options.source), is_drawn(options.source), source_digest(options.source)
+    layout, drawn, content = images_of(options.source), is_drawn(options.source), source_digest(options.source)
     if is_cache(options.source):
         raise InputError(f"{options.source}: is a cache already; pass it to distill or compress as --data")
     if drawn and options.buckets:
@@ -132,7 +152,7 @@ def forecast(folder: Path, generation: Generation, options: CacheOptions, out: P
     """
     source_digest(options.source)
     per_sample = sample_bytes(folder, generation, half=options.half)
-    samples = entry_count(options, layout_of(options.source))
+    samples = entry_count(options, images_of(options.source))
     existing = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())
     return {
         "samples": samples,

@@ -16,6 +16,7 @@ import numpy as np
 from edgeprune import shapes
 from edgeprune.artefact.loading import load
 from edgeprune.artefact.resolve import BUILTIN
+from edgeprune.common.splits import Split
 from edgeprune.metrics import of_images
 from edgeprune.metrics.drawn import Drawn
 from edgeprune.sampling.generation import Generation
@@ -26,7 +27,9 @@ def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, A
     pipe = load(folder)
     chosen = shapes.evaluation_prompts(per_task)
     texts = [p.text for p in chosen]
-    metric = Drawn("shapes", of_images("shapes", {}), pipe, Generation.load(folder), texts, seeds=seeds)
+    metric = Drawn(
+        "shapes", of_images("shapes", {}), pipe, Generation.load(folder), texts, split=Split.HELD_OUT, seeds=seeds
+    )
     values = np.asarray(metric.score())
     tasks = [p.meaning.task for p in chosen]
     score, low, high = shapes.score(values, tasks)

@@ -32,15 +32,17 @@ from edgeprune.artefact.resolve import BUILTIN, read_config
 from edgeprune.common.errors import EdgepruneError
 from edgeprune.common.files import read_json, write_json
 from edgeprune.common.intervals import half_width
+from edgeprune.common.splits import Split
 from edgeprune.common.tables import interval_text
 from edgeprune.experiments.pages import insert
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.make import make_plan
 from edgeprune.stages.modulation import modulation_mean
+from edgeprune.stages.prompts import prompts_of
 from edgeprune.stages.workspace import Workspace
 
 CAPTIONS = 7
-"""Training captions, one per task; each gives six states."""
+"""Captions to analyze on, one per task; each gives six states."""
 FEW = 1
 """Captions for scoring pairs one by one."""
 HELD_OUT = 14
@@ -65,14 +67,8 @@ RUNS: dict[str, tuple[Any, dict[str, int], int, str]] = {
 def prepared(out: Path, captions: list[str]) -> tuple[Any, VelocityError, torch.Tensor]:
     """Return the folder, the metric on these captions, and the mean modulation input (D)."""
     ws = Workspace(out / "model", None)
-    return ws, VelocityError(ws.pipe, ws.generation, captions), modulation_mean(ws, captions)
-
-
-def captions(count: int, *, held_out: bool = False) -> list[str]:
-    """Return `count` captions, taking the tasks in turn."""
-    per_task = -(-count // len(shapes.TASKS))
-    texts = [p.text for p in shapes.evaluation_prompts(per_task, held_out=held_out)]
-    return [texts[task * per_task + i] for i in range(per_task) for task in range(len(shapes.TASKS))][:count]
+    metric = VelocityError(ws.pipe, ws.generation, captions, split=Split.ANALYSIS)
+    return ws, metric, modulation_mean(ws, captions)
 
 
 def groups_to_score(ws: Any, kind: str) -> list[Group]:
@@ -94,7 +90,7 @@ def groups_to_score(ws: Any, kind: str) -> list[Group]:
 def run_one(out: Path, name: str) -> dict[str, Any]:
     """Return one run's scores, seconds, memory growth, and work in evaluations of the transformer."""
     kind, options, count, scored = RUNS[name]
-    ws, metric, mean = prepared(out, captions(count))
+    ws, metric, mean = prepared(out, prompts_of(Split.ANALYSIS, count, shapes))
     blocks, samples = ws.family.blocks(ws.pipe.transformer), [0]
     estimator = kind(ws.family, metric, mean, **options)
 
@@ -169,13 +165,16 @@ class Study:
         count = runs[0]["captions"]
         return ContributionReport(
             fingerprint=fingerprint(ws.config), family=ws.family.name, num_blocks=ws.family.block_count(ws.config),
-            metric="velocity", prompts=captions(count), untouched=[0.0] * count, scores=scores,
+            metric="velocity", prompts=prompts_of(Split.ANALYSIS, count, shapes),
+            untouched=[0.0] * count, scores=scores,
         )  # fmt: skip
 
     def plans(self) -> list[dict[str, Any]]:
         """Return the velocity error on held-out captions of every method's plan at every budget."""
-        ws, _, mean = prepared(self.out, captions(CAPTIONS))
-        held_out = VelocityError(ws.pipe, ws.generation, captions(HELD_OUT, held_out=True))
+        ws, _, mean = prepared(self.out, prompts_of(Split.ANALYSIS, CAPTIONS, shapes))
+        held_out = VelocityError(
+            ws.pipe, ws.generation, prompts_of(Split.HELD_OUT, HELD_OUT, shapes), split=Split.HELD_OUT
+        )
         model = ws.pipe.transformer
 
         singles = self.report(ws, "exhaustive")

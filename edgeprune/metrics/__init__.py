@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeprune.common import extras
 from edgeprune.common.errors import InputError
+from edgeprune.common.splits import Split
 from edgeprune.sampling.generation import Generation
 
 if TYPE_CHECKING:
@@ -163,9 +164,15 @@ def check_analysis(name: str, weights: Mapping[str, str], prompts: Sequence[str]
 
 
 def of_pipeline(
-    name: str, pipe: Any, generation: Generation, prompts: list[str], weights: Mapping[str, str] | None = None
+    name: str,
+    pipe: Any,
+    generation: Generation,
+    prompts: list[str],
+    weights: Mapping[str, str] | None = None,
+    *,
+    split: Split,
 ) -> Metric:
-    """Prepare a metric for a pipeline.
+    """Prepare a metric for a pipeline, with the noise of a split.
 
     Raises:
         InputError: the name is unknown, or weights are missing or not usable.
@@ -176,10 +183,10 @@ def of_pipeline(
     if name == VELOCITY:
         from edgeprune.metrics.velocity import VelocityError
 
-        return VelocityError(pipe, generation, prompts)
+        return VelocityError(pipe, generation, prompts, split=split)
     from edgeprune.metrics.drawn import Drawn
 
-    return Drawn(name, of_images(name, weights), pipe, generation, prompts)
+    return Drawn(name, of_images(name, weights), pipe, generation, prompts, split=split)
 
 
 def evaluations(name: str, generation: Generation, prompts: int, per_step: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune.common.splits import Split
 from edgeprune.metrics import KNOWN, ImageMetric
 from edgeprune.sampling.denoising import generate
 from edgeprune.sampling.generation import Generation
@@ -26,16 +27,18 @@ class Drawn:
         generation: Generation,
         prompts: list[str],
         *,
+        split: Split,
         seeds: int = 1,
     ) -> None:
-        self.name, self.metric, self.pipe, self.generation, self.seeds = name, metric, pipe, generation, seeds
+        self.name, self.metric, self.pipe, self.generation = name, metric, pipe, generation
+        self.split, self.seeds = split, seeds
         self.texts = [p for p in prompts for _ in range(seeds)]
         self.sign = -1.0 if KNOWN[name].lower_is_better else 1.0
         self.originals = list(self.images()) if KNOWN[name].paired else None
 
     def images(self) -> NDArray[np.uint8]:
         """Generate images (prompts * seeds, H, W, 3); the seeds of one prompt are adjacent."""
-        return generate(self.pipe, self.texts, list(range(len(self.texts))), self.generation)
+        return generate(self.pipe, self.texts, self.split.seeds(len(self.texts)), self.generation)
 
     def score(self) -> list[float]:
         """Return the mean over its seeds for each prompt; higher is better."""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.common.errors import InputError
+from edgeprune.common.splits import Split, split_of
 
 # COCO's 80 classes in COCO's order; three have one more word than COCO's name.
 NAMES = (
@@ -59,6 +60,17 @@ class Meaning:
 
     task: str
     wanted: tuple[Wanted, ...]
+
+    @property
+    def key(self) -> str:
+        """Return the same text for prompts that ask for the same ("a cup left of a fork", "a fork right of a cup")."""
+        wanted = self.wanted
+        opposite = {"right of": "left of", "below": "above"}.get(wanted[-1].relation or "")
+        if opposite:
+            wanted = Wanted(wanted[1].name), Wanted(wanted[0].name, relation=opposite)
+        elif self.task != "position":
+            wanted = tuple(sorted(wanted, key=repr))
+        return repr(wanted)
 
 
 @dataclass(frozen=True)
@@ -146,15 +158,19 @@ def _all_prompts(seed: int = 43, draws: int = 100) -> tuple[Prompt, ...]:
     return tuple(Prompt(text_of(m), m) for m in dict.fromkeys(meanings))
 
 
-def evaluation_prompts(per_task: int | None = None, *, held_out: bool = True) -> list[Prompt]:
+def evaluation_prompts(per_task: int | None = None, *, split: Split = Split.HELD_OUT) -> list[Prompt]:
     """Return the benchmark's 553 prompts, task by task, or the first `per_task` of each task.
 
-    With `held_out` False return other prompts of the same kinds, for choosing a plan; the single objects are the same.
+    The other splits share out more prompts of the same kinds, none of which asks for what one of the benchmark's asks
+    for. They have no single objects: the benchmark uses all of them.
     """
     every: list[Prompt] = list(_all_prompts())
-    if not held_out:
-        others = _all_prompts(seed=44)
-        every = [p for p in others if p.meaning.task == "single_object" or p not in every]
+    if split is not Split.HELD_OUT:
+        benchmark = {p.meaning.key for p in every}
+        shares = dict.fromkeys(Split, 0.25)
+        del shares[Split.HELD_OUT]
+        others = [p for p in _all_prompts(seed=44, draws=400) if p.meaning.key not in benchmark]
+        every = [p for p in others if split_of(p.meaning.key, shares) is split]
     return [p for task in TASKS for p in [q for q in every if q.meaning.task == task][:per_task]]
 
 

@@ -20,10 +20,13 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, sha256_file, whole_lines
 from edgeprune.common.intervals import Interval, mean_interval, paired_drop
 from edgeprune.common.progress import Progress, silent
+from edgeprune.common.splits import Split
 from edgeprune.common.tables import interval_text
 from edgeprune.data.imagefolder import METADATA, Sample, open_image
-from edgeprune.sampling.prompts import PROMPTS, read_prompts
+from edgeprune.sampling import prompts as shipped
 
+CAPTIONS = 100
+"""Held-out captions that are scored without other prompts."""
 BATCH = 8
 """The number of images in memory at a time."""
 
@@ -65,10 +68,10 @@ def is_images(folder: Path) -> bool:
 def wishes(
     names: Sequence[str], *, prompts: Path | None = None, per_task: int | None = None, seeds: int = 1
 ) -> list[Wish]:
-    """Return the images to generate for these metrics.
+    """Return the images to generate for these metrics, with held-out seeds.
 
-    The prompts are the lines of a file, or else the prompts of the one metric that has its own, or else edgeprune's
-    list.
+    The prompts are the lines of a file, or else the prompts of the one metric that has its own, or else held-out
+    captions of edgeprune.
 
     Args:
         names: the names of the metrics.
@@ -92,9 +95,10 @@ def wishes(
         every = module.evaluation_prompts(**{} if per_task is None else {"per_task": per_task})
         texts = [p.text for p in every]
     else:
-        texts = read_prompts(prompts or PROMPTS)
+        texts = shipped.read_prompts(prompts) if prompts else shipped.prompts(Split.HELD_OUT, CAPTIONS)
     check_prompts(names, texts)
-    return [Wish(text, i * seeds + j) for i, text in enumerate(texts) for j in range(seeds)]
+    numbers = Split.HELD_OUT.seeds(len(texts) * seeds)
+    return [Wish(text, seed) for text, seed in zip([t for t in texts for _ in range(seeds)], numbers, strict=True)]
 
 
 def check_prompts(names: Sequence[str], texts: Sequence[str]) -> None:

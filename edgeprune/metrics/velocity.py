@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from edgeprune.common.splits import Split
 from edgeprune.sampling.denoising import (
     Conditioning,
     at_once,
@@ -33,7 +34,7 @@ class VelocityError:
     name = "velocity"
 
     @torch.no_grad()
-    def __init__(self, pipe: Any, generation: Generation, prompts: list[str]) -> None:
+    def __init__(self, pipe: Any, generation: Generation, prompts: list[str], *, split: Split) -> None:
         self.pipe, self.count = pipe, len(prompts)
         generation = replace(generation, num_inference_steps=min(STATES, generation.num_inference_steps))
         condition = encode_prompts(pipe, prompts, generation.max_sequence_length)
@@ -44,7 +45,7 @@ class VelocityError:
         states = []
         for start in range(0, self.count, batch):
             rows = slice(start, start + batch)
-            x = noise(list(range(start, start + len(condition.hidden[rows]))), shape).to(condition.hidden)
+            x = noise(split.seeds(len(condition.hidden[rows]), start), shape).to(condition.hidden)
             path = denoise(pipe.transformer, x, levels, condition[rows], empty, generation.guidance_scale)
             states.append(torch.stack([latents for latents, _ in path][:-1]))
         self.states = torch.cat(states, dim=1).flatten(0, 1)  # (steps * prompts, C, h, w)

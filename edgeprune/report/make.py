@@ -16,9 +16,10 @@ from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tables import interval_text, with_unit
 from edgeprune.report import page
 from edgeprune.report.measure import measure
+from edgeprune.stages.distill import amount
 from edgeprune.stages.workspace import Workspace
 
-_SCHEMA = 2
+_SCHEMA = 3
 """Schema of report.json; a file with another one is measured again."""
 
 
@@ -68,7 +69,7 @@ def make_report(
         np.savez_compressed(temporary, **images)  # type: ignore[arg-type]
         temporary.replace(images_path)
         write_json(path, summary)
-    page.write(ws, summary, summary_rows(summary), images, bench)
+    page.write(ws, summary, [("distillation", amount(ws)), *summary_rows(summary)], images, bench)
     return summary
 
 

@@ -15,14 +15,17 @@ from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.manifest import INT4
 from edgeprune.common.intervals import Interval, mean_interval, paired_drop
 from edgeprune.common.progress import Progress
+from edgeprune.common.splits import Split
 from edgeprune.metrics.psnr import mean_decibels
 from edgeprune.sampling.denoising import encode_prompts, generate, latent_shape, noise, velocity
-from edgeprune.sampling.prompts import PROMPTS, read_prompts
+from edgeprune.sampling.prompts import prompts
 from edgeprune.stages.workspace import Workspace
 
 
 def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Return the summary that report.json keeps, and the images of `original` and `compressed`, each (P, H, W, 3).
+
+    Prompts and seeds are held out: nothing that made the artefact has seen them.
 
     Args:
         quick: draw few prompts.
@@ -31,8 +34,8 @@ def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, A
         chosen = shapes.evaluation_prompts(2 if quick else 15)
         texts, meanings = [p.text for p in chosen], [p.meaning for p in chosen]
     else:
-        texts, meanings = read_prompts(PROMPTS)[: 2 if quick else 8], []
-    seeds = list(range(len(texts)))
+        texts, meanings = prompts(Split.HELD_OUT, 2 if quick else 8), []
+    seeds = Split.HELD_OUT.seeds(len(texts))
     original = ws.pipe.transformer
     int4 = load_transformer(ws.out, quantized=True)
     images: dict[str, NDArray[Any]] = {}
@@ -47,6 +50,7 @@ def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, A
     before = ws.plan().before.bf16_bytes
     summary: dict[str, Any] = {
         "prompts": texts,
+        "seeds": seeds,
         "images": len(texts),
         "original_bf16_bytes": before,
         "compressed_int4_bytes": stored,

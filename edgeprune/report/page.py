@@ -78,8 +78,9 @@ def _write_page(
     # One prompt of each task first, so that the page shows all tasks.
     per_task = max(1, len(summary["prompts"]) // len(shapes.TASKS))
     order = np.argsort(np.arange(len(summary["prompts"])) % per_task, kind="stable")
+    texts, seeds = summary["prompts"], summary["seeds"]
     pairs = [
-        {"prompt": summary["prompts"][i], "seed": int(i)} | {name: _png(images[name][i]) for name in images}
+        {"prompt": texts[i], "seed": seeds[i]} | {name: _png(images[name][i]) for name in images}
         for i in order[:_SHOWN]
     ]
     environment = _environment(autoescape=True)

@@ -110,7 +110,7 @@ def _pair(draw: _Draw) -> _Content:
         for thing in draw.several(words.PAIRED, 2)
     )
     relation, inverse = draw.of(words.RELATIONS)
-    phrasings = (f"{_a(first)} {relation} {_a(second)}", f"{_a(second)} {inverse} {_a(first)}")
+    phrasings: tuple[str, ...] = (f"{_a(first)} {relation} {_a(second)}", f"{_a(second)} {inverse} {_a(first)}")
     if relation == inverse:
         first, second = sorted((first, second))
         phrasings += (f"{_a(first)} and {_a(second)} side by side",)

@@ -18,11 +18,20 @@ def prompts(split: Split, count: int | None = None) -> list[str]:
         InputError: the split has fewer captions.
     """
     found = [caption.text for caption in captions() if caption.split is split]
-    if count is not None and count > len(found):
+    return found if count is None else first(found, count)
+
+
+def first(texts: list[str], count: int) -> list[str]:
+    """Return the first `count` prompts of a split.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    if count > len(texts):
         raise InputError(
-            f"prompts: found {count}, expected at most {len(found)}; give --prompts, a text file, for more"
+            f"prompts: found {count}, expected at most {len(texts)}; give --prompts, a text file, for more"
         )
-    return found[:count]
+    return texts[:count]
 
 
 def read_prompts(path: Path) -> list[str]:

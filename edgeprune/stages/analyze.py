@@ -12,29 +12,20 @@ import torch
 from edgeprune.analysis.contribution import Group, analyze, groups, partials_of
 from edgeprune.analysis.estimators import estimator_named
 from edgeprune.artefact.loading import load_transformer
-from edgeprune.artefact.resolve import read_config
+from edgeprune.artefact.resolve import BUILTIN, read_config
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
+from edgeprune.common.splits import Split
 from edgeprune.families import Config, Family
-from edgeprune.metrics import check_analysis, evaluations, of_pipeline, preparing, tasks_of
+from edgeprune.metrics import check_analysis, evaluations, of_pipeline, preparing
 from edgeprune.sampling.denoising import VelocityInputs, at_once, velocity
 from edgeprune.sampling.generation import Generation
-from edgeprune.sampling.prompts import PROMPTS, read_prompts
 from edgeprune.stages.costs import evaluations_per_step, sample
 from edgeprune.stages.modulation import modulation_mean
 from edgeprune.stages.options import AnalyzeOptions
+from edgeprune.stages.prompts import analysis_prompts
 from edgeprune.stages.workspace import Workspace
-
-
-def analysis_prompts(ws: Workspace, options: AnalyzeOptions) -> list[str]:
-    """Return the prompts that contributions are measured on; never held-out ones."""
-    if options.prompts:
-        return read_prompts(Path(options.prompts))[: options.count]
-    if tasks := tasks_of(options.metric) or (tasks_of("shapes") if ws.builtin else None):
-        per_task = -(-options.count // len(tasks.TASKS))
-        return [p.text for p in tasks.evaluation_prompts(per_task, held_out=False)]
-    return read_prompts(PROMPTS)[: options.count]
 
 
 def analysis_groups(family: Family, config: Config, options: AnalyzeOptions) -> list[Group]:
@@ -57,16 +48,17 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
     """
     estimator_class = estimator_named(options.estimator, options.metric)
     removals = analysis_groups(ws.family, ws.config, options)
-    prompts = analysis_prompts(ws, options)
+    prompts = analysis_prompts(options, builtin=ws.builtin)
     check_analysis(options.metric, options.weights, prompts)
-    inputs = asdict(options) | {"prompts": prompts, "generation": asdict(ws.generation)}
+    seeds = Split.ANALYSIS.seed(0)
+    inputs = asdict(options) | {"prompts": prompts, "seeds": seeds, "generation": asdict(ws.generation)}
     if not options.weights:
         del inputs["weights"]  # older folders do not have this option; they stay current
     if options.joint and ws.family.kinds(ws.config).get("single"):
         inputs["groups"] = len(removals)  # single-stream blocks had one joint group of three until 2026-11
 
     def score(key: str) -> dict[str, Any]:
-        metric = of_pipeline(options.metric, ws.pipe, ws.generation, prompts, options.weights)
+        metric = of_pipeline(options.metric, ws.pipe, ws.generation, prompts, options.weights, split=Split.ANALYSIS)
         estimator = estimator_class(ws.family, metric, modulation_mean(ws, prompts))
         analyze(
             ws.family, ws.config, estimator.estimate, groups=removals, metric=metric.name, estimator=estimator.name,
@@ -104,8 +96,9 @@ def forecast(source: Path, options: AnalyzeOptions, generation: Generation) -> d
     estimator = estimator_named(options.estimator, options.metric)
     removals = analysis_groups(family, config, options)
     per_step, blocks = evaluations_per_step(family, config, generation), family.block_count(config)
-    per_score = evaluations(options.metric, generation, options.count, per_step)
-    before = preparing(options.metric, generation, options.count, per_step)
+    count = len(analysis_prompts(options, builtin=source == BUILTIN))
+    per_score = evaluations(options.metric, generation, count, per_step)
+    before = preparing(options.metric, generation, count, per_step)
     total = estimator.evaluations([(), *removals], blocks, per_score) + before
     model = load_transformer(source, quantized=False)
     model.requires_grad_(False)

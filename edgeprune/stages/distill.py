@@ -16,15 +16,14 @@ from edgeprune.common.tensors import Tensors
 from edgeprune.data.cache import Index, is_cache, made_by, open_pairs
 from edgeprune.data.encode import make_cache
 from edgeprune.data.pairs import Pairs
-from edgeprune.data.settings import CacheOptions, settings_of, source_digest
+from edgeprune.data.settings import SHAPES, CacheOptions, settings_of, source_digest
 from edgeprune.families import Architecture, Config
 from edgeprune.planning.methods import baselines
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.generation import Generation
-from edgeprune.sampling.prompts import PROMPTS
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.stages.costs import sample
-from edgeprune.stages.options import DataOptions
+from edgeprune.stages.options import GIVE_DATA, DataOptions
 from edgeprune.stages.prune import mean_and_basis
 from edgeprune.stages.weights import by_block, half, original_weights, write_half
 from edgeprune.stages.workspace import Workspace
@@ -102,7 +101,9 @@ def run(
     options.check()
     plan = ws.plan()
     recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)
-    source = data.source or ("shapes" if ws.builtin else str(PROMPTS))
+    source = data.source or (SHAPES if ws.builtin else None)
+    if source is None:
+        raise InputError(f"distill: no data; {GIVE_DATA}")
     if recipe.sensitivity == "graded" and ws.report() is None:
         found = "graded" if options.sensitivity else "graded, the default for plans that remove components"
         raise InputError(
@@ -145,6 +146,14 @@ def run(
         return {"first_loss": sum(losses[:10]) / len(losses[:10]), "last_loss": sum(losses[-10:]) / len(losses[-10:])}
 
     return ws.stage("distill", {"options": options.to_json(recipe), "data": identity}, train)
+
+
+def amount(ws: Workspace) -> str:
+    """Return how much the artefact was trained, in words, beside the published training where that compares."""
+    stage = ws.manifest.stages.get("distill")
+    options = stage["options"]["options"] if stage else {}
+    done = f"{options['steps']:,} steps of {options['batch']}" if options else "none"
+    return done if ws.builtin else f"{done}; published: {PUBLISHED_STEPS:,} steps of {PUBLISHED_BATCH}"
 
 
 def check_cache(ws: Workspace, folder: Path, progress: Progress = silent) -> None:

@@ -8,8 +8,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from edgeprune.common.errors import InputError
 from edgeprune.planning.options import PlanOptions
 from edgeprune.training.recipe import DistillOptions
+
+GIVE_DATA = (
+    "give --data FOLDER, which has images with captions, or --data captions: the model then draws 1,024 images for "
+    "captions that come with edgeprune, and learns from those"
+)
+"""What to do if a model other than the built-in one has no data to be distilled on."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +25,8 @@ class AnalyzeOptions:
 
     metric: str = "velocity"
     prompts: str | None = None
-    """A text file. By default the metric's own prompts; else, for the built-in model, those of shapes world, without
-    the held-out ones; else the list that ships with edgeprune."""
+    """A text file. By default the analysis split of the metric's own prompts; else, for the built-in model, of shapes
+    world; else of edgeprune's captions."""
     count: int = 28
     """How many prompts to use."""
     components: bool = True
@@ -39,8 +46,8 @@ class DataOptions:
     """What `distill` learns from, see data/."""
 
     source: str | None = None
-    """`shapes`, a cache, a folder of images, or a text file of prompts; by default `shapes` for the built-in model and
-    the prompts that ship with edgeprune for others."""
+    """`shapes`, `captions`, a cache, a folder of images, or a text file of prompts. None is `shapes` for the built-in
+    model; other models are not distilled then."""
     samples: int = 1024
     """How many samples to make, or to take from a stream; a cache or a folder of images is used whole."""
 
@@ -52,7 +59,7 @@ class QuantizeOptions:
     group_size: int = 64
     """Weights that share a scale."""
     calibration: str = "none"
-    """One of quantize.CALIBRATIONS; all but `none` run the model on the prompts of `analyze`."""
+    """One of quantize.CALIBRATIONS; all but `none` run the model on prompts of the calibration split."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,15 @@ class CompressOptions:
         if self.plan.scored or self.distill is None or self.distill.sensitivity == "off":
             return self.plan.scored
         return self.distill.sensitivity == "graded" or bool(self.plan.components)
+
+    def check_data(self, *, builtin: bool) -> None:
+        """Check that there is something to distill on.
+
+        Raises:
+            InputError: another model than the built-in one shall be distilled, and no data is given.
+        """
+        if self.distill is not None and self.data.source is None and not builtin:
+            raise InputError(f"distillation has no data; {GIVE_DATA}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a grid's runs digest them.

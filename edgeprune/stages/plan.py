@@ -24,24 +24,10 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import is_projectable, modulation_width
 from edgeprune.planning.removable import Removable
 from edgeprune.sampling.generation import Generation
-from edgeprune.sampling.prompts import PROMPTS, read_prompts
 from edgeprune.stages.modulation import MODULATION, inputs_of, sampler_levels
+from edgeprune.stages.prompts import calibration_prompts
 from edgeprune.stages.weights import original_weights
 from edgeprune.stages.workspace import Workspace
-
-CAPTIONS = 16
-"""Captions of each task of shapes world that calibrate the modulation of the built-in model."""
-
-
-def calibration_prompts(ws: Workspace, options: PlanOptions) -> list[str]:
-    """Return the prompts that the modulation's directions are found on, with the empty prompt; never held-out ones."""
-    if options.prompts:
-        return ["", *read_prompts(Path(options.prompts))]
-    if ws.builtin:
-        from edgeprune.shapes import evaluation_prompts
-
-        return ["", *(p.text for p in evaluation_prompts(CAPTIONS, held_out=False))]
-    return ["", *read_prompts(PROMPTS)]
 
 
 def calibration_inputs(ws: Workspace, prompts: list[str]) -> torch.Tensor:
@@ -94,7 +80,7 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool
     rank = options.modulation_rank
     if rank == NEEDED and not is_projectable(ws.family, ws.config):
         rank = None
-    prompts = [] if rank is None else calibration_prompts(ws, options)
+    prompts = [] if rank is None else ["", *calibration_prompts(options.prompts, builtin=ws.builtin)]
 
     def write(_: str) -> dict[str, Any]:
         (ws.out / MODULATION).unlink(missing_ok=True)

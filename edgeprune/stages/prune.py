@@ -18,9 +18,8 @@ from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors, save_tensors
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import remaining_shapes, tensor_sources
-from edgeprune.stages.analyze import analysis_prompts
 from edgeprune.stages.modulation import MODULATION, modulation_mean
-from edgeprune.stages.options import AnalyzeOptions
+from edgeprune.stages.prompts import calibration_prompts
 from edgeprune.stages.weights import by_block, half, original_weights, write_half
 from edgeprune.stages.workspace import Workspace
 
@@ -81,7 +80,7 @@ def mean_and_basis(ws: Workspace, plan: PrunePlan, key: str) -> tuple[torch.Tens
     if any(c in ws.family.norms for _, c in plan.components):
         path = ws.cache / f"mean-{key[:12]}.safetensors"
         if not path.is_file():
-            save_tensors(path, {"mean": modulation_mean(ws, analysis_prompts(ws, AnalyzeOptions()))})
+            save_tensors(path, {"mean": modulation_mean(ws, calibration_prompts(None, builtin=ws.builtin))})
         with readable(path):
             return load_file(path)["mean"], None
     return None, None

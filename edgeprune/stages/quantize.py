@@ -12,6 +12,7 @@ from edgeprune.artefact.manifest import INT4
 from edgeprune.artefact.writing import write_transformer
 from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
+from edgeprune.common.splits import Split
 from edgeprune.common.tensors import Tensors
 from edgeprune.metrics import VELOCITY, of_pipeline
 from edgeprune.planning.plan import PrunePlan
@@ -19,11 +20,13 @@ from edgeprune.planning.remainder import shorter_config
 from edgeprune.quantization.quantize import CALIBRATIONS, prepare, quantize_part
 from edgeprune.residency.stored import PACKED
 from edgeprune.residency.weights import Weights
-from edgeprune.stages.analyze import analysis_prompts
-from edgeprune.stages.options import AnalyzeOptions, QuantizeOptions
+from edgeprune.stages.options import QuantizeOptions
+from edgeprune.stages.prompts import calibration_prompts
 from edgeprune.stages.weights import by_block
 from edgeprune.stages.workspace import Workspace
 
+PROMPTS = 28
+"""Prompts that calibrate the scales."""
 GROUP_SIZES = (16, 32, 64, 128)
 
 
@@ -84,8 +87,9 @@ def _quantize(ws: Workspace, options: QuantizeOptions, plan: PrunePlan, key: str
 
 
 def _calibration(ws: Workspace, model: Any) -> Callable[[], None]:
-    """Return a function that runs `model` on the trajectories of the analysis prompts."""
-    metric = of_pipeline(VELOCITY, ws.pipe, ws.generation, analysis_prompts(ws, AnalyzeOptions()))
+    """Return a function that runs `model` on trajectories of the calibration prompts."""
+    prompts = calibration_prompts(None, builtin=ws.builtin, count=PROMPTS)
+    metric = of_pipeline(VELOCITY, ws.pipe, ws.generation, prompts, split=Split.CALIBRATION)
     original = ws.pipe.transformer
 
     def calibrate() -> None:

@@ -16,6 +16,7 @@ from edgeprune.analysis.estimators.exhaustive import Exhaustive
 from edgeprune.analysis.estimators.gates import Gates
 from edgeprune.analysis.estimators.reuse import Reuse
 from edgeprune.common.errors import InputError
+from edgeprune.common.splits import Split
 from edgeprune.families import family_of
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.sampling.denoising import Conditioning
@@ -41,7 +42,7 @@ def setup(kind: str, monkeypatch: pytest.MonkeyPatch, *, batch: int = 4) -> tupl
     monkeypatch.setattr(type(family), "encode", lambda _, *given: encode(*given))
     pipe = SimpleNamespace(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler(), vae_scale_factor=8)
     monkeypatch.setattr("edgeprune.metrics.velocity.at_once", lambda *_: batch)
-    metric = VelocityError(pipe, Generation(STEPS, 1.0, 64, 64, 6), ["a", "bb"])
+    metric = VelocityError(pipe, Generation(STEPS, 1.0, 64, 64, 6), ["a", "bb"], split=Split.ANALYSIS)
     assert isinstance(metric.condition, Conditioning) and len(metric.states) == STEPS * PROMPTS
     return family, metric, [(), *groups(family, config, joint=True)]
 

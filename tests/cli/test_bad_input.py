@@ -129,7 +129,7 @@ def test_the_help_of_distill_gives_the_defaults() -> None:
     from edgeprune.stages.compress import preset
 
     help_text = CliRunner().invoke(app, ["distill", "-h"], env=WIDE).output
-    usual, builtin = (preset("default", builtin=b) for b in (False, True))
+    usual, builtin = (preset("default", builtin=b, data="shapes") for b in (False, True))
     assert usual.distill is not None and builtin.distill is not None
     pairs = [(usual.data.samples, builtin.data.samples)]
     pairs += [(getattr(usual.distill, name), getattr(builtin.distill, name)) for name in ("steps", "schedule", "ema")]

@@ -12,6 +12,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.compare import page, run
 from edgeprune.compare.grid import GRIDS, Grid, grid_named
 from edgeprune.compare.summary import summarise
+from edgeprune.metrics.scoring import CAPTIONS
 from edgeprune.stages.compress import preset
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
 from edgeprune.stages.workspace import Workspace
@@ -184,7 +185,7 @@ def test_the_command_forecasts_and_refuses(tmp_path: Path) -> None:
     tiny_pipeline(tmp_path / "source")
     grid = write(tmp_path / "grid.toml", GRID)
     words = ["compare", str(tmp_path / "source"), "-o", str(tmp_path / "out"), "--grid", str(grid)]
-    words += ["--prompts", str(write(tmp_path / "prompts.txt", "a lake\na hill\n"))]
+    words += ["--data", "captions", "--prompts", str(write(tmp_path / "prompts.txt", "a lake\na hill\n"))]
     done = CliRunner().invoke(app, [*words, "--dry-run", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.splitlines()[-1])
@@ -192,5 +193,7 @@ def test_the_command_forecasts_and_refuses(tmp_path: Path) -> None:
     # 5 runs and the original, 2 prompts, one of velocity's states at each of 4 steps.
     assert found["score_evaluations"] == 6 * 2 * 4
     assert not (tmp_path / "out").exists()
-    done = CliRunner().invoke(app, words[: words.index("--prompts")])
-    assert isinstance(done.exception, InputError) and "give --prompts" in str(done.exception)
+    done = CliRunner().invoke(app, [*words[: words.index("--prompts")], "--dry-run", "--json"])
+    assert json.loads(done.stdout.splitlines()[-1])["score_evaluations"] == 6 * CAPTIONS * 4
+    done = CliRunner().invoke(app, words[: words.index("--data")])
+    assert isinstance(done.exception, InputError) and "no data; give --data FOLDER" in str(done.exception)

@@ -160,8 +160,7 @@ def test_a_stream_gives_so_many_samples(
             for i in itertools.count():
                 yield Entry(f"{i}", source / f"{i % 9}.png", f"text {i}")
 
-    for module in (encode, settings):
-        monkeypatch.setattr(module, "layout_of", lambda given: Stream())
+    monkeypatch.setattr(settings, "layout_of", lambda given: Stream())
     made = cached(pipe, model, "stream", tmp_path / "out", samples=5)
     assert [s.samples for s in made.index.shards] == [3, 2] and made.index.shards[1].skipped == 1
     (tmp_path / "out" / "shard-00001.safetensors").unlink()

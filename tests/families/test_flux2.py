@@ -15,6 +15,7 @@ import torch
 from edgeprune.analysis.contribution import analyze, groups, parts, removed
 from edgeprune.analysis.estimators.exhaustive import Exhaustive
 from edgeprune.common.errors import InputError
+from edgeprune.common.splits import Split
 from edgeprune.export import external_data, folder, graph, parity
 from edgeprune.families import family_of
 from edgeprune.metrics.velocity import VelocityError
@@ -48,7 +49,7 @@ def test_analysis_scores_every_part_and_leaves_the_model_whole(tmp_path: Path) -
     found = pipe()
     config = tiny.config_of(found.transformer)
     family = family_of(config)
-    metric = VelocityError(found, Generation(3, 1.0, 64, 64, 6), ["a", "bb"])
+    metric = VelocityError(found, Generation(3, 1.0, 64, 64, 6), ["a", "bb"], split=Split.ANALYSIS)
     report = analyze(
         family, config, Exhaustive(family, metric, torch.zeros(64)).estimate, groups=groups(family, config),
         metric="velocity", estimator="exhaustive", prompts=["a", "bb"], path=tmp_path / "analysis.json",

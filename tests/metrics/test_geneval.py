@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from edgeprune.common.errors import InputError
+from edgeprune.common.splits import Split
 from edgeprune.metrics import geneval_rules as rules
 from edgeprune.metrics.geneval_rules import Detection, Meaning, Wanted, parse, relations, verdict
 
@@ -181,14 +182,21 @@ def test_the_benchmark_s_own_prompts() -> None:
 
 
 def test_every_prompt_is_read_back() -> None:
-    for prompt in rules.evaluation_prompts() + rules.evaluation_prompts(held_out=False):
+    for prompt in [p for split in Split for p in rules.evaluation_prompts(split=split)]:
         assert parse(prompt.text) == prompt.meaning
 
 
-def test_prompts_to_choose_a_plan_by_are_others() -> None:
-    benchmark = {p.text for p in rules.evaluation_prompts() if p.meaning.task != "single_object"}
-    others = rules.evaluation_prompts(5, held_out=False)
-    assert len(others) == 30 and not benchmark & {p.text for p in others}
+def test_splits_ask_for_different_things() -> None:
+    """Also in other words: a cup left of a fork is a fork right of a cup."""
+    keys = [{p.meaning.key for p in rules.evaluation_prompts(split=split)} for split in Split]
+    assert sum(map(len, keys)) == len(set().union(*keys))
+    assert parse("a photo of a cup left of a fork").key == parse("a photo of a fork right of a cup").key
+    assert parse("a photo of a cup above a fork").key == parse("a photo of a fork below a cup").key
+    assert parse("a photo of a cup above a fork").key != parse("a photo of a fork above a cup").key
+    assert parse("a photo of a cup and a fork").key == parse("a photo of a fork and a cup").key
+    for split in Split:
+        found = Counter(p.meaning.task for p in rules.evaluation_prompts(6, split=split))
+        assert set(found.values()) == {6} and (split is Split.HELD_OUT) == ("single_object" in found)
 
 
 def test_fruit_and_colour() -> None:

@@ -19,6 +19,7 @@ from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, Mask2FormerFo
 
 from edgeprune import metrics
 from edgeprune.common.errors import InputError
+from edgeprune.common.splits import Split
 from edgeprune.metrics import geneval, hps_convert, lpips_distance
 from edgeprune.metrics.clip_model import Clip, ImageProcessor
 from edgeprune.metrics.geneval_rules import NAMES
@@ -352,7 +353,9 @@ def test_analyze_asks_any_metric_higher_is_better(
     monkeypatch.setattr(drawn, "generate", lambda pipe, texts, *_: np.stack([drawings[pipe.state]] * len(texts)))
     pipe = SimpleNamespace(transformer=tiny_transformer(num_layers=1), state=0)
     weights = {"lpips": str(alexnet), "hpsv2": str(clip_folder)}
-    metric = metrics.of_pipeline(name, pipe, Generation(4, 3.0, 64, 64, 0), ["a red circle", "a star"], weights)
+    metric = metrics.of_pipeline(
+        name, pipe, Generation(4, 3.0, 64, 64, 0), ["a red circle", "a star"], weights, split=Split.ANALYSIS
+    )
     untouched = metric.score()
     pipe.state = 1  # as if something had been removed
     changed = metric.score()

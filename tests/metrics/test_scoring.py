@@ -13,6 +13,7 @@ from shell import run
 
 from edgeprune import shapes
 from edgeprune.common.errors import InputError
+from edgeprune.common.splits import Split
 from edgeprune.data.imagefolder import Sample, read_samples
 from edgeprune.metrics import scoring
 from edgeprune.metrics.scoring import Wish
@@ -71,9 +72,10 @@ def test_images_must_be_of_the_same_prompts_and_seeds() -> None:
 
 
 def test_what_is_drawn() -> None:
-    assert [w.seed for w in scoring.wishes(["shapes"], per_task=1, seeds=2)] == list(range(2 * len(shapes.TASKS)))
+    seeds = [w.seed for w in scoring.wishes(["shapes"], per_task=1, seeds=2)]
+    assert seeds == Split.HELD_OUT.seeds(2 * len(shapes.TASKS))
     assert len(scoring.wishes(["geneval", "clip"])) == 553
-    assert len(scoring.wishes(["clip"])) == 24
+    assert len(scoring.wishes(["clip"])) == scoring.CAPTIONS
     with pytest.raises(InputError, match="each have prompts of their own"):
         scoring.wishes(["geneval", "shapes"])
     with pytest.raises(InputError, match="--per-task is for metrics"):

@@ -34,8 +34,9 @@ from edgeprune.stages import plan as plan_stage
 from edgeprune.stages.compress import compress
 from edgeprune.stages.modulation import MODULATION
 from edgeprune.stages.options import CompressOptions, DataOptions
-from edgeprune.stages.plan import calibration_inputs, calibration_prompts
+from edgeprune.stages.plan import calibration_inputs
 from edgeprune.stages.plan import run as run_plan
+from edgeprune.stages.prompts import calibration_prompts
 from edgeprune.stages.prune import run as run_prune
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.recipe import DistillOptions, Recipe, parameter_groups
@@ -304,13 +305,12 @@ def test_all_stages(artefact: Path, source: Path) -> None:
 def test_auto_stage_says_what_it_chose(source: Path, tmp_path: Path) -> None:
     ws = Workspace(tmp_path / "out", str(source))
     run_plan(ws, replace(OPTIONS.plan, modulation_rank="auto"))
-    inputs = calibration_inputs(ws, calibration_prompts(ws, OPTIONS.plan))
+    inputs = calibration_inputs(ws, ["", *calibration_prompts(None, builtin=False)])
     expected = choose_rank(inputs, modulation_width(ws.family, ws.config))
     assert ws.plan().modulation_rank == expected == ws.manifest.stages["plan"]["modulation_rank"]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\ntwo stars\n")
-    options = replace(OPTIONS.plan, modulation_rank=63, prompts=str(prompts))
-    assert calibration_prompts(ws, options) == ["", "a red circle", "two stars"]
+    assert calibration_prompts(str(prompts), builtin=False) == ["a red circle", "two stars"]
 
 
 def test_projected_by_default_where_little_may_stay(

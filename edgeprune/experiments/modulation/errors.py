@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from edgeprune import shapes
-from edgeprune.experiments.modulation.study import Study
+from edgeprune.common.splits import Split
+from edgeprune.experiments.modulation.study import CAPTIONS, Study
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.modulation import GRID, choose_rank, subspace
 from edgeprune.quantization.precision import Precision
 from edgeprune.quantization.quantize import round_to_nearest
 from edgeprune.sampling.denoising import Conditioning, encode_images, encode_prompts, noise, velocity
-from edgeprune.stages.plan import CAPTIONS
 
 RANKS = (0, 2, 4, 8, 16, 32, 48, 64)
 CALIBRATED = (16, 32, 64)
@@ -81,7 +81,7 @@ def auto(study: Study) -> dict[str, int | None]:
 
 def seen(study: Study) -> dict[str, dict[str, float]]:
     """Return the error on captions of the calibration and on held-out ones."""
-    other = VelocityError(study.pipe, study.generation, study.captions(3))
+    other = VelocityError(study.pipe, study.generation, study.captions(3), split=Split.CALIBRATION)
     rows: dict[str, dict[str, float]] = {}
     for rank in CALIBRATED:
         model = study.thin(rank)

@@ -13,6 +13,7 @@ import torch
 from edgeprune import shapes
 from edgeprune.artefact.surgery import prune
 from edgeprune.common.files import read_json, write_json
+from edgeprune.common.splits import Split
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.modulation import GRID, Subspace, modulation_inputs, subspace
@@ -20,10 +21,12 @@ from edgeprune.quantization.int4 import round_int4
 from edgeprune.quantization.precision import Precision, precision_of
 from edgeprune.quantization.quantize import round_to_nearest
 from edgeprune.sampling.denoising import encode_prompts, latent_shape, sigmas
-from edgeprune.stages.plan import CAPTIONS
+from edgeprune.stages.prompts import CALIBRATION_PROMPTS, prompts_of
 from edgeprune.stages.workspace import Workspace
 
 Prompts = list[str]
+CAPTIONS = CALIBRATION_PROMPTS // len(shapes.TASKS)
+"""Captions of each task that calibrate the modulation."""
 
 
 def print_progress(what: str, done: int = 0, total: int = 0, note: str = "") -> None:
@@ -71,8 +74,8 @@ class Study:
         return modulation_inputs(self.family, self.teacher, levels * 1000, pooled, self.generation.guidance_scale)
 
     def captions(self, per_task: int) -> Prompts:
-        """Return training captions."""
-        return [p.text for p in shapes.evaluation_prompts(per_task, held_out=False)]
+        """Return captions to calibrate on."""
+        return prompts_of(Split.CALIBRATION, per_task * len(shapes.TASKS), shapes)
 
     @functools.cached_property
     def held_out(self) -> Prompts:
@@ -112,7 +115,7 @@ class Study:
     @functools.cached_property
     def metric(self) -> VelocityError:
         """Error against the teacher on the teacher's states, held-out captions."""
-        return VelocityError(self.pipe, self.generation, self.held_out)
+        return VelocityError(self.pipe, self.generation, self.held_out, split=Split.HELD_OUT)
 
     def error(self, model: Any, metric: VelocityError | None = None) -> float:
         """Return the mean relative velocity error."""

@@ -1,0 +1,65 @@
+"""Which prompts a stage uses where the user gives none: each purpose has its split, see common/splits.py."""
+
+from __future__ import annotations
+
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from edgeprune import shapes
+from edgeprune.common.splits import Split
+from edgeprune.metrics import tasks_of
+from edgeprune.sampling.prompts import first, prompts, read_prompts
+from edgeprune.stages.options import AnalyzeOptions
+
+CALIBRATION_PROMPTS = 112
+"""Prompts that find the modulation's mean and directions."""
+
+
+def analysis_prompts(options: AnalyzeOptions, *, builtin: bool) -> list[str]:
+    """Return the prompts that contributions are measured on: those of a file, or `count` of the analysis split.
+
+    Args:
+        options: of the analysis.
+        builtin: whether the model is the built-in one, which understands only the captions of shapes world.
+
+    Raises:
+        InputError: the file cannot be used, or the split has fewer prompts.
+    """
+    if options.prompts:
+        return read_prompts(Path(options.prompts))[: options.count]
+    tasks = tasks_of(options.metric) or (shapes if builtin else None)
+    return prompts_of(Split.ANALYSIS, options.count, tasks)
+
+
+def calibration_prompts(file: str | None, *, builtin: bool, count: int = CALIBRATION_PROMPTS) -> list[str]:
+    """Return the prompts that constants of the compressed model are found on: those of a file, or `count` others.
+
+    Args:
+        file: a text file with one prompt per line, all of which are used; None for the calibration split.
+        builtin: whether the model is the built-in one.
+        count: how many prompts of the split.
+
+    Raises:
+        InputError: the file cannot be used, or the split has fewer prompts.
+    """
+    return read_prompts(Path(file)) if file else prompts_of(Split.CALIBRATION, count, shapes if builtin else None)
+
+
+def prompts_of(split: Split, count: int, tasks: Any | None) -> list[str]:
+    """Return `count` prompts of a split: edgeprune's captions, or those of a module with tasks, taken in turn.
+
+    Args:
+        split: what they may be used for.
+        count: how many.
+        tasks: edgeprune.shapes or another module with prompts of its own, see metrics.KNOWN.
+
+    Raises:
+        InputError: the split has fewer prompts.
+    """
+    if tasks is None:
+        return prompts(split, count)
+    found = tasks.evaluation_prompts(count, split=split)
+    by_task = [[p.text for p in found if p.meaning.task == task] for task in tasks.TASKS]
+    texts = [text for text in chain.from_iterable(zip_longest(*by_task)) if text is not None]
+    return first(texts, count)
