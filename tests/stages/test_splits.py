@@ -129,7 +129,7 @@ def test_a_real_model_is_not_distilled_without_data(source: Path, tmp_path: Path
         compress(ws, options)
     assert not ws.manifest.stages
     assert "distill" not in compress(ws, replace(options, distill=None))
-    assert distill.amount(ws) == "none: not distilled; the paper: 64,000 steps of 64 on YE-POP"
+    assert distill.amount(ws) == "none; published: 64,000 steps of 64"
     with pytest.raises(InputError, match="distill: no data; give --data FOLDER"):
         distill.run(ws, stage_runs.OPTIONS.distill or pytest.fail(), DataOptions())
 
