@@ -105,6 +105,7 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
                 "group_size": (manifest.get("group_size") or 64) if quantized else None,
                 "source": manifest.get("source", str(artefact.resolve())),
                 "compressed": bool(manifest),
+                **({"commit": manifest["commit"]} if "commit" in manifest else {}),  # of the source on the hub
                 **more,
                 "files": {name: work.hashes.get(name) or sha256_file(path) for name, path in files.items()},
             }

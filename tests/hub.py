@@ -11,17 +11,27 @@ from edgeprune.common.hub_cache import SHARED_MARKER
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
-def cached(source: Path, cache: Path, *, shared: bool, repository: str = "models--me--m") -> Path:
+def cached(
+    source: Path,
+    cache: Path,
+    *,
+    shared: bool,
+    repository: str = "models--me--m",
+    ref: str = "main",
+    commit: str = REVISION,
+) -> Path:
     """Move the files of `source` into a cache and return the snapshot, a folder of links.
 
     Args:
+        ref: the branch or tag; call this again with another one for a repository of two revisions.
+        commit: what `ref` is.
         shared: keep the files in the store that repositories share, as huggingface_hub 2 does with large files.
     """
     root = cache / repository
-    (root / "blobs").mkdir(parents=True)
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text(REVISION)
-    snapshot = root / "snapshots" / REVISION
+    (root / "blobs").mkdir(parents=True, exist_ok=True)
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs" / ref).write_text(commit)
+    snapshot = root / "snapshots" / commit
     for path in sorted(p for p in source.rglob("*") if p.is_file()):
         name = hashlib.sha256(path.read_bytes()).hexdigest()
         blob, link = root / "blobs" / name, snapshot / path.relative_to(source)

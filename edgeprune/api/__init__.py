@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edgeprune.api.distilling import Distilled, DistillForecast, distill, forecast_distill
     from edgeprune.api.drawing import Generated, generate
     from edgeprune.api.exporting import Exported, export
+    from edgeprune.api.hub import Pushed, PushForecast, forecast_push, push_to_hub
     from edgeprune.api.scoring import Scored, score
     from edgeprune.api.stages import Planned, Pruned, Quantized, plan, plan_of_config, prune, quantize
     from edgeprune.bench.results import BenchResult
@@ -49,6 +50,8 @@ __all__ = [
     "PlanOptions",
     "Planned",
     "Pruned",
+    "PushForecast",
+    "Pushed",
     "QuantizeOptions",
     "Quantized",
     "Scored",
@@ -60,11 +63,13 @@ __all__ = [
     "forecast_analyze",
     "forecast_compress",
     "forecast_distill",
+    "forecast_push",
     "generate",
     "plan",
     "plan_of_config",
     "preset",
     "prune",
+    "push_to_hub",
     "quantize",
     "score",
 ]
@@ -96,6 +101,7 @@ _MODULES = {
         "Exported",
         "export",
     ),
+    "api.hub": ("PushForecast", "Pushed", "forecast_push", "push_to_hub"),
     "api.scoring": (
         "Scored",
         "score",

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.api.folders import AnyPath, check_model, check_out, check_prompts, open_folder, source_and_images
+from edgeprune.api.folders import AnyPath, check_places, check_prompts, open_folder, source_and_images
 from edgeprune.common.progress import Progress, silent
 
 if TYPE_CHECKING:  # the functions import these after their checks: torch takes seconds
@@ -61,6 +61,7 @@ def analyze(
     out: AnyPath,
     options: AnalyzeOptions | None = None,
     *,
+    revision: str | None = None,
     generation: GenerationOptions | None = None,
     fresh: bool = False,
     progress: Progress = silent,
@@ -71,6 +72,7 @@ def analyze(
         model: a diffusers folder or a hub id; None for the model of `out`, or the built-in one where `out` is new.
         out: the artefact folder to create or to resume.
         options: metric, prompts and parts; None for the defaults.
+        revision: a branch, tag or commit of a hub id; None for its default. A begun folder keeps its commit.
         generation: settings of images to change; None keeps the model's own.
         fresh: analyze again where that was done with other options.
         progress: called after each group of parts.
@@ -78,16 +80,16 @@ def analyze(
     Raises:
         InputError: the model or an option is not usable.
         MissingExtraError: a package that the metric needs is not installed.
-        StaleStageError: the folder was begun with another model, or analyzed with other options without `fresh`.
+        StaleStageError: the folder was begun with another model or revision, or it was analyzed with other options
+            and `fresh` is not set.
         LockedError: another process uses the folder.
     """
-    check_out(out)
-    check_model(model)
+    check_places(out, model, revision)
     from edgeprune.analysis.contribution import ContributionReport
     from edgeprune.stages.analyze import run
 
     chosen = _checked(options)
-    ws = open_folder(out, model, fresh=fresh, begin=True, generation=generation)
+    ws = open_folder(out, model, revision=revision, fresh=fresh, begin=True, generation=generation)
     ran = run(ws, chosen, progress)
     return Analyzed(out=ws.out, ran=ran, report=ContributionReport.load(ws.report_path))
 
@@ -97,6 +99,7 @@ def forecast_analyze(
     out: AnyPath,
     options: AnalyzeOptions | None = None,
     *,
+    revision: str | None = None,
     generation: GenerationOptions | None = None,
 ) -> AnalyzeForecast:
     """Forecast what `analyze` with these arguments would cost: times one evaluation, and writes nothing.
@@ -105,12 +108,11 @@ def forecast_analyze(
         InputError: the model or an option is not usable.
         MissingExtraError: a package that the metric needs is not installed.
     """
-    check_out(out)
-    check_model(model)
+    check_places(out, model, revision)
     from edgeprune.stages.analyze import forecast
 
     chosen = _checked(options)
-    source, images = source_and_images(out, model, generation)
+    source, images = source_and_images(out, model, revision, generation)
     return AnalyzeForecast(**forecast(source, chosen, images))
 
 

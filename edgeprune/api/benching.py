@@ -23,6 +23,7 @@ def bench(
     *,
     runtime: str | None = None,
     baseline: AnyPath | None = None,
+    revision: str | None = None,
     repeats: int = 20,
     steps: int | None = None,
     quality: int = 0,
@@ -35,6 +36,7 @@ def bench(
         runtime: a runtime's name; `all` measures every one that opens a folder and can run here; None takes the first
             installed one that fits.
         baseline: the original, a folder or hub id; None for the model that the first folder was made from.
+        revision: a branch, tag or commit of the baseline's hub id; None for its default.
         repeats: warm steps to time.
         steps: denoising steps of an image; None for the model's own.
         quality: shapes-world prompts per task to score images on; 0 scores none.
@@ -52,8 +54,8 @@ def bench(
         raise InputError("bench: found no folder, expected at least one")
     pairs = _pairs([Path(folder) for folder in folders], runtime, progress)
     names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]
-    original = source_of(Path(folders[0])) if baseline is None else str(baseline)
-    variants = [bench_run.Variant("original", resolve(original), "eager", "bf16")]
+    original, commit = source_of(Path(folders[0])) if baseline is None else (str(baseline), None)
+    variants = [bench_run.Variant("original", resolve(original, revision or commit), "eager", "bf16")]
     variants += [bench_run.Variant(n, folder, name) for n, (folder, name) in zip(names, pairs, strict=True)]
     return bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, progress=progress)
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.api.folders import (
     AnyPath,
-    check_model,
-    check_out,
+    check_places,
     check_prompts,
     is_begun,
     is_builtin,
@@ -88,6 +87,7 @@ def compress(
     out: AnyPath,
     options: CompressOptions | None = None,
     *,
+    revision: str | None = None,
     generation: GenerationOptions | None = None,
     quick: bool = False,
     fresh: bool = False,
@@ -100,6 +100,7 @@ def compress(
         out: the artefact folder to create or to resume.
         options: of all stages; None for the preset `default`, or `quick` with `quick`. See `preset`, which trains
             another model than the built-in one only with data.
+        revision: a branch, tag or commit of a hub id; None for its default. A begun folder keeps its commit.
         generation: settings of images to change; None keeps the model's own.
         quick: a first look: the report draws few images.
         fresh: redo stages that were done with other options.
@@ -109,22 +110,22 @@ def compress(
         BudgetError: the budget cannot be met; raised before anything is computed.
         InputError: the model, the data or an option is not usable.
         MissingExtraError: a package that the metric needs is not installed.
-        StaleStageError: the folder was begun with another model, or a stage was done with other options and `fresh`
-            is not set.
+        StaleStageError: the folder was begun with another model or revision, or a stage was done with other options
+            and `fresh` is not set.
         LockedError: another process uses the folder.
         DiskError: the disk is full; the next call resumes.
     """
     heap.large_pages()
-    chosen = _checked(model, out, options, quick)
+    chosen = _checked(model, out, options, revision, quick)
     from edgeprune.planning.removable import Removable
     from edgeprune.report import make
     from edgeprune.stages import compress as stages
     from edgeprune.stages.distill import amount
 
     if not is_begun(out):
-        source, images = source_and_images(out, model, generation)
+        source, images = source_and_images(out, model, revision, generation)
         stages.rehearse(source, images, chosen)  # before the folder is created
-    ws = open_folder(out, model, fresh=fresh, begin=True, generation=generation)
+    ws = open_folder(out, model, revision=revision, fresh=fresh, begin=True, generation=generation)
     fit = ws.fit(chosen.plan.fit) if chosen.plan.fit else None
     ran = stages.compress(ws, chosen, progress)
     no_report = make.lacking_memory(ws)
@@ -147,6 +148,7 @@ def forecast_compress(
     out: AnyPath,
     options: CompressOptions | None = None,
     *,
+    revision: str | None = None,
     generation: GenerationOptions | None = None,
     quick: bool = False,
 ) -> CompressForecast:
@@ -156,17 +158,18 @@ def forecast_compress(
         BudgetError: the budget cannot be met.
         InputError: the model or an option is not usable.
     """
-    chosen = _checked(model, out, options, quick)
+    chosen = _checked(model, out, options, revision, quick)
     from edgeprune.stages.compress import forecast
 
-    source, images = source_and_images(out, model, generation)
+    source, images = source_and_images(out, model, revision, generation)
     return CompressForecast(**forecast(source, chosen, images))
 
 
-def _checked(model: AnyPath | None, out: AnyPath, options: CompressOptions | None, quick: bool) -> CompressOptions:
+def _checked(
+    model: AnyPath | None, out: AnyPath, options: CompressOptions | None, revision: str | None, quick: bool
+) -> CompressOptions:
     """Return the options, or the preset's, after checks that need no model."""
-    check_out(out)
-    check_model(model)
+    check_places(out, model, revision)
     from edgeprune.data.settings import check_source
     from edgeprune.stages.compress import preset
 

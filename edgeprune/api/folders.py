@@ -66,18 +66,29 @@ def check_begun(out: AnyPath) -> None:
         raise InputError(f"{Path(out) / 'edgeprune.json'}: no such file; begin with: edgeprune analyze MODEL -o {out}")
 
 
-def check_model(model: AnyPath | None) -> None:
+def check_model(model: AnyPath | None, revision: str | None = None) -> None:
     """Refuse a name that is neither a folder nor a hub id nor the built-in model. Nothing is downloaded.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: there is no such folder, or a revision of something else than a hub id was given.
     """
-    if model in (None, "built-in") or Path(str(model)).is_dir():
-        return
-    from edgeprune.artefact.resolve import is_hub_id, resolve
+    from edgeprune.artefact.resolve import check_revision, is_hub_id, resolve
 
-    if Path(str(model)).exists() or not is_hub_id(str(model)):
-        resolve(str(model))
+    name = None if model in (None, "built-in") else str(model)
+    check_revision(name, revision)
+    if name is not None and not Path(name).is_dir() and (Path(name).exists() or not is_hub_id(name)):
+        resolve(name)
+
+
+def check_places(out: AnyPath, model: AnyPath | None, revision: str | None) -> None:
+    """Refuse an output folder, a model or a revision that cannot be used, before anything is computed.
+
+    Raises:
+        InputError: see `check_out` and `check_model`.
+    """
+    check_out(out)
+    if model is not None or not is_begun(out):  # a begun folder knows its model
+        check_model(model, revision)
 
 
 def check_prompts(prompts: AnyPath | None) -> None:
@@ -96,6 +107,7 @@ def open_folder(
     out: AnyPath,
     model: AnyPath | None = None,
     *,
+    revision: str | None = None,
     fresh: bool = False,
     begin: bool = False,
     generation: GenerationOptions | None = None,
@@ -105,17 +117,19 @@ def open_folder(
     Args:
         out: the folder.
         model: as the user named it; None for the folder's own, or the built-in one where the folder is new.
+        revision: a branch, tag or commit of a hub id; None for its default, or the folder's own without `model`.
         fresh: redo stages that were done with other inputs.
         begin: create the folder if it does not exist.
         generation: settings of images to change; None keeps the folder's, or the model's own.
 
     Raises:
         InputError: the folder does not exist and `begin` is False, cannot be created, or is not usable.
-        StaleStageError: the folder was begun with another model or, without `fresh`, with other settings.
+        StaleStageError: the folder was begun with another model or revision or, without `fresh`, with other settings.
         LockedError: another process uses the folder.
     """
-    check_out(out) if begin else check_begun(out)
-    check_model(model)
+    if not begin:
+        check_begun(out)
+    check_places(out, model, revision)
     begun = is_begun(out)
     from edgeprune.stages.workspace import Workspace  # imports torch, which takes seconds
 
@@ -123,6 +137,7 @@ def open_folder(
         return Workspace(
             Path(out),
             None if model is None else os.fspath(model),
+            revision=revision,
             model_given=model is not None or not begun,
             fresh=fresh,
             generation=generation.given() if generation else {},
@@ -130,7 +145,7 @@ def open_folder(
 
 
 def source_and_images(
-    out: AnyPath, model: AnyPath | None, generation: GenerationOptions | None = None
+    out: AnyPath, model: AnyPath | None, revision: str | None, generation: GenerationOptions | None
 ) -> tuple[Path, Generation]:
     """Return the original's folder and the settings of its images, for a forecast. A new folder is not created.
 
@@ -138,13 +153,12 @@ def source_and_images(
         InputError: the model or a setting is not usable, or the model cannot draw this size.
     """
     if model is None and is_begun(out):
-        ws = open_folder(out)
+        ws = open_folder(out, revision=revision)
         return ws.source, images_of(ws.source, ws.generation, generation)
-    check_out(out)
-    check_model(model)
+    check_places(out, model, revision)
     from edgeprune.artefact.resolve import resolve
 
-    source = resolve(None if model is None else os.fspath(model))
+    source = resolve(None if model is None else os.fspath(model), revision)
     return source, images_of(source, None, generation)
 
 
@@ -163,8 +177,8 @@ def images_of(source: Path, start: Generation | None, generation: GenerationOpti
     return images
 
 
-def source_of(folder: Path) -> str | None:
-    """Return the model that an export or artefact was made from; None for the built-in one.
+def source_of(folder: Path) -> tuple[str | None, str | None]:
+    """Return the model that an export or artefact was made from, None for the built-in one, and its commit on the hub.
 
     Raises:
         InputError: the folder does not name it.
@@ -173,7 +187,8 @@ def source_of(folder: Path) -> str | None:
 
     for name in ("edgeprune_export.json", "edgeprune.json"):
         if (folder / name).is_file():
-            source = read_json(folder / name).get("source")
+            record = read_json(folder / name)
+            source, commit = record.get("source"), record.get("commit")
             if isinstance(source, str):
-                return None if source == "built-in" else source
+                return None if source == "built-in" else source, commit if isinstance(commit, str) else None
     raise InputError(f"{folder}: does not say what it was made from; give --baseline")

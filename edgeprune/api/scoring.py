@@ -55,6 +55,7 @@ def score(
     metrics: Sequence[str],
     *,
     against: AnyPath | None = None,
+    revision: str | None = None,
     weights: Mapping[str, str] | None = None,
     prompts: AnyPath | None = None,
     per_task: int | None = None,
@@ -70,6 +71,7 @@ def score(
         folder: a model folder or hub id to draw with, or a folder of images with metadata.jsonl.
         metrics: names: clip, geneval, hpsv2, lpips, psnr, shapes, ssim.
         against: the original: a model folder, a hub id, `built-in`, or a folder of images of the same prompts.
+        revision: a branch, tag or commit of the hub id that `folder` or `against` is; None for its default.
         weights: paths of the metrics' weights by name.
         prompts: a text file with one prompt per line; None for the metric's own prompts, else 100 held-out captions.
         per_task: geneval and shapes: number of prompts of each task; None for all.
@@ -83,8 +85,10 @@ def score(
         InputError: a folder, a metric, its weights or a prompt is not usable, or `out` holds other images.
         MissingExtraError: a package that a metric imports is not installed.
     """
-    for model in (folder, *([against] if against else [])):
+    models = [folder, *([against] if against else [])]
+    for model in models:
         check_model(model)
+    at = _revisions(models, revision)
     if out:
         check_out(out)
     from edgeprune.common.files import sha256_file
@@ -92,7 +96,7 @@ def score(
 
     paths = dict(weights or {})
     scoring.check(metrics, paths, against is not None)
-    places = {"images": _images_or_model(folder)} | ({"original": _images_or_model(against)} if against else {})
+    places = {n: _images_or_model(m, at.get(m)) for n, m in zip(("images", "original"), models, strict=False)}
     ready = [path for path in places.values() if scoring.is_images(path)]
     if ready and (prompts or per_task or seeds > 1):
         raise InputError(f"{ready[0]} already has prompts; omit --prompts, --per-task and --seeds")
@@ -156,7 +160,21 @@ def _drawn_and_scored(
         )
 
 
-def _images_or_model(model: AnyPath) -> Path:
+def _revisions(models: Sequence[AnyPath], revision: str | None) -> dict[AnyPath, str]:
+    """Return the revision by the one hub id that it is meant for.
+
+    Raises:
+        InputError: a revision was given, and there is no hub id or more than one.
+    """
+    if revision is None:
+        return {}
+    hub_ids = [model for model in models if str(model) != "built-in" and not Path(model).is_dir()]
+    if len(hub_ids) != 1:
+        raise InputError(f"--revision {revision}: found {len(hub_ids)} hub ids among the models, expected one")
+    return {hub_ids[0]: revision}
+
+
+def _images_or_model(model: AnyPath, revision: str | None) -> Path:
     """Return the folder of images or of a model that the user named; `built-in` is the built-in model."""
     folder = Path(model)
     if folder.is_dir():
@@ -170,4 +188,4 @@ def _images_or_model(model: AnyPath) -> Path:
         return folder
     from edgeprune.artefact.resolve import resolve
 
-    return resolve(None if str(model) == "built-in" else str(model))
+    return resolve(None if str(model) == "built-in" else str(model), revision)

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import real_number, shown, text, whole_number
-from edgeprune.common.files import UNFINISHED, check_schema, inside, read_json, sha256_file, write_json
+from edgeprune.common.files import UNFINISHED, check_schema, read_json, sha256_file, verify_hashes, write_json
 from edgeprune.common.version import VERSION
 from edgeprune.families import Config
 from edgeprune.planning.plan import PrunePlan
@@ -48,6 +48,10 @@ class Manifest:
     license: dict[str, Any] = field(default_factory=dict)
     """What the original's card says of its license, see licensing.py."""
     schema_version: int = SCHEMA_VERSION
+    revision: str | None = None
+    """The branch, tag or commit of a hub model that the user asked for; None for the default."""
+    commit: str | None = None
+    """The commit of the hub model that it was when the folder was begun."""
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -78,6 +82,9 @@ class Manifest:
             real_number(stage, "seconds", f"{path}: stages: {shown(name)}", least=0, most=_LONGEST_S)
         if manifest.group_size is not None:
             whole_number(data, "group_size", path)
+        for name in ("revision", "commit"):
+            if not isinstance(value := getattr(manifest, name), (str, NoneType)):
+                raise InputError(f"{path}: {name}: found {shown(value)}, expected text or null")
         if not isinstance(manifest.plan, (dict, NoneType)):
             raise InputError(f"{path}: plan: expected an object or null")
         return manifest
@@ -86,7 +93,8 @@ class Manifest:
         """Write the manifest with the versions of the installed tools."""
         names = ("torch", "diffusers", "transformers", "nncf", "safetensors", "numpy")
         self.tools = {"edgeprune": VERSION} | {n: metadata.version(n) for n in names}
-        write_json(folder / MANIFEST, asdict(self))
+        absent = {name for name in ("revision", "commit") if getattr(self, name) is None}
+        write_json(folder / MANIFEST, {k: v for k, v in asdict(self).items() if k not in absent})
 
     def hash_files(self, folder: Path, entry: str) -> None:
         """Hash the files of `entry`, a file or a subfolder of `folder`, in place of the hashes it had."""
@@ -101,16 +109,7 @@ class Manifest:
         Raises:
             InputError: a file is missing or changed.
         """
-        for name, expected in self.files.items():
-            if name.split("/")[0] != entry:
-                continue
-            path = inside(folder, name, f"{folder / MANIFEST}: files")
-            if not path.is_file():
-                raise InputError(f"{path}: no such file, but {MANIFEST} lists it; make the artefact again")
-            if sha256_file(path) != expected:
-                raise InputError(
-                    f"{path}: its SHA-256 is not the one in {MANIFEST}; the file is damaged or was changed"
-                )
+        verify_hashes(folder, {n: sha256 for n, sha256 in self.files.items() if n.split("/")[0] == entry}, MANIFEST)
 
     def prune_plan(self, folder: Path) -> PrunePlan | None:
         """Return the plan that `transformer/` follows; `folder` is named in errors."""

@@ -21,12 +21,18 @@ def is_hub_id(model: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not model.startswith(".")
 
 
-def resolve(model: str | None) -> Path:
+def resolve(model: str | None, revision: str | None = None) -> Path:
     """Return the local folder of a model: a hub id's snapshot, a folder itself, or for None the built-in model's.
 
+    Args:
+        model: as the user named it.
+        revision: a branch, tag or commit of a hub id; None for the repository's default.
+
     Raises:
-        InputError: there is no such folder, and it is not a hub id that can be downloaded.
+        InputError: there is no such folder, and it is not a hub id that can be downloaded; or it is not a hub id, and
+            a revision was given.
     """
+    check_revision(model, revision)
     if model is None:
         if not BUILTIN.is_dir():
             raise InputError(
@@ -43,10 +49,22 @@ def resolve(model: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, ignore_patterns=list(UNSAFE)))
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=list(UNSAFE)))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{model}: no such folder, and not available from the hub ({reason})") from error
+        at = f" at revision {revision}" if revision else ""
+        raise InputError(f"{model}: no such folder, and not available from the hub{at} ({reason})") from error
+
+
+def check_revision(model: str | None, revision: str | None) -> None:
+    """Refuse a revision of something that has none.
+
+    Raises:
+        InputError: the model is a local folder or the built-in model.
+    """
+    if revision is not None and (model is None or Path(model).exists()):
+        what = "the built-in model" if model is None else f"{model}, a local folder,"
+        raise InputError(f"--revision {revision}: {what} has no revisions; omit it, or name a hub id like owner/name")
 
 
 def read_config(folder: Path) -> tuple[Config, Family]:

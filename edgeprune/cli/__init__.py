@@ -30,6 +30,7 @@ from edgeprune.cli import (
     plan,
     plot,
     prune,
+    push,
     quantize,
     report,
     score,
@@ -66,7 +67,7 @@ app = typer.Typer(
 
 PANELS = {
     "Compress": (compress, analyze, plan, prune, distill, quantize),
-    "Export and run": (export, generate),
+    "Export and run": (export, generate, push),
     "Measure": (bench, score, compare, report, plot),
     "Data": (cache,),
     "Tools": (lora, synth, doctor),

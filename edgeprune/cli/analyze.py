@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import api
-from edgeprune.api.folders import check_model, check_out, check_prompts
+from edgeprune.api.folders import check_places, check_prompts
 from edgeprune.cli import choices, options, screen
 from edgeprune.common import processes
 
@@ -18,6 +18,7 @@ EPILOG = "Example: edgeprune analyze -o small --joint  ·  edgeprune analyze ./s
 
 def analyze(
     model: options.Model = None,
+    revision: options.Revision = None,
     out: options.Out = Path("compressed"),
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Time one evaluation, show the expected cost and stop.")
@@ -63,8 +64,7 @@ def analyze(
         from edgeprune.training.launch import launch
 
         return launch(config, sys.argv[1:])
-    check_out(out)
-    check_model(model)
+    check_places(out, model, revision)
     check_prompts(prompts)
     from edgeprune.metrics import parse_weights
 
@@ -74,11 +74,11 @@ def analyze(
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
     if dry_run:
-        numbers = api.forecast_analyze(model, out, chosen, generation=generation).to_json()
+        numbers = api.forecast_analyze(model, out, chosen, revision=revision, generation=generation).to_json()
         remark = "measured on one sample here, with float32 weights; batches take less time per sample"
         return screen.show_forecast(numbers, remark, as_json)
     with screen.bars() as progress:
-        done = api.analyze(model, out, chosen, generation=generation, fresh=fresh, progress=progress)
+        done = api.analyze(model, out, chosen, revision=revision, generation=generation, fresh=fresh, progress=progress)
     _show(done, as_json)
 
 

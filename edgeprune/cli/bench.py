@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import api
-from edgeprune.cli import choices, screen
+from edgeprune.cli import choices, options, screen
 
 EPILOG = 'Example: edgeprune bench small-onnx --assert "peak_ratio<=0.9"  ·  edgeprune bench small-* --runtime all'
 
@@ -35,6 +35,7 @@ def bench(
             show_default="the model that the first folder was made from",
         ),
     ] = None,
+    revision: options.Revision = None,
     repeats: Annotated[int, typer.Option(min=1, help="Number of warm steps to time.")] = 20,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps of an image.", show_default="the model's own")
@@ -66,7 +67,7 @@ def bench(
     for expression in check or []:
         assertions.parse_expression(expression)
     result = api.bench(
-        folders, runtime=runtime, baseline=baseline, repeats=repeats, steps=steps, quality=quality,
+        folders, runtime=runtime, baseline=baseline, revision=revision, repeats=repeats, steps=steps, quality=quality,
         progress=lambda what, *_: screen.say(what),
     )  # fmt: skip
     Console().print(tables.table(result))

@@ -36,6 +36,7 @@ def cache(
             "--model", metavar="MODEL", help="Diffusers folder or hub id.", show_default="the built-in model"
         ),
     ] = None,
+    revision: options.Revision = None,
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to create, or to resume if it exists.")
     ] = Path("cache"),
@@ -63,7 +64,7 @@ def cache(
     An interrupted run resumes after the last complete shard.
     """
     check_out(out)
-    check_model(model)
+    check_model(model, revision)
     from edgeprune.artefact.resolve import read_config, resolve
     from edgeprune.common.lock import LOCK, hold
     from edgeprune.data import encode
@@ -71,7 +72,7 @@ def cache(
     from edgeprune.sampling.generation import GenerationOptions
 
     check_source(source, "SOURCE")
-    folder = resolve(model)
+    folder = resolve(model, revision)
     read_config(folder)  # refuses models that are not MMDiTs
     images = images_of(folder, None, GenerationOptions(inference_steps, guidance_scale, height, width))
     chosen = CacheOptions(source=source, samples=samples, buckets=buckets, half=half)

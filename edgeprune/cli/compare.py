@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.api.folders import check_out, is_begun, open_folder
+from edgeprune.api.folders import check_out, check_places, is_begun, open_folder
 from edgeprune.cli import choices, options, screen
 from edgeprune.common.errors import InputError
 
@@ -25,6 +25,7 @@ def grids() -> Iterable[str]:
 
 def compare(
     model: options.Model = None,
+    revision: options.Revision = None,
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to create, or to resume if it exists.")
     ] = Path("compare"),
@@ -68,11 +69,12 @@ def compare(
     from edgeprune.metrics import check_analysis, parse_weights
     from edgeprune.stages import compress
 
+    original = out / "original"
     check_out(out)
+    check_places(original, model, revision)
     if data:
         check_source(data)
-    original = out / "original"
-    ws = open_folder(original, model) if is_begun(original) else None
+    ws = open_folder(original, model, revision=revision) if is_begun(original) else None
     builtin = ws.builtin if ws else model is None
     name, paths = metric or ("shapes" if builtin else "velocity"), parse_weights(weights or [])
     check_analysis(name, paths)
@@ -81,9 +83,9 @@ def compare(
     comparison.check_rows(rows, builtin=builtin)
     texts = comparison.held_out_prompts(builtin, prompts, per_task, name)
     if dry_run:
-        numbers = comparison.forecast_grid(ws.source if ws else resolve(model), rows, len(texts), name)
+        numbers = comparison.forecast_grid(ws.source if ws else resolve(model, revision), rows, len(texts), name)
         return screen.show_forecast(numbers, screen.FLOORS, as_json)
-    ws = ws or open_folder(original, model, begin=True)
+    ws = ws or open_folder(original, model, revision=revision, begin=True)
     with screen.bars() as progress:
         summary = comparison.compare(ws, rows, name, texts, out, progress, weights=paths)
     written = compare_page.write(summary, out)

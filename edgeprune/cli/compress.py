@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeprune import api
-from edgeprune.api.folders import check_model, check_out, check_prompts, is_builtin
+from edgeprune.api.folders import check_places, check_prompts, is_builtin
 from edgeprune.cli import choices, options, screen
 from edgeprune.cli.plan import fit_rows, plan_rows
 from edgeprune.common.errors import InputError
@@ -33,6 +33,7 @@ Steps = Annotated[
 
 def compress(
     model: options.Model = None,
+    revision: options.Revision = None,
     out: options.Out = Path("compressed"),
     preset: Annotated[
         str, choices.choice(names=lambda: options.PRESETS, help="Where all other options start. quick is a first look.")
@@ -67,8 +68,7 @@ def compress(
 
     An interrupted run resumes when you run the same command again.
     """
-    check_out(out)
-    check_model(model)
+    check_places(out, model, revision)
     check_prompts(prompts)
     start = api.preset(preset, builtin=is_builtin(out, model), data=data)
     plan = options.plan_options(
@@ -86,12 +86,13 @@ def compress(
 
         screen.say(f"not distilled: {GIVE_DATA}")
     if dry_run:
-        numbers = api.forecast_compress(model, out, chosen, generation=generation).to_json()
+        numbers = api.forecast_compress(model, out, chosen, revision=revision, generation=generation).to_json()
         return screen.show_forecast(numbers, screen.FLOORS, as_json)
     with screen.bars() as progress:
         done = api.compress(
-            model, out, chosen, generation=generation, quick=preset == "quick", fresh=fresh, progress=progress
-        )
+            model, out, chosen, revision=revision, generation=generation, quick=preset == "quick", fresh=fresh,
+            progress=progress,
+        )  # fmt: skip
     _show(done, as_json)
 
 

@@ -41,6 +41,10 @@ Model = Annotated[
         show_default="the folder's own model, else the built-in one",
     ),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Branch, tag or commit of the hub id.", show_default="its default branch"),
+]
 Out = Annotated[
     Path, typer.Option("-o", "--out", metavar="DIR", help="Artefact folder to create, or to resume if it exists.")
 ]

@@ -38,6 +38,7 @@ def score(
         ),
     ],
     against: Against = None,
+    revision: options.Revision = None,
     weights: Annotated[list[str] | None, options.weights_of_metrics()] = None,
     prompts: Annotated[
         Path | None,
@@ -68,8 +69,8 @@ def score(
 
     with screen.bars() as progress:
         done = api.score(
-            folder, metric, against=against, weights=parse_weights(weights or []), prompts=prompts, per_task=per_task,
-            seeds=seeds, runtime=runtime, steps=steps, out=out, progress=progress,
+            folder, metric, against=against, revision=revision, weights=parse_weights(weights or []), prompts=prompts,
+            per_task=per_task, seeds=seeds, runtime=runtime, steps=steps, out=out, progress=progress,
         )  # fmt: skip
     screen.table(scoring.rows(done.scores))
     count, texts = done.scores[0].images, len(done.scores[0].prompts)

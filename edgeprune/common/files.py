@@ -12,12 +12,14 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from edgeprune.common.errors import DiskError, EdgepruneError, InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.hub_cache import stores
+from edgeprune.common.progress import Progress, silent
 
 UNFINISHED = "unfinished.json"
 """File in a folder of weights that says what they were made from, until whoever wrote them has recorded that they are
@@ -112,6 +114,27 @@ def inside(folder: Path, name: str, where: object) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a link to itself
         raise InputError(f"{where}: found {shown(name)}, which is not a file name ({error})") from None
     raise InputError(f"{where}: found {shown(name)}, which leads out of the folder {folder}")
+
+
+def verify_hashes(folder: Path, hashes: Mapping[str, str], listed_in: str, progress: Progress = silent) -> None:
+    """Compare files with the hashes that were written down for them.
+
+    Args:
+        folder: the folder that the names are relative to.
+        hashes: SHA-256 by name.
+        listed_in: the name of the file in `folder` that lists them, for the error.
+        progress: called after each file.
+
+    Raises:
+        InputError: a file is missing or changed, or a name leads out of the folder.
+    """
+    for done, (name, expected) in enumerate(hashes.items(), 1):
+        path = inside(folder, name, f"{folder / listed_in}: files")
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, but {listed_in} lists it; make the folder again")
+        if sha256_file(path) != expected:
+            raise InputError(f"{path}: its SHA-256 is not the one in {listed_in}; the file is damaged or was changed")
+        progress("checking files", done, len(hashes))
 
 
 def check_links(folder: Path) -> None:

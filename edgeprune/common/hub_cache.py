@@ -15,6 +15,7 @@ from pathlib import Path
 
 SHARED_MARKER = ".huggingface-shared-blobs"
 """huggingface_hub writes this file into CACHE/blobs; a folder without it is not a shared store."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"(models|datasets|spaces)--.+")
 
 
@@ -31,3 +32,10 @@ def stores(folder: Path) -> list[Path]:
             is_shared = (shared / SHARED_MARKER).is_file()
             return [repository / "blobs", *([shared] if is_shared else [])]
     return []
+
+
+def commit_of(folder: Path) -> str | None:
+    """Return the commit that a snapshot holds; None for any other folder."""
+    repository = folder.parent.parent
+    is_snapshot = folder.parent.name == "snapshots" and _REPOSITORY.fullmatch(repository.name) is not None
+    return folder.name if is_snapshot and _COMMIT.fullmatch(folder.name) else None

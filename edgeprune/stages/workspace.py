@@ -23,6 +23,7 @@ from edgeprune.artefact.writing import remove_mark
 from edgeprune.common import invocation, processes
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.common.files import digest, read_json, sha256_unless_known, write_json
+from edgeprune.common.hub_cache import commit_of
 from edgeprune.common.lock import LOCK, Lock, hold, is_free
 from edgeprune.families import CHANGED
 from edgeprune.planning.fit import Fit, fit
@@ -41,6 +42,7 @@ class Workspace:
         out: Path,
         model: str | None,
         *,
+        revision: str | None = None,
         model_given: bool = True,
         fresh: bool = False,
         generation: dict[str, Any] | None = None,
@@ -52,13 +54,15 @@ class Workspace:
         Args:
             out: the artefact's folder.
             model: as the user named it; None is the built-in model.
-            model_given: False uses the model that the folder was begun with.
+            revision: a branch, tag or commit of a hub model; None for its default. A begun folder keeps the commit
+                that it was begun with.
+            model_given: False uses the model and revision that the folder was begun with.
             fresh: allow stages to be done again with other inputs.
             generation: fields of `Generation` to change; the others come from the folder, or from the source.
 
         Raises:
             InputError: the model is not usable, or the folder holds something else.
-            StaleStageError: the folder was begun with another model.
+            StaleStageError: the folder was begun with another model or revision.
             LockedError: another process uses the folder.
         """
         self.out, self.fresh, self.cache = out, fresh, out / "cache"
@@ -69,19 +73,18 @@ class Workspace:
             self._lock = self._hold()  # before the manifest is read: another run may be changing it
             self.manifest = Manifest.load(out)
             if not model_given:
-                name = self.manifest.source
+                name, revision = self.manifest.source, revision or self.manifest.revision
                 model = None if name == "built-in" else name
-            self._open_original(model)
-            if self.manifest.source != name or self.manifest.fingerprint != fingerprint(self.config):
-                raise StaleStageError(f"{out}: made from {self.manifest.source!r}, not from {name!r}; use another -o")
+            self._reopen_original(model, name, revision)
             self._set_generation(self.manifest.generation or asdict(Generation.load(self.source)), generation or {})
             return
         if not is_free(out, MANIFEST):
             raise InputError(f"{out}: exists and is not a folder of edgeprune (no {MANIFEST}); use another -o")
-        self._open_original(model)
+        self._open_original(model, revision)
         self.manifest = Manifest(
-            source=name, fingerprint=fingerprint(self.config), family=self.family.name, config=self.config
-        )
+            source=name, fingerprint=fingerprint(self.config), family=self.family.name, config=self.config,
+            revision=revision, commit=commit_of(self.source),
+        )  # fmt: skip
         self._set_generation(asdict(Generation.load(self.source)), generation or {})
         self._lock = self._hold()
         if (out / MANIFEST).is_file():
@@ -96,8 +99,22 @@ class Workspace:
         if processes.is_main():
             self.manifest.save(self.out)
 
-    def _open_original(self, model: str | None) -> None:
-        self.original = Original(resolve(model))
+    def _reopen_original(self, model: str | None, name: str, revision: str | None) -> None:
+        """Open the model that the folder was begun with, at the same commit.
+
+        Raises:
+            StaleStageError: that is not `name` at `revision`.
+        """
+        begun = self.manifest
+        if (begun.source, begun.revision) != (name, revision):
+            found, asked = _named(begun.source, begun.revision), _named(name, revision)
+            raise StaleStageError(f"{self.out}: made from {found}, not from {asked}; use another -o")
+        self._open_original(model, begun.commit or revision)
+        if begun.fingerprint != fingerprint(self.config):
+            raise StaleStageError(f"{self.out}: made from {name!r}, whose config has changed since; use another -o")
+
+    def _open_original(self, model: str | None, revision: str | None) -> None:
+        self.original = Original(resolve(model, revision))
         self.source = self.original.source
         self.config, self.family = read_config(self.source)
         if str(self.config["_class_name"]).startswith(CHANGED):
@@ -119,8 +136,9 @@ class Workspace:
     def sibling(self, out: Path) -> Workspace:
         """Open another artefact of the same model and settings; it shares what is loaded and cached of the model."""
         other = Workspace(
-            out, None if self.builtin else self.manifest.source, fresh=self.fresh, generation=asdict(self.generation)
-        )
+            out, None if self.builtin else self.manifest.source, revision=self.manifest.revision, fresh=self.fresh,
+            generation=asdict(self.generation),
+        )  # fmt: skip
         other.cache, other.original, other.weights_hash = self.cache, self.original.shared(), self.weights_hash
         return other
 
@@ -278,3 +296,8 @@ class Workspace:
         """
         if name not in self.manifest.stages:
             raise InputError(f"{self.out}: {after} needs {name}; run `edgeprune {name} -o {self.out}` first")
+
+
+def _named(source: str, revision: str | None) -> str:
+    """Return a model and its revision for a message."""
+    return f"{source!r} at revision {revision!r}" if revision else repr(source)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from stage_fixtures import source  # noqa: F401
 from stage_runs import OPTIONS
 from typer.testing import CliRunner
 
@@ -53,7 +52,7 @@ def test_no_function_takes_a_bag_of_options() -> None:
         assert not [t for t in types if re.search(r"\b(Any|dict|Mapping|None)$", t.removesuffix(" | None"))], types
 
 
-def test_the_stages_one_by_one(source: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_stages_one_by_one(source: Path, tmp_path: Path) -> None:
     """Each function runs its stage once; its command prints the same JSON and does nothing more."""
     out = tmp_path / "small"
     analyzed = api.analyze(source, out, OPTIONS.analyze)
@@ -84,7 +83,7 @@ def test_the_stages_one_by_one(source: Path, tmp_path: Path) -> None:  # noqa: F
     assert commands == [""] * 5  # nothing was typed
 
 
-def test_compress(source: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_compress(source: Path, tmp_path: Path) -> None:
     out, options = tmp_path / "small", dataclasses.replace(OPTIONS, distill=None)
     expected = api.forecast_compress(source, out, options)
     assert expected.blocks == 3 and expected.distill_steps == 0 and not out.exists()
@@ -95,7 +94,7 @@ def test_compress(source: Path, tmp_path: Path) -> None:  # noqa: F811
     assert again.ran == () and as_printed(again) == as_printed(made) | {"ran": []}
 
 
-def test_bad_input_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_bad_input_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     with pytest.raises(InputError, match="begin with: edgeprune analyze MODEL"):
         api.prune(out)
@@ -108,7 +107,7 @@ def test_bad_input_is_refused_before_anything_is_written(source: Path, tmp_path:
     assert not out.exists()
 
 
-def test_a_folder_is_resumed_with_its_settings(source: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_folder_is_resumed_with_its_settings(source: Path, tmp_path: Path) -> None:
     out, smaller = tmp_path / "small", api.GenerationOptions(height=32, num_inference_steps=2)
     api.analyze(source, out, OPTIONS.analyze, generation=smaller)
     assert json.loads((out / "edgeprune.json").read_text())["generation"]["height"] == 32
@@ -117,7 +116,7 @@ def test_a_folder_is_resumed_with_its_settings(source: Path, tmp_path: Path) -> 
         api.analyze(None, out, OPTIONS.analyze, generation=api.GenerationOptions(height=64))
 
 
-def test_export(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_export(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writing itself is tested in tests/export; here it only takes note of what it was asked."""
     asked = []
 
@@ -146,7 +145,7 @@ def test_generate(tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:
         api.generate(folder, "x", generation=api.GenerationOptions(height=63))
 
 
-def test_score(source: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_score(source: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
     made = api.score(source, ["psnr"], against=source, prompts=tmp_path / "prompts.txt", out=tmp_path / "images")
     assert made.scores[0].score[0] == 100 and made.drawn == ("images", "original")
@@ -156,7 +155,7 @@ def test_score(source: Path, tmp_path: Path) -> None:  # noqa: F811
     assert again.drawn == () and again.scores == made.scores
 
 
-def test_bench(source: Path, tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_bench(source: Path, tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:
     told: list[str] = []
     found = api.bench([tiny_folders[1]], baseline=source, repeats=2, progress=lambda what, *_: told.append(what))
     assert [m.name for m in found.variants] == ["original", "compressed"] and told
