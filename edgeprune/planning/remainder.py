@@ -10,6 +10,12 @@ from edgeprune.families import CHANGED, Config, Family, Shape, Source
 from edgeprune.planning.plan import PrunePlan
 
 
+HINT = "edgeprune: not stock diffusers; load the folder with edgeprune.load(folder), of the Python package edgeprune"
+"""The quantisation method that the config of a changed model names. diffusers quotes an unknown one in its error, which
+is the only text that a user of `DiffusionPipeline.from_pretrained(folder)` gets to read. Folders of earlier versions
+say `edgeprune`; no reader of edgeprune looks at it."""
+
+
 def modulation_width(family: Family, config: Config) -> int:
     """Return D, the width of the input that the modulation layers read.
 
@@ -87,14 +93,14 @@ def shorter_config(family: Family, config: Config, plan: PrunePlan) -> Config:
 
     Stock diffusers must refuse the model if its own class does not fit. It ignores a `_class_name` that it does not
     know and fills missing weights at random, but however it loads, it refuses a quantisation method that it does not
-    know. So the config of such a model names one.
+    know. So the config of such a model names one, whose name says how to load it.
     """
     shorter = family.shorter_config(config, plan.kept)
     if plan.stock:
         return shorter
     return shorter | {
         "_class_name": f"{CHANGED}{config['_class_name']}",
-        "quantization_config": {"quant_method": "edgeprune"},
+        "quantization_config": {"quant_method": HINT},
     }
 
 

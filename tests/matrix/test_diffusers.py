@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from drawing import drawn, ours
 
 import edgeprune
@@ -28,10 +28,11 @@ def test_edgeprune_load_runs_a_component_plan(component_wise: Path, exported: Pa
 
 
 def test_stock_diffusers_refuses_a_component_plan(component_wise: Path) -> None:
-    """It would fill what was removed with random weights, and only warn."""
+    """It would fill what was removed with random weights, and only warn. Its error says how to load the folder."""
     for load in (
         lambda: StableDiffusion3Pipeline.from_pretrained(component_wise, text_encoder_3=None, tokenizer_3=None),
+        lambda: DiffusionPipeline.from_pretrained(component_wise),
         lambda: SD3Transformer2DModel.from_pretrained(component_wise / "transformer"),
     ):
-        with pytest.raises(ValueError, match="got edgeprune"):
+        with pytest.raises(ValueError, match=r"got edgeprune: .*edgeprune\.load\(folder\)"):
             load()
