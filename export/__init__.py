@@ -56,6 +56,7 @@ def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Cal
     if fmt not in FORMATS:
         raise InputError(f"--target: found {fmt!r}, expected one of {', '.join(FORMATS)}")
     accepts.check(artefact, device)
+    accepts.pipeline(artefact)
     extra, packages = NEEDS[fmt]
     extras.require(extras.COMPRESS, f"compress,{extra}")
     # Which TensorRT is needed depends on the device; to_trt.py checks that.

@@ -1,4 +1,4 @@
-"""Checks whether a device takes an artefact's weights, before any work starts; reads only file headers.
+"""Checks whether a folder can be exported for a device, before any work and any heavy import; reads file headers.
 
 Memory is not checked here: `--fit` plans for it before pruning.
 """
@@ -6,11 +6,46 @@ Memory is not checked here: `--fit` plans for it before pruning.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import InputError
+from edgeprune.families.encoders import EXPORTED, check_tokens, is_present, read_index, tokenizer_of
+from edgeprune.sampling.generation import Generation
 from edgeprune.targets import Target
+
+
+def pipeline(artefact: Path) -> dict[str, Any]:
+    """Read model_index.json and check that the pipeline can be exported.
+
+    Raises:
+        InputError: `artefact` is no pipeline of a family, a part is missing, or a part cannot be exported yet.
+    """
+    path = artefact / "model_index.json"
+    if not artefact.is_dir():
+        found = "found a file, expected a folder" if artefact.exists() else "no such folder"
+        raise InputError(f"{artefact}: {found}")
+    if not path.is_file():
+        raise InputError(f"{artefact}: no model_index.json; expected an artefact or a diffusers folder")
+    index = read_index(artefact)
+    _, family = read_config(artefact)
+    if index.get("_class_name") != family.pipeline:
+        raise InputError(f"{path}: _class_name: found {index.get('_class_name')!r}, expected {family.pipeline!r}")
+    wanted = {e.name: e.kind for e in family.encoders if not e.optional or is_present(index, e.name)}
+    if foreign := [(name, kind) for name, kind in wanted.items() if kind not in EXPORTED]:
+        raise InputError(f"{path}: {foreign[0][0]}: found {foreign[0][1]}, which cannot be exported yet")
+    for name in ("transformer", "vae", *wanted, *map(tokenizer_of, wanted), "scheduler"):
+        if not is_present(index, name):
+            raise InputError(f"{path}: {name}: found {index.get(name)!r}, expected a library and a class")
+        if index[name][-1] != wanted.get(name, index[name][-1]):
+            raise InputError(f"{path}: {name}: found {index[name][-1]!r}, expected {wanted[name]!r}")
+    for name in ("transformer", "vae", *wanted, *map(tokenizer_of, wanted), "scheduler"):
+        if not (artefact / name).is_dir():
+            raise InputError(f"{artefact / name}: no such folder, though {path.name} lists it")
+    check_tokens(artefact, Generation.load(artefact).max_sequence_length)
+    return index
 
 
 def check(artefact: Path, device: Target) -> None:

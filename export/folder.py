@@ -22,7 +22,6 @@ from transformers import AutoTokenizer
 from edgeprune.artefact import card, licensing
 from edgeprune.artefact.loading import quiet
 from edgeprune.artefact.manifest import MANIFEST, Manifest
-from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.writing import complete_tokenizer
 from edgeprune.common.errors import DiskError, EdgepruneError, InputError
 from edgeprune.common.files import (
@@ -38,8 +37,9 @@ from edgeprune.common.files import (
 )
 from edgeprune.common.lock import hold
 from edgeprune.common.version import VERSION
+from edgeprune.export import accepts
 from edgeprune.export.unfinished import MARK, Unfinished, is_whole
-from edgeprune.families.encoders import EXPORTED, check_tokens, is_present, read_index, text_encoders, tokenizer_of
+from edgeprune.families.encoders import text_encoders, tokenizer_of
 from edgeprune.planning.remainder import stock_config
 from edgeprune.runtimes import SCHEMA_VERSION
 from edgeprune.sampling.generation import FILE as GENERATION
@@ -73,7 +73,7 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
         LockedError: another process is writing this export.
         DiskError: the disk is full, or `out` cannot be written; finished networks are kept.
     """
-    index = _index(artefact)
+    index = accepts.pipeline(artefact)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: found a file, expected a folder or nothing")
     if out.exists() and any(out.iterdir()) and not (out / FILE).is_file():
@@ -145,33 +145,6 @@ def _inputs(artefact: Path, target: str, options: Mapping[str, Any]) -> str:
 def is_quantized(artefact: Path) -> bool:
     """Return whether the artefact holds INT4 weights."""
     return (artefact / "transformer_int4").is_dir()
-
-
-def _index(artefact: Path) -> dict[str, Any]:
-    """Read model_index.json and check that the pipeline can be exported."""
-    path = artefact / "model_index.json"
-    if not artefact.is_dir():
-        found = "found a file, expected a folder" if artefact.exists() else "no such folder"
-        raise InputError(f"{artefact}: {found}")
-    if not path.is_file():
-        raise InputError(f"{artefact}: no model_index.json; expected an artefact or a diffusers folder")
-    index = read_index(artefact)
-    _, family = read_config(artefact)
-    if index.get("_class_name") != family.pipeline:
-        raise InputError(f"{path}: _class_name: found {index.get('_class_name')!r}, expected {family.pipeline!r}")
-    wanted = {e.name: e.kind for e in family.encoders if not e.optional or is_present(index, e.name)}
-    if foreign := [(name, kind) for name, kind in wanted.items() if kind not in EXPORTED]:
-        raise InputError(f"{path}: {foreign[0][0]}: found {foreign[0][1]}, which cannot be exported yet")
-    for name in ("transformer", "vae", *wanted, *map(tokenizer_of, wanted), "scheduler"):
-        if not is_present(index, name):
-            raise InputError(f"{path}: {name}: found {index.get(name)!r}, expected a library and a class")
-        if index[name][-1] != wanted.get(name, index[name][-1]):
-            raise InputError(f"{path}: {name}: found {index[name][-1]!r}, expected {wanted[name]!r}")
-    for name in ("transformer", "vae", *wanted, *map(tokenizer_of, wanted), "scheduler"):
-        if not (artefact / name).is_dir():
-            raise InputError(f"{artefact / name}: no such folder, though {path.name} lists it")
-    check_tokens(artefact, Generation.load(artefact).max_sequence_length)
-    return index
 
 
 def from_pretrained(load: Callable[..., Any], folder: Path, *, tokenizer: bool = False) -> Any:

@@ -9,7 +9,6 @@ from edgeprune.common.errors import InputError
 from edgeprune.families import CHANGED, Config, Family, Shape, Source
 from edgeprune.planning.plan import PrunePlan
 
-
 HINT = "edgeprune: not stock diffusers; load the folder with edgeprune.load(folder), of the Python package edgeprune"
 """The quantisation method that the config of a changed model names. diffusers quotes an unknown one in its error, which
 is the only text that a user of `DiffusionPipeline.from_pretrained(folder)` gets to read. Folders of earlier versions

@@ -1,6 +1,8 @@
 """The export checks what a device takes before any work starts."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,24 @@ def test_what_is_taken(tmp_path: Path) -> None:
     assert accepts.group_sizes(source / "transformer_int4") == {32: "a"}
     accepts.check(source, targets.load("cpu-x86"))
     accepts.check(artefact(tmp_path / "64", wide=128, group=64), NPU)
-    accepts.check(tmp_path / "absent", NPU)  # the export itself refuses it
+    accepts.check(tmp_path / "absent", NPU)  # `pipeline` refuses it
+
+
+def test_a_folder_that_is_no_pipeline_is_refused_before_heavy_imports(tmp_path: Path) -> None:
+    for model in ("absent", "."):
+        code = f"""
+import sys
+from pathlib import Path
+from edgeprune import export, targets
+try:
+    export.export(Path({str(tmp_path / model)!r}), None, "trt", targets.load("rtx"), progress=None)
+except Exception as error:
+    print(error)
+assert not {{"torch", "diffusers", "transformers"}} & set(sys.modules)
+"""
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert ("no such folder" if model == "absent" else "no model_index.json") in run.stdout
 
 
 def test_no_int4_no_zero_points_no_damage(tmp_path: Path) -> None:
