@@ -71,7 +71,7 @@ def fit(source: Path, target: Target, generation: Generation) -> Fit:
         text_encoders_bytes=sum(
             _encoder_bytes(source / name, kind, size) for name, kind in text_encoders(source).items()
         ),
-        vae_decoder_bytes=sum(map(math.prod, _shapes(source / "vae", "decoder.").values())) * size,
+        vae_decoder_bytes=sum(map(math.prod, stored_shapes(source / "vae", "decoder.").values())) * size,
         activations_bytes=max(transformer, decoder) * size,
     )
     if result.transformer_bytes <= 0:
@@ -95,14 +95,16 @@ def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source
 
 def _encoder_bytes(folder: Path, kind: str, size: int) -> int:
     """Return the bytes of a text encoder's weights as an export stores them; `size` is the bytes of a float."""
-    shapes = _shapes(folder)
+    shapes = stored_shapes(folder)
     if kind == T5:
         return sum(t5_precision_of(name, shape).nbytes(shape) for name, shape in shapes.items())
     return sum(map(math.prod, shapes.values())) * size
 
 
-def _shapes(folder: Path, prefix: str = "") -> dict[str, Shape]:
+def stored_shapes(folder: Path, prefix: str = "") -> dict[str, Shape]:
     """Return shape by name of the tensors in a component's safetensors files, read from the headers.
+
+    A tensor that several files hold, as variants in other precisions do, is listed once.
 
     Raises:
         InputError: a file is damaged.

@@ -16,6 +16,7 @@ from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tables import interval_text, with_unit
 from edgeprune.report import page
 from edgeprune.report.measure import measure
+from edgeprune.stages.costs import surroundings_bytes
 from edgeprune.stages.distill import amount
 from edgeprune.stages.workspace import Workspace
 
@@ -26,15 +27,16 @@ _SCHEMA = 3
 def lacking_memory(ws: Workspace) -> str:
     """Return why this machine has too little memory for the report; empty if it has enough.
 
-    The report's images need both models in float32.
+    The report needs the original pipeline and the pruned transformer in float32, and the INT4 transformer.
     """
     plan = ws.plan()
-    needed = 2 * (plan.before.bf16_bytes + plan.after.bf16_bytes)
+    transformers = 2 * (plan.before.bf16_bytes + plan.after.bf16_bytes) + plan.after.int4_bytes
+    needed = transformers + surroundings_bytes(ws.source)
     available = psutil.virtual_memory().available
     if needed < available:
         return ""
     return (
-        f"no report: its images need {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free; "
+        f"no report: it needs {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free; "
         f"make it on a larger machine: edgeprune report -o {ws.out}"
     )
 

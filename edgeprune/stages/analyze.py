@@ -21,7 +21,7 @@ from edgeprune.families import Config, Family
 from edgeprune.metrics import check_analysis, evaluations, of_pipeline, preparing
 from edgeprune.sampling.denoising import VelocityInputs, at_once, velocity
 from edgeprune.sampling.generation import Generation
-from edgeprune.stages.costs import evaluations_per_step, sample
+from edgeprune.stages.costs import evaluations_per_step, sample, surroundings_bytes
 from edgeprune.stages.modulation import modulation_mean
 from edgeprune.stages.options import AnalyzeOptions
 from edgeprune.stages.prompts import analysis_prompts
@@ -86,7 +86,8 @@ def forecast(source: Path, options: AnalyzeOptions, generation: Generation) -> d
         generation: how images are made.
 
     Returns:
-        Numbers with units in their names. `held_bytes` is what the estimator keeps, without the weights and without
+        Numbers with units in their names. `weights_bytes` counts text encoders and VAE too, since the whole pipeline
+        is in memory. `held_bytes` is what the estimator keeps, without the weights and without
         the activations of a forward pass.
 
     Raises:
@@ -111,7 +112,7 @@ def forecast(source: Path, options: AnalyzeOptions, generation: Generation) -> d
         "evaluations": round(total),
         "evaluation_s": round(evaluation_s, 4),
         "analysis_s": round(total * evaluation_s, 1),
-        "weights_bytes": sum(p.nbytes for p in model.parameters()),
+        "weights_bytes": sum(p.nbytes for p in model.parameters()) + surroundings_bytes(source),
         "held_bytes": estimator.extra_bytes(stream_bytes, saved, per_score, at_once(model, one[0].shape[1:])),
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 from edgeprune.analysis.contribution import ContributionReport, fingerprint, groups
 from edgeprune.analysis.estimators import estimator_named
 from edgeprune.artefact.resolve import BUILTIN, read_config
-from edgeprune.common.errors import InputError
+from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.progress import Progress, silent
 from edgeprune.data.cache import is_cache
 from edgeprune.data.settings import SHAPES, is_drawn
@@ -25,7 +25,7 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import is_projectable, modulation_width
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import analyze, distill, plan, prune, quantize
-from edgeprune.stages.costs import evaluations_per_step, flops_per_evaluation, matmul_flops_per_s
+from edgeprune.stages.costs import evaluations_per_step, flops_per_evaluation, matmul_flops_per_s, surroundings_bytes
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
 from edgeprune.stages.prompts import analysis_prompts
 from edgeprune.stages.workspace import Workspace
@@ -70,6 +70,7 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
     """Return a plan as if all parts contributed alike; it leaves about as many bytes as the real plan will.
 
     A modulation rank that has to be measured counts as the smallest one, so no budget is refused that can be met.
+    `expected_plan` is the forecast.
 
     Args:
         source: the pipeline's folder.
@@ -82,6 +83,49 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
     """
     check_analysis(options.analyze.metric, options.analyze.weights)
     config, family = read_config(source)
+    rank = options.plan.modulation_rank
+    if rank == NEEDED and not is_projectable(family, config):
+        rank = None
+    if isinstance(rank, str):
+        rank = ranks(modulation_width(family, config))[0]
+    return _plan_alike(source, generation, options, rank)
+
+
+def expected_plan(source: Path, generation: Generation, options: CompressOptions) -> PrunePlan:
+    """Return the plan that a forecast counts: all parts contribute alike, as in `rehearse`.
+
+    A modulation rank that has to be measured counts as the largest one that meets the budget, so no size, time or
+    memory is understated. NEEDED counts as unprojected where that suffices.
+
+    Raises:
+        BudgetError: no plan with these options meets the budget.
+        InputError: see `rehearse`.
+    """
+    smallest = rehearse(source, generation, options)
+    if not isinstance(options.plan.modulation_rank, str) or smallest.modulation_rank is None:
+        return smallest
+
+    def plan_with(rank: int | None) -> PrunePlan:
+        return _plan_alike(source, generation, options, rank)
+
+    if options.plan.modulation_rank == NEEDED and plan.suffices(plan_with):
+        return plan_with(None)
+    config, family = read_config(source)
+    for rank in reversed(ranks(modulation_width(family, config))):
+        try:
+            return plan_with(rank)
+        except BudgetError:
+            continue
+    return smallest
+
+
+def _plan_alike(source: Path, generation: Generation, options: CompressOptions, rank: int | None) -> PrunePlan:
+    """Return a plan at this modulation rank in which all parts contribute alike.
+
+    Raises:
+        BudgetError: no plan with these options meets the budget.
+    """
+    config, family = read_config(source)
     alike = dict.fromkeys(groups(family, config, components=options.analyze.components), 0.0)
     report = ContributionReport(
         fingerprint=fingerprint(config),
@@ -93,14 +137,10 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
         scores={},
         summary=alike,
     )
-    choices = options.plan
+    choices = replace(options.plan, modulation_rank=rank)
     method = methods().get(choices.method)
     if isinstance(method, Scored) and method.joint:  # hybrid may remove the same parts
         choices = replace(choices, method="hybrid", threshold=1.0)
-    if choices.modulation_rank == NEEDED and not is_projectable(family, config):
-        choices = replace(choices, modulation_rank=None)
-    if isinstance(choices.modulation_rank, str):
-        choices = replace(choices, modulation_rank=ranks(modulation_width(family, config))[0])
     even = [1.0] * report.num_blocks
     return make_plan(family, config, report, choices, plan.budget_for(source, generation, choices), even)
 
@@ -108,7 +148,8 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
 def forecast(source: Path, options: CompressOptions, generation: Generation) -> dict[str, Any]:
     """Forecast what `compress` would cost: work, least time on this machine, memory of weights, and bytes written.
 
-    Activations and the report's images are not counted. See costs.py for the work and the time.
+    Analysis holds the whole pipeline: transformer, text encoders and VAE. Activations and the report's images are not
+    counted. See costs.py for the work and the time.
 
     Args:
         source: the pipeline's folder.
@@ -123,7 +164,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
         InputError: an option or a config is not usable.
     """
     config, family = read_config(source)
-    expected = rehearse(source, generation, options)
+    expected = expected_plan(source, generation, options)
     before, after = expected.before, expected.after
 
     removals = [(), *analyze.analysis_groups(family, config, options.analyze)]
@@ -138,7 +179,6 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
     drawn = drawn_images * generation.num_inference_steps * per_step
     flops = flops_per_evaluation(family, config, source, generation)
     speed = matmul_flops_per_s()
-    float32_bytes = 2 * before.bf16_bytes
     return {
         "blocks": family.block_count(config),
         "parameters": before.parameters,
@@ -154,7 +194,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
         "distill_floor_s": round(_training_evaluations(training, expected, frozen) * flops / speed, 1),
         "evaluation_flops": flops,
         "matmul_flops_per_s": round(speed),
-        "analyze_weights_bytes": float32_bytes,
+        "analyze_weights_bytes": 2 * before.bf16_bytes + surroundings_bytes(source),
         "distill_weights_bytes": _training_bytes(training, expected),
         "written_bytes": after.bf16_bytes + after.int4_bytes,
     }

@@ -6,6 +6,7 @@ they give the least time; a real run takes longer (activation functions, small m
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgeprune.common.files import read_json
 from edgeprune.families import Config, Family
+from edgeprune.families.encoders import text_encoders
+from edgeprune.planning.fit import stored_shapes
 from edgeprune.sampling.denoising import Conditioning, VelocityInputs, velocity
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 
@@ -34,6 +37,19 @@ def sample(family: Family, config: Config, source: Path, generation: Generation)
     text, pooled = family.text_widths(config)
     condition = Conditioning(torch.zeros(1, tokens, text), torch.zeros(1, pooled))
     return torch.zeros(1, *size), condition, torch.zeros(1), generation.guidance_scale
+
+
+def surroundings_bytes(source: Path) -> int:
+    """Return the bytes in float32 of a pipeline's text encoders and VAE, which are loaded with the transformer.
+
+    Args:
+        source: the pipeline's folder; only the headers of its files are read.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    shapes = (stored_shapes(source / name).values() for name in (*text_encoders(source), "vae"))
+    return 4 * sum(math.prod(shape) for of_one in shapes for shape in of_one)
 
 
 def evaluations_per_step(family: Family, config: Config, generation: Generation) -> int:

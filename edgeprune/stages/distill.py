@@ -194,9 +194,10 @@ def _open(ws: Workspace, folder: Path, progress: Progress) -> Pairs:
 
 def _teacher(ws: Workspace, precision: str) -> Any:
     """Return the original transformer: a copy of its own where training changes its precision or shards it."""
+    ws.original.release_surroundings()  # everything is encoded
     if precision == "float32" and processes.count() == 1:
         return ws.teacher
-    ws.original.release()  # encoding is done
+    ws.original.release()
     teacher = load_transformer(ws.source, quantized=False)
     lower(ws.family, teacher, precision)
     return teacher

@@ -64,6 +64,11 @@ class Original:
         other.loaded = {"pipe": self.pipe, "transformer": self.transformer}
         return other
 
+    def release_surroundings(self) -> None:
+        """Drop text encoders and VAE, and keep the transformer; the next use of a pipeline loads them again."""
+        for name in ("pipe", "encoders"):
+            self.loaded.pop(name, None)
+
     def release(self) -> None:
         """Drop all networks; the next use loads them again."""
         self.loaded.clear()

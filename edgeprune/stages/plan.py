@@ -95,7 +95,7 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool
             return make_plan(ws.family, ws.config, ws.report(), chosen, budget, magnitudes)
 
         samples, chosen_rank = None, rank if isinstance(rank, int) else None
-        if rank is not None and not (rank == NEEDED and _suffices(plan_with)):
+        if rank is not None and not (rank == NEEDED and suffices(plan_with)):
             samples = calibration_inputs(ws, prompts)
             if chosen_rank is None:
                 chosen_rank = choose_rank(samples, modulation_width(ws.family, ws.config))
@@ -115,7 +115,7 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool
     return ws.stage("plan", inputs, write)
 
 
-def _suffices(plan_with: Callable[[int | None], PrunePlan]) -> bool:
+def suffices(plan_with: Callable[[int | None], PrunePlan]) -> bool:
     """Return whether a plan without projected modulation meets the budget and leaves enough of the parameters."""
     try:
         plan = plan_with(None)

@@ -1,0 +1,94 @@
+"""Forecasts of `compress` and `analyze`: the size that is left, and all weights that are in memory at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from stage_runs import OPTIONS
+from tiny import tiny_pipeline
+
+from edgeprune.artefact.resolve import BUILTIN, read_config
+from edgeprune.planning.make import make_plan
+from edgeprune.planning.options import NEEDED
+from edgeprune.report.make import lacking_memory
+from edgeprune.sampling.generation import Generation
+from edgeprune.stages import analyze, distill, plan
+from edgeprune.stages.compress import compress, expected_plan, forecast, preset, rehearse
+from edgeprune.stages.options import AnalyzeOptions
+from edgeprune.stages.workspace import Workspace
+from edgeprune.training.recipe import DistillOptions
+
+
+@pytest.fixture(scope="module")
+def with_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("t5") / "tiny"
+    tiny_pipeline(folder, t5=True)
+    return folder
+
+
+def weights_held(ws: Workspace) -> int:
+    """Return the bytes of all different tensors of the networks that a workspace holds."""
+    networks = [
+        module for held in ws.original.loaded.values() for module in getattr(held, "components", {"": held}).values()
+    ]
+    tensors = [p for m in networks if isinstance(m, torch.nn.Module) for p in m.parameters()]
+    return sum({p.data_ptr(): p.nbytes for p in tensors}.values())
+
+
+def test_the_forecast_of_the_built_in_model_is_the_size_that_its_plan_leaves() -> None:
+    """Its plan keeps 0.79 without projecting anything; at the smallest rank, less than that would be left at once."""
+    options, generation = preset("default", builtin=True), Generation.load(BUILTIN)
+    assert options.plan.modulation_rank == NEEDED and options.plan.keep == 0.79
+    numbers = forecast(BUILTIN, options, generation)
+    assert 0.75 < numbers["parameters_left"] / numbers["parameters"] <= 0.79
+    assert rehearse(BUILTIN, generation, options).after.parameters < numbers["parameters_left"]
+
+
+def test_a_rank_that_is_measured_counts_as_the_largest_that_meets_the_budget(with_t5: Path) -> None:
+    generation = Generation.load(with_t5)
+    config, family = read_config(with_t5)
+
+    def expected(keep: float, rank: int | str, protect_first: int = 0) -> int | None:
+        changed = replace(OPTIONS.plan, keep=keep, modulation_rank=rank, protect_first=protect_first)
+        return expected_plan(with_t5, generation, replace(OPTIONS, plan=changed)).modulation_rank
+
+    assert expected(1.0, NEEDED) is None  # three quarters stay without it
+    assert expected(0.95, "auto") == 32 and expected(0.95, 4) == 4
+    assert expected(0.5, NEEDED) == 32
+    whole, at_16, at_32 = (
+        make_plan(family, config, None, method="manual", modulation_rank=rank).after.parameters
+        for rank in (None, 16, 32)
+    )
+    assert expected((at_16 + at_32) / 2 / whole, "auto", protect_first=3) == 16  # no block may go
+
+
+def test_memory_counts_text_encoders_and_vae(with_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ws = Workspace(tmp_path / "out", str(with_t5))
+    options = replace(OPTIONS, analyze=AnalyzeOptions(count=1, components=False), distill=None)
+    analyze.run(ws, options.analyze)
+    held = weights_held(ws)
+    transformer = sum(p.nbytes for p in ws.teacher.parameters())
+    assert held > 1.3 * transformer  # so that the test can fail
+    assert forecast(with_t5, options, ws.generation)["analyze_weights_bytes"] >= held
+    assert analyze.forecast(with_t5, options.analyze, ws.generation)["weights_bytes"] >= held
+    plan.run(ws, options.plan)
+    made = ws.plan()
+    both = 2 * (made.before.bf16_bytes + made.after.bf16_bytes)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=both + 1))
+    assert "no report: it needs" in lacking_memory(ws)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=both + held))
+    assert lacking_memory(ws) == ""
+
+
+def test_training_holds_no_text_encoder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forecast counts only the transformers."""
+    ws, held = Workspace(tmp_path / "out", str(source)), list[set[str]]()
+    train = distill.distill
+    monkeypatch.setattr(distill, "distill", lambda *a, **k: held.append({*ws.original.loaded}) or train(*a, **k))
+    compress(ws, replace(OPTIONS, distill=DistillOptions(steps=1, batch=2)))
+    assert held == [{"transformer"}]
