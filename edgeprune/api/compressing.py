@@ -45,7 +45,7 @@ class Compressed:
     no_report: str
     """Why there is no report; empty if there is one."""
     distillation: str
-    """How much it was trained, in words; `none` without data for a model other than the built-in one."""
+    """How much it was trained, in words; `not distilled` without data for a model other than the built-in one."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `edgeprune compress --json` prints."""

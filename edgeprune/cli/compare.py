@@ -11,6 +11,7 @@ import typer
 from edgeprune.api.folders import check_out, check_places, is_begun, open_folder
 from edgeprune.cli import choices, options, screen
 from edgeprune.common.errors import InputError
+from edgeprune.common.splits import Split
 
 EPILOG = (
     "Example: edgeprune compare -o build/compare  ·  edgeprune compare ./sd35 -o grid --grid mine.toml --data images/"
@@ -53,8 +54,15 @@ def compare(
     ] = None,
     data: options.DataSource = None,
     per_task: Annotated[
-        int, typer.Option(min=1, help="Built-in model and geneval: number of held-out prompts of each task.")
+        int, typer.Option(min=1, help="Built-in model and geneval: number of prompts of each task.")
     ] = 30,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Score on the tuning prompts and seeds, to choose options. Judge what you chose without it.",
+        ),
+    ] = False,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
@@ -81,13 +89,14 @@ def compare(
     path = grid or grid_named(preset or "demo")
     rows = Grid.load(path, compress.preset("default", builtin=builtin, data=data))
     comparison.check_rows(rows, builtin=builtin)
-    texts = comparison.held_out_prompts(builtin, prompts, per_task, name)
+    split = Split.TUNING if tune else Split.HELD_OUT
+    texts = comparison.prompts_to_score(builtin, prompts, per_task, name, split)
     if dry_run:
         numbers = comparison.forecast_grid(ws.source if ws else resolve(model, revision), rows, len(texts), name)
         return screen.show_forecast(numbers, screen.FLOORS, as_json)
     ws = ws or open_folder(original, model, revision=revision, begin=True)
     with screen.bars() as progress:
-        summary = comparison.compare(ws, rows, name, texts, out, progress, weights=paths)
+        summary = comparison.compare(ws, rows, name, texts, out, progress, weights=paths, split=split)
     written = compare_page.write(summary, out)
     screen.table([compare_page.HEADINGS, *compare_page.cells(summary)])
     screen.say(compare_page.NOTE)

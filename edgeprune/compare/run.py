@@ -42,14 +42,17 @@ from edgeprune.stages.quantize import run as run_quantize
 from edgeprune.stages.workspace import Workspace
 
 
-def held_out_prompts(builtin: bool, prompts: str | None, per_task: int, metric: str = "shapes") -> list[str]:
-    """Return the prompts to score on: the file's, the metric's own, shapes world's or edgeprune's held-out captions.
+def prompts_to_score(
+    builtin: bool, prompts: str | None, per_task: int, metric: str = "shapes", split: Split = Split.HELD_OUT
+) -> list[str]:
+    """Return the prompts to score on: the file's, the metric's own, or captions of shapes world or of edgeprune.
 
     Args:
         builtin: whether the model is the built-in one.
         prompts: a text file with one prompt per line.
         per_task: the number of prompts of each task, where prompts have tasks.
         metric: how models are scored.
+        split: the split of the prompts that are no file's.
 
     Raises:
         InputError: the file cannot be used.
@@ -57,8 +60,8 @@ def held_out_prompts(builtin: bool, prompts: str | None, per_task: int, metric: 
     if prompts:
         return read_prompts(Path(prompts))
     if tasks := shapes if builtin else tasks_of(metric):
-        return [p.text for p in tasks.evaluation_prompts(per_task)]
-    return shipped_prompts(Split.HELD_OUT, CAPTIONS)
+        return [p.text for p in tasks.evaluation_prompts(per_task, split=split)]
+    return shipped_prompts(split, CAPTIONS)
 
 
 def check_rows(grid: Grid, *, builtin: bool) -> None:
@@ -108,6 +111,7 @@ def compare(
     progress: Progress = silent,
     *,
     weights: Mapping[str, str] | None = None,
+    split: Split = Split.HELD_OUT,
 ) -> dict[str, Any]:
     """Make and score every run that `out` lacks; return the summary of all.
 
@@ -115,8 +119,9 @@ def compare(
 
     Args:
         base: a folder of the original, which holds its analysis.
-        prompts: held-out prompts to score on; nothing may be trained or calibrated on them.
+        prompts: to score on; nothing may be trained or calibrated on them.
         weights: weights of the metric, see metrics.KNOWN.
+        split: whose seeds to draw with: held out, or tuning where the scores choose options.
 
     Raises:
         BudgetError: a method cannot meet the budget.
@@ -124,10 +129,10 @@ def compare(
     before = footprint(base.family, base.family.tensor_shapes(base.config)).bf16_bytes
     if grid.reads_contributions:
         run_analyze(base, grid.analyze, progress)
-    scorer = of_pipeline(metric, base.pipe, base.generation, prompts, weights, split=Split.HELD_OUT)
+    scorer = of_pipeline(metric, base.pipe, base.generation, prompts, weights, split=split)
     path = out / "results.json"
     results: dict[str, Any] = read_json(path) if path.is_file() else {}
-    identity: dict[str, Any] = {"metric": metric, "prompts": prompts, "seeds": Split.HELD_OUT.seed(0)}
+    identity: dict[str, Any] = {"metric": metric, "prompts": prompts, "seeds": split.seed(0)}
     identity["weights"] = base.weights_hash
     if weights:
         identity["metric_weights"] = {name: [given, files_digest(Path(given))] for name, given in weights.items()}

@@ -16,7 +16,7 @@ import typer
 
 from edgeprune.compare import page
 from edgeprune.compare.grid import Grid, grid_named
-from edgeprune.compare.run import compare, held_out_prompts
+from edgeprune.compare.run import compare, prompts_to_score
 from edgeprune.experiments.pages import insert
 from edgeprune.stages.compress import preset
 from edgeprune.stages.workspace import Workspace
@@ -35,7 +35,7 @@ def main(out: Path = Path("build/compare"), write: Path | None = None, per_task:
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
         grid = Grid.load(grid_named(name), preset("default", builtin=True))
-        prompts = held_out_prompts(builtin=True, prompts=None, per_task=per_task)
+        prompts = prompts_to_score(builtin=True, prompts=None, per_task=per_task)
         print(name, flush=True)
         summary = compare(Workspace(out / "original", None), grid, "shapes", prompts, folder, _show)
         page.write(summary, folder)

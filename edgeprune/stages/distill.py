@@ -16,14 +16,14 @@ from edgeprune.common.tensors import Tensors
 from edgeprune.data.cache import Index, is_cache, made_by, open_pairs
 from edgeprune.data.encode import make_cache
 from edgeprune.data.pairs import Pairs
-from edgeprune.data.settings import SHAPES, CacheOptions, settings_of, source_digest
+from edgeprune.data.settings import CacheOptions, settings_of, source_digest
 from edgeprune.families import Architecture, Config
 from edgeprune.planning.methods import baselines
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.stages.costs import sample
-from edgeprune.stages.options import GIVE_DATA, DataOptions
+from edgeprune.stages.options import DataOptions
 from edgeprune.stages.prune import mean_and_basis
 from edgeprune.stages.weights import by_block, half, original_weights, write_half
 from edgeprune.stages.workspace import Workspace
@@ -101,9 +101,7 @@ def run(
     options.check()
     plan = ws.plan()
     recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)
-    source = data.source or (SHAPES if ws.builtin else None)
-    if source is None:
-        raise InputError(f"distill: no data; {GIVE_DATA}")
+    source = data.of_model(builtin=ws.builtin)
     if recipe.sensitivity == "graded" and ws.report() is None:
         found = "graded" if options.sensitivity else "graded, the default for plans that remove components"
         raise InputError(
@@ -152,7 +150,7 @@ def amount(ws: Workspace) -> str:
     """Return how much the artefact was trained, in words, beside the published training where that compares."""
     stage = ws.manifest.stages.get("distill")
     options = stage["options"]["options"] if stage else {}
-    done = f"{options['steps']:,} steps of {options['batch']}" if options else "none"
+    done = f"{options['steps']:,} steps of {options['batch']}" if options else "not distilled"
     return done if ws.builtin else f"{done}; published: {PUBLISHED_STEPS:,} steps of {PUBLISHED_BATCH}"
 
 

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edgeprune.common.errors import InputError
+from edgeprune.data.settings import CAPTIONS, SHAPES
 from edgeprune.planning.options import PlanOptions
 from edgeprune.training.recipe import DistillOptions
 
 GIVE_DATA = (
-    "give --data FOLDER, which has images with captions, or --data captions: the model then draws 1,024 images for "
-    "captions that come with edgeprune, and learns from those"
+    "give --data FOLDER (images with captions), or --data captions: the model first draws 1,024 images for captions "
+    "that come with edgeprune; --dry-run shows the cost"
 )
 """What to do if a model other than the built-in one has no data to be distilled on."""
 
@@ -51,6 +52,18 @@ class DataOptions:
     samples: int = 1024
     """How many samples to make, or to take from a stream; a cache or a folder of images is used whole."""
 
+    def of_model(self, *, builtin: bool) -> str:
+        """Return the source for the built-in model, or for another one.
+
+        Raises:
+            InputError: another model has no source, or the built-in one has captions that it cannot understand.
+        """
+        if builtin and self.source == CAPTIONS:
+            raise InputError(f"--data {CAPTIONS}: the built-in model understands only its own; give --data {SHAPES}")
+        if self.source or builtin:
+            return self.source or SHAPES
+        raise InputError(f"no data to distill on; {GIVE_DATA}")
+
 
 @dataclass(frozen=True)
 class QuantizeOptions:
@@ -84,13 +97,13 @@ class CompressOptions:
         return self.distill.sensitivity == "graded" or bool(self.plan.components)
 
     def check_data(self, *, builtin: bool) -> None:
-        """Check that there is something to distill on.
+        """Check that there is something to distill on, unless nothing is distilled.
 
         Raises:
-            InputError: another model than the built-in one shall be distilled, and no data is given.
+            InputError: see `DataOptions.of_model`.
         """
-        if self.distill is not None and self.data.source is None and not builtin:
-            raise InputError(f"distillation has no data; {GIVE_DATA}")
+        if self.distill is not None:
+            self.data.of_model(builtin=builtin)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a grid's runs digest them.

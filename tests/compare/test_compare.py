@@ -196,4 +196,4 @@ def test_the_command_forecasts_and_refuses(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*words[: words.index("--prompts")], "--dry-run", "--json"])
     assert json.loads(done.stdout.splitlines()[-1])["score_evaluations"] == 6 * CAPTIONS * 4
     done = CliRunner().invoke(app, words[: words.index("--data")])
-    assert isinstance(done.exception, InputError) and "no data; give --data FOLDER" in str(done.exception)
+    assert isinstance(done.exception, InputError) and "no data to distill on; give --data FOLDER" in str(done.exception)

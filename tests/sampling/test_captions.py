@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,9 @@ def test_every_split_is_large_enough() -> None:
     assert counts[Split.TRAINING] > 0.65 * len(captions())
     assert all(count >= 300 for count in counts.values())
     assert sum(SHARES.values()) == pytest.approx(1)
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    for split, count in counts.items():
+        assert re.search(rf"\| {split.value} \|.*\| {count:,} \| {split.seed(0):,} \|", page), split
 
 
 def test_no_content_is_in_two_splits() -> None:

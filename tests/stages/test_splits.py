@@ -16,7 +16,7 @@ from edgeprune import shapes
 from edgeprune.cli import app
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
-from edgeprune.compare.run import held_out_prompts
+from edgeprune.compare.run import prompts_to_score
 from edgeprune.data.encoder import entries_of
 from edgeprune.data.settings import CacheOptions, is_drawn, source_digest
 from edgeprune.metrics import drawn, scoring, velocity
@@ -41,12 +41,12 @@ def test_purposes_of_a_real_model_share_nothing(artefact: Path) -> None:
     wishes = scoring.wishes(["clip"])
     training = {text for _, text in pairs}
     assert training == set(prompts(Split.TRAINING))
-    evaluated = {*report["prompts"], *(w.text for w in wishes), *held_out_prompts(False, None, 30, "velocity")}
+    evaluated = {*report["prompts"], *(w.text for w in wishes), *prompts_to_score(False, None, 30, "velocity")}
     assert disjoint(
         training,
         set(analysis_prompts(AnalyzeOptions(), builtin=False)),
         set(calibration_prompts(None, builtin=False)),
-        set(prompts(Split.TUNING)),
+        set(prompts_to_score(False, None, 30, "velocity", Split.TUNING)),
         evaluated,
     )
     assert evaluated <= set(prompts(Split.HELD_OUT))
@@ -62,8 +62,8 @@ def test_purposes_of_the_built_in_model_share_no_meaning() -> None:
         keys([pair.text for pair in entries_of(CacheOptions("shapes", 200), None)]),
         keys(analysis_prompts(AnalyzeOptions(), builtin=True)),
         keys(calibration_prompts(None, builtin=True)),
-        keys([p.text for p in shapes.evaluation_prompts(split=Split.TUNING)]),
-        keys([w.text for w in scoring.wishes(["shapes"])] + held_out_prompts(True, None, 30)),
+        keys(prompts_to_score(True, None, 30, split=Split.TUNING)),
+        keys([w.text for w in scoring.wishes(["shapes"])] + prompts_to_score(True, None, 30)),
     )
 
 
@@ -86,9 +86,10 @@ def test_each_metric_draws_the_noise_of_its_split(source: Path, artefact: Path, 
         return real(seeds, shape)
 
     monkeypatch.setattr(velocity, "noise", noise)
+    monkeypatch.setattr(velocity, "at_once", lambda *_: 2)
     ws = Workspace(artefact, str(source))
     for split in (Split.ANALYSIS, Split.HELD_OUT):
-        VelocityError(ws.pipe, ws.generation, ["a", "b", "c"], split=split, batch=2)
+        VelocityError(ws.pipe, ws.generation, ["a", "b", "c"], split=split)
         assert asked == split.seeds(3)
         asked.clear()
     quantize._calibration(ws, ws.pipe.transformer)
@@ -125,13 +126,17 @@ def test_a_real_model_is_not_distilled_without_data(source: Path, tmp_path: Path
         assert preset(name, builtin=True).data.source == "shapes" and preset(name, builtin=True).distill
     ws = Workspace(tmp_path / "out", str(source))
     options = replace(stage_runs.OPTIONS, data=DataOptions())
-    with pytest.raises(InputError, match="no data; give --data FOLDER.* or --data captions: .* 1,024 images"):
+    with pytest.raises(
+        InputError, match="no data to distill on; give --data FOLDER.* or --data captions: .* 1,024 images"
+    ):
         compress(ws, options)
     assert not ws.manifest.stages
     assert "distill" not in compress(ws, replace(options, distill=None))
-    assert distill.amount(ws) == "none; published: 64,000 steps of 64"
-    with pytest.raises(InputError, match="distill: no data; give --data FOLDER"):
+    assert distill.amount(ws) == "not distilled; published: 64,000 steps of 64"
+    with pytest.raises(InputError, match="no data to distill on; give --data FOLDER"):
         distill.run(ws, stage_runs.OPTIONS.distill or pytest.fail(), DataOptions())
+    with pytest.raises(InputError, match="--data captions: the built-in model understands only its own"):
+        preset("default", builtin=True, data="captions").check_data(builtin=True)
 
 
 def test_the_command_says_what_to_give(source: Path, tmp_path: Path) -> None:
