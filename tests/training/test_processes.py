@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranks.train(out, "one")
     ranks.train(out, "one_prefix", int4_group_size=None)
     ranks.train(out, "one_int8", teacher_precision="int8")
-    ranks.train(out, "one_fresh_blocks", sensitivity="binary", freeze_prefix=False)
+    ranks.train(out, "one_fresh_blocks", freeze_prefix=False)
     ranks.train(out, "taken_over", until=3)
     tiny_pipeline(out / "model")
     ranks.analyze(out, "whole")
