@@ -121,7 +121,8 @@ def tiny_step(model: Any, folder: Path) -> torch.Tensor:
 
 
 def test_forecast(source: Path, variant: str) -> None:
-    options = CompressOptions(plan=PlanOptions(keep=0.9, protect_first=0, protect_last=0))
+    plan = PlanOptions(keep=0.9, protect_first=0, protect_last=0)
+    options = CompressOptions(plan=plan, data=DataOptions("captions"))
     rows = forecast(source, options, Generation.load(source))
     # Guidance is an input of dev, but a second evaluation of schnell.
     assert rows["data_evaluations"] == 1024 * 4 * (1 if variant == "dev" else 2)

@@ -39,7 +39,11 @@ def test_page_shows_the_plan_and_the_memory(artefact: Path) -> None:
     frozen = {block for block in plan.kept if cells["mlp"][block]["state"] == "frozen"}
     assert frozen == set(range(plan.first_pruned))
     trained = [cells[c][b]["strength"] for c in cells for b in plan.kept if cells[c][b]["state"] == "kept"]
-    assert trained and all(0.1 <= s <= 1 for s in trained) and len(set(trained)) > 1
+    assert trained and set(trained) == {1.0}  # a plan of whole blocks is not graded
+    ws.manifest.stages["distill"]["options"]["options"]["sensitivity"] = "graded"
+    cells = dict(report_page.grid(ws))
+    trained = [cells[c][b]["strength"] for c in cells for b in plan.kept if cells[c][b]["state"] == "kept"]
+    assert all(0.1 <= s <= 1 for s in trained) and len(set(trained)) > 1
 
     (_, before), (_, after) = report_page.memory(ws, {"original_bf16_bytes": 10**6})
     sizes = {part["name"]: part["bytes"] for part in after}
