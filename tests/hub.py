@@ -1,10 +1,13 @@
-"""A hub cache made by hand: the folders and links that huggingface_hub leaves after a download."""
+"""A hub without a network: a cache made by hand, as huggingface_hub leaves it, and what an upload calls."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from edgeprune.common.hub_cache import SHARED_MARKER
 
@@ -52,3 +55,33 @@ def _link(at: Path, to: Path) -> None:
     at.parent.mkdir(parents=True, exist_ok=True)
     if not at.is_symlink():  # two equal files are one blob
         at.symlink_to(os.path.relpath(to, at.parent))
+
+
+class FakeHub:
+    """Stands in for HfApi, and takes note of its calls. Repositories are public unless they are created as private."""
+
+    endpoint = "https://hub.example"
+    private: dict[str, bool] = {}
+    calls: list[tuple[Any, ...]] = []
+
+    def __init__(self, token: str | None = None) -> None:
+        self.calls.append(("token", token))
+
+    def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> Any:
+        assert exist_ok
+        name = repo if "/" in repo else f"me/{repo}"
+        self.private.setdefault(name, private)
+        return SimpleNamespace(repo_id=name)
+
+    def repo_info(self, name: str) -> Any:
+        return SimpleNamespace(private=self.private[name])
+
+    def create_branch(self, name: str, *, branch: str, exist_ok: bool) -> None:
+        assert exist_ok
+        self.calls.append(("branch", name, branch))
+
+    def upload_folder(self, *, folder_path: Path, ignore_patterns: list[str], **rest: Any) -> Any:
+        paths = (p.relative_to(folder_path).as_posix() for p in folder_path.rglob("*") if p.is_file())
+        kept = {p for p in paths if not any(fnmatch(p, pattern) for pattern in ignore_patterns)}
+        self.calls.append(("upload", kept, rest))
+        return SimpleNamespace(oid="c" * 40)

@@ -4,48 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from fnmatch import fnmatch
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
+from hub import FakeHub
 from typer.testing import CliRunner
 
 from edgeprune import api
 from edgeprune.cli import app
 from edgeprune.common.errors import InputError
-
-
-class FakeHub:
-    """Stands in for HfApi. Its repositories are public unless they are created as private."""
-
-    endpoint = "https://hub.example"
-    private: dict[str, bool] = {}
-    calls: list[tuple[Any, ...]] = []
-
-    def __init__(self, token: str | None = None) -> None:
-        self.calls.append(("token", token))
-
-    def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> Any:
-        assert exist_ok
-        name = repo if "/" in repo else f"me/{repo}"
-        self.private.setdefault(name, private)
-        return SimpleNamespace(repo_id=name)
-
-    def repo_info(self, name: str) -> Any:
-        return SimpleNamespace(private=self.private[name])
-
-    def create_branch(self, name: str, *, branch: str, exist_ok: bool) -> None:
-        assert exist_ok
-        self.calls.append(("branch", name, branch))
-
-    def upload_folder(self, *, folder_path: Path, ignore_patterns: list[str], **rest: Any) -> Any:
-        paths = (p.relative_to(folder_path).as_posix() for p in folder_path.rglob("*") if p.is_file())
-        kept = {p for p in paths if not any(fnmatch(p, pattern) for pattern in ignore_patterns)}
-        self.calls.append(("upload", kept, rest))
-        return SimpleNamespace(oid="c" * 40)
 
 
 @pytest.fixture
