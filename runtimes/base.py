@@ -46,7 +46,7 @@ class Backend(Protocol):
     why: str
     """Why it computes there: `the only one here`, `provider=cpu`; empty as long as `provider` is."""
     precision: str
-    """The format of the transformer's weights: `int4`, `bf16`, `fp32`, ..."""
+    """What the transformer computes in, as `precision_of` writes it."""
 
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
         """Encode text to (hidden (B, M, K), pooled (B, P)), with the zero tokens that stand for an absent T5."""
@@ -79,6 +79,19 @@ class Backend(Protocol):
     def close(self) -> None:
         """Release the weights; a second call does nothing."""
         ...
+
+
+_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8}
+
+
+def precision_of(activations: str, *, quantized: bool) -> str:
+    """Return what a transformer computes in: `fp32`, `fp16`, `bf16`, or of one with INT4 weights `W4A32`, `W4A16`, ...
+
+    Args:
+        activations: `fp32`, `fp16`, `bf16` or `int8`.
+        quantized: whether its weights are INT4.
+    """
+    return f"W4A{_BITS[activations]}" if quantized else activations
 
 
 @dataclass(frozen=True)

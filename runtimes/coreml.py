@@ -179,6 +179,6 @@ def open_backend(
         times[path.name] = network.times
         return network
 
-    backend = NetworkBackend("coreml", folder, settings, open_network, low_memory=low_memory)
+    backend = NetworkBackend("coreml", folder, settings, open_network, activations="fp16", low_memory=low_memory)
     backend.times = times
     return backend

@@ -16,7 +16,7 @@ import numpy as np
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
-from edgeprune.runtimes.base import Array, Settings
+from edgeprune.runtimes.base import Array, Settings, precision_of
 from edgeprune.runtimes.gpu import with_overhead
 from edgeprune.runtimes.memory import Meter, Reading
 
@@ -56,7 +56,7 @@ class EagerBackend:
         self._pipeline: Any | None = pipeline
         self._dtype = DTYPES[dtype]
         self._t5_tokens = settings.generation.max_sequence_length
-        self.precision = "int4" if quantized else dtype
+        self.precision = precision_of(dtype, quantized=quantized)
 
     @property
     def pipeline(self) -> Any:

@@ -18,7 +18,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.fields import real_number
 from edgeprune.common.files import read_json
 from edgeprune.families.encoders import T5, check_tokens, text_encoders, tokenizer_of
-from edgeprune.runtimes.base import Array, Settings
+from edgeprune.runtimes.base import Array, Settings, precision_of
 from edgeprune.runtimes.memory import Meter, Reading
 from edgeprune.runtimes.text import PromptTokenizer
 
@@ -60,6 +60,7 @@ class NetworkBackend:
         folder: the export.
         settings: that folder's settings.
         open_network: opens one network's folder.
+        activations: what the transformer computes in, apart from INT4 weights; see `precision_of`.
         low_memory: hold the networks of one stage at a time.
         memory: returns rows for the memory of a device that has its own.
 
@@ -74,6 +75,7 @@ class NetworkBackend:
         settings: Settings,
         open_network: Open,
         *,
+        activations: str = "fp32",
         low_memory: bool,
         memory: Callable[[], dict[str, Reading]] = dict,
     ) -> None:
@@ -96,8 +98,8 @@ class NetworkBackend:
         self._tokenizers = {
             n: PromptTokenizer(folder / tokenizer_of(n), max_length=length) for n, length in lengths.items()
         }
-        quantized = read_json(folder / "edgeprune_export.json").get("quantized")
-        self.precision = "fp32" if quantized is False else "int4"
+        quantized = read_json(folder / "edgeprune_export.json").get("quantized") is not False
+        self.precision = precision_of(activations, quantized=quantized)
         self.times: dict[str, dict[str, float]] = {}
         """Seconds it took to open each network, for runtimes that report the parts of that."""
         self._closed = False

@@ -221,5 +221,6 @@ def open_backend(
         folder,
         settings,
         lambda path: OpenVinoNetwork(path / file, device, config),
+        activations="int8" if dynamic_quantization else "fp32" if device == "CPU" else "fp16",
         low_memory=low_memory,
     )

@@ -199,6 +199,7 @@ def open_backend(
         folder,
         settings,
         lambda path: OrtNetwork(path / "model.onnx", options, choice, cache),
+        activations="int8" if accuracy_level == 4 else "fp32",
         low_memory=low_memory,
         memory=nvml_row if choice.name in ("tensorrt", "cuda") else dict,
     )

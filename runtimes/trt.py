@@ -221,6 +221,13 @@ class TrtNetwork:
         self._gpu.hold(-self._size)
 
 
+def _activations(networks: Any) -> str:
+    """Return what the transformer's engine computes in, by the networks of edgeprune_export.json."""
+    transformer = networks.get("transformer") if isinstance(networks, dict) else None
+    whole = isinstance(transformer, dict) and transformer.get("precision") == "float32"
+    return "fp32" if whole else "fp16"
+
+
 def open_backend(
     folder: Path, settings: Settings, *, cuda_graph: bool = False, low_memory: bool = False
 ) -> NetworkBackend:
@@ -237,7 +244,8 @@ def open_backend(
         InputError: there is no GPU, or a file is missing, damaged or built by another TensorRT.
     """
     path = folder / "edgeprune_export.json"
-    builder = read_json(path).get("builder")
+    exported = read_json(path)
+    builder, networks = exported.get("builder"), exported.get("networks")
     if not isinstance(builder, dict) or builder.get("name") not in VENDORS:
         raise InputError(f"{path}: builder: found {builder!r}, expected the name {' or '.join(VENDORS)} and a version")
     name = builder["name"]
@@ -249,6 +257,7 @@ def open_backend(
         folder,
         settings,
         lambda path: TrtNetwork(path / "model.engine", trt, gpu, built_by=built_by, cuda_graph=cuda_graph),
+        activations=_activations(networks),
         low_memory=low_memory,
         memory=gpu.memory,
     )

@@ -31,6 +31,8 @@ def bench(
 ) -> BenchResult:
     """Measure memory, latency and quality of folders next to their original. Each variant runs in a fresh process.
 
+    The original runs in torch, in bf16 and in float32; the faster one is what ratios refer to.
+
     Args:
         folders: exports, artefact folders or diffusers folders.
         runtime: a runtime's name; `all` measures every one that opens a folder and can run here; None takes the first
@@ -55,7 +57,7 @@ def bench(
     pairs = _pairs([Path(folder) for folder in folders], runtime, progress)
     names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]
     original, commit = source_of(Path(folders[0])) if baseline is None else (str(baseline), None)
-    variants = [bench_run.Variant("original", resolve(original, revision or commit), "eager", "bf16")]
+    variants = bench_run.originals(resolve(original, revision or commit))
     variants += [bench_run.Variant(n, folder, name) for n, (folder, name) in zip(names, pairs, strict=True)]
     return bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, progress=progress)
 

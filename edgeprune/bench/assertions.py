@@ -19,7 +19,7 @@ def named_values(result: BenchResult) -> dict[str, float | None]:
     `peak_ratio` compares the second variant with the first; `NAME.peak_ratio` and `NAME.load_s` name a variant.
     """
     out: dict[str, float | None] = {}
-    for m in result.variants:
+    for m in (*result.variants, *result.slower_originals):
         out |= {f"{m.name}.{key}": value for key, value in m.values.items()}
         if m.quality:
             out[f"{m.name}.score"] = m.quality.score

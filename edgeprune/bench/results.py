@@ -28,6 +28,7 @@ MEASURES: dict[str, tuple[str, str]] = {
     "transformer_disk_bytes": ("transformer on disk", "transformer_disk"),
     "total_disk_bytes": ("all weights on disk", "disk"),
     "peak_bytes": ("peak memory", "peak"),
+    "peak_above_runtime_bytes": ("of which above interpreter and libraries", "peak_above_runtime"),
     "runtime_overhead_bytes": ("of which runtime: interpreter and libraries", "runtime_overhead"),
     "weights_bytes": ("of which weights, as loaded", "weights"),
     "activations_bytes": ("of which activations", "activations"),
@@ -93,10 +94,13 @@ class BenchResult:
     """All figures of a run."""
 
     variants: list[Measured]
+    """The first is the reference."""
     comparisons: dict[str, Comparison]
-    """By variant name, without the first variant."""
+    """By variant name, without the reference."""
     machine: dict[str, Any]
     settings: dict[str, Any]
+    slower_originals: list[Measured] = field(default_factory=list)
+    """The original in precisions that are slower here than the reference's; without quality."""
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> dict[str, Any]:
@@ -105,12 +109,8 @@ class BenchResult:
             "schema_version": self.schema_version,
             "machine": self.machine,
             "settings": self.settings,
-            "variants": [
-                {k: v for k, v in vars(m).items() if k not in ("values", "quality")}
-                | m.values
-                | {"quality": vars(m.quality) if m.quality else None}
-                for m in self.variants
-            ],
+            "variants": [_variant_json(m) for m in self.variants],
+            "slower_originals": [_variant_json(m) for m in self.slower_originals],
             "comparisons": {
                 name: c.ratios
                 | {
@@ -146,6 +146,11 @@ def compare(first: Measured, other: Measured, psnr: float | None, *, draws: int 
     return Comparison(ratios=ratios, step_p50_ratio_interval=interval, psnr_db=psnr, score_drop=drop)
 
 
+def _variant_json(m: Measured) -> dict[str, Any]:
+    plain = {k: v for k, v in vars(m).items() if k not in ("values", "quality")}
+    return plain | m.values | {"quality": vars(m.quality) if m.quality else None}
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read the JSON that `to_json` made.
 
@@ -161,10 +166,13 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: comparisons: found {fields.shown(comparisons)}, expected objects by variant")
     if not isinstance(machine, dict) or not {"cpu", "cores"} <= machine.keys():
         raise InputError(f"{path}: machine: found {fields.shown(machine)}, expected cpu and cores")
-    for variant in variants:
+    slower = data.get("slower_originals", [])
+    if not isinstance(slower, list) or not all(isinstance(v, dict) for v in slower):
+        raise InputError(f"{path}: slower_originals: found {fields.shown(slower)}, expected objects")
+    for variant in (*variants, *slower):
         for name in ("name", "runtime", "precision"):
             fields.text(variant, name, f"{path}: variants")
-    numbers = [(v, key) for v in variants for key in MEASURES]
+    numbers = [(v, key) for v in (*variants, *slower) for key in MEASURES]
     numbers += [(c, f"{stem}_ratio") for c in comparisons.values() for _, stem in MEASURES.values()]
     for row, key in numbers:
         if not isinstance(row.get(key), (int, float, NoneType)):

@@ -1,7 +1,8 @@
-"""Measures variants of a model: each in a fresh process, one after the other, and the others against the first.
+"""Measures variants of a model: each in a fresh process, one after the other, and the others against the reference.
 
-The first variant is the reference; every other one gets ratios against it. This module imports no torch: each worker
-loads its own runtime.
+The reference is the first variant, or the faster one of the original in bf16 and in float32 (`originals`): a processor
+without bf16 instructions emulates them and computes faster in float32. This module imports no torch: each worker loads
+its own runtime.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from edgeprune import runtimes
@@ -28,6 +30,8 @@ from edgeprune.common.splits import Split
 from edgeprune.metrics.psnr import mean_decibels
 
 PROMPT = "two red circles"
+ORIGINAL = "original"
+"""Name of the reference; the original in the slower precision is called `original-bf16` or `original-fp32`."""
 
 Log = Callable[[str], None]
 """Receives one line of text at a time while the work goes on."""
@@ -46,6 +50,13 @@ class Variant:
     """`bf16` or `fp32`, for `eager`; None for its default."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the runtime, see `runtimes.load`."""
+    original: bool = False
+    """Whether it competes with others to be the reference: the fastest of these is."""
+
+
+def originals(folder: Path) -> list[Variant]:
+    """Return the original in torch in bf16 and in float32, the candidates for the reference."""
+    return [Variant(f"{ORIGINAL}-{dtype}", folder, "eager", dtype, original=True) for dtype in ("bf16", "fp32")]
 
 
 def _silent(_: str) -> None:
@@ -66,7 +77,7 @@ def run(
     """Measure each variant in its own process, one after the other.
 
     Args:
-        variants: the first is the reference of the ratios.
+        variants: the first is the reference of the ratios, unless some are `original`: then the fastest of those is.
         repeats: warm steps to time.
         warmup: untimed steps between the first step and the timed ones.
         steps: denoising steps of a full image; None for the folder's default.
@@ -86,31 +97,83 @@ def run(
         from edgeprune import shapes
 
         prompts = [p for p in shapes.evaluation_prompts(quality) for _ in range(quality_seeds)]
-    bandwidth = memory_bandwidth()
-    measured: list[Measured] = []
-    images: list[NDArray[np.uint8]] = []
-    with tempfile.TemporaryDirectory(prefix="edgeprune-bench-") as scratch:
-        for variant in variants:
-            progress(f"{variant.name}: {variant.folder}")
-            path = Path(scratch) / f"{len(measured)}.npy"
-            drawn = {
-                "prompts": [p.text for p in prompts],
-                "seeds": Split.HELD_OUT.seeds(len(prompts)),
-                "images": str(path),
-            }
-            reply = _worker(variant, spec | drawn, progress)
-            score = None
-            if prompts:
-                images.append(np.load(path))
-                score = _score(images[-1], prompts)
-            measured.append(_measured(variant, reply, bandwidth, score))
+    bench = _Bench(spec, prompts, memory_bandwidth(), progress)
+    candidates, others = [v for v in variants if v.original], [v for v in variants if not v.original]
+    slower: list[Measured] = []
+    measured: list[tuple[Measured, NDArray[np.uint8] | None]] = []
+    if candidates:
+        first, images, slower = bench.reference(candidates)
+        measured.append((first, images))
+    measured += [bench.measure(variant) for variant in others]
+    first, drawn = measured[0]
     comparisons = {
-        m.name: compare(measured[0], m, psnr_db(images[0], images[i]) if images else None)
-        for i, m in enumerate(measured)
-        if i
+        m.name: compare(first, m, None if drawn is None or images is None else psnr_db(drawn, images))
+        for m, images in measured[1:]
     }
     settings = spec | {"quality_prompts_per_task": quality, "quality_seeds": quality_seeds}
-    return BenchResult(variants=measured, comparisons=comparisons, machine=machine(bandwidth), settings=settings)
+    return BenchResult(
+        variants=[m for m, _ in measured], comparisons=comparisons, machine=machine(bench.bandwidth),
+        settings=settings, slower_originals=slower,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all variants of a run share."""
+
+    spec: dict[str, Any]
+    prompts: list[Any]
+    """Prompts of shapes world to score images on; empty scores nothing."""
+    bandwidth: float
+    progress: Log
+
+    def measure(self, variant: Variant, **changes: Any) -> tuple[Measured, NDArray[np.uint8] | None]:
+        """Return a variant's figures and the images that its quality was scored on.
+
+        Args:
+            variant: what to measure.
+            changes: entries of the worker's spec to replace.
+        """
+        self.progress(f"{variant.name}: {variant.folder}")
+        with tempfile.TemporaryDirectory(prefix="edgeprune-bench-") as scratch:
+            path = Path(scratch) / "images.npy"
+            texts, seeds = [p.text for p in self.prompts], Split.HELD_OUT.seeds(len(self.prompts))
+            spec = self.spec | {"prompts": texts, "seeds": seeds, "images": str(path)} | changes
+            reply = _worker(variant, spec, self.progress)
+            images = np.load(path) if spec["prompts"] else None
+        score = None if images is None else _score(images, self.prompts)
+        return _measured(variant, reply, self.bandwidth, score), images
+
+    def reference(self, candidates: Sequence[Variant]) -> tuple[Measured, NDArray[np.uint8] | None, list[Measured]]:
+        """Return the fastest candidate, called ORIGINAL, its images, and the slower candidates.
+
+        Only the fastest draws images. A candidate whose weights would not fit into memory is left out.
+        """
+        by_name: dict[str, tuple[Variant, Measured]] = {}
+        for variant in candidates:
+            if why := _left_out(variant, [m for _, m in by_name.values()]):
+                self.progress(f"{variant.name}: left out: {why}")
+            else:
+                by_name[variant.name] = variant, self.measure(variant, prompts=[])[0]
+        variant, best = min(by_name.values(), key=lambda pair: pair[1].values["step_p50_s"] or 0)
+        slower = [m for _, m in by_name.values() if m is not best]
+        if not self.prompts:
+            return replace(best, name=ORIGINAL), None, slower
+        again, images = self.measure(variant, repeats=1, warmup=0)
+        return replace(best, name=ORIGINAL, quality=again.quality), images, slower
+
+
+def _left_out(variant: Variant, measured: Sequence[Measured]) -> str:
+    """Return why the original need not or cannot be measured in this precision too; empty if it can."""
+    for m in measured:
+        if m.memory_of == "gpu":
+            return "a GPU is faster in bf16"
+        # In float32 the weights take twice the bytes.
+        needed = (m.values["peak_bytes"] or 0) + (m.values["weights_bytes"] or 0)
+        available = psutil.virtual_memory().available
+        if variant.dtype == "fp32" and needed > available:
+            return f"it takes about {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free"
+    return ""
 
 
 def _check(
@@ -170,6 +233,7 @@ def _measured(variant: Variant, reply: dict[str, Any], bandwidth: float, quality
     values |= disk_bytes(variant.folder)
     weights = weights_bytes(variant.folder, reply["precision"])
     values["transformer_weights_bytes"] = weights
+    values["peak_above_runtime_bytes"] = _above(values["peak_bytes"], values["runtime_overhead_bytes"])
     values["step_floor_s"] = weights / bandwidth
     values["step_p50_s"], values["step_p95_s"] = (float(q) for q in np.quantile(reply["steps_s"], [0.5, 0.95]))
     values["image_p50_s"] = float(np.median(reply["images_s"]))
@@ -187,6 +251,10 @@ def _measured(variant: Variant, reply: dict[str, Any], bandwidth: float, quality
         how=reply["how"],
         quality=quality,
     )
+
+
+def _above(peak: float | int | None, overhead: float | int | None) -> float | int | None:
+    return None if peak is None or overhead is None else max(0, peak - overhead)
 
 
 def psnr_db(first: NDArray[np.uint8], other: NDArray[np.uint8]) -> float | None:

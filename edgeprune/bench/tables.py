@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgeprune.bench.results import MEASURES, BenchResult
+from edgeprune.bench.results import MEASURES, BenchResult, Measured
 from edgeprune.common.tables import NOT_MEASURED, interval_text, with_unit
 from edgeprune.common.terminal import printable
 
@@ -41,6 +41,10 @@ def measure_rows(variants: Sequence[Mapping[str, Any]], comparisons: Iterable[Ma
     ]
 
 
+def _plain(m: Measured) -> dict[str, Any]:
+    return {"precision": m.precision, **m.values}
+
+
 def table(result: BenchResult) -> Table:
     """Return a rich table: one row per measure, one column per variant, one ratio column per comparison."""
     from rich.table import Table
@@ -67,4 +71,24 @@ def table(result: BenchResult) -> Table:
         out.add_row("score, 95 % interval", *scores, *drops)
         psnrs = [NOT_MEASURED if c.psnr_db is None else f"{c.psnr_db:.1f} dB" for c in compared]
         out.add_row("PSNR at equal seeds", *[""] * len(result.variants), *psnrs)
+    if result.slower_originals:
+        out.caption = baseline_text(_plain(result.variants[0]), map(_plain, result.slower_originals))
     return out
+
+
+def baseline_text(reference: Mapping[str, Any], slower: Iterable[Mapping[str, Any]]) -> str:
+    """Return which precision of the original the ratios refer to, with the figures of the slower ones.
+
+    Args:
+        reference: the first variant, as in the JSON of a bench.
+        slower: its `slower_originals`.
+    """
+
+    def figures(variant: Mapping[str, Any]) -> str:
+        step, peak = (with_unit(key, variant.get(key)) for key in ("step_p50_s", "peak_bytes"))
+        return f"{variant['precision']} ({step} per step, peak {peak})"
+
+    return (
+        f"Ratios of time and memory are against the original in {reference['precision']}, which is faster here than in "
+        f"{' and '.join(map(figures, slower))}."
+    )

@@ -55,7 +55,7 @@ def bench(
         ),
     ] = None,
 ) -> None:  # fmt: skip
-    """Measure memory, latency and quality next to the original in bf16.
+    """Measure memory, latency and quality next to the original, in bf16 or float32, whichever is faster here.
 
     Each variant runs in a fresh process.
     """

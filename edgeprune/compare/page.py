@@ -7,6 +7,7 @@ from typing import Any
 
 from edgeprune.common.files import write_text
 from edgeprune.common.tables import interval_text, markdown_table, with_unit
+from edgeprune.report.steps import ratio_text
 
 HEADINGS = (
     "row", "removed", "INT4 or half", "of bf16", "step", "score, 95 % interval", "relative drop",
@@ -36,7 +37,7 @@ def cells(summary: dict[str, Any]) -> list[tuple[str, ...]]:
                 _removed(row),
                 with_unit("_bytes", row["bytes"]),
                 f"{row['bytes_ratio']:.3f}",
-                f"{row['step_ratio']:.2f}",
+                ratio_text(row["step_ratio"], row["step_ratio_quartiles"]),
                 interval_text(row["score"]),
                 interval_text(row["relative_drop"], ".1%") if row["relative_drop"] else "",
                 "" if row["lead"] is None else interval_text(row["lead"], "+.3f"),

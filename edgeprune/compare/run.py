@@ -28,7 +28,7 @@ from edgeprune.compare.summary import summarise
 from edgeprune.metrics import Metric, evaluations, of_pipeline, tasks_of
 from edgeprune.metrics.scoring import CAPTIONS
 from edgeprune.quantization.precision import footprint
-from edgeprune.report.measure import step_times
+from edgeprune.report.steps import step_times
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import prompts as shipped_prompts
 from edgeprune.sampling.prompts import read_prompts
@@ -173,7 +173,7 @@ def _run(
     if row.quantized:
         run_quantize(ws, options.quantize, progress)
     teacher, plan = base.pipe.transformer, ws.plan()
-    times = step_times(base, [teacher, load_transformer(ws.out, quantized=False)])
+    times = step_times(base, teacher, load_transformer(ws.out, quantized=False))
     base.pipe.transformer = load_transformer(ws.out, quantized=row.quantized)
     try:
         scores = scorer.score()
@@ -187,5 +187,6 @@ def _run(
         "components": plan.components,
         "modulation_rank": plan.modulation_rank,
         "train_s": ws.manifest.stages["distill"]["seconds"] if options.distill else 0.0,
-        "step_ratio": times[1] / times[0],
+        "step_ratio": times.ratio,
+        "step_ratio_quartiles": times.quartiles,
     }

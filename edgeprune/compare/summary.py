@@ -41,6 +41,7 @@ def summarise(results: Mapping[str, Any], grid: Grid, tasks: list[str] | None) -
                 "bytes": max(run["bytes"] for run in row_runs),
                 "bytes_ratio": max(run["bytes"] for run in row_runs) / results["original"]["bytes"],
                 "step_ratio": float(np.median([run["step_ratio"] for run in row_runs])),
+                "step_ratio_quartiles": _step_quartiles(row_runs),
                 "train_s": sum(run["train_s"] for run in row_runs),
                 "score": mean_interval(scores[row.name], tasks),
                 "relative_drop": paired_drop(original, scores[row.name], tasks).relative,
@@ -69,3 +70,9 @@ def verdict(lead: Interval, reference: Row, rival: Row) -> str:
     if any(row.varies and row.seeds == 1 for row in (reference, rival)):
         return ONE_SEED
     return WINS if lead.mean > 0 else LOSES
+
+
+def _step_quartiles(runs: list[dict[str, Any]]) -> list[float] | None:
+    """Return the quartiles of the step's ratio, medians over runs; None in results of earlier versions."""
+    known = [run["step_ratio_quartiles"] for run in runs if "step_ratio_quartiles" in run]
+    return np.median(known, axis=0).tolist() if known else None

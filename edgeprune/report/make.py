@@ -17,6 +17,7 @@ from edgeprune.common.tables import interval_text, with_unit
 from edgeprune.report import page
 from edgeprune.report.measure import measure
 from edgeprune.stages.costs import surroundings_bytes
+from edgeprune.report.steps import ratio_text
 from edgeprune.stages.distill import amount
 from edgeprune.stages.workspace import Workspace
 
@@ -86,7 +87,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "one step in torch, fp32, without INT4",
             f"{with_unit('_s', summary['original_step_s'])} -> {with_unit('_s', summary['pruned_step_s'])} "
-            f"({summary['step_ratio']:.2f}x)",
+            f"({ratio_text(summary['step_ratio'], summary.get('step_ratio_quartiles'))}x)",
         ),
         ("PSNR to the original's images", f"{summary['psnr_db']:.1f} dB, {summary['images']} images at equal seeds"),
     ]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import time
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from edgeprune import shapes
@@ -17,7 +15,8 @@ from edgeprune.common.intervals import Interval, mean_interval, paired_drop
 from edgeprune.common.progress import Progress
 from edgeprune.common.splits import Split
 from edgeprune.metrics.psnr import mean_decibels
-from edgeprune.sampling.denoising import encode_prompts, generate, latent_shape, noise, velocity
+from edgeprune.report.steps import step_times
+from edgeprune.sampling.denoising import generate
 from edgeprune.sampling.prompts import prompts
 from edgeprune.stages.workspace import Workspace
 
@@ -45,7 +44,7 @@ def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, A
         images[name] = generate(ws.pipe, texts, seeds, ws.generation, progress=shown)
     ws.pipe.transformer = original
     pruned = load_transformer(ws.out, quantized=False)
-    times = step_times(ws, [original, pruned])
+    times = step_times(ws, original, pruned)
     stored = sum(p.stat().st_size for p in (ws.out / INT4).glob("*.safetensors"))
     before = ws.plan().before.bf16_bytes
     summary: dict[str, Any] = {
@@ -55,9 +54,10 @@ def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, A
         "original_bf16_bytes": before,
         "compressed_int4_bytes": stored,
         "weights_ratio": stored / before,
-        "original_step_s": times[0],
-        "pruned_step_s": times[1],
-        "step_ratio": times[1] / times[0],
+        "original_step_s": times.first_s,
+        "pruned_step_s": times.other_s,
+        "step_ratio": times.ratio,
+        "step_ratio_quartiles": times.quartiles,
         "psnr_db": mean_decibels(list(images["original"]), list(images["compressed"])),
         "generation": vars(ws.generation),
     }
@@ -86,22 +86,3 @@ def _by_task(values: NDArray[Any], tasks: list[str]) -> dict[str, Interval]:
 
 def _show_images(progress: Progress, name: str, done: int, total: int) -> None:
     progress(f"report: images, {name}", done, total, "")
-
-
-@torch.no_grad()
-def step_times(ws: Workspace, models: list[Any], repeats: int = 9) -> list[float]:
-    """Return the median seconds of one guided step of each model.
-
-    The models take turns, so that other work on the machine slows all of them alike.
-    """
-    c = encode_prompts(ws.pipe, ["", "a red circle"], ws.generation.max_sequence_length)
-    x = noise([0, 0], latent_shape(ws.pipe, ws.generation))
-    sigma, guidance = torch.full((2,), 0.5), ws.generation.guidance_scale
-    times: list[list[float]] = [[] for _ in models]
-    for repeat in range(repeats + 1):
-        for model, model_times in zip(models, times, strict=True):
-            start = time.perf_counter()
-            velocity(model, x, c, sigma, guidance)
-            if repeat:
-                model_times.append(time.perf_counter() - start)
-    return [float(np.median(t)) for t in times]

@@ -23,7 +23,7 @@ from edgeprune.analysis.plots import figures, svg
 from edgeprune.artefact import card as card_text
 from edgeprune.artefact import licensing
 from edgeprune.artefact.manifest import INT4
-from edgeprune.bench.tables import measure_rows
+from edgeprune.bench.tables import baseline_text, measure_rows
 from edgeprune.common.files import write_text
 from edgeprune.common.tables import NOT_MEASURED, interval_text, with_unit
 from edgeprune.families.encoders import text_encoders
@@ -248,6 +248,7 @@ def _bench_rows(bench: dict[str, Any]) -> dict[str, Any]:
         "ratios": ["ratio"] if len(compared) == 1 else [f"{name}, ratio" for name in compared],
         "rows": [row for row in rows if set(row.values) != {NOT_MEASURED}],
         "machine": bench["machine"],
+        "baseline": baseline_text(variants[0], slower) if (slower := bench.get("slower_originals")) else "",
     }
 
 

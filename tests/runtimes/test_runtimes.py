@@ -115,6 +115,11 @@ def test_every_backend_has_the_whole_interface() -> None:
     assert set(base.Backend.__annotations__) == {"name", "provider", "why", "precision"}
 
 
+def test_precision_is_what_is_computed_in() -> None:
+    words = [base.precision_of(a, quantized=q) for q in (False, True) for a in ("fp32", "bf16", "fp16", "int8")]
+    assert words == ["fp32", "bf16", "fp16", "int8", "W4A32", "W4A16", "W4A16", "W4A8"]
+
+
 def test_a_runtime_is_closed_by_its_with() -> None:
     with pytest.raises(ZeroDivisionError), fake_runtime() as model:
         assert {"load", "Runtime"} <= set(runtimes.__all__) and model.name == "fake"

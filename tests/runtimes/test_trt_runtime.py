@@ -89,6 +89,20 @@ def test_the_same_latents_as_onnx_runtime(
         ours.generate("x")
 
 
+@pytest.mark.parametrize(
+    ("quantized", "recorded", "said"),
+    [(False, "float16", "fp16"), (False, "float32", "fp32"), (True, "float16", "W4A16"), (True, "float32", "W4A32")],
+)
+def test_precision_is_what_the_engine_computes_in(
+    engines: Path, cuda: FakeCuda, quantized: bool, recorded: str, said: str
+) -> None:
+    record = json.loads((engines / folder.FILE).read_text())
+    record |= {"quantized": quantized, "networks": {"transformer": {"precision": recorded}}}
+    (engines / folder.FILE).write_text(json.dumps(record))
+    with runtimes.load(engines) as model:
+        assert model.backend.precision == said
+
+
 def test_text_goes_to_the_device_once(engines: Path, cuda: FakeCuda) -> None:
     with runtimes.load(engines) as model:
         text, pooled = model.backend.encode(["two red circles"])
