@@ -16,8 +16,8 @@ from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tables import interval_text, with_unit
 from edgeprune.report import page
 from edgeprune.report.measure import measure
-from edgeprune.stages.costs import surroundings_bytes
 from edgeprune.report.steps import ratio_text
+from edgeprune.stages.costs import surroundings_bytes
 from edgeprune.stages.distill import amount
 from edgeprune.stages.workspace import Workspace
 
