@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _removed(row: dict[str, Any]) -> str:
 
 def markdown(summary: dict[str, Any]) -> str:
     """Return the table in Markdown, and below it what seeds and verdicts mean."""
-    return f"{markdown_table(HEADINGS, cells(summary))}\n\n{NOTE}"
+    return f"{markdown_table(HEADINGS, cells(summary))}\n\n{textwrap.fill(NOTE, 118)}"
 
 
 def write(summary: dict[str, Any], out: Path) -> list[Path]:

@@ -29,7 +29,7 @@ import psutil
 import typer
 
 from edgeprune.artefact.synth import architectures
-from edgeprune.bench.run import Variant
+from edgeprune.bench.run import Variant, originals
 from edgeprune.bench.run import run as run_bench
 from edgeprune.common.files import read_json, write_json
 from edgeprune.common.tables import markdown_table
@@ -175,7 +175,7 @@ def plans(table: Table) -> None:
 
 
 def steps(table: Table, source: Path, label: str, *, ort: bool) -> None:
-    """Measure one denoising step in OpenVINO, with `ort` also in ONNX Runtime, against the original in bf16."""
+    """Measure one denoising step in OpenVINO, with `ort` also in ONNX Runtime, against the original."""
     name = f"{label}: one step"
     if name in table.rows:
         return
@@ -192,7 +192,7 @@ def steps(table: Table, source: Path, label: str, *, ort: bool) -> None:
             "-o", f"{folder}-image.png", file=str(prepared),
         )  # fmt: skip
     variants = [
-        Variant("original, torch bf16", source, "eager", "bf16"),
+        *originals(source),
         Variant("OpenVINO", ir, "openvino", options={"low_memory": True}),
         Variant(
             "OpenVINO, dynamic quantization", ir, "openvino",
@@ -217,11 +217,11 @@ def without_bf16(table: Table, source: Path, label: str) -> None:
 
     OpenVINO ignores that variable, so it gets the ONNX folder, which it computes in float32 and int8.
     """
-    name = f"{label}: one step without the processor's bf16"
+    name = f"{label}: one step without the processor's bf16 (the original's is emulated)"
     if name in table.rows:
         return
     variants = [
-        Variant("original, torch bf16", source, "eager", "bf16"),
+        *originals(source),
         Variant(
             "OpenVINO, dynamic quantization, float32", table.out / f"{label}-onnx", "openvino",
             options={"low_memory": True, "dynamic_quantization": True},
@@ -238,7 +238,10 @@ def measured(variants: list[Variant], *, repeats: int) -> dict[str, dict[str, An
     """Run a bench and return its figures by variant."""
     result = run_bench(variants, repeats=repeats, warmup=0, steps=1, progress=print)
     keys = ("load_s", "first_step_s", "step_p50_s", "peak_bytes", "anon_bytes", "file_bytes")
-    return {v.name: {key: v.values[key] for key in keys} for v in result.variants}
+    first, *others = result.variants
+    named = {f"original, torch {v.precision}": v for v in (first, *result.slower_originals)}
+    named |= {v.name: v for v in others}
+    return {name: {key: v.values[key] for key in keys} for name, v in named.items()}
 
 
 def sd35_large(table: Table) -> None:

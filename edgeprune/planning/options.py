@@ -14,8 +14,8 @@ NEEDED = "needed"
 """Value of `modulation_rank`: project the modulation only if less than MODULATION_BELOW would stay without it."""
 MODULATION_BELOW = 0.75
 """Share of the parameters below which projected modulation makes the built-in model better, trained or not, by more
-than the confidence intervals (docs/modulation.md). Above it there is no measurable difference, and a model with
-unchanged modulation opens in stock diffusers."""
+than the confidence intervals (docs/modulation.md). Above it, trained components alone score the same, and a model that
+lost whole blocks opens in stock diffusers if its modulation is unchanged."""
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def test_a_row_of_one_seed_neither_wins_nor_loses(tmp_path: Path) -> None:
     assert half["verdict"] == "loses"  # not trained: another seed changes nothing
     shown = page.markdown(summary)
     assert "| koala (1 seed) |" in shown and "| half |" in shown
-    assert "1 seed: the interval is over prompts only" in shown
+    assert "\n1 seed: the interval is over prompts only" in shown
 
 
 def test_a_grid_runs_once_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
