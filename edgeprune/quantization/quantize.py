@@ -24,6 +24,12 @@ from edgeprune.quantization.precision import Precision, precision_of, t5_precisi
 CALIBRATIONS = ("none", "scale", "awq")
 _BATCH = 2**24
 """Most weights that one call of NNCF gets."""
+_ROWS = 1024
+"""Most rows of each layer's input that calibration keeps."""
+_SAMPLES = 128
+"""Most samples that NNCF gets. It averages the rows of a sample, so that too few samples say little of the inputs."""
+_HALF_STEP = 16 / 15
+"""How much larger than 1/8 of it a step must be for a group's largest weight to be 7.5 steps."""
 
 
 def _layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -105,7 +111,7 @@ class _Linears(nn.Module):
 
 
 def _nncf_integers(
-    weights: list[torch.Tensor], group_size: int, samples: list[tuple[torch.Tensor, ...]]
+    weights: list[torch.Tensor], group_size: int, inputs: list[torch.Tensor]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return integers (O, I) and scales (O, groups) of each weight, chosen by NNCF.
 
@@ -114,8 +120,10 @@ def _nncf_integers(
     Args:
         weights: the weights (O, I).
         group_size: weights that share a scale.
-        samples: inputs (R, I) of every layer, for estimating scales; empty for plain rounding.
+        inputs: inputs (R, I) of every layer, for estimating scales; empty for plain rounding.
     """
+    count = min([_SAMPLES, *map(len, inputs)])
+    samples = list(zip(*(x.tensor_split(count) for x in inputs), strict=True))
     # NNCF sends telemetry on every call, from a forked process; `NNCF_CI=1` turns it off.
     os.environ.setdefault("NNCF_CI", "1")
     import nncf
@@ -134,21 +142,46 @@ def _nncf_integers(
         scale = next(v for k, v in state.items() if f"layers:{index}:weight__" in k and k.endswith("_scale"))
         pairs = torch.stack([packed & 0xF, packed >> 4], dim=-1)
         values = (pairs.flatten().to(torch.int8) - 8).view(weight.shape)
-        out.append(_positive(weight, values, scale.reshape(weight.shape[0], -1)))
+        out.append(_positive(weight, values, scale.reshape(weight.shape[0], -1), inputs[index] if inputs else None))
     return out
 
 
-def _positive(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round the groups with a negative scale again, with a positive one; the others stay.
+def _positive(
+    weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, inputs: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the groups with a negative scale a positive one, which is all that TensorRT accepts; the others stay.
 
-    NNCF maps a group's largest weight to -8 steps, with a negative scale if the weight is positive. TensorRT accepts no
-    negative scales. With steps 8 / 7.5 as large, that weight becomes 7, and its error stays within half a step.
+    NNCF maps a group's largest weight to -8 steps, with a negative scale if the weight is positive. Negating integers
+    and scale is exact but for that weight: 8 becomes 7. With a larger step it is off by half a step, but so may be the
+    others, and what NNCF estimated is lost. Plain rounding takes the larger step. With inputs each group takes what
+    changes its output least.
+
+    Args:
+        weight: the weight (O, I).
+        values: NNCF's integers (O, I).
+        scale: NNCF's scales (O, groups).
+        inputs: the layer's inputs (R, I); None for plain rounding.
     """
-    positive = torch.where(scale < 0, -scale.float() * (8 / 7.5), scale.float()).half()
-    groups = (*scale.shape, -1)
-    again = weight.float().reshape(groups) / positive.float().clamp_min(1e-12)[..., None]
-    again = again.round_().clamp_(-8, 7).to(values.dtype)
-    return torch.where((scale < 0)[..., None], again, values.reshape(groups)).reshape(weight.shape), positive
+    groups = weight.float().reshape(*scale.shape, -1)
+    larger = (scale.abs().float() * _HALF_STEP).half()
+    rounded = (groups / larger.float().clamp_min(1e-12)[..., None]).round().clamp(-8, 7).to(values.dtype)
+    positive = torch.where(scale < 0, larger, scale.half())
+    out = torch.where((scale < 0)[..., None], rounded, values.reshape(groups.shape))
+    if inputs is not None:
+        columns = inputs.float().reshape(len(inputs), scale.shape[1], -1)
+        moments = torch.einsum("rgi,rgj->gij", columns, columns)
+        mirrored = (-values).clamp_max(7).reshape(groups.shape)
+
+        def error(integers: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+            """Return the squared error of each group's output, (O, groups)."""
+            off = integers * step.float()[..., None] - groups
+            return (torch.einsum("ogi,gij->ogj", off, moments) * off).sum(-1)
+
+        same = scale.abs().half()
+        better = (scale < 0) & (error(mirrored, same) <= error(rounded, larger))
+        positive = torch.where(better, same, positive)
+        out = torch.where(better[..., None], mirrored, out)
+    return out.reshape(weight.shape), positive
 
 
 @contextlib.contextmanager
@@ -206,8 +239,8 @@ def quantize_part(
     for group, names in by_group.items():
         for batch in _batches({n: layers[n].weight.numel() for n in names}):
             weights = [layers[n].weight.detach() for n in batch]
-            samples = list(zip(*(caught[n] for n in batch), strict=True)) if caught else []
-            for name, (values, scale) in zip(batch, _nncf_integers(weights, group, samples), strict=True):
+            inputs = [caught[n] for n in batch] if caught else []
+            for name, (values, scale) in zip(batch, _nncf_integers(weights, group, inputs), strict=True):
                 _replace(module, name, packed_from(layers.pop(name), values, scale, Precision(4, group)))
 
 
@@ -242,7 +275,7 @@ def _scale_channels(family: Family, block: nn.Module, prefix: str, group_size: i
     if not groups:
         return
     wanted = {n: layers[n] for group in groups for n in group.consumers}
-    inputs = {name: torch.cat(caught) for name, caught in _samples(wanted, run).items()}
+    inputs = _samples(wanted, run)
     for group in groups:
         weights = [layers[n].weight.detach().float() for n in group.consumers]
         precisions = [
@@ -256,20 +289,28 @@ def _scale_channels(family: Family, block: nn.Module, prefix: str, group_size: i
             fold(block, group, s)
 
 
-def _samples(layers: dict[str, nn.Linear], run: Callable[[], None]) -> dict[str, list[torch.Tensor]]:
-    """Run `run` and return each layer's inputs (R, I), one per call."""
-    caught: dict[str, list[torch.Tensor]] = {n: [] for n in layers}
-    hooks = [
-        m.register_forward_pre_hook(
-            lambda _, args, n=n: caught[n].append(args[0].detach().flatten(0, -2)[:256].float())
-        )
-        for n, m in layers.items()
-    ]
+def _samples(layers: dict[str, nn.Linear], run: Callable[[], None]) -> dict[str, torch.Tensor]:
+    """Run `run` and return up to _ROWS of each layer's inputs (R, I): a seeded random choice, in random order.
+
+    Every row of every call is as likely as any other, whatever its token and its sample in the batch. Each gets a
+    random number, and those with the least stay.
+    """
+    numbers = {name: torch.empty(0) for name in layers}
+    kept: dict[str, torch.Tensor] = {}
+    draws = {name: torch.Generator().manual_seed(0) for name in layers}
+
+    def keep(name: str, inputs: torch.Tensor) -> None:
+        rows = inputs.detach().flatten(0, -2)
+        drawn = torch.cat([numbers[name], torch.rand(len(rows), generator=draws[name])])
+        numbers[name], chosen = drawn.topk(min(_ROWS, len(drawn)), largest=False)
+        rows = torch.cat([kept[name], rows.float()]) if name in kept else rows.float()
+        kept[name] = rows[chosen.to(rows.device)]
+
+    hooks = [m.register_forward_pre_hook(lambda _, args, n=n: keep(n, args[0])) for n, m in layers.items()]
     try:
         with torch.no_grad():
             run()
     finally:
         for hook in hooks:
             hook.remove()
-    count = min(len(c) for c in caught.values())
-    return {n: c[:count] for n, c in caught.items()}
+    return kept
