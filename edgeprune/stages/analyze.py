@@ -24,7 +24,7 @@ from edgeprune.sampling.generation import Generation
 from edgeprune.stages.costs import evaluations_per_step, sample, surroundings_bytes
 from edgeprune.stages.modulation import modulation_mean
 from edgeprune.stages.options import AnalyzeOptions
-from edgeprune.stages.prompts import analysis_prompts
+from edgeprune.stages.prompts import GIVEN, analysis_prompts
 from edgeprune.stages.workspace import Workspace
 
 
@@ -66,7 +66,7 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
             progress=lambda done, total: progress("analyze", done, total, ""),
         )  # fmt: skip
         ws.manifest.hash_files(ws.out, "analysis.json")
-        return {}
+        return {GIVEN: options.prompts is not None}
 
     ran = ws.stage("analyze", inputs, score)
     for partial in partials_of(ws.report_path) if processes.is_main() else ():

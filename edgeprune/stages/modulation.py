@@ -18,8 +18,17 @@ directions."""
 
 @torch.no_grad()
 def modulation_mean(ws: Workspace, prompts: list[str]) -> torch.Tensor:
-    """Return the mean modulation input (D) over the sampler's timesteps and these prompts."""
-    return inputs_of(ws, prompts, sampler_levels(ws)).flatten(0, 1).mean(0)
+    """Return the mean modulation input (D) over the sampler's evaluations of these prompts.
+
+    With classifier-free guidance half of the evaluations are of the empty prompt.
+    """
+    inputs = inputs_of(ws, ["", *prompts], sampler_levels(ws)).mean(1)
+    return (inputs[0] + inputs[1:].mean(0)) / 2 if is_guided(ws) else inputs[1:].mean(0)
+
+
+def is_guided(ws: Workspace) -> bool:
+    """Return whether each step is evaluated a second time, with the empty prompt."""
+    return ws.family.guided(ws.config, ws.generation.guidance_scale)
 
 
 def sampler_levels(ws: Workspace) -> torch.Tensor:

@@ -72,7 +72,8 @@ class QuantizeOptions:
     group_size: int = 64
     """Weights that share a scale."""
     calibration: str = "none"
-    """One of quantize.CALIBRATIONS; all but `none` run the model on prompts of the calibration split."""
+    """One of quantize.CALIBRATIONS; all but `none` run the model on prompts that were given to
+    `analyze`, else on those of the calibration split."""
 
 
 @dataclass(frozen=True)

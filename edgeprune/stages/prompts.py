@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import shapes
+from edgeprune.artefact.manifest import MANIFEST
+from edgeprune.common.fields import texts
 from edgeprune.common.splits import Split
 from edgeprune.metrics import tasks_of
 from edgeprune.sampling.prompts import first, prompts, read_prompts
 from edgeprune.stages.options import AnalyzeOptions
+from edgeprune.stages.workspace import Workspace
 
+GIVEN = "prompts_given"
+"""Field of the stage `analyze` in the manifest: whether its prompts were the user's."""
 CALIBRATION_PROMPTS = 112
 """Prompts that find the modulation's mean and directions."""
 
@@ -44,6 +49,24 @@ def calibration_prompts(file: str | None, *, builtin: bool, count: int = CALIBRA
         InputError: the file cannot be used, or the split has fewer prompts.
     """
     return read_prompts(Path(file)) if file else prompts_of(Split.CALIBRATION, count, shapes if builtin else None)
+
+
+def calibrating(ws: Workspace, file: str | None = None, *, count: int = CALIBRATION_PROMPTS) -> list[str]:
+    """Return the calibration prompts of a folder: those of a file, else those given to `analyze`, else of the split.
+
+    Args:
+        ws: the folder's workspace.
+        file: a text file with one prompt per line.
+        count: how many prompts of the split.
+
+    Raises:
+        InputError: the file or the manifest cannot be used, or the split has fewer prompts.
+    """
+    analysis = ws.manifest.stages.get("analyze", {})
+    if file is None and analysis.get(GIVEN):
+        options = analysis.get("options")
+        return texts(options if isinstance(options, dict) else {}, "prompts", f"{ws.out / MANIFEST}: analyze")
+    return calibration_prompts(file, builtin=ws.builtin, count=count)
 
 
 def prompts_of(split: Split, count: int, tasks: Any | None) -> list[str]:

@@ -19,7 +19,7 @@ from edgeprune.common.tensors import Tensors, save_tensors
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import remaining_shapes, tensor_sources
 from edgeprune.stages.modulation import MODULATION, modulation_mean
-from edgeprune.stages.prompts import calibration_prompts
+from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.weights import by_block, half, original_weights, write_half
 from edgeprune.stages.workspace import Workspace
 
@@ -52,7 +52,15 @@ def run(ws: Workspace, progress: Progress = silent) -> bool:
             ws.manifest.hash_files(ws.out, entry)
         return {}
 
-    return ws.stage("prune", {"plan": plan.to_json(), "generation": asdict(ws.generation)}, write)
+    inputs: dict[str, Any] = {"plan": plan.to_json(), "generation": asdict(ws.generation)}
+    if needs_mean(ws, plan):
+        inputs["calibration"] = calibrating(ws)
+    return ws.stage("prune", inputs, write)
+
+
+def needs_mean(ws: Workspace, plan: PrunePlan) -> bool:
+    """Return whether `prune` measures the mean modulation input; `plan` does where it projects the modulation."""
+    return plan.modulation_rank is None and any(c in ws.family.norms for _, c in plan.components)
 
 
 def mean_and_basis(ws: Workspace, plan: PrunePlan, key: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -77,10 +85,10 @@ def mean_and_basis(ws: Workspace, plan: PrunePlan, key: str) -> tuple[torch.Tens
         with readable(path):
             tensors = load_file(path)
             return tensors["mean"], tensors["basis"]
-    if any(c in ws.family.norms for _, c in plan.components):
+    if needs_mean(ws, plan):
         path = ws.cache / f"mean-{key[:12]}.safetensors"
         if not path.is_file():
-            save_tensors(path, {"mean": modulation_mean(ws, calibration_prompts(None, builtin=ws.builtin))})
+            save_tensors(path, {"mean": modulation_mean(ws, calibrating(ws))})
         with readable(path):
             return load_file(path)["mean"], None
     return None, None

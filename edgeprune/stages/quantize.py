@@ -14,14 +14,16 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
 from edgeprune.common.tensors import Tensors
-from edgeprune.metrics import VELOCITY, of_pipeline
+from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import shorter_config
 from edgeprune.quantization.quantize import CALIBRATIONS, prepare, quantize_part
 from edgeprune.residency.stored import PACKED
 from edgeprune.residency.weights import Weights
+from edgeprune.sampling.denoising import encode_prompts, velocity
+from edgeprune.stages.modulation import is_guided
 from edgeprune.stages.options import QuantizeOptions
-from edgeprune.stages.prompts import calibration_prompts
+from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.weights import by_block
 from edgeprune.stages.workspace import Workspace
 
@@ -43,16 +45,21 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) ->
     if options.group_size not in GROUP_SIZES:
         raise InputError(f"--group-size: found {options.group_size}, expected 16, 32, 64 or 128")
     plan = ws.plan()
-    return ws.stage("quantize", asdict(options), lambda key: _quantize(ws, options, plan, key, progress))
+    inputs, prompts = asdict(options), list[str]()
+    if options.calibration != "none":
+        inputs["prompts"] = prompts = calibrating(ws, count=PROMPTS)
+    return ws.stage("quantize", inputs, lambda key: _quantize(ws, options, plan, prompts, key, progress))
 
 
-def _quantize(ws: Workspace, options: QuantizeOptions, plan: PrunePlan, key: str, progress: Progress) -> dict[str, Any]:
+def _quantize(
+    ws: Workspace, options: QuantizeOptions, plan: PrunePlan, prompts: list[str], key: str, progress: Progress
+) -> dict[str, Any]:
     """Quantize block by block. Without calibration one block is in memory at a time, with it the whole transformer."""
     stored = open_transformer(ws.out, quantized=False)
     empty = prepare(ws.family, copy.deepcopy(stored.model), group_size=options.group_size).state_dict()
     sizes = {n: t.numel() * (t.element_size() if n.endswith(PACKED) else 2) for n, t in empty.items()}
     blocks = by_block(ws, sizes, plan)
-    calibrate = _calibration(ws, stored.load()) if options.calibration != "none" else None
+    calibrate = _calibration(ws, stored.load(), prompts) if prompts else None
 
     def make(index: int) -> Tensors:
         block = index if index < len(plan.kept) else None
@@ -86,17 +93,21 @@ def _quantize(ws: Workspace, options: QuantizeOptions, plan: PrunePlan, key: str
     return {"weights_bytes": size}
 
 
-def _calibration(ws: Workspace, model: Any) -> Callable[[], None]:
-    """Return a function that runs `model` on trajectories of the calibration prompts."""
-    prompts = calibration_prompts(None, builtin=ws.builtin, count=PROMPTS)
-    metric = of_pipeline(VELOCITY, ws.pipe, ws.generation, prompts, split=Split.CALIBRATION)
-    original = ws.pipe.transformer
+def _calibration(ws: Workspace, model: Any, prompts: list[str]) -> Callable[[], None]:
+    """Return a function that runs `model` as sampling does on the original's trajectories of these prompts.
+
+    With classifier-free guidance every state is evaluated with its prompt and with the empty one.
+    """
+    metric = VelocityError(ws.pipe, ws.generation, prompts, split=Split.CALIBRATION)
+    conditions = [metric.condition]
+    if is_guided(ws):
+        empty = encode_prompts(ws.pipe, [""], ws.generation.max_sequence_length)
+        conditions.append(empty[[0] * len(metric.states)])
 
     def calibrate() -> None:
-        ws.pipe.transformer = model
-        try:
-            metric.score()
-        finally:
-            ws.pipe.transformer = original
+        for start in range(0, len(metric.states), metric.batch):
+            rows = slice(start, start + metric.batch)
+            for condition in conditions:
+                velocity(model, metric.states[rows], condition[rows], metric.sigmas[rows], metric.guidance)
 
     return calibrate

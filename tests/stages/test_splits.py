@@ -92,7 +92,7 @@ def test_each_metric_draws_the_noise_of_its_split(source: Path, artefact: Path, 
         VelocityError(ws.pipe, ws.generation, ["a", "b", "c"], split=split)
         assert asked == split.seeds(3)
         asked.clear()
-    quantize._calibration(ws, ws.pipe.transformer)
+    quantize._calibration(ws, ws.pipe.transformer, ["a", "b"])
     assert asked == Split.CALIBRATION.seeds(len(asked))
     seeds = list[int]()
     monkeypatch.setattr(drawn, "generate", lambda pipe, texts, given, generation: seeds.extend(given))

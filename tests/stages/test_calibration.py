@@ -1,0 +1,94 @@
+"""The prompts that constants of a compressed model are calibrated on: given ones, else a split, and the empty one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from edgeprune.planning.options import PlanOptions
+from edgeprune.sampling.denoising import encode_prompts
+from edgeprune.stages import analyze, plan, prune, quantize
+from edgeprune.stages.modulation import inputs_of, modulation_mean, sampler_levels
+from edgeprune.stages.options import AnalyzeOptions, QuantizeOptions
+from edgeprune.stages.prompts import calibrating, calibration_prompts
+from edgeprune.stages.workspace import Workspace
+
+GIVEN = ["a red circle", "two stars", "a ring above a square"]
+
+
+@pytest.fixture
+def analyzed(source: Path, tmp_path: Path) -> Workspace:
+    """A folder whose analysis was given a file of prompts, which is gone since."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(GIVEN))
+    ws = Workspace(tmp_path / "out", str(source))
+    analyze.run(ws, AnalyzeOptions(prompts=str(path), estimator="gates", components=False))
+    path.unlink()
+    return ws
+
+
+def test_a_removed_norm_keeps_the_mean_of_the_given_prompts_and_the_empty_one(analyzed: Workspace) -> None:
+    ws = analyzed
+    plan.run(ws, PlanOptions("manual", components="1:norm"))
+    prune.run(ws)
+    (path,) = ws.cache.glob("mean-*.safetensors")
+    inputs = inputs_of(ws, ["", *GIVEN], sampler_levels(ws))
+    # Guidance evaluates the empty prompt as often as all others together.
+    expected = (inputs[0].mean(0) + inputs[1:].flatten(0, 1).mean(0)) / 2
+    torch.testing.assert_close(load_file(path)["mean"], expected)
+    assert (expected - inputs[1:].flatten(0, 1).mean(0)).norm() > 0.01 * expected.norm()
+    assert ws.manifest.stages["prune"]["options"]["calibration"] == GIVEN
+
+
+def test_without_guidance_the_empty_prompt_is_never_evaluated(source: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "out", str(source), generation={"guidance_scale": 1.0})
+    inputs = inputs_of(ws, GIVEN, sampler_levels(ws))
+    torch.testing.assert_close(modulation_mean(ws, GIVEN), inputs.flatten(0, 1).mean(0))
+    plan.run(ws, PlanOptions("manual", blocks="1", modulation_rank=4))
+    assert "" not in ws.manifest.stages["plan"]["options"]["calibration"]
+
+
+def test_by_default_the_calibration_split(source: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "out", str(source))
+    split = calibration_prompts(None, builtin=False)
+    assert calibrating(ws) == split
+    analyze.run(ws, AnalyzeOptions(count=2, estimator="gates", components=False))
+    assert calibrating(ws) == split and not set(split) & set(ws.manifest.stages["analyze"]["options"]["prompts"])
+    # Only a plan that needs the mean depends on the prompts.
+    plan.run(ws, PlanOptions("manual", components="1:mlp"))
+    prune.run(ws)
+    assert "calibration" not in ws.manifest.stages["prune"]["options"]
+
+
+def test_directions_are_found_on_the_given_prompts(analyzed: Workspace, tmp_path: Path) -> None:
+    options = PlanOptions("manual", blocks="1", modulation_rank=4)
+    plan.run(analyzed, options)
+    assert analyzed.manifest.stages["plan"]["options"]["calibration"] == ["", *GIVEN]
+    (tmp_path / "other.txt").write_text("a star")
+    analyzed.fresh = True
+    plan.run(analyzed, replace(options, prompts=str(tmp_path / "other.txt"), modulation_rank=2))
+    assert analyzed.manifest.stages["plan"]["options"]["calibration"] == ["", "a star"]
+
+
+def test_int4_is_calibrated_as_the_model_is_sampled(analyzed: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    ws, seen, real = analyzed, list[tuple[Any, Any]](), quantize.velocity
+    plan.run(ws, PlanOptions("manual", blocks="1"))
+    prune.run(ws)
+
+    def recorded(model: Any, latents: torch.Tensor, condition: Any, sigma: torch.Tensor, guidance: float) -> Any:
+        seen.append((latents, condition.hidden))
+        return real(model, latents, condition, sigma, guidance)
+
+    monkeypatch.setattr(quantize, "velocity", recorded)
+    quantize.run(ws, QuantizeOptions(calibration="awq"))
+    assert ws.manifest.stages["quantize"]["options"]["prompts"] == GIVEN
+    given, empty = (encode_prompts(ws.pipe, texts, 0).hidden for texts in (GIVEN, [""]))
+    (states, prompted), (again, unprompted) = seen[:2]
+    steps = len(states) // len(GIVEN)
+    assert steps == ws.generation.num_inference_steps and torch.equal(states, again)
+    assert torch.equal(prompted, given.repeat(steps, 1, 1)) and torch.equal(unprompted, empty.expand_as(prompted))
