@@ -92,7 +92,7 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
             more = networks(work)
             _small_files(artefact, partial, index)
             _configs(artefact, partial)
-            _card(artefact, out, partial, target)
+            _card(artefact, partial, target)
             (partial / FILE).unlink(missing_ok=True)  # from a run that was killed just before the end
             files = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
             del files[MARK]
@@ -187,9 +187,9 @@ def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> Non
         _tokenizer(artefact / tokenizer_of(encoder), partial / tokenizer_of(encoder))
 
 
-def _card(artefact: Path, out: Path, partial: Path, target: str) -> None:
+def _card(artefact: Path, partial: Path, target: str) -> None:
     """Write README.md: the license, what was changed, and how the folder is used."""
-    fields, name = licensing.read(artefact), out.resolve().name
+    fields = licensing.read(artefact)
     front = {"pipeline_tag": "text-to-image", "tags": ["edgeprune", target], **card.license_fields(fields)}
     changed = [f"Converted to {target} by edgeprune {VERSION}; a T5 text encoder has 8-bit weights."]
     if (artefact / MANIFEST).is_file():
@@ -199,9 +199,9 @@ def _card(artefact: Path, out: Path, partial: Path, target: str) -> None:
     text = f"""{card.front_matter(front)}
 {card.MARK} `edgeprune export` writes this file again. -->
 
-# {card.escaped(name)}
+# Exported by edgeprune: {target}
 
-An export for devices. Run it with `edgeprune generate PROMPT --model {name}`.
+Run it with `edgeprune generate PROMPT --model FOLDER`.
 
 ## What was changed
 

@@ -46,8 +46,19 @@ class Transformer(nn.Module):
         """Compute the same output with the model's own forward pass."""
         return (self.model(**inputs, return_dict=False)[0],)
 
-    def example(self, *, batch: int, height: int, width: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
-        """Return random inputs; `height` and `width` count image tokens."""
+    def example(
+        self, *, batch: int, height: int, width: int, tokens: int, seed: int = 0, text: Conditioning | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return random inputs; `height` and `width` count image tokens.
+
+        Args:
+            batch: rows.
+            height: image tokens in a column.
+            width: image tokens in a row.
+            tokens: text tokens.
+            seed: of the random numbers.
+            text: encoded prompts to use instead of random text: at least `batch` of them, of `tokens` tokens.
+        """
         generator = torch.Generator().manual_seed(seed)
         space, widths = self.family.latents(self.model.config), self.family.text_widths(self.model.config)
         shape = batch, space.channels, height * space.patch, width * space.patch
@@ -56,6 +67,8 @@ class Transformer(nn.Module):
             torch.randn(batch, tokens, widths[0], generator=generator),
             torch.randn(batch, widths[1], generator=generator),
         )
+        if text is not None:
+            condition = Conditioning(text.hidden[:batch], text.pooled[:batch])
         sigma = torch.rand(batch, generator=generator)
         return network_inputs(self.model, latents, condition, sigma, guidance=4 * float(sigma[0]))
 

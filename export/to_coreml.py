@@ -29,7 +29,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.files import read_json
 from edgeprune.common.progress import Progress, silent
-from edgeprune.export import modules, to_onnx
+from edgeprune.export import modules, text
 from edgeprune.export.coreml_chunks import TrimmedTextEncoder, loaded, split
 from edgeprune.export.coreml_packages import convert_network
 from edgeprune.export.folder import from_pretrained, is_quantized, write
@@ -118,12 +118,16 @@ def networks(artefact: Path, work: Unfinished, device: Target, progress: Progres
 
     if not work.has(name := "transformer"):
         progress(name)
+        # Packages are tried in half precision; values of real text overflow first. The encoders go before the
+        # transformer comes.
+        prompts = text.encoded(artefact, progress)
         stored = open_transformer(artefact, quantized=is_quantized(artefact))
         whole = modules.Transformer(stored.running())
         patch = whole.family.latents(whole.model.config).patch
-        text = whole.family.text_tokens(tokens, generation.max_sequence_length)
-        sizes = {"height": height // patch, "width": width // patch, "tokens": text}
-        examples = [whole.example(batch=b, **sizes, seed=b) for b in range(device.batch[0], device.batch[1] + 1)]
+        count = whole.family.text_tokens(tokens, generation.max_sequence_length)
+        sizes = {"height": height // patch, "width": width // patch, "tokens": count}
+        batches = range(device.batch[0], device.batch[1] + 1)
+        examples = [whole.example(batch=b, **sizes, seed=b, text=prompts) for b in batches]
         count = max(device.chunks, math.ceil(_stored_bytes(artefact) / CHUNK_BYTES))
         chunks = split(modules.Transformer(stored.model), count, examples[0])
         count, filled = len(chunks), loaded(chunks, stored)
@@ -136,12 +140,10 @@ def networks(artefact: Path, work: Unfinished, device: Target, progress: Progres
             continue
         progress(name)
         encoder: Any
-        encoder, length = to_onnx.text_encoder(artefact, name, kind)
-        if kind != T5:
-            length = tokens
+        encoder, _ = text.text_encoder(artefact, name, kind)
         if kind == CLIP:
             encoder = TrimmedTextEncoder(encoder)
-        example, half = encoder.example(batch=1, tokens=length), kind != T5
+        example, half = {"input_ids": text.token_ids(artefact, name, kind)[:1]}, kind != T5
         record = convert_network(name, [encoder], encoder, [example], work.begin(name), half=half, progress=progress)
         work.finish(name, {"parity": record})
         del encoder

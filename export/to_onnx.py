@@ -12,7 +12,6 @@ other files of the folder.
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,18 +23,17 @@ import onnx
 import onnx_ir as ir
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.common.errors import ParityError
 from edgeprune.common.progress import Progress, silent
-from edgeprune.export import external_data, graph, modules, parity
+from edgeprune.export import external_data, graph, modules, parity, text
 from edgeprune.export.folder import from_pretrained, is_quantized, write
 from edgeprune.export.unfinished import MARK, Unfinished
-from edgeprune.families.encoders import CLIP_POOLED, T5, text_encoders
-from edgeprune.quantization.quantize import quantize_t5
+from edgeprune.families.encoders import T5, text_encoders
 from edgeprune.residency.stored import StoredTransformer
-from edgeprune.sampling.generation import Generation, longest_prompt
+from edgeprune.sampling.denoising import Conditioning
+from edgeprune.sampling.generation import longest_prompt
 from edgeprune.targets import Target
 
 
@@ -58,6 +56,8 @@ def export(artefact: Path, out: Path, *, device: Target | None = None, progress:
 
 # ------------------------------------------------------------------------------------- the networks
 
+TRIED = 16
+"""Text tokens of a prompt at which half precision is tried: those with the largest values. All would take minutes."""
 LARGE = 10**9
 """A transformer with more stored numbers is compared at one size only: each size reads all weights twice."""
 Opened = Callable[[Path], parity.Runner]
@@ -76,6 +76,8 @@ class NetworkSource:
     """Inputs to trace with."""
     examples: Sequence[Mapping[str, torch.Tensor]]
     """Inputs to compare at."""
+    trial: Mapping[str, torch.Tensor]
+    """Inputs at which half precision is tried."""
     stored: StoredTransformer | None = None
     """Only of the transformer: `module` reads each block from here when it runs."""
 
@@ -125,21 +127,39 @@ def networks(
     return {"opset": graph.OPSET, "parity": work.recorded("parity")}
 
 
-def sources(artefact: Path, has: Callable[[str], bool] = lambda name: False) -> Iterator[NetworkSource]:
-    """Yield the networks one after the other, except those that the export already has."""
+def sources(
+    artefact: Path,
+    has: Callable[[str], bool] = lambda name: False,
+    *,
+    half: bool = False,
+    progress: Progress = silent,
+) -> Iterator[NetworkSource]:
+    """Yield the networks one after the other, except those that the export already has.
+
+    Args:
+        artefact: the pipeline's folder.
+        has: whether the export has a network.
+        half: half precision will be tried: at prompts encoded by the folder's own encoders, not at random numbers.
+        progress: see progress.Progress.
+    """
     if not has("transformer"):
-        yield _transformer(artefact)
+        yield _transformer(artefact, text.encoded(artefact, progress) if half else None)
 
     for name, kind in text_encoders(artefact).items():
         if has(name):
             continue
-        encoder, longest = text_encoder(artefact, name, kind)
+        encoder, longest = text.text_encoder(artefact, name, kind)
         examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
+        trial = examples[0]
+        if half:
+            ids = text.token_ids(artefact, name, kind)
+            trial = {"input_ids": ids[:1] if kind == T5 else ids}  # T5's are long, and it is slow in half precision
         yield NetworkSource(
             name=name,
             module=modules.widen(encoder),
             traced=encoder.example(batch=2, tokens=min(7, longest)),
             examples=examples,
+            trial=trial,
         )
         del encoder
 
@@ -151,10 +171,11 @@ def sources(artefact: Path, has: Callable[[str], bool] = lambda name: False) -> 
             module=modules.widen(vae),
             traced=vae.example(batch=2, height=4, width=6),
             examples=examples,
+            trial=examples[0],
         )
 
 
-def _transformer(artefact: Path) -> NetworkSource:
+def _transformer(artefact: Path, prompts: Conditioning | None) -> NetworkSource:
     stored = open_transformer(artefact, quantized=is_quantized(artefact))
     transformer = modules.Transformer(stored.running())
     limit = transformer.family.latents(transformer.model.config).largest or 12
@@ -169,18 +190,15 @@ def _transformer(artefact: Path) -> NetworkSource:
         for i, (b, h, w, m) in enumerate(sizes)
     ]
     traced = transformer.example(batch=2, height=min(4, limit), width=min(6, limit), tokens=5)
-    return NetworkSource(name="transformer", module=transformer, traced=traced, examples=examples, stored=stored)
-
-
-def text_encoder(artefact: Path, name: str, kind: str) -> tuple[modules.TextEncoder | modules.T5Encoder, int]:
-    """Load a text encoder of class `kind` (T5 in 8 bits); also return the largest number of tokens it gets."""
-    if kind == T5:
-        # In the folder's own precision: in float32, T5-XXL takes 19 GB before it is rounded.
-        model = from_pretrained(functools.partial(T5EncoderModel.from_pretrained, dtype="auto"), artefact / name)
-        return modules.T5Encoder(quantize_t5(model)), Generation.load(artefact).max_sequence_length
-    load = CLIPTextModel.from_pretrained if kind == CLIP_POOLED else CLIPTextModelWithProjection.from_pretrained
-    clip = modules.TextEncoder(from_pretrained(load, artefact / name))
-    return clip, int(clip.config.max_position_embeddings)
+    trial = examples[0]
+    if prompts is not None:
+        trial = transformer.example(
+            batch=text.PROMPTS, height=min(3, limit), width=min(5, limit), tokens=TRIED,
+            text=text.largest(prompts, TRIED),
+        )  # fmt: skip
+    return NetworkSource(
+        name="transformer", module=transformer, traced=traced, examples=examples, trial=trial, stored=stored
+    )
 
 
 def save(name: str, model: ir.Model, path: Path, progress: Progress = silent) -> None:

@@ -96,14 +96,17 @@ def _networks(
     caches = [folder / CACHE for folder in (work.folder, out) if (folder / CACHE).is_file()]
     engine_builder = Builder(trt, caches[0].read_bytes() if caches else b"", progress)
     sizes = axis_ranges(device, settings, family.latents(config).largest, tokens)
-    for source in to_onnx.sources(artefact, work.has):
+    halved = device.activations == "float16"
+    for source in to_onnx.sources(artefact, work.has, half=halved, progress=progress):
         name, module, examples = source.name, source.module, source.examples
         progress(name)
         if isinstance(module, modules.TextEncoder | modules.T5Encoder):
-            longest = examples[0]["input_ids"].shape[1]
+            longest = source.examples[0]["input_ids"].shape[1]
             sizes["sequence_length"] = (1, longest, longest)
         profile = profile_of(module.inputs, source.traced, sizes)
         half, rounding, references = _half_precision(source, device, progress)
+        if half:
+            examples = [source.trial, *examples[1:]]  # whose first one has its reference
         model = source.to_ir(half=half)
         forms.per_output(model)
         engine = work.begin(name) / ENGINE
@@ -148,7 +151,8 @@ def _half_precision(
 ) -> tuple[bool, float | None, list[list[torch.Tensor]]]:
     """Try a network in half precision, in PyTorch, which rounds after every operation as a GPU does.
 
-    ONNX Runtime on the CPU computes chains of operations in float32, so it would not see an overflow.
+    ONNX Runtime on the CPU computes chains of operations in float32, so it would not see an overflow. The inputs are
+    text of real prompts, whose values are far larger than random ones (text.py).
 
     Returns:
         Whether half precision stays within the bound; its error (None if it is infinite, or if the device computes in
@@ -156,7 +160,7 @@ def _half_precision(
     """
     if device.activations != "float16":
         return False, None, []
-    inputs, halved = modules.half_inputs(source.examples[0]), source.half()
+    inputs, halved = modules.half_inputs(source.trial), source.half()
     step = Steps(f"{source.name}: tried in half precision", 2 * parity.torch_steps(source.module), progress)
     expected = parity.reference(source.module, inputs, step)
     with torch.no_grad(), parity.stepping(halved, step):

@@ -64,6 +64,8 @@ def test_an_export_has_it_too(artefact: Path, tmp_path: Path, target: str) -> No
     assert 'license_name: "tiny-community-license"' in front and 'license_link: "LICENSE.md"' in front
     assert "Blocks removed from the transformer: 1 (of 3)." in card and "not trained further" in card
     assert licensing.read(out)["license"] == "other"
+    folder.write(artefact, tmp_path / "again", target, {}, lambda work: {})
+    assert (tmp_path / "again" / "README.md").read_text() == card  # an export has the same bytes each time
 
 
 def test_another_license_is_another_export(artefact: Path, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_an_overflow_is_seen_and_means_float32() -> None:
             return ((x * 300) * 300 / 90_000,)
 
     def source(x: torch.Tensor) -> to_onnx.NetworkSource:
-        return to_onnx.NetworkSource("large", Large(), {"x": x}, [{"x": x}])  # type: ignore[arg-type]
+        return to_onnx.NetworkSource("large", Large(), {"x": x}, [{"x": x}], {"x": x})  # type: ignore[arg-type]
 
     small = source(torch.rand(2, 4) / 2)
     good, error, references = to_trt._half_precision(small, RTX)

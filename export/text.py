@@ -1,0 +1,83 @@
+"""The text encoders of a folder, loaded for an export, and ten prompts encoded by them.
+
+These prompts try a network in half precision. Random text of unit variance would not do: real encoders give values of
+tens to hundreds, which overflow first. One encoder is in memory at a time, and none once the prompts are encoded.
+
+Notation: B prompts, M text tokens, K text width, P pooled width.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+
+from edgeprune.artefact.resolve import read_config
+from edgeprune.common.progress import Progress, silent
+from edgeprune.common.splits import Split
+from edgeprune.export import modules
+from edgeprune.export.folder import from_pretrained
+from edgeprune.families.encoders import CLIP_POOLED, T5, text_encoders, tokenizer_of
+from edgeprune.quantization.quantize import quantize_t5
+from edgeprune.sampling.denoising import Conditioning
+from edgeprune.sampling.generation import Generation, longest_prompt
+from edgeprune.sampling.prompts import prompts
+
+PROMPTS = 10
+
+
+def text_encoder(artefact: Path, name: str, kind: str) -> tuple[modules.TextEncoder | modules.T5Encoder, int]:
+    """Load a text encoder of class `kind` (T5 in 8 bits); also return the largest number of tokens it gets."""
+    if kind == T5:
+        # In the folder's own precision: in float32, T5-XXL takes 19 GB before it is rounded.
+        model = from_pretrained(functools.partial(T5EncoderModel.from_pretrained, dtype="auto"), artefact / name)
+        return modules.T5Encoder(quantize_t5(model)), Generation.load(artefact).max_sequence_length
+    load = CLIPTextModel.from_pretrained if kind == CLIP_POOLED else CLIPTextModelWithProjection.from_pretrained
+    clip = modules.TextEncoder(from_pretrained(load, artefact / name))
+    return clip, int(clip.config.max_position_embeddings)
+
+
+def token_ids(artefact: Path, name: str, kind: str) -> torch.Tensor:
+    """Return the ids (B, M) of ten prompts of the calibration split, as long as a text encoder gets them."""
+    # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
+    length = Generation.load(artefact).max_sequence_length if kind == T5 else longest_prompt(artefact)
+    tokenizer = from_pretrained(AutoTokenizer.from_pretrained, artefact / tokenizer_of(name), tokenizer=True)
+    ids: torch.Tensor = tokenizer(
+        prompts(Split.CALIBRATION, PROMPTS), padding="max_length", max_length=length, truncation=True,
+        return_tensors="pt",
+    ).input_ids  # fmt: skip
+    return ids
+
+
+def encoded(artefact: Path, progress: Progress = silent) -> Conditioning:
+    """Encode ten prompts in float32; a prompt with larger values comes before one with smaller values.
+
+    Raises:
+        InputError: an encoder or a tokenizer cannot be loaded.
+    """
+    outputs = {}
+    for name, kind in text_encoders(artefact).items():
+        encoder, _ = text_encoder(artefact, name, kind)
+        modules.widen(encoder)
+        rows = []
+        with torch.no_grad():
+            for row in token_ids(artefact, name, kind):
+                rows.append(encoder(row[None]))
+                progress(f"{name}: prompts encoded", len(rows), PROMPTS)
+        values = (torch.cat(column).numpy() for column in zip(*rows, strict=True))
+        outputs[name] = dict(zip(encoder.outputs, values, strict=True))
+        del encoder, rows, values
+        gc.collect()  # before the next one is loaded
+    config, family = read_config(artefact)
+    hidden, pooled = map(torch.from_numpy, family.join(config, outputs, Generation.load(artefact).max_sequence_length))
+    order = hidden.abs().amax((1, 2)).argsort(descending=True)
+    return Conditioning(hidden[order], pooled[order])
+
+
+def largest(text: Conditioning, tokens: int) -> Conditioning:
+    """Return of each prompt the `tokens` tokens with the largest values: no model's attention knows their places."""
+    places = text.hidden.abs().amax(-1).topk(min(tokens, text.hidden.shape[1])).indices.sort().values
+    return Conditioning(text.hidden.take_along_dim(places[..., None], 1), text.pooled)
