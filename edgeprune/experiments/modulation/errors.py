@@ -97,7 +97,7 @@ def timesteps(study: Study) -> dict[str, dict[str, float]]:
     images = np.stack([shapes.render(m, np.random.default_rng(i)) for i, m in enumerate(pictures)])
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     clean = encode_images(study.pipe, tensor)
-    fresh = noise(list(range(len(texts))), tuple(clean.shape[1:]))
+    fresh = noise(Split.HELD_OUT.seeds(len(texts)), tuple(clean.shape[1:]))
     condition = encode_prompts(study.pipe, texts, study.generation.max_sequence_length)
     rows: dict[str, dict[str, float]] = {}
     sampler = subspace(study.inputs(["", *study.captions(CAPTIONS)], study.levels).flatten(0, 1))

@@ -12,6 +12,7 @@ from edgeprune import shapes
 from edgeprune.analysis.contribution import ContributionReport
 from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.surgery import prune
+from edgeprune.common.splits import Split
 from edgeprune.experiments.modulation.study import Study, print_progress
 from edgeprune.metrics.psnr import mean_decibels
 from edgeprune.planning.make import make_plan
@@ -127,7 +128,7 @@ def _images(study: Study, name: str, model: Any) -> NDArray[np.uint8]:
     if not path.is_file():
         study.pipe.transformer = model
         texts = [p.text for p in scored(study)]
-        made = generate(study.pipe, texts, list(range(len(texts))), study.generation)
+        made = generate(study.pipe, texts, Split.HELD_OUT.seeds(len(texts)), study.generation)
         study.pipe.transformer = study.teacher
         path.parent.mkdir(exist_ok=True)
         np.save(path, made)
