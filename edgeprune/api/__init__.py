@@ -14,10 +14,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from edgeprune.common.extras import needs
+
 if TYPE_CHECKING:
     from edgeprune.api.analyzing import Analyzed, AnalyzeForecast, analyze, forecast_analyze
     from edgeprune.api.benching import bench
-    from edgeprune.api.compressing import Compressed, CompressForecast, compress, forecast_compress
+    from edgeprune.api.compressing import (
+        Compressed,
+        CompressForecast,
+        ReportFigures,
+        ReportQuality,
+        compress,
+        forecast_compress,
+    )
     from edgeprune.api.distilling import Distilled, DistillForecast, distill, forecast_distill
     from edgeprune.api.drawing import Generated, generate
     from edgeprune.api.exporting import Exported, export
@@ -54,6 +63,8 @@ __all__ = [
     "Pushed",
     "QuantizeOptions",
     "Quantized",
+    "ReportFigures",
+    "ReportQuality",
     "Scored",
     "analyze",
     "bench",
@@ -74,70 +85,38 @@ __all__ = [
     "score",
 ]
 _MODULES = {
-    "api.analyzing": (
-        "AnalyzeForecast",
-        "Analyzed",
-        "analyze",
-        "forecast_analyze",
-    ),
+    "api.analyzing": ("AnalyzeForecast", "Analyzed", "analyze", "forecast_analyze"),
     "api.benching": ("bench",),
     "api.compressing": (
-        "CompressForecast",
-        "Compressed",
-        "compress",
-        "forecast_compress",
+        *("CompressForecast", "Compressed", "ReportFigures"),
+        *("ReportQuality", "compress", "forecast_compress"),
     ),
-    "api.distilling": (
-        "DistillForecast",
-        "Distilled",
-        "distill",
-        "forecast_distill",
-    ),
-    "api.drawing": (
-        "Generated",
-        "generate",
-    ),
-    "api.exporting": (
-        "Exported",
-        "export",
-    ),
+    "api.distilling": ("DistillForecast", "Distilled", "distill", "forecast_distill"),
+    "api.drawing": ("Generated", "generate"),
+    "api.exporting": ("Exported", "export"),
     "api.hub": ("PushForecast", "Pushed", "forecast_push", "push_to_hub"),
-    "api.scoring": (
-        "Scored",
-        "score",
-    ),
-    "api.stages": (
-        "Planned",
-        "Pruned",
-        "Quantized",
-        "plan",
-        "plan_of_config",
-        "prune",
-        "quantize",
-    ),
+    "api.scoring": ("Scored", "score"),
+    "api.stages": ("Planned", "Pruned", "Quantized", "plan", "plan_of_config", "prune", "quantize"),
     "bench.results": ("BenchResult",),
     "planning.options": ("PlanOptions",),
     "sampling.generation": ("GenerationOptions",),
     "stages.compress": ("preset",),
-    "stages.options": (
-        "AnalyzeOptions",
-        "CompressOptions",
-        "DataOptions",
-        "QuantizeOptions",
-    ),
-    "training.recipe": (
-        "DistillOptions",
-        "Placement",
-    ),
+    "stages.options": ("AnalyzeOptions", "CompressOptions", "DataOptions", "QuantizeOptions"),
+    "training.recipe": ("DistillOptions", "Placement"),
 }
 _MODULE_OF = {name: f"edgeprune.{module}" for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name at its first use (PEP 562)."""
+    """Import a name at its first use (PEP 562).
+
+    Raises:
+        MissingExtraError: it needs a package that is not installed.
+    """
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    with needs("compress"):  # the option classes import torch
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

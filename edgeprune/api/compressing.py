@@ -19,10 +19,70 @@ from edgeprune.common import heap
 from edgeprune.common.progress import Progress, silent
 
 if TYPE_CHECKING:  # the functions import these after their checks: torch takes seconds
+    from edgeprune.common.intervals import Interval
     from edgeprune.planning.fit import Fit
     from edgeprune.planning.plan import PrunePlan
     from edgeprune.sampling.generation import GenerationOptions
     from edgeprune.stages.options import CompressOptions
+
+
+@dataclass(frozen=True)
+class ReportQuality:
+    """How many images show what their prompt asks for, by the checker of shapes world; shares with 95 % intervals."""
+
+    metric: str
+    original: Interval
+    compressed: Interval
+    relative_drop: Interval | None
+    """As a share of the original's score, paired by prompt."""
+    tasks: dict[str, dict[str, Interval]]
+    """By `original` and `compressed`, by task."""
+
+
+@dataclass(frozen=True)
+class ReportFigures:
+    """What the report measured, on this machine in torch: the content of report.json."""
+
+    prompts: list[str]
+    seeds: list[int]
+    images: int
+    original_bf16_bytes: int
+    """The original transformer's weights."""
+    compressed_int4_bytes: int
+    """The compressed transformer's weights on disk."""
+    weights_ratio: float
+    original_step_s: float
+    """One denoising step in float32."""
+    pruned_step_s: float
+    """The same without the removed parts; not quantized."""
+    step_ratio: float
+    psnr_db: float
+    """Mean over images at equal seeds."""
+    generation: dict[str, Any]
+    """How the images were made, see `Generation`."""
+    inputs: dict[str, Any]
+    """Digests of what was measured."""
+    quality: ReportQuality | None = None
+    """For the built-in model."""
+
+    @classmethod
+    def of(cls, summary: dict[str, Any]) -> ReportFigures:
+        """Build the figures from the content of report.json."""
+        quality = summary.get("quality")
+        return cls(**summary | {"quality": None if quality is None else ReportQuality(**_with_intervals(quality))})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of report.json."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def _with_intervals(value: Any) -> Any:
+    """Return JSON with an Interval in place of each list of three."""
+    from edgeprune.common.intervals import Interval
+
+    if isinstance(value, dict):
+        return {key: _with_intervals(inner) for key, inner in value.items()}
+    return Interval(*value) if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)
@@ -40,8 +100,8 @@ class Compressed:
     """The memory of the device, in bytes, where `options.plan.fit` names one."""
     removable: str
     """Which blocks the options let go, and of which kinds they are; empty for `manual`."""
-    summary: dict[str, Any]
-    """What the report measured: the content of report.json, with units in the names. Empty without a report."""
+    report: ReportFigures | None
+    """What report.html shows; None without a report."""
     no_report: str
     """Why there is no report; empty if there is one."""
     distillation: str
@@ -49,7 +109,8 @@ class Compressed:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `edgeprune compress --json` prints."""
-        return {"out": str(self.out), "ran": list(self.ran), "distillation": self.distillation, **self.summary}
+        figures = self.report.to_json() if self.report else {}
+        return {"out": str(self.out), "ran": list(self.ran), "distillation": self.distillation, **figures}
 
 
 @dataclass(frozen=True)
@@ -129,7 +190,9 @@ def compress(
     fit = ws.fit(chosen.plan.fit) if chosen.plan.fit else None
     ran = stages.compress(ws, chosen, progress)
     no_report = make.lacking_memory(ws)
-    summary = {} if no_report else make.make_report(ws, quick=quick, redo=bool(ran), progress=progress)
+    figures = None
+    if not no_report:
+        figures = ReportFigures.of(make.make_report(ws, quick=quick, redo=bool(ran), progress=progress))
     return Compressed(
         out=ws.out,
         ran=tuple(ran),
@@ -137,7 +200,7 @@ def compress(
         options=chosen,
         fit=fit,
         removable=Removable.shown(ws.family, ws.config, chosen.plan),
-        summary=summary,
+        report=figures,
         no_report=no_report,
         distillation=amount(ws),
     )

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.common import processes
+from edgeprune.common import extras, processes
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,10 +60,12 @@ def check_begun(out: AnyPath) -> None:
 
     Raises:
         InputError: it has no manifest.
+        MissingExtraError: a package that compresses is not installed.
     """
     check_out(out)
     if not is_begun(out):
         raise InputError(f"{Path(out) / 'edgeprune.json'}: no such file; begin with: edgeprune analyze MODEL -o {out}")
+    extras.require(extras.COMPRESS, "compress")
 
 
 def check_model(model: AnyPath | None, revision: str | None = None) -> None:
@@ -85,10 +87,12 @@ def check_places(out: AnyPath, model: AnyPath | None, revision: str | None) -> N
 
     Raises:
         InputError: see `check_out` and `check_model`.
+        MissingExtraError: a package that compresses is not installed.
     """
     check_out(out)
     if model is not None or not is_begun(out):  # a begun folder knows its model
         check_model(model, revision)
+    extras.require(extras.COMPRESS, "compress")
 
 
 def check_prompts(prompts: AnyPath | None) -> None:

@@ -135,7 +135,7 @@ def _show(done: api.Compressed, as_json: bool) -> None:
 
     rows = [*fit_rows(done.fit), *plan_rows(done.plan, done.options.plan.modulation_rank, done.removable)]
     rows.append(("distillation", done.distillation))
-    screen.table([*rows, *(make.summary_rows(done.summary) if done.summary else [])])
+    screen.table([*rows, *(make.summary_rows(done.report.to_json()) if done.report else [])])
     ran = f"done: {', '.join(done.ran)}" if done.ran else "nothing to do, all stages are done"
     screen.say(f"{ran}; {done.no_report or 'report: ' + str(done.out / 'report.html')}")
     screen.say(f"next: edgeprune export {done.out} --target onnx -o {done.out}-onnx")

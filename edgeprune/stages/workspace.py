@@ -46,6 +46,7 @@ class Workspace:
         model_given: bool = True,
         fresh: bool = False,
         generation: dict[str, Any] | None = None,
+        original: Original | None = None,
     ) -> None:
         """Open a folder or begin a new one. This process holds its lock as long as the object lives, see lock.py.
 
@@ -59,13 +60,14 @@ class Workspace:
             model_given: False uses the model and revision that the folder was begun with.
             fresh: allow stages to be done again with other inputs.
             generation: fields of `Generation` to change; the others come from the folder, or from the source.
+            original: the model, if it is open already; None opens it.
 
         Raises:
             InputError: the model is not usable, or the folder holds something else.
             StaleStageError: the folder was begun with another model or revision.
             LockedError: another process uses the folder.
         """
-        self.out, self.fresh, self.cache = out, fresh, out / "cache"
+        self.out, self.fresh, self.cache, self._opened = out, fresh, out / "cache", original
         self.command = invocation.command.get()
         """What the user typed; the manifest keeps it for each stage."""
         name = "built-in" if model is None else str(Path(model).resolve()) if Path(model).is_dir() else model
@@ -114,7 +116,7 @@ class Workspace:
             raise StaleStageError(f"{self.out}: made from {name!r}, whose config has changed since; use another -o")
 
     def _open_original(self, model: str | None, revision: str | None) -> None:
-        self.original = Original(resolve(model, revision))
+        self.original = self._opened or Original(resolve(model, revision))
         self.source = self.original.source
         self.config, self.family = read_config(self.source)
         if str(self.config["_class_name"]).startswith(CHANGED):
@@ -137,9 +139,9 @@ class Workspace:
         """Open another artefact of the same model and settings; it shares what is loaded and cached of the model."""
         other = Workspace(
             out, None if self.builtin else self.manifest.source, revision=self.manifest.revision, fresh=self.fresh,
-            generation=asdict(self.generation),
+            generation=asdict(self.generation), original=self.original.shared(),
         )  # fmt: skip
-        other.cache, other.original, other.weights_hash = self.cache, self.original.shared(), self.weights_hash
+        other.cache, other.weights_hash = self.cache, self.weights_hash
         return other
 
     @property

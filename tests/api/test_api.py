@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from typer.testing import CliRunner
 from edgeprune import api, export, targets
 from edgeprune.api import _MODULE_OF
 from edgeprune.cli import app
-from edgeprune.common.errors import BudgetError, InputError, StaleStageError
+from edgeprune.common import extras
+from edgeprune.common.errors import BudgetError, InputError, MissingExtraError, StaleStageError
 
 
 def printed(*words: object) -> Any:
@@ -50,6 +52,32 @@ def test_no_function_takes_a_bag_of_options() -> None:
         assert not {p.kind for p in parameters} & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
         types = [*(str(p.annotation) for p in parameters), str(function.__annotations__["return"])]
         assert not [t for t in types if re.search(r"\b(Any|dict|Mapping|None)$", t.removesuffix(" | None"))], types
+
+
+@pytest.mark.parametrize("verb", ["bench", "export", "generate", "score"])
+def test_defaults_are_those_of_the_command(verb: str) -> None:
+    module = import_module(f"edgeprune.cli.{verb}")
+    command, function = (
+        {p.name: p.default for p in inspect.signature(f).parameters.values()}
+        for f in (getattr(module, verb), getattr(api, verb))
+    )
+    shared = {name for name in command.keys() & function.keys() if function[name] is not inspect.Parameter.empty}
+    assert len(shared) > 1
+    assert {name: command[name] for name in shared} == {name: function[name] for name in shared}
+
+
+def test_report_figures_are_what_the_file_holds() -> None:
+    names = [field.name for field in dataclasses.fields(api.ReportFigures)]
+    quality = {
+        "metric": "shapes", "original": [1.0, 0.5, 1.0], "compressed": [0.5, 0.25, 1.0], "relative_drop": None,
+        "tasks": {"original": {"colors": [0.5, None, None]}, "compressed": {"colors": [0.25, 0.0, 1.0]}},
+    }  # fmt: skip
+    content = dict.fromkeys(names, 1) | {"quality": quality}
+    figures = api.ReportFigures.of(content)
+    assert figures.quality is not None and figures.quality.original.low == 0.5
+    assert figures.quality.tasks["original"]["colors"].high is None
+    assert as_printed(figures) == content
+    assert "quality" not in api.ReportFigures.of(dict.fromkeys(names, 1) | {"quality": None}).to_json()
 
 
 def test_the_stages_one_by_one(source: Path, tmp_path: Path) -> None:
@@ -89,7 +117,7 @@ def test_compress(source: Path, tmp_path: Path) -> None:
     assert expected.blocks == 3 and expected.distill_steps == 0 and not out.exists()
     made = api.compress(source, out, options, quick=True)
     assert made.ran == ("analyze", "plan", "prune", "quantize") and made.no_report == ""
-    assert made.summary["psnr_db"] > 0 and made.plan.after.parameters <= expected.parameters
+    assert made.report is not None and made.report.psnr_db > 0 and made.plan.after.parameters <= expected.parameters
     again = api.compress(None, out, options, quick=True)
     assert again.ran == () and as_printed(again) == as_printed(made) | {"ran": []}
 
@@ -105,6 +133,13 @@ def test_bad_input_is_refused_before_anything_is_written(source: Path, tmp_path:
     with pytest.raises(BudgetError):
         api.compress(source, out, dataclasses.replace(OPTIONS, plan=api.PlanOptions(max_memory_bytes=9000)))
     assert not out.exists()
+
+
+def test_a_missing_package_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "absent", lambda package: package == "torch")
+    with pytest.raises(MissingExtraError, match=r"torch is not installed; run: pip install 'edgeprune\[compress\]'"):
+        api.analyze(source, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
 
 
 def test_a_folder_is_resumed_with_its_settings(source: Path, tmp_path: Path) -> None:
