@@ -31,7 +31,6 @@ def test_page_is_self_contained_and_escaped(copy: Path, source: Path) -> None:
 
 def test_page_shows_the_plan_and_the_memory(artefact: Path) -> None:
     ws = Workspace(artefact, None, model_given=False)
-    ws.manifest.stages["distill"]["options"]["options"]["sensitivity"] = "graded"  # whole blocks are not, by default
     plan, cells = ws.plan(), dict(report_page.grid(ws))
     assert list(cells) == [c for c in ws.family.components if c != "attn2"]  # this architecture has none
     assert all(len(row) == 3 for row in cells.values())
