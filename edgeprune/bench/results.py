@@ -100,7 +100,7 @@ class BenchResult:
     machine: dict[str, Any]
     settings: dict[str, Any]
     slower_originals: list[Measured] = field(default_factory=list)
-    """The original in precisions that are slower here than the reference's; without quality."""
+    """The original in precisions that are not faster here than the reference's; without quality."""
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> dict[str, Any]:

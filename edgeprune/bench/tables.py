@@ -86,9 +86,7 @@ def baseline_text(reference: Mapping[str, Any], slower: Iterable[Mapping[str, An
 
     def figures(variant: Mapping[str, Any]) -> str:
         step, peak = (with_unit(key, variant.get(key)) for key in ("step_p50_s", "peak_bytes"))
-        return f"{variant['precision']} ({step} per step, peak {peak})"
+        return f" In {variant['precision']} it takes {step} per step here and peaks at {peak}."
 
-    return (
-        f"Ratios of time and memory are against the original in {reference['precision']}, which is faster here than in "
-        f"{' and '.join(map(figures, slower))}."
-    )
+    baseline = f"Ratios of time and memory are against the original in {reference['precision']}."
+    return baseline + "".join(map(figures, slower))
