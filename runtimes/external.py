@@ -29,11 +29,11 @@ _LENGTHS = {1: 8, 5: 4}
 """Lengths of protobuf's fixed-size wire types, in bytes."""
 
 
-def check_external(path: Path) -> None:
-    """Refuse an ONNX file that refers to weights outside its folder, or beyond the end of a data file.
+def check_external(path: Path) -> set[str]:
+    """Return the names of an ONNX file's data files; refuse one outside its folder, and bytes beyond its end.
 
     Raises:
-        InputError: it does, or the file is missing or not protobuf.
+        InputError: there is one, or the file is missing or not protobuf.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -52,6 +52,7 @@ def check_external(path: Path) -> None:
             raise InputError(
                 f"{path}: external data: found {shown(entry)}, expected bytes that are in {data_file.name}"
             )
+    return {entry["location"] for entry in entries}
 
 
 def _entries(data: mmap.mmap) -> Iterator[dict[str, str]]:

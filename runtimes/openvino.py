@@ -13,6 +13,11 @@ if __name__ != "edgeprune.runtimes.openvino":
     raise ImportError(f"import this module as edgeprune.runtimes.openvino, not as {__name__}; it is not OpenVINO's own")
 
 import functools
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -66,9 +71,10 @@ class OpenVinoNetwork:
     def __init__(self, path: Path, device: str, config: dict[str, Any]) -> None:
         if not path.exists():
             raise InputError(f"{path}: no such file, expected an OpenVINO or ONNX model; export again")
-        if path.suffix == ".onnx":
-            check_external(path)
         self._path, self._device, self._config = path, device, config
+        self._remove_links: Callable[[], object] = lambda: None
+        if path.suffix == ".onnx":
+            path = self._unlinked(path, check_external(path))
         self._weights = path.with_suffix(".bin") if path.suffix == ".xml" else Path(f"{path}.data")
         self._shapes: dict[str, list[int]] | None = None
         self._compiled: openvino.CompiledModel | None = None
@@ -80,6 +86,28 @@ class OpenVinoNetwork:
             self._config = config | {_PRECISION: "f32"}
         self._repacked = False
         self.provider, self.why = device, f"device={device}"
+
+    def _unlinked(self, path: Path, data: set[str]) -> Path:
+        """Return an ONNX file whose external data is no symlink: OpenVINO refuses data that is in another folder.
+
+        In a hub's cache every file is a symlink to another folder. Hard links take no room, but have to be on the same
+        disk. They stay as long as this object, which maps them.
+        """
+        if not any((path.parent / name).is_symlink() for name in data):
+            return path
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=".edgeprune-", dir=(path.parent / min(data)).resolve().parent))
+            self._remove_links = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            shutil.copyfile(path, folder / path.name)
+            for name in data:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link((path.parent / name).resolve(), folder / name)
+        except OSError as error:
+            raise InputError(
+                f"{path}: OpenVINO does not follow links to external data, and they cannot be replaced by hard links "
+                f"({error.strerror}); copy the export to a folder of its own: cp -rL {path.parent.parent} export"
+            ) from None
+        return folder / path.name
 
     def _unusable(self, error: RuntimeError) -> InputError:
         return InputError(f"{self._path}: OpenVINO cannot open it on {self._device}: {_line(error)}; export again")
@@ -121,6 +149,7 @@ class OpenVinoNetwork:
     def close(self) -> None:
         """Drop the compiled model; OpenVINO then frees its memory."""
         self._compiled = self._model = None
+        self._remove_links()
 
 
 def _has_exact_angles(model: openvino.Model) -> bool:

@@ -12,8 +12,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from edgeprune.common.errors import DiskError, EdgepruneError, InputError
@@ -26,6 +26,8 @@ UNFINISHED = "unfinished.json"
 complete."""
 _LARGEST_JSON = 2**28
 """In bytes. The largest files read are tokenizers and the scores of all pairs; both are several times smaller."""
+_LONGEST_NAME = 4096
+"""Of a path in a file; Linux knows none longer."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -92,8 +94,28 @@ def _finite(text: str) -> float:
     return value
 
 
+def named(folder: Path, name: str, where: object) -> Path:
+    """Return the file in `folder` or below it that another file refers to; links are neither checked nor resolved.
+
+    The name is checked as text, by the rules of every system: relative, without `..`, a drive or a null byte. Data
+    that is the user's own needs no more; for other folders, see `inside`.
+
+    Args:
+        where: where the name was read, for the error.
+
+    Raises:
+        InputError: the name could lead out of the folder, or is not a file name.
+    """
+    windows = PureWindowsPath(name)  # has both separators
+    if not windows.parts or "\0" in name or len(name) > _LONGEST_NAME:
+        raise InputError(f"{where}: found {shown(name)}, which is not a file name")
+    if windows.anchor or ".." in windows.parts:
+        raise InputError(f"{where}: found {shown(name)}, which leads out of the folder {folder}")
+    return folder / name
+
+
 def inside(folder: Path, name: str, where: object) -> Path:
-    """Resolve a name by which one file refers to another file in `folder` or below it.
+    """Resolve a name by which a file of a model, artefact, export or study refers to another file in its folder.
 
     In a snapshot of the hub's cache, links into the cache's own stores count as inside; see hub_cache.py.
 
@@ -103,17 +125,28 @@ def inside(folder: Path, name: str, where: object) -> Path:
     Raises:
         InputError: the name, or a symlink on its path, leads out of the folder.
     """
+    return _followed(folder, name, where, _places(folder))
+
+
+def _places(folder: Path) -> list[Path]:
+    """Return where links below a folder may lead."""
+    return [folder.resolve(), *stores(folder)]
+
+
+def _followed(folder: Path, name: str, where: object, places: list[Path]) -> Path:
+    given = named(folder, name, where)
     try:
-        home = folder.resolve()
-        path = (home / name).resolve()
-        by_name = Path(os.path.normpath(home / name))
-        if by_name.is_relative_to(home) and any(path.is_relative_to(place) for place in (home, *stores(home))):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                path.lstat()
-            return path
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a link to itself
+        path = given.resolve()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, or a link to itself
         raise InputError(f"{where}: found {shown(name)}, which is not a file name ({error})") from None
-    raise InputError(f"{where}: found {shown(name)}, which leads out of the folder {folder}")
+    if not any(path.is_relative_to(place) for place in places):
+        raise InputError(
+            f"{where}: found {shown(name)}, a link to {shown(str(path))}, which leads out of the folder {folder}; "
+            "put the file itself there"
+        )
+    return path
 
 
 def verify_hashes(folder: Path, hashes: Mapping[str, str], listed_in: str, progress: Progress = silent) -> None:
@@ -143,11 +176,12 @@ def check_links(folder: Path) -> None:
     Raises:
         InputError: there is such a link.
     """
+    places = _places(folder)
     for root, folders, names in os.walk(folder):
         for name in (*folders, *names):
             path = Path(root, name)
             if path.is_symlink():
-                inside(folder, str(path.relative_to(folder)), "link")
+                _followed(folder, str(path.relative_to(folder)), "link", places)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -285,8 +319,18 @@ def files_digest(folder: Path) -> str:
 
     For a file, the digest covers that file; for a missing path, an empty list.
     """
-    paths = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+    paths = [folder] if folder.is_file() else sorted(_files_below(folder))
     return digest([(p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in paths])
+
+
+def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield all files below a folder, also behind links; a link to a folder above itself is not followed again."""
+    above = (*above, folder.resolve())
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_file():
+            yield path
+        elif path.resolve() not in above:
+            yield from _files_below(path, above)
 
 
 def digest(data: Any) -> str:

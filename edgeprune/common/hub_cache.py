@@ -10,6 +10,7 @@ So every file of a snapshot is a symlink that leaves the snapshot, and it always
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -22,15 +23,17 @@ _REPOSITORY = re.compile(r"(models|datasets|spaces)--.+")
 def stores(folder: Path) -> list[Path]:
     """Return the folders that links below `folder` may lead into; empty unless `folder` is in a snapshot.
 
-    Args:
-        folder: a resolved path.
+    The path counts as it was given and as it resolves: a link may lead to a snapshot, and a repository's folder in the
+    cache may be a link to another disk.
     """
-    for snapshot in (folder, *folder.parents):
-        repository = snapshot.parent.parent
-        if snapshot.parent.name == "snapshots" and _REPOSITORY.fullmatch(repository.name):
-            shared = repository.parent / "blobs"
-            is_shared = (shared / SHARED_MARKER).is_file()
-            return [repository / "blobs", *([shared] if is_shared else [])]
+    for path in (Path(os.path.abspath(folder)), folder.resolve()):
+        for snapshot in (path, *path.parents):
+            repository = snapshot.parent.parent
+            if snapshot.parent.name == "snapshots" and _REPOSITORY.fullmatch(repository.name):
+                # Only the way to a store is resolved: a store that is itself a link could lead anywhere.
+                shared = repository.parent.resolve() / "blobs"
+                is_shared = (shared / SHARED_MARKER).is_file()
+                return [repository.resolve() / "blobs", *([shared] if is_shared else [])]
     return []
 
 

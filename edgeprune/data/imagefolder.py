@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from edgeprune.common import fields
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
-from edgeprune.common.files import inside, parse_json
+from edgeprune.common.files import named, parse_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,7 +34,8 @@ def read_samples(folder: Path) -> list[Sample]:
     """Read the image files and captions of a folder, in the order of its metadata.
 
     Raises:
-        InputError: the metadata is missing or empty, a line is not valid, or a path leads out of the folder.
+        InputError: the metadata is missing or empty, a line is not valid, or a file name leads out of the folder.
+            Links are followed: the images are the user's own.
     """
     metadata = folder / METADATA
     if not metadata.is_file():
@@ -54,7 +55,7 @@ def read_samples(folder: Path) -> list[Sample]:
             raise InputError(f"{where}: expected file_name and text ({error})") from error
         if not isinstance(entry, dict):
             raise InputError(f"{where}: found {shown(entry)}, expected file_name and text")
-        path = inside(folder, fields.text(entry, "file_name", where), f"{where}: file_name")
+        path = named(folder, fields.text(entry, "file_name", where), f"{where}: file_name")
         seed = None if entry.get("seed") is None else fields.whole_number(entry, "seed", where, least=0, most=2**63 - 1)
         out.append(Sample(path, fields.text(entry, "text", where), seed))
     if not out:

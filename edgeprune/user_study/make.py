@@ -114,8 +114,6 @@ def _images(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
             continue
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{path}: leads out of the folder")
         if path.stem in out:
             raise InputError(f"{path}: found {out[path.stem].name} too, expected one image per name")
         out[path.stem] = path

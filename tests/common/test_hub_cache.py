@@ -96,3 +96,35 @@ def test_a_hub_id_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared:
     (snapshot / "vae" / "notes.txt").symlink_to("/etc/hostname")
     with pytest.raises(InputError, match="leads out"):
         read_config(snapshot)
+
+
+def test_a_snapshot_is_found_by_the_path_that_was_given(snapshot: Path, tmp_path: Path) -> None:
+    """A repository's folder may be a link to another disk, and a link may lead to the snapshot."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "models--me--m").rename(tmp_path / "disk" / "m")
+    (tmp_path / "disk" / "blobs").symlink_to(tmp_path / "blobs")  # its links go up from where they are
+    (tmp_path / "models--me--m").symlink_to(tmp_path / "disk" / "m")
+    (tmp_path / "mine").symlink_to(snapshot)
+    for folder in (snapshot, tmp_path / "mine"):
+        assert folder.is_dir() and folder.resolve().parents[1].name == "m"
+    check_links(snapshot)
+    assert inside(snapshot, "config.json", "x") == tmp_path / "disk" / "m" / "blobs" / "abc"
+    assert inside(snapshot / "vae", "weights", "x") == tmp_path / "blobs" / "def"
+
+
+def test_a_store_that_is_a_link_is_no_store(snapshot: Path, tmp_path: Path) -> None:
+    """Otherwise an archive with such a link would make every file of the user part of the model."""
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "abc").write_text("a key")
+    (tmp_path / "models--me--m" / "blobs" / "abc").unlink()
+    (tmp_path / "models--me--m" / "blobs").rename(tmp_path / "other")
+    (tmp_path / "models--me--m" / "blobs").symlink_to(private)
+    with pytest.raises(InputError, match="'config.json', a link to .*private/abc', which leads out of the folder"):
+        check_links(snapshot)
+
+
+@pytest.mark.parametrize("name", ["", ".", "\0", "a/../b", "..\\b", "C:b", "/b", "x" * 5000])
+def test_a_name_is_refused_as_text(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="which is not a file name|which leads out"):
+        inside(tmp_path, name, "x")

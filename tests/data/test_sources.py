@@ -115,7 +115,7 @@ def test_yepop(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps(entries))
     assert everything(tmp_path) == ([("images/7.png", "a box")], ["images/8.png", "list.json: 9"])
     (tmp_path / "list.json").write_text(json.dumps({"1": {"filename": "../../x.png"}}))
-    with pytest.raises(InputError, match=r"list.json: 1: filename: '../../x.png' leads out of the folder"):
+    with pytest.raises(InputError, match=r"list.json: 1: filename: found '../../x.png', which leads out of the folder"):
         everything(tmp_path)
 
 

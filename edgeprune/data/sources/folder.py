@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgeprune.common.errors import InputError
-from edgeprune.common.files import files_digest
+from edgeprune.common.files import files_digest, named
 from edgeprune.data.imagefolder import METADATA
 from edgeprune.data.sources import Entry, Skipped, caption_of
 
@@ -33,9 +33,10 @@ def read(given: str) -> Iterator[Entry | Skipped]:
     """Yield one entry per line.
 
     Raises:
-        InputError: a line is not valid, or its path leads out of the folder.
+        InputError: a line is not valid, or its file name leads out of the folder.
+            Links are followed: the images are the user's own.
     """
-    root, metadata = Path(given).resolve(), Path(given) / METADATA
+    root, metadata = Path(given), Path(given) / METADATA
     with metadata.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -43,9 +44,6 @@ def read(given: str) -> Iterator[Entry | Skipped]:
             try:
                 entry = json.loads(line)
                 name = str(entry["file_name"])
-                path = (root / name).resolve()
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(f"{metadata}:{number}: expected file_name and text ({error})") from error
-            if not path.is_relative_to(root):
-                raise InputError(f"{metadata}:{number}: file_name: {name!r} leads out of the folder")
-            yield Entry(name, path, caption_of(entry))
+            yield Entry(name, named(root, name, f"{metadata}:{number}: file_name"), caption_of(entry))

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgeprune.common.errors import InputError
-from edgeprune.common.files import files_digest
+from edgeprune.common.files import files_digest, named
 from edgeprune.data.sources import Entry, Skipped, caption_of
 
 STREAMED = False
@@ -48,18 +47,14 @@ def read(given: str) -> Iterator[Entry | Skipped]:
 
     Raises:
         InputError: a file name leads out of the folder.
+            Links are followed: the images are the user's own.
     """
-    root = Path(given).resolve()
+    root = Path(given)
     for path, (key, entry) in itertools.chain.from_iterable(
         ((path, item) for item in _entries(path).items()) for path in _files(given)
     ):
         if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
             yield Skipped(f"{path.name}: {key}", "no filename")
             continue
-        if "\0" in entry["filename"]:
-            yield Skipped(f"{path.name}: {key}", "no filename")
-            continue
-        image = (root / entry["filename"]).resolve()
-        if not image.is_relative_to(root):
-            raise InputError(f"{path}: {key}: filename: {entry['filename']!r} leads out of the folder")
-        yield Entry(entry["filename"], image, caption_of(entry))
+        name = entry["filename"]
+        yield Entry(name, named(root, name, f"{path}: {key}: filename"), caption_of(entry))
