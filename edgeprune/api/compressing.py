@@ -39,7 +39,7 @@ class ReportQuality:
     """By `original` and `compressed`, by task."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReportFigures:
     """What the report measured, on this machine in torch: the content of report.json."""
 
@@ -56,6 +56,9 @@ class ReportFigures:
     pruned_step_s: float
     """The same without the removed parts; not quantized."""
     step_ratio: float
+    """Median of the ratios of pairs of steps, taken in turns."""
+    step_ratio_quartiles: tuple[float, float] | None = None
+    """Half of the pairs have a ratio between these; None in a report of an earlier version."""
     psnr_db: float
     """Mean over images at equal seeds."""
     generation: dict[str, Any]
@@ -68,8 +71,12 @@ class ReportFigures:
     @classmethod
     def of(cls, summary: dict[str, Any]) -> ReportFigures:
         """Build the figures from the content of report.json."""
-        quality = summary.get("quality")
-        return cls(**summary | {"quality": None if quality is None else ReportQuality(**_with_intervals(quality))})
+        quality, quartiles = summary.get("quality"), summary.get("step_ratio_quartiles")
+        typed = {
+            "quality": None if quality is None else ReportQuality(**_with_intervals(quality)),
+            "step_ratio_quartiles": None if quartiles is None else tuple(quartiles),
+        }
+        return cls(**summary | typed)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of report.json."""

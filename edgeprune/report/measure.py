@@ -24,6 +24,8 @@ from edgeprune.stages.workspace import Workspace
 def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Return the summary that report.json keeps, and the images of `original` and `compressed`, each (P, H, W, 3).
 
+    ReportFigures in api/compressing.py names the summary's fields.
+
     Prompts and seeds are held out: nothing that made the artefact has seen them.
 
     Args:

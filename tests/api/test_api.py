@@ -72,12 +72,14 @@ def test_report_figures_are_what_the_file_holds() -> None:
         "metric": "shapes", "original": [1.0, 0.5, 1.0], "compressed": [0.5, 0.25, 1.0], "relative_drop": None,
         "tasks": {"original": {"colors": [0.5, None, None]}, "compressed": {"colors": [0.25, 0.0, 1.0]}},
     }  # fmt: skip
-    content = dict.fromkeys(names, 1) | {"quality": quality}
+    content = dict.fromkeys(names, 1) | {"quality": quality, "step_ratio_quartiles": [0.5, 0.75]}
     figures = api.ReportFigures.of(content)
     assert figures.quality is not None and figures.quality.original.low == 0.5
     assert figures.quality.tasks["original"]["colors"].high is None
     assert as_printed(figures) == content
-    assert "quality" not in api.ReportFigures.of(dict.fromkeys(names, 1) | {"quality": None}).to_json()
+    assert figures.step_ratio_quartiles == (0.5, 0.75)
+    absent = {"quality": None, "step_ratio_quartiles": None}
+    assert not absent.keys() & api.ReportFigures.of(content | absent).to_json().keys()
 
 
 def test_the_stages_one_by_one(source: Path, tmp_path: Path) -> None:
