@@ -26,7 +26,7 @@ from edgeprune.common.files import check_links, read_json
 from edgeprune.families import Config, Family, family_of
 from edgeprune.runtimes import memory
 from edgeprune.runtimes.scheduler import FlowMatchEuler
-from edgeprune.sampling.generation import Generation, is_distilled, latent_factor
+from edgeprune.sampling.generation import Generation, images_at_once, is_distilled, latent_factor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -203,7 +203,7 @@ class Velocity:
 
     Args:
         backend: computes the velocity.
-        positive: the encoded prompts, at most `images_at_once` of them.
+        positive: the encoded prompts, at most `batch_of` of them.
         negative: the same number of encoded negative prompts, or None for no guidance.
         scale: factor on (conditional - unconditional); also the input of models that take it.
     """
@@ -233,10 +233,10 @@ class Velocity:
         return guided
 
 
-def images_at_once(backend: Backend, *, guided: bool) -> int | None:
-    """Return how many images `Velocity` takes: as many as fit into the backend's batch, at least one; None for all."""
-    most = backend.largest_batch()
-    return None if most is None else max(1, most // 2 if guided else most)
+def batch_of(backend: Backend, tokens: int, *, guided: bool) -> int:
+    """Return how many images of `tokens` tokens run together: what fits into memory and the backend, at least one."""
+    size, most = images_at_once(tokens), backend.largest_batch()
+    return size if most is None else max(1, min(size, most // 2 if guided else most))
 
 
 def denoise(
@@ -312,8 +312,9 @@ class Runtime:
         """Generate one image per prompt; an argument of None takes its value from the folder's generation.json.
 
         Args:
-            prompt: one prompt or several. They run in batches as large as the runtime takes: an engine or a package
-                has a limit, and guidance takes two rows per prompt. Images are decoded one at a time.
+            prompt: one prompt or several. They run in batches of at most 4096 image tokens (one image of 1024x1024)
+                and as the runtime takes them: an engine or a package has a limit, and guidance takes two rows per
+                prompt. Images are decoded one at a time.
             negative_prompt: what guidance steers away from, for all prompts; ignored by models that take the scale.
             steps: denoising steps.
             guidance_scale: 1 or less turns guidance off and halves the work. Models that take the scale as an input
@@ -381,7 +382,7 @@ class Runtime:
             steps, tokens=tokens, levels=settings.family.levels(steps), mu=settings.family.shift(tokens, steps)
         )
         noise = initial_latents(settings, seeds, height, width)
-        size = images_at_once(self.backend, guided=guided) or len(prompts)
+        size = batch_of(self.backend, tokens, guided=guided)
         pieces = [slice(start, start + size) for start in range(0, len(prompts), size)]
         done = []
         for i, rows in enumerate(pieces):

@@ -1,6 +1,6 @@
 """Run a pipeline in batches: encode text, denoise latents, decode images, and encode images.
 
-The memory of a batch is bounded: the transformer gets TOKENS_AT_ONCE, the VAE one image at a time.
+The memory of a batch is bounded: the transformer gets 4096 image tokens, the VAE one image at a time.
 
 A seed gives the same noise as in the runtimes, so images from torch and from a device can be compared. The only options
 are prompt, guidance, steps and size.
@@ -17,14 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from edgeprune.families import Architecture, Network, family_of_model
-from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.generation import Generation, images_at_once
 from edgeprune.sampling.schedule import NoiseSchedule
-
-TOKENS_AT_ONCE = 4096
-"""Most image tokens that pass through the transformer together, twice as many with guidance: one image of 1024x1024 of
-SD3 or FLUX, 64 images of the built-in model."""
-_MOST_AT_ONCE = 64
-"""Limit for smaller images, whose text has more tokens than the image."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +67,10 @@ def latent_shape(pipe: Any, generation: Generation) -> tuple[int, int, int]:
 
 
 def at_once(model: Any, shape: tuple[int, ...]) -> int:
-    """Return how many latents of `shape` (C, h, w) pass through a transformer together, see TOKENS_AT_ONCE."""
+    """Return how many latents of `shape` (C, h, w) pass through a transformer together, see images_at_once."""
     family: Architecture = family_of_model(model)
     tokens = shape[-1] * shape[-2] // family.latents(model.config).patch ** 2
-    return max(1, min(_MOST_AT_ONCE, TOKENS_AT_ONCE // max(1, tokens)))
+    return images_at_once(tokens)
 
 
 def sigmas(pipe: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:

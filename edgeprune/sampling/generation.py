@@ -19,6 +19,11 @@ from edgeprune.families import Architecture, Config, family_of
 from edgeprune.families.architecture import config_number
 
 FILE = "generation.json"
+TOKENS_AT_ONCE = 4096
+"""Most image tokens that pass through the transformer together, twice as many with guidance: one image of 1024x1024 of
+SD3 or FLUX, 64 images of the built-in model."""
+_MOST_AT_ONCE = 64
+"""Limit for smaller images, whose text has more tokens than the image."""
 _MOST_HALVINGS = 8
 """Limit on how often a VAE halves the image's sides; today's VAEs do so three times."""
 
@@ -115,6 +120,11 @@ class GenerationOptions:
     def given(self) -> dict[str, Any]:
         """Return the fields that are set, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def images_at_once(tokens: int) -> int:
+    """Return how many images of `tokens` tokens pass through a transformer together, here and on a device."""
+    return max(1, min(_MOST_AT_ONCE, TOKENS_AT_ONCE // max(1, tokens)))
 
 
 def is_distilled(folder: Path) -> bool:

@@ -85,6 +85,14 @@ def test_many_prompts_fit_into_the_batch_that_the_backend_takes(
         np.testing.assert_array_equal(np.asarray(image), np.asarray(alone))
 
 
+def test_large_images_run_one_at_a_time() -> None:
+    model = fake_runtime()
+    model.generate(["a", "b", "c"], height=1024, width=1024, steps=1, guidance_scale=1.0)
+    model.generate(["a", "b", "c"], height=1024, width=512, steps=1, guidance_scale=1.0)
+    assert isinstance(model.backend, FakeBackend)
+    assert model.backend.batches == [1, 1, 1, 2, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

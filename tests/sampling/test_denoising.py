@@ -13,7 +13,6 @@ import torch
 
 from edgeprune.common.splits import Split
 from edgeprune.metrics.velocity import VelocityError
-from edgeprune.sampling import denoising
 from edgeprune.sampling.denoising import at_once, decode, encode_images, generate
 from edgeprune.sampling.generation import Generation
 
@@ -49,7 +48,7 @@ def test_the_vae_gets_one_image_at_a_time(pipe: Any) -> None:
 
 def test_large_images_are_sampled_one_by_one(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     together = generate(pipe, PROMPTS, [0, 1, 2], GENERATION)
-    monkeypatch.setattr(denoising, "TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr("edgeprune.sampling.generation.TOKENS_AT_ONCE", 64)
     seen = batches(pipe.transformer)
     alone = generate(pipe, PROMPTS, [0, 1, 2], GENERATION)
     assert set(seen) == {2}  # guidance
