@@ -24,18 +24,17 @@ from diffusers import AutoencoderKL
 
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.manifest import HALF, INT4
-from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
-from edgeprune.common.files import read_json
 from edgeprune.common.progress import Progress, silent
 from edgeprune.export import modules, text
 from edgeprune.export.coreml_chunks import TrimmedTextEncoder, loaded, split
 from edgeprune.export.coreml_packages import convert_network
 from edgeprune.export.folder import from_pretrained, is_quantized, write
+from edgeprune.export.sizes import factor_of, generation_for
 from edgeprune.export.unfinished import Unfinished
 from edgeprune.families.encoders import CLIP, T5, text_encoders
-from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
+from edgeprune.sampling.generation import longest_prompt
 from edgeprune.targets import Target
 
 with needs("coreml"):
@@ -79,31 +78,6 @@ def refuse(device: Target) -> None:
         )
 
 
-def generation_for(artefact: Path, device: Target) -> Generation:
-    """Return the artefact's generation defaults, with the image size clipped to the device and the position table.
-
-    Raises:
-        InputError: the artefact's height or width is not a whole number of tokens.
-    """
-    generation = Generation.load(artefact)
-    config, family = read_config(artefact)
-    space = family.latents(config)
-    unit = space.patch * _factor(artefact)
-    tokens = device.side[1] // unit
-    most = min(tokens, space.largest or tokens) * unit
-    for field in ("height", "width"):
-        pixels = getattr(generation, field)
-        if pixels % unit:
-            raise InputError(f"{artefact / 'generation.json'}: {field}: found {pixels}, expected a multiple of {unit}")
-    return dataclasses.replace(generation, height=min(generation.height, most), width=min(generation.width, most))
-
-
-def _factor(artefact: Path) -> int:
-    """Return the pixels per latent pixel."""
-    path = artefact / "vae" / "config.json"
-    return latent_factor(read_json(path), path)
-
-
 def networks(artefact: Path, work: Unfinished, device: Target, progress: Progress) -> dict[str, Any]:
     """Write and compare one network after the other; return further content of edgeprune_export.json.
 
@@ -113,7 +87,7 @@ def networks(artefact: Path, work: Unfinished, device: Target, progress: Progres
     generation = generation_for(artefact, device)
     generation.save(work.folder)
     tokens = longest_prompt(artefact)
-    factor = _factor(artefact)
+    factor = factor_of(artefact)
     height, width = generation.height // factor, generation.width // factor
 
     if not work.has(name := "transformer"):

@@ -32,6 +32,7 @@ from edgeprune.common.progress import Progress, Steps, silent
 from edgeprune.export import external_data, forms, graph, modules, parity, to_onnx
 from edgeprune.export.engine import Profile, Spec
 from edgeprune.export.folder import write
+from edgeprune.export.sizes import generation_for
 from edgeprune.export.to_onnx import Module, NetworkSource
 from edgeprune.export.unfinished import Unfinished
 from edgeprune.families import Axes
@@ -90,7 +91,9 @@ def _networks(
     artefact: Path, out: Path, work: Unfinished, device: Target, trt: Any, progress: Progress
 ) -> dict[str, Any]:
     """Write one engine after the other; return further content of edgeprune_export.json."""
-    settings = read_settings(artefact)
+    generation = generation_for(artefact, device)
+    generation.save(work.folder)
+    settings = dataclasses.replace(read_settings(artefact), generation=generation)
     config, family = read_config(artefact)
     tokens = family.text_tokens(longest_prompt(artefact), settings.generation.max_sequence_length)
     caches = [folder / CACHE for folder in (work.folder, out) if (folder / CACHE).is_file()]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +26,7 @@ from edgeprune.common.files import check_links, read_json
 from edgeprune.families import Config, Family, family_of
 from edgeprune.runtimes import memory
 from edgeprune.runtimes.scheduler import FlowMatchEuler
+from edgeprune.runtimes.sizes import Sides, exported_sides
 from edgeprune.sampling.generation import Generation, images_at_once, is_distilled, latent_factor
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ class Settings:
     """The transformer's config."""
     distilled: bool = False
     """`is_distilled` of model_index.json."""
+    sides: Sides = field(default_factory=dict)
+    """The image sizes that the folder was exported for; empty if they are dynamic."""
     compressed: bool = False
     """Whether the folder is an artefact or an export of one, made for the guidance scale of `generation`."""
 
@@ -157,7 +160,7 @@ def read_settings(folder: Path) -> Settings:
         compressed=_is_compressed(folder),
     )  # fmt: skip
     check_size(settings, generation.height, generation.width, where=f"{folder / 'generation.json'}: ")
-    return settings
+    return replace(settings, sides=exported_sides(folder, generation, factor))
 
 
 def _is_compressed(folder: Path) -> bool:
@@ -167,15 +170,22 @@ def _is_compressed(folder: Path) -> bool:
 
 
 def check_size(settings: Settings, height: int, width: int, *, where: str = "") -> None:
-    """Refuse an image size that is not a whole number of tokens.
+    """Refuse an image size that is not a whole number of tokens, or that the model or the export does not take.
 
     Raises:
-        InputError: height or width is not a positive multiple of factor times patch.
+        InputError: height or width is not a positive multiple of factor times patch, larger than the position table, or
+            outside of the range that the folder was exported for.
     """
-    unit = settings.factor * settings.patch
-    for field, value in (("height", height), ("width", width)):
+    unit, table = settings.factor * settings.patch, settings.family.latents(settings.config).largest
+    for name, value in (("height", height), ("width", width)):
         if value < unit or value % unit:
-            raise InputError(f"{where}{field}: found {value}, expected a multiple of {unit}")
+            raise InputError(f"{where}{name}: found {value}, expected a multiple of {unit}")
+        if table is not None and value > table * unit:
+            raise InputError(f"{where}{name}: found {value}, expected at most {table * unit}, the model's largest")
+        least, most = settings.sides.get(name, (value, value))
+        if not least <= value <= most:
+            span = f"{least}" if least == most else f"{least} to {most}"
+            raise InputError(f"{where}{name}: found {value}, expected {span}, which this export was made for")
 
 
 def initial_latents(settings: Settings, seeds: Sequence[int], height: int, width: int) -> Array:
@@ -315,7 +325,7 @@ class Runtime:
             prompt: one prompt or several. They run in batches of at most 4096 image tokens (one image of 1024x1024)
                 and as the runtime takes them: an engine or a package has a limit, and guidance takes two rows per
                 prompt. Images are decoded one at a time.
-            negative_prompt: what guidance steers away from, for all prompts; ignored by models that take the scale.
+            negative_prompt: what guidance steers away from, for all prompts; ignored with a warning without guidance.
             steps: denoising steps.
             guidance_scale: 1 or less turns guidance off and halves the work. Models that take the scale as an input
                 (FLUX.1 dev) always do half the work. A warning tells if the model ignores the scale, or takes it and
@@ -374,13 +384,15 @@ class Runtime:
         width = settings.generation.width if width is None else width
         check_size(settings, height, width)
         guided = settings.family.guided(settings.config, scale)
-        # All prompts at once: low-memory mode opens every text encoder for each call.
-        hidden, pooled = self.backend.encode([*prompts, negative_prompt] if guided else prompts)
+        if negative_prompt and not guided:
+            warnings.warn("negative prompt: ignored, because guidance is off", stacklevel=2)
         unit = settings.factor * settings.patch
         tokens = (height // unit) * (width // unit)
         sigmas = self.scheduler.sigmas(
             steps, tokens=tokens, levels=settings.family.levels(steps), mu=settings.family.shift(tokens, steps)
         )
+        # All prompts at once: low-memory mode opens every text encoder for each call.
+        hidden, pooled = self.backend.encode([*prompts, negative_prompt] if guided else prompts)
         noise = initial_latents(settings, seeds, height, width)
         size = batch_of(self.backend, tokens, guided=guided)
         pieces = [slice(start, start + size) for start in range(0, len(prompts), size)]

@@ -149,11 +149,14 @@ def open_backend(
         device: `cuda` or `cpu`; None takes the GPU if there is one.
 
     Raises:
-        InputError: the dtype is unknown, the device is not present, or the folder is not a usable pipeline.
+        InputError: the dtype is unknown, threads are below 0, the device is not present, or the folder is not a usable
+            pipeline.
     """
     where, why = _pick_device(device)
     if dtype not in DTYPES:
         raise InputError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if threads < 0:
+        raise InputError(f"threads: found {threads}, expected 0 or more")
     if threads:
         torch.set_num_threads(threads)
     meter = Meter()

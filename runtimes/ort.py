@@ -147,10 +147,12 @@ def session_options(*, accuracy_level: int = 1, threads: int = 0) -> onnxruntime
         threads: threads inside one operator; 0 lets ONNX Runtime use one per core.
 
     Raises:
-        InputError: the accuracy level is not one of 0 to 4.
+        InputError: the accuracy level is not one of 0 to 4, or threads are below 0.
     """
     if accuracy_level not in range(5):
         raise InputError(f"accuracy_level: found {accuracy_level}, expected 0 to 4")
+    if threads < 0:
+        raise InputError(f"threads: found {threads}, expected 0 or more")
     options = onnxruntime.SessionOptions()
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = threads

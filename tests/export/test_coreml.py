@@ -10,6 +10,7 @@ import json
 import shutil
 import struct
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.writing import save_transformer
 from edgeprune.common.errors import InputError, ParityError
 from edgeprune.common.files import sha256_file, write_json
-from edgeprune.export import coreml_chunks, coreml_packages, mil_conversion, modules, parity, to_coreml
+from edgeprune.export import coreml_chunks, coreml_packages, mil_conversion, modules, parity, sizes, to_coreml
 from edgeprune.export.mil_reference import OPERATIONS, Package
 from edgeprune.quantization.int4 import PackedLinear, pack
 from edgeprune.quantization.quantize import prepare
@@ -288,7 +289,10 @@ def test_size_is_held_to_the_device(artefact: Path, tmp_path: Path) -> None:
 
     def sized(height: int, width: int, most: int) -> tuple[int, int]:
         write_json(copy / "generation.json", tiny.GENERATION | {"height": height, "width": width})
-        found = to_coreml.generation_for(copy, dataclasses.replace(MAC, side=(8, most)))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found = sizes.generation_for(copy, dataclasses.replace(MAC, side=(8, most)))
+        assert bool(told) == ((height, width) != (found.height, found.width))
         return found.height, found.width
 
     assert sized(64, 96, 512) == (64, 96)
@@ -352,7 +356,7 @@ def vendor(monkeypatch: pytest.MonkeyPatch) -> FakeCoreML:
 def test_draws_what_torch_draws(exported: tuple[Path, dict[str, Any]], artefact: Path, vendor: FakeCoreML) -> None:
     prompts = ["two red circles", "a star above a ring"]
     with runtimes.load(exported[0], compute_units="cpu_and_ne") as ours, runtimes.load(artefact) as theirs:
-        assert (ours.name, ours.backend.provider, ours.backend.precision) == ("coreml", "cpu_and_ne", "int4")
+        assert (ours.name, ours.backend.provider, ours.backend.precision) == ("coreml", "cpu_and_ne", "W4A16")
         assert set(ours.backend.times) == {"text_encoder", "text_encoder_2", "transformer", "vae_decoder"}  # type: ignore[attr-defined]
         assert all(t.keys() == {"compile_s", "specialise_s"} for t in ours.backend.times.values())  # type: ignore[attr-defined]
         images = [m.generate(prompts, seed=7, steps=2) for m in (ours, theirs)]
@@ -393,8 +397,11 @@ def test_errors_name_the_folder(exported: tuple[Path, dict[str, Any]], vendor: F
     with pytest.raises(InputError, match="compute_units: found 'gpu', expected one of all, cpu_and_ne"):
         runtimes.load(exported[0], compute_units="gpu")
     with runtimes.load(exported[0]) as model:
-        with pytest.raises(InputError, match=r"transformer: hidden_states: found shape \(2, 8, 4, 12\)"):
+        with pytest.raises(InputError, match="height: found 32, expected 64, which this export was made for"):
             model.generate("x", height=32, width=96)
+        text, pooled = model.backend.encode(["x"])
+        with pytest.raises(InputError, match=r"transformer: hidden_states: found shape \(1, 8, 4, 12\)"):
+            model.step(np.zeros((1, 8, 4, 12), np.float32), text, pooled, np.ones(1, np.float32))
         network = model.backend._networks["vae_decoder"]  # type: ignore[attr-defined]
         with pytest.raises(InputError, match="vae_decoder: inputs: the package also needs"):
             network(latents=np.zeros((1, 8, 8, 8)))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fakes import FakeBackend, fake_runtime
 from edgeprune import runtimes
 from edgeprune.common.errors import InputError, MissingExtraError
 from edgeprune.runtimes import base, memory
+from edgeprune.runtimes.scheduler import FlowMatchEuler
 
 PROMPTS = ["two red circles", "a drawing of a star above a ring"]
 
@@ -83,6 +85,45 @@ def test_many_prompts_fit_into_the_batch_that_the_backend_takes(
     for i, image in enumerate(images):
         (alone,) = fake_runtime().generate(prompts[i], seed=3 + i, steps=1, guidance_scale=scale)
         np.testing.assert_array_equal(np.asarray(image), np.asarray(alone))
+
+
+def test_a_size_that_the_model_does_not_take_is_refused_before_anything_runs() -> None:
+    model = fake_runtime()
+    with pytest.raises(InputError, match="width: found 1600, expected at most 1584, the model's largest"):
+        model.generate("x", width=1600)
+    for sides, span in (({"height": (32, 32)}, "32"), ({"height": (16, 32)}, "16 to 32")):
+        model.settings = replace(model.settings, sides=sides)
+        with pytest.raises(InputError, match=f"height: found 48, expected {span}, which this export was made for"):
+            model.generate("x", height=48)
+    assert isinstance(model.backend, FakeBackend) and model.backend.batches == []
+    assert model.generate("x", height=32)[0].size == (16, 32)
+
+
+def test_the_sizes_of_an_export_are_read_from_its_record(copy: Path) -> None:
+    path = copy / "edgeprune_export.json"
+    record = json.loads(path.read_text())
+    assert base.read_settings(copy).sides == {}
+    profile = {"latent_sample": [[1, 8, 2, 3], [1, 8, 8, 8], [2, 8, 16, 12]]}
+    path.write_text(json.dumps(record | {"target": "trt", "networks": {"vae_decoder": {"profile": profile}}}))
+    assert base.read_settings(copy).sides == {"height": (16, 128), "width": (24, 96)}
+    for networks in ([], {"vae_decoder": {"profile": {"latent_sample": [[1, 2]]}}}, {"vae_decoder": None}):
+        path.write_text(json.dumps(record | {"target": "trt", "networks": networks}))
+        assert base.read_settings(copy).sides == {}
+    path.write_text(json.dumps(record | {"target": "coreml"}))
+    assert base.read_settings(copy).sides == {"height": (64, 64), "width": (64, 64)}
+
+
+def test_a_negative_prompt_without_guidance_is_said_to_be_ignored() -> None:
+    with pytest.warns(UserWarning, match="negative prompt: ignored"):
+        fake_runtime().generate("x", negative_prompt="y", guidance_scale=1.0)
+
+
+def test_steps_that_no_schedule_has_are_refused_before_text_is_encoded() -> None:
+    model = fake_runtime()
+    model.scheduler = FlowMatchEuler(shift_terminal=0.1)
+    model.backend.close()  # it would say that it is closed
+    with pytest.raises(InputError, match="steps: found 1, expected at least 2"):
+        model.generate("x", steps=1)
 
 
 def test_large_images_run_one_at_a_time() -> None:
@@ -302,9 +343,12 @@ def test_damaged_json(copy: Path, name: str) -> None:
             runtimes.load(copy)
 
 
-def test_bad_runtime_options(exported: Path) -> None:
+def test_bad_runtime_options(exported: Path, source: Path) -> None:
     with pytest.raises(InputError, match="accuracy_level"):
         runtimes.load(exported, "ort", accuracy_level=9)
+    for folder, runtime in ((exported, "ort"), (source, "eager")):
+        with pytest.raises(InputError, match="threads: found -1, expected 0 or more"):
+            runtimes.load(folder, runtime, threads=-1)
 
 
 def test_refuses_to_be_imported_under_another_name() -> None:

@@ -150,7 +150,7 @@ def test_errors_are_one_line(engines: Path, cuda: FakeCuda, monkeypatch: pytest.
         with pytest.raises(
             InputError, match=r"hidden_states: found the shape \(2, 8, 65, 8\), expected .* \(64, 8, 64, 64\)"
         ):
-            model.generate("x", height=520)
+            model.step(np.zeros((2, 8, 65, 8), np.float32), *model.backend.encode(["x", ""]), np.ones(2, np.float32))
         network = model.backend._networks["transformer"]  # type: ignore[attr-defined]
         network._context.fail = True
         with pytest.raises(
