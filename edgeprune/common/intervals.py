@@ -9,8 +9,10 @@ width, which says nothing about rare failures.
 
 Prompts may belong to tasks. Then the statistic is the mean of the tasks' means, and prompts are resampled within each
 task. If every task has a single prompt, prompts are resampled across all tasks, since resampling one prompt changes
-nothing. Several images of one prompt are not independent: average them first. Several training seeds are resampled too;
-this is not widened for their small number. With one seed the interval is over prompts only.
+nothing. Metrics with tasks count passed checks, so their scores are shares, and intervals stay within 0 and 1.
+
+Several images of one prompt are not independent: average them first. Several training seeds are resampled too; this is
+not widened for their small number. With one seed the interval is over prompts only.
 """
 
 from __future__ import annotations
@@ -106,8 +108,10 @@ def _means(
     return np.stack(out)
 
 
-def _interval(means: NDArray[np.float64], groups: list[NDArray[np.intp]]) -> Interval:
-    """Return the interval of a mean from its value and its draws, (1 + draws)."""
+def _interval(
+    means: NDArray[np.float64], groups: list[NDArray[np.intp]], least: float = -math.inf, most: float = math.inf
+) -> Interval:
+    """Return the interval of a mean from its value and its draws, (1 + draws), within what the mean can be."""
     mean, drawn = float(means[0]), means[1:]
     count = sum(map(len, groups))
     freedom = count - len(_drawn_within(groups))
@@ -117,7 +121,7 @@ def _interval(means: NDArray[np.float64], groups: list[NDArray[np.intp]]) -> Int
     errors = math.sqrt(count / freedom) * student_t(freedom)
     if errors > MOST_ERRORS:
         half = errors * float(drawn.std())
-        return Interval(mean, mean - half, mean + half)
+        return Interval(mean, max(least, mean - half), min(most, mean + half))
     tail = _NORMAL.cdf(-errors)
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return Interval(mean, float(low), float(high))
@@ -130,13 +134,14 @@ def mean_interval(
 
     Args:
         values: one value per prompt, (P,); or for several training seeds (S, P), which are resampled as well.
-        tasks: the task of each prompt; None if there is only one task.
+        tasks: the task of each prompt, for shares of passed checks; None for other values.
         draws: the number of bootstrap resamples.
         seed: seeds the resampling.
     """
     scores = np.atleast_2d(np.asarray(values, dtype=float))
     groups = _groups(tasks, scores.shape[1])
-    return _interval(_means([scores], groups, draws, seed)[0], groups)
+    bounds = (-math.inf, math.inf) if tasks is None else (0.0, 1.0)
+    return _interval(_means([scores], groups, draws, seed)[0], groups, *bounds)
 
 
 def paired_drop(
@@ -147,4 +152,6 @@ def paired_drop(
     groups = _groups(tasks, scores[0].shape[1])
     a, b = _means(scores, groups, draws, seed)
     share = np.divide(a - b, a, out=np.zeros_like(a), where=a > 0)  # a draw without any success carries no information
-    return Drop(_interval(a - b, groups), _interval(share, groups) if a[0] > 0 else None)
+    least, most = (-math.inf, math.inf) if tasks is None else (-1.0, 1.0)
+    relative = _interval(share, groups, most=most) if a[0] > 0 else None
+    return Drop(_interval(a - b, groups, least, most), relative)

@@ -83,7 +83,8 @@ def _quality(images: dict[str, NDArray[Any]], meanings: list[Any]) -> dict[str, 
 
 
 def _by_task(values: NDArray[Any], tasks: list[str]) -> dict[str, Interval]:
-    return {t: mean_interval(values[np.asarray(tasks) == t]) for t in dict.fromkeys(tasks)}
+    passed = {t: values[np.asarray(tasks) == t] for t in dict.fromkeys(tasks)}
+    return {t: mean_interval(hits, [t] * len(hits)) for t, hits in passed.items()}
 
 
 def _show_images(progress: Progress, name: str, done: int, total: int) -> None:
