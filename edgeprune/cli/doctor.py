@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+import shlex
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 
 from edgeprune.cli import options, screen
-from edgeprune.common.extras import COMPRESS, absent, conflicts, distribution, missing
+from edgeprune.common.extras import COMPRESS, absent, conflicts, distribution, missing, outdated
 
 EPILOG = "Example: edgeprune doctor --json"
 
 
 def doctor(as_json: options.AsJson = False) -> None:
-    """Show what can be compressed, exported and run here, and how to install what is missing."""
+    """Show what can be compressed, exported and run here, and how to install what is missing or too old."""
     findings, clashes = examine(), conflicts()
     screen.table([("yes" if f.works else "no", f.what, f"{f.fix} ({f.why})" if f.fix else f.why) for f in findings])
     for conflict in clashes:
@@ -36,9 +37,9 @@ class Finding:
     """`compress`, `export onnx`, `run ort` and so on."""
     works: bool
     why: str
-    """Versions of the packages if it works, else what is missing."""
+    """Versions of the packages if it works, else what is missing or too old."""
     fix: str
-    """Command that installs what is missing; empty if no command does."""
+    """Command that installs what is missing or too old; empty if no command does."""
 
 
 def examine() -> list[Finding]:
@@ -83,6 +84,9 @@ def _finding(what: str, extra: str, packages: tuple[str, ...], lacking: str = ""
     if absent_ones:
         fix = f"pip install 'edgeprune[{extra}]'"
         return Finding(what=what, works=False, why=f"missing {', '.join(absent_ones)}", fix=fix)
+    if old := outdated(extra):
+        why = ", ".join(f"{n} {metadata.version(n)} (needs {floor})" for n, floor in (o.split(">=") for o in old))
+        return Finding(what=what, works=False, why=f"too old: {why}", fix=f"pip install {shlex.join(old)}")
     installed = [next(p for p in package.split("|") if not absent(p)) for package in packages]
     return Finding(what=what, works=True, why=", ".join(map(_version, installed)), fix="")
 

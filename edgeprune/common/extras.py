@@ -1,11 +1,12 @@
-"""Optional packages: whether they are installed, and a one-line error that names the extra if they are not.
+"""Optional packages: whether they are installed and new enough, and a one-line error that names the extra if not.
 
-Nothing is imported to find out. Versions are not checked.
+Nothing is imported to find out. Versions are compared by `edgeprune doctor` alone; elsewhere pip has seen to them.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -67,6 +68,31 @@ def needs(extra: str) -> Iterator[None]:
         if error.name is None or not absent(error.name.partition(".")[0]):
             raise
         raise MissingExtraError(error.name.partition(".")[0], extra) from None
+
+
+def outdated(extra: str) -> list[str]:
+    """Return `torch>=2.7` for each installed package that is older than the base install or an extra needs.
+
+    Args:
+        extra: one extra, or several separated by commas; `onnx` includes its variant `onnx-gpu`.
+    """
+    out = []
+    for line in metadata.requires("edgeprune") or []:
+        need, _, marker = line.partition(";")
+        name, floor = re.match(r"[\w.-]+", need), re.search(r">=\s*([\d.]+)", need)
+        of = re.search(r"extra == ['\"]([\w-]+)", marker)
+        asked = of is None or any(of[1] == e or of[1].startswith(f"{e}-") for e in extra.split(","))
+        if not (name and floor and asked) or _uninstalled(name[0]):
+            continue
+        if _release(metadata.version(name[0])) < _release(floor[1]):
+            out.append(f"{name[0]}>={floor[1]}")
+    return out
+
+
+def _release(version: str) -> list[int]:
+    """Return 2.7.0+cpu as [2, 7]: trailing zeros do not count."""
+    numbers = re.match(r"\d+(?:\.\d+)*", version)
+    return [int(part) for part in re.sub(r"(\.0+)+$", "", numbers[0]).split(".")] if numbers else []
 
 
 def conflicts() -> list[str]:

@@ -65,3 +65,25 @@ def test_it_needs_no_torch() -> None:
     code = f"import sys; from edgeprune.cli import app; {call}; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["findings"][0]["what"] == "compress"
+
+
+def test_a_package_below_its_floor_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the requirements of the installed edgeprune: those of the base install, of the extra, and of its variants."""
+    needs = ["rich>=13.5.2", 'torch<4,>=2.7; extra == "compress"', 'edgeprune[compress]; extra == "train"']
+    needs += ['openvino>=2025.4; extra == "openvino"', 'onnxruntime-gpu>=1.21; extra == "onnx-gpu"']
+    here = {"rich": "13.5.2", "torch": "2.6.0+cpu", "openvino": "2025.4.0", "onnxruntime-gpu": "1.20.1"}
+
+    def version(name: str) -> str:
+        if name not in here:
+            raise extras.metadata.PackageNotFoundError(name)
+        return here[name]
+
+    monkeypatch.setattr(extras.metadata, "requires", lambda name: needs)
+    monkeypatch.setattr(extras.metadata, "version", version)
+    assert extras.outdated("compress,openvino") == ["torch>=2.7"]
+    assert extras.outdated("onnx") == ["onnxruntime-gpu>=1.21"]
+    here |= {"torch": "2.7", "rich": "13.5", "onnxruntime-gpu": "1.21.0rc1"}
+    assert extras.outdated("compress,onnx") == ["rich>=13.5.2"]
+    found = {f.what: f for f in doctor.examine()}["run ort"]
+    assert (found.works, found.why) == (False, "too old: rich 13.5 (needs 13.5.2)")
+    assert found.fix == "pip install 'rich>=13.5.2'"
