@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 from PIL import Image
 from studies import image_folders
 
@@ -95,6 +96,45 @@ def test_constraints_pin_what_make_installs() -> None:
     asked = PROJECT["project"]["dependencies"] + [need for extra in tested for need in EXTRAS[extra]]
     assert {requirement(line) for line in asked if "python_version" not in line} <= pinned
     assert not [name for name in pinned if name.startswith("nvidia") and name != "nvidia-ml-py"]  # it holds no CUDA
+
+
+NOT_RUN = {
+    "deepspeed": "compiles its kernels where it is installed",
+    "onnxruntime-gpu": "needs a GPU, and excludes onnxruntime",
+    "tensorrt": "needs a GPU",
+}
+"""Requirements that are not in the oldest environment, and why."""
+
+
+def floors() -> dict[str, str]:
+    """The lower bound of every package that a user installs, by its name; the same in all extras."""
+    lines = PROJECT["project"]["dependencies"] + [n for e, needs in EXTRAS.items() if e != "dev" for n in needs]
+    out: dict[str, str] = {}
+    for need in map(Requirement, lines):
+        if need.name == "edgeprune":
+            continue
+        (floor,) = (bound.version for bound in need.specifier if bound.operator == ">=")
+        assert out.setdefault(need.name, floor) == floor, need.name
+    return out
+
+
+def test_every_floor_is_the_version_that_check_matrix_runs() -> None:
+    lines = (ROOT / "tests" / "matrix" / "oldest.txt").read_text("utf-8").splitlines()
+    pinned = {n: Version(v) for n, _, v in (line.partition("==") for line in lines if not line.startswith("#"))}
+    assert {n: Version(v) for n, v in floors().items() if n not in NOT_RUN} == {
+        name: pinned.get(name) for name in floors() if name not in NOT_RUN
+    }
+    assert not NOT_RUN.keys() & pinned.keys() and NOT_RUN.keys() <= floors().keys()
+    # An extra that is not installed there would be tested at no version at all.
+    (extras_run,) = re.findall(r"^OLDEST_EXTRAS := (\S+)$", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    run = {requirement(line) for extra in extras_run.split(",") for line in EXTRAS[extra]}
+    run |= {requirement(line) for line in PROJECT["project"]["dependencies"]}
+    assert floors().keys() - run == NOT_RUN.keys()
+
+
+def test_the_docs_list_the_floors() -> None:
+    table = re.findall(r"^\| `([\w-]+)` \| ([\d.]+) \|", (ROOT / "docs" / "install.md").read_text("utf-8"), re.M)
+    assert dict(table) == floors() and len(table) == len(floors())
 
 
 @pytest.fixture(scope="module")
