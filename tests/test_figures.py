@@ -57,3 +57,11 @@ def test_memory_of_a_process_is_the_sum_of_its_parts() -> None:
     for _, _, *parts, total in table:
         sizes = [float(part) for part in parts if re.fullmatch(r"[\d.]+", part)]
         assert sum(sizes) == pytest.approx(float(total), abs=0.11)
+
+
+def test_the_reviews_tests_exist() -> None:
+    tests = Path(__file__).parent
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", (DOCS / "review.md").read_text(encoding="utf-8"))
+    assert len(named) > 40
+    for file, test in named:
+        assert f"def {test}" in (tests / file).read_text(encoding="utf-8"), f"{file}::{test}"
