@@ -46,7 +46,7 @@ def plan(
         typer.Option(
             metavar="FILE", rich_help_panel=options.METHOD,
             help="Text file with one prompt per line, on which --modulation-rank is measured.",
-            show_default="those of `analyze`",
+            show_default="those given to `analyze`, else captions for calibration",
         ),
     ] = None,
     protect_first: options.ProtectFirst = None,

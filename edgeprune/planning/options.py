@@ -49,7 +49,8 @@ class PlanOptions:
     """Directions of the modulation input that stay. `auto` measures how many; NEEDED measures only if it pays off;
     None leaves the modulation unchanged. See `PrunePlan.modulation_rank`."""
     prompts: str | None = None
-    """Text file of the prompts that these directions are found on; by default those of `analyze`, but all of them."""
+    """Text file of the prompts that these directions are found on; by default those given to `analyze`, else the
+    captions of the calibration split."""
     seed: int = 0
     """Seed for a baseline that chooses at random."""
     keep_components: tuple[str, ...] = ()
