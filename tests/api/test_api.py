@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import worker_reply
 from PIL import Image
 from stage_runs import OPTIONS
 from typer.testing import CliRunner
 
 from edgeprune import api, export, targets
 from edgeprune.api import _MODULE_OF
+from edgeprune.bench import run as bench_run
 from edgeprune.cli import app
 from edgeprune.common import extras
 from edgeprune.common.errors import BudgetError, InputError, MissingExtraError, StaleStageError
@@ -192,12 +194,19 @@ def test_score(source: Path, tmp_path: Path) -> None:
     assert again.drawn == () and again.scores == made.scores
 
 
-def test_bench(source: Path, tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_bench(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers have a stand-in; tests/bench runs real ones."""
+    monkeypatch.setattr(bench_run, "_worker", worker_reply)
     told: list[str] = []
-    found = api.bench([tiny_folders[1]], baseline=source, repeats=2, progress=lambda what, *_: told.append(what))
-    assert [m.name for m in found.variants] == ["original", "compressed"] and told
-    assert found.comparisons["compressed"].ratios["step_p50_ratio"]
+    found = api.bench([source], baseline=source, repeats=2, progress=lambda what, *_: told.append(what))
+    assert found.comparisons["compressed"].ratios["peak_ratio"] == 0.4 and told
     data = as_printed(found)
-    assert data["variants"][1]["step_p50_s"] == found.variants[1].values["step_p50_s"]
+    result = CliRunner().invoke(app, ["bench", str(source), "--baseline", str(source), "--json", str(tmp_path / "b")])
+    assert result.exit_code == 0, result.exception
+    written = json.loads((tmp_path / "b").read_text())
+    assert written["comparisons"] == data["comparisons"]
+    assert [v["name"] for v in written["variants"]] == [v["name"] for v in data["variants"]]
     with pytest.raises(InputError, match="nowhere"):
         api.bench([tmp_path / "nowhere"], baseline=source)
+    with pytest.raises(InputError, match="found no folder"):
+        api.bench([])

@@ -17,12 +17,12 @@ import hub
 import huggingface_hub
 import numpy as np
 import pytest
+from fakes import worker_reply
 from PIL import Image
 from tiny import tiny_pipeline
 
 from edgeprune import api, export
 from edgeprune.bench import run
-from edgeprune.bench.results import MEASURES
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 NAME = "sd3.5-medium"
@@ -32,13 +32,6 @@ def copied(artefact: Path, out: Path, target: str, *_: object, **__: object) -> 
     """Stands in for `edgeprune.export.export`."""
     shutil.copytree(artefact, out)
     return {"target": target, "quantized": True}
-
-
-def reply(variant: Any, *_: object) -> dict[str, Any]:
-    """Stands in for a worker of `bench`."""
-    values: dict[str, Any] = dict.fromkeys(MEASURES, 40.0 if variant.name == "compressed" else 100.0)
-    known = {"runtime": "eager", "provider": "cpu", "provider_why": "the only one here", "memory_of": "process"}
-    return values | known | {"precision": "fp32", "steps_s": [1.0] * 5, "images_s": [1.0], "how": {}}
 
 
 @pytest.fixture
@@ -62,7 +55,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(hub.FakeHub, "private", {})
     monkeypatch.setattr(hub.FakeHub, "calls", [])
     monkeypatch.setattr(export, "export", copied)
-    monkeypatch.setattr(run, "_worker", reply)
+    monkeypatch.setattr(run, "_worker", worker_reply)
     return tmp_path
 
 
