@@ -22,11 +22,10 @@ from transformers import AutoTokenizer
 from edgeprune.artefact import card, licensing
 from edgeprune.artefact.loading import quiet
 from edgeprune.artefact.manifest import MANIFEST, Manifest
-from edgeprune.artefact.writing import complete_tokenizer
+from edgeprune.artefact.writing import complete_tokenizer, copy_part
 from edgeprune.common.errors import DiskError, EdgepruneError, InputError
 from edgeprune.common.files import (
     cannot_write,
-    copy_folder,
     digest,
     is_out_of_memory,
     read_json,
@@ -41,6 +40,7 @@ from edgeprune.export import accepts
 from edgeprune.export.unfinished import MARK, Unfinished, is_whole
 from edgeprune.families.encoders import text_encoders, tokenizer_of
 from edgeprune.planning.remainder import stock_config
+from edgeprune.residency.model_files import weights_of
 from edgeprune.runtimes import SCHEMA_VERSION
 from edgeprune.sampling.generation import FILE as GENERATION
 from edgeprune.sampling.generation import Generation
@@ -98,6 +98,7 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
             del files[MARK]
             manifest = read_json(artefact / MANIFEST) if (artefact / MANIFEST).is_file() else {}
             quantized = is_quantized(artefact)
+            made_from: dict[str, Any] = {key: manifest[key] for key in ("commit", "variant") if key in manifest}
             record = {
                 "schema_version": SCHEMA_VERSION,
                 "target": target,
@@ -105,7 +106,7 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
                 "group_size": (manifest.get("group_size") or 64) if quantized else None,
                 "source": manifest.get("source", str(artefact.resolve())),
                 "compressed": bool(manifest),
-                **({"commit": manifest["commit"]} if "commit" in manifest else {}),  # of the source on the hub
+                **made_from,
                 **more,
                 "files": {name: work.hashes.get(name) or sha256_file(path) for name, path in files.items()},
             }
@@ -153,7 +154,9 @@ def from_pretrained(load: Callable[..., Any], folder: Path, *, tokenizer: bool =
     Raises:
         InputError: the folder cannot be loaded.
     """
-    safe = {"trust_remote_code": False} if tokenizer else {"use_safetensors": True}
+    safe: dict[str, Any] = {"trust_remote_code": False} if tokenizer else {"use_safetensors": True}
+    if found := None if tokenizer else weights_of(folder):
+        safe["variant"] = found.variant
     try:
         with quiet():
             return load(folder, local_files_only=True, **safe)
@@ -216,7 +219,7 @@ Run it with `edgeprune generate PROMPT --model FOLDER`.
 
 def _copy(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)  # from a run that was killed
-    copy_folder(source, target)
+    copy_part(source, target)
 
 
 def _tokenizer(source: Path, target: Path) -> None:

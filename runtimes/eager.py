@@ -137,7 +137,13 @@ def _pick_device(device: str | None) -> tuple[str, str]:
 
 
 def open_backend(
-    folder: Path, settings: Settings, *, dtype: str = "fp32", threads: int = 0, device: str | None = None
+    folder: Path,
+    settings: Settings,
+    *,
+    dtype: str = "fp32",
+    threads: int = 0,
+    device: str | None = None,
+    variant: str | None = None,
 ) -> EagerBackend:
     """Open a diffusers or artefact folder; an artefact's INT4 transformer is used if there is one.
 
@@ -147,6 +153,7 @@ def open_backend(
         dtype: `fp32` or `bf16`.
         threads: torch's threads; 0 keeps its default.
         device: `cuda` or `cpu`; None takes the GPU if there is one.
+        variant: of an original's weights, such as fp16; None for the full ones, or the only ones that there are.
 
     Raises:
         InputError: the dtype is unknown, threads are below 0, the device is not present, or the folder is not a usable
@@ -161,7 +168,7 @@ def open_backend(
         torch.set_num_threads(threads)
     meter = Meter()
     with meter.opening():
-        pipeline = load(folder, dtype=DTYPES[dtype])
+        pipeline = load(folder, dtype=DTYPES[dtype], variant=variant)
     rows: Rows = meter.rows
     if where == "cuda":
         pipeline.to(where)

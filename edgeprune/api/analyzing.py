@@ -62,6 +62,7 @@ def analyze(
     options: AnalyzeOptions | None = None,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     generation: GenerationOptions | None = None,
     fresh: bool = False,
     progress: Progress = silent,
@@ -73,6 +74,7 @@ def analyze(
         out: the artefact folder to create or to resume.
         options: metric, prompts and parts; None for the defaults.
         revision: a branch, tag or commit of a hub id; None for its default. A begun folder keeps its commit.
+        variant: of the weights, such as fp16; None for the full ones, or the only ones that there are.
         generation: settings of images to change; None keeps the model's own.
         fresh: analyze again where that was done with other options.
         progress: called after each group of parts.
@@ -80,8 +82,8 @@ def analyze(
     Raises:
         InputError: the model or an option is not usable.
         MissingExtraError: a package that the metric needs is not installed.
-        StaleStageError: the folder was begun with another model or revision, or it was analyzed with other options
-            and `fresh` is not set.
+        StaleStageError: the folder was begun with another model, revision or variant, or it was analyzed with other
+            options and `fresh` is not set.
         LockedError: another process uses the folder.
     """
     check_places(out, model, revision)
@@ -89,7 +91,7 @@ def analyze(
     from edgeprune.stages.analyze import run
 
     chosen = _checked(options)
-    ws = open_folder(out, model, revision=revision, fresh=fresh, begin=True, generation=generation)
+    ws = open_folder(out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation)
     ran = run(ws, chosen, progress)
     return Analyzed(out=ws.out, ran=ran, report=ContributionReport.load(ws.report_path))
 
@@ -100,6 +102,7 @@ def forecast_analyze(
     options: AnalyzeOptions | None = None,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     generation: GenerationOptions | None = None,
 ) -> AnalyzeForecast:
     """Forecast what `analyze` with these arguments would cost: times one evaluation, and writes nothing.
@@ -112,8 +115,8 @@ def forecast_analyze(
     from edgeprune.stages.analyze import forecast
 
     chosen = _checked(options)
-    source, images = source_and_images(out, model, revision, generation)
-    return AnalyzeForecast(**forecast(source, chosen, images))
+    source, images = source_and_images(out, model, revision, generation, variant)
+    return AnalyzeForecast(**forecast(source, chosen, images, variant))
 
 
 def _checked(options: AnalyzeOptions | None) -> AnalyzeOptions:

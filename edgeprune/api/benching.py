@@ -24,6 +24,7 @@ def bench(
     runtime: str | None = None,
     baseline: AnyPath | None = None,
     revision: str | None = None,
+    variant: str | None = None,
     repeats: int = 20,
     steps: int | None = None,
     quality: int = 0,
@@ -39,6 +40,7 @@ def bench(
             installed one that fits.
         baseline: the original, a folder or hub id; None for the model that the first folder was made from.
         revision: a branch, tag or commit of the baseline's hub id; None for its default.
+        variant: of the baseline's weights, such as fp16; None for the one that the first folder was made from.
         repeats: warm steps to time.
         steps: denoising steps of an image; None for the model's own.
         quality: shapes-world prompts per task to score images on; 0 scores none.
@@ -56,8 +58,9 @@ def bench(
         raise InputError("bench: found no folder, expected at least one")
     pairs = _pairs([Path(folder) for folder in folders], runtime, progress)
     names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]
-    original, commit = source_of(Path(folders[0])) if baseline is None else (str(baseline), None)
-    variants = bench_run.originals(resolve(original, revision or commit))
+    original, commit, made_from = source_of(Path(folders[0])) if baseline is None else (str(baseline), None, None)
+    weights = variant or made_from
+    variants = bench_run.originals(resolve(original, revision or commit, weights), weights)
     variants += [bench_run.Variant(n, folder, name) for n, (folder, name) in zip(names, pairs, strict=True)]
     return bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, progress=progress)
 

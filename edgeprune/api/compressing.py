@@ -156,6 +156,7 @@ def compress(
     options: CompressOptions | None = None,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     generation: GenerationOptions | None = None,
     quick: bool = False,
     fresh: bool = False,
@@ -169,6 +170,7 @@ def compress(
         options: of all stages; None for the preset `default`, or `quick` with `quick`. See `preset`, which trains
             another model than the built-in one only with data.
         revision: a branch, tag or commit of a hub id; None for its default. A begun folder keeps its commit.
+        variant: of the weights, such as fp16; None for the full ones, or the only ones that there are.
         generation: settings of images to change; None keeps the model's own.
         quick: a first look: the report draws few images.
         fresh: redo stages that were done with other options.
@@ -178,8 +180,8 @@ def compress(
         BudgetError: the budget cannot be met; raised before anything is computed.
         InputError: the model, the data or an option is not usable.
         MissingExtraError: a package that the metric needs is not installed.
-        StaleStageError: the folder was begun with another model or revision, or a stage was done with other options
-            and `fresh` is not set.
+        StaleStageError: the folder was begun with another model, revision or variant, or a stage was done with other
+            options and `fresh` is not set.
         LockedError: another process uses the folder.
         DiskError: the disk is full; the next call resumes.
     """
@@ -191,9 +193,9 @@ def compress(
     from edgeprune.stages.distill import amount
 
     if not is_begun(out):
-        source, images = source_and_images(out, model, revision, generation)
+        source, images = source_and_images(out, model, revision, generation, variant)
         stages.rehearse(source, images, chosen)  # before the folder is created
-    ws = open_folder(out, model, revision=revision, fresh=fresh, begin=True, generation=generation)
+    ws = open_folder(out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation)
     fit = ws.fit(chosen.plan.fit) if chosen.plan.fit else None
     ran = stages.compress(ws, chosen, progress)
     no_report = make.lacking_memory(ws)
@@ -219,6 +221,7 @@ def forecast_compress(
     options: CompressOptions | None = None,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     generation: GenerationOptions | None = None,
     quick: bool = False,
 ) -> CompressForecast:
@@ -231,7 +234,7 @@ def forecast_compress(
     chosen = _checked(model, out, options, revision, quick)
     from edgeprune.stages.compress import forecast
 
-    source, images = source_and_images(out, model, revision, generation)
+    source, images = source_and_images(out, model, revision, generation, variant)
     return CompressForecast(**forecast(source, chosen, images))
 
 

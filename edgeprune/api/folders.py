@@ -74,7 +74,8 @@ def check_model(model: AnyPath | None, revision: str | None = None) -> None:
     Raises:
         InputError: there is no such folder, or a revision of something else than a hub id was given.
     """
-    from edgeprune.artefact.resolve import check_revision, is_hub_id, resolve
+    from edgeprune.artefact.resolve import check_revision, resolve
+    from edgeprune.common.hub_cache import is_hub_id
 
     name = None if model in (None, "built-in") else str(model)
     check_revision(name, revision)
@@ -112,6 +113,7 @@ def open_folder(
     model: AnyPath | None = None,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     fresh: bool = False,
     begin: bool = False,
     generation: GenerationOptions | None = None,
@@ -122,13 +124,15 @@ def open_folder(
         out: the folder.
         model: as the user named it; None for the folder's own, or the built-in one where the folder is new.
         revision: a branch, tag or commit of a hub id; None for its default, or the folder's own without `model`.
+        variant: of the weights, such as fp16; None for the full ones, or the only ones that there are.
         fresh: redo stages that were done with other inputs.
         begin: create the folder if it does not exist.
         generation: settings of images to change; None keeps the folder's, or the model's own.
 
     Raises:
         InputError: the folder does not exist and `begin` is False, cannot be created, or is not usable.
-        StaleStageError: the folder was begun with another model or revision or, without `fresh`, with other settings.
+        StaleStageError: the folder was begun with another model, revision or variant or, without `fresh`, with other
+            settings.
         LockedError: another process uses the folder.
     """
     if not begin:
@@ -142,6 +146,7 @@ def open_folder(
             Path(out),
             None if model is None else os.fspath(model),
             revision=revision,
+            variant=variant,
             model_given=model is not None or not begun,
             fresh=fresh,
             generation=generation.given() if generation else {},
@@ -149,7 +154,11 @@ def open_folder(
 
 
 def source_and_images(
-    out: AnyPath, model: AnyPath | None, revision: str | None, generation: GenerationOptions | None
+    out: AnyPath,
+    model: AnyPath | None,
+    revision: str | None,
+    generation: GenerationOptions | None,
+    variant: str | None = None,
 ) -> tuple[Path, Generation]:
     """Return the original's folder and the settings of its images, for a forecast. A new folder is not created.
 
@@ -157,12 +166,12 @@ def source_and_images(
         InputError: the model or a setting is not usable, or the model cannot draw this size.
     """
     if model is None and is_begun(out):
-        ws = open_folder(out, revision=revision)
+        ws = open_folder(out, revision=revision, variant=variant)
         return ws.source, images_of(ws.source, ws.generation, generation)
     check_places(out, model, revision)
     from edgeprune.artefact.resolve import resolve
 
-    source = resolve(None if model is None else os.fspath(model), revision)
+    source = resolve(None if model is None else os.fspath(model), revision, variant)
     return source, images_of(source, None, generation)
 
 
@@ -181,8 +190,10 @@ def images_of(source: Path, start: Generation | None, generation: GenerationOpti
     return images
 
 
-def source_of(folder: Path) -> tuple[str | None, str | None]:
-    """Return the model that an export or artefact was made from, None for the built-in one, and its commit on the hub.
+def source_of(folder: Path) -> tuple[str | None, str | None, str | None]:
+    """Return what an export or artefact was made from: model, commit on the hub, variant of its weights.
+
+    The model is None for the built-in one.
 
     Raises:
         InputError: the folder does not name it.
@@ -192,7 +203,8 @@ def source_of(folder: Path) -> tuple[str | None, str | None]:
     for name in ("edgeprune_export.json", "edgeprune.json"):
         if (folder / name).is_file():
             record = read_json(folder / name)
-            source, commit = record.get("source"), record.get("commit")
+            source, *rest = (record.get(name) for name in ("source", "commit", "variant"))
             if isinstance(source, str):
-                return None if source == "built-in" else source, commit if isinstance(commit, str) else None
+                commit, variant = (value if isinstance(value, str) else None for value in rest)
+                return None if source == "built-in" else source, commit, variant
     raise InputError(f"{folder}: does not say what it was made from; give --baseline")

@@ -56,6 +56,7 @@ def score(
     *,
     against: AnyPath | None = None,
     revision: str | None = None,
+    variant: str | None = None,
     weights: Mapping[str, str] | None = None,
     prompts: AnyPath | None = None,
     per_task: int | None = None,
@@ -72,6 +73,7 @@ def score(
         metrics: names: clip, geneval, hpsv2, lpips, psnr, shapes, ssim.
         against: the original: a model folder, a hub id, `built-in`, or a folder of images of the same prompts.
         revision: a branch, tag or commit of the hub id that `folder` or `against` is; None for its default.
+        variant: of the weights of an original that is drawn, such as fp16; None for the full ones, or the only ones.
         weights: paths of the metrics' weights by name.
         prompts: a text file with one prompt per line; None for the metric's own prompts, else 100 held-out captions.
         per_task: geneval and shapes: number of prompts of each task; None for all.
@@ -96,7 +98,9 @@ def score(
 
     paths = dict(weights or {})
     scoring.check(metrics, paths, against is not None)
-    places = {n: _images_or_model(m, at.get(m)) for n, m in zip(("images", "original"), models, strict=False)}
+    places = {n: _images_or_model(m, at.get(m), variant) for n, m in zip(("images", "original"), models, strict=False)}
+    if variant and not any(map(_is_original, places.values())):
+        raise InputError(f"--variant {variant}: found no original among {' and '.join(map(str, models))}, expected one")
     ready = [path for path in places.values() if scoring.is_images(path)]
     if ready and (prompts or per_task or seeds > 1):
         raise InputError(f"{ready[0]} already has prompts; omit --prompts, --per-task and --seeds")
@@ -105,7 +109,7 @@ def score(
         wishes = _wishes_of(ready[0], metrics)
     else:
         wishes = scoring.wishes(metrics, prompts=file, per_task=per_task, seeds=seeds)
-    scores = _drawn_and_scored(places, ready, wishes, metrics, paths, runtime, steps, out, progress)
+    scores = _drawn_and_scored(places, ready, wishes, metrics, paths, runtime, steps, out, progress, variant)
     return Scored(
         scores=tuple(scores),
         folder=str(folder),
@@ -138,6 +142,7 @@ def _drawn_and_scored(
     steps: int | None,
     out: AnyPath | None,
     progress: Progress,
+    variant: str | None,
 ) -> list[Score]:
     """Draw the images that do not exist yet, and score all."""
     from edgeprune.data.imagefolder import read_samples
@@ -151,7 +156,7 @@ def _drawn_and_scored(
                 # The runtime is about the export; its original is a diffusers folder.
                 scoring.draw(
                     place, kept / name, wishes, runtime=runtime if name == "images" else None, steps=steps,
-                    progress=progress,
+                    variant=variant if _is_original(place) else None, progress=progress,
                 )  # fmt: skip
                 folders[name] = kept / name
         samples = {name: read_samples(folder) for name, folder in folders.items()}
@@ -174,7 +179,13 @@ def _revisions(models: Sequence[AnyPath], revision: str | None) -> dict[AnyPath,
     return {hub_ids[0]: revision}
 
 
-def _images_or_model(model: AnyPath, revision: str | None) -> Path:
+def _is_original(folder: Path) -> bool:
+    """Return whether this is a diffusers folder that edgeprune did not write."""
+    made = any((folder / name).is_file() for name in ("edgeprune.json", "edgeprune_export.json"))
+    return (folder / "model_index.json").is_file() and not made
+
+
+def _images_or_model(model: AnyPath, revision: str | None, variant: str | None) -> Path:
     """Return the folder of images or of a model that the user named; `built-in` is the built-in model."""
     folder = Path(model)
     if folder.is_dir():
@@ -185,7 +196,11 @@ def _images_or_model(model: AnyPath, revision: str | None) -> Path:
                 f"{folder}: found none of {METADATA} (images with their prompts), edgeprune_export.json (an export), "
                 "model_index.json (a diffusers pipeline), expected one"
             )
+        if _is_original(folder):
+            from edgeprune.residency.model_files import check_variant
+
+            check_variant(folder, variant)
         return folder
     from edgeprune.artefact.resolve import resolve
 
-    return resolve(None if str(model) == "built-in" else str(model), revision)
+    return resolve(None if str(model) == "built-in" else str(model), revision, variant)

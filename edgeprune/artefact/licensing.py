@@ -9,22 +9,23 @@ from __future__ import annotations
 import fnmatch
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from edgeprune.artefact.manifest import MANIFEST
-from edgeprune.artefact.resolve import UNSAFE, is_hub_id
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import cannot_write, inside, read_json
+from edgeprune.common.hub_cache import is_hub_id
+from edgeprune.residency.model_files import UNSAFE
 
+CARD = "README.md"
 KEYS = ("license", "license_name", "license_link", "base_model")
 """Fields of a model card's front matter, with the hub's names."""
 NESTED = "licenses"
 """The folder for the license files of a pipeline's parts: licenses/text_encoder/LICENSE."""
 Fields = dict[str, str | list[str]]
 
-_CARD = "README.md"
 _NAME = re.compile(
     r"licen[cs]e|copying|copyright|notice|attribution|polic(y|ies)|acceptable.?use|terms|(^|[^a-z])aup([^a-z]|$)", re.I
 )
@@ -47,7 +48,7 @@ def files(folder: Path) -> dict[str, Path]:
     """
     found = {path.name: path for path in sorted(folder.glob("*")) if _is_license(path)}
     link = _card(folder).get("license_link")
-    if isinstance(link, str) and "/" not in link and link != _CARD and _is_text(folder / link):
+    if isinstance(link, str) and "/" not in link and link != CARD and _is_text(folder / link):
         found[link] = folder / link
     for root in (folder / NESTED, folder):
         for path in sorted(root.glob("*/*")):
@@ -57,13 +58,32 @@ def files(folder: Path) -> dict[str, Path]:
     return {name: inside(folder, str(path.relative_to(folder)), "link") for name, path in found.items()}
 
 
+def among(folder: Path, paths: Iterable[str]) -> list[str]:
+    """Return the card and the license files among the paths of a repository.
+
+    Args:
+        folder: holds the card, if there is one.
+    """
+    link = _card(folder).get("license_link")
+    top = {path for path in paths if "/" not in path and (_is_name(path) or path in (CARD, link) and _is_plain(path))}
+    below = [path.split("/") for path in paths if path.count("/") == 1]
+    return sorted(top | {f"{part}/{name}" for part, name in below if _PART.fullmatch(part) and _is_name(name)})
+
+
 def _is_license(path: Path) -> bool:
-    return _NAME.search(path.name) is not None and _is_text(path)
+    return _is_name(path.name) and _is_text(path)
+
+
+def _is_name(name: str) -> bool:
+    return _NAME.search(name) is not None and _is_plain(name)
+
+
+def _is_plain(name: str) -> bool:
+    return not any(fnmatch.fnmatch(name.lower(), pattern) for pattern in _NEVER) and _PLAIN.fullmatch(name) is not None
 
 
 def _is_text(path: Path) -> bool:
-    never = any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in _NEVER)
-    return not never and _PLAIN.fullmatch(path.name) is not None and path.is_file() and path.stat().st_size <= _LARGEST
+    return _is_plain(path.name) and path.is_file() and path.stat().st_size <= _LARGEST
 
 
 def copy(source: Path, folder: Path) -> None:
@@ -112,13 +132,13 @@ def read(folder: Path, named: str = "") -> Fields:
 
 def _card(folder: Path) -> Fields:
     """Return the usable fields of a card's front matter; none if there is no card or it is damaged."""
-    path = folder / _CARD
+    path = folder / CARD
     if not _is_text(path):
         return {}
     from huggingface_hub import metadata_load  # yaml.safe_load
 
     try:
-        return usable(metadata_load(inside(folder, _CARD, "link")))
+        return usable(metadata_load(inside(folder, CARD, "link")))
     except InputError:
         raise
     except Exception:  # what YAML's parser raises has no common base

@@ -25,6 +25,7 @@ from edgeprune.common.files import is_out_of_memory
 from edgeprune.families import CHANGED, family_of, family_of_model
 from edgeprune.families.encoders import read_index
 from edgeprune.quantization.quantize import prepare
+from edgeprune.residency.model_files import parts_of, weights_of
 from edgeprune.residency.stored import StoredTransformer
 from edgeprune.residency.weights import Weights
 
@@ -47,23 +48,27 @@ def readable(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot be loaded ({type(error).__name__}: {text[:300]})") from error
 
 
-def load_transformer(folder: Path, *, quantized: bool, dtype: torch.dtype = torch.float32) -> Any:
+def load_transformer(
+    folder: Path, *, quantized: bool, dtype: torch.dtype = torch.float32, variant: str | None = None
+) -> Any:
     """Return the transformer of an artefact or an original folder, in memory.
 
     Args:
         quantized: load `transformer_int4/`; packed integers stay integers, everything else becomes `dtype`.
+        variant: of an original's weights, see residency/model_files.py.
 
     Raises:
         InputError: files are missing, damaged or do not fit.
     """
-    return open_transformer(folder, quantized=quantized).load(dtype)
+    return open_transformer(folder, quantized=quantized, variant=variant).load(dtype)
 
 
-def open_transformer(folder: Path, *, quantized: bool) -> StoredTransformer:
+def open_transformer(folder: Path, *, quantized: bool, variant: str | None = None) -> StoredTransformer:
     """Return the transformer of an artefact or an original folder, with its weights left on disk.
 
     Args:
         quantized: open `transformer_int4/`.
+        variant: of an original's weights, see residency/model_files.py.
 
     Raises:
         InputError: files are missing, damaged or do not fit.
@@ -90,26 +95,38 @@ def open_transformer(folder: Path, *, quantized: bool) -> StoredTransformer:
         model = structure(family, config, plan) if plan else family.build(config, every, frozenset())
     if quantized and manifest:
         prepare(family, model, group_size=manifest.group_size or 64)
-    return StoredTransformer(family, model, Weights(folder / subfolder))
+    return StoredTransformer(family, model, Weights(folder / subfolder, variant))
 
 
-def load(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32, *, quantized: bool | None = None) -> Any:
+def load(
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    *,
+    quantized: bool | None = None,
+    variant: str | None = None,
+) -> Any:
     """Return a diffusers pipeline of an artefact or an original folder.
 
     Args:
         quantized: use the INT4 transformer; by default if there is one.
+        variant: of an original's weights, such as fp16; None for the full ones, or the only ones that there are.
 
     Raises:
         InputError: files are missing, damaged or do not fit.
     """
     root = Path(folder)
     use_int4 = (root / INT4).is_dir() if quantized is None else quantized
-    transformer = load_transformer(root, quantized=use_int4, dtype=dtype)
-    return load_pipeline(root, transformer, dtype)
+    transformer = load_transformer(root, quantized=use_int4, dtype=dtype, variant=variant)
+    return load_pipeline(root, transformer, dtype, variant=variant)
 
 
-def load_pipeline(folder: Path, transformer: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
+def load_pipeline(
+    folder: Path, transformer: nn.Module, dtype: torch.dtype = torch.float32, *, variant: str | None = None
+) -> Any:
     """Return the folder's pipeline around a loaded transformer. Never runs code or pickles of the folder.
+
+    Args:
+        variant: of the other parts' weights, see residency/model_files.py.
 
     Raises:
         InputError: files are missing, damaged or do not fit the transformer.
@@ -124,10 +141,27 @@ def load_pipeline(folder: Path, transformer: nn.Module, dtype: torch.dtype = tor
         import diffusers  # here, because transformers logs advice when its pipelines are imported
 
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
-            folder, transformer=transformer, use_safetensors=True, local_files_only=True, **_dtype(dtype), **absent
-        )
+            folder, transformer=transformer, use_safetensors=True, local_files_only=True, **_dtype(dtype), **absent,
+            **_variants(folder, index, dtype, variant),
+        )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _variants(folder: Path, index: dict[str, Any], dtype: torch.dtype, wish: str | None) -> dict[str, Any]:
+    """Load the parts whose weights are a variant. diffusers would need one variant that all parts have."""
+    import diffusers
+    import transformers
+
+    out = {}
+    for name in parts_of(index):
+        found = weights_of(folder / name, wish) if name != HALF else None
+        if found and found.variant:
+            library, kind = index[name]
+            load = getattr(diffusers if library == "diffusers" else transformers, kind).from_pretrained
+            part = load(folder / name, variant=found.variant, use_safetensors=True, local_files_only=True)
+            out[name] = part.to(dtype)
+    return out
 
 
 def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -50,6 +50,8 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
     revision: str | None = None
     """The branch, tag or commit of a hub model that the user asked for; None for the default."""
+    variant: str | None = None
+    """The variant of the weights that the user asked for; None for the default."""
     commit: str | None = None
     """The commit of the hub model that it was when the folder was begun."""
 
@@ -82,7 +84,7 @@ class Manifest:
             real_number(stage, "seconds", f"{path}: stages: {shown(name)}", least=0, most=_LONGEST_S)
         if manifest.group_size is not None:
             whole_number(data, "group_size", path)
-        for name in ("revision", "commit"):
+        for name in ("revision", "variant", "commit"):
             if not isinstance(value := getattr(manifest, name), (str, NoneType)):
                 raise InputError(f"{path}: {name}: found {shown(value)}, expected text or null")
         if not isinstance(manifest.plan, (dict, NoneType)):
@@ -93,7 +95,7 @@ class Manifest:
         """Write the manifest with the versions of the installed tools."""
         names = ("torch", "diffusers", "transformers", "nncf", "safetensors", "numpy")
         self.tools = {"edgeprune": VERSION} | {n: metadata.version(n) for n in names}
-        absent = {name for name in ("revision", "commit") if getattr(self, name) is None}
+        absent = {name for name in ("revision", "variant", "commit") if getattr(self, name) is None}
         write_json(folder / MANIFEST, {k: v for k, v in asdict(self).items() if k not in absent})
 
     def hash_files(self, folder: Path, entry: str) -> None:

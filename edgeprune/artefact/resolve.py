@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from edgeprune.artefact.fetch import fetch
 from edgeprune.artefact.manifest import HALF
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import check_links, read_json
+from edgeprune.common.hub_cache import is_hub_id
 from edgeprune.families import Config, Family, family_of
+from edgeprune.residency.model_files import check_variant
 
 BUILTIN = Path(__file__).parents[1] / "demo" / "assets" / "teacher"
-UNSAFE = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack")
-"""Patterns of code and pickles, which are neither downloaded nor copied."""
 
 
-def is_hub_id(model: str) -> bool:
-    """Return whether a name has the form owner/name. A folder can have such a name, too."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not model.startswith(".")
-
-
-def resolve(model: str | None, revision: str | None = None) -> Path:
+def resolve(model: str | None, revision: str | None = None, variant: str | None = None) -> Path:
     """Return the local folder of a model: a hub id's snapshot, a folder itself, or for None the built-in model's.
 
     Args:
         model: as the user named it.
         revision: a branch, tag or commit of a hub id; None for the repository's default.
+        variant: of the weights, such as fp16; None for the full ones, or the only ones that there are.
 
     Raises:
-        InputError: there is no such folder, and it is not a hub id that can be downloaded; or it is not a hub id, and
-            a revision was given.
+        InputError: there is no such folder, and it is not a hub id that can be downloaded; it is not a hub id, and a
+            revision was given; or it has no weights of this variant.
+        DiskError: the disk has less room than the download needs.
     """
     check_revision(model, revision)
     if model is None:
@@ -38,22 +35,17 @@ def resolve(model: str | None, revision: str | None = None) -> Path:
             raise InputError(
                 f"{BUILTIN}: the built-in model is missing; reinstall, or train it: python -m edgeprune.demo.train"
             )
+        check_variant(BUILTIN, variant)
         return BUILTIN
     folder = Path(model)
     if folder.is_dir():
+        check_variant(folder, variant)
         return folder
     if folder.exists():
         raise InputError(f"{model}: found a file, expected a folder")
     if not is_hub_id(model):
         raise InputError(f"{model}: no such folder; expected a diffusers folder or a hub id like owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=list(UNSAFE)))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        at = f" at revision {revision}" if revision else ""
-        raise InputError(f"{model}: no such folder, and not available from the hub{at} ({reason})") from error
+    return fetch(model, revision, variant)
 
 
 def check_revision(model: str | None, revision: str | None) -> None:

@@ -12,12 +12,11 @@ from pathlib import Path
 
 from edgeprune.artefact import licensing
 from edgeprune.artefact.manifest import HALF
-from edgeprune.artefact.resolve import UNSAFE
 from edgeprune.common import heap
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import (
     UNFINISHED,
-    copy_folder,
+    cannot_write,
     need_space,
     read_json,
     replace_folder,
@@ -27,7 +26,8 @@ from edgeprune.common.files import (
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
 from edgeprune.families import Config
-from edgeprune.families.encoders import is_present, read_index
+from edgeprune.families.encoders import read_index
+from edgeprune.residency.model_files import part_files, parts_of, weights_of, without_variant
 from edgeprune.residency.shards import ShardWriter, Speed, group_into_shards, has_mark
 from edgeprune.residency.weights import Weights
 
@@ -121,7 +121,36 @@ def complete_tokenizer(folder: Path) -> None:
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
 
 
-def copy_surroundings(source: Path, folder: Path) -> None:
+def copy_part(source: Path, target: Path, variant: str | None = None) -> None:
+    """Copy the files of one part of a pipeline that are the model; its weights get the names of full weights.
+
+    Stock diffusers then loads them without being told of a variant.
+
+    Args:
+        source: the part's folder.
+        target: a new folder.
+        variant: of the weights, see model_files.py.
+
+    Raises:
+        InputError: an index of shards is damaged.
+        DiskError: a file cannot be written, or the disk is full.
+    """
+    weights = weights_of(source, variant)
+    target.mkdir(parents=True)
+    for path in part_files(source, variant):
+        to = target / without_variant(path.name)
+        try:
+            if weights and path.name == weights.index:
+                index = read_json(path)
+                files = {tensor: without_variant(file) for tensor, file in index["weight_map"].items()}
+                write_json(to, index | {"weight_map": files})
+            else:
+                shutil.copyfile(path, to)
+        except OSError as error:
+            raise cannot_write(to, error) from error
+
+
+def copy_surroundings(source: Path, folder: Path, variant: str | None = None) -> None:
     """Copy everything of a pipeline but its transformer: encoders, tokenizers, VAE, scheduler, license files.
 
     Raises:
@@ -130,14 +159,14 @@ def copy_surroundings(source: Path, folder: Path) -> None:
     """
     index = read_index(source)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in index:
-        if name.startswith("_") or name == HALF or not is_present(index, name):
+    for name in parts_of(index):
+        if name == HALF:
             continue
         if not (source / name).is_dir():
             raise InputError(f"{source / 'model_index.json'}: {name}: no such folder, but the index lists it")
         temporary = folder / f"{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        copy_folder(source / name, temporary, *UNSAFE)
+        copy_part(source / name, temporary, variant)
         complete_tokenizer(temporary)
         replace_folder(temporary, folder / name)
     licensing.copy(source, folder)

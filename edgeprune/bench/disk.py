@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
 
 from edgeprune.common.errors import InputError
+from edgeprune.residency.model_files import weights_of
 
 _BYTES_PER_WEIGHT = {"bf16": 2, "fp32": 4}
 
 
-def disk_bytes(folder: Path) -> dict[str, int]:
-    """Return transformer_disk_bytes and total_disk_bytes of the files that generation reads."""
-    transformer = sum(p.stat().st_size for p in _weight_files(_transformer(folder)))
+def disk_bytes(folder: Path, variant: str | None = None) -> dict[str, int]:
+    """Return transformer_disk_bytes and total_disk_bytes of the files that generation reads; `variant` of weights."""
+    transformer = sum(p.stat().st_size for p in _weight_files(_transformer(folder), variant))
     # Generation does not read an artefact's half-precision transformer where there is an INT4 one.
     skipped = ("transformer", "transformer_int4", "cache")
     others = [d for d in folder.iterdir() if d.is_dir() and d.name not in skipped]
-    rest = sum(p.stat().st_size for d in others for p in _weight_files(d))
+    rest = sum(p.stat().st_size for d in others for p in _weight_files(d, variant))
     return {"transformer_disk_bytes": transformer, "total_disk_bytes": transformer + rest}
 
 
-def weights_bytes(folder: Path, precision: str) -> int:
+def weights_bytes(folder: Path, precision: str, variant: str | None = None) -> int:
     """Return the bytes of the transformer's weights in the precision that computes; files may hold another one.
 
     Raises:
         InputError: a safetensors file is damaged.
     """
-    files = _weight_files(_transformer(folder))
+    files = _weight_files(_transformer(folder), variant)
     if precision not in _BYTES_PER_WEIGHT or any(p.suffix != ".safetensors" for p in files):
         return sum(p.stat().st_size for p in files)
     return sum(_weight_count(p) for p in files) * _BYTES_PER_WEIGHT[precision]
@@ -39,11 +39,12 @@ def _transformer(folder: Path) -> Path:
     return packed if packed.is_dir() else folder / "transformer"
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that a component's runtime loads: an export's, or safetensors without half-precision copies."""
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Return the files that a component's runtime loads: an export's, or one variant of safetensors."""
     patterns = ("model.onnx*", "openvino_model.*", "model.engine", "*.mlpackage/**/weight.bin")
     exported = [p for pattern in patterns for p in folder.glob(pattern) if p.is_file()]
-    return exported or [p for p in folder.glob("*.safetensors") if not re.search(r"\.(fp16|bf16)\b", p.name)]
+    weights = None if exported else weights_of(folder, variant)
+    return exported or [folder / name for name in (weights.files if weights else ())]
 
 
 def _weight_count(path: Path) -> int:

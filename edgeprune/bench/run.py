@@ -57,9 +57,16 @@ class Variant:
     """Whether it competes with others to be the reference: the fastest of these is, the first of a tie."""
 
 
-def originals(folder: Path) -> list[Variant]:
-    """Return the original in torch in bf16 and in float32, the candidates for the reference."""
-    return [Variant(f"{ORIGINAL}-{dtype}", folder, "eager", dtype, original=True) for dtype in ("bf16", "fp32")]
+def originals(folder: Path, weights: str | None = None) -> list[Variant]:
+    """Return the original in torch in bf16 and in float32, the candidates for the reference.
+
+    Args:
+        weights: the variant of the weights, such as fp16; None for the default.
+    """
+    options = {} if weights is None else {"variant": weights}
+    return [
+        Variant(f"{ORIGINAL}-{dtype}", folder, "eager", dtype, options, original=True) for dtype in ("bf16", "fp32")
+    ]
 
 
 def _silent(_: str) -> None:
@@ -235,8 +242,8 @@ def _worker(variant: Variant, spec: dict[str, Any], progress: Log) -> dict[str, 
 
 def _measured(variant: Variant, reply: dict[str, Any], bandwidth: float, quality: Quality | None) -> Measured:
     values: dict[str, float | int | None] = {k: reply[k] for k in MEASURES if k in reply}
-    values |= disk_bytes(variant.folder)
-    weights = weights_bytes(variant.folder, reply["precision"])
+    values |= disk_bytes(variant.folder, variant.options.get("variant"))
+    weights = weights_bytes(variant.folder, reply["precision"], variant.options.get("variant"))
     values["transformer_weights_bytes"] = weights
     values["peak_above_runtime_bytes"] = _above(values["peak_bytes"], values["runtime_overhead_bytes"])
     values["step_floor_s"] = weights / bandwidth

@@ -19,6 +19,7 @@ EPILOG = "Example: edgeprune analyze -o small --joint  ·  edgeprune analyze ./s
 def analyze(
     model: options.Model = None,
     revision: options.Revision = None,
+    variant: options.Variant = None,
     out: options.Out = Path("compressed"),
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Time one evaluation, show the expected cost and stop.")
@@ -74,11 +75,22 @@ def analyze(
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
     if dry_run:
-        numbers = api.forecast_analyze(model, out, chosen, revision=revision, generation=generation).to_json()
+        numbers = api.forecast_analyze(
+            model, out, chosen, revision=revision, variant=variant, generation=generation
+        ).to_json()
         remark = "measured on one sample here, with float32 weights; batches take less time per sample"
         return screen.show_forecast(numbers, remark, as_json)
     with screen.bars() as progress:
-        done = api.analyze(model, out, chosen, revision=revision, generation=generation, fresh=fresh, progress=progress)
+        done = api.analyze(
+            model,
+            out,
+            chosen,
+            revision=revision,
+            variant=variant,
+            generation=generation,
+            fresh=fresh,
+            progress=progress,
+        )
     _show(done, as_json)
 
 

@@ -36,6 +36,7 @@ def bench(
         ),
     ] = None,
     revision: options.Revision = None,
+    variant: options.Variant = None,
     repeats: Annotated[int, typer.Option(min=1, help="Number of warm steps to time.")] = 20,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps of an image.", show_default="the model's own")
@@ -67,8 +68,8 @@ def bench(
     for expression in check or []:
         assertions.parse_expression(expression)
     result = api.bench(
-        folders, runtime=runtime, baseline=baseline, revision=revision, repeats=repeats, steps=steps, quality=quality,
-        progress=lambda what, *_: screen.say(what),
+        folders, runtime=runtime, baseline=baseline, revision=revision, variant=variant, repeats=repeats,
+        steps=steps, quality=quality, progress=lambda what, *_: screen.say(what),
     )  # fmt: skip
     Console().print(tables.table(result))
     if json_file:

@@ -37,6 +37,7 @@ def cache(
         ),
     ] = None,
     revision: options.Revision = None,
+    variant: options.Variant = None,
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to create, or to resume if it exists.")
     ] = Path("cache"),
@@ -72,7 +73,7 @@ def cache(
     from edgeprune.sampling.generation import GenerationOptions
 
     check_source(source, "SOURCE")
-    folder = resolve(model, revision)
+    folder = resolve(model, revision, variant)
     read_config(folder)  # refuses models that are not MMDiTs
     images = images_of(folder, None, GenerationOptions(inference_steps, guidance_scale, height, width))
     chosen = CacheOptions(source=source, samples=samples, buckets=buckets, half=half)
@@ -84,24 +85,28 @@ def cache(
         if as_json:
             screen.print_json(expected)
         return
-    settings = settings_of(folder, images, chosen)
+    settings = settings_of(folder, images, chosen, variant=variant)
     with hold(out / LOCK, out), screen.bars() as progress:
         made = encode.make_cache(
-            lambda: _pipeline(folder, drawn=is_drawn(source)),
+            lambda: _pipeline(folder, variant, drawn=is_drawn(source)),
             folder, out, settings, images, chosen, workers=workers or WORKERS,
             progress=lambda done, total, note: progress("cache", done, total, note),
         )  # fmt: skip
     _show(encode.summary(made), out, bool(made.samples), as_json)
 
 
-def _pipeline(folder: Path, *, drawn: bool) -> Any:
+def _pipeline(folder: Path, variant: str | None, *, drawn: bool) -> Any:
     """Load what encodes the data: the encoders, and the transformer as well if the images are drawn."""
     import torch
 
     from edgeprune.artefact.loading import load_pipeline, load_transformer
     from edgeprune.stages.original import load_encoders
 
-    pipe = load_pipeline(folder, load_transformer(folder, quantized=False)) if drawn else load_encoders(folder)
+    if drawn:
+        transformer = load_transformer(folder, quantized=False, variant=variant)
+        pipe = load_pipeline(folder, transformer, variant=variant)
+    else:
+        pipe = load_encoders(folder, variant)
     return pipe.to("cuda") if torch.cuda.is_available() else pipe
 
 

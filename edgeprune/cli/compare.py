@@ -27,6 +27,7 @@ def grids() -> Iterable[str]:
 def compare(
     model: options.Model = None,
     revision: options.Revision = None,
+    variant: options.Variant = None,
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to create, or to resume if it exists.")
     ] = Path("compare"),
@@ -82,7 +83,7 @@ def compare(
     check_places(original, model, revision)
     if data:
         check_source(data)
-    ws = open_folder(original, model, revision=revision) if is_begun(original) else None
+    ws = open_folder(original, model, revision=revision, variant=variant) if is_begun(original) else None
     builtin = ws.builtin if ws else model is None
     name, paths = metric or ("shapes" if builtin else "velocity"), parse_weights(weights or [])
     check_analysis(name, paths)
@@ -92,9 +93,10 @@ def compare(
     split = Split.TUNING if tune else Split.HELD_OUT
     texts = comparison.prompts_to_score(builtin, prompts, per_task, name, split)
     if dry_run:
-        numbers = comparison.forecast_grid(ws.source if ws else resolve(model, revision), rows, len(texts), name)
+        source = ws.source if ws else resolve(model, revision, variant)
+        numbers = comparison.forecast_grid(source, rows, len(texts), name, ws.variant if ws else variant)
         return screen.show_forecast(numbers, screen.FLOORS, as_json)
-    ws = ws or open_folder(original, model, revision=revision, begin=True)
+    ws = ws or open_folder(original, model, revision=revision, variant=variant, begin=True)
     with screen.bars() as progress:
         summary = comparison.compare(ws, rows, name, texts, out, progress, weights=paths, split=split)
     written = compare_page.write(summary, out)

@@ -34,6 +34,7 @@ Steps = Annotated[
 def compress(
     model: options.Model = None,
     revision: options.Revision = None,
+    variant: options.Variant = None,
     out: options.Out = Path("compressed"),
     preset: Annotated[
         str, choices.choice(names=lambda: options.PRESETS, help="Where all other options start. quick is a first look.")
@@ -86,12 +87,14 @@ def compress(
 
         screen.say(f"not distilled: {GIVE_DATA}")
     if dry_run:
-        numbers = api.forecast_compress(model, out, chosen, revision=revision, generation=generation).to_json()
+        numbers = api.forecast_compress(
+            model, out, chosen, revision=revision, variant=variant, generation=generation
+        ).to_json()
         return screen.show_forecast(numbers, screen.FLOORS, as_json)
     with screen.bars() as progress:
         done = api.compress(
-            model, out, chosen, revision=revision, generation=generation, quick=preset == "quick", fresh=fresh,
-            progress=progress,
+            model, out, chosen, revision=revision, variant=variant, generation=generation,
+            quick=preset == "quick", fresh=fresh, progress=progress,
         )  # fmt: skip
     _show(done, as_json)
 

@@ -45,6 +45,14 @@ Revision = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Branch, tag or commit of the hub id.", show_default="its default branch"),
 ]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Variant of the original's weights, such as fp16.",
+        show_default="the full weights, or the only ones that there are",
+    ),
+]
 Out = Annotated[
     Path, typer.Option("-o", "--out", metavar="DIR", help="Artefact folder to create, or to resume if it exists.")
 ]

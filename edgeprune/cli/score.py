@@ -39,6 +39,7 @@ def score(
     ],
     against: Against = None,
     revision: options.Revision = None,
+    variant: options.Variant = None,
     weights: Annotated[list[str] | None, options.weights_of_metrics()] = None,
     prompts: Annotated[
         Path | None,
@@ -69,8 +70,9 @@ def score(
 
     with screen.bars() as progress:
         done = api.score(
-            folder, metric, against=against, revision=revision, weights=parse_weights(weights or []), prompts=prompts,
-            per_task=per_task, seeds=seeds, runtime=runtime, steps=steps, out=out, progress=progress,
+            folder, metric, against=against, revision=revision, variant=variant,
+            weights=parse_weights(weights or []), prompts=prompts, per_task=per_task, seeds=seeds, runtime=runtime,
+            steps=steps, out=out, progress=progress,
         )  # fmt: skip
     screen.table(scoring.rows(done.scores))
     count, texts = done.scores[0].images, len(done.scores[0].prompts)

@@ -1,4 +1,4 @@
-"""The layout of huggingface_hub's cache, recognised from paths alone.
+"""The names of repositories on the hub, and the layout of huggingface_hub's cache, recognised from paths alone.
 
     CACHE/models--OWNER--NAME/snapshots/REVISION/vae/config.json -> ../../../blobs/HASH
     CACHE/models--OWNER--NAME/blobs/HASH                         a file, or since huggingface_hub 2 a symlink:
@@ -35,6 +35,11 @@ def stores(folder: Path) -> list[Path]:
                 is_shared = (shared / SHARED_MARKER).is_file()
                 return [repository.resolve() / "blobs", *([shared] if is_shared else [])]
     return []
+
+
+def is_hub_id(model: str) -> bool:
+    """Return whether a name has the form owner/name. A folder can have such a name, too."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not model.startswith(".")
 
 
 def commit_of(folder: Path) -> str | None:

@@ -29,6 +29,7 @@ from edgeprune.metrics import Metric, evaluations, of_pipeline, tasks_of
 from edgeprune.metrics.scoring import CAPTIONS
 from edgeprune.quantization.precision import footprint
 from edgeprune.report.steps import step_times
+from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import prompts as shipped_prompts
 from edgeprune.sampling.prompts import read_prompts
@@ -74,7 +75,7 @@ def check_rows(grid: Grid, *, builtin: bool) -> None:
         row.options.check_data(builtin=builtin)
 
 
-def forecast_grid(source: Path, grid: Grid, prompts: int, metric: str) -> dict[str, Any]:
+def forecast_grid(source: Path, grid: Grid, prompts: int, metric: str, variant: str | None = None) -> dict[str, Any]:
     """Return what a grid costs, from configs alone: runs, training steps, lower bounds of time, bytes written.
 
     `forecast` in stages/compress.py describes the fields.
@@ -86,7 +87,7 @@ def forecast_grid(source: Path, grid: Grid, prompts: int, metric: str) -> dict[s
     first, runs = forecasts[0][1], sum(seeds for seeds, _ in forecasts)
     per_step = 2 if family.guided(config, generation.guidance_scale) else 1
     scored = (runs + 1) * evaluations(metric, generation, prompts, per_step)
-    copied = sum(p.stat().st_size for p in source.rglob("*") if p.is_file() and p.parent.name != HALF)
+    copied = sum(p.stat().st_size for p in model_files(source, variant) if p.parent.name != HALF)
     trained = [costs for _, costs in forecasts if costs["distill_steps"]]
     return {
         "rows": len(forecasts),

@@ -29,6 +29,7 @@ from edgeprune.common.files import check_schema, digest, inside, read_json, sha2
 from edgeprune.data.pairs import Pairs, Samples
 from edgeprune.families import Config, Family
 from edgeprune.families.encoders import is_present, read_index
+from edgeprune.residency.model_files import part_files
 from edgeprune.residency.weights import header
 from edgeprune.sampling.generation import Generation
 
@@ -170,7 +171,12 @@ def is_cache(source: str) -> bool:
 
 
 def made_by(
-    source: Path, generation: Generation, *, drawn: bool, sha256: Callable[[Path], str] = sha256_file
+    source: Path,
+    generation: Generation,
+    *,
+    drawn: bool,
+    sha256: Callable[[Path], str] = sha256_file,
+    variant: str | None = None,
 ) -> Settings:
     """Return what encoded data depends on: hashes of text encoders, tokenizers and VAE, image size, text length.
 
@@ -180,13 +186,14 @@ def made_by(
         source: the pipeline's folder.
         drawn: the model generates the images, so they also depend on its transformer and its sampling settings.
         sha256: hashes a file.
+        variant: of the weights, see residency/model_files.py.
     """
     components = [n for n, entry in read_index(source).items() if isinstance(entry, list) and is_present({n: entry}, n)]
     encoders = ("text_encoder", "tokenizer", "vae") + (("transformer", "scheduler") if drawn else ())
     out: Settings = {}
     for name in sorted(components):
         if name.startswith(encoders):
-            paths = sorted(p for p in (source / name).rglob("*") if p.is_file() and p.suffix in _HASHED)
+            paths = [p for p in part_files(source / name, variant) if p.suffix in _HASHED]
             known = name.startswith(("tokenizer", "scheduler")) or any(p.suffix == ".safetensors" for p in paths)
             out[name] = digest([(p.relative_to(source).as_posix(), sha256(p)) for p in paths]) if known else None
     names = ["height", "width", "max_sequence_length"]

@@ -111,13 +111,18 @@ def _unknown(source: str, option: str) -> InputError:
 
 
 def settings_of(
-    folder: Path, generation: Generation, options: CacheOptions, sha256: Callable[[Path], str] = sha256_file
+    folder: Path,
+    generation: Generation,
+    options: CacheOptions,
+    sha256: Callable[[Path], str] = sha256_file,
+    variant: str | None = None,
 ) -> Settings:
     """Return everything that the bytes of a cache depend on.
 
     Args:
         folder: the pipeline's folder.
         sha256: hashes a file; it may cache its results.
+        variant: of the weights, see residency/model_files.py.
 
     Raises:
         InputError: the source is unknown or is a cache itself, or buckets are requested for images that the model
@@ -130,7 +135,7 @@ def settings_of(
         raise InputError("--buckets: images that the model makes are of one size; omit it, or give images")
     complete = layout is not None and not layout.STREAMED
     size = sample_bytes(folder, generation, half=options.half)
-    return made_by(folder, generation, drawn=drawn, sha256=sha256) | {
+    return made_by(folder, generation, drawn=drawn, sha256=sha256, variant=variant) | {
         "source": options.source,
         "content": content,
         **({} if complete else {"samples": options.samples}),

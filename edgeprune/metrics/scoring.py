@@ -120,6 +120,7 @@ def draw(
     *,
     runtime: str | None = None,
     steps: int | None = None,
+    variant: str | None = None,
     progress: Progress = silent,
 ) -> None:
     """Generate a model's images with any runtime into a folder with metadata. Existing images are kept.
@@ -130,13 +131,15 @@ def draw(
         wanted: the images to generate, in this order.
         runtime: the runtime's name; None to choose by the folder.
         steps: the number of denoising steps; None for the folder's default.
+        variant: of an original's weights, see residency/model_files.py.
         progress: called after each batch.
 
     Raises:
         InputError: `out` holds images of another model, other prompts or settings; or `model` is not usable.
     """
     chosen = runtimes.choose(model, runtime)
-    settings = {"model": _identity(model), "runtime": chosen, "steps": steps}
+    options = {} if variant is None else {"variant": variant}
+    settings = {"model": _identity(model), "runtime": chosen, "steps": steps} | options
     lines = [
         json.dumps({"file_name": f"{i:05}.png", "text": w.text, "seed": w.seed} | settings)
         for i, w in enumerate(wanted)
@@ -151,7 +154,7 @@ def draw(
     if len(done) == len(lines):
         return
     out.mkdir(parents=True, exist_ok=True)
-    with runtimes.load(model, chosen) as opened, metadata.open("a", encoding="utf-8") as file:
+    with runtimes.load(model, chosen, **options) as opened, metadata.open("a", encoding="utf-8") as file:
         for start in range(len(done), len(lines), BATCH):
             batch = wanted[start : start + BATCH]
             images = opened.generate([w.text for w in batch], seed=[w.seed for w in batch], steps=steps)

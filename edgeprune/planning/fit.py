@@ -21,6 +21,7 @@ from edgeprune.families import Shape, family_of
 from edgeprune.families.encoders import T5, text_encoders
 from edgeprune.families.joint import width
 from edgeprune.quantization.precision import t5_precision_of
+from edgeprune.residency.model_files import any_weights_of
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 from edgeprune.targets import Target
 
@@ -104,13 +105,12 @@ def _encoder_bytes(folder: Path, kind: str, size: int) -> int:
 def stored_shapes(folder: Path, prefix: str = "") -> dict[str, Shape]:
     """Return shape by name of the tensors in a component's safetensors files, read from the headers.
 
-    A tensor that several files hold, as variants in other precisions do, is listed once.
-
     Raises:
         InputError: a file is damaged.
     """
     names: dict[str, Shape] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    weights = any_weights_of(folder)
+    for path in (folder / name for name in (weights.files if weights else ())):
         try:
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118

@@ -1,4 +1,5 @@
 """Where a model's weights are.
 
-weights.py reads folders of weights, shards.py writes them, stored.py runs a model whose weights are on disk.
+model_files.py says which files are the model, weights.py reads weights, shards.py writes them, stored.py runs a model
+whose weights are on disk.
 """

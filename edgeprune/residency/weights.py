@@ -1,8 +1,8 @@
 """Read weights from a folder in diffusers' layout, or from one file, one tensor at a time. shards.py writes folders.
 
-A folder holds one `diffusion_pytorch_model.safetensors`, or shards and their index. `Weights` reads headers at once and
-data on request, so a model of any size takes the memory of one tensor. Each read opens the file again: a file that
-stays open stays mapped and counts as memory.
+model_files.py finds the files: one `diffusion_pytorch_model.safetensors`, or shards and their index. `Weights` reads
+headers at once and data on request, so a model of any size takes the memory of one tensor. Each read opens the file
+again: a file that stays open stays mapped and counts as memory.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
-from edgeprune.common.files import inside, read_json
 from edgeprune.families import Shape
-from edgeprune.residency.shards import FILE, INDEX
+from edgeprune.residency.model_files import PartWeights, read_weight_map, weights_of
+from edgeprune.residency.shards import FILE
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _KINDS = (*_FLOATS, "U8", "I8", "I32", "I64", "BOOL")
@@ -27,18 +27,23 @@ _MOST_TENSORS, _MOST_AXES, _LONGEST_AXIS = 1_000_000, 8, 2**31 - 1
 class Weights:
     """The tensors of a folder (or of one file) by name, each read on request.
 
+    Args:
+        folder: one part of a pipeline, or a safetensors file.
+        variant: of the weights, see model_files.py.
+
     Raises:
         InputError: there are no weights, a shard is missing or damaged, or index and shards disagree.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, variant: str | None = None) -> None:
         self.folder = folder
         self.shapes: dict[str, Shape] = {}
         self._paths: dict[str, Path] = {}
-        index = folder / INDEX
-        listed = _read_index(index) if index.is_file() else {}
-        alone = folder / FILE if folder.is_dir() else folder
-        for path in sorted({folder / file for file in listed.values()}) or [alone]:
+        # Without weights, the error names the file that they are expected in.
+        found = weights_of(folder, variant) or PartWeights(None, (FILE,), None)
+        index = folder / (found.index or "")
+        listed = read_weight_map(index) if found.index else {}
+        for path in [folder / file for file in found.files] if folder.is_dir() else [folder]:
             for name, (shape, kind) in header(path).items():
                 if kind not in ("U8",) if name.endswith(".weight_packed") else kind not in _FLOATS:
                     expected = "U8" if name.endswith(".weight_packed") else ", ".join(_FLOATS)
@@ -80,20 +85,6 @@ class Weights:
                 f"{self._paths.get(name, self.folder)}: {shown(name)}: found {self.shapes.get(name, 'none')}, "
                 f"expected {expected.get(name, 'none')}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
             )
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    """Read the file of each tensor from an index; only files in the index's folder are allowed."""
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise InputError(f"{index}: weight_map: found {type(files).__name__}, expected file names by tensor")
-    for name, file in files.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise InputError(
-                f"{index}: {shown(name)}: found {shown(file)}, expected the name of a .safetensors file beside it"
-            )
-        inside(index.parent, file, index)
-    return files
 
 
 def header(path: Path) -> dict[str, tuple[Shape, str]]:

@@ -74,7 +74,9 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
     return ran
 
 
-def forecast(source: Path, options: AnalyzeOptions, generation: Generation) -> dict[str, Any]:
+def forecast(
+    source: Path, options: AnalyzeOptions, generation: Generation, variant: str | None = None
+) -> dict[str, Any]:
     """Forecast what `analyze` would cost, from one timed evaluation of the loaded transformer.
 
     The transformer is loaded in float32 and runs up to three times. Evaluations are of one sample; in batches each
@@ -84,6 +86,7 @@ def forecast(source: Path, options: AnalyzeOptions, generation: Generation) -> d
         source: the pipeline's folder.
         options: of the analysis.
         generation: how images are made.
+        variant: of the weights, see residency/model_files.py.
 
     Returns:
         Numbers with units in their names. `weights_bytes` counts text encoders and VAE too, since the whole pipeline
@@ -101,7 +104,7 @@ def forecast(source: Path, options: AnalyzeOptions, generation: Generation) -> d
     per_score = evaluations(options.metric, generation, count, per_step)
     before = preparing(options.metric, generation, count, per_step)
     total = estimator.evaluations([(), *removals], blocks, per_score) + before
-    model = load_transformer(source, quantized=False)
+    model = load_transformer(source, quantized=False, variant=variant)
     model.requires_grad_(False)
     one = sample(family, config, source, generation)
     stream_bytes, evaluation_s = _measure(family, model, one)

@@ -163,7 +163,9 @@ def check_cache(ws: Workspace, folder: Path, progress: Progress = silent) -> Non
     index = Index.load(folder)
     with ws.hashes() as sha256:
         drawn = "transformer" in index.settings
-        absent = index.check_made_by(made_by(ws.source, ws.generation, drawn=drawn, sha256=sha256), folder)
+        absent = index.check_made_by(
+            made_by(ws.source, ws.generation, drawn=drawn, sha256=sha256, variant=ws.variant), folder
+        )
     if absent:
         progress(
             f"distill: {folder} records its encoders; the weights of {', '.join(absent)} are missing here, so they "
@@ -174,7 +176,7 @@ def check_cache(ws: Workspace, folder: Path, progress: Progress = silent) -> Non
 def _encode(ws: Workspace, folder: Path, options: CacheOptions, progress: Progress) -> None:
     """Make the folder's own cache, or what is missing of it."""
     with ws.hashes() as sha256:
-        settings = settings_of(ws.source, ws.generation, options, sha256)
+        settings = settings_of(ws.source, ws.generation, options, sha256, ws.variant)
     make_cache(
         lambda: ws.pipe, ws.source, folder, settings, ws.generation, options,
         progress=lambda done, total, note: progress("distill: latents", done, total, note),
@@ -196,7 +198,7 @@ def _teacher(ws: Workspace, precision: str) -> Any:
     if precision == "float32" and processes.count() == 1:
         return ws.teacher
     ws.original.release()
-    teacher = load_transformer(ws.source, quantized=False)
+    teacher = load_transformer(ws.source, quantized=False, variant=ws.variant)
     lower(ws.family, teacher, precision)
     return teacher
 

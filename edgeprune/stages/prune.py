@@ -45,7 +45,7 @@ def run(ws: Workspace, progress: Progress = silent) -> bool:
             return {n: half(prune_tensor(original.__getitem__, sources[n], mean, basis)) for n in blocks[index]}
 
         write_half(ws, plan, blocks, make, key, progress)
-        copy_surroundings(ws.source, ws.out)
+        copy_surroundings(ws.source, ws.out, ws.variant)
         ws.generation.save(ws.out)
         ws.manifest.license = dict(licensing.read(ws.source, ws.manifest.source))
         for entry in {name.partition("/")[0] for name in licensing.files(ws.out)}:

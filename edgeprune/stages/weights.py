@@ -22,7 +22,7 @@ def original_weights(ws: Workspace) -> Weights:
     Raises:
         InputError: tensors are missing, or their shapes do not fit the config.
     """
-    weights = Weights(ws.source / HALF)
+    weights = Weights(ws.source / HALF, ws.variant)
     weights.check(ws.family.tensor_shapes(ws.config))
     return weights
 

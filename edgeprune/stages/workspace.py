@@ -28,6 +28,7 @@ from edgeprune.common.lock import LOCK, Lock, hold, is_free
 from edgeprune.families import CHANGED
 from edgeprune.planning.fit import Fit, fit
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation, heed
 from edgeprune.stages.original import Original
 
@@ -43,6 +44,7 @@ class Workspace:
         model: str | None,
         *,
         revision: str | None = None,
+        variant: str | None = None,
         model_given: bool = True,
         fresh: bool = False,
         generation: dict[str, Any] | None = None,
@@ -57,14 +59,15 @@ class Workspace:
             model: as the user named it; None is the built-in model.
             revision: a branch, tag or commit of a hub model; None for its default. A begun folder keeps the commit
                 that it was begun with.
-            model_given: False uses the model and revision that the folder was begun with.
+            variant: of the weights, such as fp16; None for the full ones, or the only ones that there are.
+            model_given: False uses the model, revision and variant that the folder was begun with.
             fresh: allow stages to be done again with other inputs.
             generation: fields of `Generation` to change; the others come from the folder, or from the source.
             original: the model, if it is open already; None opens it.
 
         Raises:
             InputError: the model is not usable, or the folder holds something else.
-            StaleStageError: the folder was begun with another model or revision.
+            StaleStageError: the folder was begun with another model, revision or variant.
             LockedError: another process uses the folder.
         """
         self.out, self.fresh, self.cache, self._opened = out, fresh, out / "cache", original
@@ -76,16 +79,17 @@ class Workspace:
             self.manifest = Manifest.load(out)
             if not model_given:
                 name, revision = self.manifest.source, revision or self.manifest.revision
+                variant = variant or self.manifest.variant
                 model = None if name == "built-in" else name
-            self._reopen_original(model, name, revision)
+            self._reopen_original(model, name, revision, variant)
             self._set_generation(self.manifest.generation or asdict(Generation.load(self.source)), generation or {})
             return
         if not is_free(out, MANIFEST):
             raise InputError(f"{out}: exists and is not a folder of edgeprune (no {MANIFEST}); use another -o")
-        self._open_original(model, revision)
+        self._open_original(model, revision, variant)
         self.manifest = Manifest(
             source=name, fingerprint=fingerprint(self.config), family=self.family.name, config=self.config,
-            revision=revision, commit=commit_of(self.source),
+            revision=revision, variant=variant, commit=commit_of(self.source),
         )  # fmt: skip
         self._set_generation(asdict(Generation.load(self.source)), generation or {})
         self._lock = self._hold()
@@ -101,22 +105,22 @@ class Workspace:
         if processes.is_main():
             self.manifest.save(self.out)
 
-    def _reopen_original(self, model: str | None, name: str, revision: str | None) -> None:
+    def _reopen_original(self, model: str | None, name: str, revision: str | None, variant: str | None) -> None:
         """Open the model that the folder was begun with, at the same commit.
 
         Raises:
-            StaleStageError: that is not `name` at `revision`.
+            StaleStageError: that is not `name` at `revision` in this variant.
         """
         begun = self.manifest
-        if (begun.source, begun.revision) != (name, revision):
-            found, asked = _named(begun.source, begun.revision), _named(name, revision)
+        if (begun.source, begun.revision, begun.variant) != (name, revision, variant):
+            found, asked = _named(begun.source, begun.revision, begun.variant), _named(name, revision, variant)
             raise StaleStageError(f"{self.out}: made from {found}, not from {asked}; use another -o")
-        self._open_original(model, begun.commit or revision)
+        self._open_original(model, begun.commit or revision, variant)
         if begun.fingerprint != fingerprint(self.config):
             raise StaleStageError(f"{self.out}: made from {name!r}, whose config has changed since; use another -o")
 
-    def _open_original(self, model: str | None, revision: str | None) -> None:
-        self.original = self._opened or Original(resolve(model, revision))
+    def _open_original(self, model: str | None, revision: str | None, variant: str | None) -> None:
+        self.original = self._opened or Original(resolve(model, revision, variant), variant)
         self.source = self.original.source
         self.config, self.family = read_config(self.source)
         if str(self.config["_class_name"]).startswith(CHANGED):
@@ -138,8 +142,8 @@ class Workspace:
     def sibling(self, out: Path) -> Workspace:
         """Open another artefact of the same model and settings; it shares what is loaded and cached of the model."""
         other = Workspace(
-            out, None if self.builtin else self.manifest.source, revision=self.manifest.revision, fresh=self.fresh,
-            generation=asdict(self.generation), original=self.original.shared(),
+            out, None if self.builtin else self.manifest.source, revision=self.manifest.revision,
+            variant=self.variant, fresh=self.fresh, generation=asdict(self.generation), original=self.original.shared(),
         )  # fmt: skip
         other.cache, other.weights_hash = self.cache, self.weights_hash
         return other
@@ -148,6 +152,11 @@ class Workspace:
     def builtin(self) -> bool:
         """Whether the model is the one that ships with edgeprune."""
         return self.manifest.source == "built-in"
+
+    @property
+    def variant(self) -> str | None:
+        """The variant of the original's weights that the user asked for."""
+        return self.original.variant
 
     @property
     def teacher(self) -> Any:
@@ -167,7 +176,7 @@ class Workspace:
     @cached_property
     def weights_hash(self) -> str:
         """Identity of the original pipeline: its weights, configs and tokenizers. Unchanged files are hashed once."""
-        paths = sorted(p for kind in ("*.safetensors", "*.json") for p in self.source.rglob(kind))
+        paths = [p for p in model_files(self.source, self.variant) if p.suffix in (".safetensors", ".json")]
         with self.hashes() as sha256:
             return digest([(p.relative_to(self.source).as_posix(), sha256(p)) for p in paths])
 
@@ -300,6 +309,6 @@ class Workspace:
             raise InputError(f"{self.out}: {after} needs {name}; run `edgeprune {name} -o {self.out}` first")
 
 
-def _named(source: str, revision: str | None) -> str:
-    """Return a model and its revision for a message."""
-    return f"{source!r} at revision {revision!r}" if revision else repr(source)
+def _named(source: str, revision: str | None, variant: str | None) -> str:
+    """Return a model, its revision and its variant for a message."""
+    return repr(source) + (f" at revision {revision!r}" if revision else "") + (f" as {variant}" if variant else "")
