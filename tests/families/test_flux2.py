@@ -16,7 +16,7 @@ from edgeprune.analysis.contribution import analyze, groups, parts, removed
 from edgeprune.analysis.estimators.exhaustive import Exhaustive
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
-from edgeprune.export import external_data, folder, graph, parity
+from edgeprune.export import accepts, external_data, graph, parity
 from edgeprune.families import family_of
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.make import make_plan
@@ -108,5 +108,5 @@ def test_its_text_encoder_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match="text_encoder: found Qwen3ForCausalLM, which cannot be exported yet"
     ) as caught:
-        folder._index(tmp_path)
+        accepts.pipeline(tmp_path)
     assert "\n" not in str(caught.value)
