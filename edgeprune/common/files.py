@@ -276,12 +276,13 @@ def cannot_write(path: Path, error: Exception) -> DiskError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether Python, PyTorch or the operating system raised this error because memory ran out."""
-    # Matched by name, since torch may not be installed. On a CPU, torch raises a RuntimeError.
+    """Return whether Python, PyTorch, Pillow or the operating system raised this error because memory ran out."""
+    # Matched by name, since torch may not be installed. On a CPU, torch raises a RuntimeError; Pillow's decoders raise
+    # an OSError without a number.
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, OSError) and (error.errno == errno.ENOMEM or str(error).startswith("out of memory")))
         or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
     )
 

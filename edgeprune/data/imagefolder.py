@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from edgeprune.common import fields
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import named, parse_json
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 METADATA = "metadata.jsonl"
 
@@ -61,17 +57,3 @@ def read_samples(folder: Path) -> list[Sample]:
     if not out:
         raise InputError(f"{metadata}: lists no images")
     return out
-
-
-def open_image(path: Path) -> Image.Image:
-    """Open an image as RGB.
-
-    Raises:
-        InputError: the file is not a readable image.
-    """
-    from PIL import Image
-
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image ({error})") from error

@@ -18,11 +18,12 @@ import numpy as np
 from edgeprune import metrics, runtimes
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, sha256_file, whole_lines
+from edgeprune.common.images import open_image
 from edgeprune.common.intervals import Interval, mean_interval, paired_drop
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
 from edgeprune.common.tables import interval_text
-from edgeprune.data.imagefolder import METADATA, Sample, open_image
+from edgeprune.data.imagefolder import METADATA, Sample
 from edgeprune.sampling import prompts as shipped
 
 CAPTIONS = 100

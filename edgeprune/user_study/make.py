@@ -11,10 +11,9 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import cannot_write, parse_json, write_json
+from edgeprune.common.images import open_image
 from edgeprune.common.progress import Progress, silent
 from edgeprune.user_study.design import MODES, Study, check_variant, conditions
 
@@ -157,17 +156,12 @@ def _prompts(path: Path, names: list[str]) -> list[str]:
 
 def _copy(source: Path, target: Path, original: Path) -> None:
     """Write the pixels alone as PNG; the size must be the original's."""
-    try:
-        with Image.open(source) as opened, Image.open(original) as reference:
-            if opened.size != reference.size:
-                raise InputError(
-                    f"{source}: {opened.width}x{opened.height}, {original} is {reference.width}x{reference.height}; "
-                    f"expected equal sizes, or raters could tell variants apart"
-                )
-            pixels = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{source}: not a readable image ({error})") from error
-    pixels.info.clear()
+    pixels, reference = open_image(source), open_image(original)
+    if pixels.size != reference.size:
+        raise InputError(
+            f"{source}: {pixels.width}x{pixels.height}, {original} is {reference.width}x{reference.height}; "
+            f"expected equal sizes, or raters could tell variants apart"
+        )
     try:
         pixels.save(target, "PNG")
     except OSError as error:

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from edgeprune.common import images as common_images
 from edgeprune.common.errors import InputError
-from edgeprune.data import sources
+from edgeprune.data.imagefolder import read_samples
 from edgeprune.data.sources import Entry, Pair, Skipped, caption_of, layout_of, opened
+from edgeprune.metrics import psnr, scoring
+from edgeprune.user_study.make import make
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (12, 8)) -> bytes:
@@ -120,7 +123,7 @@ def test_yepop(tmp_path: Path) -> None:
 
 
 def test_huge_images_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_PIXELS", 50)
+    monkeypatch.setattr(common_images, "MAX_PIXELS", 50)
     found = opened(Entry("x", picture(), "text"))
     assert found == Skipped("x", "found 12 x 8, expected at most 50 pixels")
 
@@ -165,3 +168,24 @@ def test_what_has_no_caption_says_so() -> None:
     assert opened(Entry("a.png", b"", caption_of({"text": ""}))) == Skipped(
         "a.png", "caption: found none, expected text"
     )
+
+
+def test_data_scores_and_studies_open_images_alike(tmp_path: Path) -> None:
+    """A picture that is stored lying down stands everywhere, and has the size of its upright original."""
+    upright = Image.new("RGB", (8, 12), "blue")
+    upright.paste((255, 0, 0), (0, 0, 8, 6))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    lying = upright.transpose(Image.Transpose.ROTATE_90)
+    for name, image, how in (("one", upright, {}), ("two", lying, {"exif": exif})):
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / "1.png", **how)
+        (tmp_path / name / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "red above blue"}')
+    pair = opened(Entry("1", tmp_path / "two" / "1.png", "text"))
+    assert isinstance(pair, Pair)
+    study = make(tmp_path / "study", {"one": tmp_path / "one", "two": tmp_path / "two"}, per_rater=2)
+    samples = {name: read_samples(tmp_path / name) for name in ("one", "two")}
+    (found,) = scoring.score(samples["two"], ["psnr"], against=samples["one"])
+    for image in (pair.image, Image.open(tmp_path / "study" / study.image(1, 0))):
+        assert image.tobytes() == upright.tobytes()
+    assert found.values == [psnr.MOST]

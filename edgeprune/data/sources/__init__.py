@@ -9,20 +9,19 @@ listed. encoder.py handles prompts without images, and shapes world.
 from __future__ import annotations
 
 import importlib
-import io
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edgeprune.common.images import UnreadableImage, decoded
+
 if TYPE_CHECKING:
     from PIL import Image
 
 CAPTIONS = ("text", "caption", "prompt", "cogvlm_caption", "llava_caption", "TEXT", "alt_txt")
 """The names of caption fields, in order of preference."""
-MAX_PIXELS = 2**26
-"""A larger image is skipped without being decoded."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +85,13 @@ def layout_of(given: str) -> Layout | None:
 
 def opened(entry: Entry) -> Pair | Skipped:
     """Decode an entry's image and check its caption."""
-    from PIL import Image
-
     if not isinstance(entry.text, str) or not entry.text.strip():
         found = "none" if entry.text is None else repr(str(entry.text)[:40])
         return Skipped(entry.name, f"caption: found {found}, expected text")
     try:
-        with Image.open(io.BytesIO(entry.file) if isinstance(entry.file, bytes) else entry.file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                why = f"found {image.width} x {image.height}, expected at most {MAX_PIXELS} pixels"
-                return Skipped(entry.name, why)
-            return Pair(entry.name, image.convert("RGB"), entry.text.strip())
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return Skipped(entry.name, f"not a readable image ({type(error).__name__})")
+        return Pair(entry.name, decoded(entry.file), entry.text.strip())
+    except UnreadableImage as error:
+        return Skipped(entry.name, str(error))
 
 
 def caption_of(entry: Mapping[str, Any]) -> object:
