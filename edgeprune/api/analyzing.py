@@ -47,7 +47,7 @@ class AnalyzeForecast:
     evaluation_s: float
     analysis_s: float
     weights_bytes: int
-    """The transformer in float32."""
+    """The whole pipeline in float32."""
     held_bytes: int
     """What the estimator keeps, without the weights and the activations of a forward pass."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -80,7 +81,7 @@ class Comparison:
     """One variant against the first."""
 
     ratios: dict[str, float | None]
-    """Keys `<stem>_ratio`: this variant's value divided by the first's."""
+    """Keys `<stem>_ratio`: this variant's value divided by the first's; bytes by the smallest of the originals."""
     step_p50_ratio_interval: tuple[float, float] | None
     """Bootstrap 95 % interval of step_p50_ratio over the warm steps of both; None if either has a single one."""
     psnr_db: float | None = None
@@ -123,11 +124,31 @@ class BenchResult:
         }
 
 
-def compare(first: Measured, other: Measured, psnr: float | None, *, draws: int = 2000, seed: int = 0) -> Comparison:
-    """Return the ratios other / first; None between the memory of a process and that of a GPU."""
+def compare(
+    first: Measured,
+    other: Measured,
+    psnr: float | None,
+    slower: Sequence[Measured] = (),
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Return the ratios other / first; None between the memory of a process and that of a GPU.
+
+    Args:
+        first: the reference.
+        other: the variant to compare with it.
+        psnr: decibels between their images.
+        slower: the reference in slower precisions. Ratios of bytes refer to the smallest of all.
+        draws: the number of bootstrap resamples.
+        seed: seeds the resampling.
+    """
     ratios: dict[str, float | None] = {}
     for key, (_, stem) in MEASURES.items():
         value, reference = other.values[key], first.values[key]
+        if key.endswith("_bytes"):
+            sizes = [v for m in (first, *slower) if m.memory_of == first.memory_of and (v := m.values[key]) is not None]
+            reference = min(sizes, default=None)
         comparable = key not in memory.SPLIT or other.memory_of == first.memory_of
         ratios[f"{stem}_ratio"] = value / reference if comparable and value is not None and reference else None
     rng = np.random.default_rng(seed)

@@ -117,7 +117,7 @@ def run(
     measured += [bench.measure(variant) for variant in others]
     first, drawn = measured[0]
     comparisons = {
-        m.name: compare(first, m, None if drawn is None or images is None else psnr_db(drawn, images))
+        m.name: compare(first, m, None if drawn is None or images is None else psnr_db(drawn, images), slower)
         for m, images in measured[1:]
     }
     settings = spec | {"quality_prompts_per_task": quality, "quality_seeds": quality_seeds}

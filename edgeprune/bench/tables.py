@@ -88,5 +88,5 @@ def baseline_text(reference: Mapping[str, Any], slower: Iterable[Mapping[str, An
         step, peak = (with_unit(key, variant.get(key)) for key in ("step_p50_s", "peak_bytes"))
         return f" In {variant['precision']} it takes {step} per step here and peaks at {peak}."
 
-    baseline = f"Ratios of time and memory are against the original in {reference['precision']}."
+    baseline = f"Ratios of time are against the original in {reference['precision']}, those of bytes against the least."
     return baseline + "".join(map(figures, slower))

@@ -3,9 +3,10 @@
 One rule: a bootstrap over prompts whose percentiles are widened to the coverage of Student's t (T. Hesterberg, "What
 Teachers Should Know about the Bootstrap", 2015, section 5.3). Plain percentiles are too narrow for few prompts: 90 %
 coverage at 7. Scores may be bounded or 0 and 1, since percentiles stay among the values that means can take. With fewer
-than 7 values, or two per task, resampled means do not lie far enough out, so there the interval is Student's t with
-the bootstrap's standard error. One value has no interval: low and high are None. Equal values give an interval without
-width, which says nothing about rare failures.
+than 7 values, or two per task, resampled means do not lie far enough out, so there the interval is Student's t with the
+bootstrap's standard error. One value has no interval: low and high are None. Contributions of parts, means of
+differences that are added up, have Student's t alone (`half_width`). Equal values give an interval without width, which
+says nothing about rare failures.
 
 Prompts may belong to tasks. Then the statistic is the mean of the tasks' means, and prompts are resampled within each
 task. If every task has a single prompt, prompts are resampled across all tasks, since resampling one prompt changes

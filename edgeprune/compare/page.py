@@ -16,8 +16,8 @@ HEADINGS = (
 )  # fmt: skip
 NOTE = (
     "1 seed: the interval is over prompts only; another training seed may score differently. The reference `wins` "
-    "or `loses` where the interval of its lead excludes 0, over prompts and the seeds of both rows. `one seed`: it "
-    "excludes 0 over prompts, but a row ran with a single seed."
+    "or `loses` where the interval of its lead excludes 0, over prompts and the seeds of both rows, and where every "
+    "single seed agrees. `one seed`: it excludes 0 over prompts, but a row ran with a single seed."
 )
 # Okabe and Ito's palette, which colour-blind readers can distinguish; the shapes differ too.
 _STYLES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P"))

@@ -35,6 +35,7 @@ from edgeprune.sampling.prompts import prompts as shipped_prompts
 from edgeprune.sampling.prompts import read_prompts
 from edgeprune.stages.analyze import run as run_analyze
 from edgeprune.stages.compress import forecast
+from edgeprune.stages.distill import defaults_of
 from edgeprune.stages.distill import run as run_distill
 from edgeprune.stages.options import CompressOptions
 from edgeprune.stages.plan import run as run_plan
@@ -151,6 +152,8 @@ def compare(
         progress("compare", index, len(runs), f"{row.name}, seed {seed}")
         options = row.seeded(seed, int(grid.budget * before))
         key = {"options": options.to_json(), "quantized": row.quantized, "generation": asdict(base.generation)}
+        if options.distill is not None:
+            key["recipe"] = defaults_of(options.plan.method)
         make = functools.partial(_run, base, row, options, out / row.name / f"seed-{seed}", scorer, progress)
         once(f"{row.name}/seed-{seed}", key, make)
     progress("compare", len(runs), len(runs), "")

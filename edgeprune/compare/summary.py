@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeprune.common.intervals import Interval, excludes_zero, mean_interval, paired_drop
 from edgeprune.compare.grid import Grid, Row
@@ -29,6 +30,7 @@ def summarise(results: Mapping[str, Any], grid: Grid, tasks: list[str] | None) -
     for row in grid.rows:
         row_runs = runs[row.name]
         same_plan = all(run["blocks"] == row_runs[0]["blocks"] for run in row_runs)  # random plans differ by seed
+        seed_leads = _seed_leads(scores[reference.name], scores[row.name], tasks)
         lead = paired_drop(scores[reference.name], scores[row.name], tasks).difference
         rows.append(
             {
@@ -46,7 +48,7 @@ def summarise(results: Mapping[str, Any], grid: Grid, tasks: list[str] | None) -
                 "score": mean_interval(scores[row.name], tasks),
                 "relative_drop": paired_drop(original, scores[row.name], tasks).relative,
                 "lead": None if row is reference else lead,
-                "verdict": None if row is reference else verdict(lead, reference, row),
+                "verdict": None if row is reference else verdict(lead, seed_leads, reference, row),
                 "one_seed": row.varies and row.seeds == 1,
             }
         )
@@ -60,16 +62,31 @@ def summarise(results: Mapping[str, Any], grid: Grid, tasks: list[str] | None) -
     }
 
 
-def verdict(lead: Interval, reference: Row, rival: Row) -> str:
+def verdict(lead: Interval, seed_leads: Sequence[float], reference: Row, rival: Row) -> str:
     """Return whether the reference wins against a rival, by the interval of its lead over prompts and seeds.
 
-    It wins or loses only if the interval excludes 0, and if both were run with several seeds or depend on none.
+    It wins or loses only if the interval excludes 0, if both were run with several seeds or depend on none, and if the
+    lead over every seed of the rival, and that of every seed of the reference, has the same sign: few seeds say little
+    about their spread.
     """
     if not excludes_zero(lead):
         return UNDECIDED
     if any(row.varies and row.seeds == 1 for row in (reference, rival)):
         return ONE_SEED
+    if min(seed_leads) * max(seed_leads) <= 0:
+        return UNDECIDED
     return WINS if lead.mean > 0 else LOSES
+
+
+def _seed_leads(reference: NDArray[np.float64], rival: NDArray[np.float64], tasks: list[str] | None) -> list[float]:
+    """Return the leads of all seeds of the reference over each seed of the rival, and of each over all of the rival.
+
+    Args:
+        reference, rival: scores by seed and prompt, (S, P).
+        tasks: the task of each prompt.
+    """
+    pairs = [(reference, seed) for seed in rival] + [(seed, rival) for seed in reference]
+    return [mean_interval(a, tasks, draws=1).mean - mean_interval(b, tasks, draws=1).mean for a, b in pairs]
 
 
 def _step_quartiles(runs: list[dict[str, Any]]) -> list[float] | None:

@@ -240,6 +240,10 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
         distill.check_cache(ws, Path(options.data.source), progress)
     if options.reads_scores and analyze.run(ws, options.analyze, progress):
         ran.append("analyze")
+    if options.analyze.prompts and not options.reads_scores and options.plan.prompts is None:
+        progress(
+            f"--prompts: --method {options.plan.method} analyzes nothing, so {options.analyze.prompts} is not used"
+        )
     if plan.run(ws, options.plan):
         ran.append("plan")
     if options.distill is None:

@@ -28,7 +28,7 @@ from edgeprune.stages.prune import mean_and_basis
 from edgeprune.stages.weights import by_block, half, original_weights, write_half
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.distill import distill
-from edgeprune.training.levels import default_levels
+from edgeprune.training.levels import FEW_STEPS, SHARE_ON_STEPS, default_levels
 from edgeprune.training.rank_memory import ProcessLayout, forecast_rank
 from edgeprune.training.recipe import HERE, DistillOptions, Placement, Recipe
 from edgeprune.training.teaching import lower
@@ -59,6 +59,14 @@ def recipe_of(
     elif plan.components:
         recipe = replace(recipe, sensitivity="graded")
     return options.over(recipe)
+
+
+def defaults_of(method: str) -> dict[str, Any]:
+    """Return the constants that `recipe_of` takes for a method; results that were made with others are not current."""
+    baseline = baselines().get(method)
+    names = ("features", "lambda_task", "lambda_output", "lambda_feature")
+    own = {name: getattr(baseline, name) for name in names} if baseline else {}
+    return own | {"drop_captions": CAPTIONS_DROPPED, "few_steps": FEW_STEPS, "share_on_steps": SHARE_ON_STEPS}
 
 
 def described(recipe: Recipe, options: DistillOptions, plan: PrunePlan, *, builtin: bool) -> str:
@@ -143,7 +151,10 @@ def run(
             _write(ws, plan, state, key, progress)
         return {"first_loss": sum(losses[:10]) / len(losses[:10]), "last_loss": sum(losses[-10:]) / len(losses[-10:])}
 
-    return ws.stage("distill", {"options": options.to_json(recipe), "data": identity}, train)
+    inputs: dict[str, Any] = {"options": options.to_json(recipe), "data": identity}
+    if recipe.levels == "steps":
+        inputs["share_on_steps"] = SHARE_ON_STEPS
+    return ws.stage("distill", inputs, train)
 
 
 def amount(ws: Workspace) -> str:

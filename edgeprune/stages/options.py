@@ -107,9 +107,5 @@ class CompressOptions:
             self.data.of_model(builtin=builtin)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as a grid's runs digest them.
-
-        `int4_from` was an option of `distill` until 2026-11. With its default, runs from before stay current.
-        """
-        distill = None if self.distill is None else asdict(self.distill) | {"int4_from": 0.0}
-        return asdict(self) | {"plan": self.plan.to_json(), "distill": distill}
+        """Return the fields as a grid's runs digest them."""
+        return asdict(self) | {"plan": self.plan.to_json()}

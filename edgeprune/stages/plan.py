@@ -24,8 +24,9 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import is_projectable, modulation_width
 from edgeprune.planning.removable import Removable
 from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.prompts import read_prompts
 from edgeprune.stages.modulation import MODULATION, inputs_of, is_guided, sampler_levels
-from edgeprune.stages.prompts import calibrating
+from edgeprune.stages.prompts import analyzed_or_split
 from edgeprune.stages.weights import original_weights
 from edgeprune.stages.workspace import Workspace
 
@@ -80,7 +81,10 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool
     rank = options.modulation_rank
     if rank == NEEDED and not is_projectable(ws.family, ws.config):
         rank = None
-    prompts = [] if rank is None else [*([""] if is_guided(ws) else []), *calibrating(ws, options.prompts)]
+    prompts: list[str] = []
+    if rank is not None:
+        found = read_prompts(Path(options.prompts)) if options.prompts else analyzed_or_split(ws)
+        prompts = [*([""] if is_guided(ws) else []), *found]
 
     def write(_: str) -> dict[str, Any]:
         (ws.out / MODULATION).unlink(missing_ok=True)

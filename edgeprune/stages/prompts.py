@@ -51,22 +51,37 @@ def calibration_prompts(file: str | None, *, builtin: bool, count: int = CALIBRA
     return read_prompts(Path(file)) if file else prompts_of(Split.CALIBRATION, count, shapes if builtin else None)
 
 
-def calibrating(ws: Workspace, file: str | None = None, *, count: int = CALIBRATION_PROMPTS) -> list[str]:
-    """Return the calibration prompts of a folder: those of a file, else those given to `analyze`, else of the split.
+def calibrating(ws: Workspace, *, count: int = CALIBRATION_PROMPTS) -> list[str]:
+    """Return the calibration prompts of a planned folder: as given to `plan`, else to `analyze`, else of the split.
 
     Args:
         ws: the folder's workspace.
-        file: a text file with one prompt per line.
         count: how many prompts of the split.
 
     Raises:
-        InputError: the file or the manifest cannot be used, or the split has fewer prompts.
+        InputError: the manifest cannot be used, or the split has fewer prompts.
+    """
+    planned = ws.manifest.stages.get("plan", {}).get("options")
+    if isinstance(planned, dict) and planned.get("prompts"):
+        return [text for text in texts(planned, "calibration", f"{ws.out / MANIFEST}: plan") if text]
+    return analyzed_or_split(ws, count)
+
+
+def analyzed_or_split(ws: Workspace, count: int = CALIBRATION_PROMPTS) -> list[str]:
+    """Return the calibration prompts of a folder that is being planned: as given to `analyze`, else of the split.
+
+    Args:
+        ws: the folder's workspace.
+        count: how many prompts of the split.
+
+    Raises:
+        InputError: the manifest cannot be used, or the split has fewer prompts.
     """
     analysis = ws.manifest.stages.get("analyze", {})
-    if file is None and analysis.get(GIVEN):
+    if analysis.get(GIVEN):
         options = analysis.get("options")
         return texts(options if isinstance(options, dict) else {}, "prompts", f"{ws.out / MANIFEST}: analyze")
-    return calibration_prompts(file, builtin=ws.builtin, count=count)
+    return calibration_prompts(None, builtin=ws.builtin, count=count)
 
 
 def prompts_of(split: Split, count: int, tasks: Any | None) -> list[str]:

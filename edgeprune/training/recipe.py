@@ -116,13 +116,8 @@ class DistillOptions:
         return replace(recipe, **{name: value for name, value in chosen.items() if value is not None})
 
     def to_json(self, recipe: Recipe) -> dict[str, Any]:
-        """Return the options for digests and reports, with what those that are None became.
-
-        Options added later appear only if they are used, so that the digests of older results stay valid.
-        """
-        later = {"teacher_precision": "float32"}
-        values = asdict(self) | asdict(recipe)
-        return {name: value for name, value in values.items() if name not in later or value != later[name]}
+        """Return the options for digests and reports, with what those that are None became."""
+        return asdict(self) | asdict(recipe)
 
 
 def strengths(

@@ -87,7 +87,7 @@ def written(artefact: Path, out: Path) -> dict[str, Written]:
         return build(self, name, path, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "sources", lambda *of: itertools.islice(sources(*of), 1))
+        patch.setattr(to_onnx, "sources", lambda *of, **how: itertools.islice(sources(*of, **how), 1))
         patch.setattr(to_coreml, "convert_network", only_the_transformer)
         patch.setattr(to_trt.Builder, "build", noted)
         to_onnx.export(artefact, out / "onnx")
