@@ -58,7 +58,7 @@ def test_an_artefact_keeps_its_revision(snapshots: dict[str, Path], tmp_path: Pa
     api.analyze("me/m", out, OPTIONS.analyze, revision="v2")
     found = manifest(out)
     assert (found["source"], found["revision"], found["commit"]) == ("me/m", "v2", SECOND)
-    assert found["generation"]["height"] == 32 and source_of(out) == ("me/m", SECOND)
+    assert found["generation"]["height"] == 32 and source_of(out) == ("me/m", SECOND, None)
     assert not api.analyze("me/m", out, OPTIONS.analyze, revision="v2").ran
     assert not api.analyze(None, out, OPTIONS.analyze).ran
     for revision in (None, "main"):
