@@ -27,7 +27,8 @@ def cache(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="An imagefolder, .tar shards, YE-POP, datasets:NAME, a text file of prompts, 'captions' or 'shapes'.",
+            help="An imagefolder, images with .txt files, .tar shards, YE-POP, datasets:NAME, a text file of prompts, "
+            "'captions' or 'shapes'.",
         ),
     ],
     model: Annotated[
@@ -92,7 +93,7 @@ def cache(
             folder, out, settings, images, chosen, workers=workers or WORKERS,
             progress=lambda done, total, note: progress("cache", done, total, note),
         )  # fmt: skip
-    _show(encode.summary(made), out, bool(made.samples), as_json)
+    _show(encode.summary(made), encode.skip_report(out), out, bool(made.samples), as_json)
 
 
 def _pipeline(folder: Path, variant: str | None, *, drawn: bool) -> Any:
@@ -110,15 +111,14 @@ def _pipeline(folder: Path, variant: str | None, *, drawn: bool) -> Any:
     return pipe.to("cuda") if torch.cuda.is_available() else pipe
 
 
-def _show(summary: dict[str, Any], out: Path, worked: bool, as_json: bool) -> None:
+def _show(summary: dict[str, Any], report: str, out: Path, worked: bool, as_json: bool) -> None:
     """Show what the folder holds."""
     sizes = ", ".join(f"{size}: {count:,}" for size, count in summary["sizes"].items())
     rows = _megabytes({k: v for k, v in summary.items() if k != "sizes"})
     screen.table([*rows, ("samples by size", sizes)])
     if not worked:
         screen.say("nothing to do, the cache is complete")
-    if summary["skipped"]:
-        screen.say(f"skipped images and the reasons: {out / 'skipped.json'}")
+    screen.say(report)
     screen.say(f"next: edgeprune distill -o small --data {out}")
     if as_json:
         screen.print_json({"out": str(out), **summary})

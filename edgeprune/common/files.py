@@ -20,6 +20,7 @@ from edgeprune.common.errors import DiskError, EdgepruneError, InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.hub_cache import stores
 from edgeprune.common.progress import Progress, silent
+from edgeprune.common.texts import decoded_text
 
 UNFINISHED = "unfinished.json"
 """File in a folder of weights that says what they were made from, until whoever wrote them has recorded that they are
@@ -43,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise InputError(
                 f"{path}: found more than {_LARGEST_JSON} bytes, expected a JSON file of edgeprune or of a model"
             )
-        data = parse_json(content.decode())
+        data = parse_json(decoded_text(content))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.common.fields import shown
-from edgeprune.common.files import digest, parse_json, sha256_file, write_json
+from edgeprune.common.files import digest, parse_json, read_json, sha256_file, write_json
 from edgeprune.common.lock import is_free
 from edgeprune.common.tensors import save_tensors
 from edgeprune.data.cache import INDEX, SKIPPED, Index, Settings, Shard
@@ -31,7 +32,7 @@ from edgeprune.data.settings import (
     images_of,
     sizes_of,
 )
-from edgeprune.data.sources import Skipped
+from edgeprune.data.sources import Skipped, none_usable
 from edgeprune.sampling.generation import Generation
 
 EntriesDone = Callable[[int, int, str], None]
@@ -138,8 +139,7 @@ def _complete(made: Made, folder: Path, source: str, skipped: list[Skipped]) -> 
     """
     used = sum(shard.samples for shard in made.index.shards)
     if not used:
-        why = f": {skipped[0].name}: {skipped[0].why}" if skipped else ""
-        raise InputError(f"--data {source}: no image with a caption that can be used{why}")
+        raise InputError(none_usable(source, skipped[0] if skipped else None))
     write_json(folder / SKIPPED, {"used": used, "skipped": [[s.name, s.why] for s in skipped]})
     made.index.complete = True
     made.index.save(folder)
@@ -207,3 +207,21 @@ def summary(made: Made) -> dict[str, Any]:
         "samples_per_s": round(made.samples / seconds, 2),
         "written_bytes_per_s": round(made.written_bytes / seconds),
     }
+
+
+def skip_report(folder: Path) -> str:
+    """Return how many entries of a finished cache were skipped, with the three most frequent reasons.
+
+    Raises:
+        InputError: the list of skipped entries is missing or damaged.
+    """
+    path = folder / SKIPPED
+    data = read_json(path)
+    try:
+        used, reasons = int(data["used"]), [str(why) for _, why in data["skipped"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: expected used and skipped ({error})") from error
+    said = f"{len(reasons):,} of {used + len(reasons):,} skipped"
+    # Reasons that differ only in numbers or in the text that was found are one.
+    kinds = Counter(re.sub(r"'.*'|\".*\"|\d[\d.]*", "…", why) for why in reasons).most_common(3)
+    return f"{said}: {'; '.join(f'{count:,} {why}' for why, count in kinds)} (listed in {path})" if reasons else said

@@ -25,7 +25,7 @@ from edgeprune.common.splits import Split
 from edgeprune.common.tensors import Tensors
 from edgeprune.data.buckets import MOST_ENLARGED, Size, enlarged, fitted, nearest
 from edgeprune.data.settings import SHAPES, CacheOptions, is_drawn, texts_of
-from edgeprune.data.sources import Entry, Layout, Pair, Skipped, opened
+from edgeprune.data.sources import MOST_UNUSABLE, Entry, Layout, Pair, Skipped, opened
 from edgeprune.sampling.denoising import at_once, denoise, encode_images, encode_prompts, latent_shape, noise, sigmas
 from edgeprune.sampling.generation import Generation
 
@@ -73,6 +73,8 @@ class Encoder:
     layout: Layout | None
     sizes: list[Size]
     workers: int
+    _unusable: int = 0
+    """The number of entries in a row that could not be used."""
 
     @cached_property
     def pipe(self) -> Any:
@@ -121,7 +123,9 @@ class Encoder:
         for prepared in _ahead(prepare, entries, self.workers):
             if isinstance(prepared, Skipped):
                 encoded.skipped.append(prepared)
+                self._check(prepared)
                 continue
+            self._unusable = 0
             size, pixels, text = prepared
             encoded.texts.setdefault(size, []).append(text)
             waiting.setdefault(size, []).append(pixels)
@@ -131,6 +135,15 @@ class Encoder:
                 break
         for size in list(waiting):
             flush(size)
+
+    def _check(self, skipped: Skipped) -> None:
+        """Count an entry that cannot be used, and stop when there were too many in a row."""
+        self._unusable += 1
+        if self._unusable == MOST_UNUSABLE:
+            raise InputError(
+                f"--data {self.options.source}: {MOST_UNUSABLE:,} entries in a row cannot be used, the last one "
+                f"{skipped.name}: {skipped.why}"
+            )
 
     def _draw(self, wanted: list[tuple[int, str]], encoded: Encoded, report: Callable[[int], None]) -> None:
         """Let the model generate the latents of (seed, prompt) entries."""

@@ -12,8 +12,10 @@ from edgeprune.common import fields
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import named, parse_json
+from edgeprune.common.texts import lines_of, read_text
 
 METADATA = "metadata.jsonl"
+TABLES = (METADATA, "metadata.csv", "metadata.parquet")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def read_samples(folder: Path) -> list[Sample]:
         raise InputError(f'{folder}: no {METADATA}; expected lines like {{"file_name": …, "text": …}}')
     out = []
     try:
-        lines = metadata.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(read_text(metadata))
     except (OSError, ValueError) as error:
         raise InputError(f"{metadata}: not readable ({error})") from error
     for number, line in enumerate(lines, 1):

@@ -18,7 +18,8 @@ from edgeprune.common.files import digest, read_json, sha256_file
 from edgeprune.common.splits import Split
 from edgeprune.data.buckets import Size, bucket_sizes
 from edgeprune.data.cache import Index, Settings, is_cache, made_by
-from edgeprune.data.sources import Layout, layout_of
+from edgeprune.data.imagefolder import TABLES
+from edgeprune.data.sources import Layout, check_first, layout_of
 from edgeprune.families import Config, Family, family_of
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 from edgeprune.sampling.prompts import prompts, read_prompts
@@ -32,7 +33,10 @@ WORKERS = min(8, os.cpu_count() or 1)
 """The default number of threads that decode and resize images."""
 _ROUND = 64
 """The number of entries in a shard is a multiple of this, so that batches of images and texts are full."""
-_SOURCES = "an imagefolder with metadata.jsonl, .tar shards, YE-POP's JSON files, datasets:NAME, a text file of prompts"
+_SOURCES = (
+    "an imagefolder with metadata.jsonl, .csv or .parquet, images with .txt or .caption files beside them, "
+    ".tar shards, YE-POP's JSON files, datasets:NAME, a text file of prompts"
+)
 
 
 @dataclass(frozen=True)
@@ -89,16 +93,25 @@ def source_digest(source: str) -> str:
 
 
 def check_source(source: str, option: str = "--data") -> None:
-    """Check that this is a source of data, before anything is computed. Only a file of prompts is read.
+    """Check that this is a source of data that begins with something usable, before anything is downloaded or computed.
+
+    A file of prompts is read; of images, entries up to the first that can be used.
 
     Args:
         option: what the user typed it for; messages begin with it.
 
     Raises:
-        InputError: this is not a known source, or a file without prompts.
+        InputError: this is not a known source, or a file without prompts, or its entries cannot be used.
     """
-    if source in WORDS or is_cache(source) or layout_of(source):
+    if source in WORDS or is_cache(source):
         return
+    if layout := layout_of(source):
+        check_first(layout, source)
+        return
+    if Path(source).name in TABLES:
+        raise InputError(
+            f"{option} {source}: found the table of an imagefolder, expected the folder: {Path(source).parent}"
+        )
     if not Path(source).is_file():
         raise _unknown(source, option)
     read_prompts(Path(source))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
+from edgeprune.common.texts import lines_of, read_text
 from edgeprune.sampling.captions import captions
 
 
@@ -41,12 +42,12 @@ def read_prompts(path: Path) -> list[str]:
         InputError: the file cannot be read or holds no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(read_text(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a text file with one prompt per line") from None
     except IsADirectoryError:
         raise InputError(f"{path}: found a folder, expected a text file with one prompt per line") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as a list of prompts ({error})") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:

@@ -14,7 +14,7 @@ from edgeprune.common.files import digest
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
 from edgeprune.data.cache import Index, is_cache, made_by, open_pairs
-from edgeprune.data.encode import make_cache
+from edgeprune.data.encode import make_cache, skip_report
 from edgeprune.data.pairs import Pairs
 from edgeprune.data.settings import CacheOptions, settings_of, source_digest
 from edgeprune.families import Architecture, Config
@@ -192,6 +192,7 @@ def _encode(ws: Workspace, folder: Path, options: CacheOptions, progress: Progre
         lambda: ws.pipe, ws.source, folder, settings, ws.generation, options,
         progress=lambda done, total, note: progress("distill: latents", done, total, note),
     )  # fmt: skip
+    progress(f"distill: data: {skip_report(folder)}")
 
 
 def _open(ws: Workspace, folder: Path, progress: Progress) -> Pairs:

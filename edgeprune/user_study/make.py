@@ -15,6 +15,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.files import cannot_write, parse_json, write_json
 from edgeprune.common.images import open_image
 from edgeprune.common.progress import Progress, silent
+from edgeprune.common.texts import lines_of, read_text
 from edgeprune.user_study.design import MODES, Study, check_variant, conditions
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -124,10 +125,10 @@ def _images(folder: Path) -> dict[str, Path]:
 def _prompts(path: Path, names: list[str]) -> list[str]:
     """Return the prompt of each image."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in lines_of(read_text(path))]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give --prompts, a text file with one prompt per line") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as prompts ({error})") from error
     if path.suffix != ".jsonl":
         texts = [line for line in lines if line]

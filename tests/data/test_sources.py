@@ -158,7 +158,8 @@ def test_datasets_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
             return rows
 
     monkeypatch.setitem(__import__("sys").modules, "datasets", Fake)
-    assert everything("datasets:me/mine:test") == ([("row 0", "a")], ["row 1", "row 2", "row 3"])
+    with pytest.warns(UserWarning, match="captions are taken from the column text"):
+        assert everything("datasets:me/mine:test") == ([("row 0", "a")], ["row 1", "row 2", "row 3"])
     rows.features = {"text": None}
     with pytest.raises(InputError, match="datasets:me/mine:test: found no image among its columns: text"):
         everything("datasets:me/mine:test")

@@ -9,19 +9,27 @@ listed. encoder.py handles prompts without images, and shapes world.
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edgeprune.common.errors import InputError
 from edgeprune.common.images import UnreadableImage, decoded
 
 if TYPE_CHECKING:
     from PIL import Image
 
-CAPTIONS = ("text", "caption", "prompt", "cogvlm_caption", "llava_caption", "TEXT", "alt_txt")
-"""The names of caption fields, in order of preference."""
+CAPTIONS = (
+    *("text", "caption", "prompt", "cogvlm_caption", "llava_caption", "alt_txt", "txt", "description", "captions"),
+    *("texts", "prompts", "alt_text", "sentence", "sentences", "long_caption", "short_caption"),
+)
+"""The names of caption fields, in order of preference; upper and lower case are the same."""
+MOST_UNUSABLE = 1000
+"""A run ends after this many entries in a row that cannot be used."""
+NO_IMAGE = "no image beside it"
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,39 @@ def opened(entry: Entry) -> Pair | Skipped:
         return Skipped(entry.name, str(error))
 
 
+def check_first(layout: Layout, given: str) -> None:
+    """Look for an entry that can be used, before anything is downloaded or loaded for it.
+
+    Raises:
+        InputError: there is none among the first MOST_UNUSABLE, or the source as a whole is not usable.
+    """
+    first: Skipped | None = None
+    for item in itertools.islice(layout.read(given), MOST_UNUSABLE):
+        found = opened(item) if isinstance(item, Entry) else item
+        if isinstance(found, Pair):
+            return
+        first = first or found
+    raise InputError(none_usable(given, first))
+
+
+def none_usable(given: str, first: Skipped | None) -> str:
+    """Return the error for a source of which nothing can be used, with the first reason."""
+    why = f": {first.name}: {first.why}" if first else ""
+    return f"--data {given}: no image with a caption that can be used{why}"
+
+
 def caption_of(entry: Mapping[str, Any]) -> object:
-    """Return the caption among an entry's fields, or None."""
-    return next((entry[name] for name in CAPTIONS if entry.get(name)), None)
+    """Return the first text among an entry's caption fields; of a list, its first text.
+
+    Without any, what the first field holds (a number, NaN) for the reason, or None.
+    """
+    fields = {str(name).lower(): value for name, value in entry.items()}
+    found = [fields[name] for name in CAPTIONS if fields.get(name)]
+    values = (item for value in found for item in (value if isinstance(value, (list, tuple)) else [value]))
+    return next((v for v in values if isinstance(v, str) and v.strip()), found[0] if found else None)
+
+
+def caption_column(names: Iterable[str]) -> str | None:
+    """Return the first of a table's columns that may hold captions, or None."""
+    by_lower = {name.lower(): name for name in names}
+    return next((by_lower[name] for name in CAPTIONS if name in by_lower), None)

@@ -5,14 +5,15 @@ Needs the extra `train`. A dataset's own code is never run. Tested with local fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.files import digest, files_digest
-from edgeprune.data.sources import Entry, Skipped, caption_of
+from edgeprune.data.sources import Entry, Skipped, caption_column, caption_of
 
 STREAMED = True
 _PREFIX = "datasets:"
@@ -51,6 +52,7 @@ def read(given: str) -> Iterator[Entry | Skipped]:
         image = next((n for n, kind in (rows.features or {}).items() if isinstance(kind, datasets.Image)), None)
         if image is None:
             raise InputError(f"{given}: found no image among its columns: {', '.join(rows.features or {}) or 'none'}")
+        captions = _captions(given, rows.features, image)
         # Not decoded by `datasets`, so that a bad image is skipped instead of raising.
         for number, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
             file = row[image] or {}
@@ -58,6 +60,27 @@ def read(given: str) -> Iterator[Entry | Skipped]:
             if content is None:
                 yield Skipped(f"row {number}", "no image")
             else:
-                yield Entry(f"row {number}", content, caption_of(row))
+                value = row[captions]
+                # Where a row has nothing in this column, another one may hold its caption.
+                text = caption_of(value if isinstance(value, Mapping) else {"text": value, **row})
+                yield Entry(f"row {number}", content, text)
     except (OSError, ValueError, RuntimeError, TypeError) as error:  # what datasets raises if it finds nothing
         raise InputError(f"{given}: cannot be read ({' '.join(str(error).split())[:300]})") from error
+
+
+def _captions(given: str, features: Mapping[str, Any], image: str) -> str:
+    """Return the column of captions, and say which it is. Webdataset's `json` has fields of its own.
+
+    Raises:
+        InputError: no column has a name of captions, and several hold text or none.
+    """
+    others = [name for name in features if name != image]
+    texts = [name for name in others if getattr(features[name], "dtype", None) in ("string", "large_string")]
+    column = caption_column(others) or ("json" if "json" in others else texts[0] if len(texts) == 1 else None)
+    if column is None:
+        raise InputError(
+            f"{given}: found no captions among its columns: {', '.join(others) or 'none'}; expected text, caption, "
+            "prompt, description or a single column of text; rename the column"
+        )
+    warnings.warn(f"{given}: captions are taken from the column {column}", stacklevel=2)
+    return column

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from edgeprune.common.files import files_digest, named
+from edgeprune.common.texts import read_text
+from edgeprune.data.grouping import is_hidden
 from edgeprune.data.sources import Entry, Skipped, caption_of
 
 STREAMED = False
 
 
 def fits(given: str) -> bool:
-    """Return whether this is a folder with such JSON files."""
-    first = next(iter(_files(given)), None)
-    return first is not None and any(isinstance(e, dict) and "filename" in e for e in _entries(first).values())
+    """Return whether this is a folder with such JSON files; a few are looked at."""
+    return any(
+        isinstance(entry, dict) and "filename" in entry
+        for path in _files(given)[:8]
+        for entry in (_entries(path) or {}).values()
+    )
 
 
 def _files(given: str) -> list[Path]:
-    return sorted(Path(given).glob("*.json")) if Path(given).is_dir() else []
+    root = Path(given)
+    found = sorted(root.iterdir()) if root.is_dir() else []
+    return [path for path in found if path.suffix.lower() == ".json" and not is_hidden(path.name)]
 
 
-def _entries(path: Path) -> dict[str, Any]:
+def _entries(path: Path) -> dict[str, Any] | None:
+    """Return the entries of a JSON file; None if it has none."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except (ValueError, OSError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
+        return None
+    return data if isinstance(data, dict) else None
 
 
 def identity(given: str) -> str:
@@ -50,11 +57,14 @@ def read(given: str) -> Iterator[Entry | Skipped]:
             Links are followed: the images are the user's own.
     """
     root = Path(given)
-    for path, (key, entry) in itertools.chain.from_iterable(
-        ((path, item) for item in _entries(path).items()) for path in _files(given)
-    ):
-        if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
-            yield Skipped(f"{path.name}: {key}", "no filename")
+    for path in _files(given):
+        entries = _entries(path)
+        if entries is None:
+            yield Skipped(path.name, "not readable as a JSON object")
             continue
-        name = entry["filename"]
-        yield Entry(name, named(root, name, f"{path}: {key}: filename"), caption_of(entry))
+        for key, entry in entries.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
+                yield Skipped(f"{path.name}: {key}", "no filename")
+                continue
+            name = entry["filename"]
+            yield Entry(name, named(root, name, f"{path}: {key}: filename"), caption_of(entry))
