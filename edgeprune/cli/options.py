@@ -31,6 +31,7 @@ TEACHER_PRECISIONS = ("float32", "bf16", "int8")
 
 # Panels of the help.
 BUDGET, METHOD, ANALYSIS, TRAINING, INT4, IMAGES = "Budget", "Method", "Analysis", "Training", "INT4", "Images"
+ORIGINAL = "Original"
 RECIPE, MEMORY = "Recipe", "Memory and speed"
 
 Model = Annotated[
@@ -43,7 +44,12 @@ Model = Annotated[
 ]
 Revision = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Branch, tag or commit of the hub id.", show_default="its default branch"),
+    typer.Option(
+        metavar="NAME",
+        help="Branch, tag or commit of the hub id.",
+        show_default="its default branch",
+        rich_help_panel=ORIGINAL,
+    ),
 ]
 Variant = Annotated[
     str | None,
@@ -51,6 +57,7 @@ Variant = Annotated[
         metavar="NAME",
         help="Variant of the original's weights, such as fp16.",
         show_default="the full weights, or the only ones that there are",
+        rich_help_panel=ORIGINAL,
     ),
 ]
 Out = Annotated[
