@@ -16,6 +16,7 @@ import numpy as np
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
+from edgeprune.common.threads import usable
 from edgeprune.runtimes.base import Array, Settings, precision_of
 from edgeprune.runtimes.gpu import with_overhead
 from edgeprune.runtimes.memory import Meter, Reading
@@ -151,7 +152,7 @@ def open_backend(
         folder: the folder.
         settings: that folder's settings.
         dtype: `fp32` or `bf16`.
-        threads: torch's threads; 0 keeps its default.
+        threads: torch's threads; 0 keeps its default, or fewer if affinity, quota and cores allow fewer.
         device: `cuda` or `cpu`; None takes the GPU if there is one.
         variant: of an original's weights, such as fp16; None for the full ones, or the only ones that there are.
 
@@ -164,8 +165,7 @@ def open_backend(
         raise InputError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
     if threads < 0:
         raise InputError(f"threads: found {threads}, expected 0 or more")
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or min(torch.get_num_threads(), usable()))
     meter = Meter()
     with meter.opening():
         pipeline = load(folder, dtype=DTYPES[dtype], variant=variant)

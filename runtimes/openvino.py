@@ -28,6 +28,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.fields import whole_number
 from edgeprune.common.files import read_json
+from edgeprune.common.threads import usable
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external
 from edgeprune.runtimes.mapped import evicting
@@ -174,7 +175,7 @@ def settings_of(
 
     Args:
         device: CPU, GPU (or GPU.1, ...) or NPU.
-        threads: on the CPU; 0 lets OpenVINO decide.
+        threads: on the CPU; 0 for as many as affinity, quota and cores allow.
         dynamic_quantization: round activations to int8 in groups.
         group_size: INT4 weights that share a scale. The CPU then rounds groups of as many activations; with larger
             groups it would round none, with smaller ones (its default is 32) it is slower.
@@ -197,8 +198,8 @@ def settings_of(
             config[_PRECISION] = "bf16"  # rounds less than int8
     if threads < 0 or (threads and kind != "CPU"):
         raise InputError(f"threads: found {threads} for {device}, expected 0 or more for CPU, 0 elsewhere")
-    if threads:
-        config["INFERENCE_NUM_THREADS"] = threads
+    if kind == "CPU":
+        config["INFERENCE_NUM_THREADS"] = threads or usable()
     if cache_dir is not None:
         try:
             Path(cache_dir).mkdir(parents=True, exist_ok=True)
@@ -224,7 +225,7 @@ def open_backend(
         folder: the export.
         settings: that folder's settings.
         device: CPU, GPU (or GPU.1, ...) or NPU.
-        threads: on the CPU; 0 lets OpenVINO decide.
+        threads: on the CPU; 0 for as many as affinity, quota and cores allow.
         dynamic_quantization: round activations to int8, on the CPU in groups as large as those of the INT4 weights, and
             compute everything else in bf16 if the CPU has it. Angles stay float32; so does a whole transformer that was
             exported to ONNX. It is less exact: the error is about 1e-2 of the velocity's largest value on the built-in

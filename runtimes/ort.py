@@ -16,6 +16,7 @@ import numpy as np
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
+from edgeprune.common.threads import usable
 from edgeprune.runtimes import prepack
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external
@@ -144,7 +145,7 @@ def session_options(*, accuracy_level: int = 1, threads: int = 0) -> onnxruntime
 
     Args:
         accuracy_level: MatMulNBits computes in float32 at 1, in int8 at 4.
-        threads: threads inside one operator; 0 lets ONNX Runtime use one per core.
+        threads: threads inside one operator; 0 for as many as affinity, quota and cores allow.
 
     Raises:
         InputError: the accuracy level is not one of 0 to 4, or threads are below 0.
@@ -155,7 +156,7 @@ def session_options(*, accuracy_level: int = 1, threads: int = 0) -> onnxruntime
         raise InputError(f"threads: found {threads}, expected 0 or more")
     options = onnxruntime.SessionOptions()
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or usable()
     # An arena never frees the largest step's activations; a memory pattern is useless because image sizes change.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
@@ -181,7 +182,7 @@ def open_backend(
         settings: that folder's settings.
         provider: cuda, tensorrt, coreml, openvino or cpu; None takes the first of these that is present.
         accuracy_level: see `session_options`.
-        threads: threads inside one operator; 0 for one per core.
+        threads: threads inside one operator; 0 for as many as affinity, quota and cores allow.
         cache_dir: keeps prepacked weights there and maps them (CPU only). The first start creates them, which takes
             more time and memory.
         low_memory: hold the networks of one stage at a time.

@@ -94,6 +94,7 @@ def score(
     if out:
         check_out(out)
     from edgeprune.common.files import sha256_file
+    from edgeprune.data.imagefolder import is_images
     from edgeprune.metrics import scoring
 
     paths = dict(weights or {})
@@ -101,7 +102,7 @@ def score(
     places = {n: _images_or_model(m, at.get(m), variant) for n, m in zip(("images", "original"), models, strict=False)}
     if variant and not any(map(_is_original, places.values())):
         raise InputError(f"--variant {variant}: found no original among {' and '.join(map(str, models))}, expected one")
-    ready = [path for path in places.values() if scoring.is_images(path)]
+    ready = [path for path in places.values() if is_images(path)]
     if ready and (prompts or per_task or seeds > 1):
         raise InputError(f"{ready[0]} already has prompts; omit --prompts, --per-task and --seeds")
     file = Path(prompts) if prompts else None

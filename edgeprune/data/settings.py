@@ -6,13 +6,13 @@ encodes, image size, and how samples are stored.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeprune.common import threads
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, read_json, sha256_file
 from edgeprune.common.splits import Split
@@ -29,7 +29,7 @@ SHAPES, CAPTIONS = WORDS = ("shapes", "captions")
 model generates."""
 SHARD_BYTES = 2**28
 """The approximate size of a shard."""
-WORKERS = min(8, os.cpu_count() or 1)
+WORKERS = min(8, threads.usable())
 """The default number of threads that decode and resize images."""
 _ROUND = 64
 """The number of entries in a shard is a multiple of this, so that batches of images and texts are full."""

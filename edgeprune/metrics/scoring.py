@@ -61,11 +61,6 @@ class Score:
     """The drop as a fraction of the original's score."""
 
 
-def is_images(folder: Path) -> bool:
-    """Return whether a folder holds images with their prompts rather than a model."""
-    return (folder / METADATA).is_file()
-
-
 def wishes(
     names: Sequence[str], *, prompts: Path | None = None, per_task: int | None = None, seeds: int = 1
 ) -> list[Wish]:

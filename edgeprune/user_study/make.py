@@ -141,7 +141,7 @@ def _prompts(path: Path, names: list[str]) -> list[str]:
             continue
         try:
             entry = parse_json(line)
-            file, text = Path(entry["file_name"]), entry["text"]
+            file, text = Path(entry["file_name"]), entry["text"] if "text" in entry else entry["prompt"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}:{number}: expected file_name and text ({error})") from error
         if file.name != str(file):

@@ -15,6 +15,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.data import sources
 from edgeprune.data.encode import skip_report
 from edgeprune.data.grouping import grouped
+from edgeprune.data.imagefolder import is_images, read_samples
 from edgeprune.data.settings import check_source
 from edgeprune.data.sources import Entry, Pair, Skipped, caption_of, layout_of, opened
 
@@ -207,3 +208,24 @@ def test_columns_of_a_dataset_are_found_and_said() -> None:
         hub._captions("datasets:x", dict.fromkeys(["image", "one", "two"], Text()), "image")
     with pytest.warns(UserWarning, match="captions are taken from the column json"):
         assert hub._captions("datasets:x", {"jpg": None, "json": {}}, "jpg") == "json"
+
+
+def test_genevals_own_layout_and_both_names_of_prompts(tmp_path: Path) -> None:
+    files = {}
+    for number, text in enumerate(("a photo of a bench", "a photo of two clocks")):
+        about = {"tag": "single_object", "include": [], "prompt": text}
+        files[f"0000{number}/metadata.jsonl"] = json.dumps(about).encode() + b"\n"
+        files |= {f"0000{number}/samples/000{n}.png": R for n in (1, 0)}
+        files[f"0000{number}/grid.png"] = B
+    root = laid(tmp_path / "geneval", files)
+    assert is_images(root)
+    found = [(s.path.relative_to(root).as_posix(), s.text) for s in read_samples(root)]
+    assert found == [
+        ("00000/samples/0000.png", "a photo of a bench"),
+        ("00000/samples/0001.png", "a photo of a bench"),
+        ("00001/samples/0000.png", "a photo of two clocks"),
+        ("00001/samples/0001.png", "a photo of two clocks"),
+    ]
+    lines = b'{"file_name": "1.png", "prompt": "a"}\n{"file_name": "1.png", "text": "b", "prompt": "c"}\n'
+    assert [s.text for s in read_samples(laid(tmp_path / "plain", {"metadata.jsonl": lines}))] == ["a", "b"]
+    assert not is_images(laid(tmp_path / "model", {"transformer/config.json": b"{}"}))

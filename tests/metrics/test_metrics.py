@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, Mask2FormerFo
 from edgeprune import metrics
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
-from edgeprune.metrics import geneval, hps_convert, lpips_distance
+from edgeprune.metrics import geneval, hps, hps_convert, lpips_distance
 from edgeprune.metrics.clip_model import Clip, ImageProcessor
 from edgeprune.metrics.geneval_rules import NAMES
 
@@ -140,8 +140,21 @@ def test_clip_score_is_the_models_cosine(clip_folder: Path) -> None:
     found = metrics.of_images("clip", {"clip": str(clip_folder)}).score(images, PROMPTS, None)
     assert found == pytest.approx([max(0, 100 * v) for v in expected], abs=1e-3)
     signed = metrics.of_images("hpsv2", {"hpsv2": str(clip_folder)}).score(images, PROMPTS, None)
-    assert signed == pytest.approx([100 * v for v in expected], abs=1e-3)
+    whole = cosines(clip_folder, [hps.padded(image, 32) for image in images])
+    assert signed == pytest.approx([100 * v for v in whole], abs=1e-3)
+    assert signed != pytest.approx([100 * v for v in expected], abs=1e-1)  # images that are not square
     assert min(signed) < 0 < max(signed)  # otherwise the test would not cover the clamp of CLIPScore
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 16), (16, 8), (40, 80), (4, 8), (8, 8), (1, 64), (7, 16)])
+def test_hps_pads_the_longer_side_to_the_models_square(height: int, width: int) -> None:
+    found = hps.padded(np.full((height, width, 3), 200, np.uint8), 16)
+    rows, columns = (found > 0).any((1, 2)), (found > 0).any((0, 2))
+    scale = 16 / max(height, width)
+    wanted = tuple(max(1, round(length * scale)) for length in (height, width))
+    assert found.shape == (16, 16, 3) and (rows.sum(), columns.sum()) == wanted
+    assert (found[rows][:, columns] == 200).all()
+    assert int(np.flatnonzero(rows)[0]) == (16 - wanted[0]) // 2  # the odd row of zeros is below
 
 
 def test_an_image_of_three_rows_is_an_image(clip_folder: Path) -> None:
@@ -201,7 +214,8 @@ def test_hps_is_converted_whole(clip_folder: Path, tmp_path: Path) -> None:
     assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
     images = [pair()[0]] * 3
     scores = metrics.of_images("hpsv2", {"hpsv2": str(tmp_path / "hps")}).score(images, PROMPTS, None)
-    assert scores == pytest.approx([100 * v for v in cosines(clip_folder, images)], abs=1e-3)
+    squares = [hps.padded(image, 32) for image in images]
+    assert scores == pytest.approx([100 * v for v in cosines(clip_folder, squares)], abs=1e-3)
 
 
 class _Evil:

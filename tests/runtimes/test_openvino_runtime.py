@@ -54,15 +54,19 @@ def test_bad_options(device: str, options: dict[str, Any], says: str, monkeypatc
 
 def test_options_become_properties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "core", FakeCore)
-    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    monkeypatch.setattr(runtime, "usable", lambda: 5)
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "INFERENCE_NUM_THREADS": 5}
     assert runtime.settings_of("CPU") == exact
     found = runtime.settings_of("CPU", threads=3, dynamic_quantization=True, cache_dir=tmp_path / "a" / "b")
     cache = str(tmp_path / "a" / "b")
     assert found == {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": 3, "CACHE_DIR": cache}
     monkeypatch.setattr(FakeCore, "capabilities", ["FP32"])
-    assert runtime.settings_of("CPU", dynamic_quantization=True) == {"INFERENCE_PRECISION_HINT": "f32"}
+    assert runtime.settings_of("CPU", dynamic_quantization=True, threads=5) == {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": 5,
+    }
     found = runtime.settings_of("CPU", dynamic_quantization=True, group_size=128)
-    assert found == {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}
+    assert found == exact | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}
     assert runtime.settings_of("CPU", group_size=128) == exact
     assert runtime.settings_of("GPU", dynamic_quantization=True, group_size=128) == {}  # it has its own
     assert (tmp_path / "a" / "b").is_dir()
