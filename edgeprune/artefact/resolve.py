@@ -10,7 +10,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import check_links, read_json
 from edgeprune.common.hub_cache import is_hub_id
-from edgeprune.families import Config, Family, family_of
+from edgeprune.families import CHANGED, Config, Family, family_of
 from edgeprune.residency.model_files import check_variant
 
 BUILTIN = Path(__file__).parents[1] / "demo" / "assets" / "teacher"
@@ -57,6 +57,18 @@ def check_revision(model: str | None, revision: str | None) -> None:
     if revision is not None and (model is None or Path(model).exists()):
         what = "the built-in model" if model is None else f"{model}, a local folder,"
         raise InputError(f"--revision {revision}: {what} has no revisions; omit it, or name a hub id like owner/name")
+
+
+def read_original(folder: Path) -> tuple[Config, Family]:
+    """Return what `read_config` does, for a model that is to be compressed.
+
+    Raises:
+        InputError: see `read_config`; or parts of its blocks are missing already.
+    """
+    config, family = read_config(folder)
+    if str(config["_class_name"]).startswith(CHANGED):
+        raise InputError(f"{folder}: already pruned, parts of its blocks are missing; compress the original")
+    return config, family
 
 
 def read_config(folder: Path) -> tuple[Config, Family]:

@@ -12,7 +12,7 @@ import torch
 from edgeprune.analysis.contribution import Group, analyze, groups, partials_of
 from edgeprune.analysis.estimators import estimator_named
 from edgeprune.artefact.loading import load_transformer
-from edgeprune.artefact.resolve import BUILTIN, read_config
+from edgeprune.artefact.resolve import BUILTIN, read_original
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
@@ -96,7 +96,7 @@ def forecast(
     Raises:
         InputError: an option or a config is not usable.
     """
-    config, family = read_config(source)
+    config, family = read_original(source)
     estimator = estimator_named(options.estimator, options.metric)
     removals = analysis_groups(family, config, options)
     per_step, blocks = evaluations_per_step(family, config, generation), family.block_count(config)

@@ -11,7 +11,7 @@ from typing import Any
 
 from edgeprune.analysis.contribution import ContributionReport, fingerprint, groups
 from edgeprune.analysis.estimators import estimator_named
-from edgeprune.artefact.resolve import BUILTIN, read_config
+from edgeprune.artefact.resolve import BUILTIN, read_original
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.progress import Progress, silent
 from edgeprune.data.cache import is_cache
@@ -82,7 +82,7 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
         InputError: the metric is unknown, or its weights are missing.
     """
     check_analysis(options.analyze.metric, options.analyze.weights)
-    config, family = read_config(source)
+    config, family = read_original(source)
     rank = options.plan.modulation_rank
     if rank == NEEDED and not is_projectable(family, config):
         rank = None
@@ -110,7 +110,7 @@ def expected_plan(source: Path, generation: Generation, options: CompressOptions
 
     if options.plan.modulation_rank == NEEDED and plan.suffices(plan_with):
         return plan_with(None)
-    config, family = read_config(source)
+    config, family = read_original(source)
     for rank in reversed(ranks(modulation_width(family, config))):
         try:
             return plan_with(rank)
@@ -125,7 +125,7 @@ def _plan_alike(source: Path, generation: Generation, options: CompressOptions, 
     Raises:
         BudgetError: no plan with these options meets the budget.
     """
-    config, family = read_config(source)
+    config, family = read_original(source)
     alike = dict.fromkeys(groups(family, config, components=options.analyze.components), 0.0)
     report = ContributionReport(
         fingerprint=fingerprint(config),
@@ -163,7 +163,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
         BudgetError: the budget cannot be met, whatever the scores.
         InputError: an option or a config is not usable.
     """
-    config, family = read_config(source)
+    config, family = read_original(source)
     expected = expected_plan(source, generation, options)
     before, after = expected.before, expected.after
 

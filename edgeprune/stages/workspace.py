@@ -18,14 +18,13 @@ from typing import Any
 from edgeprune import targets
 from edgeprune.analysis.contribution import ContributionReport, fingerprint
 from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest
-from edgeprune.artefact.resolve import read_config, resolve
+from edgeprune.artefact.resolve import read_original, resolve
 from edgeprune.artefact.writing import remove_mark
 from edgeprune.common import invocation, processes
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.common.files import digest, read_json, sha256_unless_known, write_json
 from edgeprune.common.hub_cache import commit_of
 from edgeprune.common.lock import LOCK, Lock, hold, is_free
-from edgeprune.families import CHANGED
 from edgeprune.planning.fit import Fit, fit
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.residency.model_files import model_files
@@ -122,9 +121,7 @@ class Workspace:
     def _open_original(self, model: str | None, revision: str | None, variant: str | None) -> None:
         self.original = self._opened or Original(resolve(model, revision, variant), variant)
         self.source = self.original.source
-        self.config, self.family = read_config(self.source)
-        if str(self.config["_class_name"]).startswith(CHANGED):
-            raise InputError(f"{self.source}: already pruned, parts of its blocks are missing; compress the original")
+        self.config, self.family = read_original(self.source)
 
     def _set_generation(self, current: dict[str, Any], requested: dict[str, Any]) -> None:
         requested = heed(self.source, requested)

@@ -13,6 +13,8 @@ from stage_runs import OPTIONS
 from tiny import tiny_pipeline
 
 from edgeprune.artefact.resolve import BUILTIN, read_config
+from edgeprune.common.errors import InputError
+from edgeprune.common.files import read_json, write_json
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.options import NEEDED
 from edgeprune.report.make import lacking_memory
@@ -92,3 +94,15 @@ def test_training_holds_no_text_encoder(source: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(distill, "distill", lambda *a, **k: held.append({*ws.original.loaded}) or train(*a, **k))
     compress(ws, replace(OPTIONS, distill=DistillOptions(steps=1, batch=2)))
     assert held == [{"transformer"}]
+
+
+def test_an_artefact_is_no_original(tmp_path: Path) -> None:
+    tiny_pipeline(tmp_path / "made")
+    path = tmp_path / "made" / "transformer" / "config.json"
+    config = read_json(path)
+    write_json(path, config | {"_class_name": f"Edgeprune{config['_class_name']}"})
+    generation = Generation.load(tmp_path / "made")
+    with pytest.raises(InputError, match="already pruned.*; compress the original"):
+        forecast(tmp_path / "made", OPTIONS, generation)
+    with pytest.raises(InputError, match="already pruned"):
+        analyze.forecast(tmp_path / "made", AnalyzeOptions(), generation)
