@@ -1,7 +1,8 @@
 """Runs a compressed model: `load(folder)` returns a `Runtime` that generates images and measures memory.
 
 There is one module per runtime, listed in RUNTIMES. `eager` is the torch reference; the others open an export folder
-and import neither torch nor diffusers. LoRA and image-to-image are not supported.
+and import neither torch nor diffusers. LoRAs have to be merged (`edgeprune lora --merge`). Image-to-image is not
+supported.
 """
 
 from __future__ import annotations

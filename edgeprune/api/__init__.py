@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from edgeprune.api.drawing import Generated, generate
     from edgeprune.api.exporting import Exported, export
     from edgeprune.api.hub import Pushed, PushForecast, forecast_push, push_to_hub
+    from edgeprune.api.loras import AppliedLora, merge_lora, remap_lora
     from edgeprune.api.scoring import Scored, score
     from edgeprune.api.stages import Planned, Pruned, Quantized, plan, plan_of_config, prune, quantize
     from edgeprune.bench.results import BenchResult
@@ -44,6 +45,7 @@ __all__ = [
     "AnalyzeForecast",
     "AnalyzeOptions",
     "Analyzed",
+    "AppliedLora",
     "BenchResult",
     "CompressForecast",
     "CompressOptions",
@@ -76,12 +78,14 @@ __all__ = [
     "forecast_distill",
     "forecast_push",
     "generate",
+    "merge_lora",
     "plan",
     "plan_of_config",
     "preset",
     "prune",
     "push_to_hub",
     "quantize",
+    "remap_lora",
     "score",
 ]
 _MODULES = {
@@ -95,6 +99,7 @@ _MODULES = {
     "api.drawing": ("Generated", "generate"),
     "api.exporting": ("Exported", "export"),
     "api.hub": ("PushForecast", "Pushed", "forecast_push", "push_to_hub"),
+    "api.loras": ("AppliedLora", "merge_lora", "remap_lora"),
     "api.scoring": ("Scored", "score"),
     "api.stages": ("Planned", "Pruned", "Quantized", "plan", "plan_of_config", "prune", "quantize"),
     "bench.results": ("BenchResult",),

@@ -1,5 +1,5 @@
 """The compressed model on disk: a diffusers folder plus `edgeprune.json`.
 
 manifest.py is `edgeprune.json`; resolve.py finds a model's folder; loading.py and writing.py read and write folders;
-surgery.py makes the shorter model; lora.py remaps LoRAs; synth.py makes full-size models with random weights.
+surgery.py makes the shorter model; lora/ remaps and merges LoRAs; synth.py makes full-size models with random weights.
 """

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edgeprune.artefact.licensing import KEYS, Fields
-from edgeprune.artefact.manifest import Manifest
+from edgeprune.artefact.manifest import HALF, Manifest
 from edgeprune.planning.plan import PrunePlan
 
 MARK = "<!-- Written by edgeprune;"
@@ -56,7 +56,12 @@ def changes(manifest: Manifest, plan: PrunePlan | None) -> list[str]:
     lines.append(f"The remaining weights were {'distilled from the original' if trained else 'not trained further'}.")
     if "quantize" in manifest.stages:
         lines.append(f"Weights of the transformer's blocks in INT4, groups of {manifest.group_size}.")
-    lines.append("Text encoders, tokenizers, VAE and scheduler are those of the original.")
+    merged = {part for lora in manifest.loras for part in lora["parts"]} - {HALF}
+    if manifest.loras:
+        files = ", ".join(f"{escaped(lora['file'])} (scale {lora['scale']:g})" for lora in manifest.loras)
+        lines.append(f"LoRAs merged into the weights{' and text encoders' if merged else ''}: {files}.")
+    same = "Text encoders, tokenizers" if not merged else "Tokenizers"
+    lines.append(f"{same}, VAE and scheduler are those of the original.")
     return lines
 
 

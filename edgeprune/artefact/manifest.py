@@ -9,7 +9,7 @@ from types import NoneType
 from typing import Any
 
 from edgeprune.common.errors import InputError
-from edgeprune.common.fields import real_number, shown, text, whole_number
+from edgeprune.common.fields import LARGEST, real_number, shown, text, whole_number
 from edgeprune.common.files import UNFINISHED, check_schema, read_json, sha256_file, verify_hashes, write_json
 from edgeprune.common.version import VERSION
 from edgeprune.families import Config
@@ -54,6 +54,8 @@ class Manifest:
     """The variant of the weights that the user asked for; None for the default."""
     commit: str | None = None
     """The commit of the hub model that it was when the folder was begun."""
+    loras: list[dict[str, Any]] = field(default_factory=list)
+    """The LoRAs merged into the weights, in order: `file`, `sha256`, `scale`, and the `parts` that they change."""
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -87,6 +89,14 @@ class Manifest:
         for name in ("revision", "variant", "commit"):
             if not isinstance(value := getattr(manifest, name), (str, NoneType)):
                 raise InputError(f"{path}: {name}: found {shown(value)}, expected text or null")
+        if not isinstance(manifest.loras, list) or not all(isinstance(lora, dict) for lora in manifest.loras):
+            raise InputError(f"{path}: loras: expected a list of objects")
+        for number, lora in enumerate(manifest.loras):
+            for name in ("file", "sha256"):
+                text(lora, name, f"{path}: loras: {number}")
+            real_number(lora, "scale", f"{path}: loras: {number}", least=-LARGEST, most=LARGEST)
+            if not isinstance(lora.get("parts"), list) or not all(isinstance(part, str) for part in lora["parts"]):
+                raise InputError(f"{path}: loras: {number}: parts: expected a list of names")
         if not isinstance(manifest.plan, (dict, NoneType)):
             raise InputError(f"{path}: plan: expected an object or null")
         return manifest
@@ -95,7 +105,7 @@ class Manifest:
         """Write the manifest with the versions of the installed tools."""
         names = ("torch", "diffusers", "transformers", "nncf", "safetensors", "numpy")
         self.tools = {"edgeprune": VERSION} | {n: metadata.version(n) for n in names}
-        absent = {name for name in ("revision", "variant", "commit") if getattr(self, name) is None}
+        absent = {name for name in ("revision", "variant", "commit", "loras") if not getattr(self, name)}
         write_json(folder / MANIFEST, {k: v for k, v in asdict(self).items() if k not in absent})
 
     def hash_files(self, folder: Path, entry: str) -> None:

@@ -2,51 +2,76 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from edgeprune.api.folders import is_begun
+from edgeprune import api
 from edgeprune.cli import options, screen
 from edgeprune.common.errors import InputError
 
-EPILOG = "Example: edgeprune lora style.safetensors --model small -o style-small.safetensors"
+EPILOG = (
+    "Example: edgeprune lora style.safetensors --model small -o style-small.safetensors  ·  "
+    "edgeprune lora style.safetensors --model small -o small-style --merge"
+)
 
 
 def lora(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="LoRA made for the original, as safetensors.")],
     model: Annotated[Path, typer.Option("--model", metavar="DIR", help="Artefact folder of the pruned model.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="File to write, ending in .safetensors.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", metavar="PATH", help="File to write, ending in .safetensors; a folder for --merge."
+        ),
+    ],
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge", help="Add the LoRA to the weights, in a new artefact that is quantized as the old one."
+        ),
+    ] = False,
+    scale: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Strength of a merged LoRA.", show_default="1"),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Remap a LoRA of the original to the pruned model.
+    """Remap a LoRA of the original to the pruned model, or merge it into the weights.
 
-    Layers of the LoRA that no longer exist are counted and left out.
+    Files of kohya, ComfyUI, ai-toolkit, PEFT and diffusers are read. What became of each layer is shown; a file with a
+    tensor that cannot be used is refused.
     """
-    from collections import Counter
-
-    from edgeprune.artefact.lora import read, remap
-    from edgeprune.artefact.manifest import Manifest
-    from edgeprune.common.tensors import save_tensors
-    from edgeprune.families import family_of
-
-    if out.suffix != ".safetensors":
-        raise InputError(f"-o {out}: expected a name ending in .safetensors")
-    if not is_begun(model):
-        raise InputError(f"--model {model}: not an artefact folder; run `edgeprune compress` first")
-    manifest = Manifest.load(model)
-    family, plan = family_of(manifest.config), manifest.prune_plan(model)
-    if plan is None:
-        raise InputError(f"{model}: is not pruned yet; run `edgeprune prune -o {model}` first")
-    original = read(file, family)
-    remapped = remap(original, family, manifest.config, plan)
-    if not remapped.kept:
-        raise InputError(f"{file}: nothing of it applies: all of its {len(remapped.gone)} layers are gone from {model}")
-    save_tensors(out, remapped.tensors, {"format": "pt", **original.metadata})
-    reasons = sorted(Counter(remapped.gone.values()).items())
-    screen.table([("layers that apply", str(len(remapped.kept))), *((f"gone: {why}", str(n)) for why, n in reasons)])
-    screen.say(f"wrote {out}")
-    screen.say(f'next: pipe = edgeprune.load("{model}", quantized=False); pipe.load_lora_weights("{out}")')
+    if scale is not None and not merge:
+        raise InputError("--scale: needs --merge; for a LoRA file, give the scale when you load it")
+    if merge:
+        with screen.bars() as progress:
+            done = api.merge_lora(file, model, out, scale=1.0 if scale is None else scale, progress=progress)
+    else:
+        done = api.remap_lora(file, model, out)
+    _show(done, model, merge=merge)
     if as_json:
-        screen.print_json({"out": str(out), "kept": remapped.kept, "gone": remapped.gone})
+        screen.print_json(done.to_json())
+
+
+def _show(done: api.AppliedLora, model: Path, *, merge: bool) -> None:
+    fate = done.fate
+    tensors = ", ".join(f"{number} {name}" for name, number in fate.counts.items() if number)
+    rows = [("tensors in the file", f"{fate.tensors}: {tensors}"), ("layers that apply unchanged", str(len(fate.kept)))]
+    for word, layers in (("changed", fate.changed), ("gone", fate.gone), ("unused", fate.unused)):
+        for why, number in sorted(Counter(layers.values()).items()):
+            first = next(layer for layer, reason in layers.items() if reason == why)
+            rows.append((f"{word}: {why}", f"{number} ({first}{', ...' if number > 1 else ''})"))
+    screen.table(rows)
+    if done.assumed_scales:
+        screen.say(
+            f"{done.assumed_scales} layers have no alpha, and there is no adapter_config.json next to the file: "
+            "their scale is taken to be 1"
+        )
+    screen.say(f"wrote {done.out}" if done.ran else f"nothing to do, {done.out} is merged already")
+    if merge:
+        return screen.say(f"next: edgeprune export {done.out} --target onnx -o {done.out}-onnx")
+    load = f'edgeprune.load("{model}", quantized=False)'
+    screen.say(f'next: pip install peft; in Python: pipe = {load}; pipe.load_lora_weights("{done.out}")')

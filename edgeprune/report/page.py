@@ -28,7 +28,7 @@ from edgeprune.common.files import write_text
 from edgeprune.common.tables import NOT_MEASURED, interval_text, with_unit
 from edgeprune.families.encoders import text_encoders
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.stages.workspace import STAGES, Workspace
+from edgeprune.stages.workspace import ORDER, Workspace
 from edgeprune.training.recipe import strengths
 
 CARD = "README.md"
@@ -168,7 +168,7 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
 
 def commands(ws: Workspace) -> list[str]:
     """Return the commands that made the folder, in order; a stage that ran from Python has none."""
-    lines = [ws.manifest.stages[s].get("command", "") for s in STAGES if s in ws.manifest.stages]
+    lines = [ws.manifest.stages[s].get("command", "") for s in ORDER if s in ws.manifest.stages]
     return [line for line in dict.fromkeys(lines) if line] or ["# made from Python: edgeprune.json has every option"]
 
 
@@ -229,7 +229,7 @@ def _tasks(summary: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 
 def _machine(ws: Workspace) -> list[tuple[str, str]]:
     tools = ", ".join(f"{name} {version}" for name, version in ws.manifest.tools.items())
-    seconds = {s: ws.manifest.stages[s]["seconds"] for s in STAGES if s in ws.manifest.stages}
+    seconds = {s: ws.manifest.stages[s]["seconds"] for s in ORDER if s in ws.manifest.stages}
     return [
         ("tools", tools),
         ("page made on", f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} cores, "

@@ -32,6 +32,9 @@ from edgeprune.sampling.generation import Generation, heed
 from edgeprune.stages.original import Original
 
 STAGES = ("analyze", "plan", "prune", "distill", "quantize")
+"""The stages of `compress`."""
+ORDER = (*STAGES[:-1], "merge", STAGES[-1])
+"""All stages: each depends on those before it. `merge` has a command of its own, `edgeprune lora --merge`."""
 
 
 class Workspace:
@@ -230,27 +233,32 @@ class Workspace:
         """Run a stage unless it was done with the same inputs; return whether it ran.
 
         Args:
-            name: one of STAGES.
+            name: one of ORDER.
             inputs: everything that the result depends on, besides the model and earlier stages.
             run: does the work. It gets the inputs' digest, and returns what to store in the manifest of the result.
 
         Raises:
             StaleStageError: the stage was done with other inputs, and `fresh` is not set.
         """
-        position = STAGES.index(name)
-        upstream = [self.manifest.stages[s]["inputs"] for s in STAGES[:position] if s in self.manifest.stages]
+        position = ORDER.index(name)
+        upstream = [self.manifest.stages[s]["inputs"] for s in ORDER[:position] if s in self.manifest.stages]
         with processes.main_first():  # gigabytes are hashed by one process only
             key = digest({"weights": self.weights_hash, "upstream": upstream, "inputs": inputs})
         earlier = self.manifest.stages.get(name)
         if earlier and earlier["inputs"] == key:
             self._remove_marks()
             return False
+        if self.manifest.loras and position < ORDER.index("merge"):
+            raise StaleStageError(
+                f"{self.out}: has a LoRA merged into its weights; {name} in the folder that it was merged "
+                "from, and merge again: edgeprune lora --merge"
+            )
         if earlier and not self.fresh:
             raise StaleStageError(
                 f"{self.out}: {name} was done with other inputs; "
                 "use --fresh to do it again, or another -o to keep this one"
             )
-        self._forget(STAGES[position:])
+        self._forget(ORDER[position:])
         start = time.monotonic()
         result = run(key)
         self.manifest.stages[name] = {
@@ -294,7 +302,7 @@ class Workspace:
             raise StaleStageError(
                 f"{self.out}: was distilled; use --fresh to prune again without distillation, or another -o"
             )
-        self._forget(STAGES[STAGES.index("prune") :])
+        self._forget(ORDER[ORDER.index("prune") :])
 
     def need(self, name: str, after: str) -> None:
         """Refuse to run the stage `after` before the stage `name`.

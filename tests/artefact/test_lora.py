@@ -1,135 +1,223 @@
-"""LoRAs of the original on the pruned model: merging before or after pruning is equal; removed layers are reported."""
+"""A LoRA on the pruned model draws what the original with that LoRA draws when it is pruned in the same way."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import config_of, tiny_flux, tiny_pipeline, tiny_transformer
-from typer.testing import CliRunner
+from loras import ALPHA, applied, everything, merged, names_of, pair, read_tensors
+from tiny import KINDS, config_of, tiny_velocity
 
-from edgeprune.artefact.lora import Lora, read, remap
-from edgeprune.artefact.surgery import prune_state
+from edgeprune.artefact.lora.merging import Differences
+from edgeprune.artefact.lora.names import TRANSFORMER
+from edgeprune.artefact.lora.remap import Places, remap
+from edgeprune.artefact.surgery import build, prune_state
 from edgeprune.common.errors import InputError
 from edgeprune.families import family_of
 from edgeprune.planning.make import make_plan
-from edgeprune.planning.options import PlanOptions
-from edgeprune.stages.plan import run as run_plan
-from edgeprune.stages.prune import run as run_prune
-from edgeprune.stages.workspace import Workspace
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import modulation_width
 
-RANK, ALPHA = 2, 3.0
-
-
-def lora_of(model: Any, alpha: bool = True) -> dict[str, torch.Tensor]:
-    """Return a LoRA on every linear layer of the blocks."""
-    g = torch.Generator().manual_seed(0)
-    out = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, torch.nn.Linear) and "transformer_blocks" in name:
-            key = f"transformer.{name}"
-            out[f"{key}.lora_A.weight"] = torch.randn(RANK, layer.in_features, generator=g)
-            out[f"{key}.lora_B.weight"] = torch.randn(layer.out_features, RANK, generator=g)
-            if alpha:
-                out[f"{key}.alpha"] = torch.tensor(ALPHA)
-    return out
+Tensors = dict[str, torch.Tensor]
+WHOLE = {"sd3": "3", "sd3-dual": "1", "flux": "1", "flux2": "2"}
+"""Of SD3 the last block, so that another becomes the last and loses its context output."""
+PARTS = {
+    "sd3": "0:mlp,2:attn",
+    "sd3-dual": "0:attn2,2:context_mlp",
+    "flux": "2:mlp,3:attn,0:context_mlp",
+    "flux2": "3:attn,0:mlp",
+}
+NORMS = {"sd3": "1:norm", "sd3-dual": "0:context_norm", "flux": "0:norm,2:norm"}
 
 
-def merged(state: dict[str, torch.Tensor], lora: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    out = dict(state)
-    for name in lora:
-        if name.endswith("lora_A.weight"):
-            layer = name.removesuffix(".lora_A.weight")
-            added = lora[f"{layer}.lora_B.weight"] @ lora[name] * scale
-            key = f"{layer.removeprefix('transformer.')}.weight"
-            out[key] = out[key] + added
-    return out
+class Case:
+    """A tiny model, a plan, and mean and basis of its modulation input."""
+
+    def __init__(self, kind: str, blocks: str = "", components: str = "", rank: int | None = None) -> None:
+        self.model = KINDS[kind]()
+        self.config = config_of(self.model)
+        self.family = family_of(self.config)
+        self.names = names_of(self.model)
+        self.state: Tensors = dict(self.model.state_dict())
+        self.plan: PrunePlan = make_plan(
+            self.family, self.config, None, method="manual", blocks=blocks, components=components, modulation_rank=rank
+        )
+        g = torch.Generator().manual_seed(9)
+        self.mean = self.basis = None
+        if rank is not None or "norm" in components:
+            width = modulation_width(self.family, self.config)
+            self.mean = torch.randn(width, generator=g)
+            if rank is not None:
+                self.basis = torch.linalg.qr(torch.randn(width, max(rank, 1), generator=g))[0].T[:rank].contiguous()
+
+    def pruned(self, state: Tensors) -> Tensors:
+        return prune_state(self.family, self.config, self.plan, state.__getitem__, self.mean, self.basis)
+
+    def drawn(self, state: Tensors) -> torch.Tensor:
+        return tiny_velocity(build(self.family, self.config, self.plan, state))
+
+    def same(self, found: Tensors, expected: Tensors, plain: Tensors) -> None:
+        """Check weights and outputs, and that the LoRA made a difference."""
+        assert found.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+        image = self.drawn(expected)
+        torch.testing.assert_close(self.drawn(found), image, rtol=1e-4, atol=1e-5)
+        assert (self.drawn(plain) - image).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
-def test_adding_before_or_after_pruning_is_the_same(kind: str) -> None:
-    model = tiny_flux() if kind == "flux" else tiny_transformer(num_layers=5)
-    config = config_of(model)
-    family = family_of(config)
-    # For FLUX, 3 is a single block, where removing the MLP cuts columns of another layer.
-    plan = make_plan(family, config, None, method="manual", blocks="1", components="3:mlp")
-    state, lora = dict(model.state_dict()), lora_of(model)
-    found = remap(Lora(lora), family, config, plan)
-    before = prune_state(family, config, plan, merged(state, lora, ALPHA / RANK).__getitem__, None)
-    after = merged(prune_state(family, config, plan, state.__getitem__, None), found.tensors, 1.0)
-    assert before.keys() == after.keys()
-    for name in before:
-        torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-5)
-    assert not any(name.endswith("alpha") for name in found.tensors)
-    assert {"block 1 is removed", "3:mlp is removed"} == set(found.gone.values())
-    assert len(found.kept) + len(found.gone) == len(lora) / 3
-    assert found.kept["transformer_blocks.0.attn.to_q"] == "transformer_blocks.0.attn.to_q"
+def cases() -> list[Any]:
+    made = [pytest.param(kind, WHOLE[kind], PARTS[kind], None, id=kind) for kind in PARTS]
+    made += [pytest.param(kind, WHOLE[kind], "", 8, id=f"{kind}-projected") for kind in ("sd3", "flux")]
+    return made
 
 
-def test_projected_modulation_is_reported() -> None:
-    model = tiny_transformer(num_layers=3)
-    config = config_of(model)
-    family = family_of(config)
-    plan = make_plan(family, config, None, method="manual", modulation_rank=4)
-    found = remap(Lora(lora_of(model)), family, config, plan)
-    assert set(found.gone.values()) == {"its modulation is projected"}
-    assert found.gone.keys() == {layer for layer in found.gone if "norm1" in layer} and found.kept
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(("kind", "blocks", "components", "rank"), cases())
+def test_a_file_for_the_pruned_model(
+    tmp_path: Path, kind: str, blocks: str, components: str, rank: int | None, bias: bool
+) -> None:
+    case = Case(kind, blocks, components, rank)
+    tensors = everything(case.model, bias=bias and "flux2" not in kind)
+    lora = read_tensors(tmp_path, tensors, case.names)
+    found, fate = remap(lora, case.family, case.config, case.plan, case.mean, case.basis)
+    plain = case.pruned(case.state)
+    case.same(applied(plain, found), case.pruned(merged(case.state, tensors)), plain)
+    assert sum(fate.counts.values()) == fate.tensors == len(tensors) and fate.counts["gone"] > 0
+    assert len(fate.kept) + len(fate.changed) + len(fate.gone) == len(lora.changes)
+    assert any("is removed" in why for why in fate.gone.values())
+    if rank:
+        assert set(fate.changed.values()) >= {"modulation projected"}
+        assert any(name.endswith("lora_B.bias") for name in found)
 
 
-def test_a_lora_of_another_model_is_refused() -> None:
-    model = tiny_transformer(num_layers=3)
-    config = config_of(model)
-    family = family_of(config)
-    plan = make_plan(family, config, None, method="manual", blocks="1")
-    lora = lora_of(tiny_transformer(num_layers=4))
-    with pytest.raises(InputError, match=r"found 384 x 64, expected \(128, 64\): the LoRA is for another model"):
-        remap(Lora(lora), family, config, plan)
-    half = {name: tensor for name, tensor in lora_of(model).items() if not name.endswith("lora_B.weight")}
-    with pytest.raises(InputError, match="found one of lora_A and lora_B"):
-        remap(Lora(half), family, config, plan)
+@pytest.mark.parametrize("dora", [False, True], ids=["", "dora"])
+@pytest.mark.parametrize(
+    ("kind", "components", "rank"),
+    [(kind, parts, None) for kind, parts in PARTS.items()]
+    + [(kind, parts, None) for kind, parts in NORMS.items()]
+    + [("sd3", "", 8), ("flux", "", 8), ("sd3", "", 0), ("flux", "2:mlp", 8)],
+)
+def test_merged_weights(tmp_path: Path, kind: str, components: str, rank: int | None, dora: bool) -> None:
+    """Also what no LoRA file can hold: norms, removed or projected modulation, DoRA of layers that lost columns."""
+    case = Case(kind, WHOLE[kind], components, rank)
+    tensors = everything(case.model, bias=kind != "flux2", norms=True, dora=dora)
+    lora = read_tensors(tmp_path, tensors, case.names)
+    differences = Differences(lora, TRANSFORMER, case.names.shapes[TRANSFORMER], case.state.__getitem__)
+    places, plain = Places(case.family, case.config, case.plan), case.pruned(case.state)
+    found = dict(plain)
+    for name, source in places.sources.items():
+        if (difference := differences.pruned(source, case.mean, case.basis)) is not None:
+            found[name] = plain[name] + difference
+    case.same(found, case.pruned(merged(case.state, tensors)), plain)
+    fate = places.fates(lora)
+    assert sum(fate.counts.values()) == fate.tensors == len(tensors)
 
 
-def test_the_command(tmp_path: Path) -> None:
-    from edgeprune.cli import app
-
-    tiny_pipeline(tmp_path / "source")
-    ws = Workspace(tmp_path / "small", str(tmp_path / "source"))
-    run_plan(ws, PlanOptions("manual", blocks="1"))
-    run_prune(ws)
-    lora = lora_of(ws.pipe.transformer, alpha=False)
-    lora["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 3)
-    save_file(lora, tmp_path / "style.safetensors")
-    words = ["lora", str(tmp_path / "style.safetensors"), "--model", str(ws.out), "-o"]
-    done = CliRunner().invoke(app, [*words, str(tmp_path / "new.safetensors")])
-    assert done.exit_code == 0, done.output
-    written = load_file(tmp_path / "new.safetensors")
-    blocks = {name.split(".")[2] for name in written if name.startswith("transformer.")}
-    assert blocks == {"0", "1"} and any(name.startswith("text_encoder.") for name in written)
-    with pytest.raises(InputError, match=r"found \.bin, expected a \.safetensors file"):
-        read(tmp_path / "style.bin", ws.family)
-    (tmp_path / "bad.safetensors").write_bytes(b"no")
-    with pytest.raises(InputError, match="bad.safetensors: not readable"):
-        read(tmp_path / "bad.safetensors", ws.family)
-    said = {"text_encoder.lora_alpha": 8, "transformer.lora_alpha": 4}
-    save_file(lora, tmp_path / "said.safetensors", {"lora_adapter_metadata": json.dumps(said)})
-    given = read(tmp_path / "said.safetensors", ws.family)
-    assert given.alpha == 4 and json.loads(given.metadata["lora_adapter_metadata"]) == {"text_encoder.lora_alpha": 8}
-    kohya = {"lora_unet_joint_blocks_0_x.lora_down.weight": torch.ones(2, 2)}
-    save_file(kohya, tmp_path / "kohya.safetensors")
-    with pytest.raises(InputError, match="found 'lora_unet_joint_blocks_0_x.lora_down.weight', expected names of"):
-        read(tmp_path / "kohya.safetensors", ws.family)
+def test_scale_multiplies_what_a_merge_changes(tmp_path: Path) -> None:
+    case = Case("flux")
+    tensors = everything(case.model, bias=True, dora=True)
+    lora = read_tensors(tmp_path, tensors, case.names)
+    whole, part = (
+        Differences(lora, TRANSFORMER, case.names.shapes[TRANSFORMER], case.state.__getitem__, scale)
+        for scale in (1, -0.3)
+    )
+    for name in ("x_embedder.weight", "x_embedder.bias", "single_transformer_blocks.1.attn.to_q.weight"):
+        torch.testing.assert_close(part[name], whole[name] * -0.3)
 
 
-def test_flux_keeps_its_alphas(tmp_path: Path) -> None:
-    """diffusers' conversion drops them; `read` keeps them."""
-    model = tiny_flux()
-    config = config_of(model)
-    family = family_of(config)
-    save_file(lora_of(model), tmp_path / "flux.safetensors")
-    given = read(tmp_path / "flux.safetensors", family)
-    whole = make_plan(family, config, None, method="manual")
-    found = remap(given, family, config, whole).tensors
-    name = "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"
-    torch.testing.assert_close(found[name], given.tensors[name] * ALPHA / RANK)
+def test_a_fused_layer_whose_parts_part(tmp_path: Path) -> None:
+    """kohya's linear1 is four layers of diffusers': of three that stay and one that goes, the tensors are changed."""
+    case = Case("flux", components="2:mlp")
+    tensors = pair("lora_unet_single_blocks_0_linear1", 7 * 64, 64)
+    lora = read_tensors(tmp_path, tensors, case.names)
+    found, fate = remap(lora, case.family, case.config, case.plan)
+    assert fate.counts == {"kept": 0, "changed": 3, "gone": 0, "unused": 0}
+    assert fate.gone == {"single_transformer_blocks.0.proj_mlp": "2:mlp is removed"} and len(fate.kept) == 3
+    up, down = (tensors[f"lora_unet_single_blocks_0_linear1.lora_{n}.weight"] for n in ("up", "down"))
+    name = "transformer.single_transformer_blocks.0.attn.to_v"
+    torch.testing.assert_close(
+        found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"], (up @ down)[128:192] * ALPHA / 4
+    )
+
+
+def test_split_layers_lose_the_ranks_of_other_parts(tmp_path: Path) -> None:
+    """kohya stores three LoRAs as one of three times the rank, whose B is block-diagonal."""
+    case = Case("flux")
+    parts = [pair("x", 64, 64, rank=2, seed=seed) for seed in range(3)]
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    fused = {
+        f"{name}.lora_down.weight": torch.cat([p["x.lora_down.weight"] for p in parts]),
+        f"{name}.lora_up.weight": torch.block_diag(*(p["x.lora_up.weight"] for p in parts)),
+        f"{name}.alpha": torch.tensor(6.0),
+    }
+    found, _ = remap(read_tensors(tmp_path, fused, case.names), case.family, case.config, case.plan)
+    for part, layer in zip(parts, ("to_q", "to_k", "to_v"), strict=True):
+        key = f"transformer.transformer_blocks.0.attn.{layer}"
+        assert torch.equal(found[f"{key}.lora_A.weight"], part["x.lora_down.weight"])
+        assert torch.equal(found[f"{key}.lora_B.weight"], part["x.lora_up.weight"])
+
+
+def test_dora_stays_dora_where_rows_are_whole(tmp_path: Path) -> None:
+    case = Case("sd3", blocks="1")
+    tensors = everything(case.model, dora=True)
+    found, _ = remap(read_tensors(tmp_path, tensors, case.names), case.family, case.config, case.plan)
+    plain = case.pruned(case.state)
+    case.same(applied(plain, found), case.pruned(merged(case.state, tensors)), plain)
+    assert not any(name.endswith("alpha") for name in found)
+
+
+def test_dora_by_columns_is_merged(tmp_path: Path) -> None:
+    """LyCORIS' older files hold the length of each column (1, I), which a square layer must not take for rows."""
+    case = Case("flux")
+    layer = "transformer_blocks.0.attn.to_out.0"
+    tensors = pair(f"transformer.{layer}", 64, 64)
+    magnitude = torch.rand(1, 64) + 1
+    lora = read_tensors(tmp_path, tensors | {f"transformer.{layer}.dora_scale": magnitude}, case.names)
+    changed = merged(case.state, tensors)[f"{layer}.weight"]
+    expected = changed / changed.norm(dim=0, keepdim=True) * magnitude - case.state[f"{layer}.weight"]
+    differences = Differences(lora, TRANSFORMER, case.names.shapes[TRANSFORMER], case.state.__getitem__)
+    torch.testing.assert_close(differences[f"{layer}.weight"], expected)
+    with pytest.raises(InputError, match=r"cannot hold DoRA of columns.*add --merge"):
+        remap(lora, case.family, case.config, case.plan)
+
+
+def test_a_convolution(tmp_path: Path) -> None:
+    """SD3 embeds patches by a convolution, whose LoRA has four axes."""
+    case = Case("sd3")
+    name = "lora_unet_x_embedder_proj"
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(4, 8, 1, 1),
+        f"{name}.lora_up.weight": torch.randn(64, 4, 1, 1),
+        f"{name}.alpha": torch.tensor(2.0),
+    }
+    found, fate = remap(read_tensors(tmp_path, tensors, case.names), case.family, case.config, case.plan)
+    assert fate.kept == {"pos_embed.proj": "pos_embed.proj"}
+    assert {tuple(tensor.shape) for tensor in found.values()} == {(4, 8, 1, 1), (64, 4, 1, 1)}
+    up, down = tensors[f"{name}.lora_up.weight"].flatten(1), tensors[f"{name}.lora_down.weight"].flatten(1)
+    weight = applied(case.state, found)["pos_embed.proj.weight"] - case.state["pos_embed.proj.weight"]
+    torch.testing.assert_close(weight.flatten(1), up @ down / 2, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"norms": True},
+            r"cannot hold differences of norms \('transformer.transformer_blocks.0.attn.norm_added_k.diff'",
+        ),
+        ({"bias": True, "dora": True}, r"cannot hold biases beside DoRA"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_named(tmp_path: Path, change: dict[str, bool], message: str) -> None:
+    case = Case("sd3", blocks="1")
+    lora = read_tensors(tmp_path, everything(case.model, **change), case.names)
+    with pytest.raises(InputError, match=message):
+        remap(lora, case.family, case.config, case.plan)
+
+
+def test_the_dtype_of_the_file_stays(tmp_path: Path) -> None:
+    case = Case("flux")
+    tensors = {name: tensor.bfloat16() for name, tensor in pair("lora_unet_img_in", 64, 32).items()}
+    found, _ = remap(read_tensors(tmp_path, tensors, case.names), case.family, case.config, case.plan)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
