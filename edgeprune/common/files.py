@@ -144,7 +144,7 @@ def _followed(folder: Path, name: str, where: object, places: list[Path]) -> Pat
         raise InputError(f"{where}: found {shown(name)}, which is not a file name ({error})") from None
     if not any(path.is_relative_to(place) for place in places):
         raise InputError(
-            f"{where}: found {shown(name)}, a link to {shown(str(path))}, which leads out of the folder {folder}; "
+            f"{where}: found {shown(name)}, which leads out of the folder {folder}, to {shown(str(path))}; "
             "put the file itself there"
         )
     return path

@@ -45,7 +45,7 @@ def test_a_damaged_shard_is_one_line(pipe: Any, model: Path, tmp_path: Path) -> 
     [
         ("shards.0.file", "../shard-00000.safetensors", "shards: 0: file: found '../shard"),
         ("shards.0.file", "/etc/shard.safetensors", "shards: 0: file: found '/etc/shard"),
-        ("shards.0.file", "link.safetensors", "shards: 0: file: found 'link.safetensors', a link to"),
+        ("shards.0.file", "link.safetensors", "shards: 0: file: found 'link.safetensors', which leads out"),
         ("shards.0.file", "cache.json", "shards: 0: file: found"),
         ("shards.0.file", 7, "shards: 0: file: found 7"),
         ("shards.0.sizes", {"64x64": 10**12}, "shards: 0: sizes: 64x64: found 1000000000000"),
