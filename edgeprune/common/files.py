@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from edgeprune.common.errors import DiskError, EdgepruneError, InputError
+from edgeprune.common.errors import DiskError, InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.hub_cache import stores
 from edgeprune.common.progress import Progress, silent
@@ -214,28 +214,6 @@ def whole_lines(path: Path) -> list[str]:
     if end < len(data):
         os.truncate(path, end)
     return data[:end].decode("utf-8").split("\n")[:-1]
-
-
-def copy_folder(source: Path, target: Path, *leave_out: str) -> None:
-    """Copy a folder to a new path, leaving out files that match the patterns. If that fails, nothing is left behind.
-
-    Raises:
-        EdgepruneError: the target exists, a file cannot be read, or the disk is full.
-    """
-
-    def copy(one: str, to: str) -> str:  # copytree collects OSErrors and continues; this stops at the first
-        try:
-            return shutil.copyfile(one, to)
-        except OSError as error:
-            raise cannot_write(Path(to), error) from error
-
-    if target.exists():
-        raise EdgepruneError(f"{target}: already exists")
-    try:
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*leave_out), copy_function=copy)
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
 
 
 def replace_folder(new: Path, target: Path) -> None:

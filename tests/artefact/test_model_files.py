@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -14,9 +15,9 @@ from tiny import tiny_pipeline
 
 from edgeprune.artefact.loading import load
 from edgeprune.artefact.resolve import BUILTIN
-from edgeprune.artefact.writing import copy_surroundings
+from edgeprune.artefact.writing import copy_part, copy_surroundings
 from edgeprune.bench.disk import disk_bytes
-from edgeprune.common.errors import InputError
+from edgeprune.common.errors import DiskError, InputError
 from edgeprune.data.cache import made_by
 from edgeprune.planning.fit import stored_shapes
 from edgeprune.planning.options import PlanOptions
@@ -117,6 +118,15 @@ def test_doubles_are_neither_hashed_nor_counted_nor_copied(plain: Path, tmp_path
     copy_surroundings(full, tmp_path / "copy")
     assert not names(tmp_path / "copy") & set(DOUBLES)
     assert {"LICENSE.md", "TERMS-OF-USE", "licenses/vae/LICENSE"} <= names(tmp_path / "copy")
+
+
+def test_a_copy_on_a_full_disk_is_one_line(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(DiskError, match=r"config\.json: disk full; free some space"):
+        copy_part(plain / "vae", tmp_path / "vae")
 
 
 def test_the_digest_of_the_built_in_model_is_the_same() -> None:

@@ -3,7 +3,6 @@
 import ast
 import errno
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 from edgeprune.common.errors import DiskError, EdgepruneError, InputError
 from edgeprune.common.files import (
     check_schema,
-    copy_folder,
     replace_folder,
     sha256_unless_known,
     whole_lines,
@@ -31,19 +29,6 @@ def test_json_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(EdgepruneError, match=r"plan\.json: disk full; free some space"):
         write_json(path, {"blocks": [2]})
     assert "1" in path.read_text() and list(tmp_path.iterdir()) == [path]
-
-
-def test_copy_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    (source / "inner").mkdir(parents=True)
-    for name in ("a.json", "inner/b.json", "secret.bin"):
-        (source / name).touch()
-    copy_folder(source, target, "*.bin")
-    assert sorted(p.name for p in target.rglob("*")) == ["a.json", "b.json", "inner"]
-    monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(EdgepruneError, match=r"other.*json: disk full"):
-        copy_folder(source, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
 
 
 def test_a_folder_comes_back_if_its_successor_cannot_take_its_place(tmp_path: Path) -> None:
