@@ -9,6 +9,7 @@ network is wrong, `OUT.partial` is removed. Each format's to_*.py writes the net
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -79,6 +80,10 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
     if out.exists() and any(out.iterdir()) and not (out / FILE).is_file():
         raise InputError(f"{out}: found a folder without {FILE}, expected a new or empty folder or a previous export")
     place = out.resolve()  # "." has no name to extend
+    above = next(parent for parent in place.parents if parent.exists())
+    if os.path.ismount(place) or not os.access(above, os.W_OK | os.X_OK):
+        what = "is a mount" if os.path.ismount(place) else f"{above} is not writable"
+        raise InputError(f"{out}: {what}, and an export is replaced as a whole; use a folder within: -o {out}/export")
     partial = place.with_name(place.name + ".partial")
     # The lock is outside the folder, which is replaced.
     with hold(place.with_name(f".{place.name}.lock"), out):

@@ -43,16 +43,21 @@ def is_builtin(out: AnyPath, model: AnyPath | None = None) -> bool:
 
 
 def check_out(out: AnyPath) -> None:
-    """Refuse an output folder that cannot be created, before anything is computed.
+    """Refuse an output folder that cannot be created or written, before anything is computed. Links are followed.
 
     Raises:
-        InputError: the path, or a folder above it, is a file.
+        InputError: the path, or a folder above it, is a file or a link to nothing, or is not writable.
     """
     for place in (Path(out), *Path(out).parents):
         if place.is_dir():
+            if not os.access(place, os.W_OK | os.X_OK):
+                what = "this folder" if place == Path(out) else f"the folder {place}"
+                raise InputError(f"-o {out}: {what} is not writable here; use another -o, or change its permissions")
             return
         if place.exists():
             raise InputError(f"-o {out}: {place} is a file; use another -o")
+        if place.is_symlink():
+            raise InputError(f"-o {out}: {place} is a link to nothing; make the folder that it leads to, or remove it")
 
 
 def check_begun(out: AnyPath) -> None:

@@ -5,6 +5,7 @@ Tensors are written by tensors.py.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -20,7 +21,6 @@ from edgeprune.common.errors import DiskError, InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.hub_cache import stores
 from edgeprune.common.progress import Progress, silent
-from edgeprune.common.texts import decoded_text
 
 UNFINISHED = "unfinished.json"
 """File in a folder of weights that says what they were made from, until whoever wrote them has recorded that they are
@@ -44,7 +44,10 @@ def read_json(path: Path) -> dict[str, Any]:
             raise InputError(
                 f"{path}: found more than {_LARGEST_JSON} bytes, expected a JSON file of edgeprune or of a model"
             )
-        data = parse_json(decoded_text(content))
+        if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            # diffusers and transformers, which read the same files, refuse it in words of their own after minutes.
+            raise InputError(f"{path}: begins with a byte order mark, expected UTF-8 without one; save it again")
+        data = parse_json(content.decode())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:

@@ -19,6 +19,7 @@ from edgeprune.common.texts import lines_of, read_text
 from edgeprune.user_study.design import MODES, Study, check_variant, conditions
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_UNFINISHED = ".unfinished"
 DEFAULT_PER_RATER = 60
 """About a quarter of an hour."""
 
@@ -55,7 +56,7 @@ def make(
         raise InputError(f"--mode: found {mode!r}, expected {' or '.join(MODES)}")
     if len(variants) < 2:
         raise InputError(f"--variants: found {len(variants)}, expected two or more, the original first")
-    if folder.exists() and (not folder.is_dir() or list(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {_UNFINISHED}):
         raise InputError(f"{folder}: exists already; a new study needs a new folder")
     images = {check_variant(name): _images(source) for name, source in variants.items()}
     original, *others = images
@@ -85,25 +86,25 @@ def make(
 
 
 def _write(folder: Path, study: Study, images: dict[str, dict[str, Path]], progress: Progress) -> None:
-    """Build the folder under a temporary name, then rename it."""
+    """Build the study within its folder, which may be a mount or a link, and show it when it is whole."""
     original, names = images[study.variants[0]], study.files
-    folder = folder.resolve()  # "." has no name
-    building = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(building, ignore_errors=True)
+    building, is_new = folder / _UNFINISHED, not folder.exists()
+    shutil.rmtree(building, ignore_errors=True)  # of a run that was killed
     try:
         for variant, name in enumerate(images):
             (building / "images" / name).mkdir(parents=True)
             for prompt, stem in enumerate(names):
                 _copy(images[name][stem], building / study.image(variant, prompt), original[stem])
                 progress("images", variant * len(names) + prompt + 1, len(images) * len(names))
-        write_json(building / "study.json", asdict(study))
-        if folder.is_dir():
-            folder.rmdir()
-        building.rename(folder)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        (building / "images").rename(folder / "images")
+        write_json(folder / "study.json", asdict(study))
+    except BaseException as error:
+        shutil.rmtree(folder / "images", ignore_errors=True)
+        shutil.rmtree(folder if is_new else building, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise cannot_write(folder, error) from error
+        raise
+    building.rmdir()
 
 
 def _images(folder: Path) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -117,6 +118,17 @@ def test_a_number_out_of_range_is_refused_by_its_option(command: str, option: st
 def test_an_output_folder_may_be_new_or_exist(here: Path) -> None:
     for name in ("empty", "new", "new/below", "empty/below", "."):
         check_out(Path(name))
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "nowhere").symlink_to(here / "unmounted" / "disk")
+    with pytest.raises(InputError, match="-o nowhere/x: nowhere is a link to nothing; make the folder"):
+        check_out(Path("nowhere/x"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
+    with pytest.raises(InputError, match="-o empty: this folder is not writable here; use another -o"):
+        check_out(Path("empty"))
+    with pytest.raises(InputError, match="-o empty/a/b: the folder empty is not writable here"):
+        check_out(Path("empty/a/b"))
 
 
 @pytest.mark.parametrize("words", [["-h"], ["compress", "-h"], ["study", "new", "-h"], ["targets", "show", "-h"]])

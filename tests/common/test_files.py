@@ -11,6 +11,7 @@ import pytest
 from edgeprune.common.errors import DiskError, EdgepruneError, InputError
 from edgeprune.common.files import (
     check_schema,
+    read_json,
     replace_folder,
     sha256_unless_known,
     whole_lines,
@@ -108,3 +109,12 @@ def test_what_a_killed_write_leaves_goes_with_the_next(tmp_path: Path, monkeypat
     (tmp_path / "a.safetensors.partial" / ".tmpA1b2C3").touch()
     tensors.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_with_a_byte_order_mark_is_refused_at_once(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}", encoding=encoding)
+    with pytest.raises(
+        InputError, match=r"model_index\.json: begins with a byte order mark, expected UTF-8 without one"
+    ):
+        read_json(tmp_path / "model_index.json")

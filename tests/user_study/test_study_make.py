@@ -84,3 +84,18 @@ def test_names_of_variants_cannot_lead_anywhere(name: str, tmp_path: Path) -> No
     folders = image_folders(tmp_path / "in")
     with pytest.raises(InputError, match="variant"):
         make(tmp_path / "study", {"original": folders["original"], name: folders["ours"]})
+
+
+def test_a_study_is_written_within_its_folder(tmp_path: Path) -> None:
+    """The folder may be a mount or a link, and nothing beside it is touched; what a killed run left is removed."""
+    (tmp_path / "place").mkdir()
+    variants = image_folders(tmp_path)
+    (tmp_path / "disk" / ".unfinished" / "images").mkdir(parents=True)
+    (tmp_path / "place" / "study").symlink_to(tmp_path / "disk")
+    beside = []
+    make(
+        tmp_path / "place" / "study", variants, per_rater=1, prompts=tmp_path / "prompts.txt",
+        progress=lambda *_: beside.extend(p.name for p in (tmp_path / "place").iterdir()),
+    )  # fmt: skip
+    assert set(beside) == {"study"} and (tmp_path / "place" / "study").is_symlink()
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["images", "study.json"]
