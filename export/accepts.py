@@ -10,9 +10,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from edgeprune.artefact.resolve import read_config
+from edgeprune.artefact.checks import check_pipeline
 from edgeprune.common.errors import InputError
-from edgeprune.families.encoders import EXPORTED, check_tokens, is_present, read_index, tokenizer_of
+from edgeprune.families.encoders import EXPORTED, check_tokens, text_encoders
 from edgeprune.sampling.generation import Generation
 from edgeprune.targets import Target
 
@@ -29,21 +29,10 @@ def pipeline(artefact: Path) -> dict[str, Any]:
         raise InputError(f"{artefact}: {found}")
     if not path.is_file():
         raise InputError(f"{artefact}: no model_index.json; expected an artefact or a diffusers folder")
-    index = read_index(artefact)
-    _, family = read_config(artefact)
-    if index.get("_class_name") != family.pipeline:
-        raise InputError(f"{path}: _class_name: found {index.get('_class_name')!r}, expected {family.pipeline!r}")
-    wanted = {e.name: e.kind for e in family.encoders if not e.optional or is_present(index, e.name)}
-    if foreign := [(name, kind) for name, kind in wanted.items() if kind not in EXPORTED]:
+    index = check_pipeline(artefact)
+    foreign = [(name, kind) for name, kind in text_encoders(artefact).items() if kind not in EXPORTED]
+    if foreign:
         raise InputError(f"{path}: {foreign[0][0]}: found {foreign[0][1]}, which cannot be exported yet")
-    for name in ("transformer", "vae", *wanted, *map(tokenizer_of, wanted), "scheduler"):
-        if not is_present(index, name):
-            raise InputError(f"{path}: {name}: found {index.get(name)!r}, expected a library and a class")
-        if index[name][-1] != wanted.get(name, index[name][-1]):
-            raise InputError(f"{path}: {name}: found {index[name][-1]!r}, expected {wanted[name]!r}")
-    for name in ("transformer", "vae", *wanted, *map(tokenizer_of, wanted), "scheduler"):
-        if not (artefact / name).is_dir():
-            raise InputError(f"{artefact / name}: no such folder, though {path.name} lists it")
     check_tokens(artefact, Generation.load(artefact).max_sequence_length)
     return index
 

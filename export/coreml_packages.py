@@ -70,12 +70,13 @@ def convert_network(
         ParityError: the packages compute something else, or overflow in half precision.
     """
     widen(reference).requires_grad_(False)
-    for layer in reference.modules():
-        if not half and isinstance(layer, PackedLinear):  # a program's weights have the precision of their scales
-            layer.weight_scale = layer.weight_scale.float()
+    if not half:
+        _widen_scales(reference)
     batches = [len(next(iter(example.values()))) for example in examples]
     tensors, packages, outputs = dict(examples[-1]), [], []
     for i, module in enumerate(modules, 1):
+        if not half:
+            _widen_scales(module)
         path = folder / ("model.mlpackage" if chunks == 1 else f"chunk_{i}.mlpackage")
         feeds, outputs = {key: tensors[key] for key in module.inputs}, list(module.outputs)
         try:
@@ -94,6 +95,13 @@ def convert_network(
         return record | {"by": "prediction"}
     record = parity.check(name, chain, reference, examples, outputs, bound=BOUND, progress=progress)
     return record | {"by": "mil_reference", "half_relative": _half_error(name, chain, examples[-1], outputs, progress)}
+
+
+def _widen_scales(network: nn.Module) -> None:
+    """Set the scales of quantised layers to float32: a program's weights have the precision of their scales."""
+    for layer in network.modules():
+        if isinstance(layer, PackedLinear):
+            layer.weight_scale = layer.weight_scale.float()
 
 
 def _zeros_like_outputs(module: nn.Module, feeds: Tensors) -> list[torch.Tensor]:

@@ -8,20 +8,18 @@ Notation: B prompts, M text tokens, K text width, P pooled width.
 
 from __future__ import annotations
 
-import functools
 import gc
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+from transformers import AutoTokenizer
 
 from edgeprune.artefact.resolve import read_config
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
-from edgeprune.export import modules
+from edgeprune.export import loaders, modules
 from edgeprune.export.folder import from_pretrained
-from edgeprune.families.encoders import CLIP_POOLED, T5, text_encoders, tokenizer_of
-from edgeprune.quantization.quantize import quantize_t5
+from edgeprune.families.encoders import T5, text_encoders, tokenizer_of
 from edgeprune.sampling.denoising import Conditioning
 from edgeprune.sampling.generation import Generation, longest_prompt
 from edgeprune.sampling.prompts import prompts
@@ -29,15 +27,11 @@ from edgeprune.sampling.prompts import prompts
 PROMPTS = 10
 
 
-def text_encoder(artefact: Path, name: str, kind: str) -> tuple[modules.TextEncoder | modules.T5Encoder, int]:
-    """Load a text encoder of class `kind` (T5 in 8 bits); also return the largest number of tokens it gets."""
-    if kind == T5:
-        # In the folder's own precision: in float32, T5-XXL takes 19 GB before it is rounded.
-        model = from_pretrained(functools.partial(T5EncoderModel.from_pretrained, dtype="auto"), artefact / name)
-        return modules.T5Encoder(quantize_t5(model)), Generation.load(artefact).max_sequence_length
-    load = CLIPTextModel.from_pretrained if kind == CLIP_POOLED else CLIPTextModelWithProjection.from_pretrained
-    clip = modules.TextEncoder(from_pretrained(load, artefact / name))
-    return clip, int(clip.config.max_position_embeddings)
+def most_tokens(artefact: Path, encoder: modules.TextEncoder | modules.T5Encoder) -> int:
+    """Return the largest number of tokens that a text encoder gets."""
+    if isinstance(encoder, modules.T5Encoder):
+        return Generation.load(artefact).max_sequence_length
+    return int(encoder.config.max_position_embeddings)
 
 
 def token_ids(artefact: Path, name: str, kind: str) -> torch.Tensor:
@@ -60,8 +54,7 @@ def encoded(artefact: Path, progress: Progress = silent) -> Conditioning:
     """
     outputs = {}
     for name, kind in text_encoders(artefact).items():
-        encoder, _ = text_encoder(artefact, name, kind)
-        modules.widen(encoder)
+        encoder = loaders.text_encoder(artefact, name, kind, loaders.by_name)
         rows = []
         with torch.no_grad():
             for row in token_ids(artefact, name, kind):

@@ -20,17 +20,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL
-
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.manifest import HALF, INT4
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.progress import Progress, silent
-from edgeprune.export import modules, text
+from edgeprune.export import loaders, modules, text
 from edgeprune.export.coreml_chunks import TrimmedTextEncoder, loaded, split
 from edgeprune.export.coreml_packages import convert_network
-from edgeprune.export.folder import from_pretrained, is_quantized, write
+from edgeprune.export.folder import is_quantized, write
 from edgeprune.export.sizes import factor_of, generation_for
 from edgeprune.export.unfinished import Unfinished
 from edgeprune.families.encoders import CLIP, T5, text_encoders
@@ -113,20 +111,20 @@ def networks(artefact: Path, work: Unfinished, device: Target, progress: Progres
         if work.has(name):
             continue
         progress(name)
-        encoder: Any
-        encoder, _ = text.text_encoder(artefact, name, kind)
+        both: list[Any]
+        both = [loaders.text_encoder(artefact, name, kind, load) for load in (loaders.by_vendor, loaders.by_name)]
         if kind == CLIP:
-            encoder = TrimmedTextEncoder(encoder)
+            both = [TrimmedTextEncoder(encoder) for encoder in both]
         example, half = {"input_ids": text.token_ids(artefact, name, kind)[:1]}, kind != T5
-        record = convert_network(name, [encoder], encoder, [example], work.begin(name), half=half, progress=progress)
+        record = convert_network(name, both[:1], both[1], [example], work.begin(name), half=half, progress=progress)
         work.finish(name, {"parity": record})
-        del encoder
+        del both
 
     if not work.has(name := "vae_decoder"):
         progress(name)
-        vae = modules.VaeDecoder(from_pretrained(AutoencoderKL.from_pretrained, artefact / "vae"))
+        vae, checkpoint = (loaders.vae_decoder(artefact, load) for load in (loaders.by_vendor, loaders.by_name))
         examples = [vae.example(batch=1, height=height, width=width)]
-        record = convert_network(name, [vae], vae, examples, work.begin(name), progress=progress)
+        record = convert_network(name, [vae], checkpoint, examples, work.begin(name), progress=progress)
         work.finish(name, {"parity": record})
     written = work.recorded("chunks")["transformer"]
     return {"device": device.name, "batch": list(device.batch), "chunks": written, "parity": work.recorded("parity")}

@@ -12,6 +12,7 @@ other files of the folder.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +23,12 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from diffusers import AutoencoderKL
 
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.common.errors import ParityError
 from edgeprune.common.progress import Progress, silent
-from edgeprune.export import external_data, graph, modules, parity, text
-from edgeprune.export.folder import from_pretrained, is_quantized, write
+from edgeprune.export import external_data, graph, loaders, modules, parity, text
+from edgeprune.export.folder import is_quantized, write
 from edgeprune.export.unfinished import MARK, Unfinished
 from edgeprune.families.encoders import T5, text_encoders
 from edgeprune.residency.stored import StoredTransformer
@@ -65,13 +65,13 @@ Opened = Callable[[Path], parity.Runner]
 Module = modules.Transformer | modules.TextEncoder | modules.T5Encoder | modules.VaeDecoder
 
 
-@dataclass(frozen=True)
+@dataclass
 class NetworkSource:
     """One network of the pipeline before it is written: its module, and inputs to trace and compare it with."""
 
     name: str
     module: Module
-    """In float32; the file is compared with it."""
+    """In float32; it is written."""
     traced: Mapping[str, torch.Tensor]
     """Inputs to trace with."""
     examples: Sequence[Mapping[str, torch.Tensor]]
@@ -80,6 +80,15 @@ class NetworkSource:
     """Inputs at which half precision is tried."""
     stored: StoredTransformer | None = None
     """Only of the transformer: `module` reads each block from here when it runs."""
+    reread: Callable[[], Module] | None = None
+    """Loads the network again, by name; None if `module` was loaded so."""
+
+    def checkpoint(self) -> Module:
+        """Return the network that the file is compared with. It takes the place of `module`, which is freed."""
+        if self.reread is not None:
+            del self.module
+            self.module, self.reread = self.reread(), None
+        return self.module
 
     def half(self) -> Module:
         """Return a copy of the module in half precision."""
@@ -120,10 +129,11 @@ def networks(
         path = work.begin(source.name) / "model.onnx"
         save(source.name, source.to_ir(), path, progress)
         gc.collect()  # a traced program refers to itself
-        outputs = list(source.module.outputs)
-        record = parity.check(source.name, opened(path), source.module, source.examples, outputs, progress=progress)
+        module = source.checkpoint()
+        outputs = list(module.outputs)
+        record = parity.check(source.name, opened(path), module, source.examples, outputs, progress=progress)
         work.finish(source.name, {"parity": record})
-        del source  # else it is still in memory while the next one is loaded
+        del source, module  # else it is still in memory while the next one is loaded
     return {"opset": graph.OPSET, "parity": work.recorded("parity")}
 
 
@@ -148,7 +158,9 @@ def sources(
     for name, kind in text_encoders(artefact).items():
         if has(name):
             continue
-        encoder, longest = text.text_encoder(artefact, name, kind)
+        reread = functools.partial(loaders.text_encoder, artefact, name, kind, loaders.by_name)
+        encoder = loaders.text_encoder(artefact, name, kind, loaders.by_vendor)
+        longest = text.most_tokens(artefact, encoder)
         examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
         trial = examples[0]
         if half:
@@ -156,7 +168,8 @@ def sources(
             trial = {"input_ids": ids[:1] if kind == T5 else ids}  # T5's are long, and it is slow in half precision
         yield NetworkSource(
             name=name,
-            module=modules.widen(encoder),
+            module=encoder,
+            reread=reread,
             traced=encoder.example(batch=2, tokens=min(7, longest)),
             examples=examples,
             trial=trial,
@@ -164,11 +177,12 @@ def sources(
         del encoder
 
     if not has("vae_decoder"):
-        vae = modules.VaeDecoder(from_pretrained(AutoencoderKL.from_pretrained, artefact / "vae"))
+        vae = loaders.vae_decoder(artefact, loaders.by_vendor)
         examples = [vae.example(batch=b, height=h, width=w) for b, h, w in ((1, 8, 8), (3, 5, 7))]
         yield NetworkSource(
             name="vae_decoder",
-            module=modules.widen(vae),
+            module=vae,
+            reread=functools.partial(loaders.vae_decoder, artefact, loaders.by_name),
             traced=vae.example(batch=2, height=4, width=6),
             examples=examples,
             trial=examples[0],

@@ -101,12 +101,12 @@ def _networks(
     sizes = axis_ranges(device, settings, family.latents(config).largest, tokens)
     halved = device.activations == "float16"
     for source in to_onnx.sources(artefact, work.has, half=halved, progress=progress):
-        name, module, examples = source.name, source.module, source.examples
+        name, examples = source.name, source.examples
         progress(name)
-        if isinstance(module, modules.TextEncoder | modules.T5Encoder):
+        if isinstance(source.module, modules.TextEncoder | modules.T5Encoder):
             longest = source.examples[0]["input_ids"].shape[1]
             sizes["sequence_length"] = (1, longest, longest)
-        profile = profile_of(module.inputs, source.traced, sizes)
+        profile = profile_of(source.module.inputs, source.traced, sizes)
         half, rounding, references = _half_precision(source, device, progress)
         if half:
             examples = [source.trial, *examples[1:]]  # whose first one has its reference
@@ -118,6 +118,9 @@ def _networks(
         to_onnx.save(name, model, path, progress)
         del model
         gc.collect()  # a traced program refers to itself, and TensorRT needs the memory
+        if source.reread is not None:
+            references = []  # they are of the network that was written
+        module = source.checkpoint()
         record = parity.check(
             name, parity.session(path), module, examples, list(module.outputs),
             half=half, references=references, progress=progress,

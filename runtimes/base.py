@@ -25,9 +25,9 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.files import check_links, read_json
 from edgeprune.families import Config, Family, family_of
 from edgeprune.runtimes import memory
-from edgeprune.runtimes.scheduler import FlowMatchEuler
 from edgeprune.runtimes.sizes import Sides, exported_sides
-from edgeprune.sampling.generation import Generation, images_at_once, is_distilled, latent_factor
+from edgeprune.sampling.generation import Generation, check_sides, images_at_once, is_distilled, latent_factor
+from edgeprune.sampling.scheduler import FlowMatchEuler
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -173,15 +173,12 @@ def check_size(settings: Settings, height: int, width: int, *, where: str = "") 
     """Refuse an image size that is not a whole number of tokens, or that the model or the export does not take.
 
     Raises:
-        InputError: height or width is not a positive multiple of factor times patch, larger than the position table, or
-            outside of the range that the folder was exported for.
+        InputError: see `check_sides`; or a side is outside of the range that the folder was exported for.
     """
+    sides = {"height": height, "width": width}
     unit, table = settings.factor * settings.patch, settings.family.latents(settings.config).largest
-    for name, value in (("height", height), ("width", width)):
-        if value < unit or value % unit:
-            raise InputError(f"{where}{name}: found {value}, expected a multiple of {unit}")
-        if table is not None and value > table * unit:
-            raise InputError(f"{where}{name}: found {value}, expected at most {table * unit}, the model's largest")
+    check_sides({f"{where}{name}": value for name, value in sides.items()}, unit, table)
+    for name, value in sides.items():
         least, most = settings.sides.get(name, (value, value))
         if not least <= value <= most:
             span = f"{least}" if least == most else f"{least} to {most}"

@@ -8,6 +8,7 @@ like with like. Several GPUs and compilation are not supported.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ with needs("compress"):
     import torch
 
     from edgeprune.artefact.loading import load, quiet
-    from edgeprune.families import family_of_model
+    from edgeprune.families import Family, family_of_model
+    from edgeprune.families.encoders import EXPORTED, T5, tokenizer_of
     from edgeprune.sampling.denoising import Conditioning, velocity
+    from edgeprune.sampling.generation import latent_scale
+    from edgeprune.sampling.prompts import cut_words
 
     with quiet():
         # Loads what all pipelines use. Importing it later would count as a pipeline's weights and load time.
@@ -70,8 +74,22 @@ class EagerBackend:
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
         """Encode text to (hidden (B, M, K), pooled (B, P)) with diffusers' own encode_prompt."""
         family = family_of_model(self.pipeline.transformer)
+        self._say_what_is_cut(family, prompts)
         hidden, pooled = family.encode(self.pipeline, prompts, self._t5_tokens)
         return _numpy(hidden), _numpy(pooled)
+
+    def _say_what_is_cut(self, family: Family, prompts: list[str]) -> None:
+        # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
+        first = self.pipeline.tokenizer.model_max_length
+        for encoder in family.encoders:
+            tokenizer = getattr(self.pipeline, tokenizer_of(encoder.name), None)
+            if tokenizer is None or encoder.kind not in EXPORTED:
+                continue
+            most = self._t5_tokens if encoder.kind == T5 else first
+            with quiet():  # transformers warns of long texts in its own words
+                line = cut_words(encoder.name, prompts, functools.partial(_count, tokenizer), most)
+            if line:
+                warnings.warn(line, stacklevel=3)
 
     @torch.inference_mode()
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
@@ -89,7 +107,8 @@ class EagerBackend:
     def decode(self, latents: Array) -> Array:
         """Decode latents (B, C, h, w) to pixels (B, 3, H, W)."""
         vae = self.pipeline.vae
-        scaled = latents / np.float32(vae.config.scaling_factor) + np.float32(vae.config.shift_factor or 0.0)
+        scaling, shift = latent_scale(vae.config)
+        scaled = latents / np.float32(scaling) + np.float32(shift)
         return _numpy(vae.decode(self._tensor(scaled), return_dict=False)[0])
 
     def memory(self) -> dict[str, Reading]:
@@ -104,6 +123,10 @@ class EagerBackend:
 
     def _tensor(self, array: Array) -> torch.Tensor:
         return torch.tensor(array).to(self._device, self._dtype)
+
+
+def _count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text).input_ids)
 
 
 def _numpy(tensor: Any) -> Array:

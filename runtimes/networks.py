@@ -8,6 +8,7 @@ T5, transformer, VAE. Opening CLIPs one at a time would fragment the heap: that 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,12 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from edgeprune.common.errors import InputError
-from edgeprune.common.fields import real_number
 from edgeprune.common.files import read_json
 from edgeprune.families.encoders import T5, check_tokens, text_encoders, tokenizer_of
 from edgeprune.runtimes.base import Array, Settings, precision_of
 from edgeprune.runtimes.memory import Meter, Reading
 from edgeprune.runtimes.text import PromptTokenizer
+from edgeprune.sampling.generation import latent_scale
+from edgeprune.sampling.prompts import cut_words
 
 
 class Network(Protocol):
@@ -86,11 +88,8 @@ class NetworkBackend:
         self._t5_tokens = settings.generation.max_sequence_length
         check_tokens(folder, self._t5_tokens)
         self._family, self._config = settings.family, settings.config
-        vae = read_json(folder / "vae_decoder" / "config.json")
-        where = folder / "vae_decoder" / "config.json"
-        factors = {"scaling_factor": vae.get("scaling_factor") or 1.0, "shift_factor": vae.get("shift_factor") or 0.0}
-        self._scaling = real_number(factors, "scaling_factor", where, least=1e-6, most=1e6)
-        self._shift = real_number(factors, "shift_factor", where, least=-1e6, most=1e6)
+        vae = folder / "vae_decoder" / "config.json"
+        self._scaling, self._shift = latent_scale(read_json(vae), vae)
         self._encoders = text_encoders(folder)
         first = PromptTokenizer(folder / "tokenizer")
         # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
@@ -135,9 +134,12 @@ class NetworkBackend:
         """Encode text to (hidden (B, M, K), pooled (B, P))."""
         outputs = {}
         for name in self._encoders:
+            tokenizer = self._tokenizers[name]
+            if line := cut_words(name, prompts, tokenizer.count, tokenizer.max_length):
+                warnings.warn(line, stacklevel=2)
             network = self._network(name)
             # One prompt at a time: the NPU compiles for one batch size.
-            rows = [network(input_ids=row[None]) for row in self._tokenizers[name](prompts)]
+            rows = [network(input_ids=row[None]) for row in tokenizer(prompts)]
             outputs[name] = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
         return self._family.join(self._config, outputs, self._t5_tokens)
 

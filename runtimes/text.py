@@ -6,6 +6,7 @@ A truncated prompt keeps the end token that the tokenizer's rules add. Prompt we
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +46,20 @@ class PromptTokenizer:
         pad_id = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
         if pad_id is None:
             raise InputError(f"{config_path}: pad_token: found {token!r}, expected a token of {path.name}")
+        self._padding: dict[str, Any] = {"length": self.max_length, "pad_id": pad_id, "pad_token": token}
+        self._fix_length()
+
+    def _fix_length(self) -> None:
         self._tokenizer.enable_truncation(self.max_length)
-        self._tokenizer.enable_padding(length=self.max_length, pad_id=pad_id, pad_token=token)
+        self._tokenizer.enable_padding(**self._padding)
+
+    def count(self, text: str) -> int:
+        """Return the number of tokens of a text that is neither padded nor truncated."""
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        tokens = len(self._tokenizer.encode(text).ids)
+        self._fix_length()
+        return tokens
 
     def __call__(self, prompts: list[str]) -> NDArray[np.int64]:
         """Return token ids (B, max_length)."""

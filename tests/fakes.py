@@ -11,8 +11,8 @@ from edgeprune.common.errors import InputError
 from edgeprune.families import family_of
 from edgeprune.runtimes import base
 from edgeprune.runtimes.memory import Meter, Reading
-from edgeprune.runtimes.scheduler import FlowMatchEuler
 from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.scheduler import FlowMatchEuler
 
 CONFIG = {"_class_name": "SD3Transformer2DModel", "in_channels": 4, "patch_size": 2, "pos_embed_max_size": 99}
 SETTINGS = base.Settings(Generation(3, 2.0, 32, 16, 0), 8, family_of(CONFIG), CONFIG)

@@ -53,6 +53,7 @@ def bench(
     """
     from edgeprune.artefact.resolve import resolve
     from edgeprune.bench import run as bench_run
+    from edgeprune.sampling.generation import say_guesses
 
     if not folders:
         raise InputError("bench: found no folder, expected at least one")
@@ -60,7 +61,10 @@ def bench(
     names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]
     original, commit, made_from = source_of(Path(folders[0])) if baseline is None else (str(baseline), None, None)
     weights = variant or made_from
-    variants = bench_run.originals(resolve(original, revision or commit, weights), weights)
+    source = resolve(original, revision or commit, weights)
+    for folder in (source, *(folder for folder, _ in pairs)):
+        say_guesses(folder, () if steps is None else ("num_inference_steps",), steps="--steps")
+    variants = bench_run.originals(source, weights)
     variants += [bench_run.Variant(n, folder, name) for n, (folder, name) in zip(names, pairs, strict=True)]
     return bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, progress=progress)
 

@@ -194,7 +194,7 @@ def compress(
 
     if not is_begun(out):
         source, images = source_and_images(out, model, revision, generation, variant)
-        stages.rehearse(source, images, chosen)  # before the folder is created
+        stages.need_room(Path(out), source, stages.rehearse(source, images, chosen))  # before the folder is created
     ws = open_folder(out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation)
     fit = ws.fit(chosen.plan.fit) if chosen.plan.fit else None
     ran = stages.compress(ws, chosen, progress)
@@ -230,11 +230,14 @@ def forecast_compress(
     Raises:
         BudgetError: the budget cannot be met.
         InputError: the model or an option is not usable.
+        DiskError: the disk has too little room for what would be written.
     """
     chosen = _checked(model, out, options, revision, quick)
-    from edgeprune.stages.compress import forecast
+    from edgeprune.stages.compress import forecast, need_room, rehearse
 
     source, images = source_and_images(out, model, revision, generation, variant)
+    if not is_begun(out):
+        need_room(Path(out), source, rehearse(source, images, chosen))
     return CompressForecast(**forecast(source, chosen, images))
 
 

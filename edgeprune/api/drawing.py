@@ -77,7 +77,7 @@ def generate(
     """
     from edgeprune import runtimes
     from edgeprune.runtimes.base import check_size, read_settings
-    from edgeprune.sampling.generation import GenerationOptions
+    from edgeprune.sampling.generation import GenerationOptions, say_guesses
 
     folder, chosen = Path(model), generation or GenerationOptions()
     load_options = {"low_memory": low_memory, "provider": provider, "cache_dir": cache_dir}
@@ -85,6 +85,7 @@ def generate(
     runtime = runtimes.choose(folder, runtime or ("ort" if provider else None))  # only ONNX Runtime has providers
     say_conflicts(runtime, progress)
     runtimes.RUNTIMES[runtime].require()
+    say_guesses(folder, chosen.given(), steps="--steps", guidance="--guidance-scale")
     settings = read_settings(folder)  # refuses a bad size before gigabytes are loaded
     asked = chosen.height is not None or chosen.width is not None
     images = settings.generation.changed(chosen, "options")

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 AnyPath = str | os.PathLike[str]
 """A path as users give it."""
 
+GUESSED = {"steps": "--inference-steps", "guidance": "--guidance-scale"}
+"""The options of the commands that work in an artefact folder, for `say_guesses`."""
+
 
 def is_begun(out: AnyPath) -> bool:
     """Return whether the folder is an artefact folder already."""
@@ -144,10 +147,11 @@ def open_folder(
         check_begun(out)
     check_places(out, model, revision)
     begun = is_begun(out)
+    from edgeprune.sampling.generation import say_guesses
     from edgeprune.stages.workspace import Workspace  # imports torch, which takes seconds
 
     with processes.main_first():
-        return Workspace(
+        ws = Workspace(
             Path(out),
             None if model is None else os.fspath(model),
             revision=revision,
@@ -156,6 +160,9 @@ def open_folder(
             fresh=fresh,
             generation=generation.given() if generation else {},
         )
+    if not begun:
+        say_guesses(ws.source, generation.given() if generation else (), **(GUESSED if generation else {}))
+    return ws
 
 
 def source_and_images(
@@ -174,9 +181,11 @@ def source_and_images(
         ws = open_folder(out, revision=revision, variant=variant)
         return ws.source, images_of(ws.source, ws.generation, generation)
     check_places(out, model, revision)
+    from edgeprune.artefact.checks import check_pipeline
     from edgeprune.artefact.resolve import resolve
 
     source = resolve(None if model is None else os.fspath(model), revision, variant)
+    check_pipeline(source, variant)
     return source, images_of(source, None, generation)
 
 
@@ -186,9 +195,11 @@ def images_of(source: Path, start: Generation | None, generation: GenerationOpti
     Raises:
         InputError: a setting is out of range, or the model cannot draw this size.
     """
-    from edgeprune.sampling.generation import Generation, GenerationOptions, heed
+    from edgeprune.sampling.generation import Generation, GenerationOptions, heed, say_guesses
 
     chosen = generation or GenerationOptions()
+    if start is None:
+        say_guesses(source, chosen.given(), **GUESSED)
     chosen = GenerationOptions(**heed(source, chosen.given()))
     images = (start or Generation.load(source)).changed(chosen, "options")
     images.check_size(source, chosen.given())

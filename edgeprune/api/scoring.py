@@ -148,12 +148,14 @@ def _drawn_and_scored(
     """Draw the images that do not exist yet, and score all."""
     from edgeprune.data.imagefolder import read_samples
     from edgeprune.metrics import scoring
+    from edgeprune.sampling.generation import say_guesses
 
     with ExitStack() as stack:
         kept = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeprune-score-")))
         folders = dict(places)
         for name, place in places.items():
             if place not in ready:
+                say_guesses(place, () if steps is None else ("num_inference_steps",), steps="--steps")
                 # The runtime is about the export; its original is a diffusers folder.
                 scoring.draw(
                     place, kept / name, wishes, runtime=runtime if name == "images" else None, steps=steps,

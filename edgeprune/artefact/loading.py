@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,16 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from edgeprune.artefact.checks import check_pipeline, part_weights
 from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest
 from edgeprune.artefact.resolve import read_config
-from edgeprune.artefact.surgery import structure
+from edgeprune.artefact.surgery import load_strictly, structure
 from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.fields import shown
-from edgeprune.common.files import is_out_of_memory
+from edgeprune.common.files import is_out_of_memory, read_json
 from edgeprune.families import CHANGED, family_of, family_of_model
-from edgeprune.families.encoders import read_index
+from edgeprune.families.encoders import T5, read_index, text_encoders
+from edgeprune.families.parts import VAE, tensor_of
 from edgeprune.quantization.quantize import prepare
 from edgeprune.residency.model_files import parts_of, weights_of
 from edgeprune.residency.stored import StoredTransformer
@@ -115,6 +117,7 @@ def load(
         InputError: files are missing, damaged or do not fit.
     """
     root = Path(folder)
+    check_pipeline(root, variant)
     use_int4 = (root / INT4).is_dir() if quantized is None else quantized
     transformer = load_transformer(root, quantized=use_int4, dtype=dtype, variant=variant)
     return load_pipeline(root, transformer, dtype, variant=variant)
@@ -137,31 +140,106 @@ def load_pipeline(
         raise InputError(f"{where}: _class_name: found {shown(name)}, expected {family.pipeline!r}")
     # diffusers needs an explicit None for an absent encoder, though the index lists it as absent.
     absent = {name: None for name, entry in index.items() if entry == [None, None]}
+    kinds = text_encoders(folder) | {"vae": family.vae}
+    parts = {name: load_part(folder / name, kind, dtype, variant=variant) for name, kind in kinds.items()}
+    parts = {"transformer": transformer} | {name: part for name, part in parts.items() if part is not None}
     with readable(folder), quiet():
         import diffusers  # here, because transformers logs advice when its pipelines are imported
 
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
-            folder, transformer=transformer, use_safetensors=True, local_files_only=True, **_dtype(dtype), **absent,
-            **_variants(folder, index, dtype, variant),
+            folder, use_safetensors=True, local_files_only=True, **parts, **_dtype(dtype), **absent,
+            **_variants(folder, [name for name in parts_of(index) if name not in parts], index, dtype, variant),
         )  # fmt: skip
+    for name in kinds.keys() - parts.keys():
+        check_loaded(folder / name, getattr(pipe, name), variant)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _variants(folder: Path, index: dict[str, Any], dtype: torch.dtype, wish: str | None) -> dict[str, Any]:
-    """Load the parts whose weights are a variant. diffusers would need one variant that all parts have."""
+def _variants(
+    folder: Path, names: Iterable[str], index: dict[str, Any], dtype: torch.dtype, wish: str | None
+) -> dict[str, Any]:
+    """Load those of these parts whose weights are a variant. diffusers would need one variant that all parts have."""
     import diffusers
     import transformers
 
     out = {}
-    for name in parts_of(index):
-        found = weights_of(folder / name, wish) if name != HALF else None
+    for name in names:
+        found = weights_of(folder / name, wish)
         if found and found.variant:
             library, kind = index[name]
             load = getattr(diffusers if library == "diffusers" else transformers, kind).from_pretrained
             part = load(folder / name, variant=found.variant, use_safetensors=True, local_files_only=True)
             out[name] = part.to(dtype)
     return out
+
+
+def load_part(folder: Path, kind: str, dtype: torch.dtype | None = torch.float32, *, variant: str | None = None) -> Any:
+    """Return a text encoder or a VAE whose tensors were read by name from its files.
+
+    Vendors' loaders are not used: they fill what they do not find with random numbers.
+
+    Args:
+        folder: the part's folder, such as `vae`.
+        kind: its class; None is returned for one that has no table in families/parts.py.
+        dtype: of all tensors; None keeps their own.
+        variant: of the weights, see residency/model_files.py.
+
+    Raises:
+        InputError: a tensor is missing, unknown or of another shape, or a file cannot be read.
+    """
+    weights = part_weights(folder, kind, variant)
+    if weights is None:
+        return None
+    with readable(folder), quiet():
+        model: Any = _empty(kind, read_json(folder / "config.json"))
+        names = {name: tensor_of(kind, name) or name for name in model.state_dict()}
+        tensors = {name: weights[stored] for name, stored in names.items()}
+        load_strictly(model, {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()})
+        if kind == T5:
+            model.set_input_embeddings(model.get_input_embeddings())  # one tensor under two names
+    for name, buffer in list(model.named_buffers()):  # not stored in files
+        if buffer.is_meta:
+            owner, _, attribute = name.rpartition(".")
+            if attribute != "position_ids":
+                raise EdgepruneError(f"{folder}: {name}: found no numbers for it; use another version of transformers")
+            ids = torch.arange(buffer.shape[-1])[None]
+            model.get_submodule(owner).register_buffer(attribute, ids, persistent=False)
+    return model.eval()
+
+
+def _empty(kind: str, config: dict[str, Any]) -> nn.Module:
+    """Return a network of this class without weights."""
+    import diffusers
+    import transformers
+
+    with torch.device("meta"):
+        if kind == VAE:
+            model: nn.Module = getattr(diffusers, kind).from_config(config)
+        else:
+            network = getattr(transformers, kind)
+            model = network(network.config_class.from_dict(config))
+    return model
+
+
+def check_loaded(folder: Path, model: nn.Module, variant: str | None = None) -> None:
+    """Check that a vendor's loader found every tensor of a network in its files, and no other.
+
+    Raises:
+        InputError: a tensor is missing, unknown or of another shape.
+    """
+    weights = Weights(folder, variant, needed=_is_weight)
+    state = {name: tensor for name, tensor in model.state_dict().items() if _is_weight(name)}
+    stored = {tensor.data_ptr() for name, tensor in state.items() if name in weights.shapes and not tensor.is_meta}
+    # A tensor that is tied to a stored one has the same memory.
+    weights.check({n: tuple(t.shape) for n, t in state.items() if n in weights.shapes or t.data_ptr() not in stored})
+    if empty := [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
+        raise InputError(f"{folder}: {empty[0]}: its library loaded no numbers for it; use another version of it")
+
+
+def _is_weight(name: str) -> bool:
+    """Return False for the counter of a batch norm, which is an integer and changes nothing."""
+    return not name.endswith("num_batches_tracked")
 
 
 def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:

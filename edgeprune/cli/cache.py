@@ -67,7 +67,8 @@ def cache(
     """
     check_out(out)
     check_model(model, revision)
-    from edgeprune.artefact.resolve import read_config, resolve
+    from edgeprune.artefact.checks import check_pipeline
+    from edgeprune.artefact.resolve import resolve
     from edgeprune.common.lock import LOCK, hold
     from edgeprune.data import encode
     from edgeprune.data.settings import WORKERS, CacheOptions, check_source, forecast, is_drawn, settings_of
@@ -75,7 +76,7 @@ def cache(
 
     check_source(source, "SOURCE")
     folder = resolve(model, revision, variant)
-    read_config(folder)  # refuses models that are not MMDiTs
+    check_pipeline(folder, variant)
     images = images_of(folder, None, GenerationOptions(inference_steps, guidance_scale, height, width))
     chosen = CacheOptions(source=source, samples=samples, buckets=buckets, half=half)
     encode.check_folder(out, source)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import shapes
+from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.manifest import HALF, INT4
 from edgeprune.artefact.resolve import read_config
@@ -30,7 +31,7 @@ from edgeprune.metrics.scoring import CAPTIONS
 from edgeprune.quantization.precision import footprint
 from edgeprune.report.steps import step_times
 from edgeprune.residency.model_files import model_files
-from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.generation import Generation, say_guesses
 from edgeprune.sampling.prompts import prompts as shipped_prompts
 from edgeprune.sampling.prompts import read_prompts
 from edgeprune.stages.analyze import run as run_analyze
@@ -81,8 +82,10 @@ def forecast_grid(source: Path, grid: Grid, prompts: int, metric: str, variant: 
 
     `forecast` in stages/compress.py describes the fields.
     """
+    check_pipeline(source, variant)
     config, family = read_config(source)
     generation = Generation.load(source)
+    say_guesses(source, ())
     budget = int(grid.budget * footprint(family, family.tensor_shapes(config)).bf16_bytes)
     forecasts = [(row.seeds, forecast(source, row.seeded(0, budget), generation)) for row in grid.rows]
     first, runs = forecasts[0][1], sum(seeds for seeds, _ in forecasts)

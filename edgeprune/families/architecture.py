@@ -6,6 +6,7 @@ Planning, byte counts and the runtimes need nothing else, so a new family can st
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,6 +70,30 @@ class LatentSpace:
     """Most tokens along one side, if a position table limits them; None for no limit."""
 
 
+@dataclass(frozen=True)
+class Hints:
+    """What a pipeline's folder tells about sampling besides the transformer's config."""
+
+    distilled: bool = False
+    """`is_distilled` in model_index.json: the model samples in few steps, unguided."""
+    names: str = ""
+    """The names that the folder has and gives: of the model and of those that it was made from, in lower case."""
+    shifts_by_size: bool = False
+    """Whether the scheduler shifts noise levels by the image's size, as FLUX.1 dev's does and schnell's does not."""
+
+    @property
+    def dedistilled(self) -> bool:
+        """Whether a name says that a distilled model was trained to take guidance again."""
+        return re.search(r"(de|un)[-_ ]?distill|open[-_ ]?flux|libre[-_ ]?flux", self.names) is not None
+
+    @property
+    def few_steps(self) -> int | None:
+        """The steps of a model whose name says that it takes few: `8steps`, or 0 if the name gives no number."""
+        if match := re.search(r"(?<!\d)(\d\d?)[-_ ]?steps?(?![a-z])", self.names):
+            return int(match[1])
+        return 0 if re.search(r"turbo|lightning|hyper[-_ ]?(sd|flux)|schnell", self.names) else None
+
+
 class Architecture(Protocol):
     """What one MMDiT architecture looks like. M text tokens, D width."""
 
@@ -80,6 +105,8 @@ class Architecture(Protocol):
     """Parts of a block that pruning can remove."""
     norms: tuple[str, ...]
     """The components that are adaLN modulations. A removed one keeps its mean."""
+    vae: str
+    """Class name of its VAE in diffusers."""
     embedder: str
     """Name of the module whose output, after silu, is the modulation input."""
     encoders: tuple[Encoder, ...]
@@ -129,12 +156,12 @@ class Architecture(Protocol):
     def text_tokens(self, prompt_tokens: int, max_sequence_length: int) -> int:
         """Return M. The first tokenizer pads to `prompt_tokens`, T5's to `max_sequence_length`."""
 
-    def defaults(self, config: Config, *, distilled: bool = False) -> dict[str, Any]:
-        """Return the fields of `Generation` whose defaults differ from SD3's.
+    def defaults(self, config: Config, hints: Hints) -> dict[str, Any]:
+        """Guess the fields of `Generation` that differ from SD3's, for a folder that does not say them.
 
         Args:
             config: the transformer's.
-            distilled: `is_distilled` in the pipeline's model_index.json: the model samples in few steps, unguided.
+            hints: what the folder says.
         """
 
     def takes_guidance(self, config: Config) -> bool:
@@ -149,7 +176,7 @@ class Architecture(Protocol):
         Args:
             config: the transformer's.
             scale: as the user gave it.
-            distilled: as in `defaults`.
+            distilled: as in `Hints`.
         """
 
     def levels(self, steps: int) -> NDArray[np.float64] | None:

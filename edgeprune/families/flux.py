@@ -20,6 +20,7 @@ from edgeprune.families import packing, single
 from edgeprune.families.architecture import (
     Config,
     Encoder,
+    Hints,
     LatentSpace,
     Shape,
     Source,
@@ -33,6 +34,7 @@ from edgeprune.families.joint import (
     COMPONENT_OF,
     attention,
     joint_groups,
+    known_fields,
     linear,
     linears,
     modulated,
@@ -98,6 +100,7 @@ class Flux:
 
     name = "flux"
     pipeline = "FluxPipeline"
+    vae = "AutoencoderKL"
     components = ("norm", "context_norm", "attn", "mlp", "context_mlp")
     norms = ("norm", "context_norm")
     embedder = "time_text_embed"
@@ -203,11 +206,20 @@ class Flux:
         """Count T5's tokens; the model reads only CLIP's pooled text."""
         return max_sequence_length
 
-    def defaults(self, config: Config, *, distilled: bool = False) -> dict[str, Any]:
-        """Return the settings of the model card: dev's or schnell's."""
+    def defaults(self, config: Config, hints: Hints) -> dict[str, Any]:
+        """Return the settings of the model card: dev's or schnell's.
+
+        A model without the input of guidance is schnell, unless its name or its scheduler, which is dev's, says that it
+        was de-distilled: such a model is guided by a second evaluation. Few steps of dev are 8, as in Turbo-Alpha and
+        Hyper-SD.
+        """
+        few = hints.few_steps
+        dev = {"guidance_scale": 3.5, "max_sequence_length": 512}
         if self.takes_guidance(config):
-            return {"guidance_scale": 3.5, "max_sequence_length": 512}
-        return {"num_inference_steps": 4, "guidance_scale": 0.0, "max_sequence_length": 256}
+            return dev | ({} if few is None else {"num_inference_steps": few or 8})
+        if hints.dedistilled or (hints.shifts_by_size and few is None):
+            return dev
+        return {"num_inference_steps": few or 4, "guidance_scale": 0.0, "max_sequence_length": 256}
 
     def takes_guidance(self, config: Config) -> bool:
         """Return True for dev."""
@@ -243,7 +255,7 @@ class Flux:
 
         from edgeprune.families.removed import ConstantModulation, SingleBlock
 
-        shorter = {k: v for k, v in self.shorter_config(config, kept).items() if not k.startswith("_")}
+        shorter = known_fields(FluxTransformer2DModel, self.shorter_config(config, kept))
         with torch.device("meta"):
             model = FluxTransformer2DModel(**shorter)
             joint = len(model.transformer_blocks)

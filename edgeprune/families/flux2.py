@@ -22,6 +22,7 @@ from edgeprune.families.architecture import (
     WHERE,
     Config,
     Encoder,
+    Hints,
     LatentSpace,
     Shape,
     Source,
@@ -29,7 +30,7 @@ from edgeprune.families.architecture import (
     config_number,
     guided_above_one,
 )
-from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, swaps, take_out, width
+from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, known_fields, swaps, take_out, width
 from edgeprune.families.network import Array, Axes
 from edgeprune.families.surgery import ScalingGroup, Swap
 
@@ -76,6 +77,7 @@ class Flux2:
 
     name = "flux2"
     pipeline = "Flux2KleinPipeline"
+    vae = "AutoencoderKLFlux2"
     components = ("attn", "mlp", "context_mlp")
     norms: tuple[str, ...] = ()
     embedder = "time_guidance_embed"
@@ -181,11 +183,11 @@ class Flux2:
         """Count the tokens of the only text encoder."""
         return max_sequence_length
 
-    def defaults(self, config: Config, *, distilled: bool = False) -> dict[str, Any]:
+    def defaults(self, config: Config, hints: Hints) -> dict[str, Any]:
         """Return the settings of the pipelines: those of dev and of Klein's base model, or of the distilled Klein."""
         few = {"num_inference_steps": 4, "guidance_scale": 1.0}
         many = {"num_inference_steps": 50, "guidance_scale": 4.0}
-        return (few if distilled and not self.takes_guidance(config) else many) | {"max_sequence_length": 512}
+        return (few if hints.distilled and not self.takes_guidance(config) else many) | {"max_sequence_length": 512}
 
     def takes_guidance(self, config: Config) -> bool:
         """Return True for dev."""
@@ -222,7 +224,7 @@ class Flux2:
 
         from edgeprune.families.removed import NoBranch, ParallelAttention
 
-        shorter = {k: v for k, v in self.shorter_config(config, kept).items() if not k.startswith("_")}
+        shorter = known_fields(Flux2Transformer2DModel, self.shorter_config(config, kept))
         with torch.device("meta"):
             model = Flux2Transformer2DModel(**shorter)
             joint = len(model.transformer_blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,12 @@ COMPONENT_OF = {
 """Component by the name of its module."""
 _MODULE_OF = {component: module for module, component in COMPONENT_OF.items()}
 BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
+
+
+def known_fields(network: type, config: Config) -> Config:
+    """Return the fields of a config that a class of diffusers has; it ignores the others when it loads a model."""
+    known = inspect.signature(network).parameters
+    return {name: value for name, value in config.items() if name in known}
 
 
 def linear(name: str, out: int, inp: int) -> dict[str, Shape]:

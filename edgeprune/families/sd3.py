@@ -21,6 +21,7 @@ from edgeprune.families.architecture import (
     WHERE,
     Config,
     Encoder,
+    Hints,
     LatentSpace,
     Shape,
     Source,
@@ -29,7 +30,17 @@ from edgeprune.families.architecture import (
     guided_above_one,
 )
 from edgeprune.families.encoders import CLIP, T5
-from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, joint_groups, linear, swaps, take_out, width
+from edgeprune.families.joint import (
+    BLOCK,
+    COMPONENT_OF,
+    attention,
+    joint_groups,
+    known_fields,
+    linear,
+    swaps,
+    take_out,
+    width,
+)
 from edgeprune.families.network import Array, Axes
 from edgeprune.families.surgery import ScalingGroup, Swap
 
@@ -76,6 +87,7 @@ class SD3:
 
     name = "sd3"
     pipeline = "StableDiffusion3Pipeline"
+    vae = "AutoencoderKL"
     components = ("norm", "context_norm", "attn", "attn2", "mlp", "context_mlp")
     norms = ("norm", "context_norm")
     embedder = "time_text_embed"
@@ -199,9 +211,11 @@ class SD3:
         """Add CLIP's tokens and T5's."""
         return prompt_tokens + max_sequence_length
 
-    def defaults(self, config: Config, *, distilled: bool = False) -> dict[str, Any]:
-        """Return nothing: the defaults of `Generation` are SD3's."""
-        return {}
+    def defaults(self, config: Config, hints: Hints) -> dict[str, Any]:
+        """Return the settings of Turbo's model card for a model of that name; the others are those of `Generation`."""
+        if hints.few_steps is None or hints.dedistilled:
+            return {}
+        return {"num_inference_steps": hints.few_steps or 4, "guidance_scale": 0.0}
 
     def takes_guidance(self, config: Config) -> bool:
         """Report no: SD3 is guided by a second evaluation."""
@@ -230,7 +244,7 @@ class SD3:
         import torch
         from diffusers import SD3Transformer2DModel
 
-        shorter = {k: v for k, v in self.shorter_config(config, kept).items() if not k.startswith("_")}
+        shorter = known_fields(SD3Transformer2DModel, self.shorter_config(config, kept))
         with torch.device("meta"):
             model = SD3Transformer2DModel(**shorter)
         for new, old in enumerate(kept):

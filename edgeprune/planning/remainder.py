@@ -95,8 +95,8 @@ def shorter_config(family: Family, config: Config, plan: PrunePlan) -> Config:
     know. So the config of such a model names one, whose name says how to load it.
     """
     shorter = family.shorter_config(config, plan.kept)
-    if plan.stock:
-        return shorter
+    if plan.stock:  # an empty quantisation, which diffusers does not load, is none
+        return {k: v for k, v in shorter.items() if k != "quantization_config"}
     return shorter | {
         "_class_name": f"{CHANGED}{config['_class_name']}",
         "quantization_config": {"quant_method": HINT},

@@ -14,9 +14,8 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.files import UNFINISHED, read_json, write_json
 from edgeprune.common.progress import Progress
 from edgeprune.common.tensors import Tensors, save_tensors
+from edgeprune.residency.weights import FILE, INDEX
 
-FILE = "diffusion_pytorch_model.safetensors"
-INDEX = f"{FILE}.index.json"
 SHARD_BYTES = 200_000_000
 """A shard closes once it holds this much: one block of a full-size model, or all of a small one."""
 SHOW_BYTES_FROM = 10**9

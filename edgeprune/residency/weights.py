@@ -1,24 +1,29 @@
-"""Read weights from a folder in diffusers' layout, or from one file, one tensor at a time. shards.py writes folders.
+"""Read weights from a folder in the layout of diffusers or transformers, or from one file, one tensor at a time.
 
-model_files.py finds the files: one `diffusion_pytorch_model.safetensors`, or shards and their index. `Weights` reads
-headers at once and data on request, so a model of any size takes the memory of one tensor. Each read opens the file
-again: a file that stays open stays mapped and counts as memory.
+model_files.py finds the files: in diffusers one `diffusion_pytorch_model.safetensors`, or shards and their index;
+shards.py writes such folders. `Weights` reads headers at once and data on request, so a model of any size takes the
+memory of one tensor. Each read opens the file again: a file that stays open stays mapped and counts as memory.
+Importing this module does not load torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.families import Shape
 from edgeprune.residency.model_files import PartWeights, read_weight_map, weights_of
-from edgeprune.residency.shards import FILE
 
+if TYPE_CHECKING:
+    import torch
+
+FILE = "diffusion_pytorch_model.safetensors"
+INDEX = f"{FILE}.index.json"
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _KINDS = (*_FLOATS, "U8", "I8", "I32", "I64", "BOOL")
 _MOST_TENSORS, _MOST_AXES, _LONGEST_AXIS = 1_000_000, 8, 2**31 - 1
@@ -30,12 +35,15 @@ class Weights:
     Args:
         folder: one part of a pipeline, or a safetensors file.
         variant: of the weights, see model_files.py.
+        needed: whether a tensor of this name is needed; the others are ignored, whatever they are.
 
     Raises:
         InputError: there are no weights, a shard is missing or damaged, or index and shards disagree.
     """
 
-    def __init__(self, folder: Path, variant: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, variant: str | None = None, *, needed: Callable[[str], bool] = lambda name: True
+    ) -> None:
         self.folder = folder
         self.shapes: dict[str, Shape] = {}
         self._paths: dict[str, Path] = {}
@@ -44,7 +52,7 @@ class Weights:
         index = folder / (found.index or "")
         listed = read_weight_map(index) if found.index else {}
         for path in [folder / file for file in found.files] if folder.is_dir() else [folder]:
-            for name, (shape, kind) in header(path).items():
+            for name, (shape, kind) in header(path, needed).items():
                 if kind not in ("U8",) if name.endswith(".weight_packed") else kind not in _FLOATS:
                     expected = "U8" if name.endswith(".weight_packed") else ", ".join(_FLOATS)
                     raise InputError(f"{path}: {shown(name)}: found {kind}, expected {expected}")
@@ -53,7 +61,7 @@ class Weights:
                         f"{index}: {shown(name)}: found {listed.get(name)!r}, expected {path.name!r}, which holds it"
                     )
                 self.shapes[name], self._paths[name] = shape, path
-        if missing := sorted(listed.keys() - self.shapes.keys()):
+        if missing := sorted(n for n in listed.keys() - self.shapes.keys() if needed(n)):
             raise InputError(f"{index}: {shown(missing[0])}: found no such tensor in {listed[missing[0]]}")
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -87,8 +95,8 @@ class Weights:
             )
 
 
-def header(path: Path) -> dict[str, tuple[Shape, str]]:
-    """Read shape and dtype (in safetensors' words) of each tensor of one file.
+def header(path: Path, needed: Callable[[str], bool] = lambda name: True) -> dict[str, tuple[Shape, str]]:
+    """Read shape and dtype (in safetensors' words) of each needed tensor of one file.
 
     safetensors itself refuses a header over 100 MB or longer than the file, duplicate names, tensors that overlap or
     leave gaps, bytes that do not fit shape and dtype, and trailing bytes. This function also refuses dtypes, numbers of
@@ -101,7 +109,7 @@ def header(path: Path) -> dict[str, tuple[Shape, str]]:
         raise InputError(f"{path}: no such file")
     try:
         with safe_open(path, framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys() if needed(name)}  # noqa: SIM118
             tensors = {name: (tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not whole safetensors ({error}); download or make it again") from error
@@ -111,5 +119,6 @@ def header(path: Path) -> dict[str, tuple[Shape, str]]:
         if len(shape) > _MOST_AXES or any(side > _LONGEST_AXIS for side in shape):
             raise InputError(f"{path}: {shown(name)}: found shape {shown(shape)}, too large for a model")
         if kind not in _KINDS:
-            raise InputError(f"{path}: {shown(name)}: found {kind}, expected one of {', '.join(_KINDS)}")
+            remedy = "; give the weights before they were rounded to 8 bits" if kind.startswith("F8") else ""
+            raise InputError(f"{path}: {shown(name)}: found {kind}, expected one of {', '.join(_KINDS)}{remedy}")
     return tensors

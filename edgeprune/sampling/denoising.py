@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgeprune.families import Architecture, Network, family_of_model
-from edgeprune.sampling.generation import Generation, images_at_once
+from edgeprune.sampling.generation import Generation, images_at_once, latent_scale
 from edgeprune.sampling.schedule import NoiseSchedule
 
 
@@ -146,19 +146,19 @@ def denoise(
 def encode_images(pipe: Any, images: torch.Tensor) -> torch.Tensor:
     """Encode uint8 images (S, 3, H, W) to normalised latents (S, C, h, w), the means of the VAE's distributions."""
     parts = []
-    vae, config = pipe.vae, pipe.vae.config
+    vae, (scaling, shift) = pipe.vae, latent_scale(pipe.vae.config)
     for image in images.split(1):
         x = image.to(vae.device, vae.dtype) / 127.5 - 1
-        parts.append((vae.encode(x).latent_dist.mean.float() - config.shift_factor) * config.scaling_factor)
+        parts.append((vae.encode(x).latent_dist.mean.float() - shift) * scaling)
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor) -> NDArray[np.uint8]:
     """Decode latents (B, C, h, w) to uint8 images (B, H, W, 3)."""
-    config = pipe.vae.config
+    scaling, shift = latent_scale(pipe.vae.config)
     images = []
-    for scaled in (latents / config.scaling_factor + config.shift_factor).split(1):
+    for scaled in (latents / scaling + shift).split(1):
         pixels = pipe.vae.decode(scaled.to(pipe.vae.dtype)).sample.float()
         images.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(images)

@@ -6,17 +6,18 @@ the image size of its transformer's training.
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from edgeprune.common.errors import InputError
-from edgeprune.common.fields import LARGEST, shown
+from edgeprune.common.fields import LARGEST, real_number, shown
 from edgeprune.common.files import read_json, write_json
 from edgeprune.families import Architecture, Config, family_of
-from edgeprune.families.architecture import config_number
+from edgeprune.families.architecture import Hints, config_number
 
 FILE = "generation.json"
 TOKENS_AT_ONCE = 4096
@@ -53,7 +54,7 @@ class Generation:
             config, family = _transformer(folder)
             defaults, factor = {}, _factor(folder)
             if family:
-                defaults = family.defaults(config, distilled=is_distilled(folder))
+                defaults = family.defaults(config, hints_of(folder))
             if factor and config.get("sample_size") is not None:
                 defaults |= dict.fromkeys(("height", "width"), factor * config_number(config, "sample_size"))
             return cls.checked(defaults, str(folder / "transformer" / "config.json"))
@@ -92,14 +93,13 @@ class Generation:
             options: the fields that the user set by an option, so that messages name it.
 
         Raises:
-            InputError: a side is not a whole number of tokens.
+            InputError: see `check_sides`.
         """
         config, family = _transformer(folder)
-        unit = family.latents(config).patch * (_factor(folder) or 1) if family else 1
-        for name in ("height", "width"):
-            if (value := getattr(self, name)) % unit:
-                where = f"--{name}" if name in options else name
-                raise InputError(f"{where}: found {value}, expected a multiple of {unit}")
+        if family:
+            space = family.latents(config)
+            sides = {f"--{n}" if n in options else n: getattr(self, n) for n in ("height", "width")}
+            check_sides(sides, space.patch * (_factor(folder) or 1), space.largest)
 
     def save(self, folder: Path) -> None:
         """Write the settings to a pipeline's folder."""
@@ -131,6 +131,58 @@ def is_distilled(folder: Path) -> bool:
     """Return `is_distilled` of a pipeline's model_index.json, which few pipelines have; False without it."""
     path = folder / "model_index.json"
     return path.is_file() and read_json(path).get("is_distilled") is True
+
+
+def hints_of(folder: Path) -> Hints:
+    """Return what a pipeline's folder tells about sampling besides the transformer's config.
+
+    Names are those of the folder, or of the repository in a hub's cache; `_name_or_path` of the configs; and
+    `base_model` of the model card.
+    """
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    shifts = scheduler.is_file() and read_json(scheduler).get("use_dynamic_shifting") is True
+    place = folder.resolve()
+    names = [place.parent.parent.name if place.parent.name == "snapshots" else place.name]
+    for path in (folder / "model_index.json", folder / "transformer" / "config.json"):
+        name = read_json(path).get("_name_or_path") if path.is_file() else None
+        if isinstance(name, str):
+            names.append("/".join(name.split("/")[-2:]))
+    if (card := folder / "README.md").is_file():
+        with card.open(encoding="utf-8", errors="replace") as file:
+            names += [match[1] for match in _BASE_MODEL.finditer(file.read(_CARD_CHARACTERS))]
+    return Hints(distilled=is_distilled(folder), names="\n".join(names).lower(), shifts_by_size=shifts)
+
+
+_BASE_MODEL = re.compile(r"^base_model:((?:[ \t]*\n[ \t]*-)?.*(?:\n[ \t]*-.*)*)", re.MULTILINE)
+"""In the front matter of a model card: one name, or a list of names."""
+_CARD_CHARACTERS = 4096
+
+
+def say_guesses(folder: Path, given: Collection[str], *, steps: str = "", guidance: str = "") -> None:
+    """Warn in one line of the settings that are guessed because the folder has no `generation.json`.
+
+    Args:
+        folder: a pipeline's folder.
+        given: the fields that the user set.
+        steps: the option of the number of steps; empty if the command has none.
+        guidance: the option of the guidance scale, likewise.
+    """
+    options = {"num_inference_steps": ("steps", steps), "guidance_scale": ("guidance", guidance)}
+    guessed = {name: option for name, option in options.items() if name not in given}
+    if (folder / FILE).exists() or not guessed:
+        return
+    generation, index = Generation.load(folder), folder / "model_index.json"
+    settings = [f"{word} {getattr(generation, name):g}" for name, (word, _) in guessed.items()]
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    schedule = read_json(scheduler) if scheduler.is_file() else {}
+    if "shift" not in schedule and not schedule.get("use_dynamic_shifting"):
+        settings.append("shift 1")
+    pipeline = read_json(index).get("_class_name") if index.is_file() else "this model"
+    flags = " and ".join(dict.fromkeys(flag or FILE for _, flag in guessed.values()))
+    warnings.warn(
+        f"{', '.join(settings)}: guessed for {pipeline}, since {folder} has no {FILE}; change with {flags}",
+        stacklevel=1,  # of one place, so that the same line is shown once
+    )
 
 
 def heeded(folder: Path, scale: float) -> tuple[float, str]:
@@ -170,6 +222,38 @@ def _factor(folder: Path) -> int | None:
     """Return the image pixels per side of a latent pixel; None if the folder has no VAE config."""
     paths = [path for name in ("vae_decoder", "vae") if (path := folder / name / "config.json").exists()]
     return latent_factor(read_json(paths[0]), paths[0]) if paths else None
+
+
+def check_sides(sides: Mapping[str, int], unit: int, largest: int | None) -> None:
+    """Refuse an image size that the model cannot draw.
+
+    Args:
+        sides: pixels by the name of the field or option.
+        unit: pixels per token on a side.
+        largest: most tokens along a side, if a position table limits them.
+
+    Raises:
+        InputError: a side is not a positive whole number of tokens, or is longer than the position table.
+    """
+    for name, value in sides.items():
+        if value < unit or value % unit:
+            raise InputError(f"{name}: found {value}, expected a multiple of {unit}")
+        if largest is not None and value > largest * unit:
+            raise InputError(f"{name}: found {value}, expected at most {largest * unit}, the model's largest")
+
+
+def latent_scale(vae: Mapping[str, Any], where: object = "vae/config.json") -> tuple[float, float]:
+    """Return scaling and shift factor of a VAE's config: the transformer's latents are (x - shift) * scaling.
+
+    A shift of null, as older VAEs have, is 0. A missing scaling factor is AutoencoderKL's default.
+
+    Raises:
+        InputError: a factor is not a number, or the scaling factor is not above 0.
+    """
+    shift = 0.0 if vae.get("shift_factor") is None else vae["shift_factor"]
+    factors = {"scaling_factor": vae.get("scaling_factor", 0.18215), "shift_factor": shift}
+    scaling = real_number(factors, "scaling_factor", where, least=1e-6, most=1e6)
+    return scaling, real_number(factors, "shift_factor", where, least=-1e6, most=1e6)
 
 
 def latent_factor(vae: Config, where: object) -> int:

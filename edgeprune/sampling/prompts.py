@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edgeprune.common.errors import InputError
@@ -53,3 +55,24 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise InputError(f"{path}: no prompts; write one prompt per line")
     return prompts
+
+
+def cut_words(encoder: str, prompts: Sequence[str], count: Callable[[str], int], most: int) -> str:
+    """Return in one line what a text encoder does not read of prompts that are too long; '' if it reads all.
+
+    Args:
+        encoder: its name.
+        prompts: all prompts; the line is about the longest.
+        count: the number of tokens of a text, with those that mark its start and end.
+        most: how many tokens the encoder gets.
+    """
+    long = [(tokens, prompt) for prompt in prompts if (tokens := count(prompt)) > most]
+    if not long:
+        return ""
+    tokens, prompt = max(long)
+    words = prompt.split()
+    kept = bisect_right(range(len(words) + 1), most, key=lambda number: count(" ".join(words[:number]))) - 1
+    given = sum(map(bool, prompts))  # guidance adds an empty one
+    which = "the prompt" if given == 1 else f"{len(long)} of {given} prompts, the longest"
+    word = words[min(max(kept, 0), len(words) - 1)] if words else ""
+    return f"{encoder}: {tokens - most} of {tokens} tokens are cut ({which} from {word[:40]!r} on); it reads {most}"

@@ -13,6 +13,7 @@ from edgeprune.analysis.contribution import ContributionReport, fingerprint, gro
 from edgeprune.analysis.estimators import estimator_named
 from edgeprune.artefact.resolve import BUILTIN, read_original
 from edgeprune.common.errors import BudgetError, InputError
+from edgeprune.common.files import need_space
 from edgeprune.common.progress import Progress, silent
 from edgeprune.data.cache import is_cache
 from edgeprune.data.settings import SHAPES, is_drawn
@@ -200,6 +201,20 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
     }
 
 
+def need_room(out: Path, source: Path, plan: PrunePlan) -> None:
+    """Check that the disk has room for an artefact: both transformers, and text encoders and VAE in 16 bits.
+
+    Args:
+        out: the artefact's folder, which need not exist.
+        source: the pipeline's folder.
+        plan: what is removed.
+
+    Raises:
+        DiskError: the disk has less free space.
+    """
+    need_space(out, plan.after.bf16_bytes + plan.after.int4_bytes + surroundings_bytes(source) // 2)
+
+
 def _training_evaluations(training: DistillOptions | None, expected: PrunePlan, frozen_prefix: bool) -> float:
     """Return the work of the training steps, in evaluations of the teacher.
 
@@ -232,10 +247,13 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
     Raises:
         BudgetError: the budget cannot be met; raised before anything is computed.
         InputError: there is no data, or it is a cache that other encoders made; raised before anything is computed.
+        DiskError: the disk has too little room; raised before anything is computed.
     """
     ran = []
     options.check_data(builtin=ws.builtin)
-    rehearse(ws.source, ws.generation, options)
+    rehearsed = rehearse(ws.source, ws.generation, options)
+    if "prune" not in ws.manifest.stages:
+        need_room(ws.out, ws.source, rehearsed)
     if options.distill is not None and options.data.source and is_cache(options.data.source):
         distill.check_cache(ws, Path(options.data.source), progress)
     if options.reads_scores and analyze.run(ws, options.analyze, progress):

@@ -17,6 +17,7 @@ from typing import Any
 
 from edgeprune import targets
 from edgeprune.analysis.contribution import ContributionReport, fingerprint
+from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest
 from edgeprune.artefact.resolve import read_original, resolve
 from edgeprune.artefact.writing import remove_mark
@@ -124,6 +125,7 @@ class Workspace:
     def _open_original(self, model: str | None, revision: str | None, variant: str | None) -> None:
         self.original = self._opened or Original(resolve(model, revision, variant), variant)
         self.source = self.original.source
+        check_pipeline(self.source, self.original.variant)
         self.config, self.family = read_original(self.source)
 
     def _set_generation(self, current: dict[str, Any], requested: dict[str, Any]) -> None:

@@ -18,8 +18,8 @@ from edgeprune.families import family_of
 from edgeprune.families.encoders import read_index
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.runtimes.external import check_external
-from edgeprune.runtimes.scheduler import FlowMatchEuler
 from edgeprune.sampling.generation import Generation, latent_factor
+from edgeprune.sampling.scheduler import FlowMatchEuler
 
 CONFIGS = json.loads((Path(__file__).parents[1] / "samples" / "transformer_configs.json").read_text())
 FOOTPRINT = {"parameters": 1, "bf16_bytes": 2, "int4_bytes": 1}

@@ -21,9 +21,9 @@ from edgeprune.families import family_of
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.make import make_plan
 from edgeprune.quantization.precision import footprint
-from edgeprune.runtimes.scheduler import FlowMatchEuler
 from edgeprune.sampling.denoising import sigmas
 from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.scheduler import FlowMatchEuler
 
 KLEIN = {
     "_class_name": "Flux2Transformer2DModel", "patch_size": 1, "in_channels": 128, "num_layers": 5,

@@ -14,8 +14,8 @@ from fakes import FakeBackend, fake_runtime
 
 from edgeprune.families import family_of
 from edgeprune.runtimes import base
-from edgeprune.runtimes.scheduler import FlowMatchEuler
 from edgeprune.sampling.generation import Generation, heed
+from edgeprune.sampling.scheduler import FlowMatchEuler
 
 KLEIN: dict[str, Any] = {
     "_class_name": "Flux2Transformer2DModel", "in_channels": 128, "joint_attention_dim": 64, "guidance_embeds": False,

@@ -28,11 +28,12 @@ from edgeprune.common.files import read_json
 from edgeprune.common.terminal import printable
 from edgeprune.data.imagefolder import read_samples
 from edgeprune.families import family_of
+from edgeprune.families.architecture import Hints
 from edgeprune.families.encoders import read_index, text_encoders
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.runtimes.external import check_external
-from edgeprune.runtimes.scheduler import FlowMatchEuler
 from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.scheduler import FlowMatchEuler
 from edgeprune.user_study import design
 
 SHORT = 40
@@ -188,7 +189,7 @@ def _config(path: Path) -> None:
         family.tensor_shapes(config)
         contribution.parts(family, config)
         contribution.fingerprint(config)
-        family.defaults(config)
+        family.defaults(config, Hints())
         family.latents(config)
         family.text_widths(config)
 

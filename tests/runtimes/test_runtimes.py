@@ -19,7 +19,7 @@ from fakes import FakeBackend, fake_runtime
 from edgeprune import runtimes
 from edgeprune.common.errors import InputError, MissingExtraError
 from edgeprune.runtimes import base, memory
-from edgeprune.runtimes.scheduler import FlowMatchEuler
+from edgeprune.sampling.scheduler import FlowMatchEuler
 
 PROMPTS = ["two red circles", "a drawing of a star above a ring"]
 

@@ -70,7 +70,7 @@ class _OnDevice(torch.Tensor):
 
 def test_decode_takes_latents_of_a_gpu() -> None:
     vae = SimpleNamespace(
-        config=SimpleNamespace(scaling_factor=2.0, shift_factor=0.5),
+        config={"scaling_factor": 2.0, "shift_factor": 0.5},
         dtype=torch.float32,
         decode=lambda z: SimpleNamespace(sample=z.repeat_interleave(8, 2).repeat_interleave(8, 3)),
     )

@@ -9,8 +9,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import tiny_flux, tiny_flux2, tiny_transformer
 
 from edgeprune.families import family_of_model
-from edgeprune.runtimes.scheduler import FlowMatchEuler
 from edgeprune.sampling.schedule import NoiseSchedule, shifted
+from edgeprune.sampling.scheduler import FlowMatchEuler
 from edgeprune.training.levels import LEVELS, SHARE_ON_STEPS, default_levels, draw_levels
 
 TURBO = FlowMatchEulerDiscreteScheduler(shift=3.0)

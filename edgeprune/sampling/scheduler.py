@@ -1,4 +1,4 @@
-"""Flow matching's Euler schedule in numpy, equal to diffusers' FlowMatchEulerDiscreteScheduler to 1e-6.
+"""Flow matching's Euler schedule in numpy, equal to diffusers' FlowMatchEulerDiscreteScheduler to 1e-6. Torch-free.
 
 A sample moves from sigma 1 (noise) to 0 (image) along the predicted velocity. Karras, exponential and beta sigmas,
 inverted sigmas, stochastic sampling and user-given timesteps are not supported; a config that enables one is refused.
@@ -46,7 +46,10 @@ class FlowMatchEuler:
         """
         class_name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
         if class_name != "FlowMatchEulerDiscreteScheduler":
-            raise InputError(f"{where}: _class_name: found {class_name!r}, expected 'FlowMatchEulerDiscreteScheduler'")
+            raise InputError(
+                f"{where}: _class_name: found {shown(class_name)}, expected 'FlowMatchEulerDiscreteScheduler': other "
+                "samplers are not supported; put the model's own scheduler there"
+            )
         supported = {f.name for f in fields(cls)}
         for field, value in config.items():
             # A field of a later diffusers is harmless while it is off.

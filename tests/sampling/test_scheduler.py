@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgeprune.common.errors import InputError
-from edgeprune.runtimes.scheduler import FlowMatchEuler
+from edgeprune.sampling.scheduler import FlowMatchEuler
 
 CONFIGS: list[dict[str, Any]] = [
     {},

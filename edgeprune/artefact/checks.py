@@ -1,0 +1,196 @@
+"""Checks of a pipeline's folder before any work: everything that a later stage or an export needs from it. Torch-free.
+
+Every command calls `check_pipeline` first, and so does every `--dry-run`. It reads configs and the headers of weight
+files, so a folder that would fail after hours fails in the first second, with the name of the file and the tensor or
+field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.artefact.manifest import HALF, MANIFEST
+from edgeprune.artefact.resolve import read_config
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import shown, whole_number
+from edgeprune.common.files import read_json
+from edgeprune.families import CHANGED, Architecture, Config
+from edgeprune.families.encoders import CLIP, EXPORTED, T5, is_present, read_index, text_encoders, tokenizer_of
+from edgeprune.families.parts import VAE, part_shapes, tensor_of, text_outputs
+from edgeprune.residency.weights import Weights
+from edgeprune.sampling.generation import latent_factor, latent_scale
+from edgeprune.sampling.scheduler import FlowMatchEuler
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+
+
+def check_pipeline(folder: Path, variant: str | None = None) -> dict[str, Any]:
+    """Check that edgeprune can compress, run and export a pipeline; return the content of model_index.json.
+
+    Args:
+        folder: an original or an artefact. The weights of an artefact's transformer are checked when they are opened.
+        variant: of the weights, see residency/model_files.py.
+
+    Raises:
+        InputError: a part is missing or of another class, is quantised already, has a setting that is not supported,
+            does not fit the other parts, or lacks a tensor.
+    """
+    config, family = read_config(folder)
+    index = read_index(folder)
+    _check_classes(folder, index, config, family)
+    encoders = text_encoders(folder)
+    pruned = str(config["_class_name"]).startswith(CHANGED)  # diffusers reads of it that it is quantised
+    for name in (*(() if pruned else (HALF,)), "vae", *encoders):
+        _check_not_quantized(folder / name / "config.json")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    FlowMatchEuler.from_config(read_json(scheduler), where=str(scheduler))
+    _check_channels(folder, config, family)
+    _check_text(folder, config, family, encoders)
+    if not (folder / MANIFEST).is_file() and not pruned:
+        Weights(folder / HALF, variant).check(family.tensor_shapes(config))
+    for name, kind in (*encoders.items(), ("vae", family.vae)):
+        part_weights(folder / name, kind, variant)
+    return index
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """The tensors of a text encoder or a VAE, read on request."""
+
+    weights: Weights
+    names: dict[str, list[str]]
+    """What the files call each tensor of `part_shapes`; T5's embedding may be there under both of its names."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Read one tensor in its stored dtype.
+
+        Raises:
+            InputError: it cannot be read, or is another one under its other name.
+        """
+        first, *others = self.names[name]
+        tensor = self.weights[first]
+        for other in others:
+            if not tensor.equal(self.weights[other]):
+                raise InputError(f"{self.weights.folder}: {other}: found other numbers than in {first}, expected equal")
+        return tensor
+
+
+def part_weights(folder: Path, kind: str, variant: str | None = None) -> StoredPart | None:
+    """Open the weights of a text encoder or a VAE, after checking them against its config.
+
+    Args:
+        folder: the part's folder, such as `vae`.
+        kind: its class.
+        variant: of the weights.
+
+    Returns:
+        None for a class that has no table in families/parts.py.
+
+    Raises:
+        InputError: a tensor is missing, unknown, of another shape or of a dtype that no model is stored in.
+    """
+    path = folder / "config.json"
+    expected = part_shapes(kind, read_json(path), path)
+    if expected is None:
+        return None
+    weights = Weights(folder, variant, needed=lambda name: tensor_of(kind, name) is not None)
+    names: dict[str, list[str]] = {}
+    for stored, shape in weights.shapes.items():
+        name = tensor_of(kind, stored)
+        if name is None or name not in expected:
+            scale = "scale" in stored or "absmax" in stored
+            reason = "it belongs to quantised weights; give the original's" if scale else f"{kind} has no such tensor"
+            raise InputError(f"{folder}: {shown(stored)}: found {shape}, expected none: {reason}")
+        if shape != expected[name]:
+            raise InputError(f"{folder}: {shown(stored)}: found {shape}, expected {expected[name]} by {path.name}")
+        names.setdefault(name, []).append(stored)
+    if missing := sorted(expected.keys() - names.keys()):
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise InputError(f"{folder}: {missing[0]}: found no such tensor{more}; download or make the files again")
+    return StoredPart(weights, names)
+
+
+def _check_classes(folder: Path, index: dict[str, Any], config: Config, family: Architecture) -> None:
+    """Check the class of the pipeline and of every part, and that each part has a folder."""
+    path = folder / "model_index.json"
+    if (name := index.get("_class_name")) != family.pipeline:
+        raise InputError(
+            f"{path}: _class_name: found {shown(name)}, expected {family.pipeline!r}; pipelines that take more than a "
+            "prompt (an image, a mask, a control) are not supported"
+        )
+    wanted = {
+        "transformer": str(config["_class_name"]).removeprefix(CHANGED),
+        "vae": family.vae,
+        "scheduler": SCHEDULER,
+        **{e.name: e.kind for e in family.encoders if not e.optional or is_present(index, e.name)},
+    }
+    tokenizers = [tokenizer_of(e.name) for e in family.encoders if e.name in wanted]
+    for part in (*wanted, *tokenizers):
+        if not is_present(index, part):
+            raise InputError(f"{path}: {part}: found {shown(index.get(part))}, expected a library and a class")
+        found, expected = index[part][-1], wanted.get(part)
+        if expected is not None and found != expected:
+            raise InputError(f"{path}: {part}: found {found!r}, expected {expected!r}{_REMEDIES.get(part, '')}")
+        if not (folder / part).is_dir():
+            raise InputError(f"{folder / part}: no such folder, though {path.name} lists it")
+
+
+_REMEDIES = {
+    "scheduler": ": other samplers are not supported; put the model's own scheduler there",
+    "vae": ": put the model's own VAE there; another one can replace it in the compressed folder",
+}
+"""What to do about another class of a part."""
+
+
+def _check_not_quantized(path: Path) -> None:
+    """Refuse a part whose config says that its weights are quantised. An empty setting says nothing."""
+    if quantization := read_json(path).get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise InputError(
+            f"{path}: quantization_config: found {shown(method)}, expected none: the weights are quantised already; "
+            "give the original's, in 16 or 32 bits"
+        )
+
+
+def _check_channels(folder: Path, config: Config, family: Architecture) -> None:
+    """Check that the transformer denoises exactly the latents of the VAE, and that these can be scaled."""
+    path = folder / HALF / "config.json"
+    channels, out = config["in_channels"], config.get("out_channels")
+    if out not in (None, channels):
+        raise InputError(
+            f"{path}: in_channels, out_channels: found {channels} and {out}, expected the same: a model that takes an "
+            "image besides the noise (Fill, Control) is not supported"
+        )
+    where = folder / "vae" / "config.json"
+    vae, latent = read_json(where), family.latents(config).channels
+    latent_factor(vae, where)
+    if family.vae != VAE:
+        return
+    latent_scale(vae, where)
+    if (found := whole_number({"latent_channels": 4} | vae, "latent_channels", where)) != latent:
+        raise InputError(f"{where}: latent_channels: found {found}, expected {latent} by the transformer's in_channels")
+    for name in ("in_channels", "out_channels"):
+        if (colours := vae.get(name, 3)) != 3:
+            raise InputError(f"{where}: {name}: found {shown(colours)}, expected 3: red, green and blue")
+
+
+def _check_text(folder: Path, config: Config, family: Architecture, encoders: dict[str, str]) -> None:
+    """Check that the text encoders' outputs have the widths that the transformer reads."""
+    path = folder / HALF / "config.json"
+    hidden, pooled = family.text_widths(config)
+    paths = {name: folder / name / "config.json" for name in encoders}
+    if not set(encoders.values()) <= set(EXPORTED):
+        return
+    widths = [(kind, *text_outputs(kind, read_json(paths[name]), paths[name])) for name, kind in encoders.items()]
+    t5, clip = ([width for found, width, _ in widths if found == kind] for kind in (T5, CLIP))
+    if t5 and t5[0] != hidden:
+        raise InputError(f"{path}: joint_attention_dim: found {hidden}, expected {t5[0]}, the width of T5's text")
+    if sum(clip) > hidden:
+        raise InputError(f"{path}: joint_attention_dim: found {hidden}, expected the CLIP text encoders' {sum(clip)}")
+    if (found := sum(width for _, _, width in widths)) != pooled:
+        raise InputError(f"{path}: pooled_projection_dim: found {pooled}, expected {found} by the CLIP text encoders")

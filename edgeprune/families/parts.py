@@ -1,0 +1,189 @@
+"""The tensors of a pipeline's other networks, text encoders and VAE, from their configs alone. Torch-free.
+
+With these tables a folder is checked by its file headers before anything is loaded: vendors' loaders fill a missing
+tensor with random numbers. Names and shapes are those of the state dicts of transformers and diffusers, and defaults
+are those of their configs. Names that differ between files of the same model are mapped by `tensor_of`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import LARGEST, MOST_BLOCKS, shown, whole_number
+from edgeprune.families.architecture import Config, Shape
+from edgeprune.families.encoders import CLIP, CLIP_POOLED, T5
+from edgeprune.families.joint import linear
+
+VAE = "AutoencoderKL"
+"""Class in diffusers."""
+_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+_LARGEST_VOCABULARY = 2**24
+# Tensors of the whole CLIP or T5 that a text encoder does not have; transformers leaves them out, too.
+_UNUSED = {
+    CLIP: re.compile(r"(text_model\.)?embeddings\.position_ids|logit_scale|vision_model\..*|visual_projection\..*"),
+    T5: re.compile(r"decoder\..*|lm_head\..*"),
+}
+_UNUSED[CLIP_POOLED] = re.compile(_UNUSED[CLIP].pattern + r"|text_projection\..*")
+_TIED = "encoder.embed_tokens.weight"
+"""T5's other name for its `shared.weight`; a file may have either or both."""
+_VAE_ATTENTION = re.compile(r"(.*\.mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
+_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.16
+
+
+def tensor_of(kind: str, name: str) -> str | None:
+    """Return a tensor's name in `part_shapes` from its name in a file or a state dict; None if it is not needed.
+
+    Args:
+        kind: the class: a text encoder of encoders.py, or `VAE`.
+        name: CLIP's tensors have a prefix `text_model.` in most files and versions of transformers, in some they have
+            none; old VAEs have other names of attention.
+    """
+    if kind in _UNUSED and _UNUSED[kind].fullmatch(name):
+        return None
+    if kind in (CLIP, CLIP_POOLED) and name.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
+        return f"text_model.{name}"
+    if kind == T5 and name == _TIED:
+        return "shared.weight"
+    if kind == VAE and (match := _VAE_ATTENTION.fullmatch(name)):
+        return f"{match[1]}.{_VAE_NAMES[match[2]]}.{match[3]}"
+    return name
+
+
+def part_shapes(kind: str, config: Config, where: object) -> dict[str, Shape] | None:
+    """Return the shape of every tensor of a network by name; None for a class that has no table here.
+
+    Args:
+        kind: the class: a text encoder of encoders.py, or `VAE`.
+        config: the content of its config.json.
+        where: that file, for messages.
+
+    Raises:
+        InputError: a field has the wrong type, is out of range, or asks for layers that no such network has.
+    """
+    tables = {CLIP: _clip, CLIP_POOLED: _clip, T5: _t5, VAE: _vae}
+    if kind not in tables:
+        return None
+    shapes = tables[kind](config, where)
+    if kind == CLIP:
+        width, projected = (_number(config, n, 512, where) for n in ("hidden_size", "projection_dim"))
+        shapes["text_projection.weight"] = (projected, width)
+    return shapes
+
+
+def text_outputs(kind: str, config: Config, where: object) -> tuple[int, int]:
+    """Return the widths of a text encoder's hidden and pooled text; T5 has no pooled text, which is 0 wide.
+
+    Raises:
+        InputError: a field has the wrong type or is out of range.
+    """
+    if kind == T5:
+        return _number(config, "d_model", 512, where), 0
+    width = _number(config, "hidden_size", 512, where)
+    return width, _number(config, "projection_dim", 512, where) if kind == CLIP else width
+
+
+def _number(config: Config, name: str, default: int, where: object, *, most: int = LARGEST) -> int:
+    return whole_number({name: default} | config, name, where, most=most)
+
+
+def _clip(config: Config, where: object) -> dict[str, Shape]:
+    width, inner = _number(config, "hidden_size", 512, where), _number(config, "intermediate_size", 2048, where)
+    words = _number(config, "vocab_size", 49_408, where, most=_LARGEST_VOCABULARY)
+    shapes: dict[str, Shape] = {
+        "text_model.embeddings.token_embedding.weight": (words, width),
+        "text_model.embeddings.position_embedding.weight": (
+            _number(config, "max_position_embeddings", 77, where), width
+        ),
+    }  # fmt: skip
+    for i in range(_number(config, "num_hidden_layers", 12, where, most=MOST_BLOCKS)):
+        at = f"text_model.encoder.layers.{i}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= linear(f"{at}.self_attn.{name}", width, width)
+        shapes |= linear(f"{at}.mlp.fc1", inner, width) | linear(f"{at}.mlp.fc2", width, inner)
+        shapes |= _norm(f"{at}.layer_norm1", width) | _norm(f"{at}.layer_norm2", width)
+    return shapes | _norm("text_model.final_layer_norm", width)
+
+
+def _t5(config: Config, where: object) -> dict[str, Shape]:
+    width, inner = _number(config, "d_model", 512, where), _number(config, "d_ff", 2048, where)
+    heads = _number(config, "num_heads", 8, where)
+    attention = heads * _number(config, "d_kv", 64, where)
+    gated = str(config.get("feed_forward_proj", "relu")).startswith("gated-")
+    words = _number(config, "vocab_size", 32_128, where, most=_LARGEST_VOCABULARY)
+    shapes: dict[str, Shape] = {"shared.weight": (words, width)}
+    for i in range(_number(config, "num_layers", 6, where, most=MOST_BLOCKS)):
+        at = f"encoder.block.{i}.layer"
+        shapes |= {f"{at}.0.SelfAttention.{n}.weight": (attention, width) for n in "qkv"}
+        shapes[f"{at}.0.SelfAttention.o.weight"] = (width, attention)
+        if i == 0:  # the other layers use the first one's
+            buckets = _number(config, "relative_attention_num_buckets", 32, where)
+            shapes[f"{at}.0.SelfAttention.relative_attention_bias.weight"] = (buckets, heads)
+        for name in ("wi_0", "wi_1") if gated else ("wi",):
+            shapes[f"{at}.1.DenseReluDense.{name}.weight"] = (inner, width)
+        shapes[f"{at}.1.DenseReluDense.wo.weight"] = (width, inner)
+        shapes |= {f"{at}.{n}.layer_norm.weight": (width,) for n in (0, 1)}
+    return shapes | {"encoder.final_layer_norm.weight": (width,)}
+
+
+def _vae(config: Config, where: object) -> dict[str, Shape]:
+    widths = config.get("block_out_channels", [64])
+    if not isinstance(widths, list) or not all(type(w) is int and 1 <= w <= LARGEST for w in widths) or not widths:
+        raise InputError(f"{where}: block_out_channels: found {shown(widths)}, expected a list of widths")
+    for field, block in _BLOCKS.items():
+        if (blocks := config.get(field, [block])) != [block] * len(widths):
+            raise InputError(f"{where}: {field}: found {shown(blocks)}, expected {len(widths)} times {block}")
+    layers = _number(config, "layers_per_block", 1, where, most=MOST_BLOCKS)
+    latent = _number(config, "latent_channels", 4, where)
+    attention = config.get("mid_block_add_attention", True)
+    colours = {n: _number(config, n, 3, where) for n in ("in_channels", "out_channels")}
+    shapes = _conv("encoder.conv_in", widths[0], colours["in_channels"])
+    shapes |= _levels("encoder.down_blocks", [widths[0], *widths], layers, "downsamplers")
+    shapes |= _middle("encoder", widths[-1], attention) | _norm("encoder.conv_norm_out", widths[-1])
+    shapes |= _conv("encoder.conv_out", 2 * latent, widths[-1]) | _conv("decoder.conv_in", widths[-1], latent)
+    shapes |= _levels("decoder.up_blocks", [widths[-1], *reversed(widths)], layers + 1, "upsamplers")
+    shapes |= _middle("decoder", widths[-1], attention) | _norm("decoder.conv_norm_out", widths[0])
+    shapes |= _conv("decoder.conv_out", colours["out_channels"], widths[0])
+    if config.get("use_quant_conv", True):
+        shapes |= _conv("quant_conv", 2 * latent, 2 * latent, 1)
+    if config.get("use_post_quant_conv", True):
+        shapes |= _conv("post_quant_conv", latent, latent, 1)
+    return shapes
+
+
+def _levels(name: str, widths: list[int], layers: int, resampler: str) -> dict[str, Shape]:
+    """Return a VAE's blocks of one resolution each; `widths` are those before the first and after each block."""
+    shapes: dict[str, Shape] = {}
+    for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for layer in range(layers):
+            shapes |= _residual(f"{name}.{i}.resnets.{layer}", after, after if layer else before)
+        if i < len(widths) - 2:
+            shapes |= _conv(f"{name}.{i}.{resampler}.0.conv", after, after)
+    return shapes
+
+
+def _middle(name: str, width: int, attention: Any) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    for i in (0, 1):
+        shapes |= _residual(f"{name}.mid_block.resnets.{i}", width, width)
+    if attention:
+        at = f"{name}.mid_block.attentions.0"
+        shapes |= _norm(f"{at}.group_norm", width)
+        for layer in _VAE_NAMES.values():
+            shapes |= linear(f"{at}.{layer}", width, width)
+    return shapes
+
+
+def _residual(name: str, after: int, before: int) -> dict[str, Shape]:
+    shapes = _norm(f"{name}.norm1", before) | _conv(f"{name}.conv1", after, before)
+    shapes |= _norm(f"{name}.norm2", after) | _conv(f"{name}.conv2", after, after)
+    return shapes | (_conv(f"{name}.conv_shortcut", after, before, 1) if after != before else {})
+
+
+def _norm(name: str, width: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _conv(name: str, after: int, before: int, side: int = 3) -> dict[str, Shape]:
+    return {f"{name}.weight": (after, before, side, side), f"{name}.bias": (after,)}

@@ -1,0 +1,80 @@
+"""Vendors' loaders are not believed: a tensor that one of them misplaces fails the comparison with the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import tiny
+import torch
+import transformers
+
+from edgeprune.common.errors import ParityError
+from edgeprune.export import loaders, parity, to_onnx
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
+SWAPPED: dict[str, tuple[Any, str, str, str]] = {
+    "text_encoder_3": (
+        transformers.T5EncoderModel, "encoder.block.1.layer.0.SelfAttention.", "q.weight", "k.weight",
+    ),
+    "text_encoder": (
+        transformers.CLIPTextModelWithProjection, "text_model.encoder.layers.0.", "layer_norm1.weight",
+        "layer_norm2.bias",
+    ),
+    "vae_decoder": (diffusers.AutoencoderKL, "decoder.mid_block.resnets.", "0.conv1.weight", "1.conv2.weight"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD3 with a T5."""
+    folder = tmp_path_factory.mktemp("loaders") / "source"
+    tiny.tiny_pipeline(folder, t5=True, num_layers=1)
+    return folder
+
+
+def compared(folder: Path, name: str, path: Path) -> dict[str, Any]:
+    """Write one network and compare it with the checkpoint."""
+    (source,) = to_onnx.sources(folder, lambda other: other != name)
+    to_onnx.save(name, source.to_ir(), path)
+    module = source.checkpoint()
+    return parity.check(name, parity.session(path), module, source.examples, list(module.outputs))
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_two_swapped_tensors_fail_parity(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, prefix, one, other = SWAPPED[name]
+    assert compared(folder, name, tmp_path / "good.onnx")["max_relative"] < parity.BOUND
+    load = network.from_pretrained
+
+    def swapped(*given: Any, **options: Any) -> Any:
+        model = load(*given, **options)
+        state = model.state_dict()
+        first, second = state[prefix + one], state[prefix + other]
+        kept = first.clone()
+        first.copy_(second)
+        second.copy_(kept)
+        return model
+
+    monkeypatch.setattr(network, "from_pretrained", swapped)
+    with pytest.raises(ParityError, match=f"{name}: .*found a relative error"):
+        compared(folder, name, tmp_path / "bad.onnx")
+
+
+def test_the_written_network_is_freed_before_the_checkpoint_is_read(folder: Path) -> None:
+    (source,) = to_onnx.sources(folder, lambda other: other != "vae_decoder")
+    held = []
+
+    def load() -> Any:
+        held.append(hasattr(source, "module"))
+        return loaders.vae_decoder(folder, loaders.by_name)
+
+    source.reread = load
+    module = source.checkpoint()
+    assert held == [False] and source.module is module is source.checkpoint()
+    written = loaders.vae_decoder(folder, loaders.by_vendor).state_dict()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in module.state_dict().items())
