@@ -105,6 +105,9 @@ def score(
     ready = [path for path in places.values() if is_images(path)]
     if ready and (prompts or per_task or seeds > 1):
         raise InputError(f"{ready[0]} already has prompts; omit --prompts, --per-task and --seeds")
+    for place in places.values():
+        if place not in ready:
+            _check_drawn(place, variant, steps)
     file = Path(prompts) if prompts else None
     if ready:
         wishes = _wishes_of(ready[0], metrics)
@@ -148,14 +151,12 @@ def _drawn_and_scored(
     """Draw the images that do not exist yet, and score all."""
     from edgeprune.data.imagefolder import read_samples
     from edgeprune.metrics import scoring
-    from edgeprune.sampling.generation import say_guesses
 
     with ExitStack() as stack:
         kept = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeprune-score-")))
         folders = dict(places)
         for name, place in places.items():
             if place not in ready:
-                say_guesses(place, () if steps is None else ("num_inference_steps",), steps="--steps")
                 # The runtime is about the export; its original is a diffusers folder.
                 scoring.draw(
                     place, kept / name, wishes, runtime=runtime if name == "images" else None, steps=steps,
@@ -180,6 +181,16 @@ def _revisions(models: Sequence[AnyPath], revision: str | None) -> dict[AnyPath,
     if len(hub_ids) != 1:
         raise InputError(f"--revision {revision}: found {len(hub_ids)} hub ids among the models, expected one")
     return {hub_ids[0]: revision}
+
+
+def _check_drawn(model: Path, variant: str | None, steps: int | None) -> None:
+    """Refuse a model that cannot be drawn with, before any image is made, and say which of its settings are guessed."""
+    from edgeprune.artefact.checks import check_pipeline
+    from edgeprune.sampling.generation import say_guesses
+
+    if not (model / "edgeprune_export.json").is_file():
+        check_pipeline(model, variant if _is_original(model) else None)
+    say_guesses(model, () if steps is None else ("num_inference_steps",), steps="--steps")
 
 
 def _is_original(folder: Path) -> bool:
