@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from stage_runs import OPTIONS
 
+from edgeprune.artefact import loading
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.stages import analyze, distill
 from edgeprune.stages.compress import compress
@@ -78,15 +79,14 @@ def test_siblings_share_what_is_loaded_until_one_releases_it(source: Path, tmp_p
 
 def counted_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that grows by its class whenever a text encoder is loaded."""
-    from transformers import CLIPTextModelWithProjection
+    seen, load = list[str](), loading.load_part
 
-    seen, load = list[str](), CLIPTextModelWithProjection.from_pretrained.__func__
+    def counted(folder: Path, kind: str, *args: Any, **options: Any) -> Any:
+        if folder.name.startswith("text_encoder"):
+            seen.append(kind)
+        return load(folder, kind, *args, **options)
 
-    def counted(cls: Any, *args: Any, **options: Any) -> Any:
-        seen.append(cls.__name__)
-        return load(cls, *args, **options)
-
-    monkeypatch.setattr(CLIPTextModelWithProjection, "from_pretrained", classmethod(counted))
+    monkeypatch.setattr(loading, "load_part", counted)
     return seen
 
 
