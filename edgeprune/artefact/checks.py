@@ -136,8 +136,8 @@ def _check_classes(folder: Path, index: dict[str, Any], config: Config, family: 
         found, expected = index[part][-1], wanted.get(part)
         if expected is not None and found != expected:
             raise InputError(f"{path}: {part}: found {found!r}, expected {expected!r}{_REMEDIES.get(part, '')}")
-        if not (folder / part).is_dir():
-            raise InputError(f"{folder / part}: no such folder, though {path.name} lists it")
+    if absent := [part for part in (*wanted, *tokenizers) if not (folder / part).is_dir()]:
+        raise InputError(f"{folder / absent[0]}: no such folder, though {path.name} lists it")
 
 
 _REMEDIES = {
