@@ -11,8 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from edgeprune.artefact.checks import check_pipeline
+from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import InputError
-from edgeprune.families.encoders import EXPORTED, check_tokens, text_encoders
+from edgeprune.families.encoders import EXPORTED, check_tokens
 from edgeprune.sampling.generation import Generation
 from edgeprune.targets import Target
 
@@ -29,10 +30,10 @@ def pipeline(artefact: Path) -> dict[str, Any]:
         raise InputError(f"{artefact}: {found}")
     if not path.is_file():
         raise InputError(f"{artefact}: no model_index.json; expected an artefact or a diffusers folder")
+    _, family = read_config(artefact)
+    if foreign := [encoder for encoder in family.encoders if encoder.kind not in EXPORTED]:
+        raise InputError(f"{path}: {foreign[0].name}: found {foreign[0].kind}, which cannot be exported yet")
     index = check_pipeline(artefact)
-    foreign = [(name, kind) for name, kind in text_encoders(artefact).items() if kind not in EXPORTED]
-    if foreign:
-        raise InputError(f"{path}: {foreign[0][0]}: found {foreign[0][1]}, which cannot be exported yet")
     check_tokens(artefact, Generation.load(artefact).max_sequence_length)
     return index
 

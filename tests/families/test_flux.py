@@ -138,6 +138,9 @@ def test_defaults_are_those_of_the_model(source: Path, tmp_path: Path, config: A
     (folder / "generation.json").unlink()
     path = folder / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    dynamic = {"use_dynamic_shifting": config["guidance_embeds"]}  # else the model looks de-distilled
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | dynamic))
     found = Generation.load(folder)
     got = found.num_inference_steps, found.guidance_scale, found.height, found.max_sequence_length
     assert got == expected and found.width == found.height
