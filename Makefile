@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= compress,onnx
+EXTRAS ?= compress,gguf,onnx
 DEV_EXTRAS ?= $(EXTRAS),openvino,coreml,trt-rtx,dev
 DEMO ?= build/demo
 DEMO_FLAGS ?=
@@ -18,7 +18,7 @@ OLDEST_PYTHON ?= $(or $(firstword $(wildcard /usr/bin/python3.10 $(HOME)/.pyenv/
 OLDEST := build/matrix/oldest
 OLDEST_STAMP := $(OLDEST)/.stamp
 RUN := $(BIN)/edgeprune
-OLDEST_EXTRAS := compress,onnx,openvino,coreml,trt-rtx,optimum,train
+OLDEST_EXTRAS := compress,gguf,onnx,openvino,coreml,trt-rtx,optimum,train
 OLDEST_TESTS := artefact cli/test_bad_input.py cli/test_choices.py cli/test_doctor.py cli/test_screen.py common/test_lock.py data export families metrics quantization runtimes stages
 CODE := edgeprune export runtimes targets tests
 

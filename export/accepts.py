@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from edgeprune.artefact.checks import check_pipeline
+from edgeprune.artefact.convert.opening import refuse_file
 from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import InputError
 from edgeprune.families.encoders import EXPORTED, check_tokens
@@ -26,8 +27,7 @@ def pipeline(artefact: Path) -> dict[str, Any]:
     """
     path = artefact / "model_index.json"
     if not artefact.is_dir():
-        found = "found a file, expected a folder" if artefact.exists() else "no such folder"
-        raise InputError(f"{artefact}: {found}")
+        raise refuse_file(artefact) if artefact.exists() else InputError(f"{artefact}: no such folder")
     if not path.is_file():
         raise InputError(f"{artefact}: no model_index.json; expected an artefact or a diffusers folder")
     _, family = read_config(artefact)

@@ -122,6 +122,10 @@ def candidates(folder: Path) -> list[str]:
     Raises:
         InputError: the folder does not exist, is neither an export nor a pipeline, or has another schema version.
     """
+    if folder.is_file():
+        from edgeprune.artefact.convert.opening import refuse_file
+
+        raise refuse_file(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: found no folder, expected an export or a diffusers pipeline")
     manifest = folder / "edgeprune_export.json"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         compress,
         forecast_compress,
     )
+    from edgeprune.api.converting import Conversion, convert, forecast_convert
     from edgeprune.api.distilling import Distilled, DistillForecast, distill, forecast_distill
     from edgeprune.api.drawing import Generated, generate
     from edgeprune.api.exporting import Exported, export
@@ -50,6 +51,7 @@ __all__ = [
     "CompressForecast",
     "CompressOptions",
     "Compressed",
+    "Conversion",
     "DataOptions",
     "DistillForecast",
     "DistillOptions",
@@ -71,10 +73,12 @@ __all__ = [
     "analyze",
     "bench",
     "compress",
+    "convert",
     "distill",
     "export",
     "forecast_analyze",
     "forecast_compress",
+    "forecast_convert",
     "forecast_distill",
     "forecast_push",
     "generate",
@@ -95,6 +99,7 @@ _MODULES = {
         *("CompressForecast", "Compressed", "ReportFigures"),
         *("ReportQuality", "compress", "forecast_compress"),
     ),
+    "api.converting": ("Conversion", "convert", "forecast_convert"),
     "api.distilling": ("DistillForecast", "Distilled", "distill", "forecast_distill"),
     "api.drawing": ("Generated", "generate"),
     "api.exporting": ("Exported", "export"),

@@ -40,6 +40,22 @@ def check_pipeline(folder: Path, variant: str | None = None) -> dict[str, Any]:
         InputError: a part is missing or of another class, is quantised already, has a setting that is not supported,
             does not fit the other parts, or lacks a tensor.
     """
+    index = check_settings(folder)
+    config, family = read_config(folder)
+    pruned = str(config["_class_name"]).startswith(CHANGED)
+    if not (folder / MANIFEST).is_file() and not pruned:
+        Weights(folder / HALF, variant).check(family.tensor_shapes(config))
+    for name, kind in (*text_encoders(folder).items(), ("vae", family.vae)):
+        part_weights(folder / name, kind, variant)
+    return index
+
+
+def check_settings(folder: Path) -> dict[str, Any]:
+    """Check what `check_pipeline` does, except weights; return the content of model_index.json.
+
+    Raises:
+        InputError: see `check_pipeline`.
+    """
     config, family = read_config(folder)
     index = read_index(folder)
     _check_classes(folder, index, config, family)
@@ -51,10 +67,6 @@ def check_pipeline(folder: Path, variant: str | None = None) -> dict[str, Any]:
     FlowMatchEuler.from_config(read_json(scheduler), where=str(scheduler))
     _check_channels(folder, config, family)
     _check_text(folder, config, family, encoders)
-    if not (folder / MANIFEST).is_file() and not pruned:
-        Weights(folder / HALF, variant).check(family.tensor_shapes(config))
-    for name, kind in (*encoders.items(), ("vae", family.vae)):
-        part_weights(folder / name, kind, variant)
     return index
 
 

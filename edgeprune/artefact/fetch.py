@@ -9,7 +9,7 @@ import contextlib
 import glob
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from edgeprune.artefact import licensing
@@ -20,14 +20,23 @@ from edgeprune.common.terminal import printable
 from edgeprune.families.encoders import read_index
 from edgeprune.residency.model_files import INDEX, files_among
 
+Needed = Callable[[str], bool]
+"""Whether a part's weights are needed, by its name."""
 
-def fetch(name: str, revision: str | None, variant: str | None) -> Path:
+
+def all_parts(part: str) -> bool:
+    """Need all weights."""
+    return True
+
+
+def fetch(name: str, revision: str | None, variant: str | None, needed: Needed = all_parts) -> Path:
     """Return the snapshot of a repository, with all files of the model.
 
     Args:
         name: OWNER/NAME.
         revision: a branch, tag or commit; None for the default branch.
         variant: of the weights, such as fp16; None for the full ones, or the only ones that there are.
+        needed: of the other parts, only configs and tokenizers are fetched.
 
     Raises:
         InputError: the hub has no such model, or it cannot be reached and the cache does not hold the model.
@@ -41,10 +50,10 @@ def fetch(name: str, revision: str | None, variant: str | None) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:  # the first also where access is not granted
         raise _unavailable(name, revision, error) from error
     except Exception as error:  # there are many ways to have no connection
-        return _cached(name, revision, variant, error)
+        return _cached(name, revision, variant, needed, error)
     sizes = {file.rfilename: file.size or 0 for file in listed.siblings or []}
     try:
-        wanted = _wanted(_index_and_card(name, revision, sizes), sizes, variant, name)
+        wanted = _wanted(_index_and_card(name, revision, sizes), sizes, variant, name, needed)
         _announce(name, str(listed.sha), {path: sizes[path] for path in wanted})
         return _download(name, str(listed.sha), wanted)
     except EdgepruneError:
@@ -59,16 +68,19 @@ def _index_and_card(name: str, revision: str | None, paths: Iterable[str]) -> Pa
 
     if INDEX not in paths:
         single = [path for path in paths if path.endswith((".safetensors", ".gguf")) and "/" not in path]
-        found = f"found single files like {single[0]}" if single else f"found no {INDEX}"
-        raise InputError(f"{name}: {found}, expected the repository of a diffusers pipeline")
+        found, hint = f"found no {INDEX}", ""
+        if single:
+            found = f"found single files like {single[0]}"
+            hint = f"; download one with `hf download {name} {single[0]}`, and give it to `edgeprune convert`"
+        raise InputError(f"{name}: {found}, expected the repository of a diffusers pipeline{hint}")
     present = [path for path in (licensing.CARD, INDEX) if path in paths]
     # By the branch's name: only so does the cache learn which commit it is, for the next time without a connection.
     return [Path(hf_hub_download(name, path, revision=revision)) for path in present][-1].parent
 
 
-def _wanted(folder: Path, paths: Iterable[str], variant: str | None, where: str) -> list[str]:
+def _wanted(folder: Path, paths: Iterable[str], variant: str | None, where: str, needed: Needed) -> list[str]:
     """Return the paths of the model and its licenses among those of a repository."""
-    model = files_among(read_index(folder), paths, variant, where)
+    model = files_among(read_index(folder), paths, variant, where, needed)
     return sorted({*model, *licensing.among(folder, paths)})
 
 
@@ -95,7 +107,7 @@ def _download(name: str, revision: str | None, paths: Iterable[str], *, offline:
     return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
 
 
-def _cached(name: str, revision: str | None, variant: str | None, why: Exception) -> Path:
+def _cached(name: str, revision: str | None, variant: str | None, needed: Needed, why: Exception) -> Path:
     """Return the snapshot that the cache holds.
 
     Raises:
@@ -107,7 +119,8 @@ def _cached(name: str, revision: str | None, variant: str | None, why: Exception
         raise _unavailable(name, revision, why) from error
     if not (folder / INDEX).is_file():
         raise _unavailable(name, revision, why)
-    wanted = _wanted(folder, _cached_paths(name, revision, folder), variant, f"{name}, of which the cache has {folder}")
+    where = f"{name}, of which the cache has {folder}"
+    wanted = _wanted(folder, _cached_paths(name, revision, folder), variant, where, needed)
     try:
         return _download(name, revision, wanted, offline=True)
     except Exception as error:  # files are missing, which it names

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgeprune.artefact.fetch import fetch
+from edgeprune.artefact.convert.opening import refuse_file, single_files
+from edgeprune.artefact.fetch import Needed, all_parts, fetch
 from edgeprune.artefact.manifest import HALF
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
@@ -16,13 +17,16 @@ from edgeprune.residency.model_files import check_variant
 BUILTIN = Path(__file__).parents[1] / "demo" / "assets" / "teacher"
 
 
-def resolve(model: str | None, revision: str | None = None, variant: str | None = None) -> Path:
+def resolve(
+    model: str | None, revision: str | None = None, variant: str | None = None, needed: Needed = all_parts
+) -> Path:
     """Return the local folder of a model: a hub id's snapshot, a folder itself, or for None the built-in model's.
 
     Args:
         model: as the user named it.
         revision: a branch, tag or commit of a hub id; None for the repository's default.
         variant: of the weights, such as fp16; None for the full ones, or the only ones that there are.
+        needed: which parts' weights a download has to have.
 
     Raises:
         InputError: there is no such folder, and it is not a hub id that can be downloaded; it is not a hub id, and a
@@ -42,10 +46,10 @@ def resolve(model: str | None, revision: str | None = None, variant: str | None 
         check_variant(folder, variant)
         return folder
     if folder.exists():
-        raise InputError(f"{model}: found a file, expected a folder")
+        raise refuse_file(folder)
     if not is_hub_id(model):
         raise InputError(f"{model}: no such folder; expected a diffusers folder or a hub id like owner/name")
-    return fetch(model, revision, variant)
+    return fetch(model, revision, variant, needed)
 
 
 def check_revision(model: str | None, revision: str | None) -> None:
@@ -78,7 +82,11 @@ def read_config(folder: Path) -> tuple[Config, Family]:
         InputError: it is not a diffusers folder, or not an MMDiT.
     """
     if not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder}: no model_index.json; expected a diffusers pipeline folder")
+        hint = ""
+        if folder.is_dir() and (single := single_files(folder)):
+            hint = f"; a single file can be converted: edgeprune convert {single[0]}"
+            hint = f"; convert the folder: edgeprune convert {folder}" if (folder / "config.json").is_file() else hint
+        raise InputError(f"{folder}: no model_index.json; expected a diffusers pipeline folder{hint}")
     check_links(folder)
     path = folder / HALF / "config.json"
     if not path.is_file():

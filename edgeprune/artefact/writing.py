@@ -29,7 +29,7 @@ from edgeprune.families import Config
 from edgeprune.families.encoders import read_index
 from edgeprune.residency.model_files import part_files, parts_of, weights_of, without_variant
 from edgeprune.residency.shards import ShardWriter, Speed, group_into_shards, has_mark
-from edgeprune.residency.weights import Weights
+from edgeprune.residency.weights import FILE, Weights
 
 
 def save_transformer(folder: Path, subfolder: str, config: Config, state: Tensors) -> None:
@@ -59,6 +59,7 @@ def write_transformer(
     inputs: str,
     found: Callable[[int, Weights], None] = lambda index, weights: None,
     progress: Progress = silent,
+    file: str = FILE,
 ) -> int:
     """Write `folder/subfolder/` shard by shard, replace what was there, and return the bytes of its weights.
 
@@ -75,6 +76,7 @@ def write_transformer(
         inputs: digest of everything that the tensors depend on.
         found: called instead of `make` for a chunk that an earlier run has written.
         progress: called with shards done, shards in total, and bytes and speed.
+        file: the name of a single shard, see `ShardWriter`.
 
     Raises:
         EdgepruneError: the disk is full; what was there before is untouched.
@@ -84,7 +86,9 @@ def write_transformer(
         for leftover in ("tmp", "old"):
             shutil.rmtree(folder / f"{subfolder}.{leftover}", ignore_errors=True)
         return sum(sum(chunk.values()) for chunk in chunks)
-    writer = ShardWriter(folder / f"{subfolder}.tmp", [[n for i in g for n in chunks[i]] for g in grouped], inputs)
+    writer = ShardWriter(
+        folder / f"{subfolder}.tmp", [[n for i in g for n in chunks[i]] for g in grouped], inputs, file
+    )
     sizes = [sum(sum(chunks[i].values()) for i in group) for group in grouped]
     need_space(folder, sum(size for i, size in enumerate(sizes) if not writer.has(i)))
     speed = Speed(subfolder, sizes, progress)

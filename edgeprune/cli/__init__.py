@@ -22,6 +22,7 @@ from edgeprune.cli import (
     cache,
     compare,
     compress,
+    convert,
     distill,
     doctor,
     export,
@@ -70,7 +71,7 @@ PANELS = {
     "Export and run": (export, generate, push),
     "Measure": (bench, score, compare, report, plot),
     "Data": (cache,),
-    "Tools": (lora, synth, doctor),
+    "Tools": (convert, lora, synth, doctor),
 }
 """The commands by panel of the help; each module has a function of its own name."""
 

@@ -19,7 +19,7 @@ or the full ones where a part does not have it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,8 +181,11 @@ def _of_part(names: Iterable[str], weights: PartWeights | None, where: object) -
     """Return the names of a part's files, given its weights."""
     if weights is None and (pickles := [name for name in names if name.endswith(_PICKLES)]):
         raise InputError(f"{where}: found {pickles[0]}, expected safetensors; pickles are never read")
-    small = [n for n in names if n.endswith(_SMALL) and not n.startswith(".") and not _ANY_INDEX.search(n)]
-    return [*small, *(weights.files if weights else ()), *([weights.index] if weights and weights.index else [])]
+    return [
+        *_small(names),
+        *(weights.files if weights else ()),
+        *([weights.index] if weights and weights.index else []),
+    ]
 
 
 def model_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -197,8 +200,28 @@ def model_files(folder: Path, variant: str | None = None) -> list[Path]:
     )
 
 
-def files_among(index: Mapping[str, Any], names: Iterable[str], variant: str | None, where: object) -> list[str]:
+def small_files(folder: Path) -> list[Path]:
+    """Return the configs and tokenizer files of one part, sorted."""
+    return [folder / name for name in sorted(_small(_names(folder)))]
+
+
+def _small(names: Iterable[str]) -> list[str]:
+    return [n for n in names if n.endswith(_SMALL) and not n.startswith(".") and not _ANY_INDEX.search(n)]
+
+
+def files_among(
+    index: Mapping[str, Any],
+    names: Iterable[str],
+    variant: str | None,
+    where: object,
+    wanted: Callable[[str], bool] = lambda part: True,
+) -> list[str]:
     """Return the files of a repository that are the model, from its index and the paths of all of its files.
+
+    Args:
+        variant: of the weights.
+        where: the repository, for errors.
+        wanted: whether a part's weights are needed; of the others, only configs and tokenizers are.
 
     Raises:
         InputError: a part has no file, or only weights that are not read; there is no such variant, or see
@@ -212,6 +235,9 @@ def files_among(index: Mapping[str, Any], names: Iterable[str], variant: str | N
             raise InputError(f"{where}: {INDEX} lists {part}, but there is no such folder")
         variants |= _by_variant(below).keys()
         flat = [name for name in below if "/" not in name]
+        if not wanted(part):
+            out += [f"{part}/{name}" for name in _small(flat)]
+            continue
         weights = weights_among(flat, variant, f"{where}: {part}")
         if weights is None and not part.startswith(_WITHOUT_WEIGHTS) and not any(n.endswith(_PICKLES) for n in flat):
             raise InputError(f"{where}: {part}: found no weights, expected safetensors")

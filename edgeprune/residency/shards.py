@@ -14,7 +14,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.files import UNFINISHED, read_json, write_json
 from edgeprune.common.progress import Progress
 from edgeprune.common.tensors import Tensors, save_tensors
-from edgeprune.residency.weights import FILE, INDEX
+from edgeprune.residency.weights import FILE
 
 SHARD_BYTES = 200_000_000
 """A shard closes once it holds this much: one block of a full-size model, or all of a small one."""
@@ -35,10 +35,11 @@ class ShardWriter:
         folder: the folder to write; shards of an earlier run stay only if its `inputs` are the same.
         groups: the names of each shard's tensors.
         inputs: digest of everything that the tensors depend on.
+        file: the name of a single shard; several have numbers in it.
     """
 
-    def __init__(self, folder: Path, groups: Sequence[Sequence[str]], inputs: str) -> None:
-        self.folder, self.groups = folder, [list(g) for g in groups]
+    def __init__(self, folder: Path, groups: Sequence[Sequence[str]], inputs: str, file: str = FILE) -> None:
+        self.folder, self.groups, self._file = folder, [list(g) for g in groups], file
         if not has_mark(folder, inputs, len(groups)):
             shutil.rmtree(folder, ignore_errors=True)
             write_json(folder / UNFINISHED, {"inputs": inputs, "shards": len(groups)})
@@ -46,8 +47,8 @@ class ShardWriter:
     def path(self, index: int) -> Path:
         """Return a shard's path."""
         count = len(self.groups)
-        stem, dot, kind = FILE.partition(".")
-        return self.folder / (FILE if count == 1 else f"{stem}-{index + 1:05}-of-{count:05}{dot}{kind}")
+        stem, dot, kind = self._file.partition(".")
+        return self.folder / (self._file if count == 1 else f"{stem}-{index + 1:05}-of-{count:05}{dot}{kind}")
 
     def has(self, index: int) -> bool:
         """Return True if a shard exists. Renaming it from a temporary name makes it complete or absent."""
@@ -68,7 +69,9 @@ class ShardWriter:
         if len(self.groups) > 1:
             files = {name: self.path(i).name for i, group in enumerate(self.groups) for name in group}
             size = sum(self.path(i).stat().st_size for i in range(len(self.groups)))
-            write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": files})
+            write_json(
+                self.folder / f"{self._file}.index.json", {"metadata": {"total_size": size}, "weight_map": files}
+            )
 
 
 def has_mark(folder: Path, inputs: str, count: int) -> bool:

@@ -8,7 +8,7 @@ Importing this module does not load torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 FILE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{FILE}.index.json"
 _FLOATS = ("F32", "F16", "BF16", "F64")
-_KINDS = (*_FLOATS, "U8", "I8", "I32", "I64", "BOOL")
+KINDS = (*_FLOATS, "U8", "I8", "I32", "I64", "BOOL")
+"""Dtypes that a model is stored in, in safetensors' words."""
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+"""Dtypes that only `edgeprune convert` reads."""
 _MOST_TENSORS, _MOST_AXES, _LONGEST_AXIS = 1_000_000, 8, 2**31 - 1
 
 
@@ -52,7 +55,13 @@ class Weights:
         index = folder / (found.index or "")
         listed = read_weight_map(index) if found.index else {}
         for path in [folder / file for file in found.files] if folder.is_dir() else [folder]:
-            for name, (shape, kind) in header(path, needed).items():
+            for name, (shape, kind) in header(path, needed, (*KINDS, *FLOAT8)).items():
+                if kind in FLOAT8:
+                    whole = folder.parent
+                    raise InputError(
+                        f"{path}: {shown(name)}: found {kind}, expected {', '.join(_FLOATS)}; first write the model in "
+                        f"16 bits: edgeprune convert {whole} -o {whole}-bf16"
+                    )
                 if kind not in ("U8",) if name.endswith(".weight_packed") else kind not in _FLOATS:
                     expected = "U8" if name.endswith(".weight_packed") else ", ".join(_FLOATS)
                     raise InputError(f"{path}: {shown(name)}: found {kind}, expected {expected}")
@@ -95,7 +104,9 @@ class Weights:
             )
 
 
-def header(path: Path, needed: Callable[[str], bool] = lambda name: True) -> dict[str, tuple[Shape, str]]:
+def header(
+    path: Path, needed: Callable[[str], bool] = lambda name: True, kinds: Collection[str] = KINDS
+) -> dict[str, tuple[Shape, str]]:
     """Read shape and dtype (in safetensors' words) of each needed tensor of one file.
 
     safetensors itself refuses a header over 100 MB or longer than the file, duplicate names, tensors that overlap or
@@ -118,7 +129,7 @@ def header(path: Path, needed: Callable[[str], bool] = lambda name: True) -> dic
     for name, (shape, kind) in tensors.items():
         if len(shape) > _MOST_AXES or any(side > _LONGEST_AXIS for side in shape):
             raise InputError(f"{path}: {shown(name)}: found shape {shown(shape)}, too large for a model")
-        if kind not in _KINDS:
-            remedy = "; give the weights before they were rounded to 8 bits" if kind.startswith("F8") else ""
-            raise InputError(f"{path}: {shown(name)}: found {kind}, expected one of {', '.join(_KINDS)}{remedy}")
+        if kind not in kinds:
+            remedy = "; give the weights before they were rounded to 8 bits" if kind in FLOAT8 else ""
+            raise InputError(f"{path}: {shown(name)}: found {kind}, expected one of {', '.join(kinds)}{remedy}")
     return tensors

@@ -26,8 +26,8 @@ from edgeprune.families import family_of
 from edgeprune.families.positions import SeparatePatchEmbed, separate
 from edgeprune.planning.options import PlanOptions
 from edgeprune.residency import shards
-from edgeprune.residency.shards import INDEX, ShardWriter
-from edgeprune.residency.weights import Weights
+from edgeprune.residency.shards import ShardWriter
+from edgeprune.residency.weights import INDEX, Weights
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages.options import QuantizeOptions
 from edgeprune.stages.plan import run as run_plan
