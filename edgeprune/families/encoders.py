@@ -19,6 +19,8 @@ CLIP, CLIP_POOLED, T5 = "CLIPTextModelWithProjection", "CLIPTextModel", "T5Encod
 projection of `CLIP_POOLED`."""
 
 _LIBRARIES = ("diffusers", "transformers")
+_PART = re.compile(r"(text_encoder|tokenizer)(_\d)?|transformer|vae|scheduler|feature_extractor|image_encoder")
+"""Parts that pipelines have. Other entries of model_index.json may be settings."""
 
 EXPORTED = (CLIP, CLIP_POOLED, T5)
 """Classes that an export can write."""
@@ -42,7 +44,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     index = read_json(path)
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, (list, dict)):
+        if name.startswith("_") or not (isinstance(entry, (list, dict)) or _PART.fullmatch(name)):
             continue
         fits = isinstance(entry, list) and len(entry) == 2 and re.fullmatch(r"\w+", name, re.ASCII)
         allowed = fits and (entry == [None, None] or (entry[0] in _LIBRARIES and isinstance(entry[1], str)))

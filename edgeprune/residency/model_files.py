@@ -97,11 +97,18 @@ def _by_variant(names: Iterable[str]) -> dict[str | None, PartWeights]:
     for stem, order in (("diffusion_pytorch_model", (True, False)), ("model", (False, True))):
         for sharded in order:
             for variant in {key[0]: None for key in files} | {key[0]: None for key in indices}:
-                index, of_variant = indices.get((variant, stem)), files.get((variant, stem, sharded), [])
+                index, of_variant = indices.get((variant, stem)), _whole(files.get((variant, stem, sharded), []))
                 if index if sharded else of_variant:
                     found = PartWeights(variant, tuple(of_variant), index if sharded else None)
                     out.setdefault(variant, found)
     return out
+
+
+def _whole(names: list[str]) -> list[str]:
+    """Return the shards of which all are there, so none of an earlier save in another number; without any, all."""
+    totals = [match[0] for name in names if (match := re.search(r"(?<=-of-)\d{5}", name))]
+    whole = [total for total in {*totals} if totals.count(total) == int(total)]
+    return [name for name in names if any(f"-of-{total}" in name for total in whole)] or names
 
 
 def weights_of(folder: Path, variant: str | None = None) -> PartWeights | None:
@@ -174,12 +181,15 @@ def part_files(folder: Path, variant: str | None = None) -> list[Path]:
     Raises:
         InputError: see `weights_of`.
     """
-    return [folder / name for name in sorted(_of_part(_names(folder), weights_of(folder, variant), folder))]
+    return [
+        folder / name for name in sorted(_of_part(folder.name, _names(folder), weights_of(folder, variant), folder))
+    ]
 
 
-def _of_part(names: Iterable[str], weights: PartWeights | None, where: object) -> list[str]:
+def _of_part(part: str, names: Iterable[str], weights: PartWeights | None, where: object) -> list[str]:
     """Return the names of a part's files, given its weights."""
-    if weights is None and (pickles := [name for name in names if name.endswith(_PICKLES)]):
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if weights is None and pickles and not part.startswith(_WITHOUT_WEIGHTS):
         raise InputError(f"{where}: found {pickles[0]}, expected safetensors; pickles are never read")
     return [
         *_small(names),
@@ -241,7 +251,7 @@ def files_among(
         weights = weights_among(flat, variant, f"{where}: {part}")
         if weights is None and not part.startswith(_WITHOUT_WEIGHTS) and not any(n.endswith(_PICKLES) for n in flat):
             raise InputError(f"{where}: {part}: found no weights, expected safetensors")
-        out += [f"{part}/{name}" for name in _of_part(flat, weights, f"{where}: {part}")]
+        out += [f"{part}/{name}" for name in _of_part(part, flat, weights, f"{where}: {part}")]
     _check_variant(variant, variants, where)
     return sorted(out)
 

@@ -1,9 +1,10 @@
-"""Count what the fuzzer tried, and print the counts at the end of the run."""
+"""Count what the fuzzer and the properties tried, and print the counts at the end of the run."""
 
 from __future__ import annotations
 
 import collections
 
+import properties
 import pytest
 
 TRIED: collections.Counter[str] = collections.Counter()
@@ -21,3 +22,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"fuzz: {name}: {count} inputs, {REFUSED[name]} refused")
     if TRIED:
         terminalreporter.write_line(f"fuzz: {sum(TRIED.values())} inputs in all")
+    for name, count in properties.TRIED.items():
+        terminalreporter.write_line(f"property: {name}: {count} inputs")

@@ -247,8 +247,9 @@ def _sum(bias: torch.Tensor | None, up_bias: torch.Tensor | None, scale: float) 
 
 
 def _is_zero(held: Tensors) -> bool:
-    """Return whether tensors of a layer change nothing."""
-    return not any(bool(held[role].any()) for role in ("up", "up_bias", "weight", "bias") if role in held)
+    """Return whether tensors of a layer change nothing; of half a LoRA, nobody knows."""
+    changing = [held[role] for role in ("up", "up_bias", "weight", "bias") if role in held]
+    return bool(changing) and not any(bool(tensor.any()) for tensor in changing)
 
 
 def _refusal(names: list[str]) -> str:
