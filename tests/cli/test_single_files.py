@@ -67,7 +67,7 @@ BYTES = {
     "zeros.gguf": (b"GGUF\3\0\0\0" + b"\0" * 64, "found no tensors; download it again"),
     "huge.gguf": (b"GGUF\3\0\0\0" + b"\xff" * 64, "not a whole GGUF file"),
     "old.gguf": (b"GGUF\1\0\0\0" + b"\0" * 64, "version 1, expected 2 or 3"),
-    "picture.png": (b"\x89PNG\r\n\x1a\n" + bytes(99), "found a file, expected a diffusers folder, a .safetensors"),
+    "picture.png": (b"\x89PNG\r\n\x1a\n" + bytes(99), "found a file, expected a folder, or for `edgeprune convert`"),
 }
 
 

@@ -98,6 +98,13 @@ SHARD_OF = {
     "_class_name": "SD3Transformer2DModel", "in_channels": 1, "patch_size": 1, "pos_embed_max_size": 8,
     "joint_attention_dim": 2, "pooled_projection_dim": 1,
 }  # fmt: skip
+SINGLE = {
+    "double_blocks.0.img_attn.qkv.scale_weight": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
+    "double_blocks.0.img_attn.qkv.weight": {"dtype": "F8_E4M3", "shape": [3, 2], "data_offsets": [4, 10]},
+    "scaled_fp8": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [10, 12]},
+    "img_in.weight": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [12, 24]},
+    "__metadata__": {"format": "pt", "modelspec.title": "flux"},
+}
 SAMPLE = {"file_name": "a.png", "text": "a cat", "seed": 3}
 ENTRY = {"location": "model.onnx.data", "offset": "0", "length": "8"}
 TARGET = (Path(targets.__file__).parent / "rtx.toml").read_text()
@@ -164,6 +171,20 @@ def safetensors(header: Any) -> bytes:
     """Return a safetensors file with this header and 24 zero bytes of data."""
     raw = text_of(header)
     return struct.pack("<Q", len(raw)) + raw + bytes(24)
+
+
+def gguf(shape: tuple[int, ...] = (3, 2)) -> bytes:
+    """Return a GGUF file of one F16 tensor of FLUX.1, whose own shape is in a field, with 24 zero bytes of data."""
+
+    def text(value: bytes) -> bytes:
+        return struct.pack("<Q", len(value)) + value
+
+    name = b"double_blocks.0.img_attn.qkv.weight"
+    fields = text(b"comfy.gguf.orig_shape." + name) + struct.pack(f"<IIQ{len(shape)}i", 9, 5, len(shape), *shape)
+    fields += text(b"general.name") + struct.pack("<I", 8) + text(b"flux")
+    tensor = text(name) + struct.pack("<IQIQ", 1, 6, 1, 0)
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 2) + fields + tensor
+    return header + bytes(-len(header) % 32) + bytes(24)
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -242,6 +263,15 @@ def _weights(path: Path) -> None:
     Weights(path)
 
 
+def _single(path: Path) -> None:
+    from edgeprune.artefact.convert.opening import open_file
+
+    source = open_file(path)
+    assert source.text and "\n" not in source.command()
+    for name, shape in source.stored.shapes.items():
+        assert tuple(source.stored.read(name).shape) == shape
+
+
 def _cache(path: Path) -> None:
     from edgeprune.data.cache import Index
 
@@ -284,6 +314,8 @@ TARGETS: dict[str, tuple[str, st.SearchStrategy[bytes], Callable[[Path], object]
     "images": ("metadata.jsonl", damaged(SAMPLE).map(text_of), _images, 6_000),
     "header": ("model.safetensors", damaged(HEADER).map(safetensors), _weights, 10_000),
     "safetensors": ("model.safetensors", torn(safetensors(HEADER)), _weights, 4_000),
+    "single": ("flux.safetensors", damaged(SINGLE).map(safetensors), _single, 6_000),
+    "gguf": ("flux.gguf", torn(gguf(), gguf((2, 3))), _single, 6_000),
     "cache": ("cache.json", damaged(CACHE).map(text_of), _cache, 8_000),
     "shard": ("shard.safetensors", damaged(SHARD).map(safetensors), _shard, 6_000),
     "external": ("model.onnx", damaged(ENTRY).map(onnx_file), check_external, 6_000),
@@ -347,6 +379,7 @@ def test_undamaged_files_are_read(name: str, tmp_path: Path) -> None:
         "index": INDEX, "generation": GENERATION, "scheduler": SCHEDULER, "study": STUDY,
     }  # fmt: skip
     files = {"header": safetensors(HEADER), "safetensors": safetensors(HEADER), "target": TARGET.encode()}
+    files |= {"single": safetensors(SINGLE), "gguf": gguf()}
     files |= {"cache": text_of(CACHE), "shard": safetensors(SHARD)}
     files |= {"external": onnx_file(ENTRY), "onnx": onnx_file(ENTRY), "images": text_of(SAMPLE)}
     (tmp_path / "model.onnx.data").write_bytes(bytes(8))

@@ -93,7 +93,8 @@ class Gguf:
             if name in self.shapes or (axes and axes[-1] % block) or start + offset + count // block * size > file.size:
                 raise _Damage(f"{shown(name)} is there twice, fills no whole blocks, or ends after the file does")
             shape = out.get(f"{_SHAPE}{name}", axes)
-            if not isinstance(shape, (tuple, list)) or math.prod(shape) != count or not all(a > 0 for a in shape):
+            whole = isinstance(shape, (tuple, list)) and all(type(side) is int and side > 0 for side in shape)
+            if not whole or math.prod(shape) != count:
                 raise _Damage(f"{_SHAPE}{name} is {shown(shape)}, which does not fit {axes}")
             self._stored[name] = number, start + offset, axes
             self.shapes[name], self.kinds[name] = tuple(shape), kind

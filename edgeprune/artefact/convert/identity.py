@@ -194,7 +194,7 @@ def facts_of(network: str, shapes: Mapping[str, Shape]) -> Config:
     entry, table = sides("x_embedder.proj.weight", "pos_embed.proj.weight"), sides("pos_embed", "pos_embed.pos_embed")
     if len(entry) == 4:
         facts["width"], facts["in_channels"], facts["patch_size"] = entry[:3]
-    if "width" in facts and table:
+    if facts.get("width") and table:
         facts["pos_embed_max_size"] = math.isqrt(math.prod(table) // facts["width"])
     facts["qk_norm"] = any(".ln_q." in n or ".norm_q." in n for n in shapes)
     facts["dual"] = len({n.split(".")[1] for n in shapes if ".attn2." in n})
