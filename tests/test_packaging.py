@@ -92,7 +92,7 @@ def test_constraints_pin_what_make_installs() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][\w.]*", line) for line in lines), lines
     pinned = {requirement(line) for line in lines}
-    tested = ("compress", "onnx", "openvino", "coreml", "trt-rtx", "dev")  # what the Makefile installs
+    tested = ("compress", "gguf", "onnx", "openvino", "coreml", "trt-rtx", "dev")  # what the Makefile installs
     asked = PROJECT["project"]["dependencies"] + [need for extra in tested for need in EXTRAS[extra]]
     assert {requirement(line) for line in asked if "python_version" not in line} <= pinned
     assert not [name for name in pinned if name.startswith("nvidia") and name != "nvidia-ml-py"]  # it holds no CUDA
