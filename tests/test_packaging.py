@@ -162,7 +162,7 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
         and (
             path.suffix in {".py", ".j2", ".toml", ".yaml"}
             or "assets" in path.parts
-            or path.name in ("py.typed", "architectures.json")
+            or path.name in ("py.typed", "architectures.json", "encoders.json", "pipelines.json")
         )
     }
     assert {name for name in names if ".dist-info/" not in name} == expected

@@ -271,7 +271,7 @@ class Flux:
                     model.single_transformer_blocks[new - joint] = SingleBlock(block, gone)
         return cast("nn.Module", model)
 
-    def table(self, config: Config, name: str) -> torch.Tensor:
+    def table(self, config: Config, name: str, dtype: torch.dtype) -> torch.Tensor:
         """FLUX.1 has no fixed tables: never called."""
         raise AssertionError(name)
 

@@ -237,7 +237,7 @@ class Flux2:
                     block.attn = NoBranch(1) if len(gone) > 1 else ParallelAttention(block.attn, gone[0])
         return cast("nn.Module", model)
 
-    def table(self, config: Config, name: str) -> torch.Tensor:
+    def table(self, config: Config, name: str, dtype: torch.dtype) -> torch.Tensor:
         """FLUX.2 has no fixed tables: never called."""
         raise AssertionError(name)
 

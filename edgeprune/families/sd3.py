@@ -251,14 +251,18 @@ class SD3:
             take_out(model.transformer_blocks[new], (c for b, c in sorted(removed) if b == old))
         return cast("nn.Module", model)
 
-    def table(self, config: Config, name: str) -> torch.Tensor:
-        """Compute sines and cosines of the position, as PatchEmbed does."""
-        from diffusers.models.embeddings import get_2d_sincos_pos_embed
+    def table(self, config: Config, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Compute sines and cosines of column and row, as PatchEmbed does; each is computed once for all positions."""
+        import torch
+        from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
 
-        side = config_number(config, "pos_embed_max_size")
+        side, half = config_number(config, "pos_embed_max_size"), width(config) // 2
         base = config_number(config, "sample_size") // config_number(config, "patch_size")
-        table: torch.Tensor = get_2d_sincos_pos_embed(width(config), side, base_size=base, output_type="pt")
-        return table.float()[None]
+        places = torch.arange(side, dtype=torch.float32) / (side / base)
+        line = get_1d_sincos_pos_embed_from_grid(half, places, output_type="pt").float().to(dtype)
+        table = torch.empty(side, side, 2 * half, dtype=dtype)
+        table[..., :half], table[..., half:] = line, line[:, None]
+        return table.view(1, side * side, 2 * half)
 
     def removal(self, model: nn.Module, block: int, component: str | None, mean: torch.Tensor) -> list[Swap]:
         """Return the swaps for a block, or for one component of it."""

@@ -51,8 +51,8 @@ class Surgery(Protocol):
     def build(self, config: Config, kept: list[int], removed: frozenset[tuple[int, str]]) -> nn.Module:
         """Build the shorter model on the meta device, ready for a strict state dict."""
 
-    def table(self, config: Config, name: str) -> torch.Tensor:
-        """Compute a fixed table in float32."""
+    def table(self, config: Config, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Compute a fixed table in float32, rounded to `dtype`."""
 
     def removal(self, model: nn.Module, block: int, component: str | None, mean: torch.Tensor) -> list[Swap]:
         """Return the swaps that make a component (None: the whole block) contribute nothing.

@@ -192,9 +192,10 @@ def test_calibrated_resume_sees_the_blocks_before(
 def test_a_short_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1000))
-    with pytest.raises(EdgepruneError, match=r"needs 16\.3 GB, the disk has 0\.0 GB left"):
-        synth.synth("sd3.5-large", tmp_path / "m")
-    assert not list((tmp_path / "m" / "transformer.tmp").glob("*.safetensors"))
+    for tiny_encoders, size in ((False, "27.6"), (True, "16.3")):
+        with pytest.raises(EdgepruneError, match=rf"needs {size} GB, the disk has 0\.0 GB left"):
+            synth.synth("sd3.5-large", tmp_path / size, tiny_encoders=tiny_encoders)
+        assert not list((tmp_path / size).rglob("*.tmp/*.safetensors"))
 
 
 # ------------------------------------------------------------------------------------- running

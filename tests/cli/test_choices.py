@@ -117,7 +117,7 @@ WRONG = [
     (["quantize", "--group-size", "48"], "--group-size", "16, 32, 64, 128"),
     (["analyze", "--estimator", "guess"], "--estimator", "exhaustive, reuse, gates"),
     (["distill", "--sensitivity", "binary"], "--sensitivity", "graded, off: the reference's binary form is"),
-    (["synth", "sd4"], "NAME", "sd3.5-large, sd3.5-medium"),
+    (["synth", "sd4"], "NAME", "sd3.5-large, sd3.5-large-turbo"),
     (["targets", "show", "toaster"], "NAME", "cpu-arm, cpu-x86"),
     (["study", "new", "x", "--mode", "duel"], "--mode", "mos, pairs"),
 ]
@@ -166,8 +166,7 @@ def test_the_shell_completes_choices() -> None:
 def test_repeated_names_are_those_of_the_code() -> None:
     """What options.py repeats because its home imports torch."""
     from edgeprune.analysis import estimators
-    from edgeprune.artefact.synth import architectures
-    from edgeprune.cli import compare, synth
+    from edgeprune.cli import compare
     from edgeprune.compare.grid import GRIDS
     from edgeprune.quantization.quantize import CALIBRATIONS
     from edgeprune.training import recipe
@@ -179,7 +178,6 @@ def test_repeated_names_are_those_of_the_code() -> None:
     assert recipe.SCHEDULES == options.SCHEDULES
     assert (recipe.SENSITIVITIES, recipe.BINARY) == (options.SENSITIVITIES, options.BINARY)
     assert recipe.TEACHERS == options.TEACHER_PRECISIONS
-    assert list(synth.architectures()) == list(architectures())
     assert compare.grids() == sorted(path.stem for path in GRIDS.glob("*.toml"))
     for name in options.MIXED_PRECISIONS:
         recipe.DistillOptions(mixed_precision=name).check()

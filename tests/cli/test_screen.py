@@ -39,23 +39,23 @@ def test_a_warning_is_one_line() -> None:
 def test_synth_shows_nothing_of_its_vendors(kind: str, tmp_path: Path) -> None:
     code = """if True:
         import sys
-        from edgeprune.artefact import synth
+        from edgeprune.families import published
         small = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 32, "joint_attention_dim": 64}
         small |= {"pooled_projection_dim": 64}
         known = {
             "sd3.5-large": small | {"caption_projection_dim": 64},
             "flux.1-schnell": small | {"num_single_layers": 1, "axes_dims_rope": [8, 12, 12]},
         }
-        real = synth.architectures()
-        synth.architectures = lambda: {name: real[name] | changes for name, changes in known.items()}
+        real = published.transformers()
+        published.transformers = lambda: {name: real[name] | changes for name, changes in known.items()}
         from edgeprune.cli import main
         sys.argv[0] = "edgeprune"
         main()
     """
-    done = script(code, "synth", kind, "-o", str(tmp_path / "out"))
+    done = script(code, "synth", kind, "--tiny-encoders", "-o", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["transformer", str(tmp_path / "out"), "next"], done.stderr
+    assert [line.split(":")[0] for line in lines] == [kind, str(tmp_path / "out"), "next"], done.stderr
     assert done.stdout == ""
 
 

@@ -1,119 +1,26 @@
-"""`edgeprune synth`: a full-size pipeline with random weights, to try every stage before you have the real weights.
-
-The transformer has the real architecture (families/architectures.json) and random weights, written shard by shard. Text
-encoders, VAE and tokenizers are small and random, with the real interfaces. The images are noise, but the transformer
-costs what the real one costs: memory, time and bytes depend only on shapes.
-"""
+"""Small text encoders, VAE and tokenizers with the real interfaces, for `edgeprune synth --tiny-encoders`."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from edgeprune.artefact.loading import quiet
-from edgeprune.artefact.manifest import HALF
-from edgeprune.artefact.writing import remove_mark, write_transformer
-from edgeprune.common.errors import InputError
-from edgeprune.common.files import digest, read_json, write_json
-from edgeprune.common.lock import LOCK, hold, is_free
-from edgeprune.common.progress import Progress, silent
-from edgeprune.families import Config, Family, Shape, family_of
+from edgeprune.common.files import read_json, write_json
+from edgeprune.families import Config, Family
 from edgeprune.families.encoders import CLIP, T5, tokenizer_of
 from edgeprune.sampling.generation import Generation
 
-ARCHITECTURES = Path(__file__).parents[1] / "families" / "architectures.json"
 TOKENS = 77
 """Number of text tokens of every prompt."""
 
 
-def architectures() -> dict[str, Config]:
-    """Return the transformer configs of published models by name."""
-    return read_json(ARCHITECTURES)
-
-
-def synth(
-    name: str,
-    out: Path,
-    *,
-    progress: Progress = silent,
-) -> int:
-    """Write the pipeline folder `out` and return the transformer's bytes. An interrupted run resumes.
-
-    Raises:
-        InputError: there is no such architecture, `out` holds something else, or another process writes there.
-        EdgepruneError: the disk is too full; says how much is needed.
-    """
-    known = architectures()
-    if name not in known:
-        raise InputError(f"synth: found {name!r}, expected one of {', '.join(known)}")
-    return write_pipeline(known[name], out, label=name, progress=progress)
-
-
-def write_pipeline(
-    config: Config,
-    out: Path,
-    *,
-    label: str,
-    progress: Progress = silent,
-) -> int:
-    """Write the pipeline folder `out` for any transformer config; like `synth`, with `label` as the name."""
-    mark = out / "synth.json"
-    key = digest(config)
-    if mark.is_file():
-        if read_json(mark).get("config") != key:
-            raise InputError(f"{mark}: found another architecture, expected {label}; use another -o")
-    elif not is_free(out, mark.name):
-        raise InputError(f"{out}: exists and was not made by synth; use another -o")
-    with hold(out / LOCK, out):
-        write_json(mark, {"architecture": label, "config": key})
-        family = family_of(config, label)
-        _companions(family, config, out)
-        shapes = family.tensor_shapes(config)
-        chunks: list[dict[str, Shape]] = [{} for _ in range(family.block_count(config) + 1)]
-        for tensor, shape in shapes.items():
-            place = family.place(config, tensor)
-            chunks[-1 if place is None else place[0]][tensor] = shape
-        if (out / HALF).is_dir():
-            remove_mark(out, HALF)
-            return sum(2 * math.prod(shape) for shape in shapes.values())
-        size = write_transformer(
-            out,
-            HALF,
-            config,
-            [{n: 2 * math.prod(shape) for n, shape in chunk.items()} for chunk in chunks],
-            lambda index: {n: draw(family, config, n, shape) for n, shape in chunks[index].items()},
-            inputs=key,
-            progress=progress,
-        )
-        remove_mark(out, HALF)
-        return size
-
-
-def draw(family: Family, config: Config, name: str, shape: Shape) -> torch.Tensor:
-    """Return a random tensor in bf16, the same for the same name.
-
-    The standard deviations of a weight's rows are log-normal around 1 / sqrt(inputs) with a spread of a third, as in
-    trained weights. A fixed table gets its real values.
-    """
-    if family.is_buffer(name):
-        return family.table(config, name).to(torch.bfloat16)
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    if len(shape) == 1:
-        values = torch.randn(shape, generator=generator) * 0.05
-        return (values + float(name.endswith(".weight"))).to(torch.bfloat16)
-    spread = torch.exp(torch.randn(shape[0], generator=generator) / 3) / math.sqrt(math.prod(shape[1:]))
-    weight = torch.randn(shape, generator=generator)
-    return weight.mul_(spread.view(-1, *(1,) * (len(shape) - 1))).to(torch.bfloat16)
-
-
-def _companions(family: Family, config: Config, out: Path) -> None:
-    """Write everything of the pipeline but its transformer, unless it is there."""
+def write_companions(family: Family, config: Config, out: Path) -> None:
+    """Write everything of a pipeline but its transformer, unless it is there."""
     import diffusers
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
