@@ -37,7 +37,7 @@ def synth(name: str, out: Path, *, tiny_encoders: bool = False, progress: Progre
         progress: called with shards done, shards in total, and bytes and speed.
 
     Raises:
-        InputError: there is no such pipeline or no tiny form of its text encoder, `out` holds something else, or another
+        InputError: there is no such pipeline or no tiny form of its encoder, `out` holds something else, or another
             process writes there.
         DiskError: the disk is too full; says how much is needed.
     """
