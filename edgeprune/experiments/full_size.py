@@ -28,13 +28,13 @@ from typing import Any
 import psutil
 import typer
 
-from edgeprune.artefact.synth import architectures
 from edgeprune.bench.run import Variant, originals
 from edgeprune.bench.run import run as run_bench
 from edgeprune.common.files import read_json, write_json
 from edgeprune.common.tables import markdown_table
 from edgeprune.experiments.pages import insert
 from edgeprune.export.folder import FILE as EXPORT
+from edgeprune.families.published import transformers
 
 BLOCKS = "25-28,31-34"
 """The eight blocks that the published plan removes from SD3.5 Large Turbo."""
@@ -168,7 +168,7 @@ def remove(table: Table, *labels: str) -> None:
 
 def plans(table: Table) -> None:
     """Measure a plan from each config alone."""
-    for name, config in architectures().items():
+    for name, config in transformers().items():
         path = table.out / f"{name}.json"
         write_json(path, config)
         table.stage(f"{name}: plan from config", "plan", "--config", str(path), "--method", "manual", "--blocks", "5-8")
@@ -247,7 +247,7 @@ def measured(variants: list[Variant], *, repeats: int) -> dict[str, dict[str, An
 def sd35_large(table: Table) -> None:
     """Measure SD3.5 Large less 8 blocks, with projected modulation, with both in INT4 groups of 128, less 21 blocks."""
     source = table.out / "sd3.5-large"
-    table.stage("sd3.5-large: synth", "synth", "sd3.5-large", "-o", str(source))
+    table.stage("sd3.5-large: synth", "synth", "sd3.5-large", "--tiny-encoders", "-o", str(source))
     artefact = compressed(table, "large-8", source, "--blocks", BLOCKS)
     onnx(table, artefact)
     steps(table, source, "large-8", ort=True)
@@ -276,7 +276,7 @@ def sd35_large(table: Table) -> None:
 def flux_schnell(table: Table) -> None:
     """Measure FLUX.1 schnell with INT4 alone."""
     source = table.out / "flux.1-schnell"
-    table.stage("flux.1-schnell: synth", "synth", "flux.1-schnell", "-o", str(source))
+    table.stage("flux.1-schnell: synth", "synth", "flux.1-schnell", "--tiny-encoders", "-o", str(source))
     onnx(table, compressed(table, "flux", source, "--method", "manual"))
     remove(table, "flux", source.name)
 

@@ -46,9 +46,9 @@ def write_t5(folder: Path, *, length: int = 512) -> None:
     pieces = itertools.islice(_t5_pieces(), T5_WORDS - _EXTRA_IDS - 3)
     scored = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((p, -8.0 - i / T5_WORDS) for i, p in enumerate(pieces))]
     raw = Tokenizer(models.Unigram(scored, unk_id=2, byte_fallback=False))
-    space = {"replacement": "▁", "prepend_scheme": "always"}
-    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**space)])
-    raw.decoder = decoders.Metaspace(**space)
+    # Metaspace's defaults put a `▁` before each word.
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    raw.decoder = decoders.Metaspace()
     raw.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
