@@ -9,7 +9,7 @@ from typing import Any
 
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.manifest import INT4
-from edgeprune.artefact.writing import write_network
+from edgeprune.artefact.writing import write_transformer
 from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
@@ -88,7 +88,7 @@ def _quantize(
 
     ws.manifest.group_size = options.group_size
     config = shorter_config(ws.family, ws.config, plan)
-    size = write_network(ws.out, INT4, config, blocks, make, inputs=key, found=resume, progress=progress)
+    size = write_transformer(ws.out, INT4, config, blocks, make, inputs=key, found=resume, progress=progress)
     ws.manifest.hash_files(ws.out, INT4)
     return {"weights_bytes": size}
 

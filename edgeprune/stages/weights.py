@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from edgeprune.artefact.manifest import HALF
-from edgeprune.artefact.writing import write_network
+from edgeprune.artefact.writing import write_transformer
 from edgeprune.common.progress import Progress
 from edgeprune.common.tensors import Tensors
 from edgeprune.planning.plan import PrunePlan
@@ -70,6 +70,6 @@ def write_half(
         progress: see `Progress`.
     """
     config = shorter_config(ws.family, ws.config, plan)
-    write_network(ws.out, HALF, config, blocks, make, inputs=key, progress=progress)
+    write_transformer(ws.out, HALF, config, blocks, make, inputs=key, progress=progress)
     ws.manifest.plan = plan.to_json()
     ws.manifest.hash_files(ws.out, HALF)

@@ -12,7 +12,7 @@ import torch
 
 from edgeprune.artefact.manifest import HALF
 from edgeprune.artefact.synth.drawing import draw
-from edgeprune.artefact.writing import remove_mark, write_network
+from edgeprune.artefact.writing import remove_mark, write_transformer
 from edgeprune.common.files import need_space
 from edgeprune.common.progress import Progress
 from edgeprune.common.tensors import Tensors
@@ -149,7 +149,7 @@ def write_all(out: Path, parts: Sequence[RandomNetwork], inputs: str, *, label: 
         def report(_: str, count: int = 0, *__: object, part: RandomNetwork = part, before: int = before) -> None:
             speed.done(before + count, found=count <= len(found[part.folder]))
 
-        write_network(
+        write_transformer(
             out, part.folder, part.config, part.sizes, part.make, inputs=inputs, file=part.file, progress=report
         )
         before += len(part.shards)
