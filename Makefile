@@ -6,6 +6,7 @@ EXTRAS ?= compress,gguf,onnx
 DEV_EXTRAS ?= $(EXTRAS),openvino,coreml,trt-rtx,dev
 DEMO ?= build/demo
 DEMO_FLAGS ?=
+FULL ?= build/full-size
 BENCH_FLAGS ?= --quality 10
 START_FLAGS ?= --at-most 0.5
 MINUTES ?= 30
@@ -29,7 +30,7 @@ CODE := edgeprune export runtimes targets tests
 help:
 	@echo "make demo    compress, export and bench the built-in model"
 	@echo "make bench   only the bench, on the export that make demo wrote; fails if edgeprune --help takes over 0.5 s"
-	@echo "make bench-full   the table of docs/full-size.md: an hour and a half, 70 GB of disk"
+	@echo "make bench-full   list the rows of docs/full-size.md and what they take here; ROW=name measures one"
 	@echo "make evidence     the tables of docs/evidence.md: methods compared on the built-in model, an hour or two"
 	@echo "make test    run the tests"
 	@echo "make test-hard MINUTES=30   properties of what people bring, that long; kills; more than 100,000 damaged files"
@@ -65,9 +66,9 @@ bench: $(STAMP)
 	@$(RUN) bench $(DEMO)/onnx --runtime ort $(BENCH_FLAGS) --json $(DEMO)/bench.json
 	@$(BIN)/python -m edgeprune.bench.start $(START_FLAGS)
 
-# Full-size models: an hour and a half, 70 GB of disk. Run it again after an interruption and it resumes.
+# A row takes 45 minutes and 45 GB of disk at most. Run it again after an interruption and it resumes.
 bench-full: $(DEV_STAMP)
-	@$(BIN)/python -m edgeprune.experiments.full_size --out build/full-size --write docs/full-size.md
+	@$(BIN)/python -m edgeprune.experiments.full_size $(ROW) --out $(FULL) $(if $(ROW),--write docs/full-size.md)
 
 # Two grids of training runs. Run it again after an interruption and it resumes.
 evidence: $(STAMP)

@@ -18,7 +18,7 @@ import pytest
 from edgeprune import runtimes
 from edgeprune.common import heap
 from edgeprune.common.errors import InputError
-from edgeprune.experiments.full_size import resident_bytes
+from edgeprune.experiments.full_size.measuring import resident_bytes
 from edgeprune.runtimes import memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -1,0 +1,101 @@
+"""What a row will take on this machine: its work divided by speeds that are measured now, in a few seconds.
+
+These are rough: a forecast is right within a factor of about two. It keeps a row that takes hours from starting.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from edgeprune.artefact.synth.drawing import draw
+from edgeprune.quantization.int4 import round_int4
+from edgeprune.stages.costs import matmul_flops_per_s
+
+MOST_SECONDS, MOST_BYTES = 45 * 60, 45 * 10**9
+"""Limits of one row."""
+_START_S = 8.0
+"""Of a command: imports, checks and hashes of configs."""
+_ROUNDING = 4.0
+"""Time of NNCF's rounding and packing of a weight, over that of the plain rounding measured here."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a row does, counted from shapes."""
+
+    commands: int = 1
+    drawn: float = 0
+    """Random numbers."""
+    moved: float = 0
+    """Bytes written, or read where they are hashed or compared."""
+    rounded: float = 0
+    """Weights rounded to INT4."""
+    flops: float = 0
+    """Operations in float32."""
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What this machine does per second, by the names of `Work`."""
+
+    drawn: float
+    moved: float
+    rounded: float
+    flops: float
+
+    @classmethod
+    def measure(cls, out: Path) -> Speeds:
+        """Measure each for about a second; writes and deletes a file of 64 MB in `out`."""
+        out.mkdir(parents=True, exist_ok=True)
+        data, path = os.urandom(64_000_000), out / "speed.tmp"
+        weight = torch.randn(1024, 4096)
+
+        def move() -> None:
+            with path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            path.read_bytes()
+
+        try:
+            return cls(
+                drawn=2**22 / _seconds(lambda: draw("speed.weight", (1024, 4096))),
+                moved=len(data) / _seconds(move),
+                rounded=weight.numel() / _seconds(lambda: round_int4(weight, 64)) / _ROUNDING,
+                flops=matmul_flops_per_s(2048, 3),
+            )
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def seconds(work: Work, speeds: Speeds) -> float:
+    """Return the forecast of a row."""
+    return work.commands * _START_S + sum(getattr(work, f.name) / getattr(speeds, f.name) for f in fields(speeds))
+
+
+def refusal(row: str, expected_s: float, size: int, out: Path) -> str | None:
+    """Return why a row is not measured; None if it fits the limits and the disk."""
+    if expected_s > MOST_SECONDS:
+        return f"{row}: forecast {expected_s / 60:.0f} minutes, at most {MOST_SECONDS // 60}"
+    if size > MOST_BYTES:
+        return f"{row}: writes {size / 1e9:.1f} GB, at most {MOST_BYTES // 10**9}"
+    if (free := shutil.disk_usage(out).free) < size:
+        return f"{row}: writes {size / 1e9:.1f} GB, the disk of {out} has {free / 1e9:.1f} GB left"
+    return None
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Return the best of two runs."""
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)

@@ -1,0 +1,89 @@
+"""Runs a command in a process of its own and measures its time and peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import psutil
+
+_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Time and memory of one process and those that it started."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def run(*arguments: str, so_far: Callable[[Stage], None] = lambda stage: None) -> Stage:
+    """Run `edgeprune …` in a process of its own.
+
+    Args:
+        arguments: of the command.
+        so_far: called once a second with the time and peak up to then.
+
+    Raises:
+        SystemExit: the command failed; it has printed its own message.
+    """
+    print("$ edgeprune", *arguments, flush=True)
+    began = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "edgeprune.cli", *arguments])
+    with sampled_peak(process.pid, lambda peak: so_far(Stage(time.monotonic() - began, peak))) as peak:
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - began
+    stage = Stage(seconds, max(peak(), usage.ru_maxrss * 1024))
+    so_far(stage)
+    if code := os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"edgeprune {arguments[0]} ended with {code}")
+    return stage
+
+
+@contextlib.contextmanager
+def sampled_peak(pid: int, each: Callable[[int], None]) -> Iterator[Callable[[], int]]:
+    """Sample `resident_bytes` of a process once a second until the block ends.
+
+    Args:
+        pid: the process.
+        each: called after each sample with the largest one.
+
+    Yields:
+        A function that returns the largest sample.
+    """
+    largest, end = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal largest
+        while not end.wait(_EVERY_S):
+            largest = max(largest, resident_bytes(pid))
+            each(largest)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: largest
+    finally:
+        end.set()
+        watcher.join()
+
+
+def resident_bytes(pid: int) -> int:
+    """Return the bytes in memory of a process and all that it started; 0 if it has ended.
+
+    Memory that processes share counts once for each.
+    """
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended after it was listed
+                total += each.memory_info().rss
+    return total

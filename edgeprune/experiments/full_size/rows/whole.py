@@ -1,0 +1,94 @@
+"""Rows on whole pipelines at their real size: every network is real, and so are steps, guidance and 1024x1024 pixels.
+
+What a row runs, a user with such a machine would run. Where 1024x1024 would take hours here, a row says another size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from edgeprune.experiments.full_size.forecast import Work
+from edgeprune.experiments.full_size.recording import Recorder
+from edgeprune.experiments.full_size.rows.row import Row
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    suffix: str
+    """Of its rows' names."""
+    weights: float
+    """Of the transformer."""
+    others: float
+    """Weights of text encoders and VAE."""
+    flops: float
+    """Of an evaluation at 256x256."""
+    blocks: str
+    """Eight of them, for rows that remove some."""
+
+
+_MODELS = (
+    _Model("sd3.5-large", "", 8.15e9, 5.66e9, 4.1e12, "25-28,31-34"),
+    _Model("flux.1-dev", "-flux", 11.9e9, 4.97e9, 11e12, "40-47"),
+)
+_SMALL = ("--height", "256", "--width", "256")
+
+
+def rows() -> Iterator[Row]:
+    """Yield the rows of each model."""
+    for m in _MODELS:
+        everything, pruned = 2 * (m.weights + m.others), 2.5 * m.weights + 2 * m.others
+        moved = 2 * everything + pruned
+        compress = Work(moved=moved, rounded=m.weights)
+        yield Row(
+            f"synth{m.suffix}", f"{m.name} whole, random weights", Work(drawn=m.weights + m.others, moved=everything),
+            int(everything), functools.partial(_synth, m), model=m.name,
+        )  # fmt: skip
+        yield _row(m, "compress-blocks", "prune 8 blocks, INT4", compress, ("--blocks", m.blocks))
+        yield _row(
+            m, "plan-auto", "modulation at the rank that is measured, INT4",
+            Work(moved=moved, rounded=m.weights, flops=2e12), ("--method", "manual", "--modulation-rank", "auto"),
+        )  # fmt: skip
+        yield _row(
+            m, "quantize-scale", "prune 8 blocks, INT4 by scale estimation, at 256x256",
+            Work(moved=moved, rounded=8 * m.weights, flops=4 * m.flops),
+            ("--blocks", m.blocks, "--calibration", "scale", *_SMALL),
+        )  # fmt: skip
+        yield Row(
+            f"analyze-gates{m.suffix}", f"{m.name}: scores of all parts by gradients, one state at 256x256",
+            Work(moved=2 * everything, flops=8 * m.flops), 10**10, functools.partial(_gates, m),
+            needs=(f"synth{m.suffix}",),
+        )  # fmt: skip
+
+
+def _row(model: _Model, name: str, what: str, work: Work, options: tuple[str, ...]) -> Row:
+    """Return a row of `compress` without training."""
+    label = f"{name}{model.suffix}"
+    return Row(
+        label, f"{model.name}: {what}", work, int(2.5 * model.weights + 2 * model.others),
+        functools.partial(_compress, model, label, options), needs=(f"synth{model.suffix}",),
+    )  # fmt: skip
+
+
+def _synth(model: _Model, recorder: Recorder) -> None:
+    folder = recorder.out / model.name
+    recorder.stage(f"{model.name}: synth", "synth", model.name, "-o", str(folder), makes=folder, file=folder)
+
+
+def _compress(model: _Model, label: str, options: tuple[str, ...], recorder: Recorder) -> None:
+    source, out = recorder.out / model.name, recorder.out / label
+    recorder.stage(
+        f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", *options,
+        makes=out, file=out / "transformer_int4",
+    )  # fmt: skip
+    recorder.remove(label)
+
+
+def _gates(model: _Model, recorder: Recorder) -> None:
+    label = f"gates{model.suffix}"
+    source, out = recorder.out / model.name, recorder.out / label
+    options = ("--estimator", "gates", "--count", "1", "--inference-steps", "1", *_SMALL)
+    recorder.stage(f"{label}: analyze", "analyze", str(source), "-o", str(out), *options, makes=out)
+    recorder.remove(label)

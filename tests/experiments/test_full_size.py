@@ -1,0 +1,160 @@
+"""`make bench-full`: rows, their forecasts, interrupted stages, committed results and the page made from them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeprune.bench.machine import machine
+from edgeprune.common.errors import InputError
+from edgeprune.common.files import read_json, write_json
+from edgeprune.experiments.full_size import __main__ as full_size
+from edgeprune.experiments.full_size import forecast, measuring, recording, results
+from edgeprune.experiments.full_size.forecast import Speeds, Work
+from edgeprune.experiments.full_size.measuring import Stage
+from edgeprune.experiments.full_size.recording import Recorder
+from edgeprune.experiments.full_size.rows import Row, rows
+from edgeprune.families import published
+
+DOCS = Path(__file__).parents[2] / "docs"
+FAST = Speeds(drawn=1e8, moved=1e9, rounded=1e8, flops=1e12)
+
+
+@pytest.fixture
+def one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Leave one row, `r`, of two commands that only note their arguments, which is returned."""
+    calls: list[tuple[str, ...]] = []
+
+    def run(*arguments: str, so_far: Any = None) -> Stage:
+        calls.append(arguments)
+        so_far(Stage(2.0, 10))
+        return Stage(2.0, 10)
+
+    def measure(recorder: Recorder) -> None:
+        recorder.stage("r: one", "one", makes=recorder.out / "made")
+        recorder.stage("r: two", "two")
+
+    row = Row("r", "two commands", Work(), 10**6, measure, model="made")
+    monkeypatch.setattr(full_size, "rows", lambda: {"r": row, "s": Row("s", "", Work(), 0, measure, needs=("r",))})
+    monkeypatch.setattr(full_size, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(recording, "run", run)
+    monkeypatch.setattr(forecast.Speeds, "measure", lambda out: FAST)
+    return calls
+
+
+# ------------------------------------------------------------------------------------- rows
+
+
+def test_rows_are_within_the_limits_of_a_quiet_machine() -> None:
+    """By the speeds of two cores of the processor that the page was measured on."""
+    quiet = Speeds(drawn=9e7, moved=5e8, rounded=3.8e7, flops=7e10)
+    known = rows()
+    for name, row in known.items():
+        assert row.name == name and row.what and 0 < row.disk_bytes <= forecast.MOST_BYTES
+        assert 0 < forecast.seconds(row.work, quiet) < forecast.MOST_SECONDS or name == "quantize-scale-flux", name
+        assert all(known[need].model for need in row.needs)
+    for name in ("synth", "analyze-gates", "plan-auto", "quantize-scale", "compress-blocks"):
+        assert name in known and f"{name}-flux" in known
+    assert 100 < forecast.seconds(known["synth"].work, quiet) < 1000
+
+
+def test_the_synth_row_counts_the_real_pipeline() -> None:
+    known = published.networks()
+    for row, name, weights in (("synth", "sd3.5-large", 8.15e9), ("synth-flux", "flux.1-dev", 11.9e9)):
+        others = sum(known[n].parameters for n in published.pipelines()[name].networks.values())
+        assert rows()[row].work.drawn == pytest.approx(weights + others, rel=0.005)
+
+
+def test_a_row_that_is_too_long_or_too_large_is_refused(tmp_path: Path) -> None:
+    assert forecast.refusal("r", 60, 10, tmp_path) is None
+    assert forecast.refusal("r", 2701, 10, tmp_path) == "r: forecast 45 minutes, at most 45"
+    assert forecast.refusal("r", 60, 46 * 10**9, tmp_path) == "r: writes 46.0 GB, at most 45"
+    assert forecast.seconds(Work(commands=1, flops=1e12), FAST) == pytest.approx(9)
+
+
+def test_speeds_are_measured(tmp_path: Path) -> None:
+    speeds = Speeds.measure(tmp_path)
+    assert all(value > 1e5 for value in vars(speeds).values()) and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+
+def test_a_command_is_measured_by_the_kernel() -> None:
+    seen: list[Stage] = []
+    stage = measuring.run("targets", "list", so_far=seen.append)
+    assert stage.seconds > 0.1 and stage.peak_bytes > 20_000_000 and seen[-1] == stage
+    with pytest.raises(SystemExit, match="edgeprune targets ended with 2"):
+        measuring.run("targets", "show", "toaster")
+
+
+def test_a_row_is_measured_merged_and_measured_again(
+    one_row: list[tuple[str, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="s: needs a model that is not in .*; first: make bench-full ROW=r"):
+        full_size.measure("s", tmp_path, fresh=False)
+    with pytest.raises(SystemExit, match="ROW=x: expected one of r, s"):
+        full_size.measure("x", tmp_path, fresh=False)
+    (tmp_path / "made").mkdir()
+    full_size.measure("r", tmp_path, fresh=False)
+    assert one_row == [("one",), ("two",)] and not (tmp_path / "made").exists()
+    assert "r: forecast 0 minutes" in capsys.readouterr().out
+    (entry,) = results.load(tmp_path / "results.json")
+    here = machine(0.0)
+    assert (entry["row"], entry["cpu"], entry["cores"]) == ("r", here["cpu"], here["cores"])
+    assert entry["stages"]["r: two"] == {"seconds": 2.0, "peak_bytes": 10}
+    full_size.measure("r", tmp_path, fresh=False)
+    assert len(one_row) == 4 and len(results.load(tmp_path / "results.json")) == 1
+    assert results.measured_seconds(tmp_path / "results.json", "r") == 4.0
+
+
+def test_time_before_an_interruption_counts(
+    one_row: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: str, so_far: Any = None) -> Stage:
+        so_far(Stage(5.0, 30))
+        (tmp_path / "made").mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            full_size.measure("r", tmp_path, fresh=False)
+    full_size.measure("r", tmp_path, fresh=False)
+    (entry,) = results.load(tmp_path / "results.json")
+    assert entry["stages"]["r: one"] == {"seconds": 7.0, "peak_bytes": 30}
+    assert (tmp_path / "made").is_dir()  # the second attempt continued it
+    assert [c[0] for c in one_row] == ["one", "two"]
+
+
+# ------------------------------------------------------------------------------------- results
+
+
+def test_another_processor_keeps_its_results(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    other = {"row": "r", "cpu": "Another", "cores": 8, "date": "2026-01-01", "version": "0", "stages": {
+        "r: one": {"seconds": 1.0, "peak_bytes": 10**9, "file_bytes": 2 * 10**9, "said": "a remark"},
+    }}  # fmt: skip
+    write_json(path, {"schema_version": 1, "results": [other]})
+    results.merge(path, "r", {"r: one": {"seconds": 3.0, "peak_bytes": 2 * 10**9}})
+    results.merge(path, "r", {"r: one": {"seconds": 4.0, "peak_bytes": 2 * 10**9}})
+    entries = results.load(path)
+    assert len(entries) == 2 and entries[0] == other
+    text = results.markdown(entries)
+    assert "Another, 8 cores:" in text
+    assert "| r | r: one (a remark) | 1 s | 1.00 GB | 2.00 GB | 2026-01-01 |" in text and "| 4 s |" in text
+    write_json(path, {"schema_version": 2, "results": []})
+    with pytest.raises(InputError, match="schema_version: found 2, expected 1"):
+        results.load(path)
+
+
+def test_the_page_is_made_of_the_committed_results() -> None:
+    page = (DOCS / "full-size.md").read_text("utf-8")
+    text = page.split("<!-- measured -->\n")[1].split("\n<!-- end -->")[0]
+    assert text == results.markdown(results.load(DOCS / "full-size.json"))
+    entries = read_json(DOCS / "full-size.json")["results"]
+    assert {entry["row"] for entry in entries} <= rows().keys()
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", entry["date"]) and entry["cpu"] for entry in entries)
