@@ -42,7 +42,8 @@ def run(*arguments: str, so_far: Callable[[Stage], None] = lambda stage: None) -
         seconds = time.monotonic() - began
     stage = Stage(seconds, max(peak(), usage.ru_maxrss * 1024))
     so_far(stage)
-    if code := os.waitstatus_to_exitcode(status):
+    process.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for
+    if code := process.returncode:
         raise SystemExit(f"edgeprune {arguments[0]} ended with {code}")
     return stage
 
