@@ -16,7 +16,8 @@ from edgeprune.experiments.full_size import forecast, measuring, recording, resu
 from edgeprune.experiments.full_size.forecast import Speeds, Work
 from edgeprune.experiments.full_size.measuring import Stage
 from edgeprune.experiments.full_size.recording import Recorder
-from edgeprune.experiments.full_size.rows import Row, rows
+from edgeprune.experiments.full_size.rows import rows
+from edgeprune.experiments.full_size.rows.row import Row
 from edgeprune.families import published
 
 DOCS = Path(__file__).parents[2] / "docs"

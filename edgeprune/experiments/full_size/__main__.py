@@ -10,7 +10,8 @@ import typer
 from edgeprune.common.tables import markdown_table
 from edgeprune.experiments.full_size import forecast, results
 from edgeprune.experiments.full_size.recording import Recorder
-from edgeprune.experiments.full_size.rows import Row, rows
+from edgeprune.experiments.full_size.rows import rows
+from edgeprune.experiments.full_size.rows.row import Row
 from edgeprune.experiments.pages import insert
 
 FULL, RESULTS = Path("build/full-size"), Path("docs/full-size.json")

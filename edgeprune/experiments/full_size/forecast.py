@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -77,7 +77,7 @@ class Speeds:
 
 def seconds(work: Work, speeds: Speeds) -> float:
     """Return the forecast of a row."""
-    return work.commands * _START_S + sum(getattr(work, f.name) / getattr(speeds, f.name) for f in fields(speeds))
+    return work.commands * _START_S + sum(float(getattr(work, n) / speed) for n, speed in asdict(speeds).items())
 
 
 def refusal(row: str, expected_s: float, size: int, out: Path) -> str | None:
