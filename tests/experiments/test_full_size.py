@@ -55,7 +55,7 @@ def test_rows_are_within_the_limits_of_a_quiet_machine() -> None:
     known = rows()
     for name, row in known.items():
         assert row.name == name and row.what and 0 < row.disk_bytes <= forecast.MOST_BYTES
-        assert 0 < forecast.seconds(row.work, quiet) < forecast.MOST_SECONDS or name == "quantize-scale-flux", name
+        assert 0 < forecast.seconds(row.work, quiet) < forecast.MOST_SECONDS, name
         assert all(known[need].model for need in row.needs)
     for name in ("synth", "analyze-gates", "plan-auto", "quantize-scale", "compress-blocks"):
         assert name in known and f"{name}-flux" in known
