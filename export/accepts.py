@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.convert.opening import refuse_file
-from edgeprune.artefact.resolve import read_config
+from edgeprune.artefact.resolve import nearby, read_config
 from edgeprune.common.errors import InputError
 from edgeprune.families.encoders import EXPORTED, check_tokens
 from edgeprune.sampling.generation import Generation
@@ -29,7 +29,8 @@ def pipeline(artefact: Path) -> dict[str, Any]:
     if not artefact.is_dir():
         raise refuse_file(artefact) if artefact.exists() else InputError(f"{artefact}: no such folder")
     if not path.is_file():
-        raise InputError(f"{artefact}: no model_index.json; expected an artefact or a diffusers folder")
+        where = nearby(artefact)
+        raise InputError(f"{artefact}: no model_index.json; expected an artefact or a diffusers folder{where}")
     _, family = read_config(artefact)
     if foreign := [encoder for encoder in family.encoders if encoder.kind not in EXPORTED]:
         raise InputError(f"{path}: {foreign[0].name}: found {foreign[0].kind}, which cannot be exported yet")

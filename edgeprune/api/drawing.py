@@ -86,6 +86,10 @@ def generate(
     say_conflicts(runtime, progress)
     runtimes.RUNTIMES[runtime].require()
     say_guesses(folder, chosen.given(), steps="--steps", guidance="--guidance-scale")
+    if runtime == "eager":  # the others open exports, whose machines may lack what this imports
+        from edgeprune.artefact.checks import say_unfinished
+
+        say_unfinished(folder)
     settings = read_settings(folder)  # refuses a bad size before gigabytes are loaded
     asked = chosen.height is not None or chosen.width is not None
     images = settings.generation.changed(chosen, "options")

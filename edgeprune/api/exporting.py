@@ -56,8 +56,10 @@ def export(
     chosen = for_format(target, device)
     check_out(out)
     heap.large_pages()
+    from edgeprune.artefact.checks import say_unfinished
     from edgeprune.export import export as write
 
+    say_unfinished(Path(model))
     record = write(Path(model), Path(out), target, chosen, progress=progress)
     return Exported(
         out=Path(out), target=target, device=chosen.name, quantized=bool(record["quantized"]), record=record

@@ -56,6 +56,8 @@ def remap_lora(file: AnyPath, model: AnyPath, out: AnyPath) -> AppliedLora:
     if Path(out).suffix != ".safetensors" or Path(out).is_dir():
         raise InputError(f"-o {out}: expected a file whose name ends in .safetensors; with --merge, a folder")
     check_out(Path(out).parent)
+    if Path(out).resolve() == Path(file).resolve():
+        raise InputError(f"-o {out}: is the LoRA itself, which would be lost; use another name")
     folder = Path(model)
     manifest, family, plan, lora = _opened(file, folder)
     from edgeprune.artefact.lora.remap import remap

@@ -179,7 +179,10 @@ def _revisions(models: Sequence[AnyPath], revision: str | None) -> dict[AnyPath,
         return {}
     hub_ids = [model for model in models if str(model) != "built-in" and not Path(model).is_dir()]
     if len(hub_ids) != 1:
-        raise InputError(f"--revision {revision}: found {len(hub_ids)} hub ids among the models, expected one")
+        found = " and ".join(map(str, hub_ids)) or "none"
+        raise InputError(
+            f"--revision {revision}: is that of one hub id like owner/name; among the models, found {found}"
+        )
     return {hub_ids[0]: revision}
 
 

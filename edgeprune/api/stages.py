@@ -118,6 +118,7 @@ def plan_of_config(config: AnyPath, options: PlanOptions | None = None, *, score
     from edgeprune.planning.options import DEFAULT
 
     chosen = options or DEFAULT
+    chosen.check()
     report = None if scores is None else ContributionReport.load(Path(scores))
     if chosen.fit:
         raise InputError("--fit counts a pipeline's files: give -o (a folder), not --config")

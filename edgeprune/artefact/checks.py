@@ -7,11 +7,12 @@ field.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.artefact.manifest import HALF, MANIFEST
+from edgeprune.artefact.manifest import HALF, INT4, MANIFEST
 from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown, whole_number
@@ -19,6 +20,7 @@ from edgeprune.common.files import read_json
 from edgeprune.families import CHANGED, Architecture, Config
 from edgeprune.families.encoders import CLIP, EXPORTED, T5, is_present, read_index, text_encoders, tokenizer_of
 from edgeprune.families.parts import VAE, part_shapes, tensor_of, text_outputs
+from edgeprune.residency.model_files import parts_of
 from edgeprune.residency.weights import Weights
 from edgeprune.sampling.generation import latent_factor, latent_scale
 from edgeprune.sampling.scheduler import FlowMatchEuler
@@ -68,6 +70,16 @@ def check_settings(folder: Path) -> dict[str, Any]:
     _check_channels(folder, config, family)
     _check_text(folder, config, family, encoders)
     return index
+
+
+def say_unfinished(folder: Path) -> None:
+    """Warn in one line of an artefact that is not quantised: what is drawn or exported is its half precision."""
+    if (folder / MANIFEST).is_file() and (folder / HALF).is_dir() and not (folder / INT4).is_dir():
+        warnings.warn(
+            f"{folder}: is not quantised, so its weights in half precision are used; "
+            f"finish it: edgeprune quantize -o {folder}",
+            stacklevel=1,  # of one place, so that the same line is shown once
+        )
 
 
 @dataclass(frozen=True)
@@ -148,8 +160,21 @@ def _check_classes(folder: Path, index: dict[str, Any], config: Config, family: 
         found, expected = index[part][-1], wanted.get(part)
         if expected is not None and found != expected:
             raise InputError(f"{path}: {part}: found {found!r}, expected {expected!r}{_REMEDIES.get(part, '')}")
-    if absent := [part for part in (*wanted, *tokenizers) if not (folder / part).is_dir()]:
+    if absent := [part for part in parts_of(index) if not (folder / part).is_dir()]:
         raise InputError(f"{folder / absent[0]}: no such folder, though {path.name} lists it")
+    for part in tokenizers:
+        _check_vocabulary(folder / part)
+
+
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",))
+"""The files of which one set makes a tokenizer."""
+
+
+def _check_vocabulary(folder: Path) -> None:
+    """Refuse a tokenizer without its vocabulary: transformers makes one that knows no word."""
+    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
+        listed = ", ".join(" with ".join(names) for names in _VOCABULARIES)
+        raise InputError(f"{folder}: found no vocabulary, expected one of {listed}; download the folder again")
 
 
 _REMEDIES = {

@@ -63,6 +63,13 @@ def check_revision(model: str | None, revision: str | None) -> None:
         raise InputError(f"--revision {revision}: {what} has no revisions; omit it, or name a hub id like owner/name")
 
 
+def nearby(path: Path) -> str:
+    """Return a hint for a path that is not a pipeline's folder, but a level above or below one; empty without one."""
+    inner = sorted(place.parent for place in path.glob("*/model_index.json")) if path.is_dir() else []
+    found = path.parent if (path.parent / "model_index.json").is_file() else inner[0] if len(inner) == 1 else None
+    return f"; did you mean {found}?" if found else ""
+
+
 def read_original(folder: Path) -> tuple[Config, Family]:
     """Return what `read_config` does, for a model that is to be compressed.
 
@@ -81,9 +88,11 @@ def read_config(folder: Path) -> tuple[Config, Family]:
     Raises:
         InputError: it is not a diffusers folder, or not an MMDiT.
     """
+    if (folder / "edgeprune_export.json").is_file():
+        raise InputError(f"{folder}: is an export, expected a diffusers pipeline folder: what the export was made from")
     if not (folder / "model_index.json").is_file():
-        hint = ""
-        if folder.is_dir() and (single := single_files(folder)):
+        hint = nearby(folder)
+        if folder.is_dir() and not hint and (single := single_files(folder)):
             hint = f"; a single file can be converted: edgeprune convert {single[0]}"
             hint = f"; convert the folder: edgeprune convert {folder}" if (folder / "config.json").is_file() else hint
         raise InputError(f"{folder}: no model_index.json; expected a diffusers pipeline folder{hint}")

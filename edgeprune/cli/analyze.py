@@ -107,5 +107,6 @@ def _show(done: api.Analyzed, as_json: bool) -> None:
     if as_json:
         screen.print_json(done.to_json())
     screen.say(
-        f"next: edgeprune plot {done.path} -o {done.out / 'plots'}, or: edgeprune plan -o {done.out} --keep 0.79"
+        f"next: edgeprune plot {screen.quoted(done.path)} -o {screen.quoted(done.out, '/plots')}, "
+        f"or: edgeprune plan -o {screen.quoted(done.out)} --keep 0.79"
     )

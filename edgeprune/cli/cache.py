@@ -120,7 +120,7 @@ def _show(summary: dict[str, Any], report: str, out: Path, worked: bool, as_json
     if not worked:
         screen.say("nothing to do, the cache is complete")
     screen.say(report)
-    screen.say(f"next: edgeprune distill -o small --data {out}")
+    screen.say(f"next: edgeprune distill -o small --data {screen.quoted(out)}")
     if as_json:
         screen.print_json({"out": str(out), **summary})
 

@@ -103,6 +103,7 @@ def compare(
     screen.table([compare_page.HEADINGS, *compare_page.cells(summary)])
     screen.say(compare_page.NOTE)
     screen.say("wrote " + ", ".join(map(str, written)))
-    screen.say(f"next: edgeprune export {out / rows.reference / 'seed-0'} --target onnx -o {out / rows.reference}-onnx")
+    reference = screen.quoted(out / rows.reference / "seed-0")
+    screen.say(f"next: edgeprune export {reference} --target onnx -o {screen.quoted(out / rows.reference, '-onnx')}")
     if as_json:
         screen.print_json(summary)

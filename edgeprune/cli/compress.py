@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -82,10 +83,6 @@ def compress(
         group_size=group_size, calibration=calibration,
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
-    if chosen.distill is None and steps is None:
-        from edgeprune.stages.options import GIVE_DATA
-
-        screen.say(f"not distilled: {GIVE_DATA}")
     if dry_run:
         numbers = api.forecast_compress(
             model, out, chosen, revision=revision, variant=variant, generation=generation
@@ -94,9 +91,24 @@ def compress(
     with screen.bars() as progress:
         done = api.compress(
             model, out, chosen, revision=revision, variant=variant, generation=generation,
-            quick=preset == "quick", fresh=fresh, progress=progress,
+            quick=preset == "quick", fresh=fresh,
+            progress=progress if chosen.distill or steps is not None else _without_data(progress),
         )  # fmt: skip
     _show(done, as_json)
+
+
+def _without_data(progress: Callable[..., None]) -> Callable[..., None]:
+    """Return `progress` that first says that there is no training: at its first call the checks are over."""
+    from edgeprune.stages.options import GIVE_DATA
+
+    lines = [f"not distilled: {GIVE_DATA}"]
+
+    def update(*args: Any, **options: Any) -> None:
+        while lines:
+            screen.say(lines.pop())
+        progress(*args, **options)
+
+    return update
 
 
 def _merged(
@@ -141,6 +153,6 @@ def _show(done: api.Compressed, as_json: bool) -> None:
     screen.table([*rows, *(make.summary_rows(done.report.to_json()) if done.report else [])])
     ran = f"done: {', '.join(done.ran)}" if done.ran else "nothing to do, all stages are done"
     screen.say(f"{ran}; {done.no_report or 'report: ' + str(done.out / 'report.html')}")
-    screen.say(f"next: edgeprune export {done.out} --target onnx -o {done.out}-onnx")
+    screen.say(f"next: edgeprune export {screen.quoted(done.out)} --target onnx -o {screen.quoted(done.out, '-onnx')}")
     if as_json:
         screen.print_json(done.to_json())

@@ -241,6 +241,6 @@ def distill(
     with screen.bars() as progress:
         done = api.distill(out, chosen, source, placement=placement, fresh=fresh, progress=progress)
     screen.say(f"loss {done.first_loss:.4f} -> {done.last_loss:.4f}" + ("" if done.ran else " (already done)"))
-    screen.say(f"next: edgeprune quantize -o {out}")
+    screen.say(f"next: edgeprune quantize -o {screen.quoted(out)}")
     if as_json:
         screen.print_json(done.to_json())

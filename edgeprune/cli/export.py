@@ -42,6 +42,7 @@ def export(
     with screen.bars() as progress:
         done = api.export(artefact, out, target, device=device, progress=progress)
     screen.say("parity holds: the export computes the same as the checkpoint")
-    screen.say(f'next: edgeprune generate "two red circles" --model {out} -o out.png, or: edgeprune bench {out}')
+    model = screen.quoted(out)
+    screen.say(f'next: edgeprune generate "two red circles" --model {model} -o out.png, or: edgeprune bench {model}')
     if as_json:
         screen.print_json(done.to_json())

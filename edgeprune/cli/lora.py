@@ -72,6 +72,8 @@ def _show(done: api.AppliedLora, model: Path, *, merge: bool) -> None:
         )
     screen.say(f"wrote {done.out}" if done.ran else f"nothing to do, {done.out} is merged already")
     if merge:
-        return screen.say(f"next: edgeprune export {done.out} --target onnx -o {done.out}-onnx")
+        return screen.say(
+            f"next: edgeprune export {screen.quoted(done.out)} --target onnx -o {screen.quoted(done.out, '-onnx')}"
+        )
     load = f'edgeprune.load("{model}", quantized=False)'
     screen.say(f'next: pip install peft; in Python: pipe = {load}; pipe.load_lora_weights("{done.out}")')

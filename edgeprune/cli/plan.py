@@ -80,12 +80,12 @@ def plan(
         made = api.plan_of_config(config, plan_options, scores=scores)
         removable = Removable.shown(family_of(content, str(config)), content, plan_options)
         screen.table(plan_rows(made, made.modulation_rank, removable))
-        return screen.print_json(made.to_json())
+        return screen.print_json(made.to_json()) if as_json else None
     check_begun(out)
     start = api.preset("default", builtin=is_builtin(out))
     done = api.plan(out, options.plan_options(start.plan, **chosen), scores=scores, fresh=fresh)
     screen.table([*fit_rows(done.fit), *plan_rows(done.plan, done.options.modulation_rank, done.removable)])
-    screen.say(f"next: edgeprune prune -o {out}")
+    screen.say(f"next: edgeprune prune -o {screen.quoted(out)}")
     if as_json:
         screen.print_json(done.to_json())
 

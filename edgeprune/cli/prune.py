@@ -19,6 +19,7 @@ def prune(
     """
     with screen.bars() as progress:
         done = api.prune(out, fresh=fresh, progress=progress)
-    screen.say(f"{out / 'transformer'}: {'written' if done.ran else 'already done'}\nnext: edgeprune distill -o {out}")
+    screen.say(f"{out / 'transformer'}: {'written' if done.ran else 'already done'}")
+    screen.say(f"next: edgeprune distill -o {screen.quoted(out)}")
     if as_json:
         screen.print_json(done.to_json())

@@ -24,6 +24,7 @@ def quantize(
     with screen.bars() as progress:
         done = api.quantize(out, chosen, fresh=fresh, progress=progress)
     size = f"{done.weights_bytes / 1e6:,.1f} MB" + ("" if done.ran else " (already done)")
-    screen.say(f"{out / 'transformer_int4'}: {size}\nnext: edgeprune export {out} --target onnx -o {out}-onnx")
+    screen.say(f"{out / 'transformer_int4'}: {size}")
+    screen.say(f"next: edgeprune export {screen.quoted(out)} --target onnx -o {screen.quoted(out, '-onnx')}")
     if as_json:
         screen.print_json(done.to_json())

@@ -81,7 +81,9 @@ def score(
     if out:
         screen.say(f"the images are in {out}")
     if not against:
-        screen.say(f"next: edgeprune score {folder} --against ORIGINAL --metric {metric[0]} shows what was lost")
+        screen.say(
+            f"next: edgeprune score {screen.quoted(folder)} --against ORIGINAL --metric {metric[0]} shows what was lost"
+        )
     elif not out and done.drawn:
         screen.say("next: the same command with -o DIR keeps the images, so that they can be scored again")
     if as_json:

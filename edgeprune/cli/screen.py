@@ -6,6 +6,7 @@ Of several processes only the first one shows anything but errors. Control chara
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,11 @@ def say(text: str) -> None:
 
     if processes.is_main():
         Console(stderr=True, soft_wrap=True, highlight=False).print(printable(text), markup=False)
+
+
+def quoted(path: object, suffix: str = "") -> str:
+    """Return a path, with something after it, as a shell takes it."""
+    return shlex.quote(f"{path}{suffix}")
 
 
 def print_json(data: Any) -> None:

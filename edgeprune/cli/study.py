@@ -94,7 +94,7 @@ def new(
         f"{folder}: {len(made.prompts)} prompts, {len(made.variants)} variants, original: {made.variants[0]}; "
         f"{made.per_rater} trials and {made.checks} attention checks for each rater",
     )
-    screen.say(f"next: edgeprune study serve {folder}")
+    screen.say(f"next: edgeprune study serve {screen.quoted(folder)}")
     if as_json:
         screen.print_json({"folder": str(folder), "variants": made.variants, "per_rater": made.per_rater})
 

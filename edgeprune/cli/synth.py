@@ -41,4 +41,4 @@ def synth(
     with screen.bars() as progress:
         size = make(name, out, tiny_encoders=tiny_encoders, progress=progress)
     screen.say(f"{out}: {name} with random weights, {size / 1e9:,.1f} GB")
-    screen.say(f"next: edgeprune compress {out} -o small --method manual --steps 0")
+    screen.say(f"next: edgeprune compress {screen.quoted(out)} -o small --method manual --steps 0")

@@ -72,6 +72,8 @@ def decoded(file: Path | bytes) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         if is_out_of_memory(error):
             raise
+        if isinstance(error, OSError) and error.strerror:  # of the file, not of its content
+            raise UnreadableImage(error.strerror.lower()) from error
         raise UnreadableImage(f"not a readable image ({type(error).__name__})") from error
     if transparent:
         warnings.warn(ON_WHITE, stacklevel=2)

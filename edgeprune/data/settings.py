@@ -18,6 +18,7 @@ from edgeprune.common.files import digest, read_json, sha256_file
 from edgeprune.common.splits import Split
 from edgeprune.data.buckets import Size, bucket_sizes
 from edgeprune.data.cache import Index, Settings, is_cache, made_by
+from edgeprune.data.grouping import IMAGES
 from edgeprune.data.imagefolder import TABLES
 from edgeprune.data.sources import Layout, check_first, layout_of
 from edgeprune.families import Config, Family, family_of
@@ -118,7 +119,12 @@ def check_source(source: str, option: str = "--data") -> None:
 
 
 def _unknown(source: str, option: str) -> InputError:
-    found = "not a known source" if Path(source).exists() else "no such file or folder"
+    place = Path(source)
+    found = "not a known source" if place.exists() else "no such file or folder"
+    if place.is_dir() and any(place.glob("**/*.parquet")):
+        return InputError(f"{option} {source}: found Parquet files; expected datasets:{source}")
+    if place.is_dir() and any(path.suffix.lower() in IMAGES for path in place.rglob("*")):
+        found = "found images without captions"
     last = ", captions, shapes, or a folder made by `edgeprune cache`" if option == "--data" else ", captions or shapes"
     return InputError(f"{option} {source}: {found}; expected {_SOURCES}{last}")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from edgeprune.analysis.contribution import Key, collapsed
 from edgeprune.common.errors import InputError
+from edgeprune.common.tables import with_unit
 from edgeprune.families import Config, Family, Shape
 from edgeprune.planning.remainder import modulation_width, remaining_shapes
 from edgeprune.quantization.precision import Footprint, footprint
@@ -81,7 +82,7 @@ class Budget:
             raise InputError(f"--keep: found {keep}, expected a share above 0 and up to 1")
         self.limit = float(max_memory_bytes or 0) if keep is None else keep * original.parameters
         self._keep = keep
-        self._text = f"--keep {keep}" if keep is not None else f"--max-memory {max_memory_bytes} bytes"
+        self._text = f"--keep {keep}" if keep is not None else f"--max-memory {bytes_text(max_memory_bytes or 0)}"
 
     def amount(self, size: Footprint) -> int:
         """Return the quantity that is limited: parameters or bytes."""
@@ -93,3 +94,8 @@ class Budget:
 
     def __str__(self) -> str:
         return self._text
+
+
+def bytes_text(number: int) -> str:
+    """Return a number of bytes as people read it."""
+    return with_unit("_bytes", number) if number >= 10**6 else f"{number:,} bytes"

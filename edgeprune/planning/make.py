@@ -12,7 +12,7 @@ from typing import Any
 from edgeprune.analysis.contribution import ContributionReport, Key, collapsed, fingerprint
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.families import Config, Family
-from edgeprune.planning.budget import Budget, ModelSize
+from edgeprune.planning.budget import Budget, ModelSize, bytes_text
 from edgeprune.planning.methods import Baseline, Blocks, Listed, Problem, Scored, methods
 from edgeprune.planning.options import NEEDED, PlanOptions
 from edgeprune.planning.plan import PrunePlan
@@ -104,7 +104,7 @@ def _within_budget(
         raise BudgetError(
             f"{budget} cannot be met by --method {method.name}: removing all it may (of blocks {removable}) "
             f"leaves {left.parameters / size.original.parameters:.3f} of the parameters, "
-            f"{left.int4_bytes} bytes after INT4; {_way_out(method.name, report)}"
+            f"{bytes_text(left.int4_bytes)} after INT4; {_way_out(method.name, report, options)}"
         )
     return removed
 
@@ -155,10 +155,12 @@ def _check_report(report: ContributionReport, config: Config, blocks: int) -> No
         )
 
 
-def _way_out(method: str, report: ContributionReport | None) -> str:
+def _way_out(method: str, report: ContributionReport | None, options: PlanOptions) -> str:
     """Return what to try when a budget cannot be met."""
     has_components = report is not None and any(part[1] is not None for part in report.contributions())
     if method == "hybrid" and not has_components:
         return "the analysis has whole blocks alone; use --method hpp, or analyze components too"
     advice = "allow more, lower --protect-first or --protect-last"
+    if options.modulation_rank is None:
+        advice += ", project the modulation with --modulation-rank"
     return f"{advice}, or use --method hybrid" if method == "hpp" else advice

@@ -70,13 +70,15 @@ class PlanOptions:
         return data
 
     def check(self) -> None:
-        """Check the method, and that it can keep components.
+        """Check the method, and that it heeds what is set for it.
 
         Raises:
-            InputError: there is no such method, or it removes no components of its own choice.
+            InputError: there is no such method, or it has no threshold, or removes no components of its own choice.
         """
         if self.method not in METHODS:
             raise InputError(f"--method: found {self.method!r}, expected one of {', '.join(METHODS)}")
+        if self.threshold != PlanOptions.threshold and self.method != "hybrid":
+            raise InputError(f"--threshold works with --method hybrid only, found --method {self.method}")
         able = [name for name, method in methods().items() if isinstance(method, Scored) and method.components]
         if self.keep_components and self.method not in able:
             raise InputError(f"--keep-components works with --method {', '.join(able)} only, found {self.method}")

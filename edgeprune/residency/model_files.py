@@ -130,6 +130,16 @@ def any_weights_of(folder: Path) -> PartWeights | None:
     return _with_shards(folder, found.get(None, next(iter(found.values()), None)))
 
 
+def without_weights(folder: Path) -> str:
+    """Return what to say of a part's folder in which `weights_of` finds nothing."""
+    names = sorted(name for name in _names(folder) if name.endswith((".safetensors", ".gguf", *_PICKLES)))
+    if not names:
+        return "found no weights, expected safetensors"
+    if names[0].endswith(".safetensors"):
+        return f"found {names[0]}, expected a file or an index of shards as diffusers and transformers name them"
+    return f"found {names[0]}, expected safetensors; pickles are never read"
+
+
 def _names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.families import Shape
-from edgeprune.residency.model_files import PartWeights, read_weight_map, weights_of
+from edgeprune.residency.model_files import PartWeights, any_weights_of, read_weight_map, weights_of, without_weights
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,9 @@ class Weights:
         self.folder = folder
         self.shapes: dict[str, Shape] = {}
         self._paths: dict[str, Path] = {}
-        # Without weights, the error names the file that they are expected in.
+        if folder.is_dir() and not any_weights_of(folder):
+            raise InputError(f"{folder}: {without_weights(folder)}")
+        # Without a folder, the error names the file that is expected in it.
         found = weights_of(folder, variant) or PartWeights(None, (FILE,), None)
         index = folder / (found.index or "")
         listed = read_weight_map(index) if found.index else {}
@@ -77,8 +79,10 @@ class Weights:
         """Read one tensor in its stored dtype.
 
         Raises:
-            InputError: there is no such tensor, or its file cannot be read.
+            InputError: there is no such tensor, its file cannot be read, or it holds NaN or infinity.
         """
+        import torch
+
         if name not in self._paths:
             raise InputError(f"{self.folder}: {name}: found no such tensor")
         path = self._paths[name]
@@ -87,6 +91,10 @@ class Weights:
                 tensor: torch.Tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: {name}: cannot be read ({error})") from error
+        # The sum needs no second copy; a finite one has no NaN among its terms.
+        suspect = tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite()
+        if suspect and not tensor.isfinite().all():
+            raise InputError(f"{path}: {name}: found NaN or infinity; download or make the file again")
         return tensor
 
     def check(self, expected: Mapping[str, Shape]) -> None:

@@ -17,7 +17,9 @@ from typing import Any
 
 from edgeprune import targets
 from edgeprune.analysis.contribution import ContributionReport, fingerprint
+from edgeprune.artefact.card import MARK
 from edgeprune.artefact.checks import check_pipeline
+from edgeprune.artefact.licensing import CARD
 from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest
 from edgeprune.artefact.resolve import read_original, resolve
 from edgeprune.artefact.writing import remove_mark
@@ -288,9 +290,18 @@ class Workspace:
             if subfolder:
                 self.manifest.files = {k: v for k, v in self.manifest.files.items() if k.split("/")[0] != subfolder}
         self._save()
+        if processes.is_main():
+            self._remove_report()
         for stage, subfolder in (("prune", HALF), ("quantize", INT4)):
             if stage in stages and processes.is_main():
                 shutil.rmtree(self.out / subfolder, ignore_errors=True)
+
+    def _remove_report(self) -> None:
+        """Remove the page and the card: they tell of weights that are about to be replaced. A user's card stays."""
+        (self.out / "report.html").unlink(missing_ok=True)
+        card = self.out / CARD
+        if card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace"):
+            card.unlink()
 
     def skip_distillation(self) -> None:
         """Prepare to continue without distillation: a distilled folder has to be pruned again.

@@ -84,6 +84,12 @@ def test_report_figures_are_what_the_file_holds() -> None:
     assert not absent.keys() & api.ReportFigures.of(content | absent).to_json().keys()
 
 
+def test_a_method_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """It was taken for one that needs scores."""
+    with pytest.raises(InputError, match="'kaola', expected one of "):
+        api.plan_of_config(tmp_path / "none.json", api.PlanOptions(method="kaola"))
+
+
 def test_the_stages_one_by_one(source: Path, tmp_path: Path) -> None:
     """Each function runs its stage once; its command prints the same JSON and does nothing more."""
     out = tmp_path / "small"

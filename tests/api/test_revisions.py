@@ -92,8 +92,14 @@ REFUSED = [
     ("compare ./local --revision v2 -o x", "--revision v2: ./local, a local folder, has no revisions"),
     ("cache shapes --model ./local --revision v2 -o x", "--revision v2: ./local, a local folder, has no revisions"),
     ("bench ./local --baseline ./local --revision v2", "--revision v2: ./local, a local folder, has no revisions"),
-    ("score ./local --metric shapes --revision v2", "--revision v2: found 0 hub ids among the models, expected one"),
-    ("score me/m --against you/m --metric psnr --revision v2", "--revision v2: found 2 hub ids among the models"),
+    (
+        "score ./local --metric shapes --revision v2",
+        "--revision v2: is that of one hub id like owner/name; among the models, found none",
+    ),
+    (
+        "score me/m --against you/m --metric psnr --revision v2",
+        "--revision v2: is that of one hub id like owner/name; among the models, found me/m and you/m",
+    ),
 ]
 
 

@@ -25,6 +25,7 @@ REFUSED = [
     ("plan --config none.json --keep 0.7 --max-memory 3GB", "give --keep or --max-memory, not both"),
     ("compress -o x --dry-run --method hpp --blocks 3", "work with --method manual only, found --method hpp"),
     ("compress -o x --keep 0.7 --max-memory 3GB", "give --keep or --max-memory, not both"),
+    ("compress -o x --dry-run --method hpp --threshold 0.3", "--threshold works with --method hybrid only, found"),
     ("compare -o x --preset demo --grid grid.toml", "give --preset or --grid, not both"),
     ("plan --config sd3.json --keep 0.79", "--method hpp needs contribution scores; give --scores FILE"),
     # A file where a folder is expected, a folder where a file is expected, and neither.

@@ -19,12 +19,13 @@ def test_plan_from_published_scores_without_weights(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads((DATA / "transformer_configs.json").read_text())["sd3.5-large"]))
     scores = str(DATA / "sd35_large_turbo_blocks_hpsv2.json")
-    found = run("plan", "--config", str(config), "--scores", scores, "--keep", "0.79")
+    found = run("plan", "--config", str(config), "--scores", scores, "--keep", "0.79", "--json")
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout.splitlines()[-1])["blocks"] == [25, 26, 27, 28, 31, 32, 33, 34]
     assert "6,352.6 M (78.8%)" in found.stderr
     assert "--modulation-rank" not in found.stderr
     less = run("plan", "--config", str(config), "--scores", scores, "--keep", "0.7")
+    assert not less.stdout  # JSON only with --json, as every command
     assert "modulation rank full; --modulation-rank auto kept more" in " ".join(less.stderr.split())
 
 

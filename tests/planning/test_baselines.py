@@ -50,7 +50,7 @@ def test_a_plan_is_the_smallest_that_meets_the_budget(name: str) -> None:
     plan = make_plan(family, LARGE, None, method=name, keep=0.79, magnitudes=magnitudes)
     assert len(plan.blocks) == 8 and plan.after.parameters == 6_352_630_080 and not plan.components
     assert max(plan.blocks) < 36  # the last two are protected, as for every method
-    with pytest.raises(BudgetError, match="cannot be met"):
+    with pytest.raises(BudgetError, match=r"cannot be met.* [GM]B after INT4; allow more, .*--modulation-rank"):
         make_plan(family, LARGE, None, method=name, keep=0.01, magnitudes=magnitudes)
 
 

@@ -19,6 +19,7 @@ from edgeprune.data.imagefolder import TABLES
 from edgeprune.data.sources import Entry, Skipped, caption_of
 
 STREAMED = False
+_NAME = "file_name"
 
 
 def table_of(folder: Path) -> Path | None:
@@ -54,7 +55,7 @@ def read(given: str) -> Iterator[Entry | Skipped]:
     assert table is not None  # it fits
     try:
         for where, row in _rows(table):
-            name = row.get("file_name")
+            name = row.get(_NAME)
             if not isinstance(name, str):
                 raise InputError(f"{where}: expected file_name and text (found {', '.join(map(str, row))[:80]})")
             yield Entry(name, named(table.parent, name, f"{where}: file_name"), caption_of(row))
@@ -71,7 +72,10 @@ def _rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
             yield f"{table}: row {number}", row
     elif table.suffix == ".csv":
-        reader = csv.DictReader(line + "\n" for line in read_lines(table))
+        first = next(read_lines(table), "")
+        # Spreadsheets separate by tabs, and by semicolons where the comma is the decimal mark.
+        mark = next((mark for mark in ",;\t" if _NAME in next(csv.reader([first], delimiter=mark), [])), ",")
+        reader = csv.DictReader((line + "\n" for line in read_lines(table)), delimiter=mark)
         for row in reader:
             yield f"{table}:{reader.line_num}", row
     else:

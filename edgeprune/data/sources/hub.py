@@ -49,7 +49,8 @@ def read(given: str) -> Iterator[Entry | Skipped]:
             rows: Any = datasets.load_from_disk(name)
         else:
             rows = datasets.load_dataset(name, split=split or "train", streaming=True)
-        image = next((n for n, kind in (rows.features or {}).items() if isinstance(kind, datasets.Image)), None)
+        features = (rows.features or {}).items()
+        image = next((n for n, kind in features if isinstance(kind, datasets.Image) or _holds_files(kind)), None)
         if image is None:
             raise InputError(f"{given}: found no image among its columns: {', '.join(rows.features or {}) or 'none'}")
         captions = _captions(given, rows.features, image)
@@ -66,6 +67,11 @@ def read(given: str) -> Iterator[Entry | Skipped]:
                 yield Entry(f"row {number}", content, text)
     except (OSError, ValueError, RuntimeError, TypeError) as error:  # what datasets raises if it finds nothing
         raise InputError(f"{given}: cannot be read ({' '.join(str(error).split())[:300]})") from error
+
+
+def _holds_files(kind: object) -> bool:
+    """Return whether a column holds images as Parquet files of others do: the content and the name of each."""
+    return isinstance(kind, Mapping) and set(kind) == {"bytes", "path"}
 
 
 def _captions(given: str, features: Mapping[str, Any], image: str) -> str:

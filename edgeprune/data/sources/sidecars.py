@@ -59,4 +59,5 @@ def read(given: str) -> Iterator[Entry | Skipped]:
         try:
             yield Entry(group.image, root / group.image, text and read_text(root / text))
         except (OSError, ValueError) as error:
-            yield Skipped(group.image, f"{text}: not readable as text ({type(error).__name__})")
+            kind = Path(str(text)).suffix
+            yield Skipped(group.image, f"its {kind} is not readable as text ({type(error).__name__})")
