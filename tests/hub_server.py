@@ -19,9 +19,10 @@ def commit(ref: str) -> str:
 
 
 class Hub:
-    """Serves one repository, `me/m`, whose branches and tags are folders."""
+    """Serves one repository, whose branches and tags are folders."""
 
-    def __init__(self, refs: Mapping[str, Path]) -> None:
+    def __init__(self, refs: Mapping[str, Path], name: str = "me/m") -> None:
+        self.name = name
         self.folders = {name: folder for ref, folder in refs.items() for name in (ref, commit(ref))}
         self.commits = {name: commit(ref) for ref in refs for name in (ref, commit(ref))}
         self.downloaded: list[str] = []
@@ -31,13 +32,13 @@ class Hub:
     def answer(self, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
         """Return status, headers and body."""
         match [unquote(part) for part in path.strip("/").split("/")]:
-            case ["api", "models", "me", "m", *rest]:
+            case ["api", "models", owner, model, *rest] if f"{owner}/{model}" == self.name:
                 ref = rest[1] if rest else "main"
                 if ref not in self.folders:
                     return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
                 listing = self._tree(ref) if rest[:1] == ["tree"] else self._info(ref)
                 return 200, {"Content-Type": "application/json"}, json.dumps(listing).encode()
-            case ["me", "m", "resolve", ref, *name] if ref in self.folders:
+            case [owner, model, "resolve", ref, *name] if f"{owner}/{model}" == self.name and ref in self.folders:
                 file = self.folders[ref] / "/".join(name)
                 if not file.is_file():
                     return 404, {"X-Error-Code": "EntryNotFound"}, b""
@@ -54,16 +55,16 @@ class Hub:
 
     def _info(self, ref: str) -> dict[str, Any]:
         files = [{"rfilename": name, "size": size, "blobId": "0"} for name, size in self._files(ref).items()]
-        return {"id": "me/m", "modelId": "me/m", "sha": self.commits[ref], "private": False, "siblings": files}
+        return {"id": self.name, "modelId": self.name, "sha": self.commits[ref], "private": False, "siblings": files}
 
     def _tree(self, ref: str) -> list[dict[str, Any]]:
         return [{"type": "file", "path": name, "size": size, "oid": "0"} for name, size in self._files(ref).items()]
 
 
 @contextmanager
-def serving(refs: Mapping[str, Path]) -> Iterator[Hub]:
+def serving(refs: Mapping[str, Path], name: str = "me/m") -> Iterator[Hub]:
     """Serve the repository while the context lasts, at `Hub.url`."""
-    hub = Hub(refs)
+    hub = Hub(refs, name)
 
     class Handler(BaseHTTPRequestHandler):
         def _send(self) -> None:

@@ -46,6 +46,8 @@ def resolve(
         check_variant(folder, variant)
         return folder
     if folder.exists():
+        if folder.suffix == ".json" and (hint := nearby(folder)):
+            raise InputError(f"{model}: found a file, expected a folder{hint}")
         raise refuse_file(folder)
     if not is_hub_id(model):
         raise InputError(f"{model}: no such folder; expected a diffusers folder or a hub id like owner/name")

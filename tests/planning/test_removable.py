@@ -90,7 +90,8 @@ def test_refusals_list_what_there_is(options: dict[str, Any], words: str) -> Non
 
 @pytest.mark.parametrize("method", ["hpp", "hybrid", "milp", *baselines()])
 def test_every_method_keeps_to_the_protection(method: str) -> None:
-    options = {"method": method, "keep": 0.9, "protect_first": {"joint": 10, "single": 30}, "threshold": 0.05}
+    options: dict[str, Any] = {"method": method, "keep": 0.9, "protect_first": {"joint": 10, "single": 30}}
+    options |= {"threshold": 0.05} if method == "hybrid" else {}
     plan = plan_of(FLUX, magnitudes=[1.0 + i % 5 for i in range(57)], **options)
     touched = {block for block, _ in plan.keys}
     assert touched and touched <= {*range(10, 19), *range(49, 55)}
@@ -100,7 +101,8 @@ def test_every_method_keeps_to_the_protection(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["hybrid", "milp"])
 def test_kept_components_stay(method: str) -> None:
-    options = {"method": method, "keep": 0.7, "threshold": 0.1, "protect_first": 0}
+    options: dict[str, Any] = {"method": method, "keep": 0.7, "protect_first": 0}
+    options |= {"threshold": 0.1} if method == "hybrid" else {}
     free, kept = (plan_of(LARGE, **options, keep_components=names) for names in ((), ("norm", "attn")))
     assert len(free.blocks) > len(kept.blocks)  # blocks that lost all their components
     assert kept.components and not {name for _, name in kept.components} & {"norm", "attn"}
