@@ -53,7 +53,7 @@ def rows() -> Iterator[Row]:
         )  # fmt: skip
         yield _row(
             m, "quantize-scale", "prune 8 blocks, INT4 by scale estimation, at 256x256",
-            Work(moved=moved, rounded=6 * m.weights, flops=4 * m.flops),
+            Work(moved=moved, rounded=5 * m.weights, flops=4 * m.flops),
             ("--blocks", m.blocks, "--calibration", "scale", *_SMALL),
         )  # fmt: skip
         yield Row(
