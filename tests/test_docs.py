@@ -79,7 +79,7 @@ def test_every_device_has_a_page_of_steps(name: str) -> None:
     device, text = targets.load(name), page.read_text("utf-8")
     assert "## Never executed" in text
     assert device.requires in text and device.memory_source in text
-    assert f"in {device.memory_bytes / 1e9:g} GB together" in text
+    assert f"in {device.memory_bytes / 1e9:g} GB:" in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -1,9 +1,9 @@
 """How many bytes of a device's memory are left for the transformer's weights. Torch-free.
 
-The sum assumes that everything is in memory at once: text encoders, VAE decoder, transformer, and the largest
-activations of one stage, since stages run one after the other. Weights are counted from the headers of the pipeline's
-files. Activations are estimated from the architecture at the image size of the generation settings. The runtime's own
-overhead is not included; only `edgeprune bench` on the device can measure it.
+Stages are in memory one after the other, as runtimes load them with `--low-memory`: the text encoders, then the
+transformer, then the VAE decoder, each with its activations. So the largest counts, not the sum. Weights are counted
+from the headers of the pipeline's files. Activations are estimated from the architecture at the image size of the
+generation settings. The runtime's own overhead is not included; only `edgeprune bench` on the device can measure it.
 """
 
 from __future__ import annotations
@@ -36,19 +36,21 @@ _VAE_IMAGES = 6
 
 @dataclass(frozen=True)
 class Fit:
-    """The memory of a device and what the rest of the pipeline takes of it."""
+    """The memory of a device, and what each stage takes of it."""
 
     target: str
     memory_bytes: int
     text_encoders_bytes: int
+    """The weights of all text encoders; their activations are small."""
     vae_decoder_bytes: int
+    """Weights and activations."""
     activations_bytes: int
-    """Estimate for the stage with the largest activations."""
+    """Estimate for the transformer."""
 
     @property
     def transformer_bytes(self) -> int:
         """Bytes left for the transformer's weights."""
-        return self.memory_bytes - self.text_encoders_bytes - self.vae_decoder_bytes - self.activations_bytes
+        return self.memory_bytes - self.activations_bytes
 
 
 def fit(source: Path, target: Target, generation: Generation) -> Fit:
@@ -58,29 +60,34 @@ def fit(source: Path, target: Target, generation: Generation) -> Fit:
         source: the pipeline's diffusers folder.
 
     Raises:
-        BudgetError: nothing is left for the transformer.
+        BudgetError: a stage takes more than the device has, or nothing is left for the transformer.
         InputError: a config lacks a field, or a file is damaged.
     """
     size = _BYTES[target.activations]
     config, vae = read_json(source / "transformer" / "config.json"), read_json(source / "vae" / "config.json")
-    transformer = _transformer_activations(config, vae, source, generation)
     widths = vae["block_out_channels"]
-    decoder = _VAE_IMAGES * widths[min(1, len(widths) - 1)] * generation.height * generation.width
+    images = _VAE_IMAGES * widths[min(1, len(widths) - 1)] * generation.height * generation.width
+    decoder = sum(map(math.prod, stored_shapes(source / "vae", "decoder.").values()))
     result = Fit(
         target=target.name,
         memory_bytes=target.memory_bytes,
         text_encoders_bytes=sum(
             _encoder_bytes(source / name, kind, size) for name, kind in text_encoders(source).items()
         ),
-        vae_decoder_bytes=sum(map(math.prod, stored_shapes(source / "vae", "decoder.").values())) * size,
-        activations_bytes=max(transformer, decoder) * size,
+        vae_decoder_bytes=(decoder + images) * size,
+        activations_bytes=_transformer_activations(config, vae, source, generation) * size,
     )
-    if result.transformer_bytes <= 0:
-        raise BudgetError(
-            f"--fit {target.name}: text encoders ({result.text_encoders_bytes} bytes), VAE decoder "
-            f"({result.vae_decoder_bytes}) and activations ({result.activations_bytes}) already fill its "
-            f"{target.memory_bytes} bytes; use a smaller --height and --width, or a pipeline without T5"
-        )
+    stages = {
+        "the text encoders take": (result.text_encoders_bytes, "a pipeline without T5"),
+        "the VAE decoder takes": (result.vae_decoder_bytes, "a smaller --height and --width"),
+        "the transformer's activations take": (result.activations_bytes, "a smaller --height and --width"),
+    }
+    for stage, (needed, remedy) in stages.items():
+        if needed >= target.memory_bytes:
+            raise BudgetError(
+                f"--fit {target.name}: {stage} {needed / 1e9:.2f} GB, expected less than its "
+                f"{target.memory_bytes / 1e9:.2f} GB; use {remedy}"
+            )
     return result
 
 
