@@ -8,6 +8,7 @@ like with like. Several GPUs and compilation are not supported.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +26,15 @@ from edgeprune.runtimes.memory import Meter, Reading
 with needs("compress"):
     import torch
 
-    from edgeprune.artefact.loading import load, quiet
+    from edgeprune.artefact.checks import check_pipeline
+    from edgeprune.artefact.loading import load_pipeline, open_transformer, quiet
+    from edgeprune.artefact.manifest import INT4
+    from edgeprune.artefact.staged import StagedPipeline, can_stage
     from edgeprune.families import Family, family_of_model
     from edgeprune.families.encoders import EXPORTED, T5, tokenizer_of
-    from edgeprune.sampling.denoising import Conditioning, velocity
+    from edgeprune.residency.compute import Compute, is_small
+    from edgeprune.residency.running import running
+    from edgeprune.sampling.denoising import Conditioning, encode_prompts, velocity
     from edgeprune.sampling.generation import latent_scale
     from edgeprune.sampling.prompts import cut_words
 
@@ -73,16 +79,16 @@ class EagerBackend:
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
         """Encode text to (hidden (B, M, K), pooled (B, P)) with diffusers' own encode_prompt."""
-        family = family_of_model(self.pipeline.transformer)
-        self._say_what_is_cut(family, prompts)
-        hidden, pooled = family.encode(self.pipeline, prompts, self._t5_tokens)
-        return _numpy(hidden), _numpy(pooled)
+        self._say_what_is_cut(family_of_model(self.pipeline.transformer), prompts)
+        text = encode_prompts(self.pipeline, prompts, self._t5_tokens)
+        return _numpy(text.hidden), _numpy(text.pooled)
 
     def _say_what_is_cut(self, family: Family, prompts: list[str]) -> None:
-        # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
-        first = self.pipeline.tokenizer.model_max_length
+        first = None
         for encoder in family.encoders:
-            tokenizer = getattr(self.pipeline, tokenizer_of(encoder.name), None)
+            tokenizer = self._tokenizer(encoder.name)
+            # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
+            first = first or tokenizer.model_max_length
             if tokenizer is None or encoder.kind not in EXPORTED:
                 continue
             most = self._t5_tokens if encoder.kind == T5 else first
@@ -90,6 +96,11 @@ class EagerBackend:
                 line = cut_words(encoder.name, prompts, functools.partial(_count, tokenizer), most)
             if line:
                 warnings.warn(line, stacklevel=3)
+
+    def _tokenizer(self, encoder: str) -> Any:
+        if isinstance(self.pipeline, StagedPipeline):
+            return self.pipeline.tokenizer_of(encoder)
+        return getattr(self.pipeline, tokenizer_of(encoder), None)
 
     @torch.inference_mode()
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
@@ -106,10 +117,12 @@ class EagerBackend:
     @torch.inference_mode()
     def decode(self, latents: Array) -> Array:
         """Decode latents (B, C, h, w) to pixels (B, 3, H, W)."""
+        if isinstance(self.pipeline, StagedPipeline):
+            self.pipeline.make_room(*(side * self.pipeline.vae_scale_factor for side in latents.shape[-2:]))
         vae = self.pipeline.vae
         scaling, shift = latent_scale(vae.config)
         scaled = latents / np.float32(scaling) + np.float32(shift)
-        return _numpy(vae.decode(self._tensor(scaled), return_dict=False)[0])
+        return _numpy(vae.decode(self._tensor(scaled).to(vae.dtype), return_dict=False)[0])
 
     def memory(self) -> dict[str, Reading]:
         """Return the rows of memory.SPLIT, for this process or for the GPU."""
@@ -150,6 +163,16 @@ def cuda_rows(cuda: Any, weights: int) -> dict[str, Reading]:
     return with_overhead(rows, peak, how, cuda.memory_reserved(), overhead_how)
 
 
+def _open(folder: Path, dtype: torch.dtype, variant: str | None, compute: Compute) -> Any:
+    """Return a folder's pipeline: diffusers' own if it is small, else one whose parts are in memory in turn."""
+    check_pipeline(folder, variant)
+    stored = open_transformer(folder, quantized=(folder / INT4).is_dir(), variant=variant)
+    small = is_small(sum(map(math.prod, stored.weights.shapes.values())))
+    if (small and compute.memory is None) or not can_stage(folder):
+        return load_pipeline(folder, stored.load(dtype), dtype, variant=variant).to(compute.device)
+    return StagedPipeline(folder, running(stored, compute, dtype), compute, variant)
+
+
 def _pick_device(device: str | None) -> tuple[str, str]:
     """Return the device to compute on, and why."""
     here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -168,8 +191,12 @@ def open_backend(
     threads: int = 0,
     device: str | None = None,
     variant: str | None = None,
+    memory: int | None = None,
 ) -> EagerBackend:
     """Open a diffusers or artefact folder; an artefact's INT4 transformer is used if there is one.
+
+    Of a large model, text encoders, transformer and VAE are in memory one after the other, and blocks of the
+    transformer that do not fit are read when they run.
 
     Args:
         folder: the folder.
@@ -178,6 +205,7 @@ def open_backend(
         threads: torch's threads; 0 keeps its default, or fewer if affinity, quota and cores allow fewer.
         device: `cuda` or `cpu`; None takes the GPU if there is one.
         variant: of an original's weights, such as fp16; None for the full ones, or the only ones that there are.
+        memory: most bytes of the process, on a GPU of the GPU; None takes most of what is free.
 
     Raises:
         InputError: the dtype is unknown, threads are below 0, the device is not present, or the folder is not a usable
@@ -191,10 +219,9 @@ def open_backend(
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable()))
     meter = Meter()
     with meter.opening():
-        pipeline = load(folder, dtype=DTYPES[dtype], variant=variant)
+        pipeline = _open(folder, DTYPES[dtype], variant, Compute(torch.device(where), memory))
     rows: Rows = meter.rows
     if where == "cuda":
-        pipeline.to(where)
         rows = functools.partial(cuda_rows, torch.cuda, torch.cuda.memory_allocated())
     quantized = (folder / "transformer_int4").is_dir()
     return EagerBackend(pipeline, settings, rows, device=where, why=why, dtype=dtype, quantized=quantized)

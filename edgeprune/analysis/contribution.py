@@ -282,8 +282,13 @@ def collapsed(family: Family, config: Config, parts: Iterable[Key]) -> list[Key]
 
 def removal(family: Family, model: nn.Module, parts: Iterable[Key], mean: torch.Tensor) -> list[Swap]:
     """Return the swaps that remove these parts; `mean` is the mean modulation input (D)."""
-    removed = collapsed(family, dict(cast("Any", model).config), parts)
-    return [swap for block, component in removed for swap in family.removal(model, block, component, mean)]
+    from edgeprune.residency.streaming import filled  # here, because it loads torch
+
+    blocks, swaps = family.blocks(model), []
+    for block, component in collapsed(family, dict(cast("Any", model).config), parts):
+        with filled(blocks[block]):  # constant modulation is computed from the block's weights
+            swaps += family.removal(model, block, component, mean)
+    return swaps
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from edgeprune.common.progress import Progress, silent
 
 if TYPE_CHECKING:  # the functions import these after their checks: torch takes seconds
     from edgeprune.analysis.contribution import ContributionReport
+    from edgeprune.common.memory import ComputeOptions
     from edgeprune.sampling.generation import GenerationOptions
     from edgeprune.stages.options import AnalyzeOptions
 
@@ -47,7 +48,7 @@ class AnalyzeForecast:
     evaluation_s: float
     analysis_s: float
     weights_bytes: int
-    """The whole pipeline in float32."""
+    """What the transformer has in memory while it runs."""
     held_bytes: int
     """What the estimator keeps, without the weights and the activations of a forward pass."""
 
@@ -64,6 +65,7 @@ def analyze(
     revision: str | None = None,
     variant: str | None = None,
     generation: GenerationOptions | None = None,
+    compute: ComputeOptions | None = None,
     fresh: bool = False,
     progress: Progress = silent,
 ) -> Analyzed:
@@ -76,6 +78,7 @@ def analyze(
         revision: a branch, tag or commit of a hub id; None for its default. A begun folder keeps its commit.
         variant: of the weights, such as fp16; None for the full ones, or the only ones that there are.
         generation: settings of images to change; None keeps the model's own.
+        compute: where networks run, and in how much memory; None takes what this machine has.
         fresh: analyze again where that was done with other options.
         progress: called after each group of parts.
 
@@ -91,7 +94,9 @@ def analyze(
     from edgeprune.stages.analyze import run
 
     chosen = _checked(options)
-    ws = open_folder(out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation)
+    ws = open_folder(
+        out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation, compute=compute
+    )
     ran = run(ws, chosen, progress)
     return Analyzed(out=ws.out, ran=ran, report=ContributionReport.load(ws.report_path))
 
@@ -104,6 +109,7 @@ def forecast_analyze(
     revision: str | None = None,
     variant: str | None = None,
     generation: GenerationOptions | None = None,
+    compute: ComputeOptions | None = None,
 ) -> AnalyzeForecast:
     """Forecast what `analyze` with these arguments would cost: times one evaluation, and writes nothing.
 
@@ -116,7 +122,7 @@ def forecast_analyze(
 
     chosen = _checked(options)
     source, images = source_and_images(out, model, revision, generation, variant)
-    return AnalyzeForecast(**forecast(source, chosen, images, variant))
+    return AnalyzeForecast(**forecast(source, chosen, images, variant, compute))
 
 
 def _checked(options: AnalyzeOptions | None) -> AnalyzeOptions:

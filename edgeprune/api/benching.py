@@ -28,6 +28,8 @@ def bench(
     repeats: int = 20,
     steps: int | None = None,
     quality: int = 0,
+    original: bool = True,
+    memory: int | None = None,
     progress: Progress = silent,
 ) -> BenchResult:
     """Measure memory, latency and quality of folders next to their original. Each variant runs in a fresh process.
@@ -44,6 +46,8 @@ def bench(
         repeats: warm steps to time.
         steps: denoising steps of an image; None for the model's own.
         quality: shapes-world prompts per task to score images on; 0 scores none.
+        original: measure the original too; without it, ratios refer to the first folder.
+        memory: most bytes of a process that runs in torch, on a GPU of the GPU; None takes most of what is free.
         progress: gets a line of text now and then, also for folders that cannot run here.
 
     Raises:
@@ -59,13 +63,18 @@ def bench(
         raise InputError("bench: found no folder, expected at least one")
     pairs = _pairs([Path(folder) for folder in folders], runtime, progress)
     names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]
-    original, commit, made_from = source_of(Path(folders[0])) if baseline is None else (str(baseline), None, None)
-    weights = variant or made_from
-    source = resolve(original, revision or commit, weights)
-    for folder in (source, *(folder for folder, _ in pairs)):
+    variants = []
+    if original:
+        model, commit, made_from = source_of(Path(folders[0])) if baseline is None else (str(baseline), None, None)
+        weights = variant or made_from
+        variants = bench_run.originals(resolve(model, revision or commit, weights), weights, memory)
+    elif baseline or revision or variant:
+        raise InputError("bench: --baseline, --revision and --variant are about the original; omit --no-original")
+    for name, (folder, runtime_name) in zip(names, pairs, strict=True):
+        given = {"memory": memory} if memory is not None and runtime_name == "eager" else {}
+        variants.append(bench_run.Variant(name, folder, runtime_name, options=given))
+    for folder in dict.fromkeys(v.folder for v in variants):
         say_guesses(folder, () if steps is None else ("num_inference_steps",), steps="--steps")
-    variants = bench_run.originals(source, weights)
-    variants += [bench_run.Variant(n, folder, name) for n, (folder, name) in zip(names, pairs, strict=True)]
     return bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, progress=progress)
 
 

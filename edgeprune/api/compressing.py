@@ -20,6 +20,7 @@ from edgeprune.common.progress import Progress, silent
 
 if TYPE_CHECKING:  # the functions import these after their checks: torch takes seconds
     from edgeprune.common.intervals import Interval
+    from edgeprune.common.memory import ComputeOptions
     from edgeprune.planning.fit import Fit
     from edgeprune.planning.plan import PrunePlan
     from edgeprune.sampling.generation import GenerationOptions
@@ -158,6 +159,7 @@ def compress(
     revision: str | None = None,
     variant: str | None = None,
     generation: GenerationOptions | None = None,
+    compute: ComputeOptions | None = None,
     quick: bool = False,
     fresh: bool = False,
     progress: Progress = silent,
@@ -172,6 +174,7 @@ def compress(
         revision: a branch, tag or commit of a hub id; None for its default. A begun folder keeps its commit.
         variant: of the weights, such as fp16; None for the full ones, or the only ones that there are.
         generation: settings of images to change; None keeps the model's own.
+        compute: where networks run, and in how much memory; None takes what this machine has.
         quick: a first look: the report draws few images.
         fresh: redo stages that were done with other options.
         progress: called after each part of each stage.
@@ -195,10 +198,12 @@ def compress(
     if not is_begun(out):
         source, images = source_and_images(out, model, revision, generation, variant)
         stages.need_room(Path(out), source, stages.rehearse(source, images, chosen))  # before the folder is created
-    ws = open_folder(out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation)
+    ws = open_folder(
+        out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation, compute=compute
+    )
     fit = ws.fit(chosen.plan.fit) if chosen.plan.fit else None
     ran = stages.compress(ws, chosen, progress)
-    no_report = make.lacking_memory(ws)
+    no_report = make.takes_long(ws, quick=quick)
     figures = None
     if not no_report:
         figures = ReportFigures.of(make.make_report(ws, quick=quick, redo=bool(ran), progress=progress))

@@ -13,6 +13,7 @@ from edgeprune.common import extras, processes
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
+    from edgeprune.common.memory import ComputeOptions
     from edgeprune.sampling.generation import Generation, GenerationOptions
     from edgeprune.stages.workspace import Workspace
 
@@ -125,6 +126,7 @@ def open_folder(
     fresh: bool = False,
     begin: bool = False,
     generation: GenerationOptions | None = None,
+    compute: ComputeOptions | None = None,
 ) -> Workspace:
     """Open an artefact folder. The process holds its lock as long as the result lives.
 
@@ -136,6 +138,7 @@ def open_folder(
         fresh: redo stages that were done with other inputs.
         begin: create the folder if it does not exist.
         generation: settings of images to change; None keeps the folder's, or the model's own.
+        compute: where networks run, and in how much memory; None takes what this machine has.
 
     Raises:
         InputError: the folder does not exist and `begin` is False, cannot be created, or is not usable.
@@ -159,6 +162,7 @@ def open_folder(
             model_given=model is not None or not begun,
             fresh=fresh,
             generation=generation.given() if generation else {},
+            compute=compute,
         )
     if not begun:
         say_guesses(ws.source, generation.given() if generation else (), **(GUESSED if generation else {}))

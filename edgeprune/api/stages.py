@@ -16,6 +16,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
 
 if TYPE_CHECKING:  # the functions import these after their checks: torch takes seconds
+    from edgeprune.common.memory import ComputeOptions
     from edgeprune.planning.fit import Fit
     from edgeprune.planning.options import PlanOptions
     from edgeprune.planning.plan import PrunePlan
@@ -72,7 +73,12 @@ class Quantized:
 
 
 def plan(
-    out: AnyPath, options: PlanOptions | None = None, *, scores: AnyPath | None = None, fresh: bool = False
+    out: AnyPath,
+    options: PlanOptions | None = None,
+    *,
+    scores: AnyPath | None = None,
+    compute: ComputeOptions | None = None,
+    fresh: bool = False,
 ) -> Planned:
     """Choose which parts to remove, and write plan.json.
 
@@ -80,6 +86,7 @@ def plan(
         out: an artefact folder that `analyze` or `compress` began.
         options: method and budget; None for the defaults of the folder's model.
         scores: a file of contribution scores to use instead of the folder's own.
+        compute: where networks run, and in how much memory; None takes what this machine has.
         fresh: plan again where the folder was planned with other options.
 
     Raises:
@@ -88,7 +95,7 @@ def plan(
         StaleStageError: the folder was planned with other options, and `fresh` is not set.
         LockedError: another process uses the folder.
     """
-    ws = open_folder(out, fresh=fresh)
+    ws = open_folder(out, fresh=fresh, compute=compute)
     from edgeprune.planning.removable import Removable
     from edgeprune.stages.compress import preset
     from edgeprune.stages.plan import run
@@ -130,11 +137,14 @@ def plan_of_config(config: AnyPath, options: PlanOptions | None = None, *, score
     return make_plan(family_of(content, str(config)), content, report, chosen)
 
 
-def prune(out: AnyPath, *, fresh: bool = False, progress: Progress = silent) -> Pruned:
+def prune(
+    out: AnyPath, *, compute: ComputeOptions | None = None, fresh: bool = False, progress: Progress = silent
+) -> Pruned:
     """Write the shorter transformer in half precision, `transformer/`, and copy the rest of the pipeline.
 
     Args:
         out: a folder with a plan.
+        compute: where networks run, and in how much memory; None takes what this machine has.
         fresh: prune again where the folder was pruned by another plan.
         progress: called after each file.
 
@@ -145,20 +155,26 @@ def prune(out: AnyPath, *, fresh: bool = False, progress: Progress = silent) -> 
         DiskError: the disk is full; the next call resumes.
     """
     heap.large_pages()
-    ws = open_folder(out, fresh=fresh)
+    ws = open_folder(out, fresh=fresh, compute=compute)
     from edgeprune.stages.prune import run
 
     return Pruned(out=ws.out, ran=run(ws, progress))
 
 
 def quantize(
-    out: AnyPath, options: QuantizeOptions | None = None, *, fresh: bool = False, progress: Progress = silent
+    out: AnyPath,
+    options: QuantizeOptions | None = None,
+    *,
+    compute: ComputeOptions | None = None,
+    fresh: bool = False,
+    progress: Progress = silent,
 ) -> Quantized:
     """Write the weights of `transformer/` as INT4 to `transformer_int4/`, block by block.
 
     Args:
         out: a pruned folder.
         options: group size and calibration; None for the defaults.
+        compute: where networks run, and in how much memory; None takes what this machine has.
         fresh: quantize again where that was done with other options.
         progress: called after each block.
 
@@ -169,7 +185,7 @@ def quantize(
         DiskError: the disk is full; the next call resumes.
     """
     heap.large_pages()
-    ws = open_folder(out, fresh=fresh)
+    ws = open_folder(out, fresh=fresh, compute=compute)
     from edgeprune.stages.options import QuantizeOptions
     from edgeprune.stages.quantize import run
 

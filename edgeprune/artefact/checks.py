@@ -7,7 +7,9 @@ field.
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +104,15 @@ class StoredPart:
             if not tensor.equal(self.weights[other]):
                 raise InputError(f"{self.weights.folder}: {other}: found other numbers than in {first}, expected equal")
         return tensor
+
+    def kind(self) -> tuple[torch.dtype, int]:
+        """Return the dtype of the weights, that of the largest tensor, and how many numbers they are."""
+        sizes = {name: math.prod(shape) for name, shape in self.weights.shapes.items()}
+        return self.weights.dtype(max(sizes, key=lambda name: sizes[name])), sum(sizes.values())
+
+    def ahead(self, names: Iterable[str]) -> None:
+        """Ask the operating system to read these tensors in the background."""
+        self.weights.ahead(stored for name in names for stored in self.names[name])
 
 
 def part_weights(folder: Path, kind: str, variant: str | None = None) -> StoredPart | None:

@@ -192,27 +192,42 @@ def load_part(folder: Path, kind: str, dtype: torch.dtype | None = torch.float32
     if weights is None:
         return None
     with readable(folder), quiet():
-        model: Any = _empty(kind, read_json(folder / "config.json"))
+        model = empty_part(folder, kind)
         names = {name: tensor_of(kind, name) or name for name in model.state_dict()}
         tensors = {name: weights[stored] for name, stored in names.items()}
         load_strictly(model, {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()})
-        if kind == T5:
-            model.set_input_embeddings(model.get_input_embeddings())  # one tensor under two names
-    for name, buffer in list(model.named_buffers()):  # not stored in files
+        complete(folder, kind, model)
+    return model.eval()
+
+
+def complete(folder: Path, kind: str, model: Any) -> None:
+    """Give a network that has its weights what files do not store.
+
+    Raises:
+        EdgepruneError: this version of transformers has a table that is not known here.
+    """
+    if kind == T5:
+        model.set_input_embeddings(model.get_input_embeddings())  # one tensor under two names
+    for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             owner, _, attribute = name.rpartition(".")
             if attribute != "position_ids":
                 raise EdgepruneError(f"{folder}: {name}: found no numbers for it; use another version of transformers")
             ids = torch.arange(buffer.shape[-1])[None]
             model.get_submodule(owner).register_buffer(attribute, ids, persistent=False)
-    return model.eval()
 
 
-def _empty(kind: str, config: dict[str, Any]) -> nn.Module:
-    """Return a network of this class without weights."""
+def empty_part(folder: Path, kind: str) -> Any:
+    """Return the network of a part's folder on the meta device.
+
+    Args:
+        folder: the part's folder, such as `vae`.
+        kind: its class.
+    """
     import diffusers
     import transformers
 
+    config = read_json(folder / "config.json")
     with torch.device("meta"):
         if kind == VAE:
             model: nn.Module = getattr(diffusers, kind).from_config(config)

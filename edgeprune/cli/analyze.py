@@ -10,7 +10,7 @@ import typer
 
 from edgeprune import api
 from edgeprune.api.folders import check_places, check_prompts
-from edgeprune.cli import choices, options, screen
+from edgeprune.cli import options, screen
 from edgeprune.common import processes
 
 EPILOG = "Example: edgeprune analyze -o small --joint  ·  edgeprune analyze ./sd35 --dry-run --pairs"
@@ -29,7 +29,7 @@ def analyze(
     metric: options.Metric = "velocity",
     weights: options.MetricWeights = None,
     prompts: options.Prompts = None,
-    count: Annotated[int, typer.Option(min=1, help="Number of prompts.", rich_help_panel=options.ANALYSIS)] = 28,
+    count: options.Count = None,
     only_blocks: Annotated[
         bool,
         typer.Option("--only-blocks", help="Score whole blocks only, no components.", rich_help_panel=options.ANALYSIS),
@@ -46,19 +46,15 @@ def analyze(
             "--pairs", help="Also score pairs of parts, for `plan --method milp`.", rich_help_panel=options.ANALYSIS
         ),
     ] = False,
-    estimator: Annotated[
-        str,
-        choices.choice(
-            names=lambda: options.ESTIMATORS, rich_help_panel=options.ANALYSIS,
-            help="How scores are obtained. exhaustive runs the model without each part. reuse gives the same numbers "
-            "for half the work, gates estimates them from gradients in one pass; both need --metric velocity.",
-        ),
-    ] = "exhaustive",
+    estimator: options.Estimator = None,
     inference_steps: options.InferenceSteps = None,
     guidance_scale: options.Guidance = None,
     height: options.Height = None,
     width: options.Width = None,
     config: options.LaunchConfig = None,
+    device: options.Device = "auto",
+    memory: options.Memory = None,
+    yes: options.Yes = False,
 ) -> None:  # fmt: skip
     """Score the model without each block and component: analysis.json."""
     if config and not processes.launched() and not dry_run:
@@ -70,15 +66,16 @@ def analyze(
     from edgeprune.metrics import parse_weights
 
     chosen = api.AnalyzeOptions(
-        metric=metric, prompts=prompts, count=count, components=not only_blocks, weights=parse_weights(weights or []),
-        joint=joint, pairs=pairs, estimator=estimator,
+        metric=metric, prompts=prompts, components=not only_blocks, weights=parse_weights(weights or []),
+        joint=joint, pairs=pairs, **options.given(count=count, estimator=estimator),
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
+    compute = options.compute_options(device, memory, yes=yes)
     if dry_run:
         numbers = api.forecast_analyze(
-            model, out, chosen, revision=revision, variant=variant, generation=generation
+            model, out, chosen, revision=revision, variant=variant, generation=generation, compute=compute
         ).to_json()
-        remark = "measured on one sample here, with float32 weights; batches take less time per sample"
+        remark = "measured on one sample here; batches take less time per sample"
         return screen.show_forecast(numbers, remark, as_json)
     with screen.bars() as progress:
         done = api.analyze(
@@ -88,6 +85,7 @@ def analyze(
             revision=revision,
             variant=variant,
             generation=generation,
+            compute=compute,
             fresh=fresh,
             progress=progress,
         )

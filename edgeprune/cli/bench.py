@@ -44,6 +44,10 @@ def bench(
     quality: Annotated[
         int, typer.Option(min=0, help="Shapes-world prompts per task to score images on; 0 scores none.")
     ] = 0,
+    no_original: Annotated[
+        bool, typer.Option("--no-original", help="Leave out the original; ratios refer to the first folder.")
+    ] = False,
+    memory: options.Memory = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result to this file, as JSON.")
     ] = None,
@@ -69,7 +73,8 @@ def bench(
         assertions.parse_expression(expression)
     result = api.bench(
         folders, runtime=runtime, baseline=baseline, revision=revision, variant=variant, repeats=repeats,
-        steps=steps, quality=quality, progress=lambda what, *_: screen.say(what),
+        steps=steps, quality=quality, original=not no_original,
+        memory=options.compute_options("auto", memory).memory, progress=lambda what, *_: screen.say(what),
     )  # fmt: skip
     Console().print(tables.table(result))
     if json_file:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgeprune.planning.options import PlanOptions
     from edgeprune.stages.options import CompressOptions
 
-EPILOG = "Example: edgeprune compress -o small  ·  edgeprune compress ./sd35 -o small --max-memory 3.2GB"
+EPILOG = "Example: edgeprune compress -o small  ·  edgeprune compress ./sd35 -o small --max-size 3.2GB"
 
 
 Steps = Annotated[
@@ -44,7 +44,7 @@ def compress(
     fresh: options.Fresh = False,
     as_json: options.AsJson = False,
     keep: options.Keep = None,
-    max_memory: options.MaxMemory = None,
+    max_size: options.MaxSize = None,
     fit: options.FitTo = None,
     method: options.Method = None,
     modulation_rank: options.ModulationRank = None,
@@ -59,12 +59,17 @@ def compress(
     metric: options.Metric = "velocity",
     weights: options.MetricWeights = None,
     prompts: options.Prompts = None,
+    count: options.Count = None,
+    estimator: options.Estimator = None,
     group_size: options.GroupSize = 64,
     calibration: options.Calibration = "none",
     inference_steps: options.InferenceSteps = None,
     guidance_scale: options.Guidance = None,
     height: options.Height = None,
     width: options.Width = None,
+    device: options.Device = "auto",
+    memory: options.Memory = None,
+    yes: options.Yes = False,
 ) -> None:
     """Run all stages: analyze, plan, prune, distill, quantize, and a report.
 
@@ -74,13 +79,13 @@ def compress(
     check_prompts(prompts)
     start = api.preset(preset, builtin=is_builtin(out, model), data=data)
     plan = options.plan_options(
-        start.plan, method=method, keep=keep, max_memory=max_memory, fit=fit, protect_first=protect_first,
+        start.plan, method=method, keep=keep, max_size=max_size, fit=fit, protect_first=protect_first,
         protect_last=protect_last, threshold=threshold, blocks=blocks, components=components, group_size=group_size,
         modulation_rank=modulation_rank, prompts=prompts, keep_components=keep_components,
     )  # fmt: skip
     chosen = _merged(
         start, plan, steps=steps, metric=metric, prompts=prompts, weights=weights or [],
-        group_size=group_size, calibration=calibration,
+        count=count, estimator=estimator, group_size=group_size, calibration=calibration,
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
     if dry_run:
@@ -88,10 +93,11 @@ def compress(
             model, out, chosen, revision=revision, variant=variant, generation=generation
         ).to_json()
         return screen.show_forecast(numbers, screen.FLOORS, as_json)
+    compute = options.compute_options(device, memory, yes=yes)
     with screen.bars() as progress:
         done = api.compress(
             model, out, chosen, revision=revision, variant=variant, generation=generation,
-            quick=preset == "quick", fresh=fresh,
+            compute=compute, quick=preset == "quick", fresh=fresh,
             progress=progress if chosen.distill or steps is not None else _without_data(progress),
         )  # fmt: skip
     _show(done, as_json)
@@ -119,6 +125,8 @@ def _merged(
     metric: str,
     prompts: str | None,
     weights: list[str],
+    count: int | None,
+    estimator: str | None,
     group_size: int,
     calibration: str,
 ) -> CompressOptions:
@@ -137,7 +145,13 @@ def _merged(
         training = replace(training, int4_group_size=group_size)
     return replace(
         start,
-        analyze=replace(start.analyze, metric=metric, prompts=prompts, weights=parse_weights(weights)),
+        analyze=replace(
+            start.analyze,
+            metric=metric,
+            prompts=prompts,
+            weights=parse_weights(weights),
+            **options.given(count=count, estimator=estimator),
+        ),
         plan=plan,
         distill=training,
         quantize=replace(start.quantize, group_size=group_size, calibration=calibration),

@@ -15,10 +15,13 @@ from edgeprune.cli.choices import analysis_metrics, choice, devices, group_sizes
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
+    from edgeprune.common.memory import ComputeOptions
     from edgeprune.planning.options import PlanOptions
 
+LONGEST_S = 3600.0
+"""Seconds that a stage may take without `--yes`."""
 CALIBRATIONS = ("none", "scale", "awq")
-ESTIMATORS = ("exhaustive", "reuse", "gates")
+ESTIMATORS = ("auto", "exhaustive", "reuse", "gates")
 FEATURES = ("blocks", "attention")
 LEVELS = ("shifted", "steps", "uniform")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
@@ -101,6 +104,19 @@ Prompts = Annotated[
         rich_help_panel=ANALYSIS,
     ),
 ]
+Count = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of prompts.", show_default="28; 7 with --preset quick", rich_help_panel=ANALYSIS),
+]
+Estimator = Annotated[
+    str | None,
+    choice(
+        names=lambda: ESTIMATORS, rich_help_panel=ANALYSIS, show_default="auto; gates with --preset quick",
+        help="How scores are obtained. exhaustive runs the model without each part. reuse gives the same numbers "
+        "for half the work, gates estimates them from gradients in one pass; both need --metric velocity. auto is "
+        "exhaustive for a small model, else gates.",
+    ),
+]  # fmt: skip
 Keep = Annotated[
     float | None,
     typer.Option(
@@ -110,7 +126,7 @@ Keep = Annotated[
         rich_help_panel=BUDGET,
     ),
 ]
-MaxMemory = Annotated[
+MaxSize = Annotated[
     str | None,
     typer.Option(
         metavar="BYTES",
@@ -228,6 +244,29 @@ LaunchConfig = Annotated[
     ),
 ]
 _OWN = "the model's own"
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda[:N]|mps|xpu",
+        help="Where to compute. auto takes a GPU that torch finds, else the processor.",
+        rich_help_panel=MEMORY,
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="BYTES",
+        help="Most memory to take, such as 6GB; on a GPU, of the GPU. Blocks that do not fit are read when they run.",
+        show_default="most of what is free",
+        rich_help_panel=MEMORY,
+    ),
+]
+Yes = Annotated[
+    bool,
+    typer.Option("--yes", help="Run stages that take over an hour, too; without it they are refused."),
+]
 InferenceSteps = Annotated[
     int | None,
     typer.Option(
@@ -262,26 +301,16 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def parse_bytes(text: str) -> int:
-    """Return the bytes that `3.2GB`, `850MB` or a plain number means; units are powers of ten.
+def compute_options(device: str, memory: str | None, *, yes: bool = True) -> ComputeOptions:
+    """Return where to compute, in how much memory, and unless `yes` in how much time.
 
     Raises:
-        InputError: the text has another form.
+        InputError: an option has another form.
     """
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
-    number = text.strip().upper()
-    scale = 1
-    for unit, factor in units.items():
-        if number.endswith(unit):
-            number, scale = number.removesuffix(unit), factor
-            break
-    try:
-        value = float(number)
-    except ValueError:
-        value = -1
-    if not 0 < value < 1e6 * 10**9:
-        raise InputError(f"--max-memory: found {text!r}, expected bytes like 3.2GB or 850MB")
-    return int(value * scale)
+    from edgeprune.common.memory import ComputeOptions, parse_bytes
+
+    size = parse_bytes(memory, "--memory") if memory else None
+    return ComputeOptions(device, size, None if yes else LONGEST_S)
 
 
 def parse_rank(text: str) -> int | str | None:
@@ -318,7 +347,7 @@ def plan_options(
     *,
     method: str | None = None,
     keep: float | None = None,
-    max_memory: str | None = None,
+    max_size: str | None = None,
     fit: str | None = None,
     protect_first: str | None = None,
     protect_last: int | None = None,
@@ -343,6 +372,7 @@ def plan_options(
     from dataclasses import replace
 
     from edgeprune import targets
+    from edgeprune.common.memory import parse_bytes
     from edgeprune.planning.options import NEEDED, PlanOptions
 
     rank = start.modulation_rank if modulation_rank is None else parse_rank(modulation_rank)
@@ -350,17 +380,17 @@ def plan_options(
         method = method or "manual"
         if method != "manual":
             raise InputError(f"--blocks and --components work with --method manual only, found --method {method}")
-    if keep is not None and max_memory:
-        raise InputError("give --keep or --max-memory, not both")
-    if fit and (keep is not None or max_memory or method == "manual"):
-        raise InputError("--fit sets the budget; omit --keep, --max-memory and --method manual")
+    if keep is not None and max_size:
+        raise InputError("give --keep or --max-size, not both")
+    if fit and (keep is not None or max_size or method == "manual"):
+        raise InputError("--fit sets the budget; omit --keep, --max-size and --method manual")
     if fit:
         targets.load(fit)
     if method not in (None, start.method):
         start = PlanOptions(method=method, keep=None if method == "manual" else start.keep)
-    if keep is not None or max_memory or fit:
-        size = parse_bytes(max_memory) if max_memory else None
-        start = replace(start, keep=keep, max_memory_bytes=size, fit=fit)
+    if keep is not None or max_size or fit:
+        size = parse_bytes(max_size, "--max-size") if max_size else None
+        start = replace(start, keep=keep, max_size_bytes=size, fit=fit)
     if rank == NEEDED and not start.scored:
         rank = None
     return replace(

@@ -37,7 +37,7 @@ def plan(
     fresh: options.Fresh = False,
     as_json: options.AsJson = False,
     keep: options.Keep = None,
-    max_memory: options.MaxMemory = None,
+    max_size: options.MaxSize = None,
     fit: options.FitTo = None,
     method: options.Method = None,
     modulation_rank: options.ModulationRank = None,
@@ -56,6 +56,8 @@ def plan(
     blocks: options.Blocks = "",
     components: options.Components = "",
     group_size: options.GroupSize = 64,
+    device: options.Device = "auto",
+    memory: options.Memory = None,
 ) -> None:  # fmt: skip
     """Choose which parts to remove, and show what stays: plan.json."""
     if (out is None) == (config is None):
@@ -64,7 +66,7 @@ def plan(
         raise InputError("--fit counts a pipeline's files: give -o (a folder), not --config")
     check_prompts(prompts)
     chosen: dict[str, Any] = {
-        "method": method, "keep": keep, "max_memory": max_memory, "fit": fit, "protect_first": protect_first,
+        "method": method, "keep": keep, "max_size": max_size, "fit": fit, "protect_first": protect_first,
         "protect_last": protect_last, "threshold": threshold, "blocks": blocks, "components": components,
         "group_size": group_size, "modulation_rank": modulation_rank, "prompts": prompts,
         "keep_components": keep_components,
@@ -83,7 +85,8 @@ def plan(
         return screen.print_json(made.to_json()) if as_json else None
     check_begun(out)
     start = api.preset("default", builtin=is_builtin(out))
-    done = api.plan(out, options.plan_options(start.plan, **chosen), scores=scores, fresh=fresh)
+    compute = options.compute_options(device, memory)
+    done = api.plan(out, options.plan_options(start.plan, **chosen), scores=scores, compute=compute, fresh=fresh)
     screen.table([*fit_rows(done.fit), *plan_rows(done.plan, done.options.modulation_rank, done.removable)])
     screen.say(f"next: edgeprune prune -o {screen.quoted(out)}")
     if as_json:
@@ -91,14 +94,17 @@ def plan(
 
 
 def fit_rows(fit: Fit | None) -> list[tuple[str, str]]:
-    """Return rows that show what a device's memory leaves for the transformer; none without a device."""
+    """Return rows that show what a device's memory leaves for the transformer; none without a device.
+
+    Stages are in memory one after the other (`--low-memory`), so those before and after are not subtracted.
+    """
     if fit is None:
         return []
     rows = [
         (f"memory of {fit.target}", fit.memory_bytes),
-        ("- text encoders", fit.text_encoders_bytes),
-        ("- VAE decoder", fit.vae_decoder_bytes),
-        ("- activations, estimated", fit.activations_bytes),
+        ("before: text encoders", fit.text_encoders_bytes),
+        ("after: VAE decoder, estimated", fit.vae_decoder_bytes),
+        ("- the transformer's activations, estimated", fit.activations_bytes),
         ("= for the transformer", fit.transformer_bytes),
     ]
     return [(name, f"{value / 1e9:,.3f} GB") for name, value in rows]

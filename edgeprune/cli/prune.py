@@ -11,14 +11,18 @@ EPILOG = "Example: edgeprune prune -o small"
 
 
 def prune(
-    out: options.BegunFolder = Path("compressed"), fresh: options.Fresh = False, as_json: options.AsJson = False
+    out: options.BegunFolder = Path("compressed"),
+    fresh: options.Fresh = False,
+    as_json: options.AsJson = False,
+    device: options.Device = "auto",
+    memory: options.Memory = None,
 ) -> None:
     """Write the shorter transformer: transformer/.
 
     Stock diffusers opens it if the plan removes whole blocks only.
     """
     with screen.bars() as progress:
-        done = api.prune(out, fresh=fresh, progress=progress)
+        done = api.prune(out, compute=options.compute_options(device, memory), fresh=fresh, progress=progress)
     screen.say(f"{out / 'transformer'}: {'written' if done.ran else 'already done'}")
     screen.say(f"next: edgeprune distill -o {screen.quoted(out)}")
     if as_json:

@@ -17,12 +17,16 @@ def quantize(
     as_json: options.AsJson = False,
     group_size: options.GroupSize = 64,
     calibration: options.Calibration = "none",
+    device: options.Device = "auto",
+    memory: options.Memory = None,
+    yes: options.Yes = False,
 ) -> None:
     """Quantize the weights to INT4 with NNCF, block by block: transformer_int4/."""
     check_begun(out)
     chosen = api.QuantizeOptions(group_size=group_size, calibration=calibration)
     with screen.bars() as progress:
-        done = api.quantize(out, chosen, fresh=fresh, progress=progress)
+        compute = options.compute_options(device, memory, yes=yes)
+        done = api.quantize(out, chosen, compute=compute, fresh=fresh, progress=progress)
     size = f"{done.weights_bytes / 1e6:,.1f} MB" + ("" if done.ran else " (already done)")
     screen.say(f"{out / 'transformer_int4'}: {size}")
     screen.say(f"next: edgeprune export {screen.quoted(out)} --target onnx -o {screen.quoted(out, '-onnx')}")

@@ -19,13 +19,15 @@ def report(
         Path | None,
         typer.Option("--bench", metavar="FILE", help="JSON of `edgeprune bench` to show in the page."),
     ] = None,
+    device: options.Device = "auto",
+    memory: options.Memory = None,
 ) -> None:
     """Write report.html again, with the figures of a benchmark if you give one."""
     from edgeprune.bench import results
     from edgeprune.report import make
 
     measured = results.load(bench_file) if bench_file else None
-    ws = open_folder(out)
+    ws = open_folder(out, compute=options.compute_options(device, memory))
     with screen.bars() as progress:
         make.make_report(ws, redo=False, bench=measured, progress=progress)
     screen.say(f"wrote {out / 'report.html'}")

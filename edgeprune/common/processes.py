@@ -39,6 +39,11 @@ def index() -> int:
     return int(os.environ.get("RANK", "0")) if launched() else 0
 
 
+def local_index() -> int:
+    """Return this process's rank on this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
+
+
 def is_main() -> bool:
     """Return whether this process is rank 0."""
     return index() == 0

@@ -20,6 +20,15 @@ def with_unit(key: str, value: float | int | None) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
+def duration(seconds: float) -> str:
+    """Return a time as people say it: `40 s`, `12 min`, `3.4 hours`, `35 days`."""
+    for unit, size, most in (("s", 1, 90), ("min", 60, 90), ("hours", 3600, 48)):
+        if seconds < most * size:
+            value = seconds / size
+            return f"{value:.1f} {unit}" if unit == "hours" and value < 10 else f"{value:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
+
+
 def interval_text(values: Sequence[float | None], style: str = ".3f") -> str:
     """Return `value [low, high]`, each number in the format `style`; `value (n = 1)` where low and high are None."""
     value, low, high = values

@@ -51,7 +51,7 @@ class Row:
         """Return the row's options for one training seed and the grid's budget."""
         plan = replace(self.options.plan, seed=seed)
         if plan.method != "manual":
-            plan = replace(plan, keep=None, max_memory_bytes=budget_bytes)
+            plan = replace(plan, keep=None, max_size_bytes=budget_bytes)
         training = self.options.distill and replace(self.options.distill, seed=seed)
         return replace(self.options, plan=plan, distill=training)
 

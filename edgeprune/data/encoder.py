@@ -26,7 +26,16 @@ from edgeprune.common.tensors import Tensors
 from edgeprune.data.buckets import MOST_ENLARGED, Size, enlarged, fitted, nearest
 from edgeprune.data.settings import SHAPES, CacheOptions, is_drawn, texts_of
 from edgeprune.data.sources import MOST_UNUSABLE, Entry, Layout, Pair, Skipped, opened
-from edgeprune.sampling.denoising import at_once, denoise, encode_images, encode_prompts, latent_shape, noise, sigmas
+from edgeprune.sampling.denoising import (
+    at_once,
+    denoise,
+    encode_images,
+    encode_prompts,
+    encode_with_empty,
+    latent_shape,
+    noise,
+    sigmas,
+)
 from edgeprune.sampling.generation import Generation
 
 _BATCH = 32
@@ -148,8 +157,7 @@ class Encoder:
     def _draw(self, wanted: list[tuple[int, str]], encoded: Encoded, report: Callable[[int], None]) -> None:
         """Let the model generate the latents of (seed, prompt) entries."""
         pipe, generation, (size,) = self.pipe, self.generation, self.sizes
-        condition = encode_prompts(pipe, [text for _, text in wanted], generation.max_sequence_length)
-        empty = encode_prompts(pipe, [""], generation.max_sequence_length)
+        condition, empty = encode_with_empty(pipe, [text for _, text in wanted], generation.max_sequence_length)
         shape = latent_shape(pipe, generation)
         levels, batch = sigmas(pipe, generation.num_inference_steps, shape), at_once(pipe.transformer, shape)
         for start in range(0, len(wanted), batch):

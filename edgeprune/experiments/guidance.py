@@ -20,7 +20,7 @@ from edgeprune.analysis.contribution import ContributionReport, Group, fingerpri
 from edgeprune.artefact.surgery import prune
 from edgeprune.common.splits import Split
 from edgeprune.experiments.pages import insert
-from edgeprune.metrics.velocity import VelocityError
+from edgeprune.metrics.velocity import VelocityError, squares
 from edgeprune.planning.make import make_plan
 from edgeprune.sampling.denoising import encode_prompts, velocity
 from edgeprune.shapes import evaluation_prompts
@@ -61,7 +61,7 @@ class Guided:
         out, found = {}, self._both(model)
         for scale in SCALES:
             target, result = (u + scale * (c - u) for c, u in (self.reference, found))
-            off = self.metric._per_prompt(result - target) / self.metric._per_prompt(target)
+            off = self.metric.per_prompt(squares(result - target)) / self.metric.per_prompt(squares(target))
             out[scale] = [float(error) for error in off]
         return out
 

@@ -7,6 +7,7 @@ For each prompt, the unmodified model's states x_t and conditional velocities v_
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from edgeprune.sampling.denoising import (
     Conditioning,
     at_once,
     denoise,
-    encode_prompts,
+    encode_with_empty,
+    evaluate,
     latent_shape,
     noise,
     sigmas,
-    velocity,
 )
 from edgeprune.sampling.generation import Generation
 
@@ -37,8 +38,7 @@ class VelocityError:
     def __init__(self, pipe: Any, generation: Generation, prompts: list[str], *, split: Split) -> None:
         self.pipe, self.count = pipe, len(prompts)
         generation = replace(generation, num_inference_steps=min(STATES, generation.num_inference_steps))
-        condition = encode_prompts(pipe, prompts, generation.max_sequence_length)
-        empty = encode_prompts(pipe, [""], generation.max_sequence_length)
+        condition, self.empty = encode_with_empty(pipe, prompts, generation.max_sequence_length)
         shape = latent_shape(pipe, generation)
         self.batch = batch = at_once(pipe.transformer, shape)
         levels = sigmas(pipe, generation.num_inference_steps, shape)
@@ -46,15 +46,23 @@ class VelocityError:
         for start in range(0, self.count, batch):
             rows = slice(start, start + batch)
             x = noise(split.seeds(len(condition.hidden[rows]), start), shape).to(condition.hidden)
-            path = denoise(pipe.transformer, x, levels, condition[rows], empty, generation.guidance_scale)
+            path = denoise(pipe.transformer, x, levels, condition[rows], self.empty, generation.guidance_scale)
             states.append(torch.stack([latents for latents, _ in path][:-1]))
         self.states = torch.cat(states, dim=1).flatten(0, 1)  # (steps * prompts, C, h, w)
         steps = len(levels) - 1
         self.sigmas = levels[:-1].to(self.states).repeat_interleave(self.count)
         self.guidance = generation.guidance_scale
         self.condition = Conditioning(condition.hidden.repeat(steps, 1, 1), condition.pooled.repeat(steps, 1))
-        self.reference = self._velocities()
-        self.norms = self._per_prompt(self.reference)
+
+    @cached_property
+    def reference(self) -> torch.Tensor:
+        """The velocities of the unmodified model (S, C, h, w)."""
+        return self._velocities()
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Measure what `score` compares with; to be called before anything is removed."""
+        _ = self.reference
 
     @staticmethod
     def evaluations(generation: Generation, prompts: int) -> int:
@@ -63,24 +71,29 @@ class VelocityError:
 
     @staticmethod
     def preparing(generation: Generation, prompts: int, per_step: int) -> int:
-        """Return how many samples pass through it at creation: the trajectory, then its states without guidance."""
-        return prompts * min(STATES, generation.num_inference_steps) * (per_step + 1)
+        """Return how many samples pass through it at creation: those of the trajectory."""
+        return prompts * min(STATES, generation.num_inference_steps) * per_step
 
     def velocity(self, rows: slice) -> torch.Tensor:
         """Return the conditional velocities of the transformer as it is now, at some states (by step, then prompt)."""
         inputs = (self.states[rows], self.condition[rows], self.sigmas[rows], self.guidance)
-        return velocity(self.pipe.transformer, *inputs).float()
+        return evaluate(self.pipe.transformer, *inputs)
 
     def _velocities(self) -> torch.Tensor:
         starts = range(0, len(self.states), self.batch)
         return torch.cat([self.velocity(slice(start, start + self.batch)) for start in starts])
 
-    def _per_prompt(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the norm over all states of each prompt, (P,)."""
-        return values.view(-1, self.count, *values.shape[1:]).square().sum(dim=(0, 2, 3, 4)).sqrt()
+    def per_prompt(self, squares: torch.Tensor) -> torch.Tensor:
+        """Return the norm over all states of each prompt (P,) from the square of each state's norm (S,)."""
+        return squares.view(-1, self.count).sum(0).sqrt()
 
     @torch.no_grad()
     def score(self) -> list[float]:
-        """Return minus the relative error per prompt."""
-        error = self._per_prompt(self._velocities() - self.reference)
-        return [0.0 - float(e) for e in error / self.norms]
+        """Return minus the relative error per prompt. Without `prepare` the model is unmodified at the first call."""
+        error = self.per_prompt(squares(self._velocities() - self.reference))
+        return [0.0 - float(e) for e in error / self.per_prompt(squares(self.reference))]
+
+
+def squares(values: torch.Tensor) -> torch.Tensor:
+    """Return the square of each state's norm (S,)."""
+    return values.flatten(1).square().sum(1)

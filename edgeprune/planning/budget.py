@@ -75,14 +75,14 @@ class Budget:
         InputError: not exactly one of the two is set, or the share is out of range.
     """
 
-    def __init__(self, original: Footprint, keep: float | None, max_memory_bytes: int | None) -> None:
-        if (keep is None) == (max_memory_bytes is None):
-            raise InputError("give --keep or --max-memory" + (", not both" if keep is not None else ""))
+    def __init__(self, original: Footprint, keep: float | None, max_size_bytes: int | None) -> None:
+        if (keep is None) == (max_size_bytes is None):
+            raise InputError("give --keep or --max-size" + (", not both" if keep is not None else ""))
         if keep is not None and not 0 < keep <= 1:
             raise InputError(f"--keep: found {keep}, expected a share above 0 and up to 1")
-        self.limit = float(max_memory_bytes or 0) if keep is None else keep * original.parameters
+        self.limit = float(max_size_bytes or 0) if keep is None else keep * original.parameters
         self._keep = keep
-        self._text = f"--keep {keep}" if keep is not None else f"--max-memory {bytes_text(max_memory_bytes or 0)}"
+        self._text = f"--keep {keep}" if keep is not None else f"--max-size {bytes_text(max_size_bytes or 0)}"
 
     def amount(self, size: Footprint) -> int:
         """Return the quantity that is limited: parameters or bytes."""

@@ -43,7 +43,7 @@ def make_plan(
     """
     options = replace(options or PlanOptions(), **changes)
     if options.fit:
-        options = replace(options, max_memory_bytes=device_bytes)
+        options = replace(options, max_size_bytes=device_bytes)
     rank = None if options.modulation_rank == NEEDED else options.modulation_rank
     if isinstance(rank, str):
         raise InputError(f"--modulation-rank {rank}: is measured on a model: give -o (a folder), or a number")
@@ -51,8 +51,8 @@ def make_plan(
     options.check()
     method = methods()[options.method]
     if isinstance(method, Listed):
-        if options.keep is not None or options.max_memory_bytes is not None:
-            raise InputError(f"--method {method.name} removes what you list; omit --keep and --max-memory")
+        if options.keep is not None or options.max_size_bytes is not None:
+            raise InputError(f"--method {method.name} removes what you list; omit --keep and --max-size")
         removed = method.choose(family, config, options.blocks, options.components)
     else:
         removable = Removable.of(family, config, options)
@@ -88,7 +88,7 @@ def _within_budget(
     """
     if options.blocks or options.components:
         raise InputError(f"--blocks and --components work with --method manual only, found --method {method.name}")
-    budget = Budget(size.original, options.keep, options.max_memory_bytes)
+    budget = Budget(size.original, options.keep, options.max_size_bytes)
     if isinstance(method, Baseline):
         if method.magnitudes and not magnitudes:
             raise InputError(f"--method {method.name} reads weights: give -o (a folder), not --config")

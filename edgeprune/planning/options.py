@@ -26,7 +26,7 @@ class PlanOptions:
     """One of METHODS."""
     keep: float | None = None
     """Budget: the share of the transformer's parameters that may be left, above 0 and up to 1."""
-    max_memory_bytes: int | None = None
+    max_size_bytes: int | None = None
     """Budget: the bytes that the transformer's weights may take after INT4."""
     protect_first: int | dict[str, int] | None = None
     """Number of leading blocks that are never removed; by default half of all, none for baselines. Or a number for each
@@ -60,9 +60,11 @@ class PlanOptions:
     def to_json(self) -> dict[str, Any]:
         """Return the fields as stages digest them.
 
-        `max_latency` was an option until 2026-11. With its default, folders that were planned before stay current.
+        `max_latency` was an option until 2026-11, and `max_size_bytes` had another name. Folders that were planned
+        before stay current.
         """
         data = asdict(self) | {"max_latency": None}
+        data["max_memory_bytes"] = data.pop("max_size_bytes")
         if self.method == "hybrid" and self.threshold and self.modulation_rank is not None:
             data["threshold_of"] = "projected"  # it was a share of the original, so these plans have changed
         if not self.keep_components:

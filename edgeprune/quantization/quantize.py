@@ -313,4 +313,4 @@ def _samples(layers: dict[str, nn.Linear], run: Callable[[], None]) -> dict[str,
     finally:
         for hook in hooks:
             hook.remove()
-    return kept
+    return {name: rows.cpu() for name, rows in kept.items()}

@@ -9,36 +9,41 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import psutil
 
 from edgeprune.common.files import read_json, write_json
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tables import interval_text, with_unit
 from edgeprune.report import page
-from edgeprune.report.measure import measure
+from edgeprune.report.measure import images_of, measure
 from edgeprune.report.steps import ratio_text
-from edgeprune.stages.costs import surroundings_bytes
+from edgeprune.stages.costs import evaluation_seconds, evaluations_per_step
 from edgeprune.stages.distill import amount
 from edgeprune.stages.workspace import Workspace
 
 _SCHEMA = 3
 """Schema of report.json; a file with another one is measured again."""
+_LONGEST_HOURS = 1.0
+"""A report that takes longer is made only on request."""
 
 
-def lacking_memory(ws: Workspace) -> str:
-    """Return why this machine has too little memory for the report; empty if it has enough.
+def takes_long(ws: Workspace, *, quick: bool = False) -> str:
+    """Return why `compress` leaves out the report: its images would take over an hour here; empty if they would not.
 
-    The report needs the original pipeline and the pruned transformer in float32, and the INT4 transformer.
+    Args:
+        quick: draw few prompts.
     """
-    plan = ws.plan()
-    transformers = 2 * (plan.before.bf16_bytes + plan.after.bf16_bytes) + plan.after.int4_bytes
-    needed = transformers + surroundings_bytes(ws.source)
-    available = psutil.virtual_memory().available
-    if needed < available:
+    family, config = ws.family, ws.config
+    if ws.builtin:
+        return ""
+    evaluations = 2 * images_of(quick) * ws.generation.num_inference_steps
+    evaluations *= evaluations_per_step(family, config, ws.generation)
+    one = evaluation_seconds(family, config, ws.source, ws.generation, ws.original.compute)
+    hours = evaluations * one / 3600
+    if hours < _LONGEST_HOURS:
         return ""
     return (
-        f"no report: it needs {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free; "
-        f"make it on a larger machine: edgeprune report -o {ws.out}"
+        f"no report: its {2 * images_of(quick)} images take at least {hours:.0f} hours here; make it on a faster "
+        f"machine, or anyway: edgeprune report -o {ws.out}"
     )
 
 

@@ -9,16 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune import shapes
-from edgeprune.artefact.loading import load_transformer
+from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.manifest import INT4
 from edgeprune.common.intervals import Interval, mean_interval, paired_drop
 from edgeprune.common.progress import Progress
 from edgeprune.common.splits import Split
 from edgeprune.metrics.psnr import mean_decibels
 from edgeprune.report.steps import step_times
+from edgeprune.residency.running import running
 from edgeprune.sampling.denoising import generate
 from edgeprune.sampling.prompts import prompts
 from edgeprune.stages.workspace import Workspace
+
+
+def images_of(quick: bool) -> int:
+    """Return how many images of each model the report draws, of a model that is not the built-in one."""
+    return 2 if quick else 8
 
 
 def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
@@ -35,17 +41,17 @@ def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, A
         chosen = shapes.evaluation_prompts(2 if quick else 15)
         texts, meanings = [p.text for p in chosen], [p.meaning for p in chosen]
     else:
-        texts, meanings = prompts(Split.HELD_OUT, 2 if quick else 8), []
+        texts, meanings = prompts(Split.HELD_OUT, images_of(quick)), []
     seeds = Split.HELD_OUT.seeds(len(texts))
     original = ws.pipe.transformer
-    int4 = load_transformer(ws.out, quantized=True)
+    int4 = running(open_transformer(ws.out, quantized=True), ws.original.compute)
     images: dict[str, NDArray[Any]] = {}
     for name, transformer in (("original", original), ("compressed", int4)):
         ws.pipe.transformer = transformer
         shown = functools.partial(_show_images, progress, name)
         images[name] = generate(ws.pipe, texts, seeds, ws.generation, progress=shown)
     ws.pipe.transformer = original
-    pruned = load_transformer(ws.out, quantized=False)
+    pruned = running(open_transformer(ws.out, quantized=False), ws.original.compute)
     times = step_times(ws, original, pruned)
     stored = sum(p.stat().st_size for p in (ws.out / INT4).glob("*.safetensors"))
     before = ws.plan().before.bf16_bytes

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeprune.sampling.denoising import encode_prompts, latent_shape, noise, velocity
+from edgeprune.sampling.denoising import encode_prompts, evaluate, latent_shape, noise
 from edgeprune.stages.workspace import Workspace
 
 LEAST, MOST, LIMIT_S = 9, 99, 20.0
@@ -61,7 +61,7 @@ def step_times(ws: Workspace, first: Any, other: Any) -> StepTimes:
 
     def once(model: Any) -> float:
         began = time.perf_counter()
-        velocity(model, x, c, sigma, guidance)
+        evaluate(model, x, c, sigma, guidance)
         return time.perf_counter() - began
 
     return alternate(lambda: once(first), lambda: once(other))

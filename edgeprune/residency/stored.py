@@ -14,10 +14,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edgeprune.families import Family
+from edgeprune.residency.streaming import PACKED, stream
 from edgeprune.residency.weights import Weights
 
-PACKED = (".weight_packed", ".weight_scale")
-"""Suffixes of tensors that keep their dtype: packed integers and their scales."""
+CPU = torch.device("cpu")
 
 
 class StoredTransformer:
@@ -61,14 +61,27 @@ class StoredTransformer:
         self.fill(self.model.state_dict(), dtype)
         return self.model
 
-    def running(self, dtype: torch.dtype = torch.float32) -> Any:
-        """Return a copy of the model that holds one block at a time: read before it runs, dropped afterwards."""
+    def running(self, dtype: torch.dtype | None = torch.float32, device: torch.device = CPU, *, keep: int = 0) -> Any:
+        """Return a copy of the model whose blocks are read when they run, see streaming.py.
+
+        Args:
+            dtype: to compute in; None computes in the dtype of the file.
+            device: to compute on.
+            keep: bytes of blocks, in the dtype of their file, that may stay in memory.
+        """
         stored = StoredTransformer(self.family, copy.deepcopy(self.model), self.weights)
         stored.fill(stored.names(None), dtype)
-        for index, block in enumerate(self.family.blocks(stored.model)):
-            names = stored.names(index)
-            block.register_forward_pre_hook(lambda *_, names=names: stored.fill(names, dtype))
-            block.register_forward_hook(lambda block, *_: block.to("meta") and None)
+        blocks = self.family.blocks(stored.model)
+        inside = {module for block in blocks for module in block.modules()}
+        for child in stored.model.children():
+            if inside.isdisjoint(child.modules()):
+                child.to(device)
+        prefixes = [self.family.block_prefix(stored.model, index) for index in range(len(blocks))]
+        layers = [
+            (block, {name: prefix + name for name in block.state_dict()})
+            for block, prefix in zip(blocks, prefixes, strict=True)
+        ]
+        stream(layers, self.weights.__getitem__, device=device, dtype=dtype, keep=keep, ahead=self.weights.ahead)
         return stored.model
 
     def traceable(self, dtype: torch.dtype = torch.float32) -> Any:

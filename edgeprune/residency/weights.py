@@ -8,7 +8,10 @@ Importing this module does not load torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import contextlib
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +52,12 @@ class Weights:
     ) -> None:
         self.folder = folder
         self.shapes: dict[str, Shape] = {}
+        self.kinds: dict[str, str] = {}
+        """The dtype of each tensor in safetensors' words, such as BF16."""
         self._paths: dict[str, Path] = {}
+        self._offsets: dict[Path, dict[str, tuple[int, int]]] = {}
+        self._finite: set[str] = set()
+        """Tensors that were read once, and found finite."""
         if folder.is_dir() and not any_weights_of(folder):
             raise InputError(f"{folder}: {without_weights(folder)}")
         # Without a folder, the error names the file that is expected in it.
@@ -71,7 +79,7 @@ class Weights:
                     raise InputError(
                         f"{index}: {shown(name)}: found {listed.get(name)!r}, expected {path.name!r}, which holds it"
                     )
-                self.shapes[name], self._paths[name] = shape, path
+                self.shapes[name], self.kinds[name], self._paths[name] = shape, kind, path
         if missing := sorted(n for n in listed.keys() - self.shapes.keys() if needed(n)):
             raise InputError(f"{index}: {shown(missing[0])}: found no such tensor in {listed[missing[0]]}")
 
@@ -91,11 +99,35 @@ class Weights:
                 tensor: torch.Tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: {name}: cannot be read ({error})") from error
-        # The sum needs no second copy; a finite one has no NaN among its terms.
-        suspect = tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite()
-        if suspect and not tensor.isfinite().all():
-            raise InputError(f"{path}: {name}: found NaN or infinity; download or make the file again")
+        if name not in self._finite:
+            # The sum needs no second copy; a finite one has no NaN among its terms.
+            suspect = tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite()
+            if suspect and not tensor.isfinite().all():
+                raise InputError(f"{path}: {name}: found NaN or infinity; download or make the file again")
+            self._finite.add(name)
         return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the stored dtype of a tensor."""
+        import torch
+
+        floats = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        return floats.get(self.kinds[name], torch.uint8)
+
+    def ahead(self, names: Iterable[str]) -> None:
+        """Ask the operating system to read these tensors in the background; it may ignore that, or not know how."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._paths[name], []).append(name)
+        for path, wanted in by_file.items():
+            if path not in self._offsets:
+                self._offsets[path] = _offsets(path)
+            spans = [self._offsets[path][name] for name in wanted]
+            begin, end = min(span[0] for span in spans), max(span[1] for span in spans)
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def check(self, expected: Mapping[str, Shape]) -> None:
         """Check that names and shapes are exactly those of a model.
@@ -141,3 +173,13 @@ def header(
             remedy = "; give the weights before they were rounded to 8 bits" if kind in FLOAT8 else ""
             raise InputError(f"{path}: {shown(name)}: found {kind}, expected one of {', '.join(kinds)}{remedy}")
     return tensors
+
+
+def _offsets(path: Path) -> dict[str, tuple[int, int]]:
+    """Return where the bytes of each tensor begin and end in a safetensors file that `header` has read."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    first = 8 + length
+    spans = {name: entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"}
+    return {name: (first + begin, first + end) for name, (begin, end) in spans.items()}

@@ -45,11 +45,27 @@ VelocityInputs = tuple[torch.Tensor, Conditioning, torch.Tensor, float]
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str], max_sequence_length: int, *, batch: int = 64) -> Conditioning:
-    """Encode prompts with the pipeline's own encoders."""
+    """Encode prompts with the encoders of a pipeline of diffusers, or of artefact/staged.py."""
+    if hasattr(pipe, "encode"):
+        return Conditioning(*pipe.encode(prompts, max_sequence_length))
     network: Network = family_of_model(pipe.transformer)
     parts = [network.encode(pipe, prompts[i : i + batch], max_sequence_length) for i in range(0, len(prompts), batch)]
     hidden, pooled = (torch.cat(part) for part in zip(*parts, strict=True))
     return Conditioning(hidden, pooled)
+
+
+def encode_with_empty(pipe: Any, prompts: list[str], max_sequence_length: int) -> tuple[Conditioning, Conditioning]:
+    """Encode prompts, and the empty one that guidance evaluates: no encoder is read twice."""
+    both = encode_prompts(pipe, ["", *prompts], max_sequence_length)
+    return both[1:], both[:1]
+
+
+def encode_pooled(pipe: Any, prompts: list[str], max_sequence_length: int) -> torch.Tensor:
+    """Return only the pooled text (B, P); where that is possible without the encoders of the hidden text."""
+    if hasattr(pipe, "pooled"):
+        pooled: torch.Tensor = pipe.pooled(prompts)
+        return pooled
+    return encode_prompts(pipe, prompts, max_sequence_length).pooled
 
 
 def noise(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
@@ -93,6 +109,17 @@ def velocity(
     return out
 
 
+def evaluate(
+    model: Any, latents: torch.Tensor, condition: Conditioning, sigma: torch.Tensor, guidance: float
+) -> torch.Tensor:
+    """Evaluate a transformer where it is and in its own dtype; return the velocity where and as the latents are.
+
+    Latents and noise levels stay float32: half precision would change them.
+    """
+    like = next(p for p in model.parameters() if not p.is_meta and p.is_floating_point())
+    return velocity(model, latents.to(like), condition.to(like), sigma, guidance).to(latents)
+
+
 def network_inputs(
     model: Any, latents: torch.Tensor, condition: Conditioning, sigma: torch.Tensor, guidance: float
 ) -> dict[str, torch.Tensor]:
@@ -134,7 +161,7 @@ def denoise(
     for sigma, following in zip(levels[:-1], levels[1:], strict=True):
         yield latents, sigma
         x = torch.cat([latents, latents]) if guided else latents
-        step = velocity(transformer, x, condition, sigma.to(x).expand(len(x)), guidance)
+        step = evaluate(transformer, x, condition, sigma.to(x).expand(len(x)), guidance)
         if guided:
             unconditional, conditional = step.split(count)
             step = unconditional + guidance * (conditional - unconditional)
@@ -145,6 +172,8 @@ def denoise(
 @torch.no_grad()
 def encode_images(pipe: Any, images: torch.Tensor) -> torch.Tensor:
     """Encode uint8 images (S, 3, H, W) to normalised latents (S, C, h, w), the means of the VAE's distributions."""
+    if hasattr(pipe, "make_room"):
+        pipe.make_room(*images.shape[-2:])
     parts = []
     vae, (scaling, shift) = pipe.vae, latent_scale(pipe.vae.config)
     for image in images.split(1):
@@ -157,6 +186,8 @@ def encode_images(pipe: Any, images: torch.Tensor) -> torch.Tensor:
 def decode(pipe: Any, latents: torch.Tensor) -> NDArray[np.uint8]:
     """Decode latents (B, C, h, w) to uint8 images (B, H, W, 3)."""
     scaling, shift = latent_scale(pipe.vae.config)
+    if hasattr(pipe, "make_room"):
+        pipe.make_room(*(side * pipe.vae_scale_factor for side in latents.shape[-2:]))
     images = []
     for scaled in (latents / scaling + shift).split(1):
         pixels = pipe.vae.decode(scaled.to(pipe.vae.dtype)).sample.float()
@@ -173,8 +204,7 @@ def generate(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> NDArray[np.uint8]:
     """Draw one image per prompt and seed: (P, H, W, 3) uint8. `progress` gets images done and all images."""
-    condition = encode_prompts(pipe, prompts, generation.max_sequence_length)
-    empty = encode_prompts(pipe, [""], generation.max_sequence_length)
+    condition, empty = encode_with_empty(pipe, prompts, generation.max_sequence_length)
     shape = latent_shape(pipe, generation)
     levels, batch = sigmas(pipe, generation.num_inference_steps, shape), at_once(pipe.transformer, shape)
     images = []

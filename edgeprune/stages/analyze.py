@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from edgeprune.analysis.contribution import Group, analyze, groups, partials_of
+from edgeprune.analysis.contribution import Group, analyze, groups, partials_of, swapped
 from edgeprune.analysis.estimators import estimator_named
-from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.resolve import BUILTIN, read_original
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
+from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
 from edgeprune.families import Config, Family
 from edgeprune.metrics import check_analysis, evaluations, of_pipeline, preparing
-from edgeprune.sampling.denoising import VelocityInputs, at_once, velocity
+from edgeprune.metrics.velocity import VelocityError
+from edgeprune.residency.compute import Compute
+from edgeprune.residency.streaming import held_bytes, is_streamed
+from edgeprune.sampling.denoising import VelocityInputs, at_once, evaluate
 from edgeprune.sampling.generation import Generation
-from edgeprune.stages.costs import evaluations_per_step, sample, surroundings_bytes
+from edgeprune.stages.costs import evaluations_per_step, sample
 from edgeprune.stages.modulation import modulation_mean
 from edgeprune.stages.options import AnalyzeOptions
+from edgeprune.stages.original import Original
 from edgeprune.stages.prompts import GIVEN, analysis_prompts
 from edgeprune.stages.workspace import Workspace
 
@@ -46,6 +50,7 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
         InputError: unknown estimator or metric, missing weights of the metric, or prompts that it is not made for.
         StaleStageError: see `Workspace.stage`.
     """
+    options = options.chosen(ws.family, ws.config)
     estimator_class = estimator_named(options.estimator, options.metric)
     removals = analysis_groups(ws.family, ws.config, options)
     prompts = analysis_prompts(options, builtin=ws.builtin)
@@ -68,54 +73,94 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
         ws.manifest.hash_files(ws.out, "analysis.json")
         return {GIVEN: options.prompts is not None}
 
-    ran = ws.stage("analyze", inputs, score)
+    ran = ws.stage("analyze", inputs, score, check=lambda: _check_time(ws, options, removals, len(prompts), progress))
     for partial in partials_of(ws.report_path) if processes.is_main() else ():
         partial.unlink(missing_ok=True)
     return ran
 
 
-def forecast(
-    source: Path, options: AnalyzeOptions, generation: Generation, variant: str | None = None
-) -> dict[str, Any]:
-    """Forecast what `analyze` would cost, from one timed evaluation of the loaded transformer.
+def _check_time(ws: Workspace, options: AnalyzeOptions, removals: list[Group], count: int, progress: Progress) -> None:
+    """Say what an analysis of `count` prompts takes, and refuse what takes too long; see `Workspace.check_time`."""
+    per_step, blocks = evaluations_per_step(ws.family, ws.config, ws.generation), ws.family.block_count(ws.config)
 
-    The transformer is loaded in float32 and runs up to three times. Evaluations are of one sample; in batches each
-    takes less time.
+    def total(chosen: AnalyzeOptions, prompts: int) -> float:
+        return work(chosen, ws.generation, removals, prompts, per_step, blocks)
+
+    ways = []
+    if options.estimator != "gates" and options.metric == VelocityError.name:
+        options_of_gates = replace(options, estimator="gates")
+        ways.append(("--estimator gates", total(options_of_gates, count)))
+        ways.append(("--estimator gates --count 1", total(options_of_gates, 1)))
+    elif count > 1:
+        ways.append(("--count 1", total(options, 1)))
+    ws.check_time("analyze", total(options, count), ways, progress)
+
+
+def work(
+    options: AnalyzeOptions, generation: Generation, removals: list[Group], count: int, per_step: int, blocks: int
+) -> float:
+    """Return the work of `run`, in evaluations of the full transformer for one sample.
+
+    Args:
+        options: of the analysis.
+        generation: how images are made.
+        removals: the groups of parts that are scored.
+        count: number of prompts.
+        per_step: evaluations of a sampling step.
+        blocks: number of blocks of the transformer.
+    """
+    estimator = estimator_named(options.estimator, options.metric)
+    per_score = evaluations(options.metric, generation, count, per_step)
+    before = preparing(options.metric, generation, count, per_step)
+    compared = per_score if estimator.compares and options.metric == VelocityError.name else 0
+    return estimator.evaluations([(), *removals], blocks, per_score) + before + compared
+
+
+def forecast(
+    source: Path,
+    options: AnalyzeOptions,
+    generation: Generation,
+    variant: str | None = None,
+    compute: ComputeOptions | None = None,
+) -> dict[str, Any]:
+    """Forecast what `analyze` would cost, from one timed evaluation where and as it would run.
+
+    Evaluations are of one sample; in batches each takes less time.
 
     Args:
         source: the pipeline's folder.
         options: of the analysis.
         generation: how images are made.
         variant: of the weights, see residency/model_files.py.
+        compute: where networks run, and in how much memory; None takes what this machine has.
 
     Returns:
-        Numbers with units in their names. `weights_bytes` counts text encoders and VAE too, since the whole pipeline
-        is in memory. `held_bytes` is what the estimator keeps, without the weights and without
-        the activations of a forward pass.
+        Numbers with units in their names. `weights_bytes` is what the transformer has in memory while it runs.
+        `held_bytes` is what the estimator keeps, without the weights and without the activations of a forward pass.
 
     Raises:
         InputError: an option or a config is not usable.
     """
     config, family = read_original(source)
+    options = options.chosen(family, config)
     estimator = estimator_named(options.estimator, options.metric)
     removals = analysis_groups(family, config, options)
     per_step, blocks = evaluations_per_step(family, config, generation), family.block_count(config)
     count = len(analysis_prompts(options, builtin=source == BUILTIN))
     per_score = evaluations(options.metric, generation, count, per_step)
-    before = preparing(options.metric, generation, count, per_step)
-    total = estimator.evaluations([(), *removals], blocks, per_score) + before
-    model = load_transformer(source, quantized=False, variant=variant)
-    model.requires_grad_(False)
+    total = work(options, generation, removals, count, per_step, blocks)
+    original = Original(source, variant, Compute.of(compute or ComputeOptions()))
+    model = original.transformer
     one = sample(family, config, source, generation)
     stream_bytes, evaluation_s = _measure(family, model, one)
-    saved = _saved_bytes(model, one) if estimator.backward else 0
+    saved = _saved_bytes(family, model, one, stream_bytes) if estimator.backward else 0
     return {
         "blocks": blocks,
         "groups": len(removals) + 1,
         "evaluations": round(total),
         "evaluation_s": round(evaluation_s, 4),
         "analysis_s": round(total * evaluation_s, 1),
-        "weights_bytes": sum(p.nbytes for p in model.parameters()) + surroundings_bytes(source),
+        "weights_bytes": held_bytes(model),
         "held_bytes": estimator.extra_bytes(stream_bytes, saved, per_score, at_once(model, one[0].shape[1:])),
     }
 
@@ -129,27 +174,40 @@ def _measure(family: Family, model: Any, one: VelocityInputs) -> tuple[int, floa
 
     with torch.no_grad():
         handle = family.blocks(model)[0].register_forward_hook(count_bytes)
-        velocity(model, *one)
+        evaluate(model, *one)
         handle.remove()
         began = time.perf_counter()
-        velocity(model, *one)
+        evaluate(model, *one)
         return stream_bytes[0], time.perf_counter() - began
 
 
-def _saved_bytes(model: Any, one: VelocityInputs) -> int:
-    """Return what autograd keeps of a forward pass for the backward pass, where weights need no gradients."""
+def _saved_bytes(family: Family, model: Any, one: VelocityInputs, stream_bytes: int) -> int:
+    """Return what autograd keeps of one sample for the backward pass, where weights need no gradients.
+
+    Of a streamed model that is every block's inputs, and all of the block that is run again.
+    """
+    blocks = family.blocks(model)
+    if not is_streamed(blocks[0]):
+        return _saved_now(model, one)
+    nowhere = torch.empty(0)  # whole blocks are removed, which needs no mean
+    others = [family.removal(model, index, None, nowhere)[0] for index in range(1, len(blocks))]
+    with swapped(others):
+        return _saved_now(model, one) + stream_bytes * len(blocks)
+
+
+def _saved_now(model: Any, one: VelocityInputs) -> int:
     saved: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters() if not p.is_meta}
 
     def count_storage(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weights and not isinstance(tensor, torch.nn.Parameter):
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     latents, condition, sigma, guidance = one
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count_storage, lambda tensor: tensor):
         # Keep the result: freed storages would be reused, and counted as one.
-        result = velocity(model, latents.requires_grad_(), condition, sigma, guidance)
+        result = evaluate(model, latents.requires_grad_(), condition, sigma, guidance)
     del result
     return sum(saved.values())

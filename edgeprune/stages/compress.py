@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.analysis.contribution import ContributionReport, fingerprint, groups
-from edgeprune.analysis.estimators import estimator_named
 from edgeprune.artefact.resolve import BUILTIN, read_original
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import need_space
 from edgeprune.common.progress import Progress, silent
 from edgeprune.data.cache import is_cache
 from edgeprune.data.settings import SHAPES, is_drawn
-from edgeprune.metrics import check_analysis, evaluations
+from edgeprune.metrics import check_analysis
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.methods import Scored, methods
 from edgeprune.planning.modulation import ranks
@@ -26,7 +25,13 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import is_projectable, modulation_width
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import analyze, distill, plan, prune, quantize
-from edgeprune.stages.costs import evaluations_per_step, flops_per_evaluation, matmul_flops_per_s, surroundings_bytes
+from edgeprune.stages.costs import (
+    evaluations_per_step,
+    flops_per_evaluation,
+    matmul_flops_per_s,
+    surroundings_bytes,
+    transformer_bytes,
+)
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
 from edgeprune.stages.prompts import analysis_prompts
 from edgeprune.stages.workspace import Workspace
@@ -149,8 +154,8 @@ def _plan_alike(source: Path, generation: Generation, options: CompressOptions, 
 def forecast(source: Path, options: CompressOptions, generation: Generation) -> dict[str, Any]:
     """Forecast what `compress` would cost: work, least time on this machine, memory of weights, and bytes written.
 
-    Analysis holds the whole pipeline: transformer, text encoders and VAE. Activations and the report's images are not
-    counted. See costs.py for the work and the time.
+    Analysis holds a small transformer, and of a large one as many blocks as there is room for; the least is counted.
+    Activations and the report's images are not counted. See costs.py for the work and the time.
 
     Args:
         source: the pipeline's folder.
@@ -168,12 +173,11 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
     expected = expected_plan(source, generation, options)
     before, after = expected.before, expected.after
 
-    removals = [(), *analyze.analysis_groups(family, config, options.analyze)]
-    estimator = estimator_named(options.analyze.estimator, options.analyze.metric)
-    per_step = evaluations_per_step(family, config, generation)
-    prompts = len(analysis_prompts(options.analyze, builtin=source == BUILTIN))
-    per_score = evaluations(options.analyze.metric, generation, prompts, per_step)
-    scored = round(estimator.evaluations(removals, family.block_count(config), per_score))
+    analysis = options.analyze.chosen(family, config)
+    removals = analyze.analysis_groups(family, config, analysis)
+    per_step, blocks = evaluations_per_step(family, config, generation), family.block_count(config)
+    prompts = len(analysis_prompts(analysis, builtin=source == BUILTIN))
+    scored = round(analyze.work(analysis, generation, removals, prompts, per_step, blocks))
     training = options.distill
     frozen = training is not None and distill.recipe_of(training, expected, family, config, generation).freeze_prefix
     drawn_images = options.data.samples if training and is_drawn(options.data.source or SHAPES) else 0
@@ -181,11 +185,11 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
     flops = flops_per_evaluation(family, config, source, generation)
     speed = matmul_flops_per_s()
     return {
-        "blocks": family.block_count(config),
+        "blocks": blocks,
         "parameters": before.parameters,
         "parameters_left": after.parameters,
         "int4_bytes": after.int4_bytes,
-        "analyze_parts": len(removals),
+        "analyze_parts": 1 + len(removals),
         "analyze_prompts": prompts,
         "analyze_evaluations": scored,
         "analyze_floor_s": round(scored * flops / speed, 1),
@@ -195,7 +199,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
         "distill_floor_s": round(_training_evaluations(training, expected, frozen) * flops / speed, 1),
         "evaluation_flops": flops,
         "matmul_flops_per_s": round(speed),
-        "analyze_weights_bytes": 2 * before.bf16_bytes + surroundings_bytes(source),
+        "analyze_weights_bytes": transformer_bytes(family, config),
         "distill_weights_bytes": _training_bytes(training, expected),
         "written_bytes": after.bf16_bytes + after.int4_bytes,
     }

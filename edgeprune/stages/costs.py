@@ -17,6 +17,8 @@ from edgeprune.common.files import read_json
 from edgeprune.families import Config, Family
 from edgeprune.families.encoders import text_encoders
 from edgeprune.planning.fit import stored_shapes
+from edgeprune.residency.compute import Compute, is_small
+from edgeprune.residency.stored import CPU
 from edgeprune.sampling.denoising import Conditioning, VelocityInputs, velocity
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 
@@ -39,8 +41,22 @@ def sample(family: Family, config: Config, source: Path, generation: Generation)
     return torch.zeros(1, *size), condition, torch.zeros(1), generation.guidance_scale
 
 
+def transformer_bytes(family: Family, config: Config) -> int:
+    """Return the bytes that a transformer's weights take at least while it runs, see stages/original.py.
+
+    Of a large one that is what is outside its blocks and the largest block, as stored in 16 bits and widened.
+    """
+    parts: dict[int | None, int] = {}
+    for name, shape in family.tensor_shapes(config).items():
+        place = family.place(config, name)
+        block = None if place is None else place[0]
+        parts[block] = parts.get(block, 0) + math.prod(shape)
+    numbers, outside = sum(parts.values()), parts.pop(None, 0)
+    return 4 * numbers if is_small(numbers) else (2 + 4) * (outside + max(parts.values()))
+
+
 def surroundings_bytes(source: Path) -> int:
-    """Return the bytes in float32 of a pipeline's text encoders and VAE, which are loaded with the transformer.
+    """Return the bytes in float32 of a pipeline's text encoders and VAE.
 
     Args:
         source: the pipeline's folder; only the headers of its files are read.
@@ -65,12 +81,30 @@ def flops_per_evaluation(family: Family, config: Config, source: Path, generatio
     return int(counter.get_total_flops())
 
 
-def matmul_flops_per_s(size: int = 1024, repeats: int = 5) -> float:
-    """Measure the speed of a float32 matrix product of this size on this machine; return the best of `repeats`."""
-    a = torch.ones(size, size)
+def evaluation_seconds(family: Family, config: Config, source: Path, generation: Generation, compute: Compute) -> float:
+    """Return the least time of one sample through the transformer, in seconds, where and in the dtype that it runs in.
+
+    Args:
+        family: the transformer's.
+        config: the transformer's.
+        source: the pipeline's folder.
+        generation: size of the image and length of the prompt.
+        compute: where it runs.
+    """
+    numbers = sum(map(math.prod, family.tensor_shapes(config).values()))
+    dtype = compute.dtype(torch.bfloat16, numbers)
+    speed = matmul_flops_per_s(dtype=dtype, device=compute.device)
+    return flops_per_evaluation(family, config, source, generation) / speed
+
+
+def matmul_flops_per_s(
+    size: int = 1024, repeats: int = 5, *, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> float:
+    """Measure the speed of a matrix product of this size on this machine; return the best of `repeats`."""
+    a = torch.ones(size, size, dtype=dtype, device=device)
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        torch.mm(a, a)
+        torch.mm(a, a)[0, 0].item()  # waits for a GPU
         times.append(time.perf_counter() - began)
     return 2 * size**3 / min(times)

@@ -20,6 +20,7 @@ from edgeprune.data.settings import CacheOptions, settings_of, source_digest
 from edgeprune.families import Architecture, Config
 from edgeprune.planning.methods import baselines
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.residency.streaming import is_streamed
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.stages.costs import sample
@@ -189,7 +190,7 @@ def _encode(ws: Workspace, folder: Path, options: CacheOptions, progress: Progre
     with ws.hashes() as sha256:
         settings = settings_of(ws.source, ws.generation, options, sha256, ws.variant)
     make_cache(
-        lambda: ws.pipe, ws.source, folder, settings, ws.generation, options,
+        lambda: ws.original.holding(), ws.source, folder, settings, ws.generation, options,
         progress=lambda done, total, note: progress("distill: latents", done, total, note),
     )  # fmt: skip
     progress(f"distill: data: {skip_report(folder)}")
@@ -207,7 +208,7 @@ def _open(ws: Workspace, folder: Path, progress: Progress) -> Pairs:
 def _teacher(ws: Workspace, precision: str) -> Any:
     """Return the original transformer: a copy of its own where training changes its precision or shards it."""
     ws.original.release_surroundings()  # everything is encoded
-    if precision == "float32" and processes.count() == 1:
+    if precision == "float32" and processes.count() == 1 and not is_streamed(ws.family.blocks(ws.teacher)[0]):
         return ws.teacher
     ws.original.release()
     teacher = load_transformer(ws.source, quantized=False, variant=ws.variant)

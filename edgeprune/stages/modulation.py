@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from edgeprune.planning.modulation import modulation_inputs
-from edgeprune.sampling.denoising import encode_prompts, latent_shape, sigmas
+from edgeprune.sampling.denoising import encode_pooled, latent_shape, sigmas
 from edgeprune.stages.workspace import Workspace
 
 MODULATION = "modulation.safetensors"
@@ -38,5 +38,5 @@ def sampler_levels(ws: Workspace) -> torch.Tensor:
 
 def inputs_of(ws: Workspace, prompts: list[str], levels: torch.Tensor) -> torch.Tensor:
     """Return the modulation inputs (prompts, T, D) of these prompts at these noise levels (T)."""
-    pooled = encode_prompts(ws.encoders, prompts, ws.generation.max_sequence_length).pooled
+    pooled = encode_pooled(ws.encoders, prompts, ws.generation.max_sequence_length)
     return modulation_inputs(ws.family, ws.encoders.transformer, levels * 1000, pooled, ws.generation.guidance_scale)

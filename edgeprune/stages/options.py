@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from edgeprune.analysis.estimators import AUTO, estimator_named
 from edgeprune.common.errors import InputError
 from edgeprune.data.settings import CAPTIONS, SHAPES
+from edgeprune.families import Config, Family
 from edgeprune.planning.options import PlanOptions
+from edgeprune.residency.compute import is_small
 from edgeprune.training.recipe import DistillOptions
 
 GIVE_DATA = (
@@ -38,8 +42,17 @@ class AnalyzeOptions:
     """Also score groups of components of one block, see contribution.TOGETHER."""
     pairs: bool = False
     """Also score every pair of parts."""
-    estimator: str = "exhaustive"
-    """How scores are obtained, see analysis/estimators/."""
+    estimator: str = AUTO
+    """How scores are obtained, see analysis/estimators/. AUTO is `exhaustive` where that is cheap: for a small model,
+    and for metrics that others cannot estimate; else `gates`."""
+
+    def chosen(self, family: Family, config: Config) -> AnalyzeOptions:
+        """Return the options for a model: AUTO is replaced by a name."""
+        if self.estimator != AUTO:
+            return self
+        large = not is_small(sum(map(math.prod, family.tensor_shapes(config).values())))
+        fits = large and self.metric in (estimator_named("gates", "velocity").metrics or ())
+        return replace(self, estimator="gates" if fits else "exhaustive")
 
 
 @dataclass(frozen=True)

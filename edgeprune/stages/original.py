@@ -1,4 +1,8 @@
-"""The original model of an artefact: its folder, and what of it is in memory."""
+"""The original model of an artefact: its folder, and what of it is in memory.
+
+Everything that runs the original goes through `Original`: it decides where networks compute, in which dtype, and which
+weights stay in memory. A transformer that is small or fits is held; of a larger one, blocks are read when they run.
+"""
 
 from __future__ import annotations
 
@@ -7,52 +11,73 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgeprune.artefact.loading import load_pipeline, load_transformer
+from edgeprune.artefact.loading import load_pipeline, open_transformer
 from edgeprune.artefact.manifest import HALF
 from edgeprune.artefact.resolve import read_config
+from edgeprune.artefact.staged import StagedPipeline, can_stage
+from edgeprune.artefact.text_store import TextStore
+from edgeprune.families import family_of_model
 from edgeprune.planning.modulation import embedder_alone
+from edgeprune.residency.compute import Compute
+from edgeprune.residency.running import running
+from edgeprune.residency.streaming import is_streamed
 from edgeprune.residency.weights import Weights
 
 
 class Original:
     """A model's folder, and what has been loaded from it. Each network is loaded on first use, once, and kept."""
 
-    def __init__(self, source: Path, variant: str | None = None) -> None:
+    def __init__(self, source: Path, variant: str | None = None, compute: Compute | None = None) -> None:
         """Load nothing yet.
 
         Args:
             source: the pipeline's folder.
             variant: of the weights, see residency/model_files.py.
+            compute: where networks compute, and how much memory that may take; None for the processor.
         """
-        self.source, self.variant = source, variant
+        self.source, self.variant, self.compute = source, variant, compute or Compute()
+        self.texts: TextStore | None = None
+        """Where encoded prompts are kept, if anywhere."""
         self.loaded: dict[str, Any] = {}
         """What is in memory, under the name of the property that loads it."""
 
     @property
     def transformer(self) -> Any:
-        """The transformer in float32."""
-        return self._once("transformer", lambda: load_transformer(self.source, quantized=False, variant=self.variant))
+        """The transformer, ready to run on the device."""
+        return self._once(
+            "transformer",
+            lambda: running(open_transformer(self.source, quantized=False, variant=self.variant), self.compute),
+        )
 
     @property
     def pipe(self) -> Any:
-        """The whole pipeline in float32, around `transformer`."""
+        """The whole pipeline, around `transformer`."""
         return self._once("pipe", lambda: self._around(self.transformer, "encoders"))
 
     @property
     def encoders(self) -> Any:
-        """The pipeline for its text encoders; its transformer may have only the embedder of timestep and prompt."""
+        """The pipeline for its text; its transformer may have only the embedder of timestep and prompt."""
         return self._once("encoders", lambda: self._around(self._embedder(), "pipe"))
 
+    def holding(self) -> Any:
+        """Return the whole pipeline for many batches of prompts: its text encoders stay in memory."""
+        return self.pipe.holding() if isinstance(self.pipe, StagedPipeline) else self.pipe
+
     def _embedder(self) -> Any:
-        return self.loaded["transformer"] if "transformer" in self.loaded else load_embedder(self.source, self.variant)
+        found = self.loaded.get("transformer")
+        if found is not None and not is_streamed(family_of_model(found).blocks(found)[0]):
+            return found
+        return load_embedder(self.source, self.variant).to(self.compute.device)
 
     def _around(self, transformer: Any, other: str) -> Any:
-        """Return the pipeline around `transformer`, with the text encoders of the pipeline `other` if it is loaded."""
-        if other not in self.loaded:
-            return load_pipeline(self.source, transformer, variant=self.variant)
-        pipe = copy.copy(self.loaded[other])
-        pipe.transformer = transformer
-        return pipe
+        """Return the pipeline around `transformer`; it shares what the pipeline `other` has loaded."""
+        if other in self.loaded:
+            pipe = copy.copy(self.loaded[other])
+            pipe.transformer = transformer
+            return pipe
+        if can_stage(self.source):
+            return StagedPipeline(self.source, transformer, self.compute, self.variant, texts=self.texts)
+        return load_pipeline(self.source, transformer, variant=self.variant)
 
     def _once(self, name: str, load: Callable[[], Any]) -> Any:
         if name not in self.loaded:
@@ -61,7 +86,8 @@ class Original:
 
     def shared(self) -> Original:
         """Return a second holder of the same transformer and pipeline, which releases them for itself alone."""
-        other = Original(self.source, self.variant)
+        other = Original(self.source, self.variant, self.compute)
+        other.texts = self.texts
         other.loaded = {"pipe": self.pipe, "transformer": self.transformer}
         return other
 
@@ -69,6 +95,13 @@ class Original:
         """Drop text encoders and VAE, and keep the transformer; the next use of a pipeline loads them again."""
         for name in ("pipe", "encoders"):
             self.loaded.pop(name, None)
+
+    def release_transformer(self) -> None:
+        """Drop a transformer that is read block by block, with what it keeps of them; the next use opens it again."""
+        found = self.loaded.get("transformer")
+        if found is not None and is_streamed(family_of_model(found).blocks(found)[0]):
+            for name in ("pipe", "transformer"):
+                self.loaded.pop(name, None)
 
     def release(self) -> None:
         """Drop all networks; the next use loads them again."""

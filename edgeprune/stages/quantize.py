@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
+
+import torch
 
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.manifest import INT4
 from edgeprune.artefact.writing import write_transformer
 from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
-from edgeprune.common.splits import Split
 from edgeprune.common.tensors import Tensors
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import shorter_config
 from edgeprune.quantization.quantize import CALIBRATIONS, prepare, quantize_part
-from edgeprune.residency.stored import PACKED
+from edgeprune.residency.streaming import PACKED
 from edgeprune.residency.weights import Weights
-from edgeprune.sampling.denoising import encode_prompts, velocity
-from edgeprune.stages.modulation import is_guided
+from edgeprune.stages.calibration import calibration_streams
+from edgeprune.stages.costs import evaluations_per_step
 from edgeprune.stages.options import QuantizeOptions
 from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.weights import by_block
@@ -48,66 +49,67 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) ->
     inputs, prompts = asdict(options), list[str]()
     if options.calibration != "none":
         inputs["prompts"] = prompts = calibrating(ws, count=PROMPTS)
-    return ws.stage("quantize", inputs, lambda key: _quantize(ws, options, plan, prompts, key, progress))
+
+    def check() -> None:
+        if prompts:
+            ws.check_time("quantize", _evaluations(ws, plan, len(prompts)), [("--calibration none", 0.0)], progress)
+
+    return ws.stage("quantize", inputs, lambda key: _quantize(ws, options, plan, prompts, key, progress), check)
 
 
 def _quantize(
     ws: Workspace, options: QuantizeOptions, plan: PrunePlan, prompts: list[str], key: str, progress: Progress
 ) -> dict[str, Any]:
-    """Quantize block by block. Without calibration one block is in memory at a time, with it the whole transformer."""
+    """Quantize block by block, with one block in memory at a time."""
     stored = open_transformer(ws.out, quantized=False)
     empty = prepare(ws.family, copy.deepcopy(stored.model), group_size=options.group_size).state_dict()
     sizes = {n: t.numel() * (t.element_size() if n.endswith(PACKED) else 2) for n, t in empty.items()}
     blocks = by_block(ws, sizes, plan)
-    calibrate = _calibration(ws, stored.load(), prompts) if prompts else None
+    streams = None
+    if prompts:
+        stored.fill(stored.names(None))
+        streams = calibration_streams(ws, stored.model, prompts)
 
     def make(index: int) -> Tensors:
         block = index if index < len(plan.kept) else None
-        if calibrate is None:
-            stored.fill(stored.names(block), None)
-        quantize_part(ws.family, stored.model, block, **asdict(options), run=calibrate)
+        run = None
+        if streams is None or block is not None:
+            stored.fill(stored.names(block), torch.float32 if streams else None)
+        if streams is not None and block is not None:
+            run = partial(streams.run, ws.family.blocks(stored.model)[block])
+        quantize_part(ws.family, stored.model, block, **asdict(options), run=run)
         state = stored.model.state_dict()
         tensors = {n: state[n] if n.endswith(PACKED) else state[n].half() for n in blocks[index]}
-        if calibrate is not None:
-            use_as_written(tensors)
-        elif block is not None:
-            stored.drop(block)
+        if block is not None:
+            advance(block, tensors)
         return tensors
 
     def resume(index: int, weights: Weights) -> None:
         """Take over a block that an earlier run has written."""
-        if calibrate is not None and index < len(plan.kept):
+        if streams is not None and index < len(plan.kept):
             prefix = ws.family.block_prefix(stored.model, index)
             prepare(ws.family, ws.family.blocks(stored.model)[index], prefix=prefix, group_size=options.group_size)
-            use_as_written({n: weights[n] for n in blocks[index]})
+            advance(index, {n: weights[n] for n in blocks[index]})
 
-    def use_as_written(tensors: Tensors) -> None:
+    def advance(block: int, tensors: Tensors) -> None:
         """Calibrate later blocks with this one as it is on disk, so that an interrupted run ends in the same bytes."""
-        floats = {n: t if n.endswith(PACKED) else t.float() for n, t in tensors.items()}
-        stored.model.load_state_dict(floats, strict=False, assign=True)
+        if streams is not None:
+            floats = {n: t if n.endswith(PACKED) else t.float() for n, t in tensors.items()}
+            stored.model.load_state_dict(floats, strict=False, assign=True)
+            streams.run(ws.family.blocks(stored.model)[block], advance=True)
+        stored.drop(block)
 
     ws.manifest.group_size = options.group_size
     config = shorter_config(ws.family, ws.config, plan)
     size = write_transformer(ws.out, INT4, config, blocks, make, inputs=key, found=resume, progress=progress)
+    if streams is not None:
+        streams.close()
     ws.manifest.hash_files(ws.out, INT4)
     return {"weights_bytes": size}
 
 
-def _calibration(ws: Workspace, model: Any, prompts: list[str]) -> Callable[[], None]:
-    """Return a function that runs `model` as sampling does on the original's trajectories of these prompts.
-
-    With classifier-free guidance every state is evaluated with its prompt and with the empty one.
-    """
-    metric = VelocityError(ws.pipe, ws.generation, prompts, split=Split.CALIBRATION)
-    conditions = [metric.condition]
-    if is_guided(ws):
-        empty = encode_prompts(ws.pipe, [""], ws.generation.max_sequence_length)
-        conditions.append(empty[[0] * len(metric.states)])
-
-    def calibrate() -> None:
-        for start in range(0, len(metric.states), metric.batch):
-            rows = slice(start, start + metric.batch)
-            for condition in conditions:
-                velocity(model, metric.states[rows], condition[rows], metric.sigmas[rows], metric.guidance)
-
-    return calibrate
+def _evaluations(ws: Workspace, plan: PrunePlan, prompts: int) -> float:
+    """Return the work of calibration, in evaluations of the original: trajectories, then each sample twice."""
+    per_step = evaluations_per_step(ws.family, ws.config, ws.generation)
+    states = VelocityError.evaluations(ws.generation, prompts)
+    return states * per_step * (1 + 2 * plan.after.parameters / plan.before.parameters)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,25 @@ from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.licensing import CARD
 from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest
 from edgeprune.artefact.resolve import read_original, resolve
+from edgeprune.artefact.text_store import TextStore
 from edgeprune.artefact.writing import remove_mark
 from edgeprune.common import invocation, processes
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.common.files import digest, read_json, sha256_unless_known, write_json
 from edgeprune.common.hub_cache import commit_of
 from edgeprune.common.lock import LOCK, Lock, hold, is_free
+from edgeprune.common.memory import ComputeOptions
+from edgeprune.common.progress import Progress
+from edgeprune.common.tables import duration
 from edgeprune.planning.fit import Fit, fit
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.residency.compute import Compute
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation, heed
+from edgeprune.stages.costs import evaluation_seconds
 from edgeprune.stages.original import Original
 
+_WORTH_SAYING_S = 60.0
 STAGES = ("analyze", "plan", "prune", "distill", "quantize")
 """The stages of `compress`."""
 ORDER = (*STAGES[:-1], "merge", STAGES[-1])
@@ -54,6 +61,7 @@ class Workspace:
         fresh: bool = False,
         generation: dict[str, Any] | None = None,
         original: Original | None = None,
+        compute: ComputeOptions | None = None,
     ) -> None:
         """Open a folder or begin a new one. This process holds its lock as long as the object lives, see lock.py.
 
@@ -69,6 +77,7 @@ class Workspace:
             fresh: allow stages to be done again with other inputs.
             generation: fields of `Generation` to change; the others come from the folder, or from the source.
             original: the model, if it is open already; None opens it.
+            compute: where networks run, and in how much memory; None takes what this machine has.
 
         Raises:
             InputError: the model is not usable, or the folder holds something else.
@@ -76,6 +85,8 @@ class Workspace:
             LockedError: another process uses the folder.
         """
         self.out, self.fresh, self.cache, self._opened = out, fresh, out / "cache", original
+        self._compute = Compute.of(compute or ComputeOptions())
+        self._longest_s = compute.longest_s if compute else None
         self.command = invocation.command.get()
         """What the user typed; the manifest keeps it for each stage."""
         name = "built-in" if model is None else str(Path(model).resolve()) if Path(model).is_dir() else model
@@ -125,8 +136,12 @@ class Workspace:
             raise StaleStageError(f"{self.out}: made from {name!r}, whose config has changed since; use another -o")
 
     def _open_original(self, model: str | None, revision: str | None, variant: str | None) -> None:
-        self.original = self._opened or Original(resolve(model, revision, variant), variant)
+        self.original = self._opened or Original(resolve(model, revision, variant), variant, self._compute)
         self.source = self.original.source
+        if self.original.texts is None:
+            self.original.texts = TextStore(
+                self.cache / "text", self.source, self.variant, partial(_sha256, self.cache)
+            )
         check_pipeline(self.source, self.original.variant)
         self.config, self.family = read_original(self.source)
 
@@ -187,14 +202,8 @@ class Workspace:
     @contextlib.contextmanager
     def hashes(self) -> Iterator[Callable[[Path], str]]:
         """Yield a function for the SHA-256 of a file. It reads a file again only when the file has changed."""
-        path = self.cache / "hashes.json"
-        stored = read_json(path) if path.is_file() else {}
-        before = dict(stored)
-        try:
-            yield lambda file: sha256_unless_known(file, stored)
-        finally:
-            if stored != before:
-                write_json(path, stored)
+        with _hashes(self.cache) as sha256:
+            yield sha256
 
     @property
     def report_path(self) -> Path:
@@ -233,13 +242,20 @@ class Workspace:
         plan.check(self.config, path)
         return plan
 
-    def stage(self, name: str, inputs: dict[str, Any], run: Callable[[str], dict[str, Any]]) -> bool:
+    def stage(
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        run: Callable[[str], dict[str, Any]],
+        check: Callable[[], None] = lambda: None,
+    ) -> bool:
         """Run a stage unless it was done with the same inputs; return whether it ran.
 
         Args:
             name: one of ORDER.
             inputs: everything that the result depends on, besides the model and earlier stages.
             run: does the work. It gets the inputs' digest, and returns what to store in the manifest of the result.
+            check: called before that and before earlier results are dropped; may raise.
 
         Raises:
             StaleStageError: the stage was done with other inputs, and `fresh` is not set.
@@ -262,6 +278,7 @@ class Workspace:
                 f"{self.out}: {name} was done with other inputs; "
                 "use --fresh to do it again, or another -o to keep this one"
             )
+        check()
         self._forget(ORDER[position:])
         start = time.monotonic()
         result = run(key)
@@ -303,6 +320,28 @@ class Workspace:
         if card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace"):
             card.unlink()
 
+    def check_time(self, stage: str, evaluations: float, ways: Sequence[tuple[str, float]], progress: Progress) -> None:
+        """Say how long a stage takes at least, if that is over a minute, and refuse it if that is too long.
+
+        Args:
+            stage: its name.
+            evaluations: its work, in evaluations of the original transformer for one sample.
+            ways: options that make it shorter, each with the work that is left; the first that suffices is named.
+            progress: gets the line.
+
+        Raises:
+            InputError: it takes at least `ComputeOptions.longest_s`.
+        """
+        seconds = evaluation_seconds(self.family, self.config, self.source, self.generation, self._compute)
+        takes = f"{stage}: at least {duration(evaluations * seconds)} here, on {self._compute.device}"
+        if self._longest_s is None or evaluations * seconds <= self._longest_s:
+            if evaluations * seconds > _WORTH_SAYING_S:
+                progress(f"{takes} ({evaluations:,.0f} evaluations of the transformer)")
+            return
+        short = [way for way in ways if way[1] * seconds <= self._longest_s] or list(ways[-1:])
+        cheaper = f"{short[0][0]} takes {duration(short[0][1] * seconds)}; " if short else ""
+        raise InputError(f"{takes}; {cheaper}--yes runs it anyway")
+
     def skip_distillation(self) -> None:
         """Prepare to continue without distillation: a distilled folder has to be pruned again.
 
@@ -325,6 +364,24 @@ class Workspace:
         """
         if name not in self.manifest.stages:
             raise InputError(f"{self.out}: {after} needs {name}; run `edgeprune {name} -o {self.out}` first")
+
+
+@contextlib.contextmanager
+def _hashes(cache: Path) -> Iterator[Callable[[Path], str]]:
+    path = cache / "hashes.json"
+    stored = read_json(path) if path.is_file() else {}
+    before = dict(stored)
+    try:
+        yield lambda file: sha256_unless_known(file, stored)
+    finally:
+        if stored != before:
+            write_json(path, stored)
+
+
+def _sha256(cache: Path, file: Path) -> str:
+    """Hash a file. Not a method: a workspace that something holds for long would keep its lock."""
+    with _hashes(cache) as sha256:
+        return sha256(file)
 
 
 def _named(source: str, revision: str | None, variant: str | None) -> str:

@@ -141,7 +141,7 @@ def test_bad_input_is_refused_before_anything_is_written(source: Path, tmp_path:
     with pytest.raises(InputError, match="multiple of 8"):
         api.analyze(source, out, OPTIONS.analyze, generation=api.GenerationOptions(height=63))
     with pytest.raises(BudgetError):
-        api.compress(source, out, dataclasses.replace(OPTIONS, plan=api.PlanOptions(max_memory_bytes=9000)))
+        api.compress(source, out, dataclasses.replace(OPTIONS, plan=api.PlanOptions(max_size_bytes=9000)))
     assert not out.exists()
 
 

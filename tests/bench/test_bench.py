@@ -8,12 +8,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from edgeprune import api
 from edgeprune.bench import run as bench_run
 from edgeprune.bench import worker
 from edgeprune.bench.assertions import assert_expressions, parse_expression
@@ -235,19 +235,33 @@ def test_the_baseline_is_the_faster_precision(
     assert bench_run.run(near).slower_originals[0].name == "original-fp32"
 
 
-@pytest.mark.parametrize(
-    ("more", "free", "said"),
-    [({"memory_of": "gpu"}, 1e12, "a GPU is faster in bf16"), ({"peak_bytes": 32e9}, 20e9, "takes about 32 GB")],
-)
-def test_float32_is_left_out_where_it_cannot_serve(
-    more: dict[str, Any], free: float, said: str, tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls, lines = replies(monkeypatch, **more), []
-    monkeypatch.setattr(bench_run.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+def test_float32_is_left_out_on_a_gpu(tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, lines = replies(monkeypatch, memory_of="gpu"), []
     found = run(originals(tiny_folders[0]), progress=lines.append)
     assert calls == [("original-bf16", 0)] and found.slower_originals == []
     assert (found.variants[0].name, found.variants[0].precision) == ("original", "bf16")
-    assert any(said in line for line in lines)
+    assert any("a GPU is faster in bf16" in line for line in lines)
+
+
+def test_memory_is_for_what_runs_in_torch(tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[Variant]()
+
+    def recorded(variants: list[Variant], **_: Any) -> None:
+        seen.extend(variants)
+
+    monkeypatch.setattr(bench_run, "run", recorded)
+    source, made = tiny_folders
+    api.bench([made, source], memory=5 * 10**9)
+    runtimes = {v.name: v.runtime for v in seen}
+    assert {v.name for v in seen if v.options.get("memory") == 5 * 10**9} == {
+        n for n, r in runtimes.items() if r == "eager"
+    }
+    assert {"original-bf16", "original-fp32"} < runtimes.keys()
+    seen.clear()
+    api.bench([made], original=False)
+    assert [v.name for v in seen] == ["compressed"]
+    with pytest.raises(InputError, match="omit --no-original"):
+        api.bench([made], original=False, baseline=source)
 
 
 def test_a_worker_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

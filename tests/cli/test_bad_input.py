@@ -22,9 +22,9 @@ REFUSED = [
     # Options that contradict each other.
     ("plan --config sd3.json --method hpp --blocks 3", "work with --method manual only, found --method hpp"),
     ("plan --config sd3.json --method koala --components 3:mlp", "manual only, found --method koala"),
-    ("plan --config none.json --keep 0.7 --max-memory 3GB", "give --keep or --max-memory, not both"),
+    ("plan --config none.json --keep 0.7 --max-size 3GB", "give --keep or --max-size, not both"),
     ("compress -o x --dry-run --method hpp --blocks 3", "work with --method manual only, found --method hpp"),
-    ("compress -o x --keep 0.7 --max-memory 3GB", "give --keep or --max-memory, not both"),
+    ("compress -o x --keep 0.7 --max-size 3GB", "give --keep or --max-size, not both"),
     ("compress -o x --dry-run --method hpp --threshold 0.3", "--threshold works with --method hybrid only, found"),
     ("compare -o x --preset demo --grid grid.toml", "give --preset or --grid, not both"),
     ("plan --config sd3.json --keep 0.79", "--method hpp needs contribution scores; give --scores FILE"),

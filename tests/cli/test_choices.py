@@ -48,7 +48,8 @@ FIXED = {
     ("compress", "--method"), ("plan", "--method"), ("compress", "--metric"), ("analyze", "--metric"),
     ("compare", "--metric"), ("score", "--metric"), ("generate", "--runtime"), ("bench", "--runtime"),
     ("score", "--runtime"), ("export", "--target"), ("export", "--device"), ("compress", "--fit"), ("plan", "--fit"),
-    ("analyze", "--estimator"), ("distill", "--schedule"), ("distill", "--sensitivity"), ("distill", "--features"),
+    ("analyze", "--estimator"), ("compress", "--estimator"), ("distill", "--schedule"), ("distill", "--sensitivity"),
+    ("distill", "--features"),
     ("distill", "--levels"),
     ("distill", "--teacher-precision"), ("distill", "--mixed-precision"), ("compress", "--calibration"),
     ("quantize", "--calibration"), ("compress", "--preset"), ("compare", "--preset"), ("compress", "--group-size"),
@@ -115,7 +116,7 @@ WRONG = [
     (["compress", "x", "-o", "out", "--dry-run", "--method", "hppp"], "--method", "hpp, hybrid"),
     (["plan", "--method", "nonsense"], "--method", "hpp, hybrid, manual, milp, bk-sdm, koala"),
     (["quantize", "--group-size", "48"], "--group-size", "16, 32, 64, 128"),
-    (["analyze", "--estimator", "guess"], "--estimator", "exhaustive, reuse, gates"),
+    (["analyze", "--estimator", "guess"], "--estimator", "auto, exhaustive, reuse, gates"),
     (["distill", "--sensitivity", "binary"], "--sensitivity", "graded, off: the reference's binary form is"),
     (["synth", "sd4"], "NAME", "sd3.5-large, sd3.5-large-turbo"),
     (["targets", "show", "toaster"], "NAME", "cpu-arm, cpu-x86"),
@@ -171,7 +172,7 @@ def test_repeated_names_are_those_of_the_code() -> None:
     from edgeprune.quantization.quantize import CALIBRATIONS
     from edgeprune.training import recipe
 
-    assert tuple(estimators._MODULES) == options.ESTIMATORS
+    assert (estimators.AUTO, *estimators._MODULES) == options.ESTIMATORS
     assert CALIBRATIONS == options.CALIBRATIONS
     assert recipe.FEATURES == options.FEATURES
     assert recipe.LEVELS == options.LEVELS

@@ -142,7 +142,7 @@ def test_counts_block_by_block_are_those_of_the_whole(name: str) -> None:
 def test_memory_budget_counts_bytes_after_int4() -> None:
     found = ContributionReport.load(SCORES)
     whole = footprint(SD3, SD3.tensor_shapes(LARGE)).int4_bytes
-    plan = make_plan(SD3, LARGE, found, max_memory_bytes=whole - 1)
+    plan = make_plan(SD3, LARGE, found, max_size_bytes=whole - 1)
     assert plan.blocks == [31]
     assert plan.after.int4_bytes < whole
 
@@ -155,8 +155,8 @@ def test_memory_budget_counts_bytes_after_int4() -> None:
         ({"keep": 0.02, "protect_first": 0, "protect_last": 0}, BudgetError, "cannot be met"),
         ({"method": "manual", "blocks": "3", "keep": 0.5}, InputError, "omit --keep"),
         ({"keep": 1.2}, InputError, "--keep"),
-        ({}, InputError, "give --keep or --max-memory$"),
-        ({"keep": 0.5, "max_memory_bytes": 5}, InputError, "give --keep or --max-memory, not both"),
+        ({}, InputError, "give --keep or --max-size$"),
+        ({"keep": 0.5, "max_size_bytes": 5}, InputError, "give --keep or --max-size, not both"),
         ({"method": "best", "keep": 0.8}, InputError, "--method"),
         ({"method": "manual", "blocks": "0-37"}, InputError, "at least one must stay"),
         ({"method": "manual", "blocks": "30-40"}, InputError, "30-40"),

@@ -182,7 +182,7 @@ def test_modulation_first_then_blocks() -> None:
     sizes = {n: t.numel() * (t.element_size() if n.endswith(keep) else 2) for n, t in stored.state_dict().items()}
     assert sum(sizes.values()) == both.after.int4_bytes
     with pytest.raises(BudgetError):
-        make_plan(family, config, scores, max_memory_bytes=10_000, modulation_rank=0, **options)
+        make_plan(family, config, scores, max_size_bytes=10_000, modulation_rank=0, **options)
 
 
 @pytest.mark.parametrize("rank", [-1, WIDTH])

@@ -18,6 +18,7 @@ from fakes import FakeBackend, fake_runtime
 
 from edgeprune import runtimes
 from edgeprune.common.errors import InputError, MissingExtraError
+from edgeprune.residency.streaming import is_streamed
 from edgeprune.runtimes import base, memory
 from edgeprune.sampling.scheduler import FlowMatchEuler
 
@@ -265,6 +266,17 @@ def test_eager_equals_stock_diffusers(source: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_eager_within_a_budget_draws_the_same(source: Path) -> None:
+    """Given memory, parts are in memory one after the other and blocks are read when they run."""
+    drawn = []
+    for options in ({}, {"memory": 10**11}):
+        with runtimes.load(source, "eager", **options) as model:
+            drawn.append(np.asarray(model.generate("two red circles", seed=3)[0]))
+            streamed = is_streamed(model.backend.pipeline.transformer.transformer_blocks[0])
+            assert streamed is bool(options)
+    assert np.array_equal(*drawn)
+
+
 def test_half_precision_reference_draws_about_the_same(source: Path) -> None:
     with runtimes.load(source, dtype="bf16") as half, runtimes.load(source) as full:
         assert half.backend.precision == "bf16"

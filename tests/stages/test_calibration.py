@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from edgeprune.planning.options import PlanOptions
 from edgeprune.sampling.denoising import encode_prompts
-from edgeprune.stages import analyze, plan, prune, quantize
+from edgeprune.stages import analyze, calibration, plan, prune, quantize
 from edgeprune.stages.modulation import inputs_of, modulation_mean, sampler_levels
 from edgeprune.stages.options import AnalyzeOptions, QuantizeOptions
 from edgeprune.stages.prompts import calibrating, calibration_prompts
@@ -76,19 +76,21 @@ def test_directions_are_found_on_the_given_prompts(analyzed: Workspace, tmp_path
 
 
 def test_int4_is_calibrated_as_the_model_is_sampled(analyzed: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    ws, seen, real = analyzed, list[tuple[Any, Any]](), quantize.velocity
+    ws, seen, real = analyzed, list[dict[str, Any]](), calibration.network_inputs
     plan.run(ws, PlanOptions("manual", blocks="1"))
     prune.run(ws)
 
-    def recorded(model: Any, latents: torch.Tensor, condition: Any, sigma: torch.Tensor, guidance: float) -> Any:
-        seen.append((latents, condition.hidden))
-        return real(model, latents, condition, sigma, guidance)
+    def recorded(*arguments: Any) -> Any:
+        seen.append(real(*arguments))
+        return seen[-1]
 
-    monkeypatch.setattr(quantize, "velocity", recorded)
+    monkeypatch.setattr(calibration, "network_inputs", recorded)
     quantize.run(ws, QuantizeOptions(calibration="awq"))
     assert ws.manifest.stages["quantize"]["options"]["prompts"] == GIVEN
     given, empty = (encode_prompts(ws.pipe, texts, 0).hidden for texts in (GIVEN, [""]))
-    (states, prompted), (again, unprompted) = seen[:2]
-    steps = len(states) // len(GIVEN)
-    assert steps == ws.generation.num_inference_steps and torch.equal(states, again)
-    assert torch.equal(prompted, given.repeat(steps, 1, 1)) and torch.equal(unprompted, empty.expand_as(prompted))
+    prompted, unprompted = seen[:2]
+    steps = len(prompted["hidden_states"]) // len(GIVEN)
+    assert steps == ws.generation.num_inference_steps
+    assert torch.equal(prompted["hidden_states"], unprompted["hidden_states"])
+    assert torch.equal(prompted["encoder_hidden_states"], given.repeat(steps, 1, 1))
+    assert torch.equal(unprompted["encoder_hidden_states"], empty.expand_as(prompted["encoder_hidden_states"]))

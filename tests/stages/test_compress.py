@@ -99,7 +99,8 @@ def test_analysis_resumes_without_redoing(source: Path, tmp_path: Path) -> None:
         return [float(calls)]
 
     def go() -> dict[Group, list[float]]:
-        estimator = Exhaustive(ws.family, SimpleNamespace(pipe=ws.pipe, score=score), torch.zeros(64))
+        metric = SimpleNamespace(pipe=ws.pipe, score=score, prepare=lambda: None)
+        estimator = Exhaustive(ws.family, metric, torch.zeros(64))
         made = score_groups(
             ws.family, ws.config, estimator.estimate, groups=groups(ws.family, ws.config, components=False), metric="m",
             estimator="exhaustive", prompts=["p"], path=ws.report_path, inputs_digest="d",
@@ -204,8 +205,9 @@ def test_no_training_holds_nothing(source: Path) -> None:
 
 def test_digests_are_those_of_folders_from_before(source: Path) -> None:
     """Options that were removed still enter the digests with their defaults, so no finished stage is done again."""
-    known = [f for f in asdict(OPTIONS.plan) if f != "keep_components"]  # later options appear where they are used
-    assert OPTIONS.plan.to_json() == {f: getattr(OPTIONS.plan, f) for f in known} | {"max_latency": None}
+    known = set(asdict(OPTIONS.plan)) - {"keep_components", "max_size_bytes"}  # later ones appear where they are used
+    earlier = {"max_latency": None, "max_memory_bytes": None}
+    assert OPTIONS.plan.to_json() == {f: getattr(OPTIONS.plan, f) for f in known} | earlier
     assert replace(OPTIONS.plan, keep_components=("attn",)).to_json()["keep_components"] == ("attn",)
     assert OPTIONS.to_json()["plan"]["max_latency"] is None
     assert replace(OPTIONS, distill=None).to_json()["distill"] is None

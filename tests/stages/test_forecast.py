@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from stage_runs import OPTIONS
@@ -17,9 +15,10 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json, write_json
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.options import NEEDED
-from edgeprune.report.make import lacking_memory
+from edgeprune.report import make
+from edgeprune.report.make import takes_long
 from edgeprune.sampling.generation import Generation
-from edgeprune.stages import analyze, distill, plan
+from edgeprune.stages import analyze, distill
 from edgeprune.stages.compress import compress, expected_plan, forecast, preset, rehearse
 from edgeprune.stages.options import AnalyzeOptions
 from edgeprune.stages.workspace import Workspace
@@ -69,22 +68,22 @@ def test_a_rank_that_is_measured_counts_as_the_largest_that_meets_the_budget(wit
     assert expected((at_16 + at_32) / 2 / whole, "auto", protect_first=3) == 16  # no block may go
 
 
-def test_memory_counts_text_encoders_and_vae(with_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_analysis_holds_the_transformer_alone(with_t5: Path, tmp_path: Path) -> None:
     ws = Workspace(tmp_path / "out", str(with_t5))
     options = replace(OPTIONS, analyze=AnalyzeOptions(count=1, components=False), distill=None)
     analyze.run(ws, options.analyze)
     held = weights_held(ws)
-    transformer = sum(p.nbytes for p in ws.teacher.parameters())
-    assert held > 1.3 * transformer  # so that the test can fail
+    assert held == sum(p.nbytes for p in ws.teacher.parameters())
     assert forecast(with_t5, options, ws.generation)["analyze_weights_bytes"] >= held
     assert analyze.forecast(with_t5, options.analyze, ws.generation)["weights_bytes"] >= held
-    plan.run(ws, options.plan)
-    made = ws.plan()
-    both = 2 * (made.before.bf16_bytes + made.after.bf16_bytes)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=both + 1))
-    assert "no report: it needs" in lacking_memory(ws)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=both + held))
-    assert lacking_memory(ws) == ""
+
+
+def test_a_report_that_takes_hours_is_left_out(with_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ws = Workspace(tmp_path / "out", str(with_t5))
+    assert takes_long(ws) == ""
+    monkeypatch.setattr(make, "evaluation_seconds", lambda *_: 10**4)
+    assert "no report: its 16 images take at least" in takes_long(ws)
+    assert "its 4 images" in takes_long(ws, quick=True)
 
 
 def test_training_holds_no_text_encoder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,8 @@ from edgeprune.metrics.velocity import VelocityError
 from edgeprune.report import measure
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import prompts
-from edgeprune.stages import distill, quantize
+from edgeprune.stages import distill
+from edgeprune.stages.calibration import calibration_streams
 from edgeprune.stages.compress import compress, forecast, preset
 from edgeprune.stages.options import AnalyzeOptions, DataOptions
 from edgeprune.stages.prompts import analysis_prompts, calibration_prompts
@@ -92,7 +93,7 @@ def test_each_metric_draws_the_noise_of_its_split(source: Path, artefact: Path, 
         VelocityError(ws.pipe, ws.generation, ["a", "b", "c"], split=split)
         assert asked == split.seeds(3)
         asked.clear()
-    quantize._calibration(ws, ws.pipe.transformer, ["a", "b"])
+    calibration_streams(ws, ws.pipe.transformer, ["a", "b"])
     assert asked == Split.CALIBRATION.seeds(len(asked))
     seeds = list[int]()
     monkeypatch.setattr(drawn, "generate", lambda pipe, texts, given, generation: seeds.extend(given))

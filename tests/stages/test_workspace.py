@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from stage_runs import OPTIONS
 
-from edgeprune.artefact import loading
+from edgeprune.artefact.staged import StagedPipeline
 from edgeprune.common.errors import InputError, StaleStageError
+from edgeprune.sampling.denoising import encode_prompts
 from edgeprune.stages import analyze, distill
 from edgeprune.stages.compress import compress
 from edgeprune.stages.options import DataOptions
+from edgeprune.stages.prompts import analysis_prompts
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.recipe import DistillOptions
 
@@ -78,36 +80,31 @@ def test_siblings_share_what_is_loaded_until_one_releases_it(source: Path, tmp_p
 
 
 def counted_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that grows by its class whenever a text encoder is loaded."""
-    seen, load = list[str](), loading.load_part
+    """Return a list that grows by its name whenever a text encoder is read."""
+    seen, load = list[str](), StagedPipeline._streamed
 
-    def counted(folder: Path, kind: str, *args: Any, **options: Any) -> Any:
-        if folder.name.startswith("text_encoder"):
-            seen.append(kind)
-        return load(folder, kind, *args, **options)
+    def counted(self: StagedPipeline, name: str, *args: Any, **options: Any) -> Any:
+        seen.append(name)
+        return load(self, name, *args, **options)
 
-    monkeypatch.setattr(loading, "load_part", counted)
+    monkeypatch.setattr(StagedPipeline, "_streamed", counted)
     return seen
 
 
-def test_an_analysis_loads_each_text_encoder_once(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_prompt_is_encoded_twice(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = counted_loads(monkeypatch)
     ws = Workspace(tmp_path / "out", str(source))
     analyze.run(ws, replace(OPTIONS.analyze, estimator="gates", components=False))
-    assert len(seen) == 2  # SD3's two CLIPs
-    assert ws.encoders.text_encoder is ws.pipe.text_encoder and ws.encoders.transformer is ws.teacher
+    assert seen == ["text_encoder", "text_encoder_2"]  # the mean of the modulation needs the same prompts
+    ws.original.release()
+    again = encode_prompts(ws.pipe, ["", *analysis_prompts(OPTIONS.analyze, builtin=False)], 0)
+    assert len(seen) == 2 and again.hidden.shape[0] == 1 + OPTIONS.analyze.count
 
 
-def test_encoders_that_calibrated_a_plan_also_draw(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = counted_loads(monkeypatch)
+def test_a_plan_reads_no_transformer(source: Path, tmp_path: Path) -> None:
     ws = Workspace(tmp_path / "out", str(source))
     embedder = ws.encoders.transformer
     assert "transformer" not in ws.original.loaded
-    assert ws.pipe.transformer is ws.teacher and ws.pipe.text_encoder is ws.encoders.text_encoder
-    assert ws.encoders.transformer is embedder and len(seen) == 2
+    assert ws.pipe.transformer is ws.teacher and ws.encoders.transformer is embedder
     ws.original.release()
     assert not ws.original.loaded

@@ -16,6 +16,8 @@ from edgeprune.analysis.contribution import Group
 from edgeprune.common.errors import InputError
 from edgeprune.families import Family
 
+AUTO = "auto"
+"""In options: the estimator that is right for the model."""
 _MODULES = {n: f"edgeprune.analysis.estimators.{n}" for n in ("exhaustive", "reuse", "gates")}
 
 
@@ -27,6 +29,8 @@ class Estimator(Protocol):
     """Names of the metrics that it can estimate; None means all."""
     backward: bool
     """Whether it runs a backward pass."""
+    compares: bool
+    """Whether it compares with the untouched model: it calls the metric's `prepare` at creation."""
 
     def __init__(self, family: Family, metric: Any, mean: torch.Tensor) -> None:
         """Prepare with the untouched model.

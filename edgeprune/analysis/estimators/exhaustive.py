@@ -17,9 +17,11 @@ class Exhaustive:
     name = "exhaustive"
     metrics: tuple[str, ...] | None = None
     backward = False
+    compares = True
 
     def __init__(self, family: Family, metric: Any, mean: torch.Tensor) -> None:
         self.family, self.metric, self.mean = family, metric, mean
+        metric.prepare()
 
     def estimate(self, groups: list[Group]) -> Iterator[tuple[Group, list[float]]]:
         """Yield scores in the order of `groups`."""

@@ -11,14 +11,17 @@ Notation: K projections, J parts, S states, B batch.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from edgeprune.analysis.contribution import Group, Key, removal, swapped
 from edgeprune.families import Family, Swap
+from edgeprune.residency.streaming import is_streamed
 
 PROJECTIONS = 1
 """Random projections per state. The error is also averaged over the states of a trajectory and over prompts."""
@@ -47,12 +50,25 @@ class _Gated(nn.Module):
         return without + gate * (with_it - without)
 
 
+class _RunAgain(nn.Module):
+    """A block that autograd saves only the inputs of; the backward pass runs it again."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the block returns."""
+        return checkpoint(self.block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
 class Gates:
     """Estimates the velocity error of every group from one gradient per projection."""
 
     name = "gates"
     metrics: tuple[str, ...] | None = ("velocity",)
     backward = True
+    compares = False
 
     def __init__(
         self, family: Family, metric: Any, mean: torch.Tensor, *, projections: int = PROJECTIONS, seed: int = 0
@@ -64,33 +80,30 @@ class Gates:
         if not groups:  # a resumed run may have all scores
             return
         singles = list(dict.fromkeys(part for parts in groups for part in parts))
-        slopes = self._slopes(singles)
+        slopes, norms = self._slopes(singles)
         place = {part: index for index, part in enumerate(singles)}
         for parts in groups:
             moved = slopes[:, [place[part] for part in parts]].sum(1).square().mean(0)
-            error = moved.view(-1, self.metric.count).sum(0).sqrt() / self.metric.norms
+            error = self.metric.per_prompt(moved) / norms
             yield parts, [0.0 - float(e) for e in error]
 
-    def _slopes(self, singles: list[Key]) -> torch.Tensor:
-        """Return r . dv/dg for every projection, part and state: (K, J, S)."""
+    def _slopes(self, singles: list[Key]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return r . dv/dg for every projection, part and state (K, J, S), and the norm of v for every prompt."""
         model, draw = self.metric.pipe.transformer, torch.Generator().manual_seed(self.seed)
-        gated = [
-            [replace(swap, replacement=_Gated(swap)) for swap in removal(self.family, model, [part], self.mean)]
-            for part in singles
-        ]
         frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         model.requires_grad_(False)
-        slopes, batch = [], min(_BATCH, self.metric.batch)
+        slopes, norms, batch = [], [], min(_BATCH, self.metric.batch)
         try:
-            with swapped(swap for swaps in gated for swap in swaps):
+            with self._gated(model, singles) as gated:
                 for start in range(0, len(self.metric.states), batch):
                     states = self.metric.states[rows := slice(start, start + batch)]
                     gates = torch.ones(len(singles), len(states), device=states.device, requires_grad=True)
-                    for swaps, gate in zip(gated, gates, strict=True):
-                        for swap in swaps:
-                            cast("_Gated", swap.replacement).gate = gate
+                    for modules, gate in zip(gated, gates, strict=True):
+                        for module in modules:
+                            module.gate = gate
                     with torch.enable_grad():
                         velocity = self.metric.velocity(rows)
+                        norms.append(velocity.detach().flatten(1).square().sum(1))
                         projected = [
                             (velocity * torch.randn(velocity.shape, generator=draw).to(velocity)).sum()
                             for _ in range(self.projections)
@@ -101,7 +114,31 @@ class Gates:
         finally:
             for parameter, needed in frozen:
                 parameter.requires_grad_(needed)
-        return torch.cat(slopes, dim=-1)
+        return torch.cat(slopes, dim=-1), self.metric.per_prompt(torch.cat(norms))
+
+    @contextmanager
+    def _gated(self, model: nn.Module, singles: list[Key]) -> Iterator[list[list[_Gated]]]:
+        """Put a gate on every part inside the context; yield the gates of each.
+
+        A streamed network's blocks are read and run a second time for the backward pass, one after the other, so that
+        neither their weights nor what autograd saves of them stays in memory.
+        """
+
+        def gates_of(part: Key) -> list[Swap]:
+            swaps = removal(self.family, model, [part], self.mean)
+            return [replace(swap, replacement=_Gated(swap)) for swap in swaps]
+
+        made = {part: gates_of(part) for part in singles if part[1] is not None}
+        blocks = self.family.blocks(model)
+        again = [
+            replace(self.family.removal(model, index, None, self.mean)[0], replacement=_RunAgain(block))
+            for index, block in enumerate(blocks)
+            if is_streamed(block)
+        ]
+        with swapped(again), set_checkpoint_early_stop(False):
+            made |= {part: gates_of(part) for part in singles if part[1] is None}
+            with swapped(swap for swaps in made.values() for swap in swaps):
+                yield [[cast("_Gated", swap.replacement) for swap in made[part]] for part in singles]
 
     @staticmethod
     def evaluations(groups: list[Group], blocks: int, per_score: int) -> float:

@@ -52,9 +52,11 @@ class Reuse:
     name = "reuse"
     metrics: tuple[str, ...] | None = ("velocity",)
     backward = False
+    compares = True
 
     def __init__(self, family: Family, metric: Any, mean: torch.Tensor) -> None:
         self.family, self.metric, self.mean = family, metric, mean
+        metric.prepare()
 
     @torch.no_grad()
     def estimate(self, groups: list[Group]) -> Iterator[tuple[Group, list[float]]]:

@@ -1,0 +1,108 @@
+"""Where and in which dtype networks compute, and how much memory that may take.
+
+Stored and computed dtype are two things: weights stay in the dtype of their file, and a layer is widened when it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from edgeprune.common import processes
+from edgeprune.common.errors import InputError
+from edgeprune.common.memory import ComputeOptions, allowed, resident
+
+_SMALL_BYTES = 10**9
+"""Most bytes in float32 of a network whose memory and speed call for nothing less."""
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""Instructions that multiply bf16, as Linux names them on x86 and on Arm."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where networks compute, and the most memory of the process; on a GPU, of the device."""
+
+    device: torch.device = torch.device("cpu")
+    memory: int | None = None
+    """Bytes; None takes what is free."""
+
+    @classmethod
+    def of(cls, options: ComputeOptions) -> Compute:
+        """Choose a device of this machine; `auto` takes the first of cuda, xpu and mps, else the processor.
+
+        Of several GPUs, each process that was launched takes its own.
+
+        Raises:
+            InputError: torch does not find the device.
+        """
+        device, here = options.device, _here()
+        if device == "auto":
+            kind, many = next(iter(here.items()))
+            own = torch.device(kind, processes.local_index() % many) if many > 1 else torch.device(kind)
+            return cls(own, options.memory)
+        kind, _, index = device.partition(":")
+        if kind not in here or (index and not (index.isdecimal() and int(index) < here[kind])):
+            names = [n if count == 1 else f"{n}:0 to {n}:{count - 1}" for n, count in here.items()]
+            found = ", ".join(("auto", *names))
+            raise InputError(f"--device: found {device!r}, expected one of {found}, which torch finds here")
+        return cls(torch.device(device), options.memory)
+
+    def dtype(self, stored: torch.dtype, numbers: int) -> torch.dtype:
+        """Return the dtype to compute a network in.
+
+        That is the dtype of its file, or float32 if the processor cannot multiply that, or if the network is small.
+
+        Args:
+            stored: the dtype of its weights in the file.
+            numbers: how many weights it has.
+        """
+        if stored == torch.float32 or is_small(numbers):
+            return torch.float32
+        if self.device.type != "cpu":
+            return stored
+        return torch.bfloat16 if multiplies_bf16() else torch.float32
+
+    def left(self) -> int:
+        """Return the bytes that may still be taken now."""
+        if self.device.type == "cpu":
+            return max(0, (allowed() if self.memory is None else self.memory) - resident())
+        taken, free = _device_memory(self.device)
+        return max(0, free if self.memory is None else self.memory - taken)
+
+
+def is_small(numbers: int) -> bool:
+    """Return whether a network with so many weights is held in memory as a whole, in float32."""
+    return 4 * numbers <= _SMALL_BYTES
+
+
+def _here() -> dict[str, int]:
+    """Return the kinds of devices that torch finds, the best one first, with how many there are."""
+    found = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}
+    found["xpu"] = torch.xpu.device_count() if torch.xpu.is_available() else 0
+    found["mps"] = int(torch.backends.mps.is_available())
+    return {name: count for name, count in found.items() if count} | {"cpu": 1}
+
+
+def _device_memory(device: torch.device) -> tuple[int, int]:
+    """Return the bytes of a GPU that torch has taken, and those that are free."""
+    if device.type == "mps":  # shares the machine's memory
+        taken = torch.mps.driver_allocated_memory()
+        return taken, max(0, torch.mps.recommended_max_memory() - taken)
+    torch_device = torch.cuda if device.type == "cuda" else torch.xpu
+    free, _ = torch_device.mem_get_info(device)
+    taken = torch_device.memory_reserved(device)
+    return taken, free + taken - torch_device.memory_allocated(device)
+
+
+@functools.cache
+def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether the processor has instructions that multiply bf16; without them it is slower than float32."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    words = {word for line in text.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
+    return bool(words & _BF16_FLAGS)

@@ -1,0 +1,185 @@
+"""Run a network whose layers stay on disk: each is read when it runs, widened to the computed dtype, and dropped after.
+
+Weights keep the dtype of their file; only the layer that computes is wider. As many layers as fit in a number of bytes
+are kept after the first run. The operating system reads the next layer while the current one computes.
+
+Layers are filled through their module objects, not through names: modules may be replaced while the network is in use,
+as the analysis does, and the replaced ones still get their weights where something reads them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+Read = Callable[[str], torch.Tensor]
+"""Reads a tensor by its name in the network's state dict, in the dtype of its file."""
+Ahead = Callable[[Sequence[str]], None]
+"""Asks the operating system to read these tensors in the background."""
+
+PACKED = (".weight_packed", ".weight_scale")
+"""Suffixes of tensors that keep their dtype: packed integers and their scales."""
+_STREAM = "_edgeprune_layer"
+"""Attribute of a module that is a layer of a streamed network."""
+
+
+class Layer:
+    """One layer of a streamed network.
+
+    Args:
+        module: the layer, on the meta device.
+        names: of its tensors in the network's state dict, by their name in the layer's.
+        read: reads a tensor.
+        device: to compute on.
+        dtype: to compute in; None is that of the file.
+    """
+
+    def __init__(
+        self, module: nn.Module, names: dict[str, str], read: Read, device: torch.device, dtype: torch.dtype | None
+    ):
+        self.module, self.read, self.device, self.dtype = module, read, device, dtype
+        self.places = [(*_place(module, local), name) for local, name in names.items()]
+        self.keeps = False
+        """Whether its tensors stay in memory after a run, in the dtype of the file."""
+        self.kept: dict[str, torch.Tensor] | None = None
+        """They, once they were read."""
+        self.uses = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its tensors in the network's state dict."""
+        return [name for *_, name in self.places]
+
+    def load(self) -> dict[str, torch.Tensor]:
+        """Return its tensors, in the dtype of the file, on the device that computes."""
+        return {name: self.read(name).to(self.device) for name in self.names}
+
+    def keep(self, room: int) -> int:
+        """Keep the tensors in memory if they fit in `room` bytes; return the bytes that are left, 0 if they do not."""
+        if room <= 0:
+            return 0
+        tensors = self.load()
+        left = room - sum(tensor.nbytes for tensor in tensors.values())
+        if left < 0:
+            return 0
+        self.keeps, self.kept = True, tensors
+        return left
+
+    def running_bytes(self) -> int:
+        """Return the bytes of the tensors that the modules get while they run."""
+        self.fill()
+        size = sum(_get(module, attribute).nbytes for module, attribute, _ in self.places)
+        self.drop()
+        return size
+
+    def fill(self) -> None:
+        """Give the modules their weights. Calls nest: only the first fills, and the last drop drops."""
+        self.uses += 1
+        if self.uses > 1:
+            return
+        tensors = self.load() if self.kept is None else self.kept
+        if self.keeps:
+            self.kept = tensors
+        for module, attribute, name in self.places:
+            value = tensors.pop(name) if self.kept is None else tensors[name]  # each is freed as soon as it is widened
+            _put(module, attribute, value if self.dtype is None or name.endswith(PACKED) else value.to(self.dtype))
+
+    def drop(self) -> None:
+        """Free the weights; what is kept stays in the dtype of its file."""
+        self.uses -= 1
+        if self.uses:
+            return
+        for module, attribute, _ in self.places:
+            _put(module, attribute, _get(module, attribute).to("meta"))
+
+
+def stream(
+    layers: Iterable[tuple[nn.Module, dict[str, str]]],
+    read: Read,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    keep: int = 0,
+    ahead: Ahead | None = None,
+) -> list[Layer]:
+    """Let layers of a network read their weights when they run.
+
+    Args:
+        layers: in the order in which they run, on the meta device; with the name of each of its tensors in the
+            network's state dict, by the name in the layer's.
+        read: reads a tensor of the network.
+        device: to compute on.
+        dtype: to compute in; None is that of the file.
+        keep: bytes of weights, in the dtype of their file, that may stay in memory.
+        ahead: called with the names of the next layer's tensors before a layer computes.
+    """
+    made = [Layer(module, names, read, device, dtype) for module, names in layers]
+    for index, layer in enumerate(made):
+        keep = layer.keep(keep)
+        following = made[(index + 1) % len(made)]
+        layer.module.register_forward_pre_hook(lambda *_, layer=layer, next=following: _begin(layer, next, ahead))
+        layer.module.register_forward_hook(lambda *_, layer=layer: layer.drop(), always_call=True)
+        setattr(layer.module, _STREAM, layer)
+    return made
+
+
+def _begin(layer: Layer, following: Layer, ahead: Ahead | None) -> None:
+    layer.fill()
+    if ahead is not None and following.kept is None and following is not layer:
+        ahead(following.names)
+
+
+def release(network: nn.Module) -> None:
+    """Free the layers that a network keeps in memory; they are read again when they run next, and kept."""
+    for module in network.modules():
+        if is_streamed(module):
+            getattr(module, _STREAM).kept = None
+
+
+@contextlib.contextmanager
+def filled(module: nn.Module) -> Iterator[None]:
+    """Hold a layer's weights in memory inside the context; does nothing for a network that is not streamed."""
+    layer = getattr(module, _STREAM, None)
+    if layer is None:
+        yield
+        return
+    layer.fill()
+    try:
+        yield
+    finally:
+        layer.drop()
+
+
+def held_bytes(network: nn.Module) -> int:
+    """Return the bytes of weights that a network has in memory while it runs, with its largest streamed layer."""
+    layers: list[Layer] = [getattr(m, _STREAM) for m in network.modules() if is_streamed(m)]
+    held = sum(t.nbytes for t in (*network.parameters(), *network.buffers()) if not t.is_meta)
+    held += sum(tensor.nbytes for layer in layers for tensor in (layer.kept or {}).values())
+    return held + max((layer.running_bytes() for layer in layers), default=0)
+
+
+def is_streamed(module: nn.Module) -> bool:
+    """Return whether a layer of a network reads its weights when it runs."""
+    return hasattr(module, _STREAM)
+
+
+def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, attribute = name.rpartition(".")
+    return module.get_submodule(owner), attribute
+
+
+def _get(module: nn.Module, attribute: str) -> torch.Tensor:
+    found: Any = getattr(module, attribute)
+    return found  # type: ignore[no-any-return]
+
+
+def _put(module: nn.Module, attribute: str, value: torch.Tensor) -> None:
+    """Set a parameter or a buffer. The parameter is a new object: a graph may still need the old one's numbers."""
+    if attribute in module._parameters:
+        module._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[attribute] = value

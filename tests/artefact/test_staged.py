@@ -1,0 +1,122 @@
+"""Parts of a pipeline in memory one after the other: the same numbers as all at once, and nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from edgeprune.artefact.loading import load, open_transformer
+from edgeprune.artefact.staged import StagedPipeline, can_stage
+from edgeprune.artefact.text_store import TextStore
+from edgeprune.common.files import sha256_file
+from edgeprune.residency.compute import Compute
+from edgeprune.residency.streaming import is_streamed
+from edgeprune.residency.weights import Weights
+from edgeprune.sampling.denoising import Conditioning, encode_pooled, encode_prompts, evaluate, generate
+from edgeprune.sampling.generation import Generation
+from edgeprune.stages.costs import sample
+
+PROMPTS = ["a red circle", "", "two stars"]
+
+
+@pytest.fixture(scope="module", params=["sd3", "sd3 with T5", "flux"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("staged") / "tiny"
+    if request.param == "flux":
+        tiny.tiny_flux_pipeline(out)
+    else:
+        tiny.tiny_pipeline(out, t5=request.param != "sd3")
+    return out
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the path and name of every tensor that is read."""
+    seen, real = list[str](), Weights.__getitem__
+
+    def counted(self: Weights, name: str) -> torch.Tensor:
+        seen.append(f"{self.folder.name}/{name}")
+        return real(self, name)
+
+    monkeypatch.setattr(Weights, "__getitem__", counted)
+    return seen
+
+
+def staged(folder: Path, **options: Any) -> StagedPipeline:
+    return StagedPipeline(folder, open_transformer(folder, quantized=False).running(), Compute(), **options)
+
+
+def test_text_and_images_are_those_of_diffusers(folder: Path) -> None:
+    whole, parts, generation = load(folder), staged(folder), Generation.load(folder)
+    assert can_stage(folder)
+    expected = encode_prompts(whole, PROMPTS, generation.max_sequence_length)
+    found = encode_prompts(parts, PROMPTS, generation.max_sequence_length)
+    assert torch.equal(found.hidden, expected.hidden) and torch.equal(found.pooled, expected.pooled)
+    assert torch.equal(encode_pooled(parts, PROMPTS, 0), expected.pooled)
+    drawn = [generate(pipe, PROMPTS[::2], [1, 2], generation) for pipe in (whole, parts)]
+    assert np.array_equal(*drawn)
+
+
+def test_pooled_text_reads_no_t5(folder: Path, reads: list[str]) -> None:
+    pipe = staged(folder)
+    reads.clear()
+    pipe.pooled(PROMPTS)
+    assert reads and not any("SelfAttention" in name for name in reads)
+
+
+def test_a_prompt_is_encoded_once_for_all_processes(folder: Path, tmp_path: Path, reads: list[str]) -> None:
+    texts: Callable[[], TextStore] = lambda: TextStore(tmp_path, folder, None, sha256_file)  # noqa: E731
+    length = Generation.load(folder).max_sequence_length
+    first = staged(folder, texts=texts()).encode(PROMPTS, length)
+    reads.clear()
+    again = staged(folder, texts=texts()).encode(PROMPTS[::-1], length)
+    assert not any(name.startswith("text_encoder") for name in reads)
+    assert torch.equal(again[0], first[0].flip(0)) and torch.equal(again[1], first[1].flip(0))
+    (path, *_) = sorted(tmp_path.rglob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:20])  # as of a full disk: encoded again, not an error
+    assert torch.equal(staged(folder, texts=texts()).encode(PROMPTS, length)[0], first[0])
+    load_file(path)
+    other = TextStore(tmp_path, folder, None, lambda file: sha256_file(file)[::-1])  # another encoder's files
+    assert other.path("text_encoder", "a", 77, torch.float32) != texts().path("text_encoder", "a", 77, torch.float32)
+
+
+def test_encoders_stay_for_many_batches(folder: Path, reads: list[str]) -> None:
+    pipe = staged(folder).holding()
+    length = Generation.load(folder).max_sequence_length
+    pipe.encode(PROMPTS, length)
+    reads.clear()
+    pipe.encode(["another"], length)
+    assert not any(name.startswith("text_encoder") for name in reads)
+
+
+def test_blocks_are_read_when_they_run_unless_they_are_kept(folder: Path, reads: list[str]) -> None:
+    stored = open_transformer(folder, quantized=False)
+    family, whole = stored.family, open_transformer(folder, quantized=False).load()
+    generation, draw = Generation.load(folder), torch.Generator().manual_seed(0)
+    latents, text, sigma, guidance = sample(family, dict(whole.config), folder, generation)
+    noisy = (
+        torch.randn(latents.shape, generator=draw),
+        Conditioning(*(torch.randn(part.shape, generator=draw) for part in (text.hidden, text.pooled))),
+        sigma + 0.5,
+        guidance,
+    )
+    with torch.no_grad():
+        expected = evaluate(whole, *noisy)
+    sizes = [sum(t.nbytes for t in block.state_dict().values()) for block in family.blocks(whole)]
+    for kept in (0, 1, len(sizes)):
+        model = stored.running(keep=sum(sizes[:kept]) // 2)  # the files are in half precision
+        blocks = family.blocks(model)
+        reads.clear()
+        for _ in range(2):
+            with torch.no_grad():
+                assert torch.equal(evaluate(model, *noisy), expected)
+        assert all(is_streamed(block) for block in blocks)
+        assert all(tensor.is_meta for block in blocks for tensor in block.state_dict().values())
+        assert len(reads) == 2 * sum(len(block.state_dict()) for block in blocks[kept:])

@@ -1,0 +1,87 @@
+"""Where networks compute, in which dtype, and in how much memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from edgeprune.common import memory
+from edgeprune.common.errors import InputError
+from edgeprune.common.memory import ComputeOptions, allowed, parse_bytes, resident
+from edgeprune.residency import compute
+from edgeprune.residency.compute import Compute, is_small, multiplies_bf16
+
+LARGE = 10**9
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("3.2GB", 3_200_000_000), ("850 mb", 850_000_000), ("12", 12), ("2GiB", 2 * 2**30)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text, "--memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "0", "3.2 gigabytes", "nan", "1e9"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(InputError, match=r"--memory: found .*, expected a size such as 3.2GB"):
+        parse_bytes(text, "--memory")
+
+
+def test_memory_is_what_is_free_here_and_in_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**10))
+    assert allowed() == pytest.approx(resident() + 0.9 * 10**10, rel=0.01)
+    (tmp_path / "memory.max").write_text("3000000000\n")
+    (tmp_path / "memory.current").write_text("1000000000\n")
+    assert allowed() == pytest.approx(resident() + 0.9 * 2 * 10**9, rel=0.01)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert allowed() == pytest.approx(resident() + 0.9 * 10**10, rel=0.01)
+
+
+def test_a_processor_is_asked_whether_it_multiplies_bf16(tmp_path: Path) -> None:
+    for name, line, has in (
+        ("zen4", "flags\t\t: fpu avx2 avx512_bf16 amx_tile", True),
+        ("arm", "Features\t: fp asimd bf16", True),
+        ("haswell", "flags\t\t: fpu avx2\nmodel name\t: a bf16 lover", False),
+    ):
+        (tmp_path / name).write_text(line)
+        assert multiplies_bf16(tmp_path / name) is has
+    assert not multiplies_bf16(tmp_path / "none")
+
+
+def test_the_computed_dtype_is_that_of_the_file_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, brain, full = torch.float16, torch.bfloat16, torch.float32
+    cuda = Compute(torch.device("cuda"))
+    for able, on_cpu in ((True, brain), (False, full)):
+        monkeypatch.setattr(compute, "multiplies_bf16", lambda able=able: able)
+        assert Compute().dtype(half, LARGE) == Compute().dtype(brain, LARGE) == on_cpu
+    assert (cuda.dtype(half, LARGE), cuda.dtype(brain, LARGE), cuda.dtype(full, LARGE)) == (half, brain, full)
+    assert is_small(8_000_000) and Compute().dtype(half, 8_000_000) == full
+
+
+def test_devices_are_those_that_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "_here", lambda: {"cuda": 2, "cpu": 1})
+    assert Compute.of(ComputeOptions()).device == torch.device("cuda:0")
+    for rank in (1, 2):  # each process has its own, and shares where there are more processes
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert Compute.of(ComputeOptions()).device == torch.device("cuda", rank % 2)
+    assert Compute.of(ComputeOptions("cuda:1", 5)) == Compute(torch.device("cuda:1"), 5)
+    for wrong in ("cuda:2", "mps", "gpu", "cuda:x", ""):
+        with pytest.raises(InputError, match=r"--device: found .*, expected one of auto, cuda:0 to cuda:1, cpu"):
+            Compute.of(ComputeOptions(wrong))
+
+
+def test_what_is_left_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: Any = SimpleNamespace(
+        mem_get_info=lambda device: (6, 24), memory_reserved=lambda device: 10, memory_allocated=lambda device: 7
+    )
+    monkeypatch.setattr(torch, "cuda", seen)
+    assert Compute(torch.device("cuda")).left() == 6 + 3  # free, and what torch holds without using it
+    assert Compute(torch.device("cuda"), 15).left() == 5
+    assert Compute(torch.device("cuda"), 4).left() == 0

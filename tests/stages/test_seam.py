@@ -1,0 +1,110 @@
+"""Stages of a model whose blocks are read when they run give what they give with the whole model in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stage_runs import OPTIONS
+from typer.testing import CliRunner
+
+from edgeprune.analysis.contribution import ContributionReport
+from edgeprune.cli import app
+from edgeprune.common.errors import InputError
+from edgeprune.common.memory import ComputeOptions
+from edgeprune.metrics.velocity import VelocityError
+from edgeprune.planning.options import PlanOptions
+from edgeprune.residency.streaming import is_streamed
+from edgeprune.residency.weights import Weights
+from edgeprune.stages import analyze, calibration, plan, prune, quantize
+from edgeprune.stages.options import AnalyzeOptions, QuantizeOptions
+from edgeprune.stages.workspace import Workspace
+
+LITTLE = ComputeOptions("cpu", 100 * 10**9)
+"""Any given memory means that blocks are read when they run, unless they are kept."""
+
+
+def opened(out: Path, source: Path, monkeypatch: pytest.MonkeyPatch, *, little: bool) -> Workspace:
+    ws = Workspace(out, str(source), compute=LITTLE if little else ComputeOptions("cpu"))
+    if little:
+        monkeypatch.setattr("edgeprune.residency.running._WORKING_BYTES", 10**12)  # nothing is kept
+    assert is_streamed(ws.family.blocks(ws.teacher)[0]) is little
+    return ws
+
+
+@pytest.mark.parametrize("estimator", ["exhaustive", "reuse", "gates"])
+def test_contributions(estimator: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for little in (False, True):
+        ws = opened(tmp_path / str(little), source, monkeypatch, little=little)
+        analyze.run(ws, AnalyzeOptions(count=2, estimator=estimator))
+        report = ContributionReport.load(ws.report_path)
+        found.append({parts: torch.tensor(scores) for parts, scores in report.scores.items()})
+    whole, streamed = found
+    assert whole.keys() == streamed.keys()
+    for parts, scores in whole.items():
+        torch.testing.assert_close(streamed[parts], scores, rtol=1e-5, atol=1e-6)
+
+
+def test_gates_read_each_block_twice_a_batch(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ws, reads, real = opened(tmp_path / "out", source, monkeypatch, little=True), list[str](), Weights.__getitem__
+    monkeypatch.setattr("edgeprune.metrics.velocity.at_once", lambda *_: 100)
+    steps = ws.generation.num_inference_steps
+
+    def counted(self: Weights, name: str) -> torch.Tensor:
+        reads.append(name)
+        return real(self, name)
+
+    monkeypatch.setattr(Weights, "__getitem__", counted)
+    analyze.run(ws, AnalyzeOptions(count=2, estimator="gates", components=False))
+    in_blocks = [name for name in reads if name.startswith("transformer_blocks.1.")]
+    # Once for each step of the trajectory, then forward and again for backward; removal reads nothing of whole blocks.
+    assert len(in_blocks) == (steps + 2) * len(set(in_blocks))
+
+
+@pytest.mark.parametrize("method", ["scale", "awq"])
+def test_calibrated_int4(method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On disk or in memory, streams give the integers that they give with the original in memory."""
+    found = []
+    for little in (False, True):
+        ws = opened(tmp_path / str(little), source, monkeypatch, little=little)
+        plan.run(ws, PlanOptions("manual", blocks="1", components="0:mlp"))
+        prune.run(ws)
+        if little:
+            real = calibration.Streams.__init__
+
+            def on_disk(
+                self: Any, family: Any, model: Any, inputs: Any, room: int, scratch: Path, real: Any = real
+            ) -> None:
+                real(self, family, model, inputs, 0, scratch)
+                assert list(scratch.iterdir())
+
+            monkeypatch.setattr(calibration.Streams, "__init__", on_disk)
+        quantize.run(ws, QuantizeOptions(calibration=method))
+        assert not (ws.cache / "streams").exists()
+        (path,) = (ws.out / "transformer_int4").glob("*.safetensors")
+        found.append(load_file(path))
+    whole, streamed = found
+    assert whole.keys() == streamed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(streamed[name], tensor), name
+
+
+def test_too_little_memory_is_refused_with_what_does(source: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "out", str(source), compute=ComputeOptions("cpu", 10**8))
+    with pytest.raises(InputError, match=r"--memory: found 0.10 GB, expected at least \d+\.\d\d GB here"):
+        _ = ws.teacher
+    done = CliRunner().invoke(app, ["analyze", str(source), "-o", str(tmp_path / "new"), "--memory", "lots"])
+    assert isinstance(done.exception, InputError) and not (tmp_path / "new").exists()
+
+
+def test_the_reference_is_that_of_the_unmodified_model(source: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "out", str(source))
+    analyze.run(ws, replace(OPTIONS.analyze, estimator="exhaustive", components=False))
+    assert ContributionReport.load(ws.report_path).untouched == [0.0] * OPTIONS.analyze.count
+    metric = VelocityError(ws.pipe, ws.generation, ["a"], split=analyze.Split.ANALYSIS)
+    assert metric.score() == [0.0]
