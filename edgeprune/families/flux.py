@@ -33,6 +33,7 @@ from edgeprune.families.joint import (
     BLOCK,
     COMPONENT_OF,
     attention,
+    check_axes,
     joint_groups,
     known_fields,
     linear,
@@ -120,6 +121,7 @@ class Flux:
         """List every tensor of the diffusers state dict."""
         head, d = config_number(config, "attention_head_dim"), width(config)
         channels, patch = config_number(config, "in_channels"), config_number(config, "patch_size", 1)
+        check_axes(config, (16, 56, 56))
         out_channels = config_number(config, "out_channels", channels)
         joint, pooled = self.text_widths(config)
         embedders = [("timestep_embedder", 256), ("text_embedder", pooled)]

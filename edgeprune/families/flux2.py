@@ -30,7 +30,7 @@ from edgeprune.families.architecture import (
     config_number,
     guided_above_one,
 )
-from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, known_fields, swaps, take_out, width
+from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, check_axes, known_fields, swaps, take_out, width
 from edgeprune.families.network import Array, Axes
 from edgeprune.families.surgery import ScalingGroup, Swap
 
@@ -97,6 +97,7 @@ class Flux2:
         """List every tensor of the diffusers state dict."""
         head, d, hidden = config_number(config, "attention_head_dim"), width(config), _hidden(config)
         channels, patch = config_number(config, "in_channels"), config_number(config, "patch_size", 1)
+        check_axes(config, (32, 32, 32, 32))
         out_channels = config_number(config, "out_channels", channels)
         sines, text = config_number(config, "timestep_guidance_channels", 256), self.text_widths(config)[0]
         self.block_count(config)

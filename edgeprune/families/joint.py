@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from edgeprune.common.errors import InputError
-from edgeprune.common.fields import LARGEST
+from edgeprune.common.fields import LARGEST, shown
 from edgeprune.families.architecture import WHERE, Config, Shape, config_number
 from edgeprune.families.surgery import Producer, ScalingGroup, Swap
 
@@ -29,6 +29,19 @@ def known_fields(network: type, config: Config) -> Config:
     """Return the fields of a config that a class of diffusers has; it ignores the others when it loads a model."""
     known = inspect.signature(network).parameters
     return {name: value for name, value in config.items() if name in known}
+
+
+def check_axes(config: Config, default: tuple[int, ...]) -> None:
+    """Check `axes_dims_rope`, the numbers of each head by position axis.
+
+    Raises:
+        InputError: they are not as many even numbers as there are axes, or are not a whole head.
+    """
+    axes, head = config.get("axes_dims_rope", default), config_number(config, "attention_head_dim")
+    even = isinstance(axes, (list, tuple)) and all(type(axis) is int and axis > 0 and axis % 2 == 0 for axis in axes)
+    if not even or len(axes) != len(default) or sum(axes) != head:
+        expected = f"{len(default)} even numbers with the sum {head}, attention_head_dim"
+        raise InputError(f"{WHERE}: axes_dims_rope: found {shown(axes)}, expected {expected}")
 
 
 def linear(name: str, out: int, inp: int) -> dict[str, Shape]:

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from edgeprune.common.errors import InputError
-from edgeprune.common.fields import LARGEST, MOST_BLOCKS, shown, whole_number
+from edgeprune.common.fields import LARGEST, MOST_BLOCKS, real_number, shown, whole_number
 from edgeprune.families.architecture import Config, Shape
 from edgeprune.families.encoders import CLIP, CLIP_POOLED, T5
 from edgeprune.families.joint import linear
@@ -20,6 +20,7 @@ VAE = "AutoencoderKL"
 """Class in diffusers."""
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 _LARGEST_VOCABULARY = 2**24
+_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 # Tensors of the whole CLIP or T5 that a text encoder does not have; transformers leaves them out, too.
 _UNUSED = {
     CLIP: re.compile(r"(text_model\.)?embeddings\.position_ids|logit_scale|vision_model\..*|visual_projection\..*"),
@@ -88,8 +89,26 @@ def _number(config: Config, name: str, default: int, where: object, *, most: int
     return whole_number({name: default} | config, name, where, most=most)
 
 
+def _divisor(config: Config, name: str, default: int, of: dict[str, list[int]], where: object) -> None:
+    """Check that a number divides others, which are given by the name of their field."""
+    number = _number(config, name, default, where)
+    for field, values in of.items():
+        if any(value % number for value in values):
+            raise InputError(f"{where}: {name}: found {number}, expected a divisor of {field}, {values}")
+
+
+def _check_arithmetic(config: Config, epsilon: tuple[str, float], function: tuple[str, str], where: object) -> None:
+    """Check what has no tensor: the epsilon of norms and the activation function, given with their defaults."""
+    real_number(dict([epsilon]) | config, epsilon[0], where, least=1e-12, most=0.1)
+    name, default = function
+    if (found := config.get(name, default)) not in _ACTIVATIONS:
+        raise InputError(f"{where}: {name}: found {shown(found)}, expected one of {', '.join(_ACTIVATIONS)}")
+
+
 def _clip(config: Config, where: object) -> dict[str, Shape]:
     width, inner = _number(config, "hidden_size", 512, where), _number(config, "intermediate_size", 2048, where)
+    _divisor(config, "num_attention_heads", 8, {"hidden_size": [width]}, where)
+    _check_arithmetic(config, ("layer_norm_eps", 1e-5), ("hidden_act", "quick_gelu"), where)
     words = _number(config, "vocab_size", 49_408, where, most=_LARGEST_VOCABULARY)
     shapes: dict[str, Shape] = {
         "text_model.embeddings.token_embedding.weight": (words, width),
@@ -110,7 +129,11 @@ def _t5(config: Config, where: object) -> dict[str, Shape]:
     width, inner = _number(config, "d_model", 512, where), _number(config, "d_ff", 2048, where)
     heads = _number(config, "num_heads", 8, where)
     attention = heads * _number(config, "d_kv", 64, where)
-    gated = str(config.get("feed_forward_proj", "relu")).startswith("gated-")
+    feed_forward = str(config.get("feed_forward_proj", "relu"))
+    gated = feed_forward.startswith("gated-")
+    function = {"feed_forward_proj": feed_forward.removeprefix("gated-")}
+    _check_arithmetic(config | function, ("layer_norm_epsilon", 1e-6), ("feed_forward_proj", "relu"), where)
+    _number(config, "relative_attention_max_distance", 128, where)
     words = _number(config, "vocab_size", 32_128, where, most=_LARGEST_VOCABULARY)
     shapes: dict[str, Shape] = {"shared.weight": (words, width)}
     for i in range(_number(config, "num_layers", 6, where, most=MOST_BLOCKS)):
@@ -131,9 +154,14 @@ def _vae(config: Config, where: object) -> dict[str, Shape]:
     widths = config.get("block_out_channels", [64])
     if not isinstance(widths, list) or not all(type(w) is int and 1 <= w <= LARGEST for w in widths) or not widths:
         raise InputError(f"{where}: block_out_channels: found {shown(widths)}, expected a list of widths")
+    if (found := config.get("_class_name", VAE)) != VAE:
+        raise InputError(f"{where}: _class_name: found {shown(found)}, expected {VAE!r}")
     for field, block in _BLOCKS.items():
         if (blocks := config.get(field, [block])) != [block] * len(widths):
             raise InputError(f"{where}: {field}: found {shown(blocks)}, expected {len(widths)} times {block}")
+    _divisor(config, "norm_num_groups", 32, {"block_out_channels": widths}, where)
+    _check_arithmetic(config, ("norm_eps", 1e-6), ("act_fn", "silu"), where)
+    _number(config, "sample_size", 32, where)
     layers = _number(config, "layers_per_block", 1, where, most=MOST_BLOCKS)
     latent = _number(config, "latent_channels", 4, where)
     attention = config.get("mid_block_add_attention", True)

@@ -116,7 +116,10 @@ class SD3:
                 f"{WHERE}: pos_embed_max_size: {table} makes a table of {table * table * d} numbers, "
                 f"expected up to {_MOST_POSITIONS}"
             )
-        out_channels = config_number(config, "out_channels", channels)
+        config_number({"sample_size": 128} | config, "sample_size")  # the position table is scaled by it
+        out_channels = config_number({"out_channels": 16} | config, "out_channels", channels)
+        if (norm := config.get("qk_norm")) not in (None, "rms_norm"):
+            raise InputError(f"{WHERE}: qk_norm: found {shown(norm)}, expected 'rms_norm' or null")
         (joint, pooled), caption = self.text_widths(config), config_number(config, "caption_projection_dim")
         shapes: dict[str, Shape] = {
             "pos_embed.pos_embed": (1, table * table, d),
