@@ -72,7 +72,7 @@ def mutated(case: dict[str, Any], source: Path, folder: Path) -> tuple[str, str]
             "inner": st.integers(0, 4), "remove": st.booleans(), "value": st.sampled_from(VALUES),
         }
     ),
-    few=40,
+    few=25,
 )  # fmt: skip
 def test_a_changed_config_is_refused_at_once_or_loads(
     case: dict[str, Any], place: Path, models: dict[str, Path]
@@ -86,7 +86,11 @@ def test_a_changed_config_is_refused_at_once_or_loads(
         assert "\n" not in str(error) and len(str(error)) < 2000
         assert str(folder) in str(error) or field in str(error)
         return
-    pipe = load(folder)
+    try:
+        pipe = load(folder)
+    except InputError as error:  # fields without a tensor, such as a dropout, whose types transformers checks
+        assert file.startswith("text_encoder") and "cannot be loaded" in str(error) and "\n" not in str(error)
+        return
     for part in PARTS:
         if not (folder / part).is_dir() or index.get(part, [None])[0] is None:
             continue
