@@ -23,7 +23,7 @@ from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import is_out_of_memory, read_json
 from edgeprune.families import CHANGED, family_of, family_of_model
-from edgeprune.families.encoders import T5, read_index, text_encoders
+from edgeprune.families.encoders import T5, read_index, text_encoders, tokenizer_of
 from edgeprune.families.parts import VAE, tensor_of
 from edgeprune.quantization.quantize import prepare
 from edgeprune.residency.model_files import parts_of, weights_of
@@ -137,8 +137,10 @@ def load_pipeline(
     if (name := index.get("_class_name")) != family.pipeline:
         where = folder / "model_index.json"
         raise InputError(f"{where}: _class_name: found {shown(name)}, expected {family.pipeline!r}")
-    # diffusers needs an explicit None for an absent encoder, though the index lists it as absent.
+    # diffusers needs an explicit None for an absent encoder, whether the index lists it as absent or not at all.
+    optional = [encoder.name for encoder in family.encoders if encoder.optional and encoder.name not in index]
     absent = {name: None for name, entry in index.items() if entry == [None, None]}
+    absent |= {name: None for encoder in optional for name in (encoder, tokenizer_of(encoder))}
     kinds = text_encoders(folder) | {"vae": family.vae}
     parts = {name: load_part(folder / name, kind, dtype, variant=variant) for name, kind in kinds.items()}
     parts = {"transformer": transformer} | {name: part for name, part in parts.items() if part is not None}
