@@ -247,6 +247,9 @@ class _InMemory(dict[str, torch.Tensor]):
     def check(self, expected: Any) -> None:
         """Accept: a model's own tensors always fit."""
 
+    def ahead(self, names: Any) -> None:
+        """Do nothing: all tensors are in memory."""
+
 
 def stored(model: torch.nn.Module) -> StoredTransformer:
     """Return a loaded transformer as if its weights were on disk."""

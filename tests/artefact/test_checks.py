@@ -85,7 +85,7 @@ TENSORS: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
     "ungated": (T5_FILE, lambda t: {n.replace("wi_0", "wi"): v for n, v in t.items()}, "DenseReluDense.wi.weight"),
     "decoder": (VAE_FILE, without("decoder.conv_in.weight"), "vae: decoder.conv_in.weight: found no such tensor"),
     "encoder": (VAE_FILE, without("encoder.conv_in.bias", "encoder.conv_out.bias"), r"conv_in.bias: .*\(and 1 more\)"),
-    "fp8": (T5_FILE, scaled_fp8, "SelfAttention.k.weight': found F8_E4M3, expected one of F32.*before they were round"),
+    "fp8": (T5_FILE, scaled_fp8, "SelfAttention.k.weight': found F8_E4M3, expected F32.*edgeprune convert"),
     "scale": (T5_FILE, rounded_with_scale, "weight_scale': found .* it belongs to quantised weights; give the origina"),
     "absmax": (CLIP_FILE, lambda t: t | {"text_projection.weight.absmax": torch.ones(4)}, "absmax'.*quantised weights"),
     "integers": (VAE_FILE, lambda t: t | {"decoder.conv_in.bias": torch.ones(16, dtype=torch.int32)}, "found I32"),

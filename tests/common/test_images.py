@@ -188,7 +188,7 @@ def test_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "bad.png").write_bytes(saved(UPRIGHT, "PNG")[:50])
     with pytest.raises(InputError, match=r"bad\.png: not a readable image"):
         open_image(tmp_path / "bad.png")
-    with pytest.raises(InputError, match=r"none\.png: not a readable image .FileNotFoundError."):
+    with pytest.raises(InputError, match=r"none\.png: no such file or directory"):
         open_image(tmp_path / "none.png")
     monkeypatch.setattr(images, "MAX_PIXELS", 50)
     with pytest.raises(UnreadableImage, match="found 32 x 64, expected at most 50 pixels"):
