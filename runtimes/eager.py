@@ -122,7 +122,7 @@ class EagerBackend:
         vae = self.pipeline.vae
         scaling, shift = latent_scale(vae.config)
         scaled = latents / np.float32(scaling) + np.float32(shift)
-        return _numpy(vae.decode(self._tensor(scaled).to(vae.dtype), return_dict=False)[0])
+        return _numpy(vae.decode(torch.tensor(scaled).to(self._device, vae.dtype), return_dict=False)[0])
 
     def memory(self) -> dict[str, Reading]:
         """Return the rows of memory.SPLIT, for this process or for the GPU."""

@@ -27,7 +27,7 @@ from edgeprune.families.encoders import T5, read_index, text_encoders, tokenizer
 from edgeprune.families.parts import VAE, tensor_of
 from edgeprune.quantization.quantize import prepare
 from edgeprune.residency.model_files import parts_of, weights_of
-from edgeprune.residency.stored import StoredTransformer
+from edgeprune.residency.stored import CPU, StoredTransformer
 from edgeprune.residency.weights import Weights
 
 
@@ -201,8 +201,14 @@ def load_part(folder: Path, kind: str, dtype: torch.dtype | None = torch.float32
     return model.eval()
 
 
-def complete(folder: Path, kind: str, model: Any) -> None:
+def complete(folder: Path, kind: str, model: Any, device: torch.device = CPU) -> None:
     """Give a network that has its weights what files do not store.
+
+    Args:
+        folder: the part's folder.
+        kind: its class.
+        model: the network.
+        device: where its weights are.
 
     Raises:
         EdgepruneError: this version of transformers has a table that is not known here.
@@ -214,7 +220,7 @@ def complete(folder: Path, kind: str, model: Any) -> None:
             owner, _, attribute = name.rpartition(".")
             if attribute != "position_ids":
                 raise EdgepruneError(f"{folder}: {name}: found no numbers for it; use another version of transformers")
-            ids = torch.arange(buffer.shape[-1])[None]
+            ids = torch.arange(buffer.shape[-1], device=device)[None]
             model.get_submodule(owner).register_buffer(attribute, ids, persistent=False)
 
 

@@ -33,6 +33,8 @@ _AT_ONCE = 64
 """Most prompts that pass through a text encoder together."""
 _VAE_IMAGES = 3
 """Images of the VAE's second width that are alive at once in its last block."""
+_RECENT = 8
+"""Most prompts, of all encoders together, whose text stays in memory where none is kept on disk."""
 _TILE = 64
 """Sides of a tile in latent pixels, if the VAE works in tiles."""
 _OUTPUTS = {CLIP: "text_embeds", CLIP_POOLED: "pooler_output", T5: "last_hidden_state"}
@@ -69,6 +71,8 @@ class StagedPipeline:
         self.config, self.family = read_config(folder)
         self.texts = texts
         self._held: dict[str, Any] | None = None
+        self._tiled: bool | None = None
+        self._recent: dict[tuple[str, str, int], dict[str, torch.Tensor]] = {}
 
     @functools.cached_property
     def scheduler(self) -> Any:
@@ -96,10 +100,14 @@ class StagedPipeline:
         Blocks of the transformer that are kept are freed; they are read again when they run. If that does not suffice,
         the VAE takes the image in tiles that overlap, with diffusers' blending.
         """
+        if self._tiled is not None:  # once decided: images of one pipeline are made alike
+            return
         needed = _VAE_IMAGES * max(self.vae.config.block_out_channels[:2]) * height * width * 4
         if self.compute.left() < needed:
             release(self.transformer)
-        if self.compute.left() < needed:
+            self.compute.collect()
+        self._tiled = self.compute.left() < needed
+        if self._tiled:
             self.vae.enable_tiling()
             self.vae.tile_latent_min_size, self.vae.tile_sample_min_size = _TILE, _TILE * self.vae_scale_factor
 
@@ -138,9 +146,12 @@ class StagedPipeline:
         dtype = self._dtype(name, kind)
         paths = {p: self.texts.path(name, p, length, dtype) for p in dict.fromkeys(prompts)} if self.texts else {}
         found = {p: t for p, path in paths.items() if self.texts and (t := self.texts.get(path)) is not None}
+        found |= {p: self._recent[name, p, length] for p in prompts if (name, p, length) in self._recent}
         missing = [p for p in dict.fromkeys(prompts) if p not in found]
         for prompt, tensors in self._encoded(name, kind, missing, length, dtype):
             found[prompt] = tensors
+            if self.texts is None and len(prompts) <= _RECENT:
+                self._recent = dict(list(self._recent.items())[-_RECENT:]) | {(name, prompt, length): tensors}
             if self.texts:
                 self.texts.put(paths[prompt], tensors)
         keys = found[prompts[0]]
@@ -205,7 +216,7 @@ class StagedPipeline:
         inside = {f"{prefix}{n}" for prefix, layer in layers for n in layer.state_dict()}
         outside = {n: weights[s].to(self.compute.device, dtype) for n, s in stored.items() if n not in inside}
         model.load_state_dict(outside, strict=False, assign=True)
-        complete(folder, kind, model)
+        complete(folder, kind, model, self.compute.device)
         stream(
             [(layer, {n: stored[f"{prefix}{n}"] for n in layer.state_dict()}) for prefix, layer in layers],
             weights.__getitem__, device=self.compute.device, dtype=dtype, keep=keep, ahead=weights.ahead,

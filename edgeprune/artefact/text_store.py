@@ -6,6 +6,7 @@ which prompts are padded, and the dtype of the computation.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,4 +53,6 @@ class TextStore:
     def put(self, path: Path, tensors: Tensors) -> None:
         """Write a prompt's tensors; a killed process leaves no half of a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
+        own = path.with_name(f"{path.stem}.{os.getpid()}.tmp")  # several processes may encode the same prompts
+        save_tensors(own, tensors)
+        os.replace(own, path)

@@ -12,7 +12,7 @@ from edgeprune.common.errors import InputError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _CGROUP = Path("/sys/fs/cgroup")
-_SHARE = 0.9
+SHARE = 0.9
 """Share of the free memory that a process takes without a wish: the rest is for others, and for what is not counted."""
 
 
@@ -38,7 +38,7 @@ def parse_bytes(text: str, option: str) -> int:
     Raises:
         InputError: it is not such a size, or not above 0.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?([a-z]*)", text.strip(), re.IGNORECASE)
     unit = UNITS.get(match[2].upper()) if match else None
     size = int(float(match[1]) * unit) if match and unit else 0
     if size <= 0:
@@ -56,8 +56,17 @@ def allowed() -> int:
     free = [int(psutil.virtual_memory().available)]
     limit, current = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
     if limit is not None and current is not None:
-        free.append(max(0, limit - current))
-    return resident() + int(_SHARE * min(free))
+        free.append(max(0, limit - current + _page_cache()))
+    return resident() + int(SHARE * min(free))
+
+
+def _page_cache() -> int:
+    """Return the bytes of files that the container holds in memory, which the kernel frees when they are needed."""
+    try:
+        lines = (_CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
 
 
 def _number(path: Path) -> int | None:

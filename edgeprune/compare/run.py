@@ -18,7 +18,7 @@ from typing import Any
 
 from edgeprune import shapes
 from edgeprune.artefact.checks import check_pipeline
-from edgeprune.artefact.loading import load_transformer
+from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.manifest import HALF, INT4
 from edgeprune.artefact.resolve import read_config
 from edgeprune.common.files import digest, files_digest, read_json, write_json
@@ -31,6 +31,7 @@ from edgeprune.metrics.scoring import CAPTIONS
 from edgeprune.quantization.precision import footprint
 from edgeprune.report.steps import step_times
 from edgeprune.residency.model_files import model_files
+from edgeprune.residency.running import running
 from edgeprune.sampling.generation import Generation, say_guesses
 from edgeprune.sampling.prompts import prompts as shipped_prompts
 from edgeprune.sampling.prompts import read_prompts
@@ -180,8 +181,9 @@ def _run(
     if row.quantized:
         run_quantize(ws, options.quantize, progress)
     teacher, plan = base.pipe.transformer, ws.plan()
-    times = step_times(base, teacher, load_transformer(ws.out, quantized=False))
-    base.pipe.transformer = load_transformer(ws.out, quantized=row.quantized)
+    compute = base.original.compute
+    times = step_times(base, teacher, running(open_transformer(ws.out, quantized=False), compute))
+    base.pipe.transformer = running(open_transformer(ws.out, quantized=row.quantized), compute)
     try:
         scores = scorer.score()
     finally:

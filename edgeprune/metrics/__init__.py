@@ -171,8 +171,12 @@ def of_pipeline(
     weights: Mapping[str, str] | None = None,
     *,
     split: Split,
+    compares: bool = True,
 ) -> Metric:
     """Prepare a metric for a pipeline, with the noise of a split.
+
+    Args:
+        compares: whether `score` will be called; without it, velocity measures only its trajectories.
 
     Raises:
         InputError: the name is unknown, or weights are missing or not usable.
@@ -183,7 +187,7 @@ def of_pipeline(
     if name == VELOCITY:
         from edgeprune.metrics.velocity import VelocityError
 
-        return VelocityError(pipe, generation, prompts, split=split)
+        return VelocityError(pipe, generation, prompts, split=split, compares=compares)
     from edgeprune.metrics.drawn import Drawn
 
     return Drawn(name, of_images(name, weights), pipe, generation, prompts, split=split)

@@ -36,9 +36,6 @@ class Drawn:
         self.sign = -1.0 if KNOWN[name].lower_is_better else 1.0
         self.originals = list(self.images()) if KNOWN[name].paired else None
 
-    def prepare(self) -> None:
-        """Do nothing: what is compared with was drawn when this object was created."""
-
     def images(self) -> NDArray[np.uint8]:
         """Generate images (prompts * seeds, H, W, 3); the seeds of one prompt are adjacent."""
         return generate(self.pipe, self.texts, self.split.seeds(len(self.texts)), self.generation)

@@ -7,7 +7,6 @@ For each prompt, the unmodified model's states x_t and conditional velocities v_
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,7 +34,14 @@ class VelocityError:
     name = "velocity"
 
     @torch.no_grad()
-    def __init__(self, pipe: Any, generation: Generation, prompts: list[str], *, split: Split) -> None:
+    def __init__(
+        self, pipe: Any, generation: Generation, prompts: list[str], *, split: Split, compares: bool = True
+    ) -> None:
+        """Sample the trajectories of the pipeline's transformer, which must be the unmodified one.
+
+        Args:
+            compares: also measure its velocities, which `score` compares with.
+        """
         self.pipe, self.count = pipe, len(prompts)
         generation = replace(generation, num_inference_steps=min(STATES, generation.num_inference_steps))
         condition, self.empty = encode_with_empty(pipe, prompts, generation.max_sequence_length)
@@ -52,17 +58,17 @@ class VelocityError:
         steps = len(levels) - 1
         self.sigmas = levels[:-1].to(self.states).repeat_interleave(self.count)
         self.guidance = generation.guidance_scale
-        self.condition = Conditioning(condition.hidden.repeat(steps, 1, 1), condition.pooled.repeat(steps, 1))
+        self._condition, self._prompt_of = condition, torch.arange(self.count).repeat(steps)
+        self.reference = self._velocities() if compares else None
 
-    @cached_property
-    def reference(self) -> torch.Tensor:
-        """The velocities of the unmodified model (S, C, h, w)."""
-        return self._velocities()
+    @property
+    def condition(self) -> Conditioning:
+        """The encoded prompt of each state."""
+        return self.condition_of(slice(None))
 
-    @torch.no_grad()
-    def prepare(self) -> None:
-        """Measure what `score` compares with; to be called before anything is removed."""
-        _ = self.reference
+    def condition_of(self, rows: slice) -> Conditioning:
+        """Return the encoded prompts of some states."""
+        return self._condition[self._prompt_of[rows]]
 
     @staticmethod
     def evaluations(generation: Generation, prompts: int) -> int:
@@ -71,12 +77,12 @@ class VelocityError:
 
     @staticmethod
     def preparing(generation: Generation, prompts: int, per_step: int) -> int:
-        """Return how many samples pass through it at creation: those of the trajectory."""
+        """Return how many samples pass through it at creation: those of the trajectory, without the comparison."""
         return prompts * min(STATES, generation.num_inference_steps) * per_step
 
     def velocity(self, rows: slice) -> torch.Tensor:
         """Return the conditional velocities of the transformer as it is now, at some states (by step, then prompt)."""
-        inputs = (self.states[rows], self.condition[rows], self.sigmas[rows], self.guidance)
+        inputs = (self.states[rows], self.condition_of(rows), self.sigmas[rows], self.guidance)
         return evaluate(self.pipe.transformer, *inputs)
 
     def _velocities(self) -> torch.Tensor:
@@ -89,7 +95,8 @@ class VelocityError:
 
     @torch.no_grad()
     def score(self) -> list[float]:
-        """Return minus the relative error per prompt. Without `prepare` the model is unmodified at the first call."""
+        """Return minus the relative error per prompt."""
+        assert self.reference is not None, "made with compares=False"
         error = self.per_prompt(squares(self._velocities() - self.reference))
         return [0.0 - float(e) for e in error / self.per_prompt(squares(self.reference))]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgeprune.common.files import read_json, write_json
 from edgeprune.common.progress import Progress, silent
-from edgeprune.common.tables import interval_text, with_unit
+from edgeprune.common.tables import duration, interval_text, with_unit
 from edgeprune.report import page
 from edgeprune.report.measure import images_of, measure
 from edgeprune.report.steps import ratio_text
@@ -42,8 +42,8 @@ def takes_long(ws: Workspace, *, quick: bool = False) -> str:
     if hours < _LONGEST_HOURS:
         return ""
     return (
-        f"no report: its {2 * images_of(quick)} images take at least {hours:.0f} hours here; make it on a faster "
-        f"machine, or anyway: edgeprune report -o {ws.out}"
+        f"no report: its {2 * images_of(quick)} images take at least {duration(hours * 3600)} here; make it on a "
+        f"faster machine, or anyway: edgeprune report -o {ws.out}"
     )
 
 

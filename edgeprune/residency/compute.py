@@ -6,6 +6,7 @@ Stored and computed dtype are two things: weights stay in the dtype of their fil
 from __future__ import annotations
 
 import functools
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
-from edgeprune.common.memory import ComputeOptions, allowed, resident
+from edgeprune.common.memory import SHARE, ComputeOptions, allowed, resident
 
 _SMALL_BYTES = 10**9
 """Most bytes in float32 of a network whose memory and speed call for nothing less."""
@@ -65,12 +66,18 @@ class Compute:
             return stored
         return torch.bfloat16 if multiplies_bf16() else torch.float32
 
+    def collect(self) -> None:
+        """Give freed memory back to the device, so that `left` counts it."""
+        gc.collect()
+        if self.device.type in ("cuda", "xpu", "mps"):
+            getattr(torch, self.device.type).empty_cache()
+
     def left(self) -> int:
         """Return the bytes that may still be taken now."""
         if self.device.type == "cpu":
             return max(0, (allowed() if self.memory is None else self.memory) - resident())
         taken, free = _device_memory(self.device)
-        return max(0, free if self.memory is None else self.memory - taken)
+        return max(0, int(SHARE * free) if self.memory is None else self.memory - taken)
 
 
 def is_small(numbers: int) -> bool:

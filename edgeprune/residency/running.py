@@ -17,7 +17,7 @@ _WORKING_BYTES = 7 * 10**8
 """What is left free of the memory beside that, before blocks are kept: states, more samples, the VAE."""
 
 
-def running(stored: StoredTransformer, compute: Compute, dtype: torch.dtype | None = None) -> Any:
+def running(stored: StoredTransformer, compute: Compute, dtype: torch.dtype | None = None, *, keep: bool = True) -> Any:
     """Return a transformer that is ready to run: held in float32 if it is small, else read block by block.
 
     Blocks stay in memory, in the dtype of their file, as far as there is room.
@@ -26,16 +26,30 @@ def running(stored: StoredTransformer, compute: Compute, dtype: torch.dtype | No
         stored: its structure and weights.
         compute: where it computes, and how much memory that may take.
         dtype: to compute in; None for the one that `compute` chooses.
+        keep: keep blocks in memory as far as there is room.
 
     Raises:
         InputError: it does not run in so little memory; says how much it takes.
     """
-    names = [*stored.weights.shapes]
-    numbers = sum(map(math.prod, stored.weights.shapes.values()))
-    if is_small(numbers) and compute.memory is None:
+    if is_small(_numbers(stored)) and compute.memory is None:
         return stored.load(dtype or torch.float32).to(compute.device)
-    kind = stored.weights.dtype(next(n for n in names if n.endswith(".weight")))
-    dtype = dtype or compute.dtype(kind, numbers)
+    left, least = check_room(stored, compute, dtype)
+    room = left - least - _WORKING_BYTES if keep else 0
+    return stored.running(dtype or dtype_of(stored, compute), compute.device, keep=room)
+
+
+def dtype_of(stored: StoredTransformer, compute: Compute) -> torch.dtype:
+    """Return the dtype that a transformer computes in."""
+    return compute.dtype(_stored_dtype(stored), _numbers(stored))
+
+
+def check_room(stored: StoredTransformer, compute: Compute, dtype: torch.dtype | None = None) -> tuple[int, int]:
+    """Return the bytes that may still be taken, and those that the transformer takes at least while it runs.
+
+    Raises:
+        InputError: memory was given, and it does not suffice; says how much does.
+    """
+    kind, dtype = _stored_dtype(stored), dtype or dtype_of(stored, compute)
     blocks = range(len(stored.family.blocks(stored.model)))
     largest = max(sum(math.prod(stored.weights.shapes[n]) for n in stored.names(block)) for block in blocks)
     per_number = (torch.finfo(dtype).bits + torch.finfo(kind).bits) // 8
@@ -44,4 +58,12 @@ def running(stored: StoredTransformer, compute: Compute, dtype: torch.dtype | No
     if compute.memory is not None and left < least:
         needed = compute.memory - left + least
         raise InputError(f"--memory: found {compute.memory / 1e9:.2f} GB, expected at least {needed / 1e9:.2f} GB here")
-    return stored.running(dtype, compute.device, keep=left - least - _WORKING_BYTES)
+    return left, least
+
+
+def _numbers(stored: StoredTransformer) -> int:
+    return sum(map(math.prod, stored.weights.shapes.values()))
+
+
+def _stored_dtype(stored: StoredTransformer) -> torch.dtype:
+    return stored.weights.dtype(next(name for name in stored.weights.shapes if name.endswith(".weight")))

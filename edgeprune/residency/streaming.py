@@ -1,7 +1,7 @@
 """Run a network whose layers stay on disk: each is read when it runs, widened to the computed dtype, and dropped after.
 
 Weights keep the dtype of their file; only the layer that computes is wider. As many layers as fit in a number of bytes
-are kept after the first run. The operating system reads the next layer while the current one computes.
+are kept from the start. The operating system reads the next layer while the current one computes.
 
 Layers are filled through their module objects, not through names: modules may be replaced while the network is in use,
 as the analysis does, and the replaced ones still get their weights where something reads them.
@@ -43,10 +43,8 @@ class Layer:
     ):
         self.module, self.read, self.device, self.dtype = module, read, device, dtype
         self.places = [(*_place(module, local), name) for local, name in names.items()]
-        self.keeps = False
-        """Whether its tensors stay in memory after a run, in the dtype of the file."""
         self.kept: dict[str, torch.Tensor] | None = None
-        """They, once they were read."""
+        """Its tensors in the dtype of the file, if they stay in memory."""
         self.uses = 0
 
     @property
@@ -66,7 +64,7 @@ class Layer:
         left = room - sum(tensor.nbytes for tensor in tensors.values())
         if left < 0:
             return 0
-        self.keeps, self.kept = True, tensors
+        self.kept = tensors
         return left
 
     def running_bytes(self) -> int:
@@ -82,8 +80,6 @@ class Layer:
         if self.uses > 1:
             return
         tensors = self.load() if self.kept is None else self.kept
-        if self.keeps:
-            self.kept = tensors
         for module, attribute, name in self.places:
             value = tensors.pop(name) if self.kept is None else tensors[name]  # each is freed as soon as it is widened
             _put(module, attribute, value if self.dtype is None or name.endswith(PACKED) else value.to(self.dtype))
@@ -134,7 +130,7 @@ def _begin(layer: Layer, following: Layer, ahead: Ahead | None) -> None:
 
 
 def release(network: nn.Module) -> None:
-    """Free the layers that a network keeps in memory; they are read again when they run next, and kept."""
+    """Free the layers that a network keeps in memory; from now on they are read when they run."""
     for module in network.modules():
         if is_streamed(module):
             getattr(module, _STREAM).kept = None

@@ -114,7 +114,7 @@ def evaluate(
 ) -> torch.Tensor:
     """Evaluate a transformer where it is and in its own dtype; return the velocity where and as the latents are.
 
-    Latents and noise levels stay float32: half precision would change them.
+    Latents stay float32 between steps, and so do noise levels; FLUX.1's own forward rounds those to its dtype.
     """
     like = next(p for p in model.parameters() if not p.is_meta and p.is_floating_point())
     return velocity(model, latents.to(like), condition.to(like), sigma, guidance).to(latents)

@@ -57,13 +57,18 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
     check_analysis(options.metric, options.weights, prompts)
     seeds = Split.ANALYSIS.seed(0)
     inputs = asdict(options) | {"prompts": prompts, "seeds": seeds, "generation": asdict(ws.generation)}
+    if (dtype := ws.original.dtype) != torch.float32:  # small models are computed in float32 everywhere
+        inputs["dtype"] = str(dtype)
     if not options.weights:
         del inputs["weights"]  # older folders do not have this option; they stay current
     if options.joint and ws.family.kinds(ws.config).get("single"):
         inputs["groups"] = len(removals)  # single-stream blocks had one joint group of three until 2026-11
 
     def score(key: str) -> dict[str, Any]:
-        metric = of_pipeline(options.metric, ws.pipe, ws.generation, prompts, options.weights, split=Split.ANALYSIS)
+        metric = of_pipeline(
+            options.metric, ws.pipe, ws.generation, prompts, options.weights, split=Split.ANALYSIS,
+            compares=estimator_class.compares,
+        )  # fmt: skip
         estimator = estimator_class(ws.family, metric, modulation_mean(ws, prompts))
         analyze(
             ws.family, ws.config, estimator.estimate, groups=removals, metric=metric.name, estimator=estimator.name,
@@ -93,6 +98,7 @@ def _check_time(ws: Workspace, options: AnalyzeOptions, removals: list[Group], c
         ways.append(("--estimator gates --count 1", total(options_of_gates, 1)))
     elif count > 1:
         ways.append(("--count 1", total(options, 1)))
+    ws.check_memory()
     ws.check_time("analyze", total(options, count), ways, progress)
 
 

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from edgeprune.common.splits import Split
+from edgeprune.common.tensors import save_tensors
 from edgeprune.families import Family
 from edgeprune.metrics.velocity import VelocityError
+from edgeprune.residency.compute import Compute
+from edgeprune.residency.stored import CPU
 from edgeprune.sampling.denoising import network_inputs
 from edgeprune.stages.modulation import is_guided
 from edgeprune.stages.workspace import Workspace
@@ -37,10 +40,13 @@ class Streams:
         inputs: of the model's forward, for batches of samples.
         room: bytes that the streams may take in memory.
         scratch: a folder for those that do not fit.
+        device: where blocks run; the streams are with the processor.
     """
 
-    def __init__(self, family: Family, model: Any, inputs: Iterator[Batch], room: int, scratch: Path) -> None:
-        self.family, self.room, self.scratch = family, room, scratch
+    def __init__(
+        self, family: Family, model: Any, inputs: Iterator[Batch], room: int, scratch: Path, device: torch.device = CPU
+    ) -> None:
+        self.family, self.room, self.scratch, self.device = family, room, scratch, device
         self.batches: list[Batch | Path] = []
         self.positions: Sequence[torch.Tensor] = ()
         shutil.rmtree(scratch, ignore_errors=True)
@@ -59,14 +65,16 @@ class Streams:
             block: with its weights.
             advance: keep the results: they are what the next block gets. Otherwise only hooks see the samples.
         """
+        block.to(self.device)
+        positions = [position.to(self.device) for position in self.positions]
         for index, batch in enumerate(self.batches):
             streams = load_file(batch) if isinstance(batch, Path) else batch
-            image, text = self.family.run(
-                block, streams["image"], streams["text"], streams["modulation"], self.positions
-            )
+            image, text, modulation = (streams[name].to(self.device) for name in ("image", "text", "modulation"))
+            image, ended = self.family.run(block, image, text, modulation, positions)
             if advance:
                 # A block that ends the text stream is the last one.
-                self._put(index, streams | {"image": image} | ({} if text is None else {"text": text}))
+                self._put(index, streams | {"image": image.cpu()} | ({} if ended is None else {"text": ended.cpu()}))
+        block.to(CPU)
 
     def close(self) -> None:
         """Free memory and disk."""
@@ -82,7 +90,7 @@ class Streams:
         found = self.batches[index]
         if isinstance(found, Path):
             found.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in streams.items()}, found)
+            save_tensors(found, streams)
         else:
             self.batches[index] = streams
 
@@ -97,17 +105,16 @@ def calibration_streams(ws: Workspace, model: Any, prompts: list[str]) -> Stream
         model: the pruned transformer; its tensors outside the blocks have their numbers.
         prompts: one trajectory each.
     """
-    metric = VelocityError(ws.pipe, ws.generation, prompts, split=Split.CALIBRATION)
-    conditions = [metric.condition]
-    if is_guided(ws):
-        conditions.append(metric.empty[[0] * len(metric.states)])
+    metric = VelocityError(ws.pipe, ws.generation, prompts, split=Split.CALIBRATION, compares=False)
 
     def inputs() -> Iterator[Batch]:
         for start in range(0, len(metric.states), metric.batch):
             rows = slice(start, start + metric.batch)
-            for condition in conditions:
-                one = (metric.states[rows], condition[rows], metric.sigmas[rows], metric.guidance)
-                yield {name: value.cpu() for name, value in network_inputs(model, *one).items()}
+            states, condition = metric.states[rows], metric.condition_of(rows)
+            for text in (condition, metric.empty[[0] * len(states)]) if is_guided(ws) else (condition,):
+                one = network_inputs(model, states, text, metric.sigmas[rows], metric.guidance)
+                yield {name: value.cpu() for name, value in one.items()}
 
     ws.original.release_transformer()
-    return Streams(ws.family, model, inputs(), ws.original.compute.left() // 3, ws.cache / "streams")
+    host = Compute(memory=ws.original.compute.memory if ws.original.compute.device.type == "cpu" else None)
+    return Streams(ws.family, model, inputs(), host.left() // 3, ws.cache / "streams", ws.original.compute.device)

@@ -20,7 +20,7 @@ from edgeprune.data.settings import CacheOptions, settings_of, source_digest
 from edgeprune.families import Architecture, Config
 from edgeprune.planning.methods import baselines
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.residency.streaming import is_streamed
+from edgeprune.residency.compute import Compute, is_small
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.stages.costs import sample
@@ -208,7 +208,8 @@ def _open(ws: Workspace, folder: Path, progress: Progress) -> Pairs:
 def _teacher(ws: Workspace, precision: str) -> Any:
     """Return the original transformer: a copy of its own where training changes its precision or shards it."""
     ws.original.release_surroundings()  # everything is encoded
-    if precision == "float32" and processes.count() == 1 and not is_streamed(ws.family.blocks(ws.teacher)[0]):
+    small = is_small(ws.plan().before.parameters) and ws.original.compute == Compute()
+    if small and precision == "float32" and processes.count() == 1:
         return ws.teacher
     ws.original.release()
     teacher = load_transformer(ws.source, quantized=False, variant=ws.variant)

@@ -39,4 +39,5 @@ def sampler_levels(ws: Workspace) -> torch.Tensor:
 def inputs_of(ws: Workspace, prompts: list[str], levels: torch.Tensor) -> torch.Tensor:
     """Return the modulation inputs (prompts, T, D) of these prompts at these noise levels (T)."""
     pooled = encode_pooled(ws.encoders, prompts, ws.generation.max_sequence_length)
-    return modulation_inputs(ws.family, ws.encoders.transformer, levels * 1000, pooled, ws.generation.guidance_scale)
+    found = modulation_inputs(ws.family, ws.encoders.transformer, levels * 1000, pooled, ws.generation.guidance_scale)
+    return found.cpu()  # what follows needs float64, which some devices lack

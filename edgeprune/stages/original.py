@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from edgeprune.artefact.loading import load_pipeline, open_transformer
 from edgeprune.artefact.manifest import HALF
@@ -19,8 +23,9 @@ from edgeprune.artefact.text_store import TextStore
 from edgeprune.families import family_of_model
 from edgeprune.planning.modulation import embedder_alone
 from edgeprune.residency.compute import Compute
-from edgeprune.residency.running import running
-from edgeprune.residency.streaming import is_streamed
+from edgeprune.residency.running import check_room, dtype_of, running
+from edgeprune.residency.stored import StoredTransformer
+from edgeprune.residency.streaming import is_streamed, release
 from edgeprune.residency.weights import Weights
 
 
@@ -41,13 +46,29 @@ class Original:
         self.loaded: dict[str, Any] = {}
         """What is in memory, under the name of the property that loads it."""
 
+    @cached_property
+    def stored(self) -> StoredTransformer:
+        """The transformer's structure, and its weights on disk."""
+        return open_transformer(self.source, quantized=False, variant=self.variant)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the transformer computes in."""
+        return dtype_of(self.stored, self.compute)
+
+    def check_room(self) -> None:
+        """Check that the transformer runs in the memory that was given.
+
+        Raises:
+            InputError: it does not; says how much it takes.
+        """
+        if self.compute.memory is not None and "transformer" not in self.loaded:
+            check_room(self.stored, self.compute)
+
     @property
     def transformer(self) -> Any:
         """The transformer, ready to run on the device."""
-        return self._once(
-            "transformer",
-            lambda: running(open_transformer(self.source, quantized=False, variant=self.variant), self.compute),
-        )
+        return self._once("transformer", lambda: running(copy.deepcopy(self.stored), self.compute))
 
     @property
     def pipe(self) -> Any:
@@ -77,7 +98,11 @@ class Original:
             return pipe
         if can_stage(self.source):
             return StagedPipeline(self.source, transformer, self.compute, self.variant, texts=self.texts)
-        return load_pipeline(self.source, transformer, variant=self.variant)
+        pipe = load_pipeline(self.source, transformer, variant=self.variant)
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module) and part is not transformer:
+                part.to(self.compute.device)
+        return pipe
 
     def _once(self, name: str, load: Callable[[], Any]) -> Any:
         if name not in self.loaded:
@@ -100,11 +125,13 @@ class Original:
         """Drop a transformer that is read block by block, with what it keeps of them; the next use opens it again."""
         found = self.loaded.get("transformer")
         if found is not None and is_streamed(family_of_model(found).blocks(found)[0]):
+            release(found)  # others may still hold the structure
             for name in ("pipe", "transformer"):
                 self.loaded.pop(name, None)
 
     def release(self) -> None:
         """Drop all networks; the next use loads them again."""
+        self.release_transformer()
         self.loaded.clear()
 
 

@@ -52,6 +52,7 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) ->
 
     def check() -> None:
         if prompts:
+            ws.check_memory()
             ws.check_time("quantize", _evaluations(ws, plan, len(prompts)), [("--calibration none", 0.0)], progress)
 
     return ws.stage("quantize", inputs, lambda key: _quantize(ws, options, plan, prompts, key, progress), check)
@@ -101,9 +102,11 @@ def _quantize(
 
     ws.manifest.group_size = options.group_size
     config = shorter_config(ws.family, ws.config, plan)
-    size = write_transformer(ws.out, INT4, config, blocks, make, inputs=key, found=resume, progress=progress)
-    if streams is not None:
-        streams.close()
+    try:
+        size = write_transformer(ws.out, INT4, config, blocks, make, inputs=key, found=resume, progress=progress)
+    finally:
+        if streams is not None:
+            streams.close()
     ws.manifest.hash_files(ws.out, INT4)
     return {"weights_bytes": size}
 

@@ -179,12 +179,12 @@ class Workspace:
 
     @property
     def teacher(self) -> Any:
-        """The original transformer in float32, loaded once."""
+        """The original transformer, opened once; see `Original.transformer`."""
         return self.original.transformer
 
     @property
     def pipe(self) -> Any:
-        """The original pipeline in float32, loaded once."""
+        """The original pipeline around it."""
         return self.original.pipe
 
     @property
@@ -320,6 +320,14 @@ class Workspace:
         if card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace"):
             card.unlink()
 
+    def check_memory(self) -> None:
+        """Check that the original transformer runs in the memory that was given.
+
+        Raises:
+            InputError: it does not; says how much it takes.
+        """
+        self.original.check_room()
+
     def check_time(self, stage: str, evaluations: float, ways: Sequence[tuple[str, float]], progress: Progress) -> None:
         """Say how long a stage takes at least, if that is over a minute, and refuse it if that is too long.
 
@@ -332,7 +340,11 @@ class Workspace:
         Raises:
             InputError: it takes at least `ComputeOptions.longest_s`.
         """
-        seconds = evaluation_seconds(self.family, self.config, self.source, self.generation, self._compute)
+        seconds = 0.0
+        if processes.is_main():
+            one = evaluation_seconds(self.family, self.config, self.source, self.generation, self._compute)
+            seconds = one / processes.count()
+        seconds = processes.from_main(seconds)  # all processes go on, or none does
         takes = f"{stage}: at least {duration(evaluations * seconds)} here, on {self._compute.device}"
         if self._longest_s is None or evaluations * seconds <= self._longest_s:
             if evaluations * seconds > _WORTH_SAYING_S:
@@ -374,7 +386,7 @@ def _hashes(cache: Path) -> Iterator[Callable[[Path], str]]:
     try:
         yield lambda file: sha256_unless_known(file, stored)
     finally:
-        if stored != before:
+        if stored != before and processes.is_main():
             write_json(path, stored)
 
 

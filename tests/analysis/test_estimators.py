@@ -77,7 +77,6 @@ def test_work_is_what_is_said(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     # Groups that empty a block, as `attn + mlp` of a single-stream block of FLUX.2, remove it as a whole.
     wanted = [g for g in wanted if all(c is not None for _, c in collapsed(family, tiny.config_of(model), g))]
     blocks = len(family.blocks(model))
-    metric.prepare()
     seen = block_samples(model, family)
     for estimator in (Exhaustive, Reuse, Gates):
         seen.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from edgeprune.artefact.loading import load, open_transformer
 from edgeprune.artefact.staged import StagedPipeline, can_stage
 from edgeprune.artefact.text_store import TextStore
 from edgeprune.common.files import sha256_file
+from edgeprune.families.encoders import text_encoders
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.streaming import is_streamed
 from edgeprune.residency.weights import Weights
@@ -120,3 +123,24 @@ def test_blocks_are_read_when_they_run_unless_they_are_kept(folder: Path, reads:
         assert all(is_streamed(block) for block in blocks)
         assert all(tensor.is_meta for block in blocks for tensor in block.state_dict().values())
         assert len(reads) == 2 * sum(len(block.state_dict()) for block in blocks[kept:])
+
+
+def test_all_of_an_encoder_is_on_the_device_that_computes(folder: Path) -> None:
+    """With meta as the second device: what stayed with the processor would be found by its kind."""
+    pipe = StagedPipeline(folder, None, Compute(torch.device("meta")))
+    for name, kind in text_encoders(folder).items():
+        encoder = pipe._streamed(name, kind, torch.float32)
+        tensors = [*encoder.parameters(), *encoder.buffers()]
+        assert {tensor.device.type for tensor in tensors} == {"meta"}, name
+
+
+def test_several_processes_may_encode_the_same_prompt(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; from edgeprune.artefact.text_store import TextStore\n"
+        "store = TextStore(Path(sys.argv[1]), Path(sys.argv[2]), None, lambda file: 'x')\n"
+        "for _ in range(60): store.put(Path(sys.argv[1]) / 'a.safetensors', {'x': torch.ones(1000)})"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(folder)]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [(process.communicate()[1], process.returncode) for process in running] == [("", 0)] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

@@ -113,7 +113,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     index.write_text(json.dumps(right))
     refused("found None, expected 'diffusion_pytorch_model-00002")
     index.unlink()
-    refused(r"diffusion_pytorch_model\.safetensors: no such file")
+    refused(r"found diffusion_pytorch_model-00001-of-00005\.safetensors, expected")
 
 
 # ------------------------------------------------------------------------------------- writing

@@ -27,7 +27,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text, "--memory") == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "-1GB", "0", "3.2 gigabytes", "nan", "1e9"])
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "0", "3.2 gigabytes", "nan", "1e9", "9" * 400])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(InputError, match=r"--memory: found .*, expected a size such as 3.2GB"):
         parse_bytes(text, "--memory")
@@ -40,6 +40,8 @@ def test_memory_is_what_is_free_here_and_in_the_container(tmp_path: Path, monkey
     (tmp_path / "memory.max").write_text("3000000000\n")
     (tmp_path / "memory.current").write_text("1000000000\n")
     assert allowed() == pytest.approx(resident() + 0.9 * 2 * 10**9, rel=0.01)
+    (tmp_path / "memory.stat").write_text("anon 5\nactive_file 300000000\ninactive_file 700000000\n")  # freed on demand
+    assert allowed() == pytest.approx(resident() + 0.9 * 3 * 10**9, rel=0.01)
     (tmp_path / "memory.max").write_text("max\n")
     assert allowed() == pytest.approx(resident() + 0.9 * 10**10, rel=0.01)
 
@@ -82,6 +84,6 @@ def test_what_is_left_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         mem_get_info=lambda device: (6, 24), memory_reserved=lambda device: 10, memory_allocated=lambda device: 7
     )
     monkeypatch.setattr(torch, "cuda", seen)
-    assert Compute(torch.device("cuda")).left() == 6 + 3  # free, and what torch holds without using it
+    assert Compute(torch.device("cuda")).left() == int(0.9 * (6 + 3))  # free, and what torch holds without using it
     assert Compute(torch.device("cuda"), 15).left() == 5
     assert Compute(torch.device("cuda"), 4).left() == 0

@@ -99,7 +99,7 @@ def test_analysis_resumes_without_redoing(source: Path, tmp_path: Path) -> None:
         return [float(calls)]
 
     def go() -> dict[Group, list[float]]:
-        metric = SimpleNamespace(pipe=ws.pipe, score=score, prepare=lambda: None)
+        metric = SimpleNamespace(pipe=ws.pipe, score=score)
         estimator = Exhaustive(ws.family, metric, torch.zeros(64))
         made = score_groups(
             ws.family, ws.config, estimator.estimate, groups=groups(ws.family, ws.config, components=False), metric="m",

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from stage_runs import OPTIONS
 from typer.testing import CliRunner
 
-from edgeprune.analysis.contribution import ContributionReport
+from edgeprune.analysis.contribution import ContributionReport, removed
 from edgeprune.cli import app
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions
+from edgeprune.common.splits import Split
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.options import PlanOptions
-from edgeprune.residency.streaming import is_streamed
+from edgeprune.residency.streaming import held_bytes, is_streamed
 from edgeprune.residency.weights import Weights
 from edgeprune.stages import analyze, calibration, plan, prune, quantize
+from edgeprune.stages.modulation import modulation_mean
 from edgeprune.stages.options import AnalyzeOptions, QuantizeOptions
 from edgeprune.stages.workspace import Workspace
 
@@ -78,9 +78,9 @@ def test_calibrated_int4(method: str, source: Path, tmp_path: Path, monkeypatch:
             real = calibration.Streams.__init__
 
             def on_disk(
-                self: Any, family: Any, model: Any, inputs: Any, room: int, scratch: Path, real: Any = real
+                self: Any, family: Any, model: Any, inputs: Any, room: int, scratch: Path, *rest: Any, real: Any = real
             ) -> None:
-                real(self, family, model, inputs, 0, scratch)
+                real(self, family, model, inputs, 0, scratch, *rest)
                 assert list(scratch.iterdir())
 
             monkeypatch.setattr(calibration.Streams, "__init__", on_disk)
@@ -94,17 +94,37 @@ def test_calibrated_int4(method: str, source: Path, tmp_path: Path, monkeypatch:
         assert torch.equal(streamed[name], tensor), name
 
 
-def test_too_little_memory_is_refused_with_what_does(source: Path, tmp_path: Path) -> None:
+def test_too_little_memory_is_refused_with_what_does_before_anything_is_dropped(source: Path, tmp_path: Path) -> None:
     ws = Workspace(tmp_path / "out", str(source), compute=ComputeOptions("cpu", 10**8))
     with pytest.raises(InputError, match=r"--memory: found 0.10 GB, expected at least \d+\.\d\d GB here"):
         _ = ws.teacher
     done = CliRunner().invoke(app, ["analyze", str(source), "-o", str(tmp_path / "new"), "--memory", "lots"])
     assert isinstance(done.exception, InputError) and not (tmp_path / "new").exists()
+    first = Workspace(tmp_path / "out", str(source))
+    analyze.run(first, AnalyzeOptions(count=1, estimator="gates", components=False))
+    again = Workspace(tmp_path / "out", str(source), compute=ComputeOptions("cpu", 10**8), fresh=True)
+    with pytest.raises(InputError, match="--memory"):
+        analyze.run(again, AnalyzeOptions(count=2, estimator="gates", components=False))
+    assert "analyze" in again.manifest.stages and again.report_path.exists()
 
 
-def test_the_reference_is_that_of_the_unmodified_model(source: Path, tmp_path: Path) -> None:
+def test_a_released_transformer_keeps_nothing(source: Path, tmp_path: Path) -> None:
+    """Whoever still holds its structure."""
+    ws = Workspace(tmp_path / "out", str(source), compute=LITTLE)
+    held, pipe = ws.teacher, ws.pipe
+    before = held_bytes(held)
+    ws.original.release_transformer()
+    assert pipe.transformer is held and held_bytes(held) < before
+    assert not ws.original.loaded and ws.teacher is not held
+
+
+def test_a_metric_compares_with_the_model_that_it_was_made_with(source: Path, tmp_path: Path) -> None:
+    """Also where its first score is of a changed model, as in a grid that resumes."""
     ws = Workspace(tmp_path / "out", str(source))
-    analyze.run(ws, replace(OPTIONS.analyze, estimator="exhaustive", components=False))
-    assert ContributionReport.load(ws.report_path).untouched == [0.0] * OPTIONS.analyze.count
-    metric = VelocityError(ws.pipe, ws.generation, ["a"], split=analyze.Split.ANALYSIS)
-    assert metric.score() == [0.0]
+    metric = VelocityError(ws.pipe, ws.generation, ["a"], split=Split.ANALYSIS)
+    with removed(ws.family, ws.teacher, [(1, None)], modulation_mean(ws, ["a"])):
+        changed = metric.score()
+    assert changed[0] < -0.01 and metric.score() == [0.0]
+    bare = VelocityError(ws.pipe, ws.generation, ["a"], split=Split.ANALYSIS, compares=False)
+    with pytest.raises(AssertionError, match="compares=False"):
+        bare.score()

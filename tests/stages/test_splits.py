@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from edgeprune import shapes
-from edgeprune.cli import app
+from edgeprune.cli import app, screen
+from edgeprune.cli.compress import _without_data
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
 from edgeprune.compare.run import prompts_to_score
@@ -140,11 +141,16 @@ def test_a_real_model_is_not_distilled_without_data(source: Path, tmp_path: Path
         preset("default", builtin=True, data="captions").check_data(builtin=True)
 
 
-def test_the_command_says_what_to_give(source: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_to_give(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["compress", str(source), "-o", str(tmp_path / "out"), "--dry-run", "--json"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0 and json.loads(done.stdout.splitlines()[-1])["distill_steps"] == 0
-    assert "not distilled: give --data FOLDER" in " ".join(done.output.split())
+    said = list[str]()
+    monkeypatch.setattr(screen, "say", said.append)
+    first = _without_data(lambda *_: said.append("working"))
+    first("prune"), first("prune")
+    assert [line.split(" (")[0] for line in said] == ["not distilled: give --data FOLDER", "working", "working"]
+    monkeypatch.undo()
     done = CliRunner().invoke(app, [*words, "--data", "captions"])
     found = json.loads(done.stdout.splitlines()[-1])
     generation = Generation.load(source)

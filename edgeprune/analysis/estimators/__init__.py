@@ -30,7 +30,7 @@ class Estimator(Protocol):
     backward: bool
     """Whether it runs a backward pass."""
     compares: bool
-    """Whether it compares with the untouched model: it calls the metric's `prepare` at creation."""
+    """Whether the metric has to measure the untouched model, to compare with."""
 
     def __init__(self, family: Family, metric: Any, mean: torch.Tensor) -> None:
         """Prepare with the untouched model.

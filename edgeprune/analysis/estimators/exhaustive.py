@@ -21,7 +21,6 @@ class Exhaustive:
 
     def __init__(self, family: Family, metric: Any, mean: torch.Tensor) -> None:
         self.family, self.metric, self.mean = family, metric, mean
-        metric.prepare()
 
     def estimate(self, groups: list[Group]) -> Iterator[tuple[Group, list[float]]]:
         """Yield scores in the order of `groups`."""

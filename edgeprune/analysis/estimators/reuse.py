@@ -56,7 +56,6 @@ class Reuse:
 
     def __init__(self, family: Family, metric: Any, mean: torch.Tensor) -> None:
         self.family, self.metric, self.mean = family, metric, mean
-        metric.prepare()
 
     @torch.no_grad()
     def estimate(self, groups: list[Group]) -> Iterator[tuple[Group, list[float]]]:
