@@ -8,15 +8,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_flux_pipeline, tiny_pipeline
 from typer.testing import CliRunner
 
 from edgeprune.analysis.contribution import ContributionReport, removed
 from edgeprune.cli import app
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions
+from edgeprune.common.progress import silent
 from edgeprune.common.splits import Split
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.options import PlanOptions
+from edgeprune.report.measure import measure
 from edgeprune.residency.streaming import held_bytes, is_streamed
 from edgeprune.residency.weights import Weights
 from edgeprune.stages import analyze, calibration, plan, prune, quantize
@@ -48,6 +51,45 @@ def test_contributions(estimator: str, source: Path, tmp_path: Path, monkeypatch
     assert whole.keys() == streamed.keys()
     for parts, scores in whole.items():
         torch.testing.assert_close(streamed[parts], scores, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a large model on a processor that multiplies bf16: blocks and encoders are streamed, and computed in bf16."""
+    for module in ("compute", "running"):
+        monkeypatch.setattr(f"edgeprune.residency.{module}.is_small", lambda numbers: False)
+    monkeypatch.setattr("edgeprune.residency.compute.multiplies_bf16", lambda: True)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("estimator", ["exhaustive", "reuse", "gates"])
+def test_contributions_in_bf16(estimator: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    source = tmp_path / "tiny"
+    {"sd3": tiny_pipeline, "flux": tiny_flux_pipeline}[kind](source)
+    drops = []
+    for name in ("whole", "bf16"):
+        if name == "bf16":
+            request.getfixturevalue("in_bf16")
+        ws = Workspace(tmp_path / name, str(source))
+        analyze.run(ws, AnalyzeOptions(count=2, estimator=estimator))
+        assert ws.original.dtype == (torch.bfloat16 if name == "bf16" else torch.float32)
+        report = ContributionReport.load(ws.report_path)
+        drops.append([drop.drop for drop in report.contributions().values()])
+    whole, half = map(torch.tensor, drops)
+    # FLUX's own forward rounds noise levels to bf16, and this model's random embedding of them is steep.
+    correlation, off = (0.98, 0.1) if kind == "sd3" else (0.85, 0.5)
+    assert torch.corrcoef(torch.stack([whole, half]))[0, 1] > correlation
+    assert (half - whole).abs().max() < off * whole.abs().max()
+
+
+def test_every_stage_runs_in_bf16(source: Path, tmp_path: Path, in_bf16: None) -> None:
+    ws = Workspace(tmp_path / "out", str(source))
+    analyze.run(ws, AnalyzeOptions(count=1, components=False))
+    plan.run(ws, PlanOptions("manual", blocks="1", components="0:norm"))
+    prune.run(ws)
+    quantize.run(ws, QuantizeOptions(calibration="awq"))
+    summary, images = measure(ws, quick=True, progress=silent)
+    assert summary["psnr_db"] > 5 and len(images["compressed"]) == 2
 
 
 def test_gates_read_each_block_twice_a_batch(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ class _Gated(nn.Module):
 
     def _between(self, with_it: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
         """Interpolate one output (B, ...)."""
-        gate = self.gate.view(-1, *(1,) * (with_it.dim() - 1))
+        gate = self.gate.to(with_it.dtype).view(-1, *(1,) * (with_it.dim() - 1))
         return without + gate * (with_it - without)
 
 
