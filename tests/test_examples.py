@@ -11,22 +11,24 @@ import shutil
 import tarfile
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import singles
 import torch
 from hub_server import serving
 from PIL import Image
 from safetensors.torch import save_file
 from test_docs import ROOT, typed
-from tiny import tiny_pipeline
+from tiny import tiny_flux_pipeline, tiny_pipeline
 from typer.testing import CliRunner
 
 from edgeprune.cli import app
 
 TYPED = [shlex.split(line, comments=True)[1:] for line in typed(ROOT / "docs" / "sources.md", "edgeprune")]
-EXAMPLES = [words for words in TYPED if words[0] != "convert" and "flux1-dev" not in words]
-"""Without those of single files: artefact/test_convert.py runs `convert` on every kind of file."""
+SINGLE = [words for words in TYPED if words[0] == "convert" or "flux1-dev" in words]
+EXAMPLES = [words for words in TYPED if words not in SINGLE]
 QUICK = ["--method", "manual", "--blocks", "1", "--steps"]
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
 
@@ -66,15 +68,46 @@ def repository(place: Path) -> dict[str, Path]:
     return {"main": main, "v2": place / "sd3.5-medium"}
 
 
+@pytest.fixture(scope="module")
+def singles_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the single files that the examples name, and the models that give their configs."""
+    root = tmp_path_factory.mktemp("singles")
+    tiny_flux_pipeline(root / "FLUX.1-dev")
+    tiny_pipeline(root / "sd3.5-large")
+    flux = singles.original(singles.weights(root / "FLUX.1-dev" / "transformer"), sd3=False)
+    singles.save(flux, root / "flux1-dev.safetensors")
+    singles.write_gguf(flux, root / "flux1-dev-Q8_0.gguf", "Q8_0")
+    sd3 = singles.weights(root / "sd3.5-large" / "transformer")
+    singles.save(singles.original(sd3, sd3=True), root / "sd3.5_large.safetensors")
+    folder = Path(shutil.copytree(root / "sd3.5-large", root / "sd3.5-medium-fp8")) / "transformer"
+    (file,) = folder.glob("*.safetensors")
+    singles.save({name: tensor.to(torch.float8_e4m3fn) for name, tensor in sd3.items()}, file)
+    return root
+
+
 @pytest.fixture
-def here(place: Path, repository: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder to type the examples in, online."""
-    with serving(repository, "me/sd3.5-medium") as server:
+def at_singles(singles_place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder to type the examples of single files in, online."""
+    with online({"main": singles_place / "FLUX.1-dev"}, "black-forest-labs/FLUX.1-dev", singles_place, monkeypatch):
+        yield singles_place
+
+
+@contextmanager
+def online(refs: dict[str, Path], name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Serve a repository on this machine, with a cache in `place`, which becomes the current folder."""
+    with serving(refs, name) as server:
         monkeypatch.chdir(place)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
         template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "cache"))
+        yield
+
+
+@pytest.fixture
+def here(place: Path, repository: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder to type the examples in, online."""
+    with online(repository, "me/sd3.5-medium", place, monkeypatch):
         yield place
 
 
@@ -96,5 +129,15 @@ def test_an_example_runs(words: list[str], here: Path) -> None:
     assert (here / out).exists()
 
 
+@pytest.mark.parametrize("words", SINGLE, ids=" ".join)
+def test_an_example_of_single_files_runs(words: list[str], at_singles: Path) -> None:
+    """In their order: the second opens what the first has made, with the configs from the hub."""
+    out = at_singles / words[words.index("-o") + 1]
+    if "--dry-run" in words:
+        shutil.rmtree(out)
+    run(*words, *([*QUICK, "0"] if words[0] == "compress" else []))
+    assert (out / "transformer" / "config.json").is_file() is ("--dry-run" not in words)
+
+
 def test_there_are_examples_of_every_section() -> None:
-    assert {words[0] for words in EXAMPLES} >= {"compress", "cache", "lora"}
+    assert {words[0] for words in TYPED} == {"compress", "cache", "lora", "convert"}
