@@ -286,7 +286,7 @@ def test_bad_sources_are_named(source: Path, tmp_path: Path) -> None:
         ({"_class_name": "FluxPipeline"}, "_class_name: found 'FluxPipeline', expected 'StableDiffusion3Pipeline'"),
         ({"text_encoder_3": ["transformers", "T5EncoderModel"]}, "tokenizer_3: found"),
         ({"vae": [None, None]}, "vae: found"),
-        ({}, "vae: no such folder"),
+        ({}, "scheduler: no such folder, though model_index.json lists it"),
     ):
         (bad / "model_index.json").write_text(json.dumps(index | change))
         with pytest.raises(InputError, match=text):
