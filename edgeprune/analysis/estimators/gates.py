@@ -27,6 +27,8 @@ PROJECTIONS = 1
 """Random projections per state. The error is also averaged over the states of a trajectory and over prompts."""
 _BATCH = 16
 """Most states per batch; autograd saves what it needs of every block for all of them."""
+_STREAMED_BATCH = 2
+"""Most states per batch where blocks are read for each batch: memory is short, and every block's inputs are kept."""
 
 
 class _Gated(nn.Module):
@@ -92,7 +94,8 @@ class Gates:
         model, draw = self.metric.pipe.transformer, torch.Generator().manual_seed(self.seed)
         frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         model.requires_grad_(False)
-        slopes, norms, batch = [], [], min(_BATCH, self.metric.batch)
+        streamed = any(map(is_streamed, self.family.blocks(model)))
+        slopes, norms, batch = [], [], min(_STREAMED_BATCH if streamed else _BATCH, self.metric.batch)
         try:
             with self._gated(model, singles) as gated:
                 for start in range(0, len(self.metric.states), batch):
