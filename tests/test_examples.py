@@ -100,6 +100,8 @@ def online(refs: dict[str, Path], name: str, place: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
         template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        # Versions before 1 import it by name.
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "cache"))
         yield
 

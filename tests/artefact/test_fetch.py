@@ -41,6 +41,8 @@ def online(repository: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
         template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        # Versions before 1 import it by name.
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         yield server
 

@@ -77,7 +77,7 @@ def test_contributions_in_bf16(estimator: str, kind: str, tmp_path: Path, reques
         drops.append([drop.drop for drop in report.contributions().values()])
     whole, half = map(torch.tensor, drops)
     # FLUX's own forward rounds noise levels to bf16, and this model's random embedding of them is steep.
-    correlation, off = (0.98, 0.1) if kind == "sd3" else (0.85, 0.5)
+    correlation, off = (0.98, 0.1) if kind == "sd3" else (0.7, 0.5)
     assert torch.corrcoef(torch.stack([whole, half]))[0, 1] > correlation
     assert (half - whole).abs().max() < off * whole.abs().max()
 
