@@ -114,10 +114,23 @@ def evaluate(
 ) -> torch.Tensor:
     """Evaluate a transformer where it is and in its own dtype; return the velocity where and as the latents are.
 
-    Latents stay float32 between steps, and so do noise levels; FLUX.1's own forward rounds those to its dtype.
+    Latents and noise levels stay float32 outside of it. In half precision it runs in pieces: `embed` keeps timestep and
+    guidance in float32, where FLUX.1's own forward would round them to eight bits.
     """
     like = next(p for p in model.parameters() if not p.is_meta and p.is_floating_point())
-    return velocity(model, latents.to(like), condition.to(like), sigma, guidance).to(latents)
+    text = condition.to(like)
+    if like.dtype == torch.float32:
+        return velocity(model, latents.to(like), text, sigma, guidance).to(latents)
+    network: Network = family_of_model(model)
+    inputs = network_inputs(model, latents.to(like), text, sigma, guidance)
+    image, text_stream, modulation = network.embed(model, inputs)
+    positions = network.positions(model, inputs)
+    for block in family_of_model(model).blocks(model):
+        image, after = network.run(block, image, text_stream, modulation, positions)
+        text_stream = text_stream if after is None else after  # a block that ends this stream is the last one
+    output = network.unembed(model, image, modulation, network.grid(model, inputs))
+    out: torch.Tensor = network.velocity(model.config, output, latents.shape)
+    return out.to(latents)
 
 
 def network_inputs(
