@@ -25,14 +25,13 @@ from edgeprune.artefact.text_store import TextStore
 from edgeprune.common.files import read_json
 from edgeprune.families.encoders import CLIP, CLIP_POOLED, EXPORTED, T5, text_encoders, tokenizer_of
 from edgeprune.families.parts import VAE, tensor_of
+from edgeprune.planning.fit import vae_activations
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.streaming import release, stream
 from edgeprune.sampling.generation import latent_factor, longest_prompt
 
 _AT_ONCE = 64
 """Most prompts that pass through a text encoder together."""
-_VAE_IMAGES = 3
-"""Images of the VAE's second width that are alive at once in its last block."""
 _RECENT = 8
 """Most prompts, of all encoders together, whose text stays in memory where none is kept on disk."""
 _TILE = 64
@@ -102,7 +101,7 @@ class StagedPipeline:
         """
         if self._tiled is not None:  # once decided: images of one pipeline are made alike
             return
-        needed = _VAE_IMAGES * max(self.vae.config.block_out_channels[:2]) * height * width * 4
+        needed = 4 * vae_activations(self.vae.config, height, width)
         if self.compute.left() < needed:
             release(self.transformer)
             self.compute.collect()

@@ -9,6 +9,7 @@ generation settings. The runtime's own overhead is not included; only `edgeprune
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,7 @@ def fit(source: Path, target: Target, generation: Generation) -> Fit:
     """
     size = _BYTES[target.activations]
     config, vae = read_json(source / "transformer" / "config.json"), read_json(source / "vae" / "config.json")
-    widths = vae["block_out_channels"]
-    images = _VAE_IMAGES * widths[min(1, len(widths) - 1)] * generation.height * generation.width
+    images = vae_activations(vae, generation.height, generation.width)
     decoder = sum(map(math.prod, stored_shapes(source / "vae", "decoder.").values()))
     result = Fit(
         target=target.name,
@@ -89,6 +89,12 @@ def fit(source: Path, target: Target, generation: Generation) -> Fit:
                 f"{target.memory_bytes / 1e9:.2f} GB; use {remedy}"
             )
     return result
+
+
+def vae_activations(vae: Mapping[str, Any], height: int, width: int) -> int:
+    """Return how many numbers a VAE has alive at once for one image, estimated from its config."""
+    widths = vae["block_out_channels"]
+    return int(_VAE_IMAGES * widths[min(1, len(widths) - 1)] * height * width)
 
 
 def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source: Path, generation: Generation) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -169,8 +168,8 @@ def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _get(module: nn.Module, attribute: str) -> torch.Tensor:
-    found: Any = getattr(module, attribute)
-    return found  # type: ignore[no-any-return]
+    found: torch.Tensor = getattr(module, attribute)
+    return found
 
 
 def _put(module: nn.Module, attribute: str, value: torch.Tensor) -> None:
