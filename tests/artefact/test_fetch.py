@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hub
+import huggingface_hub
 import pytest
 from hub_server import Hub, commit, serving
 from repositories import DOUBLES, with_doubles
@@ -52,7 +53,8 @@ def test_the_model_is_fetched_and_nothing_else(online: Hub, capfd: pytest.Captur
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert set(online.downloaded) <= found and not found & set(DOUBLES)  # equal files are downloaded once
     assert {"model_index.json", "generation.json", "README.md", "LICENSE.md", "TERMS-OF-USE", "vae/LICENSE"} <= found
-    assert {"transformer/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"} <= found
+    # transformers before 5 wrote the tiny tokenizer without a tokenizer.json.
+    assert {"transformer/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer_config.json"} <= found
     said = capfd.readouterr().err
     # The card and the index were fetched to know the rest.
     assert f"fetching me/m: {len(found) - 2} files, 0.00 GB, to " in said and " GB free)" in said
@@ -97,9 +99,13 @@ def test_refusals_come_before_the_download(online: Hub, monkeypatch: pytest.Monk
 def test_without_a_connection_the_cache_serves(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = resolve("me/m", variant="fp16")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()  # versions before 1 ask once, for a session
     assert resolve("me/m", variant="fp16") == resolve("me/m", commit("main"), "fp16") == folder
     with pytest.raises(InputError, match="not available from the hub at revision v2"):
         resolve("me/m", "v2")
+    if not hasattr(huggingface_hub, "get_cached_repo_tree"):  # before version 2 a cache knows only what it has
+        assert resolve("me/m") == folder
+        return
     # The cache knows that the hub has full weights: the variant does not take their place in silence.
     with pytest.raises(InputError, match=r"me/m: .*incomplete.*safetensors"):
         resolve("me/m")
