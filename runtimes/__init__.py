@@ -168,7 +168,7 @@ def load(folder: str | Path, runtime: str | None = None, **options: Any) -> Runt
         runtime: a name in RUNTIMES, or None to choose by the folder and the installed packages.
         **options: passed to the runtime's `open_backend`: `threads`; `low_memory` (exports); `cache_dir`
             (openvino, ort); `device`, `dynamic_quantization` (openvino); `provider`, `accuracy_level` (ort);
-            `cuda_graph` (trt); `compute_units` (coreml); `dtype`, `device` (eager: fp32, bf16; cuda, cpu).
+            `cuda_graph` (trt); `compute_units` (coreml); `dtype`, `device`, `memory`, `variant` (eager).
 
     Raises:
         InputError: the folder or one of its files is not usable, or the runtime has no such option.

@@ -33,8 +33,8 @@ with needs("compress"):
     from edgeprune.families import Family, family_of_model
     from edgeprune.families.encoders import EXPORTED, T5, tokenizer_of
     from edgeprune.residency.compute import Compute, is_small
-    from edgeprune.residency.running import running
-    from edgeprune.sampling.denoising import Conditioning, encode_prompts, velocity
+    from edgeprune.residency.running import dtype_of, running
+    from edgeprune.sampling.denoising import Conditioning, encode_prompts, evaluate
     from edgeprune.sampling.generation import latent_scale
     from edgeprune.sampling.prompts import cut_words
 
@@ -43,7 +43,7 @@ with needs("compress"):
         from diffusers import StableDiffusion3Pipeline  # noqa: F401
 
 Rows = Callable[[], dict[str, Reading]]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EagerBackend:
@@ -65,7 +65,6 @@ class EagerBackend:
         self.provider, self.why, self._rows = device, why, rows
         self._device = torch.device(device)
         self._pipeline: Any | None = pipeline
-        self._dtype = DTYPES[dtype]
         self._t5_tokens = settings.generation.max_sequence_length
         self.precision = precision_of(dtype, quantized=quantized)
 
@@ -106,9 +105,8 @@ class EagerBackend:
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
         """Compute one velocity (B, C, h, w)."""
         condition = Conditioning(self._tensor(text), self._tensor(pooled))
-        # float32: half precision would change the noise level
-        level = torch.from_numpy(sigma).to(self._device)
-        return _numpy(velocity(self.pipeline.transformer, self._tensor(latents), condition, level, guidance))
+        transformer, level = self.pipeline.transformer, self._tensor(sigma)
+        return _numpy(evaluate(transformer, self._tensor(latents), condition, level, guidance))
 
     def largest_batch(self) -> int | None:
         """Return None: torch takes any batch that fits into memory."""
@@ -135,7 +133,7 @@ class EagerBackend:
         self._pipeline = None
 
     def _tensor(self, array: Array) -> torch.Tensor:
-        return torch.tensor(array).to(self._device, self._dtype)
+        return torch.tensor(array).to(self._device)
 
 
 def _count(tokenizer: Any, text: str) -> int:
@@ -163,14 +161,19 @@ def cuda_rows(cuda: Any, weights: int) -> dict[str, Reading]:
     return with_overhead(rows, peak, how, cuda.memory_reserved(), overhead_how)
 
 
-def _open(folder: Path, dtype: torch.dtype, variant: str | None, compute: Compute) -> Any:
-    """Return a folder's pipeline: diffusers' own if it is small, else one whose parts are in memory in turn."""
+def _open(folder: Path, dtype: str | None, variant: str | None, compute: Compute) -> tuple[Any, str]:
+    """Return a folder's pipeline, and the dtype that its transformer computes in.
+
+    The pipeline is diffusers' own if the model is small, else one whose parts are in memory in turn.
+    """
     check_pipeline(folder, variant)
     stored = open_transformer(folder, quantized=(folder / INT4).is_dir(), variant=variant)
+    chosen = DTYPES[dtype] if dtype else dtype_of(stored, compute)
+    name = next(name for name, each in DTYPES.items() if each == chosen)
     small = is_small(sum(map(math.prod, stored.weights.shapes.values())))
     if (small and compute.memory is None) or not can_stage(folder):
-        return load_pipeline(folder, stored.load(dtype), dtype, variant=variant).to(compute.device)
-    return StagedPipeline(folder, running(stored, compute, dtype), compute, variant)
+        return load_pipeline(folder, stored.load(chosen), chosen, variant=variant).to(compute.device), name
+    return StagedPipeline(folder, running(stored, compute, chosen), compute, variant), name
 
 
 def _pick_device(device: str | None) -> tuple[str, str]:
@@ -187,7 +190,7 @@ def open_backend(
     folder: Path,
     settings: Settings,
     *,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     threads: int = 0,
     device: str | None = None,
     variant: str | None = None,
@@ -201,7 +204,7 @@ def open_backend(
     Args:
         folder: the folder.
         settings: that folder's settings.
-        dtype: `fp32` or `bf16`.
+        dtype: `fp32`, `bf16` or `fp16`; None for the one that `Compute.dtype` chooses, float32 for a small model.
         threads: torch's threads; 0 keeps its default, or fewer if affinity, quota and cores allow fewer.
         device: `cuda` or `cpu`; None takes the GPU if there is one.
         variant: of an original's weights, such as fp16; None for the full ones, or the only ones that there are.
@@ -212,14 +215,14 @@ def open_backend(
             pipeline.
     """
     where, why = _pick_device(device)
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
     if threads < 0:
         raise InputError(f"threads: found {threads}, expected 0 or more")
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable()))
     meter = Meter()
     with meter.opening():
-        pipeline = _open(folder, DTYPES[dtype], variant, Compute(torch.device(where), memory))
+        pipeline, dtype = _open(folder, dtype, variant, Compute(torch.device(where), memory))
     rows: Rows = meter.rows
     if where == "cuda":
         rows = functools.partial(cuda_rows, torch.cuda, torch.cuda.memory_allocated())

@@ -63,6 +63,7 @@ def score(
     seeds: int = 1,
     runtime: str | None = None,
     steps: int | None = None,
+    memory: int | None = None,
     out: AnyPath | None = None,
     progress: Progress = silent,
 ) -> Scored:
@@ -80,6 +81,7 @@ def score(
         seeds: images per prompt.
         runtime: the runtime to draw with; None for the first installed one that fits.
         steps: denoising steps of an image; None for the model's own.
+        memory: most bytes of the process where torch draws, on a GPU of the GPU; None takes most of what is free.
         out: keep the images here, so that an interrupted call resumes; None removes them.
         progress: called after each batch.
 
@@ -113,7 +115,7 @@ def score(
         wishes = _wishes_of(ready[0], metrics)
     else:
         wishes = scoring.wishes(metrics, prompts=file, per_task=per_task, seeds=seeds)
-    scores = _drawn_and_scored(places, ready, wishes, metrics, paths, runtime, steps, out, progress, variant)
+    scores = _drawn_and_scored(places, ready, wishes, metrics, paths, runtime, steps, memory, out, progress, variant)
     return Scored(
         scores=tuple(scores),
         folder=str(folder),
@@ -144,6 +146,7 @@ def _drawn_and_scored(
     weights: dict[str, str],
     runtime: str | None,
     steps: int | None,
+    memory: int | None,
     out: AnyPath | None,
     progress: Progress,
     variant: str | None,
@@ -160,7 +163,7 @@ def _drawn_and_scored(
                 # The runtime is about the export; its original is a diffusers folder.
                 scoring.draw(
                     place, kept / name, wishes, runtime=runtime if name == "images" else None, steps=steps,
-                    variant=variant if _is_original(place) else None, progress=progress,
+                    memory=memory, variant=variant if _is_original(place) else None, progress=progress,
                 )  # fmt: skip
                 folders[name] = kept / name
         samples = {name: read_samples(folder) for name, folder in folders.items()}

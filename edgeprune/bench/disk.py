@@ -9,7 +9,7 @@ import numpy as np
 from edgeprune.common.errors import InputError
 from edgeprune.residency.model_files import weights_of
 
-_BYTES_PER_WEIGHT = {"bf16": 2, "fp32": 4}
+_BYTES_PER_WEIGHT = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def disk_bytes(folder: Path, variant: str | None = None) -> dict[str, int]:

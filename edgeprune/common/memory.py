@@ -12,6 +12,8 @@ from edgeprune.common.errors import InputError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _CGROUP = Path("/sys/fs/cgroup")
+SMALL_BYTES = 10**9
+"""Most bytes in float32 of a network whose memory and speed call for nothing less."""
 SHARE = 0.9
 """Share of the free memory that a process takes without a wish: the rest is for others, and for what is not counted."""
 

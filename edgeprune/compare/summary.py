@@ -90,6 +90,6 @@ def _seed_leads(reference: NDArray[np.float64], rival: NDArray[np.float64], task
 
 
 def _step_quartiles(runs: list[dict[str, Any]]) -> list[float] | None:
-    """Return the quartiles of the step's ratio, medians over runs; None in results of earlier versions."""
-    known = [run["step_ratio_quartiles"] for run in runs if "step_ratio_quartiles" in run]
+    """Return the quartiles of the step's ratio, medians over runs; None where no run timed several steps."""
+    known = [quartiles for run in runs if (quartiles := run.get("step_ratio_quartiles"))]
     return np.median(known, axis=0).tolist() if known else None

@@ -117,6 +117,7 @@ def draw(
     runtime: str | None = None,
     steps: int | None = None,
     variant: str | None = None,
+    memory: int | None = None,
     progress: Progress = silent,
 ) -> None:
     """Generate a model's images with any runtime into a folder with metadata. Existing images are kept.
@@ -128,13 +129,14 @@ def draw(
         runtime: the runtime's name; None to choose by the folder.
         steps: the number of denoising steps; None for the folder's default.
         variant: of an original's weights, see residency/model_files.py.
+        memory: most bytes of the process, on a GPU of the GPU, for torch; None takes most of what is free.
         progress: called after each batch.
 
     Raises:
         InputError: `out` holds images of another model, other prompts or settings; or `model` is not usable.
     """
     chosen = runtimes.choose(model, runtime)
-    options = {} if variant is None else {"variant": variant}
+    options: dict[str, Any] = {} if variant is None else {"variant": variant}
     settings = {"model": _identity(model), "runtime": chosen, "steps": steps} | options
     lines = [
         json.dumps({"file_name": f"{i:05}.png", "text": w.text, "seed": w.seed} | settings)
@@ -150,6 +152,8 @@ def draw(
     if len(done) == len(lines):
         return
     out.mkdir(parents=True, exist_ok=True)
+    if memory is not None and chosen == "eager":
+        options["memory"] = memory
     with runtimes.load(model, chosen, **options) as opened, metadata.open("a", encoding="utf-8") as file:
         for start in range(len(done), len(lines), BATCH):
             batch = wanted[start : start + BATCH]

@@ -21,6 +21,8 @@ from edgeprune.stages.workspace import Workspace
 
 LEAST, MOST, LIMIT_S = 9, 99, 20.0
 """Pairs of steps: at least, at most, and seconds after which only LEAST are made."""
+LONG_S = 120.0
+"""Seconds of the first pair after which it is the only one: nothing that takes so long is disturbed by much."""
 _PRECISE = 0.02
 """More pairs are timed until the standard error of the median ratio is below this share of it."""
 _STEADY = 0.15
@@ -36,8 +38,8 @@ class StepTimes:
     other_s: float
     ratio: float
     """Median of other / first over pairs of neighbouring steps."""
-    quartiles: tuple[float, float]
-    """Half of the pairs have a ratio between these."""
+    quartiles: tuple[float, float] | None
+    """Half of the pairs have a ratio between these; None of one pair."""
 
 
 def ratio_text(ratio: float, quartiles: Sequence[float] | None) -> str:
@@ -68,14 +70,16 @@ def step_times(ws: Workspace, first: Any, other: Any) -> StepTimes:
 
 
 def alternate(first: Callable[[], float], other: Callable[[], float]) -> StepTimes:
-    """Time two things in turn until the median ratio is known to 2 %, or for LIMIT_S.
+    """Time two things in turn until the median ratio is known to 2 %, or for LIMIT_S; once if that takes LONG_S.
 
     Args:
         first: does the work once and returns its seconds.
         other: the same.
     """
-    first(), other()  # warm up
-    pairs: list[tuple[float, float]] = []
+    once = first(), other()
+    if sum(once) > LONG_S:
+        return StepTimes(once[0], once[1], once[1] / once[0], None)
+    pairs: list[tuple[float, float]] = []  # the first was to warm up
     while len(pairs) < LEAST or not _enough(pairs):
         if len(pairs) % 2:  # each is first in half of the pairs
             b = other()

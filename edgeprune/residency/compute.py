@@ -14,10 +14,8 @@ import torch
 
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
-from edgeprune.common.memory import SHARE, ComputeOptions, allowed, resident
+from edgeprune.common.memory import SHARE, SMALL_BYTES, ComputeOptions, allowed, resident
 
-_SMALL_BYTES = 10**9
-"""Most bytes in float32 of a network whose memory and speed call for nothing less."""
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Instructions that multiply bf16, as Linux names them on x86 and on Arm."""
 
@@ -82,7 +80,7 @@ class Compute:
 
 def is_small(numbers: int) -> bool:
     """Return whether a network with so many weights is held in memory as a whole, in float32."""
-    return 4 * numbers <= _SMALL_BYTES
+    return 4 * numbers <= SMALL_BYTES
 
 
 def _here() -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import fake_runtime
 
 from edgeprune import api
 from edgeprune.bench import run as bench_run
@@ -241,6 +243,24 @@ def test_float32_is_left_out_on_a_gpu(tiny_folders: tuple[Path, Path], monkeypat
     assert calls == [("original-bf16", 0)] and found.slower_originals == []
     assert (found.variants[0].name, found.variants[0].precision) == ("original", "bf16")
     assert any("a GPU is faster in bf16" in line for line in lines)
+
+
+def test_a_large_original_is_measured_once(tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_run, "SMALL_BYTES", 1000)
+    calls = replies(monkeypatch)
+    found = run(originals(tiny_folders[0], memory=10**10))
+    assert calls == [("original", 0)] and (found.variants[0].name, found.slower_originals) == ("original", [])
+
+
+def test_no_step_of_a_minute_is_spent_on_warming_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(step=61)
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: float(next(clock)))
+    spec = {"prompt": "x", "warmup": 2, "repeats": 1}
+    taken = worker._steps(fake_runtime(), spec)
+    assert taken == {"first_step_s": 61.0, "steps_s": [61.0]} and next(clock) == 4 * 61
+    clock = itertools.count()
+    worker._steps(fake_runtime(), spec)
+    assert next(clock) == 8
 
 
 def test_memory_is_for_what_runs_in_torch(tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,17 @@ def test_a_killed_drawing_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         scoring.draw(model, out, wanted)
 
 
+def test_memory_is_for_what_torch_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    given: list[dict[str, Any]] = []
+    artist = Artist()
+    monkeypatch.setattr(scoring.runtimes, "load", lambda *_, **options: given.append(options) or artist)
+    for name in ("eager", "ort"):
+        monkeypatch.setattr(scoring.runtimes, "choose", lambda *_, name=name: name)
+        scoring.draw(tmp_path, tmp_path / name, [Wish("a", 0)], memory=6 * 10**9)
+    assert given == [{"memory": 6 * 10**9}, {}]
+
+
 def test_command_line_on_images(worlds: tuple[Path, Path]) -> None:
     original, images = map(str, worlds)
     found = run("score", images, "--against", original, "--metric", "shapes", "--metric", "ssim", "--json")

@@ -43,7 +43,14 @@ def test_slow_steps_end_at_the_limit() -> None:
 
     def slow() -> float:
         count[0] += 1
-        return float(rng.uniform(60, 600))
+        return float(rng.uniform(5, 50))
 
     steps.alternate(slow, slow)
     assert count[0] == 2 + 2 * steps.LEAST
+
+
+def test_steps_of_minutes_are_timed_once_and_have_no_spread() -> None:
+    calls: list[float] = []
+    found = steps.alternate(lambda: calls.append(300.0) or 300.0, lambda: calls.append(240.0) or 240.0)
+    assert calls == [300.0, 240.0]
+    assert (found.first_s, found.other_s, found.ratio, found.quartiles) == (300.0, 240.0, 0.8, None)

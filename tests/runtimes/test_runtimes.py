@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fakes import FakeBackend, fake_runtime
 
 from edgeprune import runtimes
@@ -275,6 +276,17 @@ def test_eager_within_a_budget_draws_the_same(source: Path) -> None:
             streamed = is_streamed(model.backend.pipeline.transformer.transformer_blocks[0])
             assert streamed is bool(options)
     assert np.array_equal(*drawn)
+
+
+def test_a_large_model_computes_in_what_the_machine_multiplies(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("compute", "running"):
+        monkeypatch.setattr(f"edgeprune.residency.{module}.is_small", lambda numbers: False)
+    monkeypatch.setattr("edgeprune.residency.running._stored_dtype", lambda _: torch.bfloat16)
+    for fast, name, dtype in ((True, "bf16", torch.bfloat16), (False, "fp32", torch.float32)):
+        monkeypatch.setattr("edgeprune.residency.compute.multiplies_bf16", lambda fast=fast: fast)
+        with runtimes.load(source, "eager") as model:
+            held = next(p for p in model.backend.pipeline.transformer.parameters() if not p.is_meta)
+            assert (model.backend.precision, held.dtype) == (name, dtype)
 
 
 def test_half_precision_reference_draws_about_the_same(source: Path) -> None:
