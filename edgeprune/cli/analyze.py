@@ -30,6 +30,7 @@ def analyze(
     weights: options.MetricWeights = None,
     prompts: options.Prompts = None,
     count: options.Count = None,
+    states: options.States = None,
     only_blocks: Annotated[
         bool,
         typer.Option("--only-blocks", help="Score whole blocks only, no components.", rich_help_panel=options.ANALYSIS),
@@ -55,6 +56,7 @@ def analyze(
     device: options.Device = "auto",
     memory: options.Memory = None,
     yes: options.Yes = False,
+    longest: options.LongestTime = None,
 ) -> None:  # fmt: skip
     """Score the model without each block and component: analysis.json."""
     if config and not processes.launched() and not dry_run:
@@ -67,10 +69,10 @@ def analyze(
 
     chosen = api.AnalyzeOptions(
         metric=metric, prompts=prompts, components=not only_blocks, weights=parse_weights(weights or []),
-        joint=joint, pairs=pairs, **options.given(count=count, estimator=estimator),
+        joint=joint, pairs=pairs, states=states, **options.given(count=count, estimator=estimator),
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
-    compute = options.compute_options(device, memory, yes=yes)
+    compute = options.compute_options(device, memory, yes=yes, longest=longest)
     if dry_run:
         numbers = api.forecast_analyze(
             model, out, chosen, revision=revision, variant=variant, generation=generation, compute=compute

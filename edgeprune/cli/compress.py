@@ -60,9 +60,11 @@ def compress(
     weights: options.MetricWeights = None,
     prompts: options.Prompts = None,
     count: options.Count = None,
+    states: options.States = None,
     estimator: options.Estimator = None,
     group_size: options.GroupSize = 64,
     calibration: options.Calibration = "none",
+    calibration_count: Annotated[int | None, options.calibration_count("--calibration-count")] = None,
     inference_steps: options.InferenceSteps = None,
     guidance_scale: options.Guidance = None,
     height: options.Height = None,
@@ -85,7 +87,8 @@ def compress(
     )  # fmt: skip
     chosen = _merged(
         start, plan, steps=steps, metric=metric, prompts=prompts, weights=weights or [],
-        count=count, estimator=estimator, group_size=group_size, calibration=calibration,
+        count=count, states=states, estimator=estimator, group_size=group_size, calibration=calibration,
+        calibration_count=calibration_count,
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
     if dry_run:
@@ -126,9 +129,11 @@ def _merged(
     prompts: str | None,
     weights: list[str],
     count: int | None,
+    states: int | None,
     estimator: str | None,
     group_size: int,
     calibration: str,
+    calibration_count: int | None,
 ) -> CompressOptions:
     """Return the preset's options with the user's on top."""
     from dataclasses import replace
@@ -150,11 +155,18 @@ def _merged(
             metric=metric,
             prompts=prompts,
             weights=parse_weights(weights),
+            states=states,
             **options.given(count=count, estimator=estimator),
         ),
         plan=plan,
         distill=training,
-        quantize=replace(start.quantize, group_size=group_size, calibration=calibration),
+        quantize=replace(
+            start.quantize,
+            group_size=group_size,
+            calibration=calibration,
+            count=calibration_count,
+            states=None if calibration == "none" else states,
+        ),
     )
 
 

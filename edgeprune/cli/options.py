@@ -108,6 +108,14 @@ Count = Annotated[
     int | None,
     typer.Option(min=1, help="Number of prompts.", show_default="28; 7 with --preset quick", rich_help_panel=ANALYSIS),
 ]
+States = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=6,
+        help="Noise levels at which each prompt is seen; --metric velocity and --calibration only.",
+        show_default="6, or the steps of an image where these are fewer", rich_help_panel=ANALYSIS,
+    ),
+]  # fmt: skip
 Estimator = Annotated[
     str | None,
     choice(
@@ -224,6 +232,19 @@ Calibration = Annotated[
         "last two run the model to record its inputs.",
     ),
 ]  # fmt: skip
+
+
+def calibration_count(flag: str) -> Any:
+    """Return the option that says how many prompts calibrate INT4 scales."""
+    return typer.Option(
+        flag,
+        min=1,
+        help="Number of prompts that calibrate INT4 scales.",
+        show_default="28, or all that were given to `analyze`",
+        rich_help_panel=INT4,
+    )
+
+
 DataSource = Annotated[
     str | None,
     typer.Option(
@@ -265,7 +286,16 @@ Memory = Annotated[
 ]
 Yes = Annotated[
     bool,
-    typer.Option("--yes", help="Run stages that take over an hour, too; without it they are refused."),
+    typer.Option("--yes", help="Run what takes over an hour, too; without it that is refused."),
+]
+LongestTime = Annotated[
+    str | None,
+    typer.Option(
+        "--time",
+        metavar="DURATION",
+        help="Refuse what takes longer than this here, such as 90s, 40m or 2h.",
+        show_default="1h without --yes",
+    ),
 ]
 InferenceSteps = Annotated[
     int | None,
@@ -301,16 +331,20 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def compute_options(device: str, memory: str | None, *, yes: bool = True) -> ComputeOptions:
-    """Return where to compute, in how much memory, and unless `yes` in how much time.
+def compute_options(device: str, memory: str | None, *, yes: bool = True, longest: str | None = None) -> ComputeOptions:
+    """Return where to compute, in how much memory, and in how much time: `longest`, else unless `yes` an hour.
 
     Raises:
-        InputError: an option has another form.
+        InputError: an option has another form, or both `--yes` and `--time` are given.
     """
     from edgeprune.common.memory import ComputeOptions, parse_bytes
+    from edgeprune.common.tables import parse_duration
 
+    if yes and longest is not None:
+        raise InputError("--yes runs what takes any time; omit --time")
     size = parse_bytes(memory, "--memory") if memory else None
-    return ComputeOptions(device, size, None if yes else LONGEST_S)
+    seconds = LONGEST_S if longest is None else parse_duration(longest, "--time")
+    return ComputeOptions(device, size, None if yes else seconds)
 
 
 def parse_rank(text: str) -> int | str | None:

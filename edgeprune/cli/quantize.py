@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from edgeprune import api
 from edgeprune.api.folders import check_begun
@@ -17,15 +18,18 @@ def quantize(
     as_json: options.AsJson = False,
     group_size: options.GroupSize = 64,
     calibration: options.Calibration = "none",
+    count: Annotated[int | None, options.calibration_count("--count")] = None,
+    states: options.States = None,
     device: options.Device = "auto",
     memory: options.Memory = None,
     yes: options.Yes = False,
+    longest: options.LongestTime = None,
 ) -> None:
     """Quantize the weights to INT4 with NNCF, block by block: transformer_int4/."""
     check_begun(out)
-    chosen = api.QuantizeOptions(group_size=group_size, calibration=calibration)
+    chosen = api.QuantizeOptions(group_size=group_size, calibration=calibration, count=count, states=states)
     with screen.bars() as progress:
-        compute = options.compute_options(device, memory, yes=yes)
+        compute = options.compute_options(device, memory, yes=yes, longest=longest)
         done = api.quantize(out, chosen, compute=compute, fresh=fresh, progress=progress)
     size = f"{done.weights_bytes / 1e6:,.1f} MB" + ("" if done.ran else " (already done)")
     screen.say(f"{out / 'transformer_int4'}: {size}")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
+from edgeprune.common.errors import InputError
+
 NOT_MEASURED = "-"
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
 def with_unit(key: str, value: float | int | None) -> str:
@@ -27,6 +31,23 @@ def duration(seconds: float) -> str:
             value = seconds / size
             return f"{value:.1f} {unit}" if unit == "hours" and value < 10 else f"{value:.0f} {unit}"
     return f"{seconds / 86400:.0f} days"
+
+
+def parse_duration(text: str, option: str) -> float:
+    """Return the seconds of a time such as 90s, 40m, 1.5h or 2d.
+
+    Args:
+        text: a number and its unit.
+        option: its name, for the message.
+
+    Raises:
+        InputError: it is not such a time, or not above 0.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([a-z]+)", text.strip(), re.IGNORECASE | re.ASCII)
+    seconds = float(match[1]) * _SECONDS.get(match[2].lower(), 0) if match else 0.0
+    if seconds <= 0:
+        raise InputError(f"{option}: found {text!r}, expected a time such as 90s, 40m or 2h")
+    return seconds
 
 
 def interval_text(values: Sequence[float | None], style: str = ".3f") -> str:

@@ -26,7 +26,7 @@ from edgeprune.sampling.denoising import VelocityInputs, at_once, evaluate
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages.costs import evaluations_per_step, sample
 from edgeprune.stages.modulation import modulation_mean
-from edgeprune.stages.options import AnalyzeOptions
+from edgeprune.stages.options import AnalyzeOptions, halvings, seen
 from edgeprune.stages.original import Original
 from edgeprune.stages.prompts import GIVEN, analysis_prompts
 from edgeprune.stages.workspace import Workspace
@@ -56,7 +56,7 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
     prompts = analysis_prompts(options, builtin=ws.builtin)
     check_analysis(options.metric, options.weights, prompts)
     seeds = Split.ANALYSIS.seed(0)
-    inputs = asdict(options) | {"prompts": prompts, "seeds": seeds, "generation": asdict(ws.generation)}
+    inputs = options.to_json() | {"prompts": prompts, "seeds": seeds, "generation": asdict(ws.generation)}
     if (dtype := ws.original.dtype) != torch.float32:  # small models are computed in float32 everywhere
         inputs["dtype"] = str(dtype)
     if not options.weights:
@@ -65,8 +65,9 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
         inputs["groups"] = len(removals)  # single-stream blocks had one joint group of three until 2026-11
 
     def score(key: str) -> dict[str, Any]:
+        images = seen(ws.generation, options.states)
         metric = of_pipeline(
-            options.metric, ws.pipe, ws.generation, prompts, options.weights, split=Split.ANALYSIS,
+            options.metric, ws.pipe, images, prompts, options.weights, split=Split.ANALYSIS,
             compares=estimator_class.compares,
         )  # fmt: skip
         estimator = estimator_class(ws.family, metric, modulation_mean(ws, prompts))
@@ -91,13 +92,13 @@ def _check_time(ws: Workspace, options: AnalyzeOptions, removals: list[Group], c
     def total(chosen: AnalyzeOptions, prompts: int) -> float:
         return work(chosen, ws.generation, removals, prompts, per_step, blocks)
 
-    ways = []
+    fewest, option, ways = options, "", []
     if options.estimator != "gates" and options.metric == VelocityError.name:
-        options_of_gates = replace(options, estimator="gates")
-        ways.append(("--estimator gates", total(options_of_gates, count)))
-        ways.append(("--estimator gates --count 1", total(options_of_gates, 1)))
-    elif count > 1:
-        ways.append(("--count 1", total(options, 1)))
+        fewest, option = replace(options, estimator="gates"), "--estimator gates "
+        ways.append((option.strip(), total(fewest, count)))
+    ways += [(f"{option}--count {fewer}", total(fewest, fewer)) for fewer in halvings(count)]
+    if options.metric == VelocityError.name:
+        ways.append((f"{option}--count 1 --states 1", total(replace(fewest, states=1), 1)))
     ws.check_memory()
     ws.check_time("analyze", total(options, count), ways, progress)
 
@@ -115,7 +116,7 @@ def work(
         per_step: evaluations of a sampling step.
         blocks: number of blocks of the transformer.
     """
-    estimator = estimator_named(options.estimator, options.metric)
+    estimator, generation = estimator_named(options.estimator, options.metric), seen(generation, options.states)
     per_score = evaluations(options.metric, generation, count, per_step)
     before = preparing(options.metric, generation, count, per_step)
     compared = per_score if estimator.compares and options.metric == VelocityError.name else 0
@@ -153,7 +154,7 @@ def forecast(
     removals = analysis_groups(family, config, options)
     per_step, blocks = evaluations_per_step(family, config, generation), family.block_count(config)
     count = len(analysis_prompts(options, builtin=source == BUILTIN))
-    per_score = evaluations(options.metric, generation, count, per_step)
+    per_score = evaluations(options.metric, seen(generation, options.states), count, per_step)
     total = work(options, generation, removals, count, per_step, blocks)
     original = Original(source, variant, Compute.of(compute or ComputeOptions()))
     model = original.transformer

@@ -25,6 +25,7 @@ from edgeprune.residency.compute import Compute
 from edgeprune.residency.stored import CPU
 from edgeprune.sampling.denoising import network_inputs
 from edgeprune.stages.modulation import is_guided
+from edgeprune.stages.options import seen
 from edgeprune.stages.workspace import Workspace
 
 Batch = dict[str, torch.Tensor]
@@ -95,7 +96,7 @@ class Streams:
             self.batches[index] = streams
 
 
-def calibration_streams(ws: Workspace, model: Any, prompts: list[str]) -> Streams:
+def calibration_streams(ws: Workspace, model: Any, prompts: list[str], states: int | None = None) -> Streams:
     """Return the samples of the original's trajectories of these prompts, before the first block of `model`.
 
     With classifier-free guidance every state is evaluated with its prompt and with the empty one.
@@ -104,8 +105,10 @@ def calibration_streams(ws: Workspace, model: Any, prompts: list[str]) -> Stream
         ws: the workspace.
         model: the pruned transformer; its tensors outside the blocks have their numbers.
         prompts: one trajectory each.
+        states: most states of each; None for the usual number.
     """
-    metric = VelocityError(ws.pipe, ws.generation, prompts, split=Split.CALIBRATION, compares=False)
+    images = seen(ws.generation, states)
+    metric = VelocityError(ws.pipe, images, prompts, split=Split.CALIBRATION, compares=False)
 
     def inputs() -> Iterator[Batch]:
         for start in range(0, len(metric.states), metric.batch):

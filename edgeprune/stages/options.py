@@ -13,8 +13,10 @@ from edgeprune.analysis.estimators import AUTO, estimator_named
 from edgeprune.common.errors import InputError
 from edgeprune.data.settings import CAPTIONS, SHAPES
 from edgeprune.families import Config, Family
+from edgeprune.metrics import VELOCITY
 from edgeprune.planning.options import PlanOptions
 from edgeprune.residency.compute import is_small
+from edgeprune.sampling.generation import Generation
 from edgeprune.training.recipe import DistillOptions
 
 GIVE_DATA = (
@@ -22,6 +24,18 @@ GIVE_DATA = (
     "that come with edgeprune; --dry-run shows the cost"
 )
 """What to do if a model other than the built-in one has no data to be distilled on."""
+
+
+def seen(generation: Generation, states: int | None) -> Generation:
+    """Return the settings of trajectories with at most so many states; None leaves that to the velocity metric."""
+    if states is None:
+        return generation
+    return replace(generation, num_inference_steps=min(states, generation.num_inference_steps))
+
+
+def halvings(count: int) -> list[int]:
+    """Return smaller numbers to offer where `count` takes too long: 28 gives 14, 7, 3, 1."""
+    return [count // 2**n for n in range(1, count.bit_length())]
 
 
 @dataclass(frozen=True)
@@ -45,9 +59,24 @@ class AnalyzeOptions:
     estimator: str = AUTO
     """How scores are obtained, see analysis/estimators/. AUTO is `exhaustive` where that is cheap: for a small model,
     and for metrics that others cannot estimate; else `gates`."""
+    states: int | None = None
+    """Most states of each prompt's trajectory, for the velocity; None takes velocity.STATES."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as stages digest them; folders that were analyzed before `states` stay current."""
+        data = asdict(self)
+        if self.states is None:
+            del data["states"]
+        return data
 
     def chosen(self, family: Family, config: Config) -> AnalyzeOptions:
-        """Return the options for a model: AUTO is replaced by a name."""
+        """Return the options for a model: AUTO is replaced by a name.
+
+        Raises:
+            InputError: the metric has no states.
+        """
+        if self.states is not None and self.metric != VELOCITY:
+            raise InputError(f"--states works with --metric {VELOCITY} only, found {self.metric}")
         if self.estimator != AUTO:
             return self
         large = not is_small(sum(map(math.prod, family.tensor_shapes(config).values())))
@@ -87,6 +116,14 @@ class QuantizeOptions:
     calibration: str = "none"
     """One of quantize.CALIBRATIONS; all but `none` run the model on prompts that were given to
     `analyze`, else on those of the calibration split."""
+    count: int | None = None
+    """Most prompts that calibrate; None takes all that were given, else quantize.PROMPTS of the split."""
+    states: int | None = None
+    """Most states of each prompt's trajectory; None takes velocity.STATES."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as stages digest them; folders that were quantized before `count` stay current."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -121,4 +158,5 @@ class CompressOptions:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a grid's runs digest them."""
-        return asdict(self) | {"plan": self.plan.to_json()}
+        own = {"analyze": self.analyze.to_json(), "plan": self.plan.to_json(), "quantize": self.quantize.to_json()}
+        return asdict(self) | own

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,7 @@ from edgeprune.residency.streaming import PACKED
 from edgeprune.residency.weights import Weights
 from edgeprune.stages.calibration import calibration_streams
 from edgeprune.stages.costs import evaluations_per_step
-from edgeprune.stages.options import QuantizeOptions
+from edgeprune.stages.options import QuantizeOptions, halvings, seen
 from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.weights import by_block
 from edgeprune.stages.workspace import Workspace
@@ -45,15 +44,17 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) ->
         raise InputError(f"--calibration: found {options.calibration!r}, expected one of {', '.join(CALIBRATIONS)}")
     if options.group_size not in GROUP_SIZES:
         raise InputError(f"--group-size: found {options.group_size}, expected 16, 32, 64 or 128")
+    if options.calibration == "none" and (options.count, options.states) != (None, None):
+        raise InputError("--count and --states are about calibration; give --calibration scale or awq, or omit them")
     plan = ws.plan()
-    inputs, prompts = asdict(options), list[str]()
+    inputs, prompts = options.to_json(), list[str]()
     if options.calibration != "none":
-        inputs["prompts"] = prompts = calibrating(ws, count=PROMPTS)
+        inputs["prompts"] = prompts = calibrating(ws, count=options.count or PROMPTS)[: options.count]
 
     def check() -> None:
         if prompts:
             ws.check_memory()
-            ws.check_time("quantize", _evaluations(ws, plan, len(prompts)), [("--calibration none", 0.0)], progress)
+            _check_time(ws, options, plan, len(prompts), progress)
 
     return ws.stage("quantize", inputs, lambda key: _quantize(ws, options, plan, prompts, key, progress), check)
 
@@ -69,7 +70,7 @@ def _quantize(
     streams = None
     if prompts:
         stored.fill(stored.names(None))
-        streams = calibration_streams(ws, stored.model, prompts)
+        streams = calibration_streams(ws, stored.model, prompts, options.states)
 
     def make(index: int) -> Tensors:
         block = index if index < len(plan.kept) else None
@@ -78,7 +79,9 @@ def _quantize(
             stored.fill(stored.names(block), torch.float32 if streams else None)
         if streams is not None and block is not None:
             run = partial(streams.run, ws.family.blocks(stored.model)[block])
-        quantize_part(ws.family, stored.model, block, **asdict(options), run=run)
+        quantize_part(
+            ws.family, stored.model, block, group_size=options.group_size, calibration=options.calibration, run=run
+        )
         state = stored.model.state_dict()
         tensors = {n: state[n] if n.endswith(PACKED) else state[n].half() for n in blocks[index]}
         if block is not None:
@@ -111,8 +114,16 @@ def _quantize(
     return {"weights_bytes": size}
 
 
-def _evaluations(ws: Workspace, plan: PrunePlan, prompts: int) -> float:
+def _check_time(ws: Workspace, options: QuantizeOptions, plan: PrunePlan, count: int, progress: Progress) -> None:
+    """Say what calibration on `count` prompts takes, and refuse what takes too long; see `Workspace.check_time`."""
+    ways = [(f"--count {fewer}", _evaluations(ws, plan, fewer, options.states)) for fewer in halvings(count)]
+    ways.append(("--count 1 --states 1", _evaluations(ws, plan, 1, 1)))
+    ways.append(("--calibration none", 0.0))
+    ws.check_time("quantize", _evaluations(ws, plan, count, options.states), ways, progress)
+
+
+def _evaluations(ws: Workspace, plan: PrunePlan, prompts: int, most_states: int | None) -> float:
     """Return the work of calibration, in evaluations of the original: trajectories, then each sample twice."""
     per_step = evaluations_per_step(ws.family, ws.config, ws.generation)
-    states = VelocityError.evaluations(ws.generation, prompts)
+    states = VelocityError.evaluations(seen(ws.generation, most_states), prompts)
     return states * per_step * (1 + 2 * plan.after.parameters / plan.before.parameters)

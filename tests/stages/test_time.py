@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stage_runs import OPTIONS
 
+from edgeprune.cli.options import compute_options
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions
-from edgeprune.common.tables import duration
+from edgeprune.common.tables import duration, parse_duration
+from edgeprune.metrics.velocity import VelocityError
 from edgeprune.residency import compute
-from edgeprune.stages import analyze, options, plan, prune, quantize, workspace
-from edgeprune.stages.options import AnalyzeOptions, QuantizeOptions
+from edgeprune.stages import analyze, calibration, options, plan, prune, quantize, workspace
+from edgeprune.stages.options import AnalyzeOptions, CompressOptions, QuantizeOptions
 from edgeprune.stages.workspace import Workspace
 
 HOUR = ComputeOptions("cpu", longest_s=3600.0)
@@ -67,9 +70,55 @@ def test_calibration_counts(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
     ws, _ = opened(source, tmp_path, monkeypatch, 100.0)
     plan.run(ws, replace(OPTIONS.plan, method="manual", keep=None, blocks="1"))
     prune.run(ws)
-    with pytest.raises(InputError, match=r"^quantize: at least .*; --calibration none takes 0 s; --yes"):
+    with pytest.raises(InputError, match=r"^quantize: at least .*; --count 1 takes 31 min; --yes"):
         quantize.run(ws, QuantizeOptions(calibration="scale"))
+    with pytest.raises(InputError, match=r"^--count and --states are about calibration"):
+        quantize.run(ws, QuantizeOptions(count=1))
+    monkeypatch.setattr(workspace, "evaluation_seconds", lambda *_: 10**4)
+    with pytest.raises(InputError, match=r"^quantize: at least .*; --calibration none takes 0 s; --yes"):
+        quantize.run(ws, QuantizeOptions(calibration="scale", count=1))
     assert quantize.run(ws, QuantizeOptions())
+
+
+def test_fewer_samples_calibrate_and_are_scored_when_asked(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[int]()
+    real = calibration.VelocityError.__init__
+
+    def noted(self: VelocityError, *args: Any, **given: Any) -> None:
+        real(self, *args, **given)
+        seen.append(len(self.states))
+
+    monkeypatch.setattr(VelocityError, "__init__", noted)
+    ws = Workspace(tmp_path / "out", str(source))
+    analyze.run(ws, AnalyzeOptions(count=2, states=3, components=False))
+    plan.run(ws, replace(OPTIONS.plan, method="manual", keep=None, blocks="1"))
+    prune.run(ws)
+    quantize.run(ws, QuantizeOptions(calibration="scale", count=1, states=2))
+    assert seen == [6, 2]
+    with pytest.raises(InputError, match="^--states works with --metric velocity only, found psnr"):
+        AnalyzeOptions(metric="psnr", states=2).chosen(ws.family, ws.config)
+
+
+def test_options_that_are_not_set_change_no_digest() -> None:
+    """Folders that were made before there were such options stay current."""
+    assert QuantizeOptions().to_json() == {"group_size": 64, "calibration": "none"}
+    assert "states" not in AnalyzeOptions().to_json() and "states" in AnalyzeOptions(states=2).to_json()
+    assert CompressOptions().to_json()["quantize"] == QuantizeOptions().to_json()
+
+
+def test_a_time_is_read_or_refused() -> None:
+    assert [parse_duration(t, "--time") for t in ("90s", "40m", "40 min", "1.5h", "2d")] == [
+        90, 2400, 2400, 5400, 172_800,
+    ]  # fmt: skip
+    for text in ("", "40", "0m", "-1h", "1e3s", "40 minutes", "inf h"):
+        with pytest.raises(InputError, match=r"^--time: found '.*', expected a time such as 90s, 40m or 2h$"):
+            parse_duration(text, "--time")
+    assert compute_options("auto", None, yes=False, longest="2h").longest_s == 7200
+    assert compute_options("auto", None, yes=False).longest_s == 3600
+    with pytest.raises(InputError, match="--yes runs what takes any time; omit --time"):
+        compute_options("auto", None, yes=True, longest="2h")
 
 
 def test_the_estimator_is_the_one_that_is_right_for_the_model(
