@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -286,7 +286,8 @@ def removal(family: Family, model: nn.Module, parts: Iterable[Key], mean: torch.
 
     blocks, swaps = family.blocks(model), []
     for block, component in collapsed(family, dict(cast("Any", model).config), parts):
-        with filled(blocks[block]):  # constant modulation is computed from the block's weights
+        # Constant modulation is computed from the block's weights; nothing else is.
+        with filled(blocks[block]) if component in family.norms else nullcontext():
             swaps += family.removal(model, block, component, mean)
     return swaps
 

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeprune.common import extras
 from edgeprune.common.errors import InputError
+from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
 from edgeprune.sampling.generation import Generation
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from edgeprune.residency.spill import Spill
 
 Images = Sequence["NDArray[np.uint8]"]
 """Each (H, W, 3)."""
@@ -172,11 +175,15 @@ def of_pipeline(
     *,
     split: Split,
     compares: bool = True,
+    spill: Spill | None = None,
+    progress: Progress = silent,
 ) -> Metric:
     """Prepare a metric for a pipeline, with the noise of a split.
 
     Args:
         compares: whether `score` will be called; without it, velocity measures only its trajectories.
+        spill: keeps the states of velocity's trajectories, so that a run after a kill goes on with them.
+        progress: called after each step of those.
 
     Raises:
         InputError: the name is unknown, or weights are missing or not usable.
@@ -187,7 +194,7 @@ def of_pipeline(
     if name == VELOCITY:
         from edgeprune.metrics.velocity import VelocityError
 
-        return VelocityError(pipe, generation, prompts, split=split, compares=compares)
+        return VelocityError(pipe, generation, prompts, split=split, compares=compares, spill=spill, progress=progress)
     from edgeprune.metrics.drawn import Drawn
 
     return Drawn(name, of_images(name, weights), pipe, generation, prompts, split=split)

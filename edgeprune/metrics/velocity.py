@@ -6,19 +6,24 @@ For each prompt, the unmodified model's states x_t and conditional velocities v_
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from edgeprune.common.progress import Progress, Steps, silent
 from edgeprune.common.splits import Split
+from edgeprune.residency.spill import Spill
 from edgeprune.sampling.denoising import (
     Conditioning,
+    VelocityInputs,
     at_once,
     denoise,
     encode_with_empty,
     evaluate,
     latent_shape,
+    model_inputs,
     noise,
     sigmas,
 )
@@ -35,25 +40,40 @@ class VelocityError:
 
     @torch.no_grad()
     def __init__(
-        self, pipe: Any, generation: Generation, prompts: list[str], *, split: Split, compares: bool = True
+        self,
+        pipe: Any,
+        generation: Generation,
+        prompts: list[str],
+        *,
+        split: Split,
+        compares: bool = True,
+        spill: Spill | None = None,
+        progress: Progress = silent,
     ) -> None:
         """Sample the trajectories of the pipeline's transformer, which must be the unmodified one.
 
         Args:
             compares: also measure its velocities, which `score` compares with.
+            spill: keeps the states, so that a run after a kill goes on with them; None keeps them in memory.
+            progress: called after each step of the sampler.
         """
-        self.pipe, self.count = pipe, len(prompts)
+        self.pipe, self.count, self.progress = pipe, len(prompts), progress
+        self.spill = spill or Spill()
+        """What estimators keep of the states goes there, too."""
         generation = replace(generation, num_inference_steps=min(STATES, generation.num_inference_steps))
         condition, self.empty = encode_with_empty(pipe, prompts, generation.max_sequence_length)
         shape = latent_shape(pipe, generation)
         self.batch = batch = at_once(pipe.transformer, shape)
         levels = sigmas(pipe, generation.num_inference_steps, shape)
-        states = []
-        for start in range(0, self.count, batch):
+        starts, states = range(0, self.count, batch), []
+        step = Steps("trajectories", len(starts) * (len(levels) - 2), progress)
+        for start in starts:
             rows = slice(start, start + batch)
             x = noise(split.seeds(len(condition.hidden[rows]), start), shape).to(condition.hidden)
-            path = denoise(pipe.transformer, x, levels, condition[rows], self.empty, generation.guidance_scale)
-            states.append(torch.stack([latents for latents, _ in path][:-1]))
+            path = _path(
+                pipe, x, levels, (condition[rows], self.empty), generation.guidance_scale, self.spill, start, step
+            )
+            states.append(torch.stack(path))
         self.states = torch.cat(states, dim=1).flatten(0, 1)  # (steps * prompts, C, h, w)
         steps = len(levels) - 1
         self.sigmas = levels[:-1].to(self.states).repeat_interleave(self.count)
@@ -78,12 +98,18 @@ class VelocityError:
     @staticmethod
     def preparing(generation: Generation, prompts: int, per_step: int) -> int:
         """Return how many samples pass through it at creation: those of the trajectory, without the comparison."""
-        return prompts * min(STATES, generation.num_inference_steps) * per_step
+        return prompts * (min(STATES, generation.num_inference_steps) - 1) * per_step
 
     def velocity(self, rows: slice) -> torch.Tensor:
         """Return the conditional velocities of the transformer as it is now, at some states (by step, then prompt)."""
-        inputs = (self.states[rows], self.condition_of(rows), self.sigmas[rows], self.guidance)
-        return evaluate(self.pipe.transformer, *inputs)
+        return evaluate(self.pipe.transformer, *self._arguments(rows))
+
+    def inputs(self, rows: slice) -> dict[str, torch.Tensor]:
+        """Return the transformer's inputs at some states, by name."""
+        return model_inputs(self.pipe.transformer, *self._arguments(rows))
+
+    def _arguments(self, rows: slice) -> VelocityInputs:
+        return self.states[rows], self.condition_of(rows), self.sigmas[rows], self.guidance
 
     def _velocities(self) -> torch.Tensor:
         starts = range(0, len(self.states), self.batch)
@@ -99,6 +125,37 @@ class VelocityError:
         assert self.reference is not None, "made with compares=False"
         error = self.per_prompt(squares(self._velocities() - self.reference))
         return [0.0 - float(e) for e in error / self.per_prompt(squares(self.reference))]
+
+
+def _path(
+    pipe: Any,
+    latents: torch.Tensor,
+    levels: torch.Tensor,
+    texts: tuple[Conditioning, Conditioning],
+    guidance: float,
+    spill: Spill,
+    start: int,
+    step: Steps,
+) -> list[torch.Tensor]:
+    """Return the latents before each step of the sampler, from those of some prompts before the first.
+
+    Args:
+        texts: the prompts, and the empty one.
+        spill: keeps the latents under the number of the first prompt and the step; it may have some of them.
+        start: that number.
+        step: called after each step.
+    """
+    steps, found = len(levels) - 1, [latents]
+    while len(found) < steps and (key := f"trajectory.{start}.{len(found)}") in spill:
+        found.append(spill.get(key)["latents"].to(latents))
+        step()
+    rest = denoise(pipe.transformer, found[-1], levels[len(found) - 1 :], *texts, guidance)
+    # Nothing reads the clean latents: the sampler's last step is not run.
+    for after, _ in itertools.islice(rest, 1, steps - len(found) + 1):
+        spill.put(f"trajectory.{start}.{len(found)}", {"latents": after})
+        found.append(after)
+        step()
+    return found
 
 
 def squares(values: torch.Tensor) -> torch.Tensor:

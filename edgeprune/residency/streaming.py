@@ -35,12 +35,19 @@ class Layer:
         read: reads a tensor.
         device: to compute on.
         dtype: to compute in; None is that of the file.
+        ahead: reads in the background; None reads nothing ahead.
     """
 
     def __init__(
-        self, module: nn.Module, names: dict[str, str], read: Read, device: torch.device, dtype: torch.dtype | None
-    ):
-        self.module, self.read, self.device, self.dtype = module, read, device, dtype
+        self,
+        module: nn.Module,
+        names: dict[str, str],
+        read: Read,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        ahead: Ahead | None = None,
+    ) -> None:
+        self.module, self.read, self.device, self.dtype, self._ahead = module, read, device, dtype, ahead
         self.places = [(*_place(module, local), name) for local, name in names.items()]
         self.kept: dict[str, torch.Tensor] | None = None
         """Its tensors in the dtype of the file, if they stay in memory."""
@@ -83,6 +90,11 @@ class Layer:
             value = tensors.pop(name) if self.kept is None else tensors[name]  # each is freed as soon as it is widened
             _put(module, attribute, value if self.dtype is None or name.endswith(PACKED) else value.to(self.dtype))
 
+    def ahead(self) -> None:
+        """Ask the operating system to read the weights that are not in memory."""
+        if self._ahead is not None and self.kept is None:
+            self._ahead(self.names)
+
     def drop(self) -> None:
         """Free the weights; what is kept stays in the dtype of its file."""
         self.uses -= 1
@@ -110,22 +122,22 @@ def stream(
         device: to compute on.
         dtype: to compute in; None is that of the file.
         keep: bytes of weights, in the dtype of their file, that may stay in memory.
-        ahead: called with the names of the next layer's tensors before a layer computes.
+        ahead: reads the next layer's tensors in the background while a layer computes.
     """
-    made = [Layer(module, names, read, device, dtype) for module, names in layers]
+    made = [Layer(module, names, read, device, dtype, ahead) for module, names in layers]
     for index, layer in enumerate(made):
         keep = layer.keep(keep)
         following = made[(index + 1) % len(made)]
-        layer.module.register_forward_pre_hook(lambda *_, layer=layer, next=following: _begin(layer, next, ahead))
+        layer.module.register_forward_pre_hook(lambda *_, layer=layer, next=following: _begin(layer, next))
         layer.module.register_forward_hook(lambda *_, layer=layer: layer.drop(), always_call=True)
         setattr(layer.module, _STREAM, layer)
     return made
 
 
-def _begin(layer: Layer, following: Layer, ahead: Ahead | None) -> None:
+def _begin(layer: Layer, following: Layer) -> None:
     layer.fill()
-    if ahead is not None and following.kept is None and following is not layer:
-        ahead(following.names)
+    if layer.uses == 1 and following is not layer:  # otherwise `filled` has said which is next
+        following.ahead()
 
 
 def release(network: nn.Module) -> None:
@@ -136,13 +148,20 @@ def release(network: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def filled(module: nn.Module) -> Iterator[None]:
-    """Hold a layer's weights in memory inside the context; does nothing for a network that is not streamed."""
+def filled(module: nn.Module, *, following: nn.Module | None = None) -> Iterator[None]:
+    """Hold a layer's weights in memory inside the context; does nothing for a network that is not streamed.
+
+    Args:
+        module: the layer.
+        following: the one that is read next; it is read in the background.
+    """
     layer = getattr(module, _STREAM, None)
     if layer is None:
         yield
         return
     layer.fill()
+    if following is not None and following is not module:
+        getattr(following, _STREAM).ahead()
     try:
         yield
     finally:

@@ -117,12 +117,11 @@ def evaluate(
     Latents and noise levels stay float32 outside of it. In half precision it runs in pieces: `embed` keeps timestep and
     guidance in float32, where FLUX.1's own forward would round them to eight bits.
     """
-    like = next(p for p in model.parameters() if not p.is_meta and p.is_floating_point())
-    text = condition.to(like)
+    like = _like(model)
     if like.dtype == torch.float32:
-        return velocity(model, latents.to(like), text, sigma, guidance).to(latents)
+        return velocity(model, latents.to(like), condition.to(like), sigma, guidance).to(latents)
     network: Network = family_of_model(model)
-    inputs = network_inputs(model, latents.to(like), text, sigma, guidance)
+    inputs = model_inputs(model, latents, condition, sigma, guidance)
     image, text_stream, modulation = network.embed(model, inputs)
     positions = network.positions(model, inputs)
     for block in family_of_model(model).blocks(model):
@@ -131,6 +130,20 @@ def evaluate(
     output = network.unembed(model, image, modulation, network.grid(model, inputs))
     out: torch.Tensor = network.velocity(model.config, output, latents.shape)
     return out.to(latents)
+
+
+def model_inputs(
+    model: Any, latents: torch.Tensor, condition: Conditioning, sigma: torch.Tensor, guidance: float
+) -> dict[str, torch.Tensor]:
+    """Return the inputs of a transformer, where it is and in its own dtype; noise levels stay in float32."""
+    like = _like(model)
+    return network_inputs(model, latents.to(like), condition.to(like), sigma, guidance)
+
+
+def _like(model: Any) -> torch.Tensor:
+    """Return a tensor of a transformer that is in memory: it has the device and dtype to compute with."""
+    found: torch.Tensor = next(p for p in model.parameters() if not p.is_meta and p.is_floating_point())
+    return found
 
 
 def network_inputs(

@@ -21,6 +21,7 @@ from edgeprune.families import Config, Family
 from edgeprune.metrics import check_analysis, evaluations, of_pipeline, preparing
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.residency.compute import Compute
+from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import held_bytes, is_streamed
 from edgeprune.sampling.denoising import VelocityInputs, at_once, evaluate
 from edgeprune.sampling.generation import Generation
@@ -65,10 +66,13 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
         inputs["groups"] = len(removals)  # single-stream blocks had one joint group of three until 2026-11
 
     def score(key: str) -> dict[str, Any]:
-        images = seen(ws.generation, options.states)
+        images, streamed = seen(ws.generation, options.states), is_streamed(ws.family.blocks(ws.pipe.transformer)[0])
+        scratch = ws.cache / "analysis" / str(processes.index())
+        spill = Spill(scratch, identity=key) if streamed else Spill()
         metric = of_pipeline(
             options.metric, ws.pipe, images, prompts, options.weights, split=Split.ANALYSIS,
-            compares=estimator_class.compares,
+            compares=estimator_class.compares, spill=spill,
+            progress=lambda what, *parts: progress(f"analyze: {what}", *parts),
         )  # fmt: skip
         estimator = estimator_class(ws.family, metric, modulation_mean(ws, prompts))
         analyze(
@@ -76,6 +80,7 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
             prompts=prompts, path=ws.report_path, inputs_digest=key,
             progress=lambda done, total: progress("analyze", done, total, ""),
         )  # fmt: skip
+        spill.clear()
         ws.manifest.hash_files(ws.out, "analysis.json")
         return {GIVEN: options.prompts is not None}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +17,11 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.progress import silent
 from edgeprune.common.splits import Split
+from edgeprune.common.tensors import Tensors
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.options import PlanOptions
 from edgeprune.report.measure import measure
+from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import held_bytes, is_streamed
 from edgeprune.residency.weights import Weights
 from edgeprune.stages import analyze, calibration, plan, prune, quantize
@@ -90,42 +92,74 @@ def test_every_stage_runs_in_bf16(source: Path, tmp_path: Path, in_bf16: None) -
     assert summary["psnr_db"] > 5 and len(images["compressed"]) == 2
 
 
-def test_gates_read_each_block_twice_a_batch(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ws, reads, real = opened(tmp_path / "out", source, monkeypatch, little=True), list[str](), Weights.__getitem__
-    monkeypatch.setattr("edgeprune.metrics.velocity.at_once", lambda *_: 100)
-    steps = ws.generation.num_inference_steps
+def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets the name of each tensor that is read from now on; call it before a model is opened."""
+    reads, real = list[str](), Weights.__getitem__
+    monkeypatch.setattr(Weights, "__getitem__", lambda self, name: reads.append(name) or real(self, name))
+    return reads
 
-    def counted(self: Weights, name: str) -> torch.Tensor:
-        reads.append(name)
-        return real(self, name)
 
-    monkeypatch.setattr(Weights, "__getitem__", counted)
+def test_gates_read_each_block_twice(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = counted_reads(monkeypatch)
+    ws = opened(tmp_path / "out", source, monkeypatch, little=True)
+    monkeypatch.setattr("edgeprune.metrics.velocity.at_once", lambda *_: 3)  # eight states are three batches
+    reads.clear()
     analyze.run(ws, AnalyzeOptions(count=2, estimator="gates", components=False))
     in_blocks = [name for name in reads if name.startswith("transformer_blocks.1.")]
-    # Once for each step of the trajectory, then forward and again for backward; removal reads nothing of whole blocks.
-    assert len(in_blocks) == (steps + 2) * len(set(in_blocks))
+    # Once for each step between states, then forward, and again for backward.
+    assert len(in_blocks) == (ws.generation.num_inference_steps - 1 + 2) * len(set(in_blocks)) > 0
+    assert not (ws.cache / "analysis" / "0").exists()
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_a_killed_analysis_goes_on_with_the_block(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it is killed, the next run computes what was not on disk, and the scores are the same to the bit."""
+    source = tmp_path / "tiny"
+    {"sd3": tiny_pipeline, "flux": tiny_flux_pipeline}[kind](source)
+    ran, real, left = list[str](), Spill.put, [10**6]
+    monkeypatch.setattr("edgeprune.metrics.velocity.at_once", lambda *_: 3)  # eight states are three batches
+
+    def put(self: Spill, key: str, tensors: Tensors) -> None:
+        if left_after() < 0:
+            raise KeyboardInterrupt
+        ran.append(key)
+        real(self, key, tensors)
+
+    def left_after() -> int:
+        left[0] -= 1
+        return left[0]
+
+    monkeypatch.setattr(Spill, "put", put)
+    options = AnalyzeOptions(count=2, estimator="gates")
+    whole = opened(tmp_path / "whole", source, monkeypatch, little=True)
+    analyze.run(whole, options)
+    keys, killed, starts = list(ran), tmp_path / "killed", 0
+    assert len(set(keys)) == len(keys)
+    while True:
+        left[0], starts = 7, starts + 1
+        ws = opened(killed, source, monkeypatch, little=True)
+        try:
+            analyze.run(ws, options)
+            break
+        except KeyboardInterrupt:
+            del ws
+            gc.collect()  # frees the folder's lock
+    assert 3 < starts < len(keys) / 3
+    assert (killed / "analysis.json").read_bytes() == (tmp_path / "whole" / "analysis.json").read_bytes()
 
 
 @pytest.mark.parametrize("method", ["scale", "awq"])
 def test_calibrated_int4(method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On disk or in memory, streams give the integers that they give with the original in memory."""
-    found = []
+    found, spills = [], list[Path]()
     for little in (False, True):
         ws = opened(tmp_path / str(little), source, monkeypatch, little=little)
         plan.run(ws, PlanOptions("manual", blocks="1", components="0:mlp"))
         prune.run(ws)
         if little:
-            real = calibration.Streams.__init__
-
-            def on_disk(
-                self: Any, family: Any, model: Any, inputs: Any, room: int, scratch: Path, *rest: Any, real: Any = real
-            ) -> None:
-                real(self, family, model, inputs, 0, scratch, *rest)
-                assert list(scratch.iterdir())
-
-            monkeypatch.setattr(calibration.Streams, "__init__", on_disk)
+            monkeypatch.setattr(calibration, "Spill", lambda folder, room: spills.append(folder) or Spill(folder))
         quantize.run(ws, QuantizeOptions(calibration=method))
-        assert not (ws.cache / "streams").exists()
+        assert spills == [ws.cache / "streams"] * little and not (ws.cache / "streams").exists()
         (path,) = (ws.out / "transformer_int4").glob("*.safetensors")
         found.append(load_file(path))
     whole, streamed = found

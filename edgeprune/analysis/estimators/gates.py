@@ -17,9 +17,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from edgeprune.analysis.by_block import ByBlock, MakeGates, Project
 from edgeprune.analysis.contribution import Group, Key, removal, swapped
+from edgeprune.common.progress import Steps
 from edgeprune.families import Family, Swap
 from edgeprune.residency.streaming import is_streamed
 
@@ -27,8 +28,6 @@ PROJECTIONS = 1
 """Random projections per state. The error is also averaged over the states of a trajectory and over prompts."""
 _BATCH = 16
 """Most states per batch; autograd saves what it needs of every block for all of them."""
-_STREAMED_BATCH = 2
-"""Most states per batch where blocks are read for each batch: memory is short, and every block's inputs are kept."""
 
 
 class _Gated(nn.Module):
@@ -50,18 +49,6 @@ class _Gated(nn.Module):
         """Interpolate one output (B, ...)."""
         gate = self.gate.to(with_it.dtype).view(-1, *(1,) * (with_it.dim() - 1))
         return without + gate * (with_it - without)
-
-
-class _RunAgain(nn.Module):
-    """A block that autograd saves only the inputs of; the backward pass runs it again."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the block returns."""
-        return checkpoint(self.block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 class Gates:
@@ -91,57 +78,79 @@ class Gates:
 
     def _slopes(self, singles: list[Key]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return r . dv/dg for every projection, part and state (K, J, S), and the norm of v for every prompt."""
-        model, draw = self.metric.pipe.transformer, torch.Generator().manual_seed(self.seed)
+        model = self.metric.pipe.transformer
         frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         model.requires_grad_(False)
-        streamed = any(map(is_streamed, self.family.blocks(model)))
-        slopes, norms, batch = [], [], min(_STREAMED_BATCH if streamed else _BATCH, self.metric.batch)
+        slopes_of = self._by_block if any(map(is_streamed, self.family.blocks(model))) else self._at_once
         try:
-            with self._gated(model, singles) as gated:
-                for start in range(0, len(self.metric.states), batch):
-                    states = self.metric.states[rows := slice(start, start + batch)]
-                    gates = torch.ones(len(singles), len(states), device=states.device, requires_grad=True)
-                    for modules, gate in zip(gated, gates, strict=True):
-                        for module in modules:
-                            module.gate = gate
-                    with torch.enable_grad():
-                        velocity = self.metric.velocity(rows)
-                        norms.append(velocity.detach().flatten(1).square().sum(1))
-                        projected = [
-                            (velocity * torch.randn(velocity.shape, generator=draw).to(velocity)).sum()
-                            for _ in range(self.projections)
-                        ]
-                    slopes.append(
-                        torch.stack([torch.autograd.grad(p, gates, retain_graph=True)[0].detach() for p in projected])
-                    )
+            slopes, norms = slopes_of(singles, self._projections())
         finally:
             for parameter, needed in frozen:
                 parameter.requires_grad_(needed)
-        return torch.cat(slopes, dim=-1), self.metric.per_prompt(torch.cat(norms))
+        return slopes, self.metric.per_prompt(norms)
+
+    def _projections(self) -> Project:
+        """Return a function that draws r for a batch of velocities (B, C, h, w) and returns each r . v."""
+        draw = torch.Generator().manual_seed(self.seed)
+
+        def project(velocity: torch.Tensor) -> list[torch.Tensor]:
+            return [
+                (velocity * torch.randn(velocity.shape, generator=draw).to(velocity)).sum()
+                for _ in range(self.projections)
+            ]
+
+        return project
+
+    def _batches(self) -> list[slice]:
+        size = min(_BATCH, self.metric.batch)
+        return [slice(start, start + size) for start in range(0, len(self.metric.states), size)]
+
+    def _at_once(self, singles: list[Key], project: Project) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the gradients through the whole network; return (K, J, S), and the square of each state's norm (S,)."""
+        slopes, norms = [], []
+        with self._gated(singles) as gated:
+            for rows in self._batches():
+                states = self.metric.states[rows]
+                gates = _set_gates(gated, len(states), states.device)
+                with torch.enable_grad():
+                    velocity = self.metric.velocity(rows)
+                    norms.append(velocity.detach().flatten(1).square().sum(1))
+                    projected = project(velocity)
+                slopes.append(
+                    torch.stack([torch.autograd.grad(p, gates, retain_graph=True)[0].detach() for p in projected])
+                )
+        return torch.cat(slopes, dim=-1), torch.cat(norms)
+
+    def _by_block(self, singles: list[Key], project: Project) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the same block by block, see by_block.py."""
+        model, blocks = self.metric.pipe.transformer, range(len(self.family.blocks(self.metric.pipe.transformer)))
+        batches = [(self.metric.states[rows].shape, self.metric.inputs(rows)) for rows in self._batches()]
+        step = Steps("gradients", 2 * len(blocks), self.metric.progress)
+        passes = ByBlock(self.family, model, batches, self.metric.spill, step)
+        passes.forward()
+        norms = passes.end(project)
+        own = [[j for j, part in enumerate(singles) if part[0] == block] for block in blocks]
+
+        @contextmanager
+        def gated(block: int) -> Iterator[MakeGates]:
+            with self._gated([singles[j] for j in own[block]]) as modules:
+                yield lambda count: _set_gates(modules, count, passes.device)
+
+        found = torch.cat(passes.backward(gated), dim=1)  # by block
+        order = [j for of_block in own for j in of_block]
+        return found[:, torch.tensor(order).argsort()].to(norms), norms
 
     @contextmanager
-    def _gated(self, model: nn.Module, singles: list[Key]) -> Iterator[list[list[_Gated]]]:
-        """Put a gate on every part inside the context; yield the gates of each.
-
-        A streamed network's blocks are read and run a second time for the backward pass, one after the other, so that
-        neither their weights nor what autograd saves of them stays in memory.
-        """
+    def _gated(self, singles: list[Key]) -> Iterator[list[list[_Gated]]]:
+        """Put a gate on every part inside the context; yield the gates of each."""
 
         def gates_of(part: Key) -> list[Swap]:
-            swaps = removal(self.family, model, [part], self.mean)
+            swaps = removal(self.family, self.metric.pipe.transformer, [part], self.mean)
             return [replace(swap, replacement=_Gated(swap)) for swap in swaps]
 
-        made = {part: gates_of(part) for part in singles if part[1] is not None}
-        blocks = self.family.blocks(model)
-        again = [
-            replace(self.family.removal(model, index, None, self.mean)[0], replacement=_RunAgain(block))
-            for index, block in enumerate(blocks)
-            if is_streamed(block)
-        ]
-        with swapped(again), set_checkpoint_early_stop(False):
-            made |= {part: gates_of(part) for part in singles if part[1] is None}
-            with swapped(swap for swaps in made.values() for swap in swaps):
-                yield [[cast("_Gated", swap.replacement) for swap in made[part]] for part in singles]
+        made = {part: gates_of(part) for part in singles}
+        with swapped(swap for swaps in made.values() for swap in swaps):
+            yield [[cast("_Gated", swap.replacement) for swap in made[part]] for part in singles]
 
     @staticmethod
     def evaluations(groups: list[Group], blocks: int, per_score: int) -> float:
@@ -152,6 +161,15 @@ class Gates:
     def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int, batch: int) -> int:
         """Return what autograd saves of one batch."""
         return saved_bytes * min(_BATCH, batch, per_score)
+
+
+def _set_gates(gated: list[list[_Gated]], count: int, device: torch.device) -> torch.Tensor:
+    """Open the gates of every part for a batch of `count` samples; return them (J, B)."""
+    gates = torch.ones(len(gated), count, device=device, requires_grad=True)
+    for modules, gate in zip(gated, gates, strict=True):
+        for module in modules:
+            module.gate = gate
+    return gates
 
 
 ESTIMATOR = Gates
