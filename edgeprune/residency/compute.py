@@ -16,6 +16,8 @@ from edgeprune.common import processes
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import SHARE, SMALL_BYTES, ComputeOptions, allowed, resident
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What networks compute in, by the names that users read."""
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Instructions that multiply bf16, as Linux names them on x86 and on Arm."""
 
@@ -76,6 +78,11 @@ class Compute:
             return max(0, (allowed() if self.memory is None else self.memory) - resident())
         taken, free = _device_memory(self.device)
         return max(0, int(SHARE * free) if self.memory is None else self.memory - taken)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name in DTYPES."""
+    return next(name for name, each in DTYPES.items() if each == dtype)
 
 
 def is_small(numbers: int) -> bool:
