@@ -8,7 +8,6 @@ are prompt, guidance, steps and size.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeprune.common.progress import Progress, Steps, silent
 from edgeprune.families import Architecture, Network, family_of_model
-from edgeprune.residency.spill import Spill
 from edgeprune.sampling.generation import Generation, images_at_once, latent_scale
 from edgeprune.sampling.schedule import NoiseSchedule
 
@@ -122,7 +119,7 @@ def evaluate(
     """
     like = _like(model)
     if like.dtype == torch.float32:
-        return velocity(model, latents.to(like), condition.to(like), sigma, guidance).to(latents)
+        return velocity(model, latents.to(like), condition.to(like), sigma.to(like.device), guidance).to(latents)
     network: Network = family_of_model(model)
     inputs = model_inputs(model, latents, condition, sigma, guidance)
     image, text_stream, modulation = network.embed(model, inputs)
@@ -140,7 +137,7 @@ def model_inputs(
 ) -> dict[str, torch.Tensor]:
     """Return the inputs of a transformer, where it is and in its own dtype; noise levels stay in float32."""
     like = _like(model)
-    return network_inputs(model, latents.to(like), condition.to(like), sigma, guidance)
+    return network_inputs(model, latents.to(like), condition.to(like), sigma.to(like.device), guidance)
 
 
 def _like(model: Any) -> torch.Tensor:
@@ -198,43 +195,6 @@ def denoise(
     yield latents, levels[-1]
 
 
-def denoised(
-    transformer: Any,
-    latents: torch.Tensor,
-    levels: torch.Tensor,
-    condition: Conditioning,
-    empty: Conditioning,
-    guidance: float,
-    *,
-    spill: Spill,
-    key: str,
-    step: Callable[[], object],
-) -> list[torch.Tensor]:
-    """Return the latents (B, C, h, w) at each noise level, the first as they were given; see `denoise`.
-
-    Args:
-        transformer: the model.
-        latents: noise (B, C, h, w).
-        levels: noise levels, from high to low.
-        condition: encoded prompts, one per image.
-        empty: the encoded empty prompt.
-        guidance: guidance scale.
-        spill: keeps the latents of each level. Those that it has are not computed again.
-        key: to keep them under.
-        step: called after each step.
-    """
-    found = [latents]
-    while len(found) < len(levels) and (name := f"{key}.{len(found)}") in spill:
-        found.append(spill.get(name)["latents"].to(latents))
-        step()
-    rest = denoise(transformer, found[-1], levels[len(found) - 1 :], condition, empty, guidance)
-    for after, _ in itertools.islice(rest, 1, None):
-        spill.put(f"{key}.{len(found)}", {"latents": after})
-        found.append(after)
-        step()
-    return found
-
-
 @torch.no_grad()
 def encode_images(pipe: Any, images: torch.Tensor) -> torch.Tensor:
     """Encode uint8 images (S, 3, H, W) to normalised latents (S, C, h, w), the means of the VAE's distributions."""
@@ -267,29 +227,19 @@ def generate(
     seeds: list[int],
     generation: Generation,
     *,
-    spill: Spill | None = None,
-    progress: Progress = silent,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> NDArray[np.uint8]:
-    """Draw one image per prompt and seed: (P, H, W, 3) uint8.
-
-    Args:
-        pipe: the pipeline.
-        prompts: one per image.
-        seeds: one per image.
-        generation: size, steps and guidance.
-        spill: keeps the latents after each step, so that a run after a kill goes on with them; None keeps none.
-        progress: called after each step.
-    """
+    """Draw one image per prompt and seed: (P, H, W, 3) uint8. `progress` gets images done and all images."""
     condition, empty = encode_with_empty(pipe, prompts, generation.max_sequence_length)
     shape = latent_shape(pipe, generation)
     levels, batch = sigmas(pipe, generation.num_inference_steps, shape), at_once(pipe.transformer, shape)
-    images, starts = [], range(0, len(prompts), batch)
-    step = Steps("steps", len(starts) * (len(levels) - 1), progress)
-    for start in starts:
+    images = []
+    for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
-        *_, latents = denoised(
-            pipe.transformer, noise(seeds[rows], shape).to(condition.hidden), levels, condition[rows], empty,
-            generation.guidance_scale, spill=spill or Spill(), key=f"images.{start}", step=step,
-        )  # fmt: skip
+        start_latents = noise(seeds[rows], shape).to(condition.hidden)
+        *_, (latents, _) = denoise(
+            pipe.transformer, start_latents, levels, condition[rows], empty, generation.guidance_scale
+        )
         images.append(decode(pipe, latents))
+        progress(min(start + batch, len(prompts)), len(prompts))
     return np.concatenate(images)
