@@ -32,7 +32,7 @@ with needs("compress"):
     from edgeprune.artefact.staged import StagedPipeline, can_stage
     from edgeprune.families import Family, family_of_model
     from edgeprune.families.encoders import EXPORTED, T5, tokenizer_of
-    from edgeprune.residency.compute import Compute, is_small
+    from edgeprune.residency.compute import DTYPES, Compute, is_small, name_of
     from edgeprune.residency.running import dtype_of, running
     from edgeprune.sampling.denoising import Conditioning, encode_prompts, evaluate
     from edgeprune.sampling.generation import latent_scale
@@ -43,7 +43,6 @@ with needs("compress"):
         from diffusers import StableDiffusion3Pipeline  # noqa: F401
 
 Rows = Callable[[], dict[str, Reading]]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EagerBackend:
@@ -169,11 +168,10 @@ def _open(folder: Path, dtype: str | None, variant: str | None, compute: Compute
     check_pipeline(folder, variant)
     stored = open_transformer(folder, quantized=(folder / INT4).is_dir(), variant=variant)
     chosen = DTYPES[dtype] if dtype else dtype_of(stored, compute)
-    name = next(name for name, each in DTYPES.items() if each == chosen)
     small = is_small(sum(map(math.prod, stored.weights.shapes.values())))
     if (small and compute.memory is None) or not can_stage(folder):
-        return load_pipeline(folder, stored.load(chosen), chosen, variant=variant).to(compute.device), name
-    return StagedPipeline(folder, running(stored, compute, chosen), compute, variant), name
+        return load_pipeline(folder, stored.load(chosen), chosen, variant=variant).to(compute.device), name_of(chosen)
+    return StagedPipeline(folder, running(stored, compute, chosen), compute, variant), name_of(chosen)
 
 
 def _pick_device(device: str | None) -> tuple[str, str]:

@@ -31,7 +31,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("export",),
     ("metrics",),
     ("stages",),
-    ("bench",),
+    ("bench", "verify"),
     ("report",),
     ("api",),
     ("compare",),

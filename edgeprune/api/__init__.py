@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from edgeprune.api.loras import AppliedLora, merge_lora, remap_lora
     from edgeprune.api.scoring import Scored, score
     from edgeprune.api.stages import Planned, Pruned, Quantized, plan, plan_of_config, prune, quantize
+    from edgeprune.api.verifying import Verified, verify
     from edgeprune.bench.results import BenchResult
     from edgeprune.planning.options import PlanOptions
     from edgeprune.sampling.generation import GenerationOptions
@@ -71,6 +72,7 @@ __all__ = [
     "ReportFigures",
     "ReportQuality",
     "Scored",
+    "Verified",
     "analyze",
     "bench",
     "compress",
@@ -92,6 +94,7 @@ __all__ = [
     "quantize",
     "remap_lora",
     "score",
+    "verify",
 ]
 _MODULES = {
     "api.analyzing": ("AnalyzeForecast", "Analyzed", "analyze", "forecast_analyze"),
@@ -108,6 +111,7 @@ _MODULES = {
     "api.loras": ("AppliedLora", "merge_lora", "remap_lora"),
     "api.scoring": ("Scored", "score"),
     "api.stages": ("Planned", "Pruned", "Quantized", "plan", "plan_of_config", "prune", "quantize"),
+    "api.verifying": ("Verified", "verify"),
     "bench.results": ("BenchResult",),
     "common.memory": ("ComputeOptions",),
     "planning.options": ("PlanOptions",),

@@ -53,13 +53,14 @@ class ReportFigures:
     """The compressed transformer's weights on disk."""
     weights_ratio: float
     original_step_s: float
-    """One denoising step in float32."""
+    """One denoising step, in `step_dtype`."""
     pruned_step_s: float
     """The same without the removed parts; not quantized."""
     step_ratio: float
     """Median of the ratios of pairs of steps, taken in turns."""
     step_ratio_quartiles: tuple[float, float] | None = None
-    """Half of the pairs have a ratio between these; None in a report of an earlier version."""
+    """Half of the pairs have a ratio between these; None of a single pair, or in a report of an earlier version."""
+    step_dtype: str = "fp32"
     psnr_db: float
     """Mean over images at equal seeds."""
     generation: dict[str, Any]

@@ -15,7 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from edgeprune.artefact.checks import part_weights
@@ -122,10 +124,19 @@ class StagedPipeline:
 
     def encode(self, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return hidden (B, M, K) and pooled (B, P) text in float32, one encoder after the other."""
-        outputs = {
+        return self.join(self.outputs(prompts, max_sequence_length), max_sequence_length)
+
+    def outputs(self, prompts: list[str], max_sequence_length: int) -> dict[str, dict[str, NDArray[np.float32]]]:
+        """Return what each encoder says of the prompts, under the names that `Network.join` reads."""
+        return {
             name: self._outputs(name, kind, prompts, max_sequence_length)
             for name, kind in text_encoders(self.folder).items()
         }
+
+    def join(
+        self, outputs: dict[str, dict[str, NDArray[np.float32]]], max_sequence_length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return hidden (B, M, K) and pooled (B, P) text of what `outputs` returned."""
         hidden, pooled = self.family.join(self.config, outputs, max_sequence_length)
         return torch.from_numpy(hidden).to(self.compute.device), torch.from_numpy(pooled).to(self.compute.device)
 
@@ -142,7 +153,7 @@ class StagedPipeline:
         """Return what one encoder says of the prompts, as numpy arrays under the names that `Network.join` reads."""
         # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
         length = max_sequence_length if kind == T5 else longest_prompt(self.folder)
-        dtype = self._dtype(name, kind)
+        dtype = self.dtype_of(name)
         paths = {p: self.texts.path(name, p, length, dtype) for p in dict.fromkeys(prompts)} if self.texts else {}
         found = {p: t for p, path in paths.items() if self.texts and (t := self.texts.get(path)) is not None}
         found |= {p: self._recent[name, p, length] for p in prompts if (name, p, length) in self._recent}
@@ -188,8 +199,9 @@ class StagedPipeline:
         with readable(folder), quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
-    def _dtype(self, name: str, kind: str) -> torch.dtype:
-        """Return the dtype in which an encoder computes."""
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype in which a text encoder computes."""
+        kind = text_encoders(self.folder)[name]
         weights = part_weights(self.folder / name, kind, self.variant)
         assert weights is not None  # `can_stage`
         dtype = self.compute.dtype(*weights.kind())

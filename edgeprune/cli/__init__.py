@@ -39,6 +39,7 @@ from edgeprune.cli import (
     study,
     synth,
     targets,
+    verify,
 )
 from edgeprune.cli.choices import Verb
 from edgeprune.common import invocation, processes, stop
@@ -69,7 +70,7 @@ app = typer.Typer(
 PANELS = {
     "Compress": (compress, analyze, plan, prune, distill, quantize),
     "Export and run": (export, generate, push),
-    "Measure": (bench, score, compare, report, plot),
+    "Measure": (bench, verify, score, compare, report, plot),
     "Data": (cache,),
     "Tools": (convert, lora, synth, doctor),
 }

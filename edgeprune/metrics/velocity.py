@@ -6,7 +6,6 @@ For each prompt, the unmodified model's states x_t and conditional velocities v_
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from edgeprune.sampling.denoising import (
     Conditioning,
     VelocityInputs,
     at_once,
-    denoise,
+    denoised,
     encode_with_empty,
     evaluate,
     latent_shape,
@@ -70,9 +69,11 @@ class VelocityError:
         for start in starts:
             rows = slice(start, start + batch)
             x = noise(split.seeds(len(condition.hidden[rows]), start), shape).to(condition.hidden)
-            path = _path(
-                pipe, x, levels, (condition[rows], self.empty), generation.guidance_scale, self.spill, start, step
-            )
+            # Nothing reads the clean latents: the sampler's last step is not run.
+            path = denoised(
+                pipe.transformer, x, levels[:-1], condition[rows], self.empty, generation.guidance_scale,
+                spill=self.spill, key=f"trajectory.{start}", step=step,
+            )  # fmt: skip
             states.append(torch.stack(path))
         self.states = torch.cat(states, dim=1).flatten(0, 1)  # (steps * prompts, C, h, w)
         steps = len(levels) - 1
@@ -125,37 +126,6 @@ class VelocityError:
         assert self.reference is not None, "made with compares=False"
         error = self.per_prompt(squares(self._velocities() - self.reference))
         return [0.0 - float(e) for e in error / self.per_prompt(squares(self.reference))]
-
-
-def _path(
-    pipe: Any,
-    latents: torch.Tensor,
-    levels: torch.Tensor,
-    texts: tuple[Conditioning, Conditioning],
-    guidance: float,
-    spill: Spill,
-    start: int,
-    step: Steps,
-) -> list[torch.Tensor]:
-    """Return the latents before each step of the sampler, from those of some prompts before the first.
-
-    Args:
-        texts: the prompts, and the empty one.
-        spill: keeps the latents under the number of the first prompt and the step; it may have some of them.
-        start: that number.
-        step: called after each step.
-    """
-    steps, found = len(levels) - 1, [latents]
-    while len(found) < steps and (key := f"trajectory.{start}.{len(found)}") in spill:
-        found.append(spill.get(key)["latents"].to(latents))
-        step()
-    rest = denoise(pipe.transformer, found[-1], levels[len(found) - 1 :], *texts, guidance)
-    # Nothing reads the clean latents: the sampler's last step is not run.
-    for after, _ in itertools.islice(rest, 1, steps - len(found) + 1):
-        spill.put(f"trajectory.{start}.{len(found)}", {"latents": after})
-        found.append(after)
-        step()
-    return found
 
 
 def squares(values: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ figures of a bench.
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ def make_report(
         np.savez_compressed(temporary, **images)  # type: ignore[arg-type]
         temporary.replace(images_path)
         write_json(path, summary)
+        shutil.rmtree(ws.cache / "report", ignore_errors=True)  # latents of unfinished images
     page.write(ws, summary, [("distillation", amount(ws)), *summary_rows(summary)], images, bench)
     return summary
 
@@ -90,7 +92,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             f"{with_unit('_bytes', summary['compressed_int4_bytes'])} INT4 ({summary['weights_ratio']:.1%})",
         ),
         (
-            "one step in torch, fp32, without INT4",
+            f"one step in torch, {summary.get('step_dtype', 'fp32')}, without INT4",
             f"{with_unit('_s', summary['original_step_s'])} -> {with_unit('_s', summary['pruned_step_s'])} "
             f"({ratio_text(summary['step_ratio'], summary.get('step_ratio_quartiles'))}x)",
         ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,16 @@ from numpy.typing import NDArray
 from edgeprune import shapes
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.manifest import INT4
+from edgeprune.common.files import digest
 from edgeprune.common.intervals import Interval, mean_interval, paired_drop
 from edgeprune.common.progress import Progress
 from edgeprune.common.splits import Split
 from edgeprune.metrics.psnr import mean_decibels
 from edgeprune.report.steps import step_times
+from edgeprune.residency.compute import name_of
 from edgeprune.residency.running import running
-from edgeprune.residency.streaming import release
+from edgeprune.residency.spill import Spill
+from edgeprune.residency.streaming import is_streamed, release
 from edgeprune.sampling.denoising import generate
 from edgeprune.sampling.prompts import prompts
 from edgeprune.stages.workspace import Workspace
@@ -51,8 +53,10 @@ def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, A
         if name == "compressed":  # of large models one at a time has room
             release(original)
             ws.pipe.transformer = running(open_transformer(ws.out, quantized=True), compute)
-        shown = functools.partial(_show_images, progress, name)
-        images[name] = generate(ws.pipe, texts, seeds, ws.generation, progress=shown)
+        images[name] = generate(
+            ws.pipe, texts, seeds, ws.generation, spill=_kept(ws, name, len(texts)),
+            progress=lambda _, *counts, name=name: progress(f"report: images, {name}", *counts),
+        )  # fmt: skip
     release(ws.pipe.transformer)
     ws.pipe.transformer = original
     # Neither model keeps blocks now, so that both are timed alike.
@@ -69,6 +73,7 @@ def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, A
         "weights_ratio": stored / before,
         "original_step_s": times.first_s,
         "pruned_step_s": times.other_s,
+        "step_dtype": name_of(ws.original.dtype),
         "step_ratio": times.ratio,
         "step_ratio_quartiles": times.quartiles,
         "psnr_db": mean_decibels(list(images["original"]), list(images["compressed"])),
@@ -98,5 +103,9 @@ def _by_task(values: NDArray[Any], tasks: list[str]) -> dict[str, Interval]:
     return {t: mean_interval(hits, [t] * len(hits)) for t, hits in passed.items()}
 
 
-def _show_images(progress: Progress, name: str, done: int, total: int) -> None:
-    progress(f"report: images, {name}", done, total, "")
+def _kept(ws: Workspace, name: str, count: int) -> Spill | None:
+    """Return where the latents of a large model's images are kept after each step; None for a small one."""
+    if not is_streamed(ws.family.blocks(ws.pipe.transformer)[0]):
+        return None
+    made = ws.manifest.stages["quantize"]["inputs"]
+    return Spill(ws.cache / "report" / name, identity=digest([made, count, vars(ws.generation)]))

@@ -16,6 +16,8 @@ from edgeprune.common import processes
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import SHARE, SMALL_BYTES, ComputeOptions, allowed, resident
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What networks compute in, by the names that users read."""
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Instructions that multiply bf16, as Linux names them on x86 and on Arm."""
 
@@ -27,12 +29,18 @@ class Compute:
     device: torch.device = torch.device("cpu")
     memory: int | None = None
     """Bytes; None takes what is free."""
+    wish: torch.dtype | None = None
+    """The dtype to compute every network in; None chooses it by network and device."""
 
     @classmethod
-    def of(cls, options: ComputeOptions) -> Compute:
+    def of(cls, options: ComputeOptions, wish: torch.dtype | None = None) -> Compute:
         """Choose a device of this machine; `auto` takes the first of cuda, xpu and mps, else the processor.
 
         Of several GPUs, each process that was launched takes its own.
+
+        Args:
+            options: the user's.
+            wish: the dtype to compute every network in; None chooses it.
 
         Raises:
             InputError: torch does not find the device.
@@ -41,23 +49,26 @@ class Compute:
         if device == "auto":
             kind, many = next(iter(here.items()))
             own = torch.device(kind, processes.local_index() % many) if many > 1 else torch.device(kind)
-            return cls(own, options.memory)
+            return cls(own, options.memory, wish)
         kind, _, index = device.partition(":")
         if kind not in here or (index and not (index.isdecimal() and int(index) < here[kind])):
             names = [n if count == 1 else f"{n}:0 to {n}:{count - 1}" for n, count in here.items()]
             found = ", ".join(("auto", *names))
             raise InputError(f"--device: found {device!r}, expected one of {found}, which torch finds here")
-        return cls(torch.device(device), options.memory)
+        return cls(torch.device(device), options.memory, wish)
 
     def dtype(self, stored: torch.dtype, numbers: int) -> torch.dtype:
         """Return the dtype to compute a network in.
 
-        That is the dtype of its file, or float32 if the processor cannot multiply that, or if the network is small.
+        Without a wish, that is the dtype of its file, or float32 if the processor cannot multiply that, or if the
+        network is small.
 
         Args:
             stored: the dtype of its weights in the file.
             numbers: how many weights it has.
         """
+        if self.wish is not None:
+            return self.wish
         if stored == torch.float32 or is_small(numbers):
             return torch.float32
         if self.device.type != "cpu":
@@ -76,6 +87,11 @@ class Compute:
             return max(0, (allowed() if self.memory is None else self.memory) - resident())
         taken, free = _device_memory(self.device)
         return max(0, int(SHARE * free) if self.memory is None else self.memory - taken)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name in DTYPES."""
+    return next(name for name, each in DTYPES.items() if each == dtype)
 
 
 def is_small(numbers: int) -> bool:

@@ -8,6 +8,7 @@ are prompt, guidance, steps and size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgeprune.common.progress import Progress, Steps, silent
 from edgeprune.families import Architecture, Network, family_of_model
+from edgeprune.residency.spill import Spill
 from edgeprune.sampling.generation import Generation, images_at_once, latent_scale
 from edgeprune.sampling.schedule import NoiseSchedule
 
@@ -195,6 +198,43 @@ def denoise(
     yield latents, levels[-1]
 
 
+def denoised(
+    transformer: Any,
+    latents: torch.Tensor,
+    levels: torch.Tensor,
+    condition: Conditioning,
+    empty: Conditioning,
+    guidance: float,
+    *,
+    spill: Spill,
+    key: str,
+    step: Callable[[], object],
+) -> list[torch.Tensor]:
+    """Return the latents (B, C, h, w) at each noise level, the first as they were given; see `denoise`.
+
+    Args:
+        transformer: the model.
+        latents: noise (B, C, h, w).
+        levels: noise levels, from high to low.
+        condition: encoded prompts, one per image.
+        empty: the encoded empty prompt.
+        guidance: guidance scale.
+        spill: keeps the latents of each level. Those that it has are not computed again.
+        key: to keep them under.
+        step: called after each step.
+    """
+    found = [latents]
+    while len(found) < len(levels) and (name := f"{key}.{len(found)}") in spill:
+        found.append(spill.get(name)["latents"].to(latents))
+        step()
+    rest = denoise(transformer, found[-1], levels[len(found) - 1 :], condition, empty, guidance)
+    for after, _ in itertools.islice(rest, 1, None):
+        spill.put(f"{key}.{len(found)}", {"latents": after})
+        found.append(after)
+        step()
+    return found
+
+
 @torch.no_grad()
 def encode_images(pipe: Any, images: torch.Tensor) -> torch.Tensor:
     """Encode uint8 images (S, 3, H, W) to normalised latents (S, C, h, w), the means of the VAE's distributions."""
@@ -227,19 +267,29 @@ def generate(
     seeds: list[int],
     generation: Generation,
     *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    spill: Spill | None = None,
+    progress: Progress = silent,
 ) -> NDArray[np.uint8]:
-    """Draw one image per prompt and seed: (P, H, W, 3) uint8. `progress` gets images done and all images."""
+    """Draw one image per prompt and seed: (P, H, W, 3) uint8.
+
+    Args:
+        pipe: the pipeline.
+        prompts: one per image.
+        seeds: one per image.
+        generation: size, steps and guidance.
+        spill: keeps the latents after each step, so that a run after a kill goes on with them; None keeps none.
+        progress: called after each step.
+    """
     condition, empty = encode_with_empty(pipe, prompts, generation.max_sequence_length)
     shape = latent_shape(pipe, generation)
     levels, batch = sigmas(pipe, generation.num_inference_steps, shape), at_once(pipe.transformer, shape)
-    images = []
-    for start in range(0, len(prompts), batch):
+    images, starts = [], range(0, len(prompts), batch)
+    step = Steps("steps", len(starts) * (len(levels) - 1), progress)
+    for start in starts:
         rows = slice(start, start + batch)
-        start_latents = noise(seeds[rows], shape).to(condition.hidden)
-        *_, (latents, _) = denoise(
-            pipe.transformer, start_latents, levels, condition[rows], empty, generation.guidance_scale
-        )
+        *_, latents = denoised(
+            pipe.transformer, noise(seeds[rows], shape).to(condition.hidden), levels, condition[rows], empty,
+            generation.guidance_scale, spill=spill or Spill(), key=f"images.{start}", step=step,
+        )  # fmt: skip
         images.append(decode(pipe, latents))
-        progress(min(start + batch, len(prompts)), len(prompts))
     return np.concatenate(images)

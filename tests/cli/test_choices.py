@@ -54,7 +54,7 @@ FIXED = {
     ("distill", "--teacher-precision"), ("distill", "--mixed-precision"), ("compress", "--calibration"),
     ("quantize", "--calibration"), ("compress", "--preset"), ("compare", "--preset"), ("compress", "--group-size"),
     ("plan", "--group-size"), ("distill", "--group-size"), ("quantize", "--group-size"), ("study new", "--mode"),
-    ("synth", "name"), ("targets show", "name"), ("generate", "--provider"),
+    ("synth", "name"), ("targets show", "name"), ("generate", "--provider"), ("verify", "--dtype"),
 }  # fmt: skip
 """Options and arguments with a fixed list of names."""
 
@@ -167,10 +167,11 @@ def test_the_shell_completes_choices() -> None:
 def test_repeated_names_are_those_of_the_code() -> None:
     """What options.py repeats because its home imports torch."""
     from edgeprune.analysis import estimators
-    from edgeprune.cli import compare
+    from edgeprune.cli import compare, verify
     from edgeprune.compare.grid import GRIDS
     from edgeprune.quantization.quantize import CALIBRATIONS
     from edgeprune.training import recipe
+    from edgeprune.verify import finding
 
     assert (estimators.AUTO, *estimators._MODULES) == options.ESTIMATORS
     assert CALIBRATIONS == options.CALIBRATIONS
@@ -178,6 +179,7 @@ def test_repeated_names_are_those_of_the_code() -> None:
     assert recipe.LEVELS == options.LEVELS
     assert recipe.SCHEDULES == options.SCHEDULES
     assert (recipe.SENSITIVITIES, recipe.BINARY) == (options.SENSITIVITIES, options.BINARY)
+    assert tuple(finding.DTYPES) == verify.DTYPES
     assert recipe.TEACHERS == options.TEACHER_PRECISIONS
     assert compare.grids() == sorted(path.stem for path in GRIDS.glob("*.toml"))
     for name in options.MIXED_PRECISIONS:

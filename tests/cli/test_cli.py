@@ -49,6 +49,7 @@ def test_ctrl_c_says_how_to_go_on() -> None:
     "verb",
     [
         *("compress", "analyze", "plan", "prune", "distill", "quantize", "export", "generate", "bench", "score"),
+        "verify",
         *("study new", "study serve", "study results"),
     ],
 )

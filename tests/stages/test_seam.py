@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,30 @@ def test_a_killed_analysis_goes_on_with_the_block(kind: str, tmp_path: Path, mon
             gc.collect()  # frees the folder's lock
     assert 3 < starts < len(keys) / 3
     assert (killed / "analysis.json").read_bytes() == (tmp_path / "whole" / "analysis.json").read_bytes()
+
+
+def test_a_killed_report_goes_on_with_the_step(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ws = opened(tmp_path / "out", source, monkeypatch, little=True)
+    plan.run(ws, PlanOptions("manual", blocks="1"))
+    prune.run(ws)
+    quantize.run(ws, QuantizeOptions())
+    _, whole = measure(ws, quick=True, progress=silent)
+    kept, real = list[str](), Spill.put
+    shutil.rmtree(ws.cache / "report")
+
+    def put(self: Spill, key: str, tensors: Tensors) -> None:
+        if len(kept) == 3 * starts:
+            raise KeyboardInterrupt
+        kept.append(key)
+        real(self, key, tensors)
+
+    monkeypatch.setattr(Spill, "put", put)
+    for starts in (1, 2, 9):
+        with pytest.raises(KeyboardInterrupt) if starts < 9 else nullcontext():
+            _, images = measure(ws, quick=True, progress=silent)
+    steps = ws.generation.num_inference_steps
+    assert kept == [f"images.0.{step}" for step in range(1, steps + 1)] * 2
+    assert all((images[name] == whole[name]).all() for name in whole)
 
 
 @pytest.mark.parametrize("method", ["scale", "awq"])

@@ -24,16 +24,23 @@ class _Model:
     others: float
     """Weights of text encoders and VAE."""
     flops: float
-    """Of an evaluation at 256x256."""
+    """Of an evaluation at 512x512."""
+    per_step: int
+    """Evaluations of a sampling step."""
     blocks: str
     """Eight of them, for rows that remove some."""
 
 
 _MODELS = (
-    _Model("sd3.5-large", "", 8.15e9, 5.66e9, 4.1e12, "25-28,31-34"),
-    _Model("flux.1-dev", "-flux", 11.9e9, 4.97e9, 11e12, "40-47"),
+    _Model("sd3.5-large", "", 8.15e9, 5.66e9, 8.0e12, 2, "25-28,31-34"),
+    _Model("flux.1-dev", "-flux", 11.9e9, 4.97e9, 19e12, 1, "40-47"),
 )
-_SMALL = ("--height", "256", "--width", "256")
+_STATES = 6
+"""Of a trajectory, see metrics/velocity.py."""
+_MEDIUM = ("--height", "512", "--width", "512")
+_LITTLE = ("--memory", "3GB")
+_SIX = ("--memory", "6GB")
+_SAMPLES = ("--calibration-count", "1", "--states", "4")
 
 
 def rows() -> Iterator[Row]:
@@ -48,17 +55,23 @@ def rows() -> Iterator[Row]:
         )  # fmt: skip
         yield _row(m, "compress-blocks", "prune 8 blocks, INT4", compress, ("--blocks", m.blocks))
         yield _row(
-            m, "plan-auto", "modulation at the rank that is measured, INT4",
-            Work(moved=moved, rounded=m.weights, flops=2e12), ("--method", "manual", "--modulation-rank", "auto"),
+            m, "compress-no-half", "prune 8 blocks, INT4 alone", compress, ("--blocks", m.blocks, "--no-half"),
         )  # fmt: skip
         yield _row(
-            m, "quantize-scale", "prune 8 blocks, INT4 by scale estimation, at 256x256",
-            Work(moved=moved, rounded=5 * m.weights, flops=4 * m.flops),
-            ("--blocks", m.blocks, "--calibration", "scale", *_SMALL),
+            m, "plan-auto", "modulation at the rank that is measured, INT4, in 3 GB",
+            Work(moved=moved, rounded=m.weights, flops=2e12),
+            ("--method", "manual", "--modulation-rank", "auto", *_LITTLE),
         )  # fmt: skip
+        evaluations = 4 * (1 + m.per_step)
+        yield _row(
+            m, "quantize-scale", "prune 8 blocks, INT4 by scale estimation of four samples at 512x512, in 6 GB",
+            Work(moved=moved, rounded=5 * m.weights, flops=evaluations * m.flops),
+            ("--blocks", m.blocks, "--calibration", "scale", *_SAMPLES, *_MEDIUM, *_SIX),
+        )  # fmt: skip
+        evaluations = _STATES * (m.per_step + 3) - m.per_step
         yield Row(
-            f"analyze-gates{m.suffix}", f"{m.name}: scores of all parts by gradients, one state at 256x256",
-            Work(moved=2 * everything, flops=8 * m.flops), 10**10, functools.partial(_gates, m),
+            f"analyze-gates{m.suffix}", f"{m.name}: scores of all blocks by gradients at 512x512, in 3 GB",
+            Work(moved=2 * everything, flops=evaluations * m.flops), 2 * 10**10, functools.partial(_gates, m),
             needs=(f"synth{m.suffix}",),
         )  # fmt: skip
 
@@ -80,7 +93,7 @@ def _synth(model: _Model, recorder: Recorder) -> None:
 def _compress(model: _Model, label: str, options: tuple[str, ...], recorder: Recorder) -> None:
     source, out = recorder.out / model.name, recorder.out / label
     recorder.stage(
-        f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", *options,
+        f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--yes", *options,
         makes=out, file=out / "transformer_int4",
     )  # fmt: skip
     recorder.remove(label)
@@ -89,6 +102,6 @@ def _compress(model: _Model, label: str, options: tuple[str, ...], recorder: Rec
 def _gates(model: _Model, recorder: Recorder) -> None:
     label = f"gates{model.suffix}"
     source, out = recorder.out / model.name, recorder.out / label
-    options = ("--estimator", "gates", "--count", "1", "--inference-steps", "1", *_SMALL)
+    options = ("--estimator", "gates", "--count", "1", "--only-blocks", "--yes", *_MEDIUM, *_LITTLE)
     recorder.stage(f"{label}: analyze", "analyze", str(source), "-o", str(out), *options, makes=out)
     recorder.remove(label)

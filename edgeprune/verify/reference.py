@@ -1,0 +1,184 @@
+"""The reference: a pipeline of diffusers in float32 whose weights are read from the files by name, layer by layer.
+
+It must not share the way in which edgeprune loads. diffusers' and transformers' own classes make the structures from
+the configs, safetensors reads the tensors by name, and accelerate's hooks give each layer its weights while it runs, so
+a model of any size runs in little memory. The pipeline's `encode_prompt` encodes the prompts, and a step is one of the
+pipeline's own call, with its packing, timesteps, position ids and scheduler. INT4 is unpacked here as well.
+
+Three things are shared with edgeprune: which files are a part's weights (residency/model_files.py), other names under
+which files store a tensor (`tensor_of` in families/parts.py), and the modules that replace removed parts of blocks
+(families/removed.py), for which diffusers has no class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+
+from edgeprune.artefact.loading import quiet, readable
+from edgeprune.artefact.manifest import Manifest
+from edgeprune.artefact.resolve import read_config
+from edgeprune.artefact.surgery import structure
+from edgeprune.common.errors import InputError
+from edgeprune.common.files import read_json
+from edgeprune.families import CHANGED
+from edgeprune.families.encoders import text_encoders, tokenizer_of
+from edgeprune.families.parts import tensor_of
+from edgeprune.residency.model_files import weights_of
+
+
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a network by the names of its state dict, each read from its file on request.
+
+    Args:
+        network: its structure, on the meta device.
+        folder: of the files.
+        kind: the network's class.
+        variant: of the weights, see residency/model_files.py.
+
+    Raises:
+        InputError: a tensor is missing, or one too many.
+    """
+
+    def __init__(self, network: nn.Module, folder: Path, kind: str, variant: str | None) -> None:
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        found = weights_of(folder, variant)
+        self.places: dict[str, tuple[Path, str]] = {}
+        for path in [folder / name for name in found.files] if found else []:
+            with safe_open(path, framework="pt") as file:
+                for stored in file.keys():  # noqa: SIM118
+                    if (name := tensor_of(kind, stored)) is not None:
+                        self.places[name] = (path, stored)
+        self.names = {name: tensor_of(kind, name) or name for name in self.shapes}
+        packed = {name: name.removesuffix("_packed") for name in self.places if name.endswith(".weight_packed")}
+        there = {packed.get(name, name) for name in self.places if not name.endswith(".weight_scale")}
+        if wrong := sorted(there ^ {*self.names.values()}):
+            where = f"found {'such a' if wrong[0] in there else 'no such'} tensor"
+            raise InputError(f"{folder}: {wrong[0]}: {where}, unlike {kind} of its config")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self.names[name]
+        if stored in self.places:
+            return self._read(stored)
+        return unpacked(self._read(f"{stored}_packed"), self._read(f"{stored}_scale"), self.shapes[name][1])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def _read(self, name: str) -> torch.Tensor:
+        path, stored = self.places[name]
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(stored)
+        return tensor
+
+
+def unpacked(packed: torch.Tensor, scale: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return the float32 weight (O, I) of packed integers.
+
+    Args:
+        packed: uint8 (O, I / 2) of two 4-bit numbers each, the lower nibble first, or (O, I); two's complement.
+        scale: (O, groups).
+        columns: I.
+    """
+    values = packed.to(torch.int32)
+    bits = 8 * packed.shape[1] // columns
+    if bits == 4:
+        values = torch.stack([values % 16, values // 16], dim=-1).flatten(1)
+    signed = torch.where(values < 2 ** (bits - 1), values, values - 2**bits)
+    return signed * scale.float().repeat_interleave(columns // scale.shape[1], dim=1)
+
+
+def text_pipeline(folder: Path, device: torch.device, variant: str | None) -> Any:
+    """Return the pipeline with its text encoders, and with a transformer that has no weights."""
+    with readable(folder), quiet():
+        parts: dict[str, Any] = {"transformer": _structure(folder, "transformer")}
+        for name, kind in text_encoders(folder).items():
+            network = getattr(transformers, kind)
+            with accelerate.init_empty_weights():  # buffers, which no file stores, are computed
+                encoder = network(network.config_class.from_dict(read_json(folder / name / "config.json")))
+            parts[name] = _streamed(encoder, folder / name, kind, device, variant)
+            tokenizer = folder / tokenizer_of(name)
+            parts[tokenizer_of(name)] = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        return _pipeline(folder, parts)
+
+
+def image_pipeline(folder: Path, subfolder: str, device: torch.device, variant: str | None) -> Any:
+    """Return the pipeline with the transformer of a subfolder, and without text encoders."""
+    with readable(folder / subfolder), quiet():
+        model = _structure(folder, subfolder)
+        kind = type(model).__name__
+        return _pipeline(folder, {"transformer": _streamed(model, folder / subfolder, kind, device, variant)})
+
+
+def step(
+    pipe: Any, latents: torch.Tensor, hidden: torch.Tensor, pooled: torch.Tensor, *, factor: int, **settings: Any
+) -> torch.Tensor:
+    """Take the first step of sampling by the pipeline's own call; return the latents (1, C, h, w) after it.
+
+    Args:
+        pipe: of `image_pipeline`.
+        latents: noise (1, C, h, w).
+        hidden: text (1, M, K).
+        pooled: text (1, P).
+        factor: pixels per side of a latent pixel.
+        settings: further arguments of the pipeline: steps, guidance scale, height and width.
+    """
+    after: list[torch.Tensor] = []
+
+    def stop(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        after.append(values["latents"])
+        pipe._interrupt = True  # as diffusers documents it
+        return values
+
+    pipe.vae_scale_factor = factor  # of a pipeline without VAE it would be a guess
+    packs = hasattr(pipe, "_pack_latents")
+    given = pipe._pack_latents(latents, *latents.shape) if packs else latents
+    with torch.no_grad():
+        pipe(
+            prompt_embeds=hidden, pooled_prompt_embeds=pooled, latents=given, output_type="latent",
+            callback_on_step_end=stop, **settings,
+        )  # fmt: skip
+    return pipe._unpack_latents(after[0], settings["height"], settings["width"], factor) if packs else after[0]
+
+
+def _structure(folder: Path, subfolder: str) -> Any:
+    """Return a transformer on the meta device."""
+    config = read_json(folder / subfolder / "config.json")
+    if not str(config["_class_name"]).startswith(CHANGED):
+        with torch.device("meta"):
+            return getattr(diffusers, config["_class_name"]).from_config(config)
+    manifest = Manifest.load(folder)
+    plan = manifest.prune_plan(folder)
+    assert plan is not None  # `open_transformer` has read it
+    return structure(read_config(folder)[1], manifest.config, plan)
+
+
+def _streamed(network: Any, folder: Path, kind: str, device: torch.device, variant: str | None) -> Any:
+    """Give a network on the meta device its weights, each while its layer computes, in float32."""
+    tensors = StoredTensors(network, folder, kind, variant)
+    buffers = {name: tensors[name].float().to(device) for name, _ in network.named_buffers() if name in tensors}
+    network.load_state_dict(buffers, strict=False, assign=True)
+    network.float()  # transformers makes it in the dtype of the config; accelerate widens tensors to the structure's
+    accelerate.cpu_offload(network, device, state_dict=tensors)
+    return network.eval()
+
+
+def _pipeline(folder: Path, parts: Mapping[str, Any]) -> Any:
+    _, family = read_config(folder)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    names = [name for encoder in family.encoders for name in (encoder.name, tokenizer_of(encoder.name))]
+    make: Callable[..., Any] = getattr(diffusers, family.pipeline)
+    pipe = make(scheduler=scheduler, vae=None, **{**dict.fromkeys(names), **parts})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,209 @@
+"""The model that is verified: what its networks compute here, and what the reference computes. Each runs once.
+
+Notation: B prompts, M text tokens, K text width, P pooled width, C latent channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from edgeprune.artefact.loading import open_transformer
+from edgeprune.artefact.manifest import HALF, INT4
+from edgeprune.artefact.resolve import read_config
+from edgeprune.artefact.staged import StagedPipeline
+from edgeprune.common.progress import Progress, Steps
+from edgeprune.metrics.psnr import decibels
+from edgeprune.residency.compute import Compute
+from edgeprune.residency.model_files import weights_of
+from edgeprune.residency.running import check_room, dtype_of, running
+from edgeprune.residency.stored import StoredTransformer
+from edgeprune.sampling.denoising import Conditioning, decode, denoise, encode_images, noise, sigmas
+from edgeprune.sampling.generation import Generation
+from edgeprune.shapes import Meaning, Thing, render
+from edgeprune.verify import reference
+from edgeprune.verify.peaks import Peak, watched
+
+PROMPTS = ("a blue cross and a cyan ring", "", "the letter X in purple")
+"""What is encoded; the step is taken for the first."""
+PICTURE = Meaning("color_attribution", (Thing("cross", "blue"), Thing("ring", "cyan")))
+"""What the VAE encodes: a scene of shapes world, which the built-in model's VAE can draw, too."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """The encoded prompts."""
+
+    found: Conditioning
+    expected: Conditioning
+    encoders: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """What each encoder says here and in the reference: all of its tensors that are read, in one row."""
+    dtypes: dict[str, torch.dtype]
+    """What each encoder computes in here."""
+    peaks: dict[str, Peak]
+    """Of each encoder in the reference."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The change of the latents (1, C, h, w) by the first step of sampling."""
+
+    found: torch.Tensor
+    expected: torch.Tensor
+    dtype: torch.dtype
+    """What the transformer computes in here."""
+    peak: Peak
+    """Of the transformer in the reference."""
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """A picture that the VAE has encoded and decoded."""
+
+    psnr: float
+    """In dB."""
+    dtype: torch.dtype
+    peak: Peak
+
+
+class Subject:
+    """A model's folder, and where its networks compute.
+
+    Args:
+        folder: an original's or an artefact's.
+        compute: where networks compute, in which dtype, and in how much memory.
+        generation: steps, guidance, and the size of the image.
+        variant: of the weights, see residency/model_files.py.
+        progress: called after each block.
+    """
+
+    def __init__(
+        self, folder: Path, compute: Compute, generation: Generation, variant: str | None, progress: Progress
+    ) -> None:
+        self.folder, self.compute, self.generation, self.variant = folder, compute, generation, variant
+        self.progress = progress
+        self.config, self.family = read_config(folder)
+
+    @property
+    def transformers(self) -> list[str]:
+        """The subfolders with a transformer's weights: `transformer`, `transformer_int4` or both."""
+        return [name for name in (HALF, INT4) if weights_of(self.folder / name, self.variant)]
+
+    @cached_property
+    def stored(self) -> dict[str, StoredTransformer]:
+        """Structure and weights of the transformer in each subfolder. Those of an artefact are hashed here."""
+        return {
+            subfolder: open_transformer(self.folder, quantized=subfolder == INT4, variant=self.variant)
+            for subfolder in self.transformers
+        }
+
+    def check_room(self) -> None:
+        """Check that the transformers run in the memory that was given.
+
+        Raises:
+            InputError: they do not; says how much they take.
+        """
+        for stored in self.stored.values():
+            check_room(stored, self.compute)
+
+    @cached_property
+    def text(self) -> Text:
+        """The prompts, encoded by edgeprune's own way through the encoders and by the reference's."""
+        self.progress("verify: text encoders, as edgeprune runs them")
+        pipe, prompts, length = self._pipeline(None), list(PROMPTS), self.generation.max_sequence_length
+        outputs = pipe.outputs(prompts, length)
+        found = Conditioning(*pipe.join(outputs, length))
+        self.compute.collect()
+        self.progress("verify: text encoders, as diffusers runs them")
+        original = reference.text_pipeline(self.folder, self.compute.device, self.variant)
+        said: dict[str, Any] = {}
+        with ExitStack() as stack, torch.no_grad():
+            peaks = {}
+            for name in outputs:
+                encoder = getattr(original, name)
+                peaks[name] = stack.enter_context(watched(encoder))
+                encoder.register_forward_hook(lambda _, __, output, name=name: said.setdefault(name, output))
+            expected = Conditioning(*self.family.encode(original, prompts, length))
+        encoders = {
+            name: (_row(map(torch.from_numpy, tensors.values())), _row(_tensor(said[name], key) for key in tensors))
+            for name, tensors in outputs.items()
+        }
+        dtypes = {name: pipe.dtype_of(name) for name in outputs}
+        return Text(found, expected, encoders, dtypes, peaks)
+
+    @cached_property
+    def steps(self) -> dict[str, Step]:
+        """The first step of sampling for the first prompt, by the transformer of each subfolder.
+
+        Both sides get the reference's text and the same noise. Models that guide by a second evaluation take the step
+        without it, which would only enlarge the error by the guidance scale.
+        """
+        return {subfolder: self._step(subfolder) for subfolder in self.transformers}
+
+    @cached_property
+    def round_trip(self) -> RoundTrip:
+        """The picture after the VAE has encoded and decoded it."""
+        self.progress("verify: VAE")
+        self.compute.collect()
+        pipe, size = self._pipeline(None), (self.generation.width, self.generation.height)
+        scene = Image.fromarray(render(PICTURE, np.random.default_rng(0)))
+        picture = np.asarray(scene.resize(size, Image.Resampling.BICUBIC))
+        with watched(pipe.vae) as peak:
+            latents = encode_images(pipe, torch.from_numpy(picture.copy()).permute(2, 0, 1)[None])
+            (again,) = decode(pipe, latents)
+        return RoundTrip(decibels(picture, again), pipe.vae.dtype, peak)
+
+    def _pipeline(self, transformer: Any) -> StagedPipeline:
+        return StagedPipeline(self.folder, transformer, self.compute, self.variant)
+
+    def _step(self, subfolder: str) -> Step:
+        text, generation = self.text.expected[:1], self.generation
+        scale = 1.0 if self.family.guided(self.config, generation.guidance_scale) else generation.guidance_scale
+        stored = copy.deepcopy(self.stored[subfolder])  # a small one is filled in place
+        dtype, blocks = dtype_of(stored, self.compute), len(self.family.blocks(stored.model))
+        count = Steps(f"verify: one step of {subfolder}", 2 * blocks, self.progress)
+
+        pipe = self._pipeline(running(stored, self.compute, dtype))
+        shape = (self.family.latents(self.config).channels, *self._sides(pipe.vae_scale_factor))
+        start = noise([0], shape).to(self.compute.device)
+        levels = sigmas(pipe, generation.num_inference_steps, shape)
+        for block in self.family.blocks(pipe.transformer):
+            block.register_forward_hook(count)
+        path = denoise(pipe.transformer, start, levels, text, text, scale)
+        next(path)
+        found = next(path)[0] - start
+        factor = pipe.vae_scale_factor
+        del pipe, path, stored
+        self.compute.collect()
+
+        original = reference.image_pipeline(self.folder, subfolder, self.compute.device, self.variant)
+        for block in self.family.blocks(original.transformer):
+            block.register_forward_hook(count)
+        with watched(original.transformer) as peak:
+            after = reference.step(
+                original, start, text.hidden, text.pooled, factor=factor, guidance_scale=scale,
+                num_inference_steps=generation.num_inference_steps, height=generation.height, width=generation.width,
+            )  # fmt: skip
+        return Step(found, after - start, dtype, peak)
+
+    def _sides(self, factor: int) -> tuple[int, int]:
+        return self.generation.height // factor, self.generation.width // factor
+
+
+def _row(tensors: Any) -> torch.Tensor:
+    return torch.cat([tensor.detach().float().cpu().flatten() for tensor in tensors])
+
+
+def _tensor(output: Any, key: str) -> torch.Tensor:
+    """Return what `StagedPipeline.outputs` calls `key` of a text encoder's output."""
+    name, _, index = key.partition(".")
+    found: torch.Tensor = output[name][int(index)] if index else output[name]
+    return found

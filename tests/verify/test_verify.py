@@ -1,0 +1,258 @@
+"""`verify`: a good model passes; whatever is broken fails the check that is about it, and no other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from edgeprune import api
+from edgeprune.api.verifying import Verified
+from edgeprune.artefact.resolve import BUILTIN
+from edgeprune.cli import app
+from edgeprune.common.errors import InputError
+from edgeprune.common.memory import ComputeOptions
+from edgeprune.planning.options import PlanOptions
+from edgeprune.quantization import int4
+from edgeprune.residency.compute import Compute
+from edgeprune.residency.weights import Weights
+from edgeprune.stages.options import QuantizeOptions
+from edgeprune.stages.plan import run as run_plan
+from edgeprune.stages.prune import run as run_prune
+from edgeprune.stages.quantize import run as run_quantize
+from edgeprune.stages.workspace import Workspace
+from edgeprune.verify import checks, reference
+from edgeprune.verify.checks import CHECKS
+from edgeprune.verify.peaks import Peak, watched
+
+TRAINED = BUILTIN / "vae"
+"""A VAE that was trained, for pipelines of random weights."""
+
+
+@pytest.fixture(scope="module", params=["sd3 with T5", "flux"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("verify") / request.param.split()[0]
+    if request.param == "flux":
+        tiny.tiny_flux_pipeline(out)
+    else:
+        tiny.tiny_pipeline(out, t5=True)
+    shutil.rmtree(out / "vae")
+    return Path(shutil.copytree(TRAINED, out / "vae").parent)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of SD3 without T5; use `copy` to change it."""
+    out = tmp_path_factory.mktemp("verify") / "small"
+    tiny.tiny_pipeline(out)
+    shutil.rmtree(out / "vae")
+    return Path(shutil.copytree(TRAINED, out / "vae").parent)
+
+
+@pytest.fixture
+def copy(small: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX.1 without a block and parts of others, projected, in half precision and INT4."""
+    place = tmp_path_factory.mktemp("verify")
+    tiny.tiny_flux_pipeline(place / "flux")
+    shutil.rmtree(place / "flux" / "vae")
+    shutil.copytree(TRAINED, place / "flux" / "vae")
+    ws = Workspace(place / "made", str(place / "flux"))
+    run_plan(ws, PlanOptions(method="manual", blocks="3", components="1:attn,4:mlp", modulation_rank=8))
+    run_prune(ws)
+    run_quantize(ws, QuantizeOptions())
+    return ws.out
+
+
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models leave nothing behind that is worth half a second."""
+    monkeypatch.setattr(Compute, "collect", lambda self: None)
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Leaves out all checks but these and that of the files, which saves seconds."""
+    return lambda *names: monkeypatch.setattr(checks, "CHECKS", ("files", *names))
+
+
+def failed(found: Verified) -> set[tuple[str, str]]:
+    return {(f.check, f.part) for f in found.findings if f.verdict == "fail"}
+
+
+def change(part: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Change the tensors of a part's file."""
+    (path,) = part.glob("*.safetensors")
+    save_file({name: change(name, tensor) for name, tensor in load_file(path).items()}, path)
+
+
+def misread(monkeypatch: pytest.MonkeyPatch, *wrong: str) -> None:
+    """Let edgeprune alone read these tensors upside down."""
+    real = Weights.__getitem__
+
+    def read(self: Weights, name: str) -> torch.Tensor:
+        tensor = real(self, name)
+        return tensor.flip(0) if f"{self.folder.name}/{name}" in wrong else tensor
+
+    monkeypatch.setattr(Weights, "__getitem__", read)
+
+
+# ------------------------------------------------------------------------------------- good models
+
+
+def test_a_good_model_passes(folder: Path) -> None:
+    found = api.verify(folder)
+    assert found.passed and {f.verdict for f in found.findings} == {"pass"}
+    assert [*dict.fromkeys(f.check for f in found.findings)] == list(CHECKS)
+    encoders = sorted(path.name for path in folder.glob("text_encoder*"))
+    assert [f.part for f in found.findings if f.check == "encoders"] == encoders
+    assert [f.part for f in found.findings if f.check == "overflow"] == [*encoders, "transformer", "vae"]
+    assert all(f.figure < 1e-5 for f in found.findings if f.measure == "relative error" and f.figure is not None)
+
+
+def test_half_precision_within_memory(folder: Path) -> None:
+    found = api.verify(folder, dtype="bf16", compute=ComputeOptions("cpu", 8 * 10**9))
+    errors = [f for f in found.findings if f.measure == "relative error"]
+    assert found.passed
+    assert all(f.dtype == "bf16" and f.figure is not None and 1e-4 < f.figure < 0.03 for f in errors)
+
+
+def test_an_artefact_passes_in_half_precision_and_in_int4(artefact: Path) -> None:
+    found = api.verify(artefact)
+    assert found.passed
+    steps = {f.part: f.figure for f in found.findings if f.check == "step"}
+    assert steps.keys() == {"transformer", "transformer_int4"} and max(filter(None, steps.values()), default=0) < 1e-5
+
+
+# ------------------------------------------------------------------------------------- broken ones
+
+
+def test_a_tensor_that_is_misread_is_found(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = ("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1.weight")
+    misread(monkeypatch, "transformer/transformer_blocks.1.attn.to_k.weight", "/".join(encoder))
+    text = {("text", "hidden"), ("text", "pooled"), ("encoders", encoder[0])}
+    assert failed(api.verify(small)) == text | {("step", "transformer")}
+
+
+def test_wrongly_unpacked_integers_are_found(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch, only: Callable[..., None]
+) -> None:
+    only("step")
+    right = int4.unpack
+    monkeypatch.setattr(int4, "unpack", lambda packed, bits: right(packed, bits).roll(1, dims=1))
+    assert failed(api.verify(artefact)) == {("step", "transformer_int4")}
+
+
+def test_overflow_fails_where_float16_computes(copy: Path, only: Callable[..., None]) -> None:
+    change(copy / "text_encoder", lambda name, t: t * 1e4 if ".layers.0.mlp.fc" in name and "weight" in name else t)
+    found = api.verify(copy)
+    rows = [f for f in found.findings if f.verdict != "pass"]
+    assert found.passed and {(f.verdict, f.check) for f in rows} == {("warning", "overflow")}
+    assert [f.part for f in rows] == ["text_encoder", "transformer"]  # which reads that encoder's states
+    assert all(f.figure is not None and f.figure > 65504 for f in rows)
+    assert "encoder.layers.0.mlp.fc2: float16 overflows" in rows[0].advice
+    only("encoders", "overflow")
+    found = api.verify(copy, dtype="fp16")
+    assert {("encoders", "text_encoder"), ("overflow", "text_encoder")} <= failed(found)
+
+
+def test_a_vae_that_loses_the_picture_is_found(copy: Path, only: Callable[..., None]) -> None:
+    only("vae")
+    change(copy / "vae", lambda name, t: t * 0 if name.startswith("decoder.conv_out") else t)
+    assert failed(api.verify(copy)) == {("vae", "vae")}
+    (copy / "synth.json").write_text("{}")
+    found = api.verify(copy)
+    assert found.passed and [f.verdict for f in found.findings if f.check == "vae"] == ["not judged"]
+
+
+def test_a_damaged_file_is_found(artefact: Path, copy: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(artefact, tmp_path / "changed"))
+    path = next((changed / "transformer_int4").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00\x01"[path.read_bytes()[-1] == 0 :][:1])
+    short = copy / "text_encoder" / "model.safetensors"
+    short.write_bytes(short.read_bytes()[:1000])
+    for place, words in ((changed, f"{path}: its SHA-256 is not the one"), (copy, f"{short}: not whole safetensors")):
+        found = api.verify(place)
+        assert [f.verdict for f in found.findings] == ["fail", *["not judged"] * (len(CHECKS) - 1)]
+        assert found.findings[0].advice.startswith(words)
+
+
+def test_a_tensor_that_is_no_number_is_found(copy: Path) -> None:
+    change(copy / "text_encoder", lambda name, t: t / 0 if name.endswith("layers.0.mlp.fc2.weight") else t)
+    found = api.verify(copy)
+    assert ("text", "") in failed(found) and not found.passed
+    assert "found NaN or infinity" in next(f.advice for f in found.findings if f.verdict == "fail")
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def test_exit_codes(copy: Path) -> None:
+    good = CliRunner().invoke(app, ["verify", str(copy), "--memory", "8GB", "--device", "cpu", "--json"])
+    assert good.exit_code == 0, good.output
+    shown = json.loads(good.stdout.splitlines()[-1])
+    assert (shown["passed"], shown["device"], shown["height"]) == (True, "cpu", 64)
+    assert shown["findings"][1] == {
+        "check": "text", "part": "hidden", "verdict": "pass", "measure": "relative error", "figure": 0.0,
+        "bound": 1e-3, "dtype": "float32", "advice": "",
+    }  # fmt: skip
+    (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    bad = CliRunner().invoke(app, ["verify", str(copy)])
+    assert bad.exit_code == 1 and "failed: files" in bad.stderr
+    with pytest.raises(InputError, match=r"--memory: found 0.00 GB, expected at least"):
+        api.verify(BUILTIN, compute=ComputeOptions("cpu", 1000))
+
+
+# ------------------------------------------------------------------------------------- the reference
+
+
+def test_the_reference_reads_weights_when_they_are_needed(folder: Path) -> None:
+    pipe = reference.image_pipeline(folder, "transformer", torch.device("cpu"), None)
+    with watched(pipe.transformer) as peak:
+        inputs = {"hidden": torch.randn(1, 40, tiny.T5_WIDTH), "pooled": torch.randn(1, 64)}
+        inputs = inputs | ({"pooled": torch.randn(1, tiny.TEXT_WIDTH)} if "flux" in folder.name else {})
+        size = {"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 1.0}
+        after = reference.step(pipe, torch.randn(1, 8, 8, 8), **inputs, factor=8, **size)
+    assert after.shape == (1, 8, 8, 8) and after.isfinite().all()
+    assert all(parameter.is_meta for parameter in pipe.transformer.parameters())
+    assert peak.value > 0 and "block" in peak.module
+
+
+def test_the_reference_is_strict(copy: Path) -> None:
+    with pytest.raises(InputError, match=r"found no such tensor"):
+        path = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        del tensors["proj_out.bias"]
+        save_file(tensors, path)
+        reference.image_pipeline(copy, "transformer", torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_are_unpacked_alike(bits: int) -> None:
+    least = -(2 ** (bits - 1))
+    values = torch.arange(least, -least).repeat(4, 32)[:, :128]
+    packed, scale = int4.pack(values, bits), torch.rand(4, 2).half()
+    assert torch.equal(reference.unpacked(packed, scale, 128), int4.dequantize(packed, scale, bits, torch.float32))
+
+
+def test_the_peak_is_where_the_largest_number_is() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1, bias=False))
+    torch.nn.init.constant_(model[2].weight, 1e5)
+    with watched(model) as peak:
+        model(torch.ones(1, 2) * 3)
+    assert peak.module == "2" and peak.value > 10
+    gone = Peak()
+    gone.see("a", (torch.tensor([1.0, float("nan")]), None))
+    gone.see("b", torch.tensor([2.0]))
+    assert gone == Peak(float("inf"), "a")
