@@ -21,6 +21,7 @@ def run(subject: Subject) -> list[Finding]:
             continue
         if name == checks.CHECKS[1]:  # the files are whole, and nothing is computed yet
             subject.check_room()
+            subject.say_time()
         try:
             found += checks.load(name)(subject)
         except InputError as error:

@@ -6,8 +6,9 @@ Notation: B prompts, M text tokens, K text width, P pooled width, C latent chann
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ from edgeprune.artefact.manifest import HALF, INT4
 from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.staged import StagedPipeline
 from edgeprune.common.progress import Progress, Steps
+from edgeprune.common.tables import duration
+from edgeprune.families import CHANGED
 from edgeprune.metrics.psnr import decibels
-from edgeprune.residency.compute import Compute
+from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.model_files import weights_of
 from edgeprune.residency.running import check_room, dtype_of, running
 from edgeprune.residency.stored import StoredTransformer
 from edgeprune.sampling.denoising import Conditioning, decode, denoise, encode_images, noise, sigmas
 from edgeprune.sampling.generation import Generation
 from edgeprune.shapes import Meaning, Thing, render
+from edgeprune.stages.costs import evaluation_seconds
 from edgeprune.verify import reference
 from edgeprune.verify.peaks import Peak, watched
 
@@ -113,6 +117,19 @@ class Subject:
         """
         for stored in self.stored.values():
             check_room(stored, self.compute)
+
+    def say_time(self) -> None:
+        """Say how long the steps of a large model take at least here, in both dtypes."""
+        numbers = sum(map(math.prod, self.family.tensor_shapes(self.config).values()))
+        if is_small(numbers) or str(self.config["_class_name"]).startswith(CHANGED):  # its config alone makes no model
+            return
+        sides = (self.compute, replace(self.compute, wish=torch.float32))
+        once = sum(evaluation_seconds(self.family, self.config, self.folder, self.generation, c) for c in sides)
+        size = f"{self.generation.width}x{self.generation.height}"
+        self.progress(
+            f"verify: the steps take at least {duration(once * len(self.transformers))} at {size} here, "
+            f"on {self.compute.device}; --height and --width make it shorter"
+        )
 
     @cached_property
     def text(self) -> Text:

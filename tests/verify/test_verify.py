@@ -28,7 +28,7 @@ from edgeprune.stages.plan import run as run_plan
 from edgeprune.stages.prune import run as run_prune
 from edgeprune.stages.quantize import run as run_quantize
 from edgeprune.stages.workspace import Workspace
-from edgeprune.verify import checks, reference
+from edgeprune.verify import checks, reference, subject
 from edgeprune.verify.checks import CHECKS
 from edgeprune.verify.peaks import Peak, watched
 
@@ -196,6 +196,19 @@ def test_a_tensor_that_is_no_number_is_found(copy: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- the command
+
+
+def test_the_time_of_a_large_model_is_said_first(
+    small: Path, monkeypatch: pytest.MonkeyPatch, only: Callable[..., None]
+) -> None:
+    only("vae")
+    monkeypatch.setattr(subject, "is_small", lambda numbers: False)
+    monkeypatch.setattr(subject, "evaluation_seconds", lambda *_: 600.0)
+    said: list[str] = []
+    api.verify(small, compute=ComputeOptions("cpu"), progress=lambda what, *_: said.append(what))
+    (line,) = [words for words in said if "at least" in words]
+    assert line.startswith("verify: the steps take at least 20 min at 64x64 here, on cpu")
+    assert said.index(line) < said.index("verify: VAE")
 
 
 def test_exit_codes(copy: Path) -> None:
