@@ -53,7 +53,7 @@ class StagedPipeline:
 
     Args:
         folder: the pipeline's.
-        transformer: in memory, or streamed.
+        transformer: in memory, or streamed; None if only the other parts are used.
         compute: where and in which dtype the other parts compute.
         variant: of the weights, see residency/model_files.py.
         texts: keeps encoded prompts on disk; None encodes them again each time.
@@ -105,7 +105,8 @@ class StagedPipeline:
             return
         needed = 4 * vae_activations(self.vae.config, height, width)
         if self.compute.left() < needed:
-            release(self.transformer)
+            if self.transformer is not None:
+                release(self.transformer)
             self.compute.collect()
         self._tiled = self.compute.left() < needed
         if self._tiled:

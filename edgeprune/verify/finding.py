@@ -36,7 +36,7 @@ class Finding:
     dtype: str | None = None
     """What the part computes in; None if nothing was computed."""
     advice: str = ""
-    """What it means and what to do; empty for `pass`."""
+    """Where it was found, what it means and what to do; empty if there is nothing to say."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields."""
@@ -57,18 +57,10 @@ def error_finding(
         advice: what to do if the error is too large.
     """
     error, bound = relative_error(found, expected), BOUNDS[dtype]
-    good = error <= bound
-    advice = advice if found.isfinite().all() else f"found NaN or infinity: {advice}"
-    return Finding(
-        check,
-        part,
-        PASS if good else FAIL,
-        RELATIVE_ERROR,
-        finite(error),
-        bound,
-        name_of(dtype),
-        "" if good else advice,
-    )
+    verdict, advice = (PASS, "") if error <= bound else (FAIL, advice)
+    if not found.isfinite().all():
+        advice = f"found NaN or infinity: {advice}"
+    return Finding(check, part, verdict, RELATIVE_ERROR, finite(error), bound, name_of(dtype), advice)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -61,8 +61,8 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         packed = {name: name.removesuffix("_packed") for name in self.places if name.endswith(".weight_packed")}
         there = {packed.get(name, name) for name in self.places if not name.endswith(".weight_scale")}
         if wrong := sorted(there ^ {*self.names.values()}):
-            where = f"found {'such a' if wrong[0] in there else 'no such'} tensor"
-            raise InputError(f"{folder}: {wrong[0]}: {where}, unlike {kind} of its config")
+            found_it = "found a tensor, expected none" if wrong[0] in there else "found no such tensor, expected one"
+            raise InputError(f"{folder}: {wrong[0]}: {found_it} by config.json")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         stored = self.names[name]
@@ -91,12 +91,12 @@ def unpacked(packed: torch.Tensor, scale: torch.Tensor, columns: int) -> torch.T
         scale: (O, groups).
         columns: I.
     """
-    values = packed.to(torch.int32)
     bits = 8 * packed.shape[1] // columns
-    if bits == 4:
-        values = torch.stack([values % 16, values // 16], dim=-1).flatten(1)
-    signed = torch.where(values < 2 ** (bits - 1), values, values - 2**bits)
-    return signed * scale.float().repeat_interleave(columns // scale.shape[1], dim=1)
+    values = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1) if bits == 4 else packed
+    least = 2 ** (bits - 1)
+    signed = (values.to(torch.int16) ^ least) - least
+    groups: torch.Tensor = signed.float().unflatten(1, (scale.shape[1], -1))
+    return groups.mul_(scale.float()[..., None]).flatten(1)
 
 
 def text_pipeline(folder: Path, device: torch.device, variant: str | None) -> Any:

@@ -176,6 +176,14 @@ def test_a_vae_that_loses_the_picture_is_found(copy: Path, only: Callable[..., N
     assert found.passed and [f.verdict for f in found.findings if f.check == "vae"] == ["not judged"]
 
 
+def test_a_picture_in_tiles_is_the_same(
+    small: Path, monkeypatch: pytest.MonkeyPatch, only: Callable[..., None]
+) -> None:
+    only("vae")
+    monkeypatch.setattr(Compute, "left", lambda self: 0)
+    assert api.verify(small).passed
+
+
 def test_a_damaged_file_is_found(artefact: Path, copy: Path, tmp_path: Path) -> None:
     changed = Path(shutil.copytree(artefact, tmp_path / "changed"))
     path = next((changed / "transformer_int4").glob("*.safetensors"))

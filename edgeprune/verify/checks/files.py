@@ -27,7 +27,8 @@ def check(subject: Subject) -> list[Finding]:
             verify_hashes(folder, rest, MANIFEST, subject.progress)
         check_pipeline(folder, subject.variant)
         subject.progress("verify: files of the transformer")
-        assert subject.stored, "check_pipeline wants one"
+        if not subject.stored:
+            raise InputError(f"{folder}: found no transformer's weights; run `edgeprune prune -o {folder}`")
     except InputError as error:
         return [Finding(NAME, checked, FAIL, advice=str(error))]
     return [Finding(NAME, checked, PASS)]
