@@ -82,6 +82,7 @@ def verify(
     from edgeprune.artefact.checks import check_settings
     from edgeprune.artefact.resolve import resolve
     from edgeprune.artefact.staged import can_stage
+    from edgeprune.families.encoders import check_tokens
     from edgeprune.residency.compute import Compute
     from edgeprune.sampling.generation import Generation, GenerationOptions, heed, say_guesses
     from edgeprune.verify.finding import DTYPES
@@ -99,6 +100,7 @@ def verify(
     say_guesses(folder, given)
     images = Generation.load(folder).changed(GenerationOptions(**heed(folder, given)), "options")
     images.check_size(folder, given)
+    check_tokens(folder, images.max_sequence_length)
     findings = run(Subject(folder, here, images, variant, progress))
     return Verified(
         folder="built-in" if model is None else str(model), device=str(here.device), height=images.height,

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from edgeprune import api
 from edgeprune.api.verifying import Verified
+from edgeprune.artefact import staged
 from edgeprune.artefact.resolve import BUILTIN
 from edgeprune.cli import app
 from edgeprune.common.errors import InputError
@@ -219,7 +220,7 @@ def test_the_time_of_a_large_model_is_said_first(
     assert said.index(line) < said.index("verify: VAE")
 
 
-def test_exit_codes(copy: Path) -> None:
+def test_exit_codes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = CliRunner().invoke(app, ["verify", str(copy), "--memory", "8GB", "--device", "cpu", "--json"])
     assert good.exit_code == 0, good.output
     shown = json.loads(good.stdout.splitlines()[-1])
@@ -233,6 +234,9 @@ def test_exit_codes(copy: Path) -> None:
     assert bad.exit_code == 1 and "failed: files" in bad.stderr
     with pytest.raises(InputError, match=r"--memory: found 0.00 GB, expected at least"):
         api.verify(BUILTIN, compute=ComputeOptions("cpu", 1000))
+    monkeypatch.setattr(staged, "can_stage", lambda folder: False)
+    with pytest.raises(InputError, match="verify knows the text encoders CLIP and T5 alone"):
+        api.verify(BUILTIN)
 
 
 # ------------------------------------------------------------------------------------- the reference
