@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.api.folders import AnyPath
+from edgeprune.common import hashes
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
-from edgeprune.common.files import check_links, read_json, verify_hashes
+from edgeprune.common.files import check_links, read_json
 from edgeprune.common.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def _check(root: Path, progress: Progress) -> None:
         files = read_json(root / EXPORT).get("files")
         if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
             raise InputError(f"{root / EXPORT}: files: expected hashes by name; export again")
-        verify_hashes(root, files, EXPORT, progress)
+        hashes.verify(root, files, EXPORT, progress)
         return
     if not (root / ARTEFACT).is_file():
         raise InputError(f"{root}: found neither {ARTEFACT} (an artefact) nor {EXPORT} (an export); nothing to push")
@@ -168,7 +169,7 @@ def _check(root: Path, progress: Progress) -> None:
     for stage, subfolder in (("prune", HALF), ("quantize", INT4)):
         if stage not in manifest.stages or not (root / subfolder).is_dir():
             raise InputError(f"{root}: not finished, {stage} was not done; run `edgeprune {stage} -o {root}` first")
-    verify_hashes(root, manifest.files, ARTEFACT, progress)
+    hashes.verify(root, manifest.files, ARTEFACT, progress)
 
 
 def _repository(api: HfApi, repo: str, *, private: bool, revision: str | None) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import fnmatch
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from edgeprune.artefact.manifest import MANIFEST
+from edgeprune.common import linking
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import cannot_write, inside, read_json
 from edgeprune.common.hub_cache import is_hub_id
@@ -96,7 +96,7 @@ def copy(source: Path, folder: Path) -> None:
     for name, path in files(source).items():
         try:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
+            linking.copy(path, folder / name)
         except OSError as error:
             raise cannot_write(folder / name, error) from error
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from edgeprune.common import hashes
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import LARGEST, real_number, shown, text, whole_number
-from edgeprune.common.files import UNFINISHED, check_schema, read_json, sha256_file, verify_hashes, write_json
+from edgeprune.common.files import UNFINISHED, check_schema, read_json, write_json
 from edgeprune.common.version import VERSION
 from edgeprune.families import Config
 from edgeprune.planning.plan import PrunePlan
@@ -113,7 +114,7 @@ class Manifest:
         self.files = {k: v for k, v in self.files.items() if k.split("/")[0] != entry}
         root = folder / entry
         paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file() and p.name != UNFINISHED)
-        self.files |= {p.relative_to(folder).as_posix(): sha256_file(p) for p in paths}
+        self.files |= {p.relative_to(folder).as_posix(): hashes.sha256(p) for p in paths}
 
     def verify(self, folder: Path, entry: str) -> None:
         """Check the hashes of `entry`, a file or a subfolder of `folder`.
@@ -121,7 +122,7 @@ class Manifest:
         Raises:
             InputError: a file is missing or changed.
         """
-        verify_hashes(folder, {n: sha256 for n, sha256 in self.files.items() if n.split("/")[0] == entry}, MANIFEST)
+        hashes.verify(folder, {n: digest for n, digest in self.files.items() if n.split("/")[0] == entry}, MANIFEST)
 
     def prune_plan(self, folder: Path) -> PrunePlan | None:
         """Return the plan that `transformer/` follows; `folder` is named in errors."""

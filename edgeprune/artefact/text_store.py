@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from edgeprune.common.files import digest
-from edgeprune.common.tensors import Tensors, save_tensors
+from edgeprune.common.tensors import Tensors, load_tensors, save_tensors
 from edgeprune.families.encoders import tokenizer_of
 from edgeprune.residency.model_files import model_files
 
@@ -55,7 +54,7 @@ class TextStore:
     def get(self, path: Path) -> Tensors | None:
         """Read what `put` wrote; None if there is nothing, or nothing whole."""
         try:
-            return load_file(path)
+            return load_tensors(path)
         except (OSError, SafetensorError):
             return None
 

@@ -1,4 +1,4 @@
-"""Write an artefact: its transformer shard by shard, and the rest of the pipeline as copies. Resumes after a kill.
+"""Write an artefact: its transformer shard by shard, and the rest of the pipeline as it is. Resumes after a kill.
 
 A subfolder is written under a temporary name and renamed when it is complete.
 """
@@ -23,6 +23,7 @@ from edgeprune.common.files import (
     write_json,
     write_text,
 )
+from edgeprune.common.linking import copy, place
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
 from edgeprune.families import Config
@@ -126,9 +127,10 @@ def complete_tokenizer(folder: Path) -> None:
 
 
 def copy_part(source: Path, target: Path, variant: str | None = None) -> None:
-    """Copy the files of one part of a pipeline that are the model; its weights get the names of full weights.
+    """Put the files of one part of a pipeline that are the model into a new folder.
 
-    Stock diffusers then loads them without being told of a variant.
+    Weights are linked where that works, see common/linking.py; configs and tokenizers, which people edit, are copied.
+    The weights get the names of full weights, so that stock diffusers loads them without being told of a variant.
 
     Args:
         source: the part's folder.
@@ -149,13 +151,13 @@ def copy_part(source: Path, target: Path, variant: str | None = None) -> None:
                 files = {tensor: without_variant(file) for tensor, file in index["weight_map"].items()}
                 write_json(to, index | {"weight_map": files})
             else:
-                shutil.copyfile(path, to)
+                (place if weights and path.name in weights.files else copy)(path, to)
         except OSError as error:
             raise cannot_write(to, error) from error
 
 
 def copy_surroundings(source: Path, folder: Path, variant: str | None = None) -> None:
-    """Copy everything of a pipeline but its transformer: encoders, tokenizers, VAE, scheduler, license files.
+    """Copy or link everything of a pipeline but its transformer: encoders, tokenizers, VAE, scheduler, license files.
 
     Raises:
         InputError: a component that the index lists is missing.

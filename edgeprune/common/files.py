@@ -1,6 +1,6 @@
-"""Safe file handling: atomic JSON, copies, hashes, and errors that name the file.
+"""Safe file handling: atomic JSON, names and links that stay inside, and errors that name the file.
 
-Tensors are written by tensors.py.
+Tensors are written by tensors.py; hashes.py and linking.py spare files from being read and written twice.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from edgeprune.common import traffic
 from edgeprune.common.errors import DiskError, InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.hub_cache import stores
-from edgeprune.common.progress import Progress, silent
 
 UNFINISHED = "unfinished.json"
 """File in a folder of weights that says what they were made from, until whoever wrote them has recorded that they are
@@ -40,6 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST_JSON + 1)
+        traffic.add(read=len(content))
         if len(content) > _LARGEST_JSON:
             raise InputError(
                 f"{path}: found more than {_LARGEST_JSON} bytes, expected a JSON file of edgeprune or of a model"
@@ -153,27 +154,6 @@ def _followed(folder: Path, name: str, where: object, places: list[Path]) -> Pat
     return path
 
 
-def verify_hashes(folder: Path, hashes: Mapping[str, str], listed_in: str, progress: Progress = silent) -> None:
-    """Compare files with the hashes that were written down for them.
-
-    Args:
-        folder: the folder that the names are relative to.
-        hashes: SHA-256 by name.
-        listed_in: the name of the file in `folder` that lists them, for the error.
-        progress: called after each file.
-
-    Raises:
-        InputError: a file is missing or changed, or a name leads out of the folder.
-    """
-    for done, (name, expected) in enumerate(hashes.items(), 1):
-        path = inside(folder, name, f"{folder / listed_in}: files")
-        if not path.is_file():
-            raise InputError(f"{path}: no such file, but {listed_in} lists it; make the folder again")
-        if sha256_file(path) != expected:
-            raise InputError(f"{path}: its SHA-256 is not the one in {listed_in}; the file is damaged or was changed")
-        progress("checking files", done, len(hashes))
-
-
 def check_links(folder: Path) -> None:
     """Refuse a folder with a symlink that leads out of it: a copy of the folder would include the user's other files.
 
@@ -204,6 +184,7 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+        traffic.add(written=path.stat().st_size)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -270,7 +251,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the hex SHA-256 of a file's content."""
+    """Return the hex SHA-256 of a file's content, which is read; see hashes.py for what need not be."""
+    traffic.add(read=path.stat().st_size)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
@@ -280,21 +262,6 @@ def _digest(file: Any) -> str:  # Python 3.10 has no file_digest
     while chunk := file.read(1 << 20):
         state.update(chunk)
     return state.hexdigest()
-
-
-def sha256_unless_known(path: Path, known: dict[str, Any]) -> str:
-    """Return a file's SHA-256, reading the file only if its size or times differ from those in `known`.
-
-    `known` is updated in place. Times are compared for equality only, so setting the clock back cannot make a stale
-    entry look valid. The inode's change time is included because a copy can preserve the modification time but not
-    that one.
-    """
-    stat = path.stat()
-    current = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-    entry = known.get(str(path))
-    if not (isinstance(entry, list) and entry[:-1] == current):
-        known[str(path)] = entry = [*current, sha256_file(path)]
-    return str(entry[-1])
 
 
 def files_digest(folder: Path) -> str:

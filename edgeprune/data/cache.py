@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from edgeprune.common import fields
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import LARGEST, shown
-from edgeprune.common.files import check_schema, digest, inside, read_json, sha256_file, write_json
+from edgeprune.common.files import check_schema, digest, inside, read_json, write_json
+from edgeprune.common.hashes import kept_sha256
 from edgeprune.data.pairs import Pairs, Samples
 from edgeprune.families import Config, Family
 from edgeprune.families.encoders import is_present, read_index
@@ -175,7 +176,6 @@ def made_by(
     generation: Generation,
     *,
     drawn: bool,
-    sha256: Callable[[Path], str] = sha256_file,
     variant: str | None = None,
 ) -> Settings:
     """Return what encoded data depends on: hashes of text encoders, tokenizers and VAE, image size, text length.
@@ -185,7 +185,6 @@ def made_by(
     Args:
         source: the pipeline's folder.
         drawn: the model generates the images, so they also depend on its transformer and its sampling settings.
-        sha256: hashes a file.
         variant: of the weights, see residency/model_files.py.
     """
     components = [n for n, entry in read_index(source).items() if isinstance(entry, list) and is_present({n: entry}, n)]
@@ -195,7 +194,7 @@ def made_by(
         if name.startswith(encoders):
             paths = [p for p in part_files(source / name, variant) if p.suffix in _HASHED]
             known = name.startswith(("tokenizer", "scheduler")) or any(p.suffix == ".safetensors" for p in paths)
-            out[name] = digest([(p.relative_to(source).as_posix(), sha256(p)) for p in paths]) if known else None
+            out[name] = digest([(p.relative_to(source).as_posix(), kept_sha256(p)) for p in paths]) if known else None
     names = ["height", "width", "max_sequence_length"]
     names += ["num_inference_steps", "guidance_scale"] if drawn else []
     return out | {name: getattr(generation, name) for name in names}
@@ -206,7 +205,6 @@ def open_pairs(
     family: Family,
     config: Config,
     *,
-    sha256: Callable[[Path], str] = sha256_file,
     progress: ShardsChecked = lambda done, total: None,
 ) -> Pairs:
     """Check a cache and map its samples.
@@ -214,7 +212,6 @@ def open_pairs(
     Args:
         family: the family of the transformer to be trained.
         config: its config.
-        sha256: hashes a file; it may cache its results.
         progress: called after each shard.
 
     Raises:
@@ -228,7 +225,7 @@ def open_pairs(
         path = folder / shard.file
         if not path.is_file():
             raise InputError(f"{path}: no such file, but {INDEX} lists it; run its `edgeprune cache` again")
-        if sha256(path) != shard.sha256:
+        if kept_sha256(path) != shard.sha256:
             raise InputError(
                 f"{path}: its SHA-256 is not the one in {INDEX}: the file is damaged or was changed; delete it and run "
                 "the cache's `edgeprune cache` command again"

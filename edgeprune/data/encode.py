@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.common.fields import shown
-from edgeprune.common.files import digest, parse_json, read_json, sha256_file, write_json
+from edgeprune.common.files import digest, parse_json, read_json, write_json
+from edgeprune.common.hashes import sha256
 from edgeprune.common.lock import is_free
 from edgeprune.common.tensors import save_tensors
 from edgeprune.data.cache import INDEX, SKIPPED, Index, Settings, Shard
@@ -126,7 +127,7 @@ def _make_shard(
     else:
         deque(entries, maxlen=0)  # advance the source past them
     if is_new or number >= len(shards):
-        shards[number : number + 1] = [Shard(path.name, sha256_file(path), _counts(path), len(skipped))]
+        shards[number : number + 1] = [Shard(path.name, sha256(path), _counts(path), len(skipped))]
         made.index.save(folder)
     return skipped
 

@@ -7,7 +7,6 @@ encodes, image size, and how samples are stored.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,14 +132,12 @@ def settings_of(
     folder: Path,
     generation: Generation,
     options: CacheOptions,
-    sha256: Callable[[Path], str] = sha256_file,
     variant: str | None = None,
 ) -> Settings:
     """Return everything that the bytes of a cache depend on.
 
     Args:
         folder: the pipeline's folder.
-        sha256: hashes a file; it may cache its results.
         variant: of the weights, see residency/model_files.py.
 
     Raises:
@@ -154,7 +151,7 @@ def settings_of(
         raise InputError("--buckets: images that the model makes are of one size; omit it, or give images")
     complete = layout is not None and not layout.STREAMED
     size = sample_bytes(folder, generation, half=options.half)
-    return made_by(folder, generation, drawn=drawn, sha256=sha256, variant=variant) | {
+    return made_by(folder, generation, drawn=drawn, variant=variant) | {
         "source": options.source,
         "content": content,
         **({} if complete else {"samples": options.samples}),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
+from edgeprune.common import traffic
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.families import Shape
@@ -97,6 +98,7 @@ class Weights:
         try:
             with safe_open(path, framework="pt") as file:
                 tensor: torch.Tensor = file.get_tensor(name)
+            traffic.add(read=tensor.nbytes)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: {name}: cannot be read ({error})") from error
         if name not in self._finite:

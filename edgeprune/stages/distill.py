@@ -173,11 +173,8 @@ def check_cache(ws: Workspace, folder: Path, progress: Progress = silent) -> Non
         InputError: the cache was made by other encoders, or with other settings.
     """
     index = Index.load(folder)
-    with ws.hashes() as sha256:
-        drawn = "transformer" in index.settings
-        absent = index.check_made_by(
-            made_by(ws.source, ws.generation, drawn=drawn, sha256=sha256, variant=ws.variant), folder
-        )
+    drawn = "transformer" in index.settings
+    absent = index.check_made_by(made_by(ws.source, ws.generation, drawn=drawn, variant=ws.variant), folder)
     if absent:
         progress(
             f"distill: {folder} records its encoders; the weights of {', '.join(absent)} are missing here, so they "
@@ -187,8 +184,7 @@ def check_cache(ws: Workspace, folder: Path, progress: Progress = silent) -> Non
 
 def _encode(ws: Workspace, folder: Path, options: CacheOptions, progress: Progress) -> None:
     """Make the folder's own cache, or what is missing of it."""
-    with ws.hashes() as sha256:
-        settings = settings_of(ws.source, ws.generation, options, sha256, ws.variant)
+    settings = settings_of(ws.source, ws.generation, options, ws.variant)
     make_cache(
         lambda: ws.original.holding(), ws.source, folder, settings, ws.generation, options,
         progress=lambda done, total, note: progress("distill: latents", done, total, note),
@@ -198,11 +194,10 @@ def _encode(ws: Workspace, folder: Path, options: CacheOptions, progress: Progre
 
 def _open(ws: Workspace, folder: Path, progress: Progress) -> Pairs:
     """Open a cache, and verify its files."""
-    with ws.hashes() as sha256:
-        return open_pairs(
-            folder, ws.family, ws.config, sha256=sha256,
-            progress=lambda done, total: progress("distill: checking", done, total, ""),
-        )  # fmt: skip
+    return open_pairs(
+        folder, ws.family, ws.config,
+        progress=lambda done, total: progress("distill: checking", done, total, ""),
+    )  # fmt: skip
 
 
 def _teacher(ws: Workspace, precision: str) -> Any:

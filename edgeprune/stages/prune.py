@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from edgeprune.artefact import licensing
 from edgeprune.artefact.loading import readable
@@ -15,7 +14,7 @@ from edgeprune.artefact.surgery import prune_tensor
 from edgeprune.artefact.writing import copy_surroundings
 from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
-from edgeprune.common.tensors import Tensors, save_tensors
+from edgeprune.common.tensors import Tensors, load_tensors, save_tensors
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import remaining_shapes, tensor_sources
 from edgeprune.stages.modulation import MODULATION, modulation_mean
@@ -83,12 +82,12 @@ def mean_and_basis(ws: Workspace, plan: PrunePlan, key: str) -> tuple[torch.Tens
             raise InputError(f"{path}: no such file; run `edgeprune plan -o {ws.out} --fresh` again")
         ws.manifest.verify(ws.out, MODULATION)
         with readable(path):
-            tensors = load_file(path)
+            tensors = load_tensors(path)
             return tensors["mean"], tensors["basis"]
     if needs_mean(ws, plan):
         path = ws.cache / f"mean-{key[:12]}.safetensors"
         if not path.is_file():
             save_tensors(path, {"mean": modulation_mean(ws, calibrating(ws))})
         with readable(path):
-            return load_file(path)["mean"], None
+            return load_tensors(path)["mean"], None
     return None, None

@@ -6,12 +6,11 @@ done with the same inputs is skipped. One that was done with other inputs is ref
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from edgeprune.artefact.text_store import TextStore
 from edgeprune.artefact.writing import remove_mark
 from edgeprune.common import invocation, processes
 from edgeprune.common.errors import InputError, StaleStageError
-from edgeprune.common.files import digest, read_json, sha256_unless_known, write_json
+from edgeprune.common.files import digest
+from edgeprune.common.hashes import kept_sha256
 from edgeprune.common.hub_cache import commit_of
 from edgeprune.common.lock import LOCK, Lock, hold, is_free
 from edgeprune.common.memory import ComputeOptions
@@ -141,9 +141,7 @@ class Workspace:
         self.original = self._opened or Original(resolve(model, revision, variant), variant, self._compute)
         self.source = self.original.source
         if self.original.texts is None:
-            self.original.texts = TextStore(
-                self.cache / "text", self.source, self.variant, partial(_sha256, self.cache)
-            )
+            self.original.texts = TextStore(self.cache / "text", self.source, self.variant, kept_sha256)
         check_pipeline(self.source, self.original.variant)
         self.config, self.family = read_original(self.source)
 
@@ -198,14 +196,7 @@ class Workspace:
     def weights_hash(self) -> str:
         """Identity of the original pipeline: its weights, configs and tokenizers. Unchanged files are hashed once."""
         paths = [p for p in model_files(self.source, self.variant) if p.suffix in (".safetensors", ".json")]
-        with self.hashes() as sha256:
-            return digest([(p.relative_to(self.source).as_posix(), sha256(p)) for p in paths])
-
-    @contextlib.contextmanager
-    def hashes(self) -> Iterator[Callable[[Path], str]]:
-        """Yield a function for the SHA-256 of a file. It reads a file again only when the file has changed."""
-        with _hashes(self.cache) as sha256:
-            yield sha256
+        return digest([(p.relative_to(self.source).as_posix(), kept_sha256(p)) for p in paths])
 
     @property
     def report_path(self) -> Path:
@@ -378,24 +369,6 @@ class Workspace:
         """
         if name not in self.manifest.stages:
             raise InputError(f"{self.out}: {after} needs {name}; run `edgeprune {name} -o {self.out}` first")
-
-
-@contextlib.contextmanager
-def _hashes(cache: Path) -> Iterator[Callable[[Path], str]]:
-    path = cache / "hashes.json"
-    stored = read_json(path) if path.is_file() else {}
-    before = dict(stored)
-    try:
-        yield lambda file: sha256_unless_known(file, stored)
-    finally:
-        if stored != before and processes.is_main():
-            write_json(path, stored)
-
-
-def _sha256(cache: Path, file: Path) -> str:
-    """Hash a file. Not a method: a workspace that something holds for long would keep its lock."""
-    with _hashes(cache) as sha256:
-        return sha256(file)
 
 
 def _named(source: str, revision: str | None, variant: str | None) -> str:

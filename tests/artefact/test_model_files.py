@@ -124,7 +124,7 @@ def test_a_copy_on_a_full_disk_is_one_line(plain: Path, tmp_path: Path, monkeypa
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copyfile", full)
+    monkeypatch.setattr("edgeprune.artefact.writing.copy", full)
     with pytest.raises(DiskError, match=r"config\.json: disk full; free some space"):
         copy_part(plain / "vae", tmp_path / "vae")
 

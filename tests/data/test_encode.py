@@ -107,15 +107,15 @@ def test_a_full_disk_keeps_the_shards_before(
     from edgeprune.common import tensors
 
     source, out = images(tmp_path / "images", MIXED), tmp_path / "out"
-    write, calls = tensors.save_file, itertools.count()
+    write, calls = tensors.write_safetensors, itertools.count()
 
-    def full(*args: Any, **kwargs: Any) -> None:
+    def full(*args: Any) -> str:
         if next(calls) == 1:
             raise OSError(28, "No space left on device")
-        write(*args, **kwargs)
+        return write(*args)
 
     with monkeypatch.context() as patch, pytest.raises(DiskError, match="shard-00001.safetensors: disk full"):
-        patch.setattr(tensors, "save_file", full)
+        patch.setattr(tensors, "write_safetensors", full)
         cached(pipe, model, source, out)
     assert sorted(p.name for p in out.iterdir()) == ["cache.json", "shard-00000.safetensors"]
     assert cached(pipe, model, source, out).samples == len(MIXED) - 4

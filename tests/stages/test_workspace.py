@@ -49,7 +49,7 @@ def test_how_images_are_made_is_kept(source: Path, copy: Path, tmp_path: Path) -
 
 def test_source_is_hashed_once_unless_it_changes(source: Path, artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Workspace(artefact, str(source)).weights_hash
-    monkeypatch.setattr("edgeprune.common.files.sha256_file", lambda path: pytest.fail(f"read {path} again"))
+    monkeypatch.setattr("edgeprune.common.hashes.sha256_file", lambda path: pytest.fail(f"read {path} again"))
     assert Workspace(artefact, str(source)).weights_hash == first
     monkeypatch.undo()
     config = source / "scheduler" / "scheduler_config.json"

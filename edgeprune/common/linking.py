@@ -1,0 +1,81 @@
+"""Put an unchanged file into another folder without writing its bytes again, where the file system allows that.
+
+    reflink     Btrfs, XFS, bcachefs: a file of its own that shares the bytes on the disk until one of the two changes
+    hard link   most others, on one disk: a second name of the same file
+    copy        everywhere else
+
+A hard link shares every later change that is made in place. edgeprune makes none: it writes a new file and renames it.
+Another program might; linked files are therefore only those that nobody edits by hand, see artefact/writing.py.
+Permissions stay as they are: they belong to the file, not to its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+from edgeprune.common import hashes, traffic
+
+_FICLONE = 0x40049409
+"""The request in Linux's <linux/fs.h>."""
+_CHUNK = 1 << 20
+
+
+def place(source: Path, target: Path) -> None:
+    """Make `target`, which must not exist, a reflink, a hard link or a copy of `source`, in this order.
+
+    The hash of what was linked is known wherever that of `source` is; a copy is hashed on the way.
+
+    Raises:
+        OSError: `source` cannot be read or `target` not written.
+    """
+    real = source.resolve()  # a link of huggingface_hub's cache: the file itself is meant
+    if not _reflink(real, target) and not _hard_link(real, target):
+        copy(real, target)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file's bytes and remember their hash.
+
+    Raises:
+        OSError: `source` cannot be read or `target` not written.
+    """
+    state = hashlib.sha256()
+    with source.open("rb") as original, target.open("wb") as made:
+        while chunk := original.read(_CHUNK):
+            state.update(chunk)
+            made.write(chunk)
+            traffic.add(read=len(chunk), written=len(chunk))
+    hashes.note(target, state.hexdigest())
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    digest = hashes.known(source)
+    try:
+        with source.open("rb") as original, target.open("xb") as made:
+            fcntl.ioctl(made.fileno(), _FICLONE, original.fileno())
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            target.unlink()
+        return False
+    if digest:
+        hashes.note(target, digest)
+    return True
+
+
+def _hard_link(source: Path, target: Path) -> bool:
+    digest = hashes.known(source)
+    try:
+        os.link(source, target)
+    except (OSError, NotImplementedError):  # another disk, a file system without links, somebody else's file
+        return False
+    if digest:
+        hashes.keep(source, digest)  # the link has changed the time of the file's last change
+    return True

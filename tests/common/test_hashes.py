@@ -1,0 +1,191 @@
+"""Hashes that are computed once, files that are linked instead of copied, and the bytes that both cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from edgeprune.common import hashes, linking, traffic
+from edgeprune.common.errors import InputError
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where hashes of originals are kept; every size is."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(hashes, "KEPT_FROM", 0)
+    return tmp_path / "home" / "edgeprune" / "hashes.json"
+
+
+def later_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what this process has read."""
+    monkeypatch.setattr(hashes, "_known", {})
+
+
+def of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("time_ns", [0, 4 * 10**18])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_clock_that_was_set_makes_nothing_current_or_stale(
+    store: Path, tmp_path: Path, time_ns: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, sha256 = tmp_path / "weights", hashes.kept_sha256 if kept else hashes.sha256
+    path.write_text("one")
+    assert sha256(path) == of(b"one")
+    os.utime(path, ns=(time_ns, time_ns))
+    assert sha256(path) == of(b"one")
+    path.write_text("two")  # same size, and the modification time is set back to the recorded one
+    os.utime(path, ns=(time_ns, time_ns))
+    later_process(monkeypatch)
+    assert sha256(path) == of(b"two")
+
+
+def test_only_hashes_of_originals_are_kept_for_later_processes(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    before = traffic.now()
+    assert [hashes.sha256(path), hashes.sha256(path)] == [of(b"one")] * 2
+    assert traffic.now().since(before).read_bytes == 3 and not store.exists()
+    hashes.kept_sha256(path)
+    assert not store.exists()  # known to this process
+    later_process(monkeypatch)
+    hashes.kept_sha256(path)
+    later_process(monkeypatch)
+    monkeypatch.setattr(hashes, "sha256_file", lambda path: pytest.fail(f"read {path} again"))
+    (tmp_path / "link").symlink_to(path)
+    assert hashes.kept_sha256(tmp_path / "link") == of(b"one")
+    later_process(monkeypatch)
+    with pytest.raises(pytest.fail.Exception):
+        hashes.sha256(path)  # what is checked is read once by each process
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a', '{"a": 3}', '{"PATH": [1, 2, 3, 4, 5]}', "folder"])
+def test_a_damaged_store_is_ignored_and_written_again(
+    store: Path, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    store.parent.mkdir(parents=True)
+    if content == "folder":
+        store.mkdir()
+    else:
+        store.write_text(content.replace("PATH", str(path)))
+    assert hashes.kept_sha256(path) == of(b"one")
+    if content != "folder":
+        assert list(json.loads(store.read_text())) == [str(path)]
+    assert {p.name for p in store.parent.iterdir()} == {"hashes.json"}
+    later_process(monkeypatch)
+    assert hashes.kept_sha256(path) == of(b"one")
+
+
+def _keep_many(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        hashes.kept_sha256(path)
+
+
+def test_several_processes_keep_a_readable_store(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    for number in range(20):
+        (tmp_path / "files" / f"{number}").write_text(f"{number}")
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=_keep_many, args=(tmp_path / "files",)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    kept = json.loads(store.read_text())  # what two write at the same moment is lost, and read again
+    assert kept and kept.keys() <= {str(p) for p in (tmp_path / "files").iterdir()}
+    assert {p.name for p in store.parent.iterdir()} == {"hashes.json"}
+
+
+def test_a_file_is_verified_once_unless_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    hashes.verify(tmp_path, {"weights": of(b"one")}, "edgeprune.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(hashes, "sha256_file", lambda path: pytest.fail(f"read {path} again"))
+        hashes.verify(tmp_path, {"weights": of(b"one")}, "edgeprune.json")
+    path.write_bytes(b"onf")
+    with pytest.raises(InputError, match="the file is damaged or was changed"):
+        hashes.verify(tmp_path, {"weights": of(b"one")}, "edgeprune.json")
+
+
+def test_a_linked_file_costs_no_bytes_and_no_second_hash(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "weights", tmp_path / "linked"
+    source.write_bytes(b"one")
+    (tmp_path / "snapshot").symlink_to(source)
+    hashes.kept_sha256(source)
+    before = traffic.now()
+    linking.place(tmp_path / "snapshot", target)
+    assert target.samefile(source) and not target.is_symlink()
+    assert hashes.sha256(target) == hashes.kept_sha256(source) == of(b"one")
+    later_process(monkeypatch)
+    assert hashes.kept_sha256(source) == of(b"one")  # the time of the file's last change is the link's
+    moved = traffic.now().since(before)
+    assert moved.read_bytes == store.stat().st_size * 2 and moved.written_bytes == store.stat().st_size
+
+
+def test_without_links_a_file_is_copied_and_hashed_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    source, target = tmp_path / "weights", tmp_path / "copied"
+    source.write_bytes(b"one")
+    monkeypatch.setattr(os, "link", refuse)
+    before = traffic.now()
+    linking.place(source, target)
+    assert not target.samefile(source) and hashes.sha256(target) == of(b"one")
+    assert traffic.now().since(before) == traffic.Traffic(3, 3)
+
+
+def test_a_reflink_is_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    source, target = tmp_path / "weights", tmp_path / "cloned"
+    source.write_bytes(b"one")
+    digest = hashes.sha256(source)
+    monkeypatch.setattr("sys.platform", "linux")
+
+    def clone(made: int, request: int, original: int) -> None:
+        assert request == 0x40049409
+        os.write(made, os.read(original, 100))
+
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    linking.place(source, target)
+    assert not target.samefile(source) and target.read_bytes() == b"one" and hashes.known(target) == digest
+
+
+def test_tensors_are_written_as_safetensors_writes_them_and_hashed_on_the_way(tmp_path: Path) -> None:
+    torch, save_file = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch").save_file
+    from edgeprune.common.tensors import load_tensors, save_tensors
+
+    kinds = ("int64", "float64", "float32", "int32", "bfloat16", "float16", "int16", "int8", "uint8", "bool")
+    tensors = {
+        f'{place % 3}.ü"{kind}': torch.arange(place + 1).to(getattr(torch, kind)) for place, kind in enumerate(kinds)
+    }
+    tensors |= {
+        "turned": torch.ones(2, 3).T,
+        "empty": torch.zeros(0, 4),
+        "number": torch.tensor(1.5),
+        "part": torch.ones(4)[::2],
+    }
+    for number, metadata in enumerate((None, {}, {"format": "pt"}, {"meta": '{"ä": 1}'})):
+        theirs, ours = tmp_path / f"theirs{number}", tmp_path / f"ours{number}"
+        save_file({n: t.contiguous() for n, t in tensors.items()}, theirs, metadata)
+        before = traffic.now()
+        save_tensors(ours, tensors, metadata)
+        assert traffic.now().since(before) == traffic.Traffic(0, theirs.stat().st_size)
+        assert ours.read_bytes() == theirs.read_bytes()
+        assert hashes.known(ours) == of(ours.read_bytes())
+    assert load_tensors(ours)["number"] == 1.5
