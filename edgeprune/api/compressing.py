@@ -15,7 +15,8 @@ from edgeprune.api.folders import (
     open_folder,
     source_and_images,
 )
-from edgeprune.common import heap
+from edgeprune.common import heap, traffic
+from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
 
 if TYPE_CHECKING:  # the functions import these after their checks: torch takes seconds
@@ -113,13 +114,17 @@ class Compressed:
     """What report.html shows; None without a report."""
     no_report: str
     """Why there is no report; empty if there is one."""
+    read_bytes: int
+    """Of weights and of files that were hashed or copied, by this process; bytes in the system's cache count too."""
+    written_bytes: int
     distillation: str
     """How much it was trained, in words; `not distilled` without data for a model other than the built-in one."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `edgeprune compress --json` prints."""
         figures = self.report.to_json() if self.report else {}
-        return {"out": str(self.out), "ran": list(self.ran), "distillation": self.distillation, **figures}
+        moved = {"read_bytes": self.read_bytes, "written_bytes": self.written_bytes}
+        return {"out": str(self.out), "ran": list(self.ran), "distillation": self.distillation, **moved, **figures}
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,7 @@ def compress(
     generation: GenerationOptions | None = None,
     compute: ComputeOptions | None = None,
     quick: bool = False,
+    no_half: bool = False,
     fresh: bool = False,
     progress: Progress = silent,
 ) -> Compressed:
@@ -177,6 +183,7 @@ def compress(
         generation: settings of images to change; None keeps the model's own.
         compute: where networks run, and in how much memory; None takes what this machine has.
         quick: a first look: the report draws few images.
+        no_half: do not write the pruned weights in half precision: INT4 is made from the original. Not with training.
         fresh: redo stages that were done with other options.
         progress: called after each part of each stage.
 
@@ -190,7 +197,8 @@ def compress(
         DiskError: the disk is full; the next call resumes.
     """
     heap.large_pages()
-    chosen = _checked(model, out, options, revision, quick)
+    chosen = _checked(model, out, options, revision, quick, no_half)
+    before = traffic.total()
     from edgeprune.planning.removable import Removable
     from edgeprune.report import make
     from edgeprune.stages import compress as stages
@@ -198,16 +206,18 @@ def compress(
 
     if not is_begun(out):
         source, images = source_and_images(out, model, revision, generation, variant)
-        stages.need_room(Path(out), source, stages.rehearse(source, images, chosen))  # before the folder is created
+        rehearsed = stages.rehearse(source, images, chosen)
+        stages.need_room(Path(out), source, rehearsed, no_half=no_half)  # before the folder is created
     ws = open_folder(
         out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation, compute=compute
     )
     fit = ws.fit(chosen.plan.fit) if chosen.plan.fit else None
-    ran = stages.compress(ws, chosen, progress)
+    ran = stages.compress(ws, chosen, progress, no_half=no_half)
     no_report = make.takes_long(ws, quick=quick)
     figures = None
     if not no_report:
         figures = ReportFigures.of(make.make_report(ws, quick=quick, redo=bool(ran), progress=progress))
+    moved = traffic.total().since(before)
     return Compressed(
         out=ws.out,
         ran=tuple(ran),
@@ -218,6 +228,8 @@ def compress(
         report=figures,
         no_report=no_report,
         distillation=amount(ws),
+        read_bytes=moved.read_bytes,
+        written_bytes=moved.written_bytes,
     )
 
 
@@ -230,6 +242,7 @@ def forecast_compress(
     variant: str | None = None,
     generation: GenerationOptions | None = None,
     quick: bool = False,
+    no_half: bool = False,
 ) -> CompressForecast:
     """Forecast what `compress` with these arguments would cost, from configs alone. Nothing is written.
 
@@ -238,17 +251,22 @@ def forecast_compress(
         InputError: the model or an option is not usable.
         DiskError: the disk has too little room for what would be written.
     """
-    chosen = _checked(model, out, options, revision, quick)
+    chosen = _checked(model, out, options, revision, quick, no_half)
     from edgeprune.stages.compress import forecast, need_room, rehearse
 
     source, images = source_and_images(out, model, revision, generation, variant)
     if not is_begun(out):
-        need_room(Path(out), source, rehearse(source, images, chosen))
-    return CompressForecast(**forecast(source, chosen, images))
+        need_room(Path(out), source, rehearse(source, images, chosen), no_half=no_half)
+    return CompressForecast(**forecast(source, chosen, images, no_half=no_half))
 
 
 def _checked(
-    model: AnyPath | None, out: AnyPath, options: CompressOptions | None, revision: str | None, quick: bool
+    model: AnyPath | None,
+    out: AnyPath,
+    options: CompressOptions | None,
+    revision: str | None,
+    quick: bool,
+    no_half: bool,
 ) -> CompressOptions:
     """Return the options, or the preset's, after checks that need no model."""
     check_places(out, model, revision)
@@ -257,6 +275,8 @@ def _checked(
 
     builtin = is_builtin(out, model)
     chosen = options or preset("quick" if quick else "default", builtin=builtin)
+    if no_half and chosen.distill is not None:
+        raise InputError("--no-half: training ends in weights in half precision; give --steps 0, or omit --no-half")
     chosen.check_data(builtin=builtin)
     check_prompts(chosen.analyze.prompts)
     check_prompts(chosen.plan.prompts)

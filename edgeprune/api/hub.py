@@ -169,6 +169,7 @@ def _check(root: Path, progress: Progress) -> None:
     for stage, subfolder in (("prune", HALF), ("quantize", INT4)):
         if stage not in manifest.stages or not (root / subfolder).is_dir():
             raise InputError(f"{root}: not finished, {stage} was not done; run `edgeprune {stage} -o {root}` first")
+    manifest.need_half(root)
     hashes.verify(root, manifest.files, ARTEFACT, progress)
 
 

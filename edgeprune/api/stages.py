@@ -138,12 +138,19 @@ def plan_of_config(config: AnyPath, options: PlanOptions | None = None, *, score
 
 
 def prune(
-    out: AnyPath, *, compute: ComputeOptions | None = None, fresh: bool = False, progress: Progress = silent
+    out: AnyPath,
+    *,
+    no_half: bool = False,
+    compute: ComputeOptions | None = None,
+    fresh: bool = False,
+    progress: Progress = silent,
 ) -> Pruned:
-    """Write the shorter transformer in half precision, `transformer/`, and copy the rest of the pipeline.
+    """Write the shorter transformer in half precision, `transformer/`, and put the rest of the pipeline beside it.
 
     Args:
         out: a folder with a plan.
+        no_half: write only the config of `transformer/`: `quantize` makes INT4 from the original. Such a folder cannot
+            be distilled, pushed or given a LoRA until a call without `no_half` has written the weights.
         compute: where networks run, and in how much memory; None takes what this machine has.
         fresh: prune again where the folder was pruned by another plan.
         progress: called after each file.
@@ -158,7 +165,7 @@ def prune(
     ws = open_folder(out, fresh=fresh, compute=compute)
     from edgeprune.stages.prune import run
 
-    return Pruned(out=ws.out, ran=run(ws, progress))
+    return Pruned(out=ws.out, ran=run(ws, progress, no_half=no_half))
 
 
 def quantize(
@@ -169,7 +176,7 @@ def quantize(
     fresh: bool = False,
     progress: Progress = silent,
 ) -> Quantized:
-    """Write the weights of `transformer/` as INT4 to `transformer_int4/`, block by block.
+    """Write the pruned weights as INT4 to `transformer_int4/`, block by block.
 
     Args:
         out: a pruned folder.

@@ -81,6 +81,8 @@ def open_transformer(folder: Path, *, quantized: bool, variant: str | None = Non
         if not (folder / subfolder).is_dir():
             stage = "quantize" if quantized else "prune"
             raise InputError(f"{folder / subfolder}: no such folder; run `edgeprune {stage} -o {folder}`")
+        if not quantized:
+            manifest.need_half(folder)
         manifest.verify(folder, subfolder)
         config, plan = manifest.config, manifest.prune_plan(folder)
         family = family_of(config, f"{folder / MANIFEST}: config")

@@ -57,6 +57,8 @@ class Manifest:
     """The commit of the hub model that it was when the folder was begun."""
     loras: list[dict[str, Any]] = field(default_factory=list)
     """The LoRAs merged into the weights, in order: `file`, `sha256`, `scale`, and the `parts` that they change."""
+    half_in_source: bool = False
+    """Whether `transformer/` holds a config alone: its weights are the original's, changed as `plan` says."""
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -98,6 +100,8 @@ class Manifest:
             real_number(lora, "scale", f"{path}: loras: {number}", least=-LARGEST, most=LARGEST)
             if not isinstance(lora.get("parts"), list) or not all(isinstance(part, str) for part in lora["parts"]):
                 raise InputError(f"{path}: loras: {number}: parts: expected a list of names")
+        if not isinstance(value := data.get("half_in_source", False), bool):
+            raise InputError(f"{path}: half_in_source: found {shown(value)}, expected true or false")
         if not isinstance(manifest.plan, (dict, NoneType)):
             raise InputError(f"{path}: plan: expected an object or null")
         return manifest
@@ -106,7 +110,8 @@ class Manifest:
         """Write the manifest with the versions of the installed tools."""
         names = ("torch", "diffusers", "transformers", "nncf", "safetensors", "numpy")
         self.tools = {"edgeprune": VERSION} | {n: metadata.version(n) for n in names}
-        absent = {name for name in ("revision", "variant", "commit", "loras") if not getattr(self, name)}
+        optional = ("revision", "variant", "commit", "loras", "half_in_source")
+        absent = {name for name in optional if not getattr(self, name)}
         write_json(folder / MANIFEST, {k: v for k, v in asdict(self).items() if k not in absent})
 
     def hash_files(self, folder: Path, entry: str) -> None:
@@ -123,6 +128,18 @@ class Manifest:
             InputError: a file is missing or changed.
         """
         hashes.verify(folder, {n: digest for n, digest in self.files.items() if n.split("/")[0] == entry}, MANIFEST)
+
+    def need_half(self, folder: Path) -> None:
+        """Refuse a folder without weights in half precision.
+
+        Raises:
+            InputError: there are none; says which command writes them.
+        """
+        if self.half_in_source:
+            raise InputError(
+                f"{folder / HALF}: found no weights in half precision, which --no-half left in the original; "
+                f"write them: edgeprune prune -o {folder}"
+            )
 
     def prune_plan(self, folder: Path) -> PrunePlan | None:
         """Return the plan that `transformer/` follows; `folder` is named in errors."""

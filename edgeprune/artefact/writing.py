@@ -82,14 +82,12 @@ def write_transformer(
     Raises:
         EdgepruneError: the disk is full; what was there before is untouched.
     """
-    grouped = group_into_shards([sum(chunk.values()) for chunk in chunks])
+    grouped = _grouped(chunks)
     if inputs and has_mark(folder / subfolder, inputs, len(grouped)):
         for leftover in ("tmp", "old"):
             shutil.rmtree(folder / f"{subfolder}.{leftover}", ignore_errors=True)
         return sum(sum(chunk.values()) for chunk in chunks)
-    writer = ShardWriter(
-        folder / f"{subfolder}.tmp", [[n for i in g for n in chunks[i]] for g in grouped], inputs, file
-    )
+    writer = begun(folder, subfolder, chunks, inputs, file)
     sizes = [sum(sum(chunks[i].values()) for i in group) for group in grouped]
     need_space(folder, sum(size for i, size in enumerate(sizes) if not writer.has(i)))
     speed = Speed(subfolder, sizes, progress)
@@ -105,6 +103,16 @@ def write_transformer(
     write_json(writer.folder / "config.json", config)
     replace_folder(writer.folder, folder / subfolder)
     return sum(sizes)
+
+
+def begun(folder: Path, subfolder: str, chunks: Sequence[dict[str, int]], inputs: str, file: str = FILE) -> ShardWriter:
+    """Return what writes the shards of `write_transformer` with these arguments, in the order of the chunks."""
+    names = [[name for index in group for name in chunks[index]] for group in _grouped(chunks)]
+    return ShardWriter(folder / f"{subfolder}.tmp", names, inputs, file)
+
+
+def _grouped(chunks: Sequence[dict[str, int]]) -> list[list[int]]:
+    return group_into_shards([sum(chunk.values()) for chunk in chunks])
 
 
 def remove_mark(folder: Path, subfolder: str) -> None:

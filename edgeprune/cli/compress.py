@@ -64,6 +64,7 @@ def compress(
     estimator: options.Estimator = None,
     group_size: options.GroupSize = 64,
     calibration: options.Calibration = "none",
+    no_half: options.NoHalf = False,
     calibration_count: Annotated[int | None, options.calibration_count("--calibration-count")] = None,
     inference_steps: options.InferenceSteps = None,
     guidance_scale: options.Guidance = None,
@@ -93,14 +94,14 @@ def compress(
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
     if dry_run:
         numbers = api.forecast_compress(
-            model, out, chosen, revision=revision, variant=variant, generation=generation
+            model, out, chosen, revision=revision, variant=variant, generation=generation, no_half=no_half
         ).to_json()
         return screen.show_forecast(numbers, screen.FLOORS, as_json)
     compute = options.compute_options(device, memory, yes=yes)
     with screen.bars() as progress:
         done = api.compress(
             model, out, chosen, revision=revision, variant=variant, generation=generation,
-            compute=compute, quick=preset == "quick", fresh=fresh,
+            compute=compute, quick=preset == "quick", no_half=no_half, fresh=fresh,
             progress=progress if chosen.distill or steps is not None else _without_data(progress),
         )  # fmt: skip
     _show(done, as_json)

@@ -72,6 +72,13 @@ BegunFolder = Annotated[
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Redo stages that were done with other inputs. Without it they are refused.")
 ]
+NoHalf = Annotated[
+    bool,
+    typer.Option(
+        "--no-half",
+        help="Do not write the pruned weights in half precision: INT4 is made from the original. Not with training.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the expected cost and stop. Nothing is written.")]
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from edgeprune import api
 from edgeprune.cli import options, screen
 
-EPILOG = "Example: edgeprune prune -o small"
+EPILOG = "Example: edgeprune prune -o small  ·  edgeprune prune -o small --no-half"
 
 
 def prune(
     out: options.BegunFolder = Path("compressed"),
+    no_half: options.NoHalf = False,
     fresh: options.Fresh = False,
     as_json: options.AsJson = False,
     device: options.Device = "auto",
@@ -22,8 +23,11 @@ def prune(
     Stock diffusers opens it if the plan removes whole blocks only.
     """
     with screen.bars() as progress:
-        done = api.prune(out, compute=options.compute_options(device, memory), fresh=fresh, progress=progress)
-    screen.say(f"{out / 'transformer'}: {'written' if done.ran else 'already done'}")
-    screen.say(f"next: edgeprune distill -o {screen.quoted(out)}")
+        done = api.prune(
+            out, no_half=no_half, compute=options.compute_options(device, memory), fresh=fresh, progress=progress
+        )
+    written = "config written, the weights stay in the original" if no_half else "written"
+    screen.say(f"{out / 'transformer'}: {written if done.ran else 'already done'}")
+    screen.say(f"next: edgeprune {'quantize' if no_half else 'distill'} -o {screen.quoted(out)}")
     if as_json:
         screen.print_json(done.to_json())

@@ -40,7 +40,6 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST_JSON + 1)
-        traffic.add(read=len(content))
         if len(content) > _LARGEST_JSON:
             raise InputError(
                 f"{path}: found more than {_LARGEST_JSON} bytes, expected a JSON file of edgeprune or of a model"
@@ -184,7 +183,6 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-        traffic.add(written=path.stat().st_size)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,14 @@ def load_tensors(path: Path) -> Tensors:
     return tensors
 
 
-def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file under a temporary name, then rename it. It is hashed on the way, see hashes.py.
+def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None, *, hashed: bool = False) -> None:
+    """Write a safetensors file under a temporary name, then rename it.
+
+    Args:
+        path: the file.
+        tensors: its content.
+        metadata: texts for its header.
+        hashed: hash it on the way, for a manifest or an index that will ask, see hashes.py.
 
     Raises:
         DiskError: the disk is full or the folder is not writable; the old file at `path` is untouched.
@@ -55,17 +62,21 @@ def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None =
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        digest = write_safetensors(temporary, tensors, metadata)
+        state = hashlib.sha256() if hashed else None
+        write_safetensors(temporary, tensors, metadata, state.update if state else _nobody)
         os.replace(temporary, path)
-        hashes.note(path, digest)
+        if state:
+            hashes.note(path, state.hexdigest())
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
 
 
-def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None) -> str:
-    """Write a file with the bytes that safetensors' own `save_file` writes; return its SHA-256.
+def write_safetensors(
+    path: Path, tensors: Tensors, metadata: dict[str, str] | None, seen: Callable[[Any], None]
+) -> None:
+    """Write a file with the bytes that safetensors' own `save_file` writes. `seen` gets them, piece by piece.
 
     The format: the header's length in 8 bytes, the header as JSON, the tensors in the header's order.
     https://github.com/huggingface/safetensors#format
@@ -84,13 +95,15 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str] | N
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    state = hashlib.sha256()
     with path.open("wb") as file:
         for part in itertools.chain([len(text).to_bytes(8, "little"), text], (_bytes(tensors[n]) for n in names)):
-            state.update(part)
+            seen(part)
             file.write(part)
     traffic.add(written=8 + len(text) + end)
-    return state.hexdigest()
+
+
+def _nobody(data: Any) -> None:
+    """See nothing."""
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

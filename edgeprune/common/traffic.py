@@ -1,7 +1,7 @@
 """Count the bytes of files that this process reads and writes, where they are opened.
 
 What the operating system has cached counts like any other byte, so that the figures are the same on every machine.
-Headers of weights, and what other libraries read (tokenizers, images), are not counted.
+Configs, headers of weights, and what other libraries read (tokenizers, images) are not counted.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ class Traffic:
     written_bytes: int = 0
 
     def since(self, earlier: Traffic) -> Traffic:
-        """Return what was read and written after `earlier`, an earlier `now()`."""
+        """Return what was read and written after `earlier`, an earlier `total()`."""
         return Traffic(self.read_bytes - earlier.read_bytes, self.written_bytes - earlier.written_bytes)
 
 
 _TOTAL = Traffic()
 
 
-def now() -> Traffic:
+def total() -> Traffic:
     """Return the bytes up to now."""
     return Traffic(_TOTAL.read_bytes, _TOTAL.written_bytes)
 

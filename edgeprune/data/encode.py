@@ -121,7 +121,7 @@ def _make_shard(
         skipped = encoded.skipped
         about = {"settings": digest(settings), "skipped": [[s.name, s.why] for s in skipped]}
         # A single entry of metadata: safetensors writes several in random order.
-        save_tensors(path, encoder.tensors(encoded), {"meta": json.dumps(about)})
+        save_tensors(path, encoder.tensors(encoded), {"meta": json.dumps(about)}, hashed=True)
         made.samples += encoded.samples
         made.written_bytes += path.stat().st_size
     else:

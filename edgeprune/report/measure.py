@@ -22,6 +22,7 @@ from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import is_streamed, release
 from edgeprune.sampling.denoising import generate
 from edgeprune.sampling.prompts import prompts
+from edgeprune.stages.weights import open_pruned
 from edgeprune.stages.workspace import Workspace
 
 
@@ -60,7 +61,7 @@ def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, A
     release(ws.pipe.transformer)
     ws.pipe.transformer = original
     # Neither model keeps blocks now, so that both are timed alike.
-    pruned = running(open_transformer(ws.out, quantized=False), compute, keep=False)
+    pruned = running(open_pruned(ws), compute, keep=False)
     times = step_times(ws, original, pruned)
     stored = sum(p.stat().st_size for p in (ws.out / INT4).glob("*.safetensors"))
     before = ws.plan().before.bf16_bytes

@@ -40,6 +40,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, groups: Sequence[Sequence[str]], inputs: str, file: str = FILE) -> None:
         self.folder, self.groups, self._file = folder, [list(g) for g in groups], file
+        self._adding, self._parts = -1, Tensors()
         if not has_mark(folder, inputs, len(groups)):
             shutil.rmtree(folder, ignore_errors=True)
             write_json(folder / UNFINISHED, {"inputs": inputs, "shards": len(groups)})
@@ -62,7 +63,24 @@ class ShardWriter:
         """
         if sorted(tensors) != sorted(self.groups[index]):
             raise AssertionError(f"shard {index}: the tensors are not those planned for it")
-        save_tensors(self.path(index), tensors, {"format": "pt"})
+        save_tensors(self.path(index), tensors, {"format": "pt"}, hashed=True)
+
+    def shard_of(self, name: str) -> int:
+        """Return the index of the shard that holds a tensor."""
+        return next(index for index, names in enumerate(self.groups) if name in names)
+
+    def add(self, tensors: Tensors) -> None:
+        """Take some of a shard's tensors. It is written with the last ones, unless those of another come between.
+
+        Raises:
+            DiskError: see `put`.
+        """
+        index = self.shard_of(next(iter(tensors)))
+        self._parts = tensors if index != self._adding else self._parts | tensors
+        self._adding = index
+        if len(self._parts) == len(self.groups[index]):
+            self.put(index, self._parts)
+            self._parts = {}
 
     def finish(self) -> None:
         """Write the index, so that diffusers and `Weights` can read the folder. The mark stays."""

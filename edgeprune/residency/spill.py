@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from edgeprune.common.errors import DiskError
-from edgeprune.common.tensors import Tensors, save_tensors
+from edgeprune.common.tensors import Tensors, load_tensors, save_tensors
 
 _IDENTITY = "identity"
 
@@ -67,7 +66,7 @@ class Spill:
             KeyError: there is no such key.
         """
         found = self._held[key]
-        tensors = load_file(found) if isinstance(found, Path) else found
+        tensors = load_tensors(found) if isinstance(found, Path) else found
         return tensors if device is None else {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def drop(self, key: str) -> None:

@@ -6,18 +6,37 @@ Its structure is on the meta device and takes no memory. Fake tensors are for tr
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edgeprune.families import Family
+from edgeprune.families import Family, Shape
 from edgeprune.residency.streaming import PACKED, stream
-from edgeprune.residency.weights import Weights
 
 CPU = torch.device("cpu")
+
+
+class Reader(Protocol):
+    """Tensors by name, each read or made on request, such as `Weights`."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Their shapes."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Return one tensor in its stored dtype."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return that dtype; nothing is read."""
+
+    def ahead(self, names: Iterable[str]) -> None:
+        """Ask the operating system to read these tensors in the background."""
+
+    def check(self, expected: Mapping[str, Shape]) -> None:
+        """Check that names and shapes are exactly those of a model."""
 
 
 class StoredTransformer:
@@ -26,13 +45,13 @@ class StoredTransformer:
     Args:
         family: the model's family.
         model: the structure, on the meta device.
-        weights: the tensors on disk.
+        weights: the tensors, on disk.
 
     Raises:
         InputError: names or shapes of the weights differ from the structure's.
     """
 
-    def __init__(self, family: Family, model: nn.Module, weights: Weights) -> None:
+    def __init__(self, family: Family, model: nn.Module, weights: Reader) -> None:
         self.family, self.model, self.weights = family, model.eval().requires_grad_(False), weights
         weights.check({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 

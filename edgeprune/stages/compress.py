@@ -151,7 +151,9 @@ def _plan_alike(source: Path, generation: Generation, options: CompressOptions, 
     return make_plan(family, config, report, choices, plan.budget_for(source, generation, choices), even)
 
 
-def forecast(source: Path, options: CompressOptions, generation: Generation) -> dict[str, Any]:
+def forecast(
+    source: Path, options: CompressOptions, generation: Generation, *, no_half: bool = False
+) -> dict[str, Any]:
     """Forecast what `compress` would cost: work, least time on this machine, memory of weights, and bytes written.
 
     Analysis holds a small transformer, and of a large one as many blocks as there is room for; the least is counted.
@@ -161,6 +163,7 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
         source: the pipeline's folder.
         options: of all stages.
         generation: how images are made.
+        no_half: see `compress`.
 
     Returns:
         Numbers with units in their names.
@@ -201,22 +204,26 @@ def forecast(source: Path, options: CompressOptions, generation: Generation) -> 
         "matmul_flops_per_s": round(speed),
         "analyze_weights_bytes": transformer_bytes(family, config),
         "distill_weights_bytes": _training_bytes(training, expected),
-        "written_bytes": after.bf16_bytes + after.int4_bytes,
+        "written_bytes": (0 if no_half else after.bf16_bytes) + after.int4_bytes,
     }
 
 
-def need_room(out: Path, source: Path, plan: PrunePlan) -> None:
+def need_room(out: Path, source: Path, plan: PrunePlan, *, no_half: bool = False) -> None:
     """Check that the disk has room for an artefact: both transformers, and text encoders and VAE in 16 bits.
+
+    Where these can be linked, less is written; that is only known once it is tried.
 
     Args:
         out: the artefact's folder, which need not exist.
         source: the pipeline's folder.
         plan: what is removed.
+        no_half: the pruned weights are not written in half precision.
 
     Raises:
         DiskError: the disk has less free space.
     """
-    need_space(out, plan.after.bf16_bytes + plan.after.int4_bytes + surroundings_bytes(source) // 2)
+    half = 0 if no_half else plan.after.bf16_bytes
+    need_space(out, half + plan.after.int4_bytes + surroundings_bytes(source) // 2)
 
 
 def _training_evaluations(training: DistillOptions | None, expected: PrunePlan, frozen_prefix: bool) -> float:
@@ -245,8 +252,16 @@ def _training_bytes(training: DistillOptions | None, expected: PrunePlan) -> int
     return 2 * expected.before.bf16_bytes + copies * 2 * expected.after.bf16_bytes
 
 
-def compress(ws: Workspace, options: CompressOptions, progress: Progress = silent) -> list[str]:
+def compress(
+    ws: Workspace, options: CompressOptions, progress: Progress = silent, *, no_half: bool = False
+) -> list[str]:
     """Run all stages; return the names of those that were not done yet.
+
+    Args:
+        ws: the workspace.
+        options: of all stages.
+        progress: called after each part of each stage.
+        no_half: leave the pruned weights in half precision in the original; not with training.
 
     Raises:
         BudgetError: the budget cannot be met; raised before anything is computed.
@@ -257,7 +272,7 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
     options.check_data(builtin=ws.builtin)
     rehearsed = rehearse(ws.source, ws.generation, options)
     if "prune" not in ws.manifest.stages:
-        need_room(ws.out, ws.source, rehearsed)
+        need_room(ws.out, ws.source, rehearsed, no_half=no_half)
     if options.distill is not None and options.data.source and is_cache(options.data.source):
         distill.check_cache(ws, Path(options.data.source), progress)
     if options.reads_scores and analyze.run(ws, options.analyze, progress):
@@ -270,7 +285,9 @@ def compress(ws: Workspace, options: CompressOptions, progress: Progress = silen
         ran.append("plan")
     if options.distill is None:
         ws.skip_distillation()
-    if prune.run(ws, progress):
+    # Without training and calibration, INT4 is made of what `prune` has just read.
+    then = options.quantize if options.distill is None and options.quantize.calibration == "none" else None
+    if prune.run(ws, progress, no_half=no_half, then=then):
         ran.append("prune")
     if options.distill is not None and distill.run(ws, options.distill, options.data, progress):
         ran.append("distill")

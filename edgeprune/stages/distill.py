@@ -25,8 +25,7 @@ from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.stages.costs import sample
 from edgeprune.stages.options import DataOptions
-from edgeprune.stages.prune import mean_and_basis
-from edgeprune.stages.weights import by_block, half, original_weights, write_half
+from edgeprune.stages.weights import by_block, half, mean_and_basis, original_weights, write_half
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.distill import distill
 from edgeprune.training.levels import FEW_STEPS, SHARE_ON_STEPS, default_levels
@@ -107,6 +106,7 @@ def run(
         EdgepruneError: the loss is not finite; the last good state stays on disk.
     """
     ws.need("prune", "distill")
+    ws.manifest.need_half(ws.out)
     options.check()
     plan = ws.plan()
     recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)

@@ -27,9 +27,8 @@ from edgeprune.planning.remainder import tensor_sources
 from edgeprune.residency.weights import Weights
 from edgeprune.stages.modulation import MODULATION
 from edgeprune.stages.options import QuantizeOptions
-from edgeprune.stages.prune import mean_and_basis
 from edgeprune.stages.quantize import run as quantize
-from edgeprune.stages.weights import by_block, original_weights, write_half
+from edgeprune.stages.weights import by_block, mean_and_basis, original_weights, write_half
 from edgeprune.stages.workspace import ORDER, Workspace
 
 _RECORDS = ("plan.json", "analysis.json", "scores.json", "generation.json", MODULATION, "cache/mean-*.safetensors")
@@ -46,6 +45,7 @@ def begin(base: Path, out: Path, lora: Lora, scale: float) -> None:
     if out.resolve() == base.resolve():
         raise InputError(f"-o {out}: is --model itself; merging writes a new folder")
     manifest = Manifest.load(base)
+    manifest.need_half(base)
     parts = sorted({TRANSFORMER, *encoders_of(lora)}) if _changes_transformer(lora) else encoders_of(lora)
     entry = {"file": lora.path.name, "sha256": sha256_file(lora.path), "scale": scale, "parts": parts}
     manifest.loras = [*manifest.loras, entry]

@@ -1,16 +1,18 @@
-"""The stage `quantize`: the weights of `transformer/` as INT4, in `transformer_int4/`."""
+"""The stage `quantize`: the pruned transformer's weights as INT4, in `transformer_int4/`."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
-from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.manifest import INT4
-from edgeprune.artefact.writing import write_transformer
+from edgeprune.artefact.surgery import structure
+from edgeprune.artefact.writing import begun, write_transformer
 from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
@@ -24,7 +26,7 @@ from edgeprune.stages.calibration import calibration_streams
 from edgeprune.stages.costs import evaluations_per_step
 from edgeprune.stages.options import QuantizeOptions, halvings, seen
 from edgeprune.stages.prompts import calibrating
-from edgeprune.stages.weights import by_block
+from edgeprune.stages.weights import by_block, open_pruned
 from edgeprune.stages.workspace import Workspace
 
 PROMPTS = 28
@@ -40,12 +42,7 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) ->
         StaleStageError: see `Workspace.stage`.
     """
     ws.need("prune", "quantize")
-    if options.calibration not in CALIBRATIONS:
-        raise InputError(f"--calibration: found {options.calibration!r}, expected one of {', '.join(CALIBRATIONS)}")
-    if options.group_size not in GROUP_SIZES:
-        raise InputError(f"--group-size: found {options.group_size}, expected 16, 32, 64 or 128")
-    if options.calibration == "none" and (options.count, options.states) != (None, None):
-        raise InputError("--count and --states are about calibration; give --calibration scale or awq, or omit them")
+    _check(options)
     plan = ws.plan()
     inputs, prompts = options.to_json(), list[str]()
     if options.calibration != "none":
@@ -59,14 +56,69 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) ->
     return ws.stage("quantize", inputs, lambda key: _quantize(ws, options, plan, prompts, key, progress), check)
 
 
+class Ahead:
+    """Quantizes blocks while `prune` makes them, into the shards that `quantize` would write: each is read only once.
+
+    `quantize` finds these shards, and makes those that an interrupted run left out.
+
+    Args:
+        ws: the workspace.
+        plan: what is pruned.
+        options: of `quantize`, without calibration.
+        pruned: digest of the inputs of `prune`.
+
+    Raises:
+        InputError: an option is not usable.
+    """
+
+    def __init__(self, ws: Workspace, plan: PrunePlan, options: QuantizeOptions, pruned: str) -> None:
+        _check(options)
+        self.family, self.options, self.model = ws.family, options, structure(ws.family, ws.config, plan)
+        self.blocks = _int4_blocks(ws, plan, self.model, options)
+        key = ws.key("quantize", options.to_json(), after=[pruned])
+        self.writer = begun(ws.out, INT4, self.blocks, key)
+
+    def take(self, index: int, tensors: Tensors) -> None:
+        """Quantize one entry of `by_block`: a block in half precision, or last what is outside the blocks."""
+        names = list(self.blocks[index])
+        if self.writer.has(self.writer.shard_of(names[0])):
+            return
+        block = index if index + 1 < len(self.blocks) else None
+        self.model.load_state_dict(tensors, strict=False, assign=True)
+        quantize_part(self.family, self.model, block, group_size=self.options.group_size)
+        self.writer.add(_taken(self.model, names))
+        if block is not None:
+            self.family.blocks(self.model)[block].to("meta")
+
+
+def _check(options: QuantizeOptions) -> None:
+    if options.calibration not in CALIBRATIONS:
+        raise InputError(f"--calibration: found {options.calibration!r}, expected one of {', '.join(CALIBRATIONS)}")
+    if options.group_size not in GROUP_SIZES:
+        raise InputError(f"--group-size: found {options.group_size}, expected 16, 32, 64 or 128")
+    if options.calibration == "none" and (options.count, options.states) != (None, None):
+        raise InputError("--count and --states are about calibration; give --calibration scale or awq, or omit them")
+
+
+def _int4_blocks(ws: Workspace, plan: PrunePlan, model: nn.Module, options: QuantizeOptions) -> list[dict[str, int]]:
+    """Return the bytes of the quantized tensors of `model`, the pruned structure, as `by_block` does."""
+    empty = prepare(ws.family, copy.deepcopy(model), group_size=options.group_size).state_dict()
+    sizes = {n: t.numel() * (t.element_size() if n.endswith(PACKED) else 2) for n, t in empty.items()}
+    return by_block(ws, sizes, plan)
+
+
+def _taken(model: nn.Module, names: Iterable[str]) -> Tensors:
+    """Return tensors of a model as they are stored: what is not packed in half precision."""
+    state = model.state_dict()
+    return {name: state[name] if name.endswith(PACKED) else state[name].half() for name in names}
+
+
 def _quantize(
     ws: Workspace, options: QuantizeOptions, plan: PrunePlan, prompts: list[str], key: str, progress: Progress
 ) -> dict[str, Any]:
     """Quantize block by block, with one block in memory at a time."""
-    stored = open_transformer(ws.out, quantized=False)
-    empty = prepare(ws.family, copy.deepcopy(stored.model), group_size=options.group_size).state_dict()
-    sizes = {n: t.numel() * (t.element_size() if n.endswith(PACKED) else 2) for n, t in empty.items()}
-    blocks = by_block(ws, sizes, plan)
+    stored = open_pruned(ws)
+    blocks = _int4_blocks(ws, plan, stored.model, options)
     streams = None
     if prompts:
         stored.fill(stored.names(None))
@@ -82,8 +134,7 @@ def _quantize(
         quantize_part(
             ws.family, stored.model, block, group_size=options.group_size, calibration=options.calibration, run=run
         )
-        state = stored.model.state_dict()
-        tensors = {n: state[n] if n.endswith(PACKED) else state[n].half() for n in blocks[index]}
+        tensors = _taken(stored.model, blocks[index])
         if block is not None:
             advance(block, tensors)
         return tensors

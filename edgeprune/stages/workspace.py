@@ -253,10 +253,7 @@ class Workspace:
         Raises:
             StaleStageError: the stage was done with other inputs, and `fresh` is not set.
         """
-        position = ORDER.index(name)
-        upstream = [self.manifest.stages[s]["inputs"] for s in ORDER[:position] if s in self.manifest.stages]
-        with processes.main_first():  # gigabytes are hashed by one process only
-            key = digest({"weights": self.weights_hash, "upstream": upstream, "inputs": inputs})
+        position, key = ORDER.index(name), self.key(name, inputs)
         earlier = self.manifest.stages.get(name)
         if earlier and earlier["inputs"] == key:
             self._remove_marks()
@@ -281,9 +278,25 @@ class Workspace:
             "seconds": round(time.monotonic() - start, 3),
             "options": inputs,
         } | result
+        self.record()
+        return True
+
+    def key(self, name: str, inputs: dict[str, Any], *, after: Sequence[str] = ()) -> str:
+        """Return a stage's identity: the digest of the original's weights, the stages before it, and its inputs.
+
+        Args:
+            name: one of ORDER.
+            inputs: see `stage`.
+            after: identities of stages that will have run before it, besides those that have.
+        """
+        before = [self.manifest.stages[s]["inputs"] for s in ORDER[: ORDER.index(name)] if s in self.manifest.stages]
+        with processes.main_first():  # gigabytes are hashed by one process only
+            return digest({"weights": self.weights_hash, "upstream": [*before, *after], "inputs": inputs})
+
+    def record(self) -> None:
+        """Save the manifest, which now lists the weights that were written."""
         self._save()
         self._remove_marks()
-        return True
 
     def _remove_marks(self) -> None:
         """Remove the marks of written weights: the manifest now lists the stage that wrote them."""

@@ -83,7 +83,7 @@ def test_what_a_killed_write_leaves_goes_with_the_next(tmp_path: Path, monkeypat
     torch = pytest.importorskip("torch")
     from edgeprune.common import tensors
 
-    def half(path: Path, *_: object) -> str:
+    def half(path: Path, *_: object) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

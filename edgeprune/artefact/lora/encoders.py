@@ -44,7 +44,7 @@ def merge(folder: Path, encoder: str, lora: Lora, scale: float) -> None:
             name: (t.float() + differences[name]).to(t.dtype) for name, t in tensors.items() if name in differences
         }
         if changed:
-            save_tensors(path, tensors | changed, {"format": "pt"})
+            save_tensors(path, tensors | changed, {"format": "pt"}, hashed=True)
 
 
 def _files(folder: Path) -> list[Path]:
