@@ -164,10 +164,10 @@ def unreadable(folder: Path) -> tuple[int, list[str]]:
 def contents(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file by its name.
 
-    The log and the cache of hashes are left out, and in the manifest the seconds of the stages.
+    The log is left out, and in the manifest the seconds of the stages.
     """
     out = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("log", "hashes.json")):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "log"):
         data = path.read_bytes()
         if path.name == "edgeprune.json":
             manifest = json.loads(data)

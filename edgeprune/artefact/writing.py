@@ -137,7 +137,7 @@ def complete_tokenizer(folder: Path) -> None:
 def copy_part(source: Path, target: Path, variant: str | None = None) -> None:
     """Put the files of one part of a pipeline that are the model into a new folder.
 
-    Weights are linked where that works, see common/linking.py; configs and tokenizers, which people edit, are copied.
+    Large weights are linked where that works, see common/linking.py; what people edit by hand is copied.
     The weights get the names of full weights, so that stock diffusers loads them without being told of a variant.
 
     Args:

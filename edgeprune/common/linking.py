@@ -22,10 +22,12 @@ from edgeprune.common import hashes, traffic
 _FICLONE = 0x40049409
 """The request in Linux's <linux/fs.h>."""
 _CHUNK = 1 << 20
+LINKED_FROM = 2**24
+"""Bytes. Smaller files are copied: that costs next to nothing, and each stays a file of its own."""
 
 
 def place(source: Path, target: Path) -> None:
-    """Make `target`, which must not exist, a reflink, a hard link or a copy of `source`, in this order.
+    """Make `target`, which must not exist, a reflink, a hard link or a copy of `source`, whichever works first.
 
     The hash of what was linked is known wherever that of `source` is; a copy is hashed on the way.
 
@@ -33,7 +35,7 @@ def place(source: Path, target: Path) -> None:
         OSError: `source` cannot be read or `target` not written.
     """
     real = source.resolve()  # a link of huggingface_hub's cache: the file itself is meant
-    if not _reflink(real, target) and not _hard_link(real, target):
+    if real.stat().st_size < LINKED_FROM or not (_reflink(real, target) or _hard_link(real, target)):
         copy(real, target)
 
 

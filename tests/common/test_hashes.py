@@ -19,6 +19,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where hashes of originals are kept; every size is."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(hashes, "KEPT_FROM", 0)
+    monkeypatch.setattr(linking, "LINKED_FROM", 0)
     return tmp_path / "home" / "edgeprune" / "hashes.json"
 
 
@@ -143,6 +144,7 @@ def test_without_links_a_file_is_copied_and_hashed_on_the_way(tmp_path: Path, mo
     source, target = tmp_path / "weights", tmp_path / "copied"
     source.write_bytes(b"one")
     monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(linking, "LINKED_FROM", 0)
     before = traffic.total()
     linking.place(source, target)
     assert not target.samefile(source) and hashes.sha256(target) == of(b"one")
@@ -155,6 +157,7 @@ def test_a_reflink_is_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.Monk
     source.write_bytes(b"one")
     digest = hashes.sha256(source)
     monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(linking, "LINKED_FROM", 0)
 
     def clone(made: int, request: int, original: int) -> None:
         assert request == 0x40049409

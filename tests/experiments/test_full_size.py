@@ -29,7 +29,7 @@ def one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, 
     """Leave one row, `r`, of two commands that only note their arguments, which is returned."""
     calls: list[tuple[str, ...]] = []
 
-    def run(*arguments: str, so_far: Any = None) -> Stage:
+    def run(*arguments: str, so_far: Any = None, caches: Any = None) -> Stage:
         calls.append(arguments)
         so_far(Stage(2.0, 10))
         return Stage(2.0, 10)
@@ -87,9 +87,24 @@ def test_speeds_are_measured(tmp_path: Path) -> None:
 def test_a_command_is_measured_by_the_kernel() -> None:
     seen: list[Stage] = []
     stage = measuring.run("targets", so_far=seen.append)
-    assert stage.seconds > 0.1 and stage.peak_bytes > 20_000_000 and seen[-1] == stage
+    assert stage.seconds > 0.1 and stage.peak_bytes > 20_000_000 and seen[-1] == stage and stage.read_bytes is None
     with pytest.raises(SystemExit, match="edgeprune targets ended with 2"):
         measuring.run("targets", "show", "toaster")
+
+
+def test_what_a_command_read_and_wrote_is_its_remark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = tmp_path / "c-caches"
+    caches.mkdir()
+
+    def run(*arguments: str, so_far: Any, caches: Path) -> Stage:
+        assert arguments == ("compress", "--json") and not caches.exists()
+        so_far(stage := Stage(2.0, 10, 40_460_000_000, 3_600_000_000))
+        return stage
+
+    monkeypatch.setattr(recording, "run", run)
+    recorder = Recorder(tmp_path, "r")
+    recorder.stage("c: compress", "compress", "--json", caches=caches)
+    assert recorder.stages["c: compress"]["said"] == "40.5 GB read, 3.6 GB written"
 
 
 def test_a_row_is_measured_merged_and_measured_again(
@@ -115,7 +130,7 @@ def test_a_row_is_measured_merged_and_measured_again(
 def test_time_before_an_interruption_counts(
     one_row: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*arguments: str, so_far: Any = None) -> Stage:
+    def killed(*arguments: str, so_far: Any = None, caches: Any = None) -> Stage:
         so_far(Stage(5.0, 30))
         (tmp_path / "made").mkdir(exist_ok=True)
         raise KeyboardInterrupt

@@ -16,7 +16,7 @@ from edgeprune.api.hub import _check
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.lora.reading import Lora
 from edgeprune.cli import app
-from edgeprune.common import hashes, traffic
+from edgeprune.common import hashes, linking, traffic
 from edgeprune.common.errors import InputError
 from edgeprune.common.progress import silent
 from edgeprune.planning.options import PlanOptions
@@ -55,6 +55,7 @@ def first_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(hashes, "_known", {})
     monkeypatch.setattr(hashes, "KEPT_FROM", 10_000)
+    monkeypatch.setattr(linking, "LINKED_FROM", 10_000)
 
 
 @pytest.mark.parametrize("no_half", [False, True])
@@ -124,7 +125,9 @@ def test_an_interrupted_pass_ends_in_the_same_bytes(
     assert {p.name for p in ws.out.iterdir()} == {p.name for p in whole.out.iterdir()}
 
 
-def test_weights_of_other_parts_are_linked_and_what_people_edit_is_copied(source: Path, tmp_path: Path) -> None:
+def test_weights_of_other_parts_are_linked_and_what_people_edit_is_copied(
+    source: Path, tmp_path: Path, first_process: None
+) -> None:
     ws = Workspace(tmp_path / "out", str(source))
     compress(ws, BLOCK)
     for path in model_files(source):

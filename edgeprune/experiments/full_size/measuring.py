@@ -1,15 +1,18 @@
-"""Runs a command in a process of its own and measures its time and peak memory."""
+"""Runs a command in a process of its own and measures its time, its peak memory, and the bytes it reads and writes."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -22,25 +25,35 @@ class Stage:
 
     seconds: float
     peak_bytes: int
+    read_bytes: int | None = None
+    """As the command counts them; None where it does not."""
+    written_bytes: int | None = None
 
 
-def run(*arguments: str, so_far: Callable[[Stage], None] = lambda stage: None) -> Stage:
+def run(*arguments: str, so_far: Callable[[Stage], None] = lambda stage: None, caches: Path | None = None) -> Stage:
     """Run `edgeprune …` in a process of its own.
 
     Args:
-        arguments: of the command.
+        arguments: of the command; `--json` makes it say what it has read and written, if it counts that.
         so_far: called once a second with the time and peak up to then.
+        caches: a folder in place of the user's, which may hold hashes of the files.
 
     Raises:
         SystemExit: the command failed; it has printed its own message.
     """
     print("$ edgeprune", *arguments, flush=True)
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "edgeprune.cli", *arguments])
-    with sampled_peak(process.pid, lambda peak: so_far(Stage(time.monotonic() - began, peak))) as peak:
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.monotonic() - began
-    stage = Stage(seconds, max(peak(), usage.ru_maxrss * 1024))
+    environment = os.environ | ({} if caches is None else {"XDG_CACHE_HOME": str(caches)})
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen([sys.executable, "-m", "edgeprune.cli", *arguments], env=environment, stdout=told)
+        with sampled_peak(process.pid, lambda peak: so_far(Stage(time.monotonic() - began, peak))) as peak:
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.monotonic() - began
+        told.seek(0)
+        lines = told.read().splitlines()
+    print(*lines, sep="\n", flush=True)
+    moved = json.loads(lines[-1]) if "--json" in arguments and lines else {}
+    stage = Stage(seconds, max(peak(), usage.ru_maxrss * 1024), moved.get("read_bytes"), moved.get("written_bytes"))
     so_far(stage)
     process.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for
     if code := process.returncode:

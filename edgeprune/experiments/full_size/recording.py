@@ -31,7 +31,14 @@ class Recorder:
         self.stages: dict[str, Values] = found.get("stages", {})
         self._attempts: dict[str, list[Values]] = found.get("attempts", {})
 
-    def stage(self, name: str, *arguments: str, makes: Path | None = None, file: Path | None = None) -> None:
+    def stage(
+        self,
+        name: str,
+        *arguments: str,
+        makes: Path | None = None,
+        file: Path | None = None,
+        caches: Path | None = None,
+    ) -> None:
         """Measure a command unless that is done.
 
         The time of interrupted attempts, which the command continues, counts too, except for their last second.
@@ -41,23 +48,27 @@ class Recorder:
             arguments: of `edgeprune`.
             makes: what the command writes. An earlier measurement's is deleted before the first attempt.
             file: note the bytes of this file or folder, which the command wrote.
+            caches: an empty folder in place of the user's caches, deleted before the first attempt.
         """
         if name in self.stages:
             return
         attempts = self._attempts.setdefault(name, [])
-        if makes is not None and not attempts:
-            shutil.rmtree(makes, ignore_errors=True)
+        for folder in (makes, caches) if not attempts else ():
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
         attempts.append({})
 
         def so_far(stage: Stage) -> None:
             attempts[-1] = asdict(stage)
             self._save()
 
-        run(*arguments, so_far=so_far)
+        stage = run(*arguments, so_far=so_far, caches=caches)
         values: Values = {
             "seconds": round(sum(a.get("seconds", 0) for a in attempts), 1),
             "peak_bytes": max(a.get("peak_bytes", 0) for a in attempts),
         }
+        if len(attempts) == 1 and stage.read_bytes is not None and stage.written_bytes is not None:
+            values["said"] = f"{stage.read_bytes / 1e9:.1f} GB read, {stage.written_bytes / 1e9:.1f} GB written"
         if file is not None:
             values["file_bytes"] = sum(p.stat().st_size for p in _files(file))
         self.note(name, values)
@@ -79,9 +90,9 @@ class Recorder:
         self._path.unlink(missing_ok=True)
 
     def remove(self, *labels: str) -> None:
-        """Free disk space: delete the folders of exactly these names and their exports."""
+        """Free disk space: delete the folders of exactly these names their exports and caches."""
         for label in labels:
-            for suffix in ("", "-onnx", "-openvino", "-prepared", "-trt", "-coreml"):
+            for suffix in ("", "-onnx", "-openvino", "-prepared", "-trt", "-coreml", "-caches"):
                 shutil.rmtree(self.out / f"{label}{suffix}", ignore_errors=True)
 
     def _save(self) -> None:
