@@ -103,7 +103,7 @@ class Subject:
 
     @cached_property
     def stored(self) -> dict[str, StoredTransformer]:
-        """Structure and weights of the transformer in each subfolder. Those of an artefact are hashed here."""
+        """Structure and weights of the transformer in each subfolder."""
         return {
             subfolder: open_transformer(self.folder, quantized=subfolder == INT4, variant=self.variant)
             for subfolder in self.transformers

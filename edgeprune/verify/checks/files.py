@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.manifest import MANIFEST, Manifest
+from edgeprune.common import hashes
 from edgeprune.common.errors import InputError
-from edgeprune.common.files import verify_hashes
 from edgeprune.verify.finding import FAIL, PASS, Finding
 from edgeprune.verify.subject import Subject
 
@@ -21,10 +21,7 @@ def check(subject: Subject) -> list[Finding]:
     try:
         if (folder / MANIFEST).is_file():
             checked = MANIFEST
-            hashes = Manifest.load(folder).files
-            opened = subject.transformers  # hashed when they are opened
-            rest = {name: sha256 for name, sha256 in hashes.items() if name.split("/")[0] not in opened}
-            verify_hashes(folder, rest, MANIFEST, subject.progress)
+            hashes.verify(folder, Manifest.load(folder).files, MANIFEST, subject.progress)
         check_pipeline(folder, subject.variant)
         subject.progress("verify: files of the transformer")
         if not subject.stored:

@@ -93,8 +93,8 @@ def _synth(model: _Model, recorder: Recorder) -> None:
 def _compress(model: _Model, label: str, options: tuple[str, ...], recorder: Recorder) -> None:
     source, out = recorder.out / model.name, recorder.out / label
     recorder.stage(
-        f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--yes", *options,
-        makes=out, file=out / "transformer_int4",
+        f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--yes", "--json", *options,
+        makes=out, file=out / "transformer_int4", caches=recorder.out / f"{label}-caches",
     )  # fmt: skip
     recorder.remove(label)
 
