@@ -25,7 +25,7 @@ OLDEST_TESTS := artefact cli/test_bad_input.py cli/test_choices.py cli/test_doct
 CODE := edgeprune export runtimes targets tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-full evidence test test-hard lint types check check-matrix check-browser clean
+.PHONY: help setup demo bench bench-full evidence test test-hard lint types check check-matrix check-browser check-gpu check-mac clean
 
 help:
 	@echo "make demo    compress, export and bench the built-in model"
@@ -37,6 +37,7 @@ help:
 	@echo "make check   format, lint, types, tests with coverage"
 	@echo "make check-matrix   the oldest versions that are supported, and stock diffusers and optimum"
 	@echo "make check-browser   the user study in a real browser; needs chromium"
+	@echo "make check-gpu   on one NVIDIA GPU, ten minutes: what was never executed (docs/gpu.md); make check-mac on a Mac"
 	@echo "make clean   remove build/ and $(VENV)"
 
 setup: $(DEV_STAMP)
@@ -115,6 +116,10 @@ check-matrix: $(DEV_STAMP) $(OLDEST_STAMP)
 check-browser: $(DEV_STAMP)
 	@$(BIN)/python $(pip) 'playwright>=1.49'
 	@$(BIN)/python -m pytest -q -m browser tests/user_study/test_study_browser.py
+
+# Where a GPU or a Mac is at hand; installs nothing. PYTHON=… chooses the interpreter that has torch.
+check-gpu check-mac:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m edgeprune.experiments.hardware $(@:check-%=%)
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(VENV)

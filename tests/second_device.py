@@ -151,6 +151,9 @@ class DeviceTensor(torch.Tensor):
 
     __array__ = numpy
 
+    def untyped_storage(self) -> Any:
+        return self.inner.untyped_storage()
+
     def tolist(self) -> Any:
         return self.inner.tolist()
 
@@ -210,6 +213,7 @@ def second_device() -> Iterator[SecondDevice]:
     module.is_available = lambda: True
     module.memory_allocated = module.memory_reserved = lambda device=None: home.bytes
     module.max_memory_reserved = lambda device=None: home.most_bytes
+    module.reset_peak_memory_stats = lambda device=None: setattr(home, "most_bytes", home.bytes)
     module.mem_get_info = lambda device=None: (TOTAL_BYTES - home.bytes, TOTAL_BYTES)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…): made on the processor, then moved
     try:

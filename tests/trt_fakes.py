@@ -25,7 +25,7 @@ class FakeCuda:
     def __init__(self, *, memory: int = 10**9) -> None:
         self.blocks: dict[int, NDArray[np.uint8]] = {}
         self.memory, self.streams, self.uploads, self.launches = memory, 0, 0, 0
-        self.recording: list[Callable[[], None]] | None = None
+        self.recording: list[Callable[[], object]] | None = None
         self.largest_batch = 64
         """Of every engine's profile; every other axis is 1 to 64."""
 
@@ -53,7 +53,10 @@ class FakeCuda:
         up = kind == cuda_runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         assert self.blocks[to if up else source].nbytes >= size
         self.uploads += up
-        ctypes.memmove(to, source, size)
+        if self.recording is not None:
+            self.recording.append(lambda: ctypes.memmove(to, source, size))
+        else:
+            ctypes.memmove(to, source, size)
         return (0,)
 
     def cudaStreamCreate(self) -> tuple[int, int]:

@@ -1,0 +1,126 @@
+"""What else runs on the device: the torch reference, training, data, metrics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from edgeprune.experiments.hardware.checks.drawing import compare_image
+from edgeprune.experiments.hardware.place import Place
+from edgeprune.experiments.hardware.registry import Failed, LeftOut, check
+
+_NEEDS = ("diffusers", "transformers", "safetensors")
+
+
+def _cuda(place: Place, what: str) -> None:
+    if place.device.type == "mps":
+        raise LeftOut(f"{what} uses cuda or the processor")
+
+
+@check("`eager` draws an image on cuda; its rows of memory", seconds=60, needs=_NEEDS)
+def eager(place: Place) -> str:
+    """Compare the image with the processor's."""
+    _cuda(place, "eager")
+    found, runtime = compare_image(place, place.small("sd3"), "eager", least=30, device=place.device.type)
+    rows = runtime.backend.memory()
+    said = ", ".join(f"{name} {row.bytes / 1e6:.0f} MB" for name, row in rows.items())
+    return f"{found:.0f} dB from the processor's; {said}"
+
+
+@check("`distill`, four steps in bfloat16 (Accelerator)", seconds=120, needs=(*_NEEDS, "accelerate"))
+def distillation(place: Place) -> str:
+    """Train on a few drawn samples."""
+    from edgeprune.planning.options import PlanOptions
+    from edgeprune.stages import analyze, distill, plan, prune
+    from edgeprune.stages.options import AnalyzeOptions, DataOptions
+    from edgeprune.training.recipe import DistillOptions
+
+    _cuda(place, "distillation")
+    ws = place.workspace(place.small("sd3"), "distill")
+    analyze.run(ws, AnalyzeOptions(count=1, estimator="gates"))
+    plan.run(ws, PlanOptions("manual", blocks="1"))
+    prune.run(ws)
+    losses: list[str] = []
+
+    def progress(label: str, done: int = 0, total: int = 0, text: str = "", *_: Any) -> None:
+        if label == "distill":
+            losses.append(text)
+
+    precision = "bf16" if place.device.type == "cuda" else "no"  # autocast knows torch's own devices
+    options = DistillOptions(steps=4, batch=4, mixed_precision=precision)
+    with place.peak() as peak:
+        distill.run(ws, options, DataOptions("shapes", 8), progress)
+    stage = ws.manifest.stages["distill"]
+    if not math.isfinite(stage["last_loss"]) or not peak():
+        raise Failed(f"loss {stage['last_loss']}, {peak()} bytes on the device")
+    return f"{len(losses)} steps, {losses[-1] if losses else ''}"
+
+
+@check("`cache` with its encoders on cuda", seconds=60, needs=_NEEDS)
+def cache(place: Place) -> str:
+    """Encode a few images."""
+    import numpy as np
+    from PIL import Image
+
+    from edgeprune.data.encode import make_cache
+    from edgeprune.data.settings import CacheOptions, settings_of
+    from edgeprune.sampling.generation import Generation
+    from edgeprune.stages.original import load_encoders
+
+    folder, images = place.small("sd3"), place.scratch / "images"
+    images.mkdir(parents=True)
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 255, (80, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"picture {i}")
+    options, generation = CacheOptions(str(images)), Generation.load(folder)
+
+    made = make_cache(
+        lambda: load_encoders(folder).to(place.device),
+        folder,
+        place.scratch / "cached",
+        settings_of(folder, generation, options),
+        generation,
+        options,
+        workers=2,
+    )
+    if made.samples != 8:
+        raise Failed(f"found {made.samples} samples, expected 8")
+    return f"{made.samples} samples in {made.seconds:.1f} s"
+
+
+@check(
+    "metrics on cuda: CLIPScore and LPIPS, of small random models", seconds=60, needs=("transformers", "safetensors")
+)
+def metrics(place: Place) -> str:
+    """Score an image against itself and against another."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+    from transformers import CLIPConfig, CLIPModel
+
+    from edgeprune.artefact.synth.tiny import _clip_tokenizer
+    from edgeprune.metrics import lpips_distance, of_images
+    from edgeprune.metrics.clip_model import ImageProcessor
+
+    _cuda(place, "a metric")
+    folder = place.scratch / "clip"
+    narrow = {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 16, "hidden_size": 32}
+    text = {"vocab_size": 90, "bos_token_id": 88, "eos_token_id": 89, "pad_token_id": 89, "intermediate_size": 64}
+    vision = {"image_size": 32, "patch_size": 8, "intermediate_size": 64}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text | narrow, vision_config=vision | narrow, projection_dim=16)).save_pretrained(
+        folder
+    )
+    _clip_tokenizer(place.scratch / "clip-tokenizer").save_pretrained(folder)
+    ImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    weights = {n: torch.rand(shape) / np.sqrt(np.prod(shape[1:])) for n, shape in lpips_distance.shapes().items()}
+    save_file(weights, place.scratch / "lpips.safetensors")
+    first, other = (np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8) for i in (0, 1))
+    clip = of_images("clip", {"clip": str(folder)}).score([first, other], ["a", "b"], None)
+    lpips = of_images("lpips", {"lpips": str(place.scratch / "lpips.safetensors")}).score(
+        [first, first], ["", ""], [first, other]
+    )
+    if not all(map(math.isfinite, clip)) or abs(lpips[0]) > 1e-5 or lpips[1] <= 0:
+        raise Failed(f"CLIPScore {clip}, LPIPS {lpips}")
+    return f"CLIPScore {clip[0]:.3f}, LPIPS of an image and itself {lpips[0]:.1g}, of two {lpips[1]:.3g}"

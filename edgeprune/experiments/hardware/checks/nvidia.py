@@ -1,0 +1,85 @@
+"""CUDA's runtime, NVML, TensorRT, and ONNX Runtime's providers for NVIDIA GPUs."""
+
+from __future__ import annotations
+
+from edgeprune.experiments.hardware.checks.drawing import compare_image
+from edgeprune.experiments.hardware.place import Place
+from edgeprune.experiments.hardware.registry import Failed, LeftOut, check
+
+
+@check("cuda-bindings: device memory, copies, a stream, a captured graph", seconds=20, needs=("cuda.bindings.runtime",))
+def cuda_runtime(place: Place) -> str:
+    """Copy numbers up, copy them on the device by a graph, and back."""
+    import numpy as np
+
+    from edgeprune.runtimes.gpu import open_gpu
+
+    gpu = open_gpu("trt")
+    sent, back = np.arange(1000, dtype=np.float32), np.zeros(1000, np.float32)
+    one, two, stream = gpu.allocate(sent.nbytes), gpu.allocate(sent.nbytes), gpu.stream()
+    kind = gpu._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    graph = gpu.capture(stream, lambda: gpu.call("cudaMemcpyAsync", two, one, sent.nbytes, kind, stream))
+    gpu.upload(one, sent, stream)
+    gpu.replay(graph, stream)
+    gpu.download(back, two, stream)
+    gpu.synchronize(stream)
+    gpu.destroy_graph(graph)
+    gpu.destroy_stream(stream)
+    gpu.free(one)
+    gpu.free(two)
+    if not (sent == back).all():
+        raise Failed("the numbers that came back are others")
+    return f"{sent.nbytes} bytes there and back; rows {sorted(gpu.memory())}"
+
+
+@check("NVML: bytes of this process on the GPU", seconds=20, needs=("pynvml",))
+def nvml(place: Place) -> str:
+    """Ask for the row."""
+    import torch
+
+    from edgeprune.runtimes.gpu import nvml_row
+
+    block = torch.zeros(10**8, dtype=torch.uint8, device=place.device)
+    place.wait()
+    row = nvml_row()
+    if not row:
+        raise LeftOut("NVML reports nothing of this process: in a container it may have another id")
+    size = row["gpu_process_bytes"].bytes
+    if size < block.nbytes:
+        raise Failed(f"found {size / 1e6:.0f} MB, and torch holds {block.nbytes / 1e6:.0f} MB")
+    return f"{size / 1e6:.0f} MB, torch's part {torch.cuda.memory_reserved() / 1e6:.0f} MB"
+
+
+@check("TensorRT: build, compare with the checkpoint, draw an image, with and without CUDA graphs", seconds=240,
+       needs=("diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "cuda.bindings.runtime"))  # fmt: skip
+def tensorrt(place: Place) -> str:
+    """Export the small SD3."""
+    from edgeprune.api import export
+    from edgeprune.runtimes.trt import first_vendor
+
+    vendor = first_vendor()
+    if vendor is None:
+        raise LeftOut("neither tensorrt nor tensorrt_rtx can be imported")
+    device = "rtx" if vendor.__name__ == "tensorrt_rtx" else "cuda-server"
+    out = place.scratch / "trt"
+    export(place.small("sd3"), out, "trt", device=device)
+    plain, graphs = (compare_image(place, out, "trt", least=25, cuda_graph=graph)[0] for graph in (False, True))
+    return f"{vendor.__name__} {vendor.__version__}: {plain:.0f} dB from torch's image, {graphs:.0f} with graphs"
+
+
+@check("ONNX Runtime's CUDA and TensorRT providers draw an image", seconds=180,
+       needs=("diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"))  # fmt: skip
+def onnx_providers(place: Place) -> str:
+    """Draw with each that is installed."""
+    import onnxruntime
+
+    from edgeprune.api import export
+    from edgeprune.runtimes.providers import PROVIDERS
+
+    here = [n for n in ("cuda", "tensorrt") if PROVIDERS[n][0] in onnxruntime.get_available_providers()]
+    if not here:
+        raise LeftOut("the installed onnxruntime has neither provider; install onnxruntime-gpu")
+    out = place.scratch / "onnx"
+    export(place.small("sd3"), out, "onnx")
+    found = {name: compare_image(place, out, "ort", least=25, provider=name)[0] for name in here}
+    return ", ".join(f"{name} {value:.0f} dB from torch's image" for name, value in found.items())
