@@ -39,6 +39,18 @@ def place(source: Path, target: Path) -> None:
         copy(real, target)
 
 
+def is_linked(source: Path, folder: Path) -> bool:
+    """Return whether `place` would link a file into a folder, which need not exist; tries it under another name."""
+    real = source.resolve()
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    trial = existing / f".edgeprune-{os.getpid()}.link"
+    try:
+        return real.stat().st_size >= LINKED_FROM and (_reflink(real, trial) or _hard_link(real, trial))
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink(missing_ok=True)
+
+
 def copy(source: Path, target: Path) -> None:
     """Copy a file's bytes and remember their hash.
 

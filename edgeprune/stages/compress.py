@@ -13,9 +13,11 @@ from edgeprune.analysis.contribution import ContributionReport, fingerprint, gro
 from edgeprune.artefact.resolve import BUILTIN, read_original
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import need_space
+from edgeprune.common.linking import is_linked
 from edgeprune.common.progress import Progress, silent
 from edgeprune.data.cache import is_cache
 from edgeprune.data.settings import SHAPES, is_drawn
+from edgeprune.families.encoders import text_encoders
 from edgeprune.metrics import check_analysis
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.methods import Scored, methods
@@ -23,13 +25,13 @@ from edgeprune.planning.modulation import ranks
 from edgeprune.planning.options import DEFAULT, NEEDED
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import is_projectable, modulation_width
+from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import analyze, distill, plan, prune, quantize
 from edgeprune.stages.costs import (
     evaluations_per_step,
     flops_per_evaluation,
     matmul_flops_per_s,
-    surroundings_bytes,
     transformer_bytes,
 )
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
@@ -209,9 +211,7 @@ def forecast(
 
 
 def need_room(out: Path, source: Path, plan: PrunePlan, *, no_half: bool = False) -> None:
-    """Check that the disk has room for an artefact: both transformers, and text encoders and VAE in 16 bits.
-
-    Where these can be linked, less is written; that is only known once it is tried.
+    """Check that the disk has room for an artefact: both transformers, and what of encoders and VAE is not linked.
 
     Args:
         out: the artefact's folder, which need not exist.
@@ -223,7 +223,10 @@ def need_room(out: Path, source: Path, plan: PrunePlan, *, no_half: bool = False
         DiskError: the disk has less free space.
     """
     half = 0 if no_half else plan.after.bf16_bytes
-    need_space(out, half + plan.after.int4_bytes + surroundings_bytes(source) // 2)
+    parts = {*text_encoders(source), "vae"}
+    files = [path for path in model_files(source) if path.parent.name in parts and path.suffix == ".safetensors"]
+    copied = sum(path.stat().st_size for path in files if not is_linked(path, out))
+    need_space(out, half + plan.after.int4_bytes + copied)
 
 
 def _training_evaluations(training: DistillOptions | None, expected: PrunePlan, frozen_prefix: bool) -> float:

@@ -28,6 +28,18 @@ def later_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashes, "_known", {})
 
 
+def test_whether_a_file_would_be_linked_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, folder = tmp_path / "weights", tmp_path / "not" / "yet"
+    path.write_bytes(bytes(64))
+    assert not linking.is_linked(path, folder)  # small files are copied
+    monkeypatch.setattr(linking, "LINKED_FROM", 64)
+    assert linking.is_linked(path, folder)
+    assert list(tmp_path.iterdir()) == [path] and path.stat().st_nlink == 1
+    for name in ("_reflink", "_hard_link"):
+        monkeypatch.setattr(linking, name, lambda *_: False)
+    assert not linking.is_linked(path, folder)
+
+
 def of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 

@@ -80,7 +80,7 @@ def _row(model: _Model, name: str, what: str, work: Work, options: tuple[str, ..
     """Return a row of `compress` without training."""
     label = f"{name}{model.suffix}"
     return Row(
-        label, f"{model.name}: {what}", work, int(2.5 * model.weights + 2 * model.others),
+        label, f"{model.name}: {what}", work, int(2.5 * model.weights),  # text encoders and VAE are linked
         functools.partial(_compress, model, label, options), needs=(f"synth{model.suffix}",),
     )  # fmt: skip
 
