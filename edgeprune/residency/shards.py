@@ -132,5 +132,6 @@ class Speed:
         self._resumed_bytes = done if found else self._resumed_bytes
         speed = (done - self._resumed_bytes) / max(1e-6, time.monotonic() - self._began)
         total = sum(self._sizes)
-        note = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e6:,.0f} MB/s" if total >= SHOW_BYTES_FROM else ""
+        written = f", {speed / 1e6:,.0f} MB/s" if speed else ""  # none where all was there
+        note = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB{written}" if total >= SHOW_BYTES_FROM else ""
         self._progress(self._what, count, len(self._sizes), note)

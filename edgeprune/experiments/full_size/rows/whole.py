@@ -68,6 +68,11 @@ def rows() -> Iterator[Row]:
             Work(moved=moved, rounded=5 * m.weights, flops=evaluations * m.flops),
             ("--blocks", m.blocks, "--calibration", "scale", *_SAMPLES, *_MEDIUM, *_SIX),
         )  # fmt: skip
+        drawing = Work(commands=5, moved=2 * everything, rounded=m.weights, flops=14 * m.per_step * 4 * m.flops)
+        yield Row(
+            f"draw{m.suffix}", f"{m.name} less 8 blocks: report, score and bench of one step at 1024x1024, in 6 GB",
+            drawing, int(0.5 * m.weights), functools.partial(_draw, m), needs=(f"synth{m.suffix}",),
+        )  # fmt: skip
         evaluations = _STATES * (m.per_step + 3) - m.per_step
         yield Row(
             f"analyze-gates{m.suffix}", f"{m.name}: scores of all blocks by gradients at 512x512, in 3 GB",
@@ -96,6 +101,23 @@ def _compress(model: _Model, label: str, options: tuple[str, ...], recorder: Rec
         f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--yes", "--json", *options,
         makes=out, file=out / "transformer_int4", caches=recorder.out / f"{label}-caches",
     )  # fmt: skip
+    recorder.remove(label)
+
+
+def _draw(model: _Model, recorder: Recorder) -> None:
+    label = f"draw{model.suffix}"
+    source, out, prompts = recorder.out / model.name, recorder.out / label, recorder.out / f"{label}.txt"
+    prompts.write_text("a lighthouse on a cliff at dusk\n", encoding="utf-8")
+    recorder.stage(
+        f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--yes", "--no-half",
+        "--blocks", model.blocks, "--inference-steps", "1", makes=out,
+    )  # fmt: skip
+    recorder.stage(f"{label}: report", "report", "-o", str(out), "--images", "1", "--yes", *_SIX)
+    recorder.stage(
+        f"{label}: score", "score", str(out), "--against", str(source), "--metric", "psnr", "--prompts", str(prompts),
+        "--runtime", "eager", "--steps", "1", *_SIX,
+    )  # fmt: skip
+    recorder.stage(f"{label}: bench", "bench", str(out), "--runtime", "eager", "--repeats", "1", "--steps", "1", *_SIX)
     recorder.remove(label)
 
 
