@@ -119,12 +119,16 @@ class Compressed:
     written_bytes: int
     distillation: str
     """How much it was trained, in words; `not distilled` without data for a model other than the built-in one."""
+    choice: dict[str, Any] | None = None
+    """What `time_s` chose: the fields of `Choice` in stages/choice.py."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `edgeprune compress --json` prints."""
         figures = self.report.to_json() if self.report else {}
         moved = {"read_bytes": self.read_bytes, "written_bytes": self.written_bytes}
-        return {"out": str(self.out), "ran": list(self.ran), "distillation": self.distillation, **moved, **figures}
+        chosen = {"choice": self.choice} if self.choice else {}
+        made = {"out": str(self.out), "ran": list(self.ran), "distillation": self.distillation}
+        return made | chosen | moved | figures
 
 
 @dataclass(frozen=True)
@@ -141,20 +145,29 @@ class CompressForecast:
     analyze_prompts: int
     analyze_evaluations: int
     """Forward passes of one sample through the transformer."""
-    analyze_floor_s: float
     distill_steps: int
     data_evaluations: int
+    report_evaluations: int
+    analyze_floor_s: float
+    plan_floor_s: float
+    prune_floor_s: float
     data_floor_s: float
     distill_floor_s: float
+    quantize_floor_s: float
+    report_floor_s: float
     evaluation_flops: int
     matmul_flops_per_s: int
     analyze_weights_bytes: int
     distill_weights_bytes: int
+    report_decoder_bytes: int
+    """The VAE's decoder and its activations for one image."""
     written_bytes: int
+    choice: dict[str, Any] | None = None
+    """What `time_s` chose: the fields of `Choice` in stages/choice.py."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `edgeprune compress --dry-run --json` prints."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def compress(
@@ -166,6 +179,7 @@ def compress(
     variant: str | None = None,
     generation: GenerationOptions | None = None,
     compute: ComputeOptions | None = None,
+    time_s: float | None = None,
     quick: bool = False,
     no_half: bool = False,
     fresh: bool = False,
@@ -182,6 +196,8 @@ def compress(
         variant: of the weights, such as fp16; None for the full ones, or the only ones that there are.
         generation: settings of images to change; None keeps the model's own.
         compute: where networks run, and in how much memory; None takes what this machine has.
+        time_s: seconds in which all stages and the report shall end: chooses, once, how much is analyzed, trained,
+            calibrated and drawn, of what `options` ask for. None keeps the choice that a folder was begun with.
         quick: a first look: the report draws few images.
         no_half: do not write the pruned weights in half precision: INT4 is made from the original. Not with training.
         fresh: redo stages that were done with other options.
@@ -201,6 +217,7 @@ def compress(
     before = traffic.total()
     from edgeprune.planning.removable import Removable
     from edgeprune.report import make
+    from edgeprune.stages import choice as choices
     from edgeprune.stages import compress as stages
     from edgeprune.stages.distill import amount
 
@@ -212,6 +229,9 @@ def compress(
         out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation, compute=compute
     )
     fit = ws.fit(chosen.plan.fit) if chosen.plan.fit else None
+    choice = choices.settle(ws, chosen, time_s, progress, quick=quick)
+    if choice:
+        ws.longest_s, chosen = None, choice.over(chosen, ws.family.block_count(ws.config))
     ran = stages.compress(ws, chosen, progress, no_half=no_half)
     no_report = make.takes_long(ws, quick=quick)
     figures = None
@@ -230,6 +250,7 @@ def compress(
         distillation=amount(ws),
         read_bytes=moved.read_bytes,
         written_bytes=moved.written_bytes,
+        choice=ws.manifest.choice,
     )
 
 
@@ -241,10 +262,14 @@ def forecast_compress(
     revision: str | None = None,
     variant: str | None = None,
     generation: GenerationOptions | None = None,
+    compute: ComputeOptions | None = None,
+    time_s: float | None = None,
     quick: bool = False,
     no_half: bool = False,
 ) -> CompressForecast:
-    """Forecast what `compress` with these arguments would cost, from configs alone. Nothing is written.
+    """Forecast what `compress` with these arguments would cost, from configs alone. Nothing stays written.
+
+    With `time_s`, blocks of the transformer are timed, too, and the forecast is of what would be chosen.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -252,12 +277,19 @@ def forecast_compress(
         DiskError: the disk has too little room for what would be written.
     """
     chosen = _checked(model, out, options, revision, quick, no_half)
+    from edgeprune.stages.choice import rehearse_choice
     from edgeprune.stages.compress import forecast, need_room, rehearse
 
     source, images = source_and_images(out, model, revision, generation, variant)
     if not is_begun(out):
         need_room(Path(out), source, rehearse(source, images, chosen), no_half=no_half)
-    return CompressForecast(**forecast(source, chosen, images, no_half=no_half))
+    scratch = next(place for place in (Path(out), *Path(out).resolve().parents) if place.is_dir())
+    given: dict[str, Any] = {"compute": compute, "scratch": scratch, "no_half": no_half}
+    if time_s is None:
+        return CompressForecast(**forecast(source, chosen, images, quick=quick, **given))
+    choice, chosen = rehearse_choice(source, chosen, images, time_s, variant, compute, scratch, quick=quick)
+    numbers = forecast(source, chosen, images, images=choice.images, steps=choice.image_steps, **given)
+    return CompressForecast(**numbers, choice=asdict(choice))
 
 
 def _checked(

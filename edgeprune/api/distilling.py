@@ -10,6 +10,7 @@ from edgeprune.api.folders import AnyPath, check_begun, open_folder
 from edgeprune.common.progress import Progress, silent
 
 if TYPE_CHECKING:  # the functions import these after their checks: torch takes seconds
+    from edgeprune.common.memory import ComputeOptions
     from edgeprune.stages.options import DataOptions
     from edgeprune.stages.workspace import Workspace
     from edgeprune.training.recipe import DistillOptions, Placement
@@ -61,6 +62,7 @@ def distill(
     data: DataOptions | None = None,
     *,
     placement: Placement | None = None,
+    compute: ComputeOptions | None = None,
     fresh: bool = False,
     progress: Progress = silent,
 ) -> Distilled:
@@ -73,6 +75,7 @@ def distill(
         options: the recipe; None for the default of the folder's model.
         data: what it learns from; None is shapes world for the built-in model, other models need data.
         placement: micro-batches, and where the teacher's weights are; None for one micro-batch on one device.
+        compute: where training images are drawn, and the longest time; None takes what this machine has, and any time.
         fresh: train again where that was done with other options or other data.
         progress: called after each step and each part of the data.
 
@@ -84,7 +87,7 @@ def distill(
     """
     check_begun(out)
     _check(data)
-    ws = open_folder(out, fresh=fresh)
+    ws = open_folder(out, fresh=fresh, compute=compute)
     from edgeprune.stages.compress import preset
     from edgeprune.stages.distill import run
     from edgeprune.training.recipe import HERE

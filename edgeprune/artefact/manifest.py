@@ -59,6 +59,8 @@ class Manifest:
     """The LoRAs merged into the weights, in order: `file`, `sha256`, `scale`, and the `parts` that they change."""
     half_in_source: bool = False
     """Whether `transformer/` holds a config alone: its weights are the original's, changed as `plan` says."""
+    choice: dict[str, Any] | None = None
+    """What `compress --time` chose, see stages/choice.py."""
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -102,15 +104,16 @@ class Manifest:
                 raise InputError(f"{path}: loras: {number}: parts: expected a list of names")
         if not isinstance(value := data.get("half_in_source", False), bool):
             raise InputError(f"{path}: half_in_source: found {shown(value)}, expected true or false")
-        if not isinstance(manifest.plan, (dict, NoneType)):
-            raise InputError(f"{path}: plan: expected an object or null")
+        for name in ("plan", "choice"):
+            if not isinstance(getattr(manifest, name), (dict, NoneType)):
+                raise InputError(f"{path}: {name}: expected an object or null")
         return manifest
 
     def save(self, folder: Path) -> None:
         """Write the manifest with the versions of the installed tools."""
         names = ("torch", "diffusers", "transformers", "nncf", "safetensors", "numpy")
         self.tools = {"edgeprune": VERSION} | {n: metadata.version(n) for n in names}
-        optional = ("revision", "variant", "commit", "loras", "half_in_source")
+        optional = ("revision", "variant", "commit", "loras", "half_in_source", "choice")
         absent = {name for name in optional if not getattr(self, name)}
         write_json(folder / MANIFEST, {k: v for k, v in asdict(self).items() if k not in absent})
 

@@ -13,6 +13,7 @@ from edgeprune.api.folders import check_places, check_prompts, is_builtin
 from edgeprune.cli import choices, options, screen
 from edgeprune.cli.plan import fit_rows, plan_rows
 from edgeprune.common.errors import InputError
+from edgeprune.common.tables import parse_duration
 
 if TYPE_CHECKING:
     from edgeprune.planning.options import PlanOptions
@@ -73,6 +74,7 @@ def compress(
     device: options.Device = "auto",
     memory: options.Memory = None,
     yes: options.Yes = False,
+    time: options.Time = None,
 ) -> None:
     """Run all stages: analyze, plan, prune, distill, quantize, and a report.
 
@@ -92,16 +94,18 @@ def compress(
         calibration_count=calibration_count,
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
+    compute = options.compute_options(device, memory, yes=yes)
+    time_s = parse_duration(time, "--time") if time is not None else None
     if dry_run:
         numbers = api.forecast_compress(
-            model, out, chosen, revision=revision, variant=variant, generation=generation, no_half=no_half
-        ).to_json()
+            model, out, chosen, revision=revision, variant=variant, generation=generation, compute=compute,
+            time_s=time_s, quick=preset == "quick", no_half=no_half,
+        ).to_json()  # fmt: skip
         return screen.show_forecast(numbers, screen.FLOORS, as_json)
-    compute = options.compute_options(device, memory, yes=yes)
     with screen.bars() as progress:
         done = api.compress(
             model, out, chosen, revision=revision, variant=variant, generation=generation,
-            compute=compute, quick=preset == "quick", no_half=no_half, fresh=fresh,
+            compute=compute, time_s=time_s, quick=preset == "quick", no_half=no_half, fresh=fresh,
             progress=progress if chosen.distill or steps is not None else _without_data(progress),
         )  # fmt: skip
     _show(done, as_json)

@@ -204,6 +204,8 @@ def distill(
     features: FeaturesOf = None,
     levels: Levels = None,
     drop_captions: DropCaptions = None,
+    yes: options.Yes = False,
+    longest: options.LongestTime = None,
 ) -> None:
     """Train the shorter transformer to reproduce the original.
 
@@ -218,6 +220,7 @@ def distill(
 
     from edgeprune.data.settings import check_source
 
+    compute = options.compute_options("auto", None, yes=yes, longest=longest)
     if data:
         check_source(data)
     check_begun(out)
@@ -239,7 +242,7 @@ def distill(
         return screen.show_forecast(numbers, remark, as_json)
     source = api.DataOptions(source=base.data.source, samples=samples or base.data.samples)
     with screen.bars() as progress:
-        done = api.distill(out, chosen, source, placement=placement, fresh=fresh, progress=progress)
+        done = api.distill(out, chosen, source, placement=placement, compute=compute, fresh=fresh, progress=progress)
     screen.say(f"loss {done.first_loss:.4f} -> {done.last_loss:.4f}" + ("" if done.ran else " (already done)"))
     screen.say(f"next: edgeprune quantize -o {screen.quoted(out)}")
     if as_json:

@@ -293,7 +293,7 @@ Memory = Annotated[
 ]
 Yes = Annotated[
     bool,
-    typer.Option("--yes", help="Run what takes over an hour, too; without it that is refused."),
+    typer.Option("--yes", help="Run what takes over an hour, too; without it that is refused.", rich_help_panel=MEMORY),
 ]
 LongestTime = Annotated[
     str | None,
@@ -302,6 +302,18 @@ LongestTime = Annotated[
         metavar="DURATION",
         help="Refuse what takes longer than this here, such as 90s, 40m or 2h.",
         show_default="1h without --yes",
+        rich_help_panel=MEMORY,
+    ),
+]
+Time = Annotated[
+    str | None,
+    typer.Option(
+        "--time",
+        metavar="DURATION",
+        help="Time in which everything shall end, such as 40m or 8h: chooses, once, how much is scored, trained and "
+        "drawn, of what the other options ask for.",
+        show_default="none; a folder keeps its own",
+        rich_help_panel=MEMORY,
     ),
 ]
 InferenceSteps = Annotated[

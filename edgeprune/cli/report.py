@@ -19,15 +19,21 @@ def report(
         Path | None,
         typer.Option("--bench", metavar="FILE", help="JSON of `edgeprune bench` to show in the page."),
     ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images of each model to draw.", show_default="those drawn before, else 8"),
+    ] = None,
     device: options.Device = "auto",
     memory: options.Memory = None,
+    yes: options.Yes = False,
+    longest: options.LongestTime = None,
 ) -> None:
     """Write report.html again, with the figures of a benchmark if you give one."""
     from edgeprune.bench import results
     from edgeprune.report import make
 
     measured = results.load(bench_file) if bench_file else None
-    ws = open_folder(out, compute=options.compute_options(device, memory))
+    ws = open_folder(out, compute=options.compute_options(device, memory, yes=yes, longest=longest))
     with screen.bars() as progress:
-        make.make_report(ws, redo=False, bench=measured, progress=progress)
+        make.make_report(ws, images=images, bench=measured, progress=progress)
     screen.say(f"wrote {out / 'report.html'}")

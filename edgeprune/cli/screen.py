@@ -64,9 +64,12 @@ def table(rows: Sequence[tuple[str, ...]]) -> None:
         Console(stderr=True).print(grid)
 
 
-def show_forecast(numbers: Mapping[str, float], remark: str, as_json: bool) -> None:
-    """Show the numbers of a dry run with their units and a remark, and print them as JSON if wanted."""
-    table([in_units(key, value) for key, value in numbers.items()])
+def show_forecast(numbers: Mapping[str, Any], remark: str, as_json: bool) -> None:
+    """Show the numbers of a dry run with their units and a remark, and print them as JSON if wanted.
+
+    What it chose, a dictionary, is not in the table.
+    """
+    table([in_units(key, value) for key, value in numbers.items() if not isinstance(value, dict)])
     say(remark)
     if as_json:
         print_json(numbers)

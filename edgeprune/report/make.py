@@ -7,6 +7,7 @@ figures of a bench.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,43 +16,50 @@ from edgeprune.common.files import read_json, write_json
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tables import duration, interval_text, with_unit
 from edgeprune.report import page
-from edgeprune.report.measure import images_of, measure
+from edgeprune.report.measure import measure
 from edgeprune.report.steps import ratio_text
-from edgeprune.stages.costs import evaluation_seconds, evaluations_per_step
+from edgeprune.stages.costs import transformer_bytes
 from edgeprune.stages.distill import amount
+from edgeprune.stages.options import halvings, seen
+from edgeprune.stages.work import Work, decoder_bytes, report_images, reporting
 from edgeprune.stages.workspace import Workspace
 
 _SCHEMA = 3
 """Schema of report.json; a file with another one is measured again."""
-_LONGEST_HOURS = 1.0
-"""A report that takes longer is made only on request."""
 
 
 def takes_long(ws: Workspace, *, quick: bool = False) -> str:
-    """Return why `compress` leaves out the report: its images would take over an hour here; empty if they would not.
+    """Return why `compress` leaves out the report: it takes longer than a stage may; empty if it does not.
 
     Args:
         quick: draw few prompts.
     """
-    family, config = ws.family, ws.config
-    if ws.builtin:
+    if ws.manifest.choice and not ws.manifest.choice["images"]:
+        return "no report: its images did not fit in --time"
+    if ws.builtin or ws.longest_s is None:
         return ""
-    evaluations = 2 * images_of(quick) * ws.generation.num_inference_steps
-    evaluations *= evaluations_per_step(family, config, ws.generation)
-    one = evaluation_seconds(family, config, ws.source, ws.generation, ws.original.compute)
-    hours = evaluations * one / 3600
-    if hours < _LONGEST_HOURS:
+    images = report_images(quick)
+    seconds = ws.speeds.seconds(work(ws, images))
+    if seconds <= ws.longest_s:
         return ""
     return (
-        f"no report: its {2 * images_of(quick)} images take at least {duration(hours * 3600)} here; make it on a "
-        f"faster machine, or anyway: edgeprune report -o {ws.out}"
+        f"no report: its {2 * images} images take at least {duration(seconds)} here; make it on a faster machine, or "
+        f"anyway: edgeprune report -o {ws.out} --yes"
     )
+
+
+def work(ws: Workspace, images: int, steps: int | None = None) -> Work:
+    """Return the work of measuring a report with so many images of each model, of so many steps."""
+    sizes = ws.plan()
+    subject = replace(ws.subject, generation=seen(ws.generation, steps))
+    return reporting(subject, images, sizes.after.parameters / sizes.before.parameters)
 
 
 def make_report(
     ws: Workspace,
     *,
     quick: bool = False,
+    images: int | None = None,
     redo: bool = False,
     bench: dict[str, Any] | None = None,
     progress: Progress = silent,
@@ -60,27 +68,44 @@ def make_report(
 
     Args:
         quick: draw few prompts.
+        images: of each model; another number than was measured measures again. None draws as many as `quick` says.
         redo: measure again.
         bench: the JSON of `edgeprune bench`, to show on the page.
+
+    Raises:
+        InputError: nothing is quantized yet, or measuring takes too long, see `Workspace.check_time`.
     """
     ws.need("quantize", "report")
     path, images_path = ws.out / "report.json", ws.out / "cache" / "report.npz"
     done = path.is_file() and images_path.is_file() and not redo
     inputs = {"quantize": ws.manifest.stages["quantize"]["inputs"], "schema": _SCHEMA}
-    if done and read_json(path).get("inputs") == inputs:
-        summary, images = read_json(path), dict(np.load(images_path))
+    choice, steps = ws.manifest.choice, None
+    if choice and images is None:
+        images, steps = choice["images"] or None, choice["image_steps"]
+    known = read_json(path) if done else {}
+    if known.get("inputs") == inputs and images in (None, known.get("images")):
+        summary, drawn = known, dict(np.load(images_path))
     else:
-        summary, images = measure(ws, quick, progress)
+        if not ws.builtin:
+            _check_time(ws, images or report_images(quick), steps, progress)
+        summary, drawn = measure(ws, quick, progress, images=images, steps=steps)
         summary["inputs"] = inputs
         images_path.parent.mkdir(exist_ok=True)
         path.unlink(missing_ok=True)  # so that new images never stand with old figures
         temporary = images_path.with_suffix(".tmp.npz")
-        np.savez_compressed(temporary, **images)  # type: ignore[arg-type]
+        np.savez_compressed(temporary, **drawn)  # type: ignore[arg-type]
         temporary.replace(images_path)
         write_json(path, summary)
         shutil.rmtree(ws.cache / "report", ignore_errors=True)  # latents of unfinished images
-    page.write(ws, summary, [("distillation", amount(ws)), *summary_rows(summary)], images, bench)
+    page.write(ws, summary, [("distillation", amount(ws)), *summary_rows(summary)], drawn, bench)
     return summary
+
+
+def _check_time(ws: Workspace, images: int, steps: int | None, progress: Progress) -> None:
+    """Say what measuring takes, and refuse what takes too long; see `Workspace.check_time`."""
+    ways = [(f"--images {fewer}", work(ws, fewer, steps)) for fewer in halvings(images)]
+    memory = max(transformer_bytes(ws.family, ws.config), decoder_bytes(ws.subject))
+    ws.check_time("report", work(ws, images, steps), ways, progress, memory=memory)
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

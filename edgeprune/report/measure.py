@@ -21,17 +21,17 @@ from edgeprune.residency.running import running
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import is_streamed, release
 from edgeprune.sampling.denoising import generate
+from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import prompts
+from edgeprune.stages.options import seen
 from edgeprune.stages.weights import open_pruned
+from edgeprune.stages.work import report_images, shapes_per_task
 from edgeprune.stages.workspace import Workspace
 
 
-def images_of(quick: bool) -> int:
-    """Return how many images of each model the report draws, of a model that is not the built-in one."""
-    return 2 if quick else 8
-
-
-def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def measure(
+    ws: Workspace, quick: bool, progress: Progress, *, images: int | None = None, steps: int | None = None
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Return the summary that report.json keeps, and the images of `original` and `compressed`, each (P, H, W, 3).
 
     ReportFigures in api/compressing.py names the summary's fields.
@@ -40,22 +40,25 @@ def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, A
 
     Args:
         quick: draw few prompts.
+        images: of each model that is not the built-in one; None draws as many as `quick` says.
+        steps: of an image; None for the model's own.
     """
+    generation = seen(ws.generation, steps)
     if ws.builtin:
-        chosen = shapes.evaluation_prompts(2 if quick else 15)
+        chosen = shapes.evaluation_prompts(shapes_per_task(quick))
         texts, meanings = [p.text for p in chosen], [p.meaning for p in chosen]
     else:
-        texts, meanings = prompts(Split.HELD_OUT, images_of(quick)), []
+        texts, meanings = prompts(Split.HELD_OUT, images or report_images(quick)), []
     seeds = Split.HELD_OUT.seeds(len(texts))
     original = ws.pipe.transformer
     compute = ws.original.compute
-    images: dict[str, NDArray[Any]] = {}
+    drawn: dict[str, NDArray[Any]] = {}
     for name in ("original", "compressed"):
         if name == "compressed":  # of large models one at a time has room
             release(original)
             ws.pipe.transformer = running(open_transformer(ws.out, quantized=True), compute)
-        images[name] = generate(
-            ws.pipe, texts, seeds, ws.generation, spill=_kept(ws, name, len(texts)),
+        drawn[name] = generate(
+            ws.pipe, texts, seeds, generation, spill=_kept(ws, name, len(texts), generation),
             progress=lambda _, *counts, name=name: progress(f"report: images, {name}", *counts),
         )  # fmt: skip
     release(ws.pipe.transformer)
@@ -77,12 +80,12 @@ def measure(ws: Workspace, quick: bool, progress: Progress) -> tuple[dict[str, A
         "step_dtype": name_of(ws.original.dtype),
         "step_ratio": times.ratio,
         "step_ratio_quartiles": times.quartiles,
-        "psnr_db": mean_decibels(list(images["original"]), list(images["compressed"])),
-        "generation": vars(ws.generation),
+        "psnr_db": mean_decibels(list(drawn["original"]), list(drawn["compressed"])),
+        "generation": vars(generation),
     }
     if meanings:
-        summary["quality"] = _quality(images, meanings)
-    return summary, images
+        summary["quality"] = _quality(drawn, meanings)
+    return summary, drawn
 
 
 def _quality(images: dict[str, NDArray[Any]], meanings: list[Any]) -> dict[str, Any]:
@@ -104,9 +107,9 @@ def _by_task(values: NDArray[Any], tasks: list[str]) -> dict[str, Interval]:
     return {t: mean_interval(hits, [t] * len(hits)) for t, hits in passed.items()}
 
 
-def _kept(ws: Workspace, name: str, count: int) -> Spill | None:
+def _kept(ws: Workspace, name: str, count: int, generation: Generation) -> Spill | None:
     """Return where the latents of a large model's images are kept after each step; None for a small one."""
     if not is_streamed(ws.family.blocks(ws.pipe.transformer)[0]):
         return None
     made = ws.manifest.stages["quantize"]["inputs"]
-    return Spill(ws.cache / "report" / name, identity=digest([made, count, vars(ws.generation)]))
+    return Spill(ws.cache / "report" / name, identity=digest([made, count, vars(generation)]))

@@ -21,7 +21,7 @@ from edgeprune.stages.workspace import Workspace
 
 LEAST, MOST, LIMIT_S = 9, 99, 20.0
 """Pairs of steps: at least, at most, and seconds after which only LEAST are made."""
-LONG_S = 120.0
+LONG_S = 30.0
 """Seconds of the first pair after which it is the only one: nothing that takes so long is disturbed by much."""
 _PRECISE = 0.02
 """More pairs are timed until the standard error of the median ratio is below this share of it."""

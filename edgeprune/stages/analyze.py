@@ -20,16 +20,17 @@ from edgeprune.common.splits import Split
 from edgeprune.families import Config, Family
 from edgeprune.metrics import check_analysis, evaluations, of_pipeline, preparing
 from edgeprune.metrics.velocity import VelocityError
-from edgeprune.residency.compute import Compute
+from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import held_bytes, is_streamed
 from edgeprune.sampling.denoising import VelocityInputs, at_once, evaluate
 from edgeprune.sampling.generation import Generation
-from edgeprune.stages.costs import evaluations_per_step, sample
+from edgeprune.stages.costs import sample, transformer_bytes
 from edgeprune.stages.modulation import modulation_mean
 from edgeprune.stages.options import AnalyzeOptions, halvings, seen
 from edgeprune.stages.original import Original
 from edgeprune.stages.prompts import GIVEN, analysis_prompts
+from edgeprune.stages.work import Subject, Work, encoding
 from edgeprune.stages.workspace import Workspace
 
 
@@ -92,10 +93,9 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
 
 def _check_time(ws: Workspace, options: AnalyzeOptions, removals: list[Group], count: int, progress: Progress) -> None:
     """Say what an analysis of `count` prompts takes, and refuse what takes too long; see `Workspace.check_time`."""
-    per_step, blocks = evaluations_per_step(ws.family, ws.config, ws.generation), ws.family.block_count(ws.config)
 
-    def total(chosen: AnalyzeOptions, prompts: int) -> float:
-        return work(chosen, ws.generation, removals, prompts, per_step, blocks)
+    def total(chosen: AnalyzeOptions, prompts: int) -> Work:
+        return work(ws.subject, chosen, removals, prompts)
 
     fewest, option, ways = options, "", []
     if options.estimator != "gates" and options.metric == VelocityError.name:
@@ -105,27 +105,27 @@ def _check_time(ws: Workspace, options: AnalyzeOptions, removals: list[Group], c
     if options.metric == VelocityError.name:
         ways.append((f"{option}--count 1 --states 1", total(replace(fewest, states=1), 1)))
     ws.check_memory()
-    ws.check_time("analyze", total(options, count), ways, progress)
+    memory = transformer_bytes(ws.family, ws.config)
+    ws.check_time("analyze", total(options, count), ways, progress, memory=memory)
 
 
-def work(
-    options: AnalyzeOptions, generation: Generation, removals: list[Group], count: int, per_step: int, blocks: int
-) -> float:
-    """Return the work of `run`, in evaluations of the full transformer for one sample.
+def work(subject: Subject, options: AnalyzeOptions, removals: list[Group], count: int) -> Work:
+    """Return the work of `run`.
 
     Args:
-        options: of the analysis.
-        generation: how images are made.
+        subject: the original.
+        options: of the analysis, with the estimator chosen.
         removals: the groups of parts that are scored.
         count: number of prompts.
-        per_step: evaluations of a sampling step.
-        blocks: number of blocks of the transformer.
     """
-    estimator, generation = estimator_named(options.estimator, options.metric), seen(generation, options.states)
+    estimator, per_step = estimator_named(options.estimator, options.metric), subject.per_step
+    generation, blocks = seen(subject.generation, options.states), subject.family.block_count(subject.config)
     per_score = evaluations(options.metric, generation, count, per_step)
     before = preparing(options.metric, generation, count, per_step)
     compared = per_score if estimator.compares and options.metric == VelocityError.name else 0
-    return estimator.evaluations([(), *removals], blocks, per_score) + before + compared
+    streamed = not is_small(subject.numbers)
+    scored = estimator.evaluations([(), *removals], blocks, per_score, streamed=streamed)
+    return Work(evaluations=scored + before + compared) + encoding(subject, count + 1)
 
 
 def forecast(
@@ -157,10 +157,10 @@ def forecast(
     options = options.chosen(family, config)
     estimator = estimator_named(options.estimator, options.metric)
     removals = analysis_groups(family, config, options)
-    per_step, blocks = evaluations_per_step(family, config, generation), family.block_count(config)
+    subject, blocks = Subject(source, family, config, generation), family.block_count(config)
     count = len(analysis_prompts(options, builtin=source == BUILTIN))
-    per_score = evaluations(options.metric, seen(generation, options.states), count, per_step)
-    total = work(options, generation, removals, count, per_step, blocks)
+    per_score = evaluations(options.metric, seen(generation, options.states), count, subject.per_step)
+    total = work(subject, options, removals, count).evaluations
     original = Original(source, variant, Compute.of(compute or ComputeOptions()))
     model = original.transformer
     one = sample(family, config, source, generation)

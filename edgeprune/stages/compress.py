@@ -5,18 +5,21 @@ The forecast of `compress` needs configs only, no weights.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from edgeprune import shapes
 from edgeprune.analysis.contribution import ContributionReport, fingerprint, groups
 from edgeprune.artefact.resolve import BUILTIN, read_original
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import need_space
 from edgeprune.common.linking import is_linked
+from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.progress import Progress, silent
 from edgeprune.data.cache import is_cache
-from edgeprune.data.settings import SHAPES, is_drawn
+from edgeprune.data.settings import SHAPES
 from edgeprune.families.encoders import text_encoders
 from edgeprune.metrics import check_analysis
 from edgeprune.planning.make import make_plan
@@ -25,17 +28,23 @@ from edgeprune.planning.modulation import ranks
 from edgeprune.planning.options import DEFAULT, NEEDED
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import is_projectable, modulation_width
+from edgeprune.residency.compute import Compute
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import analyze, distill, plan, prune, quantize
-from edgeprune.stages.costs import (
-    evaluations_per_step,
-    flops_per_evaluation,
-    matmul_flops_per_s,
-    transformer_bytes,
+from edgeprune.stages.costs import flops_per_evaluation, transformer_bytes
+from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions, seen
+from edgeprune.stages.prompts import CALIBRATION_PROMPTS, analysis_prompts
+from edgeprune.stages.work import (
+    Subject,
+    Work,
+    decoder_bytes,
+    encoding,
+    least,
+    report_images,
+    reporting,
+    shapes_per_task,
 )
-from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
-from edgeprune.stages.prompts import analysis_prompts
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.recipe import DistillOptions
 
@@ -154,17 +163,31 @@ def _plan_alike(source: Path, generation: Generation, options: CompressOptions, 
 
 
 def forecast(
-    source: Path, options: CompressOptions, generation: Generation, *, no_half: bool = False
+    source: Path,
+    options: CompressOptions,
+    generation: Generation,
+    *,
+    compute: ComputeOptions | None = None,
+    scratch: Path | None = None,
+    quick: bool = False,
+    images: int | None = None,
+    steps: int | None = None,
+    no_half: bool = False,
 ) -> dict[str, Any]:
     """Forecast what `compress` would cost: work, least time on this machine, memory of weights, and bytes written.
 
     Analysis holds a small transformer, and of a large one as many blocks as there is room for; the least is counted.
-    Activations and the report's images are not counted. See costs.py for the work and the time.
+    See work.py for the work and the time.
 
     Args:
         source: the pipeline's folder.
         options: of all stages.
         generation: how images are made.
+        compute: where networks run; None for a GPU that torch finds, else the processor.
+        scratch: a folder on the disk that would be written to; None for the one of temporary files.
+        quick: the report draws few images.
+        images: that the report draws of each model; None for as many as `quick` says.
+        steps: of these images; None for the model's own.
         no_half: see `compress`.
 
     Returns:
@@ -175,38 +198,69 @@ def forecast(
         InputError: an option or a config is not usable.
     """
     config, family = read_original(source)
-    expected = expected_plan(source, generation, options)
+    subject, expected = Subject(source, family, config, generation), expected_plan(source, generation, options)
     before, after = expected.before, expected.after
-
-    analysis = options.analyze.chosen(family, config)
-    removals = analyze.analysis_groups(family, config, analysis)
-    per_step, blocks = evaluations_per_step(family, config, generation), family.block_count(config)
-    prompts = len(analysis_prompts(analysis, builtin=source == BUILTIN))
-    scored = round(analyze.work(analysis, generation, removals, prompts, per_step, blocks))
-    training = options.distill
-    frozen = training is not None and distill.recipe_of(training, expected, family, config, generation).freeze_prefix
-    drawn_images = options.data.samples if training and is_drawn(options.data.source or SHAPES) else 0
-    drawn = drawn_images * generation.num_inference_steps * per_step
+    place = Compute.of(compute or ComputeOptions())
+    speeds = least(subject, place, scratch or Path(tempfile.gettempdir()))
+    stages = works(subject, options, expected, images_of_report(source, quick) if images is None else images, steps)
+    scored, training = stages["analyze"], options.distill
     flops = flops_per_evaluation(family, config, source, generation)
-    speed = matmul_flops_per_s()
+    analysis = options.analyze.chosen(family, config)
+    floors = {f"{stage}_floor_s": round(speeds.seconds(work), 1) for stage, work in stages.items()}
     return {
-        "blocks": blocks,
+        "blocks": family.block_count(config),
         "parameters": before.parameters,
         "parameters_left": after.parameters,
         "int4_bytes": after.int4_bytes,
-        "analyze_parts": 1 + len(removals),
-        "analyze_prompts": prompts,
-        "analyze_evaluations": scored,
-        "analyze_floor_s": round(scored * flops / speed, 1),
+        "analyze_parts": 1 + len(analyze.analysis_groups(family, config, analysis)) if scored.evaluations else 0,
+        "analyze_prompts": len(analysis_prompts(analysis, builtin=source == BUILTIN)) if scored.evaluations else 0,
+        "analyze_evaluations": round(scored.evaluations),
         "distill_steps": training.steps if training else 0,
-        "data_evaluations": drawn,
-        "data_floor_s": round(drawn * flops / speed, 1),
-        "distill_floor_s": round(_training_evaluations(training, expected, frozen) * flops / speed, 1),
+        "data_evaluations": round(stages["data"].evaluations),
+        "report_evaluations": round(stages["report"].evaluations),
+        **floors,
         "evaluation_flops": flops,
-        "matmul_flops_per_s": round(speed),
+        "matmul_flops_per_s": round(flops / speeds.evaluation_s),
         "analyze_weights_bytes": transformer_bytes(family, config),
-        "distill_weights_bytes": _training_bytes(training, expected),
+        "distill_weights_bytes": distill.training_bytes(training, expected) if training else 0,
+        "report_decoder_bytes": decoder_bytes(subject),
         "written_bytes": (0 if no_half else after.bf16_bytes) + after.int4_bytes,
+    }
+
+
+def images_of_report(source: Path, quick: bool) -> int:
+    """Return how many images of each model the report draws."""
+    return len(shapes.TASKS) * shapes_per_task(quick) if source == BUILTIN else report_images(quick)
+
+
+def works(
+    subject: Subject, options: CompressOptions, expected: PrunePlan, images: int, steps: int | None = None
+) -> dict[str, Work]:
+    """Return the work of each stage by its name, of drawing training `data`, and of the `report`.
+
+    Args:
+        subject: the original.
+        options: of all stages.
+        expected: what will be removed.
+        images: of each model, which the report draws.
+        steps: of these images; None for the model's own.
+    """
+    family, config, builtin = subject.family, subject.config, subject.source == BUILTIN
+    analysis, training, scored = options.analyze.chosen(family, config), options.distill, Work()
+    if options.reads_scores:
+        prompts = len(analysis_prompts(analysis, builtin=builtin))
+        scored = analyze.work(subject, analysis, analyze.analysis_groups(family, config, analysis), prompts)
+    calibrating = options.quantize.count or quantize.PROMPTS if options.quantize.calibration != "none" else 0
+    drawn = replace(subject, generation=seen(subject.generation, steps))
+    left = expected.after.parameters / expected.before.parameters
+    return {
+        "analyze": scored,
+        "plan": encoding(subject, CALIBRATION_PROMPTS if expected.modulation_rank else 0, pooled=True),
+        "prune": prune.work(subject, expected),
+        "data": distill.drawn(subject, options.data) if training else Work(),
+        "distill": distill.trained(subject, training, expected) if training else Work(),
+        "quantize": quantize.work(subject, options.quantize, expected, calibrating),
+        "report": reporting(drawn, images, left) if images else Work(),
     }
 
 
@@ -227,32 +281,6 @@ def need_room(out: Path, source: Path, plan: PrunePlan, *, no_half: bool = False
     files = [path for path in model_files(source) if path.parent.name in parts and path.suffix == ".safetensors"]
     copied = sum(path.stat().st_size for path in files if not is_linked(path, out))
     need_space(out, half + plan.after.int4_bytes + copied)
-
-
-def _training_evaluations(training: DistillOptions | None, expected: PrunePlan, frozen_prefix: bool) -> float:
-    """Return the work of the training steps, in evaluations of the teacher.
-
-    A sample takes one evaluation of the teacher and three of the student: forward, and twice that backward. A frozen
-    prefix runs forward only; a student whose weights are not rounded takes the prefix's result from the teacher.
-    """
-    if training is None:
-        return 0
-    share = expected.after.parameters / expected.before.parameters
-    prefix = expected.first_pruned / expected.num_blocks if frozen_prefix else 0.0
-    student_prefix = prefix if training.int4_group_size is not None else 0.0
-    return training.steps * training.batch * (1 + student_prefix + 3 * max(0.0, share - prefix))
-
-
-def _training_bytes(training: DistillOptions | None, expected: PrunePlan) -> int:
-    """Return the bytes of the tensors that training holds in float32; 0 without training.
-
-    They are the teacher's weights and, in the student's size, its weights, gradients, two moments, the average and,
-    where training rounds, the rounded weights.
-    """
-    if training is None:
-        return 0
-    copies = 5 + (training.int4_group_size is not None)
-    return 2 * expected.before.bf16_bytes + copies * 2 * expected.after.bf16_bytes
 
 
 def compress(
@@ -284,7 +312,7 @@ def compress(
         progress(
             f"--prompts: --method {options.plan.method} analyzes nothing, so {options.analyze.prompts} is not used"
         )
-    if plan.run(ws, options.plan):
+    if plan.run(ws, options.plan, progress=progress):
         ran.append("plan")
     if options.distill is None:
         ws.skip_distillation()

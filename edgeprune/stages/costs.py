@@ -6,6 +6,7 @@ they give the least time; a real run takes longer (activation functions, small m
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from pathlib import Path
@@ -55,6 +56,7 @@ def transformer_bytes(family: Family, config: Config) -> int:
     return 4 * numbers if is_small(numbers) else (2 + 4) * (outside + max(parts.values()))
 
 
+@functools.cache
 def surroundings_bytes(source: Path) -> int:
     """Return the bytes in float32 of a pipeline's text encoders and VAE.
 

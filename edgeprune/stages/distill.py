@@ -16,7 +16,7 @@ from edgeprune.common.tensors import Tensors
 from edgeprune.data.cache import Index, is_cache, made_by, open_pairs
 from edgeprune.data.encode import make_cache, skip_report
 from edgeprune.data.pairs import Pairs
-from edgeprune.data.settings import CacheOptions, settings_of, source_digest
+from edgeprune.data.settings import SHAPES, CacheOptions, is_drawn, settings_of, source_digest
 from edgeprune.families import Architecture, Config
 from edgeprune.planning.methods import baselines
 from edgeprune.planning.plan import PrunePlan
@@ -24,8 +24,9 @@ from edgeprune.residency.compute import Compute, is_small
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.stages.costs import sample
-from edgeprune.stages.options import DataOptions
+from edgeprune.stages.options import DataOptions, halvings
 from edgeprune.stages.weights import by_block, half, mean_and_basis, original_weights, write_half
+from edgeprune.stages.work import Subject, Work, drawing
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.distill import distill
 from edgeprune.training.levels import FEW_STEPS, SHARE_ON_STEPS, default_levels
@@ -155,7 +156,52 @@ def run(
     inputs: dict[str, Any] = {"options": options.to_json(recipe), "data": identity}
     if recipe.levels == "steps":
         inputs["share_on_steps"] = SHARE_ON_STEPS
-    return ws.stage("distill", inputs, train)
+
+    def check() -> None:
+        def total(steps: int) -> Work:
+            return work(ws.subject, replace(options, steps=steps), data, plan)
+
+        ways = [(f"--steps {fewer}", total(fewer)) for fewer in halvings(options.steps)]
+        memory = training_bytes(options, plan) if processes.count() == 1 else 0
+        ws.check_time(
+            "distill", total(options.steps), ways, progress, memory=memory, written=plan.after.bf16_bytes
+        )  # fmt: skip
+
+    return ws.stage("distill", inputs, train, check)
+
+
+def work(subject: Subject, options: DistillOptions, data: DataOptions, plan: PrunePlan) -> Work:
+    """Return the work of `run`: drawing images if the data is prompts, and training."""
+    return drawn(subject, data) + trained(subject, options, plan)
+
+
+def drawn(subject: Subject, data: DataOptions) -> Work:
+    """Return the work of drawing the images that are trained on; none where there are images or a cache."""
+    return drawing(subject, data.samples) if is_drawn(data.source or SHAPES) else Work()
+
+
+def trained(subject: Subject, options: DistillOptions, plan: PrunePlan) -> Work:
+    """Return the work of the training steps.
+
+    A sample takes one evaluation of the teacher and three of the student: forward, and twice that backward. A frozen
+    prefix runs forward only; a student whose weights are not rounded takes the prefix's result from the teacher.
+    """
+    recipe = recipe_of(options, plan, subject.family, subject.config, subject.generation)
+    share = plan.after.parameters / plan.before.parameters
+    prefix = plan.first_pruned / plan.num_blocks if recipe.freeze_prefix else 0.0
+    student_prefix = prefix if options.int4_group_size is not None else 0.0
+    each = 1 + student_prefix + 3 * max(0.0, share - prefix)
+    return Work(evaluations=options.steps * options.batch * each)
+
+
+def training_bytes(options: DistillOptions, plan: PrunePlan) -> int:
+    """Return the bytes of the tensors that training holds in float32.
+
+    They are the teacher's weights and, in the student's size, its weights, gradients, two moments, the average and,
+    where training rounds, the rounded weights.
+    """
+    copies = 5 + (options.int4_group_size is not None)
+    return 2 * plan.before.bf16_bytes + copies * 2 * plan.after.bf16_bytes
 
 
 def amount(ws: Workspace) -> str:

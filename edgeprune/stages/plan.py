@@ -14,6 +14,7 @@ from edgeprune import targets
 from edgeprune.analysis.contribution import ContributionReport
 from edgeprune.common.errors import BudgetError
 from edgeprune.common.files import sha256_file, write_json, write_text
+from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import save_tensors
 from edgeprune.planning.fit import fit
 from edgeprune.planning.make import make_plan
@@ -28,6 +29,7 @@ from edgeprune.sampling.prompts import read_prompts
 from edgeprune.stages.modulation import MODULATION, inputs_of, is_guided, sampler_levels
 from edgeprune.stages.prompts import analyzed_or_split
 from edgeprune.stages.weights import original_weights
+from edgeprune.stages.work import encoding
 from edgeprune.stages.workspace import Workspace
 
 
@@ -62,13 +64,14 @@ def budget_for(source: Path, generation: Generation, options: PlanOptions) -> in
     return fit(source, targets.load(options.fit), generation).transformer_bytes
 
 
-def run(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool:
+def run(ws: Workspace, options: PlanOptions, scores: Path | None = None, progress: Progress = silent) -> bool:
     """Write `plan.json`, and MODULATION where the modulation is projected; return whether the stage ran.
 
     Args:
         ws: the workspace.
         options: of the plan.
         scores: a file of contribution scores to use instead of the folder's own.
+        progress: gets a line that says what measuring the modulation takes.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -116,7 +119,13 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None) -> bool
     inputs = options.to_json() | {"fit_bytes": budget, "scores": scores_identity}
     if prompts:
         inputs |= {"calibration": prompts, "generation": asdict(ws.generation)}
-    return ws.stage("plan", inputs, write)
+    return ws.stage("plan", inputs, write, check=lambda: _check_time(ws, prompts, progress))
+
+
+def _check_time(ws: Workspace, prompts: list[str], progress: Progress) -> None:
+    """Say what measuring the modulation takes, if prompts are encoded for it."""
+    if prompts:
+        ws.check_time("plan", encoding(ws.subject, len(prompts), pooled=True), [], progress)
 
 
 def suffices(plan_with: Callable[[int | None], PrunePlan]) -> bool:

@@ -11,10 +11,12 @@ from edgeprune.artefact.writing import copy_surroundings
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.stages.costs import surroundings_bytes
 from edgeprune.stages.options import QuantizeOptions
 from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.quantize import Ahead
 from edgeprune.stages.weights import PrunedWeights, by_block, leave_half, needs_mean, write_half
+from edgeprune.stages.work import Subject, Work
 from edgeprune.stages.workspace import Workspace
 
 
@@ -53,13 +55,23 @@ def run(
     inputs: dict[str, Any] = {"plan": plan.to_json(), "generation": asdict(ws.generation)}
     if needs_mean(ws, plan):
         inputs["calibration"] = calibrating(ws)
-    if ws.stage("prune", inputs, write):
+    if ws.stage("prune", inputs, write, lambda: _check_time(ws, plan, progress, no_half=no_half)):
         return True
     if no_half or not ws.manifest.half_in_source:
         return False
     _write_half(ws, plan, ws.manifest.stages["prune"]["inputs"], None, progress)
     ws.record()
     return True
+
+
+def _check_time(ws: Workspace, plan: PrunePlan, progress: Progress, *, no_half: bool) -> None:
+    """Say what pruning takes; see `Workspace.check_time`."""
+    ws.check_time("prune", work(ws.subject, plan), [], progress, written=0 if no_half else plan.after.bf16_bytes)
+
+
+def work(subject: Subject, plan: PrunePlan) -> Work:
+    """Return the work of `run`: the original's blocks are read and those that stay are written, and what is around."""
+    return Work(moved=plan.before.bf16_bytes + plan.after.bf16_bytes + surroundings_bytes(subject.source) // 2)
 
 
 def _write_half(ws: Workspace, plan: PrunePlan, key: str, then: QuantizeOptions | None, progress: Progress) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,10 +24,11 @@ from edgeprune.quantization.quantize import CALIBRATIONS, prepare, quantize_part
 from edgeprune.residency.streaming import PACKED
 from edgeprune.residency.weights import Weights
 from edgeprune.stages.calibration import calibration_streams
-from edgeprune.stages.costs import evaluations_per_step
+from edgeprune.stages.costs import transformer_bytes
 from edgeprune.stages.options import QuantizeOptions, halvings, seen
 from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.weights import by_block, open_pruned
+from edgeprune.stages.work import CALIBRATED, Subject, Work, encoding
 from edgeprune.stages.workspace import Workspace
 
 PROMPTS = 28
@@ -51,7 +53,7 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) ->
     def check() -> None:
         if prompts:
             ws.check_memory()
-            _check_time(ws, options, plan, len(prompts), progress)
+        _check_time(ws, options, plan, len(prompts), progress)
 
     return ws.stage("quantize", inputs, lambda key: _quantize(ws, options, plan, prompts, key, progress), check)
 
@@ -167,14 +169,29 @@ def _quantize(
 
 def _check_time(ws: Workspace, options: QuantizeOptions, plan: PrunePlan, count: int, progress: Progress) -> None:
     """Say what calibration on `count` prompts takes, and refuse what takes too long; see `Workspace.check_time`."""
-    ways = [(f"--count {fewer}", _evaluations(ws, plan, fewer, options.states)) for fewer in halvings(count)]
-    ways.append(("--count 1 --states 1", _evaluations(ws, plan, 1, 1)))
-    ways.append(("--calibration none", 0.0))
-    ws.check_time("quantize", _evaluations(ws, plan, count, options.states), ways, progress)
+    ways = [(f"--count {fewer}", work(ws.subject, options, plan, fewer)) for fewer in halvings(count)]
+    if count:
+        ways.append(("--count 1 --states 1", work(ws.subject, replace(options, states=1), plan, 1)))
+        ways.append(("--calibration none", work(ws.subject, options, plan, 0)))
+    memory = transformer_bytes(ws.family, ws.config) if count else 0
+    total = work(ws.subject, options, plan, count)
+    ws.check_time("quantize", total, ways, progress, memory=memory, written=plan.after.int4_bytes)
 
 
-def _evaluations(ws: Workspace, plan: PrunePlan, prompts: int, most_states: int | None) -> float:
-    """Return the work of calibration, in evaluations of the original: trajectories, then each sample twice."""
-    per_step = evaluations_per_step(ws.family, ws.config, ws.generation)
-    states = VelocityError.evaluations(seen(ws.generation, most_states), prompts)
-    return states * per_step * (1 + 2 * plan.after.parameters / plan.before.parameters)
+def work(subject: Subject, options: QuantizeOptions, plan: PrunePlan, prompts: int) -> Work:
+    """Return the work of `run`.
+
+    Args:
+        subject: the original.
+        options: of the quantization.
+        plan: what is pruned.
+        prompts: how many calibrate; 0 without calibration.
+    """
+    sizes, numbers = plan.after, plan.after.parameters
+    alone = Work(moved=sizes.bf16_bytes + sizes.int4_bytes, rounded=numbers * (CALIBRATED if prompts else 1))
+    if not prompts:
+        return alone
+    states = VelocityError.evaluations(seen(subject.generation, options.states), prompts)
+    # Trajectories of the original, then each sample twice through what is left of it.
+    evaluations = states * subject.per_step * (1 + 2 * numbers / plan.before.parameters)
+    return alone + Work(evaluations=evaluations) + encoding(subject, prompts + 1)

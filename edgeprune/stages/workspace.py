@@ -34,11 +34,11 @@ from edgeprune.common.progress import Progress
 from edgeprune.common.tables import duration
 from edgeprune.planning.fit import Fit, fit
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.residency.compute import Compute
+from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation, heed
-from edgeprune.stages.costs import evaluation_seconds
 from edgeprune.stages.original import Original
+from edgeprune.stages.work import Speeds, Subject, Work, least
 
 _WORTH_SAYING_S = 60.0
 STAGES = ("analyze", "plan", "prune", "distill", "quantize")
@@ -86,7 +86,8 @@ class Workspace:
         """
         self.out, self.fresh, self.cache, self._opened = out, fresh, out / "cache", original
         self._compute = Compute.of(compute or ComputeOptions())
-        self._longest_s = compute.longest_s if compute else None
+        self.longest_s = compute.longest_s if compute else None
+        """Most seconds of a stage."""
         self.command = invocation.command.get()
         """What the user typed; the manifest keeps it for each stage."""
         name = "built-in" if model is None else str(Path(model).resolve()) if Path(model).is_dir() else model
@@ -132,8 +133,6 @@ class Workspace:
             found, asked = _named(begun.source, begun.revision, begun.variant), _named(name, revision, variant)
             raise StaleStageError(f"{self.out}: made from {found}, not from {asked}; use another -o")
         self._open_original(model, begun.commit or revision, variant)
-        if self.original.texts and processes.is_main():
-            self.original.texts.tidy()
         if begun.fingerprint != fingerprint(self.config):
             raise StaleStageError(f"{self.out}: made from {name!r}, whose config has changed since; use another -o")
 
@@ -157,6 +156,11 @@ class Workspace:
             self.manifest.generation = asdict(self.generation)
             if (self.out / MANIFEST).is_file():
                 self._save()
+
+    def keep_choice(self, choice: dict[str, Any]) -> None:
+        """Keep what `compress --time` chose, for runs that resume."""
+        self.manifest.choice = choice
+        self._save()
 
     def sibling(self, out: Path) -> Workspace:
         """Open another artefact of the same model and settings; it shares what is loaded and cached of the model."""
@@ -334,31 +338,61 @@ class Workspace:
         """
         self.original.check_room()
 
-    def check_time(self, stage: str, evaluations: float, ways: Sequence[tuple[str, float]], progress: Progress) -> None:
-        """Say how long a stage takes at least, if that is over a minute, and refuse it if that is too long.
+    @property
+    def subject(self) -> Subject:
+        """The original as forecasts count it."""
+        return Subject(self.source, self.family, self.config, self.generation)
+
+    @cached_property
+    def speeds(self) -> Speeds:
+        """How fast work is done here at most; all processes share what rank 0 measures."""
+        found = least(self.subject, self._compute, self.cache) if processes.is_main() else None
+        return Speeds(*processes.from_main(found and list(asdict(found).values())))
+
+    def check_time(
+        self,
+        stage: str,
+        work: Work,
+        ways: Sequence[tuple[str, Work]],
+        progress: Progress,
+        *,
+        memory: int = 0,
+        written: int = 0,
+    ) -> None:
+        """Say what a stage takes at least, unless it is small, and refuse it if that is too long.
 
         Args:
             stage: its name.
-            evaluations: its work, in evaluations of the original transformer for one sample.
+            work: what it does.
             ways: options that make it shorter, each with the work that is left; the first that suffices is named.
             progress: gets the line.
+            memory: bytes of memory that it needs at least; 0 does not say.
+            written: bytes that it leaves on the disk.
 
         Raises:
-            InputError: it takes at least `ComputeOptions.longest_s`.
+            InputError: it takes longer than `ComputeOptions.longest_s`.
         """
-        seconds = 0.0
-        if processes.is_main():
-            one = evaluation_seconds(self.family, self.config, self.source, self.generation, self._compute)
-            seconds = one / processes.count()
-        seconds = processes.from_main(seconds)  # all processes go on, or none does
-        takes = f"{stage}: at least {duration(evaluations * seconds)} here, on {self._compute.device}"
-        if self._longest_s is None or evaluations * seconds <= self._longest_s:
-            if evaluations * seconds > _WORTH_SAYING_S:
-                progress(f"{takes} ({evaluations:,.0f} evaluations of the transformer)")
+
+        def seconds(some: Work) -> float:
+            return self.speeds.seconds(some) / processes.count()
+
+        takes = f"{stage}: at least {duration(seconds(work))} here, on {self._compute.device}"
+        if self.longest_s is None or seconds(work) <= self.longest_s:
+            if seconds(work) > _WORTH_SAYING_S or not is_small(self.subject.numbers):
+                progress(takes + self._said(work, memory, written))
             return
-        short = [way for way in ways if way[1] * seconds <= self._longest_s] or list(ways[-1:])
-        cheaper = f"{short[0][0]} takes {duration(short[0][1] * seconds)}; " if short else ""
+        short = [way for way in ways if seconds(way[1]) <= self.longest_s] or list(ways[-1:])
+        cheaper = f"{short[0][0]} takes {duration(seconds(short[0][1]))}; " if short else ""
         raise InputError(f"{takes}; {cheaper}--yes runs it anyway")
+
+    def _said(self, work: Work, memory: int, written: int) -> str:
+        """Return what else a line says of a stage."""
+        budget = self._compute.memory
+        parts = [f"in at most {budget / 1e9:.2f} GB of memory"] if budget and memory else []
+        parts += [f"in {memory / 1e9:.2f} GB of memory or more"] if memory and not budget else []
+        parts += [f"writes {written / 1e9:.2f} GB"] if written else []
+        parts += [f"{work.evaluations:,.0f} evaluations of the transformer"] if work.evaluations else []
+        return "".join(f", {part}" for part in parts)
 
     def skip_distillation(self) -> None:
         """Prepare to continue without distillation: a distilled folder has to be pruned again.

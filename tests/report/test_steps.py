@@ -43,7 +43,7 @@ def test_slow_steps_end_at_the_limit() -> None:
 
     def slow() -> float:
         count[0] += 1
-        return float(rng.uniform(5, 50))
+        return float(rng.uniform(2, 12))
 
     steps.alternate(slow, slow)
     assert count[0] == 2 + 2 * steps.LEAST

@@ -13,14 +13,15 @@ from tiny import tiny_pipeline
 from edgeprune.artefact.resolve import BUILTIN, read_config
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json, write_json
+from edgeprune.common.memory import ComputeOptions
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.options import NEEDED
-from edgeprune.report import make
 from edgeprune.report.make import takes_long
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import analyze, distill
 from edgeprune.stages.compress import compress, expected_plan, forecast, preset, rehearse
 from edgeprune.stages.options import AnalyzeOptions
+from edgeprune.stages.work import Speeds
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.recipe import DistillOptions
 
@@ -79,11 +80,14 @@ def test_an_analysis_holds_the_transformer_alone(with_t5: Path, tmp_path: Path) 
 
 
 def test_a_report_that_takes_hours_is_left_out(with_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ws = Workspace(tmp_path / "out", str(with_t5))
+    ws = Workspace(tmp_path / "out", str(with_t5), compute=ComputeOptions("cpu", longest_s=3600.0))
+    monkeypatch.setattr(Workspace, "plan", lambda _: expected_plan(with_t5, ws.generation, OPTIONS))
     assert takes_long(ws) == ""
-    monkeypatch.setattr(make, "evaluation_seconds", lambda *_: 10**4)
+    ws.speeds = Speeds(10**4)
     assert "no report: its 16 images take at least" in takes_long(ws)
     assert "its 4 images" in takes_long(ws, quick=True)
+    ws.longest_s = None
+    assert takes_long(ws) == ""
 
 
 def test_training_holds_no_text_encoder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 from stage_runs import OPTIONS
+from tiny import tiny_flux_pipeline
 
+from edgeprune.artefact.resolve import read_original
 from edgeprune.cli.options import compute_options
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.tables import duration, parse_duration
 from edgeprune.metrics.velocity import VelocityError
+from edgeprune.report import make
 from edgeprune.residency import compute
-from edgeprune.stages import analyze, calibration, options, plan, prune, quantize, workspace
+from edgeprune.sampling.generation import Generation
+from edgeprune.stages import analyze, calibration, distill, options, plan, prune, quantize, work, workspace
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, QuantizeOptions
+from edgeprune.stages.work import Speeds, Subject, drawing, encoding, reporting
 from edgeprune.stages.workspace import Workspace
 
 HOUR = ComputeOptions("cpu", longest_s=3600.0)
@@ -25,7 +30,7 @@ HOUR = ComputeOptions("cpu", longest_s=3600.0)
 def opened(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, given: ComputeOptions = HOUR
 ) -> tuple[Workspace, list[str]]:
-    monkeypatch.setattr(workspace, "evaluation_seconds", lambda *_: seconds)
+    monkeypatch.setattr(workspace, "least", lambda *_: Speeds(seconds))
     return Workspace(tmp_path / "out", str(source), compute=given), []
 
 
@@ -74,7 +79,7 @@ def test_calibration_counts(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
         quantize.run(ws, QuantizeOptions(calibration="scale"))
     with pytest.raises(InputError, match=r"^--count and --states are about calibration"):
         quantize.run(ws, QuantizeOptions(count=1))
-    monkeypatch.setattr(workspace, "evaluation_seconds", lambda *_: 10**4)
+    ws.speeds = Speeds(10**4)
     with pytest.raises(InputError, match=r"^quantize: at least .*; --calibration none takes 0 s; --yes"):
         quantize.run(ws, QuantizeOptions(calibration="scale", count=1))
     assert quantize.run(ws, QuantizeOptions())
@@ -119,6 +124,55 @@ def test_a_time_is_read_or_refused() -> None:
     assert compute_options("auto", None, yes=False).longest_s == 3600
     with pytest.raises(InputError, match="--yes runs what takes any time; omit --time"):
         compute_options("auto", None, yes=True, longest="2h")
+
+
+def test_training_and_the_report_are_refused_too(copy: Path, source: Path) -> None:
+    ws = Workspace(copy, str(source), compute=HOUR, fresh=True)
+    ws.speeds = Speeds(60.0)
+    assert OPTIONS.distill is not None
+    with pytest.raises(InputError, match=r"^distill: at least .* here, on cpu; --steps 12 takes .*; --yes"):
+        distill.run(ws, replace(OPTIONS.distill, steps=100), OPTIONS.data)
+    assert "distill" in ws.manifest.stages
+    ws.speeds = Speeds(0.1)
+    with pytest.raises(InputError, match=r"^report: at least .* here, on cpu; --images 2000 takes .*; --yes"):
+        make.make_report(ws, images=16_000)
+    assert make.make_report(ws)["images"] == 2  # nothing is measured again
+
+
+def test_each_stage_of_a_large_model_says_what_it_takes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace, "is_small", lambda numbers: False)
+    monkeypatch.setattr(workspace, "least", lambda *_: Speeds(1e-3, 1e9, 1e6, 1e6))
+    ws, lines = Workspace(tmp_path / "out", str(source), compute=ComputeOptions("cpu", 10**10)), list[str]()
+    options = replace(OPTIONS.plan, method="manual", keep=None, blocks="1", modulation_rank=4)
+    plan.run(ws, options, progress=lambda what, *_: lines.append(what))
+    prune.run(ws, lambda what, *_: lines.append(what))
+    quantize.run(ws, QuantizeOptions(calibration="scale", count=1, states=1), lambda what, *_: lines.append(what))
+    said = [line for line in lines if "at least" in line]
+    assert [line.partition(":")[0] for line in said] == ["plan", "prune", "quantize"]
+    assert "here, on cpu" in said[1] and "writes 0.00 GB" in said[1]
+    assert "in at most 10.00 GB of memory, writes 0.00 GB, " in said[2] and said[2].endswith("of the transformer")
+
+
+def test_work_is_counted_from_shapes(source: Path) -> None:
+    config, family = read_original(source)
+    subject = Subject(source, family, config, Generation(4, 7.0, 64, 64, 6))
+    one, two = drawing(subject, 1), drawing(subject, 2)
+    assert (one.evaluations, two.evaluations) == (4 * 2, 2 * 4 * 2) and two.flops > one.flops > 0
+    assert encoding(subject, 0).flops == 0 < encoding(subject, 1, pooled=True).flops <= encoding(subject, 1).flops
+    assert reporting(subject, 1, 0.5).evaluations == (4 * 2 + 2) * 1.5
+    assert Speeds(2.0, 10.0, 5.0, 4.0).seconds(work.Work(1, 10, 10, 4)) == 2 + 1 + 2 + 1
+
+
+def test_blocks_of_each_kind_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A streamed model is timed by one block of each kind, as often as there are such blocks."""
+    tiny_flux_pipeline(tmp_path / "flux")
+    ws = Workspace(tmp_path / "out", str(tmp_path / "flux"), compute=ComputeOptions("cpu", 10**11))
+    runs, kinds = list[str](), {k: len(v) for k, v in ws.family.kinds(ws.config).items()}
+    monkeypatch.setattr(work, "fastest", lambda run, *_: runs.append(run()) or 2.0)
+    speeds = work.measured(ws.subject, ws.original.stored, ws.original.compute, tmp_path)
+    assert speeds.evaluation_s == 2.0 * sum(kinds.values()) and len(kinds) == 2
 
 
 def test_the_estimator_is_the_one_that_is_right_for_the_model(

@@ -44,7 +44,7 @@ class Estimator(Protocol):
         """Yield the scores without each group, in any order; the empty group is the untouched model."""
 
     @staticmethod
-    def evaluations(groups: list[Group], blocks: int, per_score: int) -> float:
+    def evaluations(groups: list[Group], blocks: int, per_score: int, *, streamed: bool = False) -> float:
         """Return the work of `estimate`, in evaluations of the full transformer for one sample.
 
         A backward pass without gradients of weights counts as one evaluation.
@@ -52,6 +52,7 @@ class Estimator(Protocol):
         Args:
             blocks: number of blocks of the transformer.
             per_score: samples that the metric sends through the transformer for one score.
+            streamed: whether blocks are read when they run.
         """
 
     @staticmethod

@@ -30,7 +30,7 @@ class Exhaustive:
             yield parts, scores
 
     @staticmethod
-    def evaluations(groups: list[Group], blocks: int, per_score: int) -> float:
+    def evaluations(groups: list[Group], blocks: int, per_score: int, *, streamed: bool = False) -> float:
         """Return one score per group."""
         return len(groups) * per_score
 

@@ -80,7 +80,7 @@ class Reuse:
             kept = recorder.kept
 
     @staticmethod
-    def evaluations(groups: list[Group], blocks: int, per_score: int) -> float:
+    def evaluations(groups: list[Group], blocks: int, per_score: int, *, streamed: bool = False) -> float:
         """Return, per group, its own blocks and those after it, and every block once unchanged."""
         begins = [parts[0][0] if parts else 0 for parts in groups]
         return sum(blocks - begin for begin in begins) * per_score / blocks + per_score

@@ -6,24 +6,20 @@ within a factor of about two, which keeps a row that takes hours from starting.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from edgeprune.artefact.synth.drawing import draw
-from edgeprune.quantization.int4 import round_int4
+from edgeprune.stages.work import bytes_moved_per_s, fastest, weights_rounded_per_s
 
 MOST_SECONDS, MOST_BYTES = 45 * 60, 45 * 10**9
 """Limits of one row."""
 _START_S = 8.0
 """Of a command: imports, checks and hashes of configs."""
-_ROUNDING = 3.0
-"""Time of NNCF's rounding and packing of a weight, over that of the plain rounding of one thread measured here."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +49,18 @@ class Speeds:
     @classmethod
     def measure(cls, out: Path) -> Speeds:
         """Measure each for about a second; writes and deletes a file of 64 MB in `out`."""
-        out.mkdir(parents=True, exist_ok=True)
-        data, path = os.urandom(64_000_000), out / "speed.tmp"
         threads, side = torch.get_num_threads(), 1024
-        weight, square = torch.randn(side, 4 * side), torch.ones(side, side)
-
-        def move() -> None:
-            with path.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            path.read_bytes()
-
+        square = torch.ones(side, side)
         torch.set_num_threads(1)
         try:
             return cls(
-                drawn=weight.numel() / _seconds(lambda: draw("speed.weight", (side, 4 * side)), time.thread_time),
-                moved=len(data) / _seconds(move, time.perf_counter),
-                rounded=weight.numel() / _seconds(lambda: round_int4(weight, 64), time.thread_time) / _ROUNDING,
-                flops=threads * 2 * side**3 / _seconds(lambda: square @ square, time.thread_time),
+                drawn=4 * side**2 / fastest(lambda: draw("speed.weight", (side, 4 * side)), time.thread_time),
+                moved=bytes_moved_per_s(out),
+                rounded=weights_rounded_per_s(),
+                flops=threads * 2 * side**3 / fastest(lambda: square @ square, time.thread_time),
             )
         finally:
             torch.set_num_threads(threads)
-            path.unlink(missing_ok=True)
 
 
 def seconds(work: Work, speeds: Speeds) -> float:
@@ -92,13 +77,3 @@ def refusal(row: str, expected_s: float, size: int, out: Path) -> str | None:
     if (free := shutil.disk_usage(out).free) < size:
         return f"{row}: writes {size / 1e9:.1f} GB, the disk of {out} has {free / 1e9:.1f} GB left"
     return None
-
-
-def _seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Return the best of several runs, which other processes disturb least."""
-    times = []
-    for _ in range(5):
-        began = clock()
-        work()
-        times.append(clock() - began)
-    return min(times)

@@ -1,0 +1,271 @@
+"""What stages do, counted from shapes, and how fast this machine does it.
+
+`least` takes evaluations at a matrix product's speed, for forecasts that say "at least". `measured` times blocks of the
+transformer, for choices that have to keep to a time. Both time a write to the disk and a rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgeprune.artefact.loading import empty_part
+from edgeprune.artefact.staged import can_stage
+from edgeprune.common.files import read_json
+from edgeprune.families import Config, Family
+from edgeprune.families.encoders import T5, text_encoders
+from edgeprune.families.parts import VAE
+from edgeprune.planning.fit import stored_shapes, vae_activations
+from edgeprune.quantization.int4 import round_int4
+from edgeprune.residency.compute import Compute, is_small
+from edgeprune.residency.running import running
+from edgeprune.residency.stored import StoredTransformer
+from edgeprune.residency.streaming import is_streamed
+from edgeprune.sampling.denoising import VelocityInputs, evaluate, network_inputs
+from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
+from edgeprune.stages.costs import evaluation_seconds, evaluations_per_step, matmul_flops_per_s, sample
+
+ROUNDING = 3.0
+"""Time of NNCF's rounding and packing of a weight, over that of the plain rounding of one thread (measured on weights
+of SD3.5 Large, as in docs/full-size.md)."""
+CALIBRATED = 5.0
+"""Time of rounding a weight with calibrated scales, over that of rounding it alone (measured likewise)."""
+_SAMPLE_BYTES = 64_000_000
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline and how it draws: what work depends on."""
+
+    source: Path
+    family: Family
+    config: Config
+    generation: Generation
+
+    @property
+    def numbers(self) -> int:
+        """Weights of the transformer."""
+        return sum(map(math.prod, self.family.tensor_shapes(self.config).values()))
+
+    @property
+    def per_step(self) -> int:
+        """Evaluations of a sampling step."""
+        return evaluations_per_step(self.family, self.config, self.generation)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage does."""
+
+    evaluations: float = 0.0
+    """Of the original transformer, for one sample."""
+    flops: float = 0.0
+    """Of text encoders and the VAE."""
+    moved: float = 0.0
+    """Bytes written, and those read that no evaluation reads."""
+    rounded: float = 0.0
+    """Weights rounded to INT4."""
+
+    def __add__(self, other: Work) -> Work:
+        """Return both, one after the other."""
+        return Work(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """How fast a machine does it."""
+
+    evaluation_s: float
+    """Seconds of an evaluation of the original transformer for one sample."""
+    flops: float = math.inf
+    """A second, in text encoders and the VAE."""
+    moved: float = math.inf
+    """Bytes a second."""
+    rounded: float = math.inf
+    """Weights a second."""
+
+    def seconds(self, work: Work) -> float:
+        """Return the time of some work."""
+        rest = work.flops / self.flops + work.moved / self.moved + work.rounded / self.rounded
+        return work.evaluations * self.evaluation_s + rest
+
+
+def least(subject: Subject, compute: Compute, scratch: Path) -> Speeds:
+    """Return speeds that no real run exceeds by much: evaluations at that of a matrix product.
+
+    Of a small model nothing but evaluations takes time.
+
+    Args:
+        subject: the pipeline.
+        compute: where it runs.
+        scratch: a folder on the disk that is written to.
+    """
+    one = evaluation_seconds(subject.family, subject.config, subject.source, subject.generation, compute)
+    if is_small(subject.numbers):
+        return Speeds(one)
+    flops = matmul_flops_per_s(device=compute.device)
+    return Speeds(one, flops, bytes_moved_per_s(scratch), weights_rounded_per_s())
+
+
+def measured(subject: Subject, stored: StoredTransformer, compute: Compute, scratch: Path) -> Speeds:
+    """Return the speeds of this machine, with evaluations timed block by block.
+
+    Args:
+        subject: the pipeline.
+        stored: its transformer.
+        compute: where it runs.
+        scratch: a folder on the disk that is written to.
+    """
+    model = running(copy.deepcopy(stored), compute, keep=False)
+    one = sample(subject.family, subject.config, subject.source, subject.generation)
+    evaluation_s = block_by_block_s(subject.family, model, one)
+    del model
+    compute.collect()
+    return replace(least(subject, compute, scratch), evaluation_s=evaluation_s)
+
+
+@torch.no_grad()
+def block_by_block_s(family: Family, model: Any, one: VelocityInputs) -> float:
+    """Return the seconds of one evaluation; of a streamed model, from one block of each kind, read as in a real run."""
+    blocks, seconds = family.blocks(model), 0.0
+    if not is_streamed(blocks[0]):
+        return fastest(lambda: evaluate(model, *one))
+    latents, condition, sigma, guidance = one
+    like = next(p for p in model.parameters() if not p.is_meta and p.is_floating_point())
+    inputs = network_inputs(model, latents.to(like), condition.to(like), sigma, guidance)
+    image, text, modulation = family.embed(model, inputs)
+    positions = family.positions(model, inputs)
+    for indices in family.kinds(model.config).values():
+        if indices:
+
+            def run(block: Any = blocks[indices[0]]) -> None:
+                family.run(block, image, text, modulation, positions)[0].flatten()[0].item()  # waits for a GPU
+
+            seconds += len(indices) * fastest(run)
+    return seconds
+
+
+def bytes_moved_per_s(folder: Path) -> float:
+    """Measure how fast a file is written to a folder and read again; writes 64 MB and deletes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, path = os.urandom(_SAMPLE_BYTES), folder / "speed.tmp"
+
+    def move() -> None:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        path.read_bytes()
+
+    try:
+        return len(data) / fastest(move)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def weights_rounded_per_s() -> float:
+    """Measure how fast one thread rounds weights to INT4; other processes do not count."""
+    weight, threads = torch.randn(1024, 4096), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return weight.numel() / fastest(lambda: round_int4(weight, 64), time.thread_time) / ROUNDING
+    finally:
+        torch.set_num_threads(threads)
+
+
+def fastest(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the best of three runs, which other processes disturb least."""
+    times = []
+    for _ in range(3):
+        began = clock()
+        work()
+        times.append(clock() - began)
+    return min(times)
+
+
+def encoding(subject: Subject, prompts: int, *, pooled: bool = False) -> Work:
+    """Return the work of encoding prompts: each encoder is read once, and each token goes through all of its layers.
+
+    Args:
+        subject: the pipeline.
+        prompts: how many.
+        pooled: leave out T5, which pooled text does without.
+    """
+    work = Work()
+    for kind, in_layers, numbers in _encoders(subject.source) if prompts else ():
+        if not (pooled and kind == T5):
+            length = subject.generation.max_sequence_length if kind == T5 else longest_prompt(subject.source)
+            work += Work(flops=2.0 * in_layers * length * prompts, moved=2.0 * numbers)
+    return work
+
+
+@functools.cache
+def _encoders(source: Path) -> list[tuple[str, int, int]]:
+    """Return the class of each text encoder, its weights without tables of tokens and positions, and all of them."""
+    found = []
+    for name, kind in text_encoders(source).items():
+        sizes = {tensor: math.prod(shape) for tensor, shape in stored_shapes(source / name).items()}
+        in_layers = sum(size for tensor, size in sizes.items() if "embed" not in tensor and "shared" not in tensor)
+        found.append((kind, in_layers, sum(sizes.values())))
+    return found
+
+
+def drawing(subject: Subject, images: int) -> Work:
+    """Return the work of drawing images, each of another prompt."""
+    each = subject.generation.num_inference_steps * subject.per_step
+    return Work(
+        evaluations=images * each,
+        flops=images * _decoder_flops(subject.source, subject.generation.height, subject.generation.width),
+    ) + encoding(subject, images + 1)
+
+
+def shapes_per_task(quick: bool) -> int:
+    """Return how many images of each model and task of shapes world the report of the built-in model draws."""
+    return 2 if quick else 15
+
+
+def report_images(quick: bool) -> int:
+    """Return how many images of each model the report draws, of a model that is not the built-in one."""
+    return 2 if quick else 8
+
+
+def reporting(subject: Subject, images: int, left: float) -> Work:
+    """Return the work of a report: images of both models, and a step of two samples of each that is timed.
+
+    Args:
+        subject: the original.
+        images: of each model.
+        left: share of the parameters of the compressed model.
+    """
+    each = images * subject.generation.num_inference_steps * subject.per_step + 2
+    decoded = 2 * images * _decoder_flops(subject.source, subject.generation.height, subject.generation.width)
+    return Work(evaluations=each * (1 + left), flops=decoded) + encoding(subject, images + 1)
+
+
+def decoder_bytes(subject: Subject) -> int:
+    """Return the bytes of the VAE's decoder and its activations for one image, in float32."""
+    folder, generation = subject.source / "vae", subject.generation
+    weights = sum(map(math.prod, stored_shapes(folder, "decoder.").values()))
+    return 4 * (weights + vae_activations(read_json(folder / "config.json"), generation.height, generation.width))
+
+
+@functools.cache
+def _decoder_flops(source: Path, height: int, width: int) -> float:
+    """Count the operations of decoding one image, on the meta device; 0 for a VAE that is not read here."""
+    if not can_stage(source):
+        return 0.0
+    folder = source / "vae"
+    model, factor = empty_part(folder, VAE), latent_factor(read_json(folder / "config.json"), folder / "config.json")
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model.decode(torch.zeros(1, model.config.latent_channels, height // factor, width // factor))
+    return float(counter.get_total_flops())
