@@ -160,8 +160,9 @@ def filled(module: nn.Module, *, following: nn.Module | None = None) -> Iterator
         yield
         return
     layer.fill()
-    if following is not None and following is not module:
-        getattr(following, _STREAM).ahead()
+    after = getattr(following, _STREAM, None)
+    if after is not None and after is not layer:
+        after.ahead()
     try:
         yield
     finally:

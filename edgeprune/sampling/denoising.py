@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from edgeprune.common.progress import Progress, Steps, silent
 from edgeprune.families import Architecture, Network, family_of_model
 from edgeprune.residency.spill import Spill
+from edgeprune.residency.streaming import filled, is_streamed
 from edgeprune.sampling.generation import Generation, images_at_once, latent_scale
 from edgeprune.sampling.schedule import NoiseSchedule
 
@@ -118,18 +120,26 @@ def evaluate(
     """Evaluate a transformer where it is and in its own dtype; return the velocity where and as the latents are.
 
     Latents and noise levels stay float32 outside of it. In half precision it runs in pieces: `embed` keeps timestep and
-    guidance in float32, where FLUX.1's own forward would round them to eight bits.
+    guidance in float32, where FLUX.1's own forward would round them to eight bits. Where blocks are read when they run,
+    memory is short: of more samples than run together, such as the two halves of guidance at 1024x1024, one part after
+    the other passes through each block.
     """
-    like = _like(model)
-    if like.dtype == torch.float32:
+    like, blocks = _like(model), family_of_model(model).blocks(model)
+    most = at_once(model, latents.shape) if any(map(is_streamed, blocks)) else len(latents)
+    if like.dtype == torch.float32 and len(latents) <= most:
         return velocity(model, latents.to(like), condition.to(like), sigma.to(like.device), guidance).to(latents)
     network: Network = family_of_model(model)
     inputs = model_inputs(model, latents, condition, sigma, guidance)
     image, text_stream, modulation = network.embed(model, inputs)
     positions = network.positions(model, inputs)
-    for block in family_of_model(model).blocks(model):
-        image, after = network.run(block, image, text_stream, modulation, positions)
-        text_stream = text_stream if after is None else after  # a block that ends this stream is the last one
+    streams = list(zip(image.split(most), text_stream.split(most), modulation.split(most), strict=True))
+    for block, following in itertools.zip_longest(blocks, blocks[1:]):
+        with filled(block, following=following) if len(streams) > 1 else nullcontext():
+            for index, (part, text, vector) in enumerate(streams):
+                part, after = network.run(block, part, text, vector, positions)
+                # A block that ends the text stream is the last one.
+                streams[index] = part, text if after is None else after, vector
+    image = torch.cat([part for part, *_ in streams])
     output = network.unembed(model, image, modulation, network.grid(model, inputs))
     out: torch.Tensor = network.velocity(model.config, output, latents.shape)
     return out.to(latents)

@@ -150,6 +150,28 @@ def test_a_killed_analysis_goes_on_with_the_block(kind: str, tmp_path: Path, mon
     assert (killed / "analysis.json").read_bytes() == (tmp_path / "whole" / "analysis.json").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_halves_of_guidance_pass_a_block_one_after_the_other(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, reads, found = tmp_path / "tiny", counted_reads(monkeypatch), []
+    {"sd3": tiny_pipeline, "flux": tiny_flux_pipeline}[kind](source)
+    ws = opened(tmp_path / "out", source, monkeypatch, little=True)
+    metric = VelocityError(ws.pipe, ws.generation, ["a", "b"], split=Split.ANALYSIS, compares=False)
+    sizes = list[int]()
+    ws.family.blocks(ws.teacher)[1].register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len((kwargs or dict(enumerate(args)))["hidden_states"])), with_kwargs=True
+    )
+    for most in (9, 1):
+        monkeypatch.setattr("edgeprune.sampling.denoising.at_once", lambda *_, most=most: most)
+        reads.clear()
+        found.append(metric.velocity(slice(0, 3)))
+        names = [name for name in reads if "transformer_blocks.1." in name]
+        assert len(names) == len(set(names)) > 0
+    assert sizes == [3, 1, 1, 1]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
 def test_a_killed_report_goes_on_with_the_step(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ws = opened(tmp_path / "out", source, monkeypatch, little=True)
     plan.run(ws, PlanOptions("manual", blocks="1"))
