@@ -93,7 +93,12 @@ def test_what_fails_is_said_in_a_line_and_what_is_missing_is_left_out(tmp_path: 
     def broken(place: Place) -> str:
         raise RuntimeError("a kernel\nis missing")
 
+    def without(place: Place) -> str:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
     here = Place(torch.device("cpu"), tmp_path)
+    for name, outcome in (("psutil", "left out"), ("edgeprune.nowhere", "failed")):
+        assert attempt(Check("a", "b", without, 9), here)["outcome"] == outcome
     assert attempt(Check("a", "b", broken, 9), here)["figure"] == "RuntimeError: a kernel is missing"
     found = attempt(Check("a", "b", broken, 9, needs=("json", "no_such_vendor")), here)
     assert found["outcome"] == "left out" and found["figure"].startswith("no_such_vendor: ModuleNotFoundError")

@@ -65,6 +65,9 @@ def attempt(one: Check, place: Place) -> Result:
         outcome, figure = "ok", one.run(place)
     except LeftOut as reason:
         outcome, figure = "left out", line(reason)
+    except ModuleNotFoundError as error:  # of others: what a package of `needs` needs itself
+        outcome = "failed" if (error.name or "edgeprune").startswith("edgeprune") else "left out"
+        figure = line(error)
     except Exception as error:
         outcome, figure = "failed", line(error)
     return result | {"outcome": outcome, "figure": figure, "seconds": round(time.monotonic() - began, 1)}

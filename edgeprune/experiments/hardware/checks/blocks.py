@@ -69,13 +69,13 @@ def _speeds(place: Place, name: str) -> str:
     return ", ".join(said)
 
 
-@check("one block of SD3.5 Large at 1024x1024, time in each dtype", seconds=60, needs=_NEEDS)
+@check("one block of SD3.5 Large at 1024x1024, time in each dtype", seconds=120, needs=_NEEDS)
 def block_sd3(place: Place) -> str:
     """Time it."""
     return _speeds(place, SD3)
 
 
-@check("one block of FLUX.1 of each kind at 1024x1024, time in each dtype", seconds=60, needs=_NEEDS)
+@check("one block of FLUX.1 of each kind at 1024x1024, time in each dtype", seconds=120, needs=_NEEDS)
 def block_flux(place: Place) -> str:
     """Time it."""
     return _speeds(place, FLUX)
@@ -133,19 +133,19 @@ def _streamed(place: Place, name: str) -> str:
     )
 
 
-@check("blocks of SD3.5 Large are read when they run: memory against the forecast", seconds=60, needs=_NEEDS)
+@check("blocks of SD3.5 Large are read when they run: memory against the forecast", seconds=120, needs=_NEEDS)
 def streaming_sd3(place: Place) -> str:
     """Compare with blocks that stay."""
     return _streamed(place, SD3)
 
 
-@check("blocks of FLUX.1 are read when they run: memory against the forecast", seconds=60, needs=_NEEDS)
+@check("blocks of FLUX.1 are read when they run: memory against the forecast", seconds=120, needs=_NEEDS)
 def streaming_flux(place: Place) -> str:
     """Compare with blocks that stay."""
     return _streamed(place, FLUX)
 
 
-@check("`--memory` is held: an image of SD3.5 Large's size, of a few of its blocks", seconds=60, needs=_NEEDS)
+@check("`--memory` is held: an image of SD3.5 Large's size, of a few of its blocks", seconds=120, needs=_NEEDS)
 def memory_held(place: Place) -> str:
     """Draw an image in the least memory that is accepted and 1 GB more."""
     from edgeprune.artefact.loading import open_transformer
@@ -165,7 +165,7 @@ def memory_held(place: Place) -> str:
     return f"given {memory / 1e9:.2f} GB, at most {most / 1e9:.2f} GB were held"
 
 
-@check("`analyze`, gates of SD3.5 Large's blocks at 1024x1024: forward and backward", seconds=90, needs=_NEEDS)
+@check("`analyze`, gates of SD3.5 Large's blocks at 1024x1024: forward and backward", seconds=120, needs=_NEEDS)
 def gates_large(place: Place) -> str:
     """Analyze one prompt."""
     from edgeprune.analysis.contribution import ContributionReport

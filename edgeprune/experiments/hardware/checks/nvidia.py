@@ -54,12 +54,15 @@ def nvml(place: Place) -> str:
        needs=("diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "cuda.bindings.runtime"))  # fmt: skip
 def tensorrt(place: Place) -> str:
     """Export the small SD3."""
+    import edgeprune
     from edgeprune.api import export
     from edgeprune.runtimes.trt import first_vendor
 
     vendor = first_vendor()
     if vendor is None:
         raise LeftOut("neither tensorrt nor tensorrt_rtx can be imported")
+    if len(edgeprune.__path__) > 1:  # see __main__.py
+        raise LeftOut("engines are built in a process of their own, which needs: pip install --no-deps -e .")
     device = "rtx" if vendor.__name__ == "tensorrt_rtx" else "cuda-server"
     out = place.scratch / "trt"
     export(place.small("sd3"), out, "trt", device=device)
