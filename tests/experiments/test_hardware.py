@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,12 +94,12 @@ def test_what_fails_is_said_in_a_line_and_what_is_missing_is_left_out(tmp_path: 
     def broken(place: Place) -> str:
         raise RuntimeError("a kernel\nis missing")
 
-    def without(place: Place) -> str:
+    def without(name: str, place: Place) -> str:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     here = Place(torch.device("cpu"), tmp_path)
     for name, outcome in (("psutil", "left out"), ("edgeprune.nowhere", "failed")):
-        assert attempt(Check("a", "b", without, 9), here)["outcome"] == outcome
+        assert attempt(Check("a", "b", partial(without, name), 9), here)["outcome"] == outcome
     assert attempt(Check("a", "b", broken, 9), here)["figure"] == "RuntimeError: a kernel is missing"
     found = attempt(Check("a", "b", broken, 9, needs=("json", "no_such_vendor")), here)
     assert found["outcome"] == "left out" and found["figure"].startswith("no_such_vendor: ModuleNotFoundError")
