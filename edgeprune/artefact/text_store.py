@@ -7,6 +7,7 @@ which prompts are padded, and the dtype of the computation.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,14 @@ class TextStore:
     def __init__(self, folder: Path, source: Path, variant: str | None, sha256: Callable[[Path], str]) -> None:
         self.folder, self.source, self.variant, self.sha256 = folder, source, variant, sha256
         self._encoders: dict[str, str] = {}
+
+    def tidy(self) -> None:
+        """Remove what killed processes left. Only the process that holds the folder's lock may call it."""
+        for left in self.folder.glob("*/*.tmp*"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
     def path(self, encoder: str, prompt: str, length: int, dtype: torch.dtype) -> Path:
         """Return where a prompt's tensors are, or will be."""

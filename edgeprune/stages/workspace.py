@@ -133,6 +133,8 @@ class Workspace:
             found, asked = _named(begun.source, begun.revision, begun.variant), _named(name, revision, variant)
             raise StaleStageError(f"{self.out}: made from {found}, not from {asked}; use another -o")
         self._open_original(model, begun.commit or revision, variant)
+        if self.original.texts and processes.is_main():
+            self.original.texts.tidy()
         if begun.fingerprint != fingerprint(self.config):
             raise StaleStageError(f"{self.out}: made from {name!r}, whose config has changed since; use another -o")
 

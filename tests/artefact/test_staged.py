@@ -56,6 +56,15 @@ def staged(folder: Path, **options: Any) -> StagedPipeline:
     return StagedPipeline(folder, open_transformer(folder, quantized=False).running(), Compute(), **options)
 
 
+def test_what_a_killed_process_left_of_a_prompt_goes(tmp_path: Path) -> None:
+    kept = tmp_path / "text_encoder" / "a.safetensors"
+    (kept.parent / "a.77.tmp.partial").mkdir(parents=True)
+    for path in (kept, kept.with_name("a.78.tmp")):
+        path.write_bytes(b"")
+    TextStore(tmp_path, tmp_path, None, str).tidy()
+    assert list(kept.parent.iterdir()) == [kept]
+
+
 def test_text_and_images_are_those_of_diffusers(folder: Path) -> None:
     whole, parts, generation = load(folder), staged(folder), Generation.load(folder)
     assert can_stage(folder)

@@ -67,7 +67,7 @@ def test_distill_makes_and_reads_a_cache_of_its_own(model: Path, tmp_path: Path)
     [
         ("vae/config.json", "'vae': found .*…, expected .*… as this model has it"),
         ("text_encoder_2/model.safetensors", "'text_encoder_2': found .*…, expected .*… as this model has it"),
-        ("tokenizer/tokenizer.json", "'tokenizer': found"),
+        ("tokenizer/tokenizer_config.json", "'tokenizer': found"),
         ({"height": 72}, "'height': found 64, expected 72"),
         ({"max_sequence_length": 8}, "'max_sequence_length': found 0, expected 8"),
     ],

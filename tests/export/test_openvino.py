@@ -262,7 +262,9 @@ def test_dynamic_quantisation_rounds_activations(quantised: Path, model: nn.Modu
     assert errors[1] >= errors[0] / 2
 
 
-def test_bf16_leaves_angles_alone(quantised: Path, model: nn.Module, tmp_path: Path) -> None:
+def test_bf16_leaves_angles_alone(
+    quantised: Path, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Near 1000, neighbouring bf16 numbers are four radians apart."""
     wrapper = modules.Transformer(model)
     example = wrapper.example(batch=2, height=8, width=8, tokens=16) | {"timestep": torch.tensor([501.0, 997.3])}
@@ -284,8 +286,12 @@ def test_bf16_leaves_angles_alone(quantised: Path, model: nn.Module, tmp_path: P
         found = runtime.OpenVinoNetwork(path, "CPU", config)(**example)
         errors.append(parity.relative_error(found["out_hidden_states"], expected)[1])
     assert errors[0] < 2e-2
-    if config["INFERENCE_PRECISION_HINT"] == "bf16":
+    if config["INFERENCE_PRECISION_HINT"] == "bf16" and runtime._heeds_marks():
         assert errors[1] > 3 * errors[0]
+    monkeypatch.setattr(openvino, "__version__", "2026.3.1-22001-abc")
+    assert not runtime._heeds_marks()
+    found = runtime.OpenVinoNetwork(quantised, "CPU", config)(**example)  # in float32, as there was no other way
+    assert parity.relative_error(found["out_hidden_states"], expected)[1] < 1e-4
 
 
 def test_a_signal_finds_its_stack_after_many_models(quantised: Path) -> None:

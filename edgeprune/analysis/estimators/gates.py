@@ -30,6 +30,10 @@ _BATCH = 16
 """Most states per batch; autograd saves what it needs of every block for all of them."""
 
 
+_STREAMED = 4
+"""Where blocks are read when they run, memory is short: that share of the states that the metric runs at once."""
+
+
 class _Gated(nn.Module):
     """Interpolates between a module (gate 1) and its replacement on removal (gate 0), with one gate per sample."""
 
@@ -101,15 +105,14 @@ class Gates:
 
         return project
 
-    def _batches(self) -> list[slice]:
-        size = min(_BATCH, self.metric.batch)
+    def _batches(self, size: int) -> list[slice]:
         return [slice(start, start + size) for start in range(0, len(self.metric.states), size)]
 
     def _at_once(self, singles: list[Key], project: Project) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the gradients through the whole network; return (K, J, S), and the square of each state's norm (S,)."""
         slopes, norms = [], []
         with self._gated(singles) as gated:
-            for rows in self._batches():
+            for rows in self._batches(min(_BATCH, self.metric.batch)):
                 states = self.metric.states[rows]
                 gates = _set_gates(gated, len(states), states.device)
                 with torch.enable_grad():
@@ -124,7 +127,10 @@ class Gates:
     def _by_block(self, singles: list[Key], project: Project) -> tuple[torch.Tensor, torch.Tensor]:
         """Do the same block by block, see by_block.py."""
         model, blocks = self.metric.pipe.transformer, range(len(self.family.blocks(self.metric.pipe.transformer)))
-        batches = [(self.metric.states[rows].shape, self.metric.inputs(rows)) for rows in self._batches()]
+        batches = [
+            (self.metric.states[rows].shape, self.metric.inputs(rows))
+            for rows in self._batches(max(1, self.metric.batch // _STREAMED))
+        ]
         step = Steps("gradients", 2 * len(blocks), self.metric.progress)
         passes = ByBlock(self.family, model, batches, self.metric.spill, step)
         passes.forward()
