@@ -58,7 +58,6 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device(NAME, 0)
     monkeypatch.setattr("edgeprune.residency.compute.gc", SimpleNamespace(collect=lambda: 0))  # takes most of the time
     monkeypatch.setattr("edgeprune.residency.compute._here", lambda: {NAME: 1, "cpu": 1})
-    monkeypatch.setattr("edgeprune.stages.workspace.evaluation_seconds", lambda *_: 0.0)
     monkeypatch.setattr("edgeprune.stages.costs.matmul_flops_per_s", lambda **_: 1e12)
     monkeypatch.setattr(
         "edgeprune.experiments.hardware.checks.blocks.best_seconds", lambda work, *_: work() is None or 1.0
@@ -66,7 +65,6 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "LEAST", 1)
     monkeypatch.setattr(steps, "MOST", 1)
     monkeypatch.setattr(quantize, "PROMPTS", 2)
-    monkeypatch.setattr("edgeprune.report.measure.images_of", lambda quick: 1)
     monkeypatch.setattr("edgeprune.runtimes.eager._pick_device", lambda device: (device, "asked for"))
     monkeypatch.setattr("edgeprune.metrics.pretrained.device", lambda: device)
     monkeypatch.setattr("edgeprune.metrics.lpips_distance.device", lambda: device)
