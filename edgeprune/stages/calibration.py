@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgeprune.common.files import need_space
 from edgeprune.common.splits import Split
 from edgeprune.common.tensors import Tensors
 from edgeprune.families import Family
+from edgeprune.families.joint import width
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.spill import Spill
@@ -99,5 +101,21 @@ def calibration_streams(ws: Workspace, model: Any, prompts: list[str], states: i
 
     ws.original.release_transformer()
     host = Compute(memory=ws.original.compute.memory if ws.original.compute.device.type == "cpu" else None)
-    spill = Spill(ws.cache / "streams", room=host.left() // 3)
+    room, scratch = host.left() // 3, ws.cache / "streams"
+    samples = len(metric.states) * (2 if is_guided(ws) else 1)
+    size = samples * _stream_bytes(ws, tuple(metric.states.shape[1:]), metric.condition.hidden.shape[1])
+    need_space(scratch, max(0, size - room))
+    spill = Spill(scratch, room=room)
     return Streams(ws.family, model, inputs(), spill, ws.original.compute.device)
+
+
+def _stream_bytes(ws: Workspace, shape: tuple[int, ...], text: int) -> int:
+    """Return the bytes of one sample's streams: image and text tokens and the modulation input, in float32.
+
+    Args:
+        ws: the workspace.
+        shape: of the sample's latents (C, h, w).
+        text: number of text tokens.
+    """
+    image = shape[-1] * shape[-2] // ws.family.latents(ws.config).patch ** 2
+    return 4 * (image + text + 1) * width(ws.config)

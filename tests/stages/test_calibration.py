@@ -94,3 +94,22 @@ def test_int4_is_calibrated_as_the_model_is_sampled(analyzed: Workspace, monkeyp
     assert torch.equal(prompted["hidden_states"], unprompted["hidden_states"])
     assert torch.equal(prompted["encoder_hidden_states"], given.repeat(steps, 1, 1))
     assert torch.equal(unprompted["encoder_hidden_states"], empty.expand_as(prompted["encoder_hidden_states"]))
+
+
+def test_room_on_disk_is_checked_for_samples_that_memory_does_not_hold(
+    analyzed: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ws, checked, written, real = analyzed, list[int](), list[int](), calibration.Streams.__init__
+    plan.run(ws, PlanOptions("manual", blocks="1"))
+    prune.run(ws)
+
+    def measured(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
+        files = list((ws.cache / "streams").glob("*.safetensors"))
+        written.append(sum(tensor.nbytes for file in files for tensor in load_file(file).values()))
+
+    monkeypatch.setattr(calibration.Compute, "left", lambda _: 0)
+    monkeypatch.setattr(calibration, "need_space", lambda _, size: checked.append(size))
+    monkeypatch.setattr(calibration.Streams, "__init__", measured)
+    quantize.run(ws, QuantizeOptions(calibration="scale"))
+    assert checked == written and checked[0] > 0
