@@ -28,6 +28,8 @@ def quantize(
     """Quantize the weights to INT4 with NNCF, block by block: transformer_int4/."""
     check_begun(out)
     chosen = api.QuantizeOptions(group_size=group_size, calibration=calibration, count=count, states=states)
+    if calibration == "none" and (device != "auto" or memory):
+        screen.say("--device and --memory: --calibration none runs no network, so they are not used")
     with screen.bars() as progress:
         compute = options.compute_options(device, memory, yes=yes, longest=longest)
         done = api.quantize(out, chosen, compute=compute, fresh=fresh, progress=progress)

@@ -74,10 +74,12 @@ class Layer:
         return left
 
     def running_bytes(self) -> int:
-        """Return the bytes of the tensors that the modules get while they run."""
-        self.fill()
-        size = sum(_get(module, attribute).nbytes for module, attribute, _ in self.places)
-        self.drop()
+        """Return the bytes of the tensors that the modules get while they run, from their shapes: nothing is read."""
+        size = 0
+        for module, attribute, name in self.places:
+            tensor = _get(module, attribute)
+            dtype = tensor.dtype if self.dtype is None or name.endswith(PACKED) else self.dtype
+            size += tensor.numel() * dtype.itemsize
         return size
 
     def fill(self) -> None:

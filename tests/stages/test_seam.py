@@ -24,7 +24,7 @@ from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.options import PlanOptions
 from edgeprune.report.measure import measure
 from edgeprune.residency.spill import Spill
-from edgeprune.residency.streaming import held_bytes, is_streamed
+from edgeprune.residency.streaming import filled, held_bytes, is_streamed
 from edgeprune.residency.weights import Weights
 from edgeprune.stages import analyze, calibration, plan, prune, quantize
 from edgeprune.stages.modulation import modulation_mean
@@ -230,11 +230,17 @@ def test_too_little_memory_is_refused_with_what_does_before_anything_is_dropped(
     assert "analyze" in again.manifest.stages and again.report_path.exists()
 
 
-def test_a_released_transformer_keeps_nothing(source: Path, tmp_path: Path) -> None:
-    """Whoever still holds its structure."""
+def test_a_released_transformer_keeps_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever still holds its structure. What is held is counted from shapes."""
     ws = Workspace(tmp_path / "out", str(source), compute=LITTLE)
     held, pipe = ws.teacher, ws.pipe
-    before = held_bytes(held)
+    layer = held.transformer_blocks[-1]
+    with filled(layer):
+        one = sum(t.nbytes for t in (*layer.parameters(), *layer.buffers()))
+    monkeypatch.setattr(Weights, "__getitem__", None)  # nothing is read
+    before, outside = held_bytes(held), sum(p.nbytes for p in held.parameters() if not p.is_meta)
+    assert before >= outside + one
+    monkeypatch.undo()
     ws.original.release_transformer()
     assert pipe.transformer is held and held_bytes(held) < before
     assert not ws.original.loaded and ws.teacher is not held
