@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from edgeprune.artefact.synth.drawing import draw
+from edgeprune.residency.compute import multiplies_bf16
 from edgeprune.stages.work import bytes_moved_per_s, fastest, weights_rounded_per_s
 
 MOST_SECONDS, MOST_BYTES = 45 * 60, 45 * 10**9
@@ -35,6 +36,8 @@ class Work:
     """Weights rounded to INT4."""
     flops: float = 0
     """Operations in float32."""
+    large_flops: float = 0
+    """Operations of a large model: in bf16 where the processor multiplies that, else in float32."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,14 @@ class Speeds:
     moved: float
     rounded: float
     flops: float
+    large_flops: float
 
     @classmethod
     def measure(cls, out: Path) -> Speeds:
         """Measure each for about a second; writes and deletes a file of 64 MB in `out`."""
         threads, side = torch.get_num_threads(), 1024
         square = torch.ones(side, side)
+        large = square.to(torch.bfloat16 if multiplies_bf16() else torch.float32)
         torch.set_num_threads(1)
         try:
             return cls(
@@ -58,6 +63,7 @@ class Speeds:
                 moved=bytes_moved_per_s(out),
                 rounded=weights_rounded_per_s(),
                 flops=threads * 2 * side**3 / fastest(lambda: square @ square, time.thread_time),
+                large_flops=threads * 2 * side**3 / fastest(lambda: large @ large, time.thread_time),
             )
         finally:
             torch.set_num_threads(threads)
