@@ -27,7 +27,7 @@ from edgeprune.stages.calibration import calibration_streams
 from edgeprune.stages.costs import transformer_bytes
 from edgeprune.stages.options import QuantizeOptions, halvings, seen
 from edgeprune.stages.prompts import calibrating
-from edgeprune.stages.weights import by_block, open_pruned
+from edgeprune.stages.weights import by_block, check_pruned, open_pruned
 from edgeprune.stages.work import CALIBRATED, Subject, Work, encoding
 from edgeprune.stages.workspace import Workspace
 
@@ -41,7 +41,7 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) ->
 
     Raises:
         InputError: nothing is pruned yet, or an option is not usable.
-        StaleStageError: see `Workspace.stage`.
+        StaleStageError: see `Workspace.stage` and `check_pruned`.
     """
     ws.need("prune", "quantize")
     _check(options)
@@ -51,6 +51,7 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) ->
         inputs["prompts"] = prompts = calibrating(ws, count=options.count or PROMPTS)[: options.count]
 
     def check() -> None:
+        check_pruned(ws)
         if prompts:
             ws.check_memory()
         _check_time(ws, options, plan, len(prompts), progress)

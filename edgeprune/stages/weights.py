@@ -14,7 +14,7 @@ from edgeprune.artefact.loading import open_transformer, readable
 from edgeprune.artefact.manifest import HALF
 from edgeprune.artefact.surgery import prune_tensor, structure
 from edgeprune.artefact.writing import write_transformer
-from edgeprune.common.errors import InputError
+from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.common.files import write_json
 from edgeprune.common.progress import Progress
 from edgeprune.common.tensors import Tensors, load_tensors, save_tensors
@@ -93,12 +93,29 @@ def open_pruned(ws: Workspace) -> StoredTransformer:
 
     Raises:
         InputError: files are missing, damaged or do not fit.
+        StaleStageError: see `check_pruned`.
     """
     if not ws.manifest.half_in_source:
         return open_transformer(ws.out, quantized=False)
+    check_pruned(ws)
     plan = ws.plan()
     weights = PrunedWeights(ws, plan, ws.manifest.stages["prune"]["inputs"])
     return StoredTransformer(ws.family, structure(ws.family, ws.config, plan), weights)
+
+
+def check_pruned(ws: Workspace) -> None:
+    """Refuse weights that would be made from another original than was pruned; those in `transformer/` are not.
+
+    Raises:
+        StaleStageError: the original has changed.
+    """
+    if not ws.manifest.half_in_source:
+        return
+    pruned = ws.manifest.stages["prune"]
+    if ws.key("prune", pruned.get("options", {})) != pruned["inputs"]:
+        raise StaleStageError(
+            f"{ws.source}: has changed since it was pruned; run `edgeprune prune -o {ws.out} --no-half --fresh` first"
+        )
 
 
 def by_block(ws: Workspace, sizes: dict[str, int], plan: PrunePlan) -> list[dict[str, int]]:

@@ -17,8 +17,9 @@ from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.lora.reading import Lora
 from edgeprune.cli import app
 from edgeprune.common import hashes, linking, traffic
-from edgeprune.common.errors import InputError
+from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.common.progress import silent
+from edgeprune.common.tensors import load_tensors, save_tensors
 from edgeprune.planning.options import PlanOptions
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.residency import shards
@@ -27,6 +28,7 @@ from edgeprune.residency.weights import Weights
 from edgeprune.stages import merge, plan, prune, quantize
 from edgeprune.stages.compress import compress
 from edgeprune.stages.options import CompressOptions, DataOptions
+from edgeprune.stages.weights import open_pruned
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.recipe import DistillOptions
 
@@ -184,6 +186,27 @@ def test_a_later_run_without_the_option_writes_the_half_copy_and_nothing_else(
         and "half_in_source" not in (light.out / "edgeprune.json").read_text()
     )
     assert compress(light, BLOCK, no_half=True) == [] and files(light.out / "transformer", "*.safetensors")
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_int4_is_not_made_of_other_weights_than_were_pruned(source: Path, tmp_path: Path, quantized: bool) -> None:
+    out = tmp_path / "out"
+    ws = Workspace(out, str(source))
+    plan.run(ws, BLOCK.plan)
+    prune.run(ws, no_half=True)
+    if quantized:
+        quantize.run(ws, BLOCK.quantize)
+    before, ws._lock = files(out / "transformer_int4"), None
+    weights = next((source / "transformer").glob("*.safetensors"))
+    save_tensors(weights, {name: 3 * tensor for name, tensor in load_tensors(weights).items()})
+    changed = Workspace(out, str(source), fresh=quantized)
+    with pytest.raises(StaleStageError, match="has changed since it was pruned; .*edgeprune prune -o .* --fresh"):
+        quantize.run(changed, BLOCK.quantize)
+    assert files(out / "transformer_int4") == before
+    with pytest.raises(StaleStageError):
+        open_pruned(changed)
+    changed.fresh = True
+    assert prune.run(changed, no_half=True) and quantize.run(changed, BLOCK.quantize)
 
 
 def test_training_is_refused_with_no_half_before_anything_is_made(source: Path, tmp_path: Path) -> None:
