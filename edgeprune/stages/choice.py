@@ -14,7 +14,7 @@ from typing import Any
 
 from edgeprune.artefact.manifest import MANIFEST
 from edgeprune.artefact.resolve import BUILTIN, read_original
-from edgeprune.common.errors import InputError, StaleStageError
+from edgeprune.common.errors import BudgetError, InputError, StaleStageError
 from edgeprune.common.fields import real_number, text, whole_number
 from edgeprune.common.files import digest
 from edgeprune.common.memory import ComputeOptions
@@ -23,7 +23,7 @@ from edgeprune.common.tables import duration
 from edgeprune.data.settings import SHAPES, is_drawn
 from edgeprune.metrics import VELOCITY
 from edgeprune.metrics.velocity import STATES
-from edgeprune.planning.options import NEEDED, PlanOptions
+from edgeprune.planning.options import PlanOptions
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation
@@ -40,6 +40,8 @@ SHARE = 0.75
 WITHOUT_SCORES = "uniform"
 """The method that plans by position alone, where no analysis fits."""
 Move = tuple[str, Any]
+NO_SCORES: Move = ("prompts", 0)
+"""The last move. It is not made where a plan by position cannot meet the budget."""
 MOVES: tuple[Move, ...] = (
     ("estimator", "gates"),
     ("images", 4), ("images", 2), ("prompts", 14), ("prompts", 7), ("calibration", 14), ("calibration", 7),
@@ -47,7 +49,7 @@ MOVES: tuple[Move, ...] = (
     ("image_steps", 14), ("image_steps", 8), ("calibration", 2), ("prompts", 2),
     ("calibration", 1), ("prompts", 1), ("images", 1), ("image_steps", 4),
     ("training", 0.0), ("states", 3), ("calibration", 0), ("image_steps", 1), ("states", 1),
-    ("images", 0), ("prompts", 0),
+    ("images", 0), NO_SCORES,
 )  # fmt: skip
 """Fields of `Choice`, and what each is lowered to. `training` is a share of the steps and of the images drawn for them.
 Less than an eighth of the training is none."""
@@ -157,7 +159,6 @@ def _without_scores(plan: PlanOptions, blocks: int) -> PlanOptions:
     return replace(
         plan, method=WITHOUT_SCORES, threshold=PlanOptions.threshold, keep_components=(),
         protect_first=blocks // 2 if plan.protect_first is None else plan.protect_first,
-        modulation_rank=None if plan.modulation_rank == NEEDED else plan.modulation_rank,
     )  # fmt: skip
 
 
@@ -188,6 +189,8 @@ def choose(subject: Subject, options: CompressOptions, time_s: float, speeds: Sp
     fixed = {"images"} if builtin else set()  # its checker scores the same number of each task
     fixed |= set() if options.analyze.metric == VELOCITY else {"estimator", "states"}
     able, moves = [move for move in MOVES if move[0] not in fixed], list[Move]()
+    if most.prompts and not _suffices(subject, replace(most, prompts=0).over(options, blocks)):
+        able.remove(NO_SCORES)
     while seconds(most.lowered(moves, drawn=drawn)) > SHARE * time_s and len(moves) < len(able):
         moves = able[: len(moves) + 1]
     for move in moves[::-1]:
@@ -196,6 +199,15 @@ def choose(subject: Subject, options: CompressOptions, time_s: float, speeds: Sp
             moves = others
     chosen = most.lowered(moves, drawn=drawn)
     return replace(chosen, forecast_s=round(seconds(chosen), 1))
+
+
+def _suffices(subject: Subject, options: CompressOptions) -> bool:
+    """Return whether a plan with these options meets the budget."""
+    try:
+        expected_plan(subject.source, subject.generation, options)
+    except BudgetError:
+        return False
+    return True
 
 
 def _most(subject: Subject, options: CompressOptions, time_s: float, *, quick: bool) -> Choice:
