@@ -10,6 +10,7 @@ import copy
 import functools
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -156,9 +157,11 @@ def block_by_block_s(family: Family, model: Any, one: VelocityInputs) -> float:
 
 
 def bytes_moved_per_s(folder: Path) -> float:
-    """Measure how fast a file is written to a folder and read again; writes 64 MB and deletes them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data, path = os.urandom(_SAMPLE_BYTES), folder / "speed.tmp"
+    """Measure how fast a file is written to a folder and read again; writes 64 MB and deletes them.
+
+    A folder that cannot be written to counts as fast as the one of temporary files.
+    """
+    data, path = os.urandom(_SAMPLE_BYTES), _new_file(folder)
 
     def move() -> None:
         with path.open("wb") as file:
@@ -171,6 +174,17 @@ def bytes_moved_per_s(folder: Path) -> float:
         return len(data) / fastest(move)
     finally:
         path.unlink(missing_ok=True)
+
+
+def _new_file(folder: Path) -> Path:
+    """Create an empty file under a name that no other has, in a folder or, where that is refused, a temporary one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix="edgeprune-", dir=folder)
+    except OSError:
+        handle, name = tempfile.mkstemp(prefix="edgeprune-")
+    os.close(handle)
+    return Path(name)
 
 
 def weights_rounded_per_s() -> float:

@@ -155,6 +155,16 @@ def test_each_stage_of_a_large_model_says_what_it_takes(
     assert "in at most 10.00 GB of memory, writes 0.00 GB, " in said[2] and said[2].endswith("of the transformer")
 
 
+def test_the_disk_is_timed_without_a_file_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And beside a folder that cannot be written to: a dry run goes on."""
+    monkeypatch.setattr(work, "_SAMPLE_BYTES", 1000)
+    mine = tmp_path / "speed.tmp"
+    mine.write_text("mine")
+    assert work.bytes_moved_per_s(tmp_path) > 0
+    assert list(tmp_path.iterdir()) == [mine] and mine.read_text() == "mine"
+    assert work.bytes_moved_per_s(mine / "below") > 0  # refused by every system, even to root
+
+
 def test_work_is_counted_from_shapes(source: Path) -> None:
     config, family = read_original(source)
     subject = Subject(source, family, config, Generation(4, 7.0, 64, 64, 6))
