@@ -21,7 +21,11 @@ def report(
     ] = None,
     images: Annotated[
         int | None,
-        typer.Option(min=1, help="Images of each model to draw.", show_default="those drawn before, else 8"),
+        typer.Option(
+            min=1,
+            help="Images of each model to draw; not of the built-in one.",
+            show_default="those drawn before, else 8",
+        ),
     ] = None,
     device: options.Device = "auto",
     memory: options.Memory = None,

@@ -7,11 +7,12 @@ figures of a bench.
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
+from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json, write_json
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tables import duration, interval_text, with_unit
@@ -68,22 +69,27 @@ def make_report(
 
     Args:
         quick: draw few prompts.
-        images: of each model; another number than was measured measures again. None draws as many as `quick` says.
+        images: of each model that is not the built-in one; another number than was measured measures again. None keeps
+            what was measured, else draws as many as `quick` says.
         redo: measure again.
         bench: the JSON of `edgeprune bench`, to show on the page.
 
     Raises:
-        InputError: nothing is quantized yet, or measuring takes too long, see `Workspace.check_time`.
+        InputError: nothing is quantized yet, the built-in model is given a number of images, or measuring takes too
+            long, see `Workspace.check_time`.
     """
+    if ws.builtin and images is not None:
+        raise InputError(f"--images {images}: the built-in model draws the same prompts of each task; omit it")
     ws.need("quantize", "report")
     path, images_path = ws.out / "report.json", ws.out / "cache" / "report.npz"
     done = path.is_file() and images_path.is_file() and not redo
     inputs = {"quantize": ws.manifest.stages["quantize"]["inputs"], "schema": _SCHEMA}
     choice, steps = ws.manifest.choice, None
     if choice and images is None:
-        images, steps = choice["images"] or None, choice["image_steps"]
-    known = read_json(path) if done else {}
-    if known.get("inputs") == inputs and images in (None, known.get("images")):
+        images, steps = None if ws.builtin else choice["images"] or None, choice["image_steps"]
+    known, generation = read_json(path) if done else {}, asdict(seen(ws.generation, steps))
+    same = known.get("inputs") == inputs and known.get("generation") == generation
+    if same and images in (None, known.get("images")):
         summary, drawn = known, dict(np.load(images_path))
     else:
         if not ws.builtin:

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgeprune.artefact.manifest import Manifest
+from edgeprune.common.errors import InputError
 from edgeprune.report import make
 from edgeprune.report import page as report_page
 from edgeprune.stages import plan
@@ -49,6 +51,29 @@ def test_page_shows_the_plan_and_the_memory(artefact: Path) -> None:
     sizes = {part["name"]: part["bytes"] for part in after}
     assert sizes["transformer"] == sum(p.stat().st_size for p in (artefact / "transformer_int4").glob("*.safetensors"))
     assert sum(part["share"] for part in before) == pytest.approx(1)
+
+
+def test_images_of_other_steps_are_drawn_again(copy: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another choice of `compress --time` gives up steps alone. The built-in model's number is its own."""
+    ws, drawn = Workspace(copy, str(source)), list[int]()
+    known, images = json.loads((copy / "report.json").read_text()), dict(np.load(copy / "cache" / "report.npz"))
+
+    def measured(*_: object, steps: int, **__: object) -> object:
+        drawn.append(steps)
+        return known | {"generation": known["generation"] | {"num_inference_steps": steps}}, images
+
+    monkeypatch.setattr(make, "measure", measured)
+    make.make_report(ws)
+    for steps in (1, 1, 2):
+        ws.manifest.choice = {"images": known["images"], "image_steps": steps}
+        make.make_report(ws)
+    assert drawn == [1, 2]
+    monkeypatch.setattr(Workspace, "builtin", True)
+    ws.manifest.choice = {"images": 210, "image_steps": 2}
+    make.make_report(ws, quick=True)
+    assert drawn == [1, 2]
+    with pytest.raises(InputError, match="^--images 4: the built-in model draws the same prompts of each task; omit"):
+        make.make_report(ws, images=4)
 
 
 def test_model_card(copy: Path, source: Path) -> None:
