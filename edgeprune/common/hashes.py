@@ -3,9 +3,12 @@
 A process remembers the hash of every file that it has written or read as a whole. Hashes of large files of originals
 are also kept for the user's later processes, in `~/.cache/edgeprune/hashes.json` (`$XDG_CACHE_HOME`, if it is set).
 
-A file is the same as long as its inode, size and times are. Times are compared for equality only, so setting the clock
-back cannot make a stale entry look valid. The inode's change time is included because a copy can preserve the
-modification time but not that one; another hard link changes it too, which costs one reading.
+A file is the same as long as its disk, inode, size and times are; the hash of one that changes while it is read is not
+remembered. Times are compared for equality only, so setting the clock back cannot make a stale entry look valid. The
+inode's change time is included because a copy can preserve the modification time but not that one. A hard link that
+comes or goes changes it too. Links that edgeprune makes are followed; any other, and each that is deleted, costs one
+reading. Entries for later processes are listed by path and lack the disk's number, which changes whenever NFS or Btrfs
+is mounted.
 
 The blobs of huggingface_hub's cache are named by what should be their hash. Nothing has checked that they have it, so
 they are read like any other file.
@@ -16,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +29,23 @@ from edgeprune.common.progress import Progress, silent
 
 KEPT_FROM = 2**24
 """Bytes. Smaller files are hashed in less time than the store takes to write."""
-_MOST_KEPT = 4096
+_MANY = 4096
+"""Entries of the store. Above it, those of files that are gone are dropped."""
 _HEX = frozenset("0123456789abcdef")
 
-_known: dict[tuple[int, ...], str] = {}
-"""By `_identity`."""
+Identity = tuple[int, ...]
+"""What tells a file from another, and from itself after a change: disk, inode, size, modification and change time."""
+_known: dict[Identity, str] = {}
+
+
+def identity(path: Path) -> Identity:
+    """Return what is compared, see `Identity`.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def sha256(path: Path) -> str:
@@ -39,20 +54,36 @@ def sha256(path: Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    identity = _identity(path)
-    if identity not in _known:
-        _known[identity] = sha256_file(path)
-    return _known[identity]
+    found = identity(path)
+    if found not in _known:
+        digest = sha256_file(path)
+        if identity(path) != found:
+            return digest
+        _known[found] = digest
+    return _known[found]
 
 
 def known(path: Path) -> str | None:
     """Return a file's SHA-256 if this process knows it; nothing is read."""
-    return _known.get(_identity(path))
+    return _known.get(identity(path))
 
 
 def note(path: Path, digest: str) -> None:
     """Remember the hash of a file that this process has written."""
-    _known[_identity(path)] = digest
+    _known[identity(path)] = digest
+
+
+def follow_link(path: Path, before: Identity) -> None:
+    """Remember the hash of a file that this process has given another hard link, unless more than that has changed.
+
+    Args:
+        path: the file.
+        before: its identity before the link, which has changed the last number.
+    """
+    now = identity(path)
+    if before in _known and now[:-1] == before[:-1]:
+        _known[now] = _known[before]
+        _keep({str(path.resolve()): (now, _known[now])})
 
 
 def kept_sha256(path: Path) -> str:
@@ -61,28 +92,48 @@ def kept_sha256(path: Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    identity, real = _identity(path), str(path.resolve())
-    if identity[1] < KEPT_FROM or identity in _known:
-        return sha256(path)
-    entry = _read_store().get(real)
-    if entry and entry[:-1] == list(identity):
-        _known[identity] = entry[-1]
-    else:
-        keep(path, sha256(path))
-    return _known[identity]
+    with keeping() as sha256_of:
+        return sha256_of(path)
 
 
-def keep(path: Path, digest: str) -> None:
-    """Remember the hash of an original's file, also for later processes if the file is large.
+@contextlib.contextmanager
+def keeping() -> Iterator[Callable[[Path], str]]:
+    """Give `kept_sha256` of many files: what is kept is read at most once, and written once, also after an error.
 
-    Nothing happens where the store cannot be written: it only saves time.
+    Nothing is kept where it cannot be written: it only saves time.
     """
-    note(path, digest)
-    identity, real = _identity(path), str(path.resolve())
-    if identity[1] < KEPT_FROM:
+    stored: dict[str, list[Any]] | None = None
+    new: dict[str, tuple[Identity, str]] = {}
+
+    def sha256_of(path: Path) -> str:
+        nonlocal stored
+        found, real = identity(path), str(path.resolve())
+        if found in _known or found[2] < KEPT_FROM:
+            return sha256(path)
+        stored = _read_store() if stored is None else stored
+        entry = stored.get(real)
+        if entry and entry[:-1] == list(found[1:]):
+            _known[found] = entry[-1]
+            return _known[found]
+        digest = sha256(path)
+        if found in _known:  # it did not change meanwhile
+            new[real] = found, digest
+        return digest
+
+    try:
+        yield sha256_of
+    finally:
+        _keep(new)
+
+
+def _keep(new: Mapping[str, tuple[Identity, str]]) -> None:
+    """Write hashes of large files to the store, by the path of the file."""
+    large = {real: [*found[1:], digest] for real, (found, digest) in new.items() if found[2] >= KEPT_FROM}
+    if not large:
         return
-    entries = {name: entry for name, entry in _read_store().items() if name != real}
-    entries = dict(list(entries.items())[-_MOST_KEPT + 1 :]) | {real: [*identity, digest]}
+    entries = _read_store() | large
+    if len(entries) > _MANY:
+        entries = {real: entry for real, entry in entries.items() if os.path.exists(real)}
     store = _store()
     own = store.with_name(f"{store.name}.{os.getpid()}")  # others may be writing theirs; the last one stays
     with contextlib.suppress(DiskError, OSError):
@@ -112,12 +163,6 @@ def verify(folder: Path, listed: Mapping[str, str], listed_in: str, progress: Pr
         if sha256(path) != expected:
             raise InputError(f"{path}: its SHA-256 is not the one in {listed_in}; the file is damaged or was changed")
         progress("checking files", done, len(listed))
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    """Return what tells a file from another, and from itself after a change; the size is second."""
-    stat = path.stat()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _store() -> Path:

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from edgeprune.common import hashes, traffic
@@ -40,15 +41,38 @@ def place(source: Path, target: Path) -> None:
 
 
 def is_linked(source: Path, folder: Path) -> bool:
-    """Return whether `place` would link a file into a folder, which need not exist; tries it under another name."""
+    """Return whether `place` would link a file into a folder, which need not exist.
+
+    Both ways are tried in the folder, with a hard link of a file of our own: one of `source` would change its change
+    time, by which its hash is kept.
+    """
     real = source.resolve()
     existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    trial = existing / f".edgeprune-{os.getpid()}.link"
+    if real.stat().st_size < LINKED_FROM:
+        return False
     try:
-        return real.stat().st_size >= LINKED_FROM and (_reflink(real, trial) or _hard_link(real, trial))
-    finally:
-        with contextlib.suppress(OSError):
-            trial.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".edgeprune-", dir=existing) as trials:
+            return _reflink(real, Path(trials, "reflink")) or _could_hard_link(real, Path(trials))
+    except OSError:
+        return False
+
+
+def _could_hard_link(source: Path, folder: Path) -> bool:
+    """Return whether a file could get a hard link in a folder: on the same disk and mount, and with its owner's rights.
+
+    Linux refuses links to what somebody else owns unless one may write it (fs.protected_hardlinks).
+    """
+    ours = not hasattr(os, "geteuid") or source.stat().st_uid == os.geteuid() or os.access(source, os.W_OK)
+    (folder / "file").touch()
+    return ours and _disk(source) == _disk(folder / "file") and _hard_link(folder / "file", folder / "link")
+
+
+def _disk(path: Path) -> tuple[int, str]:
+    """Return the number of a file's disk, and of its mount if the system tells: a hard link leads to no other."""
+    with path.open("rb") as file:
+        told = Path(f"/proc/self/fdinfo/{file.fileno()}")
+        lines = told.read_text().splitlines() if told.exists() else []
+        return os.fstat(file.fileno()).st_dev, next((line for line in lines if line.startswith("mnt_id:")), "")
 
 
 def copy(source: Path, target: Path) -> None:
@@ -79,17 +103,16 @@ def _reflink(source: Path, target: Path) -> bool:
         with contextlib.suppress(FileNotFoundError):
             target.unlink()
         return False
-    if digest:
+    if digest and digest == hashes.known(source):  # it has not changed meanwhile
         hashes.note(target, digest)
     return True
 
 
 def _hard_link(source: Path, target: Path) -> bool:
-    digest = hashes.known(source)
     try:
+        before = hashes.identity(source)
         os.link(source, target)
     except (OSError, NotImplementedError):  # another disk, a file system without links, somebody else's file
         return False
-    if digest:
-        hashes.keep(source, digest)  # the link has changed the time of the file's last change
+    hashes.follow_link(source, before)
     return True

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,15 +34,84 @@ def test_whether_a_file_would_be_linked_is_tried(tmp_path: Path, monkeypatch: py
     path.write_bytes(bytes(64))
     assert not linking.is_linked(path, folder)  # small files are copied
     monkeypatch.setattr(linking, "LINKED_FROM", 64)
+    before = path.stat()
+    monkeypatch.setattr(linking, "_reflink", lambda *_: False)
     assert linking.is_linked(path, folder)
-    assert list(tmp_path.iterdir()) == [path] and path.stat().st_nlink == 1
-    for name in ("_reflink", "_hard_link"):
-        monkeypatch.setattr(linking, name, lambda *_: False)
+    assert path.stat().st_ctime_ns == before.st_ctime_ns  # else its kept hash would be lost
+    assert list(tmp_path.iterdir()) == [path]
+    with monkeypatch.context() as patch:
+        patch.setattr(linking, "_disk", lambda path: (0, str(path)))
+        assert not linking.is_linked(path, folder)
+    monkeypatch.setattr(os, "link", refuse)
     assert not linking.is_linked(path, folder)
+    monkeypatch.setattr(linking, "_reflink", lambda *_: True)
+    assert linking.is_linked(path, folder) and list(tmp_path.iterdir()) == [path]
+
+
+def refuse(*_: object) -> None:
+    raise OSError(1, "Operation not permitted")
 
 
 def of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def rewrite(path: Path, data: bytes, time_ns: int) -> None:
+    """Write a file again, at another time even where the clock of the file system is coarse."""
+    before = path.stat().st_ctime_ns
+    while path.stat().st_ctime_ns == before:
+        path.write_bytes(data)
+        os.utime(path, ns=(time_ns, time_ns))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_file_that_is_written_while_it_is_read_is_read_again(
+    store: Path, tmp_path: Path, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, sha256 = tmp_path / "weights", hashes.kept_sha256 if kept else hashes.sha256
+    path.write_bytes(b"one")
+
+    def read(path: Path) -> str:
+        digest = of(path.read_bytes())
+        rewrite(path, b"two", 10**18)
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashes, "sha256_file", read)
+        assert sha256(path) == of(b"one")
+    assert not store.exists()
+    assert sha256(path) == of(b"two")
+
+
+def test_a_file_that_is_written_while_it_is_linked_is_read_again(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target, link = tmp_path / "weights", tmp_path / "linked", os.link
+    source.write_bytes(b"one")
+    hashes.kept_sha256(source)
+
+    def late(*names: Path) -> None:
+        rewrite(source, b"two", 10**18)
+        link(*names)
+
+    monkeypatch.setattr(linking, "_reflink", lambda *_: False)
+    monkeypatch.setattr(os, "link", late)
+    linking.place(source, target)
+    assert hashes.sha256(target) == hashes.kept_sha256(source) == of(b"two")
+
+
+def test_files_of_two_disks_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, stat = tmp_path / "weights", Path.stat
+    path.write_bytes(b"one")
+    hashes.sha256(path)
+
+    def elsewhere(self: Path) -> os.stat_result:
+        values = list(stat(self))
+        values[2] += 1  # st_dev
+        return os.stat_result(values, {n: getattr(stat(self), n) for n in ("st_mtime_ns", "st_ctime_ns")})
+
+    monkeypatch.setattr(Path, "stat", elsewhere)
+    assert hashes.known(path) is None
 
 
 @pytest.mark.parametrize("time_ns", [0, 4 * 10**18])
@@ -54,8 +124,7 @@ def test_a_clock_that_was_set_makes_nothing_current_or_stale(
     assert sha256(path) == of(b"one")
     os.utime(path, ns=(time_ns, time_ns))
     assert sha256(path) == of(b"one")
-    path.write_text("two")  # same size, and the modification time is set back to the recorded one
-    os.utime(path, ns=(time_ns, time_ns))
+    rewrite(path, b"two", time_ns)  # same size, and the modification time is set back to the recorded one
     later_process(monkeypatch)
     assert sha256(path) == of(b"two")
 
@@ -100,22 +169,44 @@ def test_a_damaged_store_is_ignored_and_written_again(
     assert hashes.kept_sha256(path) == of(b"one")
 
 
-def _keep_many(folder: Path) -> None:
-    for path in sorted(folder.iterdir()):
-        hashes.kept_sha256(path)
+def test_hashes_of_many_files_push_out_none_but_those_of_files_that_are_gone(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "files").mkdir()
+    paths = [tmp_path / "files" / f"{number}" for number in range(6)]
+    for path in paths:
+        path.write_text(path.name)
+    monkeypatch.setattr(hashes, "_MANY", 4)
+    hashes.kept_sha256(paths[0])
+    hashes.kept_sha256(paths[1])
+    paths[1].unlink()
+    moved, read, write = list[str](), hashes._read_store, hashes.write_text
+    monkeypatch.setattr(hashes, "_read_store", lambda: moved.append("read") or read())  # type: ignore[func-returns-value]
+    monkeypatch.setattr(hashes, "write_text", lambda *some: moved.append("write") or write(*some))  # type: ignore[func-returns-value]
+    with pytest.raises(FileNotFoundError), hashes.keeping() as sha256_of:
+        for path in paths[2:]:
+            assert sha256_of(path) == of(path.name.encode())
+        sha256_of(paths[1])
+    assert moved == ["read", "read", "write"]
+    assert json.loads(store.read_text()).keys() == {str(path) for path in paths if path != paths[1]}
+
+
+KEEP_ALL = """
+import sys
+from pathlib import Path
+from edgeprune.common import hashes
+hashes.KEPT_FROM = 0
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    hashes.kept_sha256(path)
+"""
 
 
 def test_several_processes_keep_a_readable_store(store: Path, tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     for number in range(20):
         (tmp_path / "files" / f"{number}").write_text(f"{number}")
-    fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=_keep_many, args=(tmp_path / "files",)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
+    workers = [subprocess.Popen([sys.executable, "-c", KEEP_ALL, str(tmp_path / "files")]) for _ in range(4)]
+    assert [worker.wait() for worker in workers] == [0] * 4
     kept = json.loads(store.read_text())  # what two write at the same moment is lost, and read again
     assert kept and kept.keys() <= {str(p) for p in (tmp_path / "files").iterdir()}
     assert {p.name for p in store.parent.iterdir()} == {"hashes.json"}
@@ -128,7 +219,7 @@ def test_a_file_is_verified_once_unless_it_changes(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(hashes, "sha256_file", lambda path: pytest.fail(f"read {path} again"))
         hashes.verify(tmp_path, {"weights": of(b"one")}, "edgeprune.json")
-    path.write_bytes(b"onf")
+    rewrite(path, b"onf", 10**18)
     with pytest.raises(InputError, match="the file is damaged or was changed"):
         hashes.verify(tmp_path, {"weights": of(b"one")}, "edgeprune.json")
 
@@ -150,9 +241,6 @@ def test_a_linked_file_costs_no_bytes_and_no_second_hash(
 
 
 def test_without_links_a_file_is_copied_and_hashed_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(1, "Operation not permitted")
-
     source, target = tmp_path / "weights", tmp_path / "copied"
     source.write_bytes(b"one")
     monkeypatch.setattr(os, "link", refuse)
