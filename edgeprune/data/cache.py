@@ -26,7 +26,7 @@ from edgeprune.common import fields
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import LARGEST, shown
 from edgeprune.common.files import check_schema, digest, inside, read_json, write_json
-from edgeprune.common.hashes import kept_sha256
+from edgeprune.common.hashes import keeping, kept_sha256
 from edgeprune.data.pairs import Pairs, Samples
 from edgeprune.families import Config, Family
 from edgeprune.families.encoders import is_present, read_index
@@ -221,17 +221,18 @@ def open_pairs(
     if not index.complete:
         raise InputError(f"{folder}: the cache is not finished; run its `edgeprune cache` command again to resume it")
     samples = []
-    for number, shard in enumerate(index.shards):
-        path = folder / shard.file
-        if not path.is_file():
-            raise InputError(f"{path}: no such file, but {INDEX} lists it; run its `edgeprune cache` again")
-        if kept_sha256(path) != shard.sha256:
-            raise InputError(
-                f"{path}: its SHA-256 is not the one in {INDEX}: the file is damaged or was changed; delete it and run "
-                "the cache's `edgeprune cache` command again"
-            )
-        samples += mapped(path, shard.sizes, family, config)
-        progress(number + 1, len(index.shards))
+    with keeping() as sha256_of:
+        for number, shard in enumerate(index.shards):
+            path = folder / shard.file
+            if not path.is_file():
+                raise InputError(f"{path}: no such file, but {INDEX} lists it; run its `edgeprune cache` again")
+            if sha256_of(path) != shard.sha256:
+                raise InputError(
+                    f"{path}: its SHA-256 is not the one in {INDEX}: the file is damaged or was changed; delete it and "
+                    "run the cache's `edgeprune cache` command again"
+                )
+            samples += mapped(path, shard.sizes, family, config)
+            progress(number + 1, len(index.shards))
     if len({some.hidden.shape[1] for some in samples}) > 1:
         raise InputError(f"{folder}: shards have texts of different lengths; make the cache again, with another -o")
     if not samples:

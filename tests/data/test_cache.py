@@ -14,6 +14,7 @@ import torch
 from caching import MIXED, cached, images, opened
 from safetensors.torch import load_file, save_file
 
+from edgeprune.common import hashes
 from edgeprune.common.errors import InputError
 from edgeprune.data.settings import source_digest
 
@@ -119,6 +120,23 @@ def test_a_shard_that_is_not_as_the_index_and_the_model_say(
     (folder / "cache.json").write_text(json.dumps(data))
     with pytest.raises(InputError, match=said):
         opened(folder, model)
+
+
+def test_hashes_of_all_shards_are_kept_at_once(
+    pipe: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = whole(pipe, model, tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(hashes, "KEPT_FROM", 0)
+    writes, write = list[Path](), hashes.write_text
+    monkeypatch.setattr(hashes, "write_text", lambda path, text: writes.append(path) or write(path, text))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(hashes, "_known", {})
+    opened(folder, model)
+    assert len(list(folder.glob("*.safetensors"))) > 1 and len(writes) == 1
+    monkeypatch.setattr(hashes, "_known", {})
+    monkeypatch.setattr(hashes, "sha256_file", lambda path: pytest.fail(f"read {path} again"))
+    opened(folder, model)
+    assert len(writes) == 1
 
 
 def test_pages_are_mapped_not_read(pipe: Any, model: Path, tmp_path: Path) -> None:
