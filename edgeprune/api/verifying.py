@@ -66,7 +66,7 @@ def verify(
         model: an original's or an artefact's folder, or a hub id; None for the built-in model.
         revision: a branch, tag or commit of a hub id; None for its default.
         variant: of an original's weights, such as fp16; None for the full ones, or the only ones that there are.
-        dtype: what text encoders and transformer compute in: float32, bf16 or fp16; None for what they compute in on
+        dtype: what text encoders and transformer compute in: fp32, bf16 or fp16; None for what they compute in on
             this machine.
         generation: height and width of the image, and other settings; None for the model's own.
         compute: where networks run, and in how much memory; None takes what this machine has.
@@ -83,9 +83,8 @@ def verify(
     from edgeprune.artefact.resolve import resolve
     from edgeprune.artefact.staged import can_stage
     from edgeprune.families.encoders import check_tokens
-    from edgeprune.residency.compute import Compute
+    from edgeprune.residency.compute import DTYPES, Compute
     from edgeprune.sampling.generation import Generation, GenerationOptions, heed, say_guesses
-    from edgeprune.verify.finding import DTYPES
     from edgeprune.verify.run import run
     from edgeprune.verify.subject import Subject
 

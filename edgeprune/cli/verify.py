@@ -18,7 +18,7 @@ EPILOG = (
     "edgeprune verify owner/name --variant fp16 --height 512 --width 512"
 )
 HEADER = ("verdict", "check", "part", "computes in", "measure", "found", "bound")
-DTYPES = ("float32", "bf16", "fp16")
+DTYPES = ("fp32", "bf16", "fp16")
 """Repeated here, since its registry imports torch; tests/cli/test_choices.py compares the two."""
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from edgeprune.residency.compute import name_of
+
 PASS, WARNING, FAIL, NOT_JUDGED = "pass", "warning", "fail", "not judged"
 """Verdicts. Only `fail` fails the run."""
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What networks compute in, by the name that `--dtype` takes."""
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 1e-2}
 """Largest relative error of a network in a dtype against float32. That of float16 is the one of exports
 (export/parity.py): rounding costs up to 3e-3 on random models; bf16 has three bits less, hence eight times as much."""
@@ -73,8 +73,3 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def finite(value: float) -> float | None:
     """Return a number as JSON can hold it."""
     return value if math.isfinite(value) else None
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Return a dtype's name in `DTYPES`."""
-    return next(name for name, known in DTYPES.items() if known == dtype)

@@ -170,8 +170,8 @@ def test_repeated_names_are_those_of_the_code() -> None:
     from edgeprune.cli import compare, verify
     from edgeprune.compare.grid import GRIDS
     from edgeprune.quantization.quantize import CALIBRATIONS
+    from edgeprune.residency import compute
     from edgeprune.training import recipe
-    from edgeprune.verify import finding
 
     assert (estimators.AUTO, *estimators._MODULES) == options.ESTIMATORS
     assert CALIBRATIONS == options.CALIBRATIONS
@@ -179,7 +179,7 @@ def test_repeated_names_are_those_of_the_code() -> None:
     assert recipe.LEVELS == options.LEVELS
     assert recipe.SCHEDULES == options.SCHEDULES
     assert (recipe.SENSITIVITIES, recipe.BINARY) == (options.SENSITIVITIES, options.BINARY)
-    assert tuple(finding.DTYPES) == verify.DTYPES
+    assert tuple(compute.DTYPES) == verify.DTYPES
     assert recipe.TEACHERS == options.TEACHER_PRECISIONS
     assert compare.grids() == sorted(path.stem for path in GRIDS.glob("*.toml"))
     for name in options.MIXED_PRECISIONS:

@@ -227,7 +227,7 @@ def test_exit_codes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (shown["passed"], shown["device"], shown["height"]) == (True, "cpu", 64)
     assert shown["findings"][1] == {
         "check": "text", "part": "hidden", "verdict": "pass", "measure": "relative error", "figure": 0.0,
-        "bound": 1e-3, "dtype": "float32", "advice": "",
+        "bound": 1e-3, "dtype": "fp32", "advice": "",
     }  # fmt: skip
     (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     bad = CliRunner().invoke(app, ["verify", str(copy)])

@@ -6,7 +6,7 @@ from edgeprune.verify.finding import Finding, error_finding
 from edgeprune.verify.subject import Subject
 
 NAME = "encoders"
-_ADVICE = "this encoder does not compute here what its files say: --dtype float32 shows whether the dtype is the cause"
+_ADVICE = "this encoder does not compute here what its files say: --dtype fp32 shows whether the dtype is the cause"
 
 
 def check(subject: Subject) -> list[Finding]:

@@ -11,7 +11,8 @@ import math
 
 import torch
 
-from edgeprune.verify.finding import FAIL, PASS, WARNING, Finding, finite, name_of
+from edgeprune.residency.compute import name_of
+from edgeprune.verify.finding import FAIL, PASS, WARNING, Finding, finite
 from edgeprune.verify.peaks import Peak
 from edgeprune.verify.subject import Subject
 

@@ -7,7 +7,7 @@ from edgeprune.verify.subject import Subject
 
 NAME = "step"
 _ADVICE = (
-    "this transformer does not compute here what its files say: --dtype float32 shows whether the dtype is the cause, "
+    "this transformer does not compute here what its files say: --dtype fp32 shows whether the dtype is the cause, "
     "--device cpu whether the device is"
 )
 

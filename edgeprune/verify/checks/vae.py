@@ -9,7 +9,8 @@ from pathlib import Path
 
 from edgeprune.artefact.manifest import MANIFEST, Manifest
 from edgeprune.artefact.synth import MARK
-from edgeprune.verify.finding import FAIL, NOT_JUDGED, PASS, Finding, name_of
+from edgeprune.residency.compute import name_of
+from edgeprune.verify.finding import FAIL, NOT_JUDGED, PASS, Finding
 from edgeprune.verify.subject import Subject
 
 NAME = "vae"
