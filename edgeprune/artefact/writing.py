@@ -134,16 +134,16 @@ def complete_tokenizer(folder: Path) -> None:
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
 
 
-def copy_part(source: Path, target: Path, variant: str | None = None) -> None:
+def copy_part(source: Path, target: Path, variant: str | None = None, *, link: bool = False) -> None:
     """Put the files of one part of a pipeline that are the model into a new folder.
 
-    Large weights are linked where that works, see common/linking.py; what people edit by hand is copied.
     The weights get the names of full weights, so that stock diffusers loads them without being told of a variant.
 
     Args:
         source: the part's folder.
         target: a new folder.
         variant: of the weights, see model_files.py.
+        link: large weights, where that works, see common/linking.py. What people edit by hand is copied.
 
     Raises:
         InputError: an index of shards is damaged.
@@ -159,7 +159,7 @@ def copy_part(source: Path, target: Path, variant: str | None = None) -> None:
                 files = {tensor: without_variant(file) for tensor, file in index["weight_map"].items()}
                 write_json(to, index | {"weight_map": files})
             else:
-                (place if weights and path.name in weights.files else copy)(path, to)
+                (place if link and weights and path.name in weights.files else copy)(path, to)
         except OSError as error:
             raise cannot_write(to, error) from error
 
@@ -180,7 +180,7 @@ def copy_surroundings(source: Path, folder: Path, variant: str | None = None) ->
             raise InputError(f"{source / 'model_index.json'}: {name}: no such folder, but the index lists it")
         temporary = folder / f"{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        copy_part(source / name, temporary, variant)
+        copy_part(source / name, temporary, variant, link=True)
         complete_tokenizer(temporary)
         replace_folder(temporary, folder / name)
     licensing.copy(source, folder)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from edgeprune import api
 from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.convert.layouts import ldm_name
+from edgeprune.common import linking
 from edgeprune.common.errors import InputError
 from edgeprune.families.encoders import text_encoders
 from edgeprune.families.parts import tensor_of
@@ -141,6 +142,18 @@ def test_the_vae_lies_as_in_diffusers_conversion(folders: dict[str, Path]) -> No
     ours = {ldm_name(n, len(config["block_out_channels"])): t for n, t in ldm.items()}
     assert theirs.keys() == ours.keys() == state.keys()
     assert all(torch.equal(theirs[n].flatten(), ours[n].flatten()) for n in theirs)
+
+
+def test_a_converted_model_shares_no_file_with_the_config_folder(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """People train and save originals in place, which a hard link would pass on."""
+    monkeypatch.setattr(linking, "LINKED_FROM", 0)
+    config = folders["schnell"]
+    api.convert(config / "transformer", tmp_path / "out", config=config)
+    made = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert all(path.stat().st_nlink == 1 for path in made)
+    same(config, tmp_path / "out")
 
 
 def test_names_are_kept_for_guesses(folders: dict[str, Path], tmp_path: Path) -> None:
