@@ -73,6 +73,8 @@ def bench(
     for name, (folder, runtime_name) in zip(names, pairs, strict=True):
         given = {"memory": memory} if memory is not None and runtime_name == "eager" else {}
         variants.append(bench_run.Variant(name, folder, runtime_name, options=given))
+    if memory is not None and not any("memory" in v.options for v in variants):
+        progress("--memory: nothing of this runs in torch, so it is not used")
     for folder in dict.fromkeys(v.folder for v in variants):
         say_guesses(folder, () if steps is None else ("num_inference_steps",), steps="--steps")
     return bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, progress=progress)

@@ -83,7 +83,7 @@ def score(
         steps: denoising steps of an image; None for the model's own.
         memory: most bytes of the process where torch draws, on a GPU of the GPU; None takes most of what is free.
         out: keep the images here, so that an interrupted call resumes; None removes them.
-        progress: called after each batch.
+        progress: called after each batch, and with a line where `memory` is not used.
 
     Raises:
         InputError: a folder, a metric, its weights or a prompt is not usable, or `out` holds other images.
@@ -107,6 +107,8 @@ def score(
     ready = [path for path in places.values() if is_images(path)]
     if ready and (prompts or per_task or seeds > 1):
         raise InputError(f"{ready[0]} already has prompts; omit --prompts, --per-task and --seeds")
+    if memory is not None and len(ready) == len(models):
+        progress("--memory: no image is drawn, so it is not used")
     for place in places.values():
         if place not in ready:
             _check_drawn(place, variant, steps)

@@ -196,7 +196,12 @@ def test_score(source: Path, tmp_path: Path) -> None:
     assert made.scores[0].score[0] == 100 and made.drawn == ("images", "original")
     words = ("--metric", "psnr", "--against", source, "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "images")
     assert printed("score", source, *words) == as_printed(made)
-    again = api.score(tmp_path / "images" / "images", ["psnr"], against=tmp_path / "images" / "original")
+    lines = list[str]()
+    again = api.score(
+        tmp_path / "images" / "images", ["psnr"], against=tmp_path / "images" / "original", memory=6 * 10**9,
+        progress=lambda what, *_: lines.append(what),
+    )  # fmt: skip
+    assert lines[0] == "--memory: no image is drawn, so it is not used"
     assert again.drawn == () and again.scores == made.scores
 
 

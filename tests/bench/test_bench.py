@@ -278,8 +278,11 @@ def test_memory_is_for_what_runs_in_torch(tiny_folders: tuple[Path, Path], monke
     }
     assert {"original-bf16", "original-fp32"} < runtimes.keys()
     seen.clear()
-    api.bench([made], original=False)
-    assert [v.name for v in seen] == ["compressed"]
+    lines = list[str]()
+    for memory in (None, 5 * 10**9):
+        api.bench([made], original=False, memory=memory, progress=lambda what, *_: lines.append(what))
+    assert [v.name for v in seen] == ["compressed"] * 2
+    assert lines == ["--memory: nothing of this runs in torch, so it is not used"]
     with pytest.raises(InputError, match="omit --no-original"):
         api.bench([made], original=False, baseline=source)
 

@@ -149,12 +149,15 @@ def test_a_killed_drawing_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_memory_is_for_what_torch_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     given: list[dict[str, Any]] = []
-    artist = Artist()
+    artist, lines = Artist(), list[str]()
     monkeypatch.setattr(scoring.runtimes, "load", lambda *_, **options: given.append(options) or artist)
     for name in ("eager", "ort"):
         monkeypatch.setattr(scoring.runtimes, "choose", lambda *_, name=name: name)
-        scoring.draw(tmp_path, tmp_path / name, [Wish("a", 0)], memory=6 * 10**9)
+        said = lambda what, *_: lines.append(what)  # noqa: E731
+        scoring.draw(tmp_path, tmp_path / name, [Wish("a", 0)], memory=6 * 10**9, progress=said)
     assert given == [{"memory": 6 * 10**9}, {}]
+    unused = [line for line in lines if line.startswith("--memory")]
+    assert unused == [f"--memory: ort draws {tmp_path.name}, not torch, so it is not used there"]
 
 
 def test_command_line_on_images(worlds: tuple[Path, Path]) -> None:
