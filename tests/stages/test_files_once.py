@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,7 +191,7 @@ def test_a_later_run_without_the_option_writes_the_half_copy_and_nothing_else(
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_int4_is_not_made_of_other_weights_than_were_pruned(source: Path, tmp_path: Path, quantized: bool) -> None:
-    out = tmp_path / "out"
+    out, source = tmp_path / "out", shutil.copytree(source, tmp_path / "source")
     ws = Workspace(out, str(source))
     plan.run(ws, BLOCK.plan)
     prune.run(ws, no_half=True)
