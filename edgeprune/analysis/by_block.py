@@ -10,7 +10,7 @@ Notation: K projections, J parts, S states, B batch, C latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -36,22 +36,32 @@ class ByBlock:
         model: the transformer.
         batches: the shape of the latents (B, C, h, w) of some states, and the transformer's inputs for them.
         spill: keeps streams, gradients and results.
+        parts: names the parts that have gates: slopes that another run left may be those of other parts.
         step: called after each block, forward and backward.
     """
 
     def __init__(
-        self, family: Family, model: Any, batches: Sequence[tuple[torch.Size, Tensors]], spill: Spill, step: Steps
+        self,
+        family: Family,
+        model: Any,
+        batches: Iterable[tuple[torch.Size, Tensors]],
+        spill: Spill,
+        parts: str,
+        step: Steps,
     ) -> None:
-        self.family, self.model, self.spill, self.step = family, model, spill, step
-        self.shapes, inputs = [shape for shape, _ in batches], [one for _, one in batches]
+        self.family, self.model, self.spill, self.parts, self.step = family, model, spill, parts, step
+        self.shapes: list[torch.Size] = []
         self.layers: list[nn.Module] = list(family.blocks(model))
         """The blocks themselves; later there may be gates around them."""
-        with torch.no_grad():
-            embedded = [family.embed(model, one) for one in inputs]
-        self.modulation = [modulation for *_, modulation in embedded]
-        self.device = embedded[0][0].device
-        self.positions, self.grid = family.positions(model, inputs[0]), family.grid(model, inputs[0])  # sizes alone
-        for index, (image, text, _) in enumerate(embedded):
+        self.modulation: list[torch.Tensor] = []
+        for index, (shape, inputs) in enumerate(batches):  # one at a time: those of all states may not fit in memory
+            with torch.no_grad():
+                image, text, modulation = family.embed(model, inputs)
+            if not index:  # they depend on sizes alone
+                self.device = image.device
+                self.positions, self.grid = family.positions(model, inputs), family.grid(model, inputs)
+            self.shapes.append(shape)
+            self.modulation.append(modulation)
             if f"0.{index}" not in spill:
                 spill.put(f"0.{index}", {"image": image, "text": text})
 
@@ -83,7 +93,7 @@ class ByBlock:
                 velocity = self.family.velocity(self.model.config, output, shape).float()
                 projected = project(velocity)
             norms.append(velocity.detach().flatten(1).square().sum(1))
-            if f"slopes.{last - 1}" in self.spill:
+            if self._slopes(last - 1) in self.spill or f"gradients.{last}.{index}" in self.spill:
                 continue
             found = [torch.autograd.grad(one, image, retain_graph=True)[0] for one in projected]
             self.spill.put(f"gradients.{last}.{index}", {f"image.{k}": each for k, each in enumerate(found)})
@@ -96,15 +106,15 @@ class ByBlock:
             gated: a context in which there are gates around the parts of a block.
         """
         for number in reversed(range(len(self.layers))):
-            if f"slopes.{number}" not in self.spill:
+            if self._slopes(number) not in self.spill:
                 before = self.layers[max(number - 1, 0)]
                 with filled(self.layers[number], following=before), gated(number) as make_gates:
                     slopes = [self._back(number, index, make_gates) for index in range(len(self.shapes))]
-                self.spill.put(f"slopes.{number}", {"slopes": torch.cat(slopes, dim=-1)})
+                self.spill.put(self._slopes(number), {"slopes": torch.cat(slopes, dim=-1)})
                 for index in range(len(self.shapes)):
                     self.spill.drop(f"gradients.{number + 1}.{index}")
             self.step()
-        return [self.spill.get(f"slopes.{number}")["slopes"] for number in range(len(self.layers))]
+        return [self.spill.get(self._slopes(number))["slopes"] for number in range(len(self.layers))]
 
     def _back(self, number: int, index: int, make_gates: MakeGates) -> torch.Tensor:
         """Keep the gradients for a block's inputs; return those for its gates (K, J of the block, B)."""
@@ -130,6 +140,9 @@ class ByBlock:
     def _run(self, block: nn.Module, index: int, streams: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
         modulation = self.modulation[index]
         return self.family.run(block, streams["image"], streams["text"], modulation, self.positions)
+
+    def _slopes(self, number: int) -> str:
+        return f"slopes.{self.parts}.{number}"
 
     def _has(self, number: str) -> bool:
         return all(f"{number}.{index}" in self.spill for index in range(len(self.shapes)))

@@ -111,5 +111,5 @@ def _kept(ws: Workspace, name: str, count: int, generation: Generation) -> Spill
     """Return where the latents of a large model's images are kept after each step; None for a small one."""
     if not is_streamed(ws.family.blocks(ws.pipe.transformer)[0]):
         return None
-    made = ws.manifest.stages["quantize"]["inputs"]
-    return Spill(ws.cache / "report" / name, identity=digest([made, count, vars(generation)]))
+    made, where = ws.manifest.stages["quantize"]["inputs"], f"{ws.original.dtype} {ws.original.compute.device.type}"
+    return Spill(ws.cache / "report" / name, identity=digest([made, count, vars(generation), where]))

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from edgeprune.common.errors import DiskError
+from edgeprune.common.files import need_space
 from edgeprune.common.tensors import Tensors, load_tensors, save_tensors
 
 _IDENTITY = "identity"
@@ -31,14 +33,26 @@ class Spill:
             return
         mark = folder / _IDENTITY
         if identity and mark.is_file() and mark.read_text(encoding="utf-8") == identity:
-            self._held = {path.stem: path for path in folder.glob("*.safetensors") if path.is_file()}
-            return
+            found = {path.stem: path for path in folder.glob("*.safetensors") if path.is_file()}
+            if all(map(_is_whole, found.values())):  # else the machine stopped while they were written: start over
+                self._held |= found
+                return
         shutil.rmtree(folder, ignore_errors=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             mark.write_text(identity, encoding="utf-8")
         except OSError as error:
             raise DiskError(f"{folder}: {error.strerror or error}") from error
+
+    def need(self, size: int) -> None:
+        """Check that the disk has room for `size` bytes, those that are on it already among them.
+
+        Raises:
+            DiskError: the disk has less free space.
+        """
+        if self._folder is not None:
+            there = sum(path.stat().st_size for path in self._held.values() if isinstance(path, Path))
+            need_space(self._folder, max(0, size - there))
 
     def put(self, key: str, tensors: Tensors) -> None:
         """Keep tensors, which must not be changed in place afterwards, in place of those that the key has.
@@ -86,6 +100,15 @@ class Spill:
         self._held.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file has the bytes that its header tells of; reads the header alone."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _size(tensors: Tensors) -> int:

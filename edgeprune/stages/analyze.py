@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import held_bytes, is_streamed
 from edgeprune.sampling.denoising import VelocityInputs, at_once, evaluate
 from edgeprune.sampling.generation import Generation
+from edgeprune.stages.calibration import stream_bytes
 from edgeprune.stages.costs import sample, transformer_bytes
 from edgeprune.stages.modulation import modulation_mean
 from edgeprune.stages.options import AnalyzeOptions, halvings, seen
@@ -70,6 +72,7 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
         images, streamed = seen(ws.generation, options.states), is_streamed(ws.family.blocks(ws.pipe.transformer)[0])
         scratch = ws.cache / "analysis" / str(processes.index())
         spill = Spill(scratch, identity=key) if streamed else Spill()
+        spill.need(_kept_bytes(ws, options, len(prompts)))
         metric = of_pipeline(
             options.metric, ws.pipe, images, prompts, options.weights, split=Split.ANALYSIS,
             compares=estimator_class.compares, spill=spill,
@@ -81,14 +84,25 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
             prompts=prompts, path=ws.report_path, inputs_digest=key,
             progress=lambda done, total: progress("analyze", done, total, ""),
         )  # fmt: skip
-        spill.clear()
         ws.manifest.hash_files(ws.out, "analysis.json")
         return {GIVEN: options.prompts is not None}
 
     ran = ws.stage("analyze", inputs, score, check=lambda: _check_time(ws, options, removals, len(prompts), progress))
     for partial in partials_of(ws.report_path) if processes.is_main() else ():
         partial.unlink(missing_ok=True)
+    if processes.is_main():
+        shutil.rmtree(ws.cache / "analysis", ignore_errors=True)
     return ran
+
+
+def _kept_bytes(ws: Workspace, options: AnalyzeOptions, count: int) -> int:
+    """Return the bytes that gates keep on disk of `count` prompts: of a large model, the inputs of every block."""
+    if options.estimator != "gates" or is_small(ws.subject.numbers):
+        return 0
+    latents, condition, *_ = sample(ws.family, ws.config, ws.source, ws.generation)
+    one = stream_bytes(ws.family, ws.config, tuple(latents.shape[1:]), condition.hidden.shape[1])
+    states = VelocityError.evaluations(seen(ws.generation, options.states), count)
+    return states * (ws.family.block_count(ws.config) + 1) * one * ws.original.dtype.itemsize // 4
 
 
 def _check_time(ws: Workspace, options: AnalyzeOptions, removals: list[Group], count: int, progress: Progress) -> None:
@@ -106,7 +120,8 @@ def _check_time(ws: Workspace, options: AnalyzeOptions, removals: list[Group], c
         ways.append((f"{option}--count 1 --states 1", total(replace(fewest, states=1), 1)))
     ws.check_memory()
     memory = transformer_bytes(ws.family, ws.config)
-    ws.check_time("analyze", total(options, count), ways, progress, memory=memory)
+    kept = _kept_bytes(ws, options, count)
+    ws.check_time("analyze", total(options, count), ways, progress, memory=memory, written=kept)
 
 
 def work(subject: Subject, options: AnalyzeOptions, removals: list[Group], count: int) -> Work:
@@ -164,8 +179,9 @@ def forecast(
     original = Original(source, variant, Compute.of(compute or ComputeOptions()))
     model = original.transformer
     one = sample(family, config, source, generation)
-    stream_bytes, evaluation_s = _measure(family, model, one)
-    saved = _saved_bytes(family, model, one, stream_bytes) if estimator.backward else 0
+    of_block, evaluation_s = _measure(family, model, one)
+    saved = _saved_bytes(family, model, one) if estimator.backward else 0
+    together, streamed = at_once(model, one[0].shape[1:]), is_streamed(family.blocks(model)[0])
     return {
         "blocks": blocks,
         "groups": len(removals) + 1,
@@ -173,7 +189,7 @@ def forecast(
         "evaluation_s": round(evaluation_s, 4),
         "analysis_s": round(total * evaluation_s, 1),
         "weights_bytes": held_bytes(model),
-        "held_bytes": estimator.extra_bytes(stream_bytes, saved, per_score, at_once(model, one[0].shape[1:])),
+        "held_bytes": estimator.extra_bytes(of_block, saved, per_score, together, streamed=streamed),
     }
 
 
@@ -193,10 +209,10 @@ def _measure(family: Family, model: Any, one: VelocityInputs) -> tuple[int, floa
         return stream_bytes[0], time.perf_counter() - began
 
 
-def _saved_bytes(family: Family, model: Any, one: VelocityInputs, stream_bytes: int) -> int:
+def _saved_bytes(family: Family, model: Any, one: VelocityInputs) -> int:
     """Return what autograd keeps of one sample for the backward pass, where weights need no gradients.
 
-    Of a streamed model that is every block's inputs, and all of the block that is run again.
+    Of a streamed model that is all of the block that is run again, and of what is outside the blocks.
     """
     blocks = family.blocks(model)
     if not is_streamed(blocks[0]):
@@ -204,7 +220,7 @@ def _saved_bytes(family: Family, model: Any, one: VelocityInputs, stream_bytes: 
     nowhere = torch.empty(0)  # whole blocks are removed, which needs no mean
     others = [family.removal(model, index, None, nowhere)[0] for index in range(1, len(blocks))]
     with swapped(others):
-        return _saved_now(model, one) + stream_bytes * len(blocks)
+        return _saved_now(model, one)
 
 
 def _saved_now(model: Any, one: VelocityInputs) -> int:

@@ -17,7 +17,7 @@ from torch import nn
 from edgeprune.common.files import need_space
 from edgeprune.common.splits import Split
 from edgeprune.common.tensors import Tensors
-from edgeprune.families import Family
+from edgeprune.families import Config, Family
 from edgeprune.families.joint import width
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.residency.compute import Compute
@@ -77,7 +77,9 @@ class Streams:
         self.spill.clear()
 
 
-def calibration_streams(ws: Workspace, model: Any, prompts: list[str], states: int | None = None) -> Streams:
+def calibration_streams(
+    ws: Workspace, model: Any, prompts: list[str], states: int | None = None, *, spill: Spill | None = None
+) -> Streams:
     """Return the samples of the original's trajectories of these prompts, before the first block of `model`.
 
     With classifier-free guidance every state is evaluated with its prompt and with the empty one.
@@ -87,9 +89,10 @@ def calibration_streams(ws: Workspace, model: Any, prompts: list[str], states: i
         model: the pruned transformer; its tensors outside the blocks have their numbers.
         prompts: one trajectory each.
         states: most states of each; None for the usual number.
+        spill: keeps the trajectories, so that a run after a kill does not compute them again.
     """
     images = seen(ws.generation, states)
-    metric = VelocityError(ws.pipe, images, prompts, split=Split.CALIBRATION, compares=False)
+    metric = VelocityError(ws.pipe, images, prompts, split=Split.CALIBRATION, compares=False, spill=spill)
 
     def inputs() -> Iterator[Tensors]:
         for start in range(0, len(metric.states), metric.batch):
@@ -103,19 +106,21 @@ def calibration_streams(ws: Workspace, model: Any, prompts: list[str], states: i
     host = Compute(memory=ws.original.compute.memory if ws.original.compute.device.type == "cpu" else None)
     room, scratch = host.left() // 3, ws.cache / "streams"
     samples = len(metric.states) * (2 if is_guided(ws) else 1)
-    size = samples * _stream_bytes(ws, tuple(metric.states.shape[1:]), metric.condition.hidden.shape[1])
+    size = samples * stream_bytes(
+        ws.family, ws.config, tuple(metric.states.shape[1:]), metric.condition.hidden.shape[1]
+    )
     need_space(scratch, max(0, size - room))
-    spill = Spill(scratch, room=room)
-    return Streams(ws.family, model, inputs(), spill, ws.original.compute.device)
+    return Streams(ws.family, model, inputs(), Spill(scratch, room=room), ws.original.compute.device)
 
 
-def _stream_bytes(ws: Workspace, shape: tuple[int, ...], text: int) -> int:
+def stream_bytes(family: Family, config: Config, shape: tuple[int, ...], text: int) -> int:
     """Return the bytes of one sample's streams: image and text tokens and the modulation input, in float32.
 
     Args:
-        ws: the workspace.
+        family: the transformer's.
+        config: the transformer's.
         shape: of the sample's latents (C, h, w).
         text: number of text tokens.
     """
-    image = shape[-1] * shape[-2] // ws.family.latents(ws.config).patch ** 2
-    return 4 * (image + text + 1) * width(ws.config)
+    image = shape[-1] * shape[-2] // family.latents(config).patch ** 2
+    return 4 * (image + text + 1) * width(config)

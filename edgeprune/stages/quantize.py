@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,8 @@ from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import shorter_config
 from edgeprune.quantization.quantize import CALIBRATIONS, prepare, quantize_part
+from edgeprune.residency.compute import is_small
+from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import PACKED
 from edgeprune.residency.weights import Weights
 from edgeprune.stages.calibration import calibration_streams
@@ -125,7 +128,9 @@ def _quantize(
     streams = None
     if prompts:
         stored.fill(stored.names(None))
-        streams = calibration_streams(ws, stored.model, prompts, options.states)
+        large = not is_small(ws.subject.numbers)
+        kept = Spill(ws.cache / "calibration", identity=key) if large else None
+        streams = calibration_streams(ws, stored.model, prompts, options.states, spill=kept)
 
     def make(index: int) -> Tensors:
         block = index if index < len(plan.kept) else None
@@ -164,6 +169,7 @@ def _quantize(
     finally:
         if streams is not None:
             streams.close()
+    shutil.rmtree(ws.cache / "calibration", ignore_errors=True)
     ws.manifest.hash_files(ws.out, INT4)
     return {"weights_bytes": size}
 

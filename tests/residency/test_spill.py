@@ -54,6 +54,29 @@ def test_only_the_same_work_finds_what_is_on_disk(tmp_path: Path) -> None:
     assert "a.1" not in Spill(tmp_path)  # nothing says that it is the same work
 
 
+def test_a_damaged_file_starts_all_over(tmp_path: Path) -> None:
+    first = Spill(tmp_path, identity="one")
+    first.put("a", SIX)
+    first.put("b", SIX)
+    path = tmp_path / "b.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    again = Spill(tmp_path, identity="one")
+    assert "a" not in again and "b" not in again and not files(tmp_path)
+
+
+def test_room_is_checked_for_what_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr("edgeprune.residency.spill.need_space", lambda folder, size: needed.append(size))
+    spill = Spill(tmp_path)
+    spill.need(1000)
+    spill.put("a", SIX)
+    spill.need(1000)
+    spill.need(10)
+    Spill().need(1000)
+    size = (tmp_path / "a.safetensors").stat().st_size
+    assert needed == [1000, 1000 - size, 0]
+
+
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DiskError, match="file/s"):

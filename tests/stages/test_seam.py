@@ -104,7 +104,7 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_gates_read_each_block_twice(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = counted_reads(monkeypatch)
     ws = opened(tmp_path / "out", source, monkeypatch, little=True)
-    monkeypatch.setattr("edgeprune.metrics.velocity.at_once", lambda *_: 3)  # eight states are three batches
+    monkeypatch.setattr("edgeprune.metrics.velocity.at_once", lambda *_: 12)  # three states a batch
     reads.clear()
     analyze.run(ws, AnalyzeOptions(count=2, estimator="gates", components=False))
     in_blocks = [name for name in reads if name.startswith("transformer_blocks.1.")]
@@ -119,7 +119,7 @@ def test_a_killed_analysis_goes_on_with_the_block(kind: str, tmp_path: Path, mon
     source = tmp_path / "tiny"
     {"sd3": tiny_pipeline, "flux": tiny_flux_pipeline}[kind](source)
     ran, real, left = list[str](), Spill.put, [10**6]
-    monkeypatch.setattr("edgeprune.metrics.velocity.at_once", lambda *_: 3)  # eight states are three batches
+    monkeypatch.setattr("edgeprune.metrics.velocity.at_once", lambda *_: 12)  # three states a batch
 
     def put(self: Spill, key: str, tensors: Tensors) -> None:
         if left_after() < 0:
@@ -146,8 +146,31 @@ def test_a_killed_analysis_goes_on_with_the_block(kind: str, tmp_path: Path, mon
         except KeyboardInterrupt:
             del ws
             gc.collect()  # frees the folder's lock
-    assert 3 < starts < len(keys) / 3
+    assert 3 < starts < len(keys) / 3 and not (killed / "cache" / "analysis").exists()
     assert (killed / "analysis.json").read_bytes() == (tmp_path / "whole" / "analysis.json").read_bytes()
+
+
+def test_an_analysis_killed_between_its_scores_has_the_same_ones(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is other parts: slopes that the first run left are not theirs."""
+
+    def killed(what: str, done: int = 0, *_: object) -> None:
+        if (what, done) == ("analyze", 8):
+            raise KeyboardInterrupt
+
+    reports = []
+    for name in ("whole", "killed"):
+        ws = opened(tmp_path / name, source, monkeypatch, little=True)
+        if name == "killed":
+            with pytest.raises(KeyboardInterrupt):
+                analyze.run(ws, AnalyzeOptions(count=1, estimator="gates"), killed)
+        analyze.run(ws, AnalyzeOptions(count=1, estimator="gates"))
+        reports.append(ContributionReport.load(ws.report_path).scores)
+    whole, resumed = reports
+    assert whole.keys() == resumed.keys()
+    for parts, scores in whole.items():  # a gate that is open rounds
+        assert resumed[parts] == pytest.approx(scores, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])

@@ -56,14 +56,16 @@ class Estimator(Protocol):
         """
 
     @staticmethod
-    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int, batch: int) -> int:
+    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int, batch: int, *, streamed: bool) -> int:
         """Return the memory that `estimate` needs in addition to the weights and a forward pass.
 
         Args:
             stream_bytes: bytes of a block's outputs for one sample.
-            saved_bytes: bytes that autograd saves of one sample for a backward pass; 0 unless `backward`.
+            saved_bytes: bytes that autograd saves of one sample for a backward pass, of a streamed model in one block;
+                0 unless `backward`.
             per_score: as in `evaluations`.
             batch: samples that pass through the transformer together.
+            streamed: as in `evaluations`.
         """
 
 

@@ -35,7 +35,7 @@ class Exhaustive:
         return len(groups) * per_score
 
     @staticmethod
-    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int, batch: int) -> int:
+    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int, batch: int, *, streamed: bool) -> int:
         """Return 0: swaps need no further memory."""
         return 0
 

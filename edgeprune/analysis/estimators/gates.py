@@ -20,6 +20,7 @@ from torch import nn
 
 from edgeprune.analysis.by_block import ByBlock, MakeGates, Project
 from edgeprune.analysis.contribution import Group, Key, removal, swapped
+from edgeprune.common.files import digest
 from edgeprune.common.progress import Steps
 from edgeprune.families import Family, Swap
 from edgeprune.residency.streaming import is_streamed
@@ -127,12 +128,10 @@ class Gates:
     def _by_block(self, singles: list[Key], project: Project) -> tuple[torch.Tensor, torch.Tensor]:
         """Do the same block by block, see by_block.py."""
         model, blocks = self.metric.pipe.transformer, range(len(self.family.blocks(self.metric.pipe.transformer)))
-        batches = [
-            (self.metric.states[rows].shape, self.metric.inputs(rows))
-            for rows in self._batches(max(1, self.metric.batch // _STREAMED))
-        ]
+        size = max(1, self.metric.batch // _STREAMED)
+        batches = ((self.metric.states[rows].shape, self.metric.inputs(rows)) for rows in self._batches(size))
         step = Steps("gradients", 2 * len(blocks), self.metric.progress)
-        passes = ByBlock(self.family, model, batches, self.metric.spill, step)
+        passes = ByBlock(self.family, model, batches, self.metric.spill, digest(singles)[:16], step)
         passes.forward()
         norms = passes.end(project)
         own = [[j for j, part in enumerate(singles) if part[0] == block] for block in blocks]
@@ -167,9 +166,10 @@ class Gates:
         return (1 + streamed + PROJECTIONS) * per_score
 
     @staticmethod
-    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int, batch: int) -> int:
-        """Return what autograd saves of one batch."""
-        return saved_bytes * min(_BATCH, batch, per_score)
+    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int, batch: int, *, streamed: bool) -> int:
+        """Return what autograd saves of one batch: of a streamed model, in one block."""
+        size = max(1, batch // _STREAMED) if streamed else min(_BATCH, batch)
+        return saved_bytes * min(size, per_score)
 
 
 def _set_gates(gated: list[list[_Gated]], count: int, device: torch.device) -> torch.Tensor:

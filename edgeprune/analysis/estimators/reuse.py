@@ -86,7 +86,7 @@ class Reuse:
         return sum(blocks - begin for begin in begins) * per_score / blocks + per_score
 
     @staticmethod
-    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int, batch: int) -> int:
+    def extra_bytes(stream_bytes: int, saved_bytes: int, per_score: int, batch: int, *, streamed: bool) -> int:
         """Return two blocks' outputs for every sample: those recorded, and those being recorded."""
         return 2 * stream_bytes * per_score
 
