@@ -103,8 +103,8 @@ def train(
 def analyze(folder: Path, name: str, *, until: int | None = None) -> None:
     """Score the tiny pipeline in FOLDER/model; the report is NAME/analysis.json."""
 
-    def progress(what: str, done: int, total: int, note: str) -> None:
-        if done == until:
+    def progress(what: str, done: int = 0, total: int = 0, note: str = "") -> None:
+        if (what, done) == ("analyze", until):
             raise Killed
 
     with processes.main_first():

@@ -132,7 +132,8 @@ def test_dry_run_of_an_analysis_times_an_evaluation(tmp_path: Path) -> None:
         done = run(*args, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         found[estimator] = json.loads(done.stdout.splitlines()[-1])
-    groups, per_score, preparing = 1 + 3 + 14 + 18 - 4, 5 * 4, 5 * 4 * 3
+    # Trajectories take a guided step between states; then the untouched model is measured.
+    groups, per_score, preparing = 1 + 3 + 14 + 18 - 4, 5 * 4, 5 * (3 * 2 + 4)
     whole = found["exhaustive"]
     assert whole["groups"] == groups and whole["evaluations"] == groups * per_score + preparing
     assert whole["analysis_s"] == pytest.approx(whole["evaluations"] * whole["evaluation_s"], rel=0.05, abs=0.1)
