@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,6 @@ def run_all(
     kind: str,
     names: list[str],
     *,
-    started: Callable[[str], None] = lambda name: None,
     most_seconds: float = MOST_SECONDS,
 ) -> Iterator[Result]:
     """Run checks and yield their results.
@@ -98,14 +97,13 @@ def run_all(
     Args:
         kind: of machine, see registry.py.
         names: of the checks.
-        started: called with the name of a check that begins.
         most_seconds: of all of them; those that might end later are left out.
     """
     known, ends = checks(kind), time.monotonic() + most_seconds - _AFTER
     todo = list(names)
     with tempfile.TemporaryDirectory(prefix="edgeprune-", ignore_cleanup_errors=True) as scratch:
         while todo and time.monotonic() < ends:
-            for result in _Worker(kind, todo, Path(scratch) / str(len(todo)), ends).results(known, started):
+            for result in _Worker(kind, todo, Path(scratch) / str(len(todo)), ends).results(known):
                 todo.remove(result["name"])
                 yield result
     for name in todo:
@@ -131,7 +129,7 @@ class _Worker:
                 self.lines.put(text)
         self.lines.put(None)
 
-    def results(self, known: dict[str, Check], started: Callable[[str], None]) -> Iterator[Result]:
+    def results(self, known: dict[str, Check]) -> Iterator[Result]:
         """Yield results until the process ends, or has to be ended."""
         try:
             left = list(self.names)
@@ -147,7 +145,6 @@ class _Worker:
                     return
                 if "begins" in result:
                     name, limit, began = result["begins"], known[result["begins"]].seconds, time.monotonic()
-                    started(name)
                     continue
                 left.remove(result["name"])
                 yield result

@@ -13,6 +13,7 @@ from pathlib import Path
 from edgeprune.experiments.full_size.forecast import Work
 from edgeprune.experiments.full_size.recording import Recorder
 from edgeprune.experiments.full_size.rows.row import Row
+from edgeprune.metrics.velocity import STATES
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,6 @@ _MODELS = (
     _Model("sd3.5-large", "", 8.15e9, 5.66e9, 8.0e12, 2, "25-28,31-34"),
     _Model("flux.1-dev", "-flux", 11.9e9, 4.97e9, 19e12, 1, "40-47"),
 )
-_STATES = 6
-"""Of a trajectory, see metrics/velocity.py."""
 _MEDIUM = ("--height", "512", "--width", "512")
 _LITTLE = ("--memory", "3GB")
 _SIX = ("--memory", "6GB")
@@ -76,7 +75,7 @@ def rows() -> Iterator[Row]:
                 f"{name}{m.suffix}", f"{m.name} less 8 blocks: {what} of one step at 1024x1024, in 6 GB", drawing,
                 int(0.5 * m.weights), functools.partial(measure, m), needs=(f"synth{m.suffix}",),
             )  # fmt: skip
-        evaluations = _STATES * (m.per_step + 3) - m.per_step
+        evaluations = STATES * (m.per_step + 3) - m.per_step
         yield Row(
             f"analyze-gates{m.suffix}", f"{m.name}: scores of all blocks by gradients at 512x512, in 3 GB",
             Work(moved=2 * everything, large_flops=evaluations * m.flops), 2 * 10**10, functools.partial(_gates, m),
