@@ -10,7 +10,7 @@ import typer
 
 from edgeprune import api
 from edgeprune.api.folders import check_places, check_prompts
-from edgeprune.cli import options, screen
+from edgeprune.cli import limits, options, screen
 from edgeprune.common import processes
 
 EPILOG = "Example: edgeprune analyze -o small --joint  ·  edgeprune analyze ./sd35 --dry-run --pairs"
@@ -52,11 +52,11 @@ def analyze(
     guidance_scale: options.Guidance = None,
     height: options.Height = None,
     width: options.Width = None,
-    config: options.LaunchConfig = None,
-    device: options.Device = "auto",
-    memory: options.Memory = None,
-    yes: options.Yes = False,
-    longest: options.LongestTime = None,
+    config: limits.LaunchConfig = None,
+    device: limits.Device = "auto",
+    memory: limits.Memory = None,
+    yes: limits.Yes = False,
+    longest: limits.LongestTime = None,
 ) -> None:  # fmt: skip
     """Score the model without each block and component: analysis.json."""
     if config and not processes.launched() and not dry_run:
@@ -72,7 +72,7 @@ def analyze(
         joint=joint, pairs=pairs, states=states, **options.given(count=count, estimator=estimator),
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
-    compute = options.compute_options(device, memory, yes=yes, longest=longest)
+    compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     if dry_run:
         numbers = api.forecast_analyze(
             model, out, chosen, revision=revision, variant=variant, generation=generation, compute=compute

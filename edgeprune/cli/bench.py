@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import api
-from edgeprune.cli import choices, options, screen
+from edgeprune.cli import choices, limits, options, screen
 
 EPILOG = 'Example: edgeprune bench small-onnx --assert "peak_ratio<=0.9"  ·  edgeprune bench small-* --runtime all'
 
@@ -47,7 +47,7 @@ def bench(
     no_original: Annotated[
         bool, typer.Option("--no-original", help="Leave out the original; ratios refer to the first folder.")
     ] = False,
-    memory: options.Memory = None,
+    memory: limits.Memory = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result to this file, as JSON.")
     ] = None,
@@ -74,7 +74,7 @@ def bench(
     result = api.bench(
         folders, runtime=runtime, baseline=baseline, revision=revision, variant=variant, repeats=repeats,
         steps=steps, quality=quality, original=not no_original,
-        memory=options.compute_options("auto", memory).memory, progress=lambda what, *_: screen.say(what),
+        memory=limits.compute_options("auto", memory).memory, progress=lambda what, *_: screen.say(what),
     )  # fmt: skip
     Console().print(tables.table(result))
     if json_file:

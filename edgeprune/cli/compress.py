@@ -10,7 +10,7 @@ import typer
 
 from edgeprune import api
 from edgeprune.api.folders import check_places, check_prompts, is_builtin
-from edgeprune.cli import choices, options, screen
+from edgeprune.cli import choices, limits, options, screen
 from edgeprune.cli.plan import fit_rows, plan_rows
 from edgeprune.common.errors import InputError
 from edgeprune.common.tables import parse_duration
@@ -71,10 +71,10 @@ def compress(
     guidance_scale: options.Guidance = None,
     height: options.Height = None,
     width: options.Width = None,
-    device: options.Device = "auto",
-    memory: options.Memory = None,
-    yes: options.Yes = False,
-    time: options.Time = None,
+    device: limits.Device = "auto",
+    memory: limits.Memory = None,
+    yes: limits.Yes = False,
+    time: limits.Time = None,
 ) -> None:
     """Run all stages: analyze, plan, prune, distill, quantize, and a report.
 
@@ -94,7 +94,7 @@ def compress(
         calibration_count=calibration_count,
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
-    compute = options.compute_options(device, memory, yes=yes)
+    compute = limits.compute_options(device, memory, yes=yes)
     time_s = parse_duration(time, "--time") if time is not None else None
     if dry_run:
         numbers = api.forecast_compress(

@@ -11,7 +11,7 @@ import typer
 
 from edgeprune import api
 from edgeprune.api.folders import check_begun, is_builtin
-from edgeprune.cli import choices, options, screen
+from edgeprune.cli import choices, limits, options, screen
 from edgeprune.common import processes
 
 EPILOG = "Example: edgeprune distill -o small --data images/ --steps 2000 --rate 1e-4"
@@ -80,35 +80,35 @@ MixedPrecision = Annotated[
     str | None,
     choices.choice(
         names=lambda: options.MIXED_PRECISIONS, help="Number format of the student's computation.",
-        show_default="that of accelerate's config, else no", rich_help_panel=options.MEMORY,
+        show_default="that of accelerate's config, else no", rich_help_panel=limits.MEMORY,
     ),
 ]  # fmt: skip
 GradientCheckpointing = Annotated[
     bool,
     typer.Option(
         "--gradient-checkpointing", help="Recompute activations in the backward pass: less memory, more time.",
-        rich_help_panel=options.MEMORY,
+        rich_help_panel=limits.MEMORY,
     ),
 ]  # fmt: skip
 Accumulate = Annotated[
     int,
     typer.Option(
         min=1, help="Compute a process's share of the batch in this many portions, one after the other.",
-        rich_help_panel=options.MEMORY,
+        rich_help_panel=limits.MEMORY,
     ),
 ]  # fmt: skip
 TeacherPrecision = Annotated[
     str,
     choices.choice(
         names=lambda: options.TEACHER_PRECISIONS, help="Number format of the teacher's weights.",
-        rich_help_panel=options.MEMORY,
+        rich_help_panel=limits.MEMORY,
     ),
 ]  # fmt: skip
 TeacherOffload = Annotated[
     bool,
     typer.Option(
         "--teacher-offload", help="Keep the teacher's weights on the CPU and move a layer to the device when it runs.",
-        rich_help_panel=options.MEMORY,
+        rich_help_panel=limits.MEMORY,
     ),
 ]  # fmt: skip
 Sensitivity = Annotated[
@@ -195,7 +195,7 @@ def distill(
     accumulate: Accumulate = 1,
     teacher_precision: TeacherPrecision = "float32",
     teacher_offload: TeacherOffload = False,
-    config: options.LaunchConfig = None,
+    config: limits.LaunchConfig = None,
     sensitivity: Sensitivity = None,
     freeze_prefix: FreezePrefix = None,
     lambda_output: LambdaOutput = None,
@@ -204,8 +204,8 @@ def distill(
     features: FeaturesOf = None,
     levels: Levels = None,
     drop_captions: DropCaptions = None,
-    yes: options.Yes = False,
-    longest: options.LongestTime = None,
+    yes: limits.Yes = False,
+    longest: limits.LongestTime = None,
 ) -> None:
     """Train the shorter transformer to reproduce the original.
 
@@ -220,7 +220,7 @@ def distill(
 
     from edgeprune.data.settings import check_source
 
-    compute = options.compute_options("auto", None, yes=yes, longest=longest)
+    compute = limits.compute_options("auto", None, yes=yes, longest=longest)
     if data:
         check_source(data)
     check_begun(out)

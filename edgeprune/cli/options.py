@@ -15,11 +15,8 @@ from edgeprune.cli.choices import analysis_metrics, choice, devices, group_sizes
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
-    from edgeprune.common.memory import ComputeOptions
     from edgeprune.planning.options import PlanOptions
 
-LONGEST_S = 3600.0
-"""Seconds that a stage may take without `--yes`."""
 CALIBRATIONS = ("none", "scale", "awq")
 ESTIMATORS = ("auto", "exhaustive", "reuse", "gates")
 FEATURES = ("blocks", "attention")
@@ -35,7 +32,7 @@ TEACHER_PRECISIONS = ("float32", "bf16", "int8")
 # Panels of the help.
 BUDGET, METHOD, ANALYSIS, TRAINING, INT4, IMAGES = "Budget", "Method", "Analysis", "Training", "INT4", "Images"
 ORIGINAL = "Original"
-RECIPE, MEMORY = "Recipe", "Memory and speed"
+RECIPE = "Recipe"
 
 Model = Annotated[
     str | None,
@@ -263,59 +260,7 @@ DataSource = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
-LaunchConfig = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="YAML file of `accelerate config`: run in the processes that it describes (docs/scale.md).",
-        rich_help_panel=MEMORY,
-    ),
-]
 _OWN = "the model's own"
-Device = Annotated[
-    str,
-    typer.Option(
-        "--device",
-        metavar="auto|cpu|cuda[:N]|mps|xpu",
-        help="Where to compute. auto takes a GPU that torch finds, else the processor.",
-        rich_help_panel=MEMORY,
-    ),
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        "--memory",
-        metavar="BYTES",
-        help="Most memory to take, such as 6GB; on a GPU, of the GPU. Blocks that do not fit are read when they run.",
-        show_default="most of what is free",
-        rich_help_panel=MEMORY,
-    ),
-]
-Yes = Annotated[
-    bool,
-    typer.Option("--yes", help="Run what takes over an hour, too; without it that is refused.", rich_help_panel=MEMORY),
-]
-LongestTime = Annotated[
-    str | None,
-    typer.Option(
-        "--time",
-        metavar="DURATION",
-        help="Refuse what takes longer than this here, such as 90s, 40m or 2h.",
-        show_default="1h without --yes",
-        rich_help_panel=MEMORY,
-    ),
-]
-Time = Annotated[
-    str | None,
-    typer.Option(
-        "--time",
-        metavar="DURATION",
-        help="Time in which everything shall end, such as 40m or 8h: chooses, once, how much is scored, trained and "
-        "drawn, of what the other options ask for.",
-        show_default="none; a folder keeps its own",
-        rich_help_panel=MEMORY,
-    ),
-]
 InferenceSteps = Annotated[
     int | None,
     typer.Option(
@@ -348,22 +293,6 @@ RuntimeName = Annotated[
 def given(**options: Any) -> dict[str, Any]:
     """Return the options that the user set: those that are not None."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def compute_options(device: str, memory: str | None, *, yes: bool = True, longest: str | None = None) -> ComputeOptions:
-    """Return where to compute, in how much memory, and in how much time: `longest`, else unless `yes` an hour.
-
-    Raises:
-        InputError: an option has another form, or both `--yes` and `--time` are given.
-    """
-    from edgeprune.common.memory import ComputeOptions, parse_bytes
-    from edgeprune.common.tables import parse_duration
-
-    if yes and longest is not None:
-        raise InputError("--yes runs what takes any time; omit --time")
-    size = parse_bytes(memory, "--memory") if memory else None
-    seconds = LONGEST_S if longest is None else parse_duration(longest, "--time")
-    return ComputeOptions(device, size, None if yes else seconds)
 
 
 def parse_rank(text: str) -> int | str | None:

@@ -9,7 +9,7 @@ import typer
 
 from edgeprune import api
 from edgeprune.api.folders import check_begun, check_prompts, is_builtin
-from edgeprune.cli import options, screen
+from edgeprune.cli import limits, options, screen
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def plan(
     blocks: options.Blocks = "",
     components: options.Components = "",
     group_size: options.GroupSize = 64,
-    device: options.Device = "auto",
-    memory: options.Memory = None,
+    device: limits.Device = "auto",
+    memory: limits.Memory = None,
 ) -> None:  # fmt: skip
     """Choose which parts to remove, and show what stays: plan.json."""
     if (out is None) == (config is None):
@@ -85,7 +85,7 @@ def plan(
         return screen.print_json(made.to_json()) if as_json else None
     check_begun(out)
     start = api.preset("default", builtin=is_builtin(out))
-    compute = options.compute_options(device, memory)
+    compute = limits.compute_options(device, memory)
     done = api.plan(out, options.plan_options(start.plan, **chosen), scores=scores, compute=compute, fresh=fresh)
     screen.table([*fit_rows(done.fit), *plan_rows(done.plan, done.options.modulation_rank, done.removable)])
     screen.say(f"next: edgeprune prune -o {screen.quoted(out)}")

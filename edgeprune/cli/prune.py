@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgeprune import api
-from edgeprune.cli import options, screen
+from edgeprune.cli import limits, options, screen
 
 EPILOG = "Example: edgeprune prune -o small  ·  edgeprune prune -o small --no-half"
 
@@ -15,8 +15,8 @@ def prune(
     no_half: options.NoHalf = False,
     fresh: options.Fresh = False,
     as_json: options.AsJson = False,
-    device: options.Device = "auto",
-    memory: options.Memory = None,
+    device: limits.Device = "auto",
+    memory: limits.Memory = None,
 ) -> None:
     """Write the shorter transformer: transformer/.
 
@@ -24,7 +24,7 @@ def prune(
     """
     with screen.bars() as progress:
         done = api.prune(
-            out, no_half=no_half, compute=options.compute_options(device, memory), fresh=fresh, progress=progress
+            out, no_half=no_half, compute=limits.compute_options(device, memory), fresh=fresh, progress=progress
         )
     written = "config written, the weights stay in the original" if no_half else "written"
     screen.say(f"{out / 'transformer'}: {written if done.ran else 'already done'}")

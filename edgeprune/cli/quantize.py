@@ -7,7 +7,7 @@ from typing import Annotated
 
 from edgeprune import api
 from edgeprune.api.folders import check_begun
-from edgeprune.cli import options, screen
+from edgeprune.cli import limits, options, screen
 
 EPILOG = "Example: edgeprune quantize -o small --group-size 64"
 
@@ -20,10 +20,10 @@ def quantize(
     calibration: options.Calibration = "none",
     count: Annotated[int | None, options.calibration_count("--count")] = None,
     states: options.States = None,
-    device: options.Device = "auto",
-    memory: options.Memory = None,
-    yes: options.Yes = False,
-    longest: options.LongestTime = None,
+    device: limits.Device = "auto",
+    memory: limits.Memory = None,
+    yes: limits.Yes = False,
+    longest: limits.LongestTime = None,
 ) -> None:
     """Quantize the weights to INT4 with NNCF, block by block: transformer_int4/."""
     check_begun(out)
@@ -31,7 +31,7 @@ def quantize(
     if calibration == "none" and (device != "auto" or memory):
         screen.say("--device and --memory: --calibration none runs no network, so they are not used")
     with screen.bars() as progress:
-        compute = options.compute_options(device, memory, yes=yes, longest=longest)
+        compute = limits.compute_options(device, memory, yes=yes, longest=longest)
         done = api.quantize(out, chosen, compute=compute, fresh=fresh, progress=progress)
     size = f"{done.weights_bytes / 1e6:,.1f} MB" + ("" if done.ran else " (already done)")
     screen.say(f"{out / 'transformer_int4'}: {size}")

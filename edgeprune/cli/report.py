@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from edgeprune.api.folders import open_folder
-from edgeprune.cli import options, screen
+from edgeprune.cli import limits, options, screen
 
 EPILOG = "Example: edgeprune report -o small --bench bench.json"
 
@@ -27,17 +27,17 @@ def report(
             show_default="those drawn before, else 8",
         ),
     ] = None,
-    device: options.Device = "auto",
-    memory: options.Memory = None,
-    yes: options.Yes = False,
-    longest: options.LongestTime = None,
+    device: limits.Device = "auto",
+    memory: limits.Memory = None,
+    yes: limits.Yes = False,
+    longest: limits.LongestTime = None,
 ) -> None:
     """Write report.html again, with the figures of a benchmark if you give one."""
     from edgeprune.bench import results
     from edgeprune.report import make
 
     measured = results.load(bench_file) if bench_file else None
-    ws = open_folder(out, compute=options.compute_options(device, memory, yes=yes, longest=longest))
+    ws = open_folder(out, compute=limits.compute_options(device, memory, yes=yes, longest=longest))
     with screen.bars() as progress:
         make.make_report(ws, images=images, bench=measured, progress=progress)
     screen.say(f"wrote {out / 'report.html'}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import api
-from edgeprune.cli import choices, options, screen
+from edgeprune.cli import choices, limits, options, screen
 
 EPILOG = (
     "Example: edgeprune score small --against built-in --metric shapes  ·  "
@@ -56,7 +56,7 @@ def score(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps of an image.", show_default="the model's own")
     ] = None,
-    memory: options.Memory = None,
+    memory: limits.Memory = None,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", metavar="DIR", help="Keep the images here. An interrupted run resumes with them."),
@@ -73,7 +73,7 @@ def score(
         done = api.score(
             folder, metric, against=against, revision=revision, variant=variant,
             weights=parse_weights(weights or []), prompts=prompts, per_task=per_task, seeds=seeds, runtime=runtime,
-            steps=steps, memory=options.compute_options("auto", memory).memory, out=out, progress=progress,
+            steps=steps, memory=limits.compute_options("auto", memory).memory, out=out, progress=progress,
         )  # fmt: skip
     screen.table(scoring.rows(done.scores))
     count, texts = done.scores[0].images, len(done.scores[0].prompts)

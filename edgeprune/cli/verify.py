@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeprune import api
-from edgeprune.cli import choices, options, screen
+from edgeprune.cli import choices, limits, options, screen
 
 if TYPE_CHECKING:
     from edgeprune.verify.finding import Finding
@@ -49,8 +49,8 @@ def verify(
             help="What text encoders and transformer compute in.",
         ),
     ] = None,
-    device: options.Device = "auto",
-    memory: options.Memory = None,
+    device: limits.Device = "auto",
+    memory: limits.Memory = None,
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
     """Check that a model computes on this machine what its files say.
@@ -60,7 +60,7 @@ def verify(
     read block by block. The exit code is 1 if a check fails.
     """
     generation = api.GenerationOptions(height=height, width=width)
-    compute = options.compute_options(device, memory)
+    compute = limits.compute_options(device, memory)
     with screen.bars() as progress:
         done = api.verify(
             model, revision=revision, variant=variant, dtype=dtype, generation=generation, compute=compute,

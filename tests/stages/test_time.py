@@ -11,7 +11,7 @@ from stage_runs import OPTIONS
 from tiny import tiny_flux_pipeline
 
 from edgeprune.artefact.resolve import read_original
-from edgeprune.cli.options import compute_options
+from edgeprune.cli.limits import compute_options
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.tables import duration, parse_duration
