@@ -92,16 +92,29 @@ def check_model(model: AnyPath | None, revision: str | None = None) -> None:
         resolve(name)
 
 
+def check_original(model: AnyPath | None, revision: str | None = None) -> None:
+    """Refuse what is no model, and a folder that is no pipeline's. Nothing is downloaded.
+
+    Raises:
+        InputError: see `check_model`; or the folder holds no pipeline of a known family.
+    """
+    from edgeprune.artefact.resolve import read_config
+
+    check_model(model, revision)
+    if model is not None and Path(model).is_dir():
+        read_config(Path(model))
+
+
 def check_places(out: AnyPath, model: AnyPath | None, revision: str | None) -> None:
     """Refuse an output folder, a model or a revision that cannot be used, before anything is computed.
 
     Raises:
-        InputError: see `check_out` and `check_model`.
+        InputError: see `check_out` and `check_original`.
         MissingExtraError: a package that compresses is not installed.
     """
     check_out(out)
     if model is not None or not is_begun(out):  # a begun folder knows its model
-        check_model(model, revision)
+        check_original(model, revision)
     extras.require(extras.COMPRESS, "compress")
 
 

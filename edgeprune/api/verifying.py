@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.api.folders import AnyPath, check_model
+from edgeprune.api.folders import AnyPath, check_original
 from edgeprune.common import extras, heap
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions
@@ -76,7 +76,7 @@ def verify(
         InputError: the model is not usable or is of a kind that cannot be verified, or an option is out of range.
         MissingExtraError: a package that runs originals is not installed.
     """
-    check_model(model, revision)
+    check_original(model, revision)
     extras.require(extras.COMPRESS, "compress")
     heap.large_pages()
     from edgeprune.artefact.checks import check_settings

@@ -65,6 +65,7 @@ def analyze(
         return launch(config, sys.argv[1:])
     check_places(out, model, revision)
     check_prompts(prompts)
+    compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     from edgeprune.metrics import parse_weights
 
     chosen = api.AnalyzeOptions(
@@ -72,7 +73,6 @@ def analyze(
         joint=joint, pairs=pairs, states=states, **options.given(count=count, estimator=estimator),
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
-    compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     if dry_run:
         numbers = api.forecast_analyze(
             model, out, chosen, revision=revision, variant=variant, generation=generation, compute=compute

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeprune.api.folders import check_model, check_out, images_of
+from edgeprune.api.folders import check_original, check_out, images_of
 from edgeprune.cli import options, screen
 
 EPILOG = (
@@ -66,7 +66,7 @@ def cache(
     An interrupted run resumes after the last complete shard.
     """
     check_out(out)
-    check_model(model, revision)
+    check_original(model, revision)
     from edgeprune.artefact.checks import check_pipeline
     from edgeprune.artefact.resolve import resolve
     from edgeprune.common.lock import LOCK, hold

@@ -70,6 +70,9 @@ def compare(
     """Compress with many methods at one budget and score all on the same prompts: compare.md, compare.svg."""
     if preset and grid:
         raise InputError("give --preset or --grid, not both")
+    original = out / "original"
+    check_out(out)
+    check_places(original, model, revision)
     from edgeprune.artefact.resolve import resolve
     from edgeprune.compare import page as compare_page
     from edgeprune.compare import run as comparison
@@ -78,9 +81,6 @@ def compare(
     from edgeprune.metrics import check_analysis, parse_weights
     from edgeprune.stages import compress
 
-    original = out / "original"
-    check_out(out)
-    check_places(original, model, revision)
     if data:
         check_source(data)
     ws = open_folder(original, model, revision=revision, variant=variant) if is_begun(original) else None

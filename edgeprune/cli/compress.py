@@ -82,6 +82,8 @@ def compress(
     """
     check_places(out, model, revision)
     check_prompts(prompts)
+    compute = limits.compute_options(device, memory, yes=yes)
+    time_s = parse_duration(time, "--time") if time is not None else None
     start = api.preset(preset, builtin=is_builtin(out, model), data=data)
     plan = options.plan_options(
         start.plan, method=method, keep=keep, max_size=max_size, fit=fit, protect_first=protect_first,
@@ -94,8 +96,6 @@ def compress(
         calibration_count=calibration_count,
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
-    compute = limits.compute_options(device, memory, yes=yes)
-    time_s = parse_duration(time, "--time") if time is not None else None
     if dry_run:
         numbers = api.forecast_compress(
             model, out, chosen, revision=revision, variant=variant, generation=generation, compute=compute,

@@ -216,14 +216,14 @@ def distill(
         from edgeprune.training.launch import launch
 
         return launch(config, sys.argv[1:])
-    from dataclasses import replace
-
-    from edgeprune.data.settings import check_source
-
-    compute = limits.compute_options("auto", None, yes=yes, longest=longest)
     if data:
+        from edgeprune.data.settings import check_source
+
         check_source(data)
     check_begun(out)
+    compute = limits.compute_options("auto", None, yes=yes, longest=longest)
+    from dataclasses import replace
+
     base = api.preset("default", builtin=is_builtin(out), data=data)
     chosen = replace(
         base.distill or api.DistillOptions(),

@@ -84,8 +84,8 @@ def plan(
         screen.table(plan_rows(made, made.modulation_rank, removable))
         return screen.print_json(made.to_json()) if as_json else None
     check_begun(out)
-    start = api.preset("default", builtin=is_builtin(out))
     compute = limits.compute_options(device, memory)
+    start = api.preset("default", builtin=is_builtin(out))
     done = api.plan(out, options.plan_options(start.plan, **chosen), scores=scores, compute=compute, fresh=fresh)
     screen.table([*fit_rows(done.fit), *plan_rows(done.plan, done.options.modulation_rank, done.removable)])
     screen.say(f"next: edgeprune prune -o {screen.quoted(out)}")

@@ -27,11 +27,11 @@ def quantize(
 ) -> None:
     """Quantize the weights to INT4 with NNCF, block by block: transformer_int4/."""
     check_begun(out)
+    compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     chosen = api.QuantizeOptions(group_size=group_size, calibration=calibration, count=count, states=states)
     if calibration == "none" and (device != "auto" or memory):
         screen.say("--device and --memory: --calibration none runs no network, so they are not used")
     with screen.bars() as progress:
-        compute = limits.compute_options(device, memory, yes=yes, longest=longest)
         done = api.quantize(out, chosen, compute=compute, fresh=fresh, progress=progress)
     size = f"{done.weights_bytes / 1e6:,.1f} MB" + ("" if done.ran else " (already done)")
     screen.say(f"{out / 'transformer_int4'}: {size}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.api.folders import open_folder
+from edgeprune.api.folders import check_begun, open_folder
 from edgeprune.cli import limits, options, screen
 
 EPILOG = "Example: edgeprune report -o small --bench bench.json"
@@ -33,11 +33,13 @@ def report(
     longest: limits.LongestTime = None,
 ) -> None:
     """Write report.html again, with the figures of a benchmark if you give one."""
+    check_begun(out)
+    compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     from edgeprune.bench import results
     from edgeprune.report import make
 
     measured = results.load(bench_file) if bench_file else None
-    ws = open_folder(out, compute=limits.compute_options(device, memory, yes=yes, longest=longest))
+    ws = open_folder(out, compute=compute)
     with screen.bars() as progress:
         make.make_report(ws, images=images, bench=measured, progress=progress)
     screen.say(f"wrote {out / 'report.html'}")

@@ -67,13 +67,14 @@ def score(
 
     With --against it also shows what was lost, in pairs of images of the same prompt.
     """
+    most = limits.compute_options("auto", memory).memory
     from edgeprune.metrics import parse_weights, scoring
 
     with screen.bars() as progress:
         done = api.score(
             folder, metric, against=against, revision=revision, variant=variant,
             weights=parse_weights(weights or []), prompts=prompts, per_task=per_task, seeds=seeds, runtime=runtime,
-            steps=steps, memory=limits.compute_options("auto", memory).memory, out=out, progress=progress,
+            steps=steps, memory=most, out=out, progress=progress,
         )  # fmt: skip
     screen.table(scoring.rows(done.scores))
     count, texts = done.scores[0].images, len(done.scores[0].prompts)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeprune import api
+from edgeprune.api.folders import check_original
 from edgeprune.cli import choices, limits, options, screen
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ def verify(
     encodes and decodes, activations with float16's range, and an artefact's files with their hashes. Large models are
     read block by block. The exit code is 1 if a check fails.
     """
-    generation = api.GenerationOptions(height=height, width=width)
+    check_original(model, revision)
     compute = limits.compute_options(device, memory)
+    generation = api.GenerationOptions(height=height, width=width)
     with screen.bars() as progress:
         done = api.verify(
             model, revision=revision, variant=variant, dtype=dtype, generation=generation, compute=compute,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -92,3 +94,35 @@ def test_a_folder_that_differs_a_little_is_taken(model: Path, tmp_path: Path) ->
     from diffusers import StableDiffusion3Pipeline
 
     StableDiffusion3Pipeline.from_pretrained(tmp_path / "out")
+
+
+REFUSED = (
+    *(f"{verb} . -o out" for verb in ("compress", "analyze", "compare", "cache captions --model")),
+    *(f"{verb} -o out --memory lots" for verb in ("compress", "analyze", "score {model} --metric shapes")),
+    *(f"{verb} -o out --time soon" for verb in ("compress", "analyze")),
+    *(f"{verb} -o {{begun}} --memory lots" for verb in ("plan", "quantize", "report")),
+    *(f"{verb} -o {{begun}} --time soon" for verb in ("distill", "quantize", "report")),
+    *(f"{verb} -o none" for verb in ("plan", "prune", "distill", "quantize", "report")),
+    *(f"verify {rest}" for rest in (".", "--memory lots")),
+)
+
+
+def test_bad_input_is_refused_before_torch_is_loaded(model: Path, tmp_path: Path) -> None:
+    """It takes seconds."""
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "edgeprune.json").write_text("{}")
+    commands = [command.format(model=model, begun=begun) for command in REFUSED]
+    code = f"""if True:
+        import sys
+        from typer.testing import CliRunner
+        from edgeprune.cli import app
+        from edgeprune.common.errors import InputError
+        for command in {commands}:
+            found = CliRunner().invoke(app, command.split()).exception
+            assert isinstance(found, InputError), (command, found)
+            assert isinstance(found, InputError), (command, found)
+            assert "torch" not in sys.modules, command
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
