@@ -233,7 +233,7 @@ def compress(
     if choice:
         ws.longest_s, chosen = None, choice.over(chosen, ws.family.block_count(ws.config))
     ran = stages.compress(ws, chosen, progress, no_half=no_half)
-    no_report = make.takes_long(ws, quick=quick)
+    no_report = make.left_out(ws, quick=quick)
     figures = None
     if not no_report:
         figures = ReportFigures.of(make.make_report(ws, quick=quick, redo=bool(ran), progress=progress))

@@ -29,24 +29,27 @@ _SCHEMA = 3
 """Schema of report.json; a file with another one is measured again."""
 
 
-def takes_long(ws: Workspace, *, quick: bool = False) -> str:
-    """Return why `compress` leaves out the report: it takes longer than a stage may; empty if it does not.
+def left_out(ws: Workspace, *, quick: bool = False) -> str:
+    """Return why `compress` leaves out the report: it takes too long or too much memory; empty if it does not.
 
     Args:
         quick: draw few prompts.
     """
     if ws.manifest.choice and not ws.manifest.choice["images"]:
         return "no report: its images did not fit in --time"
-    if ws.builtin or ws.longest_s is None:
+    if ws.builtin:
         return ""
-    images = report_images(quick)
-    seconds = ws.speeds.seconds(work(ws, images))
-    if seconds <= ws.longest_s:
-        return ""
-    return (
-        f"no report: its {2 * images} images take at least {duration(seconds)} here; make it on a faster machine, or "
-        f"anyway: edgeprune report -o {ws.out} --yes"
-    )
+    images, again = report_images(quick), f"edgeprune report -o {ws.out}"
+    if ws.longest_s is not None and (seconds := ws.speeds.seconds(work(ws, images))) > ws.longest_s:
+        return (
+            f"no report: its {2 * images} images take at least {duration(seconds)} here; make it on a faster machine, "
+            f"or anyway: {again} --yes"
+        )
+    try:
+        ws.check_memory()
+    except InputError as error:
+        return f"no report: {error}; make it with more: {again}"
+    return ""
 
 
 def work(ws: Workspace, images: int, steps: int | None = None) -> Work:

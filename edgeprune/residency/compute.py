@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from edgeprune.common import processes
+from edgeprune.common import heap, processes
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import SHARE, SMALL_BYTES, ComputeOptions, allowed, resident
 
@@ -76,9 +76,11 @@ class Compute:
         return torch.bfloat16 if multiplies_bf16() else torch.float32
 
     def collect(self) -> None:
-        """Give freed memory back to the device, so that `left` counts it."""
+        """Give freed memory back to the system, or to the device, so that `left` counts it."""
         gc.collect()
-        if self.device.type != "cpu":
+        if self.device.type == "cpu":
+            heap.trim()
+        else:
             torch.get_device_module(self.device).empty_cache()
 
     def left(self) -> int:

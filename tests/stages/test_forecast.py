@@ -16,7 +16,7 @@ from edgeprune.common.files import read_json, write_json
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.options import NEEDED
-from edgeprune.report.make import takes_long
+from edgeprune.report.make import left_out
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import analyze, distill
 from edgeprune.stages.compress import compress, expected_plan, forecast, preset, rehearse
@@ -82,12 +82,20 @@ def test_an_analysis_holds_the_transformer_alone(with_t5: Path, tmp_path: Path) 
 def test_a_report_that_takes_hours_is_left_out(with_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ws = Workspace(tmp_path / "out", str(with_t5), compute=ComputeOptions("cpu", longest_s=3600.0))
     monkeypatch.setattr(Workspace, "plan", lambda _: expected_plan(with_t5, ws.generation, OPTIONS))
-    assert takes_long(ws) == ""
+    assert left_out(ws) == ""
     ws.speeds = Speeds(10**4)
-    assert "no report: its 16 images take at least" in takes_long(ws)
-    assert "its 4 images" in takes_long(ws, quick=True)
+    assert "no report: its 16 images take at least" in left_out(ws)
+    assert "its 4 images" in left_out(ws, quick=True)
     ws.longest_s = None
-    assert takes_long(ws) == ""
+    assert left_out(ws) == ""
+
+
+def test_a_report_that_lacks_memory_is_left_out(with_t5: Path, tmp_path: Path) -> None:
+    """The artefact is whole by then: `compress` must not end with an error."""
+    ws = Workspace(tmp_path / "out", str(with_t5), compute=ComputeOptions("cpu", memory=10**6))
+    why = left_out(ws)
+    assert why.startswith("no report: --memory: found 0.00 GB, expected at least")
+    assert why.endswith(f"make it with more: edgeprune report -o {ws.out}")
 
 
 def test_training_holds_no_text_encoder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def _synth(model: _Model, recorder: Recorder) -> None:
 def _compress(model: _Model, label: str, options: tuple[str, ...], recorder: Recorder) -> None:
     source, out = recorder.out / model.name, recorder.out / label
     recorder.stage(
-        f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--yes", "--json", *options,
+        f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--json", *options,
         makes=out, file=out / "transformer_int4", caches=recorder.out / f"{label}-caches",
     )  # fmt: skip
     recorder.remove(label)
@@ -129,7 +129,7 @@ def _one_step(model: _Model, label: str, recorder: Recorder) -> Path:
     """Return an artefact less 8 blocks that draws in one step."""
     source, out = recorder.out / model.name, recorder.out / label
     recorder.stage(
-        f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--yes", "--no-half",
+        f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--no-half",
         "--blocks", model.blocks, "--inference-steps", "1", makes=out,
     )  # fmt: skip
     return out
