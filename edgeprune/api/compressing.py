@@ -231,7 +231,7 @@ def compress(
     fit = ws.fit(chosen.plan.fit) if chosen.plan.fit else None
     choice = choices.settle(ws, chosen, time_s, progress, quick=quick)
     if choice:
-        ws.longest_s, chosen = None, choice.over(chosen, ws.family.block_count(ws.config))
+        ws.longest_s, chosen = None, choice.over(chosen, ws.family.kinds(ws.config))
     ran = stages.compress(ws, chosen, progress, no_half=no_half)
     no_report = make.left_out(ws, quick=quick)
     figures = None

@@ -22,6 +22,7 @@ from edgeprune.report.steps import ratio_text
 from edgeprune.stages.costs import transformer_bytes
 from edgeprune.stages.distill import amount
 from edgeprune.stages.options import halvings, seen
+from edgeprune.stages.weights import check_pruned
 from edgeprune.stages.work import Work, decoder_bytes, report_images, reporting
 from edgeprune.stages.workspace import Workspace
 
@@ -80,6 +81,7 @@ def make_report(
     Raises:
         InputError: nothing is quantized yet, the built-in model is given a number of images, or measuring takes too
             long, see `Workspace.check_time`.
+        StaleStageError: see `check_pruned`.
     """
     if ws.builtin and images is not None:
         raise InputError(f"--images {images}: the built-in model draws the same prompts of each task; omit it")
@@ -95,6 +97,7 @@ def make_report(
     if same and images in (None, known.get("images")):
         summary, drawn = known, dict(np.load(images_path))
     else:
+        check_pruned(ws)
         if not ws.builtin:
             _check_time(ws, images or report_images(quick), steps, progress)
         summary, drawn = measure(ws, quick, progress, images=images, steps=steps)

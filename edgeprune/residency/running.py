@@ -54,7 +54,6 @@ def check_room(stored: StoredTransformer, compute: Compute, dtype: torch.dtype |
     largest = max(sum(math.prod(stored.weights.shapes[n]) for n in stored.names(block)) for block in blocks)
     per_number = (torch.finfo(dtype).bits + torch.finfo(kind).bits) // 8
     outside = sum(math.prod(stored.weights.shapes[n]) for n in stored.names(None))
-    compute.collect()
     least, left = (largest + outside) * per_number + _LEAST_WORKING_BYTES, compute.left()
     if compute.memory is not None and left < least:
         needed = compute.memory - left + least

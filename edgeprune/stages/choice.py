@@ -7,7 +7,7 @@ Then each of these moves is taken back, the last one first, if the stages still 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,19 +117,19 @@ class Choice:
                 found = replace(found, **{name: value})
         return found
 
-    def over(self, options: CompressOptions, blocks: int) -> CompressOptions:
+    def over(self, options: CompressOptions, kinds: Mapping[str, range]) -> CompressOptions:
         """Return the options with this choice on top.
 
         Args:
             options: of all stages.
-            blocks: of the original.
+            kinds: the original's blocks of each kind.
         """
         analysis, plan, training, int4 = options.analyze, options.plan, options.distill, options.quantize
         if self.prompts:
             states = self.states if analysis.metric == VELOCITY and self.states < STATES else None
             analysis = replace(analysis, estimator=self.estimator, count=self.prompts, states=states)
         elif options.reads_scores:
-            plan = _without_scores(plan, blocks)
+            plan = _without_scores(plan, kinds)
         if training is not None:
             unscored = not self.prompts and training.sensitivity == "graded"
             training = replace(training, steps=self.steps, sensitivity=None if unscored else training.sensitivity)
@@ -154,12 +154,16 @@ class Choice:
         return f"--time {duration(self.time_s)}: about {duration(self.forecast_s)}; {'; '.join(parts)}"
 
 
-def _without_scores(plan: PlanOptions, blocks: int) -> PlanOptions:
+def _without_scores(plan: PlanOptions, kinds: Mapping[str, range]) -> PlanOptions:
     """Return the options of a plan by position: the same budget and protected blocks, without what needs scores."""
+    half, first = sum(map(len, kinds.values())) // 2, plan.protect_first
+    if first is None:
+        first = half
+    elif isinstance(first, dict):  # kinds that are not named keep the default of a plan by scores
+        first = {kind: sum(block < half for block in blocks) for kind, blocks in kinds.items()} | first
     return replace(
-        plan, method=WITHOUT_SCORES, threshold=PlanOptions.threshold, keep_components=(),
-        protect_first=blocks // 2 if plan.protect_first is None else plan.protect_first,
-    )  # fmt: skip
+        plan, method=WITHOUT_SCORES, threshold=PlanOptions.threshold, keep_components=(), protect_first=first
+    )
 
 
 def choose(subject: Subject, options: CompressOptions, time_s: float, speeds: Speeds, *, quick: bool = False) -> Choice:
@@ -177,19 +181,19 @@ def choose(subject: Subject, options: CompressOptions, time_s: float, speeds: Sp
         InputError: an option is not usable.
     """
     expected = expected_plan(subject.source, subject.generation, options)
-    blocks, builtin = subject.family.block_count(subject.config), subject.source == BUILTIN
+    kinds, builtin = subject.family.kinds(subject.config), subject.source == BUILTIN
     drawn = is_drawn(options.data.source or SHAPES)
     files = Work(moved=sum(path.stat().st_size for path in model_files(subject.source)))
 
     def seconds(choice: Choice) -> float:
-        stages = works(subject, choice.over(options, blocks), expected, choice.images, choice.image_steps)
+        stages = works(subject, choice.over(options, kinds), expected, choice.images, choice.image_steps)
         return speeds.seconds(sum(stages.values(), files))
 
     most = _most(subject, options, time_s, quick=quick)
     fixed = {"images"} if builtin else set()  # its checker scores the same number of each task
     fixed |= set() if options.analyze.metric == VELOCITY else {"estimator", "states"}
     able, moves = [move for move in MOVES if move[0] not in fixed], list[Move]()
-    if most.prompts and not _suffices(subject, replace(most, prompts=0).over(options, blocks)):
+    if most.prompts and not _suffices(subject, replace(most, prompts=0).over(options, kinds)):
         able.remove(NO_SCORES)
     while seconds(most.lowered(moves, drawn=drawn)) > SHARE * time_s and len(moves) < len(able):
         moves = able[: len(moves) + 1]
@@ -263,7 +267,7 @@ def rehearse_choice(
     subject, place = Subject(source, family, config, generation), Compute.of(compute or ComputeOptions())
     speeds = measured(subject, Original(source, variant, place).stored, place, scratch)
     choice = choose(subject, options, time_s, speeds, quick=quick)
-    return choice, choice.over(options, family.block_count(config))
+    return choice, choice.over(options, family.kinds(config))
 
 
 def settle(

@@ -27,6 +27,7 @@ from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOption
 from edgeprune.stages.work import Speeds, Subject
 from edgeprune.stages.workspace import Workspace
 
+KINDS = {"joint": range(4), "single": range(4, 4)}
 ASKED = CompressOptions(
     analyze=AnalyzeOptions(count=28), plan=PlanOptions(keep=0.95, protect_first=1, protect_last=0), distill=None,
     quantize=QuantizeOptions(calibration="scale"),
@@ -44,7 +45,7 @@ def test_what_is_asked_for_runs_where_it_fits(subject: Subject) -> None:
     found = choose(subject, ASKED, 3600, Speeds(1e-9))
     assert (found.estimator, found.prompts, found.states, found.calibration) == ("exhaustive", 28, 6, 28)
     assert (found.images, found.image_steps, found.steps) == (8, 28, 0)
-    assert found.over(ASKED, 4) == replace(
+    assert found.over(ASKED, KINDS) == replace(
         ASKED, analyze=replace(ASKED.analyze, estimator="exhaustive"), quantize=replace(ASKED.quantize, count=28)
     )
 
@@ -70,7 +71,7 @@ def test_training_gets_what_is_left_or_nothing(subject: Subject) -> None:
         found = choose(subject, given, 3600, Speeds(seconds))
         shares[seconds] = found.steps / 1000
         assert found.samples == (int(1024 * found.steps / 1000) or 1)
-        assert (found.over(given, 4).distill is None) == (found.steps == 0)
+        assert (found.over(given, KINDS).distill is None) == (found.steps == 0)
     assert shares[1e-3] == 1.0 and shares[10.0] == 0.0 and set(shares.values()) & {0.5, 0.25, 0.125}
 
 
@@ -78,11 +79,16 @@ def test_without_time_for_scores_the_plan_is_by_position(subject: Subject) -> No
     asked = replace(ASKED, plan=replace(ASKED.plan, protect_first=None))
     found = choose(subject, asked, 60, Speeds(1e4))
     assert (found.prompts, found.images, found.calibration) == (0, 0, 0) and "no scores" in found.described()
-    options = found.over(asked, 4)
+    options = found.over(asked, KINDS)
     assert options.plan.method == choice.WITHOUT_SCORES and options.plan.protect_first == 2
     assert not options.reads_scores and options.quantize == INT4
+    kinds = {"joint": range(3), "single": range(3, 9)}
+    named = replace(asked, plan=replace(asked.plan, protect_first={"single": 2}))
+    assert found.over(named, kinds).plan.protect_first == {"joint": 3, "single": 2}
+    other = replace(asked, plan=replace(asked.plan, protect_first={"joint": 1}))
+    assert found.over(other, kinds).plan.protect_first == {"joint": 1, "single": 1}  # half of all nine are the first 4
     listed = replace(ASKED, plan=PlanOptions("manual", blocks="1"))
-    assert choose(subject, listed, 60, Speeds(1e4)).over(listed, 4).plan == listed.plan
+    assert choose(subject, listed, 60, Speeds(1e4)).over(listed, KINDS).plan == listed.plan
 
 
 @pytest.mark.parametrize(("method", "keep", "scored"), [("hpp", 0.79, False), ("hybrid", 0.2, True)])
@@ -92,7 +98,7 @@ def test_what_is_chosen_meets_the_budget(subject: Subject, method: str, keep: fl
     asked = replace(ASKED, plan=replace(plan, protect_first=0, protect_last=0) if scored else plan)
     found = choose(subject, asked, 60, Speeds(1e4))
     assert (found.prompts == 1) == scored and found.images == 0
-    planned = compress.expected_plan(subject.source, subject.generation, found.over(asked, 4))
+    planned = compress.expected_plan(subject.source, subject.generation, found.over(asked, KINDS))
     assert planned.after.parameters <= keep * planned.before.parameters
 
 
@@ -147,7 +153,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
         ws, options = Workspace(out, str(source), generation={"num_inference_steps": 4}), replace(ASKED, quantize=INT4)
         chosen = settle(ws, options, 60, silent)
         assert chosen and (chosen.estimator, chosen.prompts) == ("gates", 1) and chosen.images < 8
-        compress.compress(ws, chosen.over(options, 4))
+        compress.compress(ws, chosen.over(options, KINDS))
         make.make_report(ws)
         return out
 

@@ -23,6 +23,7 @@ from edgeprune.common.progress import silent
 from edgeprune.common.tensors import load_tensors, save_tensors
 from edgeprune.planning.options import PlanOptions
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.report import make
 from edgeprune.residency import shards
 from edgeprune.residency.model_files import model_files
 from edgeprune.residency.weights import Weights
@@ -190,7 +191,9 @@ def test_a_later_run_without_the_option_writes_the_half_copy_and_nothing_else(
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_int4_is_not_made_of_other_weights_than_were_pruned(source: Path, tmp_path: Path, quantized: bool) -> None:
+def test_int4_is_not_made_of_other_weights_than_were_pruned(
+    source: Path, tmp_path: Path, quantized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, source = tmp_path / "out", shutil.copytree(source, tmp_path / "source")
     ws = Workspace(out, str(source))
     plan.run(ws, BLOCK.plan)
@@ -206,6 +209,10 @@ def test_int4_is_not_made_of_other_weights_than_were_pruned(source: Path, tmp_pa
     assert files(out / "transformer_int4") == before
     with pytest.raises(StaleStageError):
         open_pruned(changed)
+    if quantized:  # before images are drawn
+        monkeypatch.setattr(make, "measure", lambda *_, **__: pytest.fail("drawn"))
+        with pytest.raises(StaleStageError):
+            make.make_report(changed)
     changed.fresh = True
     assert prune.run(changed, no_half=True) and quantize.run(changed, BLOCK.quantize)
 
