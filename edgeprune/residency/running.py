@@ -55,6 +55,9 @@ def check_room(stored: StoredTransformer, compute: Compute, dtype: torch.dtype |
     per_number = (torch.finfo(dtype).bits + torch.finfo(kind).bits) // 8
     outside = sum(math.prod(stored.weights.shapes[n]) for n in stored.names(None))
     least, left = (largest + outside) * per_number + _LEAST_WORKING_BYTES, compute.left()
+    if left < least + _WORKING_BYTES:  # collecting takes a while
+        compute.collect()
+        left = compute.left()
     if compute.memory is not None and left < least:
         needed = compute.memory - left + least
         raise InputError(f"--memory: found {compute.memory / 1e9:.2f} GB, expected at least {needed / 1e9:.2f} GB here")

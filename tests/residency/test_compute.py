@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import tiny
 import torch
 
 from edgeprune.common import memory
@@ -15,6 +17,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions, allowed, parse_bytes, resident
 from edgeprune.residency import compute
 from edgeprune.residency.compute import Compute, is_small, multiplies_bf16
+from edgeprune.residency.running import check_room
 
 LARGE = 10**9
 CPU = torch.device("cpu")
@@ -87,3 +90,16 @@ def test_what_is_left_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Compute(torch.device("cuda")).left() == int(0.9 * (6 + 3))  # free, and what torch holds without using it
     assert Compute(torch.device("cuda"), 15).left() == 5
     assert Compute(torch.device("cuda"), 4).left() == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heap")
+def test_freed_memory_is_given_back_before_a_model_is_refused() -> None:
+    """Of the heap's pages only those at its end return by themselves."""
+    made = [bytearray(100_000) for _ in range(3000)]
+    end = made[-1]
+    del made
+    held = resident()
+    stored, place = tiny.stored(tiny.tiny_transformer()), Compute(CPU, held + 10**8)
+    left, least = check_room(stored, place)
+    assert left > least > 10**8 and len(end) == 100_000
+    assert held - resident() > 2 * 10**8
