@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 
+from edgeprune.artefact.loading import open_transformer
 from edgeprune.common import memory
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions, allowed, parse_bytes, resident
@@ -93,13 +94,14 @@ def test_what_is_left_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heap")
-def test_freed_memory_is_given_back_before_a_model_is_refused() -> None:
+def test_freed_memory_is_given_back_before_a_model_is_refused(tmp_path: Path) -> None:
     """Of the heap's pages only those at its end return by themselves."""
+    tiny.tiny_pipeline(tmp_path / "tiny")
+    stored = open_transformer(tmp_path / "tiny", quantized=False)
     made = [bytearray(100_000) for _ in range(3000)]
     end = made[-1]
     del made
     held = resident()
-    stored, place = tiny.stored(tiny.tiny_transformer()), Compute(CPU, held + 10**8)
-    left, least = check_room(stored, place)
+    left, least = check_room(stored, Compute(CPU, held + 10**8))
     assert left > least > 10**8 and len(end) == 100_000
     assert held - resident() > 2 * 10**8
