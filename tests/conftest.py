@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from pathlib import Path
 
 import pytest
 
-LONG = ("integers", "t5", "export", "flux", "resume_export", "bench", "coreml", "cli", "modulation_export", "processes")
-"""Files that take longest, to be begun first: with one of them last, the other worker has nothing to do."""
+LONG = ("resume_export", "processes", "integers", "flux", "t5", "bench", "coreml", "trt", "seam", "export", "cli")
+"""Files that take longest, to be begun first: with one of them last, the other worker has nothing to do.
+
+The first makes `tiny_folders`, the second does not wait for them.
+"""
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core each; before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,19 +27,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
+_begun: set[Path] = set()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Spare the garbage collector what is there when a file's first test begins: most are objects that imports made.
+
+    A collection of them all takes half a second, and the code that is tested asks for many.
+    """
+    if item.path not in _begun:
+        _begun.add(item.path)
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny diffusers folder and its ONNX export, not quantised; copy before damaging one."""
+    """A tiny diffusers folder and its ONNX export, not quantised; copy before damaging one.
+
+    Workers share them: the first that asks makes them.
+    """
     pytest.importorskip("diffusers")
     pytest.importorskip("onnxruntime")
+    from filelock import FileLock
+
     from edgeprune.export.to_onnx import export
 
-    source = tmp_path_factory.mktemp("tiny") / "source"
-    out = source.with_name("onnx")
-    with warnings.catch_warnings():
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    source, out = root / "tiny-folders" / "source", root / "tiny-folders" / "onnx"
+    with FileLock(root / "tiny-folders.lock"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vendors' deprecations
         import tiny
 
-        tiny.tiny_pipeline(source)
-        export(source, out)
+        if not out.is_dir():  # an export is in its place only when it is whole
+            tiny.tiny_pipeline(source)
+            export(source, out)
     return source, out
