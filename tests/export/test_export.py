@@ -19,6 +19,7 @@ import psutil
 import pytest
 import tiny
 import torch
+import traced
 from quantised import quantised
 from tokenizers import Tokenizer
 from torch import nn
@@ -48,11 +49,15 @@ def model() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def exported(source: Path, model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def exported(
+    source: Path, model: nn.Module, tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """Of this folder only the transformer is traced; the other networks are those of `tiny_folders`."""
     out = tmp_path_factory.mktemp("out") / "onnx"
     told: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_onnx, "open_transformer", lambda *_, **__: tiny.stored(model))
+        traced.reuse(patch, tiny_folders[1], "text_encoder", "text_encoder_2", "vae_decoder")
         record = to_onnx.export(source, out, progress=lambda what, *steps: steps or told.append(what))
     assert told == ["transformer", "text_encoder", "text_encoder_2", "vae_decoder"]
     return out, record
@@ -307,8 +312,9 @@ def test_damaged_weights_are_the_users_error(
     assert [p.name for p in tmp_path.iterdir()] == ["bad"]
 
 
-def test_float_folder(tmp_path: Path) -> None:
-    """Export an uncompressed diffusers folder with the real loader; the image size comes from its config."""
+def test_float_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Export the transformer of an uncompressed folder with the real loader; the image size comes from its config."""
+    traced.only(monkeypatch, "transformer")
     folder = tmp_path / "float"
     tiny.tiny_pipeline(folder, num_layers=1)
     (folder / "generation.json").unlink()

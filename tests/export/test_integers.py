@@ -17,6 +17,7 @@ import pytest
 import stored
 import tiny
 import torch
+import traced
 from safetensors.torch import load_file, save_file
 from stored import Weight
 
@@ -37,7 +38,8 @@ joint and one single block. INT8: embedders and output.
 """
 
 
-@pytest.fixture(scope="module", params=LAYERS)
+# test_flux.py compares FLUX's exports with torch.
+@pytest.fixture(scope="module", params=["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -75,7 +77,10 @@ class Written:
 
 
 def written(artefact: Path, out: Path) -> dict[str, Written]:
-    """Export the transformer to every format and read it back; `trt` is the ONNX file that TensorRT's parser gets."""
+    """Export the transformer to every format and read it back; `trt` is the ONNX file that TensorRT's parser gets.
+
+    OpenVINO's IR is made of the ONNX model, which is traced once for both.
+    """
     names, given = list(stored.of_checkpoint(artefact)), list[onnx.ModelProto]()
     sources, network, build = to_onnx.sources, to_coreml.convert_network, to_trt.Builder.build
 
@@ -91,7 +96,9 @@ def written(artefact: Path, out: Path) -> dict[str, Written]:
         patch.setattr(to_coreml, "convert_network", only_the_transformer)
         patch.setattr(to_trt.Builder, "build", noted)
         to_onnx.export(artefact, out / "onnx")
-        to_openvino.export(artefact, out / "openvino", device=targets.load("cpu-x86"))
+        with patch.context() as again:
+            traced.reuse(again, out / "onnx", "transformer")
+            to_openvino.export(artefact, out / "openvino", device=targets.load("cpu-x86"))
         record = to_trt.export(artefact, out / "trt", device=targets.load("rtx"))
         to_coreml.export(artefact, out / "coreml", device=targets.load("macbook-m"))
     (engine_input,) = given

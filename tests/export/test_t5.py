@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import traced
 
 from edgeprune import runtimes, targets
 from edgeprune.common.errors import InputError
@@ -60,10 +61,14 @@ def same(found: Any, wanted: Any, bound: float = 1e-3) -> None:
 
 
 @pytest.fixture(scope="module")
-def onnx_folder(pipeline: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def onnx_folder(
+    pipeline: tuple[Path, Any], tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     pytest.importorskip("onnxruntime")
     out = tmp_path_factory.mktemp("out") / "onnx"
-    record = to_onnx.export(pipeline[0], out)
+    with pytest.MonkeyPatch.context() as patch:
+        traced.reuse(patch, tiny_folders[1], "text_encoder", "text_encoder_2", "vae_decoder")
+        record = to_onnx.export(pipeline[0], out)
     assert list(record["parity"]) == ["transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae_decoder"]
     return out
 
@@ -218,13 +223,19 @@ def test_what_is_refused(pipeline: tuple[Path, Any], tmp_path: Path, file: str, 
 # ------------------------------------------------------------------------------------- formats that nothing here runs
 
 
-def test_coreml_packages(pipeline: tuple[Path, Any], tmp_path: Path) -> None:
-    """Run the packages in the reference evaluator; they declare that they compute in float32."""
+def test_coreml_package(pipeline: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the package in the reference evaluator; it declares that it computes in float32."""
     ct = pytest.importorskip("coremltools")
+    from edgeprune.export import to_coreml
     from edgeprune.export.mil_reference import Package
-    from edgeprune.export.to_coreml import export
 
-    record = export(pipeline[0], tmp_path / "coreml", device=targets.load("macbook-m"))
+    network = to_coreml.convert_network
+
+    def only_the_t5(name: str, *rest: Any, **more: Any) -> dict[str, Any]:
+        return network(name, *rest, **more) if name == "text_encoder_3" else {}
+
+    monkeypatch.setattr(to_coreml, "convert_network", only_the_t5)
+    record = to_coreml.export(pipeline[0], tmp_path / "coreml", device=targets.load("macbook-m"))
     assert record["parity"]["text_encoder_3"]["max_relative"] < 1e-4
     package = Package(tmp_path / "coreml" / "text_encoder_3" / "model.mlpackage")
     ids = PromptTokenizer(tmp_path / "coreml" / "tokenizer_3", max_length=tiny.T5_TOKENS)(PROMPTS[:1])
@@ -238,10 +249,12 @@ def test_coreml_packages(pipeline: tuple[Path, Any], tmp_path: Path) -> None:
     assert kinds["gather"] == {proto.FLOAT16}
 
 
-def test_engines(pipeline: tuple[Path, Any], tmp_path: Path) -> None:
+def test_engine(pipeline: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """test_trt.py builds the engines of the other networks."""
     pytest.importorskip("tensorrt_rtx")
     from edgeprune.export.to_trt import export
 
+    traced.only(monkeypatch, "text_encoder_3")
     record = export(pipeline[0], tmp_path / "trt", device=targets.load("rtx"))
     said = record["networks"]["text_encoder_3"]
     assert (said["precision"], said["int8_layers"], said["int4_layers"]) == ("float16", 14, 0)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 import pytest
 import tiny
 import torch
+import traced
 
 import edgeprune
 from edgeprune import runtimes, targets
@@ -77,8 +78,10 @@ def artefact(sources: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(artefact: Path) -> Path:
-    to_onnx.export(artefact, artefact.with_name("onnx"))
+def exported(artefact: Path, tiny_folders: tuple[Path, Path]) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        traced.reuse(patch, tiny_folders[1], "vae_decoder")  # that of every tiny pipeline
+        to_onnx.export(artefact, artefact.with_name("onnx"))
     return artefact.with_name("onnx")
 
 
@@ -237,7 +240,7 @@ def test_openvino(artefact: Path, exported: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_engine_profiles_are_of_packed_tokens(name: str, sources: dict[str, Path]) -> None:
-    """test_integers.py tests that TensorRT builds the engine from integers and half precision."""
+    """test_integers.py tests that TensorRT builds the engine from integers and half precision; FLUX.1's is slow."""
     whole = graph.Transformer(tiny.tiny_flux(**VARIANTS[name]))
     settings = base.read_settings(sources[name])
     sizes = to_trt.axis_ranges(targets.load("rtx"), settings, settings.family.latents(settings.config).largest, 24)
