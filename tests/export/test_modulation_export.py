@@ -66,6 +66,7 @@ def test_onnx_and_openvino(wrapper: modules.Transformer, traced: dict[str, torch
         assert found["max_relative"] < 1e-4
 
 
+@pytest.mark.slow  # test_trt.py builds engines, and the graph is that of ONNX above
 def test_tensorrt(wrapper: modules.Transformer, traced: dict[str, torch.Tensor], tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     written = copy.deepcopy(wrapper).half()
