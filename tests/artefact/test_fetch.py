@@ -15,8 +15,10 @@ import huggingface_hub
 import pytest
 from hub_server import Hub, commit, serving
 from repositories import DOUBLES, with_doubles
+from typer.testing import CliRunner
 
 from edgeprune.artefact.resolve import resolve
+from edgeprune.cli import app
 from edgeprune.common.errors import DiskError, InputError
 
 ROOT = Path(__file__).parents[2]
@@ -125,22 +127,21 @@ def test_a_cache_without_a_listing_serves_what_it_has(
         resolve("me/m")
 
 
-def edgeprune(line: str, server: Hub, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own: huggingface_hub reads its environment when it is imported."""
-    given = {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, "-m", "edgeprune.cli", *line.split()], env={**os.environ, **given}, cwd=cache.parent,
-        capture_output=True, text=True,
+def test_a_hub_id_is_compressed_online_and_offline(
+    online: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Offline in a process of its own: huggingface_hub reads its environment when it is imported."""
+    monkeypatch.chdir(tmp_path)
+    words = ["compress", "me/m", "--revision", "v2", "--method", "manual", "--blocks", "1", "--steps", "0"]
+    found = CliRunner().invoke(app, [*words, "-o", "small"])
+    assert found.exit_code == 0, found.exception
+    assert "fetching me/m: " in found.output + capfd.readouterr().err and not set(online.downloaded) & set(DOUBLES)
+    nowhere = "http://127.0.0.1:9"
+    given = {"HF_ENDPOINT": nowhere, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeprune.cli", *words, "-o", "again"],
+        env={**os.environ, **given, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
-
-
-def test_a_hub_id_is_compressed_online_and_offline(repository: dict[str, Path], tmp_path: Path) -> None:
-    options = "--method manual --blocks 1 --steps 0"
-    with serving(repository) as server:
-        done = edgeprune(f"compress me/m -o small --revision v2 {options}", server, tmp_path / "hub")
-        assert done.returncode == 0, done.stderr
-        assert "fetching me/m: " in done.stderr and not set(server.downloaded) & set(DOUBLES)
-    done = edgeprune(f"compress me/m -o again --revision v2 {options}", server, tmp_path / "hub", HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / name / "edgeprune.json").read_text()) for name in ("small", "again")]
     for manifest in found:
