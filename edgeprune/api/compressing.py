@@ -54,7 +54,7 @@ class ReportFigures:
     """The compressed transformer's weights on disk."""
     weights_ratio: float
     original_step_s: float
-    """One denoising step, in `step_dtype`."""
+    """One denoising step, in `step_dtype`; of a model that is read block by block, from the time of its blocks."""
     pruned_step_s: float
     """The same without the removed parts; not quantized."""
     step_ratio: float

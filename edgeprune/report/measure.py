@@ -63,6 +63,7 @@ def measure(
         )  # fmt: skip
     release(ws.pipe.transformer)
     ws.pipe.transformer = original
+    streamed = is_streamed(ws.family.blocks(original)[0])
     # Neither model keeps blocks now, so that both are timed alike.
     pruned = running(open_pruned(ws), compute, keep=False)
     times = step_times(ws, original, pruned)
@@ -77,7 +78,7 @@ def measure(
         "weights_ratio": stored / before,
         "original_step_s": times.first_s,
         "pruned_step_s": times.other_s,
-        "step_dtype": name_of(ws.original.dtype),
+        "step_dtype": name_of(ws.original.dtype) + (", from one block of each kind" if streamed else ""),
         "step_ratio": times.ratio,
         "step_ratio_quartiles": times.quartiles,
         "psnr_db": mean_decibels(list(drawn["original"]), list(drawn["compressed"])),

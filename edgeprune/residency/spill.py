@@ -44,6 +44,11 @@ class Spill:
         except OSError as error:
             raise DiskError(f"{folder}: {error.strerror or error}") from error
 
+    @property
+    def lasts(self) -> bool:
+        """Whether a later process may find what is kept."""
+        return self._folder is not None
+
     def need(self, size: int) -> None:
         """Check that the disk has room for `size` bytes, those that are on it already among them.
 

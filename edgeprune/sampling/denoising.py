@@ -9,6 +9,7 @@ are prompt, guidance, steps and size.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import filled, is_streamed
 from edgeprune.sampling.generation import Generation, images_at_once, latent_scale
 from edgeprune.sampling.schedule import NoiseSchedule
+
+KEEP_S = 30.0
+"""Seconds after which an evaluation keeps what it has."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,14 @@ def velocity(
 
 
 def evaluate(
-    model: Any, latents: torch.Tensor, condition: Conditioning, sigma: torch.Tensor, guidance: float
+    model: Any,
+    latents: torch.Tensor,
+    condition: Conditioning,
+    sigma: torch.Tensor,
+    guidance: float,
+    *,
+    spill: Spill | None = None,
+    key: str = "",
 ) -> torch.Tensor:
     """Evaluate a transformer where it is and in its own dtype; return the velocity where and as the latents are.
 
@@ -123,25 +134,50 @@ def evaluate(
     guidance in float32, where FLUX.1's own forward would round them to eight bits. Where blocks are read when they run,
     memory is short: of more samples than run together, such as the two halves of guidance at 1024x1024, one part after
     the other passes through each block.
+
+    Args:
+        model: the transformer.
+        latents: (B, C, h, w).
+        condition: encoded prompts, one for each.
+        sigma: noise levels (B).
+        guidance: guidance scale.
+        spill: on disk, keeps the streams of a model whose blocks are read when they run, every KEEP_S seconds: a run
+            after a kill goes on with the block. None keeps none.
+        key: to keep them under.
     """
     like, blocks = _like(model), family_of_model(model).blocks(model)
     most = at_once(model, latents.shape) if any(map(is_streamed, blocks)) else len(latents)
-    if like.dtype == torch.float32 and len(latents) <= most:
+    spill = spill if spill is not None and spill.lasts and any(map(is_streamed, blocks)) else None
+    if like.dtype == torch.float32 and len(latents) <= most and spill is None:
         return velocity(model, latents.to(like), condition.to(like), sigma.to(like.device), guidance).to(latents)
     network: Network = family_of_model(model)
     inputs = model_inputs(model, latents, condition, sigma, guidance)
     image, text_stream, modulation = network.embed(model, inputs)
     positions = network.positions(model, inputs)
     streams = list(zip(image.split(most), text_stream.split(most), modulation.split(most), strict=True))
-    for block, following in itertools.zip_longest(blocks, blocks[1:]):
+    begin, kept_at = 0, time.monotonic()
+    if spill is not None and key in spill:
+        found = spill.get(key, image.device)
+        begin = int(found["blocks"])
+        parts = zip(found["image"].split(most), found["text"].split(most), modulation.split(most), strict=True)
+        streams = list(parts)
+    for number, (block, following) in enumerate(itertools.zip_longest(blocks, blocks[1:])):
+        if number < begin:
+            continue
         with filled(block, following=following) if len(streams) > 1 else nullcontext():
             for index, (part, text, vector) in enumerate(streams):
                 part, after = network.run(block, part, text, vector, positions)
                 # A block that ends the text stream is the last one.
                 streams[index] = part, text if after is None else after, vector
+        if spill is not None and following is not None and time.monotonic() - kept_at > KEEP_S:
+            done = {"image": torch.cat([part for part, *_ in streams]), "text": torch.cat([t for _, t, _ in streams])}
+            spill.put(key, done | {"blocks": torch.tensor(number + 1)})
+            kept_at = time.monotonic()
     image = torch.cat([part for part, *_ in streams])
     output = network.unembed(model, image, modulation, network.grid(model, inputs))
     out: torch.Tensor = network.velocity(model.config, output, latents.shape)
+    if spill is not None:
+        spill.drop(key)
     return out.to(latents)
 
 
@@ -176,6 +212,9 @@ def denoise(
     condition: Conditioning,
     empty: Conditioning,
     guidance: float,
+    *,
+    spill: Spill | None = None,
+    key: str = "",
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Take Euler steps from noise (B, C, h, w).
 
@@ -186,6 +225,8 @@ def denoise(
         condition: encoded prompts, one per image.
         empty: the encoded empty prompt, for guidance by a second evaluation.
         guidance: guidance scale.
+        spill: see `evaluate`.
+        key: see `evaluate`.
 
     Yields:
         Latents and sigma before each step, and the clean latents at the end.
@@ -200,7 +241,7 @@ def denoise(
     for sigma, following in zip(levels[:-1], levels[1:], strict=True):
         yield latents, sigma
         x = torch.cat([latents, latents]) if guided else latents
-        step = evaluate(transformer, x, condition, sigma.to(x).expand(len(x)), guidance)
+        step = evaluate(transformer, x, condition, sigma.to(x).expand(len(x)), guidance, spill=spill, key=key)
         if guided:
             unconditional, conditional = step.split(count)
             step = unconditional + guidance * (conditional - unconditional)
@@ -237,7 +278,9 @@ def denoised(
     while len(found) < len(levels) and (name := f"{key}.{len(found)}") in spill:
         found.append(spill.get(name)["latents"].to(latents))
         step()
-    rest = denoise(transformer, found[-1], levels[len(found) - 1 :], condition, empty, guidance)
+    rest = denoise(
+        transformer, found[-1], levels[len(found) - 1 :], condition, empty, guidance, spill=spill, key=f"{key}.step"
+    )
     for after, _ in itertools.islice(rest, 1, None):
         spill.put(f"{key}.{len(found)}", {"latents": after})
         found.append(after)

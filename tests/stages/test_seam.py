@@ -26,6 +26,8 @@ from edgeprune.report.measure import measure
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import filled, held_bytes, is_streamed
 from edgeprune.residency.weights import Weights
+from edgeprune.sampling import denoising
+from edgeprune.sampling.denoising import generate
 from edgeprune.stages import analyze, calibration, plan, prune, quantize
 from edgeprune.stages.modulation import modulation_mean
 from edgeprune.stages.options import AnalyzeOptions, QuantizeOptions
@@ -220,6 +222,36 @@ def test_a_killed_report_goes_on_with_the_step(source: Path, tmp_path: Path, mon
     steps = ws.generation.num_inference_steps
     assert kept == [f"images.0.{step}" for step in range(1, steps + 1)] * 2
     assert all((images[name] == whole[name]).all() for name in whole)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_a_killed_step_goes_on_with_the_block(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of a large image may take longer than the time between two kills."""
+    source, left, ran = tmp_path / "tiny", [10**6], [0]
+    {"sd3": tiny_pipeline, "flux": tiny_flux_pipeline}[kind](source)
+    ws = opened(tmp_path / "out", source, monkeypatch, little=True)
+    monkeypatch.setattr(denoising, "KEEP_S", -1.0)
+    monkeypatch.setattr(denoising, "at_once", lambda *_: 1)  # the halves of guidance are two
+
+    def enter(*_: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        ran[0] += 1
+
+    for block in ws.family.blocks(ws.pipe.transformer):
+        block.register_forward_pre_hook(enter)
+    whole = generate(ws.pipe, ["a"], [1], ws.generation)
+    undisturbed, ran[0] = ran[0], 0
+    kills, images = 0, None
+    while images is None and kills < 99:
+        left[0], spill = 3, Spill(tmp_path / "kept", identity="the same")
+        try:
+            images = generate(ws.pipe, ["a"], [1], ws.generation, spill=spill)
+        except KeyboardInterrupt:
+            kills += 1
+    assert (images == whole).all() and kills > 5
+    assert ran[0] <= undisturbed + kills  # half of a block is run again after a kill
 
 
 @pytest.mark.parametrize("method", ["scale", "awq"])
