@@ -17,7 +17,7 @@ from edgeprune.common.errors import InputError
 if TYPE_CHECKING:
     from edgeprune.planning.options import PlanOptions
 
-CALIBRATIONS = ("none", "scale", "awq")
+CALIBRATIONS = ("none", "feedback", "scale", "awq")
 ESTIMATORS = ("auto", "exhaustive", "reuse", "gates")
 FEATURES = ("blocks", "attention")
 LEVELS = ("shifted", "steps", "uniform")
@@ -232,18 +232,18 @@ Calibration = Annotated[
     str,
     choice(
         names=lambda: CALIBRATIONS, rich_help_panel=INT4,
-        help="How INT4 scales are chosen: none (from the weights alone), scale (NNCF's scale estimation) or awq. The "
-        "last two run the model to record its inputs.",
+        help="How INT4 weights are chosen: none (the nearest), feedback (what rounding one costs is made up for in the "
+        "next ones), scale (NNCF's scale estimation) or awq. All but none run the model to record its inputs.",
     ),
 ]  # fmt: skip
 
 
 def calibration_count(flag: str) -> Any:
-    """Return the option that says how many prompts calibrate INT4 scales."""
+    """Return the option that says how many prompts calibrate INT4 weights."""
     return typer.Option(
         flag,
         min=1,
-        help="Number of prompts that calibrate INT4 scales.",
+        help="Number of prompts that calibrate INT4 weights.",
         show_default="28, or all that were given to `analyze`",
         rich_help_panel=INT4,
     )

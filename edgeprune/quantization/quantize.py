@@ -1,7 +1,7 @@
-"""INT4 weights: NNCF chooses the integers, one block at a time, and `PackedLinear` layers store them.
+"""INT4 weights: NNCF chooses the steps, one block at a time, and `PackedLinear` layers store the integers.
 
-precision.py says how many bits each tensor gets. By default this needs no data; with calibration inputs NNCF estimates
-scales, or awq.py scales channels first. There is no GPTQ, which NNCF does not offer for torch.
+precision.py says how many bits each tensor gets. By default this needs no data. With calibration inputs feedback.py
+chooses the integers over NNCF's scales, or NNCF estimates other scales, or awq.py scales channels first.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from edgeprune.common.errors import InputError
 from edgeprune.families import Architecture, Family
+from edgeprune.quantization import feedback
 from edgeprune.quantization.awq import best_divisor, fold
 from edgeprune.quantization.int4 import PackedLinear, pack
 from edgeprune.quantization.precision import Precision, precision_of, t5_precision_of
 
-CALIBRATIONS = ("none", "scale", "awq")
+CALIBRATIONS = ("none", "feedback", "scale", "awq")
 _BATCH = 2**24
 """Most weights that one call of NNCF gets."""
 _ROWS = 1024
@@ -205,6 +207,7 @@ def quantize_part(
     group_size: int = 64,
     calibration: str = "none",
     run: Callable[[], None] | None = None,
+    calls: int = 1,
 ) -> None:
     """Quantise the linear layers of one block, or for None those outside the blocks, in place.
 
@@ -215,8 +218,9 @@ def quantize_part(
         model: the transformer.
         block: the block's index; earlier blocks are already quantised.
         group_size: weights that share a scale.
-        calibration: `none`, or `scale` (scale estimation) or `awq`, which need `run`.
+        calibration: `none`, or `feedback` (of rounding errors), `scale` (scale estimation) or `awq`, which need `run`.
         run: runs the model on calibration inputs, so that hooks can record the layers' inputs.
+        calls: how often `run` calls each layer.
     """
     if block is None:
         outside = {n: m for n, m in _layers(model).items() if not family.in_block(n)}
@@ -230,6 +234,12 @@ def quantize_part(
     layers = _layers(module)
     caught = _samples(layers, run) if calibration == "scale" and run is not None else {}
     by_group: dict[int, list[str]] = {}
+    moments: dict[str, list[torch.Tensor]] = {}
+    if calibration == "feedback" and run is not None:
+        try:
+            moments = feedback.second_moments(layers, run, calls)
+        except InputError as error:
+            raise InputError(f"{prefix}{error}") from None
     for name, linear in layers.items():
         p = precision_of(family, f"{prefix}{name}.weight", tuple(linear.weight.shape), group_size=group_size)
         if p.bits == 4:
@@ -237,11 +247,27 @@ def quantize_part(
         else:
             _replace(module, name, _packed_nearest(linear, p))
     for group, names in by_group.items():
+        steps: dict[str, torch.Tensor] = {}
         for batch in _batches({n: layers[n].weight.numel() for n in names}):
             weights = [layers[n].weight.detach() for n in batch]
             inputs = [caught[n] for n in batch] if caught else []
             for name, (values, scale) in zip(batch, _nncf_integers(weights, group, inputs), strict=True):
-                _replace(module, name, packed_from(layers.pop(name), values, scale, Precision(4, group)))
+                if name in moments:
+                    steps[name] = scale
+                else:
+                    _replace(module, name, packed_from(layers.pop(name), values, scale, Precision(4, group)))
+        for sharing in _sharing(moments, steps):
+            parts = feedback.rounded([(layers[n].weight, steps[n]) for n in sharing], moments[sharing[0]])
+            for name, values in zip(sharing, parts, strict=True):
+                _replace(module, name, packed_from(layers.pop(name), values, steps[name], Precision(4, group)))
+
+
+def _sharing(moments: dict[str, list[torch.Tensor]], names: Iterable[str]) -> list[list[str]]:
+    """Group layers by the list of moments that they share, see `second_moments`."""
+    found: dict[int, list[str]] = {}
+    for name in names:
+        found.setdefault(id(moments[name]), []).append(name)
+    return list(found.values())
 
 
 def _batches(sizes: dict[str, int]) -> list[list[str]]:

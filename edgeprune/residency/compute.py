@@ -76,7 +76,7 @@ class Compute:
         return torch.bfloat16 if multiplies_bf16() else torch.float32
 
     def collect(self) -> None:
-        """Give freed memory back to the system, or to the device, so that `left` counts it."""
+        """Release freed memory to the system, or on the device, so that `left` counts it."""
         gc.collect()
         if self.device.type == "cpu":
             heap.trim()

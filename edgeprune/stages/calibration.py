@@ -104,6 +104,7 @@ def calibration_streams(
 
     ws.original.release_transformer()
     host = Compute(memory=ws.original.compute.memory if ws.original.compute.device.type == "cpu" else None)
+    host.collect()
     room, scratch = host.left() // 3, ws.cache / "streams"
     samples = len(metric.states) * (2 if is_guided(ws) else 1)
     size = samples * stream_bytes(

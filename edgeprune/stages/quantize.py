@@ -35,7 +35,7 @@ from edgeprune.stages.work import CALIBRATED, Subject, Work, encoding
 from edgeprune.stages.workspace import Workspace
 
 PROMPTS = 28
-"""Prompts that calibrate the scales."""
+"""Prompts that calibrate."""
 GROUP_SIZES = (16, 32, 64, 128)
 
 
@@ -103,7 +103,7 @@ def _check(options: QuantizeOptions) -> None:
     if options.group_size not in GROUP_SIZES:
         raise InputError(f"--group-size: found {options.group_size}, expected 16, 32, 64 or 128")
     if options.calibration == "none" and (options.count, options.states) != (None, None):
-        raise InputError("--count and --states are about calibration; give --calibration scale or awq, or omit them")
+        raise InputError("--count and --states are about calibration; give --calibration feedback, or omit them")
 
 
 def _int4_blocks(ws: Workspace, plan: PrunePlan, model: nn.Module, options: QuantizeOptions) -> list[dict[str, int]]:
@@ -134,14 +134,15 @@ def _quantize(
 
     def make(index: int) -> Tensors:
         block = index if index < len(plan.kept) else None
-        run = None
+        run, calls = None, 1
         if streams is None or block is not None:
             stored.fill(stored.names(block), torch.float32 if streams else None)
         if streams is not None and block is not None:
-            run = partial(streams.run, ws.family.blocks(stored.model)[block])
+            run, calls = partial(streams.run, ws.family.blocks(stored.model)[block]), streams.batches
         quantize_part(
-            ws.family, stored.model, block, group_size=options.group_size, calibration=options.calibration, run=run
-        )
+            ws.family, stored.model, block, group_size=options.group_size, calibration=options.calibration, run=run,
+            calls=calls,
+        )  # fmt: skip
         tensors = _taken(stored.model, blocks[index])
         if block is not None:
             advance(block, tensors)
@@ -193,9 +194,16 @@ def work(subject: Subject, options: QuantizeOptions, plan: PrunePlan, prompts: i
         options: of the quantization.
         plan: what is pruned.
         prompts: how many calibrate; 0 without calibration.
+
+    Raises:
+        InputError: an option is not usable.
     """
+    _check(options)
     sizes, numbers = plan.after, plan.after.parameters
-    alone = Work(moved=sizes.bf16_bytes + sizes.int4_bytes, rounded=numbers * (CALIBRATED if prompts else 1))
+    alone = Work(
+        moved=sizes.bf16_bytes + sizes.int4_bytes,
+        rounded=numbers * CALIBRATED[options.calibration if prompts else "none"],
+    )
     if not prompts:
         return alone
     states = VelocityError.evaluations(seen(subject.generation, options.states), prompts)

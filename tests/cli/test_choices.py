@@ -171,10 +171,11 @@ def test_repeated_names_are_those_of_the_code() -> None:
     from edgeprune.compare.grid import GRIDS
     from edgeprune.quantization.quantize import CALIBRATIONS
     from edgeprune.residency import compute
+    from edgeprune.stages import work
     from edgeprune.training import recipe
 
     assert (estimators.AUTO, *estimators._MODULES) == options.ESTIMATORS
-    assert CALIBRATIONS == options.CALIBRATIONS
+    assert CALIBRATIONS == options.CALIBRATIONS == tuple(work.CALIBRATED)
     assert recipe.FEATURES == options.FEATURES
     assert recipe.LEVELS == options.LEVELS
     assert recipe.SCHEDULES == options.SCHEDULES

@@ -57,7 +57,7 @@ def test_rows_are_within_the_limits_of_a_quiet_machine() -> None:
         assert row.name == name and row.what and 0 < row.disk_bytes <= forecast.MOST_BYTES
         assert 0 < forecast.seconds(row.work, quiet) < forecast.MOST_SECONDS, name
         assert all(known[need].model for need in row.needs)
-    for name in ("synth", "analyze-gates", "plan-auto", "quantize-scale", "compress-blocks"):
+    for name in ("synth", "analyze-gates", "plan-auto", "quantize-feedback", "compress-blocks"):
         assert name in known and f"{name}-flux" in known
     assert 100 < forecast.seconds(known["synth"].work, quiet) < 1000
 

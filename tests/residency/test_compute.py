@@ -94,7 +94,7 @@ def test_what_is_left_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heap")
-def test_freed_memory_is_given_back_before_a_model_is_refused(tmp_path: Path) -> None:
+def test_freed_memory_is_released_before_a_model_is_refused(tmp_path: Path) -> None:
     """Of the heap's pages only those at its end return by themselves."""
     tiny.tiny_pipeline(tmp_path / "tiny")
     stored = open_transformer(tmp_path / "tiny", quantized=False)

@@ -111,5 +111,5 @@ def test_room_on_disk_is_checked_for_samples_that_memory_does_not_hold(
     monkeypatch.setattr(calibration.Compute, "left", lambda _: 0)
     monkeypatch.setattr(calibration, "need_space", lambda _, size: checked.append(size))
     monkeypatch.setattr(calibration.Streams, "__init__", measured)
-    quantize.run(ws, QuantizeOptions(calibration="scale"))
+    quantize.run(ws, QuantizeOptions(calibration="feedback"))
     assert checked == written and checked[0] > 0

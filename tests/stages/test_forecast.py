@@ -10,6 +10,7 @@ import torch
 from stage_runs import OPTIONS
 from tiny import tiny_pipeline
 
+from edgeprune import api
 from edgeprune.artefact.resolve import BUILTIN, read_config
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json, write_json
@@ -90,12 +91,15 @@ def test_a_report_that_takes_hours_is_left_out(with_t5: Path, tmp_path: Path, mo
     assert left_out(ws) == ""
 
 
-def test_a_report_that_lacks_memory_is_left_out(with_t5: Path, tmp_path: Path) -> None:
+def test_a_report_that_lacks_memory_is_left_out(source: Path, tmp_path: Path) -> None:
     """The artefact is whole by then: `compress` must not end with an error."""
-    ws = Workspace(tmp_path / "out", str(with_t5), compute=ComputeOptions("cpu", memory=10**6))
-    why = left_out(ws)
-    assert why.startswith("no report: --memory: found 0.00 GB, expected at least")
-    assert why.endswith(f"make it with more: edgeprune report -o {ws.out}")
+    out, options = tmp_path / "out", api.CompressOptions(plan=api.PlanOptions("manual", blocks="1"), distill=None)
+    done = api.compress(source, out, options, compute=ComputeOptions("cpu", memory=10**6))
+    assert done.ran == ("plan", "prune", "quantize") and done.report is None
+    assert done.no_report.startswith("no report: --memory: found 0.00 GB, expected at least")
+    assert done.no_report.endswith(f"make it with more --memory: edgeprune report -o {out}")
+    ws = Workspace(tmp_path / "builtin", None, compute=ComputeOptions("cpu", memory=10**6))
+    assert left_out(ws).startswith("no report: --memory")
 
 
 def test_training_holds_no_text_encoder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,12 +76,12 @@ def test_calibration_counts(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
     plan.run(ws, replace(OPTIONS.plan, method="manual", keep=None, blocks="1"))
     prune.run(ws)
     with pytest.raises(InputError, match=r"^quantize: at least .*; --count 1 takes 31 min; --yes"):
-        quantize.run(ws, QuantizeOptions(calibration="scale"))
+        quantize.run(ws, QuantizeOptions(calibration="feedback"))
     with pytest.raises(InputError, match=r"^--count and --states are about calibration"):
         quantize.run(ws, QuantizeOptions(count=1))
     ws.speeds = Speeds(10**4)
     with pytest.raises(InputError, match=r"^quantize: at least .*; --calibration none takes 0 s; --yes"):
-        quantize.run(ws, QuantizeOptions(calibration="scale", count=1))
+        quantize.run(ws, QuantizeOptions(calibration="feedback", count=1))
     assert quantize.run(ws, QuantizeOptions())
 
 
@@ -100,7 +100,7 @@ def test_fewer_samples_calibrate_and_are_scored_when_asked(
     analyze.run(ws, AnalyzeOptions(count=2, states=3, components=False))
     plan.run(ws, replace(OPTIONS.plan, method="manual", keep=None, blocks="1"))
     prune.run(ws)
-    quantize.run(ws, QuantizeOptions(calibration="scale", count=1, states=2))
+    quantize.run(ws, QuantizeOptions(calibration="feedback", count=1, states=2))
     assert seen == [6, 2]
     with pytest.raises(InputError, match="^--states works with --metric velocity only, found psnr"):
         AnalyzeOptions(metric="psnr", states=2).chosen(ws.family, ws.config)
@@ -148,7 +148,7 @@ def test_each_stage_of_a_large_model_says_what_it_takes(
     options = replace(OPTIONS.plan, method="manual", keep=None, blocks="1", modulation_rank=4)
     plan.run(ws, options, progress=lambda what, *_: lines.append(what))
     prune.run(ws, lambda what, *_: lines.append(what))
-    quantize.run(ws, QuantizeOptions(calibration="scale", count=1, states=1), lambda what, *_: lines.append(what))
+    quantize.run(ws, QuantizeOptions(calibration="feedback", count=1, states=1), lambda what, *_: lines.append(what))
     said = [line for line in lines if "at least" in line]
     assert [line.partition(":")[0] for line in said] == ["plan", "prune", "quantize"]
     assert "here, on cpu" in said[1] and "writes 0.00 GB" in said[1]

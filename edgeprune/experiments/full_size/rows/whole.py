@@ -14,6 +14,7 @@ from edgeprune.experiments.full_size.forecast import Work
 from edgeprune.experiments.full_size.recording import Recorder
 from edgeprune.experiments.full_size.rows.row import Row
 from edgeprune.metrics.velocity import STATES
+from edgeprune.stages.work import CALIBRATED
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ def rows() -> Iterator[Row]:
         )  # fmt: skip
         evaluations = 4 * (1 + m.per_step)
         yield _row(
-            m, "quantize-scale", "prune 8 blocks, INT4 by scale estimation of four samples at 512x512, in 6 GB",
-            Work(moved=moved, rounded=5 * m.weights, large_flops=evaluations * m.flops),
-            ("--blocks", m.blocks, "--calibration", "scale", *_SAMPLES, *_MEDIUM, *_SIX),
+            m, "quantize-feedback", "prune 8 blocks, INT4 by error feedback on four samples at 512x512, in 6 GB",
+            Work(moved=moved, rounded=CALIBRATED["feedback"] * m.weights, large_flops=evaluations * m.flops),
+            ("--blocks", m.blocks, "--calibration", "feedback", *_SAMPLES, *_MEDIUM, *_SIX),
         )  # fmt: skip
         # Each model's images, and timed steps: a step of less blocks is 0.79 of one.
         drawing = Work(5, moved=2 * everything, rounded=m.weights, large_flops=5.4 * m.per_step * 4 * m.flops)

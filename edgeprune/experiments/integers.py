@@ -1,0 +1,124 @@
+"""The table of docs/int4.md: what each choice of integers loses, on the built-in model.
+
+    python -m edgeprune.experiments.integers -o build/integers [--write docs/int4.md]
+
+Nothing is removed and nothing trained, so that all of the error is that of the integers. An interrupted run resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune import shapes
+from edgeprune.artefact.loading import load_transformer
+from edgeprune.common.files import read_json, write_json
+from edgeprune.common.intervals import mean_interval
+from edgeprune.common.splits import Split
+from edgeprune.common.tables import duration, interval_text, markdown_table
+from edgeprune.experiments.pages import insert
+from edgeprune.metrics.psnr import decibels
+from edgeprune.metrics.velocity import VelocityError
+from edgeprune.planning.options import PlanOptions
+from edgeprune.quantization.quantize import CALIBRATIONS
+from edgeprune.sampling.denoising import generate
+from edgeprune.stages import plan, prune, quantize
+from edgeprune.stages.options import QuantizeOptions
+from edgeprune.stages.prompts import prompts_of
+from edgeprune.stages.workspace import Workspace
+
+HELD_OUT = 28
+"""Captions that no calibration has seen."""
+COUNTS = (1, 4, quantize.PROMPTS)
+"""Captions that calibrate."""
+
+
+def options() -> Iterator[QuantizeOptions]:
+    """Yield what is compared."""
+    for calibration in CALIBRATIONS:
+        for count in COUNTS if calibration == "feedback" else COUNTS[-1:]:
+            yield QuantizeOptions(calibration=calibration, count=count if calibration != "none" else None)
+
+
+class Held:
+    """Held-out captions: six states on each of the original's trajectories, and its images."""
+
+    def __init__(self, ws: Workspace) -> None:
+        self.ws, self.captions = ws, prompts_of(Split.HELD_OUT, HELD_OUT, shapes)
+        self.metric = VelocityError(ws.pipe, ws.generation, self.captions, split=Split.HELD_OUT)
+        self.images = self._drawn()
+
+    def measure(self, model: Any) -> dict[str, list[float]]:
+        """Return the velocity error and the PSNR of a model by caption."""
+        pipe, original = self.ws.pipe, self.ws.pipe.transformer
+        pipe.transformer = model
+        try:
+            pairs = zip(self.images, self._drawn(), strict=True)
+            return {
+                "error": [-value for value in self.metric.score()],
+                "decibels": [decibels(first, other) for first, other in pairs],
+            }
+        finally:
+            pipe.transformer = original
+
+    def _drawn(self) -> NDArray[np.uint8]:
+        return generate(self.ws.pipe, self.captions, Split.HELD_OUT.seeds(HELD_OUT), self.ws.generation)
+
+
+def measure(out: Path) -> list[dict[str, Any]]:
+    """Return a row for each of `options`."""
+    ws, path = Workspace(out / "model", None), out / "found.json"
+    plan.run(ws, PlanOptions("manual", blocks=""))
+    prune.run(ws)
+    held = Held(ws)
+    found: list[dict[str, Any]] = read_json(path)["rows"] if path.is_file() else []
+    for chosen in options():
+        if any(row["options"] == chosen.to_json() for row in found):
+            continue
+        began = time.perf_counter()
+        quantize.run(Workspace(ws.out, None, fresh=True), chosen)
+        seconds = time.perf_counter() - began
+        model = load_transformer(ws.out, quantized=True)
+        found.append({"options": chosen.to_json(), "seconds": seconds} | held.measure(model))
+        write_json(path, {"rows": found})
+        print(found[-1]["options"], np.mean(found[-1]["error"]), flush=True)
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Return the rows of `measure` in Markdown."""
+    head = ("`--calibration`", "captions", "velocity error", "PSNR to the original's images, dB", "time")
+    rows = []
+    for row in found:
+        rows.append(
+            (
+                row["options"]["calibration"],
+                str(row["options"].get("count", "")),
+                interval_text(mean_interval(row["error"]), ".4f"),
+                interval_text(mean_interval(row["decibels"]), ".1f"),
+                duration(row["seconds"]),
+            )
+        )
+    return markdown_table(head, rows)
+
+
+def main() -> None:
+    """Read the command line, measure, and print or write the table."""
+    parser = argparse.ArgumentParser(prog="python -m edgeprune.experiments.integers", description=__doc__)
+    parser.add_argument("-o", "--out", type=Path, default=Path("build/integers"))
+    parser.add_argument("--write", type=Path, help="a page whose table to replace")
+    args = parser.parse_args()
+    text = table(measure(args.out))
+    if args.write:
+        insert(args.write, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
