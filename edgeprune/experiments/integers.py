@@ -93,15 +93,24 @@ def measure(out: Path) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     """Return the rows of `measure` in Markdown."""
-    head = ("`--calibration`", "captions", "velocity error", "PSNR to the original's images, dB", "time")
-    rows = []
+    head = (
+        "`--calibration`",
+        "captions",
+        "velocity error",
+        "PSNR to the original's images, dB",
+        "more than `none`",
+        "time",
+    )
+    nearest, rows = found[0]["decibels"], []
     for row in found:
+        more = mean_interval([one - other for one, other in zip(row["decibels"], nearest, strict=True)])
         rows.append(
             (
                 row["options"]["calibration"],
                 str(row["options"].get("count", "")),
                 interval_text(mean_interval(row["error"]), ".4f"),
                 interval_text(mean_interval(row["decibels"]), ".1f"),
+                interval_text(more, "+.1f") if row is not found[0] else "",
                 duration(row["seconds"]),
             )
         )
