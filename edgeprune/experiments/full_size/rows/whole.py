@@ -69,9 +69,11 @@ def rows() -> Iterator[Row]:
             Work(moved=moved, rounded=CALIBRATED["feedback"] * m.weights, large_flops=evaluations * m.flops),
             ("--blocks", m.blocks, "--calibration", "feedback", *_SAMPLES, *_MEDIUM, *_SIX),
         )  # fmt: skip
-        # Each model's images, and timed steps: a step of less blocks is 0.79 of one.
-        drawing = Work(5, moved=2 * everything, rounded=m.weights, large_flops=5.4 * m.per_step * 4 * m.flops)
-        for name, what, measure in (("draw", "report and score", _draw), ("bench", "bench", _bench)):
+        # Two images of each model, or an image and two timed ones: a step of less blocks is 0.79 of one.
+        for name, what, steps, measure in (("draw", "report and score", 2, _draw), ("bench", "bench", 3, _bench)):
+            drawing = Work(
+                5, moved=2 * everything, rounded=m.weights, large_flops=1.79 * steps * m.per_step * 4 * m.flops
+            )
             yield Row(
                 f"{name}{m.suffix}", f"{m.name} less 8 blocks: {what} of one step at 1024x1024, in 6 GB", drawing,
                 int(0.5 * m.weights), functools.partial(measure, m), needs=(f"synth{m.suffix}",),
