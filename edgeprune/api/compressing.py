@@ -165,6 +165,12 @@ class CompressForecast:
     choice: dict[str, Any] | None = None
     """What `time_s` chose: the fields of `Choice` in stages/choice.py."""
 
+    def described_choice(self) -> str:
+        """Return what `time_s` chose in a line; empty without it."""
+        from edgeprune.stages.choice import Choice
+
+        return Choice(**self.choice).described() if self.choice else ""
+
     def to_json(self) -> dict[str, Any]:
         """Return what `edgeprune compress --dry-run --json` prints."""
         return {name: value for name, value in asdict(self).items() if value is not None}

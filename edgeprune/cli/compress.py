@@ -97,11 +97,13 @@ def compress(
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
     if dry_run:
-        numbers = api.forecast_compress(
+        forecast = api.forecast_compress(
             model, out, chosen, revision=revision, variant=variant, generation=generation, compute=compute,
             time_s=time_s, quick=preset == "quick", no_half=no_half,
-        ).to_json()  # fmt: skip
-        return screen.show_forecast(numbers, screen.FLOORS, as_json)
+        )  # fmt: skip
+        if forecast.choice:
+            screen.say(forecast.described_choice())
+        return screen.show_forecast(forecast.to_json(), screen.FLOORS, as_json)
     with screen.bars() as progress:
         done = api.compress(
             model, out, chosen, revision=revision, variant=variant, generation=generation,

@@ -176,6 +176,7 @@ def test_the_command_shows_what_it_would_choose(source: Path, tmp_path: Path, mo
     assert done.exit_code == 0, done.exception
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["choice"]["time_s"] == 1200 and found["analyze_prompts"] == found["choice"]["prompts"] > 0
+    assert "--time 20 min: about " in done.stderr and "prompts scored by" in done.stderr
     assert not (tmp_path / "out").exists()
     refused = CliRunner().invoke(app, [*out, "--time", "40"])
     assert isinstance(refused.exception, InputError)
