@@ -330,19 +330,23 @@ def generate(
         prompts: one per image.
         seeds: one per image.
         generation: size, steps and guidance.
-        spill: keeps the latents after each step, so that a run after a kill goes on with them; None keeps none.
+        spill: keeps the latents after each step, and the images, so that a run after a kill goes on with them; None
+            keeps none.
         progress: called after each step.
     """
     condition, empty = encode_with_empty(pipe, prompts, generation.max_sequence_length)
     shape = latent_shape(pipe, generation)
     levels, batch = sigmas(pipe, generation.num_inference_steps, shape), at_once(pipe.transformer, shape)
     images, starts = [], range(0, len(prompts), batch)
-    step = Steps("steps", len(starts) * (len(levels) - 1), progress)
+    step, spill = Steps("steps", len(starts) * (len(levels) - 1), progress), spill or Spill()
     for start in starts:
         rows = slice(start, start + batch)
         *_, latents = denoised(
             pipe.transformer, noise(seeds[rows], shape).to(condition.hidden), levels, condition[rows], empty,
-            generation.guidance_scale, spill=spill or Spill(), key=f"images.{start}", step=step,
+            generation.guidance_scale, spill=spill, key=f"images.{start}", step=step,
         )  # fmt: skip
-        images.append(decode(pipe, latents))
+        drawn = f"pixels.{start}"  # decoding a large image takes minutes
+        if drawn not in spill:
+            spill.put(drawn, {"pixels": torch.from_numpy(decode(pipe, latents))})
+        images.append(spill.get(drawn)["pixels"].numpy())
     return np.concatenate(images)
