@@ -254,7 +254,10 @@ def test_a_killed_step_goes_on_with_the_block(kind: str, tmp_path: Path, monkeyp
     assert ran[0] <= undisturbed + kills  # half of a block is run again after a kill
 
 
-@pytest.mark.parametrize("method", ["feedback", "scale", "awq"])
+@pytest.mark.parametrize(
+    "method",
+    ["feedback", "awq", pytest.param("scale", marks=pytest.mark.slow)],  # the same road, and NNCF takes long
+)
 def test_calibrated_int4(method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On disk or in memory, streams give the integers that they give with the original in memory."""
     found, spills = [], list[Path]()
