@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from edgeprune.common.errors import InputError
+from edgeprune.quantization.inputs import watch
 
 DAMPING = 0.01
 """Share of the mean moment that is added to each: inputs that were not seen must not cost nothing."""
@@ -142,13 +143,7 @@ def second_moments(layers: dict[str, nn.Linear], run: Callable[[], None], calls:
             total.addmm_(part.T, part, alpha=count / len(x))
         rows[name] += count
 
-    hooks = [m.register_forward_pre_hook(lambda _, args, n=n: take(n, args[0])) for n, m in layers.items()]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watch(layers, run, take)
     for name, parts in sums.items():
         for part in parts:
             if not part.diagonal().isfinite().all():

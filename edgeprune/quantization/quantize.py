@@ -20,6 +20,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.families import Architecture, Family
 from edgeprune.quantization import feedback
 from edgeprune.quantization.awq import best_divisor, fold
+from edgeprune.quantization.inputs import watch
 from edgeprune.quantization.int4 import PackedLinear, pack
 from edgeprune.quantization.precision import Precision, precision_of, t5_precision_of
 
@@ -332,11 +333,5 @@ def _samples(layers: dict[str, nn.Linear], run: Callable[[], None]) -> dict[str,
         rows = torch.cat([kept[name], rows.float()]) if name in kept else rows.float()
         kept[name] = rows[chosen.to(rows.device)]
 
-    hooks = [m.register_forward_pre_hook(lambda _, args, n=n: keep(n, args[0])) for n, m in layers.items()]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watch(layers, run, keep)
     return {name: rows.cpu() for name, rows in kept.items()}

@@ -92,7 +92,8 @@ def test_checker_on_noisy_renders(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(not (ASSETS / "vae").is_dir(), reason="the built-in teacher is not in the tree")
-def test_checker_after_vae_round_trip(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("count", [FEWER, pytest.param(RENDERS, marks=pytest.mark.slow)])
+def test_checker_after_vae_round_trip(count: int, capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     vae = pytest.importorskip("diffusers").AutoencoderKL.from_pretrained(ASSETS / "vae").float().eval()
 
@@ -105,7 +106,7 @@ def test_checker_after_vae_round_trip(capsys: pytest.CaptureFixture[str]) -> Non
                 out += list(((back.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
         return out
 
-    judge("after the VAE", rates(round_trip, FEWER), capsys, FEWER)
+    judge("after the VAE", rates(round_trip, count), capsys, count)
 
 
 def test_checker_rejects_nothing_and_too_much() -> None:
