@@ -279,14 +279,18 @@ def forecast_compress(
 
     Raises:
         BudgetError: the budget cannot be met.
-        InputError: the model or an option is not usable.
+        InputError: the model or an option is not usable, or the transformer needs more memory than `compute` gives.
         DiskError: the disk has too little room for what would be written.
     """
     chosen = _checked(model, out, options, revision, quick, no_half)
+    from edgeprune.residency.compute import Compute
     from edgeprune.stages.choice import rehearse_choice
     from edgeprune.stages.compress import forecast, need_room, rehearse
+    from edgeprune.stages.original import Original
 
     source, images = source_and_images(out, model, revision, generation, variant)
+    if compute is not None:
+        Original(source, variant, Compute.of(compute)).check_room()
     if not is_begun(out):
         need_room(Path(out), source, rehearse(source, images, chosen), no_half=no_half)
     scratch = next(place for place in (Path(out), *Path(out).resolve().parents) if place.is_dir())

@@ -73,7 +73,10 @@ def check_begun(out: AnyPath) -> None:
     """
     check_out(out)
     if not is_begun(out):
-        raise InputError(f"{Path(out) / 'edgeprune.json'}: no such file; begin with: edgeprune analyze MODEL -o {out}")
+        raise InputError(
+            f"{Path(out) / 'edgeprune.json'}: no such file; begin with: edgeprune analyze MODEL -o {out}, or name a "
+            "folder that was begun"
+        )
     extras.require(extras.COMPRESS, "compress")
 
 

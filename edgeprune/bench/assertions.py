@@ -6,11 +6,15 @@ import operator
 import re
 from collections.abc import Sequence
 
-from edgeprune.bench.results import BenchResult
+from edgeprune.bench.results import MEASURES, BenchResult
 from edgeprune.common.errors import AssertionMissedError, InputError
 
 _OPERATORS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt}
 _EXPRESSION = re.compile(r"\s*([^\s<>=]+?)\s*(<=|>=|==|<|>)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
+
+
+COMPARED = (*(f"{stem}_ratio" for _, stem in MEASURES.values()), "psnr_db", "score_drop")
+"""What compares a variant with the first."""
 
 
 def named_values(result: BenchResult) -> dict[str, float | None]:
@@ -35,11 +39,17 @@ def parse_expression(text: str) -> tuple[str, str, float]:
     """Split an expression like `peak_ratio<=0.25` into name, operator and number.
 
     Raises:
-        InputError: the text has another form.
+        InputError: the text has another form, or no bench has such a measure.
     """
     match = _EXPRESSION.fullmatch(text)
     if match is None:
         raise InputError(f"--assert: found {text!r}, expected NAME OP NUMBER, such as 'peak_ratio<=0.25'")
+    variant, _, measure = match[1].rpartition(".")
+    if measure not in (COMPARED if not variant else (*COMPARED, *MEASURES, "score")):
+        expected = f"one of {', '.join(sorted(COMPARED))}, or VARIANT.MEASURE"
+        if variant:
+            expected = f"{variant}. and one of {', '.join(sorted((*COMPARED, *MEASURES, 'score')))}"
+        raise InputError(f"--assert: {match[1]}: unknown, expected {expected}")
     return match[1], match[2], float(match[3])
 
 

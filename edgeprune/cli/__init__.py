@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -51,6 +52,11 @@ SHARED = ("analyze", "distill")
 """Commands that can run in several processes."""
 _CTRL_C = 130
 """The exit code that Typer makes of KeyboardInterrupt, without a word; old versions let it through."""
+RESUMED = (
+    *("analyze", "cache", "compare", "compress", "distill", "export", "lora", "plan", "prune", "quantize", "report"),
+    "synth",
+)
+"""Commands that go on where they were stopped. So does `score` with -o; the others begin again."""
 OUT_OF_MEMORY = (
     "out of memory; what is finished is kept. Try a smaller --batch, --gradient-checkpointing or "
     "--mixed-precision bf16 for training, or smaller images (--height, --width); close other programs, or use a larger "
@@ -110,11 +116,11 @@ def main() -> None:
     except EdgepruneError as error:
         screen.fail(str(error), error.exit_code)
     except stop.Stopped:
-        screen.fail("stopped by SIGTERM; run the same command again to resume", stop.EXIT_CODE)
+        screen.fail(f"stopped by SIGTERM; {_again(sys.argv[1:])}", stop.EXIT_CODE)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != _CTRL_C:
             raise
-        screen.fail("stopped; run the same command again to resume", _CTRL_C)
+        screen.fail(f"stopped; {_again(sys.argv[1:])}", _CTRL_C)
     except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             screen.fail(OUT_OF_MEMORY, 1)
@@ -126,3 +132,9 @@ def main() -> None:
         if error.name not in COMPRESS or not absent(error.name):
             raise
         screen.fail(str(MissingExtraError(error.name, "compress")), MissingExtraError.exit_code)
+
+
+def _again(typed: Sequence[str]) -> str:
+    """Return what to do after a stop."""
+    resumes = typed and (typed[0] in RESUMED or (typed[0] == "score" and {"-o", "--out"} & set(typed)))
+    return "run the same command again" + (" to resume" if resumes else "")

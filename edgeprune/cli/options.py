@@ -355,6 +355,7 @@ def plan_options(
 
     from edgeprune import targets
     from edgeprune.common.memory import parse_bytes
+    from edgeprune.planning.budget import check_keep
     from edgeprune.planning.options import NEEDED, PlanOptions
 
     rank = start.modulation_rank if modulation_rank is None else parse_rank(modulation_rank)
@@ -364,6 +365,8 @@ def plan_options(
             raise InputError(f"--blocks and --components work with --method manual only, found --method {method}")
     if keep is not None and max_size:
         raise InputError("give --keep or --max-size, not both")
+    if keep is not None:
+        check_keep(keep)
     if fit and (keep is not None or max_size or method == "manual"):
         raise InputError("--fit sets the budget; omit --keep, --max-size and --method manual")
     if fit:

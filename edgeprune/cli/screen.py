@@ -57,6 +57,8 @@ def table(rows: Sequence[tuple[str, ...]]) -> None:
     from rich.text import Text
 
     grid = Table(show_header=False, box=None)
+    for _ in rows[0] if rows else ():
+        grid.add_column(overflow="fold")  # a cell that is cut could not be searched for
     for row in rows:
         # As Text: rich would take the [onnx] of 'edgeprune[onnx]' for markup and drop it.
         grid.add_row(*(Text(printable(cell)) for cell in row))

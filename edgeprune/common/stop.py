@@ -81,5 +81,5 @@ def on_sigterm() -> Iterator[None]:
 
 
 def _abort() -> None:
-    os.write(2, b"error: stopped by SIGTERM during a long step, which is lost; run the same command again to resume\n")
+    os.write(2, b"error: stopped by SIGTERM during a long step, which is lost; run the same command again\n")
     os._exit(EXIT_CODE)

@@ -12,6 +12,16 @@ from edgeprune.planning.remainder import modulation_width, remaining_shapes
 from edgeprune.quantization.precision import Footprint, footprint
 
 
+def check_keep(keep: float) -> None:
+    """Refuse a share of the parameters that no plan can keep.
+
+    Raises:
+        InputError: it is not above 0 and up to 1.
+    """
+    if not 0 < keep <= 1:
+        raise InputError(f"--keep: found {keep}, expected a share above 0 and up to 1, such as 0.79")
+
+
 class ModelSize:
     """Counts the parameters and bytes of a model without some of its parts.
 
@@ -78,8 +88,8 @@ class Budget:
     def __init__(self, original: Footprint, keep: float | None, max_size_bytes: int | None) -> None:
         if (keep is None) == (max_size_bytes is None):
             raise InputError("give --keep or --max-size" + (", not both" if keep is not None else ""))
-        if keep is not None and not 0 < keep <= 1:
-            raise InputError(f"--keep: found {keep}, expected a share above 0 and up to 1")
+        if keep is not None:
+            check_keep(keep)
         self.limit = float(max_size_bytes or 0) if keep is None else keep * original.parameters
         self._keep = keep
         self._text = f"--keep {keep}" if keep is not None else f"--max-size {bytes_text(max_size_bytes or 0)}"

@@ -59,7 +59,7 @@ def measure(
             ws.pipe.transformer = running(open_transformer(ws.out, quantized=True), compute)
         drawn[name] = generate(
             ws.pipe, texts, seeds, generation, spill=_kept(ws, name, len(texts), generation),
-            progress=lambda _, *counts, name=name: progress(f"report: images, {name}", *counts),
+            progress=lambda _, *counts, name=name: progress(f"report: steps of images, {name}", *counts),
         )  # fmt: skip
     release(ws.pipe.transformer)
     ws.pipe.transformer = original

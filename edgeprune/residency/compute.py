@@ -83,6 +83,10 @@ class Compute:
         else:
             torch.get_device_module(self.device).empty_cache()
 
+    def taken(self) -> int:
+        """Return the bytes that this process has now; on a GPU those that torch has of it."""
+        return resident() if self.device.type == "cpu" else _device_memory(self.device)[0]
+
     def left(self) -> int:
         """Return the bytes that may still be taken now."""
         if self.device.type == "cpu":

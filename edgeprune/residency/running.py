@@ -59,7 +59,7 @@ def check_room(stored: StoredTransformer, compute: Compute, dtype: torch.dtype |
         compute.collect()
         left = compute.left()
     if compute.memory is not None and left < least:
-        needed = compute.memory - left + least
+        needed = compute.taken() + least
         raise InputError(f"--memory: found {compute.memory / 1e9:.2f} GB, expected at least {needed / 1e9:.2f} GB here")
     return left, least
 

@@ -37,6 +37,7 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation, heed
+from edgeprune.stages.differences import differences
 from edgeprune.stages.original import Original
 from edgeprune.stages.work import Speeds, Subject, Work, least
 
@@ -271,7 +272,7 @@ class Workspace:
             )
         if earlier and not self.fresh:
             raise StaleStageError(
-                f"{self.out}: {name} was done with other inputs; "
+                f"{self.out}: {name} was done with {differences(earlier.get('options', {}), inputs)}; "
                 "use --fresh to do it again, or another -o to keep this one"
             )
         check()

@@ -47,7 +47,13 @@ def online(repository: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monk
         # Versions before 1 import it by name.
         monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        new_sessions()
         yield server
+
+
+def new_sessions() -> None:
+    """Let huggingface_hub ask again whether it is offline: versions before 1 ask once, for a session."""
+    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()
 
 
 def test_the_model_is_fetched_and_nothing_else(online: Hub, capfd: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +107,7 @@ def test_refusals_come_before_the_download(online: Hub, monkeypatch: pytest.Monk
 def test_without_a_connection_the_cache_serves(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = resolve("me/m", variant="fp16")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()  # versions before 1 ask once, for a session
+    new_sessions()
     assert resolve("me/m", variant="fp16") == resolve("me/m", commit("main"), "fp16") == folder
     with pytest.raises(InputError, match="not available from the hub at revision v2"):
         resolve("me/m", "v2")

@@ -45,7 +45,7 @@ def test_ctrl_c_says_how_to_go_on() -> None:
         cli.main()
     """
     found = subprocess.run([sys.executable, "-c", code, "wait"], capture_output=True, text=True)
-    assert (found.returncode, found.stderr.strip()) == (130, "error: stopped; run the same command again to resume")
+    assert (found.returncode, found.stderr.strip()) == (130, "error: stopped; run the same command again")
 
 
 @pytest.mark.parametrize(

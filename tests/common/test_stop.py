@@ -64,7 +64,7 @@ def test_what_has_no_end_is_broken_off() -> None:
 
 def test_a_command_with_bars_stops_at_its_next_step() -> None:
     run = script("""
-        import time
+        import sys, time
         from edgeprune import cli
         from edgeprune.cli import screen
         def app():
@@ -74,6 +74,7 @@ def test_a_command_with_bars_stops_at_its_next_step() -> None:
                     progress("distill", step, 10**6, "")
                     time.sleep(0.01)
         cli.app = app
+        sys.argv = ["edgeprune", "distill"]
         cli.main()
     """)
     assert run.stdout and run.stdout.readline() == "0\n"
@@ -86,8 +87,8 @@ def test_a_command_with_bars_stops_at_its_next_step() -> None:
 @pytest.mark.parametrize(
     ("raised", "code", "words"),
     [
-        (stop.Stopped(), 143, "stopped by SIGTERM; run the same command again to resume"),
-        (KeyboardInterrupt(), 130, "stopped; run the same command again to resume"),
+        (stop.Stopped(), 143, "stopped by SIGTERM; run the same command again to resume\n"),
+        (KeyboardInterrupt(), 130, "stopped; run the same command again to resume\n"),
         (MemoryError(), 1, "out of memory"),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "--batch"),
@@ -103,10 +104,35 @@ def test_every_end_is_one_line(
         raise raised
 
     monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["edgeprune", "compress", "-o", "small"])
     with pytest.raises(SystemExit) as end:
         cli.main()
     said = capsys.readouterr().err
     assert end.value.code == code and said.startswith("error: ") and words in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "resumes"),
+    [
+        ("export small --target onnx", True),
+        ("score small", False),
+        ("score small -o images", True),
+        ("bench small", False),
+        ("convert model.safetensors", False),
+        ("", False),
+    ],
+)
+def test_only_what_resumes_says_so(
+    typed: str, resumes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["edgeprune", *typed.split()])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == f"error: stopped; run the same command again{' to resume' * resumes}\n"
 
 
 def test_other_failures_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,9 +48,10 @@ def listing(out: Path) -> str:
 
 
 def expected_seconds(row: Row, speeds: forecast.Speeds) -> float:
-    """Return what a row took on this processor before; a forecast if it was not measured here."""
+    """Return a forecast, or what the row took on this processor before if that is less: it may not have been alone."""
     measured = results.measured_seconds(RESULTS, row.name)
-    return forecast.seconds(row.work, speeds) if measured is None else measured
+    expected = forecast.seconds(row.work, speeds)
+    return expected if measured is None else min(expected, measured)
 
 
 def is_made(name: str, out: Path) -> bool:
