@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.common import extras, processes
+from edgeprune.common import extras, heap, processes
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -162,6 +162,7 @@ def open_folder(
             settings.
         LockedError: another process uses the folder.
     """
+    heap.large_pages()
     if not begin:
         check_begun(out)
     check_places(out, model, revision)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.api.folders import AnyPath, open_folder
-from edgeprune.common import heap
 from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
 
@@ -161,7 +160,6 @@ def prune(
         LockedError: another process uses the folder.
         DiskError: the disk is full; the next call resumes.
     """
-    heap.large_pages()
     ws = open_folder(out, fresh=fresh, compute=compute)
     from edgeprune.stages.prune import run
 
@@ -191,7 +189,6 @@ def quantize(
         LockedError: another process uses the folder.
         DiskError: the disk is full; the next call resumes.
     """
-    heap.large_pages()
     ws = open_folder(out, fresh=fresh, compute=compute)
     from edgeprune.stages.options import QuantizeOptions
     from edgeprune.stages.quantize import run

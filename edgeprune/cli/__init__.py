@@ -43,7 +43,7 @@ from edgeprune.cli import (
     verify,
 )
 from edgeprune.cli.choices import Verb
-from edgeprune.common import invocation, processes, stop
+from edgeprune.common import heap, invocation, processes, stop
 from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.common.extras import COMPRESS, absent
 from edgeprune.common.files import is_out_of_memory
@@ -94,6 +94,7 @@ app.add_typer(targets.app, name="targets", rich_help_panel="Tools")
 def _root(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
+    heap.large_pages()
     typed = invocation.command.set(shlex.join(["edgeprune", *sys.argv[1:]]))
     context.call_on_close(lambda: invocation.command.reset(typed))
     if version:

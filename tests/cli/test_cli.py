@@ -32,6 +32,14 @@ def test_plan_from_published_scores_without_weights(tmp_path: Path) -> None:
     assert "modulation rank full; --modulation-rank auto kept more" in " ".join(less.stderr.split())
 
 
+def test_every_command_asks_for_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them freed activations stay in the heap, and --memory is not kept."""
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    assert CliRunner().invoke(app, ["targets", "list"]).exit_code == 0
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+
+
 def test_ctrl_c_says_how_to_go_on() -> None:
     code = """if True:
         import os, signal
