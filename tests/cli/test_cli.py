@@ -1,6 +1,7 @@
 """The command line as a user sees it: help, plans without weights, and one line for every bad input."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
