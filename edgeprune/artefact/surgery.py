@@ -10,7 +10,8 @@ Notation: D width, R modulation rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from torch.nn import functional as F
 
 from edgeprune.common.errors import InputError
 from edgeprune.families import Config, Family, Source
+from edgeprune.families.joint import width
 from edgeprune.families.removed import ConstantEmbedding, ConstantModulation, ProjectedEmbedding
+from edgeprune.families.stand_in import put_before
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.planning.remainder import modulation_width, tensor_sources
+from edgeprune.planning.remainder import modulation_width, streams_of, tensor_sources
 
 Read = Callable[[str], torch.Tensor]
 
@@ -68,15 +71,19 @@ def prune_state(
     read: Read,
     mean: torch.Tensor | None,
     basis: torch.Tensor | None = None,
+    stand_ins: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> dict[str, torch.Tensor]:
     """Return the shorter model's state dict; `mean` and `basis` as for `prune_tensor`.
+
+    Args:
+        stand_ins: the tensors of its stand-ins, by their names in it.
 
     Raises:
         InputError: the plan is for another model, or needs a mean or basis that is None.
     """
     plan.check(config, "plan")
     sources = tensor_sources(family, config, plan.kept, plan.removed, plan.modulation_rank)
-    return {name: prune_tensor(read, source, mean, basis).clone() for name, source in sources.items()}
+    return {name: prune_tensor(read, source, mean, basis).clone() for name, source in sources.items()} | dict(stand_ins)
 
 
 def structure(family: Family, config: Config, plan: PrunePlan) -> nn.Module:
@@ -85,6 +92,10 @@ def structure(family: Family, config: Config, plan: PrunePlan) -> nn.Module:
     if plan.modulation_rank is not None:
         with torch.device("meta"):
             _project(family, model, plan.modulation_rank, modulation_width(family, config))
+    blocks = family.blocks(model)
+    for new in plan.stand_ins:
+        with torch.device("meta"):
+            put_before(blocks[new], streams_of(family, config, plan.kept[new]), width(config), plan.stand_in_rank or 0)
     return model
 
 
@@ -122,10 +133,11 @@ def prune(
     plan: PrunePlan,
     mean: torch.Tensor | None,
     basis: torch.Tensor | None = None,
+    stand_ins: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> nn.Module:
-    """Return the shorter model of a loaded one, which stays unchanged; `mean` and `basis` as for `prune_tensor`."""
+    """Return the shorter model of a loaded one, which stays unchanged; the other arguments as for `prune_state`."""
     state = model.state_dict()
-    return build(family, config, plan, prune_state(family, config, plan, state.__getitem__, mean, basis))
+    return build(family, config, plan, prune_state(family, config, plan, state.__getitem__, mean, basis, stand_ins))
 
 
 def load_strictly(model: nn.Module, state: dict[str, torch.Tensor]) -> None:

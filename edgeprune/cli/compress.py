@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,7 @@ def compress(
     protect_first: options.ProtectFirst = None,
     protect_last: options.ProtectLast = None,
     keep_components: options.KeepComponents = "",
+    stand_in: options.StandIn = None,
     threshold: options.Threshold = None,
     blocks: options.Blocks = "",
     components: options.Components = "",
@@ -82,6 +84,8 @@ def compress(
     """
     check_places(out, model, revision)
     check_prompts(prompts)
+    from edgeprune.planning.options import QUARTER
+
     compute = limits.compute_options(device, memory, yes=yes)
     time_s = parse_duration(time, "--time") if time is not None else None
     start = api.preset(preset, builtin=is_builtin(out, model), data=data)
@@ -89,7 +93,10 @@ def compress(
         start.plan, method=method, keep=keep, max_size=max_size, fit=fit, protect_first=protect_first,
         protect_last=protect_last, threshold=threshold, blocks=blocks, components=components, group_size=group_size,
         modulation_rank=modulation_rank, prompts=prompts, keep_components=keep_components,
+        stand_in=stand_in,
     )  # fmt: skip
+    if stand_in is None:
+        plan = replace(plan, stand_in=QUARTER if start.distill is None or steps == 0 else None)
     chosen = _merged(
         start, plan, steps=steps, metric=metric, prompts=prompts, weights=weights or [],
         count=count, states=states, estimator=estimator, group_size=group_size, calibration=calibration,
@@ -143,8 +150,6 @@ def _merged(
     calibration_count: int | None,
 ) -> CompressOptions:
     """Return the preset's options with the user's on top."""
-    from dataclasses import replace
-
     from edgeprune.metrics import parse_weights
     from edgeprune.stages.options import GIVE_DATA
 

@@ -224,6 +224,16 @@ ModulationRank = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
+StandIn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="none|quarter|R",
+        help="Rank of the affine maps that stand in for removed runs of blocks, found without training; quarter is a "
+        "quarter of the width. With them, the transformer loads with edgeprune.load and not in stock diffusers.",
+        show_default="quarter, or none where training follows",
+        rich_help_panel=METHOD,
+    ),
+]
 GroupSize = Annotated[
     int,
     choice(names=group_sizes, convert=int, help="Number of weights that share one INT4 scale.", rich_help_panel=INT4),
@@ -308,6 +318,19 @@ def parse_rank(text: str) -> int | str | None:
     return int(text)
 
 
+def parse_stand_in(text: str) -> int | str | None:
+    """Return `quarter`, a number, or None for `none`.
+
+    Raises:
+        InputError: the text has another form.
+    """
+    if text in ("quarter", "none"):
+        return None if text == "none" else text
+    if not (text.isascii() and text.isdecimal()):
+        raise InputError(f"--stand-in: found {text!r}, expected none, quarter or a number")
+    return int(text)
+
+
 def parse_protected(text: str) -> int | dict[str, int]:
     """Return a number of blocks, or for `joint=10,single=5` a number for each kind of block.
 
@@ -340,6 +363,7 @@ def plan_options(
     modulation_rank: str | None = None,
     prompts: str | None = None,
     keep_components: str = "",
+    stand_in: str | None = None,
 ) -> PlanOptions:
     """Return the preset's options with the user's on top. Another method begins with its own defaults.
 
@@ -359,6 +383,8 @@ def plan_options(
     from edgeprune.planning.options import NEEDED, PlanOptions
 
     rank = start.modulation_rank if modulation_rank is None else parse_rank(modulation_rank)
+    if stand_in is not None:
+        start = replace(start, stand_in=parse_stand_in(stand_in))
     if blocks or components:
         method = method or "manual"
         if method != "manual":
@@ -372,7 +398,7 @@ def plan_options(
     if fit:
         targets.load(fit)
     if method not in (None, start.method):
-        start = PlanOptions(method=method, keep=None if method == "manual" else start.keep)
+        start = PlanOptions(method=method, keep=None if method == "manual" else start.keep, stand_in=start.stand_in)
     if keep is not None or max_size or fit:
         size = parse_bytes(max_size, "--max-size") if max_size else None
         start = replace(start, keep=keep, max_size_bytes=size, fit=fit)

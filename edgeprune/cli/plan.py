@@ -52,6 +52,7 @@ def plan(
     protect_first: options.ProtectFirst = None,
     protect_last: options.ProtectLast = None,
     keep_components: options.KeepComponents = "",
+    stand_in: options.StandIn = None,
     threshold: options.Threshold = None,
     blocks: options.Blocks = "",
     components: options.Components = "",
@@ -69,7 +70,7 @@ def plan(
         "method": method, "keep": keep, "max_size": max_size, "fit": fit, "protect_first": protect_first,
         "protect_last": protect_last, "threshold": threshold, "blocks": blocks, "components": components,
         "group_size": group_size, "modulation_rank": modulation_rank, "prompts": prompts,
-        "keep_components": keep_components,
+        "keep_components": keep_components, "stand_in": stand_in,
     }  # fmt: skip
     if out is None:
         from edgeprune.common.files import read_json
@@ -127,10 +128,17 @@ def plan_rows(plan: PrunePlan, asked_rank: int | str | None, removable: str = ""
         *([("blocks that may go", removable)] if removable else []),
         *([("components removed", parts)] if parts else []),
         *([("modulation rank", rank)] if rank else []),
+        *([("stand-ins", _stand_ins_shown(plan))] if plan.stand_ins else []),
         ("parameters", f"{before.parameters / 1e6:,.1f} M -> {after.parameters / 1e6:,.1f} M ({share:.1%})"),
         ("bf16", f"{before.bf16_bytes / 1e6:,.1f} MB -> {after.bf16_bytes / 1e6:,.1f} MB"),
         ("INT4", f"{after.int4_bytes / 1e6:,.1f} MB ({after.int4_bytes / before.bf16_bytes:.1%} of bf16)"),
     ]
+
+
+def _stand_ins_shown(plan: PrunePlan) -> str:
+    """Return which removed runs have stand-ins."""
+    before = ", ".join(str(plan.kept[new]) for new in plan.stand_ins)
+    return f"rank {plan.stand_in_rank}, before block{'s' * (len(plan.stand_ins) > 1)} {before}"
 
 
 def _rank_shown(plan: PrunePlan, asked: int | str | None) -> str:

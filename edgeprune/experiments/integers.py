@@ -14,27 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgeprune import shapes
 from edgeprune.artefact.loading import load_transformer
 from edgeprune.common.files import read_json, write_json
 from edgeprune.common.intervals import mean_interval
-from edgeprune.common.splits import Split
 from edgeprune.common.tables import duration, interval_text, markdown_table
+from edgeprune.experiments.held_out import Held
 from edgeprune.experiments.pages import insert
-from edgeprune.metrics.psnr import decibels
-from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.options import PlanOptions
 from edgeprune.quantization.quantize import CALIBRATIONS
-from edgeprune.sampling.denoising import generate
 from edgeprune.stages import plan, prune, quantize
 from edgeprune.stages.options import QuantizeOptions
-from edgeprune.stages.prompts import prompts_of
 from edgeprune.stages.workspace import Workspace
 
-HELD_OUT = 28
-"""Captions that no calibration has seen."""
 COUNTS = (1, 4, quantize.PROMPTS)
 """Captions that calibrate."""
 
@@ -44,31 +36,6 @@ def options() -> Iterator[QuantizeOptions]:
     for calibration in CALIBRATIONS:
         for count in COUNTS if calibration == "feedback" else COUNTS[-1:]:
             yield QuantizeOptions(calibration=calibration, count=count if calibration != "none" else None)
-
-
-class Held:
-    """Held-out captions: six states on each of the original's trajectories, and its images."""
-
-    def __init__(self, ws: Workspace) -> None:
-        self.ws, self.captions = ws, prompts_of(Split.HELD_OUT, HELD_OUT, shapes)
-        self.metric = VelocityError(ws.pipe, ws.generation, self.captions, split=Split.HELD_OUT)
-        self.images = self._drawn()
-
-    def measure(self, model: Any) -> dict[str, list[float]]:
-        """Return the velocity error and the PSNR of a model by caption."""
-        pipe, original = self.ws.pipe, self.ws.pipe.transformer
-        pipe.transformer = model
-        try:
-            pairs = zip(self.images, self._drawn(), strict=True)
-            return {
-                "error": [-value for value in self.metric.score()],
-                "decibels": [decibels(first, other) for first, other in pairs],
-            }
-        finally:
-            pipe.transformer = original
-
-    def _drawn(self) -> NDArray[np.uint8]:
-        return generate(self.ws.pipe, self.captions, Split.HELD_OUT.seeds(HELD_OUT), self.ws.generation)
 
 
 def measure(out: Path) -> list[dict[str, Any]]:

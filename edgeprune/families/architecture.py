@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +23,11 @@ Config = dict[str, Any]
 """A transformer's config.json."""
 
 Shape = tuple[int, ...]
+
+STREAMS = ("image", "text")
+"""The streams of a block that keeps them apart."""
+STAND_IN = "stand_in"
+"""Name of the module, below a block, of the maps that stand in for the removed blocks before it."""
 
 WHERE = "transformer/config.json"
 """The file that error messages about a config name."""
@@ -113,6 +119,8 @@ class Architecture(Protocol):
     """Text encoders of the pipeline, in order."""
     tail: tuple[str, ...]
     """Name prefixes of the tensors after the last block."""
+    streams: Mapping[str, tuple[str, ...]]
+    """The streams that a block of each kind reads, in the order of its arguments; `joined` where both are one."""
 
     def block_count(self, config: Config) -> int:
         """Return the number of transformer blocks."""

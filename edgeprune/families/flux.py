@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgeprune.families import packing, single
 from edgeprune.families.architecture import (
+    STREAMS,
     Config,
     Encoder,
     Hints,
@@ -107,6 +108,7 @@ class Flux:
     embedder = "time_text_embed"
     encoders = (Encoder("text_encoder", CLIP_POOLED), Encoder("text_encoder_2", T5))
     tail = ("norm_out.", "proj_out.")
+    streams: Mapping[str, tuple[str, ...]] = {"joint": STREAMS, "single": STREAMS}
     position_inputs = ("img_ids", "txt_ids")
 
     def block_count(self, config: Config) -> int:

@@ -19,6 +19,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.fields import real_number
 from edgeprune.families import packing, single
 from edgeprune.families.architecture import (
+    STREAMS,
     WHERE,
     Config,
     Encoder,
@@ -83,6 +84,7 @@ class Flux2:
     embedder = "time_guidance_embed"
     encoders = (Encoder("text_encoder", "Qwen3ForCausalLM"),)
     tail = ("norm_out.", "proj_out.")
+    streams: Mapping[str, tuple[str, ...]] = {"joint": STREAMS, "single": ("joined",)}
     position_inputs = ("img_ids", "txt_ids")
 
     def block_count(self, config: Config) -> int:

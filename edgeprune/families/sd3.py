@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import MOST_BLOCKS, shown
 from edgeprune.families.architecture import (
+    STREAMS,
     WHERE,
     Config,
     Encoder,
@@ -97,6 +98,7 @@ class SD3:
         Encoder("text_encoder_3", T5, optional=True),
     )
     tail = ("norm_out.", "proj_out.")
+    streams: Mapping[str, tuple[str, ...]] = {"joint": STREAMS}
     position_inputs: tuple[str, ...] = ()
 
     def block_count(self, config: Config) -> int:

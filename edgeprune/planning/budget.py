@@ -31,11 +31,14 @@ class ModelSize:
         InputError: the modulation rank is out of range.
     """
 
-    def __init__(self, family: Family, config: Config, group_size: int, rank: int | None) -> None:
+    def __init__(
+        self, family: Family, config: Config, group_size: int, rank: int | None, stand_in_rank: int | None = None
+    ) -> None:
         width = 0 if rank is None else modulation_width(family, config)
         if rank is not None and not 0 <= rank < width:
             raise InputError(f"--modulation-rank: found {rank}, expected 0 to {width - 1}, or full")
-        self._family, self._config, self._rank, self._group_size = family, config, rank, group_size
+        self._family, self._config, self._group_size = family, config, group_size
+        self._ranks = rank, stand_in_rank
         self.blocks = family.block_count(config)
         """Number of blocks of the original."""
         self.original = footprint(family, family.tensor_shapes(config), group_size=group_size)
@@ -64,7 +67,7 @@ class ModelSize:
         if (kept, components) not in self._counts:
             gone = set(range(self.blocks)) - set(kept)
             shapes = remaining_shapes(
-                self._family, self._config, gone, [(b, c) for b in kept for c in components], self._rank
+                self._family, self._config, gone, [(b, c) for b in kept for c in components], *self._ranks
             )
             shorter = self._family.shorter_config(self._config, list(kept))
             by_block: dict[int | None, dict[str, Shape]] = {None: {}} | {block: {} for block in kept}

@@ -12,10 +12,11 @@ from typing import Any
 from edgeprune.analysis.contribution import ContributionReport, Key, collapsed, fingerprint
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.families import Config, Family
+from edgeprune.families.joint import width
 from edgeprune.planning.budget import Budget, ModelSize, bytes_text
 from edgeprune.planning.methods import Baseline, Blocks, Listed, Problem, Scored, methods
 from edgeprune.planning.options import NEEDED, PlanOptions
-from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.plan import PrunePlan, followers
 from edgeprune.planning.removable import Removable
 
 
@@ -47,7 +48,8 @@ def make_plan(
     rank = None if options.modulation_rank == NEEDED else options.modulation_rank
     if isinstance(rank, str):
         raise InputError(f"--modulation-rank {rank}: is measured on a model: give -o (a folder), or a number")
-    size = ModelSize(family, config, options.group_size, rank)
+    stand_in_rank = options.stand_in_rank(width(config))
+    size = ModelSize(family, config, options.group_size, rank, stand_in_rank)
     options.check()
     method = methods()[options.method]
     if isinstance(method, Listed):
@@ -58,16 +60,18 @@ def make_plan(
         removable = Removable.of(family, config, options)
         removed = _within_budget(method, config, report, options, removable, size, magnitudes)
     removed = collapsed(family, config, removed)
+    blocks = sorted(block for block, component in removed if component is None)
     return PrunePlan(
         fingerprint=fingerprint(config),
         family=family.name,
         num_blocks=size.blocks,
         method=method.name,
-        blocks=sorted(block for block, component in removed if component is None),
+        blocks=blocks,
         components=sorted((block, component) for block, component in removed if component is not None),
         before=size.original,
         after=size.without(removed),
         modulation_rank=rank,
+        stand_in_rank=stand_in_rank if followers(blocks, size.blocks) else None,
     )
 
 

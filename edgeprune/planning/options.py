@@ -12,6 +12,8 @@ METHODS = tuple(methods())
 """Names that `--method` takes: the project's own methods, then the baselines."""
 NEEDED = "needed"
 """Value of `modulation_rank`: project the modulation only if less than MODULATION_BELOW would stay without it."""
+QUARTER = "quarter"
+"""Value of `stand_in`: a quarter of the width, at which the maps do nearly as well as without a limit."""
 MODULATION_BELOW = 0.75
 """Share of the parameters below which projected modulation makes the built-in model better, trained or not, by more
 than the confidence intervals (docs/modulation.md). Above it, trained components alone score the same, and a model that
@@ -56,6 +58,8 @@ class PlanOptions:
     keep_components: tuple[str, ...] = ()
     """Component types that no block loses on its own, such as ("attn",). A block that keeps no branch goes as a whole,
     with its norms."""
+    stand_in: int | str | None = None
+    """Rank of the maps that stand in for removed runs of blocks; QUARTER is that of the width, None is without them."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as stages digest them.
@@ -69,7 +73,20 @@ class PlanOptions:
             data["threshold_of"] = "projected"  # it was a share of the original, so these plans have changed
         if not self.keep_components:
             del data["keep_components"]  # older folders do not have this option; they stay current
+        if self.stand_in is None:
+            del data["stand_in"]  # nor this one
         return data
+
+    def stand_in_rank(self, width: int) -> int | None:
+        """Return the rank of the maps for a transformer of this width.
+
+        Raises:
+            InputError: it is above the width.
+        """
+        rank = width // 4 if self.stand_in == QUARTER else self.stand_in
+        if isinstance(rank, str) or (rank is not None and not 1 <= rank <= width):
+            raise InputError(f"--stand-in: found {self.stand_in!r}, expected none, {QUARTER}, or a rank up to {width}")
+        return rank
 
     def check(self) -> None:
         """Check the method, and that it heeds what is set for it.

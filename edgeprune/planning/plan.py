@@ -6,7 +6,7 @@ remainder.py computes what a plan leaves of a model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class PrunePlan:
     after: Footprint = Footprint(0, 0, 0)
     modulation_rank: int | None = None
     """Directions of the modulation input that stay; 0 makes all modulation constant, None leaves it unchanged."""
+    stand_in_rank: int | None = None
+    """Rank of the affine maps that stand in for each removed run of blocks, see `stand_ins`; None for none."""
 
     @property
     def kept(self) -> list[int]:
@@ -50,6 +52,11 @@ class PrunePlan:
     def removed(self) -> frozenset[tuple[int, str]]:
         """The removed components as a set."""
         return frozenset(self.components)
+
+    @property
+    def stand_ins(self) -> list[int]:
+        """The blocks before which a removed run is stood in for, as indices among the blocks that stay."""
+        return [] if self.stand_in_rank is None else followers(self.blocks, self.num_blocks)
 
     @property
     def first_pruned(self) -> int:
@@ -63,8 +70,8 @@ class PrunePlan:
 
     @property
     def stock(self) -> bool:
-        """Whether diffusers' own class fits what is left: only whole blocks are removed."""
-        return not self.components and self.modulation_rank is None
+        """Whether diffusers' own class fits what is left: whole blocks are removed, and nothing stands in for them."""
+        return not self.components and self.modulation_rank is None and self.stand_in_rank is None
 
     @property
     def keys(self) -> list[Key]:
@@ -72,8 +79,11 @@ class PrunePlan:
         return [*((b, None) for b in self.blocks), *self.components]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of the plan's file."""
-        return {"schema_version": SCHEMA_VERSION} | asdict(self)
+        """Return the content of the plan's file; plans of versions before `stand_in_rank` stay as they are."""
+        data = {"schema_version": SCHEMA_VERSION} | asdict(self)
+        if self.stand_in_rank is None:
+            del data["stand_in_rank"]
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any], where: Path | str) -> PrunePlan:
@@ -93,7 +103,10 @@ class PrunePlan:
             raise InputError(
                 f"{where}: components: found {shown(components)}, expected pairs of a block and a component"
             )
-        rank = None if data.get("modulation_rank") is None else whole_number(data, "modulation_rank", where, least=0)
+        ranks = {
+            name: None if data.get(name) is None else whole_number(data, name, where, least=least)
+            for name, least in (("modulation_rank", 0), ("stand_in_rank", 1))
+        }
         return cls(
             fingerprint=text(data, "fingerprint", where),
             family=text(data, "family", where),
@@ -103,7 +116,7 @@ class PrunePlan:
             components=sorted({(b, c) for b, c in components}),
             before=_footprint(data, "before", where),
             after=_footprint(data, "after", where),
-            modulation_rank=rank,
+            **ranks,
         )
 
     @classmethod
@@ -131,6 +144,20 @@ class PrunePlan:
                 f"{where}: fingerprint: the plan is for another model ({self.num_blocks} blocks of {self.family}, "
                 f"{self.fingerprint}), found {count} blocks, {digest}; make a plan for this model"
             )
+
+
+def followers(removed: Collection[int], count: int) -> list[int]:
+    """Return the blocks that stay and follow a removed one, as indices among those that stay.
+
+    A run that is removed at the end has none.
+
+    Args:
+        removed: original indices of the removed blocks.
+        count: number of blocks of the original.
+    """
+    gone = set(removed)
+    kept = [block for block in range(count) if block not in gone]
+    return [new for new, old in enumerate(kept) if old - 1 in gone]
 
 
 def _is_component(value: Any, count: int) -> bool:

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from edgeprune.common.errors import InputError
 from edgeprune.families import CHANGED, Config, Family, Shape, Source
-from edgeprune.planning.plan import PrunePlan
+from edgeprune.families.architecture import STAND_IN
+from edgeprune.families.joint import width
+from edgeprune.planning.plan import PrunePlan, followers
 
 HINT = "edgeprune: not stock diffusers; load the folder with edgeprune.load(folder), of the Python package edgeprune"
 """The quantisation method that the config of a changed model names. diffusers quotes an unknown one in its error, which
@@ -67,8 +69,16 @@ def remaining_shapes(
     blocks: Iterable[int],
     components: Iterable[tuple[int, str]],
     rank: int | None = None,
+    stand_in_rank: int | None = None,
 ) -> dict[str, Shape]:
-    """Return the tensor shapes of the model without these blocks and components, at this modulation rank."""
+    """Return the tensor shapes of the model that is left.
+
+    Args:
+        blocks: original indices of the removed blocks.
+        components: the removed components.
+        rank: see `PrunePlan.modulation_rank`.
+        stand_in_rank: see `PrunePlan.stand_in_rank`.
+    """
     removed_blocks = set(blocks)
     kept = [i for i in range(family.block_count(config)) if i not in removed_blocks]
     original = family.tensor_shapes(config)
@@ -84,7 +94,29 @@ def remaining_shapes(
             if ranges is not None:
                 shape = (*shape[:axis], sum(b - a for a, b in ranges), *shape[axis + 1 :])
         shapes[name] = (shape[0], rank or 0) if source.projected else shape
+    if stand_in_rank is not None:
+        for new in followers(removed_blocks, family.block_count(config)):
+            shapes |= _stand_in_shapes(family, config, kept, new, stand_in_rank, shapes)
     return shapes
+
+
+def _stand_in_shapes(
+    family: Family, config: Config, kept: list[int], new: int, rank: int, names: Iterable[str]
+) -> dict[str, Shape]:
+    """Return the shapes of the maps before a block; `names` are those of the tensors that are left."""
+    shorter, d = family.shorter_config(config, kept), width(config)
+    name = next(n for n in names if (place := family.place(shorter, n)) is not None and place[0] == new)
+    prefix = f"{'.'.join(name.split('.')[:2])}.{STAND_IN}"
+    return {
+        f"{prefix}.{stream}.{tensor}": shape
+        for stream in streams_of(family, config, kept[new])
+        for tensor, shape in (("down.weight", (rank, d)), ("up.weight", (d, rank)), ("up.bias", (d,)))
+    }
+
+
+def streams_of(family: Family, config: Config, block: int) -> tuple[str, ...]:
+    """Return the names of the streams that a block reads, given its original index."""
+    return next(family.streams[kind] for kind, blocks in family.kinds(config).items() if block in blocks)
 
 
 def shorter_config(family: Family, config: Config, plan: PrunePlan) -> Config:

@@ -8,7 +8,7 @@ Notation: N image tokens, M text tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from edgeprune.metrics.velocity import VelocityError
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.stored import CPU
-from edgeprune.sampling.denoising import network_inputs
+from edgeprune.sampling.denoising import model_inputs
 from edgeprune.stages.modulation import is_guided
 from edgeprune.stages.options import seen
 from edgeprune.stages.workspace import Workspace
@@ -72,43 +72,65 @@ class Streams:
                 self.spill.put(key, streams | {"image": image} | ({} if ended is None else {"text": ended}))
         block.to(CPU)
 
+    def all(self) -> Iterator[Tensors]:
+        """Yield the streams of each batch, on the processor."""
+        for key in map(str, range(self.batches)):
+            yield self.spill.get(key)
+
+    def change(self, change: Callable[[Tensors], Tensors]) -> None:
+        """Replace the streams of each batch."""
+        for key in map(str, range(self.batches)):
+            self.spill.put(key, change(self.spill.get(key)))
+
     def close(self) -> None:
         """Free memory and disk."""
         self.spill.clear()
 
 
-def calibration_streams(
-    ws: Workspace, model: Any, prompts: list[str], states: int | None = None, *, spill: Spill | None = None
-) -> Streams:
-    """Return the samples of the original's trajectories of these prompts, before the first block of `model`.
-
-    With classifier-free guidance every state is evaluated with its prompt and with the empty one.
+def calibration_states(
+    ws: Workspace, prompts: list[str], states: int | None = None, *, spill: Spill | None = None
+) -> VelocityError:
+    """Return the states of the original's own trajectories of these prompts. It is not in memory afterwards.
 
     Args:
         ws: the workspace.
-        model: the pruned transformer; its tensors outside the blocks have their numbers.
         prompts: one trajectory each.
         states: most states of each; None for the usual number.
         spill: keeps the trajectories, so that a run after a kill does not compute them again.
     """
     images = seen(ws.generation, states)
     metric = VelocityError(ws.pipe, images, prompts, split=Split.CALIBRATION, compares=False, spill=spill)
+    ws.original.release_transformer()
+    return metric
+
+
+def streams_before(ws: Workspace, states: VelocityError, model: Any, name: str = "streams", share: int = 3) -> Streams:
+    """Return the samples of some states before the first block of a model.
+
+    With classifier-free guidance every state is evaluated with its prompt and with the empty one.
+
+    Args:
+        ws: the workspace.
+        states: as `calibration_states` returns them.
+        model: the transformer; its tensors outside the blocks have their numbers, on the processor, in the dtype to
+            compute in.
+        name: of the folder for what does not fit in memory.
+        share: the samples take this part of the memory that is left, such as a third.
+    """
 
     def inputs() -> Iterator[Tensors]:
-        for start in range(0, len(metric.states), metric.batch):
-            rows = slice(start, start + metric.batch)
-            states, condition = metric.states[rows], metric.condition_of(rows)
-            for text in (condition, metric.empty[[0] * len(states)]) if is_guided(ws) else (condition,):
-                one = network_inputs(model, states, text, metric.sigmas[rows], metric.guidance)
-                yield {name: value.cpu() for name, value in one.items()}
+        for start in range(0, len(states.states), states.batch):
+            rows = slice(start, start + states.batch)
+            latents, condition = states.states[rows], states.condition_of(rows)
+            for text in (condition, states.empty[[0] * len(latents)]) if is_guided(ws) else (condition,):
+                yield model_inputs(model, latents, text, states.sigmas[rows], states.guidance)
 
-    ws.original.release_transformer()
     host = Compute(memory=ws.original.compute.memory if ws.original.compute.device.type == "cpu" else None)
     host.collect()
-    room, scratch = host.left() // 3, ws.cache / "streams"
-    samples = len(metric.states) * (2 if is_guided(ws) else 1)
+    room, scratch = host.left() // share, ws.cache / name
+    samples = len(states.states) * (2 if is_guided(ws) else 1)
     size = samples * stream_bytes(
-        ws.family, ws.config, tuple(metric.states.shape[1:]), metric.condition.hidden.shape[1]
+        ws.family, ws.config, tuple(states.states.shape[1:]), states.condition.hidden.shape[1]
     )
     need_space(scratch, max(0, size - room))
     return Streams(ws.family, model, inputs(), Spill(scratch, room=room), ws.original.compute.device)

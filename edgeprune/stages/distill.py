@@ -25,7 +25,7 @@ from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.stages.costs import sample
 from edgeprune.stages.options import DataOptions, halvings
-from edgeprune.stages.weights import by_block, half, mean_and_basis, original_weights, write_half
+from edgeprune.stages.weights import by_block, half, mean_and_basis, original_weights, stand_ins_of, write_half
 from edgeprune.stages.work import Subject, Work, drawing
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.distill import distill
@@ -131,7 +131,9 @@ def run(
                 _encode(ws, folder, CacheOptions(source, data.samples), progress)
             pairs = _open(ws, folder, progress)
             mean, basis = mean_and_basis(ws, plan, ws.manifest.stages["prune"]["inputs"])
-        pruned = prune_state(ws.family, ws.config, plan, original_weights(ws).__getitem__, mean, basis)
+        pruned = prune_state(
+            ws.family, ws.config, plan, original_weights(ws).__getitem__, mean, basis, stand_ins_of(ws, plan)
+        )
         student = build(ws.family, ws.config, plan, {n: t.float() for n, t in pruned.items()})
         state, losses = distill(
             ws.family,

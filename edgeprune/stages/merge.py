@@ -108,7 +108,8 @@ def _write(
         tensors = {}
         for name in blocks[index]:
             tensors[name] = half[name]
-            difference = differences.pruned(sources[name], mean, basis)
+            source = sources.get(name)  # none of a stand-in, which the LoRA does not know
+            difference = differences.pruned(source, mean, basis) if source else None
             if difference is not None:
                 tensors[name] = (tensors[name].float() + difference).to(tensors[name].dtype)
         return tensors

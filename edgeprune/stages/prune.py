@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from edgeprune.artefact import licensing
@@ -11,11 +11,12 @@ from edgeprune.artefact.writing import copy_surroundings
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.stages.costs import surroundings_bytes
+from edgeprune.stages import stand_ins
+from edgeprune.stages.costs import surroundings_bytes, transformer_bytes
 from edgeprune.stages.options import QuantizeOptions
 from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.quantize import Ahead
-from edgeprune.stages.weights import PrunedWeights, by_block, leave_half, needs_mean, write_half
+from edgeprune.stages.weights import STAND_INS, PrunedWeights, by_block, leave_half, needs_mean, write_half
 from edgeprune.stages.work import Subject, Work
 from edgeprune.stages.workspace import Workspace
 
@@ -40,7 +41,12 @@ def run(
     """
     plan = ws.plan()
 
+    prompts: list[str] = []
+
     def write(key: str) -> dict[str, Any]:
+        (ws.out / STAND_INS).unlink(missing_ok=True)
+        if prompts:
+            stand_ins.fit(ws, plan, prompts, key, progress)
         if no_half:
             leave_half(ws, plan)
         else:
@@ -48,13 +54,15 @@ def run(
         copy_surroundings(ws.source, ws.out, ws.variant)
         ws.generation.save(ws.out)
         ws.manifest.license = dict(licensing.read(ws.source, ws.manifest.source))
-        for entry in {name.partition("/")[0] for name in licensing.files(ws.out)}:
+        for entry in (STAND_INS, *{name.partition("/")[0] for name in licensing.files(ws.out)}):
             ws.manifest.hash_files(ws.out, entry)
         return {}
 
     inputs: dict[str, Any] = {"plan": plan.to_json(), "generation": asdict(ws.generation)}
     if needs_mean(ws, plan):
         inputs["calibration"] = calibrating(ws)
+    if plan.stand_ins:
+        inputs["stand_in_prompts"] = prompts = stand_ins.prompts_of_fit(ws)
     if ws.stage("prune", inputs, write, lambda: _check_time(ws, plan, progress, no_half=no_half)):
         return True
     if no_half or not ws.manifest.half_in_source:
@@ -65,13 +73,20 @@ def run(
 
 
 def _check_time(ws: Workspace, plan: PrunePlan, progress: Progress, *, no_half: bool) -> None:
-    """Say what pruning takes; see `Workspace.check_time`."""
-    ws.check_time("prune", work(ws.subject, plan), [], progress, written=0 if no_half else plan.after.bf16_bytes)
+    """Say what pruning takes, and refuse what takes too long; see `Workspace.check_time`."""
+    ways, memory = [], 0
+    if plan.stand_ins:
+        ws.check_memory()
+        memory = transformer_bytes(ws.family, ws.config)
+        ways = [("--stand-in none", work(ws.subject, replace(plan, stand_in_rank=None)))]
+    written = 0 if no_half else plan.after.bf16_bytes
+    ws.check_time("prune", work(ws.subject, plan), ways, progress, memory=memory, written=written)
 
 
 def work(subject: Subject, plan: PrunePlan) -> Work:
     """Return the work of `run`: the original's blocks are read and those that stay are written, and what is around."""
-    return Work(moved=plan.before.bf16_bytes + plan.after.bf16_bytes + surroundings_bytes(subject.source) // 2)
+    moved = plan.before.bf16_bytes + plan.after.bf16_bytes + surroundings_bytes(subject.source) // 2
+    return Work(moved=moved) + stand_ins.work(subject, plan)
 
 
 def _write_half(ws: Workspace, plan: PrunePlan, key: str, then: QuantizeOptions | None, progress: Progress) -> None:

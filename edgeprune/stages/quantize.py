@@ -26,7 +26,7 @@ from edgeprune.residency.compute import is_small
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import PACKED
 from edgeprune.residency.weights import Weights
-from edgeprune.stages.calibration import calibration_streams
+from edgeprune.stages.calibration import calibration_states, streams_before
 from edgeprune.stages.costs import transformer_bytes
 from edgeprune.stages.options import QuantizeOptions, halvings, seen
 from edgeprune.stages.prompts import calibrating
@@ -130,7 +130,7 @@ def _quantize(
         stored.fill(stored.names(None))
         large = not is_small(ws.subject.numbers)
         kept = Spill(ws.cache / "calibration", identity=key) if large else None
-        streams = calibration_streams(ws, stored.model, prompts, options.states, spill=kept)
+        streams = streams_before(ws, calibration_states(ws, prompts, options.states, spill=kept), stored.model)
 
     def make(index: int) -> Tensors:
         block = index if index < len(plan.kept) else None

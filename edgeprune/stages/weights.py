@@ -27,6 +27,10 @@ from edgeprune.stages.modulation import MODULATION, modulation_mean
 from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.workspace import Workspace
 
+STAND_INS = "stand_ins.safetensors"
+"""The maps that stand in for removed blocks, under their names in the pruned transformer, in float32. Written by
+`prune`."""
+
 
 def original_weights(ws: Workspace) -> Weights:
     """Open the weights of the original transformer, on disk.
@@ -54,7 +58,10 @@ class PrunedWeights:
     def __init__(self, ws: Workspace, plan: PrunePlan, key: str) -> None:
         self.original, (self.mean, self.basis) = original_weights(ws), mean_and_basis(ws, plan, key)
         self.sources = tensor_sources(ws.family, ws.config, plan.kept, plan.removed, plan.modulation_rank)
-        self.shapes = remaining_shapes(ws.family, ws.config, plan.blocks, plan.components, plan.modulation_rank)
+        self.stand_ins = stand_ins_of(ws, plan)
+        self.shapes = remaining_shapes(
+            ws.family, ws.config, plan.blocks, plan.components, plan.modulation_rank, plan.stand_in_rank
+        )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Make one tensor.
@@ -62,17 +69,21 @@ class PrunedWeights:
         Raises:
             InputError: a tensor of the original cannot be read, or holds NaN or infinity.
         """
+        if name in self.stand_ins:
+            return half(self.stand_ins[name])
         return half(prune_tensor(self.original.__getitem__, self.sources[name], self.mean, self.basis))
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype in which a tensor is made."""
+        if name in self.stand_ins:
+            return half(self.stand_ins[name]).dtype
         source = self.sources[name]
         stored = torch.float32 if source.calibrated else self.original.dtype(source.name)
         return half(torch.empty(0, dtype=stored)).dtype
 
     def ahead(self, names: Iterable[str]) -> None:
         """Ask the operating system to read what these tensors are made from."""
-        sources = (self.sources[name] for name in names)
+        sources = (self.sources[name] for name in names if name in self.sources)
         self.original.ahead(source.name for source in sources if not source.calibrated)
 
     def check(self, expected: Mapping[str, Shape]) -> None:
@@ -101,6 +112,22 @@ def open_pruned(ws: Workspace) -> StoredTransformer:
     plan = ws.plan()
     weights = PrunedWeights(ws, plan, ws.manifest.stages["prune"]["inputs"])
     return StoredTransformer(ws.family, structure(ws.family, ws.config, plan), weights)
+
+
+def stand_ins_of(ws: Workspace, plan: PrunePlan) -> Tensors:
+    """Return the tensors of a plan's stand-ins, as `prune` has fitted them; none without.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    if not plan.stand_ins:
+        return {}
+    path = ws.out / STAND_INS
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; run `edgeprune prune -o {ws.out} --fresh` again")
+    ws.manifest.verify(ws.out, STAND_INS)
+    with readable(path):
+        return load_tensors(path)
 
 
 def check_pruned(ws: Workspace) -> None:

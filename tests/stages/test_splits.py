@@ -26,7 +26,7 @@ from edgeprune.report import measure
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import prompts
 from edgeprune.stages import distill
-from edgeprune.stages.calibration import calibration_streams
+from edgeprune.stages.calibration import calibration_states
 from edgeprune.stages.compress import compress, forecast, preset
 from edgeprune.stages.options import AnalyzeOptions, DataOptions
 from edgeprune.stages.prompts import analysis_prompts, calibration_prompts
@@ -94,7 +94,7 @@ def test_each_metric_draws_the_noise_of_its_split(source: Path, artefact: Path, 
         VelocityError(ws.pipe, ws.generation, ["a", "b", "c"], split=split)
         assert asked == split.seeds(3)
         asked.clear()
-    calibration_streams(ws, ws.pipe.transformer, ["a", "b"])
+    calibration_states(ws, ["a", "b"])
     assert asked == Split.CALIBRATION.seeds(len(asked))
     seeds = list[int]()
     monkeypatch.setattr(drawn, "generate", lambda pipe, texts, given, generation: seeds.extend(given))

@@ -1,0 +1,129 @@
+"""The table of docs/stand-ins.md: what maps in place of removed blocks win back, on the built-in model.
+
+    python -m edgeprune.experiments.stand_ins -o build/stand-ins [--write docs/stand-ins.md]
+
+Nothing is trained. An interrupted run resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.artefact.loading import load_transformer
+from edgeprune.artefact.surgery import build, prune_state
+from edgeprune.common.files import read_json, write_json
+from edgeprune.common.intervals import mean_interval
+from edgeprune.common.progress import silent
+from edgeprune.common.tables import interval_text, markdown_table
+from edgeprune.experiments.held_out import Held
+from edgeprune.experiments.pages import insert
+from edgeprune.planning.options import QUARTER, PlanOptions
+from edgeprune.stages import plan, prune, quantize, stand_ins
+from edgeprune.stages.options import QuantizeOptions
+from edgeprune.stages.stand_ins import LARGE_PROMPTS, LARGE_STATES, PROMPTS
+from edgeprune.stages.weights import original_weights, stand_ins_of
+from edgeprune.stages.workspace import Workspace
+
+PER_TASK = 10
+WIDTH = 128
+"""Of the built-in model: maps of this rank have no limit."""
+REMOVED = ("7,8,11", "11", "5,6")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is compared."""
+
+    blocks: str
+    stand_in: int | str | None
+    prompts: int = PROMPTS
+    states: int | None = None
+    int4: bool = False
+
+    @property
+    def key(self) -> str:
+        """A name that no other row has."""
+        return f"{self.blocks}/{self.stand_in}/{self.prompts}/{self.states}/{self.int4}"
+
+
+def rows() -> Iterator[Row]:
+    """Yield what is compared."""
+    for blocks in REMOVED:
+        for stand_in in (None, WIDTH // 8, QUARTER, WIDTH):
+            yield Row(blocks, stand_in)
+        if blocks == REMOVED[0]:
+            yield Row(blocks, QUARTER, LARGE_PROMPTS, LARGE_STATES)
+            yield Row(blocks, QUARTER, LARGE_PROMPTS)
+        for stand_in in (None, QUARTER):
+            yield Row(blocks, stand_in, int4=True)
+
+
+def measure(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the figures of each of `rows`, by its key."""
+    path, held = out / "found.json", None
+    found: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
+    for row in rows():
+        if row.key in found:
+            continue
+        ws = Workspace(out / "model", None, fresh=True)
+        held = held or Held(Workspace(out / "original", None), PER_TASK)
+        found[row.key] = {"tasks": held.tasks} | held.measure(made(ws, row))
+        write_json(path, found)
+        print(row.key, found[row.key]["error"][0], flush=True)
+    return found
+
+
+def made(ws: Workspace, row: Row) -> Any:
+    """Return the pruned model of a row."""
+    plan.run(ws, PlanOptions("manual", blocks=row.blocks, stand_in=row.stand_in))
+    chosen = ws.plan()
+    if row.int4:
+        prune.run(ws)
+        quantize.run(ws, QuantizeOptions())
+        return load_transformer(ws.out, quantized=True)
+    if chosen.stand_ins:
+        prompts = stand_ins.prompts_of_fit(ws)[: row.prompts]
+        stand_ins.fit(ws, chosen, prompts, row.key, silent, states=row.states)
+    maps = stand_ins_of(ws, chosen)
+    state = prune_state(ws.family, ws.config, chosen, original_weights(ws).__getitem__, None, stand_ins=maps)
+    return build(ws.family, ws.config, chosen, {name: tensor.float() for name, tensor in state.items()})
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Return the rows of `measure` in Markdown."""
+    lines = []
+    for row in rows():
+        values = found[row.key]
+        states = f" x {row.states} states" if row.states else ""
+        fitted = f"{row.prompts} captions{states}" if row.stand_in else ""
+        names = {None: "none", QUARTER: f"{WIDTH // 4}, a quarter", WIDTH: f"{WIDTH}, all"}
+        lines.append(
+            (
+                row.blocks, names.get(row.stand_in, str(row.stand_in)), fitted, "INT4" if row.int4 else "float32",
+                interval_text(mean_interval(values["error"]), ".3f"),
+                interval_text(mean_interval(values["right"], values["tasks"]), ".3f"),
+                interval_text(mean_interval(values["decibels"]), ".1f"),
+            )
+        )  # fmt: skip
+    head = ("removed", "rank", "fitted on", "weights", "velocity error", "score", "PSNR to the original's images, dB")
+    return markdown_table(head, lines)
+
+
+def main() -> None:
+    """Read the command line, measure, and print or write the table."""
+    parser = argparse.ArgumentParser(prog="python -m edgeprune.experiments.stand_ins", description=__doc__)
+    parser.add_argument("-o", "--out", type=Path, default=Path("build/stand-ins"))
+    parser.add_argument("--write", type=Path, help="a page whose table to replace")
+    args = parser.parse_args()
+    text = table(measure(args.out))
+    if args.write:
+        insert(args.write, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

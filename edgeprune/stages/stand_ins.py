@@ -1,0 +1,181 @@
+"""Affine maps that stand in for removed runs of blocks, found without training.
+
+All samples pass through the original and, beside it, through what is left of it, block by block. Where a removed run
+ends, a map is fitted from the shorter model's own streams x to the original's y: a ridge regression of y - x on x in
+closed form. So each map also makes up for what the maps before it leave. Cut to rank R, the best map in the metric of
+the inputs is the projection of the whole map's outputs on their R principal directions (reduced-rank regression,
+Izenman 1975).
+
+Notation: D width, R rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import replace
+
+import torch
+
+from edgeprune.artefact.surgery import structure
+from edgeprune.common.progress import Progress, Steps
+from edgeprune.common.tensors import Tensors, save_tensors
+from edgeprune.families.architecture import STAND_IN, STREAMS
+from edgeprune.families.joint import width
+from edgeprune.families.stand_in import StandIn
+from edgeprune.metrics.velocity import VelocityError
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import streams_of
+from edgeprune.residency.compute import is_small
+from edgeprune.residency.spill import Spill
+from edgeprune.residency.stored import StoredTransformer
+from edgeprune.stages.calibration import calibration_states, streams_before
+from edgeprune.stages.options import seen
+from edgeprune.stages.prompts import calibrating
+from edgeprune.stages.weights import STAND_INS, PrunedWeights
+from edgeprune.stages.work import Subject, Work, encoding
+from edgeprune.stages.workspace import Workspace
+
+RIDGE = 0.01
+"""Share of its own variance that is added to each channel's: a map must not depend on what it has hardly seen."""
+
+
+PROMPTS = 28
+"""Prompts that the maps of a small model are fitted on."""
+LARGE_PROMPTS, LARGE_STATES = 4, 2
+"""Prompts, and states of each, for a large one: each token is a sample, so few states are many."""
+
+
+class Regression:
+    """Moments of a stream and of what a map should add to it, over all tokens, in float64."""
+
+    def __init__(self, d: int) -> None:
+        self.count = 0
+        self.sums = torch.zeros(2, d, dtype=torch.float64)
+        self.inner = torch.zeros(d, d, dtype=torch.float64)
+        self.cross = torch.zeros(d, d, dtype=torch.float64)
+
+    def add(self, stream: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Take in a stream (B, N, D), and what the map should make of it."""
+        x = stream.flatten(0, 1).double()
+        y = wanted.flatten(0, 1).double() - x
+        self.count += len(x)
+        self.sums += torch.stack([x.sum(0), y.sum(0)]).cpu()
+        self.inner += (x.T @ x).cpu()
+        self.cross += (x.T @ y).cpu()
+
+    def solve(self, rank: int) -> Tensors:
+        """Return the tensors of a `StandIn` of this rank, in float32."""
+        mean_x, mean_y = self.sums / self.count
+        inner = self.inner / self.count - torch.outer(mean_x, mean_x)
+        cross = self.cross / self.count - torch.outer(mean_x, mean_y)
+        variance = inner.diagonal()
+        floor = torch.finfo(torch.float32).eps * variance.mean() + torch.finfo(torch.float64).tiny
+        inner += torch.diag(RIDGE * variance + floor)
+        whole = torch.linalg.solve(inner, cross)  # (D in, D out)
+        # eigh sorts upwards: the last are the directions in which the outputs vary most.
+        directions = torch.linalg.eigh(whole.T @ inner @ whole).eigenvectors[:, -rank:]
+        down, bias = whole @ directions, mean_y - directions @ (directions.T @ (whole.T @ mean_x))
+        return {
+            "down.weight": down.T.float().contiguous(),
+            "up.weight": directions.float().contiguous(),
+            "up.bias": bias.float(),
+        }
+
+
+@torch.no_grad()
+def fit(
+    ws: Workspace, plan: PrunePlan, prompts: list[str], key: str, progress: Progress, *, states: int | None = None
+) -> None:
+    """Fit the stand-ins of a plan, and write STAND_INS.
+
+    Args:
+        ws: the workspace.
+        plan: what is removed.
+        prompts: one trajectory of the original each.
+        key: digest of the inputs of `prune`.
+        progress: called after each block.
+        states: most states of each trajectory; None for the usual number, see `states_of_each`.
+
+    Raises:
+        InputError: a file is missing or damaged, or the original does not run in the memory that was given.
+    """
+    kept = None if is_small(ws.subject.numbers) else Spill(ws.cache / "stand-ins", identity=key)
+    found_states = calibration_states(ws, prompts, states or states_of_each(ws.subject), spill=kept)
+    without = replace(plan, stand_in_rank=None)
+    shorter = structure(ws.family, ws.config, without)
+    whole = _Side(ws, found_states, copy.deepcopy(ws.original.stored), "streams")
+    left = _Side(ws, found_states, StoredTransformer(ws.family, shorter, PrunedWeights(ws, without, key)), "shorter")
+    found, last = Tensors(), plan.kept[plan.stand_ins[-1]]
+    step = Steps("stand-ins", last, progress)
+    try:
+        for block in range(last + 1):
+            new = plan.kept.index(block) if block in plan.kept else None
+            if new in plan.stand_ins:
+                found |= _fitted(ws, plan, new, whole, left)
+            if block < last:
+                whole.advance(block)
+                if new is not None:
+                    left.advance(new)
+                step()
+    finally:
+        whole.streams.close()
+        left.streams.close()
+    save_tensors(ws.out / STAND_INS, found)
+    ws.manifest.hash_files(ws.out, STAND_INS)  # before the weights are read
+    shutil.rmtree(ws.cache / "stand-ins", ignore_errors=True)
+
+
+class _Side:
+    """The samples on their way through one of the two transformers, of which one block is in memory."""
+
+    def __init__(self, ws: Workspace, states: VelocityError, stored: StoredTransformer, name: str) -> None:
+        self.stored, self.dtype = stored, ws.original.dtype
+        stored.fill(stored.names(None), self.dtype)
+        self.streams = streams_before(ws, states, stored.model, name, share=6)
+
+    def advance(self, index: int) -> None:
+        self.stored.fill(self.stored.names(index), self.dtype)
+        self.streams.run(self.stored.family.blocks(self.stored.model)[index], advance=True)
+        self.stored.drop(index)
+
+
+def _fitted(ws: Workspace, plan: PrunePlan, new: int, whole: _Side, left: _Side) -> Tensors:
+    """Fit the maps before a block, send the shorter model's samples through them, and return their tensors."""
+    names, rank = streams_of(ws.family, ws.config, plan.kept[new]), plan.stand_in_rank or 0
+    map_of = {stream: stream if stream in names else names[0] for stream in STREAMS}
+    sums = {name: Regression(width(ws.config)) for name in names}
+    for ours, theirs in zip(left.streams.all(), whole.streams.all(), strict=True):
+        for stream, name in map_of.items():
+            sums[name].add(ours[stream], theirs[stream])
+    maps = {name: StandIn(width(ws.config), rank) for name in names}
+    for name, one in maps.items():
+        one.load_state_dict(sums[name].solve(rank))
+    left.streams.change(
+        lambda streams: streams | {s: maps[name](streams[s].float()).to(streams[s]) for s, name in map_of.items()}
+    )
+    prefix = f"{ws.family.block_prefix(left.stored.model, new)}{STAND_IN}"
+    return {
+        f"{prefix}.{name}.{tensor}": value for name, one in maps.items() for tensor, value in one.state_dict().items()
+    }
+
+
+def prompts_of_fit(ws: Workspace) -> list[str]:
+    """Return the prompts that stand-ins are fitted on."""
+    count = PROMPTS if is_small(ws.subject.numbers) else LARGE_PROMPTS
+    return calibrating(ws, count=count)[:count]
+
+
+def states_of_each(subject: Subject) -> int | None:
+    """Return the most states of each prompt's trajectory; None is the usual number."""
+    return None if is_small(subject.numbers) else LARGE_STATES
+
+
+def work(subject: Subject, plan: PrunePlan) -> Work:
+    """Return the work of `fit`: trajectories of the original, then each sample through it and through what is left."""
+    if not plan.stand_ins:
+        return Work()
+    prompts = PROMPTS if is_small(subject.numbers) else LARGE_PROMPTS
+    states = VelocityError.evaluations(seen(subject.generation, states_of_each(subject)), prompts)
+    both = 2 + plan.after.parameters / plan.before.parameters
+    return Work(evaluations=states * subject.per_step * both) + encoding(subject, prompts + 1)
