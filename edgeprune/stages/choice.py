@@ -49,7 +49,7 @@ MOVES: tuple[Move, ...] = (
     ("image_steps", 14), ("image_steps", 8), ("calibration", 2), ("prompts", 2),
     ("calibration", 1), ("prompts", 1), ("images", 1), ("image_steps", 4),
     ("training", 0.0), ("states", 3), ("calibration", 0), ("image_steps", 1), ("states", 1),
-    ("images", 0), NO_SCORES,
+    ("images", 0), ("stand_ins", 0), NO_SCORES,
 )  # fmt: skip
 """Fields of `Choice`, and what each is lowered to. `training` is a share of the steps and of the images drawn for them.
 Less than an eighth of the training is none."""
@@ -79,6 +79,8 @@ class Choice:
     images: int
     """Of each model, in the report; 0 without a report."""
     image_steps: int
+    stand_ins: int = 0
+    """1 if removed runs of blocks are stood in for."""
 
     @classmethod
     def of_manifest(cls, ws: Workspace) -> Choice | None:
@@ -96,6 +98,7 @@ class Choice:
             real_number(found, name, where, least=0, most=1e10)
         for name in ("prompts", "states", "calibration", "steps", "samples", "images", "image_steps"):
             whole_number(found, name, where, least=0, most=10**9)
+        whole_number({"stand_ins": 0} | found, "stand_ins", where, least=0, most=1)  # versions before lack it
         try:
             return cls(**found)
         except TypeError as error:
@@ -130,6 +133,8 @@ class Choice:
             analysis = replace(analysis, estimator=self.estimator, count=self.prompts, states=states)
         elif options.reads_scores:
             plan = _without_scores(plan, kinds)
+        if not self.stand_ins:
+            plan = replace(plan, stand_in=None)
         if training is not None:
             unscored = not self.prompts and training.sensitivity == "graded"
             training = replace(training, steps=self.steps, sensitivity=None if unscored else training.sensitivity)
@@ -149,6 +154,7 @@ class Choice:
             scored if self.prompts else "no scores: the plan goes by position, or by your list",
             f"training steps: {self.steps}" if self.steps else "no training",
             *([f"prompts that calibrate: {self.calibration}"] if self.calibration else []),
+            *(["stand-ins for removed blocks"] if self.stand_ins else []),
             f"images in the report: {self.images}, of {self.image_steps} steps" if self.images else "no report",
         ]
         return f"--time {duration(self.time_s)}: about {duration(self.forecast_s)}; {'; '.join(parts)}"
@@ -230,6 +236,7 @@ def _most(subject: Subject, options: CompressOptions, time_s: float, *, quick: b
         samples=options.data.samples,
         images=images_of_report(subject.source, quick),
         image_steps=steps,
+        stand_ins=int(options.plan.stand_in is not None),
     )
 
 

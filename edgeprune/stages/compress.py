@@ -255,10 +255,11 @@ def works(
     calibrating = options.quantize.count or quantize.PROMPTS if options.quantize.calibration != "none" else 0
     drawn = replace(subject, generation=seen(subject.generation, steps))
     left = expected.after.parameters / expected.before.parameters
+    pruned = expected if options.plan.stand_in is not None else replace(expected, stand_in_rank=None)
     return {
         "analyze": scored,
         "plan": encoding(subject, CALIBRATION_PROMPTS if expected.modulation_rank else 0, pooled=True),
-        "prune": prune.work(subject, expected),
+        "prune": prune.work(subject, pruned),
         "data": distill.drawn(subject, options.data) if training else Work(),
         "distill": distill.trained(subject, training, expected) if training else Work(),
         "quantize": quantize.work(subject, options.quantize, expected, calibrating),

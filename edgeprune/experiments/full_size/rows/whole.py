@@ -14,6 +14,7 @@ from edgeprune.experiments.full_size.forecast import Work
 from edgeprune.experiments.full_size.recording import Recorder
 from edgeprune.experiments.full_size.rows.row import Row
 from edgeprune.metrics.velocity import STATES
+from edgeprune.stages.stand_ins import LARGE_PROMPTS, LARGE_STATES
 from edgeprune.stages.work import CALIBRATED
 
 
@@ -54,9 +55,10 @@ def rows() -> Iterator[Row]:
             f"synth{m.suffix}", f"{m.name} whole, random weights", Work(drawn=m.weights + m.others, moved=everything),
             int(everything), functools.partial(_synth, m), model=m.name,
         )  # fmt: skip
-        yield _row(m, "compress-blocks", "prune 8 blocks, INT4", compress, ("--blocks", m.blocks))
+        cut = ("--blocks", m.blocks, "--stand-in", "none")
+        yield _row(m, "compress-blocks", "prune 8 blocks, INT4", compress, cut)
         yield _row(
-            m, "compress-no-half", "prune 8 blocks, INT4 alone", compress, ("--blocks", m.blocks, "--no-half"),
+            m, "compress-no-half", "prune 8 blocks, INT4 alone", compress, (*cut, "--no-half"),
         )  # fmt: skip
         yield _row(
             m, "plan-auto", "modulation at the rank that is measured, INT4, in 3 GB",
@@ -67,7 +69,13 @@ def rows() -> Iterator[Row]:
         yield _row(
             m, "quantize-feedback", "prune 8 blocks, INT4 by error feedback on four samples at 512x512, in 6 GB",
             Work(moved=moved, rounded=CALIBRATED["feedback"] * m.weights, large_flops=evaluations * m.flops),
-            ("--blocks", m.blocks, "--calibration", "feedback", *_SAMPLES, *_MEDIUM, *_SIX),
+            (*cut, "--calibration", "feedback", *_SAMPLES, *_MEDIUM, *_SIX),
+        )  # fmt: skip
+        evaluations = int(2.8 * LARGE_PROMPTS * LARGE_STATES * m.per_step)
+        yield _row(
+            m, "stand-ins", "prune 8 blocks, stand-ins on eight states at 512x512, INT4, in 6 GB",
+            Work(moved=moved, rounded=m.weights, large_flops=evaluations * m.flops),
+            ("--blocks", m.blocks, *_MEDIUM, *_SIX),
         )  # fmt: skip
         # Two images of each model, or an image and two timed ones: a step of less blocks is 0.79 of one.
         for name, what, steps, measure in (("draw", "report and score", 2, _draw), ("bench", "bench", 3, _bench)):
@@ -133,7 +141,7 @@ def _one_step(model: _Model, label: str, recorder: Recorder) -> Path:
     source, out = recorder.out / model.name, recorder.out / label
     recorder.stage(
         f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--no-half",
-        "--blocks", model.blocks, "--inference-steps", "1", makes=out,
+        "--blocks", model.blocks, "--stand-in", "none", "--inference-steps", "1", makes=out,
     )  # fmt: skip
     return out
 
