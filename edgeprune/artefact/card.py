@@ -52,6 +52,8 @@ def changes(manifest: Manifest, plan: PrunePlan | None) -> list[str]:
         lines.append(f"Components of other blocks removed: {parts or 'none'}.")
         if plan.modulation_rank is not None:
             lines.append(f"Modulation projected onto {plan.modulation_rank} directions.")
+        if plan.stand_ins:
+            lines.append(f"Affine maps of rank {plan.stand_in_rank} stand in for each removed run of blocks.")
     trained = "distill" in manifest.stages
     lines.append(f"The remaining weights were {'distilled from the original' if trained else 'not trained further'}.")
     if "quantize" in manifest.stages:
