@@ -273,7 +273,7 @@ def forecast_compress(
     quick: bool = False,
     no_half: bool = False,
 ) -> CompressForecast:
-    """Forecast what `compress` with these arguments would cost, from configs alone. Nothing stays written.
+    """Forecast what `compress` with these arguments would cost, from configs and headers alone. Nothing stays written.
 
     With `time_s`, blocks of the transformer are timed, too, and the forecast is of what would be chosen.
 
@@ -285,14 +285,15 @@ def forecast_compress(
     chosen = _checked(model, out, options, revision, quick, no_half)
     from edgeprune.residency.compute import Compute
     from edgeprune.stages.choice import rehearse_choice
-    from edgeprune.stages.compress import forecast, need_room, rehearse
+    from edgeprune.stages.compress import forecast, need_room, rehearse, runs_original
     from edgeprune.stages.original import Original
 
     source, images = source_and_images(out, model, revision, generation, variant)
-    if compute is not None:
+    rehearsed = rehearse(source, images, chosen)
+    if compute is not None and runs_original(chosen, rehearsed):
         Original(source, variant, Compute.of(compute)).check_room()
     if not is_begun(out):
-        need_room(Path(out), source, rehearse(source, images, chosen), no_half=no_half)
+        need_room(Path(out), source, rehearsed, no_half=no_half)
     scratch = next(place for place in (Path(out), *Path(out).resolve().parents) if place.is_dir())
     given: dict[str, Any] = {"compute": compute, "scratch": scratch, "no_half": no_half}
     if time_s is None:

@@ -137,5 +137,6 @@ def main() -> None:
 
 def _again(typed: Sequence[str]) -> str:
     """Return what to do after a stop."""
-    resumes = typed and (typed[0] in RESUMED or (typed[0] == "score" and {"-o", "--out"} & set(typed)))
+    kept = any(word.startswith(("-o", "--out")) for word in typed)
+    resumes = typed and (typed[0] in RESUMED or (typed[0] == "score" and kept))
     return "run the same command again" + (" to resume" if resumes else "")

@@ -224,16 +224,6 @@ ModulationRank = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
-StandIn = Annotated[
-    str | None,
-    typer.Option(
-        metavar="none|quarter|R",
-        help="Rank of the affine maps that stand in for removed runs of blocks, found without training; quarter is a "
-        "quarter of the width. With them, the transformer loads with edgeprune.load and not in stock diffusers.",
-        show_default="quarter, or none where training follows",
-        rich_help_panel=METHOD,
-    ),
-]
 GroupSize = Annotated[
     int,
     choice(names=group_sizes, convert=int, help="Number of weights that share one INT4 scale.", rich_help_panel=INT4),
@@ -246,6 +236,17 @@ Calibration = Annotated[
         "next ones), scale (NNCF's scale estimation) or awq. All but none run the model to record its inputs.",
     ),
 ]  # fmt: skip
+
+
+def stand_in(shown: str) -> Any:
+    """Return the option for stand-ins; `shown` is the default that its help names."""
+    return typer.Option(
+        metavar="none|quarter|R",
+        help="Rank of the affine maps that stand in for removed runs of blocks, found without training; quarter is a "
+        "quarter of the width. With them, the transformer loads with edgeprune.load and not in stock diffusers.",
+        show_default=shown,
+        rich_help_panel=METHOD,
+    )
 
 
 def calibration_count(flag: str) -> Any:

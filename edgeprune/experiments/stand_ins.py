@@ -15,7 +15,7 @@ from typing import Any
 
 from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.surgery import build, prune_state
-from edgeprune.common.files import read_json, write_json
+from edgeprune.common.files import digest, read_json, write_json
 from edgeprune.common.intervals import mean_interval
 from edgeprune.common.progress import silent
 from edgeprune.common.tables import interval_text, markdown_table
@@ -25,7 +25,7 @@ from edgeprune.planning.options import QUARTER, PlanOptions
 from edgeprune.stages import plan, prune, quantize, stand_ins
 from edgeprune.stages.options import QuantizeOptions
 from edgeprune.stages.stand_ins import LARGE_PROMPTS, LARGE_STATES, PROMPTS
-from edgeprune.stages.weights import original_weights, stand_ins_of
+from edgeprune.stages.weights import original_weights
 from edgeprune.stages.workspace import Workspace
 
 PER_TASK = 10
@@ -57,6 +57,7 @@ def rows() -> Iterator[Row]:
             yield Row(blocks, stand_in)
         if blocks == REMOVED[0]:
             yield Row(blocks, QUARTER, LARGE_PROMPTS, LARGE_STATES)
+            yield Row(blocks, QUARTER, 2, 4)
             yield Row(blocks, QUARTER, LARGE_PROMPTS)
         for stand_in in (None, QUARTER):
             yield Row(blocks, stand_in, int4=True)
@@ -85,10 +86,10 @@ def made(ws: Workspace, row: Row) -> Any:
         prune.run(ws)
         quantize.run(ws, QuantizeOptions())
         return load_transformer(ws.out, quantized=True)
+    maps = {}
     if chosen.stand_ins:
         prompts = stand_ins.prompts_of_fit(ws)[: row.prompts]
-        stand_ins.fit(ws, chosen, prompts, row.key, silent, states=row.states)
-    maps = stand_ins_of(ws, chosen)
+        maps = stand_ins.fit(ws, chosen, prompts, digest(row.key), silent, most=row.states)
     state = prune_state(ws.family, ws.config, chosen, original_weights(ws).__getitem__, None, stand_ins=maps)
     return build(ws.family, ws.config, chosen, {name: tensor.float() for name, tensor in state.items()})
 

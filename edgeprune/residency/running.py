@@ -43,8 +43,16 @@ def dtype_of(stored: StoredTransformer, compute: Compute) -> torch.dtype:
     return compute.dtype(_stored_dtype(stored), _numbers(stored))
 
 
-def check_room(stored: StoredTransformer, compute: Compute, dtype: torch.dtype | None = None) -> tuple[int, int]:
+def check_room(
+    stored: StoredTransformer, compute: Compute, dtype: torch.dtype | None = None, *, beside: int = 0
+) -> tuple[int, int]:
     """Return the bytes that may still be taken, and those that the transformer takes at least while it runs.
+
+    Args:
+        stored: its structure and weights.
+        compute: where it computes.
+        dtype: to compute in; None for the one that `compute` chooses.
+        beside: bytes that are needed meanwhile for something else; they are part of the second result.
 
     Raises:
         InputError: memory was given, and it does not suffice; says how much does.
@@ -54,7 +62,7 @@ def check_room(stored: StoredTransformer, compute: Compute, dtype: torch.dtype |
     largest = max(sum(math.prod(stored.weights.shapes[n]) for n in stored.names(block)) for block in blocks)
     per_number = (torch.finfo(dtype).bits + torch.finfo(kind).bits) // 8
     outside = sum(math.prod(stored.weights.shapes[n]) for n in stored.names(None))
-    least, left = (largest + outside) * per_number + _LEAST_WORKING_BYTES, compute.left()
+    least, left = (largest + outside) * per_number + _LEAST_WORKING_BYTES + beside, compute.left()
     if left < least + _WORKING_BYTES:  # collecting takes a while
         compute.collect()
         left = compute.left()

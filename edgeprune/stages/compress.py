@@ -68,13 +68,13 @@ def preset(name: str, *, builtin: bool, data: str | None = None) -> CompressOpti
     """
     if name not in ("default", "quick"):
         raise InputError(f"--preset: found {name!r}, expected default or quick")
-    training = DistillOptions() if data else None
-    start = replace(DEFAULT, stand_in=None if data else QUARTER)
-    options = CompressOptions(plan=start, data=DataOptions(data), distill=training)
+    options = CompressOptions(plan=DEFAULT, data=DataOptions(data), distill=DistillOptions())
     if builtin:
         training = DistillOptions(steps=400, batch=32, rate=5e-4, schedule="cosine", ema=0.98)
         plan_options = replace(DEFAULT, method="hybrid", threshold=0.0, protect_first=0)
         options = replace(options, plan=plan_options, data=DataOptions(data or SHAPES, 6000), distill=training)
+    elif not data:
+        options = untrained(options)
     if name == "quick":
         options = replace(
             options,
@@ -83,6 +83,11 @@ def preset(name: str, *, builtin: bool, data: str | None = None) -> CompressOpti
             distill=options.distill and replace(options.distill, steps=40, batch=16),
         )
     return options
+
+
+def untrained(options: CompressOptions) -> CompressOptions:
+    """Return the options without training; removed runs of blocks are stood in for instead."""
+    return replace(options, plan=replace(options.plan, stand_in=QUARTER), distill=None)
 
 
 def rehearse(source: Path, generation: Generation, options: CompressOptions) -> PrunePlan:
@@ -267,6 +272,12 @@ def works(
     }
 
 
+def runs_original(options: CompressOptions, plan: PrunePlan) -> bool:
+    """Return whether a stage evaluates the original, so that it has to fit in the memory that was given."""
+    calibrated = options.quantize.calibration != "none"
+    return options.reads_scores or options.distill is not None or calibrated or bool(plan.stand_ins)
+
+
 def need_room(out: Path, source: Path, plan: PrunePlan, *, no_half: bool = False) -> None:
     """Check that the disk has room for an artefact: both transformers, and what of encoders and VAE is not linked.
 
@@ -305,6 +316,8 @@ def compress(
     ran = []
     options.check_data(builtin=ws.builtin)
     rehearsed = rehearse(ws.source, ws.generation, options)
+    if runs_original(options, rehearsed):
+        ws.check_memory()
     if "prune" not in ws.manifest.stages:
         need_room(ws.out, ws.source, rehearsed, no_half=no_half)
     if options.distill is not None and options.data.source and is_cache(options.data.source):

@@ -28,10 +28,13 @@ from edgeprune.residency.weights import Weights
 from edgeprune.stages.modulation import MODULATION
 from edgeprune.stages.options import QuantizeOptions
 from edgeprune.stages.quantize import run as quantize
-from edgeprune.stages.weights import by_block, mean_and_basis, original_weights, write_half
+from edgeprune.stages.weights import STAND_INS, by_block, mean_and_basis, original_weights, write_half
 from edgeprune.stages.workspace import ORDER, Workspace
 
-_RECORDS = ("plan.json", "analysis.json", "scores.json", "generation.json", MODULATION, "cache/mean-*.safetensors")
+_RECORDS = (
+    *("plan.json", "analysis.json", "scores.json", "generation.json", MODULATION, STAND_INS),
+    "cache/mean-*.safetensors",
+)
 """What the new folder takes from the old one, besides the pipeline."""
 
 

@@ -56,14 +56,17 @@ class Original:
         """The dtype that the transformer computes in."""
         return dtype_of(self.stored, self.compute)
 
-    def check_room(self) -> None:
+    def check_room(self, beside: int = 0) -> None:
         """Check that the transformer runs in the memory that was given.
+
+        Args:
+            beside: bytes that are needed meanwhile.
 
         Raises:
             InputError: it does not; says how much it takes.
         """
         if self.compute.memory is not None and "transformer" not in self.loaded:
-            check_room(self.stored, self.compute)
+            check_room(self.stored, self.compute, beside=beside)
 
     @property
     def transformer(self) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from edgeprune.artefact import licensing
 from edgeprune.artefact.writing import copy_surroundings
 from edgeprune.common.progress import Progress, silent
-from edgeprune.common.tensors import Tensors
+from edgeprune.common.tensors import Tensors, save_tensors
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.stages import stand_ins
 from edgeprune.stages.costs import surroundings_bytes, transformer_bytes
@@ -44,9 +44,7 @@ def run(
     prompts: list[str] = []
 
     def write(key: str) -> dict[str, Any]:
-        (ws.out / STAND_INS).unlink(missing_ok=True)
-        if prompts:
-            stand_ins.fit(ws, plan, prompts, key, progress)
+        _write_stand_ins(ws, plan, prompts, key, progress)
         if no_half:
             leave_half(ws, plan)
         else:
@@ -54,7 +52,7 @@ def run(
         copy_surroundings(ws.source, ws.out, ws.variant)
         ws.generation.save(ws.out)
         ws.manifest.license = dict(licensing.read(ws.source, ws.manifest.source))
-        for entry in (STAND_INS, *{name.partition("/")[0] for name in licensing.files(ws.out)}):
+        for entry in {name.partition("/")[0] for name in licensing.files(ws.out)}:
             ws.manifest.hash_files(ws.out, entry)
         return {}
 
@@ -63,7 +61,7 @@ def run(
         inputs["calibration"] = calibrating(ws)
     if plan.stand_ins:
         inputs["stand_in_prompts"] = prompts = stand_ins.prompts_of_fit(ws)
-    if ws.stage("prune", inputs, write, lambda: _check_time(ws, plan, progress, no_half=no_half)):
+    if ws.stage("prune", inputs, write, lambda: _check(ws, plan, len(prompts), progress, no_half=no_half)):
         return True
     if no_half or not ws.manifest.half_in_source:
         return False
@@ -72,21 +70,36 @@ def run(
     return True
 
 
-def _check_time(ws: Workspace, plan: PrunePlan, progress: Progress, *, no_half: bool) -> None:
-    """Say what pruning takes, and refuse what takes too long; see `Workspace.check_time`."""
+def _check(ws: Workspace, plan: PrunePlan, prompts: int, progress: Progress, *, no_half: bool) -> None:
+    """Say what pruning takes, and refuse what takes too long or too much memory; see `Workspace.check_time`."""
     ways, memory = [], 0
     if plan.stand_ins:
-        ws.check_memory()
+        ws.check_memory(stand_ins.beside_bytes(ws, plan))
         memory = transformer_bytes(ws.family, ws.config)
-        ways = [("--stand-in none", work(ws.subject, replace(plan, stand_in_rank=None)))]
+        ways = [("a plan with --stand-in none", work(ws.subject, replace(plan, stand_in_rank=None)))]
     written = 0 if no_half else plan.after.bf16_bytes
-    ws.check_time("prune", work(ws.subject, plan), ways, progress, memory=memory, written=written)
+    ws.check_time("prune", work(ws.subject, plan, prompts), ways, progress, memory=memory, written=written)
 
 
-def work(subject: Subject, plan: PrunePlan) -> Work:
-    """Return the work of `run`: the original's blocks are read and those that stay are written, and what is around."""
+def work(subject: Subject, plan: PrunePlan, prompts: int | None = None) -> Work:
+    """Return the work of `run`: the original's blocks are read and those that stay are written, and what is around.
+
+    Args:
+        subject: the original.
+        plan: what is removed.
+        prompts: that stand-ins are fitted on, see `stand_ins.work`.
+    """
     moved = plan.before.bf16_bytes + plan.after.bf16_bytes + surroundings_bytes(subject.source) // 2
-    return Work(moved=moved) + stand_ins.work(subject, plan)
+    return Work(moved=moved) + stand_ins.work(subject, plan, prompts)
+
+
+def _write_stand_ins(ws: Workspace, plan: PrunePlan, prompts: list[str], key: str, progress: Progress) -> None:
+    """Write STAND_INS, or remove that of another plan; the manifest knows it before weights are made from it."""
+    (ws.out / STAND_INS).unlink(missing_ok=True)
+    if prompts:
+        maps = stand_ins.fit(ws, plan, prompts, key, progress, most=stand_ins.states_of_each(ws.subject))
+        save_tensors(ws.out / STAND_INS, maps)
+    ws.manifest.hash_files(ws.out, STAND_INS)
 
 
 def _write_half(ws: Workspace, plan: PrunePlan, key: str, then: QuantizeOptions | None, progress: Progress) -> None:

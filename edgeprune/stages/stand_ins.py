@@ -12,14 +12,18 @@ Notation: D width, R rank.
 from __future__ import annotations
 
 import copy
+import math
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 
+from edgeprune.artefact.loading import readable
 from edgeprune.artefact.surgery import structure
+from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, Steps
-from edgeprune.common.tensors import Tensors, save_tensors
+from edgeprune.common.tensors import Tensors, load_tensors, save_tensors
 from edgeprune.families.architecture import STAND_IN, STREAMS
 from edgeprune.families.joint import width
 from edgeprune.families.stand_in import StandIn
@@ -32,7 +36,7 @@ from edgeprune.residency.stored import StoredTransformer
 from edgeprune.stages.calibration import calibration_states, streams_before
 from edgeprune.stages.options import seen
 from edgeprune.stages.prompts import calibrating
-from edgeprune.stages.weights import STAND_INS, PrunedWeights
+from edgeprune.stages.weights import PrunedWeights
 from edgeprune.stages.work import Subject, Work, encoding
 from edgeprune.stages.workspace import Workspace
 
@@ -65,7 +69,16 @@ class Regression:
         self.cross += (x.T @ y).cpu()
 
     def solve(self, rank: int) -> Tensors:
-        """Return the tensors of a `StandIn` of this rank, in float32."""
+        """Return the tensors of a `StandIn` of this rank, in float32.
+
+        Raises:
+            InputError: a stream was not finite.
+        """
+        if not (self.sums.isfinite().all() and self.inner.isfinite().all() and self.cross.isfinite().all()):
+            raise InputError(
+                "stand-ins: the original's streams are not finite in the dtype that it computes in (`edgeprune verify` "
+                "tells where); plan with --stand-in none"
+            )
         mean_x, mean_y = self.sums / self.count
         inner = self.inner / self.count - torch.outer(mean_x, mean_x)
         cross = self.cross / self.count - torch.outer(mean_x, mean_y)
@@ -85,30 +98,37 @@ class Regression:
 
 @torch.no_grad()
 def fit(
-    ws: Workspace, plan: PrunePlan, prompts: list[str], key: str, progress: Progress, *, states: int | None = None
-) -> None:
-    """Fit the stand-ins of a plan, and write STAND_INS.
+    ws: Workspace, plan: PrunePlan, prompts: list[str], key: str, progress: Progress, *, most: int | None
+) -> Tensors:
+    """Return the stand-ins of a plan, in float32, under their names in the shorter model.
+
+    They are kept in the cache: a run after a kill finds them, and the same weights are made from them.
 
     Args:
         ws: the workspace.
         plan: what is removed.
         prompts: one trajectory of the original each.
-        key: digest of the inputs of `prune`.
+        key: digest of what they depend on.
         progress: called after each block.
-        states: most states of each trajectory; None for the usual number, see `states_of_each`.
+        most: states of each trajectory, which is sampled in as many steps; None for the velocity metric's.
 
     Raises:
-        InputError: a file is missing or damaged, or the original does not run in the memory that was given.
+        InputError: a file is missing or damaged, the original does not run in the memory that was given, or a stream
+            is not finite.
     """
+    path = ws.cache / f"stand-ins-{key[:12]}.safetensors"
+    if path.is_file():
+        with readable(path):
+            return load_tensors(path)
     kept = None if is_small(ws.subject.numbers) else Spill(ws.cache / "stand-ins", identity=key)
-    found_states = calibration_states(ws, prompts, states or states_of_each(ws.subject), spill=kept)
+    states = calibration_states(ws, prompts, most, spill=kept)
     without = replace(plan, stand_in_rank=None)
-    shorter = structure(ws.family, ws.config, without)
-    whole = _Side(ws, found_states, copy.deepcopy(ws.original.stored), "streams")
-    left = _Side(ws, found_states, StoredTransformer(ws.family, shorter, PrunedWeights(ws, without, key)), "shorter")
+    shorter = StoredTransformer(ws.family, structure(ws.family, ws.config, without), PrunedWeights(ws, without, key))
     found, last = Tensors(), plan.kept[plan.stand_ins[-1]]
     step = Steps("stand-ins", last, progress)
-    try:
+    with ExitStack() as stack:
+        whole = stack.enter_context(_Side(ws, states, copy.deepcopy(ws.original.stored), "streams"))
+        left = stack.enter_context(_Side(ws, states, shorter, "shorter"))
         for block in range(last + 1):
             new = plan.kept.index(block) if block in plan.kept else None
             if new in plan.stand_ins:
@@ -118,12 +138,9 @@ def fit(
                 if new is not None:
                     left.advance(new)
                 step()
-    finally:
-        whole.streams.close()
-        left.streams.close()
-    save_tensors(ws.out / STAND_INS, found)
-    ws.manifest.hash_files(ws.out, STAND_INS)  # before the weights are read
+    save_tensors(path, found)
     shutil.rmtree(ws.cache / "stand-ins", ignore_errors=True)
+    return found
 
 
 class _Side:
@@ -133,6 +150,12 @@ class _Side:
         self.stored, self.dtype = stored, ws.original.dtype
         stored.fill(stored.names(None), self.dtype)
         self.streams = streams_before(ws, states, stored.model, name, share=6)
+
+    def __enter__(self) -> _Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.streams.close()
 
     def advance(self, index: int) -> None:
         self.stored.fill(self.stored.names(index), self.dtype)
@@ -162,8 +185,12 @@ def _fitted(ws: Workspace, plan: PrunePlan, new: int, whole: _Side, left: _Side)
 
 def prompts_of_fit(ws: Workspace) -> list[str]:
     """Return the prompts that stand-ins are fitted on."""
-    count = PROMPTS if is_small(ws.subject.numbers) else LARGE_PROMPTS
+    count = _most_prompts(ws.subject)
     return calibrating(ws, count=count)[:count]
+
+
+def _most_prompts(subject: Subject) -> int:
+    return PROMPTS if is_small(subject.numbers) else LARGE_PROMPTS
 
 
 def states_of_each(subject: Subject) -> int | None:
@@ -171,11 +198,26 @@ def states_of_each(subject: Subject) -> int | None:
     return None if is_small(subject.numbers) else LARGE_STATES
 
 
-def work(subject: Subject, plan: PrunePlan) -> Work:
-    """Return the work of `fit`: trajectories of the original, then each sample through it and through what is left."""
+def beside_bytes(ws: Workspace, plan: PrunePlan) -> int:
+    """Return the bytes that fitting takes beside a block that runs: what is outside the shorter model's blocks, the
+    moments of two streams, and solving for a map, which takes six matrices more."""
+    outside = sum(
+        math.prod(shape) for name, shape in ws.family.tensor_shapes(ws.config).items() if not ws.family.in_block(name)
+    )
+    return (4 * outside + 8 * (2 * 2 + 6) * width(ws.config) ** 2) if plan.stand_ins else 0
+
+
+def work(subject: Subject, plan: PrunePlan, prompts: int | None = None) -> Work:
+    """Return the work of `fit`: trajectories of the original, then each sample through it and through what is left.
+
+    Args:
+        subject: the original.
+        plan: what is removed.
+        prompts: how many; None for as many as `prompts_of_fit` takes of a split.
+    """
     if not plan.stand_ins:
         return Work()
-    prompts = PROMPTS if is_small(subject.numbers) else LARGE_PROMPTS
+    prompts = _most_prompts(subject) if prompts is None else prompts
     states = VelocityError.evaluations(seen(subject.generation, states_of_each(subject)), prompts)
     both = 2 + plan.after.parameters / plan.before.parameters
     return Work(evaluations=states * subject.per_step * both) + encoding(subject, prompts + 1)

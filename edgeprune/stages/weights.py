@@ -59,6 +59,8 @@ class PrunedWeights:
         self.original, (self.mean, self.basis) = original_weights(ws), mean_and_basis(ws, plan, key)
         self.sources = tensor_sources(ws.family, ws.config, plan.kept, plan.removed, plan.modulation_rank)
         self.stand_ins = stand_ins_of(ws, plan)
+        stored = next(self.original.dtype(name) for name in self.original.shapes if ws.family.in_block(name))
+        self._kind = half(torch.empty(0, dtype=stored)).dtype
         self.shapes = remaining_shapes(
             ws.family, ws.config, plan.blocks, plan.components, plan.modulation_rank, plan.stand_in_rank
         )
@@ -67,16 +69,20 @@ class PrunedWeights:
         """Make one tensor.
 
         Raises:
-            InputError: a tensor of the original cannot be read, or holds NaN or infinity.
+            InputError: a tensor of the original cannot be read, or holds NaN or infinity; or a stand-in is beyond the
+            range of the dtype that the blocks are stored in.
         """
         if name in self.stand_ins:
-            return half(self.stand_ins[name])
+            tensor = self.stand_ins[name].to(self._kind)
+            if not tensor.isfinite().all():
+                raise InputError(f"{STAND_INS}: {name}: found values beyond {self._kind}; plan with --stand-in none")
+            return tensor
         return half(prune_tensor(self.original.__getitem__, self.sources[name], self.mean, self.basis))
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype in which a tensor is made."""
         if name in self.stand_ins:
-            return half(self.stand_ins[name]).dtype
+            return self._kind
         source = self.sources[name]
         stored = torch.float32 if source.calibrated else self.original.dtype(source.name)
         return half(torch.empty(0, dtype=stored)).dtype

@@ -333,13 +333,16 @@ class Workspace:
         if card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace"):
             card.unlink()
 
-    def check_memory(self) -> None:
+    def check_memory(self, beside: int = 0) -> None:
         """Check that the original transformer runs in the memory that was given.
+
+        Args:
+            beside: bytes that are needed meanwhile.
 
         Raises:
             InputError: it does not; says how much it takes.
         """
-        self.original.check_room()
+        self.original.check_room(beside)
 
     @property
     def subject(self) -> Subject:
