@@ -99,15 +99,18 @@ class StagedPipeline:
         """Make room for the VAE's activations of one image of this size, if memory is short.
 
         Blocks of the transformer that are kept are freed; they are read again when they run. If that does not suffice,
-        the VAE takes the image in tiles that overlap, with diffusers' blending.
+        the VAE takes the image in tiles that overlap, with diffusers' blending. Images of one pipeline are made alike:
+        that is decided once.
         """
-        if self._tiled is not None:  # once decided: images of one pipeline are made alike
-            return
+        if self._tiled:
+            height = width = _TILE * self.vae_scale_factor
         needed = 4 * vae_activations(self.vae.config, height, width)
         if self.compute.left() < needed:
             if self.transformer is not None:
                 release(self.transformer)
             self.compute.collect()
+        if self._tiled is not None:
+            return
         self._tiled = self.compute.left() < needed
         if self._tiled:
             self.vae.enable_tiling()

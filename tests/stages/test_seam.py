@@ -224,6 +224,19 @@ def test_a_killed_report_goes_on_with_the_step(source: Path, tmp_path: Path, mon
     assert all((images[name] == whole[name]).all() for name in whole)
 
 
+def test_every_image_gets_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a second transformer are freed for its images, too; all images of a pipeline are made alike."""
+    ws, freed = opened(tmp_path / "out", source, monkeypatch, little=True), list[object]()
+    monkeypatch.setattr("edgeprune.artefact.staged.release", freed.append)
+    monkeypatch.setattr("edgeprune.residency.compute.Compute.left", lambda _: 10)
+    pipe, first, second = ws.pipe, ws.pipe.transformer, object()
+    pipe.make_room(64, 64)
+    pipe.transformer = second
+    pipe.make_room(64, 64)
+    assert freed == [first, second] and pipe.vae.use_tiling
+    pipe.transformer = first
+
+
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_a_killed_step_goes_on_with_the_block(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of a large image may take longer than the time between two kills."""
