@@ -52,15 +52,14 @@ class Row:
 
 def rows() -> Iterator[Row]:
     """Yield what is compared."""
+    first = REMOVED[0]
     for blocks in REMOVED:
-        for stand_in in (None, WIDTH // 8, QUARTER, WIDTH):
+        for stand_in in (None, WIDTH // 8, QUARTER, WIDTH) if blocks == first else (None, QUARTER):
             yield Row(blocks, stand_in)
-        if blocks == REMOVED[0]:
-            yield Row(blocks, QUARTER, LARGE_PROMPTS, LARGE_STATES)
-            yield Row(blocks, QUARTER, 2, 4)
-            yield Row(blocks, QUARTER, LARGE_PROMPTS)
-        for stand_in in (None, QUARTER):
-            yield Row(blocks, stand_in, int4=True)
+    for prompts, states in ((LARGE_PROMPTS, LARGE_STATES), (LARGE_STATES, LARGE_PROMPTS)):
+        yield Row(first, QUARTER, prompts, states)
+    for stand_in in (None, QUARTER):
+        yield Row(first, stand_in, int4=True)
 
 
 def measure(out: Path) -> dict[str, dict[str, Any]]:
