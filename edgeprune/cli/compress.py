@@ -84,12 +84,12 @@ def compress(
     """
     check_places(out, model, revision)
     check_prompts(prompts)
-    from edgeprune.stages.compress import untrained
-
     compute = limits.compute_options(device, memory, yes=yes)
     time_s = parse_duration(time, "--time") if time is not None else None
     start = api.preset(preset, builtin=is_builtin(out, model), data=data)
     if steps == 0:
+        from edgeprune.stages.compress import untrained  # imports torch
+
         start = untrained(start)
     plan = options.plan_options(
         start.plan, method=method, keep=keep, max_size=max_size, fit=fit, protect_first=protect_first,

@@ -8,10 +8,9 @@ again and again is faster without this.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
@@ -32,7 +31,7 @@ def large_pages() -> None:
 
 def trim() -> None:
     """Return to the system what the heap has free between its allocations: 1.0 of 1.7 GB after INT4 of SD3.5 Large."""
-    release = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    release = _libc("malloc_trim")
     if release is not None:
         release(0)
 
@@ -40,7 +39,7 @@ def trim() -> None:
 @contextmanager
 def returned() -> Iterator[None]:
     """Inside the context, map each allocation of 1 MB or more separately and unmap it when it is freed."""
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    set_option = _libc("mallopt")
     if set_option is None:  # not glibc
         yield
         return
@@ -49,3 +48,10 @@ def returned() -> Iterator[None]:
         yield
     finally:
         set_option(_MMAP_THRESHOLD, _MOST_LEARNT)
+
+
+def _libc(name: str) -> Callable[..., int] | None:
+    """Return a function of glibc; None on other systems."""
+    import ctypes  # here, because every command imports this module
+
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -76,7 +76,7 @@ def test_directions_are_found_on_the_given_prompts(analyzed: Workspace, tmp_path
 
 
 def test_int4_is_calibrated_as_the_model_is_sampled(analyzed: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    ws, seen, real = analyzed, list[dict[str, Any]](), calibration.network_inputs
+    ws, seen, real = analyzed, list[dict[str, Any]](), calibration.model_inputs
     plan.run(ws, PlanOptions("manual", blocks="1"))
     prune.run(ws)
 
@@ -84,7 +84,7 @@ def test_int4_is_calibrated_as_the_model_is_sampled(analyzed: Workspace, monkeyp
         seen.append(real(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(calibration, "network_inputs", recorded)
+    monkeypatch.setattr(calibration, "model_inputs", recorded)
     quantize.run(ws, QuantizeOptions(calibration="awq"))
     assert ws.manifest.stages["quantize"]["options"]["prompts"] == GIVEN
     given, empty = (encode_prompts(ws.pipe, texts, 0).hidden for texts in (GIVEN, [""]))
