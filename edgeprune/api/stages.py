@@ -6,7 +6,7 @@ A stage that was done with the same options is not done again. One that was done
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,20 +96,14 @@ def plan(
     """
     ws = open_folder(out, fresh=fresh, compute=compute)
     from edgeprune.planning.removable import Removable
+    from edgeprune.stages.compress import preset
     from edgeprune.stages.plan import run
 
-    chosen = options or default_plan(builtin=ws.builtin)
+    chosen = options or preset("default", builtin=ws.builtin).plan
     fit = ws.fit(chosen.fit) if chosen.fit else None
     ran = run(ws, chosen, None if scores is None else Path(scores))
     removable = Removable.shown(ws.family, ws.config, chosen)
     return Planned(out=ws.out, ran=ran, plan=ws.plan(), options=chosen, fit=fit, removable=removable)
-
-
-def default_plan(*, builtin: bool) -> PlanOptions:
-    """Return the options of `plan`: those of `compress` where training follows, so without stand-ins."""
-    from edgeprune.stages.compress import preset
-
-    return replace(preset("default", builtin=builtin).plan, stand_in=None)
 
 
 def plan_of_config(config: AnyPath, options: PlanOptions | None = None, *, scores: AnyPath | None = None) -> PrunePlan:

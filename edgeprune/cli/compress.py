@@ -53,7 +53,7 @@ def compress(
     protect_first: options.ProtectFirst = None,
     protect_last: options.ProtectLast = None,
     keep_components: options.KeepComponents = "",
-    stand_in: Annotated[str | None, options.stand_in("quarter, or none where training follows")] = None,
+    stand_in: options.StandIn = None,
     threshold: options.Threshold = None,
     blocks: options.Blocks = "",
     components: options.Components = "",
@@ -87,10 +87,6 @@ def compress(
     compute = limits.compute_options(device, memory, yes=yes)
     time_s = parse_duration(time, "--time") if time is not None else None
     start = api.preset(preset, builtin=is_builtin(out, model), data=data)
-    if steps == 0:
-        from edgeprune.stages.compress import untrained  # imports torch
-
-        start = untrained(start)
     plan = options.plan_options(
         start.plan, method=method, keep=keep, max_size=max_size, fit=fit, protect_first=protect_first,
         protect_last=protect_last, threshold=threshold, blocks=blocks, components=components, group_size=group_size,
@@ -156,8 +152,8 @@ def _merged(
     training = start.distill
     if steps and training is None:
         raise InputError(f"--steps {steps}: there is no data to train on; {GIVE_DATA}")
-    if steps and training is not None:
-        training = replace(training, steps=steps)
+    if steps is not None and training is not None:
+        training = replace(training, steps=steps) if steps else None
     if training is not None:
         training = replace(training, int4_group_size=group_size)
     return replace(

@@ -224,6 +224,16 @@ ModulationRank = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
+StandIn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="none|quarter|R",
+        help="Rank of the affine maps that stand in for removed runs of blocks, found without training; quarter is a "
+        "quarter of the width. With them, the transformer loads with edgeprune.load and not in stock diffusers.",
+        show_default="none",
+        rich_help_panel=METHOD,
+    ),
+]
 GroupSize = Annotated[
     int,
     choice(names=group_sizes, convert=int, help="Number of weights that share one INT4 scale.", rich_help_panel=INT4),
@@ -236,17 +246,6 @@ Calibration = Annotated[
         "next ones), scale (NNCF's scale estimation) or awq. All but none run the model to record its inputs.",
     ),
 ]  # fmt: skip
-
-
-def stand_in(shown: str) -> Any:
-    """Return the option for stand-ins; `shown` is the default that its help names."""
-    return typer.Option(
-        metavar="none|quarter|R",
-        help="Rank of the affine maps that stand in for removed runs of blocks, found without training; quarter is a "
-        "quarter of the width. With them, the transformer loads with edgeprune.load and not in stock diffusers.",
-        show_default=shown,
-        rich_help_panel=METHOD,
-    )
 
 
 def calibration_count(flag: str) -> Any:
@@ -417,5 +416,5 @@ def plan_options(
         components=components,
         group_size=group_size,
         modulation_rank=rank,
-        prompts=None if rank is None else prompts,
+        prompts=None if rank is None and start.stand_in is None else prompts,
     )

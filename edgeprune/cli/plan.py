@@ -9,7 +9,6 @@ import typer
 
 from edgeprune import api
 from edgeprune.api.folders import check_begun, check_prompts, is_builtin
-from edgeprune.api.stages import default_plan
 from edgeprune.cli import limits, options, screen
 from edgeprune.common.errors import InputError
 
@@ -53,7 +52,7 @@ def plan(
     protect_first: options.ProtectFirst = None,
     protect_last: options.ProtectLast = None,
     keep_components: options.KeepComponents = "",
-    stand_in: Annotated[str | None, options.stand_in("none")] = None,
+    stand_in: options.StandIn = None,
     threshold: options.Threshold = None,
     blocks: options.Blocks = "",
     components: options.Components = "",
@@ -87,8 +86,8 @@ def plan(
         return screen.print_json(made.to_json()) if as_json else None
     check_begun(out)
     compute = limits.compute_options(device, memory)
-    start = default_plan(builtin=is_builtin(out))
-    done = api.plan(out, options.plan_options(start, **chosen), scores=scores, compute=compute, fresh=fresh)
+    start = api.preset("default", builtin=is_builtin(out))
+    done = api.plan(out, options.plan_options(start.plan, **chosen), scores=scores, compute=compute, fresh=fresh)
     screen.table([*fit_rows(done.fit), *plan_rows(done.plan, done.options.modulation_rank, done.removable)])
     screen.say(f"next: edgeprune prune -o {screen.quoted(out)}")
     if as_json:

@@ -24,13 +24,14 @@ from edgeprune.experiments.pages import insert
 from edgeprune.planning.options import QUARTER, PlanOptions
 from edgeprune.stages import plan, prune, quantize, stand_ins
 from edgeprune.stages.options import QuantizeOptions
-from edgeprune.stages.stand_ins import LARGE_PROMPTS, LARGE_STATES, PROMPTS
+from edgeprune.stages.stand_ins import LARGE_STATES, PROMPTS
 from edgeprune.stages.weights import original_weights
 from edgeprune.stages.workspace import Workspace
 
 PER_TASK = 10
 WIDTH = 128
 """Of the built-in model: maps of this rank have no limit."""
+FEW = 4
 REMOVED = ("7,8,11", "11", "5,6")
 
 
@@ -56,8 +57,8 @@ def rows() -> Iterator[Row]:
     for blocks in REMOVED:
         for stand_in in (None, WIDTH // 8, QUARTER, WIDTH) if blocks == first else (None, QUARTER):
             yield Row(blocks, stand_in)
-    for prompts, states in ((LARGE_PROMPTS, LARGE_STATES), (LARGE_STATES, LARGE_PROMPTS)):
-        yield Row(first, QUARTER, prompts, states)
+    for prompts in (PROMPTS, FEW):
+        yield Row(first, QUARTER, prompts, LARGE_STATES)
     for stand_in in (None, QUARTER):
         yield Row(first, stand_in, int4=True)
 

@@ -25,7 +25,7 @@ from edgeprune.metrics import check_analysis
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.methods import Scored, methods
 from edgeprune.planning.modulation import ranks
-from edgeprune.planning.options import DEFAULT, NEEDED, QUARTER
+from edgeprune.planning.options import DEFAULT, NEEDED
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import is_projectable, modulation_width
 from edgeprune.residency.compute import Compute
@@ -68,13 +68,11 @@ def preset(name: str, *, builtin: bool, data: str | None = None) -> CompressOpti
     """
     if name not in ("default", "quick"):
         raise InputError(f"--preset: found {name!r}, expected default or quick")
-    options = CompressOptions(plan=DEFAULT, data=DataOptions(data), distill=DistillOptions())
+    options = CompressOptions(plan=DEFAULT, data=DataOptions(data), distill=DistillOptions() if data else None)
     if builtin:
         training = DistillOptions(steps=400, batch=32, rate=5e-4, schedule="cosine", ema=0.98)
-        plan_options = replace(DEFAULT, method="hybrid", threshold=0.0, protect_first=0)
+        plan_options = replace(options.plan, method="hybrid", threshold=0.0, protect_first=0)
         options = replace(options, plan=plan_options, data=DataOptions(data or SHAPES, 6000), distill=training)
-    elif not data:
-        options = untrained(options)
     if name == "quick":
         options = replace(
             options,
@@ -83,11 +81,6 @@ def preset(name: str, *, builtin: bool, data: str | None = None) -> CompressOpti
             distill=options.distill and replace(options.distill, steps=40, batch=16),
         )
     return options
-
-
-def untrained(options: CompressOptions) -> CompressOptions:
-    """Return the options without training; removed runs of blocks are stood in for instead."""
-    return replace(options, plan=replace(options.plan, stand_in=QUARTER), distill=None)
 
 
 def rehearse(source: Path, generation: Generation, options: CompressOptions) -> PrunePlan:

@@ -85,7 +85,8 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None, progres
     if rank == NEEDED and not is_projectable(ws.family, ws.config):
         rank = None
     prompts: list[str] = []
-    if rank is not None:
+    given_for_maps = options.stand_in is not None and options.prompts is not None  # `prune` fits them on these
+    if rank is not None or given_for_maps:
         found = read_prompts(Path(options.prompts)) if options.prompts else analyzed_or_split(ws)
         prompts = [*([""] if is_guided(ws) else []), *found]
 
@@ -119,7 +120,7 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None, progres
     inputs = options.to_json() | {"fit_bytes": budget, "scores": scores_identity}
     if prompts:
         inputs |= {"calibration": prompts, "generation": asdict(ws.generation)}
-    return ws.stage("plan", inputs, write, check=lambda: _check_time(ws, prompts, progress))
+    return ws.stage("plan", inputs, write, check=lambda: _check_time(ws, prompts if rank is not None else [], progress))
 
 
 def _check_time(ws: Workspace, prompts: list[str], progress: Progress) -> None:

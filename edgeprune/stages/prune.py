@@ -81,7 +81,7 @@ def _check(ws: Workspace, plan: PrunePlan, prompts: int, progress: Progress, *, 
     ws.check_time("prune", work(ws.subject, plan, prompts), ways, progress, memory=memory, written=written)
 
 
-def work(subject: Subject, plan: PrunePlan, prompts: int | None = None) -> Work:
+def work(subject: Subject, plan: PrunePlan, prompts: int = stand_ins.PROMPTS) -> Work:
     """Return the work of `run`: the original's blocks are read and those that stay are written, and what is around.
 
     Args:

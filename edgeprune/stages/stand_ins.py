@@ -45,9 +45,9 @@ RIDGE = 0.01
 
 
 PROMPTS = 28
-"""Prompts that the maps of a small model are fitted on."""
-LARGE_PROMPTS, LARGE_STATES = 4, 2
-"""Prompts, and states of each, for a large one: each token is a sample, so few states are many."""
+"""Prompts that maps are fitted on, unless the user gives some. Fewer make the built-in model worse than no maps."""
+LARGE_STATES = 2
+"""States of each for a large model, of which each token is a sample."""
 
 
 class Regression:
@@ -184,13 +184,8 @@ def _fitted(ws: Workspace, plan: PrunePlan, new: int, whole: _Side, left: _Side)
 
 
 def prompts_of_fit(ws: Workspace) -> list[str]:
-    """Return the prompts that stand-ins are fitted on."""
-    count = _most_prompts(ws.subject)
-    return calibrating(ws, count=count)[:count]
-
-
-def _most_prompts(subject: Subject) -> int:
-    return PROMPTS if is_small(subject.numbers) else LARGE_PROMPTS
+    """Return the prompts that stand-ins are fitted on: those that were given to `plan` or `analyze`, else PROMPTS."""
+    return calibrating(ws, count=PROMPTS)
 
 
 def states_of_each(subject: Subject) -> int | None:
@@ -207,17 +202,16 @@ def beside_bytes(ws: Workspace, plan: PrunePlan) -> int:
     return (4 * outside + 8 * (2 * 2 + 6) * width(ws.config) ** 2) if plan.stand_ins else 0
 
 
-def work(subject: Subject, plan: PrunePlan, prompts: int | None = None) -> Work:
+def work(subject: Subject, plan: PrunePlan, prompts: int = PROMPTS) -> Work:
     """Return the work of `fit`: trajectories of the original, then each sample through it and through what is left.
 
     Args:
         subject: the original.
         plan: what is removed.
-        prompts: how many; None for as many as `prompts_of_fit` takes of a split.
+        prompts: how many.
     """
     if not plan.stand_ins:
         return Work()
-    prompts = _most_prompts(subject) if prompts is None else prompts
     states = VelocityError.evaluations(seen(subject.generation, states_of_each(subject)), prompts)
     both = 2 + plan.after.parameters / plan.before.parameters
     return Work(evaluations=states * subject.per_step * both) + encoding(subject, prompts + 1)

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from edgeprune import api
 from edgeprune.api import preset
-from edgeprune.api.stages import default_plan
 from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.surgery import prune, structure
 from edgeprune.cli import app
@@ -167,23 +166,34 @@ def test_a_rank_that_is_none_is_refused(rank: int | str) -> None:
         make_plan(family_of(config_of(model)), config_of(model), None, method="manual", blocks="1", stand_in=rank)
 
 
-def test_they_are_the_default_where_nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert preset("default", builtin=False).plan.stand_in == "quarter"
-    assert preset("default", builtin=False, data="images").plan.stand_in is None
-    assert preset("default", builtin=True).plan.stand_in is None
-    assert default_plan(builtin=False).stand_in is None
+def test_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert preset("default", builtin=False).plan.stand_in is None
     asked = list[CompressOptions]()
-    monkeypatch.setattr(
-        "edgeprune.api.forecast_compress", lambda _, __, options, **___: asked.append(options) or ended()
-    )
 
-    def ended() -> None:
+    def forecast(_: Any, __: Any, options: CompressOptions, **___: Any) -> None:
+        asked.append(options)
         raise InputError("seen")
 
-    for words in ("--steps 0", "", "--steps 0 --stand-in none", "--stand-in 7", "--steps 0 --method manual --blocks 3"):
+    monkeypatch.setattr("edgeprune.api.forecast_compress", forecast)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\n")
+    for words in ("--steps 0", "--stand-in 7", "--stand-in quarter --method manual --blocks 3", "--stand-in none"):
+        words += f" --modulation-rank full --prompts {prompts}"
         CliRunner().invoke(app, ["compress", "-o", str(tmp_path / "x"), "--dry-run", *words.split()])
-    assert [one.plan.stand_in for one in asked] == ["quarter", None, None, 7, "quarter"]
-    assert [one.distill is None for one in asked] == [True, False, True, False, True]
+    assert [one.plan.stand_in for one in asked] == [None, 7, "quarter", None]
+    assert [one.plan.prompts for one in asked] == [None, str(prompts), str(prompts), None]
+    found = CliRunner().invoke(app, ["compress", "-o", str(tmp_path / "x"), "--stand-in", "half"])
+    assert "--stand-in: found 'half', expected none, quarter or a number" in str(found.exception)
+
+
+def test_they_are_fitted_on_the_prompts_that_are_given(artefact: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    ws = Workspace(tmp_path / "given", str(Workspace(artefact, None, model_given=False).source))
+    planning.run(ws, PlanOptions("manual", blocks="1-2", stand_in=3, prompts=str(prompts)))
+    assert stand_ins.prompts_of_fit(ws) == ["a cat", "a dog"]
+    pruning.run(ws)
+    assert ws.manifest.stages["prune"]["options"]["stand_in_prompts"] == ["a cat", "a dog"]
 
 
 @pytest.fixture(scope="module", params=["sd3", "flux"])
@@ -227,7 +237,6 @@ def test_pruned_in_pieces_they_are_the_same(artefact: Path, tmp_path: Path, monk
     ws = Workspace(artefact, None, model_given=False)
     for module in ("edgeprune.stages.stand_ins", "edgeprune.residency.running", "edgeprune.residency.compute"):
         monkeypatch.setattr(f"{module}.is_small", lambda numbers: False)
-    monkeypatch.setattr(stand_ins, "LARGE_PROMPTS", stand_ins.PROMPTS)
     monkeypatch.setattr(stand_ins, "LARGE_STATES", 6)
     monkeypatch.setattr("edgeprune.residency.compute.multiplies_bf16", lambda: False)
     other = Workspace(tmp_path / "other", str(ws.source))

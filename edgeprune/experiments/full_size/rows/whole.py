@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgeprune.common.splits import Split
 from edgeprune.experiments.full_size.forecast import Work
 from edgeprune.experiments.full_size.recording import Recorder
 from edgeprune.experiments.full_size.rows.row import Row
 from edgeprune.metrics.velocity import STATES
-from edgeprune.stages.stand_ins import LARGE_PROMPTS, LARGE_STATES
+from edgeprune.sampling.prompts import prompts as captions
+from edgeprune.stages.stand_ins import LARGE_STATES
 from edgeprune.stages.work import CALIBRATED
 
 
@@ -42,6 +44,8 @@ _MODELS = (
 _MEDIUM = ("--height", "512", "--width", "512")
 _LITTLE = ("--memory", "3GB")
 _SIX = ("--memory", "6GB")
+_PROMPTS = 4
+"""That stand-ins are fitted on."""
 _SAMPLES = ("--calibration-count", "1", "--states", "4")
 
 
@@ -55,10 +59,9 @@ def rows() -> Iterator[Row]:
             f"synth{m.suffix}", f"{m.name} whole, random weights", Work(drawn=m.weights + m.others, moved=everything),
             int(everything), functools.partial(_synth, m), model=m.name,
         )  # fmt: skip
-        cut = ("--blocks", m.blocks, "--stand-in", "none")
-        yield _row(m, "compress-blocks", "prune 8 blocks, INT4", compress, cut)
+        yield _row(m, "compress-blocks", "prune 8 blocks, INT4", compress, ("--blocks", m.blocks))
         yield _row(
-            m, "compress-no-half", "prune 8 blocks, INT4 alone", compress, (*cut, "--no-half"),
+            m, "compress-no-half", "prune 8 blocks, INT4 alone", compress, ("--blocks", m.blocks, "--no-half"),
         )  # fmt: skip
         yield _row(
             m, "plan-auto", "modulation at the rank that is measured, INT4, in 3 GB",
@@ -69,13 +72,13 @@ def rows() -> Iterator[Row]:
         yield _row(
             m, "quantize-feedback", "prune 8 blocks, INT4 by error feedback on four samples at 512x512, in 6 GB",
             Work(moved=moved, rounded=CALIBRATED["feedback"] * m.weights, large_flops=evaluations * m.flops),
-            (*cut, "--calibration", "feedback", *_SAMPLES, *_MEDIUM, *_SIX),
+            ("--blocks", m.blocks, "--calibration", "feedback", *_SAMPLES, *_MEDIUM, *_SIX),
         )  # fmt: skip
-        evaluations = int(2.8 * LARGE_PROMPTS * LARGE_STATES * m.per_step)
-        yield _row(
-            m, "stand-ins", "prune 8 blocks, stand-ins on eight states at 512x512, INT4, in 6 GB",
-            Work(moved=moved, rounded=m.weights, large_flops=evaluations * m.flops),
-            ("--blocks", m.blocks, *_MEDIUM, *_SIX),
+        evaluations = int(2.8 * _PROMPTS * LARGE_STATES * m.per_step)
+        work, what = Work(moved=moved, rounded=m.weights, large_flops=evaluations * m.flops), "prune 8 blocks, INT4"
+        yield Row(
+            f"stand-ins{m.suffix}", f"{m.name}: {what}, stand-ins from eight states at 512x512, in 6 GB", work,
+            int(2.5 * m.weights), functools.partial(_stand_ins, m), needs=(f"synth{m.suffix}",),
         )  # fmt: skip
         # Two images of each model, or an image and two timed ones: a step of less blocks is 0.79 of one.
         for name, what, steps, measure in (("draw", "report and score", 2, _draw), ("bench", "bench", 3, _bench)):
@@ -117,6 +120,14 @@ def _compress(model: _Model, label: str, options: tuple[str, ...], recorder: Rec
     recorder.remove(label)
 
 
+def _stand_ins(model: _Model, recorder: Recorder) -> None:
+    label = f"stand-ins{model.suffix}"
+    prompts = recorder.out / f"{label}.txt"
+    prompts.write_text("".join(f"{one}\n" for one in captions(Split.CALIBRATION, _PROMPTS)), encoding="utf-8")
+    options = ("--blocks", model.blocks, "--stand-in", "quarter", "--prompts", str(prompts), *_MEDIUM, *_SIX)
+    _compress(model, label, options, recorder)
+
+
 def _draw(model: _Model, recorder: Recorder) -> None:
     label = f"draw{model.suffix}"
     out, prompts = _one_step(model, label, recorder), recorder.out / f"{label}.txt"
@@ -141,7 +152,7 @@ def _one_step(model: _Model, label: str, recorder: Recorder) -> Path:
     source, out = recorder.out / model.name, recorder.out / label
     recorder.stage(
         f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--no-half",
-        "--blocks", model.blocks, "--stand-in", "none", "--inference-steps", "1", makes=out,
+        "--blocks", model.blocks, "--inference-steps", "1", makes=out,
     )  # fmt: skip
     return out
 
