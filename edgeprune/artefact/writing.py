@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from edgeprune.artefact import licensing
@@ -115,9 +115,18 @@ def _grouped(chunks: Sequence[dict[str, int]]) -> list[list[int]]:
     return group_into_shards([sum(chunk.values()) for chunk in chunks])
 
 
-def remove_mark(folder: Path, subfolder: str) -> None:
-    """Remove the mark by which `write_transformer` finds a subfolder done, once the caller has recorded that it is."""
-    (folder / subfolder / UNFINISHED).unlink(missing_ok=True)
+def remove_mark(folder: Path, subfolder: str, recorded: Collection[str] | None = None) -> None:
+    """Remove the mark by which `write_transformer` finds a subfolder done, once the caller has recorded that it is.
+
+    Args:
+        folder: the artefact.
+        subfolder: `transformer` or `transformer_int4`.
+        recorded: digests of inputs; a mark that names others stays: a stage that was killed has not recorded it yet.
+            None removes any.
+    """
+    path = folder / subfolder / UNFINISHED
+    if path.is_file() and (recorded is None or read_json(path).get("inputs") in recorded):
+        path.unlink()
 
 
 def complete_tokenizer(folder: Path) -> None:

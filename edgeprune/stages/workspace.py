@@ -306,9 +306,10 @@ class Workspace:
         self._remove_marks()
 
     def _remove_marks(self) -> None:
-        """Remove the marks of written weights: the manifest now lists the stage that wrote them."""
+        """Remove the marks of written weights whose stages are in the manifest."""
+        recorded = [stage["inputs"] for stage in self.manifest.stages.values()]
         for subfolder in (HALF, INT4) if processes.is_main() else ():
-            remove_mark(self.out, subfolder)
+            remove_mark(self.out, subfolder, recorded)
 
     def _forget(self, stages: tuple[str, ...]) -> None:
         """Drop stages and the weights that they wrote, before anything new is written: nobody may read old weights."""

@@ -19,6 +19,7 @@ from edgeprune.artefact.lora.reading import Lora
 from edgeprune.cli import app
 from edgeprune.common import hashes, linking, traffic
 from edgeprune.common.errors import InputError, StaleStageError
+from edgeprune.common.files import UNFINISHED, write_json
 from edgeprune.common.progress import silent
 from edgeprune.common.tensors import load_tensors, save_tensors
 from edgeprune.planning.options import PlanOptions
@@ -127,6 +128,17 @@ def test_an_interrupted_pass_ends_in_the_same_bytes(
     for part in ("transformer", "transformer_int4"):
         assert files(ws.out / part) == files(whole.out / part)
     assert {p.name for p in ws.out.iterdir()} == {p.name for p in whole.out.iterdir()}
+
+
+def test_a_killed_stage_finds_its_weights_after_earlier_stages_were_skipped(source: Path, tmp_path: Path) -> None:
+    """`compress` asks each stage again: those that are done must leave the mark of one that was killed at its end."""
+    ws = Workspace(tmp_path / "out", str(source))
+    compress(ws, BLOCK)
+    mark = ws.out / "transformer" / UNFINISHED
+    for inputs, stays in (("a later stage", True), (ws.manifest.stages["prune"]["inputs"], False)):
+        write_json(mark, {"inputs": inputs, "shards": 1})
+        assert not prune.run(ws)
+        assert mark.is_file() is stays
 
 
 def test_weights_of_other_parts_are_linked_and_what_people_edit_is_copied(
