@@ -24,7 +24,7 @@ def large_pages() -> None:
 
     Without it, quantising FLUX spent more time in page faults of 4 KB pages than in arithmetic. It also keeps tensors
     of 2 to 32 MB out of the heap, where they leave holes: an image of SD3.5 Large at 1024x1024, read block by block,
-    took 5 GB of it without, and 0.8 GB with. A value that the user has set is kept.
+    took 5 GB of it without, and 1 GB with. A value that the user has set is kept.
     """
     os.environ.setdefault(_LARGE_PAGES, "1")
 
