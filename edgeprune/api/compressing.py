@@ -230,6 +230,7 @@ def compress(
     if not is_begun(out):
         source, images = source_and_images(out, model, revision, generation, variant)
         rehearsed = stages.rehearse(source, images, chosen)
+        _check_memory(source, variant, chosen, rehearsed, compute)
         stages.need_room(Path(out), source, rehearsed, no_half=no_half)  # before the folder is created
     ws = open_folder(
         out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation, compute=compute
@@ -283,15 +284,12 @@ def forecast_compress(
         DiskError: the disk has too little room for what would be written.
     """
     chosen = _checked(model, out, options, revision, quick, no_half)
-    from edgeprune.residency.compute import Compute
     from edgeprune.stages.choice import rehearse_choice
-    from edgeprune.stages.compress import forecast, need_room, rehearse, runs_original
-    from edgeprune.stages.original import Original
+    from edgeprune.stages.compress import forecast, need_room, rehearse
 
     source, images = source_and_images(out, model, revision, generation, variant)
     rehearsed = rehearse(source, images, chosen)
-    if compute is not None and runs_original(chosen, rehearsed):
-        Original(source, variant, Compute.of(compute)).check_room()
+    _check_memory(source, variant, chosen, rehearsed, compute)
     if not is_begun(out):
         need_room(Path(out), source, rehearsed, no_half=no_half)
     scratch = next(place for place in (Path(out), *Path(out).resolve().parents) if place.is_dir())
@@ -301,6 +299,18 @@ def forecast_compress(
     choice, chosen = rehearse_choice(source, chosen, images, time_s, variant, compute, scratch, quick=quick)
     numbers = forecast(source, chosen, images, images=choice.images, steps=choice.image_steps, **given)
     return CompressForecast(**numbers, choice=asdict(choice))
+
+
+def _check_memory(
+    source: Path, variant: str | None, options: CompressOptions, plan: PrunePlan, compute: ComputeOptions | None
+) -> None:
+    """Refuse too little memory for the original, if a stage evaluates it."""
+    from edgeprune.residency.compute import Compute
+    from edgeprune.stages.compress import runs_original
+    from edgeprune.stages.original import Original
+
+    if compute is not None and runs_original(options, plan):
+        Original(source, variant, Compute.of(compute)).check_room()
 
 
 def _checked(

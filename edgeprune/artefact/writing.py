@@ -29,7 +29,7 @@ from edgeprune.common.tensors import Tensors
 from edgeprune.families import Config
 from edgeprune.families.encoders import read_index
 from edgeprune.residency.model_files import part_files, parts_of, weights_of, without_variant
-from edgeprune.residency.shards import ShardWriter, Speed, group_into_shards, has_mark
+from edgeprune.residency.shards import ShardWriter, Speed, group_into_shards, has_mark, mark_of
 from edgeprune.residency.weights import FILE, Weights
 
 
@@ -124,9 +124,9 @@ def remove_mark(folder: Path, subfolder: str, recorded: Collection[str] | None =
         recorded: digests of inputs; a mark that names others stays: a stage that was killed has not recorded it yet.
             None removes any.
     """
-    path = folder / subfolder / UNFINISHED
-    if path.is_file() and (recorded is None or read_json(path).get("inputs") in recorded):
-        path.unlink()
+    inputs = mark_of(folder / subfolder).get("inputs")
+    if recorded is None or inputs is None or inputs in recorded:
+        (folder / subfolder / UNFINISHED).unlink(missing_ok=True)
 
 
 def complete_tokenizer(folder: Path) -> None:

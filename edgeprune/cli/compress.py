@@ -182,7 +182,8 @@ def _show(done: api.Compressed, as_json: bool) -> None:
     """Show what is left of the model."""
     from edgeprune.report import make
 
-    rows = [*fit_rows(done.fit), *plan_rows(done.plan, done.options.plan.modulation_rank, done.removable)]
+    asked = done.options.plan
+    rows = [*fit_rows(done.fit), *plan_rows(done.plan, asked.modulation_rank, done.removable, asked.stand_in)]
     rows.append(("distillation", done.distillation))
     screen.table([*rows, *(make.summary_rows(done.report.to_json()) if done.report else [])])
     ran = f"done: {', '.join(done.ran)}" if done.ran else "nothing to do, all stages are done"

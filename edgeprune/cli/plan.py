@@ -82,13 +82,18 @@ def plan(
         plan_options, content = options.plan_options(DEFAULT, **chosen), read_json(config)
         made = api.plan_of_config(config, plan_options, scores=scores)
         removable = Removable.shown(family_of(content, str(config)), content, plan_options)
-        screen.table(plan_rows(made, made.modulation_rank, removable))
+        screen.table(plan_rows(made, made.modulation_rank, removable, plan_options.stand_in))
         return screen.print_json(made.to_json()) if as_json else None
     check_begun(out)
     compute = limits.compute_options(device, memory)
     start = api.preset("default", builtin=is_builtin(out))
     done = api.plan(out, options.plan_options(start.plan, **chosen), scores=scores, compute=compute, fresh=fresh)
-    screen.table([*fit_rows(done.fit), *plan_rows(done.plan, done.options.modulation_rank, done.removable)])
+    screen.table(
+        [
+            *fit_rows(done.fit),
+            *plan_rows(done.plan, done.options.modulation_rank, done.removable, done.options.stand_in),
+        ]
+    )
     screen.say(f"next: edgeprune prune -o {screen.quoted(out)}")
     if as_json:
         screen.print_json(done.to_json())
@@ -111,12 +116,15 @@ def fit_rows(fit: Fit | None) -> list[tuple[str, str]]:
     return [(name, f"{value / 1e9:,.3f} GB") for name, value in rows]
 
 
-def plan_rows(plan: PrunePlan, asked_rank: int | str | None, removable: str = "") -> list[tuple[str, str]]:
+def plan_rows(
+    plan: PrunePlan, asked_rank: int | str | None, removable: str = "", stand_in: int | str | None = None
+) -> list[tuple[str, str]]:
     """Return rows that show what a plan removes and what stays.
 
     Args:
         asked_rank: the modulation rank that was asked for; None where no model was there to measure it on.
         removable: which blocks could go, see `Removable.shown`; empty to leave that out.
+        stand_in: what was asked for, see `PlanOptions`.
     """
     removed = ", ".join(map(str, plan.blocks)) or "none"
     parts = ", ".join(f"{b}:{c}" for b, c in plan.components)
@@ -128,7 +136,7 @@ def plan_rows(plan: PrunePlan, asked_rank: int | str | None, removable: str = ""
         *([("blocks that may go", removable)] if removable else []),
         *([("components removed", parts)] if parts else []),
         *([("modulation rank", rank)] if rank else []),
-        *([("stand-ins", _stand_ins_shown(plan))] if plan.stand_ins else []),
+        *([("stand-ins", _stand_ins_shown(plan))] if plan.stand_ins or stand_in is not None else []),
         ("parameters", f"{before.parameters / 1e6:,.1f} M -> {after.parameters / 1e6:,.1f} M ({share:.1%})"),
         ("bf16", f"{before.bf16_bytes / 1e6:,.1f} MB -> {after.bf16_bytes / 1e6:,.1f} MB"),
         ("INT4", f"{after.int4_bytes / 1e6:,.1f} MB ({after.int4_bytes / before.bf16_bytes:.1%} of bf16)"),
@@ -137,6 +145,8 @@ def plan_rows(plan: PrunePlan, asked_rank: int | str | None, removable: str = ""
 
 def _stand_ins_shown(plan: PrunePlan) -> str:
     """Return which removed runs have stand-ins."""
+    if not plan.stand_ins:
+        return "none: no block that stays follows a removed one"
     before = ", ".join(str(plan.kept[new]) for new in plan.stand_ins)
     return f"rank {plan.stand_in_rank}, before block{'s' * (len(plan.stand_ins) > 1)} {before}"
 

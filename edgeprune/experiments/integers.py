@@ -7,7 +7,6 @@ Nothing is removed and nothing trained, so that all of the error is that of the 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from edgeprune.common.files import read_json, write_json
 from edgeprune.common.intervals import mean_interval
 from edgeprune.common.tables import duration, interval_text, markdown_table
 from edgeprune.experiments.held_out import Held
-from edgeprune.experiments.pages import insert
+from edgeprune.experiments.pages import command
 from edgeprune.planning.options import PlanOptions
 from edgeprune.quantization.quantize import CALIBRATIONS
 from edgeprune.stages import plan, prune, quantize
@@ -84,17 +83,5 @@ def table(found: list[dict[str, Any]]) -> str:
     return markdown_table(head, rows)
 
 
-def main() -> None:
-    """Read the command line, measure, and print or write the table."""
-    parser = argparse.ArgumentParser(prog="python -m edgeprune.experiments.integers", description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, default=Path("build/integers"))
-    parser.add_argument("--write", type=Path, help="a page whose table to replace")
-    args = parser.parse_args()
-    text = table(measure(args.out))
-    if args.write:
-        insert(args.write, text)
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    command("integers", __doc__, lambda out: table(measure(out)))

@@ -7,7 +7,6 @@ Nothing is trained. An interrupted run resumes.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from edgeprune.common.intervals import mean_interval
 from edgeprune.common.progress import silent
 from edgeprune.common.tables import interval_text, markdown_table
 from edgeprune.experiments.held_out import Held
-from edgeprune.experiments.pages import insert
+from edgeprune.experiments.pages import command
 from edgeprune.planning.options import QUARTER, PlanOptions
 from edgeprune.stages import plan, prune, quantize, stand_ins
 from edgeprune.stages.options import QuantizeOptions
@@ -29,10 +28,13 @@ from edgeprune.stages.weights import original_weights
 from edgeprune.stages.workspace import Workspace
 
 PER_TASK = 10
+"""Held-out captions of each task."""
 WIDTH = 128
 """Of the built-in model: maps of this rank have no limit."""
 FEW = 4
+"""Captions that are too few."""
 REMOVED = ("7,8,11", "11", "5,6")
+"""Blocks; the first row is measured in more ways."""
 
 
 @dataclass(frozen=True)
@@ -114,17 +116,5 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return markdown_table(head, lines)
 
 
-def main() -> None:
-    """Read the command line, measure, and print or write the table."""
-    parser = argparse.ArgumentParser(prog="python -m edgeprune.experiments.stand_ins", description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, default=Path("build/stand-ins"))
-    parser.add_argument("--write", type=Path, help="a page whose table to replace")
-    args = parser.parse_args()
-    text = table(measure(args.out))
-    if args.write:
-        insert(args.write, text)
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    command("stand_ins", __doc__, lambda out: table(measure(out)))

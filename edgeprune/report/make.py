@@ -131,7 +131,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         (
             f"one step in torch, {summary.get('step_dtype', 'fp32')}, without INT4",
             f"{with_unit('_s', summary['original_step_s'])} -> {with_unit('_s', summary['pruned_step_s'])} "
-            f"(ratio by pairs {ratio_text(summary['step_ratio'], summary.get('step_ratio_quartiles'))})",
+            f"(median of pairs {ratio_text(summary['step_ratio'], summary.get('step_ratio_quartiles'))})",
         ),
         ("PSNR to the original's images", f"{summary['psnr_db']:.1f} dB, {summary['images']} images at equal seeds"),
     ]

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import UNFINISHED, read_json, write_json
@@ -94,10 +95,15 @@ class ShardWriter:
 
 def has_mark(folder: Path, inputs: str, count: int) -> bool:
     """Return True if a folder's mark names these inputs and this number of shards, finished or not."""
+    return mark_of(folder) == {"inputs": inputs, "shards": count}
+
+
+def mark_of(folder: Path) -> dict[str, Any]:
+    """Return what a folder's mark says; empty without one, and if it is damaged."""
     try:
-        return read_json(folder / UNFINISHED) == {"inputs": inputs, "shards": count}
+        return read_json(folder / UNFINISHED)
     except InputError:
-        return False
+        return {}
 
 
 def group_into_shards(sizes: Sequence[int]) -> list[list[int]]:

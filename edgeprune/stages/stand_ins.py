@@ -42,10 +42,9 @@ from edgeprune.stages.workspace import Workspace
 
 RIDGE = 0.01
 """Share of its own variance that is added to each channel's: a map must not depend on what it has hardly seen."""
-
-
 PROMPTS = 28
-"""Prompts that maps are fitted on, unless the user gives some. Fewer make the built-in model worse than no maps."""
+"""Prompts that maps are fitted on, unless the user gives some. With four, the built-in model draws worse than without
+maps (docs/stand-ins.md)."""
 LARGE_STATES = 2
 """States of each for a large model, of which each token is a sample."""
 
@@ -60,13 +59,13 @@ class Regression:
         self.cross = torch.zeros(d, d, dtype=torch.float64)
 
     def add(self, stream: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Take in a stream (B, N, D), and what the map should make of it."""
+        """Take in a stream (B, N, D) on the processor, and what the map should make of it."""
         x = stream.flatten(0, 1).double()
         y = wanted.flatten(0, 1).double() - x
         self.count += len(x)
-        self.sums += torch.stack([x.sum(0), y.sum(0)]).cpu()
-        self.inner += (x.T @ x).cpu()
-        self.cross += (x.T @ y).cpu()
+        self.sums += torch.stack([x.sum(0), y.sum(0)])
+        self.inner += x.T @ x
+        self.cross += x.T @ y
 
     def solve(self, rank: int) -> Tensors:
         """Return the tensors of a `StandIn` of this rank, in float32.
@@ -194,8 +193,10 @@ def states_of_each(subject: Subject) -> int | None:
 
 
 def beside_bytes(ws: Workspace, plan: PrunePlan) -> int:
-    """Return the bytes that fitting takes beside a block that runs: what is outside the shorter model's blocks, the
-    moments of two streams, and solving for a map, which takes six matrices more."""
+    """Return the bytes that fitting takes beside a block that runs.
+
+    They are what is outside the shorter model's blocks, the moments of two streams, and six matrices more for solving.
+    """
     outside = sum(
         math.prod(shape) for name, shape in ws.family.tensor_shapes(ws.config).items() if not ws.family.in_block(name)
     )

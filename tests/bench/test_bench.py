@@ -354,3 +354,6 @@ def test_memory_of_a_process_and_of_a_gpu_have_no_ratio() -> None:
 
 def test_an_assertion_may_name_a_variant_of_several_folders() -> None:
     assert parse_expression("out/a.onnx:ort.step_p50_s<=1") == ("out/a.onnx:ort.step_p50_s", "<=", 1.0)
+    for text in ("step_p50_s<=1", "small.speed<=1"):  # refused before anything is measured
+        with pytest.raises(InputError, match="unknown, expected"):
+            parse_expression(text)

@@ -139,6 +139,8 @@ def test_a_killed_stage_finds_its_weights_after_earlier_stages_were_skipped(sour
         write_json(mark, {"inputs": inputs, "shards": 1})
         assert not prune.run(ws)
         assert mark.is_file() is stays
+    mark.write_text("{")  # damaged: it tells nothing
+    assert not prune.run(ws) and not mark.exists()
 
 
 def test_weights_of_other_parts_are_linked_and_what_people_edit_is_copied(

@@ -224,6 +224,16 @@ def test_a_killed_report_goes_on_with_the_step(source: Path, tmp_path: Path, mon
     assert all((images[name] == whole[name]).all() for name in whole)
 
 
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_too_little_memory_is_refused_before_the_folder_is_made(dry: list[str], source: Path, tmp_path: Path) -> None:
+    words = ["compress", str(source), "-o", str(tmp_path / "out"), "--memory", "1MB", *dry]
+    found = CliRunner().invoke(app, words)
+    assert isinstance(found.exception, InputError) and "--memory: found 0.00 GB, expected at least" in str(
+        found.exception
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_image_gets_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a second transformer are freed for its images, too; all images of a pipeline are made alike."""
     ws, freed = opened(tmp_path / "out", source, monkeypatch, little=True), list[object]()

@@ -21,6 +21,7 @@ from edgeprune.api import preset
 from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.surgery import prune, structure
 from edgeprune.cli import app
+from edgeprune.cli.plan import plan_rows
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
 from edgeprune.export import to_onnx
@@ -34,7 +35,7 @@ from edgeprune.sampling.denoising import model_inputs
 from edgeprune.stages import plan as planning
 from edgeprune.stages import prune as pruning
 from edgeprune.stages import quantize, stand_ins
-from edgeprune.stages.choice import Choice
+from edgeprune.stages.choice import MOVES, NO_SCORES, Choice
 from edgeprune.stages.compress import runs_original, works
 from edgeprune.stages.options import CompressOptions, QuantizeOptions
 from edgeprune.stages.stand_ins import Regression
@@ -133,9 +134,8 @@ def test_the_maps_run_before_the_block(kind: str) -> None:
     family.blocks(plain)[1].register_forward_pre_hook(moved, with_kwargs=True)
     expected = tiny_velocity(plain)
     assert (tiny_velocity(short) - expected).abs().max() <= 1e-6
-    assert (
-        tiny_velocity(prune(family, model, config, replace(plan, stand_in_rank=None), None)) - expected
-    ).abs().max() > 1e-3
+    cut = prune(family, model, config, replace(plan, stand_in_rank=None), None)
+    assert (tiny_velocity(cut) - expected).abs().max() > 1e-3
     # In pieces, as large models run.
     latents, condition, sigma, guidance = tiny_step()
     with torch.no_grad():
@@ -319,6 +319,7 @@ def test_a_killed_run_finds_what_it_had_found(artefact: Path, tmp_path: Path, mo
 
 
 def test_time_gives_them_up_last(artefact: Path) -> None:
+    assert MOVES[-2:] == (("stand_ins", 0), NO_SCORES)
     ws = Workspace(artefact, None, model_given=False)
     options = CompressOptions(plan=PlanOptions("manual", blocks="1-2", stand_in="quarter"), distill=None)
     choice = Choice(60, "", 60, "gates", 0, 6, 0, 0, 0, 1, 4, stand_ins=1)
@@ -332,25 +333,15 @@ def test_time_gives_them_up_last(artefact: Path) -> None:
     assert not runs_original(without, replace(ws.plan(), stand_in_rank=None))
 
 
+@pytest.mark.parametrize("artefact", ["flux"], indirect=True)  # as the file
 def test_a_merged_lora_keeps_them(artefact: Path, tmp_path: Path) -> None:
-    if "flux" not in str(artefact):
-        pytest.skip("the file is one of FLUX")
     save_file(pair("lora_unet_double_blocks_0_img_attn_qkv", 192, 64), tmp_path / "style.safetensors")
-    words = [
-        "lora",
-        str(tmp_path / "style.safetensors"),
-        "--model",
-        str(artefact),
-        "--merge",
-        "-o",
-        str(tmp_path / "merged"),
-    ]
-    found = CliRunner().invoke(app, words)
+    words = f"lora {tmp_path}/style.safetensors --model {artefact} --merge -o {tmp_path}/merged"
+    found = CliRunner().invoke(app, words.split())
     assert found.exit_code == 0, found.output
     assert (tmp_path / "merged" / STAND_INS).read_bytes() == (artefact / STAND_INS).read_bytes()
-    assert {f.check for f in api.verify(tmp_path / "merged").findings if f.verdict == "fail"} == {
-        "vae"
-    }  # its is random
+    failed = {f.check for f in api.verify(tmp_path / "merged").findings if f.verdict == "fail"}
+    assert failed == {"vae"}  # whose weights are random
 
 
 def test_training_goes_on_from_them(artefact: Path, tmp_path: Path) -> None:
@@ -361,6 +352,14 @@ def test_training_goes_on_from_them(artefact: Path, tmp_path: Path) -> None:
     before, after = (load_transformer(some, quantized=False).state_dict() for some in (artefact, folder))
     name = next(n for n in before if ".stand_in." in n)
     assert not torch.equal(before[name], after[name]) and (before[name] - after[name]).abs().max() < 0.1
+
+
+def test_a_plan_says_where_nothing_stands_in() -> None:
+    family, config = family_of(config_of(KINDS["sd3"]())), config_of(KINDS["sd3"]())
+    for blocks, said in (("1-2", "rank 16, before block 3"), ("", "none: no block that stays follows a removed one")):
+        plan = make_plan(family, config, None, method="manual", blocks=blocks, stand_in="quarter")
+        assert dict(plan_rows(plan, None, "", "quarter"))["stand-ins"] == said
+        assert ("stand-ins" in dict(plan_rows(plan, None))) is bool(blocks)
 
 
 def test_streams_that_are_not_finite_are_refused() -> None:

@@ -14,6 +14,7 @@ from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.sampling.denoising import encode_prompts
 from edgeprune.stages import analyze, distill
 from edgeprune.stages.compress import compress
+from edgeprune.stages.differences import differences
 from edgeprune.stages.options import DataOptions
 from edgeprune.stages.prompts import analysis_prompts
 from edgeprune.stages.workspace import Workspace
@@ -108,3 +109,17 @@ def test_a_plan_reads_no_transformer(source: Path, tmp_path: Path) -> None:
     assert ws.pipe.transformer is ws.teacher and ws.encoders.transformer is embedder
     ws.original.release()
     assert not ws.original.loaded
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({"count": 28}, {"count": 7}, "count=28, not 7"),
+        ({"options": {"steps": 3}}, {"options": {"steps": 4}}, "options.steps=3, not 4"),
+        ({"prompts": ["a" * 50]}, {"prompts": ["b"]}, "another prompts"),
+        ({"a": 1}, {"a": 2, "b": 3, "c": 4, "d": 5}, "a=1, not 2; b=None, not 3; c=None, not 4 and 1 more"),
+        ({"sizes": [1, 2]}, {"sizes": (1, 2)}, "another model, or after other stages"),
+    ],
+)
+def test_what_differs_is_named(before: dict[str, object], now: dict[str, object], said: str) -> None:
+    assert differences(before, now) == said
