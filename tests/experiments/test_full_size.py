@@ -16,9 +16,10 @@ from edgeprune.experiments.full_size import forecast, measuring, recording, resu
 from edgeprune.experiments.full_size.forecast import Speeds, Work
 from edgeprune.experiments.full_size.measuring import Stage
 from edgeprune.experiments.full_size.recording import Recorder
-from edgeprune.experiments.full_size.rows import rows
+from edgeprune.experiments.full_size.rows import rows, whole
 from edgeprune.experiments.full_size.rows.row import Row
 from edgeprune.families import published
+from edgeprune.sampling.generation import latent_factor
 
 DOCS = Path(__file__).parents[2] / "docs"
 FAST = Speeds(drawn=1e8, moved=1e9, rounded=1e8, flops=1e12, large_flops=4e12)
@@ -79,6 +80,32 @@ def test_a_row_that_is_too_long_or_too_large_is_refused(tmp_path: Path) -> None:
 def test_speeds_are_measured(tmp_path: Path) -> None:
     speeds = Speeds.measure(tmp_path)
     assert all(value > 1e5 for value in vars(speeds).values()) and not list(tmp_path.iterdir())
+
+
+def test_the_row_of_gates_is_compared_with_its_blocks_own_time(
+    tiny_folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny").symlink_to(tiny_folders[0])
+    seen = []
+
+    def run(*arguments: str, so_far: Any, caches: None) -> Stage:
+        so_far(stage := Stage(1000.0, 10))
+        return stage
+
+    def timed(family: Any, model: Any, one: Any) -> float:
+        seen.append(one)
+        return 2.0
+
+    monkeypatch.setattr(recording, "run", run)
+    monkeypatch.setattr(whole, "block_by_block_s", timed)
+    recorder, model = Recorder(tmp_path, "r"), whole._Model("tiny", "", 0, 0, 0, per_step=2, blocks="")
+    whole._gates(model, recorder)
+    (latents, *_), *others = seen
+    assert recorder.stages["gates: analyze"]["said"] == (
+        "28 evaluations, a gradient counted as two; one takes 2.0 s by its blocks' own time, so all is 17.86 times that"
+    )
+    factor = latent_factor(read_json(tiny_folders[0] / "vae" / "config.json"), "")
+    assert latents.shape[-2:] == (512 // factor, 512 // factor) and not others
 
 
 # ------------------------------------------------------------------------------------- measuring

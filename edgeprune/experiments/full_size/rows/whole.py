@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edgeprune.artefact.resolve import read_original
+from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.splits import Split
 from edgeprune.experiments.full_size.forecast import Work
 from edgeprune.experiments.full_size.recording import Recorder
 from edgeprune.experiments.full_size.rows.row import Row
 from edgeprune.metrics.velocity import STATES
+from edgeprune.residency.compute import Compute
+from edgeprune.residency.running import running
+from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import prompts as captions
+from edgeprune.stages.costs import sample
+from edgeprune.stages.original import Original
 from edgeprune.stages.stand_ins import LARGE_STATES
-from edgeprune.stages.work import CALIBRATED
+from edgeprune.stages.work import CALIBRATED, block_by_block_s
 
 
 @dataclass(frozen=True)
@@ -89,10 +96,9 @@ def rows() -> Iterator[Row]:
                 f"{name}{m.suffix}", f"{m.name} less 8 blocks: {what} of one step at 1024x1024, in 6 GB", drawing,
                 int(0.5 * m.weights), functools.partial(measure, m), needs=(f"synth{m.suffix}",),
             )  # fmt: skip
-        evaluations = STATES * (m.per_step + 3) - m.per_step
         yield Row(
             f"analyze-gates{m.suffix}", f"{m.name}: scores of all blocks by gradients at 512x512, in 3 GB",
-            Work(moved=2 * everything, large_flops=evaluations * m.flops), 2 * 10**10, functools.partial(_gates, m),
+            Work(moved=2 * everything, large_flops=_evaluations(m) * m.flops), 2 * 10**10, functools.partial(_gates, m),
             needs=(f"synth{m.suffix}",),
         )  # fmt: skip
 
@@ -157,9 +163,28 @@ def _one_step(model: _Model, label: str, recorder: Recorder) -> Path:
     return out
 
 
+def _evaluations(model: _Model) -> int:
+    """Return the evaluations of gates on one prompt: the trajectory, and forward, forward again and backward."""
+    return STATES * (model.per_step + 3) - model.per_step
+
+
 def _gates(model: _Model, recorder: Recorder) -> None:
     label = f"gates{model.suffix}"
-    source, out = recorder.out / model.name, recorder.out / label
+    source, out, name = recorder.out / model.name, recorder.out / label, f"{label}: analyze"
     options = ("--estimator", "gates", "--count", "1", "--only-blocks", "--yes", *_MEDIUM, *_LITTLE)
-    recorder.stage(f"{label}: analyze", "analyze", str(source), "-o", str(out), *options, makes=out)
+    recorder.stage(name, "analyze", str(source), "-o", str(out), *options, makes=out)
+    recorder.remark(name, lambda: _beside_blocks(source, recorder.stages[name]["seconds"], _evaluations(model)))
     recorder.remove(label)
+
+
+def _beside_blocks(source: Path, seconds: float, evaluations: int) -> str:
+    """Say how a command's time compares with that of its evaluations, of which a block of each kind is timed now."""
+    config, family = read_original(source)
+    generation = replace(Generation.load(source), height=512, width=512)
+    place = Compute.of(ComputeOptions(memory=3 * 10**9))
+    transformer = running(Original(source, compute=place).stored, place, keep=False)
+    one = block_by_block_s(family, transformer, sample(family, config, source, generation))
+    return (
+        f"{evaluations} evaluations, a gradient counted as two; one takes {one:.1f} s by its blocks' own time, so all "
+        f"is {seconds / (evaluations * one):.2f} times that"
+    )
