@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from edgeprune.data.pairs import Pairs, Samples
 from edgeprune.families import family_of, family_of_model
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.sampling.denoising import model_inputs, velocity
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.training.recipe import DistillOptions, Recipe
+from edgeprune.training.states import StateBatch
+from edgeprune.training.whole import Noisy, noisy
 
 
 def recipe(options: DistillOptions) -> Recipe:
@@ -47,3 +51,30 @@ def setup(kind: str = "sd3") -> tuple[Any, Any, Any, PrunePlan, ContributionRepo
         torch.randn(4, TOKENS, width, generator=g), torch.randn(4, width, generator=g),
     )  # fmt: skip
     return family, teacher, student, plan, report, Pairs([samples])
+
+
+def streams_before(family: Any, model: Any, first: int, batch: Noisy, guidance: float) -> dict[str, Any]:
+    """Return what `StateBatch` holds of a batch before a block of a model."""
+    with torch.no_grad():
+        inputs = model_inputs(model, batch.latents, batch.condition, batch.sigma, guidance)
+        image, text, modulation = family.embed(model, inputs)
+        positions = family.positions(model, inputs)
+        for block in family.blocks(model)[:first]:
+            image, after = family.run(block, image, text, modulation, positions)
+            text = text if after is None else after
+    return {
+        "streams": {"image": image, "text": text}, "modulation": modulation, "positions": tuple(positions),
+        "grid": tuple(family.grid(model, inputs)),
+    }  # fmt: skip
+
+
+def states(teacher: Any, plan: PrunePlan, pairs: Pairs, options: DistillOptions, guidance: float) -> StateBatch:
+    """Return states for a student whose prefix is the teacher's own."""
+    family = family_of_model(teacher)
+    drawn = noisy(pairs, replace(options, batch=16), recipe(options), schedule(teacher), 0)
+    with torch.no_grad():
+        answer = velocity(teacher, drawn.latents, drawn.condition, drawn.sigma, guidance)
+    return StateBatch(
+        velocity=answer, target=drawn.velocity,
+        **streams_before(family, teacher, plan.first_pruned, drawn, guidance),
+    )  # fmt: skip

@@ -41,7 +41,7 @@ from edgeprune.stages import analyze, distill, plan, prune, quantize
 from edgeprune.stages.options import AnalyzeOptions, DataOptions, QuantizeOptions
 from edgeprune.stages.original import load_encoders
 from edgeprune.stages.workspace import Workspace
-from edgeprune.training import distill as training
+from edgeprune.training import whole
 from edgeprune.training.recipe import DistillOptions
 
 STAGES = ("analyze", "distill", "quantize", "export", "cache")
@@ -96,7 +96,7 @@ def run_stage(stage: str, source: Path, folder: Path) -> None:
     encode.save_tensors = noted(  # type: ignore[attr-defined]
         encode.save_tensors, lambda path, *_: ("encoded", path.parent.name, path.name)
     )
-    distill.distill = functools.partial(training.distill, save_every=SAVE_EVERY)  # type: ignore[attr-defined]
+    distill.distill = functools.partial(whole.distill, save_every=SAVE_EVERY)  # type: ignore[attr-defined]
     if stage == "cache":
         generation, options = Generation.load(source), CacheOptions("shapes", 9)
         identity = settings_of(source, generation, options)

@@ -20,16 +20,19 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from distilling import recipe, schedule, setup
+from distilling import recipe, schedule, setup, states
 
 from edgeprune.common import processes
 from edgeprune.common.errors import EdgepruneError
+from edgeprune.common.tensors import save_tensors
 from edgeprune.stages.analyze import run as run_analyze
 from edgeprune.stages.options import AnalyzeOptions
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training import distill as training
-from edgeprune.training.recipe import DistillOptions, Placement
+from edgeprune.training import tail, whole
+from edgeprune.training.recipe import DistillOptions, Placement, parameter_groups
 from edgeprune.training.resume import local, save_state
+from edgeprune.training.states import States, file_tensors
 from edgeprune.training.teaching import lower
 from edgeprune.training.zero import shard_of
 
@@ -52,6 +55,7 @@ def train(
     spoil: int | None = None,
     accumulate: int = 1,
     offload: bool = False,
+    from_states: bool = False,
     **options: Any,
 ) -> None:
     """Distil the tiny model of test_distill; write losses and weights to NAME.json and NAME.safetensors.
@@ -82,11 +86,23 @@ def train(
 
     training.save_state = save
     try:
-        weights, losses = training.distill(
-            family, teacher, student, plan, report, pairs, chosen, recipe(chosen), schedule(teacher),
-            folder / f"{name}.state", inputs_digest="x",
-            placement=Placement(accumulate, offload), save_every=2, progress=progress,
-        )  # fmt: skip
+        where, path = Placement(accumulate, offload), folder / f"{name}.state"
+        if from_states:
+            file = folder / f"{name}-states.safetensors"
+            with processes.main_first():
+                if processes.is_main():
+                    save_tensors(file, file_tensors(states(teacher, plan, pairs, chosen, 1.0)))
+            tail.cut(family, student, plan.first_pruned)
+            lesson = tail.TailLesson(family, student, plan, States([file]), chosen, recipe(chosen))
+            groups = parameter_groups(family, student, plan, report, recipe(chosen), chosen.rate)
+            weights, losses = training.train(
+                lesson, groups, chosen, path, inputs_digest="x", placement=where, save_every=2, progress=progress,
+            )  # fmt: skip
+        else:
+            weights, losses = whole.distill(
+                family, teacher, student, plan, report, pairs, chosen, recipe(chosen), schedule(teacher), path,
+                inputs_digest="x", placement=where, save_every=2, progress=progress,
+            )  # fmt: skip
     except Killed:
         return
     except EdgepruneError as error:
@@ -161,10 +177,12 @@ def main(folder: Path) -> None:
     train(folder, "resumed", until=3)
     train(folder, "resumed")
     train(folder, "taken_over")  # from a state that one process saved
+    train(folder, "tail", from_states=True)
     os.environ |= FSDP2
     AcceleratorState._reset_state()
     train(folder, "sharded")
     train(folder, "sharded_prefix", int4_group_size=None)
+    train(folder, "sharded_tail", from_states=True)
     train(folder, "sharded_fresh_blocks", freeze_prefix=False)
     train(folder, "sharded_accumulated", accumulate=2)
     train(folder, "sharded_int8", teacher_precision="int8", gradient_checkpointing=True)

@@ -12,6 +12,7 @@ import typer
 from edgeprune import api
 from edgeprune.api.folders import check_places, check_prompts, is_builtin
 from edgeprune.cli import choices, limits, options, screen
+from edgeprune.cli.distill import GradientCheckpointing, MixedPrecision
 from edgeprune.cli.plan import fit_rows, plan_rows
 from edgeprune.common.errors import InputError
 from edgeprune.common.tables import parse_duration
@@ -32,6 +33,16 @@ Steps = Annotated[
         rich_help_panel=options.TRAINING,
     ),
 ]
+
+
+TrainStates = Annotated[
+    int | None,
+    typer.Option(
+        "--train-states", min=0, rich_help_panel=options.TRAINING,
+        help="`distill --states`: train only what follows the frozen prefix, from so many cached states.",
+        show_default="for large models a quarter of the samples trained on; 0 for small ones",
+    ),
+]  # fmt: skip
 
 
 def compress(
@@ -59,6 +70,9 @@ def compress(
     components: options.Components = "",
     steps: Steps = None,
     data: options.DataSource = None,
+    train_states: TrainStates = None,
+    mixed_precision: MixedPrecision = None,
+    gradient_checkpointing: GradientCheckpointing = False,
     metric: options.Metric = "velocity",
     weights: options.MetricWeights = None,
     prompts: options.Prompts = None,
@@ -97,6 +111,10 @@ def compress(
         start, plan, steps=steps, metric=metric, prompts=prompts, weights=weights or [],
         count=count, states=states, estimator=estimator, group_size=group_size, calibration=calibration,
         calibration_count=calibration_count,
+        training={
+            "states": train_states, "mixed_precision": mixed_precision,
+            "gradient_checkpointing": gradient_checkpointing or None,
+        },
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
     if dry_run:
@@ -144,18 +162,23 @@ def _merged(
     group_size: int,
     calibration: str,
     calibration_count: int | None,
+    training: dict[str, Any],
 ) -> CompressOptions:
     """Return the preset's options with the user's on top."""
     from edgeprune.metrics import parse_weights
     from edgeprune.stages.options import GIVE_DATA
 
-    training = start.distill
-    if steps and training is None:
+    distill, wanted = start.distill, options.given(**training)
+    if steps and distill is None:
         raise InputError(f"--steps {steps}: there is no data to train on; {GIVE_DATA}")
-    if steps is not None and training is not None:
-        training = replace(training, steps=steps) if steps else None
-    if training is not None:
-        training = replace(training, int4_group_size=group_size)
+    if steps is not None and distill is not None:
+        distill = replace(distill, steps=steps) if steps else None
+    if distill is not None:
+        distill = replace(distill, int4_group_size=group_size, **wanted)
+    elif wanted:
+        names = {"states": "train-states"}
+        option = next(names.get(name, name) for name in wanted).replace("_", "-")
+        raise InputError(f"--{option}: nothing is trained; {'omit it' if steps == 0 else GIVE_DATA}")
     return replace(
         start,
         analyze=replace(
@@ -167,7 +190,7 @@ def _merged(
             **options.given(count=count, estimator=estimator),
         ),
         plan=plan,
-        distill=training,
+        distill=distill,
         quantize=replace(
             start.quantize,
             group_size=group_size,

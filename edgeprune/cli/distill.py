@@ -80,7 +80,8 @@ MixedPrecision = Annotated[
     str | None,
     choices.choice(
         names=lambda: options.MIXED_PRECISIONS, help="Number format of the student's computation.",
-        show_default="that of accelerate's config, else no", rich_help_panel=limits.MEMORY,
+        show_default="accelerate's config; else bf16 for a large model where the device multiplies that, else no",
+        rich_help_panel=limits.MEMORY,
     ),
 ]  # fmt: skip
 GradientCheckpointing = Annotated[
@@ -173,6 +174,32 @@ DropCaptions = Annotated[
 ]  # fmt: skip
 
 
+States = Annotated[
+    int | None,
+    typer.Option(
+        min=0, rich_help_panel=options.TRAINING,
+        help="Train only what follows the frozen prefix, from so many cached states; 0 runs both models in every step.",
+        show_default="for large models a quarter of the samples trained on; 0 for small ones",
+    ),
+]  # fmt: skip
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        min=1, rich_help_panel=options.TRAINING,
+        help="Make the states anew so many times, in parts of the training: those of one part are on the disk.",
+        show_default="1; with the default of --states one for 2,048 states",
+    ),
+]  # fmt: skip
+PrefixCalibration = Annotated[
+    str | None,
+    choices.choice(
+        names=lambda: options.PREFIX_CALIBRATIONS, rich_help_panel=options.TRAINING,
+        help="How the INT4 integers of the frozen prefix are chosen, before states are made through it.",
+        show_default="none",
+    ),
+]  # fmt: skip
+
+
 def distill(
     out: options.BegunFolder = Path("compressed"),
     dry_run: Annotated[
@@ -188,6 +215,9 @@ def distill(
     schedule: Schedule = None,
     ema: Ema = None,
     seed: Seed = 0,
+    states: States = None,
+    rounds: Rounds = None,
+    prefix_calibration: PrefixCalibration = None,
     quantize_aware: QuantizeAware = True,
     group_size: GroupSize = 64,
     mixed_precision: MixedPrecision = None,
@@ -231,9 +261,10 @@ def distill(
         sensitivity=sensitivity, freeze_prefix=freeze_prefix, features=features,
         lambda_task=lambda_task, lambda_output=lambda_output, lambda_feature=lambda_feature,
         levels=levels, drop_captions=drop_captions,
-        mixed_precision=mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        mixed_precision=mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"),
         teacher_precision=teacher_precision, gradient_checkpointing=gradient_checkpointing,
-        int4_group_size=group_size if quantize_aware else None, seed=seed,
+        int4_group_size=group_size if quantize_aware else None, seed=seed, states=states, rounds=rounds,
+        prefix_calibration=prefix_calibration,
     )  # fmt: skip
     placement = api.Placement(accumulate=accumulate, teacher_offload=teacher_offload)
     if dry_run:

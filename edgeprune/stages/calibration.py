@@ -22,7 +22,7 @@ from edgeprune.families.joint import width
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.spill import Spill
-from edgeprune.residency.stored import CPU
+from edgeprune.residency.stored import CPU, StoredTransformer
 from edgeprune.sampling.denoising import model_inputs
 from edgeprune.stages.modulation import is_guided
 from edgeprune.stages.options import seen
@@ -45,11 +45,12 @@ class Streams:
     ) -> None:
         self.family, self.spill, self.device, self.batches = family, spill, device, 0
         self.positions: Sequence[torch.Tensor] = ()
+        self.grid: tuple[Any, ...] = ()
         with torch.no_grad():
             for one in inputs:
                 image, text, modulation = family.embed(model, one)
-                if not self.batches:
-                    self.positions = family.positions(model, one)  # depend on sizes alone
+                if not self.batches:  # they depend on sizes alone
+                    self.positions, self.grid = family.positions(model, one), family.grid(model, one)
                 spill.put(str(self.batches), {"image": image, "text": text, "modulation": modulation})
                 self.batches += 1
 
@@ -82,9 +83,55 @@ class Streams:
         for key in map(str, range(self.batches)):
             self.spill.put(key, change(self.spill.get(key)))
 
+    @torch.no_grad()
+    def velocities(self, model: Any, shape: Sequence[int]) -> torch.Tensor:
+        """Return the velocities of all samples (S, C, h, w) after the last block.
+
+        Args:
+            model: its tensors outside the blocks have their numbers, on the processor.
+            shape: of one sample's latents (C, h, w).
+        """
+        found = []
+        for one in self.all():
+            output = self.family.unembed(model, one["image"], one["modulation"], self.grid)
+            found.append(self.family.velocity(model.config, output, (len(one["image"]), *shape)))
+        return torch.cat(found)
+
     def close(self) -> None:
         """Free memory and disk."""
         self.spill.clear()
+
+
+class Side:
+    """Samples on their way through one of several transformers, of which one block each is in memory.
+
+    Args:
+        stored: the transformer; what is outside its blocks is read at once.
+        dtype: to compute in.
+        streams: makes the samples' streams before its first block.
+    """
+
+    def __init__(
+        self, stored: StoredTransformer, dtype: torch.dtype, streams: Callable[[StoredTransformer], Streams]
+    ) -> None:
+        self.stored, self.dtype = stored, dtype
+        stored.fill(stored.names(None), dtype)
+        self.streams = streams(stored)
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.streams.close()
+
+    def advance(self, index: int) -> None:
+        """Send all samples through a block. The system reads the next one meanwhile."""
+        blocks = self.stored.family.blocks(self.stored.model)
+        self.stored.fill(self.stored.names(index), self.dtype)
+        if index + 1 < len(blocks):
+            self.stored.weights.ahead(self.stored.names(index + 1))
+        self.streams.run(blocks[index], advance=True)
+        self.stored.drop(index)
 
 
 def calibration_states(
@@ -125,15 +172,30 @@ def streams_before(ws: Workspace, states: VelocityError, model: Any, name: str =
             for text in (condition, states.empty[[0] * len(latents)]) if is_guided(ws) else (condition,):
                 yield model_inputs(model, latents, text, states.sigmas[rows], states.guidance)
 
+    samples = len(states.states) * (2 if is_guided(ws) else 1)
+    shape, text = tuple(states.states.shape[1:]), states.condition.hidden.shape[1]
+    return streams_of(ws, model, inputs(), samples * stream_bytes(ws.family, ws.config, shape, text), name, share)
+
+
+def streams_of(
+    ws: Workspace, model: Any, inputs: Iterator[Tensors], size: int, name: str = "streams", share: int = 3
+) -> Streams:
+    """Return samples before the first block of a model.
+
+    Args:
+        ws: the workspace.
+        model: the transformer; its tensors outside the blocks have their numbers, on the processor, in the dtype to
+            compute in.
+        inputs: of its forward, for batches of samples.
+        size: bytes that all streams take at most.
+        name: of the folder for what does not fit in memory.
+        share: the samples take this part of the memory that is left, such as a third.
+    """
     host = Compute(memory=ws.original.compute.memory if ws.original.compute.device.type == "cpu" else None)
     host.collect()
     room, scratch = host.left() // share, ws.cache / name
-    samples = len(states.states) * (2 if is_guided(ws) else 1)
-    size = samples * stream_bytes(
-        ws.family, ws.config, tuple(states.states.shape[1:]), states.condition.hidden.shape[1]
-    )
     need_space(scratch, max(0, size - room))
-    return Streams(ws.family, model, inputs(), Spill(scratch, room=room), ws.original.compute.device)
+    return Streams(ws.family, model, inputs, Spill(scratch, room=room), ws.original.compute.device)
 
 
 def stream_bytes(family: Family, config: Config, shape: tuple[int, ...], text: int) -> int:

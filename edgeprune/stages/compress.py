@@ -46,7 +46,7 @@ from edgeprune.stages.work import (
     shapes_per_task,
 )
 from edgeprune.stages.workspace import Workspace
-from edgeprune.training.recipe import DistillOptions
+from edgeprune.training.recipe import PREFIX_CALIBRATIONS, DistillOptions
 
 
 def preset(name: str, *, builtin: bool, data: str | None = None) -> CompressOptions:
@@ -206,6 +206,10 @@ def forecast(
     scored, training = stages["analyze"], options.distill
     flops = flops_per_evaluation(family, config, source, generation)
     analysis = options.analyze.chosen(family, config)
+    training_bytes = 0
+    if training:
+        recipe = distill.recipe_of(training, expected, family, config, generation)
+        training_bytes = distill.training_bytes(training, recipe, expected)
     floors = {f"{stage}_floor_s": round(speeds.seconds(work), 1) for stage, work in stages.items()}
     return {
         "blocks": family.block_count(config),
@@ -222,7 +226,7 @@ def forecast(
         "evaluation_flops": flops,
         "matmul_flops_per_s": round(flops / speeds.evaluation_s),
         "analyze_weights_bytes": transformer_bytes(family, config),
-        "distill_weights_bytes": distill.training_bytes(training, expected) if training else 0,
+        "distill_weights_bytes": training_bytes,
         "report_decoder_bytes": decoder_bytes(subject),
         "written_bytes": (0 if no_half else after.bf16_bytes) + after.int4_bytes,
     }
@@ -269,6 +273,15 @@ def runs_original(options: CompressOptions, plan: PrunePlan) -> bool:
     """Return whether a stage evaluates the original, so that it has to fit in the memory that was given."""
     calibrated = options.quantize.calibration != "none"
     return options.reads_scores or options.distill is not None or calibrated or bool(plan.stand_ins)
+
+
+def _training(ws: Workspace, options: CompressOptions) -> DistillOptions:
+    """Return the options of the training. A prefix that states come from is rounded as `quantize` is asked to."""
+    training, calibration = options.distill or DistillOptions(), options.quantize.calibration
+    recipe = distill.recipe_of(training, ws.plan(), ws.family, ws.config, ws.generation)
+    if recipe.states and training.prefix_calibration is None and calibration in PREFIX_CALIBRATIONS:
+        return replace(training, prefix_calibration=calibration)
+    return training
 
 
 def need_room(out: Path, source: Path, plan: PrunePlan, *, no_half: bool = False) -> None:
@@ -329,7 +342,7 @@ def compress(
     then = options.quantize if options.distill is None and options.quantize.calibration == "none" else None
     if prune.run(ws, progress, no_half=no_half, then=then):
         ran.append("prune")
-    if options.distill is not None and distill.run(ws, options.distill, options.data, progress):
+    if options.distill is not None and distill.run(ws, _training(ws, options), options.data, progress):
         ran.append("distill")
     if quantize.run(ws, options.quantize, progress):
         ran.append("quantize")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.surgery import build, prune_state
@@ -23,16 +26,26 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.residency.compute import Compute, is_small
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.schedule import NoiseSchedule
+from edgeprune.stages import tail
 from edgeprune.stages.costs import sample
 from edgeprune.stages.options import DataOptions, halvings
-from edgeprune.stages.weights import by_block, half, mean_and_basis, original_weights, stand_ins_of, write_half
+from edgeprune.stages.states import Maker
+from edgeprune.stages.weights import (
+    PrunedWeights,
+    by_block,
+    half,
+    mean_and_basis,
+    original_weights,
+    stand_ins_of,
+    write_half,
+)
 from edgeprune.stages.work import Subject, Work, drawing
 from edgeprune.stages.workspace import Workspace
-from edgeprune.training.distill import distill
 from edgeprune.training.levels import FEW_STEPS, SHARE_ON_STEPS, default_levels
 from edgeprune.training.rank_memory import ProcessLayout, forecast_rank
 from edgeprune.training.recipe import HERE, DistillOptions, Placement, Recipe
 from edgeprune.training.teaching import lower
+from edgeprune.training.whole import distill
 
 PUBLISHED_STEPS, PUBLISHED_BATCH = 64_000, 64
 """The published training of SD3.5 Large Turbo (HierarchicalPrune, `run_distil_sd3L.sh`: 8 GPUs with a batch of 8)."""
@@ -59,6 +72,7 @@ def recipe_of(
         )  # fmt: skip
     elif plan.components:
         recipe = replace(recipe, sensitivity="graded")
+    recipe = replace(recipe, **tail.defaults(options, plan, frozen=options.over(recipe).freeze_prefix))
     return options.over(recipe)
 
 
@@ -68,6 +82,17 @@ def defaults_of(method: str) -> dict[str, Any]:
     names = ("features", "lambda_task", "lambda_output", "lambda_feature")
     own = {name: getattr(baseline, name) for name in names} if baseline else {}
     return own | {"drop_captions": CAPTIONS_DROPPED, "few_steps": FEW_STEPS, "share_on_steps": SHARE_ON_STEPS}
+
+
+def in_precision(options: DistillOptions, plan: PrunePlan, compute: Compute) -> DistillOptions:
+    """Return the options with a number format: bf16 for a large model where that is multiplied, else float32.
+
+    The weights that are trained stay in float32.
+    """
+    if options.mixed_precision is not None:
+        return options
+    multiplied = compute.dtype(torch.bfloat16, plan.before.parameters) == torch.bfloat16
+    return replace(options, mixed_precision="bf16" if multiplied else "no")
 
 
 def described(recipe: Recipe, options: DistillOptions, plan: PrunePlan, *, builtin: bool) -> str:
@@ -80,6 +105,8 @@ def described(recipe: Recipe, options: DistillOptions, plan: PrunePlan, *, built
         f"noise levels {recipe.levels}",
         f"{recipe.drop_captions:.0%} of captions dropped",
     ]
+    if recipe.states:
+        parts.append(f"from {recipe.states} states a round, {recipe.rounds} rounds")
     if not builtin:
         share = options.steps * options.batch / (PUBLISHED_STEPS * PUBLISHED_BATCH)
         parts.append(
@@ -110,7 +137,9 @@ def run(
     ws.manifest.need_half(ws.out)
     options.check()
     plan = ws.plan()
+    options = in_precision(options, plan, ws.original.compute)
     recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)
+    tail.check(plan, options, recipe)
     source = data.of_model(builtin=ws.builtin)
     if recipe.sensitivity == "graded" and ws.report() is None:
         found = "graded" if options.sensitivity else "graded, the default for plans that remove components"
@@ -130,30 +159,19 @@ def run(
             if not encoded:
                 _encode(ws, folder, CacheOptions(source, data.samples), progress)
             pairs = _open(ws, folder, progress)
-            mean, basis = mean_and_basis(ws, plan, ws.manifest.stages["prune"]["inputs"])
-        pruned = prune_state(
-            ws.family, ws.config, plan, original_weights(ws).__getitem__, mean, basis, stand_ins_of(ws, plan)
-        )
-        student = build(ws.family, ws.config, plan, {n: t.float() for n, t in pruned.items()})
-        state, losses = distill(
-            ws.family,
-            _teacher(ws, options.teacher_precision),
-            student,
-            plan,
-            ws.report(),
-            pairs,
-            options,
-            recipe,
-            NoiseSchedule.load(ws.source, ws.family, ws.config, ws.generation.num_inference_steps),
-            ws.out / "cache" / "distill.safetensors",
-            inputs_digest=key,
-            placement=placement,
-            guidance=ws.generation.guidance_scale,
-            progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
-        )
+        schedule = NoiseSchedule.load(ws.source, ws.family, ws.config, ws.generation.num_inference_steps)
+        path, result = ws.out / "cache" / "distill.safetensors", dict[str, Any]()
+        if not recipe.states:
+            state, losses = _train_whole(ws, plan, pairs, options, recipe, schedule, path, key, placement, progress)
+        else:
+            maker = Maker(ws, plan, pairs, schedule, options, recipe, identity, progress)
+            state, losses = tail.train_tail(ws, plan, maker, options, recipe, path, key, placement, progress)
+            if options.int4_group_size is not None:
+                result["prefix"] = {"inputs": maker.prefix_key, "group_size": options.int4_group_size}
         if processes.is_main():
             _write(ws, plan, state, key, progress)
-        return {"first_loss": sum(losses[:10]) / len(losses[:10]), "last_loss": sum(losses[-10:]) / len(losses[-10:])}
+        first, last = losses[:10], losses[-10:]
+        return result | {"first_loss": sum(first) / len(first), "last_loss": sum(last) / len(last)}
 
     inputs: dict[str, Any] = {"options": options.to_json(recipe), "data": identity}
     if recipe.levels == "steps":
@@ -164,12 +182,49 @@ def run(
             return work(ws.subject, replace(options, steps=steps), data, plan)
 
         ways = [(f"--steps {fewer}", total(fewer)) for fewer in halvings(options.steps)]
-        memory = training_bytes(options, plan) if processes.count() == 1 else 0
+        memory = training_bytes(options, recipe, plan) if processes.count() == 1 else 0
         ws.check_time(
             "distill", total(options.steps), ways, progress, memory=memory, written=plan.after.bf16_bytes
         )  # fmt: skip
 
     return ws.stage("distill", inputs, train, check)
+
+
+def _train_whole(
+    ws: Workspace,
+    plan: PrunePlan,
+    pairs: Pairs,
+    options: DistillOptions,
+    recipe: Recipe,
+    schedule: NoiseSchedule,
+    path: Path,
+    key: str,
+    placement: Placement,
+    progress: Progress,
+) -> tuple[Tensors, list[float]]:
+    """Train with teacher and student in memory; see `training.whole.distill`."""
+    with processes.main_first():
+        mean, basis = mean_and_basis(ws, plan, ws.manifest.stages["prune"]["inputs"])
+    pruned = prune_state(
+        ws.family, ws.config, plan, original_weights(ws).__getitem__, mean, basis, stand_ins_of(ws, plan)
+    )
+    student = build(ws.family, ws.config, plan, {n: t.float() for n, t in pruned.items()})
+    return distill(
+        ws.family,
+        _teacher(ws, options.teacher_precision),
+        student,
+        plan,
+        ws.report(),
+        pairs,
+        options,
+        recipe,
+        schedule,
+        path,
+        inputs_digest=key,
+        placement=placement,
+        guidance=ws.generation.guidance_scale,
+        progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
+    )
 
 
 def work(subject: Subject, options: DistillOptions, data: DataOptions, plan: PrunePlan) -> Work:
@@ -183,27 +238,37 @@ def drawn(subject: Subject, data: DataOptions) -> Work:
 
 
 def trained(subject: Subject, options: DistillOptions, plan: PrunePlan) -> Work:
-    """Return the work of the training steps.
+    """Return the work of the training steps, and of making the states that they start from.
 
     A sample takes one evaluation of the teacher and three of the student: forward, and twice that backward. A frozen
-    prefix runs forward only; a student whose weights are not rounded takes the prefix's result from the teacher.
+    prefix runs forward only; a student whose weights are not rounded takes the prefix's result from the teacher. From
+    states only what follows the prefix is run, and each state has taken one evaluation of the teacher and one of a
+    prefix that is rounded.
     """
     recipe = recipe_of(options, plan, subject.family, subject.config, subject.generation)
     share = plan.after.parameters / plan.before.parameters
     prefix = plan.first_pruned / plan.num_blocks if recipe.freeze_prefix else 0.0
-    student_prefix = prefix if options.int4_group_size is not None else 0.0
-    each = 1 + student_prefix + 3 * max(0.0, share - prefix)
-    return Work(evaluations=options.steps * options.batch * each)
+    own_prefix = prefix if options.int4_group_size is not None else 0.0
+    learned = 3 * max(0.0, share - prefix)
+    samples = options.steps * options.batch
+    if not recipe.states:
+        return Work(evaluations=samples * (1 + own_prefix + learned))
+    taught = 1 - prefix if recipe.lambda_feature else 0.0
+    made = recipe.states * recipe.rounds
+    return Work(evaluations=made * (1 + own_prefix) + samples * (learned + taught))
 
 
-def training_bytes(options: DistillOptions, plan: PrunePlan) -> int:
+def training_bytes(options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> int:
     """Return the bytes of the tensors that training holds in float32.
 
     They are the teacher's weights and, in the student's size, its weights, gradients, two moments, the average and,
-    where training rounds, the rounded weights.
+    where training rounds, the rounded weights. From states, all of them only of what follows the frozen prefix.
     """
-    copies = 5 + (options.int4_group_size is not None)
-    return 2 * plan.before.bf16_bytes + copies * 2 * plan.after.bf16_bytes
+    copies = 4 + (options.ema > 0) + (options.int4_group_size is not None)
+    if not recipe.states:
+        return 2 * plan.before.bf16_bytes + copies * 2 * plan.after.bf16_bytes
+    prefix = plan.before.bf16_bytes * plan.first_pruned // plan.num_blocks
+    return copies * 2 * max(0, plan.after.bf16_bytes - prefix)
 
 
 def amount(ws: Workspace) -> str:
@@ -261,9 +326,14 @@ def _teacher(ws: Workspace, precision: str) -> Any:
 
 
 def _write(ws: Workspace, plan: PrunePlan, state: Tensors, key: str, progress: Progress) -> None:
-    halves = {n: half(t) for n, t in state.items()}
-    blocks = by_block(ws, {n: 2 * t.numel() for n, t in halves.items()}, plan)
-    write_half(ws, plan, blocks, lambda index: {n: halves[n] for n in blocks[index]}, key, progress)
+    """Write the trained tensors, and those that training did not have as `prune` makes them."""
+    frozen = PrunedWeights(ws, plan, ws.manifest.stages["prune"]["inputs"])
+    blocks = by_block(ws, {name: 2 * math.prod(shape) for name, shape in frozen.shapes.items()}, plan)
+
+    def make(index: int) -> Tensors:
+        return {name: half(state[name]) if name in state else frozen[name] for name in blocks[index]}
+
+    write_half(ws, plan, blocks, make, key, progress)
 
 
 def forecast(ws: Workspace, options: DistillOptions, placement: Placement, config: Path | None) -> dict[str, int]:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
-from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any
-
-import torch
-from torch import nn
 
 from edgeprune.artefact.manifest import INT4
 from edgeprune.artefact.surgery import structure
@@ -21,16 +15,18 @@ from edgeprune.common.tensors import Tensors
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import shorter_config
-from edgeprune.quantization.quantize import CALIBRATIONS, prepare, quantize_part
+from edgeprune.quantization.quantize import CALIBRATIONS, quantize_part
 from edgeprune.residency.compute import is_small
+from edgeprune.residency.shards import mark_of
 from edgeprune.residency.spill import Spill
-from edgeprune.residency.streaming import PACKED
 from edgeprune.residency.weights import Weights
 from edgeprune.stages.calibration import calibration_states, streams_before
 from edgeprune.stages.costs import transformer_bytes
 from edgeprune.stages.options import QuantizeOptions, halvings, seen
 from edgeprune.stages.prompts import calibrating
-from edgeprune.stages.weights import by_block, check_pruned, open_pruned
+from edgeprune.stages.rounder import Rounder, int4_blocks, taken
+from edgeprune.stages.states import PREFIX
+from edgeprune.stages.weights import check_pruned, open_pruned
 from edgeprune.stages.work import CALIBRATED, Subject, Work, encoding
 from edgeprune.stages.workspace import Workspace
 
@@ -80,7 +76,7 @@ class Ahead:
     def __init__(self, ws: Workspace, plan: PrunePlan, options: QuantizeOptions, pruned: str) -> None:
         _check(options)
         self.family, self.options, self.model = ws.family, options, structure(ws.family, ws.config, plan)
-        self.blocks = _int4_blocks(ws, plan, self.model, options)
+        self.blocks = int4_blocks(ws, plan, self.model, options.group_size)
         key = ws.key("quantize", options.to_json(), after=[pruned])
         self.writer = begun(ws.out, INT4, self.blocks, key)
 
@@ -92,7 +88,7 @@ class Ahead:
         block = index if index + 1 < len(self.blocks) else None
         self.model.load_state_dict(tensors, strict=False, assign=True)
         quantize_part(self.family, self.model, block, group_size=self.options.group_size)
-        self.writer.add(_taken(self.model, names))
+        self.writer.add(taken(self.model, names))
         if block is not None:
             self.family.blocks(self.model)[block].to("meta")
 
@@ -106,25 +102,12 @@ def _check(options: QuantizeOptions) -> None:
         raise InputError("--count and --states are about calibration; give --calibration feedback, or omit them")
 
 
-def _int4_blocks(ws: Workspace, plan: PrunePlan, model: nn.Module, options: QuantizeOptions) -> list[dict[str, int]]:
-    """Return the bytes of the quantized tensors of `model`, the pruned structure, as `by_block` does."""
-    empty = prepare(ws.family, copy.deepcopy(model), group_size=options.group_size).state_dict()
-    sizes = {n: t.numel() * (t.element_size() if n.endswith(PACKED) else 2) for n, t in empty.items()}
-    return by_block(ws, sizes, plan)
-
-
-def _taken(model: nn.Module, names: Iterable[str]) -> Tensors:
-    """Return tensors of a model as they are stored: what is not packed in half precision."""
-    state = model.state_dict()
-    return {name: state[name] if name.endswith(PACKED) else state[name].half() for name in names}
-
-
 def _quantize(
     ws: Workspace, options: QuantizeOptions, plan: PrunePlan, prompts: list[str], key: str, progress: Progress
 ) -> dict[str, Any]:
     """Quantize block by block, with one block in memory at a time."""
     stored = open_pruned(ws)
-    blocks = _int4_blocks(ws, plan, stored.model, options)
+    blocks = int4_blocks(ws, plan, stored.model, options.group_size)
     streams = None
     if prompts:
         stored.fill(stored.names(None))
@@ -132,47 +115,36 @@ def _quantize(
         kept = Spill(ws.cache / "calibration", identity=key) if large else None
         streams = streams_before(ws, calibration_states(ws, prompts, options.states, spill=kept), stored.model)
 
-    def make(index: int) -> Tensors:
-        block = index if index < len(plan.kept) else None
-        run, calls = None, 1
-        if streams is None or block is not None:
-            stored.fill(stored.names(block), torch.float32 if streams else None)
-        if streams is not None and block is not None:
-            run, calls = partial(streams.run, ws.family.blocks(stored.model)[block]), streams.batches
-        quantize_part(
-            ws.family, stored.model, block, group_size=options.group_size, calibration=options.calibration, run=run,
-            calls=calls,
-        )  # fmt: skip
-        tensors = _taken(stored.model, blocks[index])
-        if block is not None:
-            advance(block, tensors)
-        return tensors
-
-    def resume(index: int, weights: Weights) -> None:
-        """Take over a block that an earlier run has written."""
-        if streams is not None and index < len(plan.kept):
-            prefix = ws.family.block_prefix(stored.model, index)
-            prepare(ws.family, ws.family.blocks(stored.model)[index], prefix=prefix, group_size=options.group_size)
-            advance(index, {n: weights[n] for n in blocks[index]})
-
-    def advance(block: int, tensors: Tensors) -> None:
-        """Calibrate later blocks with this one as it is on disk, so that an interrupted run ends in the same bytes."""
-        if streams is not None:
-            floats = {n: t if n.endswith(PACKED) else t.float() for n, t in tensors.items()}
-            stored.model.load_state_dict(floats, strict=False, assign=True)
-            streams.run(ws.family.blocks(stored.model)[block], advance=True)
-        stored.drop(block)
-
+    rounder = Rounder(
+        stored, blocks, options.group_size, options.calibration, streams, _seen_prefix(ws, options, progress)
+    )
     ws.manifest.group_size = options.group_size
     config = shorter_config(ws.family, ws.config, plan)
     try:
-        size = write_transformer(ws.out, INT4, config, blocks, make, inputs=key, found=resume, progress=progress)
+        size = write_transformer(
+            ws.out, INT4, config, blocks, rounder.make, inputs=key, found=rounder.found, progress=progress
+        )
     finally:
         if streams is not None:
             streams.close()
     shutil.rmtree(ws.cache / "calibration", ignore_errors=True)
     ws.manifest.hash_files(ws.out, INT4)
     return {"weights_bytes": size}
+
+
+def _seen_prefix(ws: Workspace, options: QuantizeOptions, progress: Progress) -> Weights | None:
+    """Return the rounded prefix that the trained tail has seen; None if there is none of this group size."""
+    seen = ws.manifest.stages.get("distill", {}).get("prefix")
+    if seen is None:
+        return None
+    if seen["group_size"] == options.group_size and mark_of(ws.cache / PREFIX).get("inputs") == seen["inputs"]:
+        progress(f"quantize: the {ws.plan().first_pruned} blocks that the tail was trained behind stay as it saw them")
+        return Weights(ws.cache / PREFIX)
+    progress(
+        f"quantize: the tail was trained behind a prefix in groups of {seen['group_size']} that is not in {ws.cache}; "
+        "it is rounded again"
+    )
+    return None
 
 
 def _check_time(ws: Workspace, options: QuantizeOptions, plan: PrunePlan, count: int, progress: Progress) -> None:

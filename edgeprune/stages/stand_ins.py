@@ -16,6 +16,7 @@ import math
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -33,7 +34,7 @@ from edgeprune.planning.remainder import streams_of
 from edgeprune.residency.compute import is_small
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.stored import StoredTransformer
-from edgeprune.stages.calibration import calibration_states, streams_before
+from edgeprune.stages.calibration import Side, calibration_states, streams_before
 from edgeprune.stages.options import seen
 from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.weights import PrunedWeights
@@ -126,8 +127,12 @@ def fit(
     found, last = Tensors(), plan.kept[plan.stand_ins[-1]]
     step = Steps("stand-ins", last, progress)
     with ExitStack() as stack:
-        whole = stack.enter_context(_Side(ws, states, copy.deepcopy(ws.original.stored), "streams"))
-        left = stack.enter_context(_Side(ws, states, shorter, "shorter"))
+
+        def side(stored: StoredTransformer, name: str) -> Side:
+            streams = partial(streams_before, ws, states, name=name, share=6)
+            return stack.enter_context(Side(stored, ws.original.dtype, lambda one: streams(one.model)))
+
+        whole, left = side(copy.deepcopy(ws.original.stored), "streams"), side(shorter, "shorter")
         for block in range(last + 1):
             new = plan.kept.index(block) if block in plan.kept else None
             if new in plan.stand_ins:
@@ -142,27 +147,7 @@ def fit(
     return found
 
 
-class _Side:
-    """The samples on their way through one of the two transformers, of which one block is in memory."""
-
-    def __init__(self, ws: Workspace, states: VelocityError, stored: StoredTransformer, name: str) -> None:
-        self.stored, self.dtype = stored, ws.original.dtype
-        stored.fill(stored.names(None), self.dtype)
-        self.streams = streams_before(ws, states, stored.model, name, share=6)
-
-    def __enter__(self) -> _Side:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.streams.close()
-
-    def advance(self, index: int) -> None:
-        self.stored.fill(self.stored.names(index), self.dtype)
-        self.streams.run(self.stored.family.blocks(self.stored.model)[index], advance=True)
-        self.stored.drop(index)
-
-
-def _fitted(ws: Workspace, plan: PrunePlan, new: int, whole: _Side, left: _Side) -> Tensors:
+def _fitted(ws: Workspace, plan: PrunePlan, new: int, whole: Side, left: Side) -> Tensors:
     """Fit the maps before a block, send the shorter model's samples through them, and return their tensors."""
     names, rank = streams_of(ws.family, ws.config, plan.kept[new]), plan.stand_in_rank or 0
     map_of = {stream: stream if stream in names else names[0] for stream in STREAMS}

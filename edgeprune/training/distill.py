@@ -1,4 +1,4 @@
-"""The training loop: a pruned student learns to reproduce its teacher's velocities and features, through accelerate.
+"""The training loop: a pruned student learns from a lesson, such as its teacher's velocities, through accelerate.
 
 Training is quantisation-aware: the student computes with weights rounded to INT4. Autograd stores no activations for a
 frozen part whose inputs need no gradient. Each step derives its randomness from (seed, step), and the state is written
@@ -12,30 +12,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from edgeprune.analysis.contribution import ContributionReport
 from edgeprune.common import processes, stop
 from edgeprune.common.errors import EdgepruneError
-from edgeprune.data.pairs import Pairs
-from edgeprune.families import Family
-from edgeprune.planning.plan import PrunePlan
-from edgeprune.sampling.denoising import Conditioning, velocity
-from edgeprune.sampling.schedule import NoiseSchedule
-from edgeprune.training.features import Catcher
-from edgeprune.training.levels import draw_levels
-from edgeprune.training.losses import distillation_loss
 from edgeprune.training.parallel import Parallel
-from edgeprune.training.prefix import SharedPrefix, common_blocks
-from edgeprune.training.recipe import HERE, DistillOptions, Placement, Recipe, parameter_groups
-from edgeprune.training.resume import Ema, fill, fill_optimizer, gathered, read_state, save_state, step_generator
-from edgeprune.training.rounding import Rounding
-from edgeprune.training.teaching import checkpoint_activations
+from edgeprune.training.recipe import HERE, DistillOptions, Placement
+from edgeprune.training.resume import Ema, fill, fill_optimizer, gathered, read_state, save_state
 from edgeprune.training.zero import shard_of
 
 SAVE_S = 600.0
@@ -53,119 +39,38 @@ def _factor(schedule: str, step: int, total: int) -> float:
     return warmup * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / total))))
 
 
-@dataclass(frozen=True)
-class _Noisy:
-    """A batch with noise added."""
+class Batch(Protocol):
+    """The samples of a step."""
 
-    latents: torch.Tensor
-    """(B, C, h, w), interpolated between data and noise."""
-    condition: Conditioning
-    sigma: torch.Tensor
-    """(B)."""
-    velocity: torch.Tensor
-    """(B, C, h, w), noise minus clean latents."""
+    def __getitem__(self, rows: slice) -> Batch:
+        """Return some of them."""
 
-    def __getitem__(self, rows: slice) -> _Noisy:
-        """Return some samples of the batch."""
-        return _Noisy(
-            latents=self.latents[rows],
-            condition=self.condition[rows],
-            sigma=self.sigma[rows],
-            velocity=self.velocity[rows],
-        )
-
-    def to(self, device: torch.device) -> _Noisy:
-        """Return the batch on a device."""
-        return _Noisy(
-            latents=self.latents.to(device),
-            condition=Conditioning(self.condition.hidden.to(device), self.condition.pooled.to(device)),
-            sigma=self.sigma.to(device),
-            velocity=self.velocity.to(device),
-        )
+    def to(self, device: torch.device) -> Batch:
+        """Return them on a device."""
 
 
-def _noisy(pairs: Pairs, options: DistillOptions, recipe: Recipe, schedule: NoiseSchedule, step: int) -> _Noisy:
-    """Draw the global batch of a step; the same in every process and after a resume."""
-    generator = step_generator(options.seed, step)
-    batch = pairs.batch(options.batch, recipe.drop_captions, generator)
-    shape = tuple(batch.latents.shape[1:])
-    sampled = schedule.sigmas(shape)[:-1]
-    sigma = draw_levels(recipe.levels, options.batch, schedule.shift(shape), sampled, generator)
-    noise = torch.randn(batch.latents.shape, generator=generator)
-    mixed = torch.lerp(batch.latents, noise, sigma.view(-1, 1, 1, 1))
-    return _Noisy(
-        latents=mixed,
-        condition=Conditioning(batch.hidden, batch.pooled),
-        sigma=sigma,
-        velocity=noise - batch.latents,
-    )
+class Lesson(Protocol):
+    """What a student learns from, and the loss by which it learns."""
 
+    student: Any
+    """Its parameters that need gradients are trained; the result has the names of its tensors."""
+    module: Any
+    """What is called with a batch: the student, or a module around it."""
 
-class _Models:
-    """Teacher and student during training: the hooks on both, and the loss between them."""
+    def place(self, parallel: Parallel) -> None:
+        """Put what teaches where it computes, after the student is there."""
 
-    def __init__(
-        self,
-        family: Family,
-        teacher: Any,
-        student: Any,
-        plan: PrunePlan,
-        options: DistillOptions,
-        recipe: Recipe,
-        schedule: NoiseSchedule,
-        guidance: float,
-        parallel: Parallel,
-    ) -> None:
-        """Prepare the student for training. Call this before the weights are sharded."""
-        self.family, self.teacher, self.student, self.plan, self.recipe = family, teacher, student, plan, recipe
-        self.schedule, self.guidance, self.parallel = schedule, guidance, parallel
-        if options.gradient_checkpointing:
-            checkpoint_activations(student)
-        size = options.int4_group_size
-        self.rounding = Rounding(family, student, size) if size is not None else None
-        self.common = common_blocks(family, teacher, student, plan) if recipe.freeze_prefix else 0
+    def begin(self, net: Any, parallel: Parallel) -> None:
+        """Install hooks and start computing with rounded weights; `net` is the module as accelerate wraps it."""
 
-    def begin(self, net: Any) -> None:
-        """Install the hooks and start computing with rounded weights.
+    def batch(self, step: int) -> Any:
+        """Draw the global batch of a step: a `Batch`, the same in every process and after a resume."""
 
-        Args:
-            net: the student as accelerate wraps it.
-        """
-        family, recipe, plan = self.family, self.recipe, self.plan
-        self.net = net
-        self.teacher_features = Catcher(family, self.teacher, list(range(plan.num_blocks)), recipe.features)
-        self.student_features = Catcher(family, self.student, plan.kept, recipe.features)
-        self.prefix = SharedPrefix(family, self.teacher, self.student, self.common) if self.common else None
-        self.student.train()
-        if self.rounding:
-            self.rounding.begin()
-
-    def loss(self, batch: _Noisy) -> torch.Tensor:
-        """Return the distillation loss of a batch."""
-        with torch.no_grad(), self.parallel.autocast():
-            latents = batch.latents.to(self.teacher.dtype)
-            target = velocity(self.teacher, latents, batch.condition.to(latents), batch.sigma, self.guidance)
-        skip = self.prefix.student_begins_after() if self.prefix and not self.rounding else nullcontext()
-        with self.parallel.autocast(), skip:
-            predicted = velocity(self.net, batch.latents, batch.condition, batch.sigma, self.guidance)
-        # The features of the frozen prefix cannot change; only later blocks can learn.
-        learning = {
-            block: streams
-            for block, streams in self.student_features.features.items()
-            if not self.recipe.freeze_prefix or block >= self.plan.first_pruned
-        }
-        taught = self.teacher_features.features
-        return distillation_loss(predicted, target, batch.velocity, learning, taught, self.recipe.weights)[0]
+    def loss(self, batch: Any) -> torch.Tensor:
+        """Return the loss of some samples."""
 
     def end(self) -> None:
-        """Remove the hooks and restore both models."""
-        self.parallel.release(self.teacher)
-        self.teacher_features.close()
-        self.student_features.close()
-        if self.rounding:
-            self.rounding.end()
-        if self.prefix:
-            self.prefix.end()
+        """Remove the hooks and restore the models."""
 
 
 class _State:
@@ -177,18 +82,19 @@ class _State:
         self.step, self.saved_step, self.saved_s = 0, 0, 0.0
         self.losses: list[float] = []
 
-    def prepare(self, models: _Models) -> None:
+    def prepare(self, lesson: Lesson, parallel: Parallel) -> None:
         """Load the saved state of the same inputs, if there is one, and give models and optimizer to accelerate."""
-        student, parallel, resumed = models.student, models.parallel, None
+        student, resumed = lesson.student, None
         if self.path.exists():
             modules, slots, meta = read_state(self.path)
             if meta.get("inputs") == self.inputs_digest:
-                resumed = modules["ema"], slots
+                resumed = modules.get("ema", modules["student"]), slots
                 self.step, self.losses = meta["step"], meta["losses"]
                 # Before accelerate prepares the student: DeepSpeed copies the weights.
                 fill({n: p for n, p in student.named_parameters() if p.requires_grad}, modules["student"])
-        self.net, self.optimizer = parallel.train(student, self.optimizer)  # may move the weights, so before the Ema
-        parallel.teach(models.teacher)
+        # This may move the weights, so it is done before the Ema.
+        self.net, self.optimizer = parallel.train(lesson.module, self.optimizer)
+        lesson.place(parallel)
         self.trained = {n: shard_of(p) for n, p in student.named_parameters() if p.requires_grad}
         self.ema = Ema(self.trained, self.options.ema)
         if resumed:
@@ -223,7 +129,8 @@ class _State:
         """Write the state. Collective: every rank must call it."""
         student = {n: p.detach() for n, p in self.trained.items()}
         meta = {"step": self.step, "losses": self.losses, "inputs": self.inputs_digest}
-        save_state(self.path, {"student": student, "ema": self.ema.average}, self.optimizer, meta)
+        averages = {"ema": self.ema.average} if self.options.ema else {}
+        save_state(self.path, {"student": student} | averages, self.optimizer, meta)
         self.saved_step, self.saved_s = self.step, time.monotonic()
 
     def averaged(self, student: Any) -> dict[str, torch.Tensor]:
@@ -237,69 +144,63 @@ class _State:
         return result
 
 
-def _train(models: _Models, state: _State, pairs: Pairs, save_every: int, progress: StepDone) -> None:
+def _train(lesson: Lesson, state: _State, parallel: Parallel, until: int, save_every: int, progress: StepDone) -> None:
     """Run the remaining steps, saving the state on the way."""
-    options, parallel = state.options, models.parallel
+    options = state.options
     with stop.deferred():  # all ranks stop after the same step, see `asked`
-        while state.step < options.steps:
-            noisy = _noisy(pairs, options, models.recipe, models.schedule, state.step)
+        while state.step < until:
+            batch = lesson.batch(state.step)
             state.set_rates()
             loss_here = 0.0
             for rows in parallel.rows:
                 with parallel.micro_batch(state.net):
-                    loss = models.loss(noisy[rows].to(parallel.device))
+                    loss = lesson.loss(batch[rows].to(parallel.device))
                     parallel.accelerator.backward(loss)
                 loss_here += loss.item() / len(parallel.rows)
             late = time.monotonic() - state.saved_s > SAVE_S
             mean, due, asked = parallel.mean(loss_here, late, stop.asked())
             state.update(parallel, mean)
-            if state.step % save_every == 0 or state.step == options.steps or due or asked:
+            if state.step % save_every == 0 or state.step == until or due or asked:
                 state.save()
             progress(state.step, options.steps, mean)
             if asked:
                 raise stop.Stopped
 
 
-def distill(
-    family: Family,
-    teacher: Any,
-    student: Any,
-    plan: PrunePlan,
-    report: ContributionReport | None,
-    pairs: Pairs,
+def train(
+    lesson: Lesson,
+    groups: list[dict[str, Any]],
     options: DistillOptions,
-    recipe: Recipe,
-    schedule: NoiseSchedule,
     state_path: Path,
     *,
     inputs_digest: str,
     placement: Placement = HERE,
-    guidance: float = 1.0,
+    until: int | None = None,
     save_every: int = 100,
     progress: StepDone = lambda step, total, loss: None,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Train `student` in place; return its averaged state dict (in rank 0 only) and the loss of each step.
+    """Train a student in place; return its averaged state dict (in rank 0 only) and the loss of each step.
 
     Args:
-        recipe: what those options became that follow from the plan and the model.
-        schedule: the original's noise levels.
+        lesson: the student, and what it learns from.
+        groups: what is trained at which rate, see `parameter_groups`.
+        options: of the training.
         state_path: the training state's file; a state of the same `inputs_digest` is resumed.
+        inputs_digest: of everything that the result depends on.
         placement: where training runs, and in how many micro-batches.
-        guidance: the guidance scale for models that take it as an input.
+        until: stop after this step, to be resumed by another call; None runs all.
         save_every: save the state after this many steps.
+        progress: see `StepDone`.
 
     Raises:
         EdgepruneError: the loss or its gradient is not finite; the last good state stays on disk.
         Stopped: one of the processes received SIGTERM; the state is saved.
     """
-    options.check()
-    parallel = Parallel(options.mixed_precision, options.batch, placement)
-    groups = parameter_groups(family, student, plan, report, recipe, options.rate)
+    parallel = Parallel(options.mixed_precision or "no", options.batch, placement)
     optimizer: Any = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0)
     state = _State(state_path, inputs_digest, optimizer, options)
-    models = _Models(family, teacher, student, plan, options, recipe, schedule, guidance, parallel)
-    state.prepare(models)
-    models.begin(state.net)
-    _train(models, state, pairs, save_every, progress)
-    models.end()
-    return state.averaged(student), state.losses
+    state.prepare(lesson, parallel)
+    lesson.begin(state.net, parallel)
+    _train(lesson, state, parallel, options.steps if until is None else until, save_every, progress)
+    lesson.end()
+    return state.averaged(lesson.student), state.losses

@@ -24,6 +24,7 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.denoising import Conditioning, VelocityInputs, velocity
 from edgeprune.training.recipe import DistillOptions, Placement, Recipe, parameter_groups
 from edgeprune.training.rounding import Rounding
+from edgeprune.training.tail import cut
 from edgeprune.training.teaching import lower
 
 
@@ -87,18 +88,22 @@ def forecast_rank(
         raise InputError(f"--batch: found {options.batch}, expected a multiple of {micro_batches}")
     teacher = family.build(config, list(range(family.block_count(config))), frozenset())
     lower(family, teacher, options.teacher_precision)
+    if recipe.states:
+        cut(family, teacher, plan.first_pruned)
     student: Any = structure(family, config, plan)
     groups = parameter_groups(family, student, plan, report, recipe, options.rate)
     trained = [p for group in groups for p in group["params"]]
-    student_bytes = layout.bytes_per_rank(student.parameters()) + _buffers(student)
     trained_bytes = layout.bytes_per_rank(trained)
+    # States leave nothing of the student but what is trained, and no teacher unless features are compared.
+    student_bytes = trained_bytes if recipe.states else layout.bytes_per_rank(student.parameters()) + _buffers(student)
     teacher_bytes = layout.bytes_per_rank(teacher.parameters()) + _buffers(teacher)
+    absent = placement.teacher_offload or (recipe.states and not recipe.lambda_feature)
     rows = {
-        "teacher_bytes": 0 if placement.teacher_offload else teacher_bytes,
+        "teacher_bytes": 0 if absent else teacher_bytes,
         "student_bytes": student_bytes,
         "gradients_bytes": trained_bytes,
         "moments_bytes": 2 * trained_bytes + 4 * len(trained),
-        "average_bytes": trained_bytes,
+        "average_bytes": trained_bytes if options.ema else 0,
         "gathered_bytes": 0,
     }
     if layout.sharded:

@@ -25,6 +25,7 @@ BINARY = "the reference's binary form is the frozen prefix (PWP), with all parts
 SCHEDULES = ("constant", "cosine")
 TEACHERS = ("float32", "bf16", "int8")
 FEATURES = ("blocks", "attention")
+PREFIX_CALIBRATIONS = ("none", "feedback")
 _FLOOR = 0.1
 """The update strength of the component that contributes most, with `graded`."""
 
@@ -49,6 +50,12 @@ class Recipe:
     """The fraction of samples trained with the empty prompt, which guidance evaluates too."""
     levels: str = "shifted"
     """How noise levels are drawn, see levels.py."""
+    states: int = 0
+    """Train the tail alone, from so many cached states a round (tail.py); 0 runs both models in every step."""
+    rounds: int = 1
+    """How often the states are made."""
+    prefix_calibration: str = "none"
+    """How the integers of the frozen prefix are chosen, before states are made through it."""
 
     @property
     def weights(self) -> LossWeights:
@@ -77,13 +84,17 @@ class DistillOptions:
     levels: str | None = None
     ema: float = 0.99
     """The decay of the moving average of the weights."""
-    mixed_precision: str = "no"
+    mixed_precision: str | None = None
+    """Number format of the student's computation; None follows from the model and the device, and is `no` here."""
     gradient_checkpointing: bool = False
     int4_group_size: int | None = 64
     """Train with weights rounded to INT4 in groups of this size; None trains without rounding."""
     teacher_precision: str = "float32"
     """The precision of the teacher's weights."""
     seed: int = 0
+    states: int | None = None
+    rounds: int | None = None
+    prefix_calibration: str | None = None
 
     def check(self) -> None:
         """Check the options.
@@ -99,12 +110,18 @@ class DistillOptions:
             ("--levels", self.levels, (None, *LEVELS)),
             ("--schedule", self.schedule, SCHEDULES),
             ("--teacher-precision", self.teacher_precision, TEACHERS),
-            ("--mixed-precision", self.mixed_precision, ("no", "bf16", "fp16")),
+            ("--mixed-precision", self.mixed_precision, (None, "no", "bf16", "fp16")),
+            ("--prefix-calibration", self.prefix_calibration, (None, *PREFIX_CALIBRATIONS)),
         ):
             if value not in allowed:
                 raise InputError(f"{name}: found {value!r}, expected one of {', '.join(filter(None, allowed))}")
         if not 0 <= (self.drop_captions or 0) <= 1:
             raise InputError(f"--drop-captions: found {self.drop_captions}, expected a share from 0 to 1")
+        if (self.states or 0) < 0 or not 1 <= (self.rounds or 1) <= self.steps:
+            raise InputError(
+                f"--states, --rounds: found {self.states}, {self.rounds}, expected 0 or more, and from 1 to as many "
+                f"rounds as the {self.steps} steps"
+            )
         if self.steps < 1 or self.batch < 1 or self.rate <= 0:
             raise InputError(
                 f"--steps, --batch, --rate: found {self.steps}, {self.batch}, {self.rate}, expected above 0"
@@ -117,7 +134,10 @@ class DistillOptions:
 
     def to_json(self, recipe: Recipe) -> dict[str, Any]:
         """Return the options for digests and reports, with what those that are None became."""
-        return asdict(self) | asdict(recipe)
+        data = asdict(self) | asdict(recipe)
+        if not recipe.states:  # folders that were trained before there were states stay current
+            del data["states"], data["rounds"], data["prefix_calibration"]
+        return data
 
 
 def strengths(

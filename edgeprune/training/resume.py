@@ -88,11 +88,9 @@ def read_state(path: Path) -> tuple[dict[str, Tensors], Slots, dict[str, Any]]:
     """
     modules: dict[str, Tensors] = {}
     slots: Slots = {}
+    meta = _meta(path)
     try:
         with safe_open(path, framework="pt") as file:
-            meta = parse_json(file.metadata()["meta"])
-            if not isinstance(meta, dict):
-                raise ValueError("meta is not an object")
             for full in file.keys():  # noqa: SIM118
                 name, _, key = full.partition("/")
                 if name == "optimizer":
@@ -100,9 +98,33 @@ def read_state(path: Path) -> tuple[dict[str, Tensors], Slots, dict[str, Any]]:
                     slots.setdefault(int(index), {})[slot] = file.get_tensor(full)
                 else:
                     modules.setdefault(name, {})[key] = file.get_tensor(full)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: not a training state ({error}); delete it to start over") from error
     return modules, slots, meta
+
+
+def steps_done(path: Path, inputs_digest: str) -> int:
+    """Return how many steps a state has seen; 0 if there is none of these inputs.
+
+    Raises:
+        InputError: the file is not a training state.
+    """
+    if not path.exists():
+        return 0
+    meta = _meta(path)
+    return int(meta["step"]) if meta.get("inputs") == inputs_digest else 0
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    """Read what a state says of itself; its tensors are not read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = parse_json(file.metadata()["meta"])
+            if not isinstance(meta, dict):
+                raise ValueError("meta is not an object")
+            return meta
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a training state ({error}); delete it to start over") from error
 
 
 def fill_optimizer(path: Path, optimizer: torch.optim.Optimizer, slots: Slots) -> None:
@@ -136,17 +158,20 @@ def _check_slots(path: Path, slots: Slots, parameters: list[torch.Tensor]) -> No
 class Ema:
     """An exponential moving average of parameters, in their own dtype, updated in place.
 
-    Early steps use the smaller decay (1 + t) / (10 + t), so that the average forgets the initial weights.
+    Early steps use the smaller decay (1 + t) / (10 + t), so that the average forgets the initial weights. With a decay
+    of 0 the average is the parameters themselves, and takes no memory.
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float) -> None:
         self.live = parameters
-        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+        self.average = {name: p.detach().clone() if decay else p.detach() for name, p in parameters.items()}
         self.decay = decay
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average towards the current weights after optimizer step `step` (from 0)."""
+        if not self.decay:
+            return
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         live = [local(self.live[name].detach()) for name in self.average]
         torch._foreach_lerp_([local(tensor) for tensor in self.average.values()], live, weight)

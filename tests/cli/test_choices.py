@@ -182,6 +182,7 @@ def test_repeated_names_are_those_of_the_code() -> None:
     assert (recipe.SENSITIVITIES, recipe.BINARY) == (options.SENSITIVITIES, options.BINARY)
     assert tuple(compute.DTYPES) == verify.DTYPES
     assert recipe.TEACHERS == options.TEACHER_PRECISIONS
+    assert recipe.PREFIX_CALIBRATIONS == options.PREFIX_CALIBRATIONS
     assert compare.grids() == sorted(path.stem for path in GRIDS.glob("*.toml"))
     for name in options.MIXED_PRECISIONS:
         recipe.DistillOptions(mixed_precision=name).check()

@@ -20,8 +20,8 @@ from edgeprune.data.buckets import RATIO, bucket_sizes, enlarged, nearest
 from edgeprune.data.pairs import Pairs, Samples
 from edgeprune.families import family_of
 from edgeprune.planning.make import make_plan
-from edgeprune.training.distill import distill
 from edgeprune.training.recipe import DistillOptions
+from edgeprune.training.whole import distill
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.quantization.int4 import round_int4
 from edgeprune.quantization.precision import precision_of
-from edgeprune.training.distill import _noisy, distill
 from edgeprune.training.losses import feature_loss
 from edgeprune.training.recipe import DistillOptions, Recipe, parameter_groups, strengths
 from edgeprune.training.resume import Ema, load_state
+from edgeprune.training.whole import distill, noisy
 
 
 def saved(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
@@ -226,10 +226,10 @@ def test_options_are_checked(options: dict[str, Any]) -> None:
 def test_a_batch_has_the_levels_of_its_schedule_and_of_its_step() -> None:
     _, teacher, _, _, _, pairs = setup()
     options = DistillOptions(batch=64)
-    batches = [_noisy(pairs, options, Recipe(), schedule(teacher, shift=3.0), step) for step in range(64)]
+    batches = [noisy(pairs, options, Recipe(), schedule(teacher, shift=3.0), step) for step in range(64)]
     sigma = torch.cat([batch.sigma for batch in batches])
     assert float(sigma.median()) == pytest.approx(0.75, abs=0.02)
-    again = _noisy(pairs, options, Recipe(), schedule(teacher, shift=3.0), 5)
+    again = noisy(pairs, options, Recipe(), schedule(teacher, shift=3.0), 5)
     assert torch.equal(again.sigma, batches[5].sigma) and torch.equal(again.latents, batches[5].latents)
 
 

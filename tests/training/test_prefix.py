@@ -7,7 +7,7 @@ import pytest
 import torch
 from distilling import recipe, schedule, setup
 
-from edgeprune.training import distill as training
+from edgeprune.training import whole as training
 from edgeprune.training.prefix import common_blocks
 from edgeprune.training.recipe import DistillOptions
 

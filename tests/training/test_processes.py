@@ -55,6 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
     ranks.train(out, "one")
     ranks.train(out, "one_prefix", int4_group_size=None)
+    ranks.train(out, "one_tail", from_states=True)
     ranks.train(out, "one_int8", teacher_precision="int8")
     ranks.train(out, "one_fresh_blocks", freeze_prefix=False)
     ranks.train(out, "taken_over", until=3)
@@ -77,6 +78,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sharded", "one"),
         ("prefix", "one_prefix"),
         ("sharded_prefix", "one_prefix"),
+        ("tail", "one_tail"),
+        ("sharded_tail", "one_tail"),
         ("sharded_fresh_blocks", "one_fresh_blocks"),
         ("sharded_accumulated", "one"),
         ("sharded_int8", "one_int8"),

@@ -9,9 +9,9 @@ from distilling import recipe, schedule, setup
 from tiny import tiny_step, tiny_velocity
 
 from edgeprune.sampling.denoising import velocity
-from edgeprune.training.distill import distill
 from edgeprune.training.recipe import DistillOptions, Placement
 from edgeprune.training.teaching import checkpoint_activations, lower
+from edgeprune.training.whole import distill
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux", "flux2"])

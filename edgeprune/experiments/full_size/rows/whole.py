@@ -6,17 +6,26 @@ What a row runs, a user with such a machine would run. Where 1024x1024 would tak
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
+from edgeprune.artefact.manifest import MANIFEST
 from edgeprune.artefact.resolve import read_original
+from edgeprune.common.files import read_json
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.splits import Split
 from edgeprune.experiments.full_size.forecast import Work
 from edgeprune.experiments.full_size.recording import Recorder
 from edgeprune.experiments.full_size.rows.row import Row
+from edgeprune.families import family_of
+from edgeprune.families.published import transformers
 from edgeprune.metrics.velocity import STATES
+from edgeprune.planning.make import make_plan
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.running import running
 from edgeprune.sampling.generation import Generation
@@ -53,6 +62,8 @@ _LITTLE = ("--memory", "3GB")
 _SIX = ("--memory", "6GB")
 _PROMPTS = 4
 """That stand-ins are fitted on."""
+_PAIRS, _STEPS = 8, 20
+"""Of training."""
 _SAMPLES = ("--calibration-count", "1", "--states", "4")
 
 
@@ -86,6 +97,12 @@ def rows() -> Iterator[Row]:
         yield Row(
             f"stand-ins{m.suffix}", f"{m.name}: {what}, stand-ins from eight states at 512x512, in 6 GB", work,
             int(2.5 * m.weights), functools.partial(_stand_ins, m), needs=(f"synth{m.suffix}",),
+        )  # fmt: skip
+        learned = 1.7 * _PAIRS + 3 * _STEPS * _tail_share(m)
+        yield Row(
+            f"tail{m.suffix}", f"{m.name} less 8 blocks: 20 steps of the tail from eight states at 512x512",
+            Work(2, moved=2 * everything + 4 * m.weights, rounded=2 * m.weights, large_flops=learned * m.flops),
+            int(4.5 * m.weights), functools.partial(_tail, m), needs=(f"synth{m.suffix}",),
         )  # fmt: skip
         # Two images of each model, or an image and two timed ones: a step of less blocks is 0.79 of one.
         for name, what, steps, measure in (("draw", "report and score", 2, _draw), ("bench", "bench", 3, _bench)):
@@ -132,6 +149,46 @@ def _stand_ins(model: _Model, recorder: Recorder) -> None:
     prompts.write_text("".join(f"{one}\n" for one in captions(Split.CALIBRATION, _PROMPTS)), encoding="utf-8")
     options = ("--blocks", model.blocks, "--stand-in", "quarter", "--prompts", str(prompts), *_MEDIUM, *_SIX)
     _compress(model, label, options, recorder)
+
+
+def _tail_share(model: _Model) -> float:
+    """Return the share of an evaluation that the trained blocks take."""
+    config = transformers()[model.name]
+    family = family_of(config)
+    plan = make_plan(family, config, None, method="manual", blocks=model.blocks)
+    return sum(block >= plan.first_pruned for block in plan.kept) / plan.num_blocks
+
+
+def _tail(model: _Model, recorder: Recorder) -> None:
+    label = f"tail{model.suffix}"
+    source, out, images = recorder.out / model.name, recorder.out / label, recorder.out / f"{label}-images"
+    recorder.stage(
+        f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--blocks", model.blocks,
+        *_MEDIUM, makes=out,
+    )  # fmt: skip
+    _pairs(images)
+    name = f"{label}: distill"
+    recorder.stage(
+        name, "distill", "-o", str(out), "--data", str(images), "--samples", str(_PAIRS), "--states", str(_PAIRS),
+        "--steps", str(_STEPS), "--batch", "1", "--ema", "0", "--yes",
+    )  # fmt: skip
+    recorder.remark(name, functools.partial(_losses, out))
+    recorder.remove(label)
+
+
+def _pairs(folder: Path) -> None:
+    """Write images of noise with captions."""
+    folder.mkdir(exist_ok=True)
+    draw, lines = np.random.default_rng(0), []
+    for index, caption in enumerate(captions(Split.TRAINING, _PAIRS)):
+        Image.fromarray(draw.integers(0, 256, (512, 512, 3), np.uint8)).save(folder / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": caption}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _losses(out: Path) -> str:
+    stage = read_json(out / MANIFEST)["stages"]["distill"]
+    return f"loss {stage['first_loss']:.4g} in the first ten steps, {stage['last_loss']:.4g} in the last ten"
 
 
 def _draw(model: _Model, recorder: Recorder) -> None:

@@ -1,0 +1,181 @@
+"""The table of docs/distill.md: all weights, PWP and PWP from states at equal work, on the built-in model.
+
+    python -m edgeprune.experiments.tail -o build/tail [--write docs/distill.md]
+
+An interrupted run resumes. Several at a time share the rows: each takes one that no other works on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.artefact.loading import load_transformer
+from edgeprune.common.errors import LockedError
+from edgeprune.common.files import read_json, write_json
+from edgeprune.common.intervals import mean_interval
+from edgeprune.common.lock import hold
+from edgeprune.common.tables import interval_text, markdown_table
+from edgeprune.data.encode import make_cache
+from edgeprune.data.settings import SHAPES, CacheOptions, settings_of
+from edgeprune.experiments.held_out import Held
+from edgeprune.experiments.pages import command
+from edgeprune.planning.options import QUARTER, PlanOptions
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.stages import analyze, distill, plan, prune, quantize
+from edgeprune.stages.options import AnalyzeOptions, DataOptions, QuantizeOptions
+from edgeprune.stages.workspace import Workspace
+from edgeprune.training.recipe import DistillOptions
+
+WORK = 100_000
+"""Evaluations of a block by one sample that each row trains for; a backward pass counts as two."""
+BATCH = 16
+SEEDS = (0, 1, 2)
+PER_TASK = 30
+"""Held-out captions of each task."""
+STATES = 2048
+SAMPLES = 2048
+BLOCKS = "7,8,11"
+COMPONENTS = "7:mlp,8:attn,9:mlp,10:mlp"
+
+_WAIT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is trained."""
+
+    removed: str
+    way: str
+    """`all` weights, what follows the first removed part (`pwp`), or that from states (`tail`)."""
+    stand_in: bool = False
+    graded: bool = False
+    calibration: str = "none"
+    """Of the prefix."""
+
+    @property
+    def key(self) -> str:
+        """A name that no other row has."""
+        parts = (self.way, "stand-in", "graded", self.calibration)
+        given = (True, self.stand_in, self.graded, self.calibration != "none")
+        kind = "blocks" if self.removed == BLOCKS else "components"
+        return "-".join([kind, *(part for part, is_given in zip(parts, given, strict=True) if is_given)])
+
+
+def rows() -> Iterator[Row]:
+    """Yield what is compared."""
+    for stand_in in (False, True):
+        for way in ("all", "pwp", "tail"):
+            yield Row(BLOCKS, way, stand_in)
+    yield Row(BLOCKS, "tail", calibration="feedback")
+    for graded in (False, True):
+        yield Row(COMPONENTS, "pwp", graded=graded)
+
+
+def options(row: Row, chosen: PrunePlan, seed: int) -> DistillOptions:
+    """Return the options of a row, with as many steps as its work allows."""
+    first, kept, total = chosen.first_pruned, len(chosen.kept), chosen.num_blocks
+    taught, prefix, learned = total, first, 3 * (kept - first)
+    work = WORK
+    if row.way == "all":
+        prefix, learned = 0, 3 * kept
+    elif row.way == "tail":
+        work, taught, prefix = WORK - STATES * (total + first), 0, 0
+    return DistillOptions(
+        steps=work // (BATCH * (taught + prefix + learned)), batch=BATCH, rate=5e-4, schedule="cosine", ema=0.98,
+        seed=seed, freeze_prefix=row.way != "all", sensitivity="graded" if row.graded else "off",
+        states=STATES if row.way == "tail" else 0,
+        prefix_calibration=row.calibration if row.way == "tail" else None,
+    )  # fmt: skip
+
+
+def measure(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the figures of each of `rows`, one entry per seed, by its key."""
+    while not _alone(out / "data", lambda: encode(out)):
+        time.sleep(_WAIT_S)
+    held, left = None, [(row, seed) for seed in SEEDS for row in rows()]
+    while left := [one for one in left if not _path(out, *one).is_file()]:
+        held = held or Held(Workspace(out / "original", None), PER_TASK)
+        ran = [_alone(_path(out, *one), partial(trained, *one, out, held)) for one in left]
+        if not any(ran):  # others work on the rest
+            time.sleep(_WAIT_S)
+    return {row.key: [read_json(_path(out, row, seed)) for seed in SEEDS] for row in rows()}
+
+
+def _path(out: Path, row: Row, seed: int) -> Path:
+    return out / "found" / f"{row.key}-{seed}.json"
+
+
+def _alone(path: Path, work: Callable[[], None]) -> bool:
+    """Do what makes a file or folder unless it is there, and return whether it is; not where another process does."""
+    try:
+        with hold(path.parent / f"{path.name}.lock", path):
+            if not path.exists():
+                work()
+            return True
+    except LockedError:
+        return False
+
+
+def encode(out: Path) -> None:
+    """Draw the images that are trained on, and encode them."""
+    ws, options = Workspace(out / "original", None), CacheOptions(SHAPES, SAMPLES)
+    settings, folder = settings_of(ws.source, ws.generation, options), out / "data"
+    unfinished = folder.with_name("data.tmp")
+    make_cache(ws.original.holding, ws.source, unfinished, settings, ws.generation, options)
+    unfinished.rename(folder)
+
+
+def trained(row: Row, seed: int, out: Path, held: Held) -> None:
+    """Prune, train and quantize, and write what that loses."""
+    ws = Workspace(out / f"{row.key}-{seed}", None, fresh=True)
+    if row.removed == COMPONENTS:
+        analyze.run(ws, AnalyzeOptions(estimator="gates", count=7))
+        plan.run(ws, PlanOptions("manual", components=COMPONENTS))
+    else:
+        plan.run(ws, PlanOptions("manual", blocks=BLOCKS, stand_in=QUARTER if row.stand_in else None))
+    prune.run(ws)
+    chosen = options(row, ws.plan(), seed)
+    began = time.process_time()
+    distill.run(ws, chosen, DataOptions(str(out / "data")))
+    seconds = time.process_time() - began
+    quantize.run(ws, QuantizeOptions())
+    found = held.measure(load_transformer(ws.out, quantized=True))
+    write_json(_path(out, row, seed), {"tasks": held.tasks, "steps": chosen.steps, "seconds": seconds} | found)
+    print(row.key, seed, np.mean(found["right"]), flush=True)
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the rows of `measure` in Markdown. Intervals are over captions, of each the mean of the seeds."""
+    lines = []
+    for row in rows():
+        seeds = found[row.key]
+
+        def of(name: str, seeds: list[dict[str, Any]] = seeds) -> list[float]:
+            return list(np.mean([one[name] for one in seeds], axis=0))
+
+        names = {"all": "all weights", "pwp": "PWP", "tail": f"PWP from {STATES:,} states"}
+        given = [names[row.way]] + ["graded"] * row.graded + ["prefix by feedback"] * (row.calibration != "none")
+        removed = f"blocks {BLOCKS}" if row.removed == BLOCKS else f"components {COMPONENTS}"
+        lines.append(
+            (
+                removed, "stand-ins" if row.stand_in else "cut", ", ".join(given), str(seeds[0]["steps"]),
+                interval_text(mean_interval(of("error")), ".3f"),
+                interval_text(mean_interval(of("right"), seeds[0]["tasks"]), ".3f"),
+                interval_text(mean_interval(of("decibels")), ".1f"),
+                f"{np.mean([one['seconds'] for one in seeds]):.0f} s",
+            )
+        )  # fmt: skip
+    return markdown_table(
+        ("removed", "from", "trained", "steps", "velocity error", "score", "PSNR, dB", "processor time"), lines
+    )
+
+
+if __name__ == "__main__":
+    command("tail", __doc__, lambda out: table(measure(out)))

@@ -1,0 +1,148 @@
+"""Training of the tail from states, round by round: the models that make states are not in memory while it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeprune.artefact.loading import open_transformer
+from edgeprune.artefact.surgery import structure
+from edgeprune.common import processes
+from edgeprune.common.errors import InputError
+from edgeprune.common.progress import Progress
+from edgeprune.common.tensors import Tensors
+from edgeprune.planning.plan import PrunePlan
+from edgeprune.residency.compute import is_small
+from edgeprune.residency.stored import StoredTransformer
+from edgeprune.stages.states import Maker
+from edgeprune.stages.weights import PrunedWeights
+from edgeprune.stages.workspace import Workspace
+from edgeprune.training.distill import train
+from edgeprune.training.recipe import DistillOptions, Placement, Recipe, parameter_groups
+from edgeprune.training.resume import steps_done
+from edgeprune.training.states import States
+from edgeprune.training.tail import TailLesson, cut
+from edgeprune.training.teaching import lower
+
+_USES = 4
+"""How often each state is trained on by default."""
+_MOST = 2048
+"""States of a round by default: 48 GB of those of SD3.5 Large at 1024x1024."""
+
+
+def defaults(options: DistillOptions, plan: PrunePlan, *, frozen: bool) -> dict[str, Any]:
+    """Return the fields of a `Recipe` about states that follow from the plan and the options.
+
+    A large model is trained from states where its prefix is frozen.
+
+    Args:
+        options: of the training.
+        plan: what is pruned.
+        frozen: whether the prefix is.
+    """
+    states, rounds = options.states, 1
+    if states is None and frozen and _has_prefix(plan) and not is_small(plan.before.parameters):
+        wanted = -(-options.steps * options.batch // _USES)
+        rounds = min(options.steps, -(-wanted // _MOST))
+        states = -(-wanted // rounds)
+    # With features, the teacher's later blocks would run in every step.
+    return {"states": states, "rounds": rounds, "lambda_feature": 0.0} if states else {}
+
+
+def check(plan: PrunePlan, options: DistillOptions, recipe: Recipe) -> None:
+    """Refuse states where nothing is frozen.
+
+    Raises:
+        InputError: the prefix is trained, or there is none; or an option is about states, and there are none.
+    """
+    if not recipe.states:
+        if (options.rounds, options.prefix_calibration) != (None, None):
+            raise InputError("--rounds and --prefix-calibration are about states; give --states N, or omit them")
+        return
+    if not recipe.freeze_prefix:
+        raise InputError("--states: states come from a frozen prefix; omit --no-freeze-prefix, or give --states 0")
+    if not _has_prefix(plan):
+        found = "nothing is pruned" if plan.first_pruned else "the first block is pruned"
+        raise InputError(f"--states: {found}, so no prefix is frozen whose states could be kept; give --states 0")
+
+
+def _has_prefix(plan: PrunePlan) -> bool:
+    return 0 < plan.first_pruned < plan.num_blocks
+
+
+def train_tail(
+    ws: Workspace,
+    plan: PrunePlan,
+    maker: Maker,
+    options: DistillOptions,
+    recipe: Recipe,
+    path: Path,
+    key: str,
+    placement: Placement,
+    progress: Progress,
+) -> tuple[Tensors, list[float]]:
+    """Train the tail; return its averaged tensors (in rank 0 only) and the loss of each step.
+
+    Args:
+        ws: the workspace.
+        plan: what is pruned.
+        maker: makes the states of each round.
+        options: of the training.
+        recipe: what those options became that follow from the plan and the model.
+        path: of the training's state.
+        key: digest of everything that the result depends on.
+        placement: where it runs.
+        progress: called after each step and each file of states.
+
+    Raises:
+        InputError, DiskError: see `Maker.make`.
+        EdgepruneError, Stopped: see `training.distill.train`.
+    """
+    found: tuple[Tensors, list[float]] = {}, []
+    ws.original.release_surroundings()  # everything is encoded
+    for number in range(recipe.rounds):
+        until, last = options.steps * (number + 1) // recipe.rounds, number + 1 == recipe.rounds
+        done = steps_done(path, key)
+        if done >= until and not last:
+            continue
+        states = None
+        if done < until:
+            with processes.main_first():
+                states = States(maker.make(number))
+            ws.original.release()
+            ws.original.compute.collect()
+        student = _student(ws, plan)
+        lesson = TailLesson(
+            ws.family, student, plan, states, options, recipe,
+            _teacher(ws, plan, options.teacher_precision) if recipe.lambda_feature else None,
+        )  # fmt: skip
+        groups = parameter_groups(ws.family, student, plan, ws.report(), recipe, options.rate)
+        found = train(
+            lesson, groups, options, path, inputs_digest=key, placement=placement, until=until,
+            progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
+        )  # fmt: skip
+    return found
+
+
+def _student(ws: Workspace, plan: PrunePlan) -> Any:
+    """Return the pruned model from its first trained block on, in float32."""
+    model = structure(ws.family, ws.config, plan)
+    stored = StoredTransformer(ws.family, model, PrunedWeights(ws, plan, ws.manifest.stages["prune"]["inputs"]))
+    return _loaded(stored, plan.first_pruned)
+
+
+def _teacher(ws: Workspace, plan: PrunePlan, precision: str) -> Any:
+    """Return the original's blocks from the first pruned one on."""
+    model = _loaded(open_transformer(ws.source, quantized=False, variant=ws.variant), plan.first_pruned)
+    lower(ws.family, model, precision)
+    return model
+
+
+def _loaded(stored: StoredTransformer, first: int) -> Any:
+    """Return a model from block `first` on, in float32."""
+    cut(stored.family, stored.model, first)
+    state = {name: stored.read(name, torch.float32).clone() for name in stored.model.state_dict()}
+    stored.model.load_state_dict(state, strict=True, assign=True)
+    return stored.model.eval()

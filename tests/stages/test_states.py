@@ -1,0 +1,318 @@
+"""States: what the frozen blocks that ship make of pairs, the tail that learns from them, and what a kill leaves."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from edgeprune import api
+from edgeprune.artefact.loading import load_transformer
+from edgeprune.cli import app
+from edgeprune.common.errors import InputError
+from edgeprune.families import family_of, family_of_model, published
+from edgeprune.families.sd3 import SD3
+from edgeprune.planning.make import make_plan
+from edgeprune.planning.options import PlanOptions
+from edgeprune.sampling.generation import Generation
+from edgeprune.stages import distill, plan, prune, quantize, states
+from edgeprune.stages.compress import compress
+from edgeprune.stages.options import CompressOptions, DataOptions, QuantizeOptions
+from edgeprune.stages.states import PREFIX
+from edgeprune.stages.workspace import Workspace
+from edgeprune.training.recipe import DistillOptions, Recipe
+
+DATA = DataOptions("shapes", 6)
+
+
+def options(**changes: Any) -> DistillOptions:
+    """Return those of a short training from seven states."""
+    return DistillOptions(**{"steps": 6, "batch": 2, "rate": 1e-3, "states": 7} | changes)
+
+
+def begun(source: Path, out: Path, **changes: Any) -> Workspace:
+    """Return a folder less block 1 of 3."""
+    ws = Workspace(out, str(source))
+    plan.run(ws, PlanOptions("manual", **{"blocks": "1"} | changes))
+    prune.run(ws)
+    return ws
+
+
+def files(folder: Path, pattern: str) -> dict[str, str]:
+    """Return hashes of files by their names."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob(pattern)) if p.is_file()}
+
+
+@pytest.fixture
+def lots_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "SMALL_LOT", 3)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the samples that pass through a block."""
+    ran, real = [0], SD3.run
+
+    def run(self: SD3, block: Any, image: torch.Tensor, *rest: Any) -> Any:
+        ran[0] += len(image)
+        return real(self, block, image, *rest)
+
+    monkeypatch.setattr(SD3, "run", run)
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("changes", "a_state"), [({}, 3 + 1), ({"int4_group_size": None}, 3), ({"lambda_feature": 1.0}, 3 + 1)]
+)
+@pytest.mark.usefixtures("lots_of_three")
+def test_no_block_runs_more_than_it_has_to(
+    source: Path, tmp_path: Path, counted: list[int], changes: dict[str, Any], a_state: int
+) -> None:
+    ws = begun(source, tmp_path / "out")
+    made = list[int]()
+
+    def progress(what: str, done: int = 0, total: int = 0, note: str = "") -> None:
+        if what == "distill: checking":
+            counted[0] = 0  # the data is encoded
+        if what.startswith("states") and done == total:
+            made.append(counted[0])
+
+    distill.run(ws, options(**changes), DATA, progress)
+    assert made == [7 * a_state]
+    # A step: the one block that is left after the removed one, and the teacher's two where features are compared.
+    assert counted[0] - made[0] == 6 * 2 * (1 + 2 * ("lambda_feature" in changes))
+    assert sorted(p.name for p in ws.cache.glob("states-*/*")) == [f"0000{n}.safetensors" for n in range(3)]
+    stage = ws.manifest.stages["distill"]
+    assert stage["options"]["options"]["lambda_feature"] == changes.get("lambda_feature", 0.0)
+    assert stage["first_loss"] > 0
+
+
+@pytest.mark.parametrize("calibration", ["none", "feedback"])
+def test_the_prefix_that_ships_is_the_one_that_states_saw(source: Path, tmp_path: Path, calibration: str) -> None:
+    ws = begun(source, tmp_path / "out")
+    distill.run(ws, options(prefix_calibration=calibration), DATA)
+    quantize.run(ws, QuantizeOptions())
+    (path,) = ws.cache.glob("states-*/*")
+    found = load_file(path)
+    seen, shipped = (load_file(next(f.glob("*.safetensors"))) for f in (ws.cache / PREFIX, ws.out / "transformer_int4"))
+    frozen = [name for name in seen if name.startswith("transformer_blocks.0.")]
+    assert frozen and all(torch.equal(seen[name], shipped[name]) for name in frozen)
+    # Rounded without samples, the prefix is another.
+    plain = begun(source, tmp_path / "plain")
+    quantize.run(plain, QuantizeOptions())
+    nearest = load_file(next((plain.out / "transformer_int4").glob("*.safetensors")))
+    same = all(torch.equal(nearest[name], shipped[name]) for name in frozen)
+    assert same == (calibration == "none")
+    # The streams are what the shipped model computes.
+    model = load_transformer(ws.out, quantized=True)
+    drawn = states.Maker._drawn
+    family, batches = family_of_model(model), list[Any]()
+
+    def note(self: Any, number: int, size: int) -> Any:
+        batches.append(drawn(self, number, size))
+        return batches[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(states.Maker, "_drawn", note)
+        other = begun(source, tmp_path / "other")
+        distill.run(other, options(prefix_calibration=calibration), DATA)
+    batch = batches[0]
+    with torch.no_grad():
+        inputs = states.model_inputs(model, batch.latents, batch.condition, batch.sigma, 3.0)
+        image, text, modulation = family.embed(model, inputs)
+        image, after = family.run(family.blocks(model)[0], image, text, modulation, ())
+        assert after is not None
+    for name, expected in (("image", image), ("text", after), ("modulation", modulation)):
+        assert (found[name] - expected).abs().max() <= 1e-4 * expected.abs().max(), name
+    teacher = load_transformer(source, quantized=False)
+    with torch.no_grad():
+        answer = states_velocity(teacher, batch)
+    assert (found["velocity"] - answer).abs().max() <= 1e-4 * answer.abs().max()
+    assert torch.equal(found["target"], batch.velocity)
+
+
+def states_velocity(model: Any, batch: Any) -> torch.Tensor:
+    from edgeprune.sampling.denoising import velocity
+
+    return velocity(model, batch.latents, batch.condition, batch.sigma, 3.0)
+
+
+def test_without_rounding_the_streams_are_the_originals_own(source: Path, tmp_path: Path) -> None:
+    ws = begun(source, tmp_path / "out")
+    distill.run(ws, options(int4_group_size=None, lambda_feature=1.0), DATA)
+    (path,) = ws.cache.glob("states-*/*")
+    found = load_file(path)
+    assert torch.equal(found["image"], found["taught.image"]) and torch.equal(found["text"], found["taught.text"])
+    assert not (ws.cache / PREFIX).exists()
+
+
+def test_the_tail_learns_and_the_prefix_stays(source: Path, tmp_path: Path) -> None:
+    ws = begun(source, tmp_path / "out", stand_in=8)
+    before = load_transformer(ws.out, quantized=False).state_dict()
+    losses = list[float]()
+
+    def progress(what: str, done: int = 0, total: int = 0, note: str = "") -> None:
+        if what == "distill":
+            losses.append(float(note.split()[1]))
+
+    distill.run(ws, options(steps=60, batch=7, states=7, int4_group_size=None), DATA, progress)
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    after = load_transformer(ws.out, quantized=False).state_dict()
+    for name, tensor in after.items():
+        trained = name.startswith(("transformer_blocks.1.", "norm_out.", "proj_out."))
+        # The text of a last block is only attended to: its query leads nowhere.
+        assert torch.equal(tensor, before[name]) != trained or "add_q_proj" in name or "norm_added_q" in name, name
+    assert any("stand_in" in name for name in after)
+
+
+@pytest.mark.usefixtures("lots_of_three")
+def test_killed_anywhere_it_ends_in_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    chosen = options(rounds=2, prefix_calibration="feedback")
+
+    class Killed(Exception):
+        pass
+
+    calls, made = list[tuple[str, int]](), list[str]()
+
+    def note(what: str, done: int = 0, total: int = 0, text: str = "") -> None:
+        calls.append((what, done))
+        if what == "distill":
+            made.append(text)
+
+    ws = begun(source, tmp_path / "whole")
+    distill.run(ws, chosen, DATA, note)
+    quantize.run(ws, QuantizeOptions())
+    expected = files(ws.out, "transformer*/*")
+    kinds = [(PREFIX, 1), ("states of round 1 of 2", 2), ("distill", 3), ("states of round 2 of 2", 1), ("distill", 5)]
+    assert set(kinds) <= set(calls)
+    killed = begun(source, tmp_path / "killed")
+    for at in kinds:
+
+        def progress(what: str, done: int = 0, total: int = 0, text: str = "", at: tuple[str, int] = at) -> None:
+            if (what, done) == at:
+                raise Killed
+
+        with pytest.raises(Killed):
+            distill.run(Workspace(killed.out, str(source)), chosen, DATA, progress)
+    ws = Workspace(killed.out, str(source))
+    distill.run(ws, chosen, DATA)
+    quantize.run(ws, QuantizeOptions())
+    assert files(ws.out, "transformer*/*") == expected
+    assert len(list(ws.cache.glob("states-*"))) == 1  # those of the first round are gone
+
+
+def test_a_state_is_made_once(source: Path, tmp_path: Path, counted: list[int]) -> None:
+    ws = begun(source, tmp_path / "out")
+    distill.run(ws, options(), DATA)
+    before = files(next(ws.cache.glob("states-*")), "*")
+    counted[0] = 0
+    again = Workspace(ws.out, str(source), fresh=True)
+    distill.run(again, options(rate=2e-3), DATA)
+    assert counted[0] == 6 * 2 and files(next(ws.cache.glob("states-*")), "*") == before
+
+
+def test_other_groups_are_rounded_again(source: Path, tmp_path: Path) -> None:
+    ws, said = begun(source, tmp_path / "out"), list[str]()
+    distill.run(ws, options(), DATA)
+    quantize.run(ws, QuantizeOptions(group_size=32), lambda what, *_: said.append(what))
+    assert any("trained behind a prefix in groups of 64" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("removed", "changes", "said"),
+    [
+        ({"blocks": "0"}, {}, "--states: the first block is pruned, so no prefix is frozen"),
+        ({"blocks": ""}, {}, "--states: nothing is pruned, so no prefix is frozen"),
+        ({"blocks": "1"}, {"freeze_prefix": False}, "--states: states come from a frozen prefix"),
+        ({"blocks": "1"}, {"states": 0, "rounds": 2}, "--rounds and --prefix-calibration are about states"),
+        (
+            {"blocks": "1"},
+            {"rounds": 7},
+            "--states, --rounds: found 7, 7, expected 0 or more, and from 1 to",
+        ),
+        ({"blocks": "1"}, {"prefix_calibration": "awq"}, "--prefix-calibration: found 'awq'"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    source: Path, tmp_path: Path, removed: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    ws = begun(source, tmp_path / "out", **removed)
+    with pytest.raises(InputError, match=said):
+        distill.run(ws, options(**changes), DATA)
+
+
+def test_folders_trained_without_states_stay_current() -> None:
+    names = {"states", "rounds", "prefix_calibration"}
+    assert not names & DistillOptions().to_json(Recipe()).keys()
+    assert names <= DistillOptions().to_json(Recipe(states=7)).keys()
+
+
+def test_the_forecast_leaves_out_what_is_not_there(source: Path, tmp_path: Path) -> None:
+    out = begun(source, tmp_path / "out").out
+    whole = api.forecast_distill(out, options(states=0))
+    tail = api.forecast_distill(out, options())
+    averaged = api.forecast_distill(out, options(ema=0.0))
+    compared = api.forecast_distill(out, options(lambda_feature=1.0))
+    assert whole.teacher_bytes > compared.teacher_bytes > tail.teacher_bytes == 0
+    assert whole.student_bytes > tail.student_bytes == tail.gradients_bytes == whole.gradients_bytes
+    assert tail.average_bytes > averaged.average_bytes == 0
+    assert tail.activations_bytes == whole.activations_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "removed", "expected"),
+    [
+        ({}, "25-28,31-34", {"states": 2000, "rounds": 4, "lambda_feature": 0.0}),  # 1,000 steps of 32
+        ({"steps": 10, "batch": 2}, "25-28,31-34", {"states": 5, "rounds": 1, "lambda_feature": 0.0}),
+        ({"states": 300}, "25-28,31-34", {"states": 300, "rounds": 1, "lambda_feature": 0.0}),
+        ({"states": 0}, "25-28,31-34", {}),
+        ({}, "0", {}),
+        ({"freeze_prefix": False}, "25-28,31-34", {}),
+    ],
+)
+def test_a_large_model_is_trained_from_states(changes: dict[str, Any], removed: str, expected: dict[str, Any]) -> None:
+    config = published.transformers()["sd3.5-large"]
+    family = family_of(config)
+    large = make_plan(family, config, None, method="manual", blocks=removed)
+    how = distill.recipe_of(DistillOptions(**changes), large, family, config, Generation())
+    assert {name: getattr(how, name) for name in ("states", "rounds", "lambda_feature")} == {
+        "states": 0, "rounds": 1, "lambda_feature": 1e-4,
+    } | expected  # fmt: skip
+    share = distill.training_bytes(DistillOptions(), how, large) / distill.training_bytes(
+        DistillOptions(), Recipe(), large
+    )
+    assert share < 0.15 if expected else share == 1
+
+
+def test_compress_rounds_the_prefix_as_it_quantizes(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compress(
+        Workspace(out, str(source)),
+        CompressOptions(
+            plan=PlanOptions("manual", blocks="1"), distill=options(), data=DATA,
+            quantize=QuantizeOptions(calibration="feedback", count=1),
+        ),
+    )  # fmt: skip
+    stages = Workspace(out, str(source)).manifest.stages
+    assert stages["distill"]["options"]["options"]["prefix_calibration"] == "feedback"
+
+
+def test_on_the_command_line(source: Path, tmp_path: Path) -> None:
+    runner, out = CliRunner(), begun(source, tmp_path / "out").out
+    refused = runner.invoke(
+        app, ["compress", str(source), "-o", str(tmp_path / "x"), "--steps", "0", "--train-states", "4"]
+    )
+    assert isinstance(refused.exception, InputError)
+    assert str(refused.exception) == "--train-states: nothing is trained; omit it"
+    done = runner.invoke(
+        app, ["distill", "-o", str(out), "--data", "shapes", "--samples", "6", "--steps", "2", "--batch", "2",
+              "--states", "4", "--prefix-calibration", "feedback", "--json"],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    options = Workspace(out, str(source)).manifest.stages["distill"]["options"]["options"]
+    assert (options["states"], options["rounds"], options["prefix_calibration"]) == (4, 1, "feedback")
