@@ -12,7 +12,7 @@ import typer
 from edgeprune import api
 from edgeprune.api.folders import check_places, check_prompts, is_builtin
 from edgeprune.cli import choices, limits, options, screen
-from edgeprune.cli.distill import GradientCheckpointing, MixedPrecision
+from edgeprune.cli.distill import GradientCheckpointing, MixedPrecision, Train
 from edgeprune.cli.plan import fit_rows, plan_rows
 from edgeprune.common.errors import InputError
 from edgeprune.common.tables import parse_duration
@@ -70,6 +70,7 @@ def compress(
     components: options.Components = "",
     steps: Steps = None,
     data: options.DataSource = None,
+    train: Train = "all",
     train_states: TrainStates = None,
     mixed_precision: MixedPrecision = None,
     gradient_checkpointing: GradientCheckpointing = False,
@@ -113,7 +114,7 @@ def compress(
         calibration_count=calibration_count,
         training={
             "states": train_states, "mixed_precision": mixed_precision,
-            "gradient_checkpointing": gradient_checkpointing or None,
+            "gradient_checkpointing": gradient_checkpointing or None, "train": None if train == "all" else train,
         },
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)

@@ -174,6 +174,14 @@ DropCaptions = Annotated[
 ]  # fmt: skip
 
 
+Train = Annotated[
+    str,
+    typer.Option(
+        metavar="all|lora:R", rich_help_panel=options.TRAINING,
+        help="What is trained: all weights, or additions to them of rank R by peft, which takes far less memory. They "
+        "are added to the weights at the end.",
+    ),
+]  # fmt: skip
 States = Annotated[
     int | None,
     typer.Option(
@@ -215,6 +223,7 @@ def distill(
     schedule: Schedule = None,
     ema: Ema = None,
     seed: Seed = 0,
+    train: Train = "all",
     states: States = None,
     rounds: Rounds = None,
     prefix_calibration: PrefixCalibration = None,
@@ -264,7 +273,7 @@ def distill(
         mixed_precision=mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"),
         teacher_precision=teacher_precision, gradient_checkpointing=gradient_checkpointing,
         int4_group_size=group_size if quantize_aware else None, seed=seed, states=states, rounds=rounds,
-        prefix_calibration=prefix_calibration,
+        prefix_calibration=prefix_calibration, train=train,
     )  # fmt: skip
     placement = api.Placement(accumulate=accumulate, teacher_offload=teacher_offload)
     if dry_run:

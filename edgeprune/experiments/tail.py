@@ -2,11 +2,14 @@
 
     python -m edgeprune.experiments.tail -o build/tail [--write docs/distill.md]
 
-An interrupted run resumes. Several at a time share the rows: each takes one that no other works on.
+An interrupted run resumes, and with --write keeps what it has in docs/distill.json, from which another goes on. Several
+at a time share the rows: each takes one that no other works on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,6 +47,7 @@ SAMPLES = 2048
 BLOCKS = "7,8,11"
 COMPONENTS = "7:mlp,8:attn,9:mlp,10:mlp"
 
+RESULTS = Path("docs/distill.json")
 _WAIT_S = 5.0
 
 
@@ -58,6 +62,11 @@ class Row:
     graded: bool = False
     calibration: str = "none"
     """Of the prefix."""
+
+    @property
+    def extra(self) -> bool:
+        """Whether it is no part of the comparison of all weights, PWP and PWP from states."""
+        return self.removed != BLOCKS or self.calibration != "none"
 
     @property
     def key(self) -> str:
@@ -95,21 +104,43 @@ def options(row: Row, chosen: PrunePlan, seed: int) -> DistillOptions:
     )  # fmt: skip
 
 
-def measure(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the figures of each of `rows`, one entry per seed, by its key."""
+def measure(out: Path) -> None:
+    """Measure what is missing of each row with each seed."""
     while not _alone(out / "data", lambda: encode(out)):
         time.sleep(_WAIT_S)
-    held, left = None, [(row, seed) for seed in SEEDS for row in rows()]
-    while left := [one for one in left if not _path(out, *one).is_file()]:
+    held, known = None, _known()
+    # Blocks first: other rows only add to them.
+    wanted = sorted(((row, seed) for seed in SEEDS for row in rows()), key=lambda one: one[0].extra)
+    while left := [
+        (row, seed) for row, seed in wanted if not (_key(row, seed) in known or _path(out, row, seed).is_file())
+    ]:
         held = held or Held(Workspace(out / "original", None), PER_TASK)
         ran = [_alone(_path(out, *one), partial(trained, *one, out, held)) for one in left]
         if not any(ran):  # others work on the rest
             time.sleep(_WAIT_S)
-    return {row.key: [read_json(_path(out, row, seed)) for seed in SEEDS] for row in rows()}
+
+
+def _known() -> dict[str, dict[str, Any]]:
+    return read_json(RESULTS) if RESULTS.is_file() else {}
+
+
+def collected(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the figures of all rows and seeds that were measured, here or before; keep them in RESULTS."""
+    found = _known()
+    for seed in SEEDS:
+        for row in rows():
+            if (path := _path(out, row, seed)).is_file():
+                found[_key(row, seed)] = read_json(path)
+    write_json(RESULTS, found)
+    return found
+
+
+def _key(row: Row, seed: int) -> str:
+    return f"{row.key}-{seed}"
 
 
 def _path(out: Path, row: Row, seed: int) -> Path:
-    return out / "found" / f"{row.key}-{seed}.json"
+    return out / "found" / f"{_key(row, seed)}.json"
 
 
 def _alone(path: Path, work: Callable[[], None]) -> bool:
@@ -147,15 +178,19 @@ def trained(row: Row, seed: int, out: Path, held: Held) -> None:
     seconds = time.process_time() - began
     quantize.run(ws, QuantizeOptions())
     found = held.measure(load_transformer(ws.out, quantized=True))
-    write_json(_path(out, row, seed), {"tasks": held.tasks, "steps": chosen.steps, "seconds": seconds} | found)
-    print(row.key, seed, np.mean(found["right"]), flush=True)
+    values = {name: [round(value, 4) for value in found[name]] for name in found}
+    write_json(_path(out, row, seed), {"tasks": held.tasks, "steps": chosen.steps, "seconds": seconds} | values)
+    shutil.rmtree(ws.out)
+    print(_key(row, seed), np.mean(found["right"]), flush=True)
 
 
-def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the rows of `measure` in Markdown. Intervals are over captions, of each the mean of the seeds."""
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Return what was measured in Markdown. Intervals are over captions, of each the mean of the seeds."""
     lines = []
     for row in rows():
-        seeds = found[row.key]
+        seeds = [found[_key(row, seed)] for seed in SEEDS if _key(row, seed) in found]
+        if not seeds:
+            continue
 
         def of(name: str, seeds: list[dict[str, Any]] = seeds) -> list[float]:
             return list(np.mean([one[name] for one in seeds], axis=0))
@@ -165,17 +200,24 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
         removed = f"blocks {BLOCKS}" if row.removed == BLOCKS else f"components {COMPONENTS}"
         lines.append(
             (
-                removed, "stand-ins" if row.stand_in else "cut", ", ".join(given), str(seeds[0]["steps"]),
+                removed, "stand-ins" if row.stand_in else "cut", ", ".join(given), str(len(seeds)),
+                str(seeds[0]["steps"]),
                 interval_text(mean_interval(of("error")), ".3f"),
                 interval_text(mean_interval(of("right"), seeds[0]["tasks"]), ".3f"),
                 interval_text(mean_interval(of("decibels")), ".1f"),
                 f"{np.mean([one['seconds'] for one in seeds]):.0f} s",
             )
         )  # fmt: skip
-    return markdown_table(
-        ("removed", "from", "trained", "steps", "velocity error", "score", "PSNR, dB", "processor time"), lines
-    )
+    head = ("removed", "from", "trained", "seeds", "steps", "velocity error", "score", "PSNR, dB", "processor time")
+    return markdown_table(head, lines)
+
+
+def tables(out: Path) -> str:
+    """Measure and return the table. Stopped with Ctrl-C, it is of what there is."""
+    with contextlib.suppress(KeyboardInterrupt):
+        measure(out)
+    return table(collected(out))
 
 
 if __name__ == "__main__":
-    command("tail", __doc__, lambda out: table(measure(out)))
+    command("tail", __doc__, tables)

@@ -41,6 +41,7 @@ from edgeprune.stages.weights import (
 )
 from edgeprune.stages.work import Subject, Work, drawing
 from edgeprune.stages.workspace import Workspace
+from edgeprune.training import lora
 from edgeprune.training.levels import FEW_STEPS, SHARE_ON_STEPS, default_levels
 from edgeprune.training.rank_memory import ProcessLayout, forecast_rank
 from edgeprune.training.recipe import HERE, DistillOptions, Placement, Recipe
@@ -262,13 +263,15 @@ def training_bytes(options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> 
     """Return the bytes of the tensors that training holds in float32.
 
     They are the teacher's weights and, in the student's size, its weights, gradients, two moments, the average and,
-    where training rounds, the rounded weights. From states, all of them only of what follows the frozen prefix.
+    where training rounds, the rounded weights. From states, all of them only of what follows the frozen prefix. Of
+    low-rank additions only the weights count, which from states stay in 16 bits.
     """
-    copies = 4 + (options.ema > 0) + (options.int4_group_size is not None)
-    if not recipe.states:
-        return 2 * plan.before.bf16_bytes + copies * 2 * plan.after.bf16_bytes
-    prefix = plan.before.bf16_bytes * plan.first_pruned // plan.num_blocks
-    return copies * 2 * max(0, plan.after.bf16_bytes - prefix)
+    prefix = plan.before.bf16_bytes * plan.first_pruned // plan.num_blocks if recipe.states else 0
+    student, rounded = max(0, plan.after.bf16_bytes - prefix), options.int4_group_size is not None
+    teacher = 0 if recipe.states else 2 * plan.before.bf16_bytes
+    if lora.rank_of(options.train) is not None:  # what is added is small
+        return teacher + (1 + rounded) * (2 - bool(recipe.states)) * student
+    return teacher + (4 + (options.ema > 0) + rounded) * 2 * student
 
 
 def amount(ws: Workspace) -> str:
@@ -351,5 +354,6 @@ def forecast(ws: Workspace, options: DistillOptions, placement: Placement, confi
     options.check()
     layout = ProcessLayout.of_launch_file(config) if config else ProcessLayout()
     one, plan = sample(ws.family, ws.config, ws.source, ws.generation), ws.plan()
+    options = in_precision(options, plan, ws.original.compute)
     recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)
     return forecast_rank(ws.family, ws.config, plan, ws.report(), options, recipe, placement, layout, one)

@@ -13,14 +13,16 @@ from edgeprune.common import processes
 from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress
 from edgeprune.common.tensors import Tensors
+from edgeprune.families.architecture import STAND_IN
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.residency.compute import is_small
 from edgeprune.residency.stored import StoredTransformer
 from edgeprune.stages.states import Maker
 from edgeprune.stages.weights import PrunedWeights
 from edgeprune.stages.workspace import Workspace
+from edgeprune.training import lora
 from edgeprune.training.distill import train
-from edgeprune.training.recipe import DistillOptions, Placement, Recipe, parameter_groups
+from edgeprune.training.recipe import DistillOptions, Placement, Recipe, adapt, parameter_groups
 from edgeprune.training.resume import steps_done
 from edgeprune.training.states import States
 from edgeprune.training.tail import TailLesson, cut
@@ -113,7 +115,8 @@ def train_tail(
                 states = States(maker.make(number))
             ws.original.release()
             ws.original.compute.collect()
-        student = _student(ws, plan)
+        student = _student(ws, plan, widened=lora.rank_of(options.train) is None or options.mixed_precision == "no")
+        adapt(ws.family, student, plan, recipe, options)
         lesson = TailLesson(
             ws.family, student, plan, states, options, recipe,
             _teacher(ws, plan, options.teacher_precision) if recipe.lambda_feature else None,
@@ -123,26 +126,37 @@ def train_tail(
             lesson, groups, options, path, inputs_digest=key, placement=placement, until=until,
             progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
         )  # fmt: skip
-    return found
+    return lora.merged(found[0]), found[1]
 
 
-def _student(ws: Workspace, plan: PrunePlan) -> Any:
-    """Return the pruned model from its first trained block on, in float32."""
+def _student(ws: Workspace, plan: PrunePlan, *, widened: bool) -> Any:
+    """Return the pruned model from its first trained block on.
+
+    Args:
+        ws: the workspace.
+        plan: what is pruned.
+        widened: to float32; else a large model keeps the dtype of its file, except for stand-ins.
+    """
     model = structure(ws.family, ws.config, plan)
     stored = StoredTransformer(ws.family, model, PrunedWeights(ws, plan, ws.manifest.stages["prune"]["inputs"]))
-    return _loaded(stored, plan.first_pruned)
+    model = _loaded(stored, plan.first_pruned, widened=widened or is_small(plan.before.parameters))
+    for name, module in model.named_modules():
+        if name.endswith(STAND_IN):
+            module.float()
+    return model
 
 
 def _teacher(ws: Workspace, plan: PrunePlan, precision: str) -> Any:
     """Return the original's blocks from the first pruned one on."""
-    model = _loaded(open_transformer(ws.source, quantized=False, variant=ws.variant), plan.first_pruned)
+    stored = open_transformer(ws.source, quantized=False, variant=ws.variant)
+    model = _loaded(stored, plan.first_pruned, widened=True)
     lower(ws.family, model, precision)
     return model
 
 
-def _loaded(stored: StoredTransformer, first: int) -> Any:
-    """Return a model from block `first` on, in float32."""
+def _loaded(stored: StoredTransformer, first: int, *, widened: bool) -> Any:
+    """Return a model from block `first` on, widened to float32 or in the dtype of its file."""
     cut(stored.family, stored.model, first)
-    state = {name: stored.read(name, torch.float32).clone() for name in stored.model.state_dict()}
+    state = {name: stored.read(name, torch.float32 if widened else None).clone() for name in stored.model.state_dict()}
     stored.model.load_state_dict(state, strict=True, assign=True)
     return stored.model.eval()

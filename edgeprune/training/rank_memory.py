@@ -7,6 +7,7 @@ counted: workspace of kernels, communication buffers, fragmentation, and mixed-p
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from edgeprune.common.errors import InputError
 from edgeprune.families import Config, Family
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.denoising import Conditioning, VelocityInputs, velocity
-from edgeprune.training.recipe import DistillOptions, Placement, Recipe, parameter_groups
+from edgeprune.training import lora
+from edgeprune.training.recipe import DistillOptions, Placement, Recipe, adapt, parameter_groups
 from edgeprune.training.rounding import Rounding
 from edgeprune.training.tail import cut
 from edgeprune.training.teaching import lower
@@ -91,11 +93,20 @@ def forecast_rank(
     if recipe.states:
         cut(family, teacher, plan.first_pruned)
     student: Any = structure(family, config, plan)
+    adapt(family, student, plan, recipe, options)
     groups = parameter_groups(family, student, plan, report, recipe, options.rate)
     trained = [p for group in groups for p in group["params"]]
     trained_bytes = layout.bytes_per_rank(trained)
-    # States leave nothing of the student but what is trained, and no teacher unless features are compared.
-    student_bytes = trained_bytes if recipe.states else layout.bytes_per_rank(student.parameters()) + _buffers(student)
+    # States leave nothing of the student before its first trained block, and no teacher unless features are compared.
+    held = copy.deepcopy(student)
+    if recipe.states:
+        cut(family, held, plan.first_pruned)
+        if options.train != lora.ALL and options.mixed_precision != "no":
+            held.to(torch.bfloat16)
+            held.load_state_dict(
+                {n: t.float() for n, t in held.state_dict().items() if lora.is_trained(n)}, False, True
+            )
+    student_bytes = layout.bytes_per_rank(held.parameters()) + _buffers(held)
     teacher_bytes = layout.bytes_per_rank(teacher.parameters()) + _buffers(teacher)
     absent = placement.teacher_offload or (recipe.states and not recipe.lambda_feature)
     rows = {

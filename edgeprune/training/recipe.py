@@ -8,7 +8,7 @@ contributes: each component has its own learning rate. Options that are None fol
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from edgeprune.analysis.contribution import ContributionReport
 from edgeprune.common.errors import InputError
 from edgeprune.families import Family
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.training import lora
 from edgeprune.training.levels import LEVELS
 from edgeprune.training.losses import LossWeights
 
@@ -92,6 +93,8 @@ class DistillOptions:
     teacher_precision: str = "float32"
     """The precision of the teacher's weights."""
     seed: int = 0
+    train: str = lora.ALL
+    """What is trained: all weights after the prefix, or `lora:R`, low-rank additions to them, see lora.py."""
     states: int | None = None
     rounds: int | None = None
     prefix_calibration: str | None = None
@@ -104,6 +107,7 @@ class DistillOptions:
         """
         if self.sensitivity == "binary":
             raise InputError(f"--sensitivity: found 'binary': {BINARY}")
+        lora.rank_of(self.train)
         for name, value, allowed in (
             ("--sensitivity", self.sensitivity, (None, *SENSITIVITIES)),
             ("--features", self.features, (None, *FEATURES)),
@@ -137,6 +141,8 @@ class DistillOptions:
         data = asdict(self) | asdict(recipe)
         if not recipe.states:  # folders that were trained before there were states stay current
             del data["states"], data["rounds"], data["prefix_calibration"]
+        if self.train == lora.ALL:
+            del data["train"]
         return data
 
 
@@ -194,6 +200,7 @@ def parameter_groups(
     )
     config: Any = student.config
     groups: dict[float, list[nn.Parameter]] = {}
+    low_rank = any(lora.is_low_rank(name) for name, _ in student.named_parameters())
     for name, parameter in student.named_parameters():
         place = family.place(config, name)
         if place is None:
@@ -202,12 +209,31 @@ def parameter_groups(
             original, component = plan.kept[place[0]], place[1]
             frozen = recipe.freeze_prefix and original < plan.first_pruned
             value = 1.0 if component is None else strength.get((original, component), 1.0)
+        frozen |= low_rank and not lora.is_trained(name)
         parameter.requires_grad_(not frozen)
         if not frozen:
             groups.setdefault(value, []).append(parameter)
     if not groups:
         raise InputError("nothing is left to train: every part is frozen; use --no-freeze-prefix")
     return [{"params": p, "lr": rate * s, "strength": s} for s, p in sorted(groups.items())]
+
+
+def adapt(family: Family, student: nn.Module, plan: PrunePlan, recipe: Recipe, options: DistillOptions) -> None:
+    """Add low-rank matrices to the layers of blocks that are trained, where the options ask for that, in place.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+    """
+    rank, config = lora.rank_of(options.train), student.config
+    if rank is None:
+        return
+    names = []
+    for name, layer in student.named_modules():
+        place = family.place(cast("Any", config), f"{name}.weight")
+        frozen = place is None or (recipe.freeze_prefix and plan.kept[place[0]] < plan.first_pruned)
+        if isinstance(layer, nn.Linear) and not frozen and not lora.is_trained(f"{name}.weight"):
+            names.append(name)
+    lora.add(student, names, rank, options.seed)
 
 
 @dataclass(frozen=True)

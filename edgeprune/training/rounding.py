@@ -8,6 +8,7 @@ rounds, quantize.py packs.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from edgeprune.families import Family
 from edgeprune.quantization.int4 import round_int4
 from edgeprune.quantization.precision import precision_of
+from edgeprune.training import lora
 from edgeprune.training.zero import shard_of
 
 
@@ -27,14 +29,23 @@ class Rounding:
         """Layers with their group sizes; collected before sharding, while weights still have their shapes."""
         self.kept: list[tuple[nn.Linear, torch.Tensor]] = []
         """Frozen layers with their original weights, on the CPU."""
+        self.adapted: list[tuple[nn.Module, int]] = []
+        """Layers with low-rank matrices, which are rounded with them, see lora.py."""
+        parts = {part for layer in student.modules() if lora.is_adapted(layer) for part in list(layer.modules())[1:]}
         for name, layer in student.named_modules():
-            if isinstance(layer, nn.Linear):
-                precision = precision_of(family, f"{name}.weight", tuple(layer.weight.shape), group_size=group_size)
-                if precision.bits == 4:
-                    self.layers.append((layer, precision.group_size))
+            if layer in parts or not (isinstance(layer, nn.Linear) or lora.is_adapted(layer)):
+                continue
+            weight: Any = layer.weight
+            precision = precision_of(family, f"{name}.weight", tuple(weight.shape), group_size=group_size)
+            if precision.bits == 4 and lora.is_adapted(layer):
+                self.adapted.append((layer, precision.group_size))
+            elif precision.bits == 4:
+                self.layers.append((layer, precision.group_size))
 
     def begin(self) -> None:
         """Start computing with rounded weights. Frozen weights are rounded once, unless they are sharded."""
+        for layer, size in self.adapted:
+            layer.forward = functools.partial(lora.rounded, layer, size)
         for layer, size in self.layers:
             if layer.weight.requires_grad or hasattr(shard_of(layer.weight), "to_local"):
                 # mypy does not allow assigning to a method.
@@ -45,7 +56,7 @@ class Rounding:
 
     def end(self) -> None:
         """Restore the student's layers and original weights."""
-        for layer, _ in self.layers:
+        for layer, _ in (*self.layers, *self.adapted):
             vars(layer).pop("forward", None)
         for layer, weight in self.kept:
             layer.weight.data = weight.to(layer.weight.device)

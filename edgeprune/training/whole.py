@@ -18,13 +18,14 @@ from edgeprune.families import Family
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.denoising import Conditioning, velocity
 from edgeprune.sampling.schedule import NoiseSchedule
+from edgeprune.training import lora
 from edgeprune.training.distill import StepDone, train
 from edgeprune.training.features import Catcher
 from edgeprune.training.levels import draw_levels
 from edgeprune.training.losses import distillation_loss
 from edgeprune.training.parallel import Parallel
 from edgeprune.training.prefix import SharedPrefix, common_blocks
-from edgeprune.training.recipe import HERE, DistillOptions, Placement, Recipe, parameter_groups
+from edgeprune.training.recipe import HERE, DistillOptions, Placement, Recipe, adapt, parameter_groups
 from edgeprune.training.resume import step_generator
 from edgeprune.training.rounding import Rounding
 from edgeprune.training.teaching import checkpoint_activations
@@ -188,9 +189,11 @@ def distill(
         Stopped: one of the processes received SIGTERM; the state is saved.
     """
     options.check()
+    adapt(family, student, plan, recipe, options)
     groups = parameter_groups(family, student, plan, report, recipe, options.rate)
     lesson = Whole(family, teacher, student, plan, pairs, options, recipe, schedule, guidance)
-    return train(
+    state, losses = train(
         lesson, groups, options, state_path, inputs_digest=inputs_digest, placement=placement, save_every=save_every,
         progress=progress,
     )  # fmt: skip
+    return lora.merged(state), losses

@@ -262,6 +262,9 @@ def test_the_forecast_leaves_out_what_is_not_there(source: Path, tmp_path: Path)
     assert whole.student_bytes > tail.student_bytes == tail.gradients_bytes == whole.gradients_bytes
     assert tail.average_bytes > averaged.average_bytes == 0
     assert tail.activations_bytes == whole.activations_bytes > 0
+    added = api.forecast_distill(out, options(train="lora:4", mixed_precision="bf16"))
+    assert added.moments_bytes < 0.2 * tail.moments_bytes
+    assert (added.student_bytes - added.gradients_bytes) / tail.student_bytes == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize(

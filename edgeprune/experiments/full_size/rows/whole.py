@@ -98,9 +98,9 @@ def rows() -> Iterator[Row]:
             f"stand-ins{m.suffix}", f"{m.name}: {what}, stand-ins from eight states at 512x512, in 6 GB", work,
             int(2.5 * m.weights), functools.partial(_stand_ins, m), needs=(f"synth{m.suffix}",),
         )  # fmt: skip
-        learned = 1.7 * _PAIRS + 3 * _STEPS * _tail_share(m)
+        learned = 1.7 * _PAIRS + 2 * 3 * _STEPS * _tail_share(m)
         yield Row(
-            f"tail{m.suffix}", f"{m.name} less 8 blocks: 20 steps of the tail from eight states at 512x512",
+            f"tail{m.suffix}", f"{m.name} less 8 blocks: 20 steps of the tail from eight states at 512x512, twice",
             Work(2, moved=2 * everything + 4 * m.weights, rounded=2 * m.weights, large_flops=learned * m.flops),
             int(4.5 * m.weights), functools.partial(_tail, m), needs=(f"synth{m.suffix}",),
         )  # fmt: skip
@@ -167,12 +167,13 @@ def _tail(model: _Model, recorder: Recorder) -> None:
         *_MEDIUM, makes=out,
     )  # fmt: skip
     _pairs(images)
-    name = f"{label}: distill"
-    recorder.stage(
-        name, "distill", "-o", str(out), "--data", str(images), "--samples", str(_PAIRS), "--states", str(_PAIRS),
-        "--steps", str(_STEPS), "--batch", "1", "--ema", "0", "--yes",
-    )  # fmt: skip
-    recorder.remark(name, functools.partial(_losses, out))
+    for trained in ("all", "lora:64"):
+        name = f"{label}: distill, {trained}"
+        recorder.stage(
+            name, "distill", "-o", str(out), "--data", str(images), "--samples", str(_PAIRS), "--states", str(_PAIRS),
+            "--steps", str(_STEPS), "--batch", "1", "--ema", "0", "--train", trained, "--yes", "--fresh",
+        )  # fmt: skip
+        recorder.remark(name, functools.partial(_losses, out))
     recorder.remove(label)
 
 
