@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edgeprune.artefact.manifest import MANIFEST
 from edgeprune.bench.machine import machine
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json, write_json
@@ -106,6 +107,27 @@ def test_the_row_of_gates_is_compared_with_its_blocks_own_time(
     )
     factor = latent_factor(read_json(tiny_folders[0] / "vae" / "config.json"), "")
     assert latents.shape[-2:] == (512 // factor, 512 // factor) and not others
+
+
+def test_the_row_of_the_tail_trains_twice_from_the_same_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def run(*arguments: str, so_far: Any, caches: None) -> Stage:
+        calls.append(arguments)
+        if arguments[0] == "distill":
+            assert len(list((tmp_path / "tail-images").glob("*.png"))) == 8
+            write_json(tmp_path / "tail" / MANIFEST, {"stages": {"distill": {"first_loss": 2.0, "last_loss": 1.5}}})
+        so_far(stage := Stage(1.0, 10))
+        return stage
+
+    monkeypatch.setattr(recording, "run", run)
+    recorder = Recorder(tmp_path, "r")
+    rows()["tail"].measure(recorder)
+    trained = [call[call.index("--train") + 1] for call in calls if call[0] == "distill"]
+    assert trained == ["all", "lora:64"] and [call[0] for call in calls] == ["compress", "distill", "distill"]
+    said = recorder.stages["tail: distill, lora:64"]["said"]
+    assert said == "loss 2 in the first ten steps, 1.5 in the last ten" and not (tmp_path / "tail").exists()
+    assert whole._tail_share(whole._MODELS[0]) == pytest.approx(5 / 38)
 
 
 # ------------------------------------------------------------------------------------- measuring
