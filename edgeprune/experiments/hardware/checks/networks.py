@@ -30,13 +30,23 @@ def eager(place: Place) -> str:
 @check("`distill`, four steps in bfloat16 (Accelerator)", seconds=120, needs=(*_NEEDS, "accelerate"))
 def distillation(place: Place) -> str:
     """Train on a few drawn samples."""
+    return _trained(place, "distill")
+
+
+@check("`distill --states`: states, then four steps of the tail", seconds=120, needs=(*_NEEDS, "accelerate", "nncf"))
+def tail(place: Place) -> str:
+    """Train what follows the removed block from a few states."""
+    return _trained(place, "tail", states=6)
+
+
+def _trained(place: Place, name: str, **changes: Any) -> str:
     from edgeprune.planning.options import PlanOptions
     from edgeprune.stages import analyze, distill, plan, prune
     from edgeprune.stages.options import AnalyzeOptions, DataOptions
     from edgeprune.training.recipe import DistillOptions
 
     _cuda(place, "distillation")
-    ws = place.workspace(place.small("sd3"), "distill")
+    ws = place.workspace(place.small("sd3"), name)
     analyze.run(ws, AnalyzeOptions(count=1, estimator="gates"))
     plan.run(ws, PlanOptions("manual", blocks="1"))
     prune.run(ws)
@@ -47,7 +57,7 @@ def distillation(place: Place) -> str:
             losses.append(text)
 
     precision = "bf16" if place.device.type == "cuda" else "no"  # autocast knows torch's own devices
-    options = DistillOptions(steps=4, batch=4, mixed_precision=precision)
+    options = DistillOptions(steps=4, batch=4, mixed_precision=precision, **changes)
     with place.peak() as peak:
         distill.run(ws, options, DataOptions("shapes", 8), progress)
     stage = ws.manifest.stages["distill"]
