@@ -194,8 +194,8 @@ Rounds = Annotated[
     int | None,
     typer.Option(
         min=1, rich_help_panel=options.TRAINING,
-        help="Make the states anew so many times, in parts of the training: those of one part are on the disk.",
-        show_default="1; with the default of --states one for 2,048 states",
+        help="Divide the training into so many rounds, each of which makes new states. Those of one are on the disk.",
+        show_default="1; with the default of --states as many as keep a round at 2,048",
     ),
 ]  # fmt: skip
 PrefixCalibration = Annotated[
