@@ -63,7 +63,7 @@ def streams_before(family: Any, model: Any, first: int, batch: Noisy, guidance: 
             image, after = family.run(block, image, text, modulation, positions)
             text = text if after is None else after
     return {
-        "streams": {"image": image, "text": text}, "modulation": modulation, "positions": tuple(positions),
+        "streams": {"image": image, "text": text, "modulation": modulation}, "positions": tuple(positions),
         "grid": tuple(family.grid(model, inputs)),
     }  # fmt: skip
 

@@ -30,6 +30,7 @@ from edgeprune.stages.options import AnalyzeOptions
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training import distill as training
 from edgeprune.training import tail, whole
+from edgeprune.training.parallel import Parallel
 from edgeprune.training.recipe import DistillOptions, Placement, parameter_groups
 from edgeprune.training.resume import local, save_state
 from edgeprune.training.states import States, file_tensors
@@ -96,7 +97,8 @@ def train(
             lesson = tail.TailLesson(family, student, plan, States([file]), chosen, recipe(chosen))
             groups = parameter_groups(family, student, plan, report, recipe(chosen), chosen.rate)
             weights, losses = training.train(
-                lesson, groups, chosen, path, inputs_digest="x", placement=where, save_every=2, progress=progress,
+                lesson, groups, chosen, path, Parallel(chosen.mixed_precision or "no", chosen.batch, where),
+                inputs_digest="x", save_every=2, progress=progress,
             )  # fmt: skip
         else:
             weights, losses = whole.distill(

@@ -37,7 +37,7 @@ from edgeprune.sampling.prompts import prompts as shipped_prompts
 from edgeprune.sampling.prompts import read_prompts
 from edgeprune.stages.analyze import run as run_analyze
 from edgeprune.stages.compress import forecast
-from edgeprune.stages.distill import defaults_of
+from edgeprune.stages.distill import defaults_of, seen_by_quantize
 from edgeprune.stages.distill import run as run_distill
 from edgeprune.stages.options import CompressOptions
 from edgeprune.stages.plan import run as run_plan
@@ -177,7 +177,8 @@ def _run(
         ws.skip_distillation()
     run_prune(ws, progress)
     if options.distill is not None:
-        run_distill(ws, options.distill, options.data, progress)
+        training = seen_by_quantize(ws, options.distill, options.quantize.calibration, ws.plan())
+        run_distill(ws, training, options.data, progress)
     if row.quantized:
         run_quantize(ws, options.quantize, progress)
     teacher, plan = base.pipe.transformer, ws.plan()

@@ -2,13 +2,14 @@
 
     python -m edgeprune.experiments.tail -o build/tail [--write docs/distill.md]
 
-An interrupted run resumes, and with --write keeps what it has in docs/distill.json, from which another goes on. Several
-at a time share the rows: each takes one that no other works on.
+An interrupted run goes on with the row that it was at. With --write it keeps what it has in docs/distill.json, from
+which another goes on. Several at a time share the rows: each takes one that no other works on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -108,16 +109,17 @@ def measure(out: Path) -> None:
     """Measure what is missing of each row with each seed."""
     while not _alone(out / "data", lambda: encode(out)):
         time.sleep(_WAIT_S)
-    held, known = None, _known()
+    held, known, folder = None, _known(), out / f"original-{os.getpid()}"
     # Blocks first: other rows only add to them.
     wanted = sorted(((row, seed) for seed in SEEDS for row in rows()), key=lambda one: one[0].extra)
     while left := [
         (row, seed) for row, seed in wanted if not (_key(row, seed) in known or _path(out, row, seed).is_file())
     ]:
-        held = held or Held(Workspace(out / "original", None), PER_TASK)
+        held = held or Held(Workspace(folder, None), PER_TASK)
         ran = [_alone(_path(out, *one), partial(trained, *one, out, held)) for one in left]
         if not any(ran):  # others work on the rest
             time.sleep(_WAIT_S)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _known() -> dict[str, dict[str, Any]]:
@@ -165,7 +167,8 @@ def encode(out: Path) -> None:
 
 def trained(row: Row, seed: int, out: Path, held: Held) -> None:
     """Prune, train and quantize, and write what that loses."""
-    ws = Workspace(out / f"{row.key}-{seed}", None, fresh=True)
+    shutil.rmtree(out / _key(row, seed), ignore_errors=True)  # so that all of the training is timed
+    ws = Workspace(out / _key(row, seed), None)
     if row.removed == COMPONENTS:
         analyze.run(ws, AnalyzeOptions(estimator="gates", count=7))
         plan.run(ws, PlanOptions("manual", components=COMPONENTS))

@@ -46,7 +46,7 @@ from edgeprune.stages.work import (
     shapes_per_task,
 )
 from edgeprune.stages.workspace import Workspace
-from edgeprune.training.recipe import PREFIX_CALIBRATIONS, DistillOptions
+from edgeprune.training.recipe import DistillOptions
 
 
 def preset(name: str, *, builtin: bool, data: str | None = None) -> CompressOptions:
@@ -275,13 +275,10 @@ def runs_original(options: CompressOptions, plan: PrunePlan) -> bool:
     return options.reads_scores or options.distill is not None or calibrated or bool(plan.stand_ins)
 
 
-def _training(ws: Workspace, options: CompressOptions) -> DistillOptions:
-    """Return the options of the training. A prefix that states come from is rounded as `quantize` is asked to."""
+def _training(ws: Workspace, options: CompressOptions, expected: PrunePlan) -> DistillOptions:
+    """Return the options of the training of a plan."""
     training, calibration = options.distill or DistillOptions(), options.quantize.calibration
-    recipe = distill.recipe_of(training, ws.plan(), ws.family, ws.config, ws.generation)
-    if recipe.states and training.prefix_calibration is None and calibration in PREFIX_CALIBRATIONS:
-        return replace(training, prefix_calibration=calibration)
-    return training
+    return distill.seen_by_quantize(ws, training, calibration, expected)
 
 
 def need_room(out: Path, source: Path, plan: PrunePlan, *, no_half: bool = False) -> None:
@@ -322,6 +319,9 @@ def compress(
     ran = []
     options.check_data(builtin=ws.builtin)
     rehearsed = rehearse(ws.source, ws.generation, options)
+    if options.distill is not None:
+        options.distill.check()
+        _training(ws, options, rehearsed)
     if runs_original(options, rehearsed):
         ws.check_memory()
     if "prune" not in ws.manifest.stages:
@@ -342,7 +342,7 @@ def compress(
     then = options.quantize if options.distill is None and options.quantize.calibration == "none" else None
     if prune.run(ws, progress, no_half=no_half, then=then):
         ran.append("prune")
-    if options.distill is not None and distill.run(ws, _training(ws, options), options.data, progress):
+    if options.distill is not None and distill.run(ws, _training(ws, options, ws.plan()), options.data, progress):
         ran.append("distill")
     if quantize.run(ws, options.quantize, progress):
         ran.append("quantize")

@@ -13,6 +13,7 @@ from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.surgery import build, prune_state
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
+from edgeprune.common.extras import require
 from edgeprune.common.files import digest
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
@@ -29,7 +30,7 @@ from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.stages import tail
 from edgeprune.stages.costs import sample
 from edgeprune.stages.options import DataOptions, halvings
-from edgeprune.stages.states import Maker
+from edgeprune.stages.states import Maker, state_bytes
 from edgeprune.stages.weights import (
     PrunedWeights,
     by_block,
@@ -43,8 +44,10 @@ from edgeprune.stages.work import Subject, Work, drawing
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training import lora
 from edgeprune.training.levels import FEW_STEPS, SHARE_ON_STEPS, default_levels
+from edgeprune.training.parallel import Parallel
 from edgeprune.training.rank_memory import ProcessLayout, forecast_rank
-from edgeprune.training.recipe import HERE, DistillOptions, Placement, Recipe
+from edgeprune.training.recipe import HERE, PREFIX_CALIBRATIONS, DistillOptions, Placement, Recipe
+from edgeprune.training.resume import precision_of
 from edgeprune.training.teaching import lower
 from edgeprune.training.whole import distill
 
@@ -85,15 +88,54 @@ def defaults_of(method: str) -> dict[str, Any]:
     return own | {"drop_captions": CAPTIONS_DROPPED, "few_steps": FEW_STEPS, "share_on_steps": SHARE_ON_STEPS}
 
 
-def in_precision(options: DistillOptions, plan: PrunePlan, compute: Compute) -> DistillOptions:
+def in_precision(
+    options: DistillOptions, plan: PrunePlan, compute: Compute, begun: str | None = None
+) -> DistillOptions:
     """Return the options with a number format: bf16 for a large model where that is multiplied, else float32.
 
     The weights that are trained stay in float32.
+
+    Args:
+        options: of the training.
+        plan: what is pruned.
+        compute: where it runs.
+        begun: the format of a training that has begun, perhaps on another machine, which goes on with that.
     """
     if options.mixed_precision is not None:
         return options
     multiplied = compute.dtype(torch.bfloat16, plan.before.parameters) == torch.bfloat16
-    return replace(options, mixed_precision="bf16" if multiplied else "no")
+    return replace(options, mixed_precision=begun or ("bf16" if multiplied else "no"))
+
+
+def _begun_precision(ws: Workspace, path: Path) -> str | None:
+    """Return the number format of the training that a folder keeps, finished or not; None without one."""
+    stage = None if ws.fresh else ws.manifest.stages.get("distill")
+    if stage is not None:
+        return str(stage["options"]["options"]["mixed_precision"])
+    return precision_of(path)
+
+
+def seen_by_quantize(ws: Workspace, options: DistillOptions, calibration: str, plan: PrunePlan) -> DistillOptions:
+    """Return the options with the prefix rounded as `quantize` is asked to, unless they say otherwise.
+
+    Args:
+        ws: the workspace.
+        options: of the training.
+        calibration: of `quantize`.
+        plan: what is pruned.
+
+    Raises:
+        InputError: a prefix cannot be rounded by this calibration.
+    """
+    states = recipe_of(options, plan, ws.family, ws.config, ws.generation).states
+    if not states or options.prefix_calibration is not None or options.int4_group_size is None:
+        return options
+    if calibration not in PREFIX_CALIBRATIONS:
+        raise InputError(
+            f"--calibration {calibration}: the frozen prefix is rounded before training, by "
+            f"{' or '.join(PREFIX_CALIBRATIONS)}; choose one of them, or train without states (--train-states 0)"
+        )
+    return replace(options, prefix_calibration=calibration)
 
 
 def described(recipe: Recipe, options: DistillOptions, plan: PrunePlan, *, builtin: bool) -> str:
@@ -138,9 +180,13 @@ def run(
     ws.manifest.need_half(ws.out)
     options.check()
     plan = ws.plan()
-    options = in_precision(options, plan, ws.original.compute)
+    path = ws.out / "cache" / "distill.safetensors"
+    options = in_precision(options, plan, ws.original.compute, _begun_precision(ws, path))
     recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)
-    tail.check(plan, options, recipe)
+    tail.check(plan, options, recipe, placement)
+    Parallel.check(options.mixed_precision or "no", options.batch, placement)
+    if lora.rank_of(options.train) is not None:
+        require(("peft",), "train")
     source = data.of_model(builtin=ws.builtin)
     if recipe.sensitivity == "graded" and ws.report() is None:
         found = "graded" if options.sensitivity else "graded, the default for plans that remove components"
@@ -161,14 +207,17 @@ def run(
                 _encode(ws, folder, CacheOptions(source, data.samples), progress)
             pairs = _open(ws, folder, progress)
         schedule = NoiseSchedule.load(ws.source, ws.family, ws.config, ws.generation.num_inference_steps)
-        path, result = ws.out / "cache" / "distill.safetensors", dict[str, Any]()
+        result = dict[str, Any]()
         if not recipe.states:
             state, losses = _train_whole(ws, plan, pairs, options, recipe, schedule, path, key, placement, progress)
         else:
             maker = Maker(ws, plan, pairs, schedule, options, recipe, identity, progress)
             state, losses = tail.train_tail(ws, plan, maker, options, recipe, path, key, placement, progress)
             if options.int4_group_size is not None:
-                result["prefix"] = {"inputs": maker.prefix_key, "group_size": options.int4_group_size}
+                result["prefix"] = {
+                    "inputs": maker.prefix_key, "group_size": options.int4_group_size,
+                    "calibration": recipe.prefix_calibration,
+                }  # fmt: skip
         if processes.is_main():
             _write(ws, plan, state, key, progress)
         first, last = losses[:10], losses[-10:]
@@ -184,9 +233,8 @@ def run(
 
         ways = [(f"--steps {fewer}", total(fewer)) for fewer in halvings(options.steps)]
         memory = training_bytes(options, recipe, plan) if processes.count() == 1 else 0
-        ws.check_time(
-            "distill", total(options.steps), ways, progress, memory=memory, written=plan.after.bf16_bytes
-        )  # fmt: skip
+        written = plan.after.bf16_bytes + recipe.states * state_bytes(ws, recipe)
+        ws.check_time("distill", total(options.steps), ways, progress, memory=memory, written=written)
 
     return ws.stage("distill", inputs, train, check)
 
@@ -249,7 +297,8 @@ def trained(subject: Subject, options: DistillOptions, plan: PrunePlan) -> Work:
     recipe = recipe_of(options, plan, subject.family, subject.config, subject.generation)
     share = plan.after.parameters / plan.before.parameters
     prefix = plan.first_pruned / plan.num_blocks if recipe.freeze_prefix else 0.0
-    own_prefix = prefix if options.int4_group_size is not None else 0.0
+    shared = options.int4_group_size is None and plan.modulation_rank is None
+    own_prefix = 0.0 if shared else prefix
     learned = 3 * max(0.0, share - prefix)
     samples = options.steps * options.batch
     if not recipe.states:
@@ -270,7 +319,8 @@ def training_bytes(options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> 
     student, rounded = max(0, plan.after.bf16_bytes - prefix), options.int4_group_size is not None
     teacher = 0 if recipe.states else 2 * plan.before.bf16_bytes
     if lora.rank_of(options.train) is not None:  # what is added is small
-        return teacher + (1 + rounded) * (2 - bool(recipe.states)) * student
+        narrow = recipe.states and options.mixed_precision != "no"
+        return teacher + (1 + rounded) * (1 if narrow else 2) * student
     return teacher + (4 + (options.ema > 0) + rounded) * 2 * student
 
 
@@ -329,12 +379,16 @@ def _teacher(ws: Workspace, precision: str) -> Any:
 
 
 def _write(ws: Workspace, plan: PrunePlan, state: Tensors, key: str, progress: Progress) -> None:
-    """Write the trained tensors, and those that training did not have as `prune` makes them."""
-    frozen = PrunedWeights(ws, plan, ws.manifest.stages["prune"]["inputs"])
-    blocks = by_block(ws, {name: 2 * math.prod(shape) for name, shape in frozen.shapes.items()}, plan)
+    """Write the trained tensors, and the frozen ones that training did not have as `prune` makes them."""
+    pruned = PrunedWeights(ws, plan, ws.manifest.stages["prune"]["inputs"])
+    blocks = by_block(ws, {name: 2 * math.prod(shape) for name, shape in pruned.shapes.items()}, plan)
+
+    def tensor(name: str, block: int) -> torch.Tensor:
+        frozen = plan.kept[block] < plan.first_pruned if block < len(plan.kept) else not name.startswith(ws.family.tail)
+        return pruned[name] if frozen and name not in state else half(state[name])
 
     def make(index: int) -> Tensors:
-        return {name: half(state[name]) if name in state else frozen[name] for name in blocks[index]}
+        return {name: tensor(name, index) for name in blocks[index]}
 
     write_half(ws, plan, blocks, make, key, progress)
 

@@ -33,6 +33,7 @@ from edgeprune.residency.weights import Weights
 from edgeprune.sampling.denoising import at_once, model_inputs
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.stages.calibration import Side, Streams, stream_bytes, streams_of
+from edgeprune.stages.costs import sample
 from edgeprune.stages.rounder import Rounder, int4_blocks
 from edgeprune.stages.weights import PrunedWeights
 from edgeprune.stages.workspace import Workspace
@@ -42,8 +43,16 @@ from edgeprune.training.whole import Noisy, noisy
 
 PREFIX = "prefix_int4"
 """Folder in the cache: the frozen blocks in INT4, as the states have seen them. `quantize` takes them over."""
-LOT, SMALL_LOT = 16, 256
-"""States of a file, of a large model and of a small one: both models are read once for each file."""
+LOT, SMALL_LOT = 8, 256
+"""States of a file, of a large model and of a small one. Both models are read once for each file; a kill costs one."""
+
+
+def state_bytes(ws: Workspace, recipe: Recipe) -> int:
+    """Return about how many bytes a state of the model's own image size takes on the disk."""
+    latents, condition, *_ = sample(ws.family, ws.config, ws.source, ws.generation)
+    streams = stream_bytes(ws.family, ws.config, tuple(latents.shape[1:]), condition.hidden.shape[1])
+    sides = 2 if recipe.lambda_feature else 1
+    return sides * streams * ws.original.dtype.itemsize // 4 + 2 * latents.nbytes
 
 
 class Rounded:
@@ -129,23 +138,18 @@ class Maker:
             if other != folder:
                 shutil.rmtree(other)
         files = [folder / f"{lot:05}.safetensors" for lot in range(self.lots)]
-        step, prefix = Steps(f"states of round {number + 1} of {self.recipe.rounds}", self.lots, self.progress), None
-        for lot, path in enumerate(files):
-            if not path.is_file():
-                batch = self._drawn(number * self.lots + lot, min(self.lot, self.count - lot * self.lot))
-                need_space(folder, self.nbytes(batch))
-                prefix = prefix or self._prefix()
-                save_tensors(path, file_tensors(self._answered(batch, prefix)))
+        blocks, todo = self.plan.num_blocks, [lot for lot, path in enumerate(files) if not path.is_file()]
+        step = Steps(f"states of round {number + 1} of {self.recipe.rounds}", self.lots * blocks, self.progress)
+        for _ in range((self.lots - len(todo)) * blocks):
             step()
+        if not todo:
+            return files
+        need_space(folder, len(todo) * self.lot * state_bytes(self.ws, self.recipe))
+        prefix = self._prefix()
+        for lot in todo:
+            batch = self._drawn(number * self.lots + lot, min(self.lot, self.count - lot * self.lot))
+            save_tensors(files[lot], file_tensors(self._answered(batch, prefix, step)))
         return files
-
-    def nbytes(self, batch: Noisy) -> int:
-        """Return the bytes of a file, at most."""
-        width, taught = self.ws.original.dtype.itemsize, 2 if self.recipe.lambda_feature else 1
-        streams = stream_bytes(
-            self.ws.family, self.ws.config, tuple(batch.latents.shape[1:]), batch.condition.hidden.shape[1]
-        )
-        return len(batch.latents) * (streams * width * taught // 4 + 2 * batch.latents[0].nbytes)
 
     def _drawn(self, number: int, size: int) -> Noisy:
         return noisy(self.pairs, replace(self.options, batch=size), self.recipe, self.schedule, number)
@@ -198,8 +202,8 @@ class Maker:
         calibrated = self.recipe.prefix_calibration != "none"
         return digest([self.pruned, self.options.int4_group_size, self.key if calibrated else "none"])
 
-    def _answered(self, batch: Noisy, prefix: StoredTransformer | None) -> StateBatch:
-        """Send a batch through both models; return its states."""
+    def _answered(self, batch: Noisy, prefix: StoredTransformer | None, step: Callable[[], None]) -> StateBatch:
+        """Send a batch through both models; return its states. `step` is called after each block."""
         ws, first = self.ws, self.plan.first_pruned
         with ExitStack() as stack:
 
@@ -215,14 +219,14 @@ class Maker:
                 whole.advance(block)
                 if left is not None and block < first:
                     left.advance(block)
+                step()
             found = taught if left is None else _all(left.streams)
             velocity = whole.streams.velocities(whole.stored.model, batch.latents.shape[1:])
             return StateBatch(
-                streams={name: found[name] for name in ("image", "text")},
-                modulation=found["modulation"],
+                streams=found,
                 velocity=velocity.float(),
                 target=batch.velocity.float(),
-                taught={n: taught[n] for n in ("image", "text")} if self.recipe.lambda_feature else {},
+                taught=taught if self.recipe.lambda_feature else {},
                 positions=tuple(whole.streams.positions),
                 grid=tuple(whole.streams.grid),
             )

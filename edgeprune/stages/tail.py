@@ -22,7 +22,8 @@ from edgeprune.stages.weights import PrunedWeights
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training import lora
 from edgeprune.training.distill import train
-from edgeprune.training.recipe import DistillOptions, Placement, Recipe, adapt, parameter_groups
+from edgeprune.training.parallel import Parallel
+from edgeprune.training.recipe import HERE, DistillOptions, Placement, Recipe, adapt, parameter_groups
 from edgeprune.training.resume import steps_done
 from edgeprune.training.states import States
 from edgeprune.training.tail import TailLesson, cut
@@ -44,20 +45,21 @@ def defaults(options: DistillOptions, plan: PrunePlan, *, frozen: bool) -> dict[
         plan: what is pruned.
         frozen: whether the prefix is.
     """
-    states, rounds = options.states, 1
+    states, rounds = options.states, options.rounds or 1
     if states is None and frozen and _has_prefix(plan) and not is_small(plan.before.parameters):
         wanted = -(-options.steps * options.batch // _USES)
-        rounds = min(options.steps, -(-wanted // _MOST))
+        rounds = options.rounds or min(options.steps, -(-wanted // _MOST))
         states = -(-wanted // rounds)
     # With features, the teacher's later blocks would run in every step.
     return {"states": states, "rounds": rounds, "lambda_feature": 0.0} if states else {}
 
 
-def check(plan: PrunePlan, options: DistillOptions, recipe: Recipe) -> None:
-    """Refuse states where nothing is frozen.
+def check(plan: PrunePlan, options: DistillOptions, recipe: Recipe, placement: Placement = HERE) -> None:
+    """Refuse states where nothing is frozen, and options that would have no effect.
 
     Raises:
-        InputError: the prefix is trained, or there is none; or an option is about states, and there are none.
+        InputError: the prefix is trained, or there is none; or an option is about states, and there are none, or about
+            what states do without.
     """
     if not recipe.states:
         if (options.rounds, options.prefix_calibration) != (None, None):
@@ -68,6 +70,14 @@ def check(plan: PrunePlan, options: DistillOptions, recipe: Recipe) -> None:
     if not _has_prefix(plan):
         found = "nothing is pruned" if plan.first_pruned else "the first block is pruned"
         raise InputError(f"--states: {found}, so no prefix is frozen whose states could be kept; give --states 0")
+
+    if recipe.prefix_calibration != "none" and options.int4_group_size is None:
+        raise InputError("--prefix-calibration: nothing is rounded with --no-quantize-aware; omit one of them")
+    if not recipe.lambda_feature and (placement.teacher_offload or options.teacher_precision != "float32"):
+        raise InputError(
+            "--teacher-offload, --teacher-precision: no teacher is in memory while a tail is trained from states; omit "
+            "them, or give --lambda-feature or --states 0"
+        )
 
 
 def _has_prefix(plan: PrunePlan) -> bool:
@@ -103,30 +113,47 @@ def train_tail(
         EdgepruneError, Stopped: see `training.distill.train`.
     """
     found: tuple[Tensors, list[float]] = {}, []
+    parallel = Parallel(options.mixed_precision or "no", options.batch, placement)
     ws.original.release_surroundings()  # everything is encoded
     for number in range(recipe.rounds):
-        until, last = options.steps * (number + 1) // recipe.rounds, number + 1 == recipe.rounds
+        until = options.steps * (number + 1) // recipe.rounds
         done = steps_done(path, key)
-        if done >= until and not last:
+        if done >= until and number + 1 < recipe.rounds:
             continue
-        states = None
+        files = None
         if done < until:
             with processes.main_first():
-                states = States(maker.make(number))
+                files = maker.make(number)
             ws.original.release()
-            ws.original.compute.collect()
-        student = _student(ws, plan, widened=lora.rank_of(options.train) is None or options.mixed_precision == "no")
-        adapt(ws.family, student, plan, recipe, options)
-        lesson = TailLesson(
-            ws.family, student, plan, states, options, recipe,
-            _teacher(ws, plan, options.teacher_precision) if recipe.lambda_feature else None,
-        )  # fmt: skip
-        groups = parameter_groups(ws.family, student, plan, ws.report(), recipe, options.rate)
-        found = train(
-            lesson, groups, options, path, inputs_digest=key, placement=placement, until=until,
-            progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
-        )  # fmt: skip
+        ws.original.compute.collect()  # of the round before, too
+        found = _round(ws, plan, files, options, recipe, path, key, until, parallel, progress)
     return lora.merged(found[0]), found[1]
+
+
+def _round(
+    ws: Workspace,
+    plan: PrunePlan,
+    files: list[Path] | None,
+    options: DistillOptions,
+    recipe: Recipe,
+    path: Path,
+    key: str,
+    until: int,
+    parallel: Parallel,
+    progress: Progress,
+) -> tuple[Tensors, list[float]]:
+    """Train from the states of a round. What that holds is free afterwards, and the state is on the disk."""
+    student = _student(ws, plan, widened=lora.rank_of(options.train) is None or options.mixed_precision == "no")
+    adapt(ws.family, student, plan, recipe, options)
+    lesson = TailLesson(
+        ws.family, student, plan, None if files is None else States(files), options, recipe,
+        _teacher(ws, plan, options.teacher_precision) if recipe.lambda_feature else None,
+    )  # fmt: skip
+    groups = parameter_groups(ws.family, student, plan, ws.report(), recipe, options.rate)
+    return train(
+        lesson, groups, options, path, parallel, inputs_digest=key, until=until,
+        progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
+    )  # fmt: skip
 
 
 def _student(ws: Workspace, plan: PrunePlan, *, widened: bool) -> Any:

@@ -20,7 +20,7 @@ import torch
 from edgeprune.common import processes, stop
 from edgeprune.common.errors import EdgepruneError
 from edgeprune.training.parallel import Parallel
-from edgeprune.training.recipe import HERE, DistillOptions, Placement
+from edgeprune.training.recipe import DistillOptions
 from edgeprune.training.resume import Ema, fill, fill_optimizer, gathered, read_state, save_state
 from edgeprune.training.zero import shard_of
 
@@ -128,7 +128,10 @@ class _State:
     def save(self) -> None:
         """Write the state. Collective: every rank must call it."""
         student = {n: p.detach() for n, p in self.trained.items()}
-        meta = {"step": self.step, "losses": self.losses, "inputs": self.inputs_digest}
+        meta = {
+            "step": self.step, "losses": self.losses, "inputs": self.inputs_digest,
+            "mixed_precision": self.options.mixed_precision,
+        }  # fmt: skip
         averages = {"ema": self.ema.average} if self.options.ema else {}
         save_state(self.path, {"student": student} | averages, self.optimizer, meta)
         self.saved_step, self.saved_s = self.step, time.monotonic()
@@ -172,22 +175,22 @@ def train(
     groups: list[dict[str, Any]],
     options: DistillOptions,
     state_path: Path,
+    parallel: Parallel,
     *,
     inputs_digest: str,
-    placement: Placement = HERE,
     until: int | None = None,
     save_every: int = 100,
     progress: StepDone = lambda step, total, loss: None,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Train a student in place; return its averaged state dict (in rank 0 only) and the loss of each step.
+    """Train a student in place; return the loss of each step, and at the end its averaged state dict (in rank 0 only).
 
     Args:
         lesson: the student, and what it learns from.
         groups: what is trained at which rate, see `parameter_groups`.
         options: of the training.
         state_path: the training state's file; a state of the same `inputs_digest` is resumed.
+        parallel: where training runs; it holds no model afterwards.
         inputs_digest: of everything that the result depends on.
-        placement: where training runs, and in how many micro-batches.
         until: stop after this step, to be resumed by another call; None runs all.
         save_every: save the state after this many steps.
         progress: see `StepDone`.
@@ -196,11 +199,13 @@ def train(
         EdgepruneError: the loss or its gradient is not finite; the last good state stays on disk.
         Stopped: one of the processes received SIGTERM; the state is saved.
     """
-    parallel = Parallel(options.mixed_precision or "no", options.batch, placement)
     optimizer: Any = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0)
     state = _State(state_path, inputs_digest, optimizer, options)
     state.prepare(lesson, parallel)
     lesson.begin(state.net, parallel)
     _train(lesson, state, parallel, options.steps if until is None else until, save_every, progress)
     lesson.end()
-    return state.averaged(lesson.student), state.losses
+    try:
+        return state.averaged(lesson.student) if state.step == options.steps else {}, state.losses
+    finally:
+        parallel.free()

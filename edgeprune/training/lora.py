@@ -80,7 +80,8 @@ def is_adapted(module: nn.Module) -> bool:
 def rounded(layer: Any, group_size: int, x: torch.Tensor) -> torch.Tensor:
     """Map x (..., I) to (..., O) by the rounded sum; the gradient goes to A and B."""
     base = layer.base_layer
-    weight = base.weight.float() + layer.get_delta_weight(_ADAPTER)
+    with torch.autocast(x.device.type, enabled=False):  # as `merged` adds them
+        weight = base.weight.float() + layer.get_delta_weight(_ADAPTER)
     return F.linear(x, round_int4(weight, group_size).to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
 
 

@@ -30,11 +30,29 @@ class Parallel:
         """Join the other processes.
 
         Raises:
-            InputError: the batch cannot be divided among the processes, or accelerate's config contradicts an option.
+            InputError: see `check`, or accelerate's config or the hardware does not support an option.
         """
+        self.check(mixed_precision, batch, placement)
         self.offload, accumulate = placement.teacher_offload, placement.accumulate
         micro_batches = processes.count() * accumulate
-        if accumulate < 1 or batch % micro_batches:
+        size = batch // micro_batches
+        self.precision = mixed_precision
+        self._accelerate(accumulate, size)
+        self.device: torch.device = self.accelerator.device
+        first = processes.index() * accumulate
+        self.rows = [slice(i * size, (i + 1) * size) for i in range(first, first + accumulate)]
+        """The rows of the global batch that each micro-batch of this process takes."""
+
+    @staticmethod
+    def check(mixed_precision: str, batch: int, placement: Placement) -> None:
+        """Check what can be checked before anything is computed.
+
+        Raises:
+            InputError: the batch cannot be divided among the processes, the number format needs a GPU, or accelerate's
+                config says another.
+        """
+        micro_batches = processes.count() * placement.accumulate
+        if placement.accumulate < 1 or batch % micro_batches:
             raise InputError(
                 f"--batch: found {batch}, expected a multiple of {micro_batches}, "
                 "the number of processes times --accumulate"
@@ -45,13 +63,8 @@ class Parallel:
                 f"--mixed-precision: found {mixed_precision}, but accelerate's config says {configured}; "
                 "set both to the same value"
             )
-        size = batch // micro_batches
-        self.precision = mixed_precision
-        self._accelerate(accumulate, size)
-        self.device: torch.device = self.accelerator.device
-        first = processes.index() * accumulate
-        self.rows = [slice(i * size, (i + 1) * size) for i in range(first, first + accumulate)]
-        """The rows of the global batch that each micro-batch of this process takes."""
+        if mixed_precision == "fp16" and not torch.cuda.is_available():  # accelerate would silently use float32
+            raise InputError("--mixed-precision: found fp16, expected no or bf16 without a CUDA GPU")
 
     def _accelerate(self, accumulate: int, size: int) -> None:
         """Create the Accelerator.
@@ -68,8 +81,6 @@ class Parallel:
 
         zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
         deepspeed: Any = plugin(self.precision, accumulate, size) if zero else None
-        if self.precision == "fp16" and not torch.cuda.is_available():  # accelerate would silently use float32
-            raise InputError("--mixed-precision: found fp16, expected no or bf16 without a CUDA GPU")
         processes.join()
         self.accelerator = Accelerator(
             mixed_precision="no" if zero else self.precision,  # DeepSpeed's precision is set in its plugin
@@ -152,6 +163,10 @@ class Parallel:
             remove_hook_from_submodules(teacher)
         elif not self.shards:
             teacher.to("cpu")
+
+    def free(self) -> None:
+        """Forget the models and optimizers of a training, so that their memory is free and another one can begin."""
+        self.accelerator.free_memory()
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the mixed-precision context of a forward pass."""

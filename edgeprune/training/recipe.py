@@ -121,7 +121,7 @@ class DistillOptions:
                 raise InputError(f"{name}: found {value!r}, expected one of {', '.join(filter(None, allowed))}")
         if not 0 <= (self.drop_captions or 0) <= 1:
             raise InputError(f"--drop-captions: found {self.drop_captions}, expected a share from 0 to 1")
-        if (self.states or 0) < 0 or not 1 <= (self.rounds or 1) <= self.steps:
+        if (self.states or 0) < 0 or not (self.rounds is None or 1 <= self.rounds <= self.steps):
             raise InputError(
                 f"--states, --rounds: found {self.states}, {self.rounds}, expected 0 or more, and from 1 to as many "
                 f"rounds as the {self.steps} steps"

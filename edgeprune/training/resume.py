@@ -115,6 +115,16 @@ def steps_done(path: Path, inputs_digest: str) -> int:
     return int(meta["step"]) if meta.get("inputs") == inputs_digest else 0
 
 
+def precision_of(path: Path) -> str | None:
+    """Return the number format that a state was trained in; None if there is none, or it does not say.
+
+    Raises:
+        InputError: the file is not a training state.
+    """
+    found = _meta(path).get("mixed_precision") if path.exists() else None
+    return None if found is None else str(found)
+
+
 def _meta(path: Path) -> dict[str, Any]:
     """Read what a state says of itself; its tensors are not read."""
     try:

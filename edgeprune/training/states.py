@@ -3,7 +3,7 @@
 Each file holds states of one size, in the dtype that the original computes in; velocities are float32:
 
     image (S, N, D), text (S, M, D), modulation (S, D)   of the student, before its first trained block
-    taught.image, taught.text                            of the teacher, where features are compared
+    taught.image, taught.text, taught.modulation         of the teacher, where features are compared
     velocity, target (S, C, h, w)                        the teacher's velocity, and noise minus clean latents
     position.0, ...                                      what every block reads that depends on sizes alone
     grid (2)                                             height and width in tokens, where the output needs them
@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from edgeprune.common.errors import InputError
 from edgeprune.common.tensors import Tensors
 
-STREAMS = ("image", "text")
-_OF_STATES = (*STREAMS, "modulation", "velocity", "target")
+STREAMS = ("image", "text", "modulation")
+"""What a block gets."""
+_OF_STATES = (*STREAMS, "velocity", "target")
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,13 @@ class StateBatch:
     """Some states of one size."""
 
     streams: Tensors
-    """`image` (B, N, D) and `text` (B, M, D)."""
-    modulation: torch.Tensor
-    """(B, D)."""
+    """`image` (B, N, D), `text` (B, M, D) and `modulation` (B, D), before the student's first trained block."""
     velocity: torch.Tensor
     """The teacher's (B, C, h, w), float32."""
     target: torch.Tensor
     """Noise minus clean latents (B, C, h, w), float32."""
     taught: Tensors = field(default_factory=dict)
-    """The teacher's streams; none where no features are compared."""
+    """The same of the teacher; none where no features are compared."""
     positions: tuple[torch.Tensor, ...] = ()
     grid: tuple[int, ...] = ()
 
@@ -61,7 +60,7 @@ class StateBatch:
             self,
             streams={name: change(tensor) for name, tensor in self.streams.items()},
             taught={name: change(tensor) for name, tensor in self.taught.items()},
-            modulation=change(self.modulation), velocity=change(self.velocity), target=change(self.target),
+            velocity=change(self.velocity), target=change(self.target),
         )  # fmt: skip
 
 
@@ -110,7 +109,7 @@ class States:
         return StateBatch(
             streams={name: stacked(name) for name in STREAMS},
             taught={name: stacked(f"taught.{name}") for name in STREAMS if f"taught.{name}" in first},
-            modulation=stacked("modulation"), velocity=stacked("velocity"), target=stacked("target"),
+            velocity=stacked("velocity"), target=stacked("target"),
             positions=tuple(first[name] for name in sorted(first) if name.startswith("position.")),
             grid=tuple(first["grid"].tolist()),
         )  # fmt: skip
@@ -120,7 +119,7 @@ def file_tensors(batch: StateBatch) -> Tensors:
     """Return the tensors of a file that holds these states."""
     taught: Mapping[str, torch.Tensor] = {f"taught.{name}": tensor for name, tensor in batch.taught.items()}
     positions = {f"position.{index}": position for index, position in enumerate(batch.positions)}
-    own = {"modulation": batch.modulation, "velocity": batch.velocity, "target": batch.target}
+    own = {"velocity": batch.velocity, "target": batch.target}
     return {**batch.streams, **taught, **own, **positions, "grid": torch.tensor(batch.grid, dtype=torch.int64)}
 
 

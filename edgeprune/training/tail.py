@@ -21,7 +21,7 @@ from edgeprune.training.parallel import Parallel
 from edgeprune.training.recipe import DistillOptions, Recipe
 from edgeprune.training.resume import step_generator
 from edgeprune.training.rounding import Rounding
-from edgeprune.training.states import StateBatch, States
+from edgeprune.training.states import STREAMS, StateBatch, States
 
 JOINED = ("joined",)
 """The streams of a kind of blocks that have one, as a family names them."""
@@ -56,11 +56,11 @@ class Tail(nn.Module):
         """Return the velocity (B, C, h, w).
 
         Args:
-            streams: `image` (B, N, D) and `text` (B, M, D) before the first block.
+            streams: `image` (B, N, D), `text` (B, M, D) and `modulation` (B, D) before the first block.
             batch: the states that they belong to.
         """
         like = next(self.model.parameters())
-        image, text, modulation = (t.to(like) for t in (streams["image"], streams["text"], batch.modulation))
+        image, text, modulation = (streams[name].to(like) for name in STREAMS)
         positions = [position.to(like.device) for position in batch.positions]
         for block in self.family.blocks(self.model)[self.first :]:
             if self.checkpointing and torch.is_grad_enabled():
@@ -108,9 +108,9 @@ class TailLesson:
         self.rounding = None if size is None else Rounding(family, student, size)
 
     def place(self, parallel: Parallel) -> None:
-        """Move the teacher to the device."""
-        if self.teacher is not None:
-            self.teacher.eval().requires_grad_(False).to(parallel.device)
+        """Shard the teacher's later blocks, or move them to the device."""
+        if self.taught is not None:
+            parallel.teach(self.taught)
 
     def begin(self, net: Any, parallel: Parallel) -> None:
         """Install the hooks and start computing with rounded weights."""
@@ -151,5 +151,7 @@ class TailLesson:
         """Remove the hooks and restore the student."""
         for catcher in self.catchers:
             catcher.close()
+        if self.taught is not None:
+            self.parallel.release(self.taught)
         if self.rounding:
             self.rounding.end()

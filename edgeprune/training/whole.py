@@ -189,11 +189,12 @@ def distill(
         Stopped: one of the processes received SIGTERM; the state is saved.
     """
     options.check()
+    parallel = Parallel(options.mixed_precision or "no", options.batch, placement)
     adapt(family, student, plan, recipe, options)
     groups = parameter_groups(family, student, plan, report, recipe, options.rate)
     lesson = Whole(family, teacher, student, plan, pairs, options, recipe, schedule, guidance)
     state, losses = train(
-        lesson, groups, options, state_path, inputs_digest=inputs_digest, placement=placement, save_every=save_every,
+        lesson, groups, options, state_path, parallel, inputs_digest=inputs_digest, save_every=save_every,
         progress=progress,
     )  # fmt: skip
     return lora.merged(state), losses

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -19,12 +22,14 @@ from edgeprune.families import family_of, family_of_model, published
 from edgeprune.families.sd3 import SD3
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.options import PlanOptions
+from edgeprune.residency.compute import Compute
 from edgeprune.sampling.generation import Generation
-from edgeprune.stages import distill, plan, prune, quantize, states
+from edgeprune.stages import distill, plan, prune, quantize, states, tail
 from edgeprune.stages.compress import compress
 from edgeprune.stages.options import CompressOptions, DataOptions, QuantizeOptions
 from edgeprune.stages.states import PREFIX
 from edgeprune.stages.workspace import Workspace
+from edgeprune.training import distill as training
 from edgeprune.training.recipe import DistillOptions, Recipe
 
 DATA = DataOptions("shapes", 6)
@@ -127,6 +132,7 @@ def test_the_prefix_that_ships_is_the_one_that_states_saw(source: Path, tmp_path
         image, text, modulation = family.embed(model, inputs)
         image, after = family.run(family.blocks(model)[0], image, text, modulation, ())
         assert after is not None
+    assert not any(name.startswith("taught") for name in found)
     for name, expected in (("image", image), ("text", after), ("modulation", modulation)):
         assert (found[name] - expected).abs().max() <= 1e-4 * expected.abs().max(), name
     teacher = load_transformer(source, quantized=False)
@@ -142,13 +148,86 @@ def states_velocity(model: Any, batch: Any) -> torch.Tensor:
     return velocity(model, batch.latents, batch.condition, batch.sigma, 3.0)
 
 
-def test_without_rounding_the_streams_are_the_originals_own(source: Path, tmp_path: Path) -> None:
-    ws = begun(source, tmp_path / "out")
-    distill.run(ws, options(int4_group_size=None, lambda_feature=1.0), DATA)
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_teachers_streams_are_its_own(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None, rounded: bool
+) -> None:
+    drawn, batches = states.Maker._drawn, list[Any]()
+
+    def note(self: Any, number: int, size: int) -> Any:
+        batches.append(drawn(self, number, size))
+        return batches[-1]
+
+    monkeypatch.setattr(states.Maker, "_drawn", note)
+    ws = begun(source, tmp_path / "out", modulation_rank=rank)
+    chosen = options(lambda_feature=1.0) if rounded else options(lambda_feature=1.0, int4_group_size=None)
+    distill.run(ws, chosen, DATA)
     (path,) = ws.cache.glob("states-*/*")
-    found = load_file(path)
-    assert torch.equal(found["image"], found["taught.image"]) and torch.equal(found["text"], found["taught.text"])
-    assert not (ws.cache / PREFIX).exists()
+    found, (batch,) = load_file(path), batches
+    teacher = load_transformer(source, quantized=False)
+    family = family_of_model(teacher)
+    with torch.no_grad():
+        inputs = states.model_inputs(teacher, batch.latents, batch.condition, batch.sigma, 3.0)
+        image, text, modulation = family.embed(teacher, inputs)
+        image, text = family.run(family.blocks(teacher)[0], image, text, modulation, ())
+    for name, expected in (("image", image), ("text", text), ("modulation", modulation)):
+        assert (found[f"taught.{name}"] - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+        own = found[name]
+        same = own.shape == expected.shape and torch.equal(own, found[f"taught.{name}"])
+        assert same == (rank is None and not rounded), name
+    assert (ws.cache / PREFIX).exists() == rounded
+
+
+def test_a_round_leaves_nothing_in_memory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ws, alive, real = begun(source, tmp_path / "out"), list[weakref.ref[Any]](), tail._student
+
+    def student(*args: Any, **named: Any) -> Any:
+        model = real(*args, **named)
+        alive.append(weakref.ref(model.proj_out.weight))
+        return model
+
+    def progress(what: str, done: int = 0, total: int = 0, text: str = "") -> None:
+        if what == "states of round 2 of 2" and done == 1:
+            assert len(alive) == 1 and alive[0]() is None
+            maps = Path("/proc/self/maps")
+            assert not maps.is_file() or "states-" not in maps.read_text()
+
+    monkeypatch.setattr(tail, "_student", student)
+    distill.run(ws, options(rounds=2), DATA, progress)
+    assert len(alive) == 2
+
+
+def test_a_begun_training_keeps_its_number_format(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the machine that it goes on on multiplies."""
+    AcceleratorState._reset_state()  # accelerate allows one precision per process
+    ws = begun(source, tmp_path / "out")
+
+    class Killed(Exception):
+        pass
+
+    def progress(what: str, done: int = 0, total: int = 0, text: str = "") -> None:
+        if what == "distill" and done == 4:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Compute, "dtype", lambda *_: torch.bfloat16)
+        patch.setattr(training, "SAVE_S", 0.0)
+        distill.run(ws, options(), DATA, progress)
+    steps = list[int]()
+
+    def note(what: str, done: int = 0, total: int = 0, text: str = "") -> None:
+        if what == "distill":
+            steps.append(done)
+
+    for _ in range(2):
+        distill.run(Workspace(ws.out, str(source)), options(), DATA, note)
+    assert steps == [5, 6]
+    found = Workspace(ws.out, str(source)).manifest.stages["distill"]["options"]["options"]["mixed_precision"]
+    assert found == "bf16"
+    AcceleratorState._reset_state()
 
 
 def test_the_tail_learns_and_the_prefix_stays(source: Path, tmp_path: Path) -> None:
@@ -177,18 +256,16 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(source: Path, tmp_path: Path)
     class Killed(Exception):
         pass
 
-    calls, made = list[tuple[str, int]](), list[str]()
+    calls = list[tuple[str, int]]()
 
     def note(what: str, done: int = 0, total: int = 0, text: str = "") -> None:
         calls.append((what, done))
-        if what == "distill":
-            made.append(text)
 
     ws = begun(source, tmp_path / "whole")
     distill.run(ws, chosen, DATA, note)
     quantize.run(ws, QuantizeOptions())
     expected = files(ws.out, "transformer*/*")
-    kinds = [(PREFIX, 1), ("states of round 1 of 2", 2), ("distill", 3), ("states of round 2 of 2", 1), ("distill", 5)]
+    kinds = [(PREFIX, 1), ("states of round 1 of 2", 5), ("distill", 3), ("states of round 2 of 2", 1), ("distill", 5)]
     assert set(kinds) <= set(calls)
     killed = begun(source, tmp_path / "killed")
     for at in kinds:
@@ -219,8 +296,18 @@ def test_a_state_is_made_once(source: Path, tmp_path: Path, counted: list[int]) 
 def test_other_groups_are_rounded_again(source: Path, tmp_path: Path) -> None:
     ws, said = begun(source, tmp_path / "out"), list[str]()
     distill.run(ws, options(), DATA)
-    quantize.run(ws, QuantizeOptions(group_size=32), lambda what, *_: said.append(what))
-    assert any("trained behind a prefix in groups of 64" in line for line in said)
+
+    def note(what: str, *_: object) -> None:
+        said.append(what)
+
+    quantize.run(ws, QuantizeOptions(), note)
+    assert any("the first 1 blocks stay as the trained tail saw them" in line for line in said)
+    ws.fresh = True
+    quantize.run(ws, QuantizeOptions(group_size=32), note)
+    assert any("trained behind a prefix in groups of 64; in groups of 32 it is another" in line for line in said)
+    shutil.rmtree(ws.cache / PREFIX)
+    quantize.run(ws, QuantizeOptions(), note)
+    assert any("is not what the tail was trained behind" in line for line in said)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +323,9 @@ def test_other_groups_are_rounded_again(source: Path, tmp_path: Path) -> None:
             "--states, --rounds: found 7, 7, expected 0 or more, and from 1 to",
         ),
         ({"blocks": "1"}, {"prefix_calibration": "awq"}, "--prefix-calibration: found 'awq'"),
+        ({"blocks": "1"}, {"rounds": 0}, "--states, --rounds: found 7, 0"),
+        ({"blocks": "1"}, {"prefix_calibration": "feedback", "int4_group_size": None}, "nothing is rounded with"),
+        ({"blocks": "1"}, {"teacher_precision": "int8"}, "no teacher is in memory"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -272,6 +362,8 @@ def test_the_forecast_leaves_out_what_is_not_there(source: Path, tmp_path: Path)
     [
         ({}, "25-28,31-34", {"states": 2000, "rounds": 4, "lambda_feature": 0.0}),  # 1,000 steps of 32
         ({"steps": 10, "batch": 2}, "25-28,31-34", {"states": 5, "rounds": 1, "lambda_feature": 0.0}),
+        ({"rounds": 8}, "25-28,31-34", {"states": 1000, "rounds": 8, "lambda_feature": 0.0}),
+        ({"rounds": 1}, "25-28,31-34", {"states": 8000, "rounds": 1, "lambda_feature": 0.0}),
         ({"states": 300}, "25-28,31-34", {"states": 300, "rounds": 1, "lambda_feature": 0.0}),
         ({"states": 0}, "25-28,31-34", {}),
         ({}, "0", {}),
@@ -303,6 +395,15 @@ def test_compress_rounds_the_prefix_as_it_quantizes(source: Path, tmp_path: Path
     )  # fmt: skip
     stages = Workspace(out, str(source)).manifest.stages
     assert stages["distill"]["options"]["options"]["prefix_calibration"] == "feedback"
+    wrong = CompressOptions(
+        plan=PlanOptions("manual", blocks="1"),
+        distill=options(),
+        data=DATA,
+        quantize=QuantizeOptions(calibration="awq"),
+    )
+    with pytest.raises(InputError, match="--calibration awq: the frozen prefix is rounded before training, by none or"):
+        compress(Workspace(tmp_path / "other", str(source)), wrong)
+    assert not (tmp_path / "other" / "transformer").exists()
 
 
 def test_on_the_command_line(source: Path, tmp_path: Path) -> None:

@@ -60,6 +60,18 @@ def test_the_trained_model_is_that_of_the_merged_weights(kind: str, rounded: boo
         assert (velocity(setup(kind)[2], *tiny_step()) - found).abs().max() > 1e-3
 
 
+def test_the_sum_that_is_rounded_is_the_one_that_ships_also_in_bf16() -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 64))
+    lora.add(layer, ["0"], 8, 0)
+    layer[0].lora_B["default"].weight.data.normal_()
+    shipped = round_int4(lora.merged(layer.state_dict())["0.weight"], 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = lora.rounded(layer[0], 64, torch.eye(64)) - layer[0].base_layer.bias
+    least_step = shipped.abs().amax(-1, keepdim=True) / 8
+    assert ((found.T - shipped).abs() < 0.4 * least_step).all()
+
+
 def train(path: Path, kind: str = "sd3", until: int | None = None, **changes: Any) -> Any:
     family, teacher, student, plan, report, pairs = setup(kind)
     options = DistillOptions(steps=30, batch=4, rate=5e-3, train="lora:8", **changes)

@@ -97,7 +97,7 @@ def some_states(count: int, side: int = 4) -> StateBatch:
         return numbers.view(-1, *(1,) * len(shape)).expand(-1, *shape).contiguous()
 
     return StateBatch(
-        {"image": of(side * side, 8), "text": of(3, 8)}, of(8), of(2, side, side), of(2, side, side),
+        {"image": of(side * side, 8), "text": of(3, 8), "modulation": of(8)}, of(2, side, side), of(2, side, side),
         positions=(torch.ones(5, 4),), grid=(side, side),
     )  # fmt: skip
 
@@ -112,9 +112,10 @@ def test_states_of_one_size_are_drawn_together(tmp_path: Path) -> None:
         batch = states.batch(3, torch.Generator().manual_seed(step))
         side = batch.grid[0]
         assert batch.velocity.shape == (3, 2, side, side) and batch.streams["image"].shape == (3, side * side, 8)
-        assert batch.streams["text"][:, 0, 0].tolist() == batch.modulation[:, 0].tolist()
+        drawn = batch.streams["modulation"][:, 0].tolist()
+        assert batch.streams["text"][:, 0, 0].tolist() == drawn
         assert len(batch.positions) == 1 and not batch.taught
-        seen[side] += batch.modulation[:, 0].tolist()
+        seen[side] += drawn
         part = batch[slice(1, 3)].to(torch.device("cpu"))
         assert torch.equal(part.streams["image"], batch.streams["image"][1:]) and part.positions == batch.positions
     assert 0.4 < len(seen[4]) / 900 < 0.6  # eight of the sixteen
