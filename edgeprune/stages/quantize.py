@@ -135,20 +135,20 @@ def _quantize(
 def _seen_prefix(ws: Workspace, options: QuantizeOptions, progress: Progress) -> Weights | None:
     """Return the rounded prefix that the trained tail has seen; None if there is none of this group size."""
     seen, count = ws.manifest.stages.get("distill", {}).get("prefix"), ws.plan().first_pruned
-    if seen is None:
+    if not isinstance(seen, dict):
         return None
-    if seen["group_size"] != options.group_size:
+    if seen.get("group_size") != options.group_size:
         progress(
-            f"quantize: the tail was trained behind a prefix in groups of {seen['group_size']}; in groups of "
+            f"quantize: the tail was trained behind a prefix in groups of {seen.get('group_size')}; in groups of "
             f"{options.group_size} it is another one"
         )
         return None
-    if mark_of(ws.cache / PREFIX).get("inputs") != seen["inputs"]:
+    if mark_of(ws.cache / PREFIX).get("inputs") != seen.get("inputs"):
         progress(f"quantize: {ws.cache / PREFIX} is not what the tail was trained behind; the prefix is rounded again")
         return None
     progress(
         f"quantize: the first {count} blocks stay as the trained tail saw them, rounded with --prefix-calibration "
-        f"{seen['calibration']}; --calibration {options.calibration} is of the others"
+        f"{seen.get('calibration')}; --calibration {options.calibration} is of the others"
     )
     return Weights(ws.cache / PREFIX)
 
