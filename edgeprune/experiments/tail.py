@@ -161,7 +161,7 @@ def encode(out: Path) -> None:
     ws, options = Workspace(out / "original", None), CacheOptions(SHAPES, SAMPLES)
     settings, folder = settings_of(ws.source, ws.generation, options), out / "data"
     unfinished = folder.with_name("data.tmp")
-    make_cache(ws.original.holding, ws.source, unfinished, settings, ws.generation, options)
+    make_cache(lambda: ws.original.holding(drawing=False), ws.source, unfinished, settings, ws.generation, options)
     unfinished.rename(folder)
 
 

@@ -352,7 +352,8 @@ def _encode(ws: Workspace, folder: Path, options: CacheOptions, progress: Progre
     """Make the folder's own cache, or what is missing of it."""
     settings = settings_of(ws.source, ws.generation, options, ws.variant)
     make_cache(
-        lambda: ws.original.holding(), ws.source, folder, settings, ws.generation, options,
+        lambda: ws.original.holding(drawing=is_drawn(options.source)), ws.source, folder, settings, ws.generation,
+        options,
         progress=lambda done, total, note: progress("distill: latents", done, total, note),
     )  # fmt: skip
     progress(f"distill: data: {skip_report(folder)}")

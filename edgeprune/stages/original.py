@@ -83,9 +83,14 @@ class Original:
         """The pipeline for its text; its transformer may have only the embedder of timestep and prompt."""
         return self._once("encoders", lambda: self._around(self._embedder(), "pipe"))
 
-    def holding(self) -> Any:
-        """Return the whole pipeline for many batches of prompts: its text encoders stay in memory."""
-        return self.pipe.holding() if isinstance(self.pipe, StagedPipeline) else self.pipe
+    def holding(self, *, drawing: bool) -> Any:
+        """Return the pipeline for many batches of prompts: its text encoders stay in memory.
+
+        Args:
+            drawing: its transformer is needed as well.
+        """
+        pipe = self.pipe if drawing else self.encoders
+        return pipe.holding() if isinstance(pipe, StagedPipeline) else pipe
 
     def _embedder(self) -> Any:
         found = self.loaded.get("transformer")
