@@ -318,10 +318,10 @@ def training_bytes(options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> 
     prefix = plan.before.bf16_bytes * plan.first_pruned // plan.num_blocks if recipe.states else 0
     student, rounded = max(0, plan.after.bf16_bytes - prefix), options.int4_group_size is not None
     teacher = 0 if recipe.states else 2 * plan.before.bf16_bytes
+    narrow = options.mixed_precision not in (None, "no")  # autograd keeps rounded weights as they are multiplied
     if lora.rank_of(options.train) is not None:  # what is added is small
-        narrow = recipe.states and options.mixed_precision != "no"
-        return teacher + (1 + rounded) * (1 if narrow else 2) * student
-    return teacher + (4 + (options.ema > 0) + rounded) * 2 * student
+        return teacher + (1 + rounded) * (1 if recipe.states and narrow else 2) * student
+    return teacher + ((4 + (options.ema > 0)) * 2 + rounded * (1 if narrow else 2)) * student
 
 
 def amount(ws: Workspace) -> str:
