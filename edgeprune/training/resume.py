@@ -125,6 +125,16 @@ def precision_of(path: Path) -> str | None:
     return None if found is None else str(found)
 
 
+def losses_of(path: Path) -> list[float]:
+    """Return the loss of each step that a state has seen.
+
+    Raises:
+        InputError: the file is not a training state.
+    """
+    found: list[float] = _meta(path)["losses"]
+    return found
+
+
 def _meta(path: Path) -> dict[str, Any]:
     """Read what a state says of itself; its tensors are not read."""
     try:

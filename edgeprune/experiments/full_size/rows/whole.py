@@ -14,9 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from edgeprune.artefact.manifest import MANIFEST
 from edgeprune.artefact.resolve import read_original
-from edgeprune.common.files import read_json
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.splits import Split
 from edgeprune.experiments.full_size.forecast import Work
@@ -34,6 +32,8 @@ from edgeprune.stages.costs import sample
 from edgeprune.stages.original import Original
 from edgeprune.stages.stand_ins import LARGE_STATES
 from edgeprune.stages.work import CALIBRATED, block_by_block_s
+from edgeprune.training.resume import losses_of, step_generator
+from edgeprune.training.states import States
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ _PROMPTS = 4
 """That stand-ins are fitted on."""
 _PAIRS, _STEPS = 8, 20
 """Of training."""
+_RATE = "1e-5"
+"""Of training: at the default, 1e-4, twenty steps of one sample each drive a model of random weights astray."""
 _SAMPLES = ("--calibration-count", "1", "--states", "4")
 
 
@@ -171,7 +173,8 @@ def _tail(model: _Model, recorder: Recorder) -> None:
         name = f"{label}: distill, {trained}"
         recorder.stage(
             name, "distill", "-o", str(out), "--data", str(images), "--samples", str(_PAIRS), "--states", str(_PAIRS),
-            "--steps", str(_STEPS), "--batch", "1", "--ema", "0", "--train", trained, "--yes", "--fresh",
+            "--steps", str(_STEPS), "--batch", "1", "--ema", "0", "--rate", _RATE, "--train", trained, "--yes",
+            "--fresh",
         )  # fmt: skip
         recorder.remark(name, functools.partial(_losses, out))
     recorder.remove(label)
@@ -188,8 +191,15 @@ def _pairs(folder: Path) -> None:
 
 
 def _losses(out: Path) -> str:
-    stage = read_json(out / MANIFEST)["stages"]["distill"]
-    return f"loss {stage['first_loss']:.4g} in the first ten steps, {stage['last_loss']:.4g} in the last ten"
+    """Say what became of the losses of states that were drawn more than once."""
+    losses = losses_of(out / "cache" / "distill.safetensors")
+    states = States(sorted((out / "cache").glob("states-*/*.safetensors")))
+    seen: dict[float, list[float]] = {}
+    for step, loss in enumerate(losses):
+        state = states.batch(1, step_generator(0, step))
+        seen.setdefault(float(state.velocity.abs().sum()), []).append(loss)
+    ratios = [found[-1] / found[0] for found in seen.values() if len(found) > 1]
+    return f"of {len(ratios)} states drawn again, the last loss is {np.median(ratios):.2f} of the first (median)"
 
 
 def _draw(model: _Model, recorder: Recorder) -> None:
