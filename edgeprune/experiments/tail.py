@@ -208,7 +208,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
                 interval_text(mean_interval(of("error")), ".3f"),
                 interval_text(mean_interval(of("right"), seeds[0]["tasks"]), ".3f"),
                 interval_text(mean_interval(of("decibels")), ".1f"),
-                f"{np.mean([one['seconds'] for one in seeds]):.0f} s",
+                ", ".join(f"{one['seconds']:.0f} s" for one in seeds if one["seconds"] is not None),
             )
         )  # fmt: skip
     head = ("removed", "from", "trained", "seeds", "steps", "velocity error", "score", "PSNR, dB", "processor time")

@@ -1,0 +1,51 @@
+"""The table of docs/distill.md: equal work, rows that several processes share, and what is kept of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from edgeprune.artefact.resolve import BUILTIN, read_config
+from edgeprune.experiments import tail
+from edgeprune.planning.make import make_plan
+
+PAGE = Path(__file__).parents[2] / "docs" / "distill.md"
+
+
+@pytest.mark.parametrize("row", list(tail.rows()), ids=lambda row: row.key)
+def test_every_row_does_the_same_work(row: tail.Row) -> None:
+    config, family = read_config(BUILTIN)
+    removed = {"blocks": row.removed} if row.removed == tail.BLOCKS else {"components": row.removed}
+    plan = make_plan(family, config, None, method="manual", **removed)
+    chosen = tail.options(row, plan, 0)
+    total, first, kept = plan.num_blocks, plan.first_pruned, len(plan.kept)
+    if row.way == "all":
+        made, a_sample = 0, total + 3 * kept
+    elif row.way == "pwp":
+        made, a_sample = 0, total + first + 3 * (kept - first)
+    else:
+        made, a_sample = chosen.states * (total + first), 3 * (kept - first)
+    work = made + chosen.steps * chosen.batch * a_sample
+    assert tail.WORK - chosen.batch * a_sample < work <= tail.WORK
+    assert chosen.freeze_prefix == (row.way != "all") and bool(chosen.states) == (row.way == "tail")
+
+
+def test_a_row_that_another_process_works_on_is_left_to_it(tmp_path: Path) -> None:
+    made = []
+
+    def work() -> None:
+        made.append(1)
+        (tmp_path / "a").write_text("x")
+
+    assert tail._alone(tmp_path / "a", work) and tail._alone(tmp_path / "a", work) and made == [1]
+
+
+def test_the_page_is_made_of_the_committed_results() -> None:
+    found = json.loads((PAGE.parent / "distill.json").read_text(encoding="utf-8"))
+    assert tail.table(found) in PAGE.read_text(encoding="utf-8")
+    for values in found.values():
+        assert len(values["right"]) == len(values["tasks"]) == 7 * tail.PER_TASK
+    assert re.search(r"\*\*Most is missing yet\*\*", PAGE.read_text(encoding="utf-8")) or len(found) == 27
