@@ -86,13 +86,18 @@ def rounded(layer: Any, group_size: int, x: torch.Tensor) -> torch.Tensor:
 
 
 def merged(state: Tensors) -> Tensors:
-    """Return a state dict with the low-rank matrices added to the weights that they belong to, and without them."""
+    """Return a state dict with the low-rank matrices added to the weights that they belong to, and without them.
+
+    A sum with a weight in 16 bits is in half precision.
+    """
     found = Tensors()
     for name, tensor in state.items():
         if is_low_rank(name):
             continue
         layer = name.removesuffix(f"{_BASE}.weight")
         if layer != name and f"{layer}{_A}" in state:
-            tensor = tensor.float() + state[f"{layer}{_B}"] @ state[f"{layer}{_A}"]  # alpha is the rank: no factor
+            wide = tensor.float() + state[f"{layer}{_B}"] @ state[f"{layer}{_A}"]  # alpha is the rank: no factor
+            # It is stored as half: of a large model both in float32 would take more than the training.
+            tensor = wide if tensor.dtype == torch.float32 else wide.half()
         found[name.replace(f"{_BASE}.", ".")] = tensor
     return found
