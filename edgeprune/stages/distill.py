@@ -13,7 +13,6 @@ from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.surgery import build, prune_state
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
-from edgeprune.common.extras import require
 from edgeprune.common.files import digest
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
@@ -108,11 +107,11 @@ def in_precision(
 
 
 def _begun_precision(ws: Workspace, path: Path) -> str | None:
-    """Return the number format of the training that a folder keeps, finished or not; None without one."""
-    stage = None if ws.fresh else ws.manifest.stages.get("distill")
-    if stage is not None:
-        return str(stage["options"]["options"]["mixed_precision"])
-    return precision_of(path)
+    """Return the number format of the training that a folder keeps, finished or not; None without one or with fresh."""
+    if ws.fresh:
+        return None
+    stage = ws.manifest.stages.get("distill")
+    return precision_of(path) if stage is None else str(stage["options"]["options"]["mixed_precision"])
 
 
 def seen_by_quantize(ws: Workspace, options: DistillOptions, calibration: str, plan: PrunePlan) -> DistillOptions:
@@ -185,8 +184,6 @@ def run(
     recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)
     tail.check(plan, options, recipe, placement)
     Parallel.check(options.mixed_precision or "no", options.batch, placement)
-    if lora.rank_of(options.train) is not None:
-        require(("peft",), "train")
     source = data.of_model(builtin=ws.builtin)
     if recipe.sensitivity == "graded" and ws.report() is None:
         found = "graded" if options.sensitivity else "graded, the default for plans that remove components"

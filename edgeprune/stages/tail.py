@@ -29,6 +29,7 @@ from edgeprune.training.states import States
 from edgeprune.training.tail import TailLesson, cut
 from edgeprune.training.teaching import lower
 
+_OPTION = "--states (of compress: --train-states)"
 _USES = 4
 """How often each state is trained on by default."""
 _MOST = 2048
@@ -66,11 +67,10 @@ def check(plan: PrunePlan, options: DistillOptions, recipe: Recipe, placement: P
             raise InputError("--rounds and --prefix-calibration are about states; give --states N, or omit them")
         return
     if not recipe.freeze_prefix:
-        raise InputError("--states: states come from a frozen prefix; omit --no-freeze-prefix, or give --states 0")
+        raise InputError(f"{_OPTION}: states come from a frozen prefix; omit --no-freeze-prefix, or give 0")
     if not _has_prefix(plan):
         found = "nothing is pruned" if plan.first_pruned else "the first block is pruned"
-        raise InputError(f"--states: {found}, so no prefix is frozen whose states could be kept; give --states 0")
-
+        raise InputError(f"{_OPTION}: {found}, so no prefix is frozen whose states could be kept; give 0")
     if recipe.prefix_calibration != "none" and options.int4_group_size is None:
         raise InputError("--prefix-calibration: nothing is rounded with --no-quantize-aware; omit one of them")
     if not recipe.lambda_feature and (placement.teacher_offload or options.teacher_precision != "float32"):

@@ -14,6 +14,7 @@ from torch import nn
 
 from edgeprune.analysis.contribution import ContributionReport
 from edgeprune.common.errors import InputError
+from edgeprune.common.extras import require
 from edgeprune.families import Family
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.training import lora
@@ -104,10 +105,12 @@ class DistillOptions:
 
         Raises:
             InputError: a value is not allowed; the message names the option.
+            MissingExtraError: an option needs a package that is not installed.
         """
         if self.sensitivity == "binary":
             raise InputError(f"--sensitivity: found 'binary': {BINARY}")
-        lora.rank_of(self.train)
+        if lora.rank_of(self.train) is not None:
+            require(("peft",), "train")
         for name, value, allowed in (
             ("--sensitivity", self.sensitivity, (None, *SENSITIVITIES)),
             ("--features", self.features, (None, *FEATURES)),

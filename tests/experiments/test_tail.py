@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from edgeprune.artefact.resolve import BUILTIN, read_config
 from edgeprune.experiments import tail
@@ -40,6 +41,8 @@ def test_a_row_that_another_process_works_on_is_left_to_it(tmp_path: Path) -> No
         made.append(1)
         (tmp_path / "a").write_text("x")
 
+    with FileLock(tmp_path / "a.lock"):  # as another process holds it
+        assert not tail._alone(tmp_path / "a", work) and not made
     assert tail._alone(tmp_path / "a", work) and tail._alone(tmp_path / "a", work) and made == [1]
 
 

@@ -313,9 +313,9 @@ def test_other_groups_are_rounded_again(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("removed", "changes", "said"),
     [
-        ({"blocks": "0"}, {}, "--states: the first block is pruned, so no prefix is frozen"),
-        ({"blocks": ""}, {}, "--states: nothing is pruned, so no prefix is frozen"),
-        ({"blocks": "1"}, {"freeze_prefix": False}, "--states: states come from a frozen prefix"),
+        ({"blocks": "0"}, {}, "--train-states.: the first block is pruned, so no prefix is frozen"),
+        ({"blocks": ""}, {}, "--train-states.: nothing is pruned, so no prefix is frozen"),
+        ({"blocks": "1"}, {"freeze_prefix": False}, "--train-states.: states come from a frozen prefix"),
         ({"blocks": "1"}, {"states": 0, "rounds": 2}, "--rounds and --prefix-calibration are about states"),
         (
             {"blocks": "1"},

@@ -11,7 +11,8 @@ from distilling import recipe, schedule, setup
 from tiny import config_of, tiny_step
 from torch import nn
 
-from edgeprune.common.errors import InputError
+from edgeprune.common import extras
+from edgeprune.common.errors import InputError, MissingExtraError
 from edgeprune.quantization.int4 import round_int4
 from edgeprune.quantization.precision import precision_of
 from edgeprune.sampling.denoising import velocity
@@ -102,6 +103,13 @@ def test_it_learns_and_resumes(tmp_path: Path, kind: str) -> None:
     again, resumed = train(tmp_path / "killed", kind)
     assert resumed == losses and all(torch.equal(again[name], state[name]) for name in state)
     assert (tmp_path / "whole").stat().st_size < sum(t.nbytes for t in start.values())
+
+
+def test_without_peft_it_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "absent", lambda package: package == "peft")
+    DistillOptions().check()
+    with pytest.raises(MissingExtraError, match="peft"):
+        DistillOptions(train="lora:4").check()
 
 
 @pytest.mark.parametrize("given", ["lora", "lora:0", "lora:x", "none", ""])
