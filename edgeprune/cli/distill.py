@@ -13,6 +13,7 @@ from edgeprune import api
 from edgeprune.api.folders import check_begun, is_builtin
 from edgeprune.cli import choices, limits, options, screen
 from edgeprune.common import processes
+from edgeprune.training.trained import rank_of
 
 EPILOG = "Example: edgeprune distill -o small --data images/ --steps 2000 --rate 1e-4"
 
@@ -174,10 +175,16 @@ DropCaptions = Annotated[
 ]  # fmt: skip
 
 
+def _checked_train(value: str) -> str:
+    """Refuse what cannot be trained before torch is imported."""
+    rank_of(value)
+    return value
+
+
 Train = Annotated[
     str,
     typer.Option(
-        metavar="all|lora:R", rich_help_panel=options.TRAINING,
+        metavar="all|lora:R", callback=_checked_train, rich_help_panel=options.TRAINING,
         help="What is trained: all weights, or additions to them of rank R by peft, which takes far less memory. They "
         "are added to the weights at the end.",
     ),

@@ -41,13 +41,13 @@ from edgeprune.stages.weights import (
 )
 from edgeprune.stages.work import Subject, Work, drawing
 from edgeprune.stages.workspace import Workspace
-from edgeprune.training import lora
 from edgeprune.training.levels import FEW_STEPS, SHARE_ON_STEPS, default_levels
 from edgeprune.training.parallel import Parallel
 from edgeprune.training.rank_memory import ProcessLayout, forecast_rank
 from edgeprune.training.recipe import HERE, PREFIX_CALIBRATIONS, DistillOptions, Placement, Recipe
 from edgeprune.training.resume import precision_of
 from edgeprune.training.teaching import lower
+from edgeprune.training.trained import rank_of
 from edgeprune.training.whole import distill
 
 PUBLISHED_STEPS, PUBLISHED_BATCH = 64_000, 64
@@ -316,7 +316,7 @@ def training_bytes(options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> 
     student, rounded = max(0, plan.after.bf16_bytes - prefix), options.int4_group_size is not None
     teacher = 0 if recipe.states else 2 * plan.before.bf16_bytes
     narrow = options.mixed_precision not in (None, "no")  # autograd keeps rounded weights as they are multiplied
-    if lora.rank_of(options.train) is not None:  # what is added is small
+    if rank_of(options.train) is not None:  # what is added is small
         return teacher + (1 + rounded) * (1 if recipe.states and narrow else 2) * student
     return teacher + ((4 + (options.ema > 0)) * 2 + rounded * (1 if narrow else 2)) * student
 

@@ -28,6 +28,7 @@ from edgeprune.training.resume import steps_done
 from edgeprune.training.states import States
 from edgeprune.training.tail import TailLesson, cut
 from edgeprune.training.teaching import lower
+from edgeprune.training.trained import rank_of
 
 _OPTION = "--states (of compress: --train-states)"
 _USES = 4
@@ -143,7 +144,7 @@ def _round(
     progress: Progress,
 ) -> tuple[Tensors, list[float]]:
     """Train from the states of a round. What that holds is free afterwards, and the state is on the disk."""
-    student = _student(ws, plan, widened=lora.rank_of(options.train) is None or options.mixed_precision == "no")
+    student = _student(ws, plan, widened=rank_of(options.train) is None or options.mixed_precision == "no")
     adapt(ws.family, student, plan, recipe, options)
     lesson = TailLesson(
         ws.family, student, plan, None if files is None else States(files), options, recipe,

@@ -6,37 +6,19 @@ With INT4 the sum is rounded in every step, since that is what ships.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.tensors import Tensors
 from edgeprune.families.architecture import STAND_IN
 from edgeprune.quantization.int4 import round_int4
 
-ALL = "all"
-"""Train the weights themselves."""
 _ADAPTER = "default"
 _BASE, _A, _B = ".base_layer", f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight"
-
-
-def rank_of(train: str) -> int | None:
-    """Return the rank R of `lora:R`; None for `all`.
-
-    Raises:
-        InputError: it is neither.
-    """
-    if train == ALL:
-        return None
-    match = re.fullmatch(r"lora:([1-9]\d{0,3})", train)
-    if match is None:
-        raise InputError(f"--train: found {train!r}, expected all or lora:R, such as lora:64")
-    return int(match[1])
 
 
 def add(student: Any, names: list[str], rank: int, seed: int) -> None:

@@ -28,6 +28,7 @@ from edgeprune.training.recipe import DistillOptions, Placement, Recipe, adapt, 
 from edgeprune.training.rounding import Rounding
 from edgeprune.training.tail import cut
 from edgeprune.training.teaching import lower
+from edgeprune.training.trained import ALL
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def forecast_rank(
     held = copy.deepcopy(student)
     if recipe.states:
         cut(family, held, plan.first_pruned)
-        if options.train != lora.ALL and options.mixed_precision != "no":
+        if options.train != ALL and options.mixed_precision != "no":
             held.to(torch.bfloat16)
             held.load_state_dict(
                 {n: t.float() for n, t in held.state_dict().items() if lora.is_trained(n)}, False, True

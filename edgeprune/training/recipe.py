@@ -20,6 +20,7 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.training import lora
 from edgeprune.training.levels import LEVELS
 from edgeprune.training.losses import LossWeights
+from edgeprune.training.trained import ALL, rank_of
 
 SENSITIVITIES = ("graded", "off")
 BINARY = "the reference's binary form is the frozen prefix (PWP), with all parts after it trained alike; use off"
@@ -94,7 +95,7 @@ class DistillOptions:
     teacher_precision: str = "float32"
     """The precision of the teacher's weights."""
     seed: int = 0
-    train: str = lora.ALL
+    train: str = ALL
     """What is trained: all weights after the prefix, or `lora:R`, low-rank additions to them, see lora.py."""
     states: int | None = None
     rounds: int | None = None
@@ -109,7 +110,7 @@ class DistillOptions:
         """
         if self.sensitivity == "binary":
             raise InputError(f"--sensitivity: found 'binary': {BINARY}")
-        if lora.rank_of(self.train) is not None:
+        if rank_of(self.train) is not None:
             require(("peft",), "train")
         for name, value, allowed in (
             ("--sensitivity", self.sensitivity, (None, *SENSITIVITIES)),
@@ -144,7 +145,7 @@ class DistillOptions:
         data = asdict(self) | asdict(recipe)
         if not recipe.states:  # folders that were trained before there were states stay current
             del data["states"], data["rounds"], data["prefix_calibration"]
-        if self.train == lora.ALL:
+        if self.train == ALL:
             del data["train"]
         return data
 
@@ -227,7 +228,7 @@ def adapt(family: Family, student: nn.Module, plan: PrunePlan, recipe: Recipe, o
     Raises:
         MissingExtraError: peft is not installed.
     """
-    rank, config = lora.rank_of(options.train), student.config
+    rank, config = rank_of(options.train), student.config
     if rank is None:
         return
     names = []

@@ -413,6 +413,8 @@ def test_on_the_command_line(source: Path, tmp_path: Path) -> None:
     )
     assert isinstance(refused.exception, InputError)
     assert str(refused.exception) == "--train-states: nothing is trained; omit it"
+    refused = runner.invoke(app, ["compress", "-o", str(tmp_path / "x"), "--train", "lora:x"])
+    assert str(refused.exception).startswith("--train: found 'lora:x'") and not (tmp_path / "x").exists()
     done = runner.invoke(
         app, ["distill", "-o", str(out), "--data", "shapes", "--samples", "6", "--steps", "2", "--batch", "2",
               "--states", "4", "--prefix-calibration", "feedback", "--json"],
