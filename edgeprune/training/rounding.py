@@ -20,6 +20,11 @@ from edgeprune.quantization.precision import precision_of
 from edgeprune.training import lora
 from edgeprune.training.zero import shard_of
 
+_LARGE = 2**22
+"""Numbers of a weight that is rounded again in the backward pass, so that nothing keeps its rounded copy meanwhile. A
+smaller one takes longer to round than its copy is worth.
+"""
+
 
 class Rounding:
     """Rounding for those linear layers of a student that will be stored in INT4."""
@@ -64,4 +69,34 @@ class Rounding:
 
 
 def _rounded(layer: nn.Linear, group_size: int, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, round_int4(layer.weight, group_size), layer.bias)
+    if layer.weight.numel() < _LARGE:
+        return F.linear(x, round_int4(layer.weight, group_size), layer.bias)
+    device = x.device.type
+    bias: torch.Tensor | None = layer.bias
+    if torch.is_autocast_enabled(device):  # which does not look into a function of our own
+        dtype = torch.get_autocast_dtype(device)
+        x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
+    out: torch.Tensor = _RoundedTwice.apply(x, layer.weight, bias, group_size)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _RoundedTwice(torch.autograd.Function):
+    """A linear layer by a rounded weight, of which autograd keeps the weight alone, which is in memory anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: int) -> torch.Tensor:
+        ctx.size = size
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, round_int4(weight, size).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            grad @ round_int4(weight, ctx.size).to(x.dtype) if wants_x else None,
+            (rows.T @ x.flatten(0, -2)).to(weight.dtype) if wants_weight else None,
+            rows.sum(0) if wants_bias else None,
+            None,
+        )
