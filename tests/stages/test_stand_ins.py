@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from loras import pair
@@ -24,7 +25,7 @@ from edgeprune.cli import app
 from edgeprune.cli.plan import plan_rows
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
-from edgeprune.export import to_onnx
+from edgeprune.export import parity, to_onnx
 from edgeprune.families import CHANGED, family_of
 from edgeprune.families.stand_in import StandIn
 from edgeprune.metrics.velocity import VelocityError
@@ -269,8 +270,13 @@ def test_a_damaged_or_missing_file_is_refused(artefact: Path, tmp_path: Path) ->
 
 
 def test_an_export_has_them(artefact: Path, tmp_path: Path) -> None:
-    to_onnx.export(artefact, tmp_path / "onnx")  # compares with torch
-    assert (tmp_path / "onnx" / "transformer").is_dir()
+    source = next(to_onnx.sources(artefact))
+    (tmp_path / source.name).mkdir()
+    path = tmp_path / source.name / "model.onnx"
+    to_onnx.save(source.name, source.to_ir(), path)
+    module, opened = source.checkpoint(), parity.session(path)
+    parity.check(source.name, opened, module, source.examples, list(module.outputs))
+    assert any(".stand_in." in weight.name for weight in onnx.load(path, load_external_data=False).graph.initializer)
 
 
 def test_a_second_run_makes_up_for_what_the_first_leaves(tmp_path: Path) -> None:
