@@ -118,6 +118,11 @@ def rows() -> Iterator[Row]:
                 int(0.5 * m.weights), functools.partial(measure, m), needs=(f"synth{m.suffix}",),
             )  # fmt: skip
         yield Row(
+            f"verify{m.suffix}", f"{m.name}: verify at 512x512, in 6 GB",
+            Work(moved=3 * everything, flops=m.flops, large_flops=m.flops), 10**9, functools.partial(_verify, m),
+            needs=(f"synth{m.suffix}",),
+        )  # fmt: skip
+        yield Row(
             f"analyze-gates{m.suffix}", f"{m.name}: scores of all blocks by gradients at 512x512, in 3 GB",
             Work(moved=2 * everything, large_flops=_evaluations(m) * m.flops), 2 * 10**10, functools.partial(_gates, m),
             needs=(f"synth{m.suffix}",),
@@ -231,6 +236,10 @@ def _one_step(model: _Model, label: str, recorder: Recorder) -> Path:
         "--blocks", model.blocks, "--inference-steps", "1", makes=out,
     )  # fmt: skip
     return out
+
+
+def _verify(model: _Model, recorder: Recorder) -> None:
+    recorder.stage(f"verify{model.suffix}: verify", "verify", str(recorder.out / model.name), *_MEDIUM, *_SIX)
 
 
 def _evaluations(model: _Model) -> int:
