@@ -81,7 +81,7 @@ def compress(
     states: options.States = None,
     estimator: options.Estimator = None,
     group_size: options.GroupSize = 64,
-    calibration: options.Calibration = "none",
+    calibration: options.Calibration = "auto",
     no_half: options.NoHalf = False,
     calibration_count: Annotated[int | None, options.calibration_count("--calibration-count")] = None,
     inference_steps: options.InferenceSteps = None,

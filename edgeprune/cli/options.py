@@ -17,12 +17,12 @@ from edgeprune.common.errors import InputError
 if TYPE_CHECKING:
     from edgeprune.planning.options import PlanOptions
 
-CALIBRATIONS = ("none", "feedback", "scale", "awq")
+CALIBRATIONS = ("auto", "none", "feedback")
 ESTIMATORS = ("auto", "exhaustive", "reuse", "gates")
 FEATURES = ("blocks", "attention")
 LEVELS = ("shifted", "steps", "uniform")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
-PREFIX_CALIBRATIONS = ("none", "feedback")
+PREFIX_CALIBRATIONS = CALIBRATIONS[1:]
 PRESETS = ("default", "quick")
 SCHEDULES = ("constant", "cosine")
 SENSITIVITIES = ("graded", "off")
@@ -243,8 +243,8 @@ Calibration = Annotated[
     str,
     choice(
         names=lambda: CALIBRATIONS, rich_help_panel=INT4,
-        help="How INT4 weights are chosen: none (the nearest), feedback (what rounding one costs is made up for in the "
-        "next ones), scale (NNCF's scale estimation) or awq. All but none run the model to record its inputs.",
+        help="How INT4 weights are chosen: none (the nearest), or feedback, which runs the model (what rounding one "
+        "costs is made up for in the next ones). auto: feedback, or none for weights that training has rounded.",
     ),
 ]  # fmt: skip
 
@@ -255,7 +255,7 @@ def calibration_count(flag: str) -> Any:
         flag,
         min=1,
         help="Number of prompts that calibrate INT4 weights.",
-        show_default="28, or all that were given to `analyze`",
+        show_default="28, or all that were given to `analyze`; 4 of a large model",
         rich_help_panel=INT4,
     )
 

@@ -17,7 +17,7 @@ def quantize(
     fresh: options.Fresh = False,
     as_json: options.AsJson = False,
     group_size: options.GroupSize = 64,
-    calibration: options.Calibration = "none",
+    calibration: options.Calibration = "auto",
     count: Annotated[int | None, options.calibration_count("--count")] = None,
     states: options.States = None,
     device: limits.Device = "auto",

@@ -177,7 +177,8 @@ def _run(
         ws.skip_distillation()
     run_prune(ws, progress)
     if options.distill is not None:
-        training = seen_by_quantize(ws, options.distill, options.quantize.calibration, ws.plan())
+        calibration = options.settled(ws.subject.numbers).quantize.calibration
+        training = seen_by_quantize(ws, options.distill, calibration, ws.plan())
         run_distill(ws, training, options.data, progress)
     if row.quantized:
         run_quantize(ws, options.quantize, progress)

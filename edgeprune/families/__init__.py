@@ -9,7 +9,7 @@ encoders.py the text encoders of a pipeline folder. architectures.json has the c
 from edgeprune.families.architecture import Architecture, Config, Encoder, LatentSpace, Shape, Source
 from edgeprune.families.network import Array, Axes, Network
 from edgeprune.families.registry import CHANGED, Family, family_of, family_of_model
-from edgeprune.families.surgery import Producer, ScalingGroup, Surgery, Swap
+from edgeprune.families.surgery import Surgery, Swap
 
 __all__ = [
     "CHANGED",
@@ -21,8 +21,6 @@ __all__ = [
     "Family",
     "LatentSpace",
     "Network",
-    "Producer",
-    "ScalingGroup",
     "Shape",
     "Source",
     "Surgery",

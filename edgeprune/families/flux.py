@@ -35,17 +35,14 @@ from edgeprune.families.joint import (
     COMPONENT_OF,
     attention,
     check_axes,
-    joint_groups,
     known_fields,
     linear,
-    linears,
-    modulated,
     swaps,
     take_out,
     width,
 )
 from edgeprune.families.network import Array, Axes
-from edgeprune.families.surgery import ScalingGroup, Swap
+from edgeprune.families.surgery import Swap
 
 if TYPE_CHECKING:
     import torch
@@ -313,20 +310,6 @@ class Flux:
     def block_prefix(self, model: nn.Module, index: int) -> str:
         """Return the prefix below one of the two lists."""
         return single.block_prefix(model, index)
-
-    def scaling_groups(self, block: nn.Module) -> list[ScalingGroup]:
-        """Group a joint block as in joint.py; in a single block only the readers of its norm.
-
-        `proj_out` of a single block is in no group, because it reads more than attention.
-        """
-        layers = linears(block)
-        if "norm1.linear" in layers or "norm1_context.linear" in layers or "ff.net.2" in layers:
-            return joint_groups(block)
-        if "norm.linear" not in layers:
-            return []
-        members = ((0, "attn.to_q attn.to_k attn.to_v proj_mlp"),)
-        (d,) = cast("Any", block).norm.norm.normalized_shape
-        return modulated(layers, d, "norm.linear", members)
 
     # ---------------------------------------------------------------- network
 

@@ -33,7 +33,7 @@ from edgeprune.families.architecture import (
 )
 from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, check_axes, known_fields, swaps, take_out, width
 from edgeprune.families.network import Array, Axes
-from edgeprune.families.surgery import ScalingGroup, Swap
+from edgeprune.families.surgery import Swap
 
 if TYPE_CHECKING:
     import torch
@@ -274,10 +274,6 @@ class Flux2:
     def block_prefix(self, model: nn.Module, index: int) -> str:
         """Return the prefix below one of the two lists."""
         return single.block_prefix(model, index)
-
-    def scaling_groups(self, block: nn.Module) -> list[ScalingGroup]:
-        """Return none: all blocks share the layers that produce their inputs."""
-        return []
 
     # ---------------------------------------------------------------- network
 

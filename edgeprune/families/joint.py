@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import LARGEST, shown
 from edgeprune.families.architecture import WHERE, Config, Shape, config_number
-from edgeprune.families.surgery import Producer, ScalingGroup, Swap
+from edgeprune.families.surgery import Swap
 
 if TYPE_CHECKING:
     import torch
@@ -88,61 +88,3 @@ def attention(block: nn.Module) -> nn.Module | None:
     """Return a block's `attn`, or None if it was removed: its replacement has no weights."""
     module: nn.Module | None = getattr(block, "attn", None)
     return module if module is not None and any(True for _ in module.parameters()) else None
-
-
-def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """Return a block's linear layers by name."""
-    from torch import nn
-
-    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-
-
-def modulated(
-    layers: dict[str, nn.Linear], d: int, norm: str, members: Sequence[tuple[int, str]], *, scale_first: bool = False
-) -> list[ScalingGroup]:
-    """Return the groups of layers that read what an adaLN produces.
-
-    Args:
-        layers: a block's linear layers by name.
-        d: width D of one part of the modulation.
-        norm: name of the modulation layer.
-        members: for each group, the part of the modulation that holds its first vector, and its layers' names.
-        scale_first: True if a part's scale precedes its shift.
-    """
-    groups: list[ScalingGroup] = []
-    if norm not in layers:
-        return groups
-    for part, names in members:
-        consumers = tuple(n for n in names.split() if n in layers)
-        if consumers and (part + 2) * d <= layers[norm].out_features:
-            shift, scale = (part + 1, part) if scale_first else (part, part + 1)
-            producers = (
-                Producer(norm, rows=(shift * d, (shift + 1) * d)),
-                Producer(norm, rows=(scale * d, (scale + 1) * d), one_plus=True),
-            )
-            groups.append(ScalingGroup(consumers, producers))
-    return groups
-
-
-def attended(layers: dict[str, nn.Linear], d: int, attention: str) -> list[ScalingGroup]:
-    """Return the group of attention's output projections, which read the averaged values of both streams."""
-    consumers = tuple(n for n in (f"{attention}.to_out.0", f"{attention}.to_add_out") if n in layers)
-    values = [n for n in (f"{attention}.to_v", f"{attention}.add_v_proj") if n in layers]
-    return [ScalingGroup(consumers, tuple(Producer(n, rows=(0, d)) for n in values))] if consumers else []
-
-
-def joint_groups(block: nn.Module) -> list[ScalingGroup]:
-    """Return the scaling groups of a joint block: readers of each adaLN output, and attention's output projections."""
-    layers = linears(block)
-    (d,) = cast("Any", block).norm1.norm.normalized_shape
-    # Parts of the modulation by position: shift, scale, gate of attention; of the MLP; of the second attention.
-    image = ((0, "attn.to_q attn.to_k attn.to_v"), (3, "ff.net.0.proj"), (6, "attn2.to_q attn2.to_k attn2.to_v"))
-    context = ((0, "attn.add_q_proj attn.add_k_proj attn.add_v_proj"), (3, "ff_context.net.0.proj"))
-    # AdaLayerNormContinuous of SD3's last block: scale, shift.
-    last = "norm1_context.linear" in layers and layers["norm1_context.linear"].out_features == 2 * d
-    return [
-        *modulated(layers, d, "norm1.linear", image),
-        *modulated(layers, d, "norm1_context.linear", context, scale_first=last),
-        *attended(layers, d, "attn"),
-        *attended(layers, d, "attn2"),
-    ]

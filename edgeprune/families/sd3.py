@@ -35,7 +35,6 @@ from edgeprune.families.joint import (
     BLOCK,
     COMPONENT_OF,
     attention,
-    joint_groups,
     known_fields,
     linear,
     swaps,
@@ -43,7 +42,7 @@ from edgeprune.families.joint import (
     width,
 )
 from edgeprune.families.network import Array, Axes
-from edgeprune.families.surgery import ScalingGroup, Swap
+from edgeprune.families.surgery import Swap
 
 if TYPE_CHECKING:
     import torch
@@ -289,10 +288,6 @@ class SD3:
     def block_prefix(self, model: nn.Module, index: int) -> str:
         """Return `transformer_blocks.N.`."""
         return f"transformer_blocks.{index}."
-
-    def scaling_groups(self, block: nn.Module) -> list[ScalingGroup]:
-        """Group as in joint.py."""
-        return joint_groups(block)
 
     # ---------------------------------------------------------------- network
 

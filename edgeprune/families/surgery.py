@@ -25,26 +25,6 @@ class Swap:
     replacement: nn.Module
 
 
-@dataclass(frozen=True)
-class Producer:
-    """Rows of a linear layer that can absorb a division of its outputs."""
-
-    layer: str
-    """Name within the block."""
-    rows: tuple[int, int]
-    """First row, and the row after the last."""
-    one_plus: bool = False
-    """True if the block uses 1 + the outputs."""
-
-
-@dataclass(frozen=True)
-class ScalingGroup:
-    """Layers of a block that read the same input, and the layers that produce this input."""
-
-    consumers: tuple[str, ...]
-    producers: tuple[Producer, ...]
-
-
 class Surgery(Protocol):
     """What pruning and quantisation do to the modules of one architecture. D width."""
 
@@ -68,6 +48,3 @@ class Surgery(Protocol):
 
     def block_prefix(self, model: nn.Module, index: int) -> str:
         """Return the name prefix of a block's tensors in the state dict, such as `transformer_blocks.3.`."""
-
-    def scaling_groups(self, block: nn.Module) -> list[ScalingGroup]:
-        """Return the layers whose common input can be divided channel by channel at no cost; see awq.py."""

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from edgeprune.common.errors import InputError
-from edgeprune.quantization.inputs import watch
 
 DAMPING = 0.01
 """Share of the mean moment that is added to each: inputs that were not seen must not cost nothing."""
@@ -102,6 +101,7 @@ def _factor(moments: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return found.flip(0, 1)
 
 
+@torch.no_grad()
 def second_moments(layers: dict[str, nn.Linear], run: Callable[[], None], calls: int) -> dict[str, list[torch.Tensor]]:
     """Run `run` and return the second moments of each layer's inputs: E[x x'] of parts of up to CHANNELS inputs.
 
@@ -143,7 +143,12 @@ def second_moments(layers: dict[str, nn.Linear], run: Callable[[], None], calls:
             total.addmm_(part.T, part, alpha=count / len(x))
         rows[name] += count
 
-    watch(layers, run, take)
+    hooks = [m.register_forward_pre_hook(lambda _, args, n=n: take(n, args[0])) for n, m in layers.items()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
     for name, parts in sums.items():
         for part in parts:
             if not part.diagonal().isfinite().all():

@@ -1,7 +1,7 @@
 """INT4 weights: NNCF chooses the steps, one block at a time, and `PackedLinear` layers store the integers.
 
-precision.py says how many bits each tensor gets. By default this needs no data. With calibration inputs feedback.py
-chooses the integers over NNCF's scales, or NNCF estimates other scales, or awq.py scales channels first.
+precision.py says how many bits each tensor gets. With calibration inputs, feedback.py
+chooses the integers over NNCF's steps; without, they are the nearest.
 """
 
 from __future__ import annotations
@@ -19,18 +19,12 @@ from torch import nn
 from edgeprune.common.errors import InputError
 from edgeprune.families import Architecture, Family
 from edgeprune.quantization import feedback
-from edgeprune.quantization.awq import best_divisor, fold
-from edgeprune.quantization.inputs import watch
 from edgeprune.quantization.int4 import PackedLinear, pack
 from edgeprune.quantization.precision import Precision, precision_of, t5_precision_of
 
-CALIBRATIONS = ("none", "feedback", "scale", "awq")
+CALIBRATIONS = ("none", "feedback")
 _BATCH = 2**24
 """Most weights that one call of NNCF gets."""
-_ROWS = 1024
-"""Most rows of each layer's input that calibration keeps."""
-_SAMPLES = 128
-"""Most samples that NNCF gets. It averages the rows of a sample, so that too few samples say little of the inputs."""
 _HALF_STEP = 16 / 15
 """How much larger than 1/8 of it a step must be for a group's largest weight to be 7.5 steps."""
 
@@ -113,20 +107,11 @@ class _Linears(nn.Module):
         return [layer(x * 1.0) for layer, x in zip(self.layers, inputs, strict=True)]
 
 
-def _nncf_integers(
-    weights: list[torch.Tensor], group_size: int, inputs: list[torch.Tensor]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return integers (O, I) and scales (O, groups) of each weight, chosen by NNCF.
+def _nncf_integers(weights: list[torch.Tensor], group_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return integers (O, I) and scales (O, groups) of each weight (O, I), chosen by NNCF.
 
     NNCF gets the layers in parallel instead of inside their block, so tracing needs no example of the block's inputs.
-
-    Args:
-        weights: the weights (O, I).
-        group_size: weights that share a scale.
-        inputs: inputs (R, I) of every layer, for estimating scales; empty for plain rounding.
     """
-    count = min([_SAMPLES, *map(len, inputs)])
-    samples = list(zip(*(x.tensor_split(count) for x in inputs), strict=True))
     # NNCF sends telemetry on every call, from a forked process; `NNCF_CI=1` turns it off.
     os.environ.setdefault("NNCF_CI", "1")
     import nncf
@@ -134,9 +119,7 @@ def _nncf_integers(
     with _quiet():
         compressed: Any = nncf.compress_weights(
             _Linears(weights).eval(), mode=nncf.CompressWeightsMode.INT4_SYM, group_size=group_size, all_layers=True,
-            # NNCF traces with one sample.
-            dataset=nncf.Dataset(samples or [tuple(torch.ones(1, w.shape[1]) for w in weights)]),
-            scale_estimation=bool(samples) or None,
+            dataset=nncf.Dataset([tuple(torch.ones(1, w.shape[1]) for w in weights)]),  # NNCF traces with it
         )  # fmt: skip
     state = compressed.state_dict()
     out = []
@@ -145,46 +128,27 @@ def _nncf_integers(
         scale = next(v for k, v in state.items() if f"layers:{index}:weight__" in k and k.endswith("_scale"))
         pairs = torch.stack([packed & 0xF, packed >> 4], dim=-1)
         values = (pairs.flatten().to(torch.int8) - 8).view(weight.shape)
-        out.append(_positive(weight, values, scale.reshape(weight.shape[0], -1), inputs[index] if inputs else None))
+        out.append(_positive(weight, values, scale.reshape(weight.shape[0], -1)))
     return out
 
 
-def _positive(
-    weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, inputs: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _positive(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the groups with a negative scale a positive one, which is all that TensorRT accepts; the others stay.
 
-    NNCF maps a group's largest weight to -8 steps, with a negative scale if the weight is positive. Negating integers
-    and scale is exact but for that weight: 8 becomes 7. With a larger step it is off by half a step, but so may be the
-    others, and what NNCF estimated is lost. Plain rounding takes the larger step. With inputs each group takes what
-    changes its output least.
+    NNCF maps a group's largest weight to -8 steps, with a negative scale if the weight is positive. With a positive one
+    it would be 8 steps, which there are not. So such a group takes a step with which it is 7.5, and is rounded again.
 
     Args:
         weight: the weight (O, I).
         values: NNCF's integers (O, I).
         scale: NNCF's scales (O, groups).
-        inputs: the layer's inputs (R, I); None for plain rounding.
     """
     groups = weight.float().reshape(*scale.shape, -1)
     larger = (scale.abs().float() * _HALF_STEP).half()
     rounded = (groups / larger.float().clamp_min(1e-12)[..., None]).round().clamp(-8, 7).to(values.dtype)
-    positive = torch.where(scale < 0, larger, scale.half())
-    out = torch.where((scale < 0)[..., None], rounded, values.reshape(groups.shape))
-    if inputs is not None:
-        columns = inputs.float().reshape(len(inputs), scale.shape[1], -1)
-        moments = torch.einsum("rgi,rgj->gij", columns, columns)
-        mirrored = (-values).clamp_max(7).reshape(groups.shape)
-
-        def error(integers: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-            """Return the squared error of each group's output, (O, groups)."""
-            off = integers * step.float()[..., None] - groups
-            return (torch.einsum("ogi,gij->ogj", off, moments) * off).sum(-1)
-
-        same = scale.abs().half()
-        better = (scale < 0) & (error(mirrored, same) <= error(rounded, larger))
-        positive = torch.where(better, same, positive)
-        out = torch.where(better[..., None], mirrored, out)
-    return out.reshape(weight.shape), positive
+    negative = scale < 0
+    out = torch.where(negative[..., None], rounded, values.reshape(groups.shape))
+    return out.reshape(weight.shape), torch.where(negative, larger, scale.half())
 
 
 @contextlib.contextmanager
@@ -219,8 +183,8 @@ def quantize_part(
         model: the transformer.
         block: the block's index; earlier blocks are already quantised.
         group_size: weights that share a scale.
-        calibration: `none`, or `feedback` (of rounding errors), `scale` (scale estimation) or `awq`, which need `run`.
-        run: runs the model on calibration inputs, so that hooks can record the layers' inputs.
+        calibration: `none`, or `feedback` of rounding errors, which needs `run`.
+        run: runs the model on calibration inputs, so that hooks see the layers' inputs.
         calls: how often `run` calls each layer.
     """
     if block is None:
@@ -230,10 +194,7 @@ def quantize_part(
             _replace(model, name, _packed_nearest(linear, p))
         return
     module, prefix = family.blocks(model)[block], family.block_prefix(model, block)
-    if calibration == "awq" and run is not None:
-        _scale_channels(family, module, prefix, group_size, run)
     layers = _layers(module)
-    caught = _samples(layers, run) if calibration == "scale" and run is not None else {}
     by_group: dict[int, list[str]] = {}
     moments: dict[str, list[torch.Tensor]] = {}
     if calibration == "feedback" and run is not None:
@@ -251,8 +212,7 @@ def quantize_part(
         steps: dict[str, torch.Tensor] = {}
         for batch in _batches({n: layers[n].weight.numel() for n in names}):
             weights = [layers[n].weight.detach() for n in batch]
-            inputs = [caught[n] for n in batch] if caught else []
-            for name, (values, scale) in zip(batch, _nncf_integers(weights, group, inputs), strict=True):
+            for name, (values, scale) in zip(batch, _nncf_integers(weights, group), strict=True):
                 if name in moments:
                     steps[name] = scale
                 else:
@@ -293,45 +253,3 @@ def quantize_t5(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Embedding):
             module.weight.data = module.weight.data.half().to(module.weight.dtype)
     return model
-
-
-def _scale_channels(family: Family, block: nn.Module, prefix: str, group_size: int, run: Callable[[], None]) -> None:
-    """Apply AWQ to every scaling group of a block that is not quantised yet."""
-    layers = _layers(block)
-    groups = family.scaling_groups(block)
-    if not groups:
-        return
-    wanted = {n: layers[n] for group in groups for n in group.consumers}
-    inputs = _samples(wanted, run)
-    for group in groups:
-        weights = [layers[n].weight.detach().float() for n in group.consumers]
-        precisions = [
-            precision_of(family, f"{prefix}{n}.weight", tuple(w.shape), group_size=group_size)
-            for n, w in zip(group.consumers, weights, strict=True)
-        ]
-        if any(p.bits != 4 for p in precisions):
-            continue
-        s = best_divisor(weights, [inputs[n] for n in group.consumers], [p.group_size for p in precisions])
-        if s is not None:
-            fold(block, group, s)
-
-
-def _samples(layers: dict[str, nn.Linear], run: Callable[[], None]) -> dict[str, torch.Tensor]:
-    """Run `run` and return up to _ROWS of each layer's inputs (R, I): a seeded random choice, in random order.
-
-    Every row of every call is as likely as any other, whatever its token and its sample in the batch. Each gets a
-    random number, and those with the least stay.
-    """
-    numbers = {name: torch.empty(0) for name in layers}
-    kept: dict[str, torch.Tensor] = {}
-    draws = {name: torch.Generator().manual_seed(0) for name in layers}
-
-    def keep(name: str, inputs: torch.Tensor) -> None:
-        rows = inputs.detach().flatten(0, -2)
-        drawn = torch.cat([numbers[name], torch.rand(len(rows), generator=draws[name])])
-        numbers[name], chosen = drawn.topk(min(_ROWS, len(drawn)), largest=False)
-        rows = torch.cat([kept[name], rows.float()]) if name in kept else rows.float()
-        kept[name] = rows[chosen.to(rows.device)]
-
-    watch(layers, run, keep)
-    return {name: rows.cpu() for name, rows in kept.items()}

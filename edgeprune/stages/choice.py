@@ -24,7 +24,7 @@ from edgeprune.data.settings import SHAPES, is_drawn
 from edgeprune.metrics import VELOCITY
 from edgeprune.metrics.velocity import STATES
 from edgeprune.planning.options import PlanOptions
-from edgeprune.residency.compute import Compute
+from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import quantize
@@ -138,14 +138,12 @@ class Choice:
         if training is not None:
             unscored = not self.prompts and training.sensitivity == "graded"
             training = replace(training, steps=self.steps, sensitivity=None if unscored else training.sensitivity)
-        if int4.calibration != "none":
+        data, training = replace(options.data, samples=self.samples), training if self.steps else None
+        found = replace(options, analyze=analysis, plan=plan, data=data, distill=training)
+        if self.calibration and int4.calibrates(rounded=found.rounded):
             fewer = self.states if self.states < STATES else None
-            int4 = replace(int4, count=self.calibration, states=fewer)
-            int4 = int4 if self.calibration else replace(int4, calibration="none", count=None, states=None)
-        return replace(
-            options, analyze=analysis, plan=plan, quantize=int4, data=replace(options.data, samples=self.samples),
-            distill=training if self.steps else None,
-        )  # fmt: skip
+            return replace(found, quantize=replace(int4, calibration="feedback", count=self.calibration, states=fewer))
+        return replace(found, quantize=replace(int4, calibration="none", count=None, states=None))
 
     def described(self) -> str:
         """Return the choice in a line."""
@@ -208,6 +206,8 @@ def choose(subject: Subject, options: CompressOptions, time_s: float, speeds: Sp
         if seconds(most.lowered(others, drawn=drawn)) <= SHARE * time_s:
             moves = others
     chosen = most.lowered(moves, drawn=drawn)
+    if chosen.over(options, kinds).quantize.calibration == "none":
+        chosen = replace(chosen, calibration=0)
     return replace(chosen, forecast_s=round(seconds(chosen), 1))
 
 
@@ -224,6 +224,7 @@ def _most(subject: Subject, options: CompressOptions, time_s: float, *, quick: b
     """Return the choice that is what the options ask for."""
     analysis, int4 = options.analyze.chosen(subject.family, subject.config), options.quantize
     steps, builtin = subject.generation.num_inference_steps, subject.source == BUILTIN
+    large, untrained = not is_small(subject.numbers), int4.calibrates(rounded=False)
     return Choice(
         time_s=time_s,
         of=_digest(subject, options, quick=quick),
@@ -231,7 +232,8 @@ def _most(subject: Subject, options: CompressOptions, time_s: float, *, quick: b
         estimator=analysis.estimator,
         prompts=len(analysis_prompts(analysis, builtin=builtin)) if options.reads_scores else 0,
         states=min(analysis.states or int4.states or STATES, STATES),
-        calibration=0 if int4.calibration == "none" else int4.count or quantize.PROMPTS,
+        # Without training: it may be given up.
+        calibration=int4.chosen(rounded=False, large=large).count or quantize.PROMPTS if untrained else 0,
         steps=options.distill.steps if options.distill else 0,
         samples=options.data.samples,
         images=images_of_report(subject.source, quick),

@@ -254,7 +254,8 @@ def works(
     if options.reads_scores:
         prompts = len(analysis_prompts(analysis, builtin=builtin))
         scored = analyze.work(subject, analysis, analyze.analysis_groups(family, config, analysis), prompts)
-    calibrating = options.quantize.count or quantize.PROMPTS if options.quantize.calibration != "none" else 0
+    int4 = options.settled(subject.numbers).quantize
+    calibrating = int4.count or quantize.PROMPTS if int4.calibration != "none" else 0
     drawn = replace(subject, generation=seen(subject.generation, steps))
     left = expected.after.parameters / expected.before.parameters
     pruned = expected if options.plan.stand_in is not None else replace(expected, stand_in_rank=None)
@@ -264,14 +265,14 @@ def works(
         "prune": prune.work(subject, pruned),
         "data": distill.drawn(subject, options.data) if training else Work(),
         "distill": distill.trained(subject, training, expected) if training else Work(),
-        "quantize": quantize.work(subject, options.quantize, expected, calibrating),
+        "quantize": quantize.work(subject, int4, expected, calibrating),
         "report": reporting(drawn, images, left) if images else Work(),
     }
 
 
 def runs_original(options: CompressOptions, plan: PrunePlan) -> bool:
     """Return whether a stage evaluates the original, so that it has to fit in the memory that was given."""
-    calibrated = options.quantize.calibration != "none"
+    calibrated = options.quantize.calibrates(rounded=options.rounded)
     return options.reads_scores or options.distill is not None or calibrated or bool(plan.stand_ins)
 
 
@@ -316,7 +317,7 @@ def compress(
         InputError: there is no data, or it is a cache that other encoders made; raised before anything is computed.
         DiskError: the disk has too little room; raised before anything is computed.
     """
-    ran = []
+    ran, options = list[str](), options.settled(ws.subject.numbers)
     options.check_data(builtin=ws.builtin)
     rehearsed = rehearse(ws.source, ws.generation, options)
     if options.distill is not None:

@@ -44,7 +44,7 @@ from edgeprune.stages.workspace import Workspace
 from edgeprune.training.levels import FEW_STEPS, SHARE_ON_STEPS, default_levels
 from edgeprune.training.parallel import Parallel
 from edgeprune.training.rank_memory import ProcessLayout, forecast_rank
-from edgeprune.training.recipe import HERE, PREFIX_CALIBRATIONS, DistillOptions, Placement, Recipe
+from edgeprune.training.recipe import HERE, DistillOptions, Placement, Recipe
 from edgeprune.training.resume import precision_of
 from edgeprune.training.teaching import lower
 from edgeprune.training.trained import rank_of
@@ -122,18 +122,10 @@ def seen_by_quantize(ws: Workspace, options: DistillOptions, calibration: str, p
         options: of the training.
         calibration: of `quantize`.
         plan: what is pruned.
-
-    Raises:
-        InputError: a prefix cannot be rounded by this calibration.
     """
     states = recipe_of(options, plan, ws.family, ws.config, ws.generation).states
     if not states or options.prefix_calibration is not None or options.int4_group_size is None:
         return options
-    if calibration not in PREFIX_CALIBRATIONS:
-        raise InputError(
-            f"--calibration {calibration}: the frozen prefix is rounded before training, by "
-            f"{' or '.join(PREFIX_CALIBRATIONS)}; choose one of them, or train without states (--train-states 0)"
-        )
     return replace(options, prefix_calibration=calibration)
 
 

@@ -15,6 +15,7 @@ from edgeprune.data.settings import CAPTIONS, SHAPES
 from edgeprune.families import Config, Family
 from edgeprune.metrics import VELOCITY
 from edgeprune.planning.options import PlanOptions
+from edgeprune.quantization.quantize import CALIBRATIONS
 from edgeprune.residency.compute import is_small
 from edgeprune.sampling.generation import Generation
 from edgeprune.training.recipe import DistillOptions
@@ -24,6 +25,9 @@ GIVE_DATA = (
     "that come with edgeprune; --dry-run shows the cost"
 )
 """What to do if a model other than the built-in one has no data to be distilled on."""
+GROUP_SIZES = (16, 32, 64, 128)
+LARGE_PROMPTS, LARGE_STATES = 4, 2
+"""That calibrate a large model by default: SD3.5 Large at 1024x1024 then takes at most 90 minutes on two cores."""
 
 
 def seen(generation: Generation, states: int | None) -> Generation:
@@ -113,13 +117,44 @@ class QuantizeOptions:
 
     group_size: int = 64
     """Weights that share a scale."""
-    calibration: str = "none"
-    """One of quantize.CALIBRATIONS; all but `none` run the model on prompts that were given to
-    `analyze`, else on those of the calibration split."""
+    calibration: str = AUTO
+    """One of quantize.CALIBRATIONS; `feedback` runs the model on prompts that were given to `analyze`, else on those of
+    the calibration split. AUTO is `none` for weights that were trained as they are rounded, else `feedback`."""
     count: int | None = None
-    """Most prompts that calibrate; None takes all that were given, else quantize.PROMPTS of the split."""
+    """Most prompts that calibrate; None takes all that were given, else quantize.PROMPTS of the split. Of a large model
+    it takes LARGE_PROMPTS."""
     states: int | None = None
-    """Most states of each prompt's trajectory; None takes velocity.STATES."""
+    """Most states of each prompt's trajectory; None takes velocity.STATES, of a large model LARGE_STATES."""
+
+    def calibrates(self, *, rounded: bool) -> bool:
+        """Return whether the model runs to choose integers; see `chosen`."""
+        return self.calibration == "feedback" or (self.calibration == AUTO and not rounded)
+
+    def chosen(self, *, rounded: bool, large: bool) -> QuantizeOptions:
+        """Return the options for a model, without AUTO.
+
+        Args:
+            rounded: its weights were trained as they are rounded.
+            large: it is a large one.
+
+        Raises:
+            InputError: an option is not usable.
+        """
+        if self.calibration not in (AUTO, *CALIBRATIONS):
+            known = ", ".join((AUTO, *CALIBRATIONS))
+            raise InputError(f"--calibration: found {self.calibration!r}, expected one of {known}")
+        if self.group_size not in GROUP_SIZES:
+            raise InputError(f"--group-size: found {self.group_size}, expected 16, 32, 64 or 128")
+        if self.calibrates(rounded=rounded):
+            count, states = (LARGE_PROMPTS, LARGE_STATES) if large else (None, None)
+            return replace(self, calibration="feedback", count=self.count or count, states=self.states or states)
+        if self.count is not None or (self.calibration == "none" and self.states is not None):
+            raise InputError(
+                "--count (of compress: --calibration-count) and --states are about calibration, which is off"
+                f"{'' if self.calibration == 'none' else ': training has rounded these weights'}; give --calibration "
+                "feedback, or omit them"
+            )
+        return replace(self, calibration="none", states=None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as stages digest them; folders that were quantized before `count` stay current."""
@@ -146,6 +181,19 @@ class CompressOptions:
         if self.plan.scored or self.distill is None or self.distill.sensitivity == "off":
             return self.plan.scored
         return self.distill.sensitivity == "graded" or bool(self.plan.components)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether weights are trained as they are rounded."""
+        return self.distill is not None and self.distill.int4_group_size == self.quantize.group_size
+
+    def settled(self, numbers: int) -> CompressOptions:
+        """Return the options with those of `quantize` chosen for a model of so many numbers.
+
+        Raises:
+            InputError: an option of `quantize` is not usable.
+        """
+        return replace(self, quantize=self.quantize.chosen(rounded=self.rounded, large=not is_small(numbers)))
 
     def check_data(self, *, builtin: bool) -> None:
         """Check that there is something to distill on, unless nothing is distilled.

@@ -9,13 +9,12 @@ from typing import Any
 from edgeprune.artefact.manifest import INT4
 from edgeprune.artefact.surgery import structure
 from edgeprune.artefact.writing import begun, write_transformer
-from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import shorter_config
-from edgeprune.quantization.quantize import CALIBRATIONS, quantize_part
+from edgeprune.quantization.quantize import quantize_part
 from edgeprune.residency.compute import is_small
 from edgeprune.residency.shards import mark_of
 from edgeprune.residency.spill import Spill
@@ -32,19 +31,20 @@ from edgeprune.stages.workspace import Workspace
 
 PROMPTS = 28
 """Prompts that calibrate."""
-GROUP_SIZES = (16, 32, 64, 128)
 
 
 def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) -> bool:
     """Write INT4 weights to `transformer_int4/`; return whether the stage ran.
 
     Raises:
-        InputError: nothing is pruned yet, or an option is not usable.
+        InputError: nothing is pruned yet, or an option is not usable, see `QuantizeOptions.chosen`.
         StaleStageError: see `Workspace.stage` and `check_pruned`.
     """
     ws.need("prune", "quantize")
-    _check(options)
-    plan = ws.plan()
+    plan, given = ws.plan(), options.calibration
+    options = options.chosen(rounded=_trained(ws, options.group_size), large=not is_small(ws.subject.numbers))
+    if options.calibration == "none" != given:
+        progress("quantize: training has rounded these weights to the nearest, so they are again (--calibration none)")
     inputs, prompts = options.to_json(), list[str]()
     if options.calibration != "none":
         inputs["prompts"] = prompts = calibrating(ws, count=options.count or PROMPTS)[: options.count]
@@ -69,12 +69,9 @@ class Ahead:
         options: of `quantize`, without calibration.
         pruned: digest of the inputs of `prune`.
 
-    Raises:
-        InputError: an option is not usable.
     """
 
     def __init__(self, ws: Workspace, plan: PrunePlan, options: QuantizeOptions, pruned: str) -> None:
-        _check(options)
         self.family, self.options, self.model = ws.family, options, structure(ws.family, ws.config, plan)
         self.blocks = int4_blocks(ws, plan, self.model, options.group_size)
         key = ws.key("quantize", options.to_json(), after=[pruned])
@@ -93,13 +90,10 @@ class Ahead:
             self.family.blocks(self.model)[block].to("meta")
 
 
-def _check(options: QuantizeOptions) -> None:
-    if options.calibration not in CALIBRATIONS:
-        raise InputError(f"--calibration: found {options.calibration!r}, expected one of {', '.join(CALIBRATIONS)}")
-    if options.group_size not in GROUP_SIZES:
-        raise InputError(f"--group-size: found {options.group_size}, expected 16, 32, 64 or 128")
-    if options.calibration == "none" and (options.count, options.states) != (None, None):
-        raise InputError("--count and --states are about calibration; give --calibration feedback, or omit them")
+def _trained(ws: Workspace, group_size: int) -> bool:
+    """Return whether the weights were trained as they are rounded, in groups of this size."""
+    done = ws.manifest.stages.get("distill", {}).get("options", {}).get("options", {})
+    return isinstance(done, dict) and done.get("int4_group_size") == group_size
 
 
 def _quantize(
@@ -172,11 +166,7 @@ def work(subject: Subject, options: QuantizeOptions, plan: PrunePlan, prompts: i
         options: of the quantization.
         plan: what is pruned.
         prompts: how many calibrate; 0 without calibration.
-
-    Raises:
-        InputError: an option is not usable.
     """
-    _check(options)
     sizes, numbers = plan.after, plan.after.parameters
     alone = Work(
         moved=sizes.bf16_bytes + sizes.int4_bytes,

@@ -39,7 +39,7 @@ from edgeprune.stages.costs import evaluation_seconds, evaluations_per_step, mat
 ROUNDING = 3.0
 """Time of NNCF's rounding and packing of a weight, over that of the plain rounding of one thread (measured on weights
 of SD3.5 Large, as in docs/full-size.md)."""
-CALIBRATED = {"none": 1.0, "feedback": 5.0, "scale": 30.0, "awq": 5.0}
+CALIBRATED = {"none": 1.0, "feedback": 5.0}
 """Time of choosing a weight's integer by calibration, without running the model, over that of rounding it alone: about
 what it takes at the size of SD3.5 Large."""
 _SAMPLE_BYTES = 64_000_000

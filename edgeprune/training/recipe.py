@@ -17,6 +17,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.extras import require
 from edgeprune.families import Family
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.quantization.quantize import CALIBRATIONS
 from edgeprune.training import lora
 from edgeprune.training.levels import LEVELS
 from edgeprune.training.losses import LossWeights
@@ -28,7 +29,6 @@ BINARY = "the reference's binary form is the frozen prefix (PWP), with all parts
 SCHEDULES = ("constant", "cosine")
 TEACHERS = ("float32", "bf16", "int8")
 FEATURES = ("blocks", "attention")
-PREFIX_CALIBRATIONS = ("none", "feedback")
 _FLOOR = 0.1
 """The update strength of the component that contributes most, with `graded`."""
 
@@ -119,7 +119,7 @@ class DistillOptions:
             ("--schedule", self.schedule, SCHEDULES),
             ("--teacher-precision", self.teacher_precision, TEACHERS),
             ("--mixed-precision", self.mixed_precision, (None, "no", "bf16", "fp16")),
-            ("--prefix-calibration", self.prefix_calibration, (None, *PREFIX_CALIBRATIONS)),
+            ("--prefix-calibration", self.prefix_calibration, (None, *CALIBRATIONS)),
         ):
             if value not in allowed:
                 raise InputError(f"{name}: found {value!r}, expected one of {', '.join(filter(None, allowed))}")

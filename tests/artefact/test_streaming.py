@@ -163,15 +163,9 @@ def test_prune_and_quantise_resume_to_the_same_bytes(
     assert len(family_of(config).blocks(loaded)) == 3
 
 
-@pytest.mark.parametrize(
-    "calibration",
-    ["feedback", "awq", pytest.param("scale", marks=pytest.mark.slow)],  # the same road, and NNCF takes long
-)
-def test_calibrated_resume_sees_the_blocks_before(
-    calibration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calibrated_resume_sees_the_blocks_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = made(tmp_path / "source")
-    options, hashes = QuantizeOptions(calibration=calibration), []
+    options, hashes = QuantizeOptions(calibration="feedback"), []
     for name, kill in (("whole", False), ("killed", True)):
         ws = planned(tmp_path / name, source)
         run_prune(ws)

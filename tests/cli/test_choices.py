@@ -176,14 +176,14 @@ def test_repeated_names_are_those_of_the_code() -> None:
     from edgeprune.training import recipe
 
     assert (estimators.AUTO, *estimators._MODULES) == options.ESTIMATORS
-    assert CALIBRATIONS == options.CALIBRATIONS == tuple(work.CALIBRATED)
+    assert CALIBRATIONS == options.PREFIX_CALIBRATIONS == tuple(work.CALIBRATED)
     assert recipe.FEATURES == options.FEATURES
     assert recipe.LEVELS == options.LEVELS
     assert recipe.SCHEDULES == options.SCHEDULES
     assert (recipe.SENSITIVITIES, recipe.BINARY) == (options.SENSITIVITIES, options.BINARY)
     assert tuple(compute.DTYPES) == verify.DTYPES
     assert recipe.TEACHERS == options.TEACHER_PRECISIONS
-    assert recipe.PREFIX_CALIBRATIONS == options.PREFIX_CALIBRATIONS
+    assert ("auto", *CALIBRATIONS) == options.CALIBRATIONS
     assert compare.grids() == sorted(path.stem for path in GRIDS.glob("*.toml"))
     for name in options.MIXED_PRECISIONS:
         recipe.DistillOptions(mixed_precision=name).check()

@@ -16,7 +16,7 @@ import edgeprune
 from edgeprune.analysis.contribution import ContributionReport, fingerprint, parts, removed
 from edgeprune.artefact.loading import load_transformer, open_transformer
 from edgeprune.artefact.resolve import read_config
-from edgeprune.artefact.surgery import prune, structure
+from edgeprune.artefact.surgery import prune
 from edgeprune.cli.options import parse_rank
 from edgeprune.cli.plan import plan_rows
 from edgeprune.common.errors import BudgetError, InputError
@@ -249,21 +249,6 @@ def test_thin_layers_are_quantised_in_groups_that_divide_the_rank(rank: int, bit
     assert isinstance(layer, PackedLinear) and (layer.bits, layer.group_size) == (bits, group)
     assert thin.norm_out.linear.bits == 8
     assert isinstance(thin.time_text_embed.basis, torch.nn.Parameter)  # 16 bits, see docs/modulation.md
-
-
-def test_awq_knows_the_width_of_a_block() -> None:
-    """Modulation layers are no longer as wide as the tokens, and attention may be removed."""
-    model, config, family = setup("flux")
-    plan = make_plan(family, config, None, method="manual", modulation_rank=16)
-    (group,) = family.scaling_groups(family.blocks(structure(family, config, plan))[-1])
-    assert [p.rows for p in group.producers] == [(0, 64), (64, 128)]
-    model, config, family = setup()
-    plan = make_plan(family, config, None, method="manual", components="1:attn", modulation_rank=16)
-    block = structure(family, config, plan).transformer_blocks[1]
-    groups = [g for g in family.scaling_groups(block) if g.consumers == ("ff.net.0.proj",)]
-    assert [p.rows for g in groups for p in g.producers] == [(192, 256), (256, 320)]
-    plan = make_plan(family, config, None, method="manual", components="1:attn,1:norm,1:context_norm")
-    assert family.scaling_groups(structure(family, config, plan).transformer_blocks[1]) == []
 
 
 OPTIONS = CompressOptions(

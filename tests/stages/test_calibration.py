@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from edgeprune.common.errors import InputError
 from edgeprune.planning.options import PlanOptions
 from edgeprune.sampling.denoising import encode_prompts
 from edgeprune.stages import analyze, calibration, plan, prune, quantize
@@ -85,7 +86,7 @@ def test_int4_is_calibrated_as_the_model_is_sampled(analyzed: Workspace, monkeyp
         return seen[-1]
 
     monkeypatch.setattr(calibration, "model_inputs", recorded)
-    quantize.run(ws, QuantizeOptions(calibration="awq"))
+    quantize.run(ws, QuantizeOptions(calibration="feedback"))
     assert ws.manifest.stages["quantize"]["options"]["prompts"] == GIVEN
     given, empty = (encode_prompts(ws.pipe, texts, 0).hidden for texts in (GIVEN, [""]))
     prompted, unprompted = seen[:2]
@@ -113,3 +114,37 @@ def test_room_on_disk_is_checked_for_samples_that_memory_does_not_hold(
     monkeypatch.setattr(calibration.Streams, "__init__", measured)
     quantize.run(ws, QuantizeOptions(calibration="feedback"))
     assert checked == written and checked[0] > 0
+
+
+def test_weights_that_were_trained_as_they_are_rounded_are_rounded_to_the_nearest(
+    analyzed: Workspace,
+) -> None:
+    """All others are calibrated."""
+    ws, said = analyzed, list[str]()
+
+    def chosen(*, group_size: int = 64, trained: int | None = 64) -> dict[str, Any]:
+        stages = ws.manifest.stages
+        stages["distill"] = stages["prune"] | {"options": {"options": {"int4_group_size": trained}}}
+        quantize.run(ws, QuantizeOptions(group_size=group_size), lambda text, *_, **__: said.append(text))
+        return {k: v for k, v in ws.manifest.stages["quantize"]["options"].items() if k in ("calibration", "prompts")}
+
+    plan.run(ws, PlanOptions("manual", blocks="1"))
+    prune.run(ws)
+    ws.fresh = True
+    assert chosen() == {"calibration": "none"} and "training has rounded these weights" in said[0]
+    assert chosen(group_size=32) == {"calibration": "feedback", "prompts": GIVEN}
+    assert chosen(trained=None) == {"calibration": "feedback", "prompts": GIVEN}
+
+
+def test_of_a_large_model_few_samples_calibrate() -> None:
+    few = QuantizeOptions().chosen(rounded=False, large=True)
+    assert (few.calibration, few.count, few.states) == ("feedback", 4, 2)
+    asked = QuantizeOptions(count=9, states=3)
+    assert asked.chosen(rounded=False, large=True) == replace(asked, calibration="feedback")
+    assert QuantizeOptions().chosen(rounded=False, large=False) == QuantizeOptions(calibration="feedback")
+    with pytest.raises(InputError, match="is off: training has rounded these weights; give --calibration feedback"):
+        asked.chosen(rounded=True, large=True)
+    # `compress` has one --states for the analysis and for this.
+    assert QuantizeOptions(states=3).chosen(rounded=True, large=True) == QuantizeOptions(calibration="none")
+    with pytest.raises(InputError, match=r"^--calibration: found 'awq', expected one of auto, none, feedback"):
+        QuantizeOptions(calibration="awq").chosen(rounded=True, large=True)

@@ -30,9 +30,9 @@ from edgeprune.stages.workspace import Workspace
 KINDS = {"joint": range(4), "single": range(4, 4)}
 ASKED = CompressOptions(
     analyze=AnalyzeOptions(count=28), plan=PlanOptions(keep=0.95, protect_first=1, protect_last=0), distill=None,
-    quantize=QuantizeOptions(calibration="scale"),
+    quantize=QuantizeOptions(calibration="feedback"),
 )  # fmt: skip
-INT4 = QuantizeOptions()
+INT4 = QuantizeOptions(calibration="none")
 
 
 @pytest.fixture(scope="module")

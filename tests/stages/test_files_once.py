@@ -30,12 +30,14 @@ from edgeprune.residency.model_files import model_files
 from edgeprune.residency.weights import Weights
 from edgeprune.stages import merge, plan, prune, quantize
 from edgeprune.stages.compress import compress
-from edgeprune.stages.options import CompressOptions, DataOptions
+from edgeprune.stages.options import CompressOptions, DataOptions, QuantizeOptions
 from edgeprune.stages.weights import open_pruned
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.recipe import DistillOptions
 
-BLOCK = CompressOptions(plan=PlanOptions("manual", blocks="1"), distill=None)
+BLOCK = CompressOptions(
+    plan=PlanOptions("manual", blocks="1"), distill=None, quantize=QuantizeOptions(calibration="none")
+)
 PLANS = {
     "norms": PlanOptions("manual", components="1:norm,1:mlp,0:attn,2:context_norm"),
     "modulation": PlanOptions("manual", blocks="0", modulation_rank=3),

@@ -395,15 +395,6 @@ def test_compress_rounds_the_prefix_as_it_quantizes(source: Path, tmp_path: Path
     )  # fmt: skip
     stages = Workspace(out, str(source)).manifest.stages
     assert stages["distill"]["options"]["options"]["prefix_calibration"] == "feedback"
-    wrong = CompressOptions(
-        plan=PlanOptions("manual", blocks="1"),
-        distill=options(),
-        data=DATA,
-        quantize=QuantizeOptions(calibration="awq"),
-    )
-    with pytest.raises(InputError, match="--calibration awq: the frozen prefix is rounded before training, by none or"):
-        compress(Workspace(tmp_path / "other", str(source)), wrong)
-    assert not (tmp_path / "other" / "transformer").exists()
 
 
 def test_on_the_command_line(source: Path, tmp_path: Path) -> None:

@@ -78,11 +78,11 @@ def test_calibration_counts(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError, match=r"^quantize: at least .*; --count 1 takes 31 min; --yes"):
         quantize.run(ws, QuantizeOptions(calibration="feedback"))
     with pytest.raises(InputError, match=r"^--count and --states are about calibration"):
-        quantize.run(ws, QuantizeOptions(count=1))
+        quantize.run(ws, QuantizeOptions(calibration="none", count=1))
     ws.speeds = Speeds(10**4)
     with pytest.raises(InputError, match=r"^quantize: at least .*; --calibration none takes 0 s; --yes"):
         quantize.run(ws, QuantizeOptions(calibration="feedback", count=1))
-    assert quantize.run(ws, QuantizeOptions())
+    assert quantize.run(ws, QuantizeOptions(calibration="none"))
 
 
 def test_fewer_samples_calibrate_and_are_scored_when_asked(
@@ -108,7 +108,7 @@ def test_fewer_samples_calibrate_and_are_scored_when_asked(
 
 def test_options_that_are_not_set_change_no_digest() -> None:
     """Folders that were made before there were such options stay current."""
-    assert QuantizeOptions().to_json() == {"group_size": 64, "calibration": "none"}
+    assert QuantizeOptions().to_json() == {"group_size": 64, "calibration": "auto"}
     assert "states" not in AnalyzeOptions().to_json() and "states" in AnalyzeOptions(states=2).to_json()
     assert CompressOptions().to_json()["quantize"] == QuantizeOptions().to_json()
 
