@@ -12,7 +12,7 @@ import typer
 from edgeprune import api
 from edgeprune.api.folders import check_places, check_prompts, is_builtin
 from edgeprune.cli import choices, limits, options, screen
-from edgeprune.cli.distill import GradientCheckpointing, MixedPrecision, Train
+from edgeprune.cli.distill import DistillGuidance, GradientCheckpointing, MixedPrecision, Train
 from edgeprune.cli.plan import fit_rows, plan_rows
 from edgeprune.common.errors import InputError
 from edgeprune.common.tables import parse_duration
@@ -72,6 +72,7 @@ def compress(
     data: options.DataSource = None,
     train: Train = "all",
     train_states: TrainStates = None,
+    distill_guidance: DistillGuidance = None,
     mixed_precision: MixedPrecision = None,
     gradient_checkpointing: GradientCheckpointing = False,
     metric: options.Metric = "velocity",
@@ -115,6 +116,7 @@ def compress(
         training={
             "states": train_states, "mixed_precision": mixed_precision,
             "gradient_checkpointing": gradient_checkpointing or None, "train": None if train == "all" else train,
+            "guidance": distill_guidance,
         },
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
@@ -177,7 +179,7 @@ def _merged(
     if distill is not None:
         distill = replace(distill, int4_group_size=group_size, **wanted)
     elif wanted:
-        names = {"states": "train-states"}
+        names = {"states": "train-states", "guidance": "distill-guidance"}
         option = next(names.get(name, name) for name in wanted).replace("_", "-")
         raise InputError(f"--{option}: nothing is trained; {'omit it' if steps == 0 else GIVE_DATA}")
     return replace(

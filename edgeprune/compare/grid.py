@@ -157,6 +157,10 @@ def _row(row: _Row, grid: _Grid, start: CompressOptions) -> Row:
         rounded = quantize.group_size if row.quantize is not False and row.aware else None
         training = _set(replace(start.distill or DistillOptions(), int4_group_size=rounded), grid.distill, row.distill)
         training.check()
+        if training.guidance is not None:
+            raise InputError(
+                f"{row.name}: distill.guidance: every row is drawn as the original is, with guidance; remove it"
+            )
     plan = replace(plan, group_size=quantize.group_size)
     options = replace(start, plan=plan, distill=training, quantize=quantize)
     made = Row(name=row.name, options=options, quantized=row.quantize is not False, seeds=1, group=row.group)

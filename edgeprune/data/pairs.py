@@ -69,6 +69,12 @@ class Pairs:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    @property
+    def empty(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The empty prompt: hidden (1, M, K) and pooled (1, P), float32."""
+        shard = self._buckets[0].shards[0]
+        return shard.hidden[:1].float(), shard.pooled[:1].float()
+
     def batch(self, size: int, drop: float, generator: torch.Generator) -> Batch:
         """Draw a random batch whose latents all have one size.
 

@@ -43,7 +43,7 @@ def measure(
         images: of each model that is not the built-in one; None draws as many as `quick` says.
         steps: of an image; None for the model's own.
     """
-    generation = seen(ws.generation, steps)
+    generations = {"original": seen(ws.generation, steps), "compressed": seen(ws.student_generation, steps)}
     if ws.builtin:
         chosen = shapes.evaluation_prompts(shapes_per_task(quick))
         texts, meanings = [p.text for p in chosen], [p.meaning for p in chosen]
@@ -53,7 +53,7 @@ def measure(
     original = ws.pipe.transformer
     compute = ws.original.compute
     drawn: dict[str, NDArray[Any]] = {}
-    for name in ("original", "compressed"):
+    for name, generation in generations.items():
         if name == "compressed":  # of large models one at a time has room
             release(original)
             ws.pipe.transformer = running(open_transformer(ws.out, quantized=True), compute)
@@ -82,7 +82,7 @@ def measure(
         "step_ratio": times.ratio,
         "step_ratio_quartiles": times.quartiles,
         "psnr_db": mean_decibels(list(drawn["original"]), list(drawn["compressed"])),
-        "generation": vars(generation),
+        "generation": vars(generations["original"]),
     }
     if meanings:
         summary["quality"] = _quality(drawn, meanings)

@@ -142,6 +142,7 @@ def _write_card(ws: Workspace, path: Path, shared: dict[str, Any]) -> None:
             front=card_text.front_matter(front),
             gone=gone,
             pipeline=ws.family.pipeline,
+            unguided=ws.trained("guidance"),
             changes=changes,
             license=license_text,
         ),

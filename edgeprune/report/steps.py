@@ -33,7 +33,7 @@ _STEADY = 0.15
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Times of one guided step, and their ratio."""
+    """Times of one step, and their ratio."""
 
     first_s: float
     """Median seconds."""
@@ -58,25 +58,27 @@ def ratio_text(ratio: float, quartiles: Sequence[float] | None) -> str:
 
 @torch.no_grad()
 def step_times(ws: Workspace, first: Any, other: Any) -> StepTimes:
-    """Time one guided step of two models of a workspace.
+    """Time one step of two models of a workspace: two evaluations, of `other` one if it has learned guidance.
 
     Of models whose blocks are read when they run, a step takes minutes: one block of each kind is timed instead.
     """
     c = encode_prompts(ws.pipe, ["", "a red circle"], ws.generation.max_sequence_length)
     x = noise([0, 0], latent_shape(ws.pipe, ws.generation))
     sigma, guidance = torch.full((2,), 0.5), ws.generation.guidance_scale
+    others = 1 if ws.trained("guidance") else len(x)
     if is_streamed(ws.family.blocks(first)[0]):
         count = min(len(x), at_once(first, x.shape))
         part = x[:count], c[:count], sigma[:count], guidance
-        one, two = (len(x) / count * block_by_block_s(ws.family, model, part) for model in (first, other))
+        each = block_by_block_s(ws.family, first, part), block_by_block_s(ws.family, other, part)
+        one, two = each[0] * len(x) / count, each[1] * others / count
         return StepTimes(one, two, two / one, None)
 
-    def once(model: Any) -> float:
+    def once(model: Any, count: int) -> float:
         began = time.perf_counter()
-        evaluate(model, x, c, sigma, guidance)
+        evaluate(model, x[-count:], c[-count:], sigma[-count:], guidance)
         return time.perf_counter() - began
 
-    return alternate(lambda: once(first), lambda: once(other))
+    return alternate(lambda: once(first, len(x)), lambda: once(other, others))
 
 
 def alternate(first: Callable[[], float], other: Callable[[], float]) -> StepTimes:

@@ -39,9 +39,17 @@ class Conditioning:
     pooled: torch.Tensor
     """(B, P)."""
 
+    def like(self, other: Conditioning) -> Conditioning:
+        """Return this one prompt as often as `other` has prompts."""
+        return Conditioning(self.hidden.expand_as(other.hidden), self.pooled.expand_as(other.pooled))
+
     def __getitem__(self, rows: Any) -> Conditioning:
         """Select prompts."""
         return Conditioning(self.hidden[rows], self.pooled[rows])
+
+    def __add__(self, other: Conditioning) -> Conditioning:
+        """Return the prompts of both."""
+        return Conditioning(torch.cat([self.hidden, other.hidden]), torch.cat([self.pooled, other.pooled]))
 
     def to(self, reference: torch.Tensor) -> Conditioning:
         """Convert to the device and dtype of `reference`."""
@@ -235,9 +243,7 @@ def denoise(
     guided = architecture.guided(transformer.config, guidance)
     count = len(latents)
     if guided:
-        hidden = torch.cat([empty.hidden.expand_as(condition.hidden), condition.hidden])
-        pooled = torch.cat([empty.pooled.expand_as(condition.pooled), condition.pooled])
-        condition = Conditioning(hidden, pooled)
+        condition = empty.like(condition) + condition
     for sigma, following in zip(levels[:-1], levels[1:], strict=True):
         yield latents, sigma
         x = torch.cat([latents, latents]) if guided else latents

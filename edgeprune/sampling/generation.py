@@ -86,6 +86,10 @@ class Generation:
         """
         return self.checked(asdict(self) | options.given(), where)
 
+    def without_guidance(self) -> Generation:
+        """Return these settings for a model that has learned the guided velocity."""
+        return replace(self, guidance_scale=1.0)
+
     def check_size(self, folder: Path, options: Collection[str] = ()) -> None:
         """Check that a pipeline's folder can draw images of this height and width.
 

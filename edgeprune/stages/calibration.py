@@ -24,7 +24,6 @@ from edgeprune.residency.compute import Compute
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.stored import CPU, StoredTransformer
 from edgeprune.sampling.denoising import model_inputs
-from edgeprune.stages.modulation import is_guided
 from edgeprune.stages.options import seen
 from edgeprune.stages.workspace import Workspace
 
@@ -154,7 +153,7 @@ def calibration_states(
 def streams_before(ws: Workspace, states: VelocityError, model: Any, name: str = "streams", share: int = 3) -> Streams:
     """Return the samples of some states before the first block of a model.
 
-    With classifier-free guidance every state is evaluated with its prompt and with the empty one.
+    With guidance by a second evaluation every state is evaluated with its prompt and with the empty one.
 
     Args:
         ws: the workspace.
@@ -165,14 +164,16 @@ def streams_before(ws: Workspace, states: VelocityError, model: Any, name: str =
         share: the samples take this part of the memory that is left, such as a third.
     """
 
+    guided = ws.family.guided(ws.config, ws.student_generation.guidance_scale)
+
     def inputs() -> Iterator[Tensors]:
         for start in range(0, len(states.states), states.batch):
             rows = slice(start, start + states.batch)
             latents, condition = states.states[rows], states.condition_of(rows)
-            for text in (condition, states.empty[[0] * len(latents)]) if is_guided(ws) else (condition,):
+            for text in (condition, states.empty.like(condition)) if guided else (condition,):
                 yield model_inputs(model, latents, text, states.sigmas[rows], states.guidance)
 
-    samples = len(states.states) * (2 if is_guided(ws) else 1)
+    samples = len(states.states) * (2 if guided else 1)
     shape, text = tuple(states.states.shape[1:]), states.condition.hidden.shape[1]
     return streams_of(ws, model, inputs(), samples * stream_bytes(ws.family, ws.config, shape, text), name, share)
 

@@ -322,6 +322,7 @@ def compress(
     rehearsed = rehearse(ws.source, ws.generation, options)
     if options.distill is not None:
         options.distill.check()
+        distill.check_guidance(ws, options.distill)
         _training(ws, options, rehearsed)
     if runs_original(options, rehearsed):
         ws.check_memory()

@@ -64,9 +64,10 @@ def recipe_of(
     A baseline is distilled as its authors do. HierarchicalPrune grades updates by contribution together with
     fine-grained removal, so plans that remove whole blocks alone are not graded.
     """
+    guided = family.guided(config, generation.guidance_scale)
     recipe = Recipe(
         levels=default_levels(generation.num_inference_steps),
-        drop_captions=CAPTIONS_DROPPED if family.guided(config, generation.guidance_scale) else 0.0,
+        drop_captions=CAPTIONS_DROPPED if guided and options.guidance is None else 0.0,
     )
     if baseline := baselines().get(plan.method):
         recipe = replace(
@@ -85,6 +86,19 @@ def defaults_of(method: str) -> dict[str, Any]:
     names = ("features", "lambda_task", "lambda_output", "lambda_feature")
     own = {name: getattr(baseline, name) for name in names} if baseline else {}
     return own | {"drop_captions": CAPTIONS_DROPPED, "few_steps": FEW_STEPS, "share_on_steps": SHARE_ON_STEPS}
+
+
+def check_guidance(ws: Workspace, options: DistillOptions) -> None:
+    """Refuse to learn guidance that there is not.
+
+    Raises:
+        InputError: no second evaluation guides the model.
+    """
+    scale = ws.generation.guidance_scale
+    if options.guidance is not None and not ws.family.guided(ws.config, scale):
+        raise InputError(
+            f"--distill-guidance: at guidance scale {scale:g} a step of this model is one evaluation already; omit it"
+        )
 
 
 def in_precision(
@@ -139,6 +153,8 @@ def described(recipe: Recipe, options: DistillOptions, plan: PrunePlan, *, built
         f"noise levels {recipe.levels}",
         f"{recipe.drop_captions:.0%} of captions dropped",
     ]
+    if options.guidance is not None:
+        parts.append(f"guidance of {options.guidance:g} learned")
     if recipe.states:
         parts.append(f"from {recipe.states} states a round, {recipe.rounds} rounds")
     if not builtin:
@@ -174,6 +190,7 @@ def run(
     path = ws.out / "cache" / "distill.safetensors"
     options = in_precision(options, plan, ws.original.compute, _begun_precision(ws, path))
     recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)
+    check_guidance(ws, options)
     tail.check(plan, options, recipe, placement)
     Parallel.check(options.mixed_precision or "no", options.batch, placement)
     source = data.of_model(builtin=ws.builtin)
@@ -208,7 +225,7 @@ def run(
                     "calibration": recipe.prefix_calibration,
                 }  # fmt: skip
         if processes.is_main():
-            _write(ws, plan, state, key, progress)
+            _write(ws, plan, state, key, options.guidance, progress)
         first, last = losses[:10], losses[-10:]
         return result | {"first_loss": sum(first) / len(first), "last_loss": sum(last) / len(last)}
 
@@ -278,23 +295,23 @@ def drawn(subject: Subject, data: DataOptions) -> Work:
 def trained(subject: Subject, options: DistillOptions, plan: PrunePlan) -> Work:
     """Return the work of the training steps, and of making the states that they start from.
 
-    A sample takes one evaluation of the teacher and three of the student: forward, and twice that backward. A frozen
-    prefix runs forward only; a student whose weights are not rounded takes the prefix's result from the teacher. From
-    states only what follows the prefix is run, and each state has taken one evaluation of the teacher and one of a
-    prefix that is rounded.
+    A sample takes one evaluation of the teacher (two of a guided one) and three of the student: forward, and twice that
+    backward. A frozen prefix runs forward only; a student whose weights are not rounded takes the prefix's result from
+    the teacher. From states only what follows the prefix is run, and each state has taken an evaluation of the teacher
+    and one of a prefix that is rounded.
     """
     recipe = recipe_of(options, plan, subject.family, subject.config, subject.generation)
     share = plan.after.parameters / plan.before.parameters
     prefix = plan.first_pruned / plan.num_blocks if recipe.freeze_prefix else 0.0
     shared = options.int4_group_size is None and plan.modulation_rank is None
     own_prefix = 0.0 if shared else prefix
-    learned = 3 * max(0.0, share - prefix)
+    learned, taught_by = 3 * max(0.0, share - prefix), 1 if options.guidance is None else 2
     samples = options.steps * options.batch
     if not recipe.states:
-        return Work(evaluations=samples * (1 + own_prefix + learned))
+        return Work(evaluations=samples * (taught_by + own_prefix + learned))
     taught = 1 - prefix if recipe.lambda_feature else 0.0
     made = recipe.states * recipe.rounds
-    return Work(evaluations=made * (1 + own_prefix) + samples * (learned + taught))
+    return Work(evaluations=made * (taught_by + own_prefix) + samples * (learned + taught))
 
 
 def training_bytes(options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> int:
@@ -318,6 +335,8 @@ def amount(ws: Workspace) -> str:
     stage = ws.manifest.stages.get("distill")
     options = stage["options"]["options"] if stage else {}
     done = f"{options['steps']:,} steps of {options['batch']}" if options else "not distilled"
+    if options.get("guidance"):
+        done += f", guidance of {options['guidance']:g} learned"
     return done if ws.builtin else f"{done}; published: {PUBLISHED_STEPS:,} steps of {PUBLISHED_BATCH}"
 
 
@@ -368,8 +387,10 @@ def _teacher(ws: Workspace, precision: str) -> Any:
     return teacher
 
 
-def _write(ws: Workspace, plan: PrunePlan, state: Tensors, key: str, progress: Progress) -> None:
-    """Write the trained tensors, and the frozen ones that training did not have as `prune` makes them."""
+def _write(
+    ws: Workspace, plan: PrunePlan, state: Tensors, key: str, guidance: float | None, progress: Progress
+) -> None:
+    """Write the trained tensors, the frozen ones that training did not have as `prune` makes them, and how to draw."""
     pruned = PrunedWeights(ws, plan, ws.manifest.stages["prune"]["inputs"])
     blocks = by_block(ws, {name: 2 * math.prod(shape) for name, shape in pruned.shapes.items()}, plan)
 
@@ -381,6 +402,8 @@ def _write(ws: Workspace, plan: PrunePlan, state: Tensors, key: str, progress: P
         return {name: tensor(name, index) for name in blocks[index]}
 
     write_half(ws, plan, blocks, make, key, progress)
+    if guidance is not None:
+        ws.generation.without_guidance().save(ws.out)
 
 
 def forecast(ws: Workspace, options: DistillOptions, placement: Placement, config: Path | None) -> dict[str, int]:

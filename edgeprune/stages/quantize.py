@@ -42,7 +42,8 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) ->
     """
     ws.need("prune", "quantize")
     plan, given = ws.plan(), options.calibration
-    options = options.chosen(rounded=_trained(ws, options.group_size), large=not is_small(ws.subject.numbers))
+    rounded = ws.trained("int4_group_size") == options.group_size
+    options = options.chosen(rounded=rounded, large=not is_small(ws.subject.numbers))
     if options.calibration == "none" != given:
         progress("quantize: training has rounded these weights to the nearest, so they are again (--calibration none)")
     inputs, prompts = options.to_json(), list[str]()
@@ -88,12 +89,6 @@ class Ahead:
         self.writer.add(taken(self.model, names))
         if block is not None:
             self.family.blocks(self.model)[block].to("meta")
-
-
-def _trained(ws: Workspace, group_size: int) -> bool:
-    """Return whether the weights were trained as they are rounded, in groups of this size."""
-    done = ws.manifest.stages.get("distill", {}).get("options", {}).get("options", {})
-    return isinstance(done, dict) and done.get("int4_group_size") == group_size
 
 
 def _quantize(

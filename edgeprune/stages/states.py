@@ -39,7 +39,7 @@ from edgeprune.stages.weights import PrunedWeights
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.recipe import DistillOptions, Recipe
 from edgeprune.training.states import StateBatch, file_tensors
-from edgeprune.training.whole import Noisy, noisy
+from edgeprune.training.whole import Noisy, noisy, without_prompt
 
 PREFIX = "prefix_int4"
 """Folder in the cache: the frozen blocks in INT4, as the states have seen them. `quantize` takes them over."""
@@ -123,6 +123,8 @@ class Maker:
         self.lot = min(SMALL_LOT if is_small(ws.subject.numbers) else LOT, self.count)
         self.lots = -(-self.count // self.lot)
         drawn = [recipe.levels, recipe.drop_captions, options.seed, self.count, self.lot, recipe.lambda_feature > 0]
+        if options.guidance is not None:
+            drawn.append(options.guidance)
         rounding = [options.int4_group_size, recipe.prefix_calibration]
         self.key = digest([self.pruned, ws.weights_hash, data, asdict(ws.generation), drawn, rounding])
 
@@ -207,21 +209,25 @@ class Maker:
         ws, first = self.ws, self.plan.first_pruned
         with ExitStack() as stack:
 
-            def side(stored: StoredTransformer, name: str) -> Side:
+            def side(stored: StoredTransformer, name: str, batch: Noisy) -> Side:
                 return stack.enter_context(Side(stored, ws.original.dtype, self._streams(name, batch)))
 
-            whole = side(copy.deepcopy(ws.original.stored), "streams")
-            left = None if prefix is None else side(copy.deepcopy(prefix), "shorter")
+            count = len(batch.latents)
+            asked = batch if self.options.guidance is None else batch + without_prompt(batch, self.pairs)
+            whole = side(copy.deepcopy(ws.original.stored), "streams", asked)
+            left = None if prefix is None else side(copy.deepcopy(prefix), "shorter", batch)
             taught = Tensors()
             for block in range(self.plan.num_blocks):
                 if block == first and (left is None or self.recipe.lambda_feature):
-                    taught = _all(whole.streams)
+                    taught = {name: tensor[:count] for name, tensor in _all(whole.streams).items()}
                 whole.advance(block)
                 if left is not None and block < first:
                     left.advance(block)
                 step()
             found = taught if left is None else _all(left.streams)
             velocity = whole.streams.velocities(whole.stored.model, batch.latents.shape[1:])
+            if self.options.guidance is not None:
+                velocity = torch.lerp(velocity[count:], velocity[:count], self.options.guidance)
             return StateBatch(
                 streams=found,
                 velocity=velocity.float(),

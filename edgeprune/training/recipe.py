@@ -100,6 +100,9 @@ class DistillOptions:
     states: int | None = None
     rounds: int | None = None
     prefix_calibration: str | None = None
+    guidance: float | None = None
+    """Learn the teacher's velocity guided at this scale, so that a step is one evaluation; None learns the conditional
+    one."""
 
     def check(self) -> None:
         """Check the options.
@@ -130,6 +133,8 @@ class DistillOptions:
                 f"--states, --rounds: found {self.states}, {self.rounds}, expected 0 or more, and from 1 to as many "
                 f"rounds as the {self.steps} steps"
             )
+        if self.guidance is not None and self.guidance <= 1:
+            raise InputError(f"--distill-guidance: found {self.guidance:g}, expected above 1, where guidance begins")
         if self.steps < 1 or self.batch < 1 or self.rate <= 0:
             raise InputError(
                 f"--steps, --batch, --rate: found {self.steps}, {self.batch}, {self.rate}, expected above 0"
@@ -147,6 +152,8 @@ class DistillOptions:
             del data["states"], data["rounds"], data["prefix_calibration"]
         if self.train == ALL:
             del data["train"]
+        if self.guidance is None:
+            del data["guidance"]
         return data
 
 

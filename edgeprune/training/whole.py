@@ -6,7 +6,7 @@ tail.py trains on states from disk instead.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,15 @@ class Noisy:
             velocity=self.velocity[rows],
         )
 
+    def __add__(self, other: Noisy) -> Noisy:
+        """Return the samples of both batches."""
+        return Noisy(
+            latents=torch.cat([self.latents, other.latents]),
+            condition=self.condition + other.condition,
+            sigma=torch.cat([self.sigma, other.sigma]),
+            velocity=torch.cat([self.velocity, other.velocity]),
+        )
+
     def to(self, device: torch.device) -> Noisy:
         """Return the batch on a device."""
         return Noisy(
@@ -77,6 +86,11 @@ def noisy(pairs: Pairs, options: DistillOptions, recipe: Recipe, schedule: Noise
         sigma=sigma,
         velocity=noise - batch.latents,
     )
+
+
+def without_prompt(batch: Noisy, pairs: Pairs) -> Noisy:
+    """Return a batch with the empty prompt instead of its captions."""
+    return replace(batch, condition=Conditioning(*pairs.empty).to(batch.latents).like(batch.condition))
 
 
 class Whole:
@@ -131,8 +145,7 @@ class Whole:
     def loss(self, batch: Noisy) -> torch.Tensor:
         """Return the distillation loss of a batch."""
         with torch.no_grad(), self.parallel.autocast():
-            latents = batch.latents.to(self.teacher.dtype)
-            target = velocity(self.teacher, latents, batch.condition.to(latents), batch.sigma, self.guidance)
+            target = self._target(batch)
         skip = self.prefix.student_begins_after() if self.prefix and not self.rounding else nullcontext()
         with self.parallel.autocast(), skip:
             predicted = velocity(self.net, batch.latents, batch.condition, batch.sigma, self.guidance)
@@ -144,6 +157,17 @@ class Whole:
         }
         taught = self.teacher_features.features
         return distillation_loss(predicted, target, batch.velocity, learning, taught, self.recipe.weights)[0]
+
+    def _target(self, batch: Noisy) -> torch.Tensor:
+        """Return the teacher's velocity, guided if the student learns that. Features are those with the prompt."""
+        latents, scale = batch.latents.to(self.teacher.dtype), self.options.guidance
+
+        def evaluated(condition: Conditioning) -> torch.Tensor:
+            return velocity(self.teacher, latents, condition.to(latents), batch.sigma, self.guidance)
+
+        empty = None if scale is None else evaluated(without_prompt(batch, self.pairs).condition)
+        found = evaluated(batch.condition)
+        return found if scale is None or empty is None else torch.lerp(empty, found, scale)
 
     def end(self) -> None:
         """Remove the hooks and restore both models."""

@@ -86,6 +86,11 @@ def test_model_card(copy: Path, source: Path) -> None:
     assert "base_model" not in front  # the source is a folder of this machine, no hub id
     assert "license:" not in front and "No license was found in the source" in card
     assert "edgeprune plan -o copy --keep 0.95" in card and "transformer weights" in card
+    assert "learned guidance" not in card
+    ws.manifest.stages["distill"]["options"]["options"]["guidance"] = 3.0
+    make.make_report(ws)
+    card = (copy / "README.md").read_text()
+    assert "\n```\n\nThe model has learned guidance: call it with `guidance_scale=1`. Another" in card
     (copy / "README.md").write_text("mine")
     make.make_report(ws)
     assert (copy / "README.md").read_text() == "mine"

@@ -1,0 +1,135 @@
+"""A student that learns the guided velocity: what it is taught, and how it is drawn afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from distilling import recipe, schedule, setup
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from edgeprune import runtimes
+from edgeprune.artefact.loading import load_transformer
+from edgeprune.cli import app
+from edgeprune.common.errors import InputError
+from edgeprune.common.progress import silent
+from edgeprune.compare.grid import Grid
+from edgeprune.planning.options import PlanOptions
+from edgeprune.report import measure as measuring
+from edgeprune.sampling.denoising import Conditioning, velocity
+from edgeprune.sampling.generation import Generation
+from edgeprune.stages import distill, plan, prune, quantize, states
+from edgeprune.stages.options import CompressOptions, DataOptions, QuantizeOptions
+from edgeprune.stages.workspace import Workspace
+from edgeprune.training.features import Catcher
+from edgeprune.training.parallel import Parallel
+from edgeprune.training.recipe import HERE, DistillOptions
+from edgeprune.training.whole import Whole
+
+SCALE = 4.0
+
+
+def guided(model: Any, batch: Any, empty: Conditioning, scale: float) -> torch.Tensor:
+    """Return the velocity that guidance combines, by its formula."""
+    with torch.no_grad():
+        one = velocity(model, batch.latents, batch.condition, batch.sigma, 3.0)
+        other = velocity(model, batch.latents, empty.like(batch.condition), batch.sigma, 3.0)
+    return other + scale * (one - other)
+
+
+def options(**changes: Any) -> DistillOptions:
+    return DistillOptions(**{"steps": 2, "batch": 2, "rate": 1e-3, "guidance": SCALE} | changes)
+
+
+def test_the_target_is_guided_and_features_are_those_with_the_prompt() -> None:
+    family, teacher, student, found_plan, _, pairs = setup()
+    chosen = options(batch=3, int4_group_size=None)
+    lesson = Whole(family, teacher, student, found_plan, pairs, chosen, recipe(chosen), schedule(teacher), 3.0)
+    batch = lesson.batch(0)
+    AcceleratorState._reset_state(True)
+    lesson.begin(student, Parallel("no", 3, HERE))
+    lesson.loss(batch)
+    seen = {block: dict(streams) for block, streams in lesson.teacher_features.features.items()}
+    with torch.no_grad():
+        target = lesson._target(batch)
+    lesson.end()
+    expected = guided(teacher, batch, Conditioning(*pairs.empty), SCALE)
+    torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-5)
+    catcher = Catcher(family, teacher, list(range(5)), "blocks")
+    with torch.no_grad():
+        velocity(teacher, batch.latents, batch.condition, batch.sigma, 3.0)
+    for block, streams in catcher.features.items():
+        for name, stream in streams.items():
+            torch.testing.assert_close(seen[block][name], stream)
+    catcher.close()
+
+
+@pytest.mark.parametrize("kept", [7, 0], ids=["from states", "both models"])
+def test_it_is_drawn_without_guidance_and_the_original_with_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    ws, batches, drawn = Workspace(tmp_path / "out", str(source)), list[Any](), states.Maker._drawn
+    plan.run(ws, PlanOptions("manual", blocks="1"))
+    prune.run(ws)
+
+    def note(self: Any, number: int, size: int) -> Any:
+        batches.append((drawn(self, number, size), self.pairs))
+        return batches[-1][0]
+
+    monkeypatch.setattr(states.Maker, "_drawn", note)
+    assert Generation.load(ws.out).guidance_scale == 3.0
+    distill.run(ws, options(states=kept), DataOptions("shapes", 6))
+    kept_options = ws.manifest.stages["distill"]["options"]["options"]
+    assert (kept_options["guidance"], kept_options["drop_captions"]) == (SCALE, 0.0)
+    assert distill.amount(ws).startswith("2 steps of 2, guidance of 4 learned")
+    if kept:
+        (batch, pairs), (path,) = batches[0], ws.cache.glob("states-*/*")
+        expected = guided(load_transformer(source, quantized=False), batch, Conditioning(*pairs.empty), SCALE)
+        assert (load_file(path)["velocity"] - expected).abs().max() <= 1e-4 * expected.abs().max()
+    # The folder still knows how the original is drawn, and its stages stay done.
+    del ws
+    ws = Workspace(tmp_path / "out", None, model_given=False)
+    assert ws.generation.guidance_scale == 3.0 and Generation.load(ws.out).guidance_scale == 1.0
+    assert not plan.run(ws, PlanOptions("manual", blocks="1")) and not prune.run(ws)
+    quantize.run(ws, QuantizeOptions())
+    scales, real = list[float](), measuring.generate
+    monkeypatch.setattr(measuring, "generate", lambda *a, **k: scales.append(a[3].guidance_scale) or real(*a, **k))
+    summary, _ = measuring.measure(ws, quick=True, progress=silent, images=1)
+    assert scales == [3.0, 1.0] and summary["step_ratio"] < 0.9  # one evaluation of two blocks, of two of three
+    with runtimes.load(ws.out, "eager") as model:
+        rows, step = list[int](), model.backend.step
+        monkeypatch.setattr(model.backend, "step", lambda x, *rest: rows.append(len(x)) or step(x, *rest))
+        model.generate("a red circle", steps=3, seed=0)
+        assert rows == [1, 1, 1]
+
+
+def test_pruned_again_it_is_guided_again(source: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "out", str(source), fresh=True)
+    plan.run(ws, PlanOptions("manual", blocks="1"))
+    prune.run(ws)
+    distill.run(ws, options(), DataOptions("shapes", 4))
+    assert ws.student_generation == Generation.load(ws.out) == ws.generation.without_guidance()
+    ws.skip_distillation()
+    prune.run(ws)
+    assert ws.student_generation == Generation.load(ws.out) == ws.generation
+
+
+def test_what_cannot_be_learned_is_refused(source: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "out", str(source), generation={"guidance_scale": 1.0})
+    plan.run(ws, PlanOptions("manual", blocks="1"))
+    prune.run(ws)
+    with pytest.raises(InputError, match="^--distill-guidance: at guidance scale 1 a step of this model is one"):
+        distill.run(ws, options(), DataOptions("shapes", 4))
+    with pytest.raises(InputError, match="^--distill-guidance: found 1, expected above 1"):
+        options(guidance=1.0).check()
+    done = CliRunner().invoke(app, ["compress", "-o", str(tmp_path / "x"), "--steps", "0", "--distill-guidance", "3"])
+    assert str(done.exception) == "--distill-guidance: nothing is trained; omit it" and not (tmp_path / "x").exists()
+    (tmp_path / "grid.toml").write_text(
+        'budget = 0.5\nreference = "a"\n[[rows]]\nname = "a"\nplan = { method = "hpp" }\ndistill = { guidance = 3.0 }\n'
+    )
+    with pytest.raises(InputError, match=r"^.*a: distill.guidance: every row is drawn as the original is"):
+        Grid.load(tmp_path / "grid.toml", CompressOptions())
