@@ -116,14 +116,15 @@ class Settings:
     def scale(self, given: float | None) -> float:
         """Return the guidance scale that acts if the user gives this one; None is the folder's own.
 
-        Warns in one line where the model ignores the scale, or was compressed at another one that it takes as an input:
-        projected modulation and distillation know only that one.
+        Warns in one line where the model ignores the scale, or was compressed at another one that it takes as an input,
+        or has learned: projected modulation and distillation know only that one.
         """
         own = self.generation.guidance_scale
         if given is None:
             return own
         scale, why = self.family.heeded(self.config, given, distilled=self.distilled)
-        if self.compressed and scale != own and self.family.takes_guidance(self.config):
+        fixed = self.family.takes_guidance(self.config) or not self.family.guided(self.config, own)
+        if self.compressed and scale != own and fixed:
             why = f"guidance scale {scale:g}: the model was compressed for {own:g}, and never measured at others"
         if why:
             warnings.warn(why, stacklevel=2)

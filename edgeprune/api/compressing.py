@@ -56,7 +56,7 @@ class ReportFigures:
     original_step_s: float
     """One denoising step, in `step_dtype`; of a model that is read block by block, from the time of its blocks."""
     pruned_step_s: float
-    """The same without the removed parts; not quantized."""
+    """The same without the removed parts, and without guidance where that was learned; not quantized."""
     step_ratio: float
     """Median of the ratios of pairs of steps, taken in turns."""
     step_ratio_quartiles: tuple[float, float] | None = None

@@ -218,9 +218,9 @@ PrefixCalibration = Annotated[
 DistillGuidance = Annotated[
     float | None,
     typer.Option(
-        min=1, metavar="SCALE", rich_help_panel=options.TRAINING,
-        help="Learn the velocity that is guided at this scale: a step of the result is one evaluation instead of two.",
-        show_default="learn the velocity that guidance combines",
+        metavar="SCALE", rich_help_panel=options.TRAINING,
+        help="Learn the velocity that is guided at this scale, above 1. A step of the result is one evaluation.",
+        show_default="learn the velocity with the prompt alone",
     ),
 ]  # fmt: skip
 

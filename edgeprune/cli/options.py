@@ -118,7 +118,8 @@ States = Annotated[
     typer.Option(
         min=1, max=6,
         help="Noise levels at which each prompt is seen; --metric velocity and --calibration only.",
-        show_default="6, or the steps of an image where these are fewer", rich_help_panel=ANALYSIS,
+        show_default="6, or the steps of an image where these are fewer; 2 where a large model is calibrated",
+        rich_help_panel=ANALYSIS,
     ),
 ]  # fmt: skip
 Estimator = Annotated[

@@ -86,7 +86,7 @@ def made(ws: Workspace, row: Row) -> Any:
     chosen = ws.plan()
     if row.int4:
         prune.run(ws)
-        quantize.run(ws, QuantizeOptions())
+        quantize.run(ws, QuantizeOptions(calibration="none"))
         return load_transformer(ws.out, quantized=True)
     maps = {}
     if chosen.stand_ins:

@@ -57,7 +57,8 @@ def work(ws: Workspace, images: int, steps: int | None = None) -> Work:
     """Return the work of measuring a report with so many images of each model, of so many steps."""
     sizes = ws.plan()
     subject = replace(ws.subject, generation=seen(ws.generation, steps))
-    return reporting(subject, images, sizes.after.parameters / sizes.before.parameters)
+    own = replace(subject, generation=ws.student_generation)
+    return reporting(subject, images, sizes.after.parameters / sizes.before.parameters, own.per_step)
 
 
 def make_report(

@@ -142,7 +142,7 @@ def _write_card(ws: Workspace, path: Path, shared: dict[str, Any]) -> None:
             front=card_text.front_matter(front),
             gone=gone,
             pipeline=ws.family.pipeline,
-            unguided=ws.trained("guidance"),
+            unguided=ws.training_option("guidance"),
             changes=changes,
             license=license_text,
         ),
@@ -231,12 +231,15 @@ def _tasks(summary: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 def _machine(ws: Workspace) -> list[tuple[str, str]]:
     tools = ", ".join(f"{name} {version}" for name, version in ws.manifest.tools.items())
     seconds = {s: ws.manifest.stages[s]["seconds"] for s in ORDER if s in ws.manifest.stages}
+    scale = ws.training_option("guidance")
+    learned = [("guidance", f"the compressed model has learned {scale:g}: its step is one evaluation")] if scale else []
     return [
         ("tools", tools),
         ("page made on", f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} cores, "
          f"{psutil.virtual_memory().total / 1e9:.0f} GB"),
         ("seconds", ", ".join(f"{s} {t:,.1f}" for s, t in seconds.items())),
         ("images", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in ws.manifest.generation.items())),
+        *learned,
     ]  # fmt: skip
 
 

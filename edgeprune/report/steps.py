@@ -65,7 +65,7 @@ def step_times(ws: Workspace, first: Any, other: Any) -> StepTimes:
     c = encode_prompts(ws.pipe, ["", "a red circle"], ws.generation.max_sequence_length)
     x = noise([0, 0], latent_shape(ws.pipe, ws.generation))
     sigma, guidance = torch.full((2,), 0.5), ws.generation.guidance_scale
-    others = 1 if ws.trained("guidance") else len(x)
+    others = 1 if ws.training_option("guidance") else len(x)
     if is_streamed(ws.family.blocks(first)[0]):
         count = min(len(x), at_once(first, x.shape))
         part = x[:count], c[:count], sigma[:count], guidance

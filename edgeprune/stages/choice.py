@@ -79,6 +79,8 @@ class Choice:
     images: int
     """Of each model, in the report; 0 without a report."""
     image_steps: int
+    calibration_states: int = STATES
+    """Most states of each prompt that calibrates."""
     stand_ins: int = 0
     """1 if removed runs of blocks are stood in for."""
 
@@ -98,7 +100,9 @@ class Choice:
             real_number(found, name, where, least=0, most=1e10)
         for name in ("prompts", "states", "calibration", "steps", "samples", "images", "image_steps"):
             whole_number(found, name, where, least=0, most=10**9)
-        whole_number({"stand_ins": 0} | found, "stand_ins", where, least=0, most=1)  # versions before lack it
+        added = {"stand_ins": 0, "calibration_states": STATES} | found  # versions before lack them
+        whole_number(added, "stand_ins", where, least=0, most=1)
+        whole_number(added, "calibration_states", where, least=0, most=STATES)
         try:
             return cls(**found)
         except TypeError as error:
@@ -118,6 +122,8 @@ class Choice:
                 found = replace(found, steps=int(self.steps * value), samples=samples)
             elif name == "estimator" or getattr(found, name) > value:
                 found = replace(found, **{name: value})
+            if name == "states":
+                found = replace(found, calibration_states=min(found.calibration_states, value))
         return found
 
     def over(self, options: CompressOptions, kinds: Mapping[str, range]) -> CompressOptions:
@@ -141,8 +147,8 @@ class Choice:
         data, training = replace(options.data, samples=self.samples), training if self.steps else None
         found = replace(options, analyze=analysis, plan=plan, data=data, distill=training)
         if self.calibration and int4.calibrates(rounded=found.rounded):
-            fewer = self.states if self.states < STATES else None
-            return replace(found, quantize=replace(int4, calibration="feedback", count=self.calibration, states=fewer))
+            most = self.calibration_states if self.calibration_states < STATES else int4.states
+            return replace(found, quantize=replace(int4, calibration="feedback", count=self.calibration, states=most))
         return replace(found, quantize=replace(int4, calibration="none", count=None, states=None))
 
     def described(self) -> str:
@@ -184,6 +190,7 @@ def choose(subject: Subject, options: CompressOptions, time_s: float, speeds: Sp
         BudgetError: no plan meets the budget.
         InputError: an option is not usable.
     """
+    options.settled(subject.numbers)
     expected = expected_plan(subject.source, subject.generation, options)
     kinds, builtin = subject.family.kinds(subject.config), subject.source == BUILTIN
     drawn = is_drawn(options.data.source or SHAPES)
@@ -224,7 +231,9 @@ def _most(subject: Subject, options: CompressOptions, time_s: float, *, quick: b
     """Return the choice that is what the options ask for."""
     analysis, int4 = options.analyze.chosen(subject.family, subject.config), options.quantize
     steps, builtin = subject.generation.num_inference_steps, subject.source == BUILTIN
-    large, untrained = not is_small(subject.numbers), int4.calibrates(rounded=False)
+    # Training may be given up; then integers are calibrated.
+    calibrated = int4.calibrates(rounded=False)
+    most = int4.chosen(rounded=False, large=not is_small(subject.numbers)) if calibrated else int4
     return Choice(
         time_s=time_s,
         of=_digest(subject, options, quick=quick),
@@ -232,8 +241,8 @@ def _most(subject: Subject, options: CompressOptions, time_s: float, *, quick: b
         estimator=analysis.estimator,
         prompts=len(analysis_prompts(analysis, builtin=builtin)) if options.reads_scores else 0,
         states=min(analysis.states or int4.states or STATES, STATES),
-        # Without training: it may be given up.
-        calibration=int4.chosen(rounded=False, large=large).count or quantize.PROMPTS if untrained else 0,
+        calibration=most.count or quantize.PROMPTS if calibrated else 0,
+        calibration_states=most.states or STATES,
         steps=options.distill.steps if options.distill else 0,
         samples=options.data.samples,
         images=images_of_report(subject.source, quick),

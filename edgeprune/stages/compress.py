@@ -204,6 +204,9 @@ def forecast(
     speeds = least(subject, place, scratch or Path(tempfile.gettempdir()))
     stages = works(subject, options, expected, images_of_report(source, quick) if images is None else images, steps)
     scored, training = stages["analyze"], options.distill
+    if training:
+        training.check()
+        distill.check_guidance(subject, training)
     flops = flops_per_evaluation(family, config, source, generation)
     analysis = options.analyze.chosen(family, config)
     training_bytes = 0
@@ -258,6 +261,7 @@ def works(
     calibrating = int4.count or quantize.PROMPTS if int4.calibration != "none" else 0
     drawn = replace(subject, generation=seen(subject.generation, steps))
     left = expected.after.parameters / expected.before.parameters
+    per_step = 1 if training and training.guidance else subject.per_step
     pruned = expected if options.plan.stand_in is not None else replace(expected, stand_in_rank=None)
     return {
         "analyze": scored,
@@ -266,7 +270,7 @@ def works(
         "data": distill.drawn(subject, options.data) if training else Work(),
         "distill": distill.trained(subject, training, expected) if training else Work(),
         "quantize": quantize.work(subject, int4, expected, calibrating),
-        "report": reporting(drawn, images, left) if images else Work(),
+        "report": reporting(drawn, images, left, per_step) if images else Work(),
     }
 
 
@@ -274,6 +278,9 @@ def runs_original(options: CompressOptions, plan: PrunePlan) -> bool:
     """Return whether a stage evaluates the original, so that it has to fit in the memory that was given."""
     calibrated = options.quantize.calibrates(rounded=options.rounded)
     return options.reads_scores or options.distill is not None or calibrated or bool(plan.stand_ins)
+
+
+_COUNTED_BY = "--calibration-count"
 
 
 def _training(ws: Workspace, options: CompressOptions, expected: PrunePlan) -> DistillOptions:
@@ -322,10 +329,13 @@ def compress(
     rehearsed = rehearse(ws.source, ws.generation, options)
     if options.distill is not None:
         options.distill.check()
-        distill.check_guidance(ws, options.distill)
+        distill.check_guidance(ws.subject, options.distill)
         _training(ws, options, rehearsed)
     if runs_original(options, rehearsed):
         ws.check_memory()
+    if options.quantize.calibration != "none" and "quantize" not in ws.manifest.stages:
+        count = options.quantize.count or quantize.PROMPTS
+        quantize.check_time(ws, options.quantize, rehearsed, count, silent, counted_by=_COUNTED_BY)
     if "prune" not in ws.manifest.stages:
         need_room(ws.out, ws.source, rehearsed, no_half=no_half)
     if options.distill is not None and options.data.source and is_cache(options.data.source):
@@ -346,6 +356,6 @@ def compress(
         ran.append("prune")
     if options.distill is not None and distill.run(ws, _training(ws, options, ws.plan()), options.data, progress):
         ran.append("distill")
-    if quantize.run(ws, options.quantize, progress):
+    if quantize.run(ws, options.quantize, progress, counted_by=_COUNTED_BY):
         ran.append("quantize")
     return ran

@@ -88,14 +88,14 @@ def defaults_of(method: str) -> dict[str, Any]:
     return own | {"drop_captions": CAPTIONS_DROPPED, "few_steps": FEW_STEPS, "share_on_steps": SHARE_ON_STEPS}
 
 
-def check_guidance(ws: Workspace, options: DistillOptions) -> None:
+def check_guidance(subject: Subject, options: DistillOptions) -> None:
     """Refuse to learn guidance that there is not.
 
     Raises:
         InputError: no second evaluation guides the model.
     """
-    scale = ws.generation.guidance_scale
-    if options.guidance is not None and not ws.family.guided(ws.config, scale):
+    scale = subject.generation.guidance_scale
+    if options.guidance is not None and not subject.family.guided(subject.config, scale):
         raise InputError(
             f"--distill-guidance: at guidance scale {scale:g} a step of this model is one evaluation already; omit it"
         )
@@ -190,7 +190,7 @@ def run(
     path = ws.out / "cache" / "distill.safetensors"
     options = in_precision(options, plan, ws.original.compute, _begun_precision(ws, path))
     recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)
-    check_guidance(ws, options)
+    check_guidance(ws.subject, options)
     tail.check(plan, options, recipe, placement)
     Parallel.check(options.mixed_precision or "no", options.batch, placement)
     source = data.of_model(builtin=ws.builtin)
@@ -402,8 +402,7 @@ def _write(
         return {name: tensor(name, index) for name in blocks[index]}
 
     write_half(ws, plan, blocks, make, key, progress)
-    if guidance is not None:
-        ws.generation.without_guidance().save(ws.out)
+    (ws.generation if guidance is None else ws.generation.without_guidance()).save(ws.out)
 
 
 def forecast(ws: Workspace, options: DistillOptions, placement: Placement, config: Path | None) -> dict[str, int]:
@@ -419,6 +418,7 @@ def forecast(ws: Workspace, options: DistillOptions, placement: Placement, confi
         InputError: there is no plan yet, or an option or the settings are not usable.
     """
     options.check()
+    check_guidance(ws.subject, options)
     layout = ProcessLayout.of_launch_file(config) if config else ProcessLayout()
     one, plan = sample(ws.family, ws.config, ws.source, ws.generation), ws.plan()
     options = in_precision(options, plan, ws.original.compute)

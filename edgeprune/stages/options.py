@@ -148,13 +148,13 @@ class QuantizeOptions:
         if self.calibrates(rounded=rounded):
             count, states = (LARGE_PROMPTS, LARGE_STATES) if large else (None, None)
             return replace(self, calibration="feedback", count=self.count or count, states=self.states or states)
-        if self.count is not None or (self.calibration == "none" and self.states is not None):
+        if (self.count, self.states) != (None, None):
             raise InputError(
                 "--count (of compress: --calibration-count) and --states are about calibration, which is off"
                 f"{'' if self.calibration == 'none' else ': training has rounded these weights'}; give --calibration "
                 "feedback, or omit them"
             )
-        return replace(self, calibration="none", states=None)
+        return replace(self, calibration="none")
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as stages digest them; folders that were quantized before `count` stay current."""
@@ -193,7 +193,10 @@ class CompressOptions:
         Raises:
             InputError: an option of `quantize` is not usable.
         """
-        return replace(self, quantize=self.quantize.chosen(rounded=self.rounded, large=not is_small(numbers)))
+        int4 = self.quantize
+        if int4.calibration == AUTO and self.rounded:  # --states is the analysis's, too
+            int4 = replace(int4, states=None)
+        return replace(self, quantize=int4.chosen(rounded=self.rounded, large=not is_small(numbers)))
 
     def check_data(self, *, builtin: bool) -> None:
         """Check that there is something to distill on, unless nothing is distilled.

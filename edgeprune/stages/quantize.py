@@ -31,10 +31,17 @@ from edgeprune.stages.workspace import Workspace
 
 PROMPTS = 28
 """Prompts that calibrate."""
+COUNTED_BY = "--count"
 
 
-def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) -> bool:
+def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent, *, counted_by: str = COUNTED_BY) -> bool:
     """Write INT4 weights to `transformer_int4/`; return whether the stage ran.
+
+    Args:
+        ws: the workspace.
+        options: of the stage.
+        progress: called after each block.
+        counted_by: the option that sets how many prompts calibrate, for messages.
 
     Raises:
         InputError: nothing is pruned yet, or an option is not usable, see `QuantizeOptions.chosen`.
@@ -42,10 +49,10 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) ->
     """
     ws.need("prune", "quantize")
     plan, given = ws.plan(), options.calibration
-    rounded = ws.trained("int4_group_size") == options.group_size
+    rounded = ws.training_option("int4_group_size") == options.group_size
     options = options.chosen(rounded=rounded, large=not is_small(ws.subject.numbers))
     if options.calibration == "none" != given:
-        progress("quantize: training has rounded these weights to the nearest, so they are again (--calibration none)")
+        progress("quantize: training saw these weights rounded to the nearest, so they are again (--calibration none)")
     inputs, prompts = options.to_json(), list[str]()
     if options.calibration != "none":
         inputs["prompts"] = prompts = calibrating(ws, count=options.count or PROMPTS)[: options.count]
@@ -54,7 +61,7 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent) ->
         check_pruned(ws)
         if prompts:
             ws.check_memory()
-        _check_time(ws, options, plan, len(prompts), progress)
+        check_time(ws, options, plan, len(prompts), progress, counted_by=counted_by)
 
     return ws.stage("quantize", inputs, lambda key: _quantize(ws, options, plan, prompts, key, progress), check)
 
@@ -69,10 +76,10 @@ class Ahead:
         plan: what is pruned.
         options: of `quantize`, without calibration.
         pruned: digest of the inputs of `prune`.
-
     """
 
     def __init__(self, ws: Workspace, plan: PrunePlan, options: QuantizeOptions, pruned: str) -> None:
+        assert options.calibration == "none", "blocks are rounded one by one here, and no model runs"
         self.family, self.options, self.model = ws.family, options, structure(ws.family, ws.config, plan)
         self.blocks = int4_blocks(ws, plan, self.model, options.group_size)
         key = ws.key("quantize", options.to_json(), after=[pruned])
@@ -142,11 +149,20 @@ def _seen_prefix(ws: Workspace, options: QuantizeOptions, progress: Progress) ->
     return Weights(ws.cache / PREFIX)
 
 
-def _check_time(ws: Workspace, options: QuantizeOptions, plan: PrunePlan, count: int, progress: Progress) -> None:
+def check_time(
+    ws: Workspace,
+    options: QuantizeOptions,
+    plan: PrunePlan,
+    count: int,
+    progress: Progress,
+    *,
+    counted_by: str = COUNTED_BY,
+) -> None:
     """Say what calibration on `count` prompts takes, and refuse what takes too long; see `Workspace.check_time`."""
-    ways = [(f"--count {fewer}", work(ws.subject, options, plan, fewer)) for fewer in halvings(count)]
+    ways = [(f"{counted_by} {fewer}", work(ws.subject, options, plan, fewer)) for fewer in halvings(count)]
     if count:
-        ways.append(("--count 1 --states 1", work(ws.subject, replace(options, states=1), plan, 1)))
+        if counted_by == COUNTED_BY:  # the --states of `compress` is the analysis's, too
+            ways.append((f"{counted_by} 1 --states 1", work(ws.subject, replace(options, states=1), plan, 1)))
         ways.append(("--calibration none", work(ws.subject, options, plan, 0)))
     memory = transformer_bytes(ws.family, ws.config) if count else 0
     total = work(ws.subject, options, plan, count)

@@ -254,7 +254,7 @@ def report_images(quick: bool) -> int:
     return 2 if quick else 8
 
 
-def reporting(subject: Subject, images: int, left: float) -> Work:
+def reporting(subject: Subject, images: int, left: float, per_step: int) -> Work:
     """Return the work of a report: images of both models, and a step of two samples of each that is timed.
 
     Of a large model, one block of each kind is timed instead, which is not counted.
@@ -263,11 +263,12 @@ def reporting(subject: Subject, images: int, left: float) -> Work:
         subject: the original.
         images: of each model.
         left: share of the parameters of the compressed model.
+        per_step: evaluations of a step of the compressed model.
     """
-    timed = 2 if is_small(subject.numbers) else 0
-    each = images * subject.generation.num_inference_steps * subject.per_step + timed
+    timed, steps = 2 if is_small(subject.numbers) else 0, images * subject.generation.num_inference_steps
+    original, compressed = steps * subject.per_step + timed, steps * per_step + timed
     decoded = 2 * images * _decoder_flops(subject.source, subject.generation.height, subject.generation.width)
-    return Work(evaluations=each * (1 + left), flops=decoded) + encoding(subject, images + 1)
+    return Work(evaluations=original + compressed * left, flops=decoded) + encoding(subject, images + 1)
 
 
 def decoder_bytes(subject: Subject) -> int:

@@ -160,7 +160,7 @@ class Workspace:
             if (self.out / MANIFEST).is_file():
                 self._save()
 
-    def trained(self, option: str) -> Any:
+    def training_option(self, option: str) -> Any:
         """Return an option of the training that the weights have had; None without a training."""
         done = self.manifest.stages.get("distill", {}).get("options", {}).get("options")
         return done.get(option) if isinstance(done, dict) else None
@@ -168,7 +168,7 @@ class Workspace:
     @property
     def student_generation(self) -> Generation:
         """How the artefact draws: without guidance where it has learned the guided velocity."""
-        return self.generation.without_guidance() if self.trained("guidance") else self.generation
+        return self.generation.without_guidance() if self.training_option("guidance") else self.generation
 
     def keep_choice(self, choice: dict[str, Any]) -> None:
         """Keep what `compress --time` chose, for runs that resume."""

@@ -14,9 +14,11 @@ from edgeprune.common.errors import InputError
 from edgeprune.planning.options import PlanOptions
 from edgeprune.sampling.denoising import encode_prompts
 from edgeprune.stages import analyze, calibration, plan, prune, quantize
+from edgeprune.stages.compress import compress
 from edgeprune.stages.modulation import inputs_of, modulation_mean, sampler_levels
-from edgeprune.stages.options import AnalyzeOptions, QuantizeOptions
+from edgeprune.stages.options import AnalyzeOptions, CompressOptions, QuantizeOptions
 from edgeprune.stages.prompts import calibrating, calibration_prompts
+from edgeprune.stages.work import Speeds
 from edgeprune.stages.workspace import Workspace
 
 GIVEN = ["a red circle", "two stars", "a ring above a square"]
@@ -131,7 +133,7 @@ def test_weights_that_were_trained_as_they_are_rounded_are_rounded_to_the_neares
     plan.run(ws, PlanOptions("manual", blocks="1"))
     prune.run(ws)
     ws.fresh = True
-    assert chosen() == {"calibration": "none"} and "training has rounded these weights" in said[0]
+    assert chosen() == {"calibration": "none"} and "training saw these weights rounded" in said[0]
     assert chosen(group_size=32) == {"calibration": "feedback", "prompts": GIVEN}
     assert chosen(trained=None) == {"calibration": "feedback", "prompts": GIVEN}
 
@@ -144,7 +146,41 @@ def test_of_a_large_model_few_samples_calibrate() -> None:
     assert QuantizeOptions().chosen(rounded=False, large=False) == QuantizeOptions(calibration="feedback")
     with pytest.raises(InputError, match="is off: training has rounded these weights; give --calibration feedback"):
         asked.chosen(rounded=True, large=True)
+    with pytest.raises(InputError, match="is off: training has rounded these weights"):
+        QuantizeOptions(states=3).chosen(rounded=True, large=True)
     # `compress` has one --states for the analysis and for this.
-    assert QuantizeOptions(states=3).chosen(rounded=True, large=True) == QuantizeOptions(calibration="none")
+    both = CompressOptions(quantize=QuantizeOptions(states=3)).settled(10**9)
+    assert both.quantize == QuantizeOptions(calibration="none")
+    assert replace(both, distill=None, quantize=QuantizeOptions(states=3)).settled(10**9).quantize.states == 3
     with pytest.raises(InputError, match=r"^--calibration: found 'awq', expected one of auto, none, feedback"):
         QuantizeOptions(calibration="awq").chosen(rounded=True, large=True)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_compress_chooses_integers_as_the_stages_one_by_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    if large:
+        for module in ("options", "quantize"):
+            monkeypatch.setattr(f"edgeprune.stages.{module}.is_small", lambda numbers: False)
+    options = CompressOptions(plan=PlanOptions("manual", blocks="1"), distill=None)
+    whole = Workspace(tmp_path / "whole", str(source))
+    compress(whole, options)
+    apart = Workspace(tmp_path / "apart", str(source))
+    plan.run(apart, options.plan)
+    prune.run(apart)
+    quantize.run(apart, QuantizeOptions())
+    found, expected = (ws.manifest.stages["quantize"] for ws in (whole, apart))
+    assert found["inputs"] == expected["inputs"] and found["options"] == expected["options"]
+    assert found["options"]["calibration"] == "feedback" and found["options"].get("states") == (2 if large else None)
+    assert len(found["options"]["prompts"]) == (4 if large else quantize.PROMPTS)
+    assert compress(whole, options) == []
+
+
+def test_what_takes_too_long_is_refused_before_anything_is_pruned(source: Path, tmp_path: Path) -> None:
+    ws = Workspace(tmp_path / "out", str(source))
+    ws.longest_s, ws.speeds = 3600, Speeds(100.0)
+    options = CompressOptions(plan=PlanOptions("manual", blocks="1"), distill=None)
+    with pytest.raises(InputError, match=r"^quantize: at least .*; --calibration-count 1 takes \d+ min; --yes"):
+        compress(ws, options)
+    assert not ws.manifest.stages

@@ -75,6 +75,26 @@ def test_training_gets_what_is_left_or_nothing(subject: Subject) -> None:
     assert shares[1e-3] == 1.0 and shares[10.0] == 0.0 and set(shares.values()) & {0.5, 0.25, 0.125}
 
 
+def test_integers_are_calibrated_where_training_is_given_up(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = replace(OPTIONS.distill, steps=1000, batch=32) if OPTIONS.distill else None
+    asked = replace(ASKED, distill=trained, quantize=QuantizeOptions())
+    rich, poor = (choose(subject, asked, 3600, Speeds(speed)) for speed in (1e-9, 1.0))
+    assert rich.steps == 1000 and rich.calibration == 0 and "calibrate" not in rich.described()
+    assert rich.over(asked, KINDS).quantize == INT4
+    assert poor.steps == 0 and poor.calibration > 0
+    assert poor.over(asked, KINDS).quantize.calibration == "feedback"
+    with pytest.raises(InputError, match="calibration, which is off: training has rounded"):
+        choose(subject, replace(asked, quantize=QuantizeOptions(count=8)), 3600, Speeds(1e-9))
+    # Of a large model, no move sees more of a trajectory than there was.
+    monkeypatch.setattr("edgeprune.stages.options.is_small", lambda numbers: False)
+    monkeypatch.setattr(choice, "is_small", lambda numbers: False)
+    for given, states in ((None, 2), (6, 6)):
+        alone = replace(ASKED, quantize=QuantizeOptions(states=given))
+        for lowered, expected in ((), states), ([("states", 3)], min(3, states)), ([("states", 1)], 1):
+            most = choice._most(subject, alone, 3600, quick=False).lowered(lowered, drawn=False)
+            assert most.over(alone, KINDS).settled(subject.numbers).quantize.states == expected
+
+
 def test_without_time_for_scores_the_plan_is_by_position(subject: Subject) -> None:
     asked = replace(ASKED, plan=replace(ASKED.plan, protect_first=None))
     found = choose(subject, asked, 60, Speeds(1e4))

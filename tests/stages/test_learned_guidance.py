@@ -23,6 +23,7 @@ from edgeprune.report import measure as measuring
 from edgeprune.sampling.denoising import Conditioning, velocity
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import distill, plan, prune, quantize, states
+from edgeprune.stages.compress import forecast
 from edgeprune.stages.options import CompressOptions, DataOptions, QuantizeOptions
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.features import Catcher
@@ -105,14 +106,59 @@ def test_it_is_drawn_without_guidance_and_the_original_with_it(
         monkeypatch.setattr(model.backend, "step", lambda x, *rest: rows.append(len(x)) or step(x, *rest))
         model.generate("a red circle", steps=3, seed=0)
         assert rows == [1, 1, 1]
+        with pytest.warns(UserWarning, match="^guidance scale 4: the model was compressed for 1, and never measured"):
+            assert model.settings.scale(4.0) == 4.0
 
 
-def test_pruned_again_it_is_guided_again(source: Path, tmp_path: Path) -> None:
+def test_states_with_features_are_those_with_the_prompt(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever guidance adds to the teacher's samples."""
+    found = []
+    for guidance in (None, SCALE):
+        ws = Workspace(tmp_path / str(guidance), str(source))
+        plan.run(ws, PlanOptions("manual", blocks="1"))
+        prune.run(ws)
+        chosen = options(states=5, lambda_feature=1.0, guidance=guidance, drop_captions=0.0)
+        distill.run(ws, chosen, DataOptions("shapes", 6))
+        (path,) = ws.cache.glob("states-*/*")
+        found.append(load_file(path))
+    plain, learned = found
+    assert plain.keys() == learned.keys()
+    for name in plain:
+        close = plain[name].shape == learned[name].shape and torch.allclose(plain[name], learned[name], atol=1e-5)
+        assert close == (name != "velocity"), name
+
+
+def test_a_killed_training_goes_on_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    def killed(what: str, done: int = 0, *_: Any) -> None:
+        if (what, done) == ("distill", 3):
+            raise KeyboardInterrupt
+
+    weights = []
+    for name in ("whole", "killed"):
+        ws = Workspace(tmp_path / name, str(source))
+        plan.run(ws, PlanOptions("manual", blocks="1"))
+        prune.run(ws)
+        if name == "killed":
+            with pytest.raises(KeyboardInterrupt):
+                distill.run(ws, options(steps=5, states=4), DataOptions("shapes", 6), killed)
+            assert Generation.load(ws.out).guidance_scale == 3.0
+        distill.run(ws, options(steps=5, states=4), DataOptions("shapes", 6))
+        assert Generation.load(ws.out).guidance_scale == 1.0
+        weights.append(load_file(next((ws.out / "transformer").glob("*.safetensors"))))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_trained_or_pruned_again_it_is_guided_again(source: Path, tmp_path: Path) -> None:
     ws = Workspace(tmp_path / "out", str(source), fresh=True)
     plan.run(ws, PlanOptions("manual", blocks="1"))
     prune.run(ws)
     distill.run(ws, options(), DataOptions("shapes", 4))
     assert ws.student_generation == Generation.load(ws.out) == ws.generation.without_guidance()
+    distill.run(ws, options(guidance=None), DataOptions("shapes", 4))
+    assert ws.student_generation == Generation.load(ws.out) == ws.generation
+    distill.run(ws, options(), DataOptions("shapes", 4))
     ws.skip_distillation()
     prune.run(ws)
     assert ws.student_generation == Generation.load(ws.out) == ws.generation
@@ -128,6 +174,9 @@ def test_what_cannot_be_learned_is_refused(source: Path, tmp_path: Path) -> None
         options(guidance=1.0).check()
     done = CliRunner().invoke(app, ["compress", "-o", str(tmp_path / "x"), "--steps", "0", "--distill-guidance", "3"])
     assert str(done.exception) == "--distill-guidance: nothing is trained; omit it" and not (tmp_path / "x").exists()
+    wrong = CompressOptions(plan=PlanOptions("manual", blocks="1"), distill=options())
+    with pytest.raises(InputError, match="^--distill-guidance: at guidance scale 1 a step"):
+        forecast(source, wrong, ws.generation)
     (tmp_path / "grid.toml").write_text(
         'budget = 0.5\nreference = "a"\n[[rows]]\nname = "a"\nplan = { method = "hpp" }\ndistill = { guidance = 3.0 }\n'
     )

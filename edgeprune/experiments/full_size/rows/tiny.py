@@ -126,8 +126,8 @@ def compressed(recorder: Recorder, label: str, model: str, *options: str) -> Pat
     """Prune and quantize a model; return the artefact."""
     artefact, source = recorder.out / label, recorder.out / model
     recorder.stage(
-        f"{label}: prune and INT4", "compress", str(source), "-o", str(artefact), "--steps", "0", *options,
-        makes=artefact,
+        f"{label}: prune and INT4", "compress", str(source), "-o", str(artefact), "--steps", "0",
+        "--calibration", "none", *options, makes=artefact,
     )  # fmt: skip
     for shard in (artefact / "transformer").glob("*.safetensors"):
         shard.unlink()  # nothing reads the half-precision weights again

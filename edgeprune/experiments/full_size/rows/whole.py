@@ -66,6 +66,7 @@ _PAIRS, _STEPS = 8, 20
 """Of training."""
 _RATE = "1e-5"
 """Of training: at the default, 1e-4, twenty steps of one sample each drive a model of random weights astray."""
+_NEAREST = ("--calibration", "none")
 _SAMPLES = ("--calibration-count", "1", "--states", "4")
 
 
@@ -79,14 +80,15 @@ def rows() -> Iterator[Row]:
             f"synth{m.suffix}", f"{m.name} whole, random weights", Work(drawn=m.weights + m.others, moved=everything),
             int(everything), functools.partial(_synth, m), model=m.name,
         )  # fmt: skip
-        yield _row(m, "compress-blocks", "prune 8 blocks, INT4", compress, ("--blocks", m.blocks))
+        yield _row(m, "compress-blocks", "prune 8 blocks, INT4", compress, ("--blocks", m.blocks, *_NEAREST))
         yield _row(
-            m, "compress-no-half", "prune 8 blocks, INT4 alone", compress, ("--blocks", m.blocks, "--no-half"),
+            m, "compress-no-half", "prune 8 blocks, INT4 alone", compress,
+            ("--blocks", m.blocks, "--no-half", *_NEAREST),
         )  # fmt: skip
         yield _row(
             m, "plan-auto", "modulation at the rank that is measured, INT4, in 3 GB",
             Work(moved=moved, rounded=m.weights, flops=2e12),
-            ("--method", "manual", "--modulation-rank", "auto", *_LITTLE),
+            ("--method", "manual", "--modulation-rank", "auto", *_NEAREST, *_LITTLE),
         )  # fmt: skip
         evaluations = 4 * (1 + m.per_step)
         yield _row(
@@ -156,7 +158,9 @@ def _stand_ins(model: _Model, recorder: Recorder) -> None:
     label = f"stand-ins{model.suffix}"
     prompts = recorder.out / f"{label}.txt"
     prompts.write_text("".join(f"{one}\n" for one in captions(Split.CALIBRATION, _PROMPTS)), encoding="utf-8")
-    options = ("--blocks", model.blocks, "--stand-in", "quarter", "--prompts", str(prompts), *_MEDIUM, *_SIX)
+    options = (
+        *("--blocks", model.blocks, "--stand-in", "quarter", "--prompts", str(prompts)), *_NEAREST, *_MEDIUM, *_SIX,
+    )  # fmt: skip
     _compress(model, label, options, recorder)
 
 
@@ -173,7 +177,7 @@ def _tail(model: _Model, recorder: Recorder) -> None:
     source, out, images = recorder.out / model.name, recorder.out / label, recorder.out / f"{label}-images"
     recorder.stage(
         f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--blocks", model.blocks,
-        *_MEDIUM, makes=out,
+        *_NEAREST, *_MEDIUM, makes=out,
     )  # fmt: skip
     _pairs(images)
     for trained in ("all", "lora:64"):
@@ -233,7 +237,7 @@ def _one_step(model: _Model, label: str, recorder: Recorder) -> Path:
     source, out = recorder.out / model.name, recorder.out / label
     recorder.stage(
         f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--no-half",
-        "--blocks", model.blocks, "--inference-steps", "1", makes=out,
+        "--blocks", model.blocks, "--inference-steps", "1", *_NEAREST, makes=out,
     )  # fmt: skip
     return out
 
