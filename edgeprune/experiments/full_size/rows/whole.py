@@ -29,6 +29,8 @@ from edgeprune.residency.running import running
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import prompts as captions
 from edgeprune.stages.costs import sample
+from edgeprune.stages.options import LARGE_PROMPTS
+from edgeprune.stages.options import LARGE_STATES as CALIBRATED_AT
 from edgeprune.stages.original import Original
 from edgeprune.stages.stand_ins import LARGE_STATES
 from edgeprune.stages.work import CALIBRATED, block_by_block_s
@@ -51,11 +53,13 @@ class _Model:
     """Evaluations of a sampling step."""
     blocks: str
     """Eight of them, for rows that remove some."""
+    calibrated: int
+    """Prompts that calibrate, as many as a row has time for."""
 
 
 _MODELS = (
-    _Model("sd3.5-large", "", 8.15e9, 5.66e9, 8.0e12, 2, "25-28,31-34"),
-    _Model("flux.1-dev", "-flux", 11.9e9, 4.97e9, 19e12, 1, "40-47"),
+    _Model("sd3.5-large", "", 8.15e9, 5.66e9, 8.0e12, 2, "25-28,31-34", LARGE_PROMPTS),
+    _Model("flux.1-dev", "-flux", 11.9e9, 4.97e9, 19e12, 1, "40-47", 2),
 )
 _MEDIUM = ("--height", "512", "--width", "512")
 _LITTLE = ("--memory", "3GB")
@@ -67,7 +71,6 @@ _PAIRS, _STEPS = 8, 20
 _RATE = "1e-5"
 """Of training: at the default, 1e-4, twenty steps of one sample each drive a model of random weights astray."""
 _NEAREST = ("--calibration", "none")
-_SAMPLES = ("--calibration-count", "1", "--states", "4")
 
 
 def rows() -> Iterator[Row]:
@@ -90,11 +93,11 @@ def rows() -> Iterator[Row]:
             Work(moved=moved, rounded=m.weights, flops=2e12),
             ("--method", "manual", "--modulation-rank", "auto", *_NEAREST, *_LITTLE),
         )  # fmt: skip
-        evaluations = 4 * (1 + m.per_step)
+        evaluations = m.calibrated * CALIBRATED_AT * m.per_step * (1 + 2 * 0.79)
         yield _row(
-            m, "quantize-feedback", "prune 8 blocks, INT4 by error feedback on four samples at 512x512, in 6 GB",
+            m, "quantize-feedback", "prune 8 blocks, INT4 by error feedback at 512x512, in 6 GB",
             Work(moved=moved, rounded=CALIBRATED["feedback"] * m.weights, large_flops=evaluations * m.flops),
-            ("--blocks", m.blocks, "--calibration", "feedback", *_SAMPLES, *_MEDIUM, *_SIX),
+            ("--blocks", m.blocks, "--calibration-count", str(m.calibrated), *_MEDIUM, *_SIX),
         )  # fmt: skip
         evaluations = int(2.8 * _PROMPTS * LARGE_STATES * m.per_step)
         work, what = Work(moved=moved, rounded=m.weights, large_flops=evaluations * m.flops), "prune 8 blocks, INT4"
