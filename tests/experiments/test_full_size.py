@@ -103,7 +103,7 @@ def test_the_row_of_gates_is_compared_with_its_blocks_own_time(
 
     monkeypatch.setattr(recording, "run", run)
     monkeypatch.setattr(whole, "block_by_block_s", timed)
-    recorder, model = Recorder(tmp_path, "r"), whole._Model("tiny", "", 0, 0, 0, per_step=2, blocks="")
+    recorder, model = Recorder(tmp_path, "r"), whole._Model("tiny", "", 0, 0, 0, per_step=2, blocks="", calibrated=1)
     whole._gates(model, recorder)
     (latents, *_), *others = seen
     assert recorder.stages["gates: analyze"]["said"] == (
