@@ -318,8 +318,9 @@ def training_bytes(options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> 
     """Return the bytes of the tensors that training holds in float32.
 
     They are the teacher's weights and, in the student's size, its weights, gradients, two moments, the average and,
-    where training rounds, the rounded weights. From states, all of them only of what follows the frozen prefix. Of
-    low-rank additions only the weights count, which from states stay in 16 bits.
+    where a small model is trained rounded, the rounded weights (those of a large one are made again where they are
+    needed). From states, all of them only of what follows the frozen prefix. Of low-rank additions only the weights
+    count, which from states stay in 16 bits, and their rounded sums.
     """
     prefix = plan.before.bf16_bytes * plan.first_pruned // plan.num_blocks if recipe.states else 0
     student, rounded = max(0, plan.after.bf16_bytes - prefix), options.int4_group_size is not None
@@ -327,7 +328,8 @@ def training_bytes(options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> 
     narrow = options.mixed_precision not in (None, "no")  # autograd keeps rounded weights as they are multiplied
     if rank_of(options.train) is not None:  # what is added is small
         return teacher + (1 + rounded) * (1 if recipe.states and narrow else 2) * student
-    return teacher + ((4 + (options.ema > 0)) * 2 + rounded * (1 if narrow else 2)) * student
+    kept = rounded and is_small(plan.before.parameters)
+    return teacher + ((4 + (options.ema > 0)) * 2 + kept * (1 if narrow else 2)) * student
 
 
 def amount(ws: Workspace) -> str:
