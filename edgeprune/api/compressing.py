@@ -331,6 +331,9 @@ def _checked(
     if no_half and chosen.distill is not None:
         raise InputError("--no-half: training ends in weights in half precision; give --steps 0, or omit --no-half")
     chosen.check_data(builtin=builtin)
+    chosen.settled(0)
+    if chosen.distill is not None:
+        chosen.distill.check()
     check_prompts(chosen.analyze.prompts)
     check_prompts(chosen.plan.prompts)
     if chosen.distill is not None and chosen.data.source:

@@ -24,9 +24,9 @@ class Distilled:
     ran: bool
     """False if the stage was done already."""
     first_loss: float
-    """Mean over the first ten steps."""
+    """Mean over the first ten steps, at most half of all."""
     last_loss: float
-    """Mean over the last ten steps."""
+    """Mean over the last ten steps, at most half of all."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `edgeprune distill --json` prints."""

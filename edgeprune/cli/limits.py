@@ -62,8 +62,8 @@ Time = Annotated[
     typer.Option(
         "--time",
         metavar="DURATION",
-        help="Time in which everything shall end, such as 40m or 8h: chooses, once, how much is scored, trained and "
-        "drawn, of what the other options ask for.",
+        help="Finish within this time, such as 40m or 8h: chooses once how much is scored, trained and drawn, of what "
+        "the other options ask for.",
         show_default="none; a folder keeps its own",
         rich_help_panel=MEMORY,
     ),

@@ -33,7 +33,7 @@ from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import analyze, distill, plan, prune, quantize
 from edgeprune.stages.costs import flops_per_evaluation, transformer_bytes
-from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions, seen
+from edgeprune.stages.options import COUNTED_BY_COMPRESS, AnalyzeOptions, CompressOptions, DataOptions, seen
 from edgeprune.stages.prompts import CALIBRATION_PROMPTS, analysis_prompts
 from edgeprune.stages.work import (
     Subject,
@@ -280,9 +280,6 @@ def runs_original(options: CompressOptions, plan: PrunePlan) -> bool:
     return options.reads_scores or options.distill is not None or calibrated or bool(plan.stand_ins)
 
 
-_COUNTED_BY = "--calibration-count"
-
-
 def _training(ws: Workspace, options: CompressOptions, expected: PrunePlan) -> DistillOptions:
     """Return the options of the training of a plan."""
     training, calibration = options.distill or DistillOptions(), options.quantize.calibration
@@ -335,7 +332,7 @@ def compress(
         ws.check_memory()
     if options.quantize.calibration != "none" and "quantize" not in ws.manifest.stages:
         count = options.quantize.count or quantize.PROMPTS
-        quantize.check_time(ws, options.quantize, rehearsed, count, silent, counted_by=_COUNTED_BY)
+        quantize.check_time(ws, options.quantize, rehearsed, count, silent, counted_by=COUNTED_BY_COMPRESS)
     if "prune" not in ws.manifest.stages:
         need_room(ws.out, ws.source, rehearsed, no_half=no_half)
     if options.distill is not None and options.data.source and is_cache(options.data.source):
@@ -356,6 +353,6 @@ def compress(
         ran.append("prune")
     if options.distill is not None and distill.run(ws, _training(ws, options, ws.plan()), options.data, progress):
         ran.append("distill")
-    if quantize.run(ws, options.quantize, progress, counted_by=_COUNTED_BY):
+    if quantize.run(ws, options.quantize, progress, counted_by=COUNTED_BY_COMPRESS):
         ran.append("quantize")
     return ran

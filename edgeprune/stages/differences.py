@@ -24,9 +24,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
         return "another model, or after other stages"
     texts = []
     for name in changed[:_MOST]:
-        values = [fields.shown(some.get(name)) for some in (earlier, later)]
+        values = ["the default" if some.get(name) is None else fields.shown(some[name]) for some in (earlier, later)]
         short = max(map(len, values)) <= _SHORT
-        texts.append(f"{name}={values[0]}, not {values[1]}" if short else f"another {name}")
+        another = f"{'other' if name.endswith('s') else 'another'} {name}"
+        texts.append(f"{name}={values[0]}, not {values[1]}" if short else another)
     more = f" and {len(changed) - _MOST} more" if len(changed) > _MOST else ""
     return "; ".join(texts) + more
 

@@ -76,6 +76,8 @@ def recipe_of(
         )  # fmt: skip
     elif plan.components:
         recipe = replace(recipe, sensitivity="graded")
+    if options.guidance is not None:
+        recipe = replace(recipe, lambda_task=0.0)  # the data's velocity is not guided
     recipe = replace(recipe, **tail.defaults(options, plan, frozen=options.over(recipe).freeze_prefix))
     return options.over(recipe)
 
@@ -226,7 +228,8 @@ def run(
                 }  # fmt: skip
         if processes.is_main():
             _write(ws, plan, state, key, options.guidance, progress)
-        first, last = losses[:10], losses[-10:]
+        few = max(1, min(10, len(losses) // 2))
+        first, last = losses[:few], losses[-few:]
         return result | {"first_loss": sum(first) / len(first), "last_loss": sum(last) / len(last)}
 
     inputs: dict[str, Any] = {"options": options.to_json(recipe), "data": identity}

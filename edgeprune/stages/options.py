@@ -25,6 +25,8 @@ GIVE_DATA = (
     "that come with edgeprune; --dry-run shows the cost"
 )
 """What to do if a model other than the built-in one has no data to be distilled on."""
+COUNTED_BY, COUNTED_BY_COMPRESS = "--count", "--calibration-count"
+"""What sets the number of prompts that calibrate INT4 in `quantize`, and in `compress`."""
 GROUP_SIZES = (16, 32, 64, 128)
 LARGE_PROMPTS, LARGE_STATES = 4, 2
 """That calibrate a large model by default: SD3.5 Large at 1024x1024 then takes at most 90 minutes on two cores."""
@@ -130,12 +132,13 @@ class QuantizeOptions:
         """Return whether the model runs to choose integers; see `chosen`."""
         return self.calibration == "feedback" or (self.calibration == AUTO and not rounded)
 
-    def chosen(self, *, rounded: bool, large: bool) -> QuantizeOptions:
+    def chosen(self, *, rounded: bool, large: bool, counted_by: str = COUNTED_BY) -> QuantizeOptions:
         """Return the options for a model, without AUTO.
 
         Args:
             rounded: its weights were trained as they are rounded.
             large: it is a large one.
+            counted_by: the option that sets `count`, for messages.
 
         Raises:
             InputError: an option is not usable.
@@ -149,11 +152,9 @@ class QuantizeOptions:
             count, states = (LARGE_PROMPTS, LARGE_STATES) if large else (None, None)
             return replace(self, calibration="feedback", count=self.count or count, states=self.states or states)
         if (self.count, self.states) != (None, None):
-            raise InputError(
-                "--count (of compress: --calibration-count) and --states are about calibration, which is off"
-                f"{'' if self.calibration == 'none' else ': training has rounded these weights'}; give --calibration "
-                "feedback, or omit them"
-            )
+            given = "--states" if self.count is None else counted_by
+            why = "training saw these weights rounded to the nearest, so they are not calibrated; omit it"
+            raise InputError(f"{given}: {why if self.calibration == AUTO else 'excludes --calibration none; omit one'}")
         return replace(self, calibration="none")
 
     def to_json(self) -> dict[str, Any]:
@@ -196,7 +197,8 @@ class CompressOptions:
         int4 = self.quantize
         if int4.calibration == AUTO and self.rounded:  # --states is the analysis's, too
             int4 = replace(int4, states=None)
-        return replace(self, quantize=int4.chosen(rounded=self.rounded, large=not is_small(numbers)))
+        large = not is_small(numbers)
+        return replace(self, quantize=int4.chosen(rounded=self.rounded, large=large, counted_by=COUNTED_BY_COMPRESS))
 
     def check_data(self, *, builtin: bool) -> None:
         """Check that there is something to distill on, unless nothing is distilled.

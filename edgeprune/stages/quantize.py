@@ -21,7 +21,7 @@ from edgeprune.residency.spill import Spill
 from edgeprune.residency.weights import Weights
 from edgeprune.stages.calibration import calibration_states, streams_before
 from edgeprune.stages.costs import transformer_bytes
-from edgeprune.stages.options import QuantizeOptions, halvings, seen
+from edgeprune.stages.options import COUNTED_BY, QuantizeOptions, halvings, seen
 from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.rounder import Rounder, int4_blocks, taken
 from edgeprune.stages.states import PREFIX
@@ -31,7 +31,6 @@ from edgeprune.stages.workspace import Workspace
 
 PROMPTS = 28
 """Prompts that calibrate."""
-COUNTED_BY = "--count"
 
 
 def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent, *, counted_by: str = COUNTED_BY) -> bool:
@@ -51,6 +50,11 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent, *,
     plan, given = ws.plan(), options.calibration
     rounded = ws.training_option("int4_group_size") == options.group_size
     options = options.chosen(rounded=rounded, large=not is_small(ws.subject.numbers))
+    if rounded and options.calibration == "feedback":
+        progress(
+            "quantize: training saw these weights rounded to the nearest. Feedback makes up for errors that it has "
+            "learned to live with, and usually loses more"
+        )
     if options.calibration == "none" != given:
         progress("quantize: training saw these weights rounded to the nearest, so they are again (--calibration none)")
     inputs, prompts = options.to_json(), list[str]()

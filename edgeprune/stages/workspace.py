@@ -283,10 +283,11 @@ class Workspace:
         if earlier and not self.fresh:
             raise StaleStageError(
                 f"{self.out}: {name} was done with {differences(earlier.get('options', {}), inputs)}; "
-                "use --fresh to do it again, or another -o to keep this one"
+                "use --fresh to do it again, or a copy of the folder to keep this one"
             )
         check()
-        self._forget(ORDER[position:])
+        # The weights of an earlier training are there until others replace them, and so is its record.
+        self._forget(ORDER[position + bool(earlier and name == "distill") :])
         start = time.monotonic()
         result = run(key)
         self.manifest.stages[name] = {

@@ -7,6 +7,7 @@ contributes: each component has its own learning rate. Options that are None fol
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -133,8 +134,15 @@ class DistillOptions:
                 f"--states, --rounds: found {self.states}, {self.rounds}, expected 0 or more, and from 1 to as many "
                 f"rounds as the {self.steps} steps"
             )
-        if self.guidance is not None and self.guidance <= 1:
+        numbers = ("rate", "ema", "lambda_task", "lambda_output", "lambda_feature")
+        for option, value in ((f"--{n.replace('_', '-')}", getattr(self, n)) for n in numbers):
+            if value is not None and not math.isfinite(value):
+                raise InputError(f"{option}: found {value}, expected a finite number")
+        if self.guidance is not None and not 1 < self.guidance < math.inf:
             raise InputError(f"--distill-guidance: found {self.guidance:g}, expected above 1, where guidance begins")
+        if self.guidance is not None and (self.lambda_task or self.drop_captions):
+            other = "--lambda-task" if self.lambda_task else "--drop-captions"
+            raise InputError(f"{other}: teaches the velocity without guidance; omit it, or --distill-guidance")
         if self.steps < 1 or self.batch < 1 or self.rate <= 0:
             raise InputError(
                 f"--steps, --batch, --rate: found {self.steps}, {self.batch}, {self.rate}, expected above 0"

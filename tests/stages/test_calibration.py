@@ -144,9 +144,11 @@ def test_of_a_large_model_few_samples_calibrate() -> None:
     asked = QuantizeOptions(count=9, states=3)
     assert asked.chosen(rounded=False, large=True) == replace(asked, calibration="feedback")
     assert QuantizeOptions().chosen(rounded=False, large=False) == QuantizeOptions(calibration="feedback")
-    with pytest.raises(InputError, match="is off: training has rounded these weights; give --calibration feedback"):
+    with pytest.raises(
+        InputError, match="^--count: training saw these weights rounded to the nearest, so they are not"
+    ):
         asked.chosen(rounded=True, large=True)
-    with pytest.raises(InputError, match="is off: training has rounded these weights"):
+    with pytest.raises(InputError, match="^--states: training saw these weights rounded"):
         QuantizeOptions(states=3).chosen(rounded=True, large=True)
     # `compress` has one --states for the analysis and for this.
     both = CompressOptions(quantize=QuantizeOptions(states=3)).settled(10**9)

@@ -83,7 +83,7 @@ def test_integers_are_calibrated_where_training_is_given_up(subject: Subject, mo
     assert rich.over(asked, KINDS).quantize == INT4
     assert poor.steps == 0 and poor.calibration > 0
     assert poor.over(asked, KINDS).quantize.calibration == "feedback"
-    with pytest.raises(InputError, match="calibration, which is off: training has rounded"):
+    with pytest.raises(InputError, match="^--calibration-count: training saw these weights rounded"):
         choose(subject, replace(asked, quantize=QuantizeOptions(count=8)), 3600, Speeds(1e-9))
     # Of a large model, no move sees more of a trajectory than there was.
     monkeypatch.setattr("edgeprune.stages.options.is_small", lambda numbers: False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,33 @@ def test_a_killed_training_goes_on_to_the_same_bytes(source: Path, tmp_path: Pat
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_a_second_training_that_is_killed_leaves_the_first(source: Path, tmp_path: Path) -> None:
+    """Its weights, and what is known of them."""
+
+    def killed(what: str, done: int = 0, *_: Any) -> None:
+        if (what, done) == ("distill", 1):
+            raise KeyboardInterrupt
+
+    ws = Workspace(tmp_path / "out", str(source), fresh=True)
+    plan.run(ws, PlanOptions("manual", blocks="1"))
+    prune.run(ws)
+    distill.run(ws, options(), DataOptions("shapes", 4))
+    quantize.run(ws, QuantizeOptions())
+    (path,) = (ws.out / "transformer").glob("*.safetensors")
+    before, said = path.read_bytes(), list[str]()
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(ws, options(guidance=None, steps=3), DataOptions("shapes", 4), killed)
+    del ws
+    ws = Workspace(tmp_path / "out", None, model_given=False)
+    assert path.read_bytes() == before and not (ws.out / "transformer_int4").exists()
+    assert ws.student_generation == Generation.load(ws.out) == ws.generation.without_guidance()
+    quantize.run(ws, QuantizeOptions(), lambda text, *_, **__: said.append(text))
+    assert ws.manifest.stages["quantize"]["options"]["calibration"] == "none"
+    ws.fresh = True
+    quantize.run(ws, QuantizeOptions(calibration="feedback", count=1), lambda text, *_, **__: said.append(text))
+    assert any("usually loses more" in text for text in said)
+
+
 def test_trained_or_pruned_again_it_is_guided_again(source: Path, tmp_path: Path) -> None:
     ws = Workspace(tmp_path / "out", str(source), fresh=True)
     plan.run(ws, PlanOptions("manual", blocks="1"))
@@ -170,8 +198,17 @@ def test_what_cannot_be_learned_is_refused(source: Path, tmp_path: Path) -> None
     prune.run(ws)
     with pytest.raises(InputError, match="^--distill-guidance: at guidance scale 1 a step of this model is one"):
         distill.run(ws, options(), DataOptions("shapes", 4))
-    with pytest.raises(InputError, match="^--distill-guidance: found 1, expected above 1"):
-        options(guidance=1.0).check()
+    for wrong in (1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"^--distill-guidance: found {wrong:g}, expected above 1"):
+            options(guidance=wrong).check()
+    with pytest.raises(InputError, match="^--rate: found nan, expected a finite number"):
+        options(rate=float("nan")).check()
+    for other in ({"lambda_task": 1.0}, {"drop_captions": 0.1}):
+        with pytest.raises(InputError, match="teaches the velocity without guidance; omit it, or --distill-guidance"):
+            options(**other).check()
+    baseline = replace(ws.plan(), method="bk-sdm")
+    for chosen, weight in ((options(), 0.0), (options(guidance=None), 1.0)):
+        assert distill.recipe_of(chosen, baseline, ws.family, ws.config, ws.generation).lambda_task == weight
     done = CliRunner().invoke(app, ["compress", "-o", str(tmp_path / "x"), "--steps", "0", "--distill-guidance", "3"])
     assert str(done.exception) == "--distill-guidance: nothing is trained; omit it" and not (tmp_path / "x").exists()
     wrong = CompressOptions(plan=PlanOptions("manual", blocks="1"), distill=options())

@@ -77,7 +77,7 @@ def test_calibration_counts(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
     prune.run(ws)
     with pytest.raises(InputError, match=r"^quantize: at least .*; --count 1 takes 31 min; --yes"):
         quantize.run(ws, QuantizeOptions(calibration="feedback"))
-    with pytest.raises(InputError, match=r"^--count and --states are about calibration"):
+    with pytest.raises(InputError, match=r"^--count: excludes --calibration none; omit one$"):
         quantize.run(ws, QuantizeOptions(calibration="none", count=1))
     ws.speeds = Speeds(10**4)
     with pytest.raises(InputError, match=r"^quantize: at least .*; --calibration none takes 0 s; --yes"):
@@ -171,7 +171,8 @@ def test_work_is_counted_from_shapes(source: Path) -> None:
     one, two = drawing(subject, 1), drawing(subject, 2)
     assert (one.evaluations, two.evaluations) == (4 * 2, 2 * 4 * 2) and two.flops > one.flops > 0
     assert encoding(subject, 0).flops == 0 < encoding(subject, 1, pooled=True).flops <= encoding(subject, 1).flops
-    assert reporting(subject, 1, 0.5).evaluations == (4 * 2 + 2) * 1.5
+    assert reporting(subject, 1, 0.5, 2).evaluations == (4 * 2 + 2) * 1.5
+    assert reporting(subject, 1, 0.5, 1).evaluations == 4 * 2 + 2 + (4 + 2) * 0.5
     assert Speeds(2.0, 10.0, 5.0, 4.0).seconds(work.Work(1, 10, 10, 4)) == 2 + 1 + 2 + 1
 
 

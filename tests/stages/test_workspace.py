@@ -116,8 +116,12 @@ def test_a_plan_reads_no_transformer(source: Path, tmp_path: Path) -> None:
     [
         ({"count": 28}, {"count": 7}, "count=28, not 7"),
         ({"options": {"steps": 3}}, {"options": {"steps": 4}}, "options.steps=3, not 4"),
-        ({"prompts": ["a" * 50]}, {"prompts": ["b"]}, "another prompts"),
-        ({"a": 1}, {"a": 2, "b": 3, "c": 4, "d": 5}, "a=1, not 2; b=None, not 3; c=None, not 4 and 1 more"),
+        ({"prompts": ["a" * 50]}, {"prompts": ["b"]}, "other prompts"),
+        (
+            {"a": 1},
+            {"a": 2, "b": 3, "c": 4, "d": 5},
+            "a=1, not 2; b=the default, not 3; c=the default, not 4 and 1 more",
+        ),
         ({"sizes": [1, 2]}, {"sizes": (1, 2)}, "another model, or after other stages"),
     ],
 )
