@@ -23,7 +23,7 @@ from edgeprune.stages.calibration import calibration_states, streams_before
 from edgeprune.stages.costs import transformer_bytes
 from edgeprune.stages.options import COUNTED_BY, QuantizeOptions, halvings, seen
 from edgeprune.stages.prompts import calibrating
-from edgeprune.stages.rounder import Rounder, int4_blocks, taken
+from edgeprune.stages.rounder import Rounder, calibrated_in, int4_blocks, taken
 from edgeprune.stages.states import PREFIX
 from edgeprune.stages.weights import check_pruned, open_pruned
 from edgeprune.stages.work import CALIBRATED, Subject, Work, encoding
@@ -108,15 +108,15 @@ def _quantize(
     """Quantize block by block, with one block in memory at a time."""
     stored = open_pruned(ws)
     blocks = int4_blocks(ws, plan, stored.model, options.group_size)
-    streams = None
+    streams, dtype = None, calibrated_in(stored, ws.original.dtype)
     if prompts:
-        stored.fill(stored.names(None))
+        stored.fill(stored.names(None), dtype)
         large = not is_small(ws.subject.numbers)
         kept = Spill(ws.cache / "calibration", identity=key) if large else None
         streams = streams_before(ws, calibration_states(ws, prompts, options.states, spill=kept), stored.model)
 
     rounder = Rounder(
-        stored, blocks, options.group_size, options.calibration, streams, _seen_prefix(ws, options, progress)
+        stored, blocks, options.group_size, options.calibration, streams, dtype, _seen_prefix(ws, options, progress)
     )
     ws.manifest.group_size = options.group_size
     config = shorter_config(ws.family, ws.config, plan)

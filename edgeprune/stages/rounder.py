@@ -33,6 +33,16 @@ def taken(model: nn.Module, names: Iterable[str]) -> Tensors:
     return {name: state[name] if name.endswith(PACKED) else state[name].half() for name in names}
 
 
+def calibrated_in(stored: StoredTransformer, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which samples pass through blocks that are rounded.
+
+    It is `dtype`, which the original computes in, if the weights are stored in it: then the blocks that run have all
+    that is to be rounded. Else float32.
+    """
+    kinds = {stored.weights.dtype(name) for name in stored.weights.shapes if not name.endswith(PACKED)}
+    return dtype if kinds == {dtype} else torch.float32
+
+
 class Rounder:
     """Rounds a pruned transformer block by block, of which one is in memory, and sends calibration samples on.
 
@@ -42,6 +52,7 @@ class Rounder:
         group_size: weights that share a scale.
         calibration: how integers are chosen.
         streams: of the samples that calibrate; None without.
+        dtype: of the streams, see `calibrated_in`.
         ready: blocks that are rounded already, the first ones; they are taken as they are.
     """
 
@@ -52,10 +63,12 @@ class Rounder:
         group_size: int,
         calibration: str,
         streams: Streams | None,
+        dtype: torch.dtype = torch.float32,
         ready: Weights | None = None,
     ) -> None:
         self.stored, self.family, self.blocks = stored, stored.family, blocks
-        self.group_size, self.calibration, self.streams, self.ready = group_size, calibration, streams, ready
+        self.group_size, self.calibration, self.ready = group_size, calibration, ready
+        self.streams, self.dtype = streams, dtype
 
     def make(self, index: int) -> Tensors:
         """Round an entry, and return its tensors as they are stored."""
@@ -66,7 +79,7 @@ class Rounder:
         stored, streams, block = self.stored, self.streams, index if index + 1 < len(self.blocks) else None
         run, calls = None, 1
         if streams is None or block is not None:
-            stored.fill(stored.names(block), torch.float32 if streams else None)
+            stored.fill(stored.names(block), self.dtype if streams else None)
         if streams is not None and block is not None:
             run, calls = partial(streams.run, self.family.blocks(stored.model)[block]), streams.batches
         quantize_part(
@@ -89,7 +102,7 @@ class Rounder:
     def _advance(self, block: int, tensors: Tensors) -> None:
         """Calibrate later blocks with this one as it is on disk, so that an interrupted run ends in the same bytes."""
         if self.streams is not None:
-            floats = {n: t if n.endswith(PACKED) else t.float() for n, t in tensors.items()}
+            floats = {n: t if n.endswith(PACKED) else t.to(self.dtype) for n, t in tensors.items()}
             self.stored.model.load_state_dict(floats, strict=False, assign=True)
             self.streams.run(self.family.blocks(self.stored.model)[block], advance=True)
         self.stored.drop(block)

@@ -34,7 +34,7 @@ from edgeprune.sampling.denoising import at_once, model_inputs
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.stages.calibration import Side, Streams, stream_bytes, streams_of
 from edgeprune.stages.costs import sample
-from edgeprune.stages.rounder import Rounder, int4_blocks
+from edgeprune.stages.rounder import Rounder, calibrated_in, int4_blocks
 from edgeprune.stages.weights import PrunedWeights
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.recipe import DistillOptions, Recipe
@@ -181,11 +181,11 @@ class Maker:
             return None if plan.modulation_rank is None else pruned
         blocks = int4_blocks(ws, plan, pruned.model, size)
         frozen = [*blocks[: plan.first_pruned], blocks[-1]]
-        calibration, streams = self.recipe.prefix_calibration, None
+        calibration, streams, dtype = self.recipe.prefix_calibration, None, calibrated_in(pruned, ws.original.dtype)
         if calibration != "none":
-            pruned.fill(pruned.names(None))
+            pruned.fill(pruned.names(None), dtype)
             streams = self._streams("prefix", self._drawn(0, self.lot))(pruned)
-        rounder = Rounder(pruned, frozen, size, calibration, streams)
+        rounder = Rounder(pruned, frozen, size, calibration, streams, dtype)
         try:
             write_transformer(
                 ws.cache, PREFIX, shorter_config(ws.family, ws.config, plan), frozen, rounder.make,

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import tiny_flux_pipeline, tiny_pipeline
+from safetensors.torch import load_file, save_file
+from tiny import tiny_flux_pipeline, tiny_pipeline, tiny_velocity
 from typer.testing import CliRunner
 
 from edgeprune.analysis.contribution import ContributionReport, removed
+from edgeprune.artefact.loading import load_transformer
 from edgeprune.cli import app
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions
@@ -94,6 +95,32 @@ def test_every_stage_runs_in_bf16(source: Path, tmp_path: Path, in_bf16: None) -
     quantize.run(ws, QuantizeOptions(calibration="feedback"))
     summary, images = measure(ws, quick=True, progress=silent)
     assert summary["psnr_db"] > 5 and len(images["compressed"]) == 2
+
+
+def test_int4_is_calibrated_in_bf16_where_that_is_what_the_weights_are(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Its error is then that of float32, nearly, and less than that of the nearest integers."""
+    shutil.copytree(source, tmp_path / "tiny")
+    (path,) = (tmp_path / "tiny" / "transformer").glob("*.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
+    seen, real, errors = list[torch.dtype](), calibration.Streams.run, {}
+    monkeypatch.setattr(
+        calibration.Streams, "run",
+        lambda self, *a, **k: seen.append(self.spill.get("0")["image"].dtype) or real(self, *a, **k),
+    )  # fmt: skip
+    for name, how in (("nearest", "none"), ("float32", "feedback"), ("bf16", "feedback")):
+        if name == "bf16":
+            request.getfixturevalue("in_bf16")
+        ws = Workspace(tmp_path / name, str(tmp_path / "tiny"))
+        plan.run(ws, PlanOptions("manual", blocks="1"))
+        prune.run(ws)
+        seen.clear()
+        quantize.run(ws, QuantizeOptions(calibration=how))
+        assert set(seen) == ({getattr(torch, name.replace("bf16", "bfloat16"))} if how == "feedback" else set())
+        whole, rounded = (load_transformer(ws.out, quantized=q) for q in (False, True))
+        errors[name] = float((tiny_velocity(rounded) - tiny_velocity(whole)).norm())
+    assert errors["bf16"] < 1.1 * errors["float32"] and errors["bf16"] < errors["nearest"]
 
 
 def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
