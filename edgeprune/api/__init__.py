@@ -28,7 +28,14 @@ if TYPE_CHECKING:
         forecast_compress,
     )
     from edgeprune.api.converting import Conversion, convert, forecast_convert
-    from edgeprune.api.distilling import Distilled, DistillForecast, distill, forecast_distill
+    from edgeprune.api.distilling import (
+        Distilled,
+        DistillForecast,
+        MadeStates,
+        distill,
+        forecast_distill,
+        make_states,
+    )
     from edgeprune.api.drawing import Generated, generate
     from edgeprune.api.exporting import Exported, export
     from edgeprune.api.hub import Pushed, PushForecast, forecast_push, push_to_hub
@@ -61,6 +68,7 @@ __all__ = [
     "Exported",
     "Generated",
     "GenerationOptions",
+    "MadeStates",
     "Placement",
     "PlanOptions",
     "Planned",
@@ -85,6 +93,7 @@ __all__ = [
     "forecast_distill",
     "forecast_push",
     "generate",
+    "make_states",
     "merge_lora",
     "plan",
     "plan_of_config",
@@ -104,7 +113,7 @@ _MODULES = {
         *("ReportQuality", "compress", "forecast_compress"),
     ),
     "api.converting": ("Conversion", "convert", "forecast_convert"),
-    "api.distilling": ("DistillForecast", "Distilled", "distill", "forecast_distill"),
+    "api.distilling": ("DistillForecast", "Distilled", "MadeStates", "distill", "forecast_distill", "make_states"),
     "api.drawing": ("Generated", "generate"),
     "api.exporting": ("Exported", "export"),
     "api.hub": ("PushForecast", "Pushed", "forecast_push", "push_to_hub"),

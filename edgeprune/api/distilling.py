@@ -34,6 +34,20 @@ class Distilled:
 
 
 @dataclass(frozen=True)
+class MadeStates:
+    """The result of `make_states`."""
+
+    folder: Path
+    states: int
+    bytes: int
+    """Of their files."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `edgeprune distill --only-states --json` prints."""
+        return {"folder": str(self.folder), "states": self.states, "bytes": self.bytes}
+
+
+@dataclass(frozen=True)
 class DistillForecast:
     """The memory that one process of `distill` holds, by what it is used for."""
 
@@ -96,6 +110,42 @@ def distill(
     ran = run(ws, _chosen(ws, options), data or default.data, progress, placement=placement or HERE)
     stage = ws.manifest.stages["distill"]
     return Distilled(out=ws.out, ran=ran, first_loss=stage["first_loss"], last_loss=stage["last_loss"])
+
+
+def make_states(
+    out: AnyPath,
+    options: DistillOptions | None = None,
+    data: DataOptions | None = None,
+    *,
+    compute: ComputeOptions | None = None,
+    progress: Progress = silent,
+) -> MadeStates:
+    """Make the states that a tail is trained from, of the first round, and train nothing.
+
+    `distill` with the same options finds them, also on another machine that the folder was copied to. An interrupted
+    call resumes.
+
+    Args:
+        out: a pruned folder.
+        options: as for `distill`.
+        data: as for `distill`.
+        compute: where it runs, and the longest time; None takes what this machine has, and any time.
+        progress: called after each block.
+
+    Raises:
+        InputError: see `distill`; or nothing would be trained from states.
+        LockedError: another process uses the folder.
+        DiskError: the disk is full.
+    """
+    check_begun(out)
+    _check(data)
+    ws = open_folder(out, compute=compute)
+    from edgeprune.stages.compress import preset
+    from edgeprune.stages.distill import make_states as make
+    from edgeprune.training.states import States
+
+    files = make(ws, _chosen(ws, options), data or preset("default", builtin=ws.builtin).data, progress)
+    return MadeStates(files[0].parent, len(States(files)), sum(path.stat().st_size for path in files))
 
 
 def forecast_distill(

@@ -230,6 +230,13 @@ def distill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the memory that each process needs, and stop.")
     ] = False,
+    only_states: Annotated[
+        bool,
+        typer.Option(
+            "--only-states",
+            help="Make the states of the first round and stop. The same command without it finds them.",
+        ),
+    ] = False,
     fresh: options.Fresh = False,
     as_json: options.AsJson = False,
     data: options.DataSource = None,
@@ -299,6 +306,12 @@ def distill(
         remark = "of one process, on its device; kernels, communication and the allocator need more"
         return screen.show_forecast(numbers, remark, as_json)
     source = api.DataOptions(source=base.data.source, samples=samples or base.data.samples)
+    if only_states:
+        with screen.bars() as progress:
+            made = api.make_states(out, chosen, source, compute=compute, progress=progress)
+        screen.say(f"{made.folder}: {made.states} states, {made.bytes / 1e6:,.1f} MB")
+        screen.say("next: the same command without --only-states")
+        return screen.print_json(made.to_json()) if as_json else None
     with screen.bars() as progress:
         done = api.distill(out, chosen, source, placement=placement, compute=compute, fresh=fresh, progress=progress)
     screen.say(f"loss {done.first_loss:.4f} -> {done.last_loss:.4f}" + ("" if done.ran else " (already done)"))

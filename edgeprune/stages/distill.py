@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,77 @@ def described(recipe: Recipe, options: DistillOptions, plan: PrunePlan, *, built
     return f"distill: recipe of {plan.method}: {'; '.join(parts)}"
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A training whose options and data are checked."""
+
+    ws: Workspace
+    plan: PrunePlan
+    options: DistillOptions
+    recipe: Recipe
+    """What those options became that follow from the plan and the model."""
+    data: DataOptions
+    source: str
+    identity: list[Any]
+    """Of the data."""
+
+    @classmethod
+    def checked(
+        cls, ws: Workspace, options: DistillOptions, data: DataOptions, placement: Placement, progress: Progress
+    ) -> _Task:
+        """Check what the user asks for.
+
+        Raises:
+            InputError: nothing is pruned yet, scores are missing, or an option or the data is not usable.
+        """
+        ws.need("prune", "distill")
+        ws.manifest.need_half(ws.out)
+        options.check()
+        plan = ws.plan()
+        options = in_precision(options, plan, ws.original.compute, _begun_precision(ws, _state_path(ws)))
+        recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)
+        check_guidance(ws.subject, options)
+        tail.check(plan, options, recipe, placement)
+        Parallel.check(options.mixed_precision or "no", options.batch, placement)
+        source = data.of_model(builtin=ws.builtin)
+        if recipe.sensitivity == "graded" and ws.report() is None:
+            found = "graded" if options.sensitivity else "graded, the default for plans that remove components"
+            raise InputError(
+                f"--sensitivity: found {found}: it needs contribution scores; run `edgeprune analyze`, or use off"
+            )
+        encoded = is_cache(source)
+        if encoded:
+            with processes.main_first():
+                check_cache(ws, Path(source), progress)
+        identity = [source_digest(source), None if encoded else data.samples, asdict(ws.generation)]
+        return cls(ws, plan, options, recipe, data, source, identity)
+
+    def pairs(self, progress: Progress) -> Pairs:
+        """Return what is trained on, encoded first unless it is a cache."""
+        ws, encoded = self.ws, is_cache(self.source)
+        progress(described(self.recipe, self.options, self.plan, builtin=ws.builtin))
+        folder = Path(self.source) if encoded else ws.cache / f"data-{digest([self.identity, ws.weights_hash])[:12]}"
+        with processes.main_first():
+            if not encoded:
+                _encode(ws, folder, CacheOptions(self.source, self.data.samples), progress)
+            return _open(ws, folder, progress)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The original's noise levels."""
+        ws = self.ws
+        return NoiseSchedule.load(ws.source, ws.family, ws.config, ws.generation.num_inference_steps)
+
+    def maker(self, progress: Progress) -> Maker:
+        """Return what makes the states."""
+        pairs = self.pairs(progress)
+        return Maker(self.ws, self.plan, pairs, self.schedule, self.options, self.recipe, self.identity, progress)
+
+    def states_bytes(self) -> int:
+        """Return the bytes of a round of states."""
+        return self.recipe.states * state_bytes(self.ws, self.recipe)
+
+
 def run(
     ws: Workspace,
     options: DistillOptions,
@@ -185,41 +256,15 @@ def run(
         StaleStageError: see `Workspace.stage`.
         EdgepruneError: the loss is not finite; the last good state stays on disk.
     """
-    ws.need("prune", "distill")
-    ws.manifest.need_half(ws.out)
-    options.check()
-    plan = ws.plan()
-    path = ws.out / "cache" / "distill.safetensors"
-    options = in_precision(options, plan, ws.original.compute, _begun_precision(ws, path))
-    recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)
-    check_guidance(ws.subject, options)
-    tail.check(plan, options, recipe, placement)
-    Parallel.check(options.mixed_precision or "no", options.batch, placement)
-    source = data.of_model(builtin=ws.builtin)
-    if recipe.sensitivity == "graded" and ws.report() is None:
-        found = "graded" if options.sensitivity else "graded, the default for plans that remove components"
-        raise InputError(
-            f"--sensitivity: found {found}: it needs contribution scores; run `edgeprune analyze`, or use off"
-        )
-    encoded = is_cache(source)
-    if encoded:
-        with processes.main_first():
-            check_cache(ws, Path(source), progress)
-    identity = [source_digest(source), None if encoded else data.samples, asdict(ws.generation)]
+    task = _Task.checked(ws, options, data, placement, progress)
+    options, recipe, plan, path = task.options, task.recipe, task.plan, _state_path(ws)
 
     def train(key: str) -> dict[str, Any]:
-        progress(described(recipe, options, plan, builtin=ws.builtin))
-        folder = Path(source) if encoded else ws.cache / f"data-{digest([identity, ws.weights_hash])[:12]}"
-        with processes.main_first():
-            if not encoded:
-                _encode(ws, folder, CacheOptions(source, data.samples), progress)
-            pairs = _open(ws, folder, progress)
-        schedule = NoiseSchedule.load(ws.source, ws.family, ws.config, ws.generation.num_inference_steps)
         result = dict[str, Any]()
         if not recipe.states:
-            state, losses = _train_whole(ws, plan, pairs, options, recipe, schedule, path, key, placement, progress)
+            state, losses = _train_whole(task, path, key, placement, progress)
         else:
-            maker = Maker(ws, plan, pairs, schedule, options, recipe, identity, progress)
+            maker = task.maker(progress)
             state, losses = tail.train_tail(ws, plan, maker, options, recipe, path, key, placement, progress)
             if options.int4_group_size is not None:
                 result["prefix"] = {
@@ -232,7 +277,7 @@ def run(
         first, last = losses[:few], losses[-few:]
         return result | {"first_loss": sum(first) / len(first), "last_loss": sum(last) / len(last)}
 
-    inputs: dict[str, Any] = {"options": options.to_json(recipe), "data": identity}
+    inputs: dict[str, Any] = {"options": options.to_json(recipe), "data": task.identity}
     if recipe.levels == "steps":
         inputs["share_on_steps"] = SHARE_ON_STEPS
 
@@ -242,25 +287,46 @@ def run(
 
         ways = [(f"--steps {fewer}", total(fewer)) for fewer in halvings(options.steps)]
         memory = training_bytes(options, recipe, plan) if processes.count() == 1 else 0
-        written = plan.after.bf16_bytes + recipe.states * state_bytes(ws, recipe)
+        written = plan.after.bf16_bytes + task.states_bytes()
         ws.check_time("distill", total(options.steps), ways, progress, memory=memory, written=written)
 
     return ws.stage("distill", inputs, train, check)
 
 
+def make_states(ws: Workspace, options: DistillOptions, data: DataOptions, progress: Progress = silent) -> list[Path]:
+    """Make the states of the first round, and train nothing; `run` with the same options finds them.
+
+    Returns:
+        Their files.
+
+    Raises:
+        InputError: see `run`; or nothing would be trained from states; or several processes run.
+        DiskError: the disk is full.
+    """
+    task = _Task.checked(ws, options, data, HERE, progress)
+    if not task.recipe.states:
+        raise InputError("--only-states: this training runs both models in every step; give --states N")
+    if processes.count() > 1:
+        raise InputError("--only-states: states are made in one process; omit --config, and do not launch several")
+    one = replace(options, steps=1, states=task.recipe.states, rounds=1)
+    total = drawn(ws.subject, data) + made(ws.subject, one, task.plan)
+    ways = [(f"--states {n}", drawn(ws.subject, data) + made(ws.subject, replace(one, states=n), task.plan))
+            for n in halvings(task.recipe.states)]  # fmt: skip
+    ws.check_time("states", total, ways, progress, written=task.states_bytes())
+    maker = task.maker(progress)
+    ws.original.release()
+    return maker.make(0)
+
+
+def _state_path(ws: Workspace) -> Path:
+    return ws.out / "cache" / "distill.safetensors"
+
+
 def _train_whole(
-    ws: Workspace,
-    plan: PrunePlan,
-    pairs: Pairs,
-    options: DistillOptions,
-    recipe: Recipe,
-    schedule: NoiseSchedule,
-    path: Path,
-    key: str,
-    placement: Placement,
-    progress: Progress,
+    task: _Task, path: Path, key: str, placement: Placement, progress: Progress
 ) -> tuple[Tensors, list[float]]:
     """Train with teacher and student in memory; see `training.whole.distill`."""
+    ws, plan, pairs = task.ws, task.plan, task.pairs(progress)
     with processes.main_first():
         mean, basis = mean_and_basis(ws, plan, ws.manifest.stages["prune"]["inputs"])
     pruned = prune_state(
@@ -269,14 +335,14 @@ def _train_whole(
     student = build(ws.family, ws.config, plan, {n: t.float() for n, t in pruned.items()})
     return distill(
         ws.family,
-        _teacher(ws, options.teacher_precision),
+        _teacher(ws, task.options.teacher_precision),
         student,
         plan,
         ws.report(),
         pairs,
-        options,
-        recipe,
-        schedule,
+        task.options,
+        task.recipe,
+        task.schedule,
         path,
         inputs_digest=key,
         placement=placement,
@@ -300,21 +366,29 @@ def trained(subject: Subject, options: DistillOptions, plan: PrunePlan) -> Work:
 
     A sample takes one evaluation of the teacher (two of a guided one) and three of the student: forward, and twice that
     backward. A frozen prefix runs forward only; a student whose weights are not rounded takes the prefix's result from
-    the teacher. From states only what follows the prefix is run, and each state has taken an evaluation of the teacher
-    and one of a prefix that is rounded.
+    the teacher. From states only what follows the prefix is run.
     """
     recipe = recipe_of(options, plan, subject.family, subject.config, subject.generation)
-    share = plan.after.parameters / plan.before.parameters
     prefix = plan.first_pruned / plan.num_blocks if recipe.freeze_prefix else 0.0
-    shared = options.int4_group_size is None and plan.modulation_rank is None
-    own_prefix = 0.0 if shared else prefix
-    learned, taught_by = 3 * max(0.0, share - prefix), 1 if options.guidance is None else 2
+    learned = 3 * max(0.0, plan.after.parameters / plan.before.parameters - prefix)
     samples = options.steps * options.batch
     if not recipe.states:
-        return Work(evaluations=samples * (taught_by + own_prefix + learned))
+        return Work(evaluations=samples * (_before(options, plan, prefix) + learned))
     taught = 1 - prefix if recipe.lambda_feature else 0.0
-    made = recipe.states * recipe.rounds
-    return Work(evaluations=made * (taught_by + own_prefix) + samples * (learned + taught))
+    return made(subject, options, plan) + Work(evaluations=samples * (learned + taught))
+
+
+def made(subject: Subject, options: DistillOptions, plan: PrunePlan) -> Work:
+    """Return the work of making the states of all rounds."""
+    recipe = recipe_of(options, plan, subject.family, subject.config, subject.generation)
+    states = recipe.states * recipe.rounds
+    return Work(evaluations=states * _before(options, plan, plan.first_pruned / plan.num_blocks))
+
+
+def _before(options: DistillOptions, plan: PrunePlan, prefix: float) -> float:
+    """Return the evaluations of the teacher and of the frozen share `prefix` of the student that a sample takes."""
+    shared = options.int4_group_size is None and plan.modulation_rank is None
+    return (1 if options.guidance is None else 2) + (0.0 if shared else prefix)
 
 
 def training_bytes(options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import weakref
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_the_prefix_that_ships_is_the_one_that_states_saw(source: Path, tmp_path
     assert frozen and all(torch.equal(seen[name], shipped[name]) for name in frozen)
     # Rounded without samples, the prefix is another.
     plain = begun(source, tmp_path / "plain")
-    quantize.run(plain, QuantizeOptions())
+    quantize.run(plain, QuantizeOptions(calibration="none"))
     nearest = load_file(next((plain.out / "transformer_int4").glob("*.safetensors")))
     same = all(torch.equal(nearest[name], shipped[name]) for name in frozen)
     assert same == (calibration == "none")
@@ -413,3 +414,25 @@ def test_on_the_command_line(source: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     options = Workspace(out, str(source)).manifest.stages["distill"]["options"]["options"]
     assert (options["states"], options["rounds"], options["prefix_calibration"]) == (4, 1, "feedback")
+
+
+def test_states_alone_are_those_that_training_finds(source: Path, tmp_path: Path, counted: list[int]) -> None:
+    runner, out = CliRunner(), begun(source, tmp_path / "out").out
+    command = [
+        *("distill", "-o", str(out), "--data", "shapes", "--samples", "6"),
+        *("--steps", "2", "--batch", "2", "--states", "4"),
+    ]
+    done = runner.invoke(app, [*command, "--only-states", "--json"])
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout.splitlines()[-1])
+    folder = Path(made["folder"])
+    assert made["states"] == 4 and made["bytes"] == sum(p.stat().st_size for p in folder.iterdir())
+    assert "distill" not in Workspace(out, str(source)).manifest.stages
+    before, moved = files(folder, "*"), shutil.copytree(out, tmp_path / "elsewhere")
+    counted[0] = 0
+    for place in (out, moved):
+        assert runner.invoke(app, [*command[:2], str(place), *command[3:]]).exit_code == 0
+        assert files(place / "cache" / folder.name, "*") == before
+    assert counted[0] == 2 * 2 * 2  # two trainings of two steps of two states through one block
+    refused = runner.invoke(app, [*command[:-1], "0", "--only-states"])
+    assert str(refused.exception).startswith("--only-states: this training runs both models in every step; give --st")
