@@ -256,7 +256,7 @@ def calibration_count(flag: str) -> Any:
         flag,
         min=1,
         help="Number of prompts that calibrate INT4 weights.",
-        show_default="28, or all that were given to `analyze`; 4 of a large model",
+        show_default="28, or all that were given to `analyze`; 2 of a large model",
         rich_help_panel=INT4,
     )
 

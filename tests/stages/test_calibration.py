@@ -140,7 +140,7 @@ def test_weights_that_were_trained_as_they_are_rounded_are_rounded_to_the_neares
 
 def test_of_a_large_model_few_samples_calibrate() -> None:
     few = QuantizeOptions().chosen(rounded=False, large=True)
-    assert (few.calibration, few.count, few.states) == ("feedback", 4, 2)
+    assert (few.calibration, few.count, few.states) == ("feedback", 2, 2)
     asked = QuantizeOptions(count=9, states=3)
     assert asked.chosen(rounded=False, large=True) == replace(asked, calibration="feedback")
     assert QuantizeOptions().chosen(rounded=False, large=False) == QuantizeOptions(calibration="feedback")
@@ -175,7 +175,7 @@ def test_compress_chooses_integers_as_the_stages_one_by_one(
     found, expected = (ws.manifest.stages["quantize"] for ws in (whole, apart))
     assert found["inputs"] == expected["inputs"] and found["options"] == expected["options"]
     assert found["options"]["calibration"] == "feedback" and found["options"].get("states") == (2 if large else None)
-    assert len(found["options"]["prompts"]) == (4 if large else quantize.PROMPTS)
+    assert len(found["options"]["prompts"]) == (2 if large else quantize.PROMPTS)
     assert compress(whole, options) == []
 
 

@@ -29,7 +29,6 @@ from edgeprune.residency.running import running
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import prompts as captions
 from edgeprune.stages.costs import sample
-from edgeprune.stages.options import LARGE_PROMPTS
 from edgeprune.stages.options import LARGE_STATES as CALIBRATED_AT
 from edgeprune.stages.original import Original
 from edgeprune.stages.stand_ins import LARGE_STATES
@@ -58,7 +57,7 @@ class _Model:
 
 
 _MODELS = (
-    _Model("sd3.5-large", "", 8.15e9, 5.66e9, 8.0e12, 2, "25-28,31-34", LARGE_PROMPTS),
+    _Model("sd3.5-large", "", 8.15e9, 5.66e9, 8.0e12, 2, "25-28,31-34", 4),
     _Model("flux.1-dev", "-flux", 11.9e9, 4.97e9, 19e12, 1, "40-47", 2),
 )
 _MEDIUM = ("--height", "512", "--width", "512")
