@@ -100,7 +100,7 @@ def test_every_stage_runs_in_bf16(source: Path, tmp_path: Path, in_bf16: None) -
 def test_int4_is_calibrated_in_bf16_where_that_is_what_the_weights_are(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Its error is then that of float32, nearly, and less than that of the nearest integers."""
+    """That keeps three quarters at least of what float32 gains over the nearest integers."""
     shutil.copytree(source, tmp_path / "tiny")
     (path,) = (tmp_path / "tiny" / "transformer").glob("*.safetensors")
     save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
@@ -120,7 +120,8 @@ def test_int4_is_calibrated_in_bf16_where_that_is_what_the_weights_are(
         assert set(seen) == ({getattr(torch, name.replace("bf16", "bfloat16"))} if how == "feedback" else set())
         whole, rounded = (load_transformer(ws.out, quantized=q) for q in (False, True))
         errors[name] = float((tiny_velocity(rounded) - tiny_velocity(whole)).norm())
-    assert errors["bf16"] < 1.1 * errors["float32"] and errors["bf16"] < errors["nearest"]
+    gained, kept = (errors["nearest"] - errors[name] for name in ("float32", "bf16"))
+    assert kept > 0.75 * gained > 0
 
 
 def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
