@@ -29,7 +29,7 @@ from edgeprune.stages.analyze import run as run_analyze
 from edgeprune.stages.options import AnalyzeOptions
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training import distill as training
-from edgeprune.training import tail, whole
+from edgeprune.training import rounding, tail, whole
 from edgeprune.training.parallel import Parallel
 from edgeprune.training.recipe import DistillOptions, Placement, parameter_groups
 from edgeprune.training.resume import local, save_state
@@ -180,6 +180,10 @@ def main(folder: Path) -> None:
     train(folder, "resumed")
     train(folder, "taken_over")  # from a state that one process saved
     train(folder, "tail", from_states=True)
+    rounding._LARGE = (
+        1  # as a large model's: weights are rounded again in the backward pass, also where they are sharded
+    )
+    train(folder, "ddp_large")
     os.environ |= FSDP2
     AcceleratorState._reset_state()
     train(folder, "sharded")

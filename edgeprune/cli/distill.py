@@ -13,6 +13,7 @@ from edgeprune import api
 from edgeprune.api.folders import check_begun, is_builtin
 from edgeprune.cli import choices, limits, options, screen
 from edgeprune.common import processes
+from edgeprune.common.errors import InputError
 from edgeprune.training.trained import rank_of
 
 EPILOG = "Example: edgeprune distill -o small --data images/ --steps 2000 --rate 1e-4"
@@ -284,6 +285,8 @@ def distill(
         from edgeprune.data.settings import check_source
 
         check_source(data)
+    if only_states and fresh:
+        raise InputError("--fresh: nothing is trained with --only-states, and states that fit are kept; omit one")
     check_begun(out)
     compute = limits.compute_options("auto", None, yes=yes, longest=longest)
     from dataclasses import replace

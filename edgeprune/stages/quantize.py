@@ -50,19 +50,19 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent, *,
     plan, given = ws.plan(), options.calibration
     rounded = ws.training_option("int4_group_size") == options.group_size
     options = options.chosen(rounded=rounded, large=not is_small(ws.subject.numbers))
-    if rounded and options.calibration == "feedback":
-        progress(
-            "quantize: training saw these weights rounded to the nearest. Feedback makes up for errors that it has "
-            "learned to live with, and usually loses more"
-        )
-    if options.calibration == "none" != given:
-        progress("quantize: training saw these weights rounded to the nearest, so they are again (--calibration none)")
     inputs, prompts = options.to_json(), list[str]()
     if options.calibration != "none":
         inputs["prompts"] = prompts = calibrating(ws, count=options.count or PROMPTS)[: options.count]
 
     def check() -> None:
         check_pruned(ws)
+        seen_so = "quantize: training saw these weights rounded to the nearest"
+        if rounded and options.calibration == "feedback":
+            progress(
+                f"{seen_so}. Feedback makes up for errors that it has learned to live with, and usually loses more"
+            )
+        if options.calibration == "none" != given:
+            progress(f"{seen_so}, so they are again (--calibration none)")
         if prompts:
             ws.check_memory()
         check_time(ws, options, plan, len(prompts), progress, counted_by=counted_by)

@@ -436,3 +436,5 @@ def test_states_alone_are_those_that_training_finds(source: Path, tmp_path: Path
     assert counted[0] == 2 * 2 * 2  # two trainings of two steps of two states through one block
     refused = runner.invoke(app, [*command[:-1], "0", "--only-states"])
     assert str(refused.exception).startswith("--only-states: this training runs both models in every step; give --st")
+    refused = runner.invoke(app, [*command, "--only-states", "--fresh"])
+    assert str(refused.exception).startswith("--fresh: nothing is trained with --only-states")

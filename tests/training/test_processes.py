@@ -71,6 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "alone"),
     [
         ("ddp", "one"),
+        ("ddp_large", "one"),
         ("accumulated", "one"),
         ("fresh_blocks", "one_fresh_blocks"),
         ("resumed", "one"),
