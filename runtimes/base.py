@@ -43,11 +43,19 @@ class Backend(Protocol):
     name: str
     """The runtime's name: `ort`, `eager`."""
     provider: str
-    """Where it computes, in the runtime's own term; in low-memory mode empty until the transformer was opened."""
+    """Where it computes, in the runtime's own term; in little memory empty until the transformer was opened."""
     why: str
     """Why it computes there: `the only one here`, `provider=cpu`; empty as long as `provider` is."""
     precision: str
     """What the transformer computes in, as `precision_of` writes it."""
+
+    def prepare(self, height: int, width: int) -> None:
+        """Plan the memory for images of this size in pixels, before anything runs.
+
+        Raises:
+            InputError: the memory that it was given is too little.
+        """
+        ...
 
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
         """Encode text to (hidden (B, M, K), pooled (B, P)), with the zero tokens that stand for an absent T5."""
@@ -64,7 +72,7 @@ class Backend(Protocol):
     def largest_batch(self) -> int | None:
         """Return the most rows that `step` takes in one call, or None if it has no limit.
 
-        An engine or a package has such a limit; in low-memory mode this opens the transformer. `encode` takes any
+        An engine or a package has such a limit; in little memory this opens the transformer. `encode` takes any
         number of prompts, and `generate` decodes images one at a time.
         """
         ...
@@ -381,6 +389,7 @@ class Runtime:
         height = settings.generation.height if height is None else height
         width = settings.generation.width if width is None else width
         check_size(settings, height, width)
+        self.backend.prepare(height, width)
         guided = settings.family.guided(settings.config, scale)
         if negative_prompt and not guided:
             warnings.warn("negative prompt: ignored, because guidance is off", stacklevel=2)
@@ -389,7 +398,7 @@ class Runtime:
         sigmas = self.scheduler.sigmas(
             steps, tokens=tokens, levels=settings.family.levels(steps), mu=settings.family.shift(tokens, steps)
         )
-        # All prompts at once: low-memory mode opens every text encoder for each call.
+        # All prompts at once: in little memory, each call opens every text encoder.
         hidden, pooled = self.backend.encode([*prompts, negative_prompt] if guided else prompts)
         noise = initial_latents(settings, seeds, height, width)
         size = batch_of(self.backend, tokens, guided=guided)

@@ -25,7 +25,7 @@ import numpy as np
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.runtimes.base import Array, Settings
-from edgeprune.runtimes.networks import NetworkBackend
+from edgeprune.runtimes.networks import NetworkBackend, WholeEngine
 
 # Outside macOS it cannot predict, and it would import torch if that is installed.
 with needs("coreml"):
@@ -147,7 +147,7 @@ def _line(error: Exception) -> str:
 
 
 def open_backend(
-    folder: Path, settings: Settings, *, compute_units: str = "all", low_memory: bool = False
+    folder: Path, settings: Settings, *, compute_units: str = "all", memory: int | None = None
 ) -> NetworkBackend:
     """Open an export folder.
 
@@ -155,7 +155,8 @@ def open_backend(
         folder: an export of format coreml.
         settings: that folder's settings.
         compute_units: one of COMPUTE_UNITS; Core ML chooses among these for each operation.
-        low_memory: hold the networks of one stage at a time; compiled packages are kept for the next image.
+        memory: most bytes of the process; None takes most of what is free. Networks whose files do not fit together
+            are open one after the other; compiled packages are kept for the next image.
 
     Raises:
         InputError: this is not a Mac, the compute units are unknown, or a package is missing or damaged.
@@ -179,6 +180,7 @@ def open_backend(
         times[path.name] = network.times
         return network
 
-    backend = NetworkBackend("coreml", folder, settings, open_network, activations="fp16", low_memory=low_memory)
+    engine = WholeEngine("coreml", open_network, activations="fp16")
+    backend = NetworkBackend(engine, folder, settings, memory=memory)
     backend.times = times
     return backend

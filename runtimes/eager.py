@@ -74,6 +74,9 @@ class EagerBackend:
             raise InputError("the runtime is closed; load the folder again")
         return self._pipeline
 
+    def prepare(self, height: int, width: int) -> None:
+        """Do nothing: parts of the pipeline make room for each other as they run."""
+
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
         """Encode text to (hidden (B, M, K), pooled (B, P)) with diffusers' own encode_prompt."""

@@ -14,6 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edgeprune.common.errors import InputError, MissingExtraError
+from edgeprune.common.memory import SHARE
 from edgeprune.runtimes.memory import Reading
 
 
@@ -38,7 +39,7 @@ class Gpu:
         self.call("cudaSetDevice", 0)
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call a function of the CUDA runtime and return its value, if it has one.
+        """Call a function of the CUDA runtime and return its value, or values, if it has any.
 
         Raises:
             InputError: CUDA reports an error.
@@ -47,7 +48,7 @@ class Gpu:
         if int(error):
             _, text = self._cuda.cudaGetErrorString(error)
             raise InputError(f"CUDA: {name} failed: {text.decode()} (error {int(error)})")
-        return values[0] if values else None
+        return values[0] if len(values) == 1 else values or None
 
     def allocate(self, size: int) -> int:
         """Allocate device memory, at least one byte, and return its address.
@@ -60,7 +61,7 @@ class Gpu:
         except InputError as error:
             raise InputError(
                 f"cannot allocate {size} bytes of GPU memory: {error}; {self.allocated_bytes} bytes are in use: "
-                "try a smaller image or batch, or load with low_memory"
+                "try a smaller image or batch, or load with less memory=, so that networks take turns"
             ) from None
         self._sizes[pointer] = size
         self._count(allocated=size)
@@ -121,6 +122,12 @@ class Gpu:
     def destroy_graph(self, graph: Any) -> None:
         """Destroy a captured graph."""
         self.call("cudaGraphExecDestroy", graph)
+
+    def room(self) -> tuple[int, int]:
+        """Return the bytes of GPU memory that this process has, and may have at most: most of what is free."""
+        free, _ = self.call("cudaMemGetInfo")
+        held = self.weights_bytes + self.allocated_bytes
+        return held, held + int(SHARE * free)
 
     def memory(self) -> dict[str, Reading]:
         """Return the rows of memory.SPLIT for the GPU; the runtime's overhead is there only if NVML reports it."""

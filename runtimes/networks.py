@@ -1,28 +1,36 @@
 """A `Backend` made of exported networks, each a function from named arrays to named arrays.
 
-A runtime provides a function that opens a network's folder (`OUT/transformer`). This file decides when each network
-runs; the family handles what differs between models (which hidden state, packing). Low-memory mode opens a network when
-it is needed and closes it before the next stage, so the peak is the largest stage, not the sum. The stages are CLIPs,
-T5, transformer, VAE. Opening CLIPs one at a time would fragment the heap: that measured 24 MB more, not 32 MB less.
+A runtime provides an `Engine`, which opens a network's folder (`OUT/transformer`). This file decides when each network
+runs, and in how much memory; the family handles what differs between models (which hidden state, packing). Where all
+networks fit into memory, all stay open. Otherwise they are open one after the other: text encoders, transformer, VAE.
+One that does not fit alone runs in pieces, if its engine can cut it.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json
+from edgeprune.common.heap import trim
+from edgeprune.common.memory import allowed, resident
 from edgeprune.families.encoders import T5, check_tokens, text_encoders, tokenizer_of
 from edgeprune.runtimes.base import Array, Settings, precision_of
 from edgeprune.runtimes.memory import Meter, Reading
+from edgeprune.runtimes.pieces import RESERVE, Needs
 from edgeprune.runtimes.text import PromptTokenizer
-from edgeprune.sampling.generation import latent_scale
+from edgeprune.sampling.generation import latent_scale, longest_prompt
 from edgeprune.sampling.prompts import cut_words
+
+Shapes = Mapping[str, Sequence[int]]
+"""The shape of each input of a network, by name."""
 
 
 class Network(Protocol):
@@ -50,41 +58,100 @@ class Network(Protocol):
         ...
 
 
-Open = Callable[[Path], Network]
-"""Opens the network in a folder like OUT/transformer."""
+@runtime_checkable
+class Piecewise(Protocol):
+    """A network that runs in pieces."""
+
+    def many(self, feeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Array]]:
+        """Return the outputs for each set of inputs; all go through a piece before the next is opened."""
+        ...
+
+
+class Engine(Protocol):
+    """A vendor's library, which runs networks."""
+
+    @property
+    def name(self) -> str:
+        """The runtime's name."""
+        ...
+
+    @property
+    def activations(self) -> str:
+        """What the transformer computes in, apart from INT4 weights; see `precision_of`."""
+        ...
+
+    def open(self, folder: Path, limit: int | None) -> Network:
+        """Open the network in a folder like OUT/transformer.
+
+        Args:
+            folder: the network's.
+            limit: run it in pieces, so that the process has at most so many bytes; None to open it whole.
+        """
+        ...
+
+    def needs(self, folder: Path, shapes: Shapes) -> Needs:
+        """Return the bytes that a network adds to the process when it runs on inputs of these shapes."""
+        ...
+
+    def room(self) -> tuple[int, int]:
+        """Return the bytes that the process has now where its networks will be, and may have at most."""
+        ...
+
+    def memory(self) -> dict[str, Reading]:
+        """Return rows for the memory of a device that has its own."""
+        ...
+
+
+def room_here() -> tuple[int, int]:
+    """Return the bytes that the process has now, and may have at most."""
+    return resident(), allowed()
+
+
+@dataclass(frozen=True)
+class WholeEngine:
+    """An engine that opens every network whole, and is not known to take more than the network's files."""
+
+    name: str
+    opener: Callable[[Path], Network]
+    activations: str = "fp32"
+    rows: Callable[[], dict[str, Reading]] = dict
+    room: Callable[[], tuple[int, int]] = room_here
+
+    def open(self, folder: Path, limit: int | None) -> Network:
+        """Open a network whole."""
+        return self.opener(folder)
+
+    def needs(self, folder: Path, shapes: Shapes) -> Needs:
+        """Return the bytes of its files; values are not counted."""
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        return Needs(size, size)
+
+    def memory(self) -> dict[str, Reading]:
+        """Return rows for the memory of a device that has its own."""
+        return self.rows()
 
 
 class NetworkBackend:
     """The `Backend` of an export folder.
 
     Args:
-        name: the runtime's name.
+        engine: runs the networks.
         folder: the export.
         settings: that folder's settings.
-        open_network: opens one network's folder.
-        activations: what the transformer computes in, apart from INT4 weights; see `precision_of`.
-        low_memory: hold the networks of one stage at a time.
-        memory: returns rows for the memory of a device that has its own.
+        memory: most bytes of the process, or of its device; None takes most of what is free.
 
     Raises:
-        InputError: a file is missing, damaged or not as the export wrote it.
+        InputError: a file is missing, damaged or not as the export wrote it, or the memory is too little for an image
+            of the folder's own size.
     """
 
-    def __init__(
-        self,
-        name: str,
-        folder: Path,
-        settings: Settings,
-        open_network: Open,
-        *,
-        activations: str = "fp32",
-        low_memory: bool,
-        memory: Callable[[], dict[str, Reading]] = dict,
-    ) -> None:
+    def __init__(self, engine: Engine, folder: Path, settings: Settings, *, memory: int | None = None) -> None:
+        self._base, free = engine.room()
+        self._base += RESERVE
         self._meter = Meter()
-        self.name, self.provider, self.why = name, "", ""
-        self._device_memory = memory
-        self._folder, self._open, self._low_memory = folder, open_network, low_memory
+        self.name, self.provider, self.why = engine.name, "", ""
+        self._engine, self._folder, self._settings = engine, folder, settings
+        self._memory, self._limit = memory, memory or free
         self._t5_tokens = settings.generation.max_sequence_length
         check_tokens(folder, self._t5_tokens)
         self._family, self._config = settings.family, settings.config
@@ -98,37 +165,86 @@ class NetworkBackend:
             n: PromptTokenizer(folder / tokenizer_of(n), max_length=length) for n, length in lengths.items()
         }
         quantized = read_json(folder / "edgeprune_export.json").get("quantized") is not False
-        self.precision = precision_of(activations, quantized=quantized)
+        self.precision = precision_of(engine.activations, quantized=quantized)
         self.times: dict[str, dict[str, float]] = {}
         """Seconds it took to open each network, for runtimes that report the parts of that."""
         self._closed = False
         self._networks: dict[str, Network] = {}
-        if not low_memory:
+        self._prepared: tuple[int, int] | None = None
+        self._in_turn = False
+        self._cut: set[str] = set()
+        self.prepare(settings.generation.height, settings.generation.width)
+        if not self._in_turn:
             try:
-                for network in (*self._encoders, "transformer", "vae_decoder"):
+                for network in self._names:
                     self._network(network)
             except BaseException:
                 self.close()  # nobody else could close those that are open
                 raise
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """The networks, in the order in which they run."""
+        return (*self._encoders, "transformer", "vae_decoder")
+
+    def prepare(self, height: int, width: int) -> None:
+        """Decide for images of this size which networks are in memory at one time, and which run in pieces.
+
+        Raises:
+            InputError: the memory is too little.
+        """
+        if self._prepared == (height, width):
+            return
+        shapes = self._shapes(height, width)
+        needs = {name: self._engine.needs(self._folder / name, shapes[name]) for name in self._names}
+        in_turn = self._base + sum(need.whole for need in needs.values()) > self._limit
+        cut = {name for name, need in needs.items() if in_turn and self._base + need.whole > self._limit}
+        most = max(self._names, key=lambda name: needs[name].least if name in cut else 0)
+        least = self._base + needs[most].least
+        if cut and least > self._limit:
+            if self._memory is not None:
+                raise InputError(
+                    f"memory: found {self._memory / 1e9:.2f} GB, expected at least {least / 1e9 + 0.005:.2f} GB, "
+                    f"which {most} takes for an image of {width}x{height} pixels"
+                )
+            self._limit = least  # less is free, but the system may still find it
+        if (in_turn, cut) != (self._in_turn, self._cut):
+            self._close_all()
+        self._prepared, self._in_turn, self._cut = (height, width), in_turn, cut
+
+    def _shapes(self, height: int, width: int) -> dict[str, Shapes]:
+        """Return the shapes of each network's inputs, for one image."""
+        factor, channels = self._settings.factor, self._settings.channels
+        latents = np.zeros((1, channels, height // factor, width // factor), np.float32)
+        wide, pooled = self._family.text_widths(self._config)
+        tokens = self._family.text_tokens(longest_prompt(self._folder), self._t5_tokens)
+        text = np.zeros((1, tokens, wide), np.float32), np.zeros((1, pooled), np.float32)
+        inputs = self._family.inputs(self._config, latents, *text, np.zeros(1, np.float32), 0.0)
+        encoders = {name: {"input_ids": (1, tokenizer.max_length)} for name, tokenizer in self._tokenizers.items()}
+        return {
+            **encoders,
+            "transformer": {name: value.shape for name, value in inputs.items()},
+            "vae_decoder": {"latent_sample": latents.shape},
+        }
+
     def _network(self, name: str) -> Network:
-        """Return a network, opened if necessary; low-memory mode first closes the networks of other stages."""
+        """Return a network, opened if necessary; where they are open in turn, the others are closed first."""
         if self._closed:
             raise InputError("the runtime is closed; load the folder again")
-        if self._low_memory:
-            for other in [n for n in self._networks if self._stage(n) != self._stage(name)]:
-                self._meter.note()
-                self._networks.pop(other).close()
+        if self._in_turn and self._networks.keys() - {name}:
+            self._close_all()
         if name not in self._networks:
             with self._meter.opening():
-                self._networks[name] = self._open(self._folder / name)
+                limit = self._limit if name in self._cut else None
+                self._networks[name] = self._engine.open(self._folder / name, limit)
             if name == "transformer":
                 self.provider, self.why = self._networks[name].provider, self._networks[name].why
         return self._networks[name]
 
-    def _stage(self, name: str) -> str:
-        """Return a network's stage: a text encoder's class, else its name. Low-memory mode holds only one stage."""
-        return self._encoders.get(name, name)
+    def _run(self, name: str, feeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Array]]:
+        """Return a network's outputs for each set of inputs."""
+        network = self._network(name)
+        return network.many(feeds) if isinstance(network, Piecewise) else [network(**feed) for feed in feeds]
 
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
         """Encode text to (hidden (B, M, K), pooled (B, P))."""
@@ -137,17 +253,21 @@ class NetworkBackend:
             tokenizer = self._tokenizers[name]
             if line := cut_words(name, prompts, tokenizer.count, tokenizer.max_length):
                 warnings.warn(line, stacklevel=2)
-            network = self._network(name)
             # One prompt at a time: the NPU compiles for one batch size.
-            rows = [network(input_ids=row[None]) for row in tokenizer(prompts)]
+            rows = self._run(name, [{"input_ids": row[None]} for row in tokenizer(prompts)])
             outputs[name] = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
         return self._family.join(self._config, outputs, self._t5_tokens)
 
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
         """Compute one velocity (B, C, h, w)."""
-        inputs = self._family.inputs(self._config, latents, text, pooled, sigma, guidance)
-        outputs = self._network("transformer")(**inputs)
-        velocity: Array = self._family.velocity(self._config, next(iter(outputs.values())), latents.shape)
+        inputs = functools.partial(self._family.inputs, self._config, guidance=guidance)
+        if self._in_turn:  # a second sample would double the values, and guidance needs two
+            rows = [slice(i, i + 1) for i in range(len(latents))]
+            feeds = [inputs(latents[row], text[row], pooled[row], sigma[row]) for row in rows]
+        else:
+            feeds = [inputs(latents, text, pooled, sigma)]
+        outputs = [next(iter(output.values())) for output in self._run("transformer", feeds)]
+        velocity: Array = self._family.velocity(self._config, np.concatenate(outputs), latents.shape)
         return velocity
 
     def largest_batch(self) -> int | None:
@@ -156,13 +276,16 @@ class NetworkBackend:
 
     def decode(self, latents: Array) -> Array:
         """Decode latents (B, C, h, w) to pixels (B, 3, H, W)."""
-        decoder = self._network("vae_decoder")
         scaled = latents / np.float32(self._scaling) + np.float32(self._shift)
-        return next(iter(decoder(latent_sample=scaled).values()))
+        (output,) = self._run("vae_decoder", [{"latent_sample": scaled}])
+        return next(iter(output.values()))
 
     def memory(self) -> dict[str, Reading]:
-        """Return the rows of memory.SPLIT, for the device if it measures its own memory, else for this process."""
-        device = self._device_memory()
+        """Return the rows of memory.SPLIT, for the device if it measures its own memory, else for this process.
+
+        Weights that are opened and closed within a step cannot be told from activations: the row has both.
+        """
+        device = self._engine.memory()
         return device if "peak_bytes" in device else self._meter.rows() | device
 
     def close(self) -> None:
@@ -170,6 +293,12 @@ class NetworkBackend:
         if not self._closed:
             self._meter.note()
         self._closed = True
+        self._close_all()
+
+    def _close_all(self) -> None:
+        if self._networks:
+            self._meter.note()
         for network in self._networks.values():
             network.close()
         self._networks.clear()
+        trim()

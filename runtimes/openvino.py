@@ -18,8 +18,9 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ from edgeprune.common.threads import usable
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external
 from edgeprune.runtimes.mapped import evicting
-from edgeprune.runtimes.networks import NetworkBackend
+from edgeprune.runtimes.memory import Reading
+from edgeprune.runtimes.networks import Network, NetworkBackend, Shapes, room_here
+from edgeprune.runtimes.openvino_graph import Graph
+from edgeprune.runtimes.openvino_pieces import OpenVinoPieces
+from edgeprune.runtimes.pieces import Needs
 
 with needs("openvino"):
     import openvino
@@ -63,38 +68,29 @@ def core() -> openvino.Core:
     return openvino.Core()
 
 
-class OpenVinoNetwork:
-    """One IR or ONNX file, with inputs and outputs by name; maps OpenVINO's errors to InputError.
-
-    It is compiled for the sizes of the first call, and again when they change. The NPU requires fixed sizes, and on the
-    CPU a model with dynamic sizes keeps the activations of every block (70 MB per block of SD3.5 Large at 512x512).
-    """
+class OpenVinoFile:
+    """One IR or ONNX file, from which models are read and compiled; maps OpenVINO's errors to InputError."""
 
     def __init__(self, path: Path, device: str, config: dict[str, Any]) -> None:
         if not path.exists():
             raise InputError(f"{path}: no such file, expected an OpenVINO or ONNX model; export again")
-        self._path, self._device, self._config = path, device, config
+        self.path, self.device, self._config = path, device, config
         self._remove_links: Callable[[], object] = lambda: None
-        if path.suffix == ".onnx":
-            path = self._unlinked(path, check_external(path))
-        self._weights = path.with_suffix(".bin") if path.suffix == ".xml" else Path(f"{path}.data")
-        self._shapes: dict[str, list[int]] | None = None
-        self._compiled: openvino.CompiledModel | None = None
-        try:
-            self._model: openvino.Model | None = core().read_model(path)
-        except RuntimeError as error:
-            raise self._unusable(error) from None
-        if _PRECISION in config and not _has_exact_angles(self._model):
+        self._file = self._unlinked(check_external(path)) if path.suffix == ".onnx" else path
+        self._weights = path.with_suffix(".bin") if path.suffix == ".xml" else Path(f"{self._file}.data")
+        model = self._read()
+        self.kinds = {port.any_name: port.element_type.to_dtype() for port in model.inputs}
+        """The type of each input, by name."""
+        if _PRECISION in config and not _has_exact_angles(model):
             self._config = config | {_PRECISION: "f32"}
-        self._repacked = False
-        self.provider, self.why = device, f"device={device}"
 
-    def _unlinked(self, path: Path, data: set[str]) -> Path:
+    def _unlinked(self, data: set[str]) -> Path:
         """Return an ONNX file whose external data is no symlink: OpenVINO refuses data that is in another folder.
 
         In a hub's cache every file is a symlink to another folder. Hard links take no room, but have to be on the same
         disk. They stay as long as this object, which maps them.
         """
+        path = self.path
         if not any((path.parent / name).is_symlink() for name in data):
             return path
         try:
@@ -112,15 +108,90 @@ class OpenVinoNetwork:
         return folder / path.name
 
     def _unusable(self, error: RuntimeError) -> InputError:
-        return InputError(f"{self._path}: OpenVINO cannot open it on {self._device}: {_line(error)}; export again")
+        return InputError(f"{self.path}: OpenVINO cannot open it on {self.device}: {_line(error)}; export again")
 
-    def _compile(self, model: openvino.Model) -> openvino.CompiledModel:
-        self._repacked = False
+    def _read(self) -> openvino.Model:
         try:
-            with evicting(self._weights):
-                return core().compile_model(model, self._device, self._config)
+            return core().read_model(self._file)
         except RuntimeError as error:
             raise self._unusable(error) from None
+
+    def read(self, shapes: Mapping[str, Sequence[int]]) -> openvino.Model:
+        """Return the model with inputs of these shapes. Its weights stay in the file.
+
+        Raises:
+            InputError: an input is missing, or the model does not take one of this shape.
+        """
+        if missing := set(self.kinds) - set(shapes):
+            raise InputError(f"{self.path}: inputs: the model also needs {sorted(missing)}, found {sorted(shapes)}")
+        model = self._read()
+        try:
+            model.reshape({name: list(shape) for name, shape in shapes.items()})
+        except RuntimeError as error:
+            raise self._failed(error, shapes) from None
+        return model
+
+    def compiled(self, model: openvino.Model) -> Compiled:
+        """Return the model ready to run on the device."""
+        try:
+            with evicting(self._weights):
+                return Compiled(self, core().compile_model(model, self.device, self._config))
+        except RuntimeError as error:
+            raise self._unusable(error) from None
+
+    def evicting(self) -> AbstractContextManager[None]:
+        """Evict the mapped weights inside this context."""
+        return evicting(self._weights)
+
+    def _failed(self, error: RuntimeError, shapes: Mapping[str, Sequence[int]]) -> InputError:
+        return InputError(f"{self.path}: OpenVINO failed: {_line(error)}; inputs were {dict(shapes)}")
+
+    def failed(self, error: RuntimeError, feed: Sequence[Array]) -> InputError:
+        """Return the error of a run."""
+        return InputError(f"{self.path}: OpenVINO failed: {_line(error)}; inputs were {[a.shape for a in feed]}")
+
+    def close(self) -> None:
+        """Remove what was written for it."""
+        self._remove_links()
+
+
+class Compiled:
+    """A model, or a piece of one, on its device."""
+
+    def __init__(self, file: OpenVinoFile, model: openvino.CompiledModel) -> None:
+        self._file, self._model = file, model
+        self._repacked = False
+        self.names = [port.names for port in model.outputs]
+        """The names of each output."""
+
+    def __call__(self, feed: Sequence[Array]) -> list[Array]:
+        """Return copies of all outputs, in their order, for all inputs in theirs."""
+        try:
+            # The CPU repacks weights at their first use.
+            with nullcontext() if self._repacked else self._file.evicting():
+                values = self._model(list(feed))
+            self._repacked = True
+        except RuntimeError as error:
+            raise self._file.failed(error, feed) from None
+        return [np.array(value) for value in values.values()]
+
+    def rest(self) -> None:
+        """Free what it has for values until the next run."""
+        self._model.release_memory()
+
+
+class OpenVinoNetwork:
+    """A whole network, with inputs and outputs by name.
+
+    It is compiled for the sizes of the first call, and again when they change. The NPU requires fixed sizes, and on the
+    CPU a model with dynamic sizes keeps the activations of every block (70 MB per block of SD3.5 Large at 512x512).
+    """
+
+    def __init__(self, file: OpenVinoFile) -> None:
+        self._file: OpenVinoFile | None = file
+        self._shapes: dict[str, list[int]] | None = None
+        self._compiled: Compiled | None = None
+        self.provider, self.why = file.device, f"device={file.device}"
 
     def largest_batch(self, name: str) -> None:
         """Return None: the sizes of an export's models are dynamic."""
@@ -128,30 +199,22 @@ class OpenVinoNetwork:
 
     def __call__(self, **arrays: Any) -> dict[str, Array]:
         """Return the outputs by name, float32."""
-        if self._model is None:
+        if self._file is None:
             raise InputError("the runtime is closed; load the folder again")
         shapes = {name: list(np.shape(value)) for name, value in arrays.items()}
-        types = {port.any_name: port.element_type.to_dtype() for port in self._model.inputs}
-        if missing := set(types) - set(arrays):
-            raise InputError(f"{self._path}: inputs: the model also needs {sorted(missing)}, found {sorted(arrays)}")
-        try:
-            if self._compiled is None or shapes != self._shapes:
-                self._compiled = None  # frees its memory before the next one needs it
-                self._model.reshape(shapes)
-                self._compiled, self._shapes = self._compile(self._model), shapes
-            feed = {name: np.asarray(arrays[name], kind) for name, kind in types.items()}
-            # The CPU repacks weights at their first use.
-            with nullcontext() if self._repacked else evicting(self._weights):
-                values = self._compiled(feed)
-            self._repacked = True
-        except RuntimeError as error:
-            raise InputError(f"{self._path}: OpenVINO failed: {_line(error)}; inputs were {shapes}") from None
-        return {name: np.asarray(value, np.float32) for port, value in values.items() for name in port.names}
+        if self._compiled is None or shapes != self._shapes:
+            self._compiled = None  # frees its memory before the next one needs it
+            self._compiled, self._shapes = self._file.compiled(self._file.read(shapes)), shapes
+        values = self._compiled([np.asarray(arrays[name], kind) for name, kind in self._file.kinds.items()])
+        named = zip(self._compiled.names, values, strict=True)
+        return {name: np.asarray(value, np.float32) for names, value in named for name in names}
 
     def close(self) -> None:
         """Drop the compiled model; OpenVINO then frees its memory."""
-        self._compiled = self._model = None
-        self._remove_links()
+        self._compiled = None
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
 
 def _has_exact_angles(model: openvino.Model) -> bool:
@@ -219,6 +282,39 @@ def settings_of(
     return config
 
 
+@dataclass(frozen=True)
+class OpenVinoEngine:
+    """Opens networks on one device."""
+
+    file: str
+    """The name of a network's file."""
+    device: str
+    config: Mapping[str, Any]
+    activations: str
+    name: str = "openvino"
+
+    def open(self, folder: Path, limit: int | None) -> Network:
+        """Open a network, whole or in pieces."""
+        file = OpenVinoFile(folder / self.file, self.device, dict(self.config))
+        return OpenVinoNetwork(file) if limit is None else OpenVinoPieces(file, limit)
+
+    def needs(self, folder: Path, shapes: Shapes) -> Needs:
+        """Return the bytes that a network takes; it is read, without its weights."""
+        file = OpenVinoFile(folder / self.file, self.device, dict(self.config))
+        try:
+            return Graph(file.read(shapes)).measured().needs()
+        finally:
+            file.close()
+
+    def room(self) -> tuple[int, int]:
+        """Return the bytes that the process has now, and may have at most."""
+        return room_here()
+
+    def memory(self) -> dict[str, Reading]:
+        """Return nothing: the process has the memory."""
+        return {}
+
+
 def open_backend(
     folder: Path,
     settings: Settings,
@@ -227,7 +323,7 @@ def open_backend(
     threads: int = 0,
     dynamic_quantization: bool = False,
     cache_dir: str | Path | None = None,
-    low_memory: bool = False,
+    memory: int | None = None,
 ) -> NetworkBackend:
     """Open an export folder of format openvino or onnx.
 
@@ -241,7 +337,8 @@ def open_backend(
             exported to ONNX. It is less exact: the error is about 1e-2 of the velocity's largest value on the built-in
             model, instead of 1e-6.
         cache_dir: keeps compiled models there, so that the next start is faster.
-        low_memory: hold the networks of one stage at a time.
+        memory: most bytes of the process; None takes most of what is free. Networks that do not fit together are open
+            one after the other, and blocks that do not fit are opened and closed at each step.
 
     Raises:
         InputError: a file is missing, damaged or not as the export wrote it, or an option does not fit the device.
@@ -256,11 +353,5 @@ def open_backend(
         cache_dir=cache_dir,
     )
     file = FILES[exported["target"]]
-    return NetworkBackend(
-        "openvino",
-        folder,
-        settings,
-        lambda path: OpenVinoNetwork(path / file, device, config),
-        activations="int8" if dynamic_quantization else "fp32" if device == "CPU" else "fp16",
-        low_memory=low_memory,
-    )
+    activations = "int8" if dynamic_quantization else "fp32" if device == "CPU" else "fp16"
+    return NetworkBackend(OpenVinoEngine(file, device, config, activations), folder, settings, memory=memory)

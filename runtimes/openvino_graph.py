@@ -18,7 +18,7 @@ import numpy as np
 import openvino
 from openvino import opset13
 
-from edgeprune.runtimes.pieces import Operation
+from edgeprune.runtimes.pieces import Operation, Sizes
 
 _WIDENED = 2
 """Bytes of an opened float16 weight by those in the file: the CPU computes in float32."""
@@ -76,6 +76,10 @@ class Graph:
         }
         """The values that the model returns, by name."""
 
+    def measured(self) -> Sizes:
+        """Return the operations with the bytes of all values."""
+        return Sizes(self.operations, self.sizes, tuple(self.inputs.values()), tuple(set(self.outputs.values())))
+
     def _number(self, port: Any) -> int:
         """Return the number of a value."""
         key = port.get_node().get_instance_id(), port.get_index()
@@ -110,7 +114,11 @@ class Graph:
         Args:
             ranges: in order, without gaps.
         """
-        place = {node.get_instance_id(): index for index, part in enumerate(ranges) for node in self.nodes[part.start : part.stop]}
+        place = {
+            node.get_instance_id(): index
+            for index, part in enumerate(ranges)
+            for node in self.nodes[part.start : part.stop]
+        }
         reads: list[dict[int, Any]] = [{} for _ in ranges]
         makes: list[dict[int, None]] = [{} for _ in ranges]
         returned = {value: name for name, value in self.outputs.items()}

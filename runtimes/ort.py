@@ -22,7 +22,7 @@ from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external
 from edgeprune.runtimes.gpu import nvml_row
 from edgeprune.runtimes.mapped import evicting
-from edgeprune.runtimes.networks import NetworkBackend
+from edgeprune.runtimes.networks import NetworkBackend, WholeEngine
 from edgeprune.runtimes.providers import Choice, choose
 
 with needs("onnx"):
@@ -173,7 +173,7 @@ def open_backend(
     accuracy_level: int = 1,
     threads: int = 0,
     cache_dir: str | Path | None = None,
-    low_memory: bool = False,
+    memory: int | None = None,
 ) -> NetworkBackend:
     """Open an export folder.
 
@@ -185,7 +185,8 @@ def open_backend(
         threads: threads inside one operator; 0 for as many as affinity, quota and cores allow.
         cache_dir: keeps prepacked weights there and maps them (CPU only). The first start creates them, which takes
             more time and memory.
-        low_memory: hold the networks of one stage at a time.
+        memory: most bytes of the process; None takes most of what is free. Networks whose files do not fit together
+            are open one after the other.
 
     Raises:
         InputError: a file is missing, damaged or not as the export wrote it, or an option does not fit.
@@ -197,12 +198,10 @@ def open_backend(
     if cache_dir is not None and choice.name != "cpu":
         raise InputError(f"cache_dir: found it for {choice.providers[0]}, expected it for provider=cpu only")
     cache = None if cache_dir is None else Path(cache_dir)
-    return NetworkBackend(
+    engine = WholeEngine(
         "ort",
-        folder,
-        settings,
         lambda path: OrtNetwork(path / "model.onnx", options, choice, cache),
         activations="int8" if accuracy_level == 4 else "fp32",
-        low_memory=low_memory,
-        memory=nvml_row if choice.name in ("tensorrt", "cuda") else dict,
+        rows=nvml_row if choice.name in ("tensorrt", "cuda") else dict,
     )
+    return NetworkBackend(engine, folder, settings, memory=memory)

@@ -7,7 +7,7 @@ next, which in a transformer is between two blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 LEAST = 1 / 3
@@ -24,7 +24,7 @@ class Operation:
     makes: tuple[int, ...]
 
 
-def cuts(operations: Sequence[Operation], sizes: Mapping[int, int], most: int, kept: Iterable[int]) -> list[range]:
+def cuts(operations: Sequence[Operation], sizes: Sequence[int], most: int, kept: Iterable[int]) -> list[range]:
     """Return the pieces: ranges of operations that together are all, in order.
 
     Args:
@@ -36,7 +36,7 @@ def cuts(operations: Sequence[Operation], sizes: Mapping[int, int], most: int, k
     crossing = _crossing(operations, sizes, kept)
     out, start = [], 0
     while start < len(operations):
-        weights, ends = 0, []
+        weights, ends = 0, list[tuple[int, int]]()
         for end in range(start + 1, len(operations) + 1):
             weights += operations[end - 1].weights
             if weights > most and ends:
@@ -52,7 +52,7 @@ def cuts(operations: Sequence[Operation], sizes: Mapping[int, int], most: int, k
     return out
 
 
-def working(operations: Sequence[Operation], sizes: Mapping[int, int], kept: Iterable[int]) -> int:
+def working(operations: Sequence[Operation], sizes: Sequence[int], kept: Iterable[int]) -> int:
     """Return the most bytes of values that are alive at one time in a piece.
 
     It is an upper bound: a runtime fuses operations, and then some of these values never exist.
@@ -74,7 +74,7 @@ def working(operations: Sequence[Operation], sizes: Mapping[int, int], kept: Ite
     return most
 
 
-def _crossing(operations: Sequence[Operation], sizes: Mapping[int, int], kept: Iterable[int]) -> list[int]:
+def _crossing(operations: Sequence[Operation], sizes: Sequence[int], kept: Iterable[int]) -> list[int]:
     """Return the bytes that are made before, and read at or after, each operation; one more for the end."""
     first = {value: index for index, one in enumerate(operations) for value in one.makes}
     last = {value: index for index, one in enumerate(operations) for value in one.reads}
@@ -89,3 +89,99 @@ def _crossing(operations: Sequence[Operation], sizes: Mapping[int, int], kept: I
         alive += change[index]
         out.append(alive)
     return out
+
+
+# ------------------------------------------------------------------------------------- what they take
+
+PIECE_BYTES = 200_000_000
+"""Most bytes of weights in a piece that is opened and closed at each run: one or two blocks."""
+RESERVE = 200_000_000
+"""Bytes that a process needs besides: the runtime's libraries and compiled code, what its allocator holds back."""
+SLACK = 1.25
+"""Bytes that a runtime takes for values, by those that are alive: operations have buffers of their own."""
+MAPPED = 300_000_000
+"""Most bytes of a weight file that are mapped while its weights are repacked; see mapped.py."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a network adds to a process, at most, besides RESERVE."""
+
+    whole: int
+    """Opened as it is."""
+    least: int
+    """In the smallest pieces, one open at a time."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a network runs within a limit."""
+
+    parts: list[range]
+    """Of its operations, in order."""
+    resident: bool
+    """Whether the first part stays open."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A network's operations at given sizes of its inputs."""
+
+    operations: Sequence[Operation]
+    """In execution order."""
+    values: Sequence[int]
+    """Bytes of each value."""
+    inputs: Sequence[int]
+    """The values that it is given."""
+    outputs: Sequence[int]
+    """The values that it returns."""
+
+    def needs(self) -> Needs:
+        """Return what the network takes."""
+        return Needs(self._opened(range(len(self.operations))), self._streamed(self._cuts(PIECE_BYTES), rows=1))
+
+    def layout(self, room: int, rows: int) -> Layout:
+        """Return the layout that keeps as many weights open as fit.
+
+        Args:
+            room: bytes that the network may take.
+            rows: the sets of inputs that go through a piece before the next is opened.
+        """
+        smallest = self._cuts(PIECE_BYTES)
+        between = self._between(smallest, rows)
+        for count in range(len(smallest), 1, -1):
+            head = range(smallest[count - 1].stop)
+            rest = max((self._closed(part) for part in smallest[count:]), default=0)
+            held = self._weights(head)
+            if max(self._opened(head), held + rest) + between <= room:
+                return Layout([head, *smallest[count:]], resident=True)
+        return Layout(smallest, resident=False)
+
+    def _cuts(self, most: int) -> list[range]:
+        return cuts(self.operations, self.values, most, self.outputs)
+
+    def _weights(self, part: range) -> int:
+        return sum(self.operations[index].weights for index in part)
+
+    def _working(self, part: range) -> int:
+        later = {value for one in self.operations[part.stop :] for value in one.reads} | set(self.outputs)
+        inside = self.operations[part.start : part.stop]
+        kept = later & {value for one in inside for value in one.makes}
+        return int(SLACK * working(inside, self.values, kept))
+
+    def _opened(self, part: range) -> int:
+        weights = self._weights(part)
+        return weights + min(weights, MAPPED) + self._working(part)
+
+    def _closed(self, part: range) -> int:
+        """Return what a part takes that is opened, run and closed: all of its file's pages may be mapped."""
+        return 2 * self._weights(part) + self._working(part)
+
+    def _between(self, parts: Sequence[range], rows: int) -> int:
+        """Return the bytes of all values that wait for later parts, at most."""
+        crossing = _crossing(self.operations, self.values, self.outputs)
+        given = sum(self.values[value] for value in self.inputs)
+        return rows * (given + max(crossing[part.stop] for part in parts))
+
+    def _streamed(self, parts: Sequence[range], rows: int) -> int:
+        return max(map(self._closed, parts)) + self._between(parts, rows)

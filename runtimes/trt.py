@@ -21,7 +21,7 @@ from edgeprune.common.errors import InputError, MissingExtraError
 from edgeprune.common.files import read_json
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.gpu import Gpu, open_gpu
-from edgeprune.runtimes.networks import NetworkBackend
+from edgeprune.runtimes.networks import NetworkBackend, WholeEngine
 
 VENDORS = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
 """Packages that build and run engines, the preferred one first, with the extra that installs each. An engine runs only
@@ -229,7 +229,7 @@ def _activations(networks: Any) -> str:
 
 
 def open_backend(
-    folder: Path, settings: Settings, *, cuda_graph: bool = False, low_memory: bool = False
+    folder: Path, settings: Settings, *, cuda_graph: bool = False, memory: int | None = None
 ) -> NetworkBackend:
     """Open an export folder.
 
@@ -237,7 +237,8 @@ def open_backend(
         folder: an export of format trt.
         settings: that folder's settings.
         cuda_graph: record each engine's kernels once per shape and launch them together.
-        low_memory: hold the networks of one stage at a time.
+        memory: most bytes on the GPU; None takes most of what is free. Networks whose files do not fit together
+            are open one after the other.
 
     Raises:
         MissingExtraError: the TensorRT that built the folder, or cuda-bindings, is not installed.
@@ -252,12 +253,11 @@ def open_backend(
     trt = vendor(name)
     gpu = open_gpu(VENDORS[name])
     built_by = f"{name} {builder.get('version')}"
-    return NetworkBackend(
+    engine = WholeEngine(
         "trt",
-        folder,
-        settings,
         lambda path: TrtNetwork(path / "model.engine", trt, gpu, built_by=built_by, cuda_graph=cuda_graph),
         activations=_activations(networks),
-        low_memory=low_memory,
-        memory=gpu.memory,
+        rows=gpu.memory,
+        room=gpu.room,
     )
+    return NetworkBackend(engine, folder, settings, memory=memory)

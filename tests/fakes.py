@@ -30,6 +30,9 @@ class FakeBackend:
         self.batches: list[int] = []
         self.closed = False
 
+    def prepare(self, height: int, width: int) -> None:
+        pass
+
     def encode(self, prompts: list[str]) -> tuple[base.Array, base.Array]:
         if self.closed:
             raise InputError("the runtime is closed; load the folder again")

@@ -38,6 +38,9 @@ class FakeCuda:
     def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
         return 0, {2: b"out of memory"}[error]
 
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:
+        return 0, self.memory - sum(b.nbytes for b in self.blocks.values()), self.memory
+
     def cudaMalloc(self, size: int) -> tuple[int, int | None]:
         if size > self.memory - sum(b.nbytes for b in self.blocks.values()):
             return 2, None

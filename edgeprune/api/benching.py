@@ -47,7 +47,7 @@ def bench(
         steps: denoising steps of an image; None for the model's own.
         quality: shapes-world prompts per task to score images on; 0 scores none.
         original: measure the original too; without it, ratios refer to the first folder.
-        memory: most bytes of a process that runs in torch, on a GPU of the GPU; None takes most of what is free.
+        memory: most bytes of each process, with torch on a GPU of the GPU; None takes most of what is free.
         progress: gets a line of text now and then, also for folders that cannot run here.
 
     Raises:
@@ -71,10 +71,8 @@ def bench(
     elif baseline or revision or variant:
         raise InputError("bench: --baseline, --revision and --variant are about the original; omit --no-original")
     for name, (folder, runtime_name) in zip(names, pairs, strict=True):
-        given = {"memory": memory} if memory is not None and runtime_name == "eager" else {}
+        given = {} if memory is None else {"memory": memory}
         variants.append(bench_run.Variant(name, folder, runtime_name, options=given))
-    if memory is not None and not any("memory" in v.options for v in variants):
-        progress("--memory: nothing of this runs in torch, so it is not used")
     for folder in dict.fromkeys(v.folder for v in variants):
         say_guesses(folder, () if steps is None else ("num_inference_steps",), steps="--steps")
     return bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, progress=progress)

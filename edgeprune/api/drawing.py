@@ -51,7 +51,7 @@ def generate(
     seed: int = 0,
     generation: GenerationOptions | None = None,
     runtime: str | None = None,
-    low_memory: bool = False,
+    memory: int | None = None,
     provider: str | None = None,
     cache_dir: AnyPath | None = None,
     progress: Progress = silent,
@@ -65,7 +65,7 @@ def generate(
         seed: of the starting noise; the same noise in every runtime, but not that of diffusers.
         generation: steps, guidance scale and size; None for the model's own.
         runtime: ort, openvino, trt, coreml or eager; None for the first installed one that fits.
-        low_memory: load the networks of one stage at a time.
+        memory: most bytes of the process, with torch on a GPU of the GPU; None takes most of what is free.
         provider: execution provider of ONNX Runtime; None for the first one here.
         cache_dir: where ort and openvino keep prepared weights, for a faster next start.
         progress: called after each denoising step.
@@ -80,7 +80,7 @@ def generate(
     from edgeprune.sampling.generation import GenerationOptions, say_guesses
 
     folder, chosen = Path(model), generation or GenerationOptions()
-    load_options = {"low_memory": low_memory, "provider": provider, "cache_dir": cache_dir}
+    load_options = {"memory": memory, "provider": provider, "cache_dir": cache_dir}
     load_options = {name: value for name, value in load_options.items() if value}
     runtime = runtimes.choose(folder, runtime or ("ort" if provider else None))  # only ONNX Runtime has providers
     say_conflicts(runtime, progress)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import api
-from edgeprune.cli import choices, options, screen
+from edgeprune.cli import choices, limits, options, screen
 from edgeprune.common.errors import InputError
 
 EPILOG = 'Example: edgeprune generate "two red circles" --model small-onnx -o out.png'
@@ -54,9 +54,7 @@ def generate(
     ] = None,
     runtime: options.RuntimeName = None,
     as_json: options.AsJson = False,
-    low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="Load the networks of one stage at a time.")
-    ] = False,
+    memory: limits.Memory = None,
     provider: Annotated[
         str | None,
         choices.choice(
@@ -77,7 +75,8 @@ def generate(
     with screen.bars() as progress:
         drawn = api.generate(
             model, prompt, negative_prompt=negative_prompt, seed=seed, generation=generation, runtime=runtime,
-            low_memory=low_memory, provider=provider, cache_dir=cache_dir, progress=progress,
+            memory=limits.compute_options("auto", memory).memory, provider=provider, cache_dir=cache_dir,
+            progress=progress,
         )  # fmt: skip
     drawn.image.save(out)
     where = f"{drawn.runtime} on {drawn.provider} ({drawn.provider_why})"

@@ -38,7 +38,7 @@ Memory = Annotated[
     typer.Option(
         "--memory",
         metavar="BYTES",
-        help="Most memory to take, such as 6GB; on a GPU, of the GPU. Blocks that do not fit are read when they run.",
+        help="Most memory to take, such as 6GB; with torch on a GPU, of the GPU. What does not fit is read to run.",
         show_default="most of what is free",
         rich_help_panel=MEMORY,
     ),

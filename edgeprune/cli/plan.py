@@ -102,7 +102,7 @@ def plan(
 def fit_rows(fit: Fit | None) -> list[tuple[str, str]]:
     """Return rows that show what a device's memory leaves for the transformer; none without a device.
 
-    Stages are in memory one after the other (`--low-memory`), so those before and after are not subtracted.
+    Stages are in memory one after the other where memory is short, so those before and after are not subtracted.
     """
     if fit is None:
         return []

@@ -129,8 +129,8 @@ def draw(
         runtime: the runtime's name; None to choose by the folder.
         steps: the number of denoising steps; None for the folder's default.
         variant: of an original's weights, see residency/model_files.py.
-        memory: most bytes of the process, on a GPU of the GPU, for torch; None takes most of what is free.
-        progress: called after each batch, and with a line where `memory` is not used.
+        memory: most bytes of the process, with torch on a GPU of the GPU; None takes most of what is free.
+        progress: called after each batch.
 
     Raises:
         InputError: `out` holds images of another model, other prompts or settings; or `model` is not usable.
@@ -152,10 +152,8 @@ def draw(
     if len(done) == len(lines):
         return
     out.mkdir(parents=True, exist_ok=True)
-    if memory is not None and chosen == "eager":
+    if memory is not None:
         options["memory"] = memory
-    elif memory is not None:
-        progress(f"--memory: {chosen} draws {model.name}, not torch, so it is not used there")
     with runtimes.load(model, chosen, **options) as opened, metadata.open("a", encoding="utf-8") as file:
         for start in range(len(done), len(lines), BATCH):
             batch = wanted[start : start + BATCH]

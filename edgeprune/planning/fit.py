@@ -1,6 +1,6 @@
 """How many bytes of a device's memory are left for the transformer's weights. Torch-free.
 
-Stages are in memory one after the other, as runtimes load them with `--low-memory`: the text encoders, then the
+Stages are in memory one after the other, as runtimes load them where memory is short: the text encoders, then the
 transformer, then the VAE decoder, each with its activations. So the largest counts, not the sum. Weights are counted
 from the headers of the pipeline's files. Activations are estimated from the architecture at the image size of the
 generation settings. The runtime's own overhead is not included; only `edgeprune bench` on the device can measure it.

@@ -33,7 +33,7 @@ from edgeprune.export import coreml_chunks, coreml_packages, mil_conversion, mod
 from edgeprune.export.mil_reference import OPERATIONS, Package
 from edgeprune.quantization.int4 import PackedLinear, pack
 from edgeprune.quantization.quantize import prepare
-from edgeprune.runtimes import coreml, memory
+from edgeprune.runtimes import coreml, memory, networks
 
 import coremltools as ct  # isort: skip  # after to_coreml, which keeps it quiet
 from edgeprune.artefact.loading import load_transformer
@@ -370,8 +370,11 @@ def test_draws_what_torch_draws(exported: tuple[Path, dict[str, Any]], artefact:
         ours.generate("x")
 
 
-def test_low_memory_compiles_once(exported: tuple[Path, dict[str, Any]], vendor: FakeCoreML) -> None:
-    with runtimes.load(exported[0], low_memory=True) as model:
+def test_networks_that_take_turns_compile_once(
+    exported: tuple[Path, dict[str, Any]], vendor: FakeCoreML, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks, "allowed", lambda: 0)
+    with runtimes.load(exported[0]) as model:
         assert not vendor.loaded
         for _ in range(2):
             model.generate("x", steps=1, guidance_scale=0)

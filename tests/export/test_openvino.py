@@ -32,7 +32,7 @@ from edgeprune.common.files import sha256_file
 from edgeprune.export import external_data, folder, graph, modules, parity, to_openvino
 from edgeprune.quantization.precision import Precision
 from edgeprune.quantization.quantize import packed_from, round_to_nearest
-from edgeprune.runtimes import memory
+from edgeprune.runtimes import memory, networks
 
 openvino = pytest.importorskip("openvino")
 from openvino_fakes import EXACT, FakeCore  # noqa: E402
@@ -42,6 +42,10 @@ from edgeprune.runtimes import openvino as runtime  # noqa: E402
 ROOT = Path(__file__).parents[2]
 NETWORKS = ("transformer", "text_encoder", "text_encoder_2", "vae_decoder")
 PROMPTS = ["two red circles", "a drawing of a star above a ring"]
+
+
+def opened(path: Path, device: str, config: dict[str, Any]) -> runtime.OpenVinoNetwork:
+    return runtime.OpenVinoNetwork(runtime.OpenVinoFile(path, device, config))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +122,7 @@ def test_mapped_weights_are_given_back_while_they_are_repacked(
         yield
 
     monkeypatch.setattr(runtime, "evicting", spy)
-    network = runtime.OpenVinoNetwork(quantised, "CPU", EXACT)
+    network = opened(quantised, "CPU", EXACT)
     example = modules.Transformer(model).example(batch=1, height=4, width=4, tokens=3)
     for _ in range(2):
         network(**{name: value.numpy() for name, value in example.items()})
@@ -181,15 +185,18 @@ def test_a_file_that_openvino_does_not_take(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_same_seed_same_image_as_torch(exported: tuple[Path, dict[str, Any]], tiny_folders: tuple[Path, Path]) -> None:
+def test_same_seed_same_image_as_torch(
+    exported: tuple[Path, dict[str, Any]], tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the same float32 weights, latents agree to 1e-4 of their size and pixels to 1 of 255, from IR and ONNX."""
     source, onnx_folder = tiny_folders
     with runtimes.load(source) as theirs:
         reference = theirs.generate_latents(PROMPTS, seed=7)
         images = [np.asarray(image, int) for image in theirs.generate(PROMPTS, seed=7)]
-    for path, options in ((exported[0], {}), (exported[0], {"low_memory": True}), (onnx_folder, {"threads": 1})):
-        with runtimes.load(path, **options) as ours:
-            assert (ours.name, ours.backend.provider) == ("openvino", "CPU" if not options.get("low_memory") else "")
+    for path, free in ((exported[0], 10**12), (exported[0], 0), (onnx_folder, 10**12), (onnx_folder, 0)):
+        monkeypatch.setattr(networks, "allowed", lambda free=free: free)
+        with runtimes.load(path, threads=1) as ours:
+            assert (ours.name, ours.backend.provider) == ("openvino", "CPU" if free else "")
             found = ours.generate_latents(PROMPTS, seed=7)
             assert np.linalg.norm(found - reference) <= 1e-4 * np.linalg.norm(reference)
             for a, b in zip(ours.generate(PROMPTS, seed=7), images, strict=True):
@@ -200,13 +207,16 @@ def test_same_seed_same_image_as_torch(exported: tuple[Path, dict[str, Any]], ti
     assert images[0].std() > 5
 
 
-def test_low_memory_gives_the_same_image(exported: tuple[Path, dict[str, Any]]) -> None:
+def test_little_memory_gives_the_same_image(
+    exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn = []
-    for low_memory in (False, True):
-        with runtimes.load(exported[0], low_memory=low_memory, threads=1) as ours:
+    for free in (10**12, 0):
+        monkeypatch.setattr(networks, "allowed", lambda free=free: free)
+        with runtimes.load(exported[0], threads=1) as ours:
             drawn.append(ours.generate(PROMPTS[0], seed=3, steps=2)[0].tobytes())
             held = list(ours.backend._networks)  # type: ignore[attr-defined]
-        assert held == (["vae_decoder"] if low_memory else ["text_encoder", "text_encoder_2", *NETWORKS[::3]])
+        assert held == (["vae_decoder"] if not free else ["text_encoder", "text_encoder_2", *NETWORKS[::3]])
     assert drawn[0] == drawn[1]
 
 
@@ -236,12 +246,12 @@ def test_damaged_files(exported: tuple[Path, dict[str, Any]], tmp_path: Path, na
         with pytest.raises(
             InputError, match=r"openvino_model\.xml: (OpenVINO cannot open it on|no such file).*export again$"
         ) as caught:
-            runtime.OpenVinoNetwork(copy / "openvino_model.xml", "CPU", EXACT)
+            opened(copy / "openvino_model.xml", "CPU", EXACT)
         assert "\n" not in str(caught.value)
 
 
 def test_wrong_inputs_are_named(exported: tuple[Path, dict[str, Any]]) -> None:
-    network = runtime.OpenVinoNetwork(exported[0] / "vae_decoder" / runtime.FILES["openvino"], "CPU", EXACT)
+    network = opened(exported[0] / "vae_decoder" / runtime.FILES["openvino"], "CPU", EXACT)
     with pytest.raises(InputError, match=r"xml: inputs: the model also needs \['latent_sample'\], found \['x'\]"):
         network(x=np.zeros(1))
     with pytest.raises(InputError, match=r"xml: OpenVINO failed: .*inputs were \{'latent_sample': \[1, 3, 4, 4\]\}"):
@@ -255,7 +265,7 @@ def test_dynamic_quantisation_rounds_activations(quantised: Path, model: nn.Modu
     errors = []
     for on in (False, True):
         config = runtime.settings_of("CPU", dynamic_quantization=on, threads=1)
-        found = runtime.OpenVinoNetwork(quantised, "CPU", config)(**example)
+        found = opened(quantised, "CPU", config)(**example)
         errors.append(parity.relative_error(found["out_hidden_states"], expected)[0])
     assert errors[0] < 1e-5 and errors[1] < 5e-2
     # On a CPU without int8 kernels OpenVINO does not round activations.
@@ -283,14 +293,14 @@ def test_bf16_leaves_angles_alone(
     config = runtime.settings_of("CPU", dynamic_quantization=True, threads=1) | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     errors = []
     for path in (quantised, tmp_path / quantised.name):
-        found = runtime.OpenVinoNetwork(path, "CPU", config)(**example)
+        found = opened(path, "CPU", config)(**example)
         errors.append(parity.relative_error(found["out_hidden_states"], expected)[1])
     assert errors[0] < 2e-2
     if config["INFERENCE_PRECISION_HINT"] == "bf16" and runtime._heeds_marks():
         assert errors[1] > 3 * errors[0]
     monkeypatch.setattr(openvino, "__version__", "2026.3.1-22001-abc")
     assert not runtime._heeds_marks()
-    found = runtime.OpenVinoNetwork(quantised, "CPU", config)(**example)  # in float32, as there was no other way
+    found = opened(quantised, "CPU", config)(**example)  # in float32, as there was no other way
     assert parity.relative_error(found["out_hidden_states"], expected)[1] < 1e-4
 
 
@@ -300,8 +310,8 @@ def test_a_signal_finds_its_stack_after_many_models(quantised: Path) -> None:
         import os, signal
         from pathlib import Path
         from edgeprune.runtimes import openvino as runtime
-        config = runtime.settings_of("CPU", threads=1)
-        first, second = (runtime.OpenVinoNetwork(Path({str(quantised)!r}), "CPU", config) for _ in "ab")
+        path, config = Path({str(quantised)!r}), runtime.settings_of("CPU", threads=1)
+        first, second = (runtime.OpenVinoNetwork(runtime.OpenVinoFile(path, "CPU", config)) for _ in "ab")
         first.close()
         second.close()
         signal.signal(signal.SIGTERM, lambda *_: print("asked to stop"))
@@ -316,7 +326,7 @@ def test_compile_cache(quantised: Path, model: nn.Module, tmp_path: Path) -> Non
     config = runtime.settings_of("CPU", threads=1, cache_dir=tmp_path / "cache")
     found = []
     for _ in range(2):
-        network = runtime.OpenVinoNetwork(quantised, "CPU", config)
+        network = opened(quantised, "CPU", config)
         found.append(network(**arrays)["out_hidden_states"])
         assert len(list((tmp_path / "cache").glob("*.blob"))) == 1
     np.testing.assert_array_equal(*found)
@@ -376,7 +386,7 @@ def test_nothing_leaks(tmp_path: Path) -> None:
     path, x = path.with_name(to_openvino.MODEL), np.ones((2, 3, 512), np.float32)
     held = []
     for i in range(100):
-        network = runtime.OpenVinoNetwork(path, "CPU", EXACT)
+        network = opened(path, "CPU", EXACT)
         network(x=x)
         network.close()
         if i in (29, 99):

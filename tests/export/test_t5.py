@@ -1,4 +1,4 @@
-"""T5 in every format: embeddings joined as in diffusers, 8-bit weights, tokens, low-memory mode, refused inputs."""
+"""T5 in every format: embeddings joined as in diffusers, 8-bit weights, tokens, little memory, refused inputs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from edgeprune.export import modules, parity, to_onnx
 from edgeprune.planning import fit
 from edgeprune.quantization.precision import t5_precision_of
 from edgeprune.quantization.quantize import quantize_t5
+from edgeprune.runtimes import networks
 from edgeprune.runtimes.text import PromptTokenizer
 from edgeprune.sampling.generation import Generation
 
@@ -74,11 +75,14 @@ def onnx_folder(
 
 
 @pytest.mark.parametrize("runtime", ["ort", "openvino"])
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_encode_is_diffusers_own(onnx_folder: Path, pipeline: tuple[Path, Any], runtime: str, low_memory: bool) -> None:
+@pytest.mark.parametrize("free", [10**12, 0])
+def test_encode_is_diffusers_own(
+    onnx_folder: Path, pipeline: tuple[Path, Any], runtime: str, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not runtimes.RUNTIMES[runtime].installed():
         pytest.skip(f"{runtime} is not installed")
-    with runtimes.load(onnx_folder, runtime, low_memory=low_memory) as model:
+    monkeypatch.setattr(networks, "allowed", lambda: free)
+    with runtimes.load(onnx_folder, runtime) as model:
         hidden, pooled = model.backend.encode(PROMPTS)
         assert hidden.shape == (3, tiny.TOKENS + tiny.T5_TOKENS, tiny.T5_WIDTH)
         assert not hidden[:, : tiny.TOKENS, 2 * tiny.TEXT_WIDTH :].any() and hidden[:, tiny.TOKENS :].any()
@@ -146,9 +150,8 @@ def test_tokens_equal_transformers(onnx_folder: Path) -> None:
         assert (ours == 1).any(1).all()  # the end token, also in a truncated prompt
 
 
-def test_low_memory_holds_t5_alone(onnx_folder: Path) -> None:
+def test_little_memory_holds_every_network_alone(onnx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgeprune.runtimes.base import read_settings
-    from edgeprune.runtimes.networks import NetworkBackend
 
     shapes = {"text_embeds": (32,), "hidden_states.0": (16, 32), "hidden_states.1": (16, 32)}
     held: set[str] = set()
@@ -171,11 +174,12 @@ def test_low_memory_holds_t5_alone(onnx_folder: Path) -> None:
         def close(self) -> None:
             held.discard(self.name)
 
-    backend = NetworkBackend("x", onnx_folder, read_settings(onnx_folder), Opened, low_memory=True)
+    monkeypatch.setattr(networks, "allowed", lambda: 0)
+    engine = networks.WholeEngine("x", Opened)
+    backend = networks.NetworkBackend(engine, onnx_folder, read_settings(onnx_folder))
     hidden, pooled = backend.encode(["a", "b"])
     assert hidden.shape == (2, tiny.TOKENS + tiny.T5_TOKENS, tiny.T5_WIDTH) and pooled.shape == (2, 64)
-    clips = {"text_encoder", "text_encoder_2"}
-    assert (held_with["text_encoder_2"], held_with["text_encoder_3"]) == (clips, {"text_encoder_3"})
+    assert held_with == {name: {name} for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
     backend._network("transformer")
     assert held == {"transformer"}
 

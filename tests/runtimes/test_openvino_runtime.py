@@ -89,7 +89,7 @@ def test_what_marks_no_angles_computes_in_float32(
         if says:
             built.set_rt_info("float32", list(runtime.ANGLES))
         (tmp_path / "model.xml").touch()
-        network = runtime.OpenVinoNetwork(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+        network = runtime.OpenVinoFile(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
         seen.append(network._config["INFERENCE_PRECISION_HINT"] == expected)
     assert seen == [True, True, True]
 

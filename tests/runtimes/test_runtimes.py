@@ -158,7 +158,7 @@ def test_every_backend_has_the_whole_interface() -> None:
     from edgeprune.runtimes.networks import NetworkBackend
 
     methods = {n: m for n, m in vars(base.Backend).items() if inspect.isfunction(m) and not n.startswith("_")}
-    assert set(methods) == {"encode", "step", "largest_batch", "decode", "memory", "close"}
+    assert set(methods) == {"prepare", "encode", "step", "largest_batch", "decode", "memory", "close"}
     for kind in (FakeBackend, NetworkBackend, EagerBackend):
         for name, method in methods.items():
             theirs = inspect.signature(getattr(kind, name)).parameters
@@ -382,8 +382,8 @@ def test_refuses_to_be_imported_under_another_name() -> None:
 
 
 def test_an_option_that_a_runtime_does_not_have(source: Path, exported: Path) -> None:
-    with pytest.raises(InputError, match="eager: option low_memory: unknown, expected one of dtype, threads"):
-        runtimes.load(source, low_memory=True)
+    with pytest.raises(InputError, match="eager: option provider: unknown, expected one of dtype, threads"):
+        runtimes.load(source, provider="cpu")
     with pytest.raises(InputError, match="ort: option dtype: unknown"):
         runtimes.load(exported, "ort", dtype="bf16")
 
@@ -397,7 +397,7 @@ def test_nothing_that_runs_here_is_an_error(exported: Path, monkeypatch: pytest.
 
 def test_networks_are_closed_when_a_later_one_fails(exported: Path) -> None:
     from edgeprune.runtimes.base import read_settings
-    from edgeprune.runtimes.networks import NetworkBackend
+    from edgeprune.runtimes.networks import NetworkBackend, WholeEngine
 
     class Opened:
         provider, why, closed = "x", "y", False
@@ -420,5 +420,5 @@ def test_networks_are_closed_when_a_later_one_fails(exported: Path) -> None:
         return opened[-1]
 
     with pytest.raises(InputError, match="damaged"):
-        NetworkBackend("x", exported, read_settings(exported), open_network, low_memory=False)
+        NetworkBackend(WholeEngine("x", open_network), exported, read_settings(exported))
     assert len(opened) == 2 and all(network.closed for network in opened)

@@ -151,19 +151,19 @@ def steps(recorder: Recorder, label: str, *, ort: bool) -> None:
         f"{label}: OpenVINO", "export", folder, "--target", "openvino", "-o", str(ir), makes=ir,
         file=ir / "transformer",
     )  # fmt: skip
-    low, cached = {"low_memory": True}, {"low_memory": True, "cache_dir": str(prepared)}
+    cached = {"cache_dir": str(prepared)}
     variants = [
-        Variant("OpenVINO", ir, "openvino", options=low),
-        Variant("OpenVINO, dynamic quantization", ir, "openvino", options=low | {"dynamic_quantization": True}),
+        Variant("OpenVINO", ir, "openvino"),
+        Variant("OpenVINO, dynamic quantization", ir, "openvino", options={"dynamic_quantization": True}),
     ]
     if ort:
         recorder.stage(
             f"{label}: ONNX Runtime prepares its weights", "generate", "a lake", "--model", str(exported), "--runtime",
-            "ort", "--low-memory", "--cache-dir", str(prepared), "--steps", "1", "--height", "64", "--width", "64",
+            "ort", "--cache-dir", str(prepared), "--steps", "1", "--height", "64", "--width", "64",
             "-o", f"{folder}-image.png", file=prepared,
         )  # fmt: skip
         variants += [
-            Variant("ONNX Runtime", exported, "ort", options=low),
+            Variant("ONNX Runtime", exported, "ort"),
             Variant("ONNX Runtime, weights prepared", exported, "ort", options=cached),
         ]
     _bench(recorder, f"{label}: one step", variants, repeats=3)
@@ -174,7 +174,7 @@ def without_bf16(recorder: Recorder, label: str) -> None:
 
     OpenVINO ignores that variable, so it gets the ONNX folder, which it computes in float32 and int8.
     """
-    options = {"low_memory": True, "dynamic_quantization": True}
+    options = {"dynamic_quantization": True}
     folder = recorder.out / f"{label}-onnx"
     variant = Variant("OpenVINO, dynamic quantization, float32", folder, "openvino", options=options)
     name = f"{label}: one step without the processor's bf16 (the original's is emulated)"
