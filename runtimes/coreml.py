@@ -147,7 +147,12 @@ def _line(error: Exception) -> str:
 
 
 def open_backend(
-    folder: Path, settings: Settings, *, compute_units: str = "all", memory: int | None = None
+    folder: Path,
+    settings: Settings,
+    *,
+    compute_units: str = "all",
+    memory: int | None = None,
+    keep_embeddings: str | Path | None = None,
 ) -> NetworkBackend:
     """Open an export folder.
 
@@ -157,6 +162,7 @@ def open_backend(
         compute_units: one of COMPUTE_UNITS; Core ML chooses among these for each operation.
         memory: most bytes of the process; None takes most of what is free. Networks whose files do not fit together
             are open one after the other; compiled packages are kept for the next image.
+        keep_embeddings: keeps encoded prompts in this folder, so that each is encoded once.
 
     Raises:
         InputError: this is not a Mac, the compute units are unknown, or a package is missing or damaged.
@@ -181,6 +187,6 @@ def open_backend(
         return network
 
     engine = WholeEngine("coreml", open_network, activations="fp16")
-    backend = NetworkBackend(engine, folder, settings, memory=memory)
+    backend = NetworkBackend(engine, folder, settings, memory=memory, keep_embeddings=keep_embeddings)
     backend.times = times
     return backend

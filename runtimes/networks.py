@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json
@@ -23,6 +24,7 @@ from edgeprune.common.heap import trim
 from edgeprune.common.memory import allowed, resident
 from edgeprune.families.encoders import T5, check_tokens, text_encoders, tokenizer_of
 from edgeprune.runtimes.base import Array, Settings, precision_of
+from edgeprune.runtimes.embeddings import KeptEmbeddings
 from edgeprune.runtimes.memory import Meter, Reading
 from edgeprune.runtimes.pieces import RESERVE, Needs
 from edgeprune.runtimes.text import PromptTokenizer
@@ -139,13 +141,22 @@ class NetworkBackend:
         folder: the export.
         settings: that folder's settings.
         memory: most bytes of the process, or of its device; None takes most of what is free.
+        keep_embeddings: keeps encoded prompts in this folder.
 
     Raises:
-        InputError: a file is missing, damaged or not as the export wrote it, or the memory is too little for an image
-            of the folder's own size.
+        InputError: a file is missing, damaged or not as the export wrote it, that folder cannot be written, or the
+            memory is too little for an image of the model's own size.
     """
 
-    def __init__(self, engine: Engine, folder: Path, settings: Settings, *, memory: int | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        settings: Settings,
+        *,
+        memory: int | None = None,
+        keep_embeddings: str | Path | None = None,
+    ) -> None:
         self._base, free = engine.room()
         self._base += RESERVE
         self._meter = Meter()
@@ -164,6 +175,8 @@ class NetworkBackend:
         self._tokenizers = {
             n: PromptTokenizer(folder / tokenizer_of(n), max_length=length) for n, length in lengths.items()
         }
+        kept = None if keep_embeddings is None else KeptEmbeddings(Path(keep_embeddings), folder, list(self._encoders))
+        self._kept = kept
         quantized = read_json(folder / "edgeprune_export.json").get("quantized") is not False
         self.precision = precision_of(engine.activations, quantized=quantized)
         self.times: dict[str, dict[str, float]] = {}
@@ -248,13 +261,29 @@ class NetworkBackend:
 
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
         """Encode text to (hidden (B, M, K), pooled (B, P))."""
-        outputs = {}
-        for name in self._encoders:
-            tokenizer = self._tokenizers[name]
+        for name, tokenizer in self._tokenizers.items():
             if line := cut_words(name, prompts, tokenizer.count, tokenizer.max_length):
                 warnings.warn(line, stacklevel=2)
+        tokens = {name: tokenizer(prompts) for name, tokenizer in self._tokenizers.items()}
+        if self._kept is None:
+            return self._encode(tokens)
+        paths = [self._kept.path([ids[row] for ids in tokens.values()]) for row in range(len(prompts))]
+        found = {path: kept for path in paths if (kept := self._kept.read(path)) is not None}
+        missing = {path: row for row, path in enumerate(paths) if path not in found}
+        if missing:
+            made = self._encode({name: ids[list(missing.values())] for name, ids in tokens.items()})
+            for row, path in enumerate(missing):
+                found[path] = made[0][row : row + 1], made[1][row : row + 1]
+                self._kept.write(path, found[path])
+        rows = [found[path] for path in paths]
+        return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows])
+
+    def _encode(self, tokens: Mapping[str, NDArray[np.int64]]) -> tuple[Array, Array]:
+        """Encode token ids (B, tokens), by text encoder."""
+        outputs = {}
+        for name, ids in tokens.items():
             # One prompt at a time: the NPU compiles for one batch size.
-            rows = self._run(name, [{"input_ids": row[None]} for row in tokenizer(prompts)])
+            rows = self._run(name, [{"input_ids": row[None]} for row in ids])
             outputs[name] = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
         return self._family.join(self._config, outputs, self._t5_tokens)
 

@@ -324,6 +324,7 @@ def open_backend(
     dynamic_quantization: bool = False,
     cache_dir: str | Path | None = None,
     memory: int | None = None,
+    keep_embeddings: str | Path | None = None,
 ) -> NetworkBackend:
     """Open an export folder of format openvino or onnx.
 
@@ -339,6 +340,7 @@ def open_backend(
         cache_dir: keeps compiled models there, so that the next start is faster.
         memory: most bytes of the process; None takes most of what is free. Networks that do not fit together are open
             one after the other, and blocks that do not fit are opened and closed at each step.
+        keep_embeddings: keeps encoded prompts in this folder, so that each is encoded once.
 
     Raises:
         InputError: a file is missing, damaged or not as the export wrote it, or an option does not fit the device.
@@ -354,4 +356,10 @@ def open_backend(
     )
     file = FILES[exported["target"]]
     activations = "int8" if dynamic_quantization else "fp32" if device == "CPU" else "fp16"
-    return NetworkBackend(OpenVinoEngine(file, device, config, activations), folder, settings, memory=memory)
+    return NetworkBackend(
+        OpenVinoEngine(file, device, config, activations),
+        folder,
+        settings,
+        memory=memory,
+        keep_embeddings=keep_embeddings,
+    )

@@ -174,6 +174,7 @@ def open_backend(
     threads: int = 0,
     cache_dir: str | Path | None = None,
     memory: int | None = None,
+    keep_embeddings: str | Path | None = None,
 ) -> NetworkBackend:
     """Open an export folder.
 
@@ -187,6 +188,7 @@ def open_backend(
             more time and memory.
         memory: most bytes of the process; None takes most of what is free. Networks whose files do not fit together
             are open one after the other.
+        keep_embeddings: keeps encoded prompts in this folder, so that each is encoded once.
 
     Raises:
         InputError: a file is missing, damaged or not as the export wrote it, or an option does not fit.
@@ -204,4 +206,4 @@ def open_backend(
         activations="int8" if accuracy_level == 4 else "fp32",
         rows=nvml_row if choice.name in ("tensorrt", "cuda") else dict,
     )
-    return NetworkBackend(engine, folder, settings, memory=memory)
+    return NetworkBackend(engine, folder, settings, memory=memory, keep_embeddings=keep_embeddings)

@@ -229,7 +229,12 @@ def _activations(networks: Any) -> str:
 
 
 def open_backend(
-    folder: Path, settings: Settings, *, cuda_graph: bool = False, memory: int | None = None
+    folder: Path,
+    settings: Settings,
+    *,
+    cuda_graph: bool = False,
+    memory: int | None = None,
+    keep_embeddings: str | Path | None = None,
 ) -> NetworkBackend:
     """Open an export folder.
 
@@ -239,6 +244,7 @@ def open_backend(
         cuda_graph: record each engine's kernels once per shape and launch them together.
         memory: most bytes on the GPU; None takes most of what is free. Networks whose files do not fit together
             are open one after the other.
+        keep_embeddings: keeps encoded prompts in this folder, so that each is encoded once.
 
     Raises:
         MissingExtraError: the TensorRT that built the folder, or cuda-bindings, is not installed.
@@ -260,4 +266,4 @@ def open_backend(
         rows=gpu.memory,
         room=gpu.room,
     )
-    return NetworkBackend(engine, folder, settings, memory=memory)
+    return NetworkBackend(engine, folder, settings, memory=memory, keep_embeddings=keep_embeddings)

@@ -54,6 +54,7 @@ def generate(
     memory: int | None = None,
     provider: str | None = None,
     cache_dir: AnyPath | None = None,
+    keep_embeddings: AnyPath | None = None,
     progress: Progress = silent,
 ) -> Generated:
     """Draw one image. For several from one loaded model, use `edgeprune.runtimes.load`.
@@ -68,6 +69,7 @@ def generate(
         memory: most bytes of the process, with torch on a GPU of the GPU; None takes most of what is free.
         provider: execution provider of ONNX Runtime; None for the first one here.
         cache_dir: where ort and openvino keep prepared weights, for a faster next start.
+        keep_embeddings: keeps encoded prompts in this folder, so that each is encoded once.
         progress: called after each denoising step.
 
     Raises:
@@ -80,7 +82,7 @@ def generate(
     from edgeprune.sampling.generation import GenerationOptions, say_guesses
 
     folder, chosen = Path(model), generation or GenerationOptions()
-    load_options = {"memory": memory, "provider": provider, "cache_dir": cache_dir}
+    load_options = {"memory": memory, "provider": provider, "cache_dir": cache_dir, "keep_embeddings": keep_embeddings}
     load_options = {name: value for name, value in load_options.items() if value}
     runtime = runtimes.choose(folder, runtime or ("ort" if provider else None))  # only ONNX Runtime has providers
     say_conflicts(runtime, progress)

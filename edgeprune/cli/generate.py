@@ -55,6 +55,10 @@ def generate(
     runtime: options.RuntimeName = None,
     as_json: options.AsJson = False,
     memory: limits.Memory = None,
+    keep_embeddings: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep encoded prompts here: each is encoded once, for all folders."),
+    ] = None,
     provider: Annotated[
         str | None,
         choices.choice(
@@ -76,7 +80,7 @@ def generate(
         drawn = api.generate(
             model, prompt, negative_prompt=negative_prompt, seed=seed, generation=generation, runtime=runtime,
             memory=limits.compute_options("auto", memory).memory, provider=provider, cache_dir=cache_dir,
-            progress=progress,
+            keep_embeddings=keep_embeddings, progress=progress,
         )  # fmt: skip
     drawn.image.save(out)
     where = f"{drawn.runtime} on {drawn.provider} ({drawn.provider_why})"
