@@ -31,6 +31,8 @@ MODEL = "openvino_model.xml"
 """As optimum-intel names it."""
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 """OpenVINO's defaults are activations rounded to int8 in groups, and bf16 on CPUs that have it."""
+MEMORY = 4 * 10**9
+"""Bytes of the process in which the export's check against torch computes; more if torch alone has more."""
 _LEAST_BYTES = 1024  # a smaller constant is not worth a Convert
 
 
@@ -59,25 +61,26 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
 
 
 class Compiled:
-    """Saved IR compiled for the CPU, as a parity.Runner."""
+    """Saved IR on the CPU, as a parity.Runner. Of a large network only some blocks are compiled at one time."""
+
+    steps = 1
 
     def __init__(self, path: Path) -> None:
         import torch
 
-        from edgeprune.runtimes.openvino import core
+        from edgeprune.runtimes.openvino import OpenVinoFile
+        from edgeprune.runtimes.openvino_pieces import OpenVinoPieces
 
         threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        self._model = core().compile_model(path, "CPU", EXACT | threads)
-
-    steps = 1
+        self._network = OpenVinoPieces(OpenVinoFile(path, "CPU", EXACT | threads), MEMORY)
 
     def run(
         self, names: Sequence[str] | None, feeds: Mapping[str, Any], *, step: Callable[[], None] = lambda: None
     ) -> Sequence[Any]:
         """Return the outputs of these names, or all."""
-        results = self._model(dict(feeds))
+        results = self._network(**feeds)
         step()
-        return [results[name] for name in names] if names is not None else list(results.values())
+        return [results[name] for name in names or results]
 
 
 def converted(path: Path) -> parity.Runner:
@@ -90,6 +93,7 @@ def converted(path: Path) -> parity.Runner:
     """
     import openvino
 
+    from edgeprune.runtimes.mapped import evicting
     from edgeprune.runtimes.openvino import core
 
     onnx_files = [path, *path.parent.glob(f"{path.name}.data")]
@@ -97,13 +101,14 @@ def converted(path: Path) -> parity.Runner:
     target = path.with_name(MODEL)
     need_space(target.parent, before)
     try:
-        model = core().read_model(path)
-        halve(model)
-        angles = exact_angles(model)
-        count_names(model)
-        names = {node.get_friendly_name() for node in angles}
-        openvino.save_model(model, target, compress_to_fp16=False)
-        del model, angles  # they map the ONNX files
+        with evicting(Path(f"{path}.data")):
+            model = core().read_model(path)
+            halve(model)
+            angles = exact_angles(model)
+            count_names(model)
+            names = {node.get_friendly_name() for node in angles}
+            openvino.save_model(model, target, compress_to_fp16=False)
+            del model, angles  # they map the ONNX files
         mark(target, names)
         runner = Compiled(target)
     except RuntimeError as error:
