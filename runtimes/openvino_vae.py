@@ -1,0 +1,335 @@
+"""Decodes latents with OpenVINO within a number of bytes, in strips of rows; the pixels are those of the whole decoder.
+
+Each segment of strips.py becomes a model of its own, which shares the constants of the mapped file and is compiled for
+one height of strips when its turn comes. It needs scratch space on the disk for what passes between segments: at
+1024x1024 2.7 GB for SD3.5 (strip_store.py says where).
+"""
+
+from __future__ import annotations
+
+# This file's folder on sys.path would hide OpenVINO's own package; see openvino.py.
+if __name__ != "edgeprune.runtimes.openvino_vae":
+    raise ImportError(f"import this module as edgeprune.runtimes.openvino_vae, not as {__name__}")
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+from openvino import opset13
+
+from edgeprune.common.errors import InputError
+from edgeprune.common.heap import trim
+from edgeprune.common.memory import resident
+from edgeprune.runtimes.base import Array
+from edgeprune.runtimes.mapped import evicting
+from edgeprune.runtimes.openvino import core
+from edgeprune.runtimes.strip_norms import Norm
+from edgeprune.runtimes.strip_runner import least_bytes, run
+from edgeprune.runtimes.strips import Described, Layer, Plan, plan
+
+INPUT, OUTPUT = "latent_sample", "sample"
+"""As the export names them (export/modules.py)."""
+STARTED = 110_000_000
+"""Bytes of a process that has read a decoder with OpenVINO and computed nothing; 97 MB were measured."""
+SLACK = 60_000_000
+"""Bytes for what cannot be counted: OpenVINO's code that is loaded when it compiles, and its scratch memory."""
+_POINTWISE = {"Add", "Convert", "Divide", "Multiply", "Sigmoid", "Subtract", "Swish"}
+_RESHAPING = {"Reshape", "Squeeze", "Unsqueeze"}
+_WIDENED = {openvino.Type.f16: 2, openvino.Type.bf16: 2}
+"""Bytes of an opened weight by those in the file; others keep theirs."""
+
+
+def least(path: Path, height: int, width: int) -> int:
+    """Return the fewest bytes, interpreter included, of a process that decodes one image's latents (h, w) in strips.
+
+    Raises:
+        InputError: the file cannot be read, or is no network that strips can compute.
+    """
+    return STARTED + SLACK + least_bytes(_Graph(path, height, width).plan)
+
+
+class StripDecoder:
+    """The `Network` of a VAE's decoder that keeps to a number of bytes.
+
+    Args:
+        path: its IR or ONNX file.
+        device: CPU, GPU (or GPU.1, ...) or NPU.
+        config: OpenVINO's properties, of `openvino.settings_of`; compiled segments are not cached.
+        limit: most bytes of the process, interpreter included. What the process already has at a call counts; if that
+            leaves less than the smallest strips need, they are taken nevertheless.
+
+    Raises:
+        InputError: there is no such file, or OpenVINO cannot read it.
+    """
+
+    def __init__(self, path: Path, device: str, config: dict[str, Any], limit: int) -> None:
+        self._path, self._device, self._limit = path, device, limit
+        self._config = {key: value for key, value in config.items() if key != "CACHE_DIR"}
+        self._closed = False
+        _read(path)
+        self.provider, self.why = device, f"device={device}"
+
+    def largest_batch(self, name: str) -> None:
+        """Return None: images are decoded one after the other."""
+        return None
+
+    def __call__(self, **arrays: Any) -> dict[str, Array]:
+        """Return `sample` (B, 3, H, W), float32, of `latent_sample` (B, C, h, w).
+
+        Raises:
+            InputError: the limit is below `least`, the latents do not fit, or OpenVINO reports an error.
+            DiskError: the disk has no room for what passes between segments.
+        """
+        if self._closed:
+            raise InputError("the runtime is closed; load the folder again")
+        if INPUT not in arrays:
+            raise InputError(f"{self._path}: inputs: found {sorted(arrays)}, expected {INPUT}")
+        latents = np.ascontiguousarray(arrays[INPUT], np.float32)
+        height, width = latents.shape[2:]
+        trim()
+        before = max(STARTED, resident())
+        graph = _Graph(self._path, height, width)
+        needed = STARTED + SLACK + least_bytes(graph.plan)
+        if self._limit < needed:
+            raise InputError(
+                f"memory: found {self._limit} bytes, expected at least {needed} to decode latents of {height}x{width}"
+            )
+        graph.cut()
+
+        def opening(index: int, rows: int) -> _OpenedSegment:
+            return _OpenedSegment(graph, index, rows, self._device, self._config)
+
+        images = np.empty((len(latents), *graph.plan.network.shapes[graph.plan.network.result][1:]), np.float32)
+        budget = self._limit - before - SLACK - images[1:].nbytes
+        for row, image in zip(latents, images, strict=True):
+            run(graph.plan, row[None], image[None], budget, opening)
+        return {OUTPUT: images}
+
+    def close(self) -> None:
+        """Refuse further calls: nothing stays open between two."""
+        self._closed = True
+
+
+def _read(path: Path) -> openvino.Model:
+    if not path.exists():
+        raise InputError(f"{path}: no such file, expected an OpenVINO or ONNX model; export again")
+    try:
+        model: openvino.Model = core().read_model(path)
+    except RuntimeError as error:
+        raise _unusable(path, error) from None
+    return model
+
+
+def _unusable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: OpenVINO failed: {' '.join(str(error).split())[:300]}; export again")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The model of a segment."""
+
+    model: openvino.Model
+    values: tuple[int, ...]
+    """What its first inputs are."""
+    norms: tuple[int, ...]
+    """The norms whose a and b its further inputs are."""
+    makes: tuple[int, ...]
+
+
+class _Graph:
+    """A decoder's model at one size of latents, as layers, and cut into segments."""
+
+    def __init__(self, path: Path, height: int, width: int) -> None:
+        self.path = path
+        model = _read(path)
+        names = [name for port in model.inputs for name in port.names]
+        if INPUT not in names or len(model.inputs) != 1 or len(model.outputs) != 1:
+            raise InputError(f"{path}: inputs: found {names}, expected {INPUT}; export again")
+        channels = model.inputs[0].get_partial_shape()[1].get_length()
+        try:
+            model.reshape({INPUT: [1, channels, height, width]})
+        except RuntimeError as error:
+            raise _unusable(path, error) from None
+        for node in model.get_ordered_ops():
+            if node.get_type_name() == "ShapeOf":
+                shape = np.array(node.input_value(0).get_shape(), node.get_output_element_type(0).to_dtype())
+                node.output(0).replace(opset13.constant(shape).output(0))
+        self._model = model  # nodes do not keep it alive
+        self._fixed: dict[int, bool] = {}
+        self._numbers: dict[int, int] = {}
+        self._ports: list[Any] = []
+        self._nodes = []
+        source = self._number(model.inputs[0])
+        layers = []
+        for node in model.get_ordered_ops():
+            if not self._is_fixed(node) and node.get_type_name() not in ("Parameter", "Result"):
+                self._nodes.append(node)
+                layers.append(self._layer(node))
+        shapes = {value: tuple(port.get_shape()) for value, port in enumerate(self._ports)}
+        result = self._number(model.outputs[0].get_node().input_value(0))
+        try:
+            self.plan: Plan = plan(Described(tuple(layers), shapes, source, result))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        self._pieces: list[_Piece] = []
+
+    def _is_fixed(self, node: Any) -> bool:
+        """Return whether a node depends on weights alone."""
+        key = node.get_instance_id()
+        if key not in self._fixed:
+            inputs = node.input_values()
+            constant = node.get_type_name() == "Constant"
+            self._fixed[key] = constant or (bool(inputs) and all(self._is_fixed(port.get_node()) for port in inputs))
+        return self._fixed[key]
+
+    def _number(self, port: Any) -> int:
+        key = port.get_node().get_instance_id()
+        if key not in self._numbers:
+            self._numbers[key] = len(self._ports)
+            self._ports.append(port)
+        return self._numbers[key]
+
+    def _layer(self, node: Any) -> Layer:
+        """Describe an operation.
+
+        Raises:
+            InputError: strips cannot compute it.
+        """
+        kind, inputs, attributes = node.get_type_name(), node.input_values(), node.get_attributes()
+        fixed = [self._is_fixed(port.get_node()) for port in inputs]
+        reads = tuple(None if known else self._number(port) for known, port in zip(fixed, inputs, strict=True))
+        weights = sum(self._opened(port.get_node()) for known, port in zip(fixed, inputs, strict=True) if known)
+        made = self._number(node.output(0))
+        shape = node.get_output_shape(0)
+        if kind in _POINTWISE:
+            return Layer("pointwise", reads, made, weights)
+        if kind == "Convolution":
+            rows = inputs[1].get_shape()[2]
+            padding = attributes["pads_begin"][0], attributes["pads_end"][0]
+            plain = set(attributes["strides"]) == set(attributes["dilations"]) == {1}
+            if plain and attributes["auto_pad"] == "explicit" and rows % 2 and padding == (rows // 2, rows // 2):
+                return Layer("conv", reads[:1], made, weights, halo=rows // 2)
+        elif kind == "Interpolate":
+            before = inputs[0].get_shape()
+            upright = shape[2] % before[2] == 0 and list(shape[:2]) == list(before[:2])
+            by_scale = attributes["shape_calculation_mode"] == "scales" and attributes["mode"] == "nearest"
+            if upright and by_scale and attributes["coordinate_transformation_mode"] != "align_corners":
+                return Layer("upsample", reads[:1], made)
+        elif kind == "GroupNormalization":
+            gamma, beta = (_numbers(port.get_node()) for port in inputs[1:])
+            norm = Norm(int(attributes["num_groups"]), float(attributes["epsilon"]), gamma, beta)
+            return Layer("norm", reads[:1], made, norm=norm)
+        elif kind in _RESHAPING:
+            return Layer("reshape", reads[:1], made)
+        elif kind == "Transpose" and fixed[1]:
+            return Layer("transpose", reads[:1], made, order=tuple(int(i) for i in _numbers(inputs[1].get_node())))
+        elif kind == "Softmax":
+            return Layer("softmax", reads, made, axis=int(attributes["axis"]))
+        elif kind == "MatMul":
+            transposed = attributes["transpose_a"], attributes["transpose_b"]
+            return Layer("matmul", reads, made, weights, transposed=transposed)
+        name = node.get_friendly_name()
+        raise InputError(f"{self.path}: {name}: found {kind} {attributes}, which strips of rows cannot compute")
+
+    def _opened(self, node: Any) -> int:
+        """Return the bytes of a weight, as opened."""
+        if node.get_type_name() == "Constant":
+            return int(node.get_byte_size()) * _WIDENED.get(node.get_element_type(), 1)
+        return sum(self._opened(port.get_node()) for port in node.input_values())
+
+    def cut(self) -> None:
+        """Make the models of all segments, once: this rewires the model."""
+        layers = self.plan.network.layers
+        place = {i: index for index, segment in enumerate(self.plan.segments) for i in segment.layers}
+        owner = {node.get_instance_id(): place[i] for i, node in enumerate(self._nodes)}
+        feeds: list[dict[int, Any]] = [{} for _ in self.plan.segments]
+        for value, port in enumerate(self._ports):
+            maker = owner.get(port.get_node().get_instance_id())
+            for target in port.get_target_inputs():
+                user = owner.get(target.get_node().get_instance_id())
+                if user is not None and user != maker:
+                    if value not in feeds[user]:
+                        feeds[user][value] = opset13.parameter(port.get_shape(), port.get_element_type())
+                    target.replace_source_output(feeds[user][value].output(0))
+        ends = {value: self._ports[value] for segment in self.plan.segments for value in segment.makes}
+        affine: dict[int, list[Any]] = {}
+        for i, node in enumerate(self._nodes):
+            layer = layers[i]
+            shape = self.plan.network.shapes[layer.makes]
+            if layer.kind == "norm":
+                factors = [opset13.parameter([1, shape[1], *(1 for _ in shape[2:])], np.float32) for _ in range(2)]
+                scaled = opset13.multiply(node.input_value(0), factors[0])
+                self._replace(node, opset13.add(scaled, factors[1]), ends)
+                affine[i] = factors
+            elif layer.kind == "reshape":
+                pattern = [-1 if axis == self.plan.rows[layer.makes].axis else size for axis, size in enumerate(shape)]
+                self._replace(node, opset13.reshape(node.input_value(0), np.array(pattern), special_zero=False), ends)
+        for index, segment in enumerate(self.plan.segments):
+            parameters = [*feeds[index].values(), *(one for i in segment.norms for one in affine[i])]
+            results = [opset13.result(ends[value]) for value in segment.makes]
+            model = openvino.Model(results, parameters, self._model.get_friendly_name())
+            self._pieces.append(_Piece(model, tuple(feeds[index]), segment.norms, segment.makes))
+
+    @staticmethod
+    def _replace(node: Any, other: Any, ends: dict[int, Any]) -> None:
+        """Let everything read another node instead of this one."""
+        old = node.get_instance_id()
+        node.output(0).replace(other.output(0))
+        for value, port in ends.items():
+            if port.get_node().get_instance_id() == old:
+                ends[value] = other.output(0)
+
+    def piece(self, index: int, rows: int) -> _Piece:
+        """Return a segment's model with the sizes of strips of so many rows."""
+        one, segment = self._pieces[index], self.plan.segments[index]
+        ports = one.model.inputs[: len(one.values)]
+        one.model.reshape({
+            port: list(self.plan.strip_shape(value, segment, rows))
+            for port, value in zip(ports, one.values, strict=True)
+        })  # fmt: skip
+        return one
+
+
+def _numbers(node: Any) -> Array:
+    """Return the numbers of a constant, or of one that is converted."""
+    while node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    if node.get_type_name() != "Constant":
+        raise InputError(f"{node.get_friendly_name()}: found {node.get_type_name()}, expected a constant")
+    return np.asarray(node.data, np.float32)
+
+
+class _OpenedSegment:
+    """A compiled segment, as strip_runner.Opened."""
+
+    def __init__(self, graph: _Graph, index: int, rows: int, device: str, config: Mapping[str, Any]) -> None:
+        self._path = graph.path
+        self._weights = graph.path.with_suffix(".bin") if graph.path.suffix == ".xml" else graph.path
+        try:
+            self._piece = graph.piece(index, rows)
+            with evicting(self._weights):
+                compiled = core().compile_model(self._piece.model, device, dict(config))
+            self._request: openvino.InferRequest | None = compiled.create_infer_request()
+        except RuntimeError as error:
+            raise _unusable(self._path, error) from None
+
+    def __call__(self, values: Mapping[int, Array], affine: Mapping[int, tuple[Array, Array]]) -> dict[int, Array]:
+        """Return what the segment makes of a strip."""
+        request, piece = self._request, self._piece
+        assert request is not None  # it is not closed
+        shapes = [port.get_shape() for port in piece.model.inputs[len(piece.values) :]]
+        numbers: Sequence[Array] = [one for norm in piece.norms for one in affine[norm]]
+        feed = [values[value] for value in piece.values]
+        feed += [one.reshape(shape) for one, shape in zip(numbers, shapes, strict=True)]
+        try:
+            request.infer(dict(enumerate(feed)), share_inputs=True, share_outputs=True)
+        except RuntimeError as error:
+            raise _unusable(self._path, error) from None
+        return {value: request.get_output_tensor(i).data for i, value in enumerate(piece.makes)}
+
+    def close(self) -> None:
+        """Free the compiled model."""
+        self._request = None
