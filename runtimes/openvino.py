@@ -31,6 +31,7 @@ from edgeprune.common.extras import needs
 from edgeprune.common.fields import whole_number
 from edgeprune.common.files import read_json
 from edgeprune.common.threads import usable
+from edgeprune.runtimes import openvino_vae
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external
 from edgeprune.runtimes.mapped import evicting
@@ -38,6 +39,7 @@ from edgeprune.runtimes.memory import Reading
 from edgeprune.runtimes.networks import Network, NetworkBackend, Shapes, room_here
 from edgeprune.runtimes.openvino_graph import Graph
 from edgeprune.runtimes.openvino_pieces import OpenVinoPieces
+from edgeprune.runtimes.openvino_vae import StripDecoder
 from edgeprune.runtimes.pieces import Needs
 
 with needs("openvino"):
@@ -131,11 +133,12 @@ class OpenVinoFile:
             raise self._failed(error, shapes) from None
         return model
 
-    def compiled(self, model: openvino.Model) -> Compiled:
-        """Return the model ready to run on the device."""
+    def compiled(self, model: openvino.Model, *, part: bool = False) -> Compiled:
+        """Return the model, or a part of it, ready to run on the device; no cache keeps parts, which limits change."""
+        config = {key: value for key, value in self._config.items() if not part or key != "CACHE_DIR"}
         try:
             with evicting(self._weights):
-                return Compiled(self, core().compile_model(model, self.device, self._config))
+                return Compiled(self, core().compile_model(model, self.device, config))
         except RuntimeError as error:
             raise self._unusable(error) from None
 
@@ -159,7 +162,7 @@ class Compiled:
     """A model, or a piece of one, on its device."""
 
     def __init__(self, file: OpenVinoFile, model: openvino.CompiledModel) -> None:
-        self._file, self._model = file, model
+        self._file, self.model = file, model
         self._repacked = False
         self.names = [port.names for port in model.outputs]
         """The names of each output."""
@@ -169,7 +172,7 @@ class Compiled:
         try:
             # The CPU repacks weights at their first use.
             with nullcontext() if self._repacked else self._file.evicting():
-                values = self._model(list(feed))
+                values = self.model(list(feed))
             self._repacked = True
         except RuntimeError as error:
             raise self._file.failed(error, feed) from None
@@ -177,7 +180,7 @@ class Compiled:
 
     def rest(self) -> None:
         """Free what it has for values until the next run."""
-        self._model.release_memory()
+        self.model.release_memory()
 
 
 class OpenVinoNetwork:
@@ -294,17 +297,22 @@ class OpenVinoEngine:
     name: str = "openvino"
 
     def open(self, folder: Path, limit: int | None) -> Network:
-        """Open a network, whole or in pieces."""
+        """Open a network: whole, in pieces, or a VAE's decoder in strips."""
         file = OpenVinoFile(folder / self.file, self.device, dict(self.config))
-        return OpenVinoNetwork(file) if limit is None else OpenVinoPieces(file, limit)
+        if limit is None:
+            return OpenVinoNetwork(file)
+        return StripDecoder(file, limit) if openvino_vae.INPUT in file.kinds else OpenVinoPieces(file, limit)
 
     def needs(self, folder: Path, shapes: Shapes) -> Needs:
         """Return the bytes that a network takes; it is read, without its weights."""
         file = OpenVinoFile(folder / self.file, self.device, dict(self.config))
         try:
-            return Graph(file.read(shapes)).measured().needs()
+            needs = Graph(file.read(shapes)).measured().needs()
+            if openvino_vae.INPUT in shapes:
+                needs = Needs(needs.whole, openvino_vae.values(file, shapes[openvino_vae.INPUT]))
         finally:
             file.close()
+        return needs
 
     def room(self) -> tuple[int, int]:
         """Return the bytes that the process has now, and may have at most."""

@@ -89,8 +89,8 @@ class OpenVinoPieces:
     def _opened(self, file: OpenVinoFile, index: int) -> Compiled:
         model = self._pieces[index].model
         if index or not self._resident:
-            return file.compiled(model)
-        self._first = self._first or file.compiled(model)
+            return file.compiled(model, part=True)
+        self._first = self._first or file.compiled(model, part=True)
         return self._first
 
     def close(self) -> None:

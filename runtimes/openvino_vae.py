@@ -13,8 +13,7 @@ if __name__ != "edgeprune.runtimes.openvino_vae":
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino
@@ -24,11 +23,12 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.heap import trim
 from edgeprune.common.memory import resident
 from edgeprune.runtimes.base import Array
-from edgeprune.runtimes.mapped import evicting
-from edgeprune.runtimes.openvino import core
 from edgeprune.runtimes.strip_norms import Norm
 from edgeprune.runtimes.strip_runner import least_bytes, run
 from edgeprune.runtimes.strips import Described, Layer, Plan, plan
+
+if TYPE_CHECKING:
+    from edgeprune.runtimes.openvino import OpenVinoFile
 
 INPUT, OUTPUT = "latent_sample", "sample"
 """As the export names them (export/modules.py)."""
@@ -42,35 +42,37 @@ _WIDENED = {openvino.Type.f16: 2, openvino.Type.bf16: 2}
 """Bytes of an opened weight by those in the file; others keep theirs."""
 
 
-def least(path: Path, height: int, width: int) -> int:
-    """Return the fewest bytes, interpreter included, of a process that decodes one image's latents (h, w) in strips.
+def least(file: OpenVinoFile, shape: Sequence[int]) -> int:
+    """Return the fewest bytes, interpreter included, of a process that decodes latents of this shape in strips.
 
     Raises:
-        InputError: the file cannot be read, or is no network that strips can compute.
+        InputError: the network is none that strips can compute.
     """
-    return STARTED + SLACK + least_bytes(_Graph(path, height, width).plan)
+    return STARTED + SLACK + values(file, shape)
+
+
+def values(file: OpenVinoFile, shape: Sequence[int]) -> int:
+    """Return the fewest bytes that latents of this shape (1, C, h, w) take in strips, beyond an idle process.
+
+    Raises:
+        InputError: the network is none that strips can compute.
+    """
+    return least_bytes(_Graph(file, shape).plan)
 
 
 class StripDecoder:
     """The `Network` of a VAE's decoder that keeps to a number of bytes.
 
     Args:
-        path: its IR or ONNX file.
-        device: CPU, GPU (or GPU.1, ...) or NPU.
-        config: OpenVINO's properties, of `openvino.settings_of`; compiled segments are not cached.
+        file: its IR or ONNX file.
         limit: most bytes of the process, interpreter included. What the process already has at a call counts; if that
             leaves less than the smallest strips need, they are taken nevertheless.
-
-    Raises:
-        InputError: there is no such file, or OpenVINO cannot read it.
     """
 
-    def __init__(self, path: Path, device: str, config: dict[str, Any], limit: int) -> None:
-        self._path, self._device, self._limit = path, device, limit
-        self._config = {key: value for key, value in config.items() if key != "CACHE_DIR"}
-        self._closed = False
-        _read(path)
-        self.provider, self.why = device, f"device={device}"
+    def __init__(self, file: OpenVinoFile, limit: int) -> None:
+        self._file: OpenVinoFile | None = file
+        self._limit = limit
+        self.provider, self.why = file.device, f"device={file.device}"
 
     def largest_batch(self, name: str) -> None:
         """Return None: images are decoded one after the other."""
@@ -83,15 +85,16 @@ class StripDecoder:
             InputError: the limit is below `least`, the latents do not fit, or OpenVINO reports an error.
             DiskError: the disk has no room for what passes between segments.
         """
-        if self._closed:
+        if self._file is None:
             raise InputError("the runtime is closed; load the folder again")
+        file = self._file
         if INPUT not in arrays:
-            raise InputError(f"{self._path}: inputs: found {sorted(arrays)}, expected {INPUT}")
+            raise InputError(f"{file.path}: inputs: found {sorted(arrays)}, expected {INPUT}")
         latents = np.ascontiguousarray(arrays[INPUT], np.float32)
         height, width = latents.shape[2:]
         trim()
         before = max(STARTED, resident())
-        graph = _Graph(self._path, height, width)
+        graph = _Graph(file, (1, *latents.shape[1:]))
         needed = STARTED + SLACK + least_bytes(graph.plan)
         if self._limit < needed:
             raise InputError(
@@ -100,7 +103,7 @@ class StripDecoder:
         graph.cut()
 
         def opening(index: int, rows: int) -> _OpenedSegment:
-            return _OpenedSegment(graph, index, rows, self._device, self._config)
+            return _OpenedSegment(graph, index, rows)
 
         images = np.empty((len(latents), *graph.plan.network.shapes[graph.plan.network.result][1:]), np.float32)
         budget = self._limit - before - SLACK - images[1:].nbytes
@@ -110,21 +113,9 @@ class StripDecoder:
 
     def close(self) -> None:
         """Refuse further calls: nothing stays open between two."""
-        self._closed = True
-
-
-def _read(path: Path) -> openvino.Model:
-    if not path.exists():
-        raise InputError(f"{path}: no such file, expected an OpenVINO or ONNX model; export again")
-    try:
-        model: openvino.Model = core().read_model(path)
-    except RuntimeError as error:
-        raise _unusable(path, error) from None
-    return model
-
-
-def _unusable(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path}: OpenVINO failed: {' '.join(str(error).split())[:300]}; export again")
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
 
 @dataclass(frozen=True)
@@ -142,17 +133,11 @@ class _Piece:
 class _Graph:
     """A decoder's model at one size of latents, as layers, and cut into segments."""
 
-    def __init__(self, path: Path, height: int, width: int) -> None:
-        self.path = path
-        model = _read(path)
-        names = [name for port in model.inputs for name in port.names]
-        if INPUT not in names or len(model.inputs) != 1 or len(model.outputs) != 1:
-            raise InputError(f"{path}: inputs: found {names}, expected {INPUT}; export again")
-        channels = model.inputs[0].get_partial_shape()[1].get_length()
-        try:
-            model.reshape({INPUT: [1, channels, height, width]})
-        except RuntimeError as error:
-            raise _unusable(path, error) from None
+    def __init__(self, file: OpenVinoFile, shape: Sequence[int]) -> None:
+        self.file = file
+        path, model = file.path, file.read({INPUT: shape})
+        if len(model.inputs) != 1 or len(model.outputs) != 1:
+            raise InputError(f"{path}: inputs: found {sorted(file.kinds)}, expected {INPUT}; export again")
         for node in model.get_ordered_ops():
             if node.get_type_name() == "ShapeOf":
                 shape = np.array(node.input_value(0).get_shape(), node.get_output_element_type(0).to_dtype())
@@ -232,7 +217,7 @@ class _Graph:
             transposed = attributes["transpose_a"], attributes["transpose_b"]
             return Layer("matmul", reads, made, weights, transposed=transposed)
         name = node.get_friendly_name()
-        raise InputError(f"{self.path}: {name}: found {kind} {attributes}, which strips of rows cannot compute")
+        raise InputError(f"{self.file.path}: {name}: found {kind} {attributes}, which strips of rows cannot compute")
 
     def _opened(self, node: Any) -> int:
         """Return the bytes of a weight, as opened."""
@@ -305,16 +290,10 @@ def _numbers(node: Any) -> Array:
 class _OpenedSegment:
     """A compiled segment, as strip_runner.Opened."""
 
-    def __init__(self, graph: _Graph, index: int, rows: int, device: str, config: Mapping[str, Any]) -> None:
-        self._path = graph.path
-        self._weights = graph.path.with_suffix(".bin") if graph.path.suffix == ".xml" else graph.path
-        try:
-            self._piece = graph.piece(index, rows)
-            with evicting(self._weights):
-                compiled = core().compile_model(self._piece.model, device, dict(config))
-            self._request: openvino.InferRequest | None = compiled.create_infer_request()
-        except RuntimeError as error:
-            raise _unusable(self._path, error) from None
+    def __init__(self, graph: _Graph, index: int, rows: int) -> None:
+        self._file, self._piece = graph.file, graph.piece(index, rows)
+        compiled = graph.file.compiled(self._piece.model, part=True)
+        self._request: openvino.InferRequest | None = compiled.model.create_infer_request()
 
     def __call__(self, values: Mapping[int, Array], affine: Mapping[int, tuple[Array, Array]]) -> dict[int, Array]:
         """Return what the segment makes of a strip."""
@@ -327,7 +306,7 @@ class _OpenedSegment:
         try:
             request.infer(dict(enumerate(feed)), share_inputs=True, share_outputs=True)
         except RuntimeError as error:
-            raise _unusable(self._path, error) from None
+            raise self._file.failed(error, feed) from None
         return {value: request.get_output_tensor(i).data for i, value in enumerate(piece.makes)}
 
     def close(self) -> None:

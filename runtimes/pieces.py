@@ -7,7 +7,7 @@ next, which in a transformer is between two blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 LEAST = 1 / 3
@@ -52,7 +52,7 @@ def cuts(operations: Sequence[Operation], sizes: Sequence[int], most: int, kept:
     return out
 
 
-def working(operations: Sequence[Operation], sizes: Sequence[int], kept: Iterable[int]) -> int:
+def working(operations: Sequence[Operation], sizes: Mapping[int, int] | Sequence[int], kept: Iterable[int]) -> int:
     """Return the most bytes of values that are alive at one time in a piece.
 
     It is an upper bound: a runtime fuses operations, and then some of these values never exist.

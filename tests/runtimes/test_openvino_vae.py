@@ -24,7 +24,8 @@ from openvino_fakes import EXACT  # noqa: E402
 from edgeprune.artefact.resolve import BUILTIN  # noqa: E402
 from edgeprune.runtimes import openvino_vae, strip_runner  # noqa: E402
 from edgeprune.runtimes.base import Array  # noqa: E402
-from edgeprune.runtimes.openvino import OpenVinoNetwork  # noqa: E402
+from edgeprune.runtimes import openvino as runtime  # noqa: E402
+from edgeprune.runtimes.openvino import OpenVinoFile, OpenVinoNetwork  # noqa: E402
 from edgeprune.runtimes.openvino_vae import StripDecoder, least  # noqa: E402
 
 PLENTY = 10**9
@@ -45,16 +46,20 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path.with_name("openvino_model.xml")
 
 
+def least_of(path: Path, height: int, width: int) -> int:
+    return least(OpenVinoFile(path, "CPU", EXACT), (1, 8, height, width))
+
+
 def noise(height: int, width: int, batch: int = 1) -> Array:
     return np.random.default_rng(height + width).standard_normal((batch, 8, height, width), dtype=np.float32)
 
 
 def whole(path: Path, latents: Array) -> Array:
-    return OpenVinoNetwork(path, "CPU", EXACT)(latent_sample=latents)["sample"]
+    return OpenVinoNetwork(OpenVinoFile(path, "CPU", EXACT))(latent_sample=latents)["sample"]
 
 
 def strips(path: Path, latents: Array, limit: int) -> Array:
-    return StripDecoder(path, "CPU", EXACT, limit)(latent_sample=latents)["sample"]
+    return StripDecoder(OpenVinoFile(path, "CPU", EXACT), limit)(latent_sample=latents)["sample"]
 
 
 def apart(found: Array, expected: Array) -> float:
@@ -74,7 +79,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_at_512_the_pixels_are_those_of_the_whole(decoder: Path, small: Path) -> None:
     latents = noise(64, 64)
     expected = whole(decoder, latents)
-    fewest = least(decoder, 64, 64)
+    fewest = least_of(decoder, 64, 64)
     for limit in (fewest, fewest + 20_000_000):
         assert apart(strips(decoder, latents, limit), expected) < 2e-5
     assert not list(small.iterdir())
@@ -84,7 +89,7 @@ def test_at_512_the_pixels_are_those_of_the_whole(decoder: Path, small: Path) ->
 def test_odd_sizes(decoder: Path, small: Path, height: int, width: int) -> None:
     latents = noise(height, width)
     expected = whole(decoder, latents)
-    for limit in (least(decoder, height, width), PLENTY):
+    for limit in (least_of(decoder, height, width), PLENTY):
         assert apart(strips(decoder, latents, limit), expected) < 2e-5
 
 
@@ -99,7 +104,7 @@ def test_an_onnx_file_is_decoded_too(tiny_folders: tuple[Path, Path], small: Pat
     path = tiny_folders[1] / "vae_decoder" / "model.onnx"
     channels = OpenVinoNetwork(path, "CPU", EXACT)._model.inputs[0].get_partial_shape()[1].get_length()  # type: ignore[union-attr]
     latents = np.random.default_rng(0).standard_normal((1, channels, 24, 5), dtype=np.float32)
-    assert apart(strips(path, latents, least(path, 24, 5)), whole(path, latents)) < 2e-5
+    assert apart(strips(path, latents, least_of(path, 24, 5)), whole(path, latents)) < 2e-5
 
 
 def test_the_disk_takes_what_was_forecast(decoder: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,10 +124,10 @@ def test_the_disk_takes_what_was_forecast(decoder: Path, small: Path, monkeypatc
 
 def test_scores_of_attention_never_exist_whole(decoder: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     largest = []
-    real = openvino_vae.core().compile_model
+    real = runtime.core().compile_model
 
     class Core:
-        read_model = staticmethod(openvino_vae.core().read_model)
+        read_model = staticmethod(runtime.core().read_model)
 
         @staticmethod
         def compile_model(model: Any, device: str, config: Any) -> Any:
@@ -131,16 +136,16 @@ def test_scores_of_attention_never_exist_whole(decoder: Path, small: Path, monke
             )
             return real(model, device, config)
 
-    monkeypatch.setattr(openvino_vae, "core", Core)
-    strips(decoder, noise(64, 64), least(decoder, 64, 64))
+    monkeypatch.setattr(runtime, "core", Core)
+    strips(decoder, noise(64, 64), least_of(decoder, 64, 64))
     assert max(largest) < 64**4 / 2, "tokens x tokens"
 
 
 def test_below_the_least_it_is_refused(decoder: Path, small: Path) -> None:
-    fewest = least(decoder, 64, 64)
-    assert least(decoder, 8, 8) < fewest < least(decoder, 128, 64)
+    fewest = least_of(decoder, 64, 64)
+    assert least_of(decoder, 8, 8) < fewest < least_of(decoder, 128, 64)
     with pytest.raises(InputError, match="latents: found 1 row, expected 2 or more"):
-        least(decoder, 1, 8)
+        least_of(decoder, 1, 8)
     refused = f"memory: found {fewest - 1} bytes, expected at least {fewest} to decode latents of 64x64"
     with pytest.raises(InputError, match=re.escape(refused)):
         strips(decoder, noise(64, 64), fewest - 1)
@@ -158,17 +163,17 @@ def test_after_an_error_no_scratch_file_stays(decoder: Path, small: Path, monkey
 
     monkeypatch.setattr(openvino_vae._OpenedSegment, "__call__", failing)
     with pytest.raises(InputError, match="the engine fails"):
-        strips(decoder, noise(64, 64), least(decoder, 64, 64))
+        strips(decoder, noise(64, 64), least_of(decoder, 64, 64))
     assert calls[-1] > 0 and not list(small.iterdir())
 
 
 def test_what_is_no_decoder_is_refused(decoder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gone\.xml: no such file"):
-        StripDecoder(tmp_path / "gone.xml", "CPU", EXACT, PLENTY)
+        StripDecoder(OpenVinoFile(tmp_path / "gone.xml", "CPU", EXACT), PLENTY)
     (tmp_path / "cut.xml").write_text(decoder.read_text(encoding="utf-8")[:2000], encoding="utf-8")
-    with pytest.raises(InputError, match=r"cut\.xml: OpenVINO failed: .*export again"):
-        StripDecoder(tmp_path / "cut.xml", "CPU", EXACT, PLENTY)
-    network = StripDecoder(decoder, "CPU", EXACT | {"CACHE_DIR": str(tmp_path / "cache")}, PLENTY)
+    with pytest.raises(InputError, match=r"cut\.xml: OpenVINO cannot open it on CPU: .*export again"):
+        StripDecoder(OpenVinoFile(tmp_path / "cut.xml", "CPU", EXACT), PLENTY)
+    network = StripDecoder(OpenVinoFile(decoder, "CPU", EXACT | {"CACHE_DIR": str(tmp_path / "cache")}), PLENTY)
     with pytest.raises(InputError, match=r"inputs: found \['sample'\], expected latent_sample"):
         network(sample=noise(2, 2))
     network.close()
@@ -192,7 +197,7 @@ def test_an_operation_that_strips_cannot_compute_is_named(making: Any, says: str
     path = tmp_path / "other.xml"
     openvino.save_model(openvino.Model([opset13.result(making(latents))], [latents]), path)
     with pytest.raises(InputError, match=f"{re.escape(str(path))}: .*{says}"):
-        least(path, 8, 8)
+        least_of(path, 8, 8)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's peak")
@@ -201,11 +206,12 @@ def test_a_process_keeps_to_the_least(decoder: Path) -> None:
 import re, sys
 from pathlib import Path
 import numpy as np
-from edgeprune.runtimes.openvino import settings_of
+from edgeprune.runtimes.openvino import OpenVinoFile, settings_of
 from edgeprune.runtimes.openvino_vae import StripDecoder, least
 path = Path({str(decoder)!r})
-limit = least(path, 64, 64)
-StripDecoder(path, "CPU", settings_of("CPU", threads=1), limit)(latent_sample=np.zeros((1, 8, 64, 64), np.float32))
+file = OpenVinoFile(path, "CPU", settings_of("CPU", threads=1))
+limit = least(file, (1, 8, 64, 64))
+StripDecoder(file, limit)(latent_sample=np.zeros((1, 8, 64, 64), np.float32))
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 print(limit, peak)
 """
