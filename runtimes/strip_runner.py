@@ -38,7 +38,10 @@ class Opened(Protocol):
 
 
 ENOUGH = 300_000_000
-"""Bytes of a strip beyond which time is lost: fewer rows are computed twice, but fresh memory costs more than that."""
+"""Most bytes of a strip. Larger ones save no time: fewer rows are computed twice, but fresh memory has to be zeroed.
+
+SD3.5's decoder took 138 s of processor time at 1024x1024 with strips of 89 MB, and 134 s with 300 MB.
+"""
 
 Open = Callable[[int, int], Opened]
 """Opens the segment of this place for strips of so many rows."""
