@@ -145,7 +145,7 @@ class NetworkBackend:
 
     Raises:
         InputError: a file is missing, damaged or not as the export wrote it, that folder cannot be written, or the
-            memory is too little for an image of the model's own size.
+            memory is too little for any image.
     """
 
     def __init__(
@@ -186,14 +186,19 @@ class NetworkBackend:
         self._prepared: tuple[int, int] | None = None
         self._in_turn = False
         self._cut: set[str] = set()
-        self.prepare(settings.generation.height, settings.generation.width)
-        if not self._in_turn:
-            try:
-                for network in self._names:
-                    self._network(network)
-            except BaseException:
-                self.close()  # nobody else could close those that are open
-                raise
+        try:
+            self.prepare(settings.generation.height, settings.generation.width)
+        except InputError:
+            side = 2 * settings.factor * settings.patch
+            self.prepare(side, side)  # refuses what is too little for any image
+        if self._in_turn:
+            return
+        try:
+            for network in self._names:
+                self._network(network)
+        except BaseException:
+            self.close()  # nobody else could close those that are open
+            raise
 
     @property
     def _names(self) -> tuple[str, ...]:

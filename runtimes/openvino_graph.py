@@ -24,6 +24,24 @@ _WIDENED = 2
 """Bytes of an opened float16 weight by those in the file: the CPU computes in float32."""
 
 
+TABLE = 10**7
+"""Bytes of a table from which rows are looked up without opening it: text encoders have up to 0.3 GB of embeddings."""
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of a table that stays in its mapped file."""
+
+    table: Any
+    reads: tuple[int, ...]
+    """The value that is the rows' indices."""
+    makes: tuple[int, ...]
+
+    def __call__(self, feed: Sequence[Any]) -> list[Any]:
+        """Return the rows of these indices (B, tokens), as one float32 array (B, tokens, width)."""
+        return [np.asarray(self.table.data[np.asarray(feed[0])], np.float32)]
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of a model that runs by itself."""
@@ -92,8 +110,10 @@ class Graph:
     def _operation(self, node: Any, counted: set[int]) -> Operation:
         ports = [port for port in node.input_values() if port.get_node().get_instance_id() not in self._fixed]
         reads = tuple(dict.fromkeys(self._number(port) for port in ports))
-        weights = sum(_opened(constant) for constant in self._constants(node, counted))
-        return Operation(weights, reads, tuple(self._number(port) for port in node.outputs()))
+        opened = [(_opened(constant), int(constant.get_byte_size())) for constant in self._constants(node, counted)]
+        weights, converted = sum(size for size, _ in opened), sum(size for size, stored in opened if size > stored)
+        makes = tuple(self._number(port) for port in node.outputs())
+        return Operation(weights, reads, makes, converted, alone=_table(node) is not None)
 
     def _constants(self, node: Any, seen: set[int]) -> Iterator[Any]:
         """Yield the constants that a node reads, through what depends on constants alone, and that were not seen."""
@@ -108,8 +128,8 @@ class Graph:
             else:
                 yield from self._constants(source, seen)
 
-    def cut(self, ranges: Sequence[range]) -> list[Piece]:
-        """Return a model for each range of operations.
+    def cut(self, ranges: Sequence[range]) -> list[Piece | Lookup]:
+        """Return a model for each range of operations, or a lookup.
 
         Args:
             ranges: in order, without gaps.
@@ -135,14 +155,29 @@ class Graph:
                 if value not in reads[user]:
                     reads[user][value] = opset13.parameter(port.get_shape(), port.get_element_type())
                 target.replace_source_output(reads[user][value].output(0))
-        out = []
-        for inputs, outputs in zip(reads, makes, strict=True):
+        out: list[Piece | Lookup] = []
+        for part, inputs, outputs in zip(ranges, reads, makes, strict=True):
+            if self.operations[part.start].alone:
+                table = _table(self.nodes[part.start])
+                out.append(Lookup(table, tuple(inputs), tuple(outputs)))
+                continue
             results = [opset13.result(self._values[value]) for value in outputs]
             model = openvino.Model(results, list(inputs.values()), self._model.get_friendly_name())
             if self._model.has_rt_info("edgeprune"):
                 model.set_rt_info(self._model.get_rt_info("edgeprune"), "edgeprune")
             out.append(Piece(model, tuple(inputs), tuple(outputs)))
         return out
+
+
+def _table(node: Any) -> Any:
+    """Return the large table from which a node looks up whole rows; None if it does not."""
+    if node.get_type_name() != "Gather" or node.get_attributes().get("batch_dims", 0):
+        return None
+    table, axis = node.input_value(0).get_node(), node.input_value(2).get_node()
+    if any(one.get_type_name() != "Constant" for one in (table, axis)) or axis.data.any():
+        return None
+    floats = table.get_element_type() in (openvino.Type.f16, openvino.Type.f32)
+    return table if floats and table.get_byte_size() >= TABLE else None
 
 
 def fuse_attention(model: openvino.Model) -> None:

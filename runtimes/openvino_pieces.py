@@ -19,7 +19,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.heap import trim
 from edgeprune.common.memory import resident
 from edgeprune.runtimes.base import Array
-from edgeprune.runtimes.openvino_graph import Graph, Piece
+from edgeprune.runtimes.openvino_graph import Graph, Lookup, Piece
 from edgeprune.runtimes.pieces import RESERVE
 
 if TYPE_CHECKING:
@@ -39,11 +39,11 @@ class OpenVinoPieces:
         self._limit = limit
         self.provider, self.why = file.device, f"device={file.device}"
         self._planned: tuple[dict[str, list[int]], int] | None = None
-        self._pieces: list[Piece] = []
+        self._pieces: list[Piece | Lookup] = []
         self._inputs: dict[str, int] = {}
         self._outputs: dict[str, int] = {}
-        self._resident = False
-        self._first: Compiled | None = None
+        self._resident: int | None = None
+        self._kept: Compiled | None = None
 
     def largest_batch(self, name: str) -> None:
         """Return None: the sizes of an export's models are dynamic."""
@@ -68,8 +68,8 @@ class OpenVinoPieces:
                 state.update(zip(piece.makes, made, strict=True))
                 for value in state.keys() - later:
                     del state[value]
-            if compiled is self._first and len(self._pieces) > 1:
-                compiled.rest()  # so that the other pieces can have that memory
+            if index == self._resident and len(self._pieces) > 1 and self._kept is not None:
+                self._kept.rest()  # so that the other pieces can have that memory
             del compiled
             trim()
         return [{n: np.asarray(state[value], np.float32) for n, value in self._outputs.items()} for state in states]
@@ -78,7 +78,7 @@ class OpenVinoPieces:
         """Cut the network for inputs of these shapes, unless it is."""
         if self._planned == (shapes, rows):
             return
-        self._planned, self._first, self._pieces = None, None, []
+        self._planned, self._kept, self._pieces = None, None, []
         trim()
         graph = Graph(file.read(shapes))
         layout = graph.measured().layout(self._limit - RESERVE - resident(), rows)
@@ -86,16 +86,18 @@ class OpenVinoPieces:
         self._pieces = graph.cut(layout.parts)
         self._planned = shapes, rows
 
-    def _opened(self, file: OpenVinoFile, index: int) -> Compiled:
-        model = self._pieces[index].model
-        if index or not self._resident:
-            return file.compiled(model, part=True)
-        self._first = self._first or file.compiled(model, part=True)
-        return self._first
+    def _opened(self, file: OpenVinoFile, index: int) -> Compiled | Lookup:
+        piece = self._pieces[index]
+        if isinstance(piece, Lookup):
+            return piece
+        if index != self._resident:
+            return file.compiled(piece.model, part=True)
+        self._kept = self._kept or file.compiled(piece.model, part=True)
+        return self._kept
 
     def close(self) -> None:
         """Drop everything; OpenVINO then frees its memory."""
-        self._planned, self._first, self._pieces = None, None, []
+        self._planned, self._kept, self._pieces = None, None, []
         if self._file is not None:
             self._file.close()
         self._file = None

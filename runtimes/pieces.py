@@ -19,9 +19,13 @@ class Operation:
     """One operation of a graph. Values have numbers; the network's inputs are values, weights are not."""
 
     weights: int
-    """Bytes of the weights, as opened, that no earlier operation reads."""
+    """Bytes of the weights, as opened, that no earlier operation reads. Of one that is `alone`, in the whole network."""
     reads: tuple[int, ...]
     makes: tuple[int, ...]
+    converted: int = 0
+    """The part of `weights` that is not stored like that: there are two copies while it is opened."""
+    alone: bool = False
+    """Whether it is a piece of its own, which the runtime computes by other means: a lookup in a large table."""
 
 
 def cuts(operations: Sequence[Operation], sizes: Sequence[int], most: int, kept: Iterable[int]) -> list[range]:
@@ -37,16 +41,19 @@ def cuts(operations: Sequence[Operation], sizes: Sequence[int], most: int, kept:
     out, start = [], 0
     while start < len(operations):
         weights, ends = 0, list[tuple[int, int]]()
-        for end in range(start + 1, len(operations) + 1):
+        alone = (index for index in range(start, len(operations)) if operations[index].alone)
+        last = next(alone, len(operations))
+        last += last == start
+        for end in range(start + 1, last + 1):
             weights += operations[end - 1].weights
             if weights > most and ends:
                 break
             ends.append((end, weights))
-        if ends[-1][0] < len(operations):
+        if ends[-1][0] < last:
             ends = [(end, held) for end, held in ends if held >= LEAST * most] or ends[-1:]
             stop = min(ends, key=lambda one: (crossing[one[0]], -one[0]))[0]
         else:
-            stop = len(operations)
+            stop = last
         out.append(range(start, stop))
         start = stop
     return out
@@ -119,8 +126,8 @@ class Layout:
 
     parts: list[range]
     """Of its operations, in order."""
-    resident: bool
-    """Whether the first part stays open."""
+    resident: int | None
+    """Which part stays open."""
 
 
 @dataclass(frozen=True)
@@ -149,13 +156,14 @@ class Sizes:
         """
         smallest = self._cuts(PIECE_BYTES)
         between = self._between(smallest, rows)
-        for count in range(len(smallest), 1, -1):
-            head = range(smallest[count - 1].stop)
-            rest = max((self._closed(part) for part in smallest[count:]), default=0)
-            held = self._weights(head)
-            if max(self._opened(head), held + rest) + between <= room:
-                return Layout([head, *smallest[count:]], resident=True)
-        return Layout(smallest, resident=False)
+        first = max((i + 1 for i, part in enumerate(smallest) if self.operations[part.start].alone), default=0)
+        for stop in range(len(smallest), first + 1, -1):
+            head = range(smallest[first].start, smallest[stop - 1].stop)
+            others = smallest[:first], smallest[stop:]
+            rest = max((self._closed(part) for parts in others for part in parts), default=0)
+            if max(self._opened(head), self._weights(head) + rest) + between <= room:
+                return Layout([*others[0], head, *others[1]], resident=first)
+        return Layout(smallest, resident=None)
 
     def _cuts(self, most: int) -> list[range]:
         return cuts(self.operations, self.values, most, self.outputs)
@@ -171,10 +179,13 @@ class Sizes:
 
     def _opened(self, part: range) -> int:
         weights = self._weights(part)
-        return weights + min(weights, MAPPED) + self._working(part)
+        copied = sum(self.operations[index].converted for index in part)
+        return weights + max(min(weights, MAPPED), copied) + self._working(part)
 
     def _closed(self, part: range) -> int:
         """Return what a part takes that is opened, run and closed: all of its file's pages may be mapped."""
+        if self.operations[part.start].alone:
+            return self._working(part)
         return 2 * self._weights(part) + self._working(part)
 
     def _between(self, parts: Sequence[range], rows: int) -> int:

@@ -22,9 +22,9 @@ from openvino import opset13  # noqa: E402
 from openvino_fakes import EXACT  # noqa: E402
 
 from edgeprune.artefact.resolve import BUILTIN  # noqa: E402
+from edgeprune.runtimes import openvino as runtime  # noqa: E402
 from edgeprune.runtimes import openvino_vae, strip_runner  # noqa: E402
 from edgeprune.runtimes.base import Array  # noqa: E402
-from edgeprune.runtimes import openvino as runtime  # noqa: E402
 from edgeprune.runtimes.openvino import OpenVinoFile, OpenVinoNetwork  # noqa: E402
 from edgeprune.runtimes.openvino_vae import StripDecoder, least  # noqa: E402
 

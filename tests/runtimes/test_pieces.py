@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,12 +64,12 @@ def test_as_many_blocks_stay_as_fit() -> None:
     needs = sizes.needs()
     assert needs.least < needs.whole
     least = sizes.layout(needs.least, rows=1)
-    assert not least.resident and len(least.parts) == 10
+    assert least.resident is None and len(least.parts) == 10
     kept = []
     for room in range(needs.least, needs.whole + 200 * MB, 50 * MB):
         layout = sizes.layout(room, rows=1)
         assert [i for part in layout.parts for i in part] == list(range(40))
-        kept.append(len(layout.parts[0]) if layout.resident else 0)
+        kept.append(0 if layout.resident is None else len(layout.parts[0]))
     assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == 40
     assert len(set(kept)) > 4
 
@@ -76,4 +77,15 @@ def test_as_many_blocks_stay_as_fit() -> None:
 def test_rows_that_wait_take_room() -> None:
     sizes = blocks(10, weights=150)
     one, eight = (sizes.layout(sizes.needs().least + 400 * MB, rows) for rows in (1, 8))
-    assert one.resident and len(one.parts[0]) > (len(eight.parts[0]) if eight.resident else 0)
+    assert one.resident == 0 and len(one.parts[0]) > (0 if eight.resident is None else len(eight.parts[0]))
+
+
+def test_a_lookup_is_a_piece_of_its_own() -> None:
+    sizes = blocks(4)
+    operations = [replace(one, alone=index in (0, 6)) for index, one in enumerate(sizes.operations)]
+    for most in (1, 130 * MB, 10**12):
+        parts = cuts(operations, sizes.values, most, sizes.outputs)
+        assert [index for part in parts for index in part] == list(range(16))
+        assert range(1) in parts and range(6, 7) in parts
+    layout = Sizes(operations, sizes.values, (0,), sizes.outputs).layout(10**12, rows=1)
+    assert layout.parts == [range(1), range(1, 6), range(6, 7), range(7, 16)] and layout.resident == 3
