@@ -35,7 +35,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make test-hard MINUTES=30   properties of what people bring, that long; kills; more than 100,000 damaged files"
 	@echo "make check   format, lint, types, tests with coverage"
-	@echo "make check-matrix   the oldest versions that are supported, and stock diffusers and optimum"
+	@echo "make check-matrix   the oldest versions that are supported, and stock diffusers, optimum and OpenVINO GenAI"
 	@echo "make check-browser   the user study in a real browser; needs chromium"
 	@echo "make check-gpu   on one NVIDIA GPU, ten minutes: what was never executed (docs/gpu.md); make check-mac on a Mac"
 	@echo "make clean   remove build/ and $(VENV)"
@@ -102,14 +102,15 @@ check: lint types
 $(OLDEST_STAMP): pyproject.toml tests/matrix/oldest.txt
 	@echo "setting up $(OLDEST) (a few minutes, 7 GB) ..."
 	@$(OLDEST_PYTHON) -m venv --clear $(OLDEST)
-	@$(OLDEST)/bin/python $(pip) -c tests/matrix/oldest.txt -e '.[$(OLDEST_EXTRAS)]' hypothesis pytest pytest-xdist
+	@$(OLDEST)/bin/python $(pip) -c tests/matrix/oldest.txt -e '.[$(OLDEST_EXTRAS)]' hypothesis openvino-genai pytest pytest-xdist
 	@touch $@
 
 # The newest versions are those of the usual environment. The oldest are the floors of pyproject.toml: the tests that touch
 # what they bind run there, where vendors' old releases warn about newer ones.
 check-matrix: $(DEV_STAMP) $(OLDEST_STAMP)
 	@$(OLDEST)/bin/python -m pytest -m clients tests/matrix
-	@$(BIN)/python -m pytest -m clients tests/matrix/test_diffusers.py
+	@$(BIN)/python $(pip) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) openvino-genai
+	@$(BIN)/python -m pytest -m clients tests/matrix/test_diffusers.py tests/matrix/test_openvino_genai.py
 	@$(OLDEST)/bin/python -m pytest -q -o filterwarnings=ignore $(PYTEST_FLAGS) $(OLDEST_TESTS:%=tests/%)
 
 # Uses the system's chromium, or the one that `playwright install chromium` installed.

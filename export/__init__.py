@@ -26,7 +26,7 @@ FORMATS = sorted(path.stem.removeprefix("to_") for path in Path(__file__).parent
 NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "coreml": ("coreml", ("coremltools",)),
     "onnx": ("onnx", ("onnxruntime",)),
-    "openvino": ("openvino", ("openvino",)),
+    "openvino": ("openvino", ("openvino", "openvino_tokenizers")),
     "trt": ("onnx,trt", ("onnxruntime", "tensorrt|tensorrt_rtx")),
 }
 """By format: the extras that its export needs in addition to `compress`, and their packages; `a|b` is either."""

@@ -55,7 +55,14 @@ Networks = Callable[[Unfinished], dict[str, Any]]
 further content of edgeprune_export.json."""
 
 
-def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], networks: Networks) -> dict[str, Any]:
+def write(
+    artefact: Path,
+    out: Path,
+    target: str,
+    options: Mapping[str, Any],
+    networks: Networks,
+    more_files: Callable[[Path], dict[str, Any]] = lambda folder: {},
+) -> dict[str, Any]:
     """Write the export folder `out` in the format `target`.
 
     Args:
@@ -64,6 +71,8 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
         target: the format.
         options: everything else that the files depend on: the device, the versions of the format's tools.
         networks: writes the networks.
+        more_files: adds the format's own small files to the otherwise complete folder, in seconds; an interrupted run
+            writes them again. Returns further content of edgeprune_export.json.
 
     Returns:
         The content of edgeprune_export.json.
@@ -98,6 +107,7 @@ def write(artefact: Path, out: Path, target: str, options: Mapping[str, Any], ne
             _small_files(artefact, partial, index)
             _configs(artefact, partial)
             _card(artefact, partial, target)
+            more |= more_files(partial)
             (partial / FILE).unlink(missing_ok=True)  # from a run that was killed just before the end
             files = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
             del files[MARK]

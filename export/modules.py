@@ -77,7 +77,8 @@ class TextEncoder(nn.Module):
     """A CLIP text encoder.
 
     CLIPTextModelWithProjection returns the projected pooled text, the last state, then every hidden state (0 = the
-    embedding). CLIPTextModel returns only the pooled text, without projection.
+    embedding). CLIPTextModel returns the last state and the pooled text, without projection: OpenVINO GenAI takes the
+    pooled text from the second output.
     """
 
     inputs: Axes = {"input_ids": {0: "batch_size", 1: "sequence_length"}}
@@ -88,14 +89,15 @@ class TextEncoder(nn.Module):
         self.config: Any = model.config
         states = ["last_hidden_state", *(f"hidden_states.{i}" for i in range(self.config.num_hidden_layers + 1))]
         sequence = {0: "batch_size", 1: "sequence_length"}
-        self.outputs: Axes = {"pooler_output": {0: "batch_size"}}
+        self.outputs: Axes = {"last_hidden_state": sequence, "pooler_output": {0: "batch_size"}}
         if hasattr(model, "text_projection"):
             self.outputs = {"text_embeds": {0: "batch_size"}, **dict.fromkeys(states, sequence)}
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Encode ids (B, M) int64 to pooled text (B, P) and, with a projection, states (B, M, D)."""
         if "pooler_output" in self.outputs:
-            return (self.model(input_ids=input_ids).pooler_output,)
+            plain = self.model(input_ids=input_ids)
+            return (plain.last_hidden_state, plain.pooler_output)
         out = self.model(input_ids=input_ids, output_hidden_states=True)
         return (out.text_embeds, out.last_hidden_state, *out.hidden_states)
 

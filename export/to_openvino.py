@@ -7,7 +7,7 @@ on the CPU in float32. INT4 and INT8 constants stay those of the checkpoint. Oth
 precision if that changes no value, which holds for everything that the checkpoint stores in half precision. OpenVINO's
 own `compress_to_fp16` would round the rest too, and that fails parity (5.8e-3 on a tiny model, from the timestep's
 frequencies). On devices that compute in half precision or bf16, the angles of timestep and positions stay float32.
-Shapes are dynamic; the runtime fixes them for the NPU.
+Shapes are dynamic; the runtime fixes them for the NPU. genai.py adds what OpenVINO GenAI needs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from edgeprune.common.errors import EdgepruneError, ParityError
 from edgeprune.common.extras import needs
 from edgeprune.common.files import cannot_write, need_space, write_text
 from edgeprune.common.progress import Progress, silent
-from edgeprune.export import parity, to_onnx
+from edgeprune.export import genai, parity, to_onnx
 from edgeprune.export.folder import write
 from edgeprune.targets import Target
 
@@ -45,7 +45,7 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
         The content of edgeprune_export.json.
 
     Raises:
-        MissingExtraError: openvino is not installed.
+        MissingExtraError: openvino or openvino_tokenizers is not installed.
         InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something other than an
             export.
         ParityError: a network does not compute what its checkpoint computes.
@@ -53,10 +53,12 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
     """
     with needs("openvino"):
         import openvino
-    version = {"openvino": openvino.get_version()}
+        import openvino_tokenizers
+    version = {"openvino": openvino.get_version(), "openvino_tokenizers": openvino_tokenizers.__version__}
     return write(
         artefact, out, "openvino", version,
         lambda work: to_onnx.networks(artefact, work, progress, opened=converted) | version,
+        genai.write,
     )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ class PromptTokenizer:
         pad_id = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
         if pad_id is None:
             raise InputError(f"{config_path}: pad_token: found {token!r}, expected a token of {path.name}")
+        self.pad_id, self.pad_token = int(pad_id), str(token)
         self._padding: dict[str, Any] = {"length": self.max_length, "pad_id": pad_id, "pad_token": token}
         self._fix_length()
 

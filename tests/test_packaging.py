@@ -218,6 +218,7 @@ def test_a_device_gets_no_torch(extra: str) -> None:
 def test_the_extra_that_is_named_brings_what_is_missing() -> None:
     """What runtimes, exports and `compress` say to install is what installs the package."""
     called = {"cuda.bindings.runtime": "cuda-bindings", "PIL": "pillow", "tensorrt|tensorrt_rtx": "tensorrt"}
+    called["openvino_tokenizers"] = "openvino-tokenizers"
     told = [(info.extra, info.packages) for info in runtimes.RUNTIMES.values()]
     told += [*export.NEEDS.values(), ("compress", extras.COMPRESS)]
     told.append(("deepspeed", ("deepspeed",)))

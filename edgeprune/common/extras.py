@@ -18,7 +18,9 @@ COMPRESS = (
     "transformers",
 )
 """Packages that compression imports; an export needs them too."""
-_DISTRIBUTIONS = {"PIL": "pillow", "cuda.bindings.runtime": "cuda-bindings"}
+_DISTRIBUTIONS = {
+    "PIL": "pillow", "cuda.bindings.runtime": "cuda-bindings", "openvino_tokenizers": "openvino-tokenizers",
+}  # fmt: skip
 """Import names that differ from the PyPI name."""
 
 
@@ -67,7 +69,7 @@ def needs(extra: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name is None or not absent(error.name.partition(".")[0]):
             raise
-        raise MissingExtraError(error.name.partition(".")[0], extra) from None
+        raise MissingExtraError(distribution(error.name.partition(".")[0]), extra) from None
 
 
 def outdated(extra: str) -> list[str]:

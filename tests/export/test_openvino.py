@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -29,7 +30,7 @@ from edgeprune import export, runtimes, targets
 from edgeprune.bench import disk
 from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.common.files import sha256_file
-from edgeprune.export import external_data, folder, graph, modules, parity, to_openvino
+from edgeprune.export import external_data, folder, genai, graph, modules, parity, to_openvino
 from edgeprune.quantization.precision import Precision
 from edgeprune.quantization.quantize import packed_from, round_to_nearest
 from edgeprune.runtimes import memory, networks
@@ -155,7 +156,10 @@ def test_folder(exported: tuple[Path, dict[str, Any]], tiny_folders: tuple[Path,
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} - {folder.FILE}
     assert {f: sha256_file(out / f) for f in files} == record["files"]
     models = {f for f in files if f.endswith((".xml", ".bin", ".onnx", ".data"))}
-    assert models == {f"{name}/openvino_model.{end}" for name in NETWORKS for end in ("xml", "bin")}
+    tokenizers = {f"{name}/openvino_tokenizer.{end}" for name in ("tokenizer", "tokenizer_2") for end in ("xml", "bin")}
+    assert models == {f"{name}/openvino_model.{end}" for name in NETWORKS for end in ("xml", "bin")} | tokenizers
+    assert [said.keys() for said in record["tokenizers"].values()] == [{"different"}] * 2
+    assert record["openvino_tokenizers"].startswith(version("openvino-tokenizers"))
     for name in NETWORKS:
         assert 0 < record["parity"][name]["max_relative"] < 2e-5, name
         onnx_bytes = sum(p.stat().st_size for p in (tiny_folders[1] / name).glob("model.onnx*"))
@@ -166,10 +170,55 @@ def test_folder(exported: tuple[Path, dict[str, Any]], tiny_folders: tuple[Path,
     )
 
 
-def test_export_without_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(MissingExtraError, match=r"openvino is not installed; run: pip install 'edgeprune\[openvino\]'"):
+@pytest.mark.parametrize("package", ["openvino", "openvino_tokenizers"])
+def test_export_without_a_package(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    name = package.replace("_", "-")
+    with pytest.raises(MissingExtraError, match=rf"{name} is not installed; run: pip install 'edgeprune\[openvino\]'"):
         to_openvino.export(tmp_path / "x", tmp_path / "y", device=targets.load("cpu-x86"))
+
+
+def test_killed_while_it_writes_tokenizers(
+    exported: tuple[Path, dict[str, Any]],
+    tiny_folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No network is made again, and the bytes are those of an export that was not interrupted."""
+    source, traced = tiny_folders
+    names, told, real = iter(NETWORKS), list[str](), genai.ir_tokenizer.write
+    monkeypatch.setattr(graph, "to_ir", lambda *_, **__: ir.load(traced / next(names) / "model.onnx"))
+
+    def killed(folder: Path, length: int) -> dict[str, Any]:
+        done = real(folder, length)
+        if folder.name == "tokenizer_2":
+            raise KeyboardInterrupt
+        return done
+
+    def export() -> dict[str, Any]:
+        return to_openvino.export(
+            source,
+            tmp_path / "ir",
+            device=targets.load("intel-igpu"),
+            progress=lambda what, *steps: steps or told.append(what),
+        )
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(genai.ir_tokenizer, "write", killed)
+        export()
+    assert told == list(NETWORKS) and not (tmp_path / "ir").exists()
+    told.clear()
+    record = export()
+    assert told == [] and record["files"] == exported[1]["files"]
+    assert {f: sha256_file(tmp_path / "ir" / f) for f in record["files"]} == record["files"]
+
+
+def test_a_device_needs_no_openvino_tokenizers(
+    exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino_tokenizers", None)
+    with runtimes.load(exported[0], "openvino", threads=1) as ours:
+        assert ours.generate(PROMPTS[0], seed=3, steps=1)[0].size == (64, 64)
 
 
 def test_a_file_that_openvino_does_not_take(tmp_path: Path) -> None:

@@ -222,8 +222,10 @@ def test_network_is_what_diffusers_gives_it(exported: Path) -> None:
         "out_hidden_states": ["batch_size", "packed_height_width", 32],
     }
     assert axes("text_encoder") == {
-        "input_ids": ["batch_size", "sequence_length"], "pooler_output": ["batch_size", tiny.TEXT_WIDTH],
-    }  # fmt: skip
+        "input_ids": ["batch_size", "sequence_length"],
+        "last_hidden_state": ["batch_size", "sequence_length", tiny.TEXT_WIDTH],
+        "pooler_output": ["batch_size", tiny.TEXT_WIDTH],
+    }
     loaded = onnx.load(str(exported / "transformer" / "model.onnx"))
     # diffusers computes the rotary embedding in float64, which TensorRT lacks.
     assert onnx.TensorProto.DOUBLE not in {t.data_type for t in loaded.graph.initializer}

@@ -19,8 +19,9 @@ from edgeprune.stages.workspace import Workspace
 
 
 def pytest_report_header() -> str:
-    names = ("diffusers", "transformers", "torch", "optimum-onnx")
-    return ", ".join(f"{d.name} {d.version}" for d in metadata.distributions() if d.name in names)
+    names = ("diffusers", "transformers", "torch", "optimum-onnx", "openvino", "openvino-genai")
+    found = {d.name.replace("_", "-"): d.version for d in metadata.distributions() if d.name}
+    return ", ".join(f"{name} {found[name]}" for name in names if name in found)
 
 
 def compressed(folder: Path, components: str, *, quantized: bool) -> Path:
