@@ -164,15 +164,18 @@ def _cut(model: Any, length: int, table: NDArray[np.int32] | None) -> None:
     def text(value: str) -> Any:
         return opset13.constant(np.frombuffer(value.encode(), np.uint8)).output(0)
 
-    limit = opset13.constant(length, Type.i32).output(0)
-    # GenAI looks for the vendor's cut, and 2025.4 crashes if its length is not the plain constant that it was then.
-    by_type["Truncate"].input(3).replace_source_output(limit)
+    def limit() -> Any:
+        return opset13.constant(length, Type.i32).output(0)
+
+    # GenAI takes over the constant that is the length of the vendor's cut, so ours is another one. GenAI 2025.4 crashes
+    # if the vendor's is not the plain constant that it was then.
+    by_type["Truncate"].input(3).replace_source_output(limit())
     for sink in model.get_sinks():
         model.remove_sink(sink)
     for variable in model.get_variables():
         model.remove_variable(variable)
     # `openvino_tokenizers` has added its operations to the factory.
-    cut = NodeFactory().create("Truncate", [begins, ends, ids, limit, text("right"), text("longest_first")])
+    cut = NodeFactory().create("Truncate", [begins, ends, ids, limit(), text("right"), text("longest_first")])
     for i, inputs in enumerate(users):
         for user in inputs:
             user.replace_source_output(cut.output(i))
