@@ -19,7 +19,7 @@ class Operation:
     """One operation of a graph. Values have numbers; the network's inputs are values, weights are not."""
 
     weights: int
-    """Bytes of the weights, as opened, that no earlier operation reads. Of one that is `alone`, in the whole network."""
+    """Bytes of the weights, as opened, that no earlier operation reads; of one that is `alone`, where it is not."""
     reads: tuple[int, ...]
     makes: tuple[int, ...]
     converted: int = 0

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edgeprune.common.progress import Progress, Steps, silent
 from edgeprune.families import Architecture, Network, family_of_model
 from edgeprune.residency.spill import Spill
-from edgeprune.residency.streaming import filled, is_streamed
+from edgeprune.residency.streaming import PACKED, filled, is_streamed
 from edgeprune.sampling.generation import Generation, images_at_once, latent_scale
 from edgeprune.sampling.schedule import NoiseSchedule
 
@@ -198,8 +198,14 @@ def model_inputs(
 
 
 def _like(model: Any) -> torch.Tensor:
-    """Return a tensor of a transformer that is in memory: it has the device and dtype to compute with."""
-    found: torch.Tensor = next(p for p in model.parameters() if not p.is_meta and p.is_floating_point())
+    """Return a tensor of a transformer that is in memory: it has the device and dtype to compute with.
+
+    Where all blocks are read when they run, a quantized FLUX.1 has no parameter in memory, but biases.
+    """
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    found: torch.Tensor = next(
+        t for name, t in tensors if not t.is_meta and t.is_floating_point() and not name.endswith(PACKED)
+    )
     return found
 
 

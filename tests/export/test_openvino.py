@@ -33,12 +33,14 @@ from edgeprune.common.files import sha256_file
 from edgeprune.export import external_data, folder, genai, graph, modules, parity, to_openvino
 from edgeprune.quantization.precision import Precision
 from edgeprune.quantization.quantize import packed_from, round_to_nearest
-from edgeprune.runtimes import memory, networks
+from edgeprune.runtimes import memory, networks, pieces
 
 openvino = pytest.importorskip("openvino")
 from openvino_fakes import EXACT, FakeCore  # noqa: E402
 
 from edgeprune.runtimes import openvino as runtime  # noqa: E402
+from edgeprune.runtimes import openvino_pieces  # noqa: E402
+from edgeprune.runtimes.openvino_graph import Graph  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 NETWORKS = ("transformer", "text_encoder", "text_encoder_2", "vae_decoder")
@@ -259,14 +261,52 @@ def test_same_seed_same_image_as_torch(
 def test_little_memory_gives_the_same_image(
     exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = []
+    """In pieces of 30 kB, where every block is opened and closed at each step, and the VAE runs in strips."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 30_000)
+    latents, images, held = [], [], []
     for free in (10**12, 0):
         monkeypatch.setattr(networks, "allowed", lambda free=free: free)
         with runtimes.load(exported[0], threads=1) as ours:
-            drawn.append(ours.generate(PROMPTS[0], seed=3, steps=2)[0].tobytes())
-            held = list(ours.backend._networks)  # type: ignore[attr-defined]
-        assert held == (["vae_decoder"] if not free else ["text_encoder", "text_encoder_2", *NETWORKS[::3]])
-    assert drawn[0] == drawn[1]
+            latents.append(ours.generate_latents(PROMPTS[0], seed=3, steps=2))
+            network = ours.backend._networks["transformer"]  # type: ignore[attr-defined]
+            ran = len(getattr(network, "_pieces", ()))
+            assert ran == 0 if free else ran > 5
+            images.append(np.asarray(ours.generate(PROMPTS[0], seed=3, steps=2)[0], int))
+            held.append(list(ours.backend._networks))  # type: ignore[attr-defined]
+    assert held == [["text_encoder", "text_encoder_2", *NETWORKS[::3]], ["vae_decoder"]]
+    assert np.abs(latents[0] - latents[1]).max() <= 1e-5 * np.abs(latents[0]).max()
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_as_many_blocks_stay_open_as_fit(
+    exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 30_000)
+    file = runtime.OpenVinoFile(exported[0] / "transformer" / "openvino_model.xml", "CPU", EXACT)
+    feed = {
+        "hidden_states": np.ones((1, 8, 8, 8), np.float32),
+        "encoder_hidden_states": np.ones((1, 16, 64), np.float32),
+        "pooled_projections": np.ones((1, 64), np.float32),
+        "timestep": np.full(1, 500, np.float32),
+    }
+    needs = Graph(file.read({name: value.shape for name, value in feed.items()})).measured().needs()
+    found, opened = [], []
+    real = runtime.OpenVinoFile.compiled
+
+    def counted(self: Any, model: Any, *, part: bool = False) -> Any:
+        opened[-1] += 1
+        return real(self, model, part=part)
+
+    monkeypatch.setattr(runtime.OpenVinoFile, "compiled", counted)
+    for room in (needs.least, (needs.least + needs.whole) // 2, 2 * needs.whole):
+        monkeypatch.setattr(openvino_pieces, "resident", lambda: 0)
+        network = openvino_pieces.OpenVinoPieces(file, room + pieces.RESERVE)
+        opened.append(0)
+        network.many([feed, feed])
+        opened[-1] = 0
+        found.append(network.many([feed, feed])[0]["out_hidden_states"])
+        np.testing.assert_allclose(found[-1], found[0], atol=1e-5)
+    assert opened[0] > opened[1] > opened[2] == 0
 
 
 def test_an_onnx_folder_is_opened_by_openvino_first(

@@ -22,7 +22,7 @@ import traced
 
 import edgeprune
 from edgeprune import runtimes, targets
-from edgeprune.artefact.loading import load_transformer
+from edgeprune.artefact.loading import load_transformer, open_transformer
 from edgeprune.common.errors import InputError
 from edgeprune.export import graph, parity, to_coreml, to_onnx, to_openvino, to_trt
 from edgeprune.export.mil_reference import Package
@@ -31,6 +31,7 @@ from edgeprune.planning.options import PlanOptions
 from edgeprune.report import make
 from edgeprune.runtimes import base, networks
 from edgeprune.runtimes.coreml import CoremlNetwork, shapes
+from edgeprune.sampling.denoising import Conditioning, evaluate
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages.compress import compress, forecast
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
@@ -285,3 +286,19 @@ def test_core_ml(artefact: Path, tmp_path: Path) -> None:
     found = network(**{name: value.numpy() for name, value in example.items()})["out_hidden_states"]
     with torch.no_grad():
         assert parity.relative_error(found, whole.reference(**example)[0].numpy())[0] < 1e-3
+
+
+# ------------------------------------------------------------------------------------- residency
+
+
+@torch.no_grad()
+def test_int4_runs_with_no_block_in_memory(artefact: Path) -> None:
+    """None of its parameters is then in memory: where and in what to compute is known from biases."""
+    stored = open_transformer(artefact, quantized=True)
+    latents, sigma = torch.randn(2, stored.family.latents(stored.model.config).channels, 6, 8), torch.tensor([0.9, 0.2])
+    width, pooled_width = stored.family.text_widths(stored.model.config)
+    condition = Conditioning(torch.randn(2, 24, width), torch.randn(2, pooled_width))
+    read = stored.running(torch.float32, torch.device("cpu"), keep=0)
+    assert all(p.is_meta for p in read.parameters())
+    found, expected = (evaluate(model, latents, condition, sigma, 3.5) for model in (read, stored.load(torch.float32)))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,78 @@
+"""A limit is kept, as the kernel counts it, or refused before anything is opened."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeprune import export, targets
+from edgeprune.artefact.resolve import BUILTIN
+
+pytest.importorskip("openvino")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's peak")
+
+DRAW = """
+import json, re, sys
+from pathlib import Path
+from edgeprune import runtimes
+from edgeprune.common.errors import InputError
+from edgeprune.runtimes import pieces
+pieces.PIECE_BYTES = 300_000  # so that a small model has many
+folder, limit, side = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+refused = ""
+try:
+    with runtimes.load(folder, "openvino", threads=1, memory=limit) as model:
+        model.generate("two red circles", steps=1, height=side, width=side)
+except InputError as error:
+    refused = str(error)
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+print(json.dumps([peak, refused]))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in original as IR: 8 M parameters, not quantised."""
+    out = tmp_path_factory.mktemp("budgets") / "ir"
+    export.export(BUILTIN, out, "openvino", targets.load("cpu-x86"), progress=lambda *_: None)
+    return out
+
+
+def drawn(model: Path, limit: int, side: int) -> tuple[int, str]:
+    command = [sys.executable, "-c", DRAW, str(model), str(limit), str(side)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: Any = json.loads(done.stdout)
+    return found[0], found[1]
+
+
+def kept_or_refused(model: Path, limit: int, side: int) -> bool:
+    peak, refused = drawn(model, limit, side)
+    if not refused:
+        assert peak <= limit
+        return True
+    least = re.search(r"memory: found .* expected at least (\d+\.\d+) GB", refused)
+    assert least is not None and float(least[1]) * 1e9 > limit, refused
+    assert peak < limit  # nothing was opened
+    return False
+
+
+def test_the_least_that_is_named_is_enough(model: Path) -> None:
+    _, refused = drawn(model, 150_000_000, 64)
+    least = re.search(r"at least (\d+\.\d+) GB", refused)
+    assert least is not None, refused
+    assert kept_or_refused(model, int(float(least[1]) * 1e9), 64)
+
+
+@pytest.mark.slow  # a process for each
+def test_fifty_limits_are_kept_or_refused(model: Path) -> None:
+    draw = random.Random(0)
+    found = [kept_or_refused(model, draw.randrange(200 * 10**6, 700 * 10**6), side) for side in (64, 256) * 25]
+    assert 5 < sum(found) < 45
