@@ -295,7 +295,7 @@ class NetworkBackend:
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
         """Compute one velocity (B, C, h, w)."""
         inputs = functools.partial(self._family.inputs, self._config, guidance=guidance)
-        if self._in_turn:  # a second sample would double the values, and guidance needs two
+        if self._in_turn or self._memory is not None:  # one sample was counted, and guidance needs two
             rows = [slice(i, i + 1) for i in range(len(latents))]
             feeds = [inputs(latents[row], text[row], pooled[row], sigma[row]) for row in rows]
         else:
