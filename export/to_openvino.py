@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from edgeprune.common.errors import EdgepruneError, ParityError
+from edgeprune.common.errors import EdgepruneError, InputError, ParityError
 from edgeprune.common.extras import needs
 from edgeprune.common.files import cannot_write, need_space, write_text
 from edgeprune.common.progress import Progress, silent
@@ -71,16 +71,30 @@ class Compiled:
         import torch
 
         from edgeprune.runtimes.openvino import OpenVinoFile
-        from edgeprune.runtimes.openvino_pieces import OpenVinoPieces
 
         threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        self._network = OpenVinoPieces(OpenVinoFile(path, "CPU", EXACT | threads), MEMORY)
+        self._file, self._name = OpenVinoFile(path, "CPU", EXACT | threads), path.parent.name
 
     def run(
         self, names: Sequence[str] | None, feeds: Mapping[str, Any], *, step: Callable[[], None] = lambda: None
     ) -> Sequence[Any]:
-        """Return the outputs of these names, or all."""
-        results = self._network(**feeds)
+        """Return the outputs of these names, or all.
+
+        Raises:
+            ParityError: OpenVINO cannot compile or run what it saved.
+        """
+        from edgeprune.common.memory import resident
+        from edgeprune.runtimes.openvino import OpenVinoNetwork
+        from edgeprune.runtimes.openvino_graph import Graph
+        from edgeprune.runtimes.openvino_pieces import OpenVinoPieces
+
+        try:
+            needs = Graph(self._file.read({name: np.shape(value) for name, value in feeds.items()})).measured().needs()
+            whole = resident() + needs.whole <= MEMORY
+            network = OpenVinoNetwork(self._file) if whole else OpenVinoPieces(self._file, MEMORY)
+            results = network(**feeds)
+        except InputError as error:
+            raise ParityError(str(error)) from None
         step()
         return [results[name] for name in names or results]
 
@@ -89,7 +103,7 @@ def converted(path: Path) -> parity.Runner:
     """Convert an ONNX file to MODEL in the same folder, remove the ONNX file and open the result.
 
     Raises:
-        ParityError: OpenVINO cannot read the ONNX file, or compile what it saved.
+        ParityError: OpenVINO cannot read the ONNX file, or what it saved.
         DiskError: the disk has too little room, or is full nevertheless.
         EdgepruneError: the weights grew: OpenVINO unpacked the integers.
     """
@@ -113,6 +127,8 @@ def converted(path: Path) -> parity.Runner:
             del model, angles  # they map the ONNX files
         mark(target, names)
         runner = Compiled(target)
+    except InputError as error:
+        raise ParityError(str(error)) from error
     except RuntimeError as error:
         if "iostream error" in str(error):  # OpenVINO's only hint of a failed write
             raise cannot_write(target, error) from error

@@ -6,7 +6,9 @@ it, and one with other encoders does not. Entries are never removed.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,18 +30,19 @@ class KeptEmbeddings:
         folder: holds them; it is made.
         export: the export whose text encoders encode.
         encoders: their names.
+        context: what else the embeddings depend on.
 
     Raises:
         InputError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, export: Path, encoders: Sequence[str]) -> None:
+    def __init__(self, folder: Path, export: Path, encoders: Sequence[str], context: Sequence[object]) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"keep_embeddings: {folder}: {error.strerror}, expected a writable folder") from None
         self._folder = folder
-        self._identity = [_identity(export, name) for name in encoders]
+        self._identity = [*context, *(_identity(export, name) for name in encoders)]
 
     def path(self, tokens: Sequence[Sequence[int]]) -> Path:
         """Return where a prompt is kept, by its token ids for each encoder."""
@@ -54,18 +57,15 @@ class KeptEmbeddings:
             return None
 
     def write(self, path: Path, row: Row) -> None:
-        """Keep a prompt.
-
-        Raises:
-            InputError: the folder cannot be written.
-        """
+        """Keep a prompt; warns if the folder cannot be written."""
         part = path.with_suffix(f".{os.getpid()}.part")
         try:
             save_file({"hidden": row[0], "pooled": row[1]}, part)
             part.replace(path)
         except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            raise InputError(f"keep_embeddings: {path.parent}: {error}, expected a writable folder") from None
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            warnings.warn(f"keep_embeddings: {path.parent}: {error}; the prompt is not kept", stacklevel=2)
 
 
 def _identity(export: Path, name: str) -> dict[str, object]:

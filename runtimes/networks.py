@@ -82,6 +82,11 @@ class Engine(Protocol):
         """What the transformer computes in, apart from INT4 weights; see `precision_of`."""
         ...
 
+    @property
+    def counts_values(self) -> bool:
+        """Whether `needs` counts the values of one sample, besides weights."""
+        ...
+
     def open(self, folder: Path, limit: int | None) -> Network:
         """Open the network in a folder like OUT/transformer.
 
@@ -118,6 +123,7 @@ class WholeEngine:
     activations: str = "fp32"
     rows: Callable[[], dict[str, Reading]] = dict
     room: Callable[[], tuple[int, int]] = room_here
+    counts_values: bool = False
 
     def open(self, folder: Path, limit: int | None) -> Network:
         """Open a network whole."""
@@ -157,12 +163,15 @@ class NetworkBackend:
         memory: int | None = None,
         keep_embeddings: str | Path | None = None,
     ) -> None:
+        if memory is not None and (not isinstance(memory, int) or memory <= 0):
+            raise InputError(f"memory: found {memory!r}, expected a number of bytes")
         self._base, free = engine.room()
         self._base += RESERVE
         self._meter = Meter()
         self.name, self.provider, self.why = engine.name, "", ""
         self._engine, self._folder, self._settings = engine, folder, settings
-        self._memory, self._limit = memory, memory or free
+        self._memory, self._limit = memory, free if memory is None else memory
+        self._needs: dict[tuple[str, str], Needs] = {}
         self._t5_tokens = settings.generation.max_sequence_length
         check_tokens(folder, self._t5_tokens)
         self._family, self._config = settings.family, settings.config
@@ -175,8 +184,11 @@ class NetworkBackend:
         self._tokenizers = {
             n: PromptTokenizer(folder / tokenizer_of(n), max_length=length) for n, length in lengths.items()
         }
-        kept = None if keep_embeddings is None else KeptEmbeddings(Path(keep_embeddings), folder, list(self._encoders))
-        self._kept = kept
+        self._kept = None
+        if keep_embeddings is not None:
+            joined = settings.family.name, settings.family.text_widths(settings.config), self._t5_tokens
+            computed = engine.name, engine.activations
+            self._kept = KeptEmbeddings(Path(keep_embeddings), folder, list(self._encoders), [*joined, *computed])
         quantized = read_json(folder / "edgeprune_export.json").get("quantized") is not False
         self.precision = precision_of(engine.activations, quantized=quantized)
         self.times: dict[str, dict[str, float]] = {}
@@ -188,9 +200,13 @@ class NetworkBackend:
         self._cut: set[str] = set()
         try:
             self.prepare(settings.generation.height, settings.generation.width)
-        except InputError:
+        except InputError as refusal:
             side = 2 * settings.factor * settings.patch
-            self.prepare(side, side)  # refuses what is too little for any image
+            try:
+                self.prepare(side, side)
+            except InputError:
+                raise refusal from None  # it is too little for any image
+            self._in_turn = True  # another size has to be asked for, so nothing is opened yet
         if self._in_turn:
             return
         try:
@@ -214,21 +230,29 @@ class NetworkBackend:
         if self._prepared == (height, width):
             return
         shapes = self._shapes(height, width)
-        needs = {name: self._engine.needs(self._folder / name, shapes[name]) for name in self._names}
+        needs = {name: self._need(name, shapes[name]) for name in self._names}
         in_turn = self._base + sum(need.whole for need in needs.values()) > self._limit
-        cut = {name for name, need in needs.items() if in_turn and self._base + need.whole > self._limit}
-        most = max(self._names, key=lambda name: needs[name].least if name in cut else 0)
+        over = {name for name, need in needs.items() if in_turn and self._base + need.whole > self._limit}
+        cut = {name for name in over if needs[name].least < needs[name].whole}
+        most = max(self._names, key=lambda name: needs[name].least if name in over else 0)
         least = self._base + needs[most].least
-        if cut and least > self._limit:
+        if over and least > self._limit:
             if self._memory is not None:
                 raise InputError(
-                    f"memory: found {self._memory / 1e9:.2f} GB, expected at least {least / 1e9 + 0.005:.2f} GB, "
+                    f"memory: found {self._memory / 1e9:.2f} GB, expected at least {least / 1e9 + 0.015:.2f} GB, "
                     f"which {most} takes for an image of {width}x{height} pixels"
                 )
             self._limit = least  # less is free, but the system may still find it
         if (in_turn, cut) != (self._in_turn, self._cut):
             self._close_all()
         self._prepared, self._in_turn, self._cut = (height, width), in_turn, cut
+
+    def _need(self, name: str, shapes: Shapes) -> Needs:
+        """Return what a network takes; it is counted once for each set of shapes."""
+        key = name, repr(sorted(shapes.items()))
+        if key not in self._needs:
+            self._needs[key] = self._engine.needs(self._folder / name, shapes)
+        return self._needs[key]
 
     def _shapes(self, height: int, width: int) -> dict[str, Shapes]:
         """Return the shapes of each network's inputs, for one image."""
@@ -294,8 +318,10 @@ class NetworkBackend:
 
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
         """Compute one velocity (B, C, h, w)."""
+        self._prepare_for(latents)
         inputs = functools.partial(self._family.inputs, self._config, guidance=guidance)
-        if self._in_turn or self._memory is not None:  # one sample was counted, and guidance needs two
+        limited = self._in_turn or self._memory is not None
+        if limited and self._engine.counts_values:  # of one sample; guidance needs two
             rows = [slice(i, i + 1) for i in range(len(latents))]
             feeds = [inputs(latents[row], text[row], pooled[row], sigma[row]) for row in rows]
         else:
@@ -304,12 +330,16 @@ class NetworkBackend:
         velocity: Array = self._family.velocity(self._config, np.concatenate(outputs), latents.shape)
         return velocity
 
+    def _prepare_for(self, latents: Array) -> None:
+        self.prepare(*(side * self._settings.factor for side in latents.shape[2:]))
+
     def largest_batch(self) -> int | None:
         """Return the most rows that the transformer takes in one call, or None."""
         return self._network("transformer").largest_batch("hidden_states")
 
     def decode(self, latents: Array) -> Array:
         """Decode latents (B, C, h, w) to pixels (B, 3, H, W)."""
+        self._prepare_for(latents)
         scaled = latents / np.float32(self._scaling) + np.float32(self._shift)
         (output,) = self._run("vae_decoder", [{"latent_sample": scaled}])
         return next(iter(output.values()))

@@ -20,8 +20,10 @@ from openvino import opset13
 
 from edgeprune.runtimes.pieces import Operation, Sizes
 
-_WIDENED = 2
-"""Bytes of an opened float16 weight by those in the file: the CPU computes in float32."""
+_WIDENED = {openvino.Type.f16: 2, openvino.Type.bf16: 2}
+"""Bytes of an opened weight by those in the file, where it is widened: the CPU computes in float32."""
+_WIDEST_HEAD = 256
+"""Numbers of a query for which devices have a kernel."""
 
 
 TABLE = 10**7
@@ -65,10 +67,7 @@ class Graph:
 
     def __init__(self, model: openvino.Model) -> None:
         self._model = model
-        for node in model.get_ordered_ops():
-            if node.get_type_name() == "ShapeOf":
-                shape = np.array(node.input_value(0).get_shape(), node.get_output_element_type(0).to_dtype())
-                node.output(0).replace(opset13.constant(shape).output(0))
+        freeze_shapes(model)
         fuse_attention(model)
         nodes = model.get_ordered_ops()
         fixed: set[int] = set()
@@ -110,7 +109,9 @@ class Graph:
     def _operation(self, node: Any, counted: set[int]) -> Operation:
         ports = [port for port in node.input_values() if port.get_node().get_instance_id() not in self._fixed]
         reads = tuple(dict.fromkeys(self._number(port) for port in ports))
-        opened = [(_opened(constant), int(constant.get_byte_size())) for constant in self._constants(node, counted)]
+        opened = [
+            (opened_bytes(constant), int(constant.get_byte_size())) for constant in self._constants(node, counted)
+        ]
         weights, converted = sum(size for size, _ in opened), sum(size for size, stored in opened if size > stored)
         makes = tuple(self._number(port) for port in node.outputs())
         return Operation(weights, reads, makes, converted, alone=_table(node) is not None)
@@ -141,7 +142,7 @@ class Graph:
         }
         reads: list[dict[int, Any]] = [{} for _ in ranges]
         makes: list[dict[int, None]] = [{} for _ in ranges]
-        returned = {value: name for name, value in self.outputs.items()}
+        returned = set(self.outputs.values())
         for value, port in enumerate(self._values):
             maker = place.get(port.get_node().get_instance_id())
             if value in returned and maker is not None:
@@ -163,8 +164,6 @@ class Graph:
                 continue
             results = [opset13.result(self._values[value]) for value in outputs]
             model = openvino.Model(results, list(inputs.values()), self._model.get_friendly_name())
-            if self._model.has_rt_info("edgeprune"):
-                model.set_rt_info(self._model.get_rt_info("edgeprune"), "edgeprune")
             out.append(Piece(model, tuple(inputs), tuple(outputs)))
         return out
 
@@ -180,8 +179,19 @@ def _table(node: Any) -> Any:
     return table if floats and table.get_byte_size() >= TABLE else None
 
 
+def freeze_shapes(model: openvino.Model) -> None:
+    """Replace what a model of fixed sizes asks of its values' shapes by constants, in place."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "ShapeOf":
+            shape = np.array(node.input_value(0).get_shape(), node.get_output_element_type(0).to_dtype())
+            node.output(0).replace(opset13.constant(shape).output(0))
+
+
 def fuse_attention(model: openvino.Model) -> None:
-    """Replace softmax(q k) v by one operation, in place: no device then has to hold tokens x tokens numbers."""
+    """Replace softmax(q k) v by one operation, in place: a device then need not hold tokens x tokens numbers.
+
+    The one head of a VAE is too wide for the devices' kernels.
+    """
     for softmax in model.get_ordered_ops():
         users = list(softmax.output(0).get_target_inputs())
         if softmax.get_type_name() != "Softmax" or len(users) != 1 or users[0].get_index() != 0:
@@ -191,6 +201,9 @@ def fuse_attention(model: openvino.Model) -> None:
             continue
         query, key, value = scores.input_value(0), scores.input_value(1), product.input_value(1)
         rank = len(query.get_shape())
+        last = softmax.get_attributes()["axis"] in (-1, rank - 1)
+        if not last or len(key.get_shape()) != rank or query.get_shape()[-1] > _WIDEST_HEAD:
+            continue
         order = np.array([*range(rank - 2), rank - 1, rank - 2])
         key = opset13.transpose(key, order).output(0)
         fused = opset13.scaled_dot_product_attention(query, key, value, scale=np.float32(1))
@@ -209,7 +222,6 @@ def _reads_only(node: Any, fixed: set[int]) -> bool:
     return all(port.get_node().get_instance_id() in fixed for port in node.input_values())
 
 
-def _opened(constant: Any) -> int:
+def opened_bytes(constant: Any) -> int:
     """Return the bytes that a constant takes when it is opened."""
-    wide = constant.get_element_type() == openvino.Type.f16 and constant.get_output_size() > 0
-    return int(constant.get_byte_size()) * (_WIDENED if wide else 1)
+    return int(constant.get_byte_size()) * _WIDENED.get(constant.get_element_type(), 1)

@@ -38,6 +38,8 @@ class OpenVinoPieces:
         self._file: OpenVinoFile | None = file
         self._limit = limit
         self.provider, self.why = file.device, f"device={file.device}"
+        self._at_once = 1
+        """Sets of inputs that go through a piece before the next is opened."""
         self._planned: tuple[dict[str, list[int]], int] | None = None
         self._pieces: list[Piece | Lookup] = []
         self._inputs: dict[str, int] = {}
@@ -58,10 +60,16 @@ class OpenVinoPieces:
         if self._file is None:
             raise InputError("the runtime is closed; load the folder again")
         self._plan(self._file, {name: list(np.shape(value)) for name, value in feeds[0].items()}, len(feeds))
-        kinds = self._file.kinds
+        size = self._at_once
+        groups = [feeds[start : start + size] for start in range(0, len(feeds), size)]
+        return [outputs for group in groups for outputs in self._through(self._file, group)]
+
+    def _through(self, file: OpenVinoFile, feeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Array]]:
+        """Carry sets of inputs through one piece after the other."""
+        kinds = file.kinds
         states = [{value: np.asarray(feed[n], kinds[n]) for n, value in self._inputs.items()} for feed in feeds]
         for index, piece in enumerate(self._pieces):
-            compiled = self._opened(self._file, index)
+            compiled = self._opened(file, index)
             later = {value for other in self._pieces[index + 1 :] for value in other.reads} | {*self._outputs.values()}
             for state in states:
                 made = compiled([state[value] for value in piece.reads])
@@ -81,7 +89,9 @@ class OpenVinoPieces:
         self._planned, self._kept, self._pieces = None, None, []
         trim()
         graph = Graph(file.read(shapes))
-        layout = graph.measured().layout(self._limit - RESERVE - resident(), rows)
+        sizes, room = graph.measured(), self._limit - RESERVE - resident()
+        self._at_once = sizes.at_once(room, rows)
+        layout = sizes.layout(room, self._at_once)
         self._inputs, self._outputs, self._resident = graph.inputs, graph.outputs, layout.resident
         self._pieces = graph.cut(layout.parts)
         self._planned = shapes, rows

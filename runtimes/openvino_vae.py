@@ -24,6 +24,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.heap import trim
 from edgeprune.common.memory import resident
 from edgeprune.runtimes.base import Array
+from edgeprune.runtimes.openvino_graph import freeze_shapes, opened_bytes
 from edgeprune.runtimes.strip_norms import Norm
 from edgeprune.runtimes.strip_runner import least_bytes, run
 from edgeprune.runtimes.strips import Described, Layer, Plan, plan
@@ -39,8 +40,6 @@ SLACK = 80_000_000
 """Bytes for what cannot be counted, code that OpenVINO loads to compile and its scratch memory; 68 MB were measured."""
 _POINTWISE = {"Add", "Convert", "Divide", "Multiply", "Sigmoid", "Subtract", "Swish"}
 _RESHAPING = {"Reshape", "Squeeze", "Unsqueeze"}
-_WIDENED = {openvino.Type.f16: 2, openvino.Type.bf16: 2}
-"""Bytes of an opened weight by those in the file; others keep theirs."""
 
 
 def least(file: OpenVinoFile, shape: Sequence[int]) -> int:
@@ -139,10 +138,7 @@ class _Graph:
         path, model = file.path, file.read({INPUT: shape})
         if len(model.inputs) != 1 or len(model.outputs) != 1:
             raise InputError(f"{path}: inputs: found {sorted(file.kinds)}, expected {INPUT}; export again")
-        for node in model.get_ordered_ops():
-            if node.get_type_name() == "ShapeOf":
-                sizes = np.array(node.input_value(0).get_shape(), node.get_output_element_type(0).to_dtype())
-                node.output(0).replace(opset13.constant(sizes).output(0))
+        freeze_shapes(model)
         self._model = model  # nodes do not keep it alive
         self._fixed: dict[int, bool] = {}
         self._numbers: dict[int, int] = {}
@@ -223,7 +219,7 @@ class _Graph:
     def _opened(self, node: Any) -> int:
         """Return the bytes of a weight, as opened."""
         if node.get_type_name() == "Constant":
-            return int(node.get_byte_size()) * _WIDENED.get(node.get_element_type(), 1)
+            return opened_bytes(node)
         return sum(self._opened(port.get_node()) for port in node.input_values())
 
     def cut(self) -> None:

@@ -7,6 +7,7 @@ next, which in a transformer is between two blocks.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -106,8 +107,8 @@ RESERVE = 200_000_000
 """Bytes that a process needs besides: the runtime's libraries and compiled code, what its allocator holds back."""
 SLACK = 1.25
 """Bytes that a runtime takes for values, by those that are alive: operations have buffers of their own."""
-MAPPED = 300_000_000
-"""Most bytes of a weight file that are mapped while its weights are repacked; see mapped.py."""
+MAPPED = 300_000_000 if sys.platform == "linux" else sys.maxsize
+"""Most bytes of a weight file that are mapped while its weights are repacked. Only Linux evicts them (mapped.py)."""
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,20 @@ class Sizes:
         smallest = self._cuts(PIECE_BYTES)
         between = self._between(smallest, rows)
         first = max((i + 1 for i, part in enumerate(smallest) if self.operations[part.start].alone), default=0)
-        for stop in range(len(smallest), first + 1, -1):
+        for stop in range(len(smallest), first, -1):
             head = range(smallest[first].start, smallest[stop - 1].stop)
             others = smallest[:first], smallest[stop:]
             rest = max((self._closed(part) for parts in others for part in parts), default=0)
             if max(self._opened(head), self._weights(head) + rest) + between <= room:
                 return Layout([*others[0], head, *others[1]], resident=first)
         return Layout(smallest, resident=None)
+
+    def at_once(self, room: int, rows: int) -> int:
+        """Return how many of `rows` sets of inputs may go together through the smallest pieces; at least one."""
+        smallest = self._cuts(PIECE_BYTES)
+        while rows > 1 and self._streamed(smallest, rows) > room:
+            rows = (rows + 1) // 2
+        return rows
 
     def _cuts(self, most: int) -> list[range]:
         return cuts(self.operations, self.values, most, self.outputs)

@@ -6,9 +6,9 @@ Files are read and written explicitly: the pages of a mapped file would count as
 from __future__ import annotations
 
 import tempfile
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -19,14 +19,13 @@ from edgeprune.runtimes.strips import Rows
 
 
 class Store:
-    """A context manager; at its end, also after an error, its folder is removed.
+    """A context manager; at its end all values are gone, and also after a kill: their files have no names.
 
-    The folder is where Python makes temporary files; the environment variable TMPDIR chooses another disk.
+    They are where Python makes temporary files; the environment variable TMPDIR chooses another disk.
     """
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="edgeprune-")
-        self._files: dict[int, FileIO] = {}
+        self._files: dict[int, Any] = {}
         self._held: dict[int, Array] = {}
 
     def __enter__(self) -> Store:
@@ -37,22 +36,28 @@ class Store:
     ) -> None:
         for value in list(self._files):
             self.drop(value)
-        self._folder.cleanup()
 
     def hold(self, value: int, array: Array) -> None:
         """Read and write a value in this array, in memory."""
         self._held[value] = array
 
     def create(self, value: int) -> None:
-        """Make room for a value."""
-        if value not in self._held:
-            self._files[value] = FileIO(Path(self._folder.name, str(value)), "w+b")
+        """Make room for a value.
+
+        Raises:
+            DiskError: no file can be made.
+        """
+        if value in self._held:
+            return
+        try:
+            self._files[value] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # `drop` closes it
+        except OSError as error:
+            raise cannot_write(Path(tempfile.gettempdir()), error) from error
 
     def drop(self, value: int) -> None:
         """Remove a value; what is held stays."""
         if (file := self._files.pop(value, None)) is not None:
             file.close()
-            Path(str(file.name)).unlink()
 
     def read(self, value: int, rows: Rows, start: int, into: Array) -> None:
         """Read rows from `start` on into an array (outer, rows, inner)."""
@@ -66,7 +71,9 @@ class Store:
             while view:
                 count = self._files[value].readinto(view)
                 if not count:
-                    raise DiskError(f"{self._files[value].name!s}: found its end early; another program changed it")
+                    raise DiskError(
+                        f"{tempfile.gettempdir()}: a temporary file ended early; another program changed it"
+                    )
                 view = view[count:]
 
     def write(self, value: int, rows: Rows, start: int, strip: Array) -> None:
@@ -86,7 +93,7 @@ class Store:
                 while view:
                     view = view[file.write(view) :]
         except OSError as error:
-            raise cannot_write(Path(str(file.name)), error) from error
+            raise cannot_write(Path(tempfile.gettempdir()), error) from error
 
     @staticmethod
     def _parts(rows: Rows, start: int, strip: Array) -> list[tuple[int, Array]]:

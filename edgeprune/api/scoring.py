@@ -81,9 +81,9 @@ def score(
         seeds: images per prompt.
         runtime: the runtime to draw with; None for the first installed one that fits.
         steps: denoising steps of an image; None for the model's own.
-        memory: most bytes of the process where torch draws, on a GPU of the GPU; None takes most of what is free.
+        memory: most bytes of the process, with torch on a GPU of the GPU; None takes most of what is free.
         out: keep the images here, so that an interrupted call resumes; None removes them.
-        progress: called after each batch, and with a line where `memory` is not used.
+        progress: called after each batch.
 
     Raises:
         InputError: a folder, a metric, its weights or a prompt is not usable, or `out` holds other images.

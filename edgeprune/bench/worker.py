@@ -66,6 +66,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
     """Time single denoising steps of one image as `generate` runs them: with guidance, both halves."""
     wanted = model.settings.generation
+    model.backend.prepare(wanted.height, wanted.width)
     latents = initial_latents(model.settings, [0], wanted.height, wanted.width)
     guided = model.settings.family.guided(model.settings.config, wanted.guidance_scale)
     prompts = ["", spec["prompt"]] if guided else [spec["prompt"]]

@@ -39,7 +39,7 @@ openvino = pytest.importorskip("openvino")
 from openvino_fakes import EXACT, FakeCore  # noqa: E402
 
 from edgeprune.runtimes import openvino as runtime  # noqa: E402
-from edgeprune.runtimes import openvino_pieces  # noqa: E402
+from edgeprune.runtimes import openvino_graph, openvino_pieces  # noqa: E402
 from edgeprune.runtimes.openvino_graph import Graph  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -263,6 +263,12 @@ def test_little_memory_gives_the_same_image(
 ) -> None:
     """In pieces of 30 kB, where every block is opened and closed at each step, and the VAE runs in strips."""
     monkeypatch.setattr(pieces, "PIECE_BYTES", 30_000)
+    monkeypatch.setattr(openvino_graph, "TABLE", 0)
+    looked_up = list[int]()
+    look_up = openvino_graph.Lookup.__call__
+    monkeypatch.setattr(
+        openvino_graph.Lookup, "__call__", lambda self, feed: looked_up.append(1) or look_up(self, feed)
+    )
     latents, images, held = [], [], []
     for free in (10**12, 0):
         monkeypatch.setattr(networks, "allowed", lambda free=free: free)
@@ -274,6 +280,7 @@ def test_little_memory_gives_the_same_image(
             images.append(np.asarray(ours.generate(PROMPTS[0], seed=3, steps=2)[0], int))
             held.append(list(ours.backend._networks))  # type: ignore[attr-defined]
     assert held == [["text_encoder", "text_encoder_2", *NETWORKS[::3]], ["vae_decoder"]]
+    assert len(looked_up) >= 4  # two encoders, two prompts
     assert np.abs(latents[0] - latents[1]).max() <= 1e-5 * np.abs(latents[0]).max()
     assert np.abs(images[0] - images[1]).max() <= 1
 
@@ -482,3 +489,24 @@ def test_nothing_leaks(tmp_path: Path) -> None:
             gc.collect()
             held.append(memory.read()["anon_bytes"].bytes)
     assert held[1] - held[0] < 2_000_000, held
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize(("axis", "width", "fused"), [(-1, 8, True), (3, 8, True), (2, 8, False), (-1, 512, False)])
+def test_attention_is_one_operation_where_it_is_one(axis: int, width: int, fused: bool) -> None:
+    from openvino import opset13 as ops
+
+    def built() -> Any:
+        q, k, v = (ops.parameter([1, 2, 6, width], np.float32, name=name) for name in "qkv")
+        scores = ops.matmul(q, ops.transpose(k, np.array([0, 1, 3, 2])), False, False)
+        return openvino.Model([ops.result(ops.matmul(ops.softmax(scores, axis), v, False, False))], [q, k, v])
+
+    feed = [np.random.default_rng(i).standard_normal((1, 2, 6, width), dtype=np.float32) for i in range(3)]
+    (expected,) = openvino.compile_model(built(), "CPU", EXACT)(feed).values()
+    changed = built()
+    openvino_graph.fuse_attention(changed)
+    assert any(op.get_type_name() == "ScaledDotProductAttention" for op in changed.get_ops()) == fused
+    (found,) = openvino.compile_model(changed, "CPU", EXACT)(feed).values()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

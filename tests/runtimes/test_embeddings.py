@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def test_another_encoder_or_prompt_is_not_confused(tiny_folders: tuple[Path, Pat
         with runtimes.load(folder, "ort", threads=1, keep_embeddings=tmp_path / "kept") as model:
             model.backend.encode([prompt])
         assert len(list((tmp_path / "kept").iterdir())) == min(count, 3)
+
+
+def test_what_the_embeddings_depend_on_besides(tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Without T5, an SD3 pipeline has as many zero tokens as its generation.json says."""
+    copy = Path(shutil.copytree(tiny_folders[1], tmp_path / "copy"))
+    shapes = []
+    for tokens in (0, 3):
+        settings = json.loads((copy / "generation.json").read_text())
+        (copy / "generation.json").write_text(json.dumps(settings | {"max_sequence_length": tokens}))
+        with runtimes.load(copy, "ort", threads=1, keep_embeddings=tmp_path / "kept") as model:
+            shapes.append(model.backend.encode(["a"])[0].shape[1])
+    assert shapes[1] - shapes[0] == 3
 
 
 def test_a_damaged_entry_is_made_again(tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from edgeprune.common.errors import DiskError, InputError
-from edgeprune.runtimes import strip_runner, strip_store
+from edgeprune.runtimes import strip_runner
 from edgeprune.runtimes.base import Array
 from edgeprune.runtimes.strip_norms import Moments, Norm
 from edgeprune.runtimes.strip_store import Store
@@ -177,24 +177,25 @@ def test_a_store_reads_what_was_written_in_strips(tmp_path: Path, monkeypatch: p
                 into = np.empty((3, stop - start, 5), np.float32)
                 store.read(value, rows, start, into)
                 assert np.array_equal(into, values[:, start:stop])
-        assert len(list(tmp_path.glob("edgeprune-*/*"))) == 1
+        (file,) = store._files.values()
         store.drop(0)
-        assert not list(tmp_path.glob("edgeprune-*/*"))
+        assert file.closed and not store._files
     assert np.array_equal(held[0], values) and not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_said_and_the_folder_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(FileIO):
         def write(self, data: Any) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(strip_store, "FileIO", Full)
-    with pytest.raises(DiskError, match="0: disk full; free some space"), Store() as store:
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda buffering: Full(tmp_path / "x", "w+b"))
+    with pytest.raises(DiskError, match="disk full; free some space"), Store() as store:
         store.create(0)
         store.write(0, Rows(2, 1, 2, 2), 0, np.zeros((1, 2, 2), np.float32))
-    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(DiskError, match="gone"), Store() as store:
+        store.create(0)
 
 
 class Engine:
