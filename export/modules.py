@@ -118,7 +118,7 @@ class T5Encoder(nn.Module):
 
     The residual stream stays float32 even if everything else is half precision: T5-XXL's exceeds 65,504. Position
     biases come from a table indexed by distance. T5 computes the bucket with logarithms, whose rounding could pick
-    another bucket on another runtime.
+    another bucket on another runtime. `reference` is transformers' own forward pass; exports are compared with it.
     """
 
     inputs: Axes = {"input_ids": {0: "batch_size", 1: "sequence_length"}}
@@ -132,11 +132,15 @@ class T5Encoder(nn.Module):
         attention = model.encoder.block[0].layer[0].SelfAttention
         # All distances from this one on share a bucket.
         self.farthest = int(self.config.relative_attention_max_distance)
-        buckets = attention._relative_position_bucket(
+        self._buckets = attention._relative_position_bucket(
             torch.arange(-self.farthest, self.farthest + 1), bidirectional=True,
             num_buckets=self.config.relative_attention_num_buckets, max_distance=self.farthest,
         )  # fmt: skip
-        self.register_buffer("bias", attention.relative_attention_bias.weight.detach()[buckets])
+        self.register_buffer("bias", self.table(attention.relative_attention_bias.weight.detach()))
+
+    def table(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return position biases by distance (2 * farthest + 1, heads) from those by bucket (buckets, heads)."""
+        return weight[self._buckets]
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
         """Encode ids (B, M) int64 to the last hidden state (B, M, K)."""
@@ -156,6 +160,10 @@ class T5Encoder(nn.Module):
         inner = dense.act(dense.wi_0(x)) * dense.wi_1(x) if self.config.is_gated_act else dense.act(dense.wi(x))
         out: torch.Tensor = dense.wo(inner.float())
         return out
+
+    def reference(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
+        """Compute the same output with the model's own forward pass."""
+        return (self.model(input_ids=input_ids).last_hidden_state,)
 
     def example(self, *, batch: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """Return random words, an end token, then padding; each row has another length."""

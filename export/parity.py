@@ -3,8 +3,9 @@
 Both sides use the same integers, so only the order of float additions differs: 1e-6 on a tiny model. `check` takes
 anything that runs a file. `session` runs ONNX Runtime with `session.qdq_matmulnbits_accuracy_level=1` (float
 activations); its default of 4 rounds activations to int8, which is a choice of the runtime, not an error of the file.
-Neither side holds all of a large transformer: the file runs in chunks (chunked_onnx.py), and torch reads the
-checkpoint block by block (residency/stored.py). The error of quantisation itself is not measured here; `bench` does.
+Neither side holds all of a large network: the file runs in chunks (chunked_onnx.py), and torch reads a transformer
+block by block (residency/stored.py) and T5 layer by layer (stored_t5.py). The error of quantisation itself is not
+measured here; `bench` does.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, 
 def reference(
     module: torch.nn.Module, example: Mapping[str, torch.Tensor], step: Callable[[], None]
 ) -> list[torch.Tensor]:
-    """Run the checkpoint in float32, a transformer with diffusers' own forward pass; `step` as in `stepping`."""
-    forward = module.reference if isinstance(module, modules.Transformer) else module
+    """Run the checkpoint in float32, a transformer or T5 with the vendor's forward pass; `step` as in `stepping`."""
+    forward = module.reference if isinstance(module, modules.Transformer | modules.T5Encoder) else module
     with torch.no_grad(), stepping(module, step):
         return list(forward(**{k: v.float() if v.is_floating_point() else v for k, v in example.items()}))
 
@@ -125,7 +126,7 @@ def check(
     Args:
         name: the network's name, for messages.
         runner: runs the exported file.
-        module: the network to compare with; a transformer runs diffusers' own forward pass.
+        module: the network to compare with; a transformer or T5 runs the vendor's own forward pass.
         examples: inputs to compare at.
         outputs: names of the outputs, in the order in which `module` returns them.
         bound: largest relative error that passes.

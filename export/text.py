@@ -25,6 +25,8 @@ from edgeprune.sampling.generation import Generation, longest_prompt
 from edgeprune.sampling.prompts import prompts
 
 PROMPTS = 10
+_AT_ONCE = 5
+"""Prompts that pass through an encoder together: each pass reads all of T5."""
 
 
 def most_tokens(artefact: Path, encoder: modules.TextEncoder | modules.T5Encoder) -> int:
@@ -54,12 +56,12 @@ def encoded(artefact: Path, progress: Progress = silent) -> Conditioning:
     """
     outputs = {}
     for name, kind in text_encoders(artefact).items():
-        encoder = loaders.text_encoder(artefact, name, kind, loaders.by_name)
+        encoder = loaders.compared_encoder(artefact, name, kind)
         rows = []
         with torch.no_grad():
-            for row in token_ids(artefact, name, kind):
-                rows.append(encoder(row[None]))
-                progress(f"{name}: prompts encoded", len(rows), PROMPTS)
+            for ids in token_ids(artefact, name, kind).split(_AT_ONCE):
+                rows.append(encoder(ids))
+                progress(f"{name}: prompts encoded", _AT_ONCE * len(rows), PROMPTS)
         values = (torch.cat(column).numpy() for column in zip(*rows, strict=True))
         outputs[name] = dict(zip(encoder.outputs, values, strict=True))
         del encoder, rows, values

@@ -30,6 +30,7 @@ from edgeprune.export.coreml_chunks import TrimmedTextEncoder, loaded, split
 from edgeprune.export.coreml_packages import convert_network
 from edgeprune.export.folder import is_quantized, write
 from edgeprune.export.sizes import factor_of, generation_for
+from edgeprune.export.stored_t5 import StoredT5
 from edgeprune.export.unfinished import Unfinished
 from edgeprune.families.encoders import CLIP, T5, text_encoders
 from edgeprune.sampling.generation import longest_prompt
@@ -112,7 +113,11 @@ def networks(artefact: Path, work: Unfinished, device: Target, progress: Progres
             continue
         progress(name)
         both: list[Any]
-        both = [loaders.text_encoder(artefact, name, kind, load) for load in (loaders.by_vendor, loaders.by_name)]
+        if kind == T5:
+            t5 = StoredT5(artefact / name)
+            both = [t5.load(), t5.checkpoint()]
+        else:
+            both = [loaders.clip(artefact, name, kind, load) for load in (loaders.by_vendor, loaders.by_name)]
         if kind == CLIP:
             both = [TrimmedTextEncoder(encoder) for encoder in both]
         example, half = {"input_ids": text.token_ids(artefact, name, kind)[:1]}, kind != T5

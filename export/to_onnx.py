@@ -3,10 +3,10 @@
     export(Path("compressed"), Path("onnx"))
 
 Each network is traced, written, checked by onnx.checker and compared with torch (parity.py) before the next one is
-loaded. Only a few blocks of the transformer are in memory at a time. An interrupted export resumes: compared networks
-are kept, and a half-written file continues where it stopped (external_data.py). A T5 text encoder is stored in 8 bits
-(precision.py) and compared with torch on the same integers. The VAE's encoder is not exported. folder.py writes the
-other files of the folder.
+loaded. Only a few blocks of the transformer, or layers of a T5, are in memory at a time. An interrupted export resumes:
+compared networks are kept, and a half-written file continues where it stopped (external_data.py). A T5 text encoder is
+stored in 8 bits (precision.py) and compared with torch on the same integers (stored_t5.py). The VAE's encoder is not
+exported. folder.py writes the other files of the folder.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from edgeprune.common.errors import ParityError
 from edgeprune.common.progress import Progress, silent
 from edgeprune.export import external_data, graph, loaders, modules, parity, text
 from edgeprune.export.folder import is_quantized, write
+from edgeprune.export.stored_t5 import StoredT5
 from edgeprune.export.unfinished import MARK, Unfinished
 from edgeprune.families.encoders import T5, text_encoders
 from edgeprune.residency.stored import StoredTransformer
@@ -78,8 +79,8 @@ class NetworkSource:
     """Inputs to compare at."""
     trial: Mapping[str, torch.Tensor]
     """Inputs at which half precision is tried."""
-    stored: StoredTransformer | None = None
-    """Only of the transformer: `module` reads each block from here when it runs."""
+    stored: StoredTransformer | StoredT5 | None = None
+    """Of the transformer and of T5: `module` reads its layers from here when they run."""
     reread: Callable[[], Module] | None = None
     """Loads the network again, by name; None if `module` was loaded so."""
 
@@ -92,6 +93,8 @@ class NetworkSource:
 
     def half(self) -> Module:
         """Return a copy of the module in half precision."""
+        if isinstance(self.stored, StoredT5):
+            return self.stored.running(torch.float16)
         if self.stored is not None:
             return modules.Transformer(self.stored.running(torch.float16))
         return copy.deepcopy(self.module).half()
@@ -103,6 +106,9 @@ class NetworkSource:
             module = self.half() if half else self.module
             return graph.to_ir(module, example, module.inputs, module.outputs)
         stored, dtype = self.stored, torch.float16 if half else torch.float32
+        if isinstance(stored, StoredT5):
+            t5, reader = stored.traceable(dtype), functools.partial(stored.read, dtype=dtype)
+            return graph.to_ir(t5, example, t5.inputs, t5.outputs, read=reader)
         model = stored.traceable(dtype)
         compacted = stored.family.compact(model, stored.read)
 
@@ -158,8 +164,8 @@ def sources(
     for name, kind in text_encoders(artefact).items():
         if has(name):
             continue
-        reread = functools.partial(loaders.text_encoder, artefact, name, kind, loaders.by_name)
-        encoder = loaders.text_encoder(artefact, name, kind, loaders.by_vendor)
+        stored = StoredT5(artefact / name) if kind == T5 else None
+        encoder = stored.running() if stored else loaders.clip(artefact, name, kind, loaders.by_vendor)
         longest = text.most_tokens(artefact, encoder)
         examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
         trial = examples[0]
@@ -169,12 +175,13 @@ def sources(
         yield NetworkSource(
             name=name,
             module=encoder,
-            reread=reread,
+            stored=stored,
+            reread=functools.partial(loaders.compared_encoder, artefact, name, kind),
             traced=encoder.example(batch=2, tokens=min(7, longest)),
             examples=examples,
             trial=trial,
         )
-        del encoder
+        del encoder, stored
 
     if not has("vae_decoder"):
         vae = loaders.vae_decoder(artefact, loaders.by_vendor)

@@ -21,6 +21,7 @@ from edgeprune.families import Architecture, Family
 from edgeprune.quantization import feedback
 from edgeprune.quantization.int4 import PackedLinear, pack
 from edgeprune.quantization.precision import Precision, precision_of, t5_precision_of
+from edgeprune.residency.streaming import PACKED
 
 CALIBRATIONS = ("none", "feedback")
 _BATCH = 2**24
@@ -81,16 +82,17 @@ def prepare(family: Architecture, module: nn.Module, *, prefix: str = "", group_
     for name, linear in _layers(module).items():
         p = precision_of(family, f"{prefix}{name}.weight", tuple(linear.weight.shape), group_size=group_size)
         if p.bits < 16:
-            with torch.device(linear.weight.device):
-                empty = PackedLinear(
-                    linear.in_features,
-                    linear.out_features,
-                    bits=p.bits,
-                    group_size=p.group_size,
-                    bias=linear.bias is not None,
-                )
-            _replace(module, name, empty)
+            _replace(module, name, _empty(linear, p))
     return module
+
+
+def _empty(linear: nn.Linear, precision: Precision) -> PackedLinear:
+    """Return a `PackedLinear` without numbers, on the device of `linear`."""
+    with torch.device(linear.weight.device):
+        return PackedLinear(
+            linear.in_features, linear.out_features, bits=precision.bits, group_size=precision.group_size,
+            bias=linear.bias is not None,
+        )  # fmt: skip
 
 
 class _Linears(nn.Module):
@@ -241,15 +243,79 @@ def _batches(sizes: dict[str, int]) -> list[list[str]]:
     return out
 
 
-def quantize_t5(model: nn.Module) -> nn.Module:
+def prepare_t5(model: nn.Module) -> nn.Module:
+    """Insert empty `PackedLinear` layers where `t5_precision_of` asks for them, in place; `RoundedT5` fills them.
+
+    Args:
+        model: a T5EncoderModel, usually on the meta device.
+    """
+    for name, linear in _layers(model).items():
+        _replace(model, name, _empty(linear, t5_precision_of(f"{name}.weight", tuple(linear.weight.shape))))
+    return model
+
+
+class RoundedT5:
+    """The tensors of a T5EncoderModel after `prepare_t5` by name; a layer is rounded when its integers are read.
+
+    Only scales are kept, which are a few megabytes: both exporters and layers read them right after the integers.
+
+    Args:
+        read: reads a tensor of the model as it was, by name.
+    """
+
+    def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
+        self._read = read
+        self._scales: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """Return integers uint8 (O, I), scales float16 (O, 1), an embedding of half-precision values, or a norm."""
+        weight = unpacked_name(name)
+        if weight == name:
+            return _rounded_embedding(name, self._read(name))
+        if name.endswith("_scale") and weight in self._scales:
+            return self._scales[weight]
+        values, scale = _rounded_linear(weight, self._read(weight))
+        self._scales[weight] = scale
+        return scale if name.endswith("_scale") else pack(values, 8)
+
+
+def unpacked_name(name: str) -> str:
+    """Return the name of the weight of which a tensor of a `PackedLinear` is made; other names stay."""
+    for suffix in PACKED:
+        if name.endswith(suffix):
+            return f"{name.removesuffix(suffix)}.weight"
+    return name
+
+
+def rounded_t5(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of a T5EncoderModel as `RoundedT5` stores it, but in floats: what the integers stand for."""
+    if t5_precision_of(name, tuple(tensor.shape)).bits == 16:
+        return _rounded_embedding(name, tensor)
+    values, scale = _rounded_linear(name, tensor)
+    return values.mul_(scale.float())
+
+
+def _rounded_linear(name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a linear weight (O, I): return integers (O, I) in float32 and scales (O, 1) in half precision."""
+    return round_to_nearest(weight, t5_precision_of(name, tuple(weight.shape)))
+
+
+def _rounded_embedding(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Round an embedding (words or distances, width) to half precision, in its dtype; other tensors stay."""
+    return tensor.half().to(tensor.dtype) if tensor.ndim == 2 else tensor
+
+
+def quantize_t5(model: nn.Module, read: Callable[[str], torch.Tensor] | None = None) -> nn.Module:
     """Store a T5EncoderModel as `t5_precision_of` says, in place: round its linear layers to 8 bits.
 
     Embeddings keep their dtype, but their values are rounded to half precision.
+
+    Args:
+        model: on the meta device if `read` is given.
+        read: reads a tensor of the model by name; None: they are in the model.
     """
-    for name, linear in _layers(model).items():
-        p = t5_precision_of(f"{name}.weight", tuple(linear.weight.shape))
-        _replace(model, name, _packed_nearest(linear, p))
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.weight.data = module.weight.data.half().to(module.weight.dtype)
+    rounded = RoundedT5(read or model.state_dict().__getitem__)
+    prepare_t5(model)
+    model.load_state_dict({name: rounded(name) for name in model.state_dict()}, strict=True, assign=True)
+    model.set_input_embeddings(model.get_input_embeddings())  # type: ignore[operator]  # one tensor, two names
     return model

@@ -93,7 +93,7 @@ def test_core_ml_tries_them_too(folder: Path, tmp_path: Path, monkeypatch: pytes
 def test_one_encoder_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.tiny_pipeline(tmp_path / "tiny", t5=True)
     opened: list[Any] = []
-    load = loaders.text_encoder
+    load = loaders.compared_encoder
 
     def watched(*arguments: Any) -> Any:
         assert not [one for one in opened if one() is not None]
@@ -101,7 +101,7 @@ def test_one_encoder_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.
         opened.append(weakref.ref(encoder))
         return encoder
 
-    monkeypatch.setattr(loaders, "text_encoder", watched)
+    monkeypatch.setattr(loaders, "compared_encoder", watched)
     found = text.encoded(tmp_path / "tiny")
     gc.collect()
     assert len(opened) == len(text_encoders(tmp_path / "tiny")) == 3
