@@ -172,7 +172,7 @@ class Compiled:
         try:
             # The CPU repacks weights at their first use.
             with nullcontext() if self._repacked else self._file.evicting():
-                values = self.model(list(feed), share_outputs=True)
+                values = self.model(list(feed), share_inputs=True, share_outputs=True)
             self._repacked = True
         except RuntimeError as error:
             raise self._file.failed(error, feed) from None

@@ -179,6 +179,9 @@ class Sizes:
     def _weights(self, part: range) -> int:
         return sum(self.operations[index].weights for index in part)
 
+    def _converted(self, part: range) -> int:
+        return sum(self.operations[index].converted for index in part)
+
     def _working(self, part: range) -> int:
         later = {value for one in self.operations[part.stop :] for value in one.reads} | set(self.outputs)
         inside = self.operations[part.start : part.stop]
@@ -187,14 +190,13 @@ class Sizes:
 
     def _opened(self, part: range) -> int:
         weights = self._weights(part)
-        copied = sum(self.operations[index].converted for index in part)
-        return weights + max(min(weights, MAPPED), copied) + self._working(part)
+        return weights + min(weights, MAPPED) + self._converted(part) + self._working(part)
 
     def _closed(self, part: range) -> int:
         """Return what a part takes that is opened, run and closed: all of its file's pages may be mapped."""
         if self.operations[part.start].alone:
             return self._working(part)
-        return 2 * self._weights(part) + self._working(part)
+        return 2 * self._weights(part) + self._converted(part) + self._working(part)
 
     def _between(self, parts: Sequence[range], rows: int) -> int:
         """Return the bytes of all values that wait for later parts, at most."""
