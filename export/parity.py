@@ -71,23 +71,31 @@ def _session(path: Path) -> Session:
 
 
 def torch_steps(module: torch.nn.Module) -> int:
-    """Return how many steps `stepping` counts for one run: a transformer's blocks, else one."""
-    return len(module.family.blocks(module.model)) if isinstance(module, modules.Transformer) else 1
+    """Return how many steps `stepping` counts for one run: the blocks of a transformer or T5, else one."""
+    return len(_blocks(module)) or 1
 
 
 @contextmanager
 def stepping(module: torch.nn.Module, step: Callable[[], None]) -> Iterator[None]:
-    """Call `step` after each block of a transformer that runs in this context; for other networks once, at the end."""
-    if not isinstance(module, modules.Transformer):
-        yield
-        step()
-        return
-    hooks = [block.register_forward_hook(lambda *_: step()) for block in module.family.blocks(module.model)]
+    """Call `step` for each block of a transformer or T5 that runs in this context; for others once, at the end."""
+    blocks = _blocks(module)
+    hooks = [block.register_forward_hook(lambda *_: step()) for block in blocks]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+    if not blocks:
+        step()
+
+
+def _blocks(module: torch.nn.Module) -> Sequence[torch.nn.Module]:
+    """Return modules that run once each, one in every block; none for a network that is not large."""
+    if isinstance(module, modules.Transformer):
+        return list(module.family.blocks(module.model))
+    if isinstance(module, modules.T5Encoder):
+        return [block.layer[0] for block in module.model.encoder.block]  # modules.T5Encoder does not call the block
+    return []
 
 
 def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, float]:
