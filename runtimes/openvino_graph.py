@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import openvino
-from openvino import opset13
 
+from edgeprune.common.extras import needs
 from edgeprune.runtimes.pieces import Operation, Sizes
+
+with needs("openvino"):
+    import openvino
+    from openvino import opset13
 
 _WIDENED = {openvino.Type.f16: 2, openvino.Type.bf16: 2}
 """Bytes of an opened weight by those in the file, where it is widened: the CPU computes in float32."""

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import openvino
-from openvino import opset13
 
 from edgeprune.common.errors import InputError
+from edgeprune.common.extras import needs
 from edgeprune.common.heap import trim
 from edgeprune.common.memory import resident
 from edgeprune.runtimes.base import Array
@@ -28,6 +27,10 @@ from edgeprune.runtimes.openvino_graph import freeze_shapes, opened_bytes
 from edgeprune.runtimes.strip_norms import Norm
 from edgeprune.runtimes.strip_runner import least_bytes, run
 from edgeprune.runtimes.strips import Described, Layer, Plan, plan
+
+with needs("openvino"):
+    import openvino
+    from openvino import opset13
 
 if TYPE_CHECKING:
     from edgeprune.runtimes.openvino import OpenVinoFile
