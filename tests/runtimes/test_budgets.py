@@ -64,7 +64,8 @@ def kept_or_refused(model: Path, limit: int, side: int) -> bool:
     return False
 
 
-def test_the_least_that_is_named_is_enough(model: Path) -> None:
+def test_the_least_that_is_named_is_enough(tiny_folders: tuple[Path, Path]) -> None:
+    model = tiny_folders[1]
     _, refused = drawn(model, 150_000_000, 64)
     least = re.search(r"at least (\d+\.\d+) GB", refused)
     assert least is not None, refused
