@@ -88,8 +88,8 @@ def table(entries: Sequence[Mapping[str, Any]]) -> str:
             continue
         peaks, seconds = entry["peaks"], entry["seconds"]
         cells = [f"{peaks[s] / 1e9:.2f} GB" if s in peaks else "" for s in stages]
-        step = seconds["transformer"] / entry["steps"]
-        rows.append([*start, *cells, f"**{max(peaks.values()) / 1e9:.2f} GB**", f"{step:.0f} s"])
+        step = f"{seconds['transformer'] / entry['steps']:.0f} s" if "transformer" in seconds else ""
+        rows.append([*start, *cells, f"**{max(peaks.values()) / 1e9:.2f} GB**", step])
     return markdown_table(["model", "pixels", "`--memory`", *stages, "peak", "step"], rows)
 
 

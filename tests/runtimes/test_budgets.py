@@ -75,5 +75,5 @@ def test_the_least_that_is_named_is_enough(tiny_folders: tuple[Path, Path]) -> N
 @pytest.mark.slow  # a process for each
 def test_fifty_limits_are_kept_or_refused(model: Path) -> None:
     draw = random.Random(0)
-    found = [kept_or_refused(model, draw.randrange(200 * 10**6, 700 * 10**6), side) for side in (64, 256) * 25]
+    found = [kept_or_refused(model, draw.randrange(200 * 10**6, 500 * 10**6), side) for side in (64, 128) * 25]
     assert 5 < sum(found) < 45
