@@ -116,7 +116,7 @@ def room_here() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class WholeEngine:
-    """An engine that opens every network whole, and is not known to take more than the network's files."""
+    """An engine that opens every network whole; of what it takes, only the bytes of the files are counted."""
 
     name: str
     opener: Callable[[Path], Network]

@@ -81,7 +81,7 @@ def table(entries: Sequence[Mapping[str, Any]]) -> str:
     """Return the peaks by stage as Markdown, a row for each limit."""
     stages = [stage for stage in _STAGES if any(stage in entry.get("peaks", {}) for entry in entries)]
     rows = []
-    for entry in entries:
+    for entry in sorted(entries, key=lambda one: (one["model"], one["size"], _limit(one["memory"]) or sys.maxsize)):
         start = [entry["model"], f"{entry['size']}x{entry['size']}", entry["memory"]]
         if "refused" in entry:
             rows.append([*start, *("" for _ in stages), "", entry["refused"]])
@@ -107,9 +107,8 @@ def main() -> None:
     if args.one:
         warnings.simplefilter("ignore")
         (memory,) = args.memory
-        limit = None if memory == "all" else parse_bytes(memory, "--memory")
         try:
-            print(json.dumps(measure(args.folder, limit, args.size, args.steps)))
+            print(json.dumps(measure(args.folder, _limit(memory), args.size, args.steps)))
         except InputError as error:
             print(json.dumps({"refused": str(error)}))
         return
@@ -124,6 +123,11 @@ def main() -> None:
         print(table([found]))
     if args.write:
         insert(args.write, table(kept["entries"]))
+
+
+def _limit(memory: str) -> int | None:
+    """Return the bytes of a limit; None for `all`."""
+    return None if memory == "all" else parse_bytes(memory, "--memory")
 
 
 def _plain(entry: Mapping[str, Any]) -> list[tuple[str, Any]]:
