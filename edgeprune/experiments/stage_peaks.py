@@ -3,7 +3,8 @@
     python -m edgeprune.experiments.stage_peaks EXPORT --memory 2GB 4GB --size 1024 [--write docs/memory.md]
 
 Every limit is tried in a process of its own. Before each stage the process lets the kernel forget its peak
-(/proc/self/clear_refs), so Linux is needed. The first prompt of the held-out captions is drawn.
+(/proc/self/clear_refs), so Linux is needed. The first prompt of the held-out captions is drawn. With --write the limits
+of the model and size that has most of them are drawn as a plot, too, next to the page.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,41 @@ def table(entries: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(["model", "pixels", "`--memory`", *stages, "peak", "step"], rows)
 
 
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
+"""Okabe and Ito's."""
+
+
+def plot(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a plot of the peak by stage, with bars for each limit of the model and size that has most of them."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    measured = [entry for entry in entries if "peaks" in entry and _limit(entry["memory"]) is not None]
+    kinds = Counter((entry["model"], entry["size"]) for entry in measured)
+    (model, size), _ = kinds.most_common(1)[0]
+    shown = [entry for entry in measured if (entry["model"], entry["size"]) == (model, size)]
+    shown.sort(key=lambda entry: _limit(entry["memory"]) or 0)
+    stages = [stage for stage in _STAGES if stage in shown[0]["peaks"]]
+    width = 0.8 / len(shown)
+    figure = Figure(figsize=(9, 3.6))
+    axes = figure.subplots()
+    for index, (entry, colour) in enumerate(zip(shown, _COLOURS, strict=False)):
+        places = [stage + (index - (len(shown) - 1) / 2) * width for stage in range(len(stages))]
+        peaks = [entry["peaks"][stage] / 1e9 for stage in stages]
+        axes.bar(places, peaks, 0.9 * width, color=colour, label=f"--memory {entry['memory']}")
+        limit = (_limit(entry["memory"]) or 0) / 1e9
+        axes.hlines(
+            [limit] * len(places), [x - width / 2 for x in places], [x + width / 2 for x in places], colour, lw=1
+        )
+    axes.set_xticks(range(len(stages)), stages)
+    axes.set(ylabel="peak of the process, GB", title=f"{model}, {size}x{size} pixels; lines are the limits")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    with rc_context({"svg.hashsalt": "edgeprune"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(prog="python -m edgeprune.experiments.stage_peaks", description=__doc__)
@@ -123,6 +160,7 @@ def main() -> None:
         print(table([found]))
     if args.write:
         insert(args.write, table(kept["entries"]))
+        plot(kept["entries"], args.write.with_suffix(".svg"))
 
 
 def _limit(memory: str) -> int | None:

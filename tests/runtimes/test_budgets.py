@@ -36,6 +36,22 @@ peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())
 print(json.dumps([peak, refused]))
 """
 
+MANY = """
+import json, sys
+from edgeprune import runtimes
+from edgeprune.common.memory import resident
+from edgeprune.runtimes import pieces
+pieces.PIECE_BYTES = 300_000
+folder, limit, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+held = []
+with runtimes.load(folder, "openvino", threads=1, memory=limit) as model:
+    for image in range(count):
+        side = (64, 96)[image // 10 % 2]
+        model.generate(f"{image} red circles", steps=1, height=side, width=side)
+        held.append(resident())
+print(json.dumps(held))
+"""
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -77,3 +93,14 @@ def test_fifty_limits_are_kept_or_refused(model: Path) -> None:
     draw = random.Random(0)
     found = [kept_or_refused(model, draw.randrange(200 * 10**6, 500 * 10**6), side) for side in (64, 128) * 25]
     assert 5 < sum(found) < 45
+
+
+@pytest.mark.slow  # a thousand images
+def test_a_thousand_images_take_no_more_memory_than_a_hundred(model: Path) -> None:
+    limit = 250_000_000
+    command = [sys.executable, "-c", MANY, str(model), str(limit), "1000"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    held: list[int] = json.loads(done.stdout)
+    assert max(held) <= limit
+    assert max(held[900:]) - max(held[80:120]) < 5_000_000
