@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors import safe_open
 from tiny import KINDS, TOKENS, config_of, tiny_inputs, tiny_transformer
 
 from edgeprune.analysis.contribution import ContributionReport, fingerprint
@@ -19,7 +22,7 @@ from edgeprune.sampling.denoising import model_inputs, velocity
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.training.recipe import DistillOptions, Recipe
 from edgeprune.training.states import StateBatch
-from edgeprune.training.whole import Noisy, noisy
+from edgeprune.training.whole import Noisy, distill, noisy
 
 
 def recipe(options: DistillOptions) -> Recipe:
@@ -78,3 +81,47 @@ def states(teacher: Any, plan: PrunePlan, pairs: Pairs, options: DistillOptions,
         velocity=answer, target=drawn.velocity,
         **streams_before(family, teacher, plan.first_pruned, drawn, guidance),
     )  # fmt: skip
+
+
+def saved(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """Read a training state: state dicts by name, and the meta."""
+    with safe_open(path, framework="pt") as file:
+        modules: dict[str, dict[str, torch.Tensor]] = {}
+        for full in file.keys():  # noqa: SIM118
+            name, _, key = full.partition("/")
+            modules.setdefault(name, {})[key] = file.get_tensor(full)
+        return modules, json.loads(file.metadata()["meta"])
+
+
+def run(
+    path: Path, steps: int, *, kind: str = "sd3", until: int | None = None, **options: Any
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    family, teacher, student, plan, report, pairs = setup(kind)
+
+    class Killed(Exception):
+        pass
+
+    def progress(step: int, total: int, loss: float) -> None:
+        if step == until:
+            raise Killed
+
+    chosen = DistillOptions(steps=steps, batch=4, rate=1e-3, **options)
+    try:
+        return distill(
+            family,
+            teacher,
+            student,
+            plan,
+            report,
+            pairs,
+            chosen,
+            recipe(chosen),
+            schedule(teacher),
+            path,
+            inputs_digest="x",
+            guidance=3.5,
+            save_every=2,
+            progress=progress,
+        )
+    except Killed:
+        return {}, []

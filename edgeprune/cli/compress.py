@@ -12,7 +12,7 @@ import typer
 from edgeprune import api
 from edgeprune.api.folders import check_places, check_prompts, is_builtin
 from edgeprune.cli import choices, limits, options, screen
-from edgeprune.cli.distill import DistillGuidance, GradientCheckpointing, MixedPrecision, Train
+from edgeprune.cli.distill import DistillGuidance, GradientCheckpointing, MixedPrecision, Optimizer, Train
 from edgeprune.cli.plan import fit_rows, plan_rows
 from edgeprune.common.errors import InputError
 from edgeprune.common.tables import parse_duration
@@ -74,6 +74,7 @@ def compress(
     train_states: TrainStates = None,
     distill_guidance: DistillGuidance = None,
     mixed_precision: MixedPrecision = None,
+    optimizer: Optimizer = "adamw",
     gradient_checkpointing: GradientCheckpointing = False,
     metric: options.Metric = "velocity",
     weights: options.MetricWeights = None,
@@ -116,7 +117,7 @@ def compress(
         training={
             "states": train_states, "mixed_precision": mixed_precision,
             "gradient_checkpointing": gradient_checkpointing or None, "train": None if train == "all" else train,
-            "guidance": distill_guidance,
+            "guidance": distill_guidance, "optimizer": None if optimizer == "adamw" else optimizer,
         },
     )  # fmt: skip
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)

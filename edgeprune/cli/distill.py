@@ -56,6 +56,13 @@ Schedule = Annotated[
         show_default="constant; cosine for the built-in model", rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
+Optimizer = Annotated[
+    str,
+    choices.choice(
+        names=lambda: options.OPTIMIZERS, rich_help_panel=limits.MEMORY,
+        help="AdamW, or the same with moments of a byte each, by bitsandbytes: 10 bytes a parameter instead of 16.",
+    ),
+]  # fmt: skip
 Ema = Annotated[
     float | None,
     typer.Option(
@@ -112,6 +119,12 @@ TeacherOffload = Annotated[
     typer.Option(
         "--teacher-offload", help="Keep the teacher's weights on the CPU and move a layer to the device when it runs.",
         rich_help_panel=limits.MEMORY,
+    ),
+]  # fmt: skip
+EmaOffload = Annotated[
+    bool,
+    typer.Option(
+        "--ema-offload", help="Keep the averaged weights on the CPU.", rich_help_panel=limits.MEMORY,
     ),
 ]  # fmt: skip
 Sensitivity = Annotated[
@@ -246,6 +259,7 @@ def distill(
     batch: Batch = None,
     rate: Rate = None,
     schedule: Schedule = None,
+    optimizer: Optimizer = "adamw",
     ema: Ema = None,
     seed: Seed = 0,
     train: Train = "all",
@@ -259,6 +273,7 @@ def distill(
     accumulate: Accumulate = 1,
     teacher_precision: TeacherPrecision = "float32",
     teacher_offload: TeacherOffload = False,
+    ema_offload: EmaOffload = False,
     config: limits.LaunchConfig = None,
     sensitivity: Sensitivity = None,
     freeze_prefix: FreezePrefix = None,
@@ -301,9 +316,9 @@ def distill(
         mixed_precision=mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"),
         teacher_precision=teacher_precision, gradient_checkpointing=gradient_checkpointing,
         int4_group_size=group_size if quantize_aware else None, seed=seed, states=states, rounds=rounds,
-        prefix_calibration=prefix_calibration, train=train, guidance=distill_guidance,
+        prefix_calibration=prefix_calibration, train=train, guidance=distill_guidance, optimizer=optimizer,
     )  # fmt: skip
-    placement = api.Placement(accumulate=accumulate, teacher_offload=teacher_offload)
+    placement = api.Placement(accumulate=accumulate, teacher_offload=teacher_offload, ema_offload=ema_offload)
     if dry_run:
         numbers = api.forecast_distill(out, chosen, placement=placement, config=config).to_json()
         remark = "of one process, on its device; kernels, communication and the allocator need more"

@@ -25,6 +25,7 @@ MIXED_PRECISIONS = ("no", "bf16", "fp16")
 PREFIX_CALIBRATIONS = CALIBRATIONS[1:]
 PRESETS = ("default", "quick")
 SCHEDULES = ("constant", "cosine")
+OPTIMIZERS = ("adamw", "adamw8bit")
 SENSITIVITIES = ("graded", "off")
 BINARY = "the reference's binary form is the frozen prefix (PWP), with all parts after it trained alike; use off"
 TEACHER_PRECISIONS = ("float32", "bf16", "int8")

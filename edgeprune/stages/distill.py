@@ -44,7 +44,7 @@ from edgeprune.stages.workspace import Workspace
 from edgeprune.training.levels import FEW_STEPS, SHARE_ON_STEPS, default_levels
 from edgeprune.training.parallel import Parallel
 from edgeprune.training.rank_memory import ProcessLayout, forecast_rank
-from edgeprune.training.recipe import HERE, DistillOptions, Placement, Recipe
+from edgeprune.training.recipe import EIGHT_BIT, HERE, DistillOptions, Placement, Recipe
 from edgeprune.training.resume import precision_of
 from edgeprune.training.teaching import lower
 from edgeprune.training.trained import rank_of
@@ -199,7 +199,7 @@ class _Task:
         recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)
         check_guidance(ws.subject, options)
         tail.check(plan, options, recipe, placement)
-        Parallel.check(options.mixed_precision or "no", options.batch, placement)
+        Parallel.check(options.mixed_precision or "no", options.batch, placement, options.optimizer)
         source = data.of_model(builtin=ws.builtin)
         if recipe.sensitivity == "graded" and ws.report() is None:
             found = "graded" if options.sensitivity else "graded, the default for plans that remove components"
@@ -406,7 +406,8 @@ def training_bytes(options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> 
     if rank_of(options.train) is not None:  # what is added is small
         return teacher + (1 + rounded) * (1 if recipe.states and narrow else 2) * student
     kept = rounded and is_small(plan.before.parameters)
-    return teacher + ((4 + (options.ema > 0)) * 2 + kept * (1 if narrow else 2)) * student
+    weights = 4 + (options.ema > 0) - (1.5 if options.optimizer == EIGHT_BIT else 0)
+    return int(teacher + (weights * 2 + kept * (1 if narrow else 2)) * student)
 
 
 def amount(ws: Workspace) -> str:

@@ -19,8 +19,9 @@ import torch
 
 from edgeprune.common import processes, stop
 from edgeprune.common.errors import EdgepruneError
+from edgeprune.training import eight_bit
 from edgeprune.training.parallel import Parallel
-from edgeprune.training.recipe import DistillOptions
+from edgeprune.training.recipe import EIGHT_BIT, DistillOptions
 from edgeprune.training.resume import Ema, fill, fill_optimizer, gathered, read_state, save_state
 from edgeprune.training.zero import shard_of
 
@@ -96,7 +97,7 @@ class _State:
         self.net, self.optimizer = parallel.train(lesson.module, self.optimizer)
         lesson.place(parallel)
         self.trained = {n: shard_of(p) for n, p in student.named_parameters() if p.requires_grad}
-        self.ema = Ema(self.trained, self.options.ema)
+        self.ema = Ema(self.trained, self.options.ema, host=parallel.ema_offload)
         if resumed:
             fill(self.ema.average, resumed[0])
             fill_optimizer(self.path, self.optimizer, resumed[1])
@@ -199,7 +200,8 @@ def train(
         EdgepruneError: the loss or its gradient is not finite; the last good state stays on disk.
         Stopped: one of the processes received SIGTERM; the state is saved.
     """
-    optimizer: Any = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0)
+    make = eight_bit.adamw if options.optimizer == EIGHT_BIT else torch.optim.AdamW
+    optimizer: Any = make(groups, lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0)
     state = _State(state_path, inputs_digest, optimizer, options)
     state.prepare(lesson, parallel)
     lesson.begin(state.net, parallel)

@@ -18,7 +18,7 @@ from torch import nn
 
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
-from edgeprune.training.recipe import Placement
+from edgeprune.training.recipe import ADAMW, Placement
 from edgeprune.training.resume import gathered
 from edgeprune.training.zero import ZeroOptimizer, plugin, shard
 
@@ -34,6 +34,7 @@ class Parallel:
         """
         self.check(mixed_precision, batch, placement)
         self.offload, accumulate = placement.teacher_offload, placement.accumulate
+        self.ema_offload = placement.ema_offload
         micro_batches = processes.count() * accumulate
         size = batch // micro_batches
         self.precision = mixed_precision
@@ -44,12 +45,12 @@ class Parallel:
         """The rows of the global batch that each micro-batch of this process takes."""
 
     @staticmethod
-    def check(mixed_precision: str, batch: int, placement: Placement) -> None:
+    def check(mixed_precision: str, batch: int, placement: Placement, optimizer: str = ADAMW) -> None:
         """Check what can be checked before anything is computed.
 
         Raises:
-            InputError: the batch cannot be divided among the processes, the number format needs a GPU, or accelerate's
-                config says another.
+            InputError: the batch cannot be divided among the processes, the number format needs a GPU, accelerate's
+                config says another, or it shards what cannot be sharded.
         """
         micro_batches = processes.count() * placement.accumulate
         if placement.accumulate < 1 or batch % micro_batches:
@@ -63,6 +64,11 @@ class Parallel:
                 f"--mixed-precision: found {mixed_precision}, but accelerate's config says {configured}; "
                 "set both to the same value"
             )
+        if any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")):
+            if optimizer != ADAMW:
+                raise InputError(f"--optimizer: found {optimizer}, expected {ADAMW} where FSDP or DeepSpeed shards it")
+            if placement.ema_offload:
+                raise InputError("--ema-offload: FSDP and DeepSpeed shard the average; omit it")
         if mixed_precision == "fp16" and not torch.cuda.is_available():  # accelerate would silently use float32
             raise InputError("--mixed-precision: found fp16, expected no or bf16 without a CUDA GPU")
 

@@ -24,7 +24,8 @@ from edgeprune.families import Config, Family
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.denoising import Conditioning, VelocityInputs, velocity
 from edgeprune.training import lora
-from edgeprune.training.recipe import DistillOptions, Placement, Recipe, adapt, parameter_groups
+from edgeprune.training.eight_bit import moments_bytes
+from edgeprune.training.recipe import EIGHT_BIT, DistillOptions, Placement, Recipe, adapt, parameter_groups
 from edgeprune.training.rounding import Rounding
 from edgeprune.training.tail import cut
 from edgeprune.training.teaching import lower
@@ -98,6 +99,9 @@ def forecast_rank(
     groups = parameter_groups(family, student, plan, report, recipe, options.rate)
     trained = [p for group in groups for p in group["params"]]
     trained_bytes = layout.bytes_per_rank(trained)
+    eight_bit = options.optimizer == EIGHT_BIT
+    if layout.sharded and (eight_bit or placement.ema_offload):
+        raise InputError(f"{'--optimizer' if eight_bit else '--ema-offload'}: FSDP shards what it holds; omit it")
     # States leave nothing of the student before its first trained block, and no teacher unless features are compared.
     held = copy.deepcopy(student)
     if recipe.states:
@@ -114,8 +118,8 @@ def forecast_rank(
         "teacher_bytes": 0 if absent else teacher_bytes,
         "student_bytes": student_bytes,
         "gradients_bytes": trained_bytes,
-        "moments_bytes": 2 * trained_bytes + 4 * len(trained),
-        "average_bytes": trained_bytes if options.ema else 0,
+        "moments_bytes": moments_bytes(trained) if eight_bit else 2 * trained_bytes + 4 * len(trained),
+        "average_bytes": trained_bytes if options.ema and not placement.ema_offload else 0,
         "gathered_bytes": 0,
     }
     if layout.sharded:

@@ -28,6 +28,7 @@ SENSITIVITIES = ("graded", "off")
 BINARY = "the reference's binary form is the frozen prefix (PWP), with all parts after it trained alike; use off"
 """Why `binary` is not a sensitivity."""
 SCHEDULES = ("constant", "cosine")
+ADAMW, EIGHT_BIT = OPTIMIZERS = ("adamw", "adamw8bit")
 TEACHERS = ("float32", "bf16", "int8")
 FEATURES = ("blocks", "attention")
 _FLOOR = 0.1
@@ -78,6 +79,8 @@ class DistillOptions:
     batch: int = 32
     rate: float = 1e-4
     schedule: str = "constant"
+    optimizer: str = ADAMW
+    """AdamW with moments in float32, or of a byte each, see eight_bit.py."""
     sensitivity: str | None = None
     freeze_prefix: bool | None = None
     features: str | None = None
@@ -116,11 +119,14 @@ class DistillOptions:
             raise InputError(f"--sensitivity: found 'binary': {BINARY}")
         if rank_of(self.train) is not None:
             require(("peft",), "train")
+        if self.optimizer == EIGHT_BIT:
+            require(("bitsandbytes",), "train")
         for name, value, allowed in (
             ("--sensitivity", self.sensitivity, (None, *SENSITIVITIES)),
             ("--features", self.features, (None, *FEATURES)),
             ("--levels", self.levels, (None, *LEVELS)),
             ("--schedule", self.schedule, SCHEDULES),
+            ("--optimizer", self.optimizer, OPTIMIZERS),
             ("--teacher-precision", self.teacher_precision, TEACHERS),
             ("--mixed-precision", self.mixed_precision, (None, "no", "bf16", "fp16")),
             ("--prefix-calibration", self.prefix_calibration, (None, *CALIBRATIONS)),
@@ -160,6 +166,8 @@ class DistillOptions:
             del data["states"], data["rounds"], data["prefix_calibration"]
         if self.train == ALL:
             del data["train"]
+        if self.optimizer == ADAMW:
+            del data["optimizer"]
         if self.guidance is None:
             del data["guidance"]
         return data
@@ -263,6 +271,8 @@ class Placement:
     """The number of micro-batches in a process's share of the batch; their gradients are summed."""
     teacher_offload: bool = False
     """Keep the teacher's weights on the CPU and move them to the device layer by layer."""
+    ema_offload: bool = False
+    """Keep the moving average of the weights on the CPU."""
 
 
 HERE = Placement()

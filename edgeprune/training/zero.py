@@ -14,9 +14,7 @@ from torch import nn
 
 from edgeprune.common import extras, processes
 from edgeprune.common.errors import InputError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state of a parameter, apart from its step count."""
+from edgeprune.training.resume import MOMENTS
 
 
 def plugin(mixed_precision: str, accumulate: int, images: int) -> Any:

@@ -52,6 +52,7 @@ FIXED = {
     ("distill", "--features"),
     ("distill", "--levels"),
     ("distill", "--teacher-precision"), ("distill", "--mixed-precision"),
+    ("distill", "--optimizer"), ("compress", "--optimizer"),
     ("compress", "--mixed-precision"), ("distill", "--prefix-calibration"), ("compress", "--calibration"),
     ("quantize", "--calibration"), ("compress", "--preset"), ("compare", "--preset"), ("compress", "--group-size"),
     ("plan", "--group-size"), ("distill", "--group-size"), ("quantize", "--group-size"), ("study new", "--mode"),
@@ -180,6 +181,7 @@ def test_repeated_names_are_those_of_the_code() -> None:
     assert recipe.FEATURES == options.FEATURES
     assert recipe.LEVELS == options.LEVELS
     assert recipe.SCHEDULES == options.SCHEDULES
+    assert recipe.OPTIMIZERS == options.OPTIMIZERS
     assert (recipe.SENSITIVITIES, recipe.BINARY) == (options.SENSITIVITIES, options.BINARY)
     assert tuple(compute.DTYPES) == verify.DTYPES
     assert recipe.TEACHERS == options.TEACHER_PRECISIONS

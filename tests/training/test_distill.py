@@ -1,6 +1,5 @@
 """Distillation: what is frozen, how strongly the rest is updated, losses by original index, and resuming."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -8,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import recipe, schedule, setup
-from safetensors import safe_open
+from distilling import recipe, run, saved, schedule, setup
 
 from edgeprune.common import stop
 from edgeprune.common.errors import EdgepruneError, InputError
@@ -20,50 +18,6 @@ from edgeprune.training.losses import feature_loss
 from edgeprune.training.recipe import DistillOptions, Recipe, parameter_groups, strengths
 from edgeprune.training.resume import Ema, load_state
 from edgeprune.training.whole import distill, noisy
-
-
-def saved(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """Read a training state: state dicts by name, and the meta."""
-    with safe_open(path, framework="pt") as file:
-        modules: dict[str, dict[str, torch.Tensor]] = {}
-        for full in file.keys():  # noqa: SIM118
-            name, _, key = full.partition("/")
-            modules.setdefault(name, {})[key] = file.get_tensor(full)
-        return modules, json.loads(file.metadata()["meta"])
-
-
-def run(
-    path: Path, steps: int, *, kind: str = "sd3", until: int | None = None, **options: Any
-) -> tuple[dict[str, torch.Tensor], list[float]]:
-    family, teacher, student, plan, report, pairs = setup(kind)
-
-    class Killed(Exception):
-        pass
-
-    def progress(step: int, total: int, loss: float) -> None:
-        if step == until:
-            raise Killed
-
-    chosen = DistillOptions(steps=steps, batch=4, rate=1e-3, **options)
-    try:
-        return distill(
-            family,
-            teacher,
-            student,
-            plan,
-            report,
-            pairs,
-            chosen,
-            recipe(chosen),
-            schedule(teacher),
-            path,
-            inputs_digest="x",
-            guidance=3.5,
-            save_every=2,
-            progress=progress,
-        )
-    except Killed:
-        return {}, []
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
