@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -150,7 +149,7 @@ def _inputs(artefact: Path, target: str, options: Mapping[str, Any]) -> str:
             "options": dict(options),
             "tools": {name: metadata.version(name) for name in _TOOLS},
             "index": read_json(artefact / "model_index.json"),
-            "generation": asdict(Generation.load(artefact)),
+            "generation": Generation.load(artefact).to_json(),
             "manifest": {key: value for key, value in manifest.items() if key not in ("stages", "tools")},
             "files": {str(p.relative_to(artefact)): [p.stat().st_size, p.stat().st_mtime_ns] for p in paths},
             "license": [licensing.read(artefact), {name: sha256_file(path) for name, path in licenses.items()}],

@@ -2,7 +2,7 @@
 
 Each runtime implements a `Backend`: text to embeddings, one velocity, latents to pixels. Noise, guidance, schedule and
 images are handled here, so with the same seed two runtimes start from the same latents and use the same sigmas.
-Image-to-image, other samplers and previews are not supported.
+Image-to-image and previews are not supported.
 
 Shapes: B batch, M text tokens, K joint attention width, P pooled width, C latent channels, h, w latent size, H, W
 image size.
@@ -26,8 +26,16 @@ from edgeprune.common.files import check_links, read_json
 from edgeprune.families import Config, Family, family_of
 from edgeprune.runtimes import memory
 from edgeprune.runtimes.sizes import Sides, exported_sides
-from edgeprune.sampling.generation import Generation, check_sides, images_at_once, is_distilled, latent_factor
+from edgeprune.sampling.generation import (
+    Generation,
+    GenerationOptions,
+    check_sides,
+    images_at_once,
+    is_distilled,
+    latent_factor,
+)
 from edgeprune.sampling.scheduler import FlowMatchEuler
+from edgeprune.sampling.solvers import SOLVERS, Step
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -215,17 +223,19 @@ class Velocity:
     """The velocity of latents at a noise level, with guidance if there is a negative text.
 
     Guidance needs two rows per image: one call with both halves, or one call for each half if the backend takes no
-    more. The text arrays are read-only: a runtime may keep them on its device as long as it gets the same ones.
+    more. At noise levels where it does not act, one row is evaluated. The text arrays are read-only: a runtime may keep
+    them on its device as long as it gets the same ones.
 
     Args:
         backend: computes the velocity.
         positive: the encoded prompts, at most `batch_of` of them.
         negative: the same number of encoded negative prompts, or None for no guidance.
-        scale: factor on (conditional - unconditional); also the input of models that take it.
+        generation: its guidance scale is the factor on (conditional - unconditional), and the input of models that take
+            it.
     """
 
-    def __init__(self, backend: Backend, positive: Text, negative: Text | None, scale: float) -> None:
-        self._backend, self._scale = backend, scale
+    def __init__(self, backend: Backend, positive: Text, negative: Text | None, generation: Generation) -> None:
+        self._backend, self._generation, self._scale = backend, generation, generation.guidance_scale
         # The unconditional half first, as in diffusers.
         halves = [positive] if negative is None else [negative, positive]
         rows, most = len(halves) * len(positive[0]), backend.largest_batch()
@@ -233,20 +243,21 @@ class Velocity:
         if most is None or rows <= most:
             halves = [(np.concatenate([h[0] for h in halves]), np.concatenate([h[1] for h in halves]))]
         self._texts = [(frozen(hidden), frozen(pooled)) for hidden, pooled in halves]
+        self._alone = [(frozen(positive[0]), frozen(positive[1]))]
 
     def __call__(self, latents: Array, sigma: float) -> Array:
         """Return the velocity (B, C, h, w) of latents (B, C, h, w) at noise level sigma in 0..1."""
-        parts = []
-        for text, pooled in self._texts:
+        parts, guided = [], self._guided and self._generation.guides(float(sigma))
+        for text, pooled in self._texts if guided else self._alone:
             batch = np.concatenate([latents] * (len(text) // len(latents)))
             levels = np.full(len(batch), sigma, np.float32)
             parts.append(self._backend.step(batch, text, pooled, levels, self._scale))
         velocity = np.concatenate(parts)
-        if not self._guided:
+        if not guided:
             return velocity
         without, with_text = np.split(velocity, 2)
-        guided: Array = without + np.float32(self._scale) * (with_text - without)
-        return guided
+        out: Array = without + np.float32(self._scale) * (with_text - without)
+        return out
 
 
 def batch_of(backend: Backend, tokens: int, *, guided: bool) -> int:
@@ -256,24 +267,20 @@ def batch_of(backend: Backend, tokens: int, *, guided: bool) -> int:
 
 
 def denoise(
-    velocity: Velocity,
-    scheduler: FlowMatchEuler,
-    latents: Array,
-    sigmas: Array,
-    progress: StepProgress | None = None,
+    velocity: Velocity, solver: str, latents: Array, sigmas: Array, progress: StepProgress | None = None
 ) -> Array:
     """Denoise latents (B, C, h, w).
 
     Args:
         velocity: computes one velocity.
-        scheduler: takes the steps.
+        solver: takes the steps, one of solvers.SOLVERS.
         latents: the noise to start from.
         sigmas: the noise level before each step, then 0.
         progress: called after each step.
     """
-    steps = len(sigmas) - 1
+    steps, levels, past = len(sigmas) - 1, sigmas.tolist(), ()
     for i in range(steps):
-        latents = scheduler.step(velocity(latents, sigmas[i]), latents, sigmas[i], sigmas[i + 1])
+        latents, past = SOLVERS[solver](Step(levels, i, latents, velocity(latents, levels[i]), past))
         if progress is not None:
             progress(i + 1, steps)
     return latents
@@ -323,6 +330,8 @@ class Runtime:
         height: int | None = None,
         width: int | None = None,
         seed: int | Sequence[int] = 0,
+        solver: str | None = None,
+        guidance_range: tuple[float, float] | None = None,
         progress: StepProgress | None = None,
     ) -> list[Image.Image]:
         """Generate one image per prompt; an argument of None takes its value from the folder's generation.json.
@@ -340,10 +349,13 @@ class Runtime:
             width: pixels.
             seed: one per prompt, or one number s for s, s + 1, ... A seed gives the same noise in every runtime, but
                 not the noise of diffusers: NumPy draws it, not torch.
+            solver: how a step is taken, one of `sampling.solvers.SOLVERS`.
+            guidance_range: the lowest and highest noise level, in 0..1, at which guidance takes its second evaluation.
             progress: called with (steps done, total steps), counted over all batches.
 
         Raises:
-            InputError: no prompt, steps below 1, a seed below 0, different numbers of seeds and prompts, or a bad size.
+            InputError: no prompt, steps below 1, a seed below 0, different numbers of seeds and prompts, a bad size, an
+                unknown solver or an impossible range.
         """
         from PIL import Image
 
@@ -355,6 +367,8 @@ class Runtime:
             height=height,
             width=width,
             seed=seed,
+            solver=solver,
+            guidance_range=guidance_range,
             progress=progress,
         )
         # One at a time: a VAE's activations are the largest of all, and a device's takes no more.
@@ -370,6 +384,8 @@ class Runtime:
         height: int | None = None,
         width: int | None = None,
         seed: int | Sequence[int] = 0,
+        solver: str | None = None,
+        guidance_range: tuple[float, float] | None = None,
         progress: StepProgress | None = None,
     ) -> Array:
         """Do what `generate` does up to the VAE, and return latents (B, C, h, w)."""
@@ -382,12 +398,13 @@ class Runtime:
             raise InputError(f"seed: found {len(seeds)} seeds, expected one for each of {len(prompts)} prompts")
         if min(seeds) < 0:
             raise InputError(f"seed: found {min(seeds)}, expected 0 or more")
-        steps = settings.generation.num_inference_steps if steps is None else steps
-        if steps < 1:
+        if steps is not None and steps < 1:
             raise InputError(f"steps: found {steps}, expected 1 or more")
-        scale = settings.scale(guidance_scale)
-        height = settings.generation.height if height is None else height
-        width = settings.generation.width if width is None else width
+        asked = GenerationOptions(steps, None, height, width, solver, guidance_range)
+        generation = settings.generation.changed(asked, "generate")
+        generation = replace(generation, guidance_scale=settings.scale(guidance_scale))
+        steps, scale = generation.num_inference_steps, generation.guidance_scale
+        height, width = generation.height, generation.width
         check_size(settings, height, width)
         self.backend.prepare(height, width)
         guided = settings.family.guided(settings.config, scale)
@@ -409,8 +426,8 @@ class Runtime:
             if guided:
                 count = len(positive[0])
                 negative = hidden[-1:].repeat(count, axis=0), pooled[-1:].repeat(count, axis=0)
-            velocity = Velocity(self.backend, positive, negative, scale)
-            done.append(denoise(velocity, self.scheduler, noise[rows], sigmas, _part(progress, i, len(pieces))))
+            velocity, part = Velocity(self.backend, positive, negative, generation), _part(progress, i, len(pieces))
+            done.append(denoise(velocity, generation.solver, noise[rows], sigmas, part))
         return np.concatenate(done)
 
     def memory(self) -> dict[str, memory.Reading]:

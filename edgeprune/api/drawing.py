@@ -64,7 +64,7 @@ def generate(
         prompt: what to draw.
         negative_prompt: what guidance steers away from.
         seed: of the starting noise; the same noise in every runtime, but not that of diffusers.
-        generation: steps, guidance scale and size; None for the model's own.
+        generation: steps, guidance, solver and size; None for the model's own.
         runtime: ort, openvino, trt, coreml or eager; None for the first installed one that fits.
         memory: most bytes of the process, with torch on a GPU of the GPU; None takes most of what is free.
         provider: execution provider of ONNX Runtime; None for the first one here.
@@ -100,6 +100,7 @@ def generate(
         (image,) = opened.generate(
             prompt, negative_prompt=negative_prompt, steps=chosen.num_inference_steps,
             guidance_scale=chosen.guidance_scale, height=chosen.height, width=chosen.width, seed=seed,
+            solver=chosen.solver, guidance_range=chosen.guidance_range,
             progress=lambda done, total: progress("generate", done, total, ""),
         )  # fmt: skip
         return Generated(

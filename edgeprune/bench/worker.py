@@ -72,11 +72,13 @@ def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
     prompts = ["", spec["prompt"]] if guided else [spec["prompt"]]
     hidden, pooled = model.backend.encode(prompts)
     negative = (hidden[:1], pooled[:1]) if guided else None
-    velocity = Velocity(model.backend, (hidden[-1:], pooled[-1:]), negative, wanted.guidance_scale)
+    velocity = Velocity(model.backend, (hidden[-1:], pooled[-1:]), negative, wanted)
+
+    level = float(np.mean(wanted.guidance_range))  # where guidance acts
 
     def once() -> float:
         began = time.perf_counter()
-        velocity(latents, 0.5)
+        velocity(latents, level)
         return time.perf_counter() - began
 
     first = once()

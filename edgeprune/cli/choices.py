@@ -103,6 +103,13 @@ def analysis_metrics() -> Iterable[str]:
     return (VELOCITY, *KNOWN)
 
 
+def solvers() -> Iterable[str]:
+    """Return the names of `--solver`."""
+    from edgeprune.sampling.solvers import SOLVERS
+
+    return SOLVERS
+
+
 def runtimes() -> Iterable[str]:
     """Return the names of the runtimes."""
     from edgeprune.runtimes import RUNTIMES

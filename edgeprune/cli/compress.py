@@ -88,6 +88,8 @@ def compress(
     calibration_count: Annotated[int | None, options.calibration_count("--calibration-count")] = None,
     inference_steps: options.InferenceSteps = None,
     guidance_scale: options.Guidance = None,
+    solver: options.Solver = None,
+    guidance_range: options.GuidanceRange = None,
     height: options.Height = None,
     width: options.Width = None,
     device: limits.Device = "auto",
@@ -120,7 +122,8 @@ def compress(
             "guidance": distill_guidance, "optimizer": None if optimizer == "adamw" else optimizer,
         },
     )  # fmt: skip
-    generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
+    guided = options.noise_levels(guidance_range)
+    generation = api.GenerationOptions(inference_steps, guidance_scale, height, width, solver, guided)
     if dry_run:
         forecast = api.forecast_compress(
             model, out, chosen, revision=revision, variant=variant, generation=generation, compute=compute,

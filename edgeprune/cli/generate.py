@@ -39,6 +39,8 @@ def generate(
     guidance_scale: Annotated[
         float | None, typer.Option(help="Guidance scale.", show_default=_OWN, rich_help_panel=options.IMAGES)
     ] = None,
+    solver: options.Solver = None,
+    guidance_range: options.GuidanceRange = None,
     negative_prompt: Annotated[
         str,
         typer.Option(
@@ -75,7 +77,8 @@ def generate(
         raise InputError(f"-o {out}: expected a name ending in .png, .jpg or .webp")
     if not out.parent.is_dir():
         raise InputError(f"-o {out}: no such folder {out.parent}")
-    generation = api.GenerationOptions(steps, guidance_scale, height, width)
+    guided = options.noise_levels(guidance_range)
+    generation = api.GenerationOptions(steps, guidance_scale, height, width, solver, guided)
     with screen.bars() as progress:
         drawn = api.generate(
             model, prompt, negative_prompt=negative_prompt, seed=seed, generation=generation, runtime=runtime,

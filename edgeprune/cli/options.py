@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeprune.cli.choices import analysis_metrics, choice, devices, group_sizes, methods, runtimes
+from edgeprune.cli.choices import analysis_metrics, choice, devices, group_sizes, methods, runtimes, solvers
 from edgeprune.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -297,6 +297,40 @@ Width = Annotated[
     int | None,
     typer.Option(min=8, help="Width of these images in pixels.", show_default=_OWN, rich_help_panel=IMAGES),
 ]
+Solver = Annotated[
+    str | None,
+    choice(
+        "--solver", names=solvers, show_default=_OWN, rich_help_panel=IMAGES,
+        help="How a step is taken. The others need about half of Euler's steps.",
+    ),
+]  # fmt: skip
+
+
+def noise_levels(text: str | None) -> tuple[float, float] | None:
+    """Return the lowest and highest noise level of `LOW:HIGH` or `LOW`.
+
+    Raises:
+        InputError: they are no numbers from 0 to 1 in this order.
+    """
+    if text is None:
+        return None
+    low, _, high = text.partition(":")
+    try:
+        found = float(low), float(high or 1)
+    except ValueError:
+        found = (1.0, 0.0)
+    if not 0 <= found[0] < found[1] <= 1:
+        raise InputError(f"--guidance-range: found {text!r}, expected noise levels from 0 to 1, such as 0.5:1")
+    return found
+
+
+GuidanceRange = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LOW[:HIGH]", show_default=_OWN, rich_help_panel=IMAGES,
+        help="Noise levels, from 0 to 1, at which guidance takes its second evaluation, such as 0.5.",
+    ),
+]  # fmt: skip
 RuntimeName = Annotated[
     str | None,
     choice("--runtime", names=runtimes, help="Runtime to draw with.", show_default="the first installed one that fits"),

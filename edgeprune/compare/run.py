@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +149,12 @@ def compare(
             results[name] = {**make(), "inputs": inputs, "seconds": time.monotonic() - began}
             write_json(path, results)
 
-    once("original", {"generation": asdict(base.generation)}, lambda: {"scores": scorer.score(), "bytes": before})
+    once("original", {"generation": base.generation.to_json()}, lambda: {"scores": scorer.score(), "bytes": before})
     runs = [(row, seed) for row in grid.rows for seed in range(row.seeds)]
     for index, (row, seed) in enumerate(runs):
         progress("compare", index, len(runs), f"{row.name}, seed {seed}")
         options = row.seeded(seed, int(grid.budget * before))
-        key = {"options": options.to_json(), "quantized": row.quantized, "generation": asdict(base.generation)}
+        key = {"options": options.to_json(), "quantized": row.quantized, "generation": base.generation.to_json()}
         if options.distill is not None:
             key["recipe"] = defaults_of(options.plan.method)
         make = functools.partial(_run, base, row, options, out / row.name / f"seed-{seed}", scorer, progress)

@@ -163,9 +163,9 @@ class Encoder:
         for start in range(0, len(wanted), batch):
             rows = slice(start, start + batch)
             x = noise([seed for seed, _ in wanted[rows]], shape).to(condition.hidden)
-            *_, (latents, _) = denoise(pipe.transformer, x, levels, condition[rows], empty, generation.guidance_scale)
+            *_, last = denoise(pipe.transformer, x, levels, condition[rows], empty, generation)
             encoded.texts.setdefault(size, []).extend(text for _, text in wanted[rows])
-            encoded.latents.setdefault(size, []).append(self._stored(latents))
+            encoded.latents.setdefault(size, []).append(self._stored(last.latents))
             report(encoded.samples)
 
     def _stored(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,7 @@ class VelocityError:
             x = noise(split.seeds(len(condition.hidden[rows]), start), shape).to(condition.hidden)
             # Nothing reads the clean latents: the sampler's last step is not run.
             path = denoised(
-                pipe.transformer, x, levels[:-1], condition[rows], self.empty, generation.guidance_scale,
+                pipe.transformer, x, levels[:-1], condition[rows], self.empty, generation,
                 spill=self.spill, key=f"trajectory.{start}", step=step,
             )  # fmt: skip
             states.append(torch.stack(path))

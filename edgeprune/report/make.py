@@ -7,7 +7,7 @@ figures of a bench.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ def make_report(
     choice, steps = ws.manifest.choice, None
     if choice and images is None:
         images, steps = None if ws.builtin else choice["images"] or None, choice["image_steps"]
-    known, generation = read_json(path) if done else {}, asdict(seen(ws.generation, steps))
+    known, generation = read_json(path) if done else {}, seen(ws.generation, steps).to_json()
     same = known.get("inputs") == inputs and known.get("generation") == generation
     if same and images in (None, known.get("images")):
         summary, drawn = known, dict(np.load(images_path))

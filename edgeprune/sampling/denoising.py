@@ -3,14 +3,14 @@
 The memory of a batch is bounded: the transformer gets 4096 image tokens, the VAE one image at a time.
 
 A seed gives the same noise as in the runtimes, so images from torch and from a device can be compared. The only options
-are prompt, guidance, steps and size.
+are prompt, guidance, steps, solver and size.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import PACKED, filled, is_streamed
 from edgeprune.sampling.generation import Generation, images_at_once, latent_scale
 from edgeprune.sampling.schedule import NoiseSchedule
+from edgeprune.sampling.solvers import SOLVERS, Step
 
 KEEP_S = 30.0
 """Seconds after which an evaluation keeps what it has."""
@@ -54,6 +55,16 @@ class Conditioning:
     def to(self, reference: torch.Tensor) -> Conditioning:
         """Convert to the device and dtype of `reference`."""
         return Conditioning(self.hidden.to(reference), self.pooled.to(reference))
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a run has at a noise level."""
+
+    latents: torch.Tensor
+    """(B, C, h, w)."""
+    past: tuple[torch.Tensor, ...] = ()
+    """What the solver needs for the next step, each (B, C, h, w)."""
 
 
 VelocityInputs = tuple[torch.Tensor, Conditioning, torch.Tensor, float]
@@ -225,40 +236,44 @@ def denoise(
     levels: torch.Tensor,
     condition: Conditioning,
     empty: Conditioning,
-    guidance: float,
+    generation: Generation,
     *,
+    begun: Sequence[Reached] = (),
     spill: Spill | None = None,
     key: str = "",
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Take Euler steps from noise (B, C, h, w).
+) -> Iterator[Reached]:
+    """Go from noise (B, C, h, w) through the noise levels.
 
     Args:
         transformer: the model.
         latents: noise (B, C, h, w).
-        levels: noise levels (steps + 1), from high to 0.
+        levels: noise levels (steps + 1), from high to low.
         condition: encoded prompts, one per image.
         empty: the encoded empty prompt, for guidance by a second evaluation.
-        guidance: guidance scale.
+        generation: its solver and guidance.
+        begun: what was reached before, at the first levels; empty begins with the noise.
         spill: see `evaluate`.
         key: see `evaluate`.
 
     Yields:
-        Latents and sigma before each step, and the clean latents at the end.
+        What is reached at each level that is not in `begun`, the noise first.
     """
     architecture: Architecture = family_of_model(transformer)
-    guided = architecture.guided(transformer.config, guidance)
-    count = len(latents)
-    if guided:
-        condition = empty.like(condition) + condition
-    for sigma, following in zip(levels[:-1], levels[1:], strict=True):
-        yield latents, sigma
-        x = torch.cat([latents, latents]) if guided else latents
-        step = evaluate(transformer, x, condition, sigma.to(x).expand(len(x)), guidance, spill=spill, key=key)
+    scale, solve, sigmas = generation.guidance_scale, SOLVERS[generation.solver], levels.tolist()
+    both = empty.like(condition) + condition
+    at = begun[-1] if begun else Reached(latents)
+    if not begun:
+        yield at
+    for index in range(max(0, len(begun) - 1), len(sigmas) - 1):
+        guided = architecture.guided(transformer.config, scale) and generation.guides(sigmas[index])
+        x = torch.cat([at.latents, at.latents]) if guided else at.latents
+        text = both if guided else condition
+        velocity = evaluate(transformer, x, text, levels[index].to(x).expand(len(x)), scale, spill=spill, key=key)
         if guided:
-            unconditional, conditional = step.split(count)
-            step = unconditional + guidance * (conditional - unconditional)
-        latents = latents + (following - sigma) * step
-    yield latents, levels[-1]
+            unconditional, conditional = velocity.chunk(2)
+            velocity = unconditional + scale * (conditional - unconditional)
+        at = Reached(*solve(Step(sigmas, index, at.latents, velocity, at.past)))
+        yield at
 
 
 def denoised(
@@ -267,7 +282,7 @@ def denoised(
     levels: torch.Tensor,
     condition: Conditioning,
     empty: Conditioning,
-    guidance: float,
+    generation: Generation,
     *,
     spill: Spill,
     key: str,
@@ -281,23 +296,26 @@ def denoised(
         levels: noise levels, from high to low.
         condition: encoded prompts, one per image.
         empty: the encoded empty prompt.
-        guidance: guidance scale.
-        spill: keeps the latents of each level. Those that it has are not computed again.
-        key: to keep them under.
+        generation: its solver and guidance.
+        spill: keeps what is reached at each level. What that it has are not computed again.
+        key: to keep it under.
         step: called after each step.
     """
-    found = [latents]
+    found = [Reached(latents)]
     while len(found) < len(levels) and (name := f"{key}.{len(found)}") in spill:
-        found.append(spill.get(name)["latents"].to(latents))
+        kept = spill.get(name)
+        past = (kept[f"past.{i}"].to(latents) for i in range(len(kept) - 1))
+        found.append(Reached(kept["latents"].to(latents), tuple(past)))
         step()
     rest = denoise(
-        transformer, found[-1], levels[len(found) - 1 :], condition, empty, guidance, spill=spill, key=f"{key}.step"
+        transformer, latents, levels, condition, empty, generation, begun=tuple(found), spill=spill, key=f"{key}.step"
     )
-    for after, _ in itertools.islice(rest, 1, None):
-        spill.put(f"{key}.{len(found)}", {"latents": after})
-        found.append(after)
+    for reached in rest:
+        kept = {"latents": reached.latents} | {f"past.{i}": tensor for i, tensor in enumerate(reached.past)}
+        spill.put(f"{key}.{len(found)}", kept)
+        found.append(reached)
         step()
-    return found
+    return [reached.latents for reached in found]
 
 
 @torch.no_grad()
@@ -355,7 +373,7 @@ def generate(
         rows = slice(start, start + batch)
         *_, latents = denoised(
             pipe.transformer, noise(seeds[rows], shape).to(condition.hidden), levels, condition[rows], empty,
-            generation.guidance_scale, spill=spill, key=f"images.{start}", step=step,
+            generation, spill=spill, key=f"images.{start}", step=step,
         )  # fmt: skip
         drawn = f"pixels.{start}"  # decoding a large image takes minutes
         if drawn not in spill:

@@ -18,6 +18,7 @@ from edgeprune.common.fields import LARGEST, real_number, shown
 from edgeprune.common.files import read_json, write_json
 from edgeprune.families import Architecture, Config, family_of
 from edgeprune.families.architecture import Hints, config_number
+from edgeprune.sampling.solvers import EULER, SOLVERS
 
 FILE = "generation.json"
 TOKENS_AT_ONCE = 4096
@@ -41,6 +42,10 @@ class Generation:
     """Pixels."""
     max_sequence_length: int = 256
     """T5 tokens; SD3 without T5 gets the same number of zero tokens."""
+    solver: str = EULER
+    """How a step is taken, one of solvers.SOLVERS."""
+    guidance_range: tuple[float, float] = (0.0, 1.0)
+    """Noise levels at which guidance acts, where it takes a second evaluation."""
 
     @classmethod
     def load(cls, folder: Path) -> Generation:
@@ -72,11 +77,22 @@ class Generation:
         for name, value in data.items():
             if name not in names:
                 raise InputError(f"{where}: {shown(name)}: unknown field, expected {', '.join(sorted(names))}")
+            if name == "solver":
+                if value not in SOLVERS:
+                    raise InputError(f"{where}: solver: found {shown(value)}, expected one of {', '.join(SOLVERS)}")
+                continue
+            if name == "guidance_range":
+                if not _is_range(value):
+                    raise InputError(
+                        f"{where}: guidance_range: found {shown(value)}, expected two noise levels from 0 to 1, as "
+                        "[0.5, 1]"
+                    )
+                continue
             low = 0 if name in ("max_sequence_length", "guidance_scale") else 1
             kinds = (int, float) if name == "guidance_scale" else (int,)
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= LARGEST:
                 raise InputError(f"{where}: {name}: found {shown(value)}, expected a number from {low} to {LARGEST}")
-        return cls(**data)
+        return cls(**data | ({"guidance_range": tuple(data["guidance_range"])} if "guidance_range" in data else {}))
 
     def changed(self, options: GenerationOptions, where: str) -> Generation:
         """Return these settings with the fields that `options` sets. `where` begins messages.
@@ -85,6 +101,21 @@ class Generation:
             InputError: a value has the wrong type or is out of range.
         """
         return self.checked(asdict(self) | options.given(), where)
+
+    def guides(self, sigma: float) -> bool:
+        """Return whether guidance acts at a noise level."""
+        low, high = self.guidance_range
+        return low <= sigma <= high
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings for files and digests; those that older folders lack are left out where they are off."""
+        data = asdict(self) | {"guidance_range": list(self.guidance_range)}
+        plain = Generation()
+        if self.solver == plain.solver:
+            del data["solver"]
+        if self.guidance_range == plain.guidance_range:
+            del data["guidance_range"]
+        return data
 
     def without_guidance(self) -> Generation:
         """Return these settings for a model that has learned the guided velocity."""
@@ -107,7 +138,7 @@ class Generation:
 
     def save(self, folder: Path) -> None:
         """Write the settings to a pipeline's folder."""
-        write_json(folder / FILE, asdict(self))
+        write_json(folder / FILE, self.to_json())
 
 
 @dataclass(frozen=True)
@@ -120,10 +151,19 @@ class GenerationOptions:
     """Pixels."""
     width: int | None = None
     """Pixels."""
+    solver: str | None = None
+    guidance_range: tuple[float, float] | None = None
 
     def given(self) -> dict[str, Any]:
         """Return the fields that are set, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def _is_range(value: object) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return False
+    numbers = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in value)
+    return numbers and 0 <= value[0] < value[1] <= 1
 
 
 def images_at_once(tokens: int) -> int:

@@ -1,7 +1,8 @@
-"""Flow matching's Euler schedule in numpy, equal to diffusers' FlowMatchEulerDiscreteScheduler to 1e-6. Torch-free.
+"""Flow matching's noise levels in numpy, equal to diffusers' FlowMatchEulerDiscreteScheduler to 1e-6. Torch-free.
 
-A sample moves from sigma 1 (noise) to 0 (image) along the predicted velocity. Karras, exponential and beta sigmas,
-inverted sigmas, stochastic sampling and user-given timesteps are not supported; a config that enables one is refused.
+A sample moves from sigma 1 (noise) to 0 (image) along the predicted velocity, see solvers.py. Karras, exponential and
+beta sigmas, inverted sigmas, stochastic sampling and user-given timesteps are not supported; a config that enables one
+is refused.
 """
 
 from __future__ import annotations
@@ -116,12 +117,6 @@ class FlowMatchEuler:
                 raise InputError(f"scheduler_config.json: shift_terminal: found {self.shift_terminal}, expected null")
             picked = 1 - rest * (1 - self.shift_terminal) / rest[-1]
         return np.append(picked, 0.0).astype(np.float32)
-
-    def step(
-        self, velocity: NDArray[np.float32], sample: NDArray[np.float32], sigma: np.float32, following: np.float32
-    ) -> NDArray[np.float32]:
-        """Move a sample of any shape from noise level `sigma` to `following` along its velocity."""
-        return sample + (following - sigma) * velocity
 
 
 _EXPECTED = {

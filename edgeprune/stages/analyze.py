@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
     prompts = analysis_prompts(options, builtin=ws.builtin)
     check_analysis(options.metric, options.weights, prompts)
     seeds = Split.ANALYSIS.seed(0)
-    inputs = options.to_json() | {"prompts": prompts, "seeds": seeds, "generation": asdict(ws.generation)}
+    inputs = options.to_json() | {"prompts": prompts, "seeds": seeds, "generation": ws.generation.to_json()}
     if (dtype := ws.original.dtype) != torch.float32:  # small models are computed in float32 everywhere
         inputs["dtype"] = str(dtype)
     if not options.weights:

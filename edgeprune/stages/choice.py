@@ -252,7 +252,7 @@ def _most(subject: Subject, options: CompressOptions, time_s: float, *, quick: b
 
 
 def _digest(subject: Subject, options: CompressOptions, *, quick: bool) -> str:
-    return digest([options.to_json(), asdict(subject.generation), quick])
+    return digest([options.to_json(), subject.generation.to_json(), quick])
 
 
 def rehearse_choice(

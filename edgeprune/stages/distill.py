@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,7 @@ class _Task:
         if encoded:
             with processes.main_first():
                 check_cache(ws, Path(source), progress)
-        identity = [source_digest(source), None if encoded else data.samples, asdict(ws.generation)]
+        identity = [source_digest(source), None if encoded else data.samples, ws.generation.to_json()]
         return cls(ws, plan, options, recipe, data, source, identity)
 
     def pairs(self, progress: Progress) -> Pairs:

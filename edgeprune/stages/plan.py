@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None, progres
     scores_identity = sha256_file(scores) if scores and scores.is_file() else str(scores)
     inputs = options.to_json() | {"fit_bytes": budget, "scores": scores_identity}
     if prompts:
-        inputs |= {"calibration": prompts, "generation": asdict(ws.generation)}
+        inputs |= {"calibration": prompts, "generation": ws.generation.to_json()}
     return ws.stage("plan", inputs, write, check=lambda: _check_time(ws, prompts if rank is not None else [], progress))
 
 

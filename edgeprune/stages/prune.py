@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from edgeprune.artefact import licensing
@@ -56,7 +56,7 @@ def run(
             ws.manifest.hash_files(ws.out, entry)
         return {}
 
-    inputs: dict[str, Any] = {"plan": plan.to_json(), "generation": asdict(ws.generation)}
+    inputs: dict[str, Any] = {"plan": plan.to_json(), "generation": ws.generation.to_json()}
     if needs_mean(ws, plan):
         inputs["calibration"] = calibrating(ws)
     if plan.stand_ins:

@@ -11,7 +11,7 @@ import copy
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ class Maker:
         if options.guidance is not None:
             drawn.append(options.guidance)
         rounding = [options.int4_group_size, recipe.prefix_calibration]
-        self.key = digest([self.pruned, ws.weights_hash, data, asdict(ws.generation), drawn, rounding])
+        self.key = digest([self.pruned, ws.weights_hash, data, ws.generation.to_json(), drawn, rounding])
 
     def make(self, number: int) -> list[Path]:
         """Return the files of a round, those that are missing made; those of other rounds are deleted.

@@ -100,7 +100,7 @@ class Workspace:
                 variant = variant or self.manifest.variant
                 model = None if name == "built-in" else name
             self._reopen_original(model, name, revision, variant)
-            self._set_generation(self.manifest.generation or asdict(Generation.load(self.source)), generation or {})
+            self._set_generation(self.manifest.generation or Generation.load(self.source).to_json(), generation or {})
             return
         if not is_free(out, MANIFEST):
             raise InputError(f"{out}: exists and is not a folder of edgeprune (no {MANIFEST}); use another -o")
@@ -109,7 +109,7 @@ class Workspace:
             source=name, fingerprint=fingerprint(self.config), family=self.family.name, config=self.config,
             revision=revision, variant=variant, commit=commit_of(self.source),
         )  # fmt: skip
-        self._set_generation(asdict(Generation.load(self.source)), generation or {})
+        self._set_generation(Generation.load(self.source).to_json(), generation or {})
         self._lock = self._hold()
         if (out / MANIFEST).is_file():
             raise InputError(f"{out}: another run began this folder at the same moment; run again to continue it")
@@ -155,8 +155,8 @@ class Workspace:
         if changed and self.manifest.stages and not self.fresh:
             settings = ", ".join(f"{name} {current.get(name)}" for name in changed)
             raise StaleStageError(f"{self.out}: begun with {settings}; use --fresh to redo its stages, or another -o")
-        if asdict(self.generation) != self.manifest.generation:
-            self.manifest.generation = asdict(self.generation)
+        if self.generation.to_json() != self.manifest.generation:
+            self.manifest.generation = self.generation.to_json()
             if (self.out / MANIFEST).is_file():
                 self._save()
 
@@ -179,7 +179,8 @@ class Workspace:
         """Open another artefact of the same model and settings; it shares what is loaded and cached of the model."""
         other = Workspace(
             out, None if self.builtin else self.manifest.source, revision=self.manifest.revision,
-            variant=self.variant, fresh=self.fresh, generation=asdict(self.generation), original=self.original.shared(),
+            variant=self.variant, fresh=self.fresh, generation=self.generation.to_json(),
+            original=self.original.shared(),
         )  # fmt: skip
         other.cache, other.weights_hash = self.cache, self.weights_hash
         return other

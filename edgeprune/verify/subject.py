@@ -31,6 +31,7 @@ from edgeprune.residency.running import check_room, dtype_of, running
 from edgeprune.residency.stored import StoredTransformer
 from edgeprune.sampling.denoising import Conditioning, decode, denoise, encode_images, noise, sigmas
 from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.solvers import EULER
 from edgeprune.shapes import Meaning, Thing, render
 from edgeprune.stages.costs import evaluation_seconds
 from edgeprune.verify import reference
@@ -194,9 +195,10 @@ class Subject:
         levels = sigmas(pipe, generation.num_inference_steps, shape)
         for block in self.family.blocks(pipe.transformer):
             block.register_forward_hook(count)
-        path = denoise(pipe.transformer, start, levels, text, text, scale)
+        plain = replace(generation, guidance_scale=scale, solver=EULER)
+        path = denoise(pipe.transformer, start, levels, text, text, plain)
         next(path)
-        found = next(path)[0] - start
+        found = next(path).latents - start
         factor = pipe.vae_scale_factor
         del pipe, path, stored
         self.compute.collect()

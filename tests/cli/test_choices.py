@@ -52,7 +52,7 @@ FIXED = {
     ("distill", "--features"),
     ("distill", "--levels"),
     ("distill", "--teacher-precision"), ("distill", "--mixed-precision"),
-    ("distill", "--optimizer"), ("compress", "--optimizer"),
+    ("distill", "--optimizer"), ("compress", "--optimizer"), ("generate", "--solver"), ("compress", "--solver"),
     ("compress", "--mixed-precision"), ("distill", "--prefix-calibration"), ("compress", "--calibration"),
     ("quantize", "--calibration"), ("compress", "--preset"), ("compare", "--preset"), ("compress", "--group-size"),
     ("plan", "--group-size"), ("distill", "--group-size"), ("quantize", "--group-size"), ("study new", "--mode"),
