@@ -20,8 +20,8 @@ OLDEST_PYTHON ?= $(or $(firstword $(wildcard /usr/bin/python3.10 $(HOME)/.pyenv/
 OLDEST := build/matrix/oldest
 OLDEST_STAMP := $(OLDEST)/.stamp
 RUN := $(BIN)/edgeprune
-OLDEST_EXTRAS := compress,gguf,onnx,openvino,coreml,trt-rtx,optimum,train
-OLDEST_TESTS := artefact cli/test_bad_input.py cli/test_choices.py cli/test_doctor.py cli/test_screen.py common/test_lock.py data export families metrics quantization runtimes stages verify
+OLDEST_EXTRAS := compress,gguf,onnx,openvino,coreml,trt-rtx,optimum,train,adamw8bit
+OLDEST_TESTS := artefact cli/test_bad_input.py cli/test_choices.py cli/test_doctor.py cli/test_screen.py common/test_lock.py data export families metrics quantization runtimes stages training/test_eight_bit.py verify
 CODE := edgeprune export runtimes targets tests
 
 .DEFAULT_GOAL := help

@@ -79,7 +79,7 @@ def dpmpp_2m(step: Step) -> Stepped:
 
 
 def unipc(step: Step) -> Stepped:
-    """UniPC-2 with B(h) = e^h - 1: each evaluation first corrects the step that led to it, which makes it third order."""
+    """UniPC-2 with B(h) = e^h - 1: each evaluation first corrects the step that led to it; so it is of third order."""
     clean, sample = step.sample - step.sigma * step.velocity, step.sample
     if step.past:  # x0 stays what the velocity of the predicted sample pointed to
         sample = _corrected(step, clean)

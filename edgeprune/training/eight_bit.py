@@ -1,11 +1,11 @@
 """AdamW whose two moments take a byte a parameter each, by bitsandbytes, which needs no compiler and runs on CPUs too.
 
-The state is saved as the codes and scales that it is, so a
-resumed run goes on to the same bytes.
+The state is saved as the codes and scales that it is, so a resumed run goes on to the same bytes.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -33,10 +33,10 @@ def adamw(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer
     Raises:
         MissingExtraError: bitsandbytes is not installed.
     """
-    with needs("train"):
-        from bitsandbytes.optim.adamw import AdamW8bit
+    with needs("adamw8bit"):
+        base: Any = importlib.import_module("bitsandbytes.optim").AdamW8bit
 
-    class Plain(AdamW8bit):
+    class Plain(base):  # type: ignore[misc]
         def state_dict(self) -> dict[str, Any]:
             """Return the state of each parameter by index, without the library's tables of codes."""
             found: dict[str, Any] = torch.optim.Optimizer.state_dict(self)
@@ -56,7 +56,7 @@ def adamw(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer
             ]
             for index, slots in state_dict["state"].items():
                 group, parameter, at, i = places[index]
-                self.init_state(group, parameter, at, i)  # type: ignore[no-untyped-call]
+                self.init_state(group, parameter, at, i)
                 fresh = self.state[parameter]
                 if slots.keys() != fresh.keys() - _TABLES:
                     raise ValueError(f"optimizer/{index}: found {sorted(slots)}, expected {sorted(fresh)}")
@@ -69,5 +69,5 @@ def adamw(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer
                     else:
                         fresh[name] = value.to(parameter.device, copy=True)
 
-    optimizer: torch.optim.Optimizer = Plain(groups, **options, min_8bit_size=LEAST)  # type: ignore[no-untyped-call]
+    optimizer: torch.optim.Optimizer = Plain(groups, **options, min_8bit_size=LEAST)
     return optimizer

@@ -120,7 +120,7 @@ class DistillOptions:
         if rank_of(self.train) is not None:
             require(("peft",), "train")
         if self.optimizer == EIGHT_BIT:
-            require(("bitsandbytes",), "train")
+            require(("bitsandbytes",), "adamw8bit")
         for name, value, allowed in (
             ("--sensitivity", self.sensitivity, (None, *SENSITIVITIES)),
             ("--features", self.features, (None, *FEATURES)),

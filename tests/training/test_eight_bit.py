@@ -1,4 +1,7 @@
-"""AdamW with moments of a byte each: what it holds, that it learns alike, and that it resumes to the same bytes."""
+"""AdamW with moments of a byte each: what it holds, that it learns alike, and that it resumes to the same bytes.
+
+`make check-matrix` installs bitsandbytes; the usual environment has none, because diffusers imports it everywhere.
+"""
 
 from __future__ import annotations
 
