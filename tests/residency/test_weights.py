@@ -1,0 +1,28 @@
+"""Weights on disk: what the operating system is asked to read before it is needed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from edgeprune.residency.weights import Weights
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no such advice")
+def test_all_bytes_are_asked_for_in_requests_that_linux_does_not_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = {name: torch.full((100_000,), float(i)) for i, name in enumerate("abcd")}
+    save_file(tensors, path)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, advice: asked.append((start, size)))
+    Weights(tmp_path).ahead(["b", "c"])
+    assert max(size for _, size in asked) <= 128 * 1024
+    content = path.read_bytes()
+    found = b"".join(content[start : start + size] for start, size in asked)
+    assert found == b"".join(tensors[name].numpy().tobytes() for name in "bc")
