@@ -108,7 +108,7 @@ def fit_rows(fit: Fit | None) -> list[tuple[str, str]]:
         return []
     rows = [
         (f"memory of {fit.target}", fit.memory_bytes),
-        ("before: text encoders", fit.text_encoders_bytes),
+        ("before: the largest text encoder", fit.text_encoder_bytes),
         ("after: VAE decoder, estimated", fit.vae_decoder_bytes),
         ("- the transformer's activations, estimated", fit.activations_bytes),
         ("= for the transformer", fit.transformer_bytes),

@@ -1,7 +1,8 @@
 """How many bytes of a device's memory are left for the transformer's weights. Torch-free.
 
-Stages are in memory one after the other, as runtimes load them where memory is short: the text encoders, then the
-transformer, then the VAE decoder, each with its activations. So the largest counts, not the sum. Weights are counted
+Networks are in memory one after the other, as runtimes load them where memory is short: each text encoder, then the
+transformer, then the VAE decoder, each with its activations. So the largest counts, not the sum. A runtime may open a
+T5 in pieces, and decode in strips (docs/memory.md). Weights are counted
 from the headers of the pipeline's files. Activations are estimated from the architecture at the image size of the
 generation settings. The runtime's own overhead is not included; only `edgeprune bench` on the device can measure it.
 """
@@ -35,14 +36,24 @@ _TRANSFORMER_WIDTHS = 2 + 2 + 8
 _VAE_IMAGES = 6
 
 
+PIECEWISE = ("openvino", "ort", "coreml")
+"""Runtimes that open a T5 in pieces."""
+PIECE_BYTES = 500_000_000
+"""Most bytes of a piece of T5-XXL."""
+STRIPS = ("openvino",)
+"""Runtimes that decode latents in strips."""
+STRIP_BYTES = 300_000_000
+"""Bytes of a strip's values that are enough for speed."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """The memory of a device, and what each stage takes of it."""
 
     target: str
     memory_bytes: int
-    text_encoders_bytes: int
-    """The weights of all text encoders; their activations are small."""
+    text_encoder_bytes: int
+    """The most weights of a text encoder that are open at one time; its activations are small."""
     vae_decoder_bytes: int
     """Weights and activations."""
     activations_bytes: int
@@ -66,19 +77,19 @@ def fit(source: Path, target: Target, generation: Generation) -> Fit:
     """
     size = _BYTES[target.activations]
     config, vae = read_json(source / "transformer" / "config.json"), read_json(source / "vae" / "config.json")
-    images = vae_activations(vae, generation.height, generation.width)
+    values = vae_activations(vae, generation.height, generation.width) * size
     decoder = sum(map(math.prod, stored_shapes(source / "vae", "decoder.").values()))
     result = Fit(
         target=target.name,
         memory_bytes=target.memory_bytes,
-        text_encoders_bytes=sum(
-            _encoder_bytes(source / name, kind, size) for name, kind in text_encoders(source).items()
+        text_encoder_bytes=max(
+            _encoder_bytes(source / name, kind, size, target) for name, kind in text_encoders(source).items()
         ),
-        vae_decoder_bytes=(decoder + images) * size,
+        vae_decoder_bytes=decoder * size + (min(values, STRIP_BYTES) if target.runtimes[0] in STRIPS else values),
         activations_bytes=_transformer_activations(config, vae, source, generation) * size,
     )
     stages = {
-        "the text encoders take": (result.text_encoders_bytes, "a pipeline without T5"),
+        "the largest text encoder takes": (result.text_encoder_bytes, "a pipeline without T5"),
         "the VAE decoder takes": (result.vae_decoder_bytes, "a smaller --height and --width"),
         "the transformer's activations take": (result.activations_bytes, "a smaller --height and --width"),
     }
@@ -107,11 +118,16 @@ def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source
     return _TRANSFORMER_WIDTHS * width(config) * (tokens + text) * samples
 
 
-def _encoder_bytes(folder: Path, kind: str, size: int) -> int:
-    """Return the bytes of a text encoder's weights as an export stores them; `size` is the bytes of a float."""
+def _encoder_bytes(folder: Path, kind: str, size: int, target: Target) -> int:
+    """Return the bytes of a text encoder's weights, as an export stores them, that are open at one time.
+
+    Args:
+        size: the bytes of a float.
+    """
     shapes = stored_shapes(folder)
     if kind == T5:
-        return sum(t5_precision_of(name, shape).nbytes(shape) for name, shape in shapes.items())
+        whole = sum(t5_precision_of(name, shape).nbytes(shape) for name, shape in shapes.items())
+        return min(whole, PIECE_BYTES) if target.runtimes[0] in PIECEWISE else whole
     return sum(map(math.prod, shapes.values())) * size
 
 

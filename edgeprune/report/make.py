@@ -42,9 +42,10 @@ def left_out(ws: Workspace, *, quick: bool = False) -> str:
     if not ws.builtin and ws.longest_s is not None:
         seconds = ws.speeds.seconds(work(ws, images))
         if seconds > ws.longest_s:
+            fewer = max(1, int(images * ws.longest_s / seconds))
             return (
-                f"no report: its {2 * images} images take at least {duration(seconds)} here; make it on a faster "
-                f"machine, or anyway: {again} --yes"
+                f"no report: its {2 * images} images take at least {duration(seconds)} here; for fewer: {again} "
+                f"--images {fewer}, for all: {again} --yes"
             )
     try:
         ws.check_memory()

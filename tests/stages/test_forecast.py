@@ -85,7 +85,7 @@ def test_a_report_that_takes_hours_is_left_out(with_t5: Path, tmp_path: Path, mo
     monkeypatch.setattr(Workspace, "plan", lambda _: expected_plan(with_t5, ws.generation, OPTIONS))
     assert left_out(ws) == ""
     ws.speeds = Speeds(10**4)
-    assert "no report: its 16 images take at least" in left_out(ws)
+    assert "no report: its 16 images take at least" in left_out(ws) and "--images 1, for all:" in left_out(ws)
     assert "its 4 images" in left_out(ws, quick=True)
     ws.longest_s = None
     assert left_out(ws) == ""
