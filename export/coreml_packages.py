@@ -7,6 +7,7 @@ On a Mac the packages run in Core ML itself; elsewhere mil_reference.py evaluate
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ def convert_network(
     if not half:
         _widen_scales(reference)
     batches = [len(next(iter(example.values()))) for example in examples]
-    tensors, packages, outputs = dict(examples[-1]), [], []
+    tensors, paths, outputs = dict(examples[-1]), [], []
     for i, module in enumerate(modules, 1):
         if not half:
             _widen_scales(module)
@@ -83,13 +84,14 @@ def convert_network(
             with quiet(), torch.no_grad():
                 if not path.exists():
                     _save(convert(module, feeds, outputs, batches, half=half), path)
+                    gc.collect()  # a program refers to itself, and to all of its weights
         except (ValueError, RuntimeError, NotImplementedError, AssertionError, KeyError) as error:
             raise EdgepruneError(f"{name}: coremltools cannot convert it: {' '.join(str(error).split())}") from error
         if i < chunks:  # a program does not depend on the values that it is traced with
             tensors |= zip(outputs, _zeros_like_outputs(module, feeds), strict=True)
-        packages.append(Prediction(path) if sys.platform == "darwin" else Package(path))
+        paths.append(path)
         progress(f"{name}: converted", i, chunks)
-    chain = Chain(packages)
+    chain = Chain(paths, Prediction if sys.platform == "darwin" else Package)
     if sys.platform == "darwin":
         record = parity.check(name, chain, reference, examples, outputs, bound=DEVICE_BOUND, progress=progress)
         return record | {"by": "prediction"}
@@ -133,17 +135,17 @@ def _half_error(name: str, chain: Chain, example: Tensors, outputs: Sequence[str
 
 
 class Chain:
-    """Packages run one after the other; each reads inputs and earlier outputs by name."""
+    """Packages run one after the other, one open at a time; each reads inputs and earlier outputs by name."""
 
-    def __init__(self, packages: Sequence[Package | Prediction]) -> None:
-        self.packages = packages
+    def __init__(self, paths: Sequence[Path], opened: Callable[[Path], Package | Prediction] = Package) -> None:
+        self._paths, self._opened = paths, opened
         self.latest: list[NDArray[Any]] = []
         """Results of the last run."""
 
     @property
     def steps(self) -> int:
         """The number of packages."""
-        return len(self.packages)
+        return len(self._paths)
 
     def run(
         self,
@@ -154,12 +156,14 @@ class Chain:
         step: Callable[[], None] = lambda: None,
     ) -> list[NDArray[Any]]:
         """Return the outputs `names`, or all of the last package; call `step` after each package."""
-        arrays = dict(feeds)
-        for package in self.packages:
-            inputs = {name: arrays[name] for name in package.inputs}
-            arrays |= zip(package.outputs, package.run(None, inputs, half=half), strict=True)
+        arrays, outputs = dict(feeds), list[str]()
+        for path in self._paths:
+            package = self._opened(path)
+            inputs, outputs = {name: arrays[name] for name in package.inputs}, package.outputs
+            arrays |= zip(outputs, package.run(None, inputs, half=half), strict=True)
+            del package  # before the next is opened
             step()
-        self.latest = [arrays[name] for name in names or self.packages[-1].outputs]
+        self.latest = [arrays[name] for name in names or outputs]
         return self.latest
 
 

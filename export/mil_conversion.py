@@ -32,6 +32,13 @@ with needs("coreml"):
     from coremltools.converters.mil.mil import types
 
 
+LARGEST_CONSTANT = 2**20
+"""Most numbers that the converter computes and stores in a program in float32; what is larger, the device computes.
+
+T5's position biases for 512 tokens are 17 M numbers, made of a table of 16,448.
+"""
+
+
 def convert(
     module: nn.Module, example: Tensors, outputs: Sequence[str], batches: Sequence[int], *, half: bool = True
 ) -> Any:
@@ -56,6 +63,9 @@ def convert(
         if node.target is torch.ops.aten.alias.default:
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
+    pipeline = ct.PassPipeline()
+    if not half:  # in half precision the rounded weights themselves are such constants
+        pipeline.set_options("common::const_elimination", {"skip_const_by_size": str(LARGEST_CONSTANT)})
     shapes = {name: [(b, *value.shape[1:]) for b in batches] for name, value in example.items()}
     return ct.convert(
         program,
@@ -70,6 +80,7 @@ def convert(
         outputs=[ct.TensorType(name=name, dtype=_dtype(name)) for name in outputs],
         minimum_deployment_target=ct.target.iOS18,
         compute_precision=ct.transform.FP16ComputePrecision(_is_no_angle if half else _is_lookup),
+        pass_pipeline=pipeline,
         skip_model_load=True,
     )
 

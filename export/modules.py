@@ -131,10 +131,10 @@ class T5Encoder(nn.Module):
         self.config: Any = model.config
         attention = model.encoder.block[0].layer[0].SelfAttention
         # All distances from this one on share a bucket.
-        self.farthest = int(self.config.relative_attention_max_distance)
+        farthest = int(self.config.relative_attention_max_distance)
         self._buckets = attention._relative_position_bucket(
-            torch.arange(-self.farthest, self.farthest + 1), bidirectional=True,
-            num_buckets=self.config.relative_attention_num_buckets, max_distance=self.farthest,
+            torch.arange(-farthest, farthest + 1), bidirectional=True,
+            num_buckets=self.config.relative_attention_num_buckets, max_distance=farthest,
         )  # fmt: skip
         self.register_buffer("bias", self.table(attention.relative_attention_bias.weight.detach()))
 
@@ -145,21 +145,11 @@ class T5Encoder(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
         """Encode ids (B, M) int64 to the last hidden state (B, M, K)."""
         encoder = self.model.encoder
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        distances = (positions[None, :] - positions[:, None]).clamp(-self.farthest, self.farthest) + self.farthest
-        bias = nn.functional.embedding(distances, self.bias).permute(2, 0, 1)[None]  # (1, heads, M, M)
+        bias = position_bias(self.bias, input_ids)
         hidden = encoder.embed_tokens(input_ids).float()
         for block in encoder.block:
-            attention, feed_forward = block.layer
-            hidden = attention(hidden, position_bias=bias)[0]
-            hidden = hidden + self._feed_forward(feed_forward.DenseReluDense, feed_forward.layer_norm(hidden))
+            hidden = run_t5_block(block, hidden, bias)
         return (encoder.final_layer_norm(hidden),)
-
-    def _feed_forward(self, dense: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return float32 (B, M, K). transformers' own forward reads `wo.weight`, which would unpack a PackedLinear."""
-        inner = dense.act(dense.wi_0(x)) * dense.wi_1(x) if self.config.is_gated_act else dense.act(dense.wi(x))
-        out: torch.Tensor = dense.wo(inner.float())
-        return out
 
     def reference(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
         """Compute the same output with the model's own forward pass."""
@@ -174,6 +164,32 @@ class T5Encoder(nn.Module):
             ids[row, end:] = self.config.pad_token_id
             ids[row, end] = self.config.eos_token_id
         return {"input_ids": ids}
+
+
+def position_bias(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return a T5's position biases (1, heads, M, M) from those by distance (2 * farthest + 1, heads).
+
+    Args:
+        table: see T5Encoder.table.
+        tokens: (B, M, ...); only M is read.
+    """
+    farthest = table.shape[0] // 2
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    distances = (positions[None, :] - positions[:, None]).clamp(-farthest, farthest) + farthest
+    return nn.functional.embedding(distances, table).permute(2, 0, 1)[None]
+
+
+def run_t5_block(block: Any, hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Run one layer of a T5 on float32 (B, M, K).
+
+    transformers' own feed-forward reads `wo.weight`, which would unpack a PackedLinear.
+    """
+    attention, feed_forward = block.layer
+    hidden = attention(hidden, position_bias=bias)[0]
+    dense, x = feed_forward.DenseReluDense, feed_forward.layer_norm(hidden)
+    inner = dense.act(dense.wi_0(x)) * dense.wi_1(x) if hasattr(dense, "wi_0") else dense.act(dense.wi(x))
+    out: torch.Tensor = dense.wo(inner.float())
+    return hidden + out
 
 
 class VaeDecoder(nn.Module):

@@ -32,7 +32,7 @@ from edgeprune.export import modules
 from edgeprune.export.folder import from_pretrained
 from edgeprune.families.encoders import T5
 from edgeprune.families.parts import tensor_of
-from edgeprune.quantization.quantize import RoundedT5, prepare_t5, quantize_t5, rounded_t5, unpacked_name
+from edgeprune.quantization.quantize import RoundedT5, prepare_t5, rounded_t5, unpacked_name
 from edgeprune.residency.stored import CPU
 from edgeprune.residency.streaming import PACKED, stream
 
@@ -96,9 +96,9 @@ class StoredT5:
         module.bias = module.table(rounded_t5(_BIAS, self._original(_BIAS)).float())
         return module
 
-    def load(self) -> modules.T5Encoder:
-        """Return the network that is written with all of its weights in memory, in float32 and 8 bits."""
-        return modules.widen(modules.T5Encoder(quantize_t5(copy.deepcopy(self._empty), self._original)))
+    def empty(self) -> modules.T5Encoder:
+        """Return the network that is written without weights, on the meta device; `read` has its tensors by name."""
+        return copy.deepcopy(self._packed)
 
     def _original(self, name: str) -> torch.Tensor:
         """Read a tensor of transformers' network by name, in the dtype of its file."""

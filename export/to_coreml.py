@@ -5,7 +5,8 @@
 Weights are the checkpoint's integers with half-precision scales (mil_conversion.py). Everything else is stored and
 computed in half precision, except the timestep's angles, which half precision cannot hold. An export has one image
 size; its transformer takes the device's batch sizes. A device's `chunks` splits the transformer between blocks
-(coreml_chunks.py). Each network is compared with torch before the next one is loaded (coreml_packages.py).
+(coreml_chunks.py); a large transformer, and a large T5 between its layers (coreml_t5.py), are split in any case. Each
+network is compared with torch before the next one is loaded (coreml_packages.py).
 A T5 text encoder keeps its 8-bit integers (precision.py) and half-precision tables but computes in float32, because
 T5-XXL's values exceed half precision. The VAE's encoder is not exported, and packages are not compiled (.mlmodelc):
 the device does that.
@@ -25,7 +26,7 @@ from edgeprune.artefact.manifest import HALF, INT4
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.progress import Progress, silent
-from edgeprune.export import loaders, modules, text
+from edgeprune.export import coreml_t5, loaders, modules, text
 from edgeprune.export.coreml_chunks import TrimmedTextEncoder, loaded, split
 from edgeprune.export.coreml_packages import convert_network
 from edgeprune.export.folder import is_quantized, write
@@ -109,21 +110,9 @@ def networks(artefact: Path, work: Unfinished, device: Target, progress: Progres
         del whole, chunks, filled, stored
 
     for name, kind in text_encoders(artefact).items():
-        if work.has(name):
-            continue
-        progress(name)
-        both: list[Any]
-        if kind == T5:
-            t5 = StoredT5(artefact / name)
-            both = [t5.load(), t5.checkpoint()]
-        else:
-            both = [loaders.clip(artefact, name, kind, load) for load in (loaders.by_vendor, loaders.by_name)]
-        if kind == CLIP:
-            both = [TrimmedTextEncoder(encoder) for encoder in both]
-        example, half = {"input_ids": text.token_ids(artefact, name, kind)[:1]}, kind != T5
-        record = convert_network(name, both[:1], both[1], [example], work.begin(name), half=half, progress=progress)
-        work.finish(name, {"parity": record})
-        del both
+        if not work.has(name):
+            progress(name)
+            work.finish(name, _text_encoder(artefact, name, kind, work.begin(name), progress))
 
     if not work.has(name := "vae_decoder"):
         progress(name)
@@ -131,8 +120,25 @@ def networks(artefact: Path, work: Unfinished, device: Target, progress: Progres
         examples = [vae.example(batch=1, height=height, width=width)]
         record = convert_network(name, [vae], checkpoint, examples, work.begin(name), progress=progress)
         work.finish(name, {"parity": record})
-    written = work.recorded("chunks")["transformer"]
-    return {"device": device.name, "batch": list(device.batch), "chunks": written, "parity": work.recorded("parity")}
+    recorded = {key: work.recorded(key) for key in ("chunks", "parity")}
+    return {"device": device.name, "batch": list(device.batch), **recorded}
+
+
+def _text_encoder(artefact: Path, name: str, kind: str, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Write and compare a text encoder; return what is recorded of it."""
+    examples = [{"input_ids": text.token_ids(artefact, name, kind)[:1]}]
+    if kind == T5:
+        t5 = StoredT5(artefact / name)
+        chunks = coreml_t5.split(t5, CHUNK_BYTES)
+        count, filled, checkpoint = len(chunks), coreml_t5.loaded(chunks, t5), t5.checkpoint()
+        record = convert_network(
+            name, filled, checkpoint, examples, folder, chunks=count, half=False, progress=progress
+        )
+        return {"parity": record, "chunks": count}
+    both: list[Any] = [loaders.clip(artefact, name, kind, load) for load in (loaders.by_vendor, loaders.by_name)]
+    if kind == CLIP:
+        both = [TrimmedTextEncoder(encoder) for encoder in both]
+    return {"parity": convert_network(name, both[:1], both[1], examples, folder, progress=progress)}
 
 
 def _stored_bytes(artefact: Path) -> int:

@@ -163,12 +163,12 @@ def tiny_tokenizer() -> CLIPTokenizer:
         return make_tokenizer(Path(folder))
 
 
-def tiny_t5(vocab: int) -> T5EncoderModel:
-    """Make a T5 of two gated layers, as in T5 1.1, with position biases well above zero."""
+def tiny_t5(vocab: int, *, layers: int = 2) -> T5EncoderModel:
+    """Make a T5 of gated layers, as in T5 1.1, with position biases well above zero."""
     torch.manual_seed(6)
     config = T5Config(
-        vocab_size=vocab, d_model=T5_WIDTH, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
+        vocab_size=vocab, d_model=T5_WIDTH, d_kv=16, d_ff=64, num_layers=layers, num_heads=2,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
     )  # fmt: skip
     model = T5EncoderModel(config).eval()
     with torch.no_grad():

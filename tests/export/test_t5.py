@@ -233,9 +233,10 @@ def test_what_is_refused(pipeline: tuple[Path, Any], tmp_path: Path, file: str, 
 
 
 def test_coreml_package(pipeline: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the package in the reference evaluator; it declares that it computes in float32."""
+    """Run two chunks in the reference evaluator; they declare that they compute in float32."""
     ct = pytest.importorskip("coremltools")
     from edgeprune.export import to_coreml
+    from edgeprune.export.coreml_packages import Chain
     from edgeprune.export.mil_reference import Package
 
     network = to_coreml.convert_network
@@ -244,13 +245,15 @@ def test_coreml_package(pipeline: tuple[Path, Any], tmp_path: Path, monkeypatch:
         return network(name, *rest, **more) if name == "text_encoder_3" else {}
 
     monkeypatch.setattr(to_coreml, "convert_network", only_the_t5)
+    monkeypatch.setattr(to_coreml, "CHUNK_BYTES", 5e4)  # others: test_coreml_t5.py
     record = to_coreml.export(pipeline[0], tmp_path / "coreml", device=targets.load("macbook-m"))
     assert record["parity"]["text_encoder_3"]["max_relative"] < 1e-4
-    package = Package(tmp_path / "coreml" / "text_encoder_3" / "model.mlpackage")
+    assert record["chunks"]["text_encoder_3"] == 2
+    paths = [tmp_path / "coreml" / "text_encoder_3" / f"chunk_{i}.mlpackage" for i in (1, 2)]
     ids = PromptTokenizer(tmp_path / "coreml" / "tokenizer_3", max_length=tiny.T5_TOKENS)(PROMPTS[:1])
-    same(package.run(None, {"input_ids": ids}), [expected(pipeline[1])[0][:1, tiny.TOKENS :]])
+    same(Chain(paths).run(None, {"input_ids": ids}), [expected(pipeline[1])[0][:1, tiny.TOKENS :]])
     kinds = {"linear": set(), "gather": set(), "constexpr_blockwise_shift_scale": set()}
-    for op in package.operations:
+    for op in (op for path in paths for op in Package(path).operations):
         if op.type in kinds:
             kinds[op.type].add(op.outputs[0].type.tensorType.dataType)
     proto = ct.proto.MIL_pb2
