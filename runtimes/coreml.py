@@ -3,8 +3,9 @@
     load("out", compute_units="cpu_and_ne")
 
 Needs coremltools and macOS 15, not torch. A package is compiled once and loaded, which specialises it for the compute
-units; macOS caches that. The chunks of a transformer run one after the other. The compiled model is not kept after the
-process ends, and only the exported image size works. On iPhone and iPad an app runs the packages (docs/coreml.md).
+units; macOS caches that. The chunks of a network run one after the other (coreml_chain.py); where memory is short, only
+some are open at a time. The compiled model is not kept after the process ends, and only the exported image size works.
+On iPhone and iPad an app runs the packages (docs/coreml.md).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,12 @@ import numpy as np
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
+from edgeprune.common.memory import resident
 from edgeprune.runtimes.base import Array, Settings
-from edgeprune.runtimes.networks import NetworkBackend, WholeEngine
+from edgeprune.runtimes.coreml_chain import Chain, Package
+from edgeprune.runtimes.memory import Reading
+from edgeprune.runtimes.networks import NetworkBackend, Shapes, room_here
+from edgeprune.runtimes.pieces import RESERVE, Needs
 
 # Outside macOS it cannot predict, and it would import torch if that is installed.
 with needs("coreml"):
@@ -35,13 +41,49 @@ COMPUTE_UNITS = ("all", "cpu_and_ne", "cpu_and_gpu", "cpu_only")
 _INT32 = 0x20000 | 32  # ArrayFeatureType.INT32
 
 
+def described(path: Path) -> Package:
+    """Read what a package takes and returns.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        description = coremltools.utils.load_spec(str(path)).description
+    except Exception as error:  # coremltools raises plain Exception
+        raise _unusable(path, error) from None
+    return Package(
+        path,
+        sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        {v.name: shapes(v.type.multiArrayType) for v in description.input},
+        [v.name for v in description.output],
+    )
+
+
+def shapes(array: Any) -> tuple[list[tuple[int, ...]], bool]:
+    """Return the shapes that a package's input takes and whether it holds integers, from its ArrayFeatureType."""
+    listed = [tuple(s.shape) for s in array.enumeratedShapes.shapes] or [tuple(array.shape)]
+    return listed, array.dataType == _INT32
+
+
+def chain_of(folder: Path) -> Chain:
+    """Return the packages of a network's folder; none is opened.
+
+    Raises:
+        InputError: the folder has no package, one is damaged, or one does not fit those before it.
+    """
+    whole = folder / "model.mlpackage"
+    chunks = sorted(folder.glob("chunk_*.mlpackage"), key=lambda path: int(path.stem.removeprefix("chunk_")))
+    paths = [whole] if whole.exists() else chunks
+    if not paths:
+        raise InputError(f"{whole}: neither it nor chunk_1.mlpackage exists, expected a Core ML package; export again")
+    return Chain([described(path) for path in paths])
+
+
 class CompiledPackage:
-    """A package compiled and loaded by Core ML.
+    """A package compiled and loaded by Core ML, which frees it when nothing refers to it.
 
     Attributes:
-        inputs: by name, the shapes that it takes and whether the values are integers.
-        outputs: their names.
-        compile_s, specialise_s: seconds it took to compile and to load.
+        compile_s, specialise_s: seconds it took to compile, unless it was, and to load.
     """
 
     def __init__(self, path: Path, compiled: Path, units: str) -> None:
@@ -49,9 +91,6 @@ class CompiledPackage:
         if not compiled.exists():
             coremltools.models.utils.compile_model(str(path), str(compiled))
         self.compile_s = time.perf_counter() - began
-        description = coremltools.utils.load_spec(str(path)).description
-        self.inputs = {v.name: shapes(v.type.multiArrayType) for v in description.input}
-        self.outputs = [v.name for v in description.output]
         began = time.perf_counter()
         self._model: Any = coremltools.models.CompiledMLModel(str(compiled), coremltools.ComputeUnit[units.upper()])
         self.specialise_s = time.perf_counter() - began
@@ -62,12 +101,6 @@ class CompiledPackage:
         return outputs
 
 
-def shapes(array: Any) -> tuple[list[tuple[int, ...]], bool]:
-    """Return the shapes that a package's input takes and whether it holds integers, from its ArrayFeatureType."""
-    listed = [tuple(s.shape) for s in array.enumeratedShapes.shapes] or [tuple(array.shape)]
-    return listed, array.dataType == _INT32
-
-
 Open = Callable[[Path], Any]
 """Opens one .mlpackage as a CompiledPackage."""
 
@@ -75,36 +108,53 @@ Open = Callable[[Path], Any]
 class CoremlNetwork:
     """One network, in one package or in chunks; maps Core ML's errors to InputError.
 
+    Args:
+        folder: the network's.
+        provider: the compute units.
+        open_package: opens a package.
+        limit: most bytes of the process. As many of the first chunks as fit stay open; the others are opened, run and
+            closed one after the other at each call. None opens all now.
+
     Raises:
         InputError: the folder has no package, or Core ML rejects one.
     """
 
-    def __init__(self, folder: Path, provider: str, open_package: Open) -> None:
-        whole = folder / "model.mlpackage"
-        chunks = sorted(folder.glob("chunk_*.mlpackage"), key=lambda path: int(path.stem.removeprefix("chunk_")))
-        paths = [whole] if whole.exists() else chunks
-        if not paths:
-            raise InputError(
-                f"{whole}: neither it nor chunk_1.mlpackage exists, expected a Core ML package; export again"
-            )
+    def __init__(self, folder: Path, provider: str, open_package: Open, limit: int | None = None) -> None:
+        self._chain = chain_of(folder)
         self.provider, self.why, self._folder = provider, f"compute_units={provider}", folder
-        self._packages: Sequence[Any] = [_open(path, open_package) for path in paths]
+        self._open_package, self._limit = open_package, limit
+        self._kept: dict[Path, Any] = {}
+        """The packages that are open between two calls."""
+        self._rows, self._at_once, self._stay = 0, 1, 0
+        self._closed = False
+        self.times = {"compile_s": 0.0, "specialise_s": 0.0}
+        """Seconds to compile and to load, summed over all packages and each time that one was opened."""
+        if limit is None:
+            self._stay = len(self._chain.packages)
+            for package in self._chain.packages:
+                self._opened(package, stays=True)
 
     def largest_batch(self, name: str) -> int:
         """Return the most rows that an input takes; an export's packages take every number from 1 to it."""
-        allowed, _ = self._packages[0].inputs[name]
+        allowed, _ = self._chain.packages[0].inputs[name]
         return int(max(shape[0] for shape in allowed))
-
-    @property
-    def times(self) -> dict[str, float]:
-        """Seconds to compile and to specialise, summed over all chunks."""
-        return {kind: sum(getattr(p, kind) for p in self._packages) for kind in ("compile_s", "specialise_s")}
 
     def __call__(self, **arrays: Any) -> dict[str, Array]:
         """Return the outputs by name, float32; runs the chunks one after the other."""
-        if not self._packages:
+        return self.many([arrays])[0]
+
+    def many(self, feeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Array]]:
+        """Return the outputs by name, float32, for each set of inputs; all go through a chunk before the next."""
+        if self._closed:
             raise InputError("the runtime is closed; load the folder again")
-        first = self._packages[0].inputs
+        for feed in feeds:
+            self._check(feed)
+        size = self._plan(len(feeds))
+        groups = [feeds[start : start + size] for start in range(0, len(feeds), size)]
+        return [outputs for group in groups for outputs in self._through(group)]
+
+    def _check(self, arrays: Mapping[str, Any]) -> None:
+        first = self._chain.packages[0].inputs
         if missing := sorted(set(first) - set(arrays)):
             raise InputError(f"{self._folder}: inputs: the package also needs {missing}, found {sorted(arrays)}")
         for name, (allowed, _) in first.items():
@@ -113,37 +163,94 @@ class CoremlNetwork:
                     f"{self._folder}: {name}: found shape {found}, expected one of {allowed}: a package has one size; "
                     "set height, width and max_sequence_length in generation.json and export again"
                 )
-        outputs: dict[str, Any] = {}
-        for package in self._packages:
-            feed = {
-                name: np.asarray(arrays[name], np.int32 if integer else np.float32)
-                for name, (_, integer) in package.inputs.items()
-            }
-            try:
-                outputs = package.predict(feed)
-            except (RuntimeError, ValueError, TypeError) as error:
-                sizes = {name: array.shape for name, array in feed.items()}
-                raise InputError(f"{self._folder}: Core ML failed: {_line(error)}; inputs were {sizes}") from None
-            arrays = arrays | outputs
+
+    def _plan(self, rows: int) -> int:
+        """Decide for so many sets of inputs which packages stay open; return how many sets go together."""
+        if self._limit is None:
+            return rows
+        if rows != self._rows:
+            self._kept.clear()
+            room = self._limit - RESERVE - resident()
+            self._at_once = self._chain.at_once(room, rows)
+            self._stay, self._rows = self._chain.kept(room, self._at_once), rows
+        return self._at_once
+
+    def _through(self, feeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Array]]:
+        """Carry sets of inputs through one package after the other."""
+        first = self._chain.packages[0]
+        states = [first.feed(feed) for feed in feeds]
+        for index, package in enumerate(self._chain.packages):
+            opened = self._opened(package, stays=index < self._stay)
+            later = self._chain.later(index)
+            for state in states:
+                state.update(self._predicted(opened, package.feed(state)))
+                for name in state.keys() - later:
+                    del state[name]
+            del opened  # before the next is opened
         # Core ML allows no dot in a name.
-        return {
-            re.sub(r"^hidden_states_(?=\d)", "hidden_states.", n): np.asarray(v, np.float32) for n, v in outputs.items()
-        }
+        return [{re.sub(r"^hidden_states_(?=\d)", "hidden_states.", n): v for n, v in s.items()} for s in states]
+
+    def _opened(self, package: Package, *, stays: bool) -> Any:
+        """Return a package, opened unless it is."""
+        if package.path in self._kept:
+            return self._kept[package.path]
+        try:
+            opened = self._open_package(package.path)
+        except Exception as error:  # coremltools raises plain Exception
+            raise _unusable(package.path, error) from None
+        for kind in self.times:
+            self.times[kind] += getattr(opened, kind)
+        if stays:
+            self._kept[package.path] = opened
+        return opened
+
+    def _predicted(self, opened: Any, feed: dict[str, Array]) -> dict[str, Array]:
+        try:
+            outputs = opened.predict(feed)
+        except (RuntimeError, ValueError, TypeError) as error:
+            sizes = {name: array.shape for name, array in feed.items()}
+            raise InputError(f"{self._folder}: Core ML failed: {_line(error)}; inputs were {sizes}") from None
+        return {name: np.asarray(value, np.float32) for name, value in outputs.items()}
 
     def close(self) -> None:
         """Drop the models; Core ML then frees their memory."""
-        self._packages = []
+        self._closed = True
+        self._kept.clear()
 
 
-def _open(path: Path, open_package: Open) -> Any:
-    try:
-        return open_package(path)
-    except Exception as error:  # coremltools raises plain Exception
-        raise InputError(f"{path}: Core ML cannot open it: {_line(error)}; export again") from None
+def _unusable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: Core ML cannot open it: {_line(error)}; export again")
 
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
+
+
+@dataclass(frozen=True)
+class CoremlEngine:
+    """Opens the networks of an export."""
+
+    opener: Callable[[Path, int | None], CoremlNetwork]
+    name: str = "coreml"
+    activations: str = "fp16"
+    counts_values: bool = True
+    """Those that pass from one package to the next."""
+
+    def open(self, folder: Path, limit: int | None) -> CoremlNetwork:
+        """Open a network: whole, or within a limit."""
+        return self.opener(folder, limit)
+
+    def needs(self, folder: Path, shapes: Shapes) -> Needs:
+        """Return the bytes that a network takes; its packages have one size. What is inside one is not counted."""
+        return chain_of(folder).needs()
+
+    def room(self) -> tuple[int, int]:
+        """Return the bytes that the process has now, and may have at most."""
+        return room_here()
+
+    def memory(self) -> dict[str, Reading]:
+        """Return nothing: the process has the memory."""
+        return {}
 
 
 def open_backend(
@@ -160,8 +267,9 @@ def open_backend(
         folder: an export of format coreml.
         settings: that folder's settings.
         compute_units: one of COMPUTE_UNITS; Core ML chooses among these for each operation.
-        memory: most bytes of the process; None takes most of what is free. Networks whose files do not fit together
-            are open one after the other; compiled packages are kept for the next image.
+        memory: most bytes of the process; None takes most of what is free. Networks that do not fit together are open
+            one after the other, and chunks that do not fit are opened and closed at each step. Compiled packages are
+            kept until the runtime closes.
         keep_embeddings: keeps encoded prompts in this folder, so that each is encoded once.
 
     Raises:
@@ -181,12 +289,12 @@ def open_backend(
     weakref.finalize(open_package, shutil.rmtree, compiled, ignore_errors=True)
     times: dict[str, dict[str, float]] = {}
 
-    def open_network(path: Path) -> CoremlNetwork:
-        network = CoremlNetwork(path, compute_units, open_package)
+    def open_network(path: Path, limit: int | None) -> CoremlNetwork:
+        network = CoremlNetwork(path, compute_units, open_package, limit)
         times[path.name] = network.times
         return network
 
-    engine = WholeEngine("coreml", open_network, activations="fp16")
+    engine = CoremlEngine(open_network)
     backend = NetworkBackend(engine, folder, settings, memory=memory, keep_embeddings=keep_embeddings)
     backend.times = times
     return backend

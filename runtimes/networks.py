@@ -84,7 +84,7 @@ class Engine(Protocol):
 
     @property
     def counts_values(self) -> bool:
-        """Whether `needs` counts the values of one sample, besides weights."""
+        """Whether `needs` counts values besides weights: of one sample, so they go one by one where memory is short."""
         ...
 
     def open(self, folder: Path, limit: int | None) -> Network:
@@ -320,8 +320,7 @@ class NetworkBackend:
         """Compute one velocity (B, C, h, w)."""
         self._prepare_for(latents)
         inputs = functools.partial(self._family.inputs, self._config, guidance=guidance)
-        limited = self._in_turn or self._memory is not None
-        if limited and self._engine.counts_values:  # of one sample; guidance needs two
+        if self._one_by_one:
             rows = [slice(i, i + 1) for i in range(len(latents))]
             feeds = [inputs(latents[row], text[row], pooled[row], sigma[row]) for row in rows]
         else:
@@ -330,12 +329,17 @@ class NetworkBackend:
         velocity: Array = self._family.velocity(self._config, np.concatenate(outputs), latents.shape)
         return velocity
 
+    @property
+    def _one_by_one(self) -> bool:
+        """Whether the rows of a step go through the transformer one by one; guidance has two."""
+        return self._engine.counts_values and (self._in_turn or self._memory is not None)
+
     def _prepare_for(self, latents: Array) -> None:
         self.prepare(*(side * self._settings.factor for side in latents.shape[2:]))
 
     def largest_batch(self) -> int | None:
         """Return the most rows that the transformer takes in one call, or None."""
-        return self._network("transformer").largest_batch("hidden_states")
+        return None if self._one_by_one else self._network("transformer").largest_batch("hidden_states")
 
     def decode(self, latents: Array) -> Array:
         """Decode latents (B, C, h, w) to pixels (B, 3, H, W)."""

@@ -10,7 +10,9 @@ import shutil
 import struct
 import sys
 import warnings
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -294,6 +296,13 @@ class ComputeUnit(enum.Enum):
     ALL, CPU_AND_NE, CPU_AND_GPU, CPU_ONLY = range(4)
 
 
+@dataclasses.dataclass(eq=False)
+class FakeModel:
+    """An opened package."""
+
+    predict: Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]
+
+
 class FakeCoreML:
     """The part of coremltools that runtimes/coreml.py uses; packages are computed by the reference evaluator."""
 
@@ -301,6 +310,7 @@ class FakeCoreML:
         self.compiled: list[str] = []
         self.loaded: list[tuple[str, ComputeUnit]] = []
         self.batches: list[int] = []
+        self.alive: weakref.WeakSet[FakeModel] = weakref.WeakSet()
         self.ComputeUnit = ComputeUnit
         self.utils = SimpleNamespace(load_spec=ct.utils.load_spec)
         self.models = SimpleNamespace(
@@ -308,15 +318,15 @@ class FakeCoreML:
         )
 
     def compile_model(self, package: str, destination: str) -> str:
-        if not Path(package, "Manifest.json").is_file():
-            raise Exception("compiler error:\n  no manifest")
+        if "damaged" in package:
+            raise Exception("compiler error:\n  no such operation")
         assert destination.endswith(".mlmodelc")
         Path(destination).mkdir()
         (Path(destination) / "of").write_text(package)
         self.compiled.append(Path(package).name)
         return destination
 
-    def open(self, compiled: str, units: ComputeUnit) -> SimpleNamespace:
+    def open(self, compiled: str, units: ComputeUnit) -> FakeModel:
         package = Package(Path((Path(compiled) / "of").read_text()))
         self.loaded.append((package.path.parent.name, units))
 
@@ -328,7 +338,9 @@ class FakeCoreML:
             self.batches.append(len(array))
             return dict(zip(package.outputs, package.run(None, arrays), strict=True))
 
-        return SimpleNamespace(predict=predict)
+        model = FakeModel(predict)
+        self.alive.add(model)
+        return model
 
 
 @pytest.fixture
@@ -366,19 +378,42 @@ def test_networks_that_take_turns_compile_once(
     assert len(vendor.compiled) == 4 and len(vendor.loaded) == 8
 
 
-def test_chunks_are_chained(
-    exported: tuple[Path, dict[str, Any]], chunked: Path, model: Any, vendor: FakeCoreML, tmp_path: Path
+def test_chunks_are_chained_all_open_or_in_turn(
+    exported: tuple[Path, dict[str, Any]],
+    chunked: Path,
+    model: Any,
+    vendor: FakeCoreML,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = Path(shutil.copytree(exported[0], tmp_path / "copy"))
     shutil.rmtree(folder / "transformer" / "model.mlpackage")
     shutil.copytree(chunked, folder / "transformer", dirs_exist_ok=True)
     example = modules.Transformer(model).example(batch=2, height=8, width=8, tokens=16, seed=3)
+    latents, text, pooled, timestep = (value.numpy() for value in example.values())
     with runtimes.load(folder) as runtime:
-        latents, text, pooled, timestep = (value.numpy() for value in example.values())
+        assert len(vendor.alive) == 5
         found = runtime.step(latents, text, pooled, timestep / 1000)
     assert vendor.batches == [2, 2]
     with torch.no_grad():
         assert parity.relative_error(found, model(**example, return_dict=False)[0].numpy())[0] < 1e-3
+
+    described, opened = coreml.described, list[int]()
+    sizes = {"model": 90 * 10**6, "chunk_1": 60 * 10**6, "chunk_2": 50 * 10**6}
+    monkeypatch.setattr(coreml, "described", lambda path: dataclasses.replace(described(path), size=sizes[path.stem]))
+    monkeypatch.setattr(coreml, "room_here", lambda: (0, 10**12))
+    monkeypatch.setattr(coreml, "resident", lambda: 0)
+    monkeypatch.setattr(
+        vendor, "batches", SimpleNamespace(append=lambda rows: opened.extend([rows, len(vendor.alive)]))
+    )
+    with pytest.raises(InputError, match=r"^memory: found 0.28 GB, expected at least 0.31 GB, which vae_decoder takes"):
+        runtimes.load(folder, memory=280_000_000)
+    with runtimes.load(folder, memory=300_000_000) as runtime:
+        assert runtime.backend.largest_batch() is None and not vendor.alive
+        in_turn = runtime.step(latents, text, pooled, timestep / 1000)
+        assert not vendor.alive
+    assert opened == [1, 1] * 4  # both rows, one by one, through one chunk after the other
+    np.testing.assert_allclose(in_turn, found, atol=1e-5)
 
 
 def test_errors_name_the_folder(exported: tuple[Path, dict[str, Any]], vendor: FakeCoreML, tmp_path: Path) -> None:
@@ -393,14 +428,16 @@ def test_errors_name_the_folder(exported: tuple[Path, dict[str, Any]], vendor: F
         network = model.backend._networks["vae_decoder"]  # type: ignore[attr-defined]
         with pytest.raises(InputError, match="vae_decoder: inputs: the package also needs"):
             network(latents=np.zeros((1, 8, 8, 8)))
-        network._packages[0].predict = lambda _: (_ for _ in ()).throw(RuntimeError("no\nmemory"))
+        (opened,) = network._kept.values()
+        opened.predict = lambda _: (_ for _ in ()).throw(RuntimeError("no\nmemory"))
         with pytest.raises(InputError, match=r"vae_decoder: Core ML failed: no memory; inputs were .*\(1, 8, 8, 8\)"):
             network(latent_sample=np.zeros((1, 8, 8, 8)))
-    folder = Path(shutil.copytree(exported[0], tmp_path / "copy"))
+    folder = Path(shutil.copytree(exported[0], tmp_path / "damaged"))
+    unusable = r"text_encoder/model\.mlpackage: Core ML cannot open it: "
+    with pytest.raises(InputError, match=rf"{unusable}compiler error: no such operation; export again$"):
+        runtimes.load(folder)
     (folder / "text_encoder" / "model.mlpackage" / "Manifest.json").unlink()
-    with pytest.raises(
-        InputError, match=r"text_encoder/model\.mlpackage: Core ML cannot open it: compiler error: no manifest"
-    ):
+    with pytest.raises(InputError, match=rf"{unusable}A valid manifest does not exist"):
         runtimes.load(folder)
     shutil.rmtree(folder / "text_encoder" / "model.mlpackage")
     with pytest.raises(InputError, match=r"text_encoder/model\.mlpackage: neither it nor chunk_1"):

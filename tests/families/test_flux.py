@@ -29,8 +29,7 @@ from edgeprune.export.mil_reference import Package
 from edgeprune.export.to_coreml import convert_network
 from edgeprune.planning.options import PlanOptions
 from edgeprune.report import make
-from edgeprune.runtimes import base, networks
-from edgeprune.runtimes.coreml import CoremlNetwork, shapes
+from edgeprune.runtimes import base, coreml, networks
 from edgeprune.sampling.denoising import Conditioning, evaluate
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages.compress import compress, forecast
@@ -39,6 +38,8 @@ from edgeprune.stages.plan import run as run_plan
 from edgeprune.stages.prune import run as run_prune
 from edgeprune.stages.workspace import STAGES, Workspace
 from edgeprune.training.recipe import DistillOptions
+
+import coremltools  # isort: skip  # after to_coreml, which keeps it quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
 PROMPTS = ["two red circles", "a drawing of a star above a ring"]
@@ -262,7 +263,7 @@ def test_engine_profiles_are_of_packed_tokens(name: str, sources: dict[str, Path
     }  # fmt: skip
 
 
-def test_core_ml(artefact: Path, tmp_path: Path) -> None:
+def test_core_ml(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference evaluator computes the same from the chunks as diffusers from the whole model."""
     model: Any = load_transformer(artefact, quantized=True)
     whole = graph.Transformer(model)
@@ -274,15 +275,15 @@ def test_core_ml(artefact: Path, tmp_path: Path) -> None:
 
     def opened(path: Path) -> SimpleNamespace:
         package = Package(path)
-        description = package.spec.description
         return SimpleNamespace(
-            inputs={v.name: shapes(v.type.multiArrayType) for v in description.input}, compile_s=0, specialise_s=0,
+            compile_s=0, specialise_s=0,
             predict=lambda arrays: dict(zip(package.outputs, package.run(None, arrays), strict=True)),
         )  # fmt: skip
 
     # The runtime passes positions too, but they are constants of the package.
     example = whole.example(batch=1, height=4, width=4, tokens=24, seed=3)
-    network = CoremlNetwork(tmp_path, "all", opened)
+    monkeypatch.setattr(coreml, "coremltools", coremltools)
+    network = coreml.CoremlNetwork(tmp_path, "all", opened)
     found = network(**{name: value.numpy() for name, value in example.items()})["out_hidden_states"]
     with torch.no_grad():
         assert parity.relative_error(found, whole.reference(**example)[0].numpy())[0] < 1e-3
