@@ -8,6 +8,7 @@ On a Mac the packages run in Core ML itself; elsewhere mil_reference.py evaluate
 from __future__ import annotations
 
 import gc
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -117,6 +118,7 @@ def _save(model: Any, path: Path) -> None:
     """Write a package under a temporary name and rename it, so that `path` is never incomplete."""
     scratch = path.with_name(SCRATCH + path.name)
     model.save(str(scratch))
+    shutil.rmtree(model.package_path)  # coremltools would keep its copy until the process ends
     scratch.rename(path)
 
 

@@ -70,6 +70,7 @@ class Watched:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.converted = list[list[str]]()
+        self.copies = list[Path]()
         self._weights, self._made = list[tuple[weakref.ref[Any], int]](), list[weakref.ref[Any]]()
         self._convert, self._read = coreml_packages.convert, StoredT5.read
         patch.setattr(coreml_packages, "convert", self.convert)
@@ -87,6 +88,7 @@ class Watched:
         assert 0 < own == alive and not [made for made in self._made if made() is not None]
         self.converted.append(layers_of(module))
         model = self._convert(module, *given, **how)
+        self.copies.append(Path(model.package_path))
         self._made += [weakref.ref(model), weakref.ref(model._mil_program.functions["main"])]
         return model
 
@@ -120,6 +122,7 @@ def chunks(stored: StoredT5, tmp_path_factory: pytest.TempPathFactory) -> list[P
         assert watched.converted == [["0"], ["1"]] and len({path.relative_to(folder).parts[0] for path in kept}) == 2
         record = run(lambda *_: None)
     assert watched.converted == [["0"], ["1"], ["2"]] and kept.items() < hashes().items()
+    assert len(watched.copies) == LAYERS and not [copy for copy in watched.copies if copy.exists()]
     assert all(t.is_meta for part in parts for t in part.state_dict().values())
     assert record["max_relative"] < 1e-5
     return [folder / f"chunk_{i}.mlpackage" for i in range(1, LAYERS + 1)]
