@@ -82,7 +82,7 @@ def measure(
         "step_ratio": times.ratio,
         "step_ratio_quartiles": times.quartiles,
         "psnr_db": mean_decibels(list(drawn["original"]), list(drawn["compressed"])),
-        "generation": vars(generations["original"]),
+        "generation": generations["original"].to_json(),
     }
     if meanings:
         summary["quality"] = _quality(drawn, meanings)
@@ -113,4 +113,4 @@ def _kept(ws: Workspace, name: str, count: int, generation: Generation) -> Spill
     if not is_streamed(ws.family.blocks(ws.pipe.transformer)[0]):
         return None
     made, where = ws.manifest.stages["quantize"]["inputs"], f"{ws.original.dtype} {ws.original.compute.device.type}"
-    return Spill(ws.cache / "report" / name, identity=digest([made, count, vars(generation), where]))
+    return Spill(ws.cache / "report" / name, identity=digest([made, count, generation.to_json(), where]))
