@@ -24,10 +24,10 @@ from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.solvers import SOLVERS
 from edgeprune.stages.workspace import Workspace
 
-EXACT = 160
-PER_TASK = 16
+EXACT = 100
+PER_TASK = 4
 """Held-out captions of each task."""
-STEPS = (5, 6, 8, 10, 14, 20)
+STEPS = (6, 8, 10, 14)
 RANGES = ((0.0, 1.0), (0.5, 1.0))
 
 
