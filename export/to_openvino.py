@@ -85,13 +85,12 @@ class Compiled:
         """
         from edgeprune.common.memory import resident
         from edgeprune.runtimes.openvino import OpenVinoNetwork
-        from edgeprune.runtimes.openvino_graph import Graph
-        from edgeprune.runtimes.openvino_pieces import OpenVinoPieces
+        from edgeprune.runtimes.piecewise import PiecewiseNetwork
 
         try:
-            needs = Graph(self._file.read({name: np.shape(value) for name, value in feeds.items()})).measured().needs()
+            needs = self._file.graph({name: np.shape(value) for name, value in feeds.items()}).measured().needs()
             whole = resident() + needs.whole <= MEMORY
-            network = OpenVinoNetwork(self._file) if whole else OpenVinoPieces(self._file, MEMORY)
+            network = OpenVinoNetwork(self._file) if whole else PiecewiseNetwork(self._file, MEMORY)
             results = network(**feeds)
         except InputError as error:
             raise ParityError(str(error)) from None

@@ -37,10 +37,10 @@ from edgeprune.runtimes.external import check_external
 from edgeprune.runtimes.mapped import evicting
 from edgeprune.runtimes.memory import Reading
 from edgeprune.runtimes.networks import Network, NetworkBackend, Shapes, room_here
-from edgeprune.runtimes.openvino_graph import Graph
-from edgeprune.runtimes.openvino_pieces import OpenVinoPieces
+from edgeprune.runtimes.openvino_graph import Graph, Piece
 from edgeprune.runtimes.openvino_vae import StripDecoder
 from edgeprune.runtimes.pieces import Needs
+from edgeprune.runtimes.piecewise import PiecewiseNetwork
 
 with needs("openvino"):
     import openvino
@@ -77,6 +77,7 @@ class OpenVinoFile:
         if not path.exists():
             raise InputError(f"{path}: no such file, expected an OpenVINO or ONNX model; export again")
         self.path, self.device, self._config = path, device, config
+        self.why = f"device={device}"
         self._remove_links: Callable[[], object] = lambda: None
         self._file = self._unlinked(check_external(path)) if path.suffix == ".onnx" else path
         self._weights = path.with_suffix(".bin") if path.suffix == ".xml" else Path(f"{self._file}.data")
@@ -142,6 +143,18 @@ class OpenVinoFile:
         except RuntimeError as error:
             raise self._unusable(error) from None
 
+    def graph(self, shapes: Mapping[str, Sequence[int]]) -> Graph:
+        """Return the operations of the model with inputs of these shapes.
+
+        Raises:
+            InputError: an input is missing, or the model does not take one of this shape.
+        """
+        return Graph(self.read(shapes))
+
+    def opened(self, part: Piece) -> Compiled:
+        """Return a part of a graph, ready to run on the device."""
+        return self.compiled(part.model, part=True)
+
     def evicting(self) -> AbstractContextManager[None]:
         """Evict the mapped weights inside this context."""
         return evicting(self._weights)
@@ -194,7 +207,7 @@ class OpenVinoNetwork:
         self._file: OpenVinoFile | None = file
         self._shapes: dict[str, list[int]] | None = None
         self._compiled: Compiled | None = None
-        self.provider, self.why = file.device, f"device={file.device}"
+        self.provider, self.why = file.device, file.why
 
     def largest_batch(self, name: str) -> None:
         """Return None: the sizes of an export's models are dynamic."""
@@ -302,13 +315,13 @@ class OpenVinoEngine:
         file = OpenVinoFile(folder / self.file, self.device, dict(self.config))
         if limit is None:
             return OpenVinoNetwork(file)
-        return StripDecoder(file, limit) if openvino_vae.INPUT in file.kinds else OpenVinoPieces(file, limit)
+        return StripDecoder(file, limit) if openvino_vae.INPUT in file.kinds else PiecewiseNetwork(file, limit)
 
     def needs(self, folder: Path, shapes: Shapes) -> Needs:
         """Return the bytes that a network takes; it is read, without its weights."""
         file = OpenVinoFile(folder / self.file, self.device, dict(self.config))
         try:
-            needs = Graph(file.read(shapes)).measured().needs()
+            needs = file.graph(shapes).measured().needs()
             if openvino_vae.INPUT in shapes:
                 try:
                     needs = Needs(needs.whole, openvino_vae.values(file, shapes[openvino_vae.INPUT]))

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from edgeprune.common.extras import needs
+from edgeprune.runtimes import piecewise
 from edgeprune.runtimes.pieces import Operation, Sizes
+from edgeprune.runtimes.piecewise import Lookup
 
 with needs("openvino"):
     import openvino
@@ -27,24 +29,6 @@ _WIDENED = {openvino.Type.f16: 2, openvino.Type.bf16: 2}
 """Bytes of an opened weight by those in the file, where it is widened: the CPU computes in float32."""
 _WIDEST_HEAD = 256
 """Numbers of a query for which devices have a kernel."""
-
-
-TABLE = 10**7
-"""Bytes of a table from which rows are looked up without opening it: text encoders have up to 0.3 GB of embeddings."""
-
-
-@dataclass(frozen=True)
-class Lookup:
-    """Rows of a table that stays in its mapped file."""
-
-    table: Any
-    reads: tuple[int, ...]
-    """The value that is the rows' indices."""
-    makes: tuple[int, ...]
-
-    def __call__(self, feed: Sequence[Any]) -> list[Any]:
-        """Return the rows of these indices (B, tokens), as one float32 array (B, tokens, width)."""
-        return [np.asarray(self.table.data[np.asarray(feed[0])], np.float32)]
 
 
 @dataclass(frozen=True)
@@ -163,7 +147,7 @@ class Graph:
         for part, inputs, outputs in zip(ranges, reads, makes, strict=True):
             if self.operations[part.start].alone:
                 table = _table(self.nodes[part.start])
-                out.append(Lookup(table, tuple(inputs), tuple(outputs)))
+                out.append(Lookup(table.data, np.float32, tuple(inputs), tuple(outputs)))
                 continue
             results = [opset13.result(self._values[value]) for value in outputs]
             model = openvino.Model(results, list(inputs.values()), self._model.get_friendly_name())
@@ -179,7 +163,7 @@ def _table(node: Any) -> Any:
     if any(one.get_type_name() != "Constant" for one in (table, axis)) or axis.data.any():
         return None
     floats = table.get_element_type() in (openvino.Type.f16, openvino.Type.f32)
-    return table if floats and table.get_byte_size() >= TABLE else None
+    return table if floats and table.get_byte_size() >= piecewise.TABLE else None
 
 
 def freeze_shapes(model: openvino.Model) -> None:

@@ -75,7 +75,7 @@ class StripDecoder:
     def __init__(self, file: OpenVinoFile, limit: int) -> None:
         self._file: OpenVinoFile | None = file
         self._limit = limit
-        self.provider, self.why = file.device, f"device={file.device}"
+        self.provider, self.why = file.device, file.why
 
     def largest_batch(self, name: str) -> None:
         """Return None: images are decoded one after the other."""

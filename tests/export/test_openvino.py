@@ -39,7 +39,7 @@ openvino = pytest.importorskip("openvino")
 from openvino_fakes import EXACT, FakeCore  # noqa: E402
 
 from edgeprune.runtimes import openvino as runtime  # noqa: E402
-from edgeprune.runtimes import openvino_graph, openvino_pieces  # noqa: E402
+from edgeprune.runtimes import openvino_graph, piecewise  # noqa: E402
 from edgeprune.runtimes.openvino_graph import Graph  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -263,12 +263,10 @@ def test_little_memory_gives_the_same_image(
 ) -> None:
     """In pieces of 30 kB, where every block is opened and closed at each step, and the VAE runs in strips."""
     monkeypatch.setattr(pieces, "PIECE_BYTES", 30_000)
-    monkeypatch.setattr(openvino_graph, "TABLE", 0)
+    monkeypatch.setattr(piecewise, "TABLE", 0)
     looked_up = list[int]()
-    look_up = openvino_graph.Lookup.__call__
-    monkeypatch.setattr(
-        openvino_graph.Lookup, "__call__", lambda self, feed: looked_up.append(1) or look_up(self, feed)
-    )
+    look_up = piecewise.Lookup.__call__
+    monkeypatch.setattr(piecewise.Lookup, "__call__", lambda self, feed: looked_up.append(1) or look_up(self, feed))
     latents, images, held = [], [], []
     for free in (10**12, 0):
         monkeypatch.setattr(networks, "allowed", lambda free=free: free)
@@ -306,8 +304,8 @@ def test_as_many_blocks_stay_open_as_fit(
 
     monkeypatch.setattr(runtime.OpenVinoFile, "compiled", counted)
     for room in (needs.least, (needs.least + needs.whole) // 2, 2 * needs.whole):
-        monkeypatch.setattr(openvino_pieces, "resident", lambda: 0)
-        network = openvino_pieces.OpenVinoPieces(file, room + pieces.RESERVE)
+        monkeypatch.setattr(piecewise, "resident", lambda: 0)
+        network = piecewise.PiecewiseNetwork(file, room + pieces.RESERVE)
         opened.append(0)
         network.many([feed, feed])
         opened[-1] = 0
