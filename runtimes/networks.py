@@ -114,6 +114,12 @@ def room_here() -> tuple[int, int]:
     return resident(), allowed()
 
 
+def files_of(folder: Path) -> Needs:
+    """Return the bytes of a network's files, for one that is opened whole and whose values are not counted."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Needs(size, size)
+
+
 @dataclass(frozen=True)
 class WholeEngine:
     """An engine that opens every network whole; of what it takes, only the bytes of the files are counted."""
@@ -131,8 +137,7 @@ class WholeEngine:
 
     def needs(self, folder: Path, shapes: Shapes) -> Needs:
         """Return the bytes of its files; values are not counted."""
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        return Needs(size, size)
+        return files_of(folder)
 
     def memory(self) -> dict[str, Reading]:
         """Return rows for the memory of a device that has its own."""

@@ -8,9 +8,11 @@ and the providers' own options are not used. It was executed only on the CPU.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,13 +24,24 @@ from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external
 from edgeprune.runtimes.gpu import nvml_row
 from edgeprune.runtimes.mapped import evicting
-from edgeprune.runtimes.networks import NetworkBackend, WholeEngine
+from edgeprune.runtimes.memory import Reading
+from edgeprune.runtimes.networks import Engine, Network, NetworkBackend, Shapes, WholeEngine, files_of, room_here
+from edgeprune.runtimes.pieces import Needs, UncountableError
+from edgeprune.runtimes.piecewise import PiecewiseNetwork
 from edgeprune.runtimes.providers import Choice, choose
+
+if TYPE_CHECKING:
+    from edgeprune.runtimes.onnx_graph import OnnxGraph, Piece
 
 with needs("onnx"):
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as vendor
 
+Options = Callable[[], onnxruntime.SessionOptions]
+"""Creates new session options at each call."""
+_FILE = "model.onnx"
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Where the external data of a model is that is given as bytes."""
 _ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 _VENDOR_ERRORS = (
     vendor.EPFail,
@@ -50,7 +63,7 @@ _TYPES = {
 
 
 class OrtNetwork:
-    """One ONNX file, with inputs and outputs by name; maps ONNX Runtime's errors to InputError.
+    """One ONNX file, with inputs and outputs by name.
 
     Args:
         path: the file.
@@ -63,24 +76,14 @@ class OrtNetwork:
             cannot be written.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        options: Callable[[], onnxruntime.SessionOptions],
-        choice: Choice,
-        cache_dir: Path | None = None,
-    ) -> None:
-        if not path.exists():
-            raise InputError(f"{path}: no such file, expected an ONNX model; export again")
-        check_external(path)
-        try:
+    def __init__(self, path: Path, options: Options, choice: Choice, cache_dir: Path | None = None) -> None:
+        _check(path)
+        with _opening(path):
             if cache_dir is None:
                 with evicting(Path(f"{path}.data")):
                     session = _session(path, options(), choice)
             else:
                 session = _prepacked_session(path, options, choice, cache_dir)
-        except _VENDOR_ERRORS as error:
-            raise InputError(f"{path}: ONNX Runtime cannot open it: {_line(error)}; export again") from None
         self._session: onnxruntime.InferenceSession | None = session
         self._path = path
         self._inputs = {i.name: _TYPES.get(i.type, np.float32) for i in session.get_inputs()}
@@ -100,11 +103,7 @@ class OrtNetwork:
         if missing:
             raise InputError(f"{self._path}: inputs: the model also needs {sorted(missing)}, found {sorted(arrays)}")
         feed = {name: np.asarray(arrays[name], dtype) for name, dtype in self._inputs.items()}
-        try:
-            values = self._session.run(None, feed)
-        except _VENDOR_ERRORS as error:
-            shapes = {k: v.shape for k, v in feed.items()}
-            raise InputError(f"{self._path}: ONNX Runtime failed: {_line(error)}; inputs were {shapes}") from None
+        values = _ran(self._path, self._session, self._outputs, feed)
         return {k: np.asarray(v, np.float32) for k, v in zip(self._outputs, values, strict=True)}
 
     def close(self) -> None:
@@ -112,17 +111,107 @@ class OrtNetwork:
         self._session = None
 
 
+class OrtFile:
+    """One ONNX file, of which parts are opened on the CPU.
+
+    Raises:
+        InputError: the file is missing, damaged or not ONNX, or it has several files of external data.
+    """
+
+    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
+        from edgeprune.runtimes.onnx_graph import input_kinds, read_model
+
+        names = _check(path)
+        if len(names) > 1:
+            found = ", ".join(sorted(names))
+            raise UncountableError(f"{path}: external data: found {found}, expected one file; export again")
+        self._data = (path.parent / next(iter(names), path.name)).resolve()
+        self._path, self._options, self._choice = path, options, choice
+        self.device, self.why = choice.providers[0], choice.why
+        self._model = read_model(path)
+        self.kinds = input_kinds(self._model)
+        """The type of each input, by name."""
+
+    def graph(self, shapes: Mapping[str, Sequence[int]], *, sliced: bool = True) -> OnnxGraph:
+        """Return the operations of the model with inputs of these shapes.
+
+        Args:
+            shapes: of each input.
+            sliced: compute attention in slices; the whole model does not.
+
+        Raises:
+            InputError: an input is missing, the model does not take one of this shape, or it cannot be counted.
+        """
+        from edgeprune.runtimes.onnx_graph import OnnxGraph
+
+        return OnnxGraph(self._path, self._model, shapes, self._data, sliced=sliced)
+
+    def opened(self, part: Piece) -> OrtPiece:
+        """Open a part of a graph. Its weights are mapped from the file of the whole."""
+        options = self._options()
+        options.add_session_config_entry(_DATA_FOLDER, str(self._data.parent))
+        with _opening(self._path), evicting(self._data):
+            return OrtPiece(self._path, _session(part.model, options, self._choice), part)
+
+    def close(self) -> None:
+        """Do nothing: parts are closed by themselves."""
+
+
+class OrtPiece:
+    """A part of a model that is ready to run."""
+
+    def __init__(self, path: Path, session: onnxruntime.InferenceSession, part: Piece) -> None:
+        self._path, self._session, self._part = path, session, part
+
+    def __call__(self, feed: Sequence[Any]) -> Sequence[Any]:
+        """Return all outputs, in their order, for all inputs in theirs."""
+        named = dict(zip(self._part.inputs, feed, strict=True))
+        return _ran(self._path, self._session, self._part.outputs, named)
+
+    def rest(self) -> None:
+        """Do nothing: without an arena, values are freed when they were read."""
+
+
+def _check(path: Path) -> set[str]:
+    """Return the names of a model's data files.
+
+    Raises:
+        InputError: the model is missing or damaged, or one of these files is not as the model says.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file, expected an ONNX model; export again")
+    return check_external(path)
+
+
+@contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _VENDOR_ERRORS as error:
+        raise InputError(f"{path}: ONNX Runtime cannot open it: {_line(error)}; export again") from None
+
+
+def _ran(
+    path: Path, session: onnxruntime.InferenceSession, outputs: Sequence[str], feed: Mapping[str, Any]
+) -> Sequence[Any]:
+    try:
+        values: Sequence[Any] = session.run(list(outputs), dict(feed))
+    except _VENDOR_ERRORS as error:
+        shapes = {k: v.shape for k, v in feed.items()}
+        raise InputError(f"{path}: ONNX Runtime failed: {_line(error)}; inputs were {shapes}") from None
+    return values
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _session(path: Path, options: onnxruntime.SessionOptions, choice: Choice) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(str(path), options, providers=list(choice.providers))
+def _session(model: Path | bytes, options: onnxruntime.SessionOptions, choice: Choice) -> onnxruntime.InferenceSession:
+    source = str(model) if isinstance(model, Path) else model
+    return onnxruntime.InferenceSession(source, options, providers=list(choice.providers))
 
 
-def _prepacked_session(
-    path: Path, options: Callable[[], onnxruntime.SessionOptions], choice: Choice, cache_dir: Path
-) -> onnxruntime.InferenceSession:
+def _prepacked_session(path: Path, options: Options, choice: Choice, cache_dir: Path) -> onnxruntime.InferenceSession:
     """Open the prepacked copy; if ONNX Runtime rejects it, make it again once."""
     config = {"accuracy_level": options().get_session_config_entry(_ACCURACY)}
     for attempt in range(2):
@@ -165,6 +254,49 @@ def session_options(*, accuracy_level: int = 1, threads: int = 0) -> onnxruntime
     return options
 
 
+@dataclass(frozen=True)
+class CpuEngine:
+    """Opens networks on the CPU, whole or in pieces."""
+
+    options: Options
+    choice: Choice
+    activations: str
+    limited: bool
+    """Whether the user named a limit."""
+    name: str = "ort"
+    counts_values: bool = True
+
+    def open(self, folder: Path, limit: int | None) -> Network:
+        """Open a network: whole, or in pieces."""
+        path = folder / _FILE
+        if limit is None:
+            return OrtNetwork(path, self.options, self.choice)
+        return PiecewiseNetwork(OrtFile(path, self.options, self.choice), limit)
+
+    def needs(self, folder: Path, shapes: Shapes) -> Needs:
+        """Return the bytes that a network takes; it is read, without its weights.
+
+        Raises:
+            InputError: a limit was named, and what the network takes cannot be counted.
+        """
+        try:
+            file = OrtFile(folder / _FILE, self.options, self.choice)
+            whole, least = (file.graph(shapes, sliced=sliced).measured().needs() for sliced in (False, True))
+        except UncountableError:
+            if self.limited:
+                raise
+            return files_of(folder)
+        return Needs(whole.whole, least.least)
+
+    def room(self) -> tuple[int, int]:
+        """Return the bytes that the process has now, and may have at most."""
+        return room_here()
+
+    def memory(self) -> dict[str, Reading]:
+        """Return nothing: the process has the memory."""
+        return {}
+
+
 def open_backend(
     folder: Path,
     settings: Settings,
@@ -199,11 +331,18 @@ def open_backend(
     options()  # checks the options before anything is opened
     if cache_dir is not None and choice.name != "cpu":
         raise InputError(f"cache_dir: found it for {choice.providers[0]}, expected it for provider=cpu only")
-    cache = None if cache_dir is None else Path(cache_dir)
-    engine = WholeEngine(
-        "ort",
-        lambda path: OrtNetwork(path / "model.onnx", options, choice, cache),
-        activations="int8" if accuracy_level == 4 else "fp32",
-        rows=nvml_row if choice.name in ("tensorrt", "cuda") else dict,
-    )
+    if cache_dir is not None and memory is not None:
+        raise InputError("cache_dir: found it with memory, expected one of them: prepacked weights are opened whole")
+    activations = "int8" if accuracy_level == 4 else "fp32"
+    engine: Engine
+    if choice.name == "cpu" and cache_dir is None:
+        engine = CpuEngine(options, choice, activations, limited=memory is not None)
+    else:
+        cache = None if cache_dir is None else Path(cache_dir)
+        engine = WholeEngine(
+            "ort",
+            lambda path: OrtNetwork(path / _FILE, options, choice, cache),
+            activations=activations,
+            rows=nvml_row if choice.name in ("tensorrt", "cuda") else dict,
+        )
     return NetworkBackend(engine, folder, settings, memory=memory, keep_embeddings=keep_embeddings)

@@ -11,6 +11,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from edgeprune.common.errors import InputError
+
+
+class UncountableError(InputError):
+    """What a network takes follows from more than its file and the shapes of its inputs."""
+
+
 LEAST = 1 / 3
 """A piece holds at least this share of the most weights, so that no cheap cut near its beginning makes it tiny."""
 
