@@ -58,6 +58,7 @@ class OnnxGraph:
         shapes: of each input.
         data: the file with all of its external data, links resolved.
         sliced: compute attention in slices.
+        scales: copies of INT4 weights' scales that stay when they are opened.
 
     Raises:
         UncountableError: an input is missing, the model does not take one of this shape, or the sizes of its values
@@ -65,10 +66,17 @@ class OnnxGraph:
     """
 
     def __init__(
-        self, path: Path, model: Any, shapes: Mapping[str, Sequence[int]], data: Path, *, sliced: bool
+        self,
+        path: Path,
+        model: Any,
+        shapes: Mapping[str, Sequence[int]],
+        data: Path,
+        *,
+        sliced: bool,
+        scales: int = 1,
     ) -> None:
         sizing = sized(path, model, shapes)
-        self._model, self._sizing, self._data = model, sizing, data
+        self._model, self._sizing, self._data, self._scales = model, sizing, data, scales
         self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
         nodes = [node for node in model.graph.node if not set(node.output) <= sizing.numbers.keys()]
         returned = [one.name for one in model.graph.output]
@@ -117,16 +125,20 @@ class OnnxGraph:
         names = list(dict.fromkeys(name for name in node.input if name))
         reads = tuple(self._number(name) for name in names if name not in self._fixed)
         opened = [self._opened(name) for name in names if name in self._fixed]
-        weights, converted = sum(size for size, _ in opened), sum(size for size, is_made in opened if is_made)
+        weights, converted = (sum(sizes) for sizes in zip(*opened, strict=True)) if opened else (0, 0)
         makes = tuple(self._number(name) for name in node.output if name)
         return Operation(weights, reads, makes, converted, alone=self._is_lookup(node))
 
-    def _opened(self, name: str) -> tuple[int, bool]:
-        """Return the bytes of a fixed value as opened, and whether it is made from what is stored."""
-        maker = self._fixed[name]
-        if maker is not None and maker.op_type == "DequantizeLinear":  # it is fused, and the integers stay
-            return sum(self._opened(one)[0] for one in maker.input), True
-        return self._sizing.kinds[name].size, maker is not None
+    def _opened(self, name: str) -> tuple[int, int]:
+        """Return the bytes of a fixed value as opened, and those of them that are made from others meanwhile."""
+        maker, size = self._fixed[name], self._sizing.kinds[name].size
+        if maker is None:
+            return size, 0
+        if maker.op_type != "DequantizeLinear":
+            return size, size
+        # It is fused with its product, and the integers stay.
+        integers, scales = (self._sizing.kinds[one].size for one in maker.input[:2])
+        return integers + self._scales * scales, scales
 
     def _is_unpacking(self, node: Any) -> bool:
         """Return whether a node that reads what is fixed becomes part of a weight when it is opened."""
