@@ -8,8 +8,6 @@ and the providers' own options are not used. It was executed only on the CPU.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,43 +16,33 @@ import numpy as np
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
-from edgeprune.common.heap import returned, trim
-from edgeprune.common.threads import usable
 from edgeprune.runtimes import prepack
 from edgeprune.runtimes.base import Array, Settings
-from edgeprune.runtimes.external import check_external
 from edgeprune.runtimes.gpu import nvml_row
 from edgeprune.runtimes.mapped import evicting
 from edgeprune.runtimes.memory import Reading
 from edgeprune.runtimes.networks import Engine, Network, NetworkBackend, Shapes, WholeEngine, files_of, room_here
+from edgeprune.runtimes.ort_session import (
+    ACCURACY,
+    VENDOR_ERRORS,
+    Options,
+    check,
+    opening,
+    ran,
+    session_of,
+    session_options,
+)
 from edgeprune.runtimes.pieces import Needs, UncountableError
 from edgeprune.runtimes.piecewise import PiecewiseNetwork
 from edgeprune.runtimes.providers import Choice, choose
 
 if TYPE_CHECKING:
-    from edgeprune.runtimes.onnx_graph import OnnxGraph, Piece
+    from edgeprune.runtimes.ort_pieces import OrtFile
 
 with needs("onnx"):
     import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as vendor
 
-Options = Callable[[], onnxruntime.SessionOptions]
-"""Creates new session options at each call."""
 _FILE = "model.onnx"
-_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
-"""Where the external data of a model is that is given as bytes."""
-_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
-_VENDOR_ERRORS = (
-    vendor.EPFail,
-    vendor.Fail,
-    vendor.InvalidArgument,
-    vendor.InvalidGraph,
-    vendor.InvalidProtobuf,
-    vendor.NoModel,
-    vendor.NoSuchFile,
-    vendor.NotImplemented,
-    vendor.RuntimeException,
-)
 _TYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -78,11 +66,11 @@ class OrtNetwork:
     """
 
     def __init__(self, path: Path, options: Options, choice: Choice, cache_dir: Path | None = None) -> None:
-        _check(path)
-        with _opening(path):
+        check(path)
+        with opening(path):
             if cache_dir is None:
                 with evicting(Path(f"{path}.data")):
-                    session = _session(path, options(), choice)
+                    session = session_of(path, options(), choice)
             else:
                 session = _prepacked_session(path, options, choice, cache_dir)
         self._session: onnxruntime.InferenceSession | None = session
@@ -104,7 +92,7 @@ class OrtNetwork:
         if missing:
             raise InputError(f"{self._path}: inputs: the model also needs {sorted(missing)}, found {sorted(arrays)}")
         feed = {name: np.asarray(arrays[name], dtype) for name, dtype in self._inputs.items()}
-        values = _ran(self._path, self._session, self._outputs, feed)
+        values = ran(self._path, self._session, self._outputs, feed)
         return {k: np.asarray(v, np.float32) for k, v in zip(self._outputs, values, strict=True)}
 
     def close(self) -> None:
@@ -112,166 +100,20 @@ class OrtNetwork:
         self._session = None
 
 
-class OrtFile:
-    """One ONNX file, of which parts are opened on the CPU.
-
-    Args:
-        path: the file.
-        options: creates new session options at each call.
-        choice: the CPU.
-        int8: activations are rounded to INT8.
-
-    Raises:
-        InputError: the file is missing, damaged or not ONNX, or it has several files of external data.
-    """
-
-    def __init__(self, path: Path, options: Options, choice: Choice, *, int8: bool = False) -> None:
-        from edgeprune.runtimes.onnx_graph import input_kinds, read_model
-
-        names = _check(path)
-        if len(names) > 1:
-            found = ", ".join(sorted(names))
-            raise UncountableError(f"{path}: external data: found {found}, expected one file; export again")
-        self._data = (path.parent / next(iter(names), path.name)).resolve()
-        self._path, self._options, self._choice, self._int8 = path, options, choice, int8
-        self.device, self.why = choice.providers[0], choice.why
-        self._model = read_model(path)
-        self.kinds = input_kinds(self._model)
-        """The type of each input, by name."""
-
-    def graph(self, shapes: Mapping[str, Sequence[int]], *, sliced: bool = True) -> OnnxGraph:
-        """Return the operations of the model with inputs of these shapes.
-
-        Args:
-            shapes: of each input.
-            sliced: compute attention in slices; the whole model does not.
-
-        Raises:
-            InputError: an input is missing, the model does not take one of this shape, or it cannot be counted.
-        """
-        from edgeprune.runtimes.onnx_graph import OnnxGraph
-
-        scales = 3 if self._int8 else 1  # packed with the weights, and with their sums
-        return OnnxGraph(self._path, self._model, shapes, self._data, sliced=sliced, scales=scales)
-
-    def opened(self, part: Piece) -> OrtPiece:
-        """Open a part of a graph. Its weights are mapped from the file of the whole."""
-        options = self._options()
-        options.add_session_config_entry(_DATA_FOLDER, str(self._data.parent))
-        with _opening(self._path), evicting(self._data):
-            return OrtPiece(self._path, _session(part.model, options, self._choice), part)
-
-    def close(self) -> None:
-        """Do nothing: parts are closed by themselves."""
-
-
-class OrtPiece:
-    """A part of a model that is ready to run."""
-
-    def __init__(self, path: Path, session: onnxruntime.InferenceSession, part: Piece) -> None:
-        self._path, self._session, self._part = path, session, part
-
-    def __call__(self, feed: Sequence[Any]) -> Sequence[Any]:
-        """Return all outputs, in their order, for all inputs in theirs."""
-        named = dict(zip(self._part.inputs, feed, strict=True))
-        return _ran(self._path, self._session, self._part.outputs, named)
-
-    def rest(self) -> None:
-        """Do nothing: without an arena, values are freed when they were read."""
-
-
-def _check(path: Path) -> set[str]:
-    """Return the names of a model's data files.
-
-    Raises:
-        InputError: the model is missing or damaged, or one of these files is not as the model says.
-    """
-    if not path.exists():
-        raise InputError(f"{path}: no such file, expected an ONNX model; export again")
-    return check_external(path)
-
-
-@contextmanager
-def _opening(path: Path) -> Iterator[None]:
-    """Map ONNX Runtime's errors; afterwards, nothing is left of the copies that it makes of weights.
-
-    Without `returned`, opening 1.5 GB of INT4 weights peaked at 3.0 GB, of which 1.4 GB stayed in the heap; with it, at
-    1.8 GB, and it was no slower.
-    """
-    try:
-        with returned():
-            yield
-    except _VENDOR_ERRORS as error:
-        raise InputError(f"{path}: ONNX Runtime cannot open it: {_line(error)}; export again") from None
-    finally:
-        trim()
-
-
-def _ran(
-    path: Path, session: onnxruntime.InferenceSession, outputs: Sequence[str], feed: Mapping[str, Any]
-) -> Sequence[Any]:
-    try:
-        with returned():
-            values: Sequence[Any] = session.run(list(outputs), dict(feed))
-    except _VENDOR_ERRORS as error:
-        shapes = {k: v.shape for k, v in feed.items()}
-        raise InputError(f"{path}: ONNX Runtime failed: {_line(error)}; inputs were {shapes}") from None
-    return values
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _session(model: Path | bytes, options: onnxruntime.SessionOptions, choice: Choice) -> onnxruntime.InferenceSession:
-    source = str(model) if isinstance(model, Path) else model
-    return onnxruntime.InferenceSession(source, options, providers=list(choice.providers))
-
-
 def _prepacked_session(path: Path, options: Options, choice: Choice, cache_dir: Path) -> onnxruntime.InferenceSession:
     """Open the prepacked copy; if ONNX Runtime rejects it, make it again once."""
-    config = {"accuracy_level": options().get_session_config_entry(_ACCURACY)}
+    config = {"accuracy_level": options().get_session_config_entry(ACCURACY)}
     for attempt in range(2):
         copy = prepack.prepacked(path, cache_dir, config, options)
         as_is = options()
         as_is.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            return _session(copy, as_is, choice)
-        except _VENDOR_ERRORS:
+            return session_of(copy, as_is, choice)
+        except VENDOR_ERRORS:
             prepack.forget(copy)
             if attempt:
                 raise
     raise AssertionError("unreachable")
-
-
-def session_options(*, accuracy_level: int = 1, threads: int = 0, reuse: bool = True) -> onnxruntime.SessionOptions:
-    """Return session options that favour exactness and low memory.
-
-    On random SD3.5-Large weights level 4 had a relative error of 4.5e-3, level 1 of 2.6e-7, and level 4 was not faster.
-
-    Args:
-        accuracy_level: MatMulNBits computes in float32 at 1, in int8 at 4.
-        threads: threads inside one operator; 0 for as many as affinity, quota and cores allow.
-        reuse: give values the buffers of others that were read. These stay until the last value: 277 instead of 102 MB
-            for a block of SD3.5 Large at 512x512, in the same time.
-
-    Raises:
-        InputError: the accuracy level is not one of 0 to 4, or threads are below 0.
-    """
-    if accuracy_level not in range(5):
-        raise InputError(f"accuracy_level: found {accuracy_level}, expected 0 to 4")
-    if threads < 0:
-        raise InputError(f"threads: found {threads}, expected 0 or more")
-    options = onnxruntime.SessionOptions()
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.intra_op_num_threads = threads or usable()
-    # An arena never frees the largest step's activations; a memory pattern is useless because image sizes change.
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    options.enable_mem_reuse = reuse
-    options.log_severity_level = 3
-    options.add_session_config_entry(_ACCURACY, str(accuracy_level))
-    return options
 
 
 @dataclass(frozen=True)
@@ -293,6 +135,8 @@ class CpuEngine:
         return PiecewiseNetwork(self._file(folder), limit)
 
     def _file(self, folder: Path) -> OrtFile:
+        from edgeprune.runtimes.ort_pieces import OrtFile  # onnx is needed only where networks are counted
+
         return OrtFile(folder / _FILE, self.options, self.choice, int8=self.activations == "int8")
 
     def needs(self, folder: Path, shapes: Shapes) -> Needs:

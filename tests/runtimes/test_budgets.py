@@ -15,8 +15,10 @@ import pytest
 from edgeprune import export, targets
 from edgeprune.artefact.resolve import BUILTIN
 
-pytest.importorskip("openvino")
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's peak")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's peak"),
+    pytest.mark.parametrize("runtime", ["openvino", "ort"]),
+]
 
 DRAW = """
 import json, re, sys
@@ -25,10 +27,10 @@ from edgeprune import runtimes
 from edgeprune.common.errors import InputError
 from edgeprune.runtimes import pieces
 pieces.PIECE_BYTES = 300_000  # so that a small model has many
-folder, limit, side = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+folder, runtime, limit, side = *sys.argv[1:3], *map(int, sys.argv[3:])
 refused = ""
 try:
-    with runtimes.load(folder, "openvino", threads=1, memory=limit) as model:
+    with runtimes.load(folder, runtime, threads=1, memory=limit) as model:
         model.generate("two red circles", steps=1, height=side, width=side)
 except InputError as error:
     refused = str(error)
@@ -54,23 +56,25 @@ print(json.dumps(held))
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in original as IR: 8 M parameters, not quantised."""
-    out = tmp_path_factory.mktemp("budgets") / "ir"
-    export.export(BUILTIN, out, "openvino", targets.load("cpu-x86"), progress=lambda *_: None)
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The built-in original for each runtime: 8 M parameters, not quantised."""
+    out = {"openvino": tmp_path_factory.mktemp("budgets") / "ir", "ort": tmp_path_factory.mktemp("budgets") / "onnx"}
+    for path in out.values():
+        export.export(BUILTIN, path, {"ir": "openvino"}.get(path.name, path.name), targets.load("cpu-x86"))
     return out
 
 
-def drawn(model: Path, limit: int, side: int) -> tuple[int, str]:
-    command = [sys.executable, "-c", DRAW, str(model), str(limit), str(side)]
+def drawn(model: Path, runtime: str, limit: int, side: int) -> tuple[int, str]:
+    pytest.importorskip({"ort": "onnxruntime"}.get(runtime, runtime))
+    command = [sys.executable, "-c", DRAW, str(model), runtime, str(limit), str(side)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found: Any = json.loads(done.stdout)
     return found[0], found[1]
 
 
-def kept_or_refused(model: Path, limit: int, side: int) -> bool:
-    peak, refused = drawn(model, limit, side)
+def kept_or_refused(model: Path, runtime: str, limit: int, side: int) -> bool:
+    peak, refused = drawn(model, runtime, limit, side)
     if not refused:
         assert peak <= limit
         return True
@@ -80,18 +84,20 @@ def kept_or_refused(model: Path, limit: int, side: int) -> bool:
     return False
 
 
-def test_the_least_that_is_named_is_enough(tiny_folders: tuple[Path, Path]) -> None:
+def test_the_least_that_is_named_is_enough(runtime: str, tiny_folders: tuple[Path, Path]) -> None:
     model = tiny_folders[1]
-    _, refused = drawn(model, 150_000_000, 64)
+    _, refused = drawn(model, runtime, 150_000_000, 64)
     least = re.search(r"at least (\d+\.\d+) GB", refused)
     assert least is not None, refused
-    assert kept_or_refused(model, int(float(least[1]) * 1e9), 64)
+    assert kept_or_refused(model, runtime, int(float(least[1]) * 1e9), 64)
 
 
 @pytest.mark.slow  # a process for each
-def test_fifty_limits_are_kept_or_refused(model: Path) -> None:
+def test_fifty_limits_are_kept_or_refused(runtime: str, models: dict[str, Path]) -> None:
     draw = random.Random(0)
-    found = [kept_or_refused(model, draw.randrange(200 * 10**6, 500 * 10**6), side) for side in (64, 128) * 25]
+    sides = (64, 128) * 25
+    limits = [draw.randrange(200 * 10**6, 500 * 10**6) for _ in sides]
+    found = [kept_or_refused(models[runtime], runtime, *one) for one in zip(limits, sides, strict=True)]
     assert 5 < sum(found) < 45
 
 
