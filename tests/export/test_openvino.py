@@ -40,7 +40,6 @@ from openvino_fakes import EXACT, FakeCore  # noqa: E402
 
 from edgeprune.runtimes import openvino as runtime  # noqa: E402
 from edgeprune.runtimes import openvino_graph, piecewise  # noqa: E402
-from edgeprune.runtimes.openvino_graph import Graph  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 NETWORKS = ("transformer", "text_encoder", "text_encoder_2", "vae_decoder")
@@ -281,37 +280,6 @@ def test_little_memory_gives_the_same_image(
     assert len(looked_up) >= 4  # two encoders, two prompts
     assert np.abs(latents[0] - latents[1]).max() <= 1e-5 * np.abs(latents[0]).max()
     assert np.abs(images[0] - images[1]).max() <= 1
-
-
-def test_as_many_blocks_stay_open_as_fit(
-    exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 30_000)
-    file = runtime.OpenVinoFile(exported[0] / "transformer" / "openvino_model.xml", "CPU", EXACT)
-    feed = {
-        "hidden_states": np.ones((1, 8, 8, 8), np.float32),
-        "encoder_hidden_states": np.ones((1, 16, 64), np.float32),
-        "pooled_projections": np.ones((1, 64), np.float32),
-        "timestep": np.full(1, 500, np.float32),
-    }
-    needs = Graph(file.read({name: value.shape for name, value in feed.items()})).measured().needs()
-    found, opened = [], []
-    real = runtime.OpenVinoFile.compiled
-
-    def counted(self: Any, model: Any, *, part: bool = False) -> Any:
-        opened[-1] += 1
-        return real(self, model, part=part)
-
-    monkeypatch.setattr(runtime.OpenVinoFile, "compiled", counted)
-    for room in (needs.least, (needs.least + needs.whole) // 2, 2 * needs.whole):
-        monkeypatch.setattr(piecewise, "resident", lambda: 0)
-        network = piecewise.PiecewiseNetwork(file, room + pieces.RESERVE)
-        opened.append(0)
-        network.many([feed, feed])
-        opened[-1] = 0
-        found.append(network.many([feed, feed])[0]["out_hidden_states"])
-        np.testing.assert_allclose(found[-1], found[0], atol=1e-5)
-    assert opened[0] > opened[1] > opened[2] == 0
 
 
 def test_an_onnx_folder_is_opened_by_openvino_first(
