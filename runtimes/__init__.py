@@ -68,7 +68,7 @@ class RuntimeInfo:
 _BASE = ("tokenizers", "PIL")
 RUNTIMES: dict[str, RuntimeInfo] = {
     "openvino": RuntimeInfo(extra="openvino", packages=("openvino", *_BASE), formats=("openvino", "onnx")),
-    "ort": RuntimeInfo(extra="onnx", packages=("onnxruntime", *_BASE), formats=("onnx",)),
+    "ort": RuntimeInfo(extra="onnx", packages=("onnxruntime", "onnx", *_BASE), formats=("onnx",)),
     # It also needs the TensorRT that built the folder; edgeprune_export.json names it.
     "trt": RuntimeInfo(
         extra="trt", packages=("cuda.bindings.runtime", *_BASE), formats=("trt",), hardware="an NVIDIA GPU"

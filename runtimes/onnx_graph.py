@@ -57,7 +57,7 @@ class OnnxGraph:
         model: its ModelProto, as `read_model` returns it.
         shapes: of each input.
         data: the file with all of its external data, links resolved.
-        sliced: compute attention in slices.
+        sliced: as pieces compute it, with attention in slices; False: as the whole file is computed.
         scales: copies of INT4 weights' scales that stay when they are opened.
 
     Raises:
@@ -89,6 +89,8 @@ class OnnxGraph:
                 self._uses[name] = self._uses.get(name, 0) + 1
         self._fixed: dict[str, Any] = dict.fromkeys((*self._weights, *sizing.numbers))
         """The node that makes each fixed value; None for weights and numbers."""
+        if not sliced:  # as ONNX Runtime computes a file in which weights are unpacked just before their products
+            nodes = self._ordered(nodes)
         self._numbers: dict[str, int] = {}
         self.sizes: list[int] = []
         """Bytes of each value."""

@@ -1,8 +1,9 @@
 """Runs ONNX networks in ONNX Runtime, with numpy inputs and outputs.
 
-Needs onnxruntime and tokenizers, not torch. The INT4 weights are DequantizeLinear + MatMul pairs, which ONNX Runtime
-fuses to MatMulNBits. providers.py chooses where it computes, prepack.py keeps prepacked weights on disk. I/O binding
-and the providers' own options are not used. It was executed only on the CPU.
+Needs onnxruntime, tokenizers and, to count and cut networks on the CPU, onnx; not torch. The INT4 weights are
+DequantizeLinear + MatMul pairs, which ONNX Runtime fuses to MatMulNBits. providers.py chooses where it computes,
+prepack.py keeps prepacked weights on disk. I/O binding and the providers' own options are not used. It was executed
+only on the CPU.
 """
 
 from __future__ import annotations
@@ -182,10 +183,11 @@ def open_backend(
         provider: cuda, tensorrt, coreml, openvino or cpu; None takes the first of these that is present.
         accuracy_level: see `session_options`.
         threads: threads inside one operator; 0 for as many as affinity, quota and cores allow.
-        cache_dir: keeps prepacked weights there and maps them (CPU only). The first start creates them, which takes
-            more time and memory.
-        memory: most bytes of the process; None takes most of what is free. Networks whose files do not fit together
-            are open one after the other.
+        cache_dir: keeps prepacked weights there and maps them (CPU only, without `memory`). The first start creates
+            them, which takes more time and memory.
+        memory: most bytes of the process; None takes most of what is free. Networks that do not fit together are open
+            one after the other. On the CPU the values of a network count, too, and blocks that do not fit are opened
+            and closed at each step; other providers open every network whole, and count its files.
         keep_embeddings: keeps encoded prompts in this folder, so that each is encoded once.
 
     Raises:

@@ -50,7 +50,7 @@ class OrtFile:
 
         Args:
             shapes: of each input.
-            sliced: compute attention in slices; the whole model does not.
+            sliced: as pieces compute it, with attention in slices; False: as the whole file is computed.
 
         Raises:
             InputError: an input is missing, the model does not take one of this shape, or it cannot be counted.

@@ -157,6 +157,9 @@ def test_int8_is_unpacked_when_it_runs_just_before_its_product(tmp_path: Path) -
     assert isinstance(piece, Piece)
     order = [one.op_type for one in onnx.load_model_from_string(piece.model).graph.node]
     assert order == ["Cast", "DequantizeLinear", "Neg", "MatMul"]
+    # In the whole file all are unpacked at first, and are alive together.
+    first = [one.op_type for one in graph_of(path, sliced=False, x=(3, 64)).nodes]
+    assert first == ["DequantizeLinear", "Neg", "MatMul"]
 
 
 def test_an_int4_weight_of_two_products_is_unpacked(tmp_path: Path) -> None:
