@@ -5,25 +5,24 @@ The pieces are small: their weights refer to the data file of the original, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.runtimes import piecewise
 from edgeprune.runtimes.onnx_attention import slice_attention
 from edgeprune.runtimes.onnx_sizes import sized
+from edgeprune.runtimes.onnx_weights import Weights
 from edgeprune.runtimes.pieces import Operation, Sizes, UncountableError
 from edgeprune.runtimes.piecewise import Lookup
 
 with needs("onnx"):
     import onnx
     from google.protobuf.message import DecodeError  # onnx needs it
-    from onnx import helper, numpy_helper
+    from onnx import helper
 
 SMALL = 1 << 16
 """Most bytes of a value that every piece may compute for itself from weights."""
@@ -76,19 +75,18 @@ class OnnxGraph:
         scales: int = 1,
     ) -> None:
         sizing = sized(path, model, shapes)
-        self._model, self._sizing, self._data, self._scales = model, sizing, data, scales
-        self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._model, self._sizing, self._scales = model, sizing, scales
+        self._weights = Weights(model, sizing, data)
         nodes = [node for node in model.graph.node if not set(node.output) <= sizing.numbers.keys()]
         returned = [one.name for one in model.graph.output]
         if sliced:
             nodes, new = slice_attention(nodes, sizing, set(returned))
-            self._weights |= {tensor.name: tensor for tensor in new}
+            for tensor in new:
+                self._weights.add(tensor)
         self._uses: dict[str, int] = {}
         for node in nodes:
             for name in node.input:
                 self._uses[name] = self._uses.get(name, 0) + 1
-        self._fixed: dict[str, Any] = dict.fromkeys((*self._weights, *sizing.numbers))
-        """The node that makes each fixed value; None for weights and numbers."""
         if not sliced:  # as ONNX Runtime computes a file in which weights are unpacked just before their products
             nodes = self._ordered(nodes)
         self._numbers: dict[str, int] = {}
@@ -101,12 +99,12 @@ class OnnxGraph:
         self.operations: list[Operation] = []
         """In execution order, one for each of `nodes`."""
         for node in nodes:
-            if all(name in self._fixed for name in node.input if name) and self._is_unpacking(node):
-                self._fixed |= dict.fromkeys(node.output, node)
+            if self._weights.read_by(node) and self._is_unpacking(node):
+                self._weights.make(node)
             else:
                 self.nodes.append(node)
                 self.operations.append(self._operation(node))
-        if constant := [name for name in returned if name in self._fixed]:
+        if constant := [name for name in returned if name in self._weights]:
             raise UncountableError(f"{path}: {constant[0]}: found an output that depends on no input; export again")
         self.outputs = {name: self._number(name) for name in returned}
         """The values that the model returns, by name."""
@@ -125,15 +123,15 @@ class OnnxGraph:
 
     def _operation(self, node: Any) -> Operation:
         names = list(dict.fromkeys(name for name in node.input if name))
-        reads = tuple(self._number(name) for name in names if name not in self._fixed)
-        opened = [self._opened(name) for name in names if name in self._fixed]
+        reads = tuple(self._number(name) for name in names if name not in self._weights)
+        opened = [self._opened(name) for name in names if name in self._weights]
         weights, converted = (sum(sizes) for sizes in zip(*opened, strict=True)) if opened else (0, 0)
         makes = tuple(self._number(name) for name in node.output if name)
         return Operation(weights, reads, makes, converted, alone=self._is_lookup(node))
 
     def _opened(self, name: str) -> tuple[int, int]:
         """Return the bytes of a fixed value as opened, and those of them that are made from others meanwhile."""
-        maker, size = self._fixed[name], self._sizing.kinds[name].size
+        maker, size = self._weights.makers[name], self._sizing.kinds[name].size
         if maker is None:
             return size, 0
         if maker.op_type != "DequantizeLinear":
@@ -154,12 +152,12 @@ class OnnxGraph:
 
     def _is_lookup(self, node: Any) -> bool:
         """Return whether a node looks up whole rows of a large table."""
-        if node.op_type != "Gather" or node.domain or self._weights.get(node.input[0]) is None:
+        if node.op_type != "Gather" or node.domain or not self._weights.is_stored(node.input[0]):
             return False
         axis = next((one.i for one in node.attribute if one.name == "axis"), 0)
         kind = self._sizing.kinds[node.input[0]]
         floats = kind.element in (_T.FLOAT, _T.FLOAT16)
-        return floats and axis == 0 and node.input[1] not in self._fixed and kind.size >= piecewise.TABLE
+        return floats and axis == 0 and node.input[1] not in self._weights and kind.size >= piecewise.TABLE
 
     def cut(self, ranges: Sequence[range]) -> list[Piece | Lookup]:
         """Return a model for each range of operations, or a lookup.
@@ -179,9 +177,9 @@ class OnnxGraph:
         makes = tuple(value for value in made if last.get(value, -1) >= part.stop)
         nodes = self.nodes[part.start : part.stop]
         if inside[0].alone:
-            table = self._table(nodes[0].input[0])
+            table = self._weights.array(nodes[0].input[0])
             return Lookup(table, table.dtype, reads, makes)
-        unpacking, weights = self._behind(name for node in nodes for name in node.input if name)
+        unpacking, weights = self._weights.behind(name for node in nodes for name in node.input if name)
         inputs, outputs = ([self._names[value] for value in values] for values in (reads, makes))
         graph = helper.make_graph(
             [*unpacking, *self._ordered(nodes)], "piece", self._infos(inputs), self._infos(outputs), weights
@@ -192,61 +190,19 @@ class OnnxGraph:
     def _infos(self, names: Sequence[str]) -> list[Any]:
         return [helper.make_value_info(name, self._sizing.kinds[name].proto()) for name in names]
 
-    def _behind(self, names: Iterable[str]) -> tuple[list[Any], list[Any]]:
-        """Return the nodes that make fixed values of these names, in order, and the weights and numbers behind them."""
-        nodes: dict[str, Any] = {}
-        weights: dict[str, Any] = {}
-
-        def add(name: str) -> None:
-            if name not in self._fixed or name in weights or name in nodes:
-                return
-            maker = self._fixed[name]
-            if maker is not None:
-                for one in maker.input:
-                    add(one)
-                nodes[maker.output[0]] = maker
-            elif name in self._weights:
-                weights[name] = self._referring(self._weights[name])
-            else:
-                weights[name] = numpy_helper.from_array(self._sizing.numbers[name], name)
-
-        for name in names:
-            add(name)
-        return list(nodes.values()), list(weights.values())
-
-    def _referring(self, tensor: Any) -> Any:
-        """Return a weight that refers to the data file by its own name: in a hub's cache, the model's is a link."""
-        if tensor.data_location != _T.EXTERNAL:
-            return tensor
-        out = onnx.TensorProto()
-        out.CopyFrom(tensor)
-        for entry in out.external_data:
-            if entry.key == "location":
-                entry.value = self._data.name
-        return out
-
     def _ordered(self, nodes: Sequence[Any]) -> list[Any]:
         """Return a piece's nodes with those first that read no input of the network, directly or not.
 
         ONNX Runtime computes what a node reads in the order of falling places. If a weight is unpacked just before its
         product, all weights are unpacked before anything is computed: 415 instead of 21 MB for 20 layers of INT8.
         """
-        free: set[str] = set(self._fixed)
+        free: set[str] = set(self._weights.makers)
         early, late = list[Any](), list[Any]()
         for node in nodes:
             is_free = all(name in free for name in node.input if name)
             (early if is_free else late).append(node)
             free |= set(node.output) if is_free else set()
         return early + late
-
-    def _table(self, name: str) -> Any:
-        """Return a weight as a mapped array."""
-        tensor, kind = self._weights[name], self._sizing.kinds[name]
-        if tensor.data_location != _T.EXTERNAL:
-            return numpy_helper.to_array(tensor)
-        entry = {one.key: one.value for one in tensor.external_data}
-        dtype = helper.tensor_dtype_to_np_dtype(kind.element)
-        return np.memmap(self._data, dtype, "r", int(entry.get("offset", "0")), kind.shape)
 
 
 def read_model(path: Path) -> Any:

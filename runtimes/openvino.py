@@ -31,16 +31,16 @@ from edgeprune.common.extras import needs
 from edgeprune.common.fields import whole_number
 from edgeprune.common.files import read_json
 from edgeprune.common.threads import usable
-from edgeprune.runtimes import openvino_vae
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external
 from edgeprune.runtimes.mapped import evicting
 from edgeprune.runtimes.memory import Reading
 from edgeprune.runtimes.networks import Network, NetworkBackend, Shapes, room_here
 from edgeprune.runtimes.openvino_graph import Graph, Piece
-from edgeprune.runtimes.openvino_vae import StripDecoder
+from edgeprune.runtimes.openvino_vae import OpenVinoStrips
 from edgeprune.runtimes.pieces import Needs
 from edgeprune.runtimes.piecewise import PiecewiseNetwork
+from edgeprune.runtimes.strip_decoder import INPUT, StripDecoder, in_strips
 
 with needs("openvino"):
     import openvino
@@ -154,6 +154,14 @@ class OpenVinoFile:
     def opened(self, part: Piece) -> Compiled:
         """Return a part of a graph, ready to run on the device."""
         return self.compiled(part.model, part=True)
+
+    def strips(self, shape: Sequence[int]) -> OpenVinoStrips:
+        """Return the decoder for latents of this shape, in segments.
+
+        Raises:
+            InputError: strips cannot compute it.
+        """
+        return OpenVinoStrips(self, shape)
 
     def evicting(self) -> AbstractContextManager[None]:
         """Evict the mapped weights inside this context."""
@@ -315,21 +323,15 @@ class OpenVinoEngine:
         file = OpenVinoFile(folder / self.file, self.device, dict(self.config))
         if limit is None:
             return OpenVinoNetwork(file)
-        return StripDecoder(file, limit) if openvino_vae.INPUT in file.kinds else PiecewiseNetwork(file, limit)
+        return StripDecoder(file, limit) if INPUT in file.kinds else PiecewiseNetwork(file, limit)
 
     def needs(self, folder: Path, shapes: Shapes) -> Needs:
         """Return the bytes that a network takes; it is read, without its weights."""
         file = OpenVinoFile(folder / self.file, self.device, dict(self.config))
         try:
-            needs = file.graph(shapes).measured().needs()
-            if openvino_vae.INPUT in shapes:
-                try:
-                    needs = Needs(needs.whole, openvino_vae.values(file, shapes[openvino_vae.INPUT]))
-                except InputError:  # no strips can compute it
-                    needs = Needs(needs.whole, needs.whole)
+            return in_strips(file, shapes, file.graph(shapes).measured().needs())
         finally:
             file.close()
-        return needs
 
     def room(self) -> tuple[int, int]:
         """Return the bytes that the process has now, and may have at most."""

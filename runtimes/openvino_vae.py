@@ -1,10 +1,4 @@
-"""Decodes latents with OpenVINO within a number of bytes, in strips of rows; the pixels are those of the whole decoder.
-
-Each segment of strips.py becomes a model of its own, which shares the constants of the mapped file and is compiled for
-one height of strips when its turn comes. SD3.5's decoder at 1024x1024 then peaks at 0.26 instead of 3.76 GB, takes 1.15
-to 1.18 times the processor time, and differs by 8e-6 of the largest value. What passes between segments is on the disk,
-2.1 GB of it; strip_store.py says where.
-"""
+"""Describes a VAE's decoder of OpenVINO in layers, cuts it into segments and opens them; see strip_decoder.py."""
 
 from __future__ import annotations
 
@@ -20,12 +14,10 @@ import numpy as np
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
-from edgeprune.common.heap import trim
-from edgeprune.common.memory import resident
 from edgeprune.runtimes.base import Array
 from edgeprune.runtimes.openvino_graph import freeze_shapes, opened_bytes
+from edgeprune.runtimes.strip_decoder import INPUT
 from edgeprune.runtimes.strip_norms import Norm
-from edgeprune.runtimes.strip_runner import least_bytes, run
 from edgeprune.runtimes.strips import Described, Layer, Plan, plan
 
 with needs("openvino"):
@@ -35,90 +27,8 @@ with needs("openvino"):
 if TYPE_CHECKING:
     from edgeprune.runtimes.openvino import OpenVinoFile
 
-INPUT, OUTPUT = "latent_sample", "sample"
-"""As the export names them (export/modules.py)."""
-STARTED = 110_000_000
-"""Bytes of a process that has read a decoder with OpenVINO and computed nothing; 97 MB were measured."""
-SLACK = 80_000_000
-"""Bytes for what cannot be counted, code that OpenVINO loads to compile and its scratch memory; 68 MB were measured."""
 _POINTWISE = {"Add", "Convert", "Divide", "Multiply", "Sigmoid", "Subtract", "Swish"}
 _RESHAPING = {"Reshape", "Squeeze", "Unsqueeze"}
-
-
-def least(file: OpenVinoFile, shape: Sequence[int]) -> int:
-    """Return the fewest bytes, interpreter included, of a process that decodes latents of this shape in strips.
-
-    Raises:
-        InputError: the network is none that strips can compute.
-    """
-    return STARTED + SLACK + values(file, shape)
-
-
-def values(file: OpenVinoFile, shape: Sequence[int]) -> int:
-    """Return the fewest bytes that latents of this shape (1, C, h, w) take in strips, beyond an idle process.
-
-    Raises:
-        InputError: the network is none that strips can compute.
-    """
-    return least_bytes(_Graph(file, shape).plan)
-
-
-class StripDecoder:
-    """The `Network` of a VAE's decoder that keeps to a number of bytes.
-
-    Args:
-        file: its IR or ONNX file.
-        limit: most bytes of the process, interpreter included. What the process already has at a call counts; if that
-            leaves less than the smallest strips need, they are taken nevertheless.
-    """
-
-    def __init__(self, file: OpenVinoFile, limit: int) -> None:
-        self._file: OpenVinoFile | None = file
-        self._limit = limit
-        self.provider, self.why = file.device, file.why
-
-    def largest_batch(self, name: str) -> None:
-        """Return None: images are decoded one after the other."""
-        return None
-
-    def __call__(self, **arrays: Any) -> dict[str, Array]:
-        """Return `sample` (B, 3, H, W), float32, of `latent_sample` (B, C, h, w).
-
-        Raises:
-            InputError: the limit is below `least`, the latents do not fit, or OpenVINO reports an error.
-            DiskError: the disk has no room for what passes between segments.
-        """
-        if self._file is None:
-            raise InputError("the runtime is closed; load the folder again")
-        file = self._file
-        if INPUT not in arrays:
-            raise InputError(f"{file.path}: inputs: found {sorted(arrays)}, expected {INPUT}")
-        latents = np.ascontiguousarray(arrays[INPUT], np.float32)
-        height, width = latents.shape[2:]
-        trim()
-        before = max(STARTED, resident())
-        graph = _Graph(file, (1, *latents.shape[1:]))
-        needed = STARTED + SLACK + least_bytes(graph.plan)
-        if self._limit < needed:
-            raise InputError(
-                f"memory: found {self._limit} bytes, expected at least {needed} to decode latents of {height}x{width}"
-            )
-        graph.cut()
-
-        def opening(index: int, rows: int) -> _OpenedSegment:
-            return _OpenedSegment(graph, index, rows)
-
-        images = np.empty((len(latents), *graph.plan.network.shapes[graph.plan.network.result][1:]), np.float32)
-        budget = self._limit - before - SLACK - images[1:].nbytes
-        for row, image in zip(latents, images, strict=True):
-            run(graph.plan, row[None], image[None], budget, opening)
-        return {OUTPUT: images}
-
-    def close(self) -> None:
-        """Refuse further calls: nothing stays open between two."""
-        if self._file is not None:
-            self._file.close()
-        self._file = None
 
 
 @dataclass(frozen=True)
@@ -133,8 +43,12 @@ class _Piece:
     makes: tuple[int, ...]
 
 
-class _Graph:
-    """A decoder's model at one size of latents, as layers, and cut into segments."""
+class OpenVinoStrips:
+    """A decoder's model at one size of latents, as layers, and cut into segments.
+
+    Raises:
+        InputError: strips cannot compute it.
+    """
 
     def __init__(self, file: OpenVinoFile, shape: Sequence[int]) -> None:
         self.file = file
@@ -160,6 +74,12 @@ class _Graph:
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         self._pieces: list[_Piece] = []
+
+    def opened(self, index: int, rows: int) -> OpenedSegment:
+        """Open the segment of this place for strips of so many rows."""
+        if not self._pieces:
+            self._cut()
+        return OpenedSegment(self, index, rows)
 
     def _is_fixed(self, node: Any) -> bool:
         """Return whether a node depends on weights alone."""
@@ -225,7 +145,7 @@ class _Graph:
             return opened_bytes(node)
         return sum(self._opened(port.get_node()) for port in node.input_values())
 
-    def cut(self) -> None:
+    def _cut(self) -> None:
         """Make the models of all segments, once: this rewires the model."""
         layers = self.plan.network.layers
         place = {i: index for index, segment in enumerate(self.plan.segments) for i in segment.layers}
@@ -287,10 +207,10 @@ def _numbers(node: Any) -> Array:
     return np.asarray(node.data, np.float32)
 
 
-class _OpenedSegment:
+class OpenedSegment:
     """A compiled segment, as strip_runner.Opened."""
 
-    def __init__(self, graph: _Graph, index: int, rows: int) -> None:
+    def __init__(self, graph: OpenVinoStrips, index: int, rows: int) -> None:
         self._file, self._piece = graph.file, graph.piece(index, rows)
         compiled = graph.file.compiled(self._piece.model, part=True)
         self._request: openvino.InferRequest | None = compiled.model.create_infer_request()

@@ -36,6 +36,7 @@ from edgeprune.runtimes.ort_session import (
 from edgeprune.runtimes.pieces import Needs, UncountableError
 from edgeprune.runtimes.piecewise import PiecewiseNetwork
 from edgeprune.runtimes.providers import Choice, choose
+from edgeprune.runtimes.strip_decoder import INPUT, StripDecoder, in_strips
 
 if TYPE_CHECKING:
     from edgeprune.runtimes.ort_pieces import OrtFile
@@ -119,7 +120,7 @@ def _prepacked_session(path: Path, options: Options, choice: Choice, cache_dir: 
 
 @dataclass(frozen=True)
 class CpuEngine:
-    """Opens networks on the CPU, whole or in pieces."""
+    """Opens networks on the CPU."""
 
     options: Options
     choice: Choice
@@ -130,10 +131,11 @@ class CpuEngine:
     counts_values: bool = True
 
     def open(self, folder: Path, limit: int | None) -> Network:
-        """Open a network: whole, or in pieces."""
+        """Open a network: whole, in pieces, or a VAE's decoder in strips."""
         if limit is None:
             return OrtNetwork(folder / _FILE, self.options, self.choice)
-        return PiecewiseNetwork(self._file(folder), limit)
+        file = self._file(folder)
+        return StripDecoder(file, limit) if INPUT in file.kinds else PiecewiseNetwork(file, limit)
 
     def _file(self, folder: Path) -> OrtFile:
         from edgeprune.runtimes.ort_pieces import OrtFile  # onnx is needed only where networks are counted
@@ -153,7 +155,7 @@ class CpuEngine:
             if self.limited:
                 raise
             return files_of(folder)
-        return Needs(whole.whole, least.least)
+        return in_strips(file, shapes, Needs(whole.whole, least.least))
 
     def room(self) -> tuple[int, int]:
         """Return the bytes that the process has now, and may have at most."""

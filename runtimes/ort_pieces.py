@@ -9,6 +9,7 @@ from typing import Any
 from edgeprune.common.extras import needs
 from edgeprune.runtimes.mapped import evicting
 from edgeprune.runtimes.onnx_graph import OnnxGraph, Piece, input_kinds, read_model
+from edgeprune.runtimes.onnx_vae import OnnxStrips
 from edgeprune.runtimes.ort_session import Options, check, opening, ran, session_of
 from edgeprune.runtimes.pieces import UncountableError
 from edgeprune.runtimes.providers import Choice
@@ -39,7 +40,7 @@ class OrtFile:
             found = ", ".join(sorted(names))
             raise UncountableError(f"{path}: external data: found {found}, expected one file; export again")
         self._data = (path.parent / next(iter(names), path.name)).resolve()
-        self._path, self._options, self._choice, self._int8 = path, options, choice, int8
+        self.path, self._options, self._choice, self._int8 = path, options, choice, int8
         self.device, self.why = choice.providers[0], choice.why
         self._model = read_model(path)
         self.kinds = input_kinds(self._model)
@@ -56,14 +57,22 @@ class OrtFile:
             InputError: an input is missing, the model does not take one of this shape, or it cannot be counted.
         """
         scales = 3 if self._int8 else 1  # packed with the weights, and with their sums
-        return OnnxGraph(self._path, self._model, shapes, self._data, sliced=sliced, scales=scales)
+        return OnnxGraph(self.path, self._model, shapes, self._data, sliced=sliced, scales=scales)
 
     def opened(self, part: Piece) -> OrtPiece:
         """Open a part of a graph. Its weights are mapped from the file of the whole."""
         options = self._options()
         options.add_session_config_entry(_DATA_FOLDER, str(self._data.parent))
-        with opening(self._path), evicting(self._data):
-            return OrtPiece(self._path, session_of(part.model, options, self._choice), part)
+        with opening(self.path), evicting(self._data):
+            return OrtPiece(self.path, session_of(part.model, options, self._choice), part)
+
+    def strips(self, shape: Sequence[int]) -> OnnxStrips:
+        """Return a VAE's decoder for latents of this shape, in segments.
+
+        Raises:
+            InputError: strips cannot compute it.
+        """
+        return OnnxStrips(self.path, self._model, shape, self._data, self.opened)
 
     def close(self) -> None:
         """Do nothing: parts are closed by themselves."""
