@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -263,3 +265,55 @@ def test_every_weight_is_counted(tiny_folders: tuple[Path, Path]) -> None:
     assert stored <= total < 1.1 * stored
     assert sum(one.weights for one in sliced.operations) == pytest.approx(total, rel=1e-3)
     assert plain.needs().whole > sliced.needs().whole
+
+
+# ------------------------------------------------------------------------------------- what is opened
+
+PEAK = """
+import functools, re, sys
+from pathlib import Path
+import numpy as np
+from edgeprune.runtimes.ort_pieces import OrtFile
+from edgeprune.runtimes.ort_session import session_options
+from edgeprune.runtimes.piecewise import PiecewiseNetwork
+from edgeprune.runtimes.providers import choose
+def read(key):
+    return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+options = functools.partial(session_options, threads=1, reuse=False)
+file = OrtFile(Path(sys.argv[1]), options, choose(["CPUExecutionProvider"]))
+before = read("VmRSS")
+network = PiecewiseNetwork(file, 10**12)
+network(x=np.ones((8, 2048), np.float32))
+print(read("VmHWM") - before, read("VmRSS") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's peak")
+def test_opening_int4_leaves_no_copies(tmp_path: Path) -> None:
+    """ONNX Runtime makes copies of all weights; in the heap, they would stay."""
+    nodes, weights = list[Any](), list[Any]()
+    rng = np.random.default_rng(0)
+    for i, (rows, columns) in enumerate([(2048, 8192), (8192, 2048)] * 6):
+        raw = rng.integers(0, 255, rows * columns // 2, dtype=np.uint8).tobytes()
+        weights.append(helper.make_tensor(f"packed{i}", TensorProto.INT4, [rows, columns], raw, raw=True))
+        weights.append(numpy_helper.from_array(np.full((rows // 64, columns), 1e-3, np.float32), f"scale{i}"))
+        nodes += [
+            node("DequantizeLinear", [f"packed{i}", f"scale{i}"], [f"weight{i}"], axis=0, block_size=64),
+            node("MatMul", [f"x{i}" if i else "x", f"weight{i}"], [f"x{i + 1}"]),
+        ]
+    path = saved(tmp_path, nodes, {"x": 2}, ["x12"], weights)
+    model = onnx.load(path)
+    onnx.save(model, path, save_as_external_data=True, location="model.onnx.data")
+    size = sum(one.weights for one in graph_of(path, x=(8, 2048)).operations)
+    done = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, kept = (int(word) for word in done.stdout.split())
+    assert peak < 1.7 * size and kept < 1.3 * size, (peak / size, kept / size)
+
+
+def test_values_do_not_wait_for_others_of_their_size(tiny_folders: tuple[Path, Path]) -> None:
+    from edgeprune import runtimes
+
+    with runtimes.load(tiny_folders[1], "ort", threads=1) as model:
+        engine = model.backend._engine  # type: ignore[attr-defined]
+        assert isinstance(engine, ort.CpuEngine) and not engine.options().enable_mem_reuse
