@@ -40,7 +40,7 @@ PIECEWISE = ("openvino", "ort", "coreml")
 """Runtimes that open a T5 in pieces."""
 PIECE_BYTES = 500_000_000
 """Most bytes of a piece of T5-XXL."""
-STRIPS = ("openvino",)
+STRIPS = ("openvino", "ort")
 """Runtimes that decode latents in strips."""
 STRIP_BYTES = 300_000_000
 """Bytes of a strip's values that are enough for speed."""
