@@ -16,14 +16,19 @@ from edgeprune.common.splits import Split
 from edgeprune.residency.spill import Spill
 from edgeprune.sampling.denoising import (
     Conditioning,
+    Start,
     VelocityInputs,
     at_once,
-    denoised,
+    batches_of,
+    denoise_all,
     encode_with_empty,
     evaluate,
+    evaluate_all,
+    groups,
     latent_shape,
     model_inputs,
     noise,
+    passes_of,
     sigmas,
 )
 from edgeprune.sampling.generation import Generation
@@ -62,19 +67,19 @@ class VelocityError:
         generation = replace(generation, num_inference_steps=min(STATES, generation.num_inference_steps))
         condition, self.empty = encode_with_empty(pipe, prompts, generation.max_sequence_length)
         shape = latent_shape(pipe, generation)
-        self.batch = batch = at_once(pipe.transformer, shape)
+        self.batch = at_once(pipe.transformer, shape)
         levels = sigmas(pipe, generation.num_inference_steps, shape)
-        starts, states = range(0, self.count, batch), []
-        step = Steps("trajectories", len(starts) * (len(levels) - 2), progress)
-        for start in starts:
-            rows = slice(start, start + batch)
-            x = noise(split.seeds(len(condition.hidden[rows]), start), shape).to(condition.hidden)
+        passes = passes_of(pipe.transformer, generation)
+        batches, states = batches_of(self.count, self.batch), []
+        step = Steps("trajectories", len(batches) * (len(levels) - 2), progress)
+        for group in groups(pipe, batches, shape, condition.hidden.shape[1], passes=passes):
+            starts = []
+            for rows in group:
+                x = noise(split.seeds(rows.stop - rows.start, rows.start), shape).to(condition.hidden)
+                starts.append(Start(x, condition[rows], f"trajectory.{rows.start}"))
             # Nothing reads the clean latents: the sampler's last step is not run.
-            path = denoised(
-                pipe.transformer, x, levels[:-1], condition[rows], self.empty, generation,
-                spill=self.spill, key=f"trajectory.{start}", step=step,
-            )  # fmt: skip
-            states.append(torch.stack(path))
+            path = denoise_all(pipe.transformer, starts, levels[:-1], self.empty, generation, spill=spill, step=step)
+            states.append(torch.stack([torch.cat([one.latents for one in reached]) for reached in path]))
         self.states = torch.cat(states, dim=1).flatten(0, 1)  # (steps * prompts, C, h, w)
         steps = len(levels) - 1
         self.sigmas = levels[:-1].to(self.states).repeat_interleave(self.count)
@@ -113,8 +118,10 @@ class VelocityError:
         return self.states[rows], self.condition_of(rows), self.sigmas[rows], self.guidance
 
     def _velocities(self) -> torch.Tensor:
-        starts = range(0, len(self.states), self.batch)
-        return torch.cat([self.velocity(slice(start, start + self.batch)) for start in starts])
+        found, text = [], self._condition.hidden.shape[1]
+        for group in groups(self.pipe, batches_of(len(self.states), self.batch), self.states.shape[1:], text):
+            found += evaluate_all(self.pipe.transformer, map(self._arguments, group))
+        return torch.cat(found)
 
     def per_prompt(self, squares: torch.Tensor) -> torch.Tensor:
         """Return the norm over all states of each prompt (P,) from the square of each state's norm (S,)."""

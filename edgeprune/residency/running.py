@@ -10,6 +10,7 @@ import torch
 from edgeprune.common.errors import InputError
 from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.stored import StoredTransformer
+from edgeprune.residency.streaming import largest_running_bytes
 
 _LEAST_WORKING_BYTES = 3 * 10**8
 """What has to be free beside the block that computes and what is outside the blocks: activations of one sample."""
@@ -70,6 +71,24 @@ def check_room(
         needed = compute.taken() + least
         raise InputError(f"--memory: found {compute.memory / 1e9:.2f} GB, expected at least {needed / 1e9:.2f} GB here")
     return left, least
+
+
+def spare(model: Any, compute: Compute, wanted: int) -> int:
+    """Return the bytes that samples may take between two blocks of a transformer whose blocks are read when they run.
+
+    They are half of what is left beside the block that computes and the activations of one sample: the allocator does
+    not return all that is freed, and other parts of a stage grow meanwhile.
+
+    Args:
+        model: the transformer; none of its blocks runs now.
+        compute: where it computes, and how much memory that may take.
+        wanted: bytes that suffice; if fewer are free, freed memory is collected first.
+    """
+    # A block is there as it is stored and, but for its first tensors, as it computes.
+    needed = 2 * largest_running_bytes(model) + _LEAST_WORKING_BYTES
+    if (compute.left() - needed) // 2 < wanted:  # collecting takes a while
+        compute.collect()
+    return max(0, compute.left() - needed) // 2
 
 
 def _numbers(stored: StoredTransformer) -> int:

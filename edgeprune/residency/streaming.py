@@ -176,12 +176,26 @@ def held_bytes(network: nn.Module) -> int:
     layers: list[Layer] = [getattr(m, _STREAM) for m in network.modules() if is_streamed(m)]
     held = sum(t.nbytes for t in (*network.parameters(), *network.buffers()) if not t.is_meta)
     held += sum(tensor.nbytes for layer in layers for tensor in (layer.kept or {}).values())
-    return held + max((layer.running_bytes() for layer in layers), default=0)
+    return held + largest_running_bytes(network)
+
+
+def largest_running_bytes(network: nn.Module) -> int:
+    """Return the bytes of the largest streamed layer of a network while it runs; 0 if none is streamed."""
+    return max((getattr(m, _STREAM).running_bytes() for m in network.modules() if is_streamed(m)), default=0)
 
 
 def is_streamed(module: nn.Module) -> bool:
     """Return whether a layer of a network reads its weights when it runs."""
     return hasattr(module, _STREAM)
+
+
+def any_streamed(layers: Iterable[nn.Module]) -> bool:
+    """Return whether one of these layers, or a layer that another module stands in for, reads its weights when it runs.
+
+    Args:
+        layers: of a network. One that is replaced by a module around it, such as a recorder, counts.
+    """
+    return any(is_streamed(module) for layer in layers for module in (layer, *layer.children()))
 
 
 def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:

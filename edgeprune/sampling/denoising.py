@@ -1,6 +1,7 @@
 """Run a pipeline in batches: encode text, denoise latents, decode images, and encode images.
 
-The memory of a batch is bounded: the transformer gets 4096 image tokens, the VAE one image at a time.
+The memory of a batch is bounded: the transformer gets 4096 image tokens, the VAE one image at a time. Where blocks are
+read when they run, as many batches as there is room for pass through a block before the next is read.
 
 A seed gives the same noise as in the runtimes, so images from torch and from a device can be compared. The only options
 are prompt, guidance, steps, solver and size.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +22,18 @@ from numpy.typing import NDArray
 
 from edgeprune.common.progress import Progress, Steps, silent
 from edgeprune.families import Architecture, Network, family_of_model
+from edgeprune.residency.compute import Compute
+from edgeprune.residency.running import spare
 from edgeprune.residency.spill import Spill
-from edgeprune.residency.streaming import PACKED, filled, is_streamed
+from edgeprune.residency.streaming import PACKED, any_streamed, filled
 from edgeprune.sampling.generation import Generation, images_at_once, latent_scale
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.sampling.solvers import SOLVERS, Step
+from edgeprune.sampling.together import batches_together, sample_bytes
 
 KEEP_S = 30.0
-"""Seconds after which an evaluation keeps what it has."""
+"""Seconds after which an evaluation keeps what it has, or more, so that keeping takes a tenth of the time at most."""
+_PAUSE = 10
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,17 @@ def at_once(model: Any, shape: tuple[int, ...]) -> int:
     return images_at_once(tokens)
 
 
+def batches_of(count: int, size: int) -> list[slice]:
+    """Return the rows of each batch of at most `size` among `count` samples."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def passes_of(model: Any, generation: Generation) -> int:
+    """Return how many rows an image has in a transformer: two with guidance by a second evaluation."""
+    family: Architecture = family_of_model(model)
+    return 2 if family.guided(model.config, generation.guidance_scale) else 1
+
+
 def sigmas(pipe: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Return the scheduler's noise levels for latents of `shape` (C, h, w): (steps + 1), from high to 0."""
     return NoiseSchedule.of(pipe, steps).sigmas(shape)
@@ -138,21 +154,13 @@ def velocity(
 
 
 def evaluate(
-    model: Any,
-    latents: torch.Tensor,
-    condition: Conditioning,
-    sigma: torch.Tensor,
-    guidance: float,
-    *,
-    spill: Spill | None = None,
-    key: str = "",
+    model: Any, latents: torch.Tensor, condition: Conditioning, sigma: torch.Tensor, guidance: float
 ) -> torch.Tensor:
     """Evaluate a transformer where it is and in its own dtype; return the velocity where and as the latents are.
 
     Latents and noise levels stay float32 outside of it. In half precision it runs in pieces: `embed` keeps timestep and
-    guidance in float32, where FLUX.1's own forward would round them to eight bits. Where blocks are read when they run,
-    memory is short: of more samples than run together, such as the two halves of guidance at 1024x1024, one part after
-    the other passes through each block.
+    guidance in float32, where FLUX.1's own forward would round them to eight bits. So it does where blocks are read
+    when they run, see `evaluate_all`.
 
     Args:
         model: the transformer.
@@ -160,44 +168,140 @@ def evaluate(
         condition: encoded prompts, one for each.
         sigma: noise levels (B).
         guidance: guidance scale.
-        spill: on disk, keeps the streams of a model whose blocks are read when they run, every KEEP_S seconds: a run
-            after a kill goes on with the block. None keeps none.
-        key: to keep them under.
     """
-    like, blocks = _like(model), family_of_model(model).blocks(model)
-    most = at_once(model, latents.shape) if any(map(is_streamed, blocks)) else len(latents)
-    spill = spill if spill is not None and spill.lasts and any(map(is_streamed, blocks)) else None
-    if like.dtype == torch.float32 and len(latents) <= most and spill is None:
+    like = _like(model)
+    if like.dtype == torch.float32 and not any_streamed(family_of_model(model).blocks(model)):
         return velocity(model, latents.to(like), condition.to(like), sigma.to(like.device), guidance).to(latents)
+    (found,) = _in_pieces(model, [(latents, condition, sigma, guidance)])
+    return found
+
+
+def evaluate_all(
+    model: Any, batches: Iterable[VelocityInputs], *, spill: Spill | None = None, keys: Sequence[str] = ()
+) -> list[torch.Tensor]:
+    """Evaluate a transformer for several batches; return the velocities that `evaluate` returns for each, to the bit.
+
+    Where blocks are read when they run, all batches pass through each block before the next is read. `groups` says
+    how many have room.
+
+    Args:
+        model: the transformer.
+        batches: the arguments of `evaluate` after the model. They are taken one at a time.
+        spill: on disk, keeps the streams of a model whose blocks are read when they run, every KEEP_S seconds: a run
+            after a kill goes on with the block, each batch with its own. None keeps none.
+        keys: to keep each batch under. What is kept there stays; the caller drops it.
+    """
+    if any_streamed(family_of_model(model).blocks(model)):
+        return _in_pieces(model, batches, spill if spill is not None and spill.lasts else None, keys)
+    return [evaluate(model, *batch) for batch in batches]
+
+
+@dataclass
+class _Passing:
+    """A batch on its way through the blocks."""
+
+    key: str
+    """To keep it under."""
+    latents: torch.Tensor
+    """On the meta device: what the velocity looks like."""
+    device: torch.device
+    """Where the latents are."""
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    """Image and text stream and modulation input of the rows that run together."""
+    passed: int = 0
+    """Blocks that it has passed."""
+    kept: int = 0
+    """Of these, those after which its streams were kept."""
+
+    def keep(self, spill: Spill) -> None:
+        """Keep the streams."""
+        image, text = (torch.cat([part[index] for part in self.parts]) for index in (0, 1))
+        spill.put(self.key, {"image": image, "text": text, "blocks": torch.tensor(self.passed)})
+        self.kept = self.passed
+
+    def go_on(self, kept: dict[str, torch.Tensor]) -> None:
+        """Take streams that a run before has kept."""
+        rows = [len(vector) for *_, vector in self.parts]
+        streams = zip(kept["image"].split(rows), kept["text"].split(rows), self.parts, strict=True)
+        self.parts = [(image, text, vector) for image, text, (*_, vector) in streams]
+        self.passed = self.kept = int(kept["blocks"])
+
+
+def _in_pieces(
+    model: Any, batches: Iterable[VelocityInputs], spill: Spill | None = None, keys: Sequence[str] = ()
+) -> list[torch.Tensor]:
+    """Send batches through a transformer block by block; of a streamed one no more rows at once than `at_once` says.
+
+    So the two halves of guidance at 1024x1024 pass a block one after the other. The rows that run together are always
+    of one batch, so its numbers do not depend on the others.
+    """
     network: Network = family_of_model(model)
-    inputs = model_inputs(model, latents, condition, sigma, guidance)
-    image, text_stream, modulation = network.embed(model, inputs)
-    positions = network.positions(model, inputs)
-    streams = list(zip(image.split(most), text_stream.split(most), modulation.split(most), strict=True))
-    begin, kept_at = 0, time.monotonic()
-    if spill is not None and key in spill:
-        found = spill.get(key, image.device)
-        begin = int(found["blocks"])
-        parts = zip(found["image"].split(most), found["text"].split(most), modulation.split(most), strict=True)
-        streams = list(parts)
-    for number, (block, following) in enumerate(itertools.zip_longest(blocks, blocks[1:])):
-        if number < begin:
-            continue
-        with filled(block, following=following) if len(streams) > 1 else nullcontext():
-            for index, (part, text, vector) in enumerate(streams):
-                part, after = network.run(block, part, text, vector, positions)
-                # A block that ends the text stream is the last one.
-                streams[index] = part, text if after is None else after, vector
-        if spill is not None and following is not None and time.monotonic() - kept_at > KEEP_S:
-            done = {"image": torch.cat([part for part, *_ in streams]), "text": torch.cat([t for _, t, _ in streams])}
-            spill.put(key, done | {"blocks": torch.tensor(number + 1)})
-            kept_at = time.monotonic()
-    image = torch.cat([part for part, *_ in streams])
-    output = network.unembed(model, image, modulation, network.grid(model, inputs))
-    out: torch.Tensor = network.velocity(model.config, output, latents.shape)
-    if spill is not None:
-        spill.drop(key)
-    return out.to(latents)
+    blocks, passing = family_of_model(model).blocks(model), list[_Passing]()
+    streamed = any_streamed(blocks)
+    for (latents, condition, sigma, guidance), key in zip(batches, keys or itertools.repeat(""), strict=False):
+        most, parts = at_once(model, latents.shape) if streamed else len(latents), []
+        for start in range(0, len(latents), most):
+            rows = slice(start, start + most)
+            inputs = model_inputs(model, latents[rows], condition[rows], sigma[rows], guidance)
+            if not passing and not start:  # they depend on sizes alone
+                positions, grid = network.positions(model, inputs), network.grid(model, inputs)
+            parts.append(network.embed(model, inputs))
+        passing.append(one := _Passing(key, latents.to("meta"), latents.device, parts))
+        if spill is not None and key in spill:
+            one.go_on(spill.get(key, parts[0][0].device))
+    kept_at, took = time.monotonic(), 0.0
+    for number, block in enumerate(blocks):
+        waiting = [one for one in passing if one.passed <= number]
+        with filled(block, following=blocks[(number + 1) % len(blocks)]) if waiting else nullcontext():
+            for one in waiting:
+                for index, (image, text, vector) in enumerate(one.parts):
+                    image, after = network.run(block, image, text, vector, positions)
+                    # A block that ends the text stream is the last one.
+                    one.parts[index] = image, text if after is None else after, vector
+                one.passed += 1
+                now = time.monotonic()
+                if spill is not None and now - kept_at > KEEP_S * max(1.0, _PAUSE * took / KEEP_S):
+                    for each in passing:
+                        if each.kept < each.passed < len(blocks):
+                            each.keep(spill)
+                    kept_at = time.monotonic()
+                    took = kept_at - now
+    found = []
+    for one in passing:
+        shapes = [(len(image), *one.latents.shape[1:]) for image, *_ in one.parts]
+        outputs = [network.unembed(model, image, vector, grid) for image, _, vector in one.parts]
+        velocities = [network.velocity(model.config, *each) for each in zip(outputs, shapes, strict=True)]
+        found.append(torch.cat(velocities).to(one.device, one.latents.dtype))
+        one.parts.clear()
+    return found
+
+
+def groups(
+    pipe: Any, batches: Sequence[slice], shape: Sequence[int], text: int, *, passes: int = 1
+) -> Iterator[Sequence[slice]]:
+    """Yield batches in groups that `evaluate_all` takes together: as many as the memory has room for now.
+
+    A transformer in memory gains nothing, so there each group is one batch; so it is where the pipeline does not know
+    its memory.
+
+    Args:
+        pipe: the pipeline.
+        batches: rows of the samples, the largest first.
+        shape: of one sample's latents (C, h, w).
+        text: number of text tokens.
+        passes: rows that each sample has in the transformer, two with guidance.
+    """
+    model, compute = pipe.transformer, getattr(pipe, "compute", None)
+    family = family_of_model(model)
+    streamed = any_streamed(family.blocks(model))
+    while batches:
+        count = 1
+        if streamed and isinstance(compute, Compute) and len(batches) > 1:
+            one = sample_bytes(family, model.config, shape, text, _like(model).dtype.itemsize)
+            each = passes * one * (batches[0].stop - batches[0].start)
+            count = batches_together(spare(model, compute, each * len(batches)), each, len(batches))
+        yield batches[:count]
+        batches = batches[count:]
 
 
 def model_inputs(
@@ -229,7 +333,18 @@ def network_inputs(
     return {n: v if isinstance(v, torch.Tensor) else torch.tensor(v).to(latents.device) for n, v in inputs.items()}
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Start:
+    """Where a batch of images begins."""
+
+    latents: torch.Tensor
+    """Noise (B, C, h, w)."""
+    condition: Conditioning
+    """Encoded prompts, one per image."""
+    key: str = ""
+    """To keep it under."""
+
+
 def denoise(
     transformer: Any,
     latents: torch.Tensor,
@@ -237,85 +352,79 @@ def denoise(
     condition: Conditioning,
     empty: Conditioning,
     generation: Generation,
-    *,
-    begun: Sequence[Reached] = (),
-    spill: Spill | None = None,
-    key: str = "",
 ) -> Iterator[Reached]:
-    """Go from noise (B, C, h, w) through the noise levels.
-
-    Args:
-        transformer: the model.
-        latents: noise (B, C, h, w).
-        levels: noise levels (steps + 1), from high to low.
-        condition: encoded prompts, one per image.
-        empty: the encoded empty prompt, for guidance by a second evaluation.
-        generation: its solver and guidance.
-        begun: what was reached before, at the first levels; empty begins with the noise.
-        spill: see `evaluate`.
-        key: see `evaluate`.
-
-    Yields:
-        What is reached at each level that is not in `begun`, the noise first.
-    """
-    architecture: Architecture = family_of_model(transformer)
-    scale, solve, sigmas = generation.guidance_scale, SOLVERS[generation.solver], levels.tolist()
-    both = empty.like(condition) + condition
-    at = begun[-1] if begun else Reached(latents)
-    if not begun:
-        yield at
-    for index in range(max(0, len(begun) - 1), len(sigmas) - 1):
-        guided = architecture.guided(transformer.config, scale) and generation.guides(sigmas[index])
-        x = torch.cat([at.latents, at.latents]) if guided else at.latents
-        text = both if guided else condition
-        velocity = evaluate(transformer, x, text, levels[index].to(x).expand(len(x)), scale, spill=spill, key=key)
-        if guided:
-            unconditional, conditional = velocity.chunk(2)
-            velocity = unconditional + scale * (conditional - unconditional)
-        at = Reached(*solve(Step(sigmas, index, at.latents, velocity, at.past)))
-        yield at
+    """Yield what noise (B, C, h, w) becomes at each noise level, the noise first; see `denoise_all`."""
+    for (reached,) in denoise_all(transformer, [Start(latents, condition)], levels, empty, generation):
+        yield reached
 
 
-def denoised(
+@torch.no_grad()
+def denoise_all(
     transformer: Any,
-    latents: torch.Tensor,
+    starts: Sequence[Start],
     levels: torch.Tensor,
-    condition: Conditioning,
     empty: Conditioning,
     generation: Generation,
     *,
-    spill: Spill,
-    key: str,
-    step: Callable[[], object],
-) -> list[torch.Tensor]:
-    """Return the latents (B, C, h, w) at each noise level, the first as they were given; see `denoise`.
+    spill: Spill | None = None,
+    step: Callable[[], object] = lambda: None,
+) -> Iterator[list[Reached]]:
+    """Go from noise through the noise levels, with all batches through each block before the next is read.
 
     Args:
         transformer: the model.
-        latents: noise (B, C, h, w).
-        levels: noise levels, from high to low.
-        condition: encoded prompts, one per image.
-        empty: the encoded empty prompt.
+        starts: batches. What is kept of each is found again whatever other batches it is with then.
+        levels: noise levels (steps + 1), from high to low.
+        empty: the encoded empty prompt, for guidance by a second evaluation.
         generation: its solver and guidance.
-        spill: keeps what is reached at each level. What that it has are not computed again.
-        key: to keep it under.
-        step: called after each step.
+        spill: keeps what is reached at each level, which is not computed again, and see `evaluate_all`. None keeps
+            none.
+        step: called after each step of a batch.
+
+    Yields:
+        What each batch has reached at each level, the noise first.
     """
-    found = [Reached(latents)]
-    while len(found) < len(levels) and (name := f"{key}.{len(found)}") in spill:
-        kept = spill.get(name)
-        past = (kept[f"past.{i}"].to(latents) for i in range(len(kept) - 1))
-        found.append(Reached(kept["latents"].to(latents), tuple(past)))
-        step()
-    rest = denoise(
-        transformer, latents, levels, condition, empty, generation, begun=tuple(found), spill=spill, key=f"{key}.step"
-    )
-    for reached in rest:
-        kept = {"latents": reached.latents} | {f"past.{i}": tensor for i, tensor in enumerate(reached.past)}
-        spill.put(f"{key}.{len(found)}", kept)
-        found.append(reached)
-        step()
-    return [reached.latents for reached in found]
+    architecture: Architecture = family_of_model(transformer)
+    scale, solve, sigmas = generation.guidance_scale, SOLVERS[generation.solver], levels.tolist()
+    at = [Reached(start.latents) for start in starts]
+    yield list(at)
+    for index in range(len(sigmas) - 1):
+        guided = architecture.guided(transformer.config, scale) and generation.guides(sigmas[index])
+        names = [f"{start.key}.{index + 1}" for start in starts]
+        todo = []
+        for i, name in enumerate(names):
+            if spill is None or name not in spill:
+                todo.append(i)
+                continue
+            at[i] = _reached(spill.get(name), starts[i].latents)
+            spill.drop(f"{name}.step")
+            step()
+
+        def inputs(index: int = index, guided: bool = guided, todo: list[int] = todo) -> Iterator[VelocityInputs]:
+            for i in todo:
+                x, text = at[i].latents, starts[i].condition
+                if guided:
+                    x, text = torch.cat([x, x]), empty.like(text) + text
+                yield x, text, levels[index].to(x).expand(len(x)), scale
+
+        keys = [f"{names[i]}.step" for i in todo]  # with the level: what is left of another one is not this one's
+        velocities = evaluate_all(transformer, inputs(), spill=spill, keys=keys)
+        for i, velocity in zip(todo, velocities, strict=True):
+            if guided:
+                unconditional, conditional = velocity.chunk(2)
+                velocity = unconditional + scale * (conditional - unconditional)
+            at[i] = Reached(*solve(Step(sigmas, index, at[i].latents, velocity, at[i].past)))
+            if spill is not None:
+                past = {f"past.{n}": tensor for n, tensor in enumerate(at[i].past)}
+                spill.put(names[i], {"latents": at[i].latents} | past)
+                spill.drop(f"{names[i]}.step")
+            step()
+        yield list(at)
+
+
+def _reached(kept: dict[str, torch.Tensor], like: torch.Tensor) -> Reached:
+    """Return what a run before has kept of a level, where and as `like` is."""
+    return Reached(kept["latents"].to(like), tuple(kept[f"past.{n}"].to(like) for n in range(len(kept) - 1)))
 
 
 @torch.no_grad()
@@ -366,17 +475,23 @@ def generate(
     """
     condition, empty = encode_with_empty(pipe, prompts, generation.max_sequence_length)
     shape = latent_shape(pipe, generation)
-    levels, batch = sigmas(pipe, generation.num_inference_steps, shape), at_once(pipe.transformer, shape)
-    images, starts = [], range(0, len(prompts), batch)
-    step, spill = Steps("steps", len(starts) * (len(levels) - 1), progress), spill or Spill()
-    for start in starts:
-        rows = slice(start, start + batch)
-        *_, latents = denoised(
-            pipe.transformer, noise(seeds[rows], shape).to(condition.hidden), levels, condition[rows], empty,
-            generation, spill=spill, key=f"images.{start}", step=step,
-        )  # fmt: skip
-        drawn = f"pixels.{start}"  # decoding a large image takes minutes
-        if drawn not in spill:
-            spill.put(drawn, {"pixels": torch.from_numpy(decode(pipe, latents))})
-        images.append(spill.get(drawn)["pixels"].numpy())
-    return np.concatenate(images)
+    levels = sigmas(pipe, generation.num_inference_steps, shape)
+    batches = batches_of(len(prompts), at_once(pipe.transformer, shape))
+    step, drawn = Steps("steps", len(batches) * (len(levels) - 1), progress), list[NDArray[np.uint8]]()
+    passes = passes_of(pipe.transformer, generation)
+    for group in groups(pipe, batches, shape, condition.hidden.shape[1], passes=passes):
+        starts = [
+            Start(noise(seeds[rows], shape).to(condition.hidden), condition[rows], f"images.{rows.start}")
+            for rows in group
+        ]
+        for reached in denoise_all(pipe.transformer, starts, levels, empty, generation, spill=spill, step=step):
+            last = reached
+        for rows, one in zip(group, last, strict=True):
+            key = f"pixels.{rows.start}"  # decoding a large image takes minutes
+            if spill is not None and key in spill:
+                drawn.append(spill.get(key)["pixels"].numpy())
+                continue
+            drawn.append(decode(pipe, one.latents))
+            if spill is not None:
+                spill.put(key, {"pixels": torch.from_numpy(drawn[-1])})
+    return np.concatenate(drawn)

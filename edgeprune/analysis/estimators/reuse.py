@@ -17,6 +17,7 @@ from torch import nn
 
 from edgeprune.analysis.contribution import Group, removal, swapped
 from edgeprune.families import Family
+from edgeprune.residency.streaming import filled
 
 
 class _Recorder(nn.Module):
@@ -73,9 +74,10 @@ class Reuse:
                 with swapped([*before, *removal(self.family, model, parts, self.mean)]):
                     scores = self.metric.score()
                 yield parts, scores
-            recorder = _Recorder(self.family.blocks(model)[block])
+            recorded = self.family.blocks(model)[block]
+            recorder = _Recorder(recorded)
             alone = [*before, replace(slots[block], replacement=recorder), *slots[block + 1 :]]
-            with swapped(alone):
+            with swapped(alone), filled(recorded):
                 self.metric.score()
             kept = recorder.kept
 

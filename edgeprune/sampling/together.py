@@ -1,0 +1,43 @@
+"""How many samples pass through each block before the next is read, where blocks are read when they run. Torch-free.
+
+Each block is then read once for all of them, not once for each. Results do not depend on it: a batch computes the same
+numbers whatever passes beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from edgeprune.families import Architecture, Config
+from edgeprune.families.joint import width
+
+_VECTORS = 16
+"""Widths of the modulation input at most: FLUX.2 has that of all blocks at once, the others one."""
+_LATENTS = 6
+"""Float32 copies of a sample's latents: the state, what the solver remembers, the velocity and the next state."""
+
+
+def sample_bytes(family: Architecture, config: Config, shape: Sequence[int], text: int, itemsize: int) -> int:
+    """Return the bytes that one sample takes between two blocks: its streams, its modulation input and its latents.
+
+    Args:
+        family: the transformer's.
+        config: the transformer's.
+        shape: of the sample's latents (C, h, w).
+        text: number of text tokens.
+        itemsize: bytes of a number in the dtype that the transformer computes in.
+    """
+    image = shape[-1] * shape[-2] // family.latents(config).patch ** 2
+    return itemsize * (image + text + _VECTORS) * width(config) + 4 * _LATENTS * math.prod(shape)
+
+
+def batches_together(room: int, batch_bytes: int, count: int) -> int:
+    """Return how many of `count` batches pass through each block together: those that fit, at least one.
+
+    Args:
+        room: bytes that they may take.
+        batch_bytes: that the samples of one batch take between two blocks.
+        count: batches that are still to run.
+    """
+    return max(1, min(count, room // batch_bytes))
