@@ -259,10 +259,10 @@ def _in_pieces(
                     # A block that ends the text stream is the last one.
                     one.parts[index] = image, text if after is None else after, vector
                 one.passed += 1
-                now = time.monotonic()
-                if spill is not None and now - kept_at > KEEP_S * max(1.0, _PAUSE * took / KEEP_S):
+                now, rest = time.monotonic(), any(each.passed < len(blocks) for each in passing)
+                if spill is not None and rest and now - kept_at > KEEP_S * max(1.0, _PAUSE * took / KEEP_S):
                     for each in passing:
-                        if each.kept < each.passed < len(blocks):
+                        if each.kept < each.passed:
                             each.keep(spill)
                     kept_at = time.monotonic()
                     took = kept_at - now
