@@ -138,7 +138,10 @@ def measured(subject: Subject, stored: StoredTransformer, compute: Compute, scra
 
 @torch.no_grad()
 def block_by_block_s(family: Family, model: Any, one: VelocityInputs) -> float:
-    """Return the seconds of one evaluation; of a streamed model, from one block of each kind, read as in a real run."""
+    """Return the seconds of one evaluation; of a streamed model, from one block of each kind, with its reading.
+
+    In a real run many samples share a reading, so there it is less.
+    """
     blocks, seconds = family.blocks(model), 0.0
     if not is_streamed(blocks[0]):
         return fastest(lambda: evaluate(model, *one))

@@ -21,7 +21,7 @@ from edgeprune.metrics.velocity import VelocityError
 from edgeprune.residency import running
 from edgeprune.residency.compute import Compute, name_of
 from edgeprune.residency.spill import Spill
-from edgeprune.residency.streaming import largest_running_bytes
+from edgeprune.residency.streaming import is_streamed, largest_running_bytes
 from edgeprune.residency.weights import Weights
 from edgeprune.sampling import denoising
 from edgeprune.sampling.denoising import generate, groups
@@ -207,7 +207,9 @@ def test_a_model_in_memory_takes_one_batch_after_the_other(
     ws = Workspace(tmp_path / "out", str(source))
     for module in ("sampling.denoising", "metrics.velocity"):
         monkeypatch.setattr(f"edgeprune.{module}.at_once", lambda *_: 1)
-    entered = list[int]()
+    entered, alone = list[int](), [slice(0, 2), slice(2, 4)]
+    assert is_streamed(ws.family.blocks(ws.pipe.transformer)[0]) is False
+    assert [list(group) for group in groups(ws.pipe, alone, (8, 8, 8), 16)] == [[one] for one in alone]
     for index, block in enumerate(ws.family.blocks(ws.pipe.transformer)):
         block.register_forward_pre_hook(lambda *_, index=index: entered.append(index))
     generate(ws.pipe, PROMPTS, SEEDS, ws.generation)
