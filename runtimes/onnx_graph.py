@@ -15,7 +15,7 @@ from edgeprune.common.extras import needs
 from edgeprune.runtimes import piecewise
 from edgeprune.runtimes.onnx_attention import slice_attention
 from edgeprune.runtimes.onnx_sizes import sized
-from edgeprune.runtimes.onnx_weights import Weights
+from edgeprune.runtimes.onnx_weights import Weights, spans
 from edgeprune.runtimes.pieces import Operation, Sizes, UncountableError
 from edgeprune.runtimes.piecewise import Lookup
 
@@ -43,6 +43,8 @@ class Piece:
     """The values that its outputs are, in their order."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    spans: list[tuple[int, int]]
+    """Begin and end of its weights in the data file."""
 
 
 class OnnxGraph:
@@ -185,7 +187,7 @@ class OnnxGraph:
             [*unpacking, *self._ordered(nodes)], "piece", self._infos(inputs), self._infos(outputs), weights
         )
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
-        return Piece(model.SerializeToString(), reads, makes, tuple(inputs), tuple(outputs))
+        return Piece(model.SerializeToString(), reads, makes, tuple(inputs), tuple(outputs), spans(weights))
 
     def _infos(self, names: Sequence[str]) -> list[Any]:
         return [helper.make_value_info(name, self._sizing.kinds[name].proto()) for name in names]

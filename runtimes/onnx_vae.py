@@ -13,7 +13,7 @@ from edgeprune.common.extras import needs
 from edgeprune.runtimes.base import Array
 from edgeprune.runtimes.onnx_graph import Piece
 from edgeprune.runtimes.onnx_sizes import sized
-from edgeprune.runtimes.onnx_weights import Weights
+from edgeprune.runtimes.onnx_weights import Weights, spans
 from edgeprune.runtimes.strip_decoder import INPUT
 from edgeprune.runtimes.strip_norms import Norm
 from edgeprune.runtimes.strips import Described, Layer, Plan, plan
@@ -153,7 +153,7 @@ class OnnxStrips:
         )
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
         inputs = tuple(name for name, _ in given)
-        piece = Piece(model.SerializeToString(), reads, segment.makes, inputs, tuple(makes))
+        piece = Piece(model.SerializeToString(), reads, segment.makes, inputs, tuple(makes), spans(weights))
         return OpenedSegment(self._opening(piece), piece, segment.norms, [shape for _, shape in factors])
 
 

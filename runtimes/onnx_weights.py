@@ -97,3 +97,10 @@ class Weights:
         entry = {one.key: one.value for one in tensor.external_data}
         dtype = helper.tensor_dtype_to_np_dtype(kind.element)
         return np.memmap(self._data, dtype, "r", int(entry.get("offset", "0")), kind.shape)
+
+
+def spans(tensors: Iterable[Any]) -> list[tuple[int, int]]:
+    """Return begin and end in the data file of those tensors that are in it."""
+    entries = ({one.key: one.value for one in tensor.external_data} for tensor in tensors)
+    places = ((int(entry.get("offset", 0)), int(entry["length"])) for entry in entries if "length" in entry)
+    return [(begin, begin + length) for begin, length in places]

@@ -29,11 +29,11 @@ import numpy as np
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.fields import whole_number
-from edgeprune.common.files import read_json
+from edgeprune.common.files import read_ahead, read_json
 from edgeprune.common.threads import usable
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external
-from edgeprune.runtimes.mapped import evicting
+from edgeprune.runtimes.mapped import evicting, spans
 from edgeprune.runtimes.memory import Reading
 from edgeprune.runtimes.networks import Network, NetworkBackend, Shapes, room_here
 from edgeprune.runtimes.openvino_graph import Graph, Piece
@@ -51,6 +51,8 @@ ANGLES = ("edgeprune", "angles")
 """Path of the rt_info that marks a model whose angles stay float32 (export/to_openvino.py)."""
 _PRECISION = "INFERENCE_PRECISION_HINT"
 _DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+_LARGE = 100_000
+"""Fewest bytes of a weight that is worth reading ahead."""
 _EXACT: dict[str, dict[str, Any]] = {
     "CPU": {_PRECISION: "f32", _DYNAMIC: "0"},
     "GPU": {_DYNAMIC: "0"},  # computes in float16
@@ -154,6 +156,11 @@ class OpenVinoFile:
     def opened(self, part: Piece) -> Compiled:
         """Return a part of a graph, ready to run on the device."""
         return self.compiled(part.model, part=True)
+
+    def ahead(self, part: Piece) -> None:
+        """Ask the operating system to read the weights of a part, which is opened soon."""
+        nodes = (node for node in part.model.get_ops() if node.get_type_name() == "Constant")
+        read_ahead(self._weights, spans(self._weights, (node.data for node in nodes if node.get_byte_size() >= _LARGE)))
 
     def strips(self, shape: Sequence[int]) -> OpenVinoStrips:
         """Return the decoder for latents of this shape, in segments.

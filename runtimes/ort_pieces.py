@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.common.extras import needs
+from edgeprune.common.files import read_ahead
 from edgeprune.runtimes.mapped import evicting
 from edgeprune.runtimes.onnx_graph import OnnxGraph, Piece, input_kinds, read_model
 from edgeprune.runtimes.onnx_vae import OnnxStrips
@@ -65,6 +66,10 @@ class OrtFile:
         options.add_session_config_entry(_DATA_FOLDER, str(self._data.parent))
         with opening(self.path), evicting(self._data):
             return OrtPiece(self.path, session_of(part.model, options, self._choice), part)
+
+    def ahead(self, part: Piece) -> None:
+        """Ask the operating system to read the weights of a part, which is opened soon."""
+        read_ahead(self._data, part.spans)
 
     def strips(self, shape: Sequence[int]) -> OnnxStrips:
         """Return a VAE's decoder for latents of this shape, in segments.

@@ -104,6 +104,10 @@ class NetworkFile(Protocol):
         """Open a part of a graph of this file."""
         ...
 
+    def ahead(self, part: Any) -> None:
+        """Ask the operating system to read the weights of a part, which is opened soon."""
+        ...
+
     def close(self) -> None:
         """Remove what was written for it."""
         ...
@@ -153,6 +157,7 @@ class PiecewiseNetwork:
         states = [{value: np.asarray(feed[n], kinds[n]) for n, value in self._inputs.items()} for feed in feeds]
         for index, piece in enumerate(self._pieces):
             opened = self._opened(file, index)
+            self._ahead(file, index)
             later = {value for other in self._pieces[index + 1 :] for value in other.reads} | {*self._outputs.values()}
             for state in states:
                 made = opened([state[value] for value in piece.reads])
@@ -164,6 +169,13 @@ class PiecewiseNetwork:
                 self._kept.rest()  # so that the other pieces can have that memory
             trim()
         return [{n: np.asarray(state[value], np.float32) for n, value in self._outputs.items()} for state in states]
+
+    def _ahead(self, file: NetworkFile, index: int) -> None:
+        """Let the part that is opened next be read from the disk while the one of this index computes."""
+        order = [*range(index + 1, len(self._pieces)), *range(index)]
+        following = (i for i in order if i != self._resident and not isinstance(self._pieces[i], Lookup))
+        if (i := next(following, None)) is not None:
+            file.ahead(self._pieces[i])
 
     def _plan(self, file: NetworkFile, shapes: dict[str, list[int]], rows: int) -> None:
         """Cut the network for inputs of these shapes, unless it is."""

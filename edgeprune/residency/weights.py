@@ -8,9 +8,7 @@ Importing this module does not load torch.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from edgeprune.common import traffic
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
+from edgeprune.common.files import read_ahead
 from edgeprune.families import Shape
 from edgeprune.residency.model_files import PartWeights, any_weights_of, read_weight_map, weights_of, without_weights
 
@@ -33,9 +32,6 @@ KINDS = (*_FLOATS, "U8", "I8", "I32", "I64", "BOOL")
 """Dtypes that a model is stored in, in safetensors' words."""
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 """Dtypes that only `edgeprune convert` reads."""
-_ADVISED = 128 << 10
-"""Bytes to ask for at a time. Linux reads no more for one request than for reading ahead: 128 kB of the 400 MB of a
-block by default."""
 _MOST_TENSORS, _MOST_AXES, _LONGEST_AXIS = 1_000_000, 8, 2**31 - 1
 
 
@@ -121,8 +117,6 @@ class Weights:
 
     def ahead(self, names: Iterable[str]) -> None:
         """Ask the operating system to read these tensors in the background; it may ignore that, or not know how."""
-        if not hasattr(os, "posix_fadvise"):
-            return
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self._paths[name], []).append(name)
@@ -131,10 +125,7 @@ class Weights:
                 self._offsets[path] = _offsets(path)
             spans = [self._offsets[path][name] for name in wanted]
             begin, end = min(span[0] for span in spans), max(span[1] for span in spans)
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                for start in range(begin, end, _ADVISED):
-                    size = min(_ADVISED, end - start)
-                    os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
+            read_ahead(path, [(begin, end)])
 
     def check(self, expected: Mapping[str, Shape]) -> None:
         """Check that names and shapes are exactly those of a model.
