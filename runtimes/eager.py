@@ -2,7 +2,7 @@
 
 The other runtimes are compared with it: it has the same noise, schedule and guidance. It dequantises each layer of an
 INT4 transformer at each call, which is exact but slow. On a machine with a GPU it runs there, so that `bench` compares
-like with like. Several GPUs and compilation are not supported.
+like with like. One model on several GPUs, and compilation, are not supported.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
+from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.threads import usable
 from edgeprune.runtimes.base import Array, Settings, precision_of
 from edgeprune.runtimes.gpu import with_overhead
@@ -147,20 +148,29 @@ def _numpy(tensor: Any) -> Array:
     return array
 
 
-def cuda_rows(cuda: Any, weights: int) -> dict[str, Reading]:
+def gpu_rows(cuda: Any, device: torch.device, weights: int) -> dict[str, Reading]:
     """Return the rows of memory.SPLIT for the GPU; the runtime's overhead is there only if NVML reports it.
 
     Args:
-        cuda: `torch.cuda`, or a test's stand-in.
+        cuda: `torch.cuda`, torch's module of another kind of GPU with the same functions, or a test's stand-in.
+        device: the GPU.
         weights: bytes that torch had allocated once the model was on the GPU.
     """
-    peak, how = cuda.max_memory_reserved(), "peak of torch's allocator (max_memory_reserved)"
+    peak, how = cuda.max_memory_reserved(device), "peak of torch's allocator (max_memory_reserved)"
     rows = {
         "weights_bytes": Reading(weights, "on the GPU once the model was there (torch, memory_allocated)", "gpu"),
         "activations_bytes": Reading(max(0, peak - weights), f"on the GPU: {how} less weights", "gpu"),
     }
     overhead_how = "CUDA's own on the GPU: this process now (NVML) less memory_reserved"
-    return with_overhead(rows, peak, how, cuda.memory_reserved(), overhead_how)
+    return with_overhead(rows, peak, how, cuda.memory_reserved(device), overhead_how)
+
+
+def _rows_of(device: torch.device, meter: Meter) -> Rows:
+    """Return what reads the rows: of the GPU, or of the process where the GPU shares its memory (mps)."""
+    if device.type in ("cpu", "mps"):
+        return meter.rows
+    cuda: Any = torch.get_device_module(device)
+    return functools.partial(gpu_rows, cuda, device, cuda.memory_allocated(device))
 
 
 def _open(folder: Path, dtype: str | None, variant: str | None, compute: Compute) -> tuple[Any, str]:
@@ -177,14 +187,10 @@ def _open(folder: Path, dtype: str | None, variant: str | None, compute: Compute
     return StagedPipeline(folder, running(stored, compute, chosen), compute, variant), name_of(chosen)
 
 
-def _pick_device(device: str | None) -> tuple[str, str]:
-    """Return the device to compute on, and why."""
-    here = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    if device is None:
-        return here[0], "torch finds a GPU" if here[0] == "cuda" else "torch finds no GPU"
-    if device not in here:
-        raise InputError(f"device: found {device!r}, expected one of {', '.join(here)}, which torch finds here")
-    return device, f"device={device}"
+def _why(asked: str, device: torch.device) -> str:
+    if asked != "auto":
+        return f"device={asked}"
+    return "torch finds no GPU" if device.type == "cpu" else "torch finds a GPU"
 
 
 def open_backend(
@@ -193,7 +199,7 @@ def open_backend(
     *,
     dtype: str | None = None,
     threads: int = 0,
-    device: str | None = None,
+    device: str = "auto",
     variant: str | None = None,
     memory: int | None = None,
 ) -> EagerBackend:
@@ -207,7 +213,7 @@ def open_backend(
         settings: that folder's settings.
         dtype: `fp32`, `bf16` or `fp16`; None for the one that `Compute.dtype` chooses, float32 for a small model.
         threads: torch's threads; 0 keeps its default, or fewer if affinity, quota and cores allow fewer.
-        device: `cuda` or `cpu`; None takes the GPU if there is one.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps` or `xpu`; auto takes a GPU that torch finds, else the processor.
         variant: of an original's weights, such as fp16; None for the full ones, or the only ones that there are.
         memory: most bytes of the process, on a GPU of the GPU; None takes most of what is free.
 
@@ -215,7 +221,7 @@ def open_backend(
         InputError: the dtype is unknown, threads are below 0, the device is not present, or the folder is not a usable
             pipeline.
     """
-    where, why = _pick_device(device)
+    compute = Compute.of(ComputeOptions(device, memory))
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
     if threads < 0:
@@ -223,9 +229,8 @@ def open_backend(
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable()))
     meter = Meter()
     with meter.opening():
-        pipeline, dtype = _open(folder, dtype, variant, Compute(torch.device(where), memory))
-    rows: Rows = meter.rows
-    if where == "cuda":
-        rows = functools.partial(cuda_rows, torch.cuda, torch.cuda.memory_allocated())
-    quantized = (folder / "transformer_int4").is_dir()
-    return EagerBackend(pipeline, settings, rows, device=where, why=why, dtype=dtype, quantized=quantized)
+        pipeline, dtype = _open(folder, dtype, variant, compute)
+    return EagerBackend(
+        pipeline, settings, _rows_of(compute.device, meter), device=str(compute.device),
+        why=_why(device, compute.device), dtype=dtype, quantized=(folder / INT4).is_dir(),
+    )  # fmt: skip

@@ -14,10 +14,10 @@ from typing import Any
 import heavy
 import numpy as np
 import pytest
+import torch
 
 from edgeprune import runtimes
 from edgeprune.common import heap
-from edgeprune.common.errors import InputError
 from edgeprune.experiments.full_size.measuring import resident_bytes
 from edgeprune.runtimes import memory
 
@@ -117,7 +117,6 @@ def run(code: str, *arguments: Any) -> Any:
 ROWS = """
 import json, sys
 from edgeprune import runtimes
-from edgeprune.common.errors import InputError
 with runtimes.load(sys.argv[1], "ort", threads=1, memory=int(sys.argv[2])) as model:
     model.generate("two red circles", steps=1)
     print(json.dumps({name: row.bytes for name, row in model.memory().items()}))
@@ -139,7 +138,6 @@ def test_networks_that_take_turns_need_the_largest_not_the_sum(tiny_folders: tup
 LEAK = """
 import gc, json, os, sys
 from edgeprune import runtimes
-from edgeprune.common.errors import InputError
 from edgeprune.runtimes import memory
 held = []
 for _ in range(int(sys.argv[2])):
@@ -189,25 +187,15 @@ def test_every_runtime_gives_the_rows(tiny_folders: tuple[Path, Path]) -> None:
 def test_rows_of_a_gpu_come_from_the_allocator_and_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     from edgeprune.runtimes import eager, gpu
 
-    cuda = SimpleNamespace(max_memory_reserved=lambda: 900, memory_reserved=lambda: 850)
+    device = torch.device("cuda", 1)
+    cuda = SimpleNamespace(max_memory_reserved={device: 900}.get, memory_reserved={device: 850}.get)
     monkeypatch.setattr(gpu, "nvml_row", dict)
-    rows = eager.cuda_rows(cuda, 600)
+    rows = eager.gpu_rows(cuda, device, 600)
     assert {n: r.bytes for n, r in rows.items()} == {"peak_bytes": 900, "weights_bytes": 600, "activations_bytes": 300}
     assert "NVML does not report" in rows["peak_bytes"].how and {r.place for r in rows.values()} == {"gpu"}
     monkeypatch.setattr(gpu, "nvml_row", lambda: {"gpu_process_bytes": memory.Reading(1000, "NVML", "gpu")})
-    rows = eager.cuda_rows(cuda, 600)
+    rows = eager.gpu_rows(cuda, device, 600)
     assert (rows["runtime_overhead_bytes"].bytes, rows["peak_bytes"].bytes) == (150, 1050)
-
-
-def test_the_torch_reference_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgeprune.runtimes import eager
-
-    monkeypatch.setattr(eager.torch.cuda, "is_available", lambda: False)
-    assert eager._pick_device(None) == ("cpu", "torch finds no GPU")
-    with pytest.raises(InputError, match="device: found 'cuda', expected one of cpu"):
-        eager._pick_device("cuda")
-    monkeypatch.setattr(eager.torch.cuda, "is_available", lambda: True)
-    assert eager._pick_device(None)[0] == "cuda" and eager._pick_device("cpu")[0] == "cpu"
 
 
 def test_opening_the_torch_reference_imports_no_library(tiny_folders: tuple[Path, Path]) -> None:
