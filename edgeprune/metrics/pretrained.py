@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from edgeprune.common.errors import InputError
+from edgeprune.common.memory import ComputeOptions
+from edgeprune.residency.compute import Compute
 
 
 def device() -> torch.device:
-    """Return the device for metrics: CUDA if torch finds it, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the device for metrics: the one that `--device auto` means."""
+    return Compute.of(ComputeOptions()).device
 
 
 def load(kind: Any, source: str, name: str, **options: Any) -> Any:

@@ -66,8 +66,6 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "LEAST", 1)
     monkeypatch.setattr(steps, "MOST", 1)
     monkeypatch.setattr(quantize, "PROMPTS", 2)
-    monkeypatch.setattr("edgeprune.metrics.pretrained.device", lambda: device)
-    monkeypatch.setattr("edgeprune.metrics.lpips_distance.device", lambda: device)
     monkeypatch.setattr("edgeprune.runtimes.gpu.open_gpu", lambda extra: Gpu(FakeCuda()))
     monkeypatch.setattr("edgeprune.runtimes.trt.first_vendor", lambda: None)
     real = Parallel._accelerate

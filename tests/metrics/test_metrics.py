@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, Mask2FormerFo
 from edgeprune import metrics
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
-from edgeprune.metrics import geneval, hps, hps_convert, lpips_distance
+from edgeprune.metrics import geneval, hps, hps_convert, lpips_distance, pretrained
 from edgeprune.metrics.clip_model import Clip, ImageProcessor
 from edgeprune.metrics.geneval_rules import NAMES
 
@@ -378,3 +378,8 @@ def test_analyze_asks_any_metric_higher_is_better(
         assert min(untouched) > max(changed)
         assert untouched == [100.0 if name == "psnr" else 0.0] * 2
     assert metrics.evaluations(name, Generation(4, 3.0, 64, 64, 0), 2, 2) == 16
+
+
+def test_metrics_take_the_device_that_everything_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.residency.compute._here", lambda: {"xpu": 1, "cpu": 1})
+    assert pretrained.device() == torch.device("xpu")

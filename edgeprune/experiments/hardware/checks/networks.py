@@ -12,11 +12,6 @@ from edgeprune.experiments.hardware.registry import Failed, LeftOut, check
 _NEEDS = ("diffusers", "transformers", "safetensors")
 
 
-def _cuda(place: Place, what: str) -> None:
-    if place.device.type == "mps":
-        raise LeftOut(f"{what} uses cuda or the processor")
-
-
 @check("`eager` draws an image on the device; its rows of memory", seconds=60, needs=_NEEDS)
 def eager(place: Place) -> str:
     """Compare the image with the processor's."""
@@ -44,7 +39,8 @@ def _trained(place: Place, name: str, **changes: Any) -> str:
     from edgeprune.stages.options import AnalyzeOptions, DataOptions
     from edgeprune.training.recipe import DistillOptions
 
-    _cuda(place, "distillation")
+    if place.device.type == "mps":
+        raise LeftOut("distillation uses cuda or the processor")
     ws = place.workspace(place.small("sd3"), name)
     analyze.run(ws, AnalyzeOptions(count=1, estimator="gates"))
     plan.run(ws, PlanOptions("manual", blocks="1"))
@@ -99,7 +95,9 @@ def cache(place: Place) -> str:
 
 
 @check(
-    "metrics on cuda: CLIPScore and LPIPS, of small random models", seconds=60, needs=("transformers", "safetensors")
+    "metrics on the device: CLIPScore and LPIPS, of small random models",
+    seconds=60,
+    needs=("transformers", "safetensors"),
 )
 def metrics(place: Place) -> str:
     """Score an image against itself and against another."""
@@ -111,8 +109,10 @@ def metrics(place: Place) -> str:
     from edgeprune.artefact.synth.tiny import _clip_tokenizer
     from edgeprune.metrics import lpips_distance, of_images
     from edgeprune.metrics.clip_model import ImageProcessor
+    from edgeprune.metrics.pretrained import device
 
-    _cuda(place, "a metric")
+    if device().type != place.device.type:
+        raise Failed(f"metrics run on {device()}")
     folder = place.scratch / "clip"
     narrow = {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 16, "hidden_size": 32}
     text = {"vocab_size": 90, "bos_token_id": 88, "eos_token_id": 89, "pad_token_id": 89, "intermediate_size": 64}
