@@ -47,6 +47,8 @@ class RuntimeInfo:
     """The export formats (`target` in edgeprune_export.json) that it opens; empty if it opens diffusers folders."""
     hardware: str = ""
     """What it requires: `an NVIDIA GPU`, `macOS`, or nothing."""
+    place: str = ""
+    """Its option of `load` that says where it computes; empty if it has none."""
 
     def has_hardware(self) -> bool:
         """Return whether this machine has the required hardware."""
@@ -67,14 +69,20 @@ class RuntimeInfo:
 
 _BASE = ("tokenizers", "PIL")
 RUNTIMES: dict[str, RuntimeInfo] = {
-    "openvino": RuntimeInfo(extra="openvino", packages=("openvino", *_BASE), formats=("openvino", "onnx")),
-    "ort": RuntimeInfo(extra="onnx", packages=("onnxruntime", "onnx", *_BASE), formats=("onnx",)),
+    "openvino": RuntimeInfo(
+        extra="openvino", packages=("openvino", *_BASE), formats=("openvino", "onnx"), place="device"
+    ),
+    "ort": RuntimeInfo(extra="onnx", packages=("onnxruntime", "onnx", *_BASE), formats=("onnx",), place="provider"),
     # It also needs the TensorRT that built the folder; edgeprune_export.json names it.
     "trt": RuntimeInfo(
         extra="trt", packages=("cuda.bindings.runtime", *_BASE), formats=("trt",), hardware="an NVIDIA GPU"
     ),
-    "coreml": RuntimeInfo(extra="coreml", packages=("coremltools", *_BASE), formats=("coreml",), hardware="macOS"),
-    "eager": RuntimeInfo(extra="compress", packages=("torch", "diffusers", "transformers", *_BASE), formats=()),
+    "coreml": RuntimeInfo(
+        extra="coreml", packages=("coremltools", *_BASE), formats=("coreml",), hardware="macOS", place="compute_units"
+    ),
+    "eager": RuntimeInfo(
+        extra="compress", packages=("torch", "diffusers", "transformers", *_BASE), formats=(), place="device"
+    ),
 }
 """By module name. If several open a format, the first installed one is the default."""
 

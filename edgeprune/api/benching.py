@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from edgeprune.api.drawing import say_conflicts
+from edgeprune.api.drawing import TORCH, say_conflicts, torch_options
 from edgeprune.api.folders import AnyPath, source_of
 from edgeprune.common.errors import CannotRunError, InputError
 from edgeprune.common.progress import Progress, silent
@@ -29,6 +29,7 @@ def bench(
     steps: int | None = None,
     quality: int = 0,
     original: bool = True,
+    device: str = "auto",
     memory: int | None = None,
     progress: Progress = silent,
 ) -> BenchResult:
@@ -47,12 +48,13 @@ def bench(
         steps: denoising steps of an image; None for the model's own.
         quality: shapes-world prompts per task to score images on; 0 scores none.
         original: measure the original too; without it, ratios refer to the first folder.
+        device: where torch computes, the original and folders that run in it: auto, cpu, cuda, cuda:1, mps or xpu.
         memory: most bytes of each process, with torch on a GPU of the GPU; None takes most of what is free.
         progress: gets a line of text now and then, also for folders that cannot run here.
 
     Raises:
         CannotRunError: nothing here can run any of the folders.
-        InputError: a folder or a number is not usable.
+        InputError: a folder, a number or the device is not usable, or nothing that `device` is about runs in torch.
         MissingExtraError: a package of a runtime is not installed.
     """
     from edgeprune.artefact.resolve import resolve
@@ -63,16 +65,20 @@ def bench(
         raise InputError("bench: found no folder, expected at least one")
     pairs = _pairs([Path(folder) for folder in folders], runtime, progress)
     names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]
+    given: dict[str, Any] = {} if memory is None else {"memory": memory}
+    chosen = torch_options(device, [name for _, name in pairs] + [TORCH] * original)
     variants = []
     if original:
         model, commit, made_from = source_of(Path(folders[0])) if baseline is None else (str(baseline), None, None)
         weights = variant or made_from
-        variants = bench_run.originals(resolve(model, revision or commit, weights), weights, memory)
+        variants = bench_run.originals(
+            resolve(model, revision or commit, weights), weights, **given, **chosen.get(TORCH, {})
+        )
     elif baseline or revision or variant:
         raise InputError("bench: --baseline, --revision and --variant are about the original; omit --no-original")
     for name, (folder, runtime_name) in zip(names, pairs, strict=True):
-        given = {} if memory is None else {"memory": memory}
-        variants.append(bench_run.Variant(name, folder, runtime_name, options=given))
+        options = given | chosen.get(runtime_name, {})
+        variants.append(bench_run.Variant(name, folder, runtime_name, options=options))
     for folder in dict.fromkeys(v.folder for v in variants):
         say_guesses(folder, () if steps is None else ("num_inference_steps",), steps="--steps")
     return bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, progress=progress)

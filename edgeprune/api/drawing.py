@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.api.folders import AnyPath
+from edgeprune.common.errors import InputError
 from edgeprune.common.extras import conflicts
 from edgeprune.common.progress import Progress, silent
 
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from edgeprune.sampling.generation import GenerationOptions
+
+
+TORCH = "eager"
+"""The runtime that `--device` is about."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ def generate(
     seed: int = 0,
     generation: GenerationOptions | None = None,
     runtime: str | None = None,
+    device: str = "auto",
     memory: int | None = None,
     provider: str | None = None,
     cache_dir: AnyPath | None = None,
@@ -66,6 +73,7 @@ def generate(
         seed: of the starting noise; the same noise in every runtime, but not that of diffusers.
         generation: steps, guidance, solver and size; None for the model's own.
         runtime: ort, openvino, trt, coreml or eager; None for the first installed one that fits.
+        device: where torch (eager) computes: auto, cpu, cuda, cuda:1, mps or xpu; for another runtime, auto.
         memory: most bytes of the process, with torch on a GPU of the GPU; None takes most of what is free.
         provider: execution provider of ONNX Runtime; None for the first one here.
         cache_dir: where ort and openvino keep prepared weights, for a faster next start.
@@ -85,10 +93,11 @@ def generate(
     load_options = {"memory": memory, "provider": provider, "cache_dir": cache_dir, "keep_embeddings": keep_embeddings}
     load_options = {name: value for name, value in load_options.items() if value}
     runtime = runtimes.choose(folder, runtime or ("ort" if provider else None))  # only ONNX Runtime has providers
+    load_options |= torch_options(device, [runtime]).get(runtime, {})
     say_conflicts(runtime, progress)
     runtimes.RUNTIMES[runtime].require()
     say_guesses(folder, chosen.given(), steps="--steps", guidance="--guidance-scale")
-    if runtime == "eager":  # the others open exports, whose machines may lack what this imports
+    if runtime == TORCH:  # the others open exports, whose machines may lack what this imports
         from edgeprune.artefact.checks import say_unfinished
 
         say_unfinished(folder)
@@ -107,6 +116,32 @@ def generate(
             image=image, prompt=prompt, seed=seed, runtime=opened.name, provider=opened.backend.provider,
             provider_why=opened.backend.why,
         )  # fmt: skip
+
+
+def torch_options(device: str, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return by runtime the option of `runtimes.load` that `--device` is: of torch alone, the others have their own.
+
+    Args:
+        device: as the user typed it.
+        names: the runtimes that will run.
+
+    Raises:
+        InputError: torch does not find the device, or none of the runtimes is torch.
+    """
+    from edgeprune.runtimes import RUNTIMES
+
+    if device == "auto":
+        return {}
+    if TORCH not in names:
+        own = RUNTIMES[names[0]].place
+        how = f"; its own choice is runtimes.load(folder, {own}=...)" if own else ""
+        raise InputError(f"--device {device}: is about torch, but {names[0]} runs here{how}; omit --device")
+    RUNTIMES[TORCH].require()
+    from edgeprune.common.memory import ComputeOptions
+    from edgeprune.residency.compute import Compute
+
+    Compute.of(ComputeOptions(device))
+    return {TORCH: {"device": device}}
 
 
 def say_conflicts(runtime: str, progress: Progress) -> None:

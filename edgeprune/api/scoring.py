@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeprune.api.drawing import torch_options
 from edgeprune.api.folders import AnyPath, check_model, check_out
 from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
@@ -63,6 +64,7 @@ def score(
     seeds: int = 1,
     runtime: str | None = None,
     steps: int | None = None,
+    device: str = "auto",
     memory: int | None = None,
     out: AnyPath | None = None,
     progress: Progress = silent,
@@ -81,6 +83,7 @@ def score(
         seeds: images per prompt.
         runtime: the runtime to draw with; None for the first installed one that fits.
         steps: denoising steps of an image; None for the model's own.
+        device: where torch draws: auto, cpu, cuda, cuda:1, mps or xpu; metrics choose as auto does.
         memory: most bytes of the process, with torch on a GPU of the GPU; None takes most of what is free.
         out: keep the images here, so that an interrupted call resumes; None removes them.
         progress: called after each batch.
@@ -107,8 +110,10 @@ def score(
     ready = [path for path in places.values() if is_images(path)]
     if ready and (prompts or per_task or seeds > 1):
         raise InputError(f"{ready[0]} already has prompts; omit --prompts, --per-task and --seeds")
-    if memory is not None and len(ready) == len(models):
-        progress("--memory: no image is drawn, so it is not used")
+    if len(ready) == len(models):
+        for option in ["--device"] * (device != "auto") + ["--memory"] * (memory is not None):
+            progress(f"{option}: no image is drawn, so it is not used")
+    loading = _loading({n: p for n, p in places.items() if p not in ready}, runtime, device, memory)
     for place in places.values():
         if place not in ready:
             _check_drawn(place, variant, steps)
@@ -117,7 +122,7 @@ def score(
         wishes = _wishes_of(ready[0], metrics)
     else:
         wishes = scoring.wishes(metrics, prompts=file, per_task=per_task, seeds=seeds)
-    scores = _drawn_and_scored(places, ready, wishes, metrics, paths, runtime, steps, memory, out, progress, variant)
+    scores = _drawn_and_scored(places, ready, wishes, metrics, paths, runtime, steps, loading, out, progress, variant)
     return Scored(
         scores=tuple(scores),
         folder=str(folder),
@@ -127,6 +132,22 @@ def score(
         prompts_sha256=sha256_file(file) if file else None,
         drawn=tuple(name for name, place in places.items() if place not in ready),
     )
+
+
+def _loading(
+    drawn: Mapping[str, Path], runtime: str | None, device: str, memory: int | None
+) -> dict[str, dict[str, Any]]:
+    """Return the options of `runtimes.load` that say where each model is drawn and in how much memory.
+
+    Raises:
+        InputError: a model is not usable, or torch does not find the device, or draws none of them.
+    """
+    from edgeprune import runtimes
+
+    names = {name: runtimes.choose(place, runtime if name == "images" else None) for name, place in drawn.items()}
+    torch = torch_options(device, list(names.values())) if names else {}
+    given = {} if memory is None else {"memory": memory}
+    return {name: given | torch.get(chosen, {}) for name, chosen in names.items()}
 
 
 def _wishes_of(images: Path, metrics: Sequence[str]) -> list[Wish]:
@@ -148,7 +169,7 @@ def _drawn_and_scored(
     weights: dict[str, str],
     runtime: str | None,
     steps: int | None,
-    memory: int | None,
+    loading: Mapping[str, dict[str, Any]],
     out: AnyPath | None,
     progress: Progress,
     variant: str | None,
@@ -165,7 +186,7 @@ def _drawn_and_scored(
                 # The runtime is about the export; its original is a diffusers folder.
                 scoring.draw(
                     place, kept / name, wishes, runtime=runtime if name == "images" else None, steps=steps,
-                    memory=memory, variant=variant if _is_original(place) else None, progress=progress,
+                    loading=loading[name], variant=variant if _is_original(place) else None, progress=progress,
                 )  # fmt: skip
                 folders[name] = kept / name
         samples = {name: read_samples(folder) for name, folder in folders.items()}

@@ -57,7 +57,7 @@ class Variant:
     """Whether it competes with others to be the reference: the fastest of these is, the first of a tie."""
 
 
-def originals(folder: Path, weights: str | None = None, memory: int | None = None) -> list[Variant]:
+def originals(folder: Path, weights: str | None = None, **options: Any) -> list[Variant]:
     """Return the original in torch in bf16 and in float32, the candidates for the reference.
 
     A large one is measured once, in the precision that the processor's instructions make the faster one: two steps of
@@ -65,9 +65,10 @@ def originals(folder: Path, weights: str | None = None, memory: int | None = Non
 
     Args:
         weights: the variant of the weights, such as fp16; None for the default.
-        memory: most bytes of the process, on a GPU of the GPU; None takes most of what is free.
+        **options: of the torch runtime, see `runtimes.load`.
     """
-    options = {name: value for name, value in (("variant", weights), ("memory", memory)) if value is not None}
+    if weights is not None:
+        options["variant"] = weights
     if weights_bytes(folder, "fp32", weights) > SMALL_BYTES:
         return [Variant(ORIGINAL, folder, "eager", options=options, original=True)]
     return [

@@ -47,6 +47,7 @@ def bench(
     no_original: Annotated[
         bool, typer.Option("--no-original", help="Leave out the original; ratios refer to the first folder.")
     ] = False,
+    device: limits.TorchDevice = "auto",
     memory: limits.Memory = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result to this file, as JSON.")
@@ -73,8 +74,8 @@ def bench(
         assertions.parse_expression(expression)
     result = api.bench(
         folders, runtime=runtime, baseline=baseline, revision=revision, variant=variant, repeats=repeats,
-        steps=steps, quality=quality, original=not no_original,
-        memory=limits.compute_options("auto", memory).memory, progress=lambda what, *_: screen.say(what),
+        steps=steps, quality=quality, original=not no_original, device=device,
+        memory=limits.compute_options(device, memory).memory, progress=lambda what, *_: screen.say(what),
     )  # fmt: skip
     Console().print(tables.table(result))
     if json_file:

@@ -12,7 +12,10 @@ from edgeprune import api
 from edgeprune.cli import choices, limits, options, screen
 from edgeprune.common.errors import InputError
 
-EPILOG = 'Example: edgeprune generate "two red circles" --model small-onnx -o out.png'
+EPILOG = (
+    'Example: edgeprune generate "two red circles" --model small-onnx -o out.png  ·  '
+    'edgeprune generate "two red circles" --model small --device cuda:1 -o out.png'
+)
 _OWN = "the model's own"
 
 
@@ -56,6 +59,7 @@ def generate(
     ] = None,
     runtime: options.RuntimeName = None,
     as_json: options.AsJson = False,
+    device: limits.TorchDevice = "auto",
     memory: limits.Memory = None,
     keep_embeddings: Annotated[
         Path | None,
@@ -82,8 +86,8 @@ def generate(
     with screen.bars() as progress:
         drawn = api.generate(
             model, prompt, negative_prompt=negative_prompt, seed=seed, generation=generation, runtime=runtime,
-            memory=limits.compute_options("auto", memory).memory, provider=provider, cache_dir=cache_dir,
-            keep_embeddings=keep_embeddings, progress=progress,
+            device=device, memory=limits.compute_options(device, memory).memory, provider=provider,
+            cache_dir=cache_dir, keep_embeddings=keep_embeddings, progress=progress,
         )  # fmt: skip
     drawn.image.save(out)
     where = f"{drawn.runtime} on {drawn.provider} ({drawn.provider_why})"

@@ -33,6 +33,15 @@ Device = Annotated[
         rich_help_panel=MEMORY,
     ),
 ]
+TorchDevice = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda[:N]|mps|xpu",
+        help="Where torch computes; not for other runtimes. auto takes a GPU that torch finds, else the processor.",
+        rich_help_panel=MEMORY,
+    ),
+]
 Memory = Annotated[
     str | None,
     typer.Option(

@@ -56,6 +56,7 @@ def score(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps of an image.", show_default="the model's own")
     ] = None,
+    device: limits.TorchDevice = "auto",
     memory: limits.Memory = None,
     out: Annotated[
         Path | None,
@@ -67,14 +68,14 @@ def score(
 
     With --against it also shows what was lost, in pairs of images of the same prompt.
     """
-    most = limits.compute_options("auto", memory).memory
+    most = limits.compute_options(device, memory).memory
     from edgeprune.metrics import parse_weights, scoring
 
     with screen.bars() as progress:
         done = api.score(
             folder, metric, against=against, revision=revision, variant=variant,
             weights=parse_weights(weights or []), prompts=prompts, per_task=per_task, seeds=seeds, runtime=runtime,
-            steps=steps, memory=most, out=out, progress=progress,
+            steps=steps, device=device, memory=most, out=out, progress=progress,
         )  # fmt: skip
     screen.table(scoring.rows(done.scores))
     count, texts = done.scores[0].images, len(done.scores[0].prompts)

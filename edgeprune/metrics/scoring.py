@@ -117,7 +117,7 @@ def draw(
     runtime: str | None = None,
     steps: int | None = None,
     variant: str | None = None,
-    memory: int | None = None,
+    loading: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> None:
     """Generate a model's images with any runtime into a folder with metadata. Existing images are kept.
@@ -129,7 +129,7 @@ def draw(
         runtime: the runtime's name; None to choose by the folder.
         steps: the number of denoising steps; None for the folder's default.
         variant: of an original's weights, see residency/model_files.py.
-        memory: most bytes of the process, with torch on a GPU of the GPU; None takes most of what is free.
+        loading: further options of `runtimes.load`, on which the images do not depend.
         progress: called after each batch.
 
     Raises:
@@ -152,9 +152,10 @@ def draw(
     if len(done) == len(lines):
         return
     out.mkdir(parents=True, exist_ok=True)
-    if memory is not None:
-        options["memory"] = memory
-    with runtimes.load(model, chosen, **options) as opened, metadata.open("a", encoding="utf-8") as file:
+    with (
+        runtimes.load(model, chosen, **options, **(loading or {})) as opened,
+        metadata.open("a", encoding="utf-8") as file,
+    ):
         for start in range(len(done), len(lines), BATCH):
             batch = wanted[start : start + BATCH]
             images = opened.generate([w.text for w in batch], seed=[w.seed for w in batch], steps=steps)

@@ -153,7 +153,7 @@ def test_memory_is_for_what_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(scoring.runtimes, "load", lambda *_, **options: given.append(options) or artist)
     for name in ("eager", "ort"):
         monkeypatch.setattr(scoring.runtimes, "choose", lambda *_, name=name: name)
-        scoring.draw(tmp_path, tmp_path / name, [Wish("a", 0)], memory=6 * 10**9)
+        scoring.draw(tmp_path, tmp_path / name, [Wish("a", 0)], loading={"memory": 6 * 10**9})
     assert given == [{"memory": 6 * 10**9}] * 2
 
 

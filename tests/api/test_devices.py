@@ -1,0 +1,67 @@
+"""`device` of `generate`, `score` and `bench`: it is torch's, and refused in a line where torch does not run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeprune import api
+from edgeprune.bench import run as bench_run
+from edgeprune.common.errors import InputError
+from edgeprune.metrics import scoring
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """What is read of an export before it is opened."""
+    (folder := tmp_path / "onnx").mkdir()
+    (folder / "edgeprune_export.json").write_text(json.dumps({"target": "onnx", "source": "built-in"}))
+    return folder
+
+
+def test_generate(source: Path, exported: Path) -> None:
+    for device, why in (("cpu", "device=cpu"), ("auto", "torch finds ")):
+        drawn = api.generate(source, "x", device=device, generation=api.GenerationOptions(num_inference_steps=1))
+        assert drawn.runtime == "eager" and drawn.provider_why.startswith(why)
+    with pytest.raises(InputError, match="--device: found 'cuda:77', expected one of auto, .*cpu, which torch finds"):
+        api.generate(source, "x", device="cuda:77")
+    for runtime, own in (("ort", "provider"), ("openvino", "device")):
+        said = rf"--device cpu: is about torch, but {runtime} runs here; .*load\(folder, {own}=\.\.\.\); omit --device"
+        with pytest.raises(InputError, match=said):
+            api.generate(exported, "x", runtime=runtime, device="cpu")
+
+
+def test_score_draws_with_torch_there(source: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = dict[str, Any]()
+
+    def drawn(place: Path, out: Path, *_: Any, loading: dict[str, Any], **__: Any) -> None:
+        given[out.name] = loading
+        if out.name == "original":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring, "draw", drawn)
+    monkeypatch.setattr("edgeprune.api.scoring._check_drawn", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        api.score(exported, ["psnr"], against=source, runtime="ort", device="cpu", memory=10**9)
+    assert given == {"images": {"memory": 10**9}, "original": {"memory": 10**9, "device": "cpu"}}
+    with pytest.raises(InputError, match="--device cpu: is about torch, but ort runs here"):
+        api.score(exported, ["shapes"], runtime="ort", device="cpu")
+
+
+def test_bench_measures_torch_there(source: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[bench_run.Variant]()
+
+    def recorded(variants: list[bench_run.Variant], **_: Any) -> None:
+        seen.extend(variants)
+
+    monkeypatch.setattr(bench_run, "run", recorded)
+    monkeypatch.setattr("edgeprune.sampling.generation.say_guesses", lambda *_, **__: None)
+    api.bench([exported, source], baseline=source, device="cpu")  # the exports run in another runtime
+    assert [v.options for v in seen] == [{"device": "cpu"}] * 2 + [{}, {"device": "cpu"}]
+    with pytest.raises(InputError, match="--device: found 'nowhere', expected one of auto"):
+        api.bench([exported], baseline=source, device="nowhere")
+    with pytest.raises(InputError, match="--device cpu: is about torch, but"):
+        api.bench([exported], original=False, device="cpu")
