@@ -39,7 +39,7 @@ from edgeprune.residency import shards
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import analyze, distill, plan, prune, quantize
 from edgeprune.stages.options import AnalyzeOptions, DataOptions, QuantizeOptions
-from edgeprune.stages.original import load_encoders
+from edgeprune.stages.original import Original
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training import whole
 from edgeprune.training.recipe import DistillOptions
@@ -100,7 +100,7 @@ def run_stage(stage: str, source: Path, folder: Path) -> None:
     if stage == "cache":
         generation, options = Generation.load(source), CacheOptions("shapes", 9)
         identity = settings_of(source, generation, options)
-        load = functools.partial(load_encoders, source)
+        load = functools.partial(Original(source).holding, drawing=False)
         encode.make_cache(load, source, folder / "encoded", identity, generation, options)
         return
     if stage == "export":

@@ -121,9 +121,12 @@ class StagedPipeline:
         return self._tokenizer(encoder) if encoder in text_encoders(self.folder) else None
 
     def holding(self) -> StagedPipeline:
-        """Return the pipeline for many batches of prompts: encoders stay in memory, and no prompt goes to disk."""
+        """Return the pipeline for many batches of prompts: encoders stay in memory, and no prompt's text is kept.
+
+        What is encoded depends in its last bits on the batch; the result would depend on what was encoded before.
+        """
         other = copy.copy(self)
-        other.texts, other._held = None, {}
+        other.texts, other._held, other._recent = None, {}, {}
         return other
 
     def encode(self, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +167,7 @@ class StagedPipeline:
         missing = [p for p in dict.fromkeys(prompts) if p not in found]
         for prompt, tensors in self._encoded(name, kind, missing, length, dtype):
             found[prompt] = tensors
-            if self.texts is None and len(prompts) <= _RECENT:
+            if self.texts is None and self._held is None and len(prompts) <= _RECENT:
                 self._recent = dict(list(self._recent.items())[-_RECENT:]) | {(name, prompt, length): tensors}
             if self.texts:
                 self.texts.put(paths[prompt], tensors)

@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from edgeprune.api.folders import check_original, check_out, images_of
-from edgeprune.cli import options, screen
+from edgeprune.cli import limits, options, screen
+from edgeprune.common import heap
 
 EPILOG = (
     "Example: edgeprune cache images/ --model ./sd35 -o encoded --buckets  ·  "
-    "edgeprune cache datasets:me/pictures --model ./sd35 --samples 100000 --dry-run"
+    "edgeprune cache datasets:me/pictures --model ./sd35 --samples 100000 --dry-run  ·  "
+    "edgeprune cache prompts.txt --model ./sd35 -o drawn --memory 8GB --yes"
 )
 
 
@@ -60,6 +62,10 @@ def cache(
     guidance_scale: options.Guidance = None,
     height: options.Height = None,
     width: options.Width = None,
+    device: limits.Device = "auto",
+    memory: limits.Memory = None,
+    yes: limits.Yes = False,
+    longest: limits.LongestTime = None,
 ) -> None:  # fmt: skip
     """Encode images and captions once, for `distill --data`.
 
@@ -67,12 +73,15 @@ def cache(
     """
     check_out(out)
     check_original(model, revision)
+    compute = limits.compute_options(device, memory, yes=yes, longest=longest)
+    heap.large_pages()
     from edgeprune.artefact.checks import check_pipeline
     from edgeprune.artefact.resolve import resolve
     from edgeprune.common.lock import LOCK, hold
     from edgeprune.data import encode
-    from edgeprune.data.settings import WORKERS, CacheOptions, check_source, forecast, is_drawn, settings_of
+    from edgeprune.data.settings import WORKERS, CacheOptions, check_source, forecast
     from edgeprune.sampling.generation import GenerationOptions
+    from edgeprune.stages.caching import Caching
 
     check_source(source, "SOURCE")
     folder = resolve(model, revision, variant)
@@ -87,29 +96,12 @@ def cache(
         if as_json:
             screen.print_json(expected)
         return
-    settings = settings_of(folder, images, chosen, variant=variant)
-    with hold(out / LOCK, out), screen.bars() as progress:
-        made = encode.make_cache(
-            lambda: _pipeline(folder, variant, drawn=is_drawn(source)),
-            folder, out, settings, images, chosen, workers=workers or WORKERS,
-            progress=lambda done, total, note: progress("cache", done, total, note),
-        )  # fmt: skip
+    caching = Caching(folder, images, chosen, out, compute, variant)
+    with screen.bars() as progress:
+        caching.check(progress)
+        with hold(out / LOCK, out):
+            made = caching.make(progress, workers=workers or WORKERS)
     _show(encode.summary(made), encode.skip_report(out), out, bool(made.samples), as_json)
-
-
-def _pipeline(folder: Path, variant: str | None, *, drawn: bool) -> Any:
-    """Load what encodes the data: the encoders, and the transformer as well if the images are drawn."""
-    import torch
-
-    from edgeprune.artefact.loading import load_pipeline, load_transformer
-    from edgeprune.stages.original import load_encoders
-
-    if drawn:
-        transformer = load_transformer(folder, quantized=False, variant=variant)
-        pipe = load_pipeline(folder, transformer, variant=variant)
-    else:
-        pipe = load_encoders(folder, variant)
-    return pipe.to("cuda") if torch.cuda.is_available() else pipe
 
 
 def _show(summary: dict[str, Any], report: str, out: Path, worked: bool, as_json: bool) -> None:

@@ -160,11 +160,39 @@ def check_folder(folder: Path, source: str) -> None:
 
 def _begun(folder: Path, settings: Settings) -> Index:
     """Return the index of a cache that was begun with these settings, or write a new one."""
-    check_folder(folder, str(settings["source"]))
-    if not (folder / INDEX).is_file():
+    index = _found(folder, settings)
+    if index is None:
         index = Index(settings)
         index.save(folder)
-        return index
+    return index
+
+
+def remaining(folder: Path, settings: Settings, total: int | None) -> int | None:
+    """Return how many entries of its source a cache lacks; None if that is not known. Nothing is written.
+
+    Args:
+        folder: the cache, which need not exist.
+        settings: the result of `settings_of`.
+        total: the entries of the source, if they are known.
+
+    Raises:
+        StaleStageError: the folder holds a cache with other settings.
+        InputError: the folder holds something else.
+    """
+    index = _found(folder, settings)
+    if index is None:
+        return total
+    entries = [(shard.samples + shard.skipped, (folder / shard.file).is_file()) for shard in index.shards]
+    if index.complete:
+        total = sum(count for count, _ in entries)
+    return None if total is None else max(0, total - sum(count for count, made in entries if made))
+
+
+def _found(folder: Path, settings: Settings) -> Index | None:
+    """Return the index of a cache that was begun with these settings; None if there is none."""
+    check_folder(folder, str(settings["source"]))
+    if not (folder / INDEX).is_file():
+        return None
     index = Index.load(folder)
     for name in sorted((index.settings.keys() | settings.keys()) - {"source"}):  # one path can be written in many ways
         before, now = index.settings.get(name, "none"), settings.get(name, "none")

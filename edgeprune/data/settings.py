@@ -209,6 +209,12 @@ def entry_count(options: CacheOptions, layout: Layout | None) -> int | None:
     return options.samples if layout is None else layout.count(options.source)
 
 
+def most_samples(options: CacheOptions) -> int | None:
+    """Return the most samples that a cache will have; None if the source must be read to know."""
+    layout = images_of(options.source)
+    return options.samples if layout and layout.STREAMED else entry_count(options, layout)
+
+
 def _transformer(folder: Path) -> tuple[Config, Family]:
     path = folder / "transformer" / "config.json"
     config = read_json(path)

@@ -147,8 +147,3 @@ def load_embedder(source: Path, variant: str | None = None) -> Any:
     """Load a folder's transformer reduced to the embedder of timestep and prompt."""
     config, family = read_config(source)
     return embedder_alone(family, config, Weights(source / HALF, variant).__getitem__)
-
-
-def load_encoders(source: Path, variant: str | None = None) -> Any:
-    """Load a folder's pipeline around a transformer that has only the embedder of timestep and prompt."""
-    return load_pipeline(source, load_embedder(source, variant), variant=variant)

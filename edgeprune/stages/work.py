@@ -12,7 +12,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgeprune.artefact.loading import empty_part
 from edgeprune.artefact.staged import can_stage
+from edgeprune.common import processes
+from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json
+from edgeprune.common.progress import Progress
+from edgeprune.common.tables import duration
 from edgeprune.families import Config, Family
 from edgeprune.families.encoders import T5, text_encoders
 from edgeprune.families.parts import VAE
@@ -43,6 +47,7 @@ CALIBRATED = {"none": 1.0, "feedback": 5.0}
 """Time of choosing a weight's integer by calibration, without running the model, over that of rounding it alone: about
 what it takes at the size of SD3.5 Large."""
 _SAMPLE_BYTES = 64_000_000
+_WORTH_SAYING_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,64 @@ class Speeds:
         """Return the time of some work."""
         rest = work.flops / self.flops + work.moved / self.moved + work.rounded / self.rounded
         return work.evaluations * self.evaluation_s + rest
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What work takes here at least, and how long it may take."""
+
+    subject: Subject
+    compute: Compute
+    longest_s: float | None
+    """See `ComputeOptions.longest_s`."""
+    speeds: Callable[[], Speeds]
+    """Measures them, which takes a second."""
+
+    def check(
+        self,
+        stage: str,
+        work: Work,
+        ways: Sequence[tuple[str, Work]],
+        progress: Progress,
+        *,
+        memory: int = 0,
+        written: int = 0,
+    ) -> None:
+        """Say what a stage takes at least, unless it is small, and refuse it if that is too long.
+
+        Args:
+            stage: its name.
+            work: what it does.
+            ways: options that make it shorter, each with the work that is left; the first that suffices is named.
+            progress: gets the line.
+            memory: bytes of memory that it needs at least; 0 does not say.
+            written: bytes that it leaves on the disk.
+
+        Raises:
+            InputError: it takes longer than `longest_s`.
+        """
+        speeds = self.speeds()
+
+        def seconds(some: Work) -> float:
+            return speeds.seconds(some) / processes.count()
+
+        takes = f"{stage}: at least {duration(seconds(work))} here, on {self.compute.device}"
+        if self.longest_s is None or seconds(work) <= self.longest_s:
+            if seconds(work) > _WORTH_SAYING_S or not is_small(self.subject.numbers):
+                progress(takes + self._said(work, memory, written))
+            return
+        short = [way for way in ways if seconds(way[1]) <= self.longest_s] or list(ways[-1:])
+        cheaper = f"{short[0][0]} takes {duration(seconds(short[0][1]))}; " if short else ""
+        raise InputError(f"{takes}; {cheaper}--yes runs it anyway")
+
+    def _said(self, work: Work, memory: int, written: int) -> str:
+        """Return what else a line says of a stage."""
+        budget = self.compute.memory
+        parts = [f"in at most {budget / 1e9:.2f} GB of memory"] if budget and memory else []
+        parts += [f"in {memory / 1e9:.2f} GB of memory or more"] if memory and not budget else []
+        parts += [f"writes {written / 1e9:.2f} GB"] if written else []
+        parts += [f"{work.evaluations:,.0f} evaluations of the transformer"] if work.evaluations else []
+        return "".join(f", {part}" for part in parts)
 
 
 def least(subject: Subject, compute: Compute, scratch: Path) -> Speeds:
@@ -241,10 +304,12 @@ def _encoders(source: Path) -> list[tuple[str, int, int]]:
 def drawing(subject: Subject, images: int) -> Work:
     """Return the work of drawing images, each of another prompt."""
     each = subject.generation.num_inference_steps * subject.per_step
-    return Work(
-        evaluations=images * each,
-        flops=images * _decoder_flops(subject.source, subject.generation.height, subject.generation.width),
-    ) + encoding(subject, images + 1)
+    return Work(evaluations=images * each, flops=images * _vae_flops(subject)) + encoding(subject, images + 1)
+
+
+def reading(subject: Subject, images: int) -> Work:
+    """Return the work of encoding images, each with a caption of its own."""
+    return Work(flops=images * _vae_flops(subject, encoder=True)) + encoding(subject, images + 1)
 
 
 def shapes_per_task(quick: bool) -> int:
@@ -270,7 +335,7 @@ def reporting(subject: Subject, images: int, left: float, per_step: int) -> Work
     """
     timed, steps = 2 if is_small(subject.numbers) else 0, images * subject.generation.num_inference_steps
     original, compressed = steps * subject.per_step + timed, steps * per_step + timed
-    decoded = 2 * images * _decoder_flops(subject.source, subject.generation.height, subject.generation.width)
+    decoded = 2 * images * _vae_flops(subject)
     return Work(evaluations=original + compressed * left, flops=decoded) + encoding(subject, images + 1)
 
 
@@ -281,13 +346,21 @@ def decoder_bytes(subject: Subject) -> int:
     return 4 * (weights + vae_activations(read_json(folder / "config.json"), generation.height, generation.width))
 
 
+def _vae_flops(subject: Subject, *, encoder: bool = False) -> float:
+    """Return the operations of decoding one image, or of encoding it."""
+    return _counted_flops(subject.source, subject.generation.height, subject.generation.width, encoder)
+
+
 @functools.cache
-def _decoder_flops(source: Path, height: int, width: int) -> float:
-    """Count the operations of decoding one image, on the meta device; 0 for a VAE that is not read here."""
+def _counted_flops(source: Path, height: int, width: int, encoder: bool) -> float:
+    """Count the operations of the VAE for one image, on the meta device; 0 for a VAE that is not read here."""
     if not can_stage(source):
         return 0.0
     folder = source / "vae"
     model, factor = empty_part(folder, VAE), latent_factor(read_json(folder / "config.json"), folder / "config.json")
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model.decode(torch.zeros(1, model.config.latent_channels, height // factor, width // factor))
+        if encoder:
+            model.encode(torch.zeros(1, 3, height, width))
+        else:
+            model.decode(torch.zeros(1, model.config.latent_channels, height // factor, width // factor))
     return float(counter.get_total_flops())

@@ -31,17 +31,15 @@ from edgeprune.common.hub_cache import commit_of
 from edgeprune.common.lock import LOCK, Lock, hold, is_free
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.progress import Progress
-from edgeprune.common.tables import duration
 from edgeprune.planning.fit import Fit, fit
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.residency.compute import Compute, is_small
+from edgeprune.residency.compute import Compute
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation, heed
 from edgeprune.stages.differences import differences
 from edgeprune.stages.original import Original
-from edgeprune.stages.work import Speeds, Subject, Work, least
+from edgeprune.stages.work import Pace, Speeds, Subject, Work, least
 
-_WORTH_SAYING_S = 60.0
 STAGES = ("analyze", "plan", "prune", "distill", "quantize")
 """The stages of `compress`."""
 ORDER = (*STAGES[:-1], "merge", STAGES[-1])
@@ -378,40 +376,9 @@ class Workspace:
         memory: int = 0,
         written: int = 0,
     ) -> None:
-        """Say what a stage takes at least, unless it is small, and refuse it if that is too long.
-
-        Args:
-            stage: its name.
-            work: what it does.
-            ways: options that make it shorter, each with the work that is left; the first that suffices is named.
-            progress: gets the line.
-            memory: bytes of memory that it needs at least; 0 does not say.
-            written: bytes that it leaves on the disk.
-
-        Raises:
-            InputError: it takes longer than `ComputeOptions.longest_s`.
-        """
-
-        def seconds(some: Work) -> float:
-            return self.speeds.seconds(some) / processes.count()
-
-        takes = f"{stage}: at least {duration(seconds(work))} here, on {self._compute.device}"
-        if self.longest_s is None or seconds(work) <= self.longest_s:
-            if seconds(work) > _WORTH_SAYING_S or not is_small(self.subject.numbers):
-                progress(takes + self._said(work, memory, written))
-            return
-        short = [way for way in ways if seconds(way[1]) <= self.longest_s] or list(ways[-1:])
-        cheaper = f"{short[0][0]} takes {duration(seconds(short[0][1]))}; " if short else ""
-        raise InputError(f"{takes}; {cheaper}--yes runs it anyway")
-
-    def _said(self, work: Work, memory: int, written: int) -> str:
-        """Return what else a line says of a stage."""
-        budget = self._compute.memory
-        parts = [f"in at most {budget / 1e9:.2f} GB of memory"] if budget and memory else []
-        parts += [f"in {memory / 1e9:.2f} GB of memory or more"] if memory and not budget else []
-        parts += [f"writes {written / 1e9:.2f} GB"] if written else []
-        parts += [f"{work.evaluations:,.0f} evaluations of the transformer"] if work.evaluations else []
-        return "".join(f", {part}" for part in parts)
+        """Say what a stage takes at least, and refuse it if that is too long; see `Pace.check`."""
+        pace = Pace(self.subject, self._compute, self.longest_s, lambda: self.speeds)
+        pace.check(stage, work, ways, progress, memory=memory, written=written)
 
     def skip_distillation(self) -> None:
         """Prepare to continue without distillation: a distilled folder has to be pruned again.

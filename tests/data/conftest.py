@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_pipeline
 
 from edgeprune.data import settings
-from edgeprune.stages.original import load_encoders
+from edgeprune.stages.original import Original
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipe(model: Path) -> Any:
-    return load_encoders(model)
+    return Original(model).holding(drawing=False)
 
 
 @pytest.fixture(autouse=True)

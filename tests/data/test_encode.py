@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,11 @@ from edgeprune.common.errors import DiskError, InputError, StaleStageError
 from edgeprune.data import encode, settings
 from edgeprune.data.encode import summary
 from edgeprune.data.sources import Entry
+from edgeprune.residency.running import running
+from edgeprune.residency.streaming import is_streamed
 from edgeprune.sampling.denoising import encode_images
+from edgeprune.stages import original
+from edgeprune.stages.work import Speeds
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -199,3 +204,45 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
     assert "nothing to do" in again.stderr and "next: edgeprune distill" in again.stderr
     refused = run(*words, "--height", "65")
     assert isinstance(refused.exception, InputError) and "height: found 65" in str(refused.exception)
+
+
+def test_the_command_reads_the_model_as_distill_does(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within `--memory`, blocks are read when they run; the files are those of the model in memory."""
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo stars\n")
+    made = list[Any]()
+    monkeypatch.setattr(original, "running", lambda *given: made.append(running(*given)) or made[-1])
+    words = (str(tmp_path / "prompts.txt"), "--model", str(model), "--samples", "6", "--device", "cpu")
+    for name, memory in (("whole", ()), ("read", ("--memory", "100GB"))):
+        done = run(*words, "-o", str(tmp_path / name), *memory)
+        assert done.exit_code == 0, done.exception
+    assert [is_streamed(transformer.transformer_blocks[0]) for transformer in made] == [False, True]
+    assert contents(tmp_path / "whole") == contents(tmp_path / "read")
+    refused = run(*words, "-o", str(tmp_path / "little"), "--memory", "1MB")
+    assert isinstance(refused.exception, InputError) and "--memory: found 0.00 GB" in str(refused.exception)
+    refused = run(*words, "-o", str(tmp_path / "nowhere"), "--device", "gpu")
+    assert isinstance(refused.exception, InputError) and "--device: found 'gpu'" in str(refused.exception)
+    assert not (tmp_path / "little").exists() and not (tmp_path / "nowhere").exists()
+
+
+def test_the_command_says_how_long_it_takes_and_refuses_hours(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeprune.stages.caching.least", lambda *_: Speeds(200.0))
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    words = (str(tmp_path / "prompts.txt"), "--model", str(model), "-o", str(tmp_path / "out"), "--samples", "8")
+    said = r"^cache: at least .* here, on \w+; --samples 2 takes .*; --yes runs it anyway$"
+    refused = run(*words)
+    assert isinstance(refused.exception, InputError) and re.search(said, str(refused.exception))
+    assert not (tmp_path / "out").exists()
+    done = run(*words, "--yes")
+    assert done.exit_code == 0 and re.search(
+        "cache: at least .*, writes .* evaluations of the transformer", done.stderr
+    )
+    assert "at least" not in run(*words).stderr  # complete: nothing is left
+    (tmp_path / "out" / "shard-00001.safetensors").unlink()
+    refused = run(*words)  # half of it, and another number of samples would be another cache
+    assert re.search(r"^cache: at least [\w. ]+ here, on \w+; --yes runs it anyway$", str(refused.exception))
+    other = run(*words, "--height", "32")
+    assert isinstance(other.exception, StaleStageError)

@@ -142,7 +142,7 @@ def test_training_and_the_report_are_refused_too(copy: Path, source: Path) -> No
 def test_each_stage_of_a_large_model_says_what_it_takes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workspace, "is_small", lambda numbers: False)
+    monkeypatch.setattr(work, "is_small", lambda numbers: False)
     monkeypatch.setattr(workspace, "least", lambda *_: Speeds(1e-3, 1e9, 1e6, 1e6))
     ws, lines = Workspace(tmp_path / "out", str(source), compute=ComputeOptions("cpu", 10**10)), list[str]()
     options = replace(OPTIONS.plan, method="manual", keep=None, blocks="1", modulation_rank=4)

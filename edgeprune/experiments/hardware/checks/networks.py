@@ -67,10 +67,10 @@ def cache(place: Place) -> str:
     import numpy as np
     from PIL import Image
 
-    from edgeprune.data.encode import make_cache
-    from edgeprune.data.settings import CacheOptions, settings_of
+    from edgeprune.common.memory import ComputeOptions
+    from edgeprune.data.settings import CacheOptions
     from edgeprune.sampling.generation import Generation
-    from edgeprune.stages.original import load_encoders
+    from edgeprune.stages.caching import Caching
 
     folder, images = place.small("sd3"), place.scratch / "images"
     images.mkdir(parents=True)
@@ -80,15 +80,8 @@ def cache(place: Place) -> str:
         (images / f"{i}.txt").write_text(f"picture {i}")
     options, generation = CacheOptions(str(images)), Generation.load(folder)
 
-    made = make_cache(
-        lambda: load_encoders(folder).to(place.device),
-        folder,
-        place.scratch / "cached",
-        settings_of(folder, generation, options),
-        generation,
-        options,
-        workers=2,
-    )
+    compute = ComputeOptions(str(place.device))
+    made = Caching(folder, generation, options, place.scratch / "cached", compute).make(workers=2)
     if made.samples != 8:
         raise Failed(f"found {made.samples} samples, expected 8")
     return f"{made.samples} samples in {made.seconds:.1f} s"
