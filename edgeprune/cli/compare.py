@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -9,12 +10,13 @@ from typing import Annotated
 import typer
 
 from edgeprune.api.folders import check_out, check_places, is_begun, open_folder
-from edgeprune.cli import choices, options, screen
+from edgeprune.cli import choices, limits, options, screen
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
 
 EPILOG = (
-    "Example: edgeprune compare -o build/compare  ·  edgeprune compare ./sd35 -o grid --grid mine.toml --data images/"
+    "Example: edgeprune compare -o build/compare  ·  "
+    "edgeprune compare ./sd35 -o grid --grid mine.toml --data images/ --memory 8GB --yes"
 )
 
 
@@ -64,6 +66,10 @@ def compare(
             help="Score on the tuning prompts and seeds, to choose options. Judge what you chose without it.",
         ),
     ] = False,
+    device: limits.Device = "auto",
+    memory: limits.Memory = None,
+    yes: limits.Yes = False,
+    longest: limits.LongestTime = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
@@ -71,6 +77,7 @@ def compare(
     if preset and grid:
         raise InputError("give --preset or --grid, not both")
     original = out / "original"
+    compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     check_out(out)
     check_places(original, model, revision)
     from edgeprune.artefact.resolve import resolve
@@ -83,7 +90,8 @@ def compare(
 
     if data:
         check_source(data)
-    ws = open_folder(original, model, revision=revision, variant=variant) if is_begun(original) else None
+    opening = functools.partial(open_folder, original, model, revision=revision, variant=variant, compute=compute)
+    ws = opening() if is_begun(original) else None
     builtin = ws.builtin if ws else model is None
     name, paths = metric or ("shapes" if builtin else "velocity"), parse_weights(weights or [])
     check_analysis(name, paths)
@@ -94,9 +102,10 @@ def compare(
     texts = comparison.prompts_to_score(builtin, prompts, per_task, name, split)
     if dry_run:
         source = ws.source if ws else resolve(model, revision, variant)
-        numbers = comparison.forecast_grid(source, rows, len(texts), name, ws.variant if ws else variant)
+        weights_variant = ws.variant if ws else variant
+        numbers = comparison.forecast_grid(source, rows, len(texts), name, out, weights_variant, compute)
         return screen.show_forecast(numbers, screen.FLOORS, as_json)
-    ws = ws or open_folder(original, model, revision=revision, variant=variant, begin=True)
+    ws = ws or opening(begin=True)
     with screen.bars() as progress:
         summary = comparison.compare(ws, rows, name, texts, out, progress, weights=paths, split=split)
     written = compare_page.write(summary, out)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,33 @@ from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.manifest import HALF, INT4
 from edgeprune.artefact.resolve import read_config
 from edgeprune.common.files import digest, files_digest, read_json, write_json
+from edgeprune.common.linking import is_linked
+from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
 from edgeprune.compare.grid import Grid, Row
 from edgeprune.compare.summary import summarise
-from edgeprune.metrics import Metric, evaluations, of_pipeline, tasks_of
+from edgeprune.metrics import Metric, evaluations, of_pipeline, preparing, tasks_of
 from edgeprune.metrics.scoring import CAPTIONS
+from edgeprune.planning.plan import PrunePlan
 from edgeprune.quantization.precision import footprint
 from edgeprune.report.steps import step_times
 from edgeprune.residency.model_files import model_files
 from edgeprune.residency.running import running
+from edgeprune.residency.streaming import release
 from edgeprune.sampling.generation import Generation, say_guesses
 from edgeprune.sampling.prompts import prompts as shipped_prompts
 from edgeprune.sampling.prompts import read_prompts
 from edgeprune.stages.analyze import run as run_analyze
-from edgeprune.stages.compress import forecast
-from edgeprune.stages.distill import defaults_of, seen_by_quantize
+from edgeprune.stages.compress import expected_plan, forecast, works
+from edgeprune.stages.costs import transformer_bytes
+from edgeprune.stages.distill import defaults_of, recipe_of, seen_by_quantize, training_bytes
 from edgeprune.stages.distill import run as run_distill
 from edgeprune.stages.options import CompressOptions
 from edgeprune.stages.plan import run as run_plan
 from edgeprune.stages.prune import run as run_prune
 from edgeprune.stages.quantize import run as run_quantize
+from edgeprune.stages.work import Work, decoder_bytes
 from edgeprune.stages.workspace import Workspace
 
 
@@ -77,21 +84,38 @@ def check_rows(grid: Grid, *, builtin: bool) -> None:
         row.options.check_data(builtin=builtin)
 
 
-def forecast_grid(source: Path, grid: Grid, prompts: int, metric: str, variant: str | None = None) -> dict[str, Any]:
+def forecast_grid(
+    source: Path,
+    grid: Grid,
+    prompts: int,
+    metric: str,
+    out: Path,
+    variant: str | None = None,
+    compute: ComputeOptions | None = None,
+) -> dict[str, Any]:
     """Return what a grid costs, from configs alone: runs, training steps, lower bounds of time, bytes written.
 
     `forecast` in stages/compress.py describes the fields.
+
+    Args:
+        source: the pipeline's folder.
+        grid: what to run.
+        prompts: how many are scored on.
+        metric: how models are scored.
+        out: the folder of the runs, which need not exist.
+        variant: of the weights.
+        compute: where networks run; None for a GPU that torch finds, else the processor.
     """
     check_pipeline(source, variant)
     config, family = read_config(source)
     generation = Generation.load(source)
     say_guesses(source, ())
     budget = int(grid.budget * footprint(family, family.tensor_shapes(config)).bf16_bytes)
-    forecasts = [(row.seeds, forecast(source, row.seeded(0, budget), generation)) for row in grid.rows]
+    forecasts = [(row.seeds, forecast(source, row.seeded(0, budget), generation, compute=compute)) for row in grid.rows]
     first, runs = forecasts[0][1], sum(seeds for seeds, _ in forecasts)
     per_step = 2 if family.guided(config, generation.guidance_scale) else 1
     scored = (runs + 1) * evaluations(metric, generation, prompts, per_step)
-    copied = sum(p.stat().st_size for p in model_files(source, variant) if p.parent.name != HALF)
+    copied = _copied_bytes(source, out, variant)
     trained = [costs for _, costs in forecasts if costs["distill_steps"]]
     return {
         "rows": len(forecasts),
@@ -105,6 +129,70 @@ def forecast_grid(source: Path, grid: Grid, prompts: int, metric: str, variant: 
         "peak_weights_bytes": max(costs["distill_weights_bytes"] for _, costs in forecasts),
         "written_bytes": sum(seeds * (costs["written_bytes"] + copied) for seeds, costs in forecasts),
     }
+
+
+def _copied_bytes(source: Path, out: Path, variant: str | None) -> int:
+    """Return the bytes of an original that each of its artefacts has a copy of; what is linked takes no space."""
+    files = [path for path in model_files(source, variant) if path.parent.name != HALF]
+    return sum(path.stat().st_size for path in files if not is_linked(path, out))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A row with one seed."""
+
+    row: Row
+    seed: int
+    options: CompressOptions
+
+    @property
+    def name(self) -> str:
+        """Its name in results.json, and its folder."""
+        return f"{self.row.name}/seed-{self.seed}"
+
+    def key(self, generation: Generation) -> dict[str, Any]:
+        """Return what its result depends on, besides the model and the scores."""
+        key = {"options": self.options.to_json(), "quantized": self.row.quantized, "generation": generation.to_json()}
+        if self.options.distill is not None:
+            key["recipe"] = defaults_of(self.options.plan.method)
+        return key
+
+
+def _check(base: Workspace, runs: Sequence[_Run], metric: str, prompts: int, out: Path, progress: Progress) -> None:
+    """Say what some runs take at least, and refuse what takes too long or too much memory.
+
+    The original's analysis and the training data, which they share, count once, unless they are there.
+
+    Raises:
+        InputError: they take longer than `ComputeOptions.longest_s`, or more memory than was given.
+    """
+    base.check_memory()
+    subject, shared, total, written = base.subject, dict[str, Work](), Work(), 0
+    memory = max(transformer_bytes(subject.family, subject.config), decoder_bytes(subject))
+    per_score = evaluations(metric, base.generation, prompts, subject.per_step)
+    copied = _copied_bytes(base.source, out, base.variant)
+    plans = dict[str, PrunePlan]()
+    for run in runs:
+        if run.row.name not in plans:  # another seed leaves as much
+            plans[run.row.name] = expected_plan(base.source, base.generation, run.options)
+        expected, training = plans[run.row.name], run.options.distill
+        stages = works(subject, run.options, expected, 0)
+        shared |= {name: work for name in ("analyze", "data") if (work := stages.pop(name)).evaluations}
+        if not run.row.quantized:
+            del stages["quantize"]
+        left = expected.after.parameters / expected.before.parameters
+        total += sum(stages.values(), Work(evaluations=per_score * left))
+        written += expected.after.bf16_bytes + run.row.quantized * expected.after.int4_bytes + copied
+        if training is not None:
+            recipe = recipe_of(training, expected, base.family, base.config, base.generation)
+            memory = max(memory, training_bytes(training, recipe, expected))
+    if "analyze" in base.manifest.stages:
+        shared.pop("analyze", None)
+    if any(base.cache.glob("data-*")):
+        shared.pop("data", None)
+    scored = preparing(metric, base.generation, prompts, subject.per_step) + per_score
+    total += sum(shared.values(), Work(evaluations=scored))
+    base.check_time("compare", total, [], progress, memory=memory, written=written)
 
 
 def compare(
@@ -130,11 +218,9 @@ def compare(
 
     Raises:
         BudgetError: a method cannot meet the budget.
+        InputError: what is left takes longer than the workspace's `longest_s`, or more memory than it was given.
     """
     before = footprint(base.family, base.family.tensor_shapes(base.config)).bf16_bytes
-    if grid.reads_contributions:
-        run_analyze(base, grid.analyze, progress)
-    scorer = of_pipeline(metric, base.pipe, base.generation, prompts, weights, split=split)
     path = out / "results.json"
     results: dict[str, Any] = read_json(path) if path.is_file() else {}
     identity: dict[str, Any] = {"metric": metric, "prompts": prompts, "seeds": split.seed(0)}
@@ -142,23 +228,29 @@ def compare(
     if weights:
         identity["metric_weights"] = {name: [given, files_digest(Path(given))] for name, given in weights.items()}
 
+    def lacks(name: str, key: dict[str, Any]) -> bool:
+        return bool(results.get(name, {}).get("inputs") != digest({**identity, **key}))
+
     def once(name: str, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:
-        inputs = digest({**identity, **key})
-        if results.get(name, {}).get("inputs") != inputs:
+        if lacks(name, key):
             began = time.monotonic()
-            results[name] = {**make(), "inputs": inputs, "seconds": time.monotonic() - began}
+            made, inputs = make(), digest({**identity, **key})
+            results[name] = {**made, "inputs": inputs, "seconds": time.monotonic() - began}
             write_json(path, results)
 
+    runs = [
+        _Run(row, seed, row.seeded(seed, int(grid.budget * before))) for row in grid.rows for seed in range(row.seeds)
+    ]
+    if left := [run for run in runs if lacks(run.name, run.key(base.generation))]:
+        _check(base, left, metric, len(prompts), out, progress)
+    if grid.reads_contributions:
+        run_analyze(base, grid.analyze, progress)
+    scorer = of_pipeline(metric, base.pipe, base.generation, prompts, weights, split=split)
     once("original", {"generation": base.generation.to_json()}, lambda: {"scores": scorer.score(), "bytes": before})
-    runs = [(row, seed) for row in grid.rows for seed in range(row.seeds)]
-    for index, (row, seed) in enumerate(runs):
-        progress("compare", index, len(runs), f"{row.name}, seed {seed}")
-        options = row.seeded(seed, int(grid.budget * before))
-        key = {"options": options.to_json(), "quantized": row.quantized, "generation": base.generation.to_json()}
-        if options.distill is not None:
-            key["recipe"] = defaults_of(options.plan.method)
-        make = functools.partial(_run, base, row, options, out / row.name / f"seed-{seed}", scorer, progress)
-        once(f"{row.name}/seed-{seed}", key, make)
+    for index, run in enumerate(runs):
+        progress("compare", index, len(runs), f"{run.row.name}, seed {run.seed}")
+        make = functools.partial(_run, base, run.row, run.options, out / run.name, scorer, progress)
+        once(run.name, run.key(base.generation), make)
     progress("compare", len(runs), len(runs), "")
     metric_tasks = tasks_of(metric)
     tasks = [metric_tasks.parse(prompt).task for prompt in prompts] if metric_tasks else None
@@ -183,11 +275,14 @@ def _run(
         run_quantize(ws, options.quantize, progress)
     teacher, plan = base.pipe.transformer, ws.plan()
     compute = base.original.compute
-    times = step_times(base, teacher, running(open_transformer(ws.out, quantized=False), compute))
+    release(teacher)  # of large models one at a time has room
+    # Neither model keeps blocks now, so that both are timed alike.
+    times = step_times(base, teacher, running(open_transformer(ws.out, quantized=False), compute, keep=False))
     base.pipe.transformer = running(open_transformer(ws.out, quantized=row.quantized), compute)
     try:
         scores = scorer.score()
     finally:
+        release(base.pipe.transformer)
         base.pipe.transformer = teacher
     weights = ws.out / (INT4 if row.quantized else HALF)
     return {

@@ -76,7 +76,8 @@ class Workspace:
             fresh: allow stages to be done again with other inputs.
             generation: fields of `Generation` to change; the others come from the folder, or from the source.
             original: the model, if it is open already; None opens it.
-            compute: where networks run, and in how much memory; None takes what this machine has.
+            compute: where networks run, and in how much memory; None takes what this machine has. An original that is
+                open keeps its own.
 
         Raises:
             InputError: the model is not usable, or the folder holds something else.
@@ -84,7 +85,7 @@ class Workspace:
             LockedError: another process uses the folder.
         """
         self.out, self.fresh, self.cache, self._opened = out, fresh, out / "cache", original
-        self._compute = Compute.of(compute or ComputeOptions())
+        self._compute = original.compute if original else Compute.of(compute or ComputeOptions())
         self.longest_s = compute.longest_s if compute else None
         """Most seconds of a stage."""
         self.command = invocation.command.get()

@@ -1,6 +1,7 @@
 """Grids: what they may contain, what a run keeps, intervals with known answers."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ from tiny import tiny_pipeline
 from typer.testing import CliRunner
 
 from edgeprune.common.errors import InputError
+from edgeprune.common.memory import ComputeOptions
 from edgeprune.compare import page, run
 from edgeprune.compare.grid import GRIDS, Grid, grid_named
 from edgeprune.compare.summary import summarise
 from edgeprune.metrics.scoring import CAPTIONS
+from edgeprune.residency.streaming import _STREAM
+from edgeprune.stages import workspace
 from edgeprune.stages.compress import preset
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
+from edgeprune.stages.work import Speeds
 from edgeprune.stages.workspace import Workspace
 
 GRID = """
@@ -179,7 +184,63 @@ def test_a_grid_runs_once_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "| koala (2 seeds) |" in (out / "compare.md").read_text()
 
 
-def test_the_command_forecasts_and_refuses(tmp_path: Path) -> None:
+def test_a_grid_of_days_is_refused_before_it_begins(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_pipeline(source)
+    grid = Grid.load(write(tmp_path / "grid.toml", GRID), START)
+
+    def compared(name: str, options: ComputeOptions) -> list[str]:
+        base, lines = Workspace(out / name, str(source), compute=options), list[str]()
+        base.speeds = Speeds(100.0)
+        run.compare(base, grid, "velocity", ["a", "b"], out / "grid", lambda what, *_: lines.append(what))
+        return lines
+
+    with pytest.raises(InputError, match=r"^compare: at least [\w. ]+ here, on cpu; --yes runs it anyway$"):
+        compared("a", ComputeOptions("cpu", longest_s=3600))
+    with pytest.raises(InputError, match="--memory: found 0.00 GB, expected at least"):
+        compared("b", ComputeOptions("cpu", 10**6))
+    assert not (out / "grid").exists() and not (out / "a" / "analysis.json").exists()
+    (said,) = (line for line in compared("c", ComputeOptions("cpu")) if line.startswith("compare: at least"))
+    assert re.search(r" of memory or more, writes 0.0\d GB, \d+ evaluations of the transformer$", said)
+    assert not any("at least" in line for line in compared("c", ComputeOptions("cpu", longest_s=1.0)))  # all is done
+
+
+def test_one_large_model_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--memory`, blocks that the original keeps are released before a compressed model is opened."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_pipeline(source)
+    only = GRID[: GRID.index("[distill]")].replace('"ours"', '"half"') + GRID[GRID.rindex("[[rows]]") :]
+    grid = Grid.load(write(tmp_path / "grid.toml", only), START)
+    base = Workspace(out / "original", str(source), compute=ComputeOptions("cpu", 10**11))
+    opened, real = list[tuple[Any, bool, bool]](), run.running
+
+    def kept(model: Any) -> bool:
+        return any(getattr(block, _STREAM).kept is not None for block in model.transformer_blocks)
+
+    def running(*given: Any, **options: Any) -> Any:
+        opened.append((real(*given, **options), kept(base.teacher), any(kept(model) for model, *_ in opened)))
+        return opened[-1][0]
+
+    monkeypatch.setattr(run, "running", running)
+    run.compare(base, grid, "velocity", ["a", "b"], out)
+    assert [(original, other) for _, original, other in opened] == [(False, False)] * 2 and not kept(opened[1][0])
+    assert base.pipe.transformer is base.teacher
+
+
+def test_what_is_linked_is_not_counted_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    tiny_pipeline(source)
+    grid = Grid.load(write(tmp_path / "grid.toml", GRID), START)
+
+    def written(linked: bool) -> int:
+        monkeypatch.setattr(run, "is_linked", lambda *_: linked)
+        return int(run.forecast_grid(source, grid, 2, "velocity", tmp_path / "out")["written_bytes"])
+
+    files = [p for p in source.rglob("*") if p.is_file() and p.parent.name != "transformer"]
+    assert written(False) - written(True) == 5 * sum(p.stat().st_size for p in files)
+
+
+def test_the_command_forecasts_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgeprune.cli import app
 
     tiny_pipeline(tmp_path / "source")
@@ -197,3 +258,12 @@ def test_the_command_forecasts_and_refuses(tmp_path: Path) -> None:
     assert json.loads(done.stdout.splitlines()[-1])["score_evaluations"] == 6 * CAPTIONS * 4
     done = CliRunner().invoke(app, words[: words.index("--data")])
     assert isinstance(done.exception, InputError) and "no data to distill on; give --data FOLDER" in str(done.exception)
+    monkeypatch.setattr(workspace, "least", lambda *_: Speeds(100.0))
+    for more, said in (
+        ((), r"^compare: at least .* here, on \w+; --yes runs it anyway$"),
+        (("--time", "3h", "--device", "cpu"), r"^compare: at least .* here, on cpu; --yes runs it anyway$"),
+        (("--memory", "1MB", "--yes"), "^--memory: found 0.00 GB, expected at least"),
+        (("--device", "gpu"), "^--device: found 'gpu', expected one of auto"),
+    ):
+        done = CliRunner().invoke(app, [*words, *more])
+        assert isinstance(done.exception, InputError) and re.search(said, str(done.exception)), done.exception

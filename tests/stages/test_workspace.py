@@ -11,6 +11,7 @@ from stage_runs import OPTIONS
 
 from edgeprune.artefact.staged import StagedPipeline
 from edgeprune.common.errors import InputError, StaleStageError
+from edgeprune.common.memory import ComputeOptions
 from edgeprune.sampling.denoising import encode_prompts
 from edgeprune.stages import analyze, distill
 from edgeprune.stages.compress import compress
@@ -70,9 +71,10 @@ def test_a_clock_that_was_set_makes_nothing_stale(source: Path, copy: Path) -> N
 
 
 def test_siblings_share_what_is_loaded_until_one_releases_it(source: Path, tmp_path: Path) -> None:
-    ws = Workspace(tmp_path / "first", str(source))
+    ws = Workspace(tmp_path / "first", str(source), compute=ComputeOptions("cpu", 10**11))
     assert not ws.original.loaded
     other = ws.sibling(tmp_path / "second")
+    assert other._compute is ws.original.compute
     assert other.pipe is ws.pipe and other.teacher is ws.teacher is ws.pipe.transformer
     assert (other.cache, other.weights_hash) == (ws.cache, ws.weights_hash)
     other.original.release()
