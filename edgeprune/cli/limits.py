@@ -38,7 +38,8 @@ TorchDevice = Annotated[
     typer.Option(
         "--device",
         metavar="auto|cpu|cuda[:N]|mps|xpu",
-        help="Where torch computes; not for other runtimes. auto takes a GPU that torch finds, else the processor.",
+        help="Where models that run in torch compute; other runtimes, and metrics, choose by themselves. auto takes a "
+        "GPU that torch finds, else the processor.",
         rich_help_panel=MEMORY,
     ),
 ]
