@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -199,6 +201,30 @@ def test_what_was_kept_of_another_step_is_not_taken(
     spill = Spill(tmp_path / "kept", identity="the same")
     np.testing.assert_array_equal(generate(ws.pipe, PROMPTS, SEEDS, ws.generation, spill=spill), whole)
     assert not list((tmp_path / "kept").glob("*.step.safetensors"))
+
+
+def test_keeping_takes_a_tenth_of_the_time_at_most(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ws, clock, kept, real = opened(tmp_path / "out", source, monkeypatch), [0.0], list[float](), Spill.put
+
+    def put(self: Spill, key: str, tensors: Tensors) -> None:
+        if key.endswith(".step"):
+            kept.append(clock[0])
+            clock[0] += 4.0
+        real(self, key, tensors)
+
+    monkeypatch.setattr(denoising, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(Spill, "put", put)
+    for block in ws.family.blocks(ws.pipe.transformer):
+        block.register_forward_hook(lambda *_: clock.__setitem__(0, clock[0] + 8.0))
+    short = replace(ws.generation, num_inference_steps=1)
+    generate(ws.pipe, PROMPTS, SEEDS, short, spill=Spill(tmp_path / "kept"))
+    begun = [at for at, before in zip(kept, [-9.0, *kept], strict=False) if at - before > 4.0]
+    assert begun[0] == 32.0 and len(begun) > 1  # two halves of two batches, and KEEP_S is 30
+    for at, after in itertools.pairwise(begun):
+        took = 4.0 * sum(at <= one < after for one in kept)
+        assert max(30.0, 10 * took) < after - at - took <= max(30.0, 10 * took) + 16.0
 
 
 def test_a_model_in_memory_takes_one_batch_after_the_other(
