@@ -410,6 +410,8 @@ class Runtime:
         guided = settings.family.guided(settings.config, scale)
         if negative_prompt and not guided:
             warnings.warn("negative prompt: ignored, because guidance is off", stacklevel=2)
+        if guidance_range is not None and not guided:
+            warnings.warn("guidance range: ignored, because guidance takes no second evaluation", stacklevel=2)
         unit = settings.factor * settings.patch
         tokens = (height // unit) * (width // unit)
         sigmas = self.scheduler.sigmas(

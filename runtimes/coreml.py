@@ -168,7 +168,7 @@ class CoremlNetwork:
         """Decide for so many sets of inputs which packages stay open; return how many sets go together."""
         if self._limit is None:
             return rows
-        if rows != self._rows:
+        if rows > self._rows:
             self._kept.clear()
             room = self._limit - RESERVE - resident()
             self._at_once = self._chain.at_once(room, rows)

@@ -1,10 +1,11 @@
 """Evicts the pages of a memory-mapped weight file while a vendor repacks it, so weights are not in memory twice.
 
 OpenVINO maps its `.bin`, copies every weight into its own layout, and keeps the mapping: the peak is the sum of both.
-Of a mapping that cannot be written, MADV_DONTNEED takes the pages from the process and leaves them in the system's
-cache while there is room: pieces that are opened at each step need not be read from the disk again. MADV_PAGEOUT, for
-others, drops them from there, too. Neither loses data: a page that is read again comes from the cache or the file. They
-need Linux, the second 5.4 or later; elsewhere nothing happens.
+MADV_PAGEOUT tells the kernel that the pages are not needed now. It never loses data: a page that is read again comes
+from the file. Where the caller keeps a mapping that cannot be written, MADV_DONTNEED takes the pages from the process
+and leaves them in the system's cache while there is room: pieces that are opened at each step need not be read from the
+disk again. If such a mapping went away meanwhile, other memory at its addresses would be lost. They need Linux, the
+first 5.4 or later; elsewhere nothing happens.
 """
 
 from __future__ import annotations
@@ -25,8 +26,13 @@ EVERY_S = 0.2
 
 
 @contextmanager
-def evicting(path: Path) -> Iterator[None]:
-    """Evict the mapped pages of a file repeatedly inside this context, and once at its end."""
+def evicting(path: Path, *, kept: bool = False) -> Iterator[None]:
+    """Evict the mapped pages of a file repeatedly inside this context, and once at its end.
+
+    Args:
+        path: the file.
+        kept: nothing unmaps it inside this context, because the caller holds what maps it.
+    """
     if sys.platform != "linux":
         yield
         return
@@ -34,7 +40,7 @@ def evicting(path: Path) -> Iterator[None]:
 
     def sweep() -> None:
         while not done.wait(EVERY_S):
-            evict(path)
+            evict(path, kept=kept)
 
     thread = threading.Thread(target=sweep, daemon=True)
     thread.start()
@@ -43,16 +49,16 @@ def evicting(path: Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        evict(path)
+        evict(path, kept=kept)
 
 
-def evict(path: Path) -> None:
-    """Tell the kernel that no mapped page of this file is needed now."""
+def evict(path: Path, *, kept: bool = False) -> None:
+    """Tell the kernel that no mapped page of this file is needed now; for `kept` see `evicting`."""
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for first, last, rights, _ in _mappings(path):
-        # An older kernel refuses, or the range was unmapped meanwhile: the pages stay, which is harmless.
-        madvise(first, last - first, _PAGEOUT if "w" in rights else _DONTNEED)
+        # An older kernel refuses PAGEOUT, or the range was unmapped meanwhile: the pages stay, which is harmless.
+        madvise(first, last - first, _DONTNEED if kept and "w" not in rights else _PAGEOUT)
 
 
 def spans(path: Path, arrays: Iterable[NDArray[Any]]) -> list[tuple[int, int]]:

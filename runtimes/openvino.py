@@ -140,8 +140,8 @@ class OpenVinoFile:
         """Return the model, or a part of it, ready to run on the device; no cache keeps parts, which limits change."""
         config = {key: value for key, value in self._config.items() if not part or key != "CACHE_DIR"}
         try:
-            with evicting(self._weights):
-                return Compiled(self, core().compile_model(model, self.device, config))
+            with evicting(self._weights, kept=True):
+                return Compiled(self, model, core().compile_model(model, self.device, config))
         except RuntimeError as error:
             raise self._unusable(error) from None
 
@@ -171,8 +171,8 @@ class OpenVinoFile:
         return OpenVinoStrips(self, shape)
 
     def evicting(self) -> AbstractContextManager[None]:
-        """Evict the mapped weights inside this context."""
-        return evicting(self._weights)
+        """Evict the mapped weights inside this context, in which the caller holds the model that maps them."""
+        return evicting(self._weights, kept=True)
 
     def _failed(self, error: RuntimeError, shapes: Mapping[str, Sequence[int]]) -> InputError:
         return InputError(f"{self.path}: OpenVINO failed: {_line(error)}; inputs were {dict(shapes)}")
@@ -189,9 +189,10 @@ class OpenVinoFile:
 class Compiled:
     """A model, or a piece of one, on its device."""
 
-    def __init__(self, file: OpenVinoFile, model: openvino.CompiledModel) -> None:
+    def __init__(self, file: OpenVinoFile, source: openvino.Model, model: openvino.CompiledModel) -> None:
         self._file, self.model = file, model
-        self._repacked = False
+        self._source: openvino.Model | None = source
+        """What maps the weights; None once they are repacked."""
         self.names = [port.names for port in model.outputs]
         """The names of each output."""
 
@@ -199,9 +200,9 @@ class Compiled:
         """Return copies of all outputs, in their order, for all inputs in theirs."""
         try:
             # The CPU repacks weights at their first use.
-            with nullcontext() if self._repacked else self._file.evicting():
+            with self._file.evicting() if self._source else nullcontext():
                 values = self.model(list(feed), share_inputs=True, share_outputs=True)
-            self._repacked = True
+            self._source = None
         except RuntimeError as error:
             raise self._file.failed(error, feed) from None
         return [np.array(value) for value in values.values()]

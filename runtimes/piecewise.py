@@ -179,7 +179,7 @@ class PiecewiseNetwork:
 
     def _plan(self, file: NetworkFile, shapes: dict[str, list[int]], rows: int) -> None:
         """Cut the network for inputs of these shapes, unless it is."""
-        if self._planned == (shapes, rows):
+        if self._planned is not None and self._planned[0] == shapes and rows <= self._planned[1]:
             return
         self._planned, self._kept, self._pieces = None, None, []
         trim()

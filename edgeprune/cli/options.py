@@ -301,7 +301,7 @@ Solver = Annotated[
     str | None,
     choice(
         "--solver", names=solvers, show_default=_OWN, rich_help_panel=IMAGES,
-        help="How a step is taken. The others need about half of Euler's steps.",
+        help="How a step is taken. ab2 needs about half of Euler's steps (docs/run.md).",
     ),
 ]  # fmt: skip
 

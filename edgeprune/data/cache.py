@@ -196,8 +196,10 @@ def made_by(
             known = name.startswith(("tokenizer", "scheduler")) or any(p.suffix == ".safetensors" for p in paths)
             out[name] = digest([(p.relative_to(source).as_posix(), kept_sha256(p)) for p in paths]) if known else None
     names = ["height", "width", "max_sequence_length"]
-    names += ["num_inference_steps", "guidance_scale"] if drawn else []
-    return out | {name: getattr(generation, name) for name in names}
+    if drawn:  # the solver and the range of guidance only where they are not the usual ones, as in older caches
+        names += ["num_inference_steps", "guidance_scale", "solver", "guidance_range"]
+    settings = generation.to_json()
+    return out | {name: settings[name] for name in names if name in settings}
 
 
 def open_pairs(

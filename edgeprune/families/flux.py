@@ -360,9 +360,11 @@ class Flux:
         """FLUX.1 has no fixed tables."""
         return {}
 
-    def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def positions(
+        self, model: Any, inputs: Mapping[str, torch.Tensor], *, exact: bool = False
+    ) -> tuple[torch.Tensor, ...]:
         """Return cosine and sine of the rotary embedding, (M + N, head width) each."""
-        return packing.rotary(model, inputs)
+        return packing.rotary(model, inputs, exact=exact)
 
     def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Embed tokens, text and conditioning; timestep and guidance stay float32 even in half precision."""

@@ -323,9 +323,11 @@ class Flux2:
         """FLUX.2 has no fixed tables."""
         return {}
 
-    def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def positions(
+        self, model: Any, inputs: Mapping[str, torch.Tensor], *, exact: bool = False
+    ) -> tuple[torch.Tensor, ...]:
         """Return cosine and sine of the rotary embedding, (M + N, head width) each."""
-        return packing.rotary(model, inputs)
+        return packing.rotary(model, inputs, exact=exact)
 
     def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Embed tokens and text. The third result (B, 16 D) is the conditioning with all blocks' modulations."""

@@ -61,8 +61,16 @@ class Network(Protocol):
     def compact(self, model: Any, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
         """Store a model's fixed tables more compactly, in place; return the tensors that replace those of `read`."""
 
-    def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Return what every block reads that depends on sizes alone; empty if the embedding adds positions."""
+    def positions(
+        self, model: Any, inputs: Mapping[str, torch.Tensor], *, exact: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """Return what every block reads that depends on sizes alone; empty if the embedding adds positions.
+
+        Args:
+            model: the transformer.
+            inputs: its inputs by name.
+            exact: as the model itself computes it, to the bit, which devices may lack the number format for.
+        """
 
     def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return image stream (B, N, D), text stream (B, M, D) and modulation input (B, D) before the first block."""

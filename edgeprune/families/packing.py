@@ -61,14 +61,22 @@ def axes(*, pooled: bool, guidance: bool) -> tuple[Axes, Axes]:
     return inputs, {"out_hidden_states": image}
 
 
-def rotary(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def rotary(model: Any, inputs: Mapping[str, torch.Tensor], *, exact: bool = False) -> tuple[torch.Tensor, ...]:
     """Return cosine and sine of the rotary embedding, (M + N, head width) each.
 
     diffusers computes it in float64, which TensorRT and Core ML lack; this is float32. Angles stay below a few hundred,
     where float32 is off by 1e-5.
+
+    Args:
+        model: the transformer.
+        inputs: its inputs by name.
+        exact: let diffusers compute it.
     """
     import torch
 
+    if exact:
+        text, image = (model.pos_embed(inputs[name]) for name in ("txt_ids", "img_ids"))
+        return tuple(torch.cat(pair) for pair in zip(text, image, strict=True))
     ids = torch.cat((inputs["txt_ids"], inputs["img_ids"])).float()
     theta = model.config.get("rope_theta", _THETA)  # only FLUX.2's config names it
     angles = []

@@ -360,7 +360,9 @@ class SD3:
         model.pos_embed = SeparatePatchEmbed(model.pos_embed, **empty)
         return {f"pos_embed.{name}": tensor for name, tensor in halves.items()}
 
-    def positions(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def positions(
+        self, model: Any, inputs: Mapping[str, torch.Tensor], *, exact: bool = False
+    ) -> tuple[torch.Tensor, ...]:
         """Return nothing: the patch embedding adds its position table."""
         return ()
 

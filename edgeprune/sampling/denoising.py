@@ -244,7 +244,7 @@ def _in_pieces(
             rows = slice(start, start + most)
             inputs = model_inputs(model, latents[rows], condition[rows], sigma[rows], guidance)
             if not passing and not start:  # they depend on sizes alone
-                positions, grid = network.positions(model, inputs), network.grid(model, inputs)
+                positions, grid = network.positions(model, inputs, exact=True), network.grid(model, inputs)
             parts.append(network.embed(model, inputs))
         passing.append(one := _Passing(key, latents.to("meta"), latents.device, parts))
         if spill is not None and key in spill:

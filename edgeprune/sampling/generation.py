@@ -78,7 +78,7 @@ class Generation:
             if name not in names:
                 raise InputError(f"{where}: {shown(name)}: unknown field, expected {', '.join(sorted(names))}")
             if name == "solver":
-                if value not in SOLVERS:
+                if not isinstance(value, str) or value not in SOLVERS:
                     raise InputError(f"{where}: solver: found {shown(value)}, expected one of {', '.join(SOLVERS)}")
                 continue
             if name == "guidance_range":
@@ -92,7 +92,9 @@ class Generation:
             kinds = (int, float) if name == "guidance_scale" else (int,)
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= LARGEST:
                 raise InputError(f"{where}: {name}: found {shown(value)}, expected a number from {low} to {LARGEST}")
-        return cls(**data | ({"guidance_range": tuple(data["guidance_range"])} if "guidance_range" in data else {}))
+        if "guidance_range" in data:
+            data = data | {"guidance_range": tuple(map(float, data["guidance_range"]))}
+        return cls(**data)
 
     def changed(self, options: GenerationOptions, where: str) -> Generation:
         """Return these settings with the fields that `options` sets. `where` begins messages.

@@ -49,6 +49,12 @@ class Step:
         """The noise level before the last step."""
         return float(self.levels[self.index - 1])
 
+    @property
+    def bends(self) -> bool:
+        """Whether a line through x0 at the last level and at this one is known: not to 0, nor where levels coincide."""
+        snr = [_log_snr(level) for level in (self.before, self.sigma, self.following) if level > 0]
+        return len({*snr}) == 3
+
 
 Stepped = tuple[Any, tuple[Any, ...]]
 """The sample at the next level, and what the next step needs."""
@@ -62,7 +68,7 @@ def euler(step: Step) -> Stepped:
 def ab2(step: Step) -> Stepped:
     """Adams-Bashforth of second order with variable steps: along the line through this velocity and the last one."""
     width, slope = step.following - step.sigma, step.velocity
-    if step.past:
+    if step.past and step.sigma != step.before:
         (last,) = step.past
         slope = slope + width / (2 * (step.sigma - step.before)) * (slope - last)
     return step.sample + width * slope, (step.velocity,)
@@ -72,7 +78,7 @@ def dpmpp_2m(step: Step) -> Stepped:
     """DPM-Solver++(2M): second order in x0, the last step to 0 of first order."""
     clean = step.sample - step.sigma * step.velocity
     direction = clean
-    if step.past and step.following > 0:
+    if step.past and step.bends:
         (last,) = step.past
         direction = clean + (clean - last) / (2 * _ratio(step.before, step.sigma, step.following))
     return _exponential(step.sample, direction, step.sigma, step.following), (clean,)
@@ -81,10 +87,10 @@ def dpmpp_2m(step: Step) -> Stepped:
 def unipc(step: Step) -> Stepped:
     """UniPC-2 with B(h) = e^h - 1: each evaluation first corrects the step that led to it; so it is of third order."""
     clean, sample = step.sample - step.sigma * step.velocity, step.sample
-    if step.past:  # x0 stays what the velocity of the predicted sample pointed to
-        sample = _corrected(step, clean)
+    if step.past and _log_snr(step.before) != _log_snr(step.sigma):
+        sample = _corrected(step, clean)  # x0 stays what the velocity of the predicted sample pointed to
     direction = clean
-    if step.past and step.following > 0:
+    if step.past and step.bends:
         direction = clean + (clean - step.past[0]) / (2 * _ratio(step.before, step.sigma, step.following))
     earlier = step.past[:1]
     return _exponential(sample, direction, step.sigma, step.following), (clean, sample, *earlier)
@@ -95,8 +101,8 @@ def _corrected(step: Step, clean: Any) -> Any:
     last, start, *earlier = step.past
     h = _log_snr(step.before) - _log_snr(step.sigma)
     grown = math.expm1(h)
-    if earlier:
-        ratio = (_log_snr(float(step.levels[step.index - 2])) - _log_snr(step.before)) / -h
+    ratio = (_log_snr(float(step.levels[step.index - 2])) - _log_snr(step.before)) / -h if earlier else 0.0
+    if ratio:
         first, second = _moments(h)
         weight = (second - first) / (ratio - 1)  # of two equations: their sum is `first`, and ratio w + w' = `second`
         direction = last + weight / ratio * (earlier[0] - last) + (first - weight) * (clean - last)

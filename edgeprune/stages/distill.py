@@ -94,9 +94,15 @@ def check_guidance(subject: Subject, options: DistillOptions) -> None:
     """Refuse to learn guidance that there is not.
 
     Raises:
-        InputError: no second evaluation guides the model.
+        InputError: no second evaluation guides the model, or it does so at some noise levels alone.
     """
     scale = subject.generation.guidance_scale
+    if options.guidance is not None and not (subject.generation.guides(0.0) and subject.generation.guides(1.0)):
+        low, high = subject.generation.guidance_range
+        raise InputError(
+            f"--distill-guidance: the model is guided at noise levels from {low:g} to {high:g} (--guidance-range), "
+            "expected at all; omit one of them"
+        )
     if options.guidance is not None and not subject.family.guided(subject.config, scale):
         raise InputError(
             f"--distill-guidance: at guidance scale {scale:g} a step of this model is one evaluation already; omit it"

@@ -18,7 +18,7 @@ from edgeprune.planning.options import PlanOptions
 from edgeprune.quantization.quantize import CALIBRATIONS
 from edgeprune.residency.compute import is_small
 from edgeprune.sampling.generation import Generation
-from edgeprune.training.recipe import DistillOptions
+from edgeprune.training.recipe import ADAMW, DistillOptions
 
 GIVE_DATA = (
     "give --data FOLDER (images with captions), or --data captions: the model first draws 1,024 images for captions "
@@ -212,4 +212,7 @@ class CompressOptions:
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a grid's runs digest them."""
         own = {"analyze": self.analyze.to_json(), "plan": self.plan.to_json(), "quantize": self.quantize.to_json()}
-        return asdict(self) | own
+        data = asdict(self) | own
+        if self.distill is not None and self.distill.optimizer == ADAMW:  # older grids and folders stay current
+            del data["distill"]["optimizer"]
+        return data

@@ -147,12 +147,13 @@ class Workspace:
         self.config, self.family = read_original(self.source)
 
     def _set_generation(self, current: dict[str, Any], requested: dict[str, Any]) -> None:
-        requested = heed(self.source, requested)
-        self.generation = Generation.checked(current | requested, f"{self.out / MANIFEST}: generation")
+        requested, where = heed(self.source, requested), f"{self.out / MANIFEST}: generation"
+        begun = Generation.checked(current, where)
+        self.generation = Generation.checked(current | requested, where)
         self.generation.check_size(self.source, requested)
-        changed = [name for name, value in requested.items() if current.get(name) != value]
+        changed = [name for name in requested if getattr(begun, name) != getattr(self.generation, name)]
         if changed and self.manifest.stages and not self.fresh:
-            settings = ", ".join(f"{name} {current.get(name)}" for name in changed)
+            settings = ", ".join(f"{name} {getattr(begun, name)}" for name in changed)
             raise StaleStageError(f"{self.out}: begun with {settings}; use --fresh to redo its stages, or another -o")
         if self.generation.to_json() != self.manifest.generation:
             self.manifest.generation = self.generation.to_json()
@@ -178,7 +179,7 @@ class Workspace:
         """Open another artefact of the same model and settings; it shares what is loaded and cached of the model."""
         other = Workspace(
             out, None if self.builtin else self.manifest.source, revision=self.manifest.revision,
-            variant=self.variant, fresh=self.fresh, generation=self.generation.to_json(),
+            variant=self.variant, fresh=self.fresh, generation=asdict(self.generation),
             original=self.original.shared(),
         )  # fmt: skip
         other.cache, other.weights_hash = self.cache, self.weights_hash

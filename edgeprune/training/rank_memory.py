@@ -25,7 +25,7 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.denoising import Conditioning, VelocityInputs, velocity
 from edgeprune.training import lora
 from edgeprune.training.eight_bit import moments_bytes
-from edgeprune.training.recipe import EIGHT_BIT, DistillOptions, Placement, Recipe, adapt, parameter_groups
+from edgeprune.training.recipe import ADAMW, EIGHT_BIT, DistillOptions, Placement, Recipe, adapt, parameter_groups
 from edgeprune.training.rounding import Rounding
 from edgeprune.training.tail import cut
 from edgeprune.training.teaching import lower
@@ -101,7 +101,10 @@ def forecast_rank(
     trained_bytes = layout.bytes_per_rank(trained)
     eight_bit = options.optimizer == EIGHT_BIT
     if layout.sharded and (eight_bit or placement.ema_offload):
-        raise InputError(f"{'--optimizer' if eight_bit else '--ema-offload'}: FSDP shards what it holds; omit it")
+        raise InputError(
+            f"--optimizer: found {options.optimizer}, expected {ADAMW} where FSDP or DeepSpeed shards it" if eight_bit
+            else "--ema-offload: FSDP and DeepSpeed shard the average; omit it"
+        )  # fmt: skip
     # States leave nothing of the student before its first trained block, and no teacher unless features are compared.
     held = copy.deepcopy(student)
     if recipe.states:

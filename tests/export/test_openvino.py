@@ -270,16 +270,16 @@ def test_little_memory_gives_the_same_image(
     for free in (10**12, 0):
         monkeypatch.setattr(networks, "allowed", lambda free=free: free)
         with runtimes.load(exported[0], threads=1) as ours:
-            latents.append(ours.generate_latents(PROMPTS[0], seed=3, steps=2))
+            latents.append(ours.generate_latents(PROMPTS[0], seed=3, steps=1))
             network = ours.backend._networks["transformer"]  # type: ignore[attr-defined]
             ran = len(getattr(network, "_pieces", ()))
             assert ran == 0 if free else ran > 5
-            images.append(np.asarray(ours.generate(PROMPTS[0], seed=3, steps=2)[0], int))
+            images.append(ours.backend.decode(latents[-1]))
             held.append(list(ours.backend._networks))  # type: ignore[attr-defined]
     assert held == [["text_encoder", "text_encoder_2", *NETWORKS[::3]], ["vae_decoder"]]
     assert len(looked_up) >= 4  # two encoders, two prompts
     assert np.abs(latents[0] - latents[1]).max() <= 1e-5 * np.abs(latents[0]).max()
-    assert np.abs(images[0] - images[1]).max() <= 1
+    assert np.abs(images[0] - images[1]).max() <= 1e-3
 
 
 def test_an_onnx_folder_is_opened_by_openvino_first(

@@ -140,7 +140,7 @@ def test_settings_are_kept_and_older_folders_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("solver", "heun"), ("solver", 3), ("guidance_range", [1, 0]), ("guidance_range", [0, 2]),
+    [("solver", "heun"), ("solver", 3), ("solver", ["unipc"]), ("guidance_range", [1, 0]), ("guidance_range", [0, 2]),
      ("guidance_range", "0:1"), ("guidance_range", [0, True])],
 )  # fmt: skip
 def test_what_is_no_setting_is_refused(name: str, value: Any) -> None:
@@ -154,3 +154,10 @@ def test_the_option_reads_noise_levels() -> None:
         with pytest.raises(InputError, match="--guidance-range: found"):
             noise_levels(text)
     assert GenerationOptions(guidance_range=(0.2, 0.8)).given() == {"guidance_range": (0.2, 0.8)}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_levels_that_coincide_are_a_step_of_first_order(name: str) -> None:
+    found = solved(name, [1.0, 1 - 1e-7, 0.5, 0.5, 0.5, 0.2, 0.0], noise())
+    assert found.isfinite().all()
+    assert (found - solved(name, [1.0, 0.5, 0.2, 0.0], noise())).abs().max() < 1

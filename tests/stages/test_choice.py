@@ -155,7 +155,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a large model every step is kept: a run that gets only a few at a time ends, with the first choice."""
-    for module in ("residency.compute", "residency.running", "stages.workspace"):
+    for module in ("residency.compute", "residency.running", "stages.work"):
         monkeypatch.setattr(f"edgeprune.{module}.is_small", lambda numbers: False)
     monkeypatch.setattr("edgeprune.report.measure.step_times", lambda *_: StepTimes(1.0, 1.0, 1.0, None))
     left, real = [10**9], Spill.put

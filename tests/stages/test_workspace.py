@@ -49,6 +49,18 @@ def test_how_images_are_made_is_kept(source: Path, copy: Path, tmp_path: Path) -
     assert Workspace(copy, str(source)).generation.num_inference_steps == 5
 
 
+def test_the_same_solver_and_range_of_guidance_are_no_change(source: Path, copy: Path) -> None:
+    Workspace(copy, str(source), generation={"solver": "euler", "guidance_range": (0, 1)})  # an older folder's own
+    asked = {"solver": "ab2", "guidance_range": (0.5, 1.0)}
+    with pytest.raises(StaleStageError, match=r"begun with solver euler, guidance_range \(0.0, 1.0\)"):
+        Workspace(copy, str(source), generation=asked)
+    Workspace(copy, str(source), generation=asked, fresh=True)
+    again = Workspace(copy, str(source), generation=asked)
+    assert (again.generation.solver, again.generation.guidance_range) == ("ab2", (0.5, 1.0))
+    sibling = again.sibling(copy.with_name("sibling"))
+    assert sibling.generation == again.generation
+
+
 def test_source_is_hashed_once_unless_it_changes(source: Path, artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Workspace(artefact, str(source)).weights_hash
     monkeypatch.setattr("edgeprune.common.hashes.sha256_file", lambda path: pytest.fail(f"read {path} again"))

@@ -20,12 +20,11 @@ from edgeprune.training.parallel import Parallel
 from edgeprune.training.recipe import EIGHT_BIT, DistillOptions, Placement
 from edgeprune.training.resume import fill_optimizer, read_state, save_state
 
-pytest.importorskip("bitsandbytes")
 
-
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models have few weights of thousands of numbers."""
+    pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(eight_bit, "LEAST", 512)
 
 
@@ -41,6 +40,7 @@ def trained(layer: nn.Linear, made: Any, steps: int) -> None:
         made.step()
 
 
+@pytest.mark.usefixtures("small")
 def test_a_killed_run_resumes_to_the_same_losses_and_weights(tmp_path: Path) -> None:
     whole, losses = run(tmp_path / "whole.safetensors", 8, optimizer=EIGHT_BIT)
     run(tmp_path / "killed.safetensors", 8, until=5, optimizer=EIGHT_BIT)
@@ -51,6 +51,7 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights(tmp_path: Path) -> 
     assert all(torch.equal(whole[n], again[n]) for n in whole)
 
 
+@pytest.mark.usefixtures("small")
 def test_it_learns_as_adamw_does(tmp_path: Path) -> None:
     _, exact = run(tmp_path / "exact.safetensors", 12)
     _, losses = run(tmp_path / "rounded.safetensors", 12, optimizer=EIGHT_BIT)
@@ -58,6 +59,7 @@ def test_it_learns_as_adamw_does(tmp_path: Path) -> None:
     assert losses[-1] == pytest.approx(exact[-1], rel=0.05)
 
 
+@pytest.mark.usefixtures("small")
 def test_the_forecast_is_what_it_holds() -> None:
     layer = nn.Linear(48, 33)
     made = optimizer(layer)
@@ -67,6 +69,7 @@ def test_the_forecast_is_what_it_holds() -> None:
     assert {t.dtype for t in held} == {torch.uint8, torch.float32}
 
 
+@pytest.mark.usefixtures("small")
 def test_a_state_of_another_shape_is_refused(tmp_path: Path) -> None:
     layer, other = nn.Linear(48, 33), nn.Linear(33, 48)
     made = optimizer(layer)
