@@ -116,11 +116,11 @@ def test_mapped_weights_are_given_back_while_they_are_repacked(
     quantised: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Repacking happens when it compiles and at the first run."""
-    given: list[Path] = []
+    given: list[tuple[Path, bool]] = []
 
     @contextmanager
-    def spy(path: Path) -> Iterator[None]:
-        given.append(path)
+    def spy(path: Path, *, kept: bool = False) -> Iterator[None]:
+        given.append((path, kept))
         yield
 
     monkeypatch.setattr(runtime, "evicting", spy)
@@ -128,7 +128,7 @@ def test_mapped_weights_are_given_back_while_they_are_repacked(
     example = modules.Transformer(model).example(batch=1, height=4, width=4, tokens=3)
     for _ in range(2):
         network(**{name: value.numpy() for name, value in example.items()})
-    assert given == [quantised.with_suffix(".bin")] * 2
+    assert given == [(quantised.with_suffix(".bin"), True)] * 2
 
 
 def test_only_exact_constants_are_halved() -> None:
