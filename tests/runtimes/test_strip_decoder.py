@@ -60,6 +60,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"openvino": path.with_name("openvino_model.xml"), "ort": copy}
 
 
+@pytest.fixture(autouse=True)
+def group_norms(files: dict[str, Path]) -> None:
+    """docs/install.md says so: there the decoder runs whole."""
+    if any(node.op_type == "InstanceNormalization" for node in onnx.load(files["ort"]).graph.node):
+        pytest.skip("this PyTorch exports group norms as instance norms, which strips cannot compute")
+
+
 @pytest.fixture(params=["openvino", "ort"])
 def decoder(request: pytest.FixtureRequest, files: dict[str, Path]) -> Decoder:
     return request.param, files[request.param]
