@@ -89,6 +89,7 @@ def cache(
     images = images_of(folder, None, GenerationOptions(inference_steps, guidance_scale, height, width))
     chosen = CacheOptions(source=source, samples=samples, buckets=buckets, half=half)
     encode.check_folder(out, source)
+    caching = Caching(folder, images, chosen, out, compute, variant)
     if dry_run:
         expected = forecast(folder, images, chosen, out)
         screen.table(_megabytes(expected))
@@ -96,7 +97,6 @@ def cache(
         if as_json:
             screen.print_json(expected)
         return
-    caching = Caching(folder, images, chosen, out, compute, variant)
     with screen.bars() as progress:
         caching.check(progress)
         with hold(out / LOCK, out):

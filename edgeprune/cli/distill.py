@@ -302,6 +302,8 @@ def distill(
         check_source(data)
     if only_states and fresh:
         raise InputError("--fresh: nothing is trained with --only-states, and states that fit are kept; omit one")
+    if ema_offload and ema == 0:
+        raise InputError("--ema-offload: found --ema 0, which keeps no averaged weights; omit one")
     check_begun(out)
     compute = limits.compute_options("auto", None, yes=yes, longest=longest)
     from dataclasses import replace

@@ -192,9 +192,10 @@ class Ema:
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, *, host: bool = False) -> None:
         self.live, self.decay, self.host = parameters, decay, host and bool(decay)
-        self.average = {name: p.detach() for name, p in parameters.items()}
-        if decay:
-            self.average = {name: p.to("cpu" if host else p.device, copy=True) for name, p in self.average.items()}
+        if self.host:
+            self.average = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+        else:
+            self.average = {name: p.detach().clone() if decay else p.detach() for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:

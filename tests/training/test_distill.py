@@ -18,6 +18,7 @@ from edgeprune.training.losses import feature_loss
 from edgeprune.training.recipe import DistillOptions, Recipe, parameter_groups, strengths
 from edgeprune.training.resume import Ema, load_state
 from edgeprune.training.whole import distill, noisy
+from edgeprune.training.zero import FlatShard
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
@@ -266,3 +267,22 @@ def test_training_on_rounded_weights_leaves_the_student_as_it_was_built(tmp_path
 def test_fp16_without_a_gpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--mixed-precision: found fp16, expected no or bf16 without a CUDA GPU"):
         run(tmp_path / "state.safetensors", 1, mixed_precision="fp16")
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_average_asks_no_more_of_a_shard_than_deepspeeds_have(decay: float) -> None:
+    shard = FlatShard(torch.ones(4), torch.Size((2, 2)))
+    ema = Ema({"w": shard}, decay)  # type: ignore[dict-item]
+    shard.to_local().add_(1)
+    ema.update(100)
+    assert ema.average["w"].to_local().tolist() == pytest.approx([2 - decay] * 4)
+
+
+def test_an_average_on_the_host_is_the_same() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    averages = [Ema({"w": weight}, 0.9, host=host) for host in (False, True)]
+    with torch.no_grad():
+        weight.add_(1)
+    for ema in averages:
+        ema.update(100)
+    assert torch.equal(*(ema.average["w"] for ema in averages)) and averages[1].average["w"].tolist() != [2.0] * 3
