@@ -101,6 +101,7 @@ def compress(
 
     An interrupted run resumes when you run the same command again.
     """
+    guided = options.noise_levels(guidance_range)
     check_places(out, model, revision)
     check_prompts(prompts)
     compute = limits.compute_options(device, memory, yes=yes)
@@ -122,7 +123,6 @@ def compress(
             "guidance": distill_guidance, "optimizer": None if optimizer == "adamw" else optimizer,
         },
     )  # fmt: skip
-    guided = options.noise_levels(guidance_range)
     generation = api.GenerationOptions(inference_steps, guidance_scale, height, width, solver, guided)
     if dry_run:
         forecast = api.forecast_compress(

@@ -238,8 +238,12 @@ def heeded(folder: Path, scale: float) -> tuple[float, str]:
 
 
 def heed(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that the user gave, with the guidance scale that acts; warn where it is another one."""
+    """Return the settings that the user gave, with the guidance scale that acts; warn of what has no effect."""
     scale = options.get("guidance_scale")
+    config, family = _transformer(folder)
+    acting = Generation.load(folder).guidance_scale if scale is None else scale
+    if options.get("guidance_range") and family and not family.guided(config, acting):
+        warnings.warn("guidance range: ignored, because guidance takes no second evaluation", stacklevel=2)
     if not isinstance(scale, (int, float)):
         return options
     scale, why = heeded(folder, scale)

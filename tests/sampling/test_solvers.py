@@ -18,7 +18,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.residency.spill import Spill
 from edgeprune.runtimes import load
 from edgeprune.sampling import denoising
-from edgeprune.sampling.generation import Generation, GenerationOptions
+from edgeprune.sampling.generation import Generation, GenerationOptions, heed
 from edgeprune.sampling.solvers import SOLVERS, Step
 
 
@@ -161,3 +161,11 @@ def test_levels_that_coincide_are_a_step_of_first_order(name: str) -> None:
     found = solved(name, [1.0, 1 - 1e-7, 0.5, 0.5, 0.5, 0.2, 0.0], noise())
     assert found.isfinite().all()
     assert (found - solved(name, [1.0, 0.5, 0.2, 0.0], noise())).abs().max() < 1
+
+
+def test_a_range_of_guidance_that_does_not_act_is_said(tmp_path: Path) -> None:
+    tiny.tiny_pipeline(tmp_path / "pipeline")
+    asked = {"guidance_range": (0.5, 1.0)}
+    assert heed(tmp_path / "pipeline", asked) == asked  # guided
+    with pytest.warns(UserWarning, match="guidance range: ignored"):
+        heed(tmp_path / "pipeline", asked | {"guidance_scale": 1.0})
