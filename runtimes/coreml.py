@@ -27,11 +27,11 @@ import numpy as np
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.memory import resident
+from edgeprune.common.pieces import RESERVE, Needs
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.coreml_chain import Chain, Package
 from edgeprune.runtimes.memory import Reading
 from edgeprune.runtimes.networks import NetworkBackend, Shapes, room_here
-from edgeprune.runtimes.pieces import RESERVE, Needs
 
 # Outside macOS it cannot predict, and it would import torch if that is installed.
 with needs("coreml"):

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from edgeprune.common.errors import InputError
+from edgeprune.common.pieces import Needs
 from edgeprune.runtimes.base import Array
-from edgeprune.runtimes.pieces import Needs
 
 
 @dataclass(frozen=True)

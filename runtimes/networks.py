@@ -22,11 +22,11 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json
 from edgeprune.common.heap import trim
 from edgeprune.common.memory import allowed, resident
+from edgeprune.common.pieces import RESERVE, Needs
 from edgeprune.families.encoders import T5, check_tokens, text_encoders, tokenizer_of
 from edgeprune.runtimes.base import Array, Settings, precision_of
 from edgeprune.runtimes.embeddings import KeptEmbeddings
 from edgeprune.runtimes.memory import Meter, Reading
-from edgeprune.runtimes.pieces import RESERVE, Needs
 from edgeprune.runtimes.text import PromptTokenizer
 from edgeprune.sampling.generation import latent_scale, longest_prompt
 from edgeprune.sampling.prompts import cut_words

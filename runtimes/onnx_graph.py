@@ -12,11 +12,11 @@ from typing import Any
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
+from edgeprune.common.pieces import Operation, Sizes, UncountableError
 from edgeprune.runtimes import piecewise
 from edgeprune.runtimes.onnx_attention import slice_attention
 from edgeprune.runtimes.onnx_sizes import sized
 from edgeprune.runtimes.onnx_weights import Weights, spans
-from edgeprune.runtimes.pieces import Operation, Sizes, UncountableError
 from edgeprune.runtimes.piecewise import Lookup
 
 with needs("onnx"):

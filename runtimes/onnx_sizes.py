@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.common.extras import needs
-from edgeprune.runtimes.pieces import UncountableError
+from edgeprune.common.pieces import UncountableError
 
 with needs("onnx"):
     import onnx

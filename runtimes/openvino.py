@@ -30,6 +30,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.fields import whole_number
 from edgeprune.common.files import read_ahead, read_json
+from edgeprune.common.pieces import Needs
 from edgeprune.common.threads import usable
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external
@@ -38,7 +39,6 @@ from edgeprune.runtimes.memory import Reading
 from edgeprune.runtimes.networks import Network, NetworkBackend, Shapes, room_here
 from edgeprune.runtimes.openvino_graph import Graph, Piece
 from edgeprune.runtimes.openvino_vae import OpenVinoStrips
-from edgeprune.runtimes.pieces import Needs
 from edgeprune.runtimes.piecewise import PiecewiseNetwork
 from edgeprune.runtimes.strip_decoder import INPUT, StripDecoder, in_strips
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from edgeprune.common.extras import needs
+from edgeprune.common.pieces import Operation, Sizes
 from edgeprune.runtimes import piecewise
-from edgeprune.runtimes.pieces import Operation, Sizes
 from edgeprune.runtimes.piecewise import Lookup
 
 with needs("openvino"):

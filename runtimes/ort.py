@@ -17,6 +17,7 @@ import numpy as np
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
+from edgeprune.common.pieces import Needs, UncountableError
 from edgeprune.runtimes import prepack
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.gpu import nvml_row
@@ -33,7 +34,6 @@ from edgeprune.runtimes.ort_session import (
     session_of,
     session_options,
 )
-from edgeprune.runtimes.pieces import Needs, UncountableError
 from edgeprune.runtimes.piecewise import PiecewiseNetwork
 from edgeprune.runtimes.providers import Choice, choose
 from edgeprune.runtimes.strip_decoder import INPUT, StripDecoder, in_strips

@@ -8,11 +8,11 @@ from typing import Any
 
 from edgeprune.common.extras import needs
 from edgeprune.common.files import read_ahead
+from edgeprune.common.pieces import UncountableError
 from edgeprune.runtimes.mapped import evicting
 from edgeprune.runtimes.onnx_graph import OnnxGraph, Piece, input_kinds, read_model
 from edgeprune.runtimes.onnx_vae import OnnxStrips
 from edgeprune.runtimes.ort_session import Options, check, opening, ran, session_of
-from edgeprune.runtimes.pieces import UncountableError
 from edgeprune.runtimes.providers import Choice
 
 with needs("onnx"):

@@ -15,8 +15,8 @@ import numpy as np
 from edgeprune.common.errors import InputError
 from edgeprune.common.heap import trim
 from edgeprune.common.memory import resident
+from edgeprune.common.pieces import RESERVE, Sizes
 from edgeprune.runtimes.base import Array
-from edgeprune.runtimes.pieces import RESERVE, Sizes
 
 TABLE = 10**7
 """Bytes of a table from which rows are looked up without opening it: text encoders have up to 0.3 GB of embeddings."""

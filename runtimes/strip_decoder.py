@@ -17,8 +17,8 @@ import numpy as np
 from edgeprune.common.errors import InputError
 from edgeprune.common.heap import trim
 from edgeprune.common.memory import resident
+from edgeprune.common.pieces import Needs
 from edgeprune.runtimes.base import Array
-from edgeprune.runtimes.pieces import Needs
 from edgeprune.runtimes.strip_runner import Opened, least_bytes, run
 from edgeprune.runtimes.strips import Plan
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgeprune.common.errors import InputError
-from edgeprune.runtimes.pieces import Operation, working
+from edgeprune.common.pieces import Operation, working
 from edgeprune.runtimes.strip_norms import Norm
 
 FEWEST = 8

@@ -244,6 +244,10 @@ class _InMemory(dict[str, torch.Tensor]):
         """Return shapes by name, as `Weights` does."""
         return {name: tuple(tensor.shape) for name, tensor in self.items()}
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype."""
+        return self[name].dtype
+
     def check(self, expected: Any) -> None:
         """Accept: a model's own tensors always fit."""
 

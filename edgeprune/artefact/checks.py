@@ -110,6 +110,10 @@ class StoredPart:
         sizes = {name: math.prod(shape) for name, shape in self.weights.shapes.items()}
         return self.weights.dtype(max(sizes, key=lambda name: sizes[name])), sum(sizes.values())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the stored dtype of a tensor."""
+        return self.weights.dtype(self.names[name][0])
+
     def ahead(self, names: Iterable[str]) -> None:
         """Ask the operating system to read these tensors in the background."""
         self.weights.ahead(stored for name in names for stored in self.names[name])

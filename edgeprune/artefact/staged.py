@@ -29,7 +29,7 @@ from edgeprune.families.encoders import CLIP, CLIP_POOLED, EXPORTED, T5, text_en
 from edgeprune.families.parts import VAE, tensor_of
 from edgeprune.planning.fit import vae_activations
 from edgeprune.residency.compute import Compute
-from edgeprune.residency.streaming import release, stream
+from edgeprune.residency.streaming import fitting, release, stream
 from edgeprune.sampling.generation import latent_factor, longest_prompt
 
 _AT_ONCE = 64
@@ -235,9 +235,10 @@ class StagedPipeline:
         outside = {n: weights[s].to(self.compute.device, dtype) for n, s in stored.items() if n not in inside}
         model.load_state_dict(outside, strict=False, assign=True)
         complete(folder, kind, model, self.compute.device)
+        named = [(layer, {n: stored[f"{prefix}{n}"] for n in layer.state_dict()}) for prefix, layer in layers]
         stream(
-            [(layer, {n: stored[f"{prefix}{n}"] for n in layer.state_dict()}) for prefix, layer in layers],
-            weights.__getitem__, device=self.compute.device, dtype=dtype, keep=keep, ahead=weights.ahead,
+            named, weights.__getitem__, device=self.compute.device, dtype=dtype,
+            stay=fitting(named, weights.dtype, keep), ahead=weights.ahead,
         )  # fmt: skip
         return model.eval()
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edgeprune.families import Family, Shape
-from edgeprune.residency.streaming import PACKED, stream
+from edgeprune.residency.streaming import PACKED, fitting, stream
 
 CPU = torch.device("cpu")
 
@@ -100,7 +100,8 @@ class StoredTransformer:
             (block, {name: prefix + name for name in block.state_dict()})
             for block, prefix in zip(blocks, prefixes, strict=True)
         ]
-        stream(layers, self.weights.__getitem__, device=device, dtype=dtype, keep=keep, ahead=self.weights.ahead)
+        stay = fitting(layers, self.weights.dtype, keep)
+        stream(layers, self.weights.__getitem__, device=device, dtype=dtype, stay=stay, ahead=self.weights.ahead)
         return stored.model
 
     def traceable(self, dtype: torch.dtype = torch.float32) -> Any:

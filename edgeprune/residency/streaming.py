@@ -1,7 +1,7 @@
 """Run a network whose layers stay on disk: each is read when it runs, widened to the computed dtype, and dropped after.
 
-Weights keep the dtype of their file; only the layer that computes is wider. As many layers as fit in a number of bytes
-are kept from the start. The operating system reads the next layer while the current one computes.
+Weights keep the dtype of their file; only the layer that computes is wider. The first layers may stay in memory: as
+many as `fitting` finds room for. The operating system reads the next layer while the current one computes.
 
 Layers are filled through their module objects, not through names: modules may be replaced while the network is in use,
 as the analysis does, and the replaced ones still get their weights where something reads them.
@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import nn
+
+from edgeprune.common.pieces import staying
 
 Read = Callable[[str], torch.Tensor]
 """Reads a tensor by its name in the network's state dict, in the dtype of its file."""
@@ -62,16 +65,9 @@ class Layer:
         """Return its tensors, in the dtype of the file, on the device that computes."""
         return {name: self.read(name).to(self.device) for name in self.names}
 
-    def keep(self, room: int) -> int:
-        """Keep the tensors in memory if they fit in `room` bytes; return the bytes that are left, 0 if they do not."""
-        if room <= 0:
-            return 0
-        tensors = self.load()
-        left = room - sum(tensor.nbytes for tensor in tensors.values())
-        if left < 0:
-            return 0
-        self.kept = tensors
-        return left
+    def keep(self) -> None:
+        """Read the tensors, and keep them in memory."""
+        self.kept = self.load()
 
     def running_bytes(self) -> int:
         """Return the bytes of the tensors that the modules get while they run, from their shapes: nothing is read."""
@@ -106,29 +102,49 @@ class Layer:
             _put(module, attribute, _get(module, attribute).to("meta"))
 
 
+Named = tuple[nn.Module, dict[str, str]]
+"""A layer, and the name of each of its tensors in the network's state dict, by the name in the layer's."""
+
+
+def fitting(layers: Iterable[Named], dtype: Callable[[str], torch.dtype], room: int) -> int:
+    """Return how many of the first layers fit in memory as they are stored.
+
+    Args:
+        layers: in the order in which they run.
+        dtype: returns the stored dtype of a tensor of the network.
+        room: bytes that they may take.
+    """
+    sizes = (
+        sum(tensor.numel() * dtype(names[local]).itemsize for local, tensor in module.state_dict().items())
+        for module, names in layers
+    )
+    sums = list(accumulate(sizes))
+    return staying(len(sums), lambda stay: sums[stay - 1], room)
+
+
 def stream(
-    layers: Iterable[tuple[nn.Module, dict[str, str]]],
+    layers: Iterable[Named],
     read: Read,
     *,
     device: torch.device,
     dtype: torch.dtype | None,
-    keep: int = 0,
+    stay: int = 0,
     ahead: Ahead | None = None,
 ) -> list[Layer]:
     """Let layers of a network read their weights when they run.
 
     Args:
-        layers: in the order in which they run, on the meta device; with the name of each of its tensors in the
-            network's state dict, by the name in the layer's.
+        layers: in the order in which they run, on the meta device.
         read: reads a tensor of the network.
         device: to compute on.
         dtype: to compute in; None is that of the file.
-        keep: bytes of weights, in the dtype of their file, that may stay in memory.
+        stay: how many of the first layers stay in memory, in the dtype of their file.
         ahead: reads the next layer's tensors in the background while a layer computes.
     """
     made = [Layer(module, names, read, device, dtype, ahead) for module, names in layers]
     for index, layer in enumerate(made):
-        keep = layer.keep(keep)
+        if index < stay:
+            layer.keep()
         following = made[(index + 1) % len(made)]
         layer.module.register_forward_pre_hook(lambda *_, layer=layer, next=following: _begin(layer, next))
         layer.module.register_forward_hook(lambda *_, layer=layer: layer.drop(), always_call=True)

@@ -28,12 +28,13 @@ from torch import nn
 
 from edgeprune import export, runtimes, targets
 from edgeprune.bench import disk
+from edgeprune.common import pieces
 from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.common.files import sha256_file
 from edgeprune.export import external_data, folder, genai, graph, modules, parity, to_openvino
 from edgeprune.quantization.precision import Precision
 from edgeprune.quantization.quantize import packed_from, round_to_nearest
-from edgeprune.runtimes import memory, networks, pieces
+from edgeprune.runtimes import memory, networks
 
 openvino = pytest.importorskip("openvino")
 from openvino_fakes import EXACT, FakeCore  # noqa: E402

@@ -25,7 +25,7 @@ import json, re, sys
 from pathlib import Path
 from edgeprune import runtimes
 from edgeprune.common.errors import InputError
-from edgeprune.runtimes import pieces
+from edgeprune.common import pieces
 pieces.PIECE_BYTES = 300_000  # so that a small model has many
 folder, runtime, limit, side = *sys.argv[1:3], *map(int, sys.argv[3:])
 refused = ""
@@ -42,7 +42,7 @@ MANY = """
 import json, sys
 from edgeprune import runtimes
 from edgeprune.common.memory import resident
-from edgeprune.runtimes import pieces
+from edgeprune.common import pieces
 pieces.PIECE_BYTES = 300_000
 folder, runtime, limit, count = *sys.argv[1:3], *map(int, sys.argv[3:])
 held = []

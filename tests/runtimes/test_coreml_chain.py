@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from edgeprune.common.errors import InputError
+from edgeprune.common.pieces import RESERVE
 from edgeprune.runtimes import coreml
 from edgeprune.runtimes.coreml_chain import Chain, Package
-from edgeprune.runtimes.pieces import RESERVE
 
 Shape = tuple[int, ...]
 

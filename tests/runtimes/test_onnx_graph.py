@@ -15,12 +15,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune.common.errors import InputError
+from edgeprune.common.pieces import Needs, UncountableError
 from edgeprune.runtimes import onnx_attention, ort, piecewise
 from edgeprune.runtimes.base import Array
 from edgeprune.runtimes.onnx_graph import OnnxGraph, Piece, read_model
 from edgeprune.runtimes.ort_pieces import OrtFile
 from edgeprune.runtimes.ort_session import session_options
-from edgeprune.runtimes.pieces import Needs, UncountableError
 from edgeprune.runtimes.providers import choose
 
 CHOICE = choose(["CPUExecutionProvider"])

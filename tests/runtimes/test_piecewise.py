@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from edgeprune import runtimes
+from edgeprune.common import pieces
 from edgeprune.common.errors import InputError
-from edgeprune.runtimes import networks, pieces, piecewise
+from edgeprune.runtimes import networks, piecewise
 from edgeprune.runtimes.base import Array
 
 both = pytest.mark.parametrize("runtime", ["openvino", "ort"])

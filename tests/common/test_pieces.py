@@ -8,7 +8,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.runtimes.pieces import Operation, Sizes, cuts, working
+from edgeprune.common.pieces import Operation, Sizes, cuts, staying, working
 
 MB = 10**6
 
@@ -72,6 +72,13 @@ def test_as_many_blocks_stay_as_fit() -> None:
         kept.append(0 if layout.resident is None else len(layout.parts[0]))
     assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == 40
     assert len(set(kept)) > 4
+
+
+def test_the_most_that_fit_stay() -> None:
+    sums = [30, 50, 90]
+    rooms = {-1: 0, 29: 0, 30: 1, 89: 2, 90: 3, 10**9: 3}
+    assert {room: staying(3, lambda stay: sums[stay - 1], room) for room in rooms} == rooms
+    assert staying(0, lambda stay: 0, 10) == 0
 
 
 def test_rows_that_wait_take_room() -> None:

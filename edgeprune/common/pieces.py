@@ -1,14 +1,15 @@
-"""Where a network is cut into pieces that run one after the other, and how much memory each of them takes.
+"""Which parts of a network stay in memory, where it is cut for that, and how much memory each part takes.
 
-Knows nothing of a format: a runtime describes its graph as `Operation`s in execution order, with the bytes of weights
+Knows nothing of a format. A runtime describes its graph as `Operation`s in execution order, with the bytes of weights
 that each reads first and the values that it reads and makes. A cut goes where few bytes pass from one piece to the
-next, which in a transformer is between two blocks.
+next, which in a transformer is between two blocks. PyTorch has its blocks as modules, which nobody has to cut: it asks
+only how many of them stay. Torch-free, since runtimes on a device plan with it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgeprune.common.errors import InputError
@@ -34,6 +35,17 @@ class Operation:
     """The part of `weights` that is not stored like that: there are two copies while it is opened."""
     alone: bool = False
     """Whether it is a piece of its own, which the runtime computes by other means: a lookup in a large table."""
+
+
+def staying(count: int, takes: Callable[[int], int], room: int) -> int:
+    """Return how many parts of a network stay in memory at most, the first ones; the others are read when they run.
+
+    Args:
+        count: all parts.
+        takes: returns the bytes that the network takes if so many stay.
+        room: bytes that it may take.
+    """
+    return next((stay for stay in range(count, 0, -1) if takes(stay) <= room), 0)
 
 
 def cuts(operations: Sequence[Operation], sizes: Sequence[int], most: int, kept: Iterable[int]) -> list[range]:
@@ -165,13 +177,21 @@ class Sizes:
         smallest = self._cuts(PIECE_BYTES)
         between = self._between(smallest, rows)
         first = max((i + 1 for i, part in enumerate(smallest) if self.operations[part.start].alone), default=0)
-        for stop in range(len(smallest), first, -1):
-            head = range(smallest[first].start, smallest[stop - 1].stop)
-            others = smallest[:first], smallest[stop:]
-            rest = max((self._closed(part) for parts in others for part in parts), default=0)
-            if max(self._opened(head), self._weights(head) + rest) + between <= room:
-                return Layout([*others[0], head, *others[1]], resident=first)
-        return Layout(smallest, resident=None)
+
+        def split(stay: int) -> tuple[range, list[range], list[range]]:
+            stop = first + stay
+            return range(smallest[first].start, smallest[stop - 1].stop), smallest[:first], smallest[stop:]
+
+        def takes(stay: int) -> int:
+            head, before, after = split(stay)
+            rest = max(map(self._closed, (*before, *after)), default=0)
+            return max(self._opened(head), self._weights(head) + rest) + between
+
+        stay = staying(len(smallest) - first, takes, room)
+        if not stay:
+            return Layout(smallest, resident=None)
+        head, before, after = split(stay)
+        return Layout([*before, head, *after], resident=first)
 
     def at_once(self, room: int, rows: int) -> int:
         """Return how many of `rows` sets of inputs may go together through the smallest pieces; at least one."""
