@@ -35,8 +35,7 @@ class Parallel:
         self.check(mixed_precision, batch, placement)
         self.offload, accumulate = placement.teacher_offload, placement.accumulate
         self.ema_offload = placement.ema_offload
-        micro_batches = processes.count() * accumulate
-        size = batch // micro_batches
+        size = batch // placement.micro_batches(batch, processes.count())
         self.precision = mixed_precision
         self._accelerate(accumulate, size)
         self.device: torch.device = self.accelerator.device
@@ -52,12 +51,7 @@ class Parallel:
             InputError: the batch cannot be divided among the processes, the number format needs a GPU, accelerate's
                 config says another, or it shards what cannot be sharded.
         """
-        micro_batches = processes.count() * placement.accumulate
-        if placement.accumulate < 1 or batch % micro_batches:
-            raise InputError(
-                f"--batch: found {batch}, expected a multiple of {micro_batches}, "
-                "the number of processes times --accumulate"
-            )
+        placement.micro_batches(batch, processes.count())
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if configured not in ("no", mixed_precision):
             raise InputError(
@@ -65,10 +59,7 @@ class Parallel:
                 "set both to the same value"
             )
         if any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")):
-            if optimizer != ADAMW:
-                raise InputError(f"--optimizer: found {optimizer}, expected {ADAMW} where FSDP or DeepSpeed shards it")
-            if placement.ema_offload:
-                raise InputError("--ema-offload: FSDP and DeepSpeed shard the average; omit it")
+            placement.check_sharded(optimizer)
         if mixed_precision == "fp16" and not torch.cuda.is_available():  # accelerate would silently use float32
             raise InputError("--mixed-precision: found fp16, expected no or bf16 without a CUDA GPU")
 

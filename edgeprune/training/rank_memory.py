@@ -25,7 +25,7 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.denoising import Conditioning, VelocityInputs, velocity
 from edgeprune.training import lora
 from edgeprune.training.eight_bit import moments_bytes
-from edgeprune.training.recipe import ADAMW, EIGHT_BIT, DistillOptions, Placement, Recipe, adapt, parameter_groups
+from edgeprune.training.recipe import EIGHT_BIT, DistillOptions, Placement, Recipe, adapt, parameter_groups
 from edgeprune.training.rounding import Rounding
 from edgeprune.training.tail import cut
 from edgeprune.training.teaching import lower
@@ -85,11 +85,12 @@ def forecast_rank(
         sample: the inputs of one image.
 
     Raises:
-        InputError: nothing is left to train, or the batch cannot be divided among the processes.
+        InputError: nothing is left to train, the batch cannot be divided among the processes, or an option is not for
+            shards.
     """
-    micro_batches = layout.processes * placement.accumulate
-    if options.batch % micro_batches:
-        raise InputError(f"--batch: found {options.batch}, expected a multiple of {micro_batches}")
+    micro_batches = placement.micro_batches(options.batch, layout.processes)
+    if layout.sharded:
+        placement.check_sharded(options.optimizer)
     teacher = family.build(config, list(range(family.block_count(config))), frozenset())
     lower(family, teacher, options.teacher_precision)
     if recipe.states:
@@ -99,12 +100,6 @@ def forecast_rank(
     groups = parameter_groups(family, student, plan, report, recipe, options.rate)
     trained = [p for group in groups for p in group["params"]]
     trained_bytes = layout.bytes_per_rank(trained)
-    eight_bit = options.optimizer == EIGHT_BIT
-    if layout.sharded and (eight_bit or placement.ema_offload):
-        raise InputError(
-            f"--optimizer: found {options.optimizer}, expected {ADAMW} where FSDP or DeepSpeed shards it" if eight_bit
-            else "--ema-offload: FSDP and DeepSpeed shard the average; omit it"
-        )  # fmt: skip
     # States leave nothing of the student before its first trained block, and no teacher unless features are compared.
     held = copy.deepcopy(student)
     if recipe.states:
@@ -117,6 +112,7 @@ def forecast_rank(
     student_bytes = layout.bytes_per_rank(held.parameters()) + _buffers(held)
     teacher_bytes = layout.bytes_per_rank(teacher.parameters()) + _buffers(teacher)
     absent = placement.teacher_offload or (recipe.states and not recipe.lambda_feature)
+    eight_bit = options.optimizer == EIGHT_BIT
     rows = {
         "teacher_bytes": 0 if absent else teacher_bytes,
         "student_bytes": student_bytes,

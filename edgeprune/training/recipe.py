@@ -274,6 +274,30 @@ class Placement:
     ema_offload: bool = False
     """Keep the moving average of the weights on the CPU."""
 
+    def micro_batches(self, batch: int, processes: int) -> int:
+        """Return into how many micro-batches all processes together divide a batch.
+
+        Raises:
+            InputError: it cannot be divided evenly.
+        """
+        count = processes * self.accumulate
+        if self.accumulate < 1 or batch % count:
+            raise InputError(
+                f"--batch: found {batch}, expected a multiple of {count}, the number of processes times --accumulate"
+            )
+        return count
+
+    def check_sharded(self, optimizer: str) -> None:
+        """Refuse what FSDP and DeepSpeed cannot shard.
+
+        Raises:
+            InputError: the optimizer keeps moments in 8 bits, or the average is kept on the CPU.
+        """
+        if optimizer != ADAMW:
+            raise InputError(f"--optimizer: found {optimizer}, expected {ADAMW} where FSDP or DeepSpeed shards it")
+        if self.ema_offload:
+            raise InputError("--ema-offload: FSDP and DeepSpeed shard the average; omit it")
+
 
 HERE = Placement()
 """One micro-batch per process, with the teacher on the device."""

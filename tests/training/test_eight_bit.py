@@ -89,6 +89,8 @@ def test_it_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> No
             Parallel.check("no", 4, Placement(ema_offload=True))
         monkeypatch.delenv(f"ACCELERATE_USE_{kind}")
     Parallel.check("no", 4, Placement(ema_offload=True), EIGHT_BIT)
+    with pytest.raises(InputError, match="--batch: found 4, expected a multiple of 3, the number of processes times"):
+        Parallel.check("no", 4, Placement(accumulate=3))
     monkeypatch.setattr(extras, "absent", lambda package: package == "bitsandbytes")
     with pytest.raises(MissingExtraError, match="bitsandbytes"):
         DistillOptions(optimizer=EIGHT_BIT).check()

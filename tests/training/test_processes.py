@@ -25,7 +25,7 @@ from edgeprune.common.extras import absent
 from edgeprune.sampling.denoising import velocity
 from edgeprune.training.launch import launch_file
 from edgeprune.training.rank_memory import ProcessLayout, forecast_rank
-from edgeprune.training.recipe import DistillOptions, Placement, parameter_groups
+from edgeprune.training.recipe import EIGHT_BIT, DistillOptions, Placement, parameter_groups
 from edgeprune.training.zero import plugin
 
 HERE = Path(__file__).parents[1]
@@ -211,6 +211,22 @@ def test_what_a_process_holds_is_as_forecast(
     found = forecast_rank(family, config, plan, report, chosen, recipe(chosen), Placement(), layout, tiny_step(batch=1))
     assert {key: found[key] for key in held} == held
     assert found["rank_bytes"] == sum(v for k, v in found.items() if k not in ("rank_bytes", "processes"))
+
+
+def test_the_forecast_refuses_what_the_run_refuses() -> None:
+    family, _, _, plan, report, _ = setup()
+    config, layout = config_of(tiny_transformer(num_layers=5)), ProcessLayout(2, sharded=True)
+
+    def forecast(placement: Placement, **options: Any) -> None:
+        chosen = DistillOptions(**{"batch": 8, **options})
+        forecast_rank(family, config, plan, report, chosen, recipe(chosen), placement, layout, tiny_step(batch=1))
+
+    with pytest.raises(InputError, match="--batch: found 8, expected a multiple of 6, the number of processes times"):
+        forecast(Placement(accumulate=3))
+    with pytest.raises(InputError, match="--optimizer: found adamw8bit, expected adamw where FSDP or DeepSpeed"):
+        forecast(Placement(), optimizer=EIGHT_BIT)
+    with pytest.raises(InputError, match="--ema-offload: FSDP and DeepSpeed shard the average"):
+        forecast(Placement(ema_offload=True))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
