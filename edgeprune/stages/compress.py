@@ -96,10 +96,12 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
 
     Raises:
         BudgetError: no plan with these options meets the budget.
-        InputError: the metric is unknown, or its weights are missing.
+        InputError: the metric is unknown, or its weights are missing; or guidance is to be learned that there is not.
     """
     check_analysis(options.analyze.metric, options.analyze.weights)
     config, family = read_original(source)
+    if options.distill is not None:
+        distill.check_guidance(Subject(source, family, config, generation), options.distill)
     rank = options.plan.modulation_rank
     if rank == NEEDED and not is_projectable(family, config):
         rank = None
@@ -206,7 +208,6 @@ def forecast(
     scored, training = stages["analyze"], options.distill
     if training:
         training.check()
-        distill.check_guidance(subject, training)
     flops = flops_per_evaluation(family, config, source, generation)
     analysis = options.analyze.chosen(family, config)
     training_bytes = 0
@@ -326,7 +327,6 @@ def compress(
     rehearsed = rehearse(ws.source, ws.generation, options)
     if options.distill is not None:
         options.distill.check()
-        distill.check_guidance(ws.subject, options.distill)
         _training(ws, options, rehearsed)
     if runs_original(options, rehearsed):
         ws.check_memory()

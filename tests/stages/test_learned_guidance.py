@@ -13,7 +13,7 @@ from distilling import recipe, schedule, setup
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from edgeprune import runtimes
+from edgeprune import api, runtimes
 from edgeprune.artefact.loading import load_transformer
 from edgeprune.cli import app
 from edgeprune.common.errors import InputError
@@ -214,6 +214,10 @@ def test_what_cannot_be_learned_is_refused(source: Path, tmp_path: Path) -> None
     wrong = CompressOptions(plan=PlanOptions("manual", blocks="1"), distill=options())
     with pytest.raises(InputError, match="^--distill-guidance: at guidance scale 1 a step"):
         forecast(source, wrong, ws.generation)
+    with pytest.raises(InputError, match="^--distill-guidance: at guidance scale 1 a step"):
+        data = replace(wrong, data=DataOptions("shapes", 4))
+        api.compress(source, tmp_path / "y", data, generation=api.GenerationOptions(guidance_scale=1.0))
+    assert not (tmp_path / "y").exists()
     (tmp_path / "grid.toml").write_text(
         'budget = 0.5\nreference = "a"\n[[rows]]\nname = "a"\nplan = { method = "hpp" }\ndistill = { guidance = 3.0 }\n'
     )
