@@ -9,6 +9,7 @@ network is wrong, `OUT.partial` is removed. Each format's to_*.py writes the net
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -78,7 +79,7 @@ def write(
 
     Raises:
         InputError: `artefact` is not a pipeline of a family or is damaged, or `out` holds something other than an
-            export.
+            export, or the export of another artefact.
         LockedError: another process is writing this export.
         DiskError: the disk is full, or `out` cannot be written; finished networks are kept.
     """
@@ -88,6 +89,9 @@ def write(
     if out.exists() and any(out.iterdir()) and not (out / FILE).is_file():
         raise InputError(f"{out}: found a folder without {FILE}, expected a new or empty folder or a previous export")
     place = out.resolve()  # "." has no name to extend
+    origin = _origin(artefact, place)
+    if out.exists() and (found := _origin_of(out)) not in (None, origin):
+        raise InputError(f"{out}: found the export of {found}, expected one of {origin}; give another -o, or remove it")
     above = next(parent for parent in place.parents if parent.exists())
     if os.path.ismount(place) or not os.access(above, os.W_OK | os.X_OK):
         what = "is a mount" if os.path.ismount(place) else f"{above} is not writable"
@@ -120,6 +124,7 @@ def write(
                 "group_size": (manifest.get("group_size") or 64) if quantized else None,
                 "source": manifest.get("source", str(artefact.resolve())),
                 "compressed": bool(manifest),
+                "artefact": origin,
                 **made_from,
                 **more,
                 "files": {name: work.hashes.get(name) or sha256_file(path) for name, path in files.items()},
@@ -134,6 +139,22 @@ def write(
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         return record
+
+
+def _origin(artefact: Path, place: Path) -> str:
+    """Return where an artefact is, as seen from the folder that holds its export; they may be moved together."""
+    try:
+        return Path(os.path.relpath(artefact.resolve(), place.parent)).as_posix()
+    except ValueError:  # another drive of Windows
+        return artefact.resolve().as_posix()
+
+
+def _origin_of(out: Path) -> str | None:
+    """Return where the artefact was that a previous export was made from; None without one, or of a damaged one."""
+    with contextlib.suppress(InputError):
+        found: str | None = read_json(out / FILE).get("artefact")
+        return found
+    return None
 
 
 def _inputs(artefact: Path, target: str, options: Mapping[str, Any]) -> str:

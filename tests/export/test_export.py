@@ -212,6 +212,22 @@ def test_a_previous_export_is_replaced(source: Path, tmp_path: Path, fake: Calla
     assert [p.name for p in tmp_path.iterdir()] == ["onnx"]
 
 
+def test_the_export_of_another_artefact_is_not_replaced(
+    source: Path, tmp_path: Path, fake: Callable[..., None]
+) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(source, tmp_path / "made" / name)
+    out, written = tmp_path / "made" / "onnx", list[Path]()
+    fake(written.append)
+    assert to_onnx.export(tmp_path / "made" / "one", out)["artefact"] == "one"
+    with pytest.raises(InputError, match=r"onnx: found the export of one, expected one of two; give another -o, or re"):
+        to_onnx.export(tmp_path / "made" / "two", out)
+    assert len(written) == 1 and not out.with_name("onnx.partial").exists()
+    moved = (tmp_path / "made").rename(tmp_path / "moved")
+    to_onnx.export(moved / "one", moved / "onnx")
+    assert len(written) == 2
+
+
 @pytest.mark.parametrize(
     ("raised", "expected", "kept"),
     [
