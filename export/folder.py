@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from edgeprune.artefact import card, licensing
 from edgeprune.artefact.loading import quiet
-from edgeprune.artefact.manifest import MANIFEST, Manifest
+from edgeprune.artefact.manifest import EXPORT, MANIFEST, Manifest
 from edgeprune.artefact.writing import complete_tokenizer, copy_part
 from edgeprune.common.errors import DiskError, EdgepruneError, InputError
 from edgeprune.common.files import (
@@ -46,7 +46,7 @@ from edgeprune.runtimes import SCHEMA_VERSION
 from edgeprune.sampling.generation import FILE as GENERATION
 from edgeprune.sampling.generation import Generation
 
-FILE = "edgeprune_export.json"
+FILE = EXPORT
 _TOOLS = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 """Packages whose version may change a graph; a format adds its own."""
 
@@ -117,6 +117,8 @@ def write(
             manifest = read_json(artefact / MANIFEST) if (artefact / MANIFEST).is_file() else {}
             quantized = is_quantized(artefact)
             made_from: dict[str, Any] = {key: manifest[key] for key in ("commit", "variant") if key in manifest}
+            if own := Manifest.load(artefact).identity if manifest else None:
+                made_from["identity"] = own
             record = {
                 "schema_version": SCHEMA_VERSION,
                 "target": target,

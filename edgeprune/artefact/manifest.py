@@ -20,6 +20,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "edgeprune.json"
 HALF, INT4 = "transformer", "transformer_int4"
 """Subfolders of an artefact: the pruned weights in half precision, and the quantised ones."""
+EXPORT = "edgeprune_export.json"
+"""The manifest of an export."""
 _LONGEST_S = 1e10
 
 
@@ -144,6 +146,24 @@ class Manifest:
                 f"write them: edgeprune prune -o {folder}"
             )
 
+    @property
+    def identity(self) -> str | None:
+        """The digest of all that the INT4 weights were made from; None as long as there are none."""
+        found: str | None = self.stages.get("quantize", {}).get("inputs")
+        return found
+
     def prune_plan(self, folder: Path) -> PrunePlan | None:
         """Return the plan that `transformer/` follows; `folder` is named in errors."""
         return PrunePlan.from_json(self.plan, folder / MANIFEST) if self.plan else None
+
+
+def identity(folder: Path) -> str | None:
+    """Return `Manifest.identity` of an artefact, or of the one that an export was made from; None of other folders.
+
+    Raises:
+        InputError: the folder's manifest is damaged.
+    """
+    if (folder / EXPORT).is_file():
+        found: str | None = read_json(folder / EXPORT).get("identity")
+        return found
+    return Manifest.load(folder).identity if (folder / MANIFEST).is_file() else None

@@ -74,6 +74,8 @@ class Measured:
     how: dict[str, str]
     """How each memory row was measured."""
     quality: Quality | None = None
+    identity: str | None = None
+    """Of the weights, see `Manifest.identity`; None of an original."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune import runtimes
+from edgeprune.artefact.manifest import identity
 from edgeprune.bench.disk import disk_bytes, weights_bytes
 from edgeprune.bench.machine import machine, memory_bandwidth
 from edgeprune.bench.results import MEASURES, BenchResult, Measured, Quality, compare
@@ -260,6 +261,7 @@ def _measured(variant: Variant, reply: dict[str, Any], bandwidth: float, quality
         images_s=reply["images_s"],
         how=reply["how"],
         quality=quality,
+        identity=identity(variant.folder),
     )
 
 

@@ -81,13 +81,18 @@ def make_report(
         bench: the JSON of `edgeprune bench`, to show on the page.
 
     Raises:
-        InputError: nothing is quantized yet, the built-in model is given a number of images, or measuring takes too
-            long, see `Workspace.check_time`.
+        InputError: nothing is quantized yet, the built-in model is given a number of images, the bench is of another
+            model, or measuring takes too long, see `Workspace.check_time`.
         StaleStageError: see `check_pruned`.
     """
     if ws.builtin and images is not None:
         raise InputError(f"--images {images}: the built-in model draws the same prompts of each task; omit it")
     ws.need("quantize", "report")
+    if bench and ws.manifest.identity not in (variant.get("identity") for variant in bench["variants"]):
+        names = ", ".join(variant["name"] for variant in bench["variants"])
+        raise InputError(
+            f"--bench: found {names}, none of which is {ws.out} as it is now; measure its export: edgeprune bench DIR"
+        )
     path, images_path = ws.out / "report.json", ws.out / "cache" / "report.npz"
     done = path.is_file() and images_path.is_file() and not redo
     inputs = {"quantize": ws.manifest.stages["quantize"]["inputs"], "schema": _SCHEMA}

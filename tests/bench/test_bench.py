@@ -220,7 +220,9 @@ def test_the_baseline_is_the_faster_precision(
 ) -> None:
     calls = replies(monkeypatch)
     source, exported = tiny_folders
+    monkeypatch.setattr(bench_run, "identity", lambda folder: "of it" if folder == exported else None)
     found = run([*originals(source), Variant("compressed", exported, "ort")], quality=1)
+    assert [m.identity for m in found.variants] == [None, "of it"]
     assert calls == [("original-bf16", 0), ("original-fp32", 0), ("original-fp32", 7), ("compressed", 7)]
     assert [(m.name, m.precision) for m in found.variants] == [("original", "fp32"), ("compressed", "W4A32")]
     assert [(m.name, m.precision) for m in found.slower_originals] == [("original-bf16", "bf16")]

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from edgeprune.artefact.manifest import Manifest
+from edgeprune.artefact.manifest import Manifest, identity
+from edgeprune.bench.results import MEASURES
 from edgeprune.common.errors import InputError
+from edgeprune.export import folder
 from edgeprune.report import make
 from edgeprune.report import page as report_page
 from edgeprune.stages import plan
@@ -74,6 +77,26 @@ def test_images_of_other_steps_are_drawn_again(copy: Path, source: Path, monkeyp
     assert drawn == [1, 2]
     with pytest.raises(InputError, match="^--images 4: the built-in model draws the same prompts of each task; omit"):
         make.make_report(ws, images=4)
+
+
+def test_figures_of_another_model_are_refused(copy: Path, source: Path) -> None:
+    ws = Workspace(copy, str(source))
+    rows: dict[str, Any] = {"runtime": "ort", "precision": "W4A32", **dict.fromkeys(MEASURES, 9)}
+    own, other = {**rows, "identity": identity(copy)}, {**rows, "identity": "another's"}
+    bench = {"comparisons": {}, "machine": {"cpu": "x", "cores": 2}}
+    assert own["identity"] == Manifest.load(copy).stages["quantize"]["inputs"]
+    make.make_report(ws, bench={**bench, "variants": [{**own, "name": "compressed"}]})
+    assert "compressed (ort, W4A32)" in (copy / "report.html").read_text()
+    for variants in ([{**other, "name": "compressed"}], [{**rows, "name": "compressed"}]):
+        with pytest.raises(
+            InputError, match="^--bench: found compressed, none of which is .*copy as it is now; measure"
+        ):
+            make.make_report(ws, bench={**bench, "variants": variants})
+
+
+def test_an_export_has_the_identity_of_its_artefact(copy: Path, source: Path, tmp_path: Path) -> None:
+    folder.write(copy, tmp_path / "onnx", "onnx", {}, lambda work: {})
+    assert identity(tmp_path / "onnx") == identity(copy) and identity(source) is None
 
 
 def test_model_card(copy: Path, source: Path) -> None:
