@@ -23,9 +23,9 @@ from edgeprune.common import extras
 from edgeprune.common.errors import CannotRunError, InputError
 from edgeprune.common.files import check_schema, read_json
 from edgeprune.runtimes.base import Runtime
-from edgeprune.runtimes.base import open_runtime as _open_runtime
+from edgeprune.runtimes.base import plan_runtime as _plan_runtime
 
-__all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "candidates", "choose", "load", "prepare", "runnable"]
+__all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "candidates", "choose", "load", "plan", "prepare", "runnable"]
 
 SCHEMA_VERSION = 1
 """The version of edgeprune_export.json."""
@@ -183,5 +183,22 @@ def load(folder: str | Path, runtime: str | None = None, **options: Any) -> Runt
         InputError: the folder or one of its files is not usable, or the runtime has no such option.
         MissingExtraError: a package that the runtime needs is not installed.
     """
+    model = plan(folder, runtime, **options)
+    model.backend.open()
+    return model
+
+
+def plan(folder: str | Path, runtime: str | None = None, **options: Any) -> Runtime:
+    """Do what `load` does, but open nothing before it runs, so that too little memory can be refused at once.
+
+    Args:
+        folder: see `load`.
+        runtime: see `load`.
+        **options: see `load`.
+
+    Raises:
+        InputError: see `load`; see also `Runtime.prepare`.
+        MissingExtraError: see `load`.
+    """
     folder = Path(folder)
-    return _open_runtime(folder, prepare(choose(folder, runtime)), options)
+    return _plan_runtime(folder, prepare(choose(folder, runtime)), options)

@@ -57,6 +57,10 @@ class Backend(Protocol):
     precision: str
     """What the transformer computes in, as `precision_of` writes it."""
 
+    def open(self) -> None:
+        """Open what stays in memory; otherwise that is done when it first runs."""
+        ...
+
     def prepare(self, height: int, width: int) -> None:
         """Plan the memory for images of this size in pixels, before anything runs.
 
@@ -316,6 +320,15 @@ class Runtime:
         """The runtime's name: `ort`, `eager`."""
         return self.backend.name
 
+    def prepare(self, height: int | None = None, width: int | None = None) -> None:
+        """Plan the memory for images of this size in pixels; None for the folder's own.
+
+        Raises:
+            InputError: the memory that the runtime was given is too little; says how much suffices.
+        """
+        own = self.settings.generation
+        self.backend.prepare(height or own.height, width or own.width)
+
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float = 1.0) -> Array:
         """Compute one velocity in one call; shapes as in `Backend.step`, B at most `Backend.largest_batch`."""
         return self.backend.step(latents, text, pooled, sigma, guidance)
@@ -454,11 +467,11 @@ class Runtime:
         self.close()
 
 
-def open_runtime(folder: Path, module: ModuleType, options: dict[str, Any]) -> Runtime:
-    """Open a folder; reads the small files first, so that a bad setting fails before gigabytes are loaded.
+def plan_runtime(folder: Path, module: ModuleType, options: dict[str, Any]) -> Runtime:
+    """Read a folder's settings and plan its memory; nothing large is opened, see `Backend.open`.
 
     Raises:
-        InputError: a setting is not usable, or the runtime has no such option.
+        InputError: a setting is not usable, the runtime has no such option, or the memory is too little for any image.
     """
     accepted = list(inspect.signature(module.open_backend).parameters)[2:]
     if unknown := sorted(set(options) - set(accepted)):

@@ -34,7 +34,7 @@ with needs("compress"):
     from edgeprune.families import Family, family_of_model
     from edgeprune.families.encoders import EXPORTED, T5, tokenizer_of
     from edgeprune.residency.compute import DTYPES, Compute, is_small, name_of
-    from edgeprune.residency.running import dtype_of, running
+    from edgeprune.residency.running import check_room, dtype_of, running
     from edgeprune.sampling.denoising import Conditioning, encode_prompts, evaluate
     from edgeprune.sampling.generation import latent_scale
     from edgeprune.sampling.prompts import cut_words
@@ -53,27 +53,37 @@ class EagerBackend:
 
     def __init__(
         self,
-        pipeline: Any,
+        opener: Callable[[], Any],
         settings: Settings,
-        rows: Rows,
         *,
-        device: str,
+        device: torch.device,
         why: str,
         dtype: str,
         quantized: bool,
     ) -> None:
-        self.provider, self.why, self._rows = device, why, rows
-        self._device = torch.device(device)
-        self._pipeline: Any | None = pipeline
+        self.provider, self.why, self._device = str(device), why, device
+        self._opener: Callable[[], Any] | None = opener
+        """Loads the pipeline; None once the runtime is closed."""
+        self._pipeline: Any | None = None
+        self._meter = Meter()
+        self._rows: Rows = self._meter.rows
         self._t5_tokens = settings.generation.max_sequence_length
         self.precision = precision_of(dtype, quantized=quantized)
 
     @property
     def pipeline(self) -> Any:
         """The underlying diffusers pipeline."""
-        if self._pipeline is None:
-            raise InputError("the runtime is closed; load the folder again")
+        self.open()
         return self._pipeline
+
+    def open(self) -> None:
+        """Load the pipeline, unless it is there."""
+        if self._opener is None:
+            raise InputError("the runtime is closed; load the folder again")
+        if self._pipeline is None:
+            with self._meter.opening():
+                self._pipeline = self._opener()
+            self._rows = _rows_of(self._device, self._meter)
 
     def prepare(self, height: int, width: int) -> None:
         """Do nothing: parts of the pipeline make room for each other as they run."""
@@ -133,7 +143,7 @@ class EagerBackend:
         """Drop the pipeline, which releases the weights."""
         if self._pipeline is not None:
             self.memory()  # records the rows that are a maximum
-        self._pipeline = None
+        self._pipeline = self._opener = None
 
     def _tensor(self, array: Array) -> torch.Tensor:
         return torch.tensor(array).to(self._device)
@@ -173,8 +183,10 @@ def _rows_of(device: torch.device, meter: Meter) -> Rows:
     return functools.partial(gpu_rows, cuda, device, cuda.memory_allocated(device))
 
 
-def _open(folder: Path, dtype: str | None, variant: str | None, compute: Compute) -> tuple[Any, str]:
-    """Return a folder's pipeline, and the dtype that its transformer computes in.
+def _planned(
+    folder: Path, dtype: str | None, variant: str | None, compute: Compute
+) -> tuple[Callable[[], Any], torch.dtype]:
+    """Return what loads a folder's pipeline, and the dtype that its transformer computes in.
 
     The pipeline is diffusers' own if the model is small, else one whose parts are in memory in turn.
     """
@@ -183,8 +195,9 @@ def _open(folder: Path, dtype: str | None, variant: str | None, compute: Compute
     chosen = DTYPES[dtype] if dtype else dtype_of(stored, compute)
     small = is_small(sum(map(math.prod, stored.weights.shapes.values())))
     if (small and compute.memory is None) or not can_stage(folder):
-        return load_pipeline(folder, stored.load(chosen), chosen, variant=variant).to(compute.device), name_of(chosen)
-    return StagedPipeline(folder, running(stored, compute, chosen), compute, variant), name_of(chosen)
+        return lambda: load_pipeline(folder, stored.load(chosen), chosen, variant=variant).to(compute.device), chosen
+    check_room(stored, compute, chosen)
+    return lambda: StagedPipeline(folder, running(stored, compute, chosen), compute, variant), chosen
 
 
 def _why(asked: str, device: torch.device) -> str:
@@ -227,10 +240,8 @@ def open_backend(
     if threads < 0:
         raise InputError(f"threads: found {threads}, expected 0 or more")
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable()))
-    meter = Meter()
-    with meter.opening():
-        pipeline, dtype = _open(folder, dtype, variant, compute)
+    opener, chosen = _planned(folder, dtype, variant, compute)
     return EagerBackend(
-        pipeline, settings, _rows_of(compute.device, meter), device=str(compute.device),
-        why=_why(device, compute.device), dtype=dtype, quantized=(folder / INT4).is_dir(),
+        opener, settings, device=compute.device, why=_why(device, compute.device), dtype=name_of(chosen),
+        quantized=(folder / INT4).is_dir(),
     )  # fmt: skip

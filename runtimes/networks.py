@@ -211,7 +211,10 @@ class NetworkBackend:
                 self.prepare(side, side)
             except InputError:
                 raise refusal from None  # it is too little for any image
-            self._in_turn = True  # another size has to be asked for, so nothing is opened yet
+            self._in_turn = True  # another size has to be asked for
+
+    def open(self) -> None:
+        """Open all networks, if they fit together."""
         if self._in_turn:
             return
         try:

@@ -30,6 +30,9 @@ class FakeBackend:
         self.batches: list[int] = []
         self.closed = False
 
+    def open(self) -> None:
+        pass
+
     def prepare(self, height: int, width: int) -> None:
         pass
 

@@ -105,7 +105,9 @@ def generate(
     asked = chosen.height is not None or chosen.width is not None
     images = settings.generation.changed(chosen, "options")
     check_size(settings, images.height, images.width, where="--" if asked else "")
-    with runtimes.load(folder, runtime, **load_options) as opened:
+    with runtimes.plan(folder, runtime, **load_options) as opened:
+        opened.prepare(images.height, images.width)
+        opened.backend.open()
         (image,) = opened.generate(
             prompt, negative_prompt=negative_prompt, steps=chosen.num_inference_steps,
             guidance_scale=chosen.guidance_scale, height=chosen.height, width=chosen.width, seed=seed,

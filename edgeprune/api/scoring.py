@@ -113,10 +113,12 @@ def score(
     if len(ready) == len(models):
         for option in ["--device"] * (device != "auto") + ["--memory"] * (memory is not None):
             progress(f"{option}: no image is drawn, so it is not used")
-    loading = _loading({n: p for n, p in places.items() if p not in ready}, runtime, device, memory)
-    for place in places.values():
-        if place not in ready:
-            _check_drawn(place, variant, steps)
+    drawn = {name: place for name, place in places.items() if place not in ready}
+    loading = _loading(drawn, runtime, device, memory)
+    for place in drawn.values():
+        _check_drawn(place, variant, steps)
+    if memory is not None:
+        _check_memory(drawn, runtime, variant, loading)
     file = Path(prompts) if prompts else None
     if ready:
         wishes = _wishes_of(ready[0], metrics)
@@ -130,7 +132,7 @@ def score(
         weights=paths,
         steps=steps,
         prompts_sha256=sha256_file(file) if file else None,
-        drawn=tuple(name for name, place in places.items() if place not in ready),
+        drawn=tuple(drawn),
     )
 
 
@@ -220,6 +222,22 @@ def _check_drawn(model: Path, variant: str | None, steps: int | None) -> None:
     if not (model / "edgeprune_export.json").is_file():
         check_pipeline(model, variant if _is_original(model) else None)
     say_guesses(model, () if steps is None else ("num_inference_steps",), steps="--steps")
+
+
+def _check_memory(
+    drawn: Mapping[str, Path], runtime: str | None, variant: str | None, loading: Mapping[str, dict[str, Any]]
+) -> None:
+    """Refuse a limit that is too little for one of the models, before the first of them draws.
+
+    Raises:
+        InputError: the limit is too little; says how much suffices.
+    """
+    from edgeprune import runtimes
+
+    for name, place in drawn.items():
+        options = loading[name] | ({"variant": variant} if variant and _is_original(place) else {})
+        with runtimes.plan(place, runtime if name == "images" else None, **options) as model:
+            model.prepare()
 
 
 def _is_original(folder: Path) -> bool:

@@ -117,6 +117,9 @@ def run(
         prompts = [p for p in shapes.evaluation_prompts(quality) for _ in range(quality_seeds)]
     bench = _Bench(spec, prompts, memory_bandwidth(), progress)
     candidates, others = [v for v in variants if v.original], [v for v in variants if not v.original]
+    for variant in (*others, *candidates):
+        if "memory" in variant.options:
+            bench.check(variant)
     slower: list[Measured] = []
     measured: list[tuple[Measured, NDArray[np.uint8] | None]] = []
     if candidates:
@@ -144,6 +147,14 @@ class _Bench:
     """Prompts of shapes world to score images on; empty scores nothing."""
     bandwidth: float
     progress: Log
+
+    def check(self, variant: Variant) -> None:
+        """Refuse a limit of memory that is too little for a variant, in a process like the one that measures it.
+
+        Raises:
+            InputError: says how much suffices.
+        """
+        _worker(variant, {"check": True}, self.progress)
 
     def measure(self, variant: Variant, **changes: Any) -> tuple[Measured, NDArray[np.uint8] | None]:
         """Return a variant's figures and the images that its quality was scored on.

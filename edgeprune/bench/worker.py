@@ -63,6 +63,20 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def check(spec: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a limit of memory that is too little for images of the folder's own size; nothing is opened.
+
+    Args:
+        spec: folder, runtime (or None) and options.
+
+    Raises:
+        EdgepruneError: the folder cannot be used, or not in so little memory.
+    """
+    with runtimes.plan(Path(spec["folder"]), spec["runtime"], **spec["options"]) as model:
+        model.prepare()
+    return {}
+
+
 def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
     """Time single denoising steps of one image as `generate` runs them: with guidance, both halves."""
     wanted = model.settings.generation
@@ -109,7 +123,8 @@ def _quality(model: Runtime, spec: dict[str, Any]) -> NDArray[np.uint8]:
 def main() -> int:
     """Read the spec from the command line; print the result, or `{"error": ..., "kind": ...}`."""
     try:
-        print(json.dumps(measure(json.loads(sys.argv[1]))), flush=True)
+        spec = json.loads(sys.argv[1])
+        print(json.dumps(check(spec) if spec.get("check") else measure(spec)), flush=True)
     except EdgepruneError as error:
         print(json.dumps({"error": str(error), "kind": type(error).__name__}), flush=True)
         return error.exit_code

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from edgeprune import api
+from edgeprune.api.scoring import _check_memory
 from edgeprune.bench import run as bench_run
 from edgeprune.common.errors import InputError
 from edgeprune.metrics import scoring
@@ -44,11 +45,28 @@ def test_score_draws_with_torch_there(source: Path, exported: Path, monkeypatch:
 
     monkeypatch.setattr(scoring, "draw", drawn)
     monkeypatch.setattr("edgeprune.api.scoring._check_drawn", lambda *_: None)
+    monkeypatch.setattr("edgeprune.api.scoring._check_memory", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         api.score(exported, ["psnr"], against=source, runtime="ort", device="cpu", memory=10**9)
     assert given == {"images": {"memory": 10**9}, "original": {"memory": 10**9, "device": "cpu"}}
     with pytest.raises(InputError, match="--device cpu: is about torch, but ort runs here"):
         api.score(exported, ["shapes"], runtime="ort", device="cpu")
+
+
+def test_score_refuses_too_little_memory_before_it_draws(
+    tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    source, exported = tiny_folders
+    drawn = list[str]()
+    monkeypatch.setattr(scoring, "draw", lambda place, *_, **__: drawn.append(place.name))
+    with pytest.raises(InputError, match=r"memory: found 0\.10 GB, expected at least"):
+        api.score(exported, ["psnr"], against=source, runtime="ort", memory=10**8)
+    # The original alone is short.
+    loading = {"images": {"memory": 10**10}, "original": {"memory": 10**8}}
+    with pytest.raises(InputError, match=r"--memory: found 0\.10 GB, expected at least"):
+        _check_memory({"images": exported, "original": source}, "ort", None, loading)
+    assert drawn == []
 
 
 def test_bench_measures_torch_there(source: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

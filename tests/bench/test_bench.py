@@ -199,6 +199,8 @@ def replies(monkeypatch: pytest.MonkeyPatch, **more: Any) -> list[tuple[str, int
     calls = []
 
     def reply(variant: Variant, spec: dict[str, Any], progress: Any) -> dict[str, Any]:
+        if spec.get("check"):
+            return {}
         calls.append((variant.name, len(spec["prompts"])))
         if spec["prompts"]:
             np.save(spec["images"], np.zeros((len(spec["prompts"]), 64, 64, 3), np.uint8))
@@ -330,6 +332,22 @@ def test_a_damaged_folder_is_the_users_error(tiny_folders: tuple[Path, Path], tm
     (copy / "transformer" / "model.onnx").write_bytes(b"no")
     with pytest.raises(InputError, match=r"compressed: .*model\.onnx"):
         run([Variant("compressed", copy, "ort")], repeats=1)
+
+
+@pytest.mark.parametrize("short", ["ort", "eager"])
+def test_too_little_memory_for_one_is_refused_before_any_is_measured(
+    short: str, tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip({"ort": "onnxruntime"}.get(short, "torch"))
+    source, exported = tiny_folders
+    measured = list[str]()
+    monkeypatch.setattr(bench_run, "memory_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(bench_run._Bench, "measure", lambda bench, variant, **_: measured.append(variant.name))
+    first = Variant("original", source, "eager", options={"memory": 10**11})
+    second = Variant("short", exported if short == "ort" else source, short, options={"memory": 10**8})
+    with pytest.raises(InputError, match=r"^short: .*memory: found 0\.10 GB, expected at least 0\.\d+ GB"):
+        run([first, second])
+    assert measured == []
 
 
 def test_worker_prints_errors_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 from fakes import FakeBackend, fake_runtime
 
-from edgeprune import runtimes
+from edgeprune import api, runtimes
 from edgeprune.common.errors import InputError, MissingExtraError
 from edgeprune.residency.streaming import is_streamed
 from edgeprune.runtimes import base, memory
@@ -158,7 +159,7 @@ def test_every_backend_has_the_whole_interface() -> None:
     from edgeprune.runtimes.networks import NetworkBackend
 
     methods = {n: m for n, m in vars(base.Backend).items() if inspect.isfunction(m) and not n.startswith("_")}
-    assert set(methods) == {"prepare", "encode", "step", "largest_batch", "decode", "memory", "close"}
+    assert set(methods) == {"open", "prepare", "encode", "step", "largest_batch", "decode", "memory", "close"}
     for kind in (FakeBackend, NetworkBackend, EagerBackend):
         for name, method in methods.items():
             theirs = inspect.signature(getattr(kind, name)).parameters
@@ -276,6 +277,44 @@ def test_eager_within_a_budget_draws_the_same(source: Path) -> None:
             streamed = is_streamed(model.backend.pipeline.transformer.transformer_blocks[0])
             assert streamed is bool(options)
     assert np.array_equal(*drawn)
+
+
+def test_too_little_memory_is_refused_by_the_plan(source: Path, exported: Path) -> None:
+    """Which opens nothing."""
+    pytest.importorskip("onnxruntime")
+    for folder in (source, exported):
+        with pytest.raises(InputError, match=r"memory: found 0\.10 GB, expected at least 0\.\d+ GB"):
+            runtimes.plan(folder, memory=10**8)
+        with runtimes.plan(folder) as model:
+            held = vars(model.backend)["_pipeline" if folder == source else "_networks"]
+            assert not held
+            model.prepare()
+            assert model.generate("two red circles", steps=1)[0].size == (64, 64)
+        with pytest.raises(InputError, match="closed"):
+            model.generate("x")
+
+
+def memory_of(exported: Path) -> int:
+    """Return the least memory in bytes that the plan of an export names."""
+    with pytest.raises(InputError) as refused:
+        runtimes.plan(exported, "ort", memory=1)
+    return int(1e9 * float(re.findall(r"at least (\S+) GB", str(refused.value))[0]))
+
+
+def test_a_size_that_does_not_fit_is_refused_before_anything_is_opened(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny model's values are few, so they count a thousandfold here."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("edgeprune.common.pieces.SLACK", 1000)
+    opened = list[object]()
+    monkeypatch.setattr("edgeprune.runtimes.networks.NetworkBackend.open", opened.append)
+    options, memory = api.GenerationOptions(height=128, width=128), memory_of(exported) + 5 * 10**7
+    with pytest.raises(InputError, match=r"expected at least \d+\.\d+ GB, which .* image of 128x128"):
+        api.generate(exported, "x", generation=options, runtime="ort", memory=memory)
+    assert opened == []
+    with runtimes.plan(exported, "ort", memory=memory) as model:
+        model.prepare()
 
 
 def test_a_large_model_computes_in_what_the_machine_multiplies(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,5 +459,5 @@ def test_networks_are_closed_when_a_later_one_fails(exported: Path) -> None:
         return opened[-1]
 
     with pytest.raises(InputError, match="damaged"):
-        NetworkBackend(WholeEngine("x", open_network), exported, read_settings(exported))
+        NetworkBackend(WholeEngine("x", open_network), exported, read_settings(exported)).open()
     assert len(opened) == 2 and all(network.closed for network in opened)
