@@ -39,6 +39,8 @@ class Spec:
     profile: Profile
     cache: str
     """Path of a timing cache: read if it exists, then written (regular TensorRT only)."""
+    streams: bool
+    """Whether the engine can keep weights in the host's memory, and read them from there as it runs."""
 
 
 def build(spec: Spec, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
@@ -67,6 +69,8 @@ def build(spec: Spec, progress: Callable[[str, int, int], None]) -> dict[str, An
     for tensor, (least, best, largest) in spec.profile.items():
         shapes.set_shape(tensor, tuple(least), tuple(best), tuple(largest))
     config.add_optimization_profile(shapes)
+    if spec.streams:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     config.progress_monitor = _monitor(trt, spec.name, progress)
     cache, timings = Path(spec.cache), None
     if trt.__name__ == "tensorrt":  # tensorrt_rtx does no timing while it builds

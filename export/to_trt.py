@@ -97,7 +97,9 @@ def _networks(
     config, family = read_config(artefact)
     tokens = family.text_tokens(longest_prompt(artefact), settings.generation.max_sequence_length)
     caches = [folder / CACHE for folder in (work.folder, out) if (folder / CACHE).is_file()]
-    engine_builder = Builder(trt, caches[0].read_bytes() if caches else b"", progress)
+    # A copy of all weights in the host's memory, which streaming takes, has no use where the GPU shares that memory.
+    streams = device.own_memory
+    engine_builder = Builder(trt, caches[0].read_bytes() if caches else b"", progress, streams=streams)
     sizes = axis_ranges(device, settings, family.latents(config).largest, tokens)
     halved = device.activations == "float16"
     for source in to_onnx.sources(artefact, work.has, half=halved, progress=progress):
@@ -134,6 +136,7 @@ def _networks(
             "half_rms_relative": rounding,
             **layers,
             "onnx_weight_bytes": weight_bytes,
+            "streams": streams,
             "engine_bytes": engine.stat().st_size,
             "build_s": round(time.monotonic() - began, 2),
             "profile": {tensor: [list(shape) for shape in shapes] for tensor, shapes in profile.items()},
@@ -278,8 +281,8 @@ def profile_of(inputs: Axes, example: Mapping[str, torch.Tensor], sizes: Mapping
 class Builder:
     """Builds engines with a TensorRT package, each in its own process (engine.py), and keeps the timing cache."""
 
-    def __init__(self, trt: Any, cache: bytes, progress: Progress) -> None:
-        self._trt, self._cache, self._progress = trt, cache, progress
+    def __init__(self, trt: Any, cache: bytes, progress: Progress, *, streams: bool) -> None:
+        self._trt, self._cache, self._progress, self._streams = trt, cache, progress, streams
 
     def build(self, name: str, onnx_path: Path, profile: Profile, engine: Path) -> dict[str, Any]:
         """Write `engine`.
@@ -301,6 +304,7 @@ class Builder:
             engine=str(engine),
             profile=profile,
             cache=str(cache),
+            streams=self._streams,
         )
         command = [sys.executable, "-m", "edgeprune.export.engine", json.dumps(dataclasses.asdict(spec))]
         last: dict[str, Any] = {}

@@ -84,7 +84,10 @@ class Engine(Protocol):
 
     @property
     def counts_values(self) -> bool:
-        """Whether `needs` counts values besides weights: of one sample, so they go one by one where memory is short."""
+        """Whether `needs` counts the values of one sample, besides weights.
+
+        If not, a network that is opened within a limit streams weights, for all rows of a step at once.
+        """
         ...
 
     def open(self, folder: Path, limit: int | None) -> Network:
@@ -128,7 +131,6 @@ class WholeEngine:
     opener: Callable[[Path], Network]
     activations: str = "fp32"
     rows: Callable[[], dict[str, Reading]] = dict
-    room: Callable[[], tuple[int, int]] = room_here
     counts_values: bool = False
 
     def open(self, folder: Path, limit: int | None) -> Network:
@@ -138,6 +140,10 @@ class WholeEngine:
     def needs(self, folder: Path, shapes: Shapes) -> Needs:
         """Return the bytes of its files; values are not counted."""
         return files_of(folder)
+
+    def room(self) -> tuple[int, int]:
+        """Return the bytes that the process has now, and may have at most."""
+        return room_here()
 
     def memory(self) -> dict[str, Reading]:
         """Return rows for the memory of a device that has its own."""
@@ -340,7 +346,8 @@ class NetworkBackend:
     @property
     def _one_by_one(self) -> bool:
         """Whether the rows of a step go through the transformer one by one; guidance has two."""
-        return self._engine.counts_values and (self._in_turn or self._memory is not None)
+        together = "transformer" in self._cut and not self._engine.counts_values
+        return (self._in_turn or self._memory is not None) and not together
 
     def _prepare_for(self, latents: Array) -> None:
         self.prepare(*(side * self._settings.factor for side in latents.shape[2:]))

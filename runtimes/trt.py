@@ -3,7 +3,8 @@
 Inputs and outputs have device buffers that are reused while shapes stay the same; scratch memory is sized for these
 shapes, not for the profile's largest. A read-only input that is the same array as before (the text embeddings, in every
 step but the first) is not copied again. Latents are copied to the host once per step, because guidance and the
-scheduler run in numpy. Several GPUs, weight streaming and RTX's kernel cache are not supported.
+scheduler run in numpy. An engine that does not fit reads weights from the host's memory as it runs, if it was built for
+that. Several GPUs and RTX's kernel cache are not supported.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.common.errors import InputError, MissingExtraError
+from edgeprune.common.fields import whole_number
 from edgeprune.common.files import read_json
+from edgeprune.common.pieces import RESERVE, Needs
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.gpu import Gpu, open_gpu
-from edgeprune.runtimes.networks import NetworkBackend, WholeEngine
+from edgeprune.runtimes.memory import Reading
+from edgeprune.runtimes.networks import NetworkBackend, Shapes, files_of
 
 VENDORS = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
 """Packages that build and run engines, the preferred one first, with the extra that installs each. An engine runs only
@@ -78,12 +84,22 @@ class TrtNetwork:
         gpu: the GPU it runs on.
         built_by: package and version that built it, for the error if the engine cannot be read.
         cuda_graph: record the engine's kernels once per shape and launch them together.
+        limit: most bytes on the GPU; weights that do not fit are streamed from the host. None keeps all there.
 
     Raises:
         InputError: the file does not exist, or TensorRT cannot read it or has too little memory for it.
     """
 
-    def __init__(self, path: Path, trt: Any, gpu: Gpu, *, built_by: str = "", cuda_graph: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        trt: Any,
+        gpu: Gpu,
+        *,
+        built_by: str = "",
+        cuda_graph: bool = False,
+        limit: int | None = None,
+    ) -> None:
         if not path.is_file() or not path.stat().st_size:
             raise InputError(f"{path}: no such file or an empty one, expected a TensorRT engine; export again")
         self._path, self._gpu, self._cuda_graph = path, gpu, cuda_graph
@@ -96,6 +112,10 @@ class TrtNetwork:
                 f"{path}: {trt.__name__} {trt.__version__} cannot read this engine: {self._log.take()}"
                 f"{f'; it was built by {built_by}' if built_by else ''}; export again on this device"
             )
+        self._size = path.stat().st_size
+        """Bytes of it on the GPU."""
+        if limit is not None:
+            self._stream_weights(limit)
         self._own_graph = cuda_graph and not hasattr(trt, "CudaGraphStrategy")
         self._context = self._new_context(trt)
         self._inputs: dict[str, Any] = {}
@@ -112,9 +132,20 @@ class TrtNetwork:
         self._scratch: int | None = None
         self._sent: dict[str, NDArray[Any]] = {}
         self._graph: Any = None
-        self._size = path.stat().st_size
         gpu.hold(self._size)
         self.provider, self.why = trt.__name__, f"built by {built_by}"
+
+    def _stream_weights(self, limit: int) -> None:
+        """Keep as many weights on the GPU as fit beside the values of the profile's largest shapes."""
+        streamable = self._engine.streamable_weights_size
+        if not streamable:  # it was not built for that
+            return
+        self._engine.weight_streaming_budget_v2 = 0  # of which the memory of a context depends
+        others = self._size - streamable + self._engine.device_memory_size_v2
+        held, _ = self._gpu.room()
+        budget = min(max(0, limit - RESERVE - held - others), streamable)
+        self._engine.weight_streaming_budget_v2 = budget
+        self._size += budget - streamable
 
     def _new_context(self, trt: Any) -> Any:
         """Create an execution context whose scratch memory the caller allocates."""
@@ -221,6 +252,51 @@ class TrtNetwork:
         self._gpu.hold(-self._size)
 
 
+@dataclass(frozen=True)
+class TrtEngine:
+    """Opens the engines of an export."""
+
+    trt: Any
+    gpu: Gpu
+    built_by: str
+    activations: str
+    streamable: Mapping[str, int]
+    """The bytes of weights that an engine need not have on the GPU, by network."""
+    cuda_graph: bool = False
+    name: str = "trt"
+    counts_values: bool = False
+
+    def open(self, folder: Path, limit: int | None) -> TrtNetwork:
+        """Open an engine: all on the GPU, or within a limit."""
+        return TrtNetwork(
+            folder / "model.engine", self.trt, self.gpu,
+            built_by=self.built_by, cuda_graph=self.cuda_graph, limit=limit,
+        )  # fmt: skip
+
+    def needs(self, folder: Path, shapes: Shapes) -> Needs:
+        """Return the bytes of its file, and of what is in it besides weights; values are not counted."""
+        whole = files_of(folder).whole
+        return Needs(whole, max(0, whole - self.streamable.get(folder.name, 0)))
+
+    def room(self) -> tuple[int, int]:
+        """Return the bytes that the process has on the GPU now, and may have at most."""
+        return self.gpu.room()
+
+    def memory(self) -> dict[str, Reading]:
+        """Return the rows of the GPU."""
+        return self.gpu.memory()
+
+
+_MOST_BYTES = 10**12
+
+
+def _streamable(networks: Any, where: Path) -> dict[str, int]:
+    """Return the bytes of weights that can be streamed, by network, from the networks of edgeprune_export.json."""
+    known = networks.items() if isinstance(networks, dict) else ()
+    streams = {name: network for name, network in known if isinstance(network, dict) and network.get("streams") is True}
+    return {n: whole_number(v, "onnx_weight_bytes", f"{where}: {n}", most=_MOST_BYTES) for n, v in streams.items()}
+
+
 def _activations(networks: Any) -> str:
     """Return what the transformer's engine computes in, by the networks of edgeprune_export.json."""
     transformer = networks.get("transformer") if isinstance(networks, dict) else None
@@ -243,7 +319,7 @@ def open_backend(
         settings: that folder's settings.
         cuda_graph: record each engine's kernels once per shape and launch them together.
         memory: most bytes on the GPU; None takes most of what is free. Networks whose files do not fit together
-            are open one after the other.
+            are open one after the other, and weights of an engine that does not fit alone are streamed.
         keep_embeddings: keeps encoded prompts in this folder, so that each is encoded once.
 
     Raises:
@@ -258,12 +334,7 @@ def open_backend(
     name = builder["name"]
     trt = vendor(name)
     gpu = open_gpu(VENDORS[name])
-    built_by = f"{name} {builder.get('version')}"
-    engine = WholeEngine(
-        "trt",
-        lambda path: TrtNetwork(path / "model.engine", trt, gpu, built_by=built_by, cuda_graph=cuda_graph),
-        activations=_activations(networks),
-        rows=gpu.memory,
-        room=gpu.room,
+    engine = TrtEngine(
+        trt, gpu, f"{name} {builder.get('version')}", _activations(networks), _streamable(networks, path), cuda_graph
     )
     return NetworkBackend(engine, folder, settings, memory=memory, keep_embeddings=keep_embeddings)

@@ -43,6 +43,8 @@ class Target:
     """Memory that a model may use on the device, for all networks and activations together."""
     memory_source: str
     """Where `memory_bytes` comes from."""
+    own_memory: bool
+    """Whether what computes has memory of its own, beside the processor's, from which weights can be streamed."""
     dtypes: tuple[str, ...]
     """Weight formats that the runtime takes, the smallest first."""
     activations: str

@@ -26,6 +26,8 @@ class FakeCuda:
         self.blocks: dict[int, NDArray[np.uint8]] = {}
         self.memory, self.streams, self.uploads, self.launches = memory, 0, 0, 0
         self.recording: list[Callable[[], object]] | None = None
+        self.streamable, self.values = 0, 1000
+        """Bytes of every engine: of weights that it can stream, and of values at the profile's largest shapes."""
         self.largest_batch = 64
         """Of every engine's profile; every other axis is 1 to 64."""
 
@@ -143,12 +145,22 @@ class FakeContext:
 
 
 class FakeEngine:
+    weight_streaming_budget_v2: int | None = None
+
     def __init__(self, cuda: FakeCuda, onnx_path: str) -> None:
         self.cuda, self.session = cuda, onnxruntime.InferenceSession(onnx_path, providers=["CPUExecutionProvider"])
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.tensors = {t.name: t for t in [*self.session.get_inputs(), *self.session.get_outputs()]}
         self.num_io_tensors = len(self.tensors)
         self.config: Any = None
+
+    @property
+    def streamable_weights_size(self) -> int:
+        return self.cuda.streamable
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        return self.cuda.values
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.tensors)[index]

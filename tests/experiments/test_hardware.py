@@ -36,7 +36,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 ALL = checks("gpu") | checks("mac")
 NOT_HERE = {
     "nvml": "NVML",
-    "tensorrt": "neither tensorrt nor tensorrt_rtx",
+    **dict.fromkeys(("tensorrt", "tensorrt-streams"), "neither tensorrt nor tensorrt_rtx"),
     "onnx-providers": "has neither provider",
     "coreml-export": "macOS only",
     **{f"coreml-{units}": "no export" for units in ("all", "cpu", "gpu", "ne")},

@@ -106,6 +106,7 @@ def test_engines(built: SimpleNamespace) -> None:
         engine = built.out / name / "model.engine"
         assert engine.stat().st_size == said["engine_bytes"] > 1000 and said["precision"] == "float16"
         assert 0 < record["parity"][name]["rms_relative"] < parity.HALF_BOUND
+        assert said["streams"] is True  # a graphics card has memory of its own
         assert said["engine_parity"] is None or said["engine_parity"]["bound"] == parity.HALF_BOUND
     assert not list(built.out.rglob("*.onnx*")) and not list(built.out.rglob("tmp*"))
     assert (built.out / "tokenizer" / "tokenizer.json").is_file()
@@ -141,7 +142,7 @@ def test_weights_that_tensorrt_maps_are_given_back(tmp_path: Path, monkeypatch: 
     shape = (1, 1024)
     spec = engine.Spec(
         "tensorrt_rtx", "layer", str(tmp_path / "model.onnx"), str(tmp_path / "model.engine"),
-        {"input": (shape, shape, shape)}, str(tmp_path / "timing.cache"),
+        {"input": (shape, shape, shape)}, str(tmp_path / "timing.cache"), streams=False,
     )  # fmt: skip
     engine.build(spec, lambda *_: None)
     assert given == [(True, True)] and (tmp_path / "model.engine").stat().st_size > 2**20
@@ -149,7 +150,7 @@ def test_weights_that_tensorrt_maps_are_given_back(tmp_path: Path, monkeypatch: 
 
 def test_a_wrong_file_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no model")
-    builder = to_trt.Builder(tensorrt_rtx, b"", lambda *_: None)
+    builder = to_trt.Builder(tensorrt_rtx, b"", lambda *_: None, streams=False)
     with pytest.raises(EdgepruneError, match="vae: tensorrt_rtx cannot read its ONNX: "):
         builder.build("vae", tmp_path / "model.onnx", {}, tmp_path / "engine")
 
@@ -160,7 +161,7 @@ def test_a_build_that_is_killed_is_one_error(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.delattr(signal, "SIGKILL")  # as on Windows
-    builder = to_trt.Builder(tensorrt_rtx, b"", lambda *_: None)
+    builder = to_trt.Builder(tensorrt_rtx, b"", lambda *_: None, streams=False)
     with pytest.raises(EdgepruneError, match=r"vae: tensorrt_rtx ended with -9 .*takes too much memory"):
         builder.build("vae", tmp_path / "model.onnx", {}, tmp_path / "engine")
     (tmp_path / "python").write_text("#!/bin/sh\necho no such library >&2\nexit 3\n")
@@ -244,12 +245,13 @@ class One(nn.Module):
         return (self.model(x),)
 
 
-def test_int4_stays_packed_in_the_engine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("streams", [False, True])
+def test_int4_stays_packed_in_the_engine(streams: bool, tmp_path: Path) -> None:
     layer = packed(nn.Linear(1024, 1024), 4, 64, torch.Generator().manual_seed(1))
     x, axes = torch.randn(2, 1024).half(), {0: "b"}
     external_data.save(graph.to_ir(One(layer).half(), {"x": x}, {"x": axes}, {"y": axes}), tmp_path / "model.onnx")
     profile = {"x": ((1, 1024), (2, 1024), (4, 1024))}
-    builder = to_trt.Builder(tensorrt_rtx, b"", lambda *_: None)
+    builder = to_trt.Builder(tensorrt_rtx, b"", lambda *_: None, streams=streams)
     said = builder.build("one", tmp_path / "model.onnx", profile, tmp_path / "engine")
     assert said == {"int4_layers": 1, "int8_layers": 0}
     # Its weights are 0.5 MB in INT4, 2.1 MB in half precision; the rest is code.

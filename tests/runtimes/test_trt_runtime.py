@@ -6,6 +6,7 @@ Needs tensorrt-rtx-cu12 and cuda-bindings. What is never executed here: reading 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,12 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorrt_rtx
+import torch
 from cuda.bindings import runtime as cuda_runtime
 from trt_fakes import FakeContext, FakeCuda, FakeEngine, fake_tensorrt
 
 from edgeprune import runtimes
 from edgeprune.bench import worker
 from edgeprune.common.errors import InputError
+from edgeprune.common.pieces import RESERVE
+from edgeprune.experiments.hardware.checks import nvidia
+from edgeprune.experiments.hardware.place import Place
+from edgeprune.experiments.hardware.registry import Failed
 from edgeprune.export import folder, modules, to_trt
 from edgeprune.runtimes import trt
 from edgeprune.runtimes.gpu import Gpu, nvml_process_bytes
@@ -154,6 +160,45 @@ def test_engines_of_small_batches_draw_many_prompts(
         ours, theirs = (m.generate(prompts, seed=5, steps=2) for m in (model, whole))
     for a, b in zip(ours, theirs, strict=True):
         assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
+
+
+def test_weights_that_do_not_fit_are_streamed(
+    engines: Path, tiny_folders: tuple[Path, Path], cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a limit that the transformer's file exceeds by 20 bytes, and values leave room for 30 bytes of weights."""
+    record = json.loads((engines / folder.FILE).read_text())
+    record["networks"] = {"transformer": {"streams": True, "onnx_weight_bytes": 60}, "vae_decoder": {"streams": False}}
+    (engines / folder.FILE).write_text(json.dumps(record))
+    (engines / "transformer" / "code").write_bytes(bytes(9000))  # so that it is the largest network
+    whole = sum(file.stat().st_size for file in (engines / "transformer").iterdir())
+    size = (engines / "transformer" / "model.engine").stat().st_size
+    cuda.streamable, cuda.values = 60, whole - size + 10
+    with runtimes.load(tiny_folders[1]) as reference:
+        expected = reference.generate_latents("two red circles", seed=3)
+    for memory, budget, rows in ((whole - 20, 30, 2), (whole, None, 1)):
+        with runtimes.load(engines, memory=RESERVE + memory) as ours:
+            found = ours.generate_latents("two red circles", seed=3)
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+            network = ours.backend._networks["transformer"]  # type: ignore[attr-defined]
+            assert network._engine.weight_streaming_budget_v2 == budget
+            assert network._shapes["hidden_states"][0] == rows  # rows share the weights that are streamed
+            assert ours.backend._engine.gpu.weights_bytes == size - (0 if budget is None else 60 - budget)  # type: ignore[attr-defined]
+        assert not cuda.blocks
+    with pytest.raises(InputError, match=r"memory: found 0\.20 GB, expected at least .* which transformer takes"):
+        runtimes.load(engines, memory=RESERVE + whole - 61)
+
+
+def test_the_check_for_a_gpu_sees_what_is_streamed(
+    engines: Path, cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvidia, "_engines", lambda place: (engines, fake_tensorrt(cuda)))
+    monkeypatch.setattr("edgeprune.runtimes.gpu.open_gpu", lambda extra: Gpu(cuda))
+    here = Place(torch.device("cpu"), tmp_path)
+    with pytest.raises(Failed, match="of 0 bytes that can be streamed, None stayed"):
+        nvidia.tensorrt_streams(here)
+    cuda.streamable = 60
+    said = nvidia.tensorrt_streams(here)
+    assert re.fullmatch(r"60 of \d+ bytes streamed: differs by \S+ of the largest value", said) and cuda.launches == 1
 
 
 def test_errors_are_one_line(engines: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

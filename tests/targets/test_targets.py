@@ -19,6 +19,7 @@ runtimes = ["ort"]
 requires = "nothing"
 memory_bytes = 8_000_000_000
 memory_source = "guessed"
+own_memory = false
 dtypes = ["int4", "float32"]
 int4_group_sizes = [64, 32]
 int4_symmetric_only = false

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from edgeprune.experiments.hardware.checks.drawing import compare_image
 from edgeprune.experiments.hardware.place import Place
 from edgeprune.experiments.hardware.registry import Failed, LeftOut, check
+
+_HALF = 1e-2
+"""Largest difference of two runs in half precision, of the largest value."""
+_TRT = ("diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "cuda.bindings.runtime")
 
 
 @check("cuda-bindings: device memory, copies, a stream, a captured graph", seconds=20, needs=("cuda.bindings.runtime",))
@@ -50,10 +57,53 @@ def nvml(place: Place) -> str:
     return f"{size / 1e6:.0f} MB, torch's part {torch.cuda.memory_reserved() / 1e6:.0f} MB"
 
 
-@check("TensorRT: build, compare with the checkpoint, draw an image, with and without CUDA graphs", seconds=240,
-       needs=("diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "cuda.bindings.runtime"))  # fmt: skip
+@check(
+    "TensorRT: build, compare with the checkpoint, draw an image, with and without CUDA graphs", seconds=240, needs=_TRT
+)
 def tensorrt(place: Place) -> str:
     """Export the small SD3."""
+    out, vendor = _engines(place)
+    plain, graphs = (compare_image(place, out, "trt", least=25, cuda_graph=graph)[0] for graph in (False, True))
+    return f"{vendor.__name__} {vendor.__version__}: {plain:.0f} dB from torch's image, {graphs:.0f} with graphs"
+
+
+@check("TensorRT: weights that are streamed from the host, with and without CUDA graphs", seconds=240, needs=_TRT)
+def tensorrt_streams(place: Place) -> str:
+    """Run the transformer's engine with all of its weights on the GPU, and with none that can be elsewhere."""
+    import numpy as np
+
+    from edgeprune.runtimes import load
+    from edgeprune.runtimes.gpu import open_gpu
+    from edgeprune.runtimes.trt import TrtNetwork
+
+    out, vendor = _engines(place)
+    with load(out, "trt") as model:
+        text, pooled = model.backend.encode(["a red circle"])
+        settings = model.settings
+    sides = settings.generation.height // settings.factor, settings.generation.width // settings.factor
+    latents = np.random.default_rng(0).standard_normal((1, settings.channels, *sides), dtype=np.float32)
+    feed = settings.family.inputs(settings.config, latents, text, pooled, np.full(1, 0.5, np.float32), 1.0)
+    gpu, engine, found = open_gpu("trt"), out / "transformer" / "model.engine", []
+    streamable = 0
+    for limit, graph in ((None, False), (0, False), (0, True)):
+        network = TrtNetwork(engine, vendor, gpu, limit=limit, cuda_graph=graph)
+        if limit is not None:
+            streamable, budget = network._engine.streamable_weights_size, network._engine.weight_streaming_budget_v2
+            if not streamable or budget:
+                raise Failed(f"of {streamable} bytes that can be streamed, {budget} stayed on the GPU at a limit of 0")
+        for _ in range(2):  # a graph is recorded in the first call
+            (output,) = network(**feed).values()
+        found.append(output)
+        network.close()
+    whole, *streamed = found
+    worst = max(float(np.abs(one - whole).max() / np.abs(whole).max()) for one in streamed)
+    if worst > _HALF:
+        raise Failed(f"streamed, the largest difference is {worst:.2g} of the largest value")
+    return f"{streamable} of {engine.stat().st_size} bytes streamed: differs by {worst:.2g} of the largest value"
+
+
+def _engines(place: Place) -> tuple[Path, Any]:
+    """Return the export of the small SD3, made once, and the TensorRT that built it."""
     import edgeprune
     from edgeprune.api import export
     from edgeprune.runtimes.trt import first_vendor
@@ -63,11 +113,10 @@ def tensorrt(place: Place) -> str:
         raise LeftOut("neither tensorrt nor tensorrt_rtx can be imported")
     if len(edgeprune.__path__) > 1:  # see __main__.py
         raise LeftOut("engines are built in a process of their own, which needs: pip install --no-deps -e .")
-    device = "rtx" if vendor.__name__ == "tensorrt_rtx" else "cuda-server"
     out = place.scratch / "trt"
-    export(place.small("sd3"), out, "trt", device=device)
-    plain, graphs = (compare_image(place, out, "trt", least=25, cuda_graph=graph)[0] for graph in (False, True))
-    return f"{vendor.__name__} {vendor.__version__}: {plain:.0f} dB from torch's image, {graphs:.0f} with graphs"
+    if not out.is_dir():
+        export(place.small("sd3"), out, "trt", device="rtx" if vendor.__name__ == "tensorrt_rtx" else "cuda-server")
+    return out, vendor
 
 
 @check("ONNX Runtime's CUDA and TensorRT providers draw an image", seconds=180,
