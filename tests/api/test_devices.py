@@ -13,6 +13,7 @@ from edgeprune.api.scoring import _check_memory
 from edgeprune.bench import run as bench_run
 from edgeprune.common.errors import InputError
 from edgeprune.metrics import scoring
+from edgeprune.runtimes import Runtime
 
 
 @pytest.fixture
@@ -66,6 +67,13 @@ def test_score_refuses_too_little_memory_before_it_draws(
     loading = {"images": {"memory": 10**10}, "original": {"memory": 10**8}}
     with pytest.raises(InputError, match=r"--memory: found 0\.10 GB, expected at least"):
         _check_memory({"images": exported, "original": source}, "ort", None, loading)
+
+    def short(model: Runtime) -> None:
+        raise InputError("too little for images of its own size")
+
+    monkeypatch.setattr(Runtime, "prepare", short)
+    with pytest.raises(InputError, match="of its own size"):
+        api.score(exported, ["psnr"], against=source, runtime="ort", memory=10**11)
     assert drawn == []
 
 

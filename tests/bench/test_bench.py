@@ -350,6 +350,15 @@ def test_too_little_memory_for_one_is_refused_before_any_is_measured(
     assert measured == []
 
 
+def test_a_limit_is_checked_for_images_of_the_models_own_size(
+    tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+    monkeypatch.setattr("edgeprune.runtimes.Runtime.prepare", lambda model: asked.append(model.name))
+    assert worker.check({"folder": str(tiny_folders[0]), "runtime": "eager", "options": {}}) == {}
+    assert asked == ["eager"]
+
+
 def test_worker_prints_errors_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"folder": "no/such", "runtime": None, "options": {}}
     monkeypatch.setattr(sys, "argv", ["worker", json.dumps(spec)])
