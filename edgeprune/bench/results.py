@@ -33,6 +33,7 @@ MEASURES: dict[str, tuple[str, str]] = {
     "runtime_overhead_bytes": ("of which runtime: interpreter and libraries", "runtime_overhead"),
     "weights_bytes": ("of which weights, as loaded", "weights"),
     "activations_bytes": ("of which activations", "activations"),
+    "peak_rss_bytes": ("peak of the process on the host", "peak_rss"),
     "rss_bytes": ("settled: resident", "rss"),
     "pss_bytes": ("settled: PSS", "pss"),
     "anon_bytes": ("settled: anonymous", "anon"),

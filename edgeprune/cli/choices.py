@@ -7,11 +7,14 @@ stays fast.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import typer
 from typer.core import TyperArgument, TyperCommand
+
+from edgeprune.cli import screen, usage
 
 
 class Names(str):
@@ -21,7 +24,15 @@ class Names(str):
 
 
 class Verb(TyperCommand):
-    """A command that looks up the names of its choices when it shows its help."""
+    """A command that looks up the names of its choices when it shows its help, and at the end says what it took."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; say what it took, unless that is little."""
+        began = time.monotonic()
+        result = super().invoke(ctx)
+        if (seconds := time.monotonic() - began) > usage.WORTH_SAYING_S:
+            screen.say(usage.taken(seconds))
+        return result
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help: `[a | b]` in place of an option's placeholder, the names after an argument's help."""

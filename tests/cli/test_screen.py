@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
-from edgeprune.cli import screen
+from edgeprune.cli import app, screen, usage
 
 
 def script(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -67,3 +70,21 @@ def test_a_forecast_shows_units_and_prints_plain_numbers(capsys: pytest.CaptureF
     assert "3.58 GB" in printed.err and "1,000" in printed.err and "a remark" in printed.err
     screen.show_forecast(numbers, "a remark", as_json=False)
     assert capsys.readouterr().out == ""
+
+
+def test_a_command_that_took_a_while_says_how_long_and_how_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = CliRunner().invoke(app, ["targets", "list"])
+    assert "took" not in quick.output
+    monkeypatch.setattr(usage, "WORTH_SAYING_S", -1.0)
+    taken = re.search(r"took 0 s; peak memory (\d+\.\d\d) GB$", CliRunner().invoke(app, ["doctor"]).output.strip())
+    assert taken and float(taken[1]) > 0.01
+
+
+def test_on_a_gpu_its_peak_stands_beside_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gpu(*peaks: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            is_initialized=lambda: bool(peaks), device_count=lambda: len(peaks), max_memory_reserved=lambda i: peaks[i]
+        )
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=gpu(0, 5 * 10**9), xpu=gpu()))
+    assert re.fullmatch(r"took 20 min; peak memory \d+\.\d\d GB, of cuda:1 5\.00 GB", usage.taken(1200.0))

@@ -50,7 +50,7 @@ def test_memory_is_what_is_free_here_and_in_the_container(tmp_path: Path, monkey
     assert allowed() == pytest.approx(resident() + 0.9 * 10**10, rel=0.01)
 
 
-def test_a_processor_is_asked_whether_it_multiplies_bf16(tmp_path: Path) -> None:
+def test_a_processor_is_asked_whether_it_multiplies_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, line, has in (
         ("zen4", "flags\t\t: fpu avx2 avx512_bf16 amx_tile", True),
         ("arm", "Features\t: fp asimd bf16", True),
@@ -58,7 +58,14 @@ def test_a_processor_is_asked_whether_it_multiplies_bf16(tmp_path: Path) -> None
     ):
         (tmp_path / name).write_text(line)
         assert multiplies_bf16(tmp_path / name) is has
-    assert not multiplies_bf16(tmp_path / "none")
+    # Where the system does not say, the clock does, and a tie is float32's.
+    for taken, faster in ((0.5, True), (0.9, False), (2.0, False)):
+        seconds = {torch.bfloat16: taken, torch.float32: 1.0}
+        monkeypatch.setattr(compute, "_product_s", lambda dtype, seconds=seconds: seconds[dtype])
+        multiplies_bf16.cache_clear()
+        assert multiplies_bf16(tmp_path / "none") is faster
+    monkeypatch.undo()
+    assert compute._product_s(torch.float32) > 0
 
 
 def test_the_computed_dtype_is_that_of_the_file_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:

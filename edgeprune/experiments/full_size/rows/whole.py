@@ -132,6 +132,18 @@ def rows() -> Iterator[Row]:
             needs=(f"synth{m.suffix}",),
         )  # fmt: skip
 
+        computed = 1.79 * m.per_step * (CALIBRATED_AT + 2 * LARGE_STATES)
+        yield Row(
+            f"learn-3gb{m.suffix}", f"{m.name}: 8 blocks less, stand-ins, error feedback, a prompt at 512x512, in 3 GB",
+            Work(moved=moved, rounded=CALIBRATED["feedback"] * m.weights, large_flops=computed * m.flops),
+            int(2.5 * m.weights), functools.partial(_learn, m), needs=(f"synth{m.suffix}",),
+        )  # fmt: skip
+        yield Row(
+            f"draw-3gb{m.suffix}", f"{m.name} less 8 blocks: report, score, bench, verify, a step at 512x512, in 3 GB",
+            Work(5, moved=4 * everything, rounded=m.weights, large_flops=1.79 * 5 * m.per_step * m.flops),
+            int(0.5 * m.weights), functools.partial(_draw_little, m), needs=(f"synth{m.suffix}",),
+        )  # fmt: skip
+
 
 def _row(model: _Model, name: str, what: str, work: Work, options: tuple[str, ...]) -> Row:
     """Return a row of `compress` without training."""
@@ -217,14 +229,20 @@ def _losses(out: Path) -> str:
 
 def _draw(model: _Model, recorder: Recorder) -> None:
     label = f"draw{model.suffix}"
-    out, prompts = _one_step(model, label, recorder), recorder.out / f"{label}.txt"
-    prompts.write_text("a lighthouse on a cliff at dusk\n", encoding="utf-8")
+    out, prompts = _one_step(model, label, recorder), _prompt(recorder, label)
     recorder.stage(f"{label}: report", "report", "-o", str(out), "--images", "1", "--yes", *_SIX)
     recorder.stage(
         f"{label}: score", "score", str(out), "--against", str(recorder.out / model.name), "--metric", "psnr",
         "--prompts", str(prompts), "--runtime", "eager", "--steps", "1", *_SIX,
     )  # fmt: skip
     recorder.remove(label)
+
+
+def _prompt(recorder: Recorder, label: str) -> Path:
+    """Write a file of one prompt."""
+    path = recorder.out / f"{label}.txt"
+    path.write_text("a lighthouse on a cliff at dusk\n", encoding="utf-8")
+    return path
 
 
 def _bench(model: _Model, recorder: Recorder) -> None:
@@ -234,14 +252,35 @@ def _bench(model: _Model, recorder: Recorder) -> None:
     recorder.remove(label)
 
 
-def _one_step(model: _Model, label: str, recorder: Recorder) -> Path:
+def _one_step(model: _Model, label: str, recorder: Recorder, *options: str) -> Path:
     """Return an artefact less 8 blocks that draws in one step."""
     source, out = recorder.out / model.name, recorder.out / label
     recorder.stage(
         f"{label}: compress", "compress", str(source), "-o", str(out), "--steps", "0", "--no-half",
-        "--blocks", model.blocks, "--inference-steps", "1", *_NEAREST, makes=out,
+        "--blocks", model.blocks, "--inference-steps", "1", *_NEAREST, *options, makes=out,
     )  # fmt: skip
     return out
+
+
+def _learn(model: _Model, recorder: Recorder) -> None:
+    label = f"learn-3gb{model.suffix}"
+    learned = ("--stand-in", "quarter", "--prompts", str(_prompt(recorder, label)), "--calibration-count", "1")
+    _compress(model, label, ("--blocks", model.blocks, "--no-half", *learned, *_MEDIUM, *_LITTLE), recorder)
+
+
+def _draw_little(model: _Model, recorder: Recorder) -> None:
+    label = f"draw-3gb{model.suffix}"
+    source, prompts = recorder.out / model.name, _prompt(recorder, label)
+    out = _one_step(model, label, recorder, *_MEDIUM)
+    drawn = ("--runtime", "eager", "--steps", "1", *_LITTLE)
+    recorder.stage(f"{label}: report", "report", "-o", str(out), "--images", "1", "--yes", *_LITTLE)
+    recorder.stage(
+        f"{label}: score", "score", str(out), "--against", str(source), "--metric", "psnr", "--prompts", str(prompts),
+        *drawn,
+    )  # fmt: skip
+    recorder.stage(f"{label}: bench", "bench", str(out), "--repeats", "1", *drawn)
+    recorder.stage(f"{label}: verify", "verify", str(source), *_MEDIUM, *_LITTLE)
+    recorder.remove(label)
 
 
 def _verify(model: _Model, recorder: Recorder) -> None:
