@@ -180,12 +180,17 @@ def states_of_each(subject: Subject) -> int | None:
 def beside_bytes(ws: Workspace, plan: PrunePlan) -> int:
     """Return the bytes that fitting takes beside a block that runs.
 
-    They are what is outside the shorter model's blocks, the moments of two streams, and six matrices more for solving.
+    They are what is outside the shorter model's blocks. No block is in memory while the maps are fitted; the moments of
+    two streams, and six matrices more for solving, count as far as they exceed the largest.
     """
-    outside = sum(
-        math.prod(shape) for name, shape in ws.family.tensor_shapes(ws.config).items() if not ws.family.in_block(name)
-    )
-    return (4 * outside + 8 * (2 * 2 + 6) * width(ws.config) ** 2) if plan.stand_ins else 0
+    if not plan.stand_ins:
+        return 0
+    sizes: dict[int | None, int] = {}
+    for name, shape in ws.family.tensor_shapes(ws.config).items():
+        block = (ws.family.place(ws.config, name) or (None,))[0]
+        sizes[block] = sizes.get(block, 0) + math.prod(shape)
+    outside, solving = sizes.pop(None), 8 * (2 * 2 + 6) * width(ws.config) ** 2
+    return 4 * outside + max(0, solving - 4 * max(sizes.values()))
 
 
 def work(subject: Subject, plan: PrunePlan, prompts: int = PROMPTS) -> Work:
