@@ -271,9 +271,8 @@ def _learn(model: _Model, recorder: Recorder) -> None:
 def _draw_little(model: _Model, recorder: Recorder) -> None:
     label = f"draw-3gb{model.suffix}"
     source, prompts = recorder.out / model.name, _prompt(recorder, label)
-    out = _one_step(model, label, recorder, *_MEDIUM)
+    out = _one_step(model, label, recorder, *_MEDIUM, *_LITTLE, "--preset", "quick")  # with a report of two images
     drawn = ("--runtime", "eager", "--steps", "1", *_LITTLE)
-    recorder.stage(f"{label}: report", "report", "-o", str(out), "--images", "1", "--yes", *_LITTLE)
     recorder.stage(
         f"{label}: score", "score", str(out), "--against", str(source), "--metric", "psnr", "--prompts", str(prompts),
         *drawn,
