@@ -11,8 +11,9 @@ image size.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -40,6 +41,9 @@ from edgeprune.sampling.solvers import SOLVERS, Step
 if TYPE_CHECKING:
     from PIL import Image
 
+GROUP = 8
+"""Images that are denoised before they are decoded, where a batch has fewer: networks that are in memory in turn are
+opened once for all of them. So many are lost with an interrupted run."""
 Array = NDArray[np.float32]
 StepProgress = Callable[[int, int], None]
 """Called after each denoising step with (steps done, total steps)."""
@@ -71,6 +75,14 @@ class Backend(Protocol):
 
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
         """Encode text to (hidden (B, M, K), pooled (B, P)), with the zero tokens that stand for an absent T5."""
+        ...
+
+    def encode_ahead(self, prompts: list[str]) -> None:
+        """Encode distinct prompts that `encode` gets next, a few at a time.
+
+        So a runtime whose text encoders are not in memory all the time reads each once for all of them, and keeps what
+        they say on disk until the next call.
+        """
         ...
 
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
@@ -304,6 +316,17 @@ def to_uint8(pixels: Array) -> NDArray[np.uint8]:
     return out
 
 
+@dataclass(frozen=True)
+class _Wish:
+    """Images to draw."""
+
+    prompts: list[str]
+    negative: str | None
+    """What guidance steers away from; None without guidance."""
+    seeds: list[int]
+    generation: Generation
+
+
 class Runtime:
     """An opened model. Use it as a context manager, or call `close` at the end.
 
@@ -370,8 +393,6 @@ class Runtime:
             InputError: no prompt, steps below 1, a seed below 0, different numbers of seeds and prompts, a bad size, an
                 unknown solver or an impossible range.
         """
-        from PIL import Image
-
         latents = self.generate_latents(
             prompt,
             negative_prompt=negative_prompt,
@@ -384,8 +405,30 @@ class Runtime:
             guidance_range=guidance_range,
             progress=progress,
         )
+        return list(self._decoded(latents))
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int | None = None) -> Iterator[Image.Image]:
+        """Yield what `generate` returns for one prompt and seed per image, each group of images as it is finished.
+
+        All prompts are encoded before the first image is drawn.
+
+        Args:
+            prompts: one per image.
+            seeds: one per image.
+            steps: denoising steps; None for the folder's own.
+
+        Raises:
+            InputError: see `generate`.
+        """
+        for latents in self._groups(self._wish(prompts, "", seeds, GenerationOptions(num_inference_steps=steps))):
+            yield from self._decoded(latents)
+
+    def _decoded(self, latents: Array) -> Iterator[Image.Image]:
+        from PIL import Image
+
         # One at a time: a VAE's activations are the largest of all, and a device's takes no more.
-        return [Image.fromarray(to_uint8(self.backend.decode(one[None]))[0]) for one in latents]
+        for one in latents:
+            yield Image.fromarray(to_uint8(self.backend.decode(one[None]))[0])
 
     def generate_latents(
         self,
@@ -402,6 +445,13 @@ class Runtime:
         progress: StepProgress | None = None,
     ) -> Array:
         """Do what `generate` does up to the VAE, and return latents (B, C, h, w)."""
+        asked = GenerationOptions(steps, guidance_scale, height, width, solver, guidance_range)
+        return np.concatenate([*self._groups(self._wish(prompt, negative_prompt, seed, asked), progress)])
+
+    def _wish(
+        self, prompt: str | Sequence[str], negative: str, seed: int | Sequence[int], asked: GenerationOptions
+    ) -> _Wish:
+        """Check what `generate` was asked for, and plan the memory for it."""
         settings = self.settings
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
@@ -411,39 +461,53 @@ class Runtime:
             raise InputError(f"seed: found {len(seeds)} seeds, expected one for each of {len(prompts)} prompts")
         if min(seeds) < 0:
             raise InputError(f"seed: found {min(seeds)}, expected 0 or more")
+        steps = asked.num_inference_steps
         if steps is not None and steps < 1:
             raise InputError(f"steps: found {steps}, expected 1 or more")
-        asked = GenerationOptions(steps, None, height, width, solver, guidance_range)
-        generation = settings.generation.changed(asked, "generate")
-        generation = replace(generation, guidance_scale=settings.scale(guidance_scale))
-        steps, scale = generation.num_inference_steps, generation.guidance_scale
-        height, width = generation.height, generation.width
-        check_size(settings, height, width)
-        self.backend.prepare(height, width)
-        guided = settings.family.guided(settings.config, scale)
-        if negative_prompt and not guided:
-            warnings.warn("negative prompt: ignored, because guidance is off", stacklevel=2)
-        if guidance_range is not None and not guided:
-            warnings.warn("guidance range: ignored, because guidance takes no second evaluation", stacklevel=2)
-        unit = settings.factor * settings.patch
-        tokens = (height // unit) * (width // unit)
+        generation = settings.generation.changed(replace(asked, guidance_scale=None), "generate")
+        generation = replace(generation, guidance_scale=settings.scale(asked.guidance_scale))
+        check_size(settings, generation.height, generation.width)
+        self.backend.prepare(generation.height, generation.width)
+        guided = settings.family.guided(settings.config, generation.guidance_scale)
+        if negative and not guided:
+            warnings.warn("negative prompt: ignored, because guidance is off", stacklevel=3)
+        if asked.guidance_range is not None and not guided:
+            warnings.warn("guidance range: ignored, because guidance takes no second evaluation", stacklevel=3)
+        return _Wish(prompts, negative if guided else None, seeds, generation)
+
+    def _groups(self, wish: _Wish, progress: StepProgress | None = None) -> Iterator[Array]:
+        """Yield the latents (B, C, h, w) of each group of images, see GROUP."""
+        settings, generation = self.settings, wish.generation
+        unit, steps = settings.factor * settings.patch, generation.num_inference_steps
+        tokens = (generation.height // unit) * (generation.width // unit)
         sigmas = self.scheduler.sigmas(
             steps, tokens=tokens, levels=settings.family.levels(steps), mu=settings.family.shift(tokens, steps)
         )
-        # All prompts at once: in little memory, each call opens every text encoder.
-        hidden, pooled = self.backend.encode([*prompts, negative_prompt] if guided else prompts)
-        noise = initial_latents(settings, seeds, height, width)
+        guided, count = wish.negative is not None, len(wish.prompts)
+        also = [wish.negative] if wish.negative is not None else []
+        if count > GROUP:
+            self.backend.encode_ahead(list(dict.fromkeys([*also, *wish.prompts])))
+        else:  # before `batch_of`, which may open the transformer
+            text = self.backend.encode([*wish.prompts, *also])
         size = batch_of(self.backend, tokens, guided=guided)
-        pieces = [slice(start, start + size) for start in range(0, len(prompts), size)]
-        done = []
-        for i, rows in enumerate(pieces):
-            positive, negative = (hidden[: len(prompts)][rows], pooled[: len(prompts)][rows]), None
-            if guided:
-                count = len(positive[0])
-                negative = hidden[-1:].repeat(count, axis=0), pooled[-1:].repeat(count, axis=0)
-            velocity, part = Velocity(self.backend, positive, negative, generation), _part(progress, i, len(pieces))
-            done.append(denoise(velocity, generation.solver, noise[rows], sigmas, part))
-        return np.concatenate(done)
+        noise = initial_latents(settings, wish.seeds, generation.height, generation.width)
+        group, parts = size * math.ceil(GROUP / size), math.ceil(count / size)
+        for first in range(0, count, group):
+            prompts = wish.prompts[first : first + group]
+            if count > GROUP:
+                text = self.backend.encode([*prompts, *also])
+            hidden, pooled = text
+            done = []
+            for start in range(0, len(prompts), size):
+                rows = slice(start, min(start + size, len(prompts)))
+                positive, negative, many = (hidden[rows], pooled[rows]), None, rows.stop - start
+                if guided:
+                    negative = hidden[-1:].repeat(many, axis=0), pooled[-1:].repeat(many, axis=0)
+                velocity = Velocity(self.backend, positive, negative, generation)
+                part = _part(progress, (first + start) // size, parts)
+                latents = noise[first + start : first + rows.stop]
+                done.append(denoise(velocity, generation.solver, latents, sigmas, part))
+            yield np.concatenate(done)
 
     def memory(self) -> dict[str, memory.Reading]:
         """Return the same rows on every device, each with a description of how it was measured.

@@ -95,6 +95,12 @@ class EagerBackend:
         text = encode_prompts(self.pipeline, prompts, self._t5_tokens)
         return _numpy(text.hidden), _numpy(text.pooled)
 
+    @torch.inference_mode()
+    def encode_ahead(self, prompts: list[str]) -> None:
+        """Encode prompts that `encode` gets next, where text encoders are not in memory all the time."""
+        if isinstance(self.pipeline, StagedPipeline):
+            self.pipeline.encode_ahead(prompts, self._t5_tokens)
+
     def _say_what_is_cut(self, family: Family, prompts: list[str]) -> None:
         first = None
         for encoder in family.encoders:

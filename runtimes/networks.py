@@ -9,6 +9,7 @@ One that does not fit alone runs in pieces, if its engine can cut it.
 from __future__ import annotations
 
 import functools
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from edgeprune.runtimes.text import PromptTokenizer
 from edgeprune.sampling.generation import latent_scale, longest_prompt
 from edgeprune.sampling.prompts import cut_words
 
+_AHEAD = 32
+"""Most prompts that pass through the text encoders together where each is opened for them: their text is in memory."""
 Shapes = Mapping[str, Sequence[int]]
 """The shape of each input of a network, by name."""
 
@@ -195,11 +198,9 @@ class NetworkBackend:
         self._tokenizers = {
             n: PromptTokenizer(folder / tokenizer_of(n), max_length=length) for n, length in lengths.items()
         }
-        self._kept = None
-        if keep_embeddings is not None:
-            joined = settings.family.name, settings.family.text_widths(settings.config), self._t5_tokens
-            computed = engine.name, engine.activations
-            self._kept = KeptEmbeddings(Path(keep_embeddings), folder, list(self._encoders), [*joined, *computed])
+        self._keep_embeddings = keep_embeddings
+        self._kept = None if keep_embeddings is None else self._kept_in(Path(keep_embeddings))
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
         quantized = read_json(folder / "edgeprune_export.json").get("quantized") is not False
         self.precision = precision_of(engine.activations, quantized=quantized)
         self.times: dict[str, dict[str, float]] = {}
@@ -307,19 +308,49 @@ class NetworkBackend:
         for name, tokenizer in self._tokenizers.items():
             if line := cut_words(name, prompts, tokenizer.count, tokenizer.max_length):
                 warnings.warn(line, stacklevel=2)
-        tokens = {name: tokenizer(prompts) for name, tokenizer in self._tokenizers.items()}
-        if self._kept is None:
-            return self._encode(tokens)
-        paths = [self._kept.path([ids[row] for ids in tokens.values()]) for row in range(len(prompts))]
-        found = {path: kept for path in paths if (kept := self._kept.read(path)) is not None}
+        tokens = self._tokens(prompts)
+        return self._encode(tokens) if self._kept is None else self._encode_kept(self._kept, tokens)
+
+    def _encode_kept(self, store: KeptEmbeddings, tokens: Mapping[str, NDArray[np.int64]]) -> tuple[Array, Array]:
+        """Encode token ids (B, tokens), by text encoder, of the prompts that are not kept, and keep those."""
+        count = len(next(iter(tokens.values())))
+        paths = [store.path([ids[row] for ids in tokens.values()]) for row in range(count)]
+        found = {path: kept for path in paths if (kept := store.read(path)) is not None}
         missing = {path: row for row, path in enumerate(paths) if path not in found}
         if missing:
             made = self._encode({name: ids[list(missing.values())] for name, ids in tokens.items()})
             for row, path in enumerate(missing):
                 found[path] = made[0][row : row + 1], made[1][row : row + 1]
-                self._kept.write(path, found[path])
+                store.write(path, found[path])
         rows = [found[path] for path in paths]
         return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows])
+
+    def encode_ahead(self, prompts: list[str]) -> None:
+        """Encode prompts that `encode` gets next, where text encoders are not in memory all the time."""
+        if not self._in_turn:
+            return
+        if self._keep_embeddings is None:
+            self._forget()
+            self._scratch = tempfile.TemporaryDirectory(prefix="edgeprune-text-")
+            self._kept = self._kept_in(Path(self._scratch.name))
+        assert self._kept is not None
+        for start in range(0, len(prompts), _AHEAD):
+            self._encode_kept(self._kept, self._tokens(prompts[start : start + _AHEAD]))
+
+    def _forget(self) -> None:
+        """Remove what `encode_ahead` has kept for a run."""
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = self._kept = None
+
+    def _kept_in(self, folder: Path) -> KeptEmbeddings:
+        settings = self._settings
+        joined = settings.family.name, settings.family.text_widths(settings.config), self._t5_tokens
+        computed = self._engine.name, self._engine.activations
+        return KeptEmbeddings(folder, self._folder, list(self._encoders), [*joined, *computed])
+
+    def _tokens(self, prompts: list[str]) -> dict[str, NDArray[np.int64]]:
+        return {name: tokenizer(prompts) for name, tokenizer in self._tokenizers.items()}
 
     def _encode(self, tokens: Mapping[str, NDArray[np.int64]]) -> tuple[Array, Array]:
         """Encode token ids (B, tokens), by text encoder."""
@@ -377,6 +408,7 @@ class NetworkBackend:
             self._meter.note()
         self._closed = True
         self._close_all()
+        self._forget()
 
     def _close_all(self) -> None:
         if self._networks:

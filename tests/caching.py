@@ -37,7 +37,7 @@ def images(root: Path, sizes: list[tuple[int, int]], *, bad: tuple[int, ...] = (
 def cached(pipe: Any, model: Path, source: Path | str, out: Path, *, workers: int = 2, **chosen: Any) -> Made:
     """Make a cache of a source with these `CacheOptions`."""
     options, generation = CacheOptions(str(source), **chosen), Generation.load(model)
-    settings = settings_of(model, generation, options)
+    settings = settings_of(model, generation, options, computed_in="")
     return make_cache(lambda: pipe, model, out, settings, generation, options, workers=workers)
 
 

@@ -28,6 +28,7 @@ class FakeBackend:
         self.decoded: list[int] = []
         self.meter = Meter()
         self.batches: list[int] = []
+        self.ahead: list[list[str]] = []
         self.closed = False
 
     def open(self) -> None:
@@ -41,6 +42,9 @@ class FakeBackend:
             raise InputError("the runtime is closed; load the folder again")
         lengths = np.asarray([len(p) for p in prompts], np.float32)
         return np.tile(lengths[:, None, None], (1, 4, 6)), np.tile(lengths[:, None], (1, 3))
+
+    def encode_ahead(self, prompts: list[str]) -> None:
+        self.ahead.append(prompts)
 
     def step(
         self, latents: base.Array, text: base.Array, pooled: base.Array, sigma: base.Array, guidance: float

@@ -99,7 +99,7 @@ def run_stage(stage: str, source: Path, folder: Path) -> None:
     distill.distill = functools.partial(whole.distill, save_every=SAVE_EVERY)  # type: ignore[attr-defined]
     if stage == "cache":
         generation, options = Generation.load(source), CacheOptions("shapes", 9)
-        identity = settings_of(source, generation, options)
+        identity = settings_of(source, generation, options, computed_in="")
         load = functools.partial(Original(source).holding, drawing=False)
         encode.make_cache(load, source, folder / "encoded", identity, generation, options)
         return

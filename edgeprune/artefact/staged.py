@@ -23,7 +23,7 @@ from torch import nn
 from edgeprune.artefact.checks import part_weights
 from edgeprune.artefact.loading import complete, empty_part, load_part, quiet, readable
 from edgeprune.artefact.resolve import read_config
-from edgeprune.artefact.text_store import TextStore
+from edgeprune.artefact.text_store import RunTexts, Texts
 from edgeprune.common.files import read_json
 from edgeprune.families.encoders import CLIP, CLIP_POOLED, EXPORTED, T5, text_encoders, tokenizer_of
 from edgeprune.families.parts import VAE, tensor_of
@@ -34,8 +34,6 @@ from edgeprune.sampling.generation import latent_factor, longest_prompt
 
 _AT_ONCE = 64
 """Most prompts that pass through a text encoder together."""
-_RECENT = 8
-"""Most prompts, of all encoders together, whose text stays in memory where none is kept on disk."""
 _TILE = 64
 """Sides of a tile in latent pixels, if the VAE works in tiles."""
 _OUTPUTS = {CLIP: "text_embeds", CLIP_POOLED: "pooler_output", T5: "last_hidden_state"}
@@ -48,6 +46,23 @@ def can_stage(folder: Path) -> bool:
     return kinds <= set(EXPORTED) and read_json(folder / "vae" / "config.json").get("_class_name") == VAE
 
 
+def encoder_dtype(folder: Path, name: str, compute: Compute, variant: str | None = None) -> torch.dtype:
+    """Return the dtype in which a text encoder of a pipeline's folder computes.
+
+    Args:
+        folder: the pipeline's.
+        name: of the encoder.
+        compute: where.
+        variant: of the weights, see residency/model_files.py.
+    """
+    kind = text_encoders(folder)[name]
+    weights = part_weights(folder / name, kind, variant)
+    assert weights is not None  # `can_stage`
+    dtype = compute.dtype(*weights.kind())
+    # T5-XXL has activations beyond the largest number of float16.
+    return torch.bfloat16 if kind == T5 and dtype == torch.float16 else dtype
+
+
 class StagedPipeline:
     """The parts of a pipeline's folder.
 
@@ -56,7 +71,7 @@ class StagedPipeline:
         transformer: in memory, or streamed; None if only the other parts are used.
         compute: where and in which dtype the other parts compute.
         variant: of the weights, see residency/model_files.py.
-        texts: keeps encoded prompts on disk; None encodes them again each time.
+        texts: keeps encoded prompts; None keeps those of the last prompts that were encoded together.
     """
 
     def __init__(
@@ -66,14 +81,13 @@ class StagedPipeline:
         compute: Compute,
         variant: str | None = None,
         *,
-        texts: TextStore | None = None,
+        texts: Texts | None = None,
     ) -> None:
         self.folder, self.transformer, self.compute, self.variant = folder, transformer, compute, variant
         self.config, self.family = read_config(folder)
-        self.texts = texts
-        self._held: dict[str, Any] | None = None
+        self.texts: Texts | None = texts or RunTexts()
+        self._held: dict[str, Any] = {}
         self._tiled: bool | None = None
-        self._recent: dict[tuple[str, str, int], dict[str, torch.Tensor]] = {}
 
     @functools.cached_property
     def scheduler(self) -> Any:
@@ -126,8 +140,15 @@ class StagedPipeline:
         What is encoded depends in its last bits on the batch; the result would depend on what was encoded before.
         """
         other = copy.copy(self)
-        other.texts, other._held, other._recent = None, {}, {}
+        other.texts, other._held = None, {}
         return other
+
+    def encode_ahead(self, prompts: list[str], max_sequence_length: int) -> None:
+        """Encode prompts that `encode` is called with next, a few at a time: each encoder is read once for all."""
+        if self.texts is not None:
+            for name, kind in text_encoders(self.folder).items():
+                self.texts.forget(name)
+                self._kept(self.texts, name, kind, prompts, max_sequence_length)
 
     def encode(self, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return hidden (B, M, K) and pooled (B, P) text in float32, one encoder after the other."""
@@ -158,30 +179,42 @@ class StagedPipeline:
 
     def _outputs(self, name: str, kind: str, prompts: list[str], max_sequence_length: int) -> dict[str, Any]:
         """Return what one encoder says of the prompts, as numpy arrays under the names that `Network.join` reads."""
-        # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
-        length = max_sequence_length if kind == T5 else longest_prompt(self.folder)
-        dtype = self.dtype_of(name)
-        paths = {p: self.texts.path(name, p, length, dtype) for p in dict.fromkeys(prompts)} if self.texts else {}
-        found = {p: t for p, path in paths.items() if self.texts and (t := self.texts.get(path)) is not None}
-        found |= {p: self._recent[name, p, length] for p in prompts if (name, p, length) in self._recent}
-        missing = [p for p in dict.fromkeys(prompts) if p not in found]
-        for prompt, tensors in self._encoded(name, kind, missing, length, dtype):
-            found[prompt] = tensors
-            if self.texts is None and self._held is None and len(prompts) <= _RECENT:
-                self._recent = dict(list(self._recent.items())[-_RECENT:]) | {(name, prompt, length): tensors}
-            if self.texts:
-                self.texts.put(paths[prompt], tensors)
-        keys = found[prompts[0]]
-        return {key: torch.stack([found[p][key] for p in prompts]).float().numpy() for key in keys}
+        distinct = list(dict.fromkeys(prompts))
+        if self.texts is None:
+            found = dict(self._encoded(name, kind, distinct, max_sequence_length))
+        else:
+            keys = self._kept(self.texts, name, kind, distinct, max_sequence_length)
+            found = {prompt: self.texts.get(key) for prompt, key in keys.items()}
+        return {key: torch.stack([found[p][key] for p in prompts]).float().numpy() for key in found[prompts[0]]}
+
+    def _kept(self, texts: Texts, name: str, kind: str, prompts: list[str], max_sequence_length: int) -> dict[str, str]:
+        """Encode the prompts that are not kept; return the key of each.
+
+        Of one run, all of a call are encoded together if one is missing: what is encoded depends in its last bits on
+        the batch.
+        """
+        length, dtype = self._length(kind, max_sequence_length), self.dtype_of(name)
+        keys = {prompt: texts.key(name, prompt, length, dtype) for prompt in prompts}
+        if any(key not in texts for key in keys.values()):
+            texts.forget(name)
+        missing = [prompt for prompt, key in keys.items() if key not in texts]
+        for prompt, tensors in self._encoded(name, kind, missing, max_sequence_length):
+            texts.put(keys[prompt], tensors)
+        return keys
+
+    def _length(self, kind: str, max_sequence_length: int) -> int:
+        """Return to how many tokens prompts are padded: diffusers takes the first tokenizer's number for both CLIPs."""
+        return max_sequence_length if kind == T5 else longest_prompt(self.folder)
 
     @torch.no_grad()
     def _encoded(
-        self, name: str, kind: str, prompts: list[str], length: int, dtype: torch.dtype
+        self, name: str, kind: str, prompts: list[str], max_sequence_length: int
     ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """Load an encoder, and yield its outputs for each prompt, without the batch's axis, on the processor."""
         if not prompts:
             return
-        ids, encoder = self._token_ids(name, prompts, length), self._encoder(name, kind, dtype)
+        ids = self._token_ids(name, prompts, self._length(kind, max_sequence_length))
+        encoder = self._encoder(name, kind, self.dtype_of(name))
         for start in range(0, len(prompts), _AT_ONCE):
             batch = ids[start : start + _AT_ONCE].to(self.compute.device)
             out = encoder(batch, output_hidden_states=kind == CLIP)
@@ -190,7 +223,7 @@ class StagedPipeline:
                 count = len(out.hidden_states)
                 found |= {f"hidden_states.{i}": out.hidden_states[i] for i in (count - 2, count - 1)}
             for row, prompt in enumerate(prompts[start : start + _AT_ONCE]):
-                yield prompt, {key: value[row].cpu() for key, value in found.items()}
+                yield prompt, {key: value[row].to("cpu", copy=True) for key, value in found.items()}
 
     def _token_ids(self, name: str, prompts: list[str], length: int) -> torch.Tensor:
         tokenizer = self._tokenizer(name)
@@ -208,15 +241,10 @@ class StagedPipeline:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype in which a text encoder computes."""
-        kind = text_encoders(self.folder)[name]
-        weights = part_weights(self.folder / name, kind, self.variant)
-        assert weights is not None  # `can_stage`
-        dtype = self.compute.dtype(*weights.kind())
-        # T5-XXL has activations beyond the largest number of float16.
-        return torch.bfloat16 if kind == T5 and dtype == torch.float16 else dtype
+        return encoder_dtype(self.folder, name, self.compute, self.variant)
 
     def _encoder(self, name: str, kind: str, dtype: torch.dtype) -> Any:
-        if self._held is None:
+        if self.texts is not None:
             return self._streamed(name, kind, dtype)
         if name not in self._held:
             self._held[name] = self._streamed(name, kind, dtype, keep=self.compute.left() // 2)
@@ -232,8 +260,9 @@ class StagedPipeline:
         stored = {n: tensor_of(kind, n) or n for n in model.state_dict()}
         layers = list(_layers(model, kind))
         inside = {f"{prefix}{n}" for prefix, layer in layers for n in layer.state_dict()}
-        outside = {n: weights[s].to(self.compute.device, dtype) for n, s in stored.items() if n not in inside}
-        model.load_state_dict(outside, strict=False, assign=True)
+        outside = {n: s for n, s in stored.items() if n not in inside}
+        read = {s: weights[s].to(self.compute.device, dtype) for s in dict.fromkeys(outside.values())}
+        model.load_state_dict({n: read[s] for n, s in outside.items()}, strict=False, assign=True)
         complete(folder, kind, model, self.compute.device)
         named = [(layer, {n: stored[f"{prefix}{n}"] for n in layer.state_dict()}) for prefix, layer in layers]
         stream(

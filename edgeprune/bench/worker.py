@@ -26,8 +26,8 @@ IMAGES, IMAGES_S = 3, 20.0
 """Generate a full image up to this many times, until together they have taken this many seconds."""
 LONG_S = 60.0
 """Seconds of a first step after which no other is spent on warming up: what is set up once takes few of them."""
-BATCH = 16
-"""Quality images per batch."""
+PROGRESS = 16
+"""Quality images between two lines of progress."""
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -114,10 +114,11 @@ def _quality(model: Runtime, spec: dict[str, Any]) -> NDArray[np.uint8]:
     """Return one image per prompt and seed, (P, H, W, 3)."""
     images = []
     prompts, seeds = spec["prompts"], spec["seeds"]
-    for i in range(0, len(prompts), BATCH):
-        images += model.generate(prompts[i : i + BATCH], steps=spec["steps"], seed=seeds[i : i + BATCH])
-        print(json.dumps({"progress": [len(images), len(prompts)]}), flush=True)
-    return np.stack([np.asarray(image) for image in images])
+    for image in model.draw(prompts, seeds, steps=spec["steps"]):
+        images.append(np.asarray(image))
+        if len(images) % PROGRESS == 0 or len(images) == len(prompts):
+            print(json.dumps({"progress": [len(images), len(prompts)]}), flush=True)
+    return np.stack(images)
 
 
 def main() -> int:

@@ -41,8 +41,8 @@ SCHEMA_VERSION = 1
 INDEX, SKIPPED = "cache.json", "skipped.json"
 Settings = dict[str, Any]
 """A flat object: hashes of what encodes, image sizes, and where the samples come from."""
-OF_SAMPLES = ("source", "content", "samples", "buckets", "dtype", "samples_per_shard")
-"""The settings that say which samples these are. All other settings must match the model that trains on them."""
+OF_SAMPLES = ("source", "content", "samples", "buckets", "dtype", "computed_in", "samples_per_shard")
+"""The settings that say which samples these are, and how exact. All others must match the model that trains on them."""
 _HASHED = (".safetensors", ".json", ".txt", ".model")
 """The file types of weights, configs and tokenizers."""
 _MOST_SHARDS, _MOST_SAMPLES = 60_000, 10**9

@@ -133,12 +133,15 @@ def settings_of(
     generation: Generation,
     options: CacheOptions,
     variant: str | None = None,
+    *,
+    computed_in: str,
 ) -> Settings:
     """Return everything that the bytes of a cache depend on.
 
     Args:
         folder: the pipeline's folder.
         variant: of the weights, see residency/model_files.py.
+        computed_in: dtypes of what encodes and draws other than float32, see `Original.computed_in`.
 
     Raises:
         InputError: the source is unknown or is a cache itself, or buckets are requested for images that the model
@@ -157,6 +160,7 @@ def settings_of(
         **({} if complete else {"samples": options.samples}),
         "buckets": options.buckets,
         "dtype": "float16" if options.half else "float32",
+        **({"computed_in": computed_in} if computed_in else {}),  # caches of float32 are older than this setting
         "samples_per_shard": max(1, SHARD_BYTES // size // _ROUND) * _ROUND,
     }
 

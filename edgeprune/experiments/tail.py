@@ -159,7 +159,8 @@ def _alone(path: Path, work: Callable[[], None]) -> bool:
 def encode(out: Path) -> None:
     """Draw the images that are trained on, and encode them."""
     ws, options = Workspace(out / "original", None), CacheOptions(SHAPES, SAMPLES)
-    settings, folder = settings_of(ws.source, ws.generation, options), out / "data"
+    settings = settings_of(ws.source, ws.generation, options, computed_in=ws.original.computed_in(drawing=False))
+    folder = out / "data"
     unfinished = folder.with_name("data.tmp")
     make_cache(lambda: ws.original.holding(drawing=False), ws.source, unfinished, settings, ws.generation, options)
     unfinished.rename(folder)

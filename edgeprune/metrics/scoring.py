@@ -130,7 +130,7 @@ def draw(
         steps: the number of denoising steps; None for the folder's default.
         variant: of an original's weights, see residency/model_files.py.
         loading: further options of `runtimes.load`, on which the images do not depend.
-        progress: called after each batch.
+        progress: called after each image.
 
     Raises:
         InputError: `out` holds images of another model, other prompts or settings; or `model` is not usable.
@@ -156,14 +156,13 @@ def draw(
         runtimes.load(model, chosen, **options, **(loading or {})) as opened,
         metadata.open("a", encoding="utf-8") as file,
     ):
-        for start in range(len(done), len(lines), BATCH):
-            batch = wanted[start : start + BATCH]
-            images = opened.generate([w.text for w in batch], seed=[w.seed for w in batch], steps=steps)
-            for i, image in enumerate(images, start):
-                image.save(out / f"{i:05}.png")
-                file.write(f"{lines[i]}\n")
+        left = wanted[len(done) :]
+        images = opened.draw([wish.text for wish in left], [wish.seed for wish in left], steps=steps)
+        for i, image in enumerate(images, len(done)):
+            image.save(out / f"{i:05}.png")
+            file.write(f"{lines[i]}\n")
             file.flush()
-            progress(f"images of {model.name}", start + len(batch), len(lines))
+            progress(f"images of {model.name}", i + 1, len(lines))
 
 
 def _identity(model: Path) -> str:

@@ -87,6 +87,20 @@ def encode_prompts(pipe: Any, prompts: list[str], max_sequence_length: int, *, b
     return Conditioning(hidden, pooled)
 
 
+def encode_once(pipe: Any, prompts: list[str], max_sequence_length: int) -> Callable[[list[str]], Conditioning]:
+    """Encode all prompts of a run before it draws; return what gives the text of some of them.
+
+    A pipeline of artefact/staged.py reads each encoder once for all, and keeps their text on disk; of others, whose
+    encoders are in memory, the text is, too.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    if hasattr(pipe, "encode_ahead"):
+        pipe.encode_ahead(distinct, max_sequence_length)
+        return lambda some: encode_prompts(pipe, some, max_sequence_length)
+    every, rows = encode_prompts(pipe, distinct, max_sequence_length), {text: row for row, text in enumerate(distinct)}
+    return lambda some: every[[rows[text] for text in some]]
+
+
 def encode_with_empty(pipe: Any, prompts: list[str], max_sequence_length: int) -> tuple[Conditioning, Conditioning]:
     """Encode prompts, and the empty one that guidance evaluates: no encoder is read twice."""
     both = encode_prompts(pipe, ["", *prompts], max_sequence_length)
@@ -473,16 +487,18 @@ def generate(
             keeps none.
         progress: called after each step.
     """
-    condition, empty = encode_with_empty(pipe, prompts, generation.max_sequence_length)
-    shape = latent_shape(pipe, generation)
+    tokens, shape = generation.max_sequence_length, latent_shape(pipe, generation)
+    text_of = encode_once(pipe, ["", *prompts], tokens)
+    empty = text_of([""])
     levels = sigmas(pipe, generation.num_inference_steps, shape)
     batches = batches_of(len(prompts), at_once(pipe.transformer, shape))
     step, drawn = Steps("steps", len(batches) * (len(levels) - 1), progress), list[NDArray[np.uint8]]()
     passes = passes_of(pipe.transformer, generation)
-    for group in groups(pipe, batches, shape, condition.hidden.shape[1], passes=passes):
+    for group in groups(pipe, batches, shape, empty.hidden.shape[1], passes=passes):
+        texts = [text_of(prompts[rows]) for rows in group]
         starts = [
-            Start(noise(seeds[rows], shape).to(condition.hidden), condition[rows], f"images.{rows.start}")
-            for rows in group
+            Start(noise(seeds[rows], shape).to(text.hidden), text, f"images.{rows.start}")
+            for rows, text in zip(group, texts, strict=True)
         ]
         for reached in denoise_all(pipe.transformer, starts, levels, empty, generation, spill=spill, step=step):
             last = reached

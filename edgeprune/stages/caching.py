@@ -49,8 +49,9 @@ class Caching:
         """
         self.original = Original(source, variant, Compute.of(compute))
         self.generation, self.options, self.out, self.longest_s = generation, options, out, compute.longest_s
-        self.settings = settings_of(source, generation, options, variant)
         self.drawn = is_drawn(options.source)
+        computed_in = self.original.computed_in(drawing=self.drawn)
+        self.settings = settings_of(source, generation, options, variant, computed_in=computed_in)
         config, family = read_original(source)
         self.subject = Subject(source, family, config, generation)
 

@@ -223,11 +223,23 @@ class _Task:
         """Return what is trained on, encoded first unless it is a cache."""
         ws, encoded = self.ws, is_cache(self.source)
         progress(described(self.recipe, self.options, self.plan, builtin=ws.builtin))
-        folder = Path(self.source) if encoded else ws.cache / f"data-{digest([self.identity, ws.weights_hash])[:12]}"
         with processes.main_first():
-            if not encoded:
-                _encode(ws, folder, CacheOptions(self.source, self.data.samples), progress)
+            folder = Path(self.source) if encoded else self._encode(progress)
             return _open(ws, folder, progress)
+
+    def _encode(self, progress: Progress) -> Path:
+        """Make the folder's own cache, or what is missing of it; return where it is."""
+        ws, options, drawing = self.ws, CacheOptions(self.source, self.data.samples), is_drawn(self.source)
+        computed_in = ws.original.computed_in(drawing=drawing)
+        made_of = [self.identity, ws.weights_hash, *([computed_in] if computed_in else [])]
+        folder = ws.cache / f"data-{digest(made_of)[:12]}"
+        settings = settings_of(ws.source, ws.generation, options, ws.variant, computed_in=computed_in)
+        make_cache(
+            lambda: ws.original.holding(drawing=drawing), ws.source, folder, settings, ws.generation, options,
+            progress=lambda done, total, note: progress("distill: latents", done, total, note),
+        )  # fmt: skip
+        progress(f"distill: data: {skip_report(folder)}")
+        return folder
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -440,17 +452,6 @@ def check_cache(ws: Workspace, folder: Path, progress: Progress = silent) -> Non
             f"distill: {folder} records its encoders; the weights of {', '.join(absent)} are missing here, so they "
             "were not compared"
         )
-
-
-def _encode(ws: Workspace, folder: Path, options: CacheOptions, progress: Progress) -> None:
-    """Make the folder's own cache, or what is missing of it."""
-    settings = settings_of(ws.source, ws.generation, options, ws.variant)
-    make_cache(
-        lambda: ws.original.holding(drawing=is_drawn(options.source)), ws.source, folder, settings, ws.generation,
-        options,
-        progress=lambda done, total, note: progress("distill: latents", done, total, note),
-    )  # fmt: skip
-    progress(f"distill: data: {skip_report(folder)}")
 
 
 def _open(ws: Workspace, folder: Path, progress: Progress) -> Pairs:

@@ -18,11 +18,12 @@ from torch import nn
 from edgeprune.artefact.loading import load_pipeline, open_transformer
 from edgeprune.artefact.manifest import HALF
 from edgeprune.artefact.resolve import read_config
-from edgeprune.artefact.staged import StagedPipeline, can_stage
+from edgeprune.artefact.staged import StagedPipeline, can_stage, encoder_dtype
 from edgeprune.artefact.text_store import TextStore
 from edgeprune.families import family_of_model
+from edgeprune.families.encoders import text_encoders
 from edgeprune.planning.modulation import embedder_alone
-from edgeprune.residency.compute import Compute
+from edgeprune.residency.compute import Compute, name_of
 from edgeprune.residency.running import check_room, dtype_of, running
 from edgeprune.residency.stored import StoredTransformer
 from edgeprune.residency.streaming import is_streamed, release
@@ -55,6 +56,20 @@ class Original:
     def dtype(self) -> torch.dtype:
         """The dtype that the transformer computes in."""
         return dtype_of(self.stored, self.compute)
+
+    def computed_in(self, *, drawing: bool) -> str:
+        """Return the dtypes other than float32 that networks compute in here, by name; empty if there are none.
+
+        Args:
+            drawing: with that of the transformer.
+        """
+        if not can_stage(self.source):
+            return ""  # diffusers' pipeline is loaded in float32
+        kinds = text_encoders(self.source)
+        dtypes = {name: encoder_dtype(self.source, name, self.compute, self.variant) for name in kinds}
+        dtypes |= {HALF: self.dtype} if drawing else {}
+        found = (f"{name} {name_of(dtype)}" for name, dtype in dtypes.items() if dtype != torch.float32)
+        return ", ".join(found)
 
     def check_room(self, beside: int = 0) -> None:
         """Check that the transformer runs in the memory that was given.

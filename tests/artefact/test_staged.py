@@ -96,7 +96,7 @@ def test_a_prompt_is_encoded_once_for_all_processes(folder: Path, tmp_path: Path
     assert torch.equal(staged(folder, texts=texts()).encode(PROMPTS, length)[0], first[0])
     load_file(path)
     other = TextStore(tmp_path, folder, None, lambda file: sha256_file(file)[::-1])  # another encoder's files
-    assert other.path("text_encoder", "a", 77, torch.float32) != texts().path("text_encoder", "a", 77, torch.float32)
+    assert other.key("text_encoder", "a", 77, torch.float32) != texts().key("text_encoder", "a", 77, torch.float32)
 
 
 def test_encoders_stay_for_many_batches(folder: Path, reads: list[str]) -> None:
@@ -147,7 +147,7 @@ def test_several_processes_may_encode_the_same_prompt(folder: Path, tmp_path: Pa
     code = (
         "import sys, torch; from pathlib import Path; from edgeprune.artefact.text_store import TextStore\n"
         "store = TextStore(Path(sys.argv[1]), Path(sys.argv[2]), None, lambda file: 'x')\n"
-        "for _ in range(60): store.put(Path(sys.argv[1]) / 'a.safetensors', {'x': torch.ones(1000)})"
+        "for _ in range(60): store.put('a.safetensors', {'x': torch.ones(1000)})"
     )
     command = [sys.executable, "-c", code, str(tmp_path), str(folder)]
     running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]

@@ -20,13 +20,19 @@ from typer.testing import CliRunner
 from edgeprune import cli
 from edgeprune.artefact.loading import load
 from edgeprune.common.errors import DiskError, InputError, StaleStageError
+from edgeprune.common.memory import ComputeOptions
 from edgeprune.data import encode, settings
+from edgeprune.data.cache import Index, made_by
 from edgeprune.data.encode import summary
+from edgeprune.data.settings import CacheOptions
 from edgeprune.data.sources import Entry
 from edgeprune.residency.running import running
 from edgeprune.residency.streaming import is_streamed
 from edgeprune.sampling.denoising import encode_images
+from edgeprune.sampling.generation import Generation
 from edgeprune.stages import original
+from edgeprune.stages.caching import Caching
+from edgeprune.stages.original import Original
 from edgeprune.stages.work import Speeds
 
 
@@ -92,6 +98,30 @@ def test_a_killed_run_goes_on_after_the_last_whole_shard(
     cached(pipe, model, source, out, buckets=True)
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_cache_of_another_dtype_is_not_continued(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a folder goes from a machine that multiplies bf16 to one that does not, or back."""
+    options, found = CacheOptions("captions", 4), []
+    monkeypatch.setattr("edgeprune.residency.compute.is_small", lambda numbers: False)
+    for able in (True, False):
+        monkeypatch.setattr("edgeprune.residency.compute.multiplies_bf16", lambda able=able: able)
+        found.append(Caching(model, Generation.load(model), options, tmp_path / "out", ComputeOptions("cpu")).settings)
+    two = "text_encoder bf16, text_encoder_2 bf16"
+    assert (found[0].pop("computed_in"), found[0]) == (f"{two}, transformer bf16", found[1])
+    images = Original(model)
+    monkeypatch.setattr("edgeprune.residency.compute.multiplies_bf16", lambda: True)
+    assert images.computed_in(drawing=False) == two
+    encode.remaining(tmp_path / "new", found[1], 4)
+    index = Index(found[1] | {"computed_in": two})
+    (tmp_path / "begun").mkdir()
+    index.save(tmp_path / "begun")
+    with pytest.raises(StaleStageError, match=f"begun with 'computed_in' '{two}', found 'none'; use another -o"):
+        encode.remaining(tmp_path / "begun", found[1], 4)
+    # What is trained does not encode: it takes either.
+    assert index.check_made_by(made_by(model, Generation.load(model), drawn=True), tmp_path) == []
 
 
 def test_a_complete_cache_loads_nothing_and_a_lost_shard_is_made_again(pipe: Any, model: Path, tmp_path: Path) -> None:

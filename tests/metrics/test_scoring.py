@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,13 @@ class Artist:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def generate(self, texts: list[str], *, seed: list[int], steps: int | None) -> list[Image.Image]:
-        if self.left == 0:
-            raise KeyboardInterrupt
-        self.left -= 1
-        self.drawn += seed
-        return [Image.new("RGB", (8, 8), (s, 0, 0)) for s in seed]
+    def draw(self, texts: list[str], seeds: list[int], *, steps: int | None) -> Iterator[Image.Image]:
+        for seed in seeds:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            self.drawn.append(seed)
+            yield Image.new("RGB", (8, 8), (seed, 0, 0))
 
 
 def test_a_killed_drawing_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +122,7 @@ def test_a_killed_drawing_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (model / "model_index.json").write_text("{}")
     (model / "transformer" / "w").write_text("1")
     wanted = [Wish(f"p{i}", i) for i in range(20)]
-    first, second, third = Artist(2), Artist(), Artist()
+    first, second, third = Artist(16), Artist(), Artist()
     monkeypatch.setattr(scoring.runtimes, "load", first)
     with pytest.raises(KeyboardInterrupt):
         scoring.draw(model, out, wanted)

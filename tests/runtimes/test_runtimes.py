@@ -159,7 +159,9 @@ def test_every_backend_has_the_whole_interface() -> None:
     from edgeprune.runtimes.networks import NetworkBackend
 
     methods = {n: m for n, m in vars(base.Backend).items() if inspect.isfunction(m) and not n.startswith("_")}
-    assert set(methods) == {"open", "prepare", "encode", "step", "largest_batch", "decode", "memory", "close"}
+    assert set(methods) == {
+        *("open", "prepare", "encode", "encode_ahead", "step", "largest_batch", "decode", "memory", "close"),
+    }
     for kind in (FakeBackend, NetworkBackend, EagerBackend):
         for name, method in methods.items():
             theirs = inspect.signature(getattr(kind, name)).parameters
