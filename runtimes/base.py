@@ -31,7 +31,6 @@ from edgeprune.sampling.generation import (
     Generation,
     GenerationOptions,
     check_sides,
-    images_at_once,
     is_distilled,
     latent_factor,
 )
@@ -98,6 +97,13 @@ class Backend(Protocol):
 
         An engine or a package has such a limit; in little memory this opens the transformer. `encode` takes any
         number of prompts, and `generate` decodes images one at a time.
+        """
+        ...
+
+    def images_together(self, height: int, width: int, rows: int) -> int:
+        """Return how many images of this size in pixels are denoised together, at least one.
+
+        Each has so many rows in `step`, two with guidance. In little memory this may open the transformer.
         """
         ...
 
@@ -244,7 +250,7 @@ class Velocity:
 
     Args:
         backend: computes the velocity.
-        positive: the encoded prompts, at most `batch_of` of them.
+        positive: the encoded prompts, at most `images_together` of them.
         negative: the same number of encoded negative prompts, or None for no guidance.
         generation: its guidance scale is the factor on (conditional - unconditional), and the input of models that take
             it.
@@ -274,12 +280,6 @@ class Velocity:
         without, with_text = np.split(velocity, 2)
         out: Array = without + np.float32(self._scale) * (with_text - without)
         return out
-
-
-def batch_of(backend: Backend, tokens: int, *, guided: bool) -> int:
-    """Return how many images of `tokens` tokens run together: what fits into memory and the backend, at least one."""
-    size, most = images_at_once(tokens), backend.largest_batch()
-    return size if most is None else max(1, min(size, most // 2 if guided else most))
 
 
 def denoise(
@@ -375,7 +375,8 @@ class Runtime:
         Args:
             prompt: one prompt or several. They run in batches of at most 4096 image tokens (one image of 1024x1024)
                 and as the runtime takes them: an engine or a package has a limit, and guidance takes two rows per
-                prompt. Images are decoded one at a time.
+                prompt. Where blocks of the transformer are read when they run, up to 8 images pass through each before
+                the next is read. Images are decoded one at a time.
             negative_prompt: what guidance steers away from, for all prompts; ignored with a warning without guidance.
             steps: denoising steps.
             guidance_scale: 1 or less turns guidance off and halves the work. Models that take the scale as an input
@@ -487,9 +488,9 @@ class Runtime:
         also = [wish.negative] if wish.negative is not None else []
         if count > GROUP:
             self.backend.encode_ahead(list(dict.fromkeys([*also, *wish.prompts])))
-        else:  # before `batch_of`, which may open the transformer
+        else:  # before `images_together`, which may open the transformer
             text = self.backend.encode([*wish.prompts, *also])
-        size = batch_of(self.backend, tokens, guided=guided)
+        size = self.backend.images_together(generation.height, generation.width, 2 if guided else 1)
         noise = initial_latents(settings, wish.seeds, generation.height, generation.width)
         group, parts = size * math.ceil(GROUP / size), math.ceil(count / size)
         for first in range(0, count, group):

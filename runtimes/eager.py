@@ -20,7 +20,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.threads import usable
-from edgeprune.runtimes.base import Array, Settings, precision_of
+from edgeprune.runtimes.base import GROUP, Array, Settings, precision_of
 from edgeprune.runtimes.gpu import with_overhead
 from edgeprune.runtimes.memory import Meter, Reading
 
@@ -35,8 +35,8 @@ with needs("compress"):
     from edgeprune.families.encoders import EXPORTED, T5, tokenizer_of
     from edgeprune.residency.compute import DTYPES, Compute, is_small, name_of
     from edgeprune.residency.running import check_room, dtype_of, running
-    from edgeprune.sampling.denoising import Conditioning, encode_prompts, evaluate
-    from edgeprune.sampling.generation import latent_scale
+    from edgeprune.sampling.denoising import Conditioning, at_once, batches_of, encode_prompts, evaluate, groups
+    from edgeprune.sampling.generation import latent_scale, longest_prompt
     from edgeprune.sampling.prompts import cut_words
 
     with quiet():
@@ -130,6 +130,22 @@ class EagerBackend:
     def largest_batch(self) -> int | None:
         """Return None: torch takes any batch that fits into memory."""
         return None
+
+    def images_together(self, height: int, width: int, rows: int) -> int:
+        """Return how many images of this size run together.
+
+        Where blocks are read when they run, these pass through each block before the next is read: as many as there is
+        room for, but no more than GROUP, which an interrupted run loses. In a block, rows still run a few at a time.
+        """
+        pipe, factor = self.pipeline, self.pipeline.vae_scale_factor
+        family = family_of_model(pipe.transformer)
+        shape = family.latents(pipe.transformer.config).channels, height // factor, width // factor
+        size = at_once(pipe.transformer, shape)
+        if not isinstance(pipe, StagedPipeline):
+            return size
+        text = family.text_tokens(longest_prompt(pipe.folder), self._t5_tokens)
+        group = next(groups(pipe, batches_of(max(size, GROUP), size), shape, text, passes=rows))
+        return int(group[-1].stop)
 
     @torch.inference_mode()
     def decode(self, latents: Array) -> Array:

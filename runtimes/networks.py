@@ -29,7 +29,7 @@ from edgeprune.runtimes.base import Array, Settings, precision_of
 from edgeprune.runtimes.embeddings import KeptEmbeddings
 from edgeprune.runtimes.memory import Meter, Reading
 from edgeprune.runtimes.text import PromptTokenizer
-from edgeprune.sampling.generation import latent_scale, longest_prompt
+from edgeprune.sampling.generation import images_at_once, latent_scale, longest_prompt
 from edgeprune.sampling.prompts import cut_words
 
 _AHEAD = 32
@@ -386,6 +386,12 @@ class NetworkBackend:
     def largest_batch(self) -> int | None:
         """Return the most rows that the transformer takes in one call, or None."""
         return None if self._one_by_one else self._network("transformer").largest_batch("hidden_states")
+
+    def images_together(self, height: int, width: int, rows: int) -> int:
+        """Return how many images of this size run in one batch: what is fast, and what the transformer takes."""
+        unit, most = self._settings.factor * self._settings.patch, self.largest_batch()
+        size = images_at_once((height // unit) * (width // unit))
+        return size if most is None else max(1, min(size, most // rows))
 
     def decode(self, latents: Array) -> Array:
         """Decode latents (B, C, h, w) to pixels (B, 3, H, W)."""

@@ -11,7 +11,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.families import family_of
 from edgeprune.runtimes import base
 from edgeprune.runtimes.memory import Meter, Reading
-from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.generation import Generation, images_at_once
 from edgeprune.sampling.scheduler import FlowMatchEuler
 
 CONFIG = {"_class_name": "SD3Transformer2DModel", "in_channels": 4, "patch_size": 2, "pos_embed_max_size": 99}
@@ -57,6 +57,10 @@ class FakeBackend:
 
     def largest_batch(self) -> int | None:
         return self.most
+
+    def images_together(self, height: int, width: int, rows: int) -> int:
+        size = images_at_once(height // 16 * (width // 16))
+        return size if self.most is None else max(1, min(size, self.most // rows))
 
     def decode(self, latents: base.Array) -> base.Array:
         self.decoded.append(len(latents))

@@ -100,7 +100,7 @@ def run_stage(stage: str, source: Path, folder: Path) -> None:
     if stage == "cache":
         generation, options = Generation.load(source), CacheOptions("shapes", 9)
         identity = settings_of(source, generation, options, computed_in="")
-        load = functools.partial(Original(source).holding, drawing=False)
+        load = functools.partial(Original(source).encoding, drawing=False)
         encode.make_cache(load, source, folder / "encoded", identity, generation, options)
         return
     if stage == "export":

@@ -134,13 +134,16 @@ class StagedPipeline:
         """Return the tokenizer of a text encoder; None if the pipeline has no such encoder."""
         return self._tokenizer(encoder) if encoder in text_encoders(self.folder) else None
 
-    def holding(self) -> StagedPipeline:
-        """Return the pipeline for many batches of prompts: encoders stay in memory, and no prompt's text is kept.
+    def apart(self, *, hold: bool) -> StagedPipeline:
+        """Return the pipeline with text of its own.
 
         What is encoded depends in its last bits on the batch; the result would depend on what was encoded before.
+
+        Args:
+            hold: encoders stay in memory, for many batches of prompts, and no prompt's text is kept.
         """
         other = copy.copy(self)
-        other.texts, other._held = None, {}
+        other.texts, other._held = None if hold else RunTexts(), {}
         return other
 
     def encode_ahead(self, prompts: list[str], max_sequence_length: int) -> None:

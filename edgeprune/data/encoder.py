@@ -8,8 +8,9 @@ Notation: as in pairs.py.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -27,13 +28,17 @@ from edgeprune.data.buckets import MOST_ENLARGED, Size, enlarged, fitted, neares
 from edgeprune.data.settings import SHAPES, CacheOptions, is_drawn, texts_of
 from edgeprune.data.sources import MOST_UNUSABLE, Entry, Layout, Pair, Skipped, opened
 from edgeprune.sampling.denoising import (
+    Start,
     at_once,
-    denoise,
+    batches_of,
+    denoise_all,
     encode_images,
+    encode_once,
     encode_prompts,
-    encode_with_empty,
+    groups,
     latent_shape,
     noise,
+    passes_of,
     sigmas,
 )
 from edgeprune.sampling.generation import Generation
@@ -157,16 +162,26 @@ class Encoder:
     def _draw(self, wanted: list[tuple[int, str]], encoded: Encoded, report: Callable[[int], None]) -> None:
         """Let the model generate the latents of (seed, prompt) entries."""
         pipe, generation, (size,) = self.pipe, self.generation, self.sizes
-        condition, empty = encode_with_empty(pipe, [text for _, text in wanted], generation.max_sequence_length)
-        shape = latent_shape(pipe, generation)
-        levels, batch = sigmas(pipe, generation.num_inference_steps, shape), at_once(pipe.transformer, shape)
-        for start in range(0, len(wanted), batch):
-            rows = slice(start, start + batch)
-            x = noise([seed for seed, _ in wanted[rows]], shape).to(condition.hidden)
-            *_, last = denoise(pipe.transformer, x, levels, condition[rows], empty, generation)
-            encoded.texts.setdefault(size, []).extend(text for _, text in wanted[rows])
-            encoded.latents.setdefault(size, []).append(self._stored(last.latents))
-            report(encoded.samples)
+        # As `tensors` needs them: the text of a shard is encoded together, whatever was encoded before.
+        text_of = encode_once(pipe, ["", *sorted({text for _, text in wanted} - {""})], generation.max_sequence_length)
+        empty, shape = text_of([""]), latent_shape(pipe, generation)
+        levels, passes = sigmas(pipe, generation.num_inference_steps, shape), passes_of(pipe.transformer, generation)
+        batches = batches_of(len(wanted), at_once(pipe.transformer, shape))
+        for group in groups(pipe, batches, shape, empty.hidden.shape[1], passes=passes):
+            starts = []
+            for rows in group:
+                text = text_of([prompt for _, prompt in wanted[rows]])
+                starts.append(Start(noise([seed for seed, _ in wanted[rows]], shape).to(text.hidden), text))
+            steps, taken = len(group) * (len(levels) - 1), itertools.count(1)
+
+            def step(group: Sequence[slice] = group, steps: int = steps, taken: Iterator[int] = taken) -> None:
+                report(encoded.samples + (group[-1].stop - group[0].start) * next(taken) // steps)
+
+            for reached in denoise_all(pipe.transformer, starts, levels, empty, generation, step=step):
+                last = reached
+            for rows, one in zip(group, last, strict=True):
+                encoded.texts.setdefault(size, []).extend(prompt for _, prompt in wanted[rows])
+                encoded.latents.setdefault(size, []).append(self._stored(one.latents))
 
     def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor on the CPU in the dtype that the cache stores."""

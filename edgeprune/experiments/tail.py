@@ -162,7 +162,7 @@ def encode(out: Path) -> None:
     settings = settings_of(ws.source, ws.generation, options, computed_in=ws.original.computed_in(drawing=False))
     folder = out / "data"
     unfinished = folder.with_name("data.tmp")
-    make_cache(lambda: ws.original.holding(drawing=False), ws.source, unfinished, settings, ws.generation, options)
+    make_cache(lambda: ws.original.encoding(drawing=False), ws.source, unfinished, settings, ws.generation, options)
     unfinished.rename(folder)
 
 

@@ -93,7 +93,7 @@ class Caching:
             workers: threads that decode and resize images.
         """
         return make_cache(
-            lambda: self.original.holding(drawing=self.drawn), self.subject.source, self.out, self.settings,
+            lambda: self.original.encoding(drawing=self.drawn), self.subject.source, self.out, self.settings,
             self.generation, self.options, workers=workers,
             progress=lambda done, total, note: progress("cache", done, total, note),
         )  # fmt: skip

@@ -235,7 +235,7 @@ class _Task:
         folder = ws.cache / f"data-{digest(made_of)[:12]}"
         settings = settings_of(ws.source, ws.generation, options, ws.variant, computed_in=computed_in)
         make_cache(
-            lambda: ws.original.holding(drawing=drawing), ws.source, folder, settings, ws.generation, options,
+            lambda: ws.original.encoding(drawing=drawing), ws.source, folder, settings, ws.generation, options,
             progress=lambda done, total, note: progress("distill: latents", done, total, note),
         )  # fmt: skip
         progress(f"distill: data: {skip_report(folder)}")

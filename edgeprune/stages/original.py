@@ -98,14 +98,14 @@ class Original:
         """The pipeline for its text; its transformer may have only the embedder of timestep and prompt."""
         return self._once("encoders", lambda: self._around(self._embedder(), "pipe"))
 
-    def holding(self, *, drawing: bool) -> Any:
-        """Return the pipeline for many batches of prompts: its text encoders stay in memory.
+    def encoding(self, *, drawing: bool) -> Any:
+        """Return the pipeline for training data, whose text does not depend on what was encoded before.
 
         Args:
-            drawing: its transformer is needed as well.
+            drawing: its transformer draws. Otherwise text encoders stay in memory, for many batches of captions.
         """
         pipe = self.pipe if drawing else self.encoders
-        return pipe.holding() if isinstance(pipe, StagedPipeline) else pipe
+        return pipe.apart(hold=not drawing) if isinstance(pipe, StagedPipeline) else pipe
 
     def _embedder(self) -> Any:
         found = self.loaded.get("transformer")

@@ -100,7 +100,7 @@ def test_a_prompt_is_encoded_once_for_all_processes(folder: Path, tmp_path: Path
 
 
 def test_encoders_stay_for_many_batches(folder: Path, reads: list[str]) -> None:
-    pipe = staged(folder).holding()
+    pipe = staged(folder).apart(hold=True)
     length = Generation.load(folder).max_sequence_length
     pipe.encode(PROMPTS, length)
     reads.clear()

@@ -21,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipe(model: Path) -> Any:
-    return Original(model).holding(drawing=False)
+    return Original(model).encoding(drawing=False)
 
 
 @pytest.fixture(autouse=True)

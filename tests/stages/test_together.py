@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import itertools
+import math
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +18,17 @@ import pytest
 import torch
 from tiny import config_of, tiny_flux_pipeline, tiny_pipeline, tiny_transformer
 
+from edgeprune import runtimes
 from edgeprune.analysis.estimators import estimator_named
+from edgeprune.artefact.staged import StagedPipeline
+from edgeprune.common import traffic
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.splits import Split
 from edgeprune.common.tensors import Tensors
+from edgeprune.data.encode import make_cache
+from edgeprune.data.settings import CacheOptions, settings_of
 from edgeprune.families import family_of
+from edgeprune.families.encoders import text_encoders
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.residency import running
 from edgeprune.residency.compute import Compute, name_of
@@ -92,6 +102,72 @@ def test_a_block_is_read_once_for_each_group_and_step(
     assert readings(reads) == -(-len(PROMPTS) * steps // (together or 99))
     images = generate(pipe, PROMPTS, SEEDS, ws.generation)
     assert readings(reads) == groups * steps and len(images) == len(PROMPTS)
+
+
+@pytest.mark.parametrize(("together", "groups"), [(None, 1), (2, 3)])
+def test_images_of_a_runtime_read_each_block_once_per_step(
+    together: int | None, groups: int, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = counted_reads(monkeypatch)
+    monkeypatch.setattr("edgeprune.residency.running._WORKING_BYTES", EVERYTHING)  # no block is kept
+    for module in ("sampling.denoising", "runtimes.eager"):
+        monkeypatch.setattr(f"edgeprune.{module}.at_once", lambda *_: 1)
+    with runtimes.load(model, "eager", memory=100 * 10**9) as opened:
+        if together:
+            give(monkeypatch, together)
+        reads.clear()
+        begun = traffic.total()
+        images = opened.generate(PROMPTS, seed=SEEDS, steps=2)
+        assert readings(reads) == groups * 2
+        taken = traffic.total().since(begun).read_bytes
+        begun = traffic.total()
+        (alone,) = opened.generate(PROMPTS[:1], seed=SEEDS[:1], steps=2)
+        one = traffic.total().since(begun).read_bytes
+        # The first reads text encoders and VAE as well, the second finds its text.
+        parts = [sum(map(math.prod, Weights(model / name).shapes.values())) for name in (*text_encoders(model), "vae")]
+        assert taken - 2 * sum(parts) == groups * one
+        assert abs(np.asarray(images[0], int) - np.asarray(alone)).max() <= 1
+        again = opened.draw([*PROMPTS, *PROMPTS], [*SEEDS, *SEEDS], steps=2)
+        np.testing.assert_array_equal([np.asarray(image) for image in again], [np.asarray(i) for i in images * 2])
+
+
+def test_training_data_that_is_drawn_reads_each_block_once_per_step(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeprune.data.encoder.at_once", lambda *_: 1)
+    reads, options, shards, done = counted_reads(monkeypatch), CacheOptions("captions", 5), [], list[int]()
+    for together, passes in ((9, 1), (2, 3)):
+        ws = opened(tmp_path / str(together), model, monkeypatch)
+        give(monkeypatch, together)
+        folder, settings = tmp_path / f"data-{together}", settings_of(model, ws.generation, options, computed_in="")
+        load = functools.partial(ws.original.encoding, drawing=True)
+        note = lambda count, *_: done.append(count)  # noqa: E731
+        make_cache(load, model, folder, settings, ws.generation, options, progress=note)
+        assert readings(reads) == passes * ws.generation.num_inference_steps
+        shards.append((folder / "shard-00000.safetensors").read_bytes())
+    assert shards[0] == shards[1] and done[:4] == [0, 0, 0, 1] and max(done) == 5
+
+
+def test_no_text_encoder_is_in_memory_while_training_data_is_drawn(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    made, held, real = list[weakref.ref[torch.Tensor]](), list[int](), StagedPipeline._streamed
+
+    def streamed(*arguments: Any, **options: Any) -> Any:
+        encoder = real(*arguments, **options)
+        made.extend(weakref.ref(parameter) for parameter in encoder.parameters() if not parameter.is_meta)
+        return encoder
+
+    monkeypatch.setattr(StagedPipeline, "_streamed", streamed)
+    ws, options = opened(tmp_path / "out", model, monkeypatch), CacheOptions("captions", 2)
+    pipe = ws.original.encoding(drawing=True)
+    for block in ws.family.blocks(pipe.transformer):
+        block.register_forward_pre_hook(lambda *_: held.append(sum(one() is not None for one in made)))
+    gc.disable()  # layers and their hooks refer to each other
+    request.addfinalizer(gc.enable)
+    settings = settings_of(model, ws.generation, options, computed_in="")
+    make_cache(lambda: pipe, model, tmp_path / "data", settings, ws.generation, options)
+    assert made and held and set(held) == {0}
 
 
 @pytest.mark.parametrize(("kind", "most"), [("fp32", 1), ("fp32", 2), ("bf16", 1)])
