@@ -34,7 +34,7 @@ with needs("compress"):
     from edgeprune.families import Family, family_of_model
     from edgeprune.families.encoders import EXPORTED, T5, tokenizer_of
     from edgeprune.residency.compute import DTYPES, Compute, is_small, name_of
-    from edgeprune.residency.running import check_room, dtype_of, running
+    from edgeprune.residency.running import check_room, dtype_of, running, within
     from edgeprune.sampling.denoising import Conditioning, at_once, batches_of, encode_prompts, evaluate, groups
     from edgeprune.sampling.generation import latent_scale, longest_prompt
     from edgeprune.sampling.prompts import cut_words
@@ -217,7 +217,13 @@ def _planned(
     chosen = DTYPES[dtype] if dtype else dtype_of(stored, compute)
     small = is_small(sum(map(math.prod, stored.weights.shapes.values())))
     if (small and compute.memory is None) or not can_stage(folder):
-        return lambda: load_pipeline(folder, stored.load(chosen), chosen, variant=variant).to(compute.device), chosen
+
+        def whole() -> Any:
+            pipe = load_pipeline(folder, stored.load(chosen), chosen, variant=variant).to(compute.device)
+            within(pipe.transformer, compute)
+            return pipe
+
+        return whole, chosen
     check_room(stored, compute, chosen)
     return lambda: StagedPipeline(folder, running(stored, compute, chosen), compute, variant), chosen
 

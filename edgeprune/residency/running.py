@@ -17,6 +17,9 @@ _LEAST_WORKING_BYTES = 3 * 10**8
 _WORKING_BYTES = 7 * 10**8
 """What is left free of the memory beside that, before blocks are kept: states, more samples, the VAE."""
 
+_COMPUTE = "_edgeprune_compute"
+"""Attribute of a transformer: where it computes, and how much memory that may take."""
+
 
 def running(stored: StoredTransformer, compute: Compute, dtype: torch.dtype | None = None, *, keep: bool = True) -> Any:
     """Return a transformer that is ready to run: held in float32 if it is small, else read block by block.
@@ -33,10 +36,36 @@ def running(stored: StoredTransformer, compute: Compute, dtype: torch.dtype | No
         InputError: it does not run in so little memory; says how much it takes.
     """
     if is_small(_numbers(stored)) and compute.memory is None:
-        return stored.load(dtype or torch.float32).to(compute.device)
+        return within(stored.load(dtype or torch.float32).to(compute.device), compute)
     left, least = check_room(stored, compute, dtype)
     room = left - least - _WORKING_BYTES if keep else 0
-    return stored.running(dtype or dtype_of(stored, compute), compute.device, keep=room)
+    return within(stored.running(dtype or dtype_of(stored, compute), compute.device, keep=room), compute)
+
+
+def within(model: Any, compute: Compute) -> Any:
+    """Note on a transformer how much memory it may take, for `room_to_run`; return it."""
+    setattr(model, _COMPUTE, compute)
+    return model
+
+
+def room_to_run(model: Any, wanted: int) -> int:
+    """Return the bytes that the activations of the rows that run together may take, of `wanted` that suffice.
+
+    They are half of what is left beside the largest block that is read: the other half is for what waits between two
+    blocks, see `spare`. Where so little is wanted that it has to be free anyway, or where nobody said how much memory
+    the transformer may take, nothing is counted.
+
+    Args:
+        model: the transformer; none of its blocks runs now.
+        wanted: bytes.
+    """
+    compute: Compute | None = getattr(model, _COMPUTE, None)
+    if compute is None or wanted <= _LEAST_WORKING_BYTES:
+        return wanted
+    reading = 2 * largest_running_bytes(model)
+    if (compute.left() - reading) // 2 < wanted:  # collecting takes a while
+        compute.collect()
+    return min(wanted, max(0, compute.left() - reading) // 2)
 
 
 def dtype_of(stored: StoredTransformer, compute: Compute) -> torch.dtype:

@@ -1,7 +1,8 @@
 """Run a pipeline in batches: encode text, denoise latents, decode images, and encode images.
 
-The memory of a batch is bounded: the transformer gets 4096 image tokens, the VAE one image at a time. Where blocks are
-read when they run, as many batches as there is room for pass through a block before the next is read.
+The memory of a batch is bounded: the transformer gets 4096 image tokens, or fewer rows where memory is short, the VAE
+one image at a time. Where blocks are read when they run, as many batches as there is room for pass through a block
+before the next is read.
 
 A seed gives the same noise as in the runtimes, so images from torch and from a device can be compared. The only options
 are prompt, guidance, steps, solver and size.
@@ -23,13 +24,13 @@ from numpy.typing import NDArray
 from edgeprune.common.progress import Progress, Steps, silent
 from edgeprune.families import Architecture, Network, family_of_model
 from edgeprune.residency.compute import Compute
-from edgeprune.residency.running import spare
+from edgeprune.residency.running import room_to_run, spare
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import PACKED, any_streamed, filled
 from edgeprune.sampling.generation import Generation, images_at_once, latent_scale
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.sampling.solvers import SOLVERS, Step
-from edgeprune.sampling.together import batches_together, sample_bytes
+from edgeprune.sampling.together import batches_together, row_bytes, rows_together, sample_bytes
 
 KEEP_S = 30.0
 """Seconds after which an evaluation keeps what it has, or more, so that keeping takes a tenth of the time at most."""
@@ -174,7 +175,7 @@ def evaluate(
 
     Latents and noise levels stay float32 outside of it. In half precision it runs in pieces: `embed` keeps timestep and
     guidance in float32, where FLUX.1's own forward would round them to eight bits. So it does where blocks are read
-    when they run, see `evaluate_all`.
+    when they run, see `evaluate_all`. Where memory is short, rows run in several calls: the halves of guidance in two.
 
     Args:
         model: the transformer.
@@ -185,7 +186,12 @@ def evaluate(
     """
     like = _like(model)
     if like.dtype == torch.float32 and not any_streamed(family_of_model(model).blocks(model)):
-        return velocity(model, latents.to(like), condition.to(like), sigma.to(like.device), guidance).to(latents)
+        rows = _rows_together(model, latents, condition, len(latents))
+        parts = [
+            velocity(model, latents[part].to(like), condition[part].to(like), sigma[part].to(like.device), guidance)
+            for part in batches_of(len(latents), rows)
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(latents)
     (found,) = _in_pieces(model, [(latents, condition, sigma, guidance)])
     return found
 
@@ -247,13 +253,14 @@ def _in_pieces(
     """Send batches through a transformer block by block; of a streamed one no more rows at once than `at_once` says.
 
     So the two halves of guidance at 1024x1024 pass a block one after the other. The rows that run together are always
-    of one batch, so its numbers do not depend on the others.
+    of one batch, so its numbers do not depend on the others. They are fewer where memory is short.
     """
     network: Network = family_of_model(model)
     blocks, passing = family_of_model(model).blocks(model), list[_Passing]()
     streamed = any_streamed(blocks)
     for (latents, condition, sigma, guidance), key in zip(batches, keys or itertools.repeat(""), strict=False):
-        most, parts = at_once(model, latents.shape) if streamed else len(latents), []
+        most, parts = min(len(latents), at_once(model, latents.shape)) if streamed else len(latents), []
+        most = _rows_together(model, latents, condition, most)
         for start in range(0, len(latents), most):
             rows = slice(start, start + most)
             inputs = model_inputs(model, latents[rows], condition[rows], sigma[rows], guidance)
@@ -288,6 +295,15 @@ def _in_pieces(
         found.append(torch.cat(velocities).to(one.device, one.latents.dtype))
         one.parts.clear()
     return found
+
+
+def _rows_together(model: Any, latents: torch.Tensor, condition: Conditioning, most: int) -> int:
+    """Return how many of `most` rows of latents (B, C, h, w) run in one call: those that there is room for."""
+    if most == 1:
+        return 1
+    family: Architecture = family_of_model(model)
+    one = row_bytes(family, model.config, latents.shape[1:], condition.hidden.shape[1], _like(model).dtype.itemsize)
+    return rows_together(room_to_run(model, most * one), one, most)
 
 
 def groups(

@@ -11,10 +11,17 @@ import pytest
 import tiny
 import torch
 
+from edgeprune import residency
+from edgeprune.artefact.loading import open_transformer
 from edgeprune.common.splits import Split
+from edgeprune.families import family_of_model
 from edgeprune.metrics.velocity import VelocityError
-from edgeprune.sampling.denoising import at_once, decode, encode_images, generate
+from edgeprune.residency.compute import Compute
+from edgeprune.residency.running import running, within
+from edgeprune.residency.streaming import any_streamed, largest_running_bytes
+from edgeprune.sampling.denoising import Conditioning, at_once, decode, encode_images, evaluate, generate
 from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.together import row_bytes
 
 GENERATION = Generation(2, 3.0, 64, 64, 0)
 PROMPTS = ["a red circle", "two stars", "a ring"]
@@ -56,6 +63,40 @@ def test_large_images_are_sampled_one_by_one(pipe: Any, monkeypatch: pytest.Monk
     seen.clear()
     VelocityError(pipe, GENERATION, PROMPTS, split=Split.ANALYSIS).score()
     assert set(seen) == {1, 2}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("fits", "expected"), [(6, [6]), (5, [5, 1]), (3, [3, 3]), (1, [1] * 6), (0, [1] * 6)])
+def test_rows_run_in_as_many_calls_as_the_memory_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool, fits: int, expected: list[int]
+) -> None:
+    """Three images with guidance are six rows; with room for three, its halves are two calls."""
+    tiny.tiny_pipeline(tmp_path / "tiny")
+    stored = open_transformer(tmp_path / "tiny", quantized=False)
+    model = running(stored, Compute(memory=10**12 if streamed else None))
+    family, draw = family_of_model(model), torch.Generator().manual_seed(0)
+    assert any_streamed(family.blocks(model)) is streamed
+    rows = [torch.randn(6, *shape, generator=draw) for shape in ((8, 8, 8), (16, 64), (64,))]
+    arguments = rows[0], Conditioning(*rows[1:]), torch.full((6,), 0.5), 3.0
+    with torch.no_grad():
+        whole = evaluate(model, *arguments)
+        one, seen, collected = row_bytes(family, model.config, (8, 8, 8), 16, 4), batches(model.pos_embed), []
+        reading = 2 * largest_running_bytes(model)
+        monkeypatch.setattr(residency.running, "_LEAST_WORKING_BYTES", 0)
+        monkeypatch.setattr(Compute, "left", lambda _: reading + 2 * fits * one)
+        monkeypatch.setattr(Compute, "collect", lambda _: collected.append(1))
+        found = evaluate(model, *arguments)
+    assert seen == expected and bool(collected) is (fits < 6)
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_to_be_free_anyway_is_not_counted(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def left(_: Compute) -> int:
+        raise AssertionError("small models ask at every step")
+
+    monkeypatch.setattr(Compute, "left", left)
+    within(pipe.transformer, Compute())
+    assert generate(pipe, PROMPTS, [0, 1, 2], GENERATION).shape == (3, 64, 64, 3)
 
 
 class _OnDevice(torch.Tensor):
