@@ -11,33 +11,30 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from edgeprune.artefact.checks import part_weights
+from edgeprune.artefact.encoder_layers import OUTPUTS, layers_of, prompts_together, rows_of, said
 from edgeprune.artefact.loading import complete, empty_part, load_part, quiet, readable
 from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.text_store import RunTexts, Texts
 from edgeprune.common.files import read_json
-from edgeprune.families.encoders import CLIP, CLIP_POOLED, EXPORTED, T5, text_encoders, tokenizer_of
+from edgeprune.families.encoders import EXPORTED, T5, text_encoders, tokenizer_of
 from edgeprune.families.parts import VAE, tensor_of
 from edgeprune.planning.fit import vae_activations
+from edgeprune.residency.by_rows import by_rows
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.streaming import fitting, release, stream
 from edgeprune.sampling.generation import latent_factor, longest_prompt
 
-_AT_ONCE = 64
-"""Most prompts that pass through a text encoder together."""
 _TILE = 64
 """Sides of a tile in latent pixels, if the VAE works in tiles."""
-_OUTPUTS = {CLIP: "text_embeds", CLIP_POOLED: "pooler_output", T5: "last_hidden_state"}
-"""What is read of an encoder's result."""
 
 
 def can_stage(folder: Path) -> bool:
@@ -174,7 +171,7 @@ class StagedPipeline:
     def pooled(self, prompts: list[str]) -> torch.Tensor:
         """Return only the pooled text (B, P) in float32; T5, which has none, is not read."""
         parts = [
-            torch.from_numpy(self._outputs(name, kind, prompts, 0)[_OUTPUTS[kind]])
+            torch.from_numpy(self._outputs(name, kind, prompts, 0)[OUTPUTS[kind]])
             for name, kind in text_encoders(self.folder).items()
             if kind != T5
         ]
@@ -218,14 +215,10 @@ class StagedPipeline:
             return
         ids = self._token_ids(name, prompts, self._length(kind, max_sequence_length))
         encoder = self._encoder(name, kind, self.dtype_of(name))
-        for start in range(0, len(prompts), _AT_ONCE):
-            batch = ids[start : start + _AT_ONCE].to(self.compute.device)
-            out = encoder(batch, output_hidden_states=kind == CLIP)
-            found = {_OUTPUTS[kind]: out[_OUTPUTS[kind]]}
-            if kind == CLIP:  # `join` reads the last state but one
-                count = len(out.hidden_states)
-                found |= {f"hidden_states.{i}": out.hidden_states[i] for i in (count - 2, count - 1)}
-            for row, prompt in enumerate(prompts[start : start + _AT_ONCE]):
+        together = prompts_together(encoder, kind, self.compute, len(prompts), ids.shape[1])
+        for start in range(0, len(prompts), together):
+            found = said(encoder, kind, ids[start : start + together].to(self.compute.device))
+            for row, prompt in enumerate(prompts[start : start + together]):
                 yield prompt, {key: value[row].to("cpu", copy=True) for key, value in found.items()}
 
     def _token_ids(self, name: str, prompts: list[str], length: int) -> torch.Tensor:
@@ -261,7 +254,7 @@ class StagedPipeline:
         with readable(folder), quiet():
             model = empty_part(folder, kind)
         stored = {n: tensor_of(kind, n) or n for n in model.state_dict()}
-        layers = list(_layers(model, kind))
+        layers = list(layers_of(model, kind))
         inside = {f"{prefix}{n}" for prefix, layer in layers for n in layer.state_dict()}
         outside = {n: s for n, s in stored.items() if n not in inside}
         read = {s: weights[s].to(self.compute.device, dtype) for s in dict.fromkeys(outside.values())}
@@ -272,12 +265,6 @@ class StagedPipeline:
             named, weights.__getitem__, device=self.compute.device, dtype=dtype,
             stay=fitting(named, weights.dtype, keep), ahead=weights.ahead,
         )  # fmt: skip
+        for _, layer in layers:
+            by_rows(layer, rows_of(kind, model.config, self.compute))
         return model.eval()
-
-
-def _layers(model: nn.Module, kind: str) -> Iterable[tuple[str, nn.Module]]:
-    """Return a text encoder's layers in their order, with the prefix of their tensors' names."""
-    of = "encoder.block" if kind == T5 else "encoder.layers"
-    found = next(name for name, _ in model.named_modules() if name.endswith(of))
-    for index, layer in enumerate(model.get_submodule(found).children()):
-        yield f"{found}.{index}.", layer

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,12 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from edgeprune.artefact import encoder_layers
 from edgeprune.artefact.loading import load, open_transformer
 from edgeprune.artefact.staged import StagedPipeline, can_stage
 from edgeprune.artefact.text_store import TextStore
 from edgeprune.common.files import sha256_file
-from edgeprune.families.encoders import text_encoders
+from edgeprune.families.encoders import T5, text_encoders
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.streaming import is_streamed
 from edgeprune.residency.weights import Weights
@@ -97,6 +100,64 @@ def test_a_prompt_is_encoded_once_for_all_processes(folder: Path, tmp_path: Path
     load_file(path)
     other = TextStore(tmp_path, folder, None, lambda file: sha256_file(file)[::-1])  # another encoder's files
     assert other.key("text_encoder", "a", 77, torch.float32) != texts().key("text_encoder", "a", 77, torch.float32)
+
+
+def test_few_prompts_are_in_a_layer_that_is_read_once_for_all(
+    folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five prompts, two at a time; and where the memory that is left is short, one after the other."""
+    prompts, length = ["a", "two stars", "a ring", "", "a red circle"], Generation.load(folder).max_sequence_length
+    whole, seen, real = staged(folder).encode(prompts, length), list[int](), StagedPipeline._streamed
+
+    def streamed(*arguments: Any, **options: Any) -> Any:
+        encoder = real(*arguments, **options)
+        for name, module in encoder.named_modules():
+            if name.endswith((".layer_norm1", ".layer.0.layer_norm")):
+                module.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
+        return encoder
+
+    monkeypatch.setattr(StagedPipeline, "_streamed", streamed)
+    for limit, expected in (({"AT_ONCE": 2}, [2, 2, 1]), ({"_NOT_COUNTED": 0}, [1] * 5)):
+        with monkeypatch.context() as patch:
+            for name, value in limit.items():
+                patch.setattr(encoder_layers, name, value)
+            # What waits between two layers always fits: at first, and again whenever that is asked.
+            patch.setattr(encoder_layers, "spare", lambda *_: 10**12)
+            patch.setattr(Compute, "left", lambda _: 0)
+            pipe = staged(folder)
+            reads.clear()
+            found = pipe.encode(prompts, length)
+        assert seen and seen == expected * (len(seen) // len(expected))
+        seen.clear()
+        assert {Counter(reads)[name] for name in reads if name.startswith("text_encoder")} == {1}
+        for one, other in zip(found, whole, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_that_do_not_fit_together_read_the_layers_again(
+    folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = Generation.load(folder).max_sequence_length
+    whole = staged(folder).encode(PROMPTS, length)
+    monkeypatch.setattr(encoder_layers, "spare", lambda *_: 0)
+    pipe = staged(folder)
+    reads.clear()
+    found = pipe.encode(PROMPTS, length)
+    layers = {Counter(reads)[n] for n in reads if n.startswith("text_encoder") and (".layers." in n or ".block." in n)}
+    assert layers == {len(PROMPTS)}
+    for one, other in zip(found, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_of_t5_xxl_in_a_layer() -> None:
+    """What a layer of T5-XXL takes for a prompt of 256 tokens: scores of 64 heads, and five times its inner width."""
+    config, left = SimpleNamespace(d_model=4096, num_heads=64, d_ff=10240), [0]
+    compute: Any = SimpleNamespace(left=lambda: left[0])
+    rows, stream = encoder_layers.rows_of(T5, config, compute), torch.empty(100, 256, 4096, device="meta")
+    one = 4 * 256 * (3 * 64 * 256 + 5 * 10240 + 6 * 4096)
+    assert 120e6 < one < 130e6
+    for left[0], expected in ((0, 1), (2 * one, 1), (7 * one, 3), (10**12, 64)):
+        assert rows(stream) == expected
 
 
 def test_encoders_stay_for_many_batches(folder: Path, reads: list[str]) -> None:

@@ -1,0 +1,80 @@
+"""Run a text encoder whose layers are read when they run: how many prompts at once, and what is kept of it.
+
+Notation: B prompts, M tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeprune.families.encoders import CLIP, CLIP_POOLED, T5
+from edgeprune.residency.compute import Compute
+from edgeprune.residency.running import spare
+from edgeprune.sampling.together import batches_together, rows_together
+
+AT_ONCE = 64
+"""Most prompts that are in a layer together."""
+OUTPUTS = {CLIP: "text_embeds", CLIP_POOLED: "pooler_output", T5: "last_hidden_state"}
+"""What is read of an encoder's result."""
+_SCORES, _INNER, _WIDE = 3, 5, 6
+"""Numbers that are alive at once in a layer, for each token: scores of each head, inner widths of its MLP, widths."""
+_STREAMS = 4
+"""Streams of a prompt that are alive between two layers: before and after, and the two that are kept of CLIP."""
+_NOT_COUNTED = 10**8
+"""Bytes of activations that have to be free anyway."""
+
+
+def layers_of(model: nn.Module, kind: str) -> Iterable[tuple[str, nn.Module]]:
+    """Return a text encoder's layers in their order, with the prefix of their tensors' names."""
+    of = "encoder.block" if kind == T5 else "encoder.layers"
+    found = next(name for name, _ in model.named_modules() if name.endswith(of))
+    for index, layer in enumerate(model.get_submodule(found).children()):
+        yield f"{found}.{index}.", layer
+
+
+def prompts_together(encoder: Any, kind: str, compute: Compute, count: int, length: int) -> int:
+    """Return how many of `count` prompts of `length` tokens pass through each layer before the next is read."""
+    wide = encoder.config.d_model if kind == T5 else encoder.config.hidden_size
+    one = _STREAMS * length * wide * encoder.dtype.itemsize
+    return batches_together(spare(encoder, compute, count * one), one, count)
+
+
+def rows_of(kind: str, config: Any, compute: Compute) -> Callable[[torch.Tensor], int]:
+    """Return what says how many prompts of a stream (B, M, D) are in a layer together, for `by_rows`."""
+    if kind == T5:
+        wide, heads, inner = config.d_model, config.num_heads, config.d_ff
+    else:
+        wide, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
+
+    def rows(stream: torch.Tensor) -> int:
+        count, length, _ = stream.shape
+        # In float32, as the softmax computes.
+        one = 4 * length * (_SCORES * heads * length + _INNER * inner + _WIDE * wide)
+        most = min(count, AT_ONCE)
+        return most if most * one <= _NOT_COUNTED else rows_together(compute.left() // 2, one, most)
+
+    return rows
+
+
+def said(encoder: Any, kind: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what a text encoder says of token ids (B, M), under the names that `Network.join` reads.
+
+    Of CLIP's hidden states the last two are kept, of which `join` reads one; transformers would keep all.
+    """
+    found: dict[str, torch.Tensor] = {}
+    layers = [layer for _, layer in layers_of(encoder, kind)]
+
+    def keep(_: Any, arguments: Any, out: Any) -> None:
+        found[f"hidden_states.{len(layers) - 1}"] = arguments[0]
+        found[f"hidden_states.{len(layers)}"] = out if isinstance(out, torch.Tensor) else out[0]
+
+    hook = layers[-1].register_forward_hook(keep) if kind == CLIP else None
+    try:
+        return {OUTPUTS[kind]: encoder(ids)[OUTPUTS[kind]]} | found
+    finally:
+        if hook is not None:
+            hook.remove()
