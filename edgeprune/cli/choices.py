@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperArgument, TyperCommand
 
-from edgeprune.cli import screen, usage
+from edgeprune.cli import screen
 
 
 class Names(str):
@@ -30,6 +30,8 @@ class Verb(TyperCommand):
         """Run the command; say what it took, unless that is little."""
         began = time.monotonic()
         result = super().invoke(ctx)
+        from edgeprune.cli import usage  # only now, since it costs the start of every command
+
         if (seconds := time.monotonic() - began) > usage.WORTH_SAYING_S:
             screen.say(usage.taken(seconds))
         return result
