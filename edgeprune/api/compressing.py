@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the functions import these after their checks: torch takes 
     from edgeprune.common.memory import ComputeOptions
     from edgeprune.planning.fit import Fit
     from edgeprune.planning.plan import PrunePlan
-    from edgeprune.sampling.generation import GenerationOptions
+    from edgeprune.sampling.generation import Generation, GenerationOptions
     from edgeprune.stages.options import CompressOptions
 
 
@@ -157,10 +157,13 @@ class CompressForecast:
     report_floor_s: float
     evaluation_flops: int
     matmul_flops_per_s: int
-    analyze_weights_bytes: int
-    distill_weights_bytes: int
-    report_decoder_bytes: int
-    """The VAE's decoder and its activations for one image."""
+    analyze_memory_bytes: int
+    """The memory that the stage takes at least, with that of the process; 0 if it does not run."""
+    plan_memory_bytes: int
+    prune_memory_bytes: int
+    distill_memory_bytes: int
+    quantize_memory_bytes: int
+    report_memory_bytes: int
     written_bytes: int
     choice: dict[str, Any] | None = None
     """What `time_s` chose: the fields of `Choice` in stages/choice.py."""
@@ -230,7 +233,8 @@ def compress(
     if not is_begun(out):
         source, images = source_and_images(out, model, revision, generation, variant)
         rehearsed = stages.rehearse(source, images, chosen)
-        _check_memory(source, variant, chosen, rehearsed, compute)
+        if time_s is None:  # else it depends on what is chosen
+            _need_memory(source, images, chosen, rehearsed, compute)
         stages.need_room(Path(out), source, rehearsed, no_half=no_half)  # before the folder is created
     ws = open_folder(
         out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation, compute=compute
@@ -289,7 +293,8 @@ def forecast_compress(
 
     source, images = source_and_images(out, model, revision, generation, variant)
     rehearsed = rehearse(source, images, chosen)
-    _check_memory(source, variant, chosen, rehearsed, compute)
+    if time_s is None:
+        _need_memory(source, images, chosen, rehearsed, compute)
     if not is_begun(out):
         need_room(Path(out), source, rehearsed, no_half=no_half)
     scratch = next(place for place in (Path(out), *Path(out).resolve().parents) if place.is_dir())
@@ -297,20 +302,24 @@ def forecast_compress(
     if time_s is None:
         return CompressForecast(**forecast(source, chosen, images, quick=quick, **given))
     choice, chosen = rehearse_choice(source, chosen, images, time_s, variant, compute, scratch, quick=quick)
+    _need_memory(source, images, chosen, rehearsed, compute)
     numbers = forecast(source, chosen, images, images=choice.images, steps=choice.image_steps, **given)
     return CompressForecast(**numbers, choice=asdict(choice))
 
 
-def _check_memory(
-    source: Path, variant: str | None, options: CompressOptions, plan: PrunePlan, compute: ComputeOptions | None
+def _need_memory(
+    source: Path, generation: Generation, options: CompressOptions, plan: PrunePlan, compute: ComputeOptions | None
 ) -> None:
-    """Refuse too little memory for the original, if a stage evaluates it."""
+    """Refuse too little memory for one of the stages."""
+    from edgeprune.artefact.resolve import read_original
     from edgeprune.residency.compute import Compute
-    from edgeprune.stages.compress import runs_original
-    from edgeprune.stages.original import Original
+    from edgeprune.stages.compress import need_memory
+    from edgeprune.stages.memory import Memory
+    from edgeprune.stages.work import Subject
 
-    if compute is not None and runs_original(options, plan):
-        Original(source, variant, Compute.of(compute)).check_room()
+    if compute is not None:
+        config, family = read_original(source)
+        need_memory(Memory(Subject(source, family, config, generation), Compute.of(compute)), options, plan)
 
 
 def _checked(

@@ -33,7 +33,7 @@ from edgeprune.residency.compute import Compute
 from edgeprune.residency.streaming import fitting, release, stream
 from edgeprune.sampling.generation import latent_factor, longest_prompt
 
-_TILE = 64
+TILE = 64
 """Sides of a tile in latent pixels, if the VAE works in tiles."""
 
 
@@ -114,7 +114,7 @@ class StagedPipeline:
         that is decided once.
         """
         if self._tiled:
-            height = width = _TILE * self.vae_scale_factor
+            height = width = TILE * self.vae_scale_factor
         needed = 4 * vae_activations(self.vae.config, height, width)
         if self.compute.left() < needed:
             if self.transformer is not None:
@@ -125,7 +125,7 @@ class StagedPipeline:
         self._tiled = self.compute.left() < needed
         if self._tiled:
             self.vae.enable_tiling()
-            self.vae.tile_latent_min_size, self.vae.tile_sample_min_size = _TILE, _TILE * self.vae_scale_factor
+            self.vae.tile_latent_min_size, self.vae.tile_sample_min_size = TILE, TILE * self.vae_scale_factor
 
     def tokenizer_of(self, encoder: str) -> Any:
         """Return the tokenizer of a text encoder; None if the pipeline has no such encoder."""

@@ -7,7 +7,7 @@ import sys
 from edgeprune.common.tables import duration
 from edgeprune.runtimes import memory
 
-WORTH_SAYING_S = 10.0
+WORTH_SAYING_S = 60.0
 
 
 def taken(seconds: float) -> str:

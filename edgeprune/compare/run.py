@@ -33,22 +33,24 @@ from edgeprune.metrics.scoring import CAPTIONS
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.quantization.precision import footprint
 from edgeprune.report.steps import step_times
+from edgeprune.residency.compute import Compute
 from edgeprune.residency.model_files import model_files
 from edgeprune.residency.running import running
 from edgeprune.residency.streaming import release
 from edgeprune.sampling.generation import Generation, say_guesses
 from edgeprune.sampling.prompts import prompts as shipped_prompts
 from edgeprune.sampling.prompts import read_prompts
+from edgeprune.stages import analyze
 from edgeprune.stages.analyze import run as run_analyze
-from edgeprune.stages.compress import expected_plan, forecast, works
-from edgeprune.stages.costs import transformer_bytes
-from edgeprune.stages.distill import defaults_of, recipe_of, seen_by_quantize, training_bytes
+from edgeprune.stages.compress import expected_plan, forecast, memories, works
+from edgeprune.stages.distill import defaults_of, seen_by_quantize
 from edgeprune.stages.distill import run as run_distill
-from edgeprune.stages.options import CompressOptions
+from edgeprune.stages.memory import Memory
+from edgeprune.stages.options import AnalyzeOptions, CompressOptions
 from edgeprune.stages.plan import run as run_plan
 from edgeprune.stages.prune import run as run_prune
 from edgeprune.stages.quantize import run as run_quantize
-from edgeprune.stages.work import Work, decoder_bytes
+from edgeprune.stages.work import Subject, Work
 from edgeprune.stages.workspace import Workspace
 
 
@@ -113,8 +115,9 @@ def forecast_grid(
     budget = int(grid.budget * footprint(family, family.tensor_shapes(config)).bf16_bytes)
     forecasts = [(row.seeds, forecast(source, row.seeded(0, budget), generation, compute=compute)) for row in grid.rows]
     first, runs = forecasts[0][1], sum(seeds for seeds, _ in forecasts)
-    per_step = 2 if family.guided(config, generation.guidance_scale) else 1
-    scored = (runs + 1) * evaluations(metric, generation, prompts, per_step)
+    subject = Subject(source, family, config, generation)
+    scored = (runs + 1) * evaluations(metric, generation, prompts, subject.by_step)
+    scoring = _scoring_bytes(Memory(subject, Compute.of(compute or ComputeOptions())), metric, prompts)
     copied = _copied_bytes(source, out, variant)
     trained = [costs for _, costs in forecasts if costs["distill_steps"]]
     return {
@@ -126,9 +129,14 @@ def forecast_grid(
         "distill_floor_s": round(sum(seeds * costs["distill_floor_s"] for seeds, costs in forecasts), 1),
         "score_evaluations": scored,
         "score_floor_s": round(scored * first["evaluation_flops"] / first["matmul_flops_per_s"], 1),
-        "peak_weights_bytes": max(costs["distill_weights_bytes"] for _, costs in forecasts),
+        "memory_bytes": max(scoring, *(n for _, costs in forecasts for key, n in costs.items() if "_memory_" in key)),
         "written_bytes": sum(seeds * (costs["written_bytes"] + copied) for seeds, costs in forecasts),
     }
+
+
+def _scoring_bytes(of: Memory, metric: str, prompts: int) -> int:
+    """Return the bytes that scoring takes at least."""
+    return analyze.memory(of, AnalyzeOptions(metric=metric, estimator="exhaustive"), prompts)
 
 
 def _copied_bytes(source: Path, out: Path, variant: str | None) -> int:
@@ -166,16 +174,15 @@ def _check(base: Workspace, runs: Sequence[_Run], metric: str, prompts: int, out
     Raises:
         InputError: they take longer than `ComputeOptions.longest_s`, or more memory than was given.
     """
-    base.check_memory()
     subject, shared, total, written = base.subject, dict[str, Work](), Work(), 0
-    memory = max(transformer_bytes(subject.family, subject.config), decoder_bytes(subject))
-    per_score = evaluations(metric, base.generation, prompts, subject.per_step)
+    memory = _scoring_bytes(base.memory, metric, prompts)
+    per_score = evaluations(metric, base.generation, prompts, subject.by_step)
     copied = _copied_bytes(base.source, out, base.variant)
     plans = dict[str, PrunePlan]()
     for run in runs:
         if run.row.name not in plans:  # another seed leaves as much
             plans[run.row.name] = expected_plan(base.source, base.generation, run.options)
-        expected, training = plans[run.row.name], run.options.distill
+        expected = plans[run.row.name]
         stages = works(subject, run.options, expected, 0)
         shared |= {name: work for name in ("analyze", "data") if (work := stages.pop(name)).evaluations}
         if not run.row.quantized:
@@ -183,14 +190,12 @@ def _check(base: Workspace, runs: Sequence[_Run], metric: str, prompts: int, out
         left = expected.after.parameters / expected.before.parameters
         total += sum(stages.values(), Work(evaluations=per_score * left))
         written += expected.after.bf16_bytes + run.row.quantized * expected.after.int4_bytes + copied
-        if training is not None:
-            recipe = recipe_of(training, expected, base.family, base.config, base.generation)
-            memory = max(memory, training_bytes(training, recipe, expected))
+        memory = max(memory, *memories(base.memory, run.options, expected, 0).values())
     if "analyze" in base.manifest.stages:
         shared.pop("analyze", None)
     if any(base.cache.glob("data-*")):
         shared.pop("data", None)
-    scored = preparing(metric, base.generation, prompts, subject.per_step) + per_score
+    scored = preparing(metric, base.generation, prompts, subject.by_step) + per_score
     total += sum(shared.values(), Work(evaluations=scored))
     base.check_time("compare", total, [], progress, memory=memory, written=written)
 

@@ -7,7 +7,7 @@ The file of an image metric defines METRIC, an `ImageMetric` class. `edgeprune s
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -200,24 +200,24 @@ def of_pipeline(
     return Drawn(name, of_images(name, weights), pipe, generation, prompts, split=split)
 
 
-def evaluations(name: str, generation: Generation, prompts: int, per_step: int) -> int:
+def evaluations(name: str, generation: Generation, prompts: int, by_step: Callable[[int], list[int]]) -> int:
     """Return how many samples pass through the transformer for one score.
 
     Args:
         prompts: the number of prompts.
-        per_step: samples per denoising step of an image; 2 with guidance.
+        by_step: returns the samples of each denoising step of an image of so many steps; 2 with guidance.
     """
     if name == VELOCITY:
         from edgeprune.metrics.velocity import VelocityError
 
         return VelocityError.evaluations(generation, prompts)
-    return prompts * generation.num_inference_steps * per_step
+    return prompts * sum(by_step(generation.num_inference_steps))
 
 
-def preparing(name: str, generation: Generation, prompts: int, per_step: int) -> int:
+def preparing(name: str, generation: Generation, prompts: int, by_step: Callable[[int], list[int]]) -> int:
     """Return how many samples pass through the transformer before the first score; arguments as in `evaluations`."""
     if name == VELOCITY:
         from edgeprune.metrics.velocity import VelocityError
 
-        return VelocityError.preparing(generation, prompts, per_step)
+        return VelocityError.preparing(generation, prompts, by_step)
     return 0

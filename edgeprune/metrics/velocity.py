@@ -6,6 +6,7 @@ For each prompt, the unmodified model's states x_t and conditional velocities v_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -102,9 +103,12 @@ class VelocityError:
         return prompts * min(STATES, generation.num_inference_steps)
 
     @staticmethod
-    def preparing(generation: Generation, prompts: int, per_step: int) -> int:
-        """Return how many samples pass through it at creation: those of the trajectory, without the comparison."""
-        return prompts * (min(STATES, generation.num_inference_steps) - 1) * per_step
+    def preparing(generation: Generation, prompts: int, by_step: Callable[[int], list[int]]) -> int:
+        """Return how many samples pass through it at creation: those of the trajectory, without the comparison.
+
+        Its last step is not run. `by_step` returns the samples of each step of an image of so many steps.
+        """
+        return prompts * sum(by_step(min(STATES, generation.num_inference_steps))[:-1])
 
     def velocity(self, rows: slice) -> torch.Tensor:
         """Return the conditional velocities of the transformer as it is now, at some states (by step, then prompt)."""

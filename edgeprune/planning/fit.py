@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import read_json
-from edgeprune.families import Shape, family_of
+from edgeprune.families import Config, Shape, family_of
 from edgeprune.families.encoders import T5, text_encoders
 from edgeprune.families.joint import width
 from edgeprune.quantization.precision import t5_precision_of
@@ -108,6 +108,11 @@ def vae_activations(vae: Mapping[str, Any], height: int, width: int) -> int:
     return int(_VAE_IMAGES * widths[min(1, len(widths) - 1)] * height * width)
 
 
+def transformer_activations(config: Config, tokens: int) -> int:
+    """Return how many numbers are alive at once in a step, of image and text tokens of all samples together."""
+    return _TRANSFORMER_WIDTHS * width(config) * tokens
+
+
 def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source: Path, generation: Generation) -> int:
     """Return how many numbers are alive at once in a step; guidance may need two samples."""
     family = family_of(config, str(source / "transformer" / "config.json"))
@@ -115,7 +120,7 @@ def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source
     tokens = math.ceil(generation.height / unit) * math.ceil(generation.width / unit)
     text = family.text_tokens(longest_prompt(source), generation.max_sequence_length)
     samples = 2 if family.guided(config, generation.guidance_scale) else 1
-    return _TRANSFORMER_WIDTHS * width(config) * (tokens + text) * samples
+    return transformer_activations(config, (tokens + text) * samples)
 
 
 def _encoder_bytes(folder: Path, kind: str, size: int, target: Target) -> int:

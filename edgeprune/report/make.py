@@ -19,11 +19,10 @@ from edgeprune.common.tables import duration, interval_text, with_unit
 from edgeprune.report import page
 from edgeprune.report.measure import measure
 from edgeprune.report.steps import ratio_text
-from edgeprune.stages.costs import transformer_bytes
 from edgeprune.stages.distill import amount
 from edgeprune.stages.options import halvings, seen
 from edgeprune.stages.weights import check_pruned
-from edgeprune.stages.work import Work, decoder_bytes, report_images, reporting
+from edgeprune.stages.work import Work, check_memory, report_images, reporting
 from edgeprune.stages.workspace import Workspace
 
 _SCHEMA = 3
@@ -48,7 +47,7 @@ def left_out(ws: Workspace, *, quick: bool = False) -> str:
                 f"--images {fewer}, for all: {again} --yes"
             )
     try:
-        ws.check_memory()
+        check_memory("the report", ws.memory.reporting(images), ws.original.compute)
     except InputError as error:
         return f"no report: {error}; make it with more --memory: {again}"
     return ""
@@ -59,7 +58,7 @@ def work(ws: Workspace, images: int, steps: int | None = None) -> Work:
     sizes = ws.plan()
     subject = replace(ws.subject, generation=seen(ws.generation, steps))
     own = replace(subject, generation=ws.student_generation)
-    return reporting(subject, images, sizes.after.parameters / sizes.before.parameters, own.per_step)
+    return reporting(subject, images, sizes.after.parameters / sizes.before.parameters, own.per_image)
 
 
 def make_report(
@@ -123,8 +122,7 @@ def make_report(
 def _check_time(ws: Workspace, images: int, steps: int | None, progress: Progress) -> None:
     """Say what measuring takes, and refuse what takes too long; see `Workspace.check_time`."""
     ways = [(f"--images {fewer}", work(ws, fewer, steps)) for fewer in halvings(images)]
-    memory = max(transformer_bytes(ws.family, ws.config), decoder_bytes(ws.subject))
-    ws.check_time("report", work(ws, images, steps), ways, progress, memory=memory)
+    ws.check_time("report", work(ws, images, steps), ways, progress, memory=ws.memory.reporting(images))
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -73,16 +73,13 @@ def dtype_of(stored: StoredTransformer, compute: Compute) -> torch.dtype:
     return compute.dtype(_stored_dtype(stored), _numbers(stored))
 
 
-def check_room(
-    stored: StoredTransformer, compute: Compute, dtype: torch.dtype | None = None, *, beside: int = 0
-) -> tuple[int, int]:
+def check_room(stored: StoredTransformer, compute: Compute, dtype: torch.dtype | None = None) -> tuple[int, int]:
     """Return the bytes that may still be taken, and those that the transformer takes at least while it runs.
 
     Args:
         stored: its structure and weights.
         compute: where it computes.
         dtype: to compute in; None for the one that `compute` chooses.
-        beside: bytes that are needed meanwhile for something else; they are part of the second result.
 
     Raises:
         InputError: memory was given, and it does not suffice; says how much does.
@@ -92,7 +89,7 @@ def check_room(
     largest = max(sum(math.prod(stored.weights.shapes[n]) for n in stored.names(block)) for block in blocks)
     per_number = (torch.finfo(dtype).bits + torch.finfo(kind).bits) // 8
     outside = sum(math.prod(stored.weights.shapes[n]) for n in stored.names(None))
-    least, left = (largest + outside) * per_number + _LEAST_WORKING_BYTES + beside, compute.left()
+    least, left = least_bytes(largest, outside, per_number), compute.left()
     if left < least + _WORKING_BYTES:  # collecting takes a while
         compute.collect()
         left = compute.left()
@@ -100,6 +97,18 @@ def check_room(
         needed = compute.taken() + least
         raise InputError(f"--memory: found {compute.memory / 1e9:.2f} GB, expected at least {needed / 1e9:.2f} GB here")
     return left, least
+
+
+def least_bytes(largest: int, outside: int, per_number: int, working: int = 0) -> int:
+    """Return the bytes that a transformer takes at least while it runs: what is outside its blocks, and one block.
+
+    Args:
+        largest: weights of its largest block.
+        outside: weights outside the blocks.
+        per_number: bytes of a weight as it is stored and as it computes.
+        working: of activations; a run asks for that of one small sample anyway.
+    """
+    return (largest + outside) * per_number + max(_LEAST_WORKING_BYTES, working)
 
 
 def spare(model: Any, compute: Compute, wanted: int) -> int:

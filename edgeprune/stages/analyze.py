@@ -27,7 +27,8 @@ from edgeprune.residency.streaming import held_bytes, is_streamed
 from edgeprune.sampling.denoising import VelocityInputs, at_once, evaluate
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages.calibration import stream_bytes
-from edgeprune.stages.costs import sample, transformer_bytes
+from edgeprune.stages.costs import sample
+from edgeprune.stages.memory import Memory
 from edgeprune.stages.modulation import modulation_mean
 from edgeprune.stages.options import AnalyzeOptions, halvings, seen
 from edgeprune.stages.original import Original
@@ -118,10 +119,16 @@ def _check_time(ws: Workspace, options: AnalyzeOptions, removals: list[Group], c
     ways += [(f"{option}--count {fewer}", total(fewest, fewer)) for fewer in halvings(count)]
     if options.metric == VelocityError.name:
         ways.append((f"{option}--count 1 --states 1", total(replace(fewest, states=1), 1)))
-    ws.check_memory()
-    memory = transformer_bytes(ws.family, ws.config)
-    kept = _kept_bytes(ws, options, count)
-    ws.check_time("analyze", total(options, count), ways, progress, memory=memory, written=kept)
+    kept, needed = _kept_bytes(ws, options, count), memory(ws.memory, options, count)
+    ws.check_time("analyze", total(options, count), ways, progress, memory=needed, written=kept)
+
+
+def memory(of: Memory, options: AnalyzeOptions, count: int) -> int:
+    """Return the bytes that `run` takes at least, with `count` prompts; a metric's own networks are not counted."""
+    if options.metric != VelocityError.name:
+        return of.drawing(count)
+    states = VelocityError.evaluations(seen(of.subject.generation, options.states), count)
+    return of.evaluating(count, states=states, gradients=options.estimator == "gates")
 
 
 def work(subject: Subject, options: AnalyzeOptions, removals: list[Group], count: int) -> Work:
@@ -133,10 +140,10 @@ def work(subject: Subject, options: AnalyzeOptions, removals: list[Group], count
         removals: the groups of parts that are scored.
         count: number of prompts.
     """
-    estimator, per_step = estimator_named(options.estimator, options.metric), subject.per_step
+    estimator, by_step = estimator_named(options.estimator, options.metric), subject.by_step
     generation, blocks = seen(subject.generation, options.states), subject.family.block_count(subject.config)
-    per_score = evaluations(options.metric, generation, count, per_step)
-    before = preparing(options.metric, generation, count, per_step)
+    per_score = evaluations(options.metric, generation, count, by_step)
+    before = preparing(options.metric, generation, count, by_step)
     compared = per_score if estimator.compares and options.metric == VelocityError.name else 0
     streamed = not is_small(subject.numbers)
     scored = estimator.evaluations([(), *removals], blocks, per_score, streamed=streamed)
@@ -174,7 +181,7 @@ def forecast(
     removals = analysis_groups(family, config, options)
     subject, blocks = Subject(source, family, config, generation), family.block_count(config)
     count = len(analysis_prompts(options, builtin=source == BUILTIN))
-    per_score = evaluations(options.metric, seen(generation, options.states), count, subject.per_step)
+    per_score = evaluations(options.metric, seen(generation, options.states), count, subject.by_step)
     total = work(subject, options, removals, count).evaluations
     original = Original(source, variant, Compute.of(compute or ComputeOptions()))
     model = original.transformer

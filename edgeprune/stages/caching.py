@@ -16,10 +16,10 @@ from edgeprune.data.encode import Made, make_cache, remaining
 from edgeprune.data.settings import WORKERS, CacheOptions, is_drawn, most_samples, sample_bytes, settings_of
 from edgeprune.residency.compute import Compute
 from edgeprune.sampling.generation import Generation
-from edgeprune.stages.costs import transformer_bytes
+from edgeprune.stages.memory import Memory
 from edgeprune.stages.options import halvings
 from edgeprune.stages.original import Original
-from edgeprune.stages.work import Pace, Subject, Work, decoder_bytes, drawing, least, reading
+from edgeprune.stages.work import Pace, Subject, Work, drawing, least, reading
 
 
 class Caching:
@@ -68,17 +68,16 @@ class Caching:
         left = remaining(self.out, self.settings, most_samples(self.options))
         if not left:
             return  # complete, or only known when it is read
-        if self.drawn:
-            self.original.check_room()
         # A cache that was begun keeps its number of samples, and a folder of images is used completely.
         free = "samples" in self.settings and not (self.out / INDEX).is_file()
         ways = [(f"--samples {n}", self._work(n)) for n in halvings(left)] if free else []
         place = next(p for p in (self.out.resolve(), *self.out.resolve().parents) if p.is_dir())
         compute, subject = self.original.compute, self.subject
+        of = Memory(subject, compute)
         pace = Pace(subject, compute, self.longest_s, lambda: least(subject, compute, place))
         pace.check(
             "cache", self._work(left), ways, progress,
-            memory=max(transformer_bytes(subject.family, subject.config), decoder_bytes(subject)) if self.drawn else 0,
+            memory=of.drawing(1) if self.drawn else of.reading(1),
             written=left * sample_bytes(subject.source, self.generation, half=self.options.half),
         )  # fmt: skip
 

@@ -32,13 +32,14 @@ from edgeprune.residency.compute import Compute
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import analyze, distill, plan, prune, quantize
-from edgeprune.stages.costs import flops_per_evaluation, transformer_bytes
+from edgeprune.stages.costs import flops_per_evaluation
+from edgeprune.stages.memory import Memory
 from edgeprune.stages.options import COUNTED_BY_COMPRESS, AnalyzeOptions, CompressOptions, DataOptions, seen
 from edgeprune.stages.prompts import CALIBRATION_PROMPTS, analysis_prompts
 from edgeprune.stages.work import (
     Subject,
     Work,
-    decoder_bytes,
+    check_memory,
     encoding,
     least,
     report_images,
@@ -204,16 +205,14 @@ def forecast(
     before, after = expected.before, expected.after
     place = Compute.of(compute or ComputeOptions())
     speeds = least(subject, place, scratch or Path(tempfile.gettempdir()))
-    stages = works(subject, options, expected, images_of_report(source, quick) if images is None else images, steps)
+    images = images_of_report(source, quick) if images is None else images
+    stages = works(subject, options, expected, images, steps)
     scored, training = stages["analyze"], options.distill
     if training:
         training.check()
     flops = flops_per_evaluation(family, config, source, generation)
     analysis = options.analyze.chosen(family, config)
-    training_bytes = 0
-    if training:
-        recipe = distill.recipe_of(training, expected, family, config, generation)
-        training_bytes = distill.training_bytes(training, recipe, expected)
+    needed = memories(Memory(subject, place), options, expected, images)
     floors = {f"{stage}_floor_s": round(speeds.seconds(work), 1) for stage, work in stages.items()}
     return {
         "blocks": family.block_count(config),
@@ -229,9 +228,7 @@ def forecast(
         **floors,
         "evaluation_flops": flops,
         "matmul_flops_per_s": round(flops / speeds.evaluation_s),
-        "analyze_weights_bytes": transformer_bytes(family, config),
-        "distill_weights_bytes": training_bytes,
-        "report_decoder_bytes": decoder_bytes(subject),
+        **{f"{stage}_memory_bytes": size for stage, size in needed.items()},
         "written_bytes": (0 if no_half else after.bf16_bytes) + after.int4_bytes,
     }
 
@@ -258,11 +255,10 @@ def works(
     if options.reads_scores:
         prompts = len(analysis_prompts(analysis, builtin=builtin))
         scored = analyze.work(subject, analysis, analyze.analysis_groups(family, config, analysis), prompts)
-    int4 = options.settled(subject.numbers).quantize
-    calibrating = int4.count or quantize.PROMPTS if int4.calibration != "none" else 0
+    int4, calibrating = options.settled(subject.numbers).quantize, calibrating_prompts(options, subject)
     drawn = replace(subject, generation=seen(subject.generation, steps))
     left = expected.after.parameters / expected.before.parameters
-    per_step = 1 if training and training.guidance else subject.per_step
+    own = replace(drawn, generation=drawn.generation.without_guidance()) if training and training.guidance else drawn
     pruned = expected if options.plan.stand_in is not None else replace(expected, stand_in_rank=None)
     return {
         "analyze": scored,
@@ -271,14 +267,48 @@ def works(
         "data": distill.drawn(subject, options.data) if training else Work(),
         "distill": distill.trained(subject, training, expected) if training else Work(),
         "quantize": quantize.work(subject, int4, expected, calibrating),
-        "report": reporting(drawn, images, left, per_step) if images else Work(),
+        "report": reporting(drawn, images, left, own.per_image) if images else Work(),
     }
 
 
-def runs_original(options: CompressOptions, plan: PrunePlan) -> bool:
-    """Return whether a stage evaluates the original, so that it has to fit in the memory that was given."""
-    calibrated = options.quantize.calibrates(rounded=options.rounded)
-    return options.reads_scores or options.distill is not None or calibrated or bool(plan.stand_ins)
+def memories(of: Memory, options: CompressOptions, expected: PrunePlan, images: int) -> dict[str, int]:
+    """Return the bytes of memory that each stage takes at least by its name, and the report; 0 if it does not run.
+
+    Args:
+        of: the original.
+        options: of all stages.
+        expected: what will be removed.
+        images: of each model, which the report draws.
+    """
+    subject, builtin, training = of.subject, of.subject.source == BUILTIN, options.distill
+    analysis, scored = options.analyze.chosen(subject.family, subject.config), 0
+    if options.reads_scores:
+        scored = analyze.memory(of, analysis, len(analysis_prompts(analysis, builtin=builtin)))
+    return {
+        "analyze": scored,
+        "plan": of.encoding(CALIBRATION_PROMPTS, pooled=True) if expected.modulation_rank else 0,
+        "prune": prune.memory(of, expected),
+        "distill": distill.memory(of, training, options.data, expected) if training else 0,
+        "quantize": quantize.memory(of, calibrating_prompts(options, subject)),
+        "report": of.reporting(images) if images else 0,
+    }
+
+
+def need_memory(of: Memory, options: CompressOptions, expected: PrunePlan) -> None:
+    """Refuse too little memory for one of the stages. A report that lacks it is left out, see report/make.py.
+
+    Raises:
+        InputError: more memory is needed than was given; says how much.
+    """
+    if of.compute.memory is not None:
+        for stage, needed in memories(of, options, expected, 0).items():
+            check_memory(stage, needed, of.compute)
+
+
+def calibrating_prompts(options: CompressOptions, subject: Subject) -> int:
+    """Return how many prompts calibrate INT4."""
+    int4 = options.settled(subject.numbers).quantize
+    return int4.count or quantize.PROMPTS if int4.calibration != "none" else 0
 
 
 def _training(ws: Workspace, options: CompressOptions, expected: PrunePlan) -> DistillOptions:
@@ -328,8 +358,7 @@ def compress(
     if options.distill is not None:
         options.distill.check()
         _training(ws, options, rehearsed)
-    if runs_original(options, rehearsed):
-        ws.check_memory()
+    need_memory(ws.memory, options, rehearsed)
     if options.quantize.calibration != "none" and "quantize" not in ws.manifest.stages:
         count = options.quantize.count or quantize.PROMPTS
         quantize.check_time(ws, options.quantize, rehearsed, count, silent, counted_by=COUNTED_BY_COMPRESS)

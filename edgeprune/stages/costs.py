@@ -18,10 +18,11 @@ from edgeprune.common.files import read_json
 from edgeprune.families import Config, Family
 from edgeprune.families.encoders import text_encoders
 from edgeprune.planning.fit import stored_shapes
-from edgeprune.residency.compute import Compute, is_small
+from edgeprune.residency.compute import Compute
 from edgeprune.residency.stored import CPU
 from edgeprune.sampling.denoising import Conditioning, VelocityInputs, velocity
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
+from edgeprune.sampling.schedule import NoiseSchedule
 
 
 def sample(family: Family, config: Config, source: Path, generation: Generation) -> VelocityInputs:
@@ -42,20 +43,6 @@ def sample(family: Family, config: Config, source: Path, generation: Generation)
     return torch.zeros(1, *size), condition, torch.zeros(1), generation.guidance_scale
 
 
-def transformer_bytes(family: Family, config: Config) -> int:
-    """Return the bytes that a transformer's weights take at least while it runs, see stages/original.py.
-
-    Of a large one that is what is outside its blocks and the largest block, as stored in 16 bits and widened.
-    """
-    parts: dict[int | None, int] = {}
-    for name, shape in family.tensor_shapes(config).items():
-        place = family.place(config, name)
-        block = None if place is None else place[0]
-        parts[block] = parts.get(block, 0) + math.prod(shape)
-    numbers, outside = sum(parts.values()), parts.pop(None, 0)
-    return 4 * numbers if is_small(numbers) else (2 + 4) * (outside + max(parts.values()))
-
-
 @functools.cache
 def surroundings_bytes(source: Path) -> int:
     """Return the bytes in float32 of a pipeline's text encoders and VAE.
@@ -70,9 +57,25 @@ def surroundings_bytes(source: Path) -> int:
     return 4 * sum(math.prod(shape) for of_one in shapes for shape in of_one)
 
 
-def evaluations_per_step(family: Family, config: Config, generation: Generation) -> int:
-    """Return how many evaluations one sampling step takes: two with classifier-free guidance."""
-    return 2 if family.guided(config, generation.guidance_scale) else 1
+def evaluations_by_step(family: Family, config: Config, source: Path, generation: Generation) -> list[int]:
+    """Return how many evaluations each sampling step takes: two where classifier-free guidance acts, see `Generation`.
+
+    Every solver evaluates once a step.
+
+    Args:
+        family: the transformer's.
+        config: the transformer's.
+        source: the pipeline's folder; its scheduler is read where guidance has a range.
+        generation: steps and guidance.
+    """
+    steps = generation.num_inference_steps
+    if not family.guided(config, generation.guidance_scale):
+        return [1] * steps
+    if generation.guides(0.0) and generation.guides(1.0):
+        return [2] * steps
+    shape = tuple(sample(family, config, source, generation)[0].shape[1:])
+    levels = NoiseSchedule.load(source, family, config, steps).sigmas(shape)[:-1]
+    return [2 if generation.guides(level) else 1 for level in levels.tolist()]
 
 
 def flops_per_evaluation(family: Family, config: Config, source: Path, generation: Generation) -> int:

@@ -21,6 +21,7 @@ from edgeprune.data.encode import make_cache, skip_report
 from edgeprune.data.pairs import Pairs
 from edgeprune.data.settings import SHAPES, CacheOptions, is_drawn, settings_of, source_digest
 from edgeprune.families import Architecture, Config
+from edgeprune.families.joint import width
 from edgeprune.planning.methods import baselines
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.residency.compute import Compute, is_small
@@ -28,6 +29,7 @@ from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.stages import tail
 from edgeprune.stages.costs import sample
+from edgeprune.stages.memory import SAVED_WIDTHS, Memory
 from edgeprune.stages.options import DataOptions, halvings
 from edgeprune.stages.states import Maker, state_bytes
 from edgeprune.stages.weights import (
@@ -304,9 +306,10 @@ def run(
             return work(ws.subject, replace(options, steps=steps), data, plan)
 
         ways = [(f"--steps {fewer}", total(fewer)) for fewer in halvings(options.steps)]
-        memory = training_bytes(options, recipe, plan) if processes.count() == 1 else 0
+        alone = processes.count() == 1 and placement == HERE
+        needed = memory(ws.memory, options, data, plan) if alone else 0
         written = plan.after.bf16_bytes + task.states_bytes()
-        ws.check_time("distill", total(options.steps), ways, progress, memory=memory, written=written)
+        ws.check_time("distill", total(options.steps), ways, progress, memory=needed, written=written)
 
     return ws.stage("distill", inputs, train, check)
 
@@ -330,7 +333,8 @@ def make_states(ws: Workspace, options: DistillOptions, data: DataOptions, progr
     total = drawn(ws.subject, data) + made(ws.subject, one, task.plan)
     ways = [(f"--states {n}", drawn(ws.subject, data) + made(ws.subject, replace(one, states=n), task.plan))
             for n in halvings(task.recipe.states)]  # fmt: skip
-    ws.check_time("states", total, ways, progress, written=task.states_bytes())
+    needed = ws.memory.process + ws.memory.transformer(1)
+    ws.check_time("states", total, ways, progress, memory=needed, written=task.states_bytes())
     maker = task.maker(progress)
     ws.original.release()
     return maker.make(0)
@@ -409,23 +413,46 @@ def _before(options: DistillOptions, plan: PrunePlan, prefix: float) -> float:
     return (1 if options.guidance is None else 2) + (0.0 if shared else prefix)
 
 
+def memory(of: Memory, options: DistillOptions, data: DataOptions, plan: PrunePlan) -> int:
+    """Return the bytes that `run` takes at least in one process: of its data, of states, and of the training."""
+    subject = of.subject
+    recipe = recipe_of(options, plan, subject.family, subject.config, subject.generation)
+    source = data.source or SHAPES
+    encoded = 0 if is_cache(source) else of.drawing(1) if is_drawn(source) else of.reading(1)
+    trained = of.process + training_bytes(options, recipe, plan) + _graph_bytes(of, options, recipe, plan)
+    return max(encoded, trained, of.process + of.transformer(1) if recipe.states else 0)
+
+
+def _graph_bytes(of: Memory, options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> int:
+    """Return the bytes that autograd keeps of a batch at least: of all trained blocks, or of one and all streams."""
+    frozen = plan.first_pruned if recipe.freeze_prefix else 0
+    blocks = sum(block >= frozen for block in plan.kept)
+    widths = SAVED_WIDTHS * blocks if not options.gradient_checkpointing else SAVED_WIDTHS + blocks
+    itemsize = 4 if options.mixed_precision in (None, "no") else 2
+    return widths * width(of.subject.config) * of.tokens * options.batch * itemsize
+
+
 def training_bytes(options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> int:
     """Return the bytes of the tensors that training holds in float32.
 
-    They are the teacher's weights and, in the student's size, its weights, gradients, two moments, the average and,
-    where a small model is trained rounded, the rounded weights (those of a large one are made again where they are
-    needed). From states, all of them only of what follows the frozen prefix. Of low-rank additions only the weights
-    count, which from states stay in 16 bits, and their rounded sums.
+    They are the teacher's weights (four bits each, at least, if it is lowered) and the student's; where weights are
+    trained, their gradients, two moments, the average and, of a small model that is trained rounded, the rounded
+    weights (those of a large one are made again where they are needed). From states, all of them only of what follows
+    the frozen prefix. Of low-rank additions only the weights count, which from states stay in 16 bits, and their
+    rounded sums.
     """
-    prefix = plan.before.bf16_bytes * plan.first_pruned // plan.num_blocks if recipe.states else 0
-    student, rounded = max(0, plan.after.bf16_bytes - prefix), options.int4_group_size is not None
-    teacher = 0 if recipe.states else 2 * plan.before.bf16_bytes
+    prefix = plan.before.bf16_bytes * plan.first_pruned // plan.num_blocks
+    learned, rounded = max(0, plan.after.bf16_bytes - prefix), options.int4_group_size is not None
+    student = learned if recipe.states else plan.after.bf16_bytes
+    trained = learned if recipe.freeze_prefix else student
+    whole = 2 * plan.before.bf16_bytes if options.teacher_precision == "float32" else plan.before.int4_bytes
+    teacher = 0 if recipe.states else whole
     narrow = options.mixed_precision not in (None, "no")  # autograd keeps rounded weights as they are multiplied
     if rank_of(options.train) is not None:  # what is added is small
         return teacher + (1 + rounded) * (1 if recipe.states and narrow else 2) * student
     kept = rounded and is_small(plan.before.parameters)
-    weights = 4 + (options.ema > 0) - (1.5 if options.optimizer == EIGHT_BIT else 0)
-    return int(teacher + (weights * 2 + kept * (1 if narrow else 2)) * student)
+    copies = 3 + (options.ema > 0) - (1.5 if options.optimizer == EIGHT_BIT else 0)
+    return int(teacher + 2 * student + (2 * copies + kept * (1 if narrow else 2)) * trained)
 
 
 def amount(ws: Workspace) -> str:

@@ -24,7 +24,7 @@ from edgeprune.families import family_of_model
 from edgeprune.families.encoders import text_encoders
 from edgeprune.planning.modulation import embedder_alone
 from edgeprune.residency.compute import Compute, name_of
-from edgeprune.residency.running import check_room, dtype_of, running
+from edgeprune.residency.running import dtype_of, running
 from edgeprune.residency.stored import StoredTransformer
 from edgeprune.residency.streaming import is_streamed, release
 from edgeprune.residency.weights import Weights
@@ -70,18 +70,6 @@ class Original:
         dtypes |= {HALF: self.dtype} if drawing else {}
         found = (f"{name} {name_of(dtype)}" for name, dtype in dtypes.items() if dtype != torch.float32)
         return ", ".join(found)
-
-    def check_room(self, beside: int = 0) -> None:
-        """Check that the transformer runs in the memory that was given.
-
-        Args:
-            beside: bytes that are needed meanwhile.
-
-        Raises:
-            InputError: it does not; says how much it takes.
-        """
-        if self.compute.memory is not None and "transformer" not in self.loaded:
-            check_room(self.stored, self.compute, beside=beside)
 
     @property
     def transformer(self) -> Any:

@@ -126,7 +126,8 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None, progres
 def _check_time(ws: Workspace, prompts: list[str], progress: Progress) -> None:
     """Say what measuring the modulation takes, if prompts are encoded for it."""
     if prompts:
-        ws.check_time("plan", encoding(ws.subject, len(prompts), pooled=True), [], progress)
+        needed = ws.memory.encoding(len(prompts), pooled=True)
+        ws.check_time("plan", encoding(ws.subject, len(prompts), pooled=True), [], progress, memory=needed)
 
 
 def suffices(plan_with: Callable[[int | None], PrunePlan]) -> bool:

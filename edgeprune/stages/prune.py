@@ -12,7 +12,8 @@ from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors, save_tensors
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.stages import stand_ins
-from edgeprune.stages.costs import surroundings_bytes, transformer_bytes
+from edgeprune.stages.costs import surroundings_bytes
+from edgeprune.stages.memory import Memory
 from edgeprune.stages.options import QuantizeOptions
 from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.quantize import Ahead
@@ -72,13 +73,18 @@ def run(
 
 def _check(ws: Workspace, plan: PrunePlan, prompts: int, progress: Progress, *, no_half: bool) -> None:
     """Say what pruning takes, and refuse what takes too long or too much memory; see `Workspace.check_time`."""
-    ways, memory = [], 0
+    ways = []
     if plan.stand_ins:
-        ws.check_memory(stand_ins.beside_bytes(ws, plan))
-        memory = transformer_bytes(ws.family, ws.config)
         ways = [("a plan with --stand-in none", work(ws.subject, replace(plan, stand_in_rank=None)))]
     written = 0 if no_half else plan.after.bf16_bytes
-    ws.check_time("prune", work(ws.subject, plan, prompts), ways, progress, memory=memory, written=written)
+    needed = memory(ws.memory, plan, prompts)
+    ws.check_time("prune", work(ws.subject, plan, prompts), ways, progress, memory=needed, written=written)
+
+
+def memory(of: Memory, plan: PrunePlan, prompts: int = stand_ins.PROMPTS) -> int:
+    """Return the bytes that `run` takes at least; arguments as in `work`."""
+    fitted = of.evaluating(prompts, beside=stand_ins.beside_bytes(of.subject, plan)) if plan.stand_ins else 0
+    return max(of.rounding(), fitted)
 
 
 def work(subject: Subject, plan: PrunePlan, prompts: int = stand_ins.PROMPTS) -> Work:

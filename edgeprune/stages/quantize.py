@@ -20,7 +20,7 @@ from edgeprune.residency.shards import mark_of
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.weights import Weights
 from edgeprune.stages.calibration import calibration_states, streams_before
-from edgeprune.stages.costs import transformer_bytes
+from edgeprune.stages.memory import Memory
 from edgeprune.stages.options import COUNTED_BY, QuantizeOptions, halvings, seen
 from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.rounder import Rounder, calibrated_in, int4_blocks, taken
@@ -63,8 +63,6 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent, *,
             )
         if options.calibration == "none" != given:
             progress(f"{seen_so}, so they are again (--calibration none)")
-        if prompts:
-            ws.check_memory()
         check_time(ws, options, plan, len(prompts), progress, counted_by=counted_by)
 
     return ws.stage("quantize", inputs, lambda key: _quantize(ws, options, plan, prompts, key, progress), check)
@@ -168,9 +166,13 @@ def check_time(
         if counted_by == COUNTED_BY:  # the --states of `compress` is the analysis's, too
             ways.append((f"{counted_by} 1 --states 1", work(ws.subject, replace(options, states=1), plan, 1)))
         ways.append(("--calibration none", work(ws.subject, options, plan, 0)))
-    memory = transformer_bytes(ws.family, ws.config) if count else 0
-    total = work(ws.subject, options, plan, count)
-    ws.check_time("quantize", total, ways, progress, memory=memory, written=plan.after.int4_bytes)
+    total, needed = work(ws.subject, options, plan, count), memory(ws.memory, count)
+    ws.check_time("quantize", total, ways, progress, memory=needed, written=plan.after.int4_bytes)
+
+
+def memory(of: Memory, prompts: int) -> int:
+    """Return the bytes that `run` takes at least; 0 prompts are no calibration."""
+    return max(of.evaluating(prompts), of.rounding(calibrated=True)) if prompts else of.rounding()
 
 
 def work(subject: Subject, options: QuantizeOptions, plan: PrunePlan, prompts: int) -> Work:
@@ -189,7 +191,9 @@ def work(subject: Subject, options: QuantizeOptions, plan: PrunePlan, prompts: i
     )
     if not prompts:
         return alone
-    states = VelocityError.evaluations(seen(subject.generation, options.states), prompts)
-    # Trajectories of the original, then each sample twice through what is left of it.
-    evaluations = states * subject.per_step * (1 + 2 * numbers / plan.before.parameters)
-    return alone + Work(evaluations=evaluations) + encoding(subject, prompts + 1)
+    images = seen(subject.generation, options.states)
+    states = VelocityError.evaluations(images, prompts)
+    # Trajectories of the original, then each sample twice through what is left of it, with both texts at every level.
+    sampled = VelocityError.preparing(images, prompts, subject.by_step)
+    twice = states * subject.per_step * 2 * numbers / plan.before.parameters
+    return alone + Work(evaluations=sampled + twice) + encoding(subject, prompts + 1)

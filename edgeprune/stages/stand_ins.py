@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -177,7 +178,7 @@ def states_of_each(subject: Subject) -> int | None:
     return None if is_small(subject.numbers) else LARGE_STATES
 
 
-def beside_bytes(ws: Workspace, plan: PrunePlan) -> int:
+def beside_bytes(subject: Subject, plan: PrunePlan) -> int:
     """Return the bytes that fitting takes beside a block that runs.
 
     They are what is outside the shorter model's blocks. No block is in memory while the maps are fitted; the moments of
@@ -185,11 +186,10 @@ def beside_bytes(ws: Workspace, plan: PrunePlan) -> int:
     """
     if not plan.stand_ins:
         return 0
-    sizes: dict[int | None, int] = {}
-    for name, shape in ws.family.tensor_shapes(ws.config).items():
-        block = (ws.family.place(ws.config, name) or (None,))[0]
-        sizes[block] = sizes.get(block, 0) + math.prod(shape)
-    outside, solving = sizes.pop(None), 8 * (2 * 2 + 6) * width(ws.config) ** 2
+    family, config, sizes = subject.family, subject.config, Counter[int | None]()
+    for name, shape in family.tensor_shapes(config).items():
+        sizes[(family.place(config, name) or (None,))[0]] += math.prod(shape)
+    outside, solving = sizes.pop(None), 8 * (2 * 2 + 6) * width(config) ** 2
     return 4 * outside + max(0, solving - 4 * max(sizes.values()))
 
 
@@ -203,6 +203,8 @@ def work(subject: Subject, plan: PrunePlan, prompts: int = PROMPTS) -> Work:
     """
     if not plan.stand_ins:
         return Work()
-    states = VelocityError.evaluations(seen(subject.generation, states_of_each(subject)), prompts)
-    both = 2 + plan.after.parameters / plan.before.parameters
-    return Work(evaluations=states * subject.per_step * both) + encoding(subject, prompts + 1)
+    images = seen(subject.generation, states_of_each(subject))
+    states = VelocityError.evaluations(images, prompts)
+    both = 1 + plan.after.parameters / plan.before.parameters
+    sampled = VelocityError.preparing(images, prompts, subject.by_step)
+    return Work(evaluations=sampled + states * subject.per_step * both) + encoding(subject, prompts + 1)

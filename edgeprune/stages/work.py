@@ -30,7 +30,7 @@ from edgeprune.common.tables import duration
 from edgeprune.families import Config, Family
 from edgeprune.families.encoders import T5, text_encoders
 from edgeprune.families.parts import VAE
-from edgeprune.planning.fit import stored_shapes, vae_activations
+from edgeprune.planning.fit import stored_shapes
 from edgeprune.quantization.int4 import round_int4
 from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.running import running
@@ -38,7 +38,7 @@ from edgeprune.residency.stored import StoredTransformer
 from edgeprune.residency.streaming import is_streamed
 from edgeprune.sampling.denoising import VelocityInputs, evaluate, network_inputs
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
-from edgeprune.stages.costs import evaluation_seconds, evaluations_per_step, matmul_flops_per_s, sample
+from edgeprune.stages.costs import evaluation_seconds, evaluations_by_step, matmul_flops_per_s, sample
 
 ROUNDING = 3.0
 """Time of NNCF's rounding and packing of a weight, over that of the plain rounding of one thread (measured on weights
@@ -66,8 +66,18 @@ class Subject:
 
     @property
     def per_step(self) -> int:
-        """Evaluations of a sampling step."""
-        return evaluations_per_step(self.family, self.config, self.generation)
+        """Evaluations of a sampling step in which guidance acts."""
+        return 2 if self.family.guided(self.config, self.generation.guidance_scale) else 1
+
+    def by_step(self, steps: int) -> list[int]:
+        """Return the evaluations of each step of an image that is drawn in so many."""
+        generation = replace(self.generation, num_inference_steps=steps)
+        return evaluations_by_step(self.family, self.config, self.source, generation)
+
+    @property
+    def per_image(self) -> int:
+        """Evaluations of an image."""
+        return sum(self.by_step(self.generation.num_inference_steps))
 
 
 @dataclass(frozen=True)
@@ -135,12 +145,13 @@ class Pace:
             work: what it does.
             ways: options that make it shorter, each with the work that is left; the first that suffices is named.
             progress: gets the line.
-            memory: bytes of memory that it needs at least; 0 does not say.
+            memory: bytes of memory that it needs at least, see memory.py; 0 does not say.
             written: bytes that it leaves on the disk.
 
         Raises:
-            InputError: it takes longer than `longest_s`.
+            InputError: it takes more memory than was given, or longer than `longest_s`.
         """
+        check_memory(stage, memory, self.compute)
         speeds = self.speeds()
 
         def seconds(some: Work) -> float:
@@ -163,6 +174,17 @@ class Pace:
         parts += [f"writes {written / 1e9:.2f} GB"] if written else []
         parts += [f"{work.evaluations:,.0f} evaluations of the transformer"] if work.evaluations else []
         return "".join(f", {part}" for part in parts)
+
+
+def check_memory(stage: str, needed: int, compute: Compute) -> None:
+    """Refuse a stage that needs more bytes of memory than were given.
+
+    Raises:
+        InputError: it does; says how much it takes.
+    """
+    if compute.memory is not None and needed > compute.memory:
+        given = f"{compute.memory / 1e9:.2f} GB"
+        raise InputError(f"--memory: found {given}, expected at least {needed / 1e9:.2f} GB here for {stage}")
 
 
 def least(subject: Subject, compute: Compute, scratch: Path) -> Speeds:
@@ -303,8 +325,9 @@ def _encoders(source: Path) -> list[tuple[str, int, int]]:
 
 def drawing(subject: Subject, images: int) -> Work:
     """Return the work of drawing images, each of another prompt."""
-    each = subject.generation.num_inference_steps * subject.per_step
-    return Work(evaluations=images * each, flops=images * _vae_flops(subject)) + encoding(subject, images + 1)
+    return Work(evaluations=images * subject.per_image, flops=images * _vae_flops(subject)) + encoding(
+        subject, images + 1
+    )
 
 
 def reading(subject: Subject, images: int) -> Work:
@@ -322,7 +345,7 @@ def report_images(quick: bool) -> int:
     return 2 if quick else 8
 
 
-def reporting(subject: Subject, images: int, left: float, per_step: int) -> Work:
+def reporting(subject: Subject, images: int, left: float, per_image: int) -> Work:
     """Return the work of a report: images of both models, and a step of two samples of each that is timed.
 
     Of a large model, one block of each kind is timed instead, which is not counted.
@@ -331,19 +354,12 @@ def reporting(subject: Subject, images: int, left: float, per_step: int) -> Work
         subject: the original.
         images: of each model.
         left: share of the parameters of the compressed model.
-        per_step: evaluations of a step of the compressed model.
+        per_image: evaluations of an image of the compressed model.
     """
-    timed, steps = 2 if is_small(subject.numbers) else 0, images * subject.generation.num_inference_steps
-    original, compressed = steps * subject.per_step + timed, steps * per_step + timed
+    timed = 2 if is_small(subject.numbers) else 0
+    original, compressed = images * subject.per_image + timed, images * per_image + timed
     decoded = 2 * images * _vae_flops(subject)
     return Work(evaluations=original + compressed * left, flops=decoded) + encoding(subject, images + 1)
-
-
-def decoder_bytes(subject: Subject) -> int:
-    """Return the bytes of the VAE's decoder and its activations for one image, in float32."""
-    folder, generation = subject.source / "vae", subject.generation
-    weights = sum(map(math.prod, stored_shapes(folder, "decoder.").values()))
-    return 4 * (weights + vae_activations(read_json(folder / "config.json"), generation.height, generation.width))
 
 
 def _vae_flops(subject: Subject, *, encoder: bool = False) -> float:

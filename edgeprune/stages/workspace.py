@@ -37,6 +37,7 @@ from edgeprune.residency.compute import Compute
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation, heed
 from edgeprune.stages.differences import differences
+from edgeprune.stages.memory import Memory
 from edgeprune.stages.original import Original
 from edgeprune.stages.work import Pace, Speeds, Subject, Work, least
 
@@ -346,21 +347,15 @@ class Workspace:
         if card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace"):
             card.unlink()
 
-    def check_memory(self, beside: int = 0) -> None:
-        """Check that the original transformer runs in the memory that was given.
-
-        Args:
-            beside: bytes that are needed meanwhile.
-
-        Raises:
-            InputError: it does not; says how much it takes.
-        """
-        self.original.check_room(beside)
-
     @property
     def subject(self) -> Subject:
         """The original as forecasts count it."""
         return Subject(self.source, self.family, self.config, self.generation)
+
+    @property
+    def memory(self) -> Memory:
+        """What the original takes of the memory at least."""
+        return Memory(self.subject, self._compute)
 
     @cached_property
     def speeds(self) -> Speeds:
@@ -378,7 +373,7 @@ class Workspace:
         memory: int = 0,
         written: int = 0,
     ) -> None:
-        """Say what a stage takes at least, and refuse it if that is too long; see `Pace.check`."""
+        """Say what a stage takes at least, and refuse it if that is too long or too much; see `Pace.check`."""
         pace = Pace(self.subject, self._compute, self.longest_s, lambda: self.speeds)
         pace.check(stage, work, ways, progress, memory=memory, written=written)
 

@@ -112,8 +112,10 @@ def test_dry_run_forecasts_and_writes_nothing(tmp_path: Path, monkeypatch: pytes
     data = json.loads(found.stdout.splitlines()[-1])
     assert data["blocks"] == 3 and data["analyze_parts"] == 1 + 3 + 5 * 3 - 1
     assert 0.2 < data["parameters_left"] / data["parameters"] <= 0.5
-    student = data["distill_weights_bytes"] - data["analyze_weights_bytes"]
-    assert student == pytest.approx(6 * 4 * data["parameters_left"], rel=0.2)
+    from edgeprune.stages.memory import PROCESS_BYTES
+
+    held = data["distill_memory_bytes"] - PROCESS_BYTES  # both models, and what trains one of them
+    assert held > 4 * (data["parameters"] + data["parameters_left"])
     assert data["evaluation_flops"] > 2 * data["parameters"] and data["analyze_floor_s"] > 0
     # In this process, which has imported everything.
     monkeypatch.chdir(tmp_path)

@@ -377,7 +377,7 @@ def test_analyze_asks_any_metric_higher_is_better(
     if metrics.KNOWN[name].paired:
         assert min(untouched) > max(changed)
         assert untouched == [100.0 if name == "psnr" else 0.0] * 2
-    assert metrics.evaluations(name, Generation(4, 3.0, 64, 64, 0), 2, 2) == 16
+    assert metrics.evaluations(name, Generation(4, 3.0, 64, 64, 0), 2, lambda steps: [2] * steps) == 16
 
 
 def test_metrics_take_the_device_that_everything_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from edgeprune.report.make import left_out
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import analyze, distill
 from edgeprune.stages.compress import compress, expected_plan, forecast, preset, rehearse
+from edgeprune.stages.memory import PROCESS_BYTES
 from edgeprune.stages.options import AnalyzeOptions
 from edgeprune.stages.work import Speeds
 from edgeprune.stages.workspace import Workspace
@@ -76,7 +77,7 @@ def test_an_analysis_holds_the_transformer_alone(with_t5: Path, tmp_path: Path) 
     analyze.run(ws, options.analyze)
     held = weights_held(ws)
     assert held == sum(p.nbytes for p in ws.teacher.parameters())
-    assert forecast(with_t5, options, ws.generation)["analyze_weights_bytes"] >= held
+    assert forecast(with_t5, options, ws.generation)["analyze_memory_bytes"] - PROCESS_BYTES >= held
     assert analyze.forecast(with_t5, options.analyze, ws.generation)["weights_bytes"] >= held
 
 
@@ -99,9 +100,11 @@ def test_a_report_that_lacks_memory_is_left_out(source: Path, tmp_path: Path) ->
             plan=api.PlanOptions("manual", blocks="1"), distill=None, quantize=api.QuantizeOptions(calibration="none")
         ),
     )
-    done = api.compress(source, out, options, compute=ComputeOptions("cpu", memory=10**6))
+    done = api.compress(source, out, options, compute=ComputeOptions("cpu", memory=6 * 10**8))
     assert done.ran == ("plan", "prune", "quantize") and done.report is None
-    assert done.no_report.startswith("no report: --memory: found 0.00 GB, expected at least")
+    assert done.no_report.startswith(
+        "no report: --memory: found 0.60 GB, expected at least 0.77 GB here for the report"
+    )
     assert done.no_report.endswith(f"make it with more --memory: edgeprune report -o {out}")
     ws = Workspace(tmp_path / "builtin", None, compute=ComputeOptions("cpu", memory=10**6))
     assert left_out(ws).startswith("no report: --memory")

@@ -37,7 +37,7 @@ from edgeprune.stages import plan as planning
 from edgeprune.stages import prune as pruning
 from edgeprune.stages import quantize, stand_ins
 from edgeprune.stages.choice import MOVES, NO_SCORES, Choice
-from edgeprune.stages.compress import runs_original, works
+from edgeprune.stages.compress import memories, works
 from edgeprune.stages.options import CompressOptions, QuantizeOptions
 from edgeprune.stages.stand_ins import Regression
 from edgeprune.stages.weights import STAND_INS, stand_ins_of
@@ -335,8 +335,8 @@ def test_time_gives_them_up_last(artefact: Path) -> None:
     counted = [works(ws.subject, some, ws.plan(), 0)["prune"].evaluations for some in (options, without)]
     states = stand_ins.PROMPTS * min(6, ws.generation.num_inference_steps) * ws.subject.per_step
     assert counted[1] == 0 and 2 * states < counted[0] < 3 * states
-    assert runs_original(options, ws.plan())
-    assert not runs_original(without, replace(ws.plan(), stand_in_rank=None))
+    alone = memories(ws.memory, without, replace(ws.plan(), stand_in_rank=None), 0)["prune"]
+    assert memories(ws.memory, options, ws.plan(), 0)["prune"] > alone
 
 
 @pytest.mark.parametrize("artefact", ["flux"], indirect=True)  # as the file

@@ -15,12 +15,16 @@ from edgeprune.cli.limits import compute_options
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.tables import duration, parse_duration
+from edgeprune.metrics import evaluations, preparing
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.report import make
 from edgeprune.residency import compute
+from edgeprune.sampling.denoising import generate
 from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.solvers import SOLVERS
 from edgeprune.stages import analyze, calibration, distill, options, plan, prune, quantize, work, workspace
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, QuantizeOptions
+from edgeprune.stages.original import Original
 from edgeprune.stages.work import Speeds, Subject, drawing, encoding, reporting
 from edgeprune.stages.workspace import Workspace
 
@@ -171,9 +175,31 @@ def test_work_is_counted_from_shapes(source: Path) -> None:
     one, two = drawing(subject, 1), drawing(subject, 2)
     assert (one.evaluations, two.evaluations) == (4 * 2, 2 * 4 * 2) and two.flops > one.flops > 0
     assert encoding(subject, 0).flops == 0 < encoding(subject, 1, pooled=True).flops <= encoding(subject, 1).flops
-    assert reporting(subject, 1, 0.5, 2).evaluations == (4 * 2 + 2) * 1.5
-    assert reporting(subject, 1, 0.5, 1).evaluations == 4 * 2 + 2 + (4 + 2) * 0.5
+    assert reporting(subject, 1, 0.5, 4 * 2).evaluations == (4 * 2 + 2) * 1.5
+    assert reporting(subject, 1, 0.5, 4).evaluations == 4 * 2 + 2 + (4 + 2) * 0.5
     assert Speeds(2.0, 10.0, 5.0, 4.0).seconds(work.Work(1, 10, 10, 4)) == 2 + 1 + 2 + 1
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+def test_a_step_without_guidance_counts_once(solver: str, source: Path) -> None:
+    """The levels are the scheduler's, so the count is that of what is drawn."""
+    config, family = read_original(source)
+    plain = Subject(source, family, config, Generation(6, 7.0, 64, 64, 6, solver))
+    ranged = replace(plain, generation=replace(plain.generation, guidance_range=(0.5, 1.0)))
+    pipe, rows = Original(source).pipe, list[int]()
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, inputs: rows.append(len(inputs["hidden_states"])), with_kwargs=True
+    )
+    for subject, counts in ((plain, {2}), (ranged, {1, 2})):
+        rows.clear()
+        generate(pipe, ["a"], [1], subject.generation)
+        assert subject.by_step(6) == rows and set(rows) == counts
+        assert drawing(subject, 3).evaluations == 3 * sum(rows)
+    handle.remove()
+    assert reporting(ranged, 1, 1.0, ranged.per_image).evaluations == 2 * (ranged.per_image + 2)
+    assert evaluations("psnr", ranged.generation, 5, ranged.by_step) == 5 * ranged.per_image
+    six = replace(ranged, generation=replace(ranged.generation, num_inference_steps=12))
+    assert preparing("velocity", six.generation, 5, six.by_step) == 5 * sum(ranged.by_step(6)[:-1])
 
 
 def test_blocks_of_each_kind_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,180 @@
+"""The memory that work takes at least, counted from shapes: what is resident at a time, with its activations.
+
+Networks are in memory one after the other (artefact/staged.py): each text encoder, of which one layer computes, then
+the transformer, of which one block computes unless it is small, then the VAE. Blocks that stay and samples that pass a
+block together take what is left of the memory, so they are not counted. On a GPU only its own memory is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from edgeprune.artefact.staged import TILE, can_stage
+from edgeprune.common.files import read_json
+from edgeprune.families.encoders import T5, text_encoders
+from edgeprune.families.joint import width
+from edgeprune.planning.fit import stored_shapes, transformer_activations, vae_activations
+from edgeprune.quantization.feedback import CHANNELS
+from edgeprune.residency.compute import Compute, is_small
+from edgeprune.residency.running import least_bytes
+from edgeprune.sampling.denoising import VelocityInputs
+from edgeprune.sampling.generation import images_at_once, latent_factor, longest_prompt
+from edgeprune.stages.costs import sample, surroundings_bytes
+from edgeprune.stages.work import Subject
+
+PROCESS_BYTES = 470_000_000
+"""Of Python with torch, diffusers and transformers."""
+SAVED_WIDTHS = 16
+"""Widths of a token that autograd keeps of a block whose weights need no gradients: 13 of FLUX.1's single blocks, 14 of
+its joint ones, 16 of SD3.5 Large's, 24 of SD3.5 Medium's."""
+_STORED = 2
+"""Bytes of a weight in the file of a large model."""
+_ROUNDED = 3 * 4
+"""Bytes of each number of a weight while it is rounded: in float32, scaled, and its integers."""
+_LAYER = re.compile(r"\.(?:block|layers)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The bytes that a pipeline takes at least where it computes, with those of the process."""
+
+    subject: Subject
+    compute: Compute
+
+    @property
+    def process(self) -> int:
+        """Before any network is loaded."""
+        held = 0 if can_stage(self.subject.source) else surroundings_bytes(self.subject.source)
+        return held + (PROCESS_BYTES if self.compute.device.type == "cpu" else 0)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the dtype that the transformer computes in."""
+        return self._computed(self.subject.numbers)
+
+    def encoding(self, prompts: int, *, pooled: bool = False) -> int:
+        """While prompts are encoded; see `work.encoding`."""
+        source = self.subject.source
+        if not prompts or not can_stage(source):
+            return self.process
+        kinds = {name: kind for name, kind in text_encoders(source).items() if not (pooled and kind == T5)}
+        return self.process + max((self._encoder(source / n, k) for n, k in kinds.items()), default=0)
+
+    def evaluating(self, prompts: int, *, states: int = 0, beside: int = 0, gradients: bool = False) -> int:
+        """While prompts are encoded, or samples pass through the transformer.
+
+        Args:
+            prompts: how many, besides the empty one.
+            states: samples whose latents are kept.
+            beside: bytes that are needed meanwhile.
+            gradients: of gates on the blocks, too.
+        """
+        latents, condition, *_ = self._sample
+        kept = (1 + prompts) * condition.hidden.nbytes + states * latents.nbytes
+        running = self.transformer(prompts, gradients=gradients)
+        return max(self.encoding(1 + prompts), self.process + running + kept + beside)
+
+    def transformer(self, samples: int, *, gradients: bool = False) -> int:
+        """Of the transformer while it runs, without those of the process; see `running` in residency/running.py."""
+        subject, parts = self.subject, self._parts()
+        outside, small = parts.pop(None, 0), self.compute.memory is None and is_small(subject.numbers)
+        together = images_at_once(self._image_tokens)
+        one = transformer_activations(subject.config, self.tokens)
+        working = one * min(together, samples * subject.per_step)
+        if gradients:  # fewer run together, and of one block, where blocks are read when they run
+            rows, blocks = (min(16, together), len(parts)) if small else (max(1, together // 4), 1)
+            graph = SAVED_WIDTHS * blocks * width(subject.config) * self.tokens
+            working = max(working, (one + graph) * rows)
+        if small:
+            return 4 * subject.numbers + working * self.itemsize
+        return least_bytes(max(parts.values()), outside, _STORED + self.itemsize, working * self.itemsize)
+
+    def drawing(self, images: int) -> int:
+        """While images are drawn, of one transformer after the other, and held."""
+        held = 3 * images * self.subject.generation.height * self.subject.generation.width
+        return max(self.evaluating(images), self.decoding()) + held
+
+    def reporting(self, images: int) -> int:
+        """While images of both models are drawn: the VAE stays while the second transformer runs."""
+        weights = 4 * sum(map(math.prod, stored_shapes(self.subject.source / "vae").values()))
+        return max(self.drawing(2 * images), self.evaluating(images, beside=weights))
+
+    def decoding(self) -> int:
+        """While the VAE decodes an image, in tiles if memory is short: no block of the transformer is needed then."""
+        outside = self._parts().get(None, 0) * self.itemsize
+        return self.process + outside + vae_bytes(self.subject)
+
+    def reading(self, images: int) -> int:
+        """While images and their captions are encoded."""
+        return max(self.encoding(images + 1), self.process + vae_bytes(self.subject))
+
+    def rounding(self, *, calibrated: bool = False) -> int:
+        """While blocks are pruned, or rounded to INT4: a block as it is read and as it is written.
+
+        Args:
+            calibrated: with the moments of the inputs, see quantization/feedback.py.
+        """
+        shapes = self.subject.family.tensor_shapes(self.subject.config)
+        if calibrated:
+            inputs = {shape[1] for shape in shapes.values() if len(shape) == 2}
+            moments = sum(4 * size * size // -(-size // CHANNELS) for size in inputs)
+            return self.process + self.transformer(1) + moments
+        if self.compute.device.type != "cpu":
+            return 0
+        family, blocks = self.subject.family, [size for block, size in self._parts().items() if block is not None]
+        weight = max(math.prod(shape) for name, shape in shapes.items() if family.in_block(name))
+        return self.process + 2 * _STORED * max(blocks) + _ROUNDED * weight
+
+    @property
+    def tokens(self) -> int:
+        """Of an image and its text."""
+        return self._image_tokens + self._sample[1].hidden.shape[1]
+
+    @property
+    def _image_tokens(self) -> int:
+        latents = self._sample[0]
+        return latents.shape[-1] * latents.shape[-2] // self.subject.family.latents(self.subject.config).patch ** 2
+
+    @property
+    def _sample(self) -> VelocityInputs:
+        return sample(self.subject.family, self.subject.config, self.subject.source, self.subject.generation)
+
+    def _computed(self, numbers: int) -> int:
+        return self.compute.dtype(torch.bfloat16, numbers).itemsize
+
+    def _parts(self) -> dict[int | None, int]:
+        """Return the weights of each block, and under None those outside."""
+        parts = Counter[int | None]()
+        for name, shape in self.subject.family.tensor_shapes(self.subject.config).items():
+            place = self.subject.family.place(self.subject.config, name)
+            parts[None if place is None else place[0]] += math.prod(shape)
+        return dict(parts)
+
+    def _encoder(self, folder: Path, kind: str) -> int:
+        """Return the bytes of a text encoder: what is outside its layers, a layer, and a prompt in its MLP."""
+        parts, config = Counter[str](), read_json(folder / "config.json")
+        for name, shape in stored_shapes(folder).items():
+            layer = _LAYER.search(name)
+            parts[layer[1] if layer else ""] += math.prod(shape)
+        outside, computed = parts.pop("", 0), self._computed(parts.total())
+        is_t5 = kind == T5
+        length = self.subject.generation.max_sequence_length if is_t5 else longest_prompt(self.subject.source)
+        wide, narrow = config["d_ff" if is_t5 else "intermediate_size"], config["d_model" if is_t5 else "hidden_size"]
+        activations: int = length * (3 * wide + 2 * narrow)
+        return computed * (outside + activations) + (_STORED + computed) * max(parts.values(), default=0)
+
+
+def vae_bytes(subject: Subject) -> int:
+    """Return the bytes of the VAE and its activations for one image, or for a tile of a larger one, in float32."""
+    folder, path = subject.source / "vae", subject.source / "vae" / "config.json"
+    weights, config = sum(map(math.prod, stored_shapes(folder).values())), read_json(path)
+    sides = (
+        min(side, TILE * latent_factor(config, path)) for side in (subject.generation.height, subject.generation.width)
+    )
+    return 4 * (weights + vae_activations(config, *sides))
