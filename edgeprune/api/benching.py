@@ -13,6 +13,8 @@ from edgeprune.common.progress import Progress, silent
 
 if TYPE_CHECKING:
     from edgeprune.bench.results import BenchResult
+    from edgeprune.bench.run import Variant
+    from edgeprune.common.memory import ComputeOptions
 
 ALL = "all"
 """Value of `runtime`: every runtime that opens a folder and can run here."""
@@ -31,6 +33,7 @@ def bench(
     original: bool = True,
     device: str = "auto",
     memory: int | None = None,
+    longest_s: float | None = None,
     progress: Progress = silent,
 ) -> BenchResult:
     """Measure memory, latency and quality of folders next to their original. Each variant runs in a fresh process.
@@ -50,15 +53,19 @@ def bench(
         original: measure the original too; without it, ratios refer to the first folder.
         device: where torch computes, the original and folders that run in it: auto, cpu, cuda, cuda:1, mps or xpu.
         memory: most bytes of each process, with torch on a GPU of the GPU; None takes most of what is free.
+        longest_s: refuse what takes torch at least so many seconds; None takes any time. Other runtimes do not count.
         progress: gets a line of text now and then, also for folders that cannot run here.
 
     Raises:
         CannotRunError: nothing here can run any of the folders.
-        InputError: a folder, a number or the device is not usable, or nothing that `device` is about runs in torch.
+        InputError: a folder, a number or the device is not usable, nothing that `device` is about runs in torch, or
+            torch takes longer than `longest_s` or more than `memory`.
         MissingExtraError: a package of a runtime is not installed.
     """
     from edgeprune.artefact.resolve import resolve
     from edgeprune.bench import run as bench_run
+    from edgeprune.common.memory import ComputeOptions
+    from edgeprune.runtimes import RUNTIMES
     from edgeprune.sampling.generation import say_guesses
 
     if not folders:
@@ -81,7 +88,59 @@ def bench(
         variants.append(bench_run.Variant(name, folder, runtime_name, options=options))
     for folder in dict.fromkeys(v.folder for v in variants):
         say_guesses(folder, () if steps is None else ("num_inference_steps",), steps="--steps")
+    if timed := [variant for variant in variants if variant.runtime == TORCH]:
+        RUNTIMES[TORCH].require()
+        compute = ComputeOptions(device, memory, longest_s)
+        _check_time(timed, repeats, steps, quality, compute, progress, beside=len(timed) < len(variants))
     return bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, progress=progress)
+
+
+def _check_time(
+    variants: Sequence[Variant],
+    repeats: int,
+    steps: int | None,
+    quality: int,
+    compute: ComputeOptions,
+    progress: Progress,
+    *,
+    beside: bool,
+) -> None:
+    """Say what the variants in torch take at least, and refuse what takes too long or too much memory.
+
+    Args:
+        variants: those in torch.
+        repeats: see `bench`.
+        steps: see `bench`.
+        quality: see `bench`.
+        compute: where torch computes, in how much memory, and how long at most.
+        progress: gets the line.
+        beside: whether others are measured, too.
+    """
+    from edgeprune import shapes
+    from edgeprune.sampling.generation import GenerationOptions
+    from edgeprune.stages.drawing import Drawn, check
+    from edgeprune.stages.options import halvings
+
+    options = GenerationOptions(steps)
+
+    def drawn(repeats: int, *, original: bool = True) -> list[Drawn]:
+        found = []
+        for variant in variants:
+            # Of the original's two dtypes one draws what is scored.
+            scored = 0 if variant.original and variant is not variants[0] else quality * len(shapes.TASKS)
+            if original or not variant.original:
+                found.append(Drawn.of(variant.folder, options, images=1 + scored, timed=1 + repeats))
+        return found
+
+    now, fewest = drawn(repeats), drawn(1)
+    ways = [(f"--repeats {n}", drawn(n)) for n in halvings(repeats)]
+    if any(variant.original for variant in variants) and (beside or len(variants) > 1):
+        ways.append(("--no-original", drawn(repeats, original=False)))
+    ways += [
+        (f"--repeats 1 --steps {n}", [one.changed(num_inference_steps=n) for one in fewest])
+        for n in halvings(now[0].subject.generation.num_inference_steps)
+    ]
+    check("bench", now, ways, compute, progress)
 
 
 def _pairs(folders: list[Path], runtime: str | None, progress: Progress) -> list[tuple[Path, str]]:

@@ -15,6 +15,7 @@ from edgeprune.common.progress import Progress, silent
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from edgeprune.common.memory import ComputeOptions
     from edgeprune.sampling.generation import GenerationOptions
 
 
@@ -62,6 +63,7 @@ def generate(
     provider: str | None = None,
     cache_dir: AnyPath | None = None,
     keep_embeddings: AnyPath | None = None,
+    longest_s: float | None = None,
     progress: Progress = silent,
 ) -> Generated:
     """Draw one image. For several from one loaded model, use `edgeprune.runtimes.load`.
@@ -78,14 +80,17 @@ def generate(
         provider: execution provider of ONNX Runtime; None for the first one here.
         cache_dir: where ort and openvino keep prepared weights, for a faster next start.
         keep_embeddings: keeps encoded prompts in this folder, so that each is encoded once.
-        progress: called after each denoising step.
+        longest_s: with torch (eager): refuse what takes at least so many seconds; None draws whatever it takes.
+        progress: called after each denoising step, and with a line that says what a large model takes in torch.
 
     Raises:
-        InputError: the folder is not usable, or a setting is out of range.
+        InputError: the folder is not usable, a setting is out of range, or torch takes longer than `longest_s` or more
+            than `memory`.
         MissingExtraError: a package of the runtime is not installed.
         CannotRunError: the export is for another device.
     """
     from edgeprune import runtimes
+    from edgeprune.common.memory import ComputeOptions
     from edgeprune.runtimes.base import check_size, read_settings
     from edgeprune.sampling.generation import GenerationOptions, say_guesses
 
@@ -105,6 +110,9 @@ def generate(
     asked = chosen.height is not None or chosen.width is not None
     images = settings.generation.changed(chosen, "options")
     check_size(settings, images.height, images.width, where="--" if asked else "")
+    if runtime == TORCH:
+        unit = settings.factor * settings.patch
+        _check_time(folder, chosen, unit, ComputeOptions(device, memory, longest_s), progress)
     with runtimes.plan(folder, runtime, **load_options) as opened:
         opened.prepare(images.height, images.width)
         opened.backend.open()
@@ -118,6 +126,31 @@ def generate(
             image=image, prompt=prompt, seed=seed, runtime=opened.name, provider=opened.backend.provider,
             provider_why=opened.backend.why,
         )  # fmt: skip
+
+
+def _check_time(
+    folder: Path, options: GenerationOptions, unit: int, compute: ComputeOptions, progress: Progress
+) -> None:
+    """Say what an image takes in torch at least, and refuse what takes too long or too much memory.
+
+    Args:
+        folder: the model's.
+        options: what differs from its own settings.
+        unit: pixels of a token on a side.
+        compute: where torch computes, in how much memory, and how long at most.
+        progress: gets the line.
+    """
+    from edgeprune.stages.drawing import Drawn, check
+    from edgeprune.stages.options import halvings
+
+    drawn = Drawn.of(folder, options)
+    images = drawn.subject.generation
+    ways = [(f"--steps {n}", [drawn.changed(num_inference_steps=n)]) for n in halvings(images.num_inference_steps)]
+    smaller = {"height": images.height // 2, "width": images.width // 2}
+    if all(side and side % unit == 0 for side in smaller.values()):
+        last = f"--steps 1 --height {smaller['height']} --width {smaller['width']}"
+        ways.append((last, [drawn.changed(num_inference_steps=1, **smaller)]))
+    check("generate", [drawn], ways, compute, progress)
 
 
 def torch_options(device: str, names: Sequence[str]) -> dict[str, dict[str, Any]]:

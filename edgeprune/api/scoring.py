@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.api.drawing import torch_options
+from edgeprune.api.drawing import TORCH, torch_options
 from edgeprune.api.folders import AnyPath, check_model, check_out
 from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
 
 if TYPE_CHECKING:
+    from edgeprune.common.memory import ComputeOptions
     from edgeprune.metrics.scoring import Score, Wish
 
 
@@ -66,6 +67,7 @@ def score(
     steps: int | None = None,
     device: str = "auto",
     memory: int | None = None,
+    longest_s: float | None = None,
     out: AnyPath | None = None,
     progress: Progress = silent,
 ) -> Scored:
@@ -85,11 +87,14 @@ def score(
         steps: denoising steps of an image; None for the model's own.
         device: where torch draws: auto, cpu, cuda, cuda:1, mps or xpu; metrics choose as auto does.
         memory: most bytes of the process, with torch on a GPU of the GPU; None takes most of what is free.
+        longest_s: refuse drawing that takes torch at least so many seconds; None takes any time. Other runtimes, and
+            metrics, do not count.
         out: keep the images here, so that an interrupted call resumes; None removes them.
         progress: called after each batch.
 
     Raises:
-        InputError: a folder, a metric, its weights or a prompt is not usable, or `out` holds other images.
+        InputError: a folder, a metric, its weights or a prompt is not usable, `out` holds other images, or torch takes
+            longer than `longest_s` or more than `memory`.
         MissingExtraError: a package that a metric imports is not installed.
     """
     models = [folder, *([against] if against else [])]
@@ -99,8 +104,10 @@ def score(
     if out:
         check_out(out)
     from edgeprune.common.files import sha256_file
+    from edgeprune.common.memory import ComputeOptions
     from edgeprune.data.imagefolder import is_images
     from edgeprune.metrics import scoring
+    from edgeprune.runtimes import RUNTIMES
 
     paths = dict(weights or {})
     scoring.check(metrics, paths, against is not None)
@@ -114,7 +121,8 @@ def score(
         for option in ["--device"] * (device != "auto") + ["--memory"] * (memory is not None):
             progress(f"{option}: no image is drawn, so it is not used")
     drawn = {name: place for name, place in places.items() if place not in ready}
-    loading = _loading(drawn, runtime, device, memory)
+    chosen = _runtimes(drawn, runtime)
+    loading = _loading(chosen, device, memory)
     for place in drawn.values():
         _check_drawn(place, variant, steps)
     if memory is not None:
@@ -124,6 +132,10 @@ def score(
         wishes = _wishes_of(ready[0], metrics)
     else:
         wishes = scoring.wishes(metrics, prompts=file, per_task=per_task, seeds=seeds)
+    if in_torch := {name: places[name] for name, chosen_runtime in chosen.items() if chosen_runtime == TORCH}:
+        RUNTIMES[TORCH].require()
+        compute = ComputeOptions(device, memory, longest_s)
+        _check_time(in_torch, len(wishes), None if ready else seeds, steps, out, compute, progress)
     scores = _drawn_and_scored(places, ready, wishes, metrics, paths, runtime, steps, loading, out, progress, variant)
     return Scored(
         scores=tuple(scores),
@@ -136,17 +148,74 @@ def score(
     )
 
 
-def _loading(
-    drawn: Mapping[str, Path], runtime: str | None, device: str, memory: int | None
-) -> dict[str, dict[str, Any]]:
-    """Return the options of `runtimes.load` that say where each model is drawn and in how much memory.
+def _runtimes(drawn: Mapping[str, Path], runtime: str | None) -> dict[str, str]:
+    """Return the runtime that draws with each model.
 
     Raises:
-        InputError: a model is not usable, or torch does not find the device, or draws none of them.
+        InputError: a model is not usable.
     """
     from edgeprune import runtimes
 
-    names = {name: runtimes.choose(place, runtime if name == "images" else None) for name, place in drawn.items()}
+    return {name: runtimes.choose(place, runtime if name == "images" else None) for name, place in drawn.items()}
+
+
+def _check_time(
+    drawn: Mapping[str, Path],
+    wishes: int,
+    seeds: int | None,
+    steps: int | None,
+    out: AnyPath | None,
+    compute: ComputeOptions,
+    progress: Progress,
+) -> None:
+    """Say what drawing takes in torch at least, and refuse what takes too long or too much memory.
+
+    Args:
+        drawn: the models in torch.
+        wishes: images of each.
+        seeds: images of each prompt; None if they are those of images that exist.
+        steps: see `score`.
+        out: see `score`.
+        compute: where torch draws, in how much memory, and how long at most.
+        progress: gets the line.
+    """
+    from edgeprune.metrics.scoring import count_drawn
+    from edgeprune.sampling.generation import GenerationOptions
+    from edgeprune.stages.drawing import Drawn, check
+    from edgeprune.stages.options import halvings
+
+    done = {name: count_drawn(Path(out) / name) if out else 0 for name in drawn}
+
+    def left(images: int) -> list[Drawn]:
+        options = GenerationOptions(steps)
+        return [Drawn.of(at, options, images=n) for name, at in drawn.items() if (n := max(0, images - done[name]))]
+
+    if now := left(wishes):
+        ways, fewest, option = list[tuple[str, list[Drawn]]](), now, ""
+        if seeds is not None:
+            fewer = [n for n in halvings(wishes // seeds) if n > 1]
+            fewest, option = left(1) or now, "--prompts FILE with 1 line "
+            ways += [("--seeds 1", left(wishes // seeds))] if seeds > 1 else []
+            ways += [*((f"--prompts FILE with {n} lines", left(n)) for n in fewer), (option.strip(), fewest)]
+        steps_now = now[0].subject.generation.num_inference_steps
+        ways += [
+            (f"{option}--steps {n}", [one.changed(num_inference_steps=n) for one in fewest])
+            for n in halvings(steps_now)
+        ]
+        check("score", now, ways, compute, progress)
+
+
+def _loading(names: Mapping[str, str], device: str, memory: int | None) -> dict[str, dict[str, Any]]:
+    """Return the options of `runtimes.load` that say where each model is drawn and in how much memory.
+
+    Args:
+        names: the runtime that draws with each model.
+        device: see `score`.
+        memory: see `score`.
+
+    Raises:
+        InputError: torch does not find the device, or draws none of them.
+    """
     torch = torch_options(device, list(names.values())) if names else {}
     given = {} if memory is None else {"memory": memory}
     return {name: given | torch.get(chosen, {}) for name, chosen in names.items()}

@@ -49,6 +49,8 @@ def bench(
     ] = False,
     device: limits.TorchDevice = "auto",
     memory: limits.Memory = None,
+    yes: limits.TorchYes = False,
+    longest: limits.TorchTime = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result to this file, as JSON.")
     ] = None,
@@ -72,10 +74,11 @@ def bench(
 
     for expression in check or []:
         assertions.parse_expression(expression)
+    compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     result = api.bench(
         folders, runtime=runtime, baseline=baseline, revision=revision, variant=variant, repeats=repeats,
         steps=steps, quality=quality, original=not no_original, device=device,
-        memory=limits.compute_options(device, memory).memory, progress=lambda what, *_: screen.say(what),
+        memory=compute.memory, longest_s=compute.longest_s, progress=lambda what, *_: screen.say(what),
     )  # fmt: skip
     Console().print(tables.table(result))
     if json_file:

@@ -61,6 +61,8 @@ def generate(
     as_json: options.AsJson = False,
     device: limits.TorchDevice = "auto",
     memory: limits.Memory = None,
+    yes: limits.TorchYes = False,
+    longest: limits.TorchTime = None,
     keep_embeddings: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep encoded prompts here: each is encoded once, for all folders."),
@@ -83,11 +85,12 @@ def generate(
         raise InputError(f"-o {out}: no such folder {out.parent}")
     guided = options.noise_levels(guidance_range)
     generation = api.GenerationOptions(steps, guidance_scale, height, width, solver, guided)
+    compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     with screen.bars() as progress:
         drawn = api.generate(
             model, prompt, negative_prompt=negative_prompt, seed=seed, generation=generation, runtime=runtime,
-            device=device, memory=limits.compute_options(device, memory).memory, provider=provider,
-            cache_dir=cache_dir, keep_embeddings=keep_embeddings, progress=progress,
+            device=device, memory=compute.memory, provider=provider, cache_dir=cache_dir,
+            keep_embeddings=keep_embeddings, longest_s=compute.longest_s, progress=progress,
         )  # fmt: skip
     drawn.image.save(out)
     where = f"{drawn.runtime} on {drawn.provider} ({drawn.provider_why})"

@@ -67,6 +67,22 @@ LongestTime = Annotated[
         rich_help_panel=MEMORY,
     ),
 ]
+TorchYes = Annotated[
+    bool,
+    typer.Option(
+        "--yes", help="Run what takes torch over an hour, too; without it that is refused.", rich_help_panel=MEMORY
+    ),
+]
+TorchTime = Annotated[
+    str | None,
+    typer.Option(
+        "--time",
+        metavar="DURATION",
+        help="Refuse what takes torch longer than this here, such as 90s, 40m or 2h. Other runtimes are not forecast.",
+        show_default="1h without --yes",
+        rich_help_panel=MEMORY,
+    ),
+]
 Time = Annotated[
     str | None,
     typer.Option(

@@ -58,6 +58,8 @@ def score(
     ] = None,
     device: limits.TorchDevice = "auto",
     memory: limits.Memory = None,
+    yes: limits.TorchYes = False,
+    longest: limits.TorchTime = None,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", metavar="DIR", help="Keep the images here. An interrupted run resumes with them."),
@@ -68,14 +70,14 @@ def score(
 
     With --against it also shows what was lost, in pairs of images of the same prompt.
     """
-    most = limits.compute_options(device, memory).memory
+    compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     from edgeprune.metrics import parse_weights, scoring
 
     with screen.bars() as progress:
         done = api.score(
             folder, metric, against=against, revision=revision, variant=variant,
             weights=parse_weights(weights or []), prompts=prompts, per_task=per_task, seeds=seeds, runtime=runtime,
-            steps=steps, device=device, memory=most, out=out, progress=progress,
+            steps=steps, device=device, memory=compute.memory, longest_s=compute.longest_s, out=out, progress=progress,
         )  # fmt: skip
     screen.table(scoring.rows(done.scores))
     count, texts = done.scores[0].images, len(done.scores[0].prompts)

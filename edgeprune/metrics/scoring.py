@@ -165,6 +165,11 @@ def draw(
             progress(f"images of {model.name}", i + 1, len(lines))
 
 
+def count_drawn(out: Path) -> int:
+    """Return how many images `draw` has finished in a folder."""
+    return len(whole_lines(out / METADATA)) if (out / METADATA).exists() else 0
+
+
 def _identity(model: Path) -> str:
     """Return a digest of the names, sizes and modification times of a model's files."""
     files = [p for p in sorted(model.rglob("*")) if p.is_file() and p.parent != model]
