@@ -79,7 +79,7 @@ def test_calibration_counts(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
     ws, _ = opened(source, tmp_path, monkeypatch, 100.0)
     plan.run(ws, replace(OPTIONS.plan, method="manual", keep=None, blocks="1"))
     prune.run(ws)
-    with pytest.raises(InputError, match=r"^quantize: at least .*; --count 1 takes 31 min; --yes"):
+    with pytest.raises(InputError, match=r"^quantize: at least .*; --count 1 takes 28 min; --yes"):
         quantize.run(ws, QuantizeOptions(calibration="feedback"))
     with pytest.raises(InputError, match=r"^--count: excludes --calibration none; omit one$"):
         quantize.run(ws, QuantizeOptions(calibration="none", count=1))
