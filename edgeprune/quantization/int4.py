@@ -2,7 +2,7 @@
 
 `PackedLinear` keeps integers and group scales. Its forward calls `edgeprune::packed_linear`. A graph exporter sees one
 node and replaces it by the target's own form (for ONNX: DequantizeLinear, MatMul, Add). Here the op dequantises and
-multiplies: an exact reference, not a fast kernel.
+multiplies, an exact reference; a few rows on an NVIDIA GPU in bf16 go through torch's kernel (int4_kernel.py).
 
 Weights are symmetric: w[o, i] = q[o, i] * scale[o, i // group_size]. With 4 bits q is in -8..7, and each byte holds two
 in two's complement, the lower nibble first; with 8 bits q is in -128..127, and each byte holds one (as uint8 bits).
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from edgeprune.common.errors import InputError
+from edgeprune.quantization import int4_kernel
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -58,6 +59,9 @@ def packed_linear(
     x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
     """Multiply x (..., I) by the dequantised weight and add the bias: (..., O) in the dtype of x."""
+    if int4_kernel.takes(x, packed, scale, bits):
+        out = int4_kernel.linear(x, packed, scale)
+        return out if bias is None else out + bias.to(x.dtype)
     weight = dequantize(packed, scale, bits, x.dtype)
     return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 

@@ -37,6 +37,7 @@ ALL = checks("gpu") | checks("mac")
 NOT_HERE = {
     "nvml": "NVML",
     **dict.fromkeys(("tensorrt", "tensorrt-streams"), "neither tensorrt nor tensorrt_rtx"),
+    "int4-kernel": "no such kernel",
     "onnx-providers": "has neither provider",
     "coreml-export": "macOS only",
     **{f"coreml-{units}": "no export" for units in ("all", "cpu", "gpu", "ne")},

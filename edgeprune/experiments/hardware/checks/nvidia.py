@@ -1,4 +1,4 @@
-"""CUDA's runtime, NVML, TensorRT, and ONNX Runtime's providers for NVIDIA GPUs."""
+"""CUDA's runtime, NVML, TensorRT, torch's INT4 kernel, and ONNX Runtime's providers for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.experiments.hardware.checks.drawing import compare_image
-from edgeprune.experiments.hardware.place import Place
+from edgeprune.experiments.hardware.place import Place, best_seconds, difference
 from edgeprune.experiments.hardware.registry import Failed, LeftOut, check
 
 _HALF = 1e-2
@@ -117,6 +117,39 @@ def _engines(place: Place) -> tuple[Path, Any]:
     if not out.is_dir():
         export(place.small("sd3"), out, "trt", device="rtx" if vendor.__name__ == "tensorrt_rtx" else "cuda-server")
     return out, vendor
+
+
+@check("torch's INT4 kernel against unpacked weights: a layer of SD3.5 Large, by rows", seconds=60)
+def int4_kernel(place: Place) -> str:
+    """Compare and time both."""
+    import torch
+
+    from edgeprune.quantization import int4_kernel
+    from edgeprune.quantization.int4 import dequantize, pack
+
+    draw = torch.Generator().manual_seed(0)
+    inputs, outputs = 2432, 6 * 2432
+    packed = pack(torch.randint(-8, 8, (outputs, inputs), generator=draw), 4).to(place.device)
+    scale = (torch.rand(outputs, inputs // 64, generator=draw) / 100).half().to(place.device)
+    one = torch.randn(1, inputs, generator=draw).to(place.device, torch.bfloat16)
+    if not int4_kernel.takes(one, packed, scale, 4):
+        raise LeftOut("torch has no such kernel for this device")
+    said = []
+    for rows in (1, 2, 16, 64, 128, 256):
+        x = torch.randn(rows, inputs, generator=draw).to(place.device, torch.bfloat16)
+
+        def unpacked(x: torch.Tensor = x) -> torch.Tensor:
+            return torch.nn.functional.linear(x, dequantize(packed, scale, 4, x.dtype))
+
+        def kernel(x: torch.Tensor = x) -> torch.Tensor:
+            return int4_kernel.linear(x, packed, scale)
+
+        worst = difference(kernel(), unpacked())
+        if worst > 0.02:
+            raise Failed(f"{rows} rows: the kernel is {worst:.2g} of the largest number from unpacked weights")
+        times = (1000 * best_seconds(way, place.wait) for way in (kernel, unpacked))
+        said.append(f"{rows} rows {' against '.join(f'{ms:.3g}' for ms in times)} ms, {worst:.1e} apart")
+    return "; ".join(said)
 
 
 @check("ONNX Runtime's CUDA and TensorRT providers draw an image", seconds=180,
