@@ -62,6 +62,7 @@ def write(
     options: Mapping[str, Any],
     networks: Networks,
     more_files: Callable[[Path], dict[str, Any]] = lambda folder: {},
+    measure: Callable[[Path], dict[str, Any]] = lambda folder: {},
 ) -> dict[str, Any]:
     """Write the export folder `out` in the format `target`.
 
@@ -73,6 +74,8 @@ def write(
         networks: writes the networks.
         more_files: adds the format's own small files to the otherwise complete folder, in seconds; an interrupted run
             writes them again. Returns further content of edgeprune_export.json.
+        measure: runs the complete folder, and returns further content of edgeprune_export.json; an interrupted run
+            measures again.
 
     Returns:
         The content of edgeprune_export.json.
@@ -131,6 +134,8 @@ def write(
                 **more,
                 "files": {name: work.hashes.get(name) or sha256_file(path) for name, path in files.items()},
             }
+            write_json(partial / FILE, record)
+            record |= measure(partial)
             write_json(partial / FILE, record)
             replace_folder(partial, out)
             (out / MARK).unlink()

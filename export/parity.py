@@ -31,6 +31,9 @@ HALF_BOUND = 1e-2
 """Largest relative error (of the rms) that passes in float16. Rounding to 11 bits after every operation costs 2e-4 to
 7e-4 on the built-in model's networks and up to 3e-3 on random ones; a wrong integer, axis or size costs 0.1 or more."""
 
+MEMORY = 4 * 10**9
+"""Bytes of the process in which a runtime computes what is compared; more if torch alone has more."""
+
 
 class Runner(Protocol):
     """Something that runs an exported file, in one or several steps."""

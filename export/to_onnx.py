@@ -27,7 +27,7 @@ import torch
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.common.errors import ParityError
 from edgeprune.common.progress import Progress, silent
-from edgeprune.export import external_data, graph, loaders, modules, parity, text
+from edgeprune.export import external_data, graph, loaders, modules, parity, precisions, text
 from edgeprune.export.folder import is_quantized, write
 from edgeprune.export.stored_t5 import StoredT5
 from edgeprune.export.unfinished import MARK, Unfinished
@@ -52,7 +52,10 @@ def export(artefact: Path, out: Path, *, device: Target | None = None, progress:
         ParityError: a network does not compute what its checkpoint computes.
         DiskError: the disk is full, or `out` cannot be written; the next call resumes.
     """
-    return write(artefact, out, "onnx", {}, lambda work: networks(artefact, work, progress))
+    return write(
+        artefact, out, "onnx", {}, lambda work: networks(artefact, work, progress),
+        measure=lambda folder: precisions.measured(folder, progress),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- the networks

@@ -23,7 +23,7 @@ from edgeprune.common.errors import EdgepruneError, InputError, ParityError
 from edgeprune.common.extras import needs
 from edgeprune.common.files import cannot_write, need_space, write_text
 from edgeprune.common.progress import Progress, silent
-from edgeprune.export import genai, parity, to_onnx
+from edgeprune.export import genai, parity, precisions, to_onnx
 from edgeprune.export.folder import write
 from edgeprune.targets import Target
 
@@ -31,8 +31,6 @@ MODEL = "openvino_model.xml"
 """As optimum-intel names it."""
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 """OpenVINO's defaults are activations rounded to int8 in groups, and bf16 on CPUs that have it."""
-MEMORY = 4 * 10**9
-"""Bytes of the process in which the export's check against torch computes; more if torch alone has more."""
 _LEAST_BYTES = 1024  # a smaller constant is not worth a Convert
 
 
@@ -58,7 +56,7 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
     return write(
         artefact, out, "openvino", version,
         lambda work: to_onnx.networks(artefact, work, progress, opened=converted) | version,
-        genai.write,
+        genai.write, lambda folder: precisions.measured(folder, progress),
     )  # fmt: skip
 
 
@@ -89,8 +87,8 @@ class Compiled:
 
         try:
             needs = self._file.graph({name: np.shape(value) for name, value in feeds.items()}).measured().needs()
-            whole = resident() + needs.whole <= MEMORY
-            network = OpenVinoNetwork(self._file) if whole else PiecewiseNetwork(self._file, MEMORY)
+            whole = resident() + needs.whole <= parity.MEMORY
+            network = OpenVinoNetwork(self._file) if whole else PiecewiseNetwork(self._file, parity.MEMORY)
             results = network(**feeds)
         except InputError as error:
             raise ParityError(str(error)) from None

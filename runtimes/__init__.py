@@ -175,9 +175,9 @@ def load(folder: str | Path, runtime: str | None = None, **options: Any) -> Runt
         folder: an export folder, or a diffusers or artefact folder (`eager`).
         runtime: a name in RUNTIMES, or None to choose by the folder and the installed packages.
         **options: passed to the runtime's `open_backend`: `memory`, most bytes of the process (trt, and eager on a GPU:
-            of the GPU); `keep_embeddings`, a folder (exports); `threads`; `cache_dir` (openvino, ort); `device`,
-            `dynamic_quantization` (openvino); `provider`, `accuracy_level` (ort); `cuda_graph` (trt); `compute_units`
-            (coreml); `dtype`, `device`, `variant` (eager).
+            of the GPU); `keep_embeddings`, a folder (exports); `threads`; `precision`, `cache_dir` (openvino, ort);
+            `device` (openvino); `provider` (ort); `cuda_graph` (trt); `compute_units` (coreml); `dtype`, `device`,
+            `variant` (eager).
 
     Raises:
         InputError: the folder or one of its files is not usable, or the runtime has no such option.

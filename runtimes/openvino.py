@@ -1,8 +1,9 @@
 """Runs networks in OpenVINO on the CPU, an Intel GPU or an NPU, with numpy inputs and outputs.
 
 Needs openvino and tokenizers, not torch. Opens both IR (`openvino_model.xml`, with memory-mapped weights) and ONNX. On
-the CPU it computes in float32 with float activations; OpenVINO's own defaults are bf16 on CPUs that have it and
-activations rounded to int8. It uses one stream and synchronous requests.
+the CPU text encoders and VAE compute in float32, and the transformer in what `precision.choose` finds fast and exact
+enough; OpenVINO's own defaults are bf16 on CPUs that have it and activations rounded to int8. It uses one stream and
+synchronous requests.
 It was executed only on the CPU; the settings for GPU and NPU follow OpenVINO's documentation.
 """
 
@@ -40,6 +41,7 @@ from edgeprune.runtimes.networks import Network, NetworkBackend, Shapes, room_he
 from edgeprune.runtimes.openvino_graph import Graph, Piece
 from edgeprune.runtimes.openvino_vae import OpenVinoStrips
 from edgeprune.runtimes.piecewise import PiecewiseNetwork
+from edgeprune.runtimes.precision import AUTO, EXACT, choose
 from edgeprune.runtimes.strip_decoder import INPUT, StripDecoder, in_strips
 
 with needs("openvino"):
@@ -75,11 +77,10 @@ def core() -> openvino.Core:
 class OpenVinoFile:
     """One IR or ONNX file, from which models are read and compiled; maps OpenVINO's errors to InputError."""
 
-    def __init__(self, path: Path, device: str, config: dict[str, Any]) -> None:
+    def __init__(self, path: Path, device: str, config: dict[str, Any], why: str = "") -> None:
         if not path.exists():
             raise InputError(f"{path}: no such file, expected an OpenVINO or ONNX model; export again")
-        self.path, self.device, self._config = path, device, config
-        self.why = f"device={device}"
+        self.path, self.device, self._config, self.why = path, device, config, why
         self._remove_links: Callable[[], object] = lambda: None
         self._file = self._unlinked(check_external(path)) if path.suffix == ".onnx" else path
         self._weights = path.with_suffix(".bin") if path.suffix == ".xml" else Path(f"{self._file}.data")
@@ -268,11 +269,21 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def offered(target: str, device: str = "CPU") -> tuple[str, ...]:
+    """Return the precisions of a device besides its most exact one, the fastest first, for an export's format.
+
+    An ONNX file cannot say which angles bf16 would spoil.
+    """
+    kind = device.partition(".")[0]
+    bf16 = kind == "CPU" and target == "openvino" and _heeds_marks()
+    return ("int8",) * (kind != "NPU") + ("bf16",) * bf16
+
+
 def settings_of(
     device: str,
     *,
     threads: int = 0,
-    dynamic_quantization: bool = False,
+    precision: str = EXACT,
     group_size: int = 0,
     cache_dir: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -281,9 +292,9 @@ def settings_of(
     Args:
         device: CPU, GPU (or GPU.1, ...) or NPU.
         threads: on the CPU; 0 for as many as affinity, quota and cores allow.
-        dynamic_quantization: round activations to int8 in groups.
-        group_size: INT4 weights that share a scale. The CPU then rounds groups of as many activations; with larger
-            groups it would round none, with smaller ones (its default is 32) it is slower.
+        precision: EXACT, or one of those that are `offered`.
+        group_size: INT4 weights that share a scale. In int8 the CPU then rounds groups of as many activations; with
+            larger groups it would round none, with smaller ones (its default is 32) it is slower.
         cache_dir: keeps compiled models.
 
     Raises:
@@ -294,13 +305,12 @@ def settings_of(
     if kind not in _EXACT or not any(name == device or name.startswith(f"{device}.") for name in seen):
         raise InputError(f"device: found {device!r}, expected CPU, GPU or NPU; OpenVINO finds here: {', '.join(seen)}")
     config = dict(_EXACT[kind])
-    if dynamic_quantization and config.pop(_DYNAMIC, None) is None:
-        raise InputError(f"dynamic_quantization: found True for {device}, expected it for CPU or GPU only")
-    if dynamic_quantization and kind == "CPU":
-        if group_size:
+    if precision == "int8":
+        del config[_DYNAMIC]
+        if group_size and kind == "CPU":
             config[_DYNAMIC] = str(group_size)
-        if "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            config[_PRECISION] = "bf16"  # rounds less than int8
+    elif precision == "bf16":
+        config[_PRECISION] = "bf16"
     if threads < 0 or (threads and kind != "CPU"):
         raise InputError(f"threads: found {threads} for {device}, expected 0 or more for CPU, 0 elsewhere")
     if kind == "CPU":
@@ -322,20 +332,29 @@ class OpenVinoEngine:
     """The name of a network's file."""
     device: str
     config: Mapping[str, Any]
+    """OpenVINO's properties for the transformer."""
+    exact: Mapping[str, Any]
+    """Those for all other networks."""
     activations: str
+    why: str
+    """Why the transformer is computed there, and in what."""
     name: str = "openvino"
     counts_values: bool = True
 
     def open(self, folder: Path, limit: int | None) -> Network:
         """Open a network: whole, in pieces, or a VAE's decoder in strips."""
-        file = OpenVinoFile(folder / self.file, self.device, dict(self.config))
+        file = self._file(folder)
         if limit is None:
             return OpenVinoNetwork(file)
         return StripDecoder(file, limit) if INPUT in file.kinds else PiecewiseNetwork(file, limit)
 
+    def _file(self, folder: Path) -> OpenVinoFile:
+        config = self.config if folder.name == "transformer" else self.exact
+        return OpenVinoFile(folder / self.file, self.device, dict(config), self.why)
+
     def needs(self, folder: Path, shapes: Shapes) -> Needs:
         """Return the bytes that a network takes; it is read, without its weights."""
-        file = OpenVinoFile(folder / self.file, self.device, dict(self.config))
+        file = self._file(folder)
         try:
             return in_strips(file, shapes, file.graph(shapes).measured().needs())
         finally:
@@ -356,7 +375,7 @@ def open_backend(
     *,
     device: str = "CPU",
     threads: int = 0,
-    dynamic_quantization: bool = False,
+    precision: str = AUTO,
     cache_dir: str | Path | None = None,
     memory: int | None = None,
     keep_embeddings: str | Path | None = None,
@@ -368,10 +387,10 @@ def open_backend(
         settings: that folder's settings.
         device: CPU, GPU (or GPU.1, ...) or NPU.
         threads: on the CPU; 0 for as many as affinity, quota and cores allow.
-        dynamic_quantization: round activations to int8, on the CPU in groups as large as those of the INT4 weights, and
-            compute everything else in bf16 if the CPU has it. Angles stay float32; so does a whole transformer that was
-            exported to ONNX. It is less exact: the error is about 1e-2 of the velocity's largest value on the built-in
-            model, instead of 1e-6.
+        precision: what the transformer's activations are computed in: `exact` (float32; float16 on GPU and NPU),
+            `bf16` (CPU; angles stay float32, and so does a whole transformer that was exported to ONNX), `int8` (CPU
+            and GPU: inputs of INT4 layers are rounded, on the CPU in groups as large as those of the weights), or
+            `auto`: on the CPU the fastest that the export measured to be exact enough, elsewhere `exact`.
         cache_dir: keeps compiled models there, so that the next start is faster.
         memory: most bytes of the process; None takes most of what is free. Networks that do not fit together are open
             one after the other, and blocks that do not fit are opened and closed at each step.
@@ -382,17 +401,16 @@ def open_backend(
     """
     path = folder / "edgeprune_export.json"
     exported = read_json(path)
-    config = settings_of(
-        device,
-        threads=threads,
-        dynamic_quantization=dynamic_quantization,
-        group_size=0 if exported.get("group_size") is None else whole_number(exported, "group_size", path),
-        cache_dir=cache_dir,
-    )
+    exact = settings_of(device, threads=threads, cache_dir=cache_dir)
+    kind = device.partition(".")[0]
+    chosen = choose(precision, offered(exported["target"], device), exported if kind == "CPU" else {}, "openvino")
+    group_size = 0 if exported.get("group_size") is None else whole_number(exported, "group_size", path)
+    config = settings_of(device, threads=threads, precision=chosen.name, group_size=group_size, cache_dir=cache_dir)
     file = FILES[exported["target"]]
-    activations = "int8" if dynamic_quantization else "fp32" if device == "CPU" else "fp16"
+    activations = ("fp32" if kind == "CPU" else "fp16") if chosen.name == EXACT else chosen.name
+    why = "; ".join(filter(None, (f"device={device}", chosen.why)))
     return NetworkBackend(
-        OpenVinoEngine(file, device, config, activations),
+        OpenVinoEngine(file, device, config, exact, activations, why),
         folder,
         settings,
         memory=memory,

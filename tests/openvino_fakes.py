@@ -17,15 +17,10 @@ class FakeCore:
     """Sees two GPUs and an NPU; compiles for the CPU, and writes down what for."""
 
     available_devices = ("CPU", "GPU.0", "GPU.1", "NPU")
-    capabilities = ["FP32", "BF16"]
     compiled: list[tuple[str, bool, dict[str, Any]]] = []
 
     def read_model(self, path: Path) -> Any:
         return CORE().read_model(path)
-
-    def get_property(self, device: str, name: str) -> list[str]:
-        assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
-        return self.capabilities
 
     def compile_model(self, model: Any, device: str, config: dict[str, Any]) -> Any:
         static = isinstance(model, openvino.Model) and not model.is_dynamic()

@@ -9,18 +9,16 @@ import functools
 import gc
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from edgeprune.common import heap, processes
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import SHARE, SMALL_BYTES, ComputeOptions, allowed, resident
+from edgeprune.common.processor import MULTIPLY_BF16, instructions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What networks compute in, by the names that users read."""
-_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""Instructions that multiply bf16, as Linux names them on x86 and on Arm."""
 _MUCH_FASTER = 1.25
 """How many times faster a product in bf16 has to be: chance must not change the dtype from one run to the next."""
 
@@ -127,18 +125,18 @@ def _device_memory(device: torch.device) -> tuple[int, int]:
     return taken, free + taken - module.memory_allocated(device)
 
 
-@functools.cache
-def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def multiplies_bf16() -> bool:
     """Return whether the processor multiplies bf16 faster than float32; without instructions for it, it is slower.
 
     Where the system does not say which instructions there are, as macOS and Windows, a product is timed in both.
     """
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return _MUCH_FASTER * _product_s(torch.bfloat16) < _product_s(torch.float32)
-    words = {word for line in text.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
-    return bool(words & _BF16_FLAGS)
+    known = instructions()
+    return bool(known & MULTIPLY_BF16) if known else _is_faster_in_bf16()
+
+
+@functools.cache
+def _is_faster_in_bf16() -> bool:
+    return _MUCH_FASTER * _product_s(torch.bfloat16) < _product_s(torch.float32)
 
 
 def _product_s(dtype: torch.dtype) -> float:

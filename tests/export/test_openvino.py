@@ -40,7 +40,7 @@ openvino = pytest.importorskip("openvino")
 from openvino_fakes import EXACT, FakeCore  # noqa: E402
 
 from edgeprune.runtimes import openvino as runtime  # noqa: E402
-from edgeprune.runtimes import openvino_graph, piecewise  # noqa: E402
+from edgeprune.runtimes import openvino_graph, piecewise, precision  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 NETWORKS = ("transformer", "text_encoder", "text_encoder_2", "vae_decoder")
@@ -326,8 +326,8 @@ def test_dynamic_quantisation_rounds_activations(quantised: Path, model: nn.Modu
     with torch.no_grad():
         expected = model(**example, return_dict=False)[0].numpy()
     errors = []
-    for on in (False, True):
-        config = runtime.settings_of("CPU", dynamic_quantization=on, threads=1)
+    for name in ("exact", "int8"):
+        config = runtime.settings_of("CPU", precision=name, threads=1)
         found = opened(quantised, "CPU", config)(**example)
         errors.append(parity.relative_error(found["out_hidden_states"], expected)[0])
     assert errors[0] < 1e-5 and errors[1] < 5e-2
@@ -353,13 +353,13 @@ def test_bf16_leaves_angles_alone(
         layer.remove(layer.find("rt_info"))  # type: ignore[arg-type]
     tree.write(tmp_path / quantised.name)
     (tmp_path / "openvino_model.bin").symlink_to(quantised.with_suffix(".bin"))
-    config = runtime.settings_of("CPU", dynamic_quantization=True, threads=1) | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    config = runtime.settings_of("CPU", precision="bf16", threads=1)
     errors = []
     for path in (quantised, tmp_path / quantised.name):
         found = opened(path, "CPU", config)(**example)
         errors.append(parity.relative_error(found["out_hidden_states"], expected)[1])
     assert errors[0] < 2e-2
-    if config["INFERENCE_PRECISION_HINT"] == "bf16" and runtime._heeds_marks():
+    if runtime._heeds_marks():
         assert errors[1] > 3 * errors[0]
     monkeypatch.setattr(openvino, "__version__", "2026.3.1-22001-abc")
     assert not runtime._heeds_marks()
@@ -416,6 +416,26 @@ def test_sizes_are_fixed(device: str, exported: tuple[Path, dict[str, Any]], mon
         np.testing.assert_allclose(drawn, ours.generate_latents(PROMPTS[0], seed=3, steps=2), atol=1e-4)
         again = ours.generate_latents(PROMPTS[0], seed=3, steps=1, guidance_scale=1.0)
         np.testing.assert_allclose(without, again, atol=1e-4)
+
+
+def test_only_the_transformer_is_rounded(
+    exported: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(exported[0], tmp_path / "out"))
+    record = exported[1] | {"precisions": {"openvino": {"int8": 0.013, "bf16": 0.004}}, "group_size": 64}
+    (out / folder.FILE).write_text(json.dumps(record))
+    monkeypatch.setattr(runtime, "core", FakeCore)
+    monkeypatch.setattr(precision, "instructions", lambda: frozenset({"avx_vnni"}))
+    for options, group, said in (
+        ({}, "64", "int8, off by 0.013"),
+        ({"precision": "exact"}, "0", "precision=exact"),
+    ):
+        monkeypatch.setattr(FakeCore, "compiled", [])
+        with runtimes.load(out, "openvino", **options) as ours:
+            ours.generate_latents(PROMPTS[0], seed=3, steps=1)
+            assert ours.backend.why == f"device=CPU; {said}"
+        groups = [config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] for _, _, config in FakeCore.compiled]
+        assert groups == ["0", "0", group]  # two text encoders come first
 
 
 # ------------------------------------------------------------------------------------- processes

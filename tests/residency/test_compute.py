@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import tiny
 import torch
 
 from edgeprune.artefact.loading import open_transformer
-from edgeprune.common import memory
+from edgeprune.common import memory, processor
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions, allowed, parse_bytes, resident
 from edgeprune.residency import compute
@@ -57,14 +58,18 @@ def test_a_processor_is_asked_whether_it_multiplies_bf16(tmp_path: Path, monkeyp
         ("haswell", "flags\t\t: fpu avx2\nmodel name\t: a bf16 lover", False),
     ):
         (tmp_path / name).write_text(line)
-        assert multiplies_bf16(tmp_path / name) is has
+        monkeypatch.setattr(compute, "instructions", functools.partial(processor.instructions, tmp_path / name))
+        assert multiplies_bf16() is has
     # Where the system does not say, the clock does, and a tie is float32's.
+    assert processor.instructions(tmp_path / "none") == frozenset()
+    monkeypatch.setattr(compute, "instructions", frozenset)
     for taken, faster in ((0.5, True), (0.9, False), (2.0, False)):
         seconds = {torch.bfloat16: taken, torch.float32: 1.0}
         monkeypatch.setattr(compute, "_product_s", lambda dtype, seconds=seconds: seconds[dtype])
-        multiplies_bf16.cache_clear()
-        assert multiplies_bf16(tmp_path / "none") is faster
+        compute._is_faster_in_bf16.cache_clear()
+        assert multiplies_bf16() is faster
     monkeypatch.undo()
+    compute._is_faster_in_bf16.cache_clear()
     assert compute._product_s(torch.float32) > 0
 
 

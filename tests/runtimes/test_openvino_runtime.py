@@ -38,11 +38,6 @@ def test_a_folder_named_openvino_is_not_the_package(tmp_path: Path) -> None:
         ("GPU.9", {}, "device: found 'GPU.9'"),
         ("CPU", {"threads": -1}, "threads: found -1"),
         ("NPU", {"threads": 2}, "threads: found 2 for NPU"),
-        (
-            "NPU",
-            {"dynamic_quantization": True},
-            "dynamic_quantization: found True for NPU, expected it for CPU or GPU only",
-        ),
         ("CPU", {"cache_dir": __file__}, "cache_dir: .*expected a writable folder"),
     ],
 )
@@ -57,20 +52,24 @@ def test_options_become_properties(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(runtime, "usable", lambda: 5)
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "INFERENCE_NUM_THREADS": 5}
     assert runtime.settings_of("CPU") == exact
-    found = runtime.settings_of("CPU", threads=3, dynamic_quantization=True, cache_dir=tmp_path / "a" / "b")
+    found = runtime.settings_of("CPU", threads=3, precision="int8", cache_dir=tmp_path / "a" / "b")
     cache = str(tmp_path / "a" / "b")
-    assert found == {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": 3, "CACHE_DIR": cache}
-    monkeypatch.setattr(FakeCore, "capabilities", ["FP32"])
-    assert runtime.settings_of("CPU", dynamic_quantization=True, threads=5) == {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": 5,
-    }
-    found = runtime.settings_of("CPU", dynamic_quantization=True, group_size=128)
+    assert found == {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 3, "CACHE_DIR": cache}
+    found = runtime.settings_of("CPU", precision="int8", group_size=128)
     assert found == exact | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}
+    assert runtime.settings_of("CPU", precision="bf16") == exact | {"INFERENCE_PRECISION_HINT": "bf16"}
     assert runtime.settings_of("CPU", group_size=128) == exact
-    assert runtime.settings_of("GPU", dynamic_quantization=True, group_size=128) == {}  # it has its own
+    assert runtime.settings_of("GPU", precision="int8", group_size=128) == {}  # it has its own
     assert (tmp_path / "a" / "b").is_dir()
     assert runtime.settings_of("GPU") == {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"} and runtime.settings_of("NPU") == {}
+
+
+def test_precisions_are_those_of_device_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runtime.offered("openvino") == ("int8", "bf16")
+    assert runtime.offered("onnx") == runtime.offered("openvino", "GPU.1") == ("int8",)
+    assert runtime.offered("openvino", "NPU") == ()
+    monkeypatch.setattr(openvino, "__version__", "2026.3.1-22001-abc")  # would compute all of it in float32
+    assert runtime.offered("openvino") == ("int8",)
 
 
 @pytest.mark.parametrize(("version", "marked"), [("2026.4.0-1-a", "bf16"), ("2027.0", "bf16"), ("2025.2.0-2-b", "f32")])

@@ -64,14 +64,14 @@ def test_made_again_when_something_changed(model: Path, tmp_path: Path, made: li
     network(model, cache)
     assert len(made) == 1
     (first,) = entries(cache)
-    network(model, cache, accuracy_level=4)
+    network(model, cache, int8=True)
     (second,) = entries(cache)  # the older one is gone
     assert len(made) == 2 and first != second
     (model / "model.onnx").touch()
-    network(model, cache, accuracy_level=4)
+    network(model, cache, int8=True)
     assert len(made) == 3
     monkeypatch.setattr(onnxruntime, "__version__", "9.9")
-    network(model, cache, accuracy_level=4)
+    network(model, cache, int8=True)
     assert len(made) == 4 and len(entries(cache)) == 1
 
 

@@ -410,8 +410,8 @@ def test_damaged_json(copy: Path, name: str) -> None:
 
 
 def test_bad_runtime_options(exported: Path, source: Path) -> None:
-    with pytest.raises(InputError, match="accuracy_level"):
-        runtimes.load(exported, "ort", accuracy_level=9)
+    with pytest.raises(InputError, match="precision: found 'int4', expected one of auto, exact, int8"):
+        runtimes.load(exported, "ort", precision="int4")
     for folder, runtime in ((exported, "ort"), (source, "eager")):
         with pytest.raises(InputError, match="threads: found -1, expected 0 or more"):
             runtimes.load(folder, runtime, threads=-1)
