@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.api.drawing import TORCH, say_conflicts, torch_options
+from edgeprune.api.drawing import TORCH, own_options, say_conflicts, torch_options
 from edgeprune.api.folders import AnyPath, source_of
 from edgeprune.common.errors import CannotRunError, InputError
 from edgeprune.common.progress import Progress, silent
@@ -34,6 +34,8 @@ def bench(
     device: str = "auto",
     memory: int | None = None,
     longest_s: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    exact: bool = False,
     progress: Progress = silent,
 ) -> BenchResult:
     """Measure memory, latency and quality of folders next to their original. Each variant runs in a fresh process.
@@ -54,6 +56,9 @@ def bench(
         device: where torch computes, the original and folders that run in it: auto, cpu, cuda, cuda:1, mps or xpu.
         memory: most bytes of each process, with torch on a GPU of the GPU; None takes most of what is free.
         longest_s: refuse what takes torch at least so many seconds; None takes any time. Other runtimes do not count.
+        options: the runtimes' own, as for `runtimes.load`, for the folders and not the original; text is read as the
+            type of the option.
+        exact: run the folders in their runtimes' most exact precision, not in the fastest that is exact enough.
         progress: gets a line of text now and then, also for folders that cannot run here.
 
     Raises:
@@ -74,6 +79,7 @@ def bench(
     names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]
     given: dict[str, Any] = {} if memory is None else {"memory": memory}
     chosen = torch_options(device, [name for _, name in pairs] + [TORCH] * original)
+    own = own_options(options, exact, [name for _, name in pairs])
     variants = []
     if original:
         model, commit, made_from = source_of(Path(folders[0])) if baseline is None else (str(baseline), None, None)
@@ -84,8 +90,8 @@ def bench(
     elif baseline or revision or variant:
         raise InputError("bench: --baseline, --revision and --variant are about the original; omit --no-original")
     for name, (folder, runtime_name) in zip(names, pairs, strict=True):
-        options = given | chosen.get(runtime_name, {})
-        variants.append(bench_run.Variant(name, folder, runtime_name, options=options))
+        loading = given | chosen.get(runtime_name, {}) | own[runtime_name]
+        variants.append(bench_run.Variant(name, folder, runtime_name, options=loading))
     for folder in dict.fromkeys(v.folder for v in variants):
         say_guesses(folder, () if steps is None else ("num_inference_steps",), steps="--steps")
     if timed := [variant for variant in variants if variant.runtime == TORCH]:

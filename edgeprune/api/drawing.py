@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,9 @@ class Generated:
     provider: str
     """Where the runtime computed, in its own term."""
     provider_why: str
-    """Why it computed there."""
+    """Why it computed there, and in that precision."""
+    precision: str
+    """What the transformer computed in: fp32, W4A32, W4A8, ..."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `edgeprune generate --json` prints besides the file's name. Sizes are in pixels."""
@@ -47,6 +49,7 @@ class Generated:
             "runtime": self.runtime,
             "provider": self.provider,
             "provider_why": self.provider_why,
+            "precision": self.precision,
         }
 
 
@@ -60,8 +63,8 @@ def generate(
     runtime: str | None = None,
     device: str = "auto",
     memory: int | None = None,
-    provider: str | None = None,
-    cache_dir: AnyPath | None = None,
+    options: Mapping[str, Any] | None = None,
+    exact: bool = False,
     keep_embeddings: AnyPath | None = None,
     longest_s: float | None = None,
     progress: Progress = silent,
@@ -77,8 +80,8 @@ def generate(
         runtime: ort, openvino, trt, coreml or eager; None for the first installed one that fits.
         device: where torch (eager) computes: auto, cpu, cuda, cuda:1, mps or xpu; for another runtime, auto.
         memory: most bytes of the process, with torch on a GPU of the GPU; None takes most of what is free.
-        provider: execution provider of ONNX Runtime; None for the first one here.
-        cache_dir: where ort and openvino keep prepared weights, for a faster next start.
+        options: the runtime's own, as for `runtimes.load`; text is read as the type of the option.
+        exact: compute in the most exact precision, not in the fastest that is exact enough.
         keep_embeddings: keeps encoded prompts in this folder, so that each is encoded once.
         longest_s: with torch (eager): refuse what takes at least so many seconds; None draws whatever it takes.
         progress: called after each denoising step, and with a line that says what a large model takes in torch.
@@ -95,10 +98,10 @@ def generate(
     from edgeprune.sampling.generation import GenerationOptions, say_guesses
 
     folder, chosen = Path(model), generation or GenerationOptions()
-    load_options = {"memory": memory, "provider": provider, "cache_dir": cache_dir, "keep_embeddings": keep_embeddings}
+    load_options = {"memory": memory, "keep_embeddings": keep_embeddings}
     load_options = {name: value for name, value in load_options.items() if value}
-    runtime = runtimes.choose(folder, runtime or ("ort" if provider else None))  # only ONNX Runtime has providers
-    load_options |= torch_options(device, [runtime]).get(runtime, {})
+    runtime = runtimes.choose(folder, runtime)
+    load_options |= torch_options(device, [runtime]).get(runtime, {}) | own_options(options, exact, [runtime])[runtime]
     say_conflicts(runtime, progress)
     runtimes.RUNTIMES[runtime].require()
     say_guesses(folder, chosen.given(), steps="--steps", guidance="--guidance-scale")
@@ -124,7 +127,7 @@ def generate(
         )  # fmt: skip
         return Generated(
             image=image, prompt=prompt, seed=seed, runtime=opened.name, provider=opened.backend.provider,
-            provider_why=opened.backend.why,
+            provider_why=opened.backend.why, precision=opened.backend.precision,
         )  # fmt: skip
 
 
@@ -169,7 +172,7 @@ def torch_options(device: str, names: Sequence[str]) -> dict[str, dict[str, Any]
         return {}
     if TORCH not in names:
         own = RUNTIMES[names[0]].place
-        how = f"; its own choice is runtimes.load(folder, {own}=...)" if own else ""
+        how = f"; its own choice is --option {own}=..." if own else ""
         raise InputError(f"--device {device}: is about torch, but {names[0]} runs here{how}; omit --device")
     RUNTIMES[TORCH].require()
     from edgeprune.common.memory import ComputeOptions
@@ -177,6 +180,31 @@ def torch_options(device: str, names: Sequence[str]) -> dict[str, dict[str, Any]
 
     Compute.of(ComputeOptions(device))
     return {TORCH: {"device": device}}
+
+
+def own_options(given: Mapping[str, Any] | None, exact: bool, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return by runtime the options of `runtimes.load` that `--option` and `--exact` are.
+
+    Args:
+        given: values of `--option` by name.
+        exact: whether `--exact` was given.
+        names: the runtimes that will run.
+
+    Raises:
+        InputError: none of the runtimes has such an option, or a value is of another type.
+        MissingExtraError: a package of a runtime is not installed.
+    """
+    from edgeprune.runtimes import options
+
+    out = options.by_runtime(given or {}, names)
+    if exact:
+        if "precision" in (given or {}):
+            raise InputError("--exact: found with --option precision, expected one of them")
+        having = options.having("precision", names)
+        if not having:
+            raise InputError(f"--exact: {' and '.join(out)} has no other precision to choose; omit --exact")
+        out |= {name: out[name] | {"precision": "exact"} for name in having}
+    return out
 
 
 def say_conflicts(runtime: str, progress: Progress) -> None:

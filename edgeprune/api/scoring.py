@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.api.drawing import TORCH, torch_options
+from edgeprune.api.drawing import TORCH, own_options, torch_options
 from edgeprune.api.folders import AnyPath, check_model, check_out
 from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, silent
@@ -68,6 +68,8 @@ def score(
     device: str = "auto",
     memory: int | None = None,
     longest_s: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    exact: bool = False,
     out: AnyPath | None = None,
     progress: Progress = silent,
 ) -> Scored:
@@ -89,6 +91,9 @@ def score(
         memory: most bytes of the process, with torch on a GPU of the GPU; None takes most of what is free.
         longest_s: refuse drawing that takes torch at least so many seconds; None takes any time. Other runtimes, and
             metrics, do not count.
+        options: the own options of the runtime that draws `folder`, as for `runtimes.load`; text is read as the type of
+            the option.
+        exact: draw in that runtime's most exact precision, not in the fastest that is exact enough.
         out: keep the images here, so that an interrupted call resumes; None removes them.
         progress: called after each batch.
 
@@ -127,6 +132,9 @@ def score(
         _check_drawn(place, variant, steps)
     if memory is not None:
         _check_memory(drawn, runtime, variant, loading)
+    own = own_options(options, exact, [chosen["images"]])[chosen["images"]] if "images" in chosen else {}
+    if "images" not in chosen and (options or exact):
+        progress("--option and --exact: the images are drawn already, so they are not used")
     file = Path(prompts) if prompts else None
     if ready:
         wishes = _wishes_of(ready[0], metrics)
@@ -136,7 +144,9 @@ def score(
         RUNTIMES[TORCH].require()
         compute = ComputeOptions(device, memory, longest_s)
         _check_time(in_torch, len(wishes), None if ready else seeds, steps, out, compute, progress)
-    scores = _drawn_and_scored(places, ready, wishes, metrics, paths, runtime, steps, loading, out, progress, variant)
+    scores = _drawn_and_scored(
+        places, ready, wishes, metrics, paths, runtime, steps, loading, own, out, progress, variant
+    )
     return Scored(
         scores=tuple(scores),
         folder=str(folder),
@@ -241,6 +251,7 @@ def _drawn_and_scored(
     runtime: str | None,
     steps: int | None,
     loading: Mapping[str, dict[str, Any]],
+    own: Mapping[str, Any],
     out: AnyPath | None,
     progress: Progress,
     variant: str | None,
@@ -257,7 +268,8 @@ def _drawn_and_scored(
                 # The runtime is about the export; its original is a diffusers folder.
                 scoring.draw(
                     place, kept / name, wishes, runtime=runtime if name == "images" else None, steps=steps,
-                    loading=loading[name], variant=variant if _is_original(place) else None, progress=progress,
+                    loading=loading[name], own=own if name == "images" else None,
+                    variant=variant if _is_original(place) else None, progress=progress,
                 )  # fmt: skip
                 folders[name] = kept / name
         samples = {name: read_samples(folder) for name, folder in folders.items()}

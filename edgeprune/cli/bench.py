@@ -51,6 +51,8 @@ def bench(
     memory: limits.Memory = None,
     yes: limits.TorchYes = False,
     longest: limits.TorchTime = None,
+    option: limits.RuntimeOptions = None,
+    exact: limits.Exact = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result to this file, as JSON.")
     ] = None,
@@ -78,7 +80,8 @@ def bench(
     result = api.bench(
         folders, runtime=runtime, baseline=baseline, revision=revision, variant=variant, repeats=repeats,
         steps=steps, quality=quality, original=not no_original, device=device,
-        memory=compute.memory, longest_s=compute.longest_s, progress=lambda what, *_: screen.say(what),
+        memory=compute.memory, longest_s=compute.longest_s, options=limits.runtime_options(option), exact=exact,
+        progress=lambda what, *_: screen.say(what),
     )  # fmt: skip
     Console().print(tables.table(result))
     if json_file:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from edgeprune import api
-from edgeprune.cli import choices, limits, options, screen
+from edgeprune.cli import limits, options, screen
 from edgeprune.common.errors import InputError
 
 EPILOG = (
@@ -17,13 +16,6 @@ EPILOG = (
     'edgeprune generate "two red circles" --model small --device cuda:1 -o out.png'
 )
 _OWN = "the model's own"
-
-
-def providers() -> Iterable[str]:
-    """Return the names of ONNX Runtime's execution providers."""
-    from edgeprune.runtimes.providers import PROVIDERS
-
-    return PROVIDERS
 
 
 def generate(
@@ -67,16 +59,8 @@ def generate(
         Path | None,
         typer.Option(metavar="DIR", help="Keep encoded prompts here: each is encoded once, for all folders."),
     ] = None,
-    provider: Annotated[
-        str | None,
-        choices.choice(
-            names=providers, show_default="the first one here", help="ort: execution provider of ONNX Runtime."
-        ),
-    ] = None,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="ort, openvino: keep prepared weights here, for a faster next start."),
-    ] = None,
+    option: limits.RuntimeOptions = None,
+    exact: limits.Exact = False,
 ) -> None:  # fmt: skip
     """Draw one image with the runtime that fits the folder."""
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -89,11 +73,11 @@ def generate(
     with screen.bars() as progress:
         drawn = api.generate(
             model, prompt, negative_prompt=negative_prompt, seed=seed, generation=generation, runtime=runtime,
-            device=device, memory=compute.memory, provider=provider, cache_dir=cache_dir,
+            device=device, memory=compute.memory, options=limits.runtime_options(option), exact=exact,
             keep_embeddings=keep_embeddings, longest_s=compute.longest_s, progress=progress,
         )  # fmt: skip
     drawn.image.save(out)
-    where = f"{drawn.runtime} on {drawn.provider} ({drawn.provider_why})"
+    where = f"{drawn.runtime} on {drawn.provider} in {drawn.precision} ({drawn.provider_why})"
     screen.say(f"{out}: {drawn.image.width}x{drawn.image.height}, seed {seed}; {where}")
     if as_json:
         screen.print_json({"out": str(out), **drawn.to_json()})

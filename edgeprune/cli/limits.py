@@ -96,6 +96,40 @@ Time = Annotated[
 ]
 
 
+RuntimeOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="NAME=VALUE",
+        help="An option of the runtime itself, such as threads=4 (docs/run.md). Repeat it for several.",
+        rich_help_panel=MEMORY,
+    ),
+]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="Compute an export in float32, not in the fastest precision that is exact enough.",
+        rich_help_panel=MEMORY,
+    ),
+]
+
+
+def runtime_options(given: list[str] | None) -> dict[str, str]:
+    """Return the values of `--option` by name.
+
+    Raises:
+        InputError: one has another form, or a name is repeated.
+    """
+    out: dict[str, str] = {}
+    for text in given or []:
+        name, _, value = text.partition("=")
+        if not name or not value or name in out:
+            raise InputError(f"--option: found {text!r}, expected NAME=VALUE, once for each name")
+        out[name] = value
+    return out
+
+
 def compute_options(device: str, memory: str | None, *, yes: bool = True, longest: str | None = None) -> ComputeOptions:
     """Return where to compute, in how much memory, and in how much time: `longest`, else unless `yes` an hour.
 

@@ -60,6 +60,8 @@ def score(
     memory: limits.Memory = None,
     yes: limits.TorchYes = False,
     longest: limits.TorchTime = None,
+    option: limits.RuntimeOptions = None,
+    exact: limits.Exact = False,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", metavar="DIR", help="Keep the images here. An interrupted run resumes with them."),
@@ -77,7 +79,8 @@ def score(
         done = api.score(
             folder, metric, against=against, revision=revision, variant=variant,
             weights=parse_weights(weights or []), prompts=prompts, per_task=per_task, seeds=seeds, runtime=runtime,
-            steps=steps, device=device, memory=compute.memory, longest_s=compute.longest_s, out=out, progress=progress,
+            steps=steps, device=device, memory=compute.memory, longest_s=compute.longest_s,
+            options=limits.runtime_options(option), exact=exact, out=out, progress=progress,
         )  # fmt: skip
     screen.table(scoring.rows(done.scores))
     count, texts = done.scores[0].images, len(done.scores[0].prompts)

@@ -118,6 +118,7 @@ def draw(
     steps: int | None = None,
     variant: str | None = None,
     loading: Mapping[str, Any] | None = None,
+    own: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> None:
     """Generate a model's images with any runtime into a folder with metadata. Existing images are kept.
@@ -130,13 +131,14 @@ def draw(
         steps: the number of denoising steps; None for the folder's default.
         variant: of an original's weights, see residency/model_files.py.
         loading: further options of `runtimes.load`, on which the images do not depend.
+        own: those on which they may.
         progress: called after each image.
 
     Raises:
         InputError: `out` holds images of another model, other prompts or settings; or `model` is not usable.
     """
     chosen = runtimes.choose(model, runtime)
-    options: dict[str, Any] = {} if variant is None else {"variant": variant}
+    options: dict[str, Any] = ({} if variant is None else {"variant": variant}) | dict(own or {})
     settings = {"model": _identity(model), "runtime": chosen, "steps": steps} | options
     lines = [
         json.dumps({"file_name": f"{i:05}.png", "text": w.text, "seed": w.seed} | settings)

@@ -31,7 +31,7 @@ def test_generate(source: Path, exported: Path) -> None:
     with pytest.raises(InputError, match="--device: found 'cuda:77', expected one of auto, .*cpu, which torch finds"):
         api.generate(source, "x", device="cuda:77")
     for runtime, own in (("ort", "provider"), ("openvino", "device")):
-        said = rf"--device cpu: is about torch, but {runtime} runs here; .*load\(folder, {own}=\.\.\.\); omit --device"
+        said = rf"--device cpu: is about torch, but {runtime} runs here; .*--option {own}=\.\.\.; omit --device"
         with pytest.raises(InputError, match=said):
             api.generate(exported, "x", runtime=runtime, device="cpu")
 
@@ -91,3 +91,41 @@ def test_bench_measures_torch_there(source: Path, exported: Path, monkeypatch: p
         api.bench([exported], baseline=source, device="nowhere")
     with pytest.raises(InputError, match="--device cpu: is about torch, but"):
         api.bench([exported], original=False, device="cpu")
+
+
+def test_options_of_score_are_for_the_first_folder(
+    source: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = dict[str, Any]()
+
+    def drawn(place: Path, out: Path, *_: Any, own: dict[str, Any], **__: Any) -> None:
+        given[out.name] = own
+        if out.name == "original":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring, "draw", drawn)
+    monkeypatch.setattr("edgeprune.api.scoring._check_drawn", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        api.score(exported, ["psnr"], against=source, runtime="ort", options={"threads": "2"}, exact=True)
+    assert given == {"images": {"threads": 2, "precision": "exact"}, "original": None}
+    with pytest.raises(InputError, match="--exact: eager has no other precision to choose"):
+        api.score(source, ["shapes"], exact=True)
+
+
+def test_options_of_bench_are_not_for_the_original(
+    source: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[bench_run.Variant]()
+    monkeypatch.setattr(bench_run, "run", lambda variants, **_: seen.extend(variants))
+    monkeypatch.setattr("edgeprune.sampling.generation.say_guesses", lambda *_, **__: None)
+    api.bench([exported, source], baseline=source, options={"threads": "1"}, exact=True)
+    assert [v.options for v in seen] == [{}, {}, {"threads": 1, "precision": "exact"}, {"threads": 1}]
+    with pytest.raises(InputError, match="--option turbo: unknown here: "):
+        api.bench([exported], baseline=source, options={"turbo": "true"})
+
+
+def test_generate_refuses_an_option_before_anything_is_opened(exported: Path) -> None:
+    with pytest.raises(InputError, match="--option provider: unknown here: openvino has device, threads, precision"):
+        api.generate(exported, "x", runtime="openvino", options={"provider": "cpu"})
+    with pytest.raises(InputError, match="--option threads: found 'all', expected a whole number"):
+        api.generate(exported, "x", runtime="ort", options={"threads": "all"})

@@ -56,7 +56,7 @@ FIXED = {
     ("compress", "--mixed-precision"), ("distill", "--prefix-calibration"), ("compress", "--calibration"),
     ("quantize", "--calibration"), ("compress", "--preset"), ("compare", "--preset"), ("compress", "--group-size"),
     ("plan", "--group-size"), ("distill", "--group-size"), ("quantize", "--group-size"), ("study new", "--mode"),
-    ("synth", "name"), ("targets show", "name"), ("generate", "--provider"), ("verify", "--dtype"),
+    ("synth", "name"), ("targets show", "name"), ("verify", "--dtype"),
 }  # fmt: skip
 """Options and arguments with a fixed list of names."""
 

@@ -143,6 +143,8 @@ def test_a_killed_drawing_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for change in (wanted[:19] + [Wish("other", 19)], wanted[:3]):
         with pytest.raises(InputError, match="images of another model, prompts or settings; give another --out"):
             scoring.draw(model, out, change)
+    with pytest.raises(InputError, match="images of another model, prompts or settings"):
+        scoring.draw(model, out, wanted, own={"precision": "exact"})
     (model / "transformer" / "w").write_text("12")
     with pytest.raises(InputError, match="images of another model"):
         scoring.draw(model, out, wanted)

@@ -151,19 +151,19 @@ def steps(recorder: Recorder, label: str, *, ort: bool) -> None:
         f"{label}: OpenVINO", "export", folder, "--target", "openvino", "-o", str(ir), makes=ir,
         file=ir / "transformer",
     )  # fmt: skip
-    cached = {"cache_dir": str(prepared)}
+    cached = {"cache_dir": str(prepared), "precision": "exact"}
     variants = [
-        Variant("OpenVINO", ir, "openvino"),
-        Variant("OpenVINO, dynamic quantization", ir, "openvino", options={"dynamic_quantization": True}),
+        Variant("OpenVINO", ir, "openvino", options={"precision": "exact"}),
+        Variant("OpenVINO, int8", ir, "openvino", options={"precision": "int8"}),
     ]
     if ort:
         recorder.stage(
             f"{label}: ONNX Runtime prepares its weights", "generate", "a lake", "--model", str(exported), "--runtime",
-            "ort", "--cache-dir", str(prepared), "--steps", "1", "--height", "64", "--width", "64",
+            "ort", "--option", f"cache_dir={prepared}", "--exact", "--steps", "1", "--height", "64", "--width", "64",
             "-o", f"{folder}-image.png", file=prepared,
         )  # fmt: skip
         variants += [
-            Variant("ONNX Runtime", exported, "ort"),
+            Variant("ONNX Runtime", exported, "ort", options={"precision": "exact"}),
             Variant("ONNX Runtime, weights prepared", exported, "ort", options=cached),
         ]
     _bench(recorder, f"{label}: one step", variants, repeats=3)
@@ -172,11 +172,10 @@ def steps(recorder: Recorder, label: str, *, ort: bool) -> None:
 def without_bf16(recorder: Recorder, label: str) -> None:
     """Measure a step as on processors that have int8 dot products but no bf16, by restricting oneDNN's instructions.
 
-    OpenVINO ignores that variable, so it gets the ONNX folder, which it computes in float32 and int8.
+    OpenVINO ignores that variable, but computes everything but int8 in float32.
     """
-    options = {"dynamic_quantization": True}
     folder = recorder.out / f"{label}-onnx"
-    variant = Variant("OpenVINO, dynamic quantization, float32", folder, "openvino", options=options)
+    variant = Variant("OpenVINO, int8", folder, "openvino", options={"precision": "int8"})
     name = f"{label}: one step without the processor's bf16 (the original's is emulated)"
     os.environ[_ISA] = "AVX512_CORE_VNNI"
     try:
