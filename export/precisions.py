@@ -1,9 +1,9 @@
-"""Measures how far the precisions of an export's runtimes are from float32, for runtimes/precision.py to choose from.
+"""Measures how far OpenVINO's precisions of an export are from float32, for runtimes/precision.py to choose from.
 
 The finished folder runs as a user runs it: its text encoders encode ten prompts, its transformer computes one velocity
-of each at a noise level of its own, in float32 and in every other precision. float32 in one runtime is the reference
-for all: the networks were just held to the checkpoint in it (parity.py). A precision whose instructions this processor
-lacks is not measured, since OpenVINO computes float32 in its place.
+of each at a noise level of its own, in float32 and in every other precision. float32 is the reference: the networks
+were just held to the checkpoint in it (parity.py). A precision whose instructions this processor lacks is not measured,
+since OpenVINO computes float32 in its place.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from edgeprune.common.progress import Progress, Steps
 from edgeprune.common.splits import Split
 from edgeprune.export.parity import MEMORY
 from edgeprune.runtimes.base import Array, Runtime, initial_latents
-from edgeprune.runtimes.precision import EXACT, FIELD, fast_here
+from edgeprune.runtimes.precision import EXACT, FIELD, lacking
 from edgeprune.sampling.prompts import prompts
 
 PROMPTS = 10
+_RUNTIME = "openvino"
 _SIDE = 16
 """Most image tokens on a side: a large image would take minutes, and rounding is per token."""
 _LEAST = 2 * 10**9
@@ -34,41 +35,42 @@ _LEAST = 2 * 10**9
 
 
 def measured(folder: Path, progress: Progress) -> dict[str, Any]:
-    """Return content for edgeprune_export.json: per runtime, each precision's distance from float32 by its norm.
+    """Return content for edgeprune_export.json: each precision's distance from float32, as a share of its norm.
 
-    Nothing is returned for weights that are not INT4, or if no network of this size fits; exports then run in float32.
+    Nothing is returned where OpenVINO is not installed, for weights that are not INT4, or if no network fits into
+    memory; the export then runs in float32.
 
     Args:
         folder: the export, complete with its edgeprune_export.json.
         progress: called after each network that ran.
     """
     exported = read_json(folder / "edgeprune_export.json")
-    names = [name for name in runtimes.candidates(folder) if runtimes.RUNTIMES[name].installed()]
-    offered = {name: runtimes.prepare(name).offered(exported["target"]) for name in names}
-    here = [(name, precision) for name in names for precision in offered[name] if fast_here(precision)]
-    if not exported["quantized"] or not here:
+    if not exported["quantized"] or not runtimes.RUNTIMES[_RUNTIME].installed():
+        return {}
+    here = [name for name in runtimes.prepare(_RUNTIME).offered(exported["target"]) if not lacking(name)]
+    if not here:
         return {}
     step = Steps("precisions: compared with float32", 2 + len(here), progress)
     memory = min(allowed(), max(MEMORY, resident() + _LEAST))
-    load = functools.partial(runtimes.load, folder, memory=memory)
-    errors: dict[str, dict[str, float]] = {}
+    load = functools.partial(runtimes.load, folder, _RUNTIME, memory=memory)
+    errors = {}
     try:
-        with load(names[0], precision=EXACT) as model, warnings.catch_warnings():
+        with load(precision=EXACT) as model, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a prompt of ours may be too long for a small model
             text = model.backend.encode(prompts(Split.CALIBRATION, PROMPTS))
             step()
             expected, (height, width) = _velocities(model, text), _size(model)
             step()
-        for name, precision in here:
-            with load(name, precision=precision) as model:
+        for name in here:
+            with load(precision=name) as model:
                 found = _velocities(model, text)
             error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-            errors.setdefault(name, {})[precision] = float(f"{error:.2g}")
+            errors[name] = float(f"{error:.2g}")
             step()
     except InputError as refusal:
         progress(f"precisions: not compared with float32, so this export runs in that: {refusal}")
         return {}
-    return {FIELD: errors | {"prompts": PROMPTS, "height": height, "width": width}}
+    return {FIELD: {_RUNTIME: errors, "prompts": PROMPTS, "height": height, "width": width}}
 
 
 def _size(model: Runtime) -> tuple[int, int]:

@@ -275,8 +275,9 @@ def offered(target: str, device: str = "CPU") -> tuple[str, ...]:
     An ONNX file cannot say which angles bf16 would spoil.
     """
     kind = device.partition(".")[0]
-    bf16 = kind == "CPU" and target == "openvino" and _heeds_marks()
-    return ("int8",) * (kind != "NPU") + ("bf16",) * bf16
+    if kind == "CPU" and target == "openvino" and _heeds_marks():
+        return "int8-bf16", "int8", "bf16"
+    return () if kind == "NPU" else ("int8",)
 
 
 def settings_of(
@@ -305,11 +306,11 @@ def settings_of(
     if kind not in _EXACT or not any(name == device or name.startswith(f"{device}.") for name in seen):
         raise InputError(f"device: found {device!r}, expected CPU, GPU or NPU; OpenVINO finds here: {', '.join(seen)}")
     config = dict(_EXACT[kind])
-    if precision == "int8":
+    if "int8" in precision:
         del config[_DYNAMIC]
         if group_size and kind == "CPU":
             config[_DYNAMIC] = str(group_size)
-    elif precision == "bf16":
+    if "bf16" in precision:
         config[_PRECISION] = "bf16"
     if threads < 0 or (threads and kind != "CPU"):
         raise InputError(f"threads: found {threads} for {device}, expected 0 or more for CPU, 0 elsewhere")
@@ -388,9 +389,9 @@ def open_backend(
         device: CPU, GPU (or GPU.1, ...) or NPU.
         threads: on the CPU; 0 for as many as affinity, quota and cores allow.
         precision: what the transformer's activations are computed in: `exact` (float32; float16 on GPU and NPU),
-            `bf16` (CPU; angles stay float32, and so does a whole transformer that was exported to ONNX), `int8` (CPU
-            and GPU: inputs of INT4 layers are rounded, on the CPU in groups as large as those of the weights), or
-            `auto`: on the CPU the fastest that the export measured to be exact enough, elsewhere `exact`.
+            `int8` (CPU and GPU: inputs of INT4 layers are rounded, on the CPU in groups as large as those of the
+            weights), `bf16` (CPU, not from ONNX; angles stay float32), `int8-bf16` (both), or `auto`: on the CPU the
+            fastest that the export measured to be exact enough, elsewhere `exact`.
         cache_dir: keeps compiled models there, so that the next start is faster.
         memory: most bytes of the process; None takes most of what is free. Networks that do not fit together are open
             one after the other, and blocks that do not fit are opened and closed at each step.
@@ -403,11 +404,13 @@ def open_backend(
     exported = read_json(path)
     exact = settings_of(device, threads=threads, cache_dir=cache_dir)
     kind = device.partition(".")[0]
-    chosen = choose(precision, offered(exported["target"], device), exported if kind == "CPU" else {}, "openvino")
+    chosen = choose(precision, offered(exported["target"], device), exported if kind == "CPU" else {})
     group_size = 0 if exported.get("group_size") is None else whole_number(exported, "group_size", path)
     config = settings_of(device, threads=threads, precision=chosen.name, group_size=group_size, cache_dir=cache_dir)
     file = FILES[exported["target"]]
-    activations = ("fp32" if kind == "CPU" else "fp16") if chosen.name == EXACT else chosen.name
+    activations = "int8" if "int8" in chosen.name else chosen.name
+    if chosen.name == EXACT:
+        activations = "fp32" if kind == "CPU" else "fp16"
     why = "; ".join(filter(None, (f"device={device}", chosen.why)))
     return NetworkBackend(
         OpenVinoEngine(file, device, config, exact, activations, why),

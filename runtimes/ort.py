@@ -17,7 +17,6 @@ import numpy as np
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
-from edgeprune.common.files import read_json
 from edgeprune.common.pieces import Needs, UncountableError
 from edgeprune.runtimes import prepack
 from edgeprune.runtimes.base import Array, Settings
@@ -36,8 +35,6 @@ from edgeprune.runtimes.ort_session import (
     session_options,
 )
 from edgeprune.runtimes.piecewise import PiecewiseNetwork
-from edgeprune.runtimes.precision import AUTO, EXACT
-from edgeprune.runtimes.precision import choose as choose_precision
 from edgeprune.runtimes.providers import Choice, choose
 from edgeprune.runtimes.strip_decoder import INPUT, StripDecoder, in_strips
 
@@ -56,11 +53,6 @@ _TYPES = {
 }
 
 
-def offered(target: str, provider: str = "cpu") -> tuple[str, ...]:
-    """Return the precisions of a provider besides float32, for an export's format; GPUs choose by themselves."""
-    return ("int8",) if provider == "cpu" else ()
-
-
 class OrtNetwork:
     """One ONNX file, with inputs and outputs by name.
 
@@ -69,16 +61,13 @@ class OrtNetwork:
         options: creates new session options at each call.
         choice: where to compute.
         cache_dir: where prepacked weights are kept; None does not prepack.
-        why: why it computes in what it does.
 
     Raises:
         InputError: the file is missing, damaged or not ONNX, the requested provider does not start, or the cache
             cannot be written.
     """
 
-    def __init__(
-        self, path: Path, options: Options, choice: Choice, cache_dir: Path | None = None, why: str = ""
-    ) -> None:
+    def __init__(self, path: Path, options: Options, choice: Choice, cache_dir: Path | None = None) -> None:
         check(path)
         with opening(path):
             if cache_dir is None:
@@ -91,7 +80,7 @@ class OrtNetwork:
         self._inputs = {i.name: _TYPES.get(i.type, np.float32) for i in session.get_inputs()}
         self._outputs = [o.name for o in session.get_outputs()]
         self.provider: str = session.get_providers()[0]
-        self.why = "; ".join(filter(None, (choice.started(self.provider), why)))
+        self.why = choice.started(self.provider)
 
     def largest_batch(self, name: str) -> None:
         """Return None: the sizes of an export's models are dynamic."""
@@ -134,33 +123,24 @@ class CpuEngine:
     """Opens networks on the CPU."""
 
     options: Options
-    """For the transformer."""
-    exact: Options
-    """For all other networks."""
     choice: Choice
     activations: str
     limited: bool
     """Whether the user named a limit."""
-    why: str = ""
-    """Why the transformer is computed in what it is."""
     name: str = "ort"
     counts_values: bool = True
 
     def open(self, folder: Path, limit: int | None) -> Network:
         """Open a network: whole, in pieces, or a VAE's decoder in strips."""
         if limit is None:
-            return OrtNetwork(folder / _FILE, self._options(folder), self.choice, why=self.why)
+            return OrtNetwork(folder / _FILE, self.options, self.choice)
         file = self._file(folder)
         return StripDecoder(file, limit) if INPUT in file.kinds else PiecewiseNetwork(file, limit)
-
-    def _options(self, folder: Path) -> Options:
-        return self.options if folder.name == "transformer" else self.exact
 
     def _file(self, folder: Path) -> OrtFile:
         from edgeprune.runtimes.ort_pieces import OrtFile  # onnx is needed only where networks are counted
 
-        int8 = self.activations == "int8" and folder.name == "transformer"
-        return OrtFile(folder / _FILE, self._options(folder), self.choice, int8=int8, why=self.why)
+        return OrtFile(folder / _FILE, self.options, self.choice, int8=self.activations == "int8")
 
     def needs(self, folder: Path, shapes: Shapes) -> Needs:
         """Return the bytes that a network takes; it is read, without its weights.
@@ -191,7 +171,7 @@ def open_backend(
     settings: Settings,
     *,
     provider: str | None = None,
-    precision: str = AUTO,
+    precision: str = "exact",
     threads: int = 0,
     cache_dir: str | Path | None = None,
     memory: int | None = None,
@@ -203,9 +183,7 @@ def open_backend(
         folder: an export of format onnx.
         settings: that folder's settings.
         provider: cuda, tensorrt, coreml, openvino or cpu; None takes the first of these that is present.
-        precision: what the transformer's activations are computed in: `exact` (float32), `int8` (CPU only: inputs of
-            INT4 layers are rounded), or `auto`: the fastest that the export measured to be exact enough. Providers of
-            GPUs choose by themselves.
+        precision: what activations are computed in: `exact` (float32), or on the CPU `int8`, see `session_options`.
         threads: threads inside one operator; 0 for as many as affinity, quota and cores allow.
         cache_dir: keeps prepacked weights there and maps them (CPU only, without `memory`). The first start creates
             them, which takes more time and memory.
@@ -219,29 +197,24 @@ def open_backend(
     """
     # A cache implies the CPU: weights are prepacked only there.
     choice = choose(onnxruntime.get_available_providers(), "cpu" if cache_dir and not provider else provider)
-    exported = read_json(folder / "edgeprune_export.json")
-    chosen = choose_precision(precision, offered(exported["target"], choice.name), exported, "ort")
-    exact = functools.partial(session_options, threads=threads, reuse=choice.name != "cpu")
-    exact()  # checks the options before anything is opened
-    options = functools.partial(exact, int8=chosen.name == "int8")
+    known = ("exact", "int8") if choice.name == "cpu" else ("exact",)
+    if precision not in known:
+        raise InputError(f"precision: found {precision!r}, expected {' or '.join(known)} on {choice.providers[0]}")
+    options = functools.partial(session_options, int8=precision == "int8", threads=threads, reuse=choice.name != "cpu")
+    options()  # checks the options before anything is opened
     if cache_dir is not None and choice.name != "cpu":
         raise InputError(f"cache_dir: found it for {choice.providers[0]}, expected it for provider=cpu only")
     if cache_dir is not None and memory is not None:
         raise InputError("cache_dir: found it with memory, expected one of them: prepacked weights are opened whole")
-    activations = "fp32" if chosen.name == EXACT else chosen.name
+    activations = "int8" if precision == "int8" else "fp32"
     engine: Engine
     if choice.name == "cpu" and cache_dir is None:
-        engine = CpuEngine(options, exact, choice, activations, limited=memory is not None, why=chosen.why)
+        engine = CpuEngine(options, choice, activations, limited=memory is not None)
     else:
         cache = None if cache_dir is None else Path(cache_dir)
-
-        def opened(network: Path) -> OrtNetwork:
-            own = options if network.name == "transformer" else exact
-            return OrtNetwork(network / _FILE, own, choice, cache, chosen.why)
-
         engine = WholeEngine(
             "ort",
-            opened,
+            lambda path: OrtNetwork(path / _FILE, options, choice, cache),
             activations=activations,
             rows=nvml_row if choice.name in ("tensorrt", "cuda") else dict,
         )

@@ -30,20 +30,19 @@ class OrtFile:
         options: creates new session options at each call.
         choice: the CPU.
         int8: activations are rounded to INT8.
-        why: why it computes in what it does.
 
     Raises:
         InputError: the file is missing, damaged or not ONNX, or it has several files of external data.
     """
 
-    def __init__(self, path: Path, options: Options, choice: Choice, *, int8: bool = False, why: str = "") -> None:
+    def __init__(self, path: Path, options: Options, choice: Choice, *, int8: bool = False) -> None:
         names = check(path)
         if len(names) > 1:
             found = ", ".join(sorted(names))
             raise UncountableError(f"{path}: external data: found {found}, expected one file; export again")
         self._data = (path.parent / next(iter(names), path.name)).resolve()
         self.path, self._options, self._choice, self._int8 = path, options, choice, int8
-        self.device, self.why = choice.providers[0], "; ".join(filter(None, (choice.why, why)))
+        self.device, self.why = choice.providers[0], choice.why
         self._model = read_model(path)
         self.kinds = input_kinds(self._model)
         """The type of each input, by name."""

@@ -91,10 +91,11 @@ def session_of(
 
 
 def session_options(*, int8: bool = False, threads: int = 0, reuse: bool = True) -> onnxruntime.SessionOptions:
-    """Return session options that favour low memory.
+    """Return session options that favour exactness and low memory.
 
     Args:
-        int8: MatMulNBits rounds its inputs to int8 (accuracy level 4) instead of computing in float32 (level 1).
+        int8: MatMulNBits rounds its inputs to int8 (accuracy level 4) instead of computing in float32 (level 1). On
+            random weights of SD3.5 Large's and Medium's shapes that was no faster (docs/run.md).
         threads: threads inside one operator; 0 for as many as affinity, quota and cores allow.
         reuse: give values the buffers of others that were read. These stay until the last value: 277 instead of 102 MB
             for a block of SD3.5 Large at 512x512, in the same time.

@@ -1,4 +1,4 @@
-"""Chooses what the activations of an export's transformer are computed in.
+"""Chooses what OpenVINO computes the activations of an export's transformer in.
 
 How far a precision is from float32 is a property of the numbers: an export measures it on the model's own prompts
 (export/precisions.py) and keeps it in edgeprune_export.json. How fast a precision is depends on the processor: without
@@ -19,8 +19,9 @@ FIELD = "precisions"
 """What edgeprune_export.json calls the measured errors."""
 BOUND = 2e-2
 """Largest error of the velocity, as a share of its norm, of a precision that is chosen unasked."""
-_NEEDS = {"int8": ("int8 dot products", INT8_DOT_PRODUCTS), "bf16": ("bf16 products", MULTIPLY_BF16)}
-"""The instructions that make a precision faster than float32: what they do, and any of these names."""
+_INT8, _BF16 = ("int8 dot products", INT8_DOT_PRODUCTS), ("bf16 products", MULTIPLY_BF16)
+_NEEDS = {"int8-bf16": (_INT8, _BF16), "int8": (_INT8,), "bf16": (_BF16,)}
+"""The instructions without which a precision is no faster than float32: what they do, and any of these names."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,19 @@ class Chosen:
     why: str
 
 
-def fast_here(precision: str) -> bool:
-    """Return whether this processor has the instructions that make a precision faster than float32."""
-    return bool(_NEEDS[precision][1] & instructions())
+def lacking(precision: str) -> list[str]:
+    """Return the instructions that this processor lacks, without which a precision is no faster than float32."""
+    return [what for what, names in _NEEDS[precision] if not names & instructions()]
 
 
-def choose(asked: str, offered: Sequence[str], exported: Mapping[str, Any], runtime: str) -> Chosen:
-    """Choose the precision in which a runtime computes an export's transformer.
+def choose(asked: str, offered: Sequence[str], exported: Mapping[str, Any]) -> Chosen:
+    """Choose the precision in which OpenVINO computes an export's transformer.
 
     Args:
         asked: one of `offered`, EXACT, or AUTO for the fastest that this processor has instructions for, if the export
             measured it to be within BOUND.
-        offered: the precisions that the runtime has here besides its most exact one, the fastest first.
+        offered: the precisions of the device besides its most exact one, the fastest first.
         exported: the content of edgeprune_export.json.
-        runtime: the runtime's name.
 
     Raises:
         InputError: `asked` is none of these.
@@ -57,7 +57,7 @@ def choose(asked: str, offered: Sequence[str], exported: Mapping[str, Any], runt
     if not offered:
         return Chosen(EXACT, "")
     field = exported.get(FIELD)
-    errors = field.get(runtime) if isinstance(field, Mapping) else None
+    errors = field.get("openvino") if isinstance(field, Mapping) else None
     if not isinstance(errors, Mapping):
         return Chosen(EXACT, "exact, the export measured no other precision")
     reasons = []
@@ -67,8 +67,8 @@ def choose(asked: str, offered: Sequence[str], exported: Mapping[str, Any], runt
             reasons.append(f"{name} was not measured")
         elif not error <= BOUND:
             reasons.append(f"{name} is off by {error:.2g}")
-        elif not fast_here(name):
-            reasons.append(f"no {_NEEDS[name][0]} here")
+        elif missing := lacking(name):
+            reasons.append(f"{name} needs {' and '.join(missing)}")
         else:
             return Chosen(name, f"{name}, off by {error:.2g}")
     return Chosen(EXACT, f"exact, {', '.join(reasons)}")

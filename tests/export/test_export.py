@@ -24,11 +24,9 @@ from quantised import quantised
 from tokenizers import Tokenizer
 from torch import nn
 
-from edgeprune import runtimes
 from edgeprune.common.errors import DiskError, InputError, ParityError
 from edgeprune.common.files import sha256_file
-from edgeprune.export import chunked_onnx, folder, graph, modules, parity, precisions, to_onnx, unfinished
-from edgeprune.runtimes import base, networks, ort_session, precision
+from edgeprune.export import chunked_onnx, folder, graph, modules, parity, to_onnx, unfinished
 
 ROOT = Path(__file__).parents[2]
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -342,64 +340,6 @@ def test_float_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert nodes["DequantizeLinear"] == 0
     generation = json.loads((tmp_path / "onnx" / "generation.json").read_text())
     assert (generation["height"], generation["width"], generation["num_inference_steps"]) == (64, 64, 28)
-
-
-# ------------------------------------------------------------------------------------- the precisions
-
-
-def test_errors_of_precisions_are_measured(
-    exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(precisions, "fast_here", lambda name: name == "int8")
-    told: list[tuple[Any, ...]] = []
-    found = precisions.measured(exported[0], lambda what, *steps: told.append(steps[:2]))["precisions"]
-    assert (found["prompts"], found["height"], found["width"]) == (10, 64, 64)
-    assert 1e-3 < found["ort"]["int8"] < 0.2  # of random integers
-    assert told[0][0] == 1 and told[-1] == (len(told), len(told))
-    monkeypatch.setattr(precisions, "fast_here", lambda _: False)  # OpenVINO would compute float32, and find no error
-    assert precisions.measured(exported[0], lambda *_: None) == {}
-
-
-def test_an_error_is_that_of_the_velocity(
-    exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A transformer that is off by 1 % in the other precision is found to be."""
-    monkeypatch.setattr(precisions, "fast_here", lambda _: True)
-    monkeypatch.setattr(runtimes, "candidates", lambda _: ["ort"])
-    levels, real = [], networks.NetworkBackend.step
-
-    def step(self: Any, latents: Any, text: Any, pooled: Any, sigma: Any, guidance: float) -> Any:
-        levels.append(sigma.tolist())
-        rounded = self.precision == "W4A8"
-        return real(self, latents, text, pooled, sigma, guidance) * (1.0 if not rounded else 1.01)
-
-    monkeypatch.setattr(networks.NetworkBackend, "step", step)
-    monkeypatch.setattr(ort_session, "ACCURACY", "session.unused")  # so that nothing else differs
-    assert precisions.measured(exported[0], lambda *_: None)["precisions"]["ort"]["int8"] == 0.01
-    assert levels[0] == levels[1] and len(set(levels[0])) == 10 and levels[0][0] == 1.0
-
-
-def test_the_fastest_precision_that_is_exact_enough_is_the_default(
-    exported: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = Path(shutil.copytree(exported[0], tmp_path / "out"))
-    monkeypatch.setattr(precision, "instructions", lambda: frozenset({"avx_vnni"}))
-    old = {key: value for key, value in exported[1].items() if key != "precisions"}
-
-    def velocity(measured: dict[str, Any], **options: Any) -> tuple[str, Any]:
-        (out / folder.FILE).write_text(json.dumps(old | measured))
-        with runtimes.load(out, "ort", threads=1, **options) as model:
-            texts = model.backend.encode(["two red circles"])
-            latents = base.initial_latents(model.settings, [1], 64, 64)
-            return model.backend.precision, (*texts, model.step(latents, *texts, np.full(1, 0.5, np.float32)))
-
-    kept, exact = velocity({}), velocity({"precisions": {"ort": {"int8": 0.01}}}, precision="exact")
-    fast, far = (velocity({"precisions": {"ort": {"int8": error}}}) for error in (0.01, 0.021))
-    assert [found[0] for found in (kept, exact, fast, far)] == ["W4A32", "W4A32", "W4A8", "W4A32"]
-    for found in (exact, far):
-        assert all(np.array_equal(a, b) for a, b in zip(found[1], kept[1], strict=True))
-    assert all(np.array_equal(a, b) for a, b in zip(fast[1][:2], kept[1][:2], strict=True))  # the text encoders'
-    assert parity.relative_error(fast[1][2], kept[1][2])[1] > 1e-3
 
 
 # ------------------------------------------------------------------------------------- small things

@@ -422,7 +422,10 @@ def test_only_the_transformer_is_rounded(
     exported: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = Path(shutil.copytree(exported[0], tmp_path / "out"))
-    record = exported[1] | {"precisions": {"openvino": {"int8": 0.013, "bf16": 0.004}}, "group_size": 64}
+    record = exported[1] | {
+        "precisions": {"openvino": {"int8-bf16": 0.014, "int8": 0.013, "bf16": 0.004}},
+        "group_size": 64,
+    }
     (out / folder.FILE).write_text(json.dumps(record))
     monkeypatch.setattr(runtime, "core", FakeCore)
     monkeypatch.setattr(precision, "instructions", lambda: frozenset({"avx_vnni"}))

@@ -58,6 +58,8 @@ def test_options_become_properties(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = runtime.settings_of("CPU", precision="int8", group_size=128)
     assert found == exact | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}
     assert runtime.settings_of("CPU", precision="bf16") == exact | {"INFERENCE_PRECISION_HINT": "bf16"}
+    both = {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}
+    assert runtime.settings_of("CPU", precision="int8-bf16", group_size=64) == exact | both
     assert runtime.settings_of("CPU", group_size=128) == exact
     assert runtime.settings_of("GPU", precision="int8", group_size=128) == {}  # it has its own
     assert (tmp_path / "a" / "b").is_dir()
@@ -65,7 +67,7 @@ def test_options_become_properties(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_precisions_are_those_of_device_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert runtime.offered("openvino") == ("int8", "bf16")
+    assert runtime.offered("openvino") == ("int8-bf16", "int8", "bf16")
     assert runtime.offered("onnx") == runtime.offered("openvino", "GPU.1") == ("int8",)
     assert runtime.offered("openvino", "NPU") == ()
     monkeypatch.setattr(openvino, "__version__", "2026.3.1-22001-abc")  # would compute all of it in float32

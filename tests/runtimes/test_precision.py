@@ -10,20 +10,22 @@ from edgeprune.common.errors import InputError
 from edgeprune.runtimes import precision
 from edgeprune.runtimes.precision import AUTO, BOUND, EXACT, choose
 
-BOTH = ("int8", "bf16")
+OFFERED = ("int8-bf16", "int8", "bf16")
 ZEN5, ALDER_LAKE, SAPPHIRE = {"avx512_vnni", "avx512_bf16"}, {"avx_vnni"}, {"avx512_vnni", "amx_bf16"}
 SKYLAKE, APPLE, HASWELL = {"avx512f", "avx512bw"}, set[str](), {"avx2", "fma"}
 
 
 def measured(**errors: Any) -> dict[str, Any]:
-    """What an export writes, of `fast` alone."""
-    return {"precisions": {"fast": errors, "prompts": 10, "height": 64, "width": 64}}
+    """What an export writes."""
+    return {"precisions": {"openvino": errors, "prompts": 10, "height": 64, "width": 64}}
 
 
 @pytest.mark.parametrize(
     ("here", "errors", "expected"),
     [
-        (ZEN5, {"int8": 0.01, "bf16": 0.005}, "int8"),
+        (ZEN5, {"int8-bf16": 0.011, "int8": 0.01, "bf16": 0.005}, "int8-bf16"),
+        (ALDER_LAKE, {"int8-bf16": 0.011, "int8": 0.01, "bf16": 0.005}, "int8"),
+        (ZEN5, {"int8-bf16": 0.021, "int8": 0.01, "bf16": 0.005}, "int8"),
         (ALDER_LAKE, {"int8": 0.01, "bf16": 0.005}, "int8"),
         (ZEN5, {"int8": BOUND, "bf16": 0.005}, "int8"),
         (ZEN5, {"int8": 0.021, "bf16": 0.005}, "bf16"),
@@ -40,15 +42,17 @@ def test_the_fastest_that_is_exact_enough_and_has_its_instructions(
     here: set[str], errors: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "instructions", lambda: frozenset(here))
-    assert choose(AUTO, BOTH, measured(**errors), "fast").name == expected
+    assert choose(AUTO, OFFERED, measured(**errors)).name == expected
 
 
 def test_why_it_was_chosen_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "instructions", lambda: frozenset(ALDER_LAKE))
-    assert choose(AUTO, BOTH, measured(int8=0.0091), "fast").why == "int8, off by 0.0091"
-    found = choose(AUTO, BOTH, measured(int8=0.031, bf16=0.005), "fast").why
-    assert found == "exact, int8 is off by 0.031, no bf16 products here"
-    assert choose(AUTO, ("int8",), measured(), "fast").why == "exact, int8 was not measured"
+    assert choose(AUTO, OFFERED, measured(int8=0.0091)).why == "int8, off by 0.0091"
+    found = choose(AUTO, ("int8-bf16",), measured(**{"int8-bf16": 0.01})).why
+    assert found == "exact, int8-bf16 needs bf16 products"
+    found = choose(AUTO, OFFERED, measured(int8=0.031, bf16=0.005)).why
+    assert found == "exact, int8-bf16 was not measured, int8 is off by 0.031, bf16 needs bf16 products"
+    assert choose(AUTO, ("int8",), measured()).why == "exact, int8 was not measured"
 
 
 @pytest.mark.parametrize(
@@ -56,15 +60,15 @@ def test_why_it_was_chosen_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_an_export_that_measured_nothing_runs_as_before(old: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "instructions", lambda: frozenset(ZEN5))
-    found = choose(AUTO, BOTH, old, "fast")
+    found = choose(AUTO, OFFERED, old)
     assert (found.name, found.why) == (EXACT, "exact, the export measured no other precision")
 
 
 def test_what_is_asked_for_is_used_without_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "instructions", lambda: frozenset(HASWELL))
-    for name in (EXACT, *BOTH):
-        found = choose(name, BOTH, measured(int8=0.5), "fast")
+    for name in (EXACT, *OFFERED):
+        found = choose(name, OFFERED, measured(int8=0.5))
         assert (found.name, found.why) == (name, f"precision={name}")
     with pytest.raises(InputError, match="precision: found 'bf16', expected one of auto, exact, int8$"):
-        choose("bf16", ("int8",), {}, "fast")
-    assert choose(AUTO, (), measured(int8=0.01), "fast").why == ""  # a GPU that chooses by itself
+        choose("bf16", ("int8",), {})
+    assert choose(AUTO, (), measured(int8=0.01)).why == ""  # a GPU that chooses by itself

@@ -1,0 +1,106 @@
+"""OpenVINO's precisions of an export: what is measured, and what runs then. On the ONNX of a tiny model in INT4."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import traced
+from quantised import quantised
+
+pytest.importorskip("openvino")
+
+from edgeprune import runtimes
+from edgeprune.export import folder, parity, precisions, to_onnx
+from edgeprune.runtimes import base, networks, openvino, precision
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The export, measured as if the processor had every instruction."""
+    source = tmp_path_factory.mktemp("source") / "tiny"
+    tiny.tiny_pipeline(source)
+    (source / "transformer_int4").mkdir()
+    shutil.copyfile(source / "transformer" / "config.json", source / "transformer_int4" / "config.json")
+    model = quantised(tiny.tiny_transformer(num_layers=2))
+    out = tmp_path_factory.mktemp("out") / "onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "open_transformer", lambda *_, **__: tiny.stored(model))
+        patch.setattr(precisions, "lacking", lambda _: [])
+        traced.reuse(patch, tiny_folders[1], "text_encoder", "text_encoder_2", "vae_decoder")
+        return out, to_onnx.export(source, out)
+
+
+def test_the_errors_are_in_the_record(exported: tuple[Path, dict[str, Any]]) -> None:
+    found = json.loads((exported[0] / folder.FILE).read_text())["precisions"]
+    assert found == exported[1]["precisions"]
+    assert {key: found[key] for key in ("prompts", "height", "width")} == {"prompts": 10, "height": 64, "width": 64}
+    assert found["openvino"].keys() == {"int8"}  # bf16 would spoil the angles of an ONNX file
+    least = 0.0 if precision.lacking("int8") else 1e-3  # without the instructions OpenVINO rounds nothing
+    assert least <= found["openvino"]["int8"] < 0.2
+
+
+def test_nothing_is_measured_without_the_instructions(
+    exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO would compute float32 in place of int8, and no error be found."""
+    monkeypatch.setattr(precision, "instructions", lambda: frozenset({"avx2"}))
+    assert precisions.measured(exported[0], lambda *_: None) == {}
+
+
+def test_an_error_is_that_of_ten_velocities(
+    exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transformer that is off by 1 % in int8 is found to be."""
+    monkeypatch.setattr(precisions, "lacking", lambda _: [])
+    seen, real, settings_of = [], networks.NetworkBackend.step, openvino.settings_of
+
+    def step(self: Any, latents: Any, text: Any, pooled: Any, sigma: Any, guidance: float) -> Any:
+        seen.append((sigma.tolist(), text, latents, guidance))
+        return real(self, latents, text, pooled, sigma, guidance) * (1.01 if self.precision == "W4A8" else 1.0)
+
+    def exact(device: str, *, precision: str = "exact", **options: Any) -> dict[str, Any]:
+        return settings_of(device, **options)
+
+    monkeypatch.setattr(networks.NetworkBackend, "step", step)
+    monkeypatch.setattr(openvino, "settings_of", exact)
+    told: list[tuple[Any, ...]] = []
+    found = precisions.measured(exported[0], lambda what, *steps: told.append(steps[:2]))
+    assert found["precisions"]["openvino"]["int8"] == 0.01
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    (levels, text, latents, guidance), again = seen
+    assert len(set(levels)) == len(latents) == 10 and levels[0] == 1.0 and min(levels) > 0 and guidance == 3.0
+    assert len({row.tobytes() for row in text}) > 5  # of other prompts
+    assert levels == again[0] and np.array_equal(text, again[1]) and np.array_equal(latents, again[2])
+
+
+def test_the_fastest_that_is_exact_enough_is_the_default(
+    exported: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(exported[0], tmp_path / "out"))
+    old = {key: value for key, value in exported[1].items() if key != "precisions"}
+
+    def velocity(error: float | None, here: str = "avx512_vnni", **options: Any) -> tuple[str, list[Any]]:
+        measured = {} if error is None else {"precisions": {"openvino": {"int8": error}}}
+        (out / folder.FILE).write_text(json.dumps(old | measured))
+        monkeypatch.setattr(precision, "instructions", lambda: frozenset({here}))
+        with runtimes.load(out, "openvino", threads=1, **options) as model:
+            texts = model.backend.encode(["two red circles"])
+            latents = base.initial_latents(model.settings, [1], 64, 64)
+            return model.backend.precision, [*texts, model.step(latents, *texts, np.full(1, 0.5, np.float32))]
+
+    before = velocity(None)
+    for same in (velocity(0.01, precision="exact"), velocity(0.021), velocity(0.01, here="avx2")):
+        assert before[0] == same[0] == "W4A32"
+        assert all(np.array_equal(a, b) for a, b in zip(same[1], before[1], strict=True))
+    fast = velocity(0.01)
+    assert fast[0] == "W4A8" == velocity(None, precision="int8")[0]
+    assert all(np.array_equal(a, b) for a, b in zip(fast[1][:2], before[1][:2], strict=True))  # the text encoders'
+    monkeypatch.undo()
+    if not precision.lacking("int8"):
+        assert parity.relative_error(fast[1][2], before[1][2])[1] > 1e-3
