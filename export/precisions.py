@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from edgeprune import runtimes
 from edgeprune.common.errors import InputError
@@ -22,14 +23,16 @@ from edgeprune.common.memory import allowed, resident
 from edgeprune.common.progress import Progress, Steps
 from edgeprune.common.splits import Split
 from edgeprune.export.parity import MEMORY
+from edgeprune.export.text import largest
 from edgeprune.runtimes.base import Array, Runtime, initial_latents
 from edgeprune.runtimes.precision import EXACT, FIELD, lacking
+from edgeprune.sampling.denoising import Conditioning
 from edgeprune.sampling.prompts import prompts
 
 PROMPTS = 10
 _RUNTIME = "openvino"
-_SIDE = 16
-"""Most image tokens on a side: a large image would take minutes, and rounding is per token."""
+_SIDE, _TEXT = 8, 128
+"""Most image tokens on a side, and most tokens of a text: rounding is per token, and more would take minutes."""
 _LEAST = 2 * 10**9
 """Bytes that are left for networks, however much the process has already."""
 
@@ -57,7 +60,7 @@ def measured(folder: Path, progress: Progress) -> dict[str, Any]:
     try:
         with load(precision=EXACT) as model, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a prompt of ours may be too long for a small model
-            text = model.backend.encode(prompts(Split.CALIBRATION, PROMPTS))
+            text = _largest(*model.backend.encode(prompts(Split.CALIBRATION, PROMPTS)))
             step()
             expected, (height, width) = _velocities(model, text), _size(model)
             step()
@@ -70,7 +73,14 @@ def measured(folder: Path, progress: Progress) -> dict[str, Any]:
     except InputError as refusal:
         progress(f"precisions: not compared with float32, so this export runs in that: {refusal}")
         return {}
-    return {FIELD: {_RUNTIME: errors, "prompts": PROMPTS, "height": height, "width": width}}
+    sizes = {"prompts": PROMPTS, "height": height, "width": width, "text_tokens": text[0].shape[1]}
+    return {FIELD: {_RUNTIME: errors} | sizes}
+
+
+def _largest(hidden: Array, pooled: Array) -> tuple[Array, Array]:
+    """Return encoded prompts with at most _TEXT tokens (B, M, K): those with the largest values, which round worst."""
+    found = largest(Conditioning(torch.from_numpy(hidden), torch.from_numpy(pooled)), _TEXT)
+    return found.hidden.numpy(), pooled
 
 
 def _size(model: Runtime) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ def exported(tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathF
 def test_the_errors_are_in_the_record(exported: tuple[Path, dict[str, Any]]) -> None:
     found = json.loads((exported[0] / folder.FILE).read_text())["precisions"]
     assert found == exported[1]["precisions"]
-    assert {key: found[key] for key in ("prompts", "height", "width")} == {"prompts": 10, "height": 64, "width": 64}
+    sizes = {"prompts": 10, "height": 64, "width": 64, "text_tokens": tiny.TOKENS}
+    assert {key: found[key] for key in sizes} == sizes
     assert found["openvino"].keys() == {"int8"}  # bf16 would spoil the angles of an ONNX file
     least = 0.0 if precision.lacking("int8") else 1e-3  # without the instructions OpenVINO rounds nothing
     assert least <= found["openvino"]["int8"] < 0.2
@@ -51,6 +53,24 @@ def test_nothing_is_measured_without_the_instructions(
     """OpenVINO would compute float32 in place of int8, and no error be found."""
     monkeypatch.setattr(precision, "instructions", lambda: frozenset({"avx2"}))
     assert precisions.measured(exported[0], lambda *_: None) == {}
+
+
+def test_a_long_text_and_a_large_image_are_cut() -> None:
+    """Rounding is per token: at full size it would take minutes and find the same."""
+    hidden, pooled = (
+        np.random.default_rng(0).standard_normal((2, 300, 4)).astype(np.float32),
+        np.zeros((2, 3), np.float32),
+    )
+    hidden[1, [7, 299]] *= 100
+    found, same = precisions._largest(hidden, pooled)
+    assert found.shape == (2, 128, 4) and same is pooled
+    rows = [row.tobytes() for row in hidden[1]]
+    places = [rows.index(row.tobytes()) for row in found[1]]
+    assert {7, 299} <= set(places) and places == sorted(places)
+    assert np.array_equal(precisions._largest(hidden[:, :77], pooled)[0], hidden[:, :77])
+    generation = SimpleNamespace(height=1024, width=64)
+    settings = SimpleNamespace(generation=generation, factor=8, patch=2)
+    assert precisions._size(SimpleNamespace(settings=settings)) == (128, 64)  # type: ignore[arg-type]
 
 
 def test_an_error_is_that_of_ten_velocities(
