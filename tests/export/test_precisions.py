@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import tiny
 import traced
-from quantised import quantised
+from torch import nn
 
 pytest.importorskip("openvino")
 
 from edgeprune import runtimes
 from edgeprune.export import folder, parity, precisions, to_onnx
+from edgeprune.quantization.precision import Precision
+from edgeprune.quantization.quantize import packed_from, round_to_nearest
 from edgeprune.runtimes import base, networks, openvino, precision
+
+INT4 = Precision(4, 64)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,12 @@ def exported(tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathF
     tiny.tiny_pipeline(source)
     (source / "transformer_int4").mkdir()
     shutil.copyfile(source / "transformer" / "config.json", source / "transformer_int4" / "config.json")
-    model = quantised(tiny.tiny_transformer(num_layers=2))
+    model = tiny.tiny_transformer(num_layers=2)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name.startswith("transformer_blocks"):
+            parent, _, leaf = name.rpartition(".")
+            packed = packed_from(layer, *round_to_nearest(layer.weight.detach(), INT4), INT4)
+            setattr(model.get_submodule(parent), leaf, packed)
     out = tmp_path_factory.mktemp("out") / "onnx"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_onnx, "open_transformer", lambda *_, **__: tiny.stored(model))
