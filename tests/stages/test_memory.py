@@ -86,12 +86,12 @@ def test_the_forecast_is_near_what_was_measured(
     }
     alone, seen = {"analyze-gates", "compress-blocks", "tail"}, list[str]()
     for (row, stage), size in needed.items():
-        for peak in measured(f"{row}{suffix}", stage.replace(":", f"{suffix}:", 1)):
-            seen.append(row)
-            if row in alone:
-                assert 0.5 * peak < size < 1.15 * peak, (stage, size, peak)
-            else:
-                assert PROCESS_BYTES < size < peak, (stage, size, peak)
+        peaks = measured(f"{row}{suffix}", stage.replace(":", f"{suffix}:", 1))
+        seen += [row for _ in peaks]
+        if row in alone and peaks:  # one processor takes up to a fifth more than another
+            assert 0.5 * max(peaks) < size < 1.15 * max(peaks), (stage, size, peaks)
+        elif peaks:
+            assert PROCESS_BYTES < size < min(peaks), (stage, size, peaks)
     assert {"analyze-gates", "compress-blocks", "plan-auto", "draw"} <= set(seen)
 
 
@@ -99,12 +99,7 @@ def test_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     subject = shell("sd3.5-large", tmp_path, monkeypatch, 512)
     here = Memory(subject, BF16)
     assert PROCESS_BYTES < here.encoding(1, pooled=True) < here.encoding(1)  # T5 is the largest
-    assert (
-        here.encoding(64) - here.encoding(1)
-        == 63 * 256 * (3 * 10240 + 2 * 4096) * 2
-        == (here.encoding(64) - here.encoding(1))
-    )
-    assert here.encoding(1000) == here.encoding(64)
+    assert here.encoding(1000) == here.encoding(1)  # as many are in a layer together as there is room for
     assert Memory(subject, Compute(wish=torch.float32)).transformer(1) > 1.4 * here.transformer(1)
     large = replace(subject, generation=replace(subject.generation, height=1024, width=1024))
     high = Memory(large, BF16)
