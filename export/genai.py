@@ -6,7 +6,6 @@ So the folder also gets a scheduler with the constant shift that is right at the
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,13 @@ from edgeprune.export import ir_tokenizer
 from edgeprune.families.encoders import T5, text_encoders, tokenizer_of
 from edgeprune.runtimes.base import read_settings
 from edgeprune.sampling.generation import longest_prompt
-from edgeprune.sampling.scheduler import FlowMatchEuler
+from edgeprune.sampling.scheduler import FlowMatch
+from edgeprune.sampling.scheduler_classes import EULER_CLASS
 
 SCHEDULER = "openvino_genai.json"
-"""Next to scheduler_config.json, if that one shifts by image size; for `openvino_genai.Scheduler.from_config`."""
+"""Next to scheduler_config.json, if that one shifts by image size or is not Euler's.
+
+For `openvino_genai.Scheduler.from_config`."""
 
 
 def write(folder: Path) -> dict[str, Any]:
@@ -33,16 +35,14 @@ def write(folder: Path) -> dict[str, Any]:
     """
     settings = read_settings(folder)
     made = settings.generation
-    path = folder / "scheduler" / "scheduler_config.json"
-    config = read_json(path)
-    scheduler = FlowMatchEuler.from_config(config, where=str(path))
-    if scheduler.use_dynamic_shifting:
+    scheduler = FlowMatch.load(folder)
+    if scheduler.use_dynamic_shifting or scheduler.kind != EULER_CLASS:
         unit = settings.factor * settings.patch
         tokens = (made.height // unit) * (made.width // unit)
-        mu = settings.family.shift(tokens, made.num_inference_steps)
-        mu = scheduler.mu(tokens) if mu is None else mu
-        shift = math.exp(mu) if scheduler.time_shift_type == "exponential" else mu
-        write_json(path.with_name(SCHEDULER), config | {"use_dynamic_shifting": False, "shift": shift})
+        shift = scheduler.shifted_by(tokens, settings.family.shift(tokens, made.num_inference_steps))
+        path = folder / "scheduler" / "scheduler_config.json"
+        constant = {"_class_name": EULER_CLASS, "use_dynamic_shifting": False, "shift": shift}
+        write_json(path.with_name(SCHEDULER), read_json(path) | constant)
     # Our runtimes pad the prompts of all CLIPs to the first tokenizer's length.
     clip, t5 = longest_prompt(folder), made.max_sequence_length
     return {

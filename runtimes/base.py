@@ -34,8 +34,8 @@ from edgeprune.sampling.generation import (
     is_distilled,
     latent_factor,
 )
-from edgeprune.sampling.scheduler import FlowMatchEuler
-from edgeprune.sampling.solvers import SOLVERS, Step
+from edgeprune.sampling.scheduler import FlowMatch
+from edgeprune.sampling.solvers import SOLVERS, Step, visited
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -335,7 +335,7 @@ class Runtime:
             model.generate("two red circles", seed=3)[0].save("out.png")
     """
 
-    def __init__(self, backend: Backend, settings: Settings, scheduler: FlowMatchEuler) -> None:
+    def __init__(self, backend: Backend, settings: Settings, scheduler: FlowMatch) -> None:
         self.backend, self.settings, self.scheduler = backend, settings, scheduler
 
     @property
@@ -484,6 +484,7 @@ class Runtime:
         sigmas = self.scheduler.sigmas(
             steps, tokens=tokens, levels=settings.family.levels(steps), mu=settings.family.shift(tokens, steps)
         )
+        sigmas = sigmas[visited(generation.solver, sigmas.tolist())]
         guided, count = wish.negative is not None, len(wish.prompts)
         also = [wish.negative] if wish.negative is not None else []
         if count > GROUP:
@@ -543,6 +544,5 @@ def plan_runtime(folder: Path, module: ModuleType, options: dict[str, Any]) -> R
         name = module.__name__.rpartition(".")[2]
         raise InputError(f"{folder}: {name}: option {unknown[0]}: unknown, expected one of {', '.join(accepted)}")
     settings = read_settings(folder)
-    scheduler_path = folder / "scheduler" / "scheduler_config.json"
-    scheduler = FlowMatchEuler.from_config(read_json(scheduler_path), where=str(scheduler_path))
+    scheduler = FlowMatch.load(folder)
     return Runtime(module.open_backend(folder, settings, **options), settings, scheduler)

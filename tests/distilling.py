@@ -20,6 +20,7 @@ from edgeprune.planning.make import make_plan
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.denoising import model_inputs, velocity
 from edgeprune.sampling.schedule import NoiseSchedule
+from edgeprune.sampling.scheduler import FlowMatch
 from edgeprune.training.recipe import DistillOptions, Recipe
 from edgeprune.training.states import StateBatch
 from edgeprune.training.whole import Noisy, distill, noisy
@@ -33,7 +34,7 @@ def recipe(options: DistillOptions) -> Recipe:
 def schedule(teacher: Any, *, shift: float = 3.0, steps: int = 4) -> NoiseSchedule:
     """Return the noise levels of a tiny model with a constant shift."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    return NoiseSchedule(scheduler, family_of_model(teacher), config_of(teacher), steps)
+    return NoiseSchedule(FlowMatch.of(scheduler), family_of_model(teacher), config_of(teacher), steps)
 
 
 def setup(kind: str = "sd3") -> tuple[Any, Any, Any, PrunePlan, ContributionReport, Pairs]:

@@ -12,7 +12,7 @@ from edgeprune.families import family_of
 from edgeprune.runtimes import base
 from edgeprune.runtimes.memory import Meter, Reading
 from edgeprune.sampling.generation import Generation, images_at_once
-from edgeprune.sampling.scheduler import FlowMatchEuler
+from edgeprune.sampling.scheduler import FlowMatch
 
 CONFIG = {"_class_name": "SD3Transformer2DModel", "in_channels": 4, "patch_size": 2, "pos_embed_max_size": 99}
 SETTINGS = base.Settings(Generation(3, 2.0, 32, 16, 0), 8, family_of(CONFIG), CONFIG)
@@ -75,7 +75,7 @@ class FakeBackend:
 
 def fake_runtime(most: int | None = None) -> base.Runtime:
     """Open the fake: 3 steps, guidance 2, images 16 wide and 32 high, at most `most` rows in one step."""
-    return base.Runtime(FakeBackend(most), SETTINGS, FlowMatchEuler())
+    return base.Runtime(FakeBackend(most), SETTINGS, FlowMatch())
 
 
 def worker_reply(variant: Any, *_: object) -> dict[str, Any]:

@@ -25,12 +25,10 @@ from edgeprune.families.parts import VAE, part_shapes, tensor_of, text_outputs
 from edgeprune.residency.model_files import parts_of
 from edgeprune.residency.weights import Weights
 from edgeprune.sampling.generation import latent_factor, latent_scale
-from edgeprune.sampling.scheduler import FlowMatchEuler
+from edgeprune.sampling.scheduler import FlowMatch
 
 if TYPE_CHECKING:
     import torch
-
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
 def check_pipeline(folder: Path, variant: str | None = None) -> dict[str, Any]:
@@ -67,8 +65,6 @@ def check_settings(folder: Path) -> dict[str, Any]:
     pruned = str(config["_class_name"]).startswith(CHANGED)  # diffusers reads of it that it is quantised
     for name in (*(() if pruned else (HALF,)), "vae", *encoders):
         _check_not_quantized(folder / name / "config.json")
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    FlowMatchEuler.from_config(read_json(scheduler), where=str(scheduler))
     _check_channels(folder, config, family)
     _check_text(folder, config, family, encoders)
     return index
@@ -165,7 +161,7 @@ def _check_classes(folder: Path, index: dict[str, Any], config: Config, family: 
     wanted = {
         "transformer": str(config["_class_name"]).removeprefix(CHANGED),
         "vae": family.vae,
-        "scheduler": SCHEDULER,
+        "scheduler": FlowMatch.load(folder).kind,
         **{e.name: e.kind for e in family.encoders if not e.optional or is_present(index, e.name)},
     }
     tokenizers = [tokenizer_of(e.name) for e in family.encoders if e.name in wanted]
@@ -193,7 +189,7 @@ def _check_vocabulary(folder: Path) -> None:
 
 
 _REMEDIES = {
-    "scheduler": ": other samplers are not supported; put the model's own scheduler there",
+    "scheduler": ", the class of scheduler/scheduler_config.json",
     "vae": ": put the model's own VAE there; another one can replace it in the compressed folder",
 }
 """What to do about another class of a part."""

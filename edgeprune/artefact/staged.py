@@ -32,6 +32,7 @@ from edgeprune.residency.by_rows import by_rows
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.streaming import fitting, release, stream
 from edgeprune.sampling.generation import latent_factor, longest_prompt
+from edgeprune.sampling.scheduler import FlowMatch
 
 TILE = 64
 """Sides of a tile in latent pixels, if the VAE works in tiles."""
@@ -89,10 +90,11 @@ class StagedPipeline:
     @functools.cached_property
     def scheduler(self) -> Any:
         """The scheduler of diffusers."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
+        import diffusers
 
+        kind = getattr(diffusers, FlowMatch.load(self.folder).kind)
         with readable(self.folder / "scheduler"):
-            return FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
+            return kind.from_pretrained(self.folder, subfolder="scheduler")
 
     @functools.cached_property
     def vae_scale_factor(self) -> int:

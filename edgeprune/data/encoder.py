@@ -165,7 +165,7 @@ class Encoder:
         # As `tensors` needs them: the text of a shard is encoded together, whatever was encoded before.
         text_of = encode_once(pipe, ["", *sorted({text for _, text in wanted} - {""})], generation.max_sequence_length)
         empty, shape = text_of([""]), latent_shape(pipe, generation)
-        levels, passes = sigmas(pipe, generation.num_inference_steps, shape), passes_of(pipe.transformer, generation)
+        levels, passes = sigmas(pipe, generation, shape), passes_of(pipe.transformer, generation)
         batches = batches_of(len(wanted), at_once(pipe.transformer, shape))
         for group in groups(pipe, batches, shape, empty.hidden.shape[1], passes=passes):
             starts = []

@@ -52,7 +52,7 @@ def table(out: Path) -> str:
     lines = []
     for chosen in settings(own):
         images = generate(pipe, captions, seeds, chosen)
-        levels = sigmas(pipe, chosen.num_inference_steps, latent_shape(pipe, chosen))[:-1].tolist()
+        levels = sigmas(pipe, chosen, latent_shape(pipe, chosen))[:-1].tolist()
         evaluations = sum(1 + chosen.guides(level) for level in levels)
         psnr = [decibels(a, b) for a, b in zip(exact, images, strict=True)]
         right = [float(shapes.check(image, p.meaning)) for image, p in zip(images, prompts, strict=True)]

@@ -69,7 +69,7 @@ class VelocityError:
         condition, self.empty = encode_with_empty(pipe, prompts, generation.max_sequence_length)
         shape = latent_shape(pipe, generation)
         self.batch = at_once(pipe.transformer, shape)
-        levels = sigmas(pipe, generation.num_inference_steps, shape)
+        levels = sigmas(pipe, generation, shape)
         passes = passes_of(pipe.transformer, generation)
         batches, states = batches_of(self.count, self.batch), []
         step = Steps("trajectories", len(batches) * (len(levels) - 2), progress)

@@ -29,7 +29,7 @@ from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import PACKED, any_streamed, filled
 from edgeprune.sampling.generation import Generation, images_at_once, latent_scale
 from edgeprune.sampling.schedule import NoiseSchedule
-from edgeprune.sampling.solvers import SOLVERS, Step
+from edgeprune.sampling.solvers import SOLVERS, Step, visited
 from edgeprune.sampling.together import batches_together, row_bytes, rows_together, sample_bytes
 
 KEEP_S = 30.0
@@ -148,9 +148,10 @@ def passes_of(model: Any, generation: Generation) -> int:
     return 2 if family.guided(model.config, generation.guidance_scale) else 1
 
 
-def sigmas(pipe: Any, steps: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return the scheduler's noise levels for latents of `shape` (C, h, w): (steps + 1), from high to 0."""
-    return NoiseSchedule.of(pipe, steps).sigmas(shape)
+def sigmas(pipe: Any, generation: Generation, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the noise level of each evaluation for latents of `shape` (C, h, w), then 0, as the solver visits them."""
+    levels = NoiseSchedule.of(pipe, generation.num_inference_steps).sigmas(shape)
+    return levels[visited(generation.solver, levels.tolist())]
 
 
 def velocity(
@@ -404,7 +405,7 @@ def denoise_all(
     Args:
         transformer: the model.
         starts: batches. What is kept of each is found again whatever other batches it is with then.
-        levels: noise levels (steps + 1), from high to low.
+        levels: noise levels of the evaluations and the last one, see `sigmas`.
         empty: the encoded empty prompt, for guidance by a second evaluation.
         generation: its solver and guidance.
         spill: keeps what is reached at each level, which is not computed again, and see `evaluate_all`. None keeps
@@ -506,7 +507,7 @@ def generate(
     tokens, shape = generation.max_sequence_length, latent_shape(pipe, generation)
     text_of = encode_once(pipe, ["", *prompts], tokens)
     empty = text_of([""])
-    levels = sigmas(pipe, generation.num_inference_steps, shape)
+    levels = sigmas(pipe, generation, shape)
     batches = batches_of(len(prompts), at_once(pipe.transformer, shape))
     step, drawn = Steps("steps", len(batches) * (len(levels) - 1), progress), list[NDArray[np.uint8]]()
     passes = passes_of(pipe.transformer, generation)

@@ -18,6 +18,7 @@ from edgeprune.common.fields import LARGEST, real_number, shown
 from edgeprune.common.files import read_json, write_json
 from edgeprune.families import Architecture, Config, family_of
 from edgeprune.families.architecture import Hints, config_number
+from edgeprune.sampling.scheduler_classes import solver_of
 from edgeprune.sampling.solvers import EULER, SOLVERS
 
 FILE = "generation.json"
@@ -64,8 +65,9 @@ class Generation:
                 defaults = family.defaults(config, hints_of(folder))
             if factor and config.get("sample_size") is not None:
                 defaults |= dict.fromkeys(("height", "width"), factor * config_number(config, "sample_size"))
+            defaults["solver"] = _solver(folder)
             return cls.checked(defaults, str(folder / "transformer" / "config.json"))
-        found = cls.checked(read_json(path), str(path))
+        found = cls.checked({"solver": _solver(folder)} | read_json(path), str(path))
         return replace(found, guidance_scale=heeded(folder, found.guidance_scale)[0])
 
     @classmethod
@@ -141,8 +143,8 @@ class Generation:
             check_sides(sides, space.patch * (_factor(folder) or 1), space.largest)
 
     def save(self, folder: Path) -> None:
-        """Write the settings to a pipeline's folder."""
-        write_json(folder / FILE, self.to_json())
+        """Write the settings to a pipeline's folder; the solver always, since without it the scheduler's acts."""
+        write_json(folder / FILE, self.to_json() | {"solver": self.solver})
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,12 @@ def _transformer(folder: Path) -> tuple[Config, Architecture | None]:
         return {}, None
     config = read_json(path)
     return config, family_of(config, str(path))
+
+
+def _solver(folder: Path) -> str:
+    """Return the solver of the folder's scheduler; Euler's without one."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    return solver_of(read_json(path)) if path.is_file() else EULER
 
 
 def _factor(folder: Path) -> int | None:

@@ -1,8 +1,8 @@
 """Solvers of the flow's equation dx/dsigma = v(x, sigma): how a sampler goes from one noise level to the next.
 
 A solver is a function of a `Step`. It works on arrays of numpy and tensors of torch alike, in float32. All evaluate the
-model once a step, as Euler does; those of higher order remember earlier evaluations, so their first step is of first
-order.
+model once a level; those of higher order remember earlier evaluations, so their first step is of first order. All visit
+each noise level once but Heun's, which comes back to it (`visited`).
 
 A sample at noise level sigma is x = (1 - sigma) x0 + sigma noise, so the clean sample that a velocity v points to is
 x0 = x - sigma v. DPM-Solver++ (Lu et al., 2022, https://arxiv.org/abs/2211.01095) and UniPC (Zhao et al., 2023,
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-EULER = "euler"
+EULER, HEUN = "euler", "heun"
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,14 @@ Stepped = tuple[Any, tuple[Any, ...]]
 def euler(step: Step) -> Stepped:
     """Go straight along the velocity."""
     return step.sample + (step.following - step.sigma) * step.velocity, ()
+
+
+def heun(step: Step) -> Stepped:
+    """Heun's method: go along the velocity, then again along the mean of it and the velocity there; two evaluations."""
+    if not step.past:
+        return step.sample + (step.following - step.sigma) * step.velocity, (step.velocity, step.sample)
+    first, start = step.past
+    return start + (step.sigma - step.before) / 2 * (first + step.velocity), ()
 
 
 def ab2(step: Step) -> Stepped:
@@ -134,4 +142,12 @@ def _exponential(sample: Any, clean: Any, sigma: float, following: float) -> Any
     return kept * sample + ((1 - following) - kept * (1 - sigma)) * clean
 
 
-SOLVERS: dict[str, Callable[[Step], Stepped]] = {EULER: euler, "ab2": ab2, "dpmpp_2m": dpmpp_2m, "unipc": unipc}
+def visited(solver: str, levels: Sequence[float]) -> list[int]:
+    """Return the indices of the levels, the last among them, in the order in which a solver comes to them."""
+    each = range(len(levels))
+    return [i for i in each for _ in range(2 if solver == HEUN and 0 < i < len(levels) - 1 else 1)]
+
+
+SOLVERS: dict[str, Callable[[Step], Stepped]] = {
+    EULER: euler, HEUN: heun, "ab2": ab2, "dpmpp_2m": dpmpp_2m, "unipc": unipc,
+}  # fmt: skip

@@ -33,7 +33,7 @@ def is_guided(ws: Workspace) -> bool:
 
 def sampler_levels(ws: Workspace) -> torch.Tensor:
     """Return the sampler's noise levels (T) without the last, which is 0."""
-    return sigmas(ws.encoders, ws.generation.num_inference_steps, latent_shape(ws.encoders, ws.generation))[:-1]
+    return sigmas(ws.encoders, ws.generation, latent_shape(ws.encoders, ws.generation))[:-1]
 
 
 def inputs_of(ws: Workspace, prompts: list[str], levels: torch.Tensor) -> torch.Tensor:

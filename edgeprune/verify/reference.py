@@ -33,6 +33,8 @@ from edgeprune.families import CHANGED
 from edgeprune.families.encoders import text_encoders, tokenizer_of
 from edgeprune.families.parts import tensor_of
 from edgeprune.residency.model_files import weights_of
+from edgeprune.sampling.scheduler import FlowMatch
+from edgeprune.sampling.scheduler_classes import EULER_CLASS
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):
@@ -174,11 +176,21 @@ def _streamed(network: Any, folder: Path, kind: str, device: torch.device, varia
     return network.eval()
 
 
+def scheduler_of(folder: Path) -> Any:
+    """Return the folder's scheduler or, where that is not Euler's, a plain one: the network's step is what is compared.
+
+    The others show the network whole timesteps.
+    """
+    kind = diffusers.FlowMatchEulerDiscreteScheduler
+    if FlowMatch.load(folder).kind != EULER_CLASS:
+        return kind()
+    return kind.from_pretrained(folder / "scheduler")
+
+
 def _pipeline(folder: Path, parts: Mapping[str, Any]) -> Any:
     _, family = read_config(folder)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     names = [name for encoder in family.encoders for name in (encoder.name, tokenizer_of(encoder.name))]
     make: Callable[..., Any] = getattr(diffusers, family.pipeline)
-    pipe = make(scheduler=scheduler, vae=None, **{**dict.fromkeys(names), **parts})
+    pipe = make(scheduler=scheduler_of(folder), vae=None, **{**dict.fromkeys(names), **parts})
     pipe.set_progress_bar_config(disable=True)
     return pipe

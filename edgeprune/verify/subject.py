@@ -190,12 +190,13 @@ class Subject:
         count = Steps(f"verify: one step of {subfolder}", 2 * blocks, self.progress)
 
         pipe = self._pipeline(running(stored, self.compute, dtype))
+        pipe.scheduler = reference.scheduler_of(self.folder)
         shape = (self.family.latents(self.config).channels, *self._sides(pipe.vae_scale_factor))
         start = noise([0], shape).to(self.compute.device)
-        levels = sigmas(pipe, generation.num_inference_steps, shape)
+        plain = replace(generation, guidance_scale=scale, solver=EULER)
+        levels = sigmas(pipe, plain, shape)
         for block in self.family.blocks(pipe.transformer):
             block.register_forward_hook(count)
-        plain = replace(generation, guidance_scale=scale, solver=EULER)
         path = denoise(pipe.transformer, start, levels, text, text, plain)
         next(path)
         found = next(path).latents - start

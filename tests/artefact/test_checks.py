@@ -116,14 +116,14 @@ SETTINGS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "clip-kind": ("sd3", INDEX, {"text_encoder": ["transformers", "CLIPTextModel"]}, "expected 'CLIPTextModelWithProj"),
     "umt5": ("flux", INDEX, {"text_encoder_2": ["transformers", "UMT5EncoderModel"]}, "text_encoder_2: found 'UMT5"),
     "tokenizer": ("sd3", INDEX, {"tokenizer_3": [None, None]}, "tokenizer_3: found"),
-    "heun": ("sd3", INDEX, {"scheduler": ["diffusers", "FlowMatchHeunDiscreteScheduler"]}, "other samplers are not su"),
+    "heun": ("sd3", INDEX, {"scheduler": ["diffusers", "FlowMatchHeunDiscreteScheduler"]}, "of scheduler/scheduler_"),
     **{
-        name: ("sd3", SCHEDULER, {"_class_name": name}, f"_class_name: found '{name}', expected 'FlowMatchEuler")
-        for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler", "DDIMScheduler")
+        name: ("sd3", SCHEDULER, {"_class_name": name}, f"_class_name: found '{name}', expected one of FlowMatch")
+        for name in ("DPMSolverSDEScheduler", "FlowMatchLCMScheduler", "LCMScheduler", "DDIMScheduler")
     },
-    "karras": ("sd3", SCHEDULER, {"use_karras_sigmas": True}, "use_karras_sigmas': found True, expected it off"),
-    "stochastic": ("flux", SCHEDULER, {"stochastic_sampling": True}, "stochastic_sampling': found True"),
-    "inverted": ("flux", SCHEDULER, {"invert_sigmas": True}, "invert_sigmas': found True"),
+    "karras": ("sd3", SCHEDULER, {"use_karras_sigmas": "7"}, "use_karras_sigmas: found '7', expected true or false"),
+    "stochastic": ("flux", SCHEDULER, {"stochastic_sampling": True}, "stochastic_sampling: found True, expected False"),
+    "inverted": ("flux", SCHEDULER, {"invert_sigmas": True}, "invert_sigmas: found True, expected False"),
     "shift": ("sd3", SCHEDULER, {"shift": "3"}, "scheduler_config.json: shift: found '3', expected a number"),
     "bitsandbytes": (
         "sd3", "text_encoder_3/config.json",

@@ -26,7 +26,7 @@ from edgeprune.families.parts import tensor_of
 from edgeprune.residency.shards import ShardWriter
 from edgeprune.residency.weights import Weights
 from edgeprune.sampling.generation import Generation
-from edgeprune.sampling.scheduler import FlowMatchEuler
+from edgeprune.sampling.scheduler import FlowMatch
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TRANSFORMERS = {
@@ -146,7 +146,7 @@ def test_turbo_and_dev_come_with_their_settings(tmp_path: Path) -> None:
     assert Generation.load(tmp_path / "any-name") == Generation(4, 0.0, 1024, 1024, 256)
     synth.synth("flux.1-dev", tmp_path / "dev")
     assert Generation.load(tmp_path / "dev") == Generation(50, 3.5, 1024, 1024, 512)
-    scheduler = FlowMatchEuler.from_config(read_json(tmp_path / "dev" / "scheduler" / "scheduler_config.json"))
+    scheduler = FlowMatch.from_config(read_json(tmp_path / "dev" / "scheduler" / "scheduler_config.json"))
     assert scheduler.use_dynamic_shifting and scheduler.mu(4096) == pytest.approx(1.15)
     config = read_json(tmp_path / "any-name" / "text_encoder_3" / "config.json")
     assert (config["vocab_size"], config["torch_dtype"]) == (32_128, "float16")

@@ -19,7 +19,7 @@ from edgeprune.families.encoders import read_index
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.runtimes.external import check_external
 from edgeprune.sampling.generation import Generation, latent_factor
-from edgeprune.sampling.scheduler import FlowMatchEuler
+from edgeprune.sampling.scheduler import FlowMatch
 
 CONFIGS = json.loads((Path(__file__).parents[1] / "samples" / "transformer_configs.json").read_text())
 FOOTPRINT = {"parameters": 1, "bf16_bytes": 2, "int4_bytes": 1}
@@ -161,11 +161,11 @@ def test_a_size_by_the_config_is_bounded(tmp_path: Path) -> None:
 )
 def test_schedules(change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(change))):
-        FlowMatchEuler.from_config(change)
+        FlowMatch.from_config(change)
 
 
 def test_an_overflowing_shift_is_a_line() -> None:
-    made = FlowMatchEuler.from_config({"use_dynamic_shifting": True, "max_shift": 10_000})
+    made = FlowMatch.from_config({"use_dynamic_shifting": True, "max_shift": 10_000})
     with pytest.raises(InputError, match="max_shift"):
         made.sigmas(4, tokens=4096)
 

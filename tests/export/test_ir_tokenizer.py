@@ -18,7 +18,7 @@ from edgeprune.common.files import sha256_file
 from edgeprune.export import folder as export_folder
 from edgeprune.export import genai, ir_tokenizer
 from edgeprune.runtimes.text import PromptTokenizer
-from edgeprune.sampling.scheduler import FlowMatchEuler
+from edgeprune.sampling.scheduler import FlowMatch
 
 pytest.importorskip("openvino_tokenizers")
 
@@ -147,7 +147,7 @@ def test_scheduler_with_a_constant_shift(tmp_path: Path, monkeypatch: pytest.Mon
         assert path.exists() == guidance
         if guidance:
             own, constant = (
-                FlowMatchEuler.from_config(json.loads((folder / "scheduler" / file).read_text("utf-8")))
+                FlowMatch.from_config(json.loads((folder / "scheduler" / file).read_text("utf-8")))
                 for file in ("scheduler_config.json", genai.SCHEDULER)
             )
             levels = np.linspace(1, 1 / 4, 4)

@@ -23,7 +23,7 @@ from edgeprune.planning.make import make_plan
 from edgeprune.quantization.precision import footprint
 from edgeprune.sampling.denoising import sigmas
 from edgeprune.sampling.generation import Generation
-from edgeprune.sampling.scheduler import FlowMatchEuler
+from edgeprune.sampling.scheduler import FlowMatch
 
 KLEIN = {
     "_class_name": "Flux2Transformer2DModel", "patch_size": 1, "in_channels": 128, "num_layers": 5,
@@ -73,9 +73,9 @@ def test_schedule_is_the_pipelines(height: int, steps: int) -> None:
     assert family.shift(tokens, steps) == pytest.approx(compute_empirical_mu(tokens, steps))
     scheduler = type(found.scheduler).from_config(found.scheduler.config)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=compute_empirical_mu(tokens, steps))
-    ours = sigmas(found, steps, (8, height // 8, height // 8))
+    ours = sigmas(found, Generation(num_inference_steps=steps), (8, height // 8, height // 8))
     torch.testing.assert_close(ours, scheduler.sigmas)
-    device = FlowMatchEuler.from_config(dict(scheduler.config)).sigmas(
+    device = FlowMatch.from_config(dict(scheduler.config)).sigmas(
         steps, tokens=tokens, levels=family.levels(steps), mu=family.shift(tokens, steps)
     )
     np.testing.assert_allclose(device, ours.numpy(), atol=1e-6)

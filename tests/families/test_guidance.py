@@ -15,7 +15,7 @@ from fakes import FakeBackend, fake_runtime
 from edgeprune.families import family_of
 from edgeprune.runtimes import base
 from edgeprune.sampling.generation import Generation, heed
-from edgeprune.sampling.scheduler import FlowMatchEuler
+from edgeprune.sampling.scheduler import FlowMatch
 
 KLEIN: dict[str, Any] = {
     "_class_name": "Flux2Transformer2DModel", "in_channels": 128, "joint_attention_dim": 64, "guidance_embeds": False,
@@ -96,7 +96,7 @@ def test_every_runtime_says_it() -> None:
     model = fake_runtime()
     config = {"_class_name": "FluxTransformer2DModel", "in_channels": 16, "guidance_embeds": True}
     settings = dataclasses.replace(model.settings, family=family_of(config), config=config, compressed=True)
-    dev = base.Runtime(FakeBackend(), settings, FlowMatchEuler())
+    dev = base.Runtime(FakeBackend(), settings, FlowMatch())
     dev.generate_latents("a")
     with pytest.warns(UserWarning, match="compressed for 2"):
         dev.generate_latents("a", guidance_scale=7.0)

@@ -33,7 +33,7 @@ from edgeprune.families.encoders import read_index, text_encoders
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.runtimes.external import check_external
 from edgeprune.sampling.generation import Generation
-from edgeprune.sampling.scheduler import FlowMatchEuler
+from edgeprune.sampling.scheduler import FlowMatch
 from edgeprune.user_study import design
 
 SHORT = 40
@@ -228,7 +228,7 @@ def _analysis(path: Path) -> None:
 
 
 def _scheduler(path: Path) -> None:
-    scheduler = FlowMatchEuler.from_config(read_json(path))
+    scheduler = FlowMatch.from_config(read_json(path))
     scheduler.sigmas(4, tokens=256)
 
 

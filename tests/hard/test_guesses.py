@@ -14,7 +14,7 @@ from properties import holds
 from edgeprune.api.folders import GUESSED, images_of
 from edgeprune.families import family_of
 from edgeprune.sampling.generation import FILE, Generation, GenerationOptions, say_guesses
-from edgeprune.sampling.scheduler import FlowMatchEuler
+from edgeprune.sampling.scheduler import FlowMatch
 
 CONFIGS = json.loads((Path(__file__).parents[1] / "samples" / "transformer_configs.json").read_text())
 NAMES = [
@@ -72,7 +72,7 @@ def test_what_is_said_is_what_is_used(case: dict[str, Any], place: Path) -> None
         if lines
         else {}
     )
-    schedule = FlowMatchEuler.from_config(case["scheduler"])
+    schedule = FlowMatch.from_config(case["scheduler"])
     for field, word in FIELDS.items():
         assert (word in said) == (field not in given and case["file"] is None), word
         if word in said:

@@ -22,7 +22,7 @@ from edgeprune import api, runtimes
 from edgeprune.common.errors import InputError, MissingExtraError
 from edgeprune.residency.streaming import is_streamed
 from edgeprune.runtimes import base, memory
-from edgeprune.sampling.scheduler import FlowMatchEuler
+from edgeprune.sampling.scheduler import FlowMatch
 
 PROMPTS = ["two red circles", "a drawing of a star above a ring"]
 
@@ -123,7 +123,7 @@ def test_a_negative_prompt_without_guidance_is_said_to_be_ignored() -> None:
 
 def test_steps_that_no_schedule_has_are_refused_before_text_is_encoded() -> None:
     model = fake_runtime()
-    model.scheduler = FlowMatchEuler(shift_terminal=0.1)
+    model.scheduler = FlowMatch(shift_terminal=0.1)
     model.backend.close()  # it would say that it is closed
     with pytest.raises(InputError, match="steps: found 1, expected at least 2"):
         model.generate("x", steps=1)
@@ -383,7 +383,7 @@ def test_truncated_or_missing_onnx(copy: Path, name: str) -> None:
         ("transformer/config.json", "patch_size", None),
         ("transformer/config.json", "joint_attention_dim", "wide"),
         ("vae_decoder/config.json", "block_out_channels", []),
-        ("scheduler/scheduler_config.json", "use_karras_sigmas", True),
+        ("scheduler/scheduler_config.json", "stochastic_sampling", True),
         ("tokenizer/tokenizer_config.json", "model_max_length", 1e30),
         ("tokenizer/tokenizer_config.json", "pad_token", "<nothing>"),
     ],

@@ -10,7 +10,7 @@ from tiny import tiny_flux, tiny_flux2, tiny_transformer
 
 from edgeprune.families import family_of_model
 from edgeprune.sampling.schedule import NoiseSchedule, shifted
-from edgeprune.sampling.scheduler import FlowMatchEuler
+from edgeprune.sampling.scheduler import FlowMatch
 from edgeprune.training.levels import LEVELS, SHARE_ON_STEPS, default_levels, draw_levels
 
 TURBO = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -21,7 +21,7 @@ COUNT = 100_000
 
 
 def schedule(model: Any, scheduler: Any = TURBO, steps: int = 4) -> NoiseSchedule:
-    return NoiseSchedule(scheduler, family_of_model(model), model.config, steps)
+    return NoiseSchedule(FlowMatch.of(scheduler), family_of_model(model), model.config, steps)
 
 
 def drawn(kind: str, shift: float = 3.0) -> torch.Tensor:
@@ -84,8 +84,7 @@ def test_training_shifts_as_the_samplers_do(make: Any, config: dict[str, Any], s
     family, tokens = own.family, size * size // own.family.latents(own.config).patch ** 2
     levels = family.levels(steps)
     even = np.linspace(1, 1 / steps, steps)
-    runtime = FlowMatchEuler.from_config(dict(own.scheduler.config))
-    expected = runtime.sigmas(steps, tokens=tokens, levels=even, mu=family.shift(tokens, steps))[:-1]
+    expected = own.scheduler.sigmas(steps, tokens=tokens, levels=even, mu=family.shift(tokens, steps))[:-1]
     found = shifted(torch.tensor(even), own.shift(shape))
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
     if levels is not None:

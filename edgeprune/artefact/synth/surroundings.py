@@ -7,13 +7,13 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from edgeprune.artefact.checks import SCHEDULER
 from edgeprune.artefact.synth import tokenizers
 from edgeprune.common.files import replace_folder, write_json
 from edgeprune.families import Config, Family
 from edgeprune.families.encoders import CLIP, CLIP_POOLED, T5, tokenizer_of
 from edgeprune.families.published import PublishedPipeline
 from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.scheduler_classes import EULER_CLASS
 
 _CLASSES = {CLIP: "CLIPTokenizer", CLIP_POOLED: "CLIPTokenizer", T5: "T5TokenizerFast"}
 """The class in transformers of each encoder's tokenizer."""
@@ -22,7 +22,7 @@ _QWEN = "Qwen2TokenizerFast"
 
 def write_surroundings(family: Family, pipeline: PublishedPipeline, out: Path) -> None:
     """Write a published pipeline's scheduler, settings of generation, and tokenizers that are not there yet."""
-    write_json(out / "scheduler" / "scheduler_config.json", {"_class_name": SCHEDULER} | pipeline.scheduler)
+    write_json(out / "scheduler" / "scheduler_config.json", {"_class_name": EULER_CLASS} | pipeline.scheduler)
     Generation(**pipeline.generation).save(out)
     for encoder in family.encoders:
         if encoder.name in pipeline.networks:
@@ -38,7 +38,7 @@ def write_index(family: Family, pipeline: PublishedPipeline, config: Config, out
             index[encoder.name] = ["transformers", encoder.kind]
             index[tokenizer_of(encoder.name)] = ["transformers", _CLASSES.get(encoder.kind, _QWEN)]
     index |= {"transformer": ["diffusers", config["_class_name"]], "vae": ["diffusers", family.vae]}
-    write_json(out / "model_index.json", index | {"scheduler": ["diffusers", SCHEDULER]})
+    write_json(out / "model_index.json", index | {"scheduler": ["diffusers", EULER_CLASS]})
 
 
 def _writer(kind: str, network: str) -> Callable[[Path], None]:

@@ -64,7 +64,7 @@ class Study:
     def levels(self) -> torch.Tensor:
         """The sampler's noise levels without the last one, 0."""
         shape = latent_shape(self.pipe, self.generation)
-        return sigmas(self.pipe, self.generation.num_inference_steps, shape)[:-1]
+        return sigmas(self.pipe, self.generation, shape)[:-1]
 
     def inputs(self, prompts: Prompts, levels: torch.Tensor | None = None) -> torch.Tensor:
         """Return modulation inputs (prompts, T, D); by default at the levels that `plan` calibrates on."""
