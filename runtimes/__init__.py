@@ -177,7 +177,7 @@ def load(folder: str | Path, runtime: str | None = None, **options: Any) -> Runt
         **options: passed to the runtime's `open_backend`: `memory`, most bytes of the process (trt, and eager on a GPU:
             of the GPU); `keep_embeddings`, a folder (exports); `threads`; `precision`, `cache_dir` (openvino, ort);
             `device` (openvino); `provider` (ort); `cuda_graph` (trt); `compute_units` (coreml); `dtype`, `device`,
-            `variant` (eager).
+            `variant`, `quantized` (eager).
 
     Raises:
         InputError: the folder or one of its files is not usable, or the runtime has no such option.

@@ -327,6 +327,20 @@ class _Wish:
     generation: Generation
 
 
+def tokens_of(settings: Settings, height: int, width: int) -> int:
+    """Return the number of image tokens of an image of this size in pixels."""
+    unit = settings.factor * settings.patch
+    return (height // unit) * (width // unit)
+
+
+def noise_levels(scheduler: FlowMatch, settings: Settings, generation: Generation) -> Array:
+    """Return the noise level of each evaluation of an image, then 0, as the solver visits them."""
+    family, steps = settings.family, generation.num_inference_steps
+    tokens = tokens_of(settings, generation.height, generation.width)
+    levels = scheduler.sigmas(steps, tokens=tokens, levels=family.levels(steps), mu=family.shift(tokens, steps))
+    return levels[visited(generation.solver, levels.tolist())]
+
+
 class Runtime:
     """An opened model. Use it as a context manager, or call `close` at the end.
 
@@ -408,7 +422,15 @@ class Runtime:
         )
         return list(self._decoded(latents))
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int | None = None) -> Iterator[Image.Image]:
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        solver: str | None = None,
+        guidance_range: tuple[float, float] | None = None,
+    ) -> Iterator[Image.Image]:
         """Yield what `generate` returns for one prompt and seed per image, each group of images as it is finished.
 
         All prompts are encoded before the first image is drawn.
@@ -416,12 +438,15 @@ class Runtime:
         Args:
             prompts: one per image.
             seeds: one per image.
-            steps: denoising steps; None for the folder's own.
+            steps: denoising steps; None for the folder's own, as for the other settings.
+            solver: see `generate`.
+            guidance_range: see `generate`.
 
         Raises:
             InputError: see `generate`.
         """
-        for latents in self._groups(self._wish(prompts, "", seeds, GenerationOptions(num_inference_steps=steps))):
+        asked = GenerationOptions(steps, solver=solver, guidance_range=guidance_range)
+        for latents in self._groups(self._wish(prompts, "", seeds, asked)):
             yield from self._decoded(latents)
 
     def _decoded(self, latents: Array) -> Iterator[Image.Image]:
@@ -479,12 +504,7 @@ class Runtime:
     def _groups(self, wish: _Wish, progress: StepProgress | None = None) -> Iterator[Array]:
         """Yield the latents (B, C, h, w) of each group of images, see GROUP."""
         settings, generation = self.settings, wish.generation
-        unit, steps = settings.factor * settings.patch, generation.num_inference_steps
-        tokens = (generation.height // unit) * (generation.width // unit)
-        sigmas = self.scheduler.sigmas(
-            steps, tokens=tokens, levels=settings.family.levels(steps), mu=settings.family.shift(tokens, steps)
-        )
-        sigmas = sigmas[visited(generation.solver, sigmas.tolist())]
+        sigmas = noise_levels(self.scheduler, settings, generation)
         guided, count = wish.negative is not None, len(wish.prompts)
         also = [wish.negative] if wish.negative is not None else []
         if count > GROUP:

@@ -206,14 +206,14 @@ def _rows_of(device: torch.device, meter: Meter) -> Rows:
 
 
 def _planned(
-    folder: Path, dtype: str | None, variant: str | None, compute: Compute
+    folder: Path, dtype: str | None, variant: str | None, compute: Compute, *, quantized: bool
 ) -> tuple[Callable[[], Any], torch.dtype]:
     """Return what loads a folder's pipeline, and the dtype that its transformer computes in.
 
     The pipeline is diffusers' own if the model is small, else one whose parts are in memory in turn.
     """
     check_pipeline(folder, variant)
-    stored = open_transformer(folder, quantized=(folder / INT4).is_dir(), variant=variant)
+    stored = open_transformer(folder, quantized=quantized, variant=variant)
     chosen = DTYPES[dtype] if dtype else dtype_of(stored, compute)
     small = is_small(sum(map(math.prod, stored.weights.shapes.values())))
     if (small and compute.memory is None) or not can_stage(folder):
@@ -243,8 +243,9 @@ def open_backend(
     device: str = "auto",
     variant: str | None = None,
     memory: int | None = None,
+    quantized: bool | None = None,
 ) -> EagerBackend:
-    """Open a diffusers or artefact folder; an artefact's INT4 transformer is used if there is one.
+    """Open a diffusers or artefact folder.
 
     Of a large model, text encoders, transformer and VAE are in memory one after the other, and blocks of the
     transformer that do not fit are read when they run.
@@ -257,6 +258,7 @@ def open_backend(
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps` or `xpu`; auto takes a GPU that torch finds, else the processor.
         variant: of an original's weights, such as fp16; None for the full ones, or the only ones that there are.
         memory: most bytes of the process, on a GPU of the GPU; None takes most of what is free.
+        quantized: use an artefact's INT4 transformer; None does if there is one.
 
     Raises:
         InputError: the dtype is unknown, threads are below 0, the device is not present, or the folder is not a usable
@@ -268,8 +270,9 @@ def open_backend(
     if threads < 0:
         raise InputError(f"threads: found {threads}, expected 0 or more")
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable()))
-    opener, chosen = _planned(folder, dtype, variant, compute)
+    quantized = (folder / INT4).is_dir() if quantized is None else quantized
+    opener, chosen = _planned(folder, dtype, variant, compute, quantized=quantized)
     return EagerBackend(
         opener, settings, device=compute.device, why=_why(device, compute.device), dtype=name_of(chosen),
-        quantized=(folder / INT4).is_dir(),
+        quantized=quantized,
     )  # fmt: skip

@@ -31,7 +31,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("export",),
     ("metrics",),
     ("stages",),
-    ("bench", "verify"),
+    ("bench", "tuning", "verify"),
     ("report",),
     ("api",),
     ("compare",),

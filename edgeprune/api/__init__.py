@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from edgeprune.api.loras import AppliedLora, merge_lora, remap_lora
     from edgeprune.api.scoring import Scored, score
     from edgeprune.api.stages import Planned, Pruned, Quantized, plan, plan_of_config, prune, quantize
+    from edgeprune.api.tuning import Tuned, TuneForecast, forecast_tune, tune
     from edgeprune.api.verifying import Verified, verify
     from edgeprune.bench.results import BenchResult
     from edgeprune.planning.options import PlanOptions
@@ -80,6 +81,8 @@ __all__ = [
     "ReportFigures",
     "ReportQuality",
     "Scored",
+    "TuneForecast",
+    "Tuned",
     "Verified",
     "analyze",
     "bench",
@@ -92,6 +95,7 @@ __all__ = [
     "forecast_convert",
     "forecast_distill",
     "forecast_push",
+    "forecast_tune",
     "generate",
     "make_states",
     "merge_lora",
@@ -103,6 +107,7 @@ __all__ = [
     "quantize",
     "remap_lora",
     "score",
+    "tune",
     "verify",
 ]
 _MODULES = {
@@ -120,6 +125,7 @@ _MODULES = {
     "api.loras": ("AppliedLora", "merge_lora", "remap_lora"),
     "api.scoring": ("Scored", "score"),
     "api.stages": ("Planned", "Pruned", "Quantized", "plan", "plan_of_config", "prune", "quantize"),
+    "api.tuning": ("TuneForecast", "Tuned", "forecast_tune", "tune"),
     "api.verifying": ("Verified", "verify"),
     "bench.results": ("BenchResult",),
     "common.memory": ("ComputeOptions",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ def bench(
     steps: int | None = None,
     quality: int = 0,
     original: bool = True,
+    way: bool = False,
     device: str = "auto",
     memory: int | None = None,
     longest_s: float | None = None,
@@ -53,6 +55,8 @@ def bench(
         steps: denoising steps of an image; None for the model's own.
         quality: shapes-world prompts per task to score images on; 0 scores none.
         original: measure the original too; without it, ratios refer to the first folder.
+        way: measure the changes from the original to the folders one by one, each on top of those before it: pruned,
+            INT4, exported, solver, range of guidance. Takes an artefact folder, an export, or one of each.
         device: where torch computes, the original and folders that run in it: auto, cpu, cuda, cuda:1, mps or xpu.
         memory: most bytes of each process, with torch on a GPU of the GPU; None takes most of what is free.
         longest_s: refuse what takes torch at least so many seconds; None takes any time. Other runtimes do not count.
@@ -80,7 +84,7 @@ def bench(
     given: dict[str, Any] = {} if memory is None else {"memory": memory}
     chosen = torch_options(device, [name for _, name in pairs] + [TORCH] * original)
     own = own_options(options, exact, [name for _, name in pairs])
-    variants = []
+    variants: list[Variant] = []
     if original:
         model, commit, made_from = source_of(Path(folders[0])) if baseline is None else (str(baseline), None, None)
         weights = variant or made_from
@@ -89,9 +93,14 @@ def bench(
         )
     elif baseline or revision or variant:
         raise InputError("bench: --baseline, --revision and --variant are about the original; omit --no-original")
-    for name, (folder, runtime_name) in zip(names, pairs, strict=True):
-        loading = given | chosen.get(runtime_name, {}) | own[runtime_name]
-        variants.append(bench_run.Variant(name, folder, runtime_name, options=loading))
+    taken = {name: given | chosen.get(name, {}) | own.get(name, {}) for name in (TORCH, *(name for _, name in pairs))}
+    if way:
+        variants = _way(variants, pairs, taken, steps, progress)
+    else:
+        variants += [
+            bench_run.Variant(name, folder, runtime_name, options=taken[runtime_name])
+            for name, (folder, runtime_name) in zip(names, pairs, strict=True)
+        ]
     for folder in dict.fromkeys(v.folder for v in variants):
         say_guesses(folder, () if steps is None else ("num_inference_steps",), steps="--steps")
     if timed := [variant for variant in variants if variant.runtime == TORCH]:
@@ -127,11 +136,13 @@ def _check_time(
     from edgeprune.stages.drawing import Drawn, check
     from edgeprune.stages.options import halvings
 
-    options = GenerationOptions(steps)
-
     def drawn(repeats: int, *, original: bool = True) -> list[Drawn]:
         found = []
         for variant in variants:
+            own = variant.settings
+            options = GenerationOptions(
+                own.get("steps", steps), solver=own.get("solver"), guidance_range=own.get("guidance_range")
+            )
             # Of the original's two dtypes one draws what is scored.
             scored = 0 if variant.original and variant is not variants[0] else quality * len(shapes.TASKS)
             if original or not variant.original:
@@ -147,6 +158,28 @@ def _check_time(
         for n in halvings(now[0].subject.generation.num_inference_steps)
     ]
     check("bench", now, ways, compute, progress)
+
+
+def _way(
+    originals: list[Variant],
+    pairs: list[tuple[Path, str]],
+    options: dict[str, dict[str, Any]],
+    steps: int | None,
+    progress: Progress,
+) -> list[Variant]:
+    """Return the original with its own settings, and a variant per change.
+
+    Raises:
+        InputError: the original is left out, steps are given, or the folders are several of a kind.
+    """
+    from edgeprune.bench import way
+
+    if not originals or steps is not None:
+        raise InputError("bench: --way begins at the original and its steps; omit --no-original and --steps")
+    drawn, rows, missing = way.way(originals[0].folder, pairs, options)
+    for line in missing:
+        progress(line)
+    return [replace(one, settings=drawn) for one in originals] + rows
 
 
 def _pairs(folders: list[Path], runtime: str | None, progress: Progress) -> list[tuple[Path, str]]:

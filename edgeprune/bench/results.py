@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgeprune.common import fields
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import check_schema, read_json
+from edgeprune.common.intervals import paired_drop
 from edgeprune.runtimes import memory
 
 SCHEMA_VERSION = 2
@@ -52,6 +53,10 @@ class Quality:
     score_high: float | None
     tasks: dict[str, float]
     images: int
+    prompt_values: list[float] = field(default_factory=list)
+    """The mean over its images for each prompt."""
+    prompt_tasks: list[str] = field(default_factory=list)
+    """The task of each prompt."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Measured:
     quality: Quality | None = None
     identity: str | None = None
     """Of the weights, see `Manifest.identity`; None of an original."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the images that differ from the folder's own."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,8 @@ class Comparison:
     """Mean over images at equal prompts and seeds; None without quality. Equal images count as 100 dB."""
     score_drop: float | None = None
     """How far this score is below the first's, as a share of the first's."""
+    score_drop_interval: tuple[float, float] | None = None
+    """Its 95 % interval over prompts, paired (intervals.py); None for a single prompt."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,7 @@ class BenchResult:
                     "step_p50_ratio_interval": c.step_p50_ratio_interval and list(c.step_p50_ratio_interval),
                     "psnr_db": c.psnr_db,
                     "score_drop": c.score_drop,
+                    "score_drop_interval": c.score_drop_interval and list(c.score_drop_interval),
                 }
                 for name, c in self.comparisons.items()
             },
@@ -164,10 +174,24 @@ def compare(
     if min(len(first.steps_s), len(other.steps_s)) > 1:
         low, high = np.quantile(medians(other.steps_s) / medians(first.steps_s), [0.025, 0.975])
         interval = float(low), float(high)
-    drop = None
+    drop = drop_interval = None
     if first.quality and other.quality and first.quality.score > 0:
         drop = 1 - other.quality.score / first.quality.score
-    return Comparison(ratios=ratios, step_p50_ratio_interval=interval, psnr_db=psnr, score_drop=drop)
+        drop_interval = _paired(first.quality, other.quality)
+    return Comparison(
+        ratios=ratios, step_p50_ratio_interval=interval, psnr_db=psnr, score_drop=drop,
+        score_drop_interval=drop_interval,
+    )  # fmt: skip
+
+
+def _paired(first: Quality, other: Quality) -> tuple[float, float] | None:
+    """Return the interval of the relative drop of two scores on the same prompts."""
+    if not first.prompt_values or first.prompt_tasks != other.prompt_tasks:
+        return None
+    relative = paired_drop(first.prompt_values, other.prompt_values, first.prompt_tasks).relative
+    if relative is None or relative.low is None or relative.high is None:
+        return None
+    return relative.low, relative.high
 
 
 def _variant_json(m: Measured) -> dict[str, Any]:

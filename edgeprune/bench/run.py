@@ -54,6 +54,8 @@ class Variant:
     """`bf16` or `fp32`, for `eager`; None for its default."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the runtime, see `runtimes.load`."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the images that differ from the folder's own, see `Runtime.generate`."""
     original: bool = False
     """Whether it competes with others to be the reference: the fastest of these is, the first of a tie."""
 
@@ -220,6 +222,7 @@ def _check(
 def _worker(variant: Variant, spec: dict[str, Any], progress: Log) -> dict[str, Any]:
     """Run one worker to its end and return the JSON of its last line."""
     spec = spec | {
+        "settings": {"steps": spec["steps"]} | variant.settings,
         "folder": str(variant.folder),
         "runtime": variant.runtime,
         "options": variant.options if variant.dtype is None else variant.options | {"dtype": variant.dtype},
@@ -273,6 +276,7 @@ def _measured(variant: Variant, reply: dict[str, Any], bandwidth: float, quality
         how=reply["how"],
         quality=quality,
         identity=identity(variant.folder),
+        settings=variant.settings,
     )
 
 
@@ -301,5 +305,6 @@ def _score(images: NDArray[np.uint8], prompts: list[Any]) -> Quality:
     values, tasks = np.asarray([np.mean(v) for v in by_prompt.values()]), [task_of[t] for t in by_prompt]
     mean, low, high = shapes.score(values, tasks)
     return Quality(
-        score=mean, score_low=low, score_high=high, tasks=shapes.task_means(values, tasks), images=len(images)
-    )
+        score=mean, score_low=low, score_high=high, tasks=shapes.task_means(values, tasks), images=len(images),
+        prompt_values=values.tolist(), prompt_tasks=tasks,
+    )  # fmt: skip

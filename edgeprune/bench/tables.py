@@ -76,6 +76,26 @@ def table(result: BenchResult) -> Table:
     return out
 
 
+def way_rows(result: BenchResult) -> list[tuple[str, ...]]:
+    """Return the way as rows of a table: the original, then each change on top of those before it."""
+    head = ("", "image, p50", "ratio", "peak", "ratio", "score, 95 % interval", "relative drop", "PSNR, dB")
+    rows: list[tuple[str, ...]] = [head]
+    for m in result.variants:
+        c = result.comparisons.get(m.name)
+        time, peak = (with_unit(key, m.values[key]) for key in ("image_p50_s", "peak_bytes"))
+        ratios = [c.ratios[name] if c else 1.0 for name in ("image_ratio", "peak_ratio")]
+        fast, small = (NOT_MEASURED if ratio is None else f"{ratio:.3f}" for ratio in ratios)
+        score = interval_text((q.score, q.score_low, q.score_high)) if (q := m.quality) else NOT_MEASURED
+        drop = psnr = ""
+        if c is not None:
+            low, high = c.score_drop_interval or (None, None)
+            drop = NOT_MEASURED if c.score_drop is None else interval_text((c.score_drop, low, high), ".1%")
+            psnr = NOT_MEASURED if c.psnr_db is None else f"{c.psnr_db:.1f}"
+        name = f"{m.name} ({m.runtime}, {m.precision})" if c is None else f"+ {m.name} ({m.precision})"
+        rows.append((name, time, fast, peak, small, score, drop, psnr))
+    return rows
+
+
 def baseline_text(reference: Mapping[str, Any], slower: Iterable[Mapping[str, Any]]) -> str:
     """Return which precision of the original the ratios refer to, with the figures of the slower ones.
 

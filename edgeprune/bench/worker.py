@@ -34,8 +34,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Run the measurements of one variant.
 
     Args:
-        spec: folder, runtime (or None), options, repeats, warmup, steps (or None), prompt, and for quality: prompts,
-            seeds (one per prompt) and images (a .npy path to write).
+        spec: folder, runtime (or None), options, repeats, warmup, settings of the images (steps and others, see
+            `Runtime.generate`), prompt, and for quality: prompts, seeds (one per prompt) and images (a .npy path to
+            write).
 
     Raises:
         EdgepruneError: the folder cannot be used.
@@ -105,7 +106,7 @@ def _images(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
     times: list[float] = []
     while not times or (len(times) < IMAGES and sum(times) < IMAGES_S):
         began = time.perf_counter()
-        model.generate(spec["prompt"], steps=spec["steps"], seed=0)
+        model.generate(spec["prompt"], seed=0, **spec["settings"])
         times.append(time.perf_counter() - began)
     return {"images_s": times}
 
@@ -114,7 +115,7 @@ def _quality(model: Runtime, spec: dict[str, Any]) -> NDArray[np.uint8]:
     """Return one image per prompt and seed, (P, H, W, 3)."""
     images = []
     prompts, seeds = spec["prompts"], spec["seeds"]
-    for image in model.draw(prompts, seeds, steps=spec["steps"]):
+    for image in model.draw(prompts, seeds, **spec["settings"]):
         images.append(np.asarray(image))
         if len(images) % PROGRESS == 0 or len(images) == len(prompts):
             print(json.dumps({"progress": [len(images), len(prompts)]}), flush=True)

@@ -40,6 +40,7 @@ from edgeprune.cli import (
     study,
     synth,
     targets,
+    tune,
     verify,
 )
 from edgeprune.cli.choices import Verb
@@ -54,7 +55,7 @@ _CTRL_C = 130
 """The exit code that Typer makes of KeyboardInterrupt, without a word; old versions let it through."""
 RESUMED = (
     *("analyze", "cache", "compare", "compress", "distill", "export", "lora", "plan", "prune", "quantize", "report"),
-    "synth",
+    *("synth", "tune"),
 )
 """Commands that go on where they were stopped. So does `score` with -o; the others begin again."""
 OUT_OF_MEMORY = (
@@ -75,7 +76,7 @@ app = typer.Typer(
 
 PANELS = {
     "Compress": (compress, analyze, plan, prune, distill, quantize),
-    "Export and run": (export, generate, push),
+    "Export and run": (export, generate, tune, push),
     "Measure": (bench, verify, score, compare, report, plot),
     "Data": (cache,),
     "Tools": (convert, lora, synth, doctor),

@@ -47,6 +47,14 @@ def bench(
     no_original: Annotated[
         bool, typer.Option("--no-original", help="Leave out the original; ratios refer to the first folder.")
     ] = False,
+    way: Annotated[
+        bool,
+        typer.Option(
+            "--way",
+            help="Show the way: a row per change, each on top of those before it. Takes an artefact folder, an export, "
+            "or one of each.",
+        ),
+    ] = False,
     device: limits.TorchDevice = "auto",
     memory: limits.Memory = None,
     yes: limits.TorchYes = False,
@@ -79,11 +87,15 @@ def bench(
     compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     result = api.bench(
         folders, runtime=runtime, baseline=baseline, revision=revision, variant=variant, repeats=repeats,
-        steps=steps, quality=quality, original=not no_original, device=device,
+        steps=steps, quality=quality, original=not no_original, way=way, device=device,
         memory=compute.memory, longest_s=compute.longest_s, options=limits.runtime_options(option), exact=exact,
         progress=lambda what, *_: screen.say(what),
     )  # fmt: skip
-    Console().print(tables.table(result))
+    if way:
+        screen.table(tables.way_rows(result))
+        screen.say("each row is on top of those before it; ratios, drops and PSNR against the original")
+    else:
+        Console().print(tables.table(result))
     if json_file:
         write_json(json_file, result.to_json())
         screen.say(f"wrote {json_file}")

@@ -62,18 +62,26 @@ class Score:
 
 
 def wishes(
-    names: Sequence[str], *, prompts: Path | None = None, per_task: int | None = None, seeds: int = 1
+    names: Sequence[str],
+    *,
+    prompts: Path | None = None,
+    per_task: int | None = None,
+    seeds: int = 1,
+    split: Split = Split.HELD_OUT,
+    captions: int = CAPTIONS,
 ) -> list[Wish]:
-    """Return the images to generate for these metrics, with held-out seeds.
+    """Return the images to generate for these metrics, with seeds of a split.
 
-    The prompts are the lines of a file, or else the prompts of the one metric that has its own, or else held-out
-    captions of edgeprune.
+    The prompts are the lines of a file, or else the prompts of the one metric that has its own, or else captions of
+    edgeprune.
 
     Args:
         names: the names of the metrics.
         prompts: a text file with one prompt per line.
         per_task: the number of prompts of each task, for a metric with prompts of its own; None for all.
         seeds: the number of images per prompt.
+        split: of the seeds, and of prompts that are no file's.
+        captions: the number of captions of edgeprune.
 
     Raises:
         InputError: the file is not readable, several metrics have prompts of their own, or a metric does not support a
@@ -88,12 +96,12 @@ def wishes(
         raise InputError("--per-task is for metrics with prompts of their own (geneval, shapes), without --prompts")
     if prompts is None and with_prompts:
         (module,) = with_prompts.values()
-        every = module.evaluation_prompts(**{} if per_task is None else {"per_task": per_task})
+        every = module.evaluation_prompts(split=split, **{} if per_task is None else {"per_task": per_task})
         texts = [p.text for p in every]
     else:
-        texts = shipped.read_prompts(prompts) if prompts else shipped.prompts(Split.HELD_OUT, CAPTIONS)
+        texts = shipped.read_prompts(prompts) if prompts else shipped.prompts(split, captions)
     check_prompts(names, texts)
-    numbers = Split.HELD_OUT.seeds(len(texts) * seeds)
+    numbers = split.seeds(len(texts) * seeds)
     return [Wish(text, seed) for text, seed in zip([t for t in texts for _ in range(seeds)], numbers, strict=True)]
 
 
@@ -116,6 +124,7 @@ def draw(
     *,
     runtime: str | None = None,
     steps: int | None = None,
+    settings: Mapping[str, Any] | None = None,
     variant: str | None = None,
     loading: Mapping[str, Any] | None = None,
     own: Mapping[str, Any] | None = None,
@@ -129,6 +138,7 @@ def draw(
         wanted: the images to generate, in this order.
         runtime: the runtime's name; None to choose by the folder.
         steps: the number of denoising steps; None for the folder's default.
+        settings: of the images besides steps, see `Runtime.generate`.
         variant: of an original's weights, see residency/model_files.py.
         loading: further options of `runtimes.load`, on which the images do not depend.
         own: those on which they may.
@@ -139,10 +149,10 @@ def draw(
     """
     chosen = runtimes.choose(model, runtime)
     options: dict[str, Any] = ({} if variant is None else {"variant": variant}) | dict(own or {})
-    settings = {"model": _identity(model), "runtime": chosen, "steps": steps} | options
+    asked = {"steps": steps, **(settings or {})}
+    made = {"model": identity(model), "runtime": chosen} | asked | options
     lines = [
-        json.dumps({"file_name": f"{i:05}.png", "text": w.text, "seed": w.seed} | settings)
-        for i, w in enumerate(wanted)
+        json.dumps({"file_name": f"{i:05}.png", "text": w.text, "seed": w.seed} | made) for i, w in enumerate(wanted)
     ]
     metadata = out / METADATA
     # An incomplete last line has no newline; its image is generated again.
@@ -159,7 +169,7 @@ def draw(
         metadata.open("a", encoding="utf-8") as file,
     ):
         left = wanted[len(done) :]
-        images = opened.draw([wish.text for wish in left], [wish.seed for wish in left], steps=steps)
+        images = opened.draw([wish.text for wish in left], [wish.seed for wish in left], **asked)
         for i, image in enumerate(images, len(done)):
             image.save(out / f"{i:05}.png")
             file.write(f"{lines[i]}\n")
@@ -172,7 +182,7 @@ def count_drawn(out: Path) -> int:
     return len(whole_lines(out / METADATA)) if (out / METADATA).exists() else 0
 
 
-def _identity(model: Path) -> str:
+def identity(model: Path) -> str:
     """Return a digest of the names, sizes and modification times of a model's files."""
     files = [p for p in sorted(model.rglob("*")) if p.is_file() and p.parent != model]
     stats = [(p.relative_to(model).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]

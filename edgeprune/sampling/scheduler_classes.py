@@ -76,6 +76,18 @@ _UNUSED = frozenset({
     *("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "timestep_spacing"),
     *("steps_offset", "dynamic_thresholding_ratio", "sample_max_value", "shift"),
 })  # fmt: skip
+_DPM = _MULTISTEP | {
+    "solver_order": (2, 2, 1), "algorithm_type": ("dpmsolver++", "dpmsolver++"), "variance_type": (None, None),
+    "solver_type": ("midpoint", "midpoint"), "time_shift_type": ("exponential", "exponential"),
+    "use_lu_lambdas": _OFF, "shift_terminal": _OFF,
+}  # fmt: skip
+_DPM_UNUSED = _UNUSED | {"lower_order_final", "euler_at_final", "lambda_min_clipped"}
+
+
+def _dpm_levels(training: int, steps: int) -> Levels:
+    return np.linspace(1 - 1 / training, 0, steps + 1)[:-1]
+
+
 CLASSES: dict[str, SchedulerClass] = {
     EULER_CLASS: SchedulerClass(EULER, dict.fromkeys(("invert_sigmas", "stochastic_sampling"), _OFF)),
     "FlowMatchHeunDiscreteScheduler": SchedulerClass(
@@ -86,17 +98,9 @@ CLASSES: dict[str, SchedulerClass] = {
         frozenset({"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"}),
     ),
     "DPMSolverMultistepScheduler": SchedulerClass(
-        "dpmpp_2m",
-        _MULTISTEP
-        | {
-            "solver_order": (2, 2, 1), "algorithm_type": ("dpmsolver++", "dpmsolver++"),
-            "solver_type": ("midpoint", "midpoint"), "use_lu_lambdas": _OFF, "variance_type": (None, None),
-            "shift_terminal": _OFF, "time_shift_type": ("exponential", "exponential"),
-        },
-        _UNUSED | {"lower_order_final", "euler_at_final", "lambda_min_clipped"},
-        "flow_shift",
-        lambda training, steps: np.linspace(1 - 1 / training, 0, steps + 1)[:-1],
+        "dpmpp_2m", _DPM, _DPM_UNUSED, "flow_shift", _dpm_levels
     ),
+    "DPMSolverSinglestepScheduler": SchedulerClass("dpmpp_2s", _DPM, _DPM_UNUSED, "flow_shift", _dpm_levels),
     UNIPC_CLASS: SchedulerClass(
         "unipc",
         _MULTISTEP
@@ -112,7 +116,6 @@ CLASSES: dict[str, SchedulerClass] = {
 """By name in diffusers."""
 REMEDIES = {
     "FlowMatchLCMScheduler": f"it draws new noise at every step; put {EULER_CLASS} there",
-    "DPMSolverSinglestepScheduler": "put DPMSolverMultistepScheduler with the same settings there",
 }
 """What to do about classes that are close to these."""
 

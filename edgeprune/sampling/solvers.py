@@ -92,6 +92,16 @@ def dpmpp_2m(step: Step) -> Stepped:
     return _exponential(step.sample, direction, step.sigma, step.following), (clean,)
 
 
+def dpmpp_2s(step: Step) -> Stepped:
+    """DPM-Solver++(2S) in steps of two levels: first order to the first, then from the start again, of second order."""
+    clean = step.sample - step.sigma * step.velocity
+    if step.past and step.bends and step.index < len(step.levels) - 2:
+        first, start = step.past
+        ratio = (_log_snr(step.sigma) - _log_snr(step.before)) / (_log_snr(step.following) - _log_snr(step.before))
+        return _exponential(start, first + (clean - first) / (2 * ratio), step.before, step.following), ()
+    return _exponential(step.sample, clean, step.sigma, step.following), (clean, step.sample)
+
+
 def unipc(step: Step) -> Stepped:
     """UniPC-2 with B(h) = e^h - 1: each evaluation first corrects the step that led to it; so it is of third order."""
     clean, sample = step.sample - step.sigma * step.velocity, step.sample
@@ -149,5 +159,5 @@ def visited(solver: str, levels: Sequence[float]) -> list[int]:
 
 
 SOLVERS: dict[str, Callable[[Step], Stepped]] = {
-    EULER: euler, HEUN: heun, "ab2": ab2, "dpmpp_2m": dpmpp_2m, "unipc": unipc,
+    EULER: euler, HEUN: heun, "ab2": ab2, "dpmpp_2m": dpmpp_2m, "dpmpp_2s": dpmpp_2s, "unipc": unipc,
 }  # fmt: skip

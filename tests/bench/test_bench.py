@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,12 @@ from edgeprune.bench.disk import disk_bytes, weights_bytes
 from edgeprune.bench.machine import machine
 from edgeprune.bench.results import MEASURES, BenchResult, Measured, Quality, compare, load
 from edgeprune.bench.run import Variant, _score, _worker, originals, psnr_db, run
-from edgeprune.bench.tables import table
+from edgeprune.bench.tables import table, way_rows
+from edgeprune.bench.way import way
 from edgeprune.common.errors import AssertionMissedError, EdgepruneError, InputError
 from edgeprune.common.files import write_json
+from edgeprune.common.intervals import paired_drop
+from edgeprune.sampling.generation import Generation
 
 
 def measured(name: str, scale: float, quality: Quality | None = None) -> Measured:
@@ -380,3 +384,96 @@ def test_an_assertion_may_name_a_variant_of_several_folders() -> None:
     for text in ("step_p50_s<=1", "small.speed<=1"):  # refused before anything is measured
         with pytest.raises(InputError, match="unknown, expected"):
             parse_expression(text)
+
+
+def tuned(exported: Path, place: Path, **changes: Any) -> Path:
+    """Copy an export, with other settings."""
+    folder = Path(shutil.copytree(exported, place))
+    path = folder / "generation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_the_way_is_a_row_per_change_on_top_of_the_last(tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    source, exported = tiny_folders
+    export = tuned(exported, tmp_path / "export", solver="ab2", num_inference_steps=2, guidance_range=[0.5, 1])
+    artefact = tmp_path / "artefact"
+    for name in ("transformer", "transformer_int4"):
+        (artefact / name).mkdir(parents=True)
+    options = {"eager": {"memory": 5}, "ort": {"memory": 6}}
+    drawn, rows, missing = way(source, [(export, "ort"), (artefact, "eager")], options)
+    own = Generation.load(source)
+    assert drawn == {"solver": "euler", "steps": own.num_inference_steps, "guidance_range": (0.0, 1.0)} and not missing
+    assert [(row.name, row.folder, row.runtime, row.options) for row in rows] == [
+        ("pruned", artefact, "eager", {"memory": 5, "quantized": False}),
+        ("INT4", artefact, "eager", {"memory": 5}),
+        ("export, ort", export, "ort", {"memory": 6}),
+        ("ab2, 2 steps", export, "ort", {"memory": 6}),
+        ("guidance at 0.5 to 1", export, "ort", {"memory": 6}),
+    ]
+    assert all(row.settings == drawn for row in rows[:3])
+    assert rows[3].settings == drawn | {"solver": "ab2", "steps": 2}
+    assert rows[4].settings == rows[3].settings | {"guidance_range": (0.5, 1.0)}
+
+    _, rows, missing = way(source, [(exported, "ort")], {})
+    assert [row.name for row in rows] == ["export, ort"]
+    assert [line.partition(",")[0].removeprefix("way: without ") for line in missing] == [
+        *("pruned", "INT4", "solver", "guidance range"),
+    ]
+    with pytest.raises(InputError, match="--way: found .*, expected an artefact folder, an export, or one of each"):
+        way(source, [(exported, "ort"), (export, "ort")], {})
+
+
+def test_the_way_measures_settings_on_one_folder(
+    tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source, exported = tiny_folders
+    export = tuned(exported, tmp_path / "export", solver="ab2", num_inference_steps=2)
+    specs: list[tuple[str, dict[str, Any]]] = []
+    replies(monkeypatch)
+    reply = bench_run._worker
+
+    def noted(variant: Variant, spec: dict[str, Any], progress: Any) -> dict[str, Any]:
+        specs.append((variant.name, variant.settings))
+        return reply(variant, spec, progress)
+
+    monkeypatch.setattr(bench_run, "_worker", noted)
+    lines: list[str] = []
+    found = api.bench(
+        [export], runtime="ort", baseline=source, quality=1, way=True, progress=lambda what, *_: lines.append(what)
+    )
+    steps = Generation.load(source).num_inference_steps
+    drawn = {"solver": "euler", "steps": steps, "guidance_range": (0.0, 1.0)}
+    assert [*dict(specs).items()][-2:] == [
+        ("export, ort", drawn),
+        ("ab2, 2 steps", drawn | {"solver": "ab2", "steps": 2}),
+    ]
+    assert all(settings["steps"] == steps for name, settings in specs if name.startswith("original"))
+    head, *rows = way_rows(found)
+    assert [row[0].partition(" (")[0] for row in rows] == ["original", "+ export, ort", "+ ab2, 2 steps"]
+    assert len({len(row) for row in (head, *rows)}) == 1 and rows[0][-1] == ""
+    assert any("without pruned" in line for line in lines)
+    assert found.to_json()["variants"][-1]["settings"]["solver"] == "ab2"
+    for wrong in ({"steps": 3}, {"original": False, "baseline": None}):
+        with pytest.raises(InputError, match="--way begins at the original"):
+            api.bench([export], runtime="ort", **({"baseline": source} | wrong), way=True)
+
+
+def test_a_worker_draws_with_the_settings_of_its_variant() -> None:
+    spec = {"prompt": "x", "settings": {"steps": 4, "solver": "ab2", "guidance_range": [0.6, 1]}}
+    model = fake_runtime()
+    worker._images(model, spec)
+    backend: Any = model.backend
+    images = len(backend.decoded)
+    assert backend.batches == [2, 2, 1, 1] * images  # at 1, 0.667, 0.334 and 0.001
+
+
+def test_the_drop_has_an_interval_over_prompts() -> None:
+    tasks = ["a"] * 10 + ["b"] * 10
+    first = measured("original", 1.0, Quality(1.0, 1.0, 1.0, {}, 20, [1.0] * 20, tasks))
+    other = measured("x", 1.0, Quality(0.9, 0.8, 1.0, {}, 20, [0.0, *[1.0] * 9, 0.0, *[1.0] * 9], tasks))
+    found = compare(first, other, None)
+    assert found.score_drop == pytest.approx(0.1)
+    expected = paired_drop(first.quality.prompt_values, other.quality.prompt_values, tasks).relative  # type: ignore[union-attr]
+    assert expected is not None and found.score_drop_interval == (expected.low, expected.high)
+    assert compare(first, measured("y", 1.0, Quality(0.9, 0.8, 1.0, {}, 7)), None).score_drop_interval is None

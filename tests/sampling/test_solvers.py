@@ -58,7 +58,9 @@ def test_it_is_the_solver_of_diffusers(name: str, kind: Any, options: dict[str, 
     torch.testing.assert_close(solved(name, levels, noise()), x, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("ab2", 2), ("dpmpp_2m", 2), ("unipc", 3)])
+@pytest.mark.parametrize(
+    ("name", "order"), [("euler", 1), ("heun", 2), ("ab2", 2), ("dpmpp_2m", 2), ("dpmpp_2s", 2), ("unipc", 3)]
+)
 def test_half_the_step_divides_the_error_by_two_to_the_order(name: str, order: int) -> None:
     def levels(steps: int) -> list[float]:
         return [float(level) for level in np.linspace(0.9, 0.1, steps + 1)]
