@@ -15,6 +15,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
+from edgeprune.tuning.bounds import Bounds
 
 if TYPE_CHECKING:
     from edgeprune.sampling.generation import Generation
@@ -85,18 +86,27 @@ class Tuned:
         }
 
 
-def forecast_tune(folder: AnyPath, **options: Any) -> TuneForecast:
+def forecast_tune(
+    folder: AnyPath,
+    *,
+    metric: str | None = None,
+    weights: Mapping[str, str] | None = None,
+    prompts: AnyPath | None = None,
+    count: int | None = None,
+    runtime: str | None = None,
+    compute: ComputeOptions | None = None,
+    progress: Progress = silent,
+) -> TuneForecast:
     """Return what `tune` takes here; loads the model and times an image of one step. Nothing is written.
 
-    Args:
-        folder: an export, an artefact folder or a diffusers folder.
-        **options: those of `tune`.
-
-    Raises:
-        InputError: see `tune`.
+    The arguments and errors are those of `tune`.
     """
     with ExitStack() as stack:
-        return _forecast(_trials(stack, folder, write=False, **options))
+        trials = _trials(
+            stack, folder, Bounds(PSNR_BOUND_DB, SCORE_BOUND), metric=metric, weights=weights, prompts=prompts,
+            count=count, runtime=runtime, compute=compute, write=False, progress=progress,
+        )  # fmt: skip
+        return _forecast(trials)
 
 
 def tune(
@@ -142,8 +152,8 @@ def tune(
     """
     with ExitStack() as stack:
         trials = _trials(
-            stack, folder, psnr_bound_db=psnr_bound_db, score_bound=score_bound, metric=metric, weights=weights,
-            prompts=prompts, count=count, runtime=runtime, compute=compute, write=write, progress=progress,
+            stack, folder, Bounds(psnr_bound_db, score_bound), metric=metric, weights=weights, prompts=prompts,
+            count=count, runtime=runtime, compute=compute, write=write, progress=progress,
         )  # fmt: skip
         _check_time(trials, compute or ComputeOptions(), progress)
         new = trials.choose()
@@ -159,17 +169,16 @@ def tune(
 def _trials(
     stack: ExitStack,
     folder: AnyPath,
+    bounds: Bounds,
     *,
-    psnr_bound_db: float = PSNR_BOUND_DB,
-    score_bound: float = SCORE_BOUND,
-    metric: str | None = None,
-    weights: Mapping[str, str] | None = None,
-    prompts: AnyPath | None = None,
-    count: int | None = None,
-    runtime: str | None = None,
-    compute: ComputeOptions | None = None,
+    metric: str | None,
+    weights: Mapping[str, str] | None,
+    prompts: AnyPath | None,
+    count: int | None,
+    runtime: str | None,
+    compute: ComputeOptions | None,
     write: bool,
-    progress: Progress = silent,
+    progress: Progress,
 ) -> Trials:
     """Check everything that can be checked before an image is drawn, and lock the folder."""
     from edgeprune import runtimes, shapes
@@ -210,9 +219,8 @@ def _trials(
     else:
         cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeprune-tune-")))
     return trials.Trials(
-        folder=root, costs=costs, wanted=wanted, metric=metric, weights=paths,
-        bounds=trials.Bounds(psnr_bound_db, score_bound), runtime=chosen, loading=loading, cache=cache,
-        progress=progress,
+        folder=root, costs=costs, wanted=wanted, metric=metric, weights=paths, bounds=bounds, runtime=chosen,
+        loading=loading, cache=cache, progress=progress,
     )  # fmt: skip
 
 

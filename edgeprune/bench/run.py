@@ -222,7 +222,7 @@ def _check(
 def _worker(variant: Variant, spec: dict[str, Any], progress: Log) -> dict[str, Any]:
     """Run one worker to its end and return the JSON of its last line."""
     spec = spec | {
-        "settings": {"steps": spec["steps"]} | variant.settings,
+        "settings": {"steps": spec.get("steps")} | variant.settings,
         "folder": str(variant.folder),
         "runtime": variant.runtime,
         "options": variant.options if variant.dtype is None else variant.options | {"dtype": variant.dtype},

@@ -20,6 +20,7 @@ from edgeprune.common.progress import Progress
 from edgeprune.data.imagefolder import Sample, read_samples
 from edgeprune.metrics import scoring
 from edgeprune.sampling.generation import Generation
+from edgeprune.tuning.bounds import Bounds
 from edgeprune.tuning.search import Costs, exact, fewest
 
 PAIRED = "psnr"
@@ -27,16 +28,6 @@ _FAST_S = 5.0
 """An image of one step that takes less is timed again in a batch, as images are drawn."""
 _GUESS = 0.4
 """Share of the own evaluations that the forecast takes to be enough."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How much worse than the folder's own settings a choice may be: the upper ends of 95 % intervals over prompts."""
-
-    psnr_db: float
-    """Drop of the PSNR to the exact solution, in dB."""
-    score: float
-    """Drop of the reference-free score, as a share of it."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ CHOICES = list(choices())
 FIXED = {
     ("compress", "--method"), ("plan", "--method"), ("compress", "--metric"), ("analyze", "--metric"),
     ("compare", "--metric"), ("score", "--metric"), ("generate", "--runtime"), ("bench", "--runtime"),
+    ("tune", "--metric"), ("tune", "--runtime"),
     ("score", "--runtime"), ("export", "--target"), ("export", "--device"), ("compress", "--fit"), ("plan", "--fit"),
     ("analyze", "--estimator"), ("compress", "--estimator"), ("distill", "--schedule"), ("distill", "--sensitivity"),
     ("distill", "--features"),

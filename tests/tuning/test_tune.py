@@ -96,8 +96,16 @@ def folder(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "pipeline"))
 
 
-def test_the_choice_is_good_and_written(folder: Path) -> None:
-    done = api.tune(folder, psnr_bound_db=3.0, count=3)
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Prompts that the tiny tokenizer does not cut."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("two stars\na red circle\nthree squares\n")
+    return path
+
+
+def test_the_choice_is_good_and_written(folder: Path, texts: Path) -> None:
+    done = api.tune(folder, psnr_bound_db=3.0, prompts=texts)
     assert Generation.load(folder) == done.new and done.new != OWN
     assert replace(done.new, solver=OWN.solver, num_inference_steps=12, guidance_range=(0.0, 1.0)) == OWN
     assert done.chosen.evaluations < 24 == done.trials[0].evaluations
@@ -105,13 +113,12 @@ def test_the_choice_is_good_and_written(folder: Path) -> None:
     assert report["old"] == OWN.to_json() | {"solver": "euler"} and report["written"] is True
     assert report == json.loads(json.dumps(done.to_json()))
 
-    texts, seeds = prompts(Split.TUNING, 3), Split.TUNING.seeds(3)
-    assert all(3 * SEEDS <= seed < 4 * SEEDS for seed in seeds)
+    lines, seeds = texts.read_text().splitlines(), range(3 * SEEDS, 3 * SEEDS + 3)  # of the tuning split
     with load(folder, "eager") as model:
 
         def drawn(made: Generation) -> list[Any]:
             steps, solver, guided = made.num_inference_steps, made.solver, made.guidance_range
-            images = model.generate(texts, seed=seeds, steps=steps, solver=solver, guidance_range=guided)
+            images = model.generate(lines, seed=seeds, steps=steps, solver=solver, guidance_range=guided)
             return [np.asarray(image) for image in images]
 
         exact, own, new = map(drawn, (search.exact(OWN), OWN, done.new))
@@ -124,8 +131,17 @@ def test_the_choice_is_good_and_written(folder: Path) -> None:
     assert not cheaper and any(not one.good for one in done.trials)
 
 
-def test_a_bound_that_nothing_keeps_to_leaves_the_settings(folder: Path) -> None:
-    done = api.tune(folder, psnr_bound_db=-200.0, count=1)
+def test_prompts_and_seeds_are_of_the_tuning_split() -> None:
+    for names in (["shapes"], []):
+        wanted = scoring.wishes(names, per_task=2 if names else None, split=Split.TUNING, captions=14)
+        held_out = scoring.wishes(names, per_task=2 if names else None)
+        assert len(wanted) == 14 and not {w.text for w in wanted} & {w.text for w in held_out}
+        assert [w.seed for w in wanted] == Split.TUNING.seeds(14)
+    assert [w.text for w in wanted] == prompts(Split.TUNING, 14)
+
+
+def test_a_bound_that_nothing_keeps_to_leaves_the_settings(folder: Path, texts: Path) -> None:
+    done = api.tune(folder, psnr_bound_db=-200.0, prompts=texts, count=1)
     assert done.new == done.old == Generation.load(folder)
     assert not done.chosen.good  # by itself, which is no reason to change
 
@@ -147,7 +163,7 @@ def test_a_metric_of_images_alone_has_its_own_bound(folder: Path, monkeypatch: p
         .num_inference_steps == search.LEAST_STEPS  # fmt: skip
 
 
-def test_an_interrupted_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on(folder: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
     draw, limit = scoring.draw, [4]
 
@@ -160,22 +176,22 @@ def test_an_interrupted_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(scoring, "draw", counted)
     with pytest.raises(KeyboardInterrupt):
-        api.tune(folder, psnr_bound_db=3.0, count=2)
+        api.tune(folder, psnr_bound_db=3.0, prompts=texts, count=2)
     assert Generation.load(folder) == OWN and not (folder / "tuning.json").exists()
     limit[0] = 1000
-    done = api.tune(folder, psnr_bound_db=3.0, count=2)
+    done = api.tune(folder, psnr_bound_db=3.0, prompts=texts, count=2)
     assert len(drawn) == len({*drawn}) == 1 + len(done.trials)  # nothing twice, and the exact one
     left = [path.name for path in (folder / "cache" / "tune").iterdir() if path.name != LOCK]
     assert len(left) == 1 and left[0].endswith(".json")
 
 
-def test_without_writing_the_folder_stays_as_it_is(folder: Path) -> None:
+def test_without_writing_the_folder_stays_as_it_is(folder: Path, texts: Path) -> None:
     def files() -> dict[str, str]:
         return {str(path): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
 
     before = files()
-    assert api.tune(folder, psnr_bound_db=3.0, count=1, write=False).new != OWN
-    forecast = api.forecast_tune(folder, count=1)
+    assert api.tune(folder, psnr_bound_db=3.0, prompts=texts, count=1, write=False).new != OWN
+    forecast = api.forecast_tune(folder, prompts=texts, count=1)
     assert files() == before and forecast.images == 1 and forecast.evaluations > 2 * 50 + 24 and forecast.seconds > 0
 
 
@@ -190,12 +206,12 @@ def test_an_export_knows_the_new_file(folder: Path) -> None:
     assert found == {"source": "x", "files": {"generation.json": sha256_file(folder / "generation.json"), "other": "1"}}
 
 
-def test_what_it_cannot_tune_is_refused_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_cannot_tune_is_refused_first(folder: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "draw", lambda *_, **__: pytest.fail("drew an image"))
     with pytest.raises(
         InputError, match=r"tune: about .* here, [\d,]+ evaluations .*; --count 1 takes .*; --yes runs it"
     ):
-        api.tune(folder, count=2, compute=ComputeOptions(longest_s=1e-3))
+        api.tune(folder, prompts=texts, count=2, compute=ComputeOptions(longest_s=1e-3))
     with pytest.raises(InputError, match="--metric psnr: compares images, as tune does by itself"):
         api.tune(folder, metric="psnr")
     with pytest.raises(InputError, match="give --weights clip=PATH"):
@@ -212,8 +228,8 @@ def test_what_it_cannot_tune_is_refused_first(folder: Path, monkeypatch: pytest.
         api.tune(folder)
 
 
-def test_the_command_shows_what_it_tried(folder: Path) -> None:
-    common = [str(folder), "--count", "2", "--psnr-bound", "3", "--json"]
+def test_the_command_shows_what_it_tried(folder: Path, texts: Path) -> None:
+    common = [str(folder), "--prompts", str(texts), "--count", "2", "--psnr-bound", "3", "--json"]
     shown = CliRunner().invoke(app, ["tune", *common, "--dry-run"])
     assert shown.exit_code == 0, shown.output
     assert set(json.loads(shown.stdout.splitlines()[-1])) == {"images", "evaluations", "expected_s"}
