@@ -69,7 +69,8 @@ def split(stored: StoredT5, most: float) -> list[T5Chunk]:
     """Cut a T5 into chunks of at most `most` bytes of weights, or of one layer; they are on the meta device."""
     whole = stored.empty()
     encoder = whole.model.encoder
-    held, layers = 2 * encoder.embed_tokens.weight.numel(), [list[int]()]  # the table is in half precision
+    table = encoder.embed_tokens.state_dict().values()
+    held, layers = sum(t.numel() * (1 if t.dtype == torch.int8 else 2) for t in table), [list[int]()]
     for index, block in enumerate(encoder.block):
         size = sum(tensor.nbytes for tensor in block.state_dict().values())
         if layers[-1] and held + size > most:
@@ -83,7 +84,7 @@ def split(stored: StoredT5, most: float) -> list[T5Chunk]:
 def loaded(chunks: Sequence[T5Chunk], stored: StoredT5) -> Iterator[T5Chunk]:
     """Yield each chunk with its weights; they are dropped before the next chunk is loaded."""
     for chunk in chunks:
-        # The table of words stays in half precision, in which it is stored.
+        # A table of floats stays in half precision, in which it is stored.
         kinds = {name: torch.float16 if name == _WORDS else torch.float32 for name in chunk.state_dict()}
         chunk.load_state_dict({name: stored.read(name, kind) for name, kind in kinds.items()}, assign=True)
         yield chunk.requires_grad_(False)

@@ -1,13 +1,14 @@
-"""A T5 text encoder whose weights stay on disk: each is read, and rounded to 8 bits, when it is written or computed.
+"""A T5 text encoder whose weights stay on disk: each is read when it is written or computed, and rounded if need be.
 
     stored = StoredT5(Path("model/text_encoder_3"))
     stored.traceable(torch.float32)   # is traced; its weights come from stored.read
     stored.checkpoint()               # the file is compared with it
 
-T5-XXL has 4.76 G parameters, 9.5 GB in half precision. One linear layer is in memory at a time, and the embedding.
+T5-XXL has 4.76 G parameters, 9.5 GB in half precision. One linear layer is in memory at a time, and the embedding. An
+artefact has its INT4 already (`text_encoder_3_int4`), the same for every format; other forms are rounded here.
 
 What is written and what it is compared with have in common that tensors are read by name, strictly, and how a weight
-is rounded. All else differs. What is written has `PackedLinear` layers and a table of position biases; the comparison
+is rounded. All else differs. What is written has packed layers and a table of position biases; the comparison
 is transformers' own network and forward pass with plain layers, whose weights are what the integers stand for.
 transformers' own loader has to read the same numbers, too, of the first block and of everything outside blocks: the
 other blocks have the same tensors under other numbers.
@@ -27,12 +28,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from edgeprune.artefact.checks import part_weights
 from edgeprune.artefact.loading import empty_part, quiet, readable
 from edgeprune.artefact.surgery import load_strictly
+from edgeprune.artefact.t5 import form_of, packed_t5
 from edgeprune.common.errors import ParityError
 from edgeprune.export import modules
 from edgeprune.export.folder import from_pretrained
 from edgeprune.families.encoders import T5
 from edgeprune.families.parts import tensor_of
-from edgeprune.quantization.quantize import RoundedT5, prepare_t5, rounded_t5, unpacked_name
+from edgeprune.quantization.t5 import RoundedT5, plain, prepare_t5, unpacked_name
 from edgeprune.residency.stored import CPU
 from edgeprune.residency.streaming import PACKED, stream
 
@@ -57,12 +59,12 @@ class StoredT5:
             self._empty = empty_part(folder, T5).eval().requires_grad_(False)
             shapes = {n: weights.weights.shapes[weights.names[_stored(n)][0]] for n in self._empty.state_dict()}
             load_strictly(self._empty, {n: torch.empty(shape, device="meta") for n, shape in shapes.items()})
-        self._rounded = RoundedT5(self._original)
-        self._packed = modules.T5Encoder(prepare_t5(copy.deepcopy(self._empty))).eval()
+        self._shapes, self._tensors = shapes, packed_t5(folder) or RoundedT5(self._original, form_of(folder))
+        self._packed = modules.T5Encoder(prepare_t5(copy.deepcopy(self._empty), self._tensors.precision)).eval()
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Read one tensor of the rounded network by name, in `dtype`, except packed integers and their scales."""
-        tensor = self._packed.table(self._rounded(_BIAS)) if name == "bias" else self._rounded(name)
+        tensor = self._packed.table(self._tensors(_BIAS)) if name == "bias" else self._tensors(name)
         return tensor if name.endswith(PACKED) else tensor.to(dtype)
 
     def traceable(self, dtype: torch.dtype) -> modules.T5Encoder:
@@ -79,7 +81,7 @@ class StoredT5:
         """Return the network that is written, to compute in `dtype`; its layers are read when they run."""
         module = copy.deepcopy(self._packed)
         module.bias = self.read("bias", dtype)
-        self._stream(module.model, self._rounded, dtype)
+        self._stream(module.model, self._tensors, dtype)
         return module
 
     def checkpoint(self) -> modules.T5Encoder:
@@ -91,9 +93,9 @@ class StoredT5:
         """
         self._check_vendor()
         model = copy.deepcopy(self._empty)
-        self._stream(model, lambda name: rounded_t5(name, self._original(name)), torch.float32)
+        self._stream(model, lambda name: plain(self._tensors, name, self._shapes[name]), torch.float32)
         module = modules.T5Encoder(model)
-        module.bias = module.table(rounded_t5(_BIAS, self._original(_BIAS)).float())
+        module.bias = module.table(self._tensors(_BIAS).float())
         return module
 
     def empty(self) -> modules.T5Encoder:

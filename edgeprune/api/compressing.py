@@ -154,6 +154,7 @@ class CompressForecast:
     data_floor_s: float
     distill_floor_s: float
     quantize_floor_s: float
+    encoders_floor_s: float
     report_floor_s: float
     evaluation_flops: int
     matmul_flops_per_s: int
@@ -235,7 +236,7 @@ def compress(
         rehearsed = stages.rehearse(source, images, chosen)
         if time_s is None:  # else it depends on what is chosen
             _need_memory(source, images, chosen, rehearsed, compute)
-        stages.need_room(Path(out), source, rehearsed, no_half=no_half)  # before the folder is created
+        stages.need_room(Path(out), source, rehearsed, chosen.encoders, no_half=no_half)  # before the folder is created
     ws = open_folder(
         out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation, compute=compute
     )
@@ -296,7 +297,7 @@ def forecast_compress(
     if time_s is None:
         _need_memory(source, images, chosen, rehearsed, compute)
     if not is_begun(out):
-        need_room(Path(out), source, rehearsed, no_half=no_half)
+        need_room(Path(out), source, rehearsed, chosen.encoders, no_half=no_half)
     scratch = next(place for place in (Path(out), *Path(out).resolve().parents) if place.is_dir())
     given: dict[str, Any] = {"compute": compute, "scratch": scratch, "no_half": no_half}
     if time_s is None:
@@ -334,6 +335,7 @@ def _checked(
     check_places(out, model, revision)
     from edgeprune.data.settings import check_source
     from edgeprune.stages.compress import preset
+    from edgeprune.stages.encoders import check as check_encoders
 
     builtin = is_builtin(out, model)
     chosen = options or preset("quick" if quick else "default", builtin=builtin)
@@ -341,6 +343,7 @@ def _checked(
         raise InputError("--no-half: training ends in weights in half precision; give --steps 0, or omit --no-half")
     chosen.check_data(builtin=builtin)
     chosen.settled(0)
+    check_encoders(chosen.encoders)
     if chosen.distill is not None:
         chosen.distill.check()
     check_prompts(chosen.analyze.prompts)

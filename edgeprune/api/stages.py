@@ -170,15 +170,17 @@ def quantize(
     out: AnyPath,
     options: QuantizeOptions | None = None,
     *,
+    encoders: str = "int4",
     compute: ComputeOptions | None = None,
     fresh: bool = False,
     progress: Progress = silent,
 ) -> Quantized:
-    """Write the pruned weights as INT4 to `transformer_int4/`, block by block.
+    """Write the pruned weights as INT4 to `transformer_int4/`, block by block, and those of a T5.
 
     Args:
         out: a pruned folder.
         options: group size and calibration; None for the defaults.
+        encoders: how a T5 is exported: `int4`, `int8` or `half`.
         compute: where networks run, and in how much memory; None takes what this machine has.
         fresh: quantize again where that was done with other options.
         progress: called after each block.
@@ -190,9 +192,13 @@ def quantize(
         DiskError: the disk is full; the next call resumes.
     """
     ws = open_folder(out, fresh=fresh, compute=compute)
+    from edgeprune.stages import encoders as text
     from edgeprune.stages.options import QuantizeOptions
     from edgeprune.stages.quantize import run
 
-    ran = run(ws, options or QuantizeOptions(), progress)
+    text.check(encoders)
+    chosen = options or QuantizeOptions()
+    ran = run(ws, chosen, progress)
+    ran = text.run(ws, encoders, chosen.group_size, progress) or ran
     size: int = ws.manifest.stages["quantize"]["weights_bytes"]
     return Quantized(out=ws.out, ran=ran, weights_bytes=size)

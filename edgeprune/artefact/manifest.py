@@ -25,6 +25,16 @@ EXPORT = "edgeprune_export.json"
 _LONGEST_S = 1e10
 
 
+def packed_folder(encoder: Path) -> Path:
+    """Return where the INT4 of a text encoder's folder is, such as `text_encoder_3_int4`."""
+    return encoder.with_name(f"{encoder.name}_int4")
+
+
+def packed_encoders(folder: Path) -> list[str]:
+    """Return the subfolders of an artefact that hold a text encoder in INT4."""
+    return sorted(path.name for path in folder.glob(packed_folder(Path("text_encoder*")).name) if path.is_dir())
+
+
 @dataclass
 class Manifest:
     """The content of `edgeprune.json`."""
@@ -63,6 +73,8 @@ class Manifest:
     """Whether `transformer/` holds a config alone: its weights are the original's, changed as `plan` says."""
     choice: dict[str, Any] | None = None
     """What `compress --time` chose, see stages/choice.py."""
+    encoders: str | None = None
+    """The form in which a T5 is exported, see quantization/precision.py; None in older folders, for 8 bits."""
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -93,7 +105,7 @@ class Manifest:
             real_number(stage, "seconds", f"{path}: stages: {shown(name)}", least=0, most=_LONGEST_S)
         if manifest.group_size is not None:
             whole_number(data, "group_size", path)
-        for name in ("revision", "variant", "commit"):
+        for name in ("revision", "variant", "commit", "encoders"):
             if not isinstance(value := getattr(manifest, name), (str, NoneType)):
                 raise InputError(f"{path}: {name}: found {shown(value)}, expected text or null")
         if not isinstance(manifest.loras, list) or not all(isinstance(lora, dict) for lora in manifest.loras):
@@ -115,7 +127,7 @@ class Manifest:
         """Write the manifest with the versions of the installed tools."""
         names = ("torch", "diffusers", "transformers", "nncf", "safetensors", "numpy")
         self.tools = {"edgeprune": VERSION} | {n: metadata.version(n) for n in names}
-        optional = ("revision", "variant", "commit", "loras", "half_in_source", "choice")
+        optional = ("revision", "variant", "commit", "loras", "half_in_source", "choice", "encoders")
         absent = {name for name in optional if not getattr(self, name)}
         write_json(folder / MANIFEST, {k: v for k, v in asdict(self).items() if k not in absent})
 

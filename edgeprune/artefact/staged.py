@@ -215,7 +215,7 @@ class StagedPipeline:
         """Load an encoder, and yield its outputs for each prompt, without the batch's axis, on the processor."""
         if not prompts:
             return
-        ids = self._token_ids(name, prompts, self._length(kind, max_sequence_length))
+        ids = self.token_ids(name, prompts, self._length(kind, max_sequence_length))
         encoder = self._encoder(name, kind, self.dtype_of(name))
         together = prompts_together(encoder, kind, self.compute, len(prompts), ids.shape[1])
         for start in range(0, len(prompts), together):
@@ -223,7 +223,8 @@ class StagedPipeline:
             for row, prompt in enumerate(prompts[start : start + together]):
                 yield prompt, {key: value[row].to("cpu", copy=True) for key, value in found.items()}
 
-    def _token_ids(self, name: str, prompts: list[str], length: int) -> torch.Tensor:
+    def token_ids(self, name: str, prompts: list[str], length: int) -> torch.Tensor:
+        """Return the ids (B, length) of prompts for a text encoder, padded or cut."""
         tokenizer = self._tokenizer(name)
         with readable(self.folder / tokenizer_of(name)), quiet():
             found = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")

@@ -84,6 +84,7 @@ def compress(
     estimator: options.Estimator = None,
     group_size: options.GroupSize = 64,
     calibration: options.Calibration = "auto",
+    encoders: options.Encoders = "int4",
     no_half: options.NoHalf = False,
     calibration_count: Annotated[int | None, options.calibration_count("--calibration-count")] = None,
     inference_steps: options.InferenceSteps = None,
@@ -116,7 +117,7 @@ def compress(
     chosen = _merged(
         start, plan, steps=steps, metric=metric, prompts=prompts, weights=weights or [],
         count=count, states=states, estimator=estimator, group_size=group_size, calibration=calibration,
-        calibration_count=calibration_count,
+        calibration_count=calibration_count, encoders=encoders,
         training={
             "states": train_states, "mixed_precision": mixed_precision,
             "gradient_checkpointing": gradient_checkpointing or None, "train": None if train == "all" else train,
@@ -169,6 +170,7 @@ def _merged(
     group_size: int,
     calibration: str,
     calibration_count: int | None,
+    encoders: str,
     training: dict[str, Any],
 ) -> CompressOptions:
     """Return the preset's options with the user's on top."""
@@ -198,6 +200,7 @@ def _merged(
         ),
         plan=plan,
         distill=distill,
+        encoders=encoders,
         quantize=replace(
             start.quantize,
             group_size=group_size,

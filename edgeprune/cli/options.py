@@ -17,6 +17,7 @@ from edgeprune.common.errors import InputError
 if TYPE_CHECKING:
     from edgeprune.planning.options import PlanOptions
 
+ENCODERS = ("int4", "int8", "half")
 CALIBRATIONS = ("auto", "none", "feedback")
 ESTIMATORS = ("auto", "exhaustive", "reuse", "gates")
 FEATURES = ("blocks", "attention")
@@ -241,6 +242,14 @@ GroupSize = Annotated[
     int,
     choice(names=group_sizes, convert=int, help="Number of weights that share one INT4 scale.", rich_help_panel=INT4),
 ]
+Encoders = Annotated[
+    str,
+    choice(
+        names=lambda: ENCODERS, rich_help_panel=INT4,
+        help="How a T5 text encoder is exported. int4 has wo, the last layer of a feed-forward part, in 8 bits where "
+        "the embedding's error asks for it.",
+    ),
+]  # fmt: skip
 Calibration = Annotated[
     str,
     choice(

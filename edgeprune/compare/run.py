@@ -185,6 +185,7 @@ def _check(base: Workspace, runs: Sequence[_Run], metric: str, prompts: int, out
         expected = plans[run.row.name]
         stages = works(subject, run.options, expected, 0)
         shared |= {name: work for name in ("analyze", "data") if (work := stages.pop(name)).evaluations}
+        del stages["encoders"]
         if not run.row.quantized:
             del stages["quantize"]
         left = expected.after.parameters / expected.before.parameters

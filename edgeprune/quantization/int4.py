@@ -1,4 +1,4 @@
-"""The quantised linear layer and its custom op. Checkpoints store the layer and each export translates the op.
+"""The quantised linear layer and its custom op, which each export translates, and a T5's other layers.
 
 `PackedLinear` keeps integers and group scales. Its forward calls `edgeprune::packed_linear`. A graph exporter sees one
 node and replaces it by the target's own form (for ONNX: DequantizeLinear, MatMul, Add). Here the op dequantises and
@@ -112,3 +112,45 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Return the layer's sizes and bits for print(model)."""
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
+
+
+class PackedEmbedding(nn.Module):
+    """A table of words whose rows have 8 bits and a scale each. Only the rows that are looked up are dequantised.
+
+    Buffers: `weight_packed` int8 (V, K), `weight_scale` float16 (V, 1).
+    """
+
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+
+    def __init__(self, words: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("weight_packed", torch.zeros(words, width, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.zeros(words, 1, dtype=torch.float16))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Map ids (B, M) to rows (B, M, K), float32."""
+        rows, scales = (nn.functional.embedding(ids, table) for table in (self.weight_packed, self.weight_scale))
+        return rows.float() * scales.float()
+
+
+class HalfLinear(nn.Module):
+    """A linear layer without bias whose weight stays in half precision, whatever it computes in.
+
+    Buffer: `weight_half` float16 (I, O), in the order in which exports multiply.
+    """
+
+    weight_half: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.register_buffer("weight_half", torch.zeros(in_features, out_features, dtype=torch.float16))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Return the weight (O, I) in float32; transformers reads its dtype."""
+        return self.weight_half.T.float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., I) to (..., O)."""
+        return x @ self.weight_half.to(x.dtype)

@@ -6,9 +6,17 @@
   per output. They are few, and they matter to every token at every step.
 - All other tensors (biases, norm scales, the patch convolution, the position table): 16 bits.
 
-Exports store a T5 text encoder by its own rule, even if the transformer is not quantised: T5-XXL has 4.76 G parameters,
-19 GB in float32. Linear weights, all of them inside blocks: 8 bits with one scale per output. Embeddings (tokens,
-relative positions): 16 bits. Other encoders and the VAE keep the precision in which the format computes.
+A T5 text encoder has rules of its own, the forms, even if the transformer is not quantised: T5-XXL has 4.76 G
+parameters, 19 GB in float32. All of its linear weights are inside blocks.
+
+| form | linear weights | words | T5-XXL |
+| --- | --- | --- | --- |
+| `int4` | 4 bits, as in the transformer's blocks | 8 bits, one scale per word | 2.6 GB |
+| `int4-wo8` | the same, but the last of each layer, `wo`, in 8 bits with one scale per output | the same | 3.1 GB |
+| `int8` | 8 bits with one scale per output | 16 bits | 4.9 GB |
+| `half` | 16 bits | 16 bits | 9.5 GB |
+
+Position biases and norms have 16 bits. Other encoders and the VAE keep the precision in which the format computes.
 """
 
 from __future__ import annotations
@@ -19,6 +27,10 @@ from dataclasses import dataclass
 from edgeprune.families import Architecture, Shape
 
 GROUP_SIZES = (64, 32, 16)
+T5_INT4, T5_INT4_WO8, T5_INT8, T5_HALF = "int4", "int4-wo8", "int8", "half"
+"""Forms of a T5."""
+ENCODERS = (T5_INT4, T5_INT8, T5_HALF)
+"""What `--encoders` takes; of INT4 it is measured whether `wo` has 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +50,30 @@ def precision_of(family: Architecture, name: str, shape: Shape, *, group_size: i
     """Apply the rule to one tensor of a transformer's state dict."""
     if not name.endswith(".weight") or len(shape) != 2:
         return Precision(16)
-    if not family.in_block(name):
+    return _in_groups(shape, group_size) if family.in_block(name) else Precision(8, shape[1])
+
+
+def t5_precision_of(name: str, shape: Shape, form: str = T5_INT8, *, group_size: int = 64) -> Precision:
+    """Apply the rule of a T5's form to one tensor of a T5EncoderModel's state dict."""
+    if form == T5_HALF or len(shape) != 2 or "relative_attention_bias" in name:
+        return Precision(16)
+    if not is_t5_linear(name, shape):  # the table of words
+        return Precision(16) if form == T5_INT8 else Precision(8, shape[1])
+    if form == T5_INT8 or (form == T5_INT4_WO8 and name.endswith(".wo.weight")):
         return Precision(8, shape[1])
+    return _in_groups(shape, group_size)
+
+
+def is_t5_linear(name: str, shape: Shape) -> bool:
+    """Return whether a tensor of a T5EncoderModel's state dict is the weight of a linear layer."""
+    return ".block." in name and len(shape) == 2 and "relative_attention_bias" not in name
+
+
+def _in_groups(shape: Shape, group_size: int) -> Precision:
+    """Return 4 bits in groups of this size, or of a smaller one if only that divides the input; 8 bits if none does."""
     for size in (group_size, *GROUP_SIZES):
         if size <= group_size and shape[1] % size == 0:
             return Precision(4, size)
-    return Precision(8, shape[1])
-
-
-def t5_precision_of(name: str, shape: Shape) -> Precision:
-    """Apply T5's rule to one tensor of a T5EncoderModel's state dict."""
-    if ".block." not in name or len(shape) != 2 or "relative_attention_bias" in name:
-        return Precision(16)
     return Precision(8, shape[1])
 
 

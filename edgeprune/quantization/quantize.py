@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.families import Architecture, Family
 from edgeprune.quantization import feedback
 from edgeprune.quantization.int4 import PackedLinear, pack
-from edgeprune.quantization.precision import Precision, precision_of, t5_precision_of
-from edgeprune.residency.streaming import PACKED
+from edgeprune.quantization.precision import Precision, precision_of
 
 CALIBRATIONS = ("none", "feedback")
 _BATCH = 2**24
@@ -30,12 +29,12 @@ _HALF_STEP = 16 / 15
 """How much larger than 1/8 of it a step must be for a group's largest weight to be 7.5 steps."""
 
 
-def _layers(module: nn.Module) -> dict[str, nn.Linear]:
+def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """Return a module's linear layers by name."""
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
-def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:
+def replace(root: nn.Module, name: str, layer: nn.Module) -> None:
     """Replace a submodule by `layer`."""
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, layer)
@@ -79,14 +78,14 @@ def prepare(family: Architecture, module: nn.Module, *, prefix: str = "", group_
         prefix: name prefix of the block's tensors.
         group_size: weights that share a scale.
     """
-    for name, linear in _layers(module).items():
+    for name, linear in linear_layers(module).items():
         p = precision_of(family, f"{prefix}{name}.weight", tuple(linear.weight.shape), group_size=group_size)
         if p.bits < 16:
-            _replace(module, name, _empty(linear, p))
+            replace(module, name, empty_packed(linear, p))
     return module
 
 
-def _empty(linear: nn.Linear, precision: Precision) -> PackedLinear:
+def empty_packed(linear: nn.Linear, precision: Precision) -> PackedLinear:
     """Return a `PackedLinear` without numbers, on the device of `linear`."""
     with torch.device(linear.weight.device):
         return PackedLinear(
@@ -190,26 +189,41 @@ def quantize_part(
         calls: how often `run` calls each layer.
     """
     if block is None:
-        outside = {n: m for n, m in _layers(model).items() if not family.in_block(n)}
+        outside = {n: m for n, m in linear_layers(model).items() if not family.in_block(n)}
         for name, linear in outside.items():
             p = precision_of(family, f"{name}.weight", tuple(linear.weight.shape), group_size=group_size)
-            _replace(model, name, _packed_nearest(linear, p))
+            replace(model, name, _packed_nearest(linear, p))
         return
     module, prefix = family.blocks(model)[block], family.block_prefix(model, block)
-    layers = _layers(module)
-    by_group: dict[int, list[str]] = {}
+    layers = linear_layers(module)
     moments: dict[str, list[torch.Tensor]] = {}
     if calibration == "feedback" and run is not None:
         try:
             moments = feedback.second_moments(layers, run, calls)
         except InputError as error:
             raise InputError(f"{prefix}{error}") from None
-    for name, linear in layers.items():
-        p = precision_of(family, f"{prefix}{name}.weight", tuple(linear.weight.shape), group_size=group_size)
+    rule = {
+        n: precision_of(family, f"{prefix}{n}.weight", tuple(m.weight.shape), group_size=group_size)
+        for n, m in layers.items()
+    }
+    round_layers(module, rule, moments)
+
+
+def round_layers(module: nn.Module, rule: Mapping[str, Precision], moments: Mapping[str, list[torch.Tensor]]) -> None:
+    """Replace linear layers by `PackedLinear`, in place: NNCF's steps, with the integers that feedback chooses.
+
+    Args:
+        module: holds them.
+        rule: 4 or 8 bits of each, by name; 8 bits are rounded to the nearest.
+        moments: of their inputs, see feedback.py; layers without get the nearest integers.
+    """
+    layers: dict[str, Any] = {name: module.get_submodule(name) for name in rule}
+    by_group: dict[int, list[str]] = {}
+    for name, p in rule.items():
         if p.bits == 4:
             by_group.setdefault(p.group_size, []).append(name)
         else:
-            _replace(module, name, _packed_nearest(linear, p))
+            replace(module, name, _packed_nearest(layers[name], p))
     for group, names in by_group.items():
         steps: dict[str, torch.Tensor] = {}
         for batch in _batches({n: layers[n].weight.numel() for n in names}):
@@ -218,14 +232,14 @@ def quantize_part(
                 if name in moments:
                     steps[name] = scale
                 else:
-                    _replace(module, name, packed_from(layers.pop(name), values, scale, Precision(4, group)))
+                    replace(module, name, packed_from(layers.pop(name), values, scale, Precision(4, group)))
         for sharing in _sharing(moments, steps):
             parts = feedback.rounded([(layers[n].weight, steps[n]) for n in sharing], moments[sharing[0]])
             for name, values in zip(sharing, parts, strict=True):
-                _replace(module, name, packed_from(layers.pop(name), values, steps[name], Precision(4, group)))
+                replace(module, name, packed_from(layers.pop(name), values, steps[name], Precision(4, group)))
 
 
-def _sharing(moments: dict[str, list[torch.Tensor]], names: Iterable[str]) -> list[list[str]]:
+def _sharing(moments: Mapping[str, list[torch.Tensor]], names: Iterable[str]) -> list[list[str]]:
     """Group layers by the list of moments that they share, see `second_moments`."""
     found: dict[int, list[str]] = {}
     for name in names:
@@ -241,81 +255,3 @@ def _batches(sizes: dict[str, int]) -> list[list[str]]:
             out.append([])
         out[-1].append(name)
     return out
-
-
-def prepare_t5(model: nn.Module) -> nn.Module:
-    """Insert empty `PackedLinear` layers where `t5_precision_of` asks for them, in place; `RoundedT5` fills them.
-
-    Args:
-        model: a T5EncoderModel, usually on the meta device.
-    """
-    for name, linear in _layers(model).items():
-        _replace(model, name, _empty(linear, t5_precision_of(f"{name}.weight", tuple(linear.weight.shape))))
-    return model
-
-
-class RoundedT5:
-    """The tensors of a T5EncoderModel after `prepare_t5` by name; a layer is rounded when its integers are read.
-
-    Only scales are kept, which are a few megabytes: both exporters and layers read them right after the integers.
-
-    Args:
-        read: reads a tensor of the model as it was, by name.
-    """
-
-    def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
-        self._read = read
-        self._scales: dict[str, torch.Tensor] = {}
-
-    def __call__(self, name: str) -> torch.Tensor:
-        """Return integers uint8 (O, I), scales float16 (O, 1), an embedding of half-precision values, or a norm."""
-        weight = unpacked_name(name)
-        if weight == name:
-            return _rounded_embedding(name, self._read(name))
-        if name.endswith("_scale") and weight in self._scales:
-            return self._scales[weight]
-        values, scale = _rounded_linear(weight, self._read(weight))
-        self._scales[weight] = scale
-        return scale if name.endswith("_scale") else pack(values, 8)
-
-
-def unpacked_name(name: str) -> str:
-    """Return the name of the weight of which a tensor of a `PackedLinear` is made; other names stay."""
-    for suffix in PACKED:
-        if name.endswith(suffix):
-            return f"{name.removesuffix(suffix)}.weight"
-    return name
-
-
-def rounded_t5(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of a T5EncoderModel as `RoundedT5` stores it, but in floats: what the integers stand for."""
-    if t5_precision_of(name, tuple(tensor.shape)).bits == 16:
-        return _rounded_embedding(name, tensor)
-    values, scale = _rounded_linear(name, tensor)
-    return values.mul_(scale.float())
-
-
-def _rounded_linear(name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a linear weight (O, I): return integers (O, I) in float32 and scales (O, 1) in half precision."""
-    return round_to_nearest(weight, t5_precision_of(name, tuple(weight.shape)))
-
-
-def _rounded_embedding(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Round an embedding (words or distances, width) to half precision, in its dtype; other tensors stay."""
-    return tensor.half().to(tensor.dtype) if tensor.ndim == 2 else tensor
-
-
-def quantize_t5(model: nn.Module, read: Callable[[str], torch.Tensor] | None = None) -> nn.Module:
-    """Store a T5EncoderModel as `t5_precision_of` says, in place: round its linear layers to 8 bits.
-
-    Embeddings keep their dtype, but their values are rounded to half precision.
-
-    Args:
-        model: on the meta device if `read` is given.
-        read: reads a tensor of the model by name; None: they are in the model.
-    """
-    rounded = RoundedT5(read or model.state_dict().__getitem__)
-    prepare_t5(model)
-    model.load_state_dict({name: rounded(name) for name in model.state_dict()}, strict=True, assign=True)
-    model.set_input_embeddings(model.get_input_embeddings())  # type: ignore[operator]  # one tensor, two names
-    return model

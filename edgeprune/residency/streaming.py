@@ -23,8 +23,8 @@ Read = Callable[[str], torch.Tensor]
 Ahead = Callable[[Sequence[str]], None]
 """Asks the operating system to read these tensors in the background."""
 
-PACKED = (".weight_packed", ".weight_scale")
-"""Suffixes of tensors that keep their dtype: packed integers and their scales."""
+PACKED = (".weight_packed", ".weight_scale", ".weight_half")
+"""Suffixes of tensors that keep their dtype: packed integers, their scales, and weights in half precision."""
 _STREAM = "_edgeprune_layer"
 """Attribute of a module that is a layer of a streamed network."""
 

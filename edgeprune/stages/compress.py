@@ -1,4 +1,4 @@
-"""All stages in their order: analyze -> plan -> prune -> distill -> quantize; their presets, and what they would cost.
+"""All stages in their order: analyze, plan, prune, distill, quantize, encoders; their presets, and what they cost.
 
 The forecast of `compress` needs configs only, no weights.
 """
@@ -31,7 +31,7 @@ from edgeprune.planning.remainder import is_projectable, modulation_width
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation
-from edgeprune.stages import analyze, distill, plan, prune, quantize
+from edgeprune.stages import analyze, distill, encoders, plan, prune, quantize
 from edgeprune.stages.costs import flops_per_evaluation
 from edgeprune.stages.memory import Memory
 from edgeprune.stages.options import COUNTED_BY_COMPRESS, AnalyzeOptions, CompressOptions, DataOptions, seen
@@ -46,7 +46,7 @@ from edgeprune.stages.work import (
     reporting,
     shapes_per_task,
 )
-from edgeprune.stages.workspace import Workspace
+from edgeprune.stages.workspace import ENCODERS_STAGE, Workspace
 from edgeprune.training.recipe import DistillOptions
 
 
@@ -229,7 +229,9 @@ def forecast(
         "evaluation_flops": flops,
         "matmul_flops_per_s": round(flops / speeds.evaluation_s),
         **{f"{stage}_memory_bytes": size for stage, size in needed.items()},
-        "written_bytes": (0 if no_half else after.bf16_bytes) + after.int4_bytes,
+        "written_bytes": (0 if no_half else after.bf16_bytes)
+        + after.int4_bytes
+        + encoders.written_bytes(source, options.encoders),
     }
 
 
@@ -267,6 +269,7 @@ def works(
         "data": distill.drawn(subject, options.data) if training else Work(),
         "distill": distill.trained(subject, training, expected) if training else Work(),
         "quantize": quantize.work(subject, int4, expected, calibrating),
+        "encoders": encoders.work(subject, options.encoders),
         "report": reporting(drawn, images, left, own.per_image) if images else Work(),
     }
 
@@ -317,13 +320,14 @@ def _training(ws: Workspace, options: CompressOptions, expected: PrunePlan) -> D
     return distill.seen_by_quantize(ws, training, calibration, expected)
 
 
-def need_room(out: Path, source: Path, plan: PrunePlan, *, no_half: bool = False) -> None:
-    """Check that the disk has room for an artefact: both transformers, and what of encoders and VAE is not linked.
+def need_room(out: Path, source: Path, plan: PrunePlan, form: str, *, no_half: bool = False) -> None:
+    """Check that the disk has room for an artefact: both transformers, a T5's INT4, and what of the rest is not linked.
 
     Args:
         out: the artefact's folder, which need not exist.
         source: the pipeline's folder.
         plan: what is removed.
+        form: how a T5 is exported, one of precision.ENCODERS.
         no_half: the pruned weights are not written in half precision.
 
     Raises:
@@ -333,7 +337,7 @@ def need_room(out: Path, source: Path, plan: PrunePlan, *, no_half: bool = False
     parts = {*text_encoders(source), "vae"}
     files = [path for path in model_files(source) if path.parent.name in parts and path.suffix == ".safetensors"]
     copied = sum(path.stat().st_size for path in files if not is_linked(path, out))
-    need_space(out, half + plan.after.int4_bytes + copied)
+    need_space(out, half + plan.after.int4_bytes + encoders.written_bytes(source, form) + copied)
 
 
 def compress(
@@ -362,8 +366,10 @@ def compress(
     if options.quantize.calibration != "none" and "quantize" not in ws.manifest.stages:
         count = options.quantize.count or quantize.PROMPTS
         quantize.check_time(ws, options.quantize, rehearsed, count, silent, counted_by=COUNTED_BY_COMPRESS)
+    if ENCODERS_STAGE not in ws.manifest.stages:
+        encoders.check_time(ws, options.encoders, silent)
     if "prune" not in ws.manifest.stages:
-        need_room(ws.out, ws.source, rehearsed, no_half=no_half)
+        need_room(ws.out, ws.source, rehearsed, options.encoders, no_half=no_half)
     if options.distill is not None and options.data.source and is_cache(options.data.source):
         distill.check_cache(ws, Path(options.data.source), progress)
     if options.reads_scores and analyze.run(ws, options.analyze, progress):
@@ -384,4 +390,6 @@ def compress(
         ran.append("distill")
     if quantize.run(ws, options.quantize, progress, counted_by=COUNTED_BY_COMPRESS):
         ran.append("quantize")
+    if encoders.run(ws, options.encoders, options.quantize.group_size, progress):
+        ran.append(ENCODERS_STAGE)
     return ran

@@ -16,7 +16,7 @@ from edgeprune.artefact.lora import encoders
 from edgeprune.artefact.lora.merging import Differences, encoders_of
 from edgeprune.artefact.lora.names import TRANSFORMER
 from edgeprune.artefact.lora.reading import Lora
-from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest
+from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest, packed_encoders
 from edgeprune.artefact.writing import copy_surroundings
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.common.files import sha256_file
@@ -25,11 +25,12 @@ from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
 from edgeprune.planning.remainder import tensor_sources
 from edgeprune.residency.weights import Weights
+from edgeprune.stages.encoders import run as encode
 from edgeprune.stages.modulation import MODULATION
 from edgeprune.stages.options import QuantizeOptions
 from edgeprune.stages.quantize import run as quantize
 from edgeprune.stages.weights import STAND_INS, by_block, mean_and_basis, original_weights, write_half
-from edgeprune.stages.workspace import ORDER, Workspace
+from edgeprune.stages.workspace import ENCODERS_STAGE, ORDER, Workspace
 
 _RECORDS = (
     *("plan.json", "analysis.json", "scores.json", "generation.json", MODULATION, STAND_INS),
@@ -60,7 +61,9 @@ def begin(base: Path, out: Path, lora: Lora, scale: float) -> None:
         return
     if not is_free(out, MANIFEST):
         raise InputError(f"{out}: exists and is not a folder of edgeprune (no {MANIFEST}); use another -o")
-    manifest.files = {name: sha256 for name, sha256 in manifest.files.items() if name.split("/")[0] not in (HALF, INT4)}
+    dropped = (HALF, INT4, *packed_encoders(base))
+    manifest.files = {name: sha256 for name, sha256 in manifest.files.items() if name.split("/")[0] not in dropped}
+    manifest.encoders = None
     out.mkdir(parents=True, exist_ok=True)
     manifest.save(out)
 
@@ -84,7 +87,10 @@ def run(ws: Workspace, base: Path, lora: Lora, scale: float, progress: Progress 
     if options is None:
         return ran
     known = {field.name for field in fields(QuantizeOptions)}
-    return quantize(ws, QuantizeOptions(**{k: v for k, v in options.items() if k in known}), progress) or ran
+    chosen = QuantizeOptions(**{k: v for k, v in options.items() if k in known})
+    ran = quantize(ws, chosen, progress) or ran
+    stored = old.stages.get(ENCODERS_STAGE, {}).get("options")
+    return (stored is not None and encode(ws, stored["encoders"], chosen.group_size, progress)) or ran
 
 
 def copy_records(base: Path, out: Path) -> None:

@@ -15,6 +15,7 @@ from edgeprune.data.settings import CAPTIONS, SHAPES
 from edgeprune.families import Config, Family
 from edgeprune.metrics import VELOCITY
 from edgeprune.planning.options import PlanOptions
+from edgeprune.quantization.precision import T5_INT4
 from edgeprune.quantization.quantize import CALIBRATIONS
 from edgeprune.residency.compute import is_small
 from edgeprune.sampling.generation import Generation
@@ -172,6 +173,8 @@ class CompressOptions:
     distill: DistillOptions | None = field(default_factory=DistillOptions)
     """None skips distillation."""
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+    encoders: str = T5_INT4
+    """How a T5 is exported, one of precision.ENCODERS."""
 
     @property
     def reads_scores(self) -> bool:
@@ -215,4 +218,6 @@ class CompressOptions:
         data = asdict(self) | own
         if self.distill is not None and self.distill.optimizer == ADAMW:  # older grids and folders stay current
             del data["distill"]["optimizer"]
+        if self.encoders == T5_INT4:
+            del data["encoders"]
         return data

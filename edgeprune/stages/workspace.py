@@ -19,7 +19,7 @@ from edgeprune.analysis.contribution import ContributionReport, fingerprint
 from edgeprune.artefact.card import MARK
 from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.licensing import CARD
-from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest
+from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest, packed_encoders
 from edgeprune.artefact.resolve import read_original, resolve
 from edgeprune.artefact.text_store import TextStore
 from edgeprune.artefact.writing import remove_mark
@@ -43,7 +43,9 @@ from edgeprune.stages.work import Pace, Speeds, Subject, Work, least
 
 STAGES = ("analyze", "plan", "prune", "distill", "quantize")
 """The stages of `compress`."""
-ORDER = (*STAGES[:-1], "merge", STAGES[-1])
+ENCODERS_STAGE = "encoders"
+"""Of a pipeline with a T5, after the others."""
+ORDER = (*STAGES[:-1], "merge", STAGES[-1], ENCODERS_STAGE)
 """All stages: each depends on those before it. `merge` has a command of its own, `edgeprune lora --merge`."""
 
 
@@ -323,22 +325,26 @@ class Workspace:
         recorded = [stage["inputs"] for stage in self.manifest.stages.values()]
         for subfolder in (HALF, INT4) if processes.is_main() else ():
             remove_mark(self.out, subfolder, recorded)
+        if ENCODERS_STAGE in self.manifest.stages and processes.is_main():
+            for name in packed_encoders(self.out):  # may be of a second writing, which has inputs of its own
+                remove_mark(self.out, name)
 
     def _forget(self, stages: tuple[str, ...]) -> None:
         """Drop stages and the weights that they wrote, before anything new is written: nobody may read old weights."""
         if not any(s in self.manifest.stages for s in stages):
             return
+        written = {"prune": [HALF], "quantize": [INT4], ENCODERS_STAGE: packed_encoders(self.out)}
+        dropped = [subfolder for stage in stages for subfolder in written.get(stage, [])]
         for stage in stages:
             self.manifest.stages.pop(stage, None)
-            subfolder = {"prune": HALF, "quantize": INT4}.get(stage)
-            if subfolder:
-                self.manifest.files = {k: v for k, v in self.manifest.files.items() if k.split("/")[0] != subfolder}
+        if ENCODERS_STAGE in stages:
+            self.manifest.encoders = None
+        self.manifest.files = {k: v for k, v in self.manifest.files.items() if k.split("/")[0] not in dropped}
         self._save()
         if processes.is_main():
             self._remove_report()
-        for stage, subfolder in (("prune", HALF), ("quantize", INT4)):
-            if stage in stages and processes.is_main():
-                shutil.rmtree(self.out / subfolder, ignore_errors=True)
+        for subfolder in dropped if processes.is_main() else ():
+            shutil.rmtree(self.out / subfolder, ignore_errors=True)
 
     def _remove_report(self) -> None:
         """Remove the page and the card: they tell of weights that are about to be replaced. A user's card stays."""
