@@ -22,7 +22,8 @@ from transformers import AutoTokenizer
 
 from edgeprune.artefact import card, licensing
 from edgeprune.artefact.loading import quiet
-from edgeprune.artefact.manifest import EXPORT, MANIFEST, Manifest
+from edgeprune.artefact.manifest import EXPORT, MANIFEST, Manifest, packed_encoders
+from edgeprune.artefact.t5 import form_of
 from edgeprune.artefact.writing import complete_tokenizer, copy_part
 from edgeprune.common.errors import DiskError, EdgepruneError, InputError
 from edgeprune.common.files import (
@@ -39,8 +40,9 @@ from edgeprune.common.lock import hold
 from edgeprune.common.version import VERSION
 from edgeprune.export import accepts
 from edgeprune.export.unfinished import MARK, Unfinished, is_whole
-from edgeprune.families.encoders import text_encoders, tokenizer_of
+from edgeprune.families.encoders import T5, text_encoders, tokenizer_of
 from edgeprune.planning.remainder import stock_config
+from edgeprune.quantization.precision import T5_HALF, T5_INT4, T5_INT4_WO8, T5_INT8
 from edgeprune.residency.model_files import weights_of
 from edgeprune.runtimes import SCHEMA_VERSION
 from edgeprune.sampling.generation import FILE as GENERATION
@@ -49,6 +51,14 @@ from edgeprune.sampling.generation import Generation
 FILE = EXPORT
 _TOOLS = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 """Packages whose version may change a graph; a format adds its own."""
+
+_FORMS = {
+    T5_INT4: "INT4",
+    T5_INT4_WO8: "INT4, the last layer of each feed-forward part in 8 bits",
+    T5_INT8: "8 bits",
+    T5_HALF: "half precision",
+}
+"""What a card says of a T5."""
 
 Networks = Callable[[Unfinished], dict[str, Any]]
 """Writes the networks that are not finished yet, and generation.json if its sizes differ from the artefact's; returns
@@ -128,6 +138,7 @@ def write(
                 "quantized": quantized,
                 "group_size": (manifest.get("group_size") or 64) if quantized else None,
                 "source": manifest.get("source", str(artefact.resolve())),
+                "encoders": _t5_forms(artefact),
                 "compressed": bool(manifest),
                 "artefact": origin,
                 **made_from,
@@ -167,7 +178,8 @@ def _origin_of(out: Path) -> str | None:
 def _inputs(artefact: Path, target: str, options: Mapping[str, Any]) -> str:
     """Return a digest of everything that an export depends on. Files count by size and time: reading takes minutes."""
     encoders, licenses = text_encoders(artefact), licensing.files(artefact)
-    parts = ("transformer", "transformer_int4", "vae", "scheduler", *encoders, *map(tokenizer_of, encoders))
+    networks = ("transformer", "transformer_int4", "vae", *encoders, *packed_encoders(artefact))
+    parts = (*networks, "scheduler", *map(tokenizer_of, encoders))
     paths = [p for part in parts for p in sorted((artefact / part).rglob("*")) if p.is_file()]
     manifest = read_json(artefact / MANIFEST) if (artefact / MANIFEST).is_file() else {}
     return digest(
@@ -183,6 +195,11 @@ def _inputs(artefact: Path, target: str, options: Mapping[str, Any]) -> str:
             "license": [licensing.read(artefact), {name: sha256_file(path) for name, path in licenses.items()}],
         }
     )
+
+
+def _t5_forms(artefact: Path) -> dict[str, str]:
+    """Return the form of each T5 by name."""
+    return {name: form_of(artefact / name) for name, kind in text_encoders(artefact).items() if kind == T5}
 
 
 def is_quantized(artefact: Path) -> bool:
@@ -236,7 +253,8 @@ def _card(artefact: Path, partial: Path, target: str) -> None:
     """Write README.md: the license, what was changed, and how the folder is used."""
     fields = licensing.read(artefact)
     front = {"pipeline_tag": "text-to-image", "tags": ["edgeprune", target], **card.license_fields(fields)}
-    changed = [f"Converted to {target} by edgeprune {VERSION}; a T5 text encoder has 8-bit weights."]
+    changed = [f"Converted to {target} by edgeprune {VERSION}."]
+    changed += [f"Weights of {name} in {_FORMS[form]}." for name, form in _t5_forms(artefact).items()]
     if (artefact / MANIFEST).is_file():
         manifest = Manifest.load(artefact)
         changed = card.changes(manifest, manifest.prune_plan(artefact)) + changed

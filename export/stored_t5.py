@@ -34,7 +34,7 @@ from edgeprune.export import modules
 from edgeprune.export.folder import from_pretrained
 from edgeprune.families.encoders import T5
 from edgeprune.families.parts import tensor_of
-from edgeprune.quantization.t5 import RoundedT5, plain, prepare_t5, unpacked_name
+from edgeprune.quantization.t5 import PackedT5, RoundedT5, plain, prepare_t5, unpacked_name
 from edgeprune.residency.stored import CPU
 from edgeprune.residency.streaming import PACKED, stream
 
@@ -59,8 +59,11 @@ class StoredT5:
             self._empty = empty_part(folder, T5).eval().requires_grad_(False)
             shapes = {n: weights.weights.shapes[weights.names[_stored(n)][0]] for n in self._empty.state_dict()}
             load_strictly(self._empty, {n: torch.empty(shape, device="meta") for n, shape in shapes.items()})
-        self._shapes, self._tensors = shapes, packed_t5(folder) or RoundedT5(self._original, form_of(folder))
+        packed = packed_t5(folder)
+        self._shapes, self._tensors = shapes, packed or RoundedT5(self._original, form_of(folder))
         self._packed = modules.T5Encoder(prepare_t5(copy.deepcopy(self._empty), self._tensors.precision)).eval()
+        if packed:
+            packed.check(self._packed.model)
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Read one tensor of the rounded network by name, in `dtype`, except packed integers and their scales."""
@@ -116,8 +119,11 @@ class StoredT5:
         stream(layers, read, device=CPU, dtype=dtype, ahead=self._ahead)
 
     def _ahead(self, names: Iterable[str]) -> None:
-        """Ask the operating system to read the weights of which these tensors are made."""
-        self._weights.ahead({_stored(unpacked_name(name)) for name in names})
+        """Ask the operating system to read these tensors, or the weights of which they are made."""
+        if isinstance(self._tensors, PackedT5):
+            self._tensors.ahead(names)
+        else:
+            self._weights.ahead({_stored(unpacked_name(name)) for name in names})
 
     def _check_vendor(self) -> None:
         """Check that transformers' own loader reads the first block and what is outside blocks as it is read here."""

@@ -219,13 +219,17 @@ def _planned(
     if (small and compute.memory is None) or not can_stage(folder):
 
         def whole() -> Any:
-            pipe = load_pipeline(folder, stored.load(chosen), chosen, variant=variant).to(compute.device)
-            within(pipe.transformer, compute)
+            pipe = load_pipeline(folder, stored.load(chosen), chosen, variant=variant, quantized=quantized)
+            within(pipe.to(compute.device).transformer, compute)
             return pipe
 
         return whole, chosen
     check_room(stored, compute, chosen)
-    return lambda: StagedPipeline(folder, running(stored, compute, chosen), compute, variant), chosen
+
+    def in_turn() -> Any:
+        return StagedPipeline(folder, running(stored, compute, chosen), compute, variant, quantized=quantized)
+
+    return in_turn, chosen
 
 
 def _why(asked: str, device: torch.device) -> str:

@@ -158,8 +158,8 @@ class OnnxGraph:
             return False
         axis = next((one.i for one in node.attribute if one.name == "axis"), 0)
         kind = self._sizing.kinds[node.input[0]]
-        floats = kind.element in (_T.FLOAT, _T.FLOAT16)
-        return floats and axis == 0 and node.input[1] not in self._weights and kind.size >= piecewise.TABLE
+        known = kind.element in (_T.FLOAT, _T.FLOAT16, _T.INT8)
+        return known and axis == 0 and node.input[1] not in self._weights and kind.size >= piecewise.TABLE
 
     def cut(self, ranges: Sequence[range]) -> list[Piece | Lookup]:
         """Return a model for each range of operations, or a lookup.

@@ -147,7 +147,8 @@ class Graph:
         for part, inputs, outputs in zip(ranges, reads, makes, strict=True):
             if self.operations[part.start].alone:
                 table = _table(self.nodes[part.start])
-                out.append(Lookup(table.data, np.float32, tuple(inputs), tuple(outputs)))
+                kind = np.int8 if table.get_element_type() == openvino.Type.i8 else np.float32
+                out.append(Lookup(table.data, kind, tuple(inputs), tuple(outputs)))
                 continue
             results = [opset13.result(self._values[value]) for value in outputs]
             model = openvino.Model(results, list(inputs.values()), self._model.get_friendly_name())
@@ -162,8 +163,8 @@ def _table(node: Any) -> Any:
     table, axis = node.input_value(0).get_node(), node.input_value(2).get_node()
     if any(one.get_type_name() != "Constant" for one in (table, axis)) or axis.data.any():
         return None
-    floats = table.get_element_type() in (openvino.Type.f16, openvino.Type.f32)
-    return table if floats and table.get_byte_size() >= piecewise.TABLE else None
+    known = table.get_element_type() in (openvino.Type.f16, openvino.Type.f32, openvino.Type.i8)
+    return table if known and table.get_byte_size() >= piecewise.TABLE else None
 
 
 def freeze_shapes(model: openvino.Model) -> None:

@@ -240,7 +240,7 @@ def compress(
     ws = open_folder(
         out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation, compute=compute
     )
-    fit = ws.fit(chosen.plan.fit) if chosen.plan.fit else None
+    fit = ws.fit(chosen.plan.fit, chosen.encoders) if chosen.plan.fit else None
     choice = choices.settle(ws, chosen, time_s, progress, quick=quick)
     if choice:
         ws.longest_s, chosen = None, choice.over(chosen, ws.family.kinds(ws.config))

@@ -10,6 +10,7 @@ from typing import Any
 from edgeprune.artefact.licensing import KEYS, Fields
 from edgeprune.artefact.manifest import HALF, Manifest
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.quantization.precision import T5_INT4, T5_INT4_WO8
 
 MARK = "<!-- Written by edgeprune;"
 """Begins the comment by which edgeprune knows a card of its own."""
@@ -58,6 +59,8 @@ def changes(manifest: Manifest, plan: PrunePlan | None) -> list[str]:
     lines.append(f"The remaining weights were {'distilled from the original' if trained else 'not trained further'}.")
     if "quantize" in manifest.stages:
         lines.append(f"Weights of the transformer's blocks in INT4, groups of {manifest.group_size}.")
+    if manifest.encoders in (T5_INT4, T5_INT4_WO8):
+        lines.append("Weights of the T5 text encoder in INT4 as well, beside those of the original.")
     merged = {part for lora in manifest.loras for part in lora["parts"]} - {HALF}
     if manifest.loras:
         files = ", ".join(f"{escaped(lora['file'])} (scale {lora['scale']:g})" for lora in manifest.loras)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from edgeprune.artefact.checks import check_pipeline, part_weights
 from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest
 from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.surgery import load_strictly, structure
+from edgeprune.artefact.t5 import packed_t5
 from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import is_out_of_memory, read_json
@@ -26,8 +27,10 @@ from edgeprune.families import CHANGED, family_of, family_of_model
 from edgeprune.families.encoders import T5, read_index, text_encoders, tokenizer_of
 from edgeprune.families.parts import VAE, tensor_of
 from edgeprune.quantization.quantize import prepare
+from edgeprune.quantization.t5 import prepare_t5
 from edgeprune.residency.model_files import parts_of, weights_of
 from edgeprune.residency.stored import CPU, StoredTransformer
+from edgeprune.residency.streaming import PACKED
 from edgeprune.residency.weights import Weights
 
 
@@ -121,16 +124,24 @@ def load(
     check_pipeline(root, variant)
     use_int4 = (root / INT4).is_dir() if quantized is None else quantized
     transformer = load_transformer(root, quantized=use_int4, dtype=dtype, variant=variant)
-    return load_pipeline(root, transformer, dtype, variant=variant)
+    return load_pipeline(root, transformer, dtype, variant=variant, quantized=use_int4)
 
 
 def load_pipeline(
-    folder: Path, transformer: nn.Module, dtype: torch.dtype = torch.float32, *, variant: str | None = None
+    folder: Path,
+    transformer: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    *,
+    variant: str | None = None,
+    quantized: bool = False,
 ) -> Any:
     """Return the folder's pipeline around a loaded transformer. Never runs code or pickles of the folder.
 
+    Text encoders have the layers that the pipeline reads; the folder keeps the others.
+
     Args:
         variant: of the other parts' weights, see residency/model_files.py.
+        quantized: use a T5's INT4, if the folder has it.
 
     Raises:
         InputError: files are missing, damaged or do not fit the transformer.
@@ -144,7 +155,11 @@ def load_pipeline(
     absent = {name: None for name, entry in index.items() if entry == [None, None]}
     absent |= {name: None for encoder in optional for name in (encoder, tokenizer_of(encoder))}
     kinds = text_encoders(folder) | {"vae": family.vae}
-    parts = {name: load_part(folder / name, kind, dtype, variant=variant) for name, kind in kinds.items()}
+    parts = {
+        name: (load_packed(folder / name, dtype) if quantized and kind == T5 else None)
+        or load_part(folder / name, kind, dtype, variant=variant)
+        for name, kind in kinds.items()
+    }
     parts = {"transformer": transformer} | {name: part for name, part in parts.items() if part is not None}
     with readable(folder), quiet():
         import diffusers  # here, because transformers logs advice when its pipelines are imported
@@ -155,6 +170,9 @@ def load_pipeline(
         )  # fmt: skip
     for name in kinds.keys() - parts.keys():
         check_loaded(folder / name, getattr(pipe, name), variant)
+    for encoder in family.encoders:
+        if encoder.states:
+            cut_unread(getattr(pipe, encoder.name), encoder.states)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -203,6 +221,38 @@ def load_part(folder: Path, kind: str, dtype: torch.dtype | None = torch.float32
     return model.eval()
 
 
+def load_packed(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a T5 with the artefact's INT4 in memory, and all else in `dtype`; None if the folder has none.
+
+    Raises:
+        InputError: a tensor is missing, unknown, damaged or of another shape.
+    """
+    tensors = packed_t5(folder)
+    if tensors is None:
+        return None
+    with readable(folder), quiet():
+        model = prepare_t5(empty_part(folder, T5), tensors.precision)
+        tensors.check(model)
+        state = {name: tensors(name) for name in model.state_dict()}
+        load_strictly(model, {n: t if n.endswith(PACKED) else t.to(dtype) for n, t in state.items()})
+        complete(folder, T5, model)
+    return model.eval()
+
+
+def cut_unread(encoder: Any, states: Sequence[int]) -> None:
+    """Remove the layers of a causal language model that only unread states need, in place.
+
+    transformers norms the last state that it returns, and the model's own last state is read no more, so the norm and
+    the head go as well: the states that are read stay what they are.
+
+    Args:
+        encoder: the model.
+        states: the hidden states that are read; 0 is the embedding.
+    """
+    encoder.model.layers = encoder.model.layers[: max(states)]
+    encoder.model.norm, encoder.lm_head = nn.Identity(), nn.Identity()
+
+
 def complete(folder: Path, kind: str, model: Any, device: torch.device = CPU) -> None:
     """Give a network that has its weights what files do not store.
 
@@ -218,7 +268,7 @@ def complete(folder: Path, kind: str, model: Any, device: torch.device = CPU) ->
     if kind == T5:
         model.set_input_embeddings(model.get_input_embeddings())  # one tensor under two names
     for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:
+        if buffer.is_meta and not name.endswith(PACKED):  # those of layers that are read when they run
             owner, _, attribute = name.rpartition(".")
             if attribute != "position_ids":
                 raise EdgepruneError(f"{folder}: {name}: found no numbers for it; use another version of transformers")

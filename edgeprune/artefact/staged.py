@@ -23,14 +23,16 @@ from edgeprune.artefact.checks import part_weights
 from edgeprune.artefact.encoder_layers import OUTPUTS, layers_of, prompts_together, rows_of, said
 from edgeprune.artefact.loading import complete, empty_part, load_part, quiet, readable
 from edgeprune.artefact.resolve import read_config
+from edgeprune.artefact.t5 import packed_t5
 from edgeprune.artefact.text_store import RunTexts, Texts
 from edgeprune.common.files import read_json
 from edgeprune.families.encoders import EXPORTED, T5, text_encoders, tokenizer_of
 from edgeprune.families.parts import VAE, tensor_of
 from edgeprune.planning.fit import vae_activations
+from edgeprune.quantization.t5 import prepare_t5, stored_name
 from edgeprune.residency.by_rows import by_rows
 from edgeprune.residency.compute import Compute
-from edgeprune.residency.streaming import fitting, release, stream
+from edgeprune.residency.streaming import PACKED, Read, fitting, release, stream
 from edgeprune.sampling.generation import latent_factor, longest_prompt
 from edgeprune.sampling.scheduler import FlowMatch
 
@@ -70,6 +72,7 @@ class StagedPipeline:
         compute: where and in which dtype the other parts compute.
         variant: of the weights, see residency/model_files.py.
         texts: keeps encoded prompts; None keeps those of the last prompts that were encoded together.
+        quantized: use a T5's INT4, if the folder has it.
     """
 
     def __init__(
@@ -80,10 +83,12 @@ class StagedPipeline:
         variant: str | None = None,
         *,
         texts: Texts | None = None,
+        quantized: bool = False,
     ) -> None:
         self.folder, self.transformer, self.compute, self.variant = folder, transformer, compute, variant
         self.config, self.family = read_config(folder)
         self.texts: Texts | None = texts or RunTexts()
+        self.quantized = quantized
         self._held: dict[str, Any] = {}
         self._tiled: bool | None = None
 
@@ -252,21 +257,27 @@ class StagedPipeline:
     def _streamed(self, name: str, kind: str, dtype: torch.dtype, *, keep: int = 0) -> Any:
         """Return a text encoder whose layers are read when they run, beyond `keep` bytes; the rest is in memory."""
         folder = self.folder / name
+        packed = packed_t5(folder) if self.quantized and kind == T5 else None
         weights = part_weights(folder, kind, self.variant)
         assert weights is not None  # `can_stage`
         with readable(folder), quiet():
             model = empty_part(folder, kind)
         stored = {n: tensor_of(kind, n) or n for n in model.state_dict()}
+        read: Read = weights.__getitem__
+        if packed is not None:
+            packed.check(prepare_t5(model, packed.precision))
+            stored, read = {n: stored_name(n) for n in model.state_dict()}, packed
         layers = list(layers_of(model, kind))
         inside = {f"{prefix}{n}" for prefix, layer in layers for n in layer.state_dict()}
         outside = {n: s for n, s in stored.items() if n not in inside}
-        read = {s: weights[s].to(self.compute.device, dtype) for s in dict.fromkeys(outside.values())}
-        model.load_state_dict({n: read[s] for n, s in outside.items()}, strict=False, assign=True)
+        found = {s: read(s).to(self.compute.device) for s in dict.fromkeys(outside.values())}
+        found = {s: t if s.endswith(PACKED) else t.to(dtype) for s, t in found.items()}
+        model.load_state_dict({n: found[s] for n, s in outside.items()}, strict=False, assign=True)
         complete(folder, kind, model, self.compute.device)
         named = [(layer, {n: stored[f"{prefix}{n}"] for n in layer.state_dict()}) for prefix, layer in layers]
         stream(
-            named, weights.__getitem__, device=self.compute.device, dtype=dtype,
-            stay=fitting(named, weights.dtype, keep), ahead=weights.ahead,
+            named, read, device=self.compute.device, dtype=dtype,
+            stay=fitting(named, (packed or weights).dtype, keep), ahead=(packed or weights).ahead,
         )  # fmt: skip
         for _, layer in layers:
             by_rows(layer, rows_of(kind, model.config, self.compute))

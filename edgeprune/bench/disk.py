@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgeprune.artefact.manifest import packed_encoders
 from edgeprune.common.errors import InputError
 from edgeprune.residency.model_files import weights_of
 
@@ -15,8 +16,9 @@ _BYTES_PER_WEIGHT = {"bf16": 2, "fp16": 2, "fp32": 4}
 def disk_bytes(folder: Path, variant: str | None = None) -> dict[str, int]:
     """Return transformer_disk_bytes and total_disk_bytes of the files that generation reads; `variant` of weights."""
     transformer = sum(p.stat().st_size for p in _weight_files(_transformer(folder), variant))
-    # Generation does not read an artefact's half-precision transformer where there is an INT4 one.
-    skipped = ("transformer", "transformer_int4", "cache")
+    # Generation does not read an artefact's half precision where there is INT4.
+    packed = [name.removesuffix("_int4") for name in packed_encoders(folder)]
+    skipped = ("transformer", "transformer_int4", "cache", *packed)
     others = [d for d in folder.iterdir() if d.is_dir() and d.name not in skipped]
     rest = sum(p.stat().st_size for d in others for p in _weight_files(d, variant))
     return {"transformer_disk_bytes": transformer, "total_disk_bytes": transformer + rest}

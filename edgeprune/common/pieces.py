@@ -121,7 +121,8 @@ def _crossing(operations: Sequence[Operation], sizes: Sequence[int], kept: Itera
 # ------------------------------------------------------------------------------------- what they take
 
 PIECE_BYTES = 200_000_000
-"""Most bytes of weights in a piece that is opened and closed at each run: one or two blocks."""
+"""Most bytes of weights in a piece that is opened and closed at each run: one or two blocks. Half as many where that
+takes too much memory."""
 RESERVE = 200_000_000
 """Bytes that a process needs besides: the runtime's libraries and compiled code, what its allocator holds back."""
 SLACK = 1.25
@@ -165,7 +166,7 @@ class Sizes:
 
     def needs(self) -> Needs:
         """Return what the network takes."""
-        return Needs(self._opened(range(len(self.operations))), self._streamed(self._cuts(PIECE_BYTES), rows=1))
+        return Needs(self._opened(range(len(self.operations))), self._streamed(self._smallest(0), rows=1))
 
     def layout(self, room: int, rows: int) -> Layout:
         """Return the layout that keeps as many weights open as fit.
@@ -174,7 +175,7 @@ class Sizes:
             room: bytes that the network may take.
             rows: the sets of inputs that go through a piece before the next is opened.
         """
-        smallest = self._cuts(PIECE_BYTES)
+        smallest = self._smallest(room)
         between = self._between(smallest, rows)
         first = max((i + 1 for i, part in enumerate(smallest) if self.operations[part.start].alone), default=0)
 
@@ -195,10 +196,17 @@ class Sizes:
 
     def at_once(self, room: int, rows: int) -> int:
         """Return how many of `rows` sets of inputs may go together through the smallest pieces; at least one."""
-        smallest = self._cuts(PIECE_BYTES)
+        smallest = self._smallest(room)
         while rows > 1 and self._streamed(smallest, rows) > room:
             rows = (rows + 1) // 2
         return rows
+
+    def _smallest(self, room: int) -> list[range]:
+        """Return pieces of up to PIECE_BYTES, or of half of that if one set of inputs does not go through these."""
+        large = self._cuts(PIECE_BYTES)
+        if self._streamed(large, rows=1) <= room:
+            return large
+        return min((large, self._cuts(PIECE_BYTES // 2)), key=lambda parts: self._streamed(parts, rows=1))
 
     def _cuts(self, most: int) -> list[range]:
         return cuts(self.operations, self.values, most, self.outputs)

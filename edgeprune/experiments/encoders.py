@@ -26,7 +26,7 @@ from edgeprune.artefact.loading import load_part
 from edgeprune.artefact.resolve import BUILTIN
 from edgeprune.artefact.staged import StagedPipeline, layers_of
 from edgeprune.common.files import read_json, write_json
-from edgeprune.common.intervals import mean_interval, paired_drop
+from edgeprune.common.intervals import Interval, mean_interval, paired_drop
 from edgeprune.common.splits import Split
 from edgeprune.common.tables import interval_text, markdown_table
 from edgeprune.experiments.pages import insert
@@ -82,7 +82,8 @@ def round_clip(folder: Path, kind: str, form: str, ids: torch.Tensor) -> dict[st
         rule = {name: precision(name, tuple(linear.weight.shape), form) for name, linear in linears.items()}
         round_layers(layer, rule, moments)
         for name, linear in linears.items():
-            linear.weight = nn.Parameter(layer.get_submodule(name).weight, requires_grad=False)
+            packed: Any = layer.get_submodule(name)
+            linear.weight = nn.Parameter(packed.weight, requires_grad=False)
             replace(layer, name, linear)
     table = model.get_input_embeddings()
     if form != T5_INT8:
@@ -153,7 +154,8 @@ def table(found: dict[str, Any]) -> str:
     for name, row in found.items():
         drop = paired_drop(first["right"], row["right"], row["tasks"]).relative
         assert drop is not None  # the original has a score above 0
-        percent = type(drop)(*(None if value is None else 100 * value for value in drop))
+        low, high = (None if value is None else 100 * value for value in drop[1:])
+        percent = Interval(100 * drop.mean, low, high)
         original = name == "original"
         rows.append(
             (

@@ -62,6 +62,8 @@ class Encoder:
     """Its class in transformers."""
     optional: bool = False
     """Whether a pipeline may lack it."""
+    states: tuple[int, ...] = ()
+    """The hidden states that are read, if not all layers are needed for what is read; 0 is the embedding."""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class Flux2:
     components = ("attn", "mlp", "context_mlp")
     norms: tuple[str, ...] = ()
     embedder = "time_guidance_embed"
-    encoders = (Encoder("text_encoder", "Qwen3ForCausalLM"),)
+    encoders = (Encoder("text_encoder", "Qwen3ForCausalLM", states=(9, 18, 27)),)
     tail = ("norm_out.", "proj_out.")
     streams: Mapping[str, tuple[str, ...]] = {"joint": STREAMS, "single": ("joined",)}
     position_inputs = ("img_ids", "txt_ids")

@@ -22,7 +22,7 @@ from edgeprune.common.files import read_json
 from edgeprune.families import Config, Shape, family_of
 from edgeprune.families.encoders import T5, text_encoders
 from edgeprune.families.joint import width
-from edgeprune.quantization.precision import t5_precision_of
+from edgeprune.quantization.precision import T5_INT4, T5_INT4_WO8, t5_precision_of
 from edgeprune.residency.model_files import any_weights_of
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 from edgeprune.targets import Target
@@ -65,11 +65,12 @@ class Fit:
         return self.memory_bytes - self.activations_bytes
 
 
-def fit(source: Path, target: Target, generation: Generation) -> Fit:
+def fit(source: Path, target: Target, generation: Generation, encoders: str = T5_INT4) -> Fit:
     """Return how a pipeline fits a device at the image size of the generation settings.
 
     Args:
         source: the pipeline's diffusers folder.
+        encoders: how a T5 is exported, one of precision.ENCODERS.
 
     Raises:
         BudgetError: a stage takes more than the device has, or nothing is left for the transformer.
@@ -83,7 +84,7 @@ def fit(source: Path, target: Target, generation: Generation) -> Fit:
         target=target.name,
         memory_bytes=target.memory_bytes,
         text_encoder_bytes=max(
-            _encoder_bytes(source / name, kind, size, target) for name, kind in text_encoders(source).items()
+            _encoder_bytes(source / name, kind, size, target, encoders) for name, kind in text_encoders(source).items()
         ),
         vae_decoder_bytes=decoder * size + (min(values, STRIP_BYTES) if target.runtimes[0] in STRIPS else values),
         activations_bytes=_transformer_activations(config, vae, source, generation) * size,
@@ -123,7 +124,7 @@ def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source
     return transformer_activations(config, (tokens + text) * samples)
 
 
-def _encoder_bytes(folder: Path, kind: str, size: int, target: Target) -> int:
+def _encoder_bytes(folder: Path, kind: str, size: int, target: Target, encoders: str) -> int:
     """Return the bytes of a text encoder's weights, as an export stores them, that are open at one time.
 
     Args:
@@ -131,7 +132,8 @@ def _encoder_bytes(folder: Path, kind: str, size: int, target: Target) -> int:
     """
     shapes = stored_shapes(folder)
     if kind == T5:
-        whole = sum(t5_precision_of(name, shape).nbytes(shape) for name, shape in shapes.items())
+        form = T5_INT4_WO8 if encoders == T5_INT4 else encoders  # the larger of the two that may be kept
+        whole = sum(t5_precision_of(name, shape, form).nbytes(shape) for name, shape in shapes.items())
         return min(whole, PIECE_BYTES) if target.runtimes[0] in PIECEWISE else whole
     return sum(map(math.prod, shapes.values())) * size
 

@@ -7,7 +7,7 @@ Notation: O outputs, I inputs, G groups, V words, K width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -120,6 +120,24 @@ class PackedT5:
         """See T5Tensors."""
         tensor = self._weights[stored_name(name)]
         return tensor.view(torch.int8) if is_words(name) and name.endswith("_packed") else tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor in its file."""
+        return self._weights.dtype(stored_name(name))
+
+    def ahead(self, names: Iterable[str]) -> None:
+        """Ask the operating system to read these tensors, or what is stored in their place, in the background."""
+        layers = {unpacked_name(stored_name(name)).removesuffix(".weight") for name in names}
+        kinds = (".weight", *PACKED[:2])
+        self._weights.ahead(f"{n}{kind}" for n in layers for kind in kinds if f"{n}{kind}" in self._weights.shapes)
+
+    def check(self, model: nn.Module) -> None:
+        """Check that names and shapes are exactly those of a model after `prepare_t5`.
+
+        Raises:
+            InputError: names the first tensor that differs.
+        """
+        self._weights.check({stored_name(name): tuple(t.shape) for name, t in model.state_dict().items()})
 
 
 def plain(tensors: T5Tensors, name: str, shape: Shape) -> torch.Tensor:

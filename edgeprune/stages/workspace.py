@@ -33,6 +33,7 @@ from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.progress import Progress
 from edgeprune.planning.fit import Fit, fit
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.quantization.precision import T5_INT4
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation, heed
@@ -234,14 +235,18 @@ class Workspace:
         paths = [p for p in (self.scores_path, self.report_path) if p.is_file()]
         return ContributionReport.load(paths[0]) if paths else None
 
-    def fit(self, target: str) -> Fit:
+    def fit(self, target: str, encoders: str = T5_INT4) -> Fit:
         """Return how much room a device leaves for the transformer's weights.
+
+        Args:
+            target: the device.
+            encoders: how a T5 is exported, one of precision.ENCODERS.
 
         Raises:
             InputError: no such target.
             BudgetError: nothing is left.
         """
-        return fit(self.source, targets.load(target), self.generation)
+        return fit(self.source, targets.load(target), self.generation, encoders)
 
     def plan(self) -> PrunePlan:
         """Load the plan.

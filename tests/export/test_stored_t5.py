@@ -20,7 +20,7 @@ from edgeprune.export import external_data, graph, modules, parity, to_onnx
 from edgeprune.export.stored_t5 import StoredT5
 from edgeprune.families.encoders import T5
 from edgeprune.families.parts import part_shapes
-from edgeprune.quantization.quantize import quantize_t5
+from edgeprune.quantization.t5 import quantize_t5
 from edgeprune.residency import shards
 
 PARTS = ("weight_packed", "weight_scale")

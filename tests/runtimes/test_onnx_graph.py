@@ -55,7 +55,7 @@ def whole(path: Path, **arrays: Any) -> dict[str, Array]:
 
 def weight(name: str, *shape: int, kind: Any = np.float32) -> Any:
     numbers = np.random.default_rng(len(name)).standard_normal(shape) / shape[0] ** 0.5
-    return numpy_helper.from_array(numbers.astype(kind), name)
+    return numpy_helper.from_array((100 * numbers if kind is np.int8 else numbers).astype(kind), name)
 
 
 def integers(name: str, *values: int) -> Any:
@@ -193,7 +193,7 @@ def test_a_large_value_of_sizes_alone_passes_from_piece_to_piece(tmp_path: Path)
     np.testing.assert_allclose(found, whole(path, **feed)["y"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float32])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.int8])
 def test_rows_of_a_table_are_looked_up(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [node("Gather", ["table", "ids"], ["rows"]), node("Cast", ["rows"], ["y"], to=TensorProto.FLOAT)]
     path = saved(tmp_path, nodes, {"ids": 2}, ["y"], [weight("table", 50, 8, kind=kind)])
