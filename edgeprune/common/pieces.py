@@ -176,6 +176,8 @@ class Sizes:
             rows: the sets of inputs that go through a piece before the next is opened.
         """
         smallest = self._smallest(room)
+        if smallest != self._cuts(PIECE_BYTES):
+            return Layout(smallest, resident=None)
         between = self._between(smallest, rows)
         first = max((i + 1 for i, part in enumerate(smallest) if self.operations[part.start].alone), default=0)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.common.pieces import Operation, Sizes, cuts, staying, working
+from edgeprune.common.pieces import Layout, Operation, Sizes, cuts, staying, working
 
 MB = 10**6
 
@@ -64,7 +64,7 @@ def test_as_many_blocks_stay_as_fit() -> None:
     needs = sizes.needs()
     assert needs.least < needs.whole
     least = sizes.layout(needs.least, rows=1)
-    assert least.resident is None and len(least.parts) == 10
+    assert least.resident is None and len(least.parts) == 20  # of at most half of PIECE_BYTES
     kept = []
     for room in range(needs.least, needs.whole + 200 * MB, 50 * MB):
         layout = sizes.layout(room, rows=1)
@@ -81,9 +81,18 @@ def test_the_most_that_fit_stay() -> None:
     assert staying(0, lambda stay: 0, 10) == 0
 
 
+def test_pieces_halve_where_two_blocks_take_too_much() -> None:
+    sizes = blocks(4)
+    large, small = [range(0, 8), range(8, 16)], [range(i, i + 4) for i in range(0, 16, 4)]
+    assert sizes.layout(sizes._streamed(large, rows=1), 1).parts[-1].stop == 16
+    assert sizes.needs().least == sizes._streamed(small, rows=1) < sizes._streamed(large, rows=1)
+    assert sizes.layout(sizes.needs().least, 1) == Layout(small, resident=None)
+    assert sizes.layout(0, 1).parts == small
+
+
 def test_rows_that_wait_take_room() -> None:
     sizes = blocks(10, weights=150)
-    one, eight = (sizes.layout(sizes.needs().least + 400 * MB, rows) for rows in (1, 8))
+    one, eight = (sizes.layout(sizes.needs().least + 600 * MB, rows) for rows in (1, 8))
     assert one.resident == 0 and len(one.parts[0]) > (0 if eight.resident is None else len(eight.parts[0]))
 
 
