@@ -1,10 +1,13 @@
-"""Rewrites quantised layers to forms that TensorRT accepts, without changing a value.
+"""Rewrites quantised layers to forms that TensorRT accepts, without changing an integer or a scale.
 
 TensorRT wants INT8 with one scale per output as per-channel quantisation, not as blocks that span the whole input. It
-wants scales as constants in the precision of the activations, not behind a Cast.
+wants scales as constants in the precision of the activations, not behind a Cast, and INT8 constants just before a
+DequantizeLinear.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import onnx_ir as ir
 
@@ -24,6 +27,35 @@ def per_output(model: ir.Model) -> None:
             scale.shape = ir.Shape(shape[1:])
             node.attributes["axis"] = ir.AttrInt64("axis", 1)
             del node.attributes["block_size"]
+
+
+def whole_tables(model: ir.Model) -> None:
+    """Dequantise INT8 tables before their rows are looked up, to half precision, in place.
+
+    Elsewhere rows and their scales are looked up, converted and multiplied.
+    """
+    for node in list(model.graph):
+        table = node.inputs[0] if node.op_type == "Gather" else None
+        if table is None or table.const_value is None or table.dtype != ir.DataType.INT8:
+            continue
+        product = _only_user(_only_user(node))
+        cast = next(value.producer() for value in product.inputs if value.producer() is not _only_user(node))
+        scale = cast.inputs[0].producer().inputs[0]
+        scale.const_value = ir.tensor(scale.const_value.numpy()[:, 0], name=scale.name)
+        scale.shape = ir.Shape(scale.shape[:1])
+        whole = ir.node("DequantizeLinear", [table, scale], {"axis": 0}, name=f"{table.name}.dequantize")
+        rows = ir.node("Gather", [whole.outputs[0], node.inputs[1]], {"axis": 0}, name=node.name)
+        wide = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT.value}, name=f"{node.name}.float")
+        olds = [product, cast, _only_user(node), cast.inputs[0].producer(), node]
+        ir.convenience.replace_nodes_and_values(
+            model.graph, product, olds, [whole, rows, wide], product.outputs, wide.outputs
+        )
+
+
+def _only_user(node: Any) -> Any:
+    """Return the node that reads the only output of another."""
+    (use,) = node.outputs[0].uses()
+    return use.node
 
 
 def _constant(model: ir.Model, scale: ir.Value) -> ir.Value:

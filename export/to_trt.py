@@ -114,6 +114,7 @@ def _networks(
             examples = [source.trial, *examples[1:]]  # whose first one has its reference
         model = source.to_ir(half=half)
         forms.per_output(model)
+        forms.whole_tables(model)
         engine = work.begin(name) / ENGINE
         path = engine.with_name("model.onnx")
         weight_bytes = external_data.weight_bytes(model)

@@ -121,7 +121,7 @@ def of_coreml(path: Path, names: list[str]) -> dict[str, Weight]:
         if op.type != "constexpr_blockwise_shift_scale":
             continue
         # One name may be the end of another: proj_out and single_transformer_blocks.0.proj_out.
-        name = by_program_name[max((key for key in by_program_name if key in op.outputs[0].name), key=len)]
+        name = by_program_name[max((key for key in by_program_name if key in f"_{op.outputs[0].name}"), key=len)]
         (data, kind), (scale, _) = read(op, "data"), read(op, "scale")
         shape = tuple(d.constant.size for d in kind.dimensions)
         scales = np.frombuffer(scale, np.float16).reshape(shape[0], -1).astype(np.float32)
