@@ -25,6 +25,9 @@ from edgeprune.residency.weights import Weights
 WORDS = "shared.weight"
 """The table of words; in a T5EncoderModel it also is `encoder.embed_tokens.weight`."""
 
+_ROWS = 2048
+"""Rows of the table that are rounded together."""
+
 
 class T5Tensors(Protocol):
     """The tensors of a T5EncoderModel after `prepare_t5`, by name."""
@@ -91,11 +94,15 @@ class RoundedT5:
         if name.endswith("_half"):
             return tensor.half().T.contiguous()
         p = self.precision(weight, tuple(tensor.shape))
-        values, scale = round_to_nearest(tensor, p)
+        if is_words(weight):  # row by row, since the table is much larger than a layer
+            rounded = (round_to_nearest(rows, p) for rows in tensor.split(_ROWS))
+            tables, scales = zip(*((values.to(torch.int8), s) for values, s in rounded), strict=True)
+            packed, scale = torch.cat(tables), torch.cat(scales)
+        else:
+            values, scale = round_to_nearest(tensor, p)
+            packed = pack(values, p.bits)
         self._scales[weight] = scale
-        if name.endswith("_scale"):
-            return scale
-        return values.to(torch.int8) if is_words(weight) else pack(values, p.bits)
+        return scale if name.endswith("_scale") else packed
 
 
 class PackedT5:

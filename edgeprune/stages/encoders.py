@@ -58,8 +58,8 @@ PROMPTS = 16
 BOUND = 0.1
 """Largest error, by the norm of the embedding, with which a form is kept.
 
-It is half of the noise that costs the built-in model no score that its measure sees (docs/int4.md): prompts of other
-models say more than those of its shapes world.
+Noise of twice that costs the built-in model less than 2 % of its score, by the interval's upper end (docs/int4.md);
+prompts of other models say more than those of its shapes world.
 """
 LEAST_COSINE = 0.99
 """Least mean cosine of a token to the original's; an error of `BOUND` at a right angle has 0.995."""
