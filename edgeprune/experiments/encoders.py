@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edgeprune import shapes
+from edgeprune.artefact.encoder_layers import layers_of
 from edgeprune.artefact.loading import load_part
 from edgeprune.artefact.resolve import BUILTIN
-from edgeprune.artefact.staged import StagedPipeline, layers_of
+from edgeprune.artefact.staged import StagedPipeline
 from edgeprune.common.files import read_json, write_json
 from edgeprune.common.intervals import Interval, mean_interval, paired_drop
 from edgeprune.common.splits import Split
