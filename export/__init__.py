@@ -1,6 +1,7 @@
 """Exports an artefact to a device's format: ONNX, OpenVINO, TensorRT or Core ML, each compared with the checkpoint.
 
-`FORMATS` lists the to_*.py files of this folder, each with `export(artefact, out, device=..., progress=...)`. This file
+`FORMATS` lists the to_*.py files of this folder, each with `export(artefact, out, device=..., progress=...)`, those of
+`APART_FORMATS` with `modulation=...`, too. This file
 imports nothing heavy. It refuses any other import name: with the project root on `sys.path` the folder could also be
 imported as `export`, and the custom op would be translated twice.
 """
@@ -31,8 +32,21 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """By format: the extras that its export needs in addition to `compress`, and their packages; `a|b` is either."""
 
+APART, INSIDE = "apart", "inside"
+"""Where an export has the modulation: in a network of its own, or in the transformer (modulation.py)."""
+APART_FORMATS = ("onnx", "openvino", "trt")
+"""Formats that are written with the modulation apart, unless it is asked for inside."""
 
-def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Callable[..., None]) -> dict[str, Any]:
+
+def export(
+    artefact: Path,
+    out: Path,
+    fmt: str,
+    device: Target,
+    *,
+    modulation: str | None = None,
+    progress: Callable[..., None],
+) -> dict[str, Any]:
     """Write the folder `out` in one of FORMATS for a device.
 
     An interrupted export leaves `OUT.partial`; the next call with the same arguments resumes there.
@@ -42,6 +56,7 @@ def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Cal
         out: the folder to write.
         fmt: one of FORMATS.
         device: what the export is for.
+        modulation: APART or INSIDE; None for APART where the format has it.
         progress: see progress.Progress.
 
     Returns:
@@ -49,12 +64,16 @@ def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Cal
 
     Raises:
         MissingExtraError: a package that the format needs is not installed.
-        InputError: `artefact` or `out` is not usable, or the device cannot run the artefact.
+        InputError: `artefact` or `out` is not usable, the device cannot run the artefact, or the format has no such
+            modulation.
         ParityError: a network does not compute what its checkpoint computes.
         DiskError: the disk is full, or `out` cannot be written.
     """
     if fmt not in FORMATS:
         raise InputError(f"--target: found {fmt!r}, expected one of {', '.join(FORMATS)}")
+    forms = [APART, INSIDE] if fmt in APART_FORMATS else [INSIDE]
+    if modulation not in (None, *forms):
+        raise InputError(f"--modulation: found {modulation!r}, expected {' or '.join(forms)} for {fmt}")
     accepts.check(artefact, device)
     accepts.pipeline(artefact)
     extra, packages = NEEDS[fmt]
@@ -62,6 +81,7 @@ def export(artefact: Path, out: Path, fmt: str, device: Target, *, progress: Cal
     # Which TensorRT is needed depends on the device; to_trt.py checks that.
     extras.require(tuple(package for package in packages if "|" not in package), extra)
     module = importlib.import_module(f"edgeprune.export.to_{fmt}")
+    options = {"modulation": modulation or APART} if fmt in APART_FORMATS else {}
     with heap.returned():
-        written: dict[str, Any] = module.export(artefact, out, device=device, progress=progress)
+        written: dict[str, Any] = module.export(artefact, out, device=device, progress=progress, **options)
     return written

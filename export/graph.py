@@ -10,6 +10,8 @@ Cast.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import logging
 import operator
 import warnings
@@ -27,7 +29,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from edgeprune.common.errors import EdgepruneError
 from edgeprune.export.lowering import DOMAIN, halve_tables, lower_packed_linear
-from edgeprune.export.modules import Transformer
 from edgeprune.export.simplify import simplify
 from edgeprune.families import Axes
 
@@ -91,6 +92,7 @@ def to_ir(
         EdgepruneError: PyTorch cannot trace or translate the module.
     """
     shapes: tuple[Any, ...] = tuple(dict(inputs[name]) for name in example)
+    parameters = inspect.signature(module.forward).parameters.values()
     try:
         with torch.no_grad(), _quiet(), _fake_mode(module) as mode:
             program = torch.onnx.export(
@@ -98,7 +100,8 @@ def to_ir(
                 args=tuple(mode.from_tensor(tensor) if mode else tensor for tensor in example.values()),
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=(shapes,) if isinstance(module, Transformer) else shapes,  # *tensors is one argument
+                # *tensors is one argument
+                dynamic_shapes=(shapes,) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else shapes,
                 input_names=list(example),
                 output_names=list(outputs),
                 custom_translation_table={
@@ -134,7 +137,8 @@ def to_ir(
 @contextmanager
 def _fake_mode(module: nn.Module) -> Iterator[FakeTensorMode | None]:
     """Enter the mode that a module's fake tensors belong to; yield None if its tensors are real."""
-    mode: FakeTensorMode | None = getattr(next(module.parameters(), None), "fake_mode", None)
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    mode: FakeTensorMode | None = getattr(next(tensors, None), "fake_mode", None)
     with mode or nullcontext():
         yield mode
 

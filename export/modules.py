@@ -36,11 +36,15 @@ class Transformer(nn.Module):
         family, model, inputs = self.family, self.model, dict(zip(self.inputs, tensors, strict=True))
         positions = family.positions(model, inputs)
         text: torch.Tensor | None
-        image, text, modulation = family.embed(model, inputs)
+        image, text, modulation = self.embed(inputs)
         for block in family.blocks(model):
             assert text is not None  # only the last block drops the text stream
             image, text = family.run(block, image, text, modulation, positions)
         return (family.unembed(model, image, modulation, family.grid(model, inputs)),)
+
+    def embed(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return both streams and the modulation before the first block, see `Network.embed`."""
+        return self.family.embed(self.model, inputs)
 
     def reference(self, **inputs: torch.Tensor) -> tuple[torch.Tensor]:
         """Compute the same output with the model's own forward pass."""

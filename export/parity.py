@@ -24,6 +24,8 @@ from edgeprune.common.extras import needs
 from edgeprune.common.progress import Progress, Steps, silent
 from edgeprune.export import modules
 from edgeprune.export.chunked_onnx import ChunkedOnnx, Session
+from edgeprune.export.modulation import Modulation
+from edgeprune.runtimes.modulation import ROWS
 
 BOUND = 1e-3
 """Largest relative error (of the maximum) that passes in float32."""
@@ -73,6 +75,34 @@ def _session(path: Path) -> Session:
     return runner
 
 
+class WithRows:
+    """A transformer's file that reads the modulation's rows, run on the inputs of the whole transformer.
+
+    Args:
+        file: runs it.
+        modulation: makes the rows, in torch.
+    """
+
+    def __init__(self, file: Runner, modulation: Modulation) -> None:
+        self._file, self._modulation = file, modulation
+
+    @property
+    def steps(self) -> int:
+        """The steps of the file."""
+        return self._file.steps
+
+    def run(
+        self, names: Sequence[str] | None, feeds: Mapping[str, Any], *, step: Callable[[], None] = lambda: None
+    ) -> Sequence[Any]:
+        """Return the outputs of these names, or all; call `step` after each step of the file."""
+        read = self._modulation.inputs
+        with torch.no_grad():
+            (rows,) = self._modulation(*(torch.from_numpy(feeds[name]).float() for name in read))
+        others = {name: value for name, value in feeds.items() if name not in read}
+        kind = others["hidden_states"].dtype  # half precision where the file computes in it
+        return self._file.run(names, {**others, ROWS: rows.numpy().astype(kind)}, step=step)
+
+
 def torch_steps(module: torch.nn.Module) -> int:
     """Return how many steps `stepping` counts for one run: the blocks of a transformer or T5, else one."""
     return len(_blocks(module)) or 1
@@ -115,7 +145,8 @@ def reference(
     module: torch.nn.Module, example: Mapping[str, torch.Tensor], step: Callable[[], None]
 ) -> list[torch.Tensor]:
     """Run the checkpoint in float32, a transformer or T5 with the vendor's forward pass; `step` as in `stepping`."""
-    forward = module.reference if isinstance(module, modules.Transformer | modules.T5Encoder) else module
+    named = modules.Transformer | modules.T5Encoder | Modulation
+    forward = module.reference if isinstance(module, named) else module
     with torch.no_grad(), stepping(module, step):
         return list(forward(**{k: v.float() if v.is_floating_point() else v for k, v in example.items()}))
 

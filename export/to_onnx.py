@@ -4,7 +4,8 @@
 
 Each network is traced, written, checked by onnx.checker and compared with torch (parity.py) before the next one is
 loaded. Only a few blocks of the transformer, or layers of a T5, are in memory at a time. An interrupted export resumes:
-compared networks are kept, and a half-written file continues where it stopped (external_data.py). A T5 text encoder is
+compared networks are kept, and a half-written file continues where it stopped (external_data.py). The modulation is a
+network of its own, unless it is asked for inside the transformer (modulation.py). A T5 text encoder is
 stored in 8 bits (precision.py) and compared with torch on the same integers (stored_t5.py). The VAE's encoder is not
 exported. folder.py writes the other files of the folder.
 """
@@ -23,25 +24,43 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from torch import nn
 
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.common.errors import ParityError
 from edgeprune.common.progress import Progress, silent
-from edgeprune.export import external_data, graph, loaders, modules, parity, precisions, text
+from edgeprune.export import APART, INSIDE, external_data, graph, loaders, modules, parity, precisions, text
 from edgeprune.export.folder import is_quantized, write
+from edgeprune.export.modulation import ModulatedTransformer, Modulation, layers_of, rows_instead
 from edgeprune.export.stored_t5 import StoredT5
 from edgeprune.export.unfinished import MARK, Unfinished
+from edgeprune.families import Axes
 from edgeprune.families.encoders import T5, text_encoders
 from edgeprune.residency.stored import StoredTransformer
+from edgeprune.runtimes.modulation import ROWS, WIDTH
 from edgeprune.sampling.denoising import Conditioning
 from edgeprune.sampling.generation import longest_prompt
 from edgeprune.targets import Target
 
 
-def export(artefact: Path, out: Path, *, device: Target | None = None, progress: Progress = silent) -> dict[str, Any]:
+def export(
+    artefact: Path,
+    out: Path,
+    *,
+    device: Target | None = None,
+    modulation: str = INSIDE,
+    progress: Progress = silent,
+) -> dict[str, Any]:
     """Write the folder `out`, which is the same for every device.
 
     If the artefact has `transformer_int4`, its integers are kept; otherwise weights are float32.
+
+    Args:
+        artefact: the artefact's folder, or a diffusers folder.
+        out: the folder to write.
+        device: what the export is for.
+        modulation: APART or INSIDE.
+        progress: see progress.Progress.
 
     Returns:
         The content of edgeprune_export.json.
@@ -53,7 +72,8 @@ def export(artefact: Path, out: Path, *, device: Target | None = None, progress:
         DiskError: the disk is full, or `out` cannot be written; the next call resumes.
     """
     return write(
-        artefact, out, "onnx", {}, lambda work: networks(artefact, work, progress),
+        artefact, out, "onnx", {"modulation": modulation},
+        lambda work: networks(artefact, work, modulation, progress),
         measure=lambda folder: precisions.measured(folder, progress),
     )  # fmt: skip
 
@@ -66,7 +86,7 @@ LARGE = 10**9
 """A transformer with more stored numbers is compared at one size only: each size reads all weights twice."""
 Opened = Callable[[Path], parity.Runner]
 """Opens a written ONNX file to run it."""
-Module = modules.Transformer | modules.TextEncoder | modules.T5Encoder | modules.VaeDecoder
+Module = modules.Transformer | Modulation | modules.TextEncoder | modules.T5Encoder | modules.VaeDecoder
 
 
 @dataclass
@@ -86,6 +106,8 @@ class NetworkSource:
     """Of the transformer and of T5: `module` reads its layers from here when they run."""
     reread: Callable[[], Module] | None = None
     """Loads the network again, by name; None if `module` was loaded so."""
+    apart: Modulation | None = None
+    """Of a transformer that is written without its modulation: makes the rows that it reads. `module` is whole."""
 
     def checkpoint(self) -> Module:
         """Return the network that the file is compared with. It takes the place of `module`, which is freed."""
@@ -98,9 +120,20 @@ class NetworkSource:
         """Return a copy of the module in half precision."""
         if isinstance(self.stored, StoredT5):
             return self.stored.running(torch.float16)
+        if self.stored is not None and isinstance(self.module, Modulation):
+            return Modulation.running(self.stored, torch.float16)
         if self.stored is not None:
             return modules.Transformer(self.stored.running(torch.float16))
         return copy.deepcopy(self.module).half()
+
+    @property
+    def inputs(self) -> Axes:
+        """The dynamic axes of the inputs of the written file."""
+        return self.module.inputs if self.apart is None else rows_instead(self.module.inputs, self.apart.inputs)
+
+    def runner(self, file: parity.Runner) -> parity.Runner:
+        """Return what runs the written file on the inputs of `module`."""
+        return file if self.apart is None else parity.WithRows(file, self.apart)
 
     def to_ir(self, *, half: bool = False) -> ir.Model:
         """Trace the network to ONNX, computing in float32 or in half precision."""
@@ -113,43 +146,60 @@ class NetworkSource:
             t5, reader = stored.traceable(dtype), functools.partial(stored.read, dtype=dtype)
             return graph.to_ir(t5, example, t5.inputs, t5.outputs, read=reader)
         model = stored.traceable(dtype)
+        if isinstance(self.module, Modulation):
+            layers, reader = Modulation(model), functools.partial(stored.read, dtype=dtype)
+            return graph.to_ir(layers, example, layers.inputs, layers.outputs, read=reader)
         compacted = stored.family.compact(model, stored.read)
 
         def read(name: str) -> torch.Tensor:
             return compacted[name].to(dtype) if name in compacted else stored.read(name, dtype)
 
-        transformer = modules.Transformer(model)
+        transformer = modules.Transformer(model) if self.apart is None else ModulatedTransformer(model)
         return graph.to_ir(transformer, example, transformer.inputs, transformer.outputs, read=read)
 
 
 def networks(
-    artefact: Path, work: Unfinished, progress: Progress, *, opened: Opened = parity.session
+    artefact: Path, work: Unfinished, modulation: str, progress: Progress, *, opened: Opened = parity.session
 ) -> dict[str, Any]:
     """Write and compare one network after the other; return further content of edgeprune_export.json.
 
     Args:
         artefact: the pipeline's folder.
         work: the unfinished export; its finished networks are skipped.
+        modulation: APART or INSIDE.
         progress: see progress.Progress.
         opened: opens each `<network>/model.onnx` to compare it; may first convert it to another format.
     """
-    for source in sources(artefact, work.has):
+    for source in sources(artefact, work.has, modulation=modulation):
         progress(source.name)
         path = work.begin(source.name) / "model.onnx"
         save(source.name, source.to_ir(), path, progress)
         gc.collect()  # a traced program refers to itself
         module = source.checkpoint()
         outputs = list(module.outputs)
-        record = parity.check(source.name, opened(path), module, source.examples, outputs, progress=progress)
-        work.finish(source.name, {"parity": record})
-        del source, module  # else it is still in memory while the next one is loaded
-    return {"opset": graph.OPSET, "parity": work.recorded("parity")}
+        runner = source.runner(opened(path))
+        record = parity.check(source.name, runner, module, source.examples, outputs, progress=progress)
+        work.finish(source.name, {"parity": record} | width_of(module))
+        del source, module, runner  # else it is still in memory while the next one is loaded
+    return recorded_width(work) | {"opset": graph.OPSET, "parity": work.recorded("parity")}
+
+
+def width_of(module: nn.Module) -> dict[str, Any]:
+    """Return what is recorded of a modulation besides its errors: the width of its rows; of others nothing."""
+    return {WIDTH: module.width} if isinstance(module, Modulation) else {}
+
+
+def recorded_width(work: Unfinished) -> dict[str, Any]:
+    """Return the width of the rows for edgeprune_export.json, if the export has its modulation apart."""
+    width = work.recorded(WIDTH).get(ROWS)
+    return {} if width is None else {WIDTH: width}
 
 
 def sources(
     artefact: Path,
     has: Callable[[str], bool] = lambda name: False,
     *,
+    modulation: str = INSIDE,
     half: bool = False,
     progress: Progress = silent,
 ) -> Iterator[NetworkSource]:
@@ -158,17 +208,25 @@ def sources(
     Args:
         artefact: the pipeline's folder.
         has: whether the export has a network.
+        modulation: APART or INSIDE.
         half: half precision will be tried: at prompts encoded by the folder's own encoders, not at random numbers.
         progress: see progress.Progress.
     """
-    if not has("transformer"):
-        yield _transformer(artefact, text.encoded(artefact, progress) if half else None)
+    if not has("transformer") or (modulation == APART and not has(ROWS)):
+        prompts = text.encoded(artefact, progress) if half else None
+        stored = open_transformer(artefact, quantized=is_quantized(artefact))
+        apart = modulation == APART and bool(layers_of(stored.model))
+        if apart and not has(ROWS):
+            yield _modulation(stored, prompts)
+        if not has("transformer"):
+            yield _transformer(artefact, stored, prompts, apart=apart)
+        del stored
 
     for name, kind in text_encoders(artefact).items():
         if has(name):
             continue
-        stored = StoredT5(artefact / name) if kind == T5 else None
-        encoder = stored.running() if stored else loaders.clip(artefact, name, kind, loaders.by_vendor)
+        t5 = StoredT5(artefact / name) if kind == T5 else None
+        encoder = t5.running() if t5 else loaders.clip(artefact, name, kind, loaders.by_vendor)
         longest = text.most_tokens(artefact, encoder)
         examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
         trial = examples[0]
@@ -178,13 +236,13 @@ def sources(
         yield NetworkSource(
             name=name,
             module=encoder,
-            stored=stored,
+            stored=t5,
             reread=functools.partial(loaders.compared_encoder, artefact, name, kind),
             traced=encoder.example(batch=2, tokens=min(7, longest)),
             examples=examples,
             trial=trial,
         )
-        del encoder, stored
+        del encoder, t5
 
     if not has("vae_decoder"):
         vae = loaders.vae_decoder(artefact, loaders.by_vendor)
@@ -199,8 +257,18 @@ def sources(
         )
 
 
-def _transformer(artefact: Path, prompts: Conditioning | None) -> NetworkSource:
-    stored = open_transformer(artefact, quantized=is_quantized(artefact))
+def _modulation(stored: StoredTransformer, prompts: Conditioning | None) -> NetworkSource:
+    module = Modulation.running(stored)
+    examples = [module.example(batch=b, seed=i) for i, b in enumerate((1, 3))]
+    trial = examples[0] if prompts is None else module.example(batch=text.PROMPTS, text=prompts)
+    return NetworkSource(
+        name=ROWS, module=module, traced=module.example(batch=2), examples=examples, trial=trial, stored=stored
+    )
+
+
+def _transformer(
+    artefact: Path, stored: StoredTransformer, prompts: Conditioning | None, *, apart: bool
+) -> NetworkSource:
     transformer = modules.Transformer(stored.running())
     limit = transformer.family.latents(transformer.model.config).largest or 12
     tokens = longest_prompt(artefact)
@@ -213,7 +281,8 @@ def _transformer(artefact: Path, prompts: Conditioning | None) -> NetworkSource:
         transformer.example(batch=b, height=min(h, limit), width=min(w, limit), tokens=m, seed=i)
         for i, (b, h, w, m) in enumerate(sizes)
     ]
-    traced = transformer.example(batch=2, height=min(4, limit), width=min(6, limit), tokens=5)
+    read = ModulatedTransformer(copy.deepcopy(stored.model)) if apart else transformer
+    traced = read.example(batch=2, height=min(4, limit), width=min(6, limit), tokens=5)
     trial = examples[0]
     if prompts is not None:
         trial = transformer.example(
@@ -221,8 +290,9 @@ def _transformer(artefact: Path, prompts: Conditioning | None) -> NetworkSource:
             text=text.largest(prompts, TRIED),
         )  # fmt: skip
     return NetworkSource(
-        name="transformer", module=transformer, traced=traced, examples=examples, trial=trial, stored=stored
-    )
+        name="transformer", module=transformer, traced=traced, examples=examples, trial=trial, stored=stored,
+        apart=Modulation.running(stored) if apart else None,
+    )  # fmt: skip
 
 
 def save(name: str, model: ir.Model, path: Path, progress: Progress = silent) -> None:

@@ -7,7 +7,8 @@ on the CPU in float32. INT4 and INT8 constants stay those of the checkpoint. Oth
 precision if that changes no value, which holds for everything that the checkpoint stores in half precision. OpenVINO's
 own `compress_to_fp16` would round the rest too, and that fails parity (5.8e-3 on a tiny model, from the timestep's
 frequencies). On devices that compute in half precision or bf16, the angles of timestep and positions stay float32.
-Shapes are dynamic; the runtime fixes them for the NPU. genai.py adds what OpenVINO GenAI needs.
+Shapes are dynamic; the runtime fixes them for the NPU. genai.py adds what OpenVINO GenAI needs, which cannot run a
+transformer whose modulation is apart.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from edgeprune.common.errors import EdgepruneError, InputError, ParityError
 from edgeprune.common.extras import needs
 from edgeprune.common.files import cannot_write, need_space, write_text
 from edgeprune.common.progress import Progress, silent
-from edgeprune.export import genai, parity, precisions, to_onnx
+from edgeprune.export import INSIDE, genai, parity, precisions, to_onnx
 from edgeprune.export.folder import write
 from edgeprune.targets import Target
 
@@ -34,10 +35,19 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "
 _LEAST_BYTES = 1024  # a smaller constant is not worth a Convert
 
 
-def export(artefact: Path, out: Path, *, device: Target, progress: Progress = silent) -> dict[str, Any]:
+def export(
+    artefact: Path, out: Path, *, device: Target, modulation: str = INSIDE, progress: Progress = silent
+) -> dict[str, Any]:
     """Write the folder `out`, which is the same for every device that supports the artefact's group size.
 
     If the artefact has `transformer_int4`, its integers are kept; otherwise weights are as exact as in the artefact.
+
+    Args:
+        artefact: the artefact's folder, or a diffusers folder.
+        out: the folder to write.
+        device: what the export is for.
+        modulation: APART or INSIDE; OpenVINO GenAI opens the transformer that has it inside.
+        progress: see progress.Progress.
 
     Returns:
         The content of edgeprune_export.json.
@@ -54,9 +64,10 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
         import openvino_tokenizers
     version = {"openvino": openvino.get_version(), "openvino_tokenizers": openvino_tokenizers.__version__}
     return write(
-        artefact, out, "openvino", version,
-        lambda work: to_onnx.networks(artefact, work, progress, opened=converted) | version,
-        genai.write, lambda folder: precisions.measured(folder, progress),
+        artefact, out, "openvino", version | {"modulation": modulation},
+        lambda work: to_onnx.networks(artefact, work, modulation, progress, opened=converted) | version,
+        genai.write if modulation == INSIDE else lambda folder: {},
+        lambda folder: precisions.measured(folder, progress),
     )  # fmt: skip
 
 

@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.common.progress import Progress, Steps, silent
-from edgeprune.export import external_data, forms, graph, modules, parity, to_onnx
+from edgeprune.export import INSIDE, external_data, forms, graph, modules, parity, to_onnx
 from edgeprune.export.engine import Profile, Spec
 from edgeprune.export.folder import write
+from edgeprune.export.modulation import Modulation
 from edgeprune.export.sizes import generation_for
 from edgeprune.export.to_onnx import Module, NetworkSource
 from edgeprune.export.unfinished import Unfinished
@@ -52,8 +53,17 @@ Range = tuple[int, int, int]
 """Smallest, best and largest size of a dynamic axis."""
 
 
-def export(artefact: Path, out: Path, *, device: Target, progress: Progress = silent) -> dict[str, Any]:
+def export(
+    artefact: Path, out: Path, *, device: Target, modulation: str = INSIDE, progress: Progress = silent
+) -> dict[str, Any]:
     """Write the folder `out` for `device`; reuses the timing cache of a previous or interrupted export.
+
+    Args:
+        artefact: the artefact's folder, or a diffusers folder.
+        out: the folder to write.
+        device: what the export is for.
+        modulation: APART or INSIDE.
+        progress: see progress.Progress.
 
     Returns:
         The content of edgeprune_export.json.
@@ -67,8 +77,13 @@ def export(artefact: Path, out: Path, *, device: Target, progress: Progress = si
         DiskError: the disk is full, or `out` cannot be written; the next call resumes.
     """
     trt = builder(device)
-    options = {"device": dataclasses.asdict(device), "builder": [trt.__name__, trt.__version__]}
-    return write(artefact, out, "trt", options, lambda work: _networks(artefact, out, work, device, trt, progress))
+    options = {
+        "device": dataclasses.asdict(device), "builder": [trt.__name__, trt.__version__], "modulation": modulation
+    }  # fmt: skip
+    return write(
+        artefact, out, "trt", options,
+        lambda work: _networks(artefact, out, work, device, trt, modulation, progress),
+    )  # fmt: skip
 
 
 def builder(device: Target) -> Any:
@@ -88,7 +103,7 @@ def builder(device: Target) -> Any:
 
 
 def _networks(
-    artefact: Path, out: Path, work: Unfinished, device: Target, trt: Any, progress: Progress
+    artefact: Path, out: Path, work: Unfinished, device: Target, trt: Any, modulation: str, progress: Progress
 ) -> dict[str, Any]:
     """Write one engine after the other; return further content of edgeprune_export.json."""
     generation = generation_for(artefact, device)
@@ -102,13 +117,13 @@ def _networks(
     engine_builder = Builder(trt, caches[0].read_bytes() if caches else b"", progress, streams=streams)
     sizes = axis_ranges(device, settings, family.latents(config).largest, tokens)
     halved = device.activations == "float16"
-    for source in to_onnx.sources(artefact, work.has, half=halved, progress=progress):
+    for source in to_onnx.sources(artefact, work.has, modulation=modulation, half=halved, progress=progress):
         name, examples = source.name, source.examples
         progress(name)
         if isinstance(source.module, modules.TextEncoder | modules.T5Encoder):
             longest = source.examples[0]["input_ids"].shape[1]
             sizes["sequence_length"] = (1, longest, longest)
-        profile = profile_of(source.module.inputs, source.traced, sizes)
+        profile = profile_of(source.inputs, source.traced, sizes)
         half, rounding, references = _half_precision(source, device, progress)
         if half:
             examples = [source.trial, *examples[1:]]  # whose first one has its reference
@@ -125,7 +140,7 @@ def _networks(
             references = []  # they are of the network that was written
         module = source.checkpoint()
         record = parity.check(
-            name, parity.session(path), module, examples, list(module.outputs),
+            name, source.runner(parity.session(path)), module, examples, list(module.outputs),
             half=half, references=references, progress=progress,
         )  # fmt: skip
         began = time.monotonic()
@@ -141,13 +156,13 @@ def _networks(
             "engine_bytes": engine.stat().st_size,
             "build_s": round(time.monotonic() - began, 2),
             "profile": {tensor: [list(shape) for shape in shapes] for tensor, shapes in profile.items()},
-            "engine_parity": _engine_parity(name, engine, module, sizes, trt, half=half),
+            "engine_parity": _engine_parity(source, engine, module, sizes, trt, half=half),
         }
         if timings := engine_builder.timing_cache():
             (work.folder / CACHE).write_bytes(timings)
-        work.finish(name, {"parity": record, "network": details})
+        work.finish(name, {"parity": record, "network": details} | to_onnx.width_of(module))
         del source, module, examples
-    return {
+    return to_onnx.recorded_width(work) | {
         "opset": graph.OPSET,
         "device": device.name,
         "builder": {"name": trt.__name__, "version": trt.__version__},
@@ -181,7 +196,7 @@ def _half_precision(
 
 
 def _engine_parity(
-    name: str, engine: Path, module: Module, sizes: Mapping[str, Range], trt: Any, *, half: bool
+    source: NetworkSource, engine: Path, module: Module, sizes: Mapping[str, Range], trt: Any, *, half: bool
 ) -> dict[str, Any] | None:
     """Compare the engine itself at the smallest sizes, but with all tokens; return None if there is no GPU."""
     try:
@@ -190,9 +205,8 @@ def _engine_parity(
         return None
     network = TrtNetwork(engine, trt, gpu)
     try:
-        return parity.check(
-            name, _OnDevice(network), module, [_smallest(module, sizes)], list(module.outputs), half=half
-        )
+        runner, example = source.runner(_OnDevice(network)), _smallest(module, sizes)
+        return parity.check(source.name, runner, module, [example], list(module.outputs), half=half)
     finally:
         network.close()
 
@@ -203,6 +217,8 @@ def _smallest(module: Module, sizes: Mapping[str, Range]) -> dict[str, torch.Ten
     batch = least["batch_size"]
     if isinstance(module, modules.VaeDecoder):
         return module.example(batch=batch, height=least["latent_height"], width=least["latent_width"])
+    if isinstance(module, Modulation):
+        return module.example(batch=batch)
     tokens = sizes["sequence_length"][2]
     if isinstance(module, modules.Transformer):
         patch = module.family.latents(module.model.config).patch

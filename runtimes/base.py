@@ -84,6 +84,17 @@ class Backend(Protocol):
         """
         ...
 
+    def modulate(self, pooled: Array, sigma: Array, guidance: float) -> bool:
+        """Compute what depends on prompt and noise level alone for the steps to come: pooled (N, P), sigma (N).
+
+        It stays until text is encoded or an image decoded. A backend whose transformer computes it in each step does
+        nothing; another one computes in `step` what is not there.
+
+        Returns:
+            Whether anything was computed.
+        """
+        ...
+
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
         """Compute the velocity (B, C, h, w) of latents (B, C, h, w) at noise levels sigma (B) in 0..1.
 
@@ -167,6 +178,11 @@ class Settings:
         if why:
             warnings.warn(why, stacklevel=2)
         return scale
+
+    def tokens(self, height: int, width: int) -> int:
+        """Return the tokens of an image of this size in pixels."""
+        unit = self.factor * self.patch
+        return (height // unit) * (width // unit)
 
     @property
     def channels(self) -> int:
@@ -267,10 +283,20 @@ class Velocity:
         self._texts = [(frozen(hidden), frozen(pooled)) for hidden, pooled in halves]
         self._alone = [(frozen(positive[0]), frozen(positive[1]))]
 
+    def prepare(self, sigmas: Sequence[float]) -> bool:
+        """Compute for all of these noise levels what does not depend on the latents, see `Backend.modulate`."""
+        evaluated = [(pooled, sigma) for sigma in sigmas for _, pooled in self._texts_at(sigma)]
+        levels = np.concatenate([np.full(len(pooled), sigma, np.float32) for pooled, sigma in evaluated])
+        return self._backend.modulate(np.concatenate([pooled for pooled, _ in evaluated]), levels, self._scale)
+
+    def _texts_at(self, sigma: float) -> list[Text]:
+        """Return the texts of each call of the backend at a noise level."""
+        return self._texts if self._guided and self._generation.guides(float(sigma)) else self._alone
+
     def __call__(self, latents: Array, sigma: float) -> Array:
         """Return the velocity (B, C, h, w) of latents (B, C, h, w) at noise level sigma in 0..1."""
         parts, guided = [], self._guided and self._generation.guides(float(sigma))
-        for text, pooled in self._texts if guided else self._alone:
+        for text, pooled in self._texts_at(sigma):
             batch = np.concatenate([latents] * (len(text) // len(latents)))
             levels = np.full(len(batch), sigma, np.float32)
             parts.append(self._backend.step(batch, text, pooled, levels, self._scale))
@@ -295,6 +321,7 @@ def denoise(
         progress: called after each step.
     """
     steps, levels, past = len(sigmas) - 1, sigmas.tolist(), ()
+    velocity.prepare(levels[:-1])
     for i in range(steps):
         latents, past = SOLVERS[solver](Step(levels, i, latents, velocity(latents, levels[i]), past))
         if progress is not None:
@@ -327,16 +354,10 @@ class _Wish:
     generation: Generation
 
 
-def tokens_of(settings: Settings, height: int, width: int) -> int:
-    """Return the number of image tokens of an image of this size in pixels."""
-    unit = settings.factor * settings.patch
-    return (height // unit) * (width // unit)
-
-
 def noise_levels(scheduler: FlowMatch, settings: Settings, generation: Generation) -> Array:
     """Return the noise level of each evaluation of an image, then 0, as the solver visits them."""
     family, steps = settings.family, generation.num_inference_steps
-    tokens = tokens_of(settings, generation.height, generation.width)
+    tokens = settings.tokens(generation.height, generation.width)
     levels = scheduler.sigmas(steps, tokens=tokens, levels=family.levels(steps), mu=family.shift(tokens, steps))
     return levels[visited(generation.solver, levels.tolist())]
 
@@ -504,7 +525,7 @@ class Runtime:
     def _groups(self, wish: _Wish, progress: StepProgress | None = None) -> Iterator[Array]:
         """Yield the latents (B, C, h, w) of each group of images, see GROUP."""
         settings, generation = self.settings, wish.generation
-        sigmas = noise_levels(self.scheduler, settings, generation)
+        sigmas = self.sigmas(generation)
         guided, count = wish.negative is not None, len(wish.prompts)
         also = [wish.negative] if wish.negative is not None else []
         if count > GROUP:
@@ -530,6 +551,10 @@ class Runtime:
                 latents = noise[first + start : first + rows.stop]
                 done.append(denoise(velocity, generation.solver, latents, sigmas, part))
             yield np.concatenate(done)
+
+    def sigmas(self, generation: Generation) -> Array:
+        """Return the noise level before each step of an image, then 0."""
+        return noise_levels(self.scheduler, self.settings, generation)
 
     def memory(self) -> dict[str, memory.Reading]:
         """Return the same rows on every device, each with a description of how it was measured.

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,17 +141,18 @@ class CoremlNetwork:
 
     def __call__(self, **arrays: Any) -> dict[str, Array]:
         """Return the outputs by name, float32; runs the chunks one after the other."""
-        return self.many([arrays])[0]
+        (outputs,) = self.many([arrays])
+        return outputs
 
-    def many(self, feeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Array]]:
-        """Return the outputs by name, float32, for each set of inputs; all go through a chunk before the next."""
+    def many(self, feeds: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Array]]:
+        """Yield the outputs by name, float32, for each set of inputs; all that fit go through a chunk together."""
         if self._closed:
             raise InputError("the runtime is closed; load the folder again")
         for feed in feeds:
             self._check(feed)
         size = self._plan(len(feeds))
-        groups = [feeds[start : start + size] for start in range(0, len(feeds), size)]
-        return [outputs for group in groups for outputs in self._through(group)]
+        for start in range(0, len(feeds), size):
+            yield from self._through(feeds[start : start + size])
 
     def _check(self, arrays: Mapping[str, Any]) -> None:
         first = self._chain.packages[0].inputs

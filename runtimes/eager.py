@@ -120,6 +120,10 @@ class EagerBackend:
             return self.pipeline.tokenizer_of(encoder)
         return getattr(self.pipeline, tokenizer_of(encoder), None)
 
+    def modulate(self, pooled: Array, sigma: Array, guidance: float) -> bool:
+        """Do nothing: the transformer computes its modulation in each step."""
+        return False
+
     @torch.inference_mode()
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
         """Compute one velocity (B, C, h, w)."""

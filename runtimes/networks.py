@@ -3,7 +3,9 @@
 A runtime provides an `Engine`, which opens a network's folder (`OUT/transformer`). This file decides when each network
 runs, and in how much memory; the family handles what differs between models (which hidden state, packing). Where all
 networks fit into memory, all stay open. Otherwise they are open one after the other: text encoders, transformer, VAE.
-One that does not fit alone runs in pieces, if its engine can cut it.
+One that does not fit alone runs in pieces, if its engine can cut it. The modulation, where an export has it apart, runs
+once before the first step. Unless it is small it is then closed again, and runs in pieces in any case, because each of
+its weights is used once.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.common.errors import InputError
+from edgeprune.common.fields import whole_number
 from edgeprune.common.files import read_json
 from edgeprune.common.heap import trim
 from edgeprune.common.memory import allowed, resident
@@ -28,6 +31,7 @@ from edgeprune.families.encoders import T5, check_tokens, text_encoders, tokeniz
 from edgeprune.runtimes.base import Array, Settings, precision_of
 from edgeprune.runtimes.embeddings import KeptEmbeddings
 from edgeprune.runtimes.memory import Meter, Reading
+from edgeprune.runtimes.modulation import AT_ONCE, ROOM, ROWS, SMALL, WIDTH, Table, keys_of
 from edgeprune.runtimes.text import PromptTokenizer
 from edgeprune.sampling.generation import images_at_once, latent_scale, longest_prompt
 from edgeprune.sampling.prompts import cut_words
@@ -67,8 +71,8 @@ class Network(Protocol):
 class Piecewise(Protocol):
     """A network that runs in pieces."""
 
-    def many(self, feeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Array]]:
-        """Return the outputs for each set of inputs; all go through a piece before the next is opened."""
+    def many(self, feeds: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Array]]:
+        """Yield the outputs for each set of inputs; all that fit go through a piece before the next is opened."""
         ...
 
 
@@ -201,7 +205,10 @@ class NetworkBackend:
         self._keep_embeddings = keep_embeddings
         self._kept = None if keep_embeddings is None else self._kept_in(Path(keep_embeddings))
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        quantized = read_json(folder / "edgeprune_export.json").get("quantized") is not False
+        path = folder / "edgeprune_export.json"
+        exported = read_json(path)
+        self._table = Table(whole_number(exported, WIDTH, path)) if WIDTH in exported else None
+        quantized = exported.get("quantized") is not False
         self.precision = precision_of(engine.activations, quantized=quantized)
         self.times: dict[str, dict[str, float]] = {}
         """Seconds it took to open each network, for runtimes that report the parts of that."""
@@ -209,6 +216,8 @@ class NetworkBackend:
         self._networks: dict[str, Network] = {}
         self._prepared: tuple[int, int] | None = None
         self._in_turn = False
+        self._brief = False
+        """Whether the modulation is opened for each image, and closed before its first step."""
         self._cut: set[str] = set()
         try:
             self.prepare(settings.generation.height, settings.generation.width)
@@ -226,7 +235,8 @@ class NetworkBackend:
             return
         try:
             for network in self._names:
-                self._network(network)
+                if network != ROWS or not self._brief:
+                    self._network(network)
         except BaseException:
             self.close()  # nobody else could close those that are open
             raise
@@ -234,7 +244,7 @@ class NetworkBackend:
     @property
     def _names(self) -> tuple[str, ...]:
         """The networks, in the order in which they run."""
-        return (*self._encoders, "transformer", "vae_decoder")
+        return (*self._encoders, *([ROWS] if self._table else []), "transformer", "vae_decoder")
 
     def prepare(self, height: int, width: int) -> None:
         """Decide for images of this size which networks are in memory at one time, and which run in pieces.
@@ -246,6 +256,9 @@ class NetworkBackend:
             return
         shapes = self._shapes(height, width)
         needs = {name: self._need(name, shapes[name]) for name in self._names}
+        if ROWS in needs and needs[ROWS].whole > SMALL:
+            self._brief, least = True, min(needs[ROWS].least, needs[ROWS].whole)
+            needs[ROWS] = Needs(least, least)
         in_turn = self._base + sum(need.whole for need in needs.values()) > self._limit
         over = {name for name, need in needs.items() if in_turn and self._base + need.whole > self._limit}
         cut = {name for name in over if needs[name].least < needs[name].whole}
@@ -278,11 +291,13 @@ class NetworkBackend:
         text = np.zeros((1, tokens, wide), np.float32), np.zeros((1, pooled), np.float32)
         inputs = self._family.inputs(self._config, latents, *text, np.zeros(1, np.float32), 0.0)
         encoders = {name: {"input_ids": (1, tokenizer.max_length)} for name, tokenizer in self._tokenizers.items()}
-        return {
-            **encoders,
-            "transformer": {name: value.shape for name, value in inputs.items()},
-            "vae_decoder": {"latent_sample": latents.shape},
-        }
+        transformer: dict[str, Sequence[int]] = {name: value.shape for name, value in inputs.items()}
+        rows: dict[str, Shapes] = {}
+        if self._table is not None:
+            read = [name for name in transformer if name in self._family.conditioning_inputs]
+            rows[ROWS] = {name: (AT_ONCE, *transformer.pop(name)[1:]) for name in read}
+            transformer[ROWS] = (1, self._table.width)
+        return {**encoders, **rows, "transformer": transformer, "vae_decoder": {"latent_sample": latents.shape}}
 
     def _network(self, name: str) -> Network:
         """Return a network, opened if necessary; where they are open in turn, the others are closed first."""
@@ -291,6 +306,10 @@ class NetworkBackend:
         if self._in_turn and self._networks.keys() - {name}:
             self._close_all()
         if name not in self._networks:
+            if name == ROWS and self._brief:  # it is not there when the weights are counted
+                most = min(self._limit, resident() + RESERVE + ROOM)
+                self._networks[name] = self._engine.open(self._folder / name, most)
+                return self._networks[name]
             with self._meter.opening():
                 limit = self._limit if name in self._cut else None
                 self._networks[name] = self._engine.open(self._folder / name, limit)
@@ -298,13 +317,14 @@ class NetworkBackend:
                 self.provider, self.why = self._networks[name].provider, self._networks[name].why
         return self._networks[name]
 
-    def _run(self, name: str, feeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Array]]:
-        """Return a network's outputs for each set of inputs."""
+    def _run(self, name: str, feeds: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Array]]:
+        """Yield a network's outputs for each set of inputs."""
         network = self._network(name)
-        return network.many(feeds) if isinstance(network, Piecewise) else [network(**feed) for feed in feeds]
+        yield from network.many(feeds) if isinstance(network, Piecewise) else (network(**feed) for feed in feeds)
 
     def encode(self, prompts: list[str]) -> tuple[Array, Array]:
         """Encode text to (hidden (B, M, K), pooled (B, P))."""
+        self._forget_rows()
         for name, tokenizer in self._tokenizers.items():
             if line := cut_words(name, prompts, tokenizer.count, tokenizer.max_length):
                 warnings.warn(line, stacklevel=2)
@@ -357,14 +377,15 @@ class NetworkBackend:
         outputs = {}
         for name, ids in tokens.items():
             # One prompt at a time: the NPU compiles for one batch size.
-            rows = self._run(name, [{"input_ids": row[None]} for row in ids])
+            rows = [*self._run(name, [{"input_ids": row[None]} for row in ids])]
             outputs[name] = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
         return self._family.join(self._config, outputs, self._t5_tokens)
 
     def step(self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float) -> Array:
         """Compute one velocity (B, C, h, w)."""
         self._prepare_for(latents)
-        inputs = functools.partial(self._family.inputs, self._config, guidance=guidance)
+        self.modulate(pooled, sigma, guidance)
+        inputs = functools.partial(self._inputs, guidance=guidance)
         if self._one_by_one:
             rows = [slice(i, i + 1) for i in range(len(latents))]
             feeds = [inputs(latents[row], text[row], pooled[row], sigma[row]) for row in rows]
@@ -373,6 +394,45 @@ class NetworkBackend:
         outputs = [next(iter(output.values())) for output in self._run("transformer", feeds)]
         velocity: Array = self._family.velocity(self._config, np.concatenate(outputs), latents.shape)
         return velocity
+
+    def _inputs(
+        self, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float
+    ) -> Mapping[str, NDArray[Any]]:
+        """Return the transformer's inputs by name."""
+        inputs = self._family.inputs(self._config, latents, text, pooled, sigma, guidance)
+        if self._table is None:
+            return inputs
+        others = {name: value for name, value in inputs.items() if name not in self._family.conditioning_inputs}
+        return {**others, ROWS: self._table[keys_of(pooled, sigma, guidance)]}
+
+    def modulate(self, pooled: Array, sigma: Array, guidance: float) -> bool:
+        """Make the rows of texts (N, P) at noise levels (N), unless all are there; return whether any were made."""
+        if self._table is None:
+            return False
+        keys = keys_of(pooled, sigma, guidance)
+        if self._table.has(keys):
+            return False
+        different = {key: index for index, key in enumerate(keys)}  # the negative prompt's are the same for all images
+        index = [*different.values()]
+        # Of latents and text, which the modulation does not read, the least.
+        patch, wide = self._settings.patch, self._family.text_widths(self._config)[0]
+        latents = np.zeros((len(index), self._settings.channels, patch, patch), np.float32)
+        text = np.zeros((len(index), 1, wide), np.float32)
+        inputs = self._family.inputs(self._config, latents, text, pooled[index], sigma[index], guidance)
+        read = {name: inputs[name] for name in self._family.conditioning_inputs if name in inputs}
+        size = min(len(index), self._network(ROWS).largest_batch(next(iter(read))) or AT_ONCE, AT_ONCE)
+        # The last call has as many rows as the others: a network is compiled for one number of them.
+        groups = [np.arange(start, start + size).clip(max=len(index) - 1) for start in range(0, len(index), size)]
+        made = self._run(ROWS, [{name: values[group] for name, values in read.items()} for group in groups])
+        self._table.fill([*different], (output[ROWS] for output in made))
+        if self._brief:
+            self._networks.pop(ROWS).close()
+            trim()
+        return True
+
+    def _forget_rows(self) -> None:
+        if self._table is not None:
+            self._table.clear()
 
     @property
     def _one_by_one(self) -> bool:
@@ -395,6 +455,7 @@ class NetworkBackend:
 
     def decode(self, latents: Array) -> Array:
         """Decode latents (B, C, h, w) to pixels (B, 3, H, W)."""
+        self._forget_rows()
         self._prepare_for(latents)
         scaled = latents / np.float32(self._scaling) + np.float32(self._shift)
         (output,) = self._run("vae_decoder", [{"latent_sample": scaled}])
@@ -413,6 +474,7 @@ class NetworkBackend:
         if not self._closed:
             self._meter.note()
         self._closed = True
+        self._forget_rows()
         self._close_all()
         self._forget()
 

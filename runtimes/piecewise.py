@@ -6,7 +6,7 @@ call. All rows of a call go through a piece before the next is opened: with guid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -140,16 +140,17 @@ class PiecewiseNetwork:
 
     def __call__(self, **arrays: Any) -> dict[str, Array]:
         """Return the outputs by name, float32."""
-        return self.many([arrays])[0]
+        (outputs,) = self.many([arrays])
+        return outputs
 
-    def many(self, feeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Array]]:
-        """Return the outputs by name, float32, for each set of inputs; all sets have the same shapes."""
+    def many(self, feeds: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Array]]:
+        """Yield the outputs by name, float32, for each set of inputs; all sets have the same shapes."""
         if self._file is None:
             raise InputError("the runtime is closed; load the folder again")
         self._plan(self._file, {name: list(np.shape(value)) for name, value in feeds[0].items()}, len(feeds))
         size = self._at_once
-        groups = [feeds[start : start + size] for start in range(0, len(feeds), size)]
-        return [outputs for group in groups for outputs in self._through(self._file, group)]
+        for start in range(0, len(feeds), size):
+            yield from self._through(self._file, feeds[start : start + size])
 
     def _through(self, file: NetworkFile, feeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Array]]:
         """Carry sets of inputs through one piece after the other."""

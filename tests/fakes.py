@@ -46,6 +46,9 @@ class FakeBackend:
     def encode_ahead(self, prompts: list[str]) -> None:
         self.ahead.append(prompts)
 
+    def modulate(self, pooled: base.Array, sigma: base.Array, guidance: float) -> bool:
+        return False
+
     def step(
         self, latents: base.Array, text: base.Array, pooled: base.Array, sigma: base.Array, guidance: float
     ) -> base.Array:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import tiny
 import torch
 from torch import nn
 
+from edgeprune.artefact.surgery import prune
+from edgeprune.families import family_of
+from edgeprune.planning.make import make_plan
 from edgeprune.quantization.int4 import PackedLinear, pack
+from edgeprune.quantization.precision import precision_of
+from edgeprune.quantization.quantize import packed_from, round_to_nearest
 
 
 def packed(layer: nn.Linear, bits: int, group_size: int, generator: torch.Generator) -> PackedLinear:
@@ -29,3 +35,21 @@ def quantised(model: nn.Module) -> nn.Module:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, packed(layer, bits, group, generator))
     return model
+
+
+def thin(rank: int) -> nn.Module:
+    """Return two blocks of projected modulation, quantised by the precision rules; one norm is removed too."""
+    model = tiny.tiny_transformer(num_layers=2)
+    config = {"_class_name": "SD3Transformer2DModel"} | {k: v for k, v in model.config.items() if not k.startswith("_")}
+    family = family_of(config)
+    plan = make_plan(family, config, None, method="manual", components="1:norm", modulation_rank=rank)
+    generator = torch.Generator().manual_seed(3)
+    basis = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0][:rank]
+    out = prune(family, model, config, plan, torch.randn(64, generator=generator) / 8, basis)
+    for name, layer in list(out.named_modules()):
+        if isinstance(layer, nn.Linear):
+            precision = precision_of(family, f"{name}.weight", tuple(layer.weight.shape))
+            parent, _, leaf = name.rpartition(".")
+            integers = packed_from(layer, *round_to_nearest(layer.weight.detach(), precision), precision)
+            setattr(out.get_submodule(parent), leaf, integers)
+    return out.requires_grad_(False)

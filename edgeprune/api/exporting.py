@@ -31,7 +31,13 @@ class Exported:
 
 
 def export(
-    model: AnyPath, out: AnyPath, target: str = "onnx", *, device: str | None = None, progress: Progress = silent
+    model: AnyPath,
+    out: AnyPath,
+    target: str = "onnx",
+    *,
+    device: str | None = None,
+    modulation: str | None = None,
+    progress: Progress = silent,
 ) -> Exported:
     """Write the files that a device runs, from the checkpoint's own integers. An interrupted call resumes.
 
@@ -41,11 +47,13 @@ def export(
         target: the format: onnx, openvino, trt or coreml.
         device: the device that sets precision, sizes and limits, see `edgeprune targets`; None for the usual one of
             the format.
+        modulation: `apart`, in a network of its own that runs before the first step, or `inside` the transformer, as
+            optimum and OpenVINO GenAI need it; None for apart where the format has it.
         progress: called after each part.
 
     Raises:
-        InputError: `model` or `out` is not usable, there is no such format or device, or the device cannot run the
-            model.
+        InputError: `model` or `out` is not usable, there is no such format, device or modulation, or the device cannot
+            run the model.
         MissingExtraError: a package that the format needs is not installed.
         ParityError: a network does not compute what its checkpoint computes.
         LockedError: another process writes this export.
@@ -60,7 +68,7 @@ def export(
     from edgeprune.export import export as write
 
     say_unfinished(Path(model))
-    record = write(Path(model), Path(out), target, chosen, progress=progress)
+    record = write(Path(model), Path(out), target, chosen, modulation=modulation, progress=progress)
     return Exported(
         out=Path(out), target=target, device=chosen.name, quantized=bool(record["quantized"]), record=record
     )

@@ -25,6 +25,7 @@ MEASURES: dict[str, tuple[str, str]] = {
     "step_p50_s": ("warm step, p50", "step_p50"),
     "step_p95_s": ("warm step, p95", "step_p95"),
     "step_floor_s": ("floor: transformer bytes / memory bandwidth", "step_floor"),
+    "modulation_s": ("modulation of an image, before its first step", "modulation"),
     "image_p50_s": ("image, p50", "image"),
     "transformer_weights_bytes": ("transformer weights, as computed", "transformer_weights"),
     "transformer_disk_bytes": ("transformer on disk", "transformer_disk"),

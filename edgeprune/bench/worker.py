@@ -11,6 +11,7 @@ import gc
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,12 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
-    """Time single denoising steps of one image as `generate` runs them: with guidance, both halves."""
+    """Time single denoising steps of one image as `generate` runs them: with guidance, both halves.
+
+    What a backend computes for all steps before the first is timed apart; it is also part of the time of an image.
+    """
     wanted = model.settings.generation
+    wanted = replace(wanted, num_inference_steps=spec["steps"] or wanted.num_inference_steps)
     model.backend.prepare(wanted.height, wanted.width)
     latents = initial_latents(model.settings, [0], wanted.height, wanted.width)
     guided = model.settings.family.guided(model.settings.config, wanted.guidance_scale)
@@ -89,7 +94,10 @@ def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
     negative = (hidden[:1], pooled[:1]) if guided else None
     velocity = Velocity(model.backend, (hidden[-1:], pooled[-1:]), negative, wanted)
 
-    level = float(np.mean(wanted.guidance_range))  # where guidance acts
+    levels, middle = model.sigmas(wanted)[:-1].tolist(), float(np.mean(wanted.guidance_range))
+    level = min(levels, key=lambda one: abs(one - middle))  # where guidance acts, if it acts at any
+    began = time.perf_counter()
+    modulation = time.perf_counter() - began if velocity.prepare(levels) else None
 
     def once() -> float:
         began = time.perf_counter()
@@ -99,7 +107,8 @@ def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
     first = once()
     for _ in range(spec["warmup"] if first < LONG_S else 0):
         once()
-    return {"first_step_s": first, "steps_s": [once() for _ in range(spec["repeats"])]}
+    steps = {"first_step_s": first, "steps_s": [once() for _ in range(spec["repeats"])]}
+    return steps | {"modulation_s": modulation}
 
 
 def _images(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:

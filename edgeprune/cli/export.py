@@ -21,6 +21,13 @@ def formats() -> Iterable[str]:
     return FORMATS
 
 
+def forms() -> Iterable[str]:
+    """Return where the modulation can be."""
+    from edgeprune.export import APART, INSIDE
+
+    return APART, INSIDE
+
+
 def export(
     artefact: Annotated[Path, typer.Argument(metavar="MODEL", help="Artefact folder or diffusers folder.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write.")],
@@ -32,6 +39,14 @@ def export(
             help="Device to export for; it sets precision, sizes and limits. See `edgeprune targets`.",
         ),
     ] = None,
+    modulation: Annotated[
+        str | None,
+        choices.choice(
+            names=forms, show_default="apart; inside for coreml",
+            help="Modulation in a network of its own, which is freed before the first step, or inside the transformer, "
+            "as optimum and OpenVINO GenAI need it.",
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
     """Write the files that a device runs, from the checkpoint's own integers.
@@ -40,7 +55,7 @@ def export(
     leaves OUT.partial, and the same command resumes from there.
     """
     with screen.bars() as progress:
-        done = api.export(artefact, out, target, device=device, progress=progress)
+        done = api.export(artefact, out, target, device=device, modulation=modulation, progress=progress)
     screen.say("parity holds: the export computes the same as the checkpoint")
     model = screen.quoted(out)
     screen.say(f'next: edgeprune generate "two red circles" --model {model} -o out.png, or: edgeprune bench {model}')

@@ -30,12 +30,13 @@ from edgeprune.common.splits import Split
 from edgeprune.common.tables import markdown_table
 from edgeprune.experiments.pages import insert
 from edgeprune.runtimes.memory import parse_kib
+from edgeprune.runtimes.modulation import ROWS
 from edgeprune.runtimes.networks import NetworkBackend
 from edgeprune.sampling.prompts import prompts
 
 RESULTS = Path("docs/memory.json")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_STAGES = ("load", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder")
+_STAGES = ("load", "text_encoder", "text_encoder_2", "text_encoder_3", ROWS, "transformer", "vae_decoder")
 
 
 def measure(folder: Path, limit: int | None, size: int, steps: int) -> dict[str, Any]:
@@ -63,8 +64,16 @@ def measure(folder: Path, limit: int | None, size: int, steps: int) -> dict[str,
     with staged("load", lambda: runtimes.load(folder, **options)) as model:
         backend = model.backend
         assert isinstance(backend, NetworkBackend)
-        run = backend._run
-        backend._run = lambda name, feeds: staged(name, lambda: run(name, feeds))  # type: ignore[method-assign]
+        run, table = backend._run, backend._table
+
+        def all_of(name: str, feeds: Any) -> Any:
+            # Rows of the modulation are stored one call after the other, so they are measured where that is done.
+            return run(name, feeds) if name == ROWS else staged(name, lambda: [*run(name, feeds)])
+
+        backend._run = all_of  # type: ignore[method-assign]
+        if table is not None:
+            fill = table.fill
+            table.fill = lambda keys, made: staged(ROWS, lambda: fill(keys, made))  # type: ignore[method-assign]
         (prompt,) = prompts(Split.HELD_OUT, 1)
         model.generate(prompt, steps=steps, height=size, width=size)
     return {"peaks": peaks, "seconds": seconds}

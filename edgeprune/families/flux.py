@@ -107,6 +107,7 @@ class Flux:
     tail = ("norm_out.", "proj_out.")
     streams: Mapping[str, tuple[str, ...]] = {"joint": STREAMS, "single": STREAMS}
     position_inputs = ("img_ids", "txt_ids")
+    conditioning_inputs = ("pooled_projections", "timestep", "guidance")
 
     def block_count(self, config: Config) -> int:
         """Count joint and single blocks."""
@@ -366,14 +367,18 @@ class Flux:
         """Return cosine and sine of the rotary embedding, (M + N, head width) each."""
         return packing.rotary(model, inputs, exact=exact)
 
-    def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embed tokens, text and conditioning; timestep and guidance stay float32 even in half precision."""
+    def embed_tokens(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed tokens and text."""
+        return model.x_embedder(inputs["hidden_states"]), model.context_embedder(inputs["encoder_hidden_states"])
+
+    def conditioning(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Embed timestep, guidance and pooled text; the numbers stay float32 even in half precision."""
         numbers = [inputs[n].float() * 1000 for n in ("timestep", "guidance") if n in inputs]
-        return (
-            model.x_embedder(inputs["hidden_states"]),
-            model.context_embedder(inputs["encoder_hidden_states"]),
-            model.time_text_embed(*numbers, inputs["pooled_projections"]),
-        )
+        return cast("torch.Tensor", model.time_text_embed(*numbers, inputs["pooled_projections"]))
+
+    def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return both streams and the conditioning."""
+        return (*self.embed_tokens(model, inputs), self.conditioning(model, inputs))
 
     def run(
         self,

@@ -86,6 +86,7 @@ class Flux2:
     tail = ("norm_out.", "proj_out.")
     streams: Mapping[str, tuple[str, ...]] = {"joint": STREAMS, "single": ("joined",)}
     position_inputs = ("img_ids", "txt_ids")
+    conditioning_inputs = ("timestep", "guidance")
 
     def block_count(self, config: Config) -> int:
         """Count joint and single blocks."""
@@ -329,23 +330,29 @@ class Flux2:
         """Return cosine and sine of the rotary embedding, (M + N, head width) each."""
         return packing.rotary(model, inputs, exact=exact)
 
-    def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embed tokens and text. The third result (B, 16 D) is the conditioning with all blocks' modulations."""
+    def embed_tokens(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed tokens and text."""
+        return model.x_embedder(inputs["hidden_states"]), model.context_embedder(inputs["encoder_hidden_states"])
+
+    def conditioning(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Embed timestep and guidance; the result (B, 16 D) has all blocks' modulations, too."""
         import torch
 
-        image, embedder = model.x_embedder(inputs["hidden_states"]), model.time_guidance_embed
-        conditioning: Any = 0
+        embedder, conditioning = model.time_guidance_embed, cast("Any", 0)
         for name, layer in (("timestep", "timestep_embedder"), ("guidance", "guidance_embedder")):
             if name in inputs:
                 sines = embedder.time_proj(inputs[name].float() * 1000)
-                conditioning = conditioning + getattr(embedder, layer)(sines.to(image.dtype))
+                conditioning = conditioning + getattr(embedder, layer)(sines.to(inputs["hidden_states"].dtype))
         shared = (
             model.double_stream_modulation_img,
             model.double_stream_modulation_txt,
             model.single_stream_modulation,
         )
-        modulation = torch.cat([conditioning, *(layer(conditioning) for layer in shared)], dim=-1)
-        return image, model.context_embedder(inputs["encoder_hidden_states"]), modulation
+        return torch.cat([conditioning, *(layer(conditioning) for layer in shared)], dim=-1)
+
+    def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return both streams and the conditioning."""
+        return (*self.embed_tokens(model, inputs), self.conditioning(model, inputs))
 
     def run(
         self,

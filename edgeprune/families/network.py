@@ -30,6 +30,8 @@ class Network(Protocol):
 
     position_inputs: tuple[str, ...]
     """Inputs of the network that depend on sizes alone; `positions` reads them."""
+    conditioning_inputs: tuple[str, ...]
+    """Inputs of the network that `conditioning` reads."""
 
     def axes(self, config: Config) -> tuple[Axes, Axes]:
         """Return the dynamic axes of the network's inputs, in order, and of its output."""
@@ -72,8 +74,14 @@ class Network(Protocol):
             exact: as the model itself computes it, to the bit, which devices may lack the number format for.
         """
 
+    def embed_tokens(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return image stream (B, N, D) and text stream (B, M, D) before the first block."""
+
+    def conditioning(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return what `run` and `unembed` take as modulation: the modulation input (B, D) before its activation."""
+
     def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return image stream (B, N, D), text stream (B, M, D) and modulation input (B, D) before the first block."""
+        """Return both streams before the first block, and the conditioning."""
 
     def run(
         self,

@@ -99,6 +99,7 @@ class SD3:
     tail = ("norm_out.", "proj_out.")
     streams: Mapping[str, tuple[str, ...]] = {"joint": STREAMS}
     position_inputs: tuple[str, ...] = ()
+    conditioning_inputs = ("pooled_projections", "timestep")
 
     def block_count(self, config: Config) -> int:
         """Read `num_layers`."""
@@ -366,13 +367,17 @@ class SD3:
         """Return nothing: the patch embedding adds its position table."""
         return ()
 
+    def embed_tokens(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed patches with their positions, and text."""
+        return model.pos_embed(inputs["hidden_states"]), model.context_embedder(inputs["encoder_hidden_states"])
+
+    def conditioning(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Embed the timestep with the pooled text."""
+        return cast("torch.Tensor", model.time_text_embed(inputs["timestep"], inputs["pooled_projections"]))
+
     def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embed patches with their positions, text, and timestep with pooled text."""
-        return (
-            model.pos_embed(inputs["hidden_states"]),
-            model.context_embedder(inputs["encoder_hidden_states"]),
-            model.time_text_embed(inputs["timestep"], inputs["pooled_projections"]),
-        )
+        """Return both streams and the conditioning."""
+        return (*self.embed_tokens(model, inputs), self.conditioning(model, inputs))
 
     def run(
         self,

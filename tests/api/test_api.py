@@ -166,13 +166,13 @@ def test_export(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """The writing itself is tested in tests/export; here it only takes note of what it was asked."""
     asked = []
 
-    def write(*arguments: Any, progress: Any) -> dict[str, Any]:
-        asked.append(arguments)
+    def write(*arguments: Any, modulation: str | None, progress: Any) -> dict[str, Any]:
+        asked.append((*arguments, modulation))
         return {"target": "onnx", "quantized": False, "parity": {"vae_decoder": {"psnr_db": 90.0}}}
 
     monkeypatch.setattr(export, "export", write)
     made = api.export(str(source), tmp_path / "onnx", device="cpu-arm")
-    assert asked == [(source, tmp_path / "onnx", "onnx", targets.load("cpu-arm"))]
+    assert asked == [(source, tmp_path / "onnx", "onnx", targets.load("cpu-arm"), None)]
     assert (made.out, made.target, made.device, made.quantized) == (tmp_path / "onnx", "onnx", "cpu-arm", False)
     assert printed("export", source, "-o", tmp_path / "onnx", "--device", "cpu-arm") == as_printed(made) == made.record
     with pytest.raises(InputError, match="is a file"):

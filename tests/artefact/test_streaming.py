@@ -19,7 +19,7 @@ from edgeprune.artefact import synth
 from edgeprune.artefact.loading import load_transformer, open_transformer
 from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.files import sha256_file
-from edgeprune.export import graph, parity, to_onnx
+from edgeprune.export import modules, parity, to_onnx
 from edgeprune.export.chunked_onnx import ChunkedOnnx
 from edgeprune.export.to_onnx import sources
 from edgeprune.families import family_of
@@ -208,11 +208,11 @@ def test_a_running_model_holds_one_block(config: dict[str, Any], tmp_path: Path)
         block.register_forward_hook(
             lambda *_: held.append(sum(next(b.parameters()).device.type == "cpu" for b in blocks)), prepend=True
         )
-    example = graph.Transformer(whole).example(batch=2, height=4, width=6, tokens=5)
+    example = modules.Transformer(whole).example(batch=2, height=4, width=6, tokens=5)
     with torch.no_grad():
         for _ in range(2):
             assert torch.equal(
-                graph.Transformer(model)(*example.values())[0], graph.Transformer(whole)(*example.values())[0]
+                modules.Transformer(model)(*example.values())[0], modules.Transformer(whole)(*example.values())[0]
             )
     assert held == [1] * 8
 

@@ -263,12 +263,23 @@ def test_a_large_original_is_measured_once(tiny_folders: tuple[Path, Path], monk
 def test_no_step_of_a_minute_is_spent_on_warming_up(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(step=61)
     monkeypatch.setattr(worker.time, "perf_counter", lambda: float(next(clock)))
-    spec = {"prompt": "x", "warmup": 2, "repeats": 1}
+    spec = {"prompt": "x", "warmup": 2, "repeats": 1, "steps": None}
     taken = worker._steps(fake_runtime(), spec)
-    assert taken == {"first_step_s": 61.0, "steps_s": [61.0]} and next(clock) == 4 * 61
+    assert taken == {"first_step_s": 61.0, "steps_s": [61.0], "modulation_s": None} and next(clock) == 5 * 61
     clock = itertools.count()
     worker._steps(fake_runtime(), spec)
-    assert next(clock) == 8
+    assert next(clock) == 9
+
+
+def test_what_is_computed_before_the_first_step_is_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every noise level of the image, with both halves of guidance; the timed steps find it computed."""
+    asked, model = list[tuple[int, list[float]]](), fake_runtime()
+    monkeypatch.setattr(
+        model.backend, "modulate", lambda pooled, sigma, scale: asked.append((len(pooled), sigma.tolist())) or True
+    )
+    taken = worker._steps(model, {"prompt": "x", "warmup": 0, "repeats": 1, "steps": 5})
+    levels = model.sigmas(dataclasses.replace(model.settings.generation, num_inference_steps=5))[:-1]
+    assert asked == [(10, np.repeat(levels, 2).tolist())] and taken["modulation_s"] > 0
 
 
 def test_memory_is_for_every_process(tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +326,8 @@ def test_two_variants_for_real(tiny_folders: tuple[Path, Path]) -> None:
         assert len(m.steps_s) == 3 and m.images_s
         # Weights of a few kB are smaller than the units of the system's counters.
         small = ("weights_bytes", "activations_bytes")
-        assert all(v is not None and v > 0 for k, v in m.values.items() if k not in small)
+        assert [k for k, v in m.values.items() if v is None] == ["modulation_s"]  # each step computes it
+        assert all(v > 0 for k, v in m.values.items() if v is not None and k not in small)
         parts = [m.values[k] or 0 for k in ("runtime_overhead_bytes", "weights_bytes", "activations_bytes")]
         assert sum(parts) >= (m.values["peak_bytes"] or 0)
         assert m.provider_why and set(m.how) >= {"peak_bytes", "runtime_overhead_bytes", "weights_bytes"}

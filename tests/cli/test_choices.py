@@ -49,6 +49,7 @@ FIXED = {
     ("compare", "--metric"), ("score", "--metric"), ("generate", "--runtime"), ("bench", "--runtime"),
     ("tune", "--metric"), ("tune", "--runtime"),
     ("score", "--runtime"), ("export", "--target"), ("export", "--device"), ("compress", "--fit"), ("plan", "--fit"),
+    ("export", "--modulation"),
     ("analyze", "--estimator"), ("compress", "--estimator"), ("distill", "--schedule"), ("distill", "--sensitivity"),
     ("distill", "--features"),
     ("distill", "--levels"),

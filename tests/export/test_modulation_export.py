@@ -6,37 +6,12 @@ import copy
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from torch import nn
+from quantised import thin
 
-from edgeprune.artefact.surgery import prune
 from edgeprune.export import coreml_chunks, coreml_packages, forms, graph, modules, parity, to_onnx, to_openvino, to_trt
-from edgeprune.families import family_of
-from edgeprune.planning.make import make_plan
-from edgeprune.quantization.precision import precision_of
-from edgeprune.quantization.quantize import packed_from, round_to_nearest
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
-WIDTH = 64
-
-
-def thin(rank: int) -> nn.Module:
-    """Return two blocks, quantised by the precision rules; one norm is removed too."""
-    model = tiny.tiny_transformer(num_layers=2)
-    config = {"_class_name": "SD3Transformer2DModel"} | {k: v for k, v in model.config.items() if not k.startswith("_")}
-    family = family_of(config)
-    plan = make_plan(family, config, None, method="manual", components="1:norm", modulation_rank=rank)
-    generator = torch.Generator().manual_seed(3)
-    basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))[0][:rank]
-    out = prune(family, model, config, plan, torch.randn(WIDTH, generator=generator) / 8, basis)
-    for name, layer in list(out.named_modules()):
-        if isinstance(layer, nn.Linear):
-            precision = precision_of(family, f"{name}.weight", tuple(layer.weight.shape))
-            parent, _, leaf = name.rpartition(".")
-            packed = packed_from(layer, *round_to_nearest(layer.weight.detach(), precision), precision)
-            setattr(out.get_submodule(parent), leaf, packed)
-    return out.requires_grad_(False)
 
 
 @pytest.fixture(

@@ -28,12 +28,13 @@ from trt_fakes import FakeCuda
 
 from edgeprune import runtimes, targets
 from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
-from edgeprune.export import engine, external_data, folder, forms, graph, parity, to_onnx, to_trt
+from edgeprune.export import APART, engine, external_data, folder, forms, graph, parity, to_onnx, to_trt
 from edgeprune.families import family_of
 from edgeprune.quantization.int4 import PackedLinear, pack
 from edgeprune.runtimes import trt
 from edgeprune.runtimes.base import Settings
 from edgeprune.runtimes.gpu import Gpu
+from edgeprune.runtimes.modulation import ROWS, WIDTH
 from edgeprune.sampling.generation import Generation
 
 RTX = targets.load("rtx")
@@ -119,6 +120,36 @@ def test_layers_are_packed_in_what_tensorrt_parsed(built: SimpleNamespace, model
     as_half = sum(2 * m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
     stored = sum(m.weight_packed.numel() for m in model.modules() if isinstance(m, PackedLinear))
     assert said["onnx_weight_bytes"] < as_half and stored < as_half / 3
+
+
+def test_the_modulation_has_an_engine_of_its_own(
+    built: SimpleNamespace, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are an input of the transformer's; both are compared with the float32 checkpoint."""
+    given, real, sources = dict[str, Any](), to_trt.Builder.build, to_onnx.sources
+
+    def build(self: to_trt.Builder, name: str, path: Path, *rest: Any) -> dict[str, Any]:
+        given[name] = onnx.load(str(path)).graph.input
+        return real(self, name, path, *rest)
+
+    def two(artefact: Path, has: Any, **how: Any) -> Any:
+        return sources(artefact, lambda name: name not in (ROWS, "transformer"), **how)
+
+    monkeypatch.setattr(to_onnx, "open_transformer", lambda *_, **__: tiny.stored(model))
+    monkeypatch.setattr(to_onnx, "sources", two)
+    monkeypatch.setattr(to_trt.Builder, "build", build)
+    record = to_trt.export(built.source, tmp_path / "engines", device=RTX, modulation=APART)
+    kinds = {name: {i.name: i.type.tensor_type.elem_type for i in inputs} for name, inputs in given.items()}
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    assert kinds[ROWS] == {"pooled_projections": half, "timestep": single}
+    assert kinds["transformer"] == dict.fromkeys(("hidden_states", "encoder_hidden_states", ROWS), half)
+    for name in (ROWS, "transformer"):
+        assert record["networks"][name]["precision"] == "float16"
+        assert 0 < record["parity"][name]["rms_relative"] < parity.HALF_BOUND
+    layers = (record["networks"][name]["int4_layers"] for name in (ROWS, "transformer"))
+    assert sum(layers) == built.record["networks"]["transformer"]["int4_layers"]
+    most = RTX.batch[1]
+    assert record["networks"]["transformer"]["profile"][ROWS][2] == [most, record[WIDTH]]
 
 
 def test_timesteps_stay_float32(built: SimpleNamespace) -> None:

@@ -24,7 +24,7 @@ import edgeprune
 from edgeprune import runtimes, targets
 from edgeprune.artefact.loading import load_transformer, open_transformer
 from edgeprune.common.errors import InputError
-from edgeprune.export import graph, parity, to_coreml, to_onnx, to_openvino, to_trt
+from edgeprune.export import graph, modules, parity, to_coreml, to_onnx, to_openvino, to_trt
 from edgeprune.export.mil_reference import Package
 from edgeprune.export.to_coreml import convert_network
 from edgeprune.planning.options import PlanOptions
@@ -121,7 +121,7 @@ def test_whole_block_plans_load_in_stock_diffusers(source: Path, tmp_path: Path)
 
 def tiny_step(model: Any, folder: Path) -> torch.Tensor:
     """Return one velocity at random inputs."""
-    whole = graph.Transformer(model)
+    whole = modules.Transformer(model)
     return whole.reference(**whole.example(batch=1, height=2, width=3, tokens=5))[0]
 
 
@@ -249,7 +249,7 @@ def test_openvino(artefact: Path, exported: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("name", VARIANTS)
 def test_engine_profiles_are_of_packed_tokens(name: str, sources: dict[str, Path]) -> None:
     """test_integers.py tests that TensorRT builds the engine from integers and half precision; FLUX.1's is slow."""
-    whole = graph.Transformer(tiny.tiny_flux(**VARIANTS[name]))
+    whole = modules.Transformer(tiny.tiny_flux(**VARIANTS[name]))
     settings = base.read_settings(sources[name])
     sizes = to_trt.axis_ranges(targets.load("rtx"), settings, settings.family.latents(settings.config).largest, 24)
     profile = to_trt.profile_of(whole.inputs, whole.example(batch=2, height=2, width=2, tokens=5), sizes)
@@ -267,7 +267,7 @@ def test_engine_profiles_are_of_packed_tokens(name: str, sources: dict[str, Path
 def test_core_ml(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference evaluator computes the same from the chunks as diffusers from the whole model."""
     model: Any = load_transformer(artefact, quantized=True)
-    whole = graph.Transformer(model)
+    whole = modules.Transformer(model)
     examples = [whole.example(batch=1, height=4, width=4, tokens=24)]
     parts = to_coreml.split(whole, 3, examples[0])
     assert [part.inputs[:2] for part in parts[1:]] == [[f"image_tokens_{i}", f"text_tokens_{i}"] for i in (1, 2)]

@@ -16,7 +16,7 @@ from edgeprune.analysis.contribution import analyze, groups, parts, removed
 from edgeprune.analysis.estimators.exhaustive import Exhaustive
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
-from edgeprune.export import accepts, external_data, graph, parity
+from edgeprune.export import accepts, external_data, graph, modules, parity
 from edgeprune.families import family_of
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.make import make_plan
@@ -92,7 +92,7 @@ def test_a_real_config_is_planned_without_weights() -> None:
 
 
 def test_the_transformer_is_exported(tmp_path: Path) -> None:
-    whole = graph.Transformer(tiny.tiny_flux2(guidance_embeds=True, num_layers=1, num_single_layers=1)).eval()
+    whole = modules.Transformer(tiny.tiny_flux2(guidance_embeds=True, num_layers=1, num_single_layers=1)).eval()
     traced = whole.example(batch=2, height=4, width=6, tokens=5)
     external_data.save(graph.to_ir(whole, traced, whole.inputs, whole.outputs), tmp_path / "model.onnx")
     examples = [whole.example(batch=b, height=h, width=w, tokens=m) for b, h, w, m in ((1, 3, 5, 7), (3, 8, 8, 2))]

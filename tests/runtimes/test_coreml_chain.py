@@ -115,7 +115,7 @@ def test_chunks_in_turn(kept: int, events: list[str]) -> None:
     assert one.times == {"compile_s": 0, "specialise_s": 0.25 * (6 - kept)}
     one.close()
     with pytest.raises(InputError, match="closed"):
-        one.many(rows(1))
+        list(one.many(rows(1)))
 
 
 def test_sets_of_inputs_that_do_not_fit_together_go_in_groups(events: list[str]) -> None:
@@ -128,6 +128,6 @@ def test_sets_of_inputs_that_do_not_fit_together_go_in_groups(events: list[str])
 def test_without_a_limit_all_are_open_from_the_start(events: list[str]) -> None:
     one = network(events, None)
     assert events == [f"open {i} at {i}" for i in (1, 2, 3)]
-    one.many(rows(10, 20))
+    list(one.many(rows(10, 20)))
     assert events[3:] == [f"run {i} at 3" for i in (1, 1, 2, 2, 3, 3)]
     one.close()

@@ -96,7 +96,7 @@ def test_as_many_blocks_stay_open_as_fit(
     monkeypatch.setattr(piecewise, "resident", lambda: 0)
     for room in (needs.least, needs.least + 200_000, (needs.least + needs.whole) // 2, 2 * needs.whole):
         network = piecewise.PiecewiseNetwork(file, room + pieces.RESERVE)
-        network.many([FEED, FEED])
+        list(network.many([FEED, FEED]))
         opened.clear()
         made += [output["out_hidden_states"] for output in network.many([FEED, FEED])]
         found.append((len(opened), len(network._pieces)))

@@ -160,8 +160,8 @@ def test_every_backend_has_the_whole_interface() -> None:
 
     methods = {n: m for n, m in vars(base.Backend).items() if inspect.isfunction(m) and not n.startswith("_")}
     assert set(methods) == {
-        *("open", "prepare", "encode", "encode_ahead", "step", "largest_batch", "images_together", "decode"),
-        *("memory", "close"),
+        *("open", "prepare", "encode", "encode_ahead", "modulate", "step", "largest_batch", "images_together"),
+        *("decode", "memory", "close"),
     }
     for kind in (FakeBackend, NetworkBackend, EagerBackend):
         for name, method in methods.items():

@@ -27,7 +27,7 @@ from edgeprune.common.pieces import RESERVE
 from edgeprune.experiments.hardware.checks import nvidia
 from edgeprune.experiments.hardware.place import Place
 from edgeprune.experiments.hardware.registry import Failed
-from edgeprune.export import folder, modules, to_trt
+from edgeprune.export import folder, modules, to_onnx, to_trt
 from edgeprune.runtimes import trt
 from edgeprune.runtimes.gpu import Gpu, nvml_process_bytes
 
@@ -133,7 +133,7 @@ def test_text_goes_to_the_device_once(engines: Path, cuda: FakeCuda) -> None:
 
 def test_bench_sends_text_as_generate_does(engines: Path, cuda: FakeCuda) -> None:
     """Each step of the bench uploads latents and timestep alone; text goes to the device once."""
-    spec = {"prompt": "two red circles", "warmup": 0}
+    spec = {"prompt": "two red circles", "warmup": 0, "steps": None}
     with runtimes.load(engines) as model:
         counts = []
         for repeats in (1, 4):
@@ -258,7 +258,8 @@ def test_the_engine_is_compared_where_there_is_a_gpu(
     module = modules.VaeDecoder(AutoencoderKL.from_pretrained(tiny_folders[0] / "vae").float()).eval()
     engine = engines / "vae_decoder" / "model.engine"
     sizes = {"batch_size": (1, 1, 2), "latent_height": (4, 8, 8), "latent_width": (6, 8, 8)}
-    found = to_trt._engine_parity("vae_decoder", engine, module, sizes, fake_tensorrt(cuda), half=True)
+    source = to_onnx.NetworkSource("vae_decoder", module, {}, [], {})
+    found = to_trt._engine_parity(source, engine, module, sizes, fake_tensorrt(cuda), half=True)
     assert found is not None and found["shapes"] == [{"latent_sample": [1, 8, 4, 6]}]
     assert found["rms_relative"] < 1e-4 and not cuda.blocks
 

@@ -1,0 +1,90 @@
+"""The modulation of an export that has it apart from the transformer: its rows, made before the first step.
+
+A row (T numbers) is what all modulation layers of a transformer return for one prompt at one noise level: 4.4 MB of
+SD3.5 Large. A step needs one for each prompt. Those of all steps wait in a temporary file, as values of strips do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from edgeprune.runtimes.base import Array
+from edgeprune.runtimes.strip_store import Store
+from edgeprune.runtimes.strips import Rows
+
+ROWS = "modulation"
+"""The network that makes the rows, its output, and the input of the transformer that reads them."""
+WIDTH = "modulation_width"
+"""T in edgeprune_export.json; absent if the transformer has its modulation inside."""
+AT_ONCE = 8
+"""Rows of one call of the network."""
+SMALL = 10**8
+"""Most bytes of a network that stays open from image to image: opening it would take longer than running it."""
+ROOM = 10**9
+"""Bytes that the network may take in pieces, if there are more; about as many as the transformer's values after it."""
+HELD = 2**24
+"""Most bytes of rows that are kept in memory."""
+
+Key = tuple[float, float, bytes]
+"""Noise level, guidance scale and pooled text: all that a row depends on."""
+
+
+def keys_of(pooled: Array, sigma: Array, guidance: float) -> list[Key]:
+    """Return the keys of texts (B, P) at noise levels (B)."""
+    return [(float(np.float32(level)), guidance, text.tobytes()) for text, level in zip(pooled, sigma, strict=True)]
+
+
+class Table:
+    """Rows (T) by their keys.
+
+    Args:
+        width: T.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self._places: dict[Key, int] = {}
+        self._store = Store()
+
+    def has(self, keys: Iterable[Key]) -> bool:
+        """Return whether it has all of these."""
+        return self._places.keys() >= set(keys)
+
+    def fill(self, keys: Sequence[Key], made: Iterable[Array]) -> None:
+        """Replace its content.
+
+        Args:
+            keys: of the rows, in order; none twice.
+            made: the rows, in arrays (N, T). What is left over of the last is dropped.
+
+        Raises:
+            DiskError: the disk is full.
+        """
+        self.clear()
+        if 4 * len(keys) * self.width <= HELD:
+            self._store.hold(0, np.empty((len(keys), self.width), np.float32))
+        else:
+            self._store.create(0)
+        layout, start = self._layout(len(keys)), 0
+        for rows in made:
+            part = rows[: len(keys) - start]
+            self._store.write(0, layout, start, part[None])
+            start += len(part)
+        self._places = {key: place for place, key in enumerate(keys)}
+
+    def __getitem__(self, keys: Sequence[Key]) -> Array:
+        """Return rows (B, T)."""
+        out = np.empty((len(keys), self.width), np.float32)
+        for row, key in zip(out, keys, strict=True):
+            self._store.read(0, self._layout(len(self._places)), self._places[key], row[None, None])
+        return out
+
+    def _layout(self, count: int) -> Rows:
+        return Rows(axis=0, outer=1, count=count, inner=self.width)
+
+    def clear(self) -> None:
+        """Drop all rows, and the file."""
+        self._store.drop(0)
+        self._store, self._places = Store(), {}
