@@ -110,6 +110,8 @@ class Compressed:
     """The memory of the device, in bytes, where `options.plan.fit` names one."""
     removable: str
     """Which blocks the options let go, and of which kinds they are; empty for `manual`."""
+    resident_bytes: int
+    """Of what is left in INT4, the bytes that exports hold in memory in each step."""
     report: ReportFigures | None
     """What report.html shows; None without a report."""
     no_report: str
@@ -225,6 +227,7 @@ def compress(
     heap.large_pages()
     chosen = _checked(model, out, options, revision, quick, no_half)
     before = traffic.total()
+    from edgeprune.planning.budget import resident_bytes
     from edgeprune.planning.removable import Removable
     from edgeprune.report import make
     from edgeprune.stages import choice as choices
@@ -257,6 +260,7 @@ def compress(
         options=chosen,
         fit=fit,
         removable=Removable.shown(ws.family, ws.config, chosen.plan),
+        resident_bytes=resident_bytes(ws.family, ws.config, ws.plan(), chosen.plan.group_size),
         report=figures,
         no_report=no_report,
         distillation=amount(ws),

@@ -37,6 +37,8 @@ class Planned:
     """The memory of the device, in bytes, where `options.fit` names one."""
     removable: str
     """Which blocks the options let go, and of which kinds they are; empty for `manual`."""
+    resident_bytes: int
+    """Of what is left in INT4, the bytes that exports hold in memory in each step."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `edgeprune plan --json` prints: the content of plan.json."""
@@ -95,6 +97,7 @@ def plan(
         LockedError: another process uses the folder.
     """
     ws = open_folder(out, fresh=fresh, compute=compute)
+    from edgeprune.planning.budget import resident_bytes
     from edgeprune.planning.removable import Removable
     from edgeprune.stages.compress import preset
     from edgeprune.stages.plan import run
@@ -103,7 +106,11 @@ def plan(
     fit = ws.fit(chosen.fit) if chosen.fit else None
     ran = run(ws, chosen, None if scores is None else Path(scores))
     removable = Removable.shown(ws.family, ws.config, chosen)
-    return Planned(out=ws.out, ran=ran, plan=ws.plan(), options=chosen, fit=fit, removable=removable)
+    made = ws.plan()
+    resident = resident_bytes(ws.family, ws.config, made, chosen.group_size)
+    return Planned(
+        out=ws.out, ran=ran, plan=made, options=chosen, fit=fit, removable=removable, resident_bytes=resident
+    )
 
 
 def plan_of_config(config: AnyPath, options: PlanOptions | None = None, *, scores: AnyPath | None = None) -> PrunePlan:

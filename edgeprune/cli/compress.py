@@ -216,7 +216,8 @@ def _show(done: api.Compressed, as_json: bool) -> None:
     from edgeprune.report import make
 
     asked = done.options.plan
-    rows = [*fit_rows(done.fit), *plan_rows(done.plan, asked.modulation_rank, done.removable, asked.stand_in)]
+    shown = plan_rows(done.plan, asked.modulation_rank, done.removable, asked.stand_in, done.resident_bytes)
+    rows = [*fit_rows(done.fit), *shown]
     rows.append(("distillation", done.distillation))
     screen.table([*rows, *(make.summary_rows(done.report.to_json()) if done.report else [])])
     ran = f"done: {', '.join(done.ran)}" if done.ran else "nothing to do, all stages are done"

@@ -426,7 +426,7 @@ def plan_options(
     from edgeprune import targets
     from edgeprune.common.memory import parse_bytes
     from edgeprune.planning.budget import check_keep
-    from edgeprune.planning.options import NEEDED, PlanOptions
+    from edgeprune.planning.options import PlanOptions
 
     rank = start.modulation_rank if modulation_rank is None else parse_rank(modulation_rank)
     if stand_in is not None:
@@ -448,8 +448,6 @@ def plan_options(
     if keep is not None or max_size or fit:
         size = parse_bytes(max_size, "--max-size") if max_size else None
         start = replace(start, keep=keep, max_size_bytes=size, fit=fit)
-    if rank == NEEDED and not start.scored:
-        rank = None
     return replace(
         start,
         **given(

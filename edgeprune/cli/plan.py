@@ -75,6 +75,7 @@ def plan(
     if out is None:
         from edgeprune.common.files import read_json
         from edgeprune.families import family_of
+        from edgeprune.planning.budget import resident_bytes
         from edgeprune.planning.options import DEFAULT
         from edgeprune.planning.removable import Removable
 
@@ -82,7 +83,8 @@ def plan(
         plan_options, content = options.plan_options(DEFAULT, **chosen), read_json(config)
         made = api.plan_of_config(config, plan_options, scores=scores)
         removable = Removable.shown(family_of(content, str(config)), content, plan_options)
-        screen.table(plan_rows(made, made.modulation_rank, removable, plan_options.stand_in))
+        resident = resident_bytes(family_of(content, str(config)), content, made, plan_options.group_size)
+        screen.table(plan_rows(made, made.modulation_rank, removable, plan_options.stand_in, resident))
         return screen.print_json(made.to_json()) if as_json else None
     check_begun(out)
     compute = limits.compute_options(device, memory)
@@ -91,7 +93,13 @@ def plan(
     screen.table(
         [
             *fit_rows(done.fit),
-            *plan_rows(done.plan, done.options.modulation_rank, done.removable, done.options.stand_in),
+            *plan_rows(
+                done.plan,
+                done.options.modulation_rank,
+                done.removable,
+                done.options.stand_in,
+                done.resident_bytes,
+            ),
         ]
     )
     screen.say(f"next: edgeprune prune -o {screen.quoted(out)}")
@@ -117,14 +125,20 @@ def fit_rows(fit: Fit | None) -> list[tuple[str, str]]:
 
 
 def plan_rows(
-    plan: PrunePlan, asked_rank: int | str | None, removable: str = "", stand_in: int | str | None = None
+    plan: PrunePlan,
+    asked_rank: int | str | None,
+    removable: str = "",
+    stand_in: int | str | None = None,
+    resident_bytes: int | None = None,
 ) -> list[tuple[str, str]]:
     """Return rows that show what a plan removes and what stays.
 
     Args:
+        plan: the plan.
         asked_rank: the modulation rank that was asked for; None where no model was there to measure it on.
         removable: which blocks could go, see `Removable.shown`; empty to leave that out.
         stand_in: what was asked for, see `PlanOptions`.
+        resident_bytes: see `resident_bytes` in planning/budget.py; None to leave that out.
     """
     removed = ", ".join(map(str, plan.blocks)) or "none"
     parts = ", ".join(f"{b}:{c}" for b, c in plan.components)
@@ -139,7 +153,12 @@ def plan_rows(
         *([("stand-ins", _stand_ins_shown(plan))] if plan.stand_ins or stand_in is not None else []),
         ("parameters", f"{before.parameters / 1e6:,.1f} M -> {after.parameters / 1e6:,.1f} M ({share:.1%})"),
         ("bf16", f"{before.bf16_bytes / 1e6:,.1f} MB -> {after.bf16_bytes / 1e6:,.1f} MB"),
-        ("INT4", f"{after.int4_bytes / 1e6:,.1f} MB ({after.int4_bytes / before.bf16_bytes:.1%} of bf16)"),
+        ("INT4 file", f"{after.int4_bytes / 1e6:,.1f} MB ({after.int4_bytes / before.bf16_bytes:.1%} of bf16)"),
+        *(
+            [("INT4 in memory", f"{resident_bytes / 1e6:,.1f} MB in each step; the modulation runs before the first")]
+            if resident_bytes is not None
+            else []
+        ),
     ]
 
 
@@ -153,14 +172,13 @@ def _stand_ins_shown(plan: PrunePlan) -> str:
 
 def _rank_shown(plan: PrunePlan, asked: int | str | None) -> str:
     """Return what to say about the modulation's rank; empty where there is nothing to say."""
-    from edgeprune.planning.options import MODULATION_BELOW, NEEDED
+    from edgeprune.planning.options import MODULATION_BELOW
 
     share = plan.after.parameters / plan.before.parameters
     if plan.modulation_rank is not None:
-        why = f": less than {MODULATION_BELOW} of the parameters would stay; --modulation-rank full keeps all of it"
-        return f"{plan.modulation_rank}{why if asked == NEEDED else ''}"
-    if asked == "auto" or (asked == NEEDED and share < MODULATION_BELOW):
+        return str(plan.modulation_rank)
+    if asked == "auto":
         return "full: auto found no smaller rank that works for prompts it has not seen; give more --prompts"
     if asked is None and plan.method != "manual" and share < MODULATION_BELOW:
-        return "full; --modulation-rank auto kept more at so few bytes (docs/modulation.md)"
+        return "full; --modulation-rank auto kept more in so small a file (docs/modulation.md)"
     return ""

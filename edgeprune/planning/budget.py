@@ -8,6 +8,7 @@ from edgeprune.analysis.contribution import Key, collapsed
 from edgeprune.common.errors import InputError
 from edgeprune.common.tables import with_unit
 from edgeprune.families import Config, Family, Shape
+from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import modulation_width, remaining_shapes
 from edgeprune.quantization.precision import Footprint, footprint
 
@@ -79,6 +80,26 @@ class ModelSize:
                 for block, in_block in by_block.items()
             }
         return self._counts[kept, components]
+
+
+def resident_bytes(family: Family, config: Config, plan: PrunePlan, group_size: int) -> int:
+    """Return the bytes after INT4 of what an export holds in memory in each step.
+
+    Budgets count the file. The modulation is in memory before the first step alone (docs/export.md), and so is the
+    embedder, whose output only the modulation reads.
+
+    Args:
+        family: of the model.
+        config: of the original transformer.
+        plan: what is removed of it.
+        group_size: of the INT4 weights.
+    """
+    shapes = remaining_shapes(family, config, plan.blocks, plan.components, plan.modulation_rank, plan.stand_in_rank)
+    # The bias of a removed norm is alone, and stays.
+    layers = {name.removesuffix(".weight") for name in shapes if name.endswith(".weight") and family.modulates(name)}
+    gone = (*(f"{layer}." for layer in layers), *([f"{family.embedder}."] if layers else []))
+    left = {name: shape for name, shape in shapes.items() if not name.startswith(gone)}
+    return footprint(family, left, group_size=group_size).int4_bytes
 
 
 class Budget:

@@ -15,7 +15,7 @@ from edgeprune.families import Config, Family
 from edgeprune.families.joint import width
 from edgeprune.planning.budget import Budget, ModelSize, bytes_text
 from edgeprune.planning.methods import Baseline, Blocks, Listed, Problem, Scored, methods
-from edgeprune.planning.options import NEEDED, PlanOptions
+from edgeprune.planning.options import PlanOptions
 from edgeprune.planning.plan import PrunePlan, followers
 from edgeprune.planning.removable import Removable
 
@@ -33,7 +33,7 @@ def make_plan(
 
     Args:
         report: contribution scores; None for `manual` and baselines, which need none.
-        options: by default `PlanOptions()`. A `modulation_rank` of NEEDED counts as None here.
+        options: by default `PlanOptions()`.
         device_bytes: the budget if `options.fit` names a device: the bytes that the device leaves for the weights.
         magnitudes: root mean square of each block's weights, which some baselines need.
         changes: fields of `options` to replace.
@@ -45,7 +45,7 @@ def make_plan(
     options = replace(options or PlanOptions(), **changes)
     if options.fit:
         options = replace(options, max_size_bytes=device_bytes)
-    rank = None if options.modulation_rank == NEEDED else options.modulation_rank
+    rank = options.modulation_rank
     if isinstance(rank, str):
         raise InputError(f"--modulation-rank {rank}: is measured on a model: give -o (a folder), or a number")
     stand_in_rank = options.stand_in_rank(width(config))

@@ -10,14 +10,12 @@ from edgeprune.planning.methods import Baseline, Listed, Scored, methods
 
 METHODS = tuple(methods())
 """Names that `--method` takes: the project's own methods, then the baselines."""
-NEEDED = "needed"
-"""Value of `modulation_rank`: project the modulation only if less than MODULATION_BELOW would stay without it."""
 QUARTER = "quarter"
 """Value of `stand_in`: a quarter of the width, at which the maps do nearly as well as without a limit."""
 MODULATION_BELOW = 0.75
 """Share of the parameters below which projected modulation makes the built-in model better, trained or not, by more
-than the confidence intervals (docs/modulation.md). Above it, trained components alone score the same, and a model that
-lost whole blocks opens in stock diffusers if its modulation is unchanged."""
+than the confidence intervals at equal bytes of the file (docs/modulation.md); `plan` then names the option. It is no
+default, because exports hold the modulation in memory before the first step alone."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,8 @@ class PlanOptions:
     fit: str | None = None
     """Budget: name of a target whose memory sets it, see fit.py."""
     modulation_rank: int | str | None = None
-    """Directions of the modulation input that stay. `auto` measures how many; NEEDED measures only if it pays off;
-    None leaves the modulation unchanged. See `PrunePlan.modulation_rank`."""
+    """Directions of the modulation input that stay. `auto` measures how many; None leaves the modulation unchanged. See
+    `PrunePlan.modulation_rank`."""
     prompts: str | None = None
     """Text file of the prompts that these directions are found on; by default those given to `analyze`, else the
     captions of the calibration split."""
@@ -108,5 +106,5 @@ class PlanOptions:
         return not isinstance(methods().get(self.method), (Listed, Baseline))
 
 
-DEFAULT = PlanOptions(keep=0.79, modulation_rank=NEEDED)
+DEFAULT = PlanOptions(keep=0.79)
 """The options of `plan` for a model that is not the built-in one."""

@@ -29,11 +29,6 @@ def modulation_width(family: Family, config: Config) -> int:
     raise InputError(f"--modulation-rank: found a model of {family.name}, which has no modulation layer in its blocks")
 
 
-def is_projectable(family: Family, config: Config) -> bool:
-    """Return whether the model has modulation layers that can read fewer directions."""
-    return any(family.modulates(name) for name in family.tensor_shapes(config))
-
-
 def tensor_sources(
     family: Family, config: Config, kept: list[int], removed: frozenset[tuple[int, str]], rank: int | None
 ) -> dict[str, Source]:

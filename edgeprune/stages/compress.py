@@ -25,9 +25,9 @@ from edgeprune.metrics import check_analysis
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.methods import Scored, methods
 from edgeprune.planning.modulation import ranks
-from edgeprune.planning.options import DEFAULT, NEEDED
+from edgeprune.planning.options import DEFAULT
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.planning.remainder import is_projectable, modulation_width
+from edgeprune.planning.remainder import modulation_width
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation
@@ -104,8 +104,6 @@ def rehearse(source: Path, generation: Generation, options: CompressOptions) -> 
     if options.distill is not None:
         distill.check_guidance(Subject(source, family, config, generation), options.distill)
     rank = options.plan.modulation_rank
-    if rank == NEEDED and not is_projectable(family, config):
-        rank = None
     if isinstance(rank, str):
         rank = ranks(modulation_width(family, config))[0]
     return _plan_alike(source, generation, options, rank)
@@ -115,7 +113,7 @@ def expected_plan(source: Path, generation: Generation, options: CompressOptions
     """Return the plan that a forecast counts: all parts contribute alike, as in `rehearse`.
 
     A modulation rank that has to be measured counts as the largest one that meets the budget, so no size, time or
-    memory is understated. NEEDED counts as unprojected where that suffices.
+    memory is understated.
 
     Raises:
         BudgetError: no plan with these options meets the budget.
@@ -125,15 +123,10 @@ def expected_plan(source: Path, generation: Generation, options: CompressOptions
     if not isinstance(options.plan.modulation_rank, str) or smallest.modulation_rank is None:
         return smallest
 
-    def plan_with(rank: int | None) -> PrunePlan:
-        return _plan_alike(source, generation, options, rank)
-
-    if options.plan.modulation_rank == NEEDED and plan.suffices(plan_with):
-        return plan_with(None)
     config, family = read_original(source)
     for rank in reversed(ranks(modulation_width(family, config))):
         try:
-            return plan_with(rank)
+            return _plan_alike(source, generation, options, rank)
         except BudgetError:
             continue
     return smallest

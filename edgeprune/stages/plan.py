@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 
 from edgeprune import targets
 from edgeprune.analysis.contribution import ContributionReport
-from edgeprune.common.errors import BudgetError
 from edgeprune.common.files import sha256_file, write_json, write_text
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import save_tensors
@@ -20,9 +18,9 @@ from edgeprune.planning.fit import fit
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.methods import baselines
 from edgeprune.planning.modulation import GRID, choose_rank, subspace
-from edgeprune.planning.options import MODULATION_BELOW, NEEDED, PlanOptions
+from edgeprune.planning.options import PlanOptions
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.planning.remainder import is_projectable, modulation_width
+from edgeprune.planning.remainder import modulation_width
 from edgeprune.planning.removable import Removable
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import read_prompts
@@ -82,8 +80,6 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None, progres
     Removable.of(ws.family, ws.config, options)  # a wrong option is refused before anything is measured or removed
     budget = budget_for(ws.source, ws.generation, options)
     rank = options.modulation_rank
-    if rank == NEEDED and not is_projectable(ws.family, ws.config):
-        rank = None
     prompts: list[str] = []
     given_for_maps = options.stand_in is not None and options.prompts is not None  # `prune` fits them on these
     if rank is not None or given_for_maps:
@@ -103,7 +99,7 @@ def run(ws: Workspace, options: PlanOptions, scores: Path | None = None, progres
             return make_plan(ws.family, ws.config, ws.report(), chosen, budget, magnitudes)
 
         samples, chosen_rank = None, rank if isinstance(rank, int) else None
-        if rank is not None and not (rank == NEEDED and suffices(plan_with)):
+        if rank is not None:
             samples = calibration_inputs(ws, prompts)
             if chosen_rank is None:
                 chosen_rank = choose_rank(samples, modulation_width(ws.family, ws.config))
@@ -128,12 +124,3 @@ def _check_time(ws: Workspace, prompts: list[str], progress: Progress) -> None:
     if prompts:
         needed = ws.memory.encoding(len(prompts), pooled=True)
         ws.check_time("plan", encoding(ws.subject, len(prompts), pooled=True), [], progress, memory=needed)
-
-
-def suffices(plan_with: Callable[[int | None], PrunePlan]) -> bool:
-    """Return whether a plan without projected modulation meets the budget and leaves enough of the parameters."""
-    try:
-        plan = plan_with(None)
-    except BudgetError:
-        return False
-    return plan.after.parameters >= MODULATION_BELOW * plan.before.parameters

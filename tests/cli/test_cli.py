@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +209,7 @@ def test_version_and_targets() -> None:
 
 def test_plan_options_begin_from_the_preset() -> None:
     from edgeprune.cli.options import plan_options
-    from edgeprune.planning.options import NEEDED, PlanOptions
+    from edgeprune.planning.options import PlanOptions
     from edgeprune.stages.compress import preset
 
     start = preset("default", builtin=True).plan
@@ -218,15 +217,14 @@ def test_plan_options_begin_from_the_preset() -> None:
     def made(**options: Any) -> PlanOptions:
         return plan_options(start, **options, prompts="prompts.txt")
 
-    start = replace(start, prompts="prompts.txt")
     assert made() == start and start.method == "hybrid"  # `plan` after `compress` has nothing to do
     assert (made(keep=0.9).method, made(keep=0.9).keep) == ("hybrid", 0.9)
-    assert made(method="hybrid") == start and start.modulation_rank == NEEDED
-    assert made(method="hpp") == PlanOptions("hpp", keep=start.keep, modulation_rank=NEEDED, prompts="prompts.txt")
+    assert made(method="hybrid") == start and start.modulation_rank is None
+    assert made(method="hpp") == PlanOptions("hpp", keep=start.keep)
     assert made(method="koala") == PlanOptions("koala", keep=start.keep)
     assert (made(blocks="3").method, made(blocks="3").keep) == ("manual", None)
     assert (made(fit="rtx").keep, made(max_size="3GB").max_size_bytes) == (None, 3 * 10**9)
     assert made(threshold=0.3, protect_last=1).protect_first == start.protect_first
-    assert made(modulation_rank="full") == replace(start, modulation_rank=None, prompts=None)
+    assert made(modulation_rank="full") == start
     thin = made(modulation_rank="auto", method="manual")
     assert (thin.modulation_rank, thin.prompts, thin.keep) == ("auto", "prompts.txt", None)

@@ -10,7 +10,7 @@ import pytest
 from edgeprune.analysis.contribution import ContributionReport, Key, fingerprint, parts
 from edgeprune.families import Config, family_of
 from edgeprune.planning.make import make_plan
-from edgeprune.planning.options import NEEDED, PlanOptions
+from edgeprune.planning.options import PlanOptions
 
 CONFIGS = json.loads((Path(__file__).parents[1] / "samples" / "transformer_configs.json").read_text())
 LARGE = CONFIGS["sd3.5-large"]
@@ -44,7 +44,7 @@ def test_the_threshold_counts_blocks_and_not_the_modulation(rank: int | None, ke
 def test_plans_that_the_threshold_changed_are_planned_again() -> None:
     """Digests of plans that the count of the modulation cannot have changed stay those of older folders."""
     usual = PlanOptions("hybrid", keep=0.6)
-    for rank in (256, "auto", NEEDED):
+    for rank in (256, "auto"):
         changed = PlanOptions("hybrid", keep=0.6, modulation_rank=rank)
         assert changed.to_json().keys() - usual.to_json().keys() == {"threshold_of"}
     for method, threshold in (("hybrid", 0.0), ("hpp", 0.15), ("milp", 0.15)):

@@ -22,15 +22,15 @@ from edgeprune.cli.plan import plan_rows
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import write_json
 from edgeprune.families import Config, Family, family_of
+from edgeprune.planning.budget import resident_bytes
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.modulation import choose_rank, embedder_alone, modulation_inputs, ranks, subspace
-from edgeprune.planning.options import NEEDED, PlanOptions
+from edgeprune.planning.options import DEFAULT, PlanOptions
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import modulation_width
 from edgeprune.quantization.int4 import PackedLinear
 from edgeprune.sampling import denoising as sampling
 from edgeprune.sampling.denoising import Conditioning
-from edgeprune.stages import plan as plan_stage
 from edgeprune.stages.compress import compress
 from edgeprune.stages.modulation import MODULATION
 from edgeprune.stages.options import CompressOptions, DataOptions
@@ -298,34 +298,45 @@ def test_auto_stage_says_what_it_chose(source: Path, tmp_path: Path) -> None:
     assert calibration_prompts(str(prompts), builtin=False) == ["a red circle", "two stars"]
 
 
-def test_projected_by_default_where_little_may_stay(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Measures the rank only if blocks alone would leave less than three quarters, or cannot meet the budget."""
-    monkeypatch.setattr(plan_stage, "choose_rank", lambda *_: 16)
+def test_it_stays_whole_by_default(source: Path, tmp_path: Path) -> None:
+    """Where a plan leaves little, its rows name the option."""
     config, family = read_config(source)
     count = family.block_count(config)
     scores = {((block, None),): [-float(block)] for block in range(count)}
     report = ContributionReport(fingerprint(config), family.name, count, "none", ["a star"], [0.0], scores)
     write_json(tmp_path / "scores.json", report.to_json())
 
-    def planned(**options: Any) -> PrunePlan:
+    def planned(keep: float) -> PrunePlan:
         ws = Workspace(tmp_path / "out", str(source), fresh=True)
-        given = replace(PlanOptions(protect_first=0, protect_last=0, modulation_rank=NEEDED), **options)
-        run_plan(ws, given, tmp_path / "scores.json")
+        run_plan(ws, replace(DEFAULT, keep=keep, protect_first=0, protect_last=0), tmp_path / "scores.json")
         return ws.plan()
 
-    much, little = planned(keep=1.0), planned(keep=0.6)
-    assert much.modulation_rank is None
-    assert little.modulation_rank == 16 and (tmp_path / "out" / MODULATION).is_file()
-    assert planned(keep=0.9, protect_first=count).modulation_rank == 16  # no block may go
-    rows = dict(plan_rows(little, NEEDED))
-    assert rows["modulation rank"].startswith("16: less than 0.75") and "modulation rank" not in dict(
-        plan_rows(much, NEEDED)
-    )
-    assert make_plan(family, config, report, keep=0.6, protect_first=0, protect_last=0).modulation_rank is None
-    monkeypatch.setattr(plan_stage, "is_projectable", lambda *_: False)
-    assert planned(keep=0.6).modulation_rank is None
+    much, little = planned(1.0), planned(0.6)
+    assert much.modulation_rank is None and little.modulation_rank is None
+    assert not (tmp_path / "out" / MODULATION).exists()
+    assert "modulation rank" not in dict(plan_rows(much, None))
+    assert dict(plan_rows(little, None))["modulation rank"].startswith("full; --modulation-rank auto kept more")
+
+
+@pytest.mark.parametrize("name", ["sd3.5-large", "flux.1-dev"])
+def test_projecting_saves_bytes_of_the_file_and_none_in_memory(name: str) -> None:
+    """The threshold of a third less in memory, from the published config."""
+    config = json.loads((Path(__file__).parents[1] / "samples" / "transformer_configs.json").read_text())[name]
+    family = family_of(config)
+
+    def counted(rank: int | None, components: str = "") -> tuple[int, int]:
+        plan = make_plan(family, config, None, method="manual", modulation_rank=rank, components=components)
+        return plan.after.int4_bytes, resident_bytes(family, config, plan, 64)
+
+    (file, resident), (thin, thin_resident), constant = counted(None), counted(256), counted(0)
+    assert resident / file <= (0.70 if name == "sd3.5-large" else 0.75)
+    assert thin < 0.8 * file and thin_resident == resident
+    assert constant[0] == constant[1] > resident  # vectors of all norms, in the transformer
+    less = counted(None, "3:norm")  # whose vector is in the transformer
+    assert less[0] < file and less[1] == resident + 2 * 6 * modulation_width(family, config)
+    rows = dict(plan_rows(make_plan(family, config, None, method="manual"), None, resident_bytes=resident))
+    assert rows["INT4 file"].startswith(f"{file / 1e6:,.1f} MB")
+    assert rows["INT4 in memory"].startswith(f"{resident / 1e6:,.1f} MB in each step")
 
 
 def test_a_plan_without_it_leaves_no_basis_behind(source: Path, tmp_path: Path) -> None:

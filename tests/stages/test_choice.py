@@ -16,7 +16,7 @@ from edgeprune.artefact.resolve import read_original
 from edgeprune.cli import app
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.common.progress import silent
-from edgeprune.planning.options import NEEDED, PlanOptions
+from edgeprune.planning.options import PlanOptions
 from edgeprune.report import make
 from edgeprune.report.steps import StepTimes
 from edgeprune.residency.spill import Spill
@@ -114,7 +114,7 @@ def test_without_time_for_scores_the_plan_is_by_position(subject: Subject) -> No
 @pytest.mark.parametrize(("method", "keep", "scored"), [("hpp", 0.79, False), ("hybrid", 0.2, True)])
 def test_what_is_chosen_meets_the_budget(subject: Subject, method: str, keep: float, scored: bool) -> None:
     """By position with projected modulation where that suffices, else by scores, in whatever time they take."""
-    plan = PlanOptions(method, keep=keep, modulation_rank=NEEDED)
+    plan = PlanOptions(method, keep=keep, modulation_rank="auto")
     asked = replace(ASKED, plan=replace(plan, protect_first=0, protect_last=0) if scored else plan)
     found = choose(subject, asked, 60, Speeds(1e4))
     assert (found.prompts == 1) == scored and found.images == 0

@@ -16,7 +16,6 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json, write_json
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.planning.make import make_plan
-from edgeprune.planning.options import NEEDED
 from edgeprune.report.make import left_out
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import analyze, distill
@@ -45,12 +44,12 @@ def weights_held(ws: Workspace) -> int:
 
 
 def test_the_forecast_of_the_built_in_model_is_the_size_that_its_plan_leaves() -> None:
-    """Its plan keeps 0.79 without projecting anything; at the smallest rank, less than that would be left at once."""
+    """Its plan keeps 0.79 without projecting anything."""
     options, generation = preset("default", builtin=True), Generation.load(BUILTIN)
-    assert options.plan.modulation_rank == NEEDED and options.plan.keep == 0.79
+    assert options.plan.modulation_rank is None and options.plan.keep == 0.79
     numbers = forecast(BUILTIN, options, generation)
     assert 0.75 < numbers["parameters_left"] / numbers["parameters"] <= 0.79
-    assert rehearse(BUILTIN, generation, options).after.parameters < numbers["parameters_left"]
+    assert rehearse(BUILTIN, generation, options).after.parameters == numbers["parameters_left"]
 
 
 def test_a_rank_that_is_measured_counts_as_the_largest_that_meets_the_budget(with_t5: Path) -> None:
@@ -61,9 +60,8 @@ def test_a_rank_that_is_measured_counts_as_the_largest_that_meets_the_budget(wit
         changed = replace(OPTIONS.plan, keep=keep, modulation_rank=rank, protect_first=protect_first)
         return expected_plan(with_t5, generation, replace(OPTIONS, plan=changed)).modulation_rank
 
-    assert expected(1.0, NEEDED) is None  # three quarters stay without it
     assert expected(0.95, "auto") == 32 and expected(0.95, 4) == 4
-    assert expected(0.5, NEEDED) == 32
+    assert expected(0.5, "auto") == 32
     whole, at_16, at_32 = (
         make_plan(family, config, None, method="manual", modulation_rank=rank).after.parameters
         for rank in (None, 16, 32)
