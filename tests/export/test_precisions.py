@@ -87,11 +87,12 @@ def test_an_error_is_that_of_ten_velocities(
 ) -> None:
     """A transformer that is off by 1 % in int8 is found to be."""
     monkeypatch.setattr(precisions, "lacking", lambda _: [])
-    seen, real, settings_of = [], networks.NetworkBackend.step, openvino.settings_of
+    seen, computed, real, settings_of = [], list[Any](), networks.NetworkBackend.step, openvino.settings_of
 
     def step(self: Any, latents: Any, text: Any, pooled: Any, sigma: Any, guidance: float) -> Any:
         seen.append((sigma.tolist(), text, latents, guidance))
-        return real(self, latents, text, pooled, sigma, guidance) * (1.01 if self.precision == "W4A8" else 1.0)
+        computed.append(real(self, latents, text, pooled, sigma, guidance))
+        return computed[-1] * (1.01 if self.precision == "W4A8" else 1.0)
 
     def exact(device: str, *, precision: str = "exact", **options: Any) -> dict[str, Any]:
         return settings_of(device, **options)
@@ -101,8 +102,10 @@ def test_an_error_is_that_of_ten_velocities(
     told: list[tuple[Any, ...]] = []
     found = precisions.measured(exported[0], lambda what, *steps: told.append(steps[:2]))
     assert found["precisions"]["openvino"]["int8"] == 0.01
-    assert told == [(1, 3), (2, 3), (3, 3)]
-    (levels, text, latents, guidance), again = seen
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    (first, _, noise, _), (levels, text, latents, guidance), again = seen
+    assert first == [1.0] * 10 and np.array_equal(noise[0], latents[0])
+    np.testing.assert_allclose(latents[9], noise[9] + (levels[9] - 1) * computed[0][9], atol=1e-5)
     assert len(set(levels)) == len(latents) == 10 and levels[0] == 1.0 and min(levels) > 0 and guidance == 3.0
     assert len({row.tobytes() for row in text}) > 5  # of other prompts
     assert levels == again[0] and np.array_equal(text, again[1]) and np.array_equal(latents, again[2])
