@@ -63,6 +63,7 @@ def exported(tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathF
             out,
             "openvino",
             targets.load("intel-igpu"),
+            modulation=export.INSIDE,
             progress=lambda what, *steps: steps or told.append(what),
         )
     assert told == list(NETWORKS)

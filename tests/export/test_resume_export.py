@@ -358,7 +358,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
         out = disk(size) / "out"
         told = Told()
         try:
-            export.export(source, out, fmt, device, progress=told)
+            export.export(source, out, fmt, device, modulation=export.INSIDE, progress=told)
             break
         except DiskError as error:
             assert "\n" not in str(error) and str(out) in str(error)

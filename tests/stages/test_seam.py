@@ -254,7 +254,7 @@ def test_a_killed_report_goes_on_with_the_step(source: Path, tmp_path: Path, mon
 
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
 def test_too_little_memory_is_refused_before_the_folder_is_made(dry: list[str], source: Path, tmp_path: Path) -> None:
-    words = ["compress", str(source), "-o", str(tmp_path / "out"), "--memory", "1MB", *dry]
+    words = ["compress", str(source), "-o", str(tmp_path / "out"), "--keep", "1", "--memory", "1MB", *dry]
     found = CliRunner().invoke(app, words)
     assert isinstance(found.exception, InputError) and "--memory: found 0.00 GB, expected at least" in str(
         found.exception
