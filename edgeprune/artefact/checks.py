@@ -158,10 +158,10 @@ def _check_classes(folder: Path, index: dict[str, Any], config: Config, family: 
             f"{path}: _class_name: found {shown(name)}, expected {family.pipeline!r}; pipelines that take more than a "
             "prompt (an image, a mask, a control) are not supported"
         )
-    wanted = {
+    wanted: dict[str, str | None] = {
         "transformer": str(config["_class_name"]).removeprefix(CHANGED),
         "vae": family.vae,
-        "scheduler": FlowMatch.load(folder).kind,
+        "scheduler": None,  # any that `FlowMatch` reads
         **{e.name: e.kind for e in family.encoders if not e.optional or is_present(index, e.name)},
     }
     tokenizers = [tokenizer_of(e.name) for e in family.encoders if e.name in wanted]
@@ -173,6 +173,11 @@ def _check_classes(folder: Path, index: dict[str, Any], config: Config, family: 
             raise InputError(f"{path}: {part}: found {found!r}, expected {expected!r}{_REMEDIES.get(part, '')}")
     if absent := [part for part in parts_of(index) if not (folder / part).is_dir()]:
         raise InputError(f"{folder / absent[0]}: no such folder, though {path.name} lists it")
+    found, expected = index["scheduler"][-1], FlowMatch.load(folder).kind
+    if found != expected:
+        raise InputError(
+            f"{path}: scheduler: found {found!r}, expected {expected!r}, the class of scheduler/scheduler_config.json"
+        )
     for part in tokenizers:
         _check_vocabulary(folder / part)
 
@@ -189,7 +194,6 @@ def _check_vocabulary(folder: Path) -> None:
 
 
 _REMEDIES = {
-    "scheduler": ", the class of scheduler/scheduler_config.json",
     "vae": ": put the model's own VAE there; another one can replace it in the compressed folder",
 }
 """What to do about another class of a part."""

@@ -84,7 +84,7 @@ def compress(
     estimator: options.Estimator = None,
     group_size: options.GroupSize = 64,
     calibration: options.Calibration = "auto",
-    encoders: options.Encoders = "int4",
+    encoders: options.Encoders = None,
     no_half: options.NoHalf = False,
     calibration_count: Annotated[int | None, options.calibration_count("--calibration-count")] = None,
     inference_steps: options.InferenceSteps = None,
@@ -117,7 +117,7 @@ def compress(
     chosen = _merged(
         start, plan, steps=steps, metric=metric, prompts=prompts, weights=weights or [],
         count=count, states=states, estimator=estimator, group_size=group_size, calibration=calibration,
-        calibration_count=calibration_count, encoders=encoders,
+        calibration_count=calibration_count, encoders=options.encoders_of(encoders, calibration),
         training={
             "states": train_states, "mixed_precision": mixed_precision,
             "gradient_checkpointing": gradient_checkpointing or None, "train": None if train == "all" else train,

@@ -243,9 +243,9 @@ GroupSize = Annotated[
     choice(names=group_sizes, convert=int, help="Number of weights that share one INT4 scale.", rich_help_panel=INT4),
 ]
 Encoders = Annotated[
-    str,
+    str | None,
     choice(
-        names=lambda: ENCODERS, rich_help_panel=INT4,
+        names=lambda: ENCODERS, rich_help_panel=INT4, show_default="int4; int8 with --calibration none",
         help="How a T5 text encoder is exported. int4 has wo, the last layer of a feed-forward part, in 8 bits where "
         "the embedding's error asks for it.",
     ),
@@ -462,3 +462,8 @@ def plan_options(
         modulation_rank=rank,
         prompts=None if rank is None and start.stand_in is None else prompts,
     )
+
+
+def encoders_of(given: str | None, calibration: str) -> str:
+    """Return how a T5 is exported: INT4 is calibrated, so without calibration it has 8 bits unless told otherwise."""
+    return given or ("int8" if calibration == "none" else "int4")

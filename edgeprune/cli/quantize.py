@@ -20,7 +20,7 @@ def quantize(
     calibration: options.Calibration = "auto",
     count: Annotated[int | None, options.calibration_count("--count")] = None,
     states: options.States = None,
-    encoders: options.Encoders = "int4",
+    encoders: options.Encoders = None,
     device: limits.Device = "auto",
     memory: limits.Memory = None,
     yes: limits.Yes = False,
@@ -32,8 +32,9 @@ def quantize(
     chosen = api.QuantizeOptions(group_size=group_size, calibration=calibration, count=count, states=states)
     if calibration == "none" and (device != "auto" or memory):
         screen.say("--device and --memory: --calibration none runs no network, so they are not used")
+    form = options.encoders_of(encoders, calibration)
     with screen.bars() as progress:
-        done = api.quantize(out, chosen, encoders=encoders, compute=compute, fresh=fresh, progress=progress)
+        done = api.quantize(out, chosen, encoders=form, compute=compute, fresh=fresh, progress=progress)
     size = f"{done.weights_bytes / 1e6:,.1f} MB" + ("" if done.ran else " (already done)")
     screen.say(f"{out / 'transformer_int4'}: {size}")
     screen.say(f"next: edgeprune export {screen.quoted(out)} --target onnx -o {screen.quoted(out, '-onnx')}")

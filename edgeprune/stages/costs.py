@@ -23,6 +23,7 @@ from edgeprune.residency.stored import CPU
 from edgeprune.sampling.denoising import Conditioning, VelocityInputs, velocity
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 from edgeprune.sampling.schedule import NoiseSchedule
+from edgeprune.sampling.solvers import visited
 
 
 def sample(family: Family, config: Config, source: Path, generation: Generation) -> VelocityInputs:
@@ -58,9 +59,9 @@ def surroundings_bytes(source: Path) -> int:
 
 
 def evaluations_by_step(family: Family, config: Config, source: Path, generation: Generation) -> list[int]:
-    """Return how many evaluations each sampling step takes: two where classifier-free guidance acts, see `Generation`.
+    """Return the rows of each call of the transformer for an image: two where classifier-free guidance acts.
 
-    Every solver evaluates once a step.
+    Solvers call it once a step, Heun's twice in each step but the last.
 
     Args:
         family: the transformer's.
@@ -69,13 +70,14 @@ def evaluations_by_step(family: Family, config: Config, source: Path, generation
         generation: steps and guidance.
     """
     steps = generation.num_inference_steps
+    *called, _ = visited(generation.solver, range(steps, -1, -1))
     if not family.guided(config, generation.guidance_scale):
-        return [1] * steps
+        return [1] * len(called)
     if generation.guides(0.0) and generation.guides(1.0):
-        return [2] * steps
+        return [2] * len(called)
     shape = tuple(sample(family, config, source, generation)[0].shape[1:])
-    levels = NoiseSchedule.load(source, family, config, steps).sigmas(shape)[:-1]
-    return [2 if generation.guides(level) else 1 for level in levels.tolist()]
+    levels = NoiseSchedule.load(source, family, config, steps).sigmas(shape)
+    return [2 if generation.guides(float(levels[index])) else 1 for index in called]
 
 
 def flops_per_evaluation(family: Family, config: Config, source: Path, generation: Generation) -> int:

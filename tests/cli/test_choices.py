@@ -49,7 +49,7 @@ FIXED = {
     ("compare", "--metric"), ("score", "--metric"), ("generate", "--runtime"), ("bench", "--runtime"),
     ("tune", "--metric"), ("tune", "--runtime"),
     ("score", "--runtime"), ("export", "--target"), ("export", "--device"), ("compress", "--fit"), ("plan", "--fit"),
-    ("export", "--modulation"),
+    ("export", "--modulation"), ("compress", "--encoders"), ("quantize", "--encoders"),
     ("analyze", "--estimator"), ("compress", "--estimator"), ("distill", "--schedule"), ("distill", "--sensitivity"),
     ("distill", "--features"),
     ("distill", "--levels"),
@@ -212,3 +212,8 @@ def test_the_code_below_refuses_as_well() -> None:
         check_analysis("beauty", {})
     with pytest.raises(InputError, match="--method: found 'hppp', expected one of hpp, hybrid"):
         PlanOptions(method="hppp").check()
+
+
+def test_a_t5_has_8_bits_where_nothing_calibrates() -> None:
+    found = [options.encoders_of(given, how) for given in (None, "half") for how in ("auto", "feedback", "none")]
+    assert found == ["int4", "int4", "int8", "half", "half", "half"]

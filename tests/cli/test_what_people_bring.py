@@ -169,7 +169,7 @@ def test_another_plan_leaves_no_page_and_no_card(brought: Path, here: Path) -> N
 def test_what_is_not_trained_is_said_when_work_begins(brought: Path, here: Path) -> None:
     error, said = run("compress", str(brought / "M"), "-o", "x", "--keep", "2")
     assert "--keep: found 2.0" in error and "not distilled" not in said
-    error, said = run("compress", str(brought / "M"), "-o", "x", "--dry-run")
+    error, said = run("compress", str(brought / "M"), "-o", "x", "--keep", "1", "--dry-run")
     assert not error and "not distilled" not in said
 
 
@@ -329,7 +329,7 @@ COMMANDS = {
     "generate hi --model {M} -o x.png --guidance-scale=-1": "guidance_scale: found -1.0, expected a number from 0",
     "generate hi --model {M} -o x.png --height 63": "--height: found 63, expected a multiple of 8",
     "generate hi --model {M}/transformer -o x.png": "found neither edgeprune_export.json",
-    "compress {M} -o {M} --steps 0": "exists and is not a folder of edgeprune",
+    "compress {M} -o {M} --steps 0 --keep 1": "exists and is not a folder of edgeprune",
     "export {M} -o {M}": "found a folder without edgeprune_export.json, expected a new or empty folder",
     "lora {M}/model_index.json --model {M} -o x.safetensors": "not an artefact folder",
     "cache {M} --model {M} -o x": "not a known source",

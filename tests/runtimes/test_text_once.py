@@ -109,7 +109,7 @@ def test_score_and_bench_encode_once(folder: Path, tmp_path: Path, openings: Cou
     assert set(openings.values()) == {1}
     openings.clear()
     with runtimes.load(folder, "eager", memory=EVERYTHING) as model:
-        worker._quality(model, {"prompts": PROMPTS, "seeds": SEEDS, "steps": 1})
+        worker._quality(model, {"prompts": PROMPTS, "seeds": SEEDS, "settings": {"steps": 1}})
     assert set(openings.values()) == {1}
 
 

@@ -236,6 +236,8 @@ def test_int4_is_not_made_of_other_weights_than_were_pruned(
 def test_training_is_refused_with_no_half_before_anything_is_made(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--no-half: training ends in .* give --steps 0"):
         api.compress(source, tmp_path / "out", OPTIONS, no_half=True)
-    done = CliRunner().invoke(app, ["compress", str(source), "-o", str(tmp_path / "out"), "--no-half", "--dry-run"])
+    done = CliRunner().invoke(
+        app, ["compress", str(source), "-o", str(tmp_path / "out"), "--no-half", "--keep", "1", "--dry-run"]
+    )
     assert done.exit_code == 0, done.output
     assert not (tmp_path / "out").exists()

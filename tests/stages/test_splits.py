@@ -142,7 +142,7 @@ def test_a_real_model_is_not_distilled_without_data(source: Path, tmp_path: Path
 
 
 def test_the_command_says_what_to_give(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["compress", str(source), "-o", str(tmp_path / "out"), "--dry-run", "--json"]
+    words = ["compress", str(source), "-o", str(tmp_path / "out"), "--keep", "1", "--dry-run", "--json"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0 and json.loads(done.stdout.splitlines()[-1])["distill_steps"] == 0
     said = list[str]()
