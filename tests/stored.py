@@ -115,16 +115,18 @@ def of_coreml(path: Path, names: list[str]) -> dict[str, Weight]:
         assert sentinel == 0xDEADBEEF
         return weights[offset : offset + size], value.type.tensorType
 
-    by_program_name = {f"_{name.replace('.', '_')}_weight_packed": name for name in names}
+    # torch.export writes names in lower case.
+    by_program_name = {f"_{name.lower().replace('.', '_')}_weight_packed": name for name in names}
     layers = {}
     for op in operations:
         if op.type != "constexpr_blockwise_shift_scale":
             continue
         # One name may be the end of another: proj_out and single_transformer_blocks.0.proj_out.
         name = by_program_name[max((key for key in by_program_name if key in f"_{op.outputs[0].name}"), key=len)]
-        (data, kind), (scale, _) = read(op, "data"), read(op, "scale")
+        (data, kind), (scale, width) = read(op, "data"), read(op, "scale")
         shape = tuple(d.constant.size for d in kind.dimensions)
-        scales = np.frombuffer(scale, np.float16).reshape(shape[0], -1).astype(np.float32)
+        float_of = {ct.proto.MIL_pb2.FLOAT16: np.float16, ct.proto.MIL_pb2.FLOAT32: np.float32}[width.dataType]
+        scales = np.frombuffer(scale, float_of).reshape(shape[0], -1).astype(np.float32)
         bits = bits_of[kind.dataType]
         assert name not in layers
         layers[name] = Weight(bits, integers(data, bits, shape), scales, len(data) + len(scale))
