@@ -100,6 +100,6 @@ def check(
         return sum((one.work(unit) for one in some), Work())
 
     pace = Pace(unit, compute, options.longest_s, lambda: least(unit, compute, scratch))
-    shorter = [(option, total(some)) for option, some in ways]
+    shorter = ((option, total(some)) for option, some in ways)  # counted if something is refused
     needed = max(one.memory(compute) for one in drawn)
     pace.check(command, total(drawn), shorter, progress, memory=needed)

@@ -12,7 +12,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ class Pace:
         self,
         stage: str,
         work: Work,
-        ways: Sequence[tuple[str, Work]],
+        ways: Iterable[tuple[str, Work]],
         progress: Progress,
         *,
         memory: int = 0,
@@ -162,7 +162,8 @@ class Pace:
             if seconds(work) > _WORTH_SAYING_S or not is_small(self.subject.numbers):
                 progress(takes + self._said(work, memory, written))
             return
-        short = [way for way in ways if seconds(way[1]) <= self.longest_s] or list(ways[-1:])
+        known = list(ways)
+        short = [way for way in known if seconds(way[1]) <= self.longest_s] or known[-1:]
         cheaper = f"{short[0][0]} takes {duration(seconds(short[0][1]))}; " if short else ""
         raise InputError(f"{takes}; {cheaper}--yes runs it anyway")
 
