@@ -24,8 +24,9 @@ _SCORES, _INNER, _WIDE = 3, 5, 6
 """Numbers that are alive at once in a layer, for each token: scores of each head, inner widths of its MLP, widths."""
 _STREAMS = 4
 """Streams of a prompt that are alive between two layers: before and after, and the two that are kept of CLIP."""
-_NOT_COUNTED = 10**8
-"""Bytes of activations that have to be free anyway."""
+_SHARE, _USUAL = 8, 8 * 10**9
+"""The part of the memory, one of so many, that the prompts in a layer may take, and the memory where none was given:
+not of what is free, because products of other row counts differ in their last bits."""
 
 
 def layers_of(model: nn.Module, kind: str) -> Iterable[tuple[str, nn.Module]]:
@@ -54,8 +55,7 @@ def rows_of(kind: str, config: Any, compute: Compute) -> Callable[[torch.Tensor]
         count, length, _ = stream.shape
         # In float32, as the softmax computes.
         one = 4 * length * (_SCORES * heads * length + _INNER * inner + _WIDE * wide)
-        most = min(count, AT_ONCE)
-        return most if most * one <= _NOT_COUNTED else rows_together(compute.left() // 2, one, most)
+        return rows_together((compute.memory or _USUAL) // _SHARE, one, min(count, AT_ONCE))
 
     return rows
 

@@ -16,6 +16,12 @@ _LEAST_WORKING_BYTES = 3 * 10**8
 """What has to be free beside the block that computes and what is outside the blocks: activations of one sample."""
 _WORKING_BYTES = 7 * 10**8
 """What is left free of the memory beside that, before blocks are kept: states, more samples, the VAE."""
+_HEAP = 1.3
+"""Bytes that the process takes for each byte of a transformer that runs with nothing to spare: glibc's heap keeps some
+that it could reuse. Gates of SD3.5 Large at 512x512, in as little as is accepted, took 0.92 of what this counts."""
+_RUN_SHARE = 6
+"""The part of a given memory, one of so many, that the activations of rows that run together may take. It does not
+depend on what is free: products of other row counts differ in their last bits."""
 
 _COMPUTE = "_edgeprune_compute"
 """Attribute of a transformer: where it computes, and how much memory that may take."""
@@ -38,7 +44,7 @@ def running(stored: StoredTransformer, compute: Compute, dtype: torch.dtype | No
     if is_small(_numbers(stored)) and compute.memory is None:
         return within(stored.load(dtype or torch.float32).to(compute.device), compute)
     left, least = check_room(stored, compute, dtype)
-    room = left - least - _WORKING_BYTES if keep else 0
+    room = left - least - _WORKING_BYTES - _run_share(compute) if keep else 0
     return within(stored.running(dtype or dtype_of(stored, compute), compute.device, keep=room), compute)
 
 
@@ -51,9 +57,9 @@ def within(model: Any, compute: Compute) -> Any:
 def room_to_run(model: Any, wanted: int) -> int:
     """Return the bytes that the activations of the rows that run together may take, of `wanted` that suffice.
 
-    They are half of what is left beside the largest block that is read: the other half is for what waits between two
-    blocks, see `spare`. Where so little is wanted that it has to be free anyway, or where nobody said how much memory
-    the transformer may take, nothing is counted.
+    Of a memory that was given they are a fixed share. Otherwise they are half of what is left beside the largest block
+    that is read: the other half is for what waits between two blocks, see `spare`. Where so little is wanted that it
+    has to be free anyway, or where nobody said where the transformer computes, nothing is counted.
 
     Args:
         model: the transformer; none of its blocks runs now.
@@ -62,6 +68,8 @@ def room_to_run(model: Any, wanted: int) -> int:
     compute: Compute | None = getattr(model, _COMPUTE, None)
     if compute is None or wanted <= _LEAST_WORKING_BYTES:
         return wanted
+    if compute.memory is not None:
+        return min(wanted, max(_LEAST_WORKING_BYTES, _run_share(compute)))
     reading = 2 * largest_running_bytes(model)
     if (compute.left() - reading) // 2 < wanted:  # collecting takes a while
         compute.collect()
@@ -87,9 +95,8 @@ def check_room(stored: StoredTransformer, compute: Compute, dtype: torch.dtype |
     kind, dtype = _stored_dtype(stored), dtype or dtype_of(stored, compute)
     blocks = range(len(stored.family.blocks(stored.model)))
     largest = max(sum(math.prod(stored.weights.shapes[n]) for n in stored.names(block)) for block in blocks)
-    per_number = (torch.finfo(dtype).bits + torch.finfo(kind).bits) // 8
     outside = sum(math.prod(stored.weights.shapes[n]) for n in stored.names(None))
-    least, left = least_bytes(largest, outside, per_number), compute.left()
+    least, left = least_bytes(largest, outside, kind.itemsize, dtype.itemsize), compute.left()
     if left < least + _WORKING_BYTES:  # collecting takes a while
         compute.collect()
         left = compute.left()
@@ -99,22 +106,24 @@ def check_room(stored: StoredTransformer, compute: Compute, dtype: torch.dtype |
     return left, least
 
 
-def least_bytes(largest: int, outside: int, per_number: int, working: int = 0) -> int:
+def least_bytes(largest: int, outside: int, stored: int, computed: int, working: int = 0) -> int:
     """Return the bytes that a transformer takes at least while it runs: what is outside its blocks, and one block.
 
     Args:
         largest: weights of its largest block.
         outside: weights outside the blocks.
-        per_number: bytes of a weight as it is stored and as it computes.
-        working: of activations; a run asks for that of one small sample anyway.
+        stored: bytes of a weight in the file.
+        computed: bytes of a weight as it computes.
+        working: of activations; a run asks for those of one small sample anyway.
     """
-    return (largest + outside) * per_number + max(_LEAST_WORKING_BYTES, working)
+    read = 0 if stored == computed else stored  # the block is there in both while it is widened
+    return int(_HEAP * (largest * (read + computed) + outside * computed + max(_LEAST_WORKING_BYTES, working)))
 
 
 def spare(model: Any, compute: Compute, wanted: int) -> int:
     """Return the bytes that samples may take between two blocks of a transformer whose blocks are read when they run.
 
-    They are half of what is left beside the block that computes and the activations of one sample: in glibc's heap the
+    They are half of what is left beside the block that computes and the activations of what runs together: in glibc's heap the
     streams of 150 samples took 1.7 times their bytes, and other parts of a stage grow meanwhile.
 
     Args:
@@ -123,10 +132,14 @@ def spare(model: Any, compute: Compute, wanted: int) -> int:
         wanted: bytes that suffice; if fewer are free, freed memory is collected first.
     """
     # A block is there as it is stored and, but for its first tensors, as it computes.
-    needed = 2 * largest_running_bytes(model) + _LEAST_WORKING_BYTES
+    needed = 2 * largest_running_bytes(model) + max(_LEAST_WORKING_BYTES, _run_share(compute))
     if (compute.left() - needed) // 2 < wanted:  # collecting takes a while
         compute.collect()
     return max(0, compute.left() - needed) // 2
+
+
+def _run_share(compute: Compute) -> int:
+    return (compute.memory or 0) // _RUN_SHARE
 
 
 def _numbers(stored: StoredTransformer) -> int:

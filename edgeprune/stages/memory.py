@@ -28,7 +28,7 @@ from edgeprune.sampling.generation import images_at_once, latent_factor, longest
 from edgeprune.stages.costs import sample, surroundings_bytes
 from edgeprune.stages.work import Subject
 
-PROCESS_BYTES = 470_000_000
+PROCESS_BYTES = 550_000_000
 """Of Python with torch, diffusers and transformers."""
 SAVED_WIDTHS = 16
 """Widths of a token that autograd keeps of a block whose weights need no gradients: 13 of FLUX.1's single blocks, 14 of
@@ -86,14 +86,14 @@ class Memory:
         outside, small = parts.pop(None, 0), self.compute.memory is None and is_small(subject.numbers)
         together = images_at_once(self._image_tokens)
         one = transformer_activations(subject.config, self.tokens)
-        working = one * min(together, samples * subject.per_step)
+        working = one * (min(together, samples * subject.per_step) if small else 1)  # others wait for room
         if gradients:  # fewer run together, and of one block, where blocks are read when they run
             rows, blocks = (min(16, together), len(parts)) if small else (max(1, together // 4), 1)
             graph = SAVED_WIDTHS * blocks * width(subject.config) * self.tokens
             working = max(working, (one + graph) * rows)
         if small:
             return 4 * subject.numbers + working * self.itemsize
-        return least_bytes(max(parts.values()), outside, _STORED + self.itemsize, working * self.itemsize)
+        return least_bytes(max(parts.values()), outside, _STORED, self.itemsize, working * self.itemsize)
 
     def drawing(self, images: int) -> int:
         """While images are drawn, of one transformer after the other, and held."""

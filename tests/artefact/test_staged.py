@@ -105,7 +105,7 @@ def test_a_prompt_is_encoded_once_for_all_processes(folder: Path, tmp_path: Path
 def test_few_prompts_are_in_a_layer_that_is_read_once_for_all(
     folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five prompts, two at a time; and where the memory that is left is short, one after the other."""
+    """Five prompts, two at a time; and where the memory is short, one after the other."""
     prompts, length = ["a", "two stars", "a ring", "", "a red circle"], Generation.load(folder).max_sequence_length
     whole, seen, real = staged(folder).encode(prompts, length), list[int](), StagedPipeline._streamed
 
@@ -117,13 +117,12 @@ def test_few_prompts_are_in_a_layer_that_is_read_once_for_all(
         return encoder
 
     monkeypatch.setattr(StagedPipeline, "_streamed", streamed)
-    for limit, expected in (({"AT_ONCE": 2}, [2, 2, 1]), ({"_NOT_COUNTED": 0}, [1] * 5)):
+    for limit, expected in (({"AT_ONCE": 2}, [2, 2, 1]), ({"_USUAL": 0}, [1] * 5)):
         with monkeypatch.context() as patch:
             for name, value in limit.items():
                 patch.setattr(encoder_layers, name, value)
             # What waits between two layers always fits: at first, and again whenever that is asked.
             patch.setattr(encoder_layers, "spare", lambda *_: 10**12)
-            patch.setattr(Compute, "left", lambda _: 0)
             pipe = staged(folder)
             reads.clear()
             found = pipe.encode(prompts, length)
@@ -151,13 +150,11 @@ def test_prompts_that_do_not_fit_together_read_the_layers_again(
 
 def test_a_prompt_of_t5_xxl_in_a_layer() -> None:
     """What a layer of T5-XXL takes for a prompt of 256 tokens: scores of 64 heads, and five times its inner width."""
-    config, left = SimpleNamespace(d_model=4096, num_heads=64, d_ff=10240), [0]
-    compute: Any = SimpleNamespace(left=lambda: left[0])
-    rows, stream = encoder_layers.rows_of(T5, config, compute), torch.empty(100, 256, 4096, device="meta")
+    config, stream = SimpleNamespace(d_model=4096, num_heads=64, d_ff=10240), torch.empty(100, 256, 4096, device="meta")
     one = 4 * 256 * (3 * 64 * 256 + 5 * 10240 + 6 * 4096)
     assert 120e6 < one < 130e6
-    for left[0], expected in ((0, 1), (2 * one, 1), (7 * one, 3), (10**12, 64)):
-        assert rows(stream) == expected
+    for memory, expected in ((2 * one, 1), (8 * one, 1), (24 * one, 3), (None, 7), (10**12, 64)):
+        assert encoder_layers.rows_of(T5, config, Compute(memory=memory))(stream) == expected
 
 
 def test_encoders_stay_for_many_batches(folder: Path, reads: list[str]) -> None:

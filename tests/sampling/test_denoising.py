@@ -85,9 +85,14 @@ def test_rows_run_in_as_many_calls_as_the_memory_asks_for(
         monkeypatch.setattr(residency.running, "_LEAST_WORKING_BYTES", 0)
         monkeypatch.setattr(Compute, "left", lambda _: reading + 2 * fits * one)
         monkeypatch.setattr(Compute, "collect", lambda _: collected.append(1))
-        found = evaluate(model, *arguments)
-    assert seen == expected and bool(collected) is (fits < 6)
-    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+        found = evaluate(within(model, Compute()), *arguments)
+        assert seen == expected and bool(collected) is (fits < 6)
+        torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+        # Of a memory that was given it is a share, whatever is free: the same rows run together in every run.
+        seen.clear()
+        monkeypatch.setattr(Compute, "left", lambda _: 0)
+        again = evaluate(within(model, Compute(memory=6 * fits * one)), *arguments)
+    assert seen == expected and torch.equal(again, found)
 
 
 def test_what_has_to_be_free_anyway_is_not_counted(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,8 @@ from edgeprune.training.recipe import DistillOptions
 RESULTS = Path(__file__).parents[2] / "docs" / "full-size.json"
 BF16 = Compute(wish=torch.bfloat16)
 """The processors that were measured multiply it."""
+_NOT_YET = {"tail", "quantize-feedback", "stand-ins"}
+"""Rows of FLUX.1 that were not measured; the tail's takes more disk than a row may."""
 
 
 def shell(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, side: int) -> Subject:
@@ -84,15 +86,15 @@ def test_the_forecast_is_near_what_was_measured(
         ("draw", "draw: report"): high.reporting(1),
         ("draw", "draw: score"): high.drawing(1),
     }
-    alone, seen = {"analyze-gates", "compress-blocks", "tail"}, list[str]()
+    alone, not_yet = {"analyze-gates", "compress-blocks", "tail"}, _NOT_YET if suffix else set[str]()
     for (row, stage), size in needed.items():
         peaks = measured(f"{row}{suffix}", stage.replace(":", f"{suffix}:", 1))
-        seen += [row for _ in peaks]
-        if row in alone and peaks:  # one processor takes up to a fifth more than another
-            assert 0.5 * max(peaks) < size < 1.15 * max(peaks), (stage, size, peaks)
-        elif peaks:
-            assert PROCESS_BYTES < size < min(peaks), (stage, size, peaks)
-    assert {"analyze-gates", "compress-blocks", "plan-auto", "draw"} <= set(seen)
+        assert bool(peaks) is (row not in not_yet), row
+        for peak in peaks:
+            if row in alone:  # one processor takes up to a fifth more than another
+                assert 0.5 * peak < size < 1.15 * peak, (stage, size, peaks)
+            else:
+                assert PROCESS_BYTES < size < peak, (stage, size, peaks)
 
 
 def test_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +115,7 @@ def test_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_stage_that_lacks_memory_is_refused_before_it_begins(source: Path, tmp_path: Path) -> None:
     ws = Workspace(tmp_path / "out", str(source), compute=ComputeOptions("cpu", PROCESS_BYTES))
-    said = r"^--memory: found 0\.47 GB, expected at least \d+\.\d\d GB here for "
+    said = r"^--memory: found 0\.55 GB, expected at least \d+\.\d\d GB here for "
     with pytest.raises(InputError, match=said + "analyze$"):
         analyze.run(ws, AnalyzeOptions(count=1, estimator="gates", components=False))
     plan.run(ws, replace(OPTIONS.plan, method="manual", keep=None, blocks="1"))
