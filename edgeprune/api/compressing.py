@@ -166,6 +166,7 @@ class CompressForecast:
     prune_memory_bytes: int
     distill_memory_bytes: int
     quantize_memory_bytes: int
+    encoders_memory_bytes: int
     report_memory_bytes: int
     written_bytes: int
     choice: dict[str, Any] | None = None
@@ -239,11 +240,11 @@ def compress(
         rehearsed = stages.rehearse(source, images, chosen)
         if time_s is None:  # else it depends on what is chosen
             _need_memory(source, images, chosen, rehearsed, compute)
-        stages.need_room(Path(out), source, rehearsed, chosen.encoders, no_half=no_half)  # before the folder is created
+        stages.need_room(Path(out), source, rehearsed, chosen, no_half=no_half)  # before the folder is created
     ws = open_folder(
         out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation, compute=compute
     )
-    fit = ws.fit(chosen.plan.fit, chosen.encoders) if chosen.plan.fit else None
+    fit = ws.fit(chosen.plan.fit, chosen.t5_form) if chosen.plan.fit else None
     choice = choices.settle(ws, chosen, time_s, progress, quick=quick)
     if choice:
         ws.longest_s, chosen = None, choice.over(chosen, ws.family.kinds(ws.config))
@@ -301,7 +302,7 @@ def forecast_compress(
     if time_s is None:
         _need_memory(source, images, chosen, rehearsed, compute)
     if not is_begun(out):
-        need_room(Path(out), source, rehearsed, chosen.encoders, no_half=no_half)
+        need_room(Path(out), source, rehearsed, chosen, no_half=no_half)
     scratch = next(place for place in (Path(out), *Path(out).resolve().parents) if place.is_dir())
     given: dict[str, Any] = {"compute": compute, "scratch": scratch, "no_half": no_half}
     if time_s is None:
@@ -347,7 +348,7 @@ def _checked(
         raise InputError("--no-half: training ends in weights in half precision; give --steps 0, or omit --no-half")
     chosen.check_data(builtin=builtin)
     chosen.settled(0)
-    check_encoders(chosen.encoders)
+    check_encoders(chosen.t5_form)
     if chosen.distill is not None:
         chosen.distill.check()
     check_prompts(chosen.analyze.prompts)

@@ -177,7 +177,7 @@ def quantize(
     out: AnyPath,
     options: QuantizeOptions | None = None,
     *,
-    encoders: str = "int4",
+    encoders: str | None = None,
     compute: ComputeOptions | None = None,
     fresh: bool = False,
     progress: Progress = silent,
@@ -187,7 +187,7 @@ def quantize(
     Args:
         out: a pruned folder.
         options: group size and calibration; None for the defaults.
-        encoders: how a T5 is exported: `int4`, `int8` or `half`.
+        encoders: how a T5 is exported: `int4`, `int8` or `half`; None is `int8` without calibration, else `int4`.
         compute: where networks run, and in how much memory; None takes what this machine has.
         fresh: quantize again where that was done with other options.
         progress: called after each block.
@@ -200,12 +200,16 @@ def quantize(
     """
     ws = open_folder(out, fresh=fresh, compute=compute)
     from edgeprune.stages import encoders as text
-    from edgeprune.stages.options import QuantizeOptions
+    from edgeprune.stages.options import QuantizeOptions, encoders_of
     from edgeprune.stages.quantize import run
+    from edgeprune.stages.workspace import ENCODERS_STAGE
 
-    text.check(encoders)
     chosen = options or QuantizeOptions()
+    form = encoders_of(encoders, chosen)
+    text.check(form)
+    if ENCODERS_STAGE not in ws.manifest.stages:
+        text.check_time(ws, form, chosen.group_size, silent)  # refused before the transformer's hour
     ran = run(ws, chosen, progress)
-    ran = text.run(ws, encoders, chosen.group_size, progress) or ran
+    ran = text.run(ws, form, chosen.group_size, progress) or ran
     size: int = ws.manifest.stages["quantize"]["weights_bytes"]
     return Quantized(out=ws.out, ran=ran, weights_bytes=size)

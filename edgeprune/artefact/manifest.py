@@ -15,6 +15,7 @@ from edgeprune.common.files import UNFINISHED, check_schema, read_json, write_js
 from edgeprune.common.version import VERSION
 from edgeprune.families import Config
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.quantization.precision import T5_FORMS
 
 SCHEMA_VERSION = 1
 MANIFEST = "edgeprune.json"
@@ -105,9 +106,13 @@ class Manifest:
             real_number(stage, "seconds", f"{path}: stages: {shown(name)}", least=0, most=_LONGEST_S)
         if manifest.group_size is not None:
             whole_number(data, "group_size", path)
-        for name in ("revision", "variant", "commit", "encoders"):
+        for name in ("revision", "variant", "commit"):
             if not isinstance(value := getattr(manifest, name), (str, NoneType)):
                 raise InputError(f"{path}: {name}: found {shown(value)}, expected text or null")
+        if manifest.encoders not in (None, *T5_FORMS):
+            raise InputError(
+                f"{path}: encoders: found {shown(manifest.encoders)}, expected {', '.join(T5_FORMS)} or null"
+            )
         if not isinstance(manifest.loras, list) or not all(isinstance(lora, dict) for lora in manifest.loras):
             raise InputError(f"{path}: loras: expected a list of objects")
         for number, lora in enumerate(manifest.loras):

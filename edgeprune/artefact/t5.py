@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgeprune.artefact.manifest import MANIFEST, Manifest, packed_folder
-from edgeprune.quantization.precision import T5_INT8
+from edgeprune.quantization.precision import T5_INT4, T5_INT4_WO8, T5_INT8
 from edgeprune.quantization.t5 import PackedT5
 from edgeprune.residency.weights import Weights
 
@@ -21,13 +21,15 @@ def form_of(folder: Path) -> str:
 
 
 def packed_t5(folder: Path) -> PackedT5 | None:
-    """Return the INT4 tensors of a T5's folder, after checking their hashes; None if it has none.
+    """Return the INT4 tensors of a T5's folder, after checking their hashes; None if it is exported in another form.
+
+    A stage that was killed leaves some that do not count.
 
     Raises:
         InputError: they are damaged.
     """
     path = packed_folder(folder)
-    if not path.is_dir():
+    if form_of(folder) not in (T5_INT4, T5_INT4_WO8):
         return None
     Manifest.load(folder.parent).verify(folder.parent, path.name)
     return PackedT5(Weights(path))

@@ -117,7 +117,7 @@ def compress(
     chosen = _merged(
         start, plan, steps=steps, metric=metric, prompts=prompts, weights=weights or [],
         count=count, states=states, estimator=estimator, group_size=group_size, calibration=calibration,
-        calibration_count=calibration_count, encoders=options.encoders_of(encoders, calibration),
+        calibration_count=calibration_count, encoders=encoders,
         training={
             "states": train_states, "mixed_precision": mixed_precision,
             "gradient_checkpointing": gradient_checkpointing or None, "train": None if train == "all" else train,
@@ -170,7 +170,7 @@ def _merged(
     group_size: int,
     calibration: str,
     calibration_count: int | None,
-    encoders: str,
+    encoders: str | None,
     training: dict[str, Any],
 ) -> CompressOptions:
     """Return the preset's options with the user's on top."""

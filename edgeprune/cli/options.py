@@ -462,8 +462,3 @@ def plan_options(
         modulation_rank=rank,
         prompts=None if rank is None and start.stand_in is None else prompts,
     )
-
-
-def encoders_of(given: str | None, calibration: str) -> str:
-    """Return how a T5 is exported: INT4 is calibrated, so without calibration it has 8 bits unless told otherwise."""
-    return given or ("int8" if calibration == "none" else "int4")

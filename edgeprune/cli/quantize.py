@@ -30,11 +30,10 @@ def quantize(
     check_begun(out)
     compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     chosen = api.QuantizeOptions(group_size=group_size, calibration=calibration, count=count, states=states)
-    if calibration == "none" and (device != "auto" or memory):
+    if calibration == "none" and encoders != "int4" and (device != "auto" or memory):
         screen.say("--device and --memory: --calibration none runs no network, so they are not used")
-    form = options.encoders_of(encoders, calibration)
     with screen.bars() as progress:
-        done = api.quantize(out, chosen, encoders=form, compute=compute, fresh=fresh, progress=progress)
+        done = api.quantize(out, chosen, encoders=encoders, compute=compute, fresh=fresh, progress=progress)
     size = f"{done.weights_bytes / 1e6:,.1f} MB" + ("" if done.ran else " (already done)")
     screen.say(f"{out / 'transformer_int4'}: {size}")
     screen.say(f"next: edgeprune export {screen.quoted(out)} --target onnx -o {screen.quoted(out, '-onnx')}")

@@ -33,6 +33,7 @@ from edgeprune.sampling.denoising import (
     sigmas,
 )
 from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.solvers import visited
 
 STATES = 6
 """The number of states per trajectory: the sampler runs with at most this many steps."""
@@ -99,8 +100,9 @@ class VelocityError:
 
     @staticmethod
     def evaluations(generation: Generation, prompts: int) -> int:
-        """Return how many samples pass through the transformer for one score: one per state."""
-        return prompts * min(STATES, generation.num_inference_steps)
+        """Return how many samples pass through the transformer for one score: one per state that the solver visits."""
+        steps = min(STATES, generation.num_inference_steps)
+        return prompts * (len(visited(generation.solver, range(steps + 1))) - 1)
 
     @staticmethod
     def preparing(generation: Generation, prompts: int, by_step: Callable[[int], list[int]]) -> int:

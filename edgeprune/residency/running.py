@@ -123,8 +123,8 @@ def least_bytes(largest: int, outside: int, stored: int, computed: int, working:
 def spare(model: Any, compute: Compute, wanted: int) -> int:
     """Return the bytes that samples may take between two blocks of a transformer whose blocks are read when they run.
 
-    They are half of what is left beside the block that computes and the activations of what runs together: in glibc's heap the
-    streams of 150 samples took 1.7 times their bytes, and other parts of a stage grow meanwhile.
+    They are half of what is left beside the block that computes and the activations of what runs together: in glibc's
+    heap the streams of 150 samples took 1.7 times their bytes, and other parts of a stage grow meanwhile.
 
     Args:
         model: the transformer; none of its blocks runs now.

@@ -146,6 +146,8 @@ class Choice:
             training = replace(training, steps=self.steps, sensitivity=None if unscored else training.sensitivity)
         data, training = replace(options.data, samples=self.samples), training if self.steps else None
         found = replace(options, analyze=analysis, plan=plan, data=data, distill=training)
+        if self.calibration or found.rounded:  # else a T5's integers are not calibrated either
+            found = replace(found, encoders=options.t5_form)
         if self.calibration and int4.calibrates(rounded=found.rounded):
             most = self.calibration_states if self.calibration_states < STATES else int4.states
             return replace(found, quantize=replace(int4, calibration="feedback", count=self.calibration, states=most))

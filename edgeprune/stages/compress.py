@@ -6,6 +6,7 @@ The forecast of `compress` needs configs only, no weights.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,8 @@ def _plan_alike(source: Path, generation: Generation, options: CompressOptions, 
     if isinstance(method, Scored) and method.joint:  # hybrid may remove the same parts
         choices = replace(choices, method="hybrid", threshold=1.0)
     even = [1.0] * report.num_blocks
-    return make_plan(family, config, report, choices, plan.budget_for(source, generation, choices), even)
+    budget = plan.budget_for(source, generation, choices, options.t5_form)
+    return make_plan(family, config, report, choices, budget, even)
 
 
 def forecast(
@@ -224,7 +226,7 @@ def forecast(
         **{f"{stage}_memory_bytes": size for stage, size in needed.items()},
         "written_bytes": (0 if no_half else after.bf16_bytes)
         + after.int4_bytes
-        + encoders.written_bytes(source, options.encoders),
+        + encoders.written_bytes(source, options.t5_form, options.quantize.group_size),
     }
 
 
@@ -262,7 +264,7 @@ def works(
         "data": distill.drawn(subject, options.data) if training else Work(),
         "distill": distill.trained(subject, training, expected) if training else Work(),
         "quantize": quantize.work(subject, int4, expected, calibrating),
-        "encoders": encoders.work(subject, options.encoders),
+        "encoders": encoders.work(subject, options.t5_form, options.quantize.group_size),
         "report": reporting(drawn, images, left, own.per_image) if images else Work(),
     }
 
@@ -286,19 +288,23 @@ def memories(of: Memory, options: CompressOptions, expected: PrunePlan, images: 
         "prune": prune.memory(of, expected),
         "distill": distill.memory(of, training, options.data, expected) if training else 0,
         "quantize": quantize.memory(of, calibrating_prompts(options, subject)),
+        "encoders": encoders.memory(of, options.t5_form),
         "report": of.reporting(images) if images else 0,
     }
 
 
-def need_memory(of: Memory, options: CompressOptions, expected: PrunePlan) -> None:
-    """Refuse too little memory for one of the stages. A report that lacks it is left out, see report/make.py.
+def need_memory(of: Memory, options: CompressOptions, expected: PrunePlan, done: Container[str] = ()) -> None:
+    """Refuse too little memory for one of the stages that are not done.
+
+    A report that lacks it is left out, see report/make.py.
 
     Raises:
         InputError: more memory is needed than was given; says how much.
     """
     if of.compute.memory is not None:
         for stage, needed in memories(of, options, expected, 0).items():
-            check_memory(stage, needed, of.compute)
+            if stage not in done:
+                check_memory(stage, needed, of.compute)
 
 
 def calibrating_prompts(options: CompressOptions, subject: Subject) -> int:
@@ -313,14 +319,14 @@ def _training(ws: Workspace, options: CompressOptions, expected: PrunePlan) -> D
     return distill.seen_by_quantize(ws, training, calibration, expected)
 
 
-def need_room(out: Path, source: Path, plan: PrunePlan, form: str, *, no_half: bool = False) -> None:
+def need_room(out: Path, source: Path, plan: PrunePlan, options: CompressOptions, *, no_half: bool = False) -> None:
     """Check that the disk has room for an artefact: both transformers, a T5's INT4, and what of the rest is not linked.
 
     Args:
         out: the artefact's folder, which need not exist.
         source: the pipeline's folder.
         plan: what is removed.
-        form: how a T5 is exported, one of precision.ENCODERS.
+        options: of all stages.
         no_half: the pruned weights are not written in half precision.
 
     Raises:
@@ -330,7 +336,8 @@ def need_room(out: Path, source: Path, plan: PrunePlan, form: str, *, no_half: b
     parts = {*text_encoders(source), "vae"}
     files = [path for path in model_files(source) if path.parent.name in parts and path.suffix == ".safetensors"]
     copied = sum(path.stat().st_size for path in files if not is_linked(path, out))
-    need_space(out, half + plan.after.int4_bytes + encoders.written_bytes(source, form) + copied)
+    text = encoders.written_bytes(source, options.t5_form, options.quantize.group_size)
+    need_space(out, half + plan.after.int4_bytes + text + copied)
 
 
 def compress(
@@ -355,14 +362,14 @@ def compress(
     if options.distill is not None:
         options.distill.check()
         _training(ws, options, rehearsed)
-    need_memory(ws.memory, options, rehearsed)
+    need_memory(ws.memory, options, rehearsed, ws.manifest.stages)
     if options.quantize.calibration != "none" and "quantize" not in ws.manifest.stages:
         count = options.quantize.count or quantize.PROMPTS
         quantize.check_time(ws, options.quantize, rehearsed, count, silent, counted_by=COUNTED_BY_COMPRESS)
     if ENCODERS_STAGE not in ws.manifest.stages:
-        encoders.check_time(ws, options.encoders, silent)
+        encoders.check_time(ws, options.t5_form, options.quantize.group_size, silent)
     if "prune" not in ws.manifest.stages:
-        need_room(ws.out, ws.source, rehearsed, options.encoders, no_half=no_half)
+        need_room(ws.out, ws.source, rehearsed, options, no_half=no_half)
     if options.distill is not None and options.data.source and is_cache(options.data.source):
         distill.check_cache(ws, Path(options.data.source), progress)
     if options.reads_scores and analyze.run(ws, options.analyze, progress):
@@ -371,7 +378,7 @@ def compress(
         progress(
             f"--prompts: --method {options.plan.method} analyzes nothing, so {options.analyze.prompts} is not used"
         )
-    if plan.run(ws, options.plan, progress=progress):
+    if plan.run(ws, options.plan, progress=progress, encoders=options.t5_form):
         ran.append("plan")
     if options.distill is None:
         ws.skip_distillation()
@@ -383,6 +390,6 @@ def compress(
         ran.append("distill")
     if quantize.run(ws, options.quantize, progress, counted_by=COUNTED_BY_COMPRESS):
         ran.append("quantize")
-    if encoders.run(ws, options.encoders, options.quantize.group_size, progress):
+    if encoders.run(ws, options.t5_form, options.quantize.group_size, progress):
         ran.append(ENCODERS_STAGE)
     return ran

@@ -49,6 +49,7 @@ from edgeprune.residency.shards import mark_of
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import PACKED
 from edgeprune.residency.weights import Weights
+from edgeprune.stages.memory import Memory
 from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.work import CALIBRATED, Subject, Work
 from edgeprune.stages.workspace import ENCODERS_STAGE, Workspace
@@ -135,37 +136,50 @@ def run(ws: Workspace, encoders: str, group_size: int, progress: Progress = sile
 
     def write(key: str) -> dict[str, Any]:
         if encoders != T5_INT4:
+            shutil.rmtree(packed_folder(ws.out / name), ignore_errors=True)  # of a run that was killed
             ws.manifest.encoders = encoders
             return {}
         return _write(ws, name, inputs["prompts"], group_size, key, progress)
 
-    return ws.stage(ENCODERS_STAGE, inputs, write, lambda: check_time(ws, encoders, progress))
+    return ws.stage(ENCODERS_STAGE, inputs, write, lambda: check_time(ws, encoders, group_size, progress))
 
 
-def check_time(ws: Workspace, encoders: str, progress: Progress) -> None:
+def check_time(ws: Workspace, encoders: str, group_size: int, progress: Progress) -> None:
     """Say what the stage takes, and refuse what takes too long; see `Workspace.check_time`."""
     sizes = _sizes(ws.source)
     if sizes and encoders == T5_INT4:
-        total, ways = work(ws.subject, encoders), [(f"--encoders {T5_INT8}", Work())]
-        memory, written = 8 * _numbers(sizes, ".block.0."), written_bytes(ws.source, encoders)
-        ws.check_time(ENCODERS_STAGE, total, ways, progress, memory=memory, written=written)
+        total, ways = work(ws.subject, encoders, group_size), [(f"--encoders {T5_INT8}", Work())]
+        written = written_bytes(ws.source, encoders, group_size)
+        ws.check_time(ENCODERS_STAGE, total, ways, progress, memory=memory(ws.memory, encoders), written=written)
 
 
-def work(subject: Subject, encoders: str) -> Work:
+def memory(of: Memory, encoders: str) -> int:
+    """Return the bytes of memory that `run` takes at least; 0 where it computes nothing.
+
+    A layer is there in float32 and with the moments of its inputs, and the table of words as it is read and rounded.
+    """
+    sizes = _sizes(of.subject.source) if encoders == T5_INT4 else {}
+    if not sizes:
+        return 0
+    return of.process + max(8 * _numbers(sizes, ".block.0."), 3 * math.prod(sizes[WORDS]))
+
+
+def work(subject: Subject, encoders: str, group_size: int) -> Work:
     """Return the work of `run`."""
     sizes = _sizes(subject.source)
     if not sizes or encoders != T5_INT4:
         return Work()
     in_layers = _numbers(sizes, ".block.")
     flops = 2.0 * in_layers * _PASSES * PROMPTS * subject.generation.max_sequence_length
-    moved = 2.0 * sum(map(math.prod, sizes.values())) + written_bytes(subject.source, encoders)
+    moved = 2.0 * sum(map(math.prod, sizes.values())) + written_bytes(subject.source, encoders, group_size)
     return Work(flops=flops, moved=moved, rounded=in_layers * CALIBRATED["feedback"])
 
 
-def written_bytes(source: Path, encoders: str) -> int:
+def written_bytes(source: Path, encoders: str, group_size: int) -> int:
     """Return the most bytes that the stage writes."""
     sizes = _sizes(source) if encoders == T5_INT4 else {}
-    return sum(t5_precision_of(name, shape, T5_INT4_WO8).nbytes(shape) for name, shape in sizes.items())
+    wider = partial(t5_precision_of, form=T5_INT4_WO8, group_size=group_size)
+    return sum(wider(name, shape).nbytes(shape) for name, shape in sizes.items())
 
 
 def _sizes(source: Path) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from edgeprune.data.settings import CAPTIONS, SHAPES
 from edgeprune.families import Config, Family
 from edgeprune.metrics import VELOCITY
 from edgeprune.planning.options import PlanOptions
-from edgeprune.quantization.precision import T5_INT4
+from edgeprune.quantization.precision import T5_INT4, T5_INT8
 from edgeprune.quantization.quantize import CALIBRATIONS
 from edgeprune.residency.compute import is_small
 from edgeprune.sampling.generation import Generation
@@ -38,6 +38,16 @@ def seen(generation: Generation, states: int | None) -> Generation:
     if states is None:
         return generation
     return replace(generation, num_inference_steps=min(states, generation.num_inference_steps))
+
+
+def encoders_of(given: str | None, int4: QuantizeOptions) -> str:
+    """Return how a T5 is exported: INT4 is calibrated, so without calibration it has 8 bits unless told otherwise.
+
+    Args:
+        given: one of precision.ENCODERS; None for the default.
+        int4: as the user gave them.
+    """
+    return given or (T5_INT8 if int4.calibration == "none" else T5_INT4)
 
 
 def halvings(count: int) -> list[int]:
@@ -173,8 +183,13 @@ class CompressOptions:
     distill: DistillOptions | None = field(default_factory=DistillOptions)
     """None skips distillation."""
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
-    encoders: str = T5_INT4
-    """How a T5 is exported, one of precision.ENCODERS."""
+    encoders: str | None = None
+    """How a T5 is exported, one of precision.ENCODERS; None for the default, see `encoders_of`."""
+
+    @property
+    def t5_form(self) -> str:
+        """How a T5 is exported."""
+        return encoders_of(self.encoders, self.quantize)
 
     @property
     def reads_scores(self) -> bool:
@@ -192,7 +207,7 @@ class CompressOptions:
         return self.distill is not None and self.distill.int4_group_size == self.quantize.group_size
 
     def settled(self, numbers: int) -> CompressOptions:
-        """Return the options with those of `quantize` chosen for a model of so many numbers.
+        """Return the options with those of `quantize` chosen for a model of so many numbers, and the form of a T5.
 
         Raises:
             InputError: an option of `quantize` is not usable.
@@ -201,7 +216,8 @@ class CompressOptions:
         if int4.calibration == AUTO and self.rounded:  # --states is the analysis's, too
             int4 = replace(int4, states=None)
         large = not is_small(numbers)
-        return replace(self, quantize=int4.chosen(rounded=self.rounded, large=large, counted_by=COUNTED_BY_COMPRESS))
+        chosen = int4.chosen(rounded=self.rounded, large=large, counted_by=COUNTED_BY_COMPRESS)
+        return replace(self, quantize=chosen, encoders=self.t5_form)
 
     def check_data(self, *, builtin: bool) -> None:
         """Check that there is something to distill on, unless nothing is distilled.
@@ -218,6 +234,6 @@ class CompressOptions:
         data = asdict(self) | own
         if self.distill is not None and self.distill.optimizer == ADAMW:  # older grids and folders stay current
             del data["distill"]["optimizer"]
-        if self.encoders == T5_INT4:
+        if self.encoders is None:
             del data["encoders"]
         return data

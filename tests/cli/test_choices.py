@@ -215,5 +215,10 @@ def test_the_code_below_refuses_as_well() -> None:
 
 
 def test_a_t5_has_8_bits_where_nothing_calibrates() -> None:
-    found = [options.encoders_of(given, how) for given in (None, "half") for how in ("auto", "feedback", "none")]
+    from edgeprune.stages.options import CompressOptions, QuantizeOptions
+
+    given = [
+        (form, QuantizeOptions(calibration=how)) for form in (None, "half") for how in ("auto", "feedback", "none")
+    ]
+    found = [CompressOptions(quantize=int4, encoders=form).t5_form for form, int4 in given]
     assert found == ["int4", "int4", "int8", "half", "half", "half"]

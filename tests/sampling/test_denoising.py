@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +103,13 @@ def test_what_has_to_be_free_anyway_is_not_counted(pipe: Any, monkeypatch: pytes
     monkeypatch.setattr(Compute, "left", left)
     within(pipe.transformer, Compute())
     assert generate(pipe, PROMPTS, [0, 1, 2], GENERATION).shape == (3, 64, 64, 3)
+
+
+@pytest.mark.parametrize(("solver", "visits"), [("ab2", 4), ("heun", 7)])
+def test_states_are_those_that_the_solver_visits(pipe: Any, solver: str, visits: int) -> None:
+    generation = replace(GENERATION, num_inference_steps=4, solver=solver)
+    found = VelocityError(pipe, generation, PROMPTS, split=Split.ANALYSIS)
+    assert len(found.states) == VelocityError.evaluations(generation, len(PROMPTS)) == visits * len(PROMPTS)
 
 
 class _OnDevice(torch.Tensor):

@@ -46,7 +46,10 @@ def test_what_is_asked_for_runs_where_it_fits(subject: Subject) -> None:
     assert (found.estimator, found.prompts, found.states, found.calibration) == ("exhaustive", 28, 6, 28)
     assert (found.images, found.image_steps, found.steps) == (8, 28, 0)
     assert found.over(ASKED, KINDS) == replace(
-        ASKED, analyze=replace(ASKED.analyze, estimator="exhaustive"), quantize=replace(ASKED.quantize, count=28)
+        ASKED,
+        analyze=replace(ASKED.analyze, estimator="exhaustive"),
+        quantize=replace(ASKED.quantize, count=28),
+        encoders="int4",
     )
 
 
@@ -83,6 +86,9 @@ def test_integers_are_calibrated_where_training_is_given_up(subject: Subject, mo
     assert rich.over(asked, KINDS).quantize == INT4
     assert poor.steps == 0 and poor.calibration > 0
     assert poor.over(asked, KINDS).quantize.calibration == "feedback"
+    assert rich.over(asked, KINDS).t5_form == poor.over(asked, KINDS).t5_form == "int4"
+    nothing = replace(poor, calibration=0).over(asked, KINDS)  # a T5's integers are not calibrated either
+    assert (nothing.quantize.calibration, nothing.t5_form) == ("none", "int8")
     with pytest.raises(InputError, match="^--calibration-count: training saw these weights rounded"):
         choose(subject, replace(asked, quantize=QuantizeOptions(count=8)), 3600, Speeds(1e-9))
     # Of a large model, no move sees more of a trajectory than there was.

@@ -188,6 +188,41 @@ def test_other_forms_write_nothing(ws: Workspace, monkeypatch: pytest.MonkeyPatc
     assert not [name for name in ws.manifest.files if name.startswith(PACKED)]
 
 
+def test_what_a_killed_run_left_does_not_count(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept(monkeypatch, 1.0)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Manifest, "hash_files", killed)
+        run(ws, "int4", 64)
+    assert (ws.out / PACKED).is_dir() and packed_t5(ws.out / "text_encoder_3") is None
+    assert run(ws, "int8", 64) and not (ws.out / PACKED).exists()
+
+
+def test_the_default_follows_the_calibration(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks, `quantize` or `compress`; and it is refused for its time before the transformer is rounded."""
+    monkeypatch.setattr(encoders, "PROMPTS", 6)
+    ws, asked = begun(source, tmp_path / "out"), list[tuple[str, int]]()
+    monkeypatch.setattr(encoders, "check_time", lambda _, form, size, __: asked.append((form, size)))
+    nearest = api.QuantizeOptions(32, calibration="none")
+    api.quantize(ws.out, nearest)
+    assert Manifest.load(ws.out).encoders == "int8" and set(asked) == {("int8", 32)}
+    chosen = api.CompressOptions(distill=None, quantize=nearest)
+    assert chosen.settled(10).encoders == "int8" and "encoders" not in chosen.to_json()
+    trained = api.CompressOptions().settled(10)
+    assert (trained.quantize.calibration, trained.encoders) == ("none", "int4")  # nobody asked for no calibration
+
+
+def test_a_damaged_form_is_named(ws: Workspace) -> None:
+    run(ws, "half", 64)
+    path = ws.out / "edgeprune.json"
+    path.write_text(path.read_text().replace('"half"', '"int3"'))
+    with pytest.raises(InputError, match=r"encoders: found 'int3', expected .*int4-wo8.* or null"):
+        Manifest.load(ws.out)
+
+
 def test_what_is_refused(ws: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="--encoders: found 'int2', expected int4, int8 or half"):
         run(ws, "int2", 64)
@@ -205,13 +240,13 @@ def test_a_pipeline_without_a_t5_has_no_such_stage(tmp_path: Path) -> None:
     tiny.tiny_pipeline(tmp_path / "source")
     ws = begun(tmp_path / "source", tmp_path / "out")
     assert not run(ws, "int4", 64) and "encoders" not in ws.manifest.stages
-    assert encoders.written_bytes(tmp_path / "source", "int4") == 0
+    assert encoders.written_bytes(tmp_path / "source", "int4", 64) == 0
 
 
 def test_its_work_is_counted(source: Path, ws: Workspace) -> None:
-    counted = encoders.work(ws.subject, "int4")
+    counted = encoders.work(ws.subject, "int4", 64)
     assert counted.flops > 0 and counted.rounded > 0
-    assert encoders.work(ws.subject, "int8") == encoders.work(ws.subject, "half") == type(counted)()
+    assert encoders.work(ws.subject, "int8", 64) == encoders.work(ws.subject, "half", 64) == type(counted)()
     run(ws, "int4", 64)
     size = sum(path.stat().st_size for path in (ws.out / PACKED).glob("*.safetensors"))
-    assert 0.5 < size / encoders.written_bytes(source, "int4") < 1.3  # with its header
+    assert 0.5 < size / encoders.written_bytes(source, "int4", 64) < 1.3  # with its header
