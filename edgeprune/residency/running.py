@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ _LEAST_WORKING_BYTES = 3 * 10**8
 _WORKING_BYTES = 7 * 10**8
 """What is left free of the memory beside that, before blocks are kept: states, more samples, the VAE."""
 _HEAP = 1.3
-"""Bytes that the process takes for each byte of a transformer that runs with nothing to spare: glibc's heap keeps some
-that it could reuse. Gates of SD3.5 Large at 512x512, in as little as is accepted, took 0.92 of what this counts."""
+"""Bytes that the process takes for each byte of blocks and activations with nothing to spare: glibc's heap keeps some
+that it could use again. Gates of SD3.5 Large at 512x512, in as little as is accepted, took 0.92 of what this counts."""
 _RUN_SHARE = 6
 """The part of a given memory, one of so many, that the activations of rows that run together may take. It does not
 depend on what is free: products of other row counts differ in their last bits."""
@@ -70,7 +71,7 @@ def room_to_run(model: Any, wanted: int) -> int:
         return wanted
     if compute.memory is not None:
         return min(wanted, max(_LEAST_WORKING_BYTES, _run_share(compute)))
-    reading = 2 * largest_running_bytes(model)
+    reading = _block_bytes(model)
     if (compute.left() - reading) // 2 < wanted:  # collecting takes a while
         compute.collect()
     return min(wanted, max(0, compute.left() - reading) // 2)
@@ -94,7 +95,8 @@ def check_room(stored: StoredTransformer, compute: Compute, dtype: torch.dtype |
     """
     kind, dtype = _stored_dtype(stored), dtype or dtype_of(stored, compute)
     blocks = range(len(stored.family.blocks(stored.model)))
-    largest = max(sum(math.prod(stored.weights.shapes[n]) for n in stored.names(block)) for block in blocks)
+    sizes = [[math.prod(stored.weights.shapes[n]) for n in stored.names(block)] for block in blocks]
+    largest = max(sizes, key=sum)
     outside = sum(math.prod(stored.weights.shapes[n]) for n in stored.names(None))
     least, left = least_bytes(largest, outside, kind.itemsize, dtype.itemsize), compute.left()
     if left < least + _WORKING_BYTES:  # collecting takes a while
@@ -106,18 +108,18 @@ def check_room(stored: StoredTransformer, compute: Compute, dtype: torch.dtype |
     return left, least
 
 
-def least_bytes(largest: int, outside: int, stored: int, computed: int, working: int = 0) -> int:
+def least_bytes(largest: Sequence[int], outside: int, stored: int, computed: int, working: int = 0) -> int:
     """Return the bytes that a transformer takes at least while it runs: what is outside its blocks, and one block.
 
     Args:
-        largest: weights of its largest block.
+        largest: weights of each tensor of its largest block.
         outside: weights outside the blocks.
         stored: bytes of a weight in the file.
         computed: bytes of a weight as it computes.
         working: of activations; a run asks for those of one small sample anyway.
     """
-    read = 0 if stored == computed else stored  # the block is there in both while it is widened
-    return int(_HEAP * (largest * (read + computed) + outside * computed + max(_LEAST_WORKING_BYTES, working)))
+    widened = 0 if stored == computed else stored * max(largest)  # one tensor is there in both
+    return outside * computed + int(_HEAP * (sum(largest) * computed + widened + max(_LEAST_WORKING_BYTES, working)))
 
 
 def spare(model: Any, compute: Compute, wanted: int) -> int:
@@ -131,11 +133,14 @@ def spare(model: Any, compute: Compute, wanted: int) -> int:
         compute: where it computes, and how much memory that may take.
         wanted: bytes that suffice; if fewer are free, freed memory is collected first.
     """
-    # A block is there as it is stored and, but for its first tensors, as it computes.
-    needed = 2 * largest_running_bytes(model) + max(_LEAST_WORKING_BYTES, _run_share(compute))
+    needed = _block_bytes(model) + max(_LEAST_WORKING_BYTES, _run_share(compute))
     if (compute.left() - needed) // 2 < wanted:  # collecting takes a while
         compute.collect()
     return max(0, compute.left() - needed) // 2
+
+
+def _block_bytes(model: Any) -> int:
+    return int(_HEAP * largest_running_bytes(model))
 
 
 def _run_share(compute: Compute) -> int:

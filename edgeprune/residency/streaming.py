@@ -83,9 +83,8 @@ class Layer:
         self.uses += 1
         if self.uses > 1:
             return
-        tensors = self.load() if self.kept is None else self.kept
-        for module, attribute, name in self.places:
-            value = tensors.pop(name) if self.kept is None else tensors[name]  # each is freed as soon as it is widened
+        for module, attribute, name in self.places:  # each is freed as soon as it is widened
+            value = self.read(name).to(self.device) if self.kept is None else self.kept[name]
             _put(module, attribute, value if self.dtype is None or name.endswith(PACKED) else value.to(self.dtype))
 
     def ahead(self) -> None:

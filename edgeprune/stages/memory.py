@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +83,7 @@ class Memory:
     def transformer(self, samples: int, *, gradients: bool = False) -> int:
         """Of the transformer while it runs, without those of the process; see `running` in residency/running.py."""
         subject, parts = self.subject, self._parts()
-        outside, small = parts.pop(None, 0), self.compute.memory is None and is_small(subject.numbers)
+        outside, small = sum(parts.pop(None, [])), self.compute.memory is None and is_small(subject.numbers)
         together = images_at_once(self._image_tokens)
         one = transformer_activations(subject.config, self.tokens)
         working = one * (min(together, samples * subject.per_step) if small else 1)  # others wait for room
@@ -93,7 +93,7 @@ class Memory:
             working = max(working, (one + graph) * rows)
         if small:
             return 4 * subject.numbers + working * self.itemsize
-        return least_bytes(max(parts.values()), outside, _STORED, self.itemsize, working * self.itemsize)
+        return least_bytes(max(parts.values(), key=sum), outside, _STORED, self.itemsize, working * self.itemsize)
 
     def drawing(self, images: int) -> int:
         """While images are drawn, of one transformer after the other, and held."""
@@ -107,7 +107,7 @@ class Memory:
 
     def decoding(self) -> int:
         """While the VAE decodes an image, in tiles if memory is short: no block of the transformer is needed then."""
-        outside = self._parts().get(None, 0) * self.itemsize
+        outside = sum(self._parts().get(None, [])) * self.itemsize
         return self.process + outside + vae_bytes(self.subject)
 
     def reading(self, images: int) -> int:
@@ -127,7 +127,10 @@ class Memory:
             return self.process + self.transformer(1) + moments
         if self.compute.device.type != "cpu":
             return 0
-        family, blocks = self.subject.family, [size for block, size in self._parts().items() if block is not None]
+        family, blocks = (
+            self.subject.family,
+            [sum(sizes) for block, sizes in self._parts().items() if block is not None],
+        )
         weight = max(math.prod(shape) for name, shape in shapes.items() if family.in_block(name))
         return self.process + 2 * _STORED * max(blocks) + _ROUNDED * weight
 
@@ -148,12 +151,12 @@ class Memory:
     def _computed(self, numbers: int) -> int:
         return self.compute.dtype(torch.bfloat16, numbers).itemsize
 
-    def _parts(self) -> dict[int | None, int]:
-        """Return the weights of each block, and under None those outside."""
-        parts = Counter[int | None]()
+    def _parts(self) -> dict[int | None, list[int]]:
+        """Return the weights of each tensor of each block, and under None of those outside."""
+        parts = defaultdict[int | None, list[int]](list)
         for name, shape in self.subject.family.tensor_shapes(self.subject.config).items():
             place = self.subject.family.place(self.subject.config, name)
-            parts[None if place is None else place[0]] += math.prod(shape)
+            parts[None if place is None else place[0]].append(math.prod(shape))
         return dict(parts)
 
     def _encoder(self, folder: Path, kind: str) -> int:

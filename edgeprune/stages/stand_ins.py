@@ -131,7 +131,9 @@ def fit(
 
         def side(stored: StoredTransformer, name: str) -> Side:
             streams = partial(streams_before, ws, states, name=name, share=6)
-            return stack.enter_context(Side(stored, ws.original.dtype, lambda one: streams(one.model)))
+            one = stack.enter_context(Side(stored, ws.original.dtype, lambda one: streams(one.model)))
+            stored.model.to("meta")  # only blocks run from now on
+            return one
 
         whole, left = side(copy.deepcopy(ws.original.stored), "streams"), side(shorter, "shorter")
         for block in range(last + 1):
@@ -181,16 +183,16 @@ def states_of_each(subject: Subject) -> int | None:
 def beside_bytes(subject: Subject, plan: PrunePlan) -> int:
     """Return the bytes that fitting takes beside a block that runs.
 
-    They are what is outside the shorter model's blocks. No block is in memory while the maps are fitted; the moments of
-    two streams, and six matrices more for solving, count as far as they exceed the largest.
+    No block is in memory while the maps are fitted; the moments of two streams, and six matrices more for solving,
+    count as far as they exceed the largest.
     """
     if not plan.stand_ins:
         return 0
     family, config, sizes = subject.family, subject.config, Counter[int | None]()
     for name, shape in family.tensor_shapes(config).items():
         sizes[(family.place(config, name) or (None,))[0]] += math.prod(shape)
-    outside, solving = sizes.pop(None), 8 * (2 * 2 + 6) * width(config) ** 2
-    return 4 * outside + max(0, solving - 4 * max(sizes.values()))
+    sizes.pop(None)
+    return max(0, 8 * (2 * 2 + 6) * width(config) ** 2 - 2 * max(sizes.values()))
 
 
 def work(subject: Subject, plan: PrunePlan, prompts: int = PROMPTS) -> Work:

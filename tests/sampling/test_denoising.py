@@ -19,7 +19,7 @@ from edgeprune.families import family_of_model
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.running import running, within
-from edgeprune.residency.streaming import any_streamed, largest_running_bytes
+from edgeprune.residency.streaming import any_streamed
 from edgeprune.sampling.denoising import Conditioning, at_once, decode, encode_images, evaluate, generate
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.together import row_bytes
@@ -82,7 +82,7 @@ def test_rows_run_in_as_many_calls_as_the_memory_asks_for(
     with torch.no_grad():
         whole = evaluate(model, *arguments)
         one, seen, collected = row_bytes(family, model.config, (8, 8, 8), 16, 4), batches(model.pos_embed), []
-        reading = 2 * largest_running_bytes(model)
+        reading = residency.running._block_bytes(model)
         monkeypatch.setattr(residency.running, "_LEAST_WORKING_BYTES", 0)
         monkeypatch.setattr(Compute, "left", lambda _: reading + 2 * fits * one)
         monkeypatch.setattr(Compute, "collect", lambda _: collected.append(1))
