@@ -70,6 +70,8 @@ _PAIRS, _STEPS = 8, 20
 _RATE = "1e-5"
 """Of training: at the default, 1e-4, twenty steps of one sample each drive a model of random weights astray."""
 _NEAREST = ("--calibration", "none")
+_TEXT = ("--encoders", "int8")
+"""The INT4 of T5-XXL alone takes up to an hour."""
 
 
 def rows() -> Iterator[Row]:
@@ -96,7 +98,7 @@ def rows() -> Iterator[Row]:
         yield _row(
             m, "quantize-feedback", "prune 8 blocks, INT4 by error feedback at 512x512, in 6 GB",
             Work(moved=moved, rounded=CALIBRATED["feedback"] * m.weights, large_flops=evaluations * m.flops),
-            ("--blocks", m.blocks, "--calibration-count", str(m.calibrated), *_MEDIUM, *_SIX),
+            ("--blocks", m.blocks, "--calibration-count", str(m.calibrated), *_TEXT, *_MEDIUM, *_SIX),
         )  # fmt: skip
         evaluations = int(2.8 * _PROMPTS * LARGE_STATES * m.per_step)
         work, what = Work(moved=moved, rounded=m.weights, large_flops=evaluations * m.flops), "prune 8 blocks, INT4"
@@ -265,7 +267,7 @@ def _one_step(model: _Model, label: str, recorder: Recorder, *options: str) -> P
 def _learn(model: _Model, recorder: Recorder) -> None:
     label = f"learn-3gb{model.suffix}"
     learned = ("--stand-in", "quarter", "--prompts", str(_prompt(recorder, label)), "--calibration-count", "1")
-    _compress(model, label, ("--blocks", model.blocks, "--no-half", *learned, *_MEDIUM, *_LITTLE), recorder)
+    _compress(model, label, ("--blocks", model.blocks, "--no-half", *learned, *_TEXT, *_MEDIUM, *_LITTLE), recorder)
 
 
 def _draw_little(model: _Model, recorder: Recorder) -> None:
