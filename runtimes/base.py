@@ -10,10 +10,11 @@ image size.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 GROUP = 8
-"""Images that are denoised before they are decoded, where a batch has fewer: networks that are in memory in turn are
-opened once for all of them. So many are lost with an interrupted run."""
+"""Images that are drawn together, where a batch has fewer: all are denoised before the first is decoded, and networks
+that are in memory in turn are opened once for all of them. So many are lost with an interrupted run."""
 Array = NDArray[np.float32]
 StepProgress = Callable[[int, int], None]
 """Called after each denoising step with (steps done, total steps)."""
@@ -79,15 +80,16 @@ class Backend(Protocol):
     def encode_ahead(self, prompts: list[str]) -> None:
         """Encode distinct prompts that `encode` gets next, a few at a time.
 
-        So a runtime whose text encoders are not in memory all the time reads each once for all of them, and keeps what
-        they say on disk until the next call.
+        So a runtime whose text encoders are not in memory all the time reads each once for all of them, and keeps the
+        encoded text on disk until the next call. Other runtimes do nothing.
         """
         ...
 
     def modulate(self, pooled: Array, sigma: Array, guidance: float) -> bool:
         """Compute what depends on prompt and noise level alone for the steps to come: pooled (N, P), sigma (N).
 
-        It stays until text is encoded or an image decoded. A backend whose transformer computes it in each step does
+        Texts and levels may repeat. The result replaces an earlier one, and stays until text is encoded or an image
+        decoded. A backend whose transformer computes it in each step does
         nothing; another one computes in `step` what is not there.
 
         Returns:
@@ -283,11 +285,11 @@ class Velocity:
         self._texts = [(frozen(hidden), frozen(pooled)) for hidden, pooled in halves]
         self._alone = [(frozen(positive[0]), frozen(positive[1]))]
 
-    def prepare(self, sigmas: Sequence[float]) -> bool:
-        """Compute for all of these noise levels what does not depend on the latents, see `Backend.modulate`."""
+    def conditions(self, sigmas: Sequence[float]) -> tuple[Array, Array]:
+        """Return the pooled text (N, P) and the noise level (N) of each row that these levels evaluate."""
         evaluated = [(pooled, sigma) for sigma in sigmas for _, pooled in self._texts_at(sigma)]
-        levels = np.concatenate([np.full(len(pooled), sigma, np.float32) for pooled, sigma in evaluated])
-        return self._backend.modulate(np.concatenate([pooled for pooled, _ in evaluated]), levels, self._scale)
+        levels = [np.full(len(pooled), sigma, np.float32) for pooled, sigma in evaluated]
+        return np.concatenate([pooled for pooled, _ in evaluated]), np.concatenate(levels)
 
     def _texts_at(self, sigma: float) -> list[Text]:
         """Return the texts of each call of the backend at a noise level."""
@@ -308,10 +310,29 @@ class Velocity:
         return out
 
 
+def modulate(backend: Backend, velocities: Iterable[Velocity], sigmas: Sequence[float], guidance: float) -> bool:
+    """Compute for images that are drawn together what does not depend on their latents, see `Backend.modulate`.
+
+    Args:
+        backend: computes it.
+        velocities: of each batch of images; looked at one by one, so that their texts need not be in memory together.
+        sigmas: the noise levels at which they will be evaluated.
+        guidance: the scale that they have in common.
+
+    Returns:
+        Whether anything was computed.
+    """
+    pooled, levels = zip(*(velocity.conditions(sigmas) for velocity in velocities), strict=True)
+    return backend.modulate(np.concatenate(pooled), np.concatenate(levels), guidance)
+
+
 def denoise(
     velocity: Velocity, solver: str, latents: Array, sigmas: Array, progress: StepProgress | None = None
 ) -> Array:
     """Denoise latents (B, C, h, w).
+
+    `modulate` comes first, for all images that are drawn together: otherwise the backend computes in each step what it
+    lacks.
 
     Args:
         velocity: computes one velocity.
@@ -321,7 +342,6 @@ def denoise(
         progress: called after each step.
     """
     steps, levels, past = len(sigmas) - 1, sigmas.tolist(), ()
-    velocity.prepare(levels[:-1])
     for i in range(steps):
         latents, past = SOLVERS[solver](Step(levels, i, latents, velocity(latents, levels[i]), past))
         if progress is not None:
@@ -352,6 +372,19 @@ class _Wish:
     """What guidance steers away from; None without guidance."""
     seeds: list[int]
     generation: Generation
+
+
+class _Encoded:
+    """Distinct texts, encoded once."""
+
+    def __init__(self, backend: Backend, texts: list[str]) -> None:
+        self._places = {text: place for place, text in enumerate(texts)}
+        self._text = backend.encode(texts)
+
+    def __getitem__(self, texts: Sequence[str]) -> Text:
+        """Return a row for each of these texts, which may repeat."""
+        places = [self._places[text] for text in texts]
+        return self._text[0][places], self._text[1][places]
 
 
 def noise_levels(scheduler: FlowMatch, settings: Settings, generation: Generation) -> Array:
@@ -454,7 +487,8 @@ class Runtime:
     ) -> Iterator[Image.Image]:
         """Yield what `generate` returns for one prompt and seed per image, each group of images as it is finished.
 
-        All prompts are encoded before the first image is drawn.
+        All prompts are encoded before the first image is drawn, each once, if they are few or the text encoders are
+        not in memory all the time; otherwise those of a group at a time.
 
         Args:
             prompts: one per image.
@@ -466,7 +500,7 @@ class Runtime:
         Raises:
             InputError: see `generate`.
         """
-        asked = GenerationOptions(steps, solver=solver, guidance_range=guidance_range)
+        asked = GenerationOptions(num_inference_steps=steps, solver=solver, guidance_range=guidance_range)
         for latents in self._groups(self._wish(prompts, "", seeds, asked)):
             yield from self._decoded(latents)
 
@@ -492,7 +526,14 @@ class Runtime:
         progress: StepProgress | None = None,
     ) -> Array:
         """Do what `generate` does up to the VAE, and return latents (B, C, h, w)."""
-        asked = GenerationOptions(steps, guidance_scale, height, width, solver, guidance_range)
+        asked = GenerationOptions(
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            solver=solver,
+            guidance_range=guidance_range,
+        )
         return np.concatenate([*self._groups(self._wish(prompt, negative_prompt, seed, asked), progress)])
 
     def _wish(
@@ -523,37 +564,43 @@ class Runtime:
         return _Wish(prompts, negative if guided else None, seeds, generation)
 
     def _groups(self, wish: _Wish, progress: StepProgress | None = None) -> Iterator[Array]:
-        """Yield the latents (B, C, h, w) of each group of images, see GROUP."""
-        settings, generation = self.settings, wish.generation
+        """Yield the latents (B, C, h, w) of each group of images that are drawn together, see GROUP.
+
+        Noise, modulation and many different texts are in memory, or on disk, for one group at a time.
+        """
+        generation, count = wish.generation, len(wish.prompts)
         sigmas = self.sigmas(generation)
-        guided, count = wish.negative is not None, len(wish.prompts)
         also = [wish.negative] if wish.negative is not None else []
-        if count > GROUP:
-            self.backend.encode_ahead(list(dict.fromkeys([*also, *wish.prompts])))
-        else:  # before `images_together`, which may open the transformer
-            text = self.backend.encode([*wish.prompts, *also])
-        size = self.backend.images_together(generation.height, generation.width, 2 if guided else 1)
-        noise = initial_latents(settings, wish.seeds, generation.height, generation.width)
+        texts = list(dict.fromkeys([*also, *wish.prompts]))
+        few = len(texts) <= len(also) + GROUP
+        if few:  # before `images_together`, which may open the transformer
+            encoded = _Encoded(self.backend, texts)
+        else:
+            self.backend.encode_ahead(texts)
+        rows = 2 if also else 1
+        size = self.backend.images_together(generation.height, generation.width, rows)
         group, parts = size * math.ceil(GROUP / size), math.ceil(count / size)
         for first in range(0, count, group):
-            prompts = wish.prompts[first : first + group]
-            if count > GROUP:
-                text = self.backend.encode([*prompts, *also])
-            hidden, pooled = text
+            starts = range(first, min(first + group, count), size)
+            if not few:
+                encoded = _Encoded(self.backend, list(dict.fromkeys([*also, *wish.prompts[first : first + group]])))
+            velocity = functools.partial(self._velocity, wish, encoded, size)
+            modulate(self.backend, map(velocity, starts), sigmas[:-1].tolist(), generation.guidance_scale)
             done = []
-            for start in range(0, len(prompts), size):
-                rows = slice(start, min(start + size, len(prompts)))
-                positive, negative, many = (hidden[rows], pooled[rows]), None, rows.stop - start
-                if guided:
-                    negative = hidden[-1:].repeat(many, axis=0), pooled[-1:].repeat(many, axis=0)
-                velocity = Velocity(self.backend, positive, negative, generation)
-                part = _part(progress, (first + start) // size, parts)
-                latents = noise[first + start : first + rows.stop]
-                done.append(denoise(velocity, generation.solver, latents, sigmas, part))
+            for start in starts:
+                seeds, part = wish.seeds[start : start + size], _part(progress, start // size, parts)
+                noise = initial_latents(self.settings, seeds, generation.height, generation.width)
+                done.append(denoise(velocity(start), generation.solver, noise, sigmas, part))
             yield np.concatenate(done)
 
+    def _velocity(self, wish: _Wish, encoded: _Encoded, size: int, start: int) -> Velocity:
+        """Return the velocity of a batch: at most `size` images, from one image on."""
+        prompts = wish.prompts[start : start + size]
+        negative = None if wish.negative is None else encoded[[wish.negative] * len(prompts)]
+        return Velocity(self.backend, encoded[prompts], negative, wish.generation)
+
     def sigmas(self, generation: Generation) -> Array:
-        """Return the noise level before each step of an image, then 0."""
+        """Return the noise level of each evaluation of an image, then 0."""
         return noise_levels(self.scheduler, self.settings, generation)
 
     def memory(self) -> dict[str, memory.Reading]:

@@ -141,7 +141,9 @@ def _check_time(
         for variant in variants:
             own = variant.settings
             options = GenerationOptions(
-                own.get("steps", steps), solver=own.get("solver"), guidance_range=own.get("guidance_range")
+                num_inference_steps=own.get("steps", steps),
+                solver=own.get("solver"),
+                guidance_range=own.get("guidance_range"),
             )
             # Of the original's two dtypes one draws what is scored.
             scored = 0 if variant.original and variant is not variants[0] else quality * len(shapes.TASKS)

@@ -197,7 +197,7 @@ def _check_time(
     done = {name: count_drawn(Path(out) / name) if out else 0 for name in drawn}
 
     def left(images: int) -> list[Drawn]:
-        options = GenerationOptions(steps)
+        options = GenerationOptions(num_inference_steps=steps)
         return [Drawn.of(at, options, images=n) for name, at in drawn.items() if (n := max(0, images - done[name]))]
 
     if now := left(wishes):

@@ -11,7 +11,6 @@ import gc
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from numpy.typing import NDArray
 from edgeprune import runtimes
 from edgeprune.common.errors import EdgepruneError
 from edgeprune.runtimes import memory
-from edgeprune.runtimes.base import Runtime, Velocity, initial_latents
+from edgeprune.runtimes.base import Runtime, Velocity, initial_latents, modulate
+from edgeprune.sampling.generation import Generation, GenerationOptions
 
 IMAGES, IMAGES_S = 3, 20.0
 """Generate a full image up to this many times, until together they have taken this many seconds."""
@@ -84,8 +84,7 @@ def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
 
     What a backend computes for all steps before the first is timed apart; it is also part of the time of an image.
     """
-    wanted = model.settings.generation
-    wanted = replace(wanted, num_inference_steps=spec["steps"] or wanted.num_inference_steps)
+    wanted = _generation(model, spec["settings"])
     model.backend.prepare(wanted.height, wanted.width)
     latents = initial_latents(model.settings, [0], wanted.height, wanted.width)
     guided = model.settings.family.guided(model.settings.config, wanted.guidance_scale)
@@ -97,7 +96,8 @@ def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
     levels, middle = model.sigmas(wanted)[:-1].tolist(), float(np.mean(wanted.guidance_range))
     level = min(levels, key=lambda one: abs(one - middle))  # where guidance acts, if it acts at any
     began = time.perf_counter()
-    modulation = time.perf_counter() - began if velocity.prepare(levels) else None
+    made = modulate(model.backend, [velocity], levels, wanted.guidance_scale)
+    modulation = time.perf_counter() - began if made else None
 
     def once() -> float:
         began = time.perf_counter()
@@ -109,6 +109,12 @@ def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
         once()
     steps = {"first_step_s": first, "steps_s": [once() for _ in range(spec["repeats"])]}
     return steps | {"modulation_s": modulation}
+
+
+def _generation(model: Runtime, settings: dict[str, Any]) -> Generation:
+    """Return the model's settings with these of `Runtime.generate`."""
+    fields = {"num_inference_steps" if name == "steps" else name: value for name, value in settings.items()}
+    return model.settings.generation.changed(GenerationOptions(**fields), "bench")
 
 
 def _images(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:

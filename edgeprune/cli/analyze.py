@@ -72,7 +72,9 @@ def analyze(
         metric=metric, prompts=prompts, components=not only_blocks, weights=parse_weights(weights or []),
         joint=joint, pairs=pairs, states=states, **options.given(count=count, estimator=estimator),
     )  # fmt: skip
-    generation = api.GenerationOptions(inference_steps, guidance_scale, height, width)
+    generation = api.GenerationOptions(
+        num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width
+    )
     if dry_run:
         numbers = api.forecast_analyze(
             model, out, chosen, revision=revision, variant=variant, generation=generation, compute=compute

@@ -86,7 +86,13 @@ def cache(
     check_source(source, "SOURCE")
     folder = resolve(model, revision, variant)
     check_pipeline(folder, variant)
-    images = images_of(folder, None, GenerationOptions(inference_steps, guidance_scale, height, width))
+    images = images_of(
+        folder,
+        None,
+        GenerationOptions(
+            num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width
+        ),
+    )
     chosen = CacheOptions(source=source, samples=samples, buckets=buckets, half=half)
     encode.check_folder(out, source)
     caching = Caching(folder, images, chosen, out, compute, variant)

@@ -124,7 +124,10 @@ def compress(
             "guidance": distill_guidance, "optimizer": None if optimizer == "adamw" else optimizer,
         },
     )  # fmt: skip
-    generation = api.GenerationOptions(inference_steps, guidance_scale, height, width, solver, guided)
+    generation = api.GenerationOptions(
+        num_inference_steps=inference_steps, guidance_scale=guidance_scale, height=height, width=width,
+        solver=solver, guidance_range=guided,
+    )  # fmt: skip
     if dry_run:
         forecast = api.forecast_compress(
             model, out, chosen, revision=revision, variant=variant, generation=generation, compute=compute,

@@ -68,7 +68,10 @@ def generate(
     if not out.parent.is_dir():
         raise InputError(f"-o {out}: no such folder {out.parent}")
     guided = options.noise_levels(guidance_range)
-    generation = api.GenerationOptions(steps, guidance_scale, height, width, solver, guided)
+    generation = api.GenerationOptions(
+        num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width,
+        solver=solver, guidance_range=guided,
+    )  # fmt: skip
     compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     with screen.bars() as progress:
         drawn = api.generate(

@@ -263,7 +263,7 @@ def test_a_large_original_is_measured_once(tiny_folders: tuple[Path, Path], monk
 def test_no_step_of_a_minute_is_spent_on_warming_up(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(step=61)
     monkeypatch.setattr(worker.time, "perf_counter", lambda: float(next(clock)))
-    spec = {"prompt": "x", "warmup": 2, "repeats": 1, "steps": None}
+    spec = {"prompt": "x", "warmup": 2, "repeats": 1, "settings": {"steps": None}}
     taken = worker._steps(fake_runtime(), spec)
     assert taken == {"first_step_s": 61.0, "steps_s": [61.0], "modulation_s": None} and next(clock) == 5 * 61
     clock = itertools.count()
@@ -277,9 +277,19 @@ def test_what_is_computed_before_the_first_step_is_timed_apart(monkeypatch: pyte
     monkeypatch.setattr(
         model.backend, "modulate", lambda pooled, sigma, scale: asked.append((len(pooled), sigma.tolist())) or True
     )
-    taken = worker._steps(model, {"prompt": "x", "warmup": 0, "repeats": 1, "steps": 5})
+    taken = worker._steps(model, {"prompt": "x", "warmup": 0, "repeats": 1, "settings": {"steps": 5}})
     levels = model.sigmas(dataclasses.replace(model.settings.generation, num_inference_steps=5))[:-1]
     assert asked == [(10, np.repeat(levels, 2).tolist())] and taken["modulation_s"] > 0
+
+
+def test_steps_are_timed_with_the_settings_of_the_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heun visits every level but the last twice; where guidance does not act, a step has one row."""
+    asked, model = list[int](), fake_runtime()
+    monkeypatch.setattr(model.backend, "modulate", lambda pooled, sigma, scale: asked.append(len(pooled)))
+    spec = {"prompt": "x", "warmup": 0, "repeats": 1}
+    for settings in ({"steps": 5}, {"steps": 5, "solver": "heun"}, {"steps": 5, "guidance_range": [0.99, 1.0]}):
+        worker._steps(model, spec | {"settings": settings})
+    assert asked == [10, 18, 6]
 
 
 def test_memory_is_for_every_process(tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from edgeprune.common.errors import InputError, ParityError
 from edgeprune.common.files import read_json, write_json
 from edgeprune.export import APART, INSIDE, modules, parity, to_onnx, to_openvino
 from edgeprune.export.modulation import ModulatedTransformer, Modulation, layers_of
-from edgeprune.runtimes import modulation, networks
+from edgeprune.runtimes import base, modulation, networks
 from edgeprune.runtimes.base import Array
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
@@ -171,6 +171,41 @@ def test_it_runs_once_an_image_and_is_closed_unless_it_is_small(
     counts = [(name, count) for name, count in ran if "text" not in name]
     rows = -(-5 * halves // modulation.AT_ONCE)
     assert counts == [(modulation.ROWS, rows), *[("transformer", 1)] * 5, ("vae_decoder", 1)]
+
+
+@pytest.mark.parametrize("runtime", ["ort", "openvino"])
+def test_it_runs_once_for_images_that_are_drawn_together(
+    forms: dict[str, Path], runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images are a batch each; the network is opened for a group of them, and the rows of one group wait at a time."""
+    monkeypatch.setattr("edgeprune.sampling.generation.TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr(networks, "SMALL", 0)
+    monkeypatch.setattr(modulation, "HELD", 0)
+    opened, waiting = list[str](), list[int]()
+    with runtimes.load(forms[APART], runtime, threads=1) as model:
+        backend: Any = model.backend
+        engine, table, width = type(backend._engine), backend._table, backend._table.width
+        real_open, real_fill = engine.open, table.fill
+
+        def fill(keys: Any, made: Any) -> None:
+            real_fill(keys, made)
+            waiting.append(table._store._files[0].seek(0, 2) // (4 * width))
+
+        monkeypatch.setattr(table, "fill", fill)
+        monkeypatch.setattr(
+            engine, "open", lambda self, place, limit: opened.append(place.name) or real_open(self, place, limit)
+        )
+        group = base.GROUP
+        prompts = [f"{i} red circles" for i in range(2 * group + 1)]
+        for guided, count in ((True, group), (True, 2 * group + 1), (False, group)):
+            scale = 4.0 if guided else 1.0
+            model.generate_latents(prompts[:count], seed=1, steps=2, guidance_scale=scale)
+            assert opened.count(modulation.ROWS) == -(-count // group) and set(opened) == {modulation.ROWS}
+            negative = guided and not model.settings.family.takes_guidance(model.settings.config)
+            full = 2 * (group + negative)
+            assert waiting == [full] * (count // group) + [2 * (1 + negative)] * (count % group)
+            opened.clear()
+            waiting.clear()
 
 
 def test_engines_take_the_rows(forms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,7 @@ def test_text_goes_to_the_device_once(engines: Path, cuda: FakeCuda) -> None:
 
 def test_bench_sends_text_as_generate_does(engines: Path, cuda: FakeCuda) -> None:
     """Each step of the bench uploads latents and timestep alone; text goes to the device once."""
-    spec = {"prompt": "two red circles", "warmup": 0, "steps": None}
+    spec = {"prompt": "two red circles", "warmup": 0, "settings": {"steps": None}}
     with runtimes.load(engines) as model:
         counts = []
         for repeats in (1, 4):
