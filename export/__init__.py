@@ -1,9 +1,10 @@
 """Exports an artefact to a device's format: ONNX, OpenVINO, TensorRT or Core ML, each compared with the checkpoint.
 
-`FORMATS` lists the to_*.py files of this folder, each with `export(artefact, out, device=..., progress=...)`, those of
-`APART_FORMATS` with `modulation=...`, too. This file
-imports nothing heavy. It refuses any other import name: with the project root on `sys.path` the folder could also be
-imported as `export`, and the custom op would be translated twice.
+Each format has a file to_*.py in this folder (`FORMATS`) with a function `export(artefact, out, device=...,
+progress=...)`. Those of `APART_FORMATS` also take `modulation=...`.
+
+This file imports nothing heavy. It refuses any other import name: with the project root on `sys.path` the folder could
+also be imported as `export`, and the custom op would be translated twice.
 """
 
 from __future__ import annotations

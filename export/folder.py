@@ -44,7 +44,8 @@ from edgeprune.families.encoders import T5, text_encoders, tokenizer_of
 from edgeprune.planning.remainder import stock_config
 from edgeprune.quantization.precision import T5_HALF, T5_INT4, T5_INT4_WO8, T5_INT8
 from edgeprune.residency.model_files import weights_of
-from edgeprune.runtimes import SCHEMA_VERSION
+from edgeprune.runtimes import SCHEMA_APART, SCHEMA_VERSION
+from edgeprune.runtimes.modulation import WIDTH
 from edgeprune.sampling.generation import FILE as GENERATION
 from edgeprune.sampling.generation import Generation
 
@@ -133,7 +134,7 @@ def write(
             if own := Manifest.load(artefact).identity if manifest else None:
                 made_from["identity"] = own
             record = {
-                "schema_version": SCHEMA_VERSION,
+                "schema_version": SCHEMA_APART if WIDTH in more else SCHEMA_VERSION,
                 "target": target,
                 "quantized": quantized,
                 "group_size": (manifest.get("group_size") or 64) if quantized else None,

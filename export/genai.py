@@ -37,8 +37,7 @@ def write(folder: Path) -> dict[str, Any]:
     made = settings.generation
     scheduler = FlowMatch.load(folder)
     if scheduler.use_dynamic_shifting or scheduler.kind != EULER_CLASS:
-        unit = settings.factor * settings.patch
-        tokens = (made.height // unit) * (made.width // unit)
+        tokens = settings.tokens(made.height, made.width)
         shift = scheduler.shifted_by(tokens, settings.family.shift(tokens, made.num_inference_steps))
         path = folder / "scheduler" / "scheduler_config.json"
         constant = {"_class_name": EULER_CLASS, "use_dynamic_shifting": False, "shift": shift}

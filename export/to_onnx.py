@@ -212,13 +212,17 @@ def sources(
         half: half precision will be tried: at prompts encoded by the folder's own encoders, not at random numbers.
         progress: see progress.Progress.
     """
-    if not has("transformer") or (modulation == APART and not has(ROWS)):
-        prompts = text.encoded(artefact, progress) if half else None
+    kept = has("transformer")
+    rows_kept = modulation != APART or has(ROWS)
+    if not (kept and rows_kept):
         stored = open_transformer(artefact, quantized=is_quantized(artefact))
         apart = modulation == APART and bool(layers_of(stored.model))
-        if apart and not has(ROWS):
+        rows_kept = rows_kept or not apart
+        # Encoding takes minutes, which a resumed export of a model without rows need not spend.
+        prompts = text.encoded(artefact, progress) if half and not (kept and rows_kept) else None
+        if not rows_kept:
             yield _modulation(stored, prompts)
-        if not has("transformer"):
+        if not kept:
             yield _transformer(artefact, stored, prompts, apart=apart)
         del stored
 

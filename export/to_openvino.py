@@ -26,6 +26,7 @@ from edgeprune.common.files import cannot_write, need_space, write_text
 from edgeprune.common.progress import Progress, silent
 from edgeprune.export import INSIDE, genai, parity, precisions, to_onnx
 from edgeprune.export.folder import write
+from edgeprune.runtimes.modulation import ROWS
 from edgeprune.targets import Target
 
 MODEL = "openvino_model.xml"
@@ -66,9 +67,17 @@ def export(
     return write(
         artefact, out, "openvino", version | {"modulation": modulation},
         lambda work: to_onnx.networks(artefact, work, modulation, progress, opened=converted) | version,
-        genai.write if modulation == INSIDE else lambda folder: {},
+        lambda folder: _genai(folder, progress),
         lambda folder: precisions.measured(folder, progress),
     )  # fmt: skip
+
+
+def _genai(folder: Path, progress: Progress) -> dict[str, Any]:
+    """Add what OpenVINO GenAI needs, if it can open the folder; return further content of edgeprune_export.json."""
+    if (folder / ROWS).is_dir():
+        progress("openvino: OpenVINO GenAI cannot open this form; --modulation inside writes the one that it opens")
+        return {}
+    return genai.write(folder)
 
 
 class Compiled:

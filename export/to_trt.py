@@ -39,15 +39,16 @@ from edgeprune.export.unfinished import Unfinished
 from edgeprune.families import Axes
 from edgeprune.runtimes.base import Settings, read_settings
 from edgeprune.runtimes.gpu import open_gpu
+from edgeprune.runtimes.modulation import AT_ONCE
 from edgeprune.runtimes.trt import VENDORS, TrtNetwork, first_vendor
 from edgeprune.sampling.generation import longest_prompt
 from edgeprune.targets import Target
 
 ENGINE, CACHE = "model.engine", "timing.cache"
 RTX_DEVICES = ("rtx",)
+"""The targets that tensorrt_rtx builds for."""
 _KILLED = -9
 """Exit status of a process that SIGKILL ended; Windows has neither that status nor `signal.SIGKILL`."""
-"""The targets that tensorrt_rtx builds for."""
 
 Range = tuple[int, int, int]
 """Smallest, best and largest size of a dynamic axis."""
@@ -123,7 +124,9 @@ def _networks(
         if isinstance(source.module, modules.TextEncoder | modules.T5Encoder):
             longest = source.examples[0]["input_ids"].shape[1]
             sizes["sequence_length"] = (1, longest, longest)
-        profile = profile_of(source.inputs, source.traced, sizes)
+        # Rows of the modulation are those of all steps, not of one batch of images.
+        batch = {"batch_size": (1, AT_ONCE, AT_ONCE)} if isinstance(source.module, Modulation) else {}
+        profile = profile_of(source.inputs, source.traced, sizes | batch)
         half, rounding, references = _half_precision(source, device, progress)
         if half:
             examples = [source.trial, *examples[1:]]  # whose first one has its reference

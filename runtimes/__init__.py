@@ -27,8 +27,9 @@ from edgeprune.runtimes.base import plan_runtime as _plan_runtime
 
 __all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "candidates", "choose", "load", "plan", "prepare", "runnable"]
 
-SCHEMA_VERSION = 1
-"""The version of edgeprune_export.json."""
+SCHEMA_VERSION, SCHEMA_APART = 1, 2
+"""The versions of edgeprune_export.json: 2 of an export with its modulation apart, which older versions of edgeprune
+cannot run. Both are read; an early export of that form has 1."""
 _HARDWARE: dict[str, Callable[[], bool]] = {
     "an NVIDIA GPU": lambda: Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None,
     "macOS": lambda: sys.platform == "darwin",
@@ -139,9 +140,8 @@ def candidates(folder: Path) -> list[str]:
     manifest = folder / "edgeprune_export.json"
     if manifest.exists():
         record = read_json(manifest)
-        check_schema(
-            manifest, record.get("schema_version", SCHEMA_VERSION), SCHEMA_VERSION, "export the artefact again"
-        )
+        if (version := record.get("schema_version", SCHEMA_VERSION)) != SCHEMA_APART:
+            check_schema(manifest, version, SCHEMA_VERSION, "export the artefact again")
         target = record.get("target")
         if opening := [name for name, info in RUNTIMES.items() if target in info.formats]:
             return opening

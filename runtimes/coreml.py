@@ -234,6 +234,7 @@ class CoremlEngine:
     opener: Callable[[Path, int | None], CoremlNetwork]
     name: str = "coreml"
     activations: str = "fp16"
+    text_activations: str = "fp16"
     counts_values: bool = True
     """Those that pass from one package to the next."""
 

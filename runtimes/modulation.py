@@ -1,7 +1,8 @@
 """The modulation of an export that has it apart from the transformer: its rows, made before the first step.
 
 A row (T numbers) is what all modulation layers of a transformer return for one prompt at one noise level: 4.4 MB of
-SD3.5 Large. A step needs one for each prompt. Those of all steps wait in a temporary file, as values of strips do.
+SD3.5 Large. A step needs one for each prompt. The rows of all steps of the images that are drawn together wait in a
+temporary file, as values of strips do; those of the next images replace them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ AT_ONCE = 8
 SMALL = 10**8
 """Most bytes of a network that stays open from image to image: opening it would take longer than running it."""
 ROOM = 10**9
-"""Bytes that the network may take in pieces, if there are more; about as many as the transformer's values after it."""
+"""Most bytes that the network takes when it runs in pieces, even if more are free: about as many as the values of the
+transformer, which follows it, so that it does not raise the peak of the process."""
 HELD = 2**24
 """Most bytes of rows that are kept in memory."""
 

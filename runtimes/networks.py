@@ -90,6 +90,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def text_activations(self) -> str:
+        """What the text encoders compute in: other values are other embeddings."""
+        ...
+
+    @property
     def counts_values(self) -> bool:
         """Whether `needs` counts the values of one sample, besides weights.
 
@@ -137,6 +142,7 @@ class WholeEngine:
     name: str
     opener: Callable[[Path], Network]
     activations: str = "fp32"
+    text_activations: str = "fp32"
     rows: Callable[[], dict[str, Reading]] = dict
     counts_values: bool = False
 
@@ -307,7 +313,8 @@ class NetworkBackend:
             self._close_all()
         if name not in self._networks:
             if name == ROWS and self._brief:  # it is not there when the weights are counted
-                most = min(self._limit, resident() + RESERVE + ROOM)
+                held, _ = self._engine.room()
+                most = min(self._limit, held + RESERVE + ROOM)
                 self._networks[name] = self._engine.open(self._folder / name, most)
                 return self._networks[name]
             with self._meter.opening():
@@ -329,10 +336,15 @@ class NetworkBackend:
             if line := cut_words(name, prompts, tokenizer.count, tokenizer.max_length):
                 warnings.warn(line, stacklevel=2)
         tokens = self._tokens(prompts)
-        return self._encode(tokens) if self._kept is None else self._encode_kept(self._kept, tokens)
+        if self._kept is None:
+            return self._encode(tokens)
+        # What `encode_ahead` keeps is of one run: it does not grow with the prompts of later ones.
+        return self._encode_kept(self._kept, tokens, keep=self._scratch is None)
 
-    def _encode_kept(self, store: KeptEmbeddings, tokens: Mapping[str, NDArray[np.int64]]) -> tuple[Array, Array]:
-        """Encode token ids (B, tokens), by text encoder, of the prompts that are not kept, and keep those."""
+    def _encode_kept(
+        self, store: KeptEmbeddings, tokens: Mapping[str, NDArray[np.int64]], *, keep: bool = True
+    ) -> tuple[Array, Array]:
+        """Encode token ids (B, tokens), by text encoder, of the prompts that are not kept, and keep those if asked."""
         count = len(next(iter(tokens.values())))
         paths = [store.path([ids[row] for ids in tokens.values()]) for row in range(count)]
         found = {path: kept for path in paths if (kept := store.read(path)) is not None}
@@ -341,7 +353,8 @@ class NetworkBackend:
             made = self._encode({name: ids[list(missing.values())] for name, ids in tokens.items()})
             for row, path in enumerate(missing):
                 found[path] = made[0][row : row + 1], made[1][row : row + 1]
-                store.write(path, found[path])
+                if keep:
+                    store.write(path, found[path])
         rows = [found[path] for path in paths]
         return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows])
 
@@ -366,7 +379,7 @@ class NetworkBackend:
     def _kept_in(self, folder: Path) -> KeptEmbeddings:
         settings = self._settings
         joined = settings.family.name, settings.family.text_widths(settings.config), self._t5_tokens
-        computed = self._engine.name, self._engine.activations
+        computed = self._engine.name, self._engine.text_activations
         return KeptEmbeddings(folder, self._folder, list(self._encoders), [*joined, *computed])
 
     def _tokens(self, prompts: list[str]) -> dict[str, NDArray[np.int64]]:
@@ -449,8 +462,7 @@ class NetworkBackend:
 
     def images_together(self, height: int, width: int, rows: int) -> int:
         """Return how many images of this size run in one batch: what is fast, and what the transformer takes."""
-        unit, most = self._settings.factor * self._settings.patch, self.largest_batch()
-        size = images_at_once((height // unit) * (width // unit))
+        most, size = self.largest_batch(), images_at_once(self._settings.tokens(height, width))
         return size if most is None else max(1, min(size, most // rows))
 
     def decode(self, latents: Array) -> Array:

@@ -87,7 +87,9 @@ class OpenVinoFile:
         model = self._read()
         self.kinds = {port.any_name: port.element_type.to_dtype() for port in model.inputs}
         """The type of each input, by name."""
-        if _PRECISION in config and not _has_exact_angles(model):
+        self.exact_angles = _has_exact_angles(model)
+        """Whether sines and cosines stay float32 in any precision; otherwise the whole network computes in it."""
+        if _PRECISION in config and not self.exact_angles:
             self._config = config | {_PRECISION: "f32"}
 
     def _unlinked(self, data: set[str]) -> Path:
@@ -256,6 +258,15 @@ def _has_exact_angles(model: openvino.Model) -> bool:
     return not wavy or (_heeds_marks() and model.has_rt_info(list(ANGLES)))
 
 
+def _marks_angles(path: Path, device: str, exact: dict[str, Any]) -> bool:
+    """Return whether a network's angles stay float32 in bf16; older exports do not mark them."""
+    file = OpenVinoFile(path, device, exact)
+    try:
+        return file.exact_angles
+    finally:
+        file.close()
+
+
 def _heeds_marks() -> bool:
     """Return whether this OpenVINO computes operations that are marked as precise in float32; it did not before 2026.4.
 
@@ -339,6 +350,7 @@ class OpenVinoEngine:
     activations: str
     why: str
     """Why the transformer is computed there, and in what."""
+    text_activations: str
     name: str = "openvino"
     counts_values: bool = True
 
@@ -390,8 +402,9 @@ def open_backend(
         threads: on the CPU; 0 for as many as affinity, quota and cores allow.
         precision: what the transformer's activations are computed in: `exact` (float32; float16 on GPU and NPU),
             `int8` (CPU and GPU: inputs of INT4 layers are rounded, on the CPU in groups as large as those of the
-            weights), `bf16` (CPU, not from ONNX; angles stay float32), `int8-bf16` (both), or `auto`: on the CPU the
-            fastest that the export measured to be exact enough, elsewhere `exact`.
+            weights), `bf16` (CPU, not from ONNX, nor from an export that does not mark angles, which stay float32),
+            `int8-bf16` (both), or `auto`: on the CPU the fastest that the export measured to be exact enough, elsewhere
+            `exact`. On the CPU a precision without its instructions is refused.
         cache_dir: keeps compiled models there, so that the next start is faster.
         memory: most bytes of the process; None takes most of what is free. Networks that do not fit together are open
             one after the other, and blocks that do not fit are opened and closed at each step.
@@ -403,17 +416,23 @@ def open_backend(
     path = folder / "edgeprune_export.json"
     exported = read_json(path)
     exact = settings_of(device, threads=threads, cache_dir=cache_dir)
-    kind = device.partition(".")[0]
-    chosen = choose(precision, offered(exported["target"], device), exported if kind == "CPU" else {})
+    kind, file = device.partition(".")[0], FILES[exported["target"]]
+    names, measured = offered(exported["target"], device), exported if kind == "CPU" else None
+    chosen = choose(precision, names, measured)
+    if "bf16" in chosen.name and not _marks_angles(folder / "transformer" / file, device, exact):
+        if precision != AUTO:
+            raise InputError(
+                f"precision: found {precision!r}, but {folder} does not mark the angles that bf16 would spoil: export "
+                "again"
+            )
+        chosen = choose(precision, [name for name in names if "bf16" not in name], measured)
     group_size = 0 if exported.get("group_size") is None else whole_number(exported, "group_size", path)
     config = settings_of(device, threads=threads, precision=chosen.name, group_size=group_size, cache_dir=cache_dir)
-    file = FILES[exported["target"]]
-    activations = "int8" if "int8" in chosen.name else chosen.name
-    if chosen.name == EXACT:
-        activations = "fp32" if kind == "CPU" else "fp16"
+    whole = "fp32" if kind == "CPU" else "fp16"
+    activations = whole if chosen.name == EXACT else "int8" if "int8" in chosen.name else chosen.name
     why = "; ".join(filter(None, (f"device={device}", chosen.why)))
     return NetworkBackend(
-        OpenVinoEngine(file, device, config, exact, activations, why),
+        OpenVinoEngine(file, device, config, exact, activations, why, text_activations=whole),
         folder,
         settings,
         memory=memory,

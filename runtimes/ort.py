@@ -9,6 +9,7 @@ only on the CPU.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ with needs("onnx"):
     import onnxruntime
 
 _FILE = "model.onnx"
+_ROUNDED = "transformer"
+"""The only network that `precision=int8` is for."""
 _TYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -122,25 +125,29 @@ def _prepacked_session(path: Path, options: Options, choice: Choice, cache_dir: 
 class CpuEngine:
     """Opens networks on the CPU."""
 
-    options: Options
+    options_of: Callable[[str], Options]
+    """The session options of a network, by its name."""
     choice: Choice
     activations: str
+    """What the transformer computes in; all other networks compute in float32."""
     limited: bool
     """Whether the user named a limit."""
+    text_activations: str = "fp32"
     name: str = "ort"
     counts_values: bool = True
 
     def open(self, folder: Path, limit: int | None) -> Network:
         """Open a network: whole, in pieces, or a VAE's decoder in strips."""
         if limit is None:
-            return OrtNetwork(folder / _FILE, self.options, self.choice)
+            return OrtNetwork(folder / _FILE, self.options_of(folder.name), self.choice)
         file = self._file(folder)
         return StripDecoder(file, limit) if INPUT in file.kinds else PiecewiseNetwork(file, limit)
 
     def _file(self, folder: Path) -> OrtFile:
         from edgeprune.runtimes.ort_pieces import OrtFile  # onnx is needed only where networks are counted
 
-        return OrtFile(folder / _FILE, self.options, self.choice, int8=self.activations == "int8")
+        int8 = folder.name == _ROUNDED and self.activations == "int8"
+        return OrtFile(folder / _FILE, self.options_of(folder.name), self.choice, int8=int8)
 
     def needs(self, folder: Path, shapes: Shapes) -> Needs:
         """Return the bytes that a network takes; it is read, without its weights.
@@ -183,7 +190,8 @@ def open_backend(
         folder: an export of format onnx.
         settings: that folder's settings.
         provider: cuda, tensorrt, coreml, openvino or cpu; None takes the first of these that is present.
-        precision: what activations are computed in: `exact` (float32), or on the CPU `int8`, see `session_options`.
+        precision: what the transformer's activations are computed in: `exact` (float32), or on the CPU `int8`, see
+            `session_options`. All other networks compute in float32.
         threads: threads inside one operator; 0 for as many as affinity, quota and cores allow.
         cache_dir: keeps prepacked weights there and maps them (CPU only, without `memory`). The first start creates
             them, which takes more time and memory.
@@ -200,8 +208,12 @@ def open_backend(
     known = ("exact", "int8") if choice.name == "cpu" else ("exact",)
     if precision not in known:
         raise InputError(f"precision: found {precision!r}, expected {' or '.join(known)} on {choice.providers[0]}")
-    options = functools.partial(session_options, int8=precision == "int8", threads=threads, reuse=choice.name != "cpu")
-    options()  # checks the options before anything is opened
+
+    def options_of(name: str) -> Options:
+        int8 = name == _ROUNDED and precision == "int8"
+        return functools.partial(session_options, int8=int8, threads=threads, reuse=choice.name != "cpu")
+
+    options_of(_ROUNDED)()  # checks the options before anything is opened
     if cache_dir is not None and choice.name != "cpu":
         raise InputError(f"cache_dir: found it for {choice.providers[0]}, expected it for provider=cpu only")
     if cache_dir is not None and memory is not None:
@@ -209,12 +221,12 @@ def open_backend(
     activations = "int8" if precision == "int8" else "fp32"
     engine: Engine
     if choice.name == "cpu" and cache_dir is None:
-        engine = CpuEngine(options, choice, activations, limited=memory is not None)
+        engine = CpuEngine(options_of, choice, activations, limited=memory is not None)
     else:
         cache = None if cache_dir is None else Path(cache_dir)
         engine = WholeEngine(
             "ort",
-            lambda path: OrtNetwork(path / _FILE, options, choice, cache),
+            lambda path: OrtNetwork(path / _FILE, options_of(path.name), choice, cache),
             activations=activations,
             rows=nvml_row if choice.name in ("tensorrt", "cuda") else dict,
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgeprune.common.errors import InputError
-from edgeprune.common.processor import INT8_DOT_PRODUCTS, MULTIPLY_BF16, instructions
+from edgeprune.common.processor import INT8_DOT_PRODUCTS, MULTIPLY_BF16, instructions, lists_x86
 
 AUTO, EXACT = "auto", "exact"
 FIELD = "precisions"
@@ -37,24 +37,34 @@ def lacking(precision: str) -> list[str]:
     return [what for what, names in _NEEDS[precision] if not names & instructions()]
 
 
-def choose(asked: str, offered: Sequence[str], exported: Mapping[str, Any]) -> Chosen:
+def choose(asked: str, offered: Sequence[str], exported: Mapping[str, Any] | None) -> Chosen:
     """Choose the precision in which OpenVINO computes an export's transformer.
+
+    On the CPU, a precision that is asked for by name needs its instructions, too: OpenVINO would compute another one in
+    its place. Where they cannot be told, it is taken as it was asked for.
 
     Args:
         asked: one of `offered`, EXACT, or AUTO for the fastest that this processor has instructions for, if the export
             measured it to be within BOUND.
         offered: the precisions of the device besides its most exact one, the fastest first.
-        exported: the content of edgeprune_export.json.
+        exported: the content of edgeprune_export.json, which measured the CPU; None for another device.
 
     Raises:
-        InputError: `asked` is none of these.
+        InputError: `asked` is none of these, or this processor has no instructions for it.
     """
     known = (AUTO, EXACT, *offered)
     if asked not in known:
         raise InputError(f"precision: found {asked!r}, expected one of {', '.join(known)}")
+    told = lists_x86(instructions())
     if asked != AUTO:
+        missing = [] if asked == EXACT or exported is None or not told else lacking(asked)
+        if missing:
+            raise InputError(
+                f"precision: found {asked!r}, which needs {' and '.join(missing)}; this processor has none: expected "
+                f"{AUTO} or {EXACT}"
+            )
         return Chosen(asked, f"precision={asked}")
-    if not offered:
+    if not offered or exported is None:
         return Chosen(EXACT, "")
     field = exported.get(FIELD)
     errors = field.get("openvino") if isinstance(field, Mapping) else None
@@ -68,7 +78,8 @@ def choose(asked: str, offered: Sequence[str], exported: Mapping[str, Any]) -> C
         elif not error <= BOUND:
             reasons.append(f"{name} is off by {error:.2g}")
         elif missing := lacking(name):
-            reasons.append(f"{name} needs {' and '.join(missing)}")
+            needed = " and ".join(missing) if told else "instructions that are not known here"
+            reasons.append(f"{name} needs {needed}")
         else:
             return Chosen(name, f"{name}, off by {error:.2g}")
     return Chosen(EXACT, f"exact, {', '.join(reasons)}")

@@ -263,6 +263,8 @@ class TrtEngine:
     streamable: Mapping[str, int]
     """The bytes of weights that an engine need not have on the GPU, by network."""
     cuda_graph: bool = False
+    text_activations: str = "as built"
+    """Each engine is built in the precision that suits it, and embeddings are kept by the engine's hash."""
     name: str = "trt"
     counts_values: bool = False
 
@@ -335,6 +337,11 @@ def open_backend(
     trt = vendor(name)
     gpu = open_gpu(VENDORS[name])
     engine = TrtEngine(
-        trt, gpu, f"{name} {builder.get('version')}", _activations(networks), _streamable(networks, path), cuda_graph
+        trt=trt,
+        gpu=gpu,
+        built_by=f"{name} {builder.get('version')}",
+        activations=_activations(networks),
+        streamable=_streamable(networks, path),
+        cuda_graph=cuda_graph,
     )
     return NetworkBackend(engine, folder, settings, memory=memory, keep_embeddings=keep_embeddings)

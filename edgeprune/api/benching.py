@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.api.drawing import TORCH, own_options, say_conflicts, torch_options
+from edgeprune.api.drawing import own_options, say_conflicts, torch_options
 from edgeprune.api.folders import AnyPath, source_of
 from edgeprune.common.errors import CannotRunError, InputError
+from edgeprune.common.extras import TORCH
 from edgeprune.common.progress import Progress, silent
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.api.folders import AnyPath
 from edgeprune.common.errors import InputError
-from edgeprune.common.extras import conflicts
+from edgeprune.common.extras import TORCH, conflicts
 from edgeprune.common.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 
     from edgeprune.common.memory import ComputeOptions
     from edgeprune.sampling.generation import GenerationOptions
-
-
-TORCH = "eager"
-"""The runtime that `--device` is about."""
 
 
 @dataclass(frozen=True)

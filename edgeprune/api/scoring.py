@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.api.drawing import TORCH, own_options, torch_options
+from edgeprune.api.drawing import own_options, torch_options
 from edgeprune.api.folders import AnyPath, check_model, check_out
 from edgeprune.common.errors import InputError
+from edgeprune.common.extras import TORCH
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.api.drawing import TORCH, torch_options
+from edgeprune.api.drawing import torch_options
 from edgeprune.api.folders import AnyPath
 from edgeprune.common.errors import InputError
+from edgeprune.common.extras import TORCH
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split

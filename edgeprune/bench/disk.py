@@ -9,31 +9,47 @@ import numpy as np
 from edgeprune.artefact.manifest import packed_encoders
 from edgeprune.common.errors import InputError
 from edgeprune.residency.model_files import weights_of
+from edgeprune.runtimes.modulation import ROWS
 
 _BYTES_PER_WEIGHT = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def disk_bytes(folder: Path, variant: str | None = None) -> dict[str, int]:
-    """Return transformer_disk_bytes and total_disk_bytes of the files that generation reads; `variant` of weights."""
-    transformer = sum(p.stat().st_size for p in _weight_files(_transformer(folder), variant))
+    """Return transformer_disk_bytes and total_disk_bytes of the files that generation reads; `variant` of weights.
+
+    The modulation is part of the transformer, also where an export has it apart.
+    """
+    transformer = sum(p.stat().st_size for part in _parts(folder) for p in _weight_files(part, variant))
     # Generation does not read an artefact's half precision where there is INT4.
     packed = [name.removesuffix("_int4") for name in packed_encoders(folder)]
-    skipped = ("transformer", "transformer_int4", "cache", *packed)
+    skipped = ("transformer", "transformer_int4", ROWS, "cache", *packed)
     others = [d for d in folder.iterdir() if d.is_dir() and d.name not in skipped]
     rest = sum(p.stat().st_size for d in others for p in _weight_files(d, variant))
     return {"transformer_disk_bytes": transformer, "total_disk_bytes": transformer + rest}
 
 
-def weights_bytes(folder: Path, precision: str, variant: str | None = None) -> int:
+def weights_bytes(folder: Path, precision: str, variant: str | None = None, *, each_step: bool = False) -> int:
     """Return the bytes of the transformer's weights in the precision that computes; files may hold another one.
+
+    Args:
+        folder: an export, an artefact or a diffusers folder.
+        precision: `bf16`, `fp16` or `fp32`; with any other the bytes of the files count.
+        variant: of the weights.
+        each_step: without the modulation of an export that has it apart, which no step reads.
 
     Raises:
         InputError: a safetensors file is damaged.
     """
-    files = _weight_files(_transformer(folder), variant)
+    parts = [_transformer(folder)] if each_step else _parts(folder)
+    files = [path for part in parts for path in _weight_files(part, variant)]
     if precision not in _BYTES_PER_WEIGHT or any(p.suffix != ".safetensors" for p in files):
         return sum(p.stat().st_size for p in files)
     return sum(_weight_count(p) for p in files) * _BYTES_PER_WEIGHT[precision]
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Return the folders of the transformer: its own, and that of a modulation apart."""
+    return [_transformer(folder), *([folder / ROWS] if (folder / ROWS).is_dir() else [])]
 
 
 def _transformer(folder: Path) -> Path:

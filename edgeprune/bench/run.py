@@ -7,6 +7,7 @@ its own runtime.
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -256,10 +257,10 @@ def _worker(variant: Variant, spec: dict[str, Any], progress: Log) -> dict[str, 
 def _measured(variant: Variant, reply: dict[str, Any], bandwidth: float, quality: Quality | None) -> Measured:
     values: dict[str, float | int | None] = {k: reply[k] for k in MEASURES if k in reply}
     values |= disk_bytes(variant.folder, variant.options.get("variant"))
-    weights = weights_bytes(variant.folder, reply["precision"], variant.options.get("variant"))
-    values["transformer_weights_bytes"] = weights
+    weights = functools.partial(weights_bytes, variant.folder, reply["precision"], variant.options.get("variant"))
+    values["transformer_weights_bytes"] = weights()
     values["peak_above_runtime_bytes"] = _above(values["peak_bytes"], values["runtime_overhead_bytes"])
-    values["step_floor_s"] = weights / bandwidth
+    values["step_floor_s"] = weights(each_step=True) / bandwidth
     values["step_p50_s"], values["step_p95_s"] = (float(q) for q in np.quantile(reply["steps_s"], [0.5, 0.95]))
     values["image_p50_s"] = float(np.median(reply["images_s"]))
     return Measured(

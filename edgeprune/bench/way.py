@@ -14,10 +14,9 @@ from typing import Any
 from edgeprune.artefact.manifest import HALF, INT4
 from edgeprune.bench.run import Variant
 from edgeprune.common.errors import InputError
+from edgeprune.common.extras import TORCH
 from edgeprune.runtimes.base import read_settings
 from edgeprune.sampling.generation import Generation
-
-TORCH = "eager"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ COMPRESS = (
     "transformers",
 )
 """Packages that compression imports; an export needs them too."""
+TORCH = "eager"
+"""The runtime that computes in torch, and that `--device` is about."""
 _DISTRIBUTIONS = {
     "PIL": "pillow", "cuda.bindings.runtime": "cuda-bindings", "openvino_tokenizers": "openvino-tokenizers",
 }  # fmt: skip

@@ -11,6 +11,11 @@ INT8_DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni"})
 """Instructions of x86 that multiply and add four pairs of int8 numbers at a time."""
 
 
+def lists_x86(names: frozenset[str]) -> bool:
+    """Return whether these are all instructions of an x86 processor, so that what is not among them is not there."""
+    return any(name.startswith(("sse", "avx")) for name in names)
+
+
 @functools.cache
 def instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     """Return the instructions by the names that Linux gives them; none where the system does not list them so."""

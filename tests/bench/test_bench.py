@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import fake_runtime
+from fakes import fake_runtime, worker_reply
 
 from edgeprune import api
 from edgeprune.bench import run as bench_run
@@ -181,6 +181,17 @@ def test_bytes(tmp_path: Path) -> None:
     assert weights_bytes(tmp_path, "int4") == 5
     with pytest.raises(InputError, match="safetensors"):
         weights_bytes(tmp_path, "bf16")
+
+
+def test_a_modulation_apart_is_of_the_transformer_but_of_no_step(tmp_path: Path) -> None:
+    for name, size in (("transformer", 10), ("modulation", 4), ("vae_decoder", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").write_bytes(bytes(size))
+    assert disk_bytes(tmp_path) == {"transformer_disk_bytes": 14, "total_disk_bytes": 17}
+    assert weights_bytes(tmp_path, "W4A32") == 14 and weights_bytes(tmp_path, "W4A32", each_step=True) == 10
+    variant = Variant("exported", tmp_path)
+    values = bench_run._measured(variant, worker_reply(variant) | {"precision": "W4A32"}, 2.0, None).values
+    assert (values["transformer_weights_bytes"], values["step_floor_s"]) == (14, 5.0)
 
 
 @pytest.mark.parametrize(

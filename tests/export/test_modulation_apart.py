@@ -232,6 +232,62 @@ def test_engines_take_the_rows(forms: dict[str, Path], tmp_path: Path, monkeypat
     assert apart(*drawn) < 1e-4 and not fake.blocks
 
 
+@pytest.mark.parametrize("forms", ["sd3"], indirect=True)
+def test_its_room_is_that_of_the_device(forms: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an engine says of its memory counts, not what the process has of the host's."""
+    monkeypatch.setattr(networks, "SMALL", 0)
+    limits = list[Any]()
+    with runtimes.load(forms[APART], "ort", threads=1) as model:
+        backend: Any = model.backend
+        engine = type(backend._engine)
+        real = engine.open
+        monkeypatch.setattr(engine, "room", lambda self: (7, 10**13))
+        monkeypatch.setattr(engine, "open", lambda self, place, limit: limits.append(limit) or real(self, place, None))
+        backend._limit = 10**13
+        model.generate_latents("a star", steps=1)
+    assert limits == [7 + networks.RESERVE + modulation.ROOM]
+
+
+@pytest.mark.parametrize("forms", ["sd3"], indirect=True)
+def test_older_versions_of_edgeprune_refuse_it(forms: dict[str, Path], tmp_path: Path) -> None:
+    """Their runtimes would miss an input. Early exports of the form have the version of all others."""
+    records = {form: read_json(folder / "edgeprune_export.json") for form, folder in forms.items()}
+    assert {form: record["schema_version"] for form, record in records.items()} == {INSIDE: 1, APART: 2}
+    for version in (1, 2):
+        write_json(tmp_path / "edgeprune_export.json", records[APART] | {"schema_version": version})
+        assert "ort" in runtimes.candidates(tmp_path)
+    write_json(tmp_path / "edgeprune_export.json", records[APART] | {"schema_version": 3})
+    with pytest.raises(InputError, match="schema_version: found 3.*a newer edgeprune wrote it"):
+        runtimes.candidates(tmp_path)
+
+
+def test_no_prompt_is_encoded_for_what_an_interrupted_run_has_finished(
+    tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model without modulation layers there are no rows to wait for."""
+    encoded = list[Path]()
+    model = tiny.stored(tiny.tiny_transformer(num_layers=1))
+    monkeypatch.setattr(to_onnx, "open_transformer", lambda *_, **__: model)
+    monkeypatch.setattr(to_onnx.text, "encoded", lambda artefact, progress: encoded.append(artefact))
+    for layers, expected in (({}, []), ({"norm": model}, [modulation.ROWS])):
+        monkeypatch.setattr(to_onnx, "layers_of", lambda _, layers=layers: layers)
+        found = to_onnx.sources(tiny_folders[0], lambda name: name != modulation.ROWS, modulation=APART, half=True)
+        assert [source.name for source in found] == expected
+        assert len(encoded) == len(expected)
+
+
+@pytest.mark.parametrize("form", [INSIDE, APART])
+def test_genais_files_are_where_it_opens_the_folder(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder decides: a model without modulation layers is written whole, whatever was asked for."""
+    monkeypatch.setattr(to_openvino.genai, "write", lambda folder: {"tokenizers": {}})
+    said = list[str]()
+    if form == APART:
+        (tmp_path / modulation.ROWS).mkdir()
+    found = to_openvino._genai(tmp_path, said.append)  # type: ignore[arg-type]
+    assert found == ({} if form == APART else {"tokenizers": {}})
+    assert len(said) == (form == APART) and all("--modulation inside" in line for line in said)
+
+
 def test_wrong_rows_are_refused(
     tiny_folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -442,6 +442,25 @@ def test_only_the_transformer_is_rounded(
         assert groups == ["0", "0", group]  # two text encoders come first
 
 
+def test_an_export_that_marks_no_angles_says_what_it_computes_in(
+    exported: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older one: OpenVINO opens its transformer in float32, though it was measured in bf16."""
+    out = Path(shutil.copytree(exported[0], tmp_path / "out"))
+    measured = {"precisions": {"openvino": {"int8": 0.03, "bf16": 0.004}}, "group_size": 64}
+    (out / folder.FILE).write_text(json.dumps(exported[1] | measured))
+    monkeypatch.setattr(precision, "instructions", lambda: frozenset({"avx512_bf16", "avx512_vnni"}))
+    found = []
+    path = out / "transformer" / "openvino_model.xml"
+    for text in (path.read_text(), path.read_text().replace("<angles", "<others")):
+        path.write_text(text)
+        with runtimes.load(out, "openvino", threads=1) as ours:
+            found.append((ours.backend.precision, ours.backend.why.rpartition(";")[2].split(",")[0].strip()))
+    assert found == [("W4A16", "bf16"), ("W4A32", "exact")]
+    with pytest.raises(InputError, match=r"^precision: found 'bf16', but .* does not mark the angles.*export again$"):
+        runtimes.load(out, "openvino", threads=1, precision="bf16")
+
+
 # ------------------------------------------------------------------------------------- processes
 
 

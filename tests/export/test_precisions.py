@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import traced
+from fakes import fake_runtime
 from torch import nn
 
 pytest.importorskip("openvino")
@@ -136,3 +138,28 @@ def test_the_fastest_that_is_exact_enough_is_the_default(
     monkeypatch.undo()
     if not precision.lacking("int8"):
         assert parity.relative_error(fast[1][2], before[1][2])[1] > 1e-3
+
+
+def test_a_precision_that_overflows_is_left_out(
+    exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error is no number, which JSON cannot hold."""
+    monkeypatch.setattr(precisions, "lacking", lambda _: [])
+    monkeypatch.setattr(precision, "instructions", frozenset)
+    real = networks.NetworkBackend.step
+
+    def step(self: Any, *inputs: Any) -> Any:
+        return real(self, *inputs) * (np.nan if self.precision == "W4A8" else 1.0)
+
+    monkeypatch.setattr(networks.NetworkBackend, "step", step)
+    assert precisions.measured(exported[0], lambda *_: None)["precisions"]["openvino"] == {}
+
+
+def test_levels_do_not_depend_on_the_solver() -> None:
+    """Heun's visits each level but the last twice."""
+    model = fake_runtime()
+    expected = precisions._levels(model)
+    heun = dataclasses.replace(model.settings.generation, solver="heun")
+    model.settings = dataclasses.replace(model.settings, generation=heun)
+    np.testing.assert_array_equal(precisions._levels(model), expected)
+    assert len(expected) == 10

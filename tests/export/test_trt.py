@@ -34,7 +34,7 @@ from edgeprune.quantization.int4 import PackedLinear, pack
 from edgeprune.runtimes import trt
 from edgeprune.runtimes.base import Settings
 from edgeprune.runtimes.gpu import Gpu
-from edgeprune.runtimes.modulation import ROWS, WIDTH
+from edgeprune.runtimes.modulation import AT_ONCE, ROWS, WIDTH
 from edgeprune.sampling.generation import Generation
 
 RTX = targets.load("rtx")
@@ -150,6 +150,7 @@ def test_the_modulation_has_an_engine_of_its_own(
     assert sum(layers) == built.record["networks"]["transformer"]["int4_layers"]
     most = RTX.batch[1]
     assert record["networks"]["transformer"]["profile"][ROWS][2] == [most, record[WIDTH]]
+    assert [shape[0] for shape in record["networks"][ROWS]["profile"]["timestep"]] == [1, AT_ONCE, AT_ONCE]
 
 
 def test_timesteps_stay_float32(built: SimpleNamespace) -> None:

@@ -67,3 +67,30 @@ def test_a_damaged_entry_is_made_again(tiny_folders: tuple[Path, Path], tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="keep_embeddings: .*file: .*expected a writable folder"):
         runtimes.load(exported, "ort", threads=1, keep_embeddings=tmp_path / "file")
+
+
+@pytest.mark.parametrize("runtime", ["ort", "openvino"])
+def test_they_do_not_depend_on_the_precision_of_the_transformer(
+    tiny_folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str
+) -> None:
+    """Text encoders are exact in any."""
+    pytest.importorskip(runtime if runtime == "openvino" else "onnxruntime")
+    monkeypatch.setattr("edgeprune.runtimes.precision.instructions", lambda: frozenset({"avx_vnni"}))
+    for name in ("exact", "int8"):
+        with runtimes.load(tiny_folders[1], runtime, threads=1, precision=name, keep_embeddings=tmp_path) as model:
+            model.backend.encode(["a"])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_kept_for_a_run_does_not_grow(
+    tiny_folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a prompt that was not encoded ahead nothing is written, since the next run drops it all."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with runtimes.load(tiny_folders[1], "ort", threads=1) as model:
+        model.backend._in_turn = True  # type: ignore[attr-defined]
+        model.backend.encode_ahead(["a", "b"])
+        written = sorted(tmp_path.rglob("*.safetensors"))
+        expected, found = (model.backend.encode(["a", "c"]) for _ in range(2))
+        np.testing.assert_array_equal(found[0], expected[0])
+        assert sorted(tmp_path.rglob("*.safetensors")) == written and len(written) == 2

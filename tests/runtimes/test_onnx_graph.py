@@ -215,7 +215,7 @@ def found_when_it_runs(folder: Path) -> Path:
 
 
 def engine(limited: bool) -> ort.CpuEngine:
-    return ort.CpuEngine(OPTIONS, CHOICE, "fp32", limited=limited)
+    return ort.CpuEngine(lambda _: OPTIONS, CHOICE, "fp32", limited=limited)
 
 
 def test_unknown_sizes_are_refused_or_opened_whole(tmp_path: Path) -> None:
@@ -316,4 +316,4 @@ def test_values_do_not_wait_for_others_of_their_size(tiny_folders: tuple[Path, P
 
     with runtimes.load(tiny_folders[1], "ort", threads=1) as model:
         engine = model.backend._engine  # type: ignore[attr-defined]
-        assert isinstance(engine, ort.CpuEngine) and not engine.options().enable_mem_reuse
+        assert isinstance(engine, ort.CpuEngine) and not engine.options_of("transformer")().enable_mem_reuse

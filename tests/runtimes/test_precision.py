@@ -65,10 +65,41 @@ def test_an_export_that_measured_nothing_runs_as_before(old: dict[str, Any], mon
 
 
 def test_what_is_asked_for_is_used_without_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "instructions", lambda: frozenset(HASWELL))
+    monkeypatch.setattr(precision, "instructions", lambda: frozenset(ZEN5))
     for name in (EXACT, *OFFERED):
         found = choose(name, OFFERED, measured(int8=0.5))
         assert (found.name, found.why) == (name, f"precision={name}")
     with pytest.raises(InputError, match="precision: found 'bf16', expected one of auto, exact, int8$"):
         choose("bf16", ("int8",), {})
     assert choose(AUTO, (), measured(int8=0.01)).why == ""  # a GPU that chooses by itself
+
+
+def test_what_the_processor_has_no_instructions_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO would compute float32 in its place, and say nothing."""
+    both = "int8 dot products and bf16 products"
+    for here, name, needed in (
+        (HASWELL, "int8", "int8 dot products"),
+        (HASWELL, "int8-bf16", both),
+        (ALDER_LAKE, "bf16", "bf16 products"),
+    ):
+        monkeypatch.setattr(precision, "instructions", lambda here=here: frozenset(here))
+        says = f"^precision: found '{name}', which needs {needed}; this processor has none: expected auto or exact$"
+        with pytest.raises(InputError, match=says):
+            choose(name, OFFERED, measured(int8=0.01))
+        assert choose(EXACT, OFFERED, {}).name == EXACT
+        assert choose(name, OFFERED, None).name == name  # a GPU has its own
+    for here in (APPLE, {"asimd", "asimddp"}):
+        monkeypatch.setattr(precision, "instructions", lambda here=here: frozenset(here))
+        assert choose("int8", OFFERED, {}).name == "int8"  # it may have them
+
+
+def test_instructions_that_cannot_be_told_are_not_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "instructions", lambda: frozenset(APPLE))
+    found = choose(AUTO, ("int8",), measured(int8=0.01))
+    assert found.why == "exact, int8 needs instructions that are not known here"
+
+
+def test_what_was_measured_on_the_cpu_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "instructions", lambda: frozenset(ZEN5))
+    found = choose(AUTO, ("int8",), None)
+    assert (found.name, found.why) == (EXACT, "")

@@ -464,3 +464,20 @@ def test_networks_are_closed_when_a_later_one_fails(exported: Path) -> None:
     with pytest.raises(InputError, match="damaged"):
         NetworkBackend(WholeEngine("x", open_network), exported, read_settings(exported)).open()
     assert len(opened) == 2 and all(network.closed for network in opened)
+
+
+def test_int8_is_for_the_transformer_alone(tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text encoders, modulation and VAE compute in float32: their errors would be the transformer's input."""
+    from edgeprune.runtimes import ort
+
+    seen, real = {}, ort.session_of
+
+    def session_of(model: Any, options: Any, choice: Any) -> Any:
+        seen[model.parent.name] = options.get_session_config_entry(ort.ACCURACY)
+        return real(model, options, choice)
+
+    monkeypatch.setattr(ort, "session_of", session_of)
+    for provider in (None, "cpu"):
+        with runtimes.load(tiny_folders[1], "ort", threads=1, precision="int8", provider=provider):
+            assert seen.pop("transformer") == "4" and len(seen) == 3 and set(seen.values()) == {"1"}
+        seen.clear()
