@@ -18,6 +18,7 @@ from edgeprune.experiments.full_size.recording import Recorder, Values
 from edgeprune.experiments.full_size.rows.row import Row
 from edgeprune.export.folder import FILE as EXPORT
 from edgeprune.families.published import transformers
+from edgeprune.runtimes.precision import lacking
 
 BLOCKS = "25-28,31-34"
 """The eight blocks that the published plan removes from SD3.5 Large Turbo."""
@@ -152,10 +153,9 @@ def steps(recorder: Recorder, label: str, *, ort: bool) -> None:
         file=ir / "transformer",
     )  # fmt: skip
     cached = {"cache_dir": str(prepared), "precision": "exact"}
-    variants = [
-        Variant("OpenVINO", ir, "openvino", options={"precision": "exact"}),
-        Variant("OpenVINO, int8", ir, "openvino", options={"precision": "int8"}),
-    ]
+    variants = [Variant("OpenVINO", ir, "openvino", options={"precision": "exact"})]
+    if not lacking("int8"):
+        variants.append(Variant("OpenVINO, int8", ir, "openvino", options={"precision": "int8"}))
     if ort:
         recorder.stage(
             f"{label}: ONNX Runtime prepares its weights", "generate", "a lake", "--model", str(exported), "--runtime",
