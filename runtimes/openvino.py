@@ -351,6 +351,7 @@ class OpenVinoEngine:
     why: str
     """Why the transformer is computed there, and in what."""
     text_activations: str
+    """What the most exact settings compute in."""
     name: str = "openvino"
     counts_values: bool = True
 

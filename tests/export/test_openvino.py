@@ -456,7 +456,7 @@ def test_an_export_that_marks_no_angles_says_what_it_computes_in(
         path.write_text(text)
         with runtimes.load(out, "openvino", threads=1) as ours:
             found.append((ours.backend.precision, ours.backend.why.rpartition(";")[2].split(",")[0].strip()))
-    assert found == [("W4A16", "bf16"), ("W4A32", "exact")]
+    assert found == [("bf16", "bf16"), ("fp32", "exact")]
     with pytest.raises(InputError, match=r"^precision: found 'bf16', but .* does not mark the angles.*export again$"):
         runtimes.load(out, "openvino", threads=1, precision="bf16")
 

@@ -27,6 +27,12 @@ from edgeprune.runtimes import base, networks, openvino, precision
 INT4 = Precision(4, 64)
 
 
+def every_instruction(patch: pytest.MonkeyPatch) -> None:
+    """Measure and load as if the processor had them all."""
+    patch.setattr(precisions, "lacking", lambda _: [])
+    patch.setattr(precision, "instructions", lambda: frozenset({"avx512_vnni", "avx512_bf16"}))
+
+
 @pytest.fixture(scope="module")
 def exported(tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The export, measured as if the processor had every instruction."""
@@ -43,7 +49,7 @@ def exported(tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathF
     out = tmp_path_factory.mktemp("out") / "onnx"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_onnx, "open_transformer", lambda *_, **__: tiny.stored(model))
-        patch.setattr(precisions, "lacking", lambda _: [])
+        every_instruction(patch)
         traced.reuse(patch, tiny_folders[1], "text_encoder", "text_encoder_2", "vae_decoder")
         return out, to_onnx.export(source, out)
 
@@ -88,7 +94,7 @@ def test_an_error_is_that_of_ten_velocities(
     exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A transformer that is off by 1 % in int8 is found to be."""
-    monkeypatch.setattr(precisions, "lacking", lambda _: [])
+    every_instruction(monkeypatch)
     seen, computed, real, settings_of = [], list[Any](), networks.NetworkBackend.step, openvino.settings_of
 
     def step(self: Any, latents: Any, text: Any, pooled: Any, sigma: Any, guidance: float) -> Any:
@@ -144,8 +150,7 @@ def test_a_precision_that_overflows_is_left_out(
     exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its error is no number, which JSON cannot hold."""
-    monkeypatch.setattr(precisions, "lacking", lambda _: [])
-    monkeypatch.setattr(precision, "instructions", frozenset)
+    every_instruction(monkeypatch)
     real = networks.NetworkBackend.step
 
     def step(self: Any, *inputs: Any) -> Any:
