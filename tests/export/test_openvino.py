@@ -360,7 +360,7 @@ def test_bf16_leaves_angles_alone(
         found = opened(path, "CPU", config)(**example)
         errors.append(parity.relative_error(found["out_hidden_states"], expected)[1])
     assert errors[0] < 2e-2
-    if runtime._heeds_marks():
+    if runtime._heeds_marks() and not precision.lacking("bf16"):  # without instructions for it, float32 is computed
         assert errors[1] > 3 * errors[0]
     monkeypatch.setattr(openvino, "__version__", "2026.3.1-22001-abc")
     assert not runtime._heeds_marks()
