@@ -1,4 +1,4 @@
-"""The table of docs/distill.md: all weights, PWP and PWP from states at equal work, on the built-in model.
+"""The tables of docs/distill.md: all weights, PWP and PWP from states at equal work, on the built-in model.
 
     python -m edgeprune.experiments.tail -o build/tail [--write docs/distill.md]
 
@@ -216,11 +216,43 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return markdown_table(head, lines)
 
 
+def contrasts() -> Iterator[tuple[str, Row, Row]]:
+    """Yield what is subtracted from what: a name, the row, and that which is subtracted."""
+    for start, stand_in in (("cut", False), ("stand-ins", True)):
+        whole, pwp, tail = (Row(BLOCKS, way, stand_in) for way in ("all", "pwp", "tail"))
+        yield f"PWP less all weights, from {start}", pwp, whole
+        yield f"PWP from states less all weights, from {start}", tail, whole
+        yield f"PWP from states less PWP, from {start}", tail, pwp
+    for way, name in (("all", "all weights"), ("pwp", "PWP"), ("tail", "PWP from states")):
+        yield f"{name}: from stand-ins less from cut", Row(BLOCKS, way, stand_in=True), Row(BLOCKS, way)
+    yield "prefix by feedback less nearest", Row(BLOCKS, "tail", calibration="feedback"), Row(BLOCKS, "tail")
+    yield "components: graded less not", Row(COMPONENTS, "pwp", graded=True), Row(COMPONENTS, "pwp")
+
+
+def differences(found: dict[str, dict[str, Any]]) -> str:
+    """Return in Markdown what is between rows, paired by caption, of the seeds that both have."""
+    lines = []
+    for name, one, other in contrasts():
+        pairs = [
+            (found[_key(one, s)], found[_key(other, s)]) for s in SEEDS if {_key(one, s), _key(other, s)} <= {*found}
+        ]
+        if not pairs:
+            continue
+        cells = []
+        for value in ("error", "right", "decibels"):
+            each = np.mean([np.subtract(a[value], b[value]) for a, b in pairs], axis=0)
+            tasks = pairs[0][0]["tasks"] if value == "right" else None
+            cells.append(interval_text(mean_interval(list(each), tasks), "+.1f" if value == "decibels" else "+.3f"))
+        lines.append((name, str(len(pairs)), *cells))
+    return markdown_table(("difference", "seeds", "velocity error", "score", "PSNR, dB"), lines)
+
+
 def tables(out: Path) -> str:
-    """Measure and return the table. Stopped with Ctrl-C, it is of what there is."""
+    """Measure and return both tables. Stopped with Ctrl-C, they are of what there is."""
     with contextlib.suppress(KeyboardInterrupt):
         measure(out)
-    return table(collected(out))
+    found = collected(out)
+    return f"{table(found)}\n\n{differences(found)}"
 
 
 if __name__ == "__main__":

@@ -48,7 +48,18 @@ def test_a_row_that_another_process_works_on_is_left_to_it(tmp_path: Path) -> No
 
 def test_the_page_is_made_of_the_committed_results() -> None:
     found = json.loads((PAGE.parent / "distill.json").read_text(encoding="utf-8"))
-    assert tail.table(found) in PAGE.read_text(encoding="utf-8")
+    for made in (tail.table(found), tail.differences(found)):
+        assert made in PAGE.read_text(encoding="utf-8")
     for values in found.values():
         assert len(values["right"]) == len(values["tasks"]) == 7 * tail.PER_TASK
-    assert re.search(r"\*\*Most is missing yet\*\*", PAGE.read_text(encoding="utf-8")) or len(found) == 27
+    assert re.search(r"\*\*Missing yet\*\*", PAGE.read_text(encoding="utf-8")) or len(found) == 27
+
+
+def test_differences_are_paired_by_caption() -> None:
+    """Captions differ by much, rows by 0.1 in each: the interval is that of the differences."""
+    _, one, other = next(tail.contrasts())
+    base = {"tasks": ["a", "a", "b", "b"], "right": [0.0, 1.0, 0.5, 0.2], "decibels": [1.0, 9.0, 3.0, 5.0]}
+    found = {f"{other.key}-{seed}": base | {"error": [1.0, 2.0, 3.0, 4.0]} for seed in (0, 1)}
+    found[f"{one.key}-1"] = base | {"error": [1.1, 2.1, 3.1, 4.1]}
+    line = tail.differences(found).splitlines()[-1]
+    assert line.startswith("| PWP less all weights, from cut | 1 | +0.100 [+0.100, +0.100] | +0.000 [+0.000, +0.000] |")
