@@ -24,11 +24,13 @@ from edgeprune.data.settings import SHAPES, is_drawn
 from edgeprune.metrics import VELOCITY
 from edgeprune.metrics.velocity import STATES
 from edgeprune.planning.options import PlanOptions
+from edgeprune.quantization.precision import T5_INT4, T5_INT8
 from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import quantize
 from edgeprune.stages.compress import expected_plan, images_of_report, works
+from edgeprune.stages.encoders import t5_of
 from edgeprune.stages.options import CompressOptions
 from edgeprune.stages.original import Original
 from edgeprune.stages.prompts import analysis_prompts
@@ -46,7 +48,7 @@ MOVES: tuple[Move, ...] = (
     ("estimator", "gates"),
     ("images", 4), ("images", 2), ("prompts", 14), ("prompts", 7), ("calibration", 14), ("calibration", 7),
     ("training", 0.5), ("training", 0.25), ("training", 0.125),
-    ("image_steps", 14), ("image_steps", 8), ("calibration", 2), ("prompts", 2),
+    ("int4_text", 0), ("image_steps", 14), ("image_steps", 8), ("calibration", 2), ("prompts", 2),
     ("calibration", 1), ("prompts", 1), ("images", 1), ("image_steps", 4),
     ("training", 0.0), ("states", 3), ("calibration", 0), ("image_steps", 1), ("states", 1),
     ("images", 0), ("stand_ins", 0), NO_SCORES,
@@ -83,6 +85,8 @@ class Choice:
     """Most states of each prompt that calibrates."""
     stand_ins: int = 0
     """1 if removed runs of blocks are stood in for."""
+    int4_text: int = 0
+    """1 if a T5 is rounded to INT4, which is calibrated; else it has 8 bits, or what was asked for."""
 
     @classmethod
     def of_manifest(cls, ws: Workspace) -> Choice | None:
@@ -100,8 +104,9 @@ class Choice:
             real_number(found, name, where, least=0, most=1e10)
         for name in ("prompts", "states", "calibration", "steps", "samples", "images", "image_steps"):
             whole_number(found, name, where, least=0, most=10**9)
-        added = {"stand_ins": 0, "calibration_states": STATES} | found  # versions before lack them
-        whole_number(added, "stand_ins", where, least=0, most=1)
+        added = {"stand_ins": 0, "int4_text": 0, "calibration_states": STATES} | found  # versions before lack them
+        for name in ("stand_ins", "int4_text"):
+            whole_number(added, name, where, least=0, most=1)
         whole_number(added, "calibration_states", where, least=0, most=STATES)
         try:
             return cls(**found)
@@ -145,9 +150,8 @@ class Choice:
             unscored = not self.prompts and training.sensitivity == "graded"
             training = replace(training, steps=self.steps, sensitivity=None if unscored else training.sensitivity)
         data, training = replace(options.data, samples=self.samples), training if self.steps else None
-        found = replace(options, analyze=analysis, plan=plan, data=data, distill=training)
-        if self.calibration or found.rounded:  # else a T5's integers are not calibrated either
-            found = replace(found, encoders=options.t5_form)
+        form = T5_INT8 if options.t5_form == T5_INT4 and not self.int4_text else options.t5_form
+        found = replace(options, analyze=analysis, plan=plan, data=data, distill=training, encoders=form)
         if self.calibration and int4.calibrates(rounded=found.rounded):
             most = self.calibration_states if self.calibration_states < STATES else int4.states
             return replace(found, quantize=replace(int4, calibration="feedback", count=self.calibration, states=most))
@@ -161,6 +165,7 @@ class Choice:
             f"training steps: {self.steps}" if self.steps else "no training",
             *([f"prompts that calibrate: {self.calibration}"] if self.calibration else []),
             *(["stand-ins for removed blocks"] if self.stand_ins else []),
+            *(["the T5 in INT4"] if self.int4_text else []),
             f"images in the report: {self.images}, of {self.image_steps} steps" if self.images else "no report",
         ]
         return f"--time {duration(self.time_s)}: about {duration(self.forecast_s)}; {'; '.join(parts)}"
@@ -250,6 +255,7 @@ def _most(subject: Subject, options: CompressOptions, time_s: float, *, quick: b
         images=images_of_report(subject.source, quick),
         image_steps=steps,
         stand_ins=int(options.plan.stand_in is not None),
+        int4_text=int(options.t5_form == T5_INT4 and t5_of(subject.source) is not None),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from stage_runs import OPTIONS, edit
 from typer.testing import CliRunner
 
@@ -24,7 +25,7 @@ from edgeprune.sampling.generation import Generation
 from edgeprune.stages import choice, compress
 from edgeprune.stages.choice import MOVES, SHARE, Choice, choose, settle
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions, QuantizeOptions
-from edgeprune.stages.work import Speeds, Subject
+from edgeprune.stages.work import Speeds, Subject, Work
 from edgeprune.stages.workspace import Workspace
 
 KINDS = {"joint": range(4), "single": range(4, 4)}
@@ -49,7 +50,7 @@ def test_what_is_asked_for_runs_where_it_fits(subject: Subject) -> None:
         ASKED,
         analyze=replace(ASKED.analyze, estimator="exhaustive"),
         quantize=replace(ASKED.quantize, count=28),
-        encoders="int4",
+        encoders="int8",  # there is no T5
     )
 
 
@@ -64,6 +65,21 @@ def test_what_is_given_up_fits_and_is_no_more_than_it_takes(subject: Subject) ->
     only_images = choose(subject, replace(ASKED, quantize=INT4), 3600, Speeds(3.0))
     assert (only_images.estimator, only_images.states) == ("gates", 6)
     assert {name for name, _ in MOVES} <= {*asdict(only_images), "training"}
+
+
+def test_a_t5_has_8_bits_before_integers_of_the_transformer_are_given_up(tmp_path: Path) -> None:
+    tiny.tiny_pipeline(tmp_path / "t5", t5=True)
+    config, family = read_original(tmp_path / "t5")
+    subject = Subject(tmp_path / "t5", family, config, Generation(28, 7.0, 64, 64, 6))
+    stages = compress.works(subject, ASKED, compress.expected_plan(subject.source, subject.generation, ASKED), 8)
+    text = stages.pop("encoders").rounded
+    others = sum(stages.values(), Work()).rounded
+    speeds = Speeds(1e-9, rounded=(others + text / 2) / (SHARE * 3600))  # all but the T5's INT4 fit
+    assert choose(subject, ASKED, 3600, Speeds(1e-9)).over(ASKED, KINDS).t5_form == "int4"
+    found = choose(subject, ASKED, 3600, speeds)
+    assert (found.int4_text, found.calibration) == (0, 28) and "T5" not in found.described()
+    assert found.over(ASKED, KINDS).t5_form == "int8"
+    assert found.over(replace(ASKED, encoders="half"), KINDS).t5_form == "half"
 
 
 def test_training_gets_what_is_left_or_nothing(subject: Subject) -> None:
@@ -86,9 +102,6 @@ def test_integers_are_calibrated_where_training_is_given_up(subject: Subject, mo
     assert rich.over(asked, KINDS).quantize == INT4
     assert poor.steps == 0 and poor.calibration > 0
     assert poor.over(asked, KINDS).quantize.calibration == "feedback"
-    assert rich.over(asked, KINDS).t5_form == poor.over(asked, KINDS).t5_form == "int4"
-    nothing = replace(poor, calibration=0).over(asked, KINDS)  # a T5's integers are not calibrated either
-    assert (nothing.quantize.calibration, nothing.t5_form) == ("none", "int8")
     with pytest.raises(InputError, match="^--calibration-count: training saw these weights rounded"):
         choose(subject, replace(asked, quantize=QuantizeOptions(count=8)), 3600, Speeds(1e-9))
     # Of a large model, no move sees more of a trajectory than there was.
