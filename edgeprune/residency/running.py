@@ -13,16 +13,17 @@ from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.stored import StoredTransformer
 from edgeprune.residency.streaming import largest_running_bytes
 
+PROCESS_BYTES = 550_000_000
+"""Of Python with torch, diffusers and transformers."""
 _LEAST_WORKING_BYTES = 3 * 10**8
 """What has to be free beside the block that computes and what is outside the blocks: activations of one sample."""
 _WORKING_BYTES = 7 * 10**8
 """What is left free of the memory beside that, before blocks are kept: states, more samples, the VAE."""
 _HEAP = 1.3
-"""Bytes that the process takes for each byte of blocks and activations with nothing to spare: glibc's heap keeps some
-that it could use again. Gates of SD3.5 Large at 512x512, in as little as is accepted, took 0.92 of what this counts."""
+"""Bytes of process memory per byte of blocks and activations: glibc keeps freed memory that it could reuse. Gates of
+SD3.5 Large at 512x512, in as little as is accepted, took 0.92 of what this counts."""
 _RUN_SHARE = 6
-"""The part of a given memory, one of so many, that the activations of rows that run together may take. It does not
-depend on what is free: products of other row counts differ in their last bits."""
+"""Activations of rows that run together take at most 1/6 of the memory that was given."""
 
 _COMPUTE = "_edgeprune_compute"
 """Attribute of a transformer: where it computes, and how much memory that may take."""
@@ -45,7 +46,8 @@ def running(stored: StoredTransformer, compute: Compute, dtype: torch.dtype | No
     if is_small(_numbers(stored)) and compute.memory is None:
         return within(stored.load(dtype or torch.float32).to(compute.device), compute)
     left, least = check_room(stored, compute, dtype)
-    room = left - least - _WORKING_BYTES - _run_share(compute) if keep else 0
+    together = max(0, (compute.memory or 0) // _RUN_SHARE - _LEAST_WORKING_BYTES)
+    room = left - least - _WORKING_BYTES - together if keep else 0
     return within(stored.running(dtype or dtype_of(stored, compute), compute.device, keep=room), compute)
 
 
@@ -58,9 +60,10 @@ def within(model: Any, compute: Compute) -> Any:
 def room_to_run(model: Any, wanted: int) -> int:
     """Return the bytes that the activations of the rows that run together may take, of `wanted` that suffice.
 
-    Of a memory that was given they are a fixed share. Otherwise they are half of what is left beside the largest block
-    that is read: the other half is for what waits between two blocks, see `spare`. Where so little is wanted that it
-    has to be free anyway, or where nobody said where the transformer computes, nothing is counted.
+    Of a memory that was given they are a fixed share, whatever is free: products of other row counts differ in their
+    last bits. Otherwise they are half of what is left beside the largest block that is read: the other half is for what
+    waits between two blocks, see `spare`. Where so little is wanted that it has to be free anyway, or where nobody said
+    where the transformer computes, nothing is counted.
 
     Args:
         model: the transformer; none of its blocks runs now.
@@ -70,7 +73,7 @@ def room_to_run(model: Any, wanted: int) -> int:
     if compute is None or wanted <= _LEAST_WORKING_BYTES:
         return wanted
     if compute.memory is not None:
-        return min(wanted, max(_LEAST_WORKING_BYTES, _run_share(compute)))
+        return min(wanted, _run_share(model, compute.memory))
     reading = _block_bytes(model)
     if (compute.left() - reading) // 2 < wanted:  # collecting takes a while
         compute.collect()
@@ -133,7 +136,8 @@ def spare(model: Any, compute: Compute, wanted: int) -> int:
         compute: where it computes, and how much memory that may take.
         wanted: bytes that suffice; if fewer are free, freed memory is collected first.
     """
-    needed = _block_bytes(model) + max(_LEAST_WORKING_BYTES, _run_share(compute))
+    activations = _LEAST_WORKING_BYTES if compute.memory is None else _run_share(model, compute.memory)
+    needed = _block_bytes(model) + activations
     if (compute.left() - needed) // 2 < wanted:  # collecting takes a while
         compute.collect()
     return max(0, compute.left() - needed) // 2
@@ -143,8 +147,14 @@ def _block_bytes(model: Any) -> int:
     return int(_HEAP * largest_running_bytes(model))
 
 
-def _run_share(compute: Compute) -> int:
-    return (compute.memory or 0) // _RUN_SHARE
+def _run_share(model: Any, memory: int) -> int:
+    """Return the bytes of a given memory for activations of rows that run together.
+
+    They are also at most half of what the process, the weights outside blocks and a block leave of it.
+    """
+    outside: int = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+    left = memory - PROCESS_BYTES - outside - _block_bytes(model)
+    return max(_LEAST_WORKING_BYTES, min(memory // _RUN_SHARE, left // 2))
 
 
 def _numbers(stored: StoredTransformer) -> int:

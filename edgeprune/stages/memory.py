@@ -22,14 +22,12 @@ from edgeprune.families.joint import width
 from edgeprune.planning.fit import stored_shapes, transformer_activations, vae_activations
 from edgeprune.quantization.feedback import CHANNELS
 from edgeprune.residency.compute import Compute, is_small
-from edgeprune.residency.running import least_bytes
+from edgeprune.residency.running import PROCESS_BYTES, least_bytes
 from edgeprune.sampling.denoising import VelocityInputs
 from edgeprune.sampling.generation import images_at_once, latent_factor, longest_prompt
 from edgeprune.stages.costs import sample, surroundings_bytes
 from edgeprune.stages.work import Subject
 
-PROCESS_BYTES = 550_000_000
-"""Of Python with torch, diffusers and transformers."""
 SAVED_WIDTHS = 16
 """Widths of a token that autograd keeps of a block whose weights need no gradients: 13 of FLUX.1's single blocks, 14 of
 its joint ones, 16 of SD3.5 Large's, 24 of SD3.5 Medium's."""

@@ -108,10 +108,11 @@ def _quantize(
     blocks = int4_blocks(ws, plan, stored.model, options.group_size)
     streams, dtype = None, calibrated_in(stored, ws.original.dtype)
     if prompts:
-        stored.fill(stored.names(None), dtype)
         large = not is_small(ws.subject.numbers)
         kept = Spill(ws.cache / "calibration", identity=key) if large else None
-        streams = streams_before(ws, calibration_states(ws, prompts, options.states, spill=kept), stored.model)
+        states = calibration_states(ws, prompts, options.states, spill=kept)
+        stored.fill(stored.names(None), dtype)  # not before: the original has run, and is not in memory any more
+        streams = streams_before(ws, states, stored.model)
 
     rounder = Rounder(
         stored, blocks, options.group_size, options.calibration, streams, dtype, _seen_prefix(ws, options, progress)

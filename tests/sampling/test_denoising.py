@@ -92,6 +92,7 @@ def test_rows_run_in_as_many_calls_as_the_memory_asks_for(
         # Of a memory that was given it is a share, whatever is free: the same rows run together in every run.
         seen.clear()
         monkeypatch.setattr(Compute, "left", lambda _: 0)
+        monkeypatch.setattr(residency.running, "PROCESS_BYTES", -(10**12))
         again = evaluate(within(model, Compute(memory=6 * fits * one)), *arguments)
     assert seen == expected and torch.equal(again, found)
 

@@ -323,8 +323,7 @@ def test_groups_follow_the_memory_that_is_left(source: Path, tmp_path: Path, mon
     ws, sizes = opened(tmp_path / "out", source, monkeypatch, most=2), []
     pipe, batches = ws.pipe, [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7)]
     one = sample_bytes(ws.family, ws.config, (8, 8, 8), 16, 4)
-    running_bytes = max(running._LEAST_WORKING_BYTES, running._run_share(pipe.compute))
-    needed = running._block_bytes(pipe.transformer) + running_bytes
+    needed = running._block_bytes(pipe.transformer) + 100 * 10**9 // 6
     for room in (0, 8 * one - 1, 8 * one, 12 * one, EVERYTHING):
         monkeypatch.setattr(Compute, "left", lambda _, room=room: needed + 2 * room)
         sizes.append([len(group) for group in groups(pipe, batches, (8, 8, 8), 16, passes=2)])
