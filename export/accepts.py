@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.convert.opening import refuse_file
-from edgeprune.artefact.manifest import packed_encoders
+from edgeprune.artefact.manifest import recorded_encoders
 from edgeprune.artefact.resolve import nearby, read_config
 from edgeprune.common.errors import InputError
 from edgeprune.families.encoders import EXPORTED, check_tokens
@@ -47,7 +47,7 @@ def check(artefact: Path, device: Target) -> None:
         InputError: the device takes no INT4 weights, none with zero points or none of this group size, or a weight file
             is damaged.
     """
-    for name in ("transformer_int4", *packed_encoders(artefact)):
+    for name in ("transformer_int4", *recorded_encoders(artefact)):
         _check(artefact / name, device)
 
 

@@ -75,7 +75,9 @@ def export(
 def _genai(folder: Path, progress: Progress) -> dict[str, Any]:
     """Add what OpenVINO GenAI needs, if it can open the folder; return further content of edgeprune_export.json."""
     if (folder / ROWS).is_dir():
-        progress("openvino: OpenVINO GenAI cannot open this form; --modulation inside writes the one that it opens")
+        progress(
+            "openvino: OpenVINO GenAI cannot open an export with a separate modulation/; use --modulation inside for it"
+        )
         return {}
     return genai.write(folder)
 

@@ -140,8 +140,8 @@ def candidates(folder: Path) -> list[str]:
     manifest = folder / "edgeprune_export.json"
     if manifest.exists():
         record = read_json(manifest)
-        if (version := record.get("schema_version", SCHEMA_VERSION)) != SCHEMA_APART:
-            check_schema(manifest, version, SCHEMA_VERSION, "export the artefact again")
+        version = record.get("schema_version", SCHEMA_VERSION)
+        check_schema(manifest, version, (SCHEMA_VERSION, SCHEMA_APART), "export the artefact again")
         target = record.get("target")
         if opening := [name for name, info in RUNTIMES.items() if target in info.formats]:
             return opening

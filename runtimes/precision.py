@@ -40,8 +40,8 @@ def lacking(precision: str) -> list[str]:
 def choose(asked: str, offered: Sequence[str], exported: Mapping[str, Any] | None) -> Chosen:
     """Choose the precision in which OpenVINO computes an export's transformer.
 
-    On the CPU, a precision that is asked for by name needs its instructions, too: OpenVINO would compute another one in
-    its place. Where they cannot be told, it is taken as it was asked for.
+    On the CPU, a precision that is asked for by name needs its instructions, too: without them OpenVINO computes in
+    float32, or emulates it and is slower. Where the instructions are unknown, the request is accepted.
 
     Args:
         asked: one of `offered`, EXACT, or AUTO for the fastest that this processor has instructions for, if the export
@@ -55,13 +55,15 @@ def choose(asked: str, offered: Sequence[str], exported: Mapping[str, Any] | Non
     known = (AUTO, EXACT, *offered)
     if asked not in known:
         raise InputError(f"precision: found {asked!r}, expected one of {', '.join(known)}")
-    told = lists_x86(instructions())
+    instructions_known = lists_x86(instructions())
     if asked != AUTO:
-        missing = [] if asked == EXACT or exported is None or not told else lacking(asked)
+        missing = [] if asked == EXACT or exported is None or not instructions_known else lacking(asked)
         if missing:
+            able = (AUTO, EXACT, *(name for name in offered if not lacking(name)))
+            needed = " and ".join(missing)
             raise InputError(
-                f"precision: found {asked!r}, which needs {' and '.join(missing)}; this processor has none: expected "
-                f"{AUTO} or {EXACT}"
+                f"precision: found {asked!r}, which needs {needed}; this processor has none: expected one of "
+                f"{', '.join(able)}"
             )
         return Chosen(asked, f"precision={asked}")
     if not offered or exported is None:
@@ -78,7 +80,7 @@ def choose(asked: str, offered: Sequence[str], exported: Mapping[str, Any] | Non
         elif not error <= BOUND:
             reasons.append(f"{name} is off by {error:.2g}")
         elif missing := lacking(name):
-            needed = " and ".join(missing) if told else "instructions that are not known here"
+            needed = " and ".join(missing) if instructions_known else "instructions that this system does not list"
             reasons.append(f"{name} needs {needed}")
         else:
             return Chosen(name, f"{name}, off by {error:.2g}")

@@ -239,15 +239,15 @@ def compress(
         source, images = source_and_images(out, model, revision, generation, variant)
         rehearsed = stages.rehearse(source, images, chosen)
         if time_s is None:  # else it depends on what is chosen
-            _need_memory(source, images, chosen, rehearsed, compute)
+            _need_memory(out, source, images, chosen, rehearsed, compute)
         stages.need_room(Path(out), source, rehearsed, chosen, no_half=no_half)  # before the folder is created
     ws = open_folder(
         out, model, revision=revision, variant=variant, fresh=fresh, begin=True, generation=generation, compute=compute
     )
-    fit = ws.fit(chosen.plan.fit, chosen.t5_form) if chosen.plan.fit else None
     choice = choices.settle(ws, chosen, time_s, progress, quick=quick)
     if choice:
         ws.longest_s, chosen = None, choice.over(chosen, ws.family.kinds(ws.config))
+    fit = ws.fit(chosen.plan.fit, chosen.t5_form) if chosen.plan.fit else None
     ran = stages.compress(ws, chosen, progress, no_half=no_half)
     no_report = make.left_out(ws, quick=quick)
     figures = None
@@ -300,7 +300,7 @@ def forecast_compress(
     source, images = source_and_images(out, model, revision, generation, variant)
     rehearsed = rehearse(source, images, chosen)
     if time_s is None:
-        _need_memory(source, images, chosen, rehearsed, compute)
+        _need_memory(out, source, images, chosen, rehearsed, compute)
     if not is_begun(out):
         need_room(Path(out), source, rehearsed, chosen, no_half=no_half)
     scratch = next(place for place in (Path(out), *Path(out).resolve().parents) if place.is_dir())
@@ -308,15 +308,21 @@ def forecast_compress(
     if time_s is None:
         return CompressForecast(**forecast(source, chosen, images, quick=quick, **given))
     choice, chosen = rehearse_choice(source, chosen, images, time_s, variant, compute, scratch, quick=quick)
-    _need_memory(source, images, chosen, rehearsed, compute)
+    _need_memory(out, source, images, chosen, rehearsed, compute)
     numbers = forecast(source, chosen, images, images=choice.images, steps=choice.image_steps, **given)
     return CompressForecast(**numbers, choice=asdict(choice))
 
 
 def _need_memory(
-    source: Path, generation: Generation, options: CompressOptions, plan: PrunePlan, compute: ComputeOptions | None
+    out: AnyPath,
+    source: Path,
+    generation: Generation,
+    options: CompressOptions,
+    plan: PrunePlan,
+    compute: ComputeOptions | None,
 ) -> None:
-    """Refuse too little memory for one of the stages."""
+    """Refuse too little memory for one of the stages that a folder lacks."""
+    from edgeprune.artefact.manifest import Manifest
     from edgeprune.artefact.resolve import read_original
     from edgeprune.residency.compute import Compute
     from edgeprune.stages.compress import need_memory
@@ -325,7 +331,8 @@ def _need_memory(
 
     if compute is not None:
         config, family = read_original(source)
-        need_memory(Memory(Subject(source, family, config, generation), Compute.of(compute)), options, plan)
+        done = Manifest.load(Path(out)).stages if is_begun(out) else ()
+        need_memory(Memory(Subject(source, family, config, generation), Compute.of(compute)), options, plan, done)
 
 
 def _checked(

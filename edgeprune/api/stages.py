@@ -207,7 +207,7 @@ def quantize(
     chosen = options or QuantizeOptions()
     form = encoders_of(encoders, chosen)
     text.check(form)
-    if ENCODERS_STAGE not in ws.manifest.stages:
+    if fresh or ENCODERS_STAGE not in ws.manifest.stages:
         text.check_time(ws, form, chosen.group_size, silent)  # refused before the transformer's hour
     ran = run(ws, chosen, progress)
     ran = text.run(ws, form, chosen.group_size, progress) or ran

@@ -24,9 +24,11 @@ _SCORES, _INNER, _WIDE = 3, 5, 6
 """Numbers that are alive at once in a layer, for each token: scores of each head, inner widths of its MLP, widths."""
 _STREAMS = 4
 """Streams of a prompt that are alive between two layers: before and after, and the two that are kept of CLIP."""
-_SHARE, _USUAL = 8, 8 * 10**9
-"""The part of the memory, one of so many, that the prompts in a layer may take, and the memory where none was given:
-not of what is free, because products of other row counts differ in their last bits."""
+_ROWS_SHARE = 8
+"""Prompts that are in a layer together take at most 1/8 of the memory that was given, whatever is free: products of
+other row counts differ in their last bits."""
+_MOST_BYTES = 10**9
+"""That they take where no memory was given, and half of what is left at most."""
 
 
 def layers_of(model: nn.Module, kind: str) -> Iterable[tuple[str, nn.Module]]:
@@ -55,7 +57,8 @@ def rows_of(kind: str, config: Any, compute: Compute) -> Callable[[torch.Tensor]
         count, length, _ = stream.shape
         # In float32, as the softmax computes.
         one = 4 * length * (_SCORES * heads * length + _INNER * inner + _WIDE * wide)
-        return rows_together((compute.memory or _USUAL) // _SHARE, one, min(count, AT_ONCE))
+        room = min(_MOST_BYTES, compute.left() // 2) if compute.memory is None else compute.memory // _ROWS_SHARE
+        return rows_together(room, one, min(count, AT_ONCE))
 
     return rows
 

@@ -32,7 +32,7 @@ def packed_folder(encoder: Path) -> Path:
 
 
 def packed_encoders(folder: Path) -> list[str]:
-    """Return the subfolders of an artefact that hold a text encoder in INT4."""
+    """Return the subfolders of an artefact that hold a text encoder in INT4, those of an interrupted stage included."""
     return sorted(path.name for path in folder.glob(packed_folder(Path("text_encoder*")).name) if path.is_dir())
 
 
@@ -184,3 +184,14 @@ def identity(folder: Path) -> str | None:
         found: str | None = read_json(folder / EXPORT).get("identity")
         return found
     return Manifest.load(folder).identity if (folder / MANIFEST).is_file() else None
+
+
+def recorded_encoders(folder: Path) -> list[str]:
+    """Return those of `packed_encoders` that the folder's manifest lists.
+
+    Raises:
+        InputError: the manifest is damaged.
+    """
+    files = Manifest.load(folder).files if (folder / MANIFEST).is_file() else {}
+    recorded = {name.split("/")[0] for name in files}
+    return [name for name in packed_encoders(folder) if name in recorded]

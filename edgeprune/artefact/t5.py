@@ -23,7 +23,7 @@ def form_of(folder: Path) -> str:
 def packed_t5(folder: Path) -> PackedT5 | None:
     """Return the INT4 tensors of a T5's folder, after checking their hashes; None if it is exported in another form.
 
-    A stage that was killed leaves some that do not count.
+    Files that an interrupted stage left behind are ignored.
 
     Raises:
         InputError: they are damaged.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeprune.artefact.manifest import packed_encoders
+from edgeprune.artefact.manifest import packed_encoders, recorded_encoders
 from edgeprune.common.errors import InputError
 from edgeprune.residency.model_files import weights_of
 from edgeprune.runtimes.modulation import ROWS
@@ -21,8 +21,10 @@ def disk_bytes(folder: Path, variant: str | None = None) -> dict[str, int]:
     """
     transformer = sum(p.stat().st_size for part in _parts(folder) for p in _weight_files(part, variant))
     # Generation does not read an artefact's half precision where there is INT4.
-    packed = [name.removesuffix("_int4") for name in packed_encoders(folder)]
-    skipped = ("transformer", "transformer_int4", ROWS, "cache", *packed)
+    recorded = recorded_encoders(folder)
+    packed = [name.removesuffix("_int4") for name in recorded]
+    unread = [name for name in packed_encoders(folder) if name not in recorded]
+    skipped = ("transformer", "transformer_int4", ROWS, "cache", *packed, *unread)
     others = [d for d in folder.iterdir() if d.is_dir() and d.name not in skipped]
     rest = sum(p.stat().st_size for d in others for p in _weight_files(d, variant))
     return {"transformer_disk_bytes": transformer, "total_disk_bytes": transformer + rest}

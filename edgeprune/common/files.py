@@ -62,21 +62,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def check_schema(path: Path | str, found: Any, known: int, remedy: str) -> None:
+def check_schema(path: Path | str, found: Any, known: int | tuple[int, ...], remedy: str) -> None:
     """Refuse a file that another version of edgeprune wrote in another schema.
 
     Args:
         found: the file's `schema_version`.
-        known: the version that this edgeprune reads.
+        known: the version that this edgeprune reads, or several, the newest last.
         remedy: what the user should do if the file is older.
 
     Raises:
         InputError: the versions differ.
     """
-    if found != known:
-        newer = isinstance(found, int) and found > known
+    versions = known if isinstance(known, tuple) else (known,)
+    if found not in versions:
+        newer = isinstance(found, int) and found > versions[-1]
         what = "a newer edgeprune wrote it; upgrade" if newer else remedy
-        raise InputError(f"{path}: schema_version: found {shown(found)}, expected {known}; {what}")
+        expected = " or ".join(map(str, versions))
+        raise InputError(f"{path}: schema_version: found {shown(found)}, expected {expected}; {what}")
 
 
 def parse_json(text: str) -> Any:

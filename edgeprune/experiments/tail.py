@@ -217,7 +217,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def contrasts() -> Iterator[tuple[str, Row, Row]]:
-    """Yield what is subtracted from what: a name, the row, and that which is subtracted."""
+    """Yield each comparison: its name, a row, and the row to subtract from it."""
     for start, stand_in in (("cut", False), ("stand-ins", True)):
         whole, pwp, tail = (Row(BLOCKS, way, stand_in) for way in ("all", "pwp", "tail"))
         yield f"PWP less all weights, from {start}", pwp, whole
@@ -230,7 +230,7 @@ def contrasts() -> Iterator[tuple[str, Row, Row]]:
 
 
 def differences(found: dict[str, dict[str, Any]]) -> str:
-    """Return in Markdown what is between rows, paired by caption, of the seeds that both have."""
+    """Return the differences of rows as a Markdown table, paired by caption, over the seeds that both rows have."""
     lines = []
     for name, one, other in contrasts():
         pairs = [

@@ -29,7 +29,7 @@ from edgeprune.families import Architecture, Shape
 GROUP_SIZES = (64, 32, 16)
 T5_INT4, T5_INT4_WO8, T5_INT8, T5_HALF = "int4", "int4-wo8", "int8", "half"
 T5_FORMS = (T5_INT4, T5_INT4_WO8, T5_INT8, T5_HALF)
-"""In which a T5 is exported."""
+"""The forms in which a T5 can be exported."""
 ENCODERS = (T5_INT4, T5_INT8, T5_HALF)
 """What `--encoders` takes; of INT4 it is measured whether `wo` has 8 bits."""
 

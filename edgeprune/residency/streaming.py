@@ -83,9 +83,13 @@ class Layer:
         self.uses += 1
         if self.uses > 1:
             return
-        for module, attribute, name in self.places:  # each is freed as soon as it is widened
-            value = self.read(name).to(self.device) if self.kept is None else self.kept[name]
-            _put(module, attribute, value if self.dtype is None or name.endswith(PACKED) else value.to(self.dtype))
+        for module, attribute, name in self.places:
+            _put(module, attribute, self._widened(name))
+
+    def _widened(self, name: str) -> torch.Tensor:
+        """Return a tensor as it computes; as it is stored it is freed before the next one is read."""
+        value = self.read(name).to(self.device) if self.kept is None else self.kept[name]
+        return value if self.dtype is None or name.endswith(PACKED) else value.to(self.dtype)
 
     def ahead(self) -> None:
         """Ask the operating system to read the weights that are not in memory."""

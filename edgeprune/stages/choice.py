@@ -30,7 +30,6 @@ from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import quantize
 from edgeprune.stages.compress import expected_plan, images_of_report, works
-from edgeprune.stages.encoders import t5_of
 from edgeprune.stages.options import CompressOptions
 from edgeprune.stages.original import Original
 from edgeprune.stages.prompts import analysis_prompts
@@ -44,11 +43,13 @@ WITHOUT_SCORES = "uniform"
 Move = tuple[str, Any]
 NO_SCORES: Move = ("prompts", 0)
 """The last move. It is not made where a plan by position cannot meet the budget."""
+WIDE_TEXT: Move = ("int4_text", 0)
+"""Not made where a T5 in 8 bits does not fit the device."""
 MOVES: tuple[Move, ...] = (
     ("estimator", "gates"),
     ("images", 4), ("images", 2), ("prompts", 14), ("prompts", 7), ("calibration", 14), ("calibration", 7),
     ("training", 0.5), ("training", 0.25), ("training", 0.125),
-    ("int4_text", 0), ("image_steps", 14), ("image_steps", 8), ("calibration", 2), ("prompts", 2),
+    WIDE_TEXT, ("image_steps", 14), ("image_steps", 8), ("calibration", 2), ("prompts", 2),
     ("calibration", 1), ("prompts", 1), ("images", 1), ("image_steps", 4),
     ("training", 0.0), ("states", 3), ("calibration", 0), ("image_steps", 1), ("states", 1),
     ("images", 0), ("stand_ins", 0), NO_SCORES,
@@ -85,8 +86,8 @@ class Choice:
     """Most states of each prompt that calibrates."""
     stand_ins: int = 0
     """1 if removed runs of blocks are stood in for."""
-    int4_text: int = 0
-    """1 if a T5 is rounded to INT4, which is calibrated; else it has 8 bits, or what was asked for."""
+    int4_text: int = 1
+    """0 if a T5 has 8 bits instead of INT4."""
 
     @classmethod
     def of_manifest(cls, ws: Workspace) -> Choice | None:
@@ -104,12 +105,12 @@ class Choice:
             real_number(found, name, where, least=0, most=1e10)
         for name in ("prompts", "states", "calibration", "steps", "samples", "images", "image_steps"):
             whole_number(found, name, where, least=0, most=10**9)
-        added = {"stand_ins": 0, "int4_text": 0, "calibration_states": STATES} | found  # versions before lack them
+        added = {"stand_ins": 0, "int4_text": 1, "calibration_states": STATES} | found  # versions before lack them
         for name in ("stand_ins", "int4_text"):
             whole_number(added, name, where, least=0, most=1)
         whole_number(added, "calibration_states", where, least=0, most=STATES)
         try:
-            return cls(**found)
+            return cls(**added)
         except TypeError as error:
             raise InputError(f"{where}: not a choice of this version ({error}); use another -o") from error
 
@@ -165,7 +166,7 @@ class Choice:
             f"training steps: {self.steps}" if self.steps else "no training",
             *([f"prompts that calibrate: {self.calibration}"] if self.calibration else []),
             *(["stand-ins for removed blocks"] if self.stand_ins else []),
-            *(["the T5 in INT4"] if self.int4_text else []),
+            *([] if self.int4_text else ["a T5 in 8 bits"]),
             f"images in the report: {self.images}, of {self.image_steps} steps" if self.images else "no report",
         ]
         return f"--time {duration(self.time_s)}: about {duration(self.forecast_s)}; {'; '.join(parts)}"
@@ -211,8 +212,9 @@ def choose(subject: Subject, options: CompressOptions, time_s: float, speeds: Sp
     fixed = {"images"} if builtin else set()  # its checker scores the same number of each task
     fixed |= set() if options.analyze.metric == VELOCITY else {"estimator", "states"}
     able, moves = [move for move in MOVES if move[0] not in fixed], list[Move]()
-    if most.prompts and not _suffices(subject, replace(most, prompts=0).over(options, kinds)):
-        able.remove(NO_SCORES)
+    for move, needless in ((NO_SCORES, not most.prompts), (WIDE_TEXT, options.t5_form != T5_INT4)):
+        if not needless and not _suffices(subject, replace(most, **dict([move])).over(options, kinds)):
+            able.remove(move)
     while seconds(most.lowered(moves, drawn=drawn)) > SHARE * time_s and len(moves) < len(able):
         moves = able[: len(moves) + 1]
     for move in moves[::-1]:
@@ -255,7 +257,6 @@ def _most(subject: Subject, options: CompressOptions, time_s: float, *, quick: b
         images=images_of_report(subject.source, quick),
         image_steps=steps,
         stand_ins=int(options.plan.stand_in is not None),
-        int4_text=int(options.t5_form == T5_INT4 and t5_of(subject.source) is not None),
     )
 
 

@@ -362,11 +362,11 @@ def compress(
     if options.distill is not None:
         options.distill.check()
         _training(ws, options, rehearsed)
-    need_memory(ws.memory, options, rehearsed, ws.manifest.stages)
+    need_memory(ws.memory, options, rehearsed, () if ws.fresh else ws.manifest.stages)
     if options.quantize.calibration != "none" and "quantize" not in ws.manifest.stages:
         count = options.quantize.count or quantize.PROMPTS
         quantize.check_time(ws, options.quantize, rehearsed, count, silent, counted_by=COUNTED_BY_COMPRESS)
-    if ENCODERS_STAGE not in ws.manifest.stages:
+    if ws.fresh or ENCODERS_STAGE not in ws.manifest.stages:
         encoders.check_time(ws, options.t5_form, options.quantize.group_size, silent)
     if "prune" not in ws.manifest.stages:
         need_room(ws.out, ws.source, rehearsed, options, no_half=no_half)

@@ -136,7 +136,7 @@ def run(ws: Workspace, encoders: str, group_size: int, progress: Progress = sile
 
     def write(key: str) -> dict[str, Any]:
         if encoders != T5_INT4:
-            shutil.rmtree(packed_folder(ws.out / name), ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(packed_folder(ws.out / name), ignore_errors=True)  # left by an interrupted INT4 run
             ws.manifest.encoders = encoders
             return {}
         return _write(ws, name, inputs["prompts"], group_size, key, progress)
@@ -156,12 +156,14 @@ def check_time(ws: Workspace, encoders: str, group_size: int, progress: Progress
 def memory(of: Memory, encoders: str) -> int:
     """Return the bytes of memory that `run` takes at least; 0 where it computes nothing.
 
-    A layer is there in float32 and with the moments of its inputs, and the table of words as it is read and rounded.
+    A layer is there in float32, with as much for the moments of its inputs, beside the rounded table of words; or the
+    table as it is read and as it is rounded.
     """
     sizes = _sizes(of.subject.source) if encoders == T5_INT4 else {}
     if not sizes:
         return 0
-    return of.process + max(8 * _numbers(sizes, ".block.0."), 3 * math.prod(sizes[WORDS]))
+    words = math.prod(sizes[WORDS])
+    return of.process + max(8 * _numbers(sizes, ".block.0.") + words, 3 * words)
 
 
 def work(subject: Subject, encoders: str, group_size: int) -> Work:

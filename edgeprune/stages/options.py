@@ -47,7 +47,9 @@ def encoders_of(given: str | None, int4: QuantizeOptions) -> str:
         given: one of precision.ENCODERS; None for the default.
         int4: as the user gave them.
     """
-    return given or (T5_INT8 if int4.calibration == "none" else T5_INT4)
+    if given is not None:
+        return given
+    return T5_INT8 if int4.calibration == "none" else T5_INT4
 
 
 def halvings(count: int) -> list[int]:
@@ -207,7 +209,7 @@ class CompressOptions:
         return self.distill is not None and self.distill.int4_group_size == self.quantize.group_size
 
     def settled(self, numbers: int) -> CompressOptions:
-        """Return the options with those of `quantize` chosen for a model of so many numbers, and the form of a T5.
+        """Return the options with `quantize` and the form of a T5 resolved for a model of so many weights.
 
         Raises:
             InputError: an option of `quantize` is not usable.
@@ -234,6 +236,7 @@ class CompressOptions:
         data = asdict(self) | own
         if self.distill is not None and self.distill.optimizer == ADAMW:  # older grids and folders stay current
             del data["distill"]["optimizer"]
-        if self.encoders is None:
+        data["encoders"] = self.t5_form
+        if self.t5_form == T5_INT4:
             del data["encoders"]
         return data

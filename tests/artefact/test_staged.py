@@ -117,7 +117,7 @@ def test_few_prompts_are_in_a_layer_that_is_read_once_for_all(
         return encoder
 
     monkeypatch.setattr(StagedPipeline, "_streamed", streamed)
-    for limit, expected in (({"AT_ONCE": 2}, [2, 2, 1]), ({"_USUAL": 0}, [1] * 5)):
+    for limit, expected in (({"AT_ONCE": 2}, [2, 2, 1]), ({"_MOST_BYTES": 0}, [1] * 5)):
         with monkeypatch.context() as patch:
             for name, value in limit.items():
                 patch.setattr(encoder_layers, name, value)

@@ -83,7 +83,7 @@ def test_what_the_processor_has_no_instructions_for_is_refused(monkeypatch: pyte
         (ALDER_LAKE, "bf16", "bf16 products"),
     ):
         monkeypatch.setattr(precision, "instructions", lambda here=here: frozenset(here))
-        says = f"^precision: found '{name}', which needs {needed}; this processor has none: expected auto or exact$"
+        says = f"^precision: found '{name}', which needs {needed}; this processor has none: expected one of auto, exact"
         with pytest.raises(InputError, match=says):
             choose(name, OFFERED, measured(int8=0.01))
         assert choose(EXACT, OFFERED, {}).name == EXACT
@@ -96,7 +96,7 @@ def test_what_the_processor_has_no_instructions_for_is_refused(monkeypatch: pyte
 def test_instructions_that_cannot_be_told_are_not_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "instructions", lambda: frozenset(APPLE))
     found = choose(AUTO, ("int8",), measured(int8=0.01))
-    assert found.why == "exact, int8 needs instructions that are not known here"
+    assert found.why == "exact, int8 needs instructions that this system does not list"
 
 
 def test_what_was_measured_on_the_cpu_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

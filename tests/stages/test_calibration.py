@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from edgeprune.common.errors import InputError
 from edgeprune.planning.options import PlanOptions
+from edgeprune.residency.stored import StoredTransformer
 from edgeprune.sampling.denoising import encode_prompts
 from edgeprune.stages import analyze, calibration, plan, prune, quantize
 from edgeprune.stages.compress import compress
@@ -116,6 +117,22 @@ def test_room_on_disk_is_checked_for_samples_that_memory_does_not_hold(
     monkeypatch.setattr(calibration.Streams, "__init__", measured)
     quantize.run(ws, QuantizeOptions(calibration="feedback"))
     assert checked == written and checked[0] > 0
+
+
+def test_the_pruned_model_is_read_after_the_original_has_run(
+    analyzed: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is outside the blocks of both is never in memory at once."""
+    ws, order = analyzed, list[str]()
+    plan.run(ws, PlanOptions("manual", blocks="1"))
+    prune.run(ws)
+    states, fill = quantize.calibration_states, StoredTransformer.fill
+    monkeypatch.setattr(quantize, "calibration_states", lambda *a, **o: (order.append("states"), states(*a, **o))[1])
+    monkeypatch.setattr(StoredTransformer, "fill", lambda *a: (order.append("fill"), fill(*a))[1])
+    ws.original.release()
+    quantize.run(ws, QuantizeOptions(calibration="feedback"))
+    after = order[order.index("states") + 1 :]
+    assert order[0] == "states" and "fill" in after
 
 
 def test_weights_that_were_trained_as_they_are_rounded_are_rounded_to_the_nearest(

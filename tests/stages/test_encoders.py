@@ -11,8 +11,9 @@ import torch
 
 from edgeprune import api
 from edgeprune.artefact.loading import load_part
-from edgeprune.artefact.manifest import Manifest
+from edgeprune.artefact.manifest import Manifest, packed_encoders, recorded_encoders
 from edgeprune.artefact.t5 import packed_t5
+from edgeprune.bench.disk import disk_bytes
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.families.encoders import T5
 from edgeprune.quantization.int4 import PackedLinear
@@ -198,6 +199,10 @@ def test_what_a_killed_run_left_does_not_count(ws: Workspace, monkeypatch: pytes
         patch.setattr(Manifest, "hash_files", killed)
         run(ws, "int4", 64)
     assert (ws.out / PACKED).is_dir() and packed_t5(ws.out / "text_encoder_3") is None
+    assert packed_encoders(ws.out) == [PACKED] and recorded_encoders(ws.out) == []
+    whole = disk_bytes(ws.out)["total_disk_bytes"]
+    (ws.out / PACKED / "model.safetensors").write_bytes(b"")
+    assert disk_bytes(ws.out)["total_disk_bytes"] == whole
     assert run(ws, "int8", 64) and not (ws.out / PACKED).exists()
 
 
@@ -206,11 +211,11 @@ def test_the_default_follows_the_calibration(source: Path, tmp_path: Path, monke
     monkeypatch.setattr(encoders, "PROMPTS", 6)
     ws, asked = begun(source, tmp_path / "out"), list[tuple[str, int]]()
     monkeypatch.setattr(encoders, "check_time", lambda _, form, size, __: asked.append((form, size)))
-    nearest = api.QuantizeOptions(32, calibration="none")
+    nearest = api.QuantizeOptions(group_size=32, calibration="none")
     api.quantize(ws.out, nearest)
     assert Manifest.load(ws.out).encoders == "int8" and set(asked) == {("int8", 32)}
     chosen = api.CompressOptions(distill=None, quantize=nearest)
-    assert chosen.settled(10).encoders == "int8" and "encoders" not in chosen.to_json()
+    assert chosen.settled(10).encoders == "int8" and chosen.to_json()["encoders"] == "int8"
     trained = api.CompressOptions().settled(10)
     assert (trained.quantize.calibration, trained.encoders) == ("none", "int4")  # nobody asked for no calibration
 
@@ -250,3 +255,5 @@ def test_its_work_is_counted(source: Path, ws: Workspace) -> None:
     run(ws, "int4", 64)
     size = sum(path.stat().st_size for path in (ws.out / PACKED).glob("*.safetensors"))
     assert 0.5 < size / encoders.written_bytes(source, "int4", 64) < 1.3  # with its header
+    layer = 4 * 4 * tiny.T5_WIDTH**2  # its attention in float32
+    assert ws.memory.process + layer < encoders.memory(ws.memory, "int4") and encoders.memory(ws.memory, "int8") == 0
