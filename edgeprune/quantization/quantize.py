@@ -29,6 +29,18 @@ _HALF_STEP = 16 / 15
 """How much larger than 1/8 of it a step must be for a group's largest weight to be 7.5 steps."""
 
 
+def rounding_bytes(numbers: int, itemsize: int) -> int:
+    """Return the bytes that a weight of so many numbers takes while it is rounded, beside itself.
+
+    It is there in float32, scaled, and as integers in 32 bits.
+
+    Args:
+        numbers: of the weight.
+        itemsize: bytes of each before it is rounded.
+    """
+    return numbers * (3 * 4 - (itemsize if itemsize == 4 else 0))
+
+
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """Return a module's linear layers by name."""
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}

@@ -20,7 +20,9 @@ from edgeprune.common.tensors import Tensors
 from edgeprune.families import Config, Family
 from edgeprune.families.joint import width
 from edgeprune.metrics.velocity import VelocityError
+from edgeprune.quantization.quantize import rounding_bytes
 from edgeprune.residency.compute import Compute
+from edgeprune.residency.running import least_bytes
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.stored import CPU, StoredTransformer
 from edgeprune.sampling.denoising import model_inputs
@@ -190,13 +192,26 @@ def streams_of(
         inputs: of its forward, for batches of samples.
         size: bytes that all streams take at most.
         name: of the folder for what does not fit in memory.
-        share: the samples take this part of the memory that is left, such as a third.
+        share: the samples take this part of the memory that is left beside a block, such as a third.
     """
     host = Compute(memory=ws.original.compute.memory if ws.original.compute.device.type == "cpu" else None)
     host.collect()
-    room, scratch = host.left() // share, ws.cache / name
+    room, scratch = max(0, host.left() - block_bytes(ws.family, model)) // share, ws.cache / name
     need_space(scratch, max(0, size - room))
     return Streams(ws.family, model, inputs, Spill(scratch, room=room), ws.original.compute.device)
+
+
+def block_bytes(family: Family, model: Any) -> int:
+    """Return the bytes of the largest block while it runs or is rounded.
+
+    Args:
+        family: the transformer's family.
+        model: its tensors outside the blocks are in the dtype to compute in.
+    """
+    sizes = [[tensor.numel() for tensor in block.state_dict().values()] for block in family.blocks(model)]
+    largest, like = max(sizes, key=sum), next(t for t in model.parameters() if not t.is_meta)
+    itemsize = like.dtype.itemsize
+    return least_bytes(largest, 0, itemsize, itemsize, working=rounding_bytes(max(largest), itemsize))
 
 
 def stream_bytes(family: Family, config: Config, shape: tuple[int, ...], text: int) -> int:

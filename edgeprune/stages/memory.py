@@ -21,6 +21,7 @@ from edgeprune.families.encoders import T5, text_encoders
 from edgeprune.families.joint import width
 from edgeprune.planning.fit import stored_shapes, transformer_activations, vae_activations
 from edgeprune.quantization.feedback import CHANNELS
+from edgeprune.quantization.quantize import ROUNDED
 from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.running import PROCESS_BYTES, least_bytes
 from edgeprune.sampling.denoising import VelocityInputs
@@ -33,8 +34,6 @@ SAVED_WIDTHS = 16
 its joint ones, 16 of SD3.5 Large's, 24 of SD3.5 Medium's."""
 _STORED = 2
 """Bytes of a weight in the file of a large model."""
-_ROUNDED = 3 * 4
-"""Bytes of each number of a weight while it is rounded: in float32, scaled, and its integers."""
 _LAYER = re.compile(r"\.(?:block|layers)\.(\d+)\.")
 
 
@@ -78,8 +77,14 @@ class Memory:
         running = self.transformer(prompts, gradients=gradients)
         return max(self.encoding(1 + prompts), self.process + running + kept + beside)
 
-    def transformer(self, samples: int, *, gradients: bool = False) -> int:
-        """Of the transformer while it runs, without those of the process; see `running` in residency/running.py."""
+    def transformer(self, samples: int, *, gradients: bool = False, beside: int = 0) -> int:
+        """Of the transformer while it runs, without those of the process; see `running` in residency/running.py.
+
+        Args:
+            samples: that it evaluates.
+            gradients: of gates on the blocks, too.
+            beside: bytes that a block needs instead of activations, if these are fewer.
+        """
         subject, parts = self.subject, self._parts()
         outside, small = sum(parts.pop(None, [])), self.compute.memory is None and is_small(subject.numbers)
         together = images_at_once(self._image_tokens)
@@ -91,7 +96,9 @@ class Memory:
             working = max(working, (one + graph) * rows)
         if small:
             return 4 * subject.numbers + working * self.itemsize
-        return least_bytes(max(parts.values(), key=sum), outside, _STORED, self.itemsize, working * self.itemsize)
+        return least_bytes(
+            max(parts.values(), key=sum), outside, _STORED, self.itemsize, max(beside, working * self.itemsize)
+        )
 
     def drawing(self, images: int) -> int:
         """While images are drawn, of one transformer after the other, and held."""
@@ -118,19 +125,16 @@ class Memory:
         Args:
             calibrated: with the moments of the inputs, see quantization/feedback.py.
         """
-        shapes = self.subject.family.tensor_shapes(self.subject.config)
+        family, shapes = self.subject.family, self.subject.family.tensor_shapes(self.subject.config)
+        weight = max(math.prod(shape) for name, shape in shapes.items() if family.in_block(name))
         if calibrated:
             inputs = {shape[1] for shape in shapes.values() if len(shape) == 2}
             moments = sum(4 * size * size // -(-size // CHANNELS) for size in inputs)
-            return self.process + self.transformer(1) + moments
+            return self.process + self.transformer(1, beside=ROUNDED * weight) + moments
         if self.compute.device.type != "cpu":
             return 0
-        family, blocks = (
-            self.subject.family,
-            [sum(sizes) for block, sizes in self._parts().items() if block is not None],
-        )
-        weight = max(math.prod(shape) for name, shape in shapes.items() if family.in_block(name))
-        return self.process + 2 * _STORED * max(blocks) + _ROUNDED * weight
+        blocks = [sum(sizes) for block, sizes in self._parts().items() if block is not None]
+        return self.process + 2 * _STORED * max(blocks) + ROUNDED * weight
 
     @property
     def tokens(self) -> int:
