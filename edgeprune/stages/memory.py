@@ -21,7 +21,7 @@ from edgeprune.families.encoders import T5, text_encoders
 from edgeprune.families.joint import width
 from edgeprune.planning.fit import stored_shapes, transformer_activations, vae_activations
 from edgeprune.quantization.feedback import CHANNELS
-from edgeprune.quantization.quantize import ROUNDED
+from edgeprune.quantization.quantize import rounding_bytes
 from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.running import PROCESS_BYTES, least_bytes
 from edgeprune.sampling.denoising import VelocityInputs
@@ -130,11 +130,11 @@ class Memory:
         if calibrated:
             inputs = {shape[1] for shape in shapes.values() if len(shape) == 2}
             moments = sum(4 * size * size // -(-size // CHANNELS) for size in inputs)
-            return self.process + self.transformer(1, beside=ROUNDED * weight) + moments
+            return self.process + self.transformer(1, beside=rounding_bytes(weight, self.itemsize)) + moments
         if self.compute.device.type != "cpu":
             return 0
         blocks = [sum(sizes) for block, sizes in self._parts().items() if block is not None]
-        return self.process + 2 * _STORED * max(blocks) + ROUNDED * weight
+        return self.process + 2 * _STORED * max(blocks) + rounding_bytes(weight, _STORED)
 
     @property
     def tokens(self) -> int:
