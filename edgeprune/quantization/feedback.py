@@ -12,12 +12,13 @@ Notation: O outputs, I inputs, G groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 
 from edgeprune.common.errors import InputError
+from edgeprune.families import Shape
 
 DAMPING = 0.01
 """Share of the mean moment that is added to each: inputs that were not seen must not cost nothing."""
@@ -99,6 +100,18 @@ def _factor(moments: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     one = torch.eye(len(order), dtype=lower.dtype, device=lower.device)
     found: torch.Tensor = torch.linalg.solve_triangular(lower, one, upper=False, out=one)
     return found.flip(0, 1)
+
+
+def moments_bytes(shapes: Iterable[Shape]) -> int:
+    """Return about the bytes of the second moments of a block's inputs.
+
+    Layers of the same shape mostly share an input, but each of two streams has its own.
+
+    Args:
+        shapes: of the block's tensors.
+    """
+    inputs = [shape[1] for shape in set(shapes) if len(shape) == 2]
+    return 2 * sum(4 * size * size // -(-size // CHANNELS) for size in inputs)
 
 
 @torch.no_grad()

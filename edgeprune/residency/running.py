@@ -73,11 +73,25 @@ def room_to_run(model: Any, wanted: int) -> int:
     if compute is None or wanted <= _LEAST_WORKING_BYTES:
         return wanted
     if compute.memory is not None:
-        return min(wanted, _run_share(model, compute.memory))
+        return min(wanted, share_to_run(compute.memory, _outside_bytes(model), _block_bytes(model)))
     reading = _block_bytes(model)
     if (compute.left() - reading) // 2 < wanted:  # collecting takes a while
         compute.collect()
     return min(wanted, max(0, compute.left() - reading) // 2)
+
+
+def share_to_run(memory: int, outside: int, block: int) -> int:
+    """Return the bytes of a given memory for activations of rows that run together.
+
+    They are also at most half of what the process and the weights leave of it.
+
+    Args:
+        memory: what was given.
+        outside: bytes of the weights outside blocks.
+        block: bytes of the largest block.
+    """
+    left = memory - PROCESS_BYTES - outside - block
+    return max(_LEAST_WORKING_BYTES, min(memory // _RUN_SHARE, left // 2))
 
 
 def dtype_of(stored: StoredTransformer, compute: Compute) -> torch.dtype:
@@ -136,8 +150,9 @@ def spare(model: Any, compute: Compute, wanted: int) -> int:
         compute: where it computes, and how much memory that may take.
         wanted: bytes that suffice; if fewer are free, freed memory is collected first.
     """
-    activations = _LEAST_WORKING_BYTES if compute.memory is None else _run_share(model, compute.memory)
-    needed = _block_bytes(model) + activations
+    needed = _block_bytes(model) + _LEAST_WORKING_BYTES
+    if compute.memory is not None:
+        needed = _block_bytes(model) + share_to_run(compute.memory, _outside_bytes(model), _block_bytes(model))
     if (compute.left() - needed) // 2 < wanted:  # collecting takes a while
         compute.collect()
     return max(0, compute.left() - needed) // 2
@@ -147,14 +162,8 @@ def _block_bytes(model: Any) -> int:
     return int(_HEAP * largest_running_bytes(model))
 
 
-def _run_share(model: Any, memory: int) -> int:
-    """Return the bytes of a given memory for activations of rows that run together.
-
-    They are also at most half of what the process, the weights outside blocks and a block leave of it.
-    """
-    outside: int = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
-    left = memory - PROCESS_BYTES - outside - _block_bytes(model)
-    return max(_LEAST_WORKING_BYTES, min(memory // _RUN_SHARE, left // 2))
+def _outside_bytes(model: Any) -> int:
+    return sum(int(t.nbytes) for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
 
 
 def _numbers(stored: StoredTransformer) -> int:

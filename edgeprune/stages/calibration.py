@@ -8,6 +8,7 @@ Notation: N image tokens, M text tokens, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,12 +21,14 @@ from edgeprune.common.tensors import Tensors
 from edgeprune.families import Config, Family
 from edgeprune.families.joint import width
 from edgeprune.metrics.velocity import VelocityError
+from edgeprune.quantization.feedback import moments_bytes
 from edgeprune.quantization.quantize import rounding_bytes
 from edgeprune.residency.compute import Compute
-from edgeprune.residency.running import least_bytes
+from edgeprune.residency.running import least_bytes, share_to_run
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.stored import CPU, StoredTransformer
 from edgeprune.sampling.denoising import model_inputs
+from edgeprune.sampling.together import row_bytes, rows_together
 from edgeprune.stages.options import seen
 from edgeprune.stages.workspace import Workspace
 
@@ -168,15 +171,17 @@ def streams_before(ws: Workspace, states: VelocityError, model: Any, name: str =
 
     guided = ws.family.guided(ws.config, ws.student_generation.guidance_scale)
 
+    shape, text = tuple(states.states.shape[1:]), states.condition.hidden.shape[1]
+    batch = _rows_together(ws, model, shape, text, states.batch)
+
     def inputs() -> Iterator[Tensors]:
-        for start in range(0, len(states.states), states.batch):
-            rows = slice(start, start + states.batch)
+        for start in range(0, len(states.states), batch):
+            rows = slice(start, start + batch)
             latents, condition = states.states[rows], states.condition_of(rows)
             for text in (condition, states.empty.like(condition)) if guided else (condition,):
                 yield model_inputs(model, latents, text, states.sigmas[rows], states.guidance)
 
     samples = len(states.states) * (2 if guided else 1)
-    shape, text = tuple(states.states.shape[1:]), states.condition.hidden.shape[1]
     return streams_of(ws, model, inputs(), samples * stream_bytes(ws.family, ws.config, shape, text), name, share)
 
 
@@ -201,17 +206,34 @@ def streams_of(
     return Streams(ws.family, model, inputs, Spill(scratch, room=room), ws.original.compute.device)
 
 
+def _rows_together(ws: Workspace, model: Any, shape: tuple[int, ...], text: int, most: int) -> int:
+    """Return how many of `most` samples run together in a block: those that the memory that was given has room for."""
+    place, like = ws.original.compute, _like(model)
+    if place.memory is None:
+        return most
+    outside = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+    room = share_to_run(place.memory, outside, block_bytes(ws.family, model))
+    return rows_together(room, row_bytes(ws.family, ws.config, shape, text, like.dtype.itemsize), most)
+
+
+def _like(model: Any) -> torch.Tensor:
+    """Return a tensor outside the blocks of a transformer."""
+    like: torch.Tensor = next(t for t in model.parameters() if not t.is_meta)
+    return like
+
+
 def block_bytes(family: Family, model: Any) -> int:
-    """Return the bytes of the largest block while it runs or is rounded.
+    """Return the bytes of the largest block while it runs or is rounded, with the moments of its inputs.
 
     Args:
         family: the transformer's family.
         model: its tensors outside the blocks are in the dtype to compute in.
     """
-    sizes = [[tensor.numel() for tensor in block.state_dict().values()] for block in family.blocks(model)]
-    largest, like = max(sizes, key=sum), next(t for t in model.parameters() if not t.is_meta)
-    itemsize = like.dtype.itemsize
-    return least_bytes(largest, 0, itemsize, itemsize, working=rounding_bytes(max(largest), itemsize))
+    blocks = [[tuple(tensor.shape) for tensor in block.state_dict().values()] for block in family.blocks(model)]
+    shapes = max(blocks, key=lambda block: sum(map(math.prod, block)))
+    sizes, itemsize = [math.prod(shape) for shape in shapes], _like(model).dtype.itemsize
+    working = rounding_bytes(max(sizes), itemsize)
+    return least_bytes(sizes, 0, itemsize, itemsize, working) + moments_bytes(shapes)
 
 
 def stream_bytes(family: Family, config: Config, shape: tuple[int, ...], text: int) -> int:

@@ -17,10 +17,11 @@ import torch
 
 from edgeprune.artefact.staged import TILE, can_stage
 from edgeprune.common.files import read_json
+from edgeprune.families import Shape
 from edgeprune.families.encoders import T5, text_encoders
 from edgeprune.families.joint import width
 from edgeprune.planning.fit import stored_shapes, transformer_activations, vae_activations
-from edgeprune.quantization.feedback import CHANNELS
+from edgeprune.quantization.feedback import moments_bytes
 from edgeprune.quantization.quantize import rounding_bytes
 from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.running import PROCESS_BYTES, least_bytes
@@ -128,9 +129,13 @@ class Memory:
         family, shapes = self.subject.family, self.subject.family.tensor_shapes(self.subject.config)
         weight = max(math.prod(shape) for name, shape in shapes.items() if family.in_block(name))
         if calibrated:
-            inputs = {shape[1] for shape in shapes.values() if len(shape) == 2}
-            moments = sum(4 * size * size // -(-size // CHANNELS) for size in inputs)
-            return self.process + self.transformer(1, beside=rounding_bytes(weight, self.itemsize)) + moments
+            of_block = defaultdict[int, list[Shape]](list)
+            for name, shape in shapes.items():
+                if (place := family.place(self.subject.config, name)) is not None:
+                    of_block[place[0]].append(shape)
+            running = self.transformer(1, beside=rounding_bytes(weight, self.itemsize))
+            outside = sum(self._parts().get(None, [])) * self.itemsize  # is not there any more
+            return self.process + running - outside + max(map(moments_bytes, of_block.values()))
         if self.compute.device.type != "cpu":
             return 0
         blocks = [sum(sizes) for block, sizes in self._parts().items() if block is not None]

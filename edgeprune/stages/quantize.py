@@ -113,6 +113,7 @@ def _quantize(
         states = calibration_states(ws, prompts, options.states, spill=kept)
         stored.fill(stored.names(None), dtype)  # not before: the original has run, and is not in memory any more
         streams = streams_before(ws, states, stored.model)
+        stored.model.to("meta")  # only blocks run from now on
 
     rounder = Rounder(
         stored, blocks, options.group_size, options.calibration, streams, dtype, _seen_prefix(ws, options, progress)

@@ -47,7 +47,7 @@ class Rounder:
     """Rounds a pruned transformer block by block, of which one is in memory, and sends calibration samples on.
 
     Args:
-        stored: the transformer; with streams, what is outside its blocks has its numbers.
+        stored: the transformer, on the meta device.
         blocks: the tensors of each entry of `by_block`; the last are outside the blocks.
         group_size: weights that share a scale.
         calibration: how integers are chosen.
@@ -78,8 +78,7 @@ class Rounder:
             return {name: self.ready[name] for name in self.blocks[index]}
         stored, streams, block = self.stored, self.streams, index if index + 1 < len(self.blocks) else None
         run, calls = None, 1
-        if streams is None or block is not None:
-            stored.fill(stored.names(block), self.dtype if streams else None)
+        stored.fill(stored.names(block), self.dtype if streams else None)
         if streams is not None and block is not None:
             run, calls = partial(streams.run, self.family.blocks(stored.model)[block]), streams.batches
         quantize_part(
