@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from edgeprune.common import heap
 from edgeprune.common.tensors import Tensors
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.quantization.quantize import prepare, quantize_part
@@ -105,3 +106,5 @@ class Rounder:
             self.stored.model.load_state_dict(floats, strict=False, assign=True)
             self.streams.run(self.family.blocks(self.stored.model)[block], advance=True)
         self.stored.drop(block)
+        if self.streams is not None:
+            heap.trim()  # what glibc keeps of each block would add up to a tenth of the peak
