@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.memory import ComputeOptions
@@ -27,16 +25,18 @@ from edgeprune.runtimes.memory import Meter, Reading
 with needs("compress"):
     import torch
 
+    from edgeprune.artefact.chat import as_chat
     from edgeprune.artefact.checks import check_pipeline
     from edgeprune.artefact.loading import load_pipeline, open_transformer, quiet
     from edgeprune.artefact.manifest import INT4
     from edgeprune.artefact.staged import StagedPipeline, can_stage
     from edgeprune.families import Family, family_of_model
-    from edgeprune.families.encoders import EXPORTED, T5, tokenizer_of
+    from edgeprune.families.encoders import LONG, QWEN3, tokenizer_of
     from edgeprune.residency.compute import DTYPES, Compute, is_small, name_of
     from edgeprune.residency.running import check_room, dtype_of, running, within
     from edgeprune.sampling.denoising import Conditioning, at_once, batches_of, encode_prompts, evaluate, groups
-    from edgeprune.sampling.generation import latent_scale, longest_prompt
+    from edgeprune.sampling.generation import longest_prompt
+    from edgeprune.sampling.latents import scale_of
     from edgeprune.sampling.prompts import cut_words
 
     with quiet():
@@ -107,11 +107,12 @@ class EagerBackend:
             tokenizer = self._tokenizer(encoder.name)
             # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
             first = first or tokenizer.model_max_length
-            if tokenizer is None or encoder.kind not in EXPORTED:
+            if tokenizer is None:
                 continue
-            most = self._t5_tokens if encoder.kind == T5 else first
+            most = self._t5_tokens if encoder.kind in LONG else first
+            count = functools.partial(_count, tokenizer, chat=encoder.kind == QWEN3)
             with quiet():  # transformers warns of long texts in its own words
-                line = cut_words(encoder.name, prompts, functools.partial(_count, tokenizer), most)
+                line = cut_words(encoder.name, prompts, count, most)
             if line:
                 warnings.warn(line, stacklevel=3)
 
@@ -157,9 +158,8 @@ class EagerBackend:
         if isinstance(self.pipeline, StagedPipeline):
             self.pipeline.make_room(*(side * self.pipeline.vae_scale_factor for side in latents.shape[-2:]))
         vae = self.pipeline.vae
-        scaling, shift = latent_scale(vae.config)
-        scaled = latents / np.float32(scaling) + np.float32(shift)
-        return _numpy(vae.decode(torch.tensor(scaled).to(self._device, vae.dtype), return_dict=False)[0])
+        scaled = scale_of(vae).to_vae(self._tensor(latents))
+        return _numpy(vae.decode(scaled.to(vae.dtype), return_dict=False)[0])
 
     def memory(self) -> dict[str, Reading]:
         """Return the rows of memory.SPLIT, for this process or for the GPU."""
@@ -175,8 +175,8 @@ class EagerBackend:
         return torch.tensor(array).to(self._device)
 
 
-def _count(tokenizer: Any, text: str) -> int:
-    return len(tokenizer(text).input_ids)
+def _count(tokenizer: Any, text: str, *, chat: bool) -> int:
+    return len(tokenizer(as_chat(tokenizer, text) if chat else text).input_ids)
 
 
 def _numpy(tensor: Any) -> Array:

@@ -33,7 +33,8 @@ from edgeprune.runtimes.embeddings import KeptEmbeddings
 from edgeprune.runtimes.memory import Meter, Reading
 from edgeprune.runtimes.modulation import AT_ONCE, ROOM, ROWS, SMALL, WIDTH, Table, keys_of
 from edgeprune.runtimes.text import PromptTokenizer
-from edgeprune.sampling.generation import images_at_once, latent_scale, longest_prompt
+from edgeprune.sampling.generation import images_at_once, longest_prompt
+from edgeprune.sampling.latents import exported_scale
 from edgeprune.sampling.prompts import cut_words
 
 _AHEAD = 32
@@ -200,7 +201,7 @@ class NetworkBackend:
         check_tokens(folder, self._t5_tokens)
         self._family, self._config = settings.family, settings.config
         vae = folder / "vae_decoder" / "config.json"
-        self._scaling, self._shift = latent_scale(read_json(vae), vae)
+        self._scale = exported_scale(read_json(vae), vae)
         self._encoders = text_encoders(folder)
         first = PromptTokenizer(folder / "tokenizer")
         # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
@@ -469,8 +470,7 @@ class NetworkBackend:
         """Decode latents (B, C, h, w) to pixels (B, 3, H, W)."""
         self._forget_rows()
         self._prepare_for(latents)
-        scaled = latents / np.float32(self._scaling) + np.float32(self._shift)
-        (output,) = self._run("vae_decoder", [{"latent_sample": scaled}])
+        (output,) = self._run("vae_decoder", [{"latent_sample": self._scale.to_vae(latents)}])
         return next(iter(output.values()))
 
     def memory(self) -> dict[str, Reading]:

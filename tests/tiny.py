@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -30,11 +32,15 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
 )
 
+from edgeprune.artefact.synth import tokenizers
 from edgeprune.families import Family, family_of_model
 from edgeprune.quantization.quantize import quantize_part
 from edgeprune.residency.stored import StoredTransformer
@@ -234,6 +240,67 @@ def tiny_flux_pipeline(folder: Path, **overrides: Any) -> FluxPipeline:
     pipeline.to(torch.float16).save_pretrained(folder)
     (folder / "generation.json").write_text(json.dumps(GENERATION | {"max_sequence_length": 24}, indent=1) + "\n")
     return pipeline.to(torch.float32)
+
+
+QWEN_WIDTH = 32
+QWEN_LAYERS = 29
+"""Two more than FLUX.2 reads."""
+
+
+def tiny_qwen3(vocab: int, *, layers: int = QWEN_LAYERS) -> Qwen3ForCausalLM:
+    """Make a Qwen3 of width 32 whose four heads share two keys; a head is wider than its share of the width."""
+    torch.manual_seed(7)
+    config = Qwen3Config(
+        vocab_size=vocab, hidden_size=QWEN_WIDTH, intermediate_size=48, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Norms of ones would hide a missing one, and small weights what attention does.
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model
+
+
+@functools.cache
+def tiny_qwen_tokenizer() -> Qwen2TokenizerFast:
+    """Make a byte-level tokenizer with Qwen's special tokens and chat template, and few merges."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizers.write_qwen(Path(folder), words=1200)
+        return Qwen2TokenizerFast.from_pretrained(folder)
+
+
+def tiny_vae_flux2(**overrides: Any) -> AutoencoderKLFlux2:
+    """Make a VAE of factor 8 with 8 latent channels, whose packed channels have different means and variances."""
+    torch.manual_seed(2)
+    config: dict[str, Any] = {
+        "block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "latent_channels": 8, "norm_num_groups": 4,
+        "sample_size": 64,
+    }  # fmt: skip
+    vae = AutoencoderKLFlux2(**config | overrides)
+    vae.bn.running_mean.copy_(torch.linspace(-1, 1, 32))
+    vae.bn.running_var.copy_(torch.linspace(0.3, 3, 32))
+    return vae.eval()
+
+
+def tiny_klein_pipeline(folder: Path, *, distilled: bool = True, **overrides: Any) -> Flux2KleinPipeline:
+    """Make a FLUX.2 klein pipeline and save it to `folder` in half precision, with a generation.json."""
+    tokenizer = tiny_qwen_tokenizer()
+    pipeline = Flux2KleinPipeline(
+        transformer=tiny_flux2(**{"joint_attention_dim": 3 * QWEN_WIDTH} | overrides),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=tiny_vae_flux2(),
+        text_encoder=tiny_qwen3(len(tokenizer)),
+        tokenizer=tokenizer,
+        is_distilled=distilled,
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)
+    settings = GENERATION | {"max_sequence_length": 40} | ({"guidance_scale": 1.0} if distilled else {})
+    (folder / "generation.json").write_text(json.dumps(settings, indent=1) + "\n")
+    model = pipeline.to(torch.float32).text_encoder.model
+    model.rotary_emb = type(model.rotary_emb)(model.config)  # no file has its speeds, so loading does not round them
+    return pipeline
 
 
 class _InMemory(dict[str, torch.Tensor]):

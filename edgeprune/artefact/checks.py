@@ -20,11 +20,13 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown, whole_number
 from edgeprune.common.files import read_json
 from edgeprune.families import CHANGED, Architecture, Config
-from edgeprune.families.encoders import CLIP, EXPORTED, T5, is_present, read_index, text_encoders, tokenizer_of
+from edgeprune.families.architecture import Encoder
+from edgeprune.families.encoders import CLIP, QWEN3, T5, is_present, read_index, text_encoders, tokenizer_of
 from edgeprune.families.parts import VAE, part_shapes, tensor_of, text_outputs
 from edgeprune.residency.model_files import parts_of
 from edgeprune.residency.weights import Weights
-from edgeprune.sampling.generation import latent_factor, latent_scale
+from edgeprune.sampling.generation import latent_factor
+from edgeprune.sampling.latents import factors
 from edgeprune.sampling.scheduler import FlowMatch
 
 if TYPE_CHECKING:
@@ -221,10 +223,10 @@ def _check_channels(folder: Path, config: Config, family: Architecture) -> None:
     where = folder / "vae" / "config.json"
     vae, latent = read_json(where), family.latents(config).channels
     latent_factor(vae, where)
-    if family.vae != VAE:
-        return
-    latent_scale(vae, where)
-    if (found := whole_number({"latent_channels": 4} | vae, "latent_channels", where)) != latent:
+    if family.vae == VAE:  # the other one has statistics among its tensors
+        factors(vae, where)
+    default = {"latent_channels": 4 if family.vae == VAE else 32}
+    if (found := whole_number(default | vae, "latent_channels", where)) != latent:
         raise InputError(f"{where}: latent_channels: found {found}, expected {latent} by the transformer's in_channels")
     for name in ("in_channels", "out_channels"):
         if (colours := vae.get(name, 3)) != 3:
@@ -236,8 +238,10 @@ def _check_text(folder: Path, config: Config, family: Architecture, encoders: di
     path = folder / HALF / "config.json"
     hidden, pooled = family.text_widths(config)
     paths = {name: folder / name / "config.json" for name in encoders}
-    if not set(encoders.values()) <= set(EXPORTED):
-        return
+    for encoder in family.encoders:
+        if encoder.kind == QWEN3:
+            _check_states(encoder, paths[encoder.name], hidden, path)
+            return
     widths = [(kind, *text_outputs(kind, read_json(paths[name]), paths[name])) for name, kind in encoders.items()]
     t5, clip = ([width for found, width, _ in widths if found == kind] for kind in (T5, CLIP))
     if t5 and t5[0] != hidden:
@@ -246,3 +250,22 @@ def _check_text(folder: Path, config: Config, family: Architecture, encoders: di
         raise InputError(f"{path}: joint_attention_dim: found {hidden}, expected the CLIP text encoders' {sum(clip)}")
     if (found := sum(width for _, _, width in widths)) != pooled:
         raise InputError(f"{path}: pooled_projection_dim: found {pooled}, expected {found} by the CLIP text encoders")
+
+
+def _check_states(encoder: Encoder, config: Path, hidden: int, path: Path) -> None:
+    """Check that a language model has the hidden states that are read, and that these are what the transformer reads.
+
+    Args:
+        encoder: the language model.
+        config: its config.json.
+        hidden: width of the transformer's text.
+        path: the transformer's config.json.
+    """
+    found = read_json(config)
+    whole_number({"num_hidden_layers": 32} | found, "num_hidden_layers", config, least=max(encoder.states))
+    wide = len(encoder.states) * text_outputs(encoder.kind, found, config)[0]
+    if wide != hidden:
+        raise InputError(
+            f"{path}: joint_attention_dim: found {hidden}, expected {wide}, the width of {len(encoder.states)} hidden "
+            f"states of {encoder.name}"
+        )

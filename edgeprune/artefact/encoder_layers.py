@@ -5,13 +5,13 @@ Notation: B prompts, M tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from edgeprune.families.encoders import CLIP, CLIP_POOLED, T5
+from edgeprune.families.encoders import CLIP, CLIP_POOLED, QWEN3, T5
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.running import spare
 from edgeprune.sampling.together import batches_together, rows_together
@@ -19,11 +19,11 @@ from edgeprune.sampling.together import batches_together, rows_together
 AT_ONCE = 64
 """Most prompts that are in a layer together."""
 OUTPUTS = {CLIP: "text_embeds", CLIP_POOLED: "pooler_output", T5: "last_hidden_state"}
-"""What is read of an encoder's result."""
+"""What is read of an encoder's result, besides hidden states."""
 _SCORES, _INNER, _WIDE = 3, 5, 6
 """Numbers that are alive at once in a layer, for each token: scores of each head, inner widths of its MLP, widths."""
-_STREAMS = 4
-"""Streams of a prompt that are alive between two layers: before and after, and the two that are kept of CLIP."""
+_STREAMS = 5
+"""Streams of a prompt that are alive between two layers: before and after, and the three that are kept of Qwen3."""
 _ROWS_SHARE = 8
 """Prompts that are in a layer together take at most 1/8 of the memory that was given, whatever is free: products of
 other row counts differ in their last bits."""
@@ -33,7 +33,7 @@ _MOST_BYTES = 10**9
 
 def layers_of(model: nn.Module, kind: str) -> Iterable[tuple[str, nn.Module]]:
     """Return a text encoder's layers in their order, with the prefix of their tensors' names."""
-    of = "encoder.block" if kind == T5 else "encoder.layers"
+    of = {T5: "encoder.block", QWEN3: "model.layers"}.get(kind, "encoder.layers")
     found = next(name for name, _ in model.named_modules() if name.endswith(of))
     for index, layer in enumerate(model.get_submodule(found).children()):
         yield f"{found}.{index}.", layer
@@ -63,21 +63,35 @@ def rows_of(kind: str, config: Any, compute: Compute) -> Callable[[torch.Tensor]
     return rows
 
 
-def said(encoder: Any, kind: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what a text encoder says of token ids (B, M), under the names that `Network.join` reads.
+def said(
+    encoder: Any, kind: str, ids: torch.Tensor, mask: torch.Tensor | None = None, states: Sequence[int] = ()
+) -> dict[str, torch.Tensor]:
+    """Return what a text encoder says of token ids, under the names that `Network.join` reads.
 
     Of CLIP's hidden states the last two are kept, of which `join` reads one; transformers would keep all.
+
+    Args:
+        encoder: the network.
+        kind: its class.
+        ids: (B, M).
+        mask: (B, M), 1 at tokens and 0 at padding; None for encoders that read padding.
+        states: the hidden states that are kept of Qwen3; 0 is the embedding.
     """
-    found: dict[str, torch.Tensor] = {}
     layers = [layer for _, layer in layers_of(encoder, kind)]
+    found: dict[str, torch.Tensor] = {}
+    hooks = []
+    for state in (len(layers) - 1, len(layers)) if kind == CLIP else states:
 
-    def keep(_: Any, arguments: Any, out: Any) -> None:
-        found[f"hidden_states.{len(layers) - 1}"] = arguments[0]
-        found[f"hidden_states.{len(layers)}"] = out if isinstance(out, torch.Tensor) else out[0]
+        def keep(_: Any, arguments: Any, out: Any, state: int = state) -> None:
+            value = arguments[0] if state < len(layers) else out
+            found[f"hidden_states.{state}"] = value if isinstance(value, torch.Tensor) else value[0]
 
-    hook = layers[-1].register_forward_hook(keep) if kind == CLIP else None
+        hooks.append(layers[min(state, len(layers) - 1)].register_forward_hook(keep))
     try:
+        if kind == QWEN3:
+            encoder.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            return found
         return {OUTPUTS[kind]: encoder(ids)[OUTPUTS[kind]]} | found
     finally:
-        if hook is not None:
+        for hook in hooks:
             hook.remove()

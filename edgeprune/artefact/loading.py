@@ -24,8 +24,8 @@ from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import is_out_of_memory, read_json
 from edgeprune.families import CHANGED, family_of, family_of_model
-from edgeprune.families.encoders import T5, read_index, text_encoders, tokenizer_of
-from edgeprune.families.parts import VAE, tensor_of
+from edgeprune.families.encoders import QWEN3, T5, read_index, text_encoders, tokenizer_of
+from edgeprune.families.parts import VAES, tensor_of
 from edgeprune.quantization.quantize import prepare
 from edgeprune.quantization.t5 import prepare_t5
 from edgeprune.residency.model_files import parts_of, weights_of
@@ -155,9 +155,10 @@ def load_pipeline(
     absent = {name: None for name, entry in index.items() if entry == [None, None]}
     absent |= {name: None for encoder in optional for name in (encoder, tokenizer_of(encoder))}
     kinds = text_encoders(folder) | {"vae": family.vae}
+    states = {encoder.name: encoder.states for encoder in family.encoders}
     parts = {
         name: (load_packed(folder / name, dtype) if quantized and kind == T5 else None)
-        or load_part(folder / name, kind, dtype, variant=variant)
+        or load_part(folder / name, kind, dtype, variant=variant, states=states.get(name, ()))
         for name, kind in kinds.items()
     }
     parts = {"transformer": transformer} | {name: part for name, part in parts.items() if part is not None}
@@ -170,9 +171,6 @@ def load_pipeline(
         )  # fmt: skip
     for name in kinds.keys() - parts.keys():
         check_loaded(folder / name, getattr(pipe, name), variant)
-    for encoder in family.encoders:
-        if encoder.states:
-            cut_unread(getattr(pipe, encoder.name), encoder.states)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -195,7 +193,14 @@ def _variants(
     return out
 
 
-def load_part(folder: Path, kind: str, dtype: torch.dtype | None = torch.float32, *, variant: str | None = None) -> Any:
+def load_part(
+    folder: Path,
+    kind: str,
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    variant: str | None = None,
+    states: Sequence[int] = (),
+) -> Any:
     """Return a text encoder or a VAE whose tensors were read by name from its files.
 
     Vendors' loaders are not used: they fill what they do not find with random numbers.
@@ -205,6 +210,7 @@ def load_part(folder: Path, kind: str, dtype: torch.dtype | None = torch.float32
         kind: its class; None is returned for one that has no table in families/parts.py.
         dtype: of all tensors; None keeps their own.
         variant: of the weights, see residency/model_files.py.
+        states: of a language model, the hidden states that are read, see `cut_unread`.
 
     Raises:
         InputError: a tensor is missing, unknown or of another shape, or a file cannot be read.
@@ -213,10 +219,11 @@ def load_part(folder: Path, kind: str, dtype: torch.dtype | None = torch.float32
     if weights is None:
         return None
     with readable(folder), quiet():
-        model = empty_part(folder, kind)
-        names = {name: tensor_of(kind, name) or name for name in model.state_dict()}
+        model = empty_part(folder, kind, states)
+        names = {name: tensor_of(kind, name) or name for name in model.state_dict() if _is_weight(name)}
         tensors = {name: weights[stored] for name, stored in names.items()}
-        load_strictly(model, {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()})
+        state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+        load_strictly(model, state | {n: torch.tensor(0) for n in model.state_dict() if not _is_weight(n)})
         complete(folder, kind, model)
     return model.eval()
 
@@ -267,6 +274,8 @@ def complete(folder: Path, kind: str, model: Any, device: torch.device = CPU) ->
     """
     if kind == T5:
         model.set_input_embeddings(model.get_input_embeddings())  # one tensor under two names
+    if kind == QWEN3:
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta and not name.endswith(PACKED):  # those of layers that are read when they run
             owner, _, attribute = name.rpartition(".")
@@ -276,23 +285,26 @@ def complete(folder: Path, kind: str, model: Any, device: torch.device = CPU) ->
             model.get_submodule(owner).register_buffer(attribute, ids, persistent=False)
 
 
-def empty_part(folder: Path, kind: str) -> Any:
+def empty_part(folder: Path, kind: str, states: Sequence[int] = ()) -> Any:
     """Return the network of a part's folder on the meta device.
 
     Args:
         folder: the part's folder, such as `vae`.
         kind: its class.
+        states: of a language model, the hidden states that are read, see `cut_unread`.
     """
     import diffusers
     import transformers
 
     config = read_json(folder / "config.json")
     with torch.device("meta"):
-        if kind == VAE:
-            model: nn.Module = getattr(diffusers, kind).from_config(config)
+        if kind in VAES:
+            model: Any = getattr(diffusers, kind).from_config(config)
         else:
             network = getattr(transformers, kind)
             model = network(network.config_class.from_dict(config))
+    if states:
+        cut_unread(model, states)
     return model
 
 

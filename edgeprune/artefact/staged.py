@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgeprune.artefact.chat import as_chat
 from edgeprune.artefact.checks import part_weights
 from edgeprune.artefact.encoder_layers import OUTPUTS, layers_of, prompts_together, rows_of, said
 from edgeprune.artefact.loading import complete, empty_part, load_part, quiet, readable
@@ -26,8 +27,8 @@ from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.t5 import packed_t5
 from edgeprune.artefact.text_store import RunTexts, Texts
 from edgeprune.common.files import read_json
-from edgeprune.families.encoders import EXPORTED, T5, text_encoders, tokenizer_of
-from edgeprune.families.parts import VAE, tensor_of
+from edgeprune.families.encoders import KNOWN, LONG, QWEN3, T5, text_encoders, tokenizer_of
+from edgeprune.families.parts import VAES, tensor_of
 from edgeprune.planning.fit import vae_activations
 from edgeprune.quantization.t5 import prepare_t5, stored_name
 from edgeprune.residency.by_rows import by_rows
@@ -43,7 +44,7 @@ TILE = 64
 def can_stage(folder: Path) -> bool:
     """Return whether all text encoders and the VAE of a pipeline's folder are of classes that are read by name here."""
     kinds = set(text_encoders(folder).values())
-    return kinds <= set(EXPORTED) and read_json(folder / "vae" / "config.json").get("_class_name") == VAE
+    return kinds <= set(KNOWN) and read_json(folder / "vae" / "config.json").get("_class_name") in VAES
 
 
 def encoder_dtype(folder: Path, name: str, compute: Compute, variant: str | None = None) -> torch.dtype:
@@ -59,8 +60,8 @@ def encoder_dtype(folder: Path, name: str, compute: Compute, variant: str | None
     weights = part_weights(folder / name, kind, variant)
     assert weights is not None  # `can_stage`
     dtype = compute.dtype(*weights.kind())
-    # T5-XXL has activations beyond the largest number of float16.
-    return torch.bfloat16 if kind == T5 and dtype == torch.float16 else dtype
+    # T5-XXL has activations beyond the largest number of float16; of Qwen3 nobody tried.
+    return torch.bfloat16 if kind in LONG and dtype == torch.float16 else dtype
 
 
 class StagedPipeline:
@@ -110,7 +111,7 @@ class StagedPipeline:
     @functools.cached_property
     def vae(self) -> Any:
         """The VAE in float32, loaded once."""
-        part: Any = load_part(self.folder / "vae", VAE, variant=self.variant)
+        part: Any = load_part(self.folder / "vae", self.family.vae, variant=self.variant)
         return part.to(self.compute.device)
 
     def make_room(self, height: int, width: int) -> None:
@@ -176,11 +177,11 @@ class StagedPipeline:
         return torch.from_numpy(hidden).to(self.compute.device), torch.from_numpy(pooled).to(self.compute.device)
 
     def pooled(self, prompts: list[str]) -> torch.Tensor:
-        """Return only the pooled text (B, P) in float32; T5, which has none, is not read."""
-        parts = [
+        """Return only the pooled text (B, P) in float32; T5 and Qwen3, which have none, are not read."""
+        parts = [torch.zeros(len(prompts), 0)] + [
             torch.from_numpy(self._outputs(name, kind, prompts, 0)[OUTPUTS[kind]])
             for name, kind in text_encoders(self.folder).items()
-            if kind != T5
+            if kind not in LONG
         ]
         return torch.cat(parts, dim=-1).to(self.compute.device)
 
@@ -211,7 +212,7 @@ class StagedPipeline:
 
     def _length(self, kind: str, max_sequence_length: int) -> int:
         """Return to how many tokens prompts are padded: diffusers takes the first tokenizer's number for both CLIPs."""
-        return max_sequence_length if kind == T5 else longest_prompt(self.folder)
+        return max_sequence_length if kind in LONG else longest_prompt(self.folder)
 
     @torch.no_grad()
     def _encoded(
@@ -220,21 +221,32 @@ class StagedPipeline:
         """Load an encoder, and yield its outputs for each prompt, without the batch's axis, on the processor."""
         if not prompts:
             return
-        ids = self.token_ids(name, prompts, self._length(kind, max_sequence_length))
+        ids, mask = self.tokens(name, prompts, self._length(kind, max_sequence_length))
         encoder = self._encoder(name, kind, self.dtype_of(name))
         together = prompts_together(encoder, kind, self.compute, len(prompts), ids.shape[1])
         for start in range(0, len(prompts), together):
-            found = said(encoder, kind, ids[start : start + together].to(self.compute.device))
-            for row, prompt in enumerate(prompts[start : start + together]):
+            few = slice(start, start + together)
+            on_device = ids[few].to(self.compute.device), mask[few].to(self.compute.device)
+            found = said(encoder, kind, *on_device, states=self.states(name))
+            for row, prompt in enumerate(prompts[few]):
                 yield prompt, {key: value[row].to("cpu", copy=True) for key, value in found.items()}
 
     def token_ids(self, name: str, prompts: list[str], length: int) -> torch.Tensor:
         """Return the ids (B, length) of prompts for a text encoder, padded or cut."""
+        return self.tokens(name, prompts, length)[0]
+
+    def tokens(self, name: str, prompts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the ids (B, length) of prompts for a text encoder, padded or cut, and 1 where they are no padding."""
         tokenizer = self._tokenizer(name)
         with readable(self.folder / tokenizer_of(name)), quiet():
+            if text_encoders(self.folder)[name] == QWEN3:
+                prompts = [as_chat(tokenizer, prompt) for prompt in prompts]
             found = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        ids: torch.Tensor = found.input_ids
-        return ids
+        return found.input_ids, found.attention_mask
+
+    def states(self, name: str) -> tuple[int, ...]:
+        """Return the hidden states of a text encoder that are read, if it is a language model."""
+        return next((encoder.states for encoder in self.family.encoders if encoder.name == name), ())
 
     def _tokenizer(self, name: str) -> Any:
         from transformers import AutoTokenizer
@@ -261,7 +273,7 @@ class StagedPipeline:
         weights = part_weights(folder, kind, self.variant)
         assert weights is not None  # `can_stage`
         with readable(folder), quiet():
-            model = empty_part(folder, kind)
+            model = empty_part(folder, kind, self.states(name))
         stored = {n: tensor_of(kind, n) or n for n in model.state_dict()}
         read: Read = weights.__getitem__
         if packed is not None:

@@ -1,4 +1,4 @@
-"""The text encoders of a pipeline folder, read from its model_index.json: CLIPs and T5. Torch-free.
+"""The text encoders of a pipeline folder, read from its model_index.json: CLIPs, T5 and Qwen3. Torch-free.
 
 T5 is `text_encoder_3` in SD3 and `text_encoder_2` in FLUX: the class identifies an encoder, not its number.
 """
@@ -17,6 +17,8 @@ from edgeprune.common.files import read_json
 CLIP, CLIP_POOLED, T5 = "CLIPTextModelWithProjection", "CLIPTextModel", "T5EncoderModel"
 """Classes in transformers. Pipelines read all hidden states and the projected text of `CLIP`, but only the text before
 projection of `CLIP_POOLED`."""
+QWEN3 = "Qwen3ForCausalLM"
+"""A causal language model, of which pipelines read some hidden states: nothing after the last of these is used."""
 
 _LIBRARIES = ("diffusers", "transformers")
 _PART = re.compile(r"(text_encoder|tokenizer)(_\d)?|transformer|vae|scheduler|feature_extractor|image_encoder")
@@ -24,6 +26,10 @@ _PART = re.compile(r"(text_encoder|tokenizer)(_\d)?|transformer|vae|scheduler|fe
 
 EXPORTED = (CLIP, CLIP_POOLED, T5)
 """Classes that an export can write."""
+KNOWN = (*EXPORTED, QWEN3)
+"""Classes whose tensors families/parts.py lists, and which are read layer by layer."""
+LONG = (T5, QWEN3)
+"""Classes whose prompts are padded to `max_sequence_length`; those of CLIPs to their tokenizer's own length."""
 
 
 def is_present(index: Mapping[str, Any], name: str) -> bool:
@@ -72,12 +78,13 @@ def tokenizer_of(encoder: str) -> str:
 
 
 def check_tokens(folder: Path, tokens: int) -> None:
-    """Check that `max_sequence_length` leaves T5 room for a word and its end token.
+    """Check that `max_sequence_length` leaves T5 room for a word and its end token, and Qwen3 for two tokens.
 
     Raises:
-        InputError: `tokens` is below 2 and the folder has a T5.
+        InputError: `tokens` is below 2 and the folder has such an encoder.
     """
-    if tokens < 2 and T5 in text_encoders(folder).values():
-        raise InputError(
-            f"{folder / 'generation.json'}: max_sequence_length: found {tokens}, expected 2 or more with a T5 encoder"
-        )
+    names = {T5: "a T5", QWEN3: "a Qwen3"}
+    found = next((names[kind] for kind in text_encoders(folder).values() if kind in LONG), None)
+    if tokens < 2 and found:
+        path = folder / "generation.json"
+        raise InputError(f"{path}: max_sequence_length: found {tokens}, expected 2 or more with {found} encoder")

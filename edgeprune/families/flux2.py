@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.common.errors import InputError
 from edgeprune.common.fields import real_number
 from edgeprune.families import packing, single
 from edgeprune.families.architecture import (
@@ -31,8 +30,10 @@ from edgeprune.families.architecture import (
     config_number,
     guided_above_one,
 )
+from edgeprune.families.encoders import QWEN3
 from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, check_axes, known_fields, swaps, take_out, width
 from edgeprune.families.network import Array, Axes
+from edgeprune.families.parts import VAE_FLUX2
 from edgeprune.families.surgery import Swap
 
 if TYPE_CHECKING:
@@ -78,11 +79,11 @@ class Flux2:
 
     name = "flux2"
     pipeline = "Flux2KleinPipeline"
-    vae = "AutoencoderKLFlux2"
+    vae = VAE_FLUX2
     components = ("attn", "mlp", "context_mlp")
     norms: tuple[str, ...] = ()
     embedder = "time_guidance_embed"
-    encoders = (Encoder("text_encoder", "Qwen3ForCausalLM", states=(9, 18, 27)),)
+    encoders = (Encoder("text_encoder", QWEN3, states=(9, 18, 27)),)
     tail = ("norm_out.", "proj_out.")
     streams: Mapping[str, tuple[str, ...]] = {"joint": STREAMS, "single": ("joined",)}
     position_inputs = ("img_ids", "txt_ids")
@@ -302,8 +303,10 @@ class Flux2:
     def join(
         self, config: Config, outputs: Mapping[str, Mapping[str, NDArray[np.float32]]], max_sequence_length: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Refuse: the text encoder cannot be exported, so this is never reached."""
-        raise InputError("text_encoder: found Qwen3ForCausalLM, which cannot be exported yet")
+        """Return the hidden states that are read side by side, (B, M, 3 D); there is no pooled text."""
+        (encoder,) = self.encoders
+        hidden = np.concatenate([outputs[encoder.name][f"hidden_states.{state}"] for state in encoder.states], axis=-1)
+        return hidden, np.zeros((len(hidden), 0), np.float32)
 
     def encode(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Call the pipeline's `encode_prompt`; there is no pooled text."""

@@ -13,11 +13,12 @@ from typing import Any
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import LARGEST, MOST_BLOCKS, real_number, shown, whole_number
 from edgeprune.families.architecture import Config, Shape
-from edgeprune.families.encoders import CLIP, CLIP_POOLED, T5
+from edgeprune.families.encoders import CLIP, CLIP_POOLED, QWEN3, T5
 from edgeprune.families.joint import linear
 
-VAE = "AutoencoderKL"
-"""Class in diffusers."""
+VAE, VAE_FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"
+"""Classes in diffusers. The second one normalises its latents by the statistics of a batch norm."""
+VAES = (VAE, VAE_FLUX2)
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 _LARGEST_VOCABULARY = 2**24
 _ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
@@ -25,6 +26,9 @@ _ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "
 _UNUSED = {
     CLIP: re.compile(r"(text_model\.)?embeddings\.position_ids|logit_scale|vision_model\..*|visual_projection\..*"),
     T5: re.compile(r"decoder\..*|lm_head\..*"),
+    QWEN3: re.compile(r"lm_head\..*"),
+    # The batch norm's counter is an integer, and changes nothing.
+    VAE_FLUX2: re.compile(r"bn\.num_batches_tracked"),
 }
 _UNUSED[CLIP_POOLED] = re.compile(_UNUSED[CLIP].pattern + r"|text_projection\..*")
 _TIED = "encoder.embed_tokens.weight"
@@ -37,7 +41,7 @@ def tensor_of(kind: str, name: str) -> str | None:
     """Return a tensor's name in `part_shapes` from its name in a file or a state dict; None if it is not needed.
 
     Args:
-        kind: the class: a text encoder of encoders.py, or `VAE`.
+        kind: the class: a text encoder of encoders.py, or one of `VAES`.
         name: CLIP's tensors have a prefix `text_model.` in most files and versions of transformers, in some they have
             none; old VAEs have other names of attention.
     """
@@ -47,7 +51,7 @@ def tensor_of(kind: str, name: str) -> str | None:
         return f"text_model.{name}"
     if kind == T5 and name == _TIED:
         return "shared.weight"
-    if kind == VAE and (match := _VAE_ATTENTION.fullmatch(name)):
+    if kind in VAES and (match := _VAE_ATTENTION.fullmatch(name)):
         return f"{match[1]}.{_VAE_NAMES[match[2]]}.{match[3]}"
     return name
 
@@ -56,14 +60,14 @@ def part_shapes(kind: str, config: Config, where: object) -> dict[str, Shape] | 
     """Return the shape of every tensor of a network by name; None for a class that has no table here.
 
     Args:
-        kind: the class: a text encoder of encoders.py, or `VAE`.
+        kind: the class: a text encoder of encoders.py, or one of `VAES`.
         config: the content of its config.json.
         where: that file, for messages.
 
     Raises:
         InputError: a field has the wrong type, is out of range, or asks for layers that no such network has.
     """
-    tables = {CLIP: _clip, CLIP_POOLED: _clip, T5: _t5, VAE: _vae}
+    tables = {CLIP: _clip, CLIP_POOLED: _clip, T5: _t5, QWEN3: _qwen3, VAE: _vae, VAE_FLUX2: _vae_flux2}
     if kind not in tables:
         return None
     shapes = tables[kind](config, where)
@@ -74,13 +78,15 @@ def part_shapes(kind: str, config: Config, where: object) -> dict[str, Shape] | 
 
 
 def text_outputs(kind: str, config: Config, where: object) -> tuple[int, int]:
-    """Return the widths of a text encoder's hidden and pooled text; T5 has no pooled text, which is 0 wide.
+    """Return the widths of a hidden state and of pooled text; T5 and Qwen3 have no pooled text, which is 0 wide.
 
     Raises:
         InputError: a field has the wrong type or is out of range.
     """
     if kind == T5:
         return _number(config, "d_model", 512, where), 0
+    if kind == QWEN3:
+        return _number(config, "hidden_size", 4096, where), 0
     width = _number(config, "hidden_size", 512, where)
     return width, _number(config, "projection_dim", 512, where) if kind == CLIP else width
 
@@ -150,16 +156,64 @@ def _t5(config: Config, where: object) -> dict[str, Shape]:
     return shapes | {"encoder.final_layer_norm.weight": (width,)}
 
 
+def _qwen3(config: Config, where: object) -> dict[str, Shape]:
+    width, inner = _number(config, "hidden_size", 4096, where), _number(config, "intermediate_size", 22_016, where)
+    heads, head = _number(config, "num_attention_heads", 32, where), _number(config, "head_dim", 128, where)
+    shared = _number(config, "num_key_value_heads", 32, where)
+    _divisor(config, "num_key_value_heads", 32, {"num_attention_heads": [heads]}, where)
+    _check_arithmetic(config, ("rms_norm_eps", 1e-6), ("hidden_act", "silu"), where)
+    for name in ("attention_bias", "use_sliding_window"):
+        if (found := config.get(name, False)) is not False:
+            raise InputError(f"{where}: {name}: found {shown(found)}, expected false, as in Qwen3's published models")
+    words = _number(config, "vocab_size", 151_936, where, most=_LARGEST_VOCABULARY)
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (words, width), "model.norm.weight": (width,)}
+    for i in range(_number(config, "num_hidden_layers", 32, where, most=MOST_BLOCKS)):
+        at = f"model.layers.{i}"
+        for name, rows in (("q", heads), ("k", shared), ("v", shared)):
+            shapes[f"{at}.self_attn.{name}_proj.weight"] = (rows * head, width)
+        shapes[f"{at}.self_attn.o_proj.weight"] = (width, heads * head)
+        shapes |= {f"{at}.self_attn.{name}_norm.weight": (head,) for name in "qk"}
+        shapes |= {f"{at}.mlp.{name}_proj.weight": (inner, width) for name in ("gate", "up")}
+        shapes[f"{at}.mlp.down_proj.weight"] = (width, inner)
+        shapes |= {f"{at}.{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
+    return shapes
+
+
+def _vae_flux2(config: Config, where: object) -> dict[str, Shape]:
+    defaults = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 32}
+    config = defaults | config
+    if (patch := config.get("patch_size", [2, 2])) not in ([2, 2], (2, 2)):
+        raise InputError(f"{where}: patch_size: found {shown(patch)}, expected [2, 2]")
+    real_number({"batch_norm_eps": 1e-4} | config, "batch_norm_eps", where, least=1e-12, most=0.1)
+    shapes = _autoencoder(config | {"sample_size": 32}, where, VAE_FLUX2)  # its own may be a pair; it changes nothing
+    channels = 4 * _number(config, "latent_channels", 32, where)
+    return shapes | {"bn.running_mean": (channels,), "bn.running_var": (channels,)}
+
+
 def _vae(config: Config, where: object) -> dict[str, Shape]:
-    widths = config.get("block_out_channels", [64])
+    return _autoencoder(config, where, VAE)
+
+
+def _widths(config: Config, field: str, where: object) -> list[int]:
+    widths = config.get(field, [64])
     if not isinstance(widths, list) or not all(type(w) is int and 1 <= w <= LARGEST for w in widths) or not widths:
-        raise InputError(f"{where}: block_out_channels: found {shown(widths)}, expected a list of widths")
-    if (found := config.get("_class_name", VAE)) != VAE:
-        raise InputError(f"{where}: _class_name: found {shown(found)}, expected {VAE!r}")
+        raise InputError(f"{where}: {field}: found {shown(widths)}, expected a list of widths")
+    return widths
+
+
+def _autoencoder(config: Config, where: object, kind: str) -> dict[str, Shape]:
+    widths = _widths(config, "block_out_channels", where)
+    narrow = kind == VAE_FLUX2 and bool(config.get("decoder_block_out_channels"))
+    decoder = _widths(config, "decoder_block_out_channels", where) if narrow else widths
+    if (found := config.get("_class_name", kind)) != kind:
+        raise InputError(f"{where}: _class_name: found {shown(found)}, expected {kind!r}")
     for field, block in _BLOCKS.items():
-        if (blocks := config.get(field, [block])) != [block] * len(widths):
+        default = [block] * (4 if kind == VAE_FLUX2 else 1)
+        if (blocks := config.get(field, default)) != [block] * len(widths):
             raise InputError(f"{where}: {field}: found {shown(blocks)}, expected {len(widths)} times {block}")
-    _divisor(config, "norm_num_groups", 32, {"block_out_channels": widths}, where)
+    if len(decoder) != len(widths):
+        raise InputError(f"{where}: decoder_block_out_channels: found {decoder}, expected {len(widths)} widths")
+    _divisor(config, "norm_num_groups", 32, {"block_out_channels": widths, "decoder's": decoder}, where)
     _check_arithmetic(config, ("norm_eps", 1e-6), ("act_fn", "silu"), where)
     _number(config, "sample_size", 32, where)
     layers = _number(config, "layers_per_block", 1, where, most=MOST_BLOCKS)
@@ -169,10 +223,10 @@ def _vae(config: Config, where: object) -> dict[str, Shape]:
     shapes = _conv("encoder.conv_in", widths[0], colours["in_channels"])
     shapes |= _levels("encoder.down_blocks", [widths[0], *widths], layers, "downsamplers")
     shapes |= _middle("encoder", widths[-1], attention) | _norm("encoder.conv_norm_out", widths[-1])
-    shapes |= _conv("encoder.conv_out", 2 * latent, widths[-1]) | _conv("decoder.conv_in", widths[-1], latent)
-    shapes |= _levels("decoder.up_blocks", [widths[-1], *reversed(widths)], layers + 1, "upsamplers")
-    shapes |= _middle("decoder", widths[-1], attention) | _norm("decoder.conv_norm_out", widths[0])
-    shapes |= _conv("decoder.conv_out", colours["out_channels"], widths[0])
+    shapes |= _conv("encoder.conv_out", 2 * latent, widths[-1]) | _conv("decoder.conv_in", decoder[-1], latent)
+    shapes |= _levels("decoder.up_blocks", [decoder[-1], *reversed(decoder)], layers + 1, "upsamplers")
+    shapes |= _middle("decoder", decoder[-1], attention) | _norm("decoder.conv_norm_out", decoder[0])
+    shapes |= _conv("decoder.conv_out", colours["out_channels"], decoder[0])
     if config.get("use_quant_conv", True):
         shapes |= _conv("quant_conv", 2 * latent, 2 * latent, 1)
     if config.get("use_post_quant_conv", True):

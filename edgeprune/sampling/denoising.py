@@ -27,7 +27,8 @@ from edgeprune.residency.compute import Compute
 from edgeprune.residency.running import room_to_run, spare
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import PACKED, any_streamed, filled
-from edgeprune.sampling.generation import Generation, images_at_once, latent_scale
+from edgeprune.sampling.generation import Generation, images_at_once
+from edgeprune.sampling.latents import scale_of
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.sampling.solvers import SOLVERS, Step, visited
 from edgeprune.sampling.together import batches_together, row_bytes, rows_together, sample_bytes
@@ -464,21 +465,20 @@ def encode_images(pipe: Any, images: torch.Tensor) -> torch.Tensor:
     if hasattr(pipe, "make_room"):
         pipe.make_room(*images.shape[-2:])
     parts = []
-    vae, (scaling, shift) = pipe.vae, latent_scale(pipe.vae.config)
+    vae, scale = pipe.vae, scale_of(pipe.vae)
     for image in images.split(1):
         x = image.to(vae.device, vae.dtype) / 127.5 - 1
-        parts.append((vae.encode(x).latent_dist.mean.float() - shift) * scaling)
+        parts.append(scale.from_vae(vae.encode(x).latent_dist.mean.float()))
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor) -> NDArray[np.uint8]:
     """Decode latents (B, C, h, w) to uint8 images (B, H, W, 3)."""
-    scaling, shift = latent_scale(pipe.vae.config)
     if hasattr(pipe, "make_room"):
         pipe.make_room(*(side * pipe.vae_scale_factor for side in latents.shape[-2:]))
     images = []
-    for scaled in (latents / scaling + shift).split(1):
+    for scaled in scale_of(pipe.vae).to_vae(latents).split(1):
         pixels = pipe.vae.decode(scaled.to(pipe.vae.dtype)).sample.float()
         images.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(images)

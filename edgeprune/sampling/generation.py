@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.common.errors import InputError
-from edgeprune.common.fields import LARGEST, real_number, shown
+from edgeprune.common.fields import LARGEST, shown
 from edgeprune.common.files import read_json, write_json
 from edgeprune.families import Architecture, Config, family_of
 from edgeprune.families.architecture import Hints, config_number
@@ -300,20 +300,6 @@ def check_sides(sides: Mapping[str, int], unit: int, largest: int | None) -> Non
             raise InputError(f"{name}: found {value}, expected a multiple of {unit}")
         if largest is not None and value > largest * unit:
             raise InputError(f"{name}: found {value}, expected at most {largest * unit}, the model's largest")
-
-
-def latent_scale(vae: Mapping[str, Any], where: object = "vae/config.json") -> tuple[float, float]:
-    """Return scaling and shift factor of a VAE's config: the transformer's latents are (x - shift) * scaling.
-
-    A shift of null, as older VAEs have, is 0. A missing scaling factor is AutoencoderKL's default.
-
-    Raises:
-        InputError: a factor is not a number, or the scaling factor is not above 0.
-    """
-    shift = 0.0 if vae.get("shift_factor") is None else vae["shift_factor"]
-    factors = {"scaling_factor": vae.get("scaling_factor", 0.18215), "shift_factor": shift}
-    scaling = real_number(factors, "scaling_factor", where, least=1e-6, most=1e6)
-    return scaling, real_number(factors, "shift_factor", where, least=-1e6, most=1e6)
 
 
 def latent_factor(vae: Config, where: object) -> int:

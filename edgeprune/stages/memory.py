@@ -18,7 +18,7 @@ import torch
 from edgeprune.artefact.staged import TILE, can_stage
 from edgeprune.common.files import read_json
 from edgeprune.families import Shape
-from edgeprune.families.encoders import T5, text_encoders
+from edgeprune.families.encoders import LONG, T5, text_encoders
 from edgeprune.families.joint import width
 from edgeprune.planning.fit import stored_shapes, transformer_activations, vae_activations
 from edgeprune.quantization.feedback import moments_bytes
@@ -61,7 +61,7 @@ class Memory:
         source = self.subject.source
         if not prompts or not can_stage(source):
             return self.process
-        kinds = {name: kind for name, kind in text_encoders(source).items() if not (pooled and kind == T5)}
+        kinds = {name: kind for name, kind in text_encoders(source).items() if not (pooled and kind in LONG)}
         return self.process + max((self._encoder(source / n, k) for n, k in kinds.items()), default=0)
 
     def evaluating(self, prompts: int, *, states: int = 0, beside: int = 0, gradients: bool = False) -> int:
@@ -174,7 +174,7 @@ class Memory:
             parts[layer[1] if layer else ""] += math.prod(shape)
         outside, computed = parts.pop("", 0), self._computed(parts.total())
         is_t5 = kind == T5
-        length = self.subject.generation.max_sequence_length if is_t5 else longest_prompt(self.subject.source)
+        length = self.subject.generation.max_sequence_length if kind in LONG else longest_prompt(self.subject.source)
         wide, narrow = config["d_ff" if is_t5 else "intermediate_size"], config["d_model" if is_t5 else "hidden_size"]
         activations: int = length * (3 * wide + 2 * narrow)
         return computed * (outside + activations) + (_STORED + computed) * max(parts.values(), default=0)

@@ -28,8 +28,7 @@ from edgeprune.common.files import read_json
 from edgeprune.common.progress import Progress
 from edgeprune.common.tables import duration
 from edgeprune.families import Config, Family
-from edgeprune.families.encoders import T5, text_encoders
-from edgeprune.families.parts import VAE
+from edgeprune.families.encoders import LONG, text_encoders
 from edgeprune.planning.fit import stored_shapes
 from edgeprune.quantization.int4 import round_int4
 from edgeprune.residency.compute import Compute, is_small
@@ -303,12 +302,12 @@ def encoding(subject: Subject, prompts: int, *, pooled: bool = False) -> Work:
     Args:
         subject: the pipeline.
         prompts: how many.
-        pooled: leave out T5, which pooled text does without.
+        pooled: leave out T5 and Qwen3, which pooled text does without.
     """
     work = Work()
     for kind, in_layers, numbers in _encoders(subject.source) if prompts else ():
-        if not (pooled and kind == T5):
-            length = subject.generation.max_sequence_length if kind == T5 else longest_prompt(subject.source)
+        if not (pooled and kind in LONG):
+            length = subject.generation.max_sequence_length if kind in LONG else longest_prompt(subject.source)
             work += Work(flops=2.0 * in_layers * length * prompts, moved=2.0 * numbers)
     return work
 
@@ -374,7 +373,8 @@ def _counted_flops(source: Path, height: int, width: int, encoder: bool) -> floa
     if not can_stage(source):
         return 0.0
     folder = source / "vae"
-    model, factor = empty_part(folder, VAE), latent_factor(read_json(folder / "config.json"), folder / "config.json")
+    config = read_json(folder / "config.json")
+    model, factor = empty_part(folder, config["_class_name"]), latent_factor(config, folder / "config.json")
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         if encoder:
             model.encode(torch.zeros(1, 3, height, width))

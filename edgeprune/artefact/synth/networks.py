@@ -17,7 +17,8 @@ from edgeprune.common.files import need_space
 from edgeprune.common.progress import Progress
 from edgeprune.common.tensors import Tensors
 from edgeprune.families import Config, Family, Shape
-from edgeprune.families.parts import part_shapes
+from edgeprune.families.encoders import QWEN3
+from edgeprune.families.parts import VAE_FLUX2, part_shapes
 from edgeprune.families.published import PublishedNetwork, PublishedPipeline, networks
 from edgeprune.residency.shards import Speed, group_into_shards
 from edgeprune.residency.weights import FILE
@@ -89,12 +90,15 @@ def _network(folder: str, kind: str, published: PublishedNetwork, text_dtype: st
     dtype = torch.bfloat16 if is_vae else getattr(torch, text_dtype)
     config = published.config | ({} if is_vae else {"torch_dtype": text_dtype})
     shapes = part_shapes(kind, config, folder)
-    pieces = _pieces([_shapes_of_class(kind, config) if shapes is None else shapes])
+    if kind in (QWEN3, VAE_FLUX2):  # their tables lack what edgeprune does not read, and vendors' loaders do
+        shapes = _shapes_of_class(kind, config)
+    assert shapes is not None  # every published network has a table
+    pieces = _pieces([shapes])
     return RandomNetwork(folder, config, pieces, lambda n, s: draw(n, s, dtype), FILE if is_vae else TEXT_FILE)
 
 
 def _shapes_of_class(kind: str, config: Config) -> dict[str, Shape]:
-    """Return the tensors of a network that families/parts.py has no table of, from its class without weights."""
+    """Return all tensors of a network from its class, without weights."""
     import diffusers
     import transformers
 

@@ -61,14 +61,14 @@ def write_t5(folder: Path, *, length: int = 512) -> None:
     _write_config(folder, "T5Tokenizer", length, special, **names)
 
 
-def write_qwen(folder: Path) -> None:
-    """Write Qwen's tokenizer: byte-level `vocab.json` and `merges.txt`, and the format of a chat."""
+def write_qwen(folder: Path, *, words: int = QWEN_WORDS) -> None:
+    """Write Qwen's tokenizer: byte-level `vocab.json` and `merges.txt`, and the format of a chat; `words` tokens."""
     alphabet = list(_byte_characters())
-    merges = list(itertools.islice(_qwen_merges(), QWEN_WORDS - len(alphabet) - len(_QWEN_SPECIAL)))
-    words = [*alphabet, *("".join(pair) for pair in merges)]
-    _write_words(folder, words, merges)
+    merges = list(itertools.islice(_qwen_merges(), words - len(alphabet) - len(_QWEN_SPECIAL)))
+    pieces = [*alphabet, *("".join(pair) for pair in merges)]
+    _write_words(folder, pieces, merges)
     added = {
-        str(len(words) + i): {"content": token, "lstrip": False, "rstrip": False, "normalized": False,
+        str(len(pieces) + i): {"content": token, "lstrip": False, "rstrip": False, "normalized": False,
                               "single_word": False, "special": True}
         for i, token in enumerate(_QWEN_SPECIAL)
     }  # fmt: skip

@@ -1,0 +1,124 @@
+"""What a VAE's latents are for the transformer: scaled and shifted, by one number or by channel. Torch-free.
+
+SD3 and FLUX.1 have a scaling and a shift factor in the VAE's config. FLUX.2's VAE has a batch norm, whose statistics
+normalise each channel of two by two latent pixels packed together; an export writes them to its VAE's config.
+
+Latents are numpy arrays or torch tensors (B, C, h, w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.common.errors import InputError
+from edgeprune.common.fields import real_number, shown
+
+Latents = Any
+"""A numpy array or a torch tensor (B, C, h, w)."""
+MEAN, STD = "batch_norm_mean", "batch_norm_std"
+"""Fields of an export's vae_decoder/config.json: statistics of each packed channel, C first, then row and column."""
+_PATCH = 2
+
+
+class Scale(Protocol):
+    """Between the latents of a VAE and those of the transformer."""
+
+    def to_vae(self, latents: Latents) -> Latents:
+        """Return what the VAE decodes."""
+
+    def from_vae(self, latents: Latents) -> Latents:
+        """Return what the transformer gets of what the VAE encoded."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One scaling factor and one shift for all channels."""
+
+    scaling: float
+    shift: float
+
+    def to_vae(self, latents: Latents) -> Latents:
+        """Return latents / scaling + shift."""
+        return latents / self.scaling + self.shift
+
+    def from_vae(self, latents: Latents) -> Latents:
+        """Return (latents - shift) * scaling."""
+        return (latents - self.shift) * self.scaling
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of each packed channel: two arrays or tensors (4 C)."""
+
+    mean: Any
+    std: Any
+
+    def to_vae(self, latents: Latents) -> Latents:
+        """Return latents * std + mean."""
+        mean, std = (_by_pixel(values) for values in (self.mean, self.std))
+        return (_split(latents) * std + mean).reshape(latents.shape)
+
+    def from_vae(self, latents: Latents) -> Latents:
+        """Return (latents - mean) / std."""
+        mean, std = (_by_pixel(values) for values in (self.mean, self.std))
+        return ((_split(latents) - mean) / std).reshape(latents.shape)
+
+
+def _split(latents: Latents) -> Any:
+    """Return latents as (B, C, h / 2, 2, w / 2, 2)."""
+    b, c, h, w = latents.shape
+    return latents.reshape(b, c, h // _PATCH, _PATCH, w // _PATCH, _PATCH)
+
+
+def _by_pixel(values: Any) -> Any:
+    """Return statistics (4 C) as (C, 1, 2, 1, 2)."""
+    return values.reshape(-1, 1, _PATCH, 1, _PATCH)
+
+
+def scale_of(vae: Any) -> Scale:
+    """Return the scale of a loaded VAE of diffusers; statistics are float32 tensors where its weights are."""
+    if hasattr(vae, "bn"):
+        return Statistics(vae.bn.running_mean.float(), (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt())
+    return factors(vae.config)
+
+
+def exported_scale(vae: Mapping[str, Any], where: object) -> Scale:
+    """Return the scale that the config of an exported VAE decoder has.
+
+    Args:
+        vae: the content of its config.json.
+        where: that file, for messages.
+
+    Raises:
+        InputError: as `factors`, or the statistics are no numbers, or not one for each packed channel.
+    """
+    if MEAN not in vae and STD not in vae:
+        return factors(vae, where)
+    return Statistics(*(_numbers(vae, name, where) for name in (MEAN, STD)))
+
+
+def _numbers(vae: Mapping[str, Any], name: str, where: object) -> NDArray[np.float32]:
+    values, count = vae.get(name), vae.get("latent_channels", 32)
+    fits = isinstance(values, list) and isinstance(count, int) and len(values) == _PATCH**2 * count
+    if not fits or not all(isinstance(one, (int, float)) and abs(one) < 1e6 for one in values or []):
+        raise InputError(f"{where}: {name}: found {shown(values)}, expected four numbers for each latent channel")
+    return np.asarray(values, np.float32)
+
+
+def factors(vae: Mapping[str, Any], where: object = "vae/config.json") -> Factors:
+    """Return scaling and shift factor of a VAE's config: the transformer's latents are (x - shift) * scaling.
+
+    A shift of null, as older VAEs have, is 0. A missing scaling factor is AutoencoderKL's default.
+
+    Raises:
+        InputError: a factor is not a number, or the scaling factor is not above 0.
+    """
+    shift = 0.0 if vae.get("shift_factor") is None else vae["shift_factor"]
+    found = {"scaling_factor": vae.get("scaling_factor", 0.18215), "shift_factor": shift}
+    scaling = real_number(found, "scaling_factor", where, least=1e-6, most=1e6)
+    return Factors(scaling, real_number(found, "shift_factor", where, least=-1e6, most=1e6))
