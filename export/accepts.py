@@ -15,13 +15,16 @@ from edgeprune.artefact.convert.opening import refuse_file
 from edgeprune.artefact.manifest import recorded_encoders
 from edgeprune.artefact.resolve import nearby, read_config
 from edgeprune.common.errors import InputError
-from edgeprune.families.encoders import EXPORTED, check_tokens
+from edgeprune.families.encoders import QWEN3, check_tokens
 from edgeprune.sampling.generation import Generation
 from edgeprune.targets import Target
 
+QWEN3_FORMATS = ("onnx", "openvino")
+"""Formats to which a Qwen3 can be exported."""
 
-def pipeline(artefact: Path) -> dict[str, Any]:
-    """Read model_index.json and check that the pipeline can be exported.
+
+def pipeline(artefact: Path, fmt: str) -> dict[str, Any]:
+    """Read model_index.json and check that the pipeline can be exported to a format.
 
     Raises:
         InputError: `artefact` is no pipeline of a family, a part is missing, or a part cannot be exported yet.
@@ -33,8 +36,12 @@ def pipeline(artefact: Path) -> dict[str, Any]:
         where = nearby(artefact)
         raise InputError(f"{artefact}: no model_index.json; expected an artefact or a diffusers folder{where}")
     _, family = read_config(artefact)
-    if foreign := [encoder for encoder in family.encoders if encoder.kind not in EXPORTED]:
-        raise InputError(f"{path}: {foreign[0].name}: found {foreign[0].kind}, which cannot be exported yet")
+    foreign = [encoder for encoder in family.encoders if encoder.kind == QWEN3]
+    if foreign and fmt not in QWEN3_FORMATS:
+        formats = " or ".join(QWEN3_FORMATS)
+        raise InputError(
+            f"{path}: {foreign[0].name}: found {foreign[0].kind}, which cannot be exported to {fmt} yet; use {formats}"
+        )
     index = check_pipeline(artefact)
     check_tokens(artefact, Generation.load(artefact).max_sequence_length)
     return index

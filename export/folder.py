@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from edgeprune.artefact import card, licensing
+from edgeprune.artefact.chat import frame_of
+from edgeprune.artefact.checks import part_weights
 from edgeprune.artefact.loading import quiet
 from edgeprune.artefact.manifest import EXPORT, MANIFEST, Manifest, packed_encoders
 from edgeprune.artefact.t5 import form_of
@@ -40,14 +42,17 @@ from edgeprune.common.lock import hold
 from edgeprune.common.version import VERSION
 from edgeprune.export import accepts
 from edgeprune.export.unfinished import MARK, Unfinished, is_whole
-from edgeprune.families.encoders import T5, text_encoders, tokenizer_of
+from edgeprune.families.encoders import LONG, QWEN3, text_encoders, tokenizer_of
+from edgeprune.families.parts import VAE_FLUX2
 from edgeprune.planning.remainder import stock_config
 from edgeprune.quantization.precision import T5_HALF, T5_INT4, T5_INT4_WO8, T5_INT8
 from edgeprune.residency.model_files import weights_of
 from edgeprune.runtimes import SCHEMA_APART, SCHEMA_VERSION
 from edgeprune.runtimes.modulation import WIDTH
+from edgeprune.runtimes.text import CHAT
 from edgeprune.sampling.generation import FILE as GENERATION
 from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.latents import MEAN, STD
 
 FILE = EXPORT
 _TOOLS = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
@@ -59,7 +64,7 @@ _FORMS = {
     T5_INT8: "8 bits",
     T5_HALF: "half precision",
 }
-"""What a card says of a T5."""
+"""What a card says of a T5 or a Qwen3."""
 
 Networks = Callable[[Unfinished], dict[str, Any]]
 """Writes the networks that are not finished yet, and generation.json if its sizes differ from the artefact's; returns
@@ -97,7 +102,7 @@ def write(
         LockedError: another process is writing this export.
         DiskError: the disk is full, or `out` cannot be written; finished networks are kept.
     """
-    index = accepts.pipeline(artefact)
+    index = accepts.pipeline(artefact, target)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: found a file, expected a folder or nothing")
     if out.exists() and any(out.iterdir()) and not (out / FILE).is_file():
@@ -139,7 +144,7 @@ def write(
                 "quantized": quantized,
                 "group_size": (manifest.get("group_size") or 64) if quantized else None,
                 "source": manifest.get("source", str(artefact.resolve())),
-                "encoders": _t5_forms(artefact),
+                "encoders": _forms(artefact),
                 "compressed": bool(manifest),
                 "artefact": origin,
                 **made_from,
@@ -198,9 +203,9 @@ def _inputs(artefact: Path, target: str, options: Mapping[str, Any]) -> str:
     )
 
 
-def _t5_forms(artefact: Path) -> dict[str, str]:
-    """Return the form of each T5 by name."""
-    return {name: form_of(artefact / name) for name, kind in text_encoders(artefact).items() if kind == T5}
+def _forms(artefact: Path) -> dict[str, str]:
+    """Return the form of each T5 and Qwen3 by name."""
+    return {name: form_of(artefact / name) for name, kind in text_encoders(artefact).items() if kind in LONG}
 
 
 def is_quantized(artefact: Path) -> bool:
@@ -233,11 +238,24 @@ def _configs(artefact: Path, partial: Path) -> None:
     write_json(partial / "transformer" / "config.json", stock_config(config))
     for name in text_encoders(artefact):
         write_json(partial / name / "config.json", read_json(artefact / name / "config.json"))
-    vae = read_json(artefact / "vae" / "config.json")
-    # AutoencoderKL's defaults: runtimes do not import diffusers.
-    write_json(partial / "vae_decoder" / "config.json", {"scaling_factor": 0.18215, "shift_factor": None} | vae)
+    write_json(partial / "vae_decoder" / "config.json", _vae_config(artefact / "vae"))
     if not (partial / GENERATION).exists():  # a format with fixed sizes has written its own
         Generation.load(artefact).save(partial)
+
+
+def _vae_config(folder: Path) -> dict[str, Any]:
+    """Return a VAE's config with what a runtime needs to scale latents: it imports no diffusers, and reads no weights.
+
+    Raises:
+        InputError: a tensor cannot be read.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") != VAE_FLUX2:
+        return {"scaling_factor": 0.18215, "shift_factor": None} | config  # AutoencoderKL's defaults
+    weights = part_weights(folder, VAE_FLUX2)
+    assert weights is not None  # its class has a table
+    mean, variance = (weights[f"bn.running_{name}"].float() for name in ("mean", "var"))
+    return config | {MEAN: mean.tolist(), STD: (variance + config.get("batch_norm_eps", 1e-4)).sqrt().tolist()}
 
 
 def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> None:
@@ -246,8 +264,8 @@ def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> Non
     write_json(partial / "model_index.json", kept)
     licensing.copy(artefact, partial)
     _copy(artefact / "scheduler", partial / "scheduler")
-    for encoder in text_encoders(artefact):
-        _tokenizer(artefact / tokenizer_of(encoder), partial / tokenizer_of(encoder))
+    for encoder, kind in text_encoders(artefact).items():
+        _tokenizer(artefact / tokenizer_of(encoder), partial / tokenizer_of(encoder), chat=kind == QWEN3)
 
 
 def _card(artefact: Path, partial: Path, target: str) -> None:
@@ -255,7 +273,7 @@ def _card(artefact: Path, partial: Path, target: str) -> None:
     fields = licensing.read(artefact)
     front = {"pipeline_tag": "text-to-image", "tags": ["edgeprune", target], **card.license_fields(fields)}
     changed = [f"Converted to {target} by edgeprune {VERSION}."]
-    changed += [f"Weights of {name} in {_FORMS[form]}." for name, form in _t5_forms(artefact).items()]
+    changed += [f"Weights of {name} in {_FORMS[form]}." for name, form in _forms(artefact).items()]
     if (artefact / MANIFEST).is_file():
         manifest = Manifest.load(artefact)
         changed = card.changes(manifest, manifest.prune_plan(artefact)) + changed
@@ -283,12 +301,29 @@ def _copy(source: Path, target: Path) -> None:
     copy_part(source, target)
 
 
-def _tokenizer(source: Path, target: Path) -> None:
+def _tokenizer(source: Path, target: Path, *, chat: bool) -> None:
     """Copy a tokenizer and complete it, so that the `tokenizers` package and optimum with transformers 4 can read it.
 
     `tokenizers` needs tokenizer.json, which CLIP's folders in SD3 repositories of the hub lack.
+
+    Args:
+        source: its folder.
+        target: the folder to write.
+        chat: of a language model: also write the chat around a prompt, and tokenizer.json as transformers reads it,
+            which builds Qwen's tokenizer from the vocabulary alone.
+
+    Raises:
+        InputError: the folder cannot be loaded, or its chat template is not usable.
     """
     _copy(source, target)
+    if chat:
+        tokenizer = from_pretrained(AutoTokenizer.from_pretrained, source, tokenizer=True)
+        if tokenizer.padding_side != "right":
+            found = f"{source / 'tokenizer_config.json'}: padding_side: found {tokenizer.padding_side!r}"
+            raise InputError(f"{found}, expected 'right' to export it")
+        tokenizer.save_pretrained(target)
+        prefix, suffix = frame_of(tokenizer, source)
+        write_json(target / CHAT, {"prefix": prefix, "suffix": suffix})
     if not (target / "tokenizer.json").exists():
         from_pretrained(AutoTokenizer.from_pretrained, source, tokenizer=True).save_pretrained(target)
     complete_tokenizer(target)

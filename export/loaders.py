@@ -1,8 +1,8 @@
 """CLIPs and VAE of a folder, loaded in two ways: what an export writes, and what its files are compared with.
 
 What is written comes from the vendor's loader. What it is compared with is read by name from the weight files, strictly
-and without that loader: if one of the two reads a tensor wrongly, the comparison fails. (A transformer and a T5 are
-always read by name, one layer at a time, see residency/stored.py and stored_t5.py.)
+and without that loader: if one of the two reads a tensor wrongly, the comparison fails. (A transformer, a T5 and
+a Qwen3 are always read by name, one layer at a time, see residency/stored.py and stored_encoder.py.)
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import diffusers
 import transformers
 
 from edgeprune.artefact.loading import load_part
+from edgeprune.artefact.resolve import read_config
 from edgeprune.export import modules
 from edgeprune.export.folder import from_pretrained
+from edgeprune.export.language_model import LanguageModel
+from edgeprune.export.stored_qwen3 import StoredQwen3
 from edgeprune.export.stored_t5 import StoredT5
-from edgeprune.families.encoders import T5
-from edgeprune.families.parts import VAE
+from edgeprune.families.encoders import QWEN3, T5
+from edgeprune.families.parts import VAES
 
 Load = Callable[[Path, str], Any]
 """Loads a network from its folder, given its class."""
@@ -31,7 +34,7 @@ def by_vendor(folder: Path, kind: str) -> Any:
     Raises:
         InputError: the folder cannot be loaded.
     """
-    return from_pretrained(getattr(diffusers if kind == VAE else transformers, kind).from_pretrained, folder)
+    return from_pretrained(getattr(diffusers if kind in VAES else transformers, kind).from_pretrained, folder)
 
 
 def by_name(folder: Path, kind: str) -> Any:
@@ -48,16 +51,32 @@ def clip(artefact: Path, name: str, kind: str, load: Load) -> modules.TextEncode
     return modules.widen(modules.TextEncoder(load(artefact / name, kind)))
 
 
-def compared_encoder(artefact: Path, name: str, kind: str) -> modules.TextEncoder | modules.T5Encoder:
-    """Return the text encoder that an export is compared with, in float32; a T5 reads its layers when they run.
+Encoder = modules.TextEncoder | modules.T5Encoder | LanguageModel
+
+
+def stored_encoder(artefact: Path, name: str, kind: str) -> StoredT5 | StoredQwen3 | None:
+    """Return a T5 or a Qwen3 whose weights stay on disk; None for a CLIP.
+
+    Raises:
+        InputError: a tensor is missing, unknown or of another shape, or a file cannot be read.
+    """
+    if kind == QWEN3:
+        encoders = read_config(artefact)[1].encoders
+        return StoredQwen3(artefact / name, next(encoder.states for encoder in encoders if encoder.name == name))
+    return StoredT5(artefact / name) if kind == T5 else None
+
+
+def compared_encoder(artefact: Path, name: str, kind: str) -> Encoder:
+    """Return the text encoder that an export is compared with, in float32; all but CLIPs read layers when they run.
 
     Raises:
         InputError: as `by_name`.
-        ParityError: as `StoredT5.checkpoint`.
+        ParityError: as `StoredEncoder.checkpoint`.
     """
-    return StoredT5(artefact / name).checkpoint() if kind == T5 else clip(artefact, name, kind, by_name)
+    stored = stored_encoder(artefact, name, kind)
+    return clip(artefact, name, kind, by_name) if stored is None else stored.checkpoint()
 
 
 def vae_decoder(artefact: Path, load: Load) -> modules.VaeDecoder:
     """Return the VAE's decoder in float32."""
-    return modules.widen(modules.VaeDecoder(load(artefact / "vae", VAE)))
+    return modules.widen(modules.VaeDecoder(load(artefact / "vae", read_config(artefact)[1].vae)))

@@ -4,8 +4,8 @@ Both sides use the same integers, so only the order of float additions differs: 
 anything that runs a file. `session` runs ONNX Runtime with `session.qdq_matmulnbits_accuracy_level=1` (float
 activations); its default of 4 rounds activations to int8, which is a choice of the runtime, not an error of the file.
 Neither side holds all of a large network: the file runs in chunks (chunked_onnx.py), and torch reads a transformer
-block by block (residency/stored.py) and T5 layer by layer (stored_t5.py). The error of quantisation itself is not
-measured here; `bench` does.
+block by block (residency/stored.py) and T5 or Qwen3 layer by layer (stored_encoder.py). The error of quantisation
+itself is not measured here; `bench` does.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from edgeprune.common.extras import needs
 from edgeprune.common.progress import Progress, Steps, silent
 from edgeprune.export import modules
 from edgeprune.export.chunked_onnx import ChunkedOnnx, Session
+from edgeprune.export.language_model import LanguageModel
 from edgeprune.export.modulation import Modulation
 from edgeprune.runtimes.modulation import ROWS
 
@@ -104,13 +105,13 @@ class WithRows:
 
 
 def torch_steps(module: torch.nn.Module) -> int:
-    """Return how many steps `stepping` counts for one run: the blocks of a transformer or T5, else one."""
+    """Return how many steps `stepping` counts for one run: the blocks of a transformer, T5 or Qwen3, else one."""
     return len(_blocks(module)) or 1
 
 
 @contextmanager
 def stepping(module: torch.nn.Module, step: Callable[[], None]) -> Iterator[None]:
-    """Call `step` for each block of a transformer or T5 that runs in this context; for others once, at the end."""
+    """Call `step` for each block of a large network that runs in this context; for others once, at the end."""
     blocks = _blocks(module)
     hooks = [block.register_forward_hook(lambda *_: step()) for block in blocks]
     try:
@@ -126,6 +127,8 @@ def _blocks(module: torch.nn.Module) -> Sequence[torch.nn.Module]:
     """Return modules that run once each, one in every block; none for a network that is not large."""
     if isinstance(module, modules.Transformer):
         return list(module.family.blocks(module.model))
+    if isinstance(module, LanguageModel):
+        return [layer.mlp for layer in module.model.model.layers]  # LanguageModel does not call the layer
     if isinstance(module, modules.T5Encoder):
         return [block.layer[0] for block in module.model.encoder.block]  # modules.T5Encoder does not call the block
     return []
@@ -144,8 +147,8 @@ def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, 
 def reference(
     module: torch.nn.Module, example: Mapping[str, torch.Tensor], step: Callable[[], None]
 ) -> list[torch.Tensor]:
-    """Run the checkpoint in float32, a transformer or T5 with the vendor's forward pass; `step` as in `stepping`."""
-    named = modules.Transformer | modules.T5Encoder | Modulation
+    """Run the checkpoint in float32, by the vendor's forward pass where there is one; `step` as in `stepping`."""
+    named = modules.Transformer | modules.T5Encoder | LanguageModel | Modulation
     forward = module.reference if isinstance(module, named) else module
     with torch.no_grad(), stepping(module, step):
         return list(forward(**{k: v.float() if v.is_floating_point() else v for k, v in example.items()}))

@@ -1,142 +1,35 @@
-"""A T5 text encoder whose weights stay on disk: each is read when it is written or computed, and rounded if need be.
-
-    stored = StoredT5(Path("model/text_encoder_3"))
-    stored.traceable(torch.float32)   # is traced; its weights come from stored.read
-    stored.checkpoint()               # the file is compared with it
-
-T5-XXL has 4.76 G parameters, 9.5 GB in half precision. One linear layer is in memory at a time, and the embedding. An
-artefact has its INT4 already (`text_encoder_3_int4`), the same for every format; other forms are rounded here.
-
-What is written and what it is compared with have in common that tensors are read by name, strictly, and how a weight
-is rounded. All else differs. What is written has packed layers and a table of position biases; the comparison
-is transformers' own network and forward pass with plain layers, whose weights are what the integers stand for.
-transformers' own loader has to read the same numbers, too, of the first block and of everything outside blocks: the
-other blocks have the same tensors under other numbers.
-"""
+"""A T5 text encoder whose weights stay on disk, see stored_encoder.py."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edgeprune.artefact.checks import part_weights
-from edgeprune.artefact.loading import empty_part, quiet, readable
-from edgeprune.artefact.surgery import load_strictly
-from edgeprune.artefact.t5 import form_of, packed_t5
-from edgeprune.common.errors import ParityError
 from edgeprune.export import modules
-from edgeprune.export.folder import from_pretrained
+from edgeprune.export.stored_encoder import StoredEncoder
 from edgeprune.families.encoders import T5
-from edgeprune.families.parts import tensor_of
-from edgeprune.quantization.t5 import PackedT5, RoundedT5, plain, prepare_t5, unpacked_name
-from edgeprune.residency.stored import CPU
-from edgeprune.residency.streaming import PACKED, stream
 
 _BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
-class StoredT5:
-    """Structure and weights of one T5 text encoder.
+class StoredT5(StoredEncoder[modules.T5Encoder]):
+    """Structure and weights of one T5 text encoder; what is written has a table of position biases."""
 
-    Args:
-        folder: its folder, such as `text_encoder_3`.
+    kind = T5
 
-    Raises:
-        InputError: a tensor is missing, unknown or of another shape, or a file cannot be read.
-    """
+    def module(self, model: Any) -> modules.T5Encoder:
+        """Return the T5 as it is exported."""
+        return modules.T5Encoder(model)
 
-    def __init__(self, folder: Path) -> None:
-        weights = part_weights(folder, T5)
-        assert weights is not None  # T5 has a table
-        self.folder, self._weights = folder, weights
-        with readable(folder), quiet():
-            self._empty = empty_part(folder, T5).eval().requires_grad_(False)
-            shapes = {n: weights.weights.shapes[weights.names[_stored(n)][0]] for n in self._empty.state_dict()}
-            load_strictly(self._empty, {n: torch.empty(shape, device="meta") for n, shape in shapes.items()})
-        packed = packed_t5(folder)
-        self._shapes, self._tensors = shapes, packed or RoundedT5(self._original, form_of(folder))
-        self._packed = modules.T5Encoder(prepare_t5(copy.deepcopy(self._empty), self._tensors.precision)).eval()
-        if packed:
-            packed.check(self._packed.model)
+    def made(self, name: str) -> torch.Tensor | None:
+        """Return the position biases by distance."""
+        return self._packed.table(self._tensors(_BIAS)) if name == "bias" else None
 
-    def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Read one tensor of the rounded network by name, in `dtype`, except packed integers and their scales."""
-        tensor = self._packed.table(self._tensors(_BIAS)) if name == "bias" else self._tensors(name)
-        return tensor if name.endswith(PACKED) else tensor.to(dtype)
+    def one_layer(self) -> dict[str, Any]:
+        """Return the number of layers."""
+        return {"num_layers": 1}
 
-    def traceable(self, dtype: torch.dtype) -> modules.T5Encoder:
-        """Return the network with fake tensors on the CPU: shapes and dtypes without data."""
-        module = copy.deepcopy(self._packed)
-        wanted = {n: (t.shape, t.dtype if n.endswith(PACKED) else dtype) for n, t in module.state_dict().items()}
-        with FakeTensorMode():
-            fakes = {n: torch.empty(shape, dtype=kind) for n, (shape, kind) in wanted.items()}
-        module.load_state_dict(fakes, strict=True, assign=True)
-        module.model.set_input_embeddings(module.model.get_input_embeddings())  # one tensor under two names
-        return module.requires_grad_(False)
-
-    def running(self, dtype: torch.dtype = torch.float32) -> modules.T5Encoder:
-        """Return the network that is written, to compute in `dtype`; its layers are read when they run."""
-        module = copy.deepcopy(self._packed)
-        module.bias = self.read("bias", dtype)
-        self._stream(module.model, self._tensors, dtype)
-        return module
-
-    def checkpoint(self) -> modules.T5Encoder:
-        """Return what an export is compared with, in float32: plain layers of rounded weights, read when they run.
-
-        Raises:
-            ParityError: transformers' own loader reads other numbers.
-            InputError: it cannot load the folder.
-        """
-        self._check_vendor()
-        model = copy.deepcopy(self._empty)
-        self._stream(model, lambda name: plain(self._tensors, name, self._shapes[name]), torch.float32)
-        module = modules.T5Encoder(model)
-        module.bias = module.table(self._tensors(_BIAS).float())
-        return module
-
-    def empty(self) -> modules.T5Encoder:
-        """Return the network that is written without weights, on the meta device; `read` has its tensors by name."""
-        return copy.deepcopy(self._packed)
-
-    def _original(self, name: str) -> torch.Tensor:
-        """Read a tensor of transformers' network by name, in the dtype of its file."""
-        return self._weights[_stored(name)]
-
-    def _stream(self, model: Any, read: Callable[[str], torch.Tensor], dtype: torch.dtype) -> None:
-        """Let every module that has tensors of its own read them when it runs."""
-        layers = []
-        for prefix, layer in model.named_modules():
-            own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
-            if own:
-                layers.append((layer, {name: f"{prefix}.{name}" for name, _ in own}))
-        stream(layers, read, device=CPU, dtype=dtype, ahead=self._ahead)
-
-    def _ahead(self, names: Iterable[str]) -> None:
-        """Ask the operating system to read these tensors, or the weights of which they are made."""
-        if isinstance(self._tensors, PackedT5):
-            self._tensors.ahead(names)
-        else:
-            self._weights.ahead({_stored(unpacked_name(name)) for name in names})
-
-    def _check_vendor(self) -> None:
-        """Check that transformers' own loader reads the first block and what is outside blocks as it is read here."""
-        load = transformers.T5EncoderModel.from_pretrained
-        first = from_pretrained(lambda *given, **how: load(*given, **how, num_layers=1, dtype="auto"), self.folder)
-        for name, tensor in first.state_dict().items():
-            if not tensor.equal(self._original(name).to(tensor.dtype)):
-                raise ParityError(
-                    f"{self.folder.name}: {name}: found other numbers with transformers {transformers.__version__} "
-                    "than in the file, expected equal; use another version of it"
-                )
-
-
-def _stored(name: str) -> str:
-    """Return a tensor's name in the table of parts.py from its name in transformers' network."""
-    return tensor_of(T5, name) or name
+    def tied(self, model: Any) -> None:
+        """Give the embedding its two names."""
+        model.set_input_embeddings(model.get_input_embeddings())

@@ -29,9 +29,9 @@ _AT_ONCE = 5
 """Prompts that pass through an encoder together: each pass reads all of T5."""
 
 
-def most_tokens(artefact: Path, encoder: modules.TextEncoder | modules.T5Encoder) -> int:
+def most_tokens(artefact: Path, encoder: loaders.Encoder) -> int:
     """Return the largest number of tokens that a text encoder gets."""
-    if isinstance(encoder, modules.T5Encoder):
+    if not isinstance(encoder, modules.TextEncoder):
         return Generation.load(artefact).max_sequence_length
     return int(encoder.config.max_position_embeddings)
 

@@ -6,8 +6,8 @@ Each network is traced, written, checked by onnx.checker and compared with torch
 loaded. Only a few blocks of the transformer, or layers of a T5, are in memory at a time. An interrupted export resumes:
 compared networks are kept, and a half-written file continues where it stopped (external_data.py). The modulation is a
 network of its own, unless it is asked for inside the transformer (modulation.py). A T5 text encoder is
-stored in 8 bits (precision.py) and compared with torch on the same integers (stored_t5.py). The VAE's encoder is not
-exported. folder.py writes the other files of the folder.
+stored in 8 bits (precision.py) and compared with torch on the same integers (stored_encoder.py), and so is a Qwen3. The
+VAE's encoder is not exported. folder.py writes the other files of the folder.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from edgeprune.common.errors import ParityError
 from edgeprune.common.progress import Progress, silent
 from edgeprune.export import APART, INSIDE, external_data, graph, loaders, modules, parity, precisions, text
 from edgeprune.export.folder import is_quantized, write
+from edgeprune.export.language_model import LanguageModel
 from edgeprune.export.modulation import ModulatedTransformer, Modulation, layers_of, rows_instead
-from edgeprune.export.stored_t5 import StoredT5
+from edgeprune.export.stored_encoder import StoredEncoder
 from edgeprune.export.unfinished import MARK, Unfinished
 from edgeprune.families import Axes
-from edgeprune.families.encoders import T5, text_encoders
+from edgeprune.families.encoders import LONG, text_encoders
 from edgeprune.residency.stored import StoredTransformer
 from edgeprune.runtimes.modulation import ROWS, WIDTH
 from edgeprune.sampling.denoising import Conditioning
@@ -86,7 +87,7 @@ LARGE = 10**9
 """A transformer with more stored numbers is compared at one size only: each size reads all weights twice."""
 Opened = Callable[[Path], parity.Runner]
 """Opens a written ONNX file to run it."""
-Module = modules.Transformer | Modulation | modules.TextEncoder | modules.T5Encoder | modules.VaeDecoder
+Module = modules.Transformer | Modulation | modules.TextEncoder | modules.T5Encoder | LanguageModel | modules.VaeDecoder
 
 
 @dataclass
@@ -102,8 +103,8 @@ class NetworkSource:
     """Inputs to compare at."""
     trial: Mapping[str, torch.Tensor]
     """Inputs at which half precision is tried."""
-    stored: StoredTransformer | StoredT5 | None = None
-    """Of the transformer and of T5: `module` reads its layers from here when they run."""
+    stored: StoredTransformer | StoredEncoder[Any] | None = None
+    """Of the transformer, T5 and Qwen3: `module` reads its layers from here when they run."""
     reread: Callable[[], Module] | None = None
     """Loads the network again, by name; None if `module` was loaded so."""
     apart: Modulation | None = None
@@ -118,8 +119,9 @@ class NetworkSource:
 
     def half(self) -> Module:
         """Return a copy of the module in half precision."""
-        if isinstance(self.stored, StoredT5):
-            return self.stored.running(torch.float16)
+        if isinstance(self.stored, StoredEncoder):
+            half: Module = self.stored.running(torch.float16)
+            return half
         if self.stored is not None and isinstance(self.module, Modulation):
             return Modulation.running(self.stored, torch.float16)
         if self.stored is not None:
@@ -142,9 +144,9 @@ class NetworkSource:
             module = self.half() if half else self.module
             return graph.to_ir(module, example, module.inputs, module.outputs)
         stored, dtype = self.stored, torch.float16 if half else torch.float32
-        if isinstance(stored, StoredT5):
-            t5, reader = stored.traceable(dtype), functools.partial(stored.read, dtype=dtype)
-            return graph.to_ir(t5, example, t5.inputs, t5.outputs, read=reader)
+        if isinstance(stored, StoredEncoder):
+            encoder, reader = stored.traceable(dtype), functools.partial(stored.read, dtype=dtype)
+            return graph.to_ir(encoder, example, encoder.inputs, encoder.outputs, read=reader)
         model = stored.traceable(dtype)
         if isinstance(self.module, Modulation):
             layers, reader = Modulation(model), functools.partial(stored.read, dtype=dtype)
@@ -229,24 +231,26 @@ def sources(
     for name, kind in text_encoders(artefact).items():
         if has(name):
             continue
-        t5 = StoredT5(artefact / name) if kind == T5 else None
-        encoder = t5.running() if t5 else loaders.clip(artefact, name, kind, loaders.by_vendor)
+        stored_encoder = loaders.stored_encoder(artefact, name, kind)
+        encoder: loaders.Encoder = (
+            stored_encoder.running() if stored_encoder else loaders.clip(artefact, name, kind, loaders.by_vendor)
+        )
         longest = text.most_tokens(artefact, encoder)
         examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
         trial = examples[0]
         if half:
             ids = text.token_ids(artefact, name, kind)
-            trial = {"input_ids": ids[:1] if kind == T5 else ids}  # T5's are long, and it is slow in half precision
+            trial = {"input_ids": ids[:1] if kind in LONG else ids}  # long, and slow in half precision
         yield NetworkSource(
             name=name,
             module=encoder,
-            stored=t5,
+            stored=stored_encoder,
             reread=functools.partial(loaders.compared_encoder, artefact, name, kind),
             traced=encoder.example(batch=2, tokens=min(7, longest)),
             examples=examples,
             trial=trial,
         )
-        del encoder, t5
+        del encoder, stored_encoder
 
     if not has("vae_decoder"):
         vae = loaders.vae_decoder(artefact, loaders.by_vendor)

@@ -27,7 +27,7 @@ from edgeprune.common.files import read_json
 from edgeprune.common.heap import trim
 from edgeprune.common.memory import allowed, resident
 from edgeprune.common.pieces import RESERVE, Needs
-from edgeprune.families.encoders import T5, check_tokens, text_encoders, tokenizer_of
+from edgeprune.families.encoders import LONG, QWEN3, check_tokens, text_encoders, tokenizer_of
 from edgeprune.runtimes.base import Array, Settings, precision_of
 from edgeprune.runtimes.embeddings import KeptEmbeddings
 from edgeprune.runtimes.memory import Meter, Reading
@@ -41,6 +41,8 @@ _AHEAD = 32
 """Most prompts that pass through the text encoders together where each is opened for them: their text is in memory."""
 Shapes = Mapping[str, Sequence[int]]
 """The shape of each input of a network, by name."""
+Tokens = Mapping[str, NDArray[np.int64]]
+"""What a text encoder reads of prompts, by the name of its input: (B, tokens) each."""
 
 
 class Network(Protocol):
@@ -203,12 +205,11 @@ class NetworkBackend:
         vae = folder / "vae_decoder" / "config.json"
         self._scale = exported_scale(read_json(vae), vae)
         self._encoders = text_encoders(folder)
-        first = PromptTokenizer(folder / "tokenizer")
-        # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
-        lengths = {n: self._t5_tokens if kind == T5 else first.max_length for n, kind in self._encoders.items()}
-        self._tokenizers = {
-            n: PromptTokenizer(folder / tokenizer_of(n), max_length=length) for n, length in lengths.items()
-        }
+        self._tokenizers = {}
+        for name, kind in self._encoders.items():
+            # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
+            length = self._t5_tokens if kind in LONG else PromptTokenizer(folder / "tokenizer").max_length
+            self._tokenizers[name] = PromptTokenizer(folder / tokenizer_of(name), max_length=length)
         self._keep_embeddings = keep_embeddings
         self._kept = None if keep_embeddings is None else self._kept_in(Path(keep_embeddings))
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -297,7 +298,10 @@ class NetworkBackend:
         tokens = self._family.text_tokens(longest_prompt(self._folder), self._t5_tokens)
         text = np.zeros((1, tokens, wide), np.float32), np.zeros((1, pooled), np.float32)
         inputs = self._family.inputs(self._config, latents, *text, np.zeros(1, np.float32), 0.0)
-        encoders = {name: {"input_ids": (1, tokenizer.max_length)} for name, tokenizer in self._tokenizers.items()}
+        encoders: dict[str, Shapes] = {
+            name: dict.fromkeys(self._read_by(name), (1, tokenizer.max_length))
+            for name, tokenizer in self._tokenizers.items()
+        }
         transformer: dict[str, Sequence[int]] = {name: value.shape for name, value in inputs.items()}
         rows: dict[str, Shapes] = {}
         if self._table is not None:
@@ -343,21 +347,22 @@ class NetworkBackend:
         return self._encode_kept(self._kept, tokens, keep=self._scratch is None)
 
     def _encode_kept(
-        self, store: KeptEmbeddings, tokens: Mapping[str, NDArray[np.int64]], *, keep: bool = True
+        self, store: KeptEmbeddings, tokens: Mapping[str, Tokens], *, keep: bool = True
     ) -> tuple[Array, Array]:
-        """Encode token ids (B, tokens), by text encoder, of the prompts that are not kept, and keep those if asked."""
-        count = len(next(iter(tokens.values())))
-        paths = [store.path([ids[row] for ids in tokens.values()]) for row in range(count)]
+        """Encode tokens, by text encoder, of the prompts that are not kept, and keep those if asked."""
+        every = [values for inputs in tokens.values() for values in inputs.values()]
+        paths = [store.path([values[row] for values in every]) for row in range(len(every[0]))]
         found = {path: kept for path in paths if (kept := store.read(path)) is not None}
         missing = {path: row for row, path in enumerate(paths) if path not in found}
         if missing:
-            made = self._encode({name: ids[list(missing.values())] for name, ids in tokens.items()})
+            rows = list(missing.values())
+            made = self._encode({n: {key: ids[rows] for key, ids in inputs.items()} for n, inputs in tokens.items()})
             for row, path in enumerate(missing):
                 found[path] = made[0][row : row + 1], made[1][row : row + 1]
                 if keep:
                     store.write(path, found[path])
-        rows = [found[path] for path in paths]
-        return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows])
+        texts = [found[path] for path in paths]
+        return np.concatenate([text[0] for text in texts]), np.concatenate([text[1] for text in texts])
 
     def encode_ahead(self, prompts: list[str]) -> None:
         """Encode prompts that `encode` gets next, where text encoders are not in memory all the time."""
@@ -383,15 +388,22 @@ class NetworkBackend:
         computed = self._engine.name, self._engine.text_activations
         return KeptEmbeddings(folder, self._folder, list(self._encoders), [*joined, *computed])
 
-    def _tokens(self, prompts: list[str]) -> dict[str, NDArray[np.int64]]:
-        return {name: tokenizer(prompts) for name, tokenizer in self._tokenizers.items()}
+    def _read_by(self, encoder: str) -> tuple[str, ...]:
+        """Return what a text encoder reads of `PromptTokenizer.masked`: all but language models read padding, too."""
+        return ("input_ids", "attention_mask") if self._encoders[encoder] == QWEN3 else ("input_ids",)
 
-    def _encode(self, tokens: Mapping[str, NDArray[np.int64]]) -> tuple[Array, Array]:
-        """Encode token ids (B, tokens), by text encoder."""
+    def _tokens(self, prompts: list[str]) -> dict[str, Tokens]:
+        masked = {name: tokenizer.masked(prompts) for name, tokenizer in self._tokenizers.items()}
+        return {name: {key: found[key] for key in self._read_by(name)} for name, found in masked.items()}
+
+    def _encode(self, tokens: Mapping[str, Tokens]) -> tuple[Array, Array]:
+        """Encode tokens, by text encoder."""
         outputs = {}
-        for name, ids in tokens.items():
+        for name, inputs in tokens.items():
             # One prompt at a time: the NPU compiles for one batch size.
-            rows = [*self._run(name, [{"input_ids": row[None]} for row in ids])]
+            count = len(inputs["input_ids"])
+            feeds = [{key: ids[row : row + 1] for key, ids in inputs.items()} for row in range(count)]
+            rows = [*self._run(name, feeds)]
             outputs[name] = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
         return self._family.join(self._config, outputs, self._t5_tokens)
 

@@ -1,6 +1,7 @@
 """Turns prompts into token ids with the `tokenizers` package alone; pads and truncates as transformers does.
 
-A truncated prompt keeps the end token that the tokenizer's rules add. Prompt weighting is not supported.
+A language model gets a prompt in a chat, whose text around the prompt the export has written beside the tokenizer. A
+truncated prompt keeps the end token that the tokenizer's rules add. Prompt weighting is not supported.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from edgeprune.common import fields
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json
 
+CHAT = "chat.json"
+"""File in a tokenizer's folder with `prefix` and `suffix`, the text around a prompt."""
 _LONGEST = 1_000_000  # transformers writes 1e30 where a tokenizer has no limit
 
 
 class PromptTokenizer:
-    """Tokenizes with a `tokenizer` folder: tokenizer.json (rules), tokenizer_config.json (length, padding token).
+    """Tokenizes with a `tokenizer` folder: tokenizer.json (rules), tokenizer_config.json (length, padding token), CHAT.
 
     Args:
         folder: that folder.
@@ -47,6 +51,8 @@ class PromptTokenizer:
         if pad_id is None:
             raise InputError(f"{config_path}: pad_token: found {token!r}, expected a token of {path.name}")
         self.pad_id, self.pad_token = int(pad_id), str(token)
+        chat = read_json(folder / CHAT) if (folder / CHAT).is_file() else {"prefix": "", "suffix": ""}
+        self._prefix, self._suffix = (fields.text(chat, name, folder / CHAT) for name in ("prefix", "suffix"))
         self._padding: dict[str, Any] = {"length": self.max_length, "pad_id": pad_id, "pad_token": token}
         self._fix_length()
 
@@ -58,10 +64,16 @@ class PromptTokenizer:
         """Return the number of tokens of a text that is neither padded nor truncated."""
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        tokens = len(self._tokenizer.encode(text).ids)
+        tokens = len(self._tokenizer.encode(self._prefix + text + self._suffix).ids)
         self._fix_length()
         return tokens
 
     def __call__(self, prompts: list[str]) -> NDArray[np.int64]:
         """Return token ids (B, max_length)."""
-        return np.asarray([e.ids for e in self._tokenizer.encode_batch(prompts)], np.int64)
+        return self.masked(prompts)["input_ids"]
+
+    def masked(self, prompts: list[str]) -> dict[str, NDArray[np.int64]]:
+        """Return `input_ids` and `attention_mask`, 1 at tokens and 0 at padding, (B, max_length) each."""
+        found = self._tokenizer.encode_batch([self._prefix + prompt + self._suffix for prompt in prompts])
+        ids, mask = ([getattr(each, name) for each in found] for name in ("ids", "attention_mask"))
+        return {"input_ids": np.asarray(ids, np.int64), "attention_mask": np.asarray(mask, np.int64)}

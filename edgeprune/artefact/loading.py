@@ -276,6 +276,7 @@ def complete(folder: Path, kind: str, model: Any, device: torch.device = CPU) ->
         model.set_input_embeddings(model.get_input_embeddings())  # one tensor under two names
     if kind == QWEN3:
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
+        return
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta and not name.endswith(PACKED):  # those of layers that are read when they run
             owner, _, attribute = name.rpartition(".")

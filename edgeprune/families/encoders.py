@@ -24,9 +24,7 @@ _LIBRARIES = ("diffusers", "transformers")
 _PART = re.compile(r"(text_encoder|tokenizer)(_\d)?|transformer|vae|scheduler|feature_extractor|image_encoder")
 """Parts that pipelines have. Other entries of model_index.json may be settings."""
 
-EXPORTED = (CLIP, CLIP_POOLED, T5)
-"""Classes that an export can write."""
-KNOWN = (*EXPORTED, QWEN3)
+KNOWN = (CLIP, CLIP_POOLED, T5, QWEN3)
 """Classes whose tensors families/parts.py lists, and which are read layer by layer."""
 LONG = (T5, QWEN3)
 """Classes whose prompts are padded to `max_sequence_length`; those of CLIPs to their tokenizer's own length."""

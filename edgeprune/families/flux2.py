@@ -2,8 +2,8 @@
 
 Names and shapes follow diffusers; nothing has a bias. All blocks share one modulation, so norms are no components. In a
 single block one projection feeds attention and MLP and one reads both: pruning one of the two cuts rows of the first
-projection and columns of the second. The pipeline is Klein's, which encodes text with Qwen3. Not supported: export of
-the text encoder, images as conditions, and modulation compression (there are only three such layers).
+projection and columns of the second. The pipeline is klein's, which encodes text with Qwen3. Not supported: images as
+conditions, and modulation compression (there are only three such layers).
 """
 
 from __future__ import annotations

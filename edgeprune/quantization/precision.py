@@ -7,7 +7,8 @@
 - All other tensors (biases, norm scales, the patch convolution, the position table): 16 bits.
 
 A T5 text encoder has rules of its own, the forms, even if the transformer is not quantised: T5-XXL has 4.76 G
-parameters, 19 GB in float32. All of its linear weights are inside blocks.
+parameters, 19 GB in float32. All of its linear weights are inside blocks. A Qwen3 has the same rules; its `wo` is
+`down_proj`.
 
 | form | linear weights | words | T5-XXL |
 | --- | --- | --- | --- |
@@ -55,19 +56,20 @@ def precision_of(family: Architecture, name: str, shape: Shape, *, group_size: i
 
 
 def t5_precision_of(name: str, shape: Shape, form: str = T5_INT8, *, group_size: int = 64) -> Precision:
-    """Apply the rule of a T5's form to one tensor of a T5EncoderModel's state dict."""
+    """Apply the rule of a T5's form to one tensor of a T5EncoderModel's or a Qwen3's state dict."""
     if form == T5_HALF or len(shape) != 2 or "relative_attention_bias" in name:
         return Precision(16)
     if not is_t5_linear(name, shape):  # the table of words
         return Precision(16) if form == T5_INT8 else Precision(8, shape[1])
-    if form == T5_INT8 or (form == T5_INT4_WO8 and name.endswith(".wo.weight")):
+    if form == T5_INT8 or (form == T5_INT4_WO8 and name.endswith((".wo.weight", ".mlp.down_proj.weight"))):
         return Precision(8, shape[1])
     return _in_groups(shape, group_size)
 
 
 def is_t5_linear(name: str, shape: Shape) -> bool:
-    """Return whether a tensor of a T5EncoderModel's state dict is the weight of a linear layer."""
-    return ".block." in name and len(shape) == 2 and "relative_attention_bias" not in name
+    """Return whether a tensor of a T5EncoderModel's or a Qwen3's state dict is the weight of a linear layer."""
+    in_block = ".block." in name or name.startswith("model.layers.")
+    return in_block and len(shape) == 2 and "relative_attention_bias" not in name
 
 
 def _in_groups(shape: Shape, group_size: int) -> Precision:

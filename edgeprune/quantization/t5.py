@@ -1,6 +1,6 @@
-"""The tensors of a T5 text encoder as they are stored: rounded when they are read, or packed already.
+"""The tensors of a T5 or Qwen3 text encoder as they are stored: rounded when they are read, or packed already.
 
-precision.py has the forms. `prepare_t5` gives a T5EncoderModel the layers that hold them.
+precision.py has the forms. `prepare_t5` gives a T5EncoderModel or a Qwen3 the layers that hold them.
 
 Notation: O outputs, I inputs, G groups, V words, K width.
 """
@@ -47,7 +47,7 @@ def prepare_t5(model: nn.Module, precision: Callable[[str, Shape], Precision]) -
     """Give a T5 empty layers that hold what is stored, in place.
 
     Args:
-        model: a T5EncoderModel, usually on the meta device.
+        model: a T5EncoderModel or a Qwen3, usually on the meta device.
         precision: of each weight, as `T5Tensors.precision`.
     """
     for name, linear in linear_layers(model).items():
@@ -175,7 +175,7 @@ def unpacked_name(name: str) -> str:
 
 def is_words(name: str) -> bool:
     """Return whether a tensor is the table of words, or is made of it."""
-    return name.startswith(("shared.", "encoder.embed_tokens."))
+    return name.startswith(("shared.", "encoder.embed_tokens.", "model.embed_tokens."))
 
 
 def stored_name(name: str) -> str:

@@ -21,7 +21,7 @@ from edgeprune.artefact.loading import load, open_transformer
 from edgeprune.artefact.staged import StagedPipeline, can_stage
 from edgeprune.artefact.text_store import TextStore
 from edgeprune.common.files import sha256_file
-from edgeprune.families.encoders import T5, text_encoders
+from edgeprune.families.encoders import CLIP, CLIP_POOLED, T5, text_encoders
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.streaming import is_streamed
 from edgeprune.residency.weights import Weights
@@ -32,11 +32,13 @@ from edgeprune.stages.costs import sample
 PROMPTS = ["a red circle", "", "two stars"]
 
 
-@pytest.fixture(scope="module", params=["sd3", "sd3 with T5", "flux"])
+@pytest.fixture(scope="module", params=["sd3", "sd3 with T5", "flux", "klein"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("staged") / "tiny"
     if request.param == "flux":
         tiny.tiny_flux_pipeline(out)
+    elif request.param == "klein":
+        tiny.tiny_klein_pipeline(out, distilled=False)
     else:
         tiny.tiny_pipeline(out, t5=request.param != "sd3")
     return out
@@ -79,11 +81,11 @@ def test_text_and_images_are_those_of_diffusers(folder: Path) -> None:
     assert np.array_equal(*drawn)
 
 
-def test_pooled_text_reads_no_t5(folder: Path, reads: list[str]) -> None:
-    pipe = staged(folder)
+def test_pooled_text_reads_only_clips(folder: Path, reads: list[str]) -> None:
+    pipe, clips = staged(folder), {CLIP, CLIP_POOLED} & {*text_encoders(folder).values()}
     reads.clear()
     pipe.pooled(PROMPTS)
-    assert reads and not any("SelfAttention" in name for name in reads)
+    assert bool(reads) == bool(clips) and not any("SelfAttention" in name for name in reads)
 
 
 def test_a_prompt_is_encoded_once_for_all_processes(folder: Path, tmp_path: Path, reads: list[str]) -> None:
@@ -112,7 +114,7 @@ def test_few_prompts_are_in_a_layer_that_is_read_once_for_all(
     def streamed(*arguments: Any, **options: Any) -> Any:
         encoder = real(*arguments, **options)
         for name, module in encoder.named_modules():
-            if name.endswith((".layer_norm1", ".layer.0.layer_norm")):
+            if name.endswith((".layer_norm1", ".layer.0.layer_norm", ".input_layernorm")):
                 module.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
         return encoder
 

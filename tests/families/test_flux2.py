@@ -100,13 +100,12 @@ def test_the_transformer_is_exported(tmp_path: Path) -> None:
     assert parity.check("transformer", runner, whole, examples, list(whole.outputs))["max_relative"] < 1e-4
 
 
-def test_its_text_encoder_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_its_text_encoder_is_refused_in_one_line_for_other_formats(tmp_path: Path) -> None:
     index: dict[str, Any] = {"_class_name": "Flux2KleinPipeline", "text_encoder": ["transformers", "Qwen3ForCausalLM"]}
     (tmp_path / "transformer").mkdir()
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(KLEIN))
-    with pytest.raises(
-        InputError, match="text_encoder: found Qwen3ForCausalLM, which cannot be exported yet"
-    ) as caught:
-        accepts.pipeline(tmp_path)
+    says = "text_encoder: found Qwen3ForCausalLM, which cannot be exported to coreml yet; use onnx or openvino"
+    with pytest.raises(InputError, match=says) as caught:
+        accepts.pipeline(tmp_path, "coreml")
     assert "\n" not in str(caught.value)

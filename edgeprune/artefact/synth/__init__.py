@@ -21,7 +21,7 @@ from edgeprune.common.files import digest, read_json, write_json
 from edgeprune.common.lock import LOCK, hold, is_free
 from edgeprune.common.progress import Progress, silent
 from edgeprune.families import Config, family_of, published
-from edgeprune.families.encoders import EXPORTED
+from edgeprune.families.encoders import QWEN3
 
 MARK = "synth.json"
 """File that says what a folder was made of."""
@@ -45,7 +45,7 @@ def synth(name: str, out: Path, *, tiny_encoders: bool = False, progress: Progre
     if name not in known:
         raise InputError(f"synth: found {name!r}, expected one of {', '.join(known)}")
     config = published.transformers()[known[name].transformer]
-    other = [e.kind for e in family_of(config, name).encoders if e.kind not in EXPORTED]
+    other = [e.kind for e in family_of(config, name).encoders if e.kind == QWEN3]
     if tiny_encoders and other:
         raise InputError(
             f"--tiny-encoders: found {name}, whose text encoder, {other[0]}, has no tiny form; leave it out"

@@ -90,9 +90,9 @@ def _network(folder: str, kind: str, published: PublishedNetwork, text_dtype: st
     dtype = torch.bfloat16 if is_vae else getattr(torch, text_dtype)
     config = published.config | ({} if is_vae else {"torch_dtype": text_dtype})
     shapes = part_shapes(kind, config, folder)
+    assert shapes is not None  # every published network has a table
     if kind in (QWEN3, VAE_FLUX2):  # their tables lack what edgeprune does not read, and vendors' loaders do
         shapes = _shapes_of_class(kind, config)
-    assert shapes is not None  # every published network has a table
     pieces = _pieces([shapes])
     return RandomNetwork(folder, config, pieces, lambda n, s: draw(n, s, dtype), FILE if is_vae else TEXT_FILE)
 

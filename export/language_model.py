@@ -1,0 +1,127 @@
+"""The language model that encodes text for FLUX.2, as it is traced for an export: Qwen3, up to the last state read.
+
+It computes what `Qwen3ForCausalLM` of transformers returns for `output_hidden_states`: causal attention that leaves out
+padding, grouped queries, norms of queries and keys, rotary positions; no cache, and neither the last norm nor the head.
+
+Notation: B batch, M tokens, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from edgeprune.common.errors import InputError
+from edgeprune.families import Axes
+
+_SEQUENCE = {0: "batch_size", 1: "sequence_length"}
+SPEEDS = "speeds"
+"""Name of the buffer with the speeds of the rotary positions, which no file has."""
+
+
+class LanguageModel(nn.Module):
+    """Hidden states of a causal language model, each by its name.
+
+    `reference` is transformers' own forward pass; exports are compared with it.
+
+    Args:
+        model: a Qwen3ForCausalLM with the layers up to the last state that is read, see `cut_unread`.
+        states: the hidden states that are returned; 0 is the embedding.
+
+    Raises:
+        InputError: its rotary positions are scaled.
+    """
+
+    inputs: Axes = {"input_ids": _SEQUENCE, "attention_mask": _SEQUENCE}
+    speeds: torch.Tensor
+
+    def __init__(self, model: Any, states: Sequence[int]) -> None:
+        super().__init__()
+        self.model, self.states = model, tuple(states)
+        self.config: Any = model.config
+        self.outputs: Axes = {f"hidden_states.{state}": _SEQUENCE for state in self.states}
+        self.register_buffer(SPEEDS, speeds_of(self.config))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Map ids and a mask of 1 at tokens and 0 at padding, (B, M) int64 each, to the states (B, M, D)."""
+        inner = self.model.model
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        angles = places[:, None].float() * self.speeds
+        twice = torch.cat((angles, angles), dim=-1)
+        seen = (places[None, :] <= places[:, None])[None] & attention_mask[:, None, :].bool()
+        least = torch.finfo(torch.float32).min
+        bias = torch.where(seen, 0.0, least)[:, None]
+        hidden = inner.embed_tokens(input_ids).float()
+        found = {0: hidden}
+        for index, layer in enumerate(inner.layers):
+            hidden = run_layer(layer, hidden, (twice.cos(), twice.sin()), bias)
+            found[index + 1] = hidden
+        return tuple(found[state] for state in self.states)
+
+    def reference(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Compute the same outputs with the model's own forward pass."""
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False)
+        return tuple(out.hidden_states[state] for state in self.states)
+
+    def example(self, *, batch: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Return random words, then padding; each row has another length."""
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, self.config.vocab_size, (batch, tokens), generator=generator)
+        mask = torch.ones_like(ids)
+        for row in range(batch):
+            end = tokens - row * (tokens // batch)
+            ids[row, end:], mask[row, end:] = self.config.vocab_size - 1, 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+def speeds_of(config: Any) -> torch.Tensor:
+    """Return the angle by which each pair of a head's channels turns from token to token: (head width / 2).
+
+    Raises:
+        InputError: the config scales its positions.
+    """
+    # transformers 5 has one field for what were two.
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind != "default":
+        raise InputError(f"text_encoder/config.json: rope_type: found {kind!r}, expected 'default' to export it")
+    theta = float(found.get("rope_theta") or config.rope_theta)
+    width = int(config.head_dim)
+    return 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
+
+
+def run_layer(
+    layer: Any, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor
+) -> torch.Tensor:
+    """Run one layer.
+
+    Args:
+        layer: of the model.
+        hidden: (B, M, D), float32.
+        angles: cosine and sine of the positions, (M, head width) each.
+        bias: added to attention's scores (B, 1, M, M).
+    """
+    hidden = hidden + _attention(layer.self_attn, layer.input_layernorm(hidden), angles, bias)
+    return hidden + cast("torch.Tensor", layer.mlp(layer.post_attention_layernorm(hidden)))
+
+
+def _attention(
+    attention: Any, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor
+) -> torch.Tensor:
+    heads = (*x.shape[:2], -1, attention.head_dim)
+    q = _rotated(attention.q_norm(attention.q_proj(x).view(heads)).transpose(1, 2), angles)
+    k = _rotated(attention.k_norm(attention.k_proj(x).view(heads)).transpose(1, 2), angles)
+    v = attention.v_proj(x).view(heads).transpose(1, 2)
+    shared = attention.num_key_value_groups
+    k, v = (y[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 2) for y in (k, v))
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attention.scaling)
+    return cast("torch.Tensor", attention.o_proj(out.transpose(1, 2).flatten(2)))
+
+
+def _rotated(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turn each channel (B, H, M, head width) with the one half a head further on."""
+    first, second = x.chunk(2, dim=-1)
+    return x * angles[0] + torch.cat((-second, first), dim=-1) * angles[1]

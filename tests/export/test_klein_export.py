@@ -1,0 +1,294 @@
+"""FLUX.2 klein on a device: the language model that encodes its text, its chat, and whole images as in torch."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+import traced
+
+from edgeprune import runtimes, targets
+from edgeprune.artefact.chat import as_chat
+from edgeprune.artefact.loading import cut_unread, load
+from edgeprune.artefact.synth import tokenizers
+from edgeprune.common.errors import InputError, ParityError
+from edgeprune.export import export, language_model, parity, to_onnx, to_openvino
+from edgeprune.export.stored_qwen3 import StoredQwen3
+from edgeprune.quantization.t5 import quantize_t5
+from edgeprune.runtimes import base, networks
+from edgeprune.runtimes.text import CHAT, PromptTokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
+PROMPTS = ["two red circles", "", "a small green ring left of a large blue star " * 9]
+STATES = (9, 18, 27)
+NETWORKS = ("transformer", "text_encoder", "vae_decoder")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("klein")
+    for name, distilled in (("base", False), ("distilled", True)):
+        tiny.tiny_klein_pipeline(root / name, distilled=distilled)
+    return {name: root / name for name in ("base", "distilled")}
+
+
+@pytest.fixture(scope="module")
+def onnx_folder(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime")
+    out = tmp_path_factory.mktemp("out") / "onnx"
+    record = to_onnx.export(sources["base"], out)
+    assert list(record["parity"]) == list(NETWORKS) and record["encoders"] == {"text_encoder": "int8"}
+    assert max(found["max_relative"] for found in record["parity"].values()) < 1e-4
+    return out
+
+
+@pytest.fixture(scope="module")
+def folders(onnx_folder: Path, sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The export of each runtime: klein base in ONNX, the distilled one, of the same weights, in OpenVINO."""
+    pytest.importorskip("openvino")
+    out = tmp_path_factory.mktemp("out") / "openvino"
+    with pytest.MonkeyPatch.context() as patch:
+        traced.reuse(patch, onnx_folder, *NETWORKS)
+        to_openvino.export(sources["distilled"], out, device=targets.load("intel-igpu"))
+    return {"ort": onnx_folder, "openvino": out}
+
+
+@pytest.fixture(scope="module")
+def rounded(sources: dict[str, Path]) -> Any:
+    """The pipeline as diffusers runs it, with a text encoder of the weights that an export has."""
+    pipe = load(sources["base"])
+    integers = dict(quantize_t5(copy.deepcopy(pipe.text_encoder)).named_modules())
+    for name, layer in pipe.text_encoder.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight.data = integers[name].weight
+    return pipe
+
+
+# ------------------------------------------------------------------------------------- the network
+
+
+@torch.no_grad()
+def test_states_are_those_of_transformers() -> None:
+    model = tiny.tiny_qwen3(300)
+    whole = copy.deepcopy(model)
+    cut_unread(model, STATES)
+    module = language_model.LanguageModel(model, STATES)
+    inputs = module.example(batch=3, tokens=13)
+    assert inputs["attention_mask"].sum(1).tolist() == [13, 9, 5]
+    states = whole(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    for found, reference, state in zip(module(**inputs), module.reference(**inputs), STATES, strict=True):
+        torch.testing.assert_close(found, states[state], rtol=1e-5, atol=1e-5)
+        assert torch.equal(reference, states[state])
+    other = module(inputs["input_ids"], torch.ones_like(inputs["attention_mask"]))
+    assert (other[2] - states[27]).abs().max() > 0.1  # a padding token attends to no padding
+
+
+def test_positions_are_those_of_both_versions_of_transformers() -> None:
+    from types import SimpleNamespace
+
+    config = tiny.tiny_qwen3(9, layers=1).config
+    expected = tiny.tiny_qwen3(9, layers=1).model.rotary_emb.inv_freq
+    assert torch.equal(language_model.speeds_of(config), expected)
+    old = SimpleNamespace(rope_theta=1_000_000.0, rope_scaling=None, head_dim=16)
+    assert torch.equal(language_model.speeds_of(old), expected)
+    scaled = SimpleNamespace(rope_theta=1_000_000.0, rope_scaling={"type": "yarn", "factor": 4.0}, head_dim=16)
+    with pytest.raises(InputError, match="rope_type: found 'yarn', expected 'default'"):
+        language_model.speeds_of(scaled)
+
+
+def test_only_what_is_read_is_written_in_8_bits(onnx_folder: Path) -> None:
+    model = onnx.load(str(onnx_folder / "text_encoder" / "model.onnx"))
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    layers = {int(name.split(".layers.")[1].split(".")[0]) for name in kinds if ".layers." in name}
+    assert layers == set(range(27)) and not any("lm_head" in name or name == "model.norm.weight" for name in kinds)
+    linear = [kind for name, kind in kinds.items() if "_proj" in name and "weight_packed" in name]
+    assert len(linear) == 7 * 27 and set(linear) == {onnx.TensorProto.INT8}
+    (words,) = [kind for name, kind in kinds.items() if "embed_tokens" in name]
+    assert words == onnx.TensorProto.FLOAT16
+    assert [value.name for value in model.graph.output] == [f"hidden_states.{state}" for state in STATES]
+
+
+def test_a_wrong_number_fails_parity(
+    sources: dict[str, Path], onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, name = StoredQwen3._original, "model.layers.20.self_attn.k_proj.weight"
+    monkeypatch.setattr(StoredQwen3, "_original", lambda of, read: -real(of, read) if read == name else real(of, read))
+    stored = StoredQwen3(sources["base"] / "text_encoder", STATES)
+    examples = [stored.running().example(batch=2, tokens=9)]
+    runner = parity.session(onnx_folder / "text_encoder" / "model.onnx")
+    with pytest.raises(ParityError, match=r"hidden_states.27: found a relative error"):
+        parity.check("text_encoder", runner, stored.checkpoint(), examples, [f"hidden_states.{s}" for s in STATES])
+
+
+# ------------------------------------------------------------------------------------- the chat
+
+
+def texts() -> list[str]:
+    """Return 200 prompts: words, scripts, emoji, spaces, special tokens, the empty one, very long ones."""
+    rng = random.Random(0)
+    special = ["<|im_end|>", "<|endoftext|>", "<|im_start|>", "</think>", "<think>", "\n", "\t", "  ", "e\u0301", "ﬁ"]
+    scripts = [(0x20, 0x7F), (0xC0, 0x250), (0x370, 0x500), (0x5D0, 0x6FF), (0x4E00, 0x5000), (0x1F300, 0x1F6FF)]
+    found = [
+        "",
+        " ",
+        "\n",
+        "two red circles",
+        "👩‍👩‍👧‍👦 🏳️‍🌈",
+        "naïve café",
+        "word " * 700,
+        "<|endoftext|>",
+        "<|endoftext|>" * 60,
+    ]
+    while len(found) < 200:
+        low, high = rng.choice(scripts)
+        words = [
+            "".join(chr(rng.randrange(low, high)) for _ in range(rng.randrange(1, 9))) for _ in range(rng.randrange(30))
+        ]
+        words[rng.randrange(len(words) + 1) : 0] = rng.sample(special, rng.randrange(3))
+        found.append(rng.choice([" ", "", "\n", ", "]).join(words))
+    return found
+
+
+@pytest.mark.parametrize("length", [2, 40, 512])
+def test_tokens_equal_transformers(onnx_folder: Path, sources: dict[str, Path], length: int) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(sources["base"] / "tokenizer")
+    chats = [as_chat(theirs, text) for text in texts()]
+    expected = theirs(chats, padding="max_length", truncation=True, max_length=length, return_tensors="np")
+    ours = PromptTokenizer(onnx_folder / "tokenizer", max_length=length)
+    found = ours.masked(texts())
+    np.testing.assert_array_equal(found["input_ids"], expected["input_ids"])
+    np.testing.assert_array_equal(found["attention_mask"], expected["attention_mask"])
+    assert [ours.count(text) for text in texts()] == [len(theirs(chat).input_ids) for chat in chats]
+
+
+def test_a_tokenizer_that_is_not_built_yet_is_written_as_transformers_reads_it(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of a folder with vocabulary and merges alone; transformers also ignores the rules of a tokenizer.json."""
+    from edgeprune.export.folder import _tokenizer
+
+    tokenizers.write_qwen(tmp_path / "plain", words=900)
+    ruined = Path(shutil.copytree(sources["base"] / "tokenizer", tmp_path / "ruined"))
+    rules = json.loads((ruined / "tokenizer.json").read_text())
+    (ruined / "tokenizer.json").write_text(json.dumps(rules | {"normalizer": {"type": "Lowercase"}}))
+    from transformers import AutoTokenizer
+
+    for folder in (tmp_path / "plain", ruined):
+        _tokenizer(folder, tmp_path / "out" / folder.name, chat=True)
+        theirs = AutoTokenizer.from_pretrained(folder)
+        chats = [as_chat(theirs, text) for text in texts()]
+        expected = theirs(chats, padding="max_length", truncation=True, max_length=60, return_tensors="np")
+        ours = PromptTokenizer(tmp_path / "out" / folder.name, max_length=60)
+        np.testing.assert_array_equal(ours(texts()), expected["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"chat_template": "{{ messages[0]['content'] | upper }}"},
+            "chat_template: expected one that writes the prompt",
+        ),
+        ({"chat_template": "hello"}, "chat_template: expected one that writes the prompt as it is"),
+        ({"padding_side": "left"}, "padding_side: found 'left', expected 'right' to export it"),
+    ],
+)
+def test_chats_that_a_device_cannot_write_are_refused(tmp_path: Path, change: dict[str, str], says: str) -> None:
+    from edgeprune.export.folder import _tokenizer
+
+    tokenizers.write_qwen(tmp_path / "tokenizer", words=900)
+    path = tmp_path / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=says) as refused:
+        _tokenizer(tmp_path / "tokenizer", tmp_path / "out", chat=True)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_damaged_chat_is_named(onnx_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(onnx_folder / "tokenizer", tmp_path / "tokenizer"))
+    (folder / CHAT).write_text('{"prefix": 3, "suffix": ""}')
+    with pytest.raises(InputError, match=r"chat\.json: prefix: found 3, expected a string"):
+        PromptTokenizer(folder, max_length=40)
+
+
+# ------------------------------------------------------------------------------------- the whole pipeline
+
+
+@pytest.mark.parametrize("name", ["ort", "openvino"])
+@pytest.mark.parametrize("free", [10**12, 0])
+def test_encode_is_diffusers_own(
+    folders: dict[str, Path], rounded: Any, name: str, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks, "allowed", lambda: free)
+    with torch.no_grad():
+        expected, _ = rounded.encode_prompt(PROMPTS, max_sequence_length=40)
+    with runtimes.load(folders[name], name) as model:
+        hidden, pooled = model.backend.encode(PROMPTS)
+    assert hidden.shape == (3, 40, 3 * tiny.QWEN_WIDTH) and pooled.shape == (3, 0)
+    assert parity.relative_error(hidden, expected.numpy())[0] <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["ort", "openvino"])
+@pytest.mark.parametrize("free", [10**12, 0])
+def test_same_seed_same_image_as_torch(
+    folders: dict[str, Path], sources: dict[str, Path], name: str, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guided and distilled; most of the difference comes from the export's 8-bit text encoder."""
+    folder = sources["base" if name == "ort" else "distilled"]
+    monkeypatch.setattr(networks, "allowed", lambda: free)
+    with runtimes.load(folders[name], name) as ours, runtimes.load(folder) as theirs:
+        assert ours.settings.generation == theirs.settings.generation
+        text = theirs.backend.encode(PROMPTS[:2])
+        latents = base.initial_latents(ours.settings, [1, 2], 48, 80)
+        mine, reference = (m.step(latents, *text, np.asarray([0.9, 0.2], np.float32)) for m in (ours, theirs))
+        assert np.linalg.norm(mine - reference) <= 1e-5 * np.linalg.norm(reference)
+        for backend in (ours.backend, theirs.backend):
+            monkeypatch.setattr(backend, "encode", lambda prompts, wanted=theirs.backend.encode: wanted(prompts))
+        drawn = [m.generate(PROMPTS[0], seed=3)[0] for m in (ours, theirs)]
+    pixels = [np.asarray(image, int) for image in drawn]
+    assert pixels[1].std() > 5 and np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_a_device_needs_no_vae_weights_for_its_latents(onnx_folder: Path, sources: dict[str, Path]) -> None:
+    config = json.loads((onnx_folder / "vae_decoder" / "config.json").read_text())
+    pipe = load(sources["base"])
+    std = (pipe.vae.bn.running_var + pipe.vae.config.batch_norm_eps).sqrt()
+    np.testing.assert_array_equal(np.asarray(config["batch_norm_mean"], np.float32), pipe.vae.bn.running_mean)
+    np.testing.assert_array_equal(np.asarray(config["batch_norm_std"], np.float32), std)
+
+
+@pytest.mark.parametrize("change", [{"batch_norm_std": [1.0]}, {"batch_norm_mean": "x"}, {"batch_norm_mean": None}])
+def test_bad_statistics_are_named(onnx_folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = Path(shutil.copytree(onnx_folder, tmp_path / "m"))
+    path = folder / "vae_decoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=rf"config.json: {next(iter(change))}: found .*, expected four numbers"):
+        runtimes.load(folder, "ort")
+
+
+def test_prompts_are_kept(onnx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with runtimes.load(onnx_folder, "ort", keep_embeddings=tmp_path) as model:
+        first = model.backend.encode(PROMPTS)
+    with runtimes.load(onnx_folder, "ort", keep_embeddings=tmp_path) as model:
+        monkeypatch.setattr(type(model.backend), "_encode", None)
+        for one, other in zip(model.backend.encode(PROMPTS), first, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("fmt", "device"), [("coreml", "macbook-m"), ("trt", "rtx")])
+def test_other_formats_are_refused_in_one_line(sources: dict[str, Path], tmp_path: Path, fmt: str, device: str) -> None:
+    says = f"text_encoder: found Qwen3ForCausalLM, which cannot be exported to {fmt} yet; use onnx or openvino"
+    with pytest.raises(InputError, match=says) as refused:
+        export(sources["base"], tmp_path / "out", fmt, targets.load(device), progress=lambda *_, **__: None)
+    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
