@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +102,10 @@ class StoredPart:
             if not tensor.equal(self.weights[other]):
                 raise InputError(f"{self.weights.folder}: {other}: found other numbers than in {first}, expected equal")
         return tensor
+
+    def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
+        """Read some rows of a table, see `Weights.rows`."""
+        return self.weights.rows(self.names[name][0], indices)
 
     def kind(self) -> tuple[torch.dtype, int]:
         """Return the dtype of the weights, that of the largest tensor, and how many numbers they are."""

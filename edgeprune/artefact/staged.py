@@ -34,11 +34,13 @@ from edgeprune.quantization.t5 import prepare_t5, stored_name
 from edgeprune.residency.by_rows import by_rows
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.streaming import PACKED, Read, fitting, release, stream
+from edgeprune.residency.table import StoredTable
 from edgeprune.sampling.generation import latent_factor, longest_prompt
 from edgeprune.sampling.scheduler import FlowMatch
 
 TILE = 64
 """Sides of a tile in latent pixels, if the VAE works in tiles."""
+_QWEN3_WORDS = "model.embed_tokens.weight"
 
 
 def can_stage(folder: Path) -> bool:
@@ -274,6 +276,8 @@ class StagedPipeline:
         assert weights is not None  # `can_stage`
         with readable(folder), quiet():
             model = empty_part(folder, kind, self.states(name))
+            if kind == QWEN3:
+                model.model.embed_tokens = StoredTable(functools.partial(weights.rows, _QWEN3_WORDS), dtype)
         stored = {n: tensor_of(kind, n) or n for n in model.state_dict()}
         read: Read = weights.__getitem__
         if packed is not None:

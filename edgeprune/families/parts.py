@@ -8,6 +8,7 @@ are those of their configs. Names that differ between files of the same model ar
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from edgeprune.common.errors import InputError
@@ -33,6 +34,7 @@ _UNUSED = {
 _UNUSED[CLIP_POOLED] = re.compile(_UNUSED[CLIP].pattern + r"|text_projection\..*")
 _TIED = "encoder.embed_tokens.weight"
 """T5's other name for its `shared.weight`; a file may have either or both."""
+_LANGUAGE_LAYER, _LAST_NORM = re.compile(r"model\.layers\.(\d+)\."), "model.norm.weight"
 _VAE_ATTENTION = re.compile(r"(.*\.mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 _VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.16
 
@@ -54,6 +56,20 @@ def tensor_of(kind: str, name: str) -> str | None:
     if kind in VAES and (match := _VAE_ATTENTION.fullmatch(name)):
         return f"{match[1]}.{_VAE_NAMES[match[2]]}.{match[3]}"
     return name
+
+
+def is_read(kind: str, name: str, states: Sequence[int]) -> bool:
+    """Return whether a tensor of a text encoder's file is read.
+
+    Args:
+        kind: the encoder's class.
+        name: of the tensor, in a file.
+        states: of a language model, the hidden states that are read: what only later ones need is not.
+    """
+    if tensor_of(kind, name) is None:
+        return False
+    layer = _LANGUAGE_LAYER.match(name)
+    return not states or (name != _LAST_NORM and (layer is None or int(layer[1]) < max(states)))
 
 
 def part_shapes(kind: str, config: Config, where: object) -> dict[str, Shape] | None:

@@ -10,7 +10,7 @@ generation settings. The runtime's own overhead is not included; only `edgeprune
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import read_json
 from edgeprune.families import Config, Shape, family_of
-from edgeprune.families.encoders import T5, text_encoders
+from edgeprune.families.encoders import QWEN3, T5, text_encoders
 from edgeprune.families.joint import width
-from edgeprune.quantization.precision import T5_INT4, T5_INT4_WO8, t5_precision_of
+from edgeprune.families.parts import is_read
+from edgeprune.quantization.precision import T5_INT4, T5_INT4_WO8, T5_INT8, t5_precision_of
 from edgeprune.residency.model_files import any_weights_of
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 from edgeprune.targets import Target
@@ -78,13 +79,15 @@ def fit(source: Path, target: Target, generation: Generation, encoders: str = T5
     """
     size = _BYTES[target.activations]
     config, vae = read_json(source / "transformer" / "config.json"), read_json(source / "vae" / "config.json")
+    states = {e.name: e.states for e in family_of(config, str(source / "transformer" / "config.json")).encoders}
     values = vae_activations(vae, generation.height, generation.width) * size
     decoder = sum(map(math.prod, stored_shapes(source / "vae", "decoder.").values()))
     result = Fit(
         target=target.name,
         memory_bytes=target.memory_bytes,
         text_encoder_bytes=max(
-            _encoder_bytes(source / name, kind, size, target, encoders) for name, kind in text_encoders(source).items()
+            _encoder_bytes(source / name, kind, size, target, encoders, states.get(name, ()))
+            for name, kind in text_encoders(source).items()
         ),
         vae_decoder_bytes=decoder * size + (min(values, STRIP_BYTES) if target.runtimes[0] in STRIPS else values),
         activations_bytes=_transformer_activations(config, vae, source, generation) * size,
@@ -124,15 +127,22 @@ def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source
     return transformer_activations(config, (tokens + text) * samples)
 
 
-def _encoder_bytes(folder: Path, kind: str, size: int, target: Target, encoders: str) -> int:
+def _encoder_bytes(folder: Path, kind: str, size: int, target: Target, encoders: str, states: Sequence[int]) -> int:
     """Return the bytes of a text encoder's weights, as an export stores them, that are open at one time.
 
     Args:
+        folder: the encoder's.
+        kind: its class.
         size: the bytes of a float.
+        target: the device.
+        encoders: as of `fit`.
+        states: of a language model, the hidden states that are read.
     """
-    shapes = stored_shapes(folder)
-    if kind == T5:
+    shapes = {name: shape for name, shape in stored_shapes(folder).items() if is_read(kind, name, states)}
+    if kind in (T5, QWEN3):
         form = T5_INT4_WO8 if encoders == T5_INT4 else encoders  # the larger of the two that may be kept
+        if kind == QWEN3 and encoders == T5_INT4:
+            form = T5_INT8  # it has no INT4
         whole = sum(t5_precision_of(name, shape, form).nbytes(shape) for name, shape in shapes.items())
         return min(whole, PIECE_BYTES) if target.runtimes[0] in PIECEWISE else whole
     return sum(map(math.prod, shapes.values())) * size

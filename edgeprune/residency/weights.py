@@ -9,7 +9,7 @@ Importing this module does not load torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,6 +107,26 @@ class Weights:
                 raise InputError(f"{path}: {name}: found NaN or infinity; download or make the file again")
             self._finite.add(name)
         return tensor
+
+    def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
+        """Read some rows (R, D) of a tensor (V, D) in their order, in its stored dtype.
+
+        Raises:
+            InputError: its file cannot be read, or a row holds NaN or infinity.
+        """
+        import torch
+
+        path = self._paths[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                table = file.get_slice(name)
+                found = torch.cat([table[index : index + 1] for index in indices])
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: {name}: cannot be read ({error})") from error
+        traffic.add(read=found.nbytes)
+        if not found.isfinite().all():
+            raise InputError(f"{path}: {name}: found NaN or infinity; download or make the file again")
+        return found
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the stored dtype of a tensor."""

@@ -32,7 +32,7 @@ from edgeprune.common.files import digest, read_json
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
 from edgeprune.export.modules import T5Encoder, position_bias, run_t5_block
-from edgeprune.families.encoders import T5, text_encoders
+from edgeprune.families.encoders import QWEN3, T5, text_encoders
 from edgeprune.families.parts import part_shapes
 from edgeprune.quantization import feedback
 from edgeprune.quantization.precision import (
@@ -113,7 +113,10 @@ def check(encoders: str) -> None:
 
 
 def run(ws: Workspace, encoders: str, group_size: int, progress: Progress = silent) -> bool:
-    """Record how a T5 is exported, and for INT4 write it; return whether the stage ran. Without a T5 it does nothing.
+    """Record how a T5 is exported, and for INT4 write it; return whether the stage ran.
+
+    Of a Qwen3, 8 bits and half precision are recorded; where INT4 is asked for, it is exported in 8 bits. Without
+    either the stage does nothing.
 
     Args:
         ws: the workspace.
@@ -127,16 +130,20 @@ def run(ws: Workspace, encoders: str, group_size: int, progress: Progress = sile
     """
     check(encoders)
     ws.need("prune", ENCODERS_STAGE)
-    name = t5_of(ws.out)
-    if name is None:
+    name, language_model = t5_of(ws.out), QWEN3 in text_encoders(ws.out).values()
+    if language_model and encoders == T5_INT4:
+        progress(f"{QWEN3}: is exported in 8 bits, INT4 is not supported for it; --encoders {T5_INT8} says the same")
+        encoders = T5_INT8
+    if name is None and not language_model:
         return False
     inputs: dict[str, Any] = {"encoders": encoders}
     if encoders == T5_INT4:
         inputs |= {"group_size": group_size, "prompts": calibrating(ws, count=PROMPTS)[:PROMPTS]}
 
     def write(key: str) -> dict[str, Any]:
-        if encoders != T5_INT4:
-            shutil.rmtree(packed_folder(ws.out / name), ignore_errors=True)  # left by an interrupted INT4 run
+        if name is None or encoders != T5_INT4:
+            if name is not None:
+                shutil.rmtree(packed_folder(ws.out / name), ignore_errors=True)  # left by an interrupted INT4 run
             ws.manifest.encoders = encoders
             return {}
         return _write(ws, name, inputs["prompts"], group_size, key, progress)

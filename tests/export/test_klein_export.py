@@ -21,11 +21,15 @@ from edgeprune.artefact.chat import as_chat
 from edgeprune.artefact.loading import cut_unread, load
 from edgeprune.artefact.synth import tokenizers
 from edgeprune.common.errors import InputError, ParityError
-from edgeprune.export import export, language_model, parity, to_onnx, to_openvino
+from edgeprune.common.pieces import RESERVE
+from edgeprune.export import export, language_model, parity, stored_encoder, to_onnx, to_openvino
 from edgeprune.export.stored_qwen3 import StoredQwen3
+from edgeprune.planning import fit
+from edgeprune.quantization.precision import t5_precision_of
 from edgeprune.quantization.t5 import quantize_t5
-from edgeprune.runtimes import base, networks
+from edgeprune.runtimes import base, networks, piecewise
 from edgeprune.runtimes.text import CHAT, PromptTokenizer
+from edgeprune.sampling.generation import Generation
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
 PROMPTS = ["two red circles", "", "a small green ring left of a large blue star " * 9]
@@ -292,3 +296,46 @@ def test_other_formats_are_refused_in_one_line(sources: dict[str, Path], tmp_pat
     with pytest.raises(InputError, match=says) as refused:
         export(sources["base"], tmp_path / "out", fmt, targets.load(device), progress=lambda *_, **__: None)
     assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("name", ["ort", "openvino"])
+def test_in_pieces_it_computes_the_same(folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In little memory layers are opened one after the other, and words are looked up in the file."""
+    monkeypatch.setattr(piecewise, "TABLE", 1000)
+    monkeypatch.setattr(piecewise, "resident", lambda: 0)
+    inputs = language_model.LanguageModel(tiny.tiny_qwen3(1200, layers=1), (1,)).example(batch=2, tokens=40)
+    feed = {key: value.numpy() for key, value in inputs.items()}
+    with runtimes.load(folders[name], name) as model:
+        engine, folder = model.backend._engine, folders[name] / "text_encoder"  # type: ignore[attr-defined]
+        needs = engine.needs(folder, {key: value.shape for key, value in feed.items()})
+        whole, pieces = engine.open(folder, None), engine.open(folder, RESERVE + needs.least + 100_000)
+        expected, found = whole(**feed), pieces(**feed)
+    assert needs.least < needs.whole and len(pieces._pieces) > 1
+    assert any(isinstance(piece, piecewise.Lookup) for piece in pieces._pieces)
+    for state in expected:
+        np.testing.assert_allclose(found[state], expected[state], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_half_precision_keeps_the_weights(sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_encoder, "form_of", lambda folder: "half")
+    stored = StoredQwen3(sources["base"] / "text_encoder", STATES)
+    inputs = stored.running().example(batch=2, tokens=11)
+    model = load(sources["base"]).text_encoder
+    expected = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    for found, state in zip(stored.running()(**inputs), STATES, strict=True):
+        torch.testing.assert_close(found, expected[state], rtol=1e-5, atol=1e-5)
+    kinds = {name: tensor.dtype for name, tensor in stored.empty().state_dict().items() if "_proj" in name}
+    assert len(kinds) == 7 * 27 and set(kinds.values()) == {torch.float16}
+
+
+def test_fit_counts_what_is_exported(sources: dict[str, Path]) -> None:
+    device, generation = targets.load("cpu-x86"), Generation.load(sources["base"])
+    state = {n: tuple(t.shape) for n, t in load(sources["base"]).text_encoder.state_dict().items()}
+    assert len(state) == 27 * 11 + 1
+    for encoders, form in {"int4": "int8", "int8": "int8", "half": "half"}.items():
+        expected = sum(t5_precision_of(name, shape, form).nbytes(shape) for name, shape in state.items())
+        assert fit.fit(sources["base"], device, generation, encoders).text_encoder_bytes == expected

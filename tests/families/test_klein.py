@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from edgeprune import runtimes
 from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.loading import load, open_transformer
+from edgeprune.artefact.manifest import Manifest
 from edgeprune.artefact.staged import StagedPipeline, can_stage
 from edgeprune.common.errors import InputError
 from edgeprune.families.encoders import check_tokens
@@ -26,6 +27,7 @@ from edgeprune.residency.weights import Weights
 from edgeprune.runtimes import base
 from edgeprune.sampling.denoising import decode, encode_images, encode_pooled, encode_prompts, generate
 from edgeprune.sampling.generation import Generation
+from edgeprune.stages import encoders
 from edgeprune.stages.compress import compress
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
 from edgeprune.stages.workspace import STAGES, Workspace
@@ -86,9 +88,10 @@ def test_text_is_that_of_diffusers(sources: dict[str, Path], way: str) -> None:
 def test_layers_that_nothing_reads_are_not_read(sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     seen, real = list[str](), Weights.__getitem__
     monkeypatch.setattr(Weights, "__getitem__", lambda self, name: seen.append(name) or real(self, name))  # type: ignore[func-returns-value]
-    for pipe in (load(sources["base"]), staged(sources["base"])):
-        assert pipe is not None and any("embed_tokens" in name for name in seen) == (not hasattr(pipe, "encode"))
-        encode_prompts(pipe, PROMPTS, 40)
+    for make, way in ((load, "whole"), (staged, "in turn")):
+        encode_prompts(make(sources["base"]), PROMPTS, 40)
+        # In turn, only the rows of words that the prompts have are read.
+        assert ("model.embed_tokens.weight" in seen) == (way == "whole")
         read = Counter(name for name in seen if name.startswith("model.") or "lm_head" in name)
         layers = {int(name.split(".")[2]) for name in read if ".layers." in name}
         assert layers == set(range(27)) and not {"model.norm.weight", "lm_head.weight"} & read.keys()
@@ -178,8 +181,12 @@ def test_every_stage_runs_and_the_compressed_model_draws(sources: dict[str, Path
         data=DataOptions("shapes", 8),
         distill=DistillOptions(steps=3, batch=2),
     )
-    ws = Workspace(tmp_path / "small", str(sources["base"]))
-    assert compress(ws, options) == list(STAGES)
+    ws, lines = Workspace(tmp_path / "small", str(sources["base"])), list[str]()
+    assert compress(ws, options, progress=lambda line, *_: lines.append(line)) == [*STAGES, "encoders"]
+    assert Manifest.load(ws.out).encoders == "int8"
+    assert any("Qwen3ForCausalLM: is exported in 8 bits, INT4 is not supported for it" in line for line in lines)
+    again = Workspace(ws.out, str(sources["base"]), fresh=True)
+    assert encoders.run(again, "half", 64) and Manifest.load(ws.out).encoders == "half"
     with runtimes.load(ws.out) as model:
         assert np.asarray(model.generate(PROMPTS[0])[0]).std() > 5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from edgeprune.common.errors import InputError
+from edgeprune.residency.table import StoredTable
 from edgeprune.residency.weights import Weights
 
 
@@ -26,3 +29,14 @@ def test_all_bytes_are_asked_for_in_requests_that_linux_does_not_cut(
     content = path.read_bytes()
     found = b"".join(content[start : start + size] for start, size in asked)
     assert found == b"".join(tensors[name].numpy().tobytes() for name in "bc")
+
+
+def test_rows_of_a_table_are_read_alone(tmp_path: Path) -> None:
+    table = torch.arange(40.0).reshape(10, 4).to(torch.bfloat16)
+    save_file({"words": table, "bad": torch.full((2, 2), float("nan"))}, tmp_path / "model.safetensors")
+    weights = Weights(tmp_path)
+    looked_up = StoredTable(functools.partial(weights.rows, "words"), torch.float32)
+    ids = torch.tensor([[3, 3, 9], [0, 9, 3]])
+    assert torch.equal(looked_up(ids), table[ids].float())
+    with pytest.raises(InputError, match="bad: found NaN or infinity"):
+        weights.rows("bad", [1])
