@@ -47,17 +47,11 @@ class LanguageModel(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Map ids and a mask of 1 at tokens and 0 at padding, (B, M) int64 each, to the states (B, M, D)."""
-        inner = self.model.model
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        angles = places[:, None].float() * self.speeds
-        twice = torch.cat((angles, angles), dim=-1)
-        seen = (places[None, :] <= places[:, None])[None] & attention_mask[:, None, :].bool()
-        least = torch.finfo(torch.float32).min
-        bias = torch.where(seen, 0.0, least)[:, None]
-        hidden = inner.embed_tokens(input_ids).float()
+        inner, angles = self.model.model, turns(self.speeds, input_ids.shape[1])
+        bias, hidden = score_bias(attention_mask), inner.embed_tokens(input_ids).float()
         found = {0: hidden}
         for index, layer in enumerate(inner.layers):
-            hidden = run_layer(layer, hidden, (twice.cos(), twice.sin()), bias)
+            hidden = run_layer(layer, hidden, angles, bias)
             found[index + 1] = hidden
         return tuple(found[state] for state in self.states)
 
@@ -91,6 +85,20 @@ def speeds_of(config: Any) -> torch.Tensor:
     theta = float(found.get("rope_theta") or config.rope_theta)
     width = int(config.head_dim)
     return 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
+
+
+def turns(speeds: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosine and sine of the positions, (M, head width) each, from the speeds (head width / 2)."""
+    angles = torch.arange(tokens, device=speeds.device)[:, None].float() * speeds
+    twice = torch.cat((angles, angles), dim=-1)
+    return twice.cos(), twice.sin()
+
+
+def score_bias(mask: torch.Tensor) -> torch.Tensor:
+    """Return what is added to attention's scores (B, 1, M, M) by a mask (B, M): a token sees none later, no padding."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    seen = (places[None, :] <= places[:, None])[None] & mask[:, None, :].bool()
+    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
 
 
 def run_layer(

@@ -24,7 +24,7 @@ from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import is_out_of_memory, read_json
 from edgeprune.families import CHANGED, family_of, family_of_model
-from edgeprune.families.encoders import QWEN3, T5, read_index, text_encoders, tokenizer_of
+from edgeprune.families.encoders import LONG, QWEN3, T5, read_index, text_encoders, tokenizer_of
 from edgeprune.families.parts import VAES, tensor_of
 from edgeprune.quantization.quantize import prepare
 from edgeprune.quantization.t5 import prepare_t5
@@ -157,7 +157,7 @@ def load_pipeline(
     kinds = text_encoders(folder) | {"vae": family.vae}
     states = {encoder.name: encoder.states for encoder in family.encoders}
     parts = {
-        name: (load_packed(folder / name, dtype) if quantized and kind == T5 else None)
+        name: (load_packed(folder / name, kind, dtype, states.get(name, ())) if quantized and kind in LONG else None)
         or load_part(folder / name, kind, dtype, variant=variant, states=states.get(name, ()))
         for name, kind in kinds.items()
     }
@@ -228,8 +228,14 @@ def load_part(
     return model.eval()
 
 
-def load_packed(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a T5 with the artefact's INT4 in memory, and all else in `dtype`; None if the folder has none.
+def load_packed(folder: Path, kind: str, dtype: torch.dtype = torch.float32, states: Sequence[int] = ()) -> Any:
+    """Return a T5 or a Qwen3 with the artefact's INT4 in memory, all else in `dtype`; None if the folder has none.
+
+    Args:
+        folder: the encoder's.
+        kind: its class.
+        dtype: of all other tensors.
+        states: of a language model, the hidden states that are read, see `cut_unread`.
 
     Raises:
         InputError: a tensor is missing, unknown, damaged or of another shape.
@@ -238,11 +244,11 @@ def load_packed(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     if tensors is None:
         return None
     with readable(folder), quiet():
-        model = prepare_t5(empty_part(folder, T5), tensors.precision)
+        model = prepare_t5(empty_part(folder, kind, states), tensors.precision)
         tensors.check(model)
         state = {name: tensors(name) for name in model.state_dict()}
         load_strictly(model, {n: t if n.endswith(PACKED) else t.to(dtype) for n, t in state.items()})
-        complete(folder, T5, model)
+        complete(folder, kind, model)
     return model.eval()
 
 

@@ -27,7 +27,7 @@ from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.t5 import packed_t5
 from edgeprune.artefact.text_store import RunTexts, Texts
 from edgeprune.common.files import read_json
-from edgeprune.families.encoders import KNOWN, LONG, QWEN3, T5, text_encoders, tokenizer_of
+from edgeprune.families.encoders import KNOWN, LONG, QWEN3, text_encoders, tokenizer_of
 from edgeprune.families.parts import VAES, tensor_of
 from edgeprune.planning.fit import vae_activations
 from edgeprune.quantization.t5 import prepare_t5, stored_name
@@ -271,12 +271,12 @@ class StagedPipeline:
     def _streamed(self, name: str, kind: str, dtype: torch.dtype, *, keep: int = 0) -> Any:
         """Return a text encoder whose layers are read when they run, beyond `keep` bytes; the rest is in memory."""
         folder = self.folder / name
-        packed = packed_t5(folder) if self.quantized and kind == T5 else None
+        packed = packed_t5(folder) if self.quantized and kind in LONG else None
         weights = part_weights(folder, kind, self.variant)
         assert weights is not None  # `can_stage`
         with readable(folder), quiet():
             model = empty_part(folder, kind, self.states(name))
-            if kind == QWEN3:
+            if kind == QWEN3 and packed is None:
                 model.model.embed_tokens = StoredTable(functools.partial(weights.rows, _QWEN3_WORDS), dtype)
         stored = {n: tensor_of(kind, n) or n for n in model.state_dict()}
         read: Read = weights.__getitem__

@@ -23,7 +23,7 @@ from edgeprune.families import Config, Shape, family_of
 from edgeprune.families.encoders import QWEN3, T5, text_encoders
 from edgeprune.families.joint import width
 from edgeprune.families.parts import is_read
-from edgeprune.quantization.precision import T5_INT4, T5_INT4_WO8, T5_INT8, t5_precision_of
+from edgeprune.quantization.precision import T5_INT4, T5_INT4_WO8, t5_precision_of
 from edgeprune.residency.model_files import any_weights_of
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 from edgeprune.targets import Target
@@ -141,8 +141,6 @@ def _encoder_bytes(folder: Path, kind: str, size: int, target: Target, encoders:
     shapes = {name: shape for name, shape in stored_shapes(folder).items() if is_read(kind, name, states)}
     if kind in (T5, QWEN3):
         form = T5_INT4_WO8 if encoders == T5_INT4 else encoders  # the larger of the two that may be kept
-        if kind == QWEN3 and encoders == T5_INT4:
-            form = T5_INT8  # it has no INT4
         whole = sum(t5_precision_of(name, shape, form).nbytes(shape) for name, shape in shapes.items())
         return min(whole, PIECE_BYTES) if target.runtimes[0] in PIECEWISE else whole
     return sum(map(math.prod, shapes.values())) * size

@@ -57,10 +57,11 @@ def prepare_t5(model: nn.Module, precision: Callable[[str, Shape], Precision]) -
             layer = HalfLinear(linear.in_features, linear.out_features) if half else empty_packed(linear, p)
         replace(model, name, layer)
     table: Any = model.get_input_embeddings()  # type: ignore[operator]
-    if precision(WORDS, tuple(table.weight.shape)).bits == 8:
+    words = next(name for name, module in model.named_modules() if module is table)
+    if precision(f"{words}.weight", tuple(table.weight.shape)).bits == 8:
         with torch.device(table.weight.device):
-            words = PackedEmbedding(*table.weight.shape)
-        model.set_input_embeddings(words)  # type: ignore[operator]
+            packed = PackedEmbedding(*table.weight.shape)
+        model.set_input_embeddings(packed)  # type: ignore[operator]
     return model
 
 

@@ -1,9 +1,9 @@
-"""The stage `encoders`: how a T5 is exported, and its INT4, which `text_encoder_3_int4/` holds beside the original.
+"""The stage `encoders`: how a T5 or a Qwen3 is exported, and its INT4, beside the original in `text_encoder_3_int4/`.
 
 Layers are rounded one after the other with error feedback, as the transformer's blocks are: prompts go through the
 original, and through what is rounded so far. Both embeddings then give the error. The same prompts also go through the
-T5 with `wo`, the last layer of each feed-forward part, in 8 bits: its inputs are the products of two others, with a few
-very large values. The smallest form whose error is within the bound is kept.
+encoder with `wo`, the last layer of each feed-forward part, in 8 bits: its inputs are the products of two others, with
+a few very large values. The smallest form whose error is within the bound is kept.
 
 Notation: B prompts, M text tokens, K text width.
 """
@@ -11,9 +11,7 @@ Notation: B prompts, M text tokens, K text width.
 from __future__ import annotations
 
 import math
-import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,6 @@ import torch
 from torch import nn
 
 from edgeprune.artefact.checks import StoredPart, part_weights
-from edgeprune.artefact.loading import empty_part
 from edgeprune.artefact.manifest import packed_folder
 from edgeprune.artefact.staged import StagedPipeline
 from edgeprune.artefact.writing import write_transformer
@@ -31,9 +28,8 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, read_json
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
-from edgeprune.export.modules import T5Encoder, position_bias, run_t5_block
-from edgeprune.families.encoders import QWEN3, T5, text_encoders
-from edgeprune.families.parts import part_shapes
+from edgeprune.families import Shape
+from edgeprune.families.parts import is_read, part_shapes, text_outputs
 from edgeprune.quantization import feedback
 from edgeprune.quantization.precision import (
     ENCODERS,
@@ -44,11 +40,12 @@ from edgeprune.quantization.precision import (
     t5_precision_of,
 )
 from edgeprune.quantization.quantize import empty_packed, linear_layers, replace, round_layers
-from edgeprune.quantization.t5 import WORDS, RoundedT5
+from edgeprune.quantization.t5 import RoundedT5
 from edgeprune.residency.shards import mark_of
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import PACKED
 from edgeprune.residency.weights import Weights
+from edgeprune.stages.encoder_kinds import KINDS, LAYER, Subencoder, chunks_of, rounded_encoder
 from edgeprune.stages.memory import Memory
 from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.work import CALIBRATED, Subject, Work
@@ -68,17 +65,13 @@ EXACT = "exact"
 _AT_ONCE = 4
 """Prompts that pass through a layer together: scores of T5-XXL's attention then take 0.07 to 0.27 GB."""
 FILE = "model.safetensors"
-_LAYER = re.compile(r"encoder\.block\.(\d+)\.")
-_WO = "layer.1.DenseReluDense.wo"
-_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-_NORM = "encoder.final_layer_norm.weight"
 _PASSES = 4
 """Passes of all prompts: the original's, one that shows what layers get, and those of both INT4 forms."""
 
 
 @dataclass(frozen=True)
 class Errors:
-    """What a rounded T5 says against the original, over all tokens of all prompts, padding included."""
+    """What a rounded encoder says against the original, over all tokens of all prompts, padding included."""
 
     relative: float
     """Norm of the difference by the norm of the embedding."""
@@ -97,11 +90,6 @@ class Errors:
         return f"error {self.relative:.3f}, cosine {self.cosine:.4f} (worst token {self.least_cosine:.4f})"
 
 
-def t5_of(folder: Path) -> str | None:
-    """Return the name of a pipeline's T5; None without one."""
-    return next((name for name, kind in text_encoders(folder).items() if kind == T5), None)
-
-
 def check(encoders: str) -> None:
     """Check what `--encoders` says.
 
@@ -113,10 +101,9 @@ def check(encoders: str) -> None:
 
 
 def run(ws: Workspace, encoders: str, group_size: int, progress: Progress = silent) -> bool:
-    """Record how a T5 is exported, and for INT4 write it; return whether the stage ran.
+    """Record how a T5 or a Qwen3 is exported, and for INT4 write it; return whether the stage ran.
 
-    Of a Qwen3, 8 bits and half precision are recorded; where INT4 is asked for, it is exported in 8 bits. Without
-    either the stage does nothing.
+    Without such an encoder it does nothing.
 
     Args:
         ws: the workspace.
@@ -130,23 +117,19 @@ def run(ws: Workspace, encoders: str, group_size: int, progress: Progress = sile
     """
     check(encoders)
     ws.need("prune", ENCODERS_STAGE)
-    name, language_model = t5_of(ws.out), QWEN3 in text_encoders(ws.out).values()
-    if language_model and encoders == T5_INT4:
-        progress(f"{QWEN3}: is exported in 8 bits, INT4 is not supported for it; --encoders {T5_INT8} says the same")
-        encoders = T5_INT8
-    if name is None and not language_model:
+    encoder = rounded_encoder(ws.out)
+    if encoder is None:
         return False
     inputs: dict[str, Any] = {"encoders": encoders}
     if encoders == T5_INT4:
         inputs |= {"group_size": group_size, "prompts": calibrating(ws, count=PROMPTS)[:PROMPTS]}
 
     def write(key: str) -> dict[str, Any]:
-        if name is None or encoders != T5_INT4:
-            if name is not None:
-                shutil.rmtree(packed_folder(ws.out / name), ignore_errors=True)  # left by an interrupted INT4 run
+        if encoders != T5_INT4:
+            shutil.rmtree(packed_folder(ws.out / encoder.name), ignore_errors=True)  # left by an interrupted INT4 run
             ws.manifest.encoders = encoders
             return {}
-        return _write(ws, name, inputs["prompts"], group_size, key, progress)
+        return _write(ws, encoder, inputs["prompts"], group_size, key, progress)
 
     return ws.stage(ENCODERS_STAGE, inputs, write, lambda: check_time(ws, encoders, group_size, progress))
 
@@ -166,11 +149,13 @@ def memory(of: Memory, encoders: str) -> int:
     A layer is there in float32, with as much for the moments of its inputs, beside the rounded table of words; or the
     table as it is read and as it is rounded.
     """
+    encoder = rounded_encoder(of.subject.source)
     sizes = _sizes(of.subject.source) if encoders == T5_INT4 else {}
-    if not sizes:
+    if not sizes or encoder is None:
         return 0
-    words = math.prod(sizes[WORDS])
-    return of.process + max(8 * _numbers(sizes, ".block.0.") + words, 3 * words)
+    first = sum(math.prod(shape) for name, shape in sizes.items() if (layer := LAYER.match(name)) and layer[1] == "0")
+    words = math.prod(sizes[KINDS[encoder.kind].words])
+    return of.process + max(8 * first + words, 3 * words)
 
 
 def work(subject: Subject, encoders: str, group_size: int) -> Work:
@@ -178,7 +163,7 @@ def work(subject: Subject, encoders: str, group_size: int) -> Work:
     sizes = _sizes(subject.source)
     if not sizes or encoders != T5_INT4:
         return Work()
-    in_layers = _numbers(sizes, ".block.")
+    in_layers = sum(math.prod(shape) for name, shape in sizes.items() if LAYER.match(name))
     flops = 2.0 * in_layers * _PASSES * PROMPTS * subject.generation.max_sequence_length
     moved = 2.0 * sum(map(math.prod, sizes.values())) + written_bytes(subject.source, encoders, group_size)
     return Work(flops=flops, moved=moved, rounded=in_layers * CALIBRATED["feedback"])
@@ -191,27 +176,26 @@ def written_bytes(source: Path, encoders: str, group_size: int) -> int:
     return sum(wider(name, shape).nbytes(shape) for name, shape in sizes.items())
 
 
-def _sizes(source: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a pipeline's T5; empty without one."""
-    name = t5_of(source)
-    path = source / (name or "") / "config.json"
-    return (part_shapes(T5, read_json(path), path) or {}) if name else {}
-
-
-def _numbers(sizes: dict[str, tuple[int, ...]], part: str) -> int:
-    return sum(math.prod(shape) for name, shape in sizes.items() if part in name)
+def _sizes(source: Path) -> dict[str, Shape]:
+    """Return the shapes of what is read of a pipeline's T5 or Qwen3; empty without one."""
+    encoder = rounded_encoder(source)
+    if encoder is None:
+        return {}
+    path = source / encoder.name / "config.json"
+    shapes = part_shapes(encoder.kind, read_json(path), path) or {}
+    return {name: shape for name, shape in shapes.items() if is_read(encoder.kind, name, encoder.states)}
 
 
 def _write(
-    ws: Workspace, name: str, prompts: list[str], group_size: int, key: str, progress: Progress
+    ws: Workspace, encoder: Subencoder, prompts: list[str], group_size: int, key: str, progress: Progress
 ) -> dict[str, Any]:
-    """Write the T5 in INT4, measure it, and keep the form that the bound asks for."""
-    folder = ws.out / name
-    packed, original = packed_folder(folder), part_weights(folder, T5)
-    assert original is not None  # T5 has a table
+    """Write the encoder in INT4, measure it, and keep the form that the bound asks for."""
+    name, folder = encoder.name, ws.out / encoder.name
+    packed, original = packed_folder(folder), part_weights(folder, encoder.kind)
+    assert original is not None  # its class has a table
     wider = digest([key, T5_INT4_WO8])
     if mark_of(packed).get("inputs") != wider:
-        _round(ws, name, prompts, group_size, key, original, progress)
+        _round(ws, encoder, prompts, group_size, key, original, progress)
     measured = read_json(packed / "config.json")["edgeprune"]
     errors = {form: Errors(**measured[form]) for form in (T5_INT4, T5_INT4_WO8)}
     form = next((form for form, found in errors.items() if found.within), T5_INT8)
@@ -221,7 +205,7 @@ def _write(
         progress(f"{name}: no INT4 form is within {BOUND} and a cosine of {LEAST_COSINE}, so it is exported in 8 bits")
         shutil.rmtree(packed)
     elif form == T5_INT4_WO8 and mark_of(packed).get("inputs") != wider:
-        _widen(ws, packed, original, group_size, wider, progress)
+        _widen(ws, encoder, original, group_size, wider, progress)
     if form != T5_INT8:
         ws.manifest.hash_files(ws.out, packed.name)
     ws.manifest.encoders = form
@@ -230,22 +214,23 @@ def _write(
 
 def _round(
     ws: Workspace,
-    name: str,
+    encoder: Subencoder,
     prompts: list[str],
     group_size: int,
     key: str,
     original: StoredPart,
     progress: Progress,
 ) -> None:
-    """Write all of the T5 in INT4; its config.json then has the errors of both forms."""
-    folder, compute = ws.out / name, ws.original.compute
+    """Write all of the encoder in INT4; its config.json then has the errors of both forms."""
+    folder, compute = ws.out / encoder.name, ws.original.compute
     length = ws.generation.max_sequence_length
-    ids = StagedPipeline(folder.parent, None, compute).token_ids(name, prompts, length)
+    tokens = StagedPipeline(folder.parent, None, compute).tokens(encoder.name, prompts, length)
     config = read_json(folder / "config.json")
-    size = 3 * 4 * ids.numel() * int(config["d_model"])
+    width = text_outputs(encoder.kind, config, folder / "config.json")[0]
+    size = 3 * 4 * max(1, len(encoder.states)) * tokens[0].numel() * width
     spill = Spill(ws.cache / "text-streams", room=max(0, compute.left() // 4) if compute.device.type == "cpu" else size)
     spill.need(size)
-    rounder = _Rounder(folder, original, ids, group_size, spill, compute.device, config)
+    rounder = _Rounder(folder, encoder, original, tokens, group_size, spill, compute.device, config)
     try:
         write_transformer(
             ws.out, packed_folder(folder).name, config, rounder.chunks, rounder.make,
@@ -256,12 +241,13 @@ def _round(
 
 
 class _Rounder:
-    """Rounds a T5 layer by layer and sends prompts on, through the original and through both INT4 forms.
+    """Rounds an encoder layer by layer and sends prompts on, through the original and through both INT4 forms.
 
     Args:
-        folder: the T5's.
+        folder: the encoder's.
+        encoder: what it is.
         original: its tensors.
-        ids: of the prompts (B, M).
+        tokens: of the prompts, ids and mask (B, M).
         group_size: weights that share a scale.
         spill: keeps what passes from layer to layer.
         device: to compute on, in float32.
@@ -271,47 +257,48 @@ class _Rounder:
     def __init__(
         self,
         folder: Path,
+        encoder: Subencoder,
         original: StoredPart,
-        ids: torch.Tensor,
+        tokens: tuple[torch.Tensor, torch.Tensor],
         group_size: int,
         spill: Spill,
         device: torch.device,
         config: dict[str, Any],
     ) -> None:
         self.original, self.spill, self.device, self.config = original, spill, device, config
-        self.group_size, self.batches = group_size, -(-len(ids) // _AT_ONCE)
-        self.model = empty_part(folder, T5).eval().requires_grad_(False)
-        self.blocks = self.model.encoder.block
-        self.bias = position_bias(T5Encoder(self.model).table(original[_BIAS].float()), ids).to(device)
+        self.group_size, self.batches = group_size, -(-len(tokens[0]) // _AT_ONCE)
+        self.layers = KINDS[encoder.kind](folder, original, *tokens, encoder.states, device)
+        self.blocks, self.last = self.layers.blocks, self.layers.last
         self._words: Tensors = {}
-        self.chunks = _chunks(original, T5_INT4, group_size)
-        self._begin(ids)
+        self.chunks = chunks_of(original, encoder, T5_INT4, group_size)
+        self._begin(tokens[0])
 
     @torch.no_grad()
     def _begin(self, ids: torch.Tensor) -> None:
         """Look the prompts' words up, in the original's table and in the rounded one."""
         rounded = RoundedT5(self.original.__getitem__, T5_INT4)
-        packed, scale = (rounded(WORDS.removesuffix(".weight") + suffix) for suffix in PACKED[:2])
-        table = self.original[WORDS]
+        words = self.layers.words.removesuffix(".weight")
+        packed, scale = (rounded(words + suffix) for suffix in PACKED[:2])
+        table = self.original[self.layers.words]
         for index, rows in enumerate(ids.split(_AT_ONCE)):
             exact, near = table[rows].float(), packed[rows].float() * scale[rows].float()
             self.spill.put(str(index), {EXACT: exact, T5_INT4: near, T5_INT4_WO8: near})
-        self._words = {"shared.weight_packed": packed.view(torch.uint8), "shared.weight_scale": scale}
+        self._words = {f"{words}.weight_packed": packed.view(torch.uint8), f"{words}.weight_scale": scale}
 
     def make(self, index: int) -> Tensors:
         """Round a layer, or take what is outside layers, and return its tensors as they are stored."""
         if index == len(self.blocks):
             self._measure()
-            return self._words | {_NORM: self.original[_NORM].half()}
-        block, prefix = self._filled(index), f"encoder.block.{index}."
+            return self._words | {name: self.original[name].half() for name in self.layers.outside}
+        block, prefix = self._filled(index), f"{self.layers.prefix}{index}."
         layers = linear_layers(block)
         run = partial(self._run, block, T5_INT4)
         try:
             moments = feedback.second_moments(layers, run, self.batches)
         except InputError as error:
             raise InputError(f"{prefix}{error}") from None
-        self._run(block, EXACT, advance=True)
-        wo = layers[_WO]
+        self._run(block, EXACT, after=index + 1)
+        wo = layers[self.last]
         round_layers(block, self._rule(layers, prefix), moments)
         del moments, layers, run
         state = block.state_dict()
@@ -324,18 +311,18 @@ class _Rounder:
         if index == len(self.blocks):
             self._measure()
             return
-        block, prefix = self._filled(index), f"encoder.block.{index}."
-        self._run(block, EXACT, advance=True)
+        block, prefix = self._filled(index), f"{self.layers.prefix}{index}."
+        self._run(block, EXACT, after=index + 1)
         layers = linear_layers(block)
         for name, p in self._rule(layers, prefix).items():
             replace(block, name, empty_packed(layers[name], p))
-        self._carry(index, layers[_WO], {name: weights[name] for name in self.chunks[index]})
+        self._carry(index, layers[self.last], {name: weights[name] for name in self.chunks[index]})
 
     def _filled(self, index: int) -> Any:
         """Return a layer with the original's numbers in float32."""
-        block, prefix = self.blocks[index], f"encoder.block.{index}."
+        block, prefix = self.blocks[index], f"{self.layers.prefix}{index}."
         if index + 1 < len(self.blocks):
-            self.original.ahead(f"encoder.block.{index + 1}.{n}" for n in self.blocks[index + 1].state_dict())
+            self.original.ahead(f"{self.layers.prefix}{index + 1}.{n}" for n in self.blocks[index + 1].state_dict())
         state = {n: self.original[prefix + n].to(self.device, torch.float32) for n in block.state_dict()}
         block.load_state_dict(state, assign=True)
         return block.requires_grad_(False)
@@ -349,38 +336,42 @@ class _Rounder:
 
     def _carry(self, index: int, wo: nn.Linear, tensors: Tensors) -> None:
         """Send the prompts of both forms through a layer as it is on disk, so that a resumed run ends in the same."""
-        block, prefix = self.blocks[index], f"encoder.block.{index}."
+        block, prefix = self.blocks[index], f"{self.layers.prefix}{index}."
         numbers = {n: t if n.endswith(PACKED) else t.float() for n, t in tensors.items()}
         block.load_state_dict({n.removeprefix(prefix): t.to(self.device) for n, t in numbers.items()}, assign=True)
-        self._run(block, T5_INT4, advance=True)
-        replace(block, _WO, wo)
-        round_layers(block, {_WO: Precision(8, wo.in_features)}, {})
-        self._run(block.to(self.device), T5_INT4_WO8, advance=True)
+        self._run(block, T5_INT4, after=index + 1)
+        replace(block, self.last, wo)
+        round_layers(block, {self.last: Precision(8, wo.in_features)}, {})
+        self._run(block.to(self.device), T5_INT4_WO8, after=index + 1)
         block.to("meta")
 
     @torch.no_grad()
-    def _run(self, block: Any, stream: str, *, advance: bool = False) -> None:
-        """Send the prompts of one stream through a layer; `advance` keeps what it makes of them."""
-        for key in map(str, range(self.batches)):
+    def _run(self, block: Any, stream: str, *, after: int | None = None) -> None:
+        """Send the prompts of one stream through a layer; keep what it makes of them as the state of number `after`."""
+        for index in range(self.batches):
+            key, rows = str(index), slice(index * _AT_ONCE, (index + 1) * _AT_ONCE)
             streams = self.spill.get(key)
-            made = run_t5_block(block, streams[stream].to(self.device), self.bias)
-            if advance:
-                self.spill.put(key, streams | {stream: made})
+            made = self.layers.run(block, streams[stream].to(self.device), rows)
+            if after is None:
+                continue
+            self.spill.put(key, streams | {stream: made})
+            if after in self.layers.states and after < len(self.blocks):
+                self.spill.put(f"{key}.{after}.{stream}", {stream: made})
 
     @torch.no_grad()
     def _measure(self) -> None:
         """Put the errors of both forms into the config."""
-        norm = self.model.encoder.final_layer_norm
-        norm.load_state_dict({"weight": self.original[_NORM].float()}, assign=True)
-        exact = torch.cat([norm(one[EXACT]) for one in self._streams()])
-        found = {}
-        for form in (T5_INT4, T5_INT4_WO8):
-            rounded = torch.cat([norm(one[form]) for one in self._streams()])
-            found[form] = asdict(errors(rounded, exact))
+        exact = self._said(EXACT)
+        found = {form: asdict(errors(self._said(form), exact)) for form in (T5_INT4, T5_INT4_WO8)}
         self.config["edgeprune"] = {"form": T5_INT4} | found
 
-    def _streams(self) -> Iterator[Tensors]:
-        return (self.spill.get(str(index)) for index in range(self.batches))
+    def _said(self, stream: str) -> torch.Tensor:
+        """Return the states that are read of all prompts of one stream side by side."""
+        batches = []
+        for index in range(self.batches):
+            keys = [f"{index}.{s}.{stream}" if s < len(self.blocks) else str(index) for s in self.layers.states]
+            batches.append(torch.cat([self.layers.said(self.spill.get(key)[stream]) for key in keys], dim=-1))
+        return torch.cat(batches)
 
 
 def errors(found: torch.Tensor, exact: torch.Tensor) -> Errors:
@@ -390,30 +381,17 @@ def errors(found: torch.Tensor, exact: torch.Tensor) -> Errors:
     return Errors(relative, float(cosine.mean()), float(cosine.min()))
 
 
-def _chunks(original: StoredPart, form: str, group_size: int) -> list[dict[str, int]]:
-    """Return the bytes of what is stored, by name: of each layer, then of what is outside layers."""
-    shapes = {name: original.weights.shapes[stored[0]] for name, stored in sorted(original.names.items())}
-    chunks: dict[int, dict[str, int]] = {}
-    for name, shape in shapes.items():
-        found = _LAYER.match(name)
-        chunk = chunks.setdefault(int(found[1]) if found else len(shapes), {})
-        p, layer = t5_precision_of(name, shape, form, group_size=group_size), name.removesuffix(".weight")
-        if p.bits == 16:
-            chunk[name] = 2 * math.prod(shape)
-        else:
-            chunk[f"{layer}.weight_packed"] = math.prod(shape) * p.bits // 8
-            chunk[f"{layer}.weight_scale"] = 2 * math.prod(shape) // p.group_size
-    return [chunks[index] for index in sorted(chunks)]
-
-
-def _widen(ws: Workspace, packed: Path, original: StoredPart, group_size: int, key: str, progress: Progress) -> None:
-    """Write the T5 again with `wo` in 8 bits; all else stays."""
+def _widen(
+    ws: Workspace, encoder: Subencoder, original: StoredPart, group_size: int, key: str, progress: Progress
+) -> None:
+    """Write the encoder again with `wo` in 8 bits; all else stays."""
+    packed, last = packed_folder(ws.out / encoder.name), KINDS[encoder.kind].last
     narrow, wide = Weights(packed), RoundedT5(original.__getitem__, T5_INT4_WO8)
     config = read_json(packed / "config.json")
     config["edgeprune"]["form"] = T5_INT4_WO8
-    chunks = _chunks(original, T5_INT4_WO8, group_size)
+    chunks = chunks_of(original, encoder, T5_INT4_WO8, group_size)
 
     def make(index: int) -> Tensors:
-        return {name: wide(name) if f"{_WO}." in name else narrow[name] for name in chunks[index]}
+        return {name: wide(name) if f".{last}." in name else narrow[name] for name in chunks[index]}
 
     write_transformer(ws.out, packed.name, config, chunks, make, inputs=key, progress=progress, file=FILE)

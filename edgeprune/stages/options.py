@@ -41,7 +41,7 @@ def seen(generation: Generation, states: int | None) -> Generation:
 
 
 def encoders_of(given: str | None, int4: QuantizeOptions) -> str:
-    """Return how a T5 is exported: INT4 is calibrated, so without calibration it has 8 bits unless told otherwise.
+    """Return how a T5 or Qwen3 is exported: INT4 is calibrated, so without calibration it has 8 bits by default.
 
     Args:
         given: one of precision.ENCODERS; None for the default.

@@ -24,6 +24,9 @@ from edgeprune.common.errors import InputError, ParityError
 from edgeprune.common.pieces import RESERVE
 from edgeprune.export import export, language_model, parity, stored_encoder, to_onnx, to_openvino
 from edgeprune.export.stored_qwen3 import StoredQwen3
+from edgeprune.families import published
+from edgeprune.families.encoders import QWEN3
+from edgeprune.families.parts import is_read, part_shapes
 from edgeprune.planning import fit
 from edgeprune.quantization.precision import t5_precision_of
 from edgeprune.quantization.t5 import quantize_t5
@@ -336,6 +339,15 @@ def test_fit_counts_what_is_exported(sources: dict[str, Path]) -> None:
     device, generation = targets.load("cpu-x86"), Generation.load(sources["base"])
     state = {n: tuple(t.shape) for n, t in load(sources["base"]).text_encoder.state_dict().items()}
     assert len(state) == 27 * 11 + 1
-    for encoders, form in {"int4": "int8", "int8": "int8", "half": "half"}.items():
+    for encoders, form in {"int4": "int4-wo8", "int8": "int8", "half": "half"}.items():
         expected = sum(t5_precision_of(name, shape, form).nbytes(shape) for name, shape in state.items())
         assert fit.fit(sources["base"], device, generation, encoders).text_encoder_bytes == expected
+
+
+def test_klein_4b_in_bytes() -> None:
+    """Its Qwen3 has 4.02 G parameters, of which 3.11 G are read; 0.39 G are words."""
+    config = published.networks()["qwen3-4b"].config
+    shapes = {n: s for n, s in (part_shapes(QWEN3, config, "c") or {}).items() if is_read(QWEN3, n, STATES)}
+    for form, size in {"int4": 1.84, "int4-wo8": 2.15, "int8": 3.51, "half": 6.23}.items():
+        found = sum(t5_precision_of(name, shape, form).nbytes(shape) for name, shape in shapes.items()) / 1e9
+        assert found == pytest.approx(size, abs=0.01), form

@@ -184,7 +184,7 @@ def test_every_stage_runs_and_the_compressed_model_draws(sources: dict[str, Path
     ws, lines = Workspace(tmp_path / "small", str(sources["base"])), list[str]()
     assert compress(ws, options, progress=lambda line, *_: lines.append(line)) == [*STAGES, "encoders"]
     assert Manifest.load(ws.out).encoders == "int8"
-    assert any("Qwen3ForCausalLM: is exported in 8 bits, INT4 is not supported for it" in line for line in lines)
+    assert any("text_encoder: no INT4 form is within" in line for line in lines)  # of random weights
     again = Workspace(ws.out, str(sources["base"]), fresh=True)
     assert encoders.run(again, "half", 64) and Manifest.load(ws.out).encoders == "half"
     with runtimes.load(ws.out) as model:

@@ -138,7 +138,7 @@ def test_merging(folder: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(now[stored], added, rtol=1e-3, atol=1e-6)
         assert {n for n in was if not torch.equal(was[n], now[n])} == {stored}
     int4, merged, original = (
-        load_packed(out / "text_encoder_2"),
+        load_packed(out / "text_encoder_2", "T5EncoderModel"),
         *(load_part(root / "text_encoder_2", "T5EncoderModel") for root in (out, small)),
     )
     found, styled, plain = (model.get_submodule(T5).weight for model in (int4, merged, original))

@@ -1,0 +1,165 @@
+"""What the stage `encoders` has to know of the text encoders that it rounds, T5 and Qwen3.
+
+Notation: B prompts, M tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from edgeprune.artefact.checks import StoredPart
+from edgeprune.artefact.loading import empty_part
+from edgeprune.artefact.resolve import read_config
+from edgeprune.export.language_model import run_layer, score_bias, speeds_of, turns
+from edgeprune.export.modules import T5Encoder, position_bias, run_t5_block
+from edgeprune.families.encoders import QWEN3, T5, text_encoders
+from edgeprune.families.parts import is_read
+from edgeprune.quantization.precision import t5_precision_of
+from edgeprune.quantization.t5 import WORDS
+
+LAYER = re.compile(r"(?:encoder\.block|model\.layers)\.(\d+)\.")
+"""Begins the names of a layer's tensors, with its number."""
+_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+_NORM = "encoder.final_layer_norm.weight"
+
+
+class Layers(Protocol):
+    """The layers of a text encoder on the meta device, and the prompts that go through them."""
+
+    prefix: ClassVar[str]
+    """Of the names of the layers' tensors, before the number."""
+    last: ClassVar[str]
+    """The last linear layer of a layer: its inputs are products, with a few very large values."""
+    words: ClassVar[str]
+    """The table of words."""
+    outside: ClassVar[tuple[str, ...]]
+    """What else is stored that is in no layer."""
+    blocks: Sequence[Any]
+    """The layers."""
+    states: tuple[int, ...]
+    """The hidden states that are read; 0 is the embedding."""
+
+    def run(self, block: Any, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Run a layer on the stream (B, M, D) of some prompts, float32."""
+
+    def said(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what is read of a hidden state (B, M, D)."""
+
+
+class T5Layers:
+    """Those of a T5, which reads padding; its last state is normed.
+
+    Args:
+        folder: the encoder's.
+        original: its tensors.
+        ids: of the prompts (B, M).
+        mask: (B, M), 1 at tokens and 0 at padding.
+        states: none.
+        device: to compute on.
+    """
+
+    prefix, last = "encoder.block.", "layer.1.DenseReluDense.wo"
+    words, outside = WORDS, (_NORM,)
+
+    def __init__(
+        self,
+        folder: Path,
+        original: StoredPart,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        states: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        model = empty_part(folder, T5).eval().requires_grad_(False)
+        self.blocks: Sequence[Any] = model.encoder.block
+        self.states: tuple[int, ...] = (len(self.blocks),)
+        self._bias = position_bias(T5Encoder(model).table(original[_BIAS].float()), ids).to(device)
+        self._norm, self._original = model.encoder.final_layer_norm, original
+
+    def run(self, block: Any, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
+        """See Layers."""
+        return run_t5_block(block, hidden, self._bias)
+
+    def said(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See Layers."""
+        self._norm.load_state_dict({"weight": self._original[_NORM].float()}, assign=True)
+        found: torch.Tensor = self._norm(hidden)
+        return found
+
+
+class Qwen3Layers:
+    """Those of a Qwen3, up to the last state that is read; arguments as of `T5Layers`, with the states."""
+
+    prefix, last = "model.layers.", "mlp.down_proj"
+    words = "model.embed_tokens.weight"
+    outside: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        folder: Path,
+        original: StoredPart,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        states: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        model = empty_part(folder, QWEN3, states).eval().requires_grad_(False)
+        self.blocks: Sequence[Any] = model.model.layers
+        self.states = states
+        self._angles = turns(speeds_of(model.config).to(device), ids.shape[1])
+        self._bias = score_bias(mask.to(device))
+
+    def run(self, block: Any, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
+        """See Layers."""
+        return run_layer(block, hidden, self._angles, self._bias[rows])
+
+    def said(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See Layers."""
+        return hidden
+
+
+KINDS: dict[str, type[T5Layers] | type[Qwen3Layers]] = {T5: T5Layers, QWEN3: Qwen3Layers}
+"""The layers of each class that is rounded."""
+
+
+@dataclass(frozen=True)
+class Subencoder:
+    """The text encoder of a pipeline that is rounded."""
+
+    name: str
+    """Its folder."""
+    kind: str
+    """Its class."""
+    states: tuple[int, ...]
+    """Of a Qwen3, the hidden states that are read."""
+
+
+def rounded_encoder(folder: Path) -> Subencoder | None:
+    """Return a pipeline's T5 or Qwen3; None without one."""
+    name, kind = next(((n, k) for n, k in text_encoders(folder).items() if k in KINDS), ("", ""))
+    states = {encoder.name: encoder.states for encoder in read_config(folder)[1].encoders}
+    return Subencoder(name, kind, states.get(name, ())) if name else None
+
+
+def chunks_of(original: StoredPart, encoder: Subencoder, form: str, group_size: int) -> list[dict[str, int]]:
+    """Return the bytes of what is stored, by name: of each layer, then of what is outside layers."""
+    read = sorted(name for name in original.names if is_read(encoder.kind, name, encoder.states))
+    shapes = {name: original.weights.shapes[original.names[name][0]] for name in read}
+    chunks: dict[int, dict[str, int]] = {}
+    for name, shape in shapes.items():
+        found = LAYER.match(name)
+        chunk = chunks.setdefault(int(found[1]) if found else len(shapes), {})
+        p, layer = t5_precision_of(name, shape, form, group_size=group_size), name.removesuffix(".weight")
+        if p.bits == 16:
+            chunk[name] = 2 * math.prod(shape)
+        else:
+            chunk[f"{layer}.weight_packed"] = math.prod(shape) * p.bits // 8
+            chunk[f"{layer}.weight_scale"] = 2 * math.prod(shape) // p.group_size
+    return [chunks[index] for index in sorted(chunks)]
