@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from edgeprune.artefact import card, licensing
-from edgeprune.artefact.chat import frame_of
+from edgeprune.artefact.chat import PREFIX, SUFFIX
 from edgeprune.artefact.checks import part_weights
 from edgeprune.artefact.loading import quiet
 from edgeprune.artefact.manifest import EXPORT, MANIFEST, Manifest, packed_encoders
@@ -313,17 +313,13 @@ def _tokenizer(source: Path, target: Path, *, chat: bool) -> None:
             which builds Qwen's tokenizer from the vocabulary alone.
 
     Raises:
-        InputError: the folder cannot be loaded, or its chat template is not usable.
+        InputError: the folder cannot be loaded.
     """
     _copy(source, target)
     if chat:
         tokenizer = from_pretrained(AutoTokenizer.from_pretrained, source, tokenizer=True)
-        if tokenizer.padding_side != "right":
-            found = f"{source / 'tokenizer_config.json'}: padding_side: found {tokenizer.padding_side!r}"
-            raise InputError(f"{found}, expected 'right' to export it")
         tokenizer.save_pretrained(target)
-        prefix, suffix = frame_of(tokenizer, source)
-        write_json(target / CHAT, {"prefix": prefix, "suffix": suffix})
+        write_json(target / CHAT, {"prefix": PREFIX, "suffix": SUFFIX})
     if not (target / "tokenizer.json").exists():
         from_pretrained(AutoTokenizer.from_pretrained, source, tokenizer=True).save_pretrained(target)
     complete_tokenizer(target)

@@ -101,7 +101,7 @@ def _convert(folder: Path, path: Path, length: int) -> None:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    ours = PromptTokenizer(folder, max_length=length)
+    ours = PromptTokenizer(folder, chat=False, max_length=length)
     rules = read_json(folder / "tokenizer.json")
     rules["truncation"] = rules["padding"] = None
     table = _completed(rules)
@@ -196,7 +196,7 @@ def _compare(folder: Path, path: Path, length: int) -> list[str]:
 
     core().add_extension(str(openvino_tokenizers._ext_path))
     compiled = core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": 1})
-    ours = PromptTokenizer(folder, max_length=length)
+    ours = PromptTokenizer(folder, chat=False, max_length=length)
 
     def same(text: str) -> bool:
         ids: Sequence[int] = compiled([text])["input_ids"][0].tolist()

@@ -176,7 +176,7 @@ class EagerBackend:
 
 
 def _count(tokenizer: Any, text: str, *, chat: bool) -> int:
-    return len(tokenizer(as_chat(tokenizer, text) if chat else text).input_ids)
+    return len(tokenizer(as_chat(text) if chat else text).input_ids)
 
 
 def _numpy(tensor: Any) -> Array:

@@ -208,8 +208,9 @@ class NetworkBackend:
         self._tokenizers = {}
         for name, kind in self._encoders.items():
             # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
-            length = self._t5_tokens if kind in LONG else PromptTokenizer(folder / "tokenizer").max_length
-            self._tokenizers[name] = PromptTokenizer(folder / tokenizer_of(name), max_length=length)
+            length = self._t5_tokens if kind in LONG else PromptTokenizer(folder / "tokenizer", chat=False).max_length
+            where = folder / tokenizer_of(name)
+            self._tokenizers[name] = PromptTokenizer(where, chat=kind == QWEN3, max_length=length)
         self._keep_embeddings = keep_embeddings
         self._kept = None if keep_embeddings is None else self._kept_in(Path(keep_embeddings))
         self._scratch: tempfile.TemporaryDirectory[str] | None = None

@@ -27,13 +27,14 @@ class PromptTokenizer:
 
     Args:
         folder: that folder.
+        chat: whether it is a language model's, which gets prompts in the chat of CHAT; of others the file is not read.
         max_length: tokens of every prompt; None takes the folder's own length.
 
     Raises:
         InputError: a file is missing or damaged, or has no usable length or padding token.
     """
 
-    def __init__(self, folder: Path, *, max_length: int | None = None) -> None:
+    def __init__(self, folder: Path, *, chat: bool, max_length: int | None = None) -> None:
         path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
         config = read_json(config_path)
         read_json(path)
@@ -51,8 +52,8 @@ class PromptTokenizer:
         if pad_id is None:
             raise InputError(f"{config_path}: pad_token: found {token!r}, expected a token of {path.name}")
         self.pad_id, self.pad_token = int(pad_id), str(token)
-        chat = read_json(folder / CHAT) if (folder / CHAT).is_file() else {"prefix": "", "suffix": ""}
-        self._prefix, self._suffix = (fields.text(chat, name, folder / CHAT) for name in ("prefix", "suffix"))
+        around = read_json(folder / CHAT) if chat else {"prefix": "", "suffix": ""}
+        self._prefix, self._suffix = (fields.text(around, name, folder / CHAT) for name in ("prefix", "suffix"))
         self._padding: dict[str, Any] = {"length": self.max_length, "pad_id": pad_id, "pad_token": token}
         self._fix_length()
 

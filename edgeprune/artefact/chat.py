@@ -1,50 +1,100 @@
-"""The chat in which a language model gets a prompt, as diffusers' pipelines write it."""
+"""The chat in which Qwen3 gets a prompt, as diffusers' pipeline of FLUX.2 klein writes it. Torch-free.
+
+It is two constants, in torch and in exports alike. A folder's chat template is a program: it is never run for a prompt,
+only once, within limits of time and memory, to see that the folder means these constants (`check_chat`).
+"""
 
 from __future__ import annotations
 
+import functools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from edgeprune.common.errors import InputError
+from edgeprune.common.fields import shown
+from edgeprune.common.files import read_json
 
-_MARK = "\u2603 the prompt \u2603"
-_PROBES = (
-    "",
-    " ",
-    "\n",
-    "a red fox",
-    " a \n",
-    "{{ x }}",
-    "<think>a</think>b",
-    "<|im_end|>",
-    "<tool_response>a</tool_response>",
-)
-"""Prompts of which a template might make something else."""
-
-
-def as_chat(tokenizer: Any, prompt: str) -> str:
-    """Return the text that a tokenizer of transformers gets for a prompt: one message, then the start of an answer.
-
-    Args:
-        tokenizer: with a chat template. One that knows a `thinking` mode leaves it out.
-        prompt: the user's.
-    """
-    chat = [{"role": "user", "content": prompt}]
-    text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    return text
+PREFIX = "<|im_start|>user\n"
+"""Before a prompt."""
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+"""After a prompt: an answer begins, without thoughts."""
+TEMPLATE = f"{{{{ {PREFIX!r} + messages[0]['content'] + {SUFFIX!r} }}}}"
+"""A chat template that does nothing but this, for a vendor's pipeline, which asks its tokenizer for one."""
+MOST_BYTES = 65_536
+"""Of a template; that of Qwen3 has 4,168."""
+_SECONDS = 30
+"""That rendering may take, the start of a process included. Of its own work it may take 5."""
+_PROBE = "\u2603 the prompt \u2603"
+_REMEDY = "give the tokenizer of the published model"
 
 
-def frame_of(tokenizer: Any, folder: Path) -> tuple[str, str]:
-    """Return the text before and after a prompt in its chat: a device then needs no template.
+def as_chat(prompt: str) -> str:
+    """Return the text that Qwen3's tokenizer gets for a prompt: one message, then the start of an answer."""
+    return PREFIX + prompt + SUFFIX
+
+
+def check_chat(folder: Path) -> None:
+    """Check that a tokenizer writes a prompt as `as_chat` does, and pads and cuts at the end.
 
     Args:
-        tokenizer: with a chat template.
-        folder: the tokenizer's, for messages.
+        folder: the tokenizer's.
 
     Raises:
-        InputError: the template does something else with a prompt than writing it between two texts.
+        InputError: a file is missing or damaged, the chat template is missing, too long, broken or another one, or a
+            side is not the right one.
     """
-    prefix, mark, suffix = as_chat(tokenizer, _MARK).partition(_MARK)
-    if not mark or any(as_chat(tokenizer, probe) != prefix + probe + suffix for probe in _PROBES):
-        raise InputError(f"{folder}: chat_template: expected one that writes the prompt as it is, between two texts")
-    return prefix, suffix
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    rules = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
+    for side, field in (("padding_side", "padding"), ("truncation_side", "truncation")):
+        rule = rules.get(field)
+        direction = rule.get("direction", "Right") if isinstance(rule, dict) else "Right"
+        # A rule of the file holds where the config says nothing.
+        if (found := config.get(side, str(direction).lower())) != "right":
+            raise InputError(f"{path}: {side}: found {shown(found)}, expected 'right'; {_REMEDY}")
+    where, template = _template(folder, config)
+    if len(template.encode("utf-8", "surrogatepass")) > MOST_BYTES:
+        raise InputError(f"{where}: found a chat template above {MOST_BYTES:,} bytes, expected Qwen3's; {_REMEDY}")
+    if fault := _fault(template):
+        raise InputError(f"{where}: chat template {fault}, expected Qwen3's; {_REMEDY}")
+
+
+def _template(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
+    """Return where a tokenizer's chat template is, and its text; a file of its own counts first, as in transformers."""
+    path, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    if own.is_file():
+        try:
+            with own.open("rb") as file:
+                return str(own), file.read(MOST_BYTES + 1).decode()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{own}: cannot be read as text ({error}), expected a chat template; {_REMEDY}") from None
+    found = config.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        named = [each for each in found if isinstance(each, dict) and each.get("name") == "default"]
+        found = named[0].get("template") if named else None
+    if not isinstance(found, str):
+        raise InputError(f"{path}: chat_template: found {shown(found)}, expected Qwen3's; {_REMEDY}")
+    return f"{path}: chat_template", found
+
+
+@functools.cache
+def _fault(template: str) -> str:
+    """Return what is wrong with a template; '' if it writes what `as_chat` does.
+
+    It renders in a process of its own, see chat_probe.py, which returns no more than is compared.
+    """
+    expected = as_chat(_PROBE).encode()
+    script = Path(__file__).with_name("chat_probe.py")
+    call = [sys.executable, "-I", str(script), _PROBE, str(len(expected) + 1)]
+    try:
+        done = subprocess.run(
+            call, input=template.encode("utf-8", "surrogatepass"), capture_output=True, timeout=_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "takes too long"
+    if done.returncode:
+        said = done.stderr[-500:].decode(errors="replace").split("\n")
+        return f"cannot be used ({shown(next((line for line in reversed(said) if line.strip()), 'no reason given'))})"
+    return "" if done.stdout == expected else f"makes {shown(done.stdout.decode(errors='replace'))} of a prompt"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeprune.artefact.chat import check_chat
 from edgeprune.artefact.manifest import HALF, INT4, MANIFEST
 from edgeprune.artefact.resolve import read_config
 from edgeprune.common.errors import InputError
@@ -186,6 +187,9 @@ def _check_classes(folder: Path, index: dict[str, Any], config: Config, family: 
         )
     for part in tokenizers:
         _check_vocabulary(folder / part)
+    for encoder in family.encoders:
+        if encoder.kind == QWEN3:
+            check_chat(folder / tokenizer_of(encoder.name))
 
 
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgeprune.artefact.chat import TEMPLATE
 from edgeprune.artefact.checks import check_pipeline, part_weights
 from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest
 from edgeprune.artefact.resolve import read_config
@@ -171,6 +172,8 @@ def load_pipeline(
         )  # fmt: skip
     for name in kinds.keys() - parts.keys():
         check_loaded(folder / name, getattr(pipe, name), variant)
+    for name in (name for name, kind in kinds.items() if kind == QWEN3):
+        getattr(pipe, tokenizer_of(name)).chat_template = TEMPLATE  # the folder's own is a program
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

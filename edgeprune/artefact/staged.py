@@ -242,7 +242,7 @@ class StagedPipeline:
         tokenizer = self._tokenizer(name)
         with readable(self.folder / tokenizer_of(name)), quiet():
             if text_encoders(self.folder)[name] == QWEN3:
-                prompts = [as_chat(tokenizer, prompt) for prompt in prompts]
+                prompts = [as_chat(prompt) for prompt in prompts]
             found = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return found.input_ids, found.attention_mask
 

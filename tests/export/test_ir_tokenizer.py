@@ -62,7 +62,7 @@ def ids_of(folder: Path, texts: list[str], length: int) -> np.ndarray[Any, Any]:
     from edgeprune.runtimes.openvino import core
 
     compiled = core().compile_model(folder / ir_tokenizer.MODEL, "CPU", {"INFERENCE_NUM_THREADS": 1})
-    ids = np.full((len(texts), length), PromptTokenizer(folder, max_length=length).pad_id)
+    ids = np.full((len(texts), length), PromptTokenizer(folder, chat=False, max_length=length).pad_id)
     for row, text in zip(ids, texts, strict=True):
         found = compiled([text])["input_ids"][0]
         row[: len(found)] = found  # longer ones raise
@@ -74,10 +74,10 @@ def test_ids_are_those_of_our_runtimes(kind: str, folders: Path, tmp_path: Path)
     folder, length = Path(shutil.copytree(folders / kind, tmp_path / kind)), LENGTHS[kind]
     record = ir_tokenizer.write(folder, length)
     assert record.keys() == {"different"} and set(record["different"]) < set(ir_tokenizer.ODD)
-    expected = PromptTokenizer(folder, max_length=length)(TEXTS)
+    expected = PromptTokenizer(folder, chat=False, max_length=length)(TEXTS)
     for text, found, ours in zip(TEXTS, ids_of(folder, TEXTS, length), expected, strict=True):
         assert found.tolist() == ours.tolist(), text
-    runtime = PromptTokenizer(folder, max_length=length)
+    runtime = PromptTokenizer(folder, chat=False, max_length=length)
     odd = {text for text in ir_tokenizer.ODD if (ids_of(folder, [text], length) != runtime([text])).any()}
     assert odd == set(record["different"])
     if kind == "clip-g":  # the `!` in the text; it fills all 16, so there is no padding

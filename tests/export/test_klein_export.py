@@ -17,7 +17,6 @@ import torch
 import traced
 
 from edgeprune import runtimes, targets
-from edgeprune.artefact.chat import as_chat
 from edgeprune.artefact.loading import cut_unread, load
 from edgeprune.artefact.synth import tokenizers
 from edgeprune.common.errors import InputError, ParityError
@@ -165,14 +164,21 @@ def texts() -> list[str]:
     return found
 
 
+def chats_of(tokenizer: Any) -> list[str]:
+    """Return the texts in the chat that diffusers makes of them."""
+    chats = ([{"role": "user", "content": text}] for text in texts())
+    how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    return [tokenizer.apply_chat_template(chat, **how) for chat in chats]
+
+
 @pytest.mark.parametrize("length", [2, 40, 512])
 def test_tokens_equal_transformers(onnx_folder: Path, sources: dict[str, Path], length: int) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(sources["base"] / "tokenizer")
-    chats = [as_chat(theirs, text) for text in texts()]
+    chats = chats_of(theirs)
     expected = theirs(chats, padding="max_length", truncation=True, max_length=length, return_tensors="np")
-    ours = PromptTokenizer(onnx_folder / "tokenizer", max_length=length)
+    ours = PromptTokenizer(onnx_folder / "tokenizer", chat=True, max_length=length)
     found = ours.masked(texts())
     np.testing.assert_array_equal(found["input_ids"], expected["input_ids"])
     np.testing.assert_array_equal(found["attention_mask"], expected["attention_mask"])
@@ -194,31 +200,32 @@ def test_a_tokenizer_that_is_not_built_yet_is_written_as_transformers_reads_it(
     for folder in (tmp_path / "plain", ruined):
         _tokenizer(folder, tmp_path / "out" / folder.name, chat=True)
         theirs = AutoTokenizer.from_pretrained(folder)
-        chats = [as_chat(theirs, text) for text in texts()]
+        chats = chats_of(theirs)
         expected = theirs(chats, padding="max_length", truncation=True, max_length=60, return_tensors="np")
-        ours = PromptTokenizer(tmp_path / "out" / folder.name, max_length=60)
+        ours = PromptTokenizer(tmp_path / "out" / folder.name, chat=True, max_length=60)
         np.testing.assert_array_equal(ours(texts()), expected["input_ids"])
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (
-            {"chat_template": "{{ messages[0]['content'] | upper }}"},
-            "chat_template: expected one that writes the prompt",
-        ),
-        ({"chat_template": "hello"}, "chat_template: expected one that writes the prompt as it is"),
-        ({"padding_side": "left"}, "padding_side: found 'left', expected 'right' to export it"),
-    ],
-)
-def test_chats_that_a_device_cannot_write_are_refused(tmp_path: Path, change: dict[str, str], says: str) -> None:
-    from edgeprune.export.folder import _tokenizer
+def test_a_chat_that_is_not_klein_s_is_refused_before_anything_is_written(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sources["base"], tmp_path / "m"))
+    (folder / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0]['content'] | upper }}")
+    with pytest.raises(InputError, match=r"chat_template\.jinja: chat template makes .*THE PROMPT") as refused:
+        to_onnx.export(folder, tmp_path / "out")
+    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
 
-    tokenizers.write_qwen(tmp_path / "tokenizer", words=900)
-    path = tmp_path / "tokenizer" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError, match=says) as refused:
-        _tokenizer(tmp_path / "tokenizer", tmp_path / "out", chat=True)
+
+def test_only_a_language_model_has_a_chat(onnx_folder: Path, tmp_path: Path) -> None:
+    """A file that happens to be there changes no prompt of another encoder, and one that is missing is named."""
+    folder = Path(shutil.copytree(onnx_folder / "tokenizer", tmp_path / "tokenizer"))
+    plain = PromptTokenizer(folder, chat=False, max_length=40)
+    assert plain.count("two red circles") < PromptTokenizer(folder, chat=True, max_length=40).count("two red circles")
+    (folder / CHAT).write_text("{")
+    np.testing.assert_array_equal(PromptTokenizer(folder, chat=False, max_length=40)(PROMPTS), plain(PROMPTS))
+    (folder / CHAT).unlink()
+    with pytest.raises(InputError, match=r"chat\.json: no such file") as refused:
+        PromptTokenizer(folder, chat=True, max_length=40)
     assert "\n" not in str(refused.value)
 
 
@@ -226,7 +233,7 @@ def test_a_damaged_chat_is_named(onnx_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(onnx_folder / "tokenizer", tmp_path / "tokenizer"))
     (folder / CHAT).write_text('{"prefix": 3, "suffix": ""}')
     with pytest.raises(InputError, match=r"chat\.json: prefix: found 3, expected a string"):
-        PromptTokenizer(folder, max_length=40)
+        PromptTokenizer(folder, chat=True, max_length=40)
 
 
 # ------------------------------------------------------------------------------------- the whole pipeline

@@ -146,7 +146,7 @@ def test_tokens_equal_transformers(onnx_folder: Path) -> None:
     theirs = tiny.tiny_t5_tokenizer()
     for length in (2, 9, tiny.T5_TOKENS):
         ids = theirs(texts, padding="max_length", max_length=length, truncation=True).input_ids
-        ours = PromptTokenizer(onnx_folder / "tokenizer_3", max_length=length)(texts)
+        ours = PromptTokenizer(onnx_folder / "tokenizer_3", chat=False, max_length=length)(texts)
         np.testing.assert_array_equal(ours, ids)
         assert (ours == 1).any(1).all()  # the end token, also in a truncated prompt
 
@@ -255,7 +255,7 @@ def test_coreml_package(pipeline: tuple[Path, Any], tmp_path: Path, monkeypatch:
     assert record["parity"]["text_encoder_3"]["max_relative"] < 1e-4
     assert record["chunks"]["text_encoder_3"] == 2
     paths = [tmp_path / "coreml" / "text_encoder_3" / f"chunk_{i}.mlpackage" for i in (1, 2)]
-    ids = PromptTokenizer(tmp_path / "coreml" / "tokenizer_3", max_length=tiny.T5_TOKENS)(PROMPTS[:1])
+    ids = PromptTokenizer(tmp_path / "coreml" / "tokenizer_3", chat=False, max_length=tiny.T5_TOKENS)(PROMPTS[:1])
     same(Chain(paths).run(None, {"input_ids": ids}), [expected(pipeline[1])[0][:1, tiny.TOKENS :]])
     kinds = {"linear": set(), "gather": set(), "constexpr_blockwise_shift_scale": set()}
     for op in (op for path in paths for op in Package(path).operations):

@@ -223,11 +223,11 @@ def test_tokens_equal_transformers(exported: Path) -> None:
         "one two three four five six seven eight nine ten eleven twelve thirteen fourteen",
     ]
     ids = theirs(texts, padding="max_length", max_length=theirs.model_max_length, truncation=True).input_ids
-    ours = PromptTokenizer(exported / "tokenizer")
+    ours = PromptTokenizer(exported / "tokenizer", chat=False)
     assert ours.max_length == 16
     np.testing.assert_array_equal(ours(texts), ids)
     np.testing.assert_array_equal(
-        PromptTokenizer(exported / "tokenizer", max_length=7)(texts),
+        PromptTokenizer(exported / "tokenizer", chat=False, max_length=7)(texts),
         theirs(texts, padding="max_length", max_length=7, truncation=True).input_ids,
     )
 
