@@ -52,7 +52,7 @@ from edgeprune.runtimes.modulation import WIDTH
 from edgeprune.runtimes.text import CHAT
 from edgeprune.sampling.generation import FILE as GENERATION
 from edgeprune.sampling.generation import Generation
-from edgeprune.sampling.latents import MEAN, STD
+from edgeprune.sampling.latents import MEAN, STD, check_variance
 
 FILE = EXPORT
 _TOOLS = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
@@ -247,7 +247,7 @@ def _vae_config(folder: Path) -> dict[str, Any]:
     """Return a VAE's config with what a runtime needs to scale latents: it imports no diffusers, and reads no weights.
 
     Raises:
-        InputError: a tensor cannot be read.
+        InputError: a tensor cannot be read, or a variance is below 0.
     """
     config = read_json(folder / "config.json")
     if config.get("_class_name") != VAE_FLUX2:
@@ -255,6 +255,7 @@ def _vae_config(folder: Path) -> dict[str, Any]:
     weights = part_weights(folder, VAE_FLUX2)
     assert weights is not None  # its class has a table
     mean, variance = (weights[f"bn.running_{name}"].float() for name in ("mean", "var"))
+    check_variance(variance, folder)
     return config | {MEAN: mean.tolist(), STD: (variance + config.get("batch_norm_eps", 1e-4)).sqrt().tolist()}
 
 

@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from edgeprune.common.errors import InputError
 from edgeprune.families import Axes
 
 _SEQUENCE = {0: "batch_size", 1: "sequence_length"}
@@ -30,9 +29,6 @@ class LanguageModel(nn.Module):
     Args:
         model: a Qwen3ForCausalLM with the layers up to the last state that is read, see `cut_unread`.
         states: the hidden states that are returned; 0 is the embedding.
-
-    Raises:
-        InputError: its rotary positions are scaled.
     """
 
     inputs: Axes = {"input_ids": _SEQUENCE, "attention_mask": _SEQUENCE}
@@ -74,15 +70,10 @@ class LanguageModel(nn.Module):
 def speeds_of(config: Any) -> torch.Tensor:
     """Return the angle by which each pair of a head's channels turns from token to token: (head width / 2).
 
-    Raises:
-        InputError: the config scales its positions.
+    Positions that are scaled are refused before, by `part_shapes`.
     """
-    # transformers 5 has one field for what were two.
-    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = found.get("rope_type", found.get("type", "default"))
-    if kind != "default":
-        raise InputError(f"text_encoder/config.json: rope_type: found {kind!r}, expected 'default' to export it")
-    theta = float(found.get("rope_theta") or config.rope_theta)
+    found = getattr(config, "rope_parameters", None) or {}  # where transformers 5 has it
+    theta = float(found["rope_theta"]) if "rope_theta" in found else float(config.rope_theta)
     width = int(config.head_dim)
     return 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
 

@@ -203,7 +203,7 @@ class NetworkBackend:
         check_tokens(folder, self._t5_tokens)
         self._family, self._config = settings.family, settings.config
         vae = folder / "vae_decoder" / "config.json"
-        self._scale = exported_scale(read_json(vae), vae)
+        self._scale = exported_scale(read_json(vae), self._family.vae, vae)
         self._encoders = text_encoders(folder)
         self._tokenizers = {}
         for name, kind in self._encoders.items():

@@ -26,13 +26,14 @@ from edgeprune.common.fields import shown
 from edgeprune.common.files import is_out_of_memory, read_json
 from edgeprune.families import CHANGED, family_of, family_of_model
 from edgeprune.families.encoders import LONG, QWEN3, T5, read_index, text_encoders, tokenizer_of
-from edgeprune.families.parts import VAES, tensor_of
+from edgeprune.families.parts import VAE_FLUX2, VAES, tensor_of
 from edgeprune.quantization.quantize import prepare
 from edgeprune.quantization.t5 import prepare_t5
 from edgeprune.residency.model_files import parts_of, weights_of
 from edgeprune.residency.stored import CPU, StoredTransformer
 from edgeprune.residency.streaming import PACKED
 from edgeprune.residency.weights import Weights
+from edgeprune.sampling.latents import check_variance
 
 
 @contextlib.contextmanager
@@ -216,7 +217,8 @@ def load_part(
         states: of a language model, the hidden states that are read, see `cut_unread`.
 
     Raises:
-        InputError: a tensor is missing, unknown or of another shape, or a file cannot be read.
+        InputError: a tensor is missing, unknown or of another shape, a VAE's variance is below 0, or a file cannot be
+            read.
     """
     weights = part_weights(folder, kind, variant)
     if weights is None:
@@ -225,6 +227,8 @@ def load_part(
         model = empty_part(folder, kind, states)
         names = {name: tensor_of(kind, name) or name for name in model.state_dict() if _is_weight(name)}
         tensors = {name: weights[stored] for name, stored in names.items()}
+        if kind == VAE_FLUX2:
+            check_variance(tensors["bn.running_var"], folder)
         state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
         load_strictly(model, state | {n: torch.tensor(0) for n in model.state_dict() if not _is_weight(n)})
         complete(folder, kind, model)

@@ -181,9 +181,13 @@ def _qwen3(config: Config, where: object) -> dict[str, Shape]:
     for name in ("attention_bias", "use_sliding_window"):
         if (found := config.get(name, False)) is not False:
             raise InputError(f"{where}: {name}: found {shown(found)}, expected false, as in Qwen3's published models")
+    layers = _number(config, "num_hidden_layers", 32, where, most=MOST_BLOCKS)
+    if (kinds := config.get("layer_types")) not in (None, ["full_attention"] * layers):
+        raise InputError(f"{where}: layer_types: found {shown(kinds)}, expected {layers} times 'full_attention'")
+    _check_rope(config, head, where)
     words = _number(config, "vocab_size", 151_936, where, most=_LARGEST_VOCABULARY)
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (words, width), "model.norm.weight": (width,)}
-    for i in range(_number(config, "num_hidden_layers", 32, where, most=MOST_BLOCKS)):
+    for i in range(layers):
         at = f"model.layers.{i}"
         for name, rows in (("q", heads), ("k", shared), ("v", shared)):
             shapes[f"{at}.self_attn.{name}_proj.weight"] = (rows * head, width)
@@ -193,6 +197,26 @@ def _qwen3(config: Config, where: object) -> dict[str, Shape]:
         shapes[f"{at}.mlp.down_proj.weight"] = (width, inner)
         shapes |= {f"{at}.{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
     return shapes
+
+
+def _check_rope(config: Config, head: int, where: object) -> None:
+    """Check that a language model's rotary positions are the plain ones, by both versions of transformers' fields.
+
+    Args:
+        config: the content of its config.json.
+        head: width of a head, of which pairs of channels turn.
+        where: that file, for messages.
+    """
+    if head % 2:
+        raise InputError(f"{where}: head_dim: found {head}, expected an even number")
+    for field in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5
+        found = config.get(field) or {}
+        if not isinstance(found, dict):
+            raise InputError(f"{where}: {field}: found {shown(found)}, expected none or an object")
+        if (kind := found.get("rope_type", found.get("type", "default"))) != "default":
+            raise InputError(f"{where}: {field}: rope_type: found {shown(kind)}, expected 'default'")
+        real_number({"rope_theta": 1.0} | found, "rope_theta", f"{where}: {field}", least=1, most=1e12)
+    real_number({"rope_theta": 1.0} | config, "rope_theta", where, least=1, most=1e12)
 
 
 def _vae_flux2(config: Config, where: object) -> dict[str, Shape]:
@@ -229,7 +253,8 @@ def _autoencoder(config: Config, where: object, kind: str) -> dict[str, Shape]:
             raise InputError(f"{where}: {field}: found {shown(blocks)}, expected {len(widths)} times {block}")
     if len(decoder) != len(widths):
         raise InputError(f"{where}: decoder_block_out_channels: found {decoder}, expected {len(widths)} widths")
-    _divisor(config, "norm_num_groups", 32, {"block_out_channels": widths, "decoder's": decoder}, where)
+    grouped = {"block_out_channels": widths} | ({"decoder_block_out_channels": decoder} if narrow else {})
+    _divisor(config, "norm_num_groups", 32, grouped, where)
     _check_arithmetic(config, ("norm_eps", 1e-6), ("act_fn", "silu"), where)
     _number(config, "sample_size", 32, where)
     layers = _number(config, "layers_per_block", 1, where, most=MOST_BLOCKS)

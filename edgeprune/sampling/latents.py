@@ -8,6 +8,7 @@ Latents are numpy arrays or torch tensors (B, C, h, w).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import real_number, shown
+from edgeprune.families.parts import VAE_FLUX2
 
 Latents = Any
 """A numpy array or a torch tensor (B, C, h, w)."""
@@ -87,25 +89,41 @@ def scale_of(vae: Any) -> Scale:
     return factors(vae.config)
 
 
-def exported_scale(vae: Mapping[str, Any], where: object) -> Scale:
+def exported_scale(vae: Mapping[str, Any], kind: str, where: object) -> Scale:
     """Return the scale that the config of an exported VAE decoder has.
 
     Args:
         vae: the content of its config.json.
+        kind: the class of the VAE, as the family has it; it decides, not what the file has.
         where: that file, for messages.
 
     Raises:
-        InputError: as `factors`, or the statistics are no numbers, or not one for each packed channel.
+        InputError: as `factors`; or statistics are missing, are no numbers, or not one for each packed channel; or a
+            standard deviation is not above 0.
     """
-    if MEAN not in vae and STD not in vae:
+    if kind != VAE_FLUX2:
         return factors(vae, where)
-    return Statistics(*(_numbers(vae, name, where) for name in (MEAN, STD)))
+    mean, std = (_numbers(vae, name, where) for name in (MEAN, STD))
+    if not std.min() > 0:
+        raise InputError(f"{where}: {STD}: found {std.min():g}, expected numbers above 0")
+    return Statistics(mean, std)
+
+
+def check_variance(variance: Any, where: object) -> None:
+    """Check the variance of each packed channel, a tensor (4 C): no number below 0, and each one finite.
+
+    Raises:
+        InputError: it holds another number.
+    """
+    for value in variance.tolist():
+        if not 0 <= value < math.inf:
+            raise InputError(f"{where}: bn.running_var: found {value:g}, expected numbers from 0")
 
 
 def _numbers(vae: Mapping[str, Any], name: str, where: object) -> NDArray[np.float32]:
     values, count = vae.get(name), vae.get("latent_channels", 32)
-    fits = isinstance(values, list) and isinstance(count, int) and len(values) == _PATCH**2 * count
-    if not fits or not all(isinstance(one, (int, float)) and abs(one) < 1e6 for one in values or []):
+    fits = isinstance(values, list) and type(count) is int and len(values) == _PATCH**2 * count
+    if not fits or not all(type(one) in (int, float) and abs(one) < 1e6 for one in values or []):
         raise InputError(f"{where}: {name}: found {shown(values)}, expected four numbers for each latent channel")
     return np.asarray(values, np.float32)
 

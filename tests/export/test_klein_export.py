@@ -25,13 +25,14 @@ from edgeprune.export import export, language_model, parity, stored_encoder, to_
 from edgeprune.export.stored_qwen3 import StoredQwen3
 from edgeprune.families import published
 from edgeprune.families.encoders import QWEN3
-from edgeprune.families.parts import is_read, part_shapes
+from edgeprune.families.parts import VAE_FLUX2, is_read, part_shapes
 from edgeprune.planning import fit
 from edgeprune.quantization.precision import t5_precision_of
 from edgeprune.quantization.t5 import quantize_t5
 from edgeprune.runtimes import base, networks, piecewise
 from edgeprune.runtimes.text import CHAT, PromptTokenizer
 from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.latents import exported_scale
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
 PROMPTS = ["two red circles", "", "a small green ring left of a large blue star " * 9]
@@ -106,9 +107,6 @@ def test_positions_are_those_of_both_versions_of_transformers() -> None:
     assert torch.equal(language_model.speeds_of(config), expected)
     old = SimpleNamespace(rope_theta=1_000_000.0, rope_scaling=None, head_dim=16)
     assert torch.equal(language_model.speeds_of(old), expected)
-    scaled = SimpleNamespace(rope_theta=1_000_000.0, rope_scaling={"type": "yarn", "factor": 4.0}, head_dim=16)
-    with pytest.raises(InputError, match="rope_type: found 'yarn', expected 'default'"):
-        language_model.speeds_of(scaled)
 
 
 def test_only_what_is_read_is_written_in_8_bits(onnx_folder: Path) -> None:
@@ -282,13 +280,30 @@ def test_a_device_needs_no_vae_weights_for_its_latents(onnx_folder: Path, source
     np.testing.assert_array_equal(np.asarray(config["batch_norm_std"], np.float32), std)
 
 
-@pytest.mark.parametrize("change", [{"batch_norm_std": [1.0]}, {"batch_norm_mean": "x"}, {"batch_norm_mean": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_norm_std": [1.0]},
+        {"batch_norm_mean": "x"},
+        {"batch_norm_mean": None},
+        {"batch_norm_mean": [True] * 32},
+        {"batch_norm_mean": None, "batch_norm_std": None},  # not a VAE that has a scaling factor
+    ],
+)
 def test_bad_statistics_are_named(onnx_folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     folder = Path(shutil.copytree(onnx_folder, tmp_path / "m"))
     path = folder / "vae_decoder" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    config = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
     with pytest.raises(InputError, match=rf"config.json: {next(iter(change))}: found .*, expected four numbers"):
         runtimes.load(folder, "ort")
+
+
+@pytest.mark.parametrize("least", [0.0, -1.0])
+def test_a_deviation_that_is_not_above_0_is_named(least: float) -> None:
+    config = {"latent_channels": 1, "batch_norm_mean": [0.0] * 4, "batch_norm_std": [1.0, least, 1.0, 1.0]}
+    with pytest.raises(InputError, match=rf"c: batch_norm_std: found {least:g}, expected numbers above 0"):
+        exported_scale(config, VAE_FLUX2, "c")
 
 
 def test_prompts_are_kept(onnx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

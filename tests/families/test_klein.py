@@ -20,6 +20,7 @@ from edgeprune.artefact.loading import load, open_transformer
 from edgeprune.artefact.manifest import Manifest
 from edgeprune.artefact.staged import StagedPipeline, can_stage
 from edgeprune.common.errors import InputError
+from edgeprune.export.folder import _vae_config
 from edgeprune.families.encoders import check_tokens
 from edgeprune.planning.options import PlanOptions
 from edgeprune.residency.compute import Compute
@@ -208,6 +209,17 @@ def edited(source: Path, out: Path, file: str, **fields: Any) -> Path:
         ("text_encoder/config.json", {"use_sliding_window": True}, "use_sliding_window: found True, expected false"),
         ("text_encoder/config.json", {"num_key_value_heads": 3}, "num_key_value_heads: found 3, expected a divisor"),
         ("text_encoder/config.json", {"head_dim": 8}, r"self_attn.\w+.weight': found .*expected .* by config.json"),
+        (
+            "text_encoder/config.json",
+            {"layer_types": ["sliding_attention"] * 29},
+            "layer_types: found .*expected 29 times",
+        ),
+        ("text_encoder/config.json", {"rope_theta": "x"}, "rope_theta: found 'x', expected a number from 1 to"),
+        ("text_encoder/config.json", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type: found 'yarn'"),
+        ("text_encoder/config.json", {"rope_parameters": {"rope_type": "linear"}}, "rope_type: found 'linear'"),
+        ("text_encoder/config.json", {"rope_parameters": {"rope_theta": 0}}, "rope_theta: found 0, expected a number"),
+        ("text_encoder/config.json", {"rope_parameters": 3}, "rope_parameters: found 3, expected none or an object"),
+        ("text_encoder/config.json", {"head_dim": 7}, "head_dim: found 7, expected an even number"),
         ("vae/config.json", {"latent_channels": 16}, "latent_channels: found 16, expected 8 by the transformer's"),
         ("vae/config.json", {"patch_size": [1, 1]}, r"patch_size: found \[1, 1\], expected \[2, 2\]"),
         ("vae/config.json", {"batch_norm_eps": "x"}, "batch_norm_eps: found 'x', expected a number"),
@@ -230,6 +242,10 @@ def test_statistics_of_the_vae_are_needed_and_their_counter_is_not(sources: dict
     del tensors["bn.num_batches_tracked"]
     save_file(tensors, path)
     load(folder)
+    save_file(tensors | {"bn.running_var": -tensors["bn.running_var"]}, path)
+    for read in (load, lambda folder: _vae_config(folder / "vae")):
+        with pytest.raises(InputError, match=r"vae: bn.running_var: found -\S+, expected numbers from 0"):
+            read(folder)
     del tensors["bn.running_var"]
     save_file(tensors, path)
     with pytest.raises(InputError, match="vae: bn.running_var: found no such tensor"):
