@@ -15,12 +15,9 @@ from edgeprune.artefact.convert.opening import refuse_file
 from edgeprune.artefact.manifest import recorded_encoders
 from edgeprune.artefact.resolve import nearby, read_config
 from edgeprune.common.errors import InputError
-from edgeprune.families.encoders import QWEN3, check_tokens
+from edgeprune.families.encoders import QWEN3, QWEN3_FORMATS, check_tokens
 from edgeprune.sampling.generation import Generation
 from edgeprune.targets import Target
-
-QWEN3_FORMATS = ("onnx", "openvino")
-"""Formats to which a Qwen3 can be exported."""
 
 
 def pipeline(artefact: Path, fmt: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from edgeprune.runtimes.memory import Meter, Reading
 with needs("compress"):
     import torch
 
-    from edgeprune.artefact.chat import as_chat
+    from edgeprune.artefact.chat import PREFIX, SUFFIX
     from edgeprune.artefact.checks import check_pipeline
     from edgeprune.artefact.loading import load_pipeline, open_transformer, quiet
     from edgeprune.artefact.manifest import INT4
@@ -110,9 +110,10 @@ class EagerBackend:
             if tokenizer is None:
                 continue
             most = self._t5_tokens if encoder.kind in LONG else first
-            count = functools.partial(_count, tokenizer, chat=encoder.kind == QWEN3)
+            before, after = (PREFIX, SUFFIX) if encoder.kind == QWEN3 else ("", "")
+            count, until = (functools.partial(_count, tokenizer, before, end) for end in (after, ""))
             with quiet():  # transformers warns of long texts in its own words
-                line = cut_words(encoder.name, prompts, count, most)
+                line = cut_words(encoder.name, prompts, count, most, until)
             if line:
                 warnings.warn(line, stacklevel=3)
 
@@ -175,8 +176,8 @@ class EagerBackend:
         return torch.tensor(array).to(self._device)
 
 
-def _count(tokenizer: Any, text: str, *, chat: bool) -> int:
-    return len(tokenizer(as_chat(text) if chat else text).input_ids)
+def _count(tokenizer: Any, before: str, after: str, text: str) -> int:
+    return len(tokenizer(before + text + after).input_ids)
 
 
 def _numpy(tensor: Any) -> Array:

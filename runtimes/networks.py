@@ -339,7 +339,7 @@ class NetworkBackend:
         """Encode text to (hidden (B, M, K), pooled (B, P))."""
         self._forget_rows()
         for name, tokenizer in self._tokenizers.items():
-            if line := cut_words(name, prompts, tokenizer.count, tokenizer.max_length):
+            if line := cut_words(name, prompts, tokenizer.count, tokenizer.max_length, tokenizer.until):
                 warnings.warn(line, stacklevel=2)
         tokens = self._tokens(prompts)
         if self._kept is None:

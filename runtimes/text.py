@@ -62,10 +62,17 @@ class PromptTokenizer:
         self._tokenizer.enable_padding(**self._padding)
 
     def count(self, text: str) -> int:
-        """Return the number of tokens of a text that is neither padded nor truncated."""
+        """Return the number of tokens of a text that is neither padded nor truncated, with its chat."""
+        return self._count(self._prefix + text + self._suffix)
+
+    def until(self, text: str) -> int:
+        """Return the number of tokens up to the end of a text: without what follows it in a chat."""
+        return self._count(self._prefix + text)
+
+    def _count(self, text: str) -> int:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        tokens = len(self._tokenizer.encode(self._prefix + text + self._suffix).ids)
+        tokens = len(self._tokenizer.encode(text).ids)
         self._fix_length()
         return tokens
 

@@ -60,7 +60,9 @@ def changes(manifest: Manifest, plan: PrunePlan | None) -> list[str]:
     if "quantize" in manifest.stages:
         lines.append(f"Weights of the transformer's blocks in INT4, groups of {manifest.group_size}.")
     if manifest.encoders in (T5_INT4, T5_INT4_WO8):
-        lines.append("Weights of the T5 or Qwen3 text encoder in INT4 as well, beside those of the original.")
+        folders = {name.split("/")[0] for name in manifest.files if name.startswith("text_encoder")}
+        packed = sorted(name.removesuffix("_int4") for name in folders if name.endswith("_int4"))
+        lines.append(f"Weights of {', '.join(packed)} in INT4 as well, beside those of the original.")
     merged = {part for lora in manifest.loras for part in lora["parts"]} - {HALF}
     if manifest.loras:
         files = ", ".join(f"{escaped(lora['file'])} (scale {lora['scale']:g})" for lora in manifest.loras)

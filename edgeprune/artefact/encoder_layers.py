@@ -22,8 +22,9 @@ OUTPUTS = {CLIP: "text_embeds", CLIP_POOLED: "pooler_output", T5: "last_hidden_s
 """What is read of an encoder's result, besides hidden states."""
 _SCORES, _INNER, _WIDE = 3, 5, 6
 """Numbers that are alive at once in a layer, for each token: scores of each head, inner widths of its MLP, widths."""
-_STREAMS = 5
-"""Streams of a prompt that are alive between two layers: before and after, and the three that are kept of Qwen3."""
+_STREAMS, _KEPT = 2, 2
+"""Streams of a prompt that are alive between two layers: before and after, and two that are kept of CLIP. T5 has as
+much room; of Qwen3 those of its states are kept."""
 _ROWS_SHARE = 8
 """Prompts that are in a layer together take at most 1/8 of the memory that was given, whatever is free: products of
 other row counts differ in their last bits."""
@@ -39,10 +40,21 @@ def layers_of(model: nn.Module, kind: str) -> Iterable[tuple[str, nn.Module]]:
         yield f"{found}.{index}.", layer
 
 
-def prompts_together(encoder: Any, kind: str, compute: Compute, count: int, length: int) -> int:
-    """Return how many of `count` prompts of `length` tokens pass through each layer before the next is read."""
+def prompts_together(
+    encoder: Any, kind: str, compute: Compute, count: int, length: int, states: Sequence[int] = ()
+) -> int:
+    """Return how many of `count` prompts of `length` tokens pass through each layer before the next is read.
+
+    Args:
+        encoder: the network.
+        kind: its class.
+        compute: where it computes.
+        count: prompts.
+        length: tokens of each.
+        states: the hidden states that are kept of Qwen3.
+    """
     wide = encoder.config.d_model if kind == T5 else encoder.config.hidden_size
-    one = _STREAMS * length * wide * encoder.dtype.itemsize
+    one = (_STREAMS + (len(states) or _KEPT)) * length * wide * encoder.dtype.itemsize
     return batches_together(spare(encoder, compute, count * one), one, count)
 
 

@@ -28,7 +28,7 @@ from edgeprune.artefact.t5 import packed_t5
 from edgeprune.artefact.text_store import RunTexts, Texts
 from edgeprune.common.files import read_json
 from edgeprune.families.encoders import KNOWN, LONG, QWEN3, text_encoders, tokenizer_of
-from edgeprune.families.parts import VAES, tensor_of
+from edgeprune.families.parts import BY_ROW, VAES, tensor_of
 from edgeprune.planning.fit import vae_activations
 from edgeprune.quantization.t5 import prepare_t5, stored_name
 from edgeprune.residency.by_rows import by_rows
@@ -40,7 +40,6 @@ from edgeprune.sampling.scheduler import FlowMatch
 
 TILE = 64
 """Sides of a tile in latent pixels, if the VAE works in tiles."""
-_QWEN3_WORDS = "model.embed_tokens.weight"
 
 
 def can_stage(folder: Path) -> bool:
@@ -225,7 +224,7 @@ class StagedPipeline:
             return
         ids, mask = self.tokens(name, prompts, self._length(kind, max_sequence_length))
         encoder = self._encoder(name, kind, self.dtype_of(name))
-        together = prompts_together(encoder, kind, self.compute, len(prompts), ids.shape[1])
+        together = prompts_together(encoder, kind, self.compute, len(prompts), ids.shape[1], self.states(name))
         for start in range(0, len(prompts), together):
             few = slice(start, start + together)
             on_device = ids[few].to(self.compute.device), mask[few].to(self.compute.device)
@@ -277,7 +276,7 @@ class StagedPipeline:
         with readable(folder), quiet():
             model = empty_part(folder, kind, self.states(name))
             if kind == QWEN3 and packed is None:
-                model.model.embed_tokens = StoredTable(functools.partial(weights.rows, _QWEN3_WORDS), dtype)
+                model.model.embed_tokens = StoredTable(functools.partial(weights.rows, BY_ROW), dtype)
         stored = {n: tensor_of(kind, n) or n for n in model.state_dict()}
         read: Read = weights.__getitem__
         if packed is not None:

@@ -26,6 +26,10 @@ _PART = re.compile(r"(text_encoder|tokenizer)(_\d)?|transformer|vae|scheduler|fe
 
 KNOWN = (CLIP, CLIP_POOLED, T5, QWEN3)
 """Classes whose tensors families/parts.py lists, and which are read layer by layer."""
+CHAT_TOKENS = 12
+"""Tokens of Qwen3's chat around a prompt: three before it, nine after."""
+QWEN3_FORMATS = ("onnx", "openvino")
+"""Formats to which a Qwen3 can be exported."""
 LONG = (T5, QWEN3)
 """Classes whose prompts are padded to `max_sequence_length`; those of CLIPs to their tokenizer's own length."""
 
@@ -76,13 +80,13 @@ def tokenizer_of(encoder: str) -> str:
 
 
 def check_tokens(folder: Path, tokens: int) -> None:
-    """Check that `max_sequence_length` leaves T5 room for a word and its end token, and Qwen3 for two tokens.
+    """Check that `max_sequence_length` leaves T5 room for a word and its end token, and Qwen3 for its chat and a word.
 
     Raises:
-        InputError: `tokens` is below 2 and the folder has such an encoder.
+        InputError: `tokens` is below that, and the folder has such an encoder.
     """
-    names = {T5: "a T5", QWEN3: "a Qwen3"}
-    found = next((names[kind] for kind in text_encoders(folder).values() if kind in LONG), None)
-    if tokens < 2 and found:
-        path = folder / "generation.json"
-        raise InputError(f"{path}: max_sequence_length: found {tokens}, expected 2 or more with {found} encoder")
+    needed = {T5: ("a T5", 2), QWEN3: ("a Qwen3", CHAT_TOKENS + 1)}
+    for found, least in (needed[kind] for kind in text_encoders(folder).values() if kind in LONG):
+        if tokens < least:
+            path, more = folder / "generation.json", f"expected {least} or more with {found} encoder"
+            raise InputError(f"{path}: max_sequence_length: found {tokens}, {more}")

@@ -34,6 +34,8 @@ _UNUSED = {
 _UNUSED[CLIP_POOLED] = re.compile(_UNUSED[CLIP].pattern + r"|text_projection\..*")
 _TIED = "encoder.embed_tokens.weight"
 """T5's other name for its `shared.weight`; a file may have either or both."""
+BY_ROW = "model.embed_tokens.weight"
+"""Words of Qwen3: where they are not packed, only the rows of a prompt's words are read."""
 _LANGUAGE_LAYER, _LAST_NORM = re.compile(r"model\.layers\.(\d+)\."), "model.norm.weight"
 _VAE_ATTENTION = re.compile(r"(.*\.mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 _VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.16

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import read_json
 from edgeprune.families import Config, Shape, family_of
-from edgeprune.families.encoders import QWEN3, T5, text_encoders
+from edgeprune.families.encoders import QWEN3, QWEN3_FORMATS, T5, text_encoders
 from edgeprune.families.joint import width
 from edgeprune.families.parts import is_read
 from edgeprune.quantization.precision import T5_INT4, T5_INT4_WO8, t5_precision_of
@@ -75,25 +75,38 @@ def fit(source: Path, target: Target, generation: Generation, encoders: str = T5
 
     Raises:
         BudgetError: a stage takes more than the device has, or nothing is left for the transformer.
-        InputError: a config lacks a field, or a file is damaged.
+        InputError: a config lacks a field, a file is damaged, or a text encoder cannot be exported for the device.
     """
     size = _BYTES[target.activations]
     config, vae = read_json(source / "transformer" / "config.json"), read_json(source / "vae" / "config.json")
-    states = {e.name: e.states for e in family_of(config, str(source / "transformer" / "config.json")).encoders}
+    encoders_of = family_of(config, str(source / "transformer" / "config.json")).encoders
+    states = {encoder.name: encoder.states for encoder in encoders_of}
+    for name, kind in text_encoders(source).items():
+        if kind == QWEN3 and not set(target.formats) & set(QWEN3_FORMATS):
+            raise InputError(
+                f"--fit {target.name}: {name}: found {kind}, which cannot be exported to {' or '.join(target.formats)} "
+                f"yet, expected a device that takes {' or '.join(QWEN3_FORMATS)}"
+            )
     values = vae_activations(vae, generation.height, generation.width) * size
     decoder = sum(map(math.prod, stored_shapes(source / "vae", "decoder.").values()))
+    taken = {
+        name: _encoder_bytes(source / name, kind, size, target, encoders, states.get(name, ()))
+        for name, kind in text_encoders(source).items()
+    }
+    largest = max(taken, key=lambda name: taken[name])
+    optional = any(encoder.optional for encoder in encoders_of if encoder.name == largest)
     result = Fit(
         target=target.name,
         memory_bytes=target.memory_bytes,
-        text_encoder_bytes=max(
-            _encoder_bytes(source / name, kind, size, target, encoders, states.get(name, ()))
-            for name, kind in text_encoders(source).items()
-        ),
+        text_encoder_bytes=taken[largest],
         vae_decoder_bytes=decoder * size + (min(values, STRIP_BYTES) if target.runtimes[0] in STRIPS else values),
         activations_bytes=_transformer_activations(config, vae, source, generation) * size,
     )
     stages = {
-        "the largest text encoder takes": (result.text_encoder_bytes, "a pipeline without T5"),
+        "the largest text encoder takes": (
+            result.text_encoder_bytes,
+            "a pipeline without T5" if optional else "a device with more memory",
+        ),
         "the VAE decoder takes": (result.vae_decoder_bytes, "a smaller --height and --width"),
         "the transformer's activations take": (result.activations_bytes, "a smaller --height and --width"),
     }

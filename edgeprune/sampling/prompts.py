@@ -57,7 +57,13 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def cut_words(encoder: str, prompts: Sequence[str], count: Callable[[str], int], most: int) -> str:
+def cut_words(
+    encoder: str,
+    prompts: Sequence[str],
+    count: Callable[[str], int],
+    most: int,
+    until: Callable[[str], int] | None = None,
+) -> str:
     """Return in one line what a text encoder does not read of prompts that are too long; '' if it reads all.
 
     Args:
@@ -65,14 +71,16 @@ def cut_words(encoder: str, prompts: Sequence[str], count: Callable[[str], int],
         prompts: all prompts; the line is about the longest.
         count: the number of tokens of a text, with those that mark its start and end.
         most: how many tokens the encoder gets.
+        until: the number of tokens up to the end of a text, where a chat goes on after it; None for `count`.
     """
+    until = until or count
     long = [(tokens, prompt) for prompt in prompts if (tokens := count(prompt)) > most]
     if not long:
         return ""
     tokens, prompt = max(long)
     words = prompt.split()
-    kept = bisect_right(range(len(words) + 1), most, key=lambda number: count(" ".join(words[:number]))) - 1
+    kept = bisect_right(range(len(words) + 1), most, key=lambda number: until(" ".join(words[:number]))) - 1
     given = sum(map(bool, prompts))  # guidance adds an empty one
     which = "the prompt" if given == 1 else f"{len(long)} of {given} prompts, the longest"
-    word = words[min(max(kept, 0), len(words) - 1)] if words else ""
-    return f"{encoder}: {tokens - most} of {tokens} tokens are cut ({which} from {word[:40]!r} on); it reads {most}"
+    where = f"from {words[max(kept, 0)][:40]!r} on" if kept < len(words) else "after its last word"
+    return f"{encoder}: {tokens - most} of {tokens} tokens are cut ({which} {where}); it reads {most}"

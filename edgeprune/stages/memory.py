@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from edgeprune.common.files import read_json
 from edgeprune.families import Shape
 from edgeprune.families.encoders import LONG, T5, text_encoders
 from edgeprune.families.joint import width
+from edgeprune.families.parts import BY_ROW, is_read
 from edgeprune.planning.fit import stored_shapes, transformer_activations, vae_activations
 from edgeprune.quantization.feedback import moments_bytes
 from edgeprune.quantization.quantize import rounding_bytes
@@ -62,7 +64,10 @@ class Memory:
         if not prompts or not can_stage(source):
             return self.process
         kinds = {name: kind for name, kind in text_encoders(source).items() if not (pooled and kind in LONG)}
-        return self.process + max((self._encoder(source / n, k) for n, k in kinds.items()), default=0)
+        states = {encoder.name: encoder.states for encoder in self.subject.family.encoders}
+        return self.process + max(
+            (self._encoder(source / n, k, states.get(n, ())) for n, k in kinds.items()), default=0
+        )
 
     def evaluating(self, prompts: int, *, states: int = 0, beside: int = 0, gradients: bool = False) -> int:
         """While prompts are encoded, or samples pass through the transformer.
@@ -166,13 +171,21 @@ class Memory:
             parts[None if place is None else place[0]].append(math.prod(shape))
         return dict(parts)
 
-    def _encoder(self, folder: Path, kind: str) -> int:
-        """Return the bytes of a text encoder: what is outside its layers, a layer, and a prompt in its MLP."""
+    def _encoder(self, folder: Path, kind: str, states: Sequence[int]) -> int:
+        """Return the bytes of a text encoder: what is outside its layers, a layer, and a prompt in its MLP.
+
+        Args:
+            folder: the encoder's.
+            kind: its class.
+            states: of a language model, the hidden states that are read; the rest is not, and words by row.
+        """
         parts, config = Counter[str](), read_json(folder / "config.json")
-        for name, shape in stored_shapes(folder).items():
+        shapes = stored_shapes(folder)
+        for name, shape in shapes.items():
             layer = _LAYER.search(name)
-            parts[layer[1] if layer else ""] += math.prod(shape)
-        outside, computed = parts.pop("", 0), self._computed(parts.total())
+            if is_read(kind, name, states) and name != BY_ROW:
+                parts[layer[1] if layer else ""] += math.prod(shape)
+        outside, computed = parts.pop("", 0), self._computed(sum(map(math.prod, shapes.values())))
         is_t5 = kind == T5
         length = self.subject.generation.max_sequence_length if kind in LONG else longest_prompt(self.subject.source)
         wide, narrow = config["d_ff" if is_t5 else "intermediate_size"], config["d_model" if is_t5 else "hidden_size"]

@@ -21,6 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgeprune.artefact.loading import empty_part
+from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.staged import can_stage
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
@@ -29,6 +30,7 @@ from edgeprune.common.progress import Progress
 from edgeprune.common.tables import duration
 from edgeprune.families import Config, Family
 from edgeprune.families.encoders import LONG, text_encoders
+from edgeprune.families.parts import BY_ROW, is_read
 from edgeprune.planning.fit import stored_shapes
 from edgeprune.quantization.int4 import round_int4
 from edgeprune.residency.compute import Compute, is_small
@@ -314,10 +316,15 @@ def encoding(subject: Subject, prompts: int, *, pooled: bool = False) -> Work:
 
 @functools.cache
 def _encoders(source: Path) -> list[tuple[str, int, int]]:
-    """Return the class of each text encoder, its weights without tables of tokens and positions, and all of them."""
-    found = []
+    """Return the class of each text encoder, its weights without tables of tokens and positions, and all of them.
+
+    Of Qwen3 what is not read does not count: layers after the last state that is, and words that no prompt has.
+    """
+    found, states = [], {encoder.name: encoder.states for encoder in read_config(source)[1].encoders}
     for name, kind in text_encoders(source).items():
-        sizes = {tensor: math.prod(shape) for tensor, shape in stored_shapes(source / name).items()}
+        shapes = stored_shapes(source / name).items()
+        read = {n: shape for n, shape in shapes if is_read(kind, n, states.get(name, ())) and n != BY_ROW}
+        sizes = {tensor: math.prod(shape) for tensor, shape in read.items()}
         in_layers = sum(size for tensor, size in sizes.items() if "embed" not in tensor and "shared" not in tensor)
         found.append((kind, in_layers, sum(sizes.values())))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 import shutil
@@ -19,7 +20,7 @@ import traced
 from edgeprune import runtimes, targets
 from edgeprune.artefact.loading import cut_unread, load
 from edgeprune.artefact.synth import tokenizers
-from edgeprune.common.errors import InputError, ParityError
+from edgeprune.common.errors import BudgetError, InputError, ParityError
 from edgeprune.common.pieces import RESERVE
 from edgeprune.export import export, language_model, parity, stored_encoder, to_onnx, to_openvino
 from edgeprune.export.stored_qwen3 import StoredQwen3
@@ -364,6 +365,17 @@ def test_fit_counts_what_is_exported(sources: dict[str, Path]) -> None:
     for encoders, form in {"int4": "int4-wo8", "int8": "int8", "half": "half"}.items():
         expected = sum(t5_precision_of(name, shape, form).nbytes(shape) for name, shape in state.items())
         assert fit.fit(sources["base"], device, generation, encoders).text_encoder_bytes == expected
+
+
+def test_fit_names_what_can_be_done(sources: dict[str, Path]) -> None:
+    """A device whose format takes no Qwen3 is refused, and no pipeline without T5 is asked for."""
+    generation = Generation.load(sources["base"])
+    says = r"--fit macbook-m: text_encoder: found Qwen3ForCausalLM, which cannot be exported to coreml yet, expected"
+    with pytest.raises(InputError, match=says):
+        fit.fit(sources["base"], targets.load("macbook-m"), generation)
+    small = dataclasses.replace(targets.load("cpu-x86"), memory_bytes=1)
+    with pytest.raises(BudgetError, match=r"the largest text encoder takes .*; use a device with more memory"):
+        fit.fit(sources["base"], small, generation)
 
 
 def test_klein_4b_in_bytes() -> None:

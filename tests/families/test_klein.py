@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,21 +16,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgeprune import runtimes
+from edgeprune.artefact import card, encoder_layers
 from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.loading import load, open_transformer
 from edgeprune.artefact.manifest import Manifest
+from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.staged import StagedPipeline, can_stage
 from edgeprune.common.errors import InputError
 from edgeprune.export.folder import _vae_config
-from edgeprune.families.encoders import check_tokens
+from edgeprune.families.encoders import CLIP, QWEN3, T5, check_tokens
 from edgeprune.planning.options import PlanOptions
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.weights import Weights
 from edgeprune.runtimes import base
 from edgeprune.sampling.denoising import decode, encode_images, encode_pooled, encode_prompts, generate
 from edgeprune.sampling.generation import Generation
-from edgeprune.stages import encoders
+from edgeprune.stages import encoders, work
 from edgeprune.stages.compress import compress
+from edgeprune.stages.memory import Memory
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
 from edgeprune.stages.workspace import STAGES, Workspace
 from edgeprune.training.recipe import DistillOptions
@@ -253,5 +257,38 @@ def test_statistics_of_the_vae_are_needed_and_their_counter_is_not(sources: dict
 
 
 def test_a_length_of_one_token_is_refused(sources: dict[str, Path]) -> None:
-    with pytest.raises(InputError, match="max_sequence_length: found 1, expected 2 or more with a Qwen3 encoder"):
-        check_tokens(sources["base"], 1)
+    """Nor one that the chat fills alone."""
+    for tokens in (1, 12):
+        with pytest.raises(InputError, match=f"length: found {tokens}, expected 13 or more with a Qwen3 encoder"):
+            check_tokens(sources["base"], tokens)
+    check_tokens(sources["base"], 13)
+
+
+def test_only_what_is_read_of_the_text_encoder_counts(sources: dict[str, Path]) -> None:
+    """Neither the last layers, the norm and the head, nor the table of words, of which rows are read."""
+    encoder = load(sources["base"]).text_encoder
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in encoder.model.layers]
+    assert work._encoders(sources["base"]) == [(QWEN3, sum(layers), sum(layers))]
+    generation = Generation.load(sources["base"])
+    config, family = read_config(sources["base"])
+    subject = work.Subject(sources["base"], family, config, generation)
+    found = Memory(subject, Compute())._encoder(sources["base"] / "text_encoder", QWEN3, (9, 18, 27))
+    computed = Compute().dtype(torch.bfloat16, sum(p.numel() for p in tiny.tiny_qwen3(1200).parameters())).itemsize
+    activations = generation.max_sequence_length * (3 * 48 + 2 * tiny.QWEN_WIDTH)
+    assert found == computed * activations + (2 + computed) * layers[0]
+
+
+def test_streams_of_a_prompt_are_counted_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, seen = SimpleNamespace(d_model=8, hidden_size=8), list[int]()
+    monkeypatch.setattr(encoder_layers, "spare", lambda encoder, compute, size: size)
+    monkeypatch.setattr(encoder_layers, "batches_together", lambda room, one, count: seen.append(one) or count)
+    encoder = SimpleNamespace(config=config, dtype=torch.float32)
+    for kind, states in ((CLIP, ()), (T5, ()), (QWEN3, (9, 18, 27))):
+        encoder_layers.prompts_together(encoder, kind, Compute(), 3, 10, states)
+    assert seen == [4 * 320, 4 * 320, 5 * 320]
+
+
+def test_the_card_names_the_folder_in_int4() -> None:
+    files = {"text_encoder_int4/model.safetensors": "", "text_encoder/model.safetensors": "", "transformer/x": ""}
+    manifest = Manifest("s", "f", "flux2", {}, files=files, encoders="int4")
+    assert "Weights of text_encoder in INT4 as well, beside those of the original." in card.changes(manifest, None)

@@ -114,3 +114,15 @@ def test_cut_words_are_named() -> None:
     line = cut_words("text_encoder_3", ["a b c d", "a red fox jumps far", "a"], count, 5)
     assert line == "text_encoder_3: 2 of 7 tokens are cut (2 of 3 prompts, the longest from 'jumps' on); it reads 5"
     assert "from 'x" in cut_words("t", ["x" * 400], len, 77)
+
+
+def test_what_follows_a_prompt_in_its_chat_is_cut_first() -> None:
+    """The words of a prompt are cut where it and what is before it are too long."""
+
+    def until(text: str) -> int:
+        return 3 + len(text.split())
+
+    line = cut_words("t", ["a red fox jumps far"], lambda text: until(text) + 9, 6, until)
+    assert line == "t: 11 of 17 tokens are cut (the prompt from 'jumps' on); it reads 6"
+    line = cut_words("t", ["a red fox jumps far"], lambda text: until(text) + 9, 12, until)
+    assert line == "t: 5 of 17 tokens are cut (the prompt after its last word); it reads 12"
