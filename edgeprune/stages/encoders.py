@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -71,7 +72,10 @@ _PASSES = 4
 
 @dataclass(frozen=True)
 class Errors:
-    """What a rounded encoder says against the original, over all tokens of all prompts, padding included."""
+    """What a rounded encoder says against the original, over all tokens of all prompts, padding included.
+
+    Of several hidden states that are read, each number is that of the worst.
+    """
 
     relative: float
     """Norm of the difference by the norm of the embedding."""
@@ -361,24 +365,61 @@ class _Rounder:
     @torch.no_grad()
     def _measure(self) -> None:
         """Put the errors of both forms into the config."""
-        exact = self._said(EXACT)
-        found = {form: asdict(errors(self._said(form), exact)) for form in (T5_INT4, T5_INT4_WO8)}
-        self.config["edgeprune"] = {"form": T5_INT4} | found
-
-    def _said(self, stream: str) -> torch.Tensor:
-        """Return the states that are read of all prompts of one stream side by side."""
-        batches = []
+        sums = {form: [Sums() for _ in self.layers.states] for form in (T5_INT4, T5_INT4_WO8)}
         for index in range(self.batches):
-            keys = [f"{index}.{s}.{stream}" if s < len(self.blocks) else str(index) for s in self.layers.states]
-            batches.append(torch.cat([self.layers.said(self.spill.get(key)[stream]) for key in keys], dim=-1))
-        return torch.cat(batches)
+            for at, state in enumerate(self.layers.states):
+                exact = self._said(index, state, EXACT)
+                for form, each in sums.items():
+                    each[at].add(self._said(index, state, form), exact)
+        self.config["edgeprune"] = {"form": T5_INT4} | {form: asdict(worst(each)) for form, each in sums.items()}
+
+    def _said(self, index: int, state: int, stream: str) -> torch.Tensor:
+        """Return a state (B, M, D) that is read of a batch of prompts of one stream."""
+        key = f"{index}.{state}.{stream}" if state < len(self.blocks) else str(index)
+        return self.layers.said(self.spill.get(key)[stream])
 
 
-def errors(found: torch.Tensor, exact: torch.Tensor) -> Errors:
-    """Return how far embeddings (B, M, K) are from the original's."""
-    cosine = nn.functional.cosine_similarity(found, exact, dim=-1)
-    relative = float((found - exact).norm() / exact.norm().clamp_min(1e-12))
-    return Errors(relative, float(cosine.mean()), float(cosine.min()))
+@dataclass
+class Sums:
+    """Sums over the tokens of one state, added batch by batch."""
+
+    difference: float = 0.0
+    """Squares of the differences from the original's numbers."""
+    norm: float = 0.0
+    """Squares of the original's numbers."""
+    cosines: float = 0.0
+    least: float = 1.0
+    """The least cosine of a token."""
+    tokens: int = 0
+
+    def add(self, found: torch.Tensor, exact: torch.Tensor) -> None:
+        """Add a batch: what is found and the original's (B, M, D)."""
+        cosine = nn.functional.cosine_similarity(found, exact, dim=-1)
+        self.difference += float((found - exact).double().square().sum())
+        self.norm += float(exact.double().square().sum())
+        self.cosines += float(cosine.double().sum())
+        self.least = min(self.least, float(cosine.min()))
+        self.tokens += cosine.numel()
+
+
+def worst(states: Sequence[Sums]) -> Errors:
+    """Return the errors of the worst state, each number for itself."""
+    relative = max(math.sqrt(one.difference) / max(math.sqrt(one.norm), 1e-12) for one in states)
+    return Errors(relative, min(one.cosines / one.tokens for one in states), min(one.least for one in states))
+
+
+def errors(found: torch.Tensor, exact: torch.Tensor, *, states: int = 1) -> Errors:
+    """Return how far embeddings (B, M, K) are from the original's.
+
+    Args:
+        found: of the rounded encoder.
+        exact: of the original.
+        states: hidden states of one width that are side by side in K.
+    """
+    sums = [Sums() for _ in range(states)]
+    for one, *pair in zip(sums, found.chunk(states, dim=-1), exact.chunk(states, dim=-1), strict=True):
+        one.add(*pair)
+    return worst(sums)
 
 
 def _widen(

@@ -80,16 +80,31 @@ def test_the_error_that_is_written_is_that_of_the_integers(ws: Workspace, source
     wanted = said(exact, ws)
     packed = load(source)
     packed.text_encoder = load_packed(ws.out / "text_encoder", QWEN3, states=STATES)
-    found = encoders.errors(said(packed, ws), wanted)
+    found = encoders.errors(said(packed, ws), wanted, states=3)
     written = ws.manifest.stages["encoders"]["errors"]["int4"]
     assert written["relative"] == pytest.approx(found.relative, rel=1e-3)
     assert written["cosine"] == pytest.approx(found.cosine, abs=1e-4)
     exact.text_encoder = quantize_t5(load_part(source / "text_encoder", QWEN3, states=STATES), "int4")
-    assert found.relative < encoders.errors(said(exact, ws), wanted).relative
+    assert found.relative < encoders.errors(said(exact, ws), wanted, states=3).relative
     shapes = Weights(ws.out / PACKED).shapes
     layers = {int(name.split(".")[2]) for name in shapes if ".layers." in name}
     assert layers == set(range(27)) and "model.norm.weight" not in shapes
     assert shapes["model.embed_tokens.weight_packed"] == (len(tiny.tiny_qwen_tokenizer()), tiny.QWEN_WIDTH)
+
+
+def test_the_worst_state_counts() -> None:
+    """A state of small numbers is read by the transformer like the others, which would hide its error."""
+    exact = torch.cat([torch.full((2, 5, 4), size) for size in (100.0, 1.0, 10.0)], dim=-1)
+    found = exact.clone()
+    found[..., 4] += 1.0  # of four numbers of the second state
+    seen = encoders.errors(found, exact, states=3)
+    assert seen.relative == pytest.approx(0.5) and not seen.within
+    assert seen.cosine == pytest.approx(seen.least_cosine) == pytest.approx(5 / (2 * 7**0.5))
+    assert encoders.errors(found, exact).within  # side by side
+    sums, halves = encoders.Sums(), ((found[:1], exact[:1]), (found[1:], exact[1:]))
+    for half in halves:
+        sums.add(*half)
+    assert encoders.worst([sums]).relative == pytest.approx(encoders.errors(found, exact).relative)
 
 
 def test_torch_and_exports_have_the_same_integers(ws: Workspace) -> None:
