@@ -398,14 +398,19 @@ class Sums:
         self.difference += float((found - exact).double().square().sum())
         self.norm += float(exact.double().square().sum())
         self.cosines += float(cosine.double().sum())
-        self.least = min(self.least, float(cosine.min()))
+        self.least = _least([self.least, float(cosine.min())])
         self.tokens += cosine.numel()
 
 
 def worst(states: Sequence[Sums]) -> Errors:
     """Return the errors of the worst state, each number for itself."""
-    relative = max(math.sqrt(one.difference) / max(math.sqrt(one.norm), 1e-12) for one in states)
-    return Errors(relative, min(one.cosines / one.tokens for one in states), min(one.least for one in states))
+    relative = -_least([-math.sqrt(one.difference) / max(math.sqrt(one.norm), 1e-12) for one in states])
+    return Errors(relative, _least([one.cosines / one.tokens for one in states]), _least([one.least for one in states]))
+
+
+def _least(numbers: list[float]) -> float:
+    """Return the least number; NaN if one is."""
+    return float(torch.tensor(numbers, dtype=torch.float64).min())
 
 
 def errors(found: torch.Tensor, exact: torch.Tensor, *, states: int = 1) -> Errors:

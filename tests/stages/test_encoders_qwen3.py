@@ -101,6 +101,10 @@ def test_the_worst_state_counts() -> None:
     assert seen.relative == pytest.approx(0.5) and not seen.within
     assert seen.cosine == pytest.approx(seen.least_cosine) == pytest.approx(5 / (2 * 7**0.5))
     assert encoders.errors(found, exact).within  # side by side
+    for place in (0, 4, 11):  # no state hides what is no number
+        broken = exact.clone()
+        broken[1, 2, place] = float("nan")
+        assert not encoders.errors(broken, exact, states=3).within
     sums, halves = encoders.Sums(), ((found[:1], exact[:1]), (found[1:], exact[1:]))
     for half in halves:
         sums.add(*half)
