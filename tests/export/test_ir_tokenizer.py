@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tokenizers")
     for kind, tokenizer in (("clip", tiny.tiny_tokenizer()), ("t5", tiny.tiny_t5_tokenizer())):
         tokenizer.save_pretrained(root / "saved" / kind)
-        export_folder._tokenizer(root / "saved" / kind, root / kind)
+        export_folder._tokenizer(root / "saved" / kind, root / kind, chat=False)
     shutil.copytree(root / "clip", root / "clip-g")
     path = root / "clip-g" / "tokenizer.json"
     rules = json.loads(path.read_text("utf-8"))
