@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgeprune.common import heap
 from edgeprune.common.errors import InputError
 from edgeprune.families import Architecture, Family
 from edgeprune.quantization import feedback
@@ -218,6 +219,7 @@ def quantize_part(
         n: precision_of(family, f"{prefix}{n}.weight", tuple(m.weight.shape), group_size=group_size)
         for n, m in layers.items()
     }
+    layers.clear()  # each is freed as soon as it is replaced
     round_layers(module, rule, moments)
 
 
@@ -240,11 +242,12 @@ def round_layers(module: nn.Module, rule: Mapping[str, Precision], moments: Mapp
         steps: dict[str, torch.Tensor] = {}
         for batch in _batches({n: layers[n].weight.numel() for n in names}):
             weights = [layers[n].weight.detach() for n in batch]
-            for name, (values, scale) in zip(batch, _nncf_integers(weights, group), strict=True):
+            for name, (values, scale) in zip(batch, _integers(weights, group), strict=True):
                 if name in moments:
                     steps[name] = scale
                 else:
                     replace(module, name, packed_from(layers.pop(name), values, scale, Precision(4, group)))
+        heap.trim()  # what NNCF took: a third of a GB of a block of SD3.5 Large
         for sharing in _sharing(moments, steps):
             parts = feedback.rounded([(layers[n].weight, steps[n]) for n in sharing], moments[sharing[0]])
             for name, values in zip(sharing, parts, strict=True):
@@ -257,6 +260,15 @@ def _sharing(moments: Mapping[str, list[torch.Tensor]], names: Iterable[str]) ->
     for name in names:
         found.setdefault(id(moments[name]), []).append(name)
     return list(found.values())
+
+
+def _integers(weights: list[torch.Tensor], group_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return what `_nncf_integers` does; a weight above _BATCH goes to NNCF some rows at a time, which is equal."""
+    (first, *others), rows = weights, max(1, _BATCH // weights[0].shape[1])
+    if others or len(first) <= rows:
+        return _nncf_integers(weights, group_size)
+    values, scales = zip(*(_nncf_integers([part], group_size)[0] for part in first.split(rows)), strict=True)
+    return [(torch.cat(values), torch.cat(scales))]
 
 
 def _batches(sizes: dict[str, int]) -> list[list[str]]:

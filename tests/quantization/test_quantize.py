@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from edgeprune.artefact.surgery import load_strictly
 from edgeprune.common.errors import InputError
 from edgeprune.families import family_of
+from edgeprune.quantization import quantize as rounding
 from edgeprune.quantization.int4 import PackedLinear, dequantize, pack, packed_linear, round_int4, unpack
 from edgeprune.quantization.precision import Precision, footprint, precision_of
 from edgeprune.quantization.quantize import packed_from, prepare, round_to_nearest
@@ -135,3 +138,28 @@ _nncf_integers([torch.randn(8, 64)], 64)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "NNCF"))}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert "forked" not in found.stdout
+
+
+def test_a_weight_goes_to_nncf_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    ((values, scale),) = rounding._integers([weight], 32)
+    called, real = list[int](), rounding._nncf_integers
+    monkeypatch.setattr(rounding, "_BATCH", 16 * 64)
+    monkeypatch.setattr(rounding, "_nncf_integers", lambda w, g: called.append(len(w[0])) or real(w, g))
+    ((parts, steps),) = rounding._integers([weight], 32)
+    assert called == [16, 16, 8] and torch.equal(parts, values) and torch.equal(steps, scale)
+
+
+def test_weights_are_freed_as_they_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of SD3.5 Large has 0.9 GB in float32."""
+    model = tiny_transformer()
+    layers = [weakref.ref(layer) for layer in rounding.linear_layers(SD3.blocks(model)[0]).values()]
+    alive, real = list[int](), rounding.packed_from
+
+    def seen(*arguments: Any) -> PackedLinear:
+        alive.append(sum(layer() is not None for layer in layers))
+        return real(*arguments)
+
+    monkeypatch.setattr(rounding, "packed_from", seen)
+    rounding.quantize_part(SD3, model, 0)
+    assert alive[0] == len(layers) and alive[-1] < len(layers) // 2
