@@ -17,6 +17,7 @@ other blocks have the same tensors under other numbers.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -40,7 +41,7 @@ from edgeprune.residency.streaming import PACKED, stream
 M = TypeVar("M", bound=nn.Module)
 
 
-class StoredEncoder(Generic[M]):
+class StoredEncoder(ABC, Generic[M]):
     """Structure and weights of one text encoder.
 
     Args:
@@ -69,17 +70,17 @@ class StoredEncoder(Generic[M]):
         if packed:
             packed.check(model)
 
+    @abstractmethod
     def module(self, model: Any) -> M:
         """Return what is exported around a network of transformers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def made(self, name: str) -> torch.Tensor | None:
         """Return a tensor of `module` that no file has, by name; None for all others."""
-        raise NotImplementedError
 
+    @abstractmethod
     def one_layer(self) -> dict[str, Any]:
         """Return the fields of a config that has the first layer alone."""
-        raise NotImplementedError
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Read one tensor of the rounded network by name, in `dtype`, except packed integers and their scales."""

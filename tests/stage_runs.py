@@ -1,4 +1,4 @@
-"""Options of a compress that takes seconds on a tiny pipeline, and damage to the files it writes."""
+"""Options of a compress that takes seconds on a tiny pipeline, a pruned folder, and damage to what it writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 from edgeprune.planning.options import PlanOptions
+from edgeprune.stages import plan, prune
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
+from edgeprune.stages.workspace import Workspace
 from edgeprune.training.recipe import DistillOptions
 
 OPTIONS = CompressOptions(
@@ -15,6 +17,14 @@ OPTIONS = CompressOptions(
     data=DataOptions("shapes", 16),
     distill=DistillOptions(steps=3, batch=2),
 )
+
+
+def begun(source: Path, out: Path) -> Workspace:
+    """Return the workspace of an artefact with nothing removed."""
+    ws = Workspace(out, str(source))
+    plan.run(ws, PlanOptions("manual", blocks=""))
+    prune.run(ws)
+    return ws
 
 
 def truncate(path: Path) -> None:

@@ -61,7 +61,7 @@ def encoder_dtype(folder: Path, name: str, compute: Compute, variant: str | None
     weights = part_weights(folder / name, kind, variant)
     assert weights is not None  # `can_stage`
     dtype = compute.dtype(*weights.kind())
-    # T5-XXL has activations beyond the largest number of float16; of Qwen3 nobody tried.
+    # T5-XXL has activations beyond the largest number of float16; Qwen3 is untested in it.
     return torch.bfloat16 if kind in LONG and dtype == torch.float16 else dtype
 
 

@@ -1,4 +1,4 @@
-"""What a VAE's latents are for the transformer: scaled and shifted, by one number or by channel. Torch-free.
+"""The scale between a VAE's latents and the transformer's, one number or one by channel. Torch-free.
 
 SD3 and FLUX.1 have a scaling and a shift factor in the VAE's config. FLUX.2's VAE has a batch norm, whose statistics
 normalise each channel of two by two latent pixels packed together; an export writes them to its VAE's config.

@@ -53,35 +53,37 @@ class Layers(Protocol):
         """Return what is read of a hidden state (B, M, D)."""
 
 
-class T5Layers:
-    """Those of a T5, which reads padding; its last state is normed.
+@dataclass(frozen=True)
+class Prompts:
+    """What `Layers` are made of: an encoder, and the prompts that go through it."""
 
-    Args:
-        folder: the encoder's.
-        original: its tensors.
-        ids: of the prompts (B, M).
-        mask: (B, M), 1 at tokens and 0 at padding.
-        states: none.
-        device: to compute on.
-    """
+    folder: Path
+    """The encoder's."""
+    original: StoredPart
+    """Its tensors."""
+    ids: torch.Tensor
+    """Of the prompts (B, M)."""
+    mask: torch.Tensor
+    """(B, M), 1 at tokens and 0 at padding."""
+    states: tuple[int, ...]
+    """Of a language model, the hidden states that are read."""
+    device: torch.device
+    """To compute on."""
+
+
+class T5Layers:
+    """The layers of a T5. Padding tokens are read, and the last state is normed."""
 
     prefix, last = "encoder.block.", "layer.1.DenseReluDense.wo"
     words, outside = WORDS, (_NORM,)
 
-    def __init__(
-        self,
-        folder: Path,
-        original: StoredPart,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        states: tuple[int, ...],
-        device: torch.device,
-    ) -> None:
-        model = empty_part(folder, T5).eval().requires_grad_(False)
+    def __init__(self, given: Prompts) -> None:
+        model = empty_part(given.folder, T5).eval().requires_grad_(False)
         self.blocks: Sequence[Any] = model.encoder.block
         self.states: tuple[int, ...] = (len(self.blocks),)
-        self._bias = position_bias(T5Encoder(model).table(original[_BIAS].float()), ids).to(device)
-        self._norm, self._original = model.encoder.final_layer_norm, original
+        table = T5Encoder(model).table(given.original[_BIAS].float())
+        self._bias = position_bias(table, given.ids).to(given.device)
+        self._norm, self._original = model.encoder.final_layer_norm, given.original
 
     def run(self, block: Any, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
         """See Layers."""
@@ -95,26 +97,18 @@ class T5Layers:
 
 
 class Qwen3Layers:
-    """Those of a Qwen3, up to the last state that is read; arguments as of `T5Layers`, with the states."""
+    """The layers of a Qwen3, up to the last state that is read."""
 
     prefix, last = "model.layers.", "mlp.down_proj"
     words = "model.embed_tokens.weight"
     outside: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(
-        self,
-        folder: Path,
-        original: StoredPart,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        states: tuple[int, ...],
-        device: torch.device,
-    ) -> None:
-        model = empty_part(folder, QWEN3, states).eval().requires_grad_(False)
+    def __init__(self, given: Prompts) -> None:
+        model = empty_part(given.folder, QWEN3, given.states).eval().requires_grad_(False)
         self.blocks: Sequence[Any] = model.model.layers
-        self.states = states
-        self._angles = turns(speeds_of(model.config).to(device), ids.shape[1])
-        self._bias = score_bias(mask.to(device))
+        self.states = given.states
+        self._angles = turns(speeds_of(model.config).to(given.device), given.ids.shape[1])
+        self._bias = score_bias(given.mask.to(given.device))
 
     def run(self, block: Any, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
         """See Layers."""
@@ -130,7 +124,7 @@ KINDS: dict[str, type[T5Layers] | type[Qwen3Layers]] = {T5: T5Layers, QWEN3: Qwe
 
 
 @dataclass(frozen=True)
-class Subencoder:
+class RoundedEncoder:
     """The text encoder of a pipeline that is rounded."""
 
     name: str
@@ -141,14 +135,14 @@ class Subencoder:
     """Of a Qwen3, the hidden states that are read."""
 
 
-def rounded_encoder(folder: Path) -> Subencoder | None:
+def rounded_encoder(folder: Path) -> RoundedEncoder | None:
     """Return a pipeline's T5 or Qwen3; None without one."""
     name, kind = next(((n, k) for n, k in text_encoders(folder).items() if k in KINDS), ("", ""))
     states = {encoder.name: encoder.states for encoder in read_config(folder)[1].encoders}
-    return Subencoder(name, kind, states.get(name, ())) if name else None
+    return RoundedEncoder(name, kind, states.get(name, ())) if name else None
 
 
-def chunks_of(original: StoredPart, encoder: Subencoder, form: str, group_size: int) -> list[dict[str, int]]:
+def chunks_of(original: StoredPart, encoder: RoundedEncoder, form: str, group_size: int) -> list[dict[str, int]]:
     """Return the bytes of what is stored, by name: of each layer, then of what is outside layers."""
     read = sorted(name for name in original.names if is_read(encoder.kind, name, encoder.states))
     shapes = {name: original.weights.shapes[original.names[name][0]] for name in read}

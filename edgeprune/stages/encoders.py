@@ -46,7 +46,7 @@ from edgeprune.residency.shards import mark_of
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import PACKED
 from edgeprune.residency.weights import Weights
-from edgeprune.stages.encoder_kinds import KINDS, LAYER, Subencoder, chunks_of, rounded_encoder
+from edgeprune.stages.encoder_kinds import KINDS, LAYER, Prompts, RoundedEncoder, chunks_of, rounded_encoder
 from edgeprune.stages.memory import Memory
 from edgeprune.stages.prompts import calibrating
 from edgeprune.stages.work import CALIBRATED, Subject, Work
@@ -191,7 +191,7 @@ def _sizes(source: Path) -> dict[str, Shape]:
 
 
 def _write(
-    ws: Workspace, encoder: Subencoder, prompts: list[str], group_size: int, key: str, progress: Progress
+    ws: Workspace, encoder: RoundedEncoder, prompts: list[str], group_size: int, key: str, progress: Progress
 ) -> dict[str, Any]:
     """Write the encoder in INT4, measure it, and keep the form that the bound asks for."""
     name, folder = encoder.name, ws.out / encoder.name
@@ -218,7 +218,7 @@ def _write(
 
 def _round(
     ws: Workspace,
-    encoder: Subencoder,
+    encoder: RoundedEncoder,
     prompts: list[str],
     group_size: int,
     key: str,
@@ -261,7 +261,7 @@ class _Rounder:
     def __init__(
         self,
         folder: Path,
-        encoder: Subencoder,
+        encoder: RoundedEncoder,
         original: StoredPart,
         tokens: tuple[torch.Tensor, torch.Tensor],
         group_size: int,
@@ -271,7 +271,7 @@ class _Rounder:
     ) -> None:
         self.original, self.spill, self.device, self.config = original, spill, device, config
         self.group_size, self.batches = group_size, -(-len(tokens[0]) // _AT_ONCE)
-        self.layers = KINDS[encoder.kind](folder, original, *tokens, encoder.states, device)
+        self.layers = KINDS[encoder.kind](Prompts(folder, original, *tokens, encoder.states, device))
         self.blocks, self.last = self.layers.blocks, self.layers.last
         self._words: Tensors = {}
         self.chunks = chunks_of(original, encoder, T5_INT4, group_size)
@@ -428,7 +428,7 @@ def errors(found: torch.Tensor, exact: torch.Tensor, *, states: int = 1) -> Erro
 
 
 def _widen(
-    ws: Workspace, encoder: Subencoder, original: StoredPart, group_size: int, key: str, progress: Progress
+    ws: Workspace, encoder: RoundedEncoder, original: StoredPart, group_size: int, key: str, progress: Progress
 ) -> None:
     """Write the encoder again with `wo` in 8 bits; all else stays."""
     packed, last = packed_folder(ws.out / encoder.name), KINDS[encoder.kind].last

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from stage_runs import begun
 
 from edgeprune import api
 from edgeprune.artefact.loading import load_part
@@ -22,9 +23,7 @@ from edgeprune.residency import shards
 from edgeprune.residency.weights import Weights
 from edgeprune.stages import encoders
 from edgeprune.stages.encoders import run
-from edgeprune.stages.plan import run as run_plan
 from edgeprune.stages.prompts import calibrating
-from edgeprune.stages.prune import run as run_prune
 from edgeprune.stages.workspace import Workspace
 
 LAYERS = 2
@@ -36,14 +35,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "t5"
     tiny.tiny_pipeline(folder, t5=True, num_layers=1)
     return folder
-
-
-def begun(source: Path, out: Path) -> Workspace:
-    """Return the workspace of an artefact with nothing removed."""
-    ws = Workspace(out, str(source))
-    run_plan(ws, api.PlanOptions(method="manual", blocks=""))
-    run_prune(ws)
-    return ws
 
 
 @pytest.fixture

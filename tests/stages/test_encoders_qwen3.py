@@ -10,8 +10,8 @@ import pytest
 import tiny
 import torch
 import traced
+from stage_runs import begun
 
-from edgeprune import api
 from edgeprune.artefact.loading import load, load_packed, load_part, open_transformer
 from edgeprune.artefact.manifest import Manifest
 from edgeprune.artefact.staged import StagedPipeline
@@ -24,9 +24,7 @@ from edgeprune.residency.weights import Weights
 from edgeprune.sampling.denoising import encode_prompts
 from edgeprune.stages import encoders
 from edgeprune.stages.options import QuantizeOptions
-from edgeprune.stages.plan import run as run_plan
 from edgeprune.stages.prompts import calibrating
-from edgeprune.stages.prune import run as run_prune
 from edgeprune.stages.quantize import run as run_quantize
 from edgeprune.stages.workspace import Workspace
 
@@ -39,14 +37,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "klein"
     tiny.tiny_klein_pipeline(folder)
     return folder
-
-
-def begun(source: Path, out: Path) -> Workspace:
-    """Return the workspace of an artefact with nothing removed."""
-    ws = Workspace(out, str(source))
-    run_plan(ws, api.PlanOptions(method="manual", blocks=""))
-    run_prune(ws)
-    return ws
 
 
 def kept(patch: pytest.MonkeyPatch, bound: float) -> None:
