@@ -25,7 +25,7 @@ from edgeprune.artefact.chat import PREFIX, SUFFIX
 from edgeprune.artefact.checks import part_weights
 from edgeprune.artefact.loading import quiet
 from edgeprune.artefact.manifest import EXPORT, MANIFEST, Manifest, packed_encoders
-from edgeprune.artefact.t5 import form_of
+from edgeprune.artefact.text import form_of
 from edgeprune.artefact.writing import complete_tokenizer, copy_part
 from edgeprune.common.errors import DiskError, EdgepruneError, InputError
 from edgeprune.common.files import (
@@ -45,7 +45,7 @@ from edgeprune.export.unfinished import MARK, Unfinished, is_whole
 from edgeprune.families.encoders import LONG, QWEN3, text_encoders, tokenizer_of
 from edgeprune.families.parts import VAE_FLUX2
 from edgeprune.planning.remainder import stock_config
-from edgeprune.quantization.precision import T5_HALF, T5_INT4, T5_INT4_WO8, T5_INT8
+from edgeprune.quantization.precision import TEXT_HALF, TEXT_INT4, TEXT_INT4_WO8, TEXT_INT8
 from edgeprune.residency.model_files import weights_of
 from edgeprune.runtimes import SCHEMA_APART, SCHEMA_VERSION
 from edgeprune.runtimes.modulation import WIDTH
@@ -59,10 +59,10 @@ _TOOLS = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 """Packages whose version may change a graph; a format adds its own."""
 
 _FORMS = {
-    T5_INT4: "INT4",
-    T5_INT4_WO8: "INT4, the last layer of each feed-forward part in 8 bits",
-    T5_INT8: "8 bits",
-    T5_HALF: "half precision",
+    TEXT_INT4: "INT4",
+    TEXT_INT4_WO8: "INT4, the last layer of each feed-forward part in 8 bits",
+    TEXT_INT8: "8 bits",
+    TEXT_HALF: "half precision",
 }
 """What a card says of a T5 or a Qwen3."""
 

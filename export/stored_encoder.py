@@ -30,11 +30,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from edgeprune.artefact.checks import part_weights
 from edgeprune.artefact.loading import empty_part, quiet, readable
 from edgeprune.artefact.surgery import load_strictly
-from edgeprune.artefact.t5 import form_of, packed_t5
+from edgeprune.artefact.text import form_of, packed_text
 from edgeprune.common.errors import ParityError
 from edgeprune.export.folder import from_pretrained
 from edgeprune.families.parts import tensor_of
-from edgeprune.quantization.t5 import PackedT5, RoundedT5, plain, prepare_t5, unpacked_name
+from edgeprune.quantization.text import PackedText, RoundedText, plain, prepare_text_encoder, unpacked_name
 from edgeprune.residency.stored import CPU
 from edgeprune.residency.streaming import PACKED, stream
 
@@ -63,9 +63,9 @@ class StoredEncoder(ABC, Generic[M]):
             self._empty = empty_part(folder, self.kind, states).eval().requires_grad_(False)
             shapes = {n: weights.weights.shapes[weights.names[self._stored(n)][0]] for n in self._empty.state_dict()}
             load_strictly(self._empty, {n: torch.empty(shape, device="meta") for n, shape in shapes.items()})
-        packed = packed_t5(folder)
-        self._shapes, self._tensors = shapes, packed or RoundedT5(self._original, form_of(folder))
-        model = prepare_t5(copy.deepcopy(self._empty), self._tensors.precision)
+        packed = packed_text(folder)
+        self._shapes, self._tensors = shapes, packed or RoundedText(self._original, form_of(folder))
+        model = prepare_text_encoder(copy.deepcopy(self._empty), self._tensors.precision)
         self._packed = self.module(model).eval()
         if packed:
             packed.check(model)
@@ -149,7 +149,7 @@ class StoredEncoder(ABC, Generic[M]):
 
     def _ahead(self, names: Iterable[str]) -> None:
         """Ask the operating system to read these tensors, or the weights of which they are made."""
-        if isinstance(self._tensors, PackedT5):
+        if isinstance(self._tensors, PackedText):
             self._tensors.ahead(names)
         else:
             self._weights.ahead({self._stored(unpacked_name(name)) for name in names})

@@ -247,7 +247,7 @@ def compress(
     choice = choices.settle(ws, chosen, time_s, progress, quick=quick)
     if choice:
         ws.longest_s, chosen = None, choice.over(chosen, ws.family.kinds(ws.config))
-    fit = ws.fit(chosen.plan.fit, chosen.t5_form) if chosen.plan.fit else None
+    fit = ws.fit(chosen.plan.fit, chosen.text_form) if chosen.plan.fit else None
     ran = stages.compress(ws, chosen, progress, no_half=no_half)
     no_report = make.left_out(ws, quick=quick)
     figures = None
@@ -355,7 +355,7 @@ def _checked(
         raise InputError("--no-half: training ends in weights in half precision; give --steps 0, or omit --no-half")
     chosen.check_data(builtin=builtin)
     chosen.settled(0)
-    check_encoders(chosen.t5_form)
+    check_encoders(chosen.text_form)
     if chosen.distill is not None:
         chosen.distill.check()
     check_prompts(chosen.analyze.prompts)

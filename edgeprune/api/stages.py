@@ -182,12 +182,13 @@ def quantize(
     fresh: bool = False,
     progress: Progress = silent,
 ) -> Quantized:
-    """Write the pruned weights as INT4 to `transformer_int4/`, block by block, and those of a T5.
+    """Write the pruned weights as INT4 to `transformer_int4/`, block by block, and those of a T5 or Qwen3.
 
     Args:
         out: a pruned folder.
         options: group size and calibration; None for the defaults.
-        encoders: how a T5 is exported: `int4`, `int8` or `half`; None is `int8` without calibration, else `int4`.
+        encoders: how a T5 or Qwen3 is exported: `int4`, `int8` or `half`; None is `int4`, or `int8` without
+            calibration.
         compute: where networks run, and in how much memory; None takes what this machine has.
         fresh: quantize again where that was done with other options.
         progress: called after each block.

@@ -10,7 +10,7 @@ from typing import Any
 from edgeprune.artefact.licensing import KEYS, Fields
 from edgeprune.artefact.manifest import HALF, Manifest
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.quantization.precision import T5_INT4, T5_INT4_WO8
+from edgeprune.quantization.precision import TEXT_INT4, TEXT_INT4_WO8
 
 MARK = "<!-- Written by edgeprune;"
 """Begins the comment by which edgeprune knows a card of its own."""
@@ -59,7 +59,7 @@ def changes(manifest: Manifest, plan: PrunePlan | None) -> list[str]:
     lines.append(f"The remaining weights were {'distilled from the original' if trained else 'not trained further'}.")
     if "quantize" in manifest.stages:
         lines.append(f"Weights of the transformer's blocks in INT4, groups of {manifest.group_size}.")
-    if manifest.encoders in (T5_INT4, T5_INT4_WO8):
+    if manifest.encoders in (TEXT_INT4, TEXT_INT4_WO8):
         folders = {name.split("/")[0] for name in manifest.files if name.startswith("text_encoder")}
         packed = sorted(name.removesuffix("_int4") for name in folders if name.endswith("_int4"))
         lines.append(f"Weights of {', '.join(packed)} in INT4 as well, beside those of the original.")

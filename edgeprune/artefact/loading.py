@@ -20,7 +20,7 @@ from edgeprune.artefact.checks import check_pipeline, part_weights
 from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest
 from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.surgery import load_strictly, structure
-from edgeprune.artefact.t5 import packed_t5
+from edgeprune.artefact.text import packed_text
 from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import is_out_of_memory, read_json
@@ -28,7 +28,7 @@ from edgeprune.families import CHANGED, family_of, family_of_model
 from edgeprune.families.encoders import LONG, QWEN3, T5, read_index, text_encoders, tokenizer_of
 from edgeprune.families.parts import VAE_FLUX2, VAES, tensor_of
 from edgeprune.quantization.quantize import prepare
-from edgeprune.quantization.t5 import prepare_t5
+from edgeprune.quantization.text import prepare_text_encoder
 from edgeprune.residency.model_files import parts_of, weights_of
 from edgeprune.residency.stored import CPU, StoredTransformer
 from edgeprune.residency.streaming import PACKED
@@ -143,7 +143,7 @@ def load_pipeline(
 
     Args:
         variant: of the other parts' weights, see residency/model_files.py.
-        quantized: use a T5's INT4, if the folder has it.
+        quantized: use a text encoder's INT4, if the folder has it.
 
     Raises:
         InputError: files are missing, damaged or do not fit the transformer.
@@ -247,11 +247,11 @@ def load_packed(folder: Path, kind: str, dtype: torch.dtype = torch.float32, sta
     Raises:
         InputError: a tensor is missing, unknown, damaged or of another shape.
     """
-    tensors = packed_t5(folder)
+    tensors = packed_text(folder)
     if tensors is None:
         return None
     with readable(folder), quiet():
-        model = prepare_t5(empty_part(folder, kind, states), tensors.precision)
+        model = prepare_text_encoder(empty_part(folder, kind, states), tensors.precision)
         tensors.check(model)
         state = {name: tensors(name) for name in model.state_dict()}
         load_strictly(model, {n: t if n.endswith(PACKED) else t.to(dtype) for n, t in state.items()})

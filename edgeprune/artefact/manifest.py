@@ -15,7 +15,7 @@ from edgeprune.common.files import UNFINISHED, check_schema, read_json, write_js
 from edgeprune.common.version import VERSION
 from edgeprune.families import Config
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.quantization.precision import T5_FORMS
+from edgeprune.quantization.precision import TEXT_FORMS
 
 SCHEMA_VERSION = 1
 MANIFEST = "edgeprune.json"
@@ -109,9 +109,9 @@ class Manifest:
         for name in ("revision", "variant", "commit"):
             if not isinstance(value := getattr(manifest, name), (str, NoneType)):
                 raise InputError(f"{path}: {name}: found {shown(value)}, expected text or null")
-        if manifest.encoders not in (None, *T5_FORMS):
+        if manifest.encoders not in (None, *TEXT_FORMS):
             raise InputError(
-                f"{path}: encoders: found {shown(manifest.encoders)}, expected {', '.join(T5_FORMS)} or null"
+                f"{path}: encoders: found {shown(manifest.encoders)}, expected {', '.join(TEXT_FORMS)} or null"
             )
         if not isinstance(manifest.loras, list) or not all(isinstance(lora, dict) for lora in manifest.loras):
             raise InputError(f"{path}: loras: expected a list of objects")

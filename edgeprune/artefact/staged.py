@@ -24,13 +24,13 @@ from edgeprune.artefact.checks import part_weights
 from edgeprune.artefact.encoder_layers import OUTPUTS, layers_of, prompts_together, rows_of, said
 from edgeprune.artefact.loading import complete, empty_part, load_part, quiet, readable
 from edgeprune.artefact.resolve import read_config
-from edgeprune.artefact.t5 import packed_t5
+from edgeprune.artefact.text import packed_text
 from edgeprune.artefact.text_store import RunTexts, Texts
 from edgeprune.common.files import read_json
 from edgeprune.families.encoders import KNOWN, LONG, QWEN3, text_encoders, tokenizer_of
 from edgeprune.families.parts import BY_ROW, VAES, tensor_of
 from edgeprune.planning.fit import vae_activations
-from edgeprune.quantization.t5 import prepare_t5, stored_name
+from edgeprune.quantization.text import prepare_text_encoder, stored_name
 from edgeprune.residency.by_rows import by_rows
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.streaming import PACKED, Read, fitting, release, stream
@@ -74,7 +74,7 @@ class StagedPipeline:
         compute: where and in which dtype the other parts compute.
         variant: of the weights, see residency/model_files.py.
         texts: keeps encoded prompts; None keeps those of the last prompts that were encoded together.
-        quantized: use a T5's INT4, if the folder has it.
+        quantized: use a text encoder's INT4, if the folder has it.
     """
 
     def __init__(
@@ -270,7 +270,7 @@ class StagedPipeline:
     def _streamed(self, name: str, kind: str, dtype: torch.dtype, *, keep: int = 0) -> Any:
         """Return a text encoder whose layers are read when they run, beyond `keep` bytes; the rest is in memory."""
         folder = self.folder / name
-        packed = packed_t5(folder) if self.quantized and kind in LONG else None
+        packed = packed_text(folder) if self.quantized and kind in LONG else None
         weights = part_weights(folder, kind, self.variant)
         assert weights is not None  # `can_stage`
         with readable(folder), quiet():
@@ -280,7 +280,7 @@ class StagedPipeline:
         stored = {n: tensor_of(kind, n) or n for n in model.state_dict()}
         read: Read = weights.__getitem__
         if packed is not None:
-            packed.check(prepare_t5(model, packed.precision))
+            packed.check(prepare_text_encoder(model, packed.precision))
             stored, read = {n: stored_name(n) for n in model.state_dict()}, packed
         layers = list(layers_of(model, kind))
         inside = {f"{prefix}{n}" for prefix, layer in layers for n in layer.state_dict()}

@@ -26,7 +26,7 @@ def quantize(
     yes: limits.Yes = False,
     longest: limits.LongestTime = None,
 ) -> None:
-    """Quantize the weights to INT4 with NNCF, block by block: transformer_int4/, and those of a T5."""
+    """Quantize the weights to INT4 with NNCF, block by block: transformer_int4/, and those of a T5 or Qwen3."""
     check_begun(out)
     compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     chosen = api.QuantizeOptions(group_size=group_size, calibration=calibration, count=count, states=states)

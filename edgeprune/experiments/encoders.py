@@ -34,7 +34,7 @@ from edgeprune.experiments.pages import insert
 from edgeprune.families.encoders import text_encoders
 from edgeprune.metrics.psnr import decibels
 from edgeprune.quantization import feedback
-from edgeprune.quantization.precision import T5_INT4, T5_INT4_WO8, T5_INT8, Precision, t5_precision_of
+from edgeprune.quantization.precision import TEXT_INT4, TEXT_INT4_WO8, TEXT_INT8, Precision, text_precision_of
 from edgeprune.quantization.quantize import linear_layers, replace, round_layers, round_to_nearest
 from edgeprune.residency.compute import Compute
 from edgeprune.sampling.denoising import generate
@@ -43,7 +43,7 @@ from edgeprune.stages.encoders import errors
 from edgeprune.stages.original import Original
 from edgeprune.stages.prompts import prompts_of
 
-FORMS = (T5_INT8, T5_INT4_WO8, T5_INT4)
+FORMS = (TEXT_INT8, TEXT_INT4_WO8, TEXT_INT4)
 NOISE = (0.1, 0.2, 0.4, 0.8)
 """Of the embedding's norm, by token."""
 PER_TASK = 24
@@ -70,7 +70,7 @@ class Noisy(StagedPipeline):
 
 def precision(name: str, shape: tuple[int, ...], form: str) -> Precision:
     """Return how T5's rule stores a CLIP's linear layer."""
-    return t5_precision_of(f"encoder.block.0.{'wo' if name == _LAST else name}.weight", shape, form)
+    return text_precision_of(f"encoder.block.0.{'wo' if name == _LAST else name}.weight", shape, form)
 
 
 def round_clip(folder: Path, kind: str, form: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -79,7 +79,7 @@ def round_clip(folder: Path, kind: str, form: str, ids: torch.Tensor) -> dict[st
     run = partial(model, ids)
     for _, layer in layers_of(model, kind):
         linears = linear_layers(layer)
-        moments = feedback.second_moments(linears, run, 1) if form != T5_INT8 else {}
+        moments = feedback.second_moments(linears, run, 1) if form != TEXT_INT8 else {}
         rule = {name: precision(name, tuple(linear.weight.shape), form) for name, linear in linears.items()}
         round_layers(layer, rule, moments)
         for name, linear in linears.items():
@@ -87,7 +87,7 @@ def round_clip(folder: Path, kind: str, form: str, ids: torch.Tensor) -> dict[st
             linear.weight = nn.Parameter(packed.weight, requires_grad=False)
             replace(layer, name, linear)
     table = model.get_input_embeddings()
-    if form != T5_INT8:
+    if form != TEXT_INT8:
         values, scale = round_to_nearest(table.weight.detach(), Precision(8, table.weight.shape[1]))
         table.weight = nn.Parameter(values * scale.float(), requires_grad=False)
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

@@ -23,7 +23,7 @@ from edgeprune.families import Config, Shape, family_of
 from edgeprune.families.encoders import QWEN3, QWEN3_FORMATS, T5, text_encoders
 from edgeprune.families.joint import width
 from edgeprune.families.parts import is_read
-from edgeprune.quantization.precision import T5_INT4, T5_INT4_WO8, t5_precision_of
+from edgeprune.quantization.precision import TEXT_INT4, TEXT_INT4_WO8, text_precision_of
 from edgeprune.residency.model_files import any_weights_of
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 from edgeprune.targets import Target
@@ -66,12 +66,12 @@ class Fit:
         return self.memory_bytes - self.activations_bytes
 
 
-def fit(source: Path, target: Target, generation: Generation, encoders: str = T5_INT4) -> Fit:
+def fit(source: Path, target: Target, generation: Generation, encoders: str = TEXT_INT4) -> Fit:
     """Return how a pipeline fits a device at the image size of the generation settings.
 
     Args:
         source: the pipeline's diffusers folder.
-        encoders: how a T5 is exported, one of precision.ENCODERS.
+        encoders: how a T5 or Qwen3 is exported, one of precision.ENCODERS.
 
     Raises:
         BudgetError: a stage takes more than the device has, or nothing is left for the transformer.
@@ -153,8 +153,8 @@ def _encoder_bytes(folder: Path, kind: str, size: int, target: Target, encoders:
     """
     shapes = {name: shape for name, shape in stored_shapes(folder).items() if is_read(kind, name, states)}
     if kind in (T5, QWEN3):
-        form = T5_INT4_WO8 if encoders == T5_INT4 else encoders  # the larger of the two that may be kept
-        whole = sum(t5_precision_of(name, shape, form).nbytes(shape) for name, shape in shapes.items())
+        form = TEXT_INT4_WO8 if encoders == TEXT_INT4 else encoders  # the larger of the two that may be kept
+        whole = sum(text_precision_of(name, shape, form).nbytes(shape) for name, shape in shapes.items())
         return min(whole, PIECE_BYTES) if target.runtimes[0] in PIECEWISE else whole
     return sum(map(math.prod, shapes.values())) * size
 

@@ -28,10 +28,10 @@ from dataclasses import dataclass
 from edgeprune.families import Architecture, Shape
 
 GROUP_SIZES = (64, 32, 16)
-T5_INT4, T5_INT4_WO8, T5_INT8, T5_HALF = "int4", "int4-wo8", "int8", "half"
-T5_FORMS = (T5_INT4, T5_INT4_WO8, T5_INT8, T5_HALF)
-"""The forms in which a T5 can be exported."""
-ENCODERS = (T5_INT4, T5_INT8, T5_HALF)
+TEXT_INT4, TEXT_INT4_WO8, TEXT_INT8, TEXT_HALF = "int4", "int4-wo8", "int8", "half"
+TEXT_FORMS = (TEXT_INT4, TEXT_INT4_WO8, TEXT_INT8, TEXT_HALF)
+"""The forms in which a T5 or Qwen3 can be exported."""
+ENCODERS = (TEXT_INT4, TEXT_INT8, TEXT_HALF)
 """What `--encoders` takes; of INT4 it is measured whether `wo` has 8 bits."""
 
 
@@ -55,18 +55,18 @@ def precision_of(family: Architecture, name: str, shape: Shape, *, group_size: i
     return _in_groups(shape, group_size) if family.in_block(name) else Precision(8, shape[1])
 
 
-def t5_precision_of(name: str, shape: Shape, form: str = T5_INT8, *, group_size: int = 64) -> Precision:
-    """Apply the rule of a T5's form to one tensor of a T5EncoderModel's or a Qwen3's state dict."""
-    if form == T5_HALF or len(shape) != 2 or "relative_attention_bias" in name:
+def text_precision_of(name: str, shape: Shape, form: str = TEXT_INT8, *, group_size: int = 64) -> Precision:
+    """Apply the rule of a form to one tensor of a T5EncoderModel's or a Qwen3's state dict."""
+    if form == TEXT_HALF or len(shape) != 2 or "relative_attention_bias" in name:
         return Precision(16)
-    if not is_t5_linear(name, shape):  # the table of words
-        return Precision(16) if form == T5_INT8 else Precision(8, shape[1])
-    if form == T5_INT8 or (form == T5_INT4_WO8 and name.endswith((".wo.weight", ".mlp.down_proj.weight"))):
+    if not is_text_linear(name, shape):  # the table of words
+        return Precision(16) if form == TEXT_INT8 else Precision(8, shape[1])
+    if form == TEXT_INT8 or (form == TEXT_INT4_WO8 and name.endswith((".wo.weight", ".mlp.down_proj.weight"))):
         return Precision(8, shape[1])
     return _in_groups(shape, group_size)
 
 
-def is_t5_linear(name: str, shape: Shape) -> bool:
+def is_text_linear(name: str, shape: Shape) -> bool:
     """Return whether a tensor of a T5EncoderModel's or a Qwen3's state dict is the weight of a linear layer."""
     in_block = ".block." in name or name.startswith("model.layers.")
     return in_block and len(shape) == 2 and "relative_attention_bias" not in name

@@ -24,7 +24,7 @@ from edgeprune.data.settings import SHAPES, is_drawn
 from edgeprune.metrics import VELOCITY
 from edgeprune.metrics.velocity import STATES
 from edgeprune.planning.options import PlanOptions
-from edgeprune.quantization.precision import T5_INT4, T5_INT8
+from edgeprune.quantization.precision import TEXT_INT4, TEXT_INT8
 from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation
@@ -151,7 +151,7 @@ class Choice:
             unscored = not self.prompts and training.sensitivity == "graded"
             training = replace(training, steps=self.steps, sensitivity=None if unscored else training.sensitivity)
         data, training = replace(options.data, samples=self.samples), training if self.steps else None
-        form = T5_INT8 if options.t5_form == T5_INT4 and not self.int4_text else options.t5_form
+        form = TEXT_INT8 if options.text_form == TEXT_INT4 and not self.int4_text else options.text_form
         found = replace(options, analyze=analysis, plan=plan, data=data, distill=training, encoders=form)
         if self.calibration and int4.calibrates(rounded=found.rounded):
             most = self.calibration_states if self.calibration_states < STATES else int4.states
@@ -212,7 +212,7 @@ def choose(subject: Subject, options: CompressOptions, time_s: float, speeds: Sp
     fixed = {"images"} if builtin else set()  # its checker scores the same number of each task
     fixed |= set() if options.analyze.metric == VELOCITY else {"estimator", "states"}
     able, moves = [move for move in MOVES if move[0] not in fixed], list[Move]()
-    for move, needless in ((NO_SCORES, not most.prompts), (WIDE_TEXT, options.t5_form != T5_INT4)):
+    for move, needless in ((NO_SCORES, not most.prompts), (WIDE_TEXT, options.text_form != TEXT_INT4)):
         if not needless and not _suffices(subject, replace(most, **dict([move])).over(options, kinds)):
             able.remove(move)
     while seconds(most.lowered(moves, drawn=drawn)) > SHARE * time_s and len(moves) < len(able):

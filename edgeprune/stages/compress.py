@@ -156,7 +156,7 @@ def _plan_alike(source: Path, generation: Generation, options: CompressOptions, 
     if isinstance(method, Scored) and method.joint:  # hybrid may remove the same parts
         choices = replace(choices, method="hybrid", threshold=1.0)
     even = [1.0] * report.num_blocks
-    budget = plan.budget_for(source, generation, choices, options.t5_form)
+    budget = plan.budget_for(source, generation, choices, options.text_form)
     return make_plan(family, config, report, choices, budget, even)
 
 
@@ -226,7 +226,7 @@ def forecast(
         **{f"{stage}_memory_bytes": size for stage, size in needed.items()},
         "written_bytes": (0 if no_half else after.bf16_bytes)
         + after.int4_bytes
-        + encoders.written_bytes(source, options.t5_form, options.quantize.group_size),
+        + encoders.written_bytes(source, options.text_form, options.quantize.group_size),
     }
 
 
@@ -264,7 +264,7 @@ def works(
         "data": distill.drawn(subject, options.data) if training else Work(),
         "distill": distill.trained(subject, training, expected) if training else Work(),
         "quantize": quantize.work(subject, int4, expected, calibrating),
-        "encoders": encoders.work(subject, options.t5_form, options.quantize.group_size),
+        "encoders": encoders.work(subject, options.text_form, options.quantize.group_size),
         "report": reporting(drawn, images, left, own.per_image) if images else Work(),
     }
 
@@ -288,7 +288,7 @@ def memories(of: Memory, options: CompressOptions, expected: PrunePlan, images: 
         "prune": prune.memory(of, expected),
         "distill": distill.memory(of, training, options.data, expected) if training else 0,
         "quantize": quantize.memory(of, calibrating_prompts(options, subject)),
-        "encoders": encoders.memory(of, options.t5_form),
+        "encoders": encoders.memory(of, options.text_form),
         "report": of.reporting(images) if images else 0,
     }
 
@@ -320,7 +320,7 @@ def _training(ws: Workspace, options: CompressOptions, expected: PrunePlan) -> D
 
 
 def need_room(out: Path, source: Path, plan: PrunePlan, options: CompressOptions, *, no_half: bool = False) -> None:
-    """Check that the disk has room for an artefact: both transformers, a T5's INT4, and what of the rest is not linked.
+    """Check that the disk has room for an artefact: transformers, text in INT4, and what of the rest is no link.
 
     Args:
         out: the artefact's folder, which need not exist.
@@ -336,7 +336,7 @@ def need_room(out: Path, source: Path, plan: PrunePlan, options: CompressOptions
     parts = {*text_encoders(source), "vae"}
     files = [path for path in model_files(source) if path.parent.name in parts and path.suffix == ".safetensors"]
     copied = sum(path.stat().st_size for path in files if not is_linked(path, out))
-    text = encoders.written_bytes(source, options.t5_form, options.quantize.group_size)
+    text = encoders.written_bytes(source, options.text_form, options.quantize.group_size)
     need_space(out, half + plan.after.int4_bytes + text + copied)
 
 
@@ -367,7 +367,7 @@ def compress(
         count = options.quantize.count or quantize.PROMPTS
         quantize.check_time(ws, options.quantize, rehearsed, count, silent, counted_by=COUNTED_BY_COMPRESS)
     if ws.fresh or ENCODERS_STAGE not in ws.manifest.stages:
-        encoders.check_time(ws, options.t5_form, options.quantize.group_size, silent)
+        encoders.check_time(ws, options.text_form, options.quantize.group_size, silent)
     if "prune" not in ws.manifest.stages:
         need_room(ws.out, ws.source, rehearsed, options, no_half=no_half)
     if options.distill is not None and options.data.source and is_cache(options.data.source):
@@ -378,7 +378,7 @@ def compress(
         progress(
             f"--prompts: --method {options.plan.method} analyzes nothing, so {options.analyze.prompts} is not used"
         )
-    if plan.run(ws, options.plan, progress=progress, encoders=options.t5_form):
+    if plan.run(ws, options.plan, progress=progress, encoders=options.text_form):
         ran.append("plan")
     if options.distill is None:
         ws.skip_distillation()
@@ -390,6 +390,6 @@ def compress(
         ran.append("distill")
     if quantize.run(ws, options.quantize, progress, counted_by=COUNTED_BY_COMPRESS):
         ran.append("quantize")
-    if encoders.run(ws, options.t5_form, options.quantize.group_size, progress):
+    if encoders.run(ws, options.text_form, options.quantize.group_size, progress):
         ran.append(ENCODERS_STAGE)
     return ran

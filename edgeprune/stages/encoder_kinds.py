@@ -21,8 +21,8 @@ from edgeprune.export.language_model import run_layer, score_bias, speeds_of, tu
 from edgeprune.export.modules import T5Encoder, position_bias, run_t5_block
 from edgeprune.families.encoders import QWEN3, T5, text_encoders
 from edgeprune.families.parts import is_read
-from edgeprune.quantization.precision import t5_precision_of
-from edgeprune.quantization.t5 import WORDS
+from edgeprune.quantization.precision import text_precision_of
+from edgeprune.quantization.text import WORDS
 
 LAYER = re.compile(r"(?:encoder\.block|model\.layers)\.(\d+)\.")
 """Begins the names of a layer's tensors, with its number."""
@@ -150,7 +150,7 @@ def chunks_of(original: StoredPart, encoder: RoundedEncoder, form: str, group_si
     for name, shape in shapes.items():
         found = LAYER.match(name)
         chunk = chunks.setdefault(int(found[1]) if found else len(shapes), {})
-        p, layer = t5_precision_of(name, shape, form, group_size=group_size), name.removesuffix(".weight")
+        p, layer = text_precision_of(name, shape, form, group_size=group_size), name.removesuffix(".weight")
         if p.bits == 16:
             chunk[name] = 2 * math.prod(shape)
         else:

@@ -34,14 +34,14 @@ from edgeprune.families.parts import is_read, part_shapes, text_outputs
 from edgeprune.quantization import feedback
 from edgeprune.quantization.precision import (
     ENCODERS,
-    T5_INT4,
-    T5_INT4_WO8,
-    T5_INT8,
+    TEXT_INT4,
+    TEXT_INT4_WO8,
+    TEXT_INT8,
     Precision,
-    t5_precision_of,
+    text_precision_of,
 )
 from edgeprune.quantization.quantize import empty_packed, linear_layers, replace, round_layers
-from edgeprune.quantization.t5 import RoundedT5
+from edgeprune.quantization.text import RoundedText
 from edgeprune.residency.shards import mark_of
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import PACKED
@@ -125,11 +125,11 @@ def run(ws: Workspace, encoders: str, group_size: int, progress: Progress = sile
     if encoder is None:
         return False
     inputs: dict[str, Any] = {"encoders": encoders}
-    if encoders == T5_INT4:
+    if encoders == TEXT_INT4:
         inputs |= {"group_size": group_size, "prompts": calibrating(ws, count=PROMPTS)[:PROMPTS]}
 
     def write(key: str) -> dict[str, Any]:
-        if encoders != T5_INT4:
+        if encoders != TEXT_INT4:
             shutil.rmtree(packed_folder(ws.out / encoder.name), ignore_errors=True)  # left by an interrupted INT4 run
             ws.manifest.encoders = encoders
             return {}
@@ -141,8 +141,8 @@ def run(ws: Workspace, encoders: str, group_size: int, progress: Progress = sile
 def check_time(ws: Workspace, encoders: str, group_size: int, progress: Progress) -> None:
     """Say what the stage takes, and refuse what takes too long; see `Workspace.check_time`."""
     sizes = _sizes(ws.source)
-    if sizes and encoders == T5_INT4:
-        total, ways = work(ws.subject, encoders, group_size), [(f"--encoders {T5_INT8}", Work())]
+    if sizes and encoders == TEXT_INT4:
+        total, ways = work(ws.subject, encoders, group_size), [(f"--encoders {TEXT_INT8}", Work())]
         written = written_bytes(ws.source, encoders, group_size)
         ws.check_time(ENCODERS_STAGE, total, ways, progress, memory=memory(ws.memory, encoders), written=written)
 
@@ -154,7 +154,7 @@ def memory(of: Memory, encoders: str) -> int:
     table as it is read and as it is rounded.
     """
     encoder = rounded_encoder(of.subject.source)
-    sizes = _sizes(of.subject.source) if encoders == T5_INT4 else {}
+    sizes = _sizes(of.subject.source) if encoders == TEXT_INT4 else {}
     if not sizes or encoder is None:
         return 0
     first = sum(math.prod(shape) for name, shape in sizes.items() if (layer := LAYER.match(name)) and layer[1] == "0")
@@ -165,7 +165,7 @@ def memory(of: Memory, encoders: str) -> int:
 def work(subject: Subject, encoders: str, group_size: int) -> Work:
     """Return the work of `run`."""
     sizes = _sizes(subject.source)
-    if not sizes or encoders != T5_INT4:
+    if not sizes or encoders != TEXT_INT4:
         return Work()
     in_layers = sum(math.prod(shape) for name, shape in sizes.items() if LAYER.match(name))
     flops = 2.0 * in_layers * _PASSES * PROMPTS * subject.generation.max_sequence_length
@@ -175,8 +175,8 @@ def work(subject: Subject, encoders: str, group_size: int) -> Work:
 
 def written_bytes(source: Path, encoders: str, group_size: int) -> int:
     """Return the most bytes that the stage writes."""
-    sizes = _sizes(source) if encoders == T5_INT4 else {}
-    wider = partial(t5_precision_of, form=T5_INT4_WO8, group_size=group_size)
+    sizes = _sizes(source) if encoders == TEXT_INT4 else {}
+    wider = partial(text_precision_of, form=TEXT_INT4_WO8, group_size=group_size)
     return sum(wider(name, shape).nbytes(shape) for name, shape in sizes.items())
 
 
@@ -197,20 +197,20 @@ def _write(
     name, folder = encoder.name, ws.out / encoder.name
     packed, original = packed_folder(folder), part_weights(folder, encoder.kind)
     assert original is not None  # its class has a table
-    wider = digest([key, T5_INT4_WO8])
+    wider = digest([key, TEXT_INT4_WO8])
     if mark_of(packed).get("inputs") != wider:
         _round(ws, encoder, prompts, group_size, key, original, progress)
     measured = read_json(packed / "config.json")["edgeprune"]
-    errors = {form: Errors(**measured[form]) for form in (T5_INT4, T5_INT4_WO8)}
-    form = next((form for form, found in errors.items() if found.within), T5_INT8)
+    errors = {form: Errors(**measured[form]) for form in (TEXT_INT4, TEXT_INT4_WO8)}
+    form = next((form for form, found in errors.items() if found.within), TEXT_INT8)
     for tried, found in errors.items():
         progress(f"{name}: {tried}: {found.shown()}{' is kept' if tried == form else ''}")
-    if form == T5_INT8:
+    if form == TEXT_INT8:
         progress(f"{name}: no INT4 form is within {BOUND} and a cosine of {LEAST_COSINE}, so it is exported in 8 bits")
         shutil.rmtree(packed)
-    elif form == T5_INT4_WO8 and mark_of(packed).get("inputs") != wider:
+    elif form == TEXT_INT4_WO8 and mark_of(packed).get("inputs") != wider:
         _widen(ws, encoder, original, group_size, wider, progress)
-    if form != T5_INT8:
+    if form != TEXT_INT8:
         ws.manifest.hash_files(ws.out, packed.name)
     ws.manifest.encoders = form
     return {"form": form, "errors": {tried: asdict(found) for tried, found in errors.items()}}
@@ -274,19 +274,19 @@ class _Rounder:
         self.layers = KINDS[encoder.kind](Prompts(folder, original, *tokens, encoder.states, device))
         self.blocks, self.last = self.layers.blocks, self.layers.last
         self._words: Tensors = {}
-        self.chunks = chunks_of(original, encoder, T5_INT4, group_size)
+        self.chunks = chunks_of(original, encoder, TEXT_INT4, group_size)
         self._begin(tokens[0])
 
     @torch.no_grad()
     def _begin(self, ids: torch.Tensor) -> None:
         """Look the prompts' words up, in the original's table and in the rounded one."""
-        rounded = RoundedT5(self.original.__getitem__, T5_INT4)
+        rounded = RoundedText(self.original.__getitem__, TEXT_INT4)
         words = self.layers.words.removesuffix(".weight")
         packed, scale = (rounded(words + suffix) for suffix in PACKED[:2])
         table = self.original[self.layers.words]
         for index, rows in enumerate(ids.split(_AT_ONCE)):
             exact, near = table[rows].float(), packed[rows].float() * scale[rows].float()
-            self.spill.put(str(index), {EXACT: exact, T5_INT4: near, T5_INT4_WO8: near})
+            self.spill.put(str(index), {EXACT: exact, TEXT_INT4: near, TEXT_INT4_WO8: near})
         self._words = {f"{words}.weight_packed": packed.view(torch.uint8), f"{words}.weight_scale": scale}
 
     def make(self, index: int) -> Tensors:
@@ -296,7 +296,7 @@ class _Rounder:
             return self._words | {name: self.original[name].half() for name in self.layers.outside}
         block, prefix = self._filled(index), f"{self.layers.prefix}{index}."
         layers = linear_layers(block)
-        run = partial(self._run, block, T5_INT4)
+        run = partial(self._run, block, TEXT_INT4)
         try:
             moments = feedback.second_moments(layers, run, self.batches)
         except InputError as error:
@@ -334,7 +334,7 @@ class _Rounder:
     def _rule(self, layers: dict[str, nn.Linear], prefix: str) -> dict[str, Precision]:
         shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
         return {
-            name: t5_precision_of(f"{prefix}{name}.weight", shape, T5_INT4, group_size=self.group_size)
+            name: text_precision_of(f"{prefix}{name}.weight", shape, TEXT_INT4, group_size=self.group_size)
             for name, shape in shapes.items()
         }
 
@@ -343,10 +343,10 @@ class _Rounder:
         block, prefix = self.blocks[index], f"{self.layers.prefix}{index}."
         numbers = {n: t if n.endswith(PACKED) else t.float() for n, t in tensors.items()}
         block.load_state_dict({n.removeprefix(prefix): t.to(self.device) for n, t in numbers.items()}, assign=True)
-        self._run(block, T5_INT4, after=index + 1)
+        self._run(block, TEXT_INT4, after=index + 1)
         replace(block, self.last, wo)
         round_layers(block, {self.last: Precision(8, wo.in_features)}, {})
-        self._run(block.to(self.device), T5_INT4_WO8, after=index + 1)
+        self._run(block.to(self.device), TEXT_INT4_WO8, after=index + 1)
         block.to("meta")
 
     @torch.no_grad()
@@ -365,13 +365,13 @@ class _Rounder:
     @torch.no_grad()
     def _measure(self) -> None:
         """Put the errors of both forms into the config."""
-        sums = {form: [Sums() for _ in self.layers.states] for form in (T5_INT4, T5_INT4_WO8)}
+        sums = {form: [Sums() for _ in self.layers.states] for form in (TEXT_INT4, TEXT_INT4_WO8)}
         for index in range(self.batches):
             for at, state in enumerate(self.layers.states):
                 exact = self._said(index, state, EXACT)
                 for form, each in sums.items():
                     each[at].add(self._said(index, state, form), exact)
-        self.config["edgeprune"] = {"form": T5_INT4} | {form: asdict(worst(each)) for form, each in sums.items()}
+        self.config["edgeprune"] = {"form": TEXT_INT4} | {form: asdict(worst(each)) for form, each in sums.items()}
 
     def _said(self, index: int, state: int, stream: str) -> torch.Tensor:
         """Return a state (B, M, D) that is read of a batch of prompts of one stream."""
@@ -432,10 +432,10 @@ def _widen(
 ) -> None:
     """Write the encoder again with `wo` in 8 bits; all else stays."""
     packed, last = packed_folder(ws.out / encoder.name), KINDS[encoder.kind].last
-    narrow, wide = Weights(packed), RoundedT5(original.__getitem__, T5_INT4_WO8)
+    narrow, wide = Weights(packed), RoundedText(original.__getitem__, TEXT_INT4_WO8)
     config = read_json(packed / "config.json")
-    config["edgeprune"]["form"] = T5_INT4_WO8
-    chunks = chunks_of(original, encoder, T5_INT4_WO8, group_size)
+    config["edgeprune"]["form"] = TEXT_INT4_WO8
+    chunks = chunks_of(original, encoder, TEXT_INT4_WO8, group_size)
 
     def make(index: int) -> Tensors:
         return {name: wide(name) if f".{last}." in name else narrow[name] for name in chunks[index]}

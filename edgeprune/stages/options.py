@@ -15,7 +15,7 @@ from edgeprune.data.settings import CAPTIONS, SHAPES
 from edgeprune.families import Config, Family
 from edgeprune.metrics import VELOCITY
 from edgeprune.planning.options import PlanOptions
-from edgeprune.quantization.precision import T5_INT4, T5_INT8
+from edgeprune.quantization.precision import TEXT_INT4, TEXT_INT8
 from edgeprune.quantization.quantize import CALIBRATIONS
 from edgeprune.residency.compute import is_small
 from edgeprune.sampling.generation import Generation
@@ -49,7 +49,7 @@ def encoders_of(given: str | None, int4: QuantizeOptions) -> str:
     """
     if given is not None:
         return given
-    return T5_INT8 if int4.calibration == "none" else T5_INT4
+    return TEXT_INT8 if int4.calibration == "none" else TEXT_INT4
 
 
 def halvings(count: int) -> list[int]:
@@ -186,11 +186,11 @@ class CompressOptions:
     """None skips distillation."""
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
     encoders: str | None = None
-    """How a T5 is exported, one of precision.ENCODERS; None for the default, see `encoders_of`."""
+    """How a T5 or Qwen3 is exported, one of precision.ENCODERS; None for the default, see `encoders_of`."""
 
     @property
-    def t5_form(self) -> str:
-        """How a T5 is exported."""
+    def text_form(self) -> str:
+        """How a T5 or Qwen3 is exported."""
         return encoders_of(self.encoders, self.quantize)
 
     @property
@@ -209,7 +209,7 @@ class CompressOptions:
         return self.distill is not None and self.distill.int4_group_size == self.quantize.group_size
 
     def settled(self, numbers: int) -> CompressOptions:
-        """Return the options with `quantize` and the form of a T5 resolved for a model of so many weights.
+        """Return the options with `quantize` and the form of a text encoder resolved for a model of so many weights.
 
         Raises:
             InputError: an option of `quantize` is not usable.
@@ -219,7 +219,7 @@ class CompressOptions:
             int4 = replace(int4, states=None)
         large = not is_small(numbers)
         chosen = int4.chosen(rounded=self.rounded, large=large, counted_by=COUNTED_BY_COMPRESS)
-        return replace(self, quantize=chosen, encoders=self.t5_form)
+        return replace(self, quantize=chosen, encoders=self.text_form)
 
     def check_data(self, *, builtin: bool) -> None:
         """Check that there is something to distill on, unless nothing is distilled.
@@ -236,7 +236,7 @@ class CompressOptions:
         data = asdict(self) | own
         if self.distill is not None and self.distill.optimizer == ADAMW:  # older grids and folders stay current
             del data["distill"]["optimizer"]
-        data["encoders"] = self.t5_form
-        if self.t5_form == T5_INT4:
+        data["encoders"] = self.text_form
+        if self.text_form == TEXT_INT4:
             del data["encoders"]
         return data

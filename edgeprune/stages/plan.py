@@ -22,7 +22,7 @@ from edgeprune.planning.options import PlanOptions
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.planning.remainder import modulation_width
 from edgeprune.planning.removable import Removable
-from edgeprune.quantization.precision import T5_INT4
+from edgeprune.quantization.precision import TEXT_INT4
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import read_prompts
 from edgeprune.stages.modulation import MODULATION, inputs_of, is_guided, sampler_levels
@@ -56,14 +56,14 @@ def magnitudes_for(ws: Workspace, options: PlanOptions) -> list[float]:
     return block_magnitudes(ws) if baseline is not None and baseline.magnitudes else []
 
 
-def budget_for(source: Path, generation: Generation, options: PlanOptions, encoders: str = T5_INT4) -> int | None:
+def budget_for(source: Path, generation: Generation, options: PlanOptions, encoders: str = TEXT_INT4) -> int | None:
     """Return the bytes that the device of `options.fit` leaves for the transformer; None where no device is named.
 
     Args:
         source: the pipeline's folder.
         generation: how images are made.
         options: of the plan.
-        encoders: how a T5 is exported, one of precision.ENCODERS.
+        encoders: how a T5 or Qwen3 is exported, one of precision.ENCODERS.
     """
     if options.fit is None:
         return None
@@ -76,7 +76,7 @@ def run(
     scores: Path | None = None,
     progress: Progress = silent,
     *,
-    encoders: str = T5_INT4,
+    encoders: str = TEXT_INT4,
 ) -> bool:
     """Write `plan.json`, and MODULATION where the modulation is projected; return whether the stage ran.
 
@@ -85,7 +85,7 @@ def run(
         options: of the plan.
         scores: a file of contribution scores to use instead of the folder's own.
         progress: gets a line that says what measuring the modulation takes.
-        encoders: how a T5 is exported, one of precision.ENCODERS; a budget by a device's memory counts it.
+        encoders: how a T5 or Qwen3 is exported, one of precision.ENCODERS; a budget by a device's memory counts it.
 
     Raises:
         BudgetError: the budget cannot be met.

@@ -33,7 +33,7 @@ from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.progress import Progress
 from edgeprune.planning.fit import Fit, fit
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.quantization.precision import T5_INT4
+from edgeprune.quantization.precision import TEXT_INT4
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation, heed
@@ -45,7 +45,7 @@ from edgeprune.stages.work import Pace, Speeds, Subject, Work, least
 STAGES = ("analyze", "plan", "prune", "distill", "quantize")
 """The stages of `compress`."""
 ENCODERS_STAGE = "encoders"
-"""Of a pipeline with a T5, after the others."""
+"""Of a pipeline with a T5 or Qwen3, after the others."""
 ORDER = (*STAGES[:-1], "merge", STAGES[-1], ENCODERS_STAGE)
 """All stages: each depends on those before it. `merge` has a command of its own, `edgeprune lora --merge`."""
 
@@ -235,12 +235,12 @@ class Workspace:
         paths = [p for p in (self.scores_path, self.report_path) if p.is_file()]
         return ContributionReport.load(paths[0]) if paths else None
 
-    def fit(self, target: str, encoders: str = T5_INT4) -> Fit:
+    def fit(self, target: str, encoders: str = TEXT_INT4) -> Fit:
         """Return how much room a device leaves for the transformer's weights.
 
         Args:
             target: the device.
-            encoders: how a T5 is exported, one of precision.ENCODERS.
+            encoders: how a T5 or Qwen3 is exported, one of precision.ENCODERS.
 
         Raises:
             InputError: no such target.

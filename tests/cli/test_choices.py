@@ -220,5 +220,5 @@ def test_a_t5_has_8_bits_where_nothing_calibrates() -> None:
     given = [
         (form, QuantizeOptions(calibration=how)) for form in (None, "half") for how in ("auto", "feedback", "none")
     ]
-    found = [CompressOptions(quantize=int4, encoders=form).t5_form for form, int4 in given]
+    found = [CompressOptions(quantize=int4, encoders=form).text_form for form, int4 in given]
     assert found == ["int4", "int4", "int8", "half", "half", "half"]

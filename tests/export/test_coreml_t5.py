@@ -20,8 +20,8 @@ from edgeprune.export import coreml_packages, coreml_t5, mil_conversion, modules
 from edgeprune.export.coreml_packages import Chain
 from edgeprune.export.mil_reference import Package
 from edgeprune.export.stored_t5 import StoredT5
-from edgeprune.quantization.precision import t5_precision_of
-from edgeprune.quantization.t5 import prepare_t5
+from edgeprune.quantization.precision import text_precision_of
+from edgeprune.quantization.text import prepare_text_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
 VOCAB, TOKENS, LAYERS = 300, 9, 3
@@ -59,7 +59,7 @@ def test_t5_xxl_is_thirteen_packages() -> None:
     sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
     with torch.device("meta"):
         model = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **sizes))
-    whole: Any = SimpleNamespace(empty=lambda: modules.T5Encoder(prepare_t5(model, t5_precision_of)))
+    whole: Any = SimpleNamespace(empty=lambda: modules.T5Encoder(prepare_text_encoder(model, text_precision_of)))
     chunks = coreml_t5.split(whole, to_coreml.CHUNK_BYTES)
     held = [sum(t.nbytes for n, t in c.state_dict().items() if "embed" not in n) for c in chunks]
     held[0] += 2 * 32128 * 4096

@@ -28,8 +28,8 @@ from edgeprune.families import published
 from edgeprune.families.encoders import QWEN3
 from edgeprune.families.parts import VAE_FLUX2, is_read, part_shapes
 from edgeprune.planning import fit
-from edgeprune.quantization.precision import t5_precision_of
-from edgeprune.quantization.t5 import quantize_t5
+from edgeprune.quantization.precision import text_precision_of
+from edgeprune.quantization.text import quantize_text_encoder
 from edgeprune.runtimes import base, networks, piecewise
 from edgeprune.runtimes.text import CHAT, PromptTokenizer
 from edgeprune.sampling.generation import Generation
@@ -74,7 +74,7 @@ def folders(onnx_folder: Path, sources: dict[str, Path], tmp_path_factory: pytes
 def rounded(sources: dict[str, Path]) -> Any:
     """The pipeline as diffusers runs it, with a text encoder of the weights that an export has."""
     pipe = load(sources["base"])
-    integers = dict(quantize_t5(copy.deepcopy(pipe.text_encoder)).named_modules())
+    integers = dict(quantize_text_encoder(copy.deepcopy(pipe.text_encoder)).named_modules())
     for name, layer in pipe.text_encoder.named_modules():
         if isinstance(layer, torch.nn.Linear):
             layer.weight.data = integers[name].weight
@@ -363,7 +363,7 @@ def test_fit_counts_what_is_exported(sources: dict[str, Path]) -> None:
     state = {n: tuple(t.shape) for n, t in load(sources["base"]).text_encoder.state_dict().items()}
     assert len(state) == 27 * 11 + 1
     for encoders, form in {"int4": "int4-wo8", "int8": "int8", "half": "half"}.items():
-        expected = sum(t5_precision_of(name, shape, form).nbytes(shape) for name, shape in state.items())
+        expected = sum(text_precision_of(name, shape, form).nbytes(shape) for name, shape in state.items())
         assert fit.fit(sources["base"], device, generation, encoders).text_encoder_bytes == expected
 
 
@@ -383,5 +383,5 @@ def test_klein_4b_in_bytes() -> None:
     config = published.networks()["qwen3-4b"].config
     shapes = {n: s for n, s in (part_shapes(QWEN3, config, "c") or {}).items() if is_read(QWEN3, n, STATES)}
     for form, size in {"int4": 1.84, "int4-wo8": 2.15, "int8": 3.51, "half": 6.23}.items():
-        found = sum(t5_precision_of(name, shape, form).nbytes(shape) for name, shape in shapes.items()) / 1e9
+        found = sum(text_precision_of(name, shape, form).nbytes(shape) for name, shape in shapes.items()) / 1e9
         assert found == pytest.approx(size, abs=0.01), form

@@ -20,7 +20,7 @@ from edgeprune.export import external_data, graph, modules, parity, to_onnx
 from edgeprune.export.stored_t5 import StoredT5
 from edgeprune.families.encoders import T5
 from edgeprune.families.parts import part_shapes
-from edgeprune.quantization.t5 import quantize_t5
+from edgeprune.quantization.text import quantize_text_encoder
 from edgeprune.residency import shards
 
 PARTS = ("weight_packed", "weight_scale")
@@ -47,7 +47,7 @@ def test_the_bytes_are_those_of_a_t5_rounded_in_memory(
     if half and vendor(folder).dtype != torch.float16:
         pytest.skip("half precision is traced alike for all files")
     monkeypatch.setattr(external_data, "INLINE_BYTES", 1000)
-    whole = modules.widen(modules.T5Encoder(quantize_t5(vendor(folder))))
+    whole = modules.widen(modules.T5Encoder(quantize_text_encoder(vendor(folder))))
     stored = StoredT5(folder)
     example = whole.example(batch=2, tokens=7)
     source = to_onnx.NetworkSource("t5", stored.running(), example, [example], example, stored)
@@ -60,7 +60,7 @@ def test_the_bytes_are_those_of_a_t5_rounded_in_memory(
 
 
 def test_all_forms_compute_the_same(folder: Path) -> None:
-    stored, whole = StoredT5(folder), modules.widen(modules.T5Encoder(quantize_t5(vendor(folder))))
+    stored, whole = StoredT5(folder), modules.widen(modules.T5Encoder(quantize_text_encoder(vendor(folder))))
     example = whole.example(batch=2, tokens=9)
     with torch.no_grad():
         (expected,) = whole(**example)

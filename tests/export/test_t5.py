@@ -19,8 +19,8 @@ from edgeprune import runtimes, targets
 from edgeprune.common.errors import InputError
 from edgeprune.export import modules, parity, to_onnx
 from edgeprune.planning import fit
-from edgeprune.quantization.precision import t5_precision_of
-from edgeprune.quantization.t5 import quantize_t5
+from edgeprune.quantization.precision import text_precision_of
+from edgeprune.quantization.text import quantize_text_encoder
 from edgeprune.runtimes import networks
 from edgeprune.runtimes.text import PromptTokenizer
 from edgeprune.sampling.generation import Generation
@@ -40,7 +40,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 def rounded(model: Any) -> Any:
     """Return transformers' own T5EncoderModel with the dequantised weights."""
-    integers = dict(quantize_t5(copy.deepcopy(model)).named_modules())
+    integers = dict(quantize_text_encoder(copy.deepcopy(model)).named_modules())
     out = copy.deepcopy(model)
     for name, layer in out.named_modules():
         if isinstance(layer, torch.nn.Linear):
@@ -108,7 +108,7 @@ def test_linear_weights_are_in_8_bits_and_tables_in_half_precision(
     from stored import of_onnx
 
     model = onnx.load(str(onnx_folder / "text_encoder_3" / "model.onnx"))
-    weights, layers = of_onnx(model), quantize_t5(copy.deepcopy(pipeline[1].text_encoder_3))
+    weights, layers = of_onnx(model), quantize_text_encoder(copy.deepcopy(pipeline[1].text_encoder_3))
     assert len(weights) == 2 * 7 and {w.bits for w in weights.values()} == {8}
     for name, weight in weights.items():
         layer: Any = layers.get_submodule(name)
@@ -194,7 +194,7 @@ def test_fit_counts_it_as_it_is_stored(pipeline: tuple[Path, Any], monkeypatch: 
     clips = [sum(p.numel() for p in e.parameters()) for e in (pipeline[1].text_encoder, pipeline[1].text_encoder_2)]
     # Of INT4 the larger form counts: which one is kept is not known yet.
     for encoders, form in {"int4": "int4-wo8", "int8": "int8", "half": "half"}.items():
-        t5 = sum(t5_precision_of(name, tuple(t.shape), form).nbytes(tuple(t.shape)) for name, t in state.items())
+        t5 = sum(text_precision_of(name, tuple(t.shape), form).nbytes(tuple(t.shape)) for name, t in state.items())
         found = fit.fit(pipeline[0], device, generation, encoders).text_encoder_bytes
         assert found == max(t5, *(4 * count for count in clips))
         assert fit.fit(pipeline[0], whole, generation, encoders).text_encoder_bytes == found
@@ -214,7 +214,7 @@ def test_t5_xxl_in_bytes() -> None:
         shapes |= {f"{at}.1.DenseReluDense.{n}.weight": (inner, width) for n in ("wi_0", "wi_1")}
         shapes[f"{at}.1.DenseReluDense.wo.weight"] = (width, inner)
     for form, size in {"int4": 2.59, "int4-wo8": 3.06, "int8": 4.90, "half": 9.52}.items():
-        found = sum(t5_precision_of(n, s, form).nbytes(s) for n, s in shapes.items()) / 1e9
+        found = sum(text_precision_of(n, s, form).nbytes(s) for n, s in shapes.items()) / 1e9
         assert found == pytest.approx(size, abs=0.01), form
 
 
@@ -281,7 +281,7 @@ def test_engine(pipeline: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.
 
 def test_the_stream_stays_float32_in_half_precision(pipeline: tuple[Path, Any]) -> None:
     """Sums beyond 65,504, as in T5-XXL, do not overflow."""
-    module = modules.T5Encoder(quantize_t5(copy.deepcopy(pipeline[1].text_encoder_3)))
+    module = modules.T5Encoder(quantize_text_encoder(copy.deepcopy(pipeline[1].text_encoder_3)))
     for block in module.model.encoder.block:
         block.layer[1].DenseReluDense.wo.weight_scale.mul_(100_000)
     example = module.example(batch=1, tokens=9)

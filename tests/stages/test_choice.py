@@ -75,11 +75,11 @@ def test_a_t5_has_8_bits_before_integers_of_the_transformer_are_given_up(tmp_pat
     text = stages.pop("encoders").rounded
     others = sum(stages.values(), Work()).rounded
     speeds = Speeds(1e-9, rounded=(others + text / 2) / (SHARE * 3600))  # all but the T5's INT4 fit
-    assert choose(subject, ASKED, 3600, Speeds(1e-9)).over(ASKED, KINDS).t5_form == "int4"
+    assert choose(subject, ASKED, 3600, Speeds(1e-9)).over(ASKED, KINDS).text_form == "int4"
     found = choose(subject, ASKED, 3600, speeds)
     assert (found.int4_text, found.calibration) == (0, 28) and "a T5 in 8 bits" in found.described()
-    assert found.over(ASKED, KINDS).t5_form == "int8"
-    assert found.over(replace(ASKED, encoders="half"), KINDS).t5_form == "half"
+    assert found.over(ASKED, KINDS).text_form == "int8"
+    assert found.over(replace(ASKED, encoders="half"), KINDS).text_form == "half"
 
 
 def test_a_choice_of_an_older_version_keeps_the_form_of_a_t5(source: Path, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_choice_of_an_older_version_keeps_the_form_of_a_t5(source: Path, tmp_p
     del chosen["int4_text"]
     ws.keep_choice(chosen)
     found = Choice.of_manifest(ws)
-    assert found is not None and found.over(ASKED, KINDS).t5_form == "int4"
+    assert found is not None and found.over(ASKED, KINDS).text_form == "int4"
     # What users typed then has the same digest now.
     nearest, named = replace(ASKED, quantize=INT4), replace(ASKED, encoders="int4")
     assert nearest.to_json()["encoders"] == "int8" and "encoders" not in named.to_json()

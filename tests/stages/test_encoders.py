@@ -13,12 +13,12 @@ from stage_runs import begun
 from edgeprune import api
 from edgeprune.artefact.loading import load_part
 from edgeprune.artefact.manifest import Manifest, packed_encoders, recorded_encoders
-from edgeprune.artefact.t5 import packed_t5
+from edgeprune.artefact.text import packed_text
 from edgeprune.bench.disk import disk_bytes
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.families.encoders import T5
 from edgeprune.quantization.int4 import PackedLinear
-from edgeprune.quantization.t5 import PackedT5, plain, prepare_t5, quantize_t5
+from edgeprune.quantization.text import PackedText, plain, prepare_text_encoder, quantize_text_encoder
 from edgeprune.residency import shards
 from edgeprune.residency.weights import Weights
 from edgeprune.stages import encoders
@@ -52,7 +52,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, bound: float) -> None:
 def floats(out: Path) -> Any:
     """Return transformers' own T5 with the numbers that the artefact's integers stand for."""
     model = load_part(out / "text_encoder_3", T5)
-    tensors = packed_t5(out / "text_encoder_3")
+    tensors = packed_text(out / "text_encoder_3")
     assert tensors is not None
     state = {n: plain(tensors, n, tuple(t.shape)).float() for n, t in model.state_dict().items()}
     model.load_state_dict(state)
@@ -78,7 +78,7 @@ def test_the_error_that_is_written_is_that_of_the_integers(ws: Workspace, monkey
     written = ws.manifest.stages["encoders"]["errors"]["int4"]
     assert written["relative"] == pytest.approx(found.relative, rel=1e-3)
     assert written["cosine"] == pytest.approx(found.cosine, abs=1e-5)
-    nearest = encoders.errors(said(quantize_t5(load_part(ws.out / "text_encoder_3", T5), "int4"), ws), wanted)
+    nearest = encoders.errors(said(quantize_text_encoder(load_part(ws.out / "text_encoder_3", T5), "int4"), ws), wanted)
     assert 0.01 < found.relative < 0.9 * nearest.relative
     assert ws.manifest.encoders == "int4" == ws.manifest.stages["encoders"]["form"]
     assert Manifest.load(ws.out).files[f"{PACKED}/model.safetensors"]
@@ -109,7 +109,7 @@ def test_wo_gets_8_bits_where_the_error_asks_for_it(
     assert narrow.shapes[f"{layer}.weight_packed"] == (tiny.T5_WIDTH, 32)
     found = encoders.errors(said(floats(other.out), other), said(load_part(ws.out / "text_encoder_3", T5), other))
     assert found.relative == pytest.approx(errors["int4-wo8"], rel=1e-3)
-    model = prepare_t5(load_part(other.out / "text_encoder_3", T5), PackedT5(wide).precision)
+    model = prepare_text_encoder(load_part(other.out / "text_encoder_3", T5), PackedText(wide).precision)
     bits = {n.rpartition(".")[2]: m.bits for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     assert bits.pop("wo") == 8 and set(bits.values()) == {4}
     assert not run(other, "int4", 64)
@@ -189,7 +189,7 @@ def test_what_a_killed_run_left_does_not_count(ws: Workspace, monkeypatch: pytes
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Manifest, "hash_files", killed)
         run(ws, "int4", 64)
-    assert (ws.out / PACKED).is_dir() and packed_t5(ws.out / "text_encoder_3") is None
+    assert (ws.out / PACKED).is_dir() and packed_text(ws.out / "text_encoder_3") is None
     assert packed_encoders(ws.out) == [PACKED] and recorded_encoders(ws.out) == []
     whole = disk_bytes(ws.out)["total_disk_bytes"]
     (ws.out / PACKED / "model.safetensors").write_bytes(b"")
@@ -229,7 +229,7 @@ def test_what_is_refused(ws: Workspace, tmp_path: Path, monkeypatch: pytest.Monk
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(InputError, match=PACKED):
-        packed_t5(ws.out / "text_encoder_3")
+        packed_text(ws.out / "text_encoder_3")
 
 
 def test_a_pipeline_without_a_t5_has_no_such_stage(tmp_path: Path) -> None:

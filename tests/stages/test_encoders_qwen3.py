@@ -18,7 +18,7 @@ from edgeprune.artefact.staged import StagedPipeline
 from edgeprune.export import to_onnx
 from edgeprune.export.stored_qwen3 import StoredQwen3
 from edgeprune.families.encoders import QWEN3
-from edgeprune.quantization.t5 import quantize_t5
+from edgeprune.quantization.text import quantize_text_encoder
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.weights import Weights
 from edgeprune.sampling.denoising import encode_prompts
@@ -74,7 +74,7 @@ def test_the_error_that_is_written_is_that_of_the_integers(ws: Workspace, source
     written = ws.manifest.stages["encoders"]["errors"]["int4"]
     assert written["relative"] == pytest.approx(found.relative, rel=1e-3)
     assert written["cosine"] == pytest.approx(found.cosine, abs=1e-4)
-    exact.text_encoder = quantize_t5(load_part(source / "text_encoder", QWEN3, states=STATES), "int4")
+    exact.text_encoder = quantize_text_encoder(load_part(source / "text_encoder", QWEN3, states=STATES), "int4")
     assert found.relative < encoders.errors(said(exact, ws), wanted, states=3).relative
     shapes = Weights(ws.out / PACKED).shapes
     layers = {int(name.split(".")[2]) for name in shapes if ".layers." in name}

@@ -1,6 +1,6 @@
 """The tensors of a T5 or Qwen3 text encoder as they are stored: rounded when they are read, or packed already.
 
-precision.py has the forms. `prepare_t5` gives a T5EncoderModel or a Qwen3 the layers that hold them.
+precision.py has the forms. `prepare_text_encoder` gives a T5EncoderModel or a Qwen3 the layers that hold them.
 
 Notation: O outputs, I inputs, G groups, V words, K width.
 """
@@ -17,7 +17,7 @@ from edgeprune.families import Shape
 from edgeprune.families.encoders import T5
 from edgeprune.families.parts import tensor_of
 from edgeprune.quantization.int4 import HalfLinear, PackedEmbedding, dequantize, pack
-from edgeprune.quantization.precision import T5_INT8, Precision, is_t5_linear, t5_precision_of
+from edgeprune.quantization.precision import TEXT_INT8, Precision, is_text_linear, text_precision_of
 from edgeprune.quantization.quantize import empty_packed, linear_layers, replace, round_to_nearest
 from edgeprune.residency.streaming import PACKED
 from edgeprune.residency.weights import Weights
@@ -29,8 +29,8 @@ _ROWS = 2048
 """Rows of the table that are rounded together."""
 
 
-class T5Tensors(Protocol):
-    """The tensors of a T5EncoderModel after `prepare_t5`, by name."""
+class TextTensors(Protocol):
+    """The tensors of a T5EncoderModel after `prepare_text_encoder`, by name."""
 
     def precision(self, name: str, shape: Shape) -> Precision:
         """Return how a tensor of the model as it was is stored."""
@@ -43,12 +43,12 @@ class T5Tensors(Protocol):
         ...
 
 
-def prepare_t5(model: nn.Module, precision: Callable[[str, Shape], Precision]) -> nn.Module:
-    """Give a T5 empty layers that hold what is stored, in place.
+def prepare_text_encoder(model: nn.Module, precision: Callable[[str, Shape], Precision]) -> nn.Module:
+    """Give a T5 or Qwen3 empty layers that hold what is stored, in place.
 
     Args:
         model: a T5EncoderModel or a Qwen3, usually on the meta device.
-        precision: of each weight, as `T5Tensors.precision`.
+        precision: of each weight, as `TextTensors.precision`.
     """
     for name, linear in linear_layers(model).items():
         p = precision(f"{name}.weight", tuple(linear.weight.shape))
@@ -65,7 +65,7 @@ def prepare_t5(model: nn.Module, precision: Callable[[str, Shape], Precision]) -
     return model
 
 
-class RoundedT5:
+class RoundedText:
     """Tensors that are rounded to the nearest when they are read.
 
     Only scales are kept, which are a few megabytes: both exporters and layers read them right after the integers.
@@ -76,16 +76,16 @@ class RoundedT5:
         group_size: weights that share a scale in INT4.
     """
 
-    def __init__(self, read: Callable[[str], torch.Tensor], form: str = T5_INT8, *, group_size: int = 64) -> None:
+    def __init__(self, read: Callable[[str], torch.Tensor], form: str = TEXT_INT8, *, group_size: int = 64) -> None:
         self._read, self._form, self._group_size = read, form, group_size
         self._scales: dict[str, torch.Tensor] = {}
 
     def precision(self, name: str, shape: Shape) -> Precision:
-        """See T5Tensors."""
-        return t5_precision_of(name, shape, self._form, group_size=self._group_size)
+        """See TextTensors."""
+        return text_precision_of(name, shape, self._form, group_size=self._group_size)
 
     def __call__(self, name: str) -> torch.Tensor:
-        """See T5Tensors."""
+        """See TextTensors."""
         weight = unpacked_name(name)
         if name.endswith("_scale") and weight in self._scales:
             return self._scales[weight]
@@ -106,7 +106,7 @@ class RoundedT5:
         return scale if name.endswith("_scale") else packed
 
 
-class PackedT5:
+class PackedText:
     """Tensors that an artefact stores, as stages/encoders.py writes them.
 
     Args:
@@ -117,7 +117,7 @@ class PackedT5:
         self._weights = weights
 
     def precision(self, name: str, shape: Shape) -> Precision:
-        """See T5Tensors."""
+        """See TextTensors."""
         layer, shapes = stored_name(name).removesuffix(".weight"), self._weights.shapes
         if f"{layer}.weight_packed" not in shapes:
             return Precision(16)
@@ -125,7 +125,7 @@ class PackedT5:
         return Precision(8 * packed[-1] // shape[1], shape[1] // max(1, scale[-1]))
 
     def __call__(self, name: str) -> torch.Tensor:
-        """See T5Tensors."""
+        """See TextTensors."""
         tensor = self._weights[stored_name(name)]
         return tensor.view(torch.int8) if is_words(name) and name.endswith("_packed") else tensor
 
@@ -140,7 +140,7 @@ class PackedT5:
         self._weights.ahead(f"{n}{kind}" for n in layers for kind in kinds if f"{n}{kind}" in self._weights.shapes)
 
     def check(self, model: nn.Module) -> None:
-        """Check that names and shapes are exactly those of a model after `prepare_t5`.
+        """Check that names and shapes are exactly those of a model after `prepare_text_encoder`.
 
         Raises:
             InputError: names the first tensor that differs.
@@ -148,19 +148,19 @@ class PackedT5:
         self._weights.check({stored_name(name): tuple(t.shape) for name, t in model.state_dict().items()})
 
 
-def plain(tensors: T5Tensors, name: str, shape: Shape) -> torch.Tensor:
+def plain(tensors: TextTensors, name: str, shape: Shape) -> torch.Tensor:
     """Return a tensor of the model as it was with the values that are stored: what the integers stand for."""
     layer, p = name.removesuffix(".weight"), tensors.precision(name, shape)
     if p.bits < 16:
         packed = tensors(f"{layer}.weight_packed").view(torch.uint8)
         return dequantize(packed, tensors(f"{layer}.weight_scale"), p.bits, torch.float32)
-    return tensors(f"{layer}.weight_half").T if is_t5_linear(name, shape) else tensors(name)
+    return tensors(f"{layer}.weight_half").T if is_text_linear(name, shape) else tensors(name)
 
 
-def quantize_t5(model: nn.Module, form: str = T5_INT8) -> nn.Module:
+def quantize_text_encoder(model: nn.Module, form: str = TEXT_INT8) -> nn.Module:
     """Store a T5EncoderModel in memory in a form, rounded to the nearest, in place."""
-    rounded = RoundedT5(dict(model.state_dict()).__getitem__, form)
-    prepare_t5(model, rounded.precision)
+    rounded = RoundedText(dict(model.state_dict()).__getitem__, form)
+    prepare_text_encoder(model, rounded.precision)
     model.load_state_dict({name: rounded(name) for name in model.state_dict()}, strict=True, assign=True)
     model.set_input_embeddings(model.get_input_embeddings())  # type: ignore[operator]  # one tensor, two names
     return model
