@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -200,7 +201,7 @@ def train(
         EdgepruneError: the loss or its gradient is not finite; the last good state stays on disk.
         Stopped: one of the processes received SIGTERM; the state is saved.
     """
-    make = eight_bit.adamw if options.optimizer == EIGHT_BIT else torch.optim.AdamW
+    make = eight_bit.adamw if options.optimizer == EIGHT_BIT else partial(torch.optim.AdamW, fused=True)
     optimizer: Any = make(groups, lr=options.rate, betas=(0.9, 0.99), weight_decay=0.0)
     state = _State(state_path, inputs_digest, optimizer, options)
     state.prepare(lesson, parallel)
