@@ -25,7 +25,7 @@ OLDEST_TESTS := artefact cli/test_bad_input.py cli/test_choices.py cli/test_doct
 CODE := edgeprune export runtimes targets tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-full evidence test test-hard lint types check check-matrix check-browser check-gpu check-mac clean
+.PHONY: help setup demo bench bench-full evidence test test-slow test-hard lint types check check-matrix check-browser check-gpu check-mac clean
 
 help:
 	@echo "make demo    compress, export and bench the built-in model"
@@ -33,6 +33,7 @@ help:
 	@echo "make bench-full   list the rows of docs/full-size.md and what they take here; ROW=name measures one"
 	@echo "make evidence     the tables of docs/evidence.md: methods compared on the built-in model, an hour or two"
 	@echo "make test    run the tests"
+	@echo "make test-slow    run those that take minutes"
 	@echo "make test-hard MINUTES=30   properties of what people bring, that long; kills; more than 100,000 damaged files"
 	@echo "make check   format, lint, types, tests with coverage"
 	@echo "make check-matrix   the oldest versions that are supported, and stock diffusers, optimum and OpenVINO GenAI"
@@ -78,6 +79,10 @@ evidence: $(STAMP)
 test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 	@echo "next: make check (format, lint, types, coverage), or make demo"
+
+# What takes minutes, which CI leaves out: an hour on two cores.
+test-slow: $(DEV_STAMP)
+	@$(BIN)/python -m pytest -q -m slow $(PYTEST_FLAGS)
 
 # Everything in tests/hard, one test at a time: MINUTES for the properties, about half an hour for the rest; then the
 # coverage-guided fuzzer, where it can be installed.

@@ -59,6 +59,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_examples_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = PAGE.read_text("utf-8")
     names: dict[str, Any] = {}

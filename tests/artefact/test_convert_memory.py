@@ -77,7 +77,7 @@ def flux_file(path: Path, tiny_config: Path, kind: str, size: int) -> dict[str, 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "size"), [("BF16", 2), ("F8_E4M3", 1)])
+@pytest.mark.parametrize(("kind", "size"), [pytest.param("BF16", 2, marks=pytest.mark.slow), ("F8_E4M3", 1)])
 def test_the_peak_is_that_of_a_few_shards(kind: str, size: int, tmp_path: Path) -> None:
     tiny.tiny_flux_pipeline(tmp_path / "config")
     path = tmp_path / "config/transformer/config.json"

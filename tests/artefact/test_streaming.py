@@ -217,7 +217,8 @@ def test_a_running_model_holds_one_block(config: dict[str, Any], tmp_path: Path)
     assert held == [1] * 8
 
 
-@pytest.mark.parametrize("config", [SD3, pytest.param(FLUX, marks=pytest.mark.slow)], ids=["sd3", "flux"])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [SD3, FLUX], ids=["sd3", "flux"])
 def test_slices_compute_what_the_file_computes(config: dict[str, Any], tmp_path: Path) -> None:
     folder = made(tmp_path / "m", config | {"num_layers": 2})
     part = next(iter(sources(folder)))

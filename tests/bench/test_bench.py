@@ -371,7 +371,7 @@ def test_a_damaged_folder_is_the_users_error(tiny_folders: tuple[Path, Path], tm
         run([Variant("compressed", copy, "ort")], repeats=1)
 
 
-@pytest.mark.parametrize("short", ["ort", "eager"])
+@pytest.mark.parametrize("short", ["ort", pytest.param("eager", marks=pytest.mark.slow)])
 def test_too_little_memory_for_one_is_refused_before_any_is_measured(
     short: str, tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -239,6 +239,7 @@ def test_a_stretch_that_is_not_as_noted_is_written_again(tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------- other formats
 
 
+@pytest.mark.slow
 def test_openvino(tiny_folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino")
     from edgeprune.export import to_openvino
@@ -346,7 +347,7 @@ def disk() -> Iterator[Callable[[str], Path]]:
         path.rmdir()
 
 
-@pytest.mark.parametrize("fmt", ["onnx", "openvino"])
+@pytest.mark.parametrize("fmt", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
     fmt: str,
     tiny_folders: tuple[Path, Path],

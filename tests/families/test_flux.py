@@ -235,6 +235,7 @@ def test_network_is_what_diffusers_gives_it(exported: Path) -> None:
     assert onnx.TensorProto.DOUBLE not in {v.type.tensor_type.elem_type for v in loaded.graph.value_info}
 
 
+@pytest.mark.slow
 def test_openvino(artefact: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The IR draws torch's images; the exported ONNX replaces a second trace, which takes long."""
     names = iter(("transformer", "text_encoder", "text_encoder_2", "vae_decoder"))
@@ -264,6 +265,7 @@ def test_engine_profiles_are_of_packed_tokens(name: str, sources: dict[str, Path
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_core_ml(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference evaluator computes the same from the chunks as diffusers from the whole model."""
     model: Any = load_transformer(artefact, quantized=True)
