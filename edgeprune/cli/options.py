@@ -246,7 +246,7 @@ Encoders = Annotated[
     str | None,
     choice(
         names=lambda: ENCODERS, rich_help_panel=INT4, show_default="int4; int8 with --calibration none",
-        help="How a T5 text encoder is exported. int4 has the last layer of a feed-forward part in 8 bits where "
+        help="How a T5 or Qwen3 is exported. int4 has the last layer of a feed-forward part in 8 bits where "
         "the embedding's error asks for it.",
     ),
 ]  # fmt: skip
