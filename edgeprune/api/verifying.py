@@ -82,7 +82,7 @@ def verify(
     from edgeprune.artefact.checks import check_settings
     from edgeprune.artefact.resolve import resolve
     from edgeprune.artefact.staged import can_stage
-    from edgeprune.families.encoders import QWEN3, check_tokens, text_encoders
+    from edgeprune.families.encoders import check_tokens
     from edgeprune.residency.compute import DTYPES, Compute
     from edgeprune.sampling.generation import Generation, GenerationOptions, heed, say_guesses
     from edgeprune.verify.run import run
@@ -93,8 +93,8 @@ def verify(
     here = Compute.of(compute or ComputeOptions(), None if dtype is None else DTYPES[dtype])
     folder = resolve(None if model is None else os.fspath(model), revision, variant)
     check_settings(folder)
-    if not can_stage(folder) or QWEN3 in text_encoders(folder).values():
-        raise InputError(f"{folder}: verify knows the text encoders CLIP and T5 alone, as SD3 and FLUX.1 have them")
+    if not can_stage(folder):
+        raise InputError(f"{folder}: verify knows the text encoders CLIP, T5 and Qwen3 alone")
     given = (generation or GenerationOptions()).given()
     say_guesses(folder, given)
     images = Generation.load(folder).changed(GenerationOptions(**heed(folder, given)), "options")

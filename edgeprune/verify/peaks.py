@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +38,20 @@ class Peak:
 
 
 @contextlib.contextmanager
-def watched(network: nn.Module) -> Iterator[Peak]:
-    """Yield the peak of a network that runs inside the context."""
+def watched(network: nn.Module, read: Callable[[str], bool] = lambda module: True) -> Iterator[Peak]:
+    """Yield the peak of a network that runs inside the context.
+
+    Args:
+        network: all of it.
+        read: whether a module of this name counts.
+    """
     peak = Peak()
     hooks = [
         module.register_forward_hook(lambda _, inputs, output, name=name: peak.see(name, (inputs, output)))
         for name, module in network.named_modules()
-        if any(True for _ in module.parameters(recurse=False)) and not any(True for _ in module.children())
+        if read(name)
+        and any(True for _ in module.parameters(recurse=False))
+        and not any(True for _ in module.children())
     ]
     try:
         yield peak

@@ -12,9 +12,10 @@ which files store a tensor (`tensor_of` in families/parts.py), and the modules t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import accelerate
 import diffusers
@@ -23,6 +24,7 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
+from edgeprune.artefact.chat import TEMPLATE
 from edgeprune.artefact.loading import quiet, readable
 from edgeprune.artefact.manifest import Manifest
 from edgeprune.artefact.resolve import read_config
@@ -30,7 +32,7 @@ from edgeprune.artefact.surgery import structure
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json
 from edgeprune.families import CHANGED
-from edgeprune.families.encoders import text_encoders, tokenizer_of
+from edgeprune.families.encoders import QWEN3, text_encoders, tokenizer_of
 from edgeprune.families.parts import tensor_of
 from edgeprune.residency.model_files import weights_of
 from edgeprune.sampling.scheduler import FlowMatch
@@ -109,9 +111,13 @@ def text_pipeline(folder: Path, device: torch.device, variant: str | None) -> An
             network = getattr(transformers, kind)
             with accelerate.init_empty_weights():  # buffers, which no file stores, are computed
                 encoder = network(network.config_class.from_dict(read_json(folder / name / "config.json")))
-            parts[name] = _streamed(encoder, folder / name, kind, device, variant)
             tokenizer = folder / tokenizer_of(name)
-            parts[tokenizer_of(name)] = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+            words = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+            if kind == QWEN3:
+                encoder.lm_head = nn.Identity()  # its file lacks a head that is tied, and no pipeline reads the words
+                words.chat_template = TEMPLATE  # the folder's own is a program
+            parts[name] = _streamed(encoder, folder / name, kind, device, variant)
+            parts[tokenizer_of(name)] = words
         return _pipeline(folder, parts)
 
 
@@ -132,7 +138,7 @@ def step(
         pipe: of `image_pipeline`.
         latents: noise (1, C, h, w).
         hidden: text (1, M, K).
-        pooled: text (1, P).
+        pooled: text (1, P); 0 wide if there is none.
         factor: pixels per side of a latent pixel.
         settings: further arguments of the pipeline: steps, guidance scale, height and width.
     """
@@ -140,18 +146,35 @@ def step(
 
     def stop(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         after.append(values["latents"])
-        pipe._interrupt = True  # as diffusers documents it
-        return values
+        raise _TakenError  # what FLUX.2's pipeline does after its last step needs a VAE
 
     pipe.vae_scale_factor = factor  # of a pipeline without VAE it would be a guess
-    packs = hasattr(pipe, "_pack_latents")
-    given = pipe._pack_latents(latents, *latents.shape) if packs else latents
-    with torch.no_grad():
-        pipe(
-            prompt_embeds=hidden, pooled_prompt_embeds=pooled, latents=given, output_type="latent",
-            callback_on_step_end=stop, **settings,
-        )  # fmt: skip
-    return pipe._unpack_latents(after[0], settings["height"], settings["width"], factor) if packs else after[0]
+    text = {"prompt_embeds": hidden} | ({"pooled_prompt_embeds": pooled} if pooled.shape[-1] else {})
+    with torch.no_grad(), contextlib.suppress(_TakenError):
+        pipe(latents=_packed(pipe, latents), output_type="latent", callback_on_step_end=stop, **text, **settings)
+    return _unpacked(pipe, after[0], latents)
+
+
+class _TakenError(Exception):
+    """Ends a pipeline's call after the first step."""
+
+
+def _packed(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Return latents (1, C, h, w) as the pipeline's call takes them."""
+    if hasattr(pipe, "_patchify_latents"):  # FLUX.2's call packs the pixels that it gets two by two
+        return cast("torch.Tensor", pipe._patchify_latents(latents))
+    return pipe._pack_latents(latents, *latents.shape) if hasattr(pipe, "_pack_latents") else latents
+
+
+def _unpacked(pipe: Any, latents: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return latents of a pipeline's call in the shape of others, (1, C, h, w)."""
+    if hasattr(pipe, "_patchify_latents"):
+        ids = pipe._prepare_latent_ids(pipe._patchify_latents(like)).to(latents.device)
+        return cast("torch.Tensor", pipe._unpatchify_latents(pipe._unpack_latents_with_ids(latents, ids)))
+    if not hasattr(pipe, "_pack_latents"):
+        return latents
+    height, width = (side * pipe.vae_scale_factor for side in like.shape[2:])
+    return cast("torch.Tensor", pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor))
 
 
 def _structure(folder: Path, subfolder: str) -> Any:

@@ -6,10 +6,10 @@ Notation: B prompts, M text tokens, K text width, P pooled width, C latent chann
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from edgeprune.artefact.staged import StagedPipeline
 from edgeprune.common.progress import Progress, Steps
 from edgeprune.common.tables import duration
 from edgeprune.families import CHANGED
+from edgeprune.families.encoders import text_encoders
+from edgeprune.families.parts import is_read
 from edgeprune.metrics.psnr import decibels
 from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.model_files import weights_of
@@ -102,7 +104,7 @@ class Subject:
         """The subfolders with a transformer's weights: `transformer`, `transformer_int4` or both."""
         return [name for name in (HALF, INT4) if weights_of(self.folder / name, self.variant)]
 
-    @cached_property
+    @functools.cached_property
     def stored(self) -> dict[str, StoredTransformer]:
         """Structure and weights of the transformer in each subfolder."""
         return {
@@ -132,7 +134,7 @@ class Subject:
             f"on {self.compute.device}; --height and --width make it shorter"
         )
 
-    @cached_property
+    @functools.cached_property
     def text(self) -> Text:
         """The prompts, encoded by edgeprune's own way through the encoders and by the reference's."""
         self.progress("verify: text encoders, as edgeprune runs them")
@@ -145,9 +147,11 @@ class Subject:
         said: dict[str, Any] = {}
         with ExitStack() as stack, torch.no_grad():
             peaks = {}
-            for name in outputs:
+            for name, kind in text_encoders(self.folder).items():
                 encoder = getattr(original, name)
-                peaks[name] = stack.enter_context(watched(encoder))
+                # The reference runs all layers of a language model; values of those that nothing reads do not matter.
+                reads = functools.partial(_reads, kind, pipe.states(name))
+                peaks[name] = stack.enter_context(watched(encoder, reads))
                 encoder.register_forward_hook(lambda _, __, output, name=name: said.setdefault(name, output))
             expected = Conditioning(*self.family.encode(original, prompts, length))
         encoders = {
@@ -157,7 +161,7 @@ class Subject:
         dtypes = {name: pipe.dtype_of(name) for name in outputs}
         return Text(found, expected, encoders, dtypes, peaks)
 
-    @cached_property
+    @functools.cached_property
     def steps(self) -> dict[str, Step]:
         """The first step of sampling for the first prompt, by the transformer of each subfolder.
 
@@ -166,7 +170,7 @@ class Subject:
         """
         return {subfolder: self._step(subfolder) for subfolder in self.transformers}
 
-    @cached_property
+    @functools.cached_property
     def round_trip(self) -> RoundTrip:
         """The picture after the VAE has encoded and decoded it."""
         self.progress("verify: VAE")
@@ -216,6 +220,11 @@ class Subject:
 
     def _sides(self, factor: int) -> tuple[int, int]:
         return self.generation.height // factor, self.generation.width // factor
+
+
+def _reads(kind: str, states: tuple[int, ...], module: str) -> bool:
+    """Return whether a module of a text encoder is read, by its name."""
+    return is_read(kind, f"{module}.weight", states)
 
 
 def _row(tensors: Any) -> torch.Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from diffusers import AutoencoderKLFlux2
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -24,6 +25,7 @@ from edgeprune.planning.options import PlanOptions
 from edgeprune.quantization import int4
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.weights import Weights
+from edgeprune.sampling import latents
 from edgeprune.stages.options import QuantizeOptions
 from edgeprune.stages.plan import run as run_plan
 from edgeprune.stages.prune import run as run_prune
@@ -37,9 +39,23 @@ TRAINED = BUILTIN / "vae"
 """A VAE that was trained, for pipelines of random weights."""
 
 
-@pytest.fixture(scope="module", params=["sd3 with T5", "flux"])
+def trained_vae_flux2(out: Path) -> None:
+    """Write the trained VAE as FLUX.2's class, whose latents are normalised by statistics."""
+    AutoencoderKLFlux2.from_config(  # its own class name would be another one's
+        json.loads((TRAINED / "config.json").read_text()) | {"_class_name": "AutoencoderKLFlux2"}
+    ).save_pretrained(out)
+    path = out / "diffusion_pytorch_model.safetensors"
+    statistics = {"bn.running_mean": torch.linspace(-1, 1, 32), "bn.running_var": torch.linspace(0.3, 3, 32)}
+    save_file(load_file(next(TRAINED.glob("*.safetensors"))) | statistics, path)
+
+
+@pytest.fixture(scope="module", params=["sd3 with T5", "flux", "klein"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("verify") / request.param.split()[0]
+    if request.param == "klein":
+        tiny.tiny_klein_pipeline(out, distilled=False)
+        trained_vae_flux2(out / "vae")
+        return out
     if request.param == "flux":
         tiny.tiny_flux_pipeline(out)
     else:
@@ -60,6 +76,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(small: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(small, tmp_path / "copy"))
+
+
+@pytest.fixture
+def klein(tmp_path: Path) -> Path:
+    """A FLUX.2 klein to change."""
+    tiny.tiny_klein_pipeline(tmp_path / "klein")
+    trained_vae_flux2(tmp_path / "klein" / "vae")
+    return tmp_path / "klein"
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +140,8 @@ def test_a_good_model_passes(folder: Path) -> None:
     found = api.verify(folder)
     assert found.passed and {f.verdict for f in found.findings} == {"pass"}
     assert [*dict.fromkeys(f.check for f in found.findings)] == list(CHECKS)
+    text = ["hidden"] if folder.name == "klein" else ["hidden", "pooled"]
+    assert [f.part for f in found.findings if f.check == "text"] == text
     encoders = sorted(path.name for path in folder.glob("text_encoder*"))
     assert [f.part for f in found.findings if f.check == "encoders"] == encoders
     assert [f.part for f in found.findings if f.check == "overflow"] == [*encoders, "transformer", "vae"]
@@ -144,6 +170,40 @@ def test_a_tensor_that_is_misread_is_found(small: Path, monkeypatch: pytest.Monk
     misread(monkeypatch, "transformer/transformer_blocks.1.attn.to_k.weight", "/".join(encoder))
     text = {("text", "hidden"), ("text", "pooled"), ("encoders", encoder[0])}
     assert failed(api.verify(small)) == text | {("step", "transformer")}
+
+
+def test_a_layer_of_qwen3_that_is_misread_is_found(
+    klein: Path, monkeypatch: pytest.MonkeyPatch, only: Callable[..., None]
+) -> None:
+    only("text", "encoders")
+    misread(monkeypatch, "text_encoder/model.layers.20.mlp.up_proj.weight")  # read by one state of three
+    assert failed(api.verify(klein)) == {("text", "hidden"), ("encoders", "text_encoder")}
+
+
+@pytest.mark.parametrize(("layer", "verdict"), [(5, "warning"), (27, "pass")])
+def test_what_only_unread_layers_of_qwen3_compute_does_not_matter(
+    klein: Path, only: Callable[..., None], layer: int, verdict: str
+) -> None:
+    """The last state that is read is what layer 26 says."""
+    only("encoders", "overflow")
+    change(klein / "text_encoder", lambda name, t: t * 300 if f".{layer}.mlp." in name else t)
+    found = {f.part: f for f in api.verify(klein).findings if f.check == "overflow"}
+    assert found["text_encoder"].verdict == verdict
+    assert ("layers.5." in found["text_encoder"].advice) == (layer == 5)
+
+
+def test_statistics_of_a_vae_that_are_misread_are_found(
+    klein: Path, monkeypatch: pytest.MonkeyPatch, only: Callable[..., None]
+) -> None:
+    only("vae")
+    assert api.verify(klein).passed
+    monkeypatch.setattr(latents.Statistics, "to_vae", lambda self, x: x)
+    assert failed(api.verify(klein)) == {("vae", "vae")}
+    monkeypatch.undo()
+    only("vae")
+    change(klein / "vae", lambda name, t: -t if name == "bn.running_var" else t)
+    (finding,) = [f for f in api.verify(klein).findings if f.check == "vae"]
+    assert finding.verdict == "fail" and "bn.running_var: found -" in finding.advice
 
 
 def test_wrongly_unpacked_integers_are_found(
@@ -235,7 +295,7 @@ def test_exit_codes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"--memory: found 0.00 GB, expected at least"):
         api.verify(BUILTIN, compute=ComputeOptions("cpu", 1000))
     monkeypatch.setattr(staged, "can_stage", lambda folder: False)
-    with pytest.raises(InputError, match="verify knows the text encoders CLIP and T5 alone"):
+    with pytest.raises(InputError, match="verify knows the text encoders CLIP, T5 and Qwen3 alone"):
         api.verify(BUILTIN)
 
 
@@ -245,8 +305,8 @@ def test_exit_codes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_reference_reads_weights_when_they_are_needed(folder: Path) -> None:
     pipe = reference.image_pipeline(folder, "transformer", torch.device("cpu"), None)
     with watched(pipe.transformer) as peak:
-        inputs = {"hidden": torch.randn(1, 40, tiny.T5_WIDTH), "pooled": torch.randn(1, 64)}
-        inputs = inputs | ({"pooled": torch.randn(1, tiny.TEXT_WIDTH)} if "flux" in folder.name else {})
+        pooled = {"sd3": 64, "flux": tiny.TEXT_WIDTH, "klein": 0}[folder.name]
+        inputs = {"hidden": torch.randn(1, 40, tiny.T5_WIDTH), "pooled": torch.randn(1, pooled)}
         size = {"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 1.0}
         after = reference.step(pipe, torch.randn(1, 8, 8, 8), **inputs, factor=8, **size)
     assert after.shape == (1, 8, 8, 8) and after.isfinite().all()

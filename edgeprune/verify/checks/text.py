@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprune.families.encoders import T5, text_encoders
+from edgeprune.families.encoders import LONG, text_encoders
 from edgeprune.verify.finding import BOUNDS, Finding, error_finding
 from edgeprune.verify.subject import Subject
 
@@ -11,9 +11,9 @@ _ADVICE = "the prompt is not encoded as diffusers does it; see which encoder dif
 
 
 def check(subject: Subject) -> list[Finding]:
-    """Compare hidden and pooled text, of which T5 has only the first."""
+    """Compare hidden and pooled text; T5 and Qwen3 have no pooled text, and FLUX.2 has none at all."""
     text, kinds = subject.text, text_encoders(subject.folder)
-    pooled = [dtype for name, dtype in text.dtypes.items() if kinds[name] != T5]
+    pooled = [dtype for name, dtype in text.dtypes.items() if kinds[name] not in LONG]
     rows = (
         ("hidden", [*text.dtypes.values()], text.found.hidden, text.expected.hidden),
         ("pooled", pooled, text.found.pooled, text.expected.pooled),
@@ -21,4 +21,5 @@ def check(subject: Subject) -> list[Finding]:
     return [
         error_finding(NAME, part, max(dtypes, key=BOUNDS.__getitem__), found, expected, _ADVICE)
         for part, dtypes, found, expected in rows
+        if dtypes
     ]
