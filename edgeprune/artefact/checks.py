@@ -270,7 +270,8 @@ def _check_states(encoder: Encoder, config: Path, hidden: int, path: Path) -> No
         path: the transformer's config.json.
     """
     found = read_json(config)
-    whole_number({"num_hidden_layers": 32} | found, "num_hidden_layers", config, least=max(encoder.states))
+    # transformers norms what it returns as the last state, which here is never one that is read.
+    whole_number({"num_hidden_layers": 32} | found, "num_hidden_layers", config, least=max(encoder.states) + 1)
     wide = len(encoder.states) * text_outputs(encoder.kind, found, config)[0]
     if wide != hidden:
         raise InputError(

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer, CLIPTokenizer, Qwen2TokenizerFast, T5Config, T5EncoderModel, T5TokenizerFast
 
 import edgeprune
+from edgeprune import api
 from edgeprune.artefact import synth
 from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.synth import drawing, networks, tokenizers
@@ -25,7 +26,7 @@ from edgeprune.families import family_of, published
 from edgeprune.families.parts import tensor_of
 from edgeprune.residency.shards import ShardWriter
 from edgeprune.residency.weights import Weights
-from edgeprune.sampling.generation import Generation
+from edgeprune.sampling.generation import Generation, GenerationOptions
 from edgeprune.sampling.scheduler import FlowMatch
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -34,6 +35,7 @@ TRANSFORMERS = {
     "flux.1-dev": 11_901_408_320, "flux.1-schnell": 11_891_178_560,
     "flux.2-klein-4b": 3_875_544_576, "flux.2-klein-base-4b": 3_875_544_576,
 }  # fmt: skip
+KLEIN = ("flux.2-klein-4b", "flux.2-klein-base-4b")
 SMALL_TEXT = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32, "num_hidden_layers": 2}
 SMALL: dict[str, dict[str, Any]] = {
     "clip-l": SMALL_TEXT | {"num_attention_heads": 2},
@@ -205,8 +207,23 @@ def test_another_kind_of_encoders_needs_another_folder(tmp_path: Path) -> None:
         synth.synth("flux.1-dev", tmp_path / "m")
     with pytest.raises(InputError, match="expected one of sd3.5-large, sd3.5-large-turbo"):
         synth.synth("sd4", tmp_path / "n")
-    with pytest.raises(InputError, match="flux.2-klein-4b, whose text encoder, Qwen3ForCausalLM, has no tiny form"):
-        synth.synth("flux.2-klein-4b", tmp_path / "n", tiny_encoders=True)
+
+
+@pytest.mark.parametrize(("name", "distilled"), [("flux.2-klein-4b", True), ("flux.2-klein-base-4b", False)])
+@pytest.mark.usefixtures("scaled_down")
+def test_klein_with_a_tiny_encoder_draws_as_diffusers_does(name: str, distilled: bool, tmp_path: Path) -> None:
+    synth.synth(name, tmp_path / "m", tiny_encoders=True)
+    assert check_pipeline(tmp_path / "m")["is_distilled"] == distilled
+    assert Generation.load(tmp_path / "m").max_sequence_length == 77
+    size = sum(p.stat().st_size for part in ("text_encoder", "vae") for p in (tmp_path / "m" / part).iterdir())
+    assert size < 2_000_000
+    pipe = edgeprune.load(tmp_path / "m")
+    image = pipe(prompt="a red fox", num_inference_steps=2, height=64, width=64, output_type="pt").images
+    assert image.isfinite().all() and image.std() > 0.02
+    found = api.verify(tmp_path / "m", generation=GenerationOptions(height=64, width=64))
+    assert found.passed and {f.check for f in found.findings if f.verdict == "pass"} >= {"text", "step"}
+    with pytest.raises(InputError, match=r"synth\.json: found another architecture"):
+        synth.synth({*KLEIN}.difference({name}).pop(), tmp_path / "m", tiny_encoders=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")

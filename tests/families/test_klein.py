@@ -207,7 +207,7 @@ def edited(source: Path, out: Path, file: str, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("file", "fields", "says"),
     [
-        ("text_encoder/config.json", {"num_hidden_layers": 20}, "num_hidden_layers: found 20, expected .* from 27"),
+        ("text_encoder/config.json", {"num_hidden_layers": 27}, "num_hidden_layers: found 27, expected .* from 28"),
         ("transformer/config.json", {"joint_attention_dim": 64}, "joint_attention_dim: found 64, expected 96, the wid"),
         ("text_encoder/config.json", {"attention_bias": True}, "attention_bias: found True, expected false"),
         ("text_encoder/config.json", {"use_sliding_window": True}, "use_sliding_window: found True, expected false"),

@@ -10,8 +10,10 @@ small files, tiny.py makes tiny encoders.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from edgeprune.artefact.synth.networks import others, transformer, write_all
 from edgeprune.artefact.synth.surroundings import write_index, write_surroundings
@@ -21,7 +23,6 @@ from edgeprune.common.files import digest, read_json, write_json
 from edgeprune.common.lock import LOCK, hold, is_free
 from edgeprune.common.progress import Progress, silent
 from edgeprune.families import Config, family_of, published
-from edgeprune.families.encoders import QWEN3
 
 MARK = "synth.json"
 """File that says what a folder was made of."""
@@ -37,20 +38,17 @@ def synth(name: str, out: Path, *, tiny_encoders: bool = False, progress: Progre
         progress: called with shards done, shards in total, and bytes and speed.
 
     Raises:
-        InputError: there is no such pipeline or no tiny form of its encoder, `out` holds something else, or another
-            process writes there.
+        InputError: there is no such pipeline, `out` holds something else, or another process writes there.
         DiskError: the disk is too full; says how much is needed.
     """
     known = published.pipelines()
     if name not in known:
         raise InputError(f"synth: found {name!r}, expected one of {', '.join(known)}")
-    config = published.transformers()[known[name].transformer]
-    other = [e.kind for e in family_of(config, name).encoders if e.kind == QWEN3]
-    if tiny_encoders and other:
-        raise InputError(
-            f"--tiny-encoders: found {name}, whose text encoder, {other[0]}, has no tiny form; leave it out"
-        )
-    return write_pipeline(config, out, label=name, pipeline=None if tiny_encoders else known[name], progress=progress)
+    pipeline = known[name]
+    config = published.transformers()[pipeline.transformer]
+    if tiny_encoders:
+        return write_pipeline(config, out, label=name, index=pipeline.index, progress=progress)
+    return write_pipeline(config, out, label=name, pipeline=pipeline, progress=progress)
 
 
 def write_pipeline(
@@ -59,6 +57,7 @@ def write_pipeline(
     *,
     label: str,
     pipeline: published.PublishedPipeline | None = None,
+    index: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> int:
     """Write the pipeline folder `out` for any transformer; like `synth`, with `label` as the name.
@@ -66,10 +65,11 @@ def write_pipeline(
     Args:
         config: the transformer's.
         pipeline: what else to write; None for tiny encoders, VAE and tokenizers.
+        index: without a pipeline, its settings in model_index.json; None for none.
     """
     family = family_of(config, label)
     parts = [transformer(family, config)]
-    key = digest(config)
+    key = digest({**config, **(index or {})})
     if pipeline is not None:
         parts = [*others(family, pipeline), *parts]
         key = digest([asdict(pipeline), *(part.config for part in parts)])
@@ -77,7 +77,7 @@ def write_pipeline(
     with hold(out / LOCK, out):
         write_json(out / MARK, {"architecture": label, "config": key})
         if pipeline is None:
-            write_companions(family, config, out)
+            write_companions(family, config, out, index or {})
         else:
             write_surroundings(family, pipeline, out)
         size = write_all(out, parts, key, label=label, progress=progress)

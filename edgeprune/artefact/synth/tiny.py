@@ -4,38 +4,46 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from edgeprune.artefact.loading import quiet
+from edgeprune.artefact.synth import tokenizers
 from edgeprune.common.files import read_json, write_json
 from edgeprune.families import Config, Family
-from edgeprune.families.encoders import CLIP, T5, tokenizer_of
+from edgeprune.families.encoders import CLIP, LONG, QWEN3, T5, tokenizer_of
+from edgeprune.families.parts import VAE_FLUX2
 from edgeprune.sampling.generation import Generation
 
 TOKENS = 77
 """Number of text tokens of every prompt."""
+_QWEN_WORDS = 1200
+"""Tokens of a tiny Qwen: bytes, and pairs of letters, without which its chat would fill a prompt."""
 
 
-def write_companions(family: Family, config: Config, out: Path) -> None:
-    """Write everything of a pipeline but its transformer, unless it is there."""
+def write_companions(family: Family, config: Config, out: Path, index: Mapping[str, Any]) -> None:
+    """Write everything of a pipeline but its transformer, unless it is there.
+
+    Args:
+        family: the transformer's.
+        config: the transformer's.
+        out: the pipeline's folder.
+        index: settings in model_index.json besides the names of its parts.
+    """
     import diffusers
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+    import transformers
 
     if (out / "model_index.json").is_file():
         return
     space, (hidden, pooled) = family.latents(config), family.text_widths(config)
     torch.manual_seed(0)
     parts: dict[str, Any] = {
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-        "vae": AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(16, 16, 32, 32), layers_per_block=1, latent_channels=space.channels, norm_num_groups=8,
-            use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5, shift_factor=0.1,
-        ),
-    }  # fmt: skip
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": _vae(family.vae, space.channels),
+    }
     clips = sum(encoder.kind == CLIP for encoder in family.encoders)
     for encoder in family.encoders:
         tokenizer = tokenizer_of(encoder.name)
@@ -43,18 +51,34 @@ def write_companions(family: Family, config: Config, out: Path) -> None:
             parts |= {encoder.name: None, tokenizer: None}
         elif encoder.kind == T5:
             parts |= {encoder.name: _t5(hidden), tokenizer: _t5_tokenizer(out / "tokenizer.tmp")}
+        elif encoder.kind == QWEN3:
+            tokenizers.write_qwen(out / "tokenizer.tmp", words=_QWEN_WORDS)
+            words = transformers.Qwen2TokenizerFast.from_pretrained(out / "tokenizer.tmp")
+            parts |= {encoder.name: _qwen3(hidden, encoder.states), tokenizer: words}
         else:
             width = pooled // max(1, clips)
             clip = _clip(encoder.kind, width, min(64, hidden // max(1, clips)))
             parts |= {encoder.name: clip, tokenizer: _clip_tokenizer(out / "tokenizer.tmp")}
     shutil.rmtree(out / "tokenizer.tmp", ignore_errors=True)
-    pipeline = getattr(diffusers, family.pipeline)(transformer=None, **parts)
+    pipeline = getattr(diffusers, family.pipeline)(transformer=None, **parts, **index)
     with quiet():
         pipeline.to(torch.float16).save_pretrained(out)
-    sequence = TOKENS if any(e.kind == T5 and not e.optional for e in family.encoders) else 0
+    sequence = TOKENS if any(e.kind in LONG and not e.optional for e in family.encoders) else 0
     Generation(num_inference_steps=4, guidance_scale=0.0, height=512, width=512, max_sequence_length=sequence).save(out)
-    index = read_json(out / "model_index.json")
-    write_json(out / "model_index.json", index | {"transformer": ["diffusers", config["_class_name"]]})
+    written = read_json(out / "model_index.json")
+    write_json(out / "model_index.json", written | {"transformer": ["diffusers", config["_class_name"]]})
+
+
+def _vae(kind: str, channels: int) -> Any:
+    """Return a VAE of a class; `channels` is that of the latents."""
+    import diffusers
+
+    more = {} if kind == VAE_FLUX2 else {"scaling_factor": 1.5, "shift_factor": 0.1}
+    return getattr(diffusers, kind)(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 16, 32, 32), layers_per_block=1, latent_channels=channels, norm_num_groups=8,
+        use_quant_conv=False, use_post_quant_conv=False, **more,
+    )  # fmt: skip
 
 
 def _clip_tokenizer(folder: Path) -> Any:
@@ -104,3 +128,20 @@ def _t5(width: int) -> Any:
         tie_word_embeddings=False,
     )  # fmt: skip
     return T5EncoderModel(config).eval()
+
+
+def _qwen3(width: int, states: Sequence[int]) -> Any:
+    """Return a Qwen3 with one layer more than is read, which makes its states what transformers returns of a real one.
+
+    Args:
+        width: of the transformer's text, which is all states side by side.
+        states: the hidden states that are read.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=_QWEN_WORDS, hidden_size=width // len(states), intermediate_size=32,
+        num_hidden_layers=max(states) + 1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
