@@ -46,13 +46,17 @@ PLENTY = 10**9
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The built-in model's decoder as IR and as ONNX, by runtime."""
+    return exported(BUILTIN, tmp_path_factory.mktemp("vae"))
+
+
+def exported(artefact: Path, out: Path) -> dict[str, Path]:
     from edgeprune.export import graph, loaders, to_onnx, to_openvino
 
-    path = tmp_path_factory.mktemp("vae") / "ir" / "model.onnx"
+    path = out / "ir" / "model.onnx"
     path.parent.mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vendors' deprecations
-        vae = loaders.vae_decoder(BUILTIN, loaders.by_name)
+        vae = loaders.vae_decoder(artefact, loaders.by_name)
         traced = graph.to_ir(vae, vae.example(batch=2, height=4, width=6), vae.inputs, vae.outputs)
         to_onnx.save("vae_decoder", traced, path)
         copy = Path(shutil.copytree(path.parent, path.parents[1] / "onnx")) / path.name
@@ -139,6 +143,23 @@ def test_an_export_to_onnx_is_decoded(runtime: str, tiny_folders: tuple[Path, Pa
     latents = np.random.default_rng(0).standard_normal((1, channels, 24, 5), dtype=np.float32)
     fewest = least(file_of(runtime, path), latents.shape)
     assert apart(strips((runtime, path), latents, fewest), whole((runtime, path), latents)) < 2e-5
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_flux2s_decoder_is_decoded(tmp_path: Path, small: Path, narrow: bool) -> None:
+    """It begins with a convolution of its own, and may be narrower than its encoder."""
+    import tiny
+
+    tiny.tiny_klein_pipeline(tmp_path / "klein")
+    if narrow:
+        shutil.rmtree(tmp_path / "klein" / "vae")
+        tiny.tiny_vae_flux2(decoder_block_out_channels=(4, 8, 8, 12)).save_pretrained(tmp_path / "klein" / "vae")
+    files = exported(tmp_path / "klein", tmp_path)
+    shutil.rmtree(tmp_path / "klein")
+    for runtime, path in files.items():
+        latents = noise(24, 6)
+        for limit in (least_of((runtime, path), 24, 6), PLENTY):
+            assert apart(strips((runtime, path), latents, limit), whole((runtime, path), latents)) < 2e-5
 
 
 def test_the_disk_takes_what_was_forecast(decoder: Decoder, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKLFlux2
+from diffusers.models.autoencoders.vae import Decoder
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 from typer.testing import CliRunner
 
 from edgeprune import api
@@ -26,6 +28,7 @@ from edgeprune.quantization import int4
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.weights import Weights
 from edgeprune.sampling import latents
+from edgeprune.sampling.generation import GenerationOptions
 from edgeprune.stages.options import QuantizeOptions
 from edgeprune.stages.plan import run as run_plan
 from edgeprune.stages.prune import run as run_prune
@@ -238,11 +241,21 @@ def test_a_vae_that_loses_the_picture_is_found(copy: Path, only: Callable[..., N
 
 
 def test_a_picture_in_tiles_is_the_same(
-    small: Path, monkeypatch: pytest.MonkeyPatch, only: Callable[..., None]
+    small: Path, klein: Path, monkeypatch: pytest.MonkeyPatch, only: Callable[..., None]
 ) -> None:
     only("vae")
     monkeypatch.setattr(Compute, "left", lambda self: 0)
-    assert api.verify(small).passed
+    monkeypatch.setattr(staged, "TILE", 8)
+    for model in (small, klein):
+        seen = list[tuple[int, ...]]()
+        hook = register_module_forward_pre_hook(
+            lambda module, given, seen=seen: seen.append(given[0].shape) if isinstance(module, Decoder) else None
+        )
+        try:
+            assert api.verify(model, generation=GenerationOptions(height=128, width=128)).passed
+        finally:
+            hook.remove()
+        assert len(seen) > 1 and max(shape[-1] for shape in seen) == 8
 
 
 def test_a_damaged_file_is_found(artefact: Path, copy: Path, tmp_path: Path) -> None:
