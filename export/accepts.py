@@ -13,18 +13,18 @@ from safetensors import SafetensorError, safe_open
 from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.convert.opening import refuse_file
 from edgeprune.artefact.manifest import recorded_encoders
-from edgeprune.artefact.resolve import nearby, read_config
+from edgeprune.artefact.resolve import nearby
 from edgeprune.common.errors import InputError
-from edgeprune.families.encoders import QWEN3, QWEN3_FORMATS, check_tokens
+from edgeprune.families.encoders import check_tokens
 from edgeprune.sampling.generation import Generation
 from edgeprune.targets import Target
 
 
-def pipeline(artefact: Path, fmt: str) -> dict[str, Any]:
-    """Read model_index.json and check that the pipeline can be exported to a format.
+def pipeline(artefact: Path) -> dict[str, Any]:
+    """Read model_index.json and check that the pipeline can be exported.
 
     Raises:
-        InputError: `artefact` is no pipeline of a family, a part is missing, or a part cannot be exported yet.
+        InputError: `artefact` is no pipeline of a family, or a part is missing or cannot be exported.
     """
     path = artefact / "model_index.json"
     if not artefact.is_dir():
@@ -32,13 +32,6 @@ def pipeline(artefact: Path, fmt: str) -> dict[str, Any]:
     if not path.is_file():
         where = nearby(artefact)
         raise InputError(f"{artefact}: no model_index.json; expected an artefact or a diffusers folder{where}")
-    _, family = read_config(artefact)
-    foreign = [encoder for encoder in family.encoders if encoder.kind == QWEN3]
-    if foreign and fmt not in QWEN3_FORMATS:
-        formats = " or ".join(QWEN3_FORMATS)
-        raise InputError(
-            f"{path}: {foreign[0].name}: found {foreign[0].kind}, which cannot be exported to {fmt} yet; use {formats}"
-        )
     index = check_pipeline(artefact)
     check_tokens(artefact, Generation.load(artefact).max_sequence_length)
     return index

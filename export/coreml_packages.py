@@ -75,7 +75,7 @@ def convert_network(
     if not half:
         _widen_scales(reference)
     batches = [len(next(iter(example.values()))) for example in examples]
-    tensors, paths, outputs = dict(examples[-1]), [], []
+    tensors, paths, returned = dict(examples[-1]), [], list[str]()
     for i, module in enumerate(modules, 1):
         if not half:
             _widen_scales(module)
@@ -90,14 +90,16 @@ def convert_network(
             raise EdgepruneError(f"{name}: coremltools cannot convert it: {' '.join(str(error).split())}") from error
         if i < chunks:  # a program does not depend on the values that it is traced with
             tensors |= zip(outputs, _zeros_like_outputs(module, feeds), strict=True)
+        # What no later package reads is what the network returns.
+        returned = [key for key in returned if key not in module.inputs] + outputs
         paths.append(path)
         progress(f"{name}: converted", i, chunks)
     chain = Chain(paths, Prediction if sys.platform == "darwin" else Package)
     if sys.platform == "darwin":
-        record = parity.check(name, chain, reference, examples, outputs, bound=DEVICE_BOUND, progress=progress)
+        record = parity.check(name, chain, reference, examples, returned, bound=DEVICE_BOUND, progress=progress)
         return record | {"by": "prediction"}
-    record = parity.check(name, chain, reference, examples, outputs, bound=BOUND, progress=progress)
-    return record | {"by": "mil_reference", "half_relative": _half_error(name, chain, examples[-1], outputs, progress)}
+    record = parity.check(name, chain, reference, examples, returned, bound=BOUND, progress=progress)
+    return record | {"by": "mil_reference", "half_relative": _half_error(name, chain, examples[-1], returned, progress)}
 
 
 def _widen_scales(network: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 It computes what `Qwen3ForCausalLM` of transformers returns for `output_hidden_states`: causal attention that leaves out
 padding, grouped queries, norms of queries and keys, rotary positions; no cache, and neither the last norm nor the head.
+The residual stream stays float32 even if everything else is half precision, as a T5's does.
 
 Notation: B batch, M tokens, D width, H heads.
 """
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from edgeprune.export.modules import LayeredEncoder
 from edgeprune.families import Axes
 
 _SEQUENCE = {0: "batch_size", 1: "sequence_length"}
@@ -21,7 +23,7 @@ SPEEDS = "speeds"
 """Name of the buffer with the speeds of the rotary positions, which no file has."""
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(LayeredEncoder):
     """Hidden states of a causal language model, each by its name.
 
     `reference` is transformers' own forward pass; exports are compared with it.
@@ -32,24 +34,39 @@ class LanguageModel(nn.Module):
     """
 
     inputs: Axes = {"input_ids": _SEQUENCE, "attention_mask": _SEQUENCE}
+    stack, shared = "model.layers", SPEEDS
     speeds: torch.Tensor
 
     def __init__(self, model: Any, states: Sequence[int]) -> None:
-        super().__init__()
-        self.model, self.states = model, tuple(states)
-        self.config: Any = model.config
+        super().__init__(model)
+        self.states = tuple(states)
         self.outputs: Axes = {f"hidden_states.{state}": _SEQUENCE for state in self.states}
         self.register_buffer(SPEEDS, speeds_of(self.config))
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Map ids and a mask of 1 at tokens and 0 at padding, (B, M) int64 each, to the states (B, M, D)."""
-        inner, angles = self.model.model, turns(self.speeds, input_ids.shape[1])
-        bias, hidden = score_bias(attention_mask), inner.embed_tokens(input_ids).float()
+        around = self.around(self.speeds, input_ids, attention_mask)
+        hidden = self.inner.embed_tokens(input_ids).float()
         found = {0: hidden}
-        for index, layer in enumerate(inner.layers):
-            hidden = run_layer(layer, hidden, angles, bias)
+        for index, layer in enumerate(self.layers):
+            hidden = self.run(layer, hidden, *around)
             found[index + 1] = hidden
         return tuple(found[state] for state in self.states)
+
+    @property
+    def returned(self) -> dict[int, str]:
+        """The outputs by the index of the layer after which they are; none is the embedding."""
+        return {state - 1: f"hidden_states.{state}" for state in self.states}
+
+    @staticmethod
+    def around(shared: torch.Tensor, tokens: torch.Tensor, *others: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """Return cosine and sine of the positions, (M, head width) each, and what is added to scores (B, 1, M, M)."""
+        return turns(shared, tokens.shape[1]), score_bias(*others)
+
+    @staticmethod
+    def run(layer: Any, hidden: torch.Tensor, *around: Any) -> torch.Tensor:
+        """Run one layer, see `run_layer`."""
+        return run_layer(layer, hidden, *around)
 
     def reference(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute the same outputs with the model's own forward pass."""
@@ -88,14 +105,14 @@ def turns(speeds: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor
 def score_bias(mask: torch.Tensor) -> torch.Tensor:
     """Return what is added to attention's scores (B, 1, M, M) by a mask (B, M): a token sees none later, no padding."""
     places = torch.arange(mask.shape[1], device=mask.device)
-    seen = (places[None, :] <= places[:, None])[None] & mask[:, None, :].bool()
-    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
+    seen = torch.logical_and((places[None, :] <= places[:, None])[None], mask[:, None, :] > 0)  # Core ML knows no `&`
+    return torch.where(seen, 0.0, torch.finfo(torch.float16).min)[:, None]  # finite in every dtype, and nothing in exp
 
 
 def run_layer(
     layer: Any, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor
 ) -> torch.Tensor:
-    """Run one layer.
+    """Run one layer; what it adds to the stream is computed in the dtype of its norms.
 
     Args:
         layer: of the model.
@@ -103,20 +120,23 @@ def run_layer(
         angles: cosine and sine of the positions, (M, head width) each.
         bias: added to attention's scores (B, 1, M, M).
     """
-    hidden = hidden + _attention(layer.self_attn, layer.input_layernorm(hidden), angles, bias)
-    return hidden + cast("torch.Tensor", layer.mlp(layer.post_attention_layernorm(hidden)))
+    dtype = layer.input_layernorm.weight.dtype
+    hidden = hidden + _attention(layer.self_attn, layer.input_layernorm(hidden).to(dtype), angles, bias)
+    return hidden + cast("torch.Tensor", layer.mlp(layer.post_attention_layernorm(hidden).to(dtype)))
 
 
 def _attention(
     attention: Any, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor
 ) -> torch.Tensor:
     heads = (*x.shape[:2], -1, attention.head_dim)
-    q = _rotated(attention.q_norm(attention.q_proj(x).view(heads)).transpose(1, 2), angles)
-    k = _rotated(attention.k_norm(attention.k_proj(x).view(heads)).transpose(1, 2), angles)
+    q, k = (
+        _rotated(norm(project(x).view(heads)).transpose(1, 2), angles).to(x.dtype)
+        for norm, project in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj))
+    )
     v = attention.v_proj(x).view(heads).transpose(1, 2)
     shared = attention.num_key_value_groups
     k, v = (y[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 2) for y in (k, v))
-    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attention.scaling)
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(x.dtype), scale=attention.scaling)
     return cast("torch.Tensor", attention.o_proj(out.transpose(1, 2).flatten(2)))
 
 

@@ -9,8 +9,9 @@ width, P pooled width, D width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -117,7 +118,60 @@ class TextEncoder(nn.Module):
         return {"input_ids": ids}
 
 
-class T5Encoder(nn.Module):
+class LayeredEncoder(nn.Module, ABC):
+    """A text encoder whose layers are run here one by one, so that an export can cut it between them.
+
+    Args:
+        model: a network of transformers.
+    """
+
+    stack: ClassVar[str]
+    """Where the model has its layers; beside them it has `embed_tokens`."""
+    norm: ClassVar[str] = ""
+    """What is beside the layers and norms what is returned."""
+    shared: ClassVar[str]
+    """The name of the buffer that all layers need for positions."""
+    inputs: Axes
+    outputs: Axes
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config: Any = model.config
+
+    @property
+    def inner(self) -> Any:
+        """What has the layers."""
+        return self.model.get_submodule(self.stack.rpartition(".")[0])
+
+    @property
+    def layers(self) -> Any:
+        """The layers."""
+        return self.model.get_submodule(self.stack)
+
+    @property
+    @abstractmethod
+    def returned(self) -> dict[int, str]:
+        """The outputs by the index of the layer after which they are."""
+
+    @staticmethod
+    @abstractmethod
+    def around(shared: torch.Tensor, tokens: torch.Tensor, *others: torch.Tensor) -> tuple[Any, ...]:
+        """Return what each layer gets besides the stream.
+
+        Args:
+            shared: the buffer.
+            tokens: ids (B, M), or the stream (B, M, K).
+            others: the other inputs.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def run(layer: Any, hidden: torch.Tensor, *around: Any) -> torch.Tensor:
+        """Run one layer on the stream (B, M, K), float32."""
+
+
+class T5Encoder(LayeredEncoder):
     """T5EncoderModel's last hidden state, without a mask: in SD3 and FLUX every token also attends to padding.
 
     The residual stream stays float32 even if everything else is half precision: T5-XXL's exceeds 65,504. Position
@@ -127,12 +181,11 @@ class T5Encoder(nn.Module):
 
     inputs: Axes = {"input_ids": {0: "batch_size", 1: "sequence_length"}}
     outputs: Axes = {"last_hidden_state": {0: "batch_size", 1: "sequence_length"}}
+    stack, norm, shared = "encoder.block", "final_layer_norm", "bias"
     bias: torch.Tensor
 
     def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.config: Any = model.config
+        super().__init__(model)
         attention = model.encoder.block[0].layer[0].SelfAttention
         # All distances from this one on share a bucket.
         farthest = int(self.config.relative_attention_max_distance)
@@ -149,11 +202,26 @@ class T5Encoder(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
         """Encode ids (B, M) int64 to the last hidden state (B, M, K)."""
         encoder = self.model.encoder
-        bias = position_bias(self.bias, input_ids)
+        around = self.around(self.bias, input_ids)
         hidden = encoder.embed_tokens(input_ids).float()
         for block in encoder.block:
-            hidden = run_t5_block(block, hidden, bias)
+            hidden = self.run(block, hidden, *around)
         return (encoder.final_layer_norm(hidden),)
+
+    @property
+    def returned(self) -> dict[int, str]:
+        """The last state is all that is read."""
+        return {len(self.layers) - 1: "last_hidden_state"}
+
+    @staticmethod
+    def around(shared: torch.Tensor, tokens: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor]:
+        """Return the position biases (1, heads, M, M)."""
+        return (position_bias(shared, tokens),)
+
+    @staticmethod
+    def run(layer: Any, hidden: torch.Tensor, *around: torch.Tensor) -> torch.Tensor:
+        """Run one layer, see `run_t5_block`."""
+        return run_t5_block(layer, hidden, *around)
 
     def reference(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
         """Compute the same output with the model's own forward pass."""

@@ -54,6 +54,8 @@ class StoredEncoder(ABC, Generic[M]):
 
     kind: ClassVar[str]
     """Its class in transformers."""
+    exact: ClassVar[tuple[str, ...]] = ()
+    """Tensors of `module` that stay float32 whatever it computes in."""
 
     def __init__(self, folder: Path, states: tuple[int, ...] = ()) -> None:
         weights = part_weights(folder, self.kind)
@@ -83,15 +85,16 @@ class StoredEncoder(ABC, Generic[M]):
         """Return the fields of a config that has the first layer alone."""
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Read one tensor of the rounded network by name, in `dtype`, except packed integers and their scales."""
+        """Read one tensor of the rounded network by name, in `dtype`; integers, scales and `exact` as they are."""
         made = self.made(name)
         tensor = self._tensors(name) if made is None else made
-        return tensor if name.endswith(PACKED) else tensor.to(dtype)
+        return tensor if name.endswith((*PACKED, *self.exact)) else tensor.to(dtype)
 
     def traceable(self, dtype: torch.dtype) -> M:
         """Return the network with fake tensors on the CPU: shapes and dtypes without data."""
         module = copy.deepcopy(self._packed)
-        wanted = {n: (t.shape, t.dtype if n.endswith(PACKED) else dtype) for n, t in module.state_dict().items()}
+        kept = (*PACKED, *self.exact)
+        wanted = {n: (t.shape, t.dtype if n.endswith(kept) else dtype) for n, t in module.state_dict().items()}
         with FakeTensorMode():
             fakes = {n: torch.empty(shape, dtype=kind) for n, (shape, kind) in wanted.items()}
         module.load_state_dict(fakes, strict=True, assign=True)
@@ -106,6 +109,8 @@ class StoredEncoder(ABC, Generic[M]):
         module = copy.deepcopy(self._packed)
         for name, _ in module.named_buffers(recurse=False):
             setattr(module, name, self.read(name, dtype))
+        for parameter in module.parameters():  # a layer asks its norms in what to compute, before it is read
+            parameter.data = parameter.data.to(dtype)
         self._stream(module.model, self._tensors, dtype)
         return module
 

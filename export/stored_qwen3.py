@@ -16,6 +16,7 @@ class StoredQwen3(StoredEncoder[LanguageModel]):
     """Structure and weights of one Qwen3; what is written computes its positions from a table of speeds."""
 
     kind = QWEN3
+    exact = (SPEEDS,)  # in half precision a late token would turn by another angle
 
     def module(self, model: Any) -> LanguageModel:
         """Return the hidden states as they are exported, without transformers' own positions."""
@@ -30,9 +31,14 @@ class StoredQwen3(StoredEncoder[LanguageModel]):
         """Return the number of layers, and that of their kinds."""
         return {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
 
+    def running(self, dtype: torch.dtype = torch.float32) -> LanguageModel:
+        """Return the network that is written, see StoredEncoder.running; `reference` has transformers' positions."""
+        return self._with_positions(super().running(dtype))
+
     def checkpoint(self) -> LanguageModel:
         """Return what an export is compared with, see StoredEncoder.checkpoint; it has transformers' positions."""
-        rotary = self._empty.model.rotary_emb
-        module = super().checkpoint()
-        module.model.model.rotary_emb = type(rotary)(module.config)
+        return self._with_positions(super().checkpoint())
+
+    def _with_positions(self, module: LanguageModel) -> LanguageModel:
+        module.inner.rotary_emb = type(self._empty.model.rotary_emb)(module.config)
         return module

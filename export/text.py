@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from edgeprune.artefact.chat import as_chat
 from edgeprune.artefact.resolve import read_config
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
 from edgeprune.export import loaders, modules
 from edgeprune.export.folder import from_pretrained
-from edgeprune.families.encoders import T5, text_encoders, tokenizer_of
+from edgeprune.families.encoders import LONG, QWEN3, text_encoders, tokenizer_of
 from edgeprune.sampling.denoising import Conditioning
 from edgeprune.sampling.generation import Generation, longest_prompt
 from edgeprune.sampling.prompts import prompts
@@ -36,16 +37,18 @@ def most_tokens(artefact: Path, encoder: loaders.Encoder) -> int:
     return int(encoder.config.max_position_embeddings)
 
 
-def token_ids(artefact: Path, name: str, kind: str) -> torch.Tensor:
-    """Return the ids (B, M) of ten prompts of the calibration split, as long as a text encoder gets them."""
+def tokens(artefact: Path, name: str, kind: str) -> dict[str, torch.Tensor]:
+    """Return what a text encoder gets of ten prompts of the calibration split, by input: (B, M) each."""
     # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
-    length = Generation.load(artefact).max_sequence_length if kind == T5 else longest_prompt(artefact)
+    length = Generation.load(artefact).max_sequence_length if kind in LONG else longest_prompt(artefact)
     tokenizer = from_pretrained(AutoTokenizer.from_pretrained, artefact / tokenizer_of(name), tokenizer=True)
-    ids: torch.Tensor = tokenizer(
-        prompts(Split.CALIBRATION, PROMPTS), padding="max_length", max_length=length, truncation=True,
-        return_tensors="pt",
-    ).input_ids  # fmt: skip
-    return ids
+    texts = prompts(Split.CALIBRATION, PROMPTS)
+    found = tokenizer(
+        [as_chat(prompt) for prompt in texts] if kind == QWEN3 else texts,
+        padding="max_length", max_length=length, truncation=True, return_tensors="pt",
+    )  # fmt: skip
+    ids = {"input_ids": found.input_ids}
+    return ids | {"attention_mask": found.attention_mask} if kind == QWEN3 else ids  # the others read padding, too
 
 
 def encoded(artefact: Path, progress: Progress = silent) -> Conditioning:
@@ -59,8 +62,9 @@ def encoded(artefact: Path, progress: Progress = silent) -> Conditioning:
         encoder = loaders.compared_encoder(artefact, name, kind)
         rows = []
         with torch.no_grad():
-            for ids in token_ids(artefact, name, kind).split(_AT_ONCE):
-                rows.append(encoder(ids))
+            inputs = tokens(artefact, name, kind)
+            for start in range(0, PROMPTS, _AT_ONCE):
+                rows.append(encoder(**{key: value[start : start + _AT_ONCE] for key, value in inputs.items()}))
                 progress(f"{name}: prompts encoded", _AT_ONCE * len(rows), PROMPTS)
         values = (torch.cat(column).numpy() for column in zip(*rows, strict=True))
         outputs[name] = dict(zip(encoder.outputs, values, strict=True))

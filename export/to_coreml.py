@@ -5,11 +5,11 @@
 Weights are the checkpoint's integers with half-precision scales (mil_conversion.py). Everything else is stored and
 computed in half precision, except the timestep's angles, which half precision cannot hold. An export has one image
 size; its transformer takes the device's batch sizes. A device's `chunks` splits the transformer between blocks
-(coreml_chunks.py); a large transformer, and a large T5 between its layers (coreml_t5.py), are split in any case. Each
-network is compared with torch before the next one is loaded (coreml_packages.py).
-A T5 text encoder keeps its 8-bit integers (precision.py) and half-precision tables but computes in float32, because
-T5-XXL's values exceed half precision. The VAE's encoder is not exported, and packages are not compiled (.mlmodelc):
-the device does that.
+(coreml_chunks.py); a large transformer, and a large T5 or Qwen3 between its layers (coreml_text.py), are split in any
+case. Each network is compared with torch before the next one is loaded (coreml_packages.py).
+A T5 or Qwen3 keeps its integers (precision.py) and half-precision tables but computes in float32, because T5-XXL's
+values exceed half precision, and Qwen3's were never tried in it. The VAE's encoder is not exported, and packages are
+not compiled (.mlmodelc): the device does that.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from edgeprune.artefact.manifest import HALF, INT4
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.progress import Progress, silent
-from edgeprune.export import coreml_t5, loaders, modules, text
+from edgeprune.export import coreml_text, loaders, modules, text
 from edgeprune.export.coreml_chunks import TrimmedTextEncoder, loaded, split
 from edgeprune.export.coreml_packages import convert_network
 from edgeprune.export.folder import is_quantized, write
 from edgeprune.export.sizes import factor_of, generation_for
-from edgeprune.export.stored_t5 import StoredT5
 from edgeprune.export.unfinished import Unfinished
-from edgeprune.families.encoders import CLIP, T5, text_encoders
+from edgeprune.families.encoders import CLIP, text_encoders
 from edgeprune.sampling.generation import longest_prompt
 from edgeprune.targets import Target
 
@@ -126,11 +125,10 @@ def networks(artefact: Path, work: Unfinished, device: Target, progress: Progres
 
 def _text_encoder(artefact: Path, name: str, kind: str, folder: Path, progress: Progress) -> dict[str, Any]:
     """Write and compare a text encoder; return what is recorded of it."""
-    examples = [{"input_ids": text.token_ids(artefact, name, kind)[:1]}]
-    if kind == T5:
-        t5 = StoredT5(artefact / name)
-        chunks = coreml_t5.split(t5, CHUNK_BYTES)
-        count, filled, checkpoint = len(chunks), coreml_t5.loaded(chunks, t5), t5.checkpoint()
+    examples = [{key: value[:1] for key, value in text.tokens(artefact, name, kind).items()}]
+    if stored := loaders.stored_encoder(artefact, name, kind):
+        chunks = coreml_text.split(stored, CHUNK_BYTES)
+        count, filled, checkpoint = len(chunks), coreml_text.loaded(chunks, stored), stored.checkpoint()
         record = convert_network(
             name, filled, checkpoint, examples, folder, chunks=count, half=False, progress=progress
         )

@@ -36,7 +36,7 @@ from edgeprune.export.modulation import ModulatedTransformer, Modulation, layers
 from edgeprune.export.stored_encoder import StoredEncoder
 from edgeprune.export.unfinished import MARK, Unfinished
 from edgeprune.families import Axes
-from edgeprune.families.encoders import T5, text_encoders
+from edgeprune.families.encoders import LONG, text_encoders
 from edgeprune.residency.stored import StoredTransformer
 from edgeprune.runtimes.modulation import ROWS, WIDTH
 from edgeprune.sampling.denoising import Conditioning
@@ -239,8 +239,9 @@ def sources(
         examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
         trial = examples[0]
         if half:
-            ids = text.token_ids(artefact, name, kind)
-            trial = {"input_ids": ids[:1] if kind == T5 else ids}  # long, and slow in half precision
+            trial = text.tokens(artefact, name, kind)
+            if kind in LONG:  # slow in half precision
+                trial = {key: value[:1] for key, value in trial.items()}
         yield NetworkSource(
             name=name,
             module=encoder,

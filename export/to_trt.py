@@ -121,7 +121,7 @@ def _networks(
     for source in to_onnx.sources(artefact, work.has, modulation=modulation, half=halved, progress=progress):
         name, examples = source.name, source.examples
         progress(name)
-        if isinstance(source.module, modules.TextEncoder | modules.T5Encoder):
+        if isinstance(source.module, modules.TextEncoder | modules.LayeredEncoder):
             longest = source.examples[0]["input_ids"].shape[1]
             sizes["sequence_length"] = (1, longest, longest)
         # Rows of the modulation are those of all steps, not of one batch of images.

@@ -63,10 +63,16 @@ class Chain:
                 )
             made |= set(package.outputs)
 
+    @property
+    def returned(self) -> set[str]:
+        """The names of what the network returns: outputs that no package reads."""
+        read = {name for package in self.packages for name in package.inputs}
+        return {name for package in self.packages for name in package.outputs} - read
+
     def later(self, index: int) -> set[str]:
         """Return the names of the values that are read after the package of this index, or returned."""
         following = self.packages[index + 1 :]
-        return {name for package in following for name in package.inputs} or set(self.packages[-1].outputs)
+        return {name for package in following for name in package.inputs} | self.returned
 
     @property
     def passed(self) -> int:

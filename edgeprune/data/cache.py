@@ -30,6 +30,7 @@ from edgeprune.common.hashes import keeping, kept_sha256
 from edgeprune.data.pairs import Pairs, Samples
 from edgeprune.families import Config, Family
 from edgeprune.families.encoders import is_present, read_index
+from edgeprune.families.parts import VAE_FLUX2
 from edgeprune.residency.model_files import part_files
 from edgeprune.residency.weights import header
 from edgeprune.sampling.generation import Generation
@@ -187,7 +188,8 @@ def made_by(
         drawn: the model generates the images, so they also depend on its transformer and its sampling settings.
         variant: of the weights, see residency/model_files.py.
     """
-    components = [n for n, entry in read_index(source).items() if isinstance(entry, list) and is_present({n: entry}, n)]
+    index = read_index(source)
+    components = [n for n, entry in index.items() if isinstance(entry, list) and is_present({n: entry}, n)]
     encoders = ("text_encoder", "tokenizer", "vae") + (("transformer", "scheduler") if drawn else ())
     out: Settings = {}
     for name in sorted(components):
@@ -195,6 +197,8 @@ def made_by(
             paths = [p for p in part_files(source / name, variant) if p.suffix in _HASHED]
             known = name.startswith(("tokenizer", "scheduler")) or any(p.suffix == ".safetensors" for p in paths)
             out[name] = digest([(p.relative_to(source).as_posix(), kept_sha256(p)) for p in paths]) if known else None
+    if "vae" in components and index["vae"][-1] == VAE_FLUX2:
+        out["latents"] = "normalised"  # by its statistics: older caches have other latents
     names = ["height", "width", "max_sequence_length"]
     if drawn:  # the solver and the range of guidance only where they are not the usual ones, as in older caches
         names += ["num_inference_steps", "guidance_scale", "solver", "guidance_range"]

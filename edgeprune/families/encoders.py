@@ -28,8 +28,6 @@ KNOWN = (CLIP, CLIP_POOLED, T5, QWEN3)
 """Classes whose tensors families/parts.py lists, and which are read layer by layer."""
 CHAT_TOKENS = 12
 """Tokens of Qwen3's chat around a prompt: three before it, nine after."""
-QWEN3_FORMATS = ("onnx", "openvino")
-"""Formats to which a Qwen3 can be exported."""
 LONG = (T5, QWEN3)
 """Classes whose prompts are padded to `max_sequence_length`; those of CLIPs to their tokenizer's own length."""
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import read_json
 from edgeprune.families import Config, Shape, family_of
-from edgeprune.families.encoders import QWEN3, QWEN3_FORMATS, T5, text_encoders
+from edgeprune.families.encoders import QWEN3, T5, text_encoders
 from edgeprune.families.joint import width
 from edgeprune.families.parts import is_read
 from edgeprune.quantization.precision import TEXT_INT4, TEXT_INT4_WO8, text_precision_of
@@ -75,18 +75,12 @@ def fit(source: Path, target: Target, generation: Generation, encoders: str = TE
 
     Raises:
         BudgetError: a stage takes more than the device has, or nothing is left for the transformer.
-        InputError: a config lacks a field, a file is damaged, or a text encoder cannot be exported for the device.
+        InputError: a config lacks a field, or a file is damaged.
     """
     size = _BYTES[target.activations]
     config, vae = read_json(source / "transformer" / "config.json"), read_json(source / "vae" / "config.json")
     encoders_of = family_of(config, str(source / "transformer" / "config.json")).encoders
     states = {encoder.name: encoder.states for encoder in encoders_of}
-    for name, kind in text_encoders(source).items():
-        if kind == QWEN3 and not set(target.formats) & set(QWEN3_FORMATS):
-            raise InputError(
-                f"--fit {target.name}: {name}: found {kind}, which cannot be exported to {' or '.join(target.formats)} "
-                f"yet, expected a device that takes {' or '.join(QWEN3_FORMATS)}"
-            )
     values = vae_activations(vae, generation.height, generation.width) * size
     decoder = sum(map(math.prod, stored_shapes(source / "vae", "decoder.").values()))
     taken = {

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import enum
 import json
 import shutil
 import struct
 import sys
 import warnings
-import weakref
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +18,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from numpy.typing import NDArray
+from coreml_fakes import ComputeUnit, FakeCoreML
 from torch import nn
 
 from edgeprune import runtimes, targets
@@ -290,57 +287,6 @@ def test_size_is_held_to_the_device(artefact: Path, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- the runtime, with a fake Core ML
-
-
-class ComputeUnit(enum.Enum):
-    ALL, CPU_AND_NE, CPU_AND_GPU, CPU_ONLY = range(4)
-
-
-@dataclasses.dataclass(eq=False)
-class FakeModel:
-    """An opened package."""
-
-    predict: Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]
-
-
-class FakeCoreML:
-    """The part of coremltools that runtimes/coreml.py uses; packages are computed by the reference evaluator."""
-
-    def __init__(self) -> None:
-        self.compiled: list[str] = []
-        self.loaded: list[tuple[str, ComputeUnit]] = []
-        self.batches: list[int] = []
-        self.alive: weakref.WeakSet[FakeModel] = weakref.WeakSet()
-        self.ComputeUnit = ComputeUnit
-        self.utils = SimpleNamespace(load_spec=ct.utils.load_spec)
-        self.models = SimpleNamespace(
-            utils=SimpleNamespace(compile_model=self.compile_model), CompiledMLModel=self.open
-        )
-
-    def compile_model(self, package: str, destination: str) -> str:
-        if "damaged" in package:
-            raise Exception("compiler error:\n  no such operation")
-        assert destination.endswith(".mlmodelc")
-        Path(destination).mkdir()
-        (Path(destination) / "of").write_text(package)
-        self.compiled.append(Path(package).name)
-        return destination
-
-    def open(self, compiled: str, units: ComputeUnit) -> FakeModel:
-        package = Package(Path((Path(compiled) / "of").read_text()))
-        self.loaded.append((package.path.parent.name, units))
-
-        def predict(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-            for value in package.spec.description.input:
-                allowed, whole = coreml.shapes(value.type.multiArrayType)
-                array = arrays[value.name]
-                assert array.shape in allowed and array.dtype == (np.int32 if whole else np.float32)
-            self.batches.append(len(array))
-            return dict(zip(package.outputs, package.run(None, arrays), strict=True))
-
-        model = FakeModel(predict)
-        self.alive.add(model)
-        return model
 
 
 @pytest.fixture

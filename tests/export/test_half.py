@@ -86,7 +86,7 @@ def test_core_ml_tries_them_too(folder: Path, tmp_path: Path, monkeypatch: pytes
     for example in seen["transformer"]:
         rows = len(example["encoder_hidden_states"])
         torch.testing.assert_close(example["encoder_hidden_states"], expected.hidden[:rows])
-    ids = text.token_ids(folder, "text_encoder_2", "CLIPTextModelWithProjection")
+    ids = text.tokens(folder, "text_encoder_2", "CLIPTextModelWithProjection")["input_ids"]
     assert torch.equal(seen["text_encoder_2"][0]["input_ids"], ids[:1])
 
 

@@ -250,7 +250,7 @@ def test_coreml_package(pipeline: tuple[Path, Any], tmp_path: Path, monkeypatch:
         return network(name, *rest, **more) if name == "text_encoder_3" else {}
 
     monkeypatch.setattr(to_coreml, "convert_network", only_the_t5)
-    monkeypatch.setattr(to_coreml, "CHUNK_BYTES", 5e4)  # others: test_coreml_t5.py
+    monkeypatch.setattr(to_coreml, "CHUNK_BYTES", 5e4)  # others: test_coreml_text.py
     record = to_coreml.export(pipeline[0], tmp_path / "coreml", device=targets.load("macbook-m"))
     assert record["parity"]["text_encoder_3"]["max_relative"] < 1e-4
     assert record["chunks"]["text_encoder_3"] == 2

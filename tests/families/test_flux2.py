@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ from edgeprune.analysis.contribution import analyze, groups, parts, removed
 from edgeprune.analysis.estimators.exhaustive import Exhaustive
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
-from edgeprune.export import accepts, external_data, graph, modules, parity
+from edgeprune.export import external_data, graph, modules, parity
 from edgeprune.families import family_of
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.make import make_plan
@@ -98,14 +97,3 @@ def test_the_transformer_is_exported(tmp_path: Path) -> None:
     examples = [whole.example(batch=b, height=h, width=w, tokens=m) for b, h, w, m in ((1, 3, 5, 7), (3, 8, 8, 2))]
     runner = parity.session(tmp_path / "model.onnx")
     assert parity.check("transformer", runner, whole, examples, list(whole.outputs))["max_relative"] < 1e-4
-
-
-def test_its_text_encoder_is_refused_in_one_line_for_other_formats(tmp_path: Path) -> None:
-    index: dict[str, Any] = {"_class_name": "Flux2KleinPipeline", "text_encoder": ["transformers", "Qwen3ForCausalLM"]}
-    (tmp_path / "transformer").mkdir()
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    (tmp_path / "transformer" / "config.json").write_text(json.dumps(KLEIN))
-    says = "text_encoder: found Qwen3ForCausalLM, which cannot be exported to coreml yet; use onnx or openvino"
-    with pytest.raises(InputError, match=says) as caught:
-        accepts.pipeline(tmp_path, "coreml")
-    assert "\n" not in str(caught.value)

@@ -23,6 +23,7 @@ from edgeprune.artefact.manifest import Manifest
 from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.staged import StagedPipeline, can_stage
 from edgeprune.common.errors import InputError
+from edgeprune.data.cache import Index, made_by
 from edgeprune.export.folder import _vae_config
 from edgeprune.families.encoders import CLIP, QWEN3, T5, check_tokens
 from edgeprune.planning.options import PlanOptions
@@ -172,6 +173,16 @@ def test_images_are_encoded_as_diffusers_does_it(sources: dict[str, Path]) -> No
         pixels = pipe.vae.decode(pipe._unpatchify_latents(z)).sample
     again = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     assert np.abs(decode(load(sources["base"]), latents).astype(int) - again).max() <= 1
+
+
+def test_data_that_was_encoded_without_the_statistics_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    now = made_by(sources["base"], Generation.load(sources["base"]), drawn=False)
+    Index(now, [], complete=True).check_made_by(now, tmp_path)
+    older = {name: value for name, value in now.items() if name != "latents"}
+    says = r"index.json: 'latents': found none, expected 'normalised' as this model has it; encode the data again"
+    with pytest.raises(InputError, match=says) as refused:
+        Index(older, [], complete=True).check_made_by(now, tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_long_prompt_is_said_to_be_cut(sources: dict[str, Path]) -> None:

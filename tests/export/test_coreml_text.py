@@ -1,4 +1,4 @@
-"""A T5 as chunks of Core ML packages: equal to the whole, weights of one chunk in memory at a time, resumable."""
+"""A T5 and a Qwen3 as chunks of Core ML packages: equal to the whole, weights of one in memory at a time, resumable."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import torch
 from transformers import T5Config, T5EncoderModel
 
 from edgeprune.common.files import sha256_file
-from edgeprune.export import coreml_packages, coreml_t5, mil_conversion, modules, parity, to_coreml
+from edgeprune.export import coreml_packages, coreml_text, mil_conversion, modules, parity, to_coreml
 from edgeprune.export.coreml_packages import Chain
 from edgeprune.export.mil_reference import Package
+from edgeprune.export.stored_qwen3 import StoredQwen3
 from edgeprune.export.stored_t5 import StoredT5
 from edgeprune.quantization.precision import text_precision_of
 from edgeprune.quantization.text import prepare_text_encoder
@@ -39,19 +40,18 @@ def example(stored: StoredT5, seed: int = 0) -> dict[str, torch.Tensor]:
     return stored.empty().example(batch=1, tokens=TOKENS, seed=seed)
 
 
-def layers_of(chunk: coreml_t5.T5Chunk) -> list[str]:
-    block: Any = chunk.encoder["block"]
-    return list(block)
+def layers_of(chunk: coreml_text.TextChunk) -> list[str]:
+    return list(getattr(chunk, chunk.place)[chunk.stack])
 
 
 def test_chunks_have_as_many_bytes_as_asked_for(stored: StoredT5) -> None:
     """The table of words counts; each has a layer at least."""
     layer = sum(t.nbytes for t in stored.empty().model.encoder.block[1].state_dict().values())
     table, first = 2 * VOCAB * tiny.T5_WIDTH, layer + 4 * 32 * 2  # with the biases by bucket
-    cut = {most: [layers_of(c) for c in coreml_t5.split(stored, most)] for most in (1, table + first, 10**9)}
+    cut = {most: [layers_of(c) for c in coreml_text.split(stored, most)] for most in (1, table + first, 10**9)}
     assert 2 * layer < table + first < 3 * layer
     assert list(cut.values()) == [[["0"], ["1"], ["2"]], [["0"], ["1", "2"]], [["0", "1", "2"]]]
-    assert all(t.is_meta for c in coreml_t5.split(stored, 1) for t in c.state_dict().values())
+    assert all(t.is_meta for c in coreml_text.split(stored, 1) for t in c.state_dict().values())
 
 
 def test_t5_xxl_is_thirteen_packages() -> None:
@@ -60,7 +60,7 @@ def test_t5_xxl_is_thirteen_packages() -> None:
     with torch.device("meta"):
         model = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **sizes))
     whole: Any = SimpleNamespace(empty=lambda: modules.T5Encoder(prepare_text_encoder(model, text_precision_of)))
-    chunks = coreml_t5.split(whole, to_coreml.CHUNK_BYTES)
+    chunks = coreml_text.split(whole, to_coreml.CHUNK_BYTES)
     held = [sum(t.nbytes for n, t in c.state_dict().items() if "embed" not in n) for c in chunks]
     held[0] += 2 * 32128 * 4096
     assert len(chunks) == 13 and round(held[0] / 1e6) == 456 and max(held[1:]) < 390e6
@@ -83,7 +83,7 @@ class Watched:
             self._weights.append((weakref.ref(tensor), tensor.nbytes))
         return tensor
 
-    def convert(self, module: coreml_t5.T5Chunk, *given: Any, **how: Any) -> Any:
+    def convert(self, module: coreml_text.TextChunk, *given: Any, **how: Any) -> Any:
         own = sum(t.nbytes for n, t in module.state_dict().items() if n.endswith("weight_packed"))
         alive = sum(size for reference, size in self._weights if reference() is not None)
         assert 0 < own == alive and not [made for made in self._made if made() is not None]
@@ -97,11 +97,11 @@ class Watched:
 @pytest.fixture(scope="module")
 def chunks(stored: StoredT5, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A package for each layer, by a run that was killed after the second."""
-    folder, parts = tmp_path_factory.mktemp("chunks"), coreml_t5.split(stored, 1)
+    folder, parts = tmp_path_factory.mktemp("chunks"), coreml_text.split(stored, 1)
 
     def run(progress: Any) -> dict[str, Any]:
         return coreml_packages.convert_network(
-            "t5", coreml_t5.loaded(parts, stored), stored.checkpoint(), [example(stored)], folder,
+            "t5", coreml_text.loaded(parts, stored), stored.checkpoint(), [example(stored)], folder,
             chunks=len(parts), half=False, progress=progress,
         )  # fmt: skip
 
@@ -131,7 +131,7 @@ def chunks(stored: StoredT5, tmp_path_factory: pytest.TempPathFactory) -> list[P
 
 def test_they_compute_what_the_whole_computes(stored: StoredT5, chunks: list[Path], tmp_path: Path) -> None:
     coreml_packages.convert_network(
-        "t5", coreml_t5.loaded(coreml_t5.split(stored, 10**9), stored), stored.checkpoint(), [example(stored)],
+        "t5", coreml_text.loaded(coreml_text.split(stored, 10**9), stored), stored.checkpoint(), [example(stored)],
         tmp_path, half=False,
     )  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["model.mlpackage"]
@@ -162,3 +162,32 @@ def test_what_passes_between_them(chunks: list[Path]) -> None:
         described = [*package.spec.description.input, *package.spec.description.output]
         streams = {v.type.multiArrayType.dataType for v in described if v.name.startswith("text_stream_")}
         assert streams == {0x10000 | 32}  # float32
+
+
+def test_qwen3_in_chunks_returns_each_state_that_is_read(tmp_path: Path) -> None:
+    """No chunk ends with one, as it would be what passes on, too; every chunk reads the mask."""
+    tiny.tiny_qwen3(VOCAB, layers=5).half().save_pretrained(tmp_path / "text_encoder")
+    qwen = StoredQwen3(tmp_path / "text_encoder", states=(1, 4))
+    inputs = qwen.empty().example(batch=2, tokens=TOKENS)
+    given = {name: value[1:] for name, value in inputs.items()}  # a row with padding
+    assert 0 < given["attention_mask"].sum() < TOKENS
+    parts = coreml_text.split(qwen, 1)
+    record = coreml_packages.convert_network(
+        "qwen3", coreml_text.loaded(parts, qwen), qwen.checkpoint(), [given], tmp_path, chunks=len(parts), half=False
+    )
+    assert record["max_relative"] < 1e-5
+    paths = [tmp_path / f"chunk_{i}.mlpackage" for i in (1, 2, 3)]
+    assert [package.inputs for package in map(Package, paths)] == [
+        ["input_ids", "attention_mask"], ["text_stream_1", "attention_mask"], ["text_stream_2", "attention_mask"]
+    ]  # fmt: skip
+    assert [layers_of(part) for part in parts] == [["0", "1"], ["2"], ["3"]]
+    outputs = [["hidden_states_1", "text_stream_1"], ["text_stream_2"], ["hidden_states_4"]]
+    assert [package.outputs for package in map(Package, paths)] == outputs
+    feeds = {name: value.numpy() for name, value in given.items()}
+    found = Chain(paths).run(["hidden_states_1", "hidden_states_4"], feeds)
+    with torch.no_grad():
+        expected = qwen.checkpoint().reference(**given)
+    for a, b in zip(found, expected, strict=True):
+        assert parity.relative_error(a, b.numpy())[0] < 1e-5
+    everything = Chain(paths).run(["hidden_states_4"], feeds | {"attention_mask": feeds["attention_mask"] * 0 + 1})[0]
+    assert parity.relative_error(everything, found[1])[0] > 1e-2
