@@ -179,7 +179,7 @@ def test_data_that_was_encoded_without_the_statistics_is_refused(sources: dict[s
     now = made_by(sources["base"], Generation.load(sources["base"]), drawn=False)
     Index(now, [], complete=True).check_made_by(now, tmp_path)
     older = {name: value for name, value in now.items() if name != "latents"}
-    says = r"index.json: 'latents': found none, expected 'normalised' as this model has it; encode the data again"
+    says = r"cache.json: 'latents': found none, expected 'normalised' as this model has it; encode the data again"
     with pytest.raises(InputError, match=says) as refused:
         Index(older, [], complete=True).check_made_by(now, tmp_path)
     assert "\n" not in str(refused.value)
