@@ -33,7 +33,7 @@ def pipeline(artefact: Path) -> dict[str, Any]:
         where = nearby(artefact)
         raise InputError(f"{artefact}: no model_index.json; expected an artefact or a diffusers folder{where}")
     index = check_pipeline(artefact)
-    check_tokens(artefact, Generation.load(artefact).max_sequence_length)
+    check_tokens(artefact, family.encoders, Generation.load(artefact).max_sequence_length)
     return index
 
 

@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from edgeprune.artefact import card, licensing
-from edgeprune.artefact.chat import PREFIX, SUFFIX
 from edgeprune.artefact.checks import part_weights
 from edgeprune.artefact.loading import quiet
 from edgeprune.artefact.manifest import EXPORT, MANIFEST, Manifest, packed_encoders
+from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.text import form_of
 from edgeprune.artefact.writing import complete_tokenizer, copy_part
 from edgeprune.common.errors import DiskError, EdgepruneError, InputError
@@ -42,7 +42,7 @@ from edgeprune.common.lock import hold
 from edgeprune.common.version import VERSION
 from edgeprune.export import accepts
 from edgeprune.export.unfinished import MARK, Unfinished, is_whole
-from edgeprune.families.encoders import LONG, QWEN3, text_encoders, tokenizer_of
+from edgeprune.families.encoders import LONG, Chat, text_encoders, tokenizer_of
 from edgeprune.families.parts import VAE_FLUX2
 from edgeprune.planning.remainder import stock_config
 from edgeprune.quantization.precision import TEXT_HALF, TEXT_INT4, TEXT_INT4_WO8, TEXT_INT8
@@ -265,8 +265,11 @@ def _small_files(artefact: Path, partial: Path, index: Mapping[str, Any]) -> Non
     write_json(partial / "model_index.json", kept)
     licensing.copy(artefact, partial)
     _copy(artefact / "scheduler", partial / "scheduler")
-    for encoder, kind in text_encoders(artefact).items():
-        _tokenizer(artefact / tokenizer_of(encoder), partial / tokenizer_of(encoder), chat=kind == QWEN3)
+    _, family = read_config(artefact)
+    present = text_encoders(artefact)
+    for encoder in (each for each in family.encoders if each.name in present):
+        name = tokenizer_of(encoder.name)
+        _tokenizer(artefact / name, partial / name, encoder.chat)
 
 
 def _card(artefact: Path, partial: Path, target: str) -> None:
@@ -302,7 +305,7 @@ def _copy(source: Path, target: Path) -> None:
     copy_part(source, target)
 
 
-def _tokenizer(source: Path, target: Path, *, chat: bool) -> None:
+def _tokenizer(source: Path, target: Path, chat: Chat | None) -> None:
     """Copy a tokenizer and complete it, so that the `tokenizers` package and optimum with transformers 4 can read it.
 
     `tokenizers` needs tokenizer.json, which CLIP's folders in SD3 repositories of the hub lack.
@@ -310,8 +313,8 @@ def _tokenizer(source: Path, target: Path, *, chat: bool) -> None:
     Args:
         source: its folder.
         target: the folder to write.
-        chat: of a language model: also write the chat around a prompt, and tokenizer.json as transformers reads it,
-            which builds Qwen's tokenizer from the vocabulary alone.
+        chat: of a language model: it is written, too, and tokenizer.json as transformers reads it, which builds Qwen's
+            tokenizer from the vocabulary alone.
 
     Raises:
         InputError: the folder cannot be loaded.
@@ -320,7 +323,7 @@ def _tokenizer(source: Path, target: Path, *, chat: bool) -> None:
     if chat:
         tokenizer = from_pretrained(AutoTokenizer.from_pretrained, source, tokenizer=True)
         tokenizer.save_pretrained(target)
-        write_json(target / CHAT, {"prefix": PREFIX, "suffix": SUFFIX})
+        write_json(target / CHAT, {"prefix": chat.prefix, "suffix": chat.suffix})
     if not (target / "tokenizer.json").exists():
         from_pretrained(AutoTokenizer.from_pretrained, source, tokenizer=True).save_pretrained(target)
     complete_tokenizer(target)

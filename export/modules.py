@@ -49,7 +49,7 @@ class Transformer(nn.Module):
 
     def reference(self, **inputs: torch.Tensor) -> tuple[torch.Tensor]:
         """Compute the same output with the model's own forward pass."""
-        return (self.model(**inputs, return_dict=False)[0],)
+        return (self.family.call(self.model, inputs),)
 
     def example(
         self, *, batch: int, height: int, width: int, tokens: int, seed: int = 0, text: Conditioning | None = None

@@ -25,13 +25,12 @@ from edgeprune.runtimes.memory import Meter, Reading
 with needs("compress"):
     import torch
 
-    from edgeprune.artefact.chat import PREFIX, SUFFIX
     from edgeprune.artefact.checks import check_pipeline
     from edgeprune.artefact.loading import load_pipeline, open_transformer, quiet
     from edgeprune.artefact.manifest import INT4
     from edgeprune.artefact.staged import StagedPipeline, can_stage
     from edgeprune.families import Family, family_of_model
-    from edgeprune.families.encoders import LONG, QWEN3, tokenizer_of
+    from edgeprune.families.encoders import LONG, tokenizer_of
     from edgeprune.residency.compute import DTYPES, Compute, is_small, name_of
     from edgeprune.residency.running import check_room, dtype_of, running, within
     from edgeprune.sampling.denoising import Conditioning, at_once, batches_of, encode_prompts, evaluate, groups
@@ -110,7 +109,7 @@ class EagerBackend:
             if tokenizer is None:
                 continue
             most = self._t5_tokens if encoder.kind in LONG else first
-            before, after = (PREFIX, SUFFIX) if encoder.kind == QWEN3 else ("", "")
+            before, after = (encoder.chat.prefix, encoder.chat.suffix) if encoder.chat else ("", "")
             count, until = (functools.partial(_count, tokenizer, before, end) for end in (after, ""))
             with quiet():  # transformers warns of long texts in its own words
                 line = cut_words(encoder.name, prompts, count, most, until)

@@ -200,8 +200,8 @@ class NetworkBackend:
         self._memory, self._limit = memory, free if memory is None else memory
         self._needs: dict[tuple[str, str], Needs] = {}
         self._t5_tokens = settings.generation.max_sequence_length
-        check_tokens(folder, self._t5_tokens)
         self._family, self._config = settings.family, settings.config
+        check_tokens(folder, self._family.encoders, self._t5_tokens)
         vae = folder / "vae_decoder" / "config.json"
         self._scale = exported_scale(read_json(vae), self._family.vae, vae)
         self._encoders = text_encoders(folder)

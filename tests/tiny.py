@@ -25,6 +25,8 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -98,6 +100,23 @@ def tiny_flux2(**overrides: Any) -> Flux2Transformer2DModel:
     return model.eval()
 
 
+def tiny_z_image(**overrides: Any) -> ZImageTransformer2DModel:
+    """Make 4 blocks of width 64 behind one refiner of each kind, over the latents and text of `tiny_transformer()`."""
+    config: dict[str, Any] = {
+        "in_channels": 8, "dim": 64, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+        "cap_feat_dim": 2 * TEXT_WIDTH, "axes_dims": (8, 12, 12), "axes_lens": (256, 32, 32),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = ZImageTransformer2DModel(**config | overrides)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "pad_token" in name or "norm" in name:  # zeros and ones would hide a missing one
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+            elif "adaLN_modulation" in name:
+                parameter.mul_(4)
+    return model.eval()
+
+
 KINDS: dict[str, Callable[..., Any]] = {
     "sd3": functools.partial(tiny_transformer, num_layers=4),
     "sd3-dual": functools.partial(tiny_transformer, num_layers=4, dual_attention_layers=(0, 1)),
@@ -105,6 +124,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "flux-schnell": functools.partial(tiny_flux, guidance_embeds=False),
     "flux2": tiny_flux2,
     "flux2-dev": functools.partial(tiny_flux2, guidance_embeds=True),
+    "z-image": tiny_z_image,
 }
 """A transformer of every kind, for tests that all of them must pass."""
 
@@ -297,6 +317,29 @@ def tiny_klein_pipeline(folder: Path, *, distilled: bool = True, **overrides: An
     )
     pipeline.to(torch.float16).save_pretrained(folder)
     settings = GENERATION | {"max_sequence_length": 40} | ({"guidance_scale": 1.0} if distilled else {})
+    (folder / "generation.json").write_text(json.dumps(settings, indent=1) + "\n")
+    model = pipeline.to(torch.float32).text_encoder.model
+    model.rotary_emb = type(model.rotary_emb)(model.config)  # no file has its speeds, so loading does not round them
+    return pipeline
+
+
+def tiny_z_image_pipeline(folder: Path, *, guided: bool = False, **overrides: Any) -> ZImagePipeline:
+    """Make a Z-Image pipeline and save it to `folder` in half precision, with a generation.json.
+
+    As the published one, its index names the class of the text encoder without a head, and its files are of the whole.
+    """
+    tokenizer = tiny_qwen_tokenizer()
+    pipeline = ZImagePipeline(
+        transformer=tiny_z_image(**{"cap_feat_dim": QWEN_WIDTH} | overrides),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(),
+        text_encoder=tiny_qwen3(len(tokenizer), layers=36),
+        tokenizer=tokenizer,
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text()) | {"text_encoder": ["transformers", "Qwen3Model"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    settings = GENERATION | {"max_sequence_length": 40, "guidance_scale": 3.0 if guided else 0.0}
     (folder / "generation.json").write_text(json.dumps(settings, indent=1) + "\n")
     model = pipeline.to(torch.float32).text_encoder.model
     model.rotary_emb = type(model.rotary_emb)(model.config)  # no file has its speeds, so loading does not round them

@@ -80,7 +80,7 @@ def verify(
     extras.require(extras.COMPRESS, "compress")
     heap.large_pages()
     from edgeprune.artefact.checks import check_settings
-    from edgeprune.artefact.resolve import resolve
+    from edgeprune.artefact.resolve import read_config, resolve
     from edgeprune.artefact.staged import can_stage
     from edgeprune.families.encoders import check_tokens
     from edgeprune.residency.compute import DTYPES, Compute
@@ -99,7 +99,7 @@ def verify(
     say_guesses(folder, given)
     images = Generation.load(folder).changed(GenerationOptions(**heed(folder, given)), "options")
     images.check_size(folder, given)
-    check_tokens(folder, images.max_sequence_length)
+    check_tokens(folder, read_config(folder)[1].encoders, images.max_sequence_length)
     findings = run(Subject(folder, here, images, variant, progress))
     return Verified(
         folder="built-in" if model is None else str(model), device=str(here.device), height=images.height,

@@ -1,7 +1,7 @@
-"""The chat in which Qwen3 gets a prompt, as diffusers' pipeline of FLUX.2 klein writes it. Torch-free.
+"""Whether a folder's tokenizer means the chat in which its family gives Qwen3 a prompt. Torch-free.
 
-It is two constants, in torch and in exports alike. A folder's chat template is a program: it is never run for a prompt,
-only once, within limits of time and memory, to see that the folder means these constants (`check_chat`).
+The chat is two constants (families/encoders.py), in torch and in exports alike. A folder's chat template is a program:
+it is never run for a prompt, only once, within limits of time and memory, to see that the folder means these constants.
 """
 
 from __future__ import annotations
@@ -15,13 +15,8 @@ from typing import Any
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import read_json
+from edgeprune.families.encoders import Chat
 
-PREFIX = "<|im_start|>user\n"
-"""Before a prompt."""
-SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-"""After a prompt: an answer begins, without thoughts."""
-TEMPLATE = f"{{{{ {PREFIX!r} + messages[0]['content'] + {SUFFIX!r} }}}}"
-"""A chat template that does nothing but this, for a vendor's pipeline, which asks its tokenizer for one."""
 MOST_BYTES = 65_536
 """Of a template; that of Qwen3 has 4,168."""
 _SECONDS = 30
@@ -30,16 +25,12 @@ _PROBE = "\u2603 the prompt \u2603"
 _REMEDY = "give the tokenizer of the published model"
 
 
-def as_chat(prompt: str) -> str:
-    """Return the text that Qwen3's tokenizer gets for a prompt: one message, then the start of an answer."""
-    return PREFIX + prompt + SUFFIX
-
-
-def check_chat(folder: Path) -> None:
-    """Check that a tokenizer writes a prompt as `as_chat` does, and pads and cuts at the end.
+def check_chat(folder: Path, chat: Chat) -> None:
+    """Check that a tokenizer writes a prompt as its chat has it, and pads and cuts at the end.
 
     Args:
         folder: the tokenizer's.
+        chat: the family's.
 
     Raises:
         InputError: a file is missing or damaged, the chat template is missing, too long, broken or another one, or a
@@ -57,7 +48,7 @@ def check_chat(folder: Path) -> None:
     where, template = _template(folder, config)
     if len(template.encode("utf-8", "surrogatepass")) > MOST_BYTES:
         raise InputError(f"{where}: found a chat template above {MOST_BYTES:,} bytes, expected Qwen3's; {_REMEDY}")
-    if fault := _fault(template):
+    if fault := _fault(template, chat):
         raise InputError(f"{where}: chat template {fault}, expected Qwen3's; {_REMEDY}")
 
 
@@ -80,14 +71,15 @@ def _template(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
 
 
 @functools.cache
-def _fault(template: str) -> str:
-    """Return what is wrong with a template; '' if it writes what `as_chat` does.
+def _fault(template: str, chat: Chat) -> str:
+    """Return what is wrong with a template; '' if it writes the chat.
 
     It renders in a process of its own, see chat_probe.py, which returns no more than is compared.
     """
-    expected = as_chat(_PROBE).encode()
+    expected = chat.around(_PROBE).encode()
     script = Path(__file__).with_name("chat_probe.py")
-    call = [sys.executable, "-I", str(script), _PROBE, str(len(expected) + 1)]
+    call = [sys.executable, "-I", str(script), _PROBE, str(len(expected) + 1), "thinking"]
+    call = call if chat.thinking else call[:-1]
     try:
         done = subprocess.run(
             call, input=template.encode("utf-8", "surrogatepass"), capture_output=True, timeout=_SECONDS, check=False

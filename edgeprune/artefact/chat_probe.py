@@ -1,6 +1,7 @@
-"""A process that renders a chat template once, for `check_chat`: template on stdin, `chat_probe.py PROMPT MOST_BYTES`.
+"""A process that renders a chat template once, for `check_chat`: `chat_probe.py PROMPT MOST_BYTES [thinking]`.
 
-It imports nothing of edgeprune. Where the system can limit a process, it has 5 seconds and 1 GB.
+The template is on stdin. It imports nothing of edgeprune. Where the system can
+limit a process, it has 5 seconds and 1 GB.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ def main() -> None:
 
         resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
         resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
-    prompt, most = sys.argv[1], int(sys.argv[2])
+    prompt, most, thinking = sys.argv[1], int(sys.argv[2]), sys.argv[3:] == ["thinking"]
     # As in transformers.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     template = environment.from_string(sys.stdin.buffer.read().decode())
     chat = [{"role": "user", "content": prompt}]
     written = b""
     for piece in template.generate(
-        messages=chat, tools=None, documents=None, add_generation_prompt=True, enable_thinking=False
+        messages=chat, tools=None, documents=None, add_generation_prompt=True, enable_thinking=thinking
     ):
         written += piece[:most].encode()
         if len(written) >= most:

@@ -171,11 +171,12 @@ def _check_classes(folder: Path, index: dict[str, Any], config: Config, family: 
         "scheduler": None,  # any that `FlowMatch` reads
         **{e.name: e.kind for e in family.encoders if not e.optional or is_present(index, e.name)},
     }
+    encoders = text_encoders(folder)
     tokenizers = [tokenizer_of(e.name) for e in family.encoders if e.name in wanted]
     for part in (*wanted, *tokenizers):
         if not is_present(index, part):
             raise InputError(f"{path}: {part}: found {shown(index.get(part))}, expected a library and a class")
-        found, expected = index[part][-1], wanted.get(part)
+        found, expected = encoders.get(part, index[part][-1]), wanted.get(part)
         if expected is not None and found != expected:
             raise InputError(f"{path}: {part}: found {found!r}, expected {expected!r}{_REMEDIES.get(part, '')}")
     if absent := [part for part in parts_of(index) if not (folder / part).is_dir()]:
@@ -188,8 +189,8 @@ def _check_classes(folder: Path, index: dict[str, Any], config: Config, family: 
     for part in tokenizers:
         _check_vocabulary(folder / part)
     for encoder in family.encoders:
-        if encoder.kind == QWEN3:
-            check_chat(folder / tokenizer_of(encoder.name))
+        if encoder.chat:
+            check_chat(folder / tokenizer_of(encoder.name), encoder.chat)
 
 
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",))
@@ -271,10 +272,13 @@ def _check_states(encoder: Encoder, config: Path, hidden: int, path: Path) -> No
     """
     found = read_json(config)
     # transformers norms what it returns as the last state, which here is never one that is read.
-    whole_number({"num_hidden_layers": 32} | found, "num_hidden_layers", config, least=max(encoder.states) + 1)
+    least = max(encoder.states) + max(1, encoder.after)
+    layers = whole_number({"num_hidden_layers": 32} | found, "num_hidden_layers", config, least=least)
+    if encoder.after and layers != least:
+        raise InputError(f"{config}: num_hidden_layers: found {layers}, expected {least}, as in the published model")
     wide = len(encoder.states) * text_outputs(encoder.kind, found, config)[0]
     if wide != hidden:
         raise InputError(
-            f"{path}: joint_attention_dim: found {hidden}, expected {wide}, the width of {len(encoder.states)} hidden "
-            f"states of {encoder.name}"
+            f"{path}: width of text: found {hidden}, expected {wide}, the width of {len(encoder.states)} hidden states "
+            f"of {encoder.name}"
         )

@@ -76,7 +76,13 @@ def rows_of(kind: str, config: Any, compute: Compute) -> Callable[[torch.Tensor]
 
 
 def said(
-    encoder: Any, kind: str, ids: torch.Tensor, mask: torch.Tensor | None = None, states: Sequence[int] = ()
+    encoder: Any,
+    kind: str,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    states: Sequence[int] = (),
+    *,
+    padding: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Return what a text encoder says of token ids, under the names that `Network.join` reads.
 
@@ -88,6 +94,7 @@ def said(
         ids: (B, M).
         mask: (B, M), 1 at tokens and 0 at padding; None for encoders that read padding.
         states: the hidden states that are kept of Qwen3; 0 is the embedding.
+        padding: whether those of padding are kept; else they are 0.
     """
     layers = [layer for _, layer in layers_of(encoder, kind)]
     found: dict[str, torch.Tensor] = {}
@@ -102,6 +109,8 @@ def said(
     try:
         if kind == QWEN3:
             encoder.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            if not padding and mask is not None:
+                found = {name: state * mask[..., None] for name, state in found.items()}
             return found
         return {OUTPUTS[kind]: encoder(ids)[OUTPUTS[kind]]} | found
     finally:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeprune.artefact.chat import TEMPLATE
 from edgeprune.artefact.checks import check_pipeline, part_weights
 from edgeprune.artefact.manifest import HALF, INT4, MANIFEST, Manifest
 from edgeprune.artefact.resolve import read_config
@@ -25,7 +24,7 @@ from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import is_out_of_memory, read_json
 from edgeprune.families import CHANGED, family_of, family_of_model
-from edgeprune.families.encoders import LONG, QWEN3, T5, read_index, text_encoders, tokenizer_of
+from edgeprune.families.encoders import LONG, QWEN3, QWEN3_HEADLESS, T5, read_index, text_encoders, tokenizer_of
 from edgeprune.families.parts import VAE_FLUX2, VAES, tensor_of
 from edgeprune.quantization.quantize import prepare
 from edgeprune.quantization.text import prepare_text_encoder
@@ -163,6 +162,10 @@ def load_pipeline(
         or load_part(folder / name, kind, dtype, variant=variant, states=states.get(name, ()))
         for name, kind in kinds.items()
     }
+    for encoder in (each for each in family.encoders if each.chat and each.name in kinds):
+        pad_counted(parts[encoder.name], encoder.after)
+        if index[encoder.name][-1] == QWEN3_HEADLESS:
+            parts[encoder.name] = parts[encoder.name].model
     parts = {"transformer": transformer} | {name: part for name, part in parts.items() if part is not None}
     with readable(folder), quiet():
         import diffusers  # here, because transformers logs advice when its pipelines are imported
@@ -173,8 +176,9 @@ def load_pipeline(
         )  # fmt: skip
     for name in kinds.keys() - parts.keys():
         check_loaded(folder / name, getattr(pipe, name), variant)
-    for name in (name for name, kind in kinds.items() if kind == QWEN3):
-        getattr(pipe, tokenizer_of(name)).chat_template = TEMPLATE  # the folder's own is a program
+    for encoder in family.encoders:
+        if encoder.chat:  # the folder's own is a program
+            getattr(pipe, tokenizer_of(encoder.name)).chat_template = encoder.chat.template
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -271,6 +275,22 @@ def cut_unread(encoder: Any, states: Sequence[int]) -> None:
     """
     encoder.model.layers = encoder.model.layers[: max(states)]
     encoder.model.norm, encoder.lm_head = nn.Identity(), nn.Identity()
+
+
+def pad_counted(encoder: Any, count: int) -> None:
+    """Append layers that do nothing to a language model, in place: its pipeline counts states from the end.
+
+    Args:
+        encoder: the model, see `cut_unread`.
+        count: layers to append.
+    """
+    kind = type(encoder.model.layers[0])  # transformers collects the states of layers of this class
+    does_nothing = {
+        "__init__": nn.Module.__init__, "forward": lambda _, hidden_states, *__, **___: hidden_states,
+        "attention_type": "full_attention",
+    }  # fmt: skip
+    for _ in range(count):
+        encoder.model.layers.append(type("UnreadLayer", (kind,), does_nothing)())
 
 
 def complete(folder: Path, kind: str, model: Any, device: torch.device = CPU) -> None:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeprune.artefact.chat import as_chat
 from edgeprune.artefact.checks import part_weights
 from edgeprune.artefact.encoder_layers import OUTPUTS, layers_of, prompts_together, rows_of, said
 from edgeprune.artefact.loading import complete, empty_part, load_part, quiet, readable
@@ -27,6 +26,7 @@ from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.text import packed_text
 from edgeprune.artefact.text_store import RunTexts, Texts
 from edgeprune.common.files import read_json
+from edgeprune.families import Encoder
 from edgeprune.families.encoders import KNOWN, LONG, QWEN3, text_encoders, tokenizer_of
 from edgeprune.families.parts import BY_ROW, VAES, tensor_of
 from edgeprune.planning.fit import vae_activations
@@ -224,11 +224,13 @@ class StagedPipeline:
             return
         ids, mask = self.tokens(name, prompts, self._length(kind, max_sequence_length))
         encoder = self._encoder(name, kind, self.dtype_of(name))
+        described = self._described(name)
+        padding = described is None or described.padding
         together = prompts_together(encoder, kind, self.compute, len(prompts), ids.shape[1], self.states(name))
         for start in range(0, len(prompts), together):
             few = slice(start, start + together)
             on_device = ids[few].to(self.compute.device), mask[few].to(self.compute.device)
-            found = said(encoder, kind, *on_device, states=self.states(name))
+            found = said(encoder, kind, *on_device, states=self.states(name), padding=padding)
             for row, prompt in enumerate(prompts[few]):
                 yield prompt, {key: value[row].to("cpu", copy=True) for key, value in found.items()}
 
@@ -240,14 +242,18 @@ class StagedPipeline:
         """Return the ids (B, length) of prompts for a text encoder, padded or cut, and 1 where they are no padding."""
         tokenizer = self._tokenizer(name)
         with readable(self.folder / tokenizer_of(name)), quiet():
-            if text_encoders(self.folder)[name] == QWEN3:
-                prompts = [as_chat(prompt) for prompt in prompts]
+            if (encoder := self._described(name)) and encoder.chat:
+                prompts = [encoder.chat.around(prompt) for prompt in prompts]
             found = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return found.input_ids, found.attention_mask
 
     def states(self, name: str) -> tuple[int, ...]:
         """Return the hidden states of a text encoder that are read, if it is a language model."""
-        return next((encoder.states for encoder in self.family.encoders if encoder.name == name), ())
+        encoder = self._described(name)
+        return encoder.states if encoder else ()
+
+    def _described(self, name: str) -> Encoder | None:
+        return next((encoder for encoder in self.family.encoders if encoder.name == name), None)
 
     def _tokenizer(self, name: str) -> Any:
         from transformers import AutoTokenizer

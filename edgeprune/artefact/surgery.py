@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from edgeprune.common.errors import InputError
 from edgeprune.families import Config, Family, Source
-from edgeprune.families.joint import width
 from edgeprune.families.removed import ConstantEmbedding, ConstantModulation, ProjectedEmbedding
 from edgeprune.families.stand_in import put_before
 from edgeprune.planning.plan import PrunePlan
@@ -95,7 +94,8 @@ def structure(family: Family, config: Config, plan: PrunePlan) -> nn.Module:
     blocks = family.blocks(model)
     for new in plan.stand_ins:
         with torch.device("meta"):
-            put_before(blocks[new], streams_of(family, config, plan.kept[new]), width(config), plan.stand_in_rank or 0)
+            streams, rank = streams_of(family, config, plan.kept[new]), plan.stand_in_rank or 0
+            put_before(blocks[new], streams, family.width(config), rank)
     return model
 
 

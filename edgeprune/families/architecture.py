@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgeprune.families.encoders import Chat
+
 Config = dict[str, Any]
 """A transformer's config.json."""
 
@@ -64,6 +66,12 @@ class Encoder:
     """Whether a pipeline may lack it."""
     states: tuple[int, ...] = ()
     """The hidden states that are read, if not all layers are needed for what is read; 0 is the embedding."""
+    chat: Chat | None = None
+    """The chat in which a language model gets a prompt."""
+    after: int = 0
+    """Layers after the last state that is read, where the pipeline counts states from the end; 0 for any number."""
+    padding: bool = True
+    """Whether hidden states of padding are read; they are 0 if not."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,9 @@ class Architecture(Protocol):
 
     def block_count(self, config: Config) -> int:
         """Return the number of transformer blocks."""
+
+    def width(self, config: Config) -> int:
+        """Return D, the width of the streams."""
 
     def kinds(self, config: Config) -> dict[str, range]:
         """Return the indices of the blocks of each kind: `joint` has two streams, `single` one."""

@@ -6,19 +6,25 @@ T5 is `text_encoder_3` in SD3 and `text_encoder_2` in FLUX: the class identifies
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import read_json
+
+if TYPE_CHECKING:
+    from edgeprune.families.architecture import Encoder
 
 CLIP, CLIP_POOLED, T5 = "CLIPTextModelWithProjection", "CLIPTextModel", "T5EncoderModel"
 """Classes in transformers. Pipelines read all hidden states and the projected text of `CLIP`, but only the text before
 projection of `CLIP_POOLED`."""
 QWEN3 = "Qwen3ForCausalLM"
 """A causal language model, of which pipelines read some hidden states: nothing after the last of these is used."""
+QWEN3_HEADLESS = "Qwen3Model"
+"""The same without its head, which no pipeline reads: `text_encoders` gives both the name of the whole."""
 
 _LIBRARIES = ("diffusers", "transformers")
 _PART = re.compile(r"(text_encoder|tokenizer)(_\d)?|transformer|vae|scheduler|feature_extractor|image_encoder")
@@ -26,10 +32,38 @@ _PART = re.compile(r"(text_encoder|tokenizer)(_\d)?|transformer|vae|scheduler|fe
 
 KNOWN = (CLIP, CLIP_POOLED, T5, QWEN3)
 """Classes whose tensors families/parts.py lists, and which are read layer by layer."""
-CHAT_TOKENS = 12
-"""Tokens of Qwen3's chat around a prompt: three before it, nine after."""
 LONG = (T5, QWEN3)
 """Classes whose prompts are padded to `max_sequence_length`; those of CLIPs to their tokenizer's own length."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The chat in which a language model gets a prompt: one message, then the start of an answer."""
+
+    suffix: str
+    """After a prompt."""
+    tokens: int
+    """Of the chat around a prompt: three before it, the others after."""
+    thinking: bool
+    """What a published chat template is told of thoughts before the answer."""
+    prefix: str = "<|im_start|>user\n"
+    """Before a prompt."""
+
+    def around(self, prompt: str) -> str:
+        """Return the text that the tokenizer gets for a prompt."""
+        return self.prefix + prompt + self.suffix
+
+    @property
+    def template(self) -> str:
+        """A chat template that does nothing but this, for a vendor's pipeline, which asks its tokenizer for one."""
+        return f"{{{{ {self.prefix!r} + messages[0]['content'] + {self.suffix!r} }}}}"
+
+
+_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+THOUGHTFUL = Chat(_ANSWER, tokens=8, thinking=True)
+"""Whether there are thoughts first is left open."""
+THOUGHTLESS = Chat(f"{_ANSWER}<think>\n\n</think>\n\n", tokens=12, thinking=False)
+"""There are none."""
 
 
 def is_present(index: Mapping[str, Any], name: str) -> bool:
@@ -69,7 +103,8 @@ def text_encoders(folder: Path) -> dict[str, str]:
     """
     index = read_index(folder)
     names = sorted(name for name in index if name.startswith("text_encoder") and is_present(index, name))
-    return {name: str(index[name][-1]) for name in names}
+    kinds = {name: str(index[name][-1]) for name in names}
+    return {name: QWEN3 if kind == QWEN3_HEADLESS else kind for name, kind in kinds.items()}
 
 
 def tokenizer_of(encoder: str) -> str:
@@ -77,14 +112,20 @@ def tokenizer_of(encoder: str) -> str:
     return encoder.replace("text_encoder", "tokenizer")
 
 
-def check_tokens(folder: Path, tokens: int) -> None:
+def check_tokens(folder: Path, encoders: Iterable[Encoder], tokens: int) -> None:
     """Check that `max_sequence_length` leaves T5 room for a word and its end token, and Qwen3 for its chat and a word.
+
+    Args:
+        folder: the pipeline's.
+        encoders: its family's.
+        tokens: the length.
 
     Raises:
         InputError: `tokens` is below that, and the folder has such an encoder.
     """
-    needed = {T5: ("a T5", 2), QWEN3: ("a Qwen3", CHAT_TOKENS + 1)}
-    for found, least in (needed[kind] for kind in text_encoders(folder).values() if kind in LONG):
+    present = text_encoders(folder)
+    for encoder in (each for each in encoders if each.name in present and each.kind in LONG):
+        found, least = ("a Qwen3", encoder.chat.tokens + 1) if encoder.chat else ("a T5", 2)
         if tokens < least:
             path, more = folder / "generation.json", f"expected {least} or more with {found} encoder"
             raise InputError(f"{path}: max_sequence_length: found {tokens}, {more}")

@@ -113,6 +113,10 @@ class Flux:
         """Count joint and single blocks."""
         return single.block_count(config)
 
+    def width(self, config: Config) -> int:
+        """Multiply the number of heads by their width."""
+        return width(config)
+
     def kinds(self, config: Config) -> dict[str, range]:
         """Return joint blocks, then single ones."""
         return single.kinds(config)
@@ -331,6 +335,10 @@ class Flux:
             "txt_ids": _text_ids(text.shape[1]),
         }
         return out | {"guidance": sigma * 0 + guidance} if self.takes_guidance(config) else out
+
+    def call(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Pass the inputs by name."""
+        return cast("torch.Tensor", model(**inputs, return_dict=False)[0])
 
     def velocity(self, config: Config, output: Array, shape: Shape) -> Array:
         """Unpack the tokens."""

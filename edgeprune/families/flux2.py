@@ -30,7 +30,7 @@ from edgeprune.families.architecture import (
     config_number,
     guided_above_one,
 )
-from edgeprune.families.encoders import QWEN3
+from edgeprune.families.encoders import QWEN3, THOUGHTLESS
 from edgeprune.families.joint import BLOCK, COMPONENT_OF, attention, check_axes, known_fields, swaps, take_out, width
 from edgeprune.families.network import Array, Axes
 from edgeprune.families.parts import VAE_FLUX2
@@ -83,7 +83,7 @@ class Flux2:
     components = ("attn", "mlp", "context_mlp")
     norms: tuple[str, ...] = ()
     embedder = "time_guidance_embed"
-    encoders = (Encoder("text_encoder", QWEN3, states=(9, 18, 27)),)
+    encoders = (Encoder("text_encoder", QWEN3, states=(9, 18, 27), chat=THOUGHTLESS),)
     tail = ("norm_out.", "proj_out.")
     streams: Mapping[str, tuple[str, ...]] = {"joint": STREAMS, "single": ("joined",)}
     position_inputs = ("img_ids", "txt_ids")
@@ -92,6 +92,10 @@ class Flux2:
     def block_count(self, config: Config) -> int:
         """Count joint and single blocks."""
         return single.block_count(config)
+
+    def width(self, config: Config) -> int:
+        """Multiply the number of heads by their width."""
+        return width(config)
 
     def kinds(self, config: Config) -> dict[str, range]:
         """Return joint blocks, then single ones."""
@@ -295,6 +299,10 @@ class Flux2:
             "txt_ids": _ids(1, 1, text.shape[1]),
         }
         return out | {"guidance": sigma * 0 + guidance} if self.takes_guidance(config) else out
+
+    def call(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Pass the inputs by name."""
+        return cast("torch.Tensor", model(**inputs, return_dict=False)[0])
 
     def velocity(self, config: Config, output: Array, shape: Shape) -> Array:
         """Unpack the tokens."""

@@ -44,6 +44,9 @@ class Network(Protocol):
         Accepts numpy arrays or torch tensors. Position inputs, which depend on no data, are always numpy.
         """
 
+    def call(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the output of diffusers' own forward pass, as `unembed` does; `model` may be wrapped for training."""
+
     def velocity(self, config: Config, output: Array, shape: Shape) -> Array:
         """Return the network's output as a velocity of `shape` (B, C, h, w)."""
 

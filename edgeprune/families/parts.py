@@ -47,12 +47,14 @@ def tensor_of(kind: str, name: str) -> str | None:
     Args:
         kind: the class: a text encoder of encoders.py, or one of `VAES`.
         name: CLIP's tensors have a prefix `text_model.` in most files and versions of transformers, in some they have
-            none; old VAEs have other names of attention.
+            none; so has Qwen3 without its head `model.`; old VAEs have other names of attention.
     """
     if kind in _UNUSED and _UNUSED[kind].fullmatch(name):
         return None
     if kind in (CLIP, CLIP_POOLED) and name.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
         return f"text_model.{name}"
+    if kind == QWEN3 and name.startswith(("layers.", "embed_tokens.", "norm.")):  # of a model without its head
+        return f"model.{name}"
     if kind == T5 and name == _TIED:
         return "shared.weight"
     if kind in VAES and (match := _VAE_ATTENTION.fullmatch(name)):

@@ -21,6 +21,7 @@ _MODULES = {
     "SD3Transformer2DModel": "edgeprune.families.sd3",
     "FluxTransformer2DModel": "edgeprune.families.flux",
     "Flux2Transformer2DModel": "edgeprune.families.flux2",
+    "ZImageTransformer2DModel": "edgeprune.families.z_image",
 }
 
 CHANGED = "Edgeprune"

@@ -105,6 +105,10 @@ class SD3:
         """Read `num_layers`."""
         return config_number(config, "num_layers", most=MOST_BLOCKS)
 
+    def width(self, config: Config) -> int:
+        """Multiply the number of heads by their width."""
+        return width(config)
+
     def kinds(self, config: Config) -> dict[str, range]:
         """All blocks have two streams."""
         return {"joint": range(self.block_count(config))}
@@ -313,6 +317,10 @@ class SD3:
             "pooled_projections": pooled,
             "timestep": sigma * 1000,
         }
+
+    def call(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Pass the inputs by name."""
+        return cast("torch.Tensor", model(**inputs, return_dict=False)[0])
 
     def velocity(self, config: Config, output: Array, shape: Shape) -> Array:
         """Return the output, which is the velocity."""

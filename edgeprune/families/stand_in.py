@@ -6,6 +6,7 @@ as well as a map of rank R can tell from the stream alone.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from types import MethodType
 from typing import Any, cast
@@ -40,7 +41,14 @@ def put_before(block: Any, streams: Iterable[str], width: int, rank: int) -> Non
         rank: R.
     """
     block.stand_in = nn.ModuleDict({stream: StandIn(width, rank) for stream in streams})
-    block.forward = MethodType(_forward, block)
+    parted = "encoder_hidden_states" in inspect.signature(type(block).forward).parameters
+    block.forward = MethodType(_forward if parted else _joined_forward, block)
+
+
+def _joined_forward(block: Any, joined: torch.Tensor, *args: Any, **named: Any) -> Any:
+    """Run the map of the only stream, then the block's own forward."""
+    (mapped,) = block.stand_in.values()
+    return type(block).forward(block, mapped(joined), *args, **named)
 
 
 def _forward(

@@ -19,9 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import read_json
-from edgeprune.families import Config, Shape, family_of
+from edgeprune.families import Architecture, Config, Shape, family_of
 from edgeprune.families.encoders import QWEN3, T5, text_encoders
-from edgeprune.families.joint import width
 from edgeprune.families.parts import is_read
 from edgeprune.quantization.precision import TEXT_INT4, TEXT_INT4_WO8, text_precision_of
 from edgeprune.residency.model_files import any_weights_of
@@ -119,9 +118,9 @@ def vae_activations(vae: Mapping[str, Any], height: int, width: int) -> int:
     return int(_VAE_IMAGES * widths[min(1, len(widths) - 1)] * height * width)
 
 
-def transformer_activations(config: Config, tokens: int) -> int:
+def transformer_activations(family: Architecture, config: Config, tokens: int) -> int:
     """Return how many numbers are alive at once in a step, of image and text tokens of all samples together."""
-    return _TRANSFORMER_WIDTHS * width(config) * tokens
+    return _TRANSFORMER_WIDTHS * family.width(config) * tokens
 
 
 def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source: Path, generation: Generation) -> int:
@@ -131,7 +130,7 @@ def _transformer_activations(config: dict[str, Any], vae: dict[str, Any], source
     tokens = math.ceil(generation.height / unit) * math.ceil(generation.width / unit)
     text = family.text_tokens(longest_prompt(source), generation.max_sequence_length)
     samples = 2 if family.guided(config, generation.guidance_scale) else 1
-    return transformer_activations(config, (tokens + text) * samples)
+    return transformer_activations(family, config, (tokens + text) * samples)
 
 
 def _encoder_bytes(folder: Path, kind: str, size: int, target: Target, encoders: str, states: Sequence[int]) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 from edgeprune.analysis.contribution import ContributionReport, Key, collapsed, fingerprint
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.families import Config, Family
-from edgeprune.families.joint import width
 from edgeprune.planning.budget import Budget, ModelSize, bytes_text
 from edgeprune.planning.methods import Baseline, Blocks, Listed, Problem, Scored, methods
 from edgeprune.planning.options import PlanOptions
@@ -48,7 +47,7 @@ def make_plan(
     rank = options.modulation_rank
     if isinstance(rank, str):
         raise InputError(f"--modulation-rank {rank}: is measured on a model: give -o (a folder), or a number")
-    stand_in_rank = options.stand_in_rank(width(config))
+    stand_in_rank = options.stand_in_rank(family.width(config))
     size = ModelSize(family, config, options.group_size, rank, stand_in_rank)
     options.check()
     method = methods()[options.method]

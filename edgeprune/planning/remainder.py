@@ -8,7 +8,6 @@ from dataclasses import replace
 from edgeprune.common.errors import InputError
 from edgeprune.families import CHANGED, Config, Family, Shape, Source
 from edgeprune.families.architecture import STAND_IN
-from edgeprune.families.joint import width
 from edgeprune.planning.plan import PrunePlan, followers
 
 HINT = "edgeprune: not stock diffusers; load the folder with edgeprune.load(folder), of the Python package edgeprune"
@@ -99,7 +98,7 @@ def _stand_in_shapes(
     family: Family, config: Config, kept: list[int], new: int, rank: int, names: Iterable[str]
 ) -> dict[str, Shape]:
     """Return the shapes of the maps before a block; `names` are those of the tensors that are left."""
-    shorter, d = family.shorter_config(config, kept), width(config)
+    shorter, d = family.shorter_config(config, kept), family.width(config)
     name = next(n for n in names if (place := family.place(shorter, n)) is not None and place[0] == new)
     prefix = f"{'.'.join(name.split('.')[:2])}.{STAND_IN}"
     return {

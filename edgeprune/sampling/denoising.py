@@ -165,8 +165,7 @@ def velocity(
     bare = getattr(model, "module", model)
     network: Network = family_of_model(bare)
     inputs = network_inputs(bare, latents, condition, sigma, guidance)
-    output = model(**inputs, return_dict=False)[0]
-    out: torch.Tensor = network.velocity(bare.config, output, latents.shape)
+    out: torch.Tensor = network.velocity(bare.config, network.call(model, inputs), latents.shape)
     return out
 
 

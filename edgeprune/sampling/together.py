@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 
 from edgeprune.families import Architecture, Config
-from edgeprune.families.joint import width
 
 _VECTORS = 16
 """Widths of the modulation input at most: FLUX.2 has that of all blocks at once, the others one."""
@@ -26,7 +25,7 @@ attention is fused, were up to 11 in a block of SD3.5 and 14 in a single-stream 
 def row_bytes(family: Architecture, config: Config, shape: Sequence[int], text: int, itemsize: int) -> int:
     """Return the bytes of activations that one row takes in a block; arguments as of `sample_bytes`."""
     image = shape[-1] * shape[-2] // family.latents(config).patch ** 2
-    return itemsize * _ACTIVATIONS * (image + text) * width(config)
+    return itemsize * _ACTIVATIONS * (image + text) * family.width(config)
 
 
 def rows_together(room: int, one: int, most: int) -> int:
@@ -45,7 +44,7 @@ def sample_bytes(family: Architecture, config: Config, shape: Sequence[int], tex
         itemsize: bytes of a number in the dtype that the transformer computes in.
     """
     image = shape[-1] * shape[-2] // family.latents(config).patch ** 2
-    return itemsize * (image + text + _VECTORS) * width(config) + 4 * _LATENTS * math.prod(shape)
+    return itemsize * (image + text + _VECTORS) * family.width(config) + 4 * _LATENTS * math.prod(shape)
 
 
 def batches_together(room: int, batch_bytes: int, count: int) -> int:

@@ -19,7 +19,6 @@ from edgeprune.common.files import need_space
 from edgeprune.common.splits import Split
 from edgeprune.common.tensors import Tensors
 from edgeprune.families import Config, Family
-from edgeprune.families.joint import width
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.quantization.feedback import moments_bytes
 from edgeprune.quantization.quantize import rounding_bytes
@@ -246,4 +245,4 @@ def stream_bytes(family: Family, config: Config, shape: tuple[int, ...], text: i
         text: number of text tokens.
     """
     image = shape[-1] * shape[-2] // family.latents(config).patch ** 2
-    return 4 * (image + text + 1) * width(config)
+    return 4 * (image + text + 1) * family.width(config)

@@ -10,6 +10,7 @@ import functools
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +21,7 @@ from edgeprune.families.encoders import text_encoders
 from edgeprune.planning.fit import stored_shapes
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.stored import CPU
-from edgeprune.sampling.denoising import Conditioning, VelocityInputs, velocity
+from edgeprune.sampling.denoising import Conditioning, VelocityInputs
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.sampling.solvers import visited
@@ -82,9 +83,17 @@ def evaluations_by_step(family: Family, config: Config, source: Path, generation
 
 def flops_per_evaluation(family: Family, config: Config, source: Path, generation: Generation) -> int:
     """Count the floating-point operations of one sample through the transformer, on the meta device."""
-    model = family.build(config, list(range(family.block_count(config))), frozenset())
+    model: Any = family.build(config, list(range(family.block_count(config))), frozenset())
+    latents, condition, sigma, guidance = sample(family, config, source, generation)
+    given = family.inputs(model.config, latents, condition.hidden, condition.pooled, sigma, guidance)
+    inputs = {name: torch.as_tensor(value, device="meta") for name, value in given.items()}
+    text: torch.Tensor | None
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        velocity(model, *sample(family, config, source, generation))
+        (image, text, modulation), positions = family.embed(model, inputs), family.positions(model, inputs)
+        for block in family.blocks(model):
+            assert text is not None  # only the last block drops the text stream
+            image, text = family.run(block, image, text, modulation, positions)
+        family.unembed(model, image, modulation, family.grid(model, inputs))
     return int(counter.get_total_flops())
 
 

@@ -21,7 +21,6 @@ from edgeprune.data.encode import make_cache, skip_report
 from edgeprune.data.pairs import Pairs
 from edgeprune.data.settings import SHAPES, CacheOptions, is_drawn, settings_of, source_digest
 from edgeprune.families import Architecture, Config
-from edgeprune.families.joint import width
 from edgeprune.planning.methods import baselines
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.residency.compute import Compute, is_small
@@ -429,7 +428,7 @@ def _graph_bytes(of: Memory, options: DistillOptions, recipe: Recipe, plan: Prun
     blocks = sum(block >= frozen for block in plan.kept)
     widths = SAVED_WIDTHS * blocks if not options.gradient_checkpointing else SAVED_WIDTHS + blocks
     itemsize = 4 if options.mixed_precision in (None, "no") else 2
-    return widths * width(of.subject.config) * of.tokens * options.batch * itemsize
+    return widths * of.subject.family.width(of.subject.config) * of.tokens * options.batch * itemsize
 
 
 def training_bytes(options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> int:

@@ -20,7 +20,6 @@ from edgeprune.artefact.staged import TILE, can_stage
 from edgeprune.common.files import read_json
 from edgeprune.families import Shape
 from edgeprune.families.encoders import LONG, T5, text_encoders
-from edgeprune.families.joint import width
 from edgeprune.families.parts import BY_ROW, is_read
 from edgeprune.planning.fit import stored_shapes, transformer_activations, vae_activations
 from edgeprune.quantization.feedback import moments_bytes
@@ -94,11 +93,11 @@ class Memory:
         subject, parts = self.subject, self._parts()
         outside, small = sum(parts.pop(None, [])), self.compute.memory is None and is_small(subject.numbers)
         together = images_at_once(self._image_tokens)
-        one = transformer_activations(subject.config, self.tokens)
+        one = transformer_activations(subject.family, subject.config, self.tokens)
         working = one * (min(together, samples * subject.per_step) if small else 1)  # others wait for room
         if gradients:  # fewer run together, and of one block, where blocks are read when they run
             rows, blocks = (min(16, together), len(parts)) if small else (max(1, together // 4), 1)
-            graph = SAVED_WIDTHS * blocks * width(subject.config) * self.tokens
+            graph = SAVED_WIDTHS * blocks * subject.family.width(subject.config) * self.tokens
             working = max(working, (one + graph) * rows)
         if small:
             return 4 * subject.numbers + working * self.itemsize

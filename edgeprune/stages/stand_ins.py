@@ -27,7 +27,6 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, Steps
 from edgeprune.common.tensors import Tensors, load_tensors, save_tensors
 from edgeprune.families.architecture import STAND_IN, STREAMS
-from edgeprune.families.joint import width
 from edgeprune.families.stand_in import StandIn
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.plan import PrunePlan
@@ -154,11 +153,11 @@ def _fitted(ws: Workspace, plan: PrunePlan, new: int, whole: Side, left: Side) -
     """Fit the maps before a block, send the shorter model's samples through them, and return their tensors."""
     names, rank = streams_of(ws.family, ws.config, plan.kept[new]), plan.stand_in_rank or 0
     map_of = {stream: stream if stream in names else names[0] for stream in STREAMS}
-    sums = {name: Regression(width(ws.config)) for name in names}
+    sums = {name: Regression(ws.family.width(ws.config)) for name in names}
     for ours, theirs in zip(left.streams.all(), whole.streams.all(), strict=True):
         for stream, name in map_of.items():
             sums[name].add(ours[stream], theirs[stream])
-    maps = {name: StandIn(width(ws.config), rank) for name in names}
+    maps = {name: StandIn(ws.family.width(ws.config), rank) for name in names}
     for name, one in maps.items():
         one.load_state_dict(sums[name].solve(rank))
     left.streams.change(
@@ -192,7 +191,7 @@ def beside_bytes(subject: Subject, plan: PrunePlan) -> int:
     for name, shape in family.tensor_shapes(config).items():
         sizes[(family.place(config, name) or (None,))[0]] += math.prod(shape)
     sizes.pop(None)
-    return max(0, 8 * (2 * 2 + 6) * width(config) ** 2 - 2 * max(sizes.values()))
+    return max(0, 8 * (2 * 2 + 6) * family.width(config) ** 2 - 2 * max(sizes.values()))
 
 
 def work(subject: Subject, plan: PrunePlan, prompts: int = PROMPTS) -> Work:

@@ -36,6 +36,8 @@ def cut(family: Family, model: nn.Module, first: int) -> None:
     for name, _ in list(model.named_children()):
         if name not in lists and not f"{name}.".startswith(family.tail):
             setattr(model, name, nn.Identity())
+    for name, _ in list(model.named_parameters(recurse=False)):
+        setattr(model, name, None)
 
 
 class Tail(nn.Module):

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from edgeprune.artefact import chat
 from edgeprune.artefact.chat import check_chat
 from edgeprune.artefact.synth import tokenizers
 from edgeprune.common.errors import InputError
+from edgeprune.families.encoders import THOUGHTFUL, THOUGHTLESS
 
 
 @pytest.fixture
@@ -28,23 +28,23 @@ def change(folder: Path, **fields: Any) -> None:
 
 def refused(folder: Path) -> str:
     with pytest.raises(InputError) as error:
-        check_chat(folder)
+        check_chat(folder, THOUGHTLESS)
     said = str(error.value)
     assert "\n" not in said and str(folder) in said and said.endswith("give the tokenizer of the published model")
     return said
 
 
 def test_a_template_that_writes_the_chat_is_taken(folder: Path) -> None:
-    check_chat(folder)
+    check_chat(folder, THOUGHTLESS)
     template = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
     change(folder, chat_template=named)
-    check_chat(folder)
+    check_chat(folder, THOUGHTLESS)
     change(folder, chat_template="x")
     (folder / "chat_template.jinja").write_text(template)  # counts first
-    check_chat(folder)
-    (folder / "chat_template.jinja").write_text(chat.TEMPLATE)  # what vendors' pipelines get
-    check_chat(folder)
+    check_chat(folder, THOUGHTLESS)
+    (folder / "chat_template.jinja").write_text(THOUGHTLESS.template)  # what vendors' pipelines get
+    check_chat(folder, THOUGHTLESS)
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,17 @@ def test_a_side_of_the_rules_counts_where_the_config_has_none(folder: Path) -> N
     (folder / "tokenizer.json").write_text('{"truncation": {"direction": "Left"}, "padding": null}')
     assert "truncation_side: found 'left', expected 'right'" in refused(folder)
     change(folder, truncation_side="right")
-    check_chat(folder)
+    check_chat(folder, THOUGHTLESS)
 
 
 def test_a_file_that_is_no_text_is_named(folder: Path) -> None:
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
     assert "chat_template.jinja: cannot be read as text" in refused(folder)
+
+
+def test_families_differ_in_what_follows_a_prompt(folder: Path) -> None:
+    """The published template writes both chats; one that knows no thoughts is only one of them."""
+    check_chat(folder, THOUGHTFUL)
+    change(folder, chat_template=THOUGHTLESS.template)
+    with pytest.raises(InputError, match="chat template makes .*assistant"):
+        check_chat(folder, THOUGHTFUL)

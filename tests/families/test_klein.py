@@ -219,7 +219,7 @@ def edited(source: Path, out: Path, file: str, **fields: Any) -> Path:
     ("file", "fields", "says"),
     [
         ("text_encoder/config.json", {"num_hidden_layers": 27}, "num_hidden_layers: found 27, expected .* from 28"),
-        ("transformer/config.json", {"joint_attention_dim": 64}, "joint_attention_dim: found 64, expected 96, the wid"),
+        ("transformer/config.json", {"joint_attention_dim": 64}, "width of text: found 64, expected 96, the wid"),
         ("text_encoder/config.json", {"attention_bias": True}, "attention_bias: found True, expected false"),
         ("text_encoder/config.json", {"use_sliding_window": True}, "use_sliding_window: found True, expected false"),
         ("text_encoder/config.json", {"num_key_value_heads": 3}, "num_key_value_heads: found 3, expected a divisor"),
@@ -269,10 +269,11 @@ def test_statistics_of_the_vae_are_needed_and_their_counter_is_not(sources: dict
 
 def test_a_length_of_one_token_is_refused(sources: dict[str, Path]) -> None:
     """Nor one that the chat fills alone."""
+    _, family = read_config(sources["base"])
     for tokens in (1, 12):
         with pytest.raises(InputError, match=f"length: found {tokens}, expected 13 or more with a Qwen3 encoder"):
-            check_tokens(sources["base"], tokens)
-    check_tokens(sources["base"], 13)
+            check_tokens(sources["base"], family.encoders, tokens)
+    check_tokens(sources["base"], family.encoders, 13)
 
 
 def test_only_what_is_read_of_the_text_encoder_counts(sources: dict[str, Path]) -> None:

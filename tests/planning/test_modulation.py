@@ -42,8 +42,8 @@ from edgeprune.stages.workspace import Workspace
 from edgeprune.training.recipe import DistillOptions, Recipe, parameter_groups
 
 WIDTH = 64
-THIN = [kind for kind in KINDS if not kind.startswith("flux2")]
-"""FLUX.2 shares three modulation layers between all blocks: nothing to save."""
+THIN = [kind for kind in KINDS if not kind.startswith(("flux2", "z-image"))]
+"""FLUX.2 shares three modulation layers between all blocks, and Z-Image's read 256 numbers: nothing to save."""
 
 
 def setup(kind: str = "sd3", **overrides: Any) -> tuple[Any, Config, Family]:
