@@ -1,4 +1,4 @@
-"""The language model that encodes text for FLUX.2, as it is traced for an export: Qwen3, up to the last state read.
+"""The language model that encodes text for FLUX.2 and Z-Image, as it is exported: Qwen3, up to the last state read.
 
 It computes what `Qwen3ForCausalLM` of transformers returns for `output_hidden_states`: causal attention that leaves out
 padding, grouped queries, norms of queries and keys, rotary positions; no cache, and neither the last norm nor the head.
@@ -31,15 +31,16 @@ class LanguageModel(LayeredEncoder):
     Args:
         model: a Qwen3ForCausalLM with the layers up to the last state that is read, see `cut_unread`.
         states: the hidden states that are returned; 0 is the embedding.
+        padding: whether those of padding are returned; else they are 0.
     """
 
     inputs: Axes = {"input_ids": _SEQUENCE, "attention_mask": _SEQUENCE}
     stack, shared = "model.layers", SPEEDS
     speeds: torch.Tensor
 
-    def __init__(self, model: Any, states: Sequence[int]) -> None:
+    def __init__(self, model: Any, states: Sequence[int], *, padding: bool = True) -> None:
         super().__init__(model)
-        self.states = tuple(states)
+        self.states, self.padding = tuple(states), padding
         self.outputs: Axes = {f"hidden_states.{state}": _SEQUENCE for state in self.states}
         self.register_buffer(SPEEDS, speeds_of(self.config))
 
@@ -51,7 +52,10 @@ class LanguageModel(LayeredEncoder):
         for index, layer in enumerate(self.layers):
             hidden = self.run(layer, hidden, *around)
             found[index + 1] = hidden
-        return tuple(found[state] for state in self.states)
+        return self._read([found[state] for state in self.states], attention_mask)
+
+    def _read(self, states: Sequence[torch.Tensor], mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(state if self.padding else state * mask[..., None].to(state.dtype) for state in states)
 
     @property
     def returned(self) -> dict[int, str]:
@@ -71,7 +75,7 @@ class LanguageModel(LayeredEncoder):
     def reference(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute the same outputs with the model's own forward pass."""
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False)
-        return tuple(out.hidden_states[state] for state in self.states)
+        return self._read([out.hidden_states[state] for state in self.states], attention_mask)
 
     def example(self, *, batch: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """Return random words, then padding; each row has another length."""

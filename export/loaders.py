@@ -61,8 +61,8 @@ def stored_encoder(artefact: Path, name: str, kind: str) -> StoredT5 | StoredQwe
         InputError: a tensor is missing, unknown or of another shape, or a file cannot be read.
     """
     if kind == QWEN3:
-        encoders = read_config(artefact)[1].encoders
-        return StoredQwen3(artefact / name, next(encoder.states for encoder in encoders if encoder.name == name))
+        encoder = next(each for each in read_config(artefact)[1].encoders if each.name == name)
+        return StoredQwen3(artefact / name, encoder.states, padding=encoder.padding)
     return StoredT5(artefact / name) if kind == T5 else None
 
 

@@ -47,6 +47,7 @@ class StoredEncoder(ABC, Generic[M]):
     Args:
         folder: its folder, such as `text_encoder_3`.
         states: of a language model, the hidden states that are read.
+        padding: whether those of padding are read.
 
     Raises:
         InputError: a tensor is missing, unknown or of another shape, or a file cannot be read.
@@ -57,10 +58,10 @@ class StoredEncoder(ABC, Generic[M]):
     exact: ClassVar[tuple[str, ...]] = ()
     """Tensors of `module` that stay float32 whatever it computes in."""
 
-    def __init__(self, folder: Path, states: tuple[int, ...] = ()) -> None:
+    def __init__(self, folder: Path, states: tuple[int, ...] = (), *, padding: bool = True) -> None:
         weights = part_weights(folder, self.kind)
         assert weights is not None  # its class has a table
-        self.folder, self.states, self._weights = folder, states, weights
+        self.folder, self.states, self.padding, self._weights = folder, states, padding, weights
         with readable(folder), quiet():
             self._empty = empty_part(folder, self.kind, states).eval().requires_grad_(False)
             shapes = {n: weights.weights.shapes[weights.names[self._stored(n)][0]] for n in self._empty.state_dict()}

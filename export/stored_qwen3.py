@@ -21,7 +21,7 @@ class StoredQwen3(StoredEncoder[LanguageModel]):
     def module(self, model: Any) -> LanguageModel:
         """Return the hidden states as they are exported, without transformers' own positions."""
         model.model.rotary_emb = nn.Identity()
-        return LanguageModel(model, self.states)
+        return LanguageModel(model, self.states, padding=self.padding)
 
     def made(self, name: str) -> torch.Tensor | None:
         """Return the speeds of the rotary positions."""

@@ -300,12 +300,20 @@ class ZImage:
     def inputs(
         self, config: Config, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float
     ) -> dict[str, Array]:
-        """Pack the latents, and cut the text after the longest of the batch; of zeros alone, keep all."""
+        """Pack the latents, and cut the text after the longest of the batch; of zeros alone, keep all.
+
+        Raises:
+            InputError: a text is longer than the model has positions for.
+        """
         lengths = (sigma[:, None] * 0 + (text != 0).any(-1)).sum(-1)  # of the dtype of noise levels
+        longest, places = int(lengths.max()) or text.shape[1], _lengths(config)[0]
+        if padding.whole(longest) + 1 >= places:  # the image stands after the text
+            most = (places - 2) // padding.MULTIPLE * padding.MULTIPLE
+            raise InputError(f"max_sequence_length: found a text of {longest} tokens, expected up to {most}")
         ids = padding.ids(latents.shape[2] // PATCH, latents.shape[3] // PATCH)
         return {
             "hidden_states": padding.padded(padding.pack(latents), int(ids[:, 0].sum())),
-            "encoder_hidden_states": padding.padded(text, int(lengths.max()) or text.shape[1]),
+            "encoder_hidden_states": padding.padded(text, longest),
             "timestep": 1 - sigma,
             "img_ids": ids,
             "text_lengths": lengths,

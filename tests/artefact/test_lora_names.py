@@ -10,6 +10,7 @@ from diffusers.loaders.single_file_utils import (
     convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from loras import names_of, pair, read_tensors
 from tiny import KINDS
@@ -41,7 +42,16 @@ CONVERSIONS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
         },
         convert_flux2_transformer_checkpoint_to_diffusers,
     ),
+    "z-image": (
+        {
+            "_class_name": "ZImageTransformer2DModel", "dim": 12, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
+            "in_channels": 1, "cap_feat_dim": 8, "axes_dims": [2, 2, 2], "axes_lens": [64, 8, 8],
+        },
+        convert_z_image_transformer_checkpoint_to_diffusers,
+    ),
 }  # fmt: skip
+PLAIN = ("flux2", "z-image")
+"""Whose conversions take neither position tables nor biases."""
 
 
 @pytest.mark.parametrize("kind", CONVERSIONS)
@@ -54,12 +64,13 @@ def test_layers_lie_as_in_the_conversion_of_whole_checkpoints(kind: str) -> None
         for name, layers in _originals(family, shapes, family.block_count(config))
         if "processor" not in name and not name.startswith(("transformer_blocks", "single_transformer_blocks"))
     }
-    checkpoint: dict[str, torch.Tensor] = {} if kind == "flux2" else {"pos_embed": torch.zeros(1)}
+    checkpoint: dict[str, torch.Tensor] = {} if kind in PLAIN else {"pos_embed": torch.zeros(1)}
     rows: dict[str, torch.Tensor] = {}
     for place, (name, count) in enumerate(originals.items()):
         rows[name] = torch.arange(count, dtype=torch.float64) + 100_000 * place
-        checkpoint[f"{name}.scale" if name.endswith("_norm") else f"{name}.weight"] = rows[name][:, None]
-        if kind != "flux2":
+        scale = name.endswith("_norm") and kind != "z-image"
+        checkpoint[f"{name}.scale" if scale else f"{name}.weight"] = rows[name][:, None]
+        if kind not in PLAIN:
             checkpoint[f"{name}.bias"] = rows[name]
     if kind == "sd3":
         checkpoint["context_embedder.weight"] = checkpoint["context_embedder.bias"] = torch.zeros(8, 1)
@@ -72,7 +83,7 @@ def test_layers_lie_as_in_the_conversion_of_whole_checkpoints(kind: str) -> None
     assert found.keys() == expected.keys() - {"context_embedder.weight"} | (found.keys() & {"context_embedder.weight"})
     for name, tags in found.items():
         assert torch.equal(tags, expected[name].flatten()), name
-    weights = {name for name in shapes if name.endswith(".weight")}
+    weights = {name for name in shapes if name.endswith(".weight") and (kind != "z-image" or name in expected)}
     assert weights - {"context_embedder.weight"} == found.keys() - {"context_embedder.weight"}
 
 

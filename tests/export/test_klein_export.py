@@ -25,7 +25,7 @@ from edgeprune.common.pieces import RESERVE
 from edgeprune.export import language_model, parity, stored_encoder, to_onnx, to_openvino
 from edgeprune.export.stored_qwen3 import StoredQwen3
 from edgeprune.families import published
-from edgeprune.families.encoders import QWEN3
+from edgeprune.families.encoders import QWEN3, THOUGHTLESS
 from edgeprune.families.parts import VAE_FLUX2, is_read, part_shapes
 from edgeprune.planning import fit
 from edgeprune.quantization.precision import text_precision_of
@@ -197,7 +197,7 @@ def test_a_tokenizer_that_is_not_built_yet_is_written_as_transformers_reads_it(
     from transformers import AutoTokenizer
 
     for folder in (tmp_path / "plain", ruined):
-        _tokenizer(folder, tmp_path / "out" / folder.name, chat=True)
+        _tokenizer(folder, tmp_path / "out" / folder.name, THOUGHTLESS)
         theirs = AutoTokenizer.from_pretrained(folder)
         chats = chats_of(theirs)
         expected = theirs(chats, padding="max_length", truncation=True, max_length=60, return_tensors="np")

@@ -103,6 +103,14 @@ def test_rows_of_different_texts_do_not_see_each_other() -> None:
         torch.testing.assert_close(family.velocity(model.config, output, latents.shape), whole, rtol=1e-5, atol=1e-5)
 
 
+def test_a_text_without_a_place_for_the_image_is_refused() -> None:
+    family, config = family_of(tiny.config_of(tiny.tiny_z_image())), tiny.config_of(tiny.tiny_z_image())
+    latents, text, sigma = torch.ones(1, 8, 4, 4), torch.ones(1, 225, 64), torch.ones(1)
+    family.inputs(config, latents, text[:, :224], text, sigma, 1.0)
+    with pytest.raises(InputError, match="found a text of 225 tokens, expected up to 224"):
+        family.inputs(config, latents, text, text, sigma, 1.0)
+
+
 @torch.no_grad()
 def test_half_precision_keeps_time_and_lengths() -> None:
     model = tiny.tiny_z_image()

@@ -32,6 +32,11 @@ _DOUBLE = {
     "txt_attn.norm.query_norm": "attn.norm_added_q", "txt_attn.norm.key_norm": "attn.norm_added_k",
 }  # fmt: skip
 _SINGLE = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
+_REFINED = {
+    "attention.qkv": "attention.to_q attention.to_k attention.to_v", "attention.out": "attention.to_out.0",
+    "attention.q_norm": "attention.norm_q", "attention.k_norm": "attention.norm_k",
+}  # fmt: skip
+"""Of a block of Z-Image."""
 _ENDS = {
     "img_in": "x_embedder", "txt_in": "context_embedder",
     "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear",
@@ -63,6 +68,10 @@ _OUTSIDE: dict[str, dict[str, str]] = {
         "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
         "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear",
     },
+    "z-image": {
+        "x_embedder": "all_x_embedder.2-1", "final_layer.linear": "all_final_layer.2-1.linear",
+        "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+    },
 }  # fmt: skip
 """Layers outside blocks: diffusers' name by the original code's, by family."""
 
@@ -93,6 +102,7 @@ _BLOCKS: dict[str, dict[tuple[str, str], dict[str, str]]] = {
         },
         ("transformer_blocks", "transformer_blocks"): _FUSED,
     },
+    "z-image": {(name, name): _REFINED for name in ("layers", "noise_refiner", "context_refiner")},
     "sd3": {
         ("joint_blocks", "transformer_blocks"): {
             "x_block.attn.qkv": _QKV, "x_block.attn.proj": "attn.to_out.0",
