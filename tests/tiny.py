@@ -323,7 +323,7 @@ def tiny_klein_pipeline(folder: Path, *, distilled: bool = True, **overrides: An
     return pipeline
 
 
-def tiny_z_image_pipeline(folder: Path, *, guided: bool = False, **overrides: Any) -> ZImagePipeline:
+def tiny_z_image_pipeline(folder: Path, *, guided: bool = False, layers: int = 36, **overrides: Any) -> ZImagePipeline:
     """Make a Z-Image pipeline and save it to `folder` in half precision, with a generation.json.
 
     As the published one, its index names the class of the text encoder without a head, and its files are of the whole.
@@ -333,7 +333,7 @@ def tiny_z_image_pipeline(folder: Path, *, guided: bool = False, **overrides: An
         transformer=tiny_z_image(**{"cap_feat_dim": QWEN_WIDTH} | overrides),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=tiny_vae(),
-        text_encoder=tiny_qwen3(len(tokenizer), layers=36),
+        text_encoder=tiny_qwen3(len(tokenizer), layers=layers),
         tokenizer=tokenizer,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
