@@ -101,9 +101,9 @@ def tiny_flux2(**overrides: Any) -> Flux2Transformer2DModel:
 
 
 def tiny_z_image(**overrides: Any) -> ZImageTransformer2DModel:
-    """Make 4 blocks of width 64 behind one refiner of each kind, over the latents and text of `tiny_transformer()`."""
+    """Make 5 blocks of width 64 behind one refiner of each kind, over the latents and text of `tiny_transformer()`."""
     config: dict[str, Any] = {
-        "in_channels": 8, "dim": 64, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+        "in_channels": 8, "dim": 64, "n_layers": 5, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
         "cap_feat_dim": 2 * TEXT_WIDTH, "axes_dims": (8, 12, 12), "axes_lens": (256, 32, 32),
     }  # fmt: skip
     torch.manual_seed(0)
