@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from edgeprune.artefact.chat import as_chat
 from edgeprune.artefact.resolve import read_config
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
 from edgeprune.export import loaders, modules
 from edgeprune.export.folder import from_pretrained
-from edgeprune.families.encoders import LONG, QWEN3, text_encoders, tokenizer_of
+from edgeprune.families.encoders import LONG, QWEN3, Chat, text_encoders, tokenizer_of
 from edgeprune.sampling.denoising import Conditioning
 from edgeprune.sampling.generation import Generation, longest_prompt
 from edgeprune.sampling.prompts import prompts
@@ -42,13 +41,17 @@ def tokens(artefact: Path, name: str, kind: str) -> dict[str, torch.Tensor]:
     # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
     length = Generation.load(artefact).max_sequence_length if kind in LONG else longest_prompt(artefact)
     tokenizer = from_pretrained(AutoTokenizer.from_pretrained, artefact / tokenizer_of(name), tokenizer=True)
-    texts = prompts(Split.CALIBRATION, PROMPTS)
+    texts, chat = prompts(Split.CALIBRATION, PROMPTS), _chat(artefact, name)
     found = tokenizer(
-        [as_chat(prompt) for prompt in texts] if kind == QWEN3 else texts,
+        [chat.around(prompt) for prompt in texts] if chat else texts,
         padding="max_length", max_length=length, truncation=True, return_tensors="pt",
     )  # fmt: skip
     ids = {"input_ids": found.input_ids}
     return ids | {"attention_mask": found.attention_mask} if kind == QWEN3 else ids  # the others read padding, too
+
+
+def _chat(artefact: Path, name: str) -> Chat | None:
+    return next(encoder.chat for encoder in read_config(artefact)[1].encoders if encoder.name == name)
 
 
 def encoded(artefact: Path, progress: Progress = silent) -> Conditioning:

@@ -24,7 +24,6 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
-from edgeprune.artefact.chat import TEMPLATE
 from edgeprune.artefact.loading import quiet, readable
 from edgeprune.artefact.manifest import Manifest
 from edgeprune.artefact.resolve import read_config
@@ -32,7 +31,7 @@ from edgeprune.artefact.surgery import structure
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json
 from edgeprune.families import CHANGED
-from edgeprune.families.encoders import QWEN3, text_encoders, tokenizer_of
+from edgeprune.families.encoders import text_encoders, tokenizer_of
 from edgeprune.families.parts import tensor_of
 from edgeprune.residency.model_files import weights_of
 from edgeprune.sampling.scheduler import FlowMatch
@@ -105,6 +104,7 @@ def unpacked(packed: torch.Tensor, scale: torch.Tensor, columns: int) -> torch.T
 
 def text_pipeline(folder: Path, device: torch.device, variant: str | None) -> Any:
     """Return the pipeline with its text encoders, and with a transformer that has no weights."""
+    chats = {encoder.name: encoder.chat for encoder in read_config(folder)[1].encoders}
     with readable(folder), quiet():
         parts: dict[str, Any] = {"transformer": _structure(folder, "transformer")}
         for name, kind in text_encoders(folder).items():
@@ -113,9 +113,9 @@ def text_pipeline(folder: Path, device: torch.device, variant: str | None) -> An
                 encoder = network(network.config_class.from_dict(read_json(folder / name / "config.json")))
             tokenizer = folder / tokenizer_of(name)
             words = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-            if kind == QWEN3:
+            if chat := chats[name]:
                 encoder.lm_head = nn.Identity()  # its file lacks a head that is tied, and no pipeline reads the words
-                words.chat_template = TEMPLATE  # the folder's own is a program
+                words.chat_template = chat.template  # the folder's own is a program
             parts[name] = _streamed(encoder, folder / name, kind, device, variant)
             parts[tokenizer_of(name)] = words
         return _pipeline(folder, parts)
