@@ -482,6 +482,8 @@ class Runtime:
         seeds: Sequence[int],
         *,
         steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         solver: str | None = None,
         guidance_range: tuple[float, float] | None = None,
     ) -> Iterator[Image.Image]:
@@ -494,13 +496,17 @@ class Runtime:
             prompts: one per image.
             seeds: one per image.
             steps: denoising steps; None for the folder's own, as for the other settings.
+            height: pixels.
+            width: pixels.
             solver: see `generate`.
             guidance_range: see `generate`.
 
         Raises:
             InputError: see `generate`.
         """
-        asked = GenerationOptions(num_inference_steps=steps, solver=solver, guidance_range=guidance_range)
+        asked = GenerationOptions(
+            num_inference_steps=steps, height=height, width=width, solver=solver, guidance_range=guidance_range
+        )
         for latents in self._groups(self._wish(prompts, "", seeds, asked)):
             yield from self._decoded(latents)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -131,8 +132,9 @@ def score(
     loading = _loading(chosen, device, memory)
     for place in drawn.values():
         _check_drawn(place, variant, steps)
+    sizes = _sizes(places, drawn, progress)
     if memory is not None:
-        _check_memory(drawn, runtime, variant, loading)
+        _check_memory(drawn, sizes, runtime, variant, loading)
     own = own_options(options, exact, [chosen["images"]])[chosen["images"]] if "images" in chosen else {}
     if "images" not in chosen and (options or exact):
         progress("--option and --exact: the images are drawn already, so they are not used")
@@ -144,9 +146,9 @@ def score(
     if in_torch := {name: places[name] for name, chosen_runtime in chosen.items() if chosen_runtime == TORCH}:
         RUNTIMES[TORCH].require()
         compute = ComputeOptions(device, memory, longest_s)
-        _check_time(in_torch, len(wishes), None if ready else seeds, steps, out, compute, progress)
+        _check_time(in_torch, sizes, len(wishes), None if ready else seeds, steps, out, compute, progress)
     scores = _drawn_and_scored(
-        places, ready, wishes, metrics, paths, runtime, steps, loading, own, out, progress, variant
+        places, ready, sizes, wishes, metrics, paths, runtime, steps, loading, own, out, progress, variant
     )
     return Scored(
         scores=tuple(scores),
@@ -170,8 +172,40 @@ def _runtimes(drawn: Mapping[str, Path], runtime: str | None) -> dict[str, str]:
     return {name: runtimes.choose(place, runtime if name == "images" else None) for name, place in drawn.items()}
 
 
+def _sizes(
+    places: Mapping[str, Path], drawn: Mapping[str, Path], progress: Progress
+) -> defaultdict[str, dict[str, int]]:
+    """Return the height and width in pixels of what is drawn, where they are not the folder's own.
+
+    An original is drawn as large as the images that it is compared with, whatever its own size: metrics take pairs.
+
+    Raises:
+        InputError: the original cannot draw images of that size.
+    """
+    from edgeprune.common.images import open_image
+    from edgeprune.data.imagefolder import is_images, read_samples
+    from edgeprune.sampling.generation import Generation, GenerationOptions
+
+    sizes = defaultdict[str, dict[str, int]](dict)
+    if "original" in drawn:
+        own, images = Generation.load(drawn["original"]), places["images"]
+        if is_images(images):
+            width, height = open_image(read_samples(images)[0].path).size
+        else:
+            found = Generation.load(images)
+            height, width = found.height, found.width
+        if (height, width) != (own.height, own.width):
+            own.changed(GenerationOptions(height=height, width=width), "images").check_size(drawn["original"])
+            sizes["original"] = {"height": height, "width": width}
+            progress(
+                f"original: drawn at {width}x{height}, as the images are; its own size is {own.width}x{own.height}"
+            )
+    return sizes
+
+
 def _check_time(
     drawn: Mapping[str, Path],
+    sizes: Mapping[str, dict[str, int]],
     wishes: int,
     seeds: int | None,
     steps: int | None,
@@ -183,6 +217,7 @@ def _check_time(
 
     Args:
         drawn: the models in torch.
+        sizes: see `_sizes`.
         wishes: images of each.
         seeds: images of each prompt; None if they are those of images that exist.
         steps: see `score`.
@@ -198,8 +233,14 @@ def _check_time(
     done = {name: count_drawn(Path(out) / name) if out else 0 for name in drawn}
 
     def left(images: int) -> list[Drawn]:
-        options = GenerationOptions(num_inference_steps=steps)
-        return [Drawn.of(at, options, images=n) for name, at in drawn.items() if (n := max(0, images - done[name]))]
+        options = {
+            name: GenerationOptions(
+                num_inference_steps=steps, height=sizes[name].get("height"), width=sizes[name].get("width")
+            )
+            for name in drawn
+        }
+        counts = {name: max(0, images - done[name]) for name in drawn}
+        return [Drawn.of(at, options[name], images=counts[name]) for name, at in drawn.items() if counts[name]]
 
     if now := left(wishes):
         ways, fewest, option = list[tuple[str, list[Drawn]]](), now, ""
@@ -246,6 +287,7 @@ def _wishes_of(images: Path, metrics: Sequence[str]) -> list[Wish]:
 def _drawn_and_scored(
     places: dict[str, Path],
     ready: list[Path],
+    sizes: Mapping[str, dict[str, int]],
     wishes: list[Wish],
     metrics: Sequence[str],
     weights: dict[str, str],
@@ -269,7 +311,7 @@ def _drawn_and_scored(
                 # The runtime is about the export; its original is a diffusers folder.
                 scoring.draw(
                     place, kept / name, wishes, runtime=runtime if name == "images" else None, steps=steps,
-                    loading=loading[name], own=own if name == "images" else None,
+                    settings=sizes[name], loading=loading[name], own=own if name == "images" else None,
                     variant=variant if _is_original(place) else None, progress=progress,
                 )  # fmt: skip
                 folders[name] = kept / name
@@ -307,7 +349,11 @@ def _check_drawn(model: Path, variant: str | None, steps: int | None) -> None:
 
 
 def _check_memory(
-    drawn: Mapping[str, Path], runtime: str | None, variant: str | None, loading: Mapping[str, dict[str, Any]]
+    drawn: Mapping[str, Path],
+    sizes: Mapping[str, dict[str, int]],
+    runtime: str | None,
+    variant: str | None,
+    loading: Mapping[str, dict[str, Any]],
 ) -> None:
     """Refuse a limit that is too little for one of the models, before the first of them draws.
 
@@ -319,7 +365,7 @@ def _check_memory(
     for name, place in drawn.items():
         options = loading[name] | ({"variant": variant} if variant and _is_original(place) else {})
         with runtimes.plan(place, runtime if name == "images" else None, **options) as model:
-            model.prepare()
+            model.prepare(**sizes[name])
 
 
 def _is_original(folder: Path) -> bool:

@@ -138,7 +138,7 @@ def draw(
         wanted: the images to generate, in this order.
         runtime: the runtime's name; None to choose by the folder.
         steps: the number of denoising steps; None for the folder's default.
-        settings: of the images besides steps, see `Runtime.generate`.
+        settings: of the images besides steps, see `Runtime.draw`.
         variant: of an original's weights, see residency/model_files.py.
         loading: further options of `runtimes.load`, on which the images do not depend.
         own: those on which they may.

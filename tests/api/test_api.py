@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from edgeprune.bench import run as bench_run
 from edgeprune.cli import app
 from edgeprune.common import extras
 from edgeprune.common.errors import BudgetError, InputError, MissingExtraError, StaleStageError
+from edgeprune.sampling.generation import Generation, GenerationOptions
 
 
 def printed(*words: object) -> Any:
@@ -204,6 +206,24 @@ def test_score(source: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert lines[0] == "--memory: no image is drawn, so it is not used"
     assert again.drawn == () and again.scores == made.scores
+
+
+@pytest.mark.parametrize("exist", [False, True])
+def test_an_original_is_drawn_as_large_as_what_is_scored(source: Path, tmp_path: Path, exist: bool) -> None:
+    small, out, lines = Path(shutil.copytree(source, tmp_path / "small")), tmp_path / "images", list[str]()
+    Generation.load(small).changed(GenerationOptions(height=32, width=48), "test").save(small)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    given = {"against": source, "out": out, "progress": lambda what, *_: lines.append(what)}
+    if exist:
+        api.score(small, ["psnr"], against=small, prompts=tmp_path / "prompts.txt", out=out)
+        shutil.rmtree(out / "original")
+        made = api.score(out / "images", ["psnr"], **given)
+    else:
+        made = api.score(small, ["psnr"], prompts=tmp_path / "prompts.txt", **given)
+    assert "original: drawn at 48x32, as the images are; its own size is 64x64" in lines
+    assert made.drawn == (("original",) if exist else ("images", "original")) and made.scores[0].score[0] == 100
+    with Image.open(out / "original" / "00000.png") as image:
+        assert image.size == (48, 32)
 
 
 def test_bench(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
