@@ -102,6 +102,7 @@ def bench(
             bench_run.Variant(name, folder, runtime_name, options=taken[runtime_name])
             for name, (folder, runtime_name) in zip(names, pairs, strict=True)
         ]
+    variants = _one_size(variants, [folder for folder, _ in pairs], progress)
     for folder in dict.fromkeys(v.folder for v in variants):
         say_guesses(folder, () if steps is None else ("num_inference_steps",), steps="--steps")
     if timed := [variant for variant in variants if variant.runtime == TORCH]:
@@ -109,6 +110,33 @@ def bench(
         compute = ComputeOptions(device, memory, longest_s)
         _check_time(timed, repeats, steps, quality, compute, progress, beside=len(timed) < len(variants))
     return bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, progress=progress)
+
+
+def _one_size(variants: list[Variant], folders: list[Path], progress: Progress) -> list[Variant]:
+    """Return the variants with images of one size: that of the user's folders, whatever the original's own is.
+
+    Raises:
+        InputError: two of the folders have images of different sizes, or the original cannot draw images of that size.
+    """
+    from edgeprune.sampling.generation import Generation, GenerationOptions
+
+    loaded = {folder: Generation.load(folder) for folder in (*folders, *(v.folder for v in variants))}
+    sizes = {folder: (own.height, own.width) for folder, own in loaded.items()}
+    first, *others = folders
+    height, width = sizes[first]
+    for other in others:
+        if sizes[other] != sizes[first]:
+            found, expected = (f"{w}x{h}" for h, w in (sizes[other], sizes[first]))
+            raise InputError(f"bench: {other}: found images of {found}, expected {expected} as those of {first}")
+    out = []
+    for variant in variants:
+        if sizes[variant.folder] != sizes[first]:
+            options = GenerationOptions(height=height, width=width)
+            loaded[variant.folder].changed(options, "bench").check_size(variant.folder)
+            progress(f"{variant.name}: measured at {width}x{height}, as {first} draws")
+            variant = replace(variant, settings=variant.settings | {"height": height, "width": width})
+        out.append(variant)
+    return out
 
 
 def _check_time(
@@ -143,6 +171,8 @@ def _check_time(
             own = variant.settings
             options = GenerationOptions(
                 num_inference_steps=own.get("steps", steps),
+                height=own.get("height"),
+                width=own.get("width"),
                 solver=own.get("solver"),
                 guidance_range=own.get("guidance_range"),
             )

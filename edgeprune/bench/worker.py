@@ -66,16 +66,16 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(spec: dict[str, Any]) -> dict[str, Any]:
-    """Refuse a limit of memory that is too little for images of the folder's own size; nothing is opened.
+    """Refuse a limit of memory that is too little for images of the size that is measured; nothing is opened.
 
     Args:
-        spec: folder, runtime (or None) and options.
+        spec: folder, runtime (or None), options and settings.
 
     Raises:
         EdgepruneError: the folder cannot be used, or not in so little memory.
     """
     with runtimes.plan(Path(spec["folder"]), spec["runtime"], **spec["options"]) as model:
-        model.prepare()
+        model.prepare(*(spec["settings"].get(side) for side in ("height", "width")))
     return {}
 
 

@@ -240,5 +240,27 @@ def test_bench(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [v["name"] for v in written["variants"]] == [v["name"] for v in data["variants"]]
     with pytest.raises(InputError, match="nowhere"):
         api.bench([tmp_path / "nowhere"], baseline=source)
+
+
+def test_a_bench_has_images_of_one_size(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, other, sizes = Path(shutil.copytree(source, tmp_path / "small")), tmp_path / "other", dict[str, Any]()
+    Generation.load(small).changed(GenerationOptions(height=32, width=48), "test").save(small)
+
+    def reply(variant: Any, *given: object) -> dict[str, Any]:
+        sizes[variant.name] = variant.settings
+        return worker_reply(variant, *given)
+
+    monkeypatch.setattr(bench_run, "_worker", reply)
+    lines = list[str]()
+    api.bench([small], baseline=source, repeats=1, progress=lambda what, *_: lines.append(what))
+    assert sizes.pop("compressed") == {} and sizes
+    assert all(found == {"height": 32, "width": 48} for found in sizes.values())
+    assert f"original-bf16: measured at 48x32, as {small} draws" in lines
+    shutil.copytree(source, other)
+    with pytest.raises(InputError, match="other: found images of 64x64, expected 48x32 as those of"):
+        api.bench([small, other], baseline=source)
+
+
+def test_a_bench_of_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="found no folder"):
         api.bench([])

@@ -391,8 +391,8 @@ def test_a_limit_is_checked_for_images_of_the_models_own_size(
     tiny_folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = list[str]()
-    monkeypatch.setattr("edgeprune.runtimes.Runtime.prepare", lambda model: asked.append(model.name))
-    assert worker.check({"folder": str(tiny_folders[0]), "runtime": "eager", "options": {}}) == {}
+    monkeypatch.setattr("edgeprune.runtimes.Runtime.prepare", lambda model, *_: asked.append(model.name))
+    assert worker.check({"folder": str(tiny_folders[0]), "runtime": "eager", "options": {}, "settings": {}}) == {}
     assert asked == ["eager"]
 
 
