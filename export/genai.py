@@ -34,7 +34,7 @@ def write(folder: Path) -> dict[str, Any]:
         InputError: scheduler_config.json has an unsupported field or an impossible value.
     """
     if QWEN3 in text_encoders(folder).values():
-        return {}  # GenAI has no pipeline of FLUX.2
+        return {}  # GenAI has no pipeline of FLUX.2 and Z-Image
     settings = read_settings(folder)
     made = settings.generation
     scheduler = FlowMatch.load(folder)

@@ -59,7 +59,7 @@ class LanguageModel(LayeredEncoder):
 
     @property
     def returned(self) -> dict[int, str]:
-        """The outputs by the index of the layer after which they are; none is the embedding."""
+        """Maps a layer's index to the output that is taken after it; none is the embedding."""
         return {state - 1: f"hidden_states.{state}" for state in self.states}
 
     @staticmethod

@@ -152,7 +152,7 @@ class LayeredEncoder(nn.Module, ABC):
     @property
     @abstractmethod
     def returned(self) -> dict[int, str]:
-        """The outputs by the index of the layer after which they are."""
+        """Maps a layer's index to the output that is taken after it."""
 
     @staticmethod
     @abstractmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -132,7 +131,7 @@ def score(
     loading = _loading(chosen, device, memory)
     for place in drawn.values():
         _check_drawn(place, variant, steps)
-    sizes = _sizes(places, drawn, progress)
+    sizes = _sizes(places, drawn, metrics, progress)
     if memory is not None:
         _check_memory(drawn, sizes, runtime, variant, loading)
     own = own_options(options, exact, [chosen["images"]])[chosen["images"]] if "images" in chosen else {}
@@ -173,34 +172,43 @@ def _runtimes(drawn: Mapping[str, Path], runtime: str | None) -> dict[str, str]:
 
 
 def _sizes(
-    places: Mapping[str, Path], drawn: Mapping[str, Path], progress: Progress
-) -> defaultdict[str, dict[str, int]]:
-    """Return the height and width in pixels of what is drawn, where they are not the folder's own.
+    places: Mapping[str, Path], drawn: Mapping[str, Path], metrics: Sequence[str], progress: Progress
+) -> dict[str, dict[str, int]]:
+    """Return the height and width in pixels of what is drawn, by name; nothing where they are the folder's own.
 
-    An original is drawn as large as the images that it is compared with, whatever its own size: metrics take pairs.
+    If a metric takes pairs, an original is drawn as large as the images, whatever its own size.
 
     Raises:
-        InputError: the original cannot draw images of that size.
+        InputError: the original cannot draw images of that size, or has images of another size than is drawn.
     """
     from edgeprune.common.images import open_image
     from edgeprune.data.imagefolder import is_images, read_samples
+    from edgeprune.metrics import KNOWN
     from edgeprune.sampling.generation import Generation, GenerationOptions
 
-    sizes = defaultdict[str, dict[str, int]](dict)
-    if "original" in drawn:
-        own, images = Generation.load(drawn["original"]), places["images"]
-        if is_images(images):
-            width, height = open_image(read_samples(images)[0].path).size
+    sizes: dict[str, dict[str, int]] = {name: {} for name in drawn}
+    if not drawn or "original" not in places or not any(KNOWN[name].paired for name in metrics):
+        return sizes
+    found = dict[str, tuple[int, int]]()
+    for name, place in places.items():
+        if is_images(place):
+            found[name] = open_image(read_samples(place)[0].path).size
         else:
-            found = Generation.load(images)
-            height, width = found.height, found.width
-        if (height, width) != (own.height, own.width):
-            own.changed(GenerationOptions(height=height, width=width), "images").check_size(drawn["original"])
-            sizes["original"] = {"height": height, "width": width}
-            progress(
-                f"original: drawn at {width}x{height}, as the images are; its own size is {own.width}x{own.height}"
-            )
-    return sizes
+            own = Generation.load(place)
+            found[name] = own.width, own.height
+    images, original = (f"{width}x{height}" for width, height in (found["images"], found["original"]))
+    if images == original:
+        return sizes
+    if "original" not in drawn:
+        raise InputError(f"--against: found images of {original}, expected {images} as {places['images']} draws")
+    width, height = found["images"]
+    asked = Generation.load(drawn["original"]).changed(GenerationOptions(height=height, width=width), "--against")
+    try:
+        asked.check_size(drawn["original"])
+    except InputError as error:
+        raise InputError(f"--against: cannot be drawn at {images}, as {places['images']} has it: {error}") from error
+    progress(f"original: drawn at {images}, as the images are; its own size is {original}")
+    return sizes | {"original": {"height": height, "width": width}}
 
 
 def _check_time(

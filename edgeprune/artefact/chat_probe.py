@@ -1,7 +1,7 @@
 """A process that renders a chat template once, for `check_chat`: `chat_probe.py PROMPT MOST_BYTES [thinking]`.
 
-The template is on stdin. It imports nothing of edgeprune. Where the system can
-limit a process, it has 5 seconds and 1 GB.
+The template is on stdin. It imports nothing of edgeprune. Where the system can limit a process, it has 5 seconds and
+1 GB.
 """
 
 from __future__ import annotations

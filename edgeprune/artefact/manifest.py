@@ -75,7 +75,7 @@ class Manifest:
     choice: dict[str, Any] | None = None
     """What `compress --time` chose, see stages/choice.py."""
     encoders: str | None = None
-    """The form in which a T5 is exported, see quantization/precision.py; None in older folders, for 8 bits."""
+    """The form in which a T5 or Qwen3 is exported, see quantization/precision.py; None in older folders, for 8 bits."""
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

@@ -377,7 +377,7 @@ class Flux2:
         d = image.shape[-1]
         _, for_image, for_text, for_single = modulation.split((d, 6 * d, 6 * d, 3 * d), dim=-1)
         angles = tuple(positions)
-        if hasattr(block, "norm1"):
+        if any(hasattr(part, "norm1_context") for part in block.modules()):  # an estimator may have wrapped the block
             text, image = block(image, text, for_image, for_text, image_rotary_emb=angles)
         else:
             text, image = block(image, text, for_single, image_rotary_emb=angles, split_hidden_states=True)

@@ -61,8 +61,9 @@ def through(
     block: Any, x: torch.Tensor, mask: torch.Tensor | None, pairs: torch.Tensor, vector: torch.Tensor | None
 ) -> torch.Tensor:
     """Run a block on a stream (B, S, D); see `RealAttention` for mask and pairs, `vector` is the modulation input."""
-    if hasattr(block.attention, "processor"):  # a removed branch has none
-        block.attention.processor = _PROCESSOR
+    for part in block.modules():  # an estimator may have wrapped the block; a removed branch has no processor
+        if hasattr(part, "processor"):
+            part.processor = _PROCESSOR
     return cast("torch.Tensor", block(x, attn_mask=mask, freqs_cis=pairs, adaln_input=vector))
 
 
@@ -100,5 +101,6 @@ def turns(
     image = torch.cat([first, grid[None].expand(batch, -1, -1, -1)], dim=2)
     still = places[:1, :1].expand(tokens, grid.shape[1], -1)
     text = torch.cat([places[1 : tokens + 1], still], dim=1)[None].expand(batch, -1, -1, -1)
-    seen = torch.arange(tokens, device=units.device) < units[:, None] * MULTIPLE
+    # As whole numbers: bf16 has none of the odd ones above 256.
+    seen = torch.arange(tokens, device=units.device) < units.long()[:, None] * MULTIPLE
     return image, text, seen[:, None, None]

@@ -143,9 +143,16 @@ class ConstantEmbedding(nn.Module):
 class Same(nn.Module):
     """A removed single-stream block: returns its stream unchanged."""
 
-    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Return the stream (B, N, D)."""
-        return hidden_states
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        *_: Any,
+        split_hidden_states: bool = False,
+        **__: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor | None, torch.Tensor]:
+        """Return the stream (B, N, D); both streams, context first, of a block of FLUX.2 that is to split them."""
+        return (encoder_hidden_states, hidden_states) if split_hidden_states else hidden_states
 
 
 class LaterColumns(nn.Module):

@@ -6,7 +6,8 @@ after a branch belong to the branch. Its modulation reads 256 numbers only, so i
 
 Text has a length of its own: `hidden` has rows of zeros where a prompt has no tokens. Image and text are each padded to
 a multiple of 32 with a learned token. The first axis of the positions counts text, and the image stands after it, so
-what a row turns by depends on its text. Therefore `conditioning` carries the length besides the modulation input.
+a row's rotary positions depend on the length of its text. Therefore `conditioning` carries the length besides the
+modulation input.
 
 Time runs the other way, 1 - sigma, and the model's output is the negated velocity. Not supported: images as conditions
 (Omni, with SigLIP), other patches.
@@ -300,23 +301,24 @@ class ZImage:
     def inputs(
         self, config: Config, latents: Array, text: Array, pooled: Array, sigma: Array, guidance: float
     ) -> dict[str, Array]:
-        """Pack the latents, and cut the text after the longest of the batch; of zeros alone, keep all.
+        """Pack the latents, and pad both streams; a text ends where all that follows are rows of zeros.
+
+        A row's text is not cut after its last token: rows of several prompts are joined, in a batch and out of it.
 
         Raises:
             InputError: a text is longer than the model has positions for.
         """
-        lengths = (sigma[:, None] * 0 + (text != 0).any(-1)).sum(-1)  # of the dtype of noise levels
-        longest, places = int(lengths.max()) or text.shape[1], _lengths(config)[0]
-        if padding.whole(longest) + 1 >= places:  # the image stands after the text
+        tokens, places = text.shape[1], _lengths(config)[0]
+        if padding.whole(tokens) + 1 >= places:  # the image stands after the text
             most = (places - 2) // padding.MULTIPLE * padding.MULTIPLE
-            raise InputError(f"max_sequence_length: found a text of {longest} tokens, expected up to {most}")
+            raise InputError(f"max_sequence_length: found a text of {tokens} tokens, expected up to {most}")
         ids = padding.ids(latents.shape[2] // PATCH, latents.shape[3] // PATCH)
         return {
             "hidden_states": padding.padded(padding.pack(latents), int(ids[:, 0].sum())),
-            "encoder_hidden_states": padding.padded(text, longest),
+            "encoder_hidden_states": padding.padded(text, tokens),
             "timestep": 1 - sigma,
             "img_ids": ids,
-            "text_lengths": lengths,
+            "text_lengths": (text != 0).any(-1).sum(-1),
         }
 
     def call(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -409,7 +411,8 @@ class ZImage:
         import torch
 
         vector = model.t_embedder(inputs["timestep"].float() * model.config.t_scale).to(inputs["hidden_states"].dtype)
-        units = (inputs["text_lengths"] / padding.MULTIPLE).ceil()  # small, so exact in half precision
+        # Small, so exact in half precision; the length itself is not.
+        units = (inputs["text_lengths"] + padding.MULTIPLE - 1) // padding.MULTIPLE
         return torch.cat([vector, units[:, None].to(vector.dtype)], dim=-1)
 
     def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -438,7 +441,7 @@ class ZImage:
 
     def grid(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         """Return the number of image tokens: tokens stay packed, so `unembed` needs no more."""
-        return (inputs["img_ids"][:, 0].sum(),)
+        return ((inputs["img_ids"][:, 0] > 0).sum(),)
 
     def unembed(self, model: Any, image: torch.Tensor, modulation: torch.Tensor, grid: tuple[Any, ...]) -> torch.Tensor:
         """Return the packed output (B, N, 4 C), with zeros for padding."""

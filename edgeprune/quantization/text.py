@@ -30,7 +30,7 @@ _ROWS = 2048
 
 
 class TextTensors(Protocol):
-    """The tensors of a T5EncoderModel after `prepare_text_encoder`, by name."""
+    """The tensors of a T5 or Qwen3 after `prepare_text_encoder`, by name."""
 
     def precision(self, name: str, shape: Shape) -> Precision:
         """Return how a tensor of the model as it was is stored."""
@@ -158,7 +158,7 @@ def plain(tensors: TextTensors, name: str, shape: Shape) -> torch.Tensor:
 
 
 def quantize_text_encoder(model: nn.Module, form: str = TEXT_INT8) -> nn.Module:
-    """Store a T5EncoderModel in memory in a form, rounded to the nearest, in place."""
+    """Store a T5 or Qwen3 in memory in a form, rounded to the nearest, in place."""
     rounded = RoundedText(dict(model.state_dict()).__getitem__, form)
     prepare_text_encoder(model, rounded.precision)
     model.load_state_dict({name: rounded(name) for name in model.state_dict()}, strict=True, assign=True)

@@ -44,7 +44,7 @@ Move = tuple[str, Any]
 NO_SCORES: Move = ("prompts", 0)
 """The last move. It is not made where a plan by position cannot meet the budget."""
 WIDE_TEXT: Move = ("int4_text", 0)
-"""Not made where a T5 in 8 bits does not fit the device."""
+"""Not made where a text encoder in 8 bits does not fit the device."""
 MOVES: tuple[Move, ...] = (
     ("estimator", "gates"),
     ("images", 4), ("images", 2), ("prompts", 14), ("prompts", 7), ("calibration", 14), ("calibration", 7),
@@ -87,7 +87,7 @@ class Choice:
     stand_ins: int = 0
     """1 if removed runs of blocks are stood in for."""
     int4_text: int = 1
-    """0 if a T5 has 8 bits instead of INT4."""
+    """0 if a T5 or Qwen3 has 8 bits instead of INT4."""
 
     @classmethod
     def of_manifest(cls, ws: Workspace) -> Choice | None:
@@ -166,7 +166,7 @@ class Choice:
             f"training steps: {self.steps}" if self.steps else "no training",
             *([f"prompts that calibrate: {self.calibration}"] if self.calibration else []),
             *(["stand-ins for removed blocks"] if self.stand_ins else []),
-            *([] if self.int4_text else ["a T5 in 8 bits"]),
+            *([] if self.int4_text else ["text encoder in 8 bits"]),
             f"images in the report: {self.images}, of {self.image_steps} steps" if self.images else "no report",
         ]
         return f"--time {duration(self.time_s)}: about {duration(self.forecast_s)}; {'; '.join(parts)}"

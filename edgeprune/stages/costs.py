@@ -21,7 +21,8 @@ from edgeprune.families.encoders import text_encoders
 from edgeprune.planning.fit import stored_shapes
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.stored import CPU
-from edgeprune.sampling.denoising import Conditioning, VelocityInputs
+from edgeprune.sampling.denoising import Conditioning, VelocityInputs, network_inputs
+from edgeprune.sampling.forward import forward
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.sampling.solvers import visited
@@ -85,15 +86,10 @@ def flops_per_evaluation(family: Family, config: Config, source: Path, generatio
     """Count the floating-point operations of one sample through the transformer, on the meta device."""
     model: Any = family.build(config, list(range(family.block_count(config))), frozenset())
     latents, condition, sigma, guidance = sample(family, config, source, generation)
-    given = family.inputs(model.config, latents, condition.hidden, condition.pooled, sigma, guidance)
-    inputs = {name: torch.as_tensor(value, device="meta") for name, value in given.items()}
-    text: torch.Tensor | None
+    given = network_inputs(model, latents, condition, sigma, guidance)
+    inputs = {name: value.to("meta") for name, value in given.items()}
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        (image, text, modulation), positions = family.embed(model, inputs), family.positions(model, inputs)
-        for block in family.blocks(model):
-            assert text is not None  # only the last block drops the text stream
-            image, text = family.run(block, image, text, modulation, positions)
-        family.unembed(model, image, modulation, family.grid(model, inputs))
+        forward(family, model, inputs)
     return int(counter.get_total_flops())
 
 

@@ -22,7 +22,8 @@ from edgeprune.artefact.surgery import structure
 from edgeprune.common.errors import InputError
 from edgeprune.families import Config, Family
 from edgeprune.planning.plan import PrunePlan
-from edgeprune.sampling.denoising import Conditioning, VelocityInputs, velocity
+from edgeprune.sampling.denoising import Conditioning, VelocityInputs, network_inputs
+from edgeprune.sampling.forward import forward
 from edgeprune.training import lora
 from edgeprune.training.eight_bit import moments_bytes
 from edgeprune.training.recipe import EIGHT_BIT, DistillOptions, Placement, Recipe, adapt, parameter_groups
@@ -173,7 +174,8 @@ def _activations(family: Family, student: Any, options: DistillOptions, sample: 
         weights = {t.untyped_storage()._cdata for t in (*student.parameters(), *student.buffers())}
         noisy, hidden, pooled, levels = (torch.empty(size) for size in sizes)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            alive = velocity(student, noisy, Conditioning(hidden, pooled), levels, guidance)
+            inputs = network_inputs(student, noisy, Conditioning(hidden, pooled), levels, guidance)
+            alive = forward(family, student, inputs)
         del alive
     by_block = [sum(size for place, size in saved.values() if place == b) for b in range(len(streams))]
     outside = sum(size for place, size in saved.values() if place < 0)

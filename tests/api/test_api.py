@@ -224,6 +224,11 @@ def test_an_original_is_drawn_as_large_as_what_is_scored(source: Path, tmp_path:
     assert made.drawn == (("original",) if exist else ("images", "original")) and made.scores[0].score[0] == 100
     with Image.open(out / "original" / "00000.png") as image:
         assert image.size == (48, 32)
+    other = tmp_path / "other"
+    if not exist:  # what exists is not drawn again in another size: said before anything is drawn
+        with pytest.raises(InputError, match="--against: found images of 48x32, expected 64x64 as"):
+            api.score(source, ["psnr"], against=out / "original", out=other)
+        assert not other.exists()
 
 
 def test_bench(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

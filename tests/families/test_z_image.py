@@ -18,7 +18,7 @@ from edgeprune.artefact.loading import load, open_transformer
 from edgeprune.artefact.manifest import Manifest
 from edgeprune.artefact.staged import StagedPipeline, can_stage
 from edgeprune.common.errors import InputError
-from edgeprune.families import family_of
+from edgeprune.families import family_of, family_of_model
 from edgeprune.planning.options import PlanOptions
 from edgeprune.residency.compute import Compute
 from edgeprune.runtimes import base
@@ -28,6 +28,7 @@ from edgeprune.stages import encoders
 from edgeprune.stages.compress import compress
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
 from edgeprune.stages.workspace import STAGES, Workspace
+from edgeprune.training.rank_memory import _activations
 from edgeprune.training.recipe import DistillOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
@@ -119,6 +120,27 @@ def test_half_precision_keeps_time_and_lengths() -> None:
     expected = evaluate(model, latents, condition, sigma, 1.0)
     found = evaluate(model.bfloat16(), latents, condition, sigma, 1.0)
     assert ((found - expected).norm() / expected.norm()).item() < 0.05
+
+
+@torch.no_grad()
+def test_bf16_sees_the_whole_of_a_long_text() -> None:
+    """bf16 has not every whole number above 256: neither the length nor the place after the text is rounded to it."""
+    model = tiny.tiny_z_image(axes_lens=(512, 64, 64)).bfloat16()
+    generator, found = torch.Generator().manual_seed(0), list[torch.Tensor]()
+    latents, text = torch.randn(1, 8, 8, 8, generator=generator), torch.randn(1, 288, 64, generator=generator)
+    for _ in range(2):
+        text[0, 287] = torch.randn(64, generator=generator)
+        found.append(evaluate(model, latents, Conditioning(text, torch.zeros(1, 0)), torch.tensor([0.5]), 1.0))
+    assert not torch.equal(*found)
+    inputs = family_of_model(model).inputs(model.config, latents, text.bfloat16(), text, torch.tensor([0.5]), 1.0)
+    assert inputs["text_lengths"].tolist() == [288] and inputs["text_lengths"].dtype == torch.int64
+
+
+def test_activations_are_forecast_without_data() -> None:
+    options, step = DistillOptions(int4_group_size=None), tiny.tiny_step(tokens=40)
+    models = [(tiny.tiny_z_image(), batch) for batch in (1, 2)]
+    one, two = (_activations(family_of_model(model), model, options, step, batch) for model, batch in models)
+    assert 1.5 * one < two < 2.5 * one
 
 
 @pytest.mark.parametrize("budget", [None, 2_000_000_000])

@@ -77,7 +77,7 @@ def test_a_t5_has_8_bits_before_integers_of_the_transformer_are_given_up(tmp_pat
     speeds = Speeds(1e-9, rounded=(others + text / 2) / (SHARE * 3600))  # all but the T5's INT4 fit
     assert choose(subject, ASKED, 3600, Speeds(1e-9)).over(ASKED, KINDS).text_form == "int4"
     found = choose(subject, ASKED, 3600, speeds)
-    assert (found.int4_text, found.calibration) == (0, 28) and "a T5 in 8 bits" in found.described()
+    assert (found.int4_text, found.calibration) == (0, 28) and "text encoder in 8 bits" in found.described()
     assert found.over(ASKED, KINDS).text_form == "int8"
     assert found.over(replace(ASKED, encoders="half"), KINDS).text_form == "half"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_flux_pipeline, tiny_pipeline, tiny_velocity
+from tiny import tiny_flux_pipeline, tiny_klein_pipeline, tiny_pipeline, tiny_velocity, tiny_z_image_pipeline
 from typer.testing import CliRunner
 
 from edgeprune.analysis.contribution import ContributionReport, removed
@@ -34,6 +34,12 @@ from edgeprune.stages.modulation import modulation_mean
 from edgeprune.stages.options import AnalyzeOptions, QuantizeOptions
 from edgeprune.stages.workspace import Workspace
 
+MADE = {
+    "sd3": tiny_pipeline,
+    "flux": tiny_flux_pipeline,
+    "klein": tiny_klein_pipeline,
+    "z-image": tiny_z_image_pipeline,
+}
 LITTLE = ComputeOptions("cpu", 100 * 10**9)
 """Any given memory means that blocks are read when they run, unless they are kept."""
 
@@ -68,11 +74,11 @@ def in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeprune.residency.compute.multiplies_bf16", lambda: True)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", MADE)
 @pytest.mark.parametrize("estimator", ["exhaustive", "reuse", "gates"])
 def test_contributions_in_bf16(estimator: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     source = tmp_path / "tiny"
-    {"sd3": tiny_pipeline, "flux": tiny_flux_pipeline}[kind](source)
+    MADE[kind](source)
     drops = []
     for name in ("whole", "bf16"):
         if name == "bf16":
