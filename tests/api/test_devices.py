@@ -14,6 +14,7 @@ from edgeprune.bench import run as bench_run
 from edgeprune.common.errors import InputError
 from edgeprune.metrics import scoring
 from edgeprune.runtimes import Runtime
+from edgeprune.sampling.generation import Generation
 
 
 @pytest.fixture
@@ -21,6 +22,7 @@ def exported(tmp_path: Path) -> Path:
     """What is read of an export before it is opened."""
     (folder := tmp_path / "onnx").mkdir()
     (folder / "edgeprune_export.json").write_text(json.dumps({"target": "onnx", "source": "built-in"}))
+    Generation(num_inference_steps=1, guidance_scale=1.0, height=64, width=64, max_sequence_length=0).save(folder)
     return folder
 
 
@@ -66,7 +68,7 @@ def test_score_refuses_too_little_memory_before_it_draws(
     # The original alone is short.
     loading = {"images": {"memory": 10**10}, "original": {"memory": 10**8}}
     with pytest.raises(InputError, match=r"--memory: found 0\.10 GB, expected at least"):
-        _check_memory({"images": exported, "original": source}, "ort", None, loading)
+        _check_memory({"images": exported, "original": source}, {name: {} for name in loading}, "ort", None, loading)
 
     def short(model: Runtime) -> None:
         raise InputError("too little for images of its own size")

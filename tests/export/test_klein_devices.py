@@ -15,7 +15,7 @@ from edgeprune import runtimes, targets
 from edgeprune.artefact.staged import StagedPipeline
 from edgeprune.export import parity
 from edgeprune.families.architecture import Encoder
-from edgeprune.families.encoders import QWEN3
+from edgeprune.families.encoders import QWEN3, THOUGHTLESS
 from edgeprune.families.flux2 import FAMILY
 from edgeprune.residency.compute import Compute
 
@@ -30,7 +30,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("klein") / "source"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "tiny_qwen3", functools.partial(tiny.tiny_qwen3, layers=5))
-        patch.setattr(FAMILY, "encoders", (Encoder("text_encoder", QWEN3, states=(1, 3, 4)),), raising=False)
+        patch.setattr(
+            FAMILY, "encoders", (Encoder("text_encoder", QWEN3, states=(1, 3, 4), chat=THOUGHTLESS),), raising=False
+        )
         tiny.tiny_klein_pipeline(folder, num_layers=1, num_single_layers=1)
         yield folder
 
