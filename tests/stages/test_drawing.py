@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from stage_runs import OPTIONS
 from typer.testing import CliRunner
 
@@ -90,7 +91,7 @@ def test_images_that_exist_are_drawn_again_for_no_fewer_prompts(
     images = tmp_path / "images"
     images.mkdir()
     (images / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n')
-    (images / "0.png").write_bytes(b"")
+    Image.new("RGB", (64, 64)).save(images / "0.png")
     an_evaluation(600.0)
     said = refused("score", str(images), "--metric", "psnr", "--against", str(source))
     assert said == "score: at least 80 min here, on cpu; --steps 2 takes 40 min; --yes runs it anyway"
