@@ -60,7 +60,10 @@ _PROCESSOR = RealAttention()
 def through(
     block: Any, x: torch.Tensor, mask: torch.Tensor | None, pairs: torch.Tensor, vector: torch.Tensor | None
 ) -> torch.Tensor:
-    """Run a block on a stream (B, S, D); see `RealAttention` for mask and pairs, `vector` is the modulation input."""
+    """Run a block on a stream (B, S, D); see `RealAttention` for mask and pairs, `vector` is the modulation input.
+
+    The block keeps that processor: of diffusers' complex numbers it computes the same.
+    """
     for part in block.modules():  # an estimator may have wrapped the block; a removed branch has no processor
         if hasattr(part, "processor"):
             part.processor = _PROCESSOR

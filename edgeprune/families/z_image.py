@@ -388,12 +388,16 @@ class ZImage:
 
     def embed_tokens(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embed image and text, put the learned tokens into the padding, and send each through its refiners."""
+        return self._refined(model, inputs, self.conditioning(model, inputs))
+
+    def _refined(
+        self, model: Any, inputs: Mapping[str, torch.Tensor], modulation: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
         from edgeprune.families.real_rotary import through, turns
 
-        modulation, positions = self.conditioning(model, inputs), self.positions(model, inputs)
-        vector, units = modulation[:, :-1], modulation[:, -1]
+        positions, vector, units = self.positions(model, inputs), modulation[:, :-1], modulation[:, -1]
         image = model.all_x_embedder[_PATCHED](inputs["hidden_states"])
         text = model.cap_embedder(inputs["encoder_hidden_states"])
         image = torch.where(positions[-1][None, :, None] > 0, image, model.x_pad_token)
@@ -417,7 +421,8 @@ class ZImage:
 
     def embed(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return both streams and the conditioning."""
-        return (*self.embed_tokens(model, inputs), self.conditioning(model, inputs))
+        modulation = self.conditioning(model, inputs)
+        return (*self._refined(model, inputs, modulation), modulation)
 
     def run(
         self,

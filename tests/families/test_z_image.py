@@ -12,13 +12,14 @@ import pytest
 import tiny
 import torch
 
-from edgeprune import runtimes
+from edgeprune import api, runtimes, targets
 from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.loading import load, open_transformer
 from edgeprune.artefact.manifest import Manifest
 from edgeprune.artefact.staged import StagedPipeline, can_stage
 from edgeprune.common.errors import InputError
 from edgeprune.families import family_of, family_of_model
+from edgeprune.planning.fit import fit
 from edgeprune.planning.options import PlanOptions
 from edgeprune.residency.compute import Compute
 from edgeprune.runtimes import base
@@ -247,6 +248,15 @@ def test_what_does_not_fit_is_named(
     with pytest.raises(InputError, match=says) as refused:
         check_pipeline(bad)
     assert "\n" not in str(refused.value)
+
+
+def test_what_was_never_tried_is_refused_in_one_line(sources: dict[str, Path]) -> None:
+    folder = sources["base"]
+    with pytest.raises(InputError, match="verify does not know the text of a z-image model yet$"):
+        api.verify(folder)
+    fit(folder, targets.load("cpu-x86"), Generation.load(folder))
+    with pytest.raises(InputError, match="--fit rtx: found a model that trt does not take yet, expected a device that"):
+        fit(folder, targets.load("rtx"), Generation.load(folder))
 
 
 def test_the_guidance_scale_counts_from_1_and_says_so(sources: dict[str, Path]) -> None:
