@@ -21,13 +21,12 @@ from edgeprune.experiments.pages import command
 from edgeprune.metrics.psnr import decibels
 from edgeprune.sampling.denoising import generate, latent_shape, sigmas
 from edgeprune.sampling.generation import Generation
-from edgeprune.sampling.solvers import EULER
+from edgeprune.sampling.solvers import SOLVERS
 from edgeprune.stages.workspace import Workspace
 
 EXACT = 100
 PER_TASK = 4
 """Held-out captions of each task."""
-SEARCHED = (EULER, "ab2", "dpmpp_2m", "unipc")
 STEPS = (6, 8, 10, 14)
 RANGES = ((0.0, 1.0), (0.5, 1.0))
 
@@ -36,7 +35,7 @@ def settings(own: Generation) -> Iterator[Generation]:
     """Yield what is compared: the model's own settings first."""
     yield own
     for guidance_range in RANGES:
-        for solver in SEARCHED:
+        for solver in SOLVERS:
             for steps in STEPS:
                 chosen = replace(own, num_inference_steps=steps, solver=solver, guidance_range=guidance_range)
                 if chosen != own:

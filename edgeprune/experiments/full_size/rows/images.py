@@ -1,0 +1,107 @@
+"""Rows that draw: a whole pipeline in INT4, exported, and an image of it within a limit of memory.
+
+Nothing is removed, which is the harder case. Exports stay, so that `edgeprune.experiments.stage_peaks` can look closer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeprune.experiments.full_size.forecast import Work
+from edgeprune.experiments.full_size.recording import Recorder
+from edgeprune.experiments.full_size.rows.row import Row
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    suffix: str
+    """Of its rows' names."""
+    synth: str
+    """The row that makes it."""
+    weights: float
+    """Of the transformer."""
+    others: float
+    """Weights of text encoders and VAE."""
+    flops: float
+    """Of a sampling step at 512x512."""
+    steps: int
+    """Of an image here; at most the model's own."""
+
+
+_MODELS = (
+    _Model("sd3.5-large", "", "synth", 8.06e9, 5.66e9, 16e12, 2),
+    _Model("flux.1-schnell", "-schnell", "synth-schnell", 11.9e9, 4.97e9, 16e12, 2),
+    _Model("flux.2-klein-4b", "-klein", "synth-klein", 3.88e9, 4.1e9, 11e12, 4),
+    _Model("z-image-turbo", "-z-image", "synth-z-image", 6.15e9, 4.1e9, 14e12, 8),
+)
+_SIZES = ((1024, "2GB"), (512, "1GB"), (512, "8GB"))
+"""Pixels of a side, and the limit: the two that are aimed for, and one in which all blocks of most models stay."""
+_MEDIUM_STEPS = 4
+"""Of an image at 512x512, at most."""
+_RUNTIMES = {"openvino": "OpenVINO", "onnx": "ONNX Runtime"}
+
+
+def rows() -> Iterator[Row]:
+    """Yield the rows of each model."""
+    for m in _MODELS:
+        everything = 2 * (m.weights + m.others)
+        if m.synth != "synth":  # which rows without an export make
+            yield Row(
+                m.synth, f"{m.name} whole, random weights", Work(drawn=m.weights + m.others, moved=2 * everything),
+                int(everything), functools.partial(_synth, m), model=m.name,
+            )  # fmt: skip
+        yield Row(
+            f"int4{m.suffix}", f"{m.name}: INT4 alone, nothing removed, and a report",
+            Work(1, moved=3 * everything, rounded=m.weights, large_flops=4 * m.steps * m.flops),
+            int(0.6 * m.weights), functools.partial(_int4, m), needs=(m.synth,), model=_folder(m),
+        )  # fmt: skip
+        for target, runtime in _RUNTIMES.items():
+            # A step at 1024x1024 has four times as many tokens.
+            drawn = sum(_steps(m, side) * (side / 512) ** 2 for side, _ in _SIZES)
+            yield Row(
+                f"{target}{m.suffix}", f"{m.name}, INT4, images in {runtime}: 1024x1024 in 2 GB, 512x512 in 1 and 8 GB",
+                Work(4, moved=3 * everything, large_flops=drawn * m.flops), int(0.6 * everything),
+                functools.partial(_images, m, target), needs=(f"int4{m.suffix}",), model=f"{_folder(m)}-{target}",
+            )  # fmt: skip
+
+
+def _steps(model: _Model, side: int) -> int:
+    return model.steps if side > 512 else min(model.steps, _MEDIUM_STEPS)
+
+
+def _folder(model: _Model) -> str:
+    return f"{model.name}-int4"
+
+
+def _synth(model: _Model, recorder: Recorder) -> None:
+    folder = recorder.out / model.name
+    recorder.stage(f"{model.name}: synth", "synth", model.name, "-o", str(folder), makes=folder, file=folder)
+
+
+def _int4(model: _Model, recorder: Recorder) -> None:
+    source, out, label = recorder.out / model.name, recorder.out / _folder(model), f"int4{model.suffix}"
+    recorder.stage(
+        f"{label}: compress", "compress", str(source), "-o", str(out), "--method", "manual", "--steps", "0",
+        "--no-half", "--calibration", "none", "--preset", "quick", "--height", "512", "--width", "512",
+        "--inference-steps", str(model.steps), makes=out, file=out / "transformer_int4",
+    )  # fmt: skip
+
+
+def _images(model: _Model, target: str, recorder: Recorder) -> None:
+    label, artefact = f"{target}{model.suffix}", recorder.out / _folder(model)
+    exported = Path(f"{artefact}-{target}")
+    recorder.stage(
+        f"{label}: export", "export", str(artefact), "--target", target, "-o", str(exported), makes=exported,
+        file=exported,
+    )  # fmt: skip
+    for side, limit in _SIZES:
+        steps = _steps(model, side)
+        recorder.stage(
+            f"{label}: {side}x{side} in {limit}, {steps} steps", "generate", "a lighthouse on a cliff at dusk",
+            "--model", str(exported), "--memory", limit, "--height", str(side), "--width", str(side),
+            "--steps", str(steps), "-o", f"{exported}-{side}-{limit}.png",
+        )  # fmt: skip
