@@ -7,10 +7,13 @@ temporary file, as values of strips do; those of the next images replace them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from edgeprune.common.fields import LARGEST, MOST_BLOCKS, whole_number
 from edgeprune.runtimes.base import Array
 from edgeprune.runtimes.strip_store import Store
 from edgeprune.runtimes.strips import Rows
@@ -49,6 +52,21 @@ class Table:
         self.width = width
         self._places: dict[Key, int] = {}
         self._store = Store()
+
+    @classmethod
+    def of(cls, exported: Mapping[str, Any], path: Path) -> Table | None:
+        """Return an empty table of the rows of an export; None if its transformer has the modulation inside.
+
+        Args:
+            exported: the content of its edgeprune_export.json.
+            path: that file, for the error.
+
+        Raises:
+            InputError: their width is not one of a model.
+        """
+        if WIDTH not in exported:
+            return None
+        return cls(whole_number(exported, WIDTH, path, most=MOST_BLOCKS * LARGEST))
 
     def has(self, keys: Iterable[Key]) -> bool:
         """Return whether it has all of these."""

@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.common.errors import InputError
-from edgeprune.common.fields import whole_number
 from edgeprune.common.files import read_json
 from edgeprune.common.heap import trim
 from edgeprune.common.memory import allowed, resident
@@ -31,7 +30,7 @@ from edgeprune.families.encoders import LONG, QWEN3, check_tokens, text_encoders
 from edgeprune.runtimes.base import Array, Settings, precision_of
 from edgeprune.runtimes.embeddings import KeptEmbeddings
 from edgeprune.runtimes.memory import Meter, Reading
-from edgeprune.runtimes.modulation import AT_ONCE, ROOM, ROWS, SMALL, WIDTH, Table, keys_of
+from edgeprune.runtimes.modulation import AT_ONCE, ROOM, ROWS, SMALL, Table, keys_of
 from edgeprune.runtimes.text import PromptTokenizer
 from edgeprune.sampling.generation import images_at_once, longest_prompt
 from edgeprune.sampling.latents import exported_scale
@@ -216,7 +215,7 @@ class NetworkBackend:
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         path = folder / "edgeprune_export.json"
         exported = read_json(path)
-        self._table = Table(whole_number(exported, WIDTH, path)) if WIDTH in exported else None
+        self._table = Table.of(exported, path)
         quantized = exported.get("quantized") is not False
         self.precision = precision_of(engine.activations, quantized=quantized)
         self.times: dict[str, dict[str, float]] = {}

@@ -20,6 +20,7 @@ from edgeprune.common.errors import InputError, ParityError
 from edgeprune.common.files import read_json, write_json
 from edgeprune.export import APART, INSIDE, modules, parity, to_onnx, to_openvino
 from edgeprune.export.modulation import ModulatedTransformer, Modulation, layers_of
+from edgeprune.families import family_of, published
 from edgeprune.runtimes import base, modulation, networks
 from edgeprune.runtimes.base import Array
 
@@ -341,3 +342,22 @@ def test_rows_are_kept_by_prompt_and_level(held: int, monkeypatch: pytest.Monkey
     np.testing.assert_array_equal(table[[keys[2], keys[0]]], rows[[2, 0]])
     table.clear()
     assert not table.has(keys[:1])
+
+
+@pytest.mark.parametrize("name", list(published.transformers()))
+def test_the_rows_of_published_models_are_no_wider_than_accepted(name: str, tmp_path: Path) -> None:
+    config = published.transformers()[name]
+    family = family_of(config)
+    with torch.device("meta"):
+        model = family.build(config, list(range(family.block_count(config))), frozenset())
+    if not layers_of(model):
+        return
+    table = modulation.Table.of({modulation.WIDTH: Modulation(model).width}, tmp_path)
+    assert table is not None and (name != "sd3.5-large" or table.width == 1_104_128)
+
+
+@pytest.mark.parametrize("width", [0, 65_536_001, "3", None])
+def test_rows_of_no_width_are_refused(width: Any) -> None:
+    with pytest.raises(InputError, match=r"^x\.json: modulation_width: found .*, expected a whole number from 1 to"):
+        modulation.Table.of({modulation.WIDTH: width}, Path("x.json"))
+    assert modulation.Table.of({}, Path("x.json")) is None
