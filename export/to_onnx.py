@@ -110,10 +110,15 @@ class NetworkSource:
     apart: Modulation | None = None
     """Of a transformer that is written without its modulation: makes the rows that it reads. `module` is whole."""
 
+    def free(self) -> None:
+        """Free what `checkpoint` loads again, so that memory has room for something else meanwhile."""
+        if self.reread is not None:
+            vars(self).pop("module", None)
+
     def checkpoint(self) -> Module:
         """Return the network that the file is compared with. It takes the place of `module`, which is freed."""
+        self.free()
         if self.reread is not None:
-            del self.module
             self.module, self.reread = self.reread(), None
         return self.module
 
@@ -176,13 +181,14 @@ def networks(
         progress(source.name)
         path = work.begin(source.name) / "model.onnx"
         save(source.name, source.to_ir(), path, progress)
+        source.free()
         gc.collect()  # a traced program refers to itself
-        module = source.checkpoint()
+        file = opened(path)
+        module, runner = source.checkpoint(), source.runner(file)
         outputs = list(module.outputs)
-        runner = source.runner(opened(path))
         record = parity.check(source.name, runner, module, source.examples, outputs, progress=progress)
         work.finish(source.name, {"parity": record} | width_of(module))
-        del source, module, runner  # else it is still in memory while the next one is loaded
+        del source, module, file, runner  # else it is still in memory while the next one is loaded
     return recorded_width(work) | {"opset": graph.OPSET, "parity": work.recorded("parity")}
 
 

@@ -13,18 +13,17 @@ transformer whose modulation is apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 
 from edgeprune.common.errors import EdgepruneError, InputError, ParityError
 from edgeprune.common.extras import needs
-from edgeprune.common.files import cannot_write, need_space, write_text
+from edgeprune.common.files import cannot_write, need_space
 from edgeprune.common.progress import Progress, silent
-from edgeprune.export import INSIDE, genai, parity, precisions, to_onnx
+from edgeprune.export import INSIDE, genai, ir, parity, precisions, to_onnx
 from edgeprune.export.folder import write
 from edgeprune.runtimes.modulation import ROWS
 from edgeprune.targets import Target
@@ -142,12 +141,14 @@ def converted(path: Path) -> parity.Runner:
             angles = exact_angles(model)
             count_names(model)
             names = {node.get_friendly_name() for node in angles}
-            openvino.save_model(model, target, compress_to_fp16=False)
-            del model, angles  # they map the ONNX files
-        mark(target, names)
+            del angles
+            ir.save(model, target, precise=names, source=Path(f"{path}.data"))
+            del model  # it maps the ONNX files
         runner = Compiled(target)
     except InputError as error:
         raise ParityError(str(error)) from error
+    except OSError as error:
+        raise cannot_write(target, error) from error
     except RuntimeError as error:
         if "iostream error" in str(error):  # OpenVINO's only hint of a failed write
             raise cannot_write(target, error) from error
@@ -207,22 +208,6 @@ def _is_last(unsqueeze: Any) -> bool:
     return (
         rank.is_static and axis.get_type_name() == "Constant" and axis.data.tolist() in ([-1], [rank.get_length() - 1])
     )
-
-
-def mark(path: Path, names: Set[str]) -> None:
-    """Mark the layers of these names as `precise` in the XML: OpenVINO's Python API cannot set this on a node.
-
-    Raises:
-        DiskError: the disk is full.
-    """
-    tree = ElementTree.parse(path)
-    for layer in tree.iterfind("layers/layer"):
-        if layer.get("name") in names:
-            info = layer.find("rt_info")
-            info = ElementTree.SubElement(layer, "rt_info") if info is None else info
-            ElementTree.SubElement(info, "attribute", name="precise", version="0")
-    text = ElementTree.tostring(tree.getroot(), encoding="unicode")
-    write_text(path, f'<?xml version="1.0"?>\n{text}\n')
 
 
 def halve(model: Any) -> None:
