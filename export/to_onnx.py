@@ -234,42 +234,13 @@ def sources(
             yield _transformer(artefact, stored, prompts, apart=apart)
         del stored
 
+    # Nothing here may keep a network: `NetworkSource.free` has to free it.
     for name, kind in text_encoders(artefact).items():
         if has(name):
             continue
-        stored_encoder = loaders.stored_encoder(artefact, name, kind)
-        encoder: loaders.Encoder = (
-            stored_encoder.running() if stored_encoder else loaders.clip(artefact, name, kind, loaders.by_vendor)
-        )
-        longest = text.most_tokens(artefact, encoder)
-        examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
-        trial = examples[0]
-        if half:
-            trial = text.tokens(artefact, name, kind)
-            if kind in LONG:  # slow in half precision
-                trial = {key: value[:1] for key, value in trial.items()}
-        yield NetworkSource(
-            name=name,
-            module=encoder,
-            stored=stored_encoder,
-            reread=functools.partial(loaders.compared_encoder, artefact, name, kind),
-            traced=encoder.example(batch=2, tokens=min(7, longest)),
-            examples=examples,
-            trial=trial,
-        )
-        del encoder, stored_encoder
-
+        yield _text_encoder(artefact, name, kind, half=half)
     if not has("vae_decoder"):
-        vae = loaders.vae_decoder(artefact, loaders.by_vendor)
-        examples = [vae.example(batch=b, height=h, width=w) for b, h, w in ((1, 8, 8), (3, 5, 7))]
-        yield NetworkSource(
-            name="vae_decoder",
-            module=vae,
-            reread=functools.partial(loaders.vae_decoder, artefact, loaders.by_name),
-            traced=vae.example(batch=2, height=4, width=6),
-            examples=examples,
-            trial=examples[0],
-        )
+        yield _vae_decoder(artefact)
 
 
 def _modulation(stored: StoredTransformer, prompts: Conditioning | None) -> NetworkSource:
@@ -308,6 +279,42 @@ def _transformer(
         name="transformer", module=transformer, traced=traced, examples=examples, trial=trial, stored=stored,
         apart=Modulation.running(stored) if apart else None,
     )  # fmt: skip
+
+
+def _text_encoder(artefact: Path, name: str, kind: str, *, half: bool) -> NetworkSource:
+    stored = loaders.stored_encoder(artefact, name, kind)
+    encoder: loaders.Encoder = (
+        loaders.clip(artefact, name, kind, loaders.by_vendor) if stored is None else stored.running()
+    )
+    longest = text.most_tokens(artefact, encoder)
+    examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
+    trial = examples[0]
+    if half:
+        trial = text.tokens(artefact, name, kind)
+        if kind in LONG:  # slow in half precision
+            trial = {key: value[:1] for key, value in trial.items()}
+    return NetworkSource(
+        name=name,
+        module=encoder,
+        stored=stored,
+        reread=functools.partial(loaders.compared_encoder, artefact, name, kind),
+        traced=encoder.example(batch=2, tokens=min(7, longest)),
+        examples=examples,
+        trial=trial,
+    )
+
+
+def _vae_decoder(artefact: Path) -> NetworkSource:
+    vae = loaders.vae_decoder(artefact, loaders.by_vendor)
+    examples = [vae.example(batch=b, height=h, width=w) for b, h, w in ((1, 8, 8), (3, 5, 7))]
+    return NetworkSource(
+        name="vae_decoder",
+        module=vae,
+        reread=functools.partial(loaders.vae_decoder, artefact, loaders.by_name),
+        traced=vae.example(batch=2, height=4, width=6),
+        examples=examples,
+        trial=examples[0],
+    )
 
 
 def save(name: str, model: ir.Model, path: Path, progress: Progress = silent) -> None:
