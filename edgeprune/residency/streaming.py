@@ -217,6 +217,17 @@ def any_streamed(layers: Iterable[nn.Module]) -> bool:
     return any(is_streamed(module) for layer in layers for module in (layer, *layer.children()))
 
 
+def computes_like(layers: Iterable[nn.Module]) -> torch.Tensor:
+    """Return an empty tensor of the device and dtype in which the first layer that reads its weights computes.
+
+    Args:
+        layers: of a network of which one reads its weights when it runs, in a dtype that was chosen.
+    """
+    streams: Iterable[Layer] = (getattr(layer, _STREAM) for layer in layers if is_streamed(layer))
+    first = next(iter(streams))
+    return torch.empty(0, dtype=first.dtype, device=first.device)
+
+
 def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     owner, _, attribute = name.rpartition(".")
     return module.get_submodule(owner), attribute

@@ -26,7 +26,7 @@ from edgeprune.families import Architecture, Network, family_of_model
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.running import room_to_run, spare
 from edgeprune.residency.spill import Spill
-from edgeprune.residency.streaming import PACKED, any_streamed, filled
+from edgeprune.residency.streaming import PACKED, any_streamed, computes_like, filled
 from edgeprune.sampling.generation import Generation, images_at_once
 from edgeprune.sampling.latents import scale_of
 from edgeprune.sampling.schedule import NoiseSchedule
@@ -344,15 +344,15 @@ def model_inputs(
 
 
 def _like(model: Any) -> torch.Tensor:
-    """Return a tensor of a transformer that is in memory: it has the device and dtype to compute with.
+    """Return a tensor that has the device and dtype in which a transformer computes.
 
-    Where all blocks are read when they run, a quantized FLUX.1 has no parameter in memory, but biases.
+    It is one outside blocks, if one is in memory and not packed: in a quantized FLUX.1 only biases, in a FLUX.2 none.
     """
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    found: torch.Tensor = next(
-        t for name, t in tensors if not t.is_meta and t.is_floating_point() and not name.endswith(PACKED)
-    )
-    return found
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if not tensor.is_meta and tensor.is_floating_point() and not name.endswith(PACKED):
+            found: torch.Tensor = tensor
+            return found
+    return computes_like(family_of_model(model).blocks(model))
 
 
 def network_inputs(

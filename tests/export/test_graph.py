@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,3 +187,19 @@ def test_an_unknown_module_is_one_error() -> None:
 
     with pytest.raises(EdgepruneError, match="Odd: PyTorch cannot export it"):
         graph.to_ir(Odd(), {"x": torch.ones(2, 2)}, {"x": {0: "b"}}, {"y": {0: "b"}})
+
+
+def test_a_traced_model_can_be_freed() -> None:
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.model(x.float().unsqueeze(0).unsqueeze(0).squeeze(0).squeeze(0) * 1.0),)
+
+    built = graph.to_ir(Once(), {"x": torch.randn(3, 64)}, {"x": {0: "b"}}, {"y": {0: "b"}})
+    weights = [weakref.ref(value.const_value) for value in built.graph.initializers.values()]
+    del built
+    gc.collect()
+    assert len(weights) > 1 and not [weight for weight in weights if weight() is not None]

@@ -19,7 +19,7 @@ from edgeprune.families import family_of_model
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.running import running, within
-from edgeprune.residency.streaming import any_streamed
+from edgeprune.residency.streaming import PACKED, any_streamed, stream
 from edgeprune.sampling.denoising import Conditioning, at_once, decode, encode_images, evaluate, generate
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.together import row_bytes
@@ -132,3 +132,26 @@ def test_decode_takes_latents_of_a_gpu() -> None:
     latents = torch.tensor([-3.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 2, 2)
     images = decode(SimpleNamespace(vae=vae), latents.as_subclass(_OnDevice))
     assert images.shape == (2, 16, 16, 3) and set(images.flatten().tolist()) == {0, 255}
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_quantised_model_is_read_block_by_block(kind: str) -> None:
+    """Outside its blocks, FLUX.2 then has nothing but packed weights."""
+    model = tiny.KINDS[kind]()
+    family = family_of_model(model)
+    tiny.quantize(family, model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # as `running` loads them
+        if tensor.is_floating_point() and not name.endswith(PACKED):
+            tensor.data = tensor.data.float()
+    step = tiny.tiny_step()
+    with torch.no_grad():
+        expected = evaluate(model, *step)
+        weights = dict(model.state_dict())
+        prefixes = [family.block_prefix(model, index) for index in range(len(family.blocks(model)))]
+        layers = [
+            (block.to("meta"), {name: f"{prefix}{name}" for name in block.state_dict()})
+            for prefix, block in zip(prefixes, family.blocks(model), strict=True)
+        ]
+        stream(layers, weights.__getitem__, device=torch.device("cpu"), dtype=torch.float32)
+        found = evaluate(model, *step)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
