@@ -6,14 +6,17 @@ The images are noise.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -44,6 +47,7 @@ from transformers import (
 
 from edgeprune.artefact.synth import tokenizers
 from edgeprune.families import Family, family_of_model
+from edgeprune.families.z_image import ZImage
 from edgeprune.quantization.quantize import quantize_part
 from edgeprune.residency.stored import StoredTransformer
 from edgeprune.sampling.denoising import Conditioning, velocity
@@ -344,6 +348,15 @@ def tiny_z_image_pipeline(folder: Path, *, guided: bool = False, layers: int = 3
     model = pipeline.to(torch.float32).text_encoder.model
     model.rotary_emb = type(model.rotary_emb)(model.config)  # no file has its speeds, so loading does not round them
     return pipeline
+
+
+@contextlib.contextmanager
+def shallow_z_image(layers: int = 2) -> Iterator[None]:
+    """Let the family read the last but one of all states of so many layers: 36, as published, take minutes to trace."""
+    with pytest.MonkeyPatch.context() as patch:
+        encoders = (dataclasses.replace(encoder, states=(layers - 1,)) for encoder in ZImage.encoders)
+        patch.setattr(ZImage, "encoders", tuple(encoders))
+        yield
 
 
 class _InMemory(dict[str, torch.Tensor]):

@@ -149,7 +149,11 @@ def step(
         raise _TakenError  # what FLUX.2's pipeline does after its last step needs a VAE
 
     pipe.vae_scale_factor = factor  # of a pipeline without VAE it would be a guess
-    text = {"prompt_embeds": hidden} | ({"pooled_prompt_embeds": pooled} if pooled.shape[-1] else {})
+    text: dict[str, Any] = {"prompt_embeds": hidden}
+    text |= {"pooled_prompt_embeds": pooled} if pooled.shape[-1] else {}
+    if isinstance(pipe, diffusers.ZImagePipeline):  # it takes text without padding, and counts guidance from 0
+        text = {"prompt_embeds": [row[(row != 0).any(-1)] for row in hidden]}
+        settings |= {"guidance_scale": max(0.0, settings["guidance_scale"] - 1)}
     with torch.no_grad(), contextlib.suppress(_TakenError):
         pipe(latents=_packed(pipe, latents), output_type="latent", callback_on_step_end=stop, **text, **settings)
     return _unpacked(pipe, after[0], latents)

@@ -144,7 +144,7 @@ class Subject:
         self.compute.collect()
         self.progress("verify: text encoders, as diffusers runs them")
         original = reference.text_pipeline(self.folder, self.compute.device, self.variant)
-        said: dict[str, Any] = {}
+        said: dict[str, tuple[Any, dict[str, Any]]] = {}
         with ExitStack() as stack, torch.no_grad():
             peaks = {}
             for name, kind in text_encoders(self.folder).items():
@@ -152,12 +152,16 @@ class Subject:
                 # The reference runs all layers of a language model; values of those that nothing reads do not matter.
                 reads = functools.partial(_reads, kind, pipe.states(name))
                 peaks[name] = stack.enter_context(watched(encoder, reads))
-                encoder.register_forward_hook(lambda _, __, output, name=name: said.setdefault(name, output))
+                encoder.register_forward_hook(functools.partial(_keep, said, name), with_kwargs=True)
             expected = Conditioning(*self.family.encode(original, prompts, length))
-        encoders = {
-            name: (_row(map(torch.from_numpy, tensors.values())), _row(_tensor(said[name], key) for key in tensors))
-            for name, tensors in outputs.items()
-        }
+        unread = {encoder.name for encoder in self.family.encoders if not encoder.padding}
+        encoders = {}
+        for name, tensors in outputs.items():
+            output, given = said[name]
+            wanted = [_tensor(output, key) for key in tensors]
+            if name in unread:  # states of padding, which are 0 here
+                wanted = [tensor * given["attention_mask"][..., None] for tensor in wanted]
+            encoders[name] = _row(map(torch.from_numpy, tensors.values())), _row(wanted)
         dtypes = {name: pipe.dtype_of(name) for name in outputs}
         return Text(found, expected, encoders, dtypes, peaks)
 
@@ -225,6 +229,11 @@ class Subject:
 def _reads(kind: str, states: tuple[int, ...], module: str) -> bool:
     """Return whether a module of a text encoder is read, by its name."""
     return is_read(kind, f"{module}.weight", states)
+
+
+def _keep(said: dict[str, Any], name: str, _: Any, __: Any, given: dict[str, Any], output: Any) -> None:
+    """Keep what a text encoder is given by name, and its output, of the first call."""
+    said.setdefault(name, (output, given))
 
 
 def _row(tensors: Any) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from edgeprune import runtimes, targets
 from edgeprune.artefact.loading import load
 from edgeprune.common.errors import InputError
 from edgeprune.export import accepts, external_data, graph, modules, parity, to_onnx, to_openvino
-from edgeprune.families.z_image import ZImage
 from edgeprune.runtimes import base, networks
 from edgeprune.sampling.denoising import encode_prompts
 
@@ -28,9 +26,7 @@ NETWORKS = ("transformer", "text_encoder", "vae_decoder")
 
 @pytest.fixture(scope="module", autouse=True)
 def shallow() -> Iterator[None]:
-    """Read state 1 of a text encoder of 2 layers: 36, as published, take minutes to trace."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ZImage, "encoders", tuple(replace(encoder, states=(1,)) for encoder in ZImage.encoders))
+    with tiny.shallow_z_image():
         yield
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,12 @@ TRAINED = BUILTIN / "vae"
 """A VAE that was trained, for pipelines of random weights."""
 
 
+def with_trained_vae(out: Path) -> Path:
+    """Replace a pipeline's VAE."""
+    shutil.rmtree(out / "vae")
+    return Path(shutil.copytree(TRAINED, out / "vae").parent)
+
+
 def trained_vae_flux2(out: Path) -> None:
     """Write the trained VAE as FLUX.2's class, whose latents are normalised by statistics."""
     AutoencoderKLFlux2.from_config(  # its own class name would be another one's
@@ -52,8 +58,19 @@ def trained_vae_flux2(out: Path) -> None:
     save_file(load_file(next(TRAINED.glob("*.safetensors"))) | statistics, path)
 
 
-@pytest.fixture(scope="module", params=["sd3 with T5", "flux", "klein"])
+@pytest.fixture(scope="module")
+def z_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Z-Image that is guided; use `copytree` to change it."""
+    out = tmp_path_factory.mktemp("verify") / "z-image"
+    with tiny.shallow_z_image():
+        tiny.tiny_z_image_pipeline(out, guided=True, layers=2)
+        yield with_trained_vae(out)
+
+
+@pytest.fixture(scope="module", params=["sd3 with T5", "flux", "klein", "z-image"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "z-image":
+        return Path(request.getfixturevalue("z_image"))
     out = tmp_path_factory.mktemp("verify") / request.param.split()[0]
     if request.param == "klein":
         tiny.tiny_klein_pipeline(out, distilled=False)
@@ -63,8 +80,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         tiny.tiny_flux_pipeline(out)
     else:
         tiny.tiny_pipeline(out, t5=True)
-    shutil.rmtree(out / "vae")
-    return Path(shutil.copytree(TRAINED, out / "vae").parent)
+    return with_trained_vae(out)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +88,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of SD3 without T5; use `copy` to change it."""
     out = tmp_path_factory.mktemp("verify") / "small"
     tiny.tiny_pipeline(out)
-    shutil.rmtree(out / "vae")
-    return Path(shutil.copytree(TRAINED, out / "vae").parent)
+    return with_trained_vae(out)
 
 
 @pytest.fixture
@@ -94,8 +109,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FLUX.1 without a block and parts of others, projected, in half precision and INT4."""
     place = tmp_path_factory.mktemp("verify")
     tiny.tiny_flux_pipeline(place / "flux")
-    shutil.rmtree(place / "flux" / "vae")
-    shutil.copytree(TRAINED, place / "flux" / "vae")
+    with_trained_vae(place / "flux")
     ws = Workspace(place / "made", str(place / "flux"))
     run_plan(ws, PlanOptions(method="manual", blocks="3", components="1:attn,4:mlp", modulation_rank=8))
     run_prune(ws)
@@ -143,7 +157,7 @@ def test_a_good_model_passes(folder: Path) -> None:
     found = api.verify(folder)
     assert found.passed and {f.verdict for f in found.findings} == {"pass"}
     assert [*dict.fromkeys(f.check for f in found.findings)] == list(CHECKS)
-    text = ["hidden"] if folder.name == "klein" else ["hidden", "pooled"]
+    text = ["hidden"] if folder.name in ("klein", "z-image") else ["hidden", "pooled"]
     assert [f.part for f in found.findings if f.check == "text"] == text
     encoders = sorted(path.name for path in folder.glob("text_encoder*"))
     assert [f.part for f in found.findings if f.check == "encoders"] == encoders
@@ -181,6 +195,21 @@ def test_a_layer_of_qwen3_that_is_misread_is_found(
     only("text", "encoders")
     misread(monkeypatch, "text_encoder/model.layers.20.mlp.up_proj.weight")  # read by one state of three
     assert failed(api.verify(klein)) == {("text", "hidden"), ("encoders", "text_encoder")}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "check"),
+    [
+        ("transformer/context_refiner.0.attention.to_k.weight", ("step", "transformer")),
+        ("text_encoder/model.layers.0.mlp.up_proj.weight", ("encoders", "text_encoder")),
+    ],
+)
+def test_a_tensor_of_z_image_that_is_misread_is_found(
+    z_image: Path, monkeypatch: pytest.MonkeyPatch, only: Callable[..., None], tensor: str, check: tuple[str, str]
+) -> None:
+    only("encoders", "step")
+    misread(monkeypatch, tensor)
+    assert failed(api.verify(z_image)) == {check}
 
 
 @pytest.mark.parametrize(("layer", "verdict"), [(5, "warning"), (27, "pass")])
@@ -318,13 +347,14 @@ def test_exit_codes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_reference_reads_weights_when_they_are_needed(folder: Path) -> None:
     pipe = reference.image_pipeline(folder, "transformer", torch.device("cpu"), None)
     with watched(pipe.transformer) as peak:
-        pooled = {"sd3": 64, "flux": tiny.TEXT_WIDTH, "klein": 0}[folder.name]
-        inputs = {"hidden": torch.randn(1, 40, tiny.T5_WIDTH), "pooled": torch.randn(1, pooled)}
+        pooled = {"sd3": 64, "flux": tiny.TEXT_WIDTH}.get(folder.name, 0)
+        width = tiny.QWEN_WIDTH if folder.name == "z-image" else tiny.T5_WIDTH
+        inputs = {"hidden": torch.randn(1, 40, width), "pooled": torch.randn(1, pooled)}
         size = {"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 1.0}
         after = reference.step(pipe, torch.randn(1, 8, 8, 8), **inputs, factor=8, **size)
     assert after.shape == (1, 8, 8, 8) and after.isfinite().all()
     assert all(parameter.is_meta for parameter in pipe.transformer.parameters())
-    assert peak.value > 0 and "block" in peak.module
+    assert peak.value > 0 and peak.module
 
 
 def test_the_reference_is_strict(copy: Path) -> None:
