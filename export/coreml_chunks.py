@@ -49,14 +49,18 @@ class Chunk(nn.Module):
         self.first, self.last = blocks[0] == 0, blocks[-1] == len(self.family.blocks(model)) - 1
         # Weights have the same names in the package as in the checkpoint.
         self.places = [self.family.block_prefix(model, i).rstrip(".").rpartition(".") for i in blocks]
+        every = range(len(self.family.blocks(model)))
+        lists = {self.family.block_prefix(model, i).rstrip(".").rpartition(".")[0] for i in every}
         for name, child in model.named_children():
-            if isinstance(child, nn.ModuleList):
+            if name in lists:
                 kept = {key: child[int(key)] for list_name, _, key in self.places if list_name == name}
                 setattr(self, name, nn.ModuleDict(kept))
             elif self.last if f"{name}.".startswith(self.family.tail) else self.first:
                 setattr(self, name, child)
         for i, table in enumerate(self.family.positions(model, example)):
             self.register_buffer(f"positions_{i}", table, persistent=False)
+        self.constants = {name: example[name] for name in self.family.position_inputs if self.first}
+        self.take(model)
         # In one program no output may have the name of an input.
         self.inputs: Sequence[str] = [f"image_tokens_{index}", f"text_tokens_{index}", MODULATION]
         self.outputs: Sequence[str] = [f"image_tokens_{index + 1}", f"text_tokens_{index + 1}"]
@@ -70,7 +74,8 @@ class Chunk(nn.Module):
         """Map the tensors named by `inputs` to those named by `outputs`."""
         text: torch.Tensor | None
         if self.first:
-            image, text, modulation = self.family.embed(self, dict(zip(self.inputs, tensors, strict=True)))
+            given = dict(zip(self.inputs, tensors, strict=True))
+            image, text, modulation = self.family.embed(self, given | self.constants)
         else:
             image, text, modulation = tensors
         positions = [buffer for name, buffer in self.named_buffers() if name.startswith("positions_")]
@@ -81,6 +86,12 @@ class Chunk(nn.Module):
             return (self.family.unembed(self, image, modulation, self.grid),)
         assert text is not None
         return (image, text, modulation) if self.first else (image, text)
+
+    def take(self, model: nn.Module) -> None:
+        """Refer to the tensors that the transformer has outside its modules, if this is the first chunk."""
+        for name, tensor in model.named_parameters(recurse=False):
+            if self.first:
+                self.register_parameter(name, tensor)
 
     def tensors(self, stored: StoredTransformer) -> list[str]:
         """Return the checkpoint's names of this chunk's tensors."""
@@ -103,6 +114,7 @@ def loaded(chunks: Sequence[Chunk], stored: StoredTransformer) -> Iterator[Chunk
     """Yield each chunk with its weights; they are dropped before the next chunk is loaded."""
     for chunk in chunks:
         stored.fill(chunk.tensors(stored))
+        chunk.take(stored.model)
         yield chunk
         chunk.to("meta")
 

@@ -53,6 +53,7 @@ class TextChunk(nn.Module):
         self.add_module(self.place, nn.ModuleDict(parts))
         self.register_buffer(whole.shared, getattr(whole, whole.shared))
         self.shared, self.norm, self.around, self.run = whole.shared, whole.norm, whole.around, whole.run
+        self.as_read = whole.as_read
         self.returned = {str(i): name for i, name in whole.returned.items() if i in layers}
         ids, *others = whole.inputs
         self.inputs: Sequence[str] = [f"{_STREAM}{index}" if layers[0] else ids, *others]
@@ -71,7 +72,7 @@ class TextChunk(nn.Module):
         for key, layer in inner[self.stack].items():
             hidden = self.run(layer, hidden, *around)
             if key in self.returned:
-                found.append(inner[self.norm](hidden) if self.norm else hidden)
+                found.append(self.as_read(inner[self.norm](hidden) if self.norm else hidden, *others))
         return tuple(found if self.last else [*found, hidden])
 
 

@@ -52,10 +52,12 @@ class LanguageModel(LayeredEncoder):
         for index, layer in enumerate(self.layers):
             hidden = self.run(layer, hidden, *around)
             found[index + 1] = hidden
-        return self._read([found[state] for state in self.states], attention_mask)
+        return tuple(self.as_read(found[state], attention_mask) for state in self.states)
 
-    def _read(self, states: Sequence[torch.Tensor], mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(state if self.padding else state * mask[..., None].to(state.dtype) for state in states)
+    def as_read(self, state: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        """Return a hidden state (B, M, D), with zeros for padding unless that is read."""
+        (mask,) = others
+        return state if self.padding else state * mask[..., None].to(state.dtype)
 
     @property
     def returned(self) -> dict[int, str]:
@@ -75,7 +77,7 @@ class LanguageModel(LayeredEncoder):
     def reference(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute the same outputs with the model's own forward pass."""
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False)
-        return self._read([out.hidden_states[state] for state in self.states], attention_mask)
+        return tuple(self.as_read(out.hidden_states[state], attention_mask) for state in self.states)
 
     def example(self, *, batch: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """Return random words, then padding; each row has another length."""

@@ -170,6 +170,10 @@ class LayeredEncoder(nn.Module, ABC):
     def run(layer: Any, hidden: torch.Tensor, *around: Any) -> torch.Tensor:
         """Run one layer on the stream (B, M, K), float32."""
 
+    def as_read(self, state: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        """Return a hidden state (B, M, K) as the network returns it; `others` are the inputs besides the ids."""
+        return state
+
 
 class T5Encoder(LayeredEncoder):
     """T5EncoderModel's last hidden state, without a mask: in SD3 and FLUX every token also attends to padding.

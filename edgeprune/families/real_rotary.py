@@ -50,7 +50,7 @@ class RealAttention:
 def _turned(x: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     """Turn neighbouring channels of (B, S, H, 2 F) by pairs (B, S, 1, F, 2), in float32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = pairs.unbind(-1)
+    cosine, sine = pairs[..., 0], pairs[..., 1]
     return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(3).type_as(x)
 
 
@@ -84,10 +84,20 @@ def angles(places: torch.Tensor, size: int, theta: float, dtype: torch.dtype) ->
     return torch.stack([turned.cos(), turned.sin()], dim=-1)
 
 
-def turns(
-    positions: Sequence[torch.Tensor], tokens: int, units: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what image (B, N, F, 2) and text (B, M, F, 2) turn by, and which text is seen (B, 1, 1, M).
+def seen(image: int, tokens: int, units: torch.Tensor) -> torch.Tensor:
+    """Return which tokens of a stream are seen (B, 1, 1, N + M): all of the image, and of the text its padded length.
+
+    Args:
+        image: N; 0 for a stream of text alone.
+        tokens: M.
+        units: length of each row's text in multiples of 32 (B), rounded up.
+    """
+    # As whole numbers: bf16 has none of the odd ones above 256.
+    return (torch.arange(-image, tokens, device=units.device) < units.long()[:, None] * MULTIPLE)[:, None, None]
+
+
+def turns(positions: Sequence[torch.Tensor], tokens: int, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what image (B, N, F, 2) and text (B, M, F, 2) turn by.
 
     Text stands at places from 1 on of the first axis, the image at the place after the text's padding, and the image's
     padding at 0 of every axis, which does not turn.
@@ -98,12 +108,10 @@ def turns(
         tokens: M.
         units: length of each row's text in multiples of 32 (B), rounded up.
     """
-    (places, grid, real), batch = positions, len(units)
+    (places, grid, real), batch = positions, units.shape[0]
     after = places[units.long() * MULTIPLE + 1]
     first = torch.where(real[None, :, None, None] > 0, after[:, None], places[0])
     image = torch.cat([first, grid[None].expand(batch, -1, -1, -1)], dim=2)
     still = places[:1, :1].expand(tokens, grid.shape[1], -1)
     text = torch.cat([places[1 : tokens + 1], still], dim=1)[None].expand(batch, -1, -1, -1)
-    # As whole numbers: bf16 has none of the odd ones above 256.
-    seen = torch.arange(tokens, device=units.device) < units.long()[:, None] * MULTIPLE
-    return image, text, seen[:, None, None]
+    return image, text

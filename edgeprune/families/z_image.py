@@ -395,7 +395,7 @@ class ZImage:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        from edgeprune.families.real_rotary import through, turns
+        from edgeprune.families.real_rotary import seen, through, turns
 
         positions, vector, units = self.positions(model, inputs), modulation[:, :-1], modulation[:, -1]
         image = model.all_x_embedder[_PATCHED](inputs["hidden_states"])
@@ -403,11 +403,11 @@ class ZImage:
         image = torch.where(positions[-1][None, :, None] > 0, image, model.x_pad_token)
         places = torch.arange(text.shape[1], device=text.device)
         text = torch.where((places < inputs["text_lengths"][:, None])[..., None], text, model.cap_pad_token)
-        by_image, by_text, seen = turns(positions, text.shape[1], units)
+        by_image, by_text = turns(positions, text.shape[1], units)
         for block in model.noise_refiner:
             image = through(block, image, None, by_image, vector)
         for block in model.context_refiner:
-            text = through(block, text, seen, by_text, None)
+            text = through(block, text, seen(0, text.shape[1], units), by_text, None)
         return image, text
 
     def conditioning(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -435,12 +435,11 @@ class ZImage:
         """Run a block on both streams as one, the image first."""
         import torch
 
-        from edgeprune.families.real_rotary import through, turns
+        from edgeprune.families.real_rotary import seen, through, turns
 
-        tokens = image.shape[1]
-        by_image, by_text, seen = turns(positions, text.shape[1], modulation[:, -1])
-        mask = torch.cat([seen.new_ones(len(seen), 1, 1, tokens), seen], dim=-1)
-        pairs = torch.cat([by_image, by_text], dim=1)
+        tokens, units = image.shape[1], modulation[:, -1]
+        pairs = torch.cat(turns(positions, text.shape[1], units), dim=1)
+        mask = seen(tokens, text.shape[1], units)
         joined = through(block, torch.cat([image, text], dim=1), mask, pairs, modulation[:, :-1])
         return joined[:, :tokens], joined[:, tokens:]
 
@@ -453,8 +452,8 @@ class ZImage:
         import torch
 
         out = model.all_final_layer[_PATCHED](image, c=modulation[:, :-1])
-        real = torch.arange(out.shape[1], device=out.device) < grid[0]
-        return torch.where(real[None, :, None], out, 0.0)
+        padded = torch.arange(out.shape[1], device=out.device) >= grid[0]
+        return cast("torch.Tensor", out.masked_fill(padded[None, :, None], 0.0))
 
 
 FAMILY = ZImage()

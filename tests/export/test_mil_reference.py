@@ -64,6 +64,9 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("cast", {"x": torch.tensor([1.9, -1.9]), "dtype": "int32"}, ints(1, -1)),
     ("rsqrt", {"x": X.abs(), "epsilon": torch.tensor(0.5)}, (X.abs() + 0.5).rsqrt()),
     ("transpose", {"x": X, "perm": ints(0, 3, 1, 2)}, X.permute(0, 3, 1, 2)),
+    ("less", {"x": X, "y": ints(1)}, X < 1),
+    ("floor_div", {"x": ints(64, 65, -1), "y": ints(32)}, ints(2, 2, -1)),
+    ("tanh", {"x": X}, X.tanh()),
     ("select", {"cond": X > 0, "a": X, "b": -X}, X.abs()),
     ("pixel_shuffle", {"x": X, "upscale_factor": ints(2)}, F.pixel_shuffle(X, 2)),
 ]  # fmt: skip

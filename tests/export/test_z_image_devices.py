@@ -1,0 +1,75 @@
+"""Z-Image for Core ML and TensorRT: the packages draw torch's images, and engines are built, in half precision."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from edgeprune import runtimes, targets
+from edgeprune.artefact.staged import StagedPipeline
+from edgeprune.export import parity
+from edgeprune.residency.compute import Compute
+from edgeprune.runtimes import base
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
+NETWORKS = ["transformer", "text_encoder", "vae_decoder"]
+PROMPTS = ["a star above a ring " * 9, "two red circles"]
+"""Of up to 64 and 32 tokens with padding."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A guided Z-Image of two blocks; its text encoder has a layer that is not read."""
+    folder = tmp_path_factory.mktemp("z-image") / "source"
+    with tiny.shallow_z_image(3):
+        tiny.tiny_z_image_pipeline(folder, guided=True, layers=3, n_layers=2)
+        yield folder
+
+
+def test_core_ml(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk without the pad tokens and the refiners follows one that has them; two lengths of text are in a call."""
+    pytest.importorskip("coremltools")
+    from edgeprune.export import to_coreml
+
+    import coreml_fakes  # isort: skip  # after to_coreml, which keeps it quiet
+    from edgeprune.runtimes import coreml
+
+    monkeypatch.setattr(to_coreml, "CHUNK_BYTES", 1e5)
+    record = to_coreml.export(source, tmp_path / "out", device=targets.load("macbook-m"))
+    assert list(record["parity"]) == NETWORKS and record["encoders"] == {"text_encoder": "int8"}
+    assert record["chunks"] == {"transformer": 2, "text_encoder": 2}
+    assert all(found["max_relative"] < 1e-3 and found["half_relative"] < 1e-2 for found in record["parity"].values())
+    monkeypatch.setattr(coreml, "coremltools", coreml_fakes.FakeCoreML())
+    hidden, pooled = (value.numpy() for value in StagedPipeline(source, None, Compute()).encode(PROMPTS, 40))
+    with runtimes.load(tmp_path / "out") as ours, runtimes.load(source) as theirs:
+        found = ours.backend.encode(PROMPTS)[0]
+        np.testing.assert_array_equal((found != 0).any(-1), (hidden != 0).any(-1))
+        assert (found != 0).any(-1).sum(-1)[0] > 32 and (found != 0).any(-1).sum(-1)[1] < 32
+        # Most of the difference comes from the weights of 8 bits.
+        assert np.linalg.norm(found - hidden) <= 0.05 * np.linalg.norm(hidden)
+        latents = base.initial_latents(ours.settings, [1, 2], 64, 64)
+        steps = [m.step(latents, hidden, pooled, np.asarray([0.7, 0.3], np.float32)) for m in (ours, theirs)]
+        assert parity.relative_error(*steps)[0] < 1e-3
+        for model in (ours, theirs):
+            monkeypatch.setattr(model.backend, "encode", lambda prompts, wanted=theirs.backend.encode: wanted(prompts))
+        drawn = [np.asarray(model.generate(PROMPTS[0], seed=3)[0], int) for model in (ours, theirs)]
+    assert drawn[1].std() > 5 and np.abs(drawn[0] - drawn[1]).max() <= 2
+
+
+def test_tensorrt(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from edgeprune.export import to_trt
+
+    record = to_trt.export(source, tmp_path / "out", device=targets.load("rtx"))
+    assert list(record["parity"]) == NETWORKS == list(record["networks"])
+    for name, found in record["networks"].items():
+        assert found["precision"] == "float16", name
+        assert 0 < record["parity"][name]["rms_relative"] < parity.HALF_BOUND
+        assert (tmp_path / "out" / name / "model.engine").stat().st_size == found["engine_bytes"] > 1000
+    print(record["networks"]["transformer"]["profile"])
+    assert json.loads((tmp_path / "out" / "tokenizer" / "chat.json").read_text())["prefix"]
