@@ -89,6 +89,21 @@ def original(state: Mapping[str, torch.Tensor], *, sd3: bool) -> Tensors:
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
+def z_image(state: Mapping[str, torch.Tensor]) -> Tensors:
+    """Return a Z-Image's state dict in the layout of its authors, with a norm that nothing reads."""
+    out: Tensors = {"norm_final.weight": torch.ones_like(state["x_pad_token"][0])}
+    for name, tensor in state.items():
+        layer, _, rest = name.partition("attention.to_")
+        if rest == "q.weight":
+            parts = [state[f"{layer}attention.to_{part}.weight"] for part in "qkv"]
+            out[f"{layer}attention.qkv.weight"] = torch.cat(parts)
+        elif rest not in ("k.weight", "v.weight"):
+            new = re.sub(r"^all_(x_embedder|final_layer)\.2-1\.", r"\1.", name)
+            new = new.replace("attention.to_out.0", "attention.out")
+            out[re.sub(r"attention\.norm_([qk])", r"attention.\1_norm", new)] = tensor
+    return out
+
+
 def out_width(state: Mapping[str, torch.Tensor]) -> int:
     return len(state["time_text_embed.timestep_embedder.linear_2.bias"])
 

@@ -35,6 +35,10 @@ SD35 = {
     "joint_blocks.0.x_block.attn.ln_q.weight": (64,), "joint_blocks.37.x_block.attn.ln_q.weight": (64,),
     "x_embedder.proj.weight": (2432, 16, 2, 2), "pos_embed": (1, 36864, 2432),
 }  # fmt: skip
+Z_IMAGE = {
+    "layers.0.adaLN_modulation.0.weight": (15360, 256), "layers.29.adaLN_modulation.0.weight": (15360, 256),
+    "noise_refiner.1.attention_norm1.weight": (3840,), "x_embedder.weight": (3840, 64),
+}  # fmt: skip
 UNET = {"model.diffusion_model.input_blocks.0.0.weight": (4,)}
 OTHERS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "lora": ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4,)}, "a LoRA; .*edgeprune lora .*--model"),
@@ -44,11 +48,14 @@ OTHERS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "t5": ({"encoder.block.0.layer.0.SelfAttention.q.weight": (4,)}, "a T5 text encoder; it is one part of a model"),
     "clip": ({"text_model.encoder.layers.0.mlp.fc1.weight": (4,)}, "a CLIP text encoder; it is one part"),
     "llm": ({"model.layers.0.self_attn.q_proj.weight": (4,)}, "a language model"),
-    "sd15": (UNET, "Stable Diffusion 1 or 2; edgeprune compresses SD3, SD3.5 and FLUX"),
+    "sd15": (UNET, "Stable Diffusion 1 or 2; edgeprune compresses SD3, SD3.5, FLUX and Z-Image"),
     "sdxl": (UNET | {"model.diffusion_model.label_emb.0.0.weight": (4,)}, "Stable Diffusion XL"),
     "chroma": (FLUX | {"distilled_guidance_layer.layers.0.in_layer.weight": (4,)}, "Chroma; edgeprune compresses"),
     "flux2": ({"double_stream_modulation_img.lin.weight": (4,)}, "FLUX.2; single files of it are not read"),
     "qwen": ({"transformer_blocks.0.img_mod.1.weight": (4,)}, "Qwen-Image; edgeprune compresses"),
+    "lumina": ({"layers.0.adaLN_modulation.1.weight": (4,), "noise_refiner.0.w": (4,)}, "Lumina; edgeprune compresses"),
+    "omni": (Z_IMAGE | {"siglip_embedder.1.weight": (4,)}, "Z-Image-Omni; edgeprune compresses"),
+    "z-control": ({"control_layers.0.adaLN_modulation.0.weight": (4,)}, "a ControlNet"),
     "wan": ({"blocks.0.self_attn.q.weight": (4,)}, "such as Wan"),
     "fill": (FLUX | {"img_in.weight": (3072, 384)}, "FLUX.1 Fill, which takes more than a prompt"),
     "canny": (FLUX | {"img_in.weight": (3072, 128)}, "FLUX.1 Depth or Canny, which takes more than a prompt"),
@@ -111,6 +118,8 @@ def test_other_files_are_named(name: str, tmp_path: Path) -> None:
         (SD35, "sd3.5_large", "Stable Diffusion 3.5 Large", "stabilityai/stable-diffusion-3.5-large"),
         (SD35, "sd3.5_large_Turbo", "Stable Diffusion 3.5 Large Turbo",
          "stabilityai/stable-diffusion-3.5-large-turbo"),
+        (Z_IMAGE, "z_image_turbo_bf16", "Z-Image-Turbo", "Tongyi-MAI/Z-Image-Turbo"),
+        (Z_IMAGE, "z_image_bf16", "Z-Image", "Tongyi-MAI/Z-Image"),
         ({"joint_blocks.23.x_block.mlp.fc1.weight": (4,), "joint_blocks.0.x_block.mlp.fc1.weight": (4,),
           "x_embedder.proj.weight": (1536, 16, 2, 2), "pos_embed": (1, 36864, 1536)}, "sd3_medium",
          "Stable Diffusion 3 Medium", "stabilityai/stable-diffusion-3-medium-diffusers"),

@@ -12,23 +12,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgeprune.families import Config, Shape
+from edgeprune.families.encoders import QWEN3, T5
 
 LORA = "a LoRA"
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "")
 """Of a transformer's tensors, the longest first."""
 ENCODERS = ("text_encoders.", "cond_stage_model.")
 VAES = ("vae.", "first_stage_model.")
+LONG_PARTS = {"t5xxl": T5, "qwen3_4b": QWEN3}
+"""Classes of text encoders that are no CLIPs, by their names in a file."""
 
 _NETWORKS = (
     ("SD3Transformer2DModel", r"joint_blocks\.0\.x_block\."),
     ("SD3Transformer2DModel", r"pos_embed\.proj\.weight"),
     ("FluxTransformer2DModel", r"double_blocks\.0\.img_attn\.qkv\."),
     ("FluxTransformer2DModel", r"single_transformer_blocks\.0\.proj_mlp\."),
+    ("ZImageTransformer2DModel", r"layers\.0\.adaLN_modulation\.0\."),
 )
 """What tells each transformer, in the layout of its authors and in diffusers', without the prefix."""
 _FOREIGN = (
     (r"lora_(A|B|down|up|magnitude)|\.lora\.(down|up)|hada_w|lokr_|dora_scale|_lora\d?\.(down|up)", LORA),
-    (r"control_model\.|controlnet_|control_add_embedding|input_hint_block|pos_embed_input\.proj", "a ControlNet"),
+    (
+        r"control_(model|layers|all_x_embedder)\.|controlnet_|control_add_embedding|input_hint_block|pos_embed_input\.proj",
+        "a ControlNet",
+    ),
     (r"ip_adapter|image_proj\.|redux_(up|down)|pulid_", "an image adapter"),
     (r"distilled_guidance_layer\.", "Chroma"),
     (r"double_stream_modulation_img\.", "FLUX.2"),
@@ -36,7 +43,8 @@ _FOREIGN = (
     (r"double_stream_blocks\.0\.", "HiDream"),
     (r"(double_layers|joint_transformer_blocks)\.0\.", "AuraFlow"),
     (r"transformer_blocks\.0\.img_mod\.1\.", "Qwen-Image"),
-    (r"noise_refiner\.0\.|cap_embedder\.", "Lumina or Z-Image"),
+    (r"layers\.0\.adaLN_modulation\.1\.", "Lumina"),
+    (r"siglip_embedder\.", "Z-Image-Omni"),
     (r"(^|\.)blocks\.0\.(cross_attn|self_attn|attn1|attn2)\.", "a DiT that is no MMDiT, such as Wan"),
     (r"adaln_single\.|scale_shift_table", "PixArt, Sana or LTX-Video"),
     (r"label_emb\.0\.0|conditioner\.embedders\.1\.|add_embedding\.linear_1", "Stable Diffusion XL"),
@@ -53,7 +61,10 @@ _PARTS = (
     (r"(model\.|^)layers\.0\.(self_attn|mlp)\.|(^|\.)blk\.0\.(attn|ffn)_", "a language model"),
 )
 """Likewise, of files without a transformer."""
-FAMILY_NAMES = {"SD3Transformer2DModel": "Stable Diffusion 3", "FluxTransformer2DModel": "FLUX.1"}
+FAMILY_NAMES = {
+    "SD3Transformer2DModel": "Stable Diffusion 3", "FluxTransformer2DModel": "FLUX.1",
+    "ZImageTransformer2DModel": "Z-Image",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ class Model:
 
 _LARGE = {"num_layers": 38, "width": 2432, "pos_embed_max_size": 192, "qk_norm": True, "dual": 0}
 _FLUX = {"num_layers": 19, "num_single_layers": 38, "width": 3072, "in_channels": 64}
+_Z_IMAGE = {"n_layers": 30, "n_refiner_layers": 2, "width": 3840, "in_channels": 16}
 MODELS = {
     "SD3Transformer2DModel": (
         Model("Stable Diffusion 3.5 Large Turbo", "stabilityai/stable-diffusion-3.5-large-turbo", _LARGE, "turbo"),
@@ -87,6 +99,10 @@ MODELS = {
         Model("FLUX.1 dev", "black-forest-labs/FLUX.1-dev", _FLUX | {"guidance_embeds": True}),
         Model("FLUX.1 schnell", "black-forest-labs/FLUX.1-schnell", _FLUX | {"guidance_embeds": False}),
     ),
+    "ZImageTransformer2DModel": (
+        Model("Z-Image-Turbo", "Tongyi-MAI/Z-Image-Turbo", _Z_IMAGE, "turbo"),
+        Model("Z-Image", "Tongyi-MAI/Z-Image", _Z_IMAGE),
+    ),
 }  # fmt: skip
 """By class in diffusers."""
 
@@ -102,7 +118,7 @@ class Identity:
     facts: Config
     """What shapes tell of the transformer's config: see `facts_of`."""
     parts: dict[str, str] = field(default_factory=dict)
-    """The prefix of each other part: clip_l, clip_g, t5xxl, vae."""
+    """The prefix of each other part: clip_l, clip_g, t5xxl, qwen3_4b, vae."""
     model: Model | None = None
     """The published model of this size; None for a size that is none of theirs."""
     guess: str = ""
@@ -113,7 +129,7 @@ class Identity:
         """The model in words."""
         if self.model:
             return self.model.name
-        counts = [str(self.facts[n]) for n in ("num_layers", "num_single_layers") if n in self.facts]
+        counts = [str(self.facts[n]) for n in ("num_layers", "num_single_layers", "n_layers") if n in self.facts]
         return f"{FAMILY_NAMES[self.network]} of {'+'.join(counts)} blocks, {self.facts.get('width')} wide"
 
 
@@ -142,7 +158,7 @@ def _identity(network: str, prefix: str, shapes: Mapping[str, Shape], hints: str
     parts: dict[str, str] = {}
     for name in shapes:
         for start in ENCODERS:
-            if match := re.match(rf"{re.escape(start)}(clip_l|clip_g|t5xxl)\.", name):
+            if match := re.match(rf"{re.escape(start)}(clip_l|clip_g|t5xxl|qwen3_4b)\.", name):
                 parts.setdefault(match[1], f"{start}{match[1]}.")
         for start in VAES:
             if name.startswith(start):
@@ -189,6 +205,12 @@ def facts_of(network: str, shapes: Mapping[str, Shape]) -> Config:
         entry = sides("img_in.weight", "x_embedder.weight")
         if len(entry) == 2:
             facts["width"], facts["in_channels"] = entry
+        return facts
+    if network == "ZImageTransformer2DModel":
+        facts["n_layers"], facts["n_refiner_layers"] = count("layers"), count("noise_refiner")
+        entry = sides("x_embedder.weight", "all_x_embedder.2-1.weight")
+        if len(entry) == 2:
+            facts["width"], facts["in_channels"] = entry[0], entry[1] // 4
         return facts
     facts["num_layers"] = count(r"(?:joint_blocks|transformer_blocks)")
     entry, table = sides("x_embedder.proj.weight", "pos_embed.proj.weight"), sides("pos_embed", "pos_embed.pos_embed")

@@ -27,6 +27,8 @@ Targets = list[tuple[str, Rows | None]]
 """The tensors of diffusers that a stored tensor holds, and their rows in it; None for all rows."""
 NEVER = re.compile(r"(model_ema|loss|model_sampling)\.|(model_)?ema_|denoiser\.sigmas|__\w+__$|v_pred$|ztsnr$")
 """What trainers leave in a file besides the model."""
+_UNREAD = {"z-image": ("norm_final.weight",)}
+"""What files of a family have besides, and neither their authors' code nor diffusers' reads."""
 _LEVEL = re.compile(r"(encoder|decoder)\.(down|up)\.(\d{1,3})\.(.+)")
 _MIDDLE = re.compile(r"(encoder|decoder)\.mid\.(block|attn)_(\d)\.(.+)")
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -118,15 +120,15 @@ def _check_shape(found: Shape, held: Mapping[str, Shape], where: str) -> None:
 
 def transformer_targets(family: Family, config: Config) -> Callable[[str], Targets | None]:
     """Return what a tensor of a transformer's file holds, by its name without the prefix."""
-    names = Names(family, config, {})
+    names, shapes = Names(family, config, {}), family.tensor_shapes(config)
 
     def targets(name: str) -> Targets | None:
-        if NEVER.match(name):
+        if NEVER.match(name) or name in _UNREAD.get(family.name, ()):
             return None
+        if name in shapes:
+            return [(name, None)]
         if name == "pos_embed":
             return [("pos_embed.pos_embed", None)]
-        if name == "pos_embed.pos_embed":
-            return [(name, None)]
         layer, _, kind = name.rpartition(".")
         if kind not in ("weight", "bias", "scale"):
             return []

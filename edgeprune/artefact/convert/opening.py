@@ -9,14 +9,13 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from edgeprune.artefact.convert.gguf_file import MAGIC, Gguf
-from edgeprune.artefact.convert.identity import LORA, MODELS, Identity, identify, part_of, refused
+from edgeprune.artefact.convert.identity import LONG_PARTS, LORA, MODELS, Identity, identify, part_of, refused
 from edgeprune.artefact.convert.safetensors import Safetensors
 from edgeprune.artefact.convert.stored import FLOATS, Stored, kinds_of
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import read_json
 from edgeprune.families import family_of
-from edgeprune.families.encoders import T5
 from edgeprune.residency.model_files import INDEX, weights_of
 
 SINGLE = (".safetensors", ".sft", ".gguf")
@@ -34,7 +33,7 @@ _HELP = {
     "a ControlNet": "it works next to a model; give the model itself",
     "an image adapter": "it works next to a model; give the model itself",
     "FLUX.2": "single files of it are not read; give its diffusers folder or hub id",
-    "tensors of an unknown model": "expected a transformer of SD3, SD3.5 or FLUX.1",
+    "tensors of an unknown model": "expected a transformer of SD3, SD3.5, FLUX.1 or Z-Image",
 }
 _FOLDERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 _ONLY_PART = "it is one part of a model; give the file of the transformer, and the rest with --config"
@@ -69,8 +68,8 @@ class Source:
         """Return what it does not have and where to take it from, in a line."""
         family = family_of({"_class_name": self.identity.network})
         present = {_FOLDERS.get(part, part) for part in self.identity.parts}
-        t5 = {encoder.name for encoder in family.encoders if encoder.kind == T5}
-        present |= t5 if "t5xxl" in self.identity.parts else set()
+        kinds = {LONG_PARTS[part] for part in self.identity.parts if part in LONG_PARTS}
+        present |= {encoder.name for encoder in family.encoders if encoder.kind in kinds}
         parts = [name for name in (*(encoder.name for encoder in family.encoders), "vae") if name not in present]
         rest = f"configs and tokenizers, {', '.join(parts)}" if parts else "configs and tokenizers"
         guess = f" ({self.identity.guess})" if self.identity.guess else ""
@@ -145,7 +144,7 @@ def _source(path: Path, stored: Stored, hints: str, config: Path | None = None) 
         advice = _HELP.get(identity) or (
             _ONLY_PART
             if identity.startswith("a ") and "DiT" not in identity
-            else "edgeprune compresses SD3, SD3.5 and FLUX"
+            else "edgeprune compresses SD3, SD3.5, FLUX and Z-Image"
         )
         advice = advice.format(file=shlex.quote(str(path)), stem=path.stem)
         raise InputError(f"{path}: {identity}; {advice}")

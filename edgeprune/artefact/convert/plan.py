@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeprune.artefact.checks import check_settings, part_weights
-from edgeprune.artefact.convert.identity import MODELS, part_of
+from edgeprune.artefact.convert.identity import LONG_PARTS, MODELS, part_of
 from edgeprune.artefact.convert.layouts import (
     NEVER,
     Piece,
@@ -25,12 +25,12 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import read_json
 from edgeprune.families import Config, Family, family_of
-from edgeprune.families.encoders import T5, text_encoders
+from edgeprune.families.encoders import text_encoders
 from edgeprune.families.parts import VAE, part_shapes
 from edgeprune.residency.model_files import weights_of
 
-_ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-"""Folders of the CLIPs; T5's number differs."""
+_FOLDERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "vae": "vae"}
+"""Of parts whose folder is the same in all pipelines."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def check_facts(source: Source, config: Config, where: Path) -> None:
         "guidance_embeds": bool(config.get("guidance_embeds")),
         "qk_norm": config.get("qk_norm") is not None,
         "dual": len(config.get("dual_attention_layers") or ()),
-        "width": int(config["num_attention_heads"]) * int(config["attention_head_dim"]),
+        "width": family_of(config, str(where)).width(config),
     }
     for name, expected in {"_class_name": identity.network, **identity.facts}.items():
         if said.get(name) != expected:
@@ -156,11 +156,14 @@ def check_facts(source: Source, config: Config, where: Path) -> None:
 def _prefixes(source: Source, family: Family) -> dict[str, str]:
     """Return the prefix of each part in the file besides the transformer, by the part's folder."""
     kinds = {encoder.name: encoder.kind for encoder in family.encoders}
-    t5 = next((name for name, kind in kinds.items() if kind == T5), "")
     out = {}
     for part, prefix in source.identity.parts.items():
-        name = {"vae": "vae", "t5xxl": t5}.get(part) or _ENCODERS.get(part, "")
-        if name != "vae" and (name not in kinds or (kinds[name] == T5) != (part == "t5xxl")):
+        if part in LONG_PARTS:
+            name = next((name for name, kind in kinds.items() if kind == LONG_PARTS[part]), "")
+        else:
+            name = _FOLDERS[part]
+        fits = name == "vae" or (name in kinds and (kinds[name] in LONG_PARTS.values()) == (part in LONG_PARTS))
+        if not fits:
             raise InputError(f"{source.path}: {shown(prefix)}: found {part}, but {family.pipeline} has no such part")
         out[name] = prefix
     return out
@@ -181,6 +184,6 @@ def _pieces(stored: Stored, names: Mapping[str, str], path: Path, kind: str, whe
         return pieces(stored, names, family.tensor_shapes(config), transformer_targets(family, config), where)
     expected = part_shapes(kind, config, path)
     if expected is None:
-        raise InputError(f"{path}: {kind}: cannot be converted, expected CLIP, T5 or {VAE}")
+        raise InputError(f"{path}: {kind}: cannot be converted, expected CLIP, T5, Qwen3 or {VAE}")
     targets = vae_targets(len(config.get("block_out_channels", [0]))) if kind == VAE else encoder_targets(kind)
     return pieces(stored, names, expected, targets, where)
