@@ -18,6 +18,7 @@ from edgeprune.artefact.loading import load, open_transformer
 from edgeprune.artefact.manifest import Manifest
 from edgeprune.artefact.staged import StagedPipeline, can_stage
 from edgeprune.common.errors import InputError
+from edgeprune.export import modules
 from edgeprune.families import family_of, family_of_model
 from edgeprune.planning.fit import fit
 from edgeprune.planning.options import PlanOptions
@@ -111,6 +112,20 @@ def test_a_text_without_a_place_for_the_image_is_refused() -> None:
     family.inputs(config, latents, text[:, :224], text, sigma, 1.0)
     with pytest.raises(InputError, match="found a text of 225 tokens, expected up to 224"):
         family.inputs(config, latents, text, text, sigma, 1.0)
+
+
+@torch.no_grad()
+def test_the_lengths_of_axes_only_limit() -> None:
+    """Published configs have 1536 or, as diffusers' default, 1024 places for text and image: angles are the same."""
+    short, long = (modules.Transformer(tiny.tiny_z_image(axes_lens=lens)) for lens in ((256, 32, 32), (384, 64, 48)))
+    inputs = short.example(batch=2, height=3, width=5, tokens=70)
+    assert torch.equal(short(*inputs.values())[0], long(*inputs.values())[0])
+    longest = long.example(batch=1, height=3, width=5, tokens=352)
+    with pytest.raises(InputError, match="found a text of 352 tokens, expected up to 224"):
+        short.example(batch=1, height=3, width=5, tokens=352)
+    torch.testing.assert_close(long(*longest.values()), long.reference(**longest), rtol=1e-4, atol=1e-4)
+    sides = [m.family.latents(m.model.config).largest for m in (short, long)]
+    assert sides == [32, 48]
 
 
 @torch.no_grad()
