@@ -273,7 +273,9 @@ def axis_ranges(device: Target, settings: Settings, table: int | None, tokens: i
 
     least, largest = device.batch
     height, width = side(settings.generation.height), side(settings.generation.width)
-    packed = [h * w // settings.patch**2 for h, w in zip(height, width, strict=True)]
+    multiple = settings.family.latents(settings.config).multiple
+    counts = [h * w // settings.patch**2 for h, w in zip(height, width, strict=True)]
+    packed = [-(-count // multiple) * multiple for count in counts]
     return {
         "batch_size": (least, min(max(2, least), largest), largest),  # guidance takes two per image
         "height": height,

@@ -84,6 +84,8 @@ class LatentSpace:
     """Side of a token in latent pixels."""
     largest: int | None = None
     """Most tokens along one side, if a position table limits them; None for no limit."""
+    multiple: int = 1
+    """All tokens of an image are padded to a multiple of this number."""
 
 
 @dataclass(frozen=True)

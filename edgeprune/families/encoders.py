@@ -32,8 +32,6 @@ _PART = re.compile(r"(text_encoder|tokenizer)(_\d)?|transformer|vae|scheduler|fe
 
 KNOWN = (CLIP, CLIP_POOLED, T5, QWEN3)
 """Classes whose tensors families/parts.py lists, and which are read layer by layer."""
-UNPADDED_FORMATS = ("onnx", "openvino", "coreml")
-"""Formats to which a text encoder can be exported whose padding is not read."""
 LONG = (T5, QWEN3)
 """Classes whose prompts are padded to `max_sequence_length`; those of CLIPs to their tokenizer's own length."""
 

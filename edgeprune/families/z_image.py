@@ -197,7 +197,8 @@ class ZImage:
 
     def latents(self, config: Config) -> LatentSpace:
         """Read the channels; the axes of positions limit a side."""
-        return LatentSpace(config_number(config, "in_channels"), PATCH, min(_lengths(config)[1:]))
+        channels, most = config_number(config, "in_channels"), min(_lengths(config)[1:])
+        return LatentSpace(channels, PATCH, most, multiple=padding.MULTIPLE)
 
     def text_widths(self, config: Config) -> tuple[int, int]:
         """Return `cap_feat_dim`, and 0: there is no pooled text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import tiny
 
 from edgeprune import runtimes, targets
 from edgeprune.artefact.staged import StagedPipeline
-from edgeprune.export import parity
+from edgeprune.export import modules, parity, to_trt
 from edgeprune.residency.compute import Compute
 from edgeprune.runtimes import base
 
@@ -61,15 +62,32 @@ def test_core_ml(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert drawn[1].std() > 5 and np.abs(drawn[0] - drawn[1]).max() <= 2
 
 
+def test_engine_profiles_are_of_padded_tokens(source: Path) -> None:
+    """From the model's 64 x 64 pixels, whose 16 tokens are padded, up to 225 tokens of the device's 240 x 240."""
+    whole = modules.Transformer(tiny.tiny_z_image(cap_feat_dim=tiny.QWEN_WIDTH, n_layers=1))
+    device, settings = dataclasses.replace(targets.load("rtx"), side=(64, 240)), base.read_settings(source)
+    sizes = to_trt.axis_ranges(device, settings, 32, 64)
+    profile = to_trt.profile_of(whole.inputs, whole.example(batch=2, height=2, width=2, tokens=5), sizes)
+    assert profile == {
+        "hidden_states": ((1, 32, 32), (2, 32, 32), (2, 256, 32)),
+        "encoder_hidden_states": ((1, 1, 32), (2, 64, 32), (2, 64, 32)),
+        "timestep": ((1,), (2,), (2,)), "img_ids": ((32, 3), (32, 3), (256, 3)), "text_lengths": ((1,), (2,), (2,)),
+    }  # fmt: skip
+    assert sizes["height"] == sizes["width"] == (8, 8, 30)
+    smallest = to_trt._smallest(whole, sizes)
+    assert smallest["hidden_states"].shape == (1, 32, 32) and smallest["text_lengths"].tolist() == [64]
+
+
+@pytest.mark.slow
 def test_tensorrt(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from edgeprune.export import to_trt
-
     record = to_trt.export(source, tmp_path / "out", device=targets.load("rtx"))
     assert list(record["parity"]) == NETWORKS == list(record["networks"])
     for name, found in record["networks"].items():
         assert found["precision"] == "float16", name
         assert 0 < record["parity"][name]["rms_relative"] < parity.HALF_BOUND
         assert (tmp_path / "out" / name / "model.engine").stat().st_size == found["engine_bytes"] > 1000
-    print(record["networks"]["transformer"]["profile"])
+    text = record["networks"]["text_encoder"]
+    assert text["int8_layers"] == 2 * 7
+    assert text["profile"] == dict.fromkeys(("input_ids", "attention_mask"), [[1, 1], [2, 40], [2, 40]])
     assert json.loads((tmp_path / "out" / "tokenizer" / "chat.json").read_text())["prefix"]

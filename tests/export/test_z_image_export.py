@@ -13,8 +13,7 @@ import traced
 
 from edgeprune import runtimes, targets
 from edgeprune.artefact.loading import load
-from edgeprune.common.errors import InputError
-from edgeprune.export import accepts, external_data, graph, modules, parity, to_onnx, to_openvino
+from edgeprune.export import external_data, graph, modules, parity, to_onnx, to_openvino
 from edgeprune.runtimes import base, networks
 from edgeprune.sampling.denoising import encode_prompts
 
@@ -95,9 +94,3 @@ def test_a_device_finds_the_same_tokens(folders: dict[str, Path], source: Path, 
     assert hidden.shape == expected.shape and pooled.shape == (3, 0)
     np.testing.assert_array_equal((hidden != 0).any(-1), (expected != 0).any(-1))
     assert np.linalg.norm(hidden - expected) < 0.5 * np.linalg.norm(expected)
-
-
-def test_other_formats_are_refused_in_one_line(source: Path) -> None:
-    with pytest.raises(InputError, match="cannot be exported to trt yet; use onnx or openvino or coreml") as caught:
-        accepts.pipeline(source, "trt")
-    assert "\n" not in str(caught.value)
