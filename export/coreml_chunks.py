@@ -28,7 +28,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class Chunk(nn.Module):
-    """Consecutive blocks of a transformer; the first chunk has the embedders too, the last the output layers.
+    """Consecutive blocks of a transformer; the first chunk has what comes before the blocks too, the last the output.
 
     `inputs` of the first chunk and `outputs` of the last are those of modules.Transformer, without positions, which are
     constants for one image size. Between chunks go the streams of image tokens (B, N, D) and text tokens (B, M, D), and
@@ -60,6 +60,7 @@ class Chunk(nn.Module):
         for i, table in enumerate(self.family.positions(model, example)):
             self.register_buffer(f"positions_{i}", table, persistent=False)
         self.constants = {name: example[name] for name in self.family.position_inputs if self.first}
+        """What the embedding reads of positions."""
         self.take(model)
         # In one program no output may have the name of an input.
         self.inputs: Sequence[str] = [f"image_tokens_{index}", f"text_tokens_{index}", MODULATION]
