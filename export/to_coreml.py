@@ -44,8 +44,8 @@ CHUNK_BYTES = 400e6
 WIDE = ("z-image",)
 """Families whose transformer computes in float32: in half precision, the published weights of Z-Image give infinities.
 
-Source: issue 14 of the repository Tongyi-MAI/Z-Image, where float16 draws black images; ComfyUI clamps (its pull request
-11057).
+Source: issue 14 of the repository Tongyi-MAI/Z-Image, where float16 draws black images; ComfyUI clamps (its pull
+request 11057).
 """
 _LEAST = {"macOS": 15, "iOS": 18, "iPadOS": 18}
 
