@@ -8,8 +8,9 @@ outputs are known for all steps before the first, and their weights, a third of 
 the transformer runs. A row (T) holds the layers' outputs one after the other, in the order of the model's modules.
 Constant modulation, of removed norms, stays in the transformer: it is one vector per norm.
 
-Notation: B batch, T outputs of all modulation layers. A model whose modulation depends on time alone would need no
-network: its rows would be constants of the schedule. None of the families is such a model.
+Where modulation depends on time alone (Qwen-Image), the rows of a schedule are the same for every prompt.
+
+Notation: B batch, T outputs of all modulation layers.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ class Modulation(nn.Module):
 
     Args:
         model: the transformer, which has modulation layers. It is not changed.
+        dtype: to compute in; inputs with one number per sample do not tell.
     """
 
     outputs: Axes = {ROWS: {0: "batch_size"}}
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.dtype = dtype
         self.family = family_of_model(model)
         inputs, _ = self.family.axes(model.config)
         self.inputs: Axes = {name: inputs[name] for name in inputs if name in self.family.conditioning_inputs}
@@ -61,7 +64,7 @@ class Modulation(nn.Module):
         self.names = list(layers)
         self.width = sum(layer.out_features for layer in layers.values())
         """T."""
-        self.activation = _owner(model, self.names[0]).silu
+        self.activation = getattr(_owner(model, self.names[0]), _activation(_owner(model, self.names[0])))
         """What all layers apply to their input; nothing where the embedder has applied it."""
         self.model = _part(model, [self.family.embedder, *self.names])
         self._whole = (model,)  # in a tuple, because it is no part of this network
@@ -69,7 +72,7 @@ class Modulation(nn.Module):
     @classmethod
     def running(cls, stored: StoredTransformer, dtype: torch.dtype = torch.float32) -> Modulation:
         """Return the modulation of a stored transformer, to compute in `dtype`; its layers are read when they run."""
-        module = cls(copy.deepcopy(stored.model))
+        module = cls(copy.deepcopy(stored.model), dtype)
         parts = {name: module.model.get_submodule(name) for name in (module.family.embedder, *module.names)}
         layers = [(part, {n: f"{name}.{n}" for n in part.state_dict()}) for name, part in parts.items()]
         stream(layers, stored.weights.__getitem__, device=CPU, dtype=dtype, ahead=stored.weights.ahead)
@@ -77,7 +80,8 @@ class Modulation(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
         """Map the tensors named by `inputs`, in that order, to rows (B, T)."""
-        conditioning = self.family.conditioning(self.model, dict(zip(self.inputs, tensors, strict=True)))
+        tokens = {"hidden_states": torch.zeros(0, dtype=self.dtype, device=tensors[0].device)}
+        conditioning = self.family.conditioning(self.model, tokens | dict(zip(self.inputs, tensors, strict=True)))
         vector = self.activation(conditioning)
         return (torch.cat([self.model.get_submodule(name)(vector) for name in self.names], dim=-1),)
 
@@ -105,7 +109,8 @@ class ModulatedTransformer(modules.Transformer):
         start = 0
         for name, layer in cast("dict[str, nn.Linear]", layers_of(model)).items():
             norm = _owner(model, name)
-            norm.silu, norm.linear = nn.Identity(), Slice(start, start + layer.out_features)
+            setattr(norm, _activation(norm), nn.Identity())
+            setattr(norm, name.rpartition(".")[2], Slice(start, start + layer.out_features))
             start += layer.out_features
         self._width = start
         delattr(model, self.family.embedder)
@@ -142,6 +147,11 @@ class Slice(nn.Module):
 def _owner(model: Any, name: str) -> Any:
     """Return the module that holds the module of this name: the norm of a modulation layer."""
     return model.get_submodule(name.rpartition(".")[0])
+
+
+def _activation(owner: nn.Module) -> str:
+    """Return the name of the module that a modulation layer's input passes before it."""
+    return next(name for name, module in owner.named_children() if isinstance(module, (nn.SiLU, nn.Identity)))
 
 
 def _part(model: Any, names: list[str]) -> nn.Module:

@@ -154,7 +154,7 @@ class NetworkSource:
             return graph.to_ir(encoder, example, encoder.inputs, encoder.outputs, read=reader)
         model = stored.traceable(dtype)
         if isinstance(self.module, Modulation):
-            layers, reader = Modulation(model), functools.partial(stored.read, dtype=dtype)
+            layers, reader = Modulation(model, dtype), functools.partial(stored.read, dtype=dtype)
             return graph.to_ir(layers, example, layers.inputs, layers.outputs, read=reader)
         compacted = stored.family.compact(model, stored.read)
 

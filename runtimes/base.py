@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import check_links, read_json
-from edgeprune.families import Config, Family, family_of
+from edgeprune.families import Architecture, Config, Family, family_of
 from edgeprune.runtimes import memory
 from edgeprune.runtimes.sizes import Sides, exported_sides
 from edgeprune.sampling.generation import (
@@ -270,11 +270,14 @@ class Velocity:
         backend: computes the velocity.
         positive: the encoded prompts, at most `images_together` of them.
         negative: the same number of encoded negative prompts, or None for no guidance.
-        generation: its guidance scale is the factor on (conditional - unconditional), and the input of models that take
-            it.
+        generation: its guidance scale is that of `Architecture.guide`, and the input of models that take it.
+        family: the model's.
     """
 
-    def __init__(self, backend: Backend, positive: Text, negative: Text | None, generation: Generation) -> None:
+    def __init__(
+        self, backend: Backend, positive: Text, negative: Text | None, generation: Generation, family: Architecture
+    ) -> None:
+        self._family = family
         self._backend, self._generation, self._scale = backend, generation, generation.guidance_scale
         # The unconditional half first, as in diffusers.
         halves = [positive] if negative is None else [negative, positive]
@@ -306,7 +309,7 @@ class Velocity:
         if not guided:
             return velocity
         without, with_text = np.split(velocity, 2)
-        out: Array = without + np.float32(self._scale) * (with_text - without)
+        out: Array = self._family.guide(without, with_text, np.float32(self._scale))
         return out
 
 
@@ -603,7 +606,7 @@ class Runtime:
         """Return the velocity of a batch: at most `size` images, from one image on."""
         prompts = wish.prompts[start : start + size]
         negative = None if wish.negative is None else encoded[[wish.negative] * len(prompts)]
-        return Velocity(self.backend, encoded[prompts], negative, wish.generation)
+        return Velocity(self.backend, encoded[prompts], negative, wish.generation, self.settings.family)
 
     def sigmas(self, generation: Generation) -> Array:
         """Return the noise level of each evaluation of an image, then 0."""

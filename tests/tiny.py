@@ -26,6 +26,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -121,6 +122,23 @@ def tiny_z_image(**overrides: Any) -> ZImageTransformer2DModel:
     return model.eval()
 
 
+def tiny_qwen_image(**overrides: Any) -> QwenImageTransformer2DModel:
+    """Make 4 blocks of width 64 over the latents and text of `tiny_transformer()`."""
+    config: dict[str, Any] = {
+        "in_channels": 32, "out_channels": 8, "num_layers": 4, "attention_head_dim": 32, "num_attention_heads": 2,
+        "joint_attention_dim": 2 * TEXT_WIDTH, "axes_dims_rope": (8, 12, 12),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = QwenImageTransformer2DModel(**config | overrides)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_mod." in name:
+                parameter.mul_(4)
+            elif "norm" in name and parameter.ndim == 1 and name.endswith("weight"):  # ones would hide a missing one
+                torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    return model.eval()
+
+
 KINDS: dict[str, Callable[..., Any]] = {
     "sd3": functools.partial(tiny_transformer, num_layers=4),
     "sd3-dual": functools.partial(tiny_transformer, num_layers=4, dual_attention_layers=(0, 1)),
@@ -129,6 +147,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "flux2": tiny_flux2,
     "flux2-dev": functools.partial(tiny_flux2, guidance_embeds=True),
     "z-image": tiny_z_image,
+    "qwen-image": tiny_qwen_image,
 }
 """A transformer of every kind, for tests that all of them must pass."""
 

@@ -91,7 +91,7 @@ def _steps(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
     prompts = ["", spec["prompt"]] if guided else [spec["prompt"]]
     hidden, pooled = model.backend.encode(prompts)
     negative = (hidden[:1], pooled[:1]) if guided else None
-    velocity = Velocity(model.backend, (hidden[-1:], pooled[-1:]), negative, wanted)
+    velocity = Velocity(model.backend, (hidden[-1:], pooled[-1:]), negative, wanted, model.settings.family)
 
     levels, middle = model.sigmas(wanted)[:-1].tolist(), float(np.mean(wanted.guidance_range))
     level = min(levels, key=lambda one: abs(one - middle))  # where guidance acts, if it acts at any

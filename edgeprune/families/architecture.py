@@ -193,6 +193,9 @@ class Architecture(Protocol):
     def guided(self, config: Config, scale: float) -> bool:
         """Return True if this guidance scale needs a second, unconditional evaluation per step."""
 
+    def guide(self, without: Any, with_text: Any, scale: float) -> Any:
+        """Return the guided velocity (B, C, h, w) of those without and with the prompt, numpy arrays or tensors."""
+
     def heeded(self, config: Config, scale: float, *, distilled: bool = False) -> tuple[float, str]:
         """Return the guidance scale that acts in place of this one, and in a line why; '' if there is nothing to say.
 
@@ -207,6 +210,11 @@ class Architecture(Protocol):
 
     def shift(self, tokens: int, steps: int) -> float | None:
         """Return the dynamic shift (mu) for an image of `tokens` tokens; None to use the scheduler's rule."""
+
+
+def extrapolated(without: Any, with_text: Any, scale: float) -> Any:
+    """Return the answer of `Architecture.guide` for a model that is guided as Ho and Salimans do."""
+    return without + scale * (with_text - without)
 
 
 def guided_above_one(scale: float) -> tuple[float, str]:

@@ -1,4 +1,4 @@
-"""The text encoders of a pipeline folder, read from its model_index.json: CLIPs, T5 and Qwen3. Torch-free.
+"""The text encoders of a pipeline folder, read from its model_index.json: CLIPs, T5 and Qwens. Torch-free.
 
 T5 is `text_encoder_3` in SD3 and `text_encoder_2` in FLUX: the class identifies an encoder, not its number.
 """
@@ -25,14 +25,20 @@ QWEN3 = "Qwen3ForCausalLM"
 """A causal language model, of which pipelines read some hidden states: nothing after the last of these is used."""
 QWEN3_HEADLESS = "Qwen3Model"
 """The same without its head, which no pipeline reads: `text_encoders` gives both the name of the whole."""
+QWEN2_5_VL = "Qwen2_5_VLForConditionalGeneration"
+"""A language model that sees images, too: of its last state, normed, pipelines read what it says of text alone."""
+LANGUAGE = (QWEN3, QWEN2_5_VL)
+"""Language models: they get prompts in a chat, and leave padding out."""
 
 _LIBRARIES = ("diffusers", "transformers")
 _PART = re.compile(r"(text_encoder|tokenizer)(_\d)?|transformer|vae|scheduler|feature_extractor|image_encoder")
 """Parts that pipelines have. Other entries of model_index.json may be settings."""
 
-KNOWN = (CLIP, CLIP_POOLED, T5, QWEN3)
+KNOWN = (CLIP, CLIP_POOLED, T5, *LANGUAGE)
 """Classes whose tensors families/parts.py lists, and which are read layer by layer."""
-LONG = (T5, QWEN3)
+UNREAD_PADDING = {QWEN2_5_VL: ("onnx", "openvino")}
+"""Formats to which a text encoder can be exported, of classes that cannot to all."""
+LONG = (T5, *LANGUAGE)
 """Classes whose prompts are padded to `max_sequence_length`; those of CLIPs to their tokenizer's own length."""
 
 
@@ -43,11 +49,13 @@ class Chat:
     suffix: str
     """After a prompt."""
     tokens: int
-    """Of the chat around a prompt: three before it, the others after."""
-    thinking: bool
-    """What a published chat template is told of thoughts before the answer."""
+    """Of the chat around a prompt that are read, before and after it."""
+    thinking: bool | None
+    """What a published chat template is told of thoughts before the answer; None if the pipeline writes the chat."""
     prefix: str = "<|im_start|>user\n"
     """Before a prompt."""
+    unread: int = 0
+    """The first tokens, whose states are not read; `max_sequence_length` does not count them."""
 
     def around(self, prompt: str) -> str:
         """Return the text that the tokenizer gets for a prompt."""
@@ -64,6 +72,15 @@ THOUGHTFUL = Chat(_ANSWER, tokens=8, thinking=True)
 """Whether there are thoughts first is left open."""
 THOUGHTLESS = Chat(f"{_ANSWER}<think>\n\n</think>\n\n", tokens=12, thinking=False)
 """There are none."""
+DESCRIBING = Chat(
+    _ANSWER,
+    tokens=5,
+    thinking=None,
+    prefix="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
+    unread=34,
+)
+"""An instruction, of which nothing is read, and the prompt, as QwenImagePipeline has them."""
 
 
 def is_present(index: Mapping[str, Any], name: str) -> bool:
@@ -113,7 +130,7 @@ def tokenizer_of(encoder: str) -> str:
 
 
 def check_tokens(folder: Path, encoders: Iterable[Encoder], tokens: int) -> None:
-    """Check that `max_sequence_length` leaves T5 room for a word and its end token, and Qwen3 for its chat and a word.
+    """Check that `max_sequence_length` leaves T5 room for a word and its end token, and Qwens for their chat and a word.
 
     Args:
         folder: the pipeline's.
@@ -125,7 +142,7 @@ def check_tokens(folder: Path, encoders: Iterable[Encoder], tokens: int) -> None
     """
     present = text_encoders(folder)
     for encoder in (each for each in encoders if each.name in present and each.kind in LONG):
-        found, least = ("a Qwen3", encoder.chat.tokens + 1) if encoder.chat else ("a T5", 2)
+        found, least = ("a Qwen", encoder.chat.tokens + 1) if encoder.chat else ("a T5", 2)
         if tokens < least:
             path, more = folder / "generation.json", f"expected {least} or more with {found} encoder"
             raise InputError(f"{path}: max_sequence_length: found {tokens}, {more}")

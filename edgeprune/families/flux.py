@@ -27,6 +27,7 @@ from edgeprune.families.architecture import (
     Source,
     bounded,
     config_number,
+    extrapolated,
     guided_above_one,
 )
 from edgeprune.families.encoders import CLIP_POOLED, T5
@@ -234,6 +235,10 @@ class Flux:
     def guided(self, config: Config, scale: float) -> bool:
         """Return True above 1 if the model does not take the scale as an input."""
         return scale > 1 and not self.takes_guidance(config)
+
+    def guide(self, without: Array, with_text: Array, scale: float) -> Array:
+        """Extrapolate from the velocity without the prompt."""
+        return extrapolated(without, with_text, scale)
 
     def heeded(self, config: Config, scale: float, *, distilled: bool = False) -> tuple[float, str]:
         """Say that schnell takes no scale, which diffusers therefore ignores."""

@@ -13,21 +13,30 @@ from typing import Any
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import LARGEST, MOST_BLOCKS, real_number, shown, whole_number
+from edgeprune.families import vae_qwen_image
 from edgeprune.families.architecture import Config, Shape
-from edgeprune.families.encoders import CLIP, CLIP_POOLED, QWEN3, T5
+from edgeprune.families.encoders import CLIP, CLIP_POOLED, LANGUAGE, QWEN2_5_VL, QWEN3, T5
 from edgeprune.families.joint import linear
 
 VAE, VAE_FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"
 """Classes in diffusers. The second one normalises its latents by the statistics of a batch norm."""
-VAES = (VAE, VAE_FLUX2)
+VAE_QWEN_IMAGE = "AutoencoderKLQwenImage"
+"""One of videos, for which an image is one frame; it normalises its latents by numbers of its config."""
+VAES = (VAE, VAE_FLUX2, VAE_QWEN_IMAGE)
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 _LARGEST_VOCABULARY = 2**24
+_QWEN2_5_VL: Config = {
+    "hidden_size": 8192, "intermediate_size": 29_568, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "vocab_size": 152_064, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+"""Defaults of transformers' Qwen2_5_VLTextConfig."""
 _ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 # Tensors of the whole CLIP or T5 that a text encoder does not have; transformers leaves them out, too.
 _UNUSED = {
     CLIP: re.compile(r"(text_model\.)?embeddings\.position_ids|logit_scale|vision_model\..*|visual_projection\..*"),
     T5: re.compile(r"decoder\..*|lm_head\..*"),
     QWEN3: re.compile(r"lm_head\..*"),
+    QWEN2_5_VL: re.compile(r"lm_head\..*|(model\.)?visual\..*"),
     # The batch norm's counter is an integer, and changes nothing.
     VAE_FLUX2: re.compile(r"bn\.num_batches_tracked"),
 }
@@ -47,7 +56,8 @@ def tensor_of(kind: str, name: str) -> str | None:
     Args:
         kind: the class: a text encoder of encoders.py, or one of `VAES`.
         name: CLIP's tensors have a prefix `text_model.` in most files and versions of transformers, in some they have
-            none; so has Qwen3 without its head `model.`; old VAEs have other names of attention.
+            none; so has Qwen3 without its head `model.`; Qwen2.5-VL has `model.` or `model.language_model.`; old VAEs
+            have other names of attention.
     """
     if kind in _UNUSED and _UNUSED[kind].fullmatch(name):
         return None
@@ -55,6 +65,8 @@ def tensor_of(kind: str, name: str) -> str | None:
         return f"text_model.{name}"
     if kind == QWEN3 and name.startswith(("layers.", "embed_tokens.", "norm.")):  # of a model without its head
         return f"model.{name}"
+    if kind == QWEN2_5_VL:  # as transformers has written it since 4.52
+        return name.replace("model.language_model.", "model.", 1)
     if kind == T5 and name == _TIED:
         return "shared.weight"
     if kind in VAES and (match := _VAE_ATTENTION.fullmatch(name)):
@@ -87,7 +99,8 @@ def part_shapes(kind: str, config: Config, where: object) -> dict[str, Shape] | 
     Raises:
         InputError: a field has the wrong type, is out of range, or asks for layers that no such network has.
     """
-    tables = {CLIP: _clip, CLIP_POOLED: _clip, T5: _t5, QWEN3: _qwen3, VAE: _vae, VAE_FLUX2: _vae_flux2}
+    tables = {CLIP: _clip, CLIP_POOLED: _clip, T5: _t5, QWEN3: _qwen3, QWEN2_5_VL: _qwen2_5_vl, VAE: _vae, VAE_FLUX2: _vae_flux2}
+    tables[VAE_QWEN_IMAGE] = vae_qwen_image.shapes
     if kind not in tables:
         return None
     shapes = tables[kind](config, where)
@@ -98,14 +111,15 @@ def part_shapes(kind: str, config: Config, where: object) -> dict[str, Shape] | 
 
 
 def text_outputs(kind: str, config: Config, where: object) -> tuple[int, int]:
-    """Return the widths of a hidden state and of pooled text; T5 and Qwen3 have no pooled text, which is 0 wide.
+    """Return the widths of a hidden state and of pooled text; T5 and Qwens have no pooled text, which is 0 wide.
 
     Raises:
         InputError: a field has the wrong type or is out of range.
     """
     if kind == T5:
         return _number(config, "d_model", 512, where), 0
-    if kind == QWEN3:
+    if kind in LANGUAGE:
+        config = config if kind == QWEN3 else text_config(config)
         return _number(config, "hidden_size", 4096, where), 0
     width = _number(config, "hidden_size", 512, where)
     return width, _number(config, "projection_dim", 512, where) if kind == CLIP else width
@@ -200,6 +214,33 @@ def _qwen3(config: Config, where: object) -> dict[str, Shape]:
         shapes |= {f"{at}.mlp.{name}_proj.weight": (inner, width) for name in ("gate", "up")}
         shapes[f"{at}.mlp.down_proj.weight"] = (width, inner)
         shapes |= {f"{at}.{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
+    return shapes
+
+
+def text_config(config: Config) -> Config:
+    """Return what a config of Qwen2.5-VL says of text: newer ones have it in a part of its own."""
+    found = config.get("text_config")
+    return {**_QWEN2_5_VL, **config, **(found if isinstance(found, dict) else {})}
+
+
+def _qwen2_5_vl(config: Config, where: object) -> dict[str, Shape]:
+    config = text_config(config)
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    width, heads, shared, layers = (whole_number(config, name, where) for name in names)
+    _divisor(config, "num_attention_heads", 1, {"hidden_size": [width]}, where)
+    plain = {"rope_scaling": None, "rope_parameters": None}  # sections of rows and columns, which text does not have
+    for field in plain:
+        found = config.get(field) or {}
+        kind = found.get("rope_type", found.get("type", "default")) if isinstance(found, dict) else found
+        if kind not in ("default", "mrope"):
+            raise InputError(f"{where}: {field}: found {shown(found)}, expected the type 'mrope' or 'default'")
+        plain[field] = {n: v for n, v in found.items() if n == "rope_theta"} or None
+    shapes = _qwen3(config | plain | {"head_dim": width // heads}, where)
+    shapes = {name: shape for name, shape in shapes.items() if not re.search(r"self_attn\.[qk]_norm", name)}
+    for i in range(layers):  # not more than `_qwen3` has let pass
+        at = f"model.layers.{i}.self_attn"
+        for name, rows in (("q", heads), ("k", shared), ("v", shared)):
+            shapes[f"{at}.{name}_proj.bias"] = (rows * (width // heads),)
     return shapes
 
 

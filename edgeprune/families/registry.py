@@ -22,6 +22,7 @@ _MODULES = {
     "FluxTransformer2DModel": "edgeprune.families.flux",
     "Flux2Transformer2DModel": "edgeprune.families.flux2",
     "ZImageTransformer2DModel": "edgeprune.families.z_image",
+    "QwenImageTransformer2DModel": "edgeprune.families.qwen_image",
 }
 
 CHANGED = "Edgeprune"

@@ -127,7 +127,7 @@ class ProjectedEmbedding(nn.Module):
         self.mean = nn.Parameter(torch.zeros(width))
         self.basis = nn.Parameter(torch.zeros(rank, width))
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: torch.Tensor | None) -> torch.Tensor:
         """Map the embedder's inputs to (B, R)."""
         return F.linear(F.silu(self.embedder(*inputs)) - self.mean, self.basis)
 
@@ -135,9 +135,9 @@ class ProjectedEmbedding(nn.Module):
 class ConstantEmbedding(nn.Module):
     """A removed embedder: all modulation is constant, and its layers read only the dtype of their input."""
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Return one column (B, 1) of the pooled text (B, P), the last input."""
-        return inputs[-1][:, :1]
+    def forward(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+        """Return one column (B, 1) of the last input: pooled text (B, P), or tokens (B, N, D)."""
+        return [each for each in inputs if each is not None][-1].flatten(1)[:, :1]
 
 
 class Same(nn.Module):

@@ -28,6 +28,7 @@ from edgeprune.families.architecture import (
     Source,
     bounded,
     config_number,
+    extrapolated,
     guided_above_one,
 )
 from edgeprune.families.encoders import CLIP, T5
@@ -233,6 +234,10 @@ class SD3:
     def guided(self, config: Config, scale: float) -> bool:
         """Return True above 1."""
         return scale > 1
+
+    def guide(self, without: Array, with_text: Array, scale: float) -> Array:
+        """Extrapolate from the velocity without the prompt."""
+        return extrapolated(without, with_text, scale)
 
     def heeded(self, config: Config, scale: float, *, distilled: bool = False) -> tuple[float, str]:
         """Report a scale below 1, which Turbo's users may give."""

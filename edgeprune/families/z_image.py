@@ -35,6 +35,7 @@ from edgeprune.families.architecture import (
     Source,
     bounded,
     config_number,
+    extrapolated,
     guided_above_one,
 )
 from edgeprune.families.encoders import QWEN3, THOUGHTFUL
@@ -221,6 +222,10 @@ class ZImage:
     def guided(self, config: Config, scale: float) -> bool:
         """Return True above 1."""
         return scale > 1
+
+    def guide(self, without: Array, with_text: Array, scale: float) -> Array:
+        """Extrapolate from the velocity without the prompt."""
+        return extrapolated(without, with_text, scale)
 
     def heeded(self, config: Config, scale: float, *, distilled: bool = False) -> tuple[float, str]:
         """Say that ZImagePipeline counts from 0 what is counted from 1 here and in other pipelines."""

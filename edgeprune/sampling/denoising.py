@@ -442,8 +442,7 @@ def denoise_all(
         velocities = evaluate_all(transformer, inputs(), spill=spill, keys=keys)
         for i, velocity in zip(todo, velocities, strict=True):
             if guided:
-                unconditional, conditional = velocity.chunk(2)
-                velocity = unconditional + scale * (conditional - unconditional)
+                velocity = architecture.guide(*velocity.chunk(2), scale)
             at[i] = Reached(*solve(Step(sigmas, index, at[i].latents, velocity, at[i].past)))
             if spill is not None:
                 past = {f"past.{n}": tensor for n, tensor in enumerate(at[i].past)}

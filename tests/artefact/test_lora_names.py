@@ -121,6 +121,12 @@ LAYERS = {
         "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
         "img_in": ("x_embedder",),
     },
+    "qwen-image": {
+        "transformer_blocks.1.attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "transformer_blocks.2.txt_mlp.net.0.proj": ("txt_mlp.net.0.proj",),
+        "transformer_blocks.0.img_mod.1": ("img_mod.1",),
+        "img_in": ("img_in",),
+    },
 }  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def test_batches_of_one_size_are_drawn_as_they_always_were() -> None:
     assert torch.equal(batch.hidden, torch.where(dropped[:, None, None], empty, hidden))
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "z-image"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "z-image", "qwen-image"])
 def test_training_takes_latents_of_several_sizes(kind: str, tmp_path: Path) -> None:
     teacher = KINDS[kind]()
     config = config_of(teacher)

@@ -36,6 +36,7 @@ COUNTS = {
     "flux.1-schnell": 11_891_178_560,
     "flux.1-dev": 11_901_408_320,
     "z-image-turbo": 6_154_908_736,
+    "qwen-image": 20_430_401_088,
 }
 
 

@@ -71,7 +71,7 @@ def test_rule(name: str, shape: tuple[int, ...], expected: Precision) -> None:
     assert precision_of(SD3, name, shape) == expected
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd3-dual", "flux", "flux2", "z-image"])
+@pytest.mark.parametrize("kind", ["sd3", "sd3-dual", "flux", "flux2", "z-image", "qwen-image"])
 def test_quantised_model_is_close_and_as_small_as_forecast(kind: str) -> None:
     model = KINDS[kind]()
     config = config_of(model)

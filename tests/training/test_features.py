@@ -29,7 +29,7 @@ def caught(family: Any, model: Any, originals: list[int], features: str) -> Feat
 
 
 @pytest.mark.parametrize("features", ["blocks", "attention"])
-@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "qwen-image"])
 def test_streams_have_their_tokens(kind: str, features: str) -> None:
     family, teacher, *_ = setup(kind)
     found = caught(family, teacher, list(range(5)), features)

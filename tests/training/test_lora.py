@@ -22,7 +22,7 @@ from edgeprune.training.rounding import Rounding
 from edgeprune.training.whole import distill
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "z-image"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "z-image", "qwen-image"])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_the_trained_model_is_that_of_the_merged_weights(kind: str, rounded: bool) -> None:
     family, _, student, plan, report, _ = setup(kind)

@@ -41,7 +41,7 @@ def train(path: Path, kind: str, **options: Any) -> tuple[dict[str, torch.Tensor
     return *found, runs
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "z-image"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "z-image", "qwen-image"])
 def test_losses_and_weights_are_those_without(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shared, losses, runs = train(tmp_path / "shared", kind, int4_group_size=None)
     assert runs == [0, 0, 4, 4]

@@ -47,7 +47,7 @@ def test_a_tail_goes_on_where_the_prefix_ends(kind: str, checkpointing: bool) ->
         assert dict(last.named_parameters()).keys() == left
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "z-image"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "z-image", "qwen-image"])
 @pytest.mark.parametrize("options", [{}, {"lambda_feature": 1.0, "lambda_task": 0.5}, {"features": "attention"}])
 def test_the_loss_is_that_with_both_models_in_memory(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     family, teacher, student, plan, report, pairs = setup(kind)

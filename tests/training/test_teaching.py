@@ -14,7 +14,7 @@ from edgeprune.training.teaching import checkpoint_activations, lower
 from edgeprune.training.whole import distill
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "qwen-image"])
 @pytest.mark.parametrize(("precision", "error", "share"), [("bf16", 0.03, 0.51), ("int8", 0.03, 0.5)])
 def test_less_room_and_nearly_the_same(kind: str, precision: str, error: float, share: float) -> None:
     family, teacher, *_ = setup(kind)
@@ -47,7 +47,7 @@ def train(path: Path, kind: str = "sd3", *, placement: Placement = Placement(), 
     return found
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "z-image"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "z-image", "qwen-image"])
 def test_a_teacher_on_the_cpu_teaches_the_same(tmp_path: Path, kind: str) -> None:
     weights, losses = train(tmp_path / "a", kind)
     again, same = train(tmp_path / "b", kind, placement=Placement(teacher_offload=True))

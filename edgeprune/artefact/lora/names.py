@@ -68,6 +68,7 @@ _OUTSIDE: dict[str, dict[str, str]] = {
         "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
         "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear",
     },
+    "qwen-image": {},
     "z-image": {
         "x_embedder": "all_x_embedder.2-1", "final_layer.linear": "all_final_layer.2-1.linear",
         "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
@@ -102,6 +103,7 @@ _BLOCKS: dict[str, dict[tuple[str, str], dict[str, str]]] = {
         },
         ("transformer_blocks", "transformer_blocks"): _FUSED,
     },
+    "qwen-image": {("transformer_blocks", "transformer_blocks"): _FUSED},  # its authors' names are diffusers'
     "z-image": {(name, name): _REFINED for name in ("layers", "noise_refiner", "context_refiner")},
     "sd3": {
         ("joint_blocks", "transformer_blocks"): {
