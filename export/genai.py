@@ -11,7 +11,7 @@ from typing import Any
 
 from edgeprune.common.files import read_json, write_json
 from edgeprune.export import ir_tokenizer
-from edgeprune.families.encoders import QWEN3, T5, text_encoders, tokenizer_of
+from edgeprune.families.encoders import LANGUAGE, T5, text_encoders, tokenizer_of
 from edgeprune.runtimes.base import read_settings
 from edgeprune.sampling.generation import longest_prompt
 from edgeprune.sampling.scheduler import FlowMatch
@@ -33,8 +33,8 @@ def write(folder: Path) -> dict[str, Any]:
         DiskError: the disk is full, or a file cannot be written.
         InputError: scheduler_config.json has an unsupported field or an impossible value.
     """
-    if QWEN3 in text_encoders(folder).values():
-        return {}  # GenAI has no pipeline of FLUX.2 and Z-Image
+    if set(LANGUAGE) & set(text_encoders(folder).values()):
+        return {}  # GenAI has no pipeline of FLUX.2, Z-Image and Qwen-Image
     settings = read_settings(folder)
     made = settings.generation
     scheduler = FlowMatch.load(folder)

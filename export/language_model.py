@@ -1,7 +1,8 @@
-"""The language model that encodes text for FLUX.2 and Z-Image, as it is exported: Qwen3, up to the last state read.
+"""The language models that encode text, as they are exported: Qwen3 and Qwen2.5-VL, up to the last state read.
 
-It computes what `Qwen3ForCausalLM` of transformers returns for `output_hidden_states`: causal attention that leaves out
-padding, grouped queries, norms of queries and keys, rotary positions; no cache, and neither the last norm nor the head.
+They compute what transformers returns for `output_hidden_states`: causal attention that leaves out padding, grouped
+queries, norms of queries and keys or biases, rotary positions; no cache and no head. The last norm is there if the last
+state is read, which transformers norms. Of Qwen2.5-VL, which sees images, too, this is what it says of text alone.
 The residual stream stays float32 even if everything else is half precision, as a T5's does.
 
 Notation: B batch, M tokens, D width, H heads.
@@ -19,6 +20,7 @@ from edgeprune.export.modules import LayeredEncoder
 from edgeprune.families import Axes
 
 _SEQUENCE = {0: "batch_size", 1: "sequence_length"}
+_LAST = "last_hidden_state"
 SPEEDS = "speeds"
 """Name of the buffer with the speeds of the rotary positions, which no file has."""
 
@@ -29,8 +31,8 @@ class LanguageModel(LayeredEncoder):
     `reference` is transformers' own forward pass; exports are compared with it.
 
     Args:
-        model: a Qwen3ForCausalLM with the layers up to the last state that is read, see `cut_unread`.
-        states: the hidden states that are returned; 0 is the embedding.
+        model: a language model with the layers up to the last state that is read, see `cut_unread`.
+        states: the hidden states that are returned, 0 is the embedding; none for the last one, normed.
         padding: whether those of padding are returned; else they are 0.
     """
 
@@ -41,7 +43,8 @@ class LanguageModel(LayeredEncoder):
     def __init__(self, model: Any, states: Sequence[int], *, padding: bool = True) -> None:
         super().__init__(model)
         self.states, self.padding = tuple(states), padding
-        self.outputs: Axes = {f"hidden_states.{state}": _SEQUENCE for state in self.states}
+        names = [f"hidden_states.{state}" for state in self.states] or [_LAST]
+        self.outputs: Axes = dict.fromkeys(names, _SEQUENCE)
         self.register_buffer(SPEEDS, speeds_of(self.config))
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -52,7 +55,8 @@ class LanguageModel(LayeredEncoder):
         for index, layer in enumerate(self.layers):
             hidden = self.run(layer, hidden, *around)
             found[index + 1] = hidden
-        return tuple(self.as_read(found[state], attention_mask) for state in self.states)
+        read = [found[state] for state in self.states] or [self.inner.norm(hidden)]
+        return tuple(self.as_read(state, attention_mask) for state in read)
 
     def as_read(self, state: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         """Return a hidden state (B, M, D), with zeros for padding unless that is read."""
@@ -62,7 +66,7 @@ class LanguageModel(LayeredEncoder):
     @property
     def returned(self) -> dict[int, str]:
         """Maps a layer's index to the output that is taken after it; none is the embedding."""
-        return {state - 1: f"hidden_states.{state}" for state in self.states}
+        return {state - 1: f"hidden_states.{state}" for state in self.states} or {len(self.layers) - 1: _LAST}
 
     @staticmethod
     def around(shared: torch.Tensor, tokens: torch.Tensor, *others: torch.Tensor) -> tuple[Any, torch.Tensor]:
@@ -77,7 +81,7 @@ class LanguageModel(LayeredEncoder):
     def reference(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute the same outputs with the model's own forward pass."""
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False)
-        return tuple(self.as_read(out.hidden_states[state], attention_mask) for state in self.states)
+        return tuple(self.as_read(out.hidden_states[state], attention_mask) for state in self.states or (-1,))
 
     def example(self, *, batch: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """Return random words, then padding; each row has another length."""
@@ -97,7 +101,7 @@ def speeds_of(config: Any) -> torch.Tensor:
     """
     found = getattr(config, "rope_parameters", None) or {}  # where transformers 5 has it
     theta = float(found["rope_theta"]) if "rope_theta" in found else float(config.rope_theta)
-    width = int(config.head_dim)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     return 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
 
 
@@ -135,10 +139,10 @@ def _attention(
     attention: Any, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor
 ) -> torch.Tensor:
     heads = (*x.shape[:2], -1, attention.head_dim)
-    q, k = (
-        _rotated(norm(project(x).view(heads)).transpose(1, 2), angles).to(x.dtype)
-        for norm, project in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj))
-    )
+    q, k = (project(x).view(heads) for project in (attention.q_proj, attention.k_proj))
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = (_rotated(y.transpose(1, 2), angles).to(x.dtype) for y in (q, k))
     v = attention.v_proj(x).view(heads).transpose(1, 2)
     shared = attention.num_key_value_groups
     k, v = (y[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 2) for y in (k, v))

@@ -2,7 +2,7 @@
 
 What is written comes from the vendor's loader. What it is compared with is read by name from the weight files, strictly
 and without that loader: if one of the two reads a tensor wrongly, the comparison fails. (A transformer, a T5 and
-a Qwen3 are always read by name, one layer at a time, see residency/stored.py and stored_encoder.py.)
+a Qwen are always read by name, one layer at a time, see residency/stored.py and stored_encoder.py.)
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from edgeprune.artefact.resolve import read_config
 from edgeprune.export import modules
 from edgeprune.export.folder import from_pretrained
 from edgeprune.export.language_model import LanguageModel
+from edgeprune.export.stored_qwen2_vl import StoredQwen2VL
 from edgeprune.export.stored_qwen3 import StoredQwen3
 from edgeprune.export.stored_t5 import StoredT5
-from edgeprune.families.encoders import QWEN3, T5
+from edgeprune.families.encoders import LANGUAGE, QWEN3, T5
 from edgeprune.families.parts import VAES
 
 Load = Callable[[Path, str], Any]
@@ -55,14 +56,15 @@ Encoder = modules.TextEncoder | modules.T5Encoder | LanguageModel
 
 
 def stored_encoder(artefact: Path, name: str, kind: str) -> StoredT5 | StoredQwen3 | None:
-    """Return a T5 or a Qwen3 whose weights stay on disk; None for a CLIP.
+    """Return a T5 or a Qwen whose weights stay on disk; None for a CLIP.
 
     Raises:
         InputError: a tensor is missing, unknown or of another shape, or a file cannot be read.
     """
-    if kind == QWEN3:
+    if kind in LANGUAGE:
         encoder = next(each for each in read_config(artefact)[1].encoders if each.name == name)
-        return StoredQwen3(artefact / name, encoder.states, padding=encoder.padding)
+        stored: type[StoredQwen3] = StoredQwen3 if kind == QWEN3 else StoredQwen2VL
+        return stored(artefact / name, encoder.states, padding=encoder.padding)
     return StoredT5(artefact / name) if kind == T5 else None
 
 

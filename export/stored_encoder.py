@@ -166,7 +166,8 @@ class StoredEncoder(ABC, Generic[M]):
         first = from_pretrained(
             lambda *given, **how: load(*given, **how, **self.one_layer(), dtype="auto"), self.folder
         )
-        for name, tensor in first.state_dict().items():
+        for vendors, tensor in first.state_dict().items():
+            name = tensor_of(self.kind, vendors)
             if name in self._shapes and not tensor.equal(self._original(name).to(tensor.dtype)):
                 raise ParityError(
                     f"{self.folder.name}: {name}: found other numbers with transformers {transformers.__version__} "

@@ -40,5 +40,5 @@ class StoredQwen3(StoredEncoder[LanguageModel]):
         return self._with_positions(super().checkpoint())
 
     def _with_positions(self, module: LanguageModel) -> LanguageModel:
-        module.inner.rotary_emb = type(self._empty.model.rotary_emb)(module.config)
+        module.inner.rotary_emb = type(self._empty.model.rotary_emb)(module.inner.config)
         return module

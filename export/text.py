@@ -19,7 +19,8 @@ from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
 from edgeprune.export import loaders, modules
 from edgeprune.export.folder import from_pretrained
-from edgeprune.families.encoders import LONG, QWEN3, Chat, text_encoders, tokenizer_of
+from edgeprune.families import Encoder
+from edgeprune.families.encoders import LANGUAGE, LONG, text_encoders, tokenizer_of
 from edgeprune.sampling.denoising import Conditioning
 from edgeprune.sampling.generation import Generation, longest_prompt
 from edgeprune.sampling.prompts import prompts
@@ -32,26 +33,28 @@ _AT_ONCE = 5
 def most_tokens(artefact: Path, encoder: loaders.Encoder) -> int:
     """Return the largest number of tokens that a text encoder gets."""
     if not isinstance(encoder, modules.TextEncoder):
-        return Generation.load(artefact).max_sequence_length
+        name = next(name for name, kind in text_encoders(artefact).items() if kind in LONG)
+        return _described(artefact, name).length(Generation.load(artefact).max_sequence_length)
     return int(encoder.config.max_position_embeddings)
 
 
 def tokens(artefact: Path, name: str, kind: str) -> dict[str, torch.Tensor]:
     """Return what a text encoder gets of ten prompts of the calibration split, by input: (B, M) each."""
     # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
-    length = Generation.load(artefact).max_sequence_length if kind in LONG else longest_prompt(artefact)
+    encoder, most = _described(artefact, name), Generation.load(artefact).max_sequence_length
+    length, chat = encoder.length(most) if kind in LONG else longest_prompt(artefact), encoder.chat
     tokenizer = from_pretrained(AutoTokenizer.from_pretrained, artefact / tokenizer_of(name), tokenizer=True)
-    texts, chat = prompts(Split.CALIBRATION, PROMPTS), _chat(artefact, name)
+    texts = prompts(Split.CALIBRATION, PROMPTS)
     found = tokenizer(
         [chat.around(prompt) for prompt in texts] if chat else texts,
         padding="max_length", max_length=length, truncation=True, return_tensors="pt",
     )  # fmt: skip
     ids = {"input_ids": found.input_ids}
-    return ids | {"attention_mask": found.attention_mask} if kind == QWEN3 else ids  # the others read padding, too
+    return ids | {"attention_mask": found.attention_mask} if kind in LANGUAGE else ids  # the others read padding, too
 
 
-def _chat(artefact: Path, name: str) -> Chat | None:
-    return next(encoder.chat for encoder in read_config(artefact)[1].encoders if encoder.name == name)
+def _described(artefact: Path, name: str) -> Encoder:
+    return next(encoder for encoder in read_config(artefact)[1].encoders if encoder.name == name)
 
 
 def encoded(artefact: Path, progress: Progress = silent) -> Conditioning:

@@ -35,7 +35,7 @@ with needs("compress"):
     from edgeprune.residency.running import check_room, dtype_of, running, within
     from edgeprune.sampling.denoising import Conditioning, at_once, batches_of, encode_prompts, evaluate, groups
     from edgeprune.sampling.generation import longest_prompt
-    from edgeprune.sampling.latents import scale_of
+    from edgeprune.sampling.latents import decoded, scale_of
     from edgeprune.sampling.prompts import cut_words
 
     with quiet():
@@ -108,7 +108,7 @@ class EagerBackend:
             first = first or tokenizer.model_max_length
             if tokenizer is None:
                 continue
-            most = self._t5_tokens if encoder.kind in LONG else first
+            most = encoder.length(self._t5_tokens) if encoder.kind in LONG else first
             before, after = (encoder.chat.prefix, encoder.chat.suffix) if encoder.chat else ("", "")
             count, until = (functools.partial(_count, tokenizer, before, end) for end in (after, ""))
             with quiet():  # transformers warns of long texts in its own words
@@ -159,7 +159,7 @@ class EagerBackend:
             self.pipeline.make_room(*(side * self.pipeline.vae_scale_factor for side in latents.shape[-2:]))
         vae = self.pipeline.vae
         scaled = scale_of(vae).to_vae(self._tensor(latents))
-        return _numpy(vae.decode(scaled.to(vae.dtype), return_dict=False)[0])
+        return _numpy(decoded(vae, scaled.to(vae.dtype)))
 
     def memory(self) -> dict[str, Reading]:
         """Return the rows of memory.SPLIT, for this process or for the GPU."""

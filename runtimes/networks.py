@@ -26,7 +26,7 @@ from edgeprune.common.files import read_json
 from edgeprune.common.heap import trim
 from edgeprune.common.memory import allowed, resident
 from edgeprune.common.pieces import RESERVE, Needs
-from edgeprune.families.encoders import LONG, QWEN3, check_tokens, text_encoders, tokenizer_of
+from edgeprune.families.encoders import LANGUAGE, LONG, check_tokens, text_encoders, tokenizer_of
 from edgeprune.runtimes.base import Array, Settings, precision_of
 from edgeprune.runtimes.embeddings import KeptEmbeddings
 from edgeprune.runtimes.memory import Meter, Reading
@@ -207,9 +207,13 @@ class NetworkBackend:
         self._tokenizers = {}
         for name, kind in self._encoders.items():
             # diffusers pads the prompts of both CLIPs to the first tokenizer's length.
-            length = self._t5_tokens if kind in LONG else PromptTokenizer(folder / "tokenizer", chat=False).max_length
+            if kind in LONG:
+                encoder = next(each for each in self._family.encoders if each.name == name)
+                length = encoder.length(self._t5_tokens)
+            else:
+                length = PromptTokenizer(folder / "tokenizer", chat=False).max_length
             where = folder / tokenizer_of(name)
-            self._tokenizers[name] = PromptTokenizer(where, chat=kind == QWEN3, max_length=length)
+            self._tokenizers[name] = PromptTokenizer(where, chat=kind in LANGUAGE, max_length=length)
         self._keep_embeddings = keep_embeddings
         self._kept = None if keep_embeddings is None else self._kept_in(Path(keep_embeddings))
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -390,7 +394,7 @@ class NetworkBackend:
 
     def _read_by(self, encoder: str) -> tuple[str, ...]:
         """Return what a text encoder reads of `PromptTokenizer.masked`: all but language models read padding, too."""
-        return ("input_ids", "attention_mask") if self._encoders[encoder] == QWEN3 else ("input_ids",)
+        return ("input_ids", "attention_mask") if self._encoders[encoder] in LANGUAGE else ("input_ids",)
 
     def _tokens(self, prompts: list[str]) -> dict[str, Tokens]:
         masked = {name: tokenizer.masked(prompts) for name, tokenizer in self._tokenizers.items()}

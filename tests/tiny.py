@@ -21,11 +21,13 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -38,6 +40,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2TokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -123,9 +127,9 @@ def tiny_z_image(**overrides: Any) -> ZImageTransformer2DModel:
 
 
 def tiny_qwen_image(**overrides: Any) -> QwenImageTransformer2DModel:
-    """Make 4 blocks of width 64 over the latents and text of `tiny_transformer()`."""
+    """Make 5 blocks of width 64 over the latents and text of `tiny_transformer()`."""
     config: dict[str, Any] = {
-        "in_channels": 32, "out_channels": 8, "num_layers": 4, "attention_head_dim": 32, "num_attention_heads": 2,
+        "in_channels": 32, "out_channels": 8, "num_layers": 5, "attention_head_dim": 32, "num_attention_heads": 2,
         "joint_attention_dim": 2 * TEXT_WIDTH, "axes_dims_rope": (8, 12, 12),
     }  # fmt: skip
     torch.manual_seed(0)
@@ -376,6 +380,60 @@ def shallow_z_image(layers: int = 2) -> Iterator[None]:
         encoders = (dataclasses.replace(encoder, states=(layers - 1,)) for encoder in ZImage.encoders)
         patch.setattr(ZImage, "encoders", tuple(encoders))
         yield
+
+
+QWEN_IMAGE_TOKENS = 90
+"""With most of the instruction before a prompt, which has more tokens here than are left out."""
+
+
+def tiny_qwen2_vl(vocab: int) -> Qwen2_5_VLForConditionalGeneration:
+    """Make a Qwen2.5-VL of 3 layers of width 32, with a vision tower."""
+    torch.manual_seed(8)
+    text = {
+        "vocab_size": vocab, "hidden_size": QWEN_WIDTH, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": QWEN_WIDTH}
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model
+
+
+def tiny_vae_qwen_image() -> AutoencoderKLQwenImage:
+    """Make a VAE of videos of factor 8 with 8 latent channels, each with a mean and a deviation of its own."""
+    torch.manual_seed(2)
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=8, dim_mult=[1, 1, 2, 2], num_res_blocks=1,
+        latents_mean=[i / 8 - 0.5 for i in range(8)], latents_std=[0.5 + i / 4 for i in range(8)],
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            if "gamma" in name:  # ones would hide a missing one
+                torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    return vae.eval()
+
+
+def tiny_qwen_image_pipeline(folder: Path, **overrides: Any) -> QwenImagePipeline:
+    """Make a Qwen-Image pipeline and save it to `folder` in half precision, with a generation.json.
+
+    The tokenizer knows few words: of the instruction before a prompt, more tokens are read than of the published one's.
+    """
+    tokenizer = tiny_qwen_tokenizer()
+    shifted = {"use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+    pipeline = QwenImagePipeline(
+        transformer=tiny_qwen_image(**{"joint_attention_dim": QWEN_WIDTH} | overrides),
+        scheduler=FlowMatchEulerDiscreteScheduler(**shifted),
+        vae=tiny_vae_qwen_image(),
+        text_encoder=tiny_qwen2_vl(len(tokenizer)),
+        tokenizer=tokenizer,
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)
+    settings = GENERATION | {"max_sequence_length": QWEN_IMAGE_TOKENS}
+    (folder / "generation.json").write_text(json.dumps(settings, indent=1) + "\n")
+    return pipeline.to(torch.float32)
 
 
 class _InMemory(dict[str, torch.Tensor]):

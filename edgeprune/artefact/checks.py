@@ -22,12 +22,12 @@ from edgeprune.common.fields import shown, whole_number
 from edgeprune.common.files import read_json
 from edgeprune.families import CHANGED, Architecture, Config
 from edgeprune.families.architecture import Encoder
-from edgeprune.families.encoders import CLIP, QWEN3, T5, is_present, read_index, text_encoders, tokenizer_of
-from edgeprune.families.parts import VAE, part_shapes, tensor_of, text_outputs
+from edgeprune.families.encoders import CLIP, LANGUAGE, T5, is_present, read_index, text_encoders, tokenizer_of
+from edgeprune.families.parts import VAE, VAE_QWEN_IMAGE, part_shapes, tensor_of, text_outputs, vae_channels
 from edgeprune.residency.model_files import parts_of
 from edgeprune.residency.weights import Weights
 from edgeprune.sampling.generation import latent_factor
-from edgeprune.sampling.latents import factors
+from edgeprune.sampling.latents import by_channel, factors
 from edgeprune.sampling.scheduler import FlowMatch
 
 if TYPE_CHECKING:
@@ -223,20 +223,22 @@ def _check_not_quantized(path: Path) -> None:
 def _check_channels(folder: Path, config: Config, family: Architecture) -> None:
     """Check that the transformer denoises exactly the latents of the VAE, and that these can be scaled."""
     path = folder / HALF / "config.json"
-    channels, out = config["in_channels"], config.get("out_channels")
-    if out not in (None, channels):
+    channels, out, latent = config["in_channels"], config.get("out_channels"), family.latents(config).channels
+    if out not in (None, channels, latent):  # of a token, or of a latent pixel
         raise InputError(
             f"{path}: in_channels, out_channels: found {channels} and {out}, expected the same: a model that takes an "
             "image besides the noise (Fill, Control) is not supported"
         )
     where = folder / "vae" / "config.json"
-    vae, latent = read_json(where), family.latents(config).channels
+    vae = read_json(where)
     latent_factor(vae, where)
-    if family.vae == VAE:  # the other one has statistics among its tensors
+    if family.vae == VAE:  # FLUX.2's has statistics among its tensors
         factors(vae, where)
-    default = {"latent_channels": 4 if family.vae == VAE else 32}
-    if (found := whole_number(default | vae, "latent_channels", where)) != latent:
-        raise InputError(f"{where}: latent_channels: found {found}, expected {latent} by the transformer's in_channels")
+    if family.vae == VAE_QWEN_IMAGE:
+        by_channel(vae, where)
+    field, found = vae_channels(family.vae, vae, where)
+    if found != latent:
+        raise InputError(f"{where}: {field}: found {found}, expected {latent} by the transformer's in_channels")
     for name in ("in_channels", "out_channels"):
         if (colours := vae.get(name, 3)) != 3:
             raise InputError(f"{where}: {name}: found {shown(colours)}, expected 3: red, green and blue")
@@ -248,7 +250,7 @@ def _check_text(folder: Path, config: Config, family: Architecture, encoders: di
     hidden, pooled = family.text_widths(config)
     paths = {name: folder / name / "config.json" for name in encoders}
     for encoder in family.encoders:
-        if encoder.kind == QWEN3:
+        if encoder.kind in LANGUAGE:
             _check_states(encoder, paths[encoder.name], hidden, path)
             return
     widths = [(kind, *text_outputs(kind, read_json(paths[name]), paths[name])) for name, kind in encoders.items()]
@@ -271,6 +273,11 @@ def _check_states(encoder: Encoder, config: Path, hidden: int, path: Path) -> No
         path: the transformer's config.json.
     """
     found = read_json(config)
+    if not encoder.states:  # the last one is read
+        wide = text_outputs(encoder.kind, found, config)[0]
+        if wide != hidden:
+            raise InputError(f"{path}: width of text: found {hidden}, expected {wide}, the width of {encoder.name}")
+        return
     # transformers norms what it returns as the last state, which here is never one that is read.
     least = max(encoder.states) + max(1, encoder.after)
     layers = whole_number({"num_hidden_layers": 32} | found, "num_hidden_layers", config, least=least)

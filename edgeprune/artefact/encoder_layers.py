@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeprune.families.encoders import CLIP, CLIP_POOLED, QWEN3, T5
+from edgeprune.families.encoders import CLIP, CLIP_POOLED, LANGUAGE, QWEN2_5_VL, T5
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.running import spare
 from edgeprune.sampling.together import batches_together, rows_together
 
 AT_ONCE = 64
 """Most prompts that are in a layer together."""
-OUTPUTS = {CLIP: "text_embeds", CLIP_POOLED: "pooler_output", T5: "last_hidden_state"}
+OUTPUTS = {
+    CLIP: "text_embeds", CLIP_POOLED: "pooler_output", T5: "last_hidden_state", QWEN2_5_VL: "last_hidden_state",
+}  # fmt: skip
 """What is read of an encoder's result, besides hidden states."""
 _SCORES, _INNER, _WIDE = 3, 5, 6
 """Numbers that are alive at once in a layer, for each token: scores of each head, inner widths of its MLP, widths."""
@@ -34,7 +36,7 @@ _MOST_BYTES = 10**9
 
 def layers_of(model: nn.Module, kind: str) -> Iterable[tuple[str, nn.Module]]:
     """Return a text encoder's layers in their order, with the prefix of their tensors' names."""
-    of = {T5: "encoder.block", QWEN3: "model.layers"}.get(kind, "encoder.layers")
+    of = "encoder.block" if kind == T5 else "model.layers" if kind in LANGUAGE else "encoder.layers"
     found = next(name for name, _ in model.named_modules() if name.endswith(of))
     for index, layer in enumerate(model.get_submodule(found).children()):
         yield f"{found}.{index}.", layer
@@ -93,7 +95,7 @@ def said(
         kind: its class.
         ids: (B, M).
         mask: (B, M), 1 at tokens and 0 at padding; None for encoders that read padding.
-        states: the hidden states that are kept of Qwen3; 0 is the embedding.
+        states: the hidden states that are kept of a language model, 0 is the embedding; none for its last one, normed.
         padding: whether those of padding are kept; else they are 0.
     """
     layers = [layer for _, layer in layers_of(encoder, kind)]
@@ -107,8 +109,9 @@ def said(
 
         hooks.append(layers[min(state, len(layers) - 1)].register_forward_hook(keep))
     try:
-        if kind == QWEN3:
-            encoder.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        if kind in LANGUAGE:
+            last = encoder.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            found = found if states else {OUTPUTS[kind]: last}
             if not padding and mask is not None:
                 found = {name: state * mask[..., None] for name, state in found.items()}
             return found

@@ -24,7 +24,16 @@ from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import is_out_of_memory, read_json
 from edgeprune.families import CHANGED, family_of, family_of_model
-from edgeprune.families.encoders import LONG, QWEN3, QWEN3_HEADLESS, T5, read_index, text_encoders, tokenizer_of
+from edgeprune.families.encoders import (
+    LANGUAGE,
+    LONG,
+    QWEN2_5_VL,
+    QWEN3_HEADLESS,
+    T5,
+    read_index,
+    text_encoders,
+    tokenizer_of,
+)
 from edgeprune.families.parts import VAE_FLUX2, VAES, tensor_of
 from edgeprune.quantization.quantize import prepare
 from edgeprune.quantization.text import prepare_text_encoder
@@ -177,7 +186,7 @@ def load_pipeline(
     for name in kinds.keys() - parts.keys():
         check_loaded(folder / name, getattr(pipe, name), variant)
     for encoder in family.encoders:
-        if encoder.chat:  # the folder's own is a program
+        if encoder.chat and encoder.chat.thinking is not None:  # the folder's own is a program
             getattr(pipe, tokenizer_of(encoder.name)).chat_template = encoder.chat.template
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -240,7 +249,7 @@ def load_part(
 
 
 def load_packed(folder: Path, kind: str, dtype: torch.dtype = torch.float32, states: Sequence[int] = ()) -> Any:
-    """Return a T5 or a Qwen3 with the artefact's INT4 in memory, all else in `dtype`; None if the folder has none.
+    """Return a T5 or a Qwen with the artefact's INT4 in memory, all else in `dtype`; None if the folder has none.
 
     Args:
         folder: the encoder's.
@@ -307,7 +316,7 @@ def complete(folder: Path, kind: str, model: Any, device: torch.device = CPU) ->
     """
     if kind == T5:
         model.set_input_embeddings(model.get_input_embeddings())  # one tensor under two names
-    if kind == QWEN3:
+    if kind in LANGUAGE:
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
         return
     for name, buffer in list(model.named_buffers()):
@@ -335,8 +344,11 @@ def empty_part(folder: Path, kind: str, states: Sequence[int] = ()) -> Any:
         if kind in VAES:
             model: Any = getattr(diffusers, kind).from_config(config)
         else:
-            network = getattr(transformers, kind)
-            model = network(network.config_class.from_dict(config))
+            network: Any = getattr(transformers, kind)
+            config_class = network.config_class
+            if kind == QWEN2_5_VL:
+                from edgeprune.artefact.qwen_text import TextOfQwen as network
+            model = network(config_class.from_dict(config))
     if states:
         cut_unread(model, states)
     return model

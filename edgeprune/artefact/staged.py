@@ -27,8 +27,8 @@ from edgeprune.artefact.text import packed_text
 from edgeprune.artefact.text_store import RunTexts, Texts
 from edgeprune.common.files import read_json
 from edgeprune.families import Encoder
-from edgeprune.families.encoders import KNOWN, LONG, QWEN3, text_encoders, tokenizer_of
-from edgeprune.families.parts import BY_ROW, VAES, tensor_of
+from edgeprune.families.encoders import KNOWN, LANGUAGE, LONG, text_encoders, tokenizer_of
+from edgeprune.families.parts import BY_ROW, VAE_QWEN_IMAGE, VAES, tensor_of
 from edgeprune.planning.fit import vae_activations
 from edgeprune.quantization.text import prepare_text_encoder, stored_name
 from edgeprune.residency.by_rows import by_rows
@@ -133,8 +133,12 @@ class StagedPipeline:
             return
         self._tiled = self.compute.left() < needed
         if self._tiled:
-            self.vae.enable_tiling()
-            self.vae.tile_latent_min_size, self.vae.tile_sample_min_size = TILE, TILE * self.vae_scale_factor
+            side = TILE * self.vae_scale_factor
+            if self.family.vae == VAE_QWEN_IMAGE:
+                self.vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
+            else:
+                self.vae.enable_tiling()
+                self.vae.tile_latent_min_size, self.vae.tile_sample_min_size = TILE, side
 
     def tokenizer_of(self, encoder: str) -> Any:
         """Return the tokenizer of a text encoder; None if the pipeline has no such encoder."""
@@ -178,7 +182,7 @@ class StagedPipeline:
         return torch.from_numpy(hidden).to(self.compute.device), torch.from_numpy(pooled).to(self.compute.device)
 
     def pooled(self, prompts: list[str]) -> torch.Tensor:
-        """Return only the pooled text (B, P) in float32; T5 and Qwen3, which have none, are not read."""
+        """Return only the pooled text (B, P) in float32; T5 and Qwens, which have none, are not read."""
         parts = [torch.zeros(len(prompts), 0)] + [
             torch.from_numpy(self._outputs(name, kind, prompts, 0)[OUTPUTS[kind]])
             for name, kind in text_encoders(self.folder).items()
@@ -202,7 +206,7 @@ class StagedPipeline:
         Of one run, all of a call are encoded together if one is missing: what is encoded depends in its last bits on
         the batch.
         """
-        length, dtype = self._length(kind, max_sequence_length), self.dtype_of(name)
+        length, dtype = self.length(name, max_sequence_length), self.dtype_of(name)
         keys = {prompt: texts.key(name, prompt, length, dtype) for prompt in prompts}
         if any(key not in texts for key in keys.values()):
             texts.forget(name)
@@ -211,9 +215,11 @@ class StagedPipeline:
             texts.put(keys[prompt], tensors)
         return keys
 
-    def _length(self, kind: str, max_sequence_length: int) -> int:
+    def length(self, name: str, max_sequence_length: int) -> int:
         """Return to how many tokens prompts are padded: diffusers takes the first tokenizer's number for both CLIPs."""
-        return max_sequence_length if kind in LONG else longest_prompt(self.folder)
+        encoder = self._described(name)
+        known = encoder is not None and encoder.kind in LONG
+        return encoder.length(max_sequence_length) if encoder and known else longest_prompt(self.folder)
 
     @torch.no_grad()
     def _encoded(
@@ -222,7 +228,7 @@ class StagedPipeline:
         """Load an encoder, and yield its outputs for each prompt, without the batch's axis, on the processor."""
         if not prompts:
             return
-        ids, mask = self.tokens(name, prompts, self._length(kind, max_sequence_length))
+        ids, mask = self.tokens(name, prompts, self.length(name, max_sequence_length))
         encoder = self._encoder(name, kind, self.dtype_of(name))
         described = self._described(name)
         padding = described is None or described.padding
@@ -281,7 +287,7 @@ class StagedPipeline:
         assert weights is not None  # `can_stage`
         with readable(folder), quiet():
             model = empty_part(folder, kind, self.states(name))
-            if kind == QWEN3 and packed is None:
+            if kind in LANGUAGE and packed is None:
                 model.model.embed_tokens = StoredTable(functools.partial(weights.rows, BY_ROW), dtype)
         stored = {n: tensor_of(kind, n) or n for n in model.state_dict()}
         read: Read = weights.__getitem__

@@ -73,6 +73,10 @@ class Encoder:
     padding: bool = True
     """Whether hidden states of padding are read; they are 0 if not."""
 
+    def length(self, max_sequence_length: int) -> int:
+        """Return to how many tokens a prompt is padded or cut, if not to those of its tokenizer."""
+        return max_sequence_length + (self.chat.unread if self.chat else 0)
+
 
 @dataclass(frozen=True)
 class LatentSpace:

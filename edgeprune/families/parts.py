@@ -8,7 +8,7 @@ are those of their configs. Names that differ between files of the same model ar
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgeprune.common.errors import InputError
@@ -44,7 +44,7 @@ _UNUSED[CLIP_POOLED] = re.compile(_UNUSED[CLIP].pattern + r"|text_projection\..*
 _TIED = "encoder.embed_tokens.weight"
 """T5's other name for its `shared.weight`; a file may have either or both."""
 BY_ROW = "model.embed_tokens.weight"
-"""Words of Qwen3: where they are not packed, only the rows of a prompt's words are read."""
+"""Words of a Qwen: where they are not packed, only the rows of a prompt's words are read."""
 _LANGUAGE_LAYER, _LAST_NORM = re.compile(r"model\.layers\.(\d+)\."), "model.norm.weight"
 _VAE_ATTENTION = re.compile(r"(.*\.mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 _VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.16
@@ -82,10 +82,11 @@ def is_read(kind: str, name: str, states: Sequence[int]) -> bool:
         name: of the tensor, in a file.
         states: of a language model, the hidden states that are read: what only later ones need is not.
     """
-    if tensor_of(kind, name) is None:
+    known = tensor_of(kind, name)
+    if known is None:
         return False
-    layer = _LANGUAGE_LAYER.match(name)
-    return not states or (name != _LAST_NORM and (layer is None or int(layer[1]) < max(states)))
+    layer = _LANGUAGE_LAYER.match(known)
+    return not states or (known != _LAST_NORM and (layer is None or int(layer[1]) < max(states)))
 
 
 def part_shapes(kind: str, config: Config, where: object) -> dict[str, Shape] | None:
@@ -108,6 +109,31 @@ def part_shapes(kind: str, config: Config, where: object) -> dict[str, Shape] | 
         width, projected = (_number(config, n, 512, where) for n in ("hidden_size", "projection_dim"))
         shapes["text_projection.weight"] = (projected, width)
     return shapes
+
+
+def vae_widths(config: Mapping[str, Any], where: object = "vae/config.json") -> list[int]:
+    """Return a VAE's width at each resolution, the highest first.
+
+    Raises:
+        InputError: its config says none.
+    """
+    if config.get("_class_name") == VAE_QWEN_IMAGE or "dim_mult" in config:
+        return vae_qwen_image.level_widths(config, where)
+    widths = config.get("block_out_channels")
+    whole = isinstance(widths, list) and all(type(n) is int and 1 <= n <= LARGEST for n in widths)
+    if not whole or not isinstance(widths, list) or not 1 <= len(widths) <= vae_qwen_image.MOST_LEVELS:
+        raise InputError(f"{where}: block_out_channels: found {shown(widths)}, expected a list of widths")
+    return widths
+
+
+def vae_channels(kind: str, config: Mapping[str, Any], where: object) -> tuple[str, int]:
+    """Return the channels of a VAE's latents, after the name of their field.
+
+    Raises:
+        InputError: the field is no whole number.
+    """
+    field, default = ("z_dim", 16) if kind == VAE_QWEN_IMAGE else ("latent_channels", 4 if kind == VAE else 32)
+    return field, whole_number({field: default} | dict(config), field, where)
 
 
 def text_outputs(kind: str, config: Config, where: object) -> tuple[int, int]:

@@ -138,6 +138,8 @@ class QwenImage:
         head, d, text = config_number(config, "attention_head_dim"), width(config), self.text_widths(config)[0]
         channels = config_number(config, "in_channels")
         out = config_number(config, "out_channels", channels)
+        if out * PATCH**2 != channels:
+            raise InputError(f"{WHERE}: in_channels, out_channels: found {channels} and {out}, expected four to one")
         check_axes(config, (16, 56, 56))
         shapes = linear("time_text_embed.timestep_embedder.linear_1", d, _SINES)
         shapes |= linear("time_text_embed.timestep_embedder.linear_2", d, d)

@@ -5,6 +5,7 @@ Names and shapes are those of diffusers' state dict; its convolutions have three
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from edgeprune.common.errors import InputError
@@ -16,19 +17,20 @@ _DEFAULTS: Config = {
     "temperal_downsample": [False, True, True], "input_channels": 3,
 }  # fmt: skip
 _CUBE, _POINT, _FRAMES = (3, 3, 3), (1, 1, 1), (3, 1, 1)
-_MOST_LEVELS = 8
+MOST_LEVELS = 8
+"""Resolutions of a VAE, each half of the one before; today's VAEs have four."""
 
 
-def level_widths(config: Config, where: object) -> list[int]:
+def level_widths(config: Mapping[str, Any], where: object) -> list[int]:
     """Return the width of each resolution, the highest first.
 
     Raises:
         InputError: a field is out of range.
     """
-    config = _DEFAULTS | config
+    config = _DEFAULTS | dict(config)
     base, factors = whole_number(config, "base_dim", where), config["dim_mult"]
     whole = isinstance(factors, list) and all(type(n) is int and 1 <= n and n * base <= LARGEST for n in factors)
-    if not whole or not 1 <= len(factors) <= _MOST_LEVELS:
+    if not whole or not 1 <= len(factors) <= MOST_LEVELS:
         raise InputError(f"{where}: dim_mult: found {shown(factors)}, expected a list of factors of base_dim")
     return [base * factor for factor in factors]
 
@@ -107,13 +109,13 @@ def _conv(name: str, after: int, before: int, kernel: tuple[int, ...]) -> dict[s
     return {f"{name}.weight": (after, before, *kernel), f"{name}.bias": (after,)}
 
 
-def check_statistics(config: Config, where: object) -> tuple[list[float], list[float]]:
+def statistics(config: Mapping[str, Any], where: object) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of each latent channel, as the config has them.
 
     Raises:
         InputError: they are no numbers, not one for each channel, or a deviation is not above 0.
     """
-    count, found = whole_number(_DEFAULTS | config, "z_dim", where), []
+    count, found = whole_number(_DEFAULTS | dict(config), "z_dim", where), []
     for name, least in (("latents_mean", -1e6), ("latents_std", 1e-6)):
         values: Any = config.get(name)
         fits = isinstance(values, list) and len(values) == count

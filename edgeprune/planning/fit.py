@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import read_json
 from edgeprune.families import Architecture, Config, Shape, family_of
-from edgeprune.families.encoders import QWEN3, T5, text_encoders
-from edgeprune.families.parts import is_read
+from edgeprune.families.encoders import FORMATS, LONG, text_encoders
+from edgeprune.families.parts import is_read, tensor_of, vae_widths
 from edgeprune.quantization.precision import TEXT_INT4, TEXT_INT4_WO8, text_precision_of
 from edgeprune.residency.model_files import any_weights_of
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
@@ -70,7 +70,7 @@ def fit(source: Path, target: Target, generation: Generation, encoders: str = TE
 
     Args:
         source: the pipeline's diffusers folder.
-        encoders: how a T5 or Qwen3 is exported, one of precision.ENCODERS.
+        encoders: how a T5 or a Qwen is exported, one of precision.ENCODERS.
 
     Raises:
         BudgetError: a stage takes more than the device has, or nothing is left for the transformer.
@@ -114,7 +114,7 @@ def fit(source: Path, target: Target, generation: Generation, encoders: str = TE
 
 def vae_activations(vae: Mapping[str, Any], height: int, width: int) -> int:
     """Return how many numbers a VAE has alive at once for one image, estimated from its config."""
-    widths = vae["block_out_channels"]
+    widths = vae_widths(vae)
     return int(_VAE_IMAGES * widths[min(1, len(widths) - 1)] * height * width)
 
 
@@ -144,12 +144,22 @@ def _encoder_bytes(folder: Path, kind: str, size: int, target: Target, encoders:
         encoders: as of `fit`.
         states: of a language model, the hidden states that are read.
     """
-    shapes = {name: shape for name, shape in stored_shapes(folder).items() if is_read(kind, name, states)}
-    if kind in (T5, QWEN3):
+    shapes = read_shapes(folder, kind, states)
+    if kind in LONG:
         form = TEXT_INT4_WO8 if encoders == TEXT_INT4 else encoders  # the larger of the two that may be kept
         whole = sum(text_precision_of(name, shape, form).nbytes(shape) for name, shape in shapes.items())
         return min(whole, PIECE_BYTES) if target.runtimes[0] in PIECEWISE else whole
     return sum(map(math.prod, shapes.values())) * size
+
+
+def read_shapes(folder: Path, kind: str, states: Sequence[int]) -> dict[str, Shape]:
+    """Return the shapes of what is read of a text encoder's files, by the names of `part_shapes`.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    found = stored_shapes(folder).items()
+    return {tensor_of(kind, name) or name: shape for name, shape in found if is_read(kind, name, states)}
 
 
 def stored_shapes(folder: Path, prefix: str = "") -> dict[str, Shape]:

@@ -28,7 +28,7 @@ from edgeprune.residency.running import room_to_run, spare
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.streaming import PACKED, any_streamed, computes_like, filled
 from edgeprune.sampling.generation import Generation, images_at_once
-from edgeprune.sampling.latents import scale_of
+from edgeprune.sampling.latents import decoded, encoded_mean, scale_of
 from edgeprune.sampling.schedule import NoiseSchedule
 from edgeprune.sampling.solvers import SOLVERS, Step, visited
 from edgeprune.sampling.together import batches_together, row_bytes, rows_together, sample_bytes
@@ -466,7 +466,7 @@ def encode_images(pipe: Any, images: torch.Tensor) -> torch.Tensor:
     vae, scale = pipe.vae, scale_of(pipe.vae)
     for image in images.split(1):
         x = image.to(vae.device, vae.dtype) / 127.5 - 1
-        parts.append(scale.from_vae(vae.encode(x).latent_dist.mean.float()))
+        parts.append(scale.from_vae(encoded_mean(vae, x).float()))
     return torch.cat(parts)
 
 
@@ -477,7 +477,7 @@ def decode(pipe: Any, latents: torch.Tensor) -> NDArray[np.uint8]:
         pipe.make_room(*(side * pipe.vae_scale_factor for side in latents.shape[-2:]))
     images = []
     for scaled in scale_of(pipe.vae).to_vae(latents).split(1):
-        pixels = pipe.vae.decode(scaled.to(pipe.vae.dtype)).sample.float()
+        pixels = decoded(pipe.vae, scaled.to(pipe.vae.dtype)).float()
         images.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(images)
 

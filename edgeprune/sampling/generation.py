@@ -18,6 +18,7 @@ from edgeprune.common.fields import LARGEST, shown
 from edgeprune.common.files import read_json, write_json
 from edgeprune.families import Architecture, Config, family_of
 from edgeprune.families.architecture import Hints, config_number
+from edgeprune.families.parts import vae_widths
 from edgeprune.sampling.scheduler_classes import solver_of
 from edgeprune.sampling.solvers import EULER, SOLVERS
 
@@ -29,8 +30,6 @@ rows of 1357 tokens took a block of width 1216 1.33 s each, a row alone 1.28 s. 
 call, see `rows_together`."""
 _MOST_AT_ONCE = 64
 """Limit for smaller images, whose text has more tokens than the image."""
-_MOST_HALVINGS = 8
-"""Limit on how often a VAE halves the image's sides; today's VAEs do so three times."""
 
 
 @dataclass(frozen=True)
@@ -306,13 +305,6 @@ def latent_factor(vae: Config, where: object) -> int:
     """Return the image pixels per side of a latent pixel, from a VAE's config.
 
     Raises:
-        InputError: `block_out_channels` is missing or invalid.
+        InputError: the field with its widths is missing or invalid.
     """
-    widths = vae.get("block_out_channels")
-    if (
-        not isinstance(widths, list)
-        or not 1 <= len(widths) <= _MOST_HALVINGS
-        or not all(type(width) is int and 1 <= width <= LARGEST for width in widths)
-    ):
-        raise InputError(f"{where}: block_out_channels: found {shown(widths)}, expected a list of widths")
-    return int(2 ** (len(widths) - 1))
+    return int(2 ** (len(vae_widths(vae, where)) - 1))

@@ -2,6 +2,7 @@
 
 SD3 and FLUX.1 have a scaling and a shift factor in the VAE's config. FLUX.2's VAE has a batch norm, whose statistics
 normalise each channel of two by two latent pixels packed together; an export writes them to its VAE's config.
+Qwen-Image's VAE has statistics of each channel in its config.
 
 Latents are numpy arrays or torch tensors (B, C, h, w).
 """
@@ -18,8 +19,10 @@ from numpy.typing import NDArray
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import real_number, shown
-from edgeprune.families.parts import VAE_FLUX2
+from edgeprune.families.parts import VAE_FLUX2, VAE_QWEN_IMAGE
+from edgeprune.families.vae_qwen_image import statistics
 
+Array = NDArray[np.float32]
 Latents = Any
 """A numpy array or a torch tensor (B, C, h, w)."""
 MEAN, STD = "batch_norm_mean", "batch_norm_std"
@@ -86,7 +89,34 @@ def scale_of(vae: Any) -> Scale:
     """Return the scale of a loaded VAE of diffusers; statistics are float32 tensors where its weights are."""
     if hasattr(vae, "bn"):
         return Statistics(vae.bn.running_mean.float(), (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt())
+    if type(vae).__name__ == VAE_QWEN_IMAGE:
+        like = vae.post_quant_conv.bias.float()
+        return Statistics(*(like.new_tensor(values) for values in by_channel(vae.config)))
     return factors(vae.config)
+
+
+def decoded(vae: Any, latents: Any) -> Any:
+    """Return what a loaded VAE makes of its latents (B, C, h, w): images (B, 3, H, W); of a VAE of videos, one frame."""
+    if type(vae).__name__ == VAE_QWEN_IMAGE:
+        return vae.decode(latents[:, :, None]).sample[:, :, 0]
+    return vae.decode(latents).sample
+
+
+def encoded_mean(vae: Any, images: Any) -> Any:
+    """Return the mean of the latents (B, C, h, w) that a loaded VAE encodes images (B, 3, H, W) to."""
+    if type(vae).__name__ == VAE_QWEN_IMAGE:
+        return vae.encode(images[:, :, None]).latent_dist.mean[:, :, 0]
+    return vae.encode(images).latent_dist.mean
+
+
+def by_channel(vae: Mapping[str, Any], where: object = "vae/config.json") -> tuple[Array, Array]:
+    """Return mean and deviation of each packed channel from a config that has those of each channel.
+
+    Raises:
+        InputError: they are not one number for each channel.
+    """
+    mean, std = (np.repeat(np.asarray(values, np.float32), _PATCH**2) for values in statistics(vae, where))
+    return mean, std
 
 
 def exported_scale(vae: Mapping[str, Any], kind: str, where: object) -> Scale:
@@ -101,6 +131,8 @@ def exported_scale(vae: Mapping[str, Any], kind: str, where: object) -> Scale:
         InputError: as `factors`; or statistics are missing, are no numbers, or not one for each packed channel; or a
             standard deviation is not above 0.
     """
+    if kind == VAE_QWEN_IMAGE:
+        return Statistics(*by_channel(vae, where))
     if kind != VAE_FLUX2:
         return factors(vae, where)
     mean, std = (_numbers(vae, name, where) for name in (MEAN, STD))

@@ -1,4 +1,4 @@
-"""What the stage `encoders` has to know of the text encoders that it rounds, T5 and Qwen3.
+"""What the stage `encoders` has to know of the text encoders that it rounds, T5 and Qwens.
 
 Notation: B prompts, M tokens, D width.
 """
@@ -19,7 +19,7 @@ from edgeprune.artefact.loading import empty_part
 from edgeprune.artefact.resolve import read_config
 from edgeprune.export.language_model import run_layer, score_bias, speeds_of, turns
 from edgeprune.export.modules import T5Encoder, position_bias, run_t5_block
-from edgeprune.families.encoders import QWEN3, T5, text_encoders
+from edgeprune.families.encoders import QWEN2_5_VL, QWEN3, T5, text_encoders
 from edgeprune.families.parts import is_read
 from edgeprune.quantization.precision import text_precision_of
 from edgeprune.quantization.text import WORDS
@@ -27,7 +27,7 @@ from edgeprune.quantization.text import WORDS
 LAYER = re.compile(r"(?:encoder\.block|model\.layers)\.(\d+)\.")
 """Begins the names of a layer's tensors, with its number."""
 _BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-_NORM = "encoder.final_layer_norm.weight"
+_NORM, _LANGUAGE_NORM = "encoder.final_layer_norm.weight", "model.norm.weight"
 
 
 class Layers(Protocol):
@@ -65,8 +65,7 @@ class Prompts:
     """Of the prompts (B, M)."""
     mask: torch.Tensor
     """(B, M), 1 at tokens and 0 at padding."""
-    states: tuple[int, ...]
-    """Of a language model, the hidden states that are read."""
+    encoder: RoundedEncoder
     device: torch.device
     """To compute on."""
 
@@ -104,9 +103,10 @@ class Qwen3Layers:
     outside: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, given: Prompts) -> None:
-        model = empty_part(given.folder, QWEN3, given.states).eval().requires_grad_(False)
+        states = given.encoder.states
+        model = empty_part(given.folder, given.encoder.kind, states).eval().requires_grad_(False)
         self.blocks: Sequence[Any] = model.model.layers
-        self.states = given.states
+        self.states = states
         self._angles = turns(speeds_of(model.config).to(given.device), given.ids.shape[1])
         self._bias = score_bias(given.mask.to(given.device))
 
@@ -119,7 +119,32 @@ class Qwen3Layers:
         return hidden
 
 
-KINDS: dict[str, type[T5Layers] | type[Qwen3Layers]] = {T5: T5Layers, QWEN3: Qwen3Layers}
+class Qwen2VLLayers:
+    """The layers of a Qwen2.5-VL, whose last state is normed; of the first tokens nothing is read."""
+
+    prefix, last, words = Qwen3Layers.prefix, Qwen3Layers.last, Qwen3Layers.words
+    outside = (_LANGUAGE_NORM,)
+
+    def __init__(self, given: Prompts) -> None:
+        self._layers = Qwen3Layers(given)
+        self.blocks, self.states = self._layers.blocks, (len(self._layers.blocks),)
+        self._unread, self._original = given.encoder.unread, given.original
+        self._norm = empty_part(given.folder, given.encoder.kind).model.norm
+
+    def run(self, block: Any, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
+        """See Layers."""
+        return self._layers.run(block, hidden, rows)
+
+    def said(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See Layers."""
+        self._norm.load_state_dict({"weight": self._original[_LANGUAGE_NORM].float()}, assign=True)
+        found: torch.Tensor = self._norm(hidden[:, self._unread :])
+        return found
+
+
+KINDS: dict[str, type[T5Layers] | type[Qwen3Layers] | type[Qwen2VLLayers]] = {
+    T5: T5Layers, QWEN3: Qwen3Layers, QWEN2_5_VL: Qwen2VLLayers,
+}  # fmt: skip
 """The layers of each class that is rounded."""
 
 
@@ -132,14 +157,18 @@ class RoundedEncoder:
     kind: str
     """Its class."""
     states: tuple[int, ...]
-    """Of a Qwen3, the hidden states that are read."""
+    """Of a language model, the hidden states that are read; none for its last one."""
+    unread: int = 0
+    """Of its chat, the first tokens that are not read."""
 
 
 def rounded_encoder(folder: Path) -> RoundedEncoder | None:
-    """Return a pipeline's T5 or Qwen3; None without one."""
+    """Return a pipeline's T5 or Qwen; None without one."""
     name, kind = next(((n, k) for n, k in text_encoders(folder).items() if k in KINDS), ("", ""))
-    states = {encoder.name: encoder.states for encoder in read_config(folder)[1].encoders}
-    return RoundedEncoder(name, kind, states.get(name, ())) if name else None
+    if not name:
+        return None
+    encoder = next(each for each in read_config(folder)[1].encoders if each.name == name)
+    return RoundedEncoder(name, kind, encoder.states, encoder.chat.unread if encoder.chat else 0)
 
 
 def chunks_of(original: StoredPart, encoder: RoundedEncoder, form: str, group_size: int) -> list[dict[str, int]]:

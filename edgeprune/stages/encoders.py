@@ -1,4 +1,4 @@
-"""The stage `encoders`: how a T5 or a Qwen3 is exported, and its INT4, beside the original in `text_encoder_3_int4/`.
+"""The stage `encoders`: how a T5 or a Qwen is exported, and its INT4, beside the original in `text_encoder_3_int4/`.
 
 Layers are rounded one after the other with error feedback, as the transformer's blocks are: prompts go through the
 original, and through what is rounded so far. Both embeddings then give the error. The same prompts also go through the
@@ -227,8 +227,8 @@ def _round(
 ) -> None:
     """Write all of the encoder in INT4; its config.json then has the errors of both forms."""
     folder, compute = ws.out / encoder.name, ws.original.compute
-    length = ws.generation.max_sequence_length
-    tokens = StagedPipeline(folder.parent, None, compute).tokens(encoder.name, prompts, length)
+    pipe = StagedPipeline(folder.parent, None, compute)
+    tokens = pipe.tokens(encoder.name, prompts, pipe.length(encoder.name, ws.generation.max_sequence_length))
     config = read_json(folder / "config.json")
     width = text_outputs(encoder.kind, config, folder / "config.json")[0]
     size = 3 * 4 * max(1, len(encoder.states)) * tokens[0].numel() * width
@@ -271,7 +271,7 @@ class _Rounder:
     ) -> None:
         self.original, self.spill, self.device, self.config = original, spill, device, config
         self.group_size, self.batches = group_size, -(-len(tokens[0]) // _AT_ONCE)
-        self.layers = KINDS[encoder.kind](Prompts(folder, original, *tokens, encoder.states, device))
+        self.layers = KINDS[encoder.kind](Prompts(folder, original, *tokens, encoder, device))
         self.blocks, self.last = self.layers.blocks, self.layers.last
         self._words: Tensors = {}
         self.chunks = chunks_of(original, encoder, TEXT_INT4, group_size)

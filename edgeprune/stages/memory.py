@@ -19,9 +19,9 @@ import torch
 from edgeprune.artefact.staged import TILE, can_stage
 from edgeprune.common.files import read_json
 from edgeprune.families import Shape
-from edgeprune.families.encoders import LONG, T5, text_encoders
-from edgeprune.families.parts import BY_ROW, is_read
-from edgeprune.planning.fit import stored_shapes, transformer_activations, vae_activations
+from edgeprune.families.encoders import LONG, QWEN2_5_VL, T5, text_encoders
+from edgeprune.families.parts import BY_ROW, text_config
+from edgeprune.planning.fit import read_shapes, stored_shapes, transformer_activations, vae_activations
 from edgeprune.quantization.feedback import moments_bytes
 from edgeprune.quantization.quantize import rounding_bytes
 from edgeprune.residency.compute import Compute, is_small
@@ -179,10 +179,11 @@ class Memory:
             states: of a language model, the hidden states that are read; the rest is not, and words by row.
         """
         parts, config = Counter[str](), read_json(folder / "config.json")
+        config = text_config(config) if kind == QWEN2_5_VL else config
         shapes = stored_shapes(folder)
-        for name, shape in shapes.items():
+        for name, shape in read_shapes(folder, kind, states).items():
             layer = _LAYER.search(name)
-            if is_read(kind, name, states) and name != BY_ROW:
+            if name != BY_ROW:
                 parts[layer[1] if layer else ""] += math.prod(shape)
         outside, computed = parts.pop("", 0), self._computed(sum(map(math.prod, shapes.values())))
         is_t5 = kind == T5

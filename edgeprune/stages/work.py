@@ -30,8 +30,8 @@ from edgeprune.common.progress import Progress
 from edgeprune.common.tables import duration
 from edgeprune.families import Config, Family
 from edgeprune.families.encoders import LONG, text_encoders
-from edgeprune.families.parts import BY_ROW, is_read
-from edgeprune.planning.fit import stored_shapes
+from edgeprune.families.parts import BY_ROW, vae_channels
+from edgeprune.planning.fit import read_shapes
 from edgeprune.quantization.int4 import round_int4
 from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.running import running
@@ -322,8 +322,8 @@ def _encoders(source: Path) -> list[tuple[str, int, int]]:
     """
     found, states = [], {encoder.name: encoder.states for encoder in read_config(source)[1].encoders}
     for name, kind in text_encoders(source).items():
-        shapes = stored_shapes(source / name).items()
-        read = {n: shape for n, shape in shapes if is_read(kind, n, states.get(name, ())) and n != BY_ROW}
+        shapes = read_shapes(source / name, kind, states.get(name, ())).items()
+        read = {tensor: shape for tensor, shape in shapes if tensor != BY_ROW}
         sizes = {tensor: math.prod(shape) for tensor, shape in read.items()}
         in_layers = sum(size for tensor, size in sizes.items() if "embed" not in tensor and "shared" not in tensor)
         found.append((kind, in_layers, sum(sizes.values())))
@@ -382,9 +382,10 @@ def _counted_flops(source: Path, height: int, width: int, encoder: bool) -> floa
     folder = source / "vae"
     config = read_json(folder / "config.json")
     model, factor = empty_part(folder, config["_class_name"]), latent_factor(config, folder / "config.json")
+    channels = vae_channels(config["_class_name"], config, folder / "config.json")[1]
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         if encoder:
-            model.encode(torch.zeros(1, 3, height, width))
+            encoded_mean(model, torch.zeros(1, 3, height, width))
         else:
-            model.decode(torch.zeros(1, model.config.latent_channels, height // factor, width // factor))
+            decoded(model, torch.zeros(1, channels, height // factor, width // factor))
     return float(counter.get_total_flops())

@@ -37,7 +37,7 @@ def test_streams_have_their_tokens(kind: str, features: str) -> None:
     tokens = {index: {name: tensor.shape[1] for name, tensor in streams.items()} for index, streams in found.items()}
     image = 64 // family.latents(teacher.config).patch ** 2
     both = {"image": image, "context": TOKENS}
-    joint = 4 if kind == "sd3" else 2  # the joint blocks that output both streams
+    joint = {"sd3": 4, "qwen-image": 5}.get(kind, 2)  # the joint blocks that output both streams
     assert all(tokens[index] == both for index in range(joint))
     if kind == "sd3":
         assert tokens[4] == {"image": image}  # the last block drops the context
