@@ -43,7 +43,7 @@ from edgeprune.common.version import VERSION
 from edgeprune.export import accepts
 from edgeprune.export.unfinished import MARK, Unfinished, is_whole
 from edgeprune.families.encoders import LONG, Chat, text_encoders, tokenizer_of
-from edgeprune.families.parts import VAE_FLUX2
+from edgeprune.families.parts import VAE_FLUX2, VAE_QWEN_IMAGE
 from edgeprune.planning.remainder import stock_config
 from edgeprune.quantization.precision import TEXT_HALF, TEXT_INT4, TEXT_INT4_WO8, TEXT_INT8
 from edgeprune.residency.model_files import weights_of
@@ -250,6 +250,8 @@ def _vae_config(folder: Path) -> dict[str, Any]:
         InputError: a tensor cannot be read, or a variance is below 0.
     """
     config = read_json(folder / "config.json")
+    if config.get("_class_name") == VAE_QWEN_IMAGE:
+        return config  # has them
     if config.get("_class_name") != VAE_FLUX2:
         return {"scaling_factor": 0.18215, "shift_factor": None} | config  # AutoencoderKL's defaults
     weights = part_weights(folder, VAE_FLUX2)

@@ -18,12 +18,13 @@ from edgeprune.artefact.loading import load_part
 from edgeprune.artefact.resolve import read_config
 from edgeprune.export import modules
 from edgeprune.export.folder import from_pretrained
+from edgeprune.export.frame_vae import FrameDecoder, OneFrame
 from edgeprune.export.language_model import LanguageModel
 from edgeprune.export.stored_qwen2_vl import StoredQwen2VL
 from edgeprune.export.stored_qwen3 import StoredQwen3
 from edgeprune.export.stored_t5 import StoredT5
 from edgeprune.families.encoders import LANGUAGE, QWEN3, T5
-from edgeprune.families.parts import VAES
+from edgeprune.families.parts import VAE_QWEN_IMAGE, VAES
 
 Load = Callable[[Path, str], Any]
 """Loads a network from its folder, given its class."""
@@ -80,5 +81,9 @@ def compared_encoder(artefact: Path, name: str, kind: str) -> Encoder:
 
 
 def vae_decoder(artefact: Path, load: Load) -> modules.VaeDecoder:
-    """Return the VAE's decoder in float32."""
-    return modules.widen(modules.VaeDecoder(load(artefact / "vae", read_config(artefact)[1].vae)))
+    """Return the VAE's decoder in float32; of a VAE of videos that of one frame, folded if it is what is written."""
+    kind = read_config(artefact)[1].vae
+    vae = load(artefact / "vae", kind)
+    if kind == VAE_QWEN_IMAGE:
+        vae = FrameDecoder(vae) if load is by_vendor else OneFrame(vae)
+    return modules.widen(modules.VaeDecoder(vae))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from edgeprune.families import Axes, family_of_model
+from edgeprune.families.parts import vae_widths
 from edgeprune.quantization.int4 import PackedLinear
 from edgeprune.sampling.denoising import Conditioning, network_inputs
 
@@ -269,7 +270,7 @@ def run_t5_block(block: Any, hidden: torch.Tensor, bias: torch.Tensor) -> torch.
 
 
 class VaeDecoder(nn.Module):
-    """AutoencoderKL's decoder. The caller applies the scaling and shift factors to the latents."""
+    """A VAE's decoder. The caller scales and shifts the latents."""
 
     inputs: Axes = {"latent_sample": {0: "batch_size", 2: "latent_height", 3: "latent_width"}}
 
@@ -277,7 +278,7 @@ class VaeDecoder(nn.Module):
         super().__init__()
         self.model = model
         self.config: Any = model.config
-        factor = 2 ** (len(self.config.block_out_channels) - 1)
+        factor = 2 ** (len(vae_widths(self.config)) - 1)
         # optimum evaluates the names of output axes, so they are expressions.
         self.outputs: Axes = {
             "sample": {0: "batch_size", 2: f"latent_height * {factor}", 3: f"latent_width * {factor}"}
@@ -290,7 +291,8 @@ class VaeDecoder(nn.Module):
     def example(self, *, batch: int, height: int, width: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """Return random latents of `height` by `width` latent pixels."""
         generator = torch.Generator().manual_seed(seed)
-        return {"latent_sample": torch.randn(batch, self.config.latent_channels, height, width, generator=generator)}
+        channels = self.config.get("z_dim") or self.config.latent_channels
+        return {"latent_sample": torch.randn(batch, channels, height, width, generator=generator)}
 
 
 def half_inputs(example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -60,9 +60,13 @@ class Regression:
         self.cross = torch.zeros(d, d, dtype=torch.float64)
 
     def add(self, stream: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Take in a stream (B, N, D) on the processor, and what the map should make of it."""
-        x = stream.flatten(0, 1).double()
-        y = wanted.flatten(0, 1).double() - x
+        """Take in a stream (B, N, D) on the processor, and what the map should make of it.
+
+        Rows of zeros are padding (`Network.run`), which no map has to know.
+        """
+        real = (stream != 0).any(-1)
+        x = stream[real].double()
+        y = wanted[real].double() - x
         self.count += len(x)
         self.sums += torch.stack([x.sum(0), y.sum(0)])
         self.inner += x.T @ x
@@ -160,13 +164,17 @@ def _fitted(ws: Workspace, plan: PrunePlan, new: int, whole: Side, left: Side) -
     maps = {name: StandIn(ws.family.width(ws.config), rank) for name in names}
     for name, one in maps.items():
         one.load_state_dict(sums[name].solve(rank))
-    left.streams.change(
-        lambda streams: streams | {s: maps[name](streams[s].float()).to(streams[s]) for s, name in map_of.items()}
-    )
+    left.streams.change(lambda streams: streams | {s: _mapped(maps[name], streams[s]) for s, name in map_of.items()})
     prefix = f"{ws.family.block_prefix(left.stored.model, new)}{STAND_IN}"
     return {
         f"{prefix}.{name}.{tensor}": value for name, one in maps.items() for tensor, value in one.state_dict().items()
     }
+
+
+def _mapped(stand_in: StandIn, stream: torch.Tensor) -> torch.Tensor:
+    """Return a stream after a map; padding, which is rows of zeros, stays padding."""
+    found = stand_in(stream.float()).to(stream)
+    return torch.where((stream != 0).any(-1, keepdim=True), found, 0.0)
 
 
 def prompts_of_fit(ws: Workspace) -> list[str]:

@@ -226,7 +226,7 @@ def test_in_turn_draws_the_same_as_at_once(source: Path) -> None:
 def test_every_stage_runs_and_the_compressed_model_draws(source: Path, tmp_path: Path) -> None:
     options = CompressOptions(
         analyze=AnalyzeOptions(count=2),
-        plan=PlanOptions("manual", blocks="2", components="1:mlp,3:attn,3:context_norm", stand_in="8"),
+        plan=PlanOptions("manual", blocks="2", components="1:mlp,3:attn,3:context_norm", stand_in=8),
         data=DataOptions("shapes", 8),
         distill=DistillOptions(steps=3, batch=2),
     )
