@@ -22,7 +22,7 @@ with needs("onnx"):
     import onnx
     from onnx import helper, numpy_helper
 
-_POINTWISE = {"Add", "Cast", "Div", "Mul", "Sigmoid", "Sub"}
+_POINTWISE = {"Add", "Cast", "Clip", "Div", "Max", "Mul", "Sigmoid", "Sqrt", "Sub"}
 _RESHAPING = {"Reshape", "Squeeze", "Unsqueeze"}
 _FLOAT = onnx.TensorProto.FLOAT
 
@@ -94,6 +94,8 @@ class OnnxStrips:
             pass
         elif kind in _POINTWISE:
             return Layer("pointwise", reads, made, weights)
+        elif kind == "ReduceSum" and attributes.get("keepdims", 1):
+            return Layer("reduce", reads[:1], made)
         elif kind == "Conv":
             rows = self._kinds[inputs[1]].shape[2]
             pads = attributes.get("pads", [0, 0, 0, 0])

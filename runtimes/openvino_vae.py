@@ -27,7 +27,9 @@ with needs("openvino"):
 if TYPE_CHECKING:
     from edgeprune.runtimes.openvino import OpenVinoFile
 
-_POINTWISE = {"Add", "Convert", "Divide", "Multiply", "Sigmoid", "Subtract", "Swish"}
+_POINTWISE = {
+    "Add", "Clamp", "Convert", "Divide", "Maximum", "Multiply", "Power", "Sigmoid", "Sqrt", "Subtract", "Swish",
+}  # fmt: skip
 _RESHAPING = {"Reshape", "Squeeze", "Unsqueeze"}
 
 
@@ -111,6 +113,8 @@ class OpenVinoStrips:
         shape = node.get_output_shape(0)
         if kind in _POINTWISE:
             return Layer("pointwise", reads, made, weights)
+        if kind == "ReduceSum" and attributes["keep_dims"] and fixed[1]:
+            return Layer("reduce", reads[:1], made)
         if kind == "Convolution":
             rows = inputs[1].get_shape()[2]
             padding = attributes["pads_begin"][0], attributes["pads_end"][0]

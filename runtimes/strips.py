@@ -34,7 +34,7 @@ class Layer:
     """One operation. It reads values and weights, and makes one value."""
 
     kind: str
-    """`pointwise`, `conv`, `norm`, `upsample`, `reshape`, `transpose`, `softmax` or `matmul`."""
+    """`pointwise`, `reduce`, `conv`, `norm`, `upsample`, `reshape`, `transpose`, `softmax` or `matmul`."""
     reads: tuple[int | None, ...]
     """Values in the order of the operation's inputs; None is a weight."""
     makes: int
@@ -258,8 +258,12 @@ def _axis(network: Described, layer: Layer, axes: Mapping[int, int], counts: Map
     first, *rest = [v for v in layer.reads if v is not None]
     shape, before, axis = network.shapes[layer.makes], network.shapes[first], axes[first]
     if layer.kind == "pointwise":
-        if any(axes[v] != axis or network.shapes[v] != before for v in rest) or before != shape:
-            raise _refused("pointwise", "values of one shape")
+        if any(axes[v] != axis or not _spreads(network.shapes[v], shape, axis) for v in (first, *rest)):
+            raise _refused("pointwise", "values of one shape, or of one number in other axes than that of the rows")
+        return axis
+    if layer.kind == "reduce":
+        if len(shape) != len(before) or not _spreads(shape, before, axis):
+            raise _refused("reduce", "another axis than that of the rows")
         return axis
     if layer.kind in ("conv", "norm", "upsample"):
         if axis != 2 and layer.kind != "norm":
@@ -280,6 +284,12 @@ def _axis(network: Described, layer: Layer, axes: Mapping[int, int], counts: Map
     if layer.kind == "matmul":
         return _product_axis(layer, axes, network.shapes)
     raise InputError(f"{layer.kind}: an operation that cannot be computed in strips of rows")
+
+
+def _spreads(shape: Shape, to: Shape, axis: int) -> bool:
+    """Return whether a value has another one's shape, or one number where that has more, but not along its rows."""
+    sizes = zip(shape, to, strict=False)
+    return len(shape) == len(to) and all(a == b or (a == 1 and place != axis) for place, (a, b) in enumerate(sizes))
 
 
 def _product_axis(layer: Layer, axes: Mapping[int, int], shapes: Mapping[int, Shape]) -> int:

@@ -391,7 +391,8 @@ def tiny_qwen2_vl(vocab: int) -> Qwen2_5_VLForConditionalGeneration:
     torch.manual_seed(8)
     text = {
         "vocab_size": vocab, "hidden_size": QWEN_WIDTH, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": None,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+        "bos_token_id": None, "eos_token_id": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [1, 1, 2]},
     }  # fmt: skip
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": QWEN_WIDTH}

@@ -130,7 +130,7 @@ def tokenizer_of(encoder: str) -> str:
 
 
 def check_tokens(folder: Path, encoders: Iterable[Encoder], tokens: int) -> None:
-    """Check that `max_sequence_length` leaves T5 room for a word and its end token, and Qwens for their chat and a word.
+    """Check that `max_sequence_length` leaves T5 room for a word and its end token, and a Qwen for its chat and one.
 
     Args:
         folder: the pipeline's.

@@ -100,8 +100,10 @@ def part_shapes(kind: str, config: Config, where: object) -> dict[str, Shape] | 
     Raises:
         InputError: a field has the wrong type, is out of range, or asks for layers that no such network has.
     """
-    tables = {CLIP: _clip, CLIP_POOLED: _clip, T5: _t5, QWEN3: _qwen3, QWEN2_5_VL: _qwen2_5_vl, VAE: _vae, VAE_FLUX2: _vae_flux2}
-    tables[VAE_QWEN_IMAGE] = vae_qwen_image.shapes
+    tables = {
+        CLIP: _clip, CLIP_POOLED: _clip, T5: _t5, QWEN3: _qwen3, QWEN2_5_VL: _qwen2_5_vl,
+        VAE: _vae, VAE_FLUX2: _vae_flux2, VAE_QWEN_IMAGE: vae_qwen_image.shapes,
+    }  # fmt: skip
     if kind not in tables:
         return None
     shapes = tables[kind](config, where)

@@ -303,15 +303,15 @@ class QwenImage:
         Raises:
             InputError: a text is longer than QwenImagePipeline takes.
         """
-        if text.shape[1] > _MOST_TEXT:
-            raise InputError(f"max_sequence_length: found a text of {text.shape[1]} tokens, expected up to {_MOST_TEXT}")
+        if (tokens := text.shape[1]) > _MOST_TEXT:
+            raise InputError(f"max_sequence_length: found a text of {tokens} tokens, expected up to {_MOST_TEXT}")
         grid = packing.grid_of(latents)
         return {
             "hidden_states": packing.pack(latents),
             "encoder_hidden_states": text,
             "timestep": sigma,
             "img_ids": _ids(*grid),
-            "txt_ids": _text_ids(max(grid) // 2, text.shape[1]),
+            "txt_ids": _text_ids(max(grid) // 2, tokens),
         }
 
     def call(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

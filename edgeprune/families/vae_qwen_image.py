@@ -29,7 +29,7 @@ def level_widths(config: Mapping[str, Any], where: object) -> list[int]:
     """
     config = _DEFAULTS | dict(config)
     base, factors = whole_number(config, "base_dim", where), config["dim_mult"]
-    whole = isinstance(factors, list) and all(type(n) is int and 1 <= n and n * base <= LARGEST for n in factors)
+    whole = isinstance(factors, list) and all(type(n) is int and n >= 1 and n * base <= LARGEST for n in factors)
     if not whole or not 1 <= len(factors) <= MOST_LEVELS:
         raise InputError(f"{where}: dim_mult: found {shown(factors)}, expected a list of factors of base_dim")
     return [base * factor for factor in factors]

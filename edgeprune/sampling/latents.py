@@ -96,7 +96,7 @@ def scale_of(vae: Any) -> Scale:
 
 
 def decoded(vae: Any, latents: Any) -> Any:
-    """Return what a loaded VAE makes of its latents (B, C, h, w): images (B, 3, H, W); of a VAE of videos, one frame."""
+    """Return the images (B, 3, H, W) that a loaded VAE makes of its latents (B, C, h, w); of one of videos, a frame."""
     if type(vae).__name__ == VAE_QWEN_IMAGE:
         return vae.decode(latents[:, :, None]).sample[:, :, 0]
     return vae.decode(latents).sample

@@ -39,6 +39,7 @@ from edgeprune.residency.stored import StoredTransformer
 from edgeprune.residency.streaming import is_streamed
 from edgeprune.sampling.denoising import VelocityInputs, evaluate, network_inputs
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
+from edgeprune.sampling.latents import decoded, encoded_mean
 from edgeprune.stages.costs import evaluation_seconds, evaluations_by_step, matmul_flops_per_s, sample
 
 ROUNDING = 3.0

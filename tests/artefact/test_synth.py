@@ -34,6 +34,7 @@ TRANSFORMERS = {
     "sd3.5-large": 8_056_627_520, "sd3.5-large-turbo": 8_056_627_520, "sd3.5-medium": 2_243_171_520,
     "flux.1-dev": 11_901_408_320, "flux.1-schnell": 11_891_178_560,
     "flux.2-klein-4b": 3_875_544_576, "flux.2-klein-base-4b": 3_875_544_576, "z-image-turbo": 6_154_908_736,
+    "qwen-image": 20_430_401_088,
 }  # fmt: skip
 KLEIN = ("flux.2-klein-4b", "flux.2-klein-base-4b")
 SMALL_TEXT = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32, "num_hidden_layers": 2}
@@ -46,6 +47,14 @@ SMALL: dict[str, dict[str, Any]] = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 36, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 16,
     },
+    "qwen2.5-vl-7b-text": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "vision_config": {
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+        },
+    },
+    "vae-qwen-image": {"base_dim": 8, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1},
     "vae-sd3.5": {"block_out_channels": [16, 16, 16, 32], "norm_num_groups": 8, "layers_per_block": 1},
     "vae-flux.1": {"block_out_channels": [16, 16, 16, 32], "norm_num_groups": 8, "layers_per_block": 1},
     "vae-flux.2": {"block_out_channels": [16, 16, 16, 32], "norm_num_groups": 8, "layers_per_block": 1},
@@ -66,6 +75,10 @@ FEW_BLOCKS: dict[str, dict[str, Any]] = {
     "z-image-turbo": {
         "n_layers": 1, "n_refiner_layers": 1, "dim": 64, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [8, 12, 12],
         "cap_feat_dim": 32,
+    },
+    "qwen-image": {
+        "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": [8, 12, 12],
+        "joint_attention_dim": 32,
     },
 }  # fmt: skip
 
@@ -116,10 +129,11 @@ def test_the_facts_are_those_of_the_model_cards() -> None:
     for name, pipeline in published.pipelines().items():
         card, settings = cards[name], pipeline.generation
         steps = card.get("evaluations", card["steps"])  # Z-Image's card says 9 of a diffusers whose last did nothing
-        assert (settings["num_inference_steps"], settings["guidance_scale"]) == (steps, card["guidance"])
+        scale = card["guidance"] if "guidance" in card else card["true_cfg"]
+        assert (settings["num_inference_steps"], settings["guidance_scale"]) == (steps, scale)
         assert (settings["height"], settings["max_sequence_length"]) == (card["size"], card["max_sequence_length"])
         assert pipeline.scheduler.items() >= card.get("dynamic_shifting", {}).items()
-        assert pipeline.scheduler["shift"] == card.get("shift", 3.0)
+        assert pipeline.scheduler["shift"] == card.get("shift", 1.0 if "true_cfg" in card else 3.0)
         assert pipeline.index.get("is_distilled") == card.get("is_distilled")
         encoders = {n.replace("-pooled", " pooled") for f, n in pipeline.networks.items() if f != "vae"}
         assert encoders == set(card["encoders"])
@@ -171,6 +185,18 @@ def test_klein_encodes_a_prompt(tmp_path: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     images = pipe(prompt="a red fox", num_inference_steps=1, height=64, width=64, output_type="pt").images
     assert images.isfinite().all()
+
+
+@pytest.mark.parametrize("tiny_encoders", [False, True])
+@pytest.mark.usefixtures("scaled_down")
+def test_qwen_image_draws(tmp_path: Path, tiny_encoders: bool) -> None:
+    """Also what is drawn depends on the prompt, of which an instruction leaves enough tokens."""
+    synth.synth("qwen-image", tmp_path / "m", tiny_encoders=tiny_encoders)
+    check_pipeline(tmp_path / "m")
+    pipe, tokens = edgeprune.load(tmp_path / "m"), Generation.load(tmp_path / "m").max_sequence_length
+    how = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "pt", "max_sequence_length": tokens}
+    fox, ring = (pipe(prompt=text, latents=torch.ones(1, 16, 64), **how).images for text in ("a red fox", "a ring"))
+    assert fox.isfinite().all() and fox.std() > 0.02 and not torch.equal(fox, ring)
 
 
 @pytest.mark.parametrize("tiny_encoders", [False, True])

@@ -1,4 +1,4 @@
-"""Qwen-Image: what the tests over tiny.KINDS do not cover, and from a diffusers folder to images, which are diffusers'."""
+"""Qwen-Image: what the tests over tiny.KINDS do not cover, and from a folder to images, which are diffusers'."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from edgeprune.sampling.denoising import (
     velocity,
 )
 from edgeprune.sampling.generation import Generation, hints_of
-from edgeprune.stages import encoders
+from edgeprune.stages import encoders, work
 from edgeprune.stages.compress import compress
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
 from edgeprune.stages.workspace import STAGES, Workspace
@@ -238,6 +238,14 @@ def test_every_stage_runs_and_the_compressed_model_draws(source: Path, tmp_path:
     assert encoders.run(again, "half", 64) and Manifest.load(ws.out).encoders == "half"
     with runtimes.load(ws.out) as model:
         assert np.asarray(model.generate(PROMPTS[0])[0]).std() > 5
+
+
+def test_the_work_of_all_parts_is_counted(source: Path) -> None:
+    """That of the VAE by running it without data."""
+    config = json.loads((source / "transformer" / "config.json").read_text())
+    subject = work.Subject(source, family_of(config), config, Generation.load(source))
+    assert work.drawing(subject, 2).flops > work.encoding(subject, 3).flops > 0
+    assert work.reading(subject, 2).flops > work.encoding(subject, 3).flops
 
 
 def edited(source: Path, out: Path, file: str, **fields: Any) -> Path:

@@ -56,7 +56,7 @@ def exported(artefact: Path, out: Path) -> dict[str, Path]:
     path.parent.mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vendors' deprecations
-        vae = loaders.vae_decoder(artefact, loaders.by_name)
+        vae = loaders.vae_decoder(artefact, loaders.by_vendor)
         traced = graph.to_ir(vae, vae.example(batch=2, height=4, width=6), vae.inputs, vae.outputs)
         to_onnx.save("vae_decoder", traced, path)
         copy = Path(shutil.copytree(path.parent, path.parents[1] / "onnx")) / path.name
@@ -160,6 +160,19 @@ def test_flux2s_decoder_is_decoded(tmp_path: Path, small: Path, narrow: bool) ->
         latents = noise(24, 6)
         for limit in (least_of((runtime, path), 24, 6), PLENTY):
             assert apart(strips((runtime, path), latents, limit), whole((runtime, path), latents)) < 2e-5
+
+
+def test_qwen_images_decoder_is_decoded(tmp_path: Path, small: Path) -> None:
+    """Its norms are of each pixel's channels."""
+    import tiny
+
+    tiny.tiny_qwen_image_pipeline(tmp_path / "qwen-image")
+    for runtime, path in exported(tmp_path / "qwen-image", tmp_path).items():
+        for latents in (noise(24, 6), noise(3, 5)):
+            for limit in (least_of((runtime, path), *latents.shape[2:]), PLENTY):
+                assert apart(strips((runtime, path), latents, limit), whole((runtime, path), latents)) < 2e-5
+        plan = file_of(runtime, path).strips((1, 8, 24, 6)).plan
+        assert len(plan.segments) > 3 and least_of((runtime, path), 64, 64) < least_of((runtime, path), 128, 128)
 
 
 def test_the_disk_takes_what_was_forecast(decoder: Decoder, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

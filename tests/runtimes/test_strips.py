@@ -153,6 +153,12 @@ def test_upsampling_begins_a_segment_and_doubles_the_rows() -> None:
             "conv: .* rows in axis 2",
         ),
         ([Layer("pointwise", (0,), 1)], {1: (1, 4, 6, 1)}, "pointwise: .* values of one shape"),
+        ([Layer("reduce", (0,), 1)], {1: (1, 4, 1, 5)}, "reduce: .* another axis than that of the rows"),
+        (
+            [Layer("reduce", (0,), 1), Layer("pointwise", (0, 1), 2)],
+            {1: (1, 1, 6, 5), 2: (1, 1, 6, 5)},
+            "pointwise: .* of one number in other axes",
+        ),
         ([Layer("unheard-of", (0,), 1)], {}, "unheard-of: an operation that cannot be computed in strips"),
         ([Layer("norm", (0,), 1, norm=NORM)], {0: (1, 8, 6, 5), 1: (1, 8, 6, 5)}, "norm: .* channels in axis 1"),
     ],

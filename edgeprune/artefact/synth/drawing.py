@@ -36,6 +36,8 @@ def draw(name: str, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> torch.
     if len(shape) == 1:
         values = torch.randn(shape, generator=generator) * 0.05
         return (values + float(name.endswith((".weight", ".running_var")))).to(dtype)
+    if name.endswith(".gamma"):  # a norm's, with an axis for each of the image
+        return (1 + torch.randn(shape, generator=generator) * 0.05).to(dtype)
     rows, inputs = shape[0], math.prod(shape[1:])
     size = 1.0 if _LOOKED_UP.fullmatch(name) else inputs**-0.5
     if _T5_QUERY.fullmatch(name):

@@ -17,7 +17,7 @@ from edgeprune.common.files import need_space
 from edgeprune.common.progress import Progress
 from edgeprune.common.tensors import Tensors
 from edgeprune.families import Config, Family, Shape
-from edgeprune.families.encoders import QWEN3
+from edgeprune.families.encoders import LANGUAGE
 from edgeprune.families.parts import VAE_FLUX2, part_shapes
 from edgeprune.families.published import PublishedNetwork, PublishedPipeline, networks
 from edgeprune.residency.shards import Speed, group_into_shards
@@ -91,7 +91,7 @@ def _network(folder: str, kind: str, published: PublishedNetwork, text_dtype: st
     config = published.config | ({} if is_vae else {"torch_dtype": text_dtype})
     shapes = part_shapes(kind, config, folder)
     assert shapes is not None  # every published network has a table
-    if kind in (QWEN3, VAE_FLUX2):  # their tables lack what edgeprune does not read, and vendors' loaders do
+    if kind in (*LANGUAGE, VAE_FLUX2):  # their tables lack what edgeprune does not read, and vendors' loaders do
         shapes = _shapes_of_class(kind, config)
     pieces = _pieces([shapes])
     return RandomNetwork(folder, config, pieces, lambda n, s: draw(n, s, dtype), FILE if is_vae else TEXT_FILE)

@@ -14,14 +14,16 @@ from edgeprune.artefact.loading import quiet
 from edgeprune.artefact.synth import tokenizers
 from edgeprune.common.files import read_json, write_json
 from edgeprune.families import Config, Family
-from edgeprune.families.encoders import CLIP, LONG, QWEN3, T5, tokenizer_of
-from edgeprune.families.parts import VAE_FLUX2
+from edgeprune.families.encoders import CLIP, LANGUAGE, LONG, QWEN3, T5, tokenizer_of
+from edgeprune.families.parts import VAE_FLUX2, VAE_QWEN_IMAGE
 from edgeprune.sampling.generation import Generation
 
 TOKENS = 77
 """Number of text tokens of every prompt."""
 _QWEN_WORDS = 1200
 """Tokens of a tiny Qwen: bytes, and pairs of letters, without which its chat would fill a prompt."""
+_MORE_TOKENS = 64
+"""Number of more text tokens where there is an instruction before a prompt, of which tiny words make many."""
 
 
 def write_companions(family: Family, config: Config, out: Path, index: Mapping[str, Any]) -> None:
@@ -51,10 +53,11 @@ def write_companions(family: Family, config: Config, out: Path, index: Mapping[s
             parts |= {encoder.name: None, tokenizer: None}
         elif encoder.kind == T5:
             parts |= {encoder.name: _t5(hidden), tokenizer: _t5_tokenizer(out / "tokenizer.tmp")}
-        elif encoder.kind == QWEN3:
+        elif encoder.kind in LANGUAGE:
             tokenizers.write_qwen(out / "tokenizer.tmp", words=_QWEN_WORDS)
             words = transformers.Qwen2TokenizerFast.from_pretrained(out / "tokenizer.tmp")
-            parts |= {encoder.name: _qwen3(hidden, encoder.states), tokenizer: words}
+            model = _qwen3(hidden, encoder.states) if encoder.kind == QWEN3 else _qwen2_vl(hidden)
+            parts |= {encoder.name: model, tokenizer: words}
         else:
             width = pooled // max(1, clips)
             clip = _clip(encoder.kind, width, min(64, hidden // max(1, clips)))
@@ -64,6 +67,7 @@ def write_companions(family: Family, config: Config, out: Path, index: Mapping[s
     with quiet():
         pipeline.to(torch.float16).save_pretrained(out)
     sequence = TOKENS if any(e.kind in LONG and not e.optional for e in family.encoders) else 0
+    sequence += _MORE_TOKENS if any(e.chat and e.chat.unread for e in family.encoders) else 0
     Generation(num_inference_steps=4, guidance_scale=0.0, height=512, width=512, max_sequence_length=sequence).save(out)
     written = read_json(out / "model_index.json")
     write_json(out / "model_index.json", written | {"transformer": ["diffusers", config["_class_name"]]})
@@ -73,6 +77,11 @@ def _vae(kind: str, channels: int) -> Any:
     """Return a VAE of a class; `channels` is that of the latents."""
     import diffusers
 
+    if kind == VAE_QWEN_IMAGE:
+        numbers = {"latents_mean": [0.1] * channels, "latents_std": [1.5] * channels}
+        return diffusers.AutoencoderKLQwenImage(
+            base_dim=16, z_dim=channels, dim_mult=[1, 1, 2, 2], num_res_blocks=1, **numbers
+        )
     more = {} if kind == VAE_FLUX2 else {"scaling_factor": 1.5, "shift_factor": 0.1}
     return getattr(diffusers, kind)(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -145,3 +154,16 @@ def _qwen3(width: int, states: Sequence[int]) -> Any:
         tie_word_embeddings=True,
     )  # fmt: skip
     return Qwen3ForCausalLM(config).eval()
+
+
+def _qwen2_vl(width: int) -> Any:
+    """Return a one-layer Qwen2.5-VL without layers of vision; `width` is that of the transformer's text."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "vocab_size": _QWEN_WORDS, "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [width // 4, 0, 0]},
+    }  # fmt: skip
+    vision = {"depth": 0, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
