@@ -58,6 +58,7 @@ _MODULATION = re.compile(r"(transformer_blocks\.\d+\.(img|txt)_mod\.1|norm_out\.
 _MLP_RATIO, _SINES = 4, 256
 _MOST_TEXT, _POSITIONS = 1024, 4096
 """Most tokens of a prompt in QwenImagePipeline, and positions of an axis on each side of an image's middle."""
+_FIFTY_STEPS = {"num_inference_steps": 50, "guidance_scale": 4.0}
 _OTHER_MODELS = {
     "guidance_embeds": "a model that takes guidance", "zero_cond_t": "Edit", "use_additional_t_cond": "Layered",
     "use_layer3d_rope": "Layered",
@@ -205,10 +206,9 @@ class QwenImage:
 
     def defaults(self, config: Config, hints: Hints) -> dict[str, Any]:
         """Return the settings of the model card; of a model whose name says so, few steps without guidance."""
-        text = {"max_sequence_length": 512}
-        if hints.few_steps is None or hints.dedistilled:
-            return {"num_inference_steps": 50, "guidance_scale": 4.0, "height": 1328, "width": 1328} | text
-        return {"num_inference_steps": hints.few_steps or 8, "guidance_scale": 1.0} | text
+        few = hints.few_steps is not None and not hints.dedistilled
+        sampled = {"num_inference_steps": hints.few_steps or 8, "guidance_scale": 1.0} if few else _FIFTY_STEPS
+        return {**sampled, "height": 1328, "width": 1328, "max_sequence_length": 512}
 
     def takes_guidance(self, config: Config) -> bool:
         """Report no: the model is guided by a second evaluation."""
