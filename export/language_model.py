@@ -43,6 +43,7 @@ class LanguageModel(LayeredEncoder):
     def __init__(self, model: Any, states: Sequence[int], *, padding: bool = True) -> None:
         super().__init__(model)
         self.states, self.padding = tuple(states), padding
+        self.norm = "" if self.states else "norm"
         names = [f"hidden_states.{state}" for state in self.states] or [_LAST]
         self.outputs: Axes = dict.fromkeys(names, _SEQUENCE)
         self.register_buffer(SPEEDS, speeds_of(self.config))
@@ -55,7 +56,7 @@ class LanguageModel(LayeredEncoder):
         for index, layer in enumerate(self.layers):
             hidden = self.run(layer, hidden, *around)
             found[index + 1] = hidden
-        read = [found[state] for state in self.states] or [self.inner.norm(hidden)]
+        read = [found[state] for state in self.states] or [getattr(self.inner, self.norm)(hidden)]
         return tuple(self.as_read(state, attention_mask) for state in read)
 
     def as_read(self, state: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:

@@ -128,7 +128,7 @@ class LayeredEncoder(nn.Module, ABC):
 
     stack: ClassVar[str]
     """Where the model has its layers; beside them it has `embed_tokens`."""
-    norm: ClassVar[str] = ""
+    norm: str = ""
     """What is beside the layers and norms what is returned."""
     shared: ClassVar[str]
     """The name of the buffer that all layers need for positions."""

@@ -94,7 +94,10 @@ class Network(Protocol):
         modulation: torch.Tensor,
         positions: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run one block and return both streams; the text stream is None if it ends in this block."""
+        """Run one block and return both streams; the text stream is None if it ends in this block.
+
+        Rows of zeros in the text stream may be padding, and are then returned as such.
+        """
 
     def grid(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         """Return height and width in tokens; empty if `unembed` does not need them."""

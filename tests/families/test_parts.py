@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -18,8 +20,8 @@ from transformers import (
 )
 
 from edgeprune.common.errors import InputError
-from edgeprune.families.encoders import CLIP, CLIP_POOLED, QWEN3, T5
-from edgeprune.families.parts import VAE, VAE_FLUX2, part_shapes, tensor_of, text_outputs
+from edgeprune.families.encoders import CLIP, CLIP_POOLED, QWEN2_5_VL, QWEN3, T5
+from edgeprune.families.parts import VAE, VAE_FLUX2, VAE_QWEN_IMAGE, part_shapes, tensor_of, text_outputs, vae_widths
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 WIDTHS: dict[str, Any] = {
@@ -34,6 +36,10 @@ NETWORKS = {
     "t5-gated": (T5, T5EncoderModel, T5Config, {"feed_forward_proj": "gated-gelu", "num_heads": 9}),
     "qwen3": (QWEN3, Qwen3ForCausalLM, Qwen3Config, SMALL | {"num_key_value_heads": 1, "head_dim": 24}),
     "qwen3-default": (QWEN3, Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True}),
+    "qwen2-vl": (QWEN2_5_VL, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, SMALL | {"num_key_value_heads": 1}),
+    "qwen2-vl-apart": (QWEN2_5_VL, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, {
+        "text_config": SMALL | {"num_key_value_heads": 1, "num_hidden_layers": 2},
+    }),
     "vae": (VAE, AutoencoderKL, None, WIDTHS),
     "vae-16": (VAE, AutoencoderKL, None, WIDTHS | {
         "layers_per_block": 2, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False,
@@ -45,6 +51,10 @@ NETWORKS = {
     "vae-flux2-small-decoder": (VAE_FLUX2, AutoencoderKLFlux2, None, {
         "decoder_block_out_channels": [96, 192, 384, 384], "sample_size": [512, 512],
     }),
+    "vae-qwen-image": (VAE_QWEN_IMAGE, AutoencoderKLQwenImage, None, {
+        "base_dim": 8, "dim_mult": [1, 2, 3], "num_res_blocks": 1, "temperal_downsample": [True, False], "z_dim": 4,
+    }),
+    "vae-qwen-image-default": (VAE_QWEN_IMAGE, AutoencoderKLQwenImage, None, {}),
 }  # fmt: skip
 
 
@@ -75,6 +85,9 @@ def test_names_that_differ_between_files_of_one_model() -> None:
         (T5, "decoder.block.0.layer.0.SelfAttention.q.weight"),
         (T5, "lm_head.weight"),
         (QWEN3, "lm_head.weight"),
+        (QWEN2_5_VL, "lm_head.weight"),
+        (QWEN2_5_VL, "visual.blocks.0.attn.qkv.weight"),
+        (QWEN2_5_VL, "model.visual.patch_embed.proj.weight"),
         (VAE_FLUX2, "bn.num_batches_tracked"),
     ],
 )
@@ -87,11 +100,27 @@ def test_tensors_with_scales_are_no_rest() -> None:
         assert name in {tensor_of(kind, name) for kind in (CLIP, T5)}
 
 
+def test_the_language_model_has_two_names() -> None:
+    old, new = "model.layers.3.self_attn.q_proj.bias", "model.language_model.layers.3.self_attn.q_proj.bias"
+    assert tensor_of(QWEN2_5_VL, old) == tensor_of(QWEN2_5_VL, new) == old
+
+
+def test_widths_of_a_vae() -> None:
+    assert vae_widths({"block_out_channels": [8, 16]}) == [8, 16]
+    assert vae_widths({"_class_name": VAE_QWEN_IMAGE, "base_dim": 8}) == [8, 16, 32, 32]
+    for config in ({}, {"block_out_channels": [8] * 9}):
+        with pytest.raises(InputError, match="block_out_channels: found .*expected a list of widths"):
+            vae_widths(config)
+
+
 def test_widths_of_text() -> None:
     assert text_outputs(CLIP, SMALL | {"projection_dim": 24}, "x") == (32, 24)
     assert text_outputs(CLIP_POOLED, SMALL | {"projection_dim": 24}, "x") == (32, 32)
     assert text_outputs(T5, {"d_model": 40}, "x") == (40, 0)
     assert text_outputs(QWEN3, {"hidden_size": 40}, "x") == (40, 0)
+    assert text_outputs(QWEN2_5_VL, {"hidden_size": 40}, "x") == (40, 0)
+    assert text_outputs(QWEN2_5_VL, {"hidden_size": 8, "text_config": {"hidden_size": 40}}, "x") == (40, 0)
+    assert text_outputs(QWEN2_5_VL, {}, "x") == (8192, 0)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +128,11 @@ def test_widths_of_text() -> None:
     [
         (CLIP, {"hidden_size": "wide"}, "c: hidden_size: found 'wide', expected a whole number"),
         (T5, {"num_layers": 10**9}, "c: num_layers: found 1000000000"),
+        (QWEN2_5_VL, SMALL | {"rope_scaling": {"type": "yarn"}}, "c: rope_scaling: found .*expected the type 'mrope'"),
+        (QWEN2_5_VL, SMALL | {"num_attention_heads": 3}, "c: num_attention_heads: found 3, expected a divisor of hid"),
         (VAE, {"block_out_channels": []}, r"c: block_out_channels: found \[\]"),
+        (VAE_QWEN_IMAGE, {"dim_mult": [0]}, r"c: dim_mult: found \[0\], expected a list of factors"),
+        (VAE_QWEN_IMAGE, {"input_channels": 4}, "c: input_channels: found 4, expected 3"),
         (VAE, {"down_block_types": ["AttnDownEncoderBlock2D"]}, "c: down_block_types: found .*1 times DownEncoder"),
     ],
 )
