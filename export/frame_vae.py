@@ -102,7 +102,7 @@ class FrameAttention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         query, key, value = (layer(tokens)[:, None] for layer in (self.to_q, self.to_k, self.to_v))
         out = self.proj(F.scaled_dot_product_attention(query, key, value)[:, 0])
-        return x + out.transpose(1, 2).reshape(x.shape)
+        return x + cast("torch.Tensor", out).transpose(1, 2).reshape(x.shape)
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:

@@ -168,7 +168,7 @@ class StoredEncoder(ABC, Generic[M]):
         )
         for vendors, tensor in first.state_dict().items():
             name = tensor_of(self.kind, vendors)
-            if name in self._shapes and not tensor.equal(self._original(name).to(tensor.dtype)):
+            if name is not None and name in self._shapes and not tensor.equal(self._original(name).to(tensor.dtype)):
                 raise ParityError(
                     f"{self.folder.name}: {name}: found other numbers with transformers {transformers.__version__} "
                     "than in the file, expected equal; use another version of it"

@@ -309,7 +309,7 @@ class Velocity:
         if not guided:
             return velocity
         without, with_text = np.split(velocity, 2)
-        out: Array = self._family.guide(without, with_text, np.float32(self._scale))
+        out: Array = self._family.guide(without, with_text, self._scale)
         return out
 
 

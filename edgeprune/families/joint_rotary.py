@@ -6,7 +6,7 @@ Notation: B batch, N image tokens, M text tokens, S of these, H heads, F width o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -59,7 +59,7 @@ class RealJointAttention:
 def _heads(x: torch.Tensor, heads: int, norm: nn.Module | None) -> torch.Tensor:
     """Return (B, S, D) as (B, S, H, F), normed."""
     split = x.unflatten(-1, (heads, -1))
-    return split if norm is None else norm(split)
+    return split if norm is None else cast("torch.Tensor", norm(split))
 
 
 def _turned(x: torch.Tensor, angles: Sequence[torch.Tensor]) -> torch.Tensor:

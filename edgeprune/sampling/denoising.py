@@ -442,7 +442,8 @@ def denoise_all(
         velocities = evaluate_all(transformer, inputs(), spill=spill, keys=keys)
         for i, velocity in zip(todo, velocities, strict=True):
             if guided:
-                velocity = architecture.guide(*velocity.chunk(2), scale)
+                without, with_text = velocity.chunk(2)
+                velocity = architecture.guide(without, with_text, scale)
             at[i] = Reached(*solve(Step(sigmas, index, at[i].latents, velocity, at[i].past)))
             if spill is not None:
                 past = {f"past.{n}": tensor for n, tensor in enumerate(at[i].past)}

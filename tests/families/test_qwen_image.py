@@ -193,7 +193,7 @@ def test_guidance_is_the_same_in_numpy_and_keeps_the_norm_of_each_token() -> Non
     generator = torch.Generator().manual_seed(0)
     without, with_text = (torch.randn(2, 8, 6, 4, generator=generator) for _ in range(2))
     found = family.guide(without, with_text, 4.0)
-    numbers = family.guide(without.numpy(), with_text.numpy(), np.float32(4.0))
+    numbers = family.guide(without.numpy(), with_text.numpy(), 4.0)
     assert numbers.dtype == np.float32
     np.testing.assert_allclose(found.numpy(), numbers, rtol=1e-5)
     norms = [each.reshape(2, 8, 3, 2, 2, 2).square().sum((1, 3, 5)) for each in (found, with_text)]
