@@ -22,6 +22,10 @@ from torch import nn
 from torch.nn import functional as F
 
 
+_LEAST = 1e-24
+"""The square of the least length that diffusers divides by."""
+
+
 class FrameDecoder(nn.Module):
     """The decoder on latents (B, C, h, w). Takes the layers of a VAE over."""
 
@@ -83,7 +87,7 @@ class FrameNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C, h, w) to the same shape."""
         wide = x.float()
-        length = (wide * wide).sum(1, keepdim=True).sqrt().clamp_min(1e-12)
+        length = ((wide * wide).sum(1, keepdim=True) + _LEAST).sqrt()
         return (wide / length).type_as(x) * self.gamma
 
 

@@ -22,7 +22,7 @@ with needs("onnx"):
     import onnx
     from onnx import helper, numpy_helper
 
-_POINTWISE = {"Add", "Cast", "Clip", "Div", "Max", "Mul", "Sigmoid", "Sqrt", "Sub"}
+_POINTWISE = {"Add", "Cast", "Div", "Mul", "Sigmoid", "Sqrt", "Sub"}
 _RESHAPING = {"Reshape", "Squeeze", "Unsqueeze"}
 _FLOAT = onnx.TensorProto.FLOAT
 

@@ -27,9 +27,7 @@ with needs("openvino"):
 if TYPE_CHECKING:
     from edgeprune.runtimes.openvino import OpenVinoFile
 
-_POINTWISE = {
-    "Add", "Clamp", "Convert", "Divide", "Maximum", "Multiply", "Power", "Sigmoid", "Sqrt", "Subtract", "Swish",
-}  # fmt: skip
+_POINTWISE = {"Add", "Convert", "Divide", "Multiply", "Sigmoid", "Sqrt", "Subtract", "Swish"}
 _RESHAPING = {"Reshape", "Squeeze", "Unsqueeze"}
 
 

@@ -57,6 +57,7 @@ def test_the_files_hold_what_is_read_alone(folders: dict[str, Path]) -> None:
     shapes = {one.name: one.dims for graph in graphs.values() for one in graph.graph.initializer}
     assert max(map(len, shapes.values())) == 4
     assert not [name for name in shapes if "visual" in name or "lm_head" in name]
+    assert not [one.name for one in graphs["transformer"].graph.initializer if "_mod.1" in one.name]
 
 
 @pytest.mark.parametrize("name", ["ort", "openvino"])
