@@ -104,8 +104,8 @@ class FrameAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C, h, w) to the same shape."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)
-        query, key, value = (layer(tokens)[:, None] for layer in (self.to_q, self.to_k, self.to_v))
-        out = self.proj(F.scaled_dot_product_attention(query, key, value)[:, 0])
+        query, key, value = (layer(tokens).unsqueeze(1) for layer in (self.to_q, self.to_k, self.to_v))
+        out = self.proj(F.scaled_dot_product_attention(query, key, value).squeeze(1))
         return x + cast("torch.Tensor", out).transpose(1, 2).reshape(x.shape)
 
 
