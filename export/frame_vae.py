@@ -21,7 +21,6 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 from torch import nn
 from torch.nn import functional as F
 
-
 _LEAST = 1e-24
 """The square of the least length that diffusers divides by."""
 

@@ -256,7 +256,8 @@ def _qwen2_5_vl(config: Config, where: object) -> dict[str, Shape]:
     names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
     width, heads, shared, layers = (whole_number(config, name, where) for name in names)
     _divisor(config, "num_attention_heads", 1, {"hidden_size": [width]}, where)
-    plain: Config = {"rope_scaling": None, "rope_parameters": None}  # sections of rows and columns, which text does not have
+    # Sections of rows and columns, which text does not have.
+    plain: Config = {"rope_scaling": None, "rope_parameters": None}
     for field in plain:
         found = config.get(field) or {}
         kind = found.get("rope_type", found.get("type", "default")) if isinstance(found, dict) else found

@@ -80,6 +80,13 @@ def fit(source: Path, target: Target, generation: Generation, encoders: str = TE
     config, vae = read_json(source / "transformer" / "config.json"), read_json(source / "vae" / "config.json")
     encoders_of = family_of(config, str(source / "transformer" / "config.json")).encoders
     states = {encoder.name: encoder.states for encoder in encoders_of}
+    for encoder in encoders_of:
+        formats = FORMATS.get(encoder.kind, target.formats)
+        if not set(target.formats) & set(formats):
+            raise InputError(
+                f"--fit {target.name}: found a model that {' or '.join(target.formats)} does not take yet, expected a "
+                f"device that takes {' or '.join(formats)}"
+            )
     values = vae_activations(vae, generation.height, generation.width) * size
     decoder = sum(map(math.prod, stored_shapes(source / "vae", "decoder.").values()))
     taken = {
