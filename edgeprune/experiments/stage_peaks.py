@@ -133,7 +133,8 @@ def plot(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_xticks(range(len(stages)), stages)
     axes.set(ylabel="peak of the process, GB", title=f"{model}, {size}x{size} pixels; lines are the limits")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     with rc_context({"svg.hashsalt": "edgeprune"}):
         figure.savefig(path, metadata={"Date": None})
