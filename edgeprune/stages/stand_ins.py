@@ -62,9 +62,9 @@ class Regression:
     def add(self, stream: torch.Tensor, wanted: torch.Tensor) -> None:
         """Take in a stream (B, N, D) on the processor, and what the map should make of it.
 
-        Rows of zeros are padding (`Network.run`), which no map has to know.
+        Rows of zeros before and after are padding (`Network.run`), which no map has to know.
         """
-        real = (stream != 0).any(-1)
+        real = (stream != 0).any(-1) | (wanted != 0).any(-1)
         x = stream[real].double()
         y = wanted[real].double() - x
         self.count += len(x)

@@ -223,12 +223,14 @@ def test_in_turn_draws_the_same_as_at_once(source: Path) -> None:
     assert drawn[0].std() > 5 and np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1
 
 
-def test_every_stage_runs_and_the_compressed_model_draws(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("states", [8, pytest.param(None, marks=pytest.mark.slow)])
+def test_every_stage_runs_and_the_compressed_model_draws(source: Path, tmp_path: Path, states: int | None) -> None:
+    """Distilled from the states before the first removed block, or from images."""
     options = CompressOptions(
         analyze=AnalyzeOptions(count=2),
         plan=PlanOptions("manual", blocks="2", components="1:mlp,3:attn,3:context_norm", stand_in=8),
         data=DataOptions("shapes", 8),
-        distill=DistillOptions(steps=3, batch=2),
+        distill=DistillOptions(steps=3, batch=2, states=states),
     )
     ws = Workspace(tmp_path / "small", str(source))
     assert compress(ws, options) == [*STAGES, "encoders"]
