@@ -8,8 +8,6 @@ node, which takes minutes for FLUX's 57 blocks. Rules that apply to none of the 
 
 from __future__ import annotations
 
-import copy
-
 import onnx_ir as ir
 import onnxscript.optimizer
 import onnxscript.rewriter
@@ -47,13 +45,11 @@ _LARGEST_INPUT, _LARGEST_OUTPUT = 4096, 65536
 def simplify(model: ir.Model) -> None:
     """Simplify a model, in place."""
     onnxscript.optimizer.inline(model)
-    # A rule refers to what it last matched, and so to all weights of the model, for as long as the rule is kept.
-    matching = copy.deepcopy(_RULES)
     for _ in range(_ROUNDS):
         onnxscript.optimizer.fold_constants(
             model, onnx_shape_inference=True, input_size_limit=_LARGEST_INPUT, output_size_limit=_LARGEST_OUTPUT
         )
-        onnxscript.rewriter.rewrite(model, matching)
+        onnxscript.rewriter.rewrite(model, _RULES)
     ir.passes.Sequential(
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
@@ -62,3 +58,12 @@ def simplify(model: ir.Model) -> None:
         common.OutputFixPass(),
         common.NameFixPass(),
     )(model)
+    _forget()
+
+
+def _forget() -> None:
+    """Match the rules with nothing: a rule refers to the node it last tried, and so to all weights of the model."""
+    node = ir.Node("", "Nothing", [])
+    nothing = ir.Model(ir.Graph([], [], nodes=[node]), ir_version=10)
+    for rule in _RULES:
+        rule.match(nothing, nothing.graph, node)
