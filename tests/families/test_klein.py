@@ -271,7 +271,7 @@ def test_a_length_of_one_token_is_refused(sources: dict[str, Path]) -> None:
     """Nor one that the chat fills alone."""
     _, family = read_config(sources["base"])
     for tokens in (1, 12):
-        with pytest.raises(InputError, match=f"length: found {tokens}, expected 13 or more with a Qwen3 encoder"):
+        with pytest.raises(InputError, match=f"length: found {tokens}, expected 13 or more with a Qwen encoder"):
             check_tokens(sources["base"], family.encoders, tokens)
     check_tokens(sources["base"], family.encoders, 13)
 
