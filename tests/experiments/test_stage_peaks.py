@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from edgeprune.common.files import read_json
+from edgeprune.common.memory import parse_bytes
 from edgeprune.experiments import stage_peaks
 
 DOCS = Path(__file__).parents[2] / "docs"
+README = DOCS.parent / "README.md"
 
 
 def test_the_page_has_the_committed_results() -> None:
@@ -19,11 +21,11 @@ def test_the_page_has_the_committed_results() -> None:
     page = (DOCS / "memory.md").read_text(encoding="utf-8")
     assert f"<!-- measured -->\n{stage_peaks.table(entries)}\n<!-- end -->" in page
     for entry in entries:
-        limit, peak = int(entry["memory"].removesuffix("GB")) * 10**9, max(entry["peaks"].values())
-        assert peak <= limit
-    (two,) = (entry for entry in entries if (entry["memory"], entry["size"]) == ("2GB", 1024))
-    named = f"{max(two['peaks'].values()) / 1e9:.2f} GB"
-    assert f"with a peak of {named}" in (DOCS.parent / "README.md").read_text(encoding="utf-8")
+        assert max(entry["peaks"].values()) <= parse_bytes(entry["memory"], "--memory")
+    rows = [line for line in README.read_text(encoding="utf-8").splitlines() if "| 1024x1024 | " in line]
+    named = [tuple(line.split(" | ")[-2:]) for line in rows[:2]]
+    peaks = {entry["memory"]: max(entry["peaks"].values()) for entry in entries if entry["size"] == 1024}
+    assert named == [(memory, f"**{peaks[memory] / 1e9:.2f} GB** |") for memory in ("2GB", "1.2GB")]
 
 
 def test_smaller_limits_come_first_and_a_refusal_is_shown() -> None:
