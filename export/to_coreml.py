@@ -8,8 +8,8 @@ size; its transformer takes the device's batch sizes. A device's `chunks` splits
 (coreml_chunks.py); a large transformer, and a large T5 or Qwen3 between its layers (coreml_text.py), are split in any
 case. Each network is compared with torch before the next one is loaded (coreml_packages.py).
 A T5 or Qwen3 keeps its integers (precision.py) and half-precision tables but computes in float32, because T5-XXL's
-values exceed half precision, and Qwen3's were never tried in it; so does a transformer of `WIDE`. The VAE's encoder is
-not exported, and packages are not compiled (.mlmodelc): the device does that.
+values exceed half precision, and Qwen3's were never tried in it; so does a transformer that overflows. The VAE's
+encoder is not exported, and packages are not compiled (.mlmodelc): the device does that.
 """
 
 from __future__ import annotations
@@ -41,12 +41,6 @@ with needs("coreml"):
 
 CHUNK_BYTES = 400e6
 """Weights in one package. Converting one of SD3.5 Large's nine such chunks takes up to 3.3 GB of memory."""
-WIDE = ("z-image",)
-"""Families whose transformer computes in float32: in half precision, the published weights of Z-Image give infinities.
-
-Source: issue 14 of the repository Tongyi-MAI/Z-Image, where float16 draws black images; ComfyUI clamps (its pull
-request 11057).
-"""
 _LEAST = {"macOS": 15, "iOS": 18, "iPadOS": 18}
 
 
@@ -109,7 +103,7 @@ def networks(artefact: Path, work: Unfinished, device: Target, progress: Progres
         examples = [whole.example(batch=b, **sizes, seed=b, text=prompts) for b in batches]
         count = max(device.chunks, math.ceil(_stored_bytes(artefact) / CHUNK_BYTES))
         chunks = split(modules.Transformer(stored.model), count, examples[0])
-        count, filled, half = len(chunks), loaded(chunks, stored), whole.family.name not in WIDE
+        count, filled, half = len(chunks), loaded(chunks, stored), not whole.family.overflows
         record = convert_network(
             name, filled, whole, examples, work.begin(name), chunks=count, half=half, progress=progress
         )

@@ -129,6 +129,8 @@ class Architecture(Protocol):
     """The components that are adaLN modulations. A removed one keeps its mean."""
     vae: str
     """Class name of its VAE in diffusers."""
+    overflows: bool
+    """Whether values of published weights are known to exceed half precision."""
     embedder: str
     """Name of the module whose output, after silu, is the modulation input."""
     encoders: tuple[Encoder, ...]

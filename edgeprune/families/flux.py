@@ -101,6 +101,7 @@ class Flux:
     name = "flux"
     pipeline = "FluxPipeline"
     vae = "AutoencoderKL"
+    overflows = False
     components = ("norm", "context_norm", "attn", "mlp", "context_mlp")
     norms = ("norm", "context_norm")
     embedder = "time_text_embed"

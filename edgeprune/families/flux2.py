@@ -81,6 +81,7 @@ class Flux2:
     name = "flux2"
     pipeline = "Flux2KleinPipeline"
     vae = VAE_FLUX2
+    overflows = False
     components = ("attn", "mlp", "context_mlp")
     norms: tuple[str, ...] = ()
     embedder = "time_guidance_embed"

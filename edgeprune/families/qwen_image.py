@@ -104,6 +104,7 @@ class QwenImage:
     name = "qwen-image"
     pipeline = "QwenImagePipeline"
     vae = VAE_QWEN_IMAGE
+    overflows = False
     components = ("norm", "context_norm", "attn", "mlp", "context_mlp")
     norms = ("norm", "context_norm")
     embedder = "time_text_embed"

@@ -89,6 +89,7 @@ class SD3:
     name = "sd3"
     pipeline = "StableDiffusion3Pipeline"
     vae = "AutoencoderKL"
+    overflows = False
     components = ("norm", "context_norm", "attn", "attn2", "mlp", "context_mlp")
     norms = ("norm", "context_norm")
     embedder = "time_text_embed"

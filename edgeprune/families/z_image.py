@@ -109,6 +109,9 @@ class ZImage:
     name = "z-image"
     pipeline = "ZImagePipeline"
     vae = VAE
+    overflows = True
+    """Source: issue 14 of the repository Tongyi-MAI/Z-Image, where float16 draws black images; ComfyUI clamps (its pull
+    request 11057)."""
     components = ("attn", "mlp")
     norms: tuple[str, ...] = ()
     embedder = "t_embedder"
