@@ -30,16 +30,17 @@ class _Model:
     """Of a sampling step at 512x512."""
     steps: int
     """Of an image here; at most the model's own."""
+    limits: tuple[tuple[int, str], ...]
+    """Pixels of a side, and memory: what is aimed for, and what all blocks of most models stay in."""
 
 
+_LARGE, _MEDIUM, _RESIDENT = (1024, "2GB"), (512, "1GB"), (512, "8GB")
 _MODELS = (
-    _Model("sd3.5-large", "", "synth", 8.06e9, 5.66e9, 16e12, 2),
-    _Model("flux.1-schnell", "-schnell", "synth-schnell", 11.9e9, 4.97e9, 16e12, 2),
-    _Model("flux.2-klein-4b", "-klein", "synth-klein", 3.88e9, 4.1e9, 11e12, 4),
-    _Model("z-image-turbo", "-z-image", "synth-z-image", 6.15e9, 4.1e9, 14e12, 8),
+    _Model("sd3.5-large", "", "synth", 8.06e9, 5.66e9, 16e12, 2, (_LARGE, _MEDIUM, _RESIDENT)),
+    _Model("flux.1-schnell", "-schnell", "synth-schnell", 11.9e9, 4.97e9, 16e12, 2, (_LARGE, _MEDIUM, _RESIDENT)),
+    _Model("flux.2-klein-4b", "-klein", "synth-klein", 3.88e9, 4.1e9, 11e12, 4, (_LARGE, _RESIDENT)),
+    _Model("z-image-turbo", "-z-image", "synth-z-image", 6.15e9, 4.1e9, 14e12, 8, (_LARGE, _RESIDENT)),
 )
-_SIZES = ((1024, "2GB"), (512, "1GB"), (512, "8GB"))
-"""Pixels of a side, and the limit: the two that are aimed for, and one in which all blocks of most models stay."""
 _MEDIUM_STEPS = 4
 """Of an image at 512x512, at most."""
 _RUNTIMES = {"openvino": "OpenVINO", "onnx": "ONNX Runtime"}
@@ -61,9 +62,10 @@ def rows() -> Iterator[Row]:
         )  # fmt: skip
         for target, runtime in _RUNTIMES.items():
             # A step at 1024x1024 has four times as many tokens.
-            drawn = sum(_steps(m, side) * (side / 512) ** 2 for side, _ in _SIZES)
+            limits = ", ".join(f"{side}x{side} in {limit}" for side, limit in m.limits)
+            drawn = sum(_steps(m, side) * (side / 512) ** 2 for side, _ in m.limits)
             yield Row(
-                f"{target}{m.suffix}", f"{m.name}, INT4, images in {runtime}: 1024x1024 in 2 GB, 512x512 in 1 and 8 GB",
+                f"{target}{m.suffix}", f"{m.name}, INT4, images in {runtime}: {limits}",
                 Work(4, moved=3 * everything, large_flops=drawn * m.flops), int(0.6 * everything),
                 functools.partial(_images, m, target), needs=(f"int4{m.suffix}",), model=f"{_folder(m)}-{target}",
             )  # fmt: skip
@@ -98,7 +100,7 @@ def _images(model: _Model, target: str, recorder: Recorder) -> None:
         f"{label}: export", "export", str(artefact), "--target", target, "-o", str(exported), makes=exported,
         file=exported,
     )  # fmt: skip
-    for side, limit in _SIZES:
+    for side, limit in model.limits:
         steps = _steps(model, side)
         recorder.stage(
             f"{label}: {side}x{side} in {limit}, {steps} steps", "generate", "a lighthouse on a cliff at dusk",
