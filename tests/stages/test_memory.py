@@ -17,10 +17,11 @@ from edgeprune.common.memory import ComputeOptions
 from edgeprune.families import Shape, family_of
 from edgeprune.families.joint import width
 from edgeprune.families.published import pipelines, transformers
+from edgeprune.planning import fit
 from edgeprune.planning.make import make_plan
 from edgeprune.residency.compute import Compute
 from edgeprune.sampling.generation import Generation
-from edgeprune.stages import analyze, costs, distill, memory, plan, prune, quantize, work
+from edgeprune.stages import analyze, costs, distill, memory, plan, prune, quantize
 from edgeprune.stages.memory import PROCESS_BYTES, Memory
 from edgeprune.stages.options import AnalyzeOptions, DataOptions
 from edgeprune.stages.work import Subject
@@ -50,7 +51,7 @@ def shell(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, side: int) -
     def stored_shapes(of: Path, prefix: str = "") -> dict[str, Shape]:
         return {n: s for n, s in shapes[of.name].items() if n.startswith(prefix)}
 
-    for module in (memory, work, costs):
+    for module in (memory, costs, fit):
         monkeypatch.setattr(module, "stored_shapes", stored_shapes)
     return Subject(folder, family, config, replace(Generation.load(folder), height=side, width=side))
 
