@@ -24,8 +24,8 @@ def test_less_room_and_nearly_the_same(kind: str, precision: str, error: float, 
     latents = latents.to(teacher.dtype)
     with torch.no_grad():
         found = velocity(teacher, latents, condition.to(latents), sigma, guidance).float()
-    if (kind, precision) == ("flux", "bf16"):
-        error = 0.2  # bf16 rounds the timestep itself, which goes up to 1000
+    if precision == "bf16":  # diffusers rounds the timestep to it, too: of FLUX.1 up to 1000, of Qwen-Image up to 1
+        error = {"flux": 0.2, "qwen-image": 0.05}.get(kind, error)
     assert 0 < float((found - whole).norm() / whole.norm()) < error
     assert _bytes(teacher) < share * size
 
