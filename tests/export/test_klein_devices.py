@@ -37,6 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.slow  # Z-Image's packages are made of the same parts
 def test_core_ml(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformer and text encoder are chunks: states come from several, and each reads the mask of the prompt."""
     pytest.importorskip("coremltools")
@@ -67,6 +68,7 @@ def test_core_ml(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert drawn[1].std() > 5 and np.abs(drawn[0] - drawn[1]).max() <= 2
 
 
+@pytest.mark.slow  # three engines are built
 def test_tensorrt(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     from edgeprune.export import to_trt

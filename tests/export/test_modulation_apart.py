@@ -65,7 +65,7 @@ def test_a_model_without_such_layers_keeps_its_modulation(model: Any) -> None:
 # ------------------------------------------------------------------------------------- exported
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["sd3", "low rank", pytest.param("flux", marks=pytest.mark.slow)])
 def forms(
     request: pytest.FixtureRequest, tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Path]]:

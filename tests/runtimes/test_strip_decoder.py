@@ -145,7 +145,7 @@ def test_an_export_to_onnx_is_decoded(runtime: str, tiny_folders: tuple[Path, Pa
     assert apart(strips((runtime, path), latents, fewest), whole((runtime, path), latents)) < 2e-5
 
 
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("narrow", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_flux2s_decoder_is_decoded(tmp_path: Path, small: Path, narrow: bool) -> None:
     """It begins with a convolution of its own, and may be narrower than its encoder."""
     import tiny

@@ -131,6 +131,7 @@ def test_down_projections_get_8_bits_where_the_error_asks_for_it(
     assert (narrow.shapes[name], wide.shapes[name]) == ((tiny.QWEN_WIDTH, 24), (tiny.QWEN_WIDTH, 48))
 
 
+@pytest.mark.slow  # a trace of all its layers
 def test_an_export_has_them_too(ws: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`export` compares the file with transformers' own forward pass on the same integers."""
     traced.only(monkeypatch, "text_encoder")
