@@ -401,11 +401,12 @@ def open_backend(
         settings: that folder's settings.
         device: CPU, GPU (or GPU.1, ...) or NPU.
         threads: on the CPU; 0 for as many as affinity, quota and cores allow.
-        precision: what the transformer's activations are computed in: `exact` (float32; float16 on GPU and NPU),
-            `int8` (CPU and GPU: inputs of INT4 layers are rounded, on the CPU in groups as large as those of the
-            weights), `bf16` (CPU, not from ONNX, nor from an export that does not mark angles, which stay float32),
-            `int8-bf16` (both), or `auto`: on the CPU the fastest that the export measured to be exact enough, elsewhere
-            `exact`. On the CPU a precision without its instructions is refused.
+        precision: what the transformer's activations are computed in: `exact` (float32; float16 on GPU and NPU, but of
+            a family that overflows it float32 on the GPU), `int8` (CPU and GPU: inputs of INT4 layers are rounded, on
+            the CPU in groups as large as those of the weights), `bf16` (CPU, not from ONNX, nor from an export that
+            does not mark angles, which stay float32), `int8-bf16` (both), or `auto`: on the CPU the fastest that the
+            export measured to be exact enough, elsewhere `exact`. On the CPU a precision without its instructions is
+            refused.
         cache_dir: keeps compiled models there, so that the next start is faster.
         memory: most bytes of the process; None takes most of what is free. Networks that do not fit together are open
             one after the other, and blocks that do not fit are opened and closed at each step.
@@ -418,6 +419,11 @@ def open_backend(
     exported = read_json(path)
     exact = settings_of(device, threads=threads, cache_dir=cache_dir)
     kind, file = device.partition(".")[0], FILES[exported["target"]]
+    if settings.family.overflows and kind == "NPU":
+        raise InputError(
+            f"device: found {device}, which computes in float16, expected CPU or GPU: values of "
+            f"{settings.family.name} models exceed float16"
+        )
     names, measured = offered(exported["target"], device), exported if kind == "CPU" else None
     chosen = choose(precision, names, measured)
     if "bf16" in chosen.name and not _marks_angles(folder / "transformer" / file, device, exact):
@@ -430,7 +436,10 @@ def open_backend(
     group_size = 0 if exported.get("group_size") is None else whole_number(exported, "group_size", path)
     config = settings_of(device, threads=threads, precision=chosen.name, group_size=group_size, cache_dir=cache_dir)
     whole = "fp32" if kind == "CPU" else "fp16"
-    activations = whole if chosen.name == EXACT else "int8" if "int8" in chosen.name else chosen.name
+    wide = whole
+    if settings.family.overflows and kind == "GPU":
+        config, wide = config | {_PRECISION: "f32"}, "fp32"
+    activations = wide if chosen.name == EXACT else "int8" if "int8" in chosen.name else chosen.name
     why = "; ".join(filter(None, (f"device={device}", chosen.why)))
     return NetworkBackend(
         OpenVinoEngine(file, device, config, exact, activations, why, text_activations=whole),

@@ -95,13 +95,14 @@ def verify(
     check_settings(folder)
     if not can_stage(folder):
         raise InputError(f"{folder}: verify knows the text encoders CLIP, T5 and Qwen3 alone")
+    _, family = read_config(folder)
     if any(kind in FORMATS for kind in text_encoders(folder).values()):
-        raise InputError(f"{folder}: verify does not know the text of a {read_config(folder)[1].name} model yet")
+        raise InputError(f"{folder}: verify does not know the text of a {family.name} model yet")
     given = (generation or GenerationOptions()).given()
     say_guesses(folder, given)
     images = Generation.load(folder).changed(GenerationOptions(**heed(folder, given)), "options")
     images.check_size(folder, given)
-    check_tokens(folder, read_config(folder)[1].encoders, images.max_sequence_length)
+    check_tokens(folder, family.encoders, images.max_sequence_length)
     findings = run(Subject(folder, here, images, variant, progress))
     return Verified(
         folder="built-in" if model is None else str(model), device=str(here.device), height=images.height,

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from edgeprune.families.real_rotary import use
+
 
 class RealJointAttention:
     """Does what diffusers' processor of Qwen-Image does."""
@@ -80,11 +82,6 @@ def real(frequencies: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
 _PROCESSOR = RealJointAttention()
 
 
-def use_real_numbers(block: nn.Module) -> None:
-    """Let a block's attention take pairs of real numbers, in place; an estimator may have wrapped the block.
-
-    Of diffusers' complex numbers it then computes what it did before.
-    """
-    for part in block.modules():  # a removed branch has no processor
-        if hasattr(part, "processor"):
-            part.processor = _PROCESSOR  # type: ignore[assignment]
+def use_real_numbers(block: Any) -> None:
+    """Let a block's attention take pairs of real numbers; of diffusers' complex ones it then computes what it did."""
+    use(block, _PROCESSOR)

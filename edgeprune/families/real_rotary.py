@@ -57,6 +57,13 @@ def _turned(x: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
 _PROCESSOR = RealAttention()
 
 
+def use(block: Any, processor: Any) -> None:
+    """Let a block's attention compute by a processor, in place; an estimator may have wrapped the block."""
+    for part in block.modules():
+        if hasattr(part, "processor"):  # a removed branch has none
+            part.processor = processor
+
+
 def through(
     block: Any, x: torch.Tensor, mask: torch.Tensor | None, pairs: torch.Tensor, vector: torch.Tensor | None
 ) -> torch.Tensor:
@@ -64,9 +71,7 @@ def through(
 
     The block keeps that processor: of diffusers' complex numbers it computes the same.
     """
-    for part in block.modules():  # an estimator may have wrapped the block; a removed branch has no processor
-        if hasattr(part, "processor"):
-            part.processor = _PROCESSOR
+    use(block, _PROCESSOR)
     return cast("torch.Tensor", block(x, attn_mask=mask, freqs_cis=pairs, adaln_input=vector))
 
 

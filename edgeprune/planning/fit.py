@@ -74,7 +74,7 @@ def fit(source: Path, target: Target, generation: Generation, encoders: str = TE
 
     Raises:
         BudgetError: a stage takes more than the device has, or nothing is left for the transformer.
-        InputError: a config lacks a field, or a file is damaged.
+        InputError: a config lacks a field, a file is damaged, or the model cannot be exported for the device.
     """
     size = _BYTES[target.activations]
     config, vae = read_json(source / "transformer" / "config.json"), read_json(source / "vae" / "config.json")

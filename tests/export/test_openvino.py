@@ -32,6 +32,7 @@ from edgeprune.common import pieces
 from edgeprune.common.errors import EdgepruneError, InputError, MissingExtraError
 from edgeprune.common.files import sha256_file
 from edgeprune.export import external_data, folder, genai, graph, modules, parity, to_openvino
+from edgeprune.families.sd3 import SD3
 from edgeprune.quantization.precision import Precision
 from edgeprune.quantization.quantize import packed_from, round_to_nearest
 from edgeprune.runtimes import memory, networks
@@ -417,6 +418,21 @@ def test_sizes_are_fixed(device: str, exported: tuple[Path, dict[str, Any]], mon
         np.testing.assert_allclose(drawn, ours.generate_latents(PROMPTS[0], seed=3, steps=2), atol=1e-4)
         again = ours.generate_latents(PROMPTS[0], seed=3, steps=1, guidance_scale=1.0)
         np.testing.assert_allclose(without, again, atol=1e-4)
+
+
+def test_a_family_that_overflows_half_precision_is_not_computed_in_it(
+    exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "core", FakeCore)
+    monkeypatch.setattr(FakeCore, "compiled", [])
+    monkeypatch.setattr(SD3, "overflows", True)
+    with runtimes.load(exported[0], "openvino", device="GPU.1") as ours:
+        ours.generate_latents(PROMPTS[0], seed=3, steps=1)
+        assert ours.backend.precision == "fp32"
+    *others, transformer = (config.get("INFERENCE_PRECISION_HINT") for _, _, config in FakeCore.compiled)
+    assert transformer == "f32" and set(others) == {None}
+    with pytest.raises(InputError, match=r"^device: found NPU, .*: values of sd3 models exceed float16$"):
+        runtimes.load(exported[0], "openvino", device="NPU")
 
 
 def test_only_the_transformer_is_rounded(
