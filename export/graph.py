@@ -41,6 +41,7 @@ _TORCH = {
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.UINT8: torch.uint8,
     ir.DataType.INT8: torch.int8,
+    ir.DataType.INT64: torch.int64,
 }
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _SCHEMA = onnx.defs.OpSchema(

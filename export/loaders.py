@@ -1,8 +1,9 @@
-"""CLIPs and VAE of a folder, loaded in two ways: what an export writes, and what its files are compared with.
+"""Text encoders and VAE of a folder, loaded in two ways: what an export writes, and what its files are compared with.
 
-What is written comes from the vendor's loader. What it is compared with is read by name from the weight files, strictly
-and without that loader: if one of the two reads a tensor wrongly, the comparison fails. (A transformer, a T5 and
-a Qwen are always read by name, one layer at a time, see residency/stored.py and stored_encoder.py.)
+A VAE that is written comes from the vendor's loader. What it is compared with is read by name from the weight files,
+strictly and without that loader: if one of the two reads a tensor wrongly, the comparison fails. So are CLIPs for Core
+ML. Elsewhere text encoders, like the transformer, are read by name, one layer at a time, see stored_encoder.py and
+residency/stored.py.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from edgeprune.export import modules
 from edgeprune.export.folder import from_pretrained
 from edgeprune.export.frame_vae import FrameDecoder, OneFrame
 from edgeprune.export.language_model import LanguageModel
+from edgeprune.export.stored_clip import StoredClip, StoredPooledClip
+from edgeprune.export.stored_encoder import StoredEncoder
 from edgeprune.export.stored_qwen2_vl import StoredQwen2VL
 from edgeprune.export.stored_qwen3 import StoredQwen3
 from edgeprune.export.stored_t5 import StoredT5
-from edgeprune.families.encoders import LANGUAGE, QWEN3, T5
 from edgeprune.families.parts import VAE_QWEN_IMAGE, VAES
 
 Load = Callable[[Path, str], Any]
@@ -56,28 +58,30 @@ def clip(artefact: Path, name: str, kind: str, load: Load) -> modules.TextEncode
 Encoder = modules.TextEncoder | modules.T5Encoder | LanguageModel
 
 
-def stored_encoder(artefact: Path, name: str, kind: str) -> StoredT5 | StoredQwen3 | None:
-    """Return a T5 or a Qwen whose weights stay on disk; None for a CLIP.
+_STORED: dict[str, type[StoredEncoder[Any]]] = {
+    each.kind: each for each in (StoredClip, StoredPooledClip, StoredT5, StoredQwen3, StoredQwen2VL)
+}
+
+
+def stored_encoder(artefact: Path, name: str, kind: str) -> StoredEncoder[Any]:
+    """Return a text encoder whose weights stay on disk.
 
     Raises:
         InputError: a tensor is missing, unknown or of another shape, or a file cannot be read.
     """
-    if kind in LANGUAGE:
-        encoder = next(each for each in read_config(artefact)[1].encoders if each.name == name)
-        stored: type[StoredQwen3] = StoredQwen3 if kind == QWEN3 else StoredQwen2VL
-        return stored(artefact / name, encoder.states, padding=encoder.padding)
-    return StoredT5(artefact / name) if kind == T5 else None
+    encoder = next(each for each in read_config(artefact)[1].encoders if each.name == name)
+    return _STORED[kind](artefact / name, encoder.states, padding=encoder.padding)
 
 
 def compared_encoder(artefact: Path, name: str, kind: str) -> Encoder:
-    """Return the text encoder that an export is compared with, in float32; all but CLIPs read layers when they run.
+    """Return the text encoder that an export is compared with, in float32; it reads its layers when they run.
 
     Raises:
         InputError: as `by_name`.
         ParityError: as `StoredEncoder.checkpoint`.
     """
-    stored = stored_encoder(artefact, name, kind)
-    return clip(artefact, name, kind, by_name) if stored is None else stored.checkpoint()
+    encoder: Encoder = stored_encoder(artefact, name, kind).checkpoint()
+    return encoder
 
 
 def vae_decoder(artefact: Path, load: Load) -> modules.VaeDecoder:

@@ -1,5 +1,6 @@
 """Rewrites a traced ONNX graph so that quantised layers keep their integers and embedding tables stay small.
 
+    lay_out_weights(model)
     lower_packed_linear(model)
     halve_tables(model)
 
@@ -25,6 +26,22 @@ DOMAIN = "edgeprune"
 _LEAST_TABLE_BYTES = 1024  # a smaller table is not worth a Cast
 
 
+def lay_out_weights(model: ir.Model) -> None:
+    """Store weights (O, I) that are transposed before they multiply as (I, O), in place.
+
+    Each is read and transposed when the file is written. The constant folder would do so at once, with all of them.
+    """
+    graph = model.graph
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or weight.const_value is None or weight.shape is None or len(weight.shape) != 2:
+            continue
+        out, order = node.outputs[0], node.attributes.get("perm")
+        if not out.is_graph_output() and (order is None or list(order.as_ints()) == [1, 0]):
+            ir.convenience.replace_all_uses_with(out, _turned(graph, weight))
+            graph.remove(node, safe=True)
+
+
 def lower_packed_linear(model: ir.Model) -> None:
     """Replace each PackedLinear node by DequantizeLinear, MatMul and, if it has a bias, Add; in place."""
     graph = model.graph
@@ -38,7 +55,7 @@ def lower_packed_linear(model: ir.Model) -> None:
         kind = x.dtype or ir.DataType.FLOAT  # type: ignore[union-attr]
         weight_value = _weight(graph, packed, bits)
         nodes: list[ir.Node] = []
-        groups = _cast(_scale(graph, scale), kind, nodes)
+        groups = _cast(_turned(graph, scale), kind, nodes)
         features = weight_value.shape[0]  # type: ignore[index]
         assert isinstance(features, int)
         name = packed.name.removesuffix(".weight_packed")
@@ -128,14 +145,14 @@ def _cast(value: ir.Value, kind: ir.DataType, nodes: list[ir.Node]) -> ir.Value:
     return nodes[-1].outputs[0]
 
 
-def _scale(graph: ir.Graph, scale: ir.Value) -> ir.Value:
-    """Transpose scales (O, G) to an initialiser (G, O), computed when the file is written."""
-    outs, groups = _shape(scale)
-    stored = scale.const_value
+def _turned(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """Return the transpose of an initialiser of two dimensions, computed when the file is written."""
+    rows, columns = _shape(value)
+    stored = value.const_value
     assert stored is not None
-    name = f"{scale.name}.T"
+    name = f"{value.name}.T"
 
     def make() -> ir.TensorProtocol:
         return ir.tensor(np.ascontiguousarray(stored.numpy().T), name=name)
 
-    return _register(graph, ir.LazyTensor(make, stored.dtype, ir.Shape([groups, outs]), name=name))
+    return _register(graph, ir.LazyTensor(make, stored.dtype, ir.Shape([columns, rows]), name=name))

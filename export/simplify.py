@@ -14,6 +14,8 @@ import onnxscript.rewriter
 from onnx_ir.passes import common
 from onnxscript.rewriter.rules import common as rules
 
+from edgeprune.export.lowering import lay_out_weights
+
 # In the order of optimize_ir: some rules compete for a node.
 _RULES = [
     *rules.mul_by_1_rule.commute(),
@@ -38,13 +40,14 @@ _RULES = [
 ]
 _ROUNDS = 2
 """Folding can make a rule apply, and a rule's result can be folded."""
-# Bytes: shapes and sizes are folded, weights are not.
+# Bytes: shapes and sizes are folded, weights are not. (The folder ignores this before a Transpose.)
 _LARGEST_INPUT, _LARGEST_OUTPUT = 4096, 65536
 
 
 def simplify(model: ir.Model) -> None:
     """Simplify a model, in place."""
     onnxscript.optimizer.inline(model)
+    lay_out_weights(model)
     for _ in range(_ROUNDS):
         onnxscript.optimizer.fold_constants(
             model, onnx_shape_inference=True, input_size_limit=_LARGEST_INPUT, output_size_limit=_LARGEST_OUTPUT

@@ -5,7 +5,8 @@
     stored.checkpoint()               # the file is compared with it
 
 T5-XXL has 4.76 G parameters, 9.5 GB in half precision. One linear layer is in memory at a time, and the embedding. An
-artefact has its INT4 already (`text_encoder_3_int4`), the same for every format; other forms are rounded here.
+artefact has its INT4 already (`text_encoder_3_int4`), the same for every format; other forms are rounded here. CLIPs
+are not rounded: CLIP-G takes 2.8 GB in float32, 1.4 in its file.
 
 What is written and what it is compared with have in common that tensors are read by name, strictly, and how a weight
 is rounded. All else differs. What is written has packed layers and computes positions in its own way; the comparison
@@ -56,7 +57,9 @@ class StoredEncoder(ABC, Generic[M]):
     kind: ClassVar[str]
     """Its class in transformers."""
     exact: ClassVar[tuple[str, ...]] = ()
-    """Tensors of `module` that stay float32 whatever it computes in."""
+    """Tensors of `module` that keep their dtype whatever it computes in."""
+    rounded: ClassVar[bool] = True
+    """Whether an export has its weights in one of the forms of precision.py."""
 
     def __init__(self, folder: Path, states: tuple[int, ...] = (), *, padding: bool = True) -> None:
         weights = part_weights(folder, self.kind)
@@ -66,9 +69,14 @@ class StoredEncoder(ABC, Generic[M]):
             self._empty = empty_part(folder, self.kind, states).eval().requires_grad_(False)
             shapes = {n: weights.weights.shapes[weights.names[self._stored(n)][0]] for n in self._empty.state_dict()}
             load_strictly(self._empty, {n: torch.empty(shape, device="meta") for n, shape in shapes.items()})
-        packed = packed_text(folder)
-        self._shapes, self._tensors = shapes, packed or RoundedText(self._original, form_of(folder))
-        model = prepare_text_encoder(copy.deepcopy(self._empty), self._tensors.precision)
+        packed = packed_text(folder) if self.rounded else None
+        self._shapes = shapes
+        self._tensors: PackedText | RoundedText | None = packed
+        if self.rounded and packed is None:
+            self._tensors = RoundedText(self._original, form_of(folder))
+        model = copy.deepcopy(self._empty)
+        if self._tensors:
+            prepare_text_encoder(model, self._tensors.precision)
         self._packed = self.module(model).eval()
         if packed:
             packed.check(model)
@@ -88,7 +96,7 @@ class StoredEncoder(ABC, Generic[M]):
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Read one tensor of the rounded network by name, in `dtype`; integers, scales and `exact` as they are."""
         made = self.made(name)
-        tensor = self._tensors(name) if made is None else made
+        tensor = self._stored_tensor(name) if made is None else made
         return tensor if name.endswith((*PACKED, *self.exact)) else tensor.to(dtype)
 
     def traceable(self, dtype: torch.dtype) -> M:
@@ -96,8 +104,12 @@ class StoredEncoder(ABC, Generic[M]):
         module = copy.deepcopy(self._packed)
         kept = (*PACKED, *self.exact)
         wanted = {n: (t.shape, t.dtype if n.endswith(kept) else dtype) for n, t in module.state_dict().items()}
+        unsaved = {n: t for n, t in module.named_buffers() if n not in wanted}
         with FakeTensorMode():
             fakes = {n: torch.empty(shape, dtype=kind) for n, (shape, kind) in wanted.items()}
+            for name, tensor in unsaved.items():
+                owner, _, attribute = name.rpartition(".")
+                setattr(module.get_submodule(owner), attribute, torch.empty(tensor.shape, dtype=tensor.dtype))
         module.load_state_dict(fakes, strict=True, assign=True)
         self.tied(module.model)
         return module.requires_grad_(False)
@@ -108,11 +120,10 @@ class StoredEncoder(ABC, Generic[M]):
     def running(self, dtype: torch.dtype = torch.float32) -> M:
         """Return the network that is written, to compute in `dtype`; its layers are read when they run."""
         module = copy.deepcopy(self._packed)
-        for name, _ in module.named_buffers(recurse=False):
-            setattr(module, name, self.read(name, dtype))
+        self._fill(module, dtype)
         for parameter in module.parameters():  # a layer asks its norms in what to compute, before it is read
             parameter.data = parameter.data.to(dtype)
-        self._stream(module.model, self._tensors, dtype)
+        self._stream(module.model, self._stored_tensor, dtype)
         return module
 
     def checkpoint(self) -> M:
@@ -124,17 +135,29 @@ class StoredEncoder(ABC, Generic[M]):
         """
         self._check_vendor()
         model = copy.deepcopy(self._empty)
-        self._stream(model, lambda name: plain(self._tensors, name, self._shapes[name]), torch.float32)
+        self._stream(model, self._plain, torch.float32)
         module = self.module(model)
-        for name, _ in module.named_buffers(recurse=False):
-            made = self.made(name)
-            assert made is not None  # no file has it
-            setattr(module, name, made.float())
+        self._fill(module, torch.float32)
         return module
 
     def empty(self) -> M:
         """Return the network that is written without weights, on the meta device; `read` has its tensors by name."""
         return copy.deepcopy(self._packed)
+
+    def _fill(self, module: M, dtype: torch.dtype) -> None:
+        """Give `module` the tensors that no file has, in place."""
+        for name, _ in list(module.named_buffers()):
+            if self.made(name.removeprefix("model.")) is not None:
+                owner, _, attribute = name.rpartition(".")
+                setattr(module.get_submodule(owner), attribute, self.read(name.removeprefix("model."), dtype))
+
+    def _stored_tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor of the network that is written, by name: integers, scales, or in the dtype of its file."""
+        return self._original(name) if self._tensors is None else self._tensors(name)
+
+    def _plain(self, name: str) -> torch.Tensor:
+        """Return a tensor of transformers' network by name, with the values that are written."""
+        return self._original(name) if self._tensors is None else plain(self._tensors, name, self._shapes[name])
 
     def _stored(self, name: str) -> str:
         """Return a tensor's name in the table of parts.py from its name in transformers' network."""

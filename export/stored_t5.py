@@ -24,7 +24,7 @@ class StoredT5(StoredEncoder[modules.T5Encoder]):
 
     def made(self, name: str) -> torch.Tensor | None:
         """Return the position biases by distance."""
-        return self._packed.table(self._tensors(_BIAS)) if name == "bias" else None
+        return self._packed.table(self._stored_tensor(_BIAS)) if name == "bias" else None
 
     def one_layer(self) -> dict[str, Any]:
         """Return the number of layers."""

@@ -32,7 +32,7 @@ from edgeprune.export.coreml_packages import convert_network
 from edgeprune.export.folder import is_quantized, write
 from edgeprune.export.sizes import factor_of, generation_for
 from edgeprune.export.unfinished import Unfinished
-from edgeprune.families.encoders import CLIP, text_encoders
+from edgeprune.families.encoders import CLIP, LONG, text_encoders
 from edgeprune.sampling.generation import longest_prompt
 from edgeprune.targets import Target
 
@@ -128,7 +128,8 @@ def networks(artefact: Path, work: Unfinished, device: Target, progress: Progres
 def _text_encoder(artefact: Path, name: str, kind: str, folder: Path, progress: Progress) -> dict[str, Any]:
     """Write and compare a text encoder; return what is recorded of it."""
     examples = [{key: value[:1] for key, value in text.tokens(artefact, name, kind).items()}]
-    if stored := loaders.stored_encoder(artefact, name, kind):
+    if kind in LONG:
+        stored = loaders.stored_encoder(artefact, name, kind)
         chunks = coreml_text.split(stored, CHUNK_BYTES)
         count, filled, checkpoint = len(chunks), coreml_text.loaded(chunks, stored), stored.checkpoint()
         record = convert_network(

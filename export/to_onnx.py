@@ -104,7 +104,7 @@ class NetworkSource:
     trial: Mapping[str, torch.Tensor]
     """Inputs at which half precision is tried."""
     stored: StoredTransformer | StoredEncoder[Any] | None = None
-    """Of the transformer, T5 and Qwen3: `module` reads its layers from here when they run."""
+    """Of the transformer and text encoders: `module` reads its layers from here when they run."""
     reread: Callable[[], Module] | None = None
     """Loads the network again, by name; None if `module` was loaded so."""
     apart: Modulation | None = None
@@ -283,9 +283,7 @@ def _transformer(
 
 def _text_encoder(artefact: Path, name: str, kind: str, *, half: bool) -> NetworkSource:
     stored = loaders.stored_encoder(artefact, name, kind)
-    encoder: loaders.Encoder = (
-        loaders.clip(artefact, name, kind, loaders.by_vendor) if stored is None else stored.running()
-    )
+    encoder: loaders.Encoder = stored.running()
     longest = text.most_tokens(artefact, encoder)
     examples = [encoder.example(batch=b, tokens=m) for b, m in ((1, longest), (3, max(2, longest // 2 - 1)))]
     trial = examples[0]
