@@ -38,8 +38,10 @@ from edgeprune.residency.table import StoredTable
 from edgeprune.sampling.generation import latent_factor, longest_prompt
 from edgeprune.sampling.scheduler import FlowMatch
 
-TILE = 64
-"""Sides of a tile in latent pixels, if the VAE works in tiles."""
+TILES = (64, 32)
+"""Sides in latent pixels of the tiles that the VAE may work in: the largest that there is memory for."""
+WHOLE = 0
+"""Instead of a tile's side: it takes the whole image."""
 
 
 def can_stage(folder: Path) -> bool:
@@ -92,7 +94,7 @@ class StagedPipeline:
         self.texts: Texts | None = texts or RunTexts()
         self.quantized = quantized
         self._held: dict[str, Any] = {}
-        self._tiled: bool | None = None
+        self._tile: int | None = None
 
     @functools.cached_property
     def scheduler(self) -> Any:
@@ -111,9 +113,16 @@ class StagedPipeline:
 
     @functools.cached_property
     def vae(self) -> Any:
-        """The VAE in float32, loaded once."""
-        part: Any = load_part(self.folder / "vae", self.family.vae, variant=self.variant)
-        return part.to(self.compute.device)
+        """The VAE in float32, loaded once, or once after each `free_vae`."""
+        vae: Any = load_part(self.folder / "vae", self.family.vae, variant=self.variant)
+        if self._tile:
+            self._in_tiles(vae, self._tile)
+        return vae.to(self.compute.device)
+
+    def free_vae(self) -> None:
+        """Free the VAE until it is used again, if memory was given: a transformer that runs meanwhile may need it."""
+        if self.compute.memory is not None:
+            vars(self).pop("vae", None)
 
     def make_room(self, height: int, width: int) -> None:
         """Make room for the VAE's activations of one image of this size, if memory is short.
@@ -122,23 +131,28 @@ class StagedPipeline:
         the VAE takes the image in tiles that overlap, with diffusers' blending. Images of one pipeline are made alike:
         that is decided once.
         """
-        if self._tiled:
-            height = width = TILE * self.vae_scale_factor
-        needed = 4 * vae_activations(self.vae.config, height, width)
-        if self.compute.left() < needed:
+
+        def fits(tile: int) -> bool:
+            sides = (min(side, tile * self.vae_scale_factor or side) for side in (height, width))
+            return self.compute.left() >= 4 * vae_activations(self.vae.config, *sides)
+
+        if not fits(self._tile or WHOLE):
             if self.transformer is not None:
                 release(self.transformer)
             self.compute.collect()
-        if self._tiled is not None:
+        if self._tile is not None:
             return
-        self._tiled = self.compute.left() < needed
-        if self._tiled:
-            side = TILE * self.vae_scale_factor
-            if self.family.vae == VAE_QWEN_IMAGE:
-                self.vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
-            else:
-                self.vae.enable_tiling()
-                self.vae.tile_latent_min_size, self.vae.tile_sample_min_size = TILE, side
+        self._tile = next((tile for tile in (WHOLE, *TILES) if fits(tile)), TILES[-1])
+        if self._tile:
+            self._in_tiles(self.vae, self._tile)
+
+    def _in_tiles(self, vae: Any, tile: int) -> None:
+        side = tile * self.vae_scale_factor
+        if self.family.vae == VAE_QWEN_IMAGE:
+            vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
+        else:
+            vae.enable_tiling()
+            vae.tile_latent_min_size, vae.tile_sample_min_size = tile, side
 
     def tokenizer_of(self, encoder: str) -> Any:
         """Return the tokenizer of a text encoder; None if the pipeline has no such encoder."""

@@ -526,4 +526,6 @@ def generate(
             drawn.append(decode(pipe, one.latents))
             if spill is not None:
                 spill.put(key, {"pixels": torch.from_numpy(drawn[-1])})
+        if hasattr(pipe, "free_vae"):
+            pipe.free_vae()
     return np.concatenate(drawn)

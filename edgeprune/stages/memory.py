@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from edgeprune.artefact.staged import TILE, can_stage
+from edgeprune.artefact.staged import TILES, can_stage
 from edgeprune.common.files import read_json
 from edgeprune.families import Shape
 from edgeprune.families.encoders import LONG, QWEN2_5_VL, T5, text_encoders
@@ -111,8 +111,9 @@ class Memory:
         return max(self.evaluating(images), self.decoding()) + held
 
     def reporting(self, images: int) -> int:
-        """While images of both models are drawn: the VAE stays while the second transformer runs."""
-        weights = 4 * sum(map(math.prod, stored_shapes(self.subject.source / "vae").values()))
+        """While images of both models are drawn: the VAE stays while the second transformer runs, if there is room."""
+        freed = self.compute.memory is not None
+        weights = 0 if freed else 4 * sum(map(math.prod, stored_shapes(self.subject.source / "vae").values()))
         return max(self.drawing(2 * images), self.evaluating(images, beside=weights))
 
     def decoding(self) -> int:
@@ -194,10 +195,11 @@ class Memory:
 
 
 def vae_bytes(subject: Subject) -> int:
-    """Return the bytes of the VAE and its activations for one image, or for a tile of a larger one, in float32."""
+    """Return the bytes of the VAE and its activations for one image, or for a tile of it, in float32."""
     folder, path = subject.source / "vae", subject.source / "vae" / "config.json"
     weights, config = sum(map(math.prod, stored_shapes(folder).values())), read_json(path)
     sides = (
-        min(side, TILE * latent_factor(config, path)) for side in (subject.generation.height, subject.generation.width)
+        min(side, TILES[-1] * latent_factor(config, path))
+        for side in (subject.generation.height, subject.generation.width)
     )
     return 4 * (weights + vae_activations(config, *sides))

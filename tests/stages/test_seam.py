@@ -22,6 +22,7 @@ from edgeprune.common.progress import silent
 from edgeprune.common.splits import Split
 from edgeprune.common.tensors import Tensors
 from edgeprune.metrics.velocity import VelocityError
+from edgeprune.planning.fit import vae_activations
 from edgeprune.planning.options import PlanOptions
 from edgeprune.report.measure import measure
 from edgeprune.residency.spill import Spill
@@ -279,6 +280,23 @@ def test_every_image_gets_room(source: Path, tmp_path: Path, monkeypatch: pytest
     pipe.make_room(64, 64)
     assert freed == [first, second] and pipe.vae.use_tiling
     pipe.transformer = first
+
+
+def test_tiles_are_as_large_as_memory_allows(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VAE that is freed for the next transformer works in the same tiles when it is loaded again."""
+    ws = opened(tmp_path / "out", source, monkeypatch, little=True)
+    factor = ws.pipe.vae_scale_factor
+    for side, expected in ((64, 64), (32, 32), (1, 32)):
+        pipe, pixels = ws.pipe.apart(hold=True), side * factor
+        room = 4 * vae_activations(pipe.vae.config, pixels, pixels)
+        monkeypatch.setattr("edgeprune.residency.compute.Compute.left", lambda _, room=room: room)
+        pipe._tile = None
+        for _ in range(2):
+            pipe.make_room(128 * factor, 96 * factor)
+            assert (pipe.vae.use_tiling, pipe.vae.tile_latent_min_size) == (True, expected)
+            first = pipe.vae
+            pipe.free_vae()
+            assert pipe.vae is not first
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])

@@ -274,7 +274,7 @@ def test_a_picture_in_tiles_is_the_same(
 ) -> None:
     only("vae")
     monkeypatch.setattr(Compute, "left", lambda self: 0)
-    monkeypatch.setattr(staged, "TILE", 8)
+    monkeypatch.setattr(staged, "TILES", (8,))
     for model in (small, klein):
         seen = list[tuple[int, ...]]()
         hook = register_module_forward_pre_hook(
