@@ -1,6 +1,7 @@
 """Rows that draw: a whole pipeline in INT4, exported, and an image of it within a limit of memory.
 
-Nothing is removed, which is the harder case. Exports stay, so that `edgeprune.experiments.stage_peaks` can look closer.
+Nothing is removed, which is the harder case, except where the transformer is to stay in memory whole. Exports stay, so
+that `edgeprune.experiments.stage_peaks` can look closer.
 """
 
 from __future__ import annotations
@@ -32,11 +33,18 @@ class _Model:
     """Of an image here; at most the model's own."""
     limits: tuple[tuple[int, str], ...]
     """Pixels of a side, and memory: what is aimed for, and what all blocks of most models stay in."""
+    what: str = "nothing removed"
+    options: tuple[str, ...] = ("--method", "manual")
+    """Of `compress`."""
 
 
 _LARGE, _MEDIUM, _RESIDENT = (1024, "2GB"), (512, "1GB"), (512, "8GB")
+_LESS = "less 8 blocks", ("--blocks", "25-28,31-34")
+_LESS_128 = "less 8 blocks, in groups of 128", (*_LESS[1], "--group-size", "128")
 _MODELS = (
     _Model("sd3.5-large", "", "synth", 8.06e9, 5.66e9, 16e12, 2, (_LARGE, _MEDIUM, _RESIDENT)),
+    _Model("sd3.5-large", "-8", "synth", 6.35e9, 5.66e9, 16e12, 1, ((1024, "4GB"),), *_LESS),
+    _Model("sd3.5-large", "-8-g128", "synth", 6.35e9, 5.66e9, 16e12, 1, ((1024, "4GB"),), *_LESS_128),
     _Model("flux.1-schnell", "-schnell", "synth-schnell", 11.9e9, 4.97e9, 16e12, 2, (_LARGE, _MEDIUM, _RESIDENT)),
     _Model("flux.2-klein-4b", "-klein", "synth-klein", 3.88e9, 4.1e9, 11e12, 4, (_LARGE, _RESIDENT)),
     _Model("z-image-turbo", "-z-image", "synth-z-image", 6.15e9, 4.1e9, 14e12, 8, (_LARGE, _RESIDENT)),
@@ -56,7 +64,7 @@ def rows() -> Iterator[Row]:
                 int(everything), functools.partial(_synth, m), model=m.name,
             )  # fmt: skip
         yield Row(
-            f"int4{m.suffix}", f"{m.name}: INT4 alone, nothing removed, and a report",
+            f"int4{m.suffix}", f"{m.name}: INT4 alone, {m.what}, and a report",
             Work(1, moved=3 * everything, rounded=m.weights, large_flops=4 * m.steps * m.flops),
             int(0.6 * m.weights), functools.partial(_int4, m), needs=(m.synth,), model=_folder(m),
         )  # fmt: skip
@@ -65,7 +73,7 @@ def rows() -> Iterator[Row]:
             limits = ", ".join(f"{side}x{side} in {limit}" for side, limit in m.limits)
             drawn = sum(_steps(m, side) * (side / 512) ** 2 for side, _ in m.limits)
             yield Row(
-                f"{target}{m.suffix}", f"{m.name}, INT4, images in {runtime}: {limits}",
+                f"{target}{m.suffix}", f"{m.name}, INT4, {m.what}, images in {runtime}: {limits}",
                 Work(4, moved=3 * everything, large_flops=drawn * m.flops), int(0.6 * everything),
                 functools.partial(_images, m, target), needs=(f"int4{m.suffix}",), model=f"{_folder(m)}-{target}",
             )  # fmt: skip
@@ -76,7 +84,8 @@ def _steps(model: _Model, side: int) -> int:
 
 
 def _folder(model: _Model) -> str:
-    return f"{model.name}-int4"
+    """Return the name of the artefact's folder."""
+    return f"{model.name}-int4" if model.options[0] == "--method" else f"{model.name}{model.suffix}-int4"
 
 
 def _synth(model: _Model, recorder: Recorder) -> None:
@@ -87,7 +96,7 @@ def _synth(model: _Model, recorder: Recorder) -> None:
 def _int4(model: _Model, recorder: Recorder) -> None:
     source, out, label = recorder.out / model.name, recorder.out / _folder(model), f"int4{model.suffix}"
     recorder.stage(
-        f"{label}: compress", "compress", str(source), "-o", str(out), "--method", "manual", "--steps", "0",
+        f"{label}: compress", "compress", str(source), "-o", str(out), *model.options, "--steps", "0",
         "--no-half", "--calibration", "none", "--preset", "quick", "--height", "512", "--width", "512",
         "--inference-steps", str(model.steps), makes=out, file=out / "transformer_int4",
     )  # fmt: skip
