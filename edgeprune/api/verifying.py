@@ -82,7 +82,7 @@ def verify(
     from edgeprune.artefact.checks import check_settings
     from edgeprune.artefact.resolve import read_config, resolve
     from edgeprune.artefact.staged import can_stage
-    from edgeprune.families.encoders import FORMATS, check_tokens, text_encoders
+    from edgeprune.families.encoders import check_tokens
     from edgeprune.residency.compute import DTYPES, Compute
     from edgeprune.sampling.generation import Generation, GenerationOptions, heed, say_guesses
     from edgeprune.verify.run import run
@@ -94,10 +94,8 @@ def verify(
     folder = resolve(None if model is None else os.fspath(model), revision, variant)
     check_settings(folder)
     if not can_stage(folder):
-        raise InputError(f"{folder}: verify knows the text encoders CLIP, T5 and Qwen3 alone")
+        raise InputError(f"{folder}: verify knows the text encoders CLIP, T5, Qwen3 and Qwen2.5-VL alone")
     _, family = read_config(folder)
-    if any(kind in FORMATS for kind in text_encoders(folder).values()):
-        raise InputError(f"{folder}: verify does not know the text of a {family.name} model yet")
     given = (generation or GenerationOptions()).given()
     say_guesses(folder, given)
     images = Generation.load(folder).changed(GenerationOptions(**heed(folder, given)), "options")

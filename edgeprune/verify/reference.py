@@ -31,7 +31,7 @@ from edgeprune.artefact.surgery import structure
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json
 from edgeprune.families import CHANGED
-from edgeprune.families.encoders import text_encoders, tokenizer_of
+from edgeprune.families.encoders import QWEN2_5_VL, text_encoders, tokenizer_of
 from edgeprune.families.parts import tensor_of
 from edgeprune.residency.model_files import weights_of
 from edgeprune.sampling.scheduler import FlowMatch
@@ -113,6 +113,8 @@ def text_pipeline(folder: Path, device: torch.device, variant: str | None) -> An
                 encoder = network(network.config_class.from_dict(read_json(folder / name / "config.json")))
             tokenizer = folder / tokenizer_of(name)
             words = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+            if kind == QWEN2_5_VL:
+                encoder.model.visual = nn.Identity()  # prompts have no images
             if chat := chats[name]:
                 encoder.lm_head = nn.Identity()  # its file lacks a head that is tied, and no pipeline reads the words
                 words.chat_template = chat.template  # the folder's own is a program
@@ -154,6 +156,11 @@ def step(
     if isinstance(pipe, diffusers.ZImagePipeline):  # it takes text without padding, and counts guidance from 0
         text = {"prompt_embeds": [row[(row != 0).any(-1)] for row in hidden]}
         settings |= {"guidance_scale": max(0.0, settings["guidance_scale"] - 1)}
+    if isinstance(pipe, diffusers.QwenImagePipeline):  # its `guidance_scale` is an input of a transformer
+        read = (hidden != 0).any(-1)
+        most = int(read.sum(1).max())
+        text = {"prompt_embeds": hidden[:, :most], "prompt_embeds_mask": read[:, :most].long()}
+        settings["true_cfg_scale"] = settings.pop("guidance_scale")
     with torch.no_grad(), contextlib.suppress(_TakenError):
         pipe(latents=_packed(pipe, latents), output_type="latent", callback_on_step_end=stop, **text, **settings)
     return _unpacked(pipe, after[0], latents)
@@ -178,15 +185,19 @@ def _unpacked(pipe: Any, latents: torch.Tensor, like: torch.Tensor) -> torch.Ten
     if not hasattr(pipe, "_pack_latents"):
         return latents
     height, width = (side * pipe.vae_scale_factor for side in like.shape[2:])
-    return cast("torch.Tensor", pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor))
+    unpacked = cast("torch.Tensor", pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor))
+    return unpacked.view_as(like)  # of one frame
 
 
 def _structure(folder: Path, subfolder: str) -> Any:
     """Return a transformer on the meta device."""
     config = read_json(folder / subfolder / "config.json")
     if not str(config["_class_name"]).startswith(CHANGED):
-        with torch.device("meta"):
-            return getattr(diffusers, config["_class_name"]).from_config(config)
+        kind = getattr(diffusers, config["_class_name"])
+        # The angles of Qwen-Image's positions are neither parameters nor buffers, and no file has them.
+        computed = kind is diffusers.QwenImageTransformer2DModel
+        with accelerate.init_empty_weights() if computed else torch.device("meta"):
+            return kind.from_config(config)
     manifest = Manifest.load(folder)
     plan = manifest.prune_plan(folder)
     assert plan is not None  # `open_transformer` has read it

@@ -161,6 +161,7 @@ class Subject:
             wanted = [_tensor(output, key) for key in tensors]
             if name in unread:  # states of padding, which are 0 here
                 wanted = [tensor * given["attention_mask"][..., None] for tensor in wanted]
+                wanted = [_padded(tensor, like.shape[1]) for tensor, like in zip(wanted, tensors.values(), strict=True)]
             encoders[name] = _row(map(torch.from_numpy, tensors.values())), _row(wanted)
         dtypes = {name: pipe.dtype_of(name) for name in outputs}
         return Text(found, expected, encoders, dtypes, peaks)
@@ -243,5 +244,12 @@ def _row(tensors: Any) -> torch.Tensor:
 def _tensor(output: Any, key: str) -> torch.Tensor:
     """Return what `StagedPipeline.outputs` calls `key` of a text encoder's output."""
     name, _, index = key.partition(".")
+    if name not in output:  # of a language model with its head: the last of its states
+        name, index = "hidden_states", "-1"
     found: torch.Tensor = output[name][int(index)] if index else output[name]
     return found
+
+
+def _padded(states: torch.Tensor, length: int) -> torch.Tensor:
+    """Append zeros to states (B, M, K), which a pipeline pads to its longest prompt: (B, length, K)."""
+    return torch.nn.functional.pad(states, (0, 0, 0, length - states.shape[1]))

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from edgeprune import api, runtimes, targets
+from edgeprune import runtimes, targets
 from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.loading import load, open_transformer
 from edgeprune.artefact.manifest import Manifest
@@ -283,8 +283,6 @@ def test_what_does_not_fit_is_named(source: Path, tmp_path: Path, file: str, fie
 
 
 def test_what_was_never_tried_is_refused_in_one_line(source: Path) -> None:
-    with pytest.raises(InputError, match="verify does not know the text of a qwen-image model yet$"):
-        api.verify(source)
     fit(source, targets.load("cpu-x86"), Generation.load(source))
     with pytest.raises(InputError, match="--fit rtx: found a model that trt does not take yet, expected a device that"):
         fit(source, targets.load("rtx"), Generation.load(source))

@@ -197,6 +197,36 @@ def test_a_layer_of_qwen3_that_is_misread_is_found(
     assert failed(api.verify(klein)) == {("text", "hidden"), ("encoders", "text_encoder")}
 
 
+@pytest.fixture(scope="module")
+def qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen-Image whose VAE was not trained."""
+    out = tmp_path_factory.mktemp("verify") / "qwen-image"
+    tiny.tiny_qwen_image_pipeline(out, num_layers=2)
+    (out / "synth.json").write_text("{}")
+    return out
+
+
+def test_a_good_qwen_image_passes(qwen_image: Path) -> None:
+    found = api.verify(qwen_image)
+    assert found.passed and [f.check for f in found.findings if f.verdict == "not judged"] == ["vae"]
+    assert {(f.check, f.part) for f in found.findings} >= {("text", "hidden"), ("step", "transformer")}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "check"),
+    [
+        ("text_encoder/model.layers.1.mlp.up_proj.weight", ("encoders", "text_encoder")),
+        ("transformer/transformer_blocks.1.img_mod.1.bias", ("step", "transformer")),
+    ],
+)
+def test_a_tensor_of_qwen_image_that_is_misread_is_found(
+    qwen_image: Path, monkeypatch: pytest.MonkeyPatch, only: Callable[..., None], tensor: str, check: tuple[str, str]
+) -> None:
+    only(check[0])
+    misread(monkeypatch, tensor)
+    assert check in failed(api.verify(qwen_image))
+
+
 @pytest.mark.parametrize(
     ("tensor", "check"),
     [
@@ -337,7 +367,7 @@ def test_exit_codes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"--memory: found 0.00 GB, expected at least"):
         api.verify(BUILTIN, compute=ComputeOptions("cpu", 1000))
     monkeypatch.setattr(staged, "can_stage", lambda folder: False)
-    with pytest.raises(InputError, match="verify knows the text encoders CLIP, T5 and Qwen3 alone"):
+    with pytest.raises(InputError, match="verify knows the text encoders CLIP, T5, Qwen3 and Qwen2.5-VL alone"):
         api.verify(BUILTIN)
 
 
