@@ -76,7 +76,7 @@ def export(
     if modulation not in (None, *forms):
         raise InputError(f"--modulation: found {modulation!r}, expected {' or '.join(forms)} for {fmt}")
     accepts.check(artefact, device)
-    accepts.pipeline(artefact, fmt)
+    accepts.pipeline(artefact)
     extra, packages = NEEDS[fmt]
     extras.require(extras.COMPRESS, f"compress,{extra}")
     # Which TensorRT is needed depends on the device; to_trt.py checks that.

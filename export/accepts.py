@@ -15,13 +15,13 @@ from edgeprune.artefact.convert.opening import refuse_file
 from edgeprune.artefact.manifest import recorded_encoders
 from edgeprune.artefact.resolve import nearby, read_config
 from edgeprune.common.errors import InputError
-from edgeprune.families.encoders import FORMATS, check_tokens
+from edgeprune.families.encoders import check_tokens
 from edgeprune.sampling.generation import Generation
 from edgeprune.targets import Target
 
 
-def pipeline(artefact: Path, fmt: str) -> dict[str, Any]:
-    """Read model_index.json and check that the pipeline can be exported to a format.
+def pipeline(artefact: Path) -> dict[str, Any]:
+    """Read model_index.json and check that the pipeline can be exported.
 
     Raises:
         InputError: `artefact` is no pipeline of a family, or a part is missing or cannot be exported.
@@ -33,12 +33,6 @@ def pipeline(artefact: Path, fmt: str) -> dict[str, Any]:
         where = nearby(artefact)
         raise InputError(f"{artefact}: no model_index.json; expected an artefact or a diffusers folder{where}")
     _, family = read_config(artefact)
-    for encoder in family.encoders:
-        if fmt not in (formats := FORMATS.get(encoder.kind, (fmt,))):
-            raise InputError(
-                f"{path}: {encoder.name}: found a {encoder.kind}, which cannot be exported to {fmt} yet; use "
-                f"{' or '.join(formats)}"
-            )
     index = check_pipeline(artefact)
     check_tokens(artefact, family.encoders, Generation.load(artefact).max_sequence_length)
     return index

@@ -102,7 +102,7 @@ def write(
         LockedError: another process is writing this export.
         DiskError: the disk is full, or `out` cannot be written; finished networks are kept.
     """
-    index = accepts.pipeline(artefact, target)
+    index = accepts.pipeline(artefact)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: found a file, expected a folder or nothing")
     if out.exists() and any(out.iterdir()) and not (out / FILE).is_file():

@@ -55,7 +55,7 @@ class Transformer(nn.Module):
     def example(
         self, *, batch: int, height: int, width: int, tokens: int, seed: int = 0, text: Conditioning | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return random inputs; `height` and `width` count image tokens.
+        """Return random inputs; `height` and `width` count image tokens. Texts after the first are padded, if any are.
 
         Args:
             batch: rows.
@@ -75,6 +75,8 @@ class Transformer(nn.Module):
         )
         if text is not None:
             condition = Conditioning(text.hidden[:batch], text.pooled[:batch])
+        elif not all(encoder.padding for encoder in self.family.encoders):
+            condition.hidden[1:, tokens - tokens // 2 :] = 0
         sigma = torch.rand(batch, generator=generator)
         return network_inputs(self.model, latents, condition, sigma, guidance=4 * float(sigma[0]))
 

@@ -36,8 +36,6 @@ _PART = re.compile(r"(text_encoder|tokenizer)(_\d)?|transformer|vae|scheduler|fe
 
 KNOWN = (CLIP, CLIP_POOLED, T5, *LANGUAGE)
 """Classes whose tensors families/parts.py lists, and which are read layer by layer."""
-FORMATS = {QWEN2_5_VL: ("onnx", "openvino")}
-"""Formats to which a text encoder can be exported, of classes that were not tried in all."""
 LONG = (T5, *LANGUAGE)
 """Classes whose prompts are padded to `max_sequence_length`; those of CLIPs to their tokenizer's own length."""
 

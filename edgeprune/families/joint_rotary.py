@@ -53,7 +53,9 @@ class RealJointAttention:
         query, key, value = (x.transpose(1, 2) for x in (_turned(query, angles), _turned(key, angles), value))
         mask = None
         if seen is not None:
-            mask = torch.cat([seen, seen.new_ones(len(seen), hidden_states.shape[1])], dim=1)[:, None, None]
+            # Added to the scores. Core ML converts a boolean mask wrongly. The number is finite in every dtype.
+            text = torch.zeros_like(encoder_hidden_states[..., 0]).masked_fill(~seen, torch.finfo(torch.float16).min)
+            mask = torch.cat([text, torch.zeros_like(hidden_states[..., 0])], dim=1)[:, None, None]
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
         return attn.to_out[0](out[:, tokens:]), attn.to_add_out(out[:, :tokens])
 

@@ -370,11 +370,9 @@ class QwenImage:
 
     def embed_tokens(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embed tokens and text, whose padding stays zero."""
-        import torch
-
         hidden = inputs["encoder_hidden_states"]
-        text = model.txt_in(model.txt_norm(hidden))
-        return model.img_in(inputs["hidden_states"]), torch.where((hidden != 0).any(-1, keepdim=True), text, 0.0)
+        seen, text = (hidden != 0).any(-1, keepdim=True), model.txt_in(model.txt_norm(hidden))
+        return model.img_in(inputs["hidden_states"]), text.masked_fill(~seen, 0.0)
 
     def conditioning(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Embed the timestep, which stays float32 even in half precision; of the tokens only the dtype is read."""
@@ -393,8 +391,6 @@ class QwenImage:
         positions: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run a block with real positions; rows of zeros in the text are padding, and stay zero."""
-        import torch
-
         from edgeprune.families.joint_rotary import use_real_numbers
 
         use_real_numbers(block)
@@ -403,7 +399,7 @@ class QwenImage:
             hidden_states=image, encoder_hidden_states=text, encoder_hidden_states_mask=seen, temb=modulation,
             image_rotary_emb=tuple(positions),
         )  # fmt: skip
-        return image, torch.where(seen[..., None], after, 0.0)
+        return image, after.masked_fill(~seen[..., None], 0.0)
 
     def grid(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         """Tokens stay packed, so `unembed` needs no grid."""

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import read_json
 from edgeprune.families import Architecture, Config, Shape, family_of
-from edgeprune.families.encoders import FORMATS, LONG, text_encoders
+from edgeprune.families.encoders import LONG, text_encoders
 from edgeprune.families.parts import is_read, tensor_of, vae_widths
 from edgeprune.quantization.precision import TEXT_INT4, TEXT_INT4_WO8, text_precision_of
 from edgeprune.residency.model_files import any_weights_of
@@ -74,19 +74,12 @@ def fit(source: Path, target: Target, generation: Generation, encoders: str = TE
 
     Raises:
         BudgetError: a stage takes more than the device has, or nothing is left for the transformer.
-        InputError: a config lacks a field, a file is damaged, or the model cannot be exported for the device.
+        InputError: a config lacks a field or a file is damaged.
     """
     size = _BYTES[target.activations]
     config, vae = read_json(source / "transformer" / "config.json"), read_json(source / "vae" / "config.json")
     encoders_of = family_of(config, str(source / "transformer" / "config.json")).encoders
     states = {encoder.name: encoder.states for encoder in encoders_of}
-    for encoder in encoders_of:
-        formats = FORMATS.get(encoder.kind, target.formats)
-        if not set(target.formats) & set(formats):
-            raise InputError(
-                f"--fit {target.name}: found a model that {' or '.join(target.formats)} does not take yet, expected a "
-                f"device that takes {' or '.join(formats)}"
-            )
     values = vae_activations(vae, generation.height, generation.width) * size
     decoder = sum(map(math.prod, stored_shapes(source / "vae", "decoder.").values()))
     taken = {

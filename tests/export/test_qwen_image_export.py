@@ -12,9 +12,8 @@ import traced
 
 from edgeprune import runtimes, targets
 from edgeprune.artefact.loading import load
-from edgeprune.common.errors import InputError
 from edgeprune.common.files import read_json
-from edgeprune.export import accepts, to_onnx, to_openvino
+from edgeprune.export import to_onnx, to_openvino
 from edgeprune.runtimes import base, networks
 from edgeprune.runtimes.modulation import ROWS
 from edgeprune.sampling.denoising import encode_prompts
@@ -94,10 +93,3 @@ def test_a_device_finds_the_same_tokens(folders: dict[str, Path], source: Path, 
 def test_an_export_says_how_latents_are_scaled(folders: dict[str, Path], source: Path) -> None:
     found = [read_json(folder / "config.json") for folder in (folders["ort"] / "vae_decoder", source / "vae")]
     assert all(found[0][name] == found[1][name] for name in ("latents_mean", "latents_std", "z_dim"))
-
-
-@pytest.mark.parametrize("fmt", ["coreml", "trt"])
-def test_other_formats_are_refused_in_one_line(source: Path, fmt: str) -> None:
-    with pytest.raises(InputError, match=f"cannot be exported to {fmt} yet; use onnx or openvino") as caught:
-        accepts.pipeline(source, fmt)
-    assert "\n" not in str(caught.value)

@@ -282,10 +282,9 @@ def test_what_does_not_fit_is_named(source: Path, tmp_path: Path, file: str, fie
     assert "\n" not in str(refused.value)
 
 
-def test_what_was_never_tried_is_refused_in_one_line(source: Path) -> None:
-    fit(source, targets.load("cpu-x86"), Generation.load(source))
-    with pytest.raises(InputError, match="--fit rtx: found a model that trt does not take yet, expected a device that"):
-        fit(source, targets.load("rtx"), Generation.load(source))
+def test_it_fits_every_kind_of_device(source: Path) -> None:
+    for device in ("cpu-x86", "rtx", "macbook-m"):
+        assert fit(source, targets.load(device), Generation.load(source)).memory_bytes > 0
 
 
 @pytest.mark.parametrize(("name", "steps", "scale"), [("Qwen-Image", 50, 4.0), ("Qwen-Image-Lightning-8steps", 8, 1.0)])
