@@ -52,6 +52,7 @@ from transformers import (
 
 from edgeprune.artefact.synth import tokenizers
 from edgeprune.families import Family, family_of_model
+from edgeprune.families.flux2 import Flux2
 from edgeprune.families.z_image import ZImage
 from edgeprune.quantization.quantize import quantize_part
 from edgeprune.residency.stored import StoredTransformer
@@ -329,6 +330,19 @@ def tiny_vae_flux2(**overrides: Any) -> AutoencoderKLFlux2:
     vae.bn.running_mean.copy_(torch.linspace(-1, 1, 32))
     vae.bn.running_var.copy_(torch.linspace(0.3, 3, 32))
     return vae.eval()
+
+
+@contextlib.contextmanager
+def shallow_klein(states: tuple[int, ...]) -> Iterator[None]:
+    """Let the family read these states of a text encoder with two more layers: 27, as published, take minutes to trace.
+
+    Diffusers' pipeline has to be told the same states.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        encoders = tuple(dataclasses.replace(encoder, states=states) for encoder in Flux2.encoders)
+        patch.setattr(Flux2, "encoders", encoders)
+        patch.setitem(globals(), "tiny_qwen3", functools.partial(tiny_qwen3, layers=states[-1] + 2))
+        yield
 
 
 def tiny_klein_pipeline(folder: Path, *, distilled: bool = True, **overrides: Any) -> Flux2KleinPipeline:

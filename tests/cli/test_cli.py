@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shell import run
+from shell import run, run_here
 from typer.testing import CliRunner
 
 from edgeprune.cli import app
@@ -65,7 +65,7 @@ def test_ctrl_c_says_how_to_go_on() -> None:
     ],
 )
 def test_help_of_every_verb_has_an_example(verb: str) -> None:
-    found = run(*verb.split(), "--help")
+    found = run_here(*verb.split(), "--help")
     assert found.returncode == 0
     assert "Example" in found.stdout
 
@@ -94,7 +94,7 @@ def test_help_of_every_verb_has_an_example(verb: str) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(args: list[str], words: str, tmp_path: Path) -> None:
-    found = run(*args, cwd=tmp_path)
+    found = run_here(*args, cwd=tmp_path)
     assert found.returncode == 2, found.stderr
     assert "Traceback" not in found.stderr
     (line,) = [text for text in found.stderr.splitlines() if text.startswith("error:")]

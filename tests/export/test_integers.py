@@ -6,6 +6,7 @@ Each format is written by its public `export`, without the text encoders and the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,8 @@ from edgeprune.quantization.quantize import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
 WEIGHTS = "transformer_int4/diffusion_pytorch_model.safetensors"
-FORMATS = ("onnx", "openvino", "trt", "coreml")
+ENGINE = pytest.param("trt", marks=pytest.mark.slow)  # test_trt.py builds one, of what parity compares
+FORMATS = ("onnx", "openvino", "coreml", ENGINE)
 LAYERS = {"sd3": (33, 7), "flux": (20, 10)}
 """Numbers of INT4 and INT8 layers. SD3: two blocks with a second attention, the last without a context MLP. FLUX: one
 joint and one single block. INT8: embedders and output.
@@ -76,56 +78,59 @@ class Written:
     bytes: int
 
 
-def written(artefact: Path, out: Path) -> dict[str, Written]:
-    """Export the transformer to every format and read it back; `trt` is the ONNX file that TensorRT's parser gets.
+def write(artefact: Path, out: Path, fmt: str) -> Written:
+    """Export the transformer to a format and read it back; `trt` is the ONNX file that TensorRT's parser gets.
 
     OpenVINO's IR is made of the ONNX model, which is traced once for both.
     """
-    names, given = list(stored.of_checkpoint(artefact)), list[onnx.ModelProto]()
-    sources, network, build = to_onnx.sources, to_coreml.convert_network, to_trt.Builder.build
+    if fmt == "checkpoint":
+        return Written(stored.of_checkpoint(artefact), (artefact / WEIGHTS).stat().st_size)
+    sources, network = to_onnx.sources, to_coreml.convert_network
 
     def only_the_transformer(name: str, *rest: Any, **more: Any) -> dict[str, Any]:
         return network(name, *rest, **more) if name == "transformer" else {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "sources", lambda *of, **how: itertools.islice(sources(*of, **how), 1))
+        patch.setattr(to_coreml, "convert_network", only_the_transformer)
+        if fmt == "trt":
+            return parsed_by_tensorrt(artefact, out / fmt, patch)
+        if fmt == "coreml":
+            to_coreml.export(artefact, out / fmt, device=targets.load("macbook-m"))
+            path = out / fmt / "transformer" / "model.mlpackage"
+            weight_bin = path / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+            return Written(stored.of_coreml(path, list(stored.of_checkpoint(artefact))), weight_bin.stat().st_size)
+        if not (out / "onnx").exists():
+            to_onnx.export(artefact, out / "onnx")
+        path = out / "onnx" / "transformer" / "model.onnx"
+        if fmt == "onnx":
+            return Written(stored.of_onnx(path), sum(p.stat().st_size for p in path.parent.iterdir()))
+        traced.reuse(patch, out / "onnx", "transformer")
+        to_openvino.export(artefact, out / fmt, device=targets.load("cpu-x86"))
+        path = out / fmt / "transformer" / "openvino_model.xml"
+        return Written(stored.of_openvino(path), path.with_suffix(".bin").stat().st_size)
+
+
+def parsed_by_tensorrt(artefact: Path, out: Path, patch: pytest.MonkeyPatch) -> Written:
+    given, build = list[onnx.ModelProto](), to_trt.Builder.build
 
     def noted(self: to_trt.Builder, name: str, path: Path, *rest: Any) -> dict[str, Any]:
         given.append(onnx.load(str(path)))
         return build(self, name, path, *rest)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "sources", lambda *of, **how: itertools.islice(sources(*of, **how), 1))
-        patch.setattr(to_coreml, "convert_network", only_the_transformer)
-        patch.setattr(to_trt.Builder, "build", noted)
-        to_onnx.export(artefact, out / "onnx")
-        with patch.context() as again:
-            traced.reuse(again, out / "onnx", "transformer")
-            to_openvino.export(artefact, out / "openvino", device=targets.load("cpu-x86"))
-        record = to_trt.export(artefact, out / "trt", device=targets.load("rtx"))
-        to_coreml.export(artefact, out / "coreml", device=targets.load("macbook-m"))
-    (engine_input,) = given
-    said = record["networks"]["transformer"]
+    patch.setattr(to_trt.Builder, "build", noted)
+    said = to_trt.export(artefact, out, device=targets.load("rtx"))["networks"]["transformer"]
     layers = LAYERS[Manifest.load(artefact).family]
     assert (said["int4_layers"], said["int8_layers"]) == layers  # as TensorRT itself counts
     assert said["precision"] == "float16"
-    paths = {
-        "onnx": out / "onnx" / "transformer" / "model.onnx",
-        "openvino": out / "openvino" / "transformer" / "openvino_model.xml",
-        "coreml": out / "coreml" / "transformer" / "model.mlpackage",
-    }
-    weight_bin = paths["coreml"] / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
-    return {
-        "checkpoint": Written(stored.of_checkpoint(artefact), (artefact / WEIGHTS).stat().st_size),
-        "onnx": Written(stored.of_onnx(paths["onnx"]), sum(p.stat().st_size for p in paths["onnx"].parent.iterdir())),
-        "openvino": Written(
-            stored.of_openvino(paths["openvino"]), paths["openvino"].with_suffix(".bin").stat().st_size
-        ),
-        "trt": Written(stored.of_onnx(engine_input), engine_input.ByteSize()),
-        "coreml": Written(stored.of_coreml(paths["coreml"], names), weight_bin.stat().st_size),
-    }
+    (engine_input,) = given
+    return Written(stored.of_onnx(engine_input), engine_input.ByteSize())
 
 
 @pytest.fixture(scope="module")
-def formats(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
-    return written(artefact, tmp_path_factory.mktemp("out"))
+def written(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
+    """Write a format, once."""
+    return functools.cache(functools.partial(write, artefact, tmp_path_factory.mktemp("out")))
 
 
 def differences(expected: dict[str, Weight], found: dict[str, Weight]) -> list[str]:
@@ -139,26 +144,29 @@ def differences(expected: dict[str, Weight], found: dict[str, Weight]) -> list[s
     ]
 
 
-def test_every_format_holds_the_checkpoints_integers(kind: str, formats: dict[str, Written]) -> None:
-    expected = formats["checkpoint"].weights
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_format_holds_the_checkpoints_integers(kind: str, fmt: str, written: Callable[[str], Written]) -> None:
+    expected = written("checkpoint").weights
     bits = [weight.bits for weight in expected.values()]
     assert (bits.count(4), bits.count(8)) == LAYERS[kind]
     for weight in expected.values():
         limits = weight.integers.min(), weight.integers.max()
         assert limits == ((-8, 7) if weight.bits == 4 else limits) and len(np.unique(weight.scale)) > 1
-    assert {name: differences(expected, formats[name].weights) for name in FORMATS} == dict.fromkeys(FORMATS, [])
+    assert differences(expected, written(fmt).weights) == []
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_one_flipped_bit_is_seen(artefact: Path, formats: dict[str, Written], bits: int, tmp_path: Path) -> None:
+def test_one_flipped_bit_is_seen(
+    artefact: Path, written: Callable[[str], Written], bits: int, fmt: str, tmp_path: Path
+) -> None:
     """Test the comparison itself with a checkpoint that differs in one bit of one layer."""
-    name = next(n for n, w in formats["checkpoint"].weights.items() if w.bits == bits)
+    name = next(n for n, w in written("checkpoint").weights.items() if w.bits == bits)
     state = load_file(artefact / WEIGHTS)
     state[f"{name}.weight_packed"][1, 2] ^= 0x10
     (tmp_path / WEIGHTS).parent.mkdir()
     save_file(state, tmp_path / WEIGHTS)
-    flipped = stored.of_checkpoint(tmp_path)
-    assert {f: differences(flipped, formats[f].weights) for f in FORMATS} == dict.fromkeys(FORMATS, [name])
+    assert differences(stored.of_checkpoint(tmp_path), written(fmt).weights) == [name]
 
 
 SCALES: dict[str, Callable[[int], float]] = {
@@ -171,13 +179,13 @@ SCALES: dict[str, Callable[[int], float]] = {
 """Largest number of bits per weight by format, for a group size."""
 
 
-@pytest.mark.parametrize("name", SCALES)
-def test_bits_per_weight_on_disk(formats: dict[str, Written], name: str) -> None:
+@pytest.mark.parametrize("fmt", ["checkpoint", *FORMATS])
+def test_bits_per_weight_on_disk(written: Callable[[str], Written], fmt: str) -> None:
     """4.25 with scales in half precision, 4.5 with float32 scales: integers and scales, measured in the files."""
-    weights = [w for w in formats[name].weights.values() if w.bits == 4]
+    weights = [w for w in written(fmt).weights.values() if w.bits == 4]
     count = sum(w.integers.size for w in weights)
     found = 8 * sum(w.file_bytes for w in weights) / count
     assert {w.integers.shape[1] // w.scale.shape[1] for w in weights} == {64}
-    assert 4.25 <= found <= SCALES[name](64) <= 4.5
+    assert 4.25 <= found <= SCALES[fmt](64) <= 4.5
     # The rest of the file is too small for a second copy in half precision.
-    assert formats[name].bytes - sum(w.file_bytes for w in weights) < 2 * count
+    assert written(fmt).bytes - sum(w.file_bytes for w in weights) < 2 * count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,6 @@ import tiny
 from edgeprune import runtimes, targets
 from edgeprune.artefact.staged import StagedPipeline
 from edgeprune.export import parity
-from edgeprune.families.architecture import Encoder
-from edgeprune.families.encoders import QWEN3, THOUGHTLESS
-from edgeprune.families.flux2 import FAMILY
 from edgeprune.residency.compute import Compute
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
@@ -26,13 +22,9 @@ PROMPT = "two red circles"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A klein of two blocks, whose text encoder is read at layers 1, 3 and 4: an engine of 27 takes minutes."""
+    """A klein of two blocks, whose text encoder is read at layers 1, 3 and 4."""
     folder = tmp_path_factory.mktemp("klein") / "source"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "tiny_qwen3", functools.partial(tiny.tiny_qwen3, layers=5))
-        patch.setattr(
-            FAMILY, "encoders", (Encoder("text_encoder", QWEN3, states=(1, 3, 4), chat=THOUGHTLESS),), raising=False
-        )
+    with tiny.shallow_klein((1, 3, 4)):
         tiny.tiny_klein_pipeline(folder, num_layers=1, num_single_layers=1)
         yield folder
 

@@ -266,6 +266,7 @@ def test_coreml_package(pipeline: tuple[Path, Any], tmp_path: Path, monkeypatch:
     assert kinds["gather"] == {proto.FLOAT16}
 
 
+@pytest.mark.slow  # test_t5_int4.py builds one
 def test_engine(pipeline: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """test_trt.py builds the engines of the other networks."""
     pytest.importorskip("tensorrt_rtx")

@@ -122,6 +122,7 @@ def test_layers_are_packed_in_what_tensorrt_parsed(built: SimpleNamespace, model
     assert said["onnx_weight_bytes"] < as_half and stored < as_half / 3
 
 
+@pytest.mark.slow  # two more engines; test_modulation_apart.py runs the same files in ONNX Runtime
 def test_the_modulation_has_an_engine_of_its_own(
     built: SimpleNamespace, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,7 +278,7 @@ class One(nn.Module):
         return (self.model(x),)
 
 
-@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("streams", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_int4_stays_packed_in_the_engine(streams: bool, tmp_path: Path) -> None:
     layer = packed(nn.Linear(1024, 1024), 4, 64, torch.Generator().manual_seed(1))
     x, axes = torch.randn(2, 1024).half(), {0: "b"}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from shell import run
+from shell import run, run_here
 
 from edgeprune import shapes
 from edgeprune.common.errors import InputError
@@ -171,18 +171,18 @@ def test_command_line_on_images(worlds: tuple[Path, Path]) -> None:
     assert (first["metric"], first["score"][0], first["drop"][0]) == ("shapes", 0.75, 0.25)
     assert second["metric"] == "ssim" and second["drop"] is None and len(second["values"]) == 8
     assert "0.75 [" in found.stderr and "25.0% [" in found.stderr and "8 images of 8 prompts" in found.stderr
-    alone = run("score", images, "--metric", "shapes")
+    alone = run_here("score", images, "--metric", "shapes")
     assert alone.returncode == 0 and "next: edgeprune score" in alone.stderr and "--against ORIGINAL" in alone.stderr
 
 
 def test_command_line_says_what_is_wrong(worlds: tuple[Path, Path], tmp_path: Path) -> None:
     images = str(worlds[1])
-    found = run("score", images, "--metric", "shapes", "--seeds", "2")
+    found = run_here("score", images, "--metric", "shapes", "--seeds", "2")
     assert found.returncode == 2 and "already has prompts" in found.stderr
     white = np.full((32, 32, 3), 255, np.uint8)
     small = image_folder(tmp_path / "small", [white], [read_samples(worlds[1])[0].text])
-    found = run("score", str(small), "--metric", "shapes")
+    found = run_here("score", str(small), "--metric", "shapes")
     assert found.returncode == 2 and "found an image of 32x32, expected 64x64" in found.stderr
     (small / "0.png").write_text("not an image")
-    found = run("score", str(small), "--metric", "shapes")
+    found = run_here("score", str(small), "--metric", "shapes")
     assert found.returncode == 2 and "not a readable image" in found.stderr and "Traceback" not in found.stderr

@@ -41,6 +41,8 @@ MADE = {
     "klein": tiny_klein_pipeline,
     "z-image": tiny_z_image_pipeline,
 }
+IN_BF16 = {("gates", "sd3"), ("reuse", "klein")}
+"""Estimators and families that the quick suite computes in bf16, which is slow where the processor has no bf16."""
 LITTLE = ComputeOptions("cpu", 100 * 10**9)
 """Any given memory means that blocks are read when they run, unless they are kept."""
 
@@ -75,8 +77,14 @@ def in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeprune.residency.compute.multiplies_bf16", lambda: True)
 
 
-@pytest.mark.parametrize("kind", MADE)
-@pytest.mark.parametrize("estimator", ["exhaustive", "reuse", "gates"])
+@pytest.mark.parametrize(
+    ("estimator", "kind"),
+    [
+        pytest.param(estimator, kind, marks=() if (estimator, kind) in IN_BF16 else pytest.mark.slow)
+        for estimator in ("exhaustive", "reuse", "gates")
+        for kind in MADE
+    ],
+)
 def test_contributions_in_bf16(estimator: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     source = tmp_path / "tiny"
     MADE[kind](source)
