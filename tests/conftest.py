@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +42,37 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _begun.add(item.path)
         gc.collect()
         gc.freeze()
+
+
+FEW = 6
+"""Prompts that calibrate in tests."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_work() -> Iterator[None]:
+    """Calibrate random weights on few prompts, and measure this machine in little time.
+
+    All prompts, times that are known to 2 % on a busy machine, and products in bf16 on a processor that has none take
+    most of the time of many tests.
+    """
+    if find_spec("torch") is None:
+        yield
+        return
+    from edgeprune.common.splits import Split
+    from edgeprune.report import steps
+    from edgeprune.stages import costs, prompts, work
+
+    real, speed = prompts.prompts_of, costs.matmul_flops_per_s
+
+    def few(split: Split, count: int, tasks: Any | None) -> list[str]:
+        return real(split, min(count, FEW) if split is Split.CALIBRATION else count, tasks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "prompts_of", few)
+        patch.setattr(steps, "MOST", steps.LEAST)
+        patch.setattr(costs, "matmul_flops_per_s", lambda *, dtype, device: speed(device=device))
+        patch.setattr(work, "_SAMPLE_BYTES", 10**6)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -170,24 +170,28 @@ def zero(folder: Path, stage: str) -> None:
 
 
 def main(folder: Path) -> None:
+    """Do what the quick tests look at."""
     analyze(folder, "two")
     analyze(folder, "begun")
     train(folder, "ddp")
     train(folder, "accumulated", accumulate=2)
-    train(folder, "prefix", int4_group_size=None)
-    train(folder, "fresh_blocks", freeze_prefix=False)
     train(folder, "resumed", until=3)
     train(folder, "resumed")
-    train(folder, "taken_over")  # from a state that one process saved
     train(folder, "tail", from_states=True)
-    rounding._LARGE = (
-        1  # as a large model's: weights are rounded again in the backward pass, also where they are sharded
-    )
-    train(folder, "ddp_large")
-    os.environ |= FSDP2
-    AcceleratorState._reset_state()
+    as_large()
+    shard()
     train(folder, "sharded")
     train(folder, "sharded_prefix", int4_group_size=None)
+
+
+def more(folder: Path) -> None:
+    """Do what the slow tests look at."""
+    train(folder, "prefix", int4_group_size=None)
+    train(folder, "fresh_blocks", freeze_prefix=False)
+    train(folder, "taken_over")  # from a state that one process saved
+    as_large()
+    train(folder, "ddp_large")
+    shard()
     train(folder, "sharded_tail", from_states=True)
     train(folder, "sharded_fresh_blocks", freeze_prefix=False)
     train(folder, "sharded_accumulated", accumulate=2)
@@ -196,10 +200,22 @@ def main(folder: Path) -> None:
     train(folder, "sharded_taken_over")
 
 
+def as_large() -> None:
+    """From now on weights are rounded again in the backward pass, as a large model's, also where they are sharded."""
+    rounding._LARGE = 1
+
+
+def shard() -> None:
+    """Shard both models from now on."""
+    os.environ |= FSDP2
+    AcceleratorState._reset_state()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if len(sys.argv) > 2:  # DeepSpeed raises many warnings of its own
-        zero(Path(sys.argv[1]), sys.argv[2])
+    what = sys.argv[2] if len(sys.argv) > 2 else ""
+    if what.isdecimal():  # DeepSpeed raises many warnings of its own
+        zero(Path(sys.argv[1]), what)
     else:
         warnings.simplefilter("error")
-        main(Path(sys.argv[1]))
+        (more if what == "more" else main)(Path(sys.argv[1]))

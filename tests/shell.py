@@ -23,9 +23,9 @@ def run(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]
 def run_here(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Do the same in this process, which takes no seconds to start."""
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():  # `main` shows them in its own way
+        warnings.simplefilter("default")
         patch.setattr(sys, "argv", ["edgeprune", *args])
-        patch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` sets these, and leaves them
         for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
             patch.setenv(name, "error")
         if cwd is not None:

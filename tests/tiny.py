@@ -155,6 +155,8 @@ KINDS: dict[str, Callable[..., Any]] = {
     "qwen-image": tiny_qwen_image,
 }
 """A transformer of every kind, for tests that all of them must pass."""
+TWINS = ("flux-schnell", "flux2-dev")
+"""Kinds that differ from another in the guidance input alone: of a costly test they are the slow variants."""
 
 
 def config_of(model: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ they give the least time; a real run takes longer (activation functions, small m
 from __future__ import annotations
 
 import functools
+import json
 import math
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgeprune.common.files import read_json
-from edgeprune.families import Config, Family
+from edgeprune.families import Config, Family, Shape, family_of
 from edgeprune.families.encoders import text_encoders
 from edgeprune.planning.fit import stored_shapes
 from edgeprune.residency.compute import Compute
@@ -84,9 +85,19 @@ def evaluations_by_step(family: Family, config: Config, source: Path, generation
 
 def flops_per_evaluation(family: Family, config: Config, source: Path, generation: Generation) -> int:
     """Count the floating-point operations of one sample through the transformer, on the meta device."""
+    latents, condition, _, guidance = sample(family, config, source, generation)
+    text = tuple(condition.hidden.shape), tuple(condition.pooled.shape)
+    return _flops(json.dumps(config), tuple(latents.shape), *text, guidance)
+
+
+@functools.lru_cache(maxsize=16)
+def _flops(config_text: str, latents: Shape, hidden: Shape, pooled: Shape, guidance: float) -> int:
+    """Count the operations at inputs of these shapes; half a second, which a grid need not spend on each row."""
+    config = json.loads(config_text)
+    family = family_of(config)
     model: Any = family.build(config, list(range(family.block_count(config))), frozenset())
-    latents, condition, sigma, guidance = sample(family, config, source, generation)
-    given = network_inputs(model, latents, condition, sigma, guidance)
+    condition = Conditioning(torch.zeros(hidden), torch.zeros(pooled))
+    given = network_inputs(model, torch.zeros(latents), condition, torch.zeros(1), guidance)
     inputs = {name: value.to("meta") for name, value in given.items()}
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         forward(family, model, inputs)
@@ -109,10 +120,11 @@ def evaluation_seconds(family: Family, config: Config, source: Path, generation:
     return flops_per_evaluation(family, config, source, generation) / speed
 
 
+@functools.cache
 def matmul_flops_per_s(
     size: int = 1024, repeats: int = 5, *, dtype: torch.dtype = torch.float32, device: torch.device = CPU
 ) -> float:
-    """Measure the speed of a matrix product of this size on this machine; return the best of `repeats`."""
+    """Measure the speed of a matrix product of this size on this machine, once; return the best of `repeats`."""
     on_gpu = device.type != "cpu"
     size, calls = (4 * size, 10) if on_gpu else (size, 1)  # a GPU takes less time for a small one than for a call
     a = torch.ones(size, size, dtype=dtype, device=device)

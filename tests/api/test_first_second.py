@@ -20,7 +20,7 @@ from edgeprune.common.errors import DiskError, EdgepruneError, InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
 COMMANDS = {
-    "compress": "compress {model} -o {out} --method manual --blocks 1 --steps 0",
+    "compress": "compress {model} -o {out} --method manual --blocks 1 --steps 0 --calibration none --preset quick",
     "compress --dry-run": "compress {model} -o {out} --method manual --blocks 1 --steps 0 --dry-run",
     "analyze": "analyze {model} -o {out}",
     "analyze --dry-run": "analyze {model} -o {out} --dry-run",

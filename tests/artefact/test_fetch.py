@@ -139,6 +139,7 @@ def test_a_hub_id_is_compressed_online_and_offline(
     """Offline in a process of its own: huggingface_hub reads its environment when it is imported."""
     monkeypatch.chdir(tmp_path)
     words = ["compress", "me/m", "--revision", "v2", "--method", "manual", "--blocks", "1", "--steps", "0"]
+    words += ["--calibration", "none", "--preset", "quick"]  # in little time
     found = CliRunner().invoke(app, [*words, "-o", "small"])
     assert found.exit_code == 0, found.exception
     assert "fetching me/m: " in found.output + capfd.readouterr().err and not set(online.downloaded) & set(DOUBLES)

@@ -1,11 +1,12 @@
 """Surgery: the shorter model computes what the original does with those branches skipped, in every family."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import KINDS, config_of, tiny_inputs, tiny_step, tiny_velocity
+from tiny import KINDS, TWINS, config_of, tiny_inputs, tiny_step, tiny_velocity
 
 from edgeprune.analysis.contribution import parts, removed
 from edgeprune.artefact.surgery import build, load_strictly, prune
@@ -41,7 +42,7 @@ def test_shapes_without_weights_equal_the_model(kind: str) -> None:
 
 
 @pytest.mark.parametrize("blocks", ["0", "1-2", "3", "2-3", "0,3"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k in TWINS else ()) for k in KINDS])
 def test_whole_blocks_equal_skipped_blocks_and_load_in_stock_diffusers(kind: str, blocks: str) -> None:
     model, config, family, mean = setup(kind)
     plan = make_plan(family, config, None, method="manual", blocks=blocks)
@@ -67,11 +68,18 @@ def every(kind: str) -> list[str]:
     return [*names, f"{last}:attn,{last}:mlp", several, ",".join(names)]
 
 
-@pytest.mark.parametrize(("kind", "components"), [(k, c) for k in KINDS for c in every(k)])
-@pytest.mark.parametrize("blocks", ["", "3"])
+def components_and_blocks() -> Iterator[Any]:
+    """Of blocks that are whole; with a removed block between them, only several components are not slow."""
+    for kind in KINDS:
+        for components in every(kind):
+            yield pytest.param(kind, components, "", marks=pytest.mark.slow if kind in TWINS else ())
+            if not components.startswith("3"):  # a block that is removed itself
+                quick = "," in components and kind not in TWINS
+                yield pytest.param(kind, components, "3", marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "components", "blocks"), components_and_blocks())
 def test_components_equal_skipped_branches(kind: str, components: str, blocks: str) -> None:
-    if blocks and components.startswith("3"):
-        pytest.skip("the block itself is removed")
     model, config, family, mean = setup(kind)
     plan = make_plan(family, config, None, method="manual", blocks=blocks, components=components)
     short = prune(family, model, config, plan, mean)

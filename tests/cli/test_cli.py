@@ -106,7 +106,7 @@ def test_dry_run_forecasts_and_writes_nothing(tmp_path: Path, monkeypatch: pytes
 
     tiny_pipeline(tmp_path / "tiny")
     given = ("--data", "captions", "--protect-first", "0", "--protect-last", "1")  # of three blocks
-    found = run("compress", "tiny", "-o", "out", "--dry-run", "--json", "--keep", "0.5", *given, cwd=tmp_path)
+    found = run_here("compress", "tiny", "-o", "out", "--dry-run", "--json", "--keep", "0.5", *given, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     data = json.loads(found.stdout.splitlines()[-1])
     assert data["blocks"] == 3 and data["analyze_parts"] == 1 + 3 + 5 * 3 - 1

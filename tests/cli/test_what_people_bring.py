@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from edgeprune.cli import app
 from edgeprune.common.errors import EdgepruneError
 
-PRUNE = ["--method", "manual", "--blocks", "1", "--steps", "0"]
+PRUNE = ["--method", "manual", "--blocks", "1", "--steps", "0", "--calibration", "none", "--preset", "quick"]
 
 
 def run(*words: str) -> tuple[str, str]:

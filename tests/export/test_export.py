@@ -328,11 +328,11 @@ def test_damaged_weights_are_the_users_error(
     assert [p.name for p in tmp_path.iterdir()] == ["bad"]
 
 
-def test_float_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float_folder(tiny_folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Export the transformer of an uncompressed folder with the real loader; the image size comes from its config."""
     traced.only(monkeypatch, "transformer")
-    folder = tmp_path / "float"
-    tiny.tiny_pipeline(folder, num_layers=1)
+    traced.reuse(monkeypatch, tiny_folders[1], "transformer")
+    folder = Path(shutil.copytree(tiny_folders[0], tmp_path / "float"))
     (folder / "generation.json").unlink()
     record = to_onnx.export(folder, tmp_path / "onnx")
     assert record["quantized"] is False and record["parity"]["transformer"]["max_relative"] < 1e-5

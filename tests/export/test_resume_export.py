@@ -97,6 +97,7 @@ def test_goes_on_where_it_was(tiny_folders: tuple[Path, Path], tmp_path: Path, m
     assert sorted(p.name for p in tmp_path.iterdir()) == ["onnx", "whole"]
 
 
+@pytest.mark.slow  # a process of its own; above, other interruptions at as many places
 def test_sigkill_in_the_middle_of_a_tensor(tiny_folders: tuple[Path, Path], tmp_path: Path) -> None:
     source, traced = tiny_folders
     code = f"""

@@ -10,6 +10,12 @@ import pytest
 from edgeprune.report import steps
 
 
+@pytest.fixture(autouse=True)
+def many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as outside of the tests."""
+    monkeypatch.setattr(steps, "MOST", 99)
+
+
 def interrupted(seconds: float, seed: int) -> Callable[[], float]:
     """Return a step that takes `seconds`, and 25 ms more with each interruption: 32 in a second of work."""
     rng = np.random.default_rng(seed)

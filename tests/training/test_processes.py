@@ -56,9 +56,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranks.train(out, "one")
     ranks.train(out, "one_prefix", int4_group_size=None)
     ranks.train(out, "one_tail", from_states=True)
-    ranks.train(out, "one_int8", teacher_precision="int8")
-    ranks.train(out, "one_fresh_blocks", freeze_prefix=False)
-    ranks.train(out, "taken_over", until=3)
     tiny_pipeline(out / "model")
     ranks.analyze(out, "whole")
     ranks.analyze(out, "begun", until=2)
@@ -67,28 +64,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    ("name", "alone"),
-    [
-        ("ddp", "one"),
-        ("ddp_large", "one"),
-        ("accumulated", "one"),
-        ("fresh_blocks", "one_fresh_blocks"),
-        ("resumed", "one"),
-        ("taken_over", "one"),
-        ("sharded", "one"),
-        ("prefix", "one_prefix"),
-        ("sharded_prefix", "one_prefix"),
-        ("tail", "one_tail"),
-        ("sharded_tail", "one_tail"),
-        ("sharded_fresh_blocks", "one_fresh_blocks"),
-        ("sharded_accumulated", "one"),
-        ("sharded_int8", "one_int8"),
-        ("sharded_taken_over", "one"),
-    ],
-)
+@pytest.fixture(scope="module")
+def more(folder: Path) -> Path:
+    """Add the results that slow tests look at."""
+    ranks.train(folder, "one_int8", teacher_precision="int8")
+    ranks.train(folder, "one_fresh_blocks", freeze_prefix=False)
+    ranks.train(folder, "taken_over", until=3)
+    run(2, str(folder), "more")
+    return folder
+
+
+SAME = [("ddp", "one"), ("accumulated", "one"), ("resumed", "one"), ("tail", "one_tail"), ("sharded", "one")]
+SAME += [("sharded_prefix", "one_prefix")]
+MORE = [
+    ("ddp_large", "one"),
+    ("fresh_blocks", "one_fresh_blocks"),
+    ("taken_over", "one"),
+    ("prefix", "one_prefix"),
+    ("sharded_tail", "one_tail"),
+    ("sharded_fresh_blocks", "one_fresh_blocks"),
+    ("sharded_accumulated", "one"),
+    ("sharded_int8", "one_int8"),
+    ("sharded_taken_over", "one"),
+]
+
+
+@pytest.mark.parametrize(("name", "alone"), SAME)
 def test_two_processes_train_as_one(folder: Path, name: str, alone: str) -> None:
     check_same(folder, name, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "alone"), MORE)
+def test_two_processes_train_as_one_in_other_ways(more: Path, name: str, alone: str) -> None:
+    check_same(more, name, alone)
 
 
 def check_same(folder: Path, name: str, alone: str) -> None:
@@ -108,6 +117,7 @@ def zero(folder: Path, request: pytest.FixtureRequest) -> str:
     """Train in two processes with a stage of DeepSpeed's ZeRO, and return the stage."""
     if absent("deepspeed"):
         pytest.skip("deepspeed is not installed")
+    request.getfixturevalue("more")
     stage = str(request.param)
     ranks.train(folder, f"zero{stage}_taken_over", until=3)
     run(2, str(folder), stage)
@@ -191,19 +201,18 @@ def test_two_processes_score_as_one_to_the_byte(folder: Path, name: str) -> None
     assert Manifest.load(found.parent).stages.keys() == {"analyze"}
 
 
-@pytest.mark.parametrize(
-    ("name", "layout", "options"),
-    [
-        ("one", ProcessLayout(), {}),
-        ("ddp", ProcessLayout(2), {}),
-        ("sharded", ProcessLayout(2, sharded=True), {}),
-        ("sharded_fresh_blocks", ProcessLayout(2, sharded=True), {"freeze_prefix": False}),
-        ("sharded_int8", ProcessLayout(2, sharded=True), {"teacher_precision": "int8", "gradient_checkpointing": True}),
-    ],
-)
-def test_what_a_process_holds_is_as_forecast(
-    folder: Path, name: str, layout: ProcessLayout, options: dict[str, Any]
-) -> None:
+HELD: list[tuple[str, ProcessLayout, dict[str, Any]]] = [
+    ("one", ProcessLayout(), {}),
+    ("ddp", ProcessLayout(2), {}),
+    ("sharded", ProcessLayout(2, sharded=True), {}),
+]
+HELD_OF_MORE: list[tuple[str, ProcessLayout, dict[str, Any]]] = [
+    ("sharded_fresh_blocks", ProcessLayout(2, sharded=True), {"freeze_prefix": False}),
+    ("sharded_int8", ProcessLayout(2, sharded=True), {"teacher_precision": "int8", "gradient_checkpointing": True}),
+]
+
+
+def check_held(folder: Path, name: str, layout: ProcessLayout, options: dict[str, Any]) -> None:
     held = json.loads((folder / f"{name}.held.json").read_text())
     family, _, student, plan, report, _ = setup()
     config = config_of(tiny_transformer(num_layers=5))
@@ -211,6 +220,21 @@ def test_what_a_process_holds_is_as_forecast(
     found = forecast_rank(family, config, plan, report, chosen, recipe(chosen), Placement(), layout, tiny_step(batch=1))
     assert {key: found[key] for key in held} == held
     assert found["rank_bytes"] == sum(v for k, v in found.items() if k not in ("rank_bytes", "processes"))
+
+
+@pytest.mark.parametrize(("name", "layout", "options"), HELD)
+def test_what_a_process_holds_is_as_forecast(
+    folder: Path, name: str, layout: ProcessLayout, options: dict[str, Any]
+) -> None:
+    check_held(folder, name, layout, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layout", "options"), HELD_OF_MORE)
+def test_what_a_process_holds_in_other_ways_is_as_forecast(
+    more: Path, name: str, layout: ProcessLayout, options: dict[str, Any]
+) -> None:
+    check_held(more, name, layout, options)
 
 
 def test_the_forecast_refuses_what_the_run_refuses() -> None:
