@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import warnings
@@ -75,27 +76,50 @@ def little_work() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny diffusers folder and its ONNX export, not quantised; copy before damaging one.
-
-    Workers share them: the first that asks makes them.
-    """
-    pytest.importorskip("diffusers")
-    pytest.importorskip("onnxruntime")
+@contextlib.contextmanager
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """Give a folder that the workers share, to the one that asks first and then to the others."""
     from filelock import FileLock
-
-    from edgeprune.export.to_onnx import export
 
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
-    source, out = root / "tiny-folders" / "source", root / "tiny-folders" / "onnx"
-    with FileLock(root / "tiny-folders.lock"), warnings.catch_warnings():
+    with FileLock(root / f"{name}.lock"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vendors' deprecations
-        import tiny
+        yield root / name
 
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny diffusers folder and its ONNX export, not quantised; copy before damaging one."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("onnxruntime")
+    from edgeprune.export.to_onnx import export
+
+    with made_once(tmp_path_factory, "tiny-folders") as root:
+        source, out = root / "source", root / "onnx"
         if not out.is_dir():  # an export is in its place only when it is whole
+            import tiny
+
             tiny.tiny_pipeline(source)
             export(source, out)
     return source, out
+
+
+@pytest.fixture(scope="session")
+def quantised_onnx(tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The transformer of `quantised.two_blocks()` in ONNX, in a folder for `traced.reuse`."""
+    import quantised
+    import tiny
+
+    from edgeprune.export import external_data, to_onnx
+
+    with made_once(tmp_path_factory, "quantised-onnx") as root, pytest.MonkeyPatch.context() as patch:
+        if not root.is_dir():
+            patch.setattr(to_onnx, "open_transformer", lambda *_, **__: tiny.stored(quantised.two_blocks()))
+            unfinished = root.with_name("quantised-unfinished")
+            (unfinished / "transformer").mkdir(parents=True)
+            model = next(to_onnx.sources(tiny_folders[0])).to_ir()
+            external_data.save(model, unfinished / "transformer" / "model.onnx")
+            unfinished.rename(root)
+    return root

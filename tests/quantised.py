@@ -37,6 +37,11 @@ def quantised(model: nn.Module) -> nn.Module:
     return model
 
 
+def two_blocks() -> nn.Module:
+    """Two blocks of SD3, quantised: what `quantised_onnx` is traced of."""
+    return quantised(tiny.tiny_transformer(num_layers=2))
+
+
 def thin(rank: int) -> nn.Module:
     """Return two blocks of projected modulation, quantised by the precision rules; one norm is removed too."""
     model = tiny.tiny_transformer(num_layers=2)

@@ -44,6 +44,9 @@ NOT_HERE = {
     "footprint": "only macOS",
 }
 
+COSTLY = ("feedback", "report", "gates-flux", "tail", "modulation")
+"""Checks of stages; others try the same parts of the code on the second device, and so do the tests of residency."""
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
@@ -79,7 +82,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in COSTLY else ()) for n in ALL])
 def test_checks_on_a_second_device(name: str, place: Place, fakes: None) -> None:
     result = attempt(ALL[name], place)
     expected = ("left out", NOT_HERE[name]) if name in NOT_HERE else ("ok", "")

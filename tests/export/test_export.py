@@ -20,7 +20,7 @@ import pytest
 import tiny
 import torch
 import traced
-from quantised import quantised
+from quantised import two_blocks
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -45,19 +45,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return quantised(tiny.tiny_transformer(num_layers=2))
+    return two_blocks()
 
 
 @pytest.fixture(scope="module")
 def exported(
-    source: Path, model: nn.Module, tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+    source: Path,
+    model: nn.Module,
+    tiny_folders: tuple[Path, Path],
+    quantised_onnx: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, dict[str, Any]]:
-    """Of this folder only the transformer is traced; the other networks are those of `tiny_folders`."""
+    """The networks were traced for `quantised_onnx` and `tiny_folders`."""
     out = tmp_path_factory.mktemp("out") / "onnx"
     told: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_onnx, "open_transformer", lambda *_, **__: tiny.stored(model))
         traced.reuse(patch, tiny_folders[1], "text_encoder", "text_encoder_2", "vae_decoder")
+        traced.reuse(patch, quantised_onnx, "transformer")
         record = to_onnx.export(source, out, progress=lambda what, *steps: steps or told.append(what))
     assert told == ["transformer", "text_encoder", "text_encoder_2", "vae_decoder"]
     return out, record

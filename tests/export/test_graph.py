@@ -97,7 +97,7 @@ NETWORKS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize(
     ("name", "half"),
     [
-        pytest.param(name, half, marks=() if half and name == "sd3" else pytest.mark.slow)
+        pytest.param(name, half, marks=() if half and name == "clip" else pytest.mark.slow)
         for name in NETWORKS
         for half in (False, True)
     ],

@@ -78,6 +78,7 @@ def test_weights_are_what_openvino_saves(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(place % 64 == 0 for place in places) and len(set(places)) == 4
 
 
+@pytest.mark.slow  # it converts 256 MB
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's peak")
 def test_a_conversion_holds_few_weights(tmp_path: Path) -> None:
     """Sixteen matrices of 16 MB, which are read through a mapping and copied."""

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 import traced
-from quantised import quantised, thin
+from quantised import thin, two_blocks
 
 from edgeprune import api, runtimes, targets
 from edgeprune.common.errors import InputError, ParityError
@@ -27,7 +27,7 @@ from edgeprune.runtimes.base import Array
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
 PROMPTS = ["two red circles", "a drawing of a star above a ring"]
 MODELS = {
-    "sd3": lambda: quantised(tiny.tiny_transformer(num_layers=2)),
+    "sd3": two_blocks,
     "low rank": lambda: thin(16),
     "flux": lambda: tiny.tiny_flux(joint_attention_dim=tiny.T5_WIDTH, pooled_projection_dim=tiny.TEXT_WIDTH),
 }
@@ -67,7 +67,10 @@ def test_a_model_without_such_layers_keeps_its_modulation(model: Any) -> None:
 
 @pytest.fixture(scope="module", params=["sd3", "low rank", pytest.param("flux", marks=pytest.mark.slow)])
 def forms(
-    request: pytest.FixtureRequest, tiny_folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_folders: tuple[Path, Path],
+    quantised_onnx: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, Path]]:
     """Exports of a model to ONNX by their form; encoders and VAE are those of `tiny_folders`."""
     root, model = tmp_path_factory.mktemp("forms"), MODELS[request.param]()
@@ -76,10 +79,13 @@ def forms(
     out = {form: root / form for form in (INSIDE, APART)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_onnx, "open_transformer", lambda *_, **__: tiny.stored(model))
+        reused = ["vae_decoder"] if flux else ["text_encoder", "text_encoder_2", "vae_decoder"]
+        traced.reuse(patch, tiny_folders[1], *reused)
         for form, folder in out.items():
-            reused = ["vae_decoder"] if flux else ["text_encoder", "text_encoder_2", "vae_decoder"]
-            traced.reuse(patch, tiny_folders[1], *reused)
-            record = to_onnx.export(root / "source", folder, modulation=form)
+            with patch.context() as whole:
+                if (request.param, form) == ("sd3", INSIDE):
+                    traced.reuse(whole, quantised_onnx, "transformer")
+                record = to_onnx.export(root / "source", folder, modulation=form)
             assert all(one["max_relative"] < 1e-4 for one in record["parity"].values())
     yield out
     shutil.rmtree(root)

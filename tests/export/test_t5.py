@@ -237,6 +237,7 @@ def test_what_is_refused(pipeline: tuple[Path, Any], tmp_path: Path, file: str, 
 # ------------------------------------------------------------------------------------- formats that nothing here runs
 
 
+@pytest.mark.slow  # test_t5_int4.py and test_coreml_text.py convert T5s
 def test_coreml_package(pipeline: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run two chunks in the reference evaluator; they declare that they compute in float32."""
     ct = pytest.importorskip("coremltools")
