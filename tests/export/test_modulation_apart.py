@@ -65,7 +65,10 @@ def test_a_model_without_such_layers_keeps_its_modulation(model: Any) -> None:
 # ------------------------------------------------------------------------------------- exported
 
 
-@pytest.fixture(scope="module", params=["sd3", "low rank", pytest.param("flux", marks=pytest.mark.slow)])
+SLOW = pytest.mark.slow  # test_modulation_export.py has one of a low rank, test_flux.py FLUX's
+
+
+@pytest.fixture(scope="module", params=["sd3", pytest.param("low rank", marks=SLOW), pytest.param("flux", marks=SLOW)])
 def forms(
     request: pytest.FixtureRequest,
     tiny_folders: tuple[Path, Path],
@@ -127,7 +130,8 @@ def test_the_velocities_are_those_of_the_whole(
     same(forms, runtime, monkeypatch)
 
 
-@pytest.mark.parametrize("forms", ["sd3"], indirect=True)  # OpenVINO opens the ONNX of all, see above
+@pytest.mark.slow  # OpenVINO opens the ONNX, see above
+@pytest.mark.parametrize("forms", ["sd3"], indirect=True)
 def test_openvinos_own_files(forms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that OpenVINO GenAI reads are there in the form that it opens alone."""
     source, names = forms[APART].parent / "source", ("text_encoder", "text_encoder_2", "transformer", "vae_decoder")

@@ -27,7 +27,10 @@ PARTS = ("weight_packed", "weight_scale")
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
 
 
-@pytest.fixture(scope="module", params=[torch.float16, torch.bfloat16, torch.float32], ids=str)
+OTHERS = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float32)]
+
+
+@pytest.fixture(scope="module", params=[torch.float16, *OTHERS], ids=str)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny T5 in one of the precisions that files have."""
     path = tmp_path_factory.mktemp("t5") / "text_encoder_3"
@@ -40,7 +43,7 @@ def vendor(folder: Path) -> Any:
     return transformers.T5EncoderModel.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_bytes_are_those_of_a_t5_rounded_in_memory(
     half: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +138,7 @@ print(written, compared)
 """
 
 
+@pytest.mark.slow  # test_coreml_text.py counts what is in memory of a small one
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     """Measured by the kernel, for a T5 of 126 M parameters; the largest of its 84 linear layers has 2 M."""
     config = {"d_model": 1024, "d_ff": 2048, "d_kv": 64, "num_heads": 16, "num_layers": 12, "vocab_size": 99}

@@ -228,6 +228,7 @@ def test_eager_reads_them(artefact: Path) -> None:
         assert parity.relative_error(hidden[:, tiny.TOKENS :], expected(artefact).numpy())[0] < 1e-3
 
 
+@pytest.mark.slow  # two traces; test_t5.py exports one in 8 bits
 def test_other_forms_are_rounded_at_export(tmp_path: Path) -> None:
     tiny.tiny_pipeline(tmp_path / "source", t5=True, num_layers=1)
     ws = Workspace(tmp_path / "small", str(tmp_path / "source"))
