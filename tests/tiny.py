@@ -157,6 +157,8 @@ KINDS: dict[str, Callable[..., Any]] = {
 """A transformer of every kind, for tests that all of them must pass."""
 TWINS = ("flux-schnell", "flux2-dev")
 """Kinds that differ from another in the guidance input alone: of a costly test they are the slow variants."""
+COSTLY_KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind in TWINS else ()) for kind in KINDS]
+"""All kinds, for costly tests."""
 
 
 def config_of(model: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import KINDS, TWINS, config_of, tiny_inputs, tiny_step, tiny_velocity
+from tiny import COSTLY_KINDS, KINDS, TWINS, config_of, tiny_inputs, tiny_step, tiny_velocity
 
 from edgeprune.analysis.contribution import parts, removed
 from edgeprune.artefact.surgery import build, load_strictly, prune
@@ -42,7 +42,7 @@ def test_shapes_without_weights_equal_the_model(kind: str) -> None:
 
 
 @pytest.mark.parametrize("blocks", ["0", "1-2", "3", "2-3", "0,3"])
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k in TWINS else ()) for k in KINDS])
+@pytest.mark.parametrize("kind", COSTLY_KINDS)
 def test_whole_blocks_equal_skipped_blocks_and_load_in_stock_diffusers(kind: str, blocks: str) -> None:
     model, config, family, mean = setup(kind)
     plan = make_plan(family, config, None, method="manual", blocks=blocks)

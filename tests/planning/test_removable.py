@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import KINDS, config_of, tiny_inputs, tiny_velocity
+from tiny import COSTLY_KINDS, KINDS, config_of, tiny_inputs, tiny_velocity
 
 from edgeprune.analysis.contribution import ContributionReport, collapsed, fingerprint, parts, removed, swapped
 from edgeprune.artefact.surgery import prune
@@ -116,7 +116,7 @@ def branches(config: Config, block: int) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("block", range(4))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COSTLY_KINDS)
 def test_a_block_without_branches_is_a_removed_block(kind: str, block: int) -> None:
     """Block 1 and 3 are two-stream and single-stream in FLUX; block 3 of SD3 is the last, without context output."""
     model = KINDS[kind]()

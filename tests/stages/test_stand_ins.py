@@ -197,7 +197,7 @@ def test_they_are_fitted_on_the_prompts_that_are_given(artefact: Path, tmp_path:
     assert ws.manifest.stages["prune"]["options"]["stand_in_prompts"] == ["a cat", "a dog"]
 
 
-@pytest.fixture(scope="module", params=["sd3", "flux"])
+@pytest.fixture(scope="module", params=["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def artefact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "sd3":

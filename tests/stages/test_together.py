@@ -47,7 +47,7 @@ SEEDS = [3, 1, 4, 1, 5]
 EVERYTHING = 10**12
 
 
-@pytest.fixture(params=["sd3", "flux"])
+@pytest.fixture(params=["sd3", pytest.param("flux", marks=pytest.mark.slow)])  # test_seam.py reads FLUX's blocks, too
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     {"sd3": tiny_pipeline, "flux": tiny_flux_pipeline}[request.param](tmp_path / "tiny")
     return tmp_path / "tiny"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from distilling import recipe, schedule, setup, streams_before
 from safetensors.torch import save_file
-from tiny import KINDS, config_of, tiny_step
+from tiny import COSTLY_KINDS, KINDS, config_of, tiny_step
 
 from edgeprune.artefact.surgery import prune
 from edgeprune.common.errors import InputError
@@ -25,7 +25,7 @@ from edgeprune.training.tail import Tail, TailLesson, cut
 from edgeprune.training.whole import Noisy, Whole, noisy
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COSTLY_KINDS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_tail_goes_on_where_the_prefix_ends(kind: str, checkpointing: bool) -> None:
     model = KINDS[kind]()

@@ -165,6 +165,11 @@ def test_a_good_model_passes(folder: Path) -> None:
     assert all(f.figure < 1e-5 for f in found.findings if f.measure == "relative error" and f.figure is not None)
 
 
+@pytest.mark.parametrize(
+    "folder",
+    ["sd3 with T5", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("flux", "klein", "z-image"))],
+    indirect=True,
+)
 def test_half_precision_within_memory(folder: Path) -> None:
     found = api.verify(folder, dtype="bf16", compute=ComputeOptions("cpu", 8 * 10**9))
     errors = [f for f in found.findings if f.measure == "relative error"]
