@@ -80,7 +80,7 @@ test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 	@echo "next: make check (format, lint, types, coverage), or make demo"
 
-# What takes minutes, and costly variants of other tests, which CI leaves out: an hour and a half on two cores.
+# What takes minutes, and costly variants of other tests, which CI leaves out: more than an hour on two cores.
 test-slow: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q -m slow $(PYTEST_FLAGS)
 

@@ -13,7 +13,11 @@ from typing import Any
 
 import pytest
 
-LONG = ("resume_export", "processes", "integers", "flux", "t5", "bench", "coreml", "trt", "seam", "export", "cli")
+LONG = (
+    *("resume_export", "processes", "flux", "klein_export", "trt", "modulation_apart", "integers", "coreml"),
+    *("z_image_export", "qwen_image_export", "loaders", "t5", "t5_int4", "openvino", "seam", "verify", "export", "cli"),
+    *("hardware", "bench", "packaging", "examples"),
+)
 """Files that take longest, to be begun first: with one of them last, the other worker has nothing to do.
 
 The first makes `tiny_folders`, the second does not wait for them.

@@ -192,7 +192,7 @@ def test_compress_chooses_integers_as_the_stages_one_by_one(
     found, expected = (ws.manifest.stages["quantize"] for ws in (whole, apart))
     assert found["inputs"] == expected["inputs"] and found["options"] == expected["options"]
     assert found["options"]["calibration"] == "feedback" and found["options"].get("states") == (2 if large else None)
-    assert len(found["options"]["prompts"]) == (2 if large else quantize.PROMPTS)
+    assert found["options"]["prompts"] == calibrating(whole, count=2 if large else quantize.PROMPTS)
     assert compress(whole, options) == []
 
 
