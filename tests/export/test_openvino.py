@@ -260,6 +260,7 @@ def test_same_seed_same_image_as_torch(
     assert images[0].std() > 5
 
 
+@pytest.mark.slow  # test_piecewise.py draws from the ONNX files in little memory
 def test_little_memory_gives_the_same_image(
     exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,7 +401,7 @@ def test_compile_cache(quantised: Path, model: nn.Module, tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------- devices that are not here
 
 
-@pytest.mark.parametrize("device", ["NPU", "GPU.1", "CPU"])
+@pytest.mark.parametrize("device", ["NPU", "GPU.1", pytest.param("CPU", marks=pytest.mark.slow)])
 def test_sizes_are_fixed(device: str, exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each network is compiled for the sizes of its call; the transformer again when the batch changes."""
     monkeypatch.setattr(runtime, "core", FakeCore)
@@ -500,6 +501,7 @@ def one_layer(path: Path) -> Path:
     return out
 
 
+@pytest.mark.slow  # test_memory.py loads whole folders as often
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory rows are Linux's")
 def test_nothing_leaks(tmp_path: Path) -> None:
     """Open, use and close 100 times: the last 70 add less than 2 MB; one float copy of the layer has 1 MB."""
