@@ -23,6 +23,7 @@ from edgeprune.sampling.denoising import Conditioning
 from edgeprune.sampling.generation import Generation
 
 STEPS, PROMPTS = 3, 2
+OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("flux", "z-image", "qwen-image")]
 
 
 def setup(kind: str, monkeypatch: pytest.MonkeyPatch, *, batch: int = 4) -> tuple[Any, Any, list[Group]]:
@@ -58,7 +59,7 @@ def block_samples(model: Any, family: Any) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("kind", ["sd3-dual", "flux", "flux2", "z-image", "qwen-image"])
+@pytest.mark.parametrize("kind", ["sd3-dual", "flux2", *OTHERS])
 def test_reuse_gives_the_same_numbers_and_the_model_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, metric, wanted = setup(kind, monkeypatch)
     wanted = [*wanted, group([(1, "mlp"), (2, "attn")]), group([(0, None), (2, "mlp")])]
@@ -85,7 +86,7 @@ def test_work_is_what_is_said(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert sum(seen) * (2 if estimator is Gates else 1) == pytest.approx(said), estimator
 
 
-@pytest.mark.parametrize("kind", ["sd3-dual", "flux", "flux2", "z-image", "qwen-image"])
+@pytest.mark.parametrize("kind", ["sd3-dual", "flux2", *OTHERS])
 def test_gates_are_first_order(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass estimates the error of parts, and of groups without interactions, within a factor of two."""
     family, metric, wanted = setup(kind, monkeypatch)

@@ -32,7 +32,11 @@ from edgeprune.stages.costs import sample
 PROMPTS = ["a red circle", "", "two stars"]
 
 
-@pytest.fixture(scope="module", params=["sd3", "sd3 with T5", "flux", "klein"])
+# FLUX has the encoders of an SD3 with T5; families/test_klein.py encodes with klein's.
+@pytest.fixture(
+    scope="module",
+    params=["sd3", "sd3 with T5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "klein"))],
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("staged") / "tiny"
     if request.param == "flux":

@@ -145,7 +145,7 @@ def test_the_facts_are_those_of_the_model_cards() -> None:
 # ------------------------------------------------------------------------------------- writing
 
 
-@pytest.mark.parametrize("name", ["sd3.5-large", "flux.1-dev"])
+@pytest.mark.parametrize("name", ["sd3.5-large", pytest.param("flux.1-dev", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("scaled_down")
 def test_a_scaled_down_pipeline_draws(name: str, tmp_path: Path) -> None:
     synth.synth(name, tmp_path / "m")
@@ -187,7 +187,7 @@ def test_klein_encodes_a_prompt(tmp_path: Path) -> None:
     assert images.isfinite().all()
 
 
-@pytest.mark.parametrize("tiny_encoders", [False, True])
+@pytest.mark.parametrize("tiny_encoders", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.usefixtures("scaled_down")
 def test_qwen_image_draws(tmp_path: Path, tiny_encoders: bool) -> None:
     """Also what is drawn depends on the prompt, of which an instruction leaves enough tokens."""
@@ -199,7 +199,7 @@ def test_qwen_image_draws(tmp_path: Path, tiny_encoders: bool) -> None:
     assert fox.isfinite().all() and fox.std() > 0.02 and not torch.equal(fox, ring)
 
 
-@pytest.mark.parametrize("tiny_encoders", [False, True])
+@pytest.mark.parametrize("tiny_encoders", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.usefixtures("scaled_down")
 def test_z_image_draws(tmp_path: Path, tiny_encoders: bool) -> None:
     synth.synth("z-image-turbo", tmp_path / "m", tiny_encoders=tiny_encoders)
@@ -252,7 +252,10 @@ def test_another_kind_of_encoders_needs_another_folder(tmp_path: Path) -> None:
         synth.synth("sd4", tmp_path / "n")
 
 
-@pytest.mark.parametrize(("name", "distilled"), [("flux.2-klein-4b", True), ("flux.2-klein-base-4b", False)])
+@pytest.mark.parametrize(
+    ("name", "distilled"),
+    [("flux.2-klein-4b", True), pytest.param("flux.2-klein-base-4b", False, marks=pytest.mark.slow)],
+)
 @pytest.mark.usefixtures("scaled_down")
 def test_klein_with_a_tiny_encoder_draws_as_diffusers_does(name: str, distilled: bool, tmp_path: Path) -> None:
     synth.synth(name, tmp_path / "m", tiny_encoders=True)
@@ -270,6 +273,7 @@ def test_klein_with_a_tiny_encoder_draws_as_diffusers_does(name: str, distilled:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.slow
 def test_an_encoder_is_never_whole_in_memory(tmp_path: Path) -> None:
     """A T5 of 0.24 GB in shards of 20 MB adds less than half of that to the peak."""
     script = f"""if True:

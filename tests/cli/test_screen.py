@@ -38,7 +38,8 @@ def test_a_warning_is_one_line() -> None:
     assert done.stderr == "warning: the first line and the \\x1b[31msecond\n"
 
 
-@pytest.mark.parametrize("kind", ["sd3.5-large", pytest.param("flux.1-schnell", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tokenizers of the published sizes
+@pytest.mark.parametrize("kind", ["sd3.5-large", "flux.1-schnell"])
 def test_synth_shows_nothing_of_its_vendors(kind: str, tmp_path: Path) -> None:
     code = """if True:
         import sys

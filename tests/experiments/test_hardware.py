@@ -44,7 +44,7 @@ NOT_HERE = {
     "footprint": "only macOS",
 }
 
-COSTLY = ("feedback", "report", "gates-flux", "tail", "modulation")
+COSTLY = ("feedback", "report", "gates-flux", "tail", "modulation", "velocities", "distillation", "vae")
 """Checks of stages; others try the same parts of the code on the second device, and so do the tests of residency."""
 
 

@@ -193,6 +193,7 @@ def test_a_large_transformer_has_more_chunks_than_its_device_asks_for(
     assert record["parity"]["transformer"]["parts"] == 2
 
 
+@pytest.mark.slow  # test_coreml_text.py has chunks of a T5
 def test_chunks_equal_the_whole(exported: tuple[Path, dict[str, Any]], chunked: Path, model: Any) -> None:
     paths = sorted(chunked.iterdir())
     assert [p.name for p in paths] == ["chunk_1.mlpackage", "chunk_2.mlpackage"]
@@ -324,6 +325,7 @@ def test_networks_that_take_turns_compile_once(
     assert len(vendor.compiled) == 4 and len(vendor.loaded) == 8
 
 
+@pytest.mark.slow
 def test_chunks_are_chained_all_open_or_in_turn(
     exported: tuple[Path, dict[str, Any]],
     chunked: Path,

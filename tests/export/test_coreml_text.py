@@ -164,6 +164,7 @@ def test_what_passes_between_them(chunks: list[Path]) -> None:
         assert streams == {0x10000 | 32}  # float32
 
 
+@pytest.mark.slow  # above, a T5
 def test_qwen3_in_chunks_returns_each_state_that_is_read(tmp_path: Path) -> None:
     """No chunk ends with one, as it would be what passes on, too; every chunk reads the mask."""
     tiny.tiny_qwen3(VOCAB, layers=5).half().save_pretrained(tmp_path / "text_encoder")

@@ -32,8 +32,8 @@ from edgeprune.quantization.quantize import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
 WEIGHTS = "transformer_int4/diffusion_pytorch_model.safetensors"
-ENGINE = pytest.param("trt", marks=pytest.mark.slow)  # test_trt.py builds one, of what parity compares
-FORMATS = ("onnx", "openvino", "coreml", ENGINE)
+DEVICES = [pytest.param(fmt, marks=pytest.mark.slow) for fmt in ("coreml", "trt")]  # parity compares what these hold
+FORMATS = ("onnx", "openvino", *DEVICES)
 LAYERS = {"sd3": (33, 7), "flux": (20, 10)}
 """Numbers of INT4 and INT8 layers. SD3: two blocks with a second attention, the last without a context MLP. FLUX: one
 joint and one single block. INT8: embedders and output.

@@ -29,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.slow  # Z-Image's packages are made of the same parts
+@pytest.mark.slow  # test_coreml.py and test_coreml_text.py convert the parts of SD3 and of a T5
 def test_core_ml(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformer and text encoder are chunks: states come from several, and each reads the mask of the prompt."""
     pytest.importorskip("coremltools")

@@ -401,7 +401,7 @@ def test_compile_cache(quantised: Path, model: nn.Module, tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------- devices that are not here
 
 
-@pytest.mark.parametrize("device", ["NPU", "GPU.1", pytest.param("CPU", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("device", ["NPU", *(pytest.param(name, marks=pytest.mark.slow) for name in ("GPU.1", "CPU"))])
 def test_sizes_are_fixed(device: str, exported: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each network is compiled for the sizes of its call; the transformer again when the batch changes."""
     monkeypatch.setattr(runtime, "core", FakeCore)

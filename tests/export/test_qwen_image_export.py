@@ -30,6 +30,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+EXPORTED = pytest.mark.slow
+"""What needs the export: four traces. The parts are those of families that are exported in quick tests."""
+
+
 @pytest.fixture(scope="module")
 def folders(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The export of each runtime; each network is compared with diffusers' and transformers' own forward pass."""
@@ -45,6 +49,7 @@ def folders(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {"ort": out / "onnx", "openvino": out / "openvino"}
 
 
+@EXPORTED
 def test_the_files_hold_what_is_read_alone(folders: dict[str, Path]) -> None:
     """No complex numbers, no axis of time, no vision tower, and no text in the modulation."""
     graphs = {name: onnx.load(str(folders["ort"] / name / "model.onnx"), load_external_data=False) for name in NETWORKS}
@@ -59,6 +64,7 @@ def test_the_files_hold_what_is_read_alone(folders: dict[str, Path]) -> None:
     assert not [one.name for one in graphs["transformer"].graph.initializer if "_mod.1" in one.name]
 
 
+@EXPORTED
 @pytest.mark.parametrize("name", ["ort", "openvino"])
 @pytest.mark.parametrize("free", [10**12, 0])
 def test_same_seed_same_image_as_torch(
@@ -79,6 +85,7 @@ def test_same_seed_same_image_as_torch(
     assert pixels[1].std() > 5 and np.abs(pixels[0] - pixels[1]).max() <= 1
 
 
+@EXPORTED
 @pytest.mark.parametrize("name", ["ort", "openvino"])
 def test_a_device_finds_the_same_tokens(folders: dict[str, Path], source: Path, name: str) -> None:
     """Without those of the instruction, and zeros where a prompt has none; numbers differ by the export's 8 bits."""
@@ -90,6 +97,7 @@ def test_a_device_finds_the_same_tokens(folders: dict[str, Path], source: Path, 
     assert np.linalg.norm(hidden - expected) < 0.5 * np.linalg.norm(expected)
 
 
+@EXPORTED
 def test_an_export_says_how_latents_are_scaled(folders: dict[str, Path], source: Path) -> None:
     found = [read_json(folder / "config.json") for folder in (folders["ort"] / "vae_decoder", source / "vae")]
     assert all(found[0][name] == found[1][name] for name in ("latents_mean", "latents_std", "z_dim"))

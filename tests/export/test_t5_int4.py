@@ -198,6 +198,7 @@ def test_coreml_computes_with_them(artefact: Path, tmp_path: Path, monkeypatch: 
     assert parity.relative_error(found, expected(artefact)[:1].numpy())[0] < 1e-3
 
 
+@pytest.mark.slow  # test_trt.py builds engines of INT4
 def test_an_engine_is_built_of_them(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     from edgeprune.export.to_trt import export

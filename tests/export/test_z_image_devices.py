@@ -39,6 +39,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.slow  # test_coreml.py and test_coreml_text.py convert the parts of SD3 and of a T5
 def test_core_ml(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk without the pad tokens and the refiners follows one that has them; two lengths of text are in a call."""
     pytest.importorskip("coremltools")

@@ -51,6 +51,7 @@ def folders(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {"ort": out / "onnx", "openvino": out / "openvino"}
 
 
+@pytest.mark.slow  # below, images of two lengths at one step
 def test_one_graph_takes_every_length_and_size(tmp_path: Path) -> None:
     """Rows of different lengths, and images whose tokens are no multiple of 32."""
     whole = modules.Transformer(tiny.tiny_z_image(n_layers=1)).eval()
