@@ -174,24 +174,24 @@ def main(folder: Path) -> None:
     analyze(folder, "two")
     analyze(folder, "begun")
     train(folder, "ddp")
-    train(folder, "accumulated", accumulate=2)
     train(folder, "resumed", until=3)
     train(folder, "resumed")
-    train(folder, "tail", from_states=True)
     as_large()
     shard()
     train(folder, "sharded")
-    train(folder, "sharded_prefix", int4_group_size=None)
 
 
 def more(folder: Path) -> None:
     """Do what the slow tests look at."""
+    train(folder, "accumulated", accumulate=2)
     train(folder, "prefix", int4_group_size=None)
+    train(folder, "tail", from_states=True)
     train(folder, "fresh_blocks", freeze_prefix=False)
     train(folder, "taken_over")  # from a state that one process saved
     as_large()
     train(folder, "ddp_large")
     shard()
+    train(folder, "sharded_prefix", int4_group_size=None)
     train(folder, "sharded_tail", from_states=True)
     train(folder, "sharded_fresh_blocks", freeze_prefix=False)
     train(folder, "sharded_accumulated", accumulate=2)
