@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -63,6 +64,7 @@ FIXED = {
 """Options and arguments with a fixed list of names."""
 
 
+@functools.cache
 def shown(*words: str) -> str:
     """The help of a command, on a wide screen and without its frames."""
     result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"})

@@ -43,6 +43,8 @@ PROMPTS = ["two red circles", "", "a small green ring left of a large blue star 
 STATES = (1, 3, 4)
 """Of a text encoder of six layers: klein's states, 9, 18 and 27 of 29, take minutes to trace."""
 READ = STATES[-1]
+EXPORTED = pytest.mark.slow
+"""What needs the exports: three traces and a conversion. Quick tests export FLUX.1, and a T5."""
 NETWORKS = ("transformer", "text_encoder", "vae_decoder")
 
 
@@ -67,6 +69,17 @@ def onnx_folder(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     record = to_onnx.export(sources["base"], out)
     assert list(record["parity"]) == list(NETWORKS) and record["encoders"] == {"text_encoder": "int8"}
     assert max(found["max_relative"] for found in record["parity"].values()) < 1e-4
+    return out
+
+
+@pytest.fixture(scope="module")
+def surroundings(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export without its networks."""
+    out = tmp_path_factory.mktemp("surroundings") / "onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "networks", lambda *_, **__: {})
+        patch.setattr(to_onnx.precisions, "measured", lambda *_: {})
+        to_onnx.export(sources["base"], out)
     return out
 
 
@@ -121,6 +134,7 @@ def test_positions_are_those_of_both_versions_of_transformers() -> None:
     assert torch.equal(language_model.speeds_of(old), expected)
 
 
+@EXPORTED
 def test_only_what_is_read_is_written_in_8_bits(onnx_folder: Path) -> None:
     model = onnx.load(str(onnx_folder / "text_encoder" / "model.onnx"))
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
@@ -133,6 +147,7 @@ def test_only_what_is_read_is_written_in_8_bits(onnx_folder: Path) -> None:
     assert [value.name for value in model.graph.output] == [f"hidden_states.{state}" for state in STATES]
 
 
+@EXPORTED
 def test_a_wrong_number_fails_parity(
     sources: dict[str, Path], onnx_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,13 +197,13 @@ def chats_of(tokenizer: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("length", [2, 40, 512])
-def test_tokens_equal_transformers(onnx_folder: Path, sources: dict[str, Path], length: int) -> None:
+def test_tokens_equal_transformers(surroundings: Path, sources: dict[str, Path], length: int) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(sources["base"] / "tokenizer")
     chats = chats_of(theirs)
     expected = theirs(chats, padding="max_length", truncation=True, max_length=length, return_tensors="np")
-    ours = PromptTokenizer(onnx_folder / "tokenizer", chat=True, max_length=length)
+    ours = PromptTokenizer(surroundings / "tokenizer", chat=True, max_length=length)
     found = ours.masked(texts())
     np.testing.assert_array_equal(found["input_ids"], expected["input_ids"])
     np.testing.assert_array_equal(found["attention_mask"], expected["attention_mask"])
@@ -226,9 +241,9 @@ def test_a_chat_that_is_not_klein_s_is_refused_before_anything_is_written(
     assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
 
 
-def test_only_a_language_model_has_a_chat(onnx_folder: Path, tmp_path: Path) -> None:
+def test_only_a_language_model_has_a_chat(surroundings: Path, tmp_path: Path) -> None:
     """A file that happens to be there changes no prompt of another encoder, and one that is missing is named."""
-    folder = Path(shutil.copytree(onnx_folder / "tokenizer", tmp_path / "tokenizer"))
+    folder = Path(shutil.copytree(surroundings / "tokenizer", tmp_path / "tokenizer"))
     plain = PromptTokenizer(folder, chat=False, max_length=40)
     assert plain.count("two red circles") < PromptTokenizer(folder, chat=True, max_length=40).count("two red circles")
     (folder / CHAT).write_text("{")
@@ -239,8 +254,8 @@ def test_only_a_language_model_has_a_chat(onnx_folder: Path, tmp_path: Path) -> 
     assert "\n" not in str(refused.value)
 
 
-def test_a_damaged_chat_is_named(onnx_folder: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(onnx_folder / "tokenizer", tmp_path / "tokenizer"))
+def test_a_damaged_chat_is_named(surroundings: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(surroundings / "tokenizer", tmp_path / "tokenizer"))
     (folder / CHAT).write_text('{"prefix": 3, "suffix": ""}')
     with pytest.raises(InputError, match=r"chat\.json: prefix: found 3, expected a string"):
         PromptTokenizer(folder, chat=True, max_length=40)
@@ -249,6 +264,7 @@ def test_a_damaged_chat_is_named(onnx_folder: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- the whole pipeline
 
 
+@EXPORTED
 @pytest.mark.parametrize("name", ["ort", "openvino"])
 @pytest.mark.parametrize("free", [10**12, 0])
 def test_encode_is_diffusers_own(
@@ -263,6 +279,7 @@ def test_encode_is_diffusers_own(
     assert parity.relative_error(hidden, expected.numpy())[0] <= 1e-4
 
 
+@EXPORTED
 @pytest.mark.parametrize("name", ["ort", "openvino"])
 @pytest.mark.parametrize("free", [10**12, 0])
 def test_same_seed_same_image_as_torch(
@@ -288,6 +305,7 @@ def test_same_seed_same_image_as_torch(
     assert pixels[1].std() > 5 and np.abs(pixels[0] - pixels[1]).max() <= 1
 
 
+@EXPORTED
 def test_a_device_needs_no_vae_weights_for_its_latents(onnx_folder: Path, sources: dict[str, Path]) -> None:
     config = json.loads((onnx_folder / "vae_decoder" / "config.json").read_text())
     pipe = load(sources["base"])
@@ -296,6 +314,7 @@ def test_a_device_needs_no_vae_weights_for_its_latents(onnx_folder: Path, source
     np.testing.assert_array_equal(np.asarray(config["batch_norm_std"], np.float32), std)
 
 
+@EXPORTED
 @pytest.mark.parametrize(
     "change",
     [
@@ -322,6 +341,7 @@ def test_a_deviation_that_is_not_above_0_is_named(least: float) -> None:
         exported_scale(config, VAE_FLUX2, "c")
 
 
+@EXPORTED
 def test_prompts_are_kept(onnx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with runtimes.load(onnx_folder, "ort", keep_embeddings=tmp_path) as model:
         first = model.backend.encode(PROMPTS)
@@ -334,6 +354,7 @@ def test_prompts_are_kept(onnx_folder: Path, tmp_path: Path, monkeypatch: pytest
 # ------------------------------------------------------------------------------------- memory
 
 
+@EXPORTED
 @pytest.mark.parametrize("name", ["ort", "openvino"])
 def test_in_pieces_it_computes_the_same(folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In little memory layers are opened one after the other, and words are looked up in the file."""

@@ -161,7 +161,9 @@ def test_the_record_says_the_form_and_the_files_hold_each_weight_once(forms: dic
     assert not parts[0] & parts[1] and parts[0] | parts[1] == whole
 
 
-@pytest.mark.parametrize(("runtime", "small"), [("ort", True), ("ort", False), ("openvino", False)])
+@pytest.mark.parametrize(
+    ("runtime", "small"), [("ort", True), ("ort", False), pytest.param("openvino", False, marks=pytest.mark.slow)]
+)
 def test_it_runs_once_an_image_and_is_closed_unless_it_is_small(
     forms: dict[str, Path], runtime: str, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +186,7 @@ def test_it_runs_once_an_image_and_is_closed_unless_it_is_small(
     assert counts == [(modulation.ROWS, rows), *[("transformer", 1)] * 5, ("vae_decoder", 1)]
 
 
-@pytest.mark.parametrize("runtime", ["ort", "openvino"])
+@pytest.mark.parametrize("runtime", ["ort", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_it_runs_once_for_images_that_are_drawn_together(
     forms: dict[str, Path], runtime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,8 @@ from edgeprune.export import external_data, graph, modules, parity, to_onnx, to_
 from edgeprune.runtimes import base, networks
 from edgeprune.sampling.denoising import encode_prompts
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # vendors' deprecations
+# Quick tests export FLUX.1, and run a Z-Image through all stages (test_z_image.py).
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # vendors' deprecations
 PROMPTS = ["two red circles", "", "a small green ring left of a large blue star " * 9]
 """Of up to 32, 32 and 64 tokens with padding."""
 NETWORKS = ("transformer", "text_encoder", "vae_decoder")
@@ -51,7 +52,6 @@ def folders(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {"ort": out / "onnx", "openvino": out / "openvino"}
 
 
-@pytest.mark.slow  # below, images of two lengths at one step
 def test_one_graph_takes_every_length_and_size(tmp_path: Path) -> None:
     """Rows of different lengths, and images whose tokens are no multiple of 32."""
     whole = modules.Transformer(tiny.tiny_z_image(n_layers=1)).eval()

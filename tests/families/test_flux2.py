@@ -90,7 +90,7 @@ def test_a_real_config_is_planned_without_weights() -> None:
         make_plan(family, KLEIN, None, method="manual", blocks="20", modulation_rank=4)
 
 
-@pytest.mark.slow  # test_klein_export.py exports one without guidance
+@pytest.mark.slow  # as in test_klein_export.py
 def test_the_transformer_is_exported(tmp_path: Path) -> None:
     whole = modules.Transformer(tiny.tiny_flux2(guidance_embeds=True, num_layers=1, num_single_layers=1)).eval()
     traced = whole.example(batch=2, height=4, width=6, tokens=5)

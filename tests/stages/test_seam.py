@@ -158,7 +158,7 @@ def test_gates_read_each_block_twice(source: Path, tmp_path: Path, monkeypatch: 
     assert not (ws.cache / "analysis" / "0").exists()
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def test_a_killed_analysis_goes_on_with_the_block(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it is killed, the next run computes what was not on disk, and the scores are the same to the bit."""
     source = tmp_path / "tiny"
@@ -307,7 +307,7 @@ def test_tiles_are_as_large_as_memory_allows(source: Path, tmp_path: Path, monke
             assert pipe.vae is not first
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def test_a_killed_step_goes_on_with_the_block(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of a large image may take longer than the time between two kills."""
     source, left, ran = tmp_path / "tiny", [10**6], [0]
