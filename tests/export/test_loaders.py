@@ -46,7 +46,9 @@ def compared(folder: Path, name: str, path: Path) -> dict[str, Any]:
     return parity.check(name, parity.session(path), module, source.examples, list(module.outputs))
 
 
-@pytest.mark.parametrize("name", SWAPPED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "text_encoder" else pytest.mark.slow) for name in SWAPPED]
+)
 def test_two_swapped_tensors_fail_parity(
     name: str, folder: Path, tiny_folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
