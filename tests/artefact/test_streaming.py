@@ -128,7 +128,7 @@ def test_a_killed_writer_goes_on(tmp_path: Path) -> None:
     assert not ShardWriter(tmp_path / "t", groups, "2").has(0)  # made from something else
 
 
-@FAMILIES
+@pytest.mark.parametrize("config", [SD3, pytest.param(FLUX, marks=pytest.mark.slow)], ids=["sd3", "flux"])
 def test_prune_and_quantise_resume_to_the_same_bytes(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

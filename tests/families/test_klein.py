@@ -105,7 +105,7 @@ def test_layers_that_nothing_reads_are_not_read(sources: dict[str, Path], monkey
         seen.clear()
 
 
-@pytest.mark.parametrize("budget", [None, 2_000_000_000])
+@pytest.mark.parametrize("budget", [None, pytest.param(2_000_000_000, marks=pytest.mark.slow)])
 def test_a_whole_image_is_that_of_diffusers(source: Path, budget: int | None) -> None:
     """From the same noise, with a memory that was given in turn: text encoder, transformer, VAE."""
     with runtimes.load(source, "eager", memory=budget) as model:

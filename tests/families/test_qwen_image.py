@@ -142,7 +142,9 @@ def test_a_text_that_is_too_long_is_refused() -> None:
         family.inputs(config, latents, text, text, sigma, 1.0)
 
 
-@pytest.mark.parametrize(("budget", "scale"), [(None, 4.0), (None, 1.0), (2_000_000_000, 4.0)])
+@pytest.mark.parametrize(
+    ("budget", "scale"), [(None, 4.0), (None, 1.0), pytest.param(2_000_000_000, 4.0, marks=pytest.mark.slow)]
+)
 def test_a_whole_image_is_that_of_diffusers(source: Path, budget: int | None, scale: float) -> None:
     """From the same noise, with and without guidance, also with a memory that was given in turn."""
     how: dict[str, Any] = {"seed": 3, "height": 64, "width": 48, "guidance_scale": scale}

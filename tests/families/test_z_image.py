@@ -159,7 +159,7 @@ def test_activations_are_forecast_without_data() -> None:
     assert 1.5 * one < two < 2.5 * one
 
 
-@pytest.mark.parametrize("budget", [None, 2_000_000_000])
+@pytest.mark.parametrize("budget", [None, pytest.param(2_000_000_000, marks=pytest.mark.slow)])
 def test_a_whole_image_is_that_of_diffusers(source: Path, budget: int | None) -> None:
     """From the same noise, with a memory that was given in turn: text encoder, transformer, VAE."""
     with runtimes.load(source, "eager", memory=budget) as model:

@@ -61,8 +61,14 @@ def velocity(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", THIN)
-@pytest.mark.parametrize("blocks", ["", "3", "1"])
-@pytest.mark.parametrize("parted", [False, True])
+@pytest.mark.parametrize(
+    ("blocks", "parted"),
+    [
+        ("", False),
+        ("1", True),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("", True), ("3", False), ("3", True), ("1", False))),
+    ],
+)
 def test_exact_where_the_inputs_lie_in_the_basis(kind: str, blocks: str, parted: bool) -> None:
     """Twelve samples span eleven directions: at rank 11 the model computes what it computed, at 3 it does not.
 

@@ -151,8 +151,10 @@ def states_velocity(model: Any, batch: Any) -> torch.Tensor:
     return velocity(model, batch.latents, batch.condition, batch.sigma, 3.0)
 
 
-@pytest.mark.parametrize("rank", [None, 4])
-@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize(
+    ("rank", "rounded"),
+    [(None, False), (4, True), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((None, True), (4, False)))],
+)
 def test_the_teachers_streams_are_its_own(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None, rounded: bool
 ) -> None:

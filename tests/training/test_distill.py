@@ -21,8 +21,17 @@ from edgeprune.training.whole import distill, noisy
 from edgeprune.training.zero import FlatShard
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [
+        ("sd3", False),
+        ("flux", True),
+        *(
+            pytest.param(kind, checkpointing, marks=pytest.mark.slow)
+            for kind, checkpointing in (("sd3", True), ("flux", False))
+        ),
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_losses_and_weights(tmp_path: Path, kind: str, checkpointing: bool) -> None:
     options = {"schedule": "cosine", "kind": kind, "gradient_checkpointing": checkpointing}
     whole, losses = run(tmp_path / "whole.safetensors", 8, **options)
@@ -54,7 +63,11 @@ def test_sigterm_saves_at_the_next_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "moved"), [("sd3", "transformer_blocks.2."), ("flux", "single_transformer_blocks.0.")]
+    ("kind", "moved"),
+    [
+        ("sd3", "transformer_blocks.2."),
+        pytest.param("flux", "single_transformer_blocks.0.", marks=pytest.mark.slow),
+    ],
 )
 def test_loss_falls_and_prefix_stays(tmp_path: Path, kind: str, moved: str) -> None:
     _, _, before, plan, _, _ = setup(kind)

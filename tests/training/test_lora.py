@@ -93,7 +93,7 @@ def train(path: Path, kind: str = "sd3", until: int | None = None, **changes: An
         return None
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def test_it_learns_and_resumes(tmp_path: Path, kind: str) -> None:
     start = setup(kind)[2].state_dict()
     state, losses = train(tmp_path / "whole", kind)

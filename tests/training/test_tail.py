@@ -47,8 +47,14 @@ def test_a_tail_goes_on_where_the_prefix_ends(kind: str, checkpointing: bool) ->
         assert dict(last.named_parameters()).keys() == left
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "flux2", "z-image", "qwen-image"])
-@pytest.mark.parametrize("options", [{}, {"lambda_feature": 1.0, "lambda_task": 0.5}, {"features": "attention"}])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(kind, options, marks=pytest.mark.slow if options and kind not in ("sd3", "flux2") else ())
+        for options in ({}, {"lambda_feature": 1.0, "lambda_task": 0.5}, {"features": "attention"})
+        for kind in ("sd3", "flux", "flux2", "z-image", "qwen-image")
+    ],
+)
 def test_the_loss_is_that_with_both_models_in_memory(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     family, teacher, student, plan, report, pairs = setup(kind)
     for model in (teacher, student):
