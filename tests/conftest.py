@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 LONG = (
-    *("resume_export", "processes", "flux", "klein_export", "trt", "modulation_apart", "integers", "coreml"),
-    *("z_image_export", "qwen_image_export", "loaders", "t5", "t5_int4", "openvino", "seam", "verify", "export", "cli"),
-    *("hardware", "bench", "packaging", "examples"),
+    *("resume_export", "processes", "flux", "trt", "modulation_apart", "openvino", "coreml", "integers", "precisions"),
+    *("t5", "t5_int4", "export", "verify", "seam", "what_people_bring", "hardware", "bench", "cli", "packaging"),
+    "examples",
 )
 """Files that take longest, to be begun first: with one of them last, the other worker has nothing to do.
 
