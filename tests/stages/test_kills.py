@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import kills
+import pytest
 
 
+@pytest.mark.slow  # a process for each kill; quick tests interrupt every stage in this process
 def test_four_kills_lose_nothing() -> None:
     tests = Path(__file__).parents[1]
     command = [
