@@ -54,11 +54,11 @@ FEW = 6
 
 
 @pytest.fixture(scope="session", autouse=True)
-def little_work() -> Iterator[None]:
+def little_work() -> Iterator[Any]:
     """Calibrate random weights on few prompts, and measure this machine in little time.
 
     All prompts, times that are known to 2 % on a busy machine, and products in bf16 on a processor that has none take
-    most of the time of many tests.
+    most of the time of many tests. Yields the function that gives all prompts.
     """
     if find_spec("torch") is None:
         yield
@@ -77,7 +77,7 @@ def little_work() -> Iterator[None]:
         patch.setattr(steps, "MOST", steps.LEAST)
         patch.setattr(costs, "matmul_flops_per_s", lambda *, dtype, device: speed(device=device))
         patch.setattr(work, "_SAMPLE_BYTES", 10**6)
-        yield
+        yield real
 
 
 @contextlib.contextmanager

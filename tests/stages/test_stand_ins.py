@@ -197,6 +197,14 @@ def test_they_are_fitted_on_the_prompts_that_are_given(artefact: Path, tmp_path:
     assert ws.manifest.stages["prune"]["options"]["stand_in_prompts"] == ["a cat", "a dog"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def enough_prompts(little_work: Any) -> Iterator[None]:
+    """A map that is fitted needs more prompts than other tests calibrate on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgeprune.stages.prompts.prompts_of", little_work)
+        yield
+
+
 @pytest.fixture(scope="module", params=["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def artefact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
