@@ -21,13 +21,14 @@ class ShapesScore:
         Raises:
             InputError: a prompt does not describe shapes world, or an image has another size.
         """
-        for image in images:
-            if image.shape != (shapes.SIZE, shapes.SIZE, 3):
-                raise InputError(
-                    f"--metric shapes: found an image of {image.shape[1]}x{image.shape[0]}, "
-                    f"expected {shapes.SIZE}x{shapes.SIZE}"
-                )
-        return [float(shapes.check(i, shapes.parse(p))) for i, p in zip(images, prompts, strict=True)]
+        sizes = {image.shape[:2] for image in images}
+        worlds = [world for size, world in shapes.WORLDS.items() if sizes == {(size, size)}]
+        if not worlds:
+            found = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+            expected = " or ".join(f"{size}x{size}" for size in shapes.WORLDS)
+            raise InputError(f"--metric shapes: found images of {found}, expected all of {expected}")
+        (world,) = worlds
+        return [float(world.check(i, world.grammar.parse(p))) for i, p in zip(images, prompts, strict=True)]
 
 
 METRIC = ShapesScore

@@ -138,7 +138,7 @@ def test_no_meaning_is_in_two_splits() -> None:
     texts = [{p.text for p in shapes.evaluation_prompts(1000, split=split)} for split in Split]
     assert sum(map(len, texts)) == len(set().union(*texts))
     a, b = shapes.parse("one red circle"), shapes.parse("a drawing of a red circle")
-    assert a.split is b.split
+    assert shapes.split(a) is shapes.split(b)
 
 
 def test_the_built_in_models_own_training_is_unchanged() -> None:
@@ -156,7 +156,7 @@ def test_the_built_in_models_own_training_is_unchanged() -> None:
 
 def test_distillation_draws_training_meanings_only() -> None:
     _, captions = shapes.training_scenes(300, 3)
-    assert {shapes.parse(text).split for text in captions} == {Split.TRAINING}
+    assert {shapes.split(shapes.parse(text)) for text in captions} == {Split.TRAINING}
 
 
 def test_every_word_of_held_out_captions_is_in_train() -> None:
@@ -170,7 +170,7 @@ def test_every_word_of_held_out_captions_is_in_train() -> None:
 def test_evaluation_prompts() -> None:
     found = shapes.evaluation_prompts()
     assert len({p.text for p in found}) == len(found) >= 210
-    assert all(p.meaning.held_out for p in found)
+    assert all(shapes.split(p.meaning) is Split.HELD_OUT for p in found)
     assert [p.meaning.task for p in found] == [t for t in TASKS for _ in range(len(found) // len(TASKS))]
     assert found == shapes.evaluation_prompts()
     assert found != shapes.evaluation_prompts(seed=1)
