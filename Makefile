@@ -10,6 +10,7 @@ FULL ?= build/full-size
 BENCH_FLAGS ?= --quality 10
 START_FLAGS ?= --at-most 0.5
 MINUTES ?= 30
+ONLY ?= rich-sd3 rich-flux
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
@@ -25,13 +26,14 @@ OLDEST_TESTS := artefact cli/test_bad_input.py cli/test_choices.py cli/test_doct
 CODE := edgeprune export runtimes targets tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-full evidence test test-slow test-hard lint types check check-matrix check-browser check-gpu check-mac clean
+.PHONY: help setup demo assets bench bench-full evidence test test-slow test-hard lint types check check-matrix check-browser check-gpu check-mac clean
 
 help:
 	@echo "make demo    compress, export and bench the built-in model"
 	@echo "make bench   only the bench, on the export that make demo wrote; fails if edgeprune --help takes over 0.5 s"
 	@echo "make bench-full   list the rows of docs/full-size.md and what they take here; ROW=name measures one"
 	@echo "make evidence     the tables of docs/evidence.md: methods compared on the built-in model, an hour or two"
+	@echo "make assets       train the other teachers of shapes world from their seed, five hours; ONLY=name for one"
 	@echo "make test    run the tests"
 	@echo "make test-slow    run those that take minutes"
 	@echo "make test-hard MINUTES=30   properties of what people bring, that long; kills; more than 100,000 damaged files"
@@ -75,6 +77,10 @@ bench-full: $(DEV_STAMP)
 # Two grids of training runs. Run it again after an interruption and it resumes.
 evidence: $(STAMP)
 	@$(BIN)/python -m edgeprune.experiments.evidence --out build/compare --write docs/evidence.md
+
+# One after the other; each prints a forecast first. Run it again after an interruption and it resumes.
+assets: $(STAMP)
+	@$(foreach name,$(ONLY),$(BIN)/python -m edgeprune.demo.train $(name) --out assets/$(name) &&) true
 
 test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q $(PYTEST_FLAGS)

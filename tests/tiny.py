@@ -215,10 +215,11 @@ def tiny_vae() -> AutoencoderKL:
 @functools.cache
 def tiny_tokenizer() -> CLIPTokenizer:
     """Train the built-in model's tokenizer: half a second, once per process."""
-    from edgeprune.demo.train import make_tokenizer
+    from edgeprune.demo.train.words import clip_tokenizer
+    from edgeprune.shapes import PLAIN
 
     with tempfile.TemporaryDirectory() as folder:
-        return make_tokenizer(Path(folder))
+        return clip_tokenizer(Path(folder), PLAIN.grammar, 16)
 
 
 def tiny_t5(vocab: int, *, layers: int = 2) -> T5EncoderModel:

@@ -37,7 +37,8 @@ def resolve(
     if model is None:
         if not BUILTIN.is_dir():
             raise InputError(
-                f"{BUILTIN}: the built-in model is missing; reinstall, or train it: python -m edgeprune.demo.train"
+                f"{BUILTIN}: the built-in model is missing; reinstall, or train it: "
+                f"python -m edgeprune.demo.train shapes --out {BUILTIN}"
             )
         check_variant(BUILTIN, variant)
         return BUILTIN

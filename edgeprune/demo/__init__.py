@@ -1,1 +1,1 @@
-"""The built-in model: `assets/teacher` holds it, `train.py` trained it, `evaluate.py` scores it on shapes world."""
+"""The teachers: `assets/teacher` is the built-in one, teachers.py finds others, `train` trains them, evaluate.py scores."""

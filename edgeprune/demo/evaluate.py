@@ -1,4 +1,4 @@
-"""Scores a pipeline folder on shapes world's held-out prompts: python -m edgeprune.demo.evaluate [FOLDER].
+"""Scores a teacher on its world's held-out prompts: python -m edgeprune.demo.evaluate [NAME or FOLDER].
 
 Prints the score of each task, and their mean with a bootstrap 95 % interval over prompts. To compare two models, use
 `edgeprune score --against`.
@@ -15,21 +15,24 @@ import numpy as np
 
 from edgeprune import shapes
 from edgeprune.artefact.loading import load
-from edgeprune.artefact.resolve import BUILTIN
+from edgeprune.common.errors import EdgepruneError
 from edgeprune.common.splits import Split
+from edgeprune.demo.teachers import TEACHERS, teacher
 from edgeprune.metrics import of_images
 from edgeprune.metrics.drawn import Drawn
 from edgeprune.sampling.generation import Generation
 
 
 def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, Any]:
-    """Return the scores on `per_task` held-out prompts of each task, with `seeds` images per prompt."""
-    pipe = load(folder)
-    chosen = shapes.evaluation_prompts(per_task)
+    """Return the scores on `per_task` held-out prompts of each task, with `seeds` images per prompt.
+
+    The size of the pipeline's images says which world it draws.
+    """
+    pipe, generation = load(folder), Generation.load(folder)
+    world = shapes.WORLDS[generation.height]
+    chosen = world.grammar.evaluation_prompts(per_task)
     texts = [p.text for p in chosen]
-    metric = Drawn(
-        "shapes", of_images("shapes", {}), pipe, Generation.load(folder), texts, split=Split.HELD_OUT, seeds=seeds
-    )
+    metric = Drawn("shapes", of_images("shapes", {}), pipe, generation, texts, split=Split.HELD_OUT, seeds=seeds)
     values = np.asarray(metric.score())
     tasks = [p.meaning.task for p in chosen]
     score, low, high = shapes.score(values, tasks)
@@ -37,7 +40,7 @@ def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, A
         "score": score,
         "score_low": low,
         "score_high": high,
-        "tasks": shapes.task_means(values, tasks),
+        "tasks": world.task_means(values, tasks),
         "prompts": len(chosen),
         "seeds": seeds,
     }
@@ -46,11 +49,15 @@ def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, A
 def main() -> None:
     """Read the command line and print the scores as JSON."""
     parser = argparse.ArgumentParser(prog="python -m edgeprune.demo.evaluate", description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=BUILTIN, help="default: the built-in model")
+    parser.add_argument("model", nargs="?", default="shapes", help=f"a folder, or one of {', '.join(TEACHERS)}")
     parser.add_argument("--per-task", type=int, default=30, help="held-out prompts of each task")
     parser.add_argument("--seeds", type=int, default=4, help="images per prompt")
     args = parser.parse_args()
-    print(json.dumps(evaluate(args.folder, per_task=args.per_task, seeds=args.seeds), indent=1))
+    try:
+        folder = Path(args.model) if Path(args.model).is_dir() else teacher(args.model)
+        print(json.dumps(evaluate(folder, per_task=args.per_task, seeds=args.seeds), indent=1))
+    except EdgepruneError as error:
+        parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":

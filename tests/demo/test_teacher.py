@@ -54,8 +54,8 @@ def test_card_says_how_and_what() -> None:
 
 def test_the_tokenizer_is_the_same_from_run_to_run(tmp_path: Path) -> None:
     """Resuming a checkpoint with other token numbers would scramble the text encoders."""
-    from edgeprune.demo.train import make_tokenizer
+    from edgeprune.demo.train.words import clip_tokenizer
 
-    first, second = (make_tokenizer(tmp_path / name).get_vocab() for name in "ab")
-    assert first == second
-    assert all(len(make_tokenizer(tmp_path / "a").tokenize(word)) == 1 for word in ("purple", "x", "9", "rings"))
+    first, second = (clip_tokenizer(tmp_path / name, shapes.PLAIN.grammar, 16) for name in "ab")
+    assert first.get_vocab() == second.get_vocab()
+    assert all(len(first.tokenize(word)) == 1 for word in ("purple", "x", "9", "rings"))

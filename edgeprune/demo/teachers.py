@@ -1,0 +1,26 @@
+"""Where the teachers are: the built-in model is part of the package, the others are in `assets/` of a source tree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgeprune.artefact.resolve import BUILTIN
+from edgeprune.common.errors import InputError
+
+_ASSETS = Path(__file__).parents[2] / "assets"
+TEACHERS = {"shapes": BUILTIN, "rich-sd3": _ASSETS / "rich-sd3", "rich-flux": _ASSETS / "rich-flux"}
+"""Pipeline folders by name."""
+
+
+def teacher(name: str) -> Path:
+    """Return a teacher's folder.
+
+    Raises:
+        InputError: there is no such teacher, or it is not in this tree.
+    """
+    if name not in TEACHERS:
+        raise InputError(f"--teacher: found {name!r}, expected one of {', '.join(TEACHERS)}")
+    folder = TEACHERS[name]
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"--teacher {name}: {folder} is missing; train it, which takes hours: make assets ONLY={name}")
+    return folder
