@@ -101,7 +101,7 @@ def texture_of(texture: str, extent: int) -> Ink:
     """Draw where a texture shows its second colour: (extent, extent).
 
     It grows with the thing, so it looks the same at every size. No texture is its own negative, so it is clear which of
-    the two colours is the second: stripes begin and end with the first, and checks begin with it.
+    the two colours is the second: stripes begin and end with the first, and of nine checks it has the corners.
     """
     n = extent * _OVERSAMPLE
     image = Image.new("L", (n, n), 0)
@@ -110,14 +110,12 @@ def texture_of(texture: str, extent: int) -> Ink:
         for top in (0.2, 0.6):
             draw.rectangle((0, n * top, n, n * (top + 0.2)), fill=255)
     elif texture == "dotted":
-        for y in (0.2, 0.5, 0.8):
-            for x in (0.2, 0.5, 0.8):
-                draw.ellipse((n * (x - 0.11), n * (y - 0.11), n * (x + 0.11), n * (y + 0.11)), fill=255)
+        for y, x in ((0.5, 0.5), (0.2, 0.5), (0.8, 0.5), (0.5, 0.2), (0.5, 0.8)):
+            draw.ellipse((n * (x - 0.13), n * (y - 0.13), n * (x + 0.13), n * (y + 0.13)), fill=255)
     else:
-        for cell in range(16):
-            y, x = divmod(cell, 4)
-            if (y + x) % 2:
-                draw.rectangle((n * x / 4, n * y / 4, n * (x + 1) / 4, n * (y + 1) / 4), fill=255)
+        for cell in range(1, 9, 2):
+            y, x = divmod(cell, 3)
+            draw.rectangle((n * x / 3, n * y / 3, n * (x + 1) / 3, n * (y + 1) / 3), fill=255)
     return _shrunk(image)
 
 

@@ -119,14 +119,14 @@ def _extent(meaning: Meaning, thing: Thing) -> tuple[int, int]:
     """Return the least and the greatest longer side of a thing in pixels; of a word, its height."""
     few = len(meaning.things) < 3
     return {
-        "single_object": (28, 34) if thing.size == "small" else (56, 64),
+        "single_object": (32, 38) if thing.size == "small" else (56, 64),
         "counting": (32, 44) if few else (30, 38) if len(meaning.things) < 5 else (24, 30),
-        "colors": (40, 64),
+        "colors": (44, 64),
         "position": (26, 32) if thing.size == "small" else (46, 52),
         "typography": (28, 32),
         "three_objects": (30, 40),
         "four_objects": (30, 40),
-    }.get(meaning.task, (36, 48))
+    }.get(meaning.task, (40, 50))
 
 
 _NEAR, _MIDDLE, _FAR = 34, 64, 94
@@ -143,7 +143,7 @@ RICH = World(
             Task("counting", _counting, weight=2.0),
             Task("colors", _colors, held_out=0.1),
             Task("position", _position, weight=2.0),
-            Task("color_attribution", _color_attribution, held_out=0.1, weight=2.0),
+            Task("color_attribution", _color_attribution, held_out=0.1, weight=2.5),
             Task("typography", _typography, held_out=0.1),
         )
     ),
@@ -154,7 +154,7 @@ RICH = World(
         jitter=5,
         wobble=8,
         near=13,
-        large=40,
+        large=42,
         extent=_extent,
         centres={
             2: ((_MIDDLE, _NEAR), (_MIDDLE, _FAR)),

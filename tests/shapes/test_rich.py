@@ -7,6 +7,7 @@ import pytest
 
 from edgeprune.common.splits import Split
 from edgeprune.shapes import PLAIN, RICH, WORLDS, Meaning, Thing
+from edgeprune.shapes.__main__ import sheet
 
 TASKS = RICH.grammar.names
 BOUND = 0.99
@@ -84,3 +85,12 @@ def test_every_caption_is_another_one_and_read_back() -> None:
 def test_worlds_are_told_apart_by_size() -> None:
     assert {64: PLAIN, 128: RICH} == WORLDS
     assert RICH.render(meanings("counting", 1)[0], np.random.default_rng(0)).shape == (128, 128, 3)
+
+
+def test_a_sheet_shows_a_scene_of_each_task() -> None:
+    page = np.asarray(sheet(RICH))
+    shown = [
+        page[y + 12 : y + 140, x + 12 : x + 140] for y in range(0, len(page), len(page) // 3) for x in (0, 188, 376)
+    ]
+    first = RICH.grammar.evaluation_prompts(1, split=Split.TRAINING)
+    assert [RICH.check(pixels, prompt.meaning) for pixels, prompt in zip(shown, first, strict=True)] == [True] * 9
