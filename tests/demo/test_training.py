@@ -13,7 +13,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
 from edgeprune.demo.teachers import TEACHERS, teacher
 from edgeprune.demo.train.flux import Flux
-from edgeprune.demo.train.matching import train_transformer
+from edgeprune.demo.train.matching import load_average, train_transformer
 from edgeprune.demo.train.networks import Networks
 from edgeprune.demo.train.recipes import RECIPES
 from edgeprune.demo.train.saving import save_pipeline
@@ -64,6 +64,9 @@ def test_text_is_that_of_the_pipeline(kind: str, words: Path) -> None:
 @pytest.mark.parametrize("kind", MAKERS)
 def test_training_ends_in_a_folder_that_edgeprune_draws_with(kind: str, tmp_path: Path, words: Path) -> None:
     networks = trained(tmp_path / "work", MAKERS[kind], words, [4])
+    again = MAKERS[kind](words)
+    load_average(tmp_path / "work", again)
+    assert all(map(torch.equal, again.modules.state_dict().values(), networks.modules.state_dict().values()))
     generation = Generation(2, 2.0, 128, 128, 0 if kind == "sd3" else 22)
     save_pipeline(networks.pipeline(make_vae(128)), tmp_path / "out", generation)
     pipe = load(tmp_path / "out")

@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 
 from edgeprune.common.errors import EdgepruneError
 from edgeprune.common.lock import LOCK, hold
 from edgeprune.demo.train.forecast import forecast
-from edgeprune.demo.train.matching import train_transformer
+from edgeprune.demo.train.matching import load_average, train_transformer
 from edgeprune.demo.train.recipes import RECIPES, Recipe
 from edgeprune.demo.train.saving import save_pipeline
 from edgeprune.demo.train.scenes import make_latents
@@ -53,6 +54,18 @@ def train(name: str, recipe: Recipe, work: Path, out: Path, *, seed: int = 0, co
         save_pipeline(networks.pipeline(vae), out, recipe.generation)
 
 
+def draft(name: str, recipe: Recipe, work: Path, out: Path) -> None:
+    """Write the pipeline of an unfinished training's last checkpoint. The training may be running.
+
+    Raises:
+        InputError: there is no checkpoint.
+    """
+    networks = recipe.networks(work / name, recipe.world.grammar)
+    load_average(work / name, networks)
+    vae = AutoencoderKL.from_pretrained(work / recipe.world.name / "vae")
+    save_pipeline(networks.pipeline(vae), out, recipe.generation)
+
+
 def main() -> None:
     """Read the command line, print the forecast, and train what is missing."""
     parser = argparse.ArgumentParser(prog="python -m edgeprune.demo.train", description=__doc__)
@@ -69,18 +82,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="compile: a fifth faster; needs a C++ compiler")
     parser.add_argument("--forecast", action="store_true", help="only say how long it takes on this machine")
+    parser.add_argument("--draft", action="store_true", help="only write the last checkpoint's pipeline to --out")
     args = parser.parse_args()
     recipe = RECIPES[args.name]
     given = {"steps": args.steps, "scenes": args.scenes}
     recipe = replace(recipe, **{field: value for field, value in given.items() if value is not None})
     if args.vae_steps is not None:
         recipe = replace(recipe, vae=replace(recipe.vae, steps=args.vae_steps))
-    print(forecast(recipe), flush=True)
-    if args.forecast:
-        return
     out = args.out or args.work / args.name / "out"
     try:
-        train(args.name, recipe, args.work, out, seed=args.seed, compiled=args.compile)
+        if args.draft:
+            return draft(args.name, recipe, args.work, out)
+        print(forecast(recipe), flush=True)
+        if not args.forecast:
+            train(args.name, recipe, args.work, out, seed=args.seed, compiled=args.compile)
     except EdgepruneError as error:
         parser.exit(2, f"{error}\n")
 

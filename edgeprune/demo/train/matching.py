@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from edgeprune.common.errors import InputError
 from edgeprune.demo.train.loop import CHECKPOINT_STEPS, ProgressLine, descend, falling
 from edgeprune.demo.train.networks import Networks
 from edgeprune.families import family_of_model
 from edgeprune.shapes import TEMPLATES
 from edgeprune.training.resume import Ema, fill, load_state, save_state, step_generator
 
+_CHECKPOINT = "transformer.safetensors"
 _DROPPED_CAPTIONS = 0.1
 # The layout is decided at high noise. Of a logit-normal with mean 0.3, 3 % lies above 0.9; with this mean, 12 %.
 _SIGMA_MEAN = 1.0
@@ -89,16 +92,16 @@ def train_transformer(
     optimizer = torch.optim.AdamW(nets.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     ema = Ema(dict(nets.named_parameters()), 0.999)
     texts = Captions.of(captions, networks)
-    checkpoint, step = folder / "transformer.safetensors", 0
+    checkpoint, step = folder / _CHECKPOINT, 0
     if checkpoint.exists():
         modules, meta = load_state(checkpoint, optimizer)
         nets.load_state_dict(modules["nets"])
         fill(ema.average, modules["ema"])
         step = meta["step"]
-    average = _sharing(nets, ema.average)
     plain: Any = nets["transformer"]
     usual = torch.compile(plain) if compiled else plain
     guides = bool(plain.config.get("guidance_embeds"))
+    average = _sharing(nets, ema.average) if guides else nets
     progress = ProgressLine("transformer", step, steps)
     while step < steps:
         g = step_generator(seed, step)
@@ -129,6 +132,20 @@ def train_transformer(
             save_state(checkpoint, {"nets": nets.state_dict(), "ema": ema.average}, optimizer, {"step": step})
     nets.load_state_dict(nets.state_dict() | ema.average)
     nets.eval()
+
+
+def load_average(folder: Path, networks: Networks) -> None:
+    """Load the average of an unfinished training's last checkpoint.
+
+    Raises:
+        InputError: there is no checkpoint.
+    """
+    path = folder / _CHECKPOINT
+    if not path.exists():
+        raise InputError(f"{path}: no checkpoint yet; the first is written after {CHECKPOINT_STEPS} steps")
+    average = {name[4:]: tensor for name, tensor in load_file(path).items() if name.startswith("ema/")}
+    networks.modules.load_state_dict(networks.modules.state_dict() | average)
+    networks.modules.eval()
 
 
 def velocity(
