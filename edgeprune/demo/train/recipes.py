@@ -47,7 +47,7 @@ class Recipe:
     """Highest learning rate."""
 
 
-_RICH_VAE = VaeRecipe(steps=800, rate=1e-3, scenes=4000, start=BUILTIN)
+_RICH_VAE = VaeRecipe(steps=1200, rate=1e-3, scenes=4000, start=BUILTIN)
 _RICH_TOKENS = 22
 _RICH_GENERATION = Generation(num_inference_steps=20, guidance_scale=2.0, height=128, width=128, max_sequence_length=0)
 
@@ -65,7 +65,7 @@ RECIPES = {
         splits=(Split.TRAINING,),
         networks=partial(Sd3, tokens=_RICH_TOKENS, blocks=17, patch=2),
         vae=_RICH_VAE,
-        steps=7000,
+        steps=6000,
         generation=_RICH_GENERATION,
     ),
     "rich-flux": Recipe(
@@ -73,7 +73,7 @@ RECIPES = {
         splits=(Split.TRAINING,),
         networks=partial(Flux, tokens=_RICH_TOKENS, joint=4, single=8),
         vae=_RICH_VAE,
-        steps=5000,
+        steps=6000,
         generation=Generation(
             num_inference_steps=20, guidance_scale=2.0, height=128, width=128, max_sequence_length=_RICH_TOKENS
         ),
