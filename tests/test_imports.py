@@ -28,7 +28,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("data",),
     ("training",),
     ("runtimes",),
-    ("export",),
+    ("export", "reference"),
     ("metrics",),
     ("stages",),
     ("bench", "tuning", "verify"),

@@ -15,6 +15,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.extras import TORCH
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
+from edgeprune.reference import PIPELINE, is_reference
 
 if TYPE_CHECKING:
     from edgeprune.common.memory import ComputeOptions
@@ -38,6 +39,8 @@ class Scored:
     """Of the file of prompts, if one was given."""
     drawn: tuple[str, ...]
     """Which images were drawn for this: `images`, `original`."""
+    pipelines: Mapping[str, str]
+    """The class of the pipeline of each of these that is a reference, see `edgeprune.reference`."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `edgeprune score --json` prints; docs/metrics.md describes it."""
@@ -49,6 +52,7 @@ class Scored:
             "weights": dict(self.weights),
             "steps": self.steps,
             "prompts_sha256": self.prompts_sha256,
+            "pipelines": dict(self.pipelines),
         }
         return scoring.to_json(self.scores) | {"settings": settings}
 
@@ -77,7 +81,8 @@ def score(
     """Score images by each metric, and with `against` also what was lost, in pairs of images of the same prompt.
 
     Args:
-        folder: a model folder or hub id to draw with, or a folder of images with metadata.jsonl.
+        folder: a model folder or hub id to draw with, or a folder of images with metadata.jsonl. A reference, a
+            text-to-image folder of diffusers that is of no family, is drawn by its own pipeline in torch.
         metrics: names: clip, geneval, hpsv2, lpips, psnr, shapes, ssim.
         against: the original: a model folder, a hub id, `built-in`, or a folder of images of the same prompts.
         revision: a branch, tag or commit of the hub id that `folder` or `against` is; None for its default.
@@ -109,7 +114,7 @@ def score(
     at = _revisions(models, revision)
     if out:
         check_out(out)
-    from edgeprune.common.files import sha256_file
+    from edgeprune.common.files import read_json, sha256_file
     from edgeprune.common.memory import ComputeOptions
     from edgeprune.data.imagefolder import is_images
     from edgeprune.metrics import scoring
@@ -129,12 +134,18 @@ def score(
     drawn = {name: place for name, place in places.items() if place not in ready}
     chosen = _runtimes(drawn, runtime)
     loading = _loading(chosen, device, memory)
-    for place in drawn.values():
-        _check_drawn(place, variant, steps)
+    for name, place in drawn.items():
+        if chosen[name] == PIPELINE:
+            _check_reference(place, variant, steps, loading[name])
+        else:
+            _check_drawn(place, variant, steps)
     sizes = _sizes(places, drawn, metrics, progress)
     if memory is not None:
-        _check_memory(drawn, sizes, runtime, variant, loading)
-    own = own_options(options, exact, [chosen["images"]])[chosen["images"]] if "images" in chosen else {}
+        _check_memory({n: at for n, at in drawn.items() if chosen[n] != PIPELINE}, sizes, runtime, variant, loading)
+    if chosen.get("images") == PIPELINE and (options or exact):
+        raise InputError(f"--option and --exact: {folder} is drawn by its own pipeline, expected a runtime; omit them")
+    ours = chosen.get("images", PIPELINE) != PIPELINE
+    own = own_options(options, exact, [chosen["images"]])[chosen["images"]] if ours else {}
     if "images" not in chosen and (options or exact):
         progress("--option and --exact: the images are drawn already, so they are not used")
     file = Path(prompts) if prompts else None
@@ -157,18 +168,27 @@ def score(
         steps=steps,
         prompts_sha256=sha256_file(file) if file else None,
         drawn=tuple(drawn),
+        pipelines={
+            n: read_json(at / "model_index.json")["_class_name"] for n, at in drawn.items() if chosen[n] == PIPELINE
+        },
     )
 
 
 def _runtimes(drawn: Mapping[str, Path], runtime: str | None) -> dict[str, str]:
-    """Return the runtime that draws with each model.
+    """Return the runtime that draws with each model, or PIPELINE.
 
     Raises:
-        InputError: a model is not usable.
+        InputError: a model is not usable, or a runtime was named for a reference.
     """
     from edgeprune import runtimes
 
-    return {name: runtimes.choose(place, runtime if name == "images" else None) for name, place in drawn.items()}
+    out = {}
+    for name, place in drawn.items():
+        asked = runtime if name == "images" else None
+        if is_reference(place) and asked:
+            raise InputError(f"--runtime {asked}: {place} is drawn by its own pipeline in diffusers; omit --runtime")
+        out[name] = PIPELINE if is_reference(place) else runtimes.choose(place, asked)
+    return out
 
 
 def _sizes(
@@ -189,6 +209,12 @@ def _sizes(
     sizes: dict[str, dict[str, int]] = {name: {} for name in drawn}
     if not drawn or "original" not in places or not any(KNOWN[name].paired for name in metrics):
         return sizes
+    if strange := [place for place in places.values() if is_reference(place)]:
+        paired = ", ".join(name for name in metrics if KNOWN[name].paired)
+        raise InputError(
+            f"--metric {paired}: compares images that one model and its original draw alike, but {strange[0]} is of "
+            "another architecture; score it by clip, geneval, hpsv2 or shapes"
+        )
     found = dict[str, tuple[int, int]]()
     for name, place in places.items():
         if is_images(place):
@@ -276,9 +302,10 @@ def _loading(names: Mapping[str, str], device: str, memory: int | None) -> dict[
     Raises:
         InputError: torch does not find the device, or draws none of them.
     """
-    torch = torch_options(device, list(names.values())) if names else {}
+    in_torch = {name: TORCH if chosen == PIPELINE else chosen for name, chosen in names.items()}
+    torch = torch_options(device, list(in_torch.values())) if names else {}
     given = {} if memory is None else {"memory": memory}
-    return {name: given | torch.get(chosen, {}) for name, chosen in names.items()}
+    return {name: given | torch.get(chosen, {}) for name, chosen in in_torch.items()}
 
 
 def _wishes_of(images: Path, metrics: Sequence[str]) -> list[Wish]:
@@ -354,6 +381,18 @@ def _check_drawn(model: Path, variant: str | None, steps: int | None) -> None:
     if not (model / "edgeprune_export.json").is_file():
         check_pipeline(model, variant if _is_original(model) else None)
     say_guesses(model, () if steps is None else ("num_inference_steps",), steps="--steps")
+
+
+def _check_reference(model: Path, variant: str | None, steps: int | None, loading: Mapping[str, Any]) -> None:
+    """Refuse a reference that cannot be drawn, before any image is made."""
+    from edgeprune.runtimes import RUNTIMES
+
+    RUNTIMES[TORCH].require()
+    from edgeprune.reference.drawing import open_drawer, settings_of
+    from edgeprune.sampling.generation import GenerationOptions
+
+    drawer = open_drawer(model, variant=variant, **loading)
+    settings_of(drawer.reference, GenerationOptions(num_inference_steps=steps))
 
 
 def _check_memory(

@@ -45,8 +45,12 @@ from edgeprune.sampling.latents import check_variance
 
 
 @contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
+def readable(path: Path, doing: str = "be loaded") -> Iterator[None]:
     """Turn the many errors of loading libraries over a damaged or missing file into one.
+
+    Args:
+        path: what is loaded.
+        doing: what it cannot, for the message.
 
     Raises:
         InputError: `path` cannot be loaded. Out-of-memory errors pass unchanged.
@@ -59,7 +63,7 @@ def readable(path: Path) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         text = " ".join(str(error).split())
-        raise InputError(f"{path}: cannot be loaded ({type(error).__name__}: {text[:300]})") from error
+        raise InputError(f"{path}: cannot {doing} ({type(error).__name__}: {text[:300]})") from error
 
 
 def load_transformer(
@@ -180,7 +184,7 @@ def load_pipeline(
         import diffusers  # here, because transformers logs advice when its pipelines are imported
 
         pipe = getattr(diffusers, family.pipeline).from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, **parts, **_dtype(dtype), **absent,
+            folder, use_safetensors=True, local_files_only=True, **parts, **dtype_option(dtype), **absent,
             **_variants(folder, [name for name in parts_of(index) if name not in parts], index, dtype, variant),
         )  # fmt: skip
     for name in kinds.keys() - parts.keys():
@@ -374,7 +378,7 @@ def _is_weight(name: str) -> bool:
     return not name.endswith("num_batches_tracked")
 
 
-def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Return the dtype under the argument's name: diffusers 0.42 renamed it, and warns about the old name."""
     version = tuple(int(v) for v in metadata.version("diffusers").split(".")[:2])
     return {"dtype" if version >= (0, 42) else "torch_dtype": dtype}

@@ -11,7 +11,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import check_links, read_json
 from edgeprune.common.hub_cache import is_hub_id
-from edgeprune.families import CHANGED, Config, Family, family_of
+from edgeprune.families import CHANGED, SUPPORTED, Config, Family, family_of, has_family
 from edgeprune.residency.model_files import check_variant
 
 BUILTIN = Path(__file__).parents[1] / "demo" / "assets" / "teacher"
@@ -100,9 +100,15 @@ def read_config(folder: Path) -> tuple[Config, Family]:
             hint = f"; convert the folder: edgeprune convert {folder}" if (folder / "config.json").is_file() else hint
         raise InputError(f"{folder}: no model_index.json; expected a diffusers pipeline folder{hint}")
     check_links(folder)
+    index = read_json(folder / "model_index.json")
+    if not has_family(index):
+        raise InputError(
+            f"{folder}: found {shown(index.get('_class_name'))} with {shown(index.get(HALF))}, expected an MMDiT: "
+            f"{', '.join(SUPPORTED)}; to add a family, see CONTRIBUTING.md; to compare with this one as it is, see "
+            "docs/references.md"
+        )
     path = folder / HALF / "config.json"
     if not path.is_file():
-        index = read_json(folder / "model_index.json")
         raise InputError(
             f"{folder}: not an MMDiT pipeline ({shown(index.get('_class_name'))} has no transformer/config.json)"
         )

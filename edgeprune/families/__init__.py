@@ -10,11 +10,12 @@ architectures.json has the configs of published models.
 
 from edgeprune.families.architecture import Architecture, Config, Encoder, LatentSpace, Shape, Source
 from edgeprune.families.network import Array, Axes, Network
-from edgeprune.families.registry import CHANGED, Family, family_of, family_of_model
+from edgeprune.families.registry import CHANGED, SUPPORTED, Family, family_of, family_of_model, has_family
 from edgeprune.families.surgery import Surgery, Swap
 
 __all__ = [
     "CHANGED",
+    "SUPPORTED",
     "Architecture",
     "Array",
     "Axes",
@@ -29,4 +30,5 @@ __all__ = [
     "Swap",
     "family_of",
     "family_of_model",
+    "has_family",
 ]

@@ -6,7 +6,8 @@ Importing this module does not load torch; a family's module loads at the first 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
@@ -24,6 +25,9 @@ _MODULES = {
     "ZImageTransformer2DModel": "edgeprune.families.z_image",
     "QwenImageTransformer2DModel": "edgeprune.families.qwen_image",
 }
+
+SUPPORTED = tuple(_MODULES)
+"""The classes of transformers that are families, in diffusers' words."""
 
 CHANGED = "Edgeprune"
 """Prefix of diffusers' class name for a model with parts of blocks removed, which diffusers cannot load."""
@@ -45,6 +49,13 @@ def family_of(config: Config, where: str = WHERE) -> Family:
         raise InputError(f"{where}: _class_name: found {shown(name)}, expected an MMDiT: {', '.join(_MODULES)}")
     family: Family = importlib.import_module(_MODULES[stock]).FAMILY
     return family
+
+
+def has_family(index: Mapping[str, Any]) -> bool:
+    """Return whether the transformer that a pipeline's model_index.json names is of a supported class."""
+    entry = index.get("transformer")
+    kind = entry[-1] if isinstance(entry, list) and entry else None
+    return isinstance(kind, str) and kind.removeprefix(CHANGED) in SUPPORTED
 
 
 def family_of_model(model: nn.Module) -> Family:

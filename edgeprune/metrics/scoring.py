@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeprune import metrics, runtimes
+from edgeprune import metrics, reference, runtimes
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, sha256_file, whole_lines
 from edgeprune.common.images import open_image
@@ -133,7 +134,7 @@ def draw(
     """Generate a model's images with any runtime into a folder with metadata. Existing images are kept.
 
     Args:
-        model: an exported, artefact or diffusers folder.
+        model: an exported, artefact or diffusers folder, or a reference, which its own pipeline draws.
         out: the folder to create or resume.
         wanted: the images to generate, in this order.
         runtime: the runtime's name; None to choose by the folder.
@@ -147,7 +148,8 @@ def draw(
     Raises:
         InputError: `out` holds images of another model, other prompts or settings; or `model` is not usable.
     """
-    chosen = runtimes.choose(model, runtime)
+    foreign = reference.is_reference(model)
+    chosen = reference.PIPELINE if foreign else runtimes.choose(model, runtime)
     options: dict[str, Any] = ({} if variant is None else {"variant": variant}) | dict(own or {})
     asked = {"steps": steps, **(settings or {})}
     made = {"model": identity(model), "runtime": chosen} | asked | options
@@ -164,10 +166,14 @@ def draw(
     if len(done) == len(lines):
         return
     out.mkdir(parents=True, exist_ok=True)
-    with (
-        runtimes.load(model, chosen, **options, **(loading or {})) as opened,
-        metadata.open("a", encoding="utf-8") as file,
-    ):
+    with ExitStack() as stack:
+        if foreign:
+            from edgeprune.reference.drawing import open_drawer  # imports torch
+
+            opened: Any = stack.enter_context(open_drawer(model, **options, **(loading or {})))
+        else:
+            opened = stack.enter_context(runtimes.load(model, chosen, **options, **(loading or {})))
+        file = stack.enter_context(metadata.open("a", encoding="utf-8"))
         left = wanted[len(done) :]
         images = opened.draw([wish.text for wish in left], [wish.seed for wish in left], **asked)
         for i, image in enumerate(images, len(done)):
