@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from edgeprune.artefact.loading import load
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
 from edgeprune.demo.teachers import TEACHERS, teacher
+from edgeprune.demo.train.__main__ import wait
 from edgeprune.demo.train.flux import Flux
 from edgeprune.demo.train.matching import load_average, train_transformer
 from edgeprune.demo.train.networks import Networks
@@ -120,6 +124,25 @@ def test_vae_and_latents_are_made_once(tmp_path: Path) -> None:
     assert abs(latents.float().mean()) < 0.5 and 0.5 < latents.float().std() < 2
     written = (tmp_path / "latents.safetensors").stat().st_mtime_ns
     assert make()[1] == captions and (tmp_path / "latents.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_second_training_waits_for_the_scenes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited, code = [], f"from edgeprune.common.lock import *; a = hold(Path({str(tmp_path)!r}) / LOCK, Path()); "
+    with subprocess.Popen(
+        [sys.executable, "-c", code + "print(1, flush=True); input()"], stdin=PIPE, stdout=PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"1\n"
+
+        def sleep(_: float) -> None:
+            waited.append(1)
+            if len(waited) == 2:
+                other.communicate(b"\n")
+
+        monkeypatch.setattr("time.sleep", sleep)
+        held = wait(tmp_path)
+    assert held and len(waited) == 2 and capsys.readouterr().out.count("waiting for another training") == 1
 
 
 @pytest.mark.parametrize("name", ["rich-sd3", "rich-flux"])

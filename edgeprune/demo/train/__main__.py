@@ -1,20 +1,21 @@
 """Trains a teacher of shapes world from scratch: python -m edgeprune.demo.train NAME.
 
-An interrupted training resumes; repeat the command. Two trainings can run at once, but teachers of one world share its
-VAE and its scenes: start the second when the first prints steps of its transformer.
+An interrupted training resumes; repeat the command. Two trainings can run at once; teachers of one world share its VAE
+and its scenes, for which the second waits.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 
-from edgeprune.common.errors import EdgepruneError
-from edgeprune.common.lock import LOCK, hold
+from edgeprune.common.errors import EdgepruneError, LockedError
+from edgeprune.common.lock import LOCK, Lock, hold
 from edgeprune.demo.train.forecast import forecast
 from edgeprune.demo.train.matching import load_average, train_transformer
 from edgeprune.demo.train.recipes import RECIPES, Recipe
@@ -38,7 +39,7 @@ def train(name: str, recipe: Recipe, work: Path, out: Path, *, seed: int = 0, co
         LockedError: another process trains the same there.
     """
     world, vae_recipe, shared, own = recipe.world, recipe.vae, work / recipe.world.name, work / name
-    with hold(shared / LOCK, shared):
+    with wait(shared):
         vae = train_vae(
             shared, world, recipe.splits,
             steps=vae_recipe.steps, seed=seed, count=vae_recipe.scenes, rate=vae_recipe.rate, start=vae_recipe.start,
@@ -52,6 +53,19 @@ def train(name: str, recipe: Recipe, work: Path, out: Path, *, seed: int = 0, co
             steps=recipe.steps, seed=seed, batch=recipe.batch, peak=recipe.rate, compiled=compiled,
         )  # fmt: skip
         save_pipeline(networks.pipeline(vae), out, recipe.generation)
+
+
+def wait(folder: Path) -> Lock:
+    """Take a folder's lock; while another training has it, wait."""
+    said = False
+    while True:
+        try:
+            return hold(folder / LOCK, folder)
+        except LockedError:
+            if not said:
+                print(f"waiting for another training, which makes {folder}", flush=True)
+            said = True
+            time.sleep(5)
 
 
 def draft(name: str, recipe: Recipe, work: Path, out: Path) -> None:
