@@ -82,7 +82,7 @@ class EagerBackend:
         if self._pipeline is None:
             with self._meter.opening():
                 self._pipeline = self._opener()
-            self._rows = _rows_of(self._device, self._meter)
+            self._rows = rows_of(self._device, self._meter)
 
     def prepare(self, height: int, width: int) -> None:
         """Do nothing: parts of the pipeline make room for each other as they run."""
@@ -201,8 +201,13 @@ def gpu_rows(cuda: Any, device: torch.device, weights: int) -> dict[str, Reading
     return with_overhead(rows, peak, how, cuda.memory_reserved(device), overhead_how)
 
 
-def _rows_of(device: torch.device, meter: Meter) -> Rows:
-    """Return what reads the rows: of the GPU, or of the process where the GPU shares its memory (mps)."""
+def rows_of(device: torch.device, meter: Meter) -> Rows:
+    """Return what reads the rows of memory.SPLIT: of the GPU, or of the process where the GPU shares its memory (mps).
+
+    Args:
+        device: where a model was loaded just now.
+        meter: measured the process around it.
+    """
     if device.type in ("cpu", "mps"):
         return meter.rows
     cuda: Any = torch.get_device_module(device)

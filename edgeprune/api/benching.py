@@ -12,6 +12,7 @@ from edgeprune.api.folders import AnyPath, source_of
 from edgeprune.common.errors import CannotRunError, InputError
 from edgeprune.common.extras import TORCH
 from edgeprune.common.progress import Progress, silent
+from edgeprune.reference import PIPELINE, is_reference
 
 if TYPE_CHECKING:
     from edgeprune.bench.results import BenchResult
@@ -27,6 +28,7 @@ def bench(
     *,
     runtime: str | None = None,
     baseline: AnyPath | None = None,
+    reference: AnyPath | None = None,
     revision: str | None = None,
     variant: str | None = None,
     repeats: int = 20,
@@ -50,6 +52,8 @@ def bench(
         runtime: a runtime's name; `all` measures every one that opens a folder and can run here; None takes the first
             installed one that fits.
         baseline: the original, a folder or hub id; None for the model that the first folder was made from.
+        reference: a text-to-image folder of diffusers that is of no family, a further variant: drawn by its own
+            pipeline, in its own number of steps, at the size of the first folder's images.
         revision: a branch, tag or commit of the baseline's hub id; None for its default.
         variant: of the baseline's weights, such as fp16; None for the one that the first folder was made from.
         repeats: warm steps to time.
@@ -80,10 +84,15 @@ def bench(
 
     if not folders:
         raise InputError("bench: found no folder, expected at least one")
+    for folder in (*folders, *([baseline] if baseline else [])):
+        if Path(folder).is_dir() and is_reference(Path(folder)):
+            raise InputError(f"{folder}: is of no family, so it is measured as --reference {folder}")
     pairs = _pairs([Path(folder) for folder in folders], runtime, progress)
+    if reference is not None and way:
+        raise InputError("bench: --way shows the changes from the original; omit --reference")
     names = ["compressed"] if len(pairs) == 1 else [f"{folder}:{name}" for folder, name in pairs]
     given: dict[str, Any] = {} if memory is None else {"memory": memory}
-    chosen = torch_options(device, [name for _, name in pairs] + [TORCH] * original)
+    chosen = torch_options(device, [name for _, name in pairs] + [TORCH] * (original or reference is not None))
     own = own_options(options, exact, [name for _, name in pairs])
     variants: list[Variant] = []
     if original:
@@ -109,7 +118,40 @@ def bench(
         RUNTIMES[TORCH].require()
         compute = ComputeOptions(device, memory, longest_s)
         _check_time(timed, repeats, steps, quality, compute, progress, beside=len(timed) < len(variants))
+    if reference is not None:
+        variants.append(_reference(Path(reference), Path(folders[0]), given | chosen.get(TORCH, {}), progress))
     return bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, progress=progress)
+
+
+def _reference(folder: Path, first: Path, options: dict[str, Any], progress: Progress) -> Variant:
+    """Return the variant of a reference.
+
+    Args:
+        folder: the reference.
+        first: the folder whose size of images it takes.
+        options: its device and memory.
+        progress: gets a line.
+
+    Raises:
+        InputError: it cannot be drawn with, or not at this size.
+    """
+    from edgeprune.bench.run import Variant
+    from edgeprune.runtimes import RUNTIMES
+    from edgeprune.sampling.generation import Generation, GenerationOptions
+
+    if not is_reference(folder):
+        raise InputError(
+            f"--reference {folder}: expected a text-to-image folder of diffusers of another architecture; a folder of "
+            "a family is an argument of its own, or --baseline"
+        )
+    RUNTIMES[TORCH].require()
+    from edgeprune.reference.drawing import open_drawer, settings_of
+
+    own = Generation.load(first)
+    settings_of(open_drawer(folder, **options).reference, GenerationOptions(height=own.height, width=own.width))
+    progress(f"reference: measured at {own.width}x{own.height}, in its own number of steps")
+    settings = {"steps": None, "height": own.height, "width": own.width}
+    return Variant("reference", folder, PIPELINE, options=options, settings=settings)
 
 
 def _one_size(variants: list[Variant], folders: list[Path], progress: Progress) -> list[Variant]:

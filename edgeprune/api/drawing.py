@@ -89,6 +89,7 @@ def generate(
         CannotRunError: the export is for another device.
     """
     from edgeprune import runtimes
+    from edgeprune.artefact.resolve import read_config
     from edgeprune.common.memory import ComputeOptions
     from edgeprune.runtimes.base import check_size, read_settings
     from edgeprune.sampling.generation import GenerationOptions, say_guesses
@@ -100,6 +101,8 @@ def generate(
     load_options |= torch_options(device, [runtime]).get(runtime, {}) | own_options(options, exact, [runtime])[runtime]
     say_conflicts(runtime, progress)
     runtimes.RUNTIMES[runtime].require()
+    if runtime == TORCH:
+        read_config(folder)  # refuses a pipeline of no family in the words of the other commands
     say_guesses(folder, chosen.given(), steps="--steps", guidance="--guidance-scale")
     if runtime == TORCH:  # the others open exports, whose machines may lack what this imports
         from edgeprune.artefact.checks import say_unfinished

@@ -68,11 +68,15 @@ def check_begun(out: AnyPath) -> None:
     """Refuse a folder that is not an artefact folder.
 
     Raises:
-        InputError: it has no manifest.
+        InputError: it has no manifest, or is a pipeline's of no known family.
         MissingExtraError: a package that compresses is not installed.
     """
     check_out(out)
     if not is_begun(out):
+        if (Path(out) / "model_index.json").is_file():
+            from edgeprune.artefact.resolve import read_config
+
+            read_config(Path(out))
         raise InputError(
             f"{Path(out) / 'edgeprune.json'}: no such file; begin with: edgeprune analyze MODEL -o {out}, or name a "
             "folder that was begun"

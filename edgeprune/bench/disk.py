@@ -24,7 +24,7 @@ def disk_bytes(folder: Path, variant: str | None = None) -> dict[str, int]:
     recorded = recorded_encoders(folder)
     packed = [name.removesuffix("_int4") for name in recorded]
     unread = [name for name in packed_encoders(folder) if name not in recorded]
-    skipped = ("transformer", "transformer_int4", ROWS, "cache", *packed, *unread)
+    skipped = ("transformer", "transformer_int4", "unet", ROWS, "cache", *packed, *unread)
     others = [d for d in folder.iterdir() if d.is_dir() and d.name not in skipped]
     rest = sum(p.stat().st_size for d in others for p in _weight_files(d, variant))
     return {"transformer_disk_bytes": transformer, "total_disk_bytes": transformer + rest}
@@ -55,8 +55,9 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _transformer(folder: Path) -> Path:
-    packed = folder / "transformer_int4"
-    return packed if packed.is_dir() else folder / "transformer"
+    """Return the folder of the network that denoises; of a reference it may be a UNet."""
+    found = (folder / name for name in ("transformer_int4", "unet") if (folder / name).is_dir())
+    return next(found, folder / "transformer")
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:

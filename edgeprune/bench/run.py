@@ -27,9 +27,11 @@ from edgeprune.bench.machine import machine, memory_bandwidth
 from edgeprune.bench.results import MEASURES, BenchResult, Measured, Quality, compare
 from edgeprune.common import errors
 from edgeprune.common.errors import EdgepruneError, InputError
+from edgeprune.common.extras import TORCH
 from edgeprune.common.memory import SMALL_BYTES
 from edgeprune.common.splits import Split
 from edgeprune.metrics.psnr import mean_decibels
+from edgeprune.reference import PIPELINE
 
 PROMPT = "two red circles"
 ORIGINAL = "original"
@@ -50,7 +52,7 @@ class Variant:
     """Shown in the table; unique in a run."""
     folder: Path
     runtime: str | None = None
-    """`ort`, `eager`, ...; None chooses one that fits the folder."""
+    """`ort`, `eager`, ...; None chooses one that fits the folder. PIPELINE if the folder is a reference."""
     dtype: str | None = None
     """`bf16` or `fp32`, for `eager`; None for its default."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -130,10 +132,12 @@ def run(
         measured.append((first, images))
     measured += [bench.measure(variant) for variant in others]
     first, drawn = measured[0]
-    comparisons = {
-        m.name: compare(first, m, None if drawn is None or images is None else psnr_db(drawn, images), slower)
-        for m, images in measured[1:]
-    }
+    comparisons = {}
+    for m, images in measured[1:]:
+        other = None if m.runtime == PIPELINE else images  # a reference draws other images
+        comparisons[m.name] = compare(
+            first, m, None if drawn is None or other is None else psnr_db(drawn, other), slower
+        )
     settings = spec | {"quality_prompts_per_task": quality, "quality_seeds": quality_seeds}
     return BenchResult(
         variants=[m for m, _ in measured], comparisons=comparisons, machine=machine(bench.bandwidth),
@@ -217,7 +221,8 @@ def _check(
         if value < low:
             raise InputError(f"{option}: found {value}, expected {low} or more")
     for variant in variants:  # fail now, not after minutes of measuring the other variants
-        runtimes.RUNTIMES[runtimes.choose(variant.folder, variant.runtime)].require()
+        foreign = variant.runtime == PIPELINE
+        runtimes.RUNTIMES[TORCH if foreign else runtimes.choose(variant.folder, variant.runtime)].require()
 
 
 def _worker(variant: Variant, spec: dict[str, Any], progress: Log) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import gc
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from edgeprune import runtimes
 from edgeprune.common.errors import EdgepruneError
+from edgeprune.reference import PIPELINE
 from edgeprune.runtimes import memory
 from edgeprune.runtimes.base import Runtime, Velocity, initial_latents, modulate
 from edgeprune.sampling.generation import Generation, GenerationOptions
@@ -35,14 +37,16 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Run the measurements of one variant.
 
     Args:
-        spec: folder, runtime (or None), options, repeats, warmup, settings of the images (steps and others, see
-            `Runtime.generate`), prompt, and for quality: prompts, seeds (one per prompt) and images (a .npy path to
-            write).
+        spec: folder, runtime (None to choose it, PIPELINE for a reference), options, repeats, warmup, settings of the
+            images (steps and others, see `Runtime.generate`), prompt, and for quality: prompts, seeds (one per prompt)
+            and images (a .npy path to write).
 
     Raises:
         EdgepruneError: the folder cannot be used.
     """
     folder = Path(spec["folder"])
+    if spec["runtime"] == PIPELINE:
+        return _measure_reference(folder, spec)
     name = spec["runtime"] or runtimes.choose(folder)
     runtimes.prepare(name)
     gc.collect()
@@ -54,15 +58,40 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         out |= _images(model, spec)
         backend = model.backend
         out |= {"runtime": name, "provider": backend.provider, "provider_why": backend.why}
-        out["precision"] = backend.precision
-        gc.collect()
-        now = model.memory()
-        out |= {row: now[row].bytes if row in now else None for row in (*memory.SPLIT, *memory.ROWS)}
-        out["memory_of"] = now["peak_bytes"].place
-        out["how"] = {row: reading.how for row, reading in now.items()}
+        out |= {"precision": backend.precision} | _memory(model)
         if spec.get("prompts"):
             np.save(spec["images"], _quality(model, spec))
     return out
+
+
+def _measure_reference(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    """Measure a reference by the images that its pipeline draws; its steps are those of these images."""
+    from edgeprune.reference.drawing import open_drawer
+
+    drawer = open_drawer(folder, **spec["options"])
+    gc.collect()
+    began = time.perf_counter()
+    with drawer:
+        drawer.open()
+        out: dict[str, Any] = {"load_s": time.perf_counter() - began, "modulation_s": None}
+        out |= _timed(lambda: list(drawer.draw([spec["prompt"]], [0], **spec["settings"])))
+        first, *others = drawer.steps_s
+        out |= {"first_step_s": first, "steps_s": others or [first]}
+        provider, why = str(drawer.compute.device), f"{drawer.reference.pipeline} of diffusers draws it"
+        out |= {"runtime": PIPELINE, "provider": provider, "provider_why": why, "precision": drawer.precision}
+        out |= _memory(drawer)
+        if spec.get("prompts"):
+            np.save(spec["images"], _quality(drawer, spec))
+    return out
+
+
+def _memory(model: Any) -> dict[str, Any]:
+    """Return the rows of memory of what has drawn."""
+    gc.collect()
+    now = model.memory()
+    out: dict[str, Any] = {row: now[row].bytes if row in now else None for row in (*memory.SPLIT, *memory.ROWS)}
+    how = {row: reading.how for row, reading in now.items()}
+    return out | {"memory_of": now["peak_bytes"].place, "how": how}
 
 
 def check(spec: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +103,11 @@ def check(spec: dict[str, Any]) -> dict[str, Any]:
     Raises:
         EdgepruneError: the folder cannot be used, or not in so little memory.
     """
+    if spec["runtime"] == PIPELINE:
+        from edgeprune.reference.drawing import open_drawer
+
+        open_drawer(Path(spec["folder"]), **spec["options"])
+        return {}
     with runtimes.plan(Path(spec["folder"]), spec["runtime"], **spec["options"]) as model:
         model.prepare(*(spec["settings"].get(side) for side in ("height", "width")))
     return {}
@@ -118,15 +152,20 @@ def _generation(model: Runtime, settings: dict[str, Any]) -> Generation:
 
 
 def _images(model: Runtime, spec: dict[str, Any]) -> dict[str, Any]:
+    return _timed(lambda: model.generate(spec["prompt"], seed=0, **spec["settings"]))
+
+
+def _timed(draw: Callable[[], Any]) -> dict[str, Any]:
+    """Return the seconds of some images."""
     times: list[float] = []
     while not times or (len(times) < IMAGES and sum(times) < IMAGES_S):
         began = time.perf_counter()
-        model.generate(spec["prompt"], seed=0, **spec["settings"])
+        draw()
         times.append(time.perf_counter() - began)
     return {"images_s": times}
 
 
-def _quality(model: Runtime, spec: dict[str, Any]) -> NDArray[np.uint8]:
+def _quality(model: Any, spec: dict[str, Any]) -> NDArray[np.uint8]:
     """Return one image per prompt and seed, (P, H, W, 3)."""
     images = []
     prompts, seeds = spec["prompts"], spec["seeds"]

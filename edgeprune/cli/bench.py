@@ -11,7 +11,10 @@ import typer
 from edgeprune import api
 from edgeprune.cli import choices, limits, options, screen
 
-EPILOG = 'Example: edgeprune bench small-onnx --assert "peak_ratio<=0.9"  ·  edgeprune bench small-* --runtime all'
+EPILOG = (
+    'Example: edgeprune bench small-onnx --assert "peak_ratio<=0.9"  ·  edgeprune bench small-* --runtime all  ·  '
+    "edgeprune bench small-onnx --reference ./sana-sprint"
+)
 
 
 def runtimes_or_all() -> Iterable[str]:
@@ -33,6 +36,13 @@ def bench(
         typer.Option(
             metavar="MODEL", help="Original to compare with: folder or hub id.",
             show_default="the model that the first folder was made from",
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Also measure another architecture: any text-to-image folder of diffusers (docs/references.md).",
         ),
     ] = None,
     revision: options.Revision = None,
@@ -86,8 +96,8 @@ def bench(
         assertions.parse_expression(expression)
     compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     result = api.bench(
-        folders, runtime=runtime, baseline=baseline, revision=revision, variant=variant, repeats=repeats,
-        steps=steps, quality=quality, original=not no_original, way=way, device=device,
+        folders, runtime=runtime, baseline=baseline, reference=reference, revision=revision, variant=variant,
+        repeats=repeats, steps=steps, quality=quality, original=not no_original, way=way, device=device,
         memory=compute.memory, longest_s=compute.longest_s, options=limits.runtime_options(option), exact=exact,
         progress=lambda what, *_: screen.say(what),
     )  # fmt: skip

@@ -46,7 +46,10 @@ def family_of(config: Config, where: str = WHERE) -> Family:
     name = config.get("_class_name")
     stock = name.removeprefix(CHANGED) if isinstance(name, str) else ""
     if stock not in _MODULES:
-        raise InputError(f"{where}: _class_name: found {shown(name)}, expected an MMDiT: {', '.join(_MODULES)}")
+        raise InputError(
+            f"{where}: _class_name: found {shown(name)}, expected an MMDiT: {', '.join(SUPPORTED)}; to add a family, "
+            "see CONTRIBUTING.md"
+        )
     family: Family = importlib.import_module(_MODULES[stock]).FAMILY
     return family
 

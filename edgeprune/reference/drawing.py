@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +17,7 @@ from edgeprune.common.memory import ComputeOptions
 from edgeprune.reference.folder import PIPELINE, Reference, open_reference
 from edgeprune.reference.pipeline import Loaded, check_room, dtype_of, load, pipeline_class, takes, vendors
 from edgeprune.residency.compute import Compute, name_of
+from edgeprune.runtimes.eager import rows_of
 from edgeprune.runtimes.memory import Meter, Reading, read
 from edgeprune.sampling.generation import GenerationOptions
 
@@ -37,6 +40,9 @@ class Drawer:
         self.reference, self.compute = reference, compute
         self._loaded: Loaded | None = None
         self._meter = Meter()
+        self._rows = self._meter.rows
+        self.steps_s: list[float] = []
+        """Seconds of each denoising step so far, from the scheduler's one to its next."""
 
     @property
     def precision(self) -> str:
@@ -52,6 +58,8 @@ class Drawer:
         if self._loaded is None:
             with self._meter.opening():
                 self._loaded = load(self.reference, self.compute)
+            self._rows = rows_of(self.compute.device, self._meter)
+            _time_steps(self._loaded.pipe.scheduler, self.steps_s)
         return self._loaded.pipe
 
     def draw(
@@ -101,8 +109,8 @@ class Drawer:
         return lambda: pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), **settings)
 
     def memory(self) -> dict[str, Reading]:
-        """Return the rows of runtimes/memory.py for this process."""
-        return read() | self._meter.rows()
+        """Return the rows of runtimes/memory.py, for this process or for the GPU."""
+        return read() | self._rows()
 
     def close(self) -> None:
         """Release the weights."""
@@ -116,6 +124,27 @@ class Drawer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _time_steps(scheduler: Any, seconds: list[float]) -> None:
+    """Let a pipeline's scheduler note how long each step took: all that happens from one call of it to the next."""
+    began = 0.0
+
+    def then(method: Callable[..., Any], *, ends: bool) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal began
+            result = method(*args, **kwargs)
+            now = time.perf_counter()
+            if ends:
+                seconds.append(now - began)
+            began = now
+            return result
+
+        return timed
+
+    scheduler.set_timesteps = then(scheduler.set_timesteps, ends=False)
+    scheduler.step = then(scheduler.step, ends=True)
 
 
 def open_drawer(folder: Path, *, variant: str | None = None, device: str = "auto", memory: int | None = None) -> Drawer:
