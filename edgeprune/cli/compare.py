@@ -16,7 +16,9 @@ from edgeprune.common.splits import Split
 
 EPILOG = (
     "Example: edgeprune compare -o build/compare  ·  "
-    "edgeprune compare ./sd35 -o grid --grid mine.toml --data images/ --memory 8GB --yes"
+    "edgeprune compare ./sd35 -o grid --grid mine.toml --data images/ --memory 8GB --yes  ·  "
+    "edgeprune compare ./sd35 -o grid --data images/ --metric geneval --weights geneval=./mask2former "
+    "--weights clip=./clip --reference ./sana-sprint"
 )
 
 
@@ -44,6 +46,14 @@ def compare(
         choices.choice(
             names=choices.analysis_metrics, help="How models are scored.",
             show_default="shapes for the built-in model, else velocity",
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Also score another architecture on the same prompts and seeds: any text-to-image folder of diffusers "
+            "(docs/references.md).",
         ),
     ] = None,
     weights: Annotated[list[str] | None, options.weights_of_metrics()] = None,
@@ -82,6 +92,7 @@ def compare(
     check_places(original, model, revision)
     from edgeprune.artefact.resolve import resolve
     from edgeprune.compare import page as compare_page
+    from edgeprune.compare import reference as other
     from edgeprune.compare import run as comparison
     from edgeprune.compare.grid import Grid, grid_named
     from edgeprune.data.settings import check_source
@@ -95,6 +106,8 @@ def compare(
     builtin = ws.builtin if ws else model is None
     name, paths = metric or ("shapes" if builtin else "velocity"), parse_weights(weights or [])
     check_analysis(name, paths)
+    if reference:
+        other.check(reference, name)
     path = grid or grid_named(preset or "demo")
     rows = Grid.load(path, compress.preset("default", builtin=builtin, data=data))
     comparison.check_rows(rows, builtin=builtin)
@@ -107,12 +120,14 @@ def compare(
         return screen.show_forecast(numbers, screen.FLOORS, as_json)
     ws = ws or opening(begin=True)
     with screen.bars() as progress:
-        summary = comparison.compare(ws, rows, name, texts, out, progress, weights=paths, split=split)
+        summary = comparison.compare(
+            ws, rows, name, texts, out, progress, weights=paths, split=split, reference=reference
+        )
     written = compare_page.write(summary, out)
     screen.table([compare_page.HEADINGS, *compare_page.cells(summary)])
     screen.say(compare_page.NOTE)
     screen.say("wrote " + ", ".join(map(str, written)))
-    reference = screen.quoted(out / rows.reference / "seed-0")
-    screen.say(f"next: edgeprune export {reference} --target onnx -o {screen.quoted(out / rows.reference, '-onnx')}")
+    first = screen.quoted(out / rows.reference / "seed-0")
+    screen.say(f"next: edgeprune export {first} --target onnx -o {screen.quoted(out / rows.reference, '-onnx')}")
     if as_json:
         screen.print_json(summary)

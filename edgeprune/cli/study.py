@@ -42,7 +42,7 @@ def _variants(texts: list[str]) -> dict[str, Path]:
 @app.command(
     cls=choices.Verb,
     epilog="Example: edgeprune study new taste --variants original=images/original ours=images/ours "
-    "--prompts prompts.txt",
+    "--prompts prompts.txt  ·  edgeprune study new taste --variants original=scored/original sana=./sana-sprint",
 )
 def new(
     folder: Folder,
@@ -56,7 +56,8 @@ def new(
         typer.Option(
             metavar="NAME=FOLDER ...",
             help="One folder of images (.png, .jpg, .webp) per variant, the original first. Files of the same name "
-            "belong together.",
+            "belong together. Another architecture may be a text-to-image folder of diffusers, which then draws the "
+            "original's prompts (docs/references.md).",
         ),
     ] = None,
     prompts: Annotated[

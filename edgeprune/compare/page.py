@@ -29,6 +29,10 @@ def cells(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     out: list[tuple[str, ...]] = [
         ("original", "", with_unit("_bytes", original["bytes"]), "1", "1", interval_text(original["score"]), *3 * ("",))
     ]
+    if other := summary.get("reference_model"):
+        drop = interval_text(other["relative_drop"], ".1%") if other["relative_drop"] else ""
+        size, ratio = with_unit("_bytes", other["bytes"]), f"{other['bytes_ratio']:.3f}"
+        out.append((f"{other['pipeline']}, as it is", "", size, ratio, "", interval_text(other["score"]), drop, "", ""))
     for row in summary["rows"]:
         seeds = f"{row['seeds']} seeds" if row["seeds"] > 1 else "1 seed" if row["one_seed"] else ""
         name = f"{row['name']} ({seeds})" if seeds else row["name"]

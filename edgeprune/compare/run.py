@@ -26,6 +26,7 @@ from edgeprune.common.linking import is_linked
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.splits import Split
+from edgeprune.compare import reference as other
 from edgeprune.compare.grid import Grid, Row
 from edgeprune.compare.summary import summarise
 from edgeprune.metrics import Metric, evaluations, of_pipeline, preparing, tasks_of
@@ -211,6 +212,7 @@ def compare(
     *,
     weights: Mapping[str, str] | None = None,
     split: Split = Split.HELD_OUT,
+    reference: Path | None = None,
 ) -> dict[str, Any]:
     """Make and score every run that `out` lacks; return the summary of all.
 
@@ -221,6 +223,7 @@ def compare(
         prompts: to score on; nothing may be trained or calibrated on them.
         weights: weights of the metric, see metrics.KNOWN.
         split: whose seeds to draw with: held out, or tuning where the scores choose options.
+        reference: another architecture to score on the same prompts and seeds, see reference.py.
 
     Raises:
         BudgetError: a method cannot meet the budget.
@@ -260,7 +263,14 @@ def compare(
     progress("compare", len(runs), len(runs), "")
     metric_tasks = tasks_of(metric)
     tasks = [metric_tasks.parse(prompt).task for prompt in prompts] if metric_tasks else None
-    return summarise(results, grid, tasks)
+    summary = summarise(results, grid, tasks)
+    if reference is not None:
+        size = {"height": base.generation.height, "width": base.generation.width}
+        release(base.pipe.transformer)
+        make = functools.partial(other.score, reference, metric, prompts, weights, split, base.original.compute, size)
+        once(other.NAME, {"folder": other.identity(reference), "size": size}, make)
+        summary[other.NAME] = other.summarise(results[other.NAME], results["original"], tasks)
+    return summary
 
 
 def _run(

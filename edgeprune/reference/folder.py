@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
@@ -18,8 +18,9 @@ from edgeprune.common.files import check_links, read_json
 from edgeprune.families import has_family
 from edgeprune.families.encoders import read_index
 from edgeprune.residency.model_files import GENERATION, INDEX, model_files, part_files, parts_of, small_files
-from edgeprune.residency.weights import header
-from edgeprune.sampling.generation import GenerationOptions
+
+if TYPE_CHECKING:
+    from edgeprune.sampling.generation import GenerationOptions
 
 PIPELINE = "diffusers"
 """What draws a reference, where runtimes have names such as ort: the pipeline that diffusers has for it."""
@@ -37,6 +38,8 @@ class Part:
     """How many weights it has."""
     stored: str
     """The dtype of its largest tensor, in safetensors' words."""
+    stored_bytes: int
+    """Of its weights in the file."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,14 @@ def _check_code(folder: Path) -> None:
 
 def _part(folder: Path, variant: str | None) -> Part | None:
     """Return what the headers of a part's weights say; None without weights, of a tokenizer for one."""
+    from edgeprune.residency.weights import header
+
     files = [path for path in part_files(folder, variant) if path.suffix == ".safetensors"]
     tensors = [(math.prod(shape), kind) for path in files for shape, kind in header(path).values()]
     floats = [(count, kind) for count, kind in tensors if kind in _BYTES]
-    return Part(sum(count for count, _ in floats), max(floats)[1]) if floats else None
+    if not floats:
+        return None
+    return Part(sum(n for n, _ in floats), max(floats)[1], sum(n * _BYTES[kind] for n, kind in floats))
 
 
 def _own_settings(path: Path) -> GenerationOptions:
@@ -122,6 +129,8 @@ def _own_settings(path: Path) -> GenerationOptions:
     Raises:
         InputError: it has other fields, or a value that is no number above 0.
     """
+    from edgeprune.sampling.generation import GenerationOptions
+
     data = read_json(path) if path.is_file() else {}
     for name, value in data.items():
         if name not in _OWN:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from edgeprune.common.files import cannot_write, parse_json, write_json
 from edgeprune.common.images import open_image
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.texts import lines_of, read_text
+from edgeprune.reference import is_reference
 from edgeprune.user_study.design import MODES, Study, check_variant, conditions
+from edgeprune.user_study.drawn import draw
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _UNFINISHED = ".unfinished"
@@ -39,7 +42,8 @@ def make(
     """Write a study to `folder`.
 
     Args:
-        variants: by name, folders whose images have equal names; the original first.
+        variants: by name, folders whose images have equal names; the original first. Another one may be a reference
+            (see `edgeprune.reference`): it draws the original's prompts, at the seeds of its `metadata.jsonl`.
         prompts: a text file whose n-th line belongs to the n-th image by name, or a `.jsonl` file with `file_name` and
             `text`; by default `metadata.jsonl` in the original's folder.
         mode: `mos` or `pairs`, see design.py.
@@ -58,15 +62,18 @@ def make(
         raise InputError(f"--variants: found {len(variants)}, expected two or more, the original first")
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {_UNFINISHED}):
         raise InputError(f"{folder}: exists already; a new study needs a new folder")
-    images = {check_variant(name): _images(source) for name, source in variants.items()}
-    original, *others = images
-    for name in others:
+    foreign = {name: source for name, source in variants.items() if is_reference(source)}
+    original = check_variant(next(iter(variants)))
+    if original in foreign:
+        raise InputError(f"--variants {original}={variants[original]}: expected images, the original's")
+    images = {check_variant(name): _images(source) for name, source in variants.items() if name not in foreign}
+    for name in images:
         if odd := sorted(images[name].keys() ^ images[original].keys()):
             missing = name if odd[0] in images[original] else original
             raise InputError(f"{variants[missing]}: no image named {odd[0]}; expected equal names in every variant")
     names = sorted(images[original])
     texts = _prompts(prompts or variants[original] / "metadata.jsonl", names)
-    every = len(conditions(mode, len(images))) * len(names)
+    every = len(conditions(mode, len(variants))) * len(names)
     if per_rater is not None and not 0 < per_rater <= every:
         raise InputError(f"--per-rater: found {per_rater}, expected 1 to {every}, the number of all trials")
     share = per_rater or min(every, DEFAULT_PER_RATER)
@@ -75,13 +82,17 @@ def make(
         title=title,
         mode=mode,
         seed=seed,
-        variants=tuple(images),
+        variants=tuple(map(check_variant, variants)),
         prompts=tuple(texts),
         files=tuple(names),
         per_rater=share,
         checks=checks,
     )
-    _write(folder, study, images, progress)
+    with tempfile.TemporaryDirectory(prefix="edgeprune-study-") as scratch:
+        for name, source in foreign.items():
+            draw(source, Path(scratch, name), images[original], texts, variants[original], progress)
+            images[name] = _images(Path(scratch, name))
+        _write(folder, study, {name: images[name] for name in study.variants}, progress)
     return study
 
 

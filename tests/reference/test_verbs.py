@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from references import tiny_chroma
 from typer.testing import CliRunner
 
@@ -132,3 +133,57 @@ def test_bench(chroma: Path, tiny_folders: tuple[Path, Path], tmp_path: Path) ->
     assert result["comparisons"]["reference"]["psnr_db"] is None
     assert result["variants"][1]["provider_why"] == "ChromaPipeline of diffusers draws it"
     assert result["variants"][1]["settings"] == {"steps": None, "height": 64, "width": 64}
+
+
+def test_study(chroma: Path, tmp_path: Path) -> None:
+    """A reference draws the original's prompts, at its seeds and its size, under the names of its images."""
+    from edgeprune.reference.drawing import open_drawer
+
+    (tmp_path / "a").mkdir()
+    lines = []
+    for name, text, seed in (("x", "two red circles", 7), ("y", "a blue square", 8)):
+        Image.new("RGB", (48, 32), "red").save(tmp_path / "a" / f"{name}.png")
+        lines.append(json.dumps({"file_name": f"{name}.png", "text": text, "seed": seed}))
+    (tmp_path / "a" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    words = ("study", "new", tmp_path / "s", "--variants", f"original={tmp_path / 'a'}", f"other={chroma}", "--json")
+    assert run(*words)["variants"] == ["original", "other"]
+    with open_drawer(chroma) as drawer:
+        expected = list(drawer.draw(["two red circles", "a blue square"], [7, 8], height=32, width=48))
+    found = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "s" / "images" / "other").iterdir())]
+    assert len(found) == 2 and all((a == np.asarray(b)).all() for a, b in zip(found, expected, strict=True))
+    swapped = ("--variants", f"original={chroma}", f"other={tmp_path / 'a'}")
+    assert "expected images, the original's" in refused("study", "new", tmp_path / "t", *swapped)
+
+
+def test_compare_scores_a_reference(chroma: Path) -> None:
+    """Its row has the bytes of its files, and its score on the same prompts and seeds."""
+    from edgeprune.common.splits import Split
+    from edgeprune.compare import page, reference
+    from edgeprune.residency.compute import Compute
+
+    texts, size = ["two red circles", "a blue square"], {"height": 64, "width": 64}
+    result = reference.score(chroma, "shapes", texts, None, Split.HELD_OUT, Compute(), size)
+    assert len(result["scores"]) == 2 and 0 < result["bytes"] < result["disk_bytes"]
+    original = {"scores": [1.0, 1.0], "bytes": 2 * result["bytes"]}
+    summary = {"original": {"score": (1.0, 1.0, 1.0), "bytes": original["bytes"]}, "rows": []}
+    row = page.cells(summary | {reference.NAME: reference.summarise(result, original, None)})[1]
+    assert row[0] == "ChromaPipeline, as it is" and row[3] == "0.500"
+
+
+def test_compare_refuses(chroma: Path, tmp_path: Path) -> None:
+    words = ("compare", "-o", tmp_path / "out", "--reference")
+    assert "expected a text-to-image folder" in refused(*words, tmp_path)
+    assert "--metric psnr compares with the original" in refused(*words, chroma, "--metric", "psnr")
+
+
+@pytest.mark.slow
+def test_compare(chroma: Path, tmp_path: Path) -> None:
+    """The row comes after the grid's, from the command line."""
+    grid = (
+        'budget = 1.0\nreference = "whole"\n[[rows]]\nname = "whole"\nmethod = "manual"\nquantized = false\nsteps = 0\n'
+    )
+    (tmp_path / "grid.toml").write_text(grid)
+    words = ("--grid", tmp_path / "grid.toml", "--per-task", 1, "--reference", chroma, "--json")
+    found = run("compare", "-o", tmp_path / "out", *words)["reference_model"]
+    assert found["pipeline"] == "ChromaPipeline" and found["bytes_ratio"] > 0 and len(found["score"]) == 3
+    assert "| ChromaPipeline, as it is |" in (tmp_path / "out" / "compare.md").read_text()
