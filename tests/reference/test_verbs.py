@@ -179,9 +179,8 @@ def test_compare_refuses(chroma: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_compare(chroma: Path, tmp_path: Path) -> None:
     """The row comes after the grid's, from the command line."""
-    grid = (
-        'budget = 1.0\nreference = "whole"\n[[rows]]\nname = "whole"\nmethod = "manual"\nquantized = false\nsteps = 0\n'
-    )
+    row = 'name = "whole"\nplan = { method = "uniform" }\ndistill = false\nquantized = false\n'
+    grid = f'budget = 0.9\nreference = "whole"\n[[rows]]\n{row}'
     (tmp_path / "grid.toml").write_text(grid)
     words = ("--grid", tmp_path / "grid.toml", "--per-task", 1, "--reference", chroma, "--json")
     found = run("compare", "-o", tmp_path / "out", *words)["reference_model"]
