@@ -13,7 +13,8 @@ from edgeprune.cli import choices, limits, options, screen
 EPILOG = (
     "Example: edgeprune score small --against built-in --metric shapes  ·  "
     "edgeprune score images --against ./sd35 --metric psnr --metric clip --weights clip=./clip  ·  "
-    "edgeprune score small-onnx --metric geneval --weights geneval=./mask2former --weights clip=./clip -o scored"
+    "edgeprune score small-onnx --metric geneval --weights geneval=./mask2former --weights clip=./clip -o scored  ·  "
+    "edgeprune score ./sana-sprint --metric clip --weights clip=./clip -o sana"
 )
 
 

@@ -16,7 +16,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
 from edgeprune.common.files import check_links, read_json
 from edgeprune.families import has_family
-from edgeprune.families.encoders import read_index
+from edgeprune.families.encoders import is_present, read_index
 from edgeprune.residency.model_files import GENERATION, INDEX, model_files, part_files, parts_of, small_files
 
 if TYPE_CHECKING:
@@ -64,14 +64,15 @@ class Reference:
 
 
 def is_reference(folder: Path) -> bool:
-    """Return whether a folder holds a pipeline of diffusers whose transformer is of no family.
+    """Return whether a folder holds a pipeline of diffusers with a UNet, or a transformer of no family.
 
     Raises:
         InputError: model_index.json is damaged.
     """
     if not (folder / INDEX).is_file() or (folder / "edgeprune_export.json").is_file():
         return False
-    return not has_family(read_json(folder / INDEX))
+    index = read_json(folder / INDEX)
+    return any(is_present(index, name) for name in _DENOISERS) and not has_family(index)
 
 
 def open_reference(folder: Path, variant: str | None = None) -> Reference:

@@ -98,6 +98,8 @@ def test_families_are_no_references(chroma: Path, tmp_path: Path) -> None:
     from edgeprune.artefact.resolve import BUILTIN
 
     assert is_reference(chroma) and not is_reference(BUILTIN) and not is_reference(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    assert not is_reference(tmp_path)
 
 
 def index(**fields: Any) -> Callable[[Path], object]:
