@@ -70,6 +70,9 @@ def score(
     seeds: int = 1,
     runtime: str | None = None,
     steps: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    guidance_scale: float | None = None,
     device: str = "auto",
     memory: int | None = None,
     longest_s: float | None = None,
@@ -93,6 +96,9 @@ def score(
         seeds: images per prompt.
         runtime: the runtime to draw with; None for the first installed one that fits.
         steps: denoising steps of an image; None for the model's own.
+        height: pixels of a reference's images; None for its own, as for the next two.
+        width: pixels of a reference's images.
+        guidance_scale: of a reference.
         device: where torch draws: auto, cpu, cuda, cuda:1, mps or xpu; metrics choose as auto does.
         memory: most bytes of the process, with torch on a GPU of the GPU; None takes most of what is free.
         longest_s: refuse drawing that takes torch at least so many seconds; None takes any time. Other runtimes, and
@@ -134,9 +140,14 @@ def score(
     drawn = {name: place for name, place in places.items() if place not in ready}
     chosen = _runtimes(drawn, runtime)
     loading = _loading(chosen, device, memory)
+    of_references = {"height": height, "width": width, "guidance_scale": guidance_scale}
+    of_references = {option: value for option, value in of_references.items() if value is not None}
+    if of_references and PIPELINE not in chosen.values():
+        first = next(iter(of_references)).replace("_", "-")
+        raise InputError(f"--{first}: is of a reference of another architecture, and none is drawn; omit it")
     for name, place in drawn.items():
         if chosen[name] == PIPELINE:
-            _check_reference(place, variant, steps, loading[name])
+            _check_reference(place, variant, {"num_inference_steps": steps, **of_references}, loading[name])
         else:
             _check_drawn(place, variant, steps)
     sizes = _sizes(places, drawn, metrics, progress)
@@ -157,8 +168,9 @@ def score(
         RUNTIMES[TORCH].require()
         compute = ComputeOptions(device, memory, longest_s)
         _check_time(in_torch, sizes, len(wishes), None if ready else seeds, steps, out, compute, progress)
+    settings = {name: of_references if chosen[name] == PIPELINE else sizes[name] for name in drawn}
     scores = _drawn_and_scored(
-        places, ready, sizes, wishes, metrics, paths, runtime, steps, loading, own, out, progress, variant
+        places, ready, settings, wishes, metrics, paths, runtime, steps, loading, own, out, progress, variant
     )
     return Scored(
         scores=tuple(scores),
@@ -322,7 +334,7 @@ def _wishes_of(images: Path, metrics: Sequence[str]) -> list[Wish]:
 def _drawn_and_scored(
     places: dict[str, Path],
     ready: list[Path],
-    sizes: Mapping[str, dict[str, int]],
+    settings: Mapping[str, Mapping[str, Any]],
     wishes: list[Wish],
     metrics: Sequence[str],
     weights: dict[str, str],
@@ -346,7 +358,7 @@ def _drawn_and_scored(
                 # The runtime is about the export; its original is a diffusers folder.
                 scoring.draw(
                     place, kept / name, wishes, runtime=runtime if name == "images" else None, steps=steps,
-                    settings=sizes[name], loading=loading[name], own=own if name == "images" else None,
+                    settings=settings[name], loading=loading[name], own=own if name == "images" else None,
                     variant=variant if _is_original(place) else None, progress=progress,
                 )  # fmt: skip
                 folders[name] = kept / name
@@ -383,7 +395,7 @@ def _check_drawn(model: Path, variant: str | None, steps: int | None) -> None:
     say_guesses(model, () if steps is None else ("num_inference_steps",), steps="--steps")
 
 
-def _check_reference(model: Path, variant: str | None, steps: int | None, loading: Mapping[str, Any]) -> None:
+def _check_reference(model: Path, variant: str | None, settings: Mapping[str, Any], loading: Mapping[str, Any]) -> None:
     """Refuse a reference that cannot be drawn, before any image is made."""
     from edgeprune.runtimes import RUNTIMES
 
@@ -392,7 +404,7 @@ def _check_reference(model: Path, variant: str | None, steps: int | None, loadin
     from edgeprune.sampling.generation import GenerationOptions
 
     drawer = open_drawer(model, variant=variant, **loading)
-    settings_of(drawer.reference, GenerationOptions(num_inference_steps=steps))
+    settings_of(drawer.reference, GenerationOptions(**settings))
 
 
 def _check_memory(

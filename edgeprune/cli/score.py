@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,13 @@ EPILOG = (
     "edgeprune score small-onnx --metric geneval --weights geneval=./mask2former --weights clip=./clip -o scored  ·  "
     "edgeprune score ./sana-sprint --metric clip --weights clip=./clip -o sana"
 )
+
+
+def _of_reference(help: str, *, min: int) -> Any:
+    """Return an option about another architecture that is drawn."""
+    return typer.Option(
+        min=min, help=help, show_default="its own", rich_help_panel="Another architecture (docs/references.md)"
+    )
 
 
 Against = Annotated[
@@ -57,6 +64,9 @@ def score(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps of an image.", show_default="the model's own")
     ] = None,
+    height: Annotated[int | None, _of_reference("Height of its images in pixels.", min=1)] = None,
+    width: Annotated[int | None, _of_reference("Width of its images in pixels.", min=1)] = None,
+    guidance_scale: Annotated[float | None, _of_reference("How closely its images follow the prompt.", min=0)] = None,
     device: limits.TorchDevice = "auto",
     memory: limits.Memory = None,
     yes: limits.TorchYes = False,
@@ -80,7 +90,8 @@ def score(
         done = api.score(
             folder, metric, against=against, revision=revision, variant=variant,
             weights=parse_weights(weights or []), prompts=prompts, per_task=per_task, seeds=seeds, runtime=runtime,
-            steps=steps, device=device, memory=compute.memory, longest_s=compute.longest_s,
+            steps=steps, height=height, width=width, guidance_scale=guidance_scale, device=device,
+            memory=compute.memory, longest_s=compute.longest_s,
             options=limits.runtime_options(option), exact=exact, out=out, progress=progress,
         )  # fmt: skip
     screen.table(scoring.rows(done.scores))

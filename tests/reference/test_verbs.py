@@ -51,15 +51,15 @@ def chroma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_score(chroma: Path, tmp_path: Path) -> None:
     """A reference is scored, and other images are scored against it, at the same prompts and seeds."""
     prompts = chroma.parent / "prompts.txt"
-    words = ("--metric", "shapes", "--json")
-    one = run("score", chroma, *words, "--prompts", prompts, "--steps", 1, "-o", tmp_path / "one")
+    words, settings = ("--metric", "shapes", "--json"), ("--steps", 1, "--guidance-scale", 1.0)
+    one = run("score", chroma, *words, "--prompts", prompts, *settings, "-o", tmp_path / "one")
     assert one["scores"][0]["images"] == 2 and one["settings"]["pipelines"] == {"images": "ChromaPipeline"}
     images = tmp_path / "one" / "images"
     lines = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
     assert [line["runtime"] for line in lines] == ["diffusers"] * 2 and lines[0]["steps"] == 1
-    both = run(
-        "score", images, "--against", chroma, *words, "-o", tmp_path / "both", "--memory", "1000GB", "--steps", 1
-    )
+    assert lines[0]["guidance_scale"] == 1
+    limited = ("--memory", "1000GB", "-o", tmp_path / "both")
+    both = run("score", images, "--against", chroma, *words, *settings, *limited)
     assert both["settings"]["pipelines"] == {"original": "ChromaPipeline"}
     for name in ("00000.png", "00001.png"):
         assert (tmp_path / "both" / "original" / name).read_bytes() == (images / name).read_bytes()
@@ -68,6 +68,7 @@ def test_score(chroma: Path, tmp_path: Path) -> None:
 def test_score_refuses(chroma: Path) -> None:
     words = ("score", chroma, "--metric")
     assert "omit --runtime" in refused(*words, "shapes", "--runtime", "eager")
+    assert "and none is drawn" in refused("score", "built-in", "--metric", "shapes", "--guidance-scale", 2.0)
     assert "omit them" in refused(*words, "shapes", "--exact")
     assert "is of another architecture" in refused(*words, "ssim", "--against", chroma)
 
