@@ -180,7 +180,7 @@ def test_compare_refuses(chroma: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_compare(chroma: Path, tmp_path: Path) -> None:
     """The row comes after the grid's, from the command line."""
-    row = 'name = "whole"\nplan = { method = "uniform" }\ndistill = false\nquantized = false\n'
+    row = 'name = "whole"\nplan = { method = "uniform" }\ndistill = false\n'
     grid = f'budget = 0.9\nreference = "whole"\n[[rows]]\n{row}'
     (tmp_path / "grid.toml").write_text(grid)
     words = ("--grid", tmp_path / "grid.toml", "--per-task", 1, "--reference", chroma, "--json")
