@@ -78,7 +78,7 @@ def components_and_blocks() -> Iterator[Any]:
                 yield pytest.param(kind, components, "3", marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("kind", "components", "blocks"), components_and_blocks())
+@pytest.mark.parametrize(("kind", "components", "blocks"), list(components_and_blocks()))
 def test_components_equal_skipped_branches(kind: str, components: str, blocks: str) -> None:
     model, config, family, mean = setup(kind)
     plan = make_plan(family, config, None, method="manual", blocks=blocks, components=components)

@@ -162,6 +162,7 @@ def test_flux2s_decoder_is_decoded(tmp_path: Path, small: Path, narrow: bool) ->
             assert apart(strips((runtime, path), latents, limit), whole((runtime, path), latents)) < 2e-5
 
 
+@pytest.mark.slow  # above, that of FLUX.2; tests/families has one of Qwen-Image
 def test_qwen_images_decoder_is_decoded(tmp_path: Path, small: Path) -> None:
     """Its norms are of each pixel's channels."""
     import tiny
