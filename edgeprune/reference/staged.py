@@ -8,7 +8,6 @@ next, so that the text encoder is read once for several images.
 from __future__ import annotations
 
 import contextlib
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -113,10 +112,10 @@ class _Remembered:
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._forward = forward
-        self.known: dict[bytes, Any] = {}
+        self.known: dict[str, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        key = pickle.dumps(_plain((args, sorted(kwargs.items()))))
+        key = repr(_plain((args, sorted(kwargs.items()))))
         if key not in self.known:
             self.known[key] = self._forward(*args, **kwargs)
         return self.known[key]

@@ -50,4 +50,4 @@ def test_without_a_gpu_it_runs_on_the_processor(source: Path, monkeypatch: pytes
 def test_the_memory_of_a_gpu_that_shares_the_machines_is_the_process_s() -> None:
     meter = memory.Meter()
     for shared in ("cpu", "mps"):
-        assert eager._rows_of(torch.device(shared), meter) == meter.rows
+        assert eager.rows_of(torch.device(shared), meter) == meter.rows
