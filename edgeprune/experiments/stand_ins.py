@@ -2,7 +2,7 @@
 
     python -m edgeprune.experiments.stand_ins -o build/stand-ins [--write docs/stand-ins.md]
 
-Nothing is trained. An interrupted run resumes.
+Nothing is trained. An interrupted run resumes. With --write, docs/stand-ins.json keeps the figures of each caption.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.surgery import build, prune_state
 from edgeprune.common.files import digest, read_json, write_json
-from edgeprune.common.intervals import mean_interval
 from edgeprune.common.progress import silent
-from edgeprune.common.tables import interval_text, markdown_table
+from edgeprune.common.tables import markdown_table
+from edgeprune.experiments import held_out
 from edgeprune.experiments.held_out import Held
 from edgeprune.experiments.pages import command
 from edgeprune.planning.options import QUARTER, PlanOptions
@@ -35,6 +35,9 @@ FEW = 4
 """Captions that are too few."""
 REMOVED = ("7,8,11", "11", "5,6")
 """Blocks; the first row is measured in more ways."""
+
+RESULTS = Path("docs/stand-ins.json")
+_VALUES = [name for name, _ in held_out.MEASURED.values()]
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def measure(out: Path) -> dict[str, dict[str, Any]]:
             continue
         ws = Workspace(out / "model", None, fresh=True)
         held = held or Held(Workspace(out / "original", None), PER_TASK)
-        found[row.key] = {"tasks": held.tasks} | held.measure(made(ws, row))
+        values = held.measure(made(ws, row))
+        found[row.key] = {"tasks": held.tasks} | {n: [round(value, 4) for value in values[n]] for n in values}
         write_json(path, found)
         print(row.key, found[row.key]["error"][0], flush=True)
     return found
@@ -107,14 +111,34 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         lines.append(
             (
                 row.blocks, names.get(row.stand_in, str(row.stand_in)), fitted, "INT4" if row.int4 else "float32",
-                interval_text(mean_interval(values["error"]), ".3f"),
-                interval_text(mean_interval(values["right"], values["tasks"]), ".3f"),
-                interval_text(mean_interval(values["decibels"]), ".1f"),
+                *held_out.cells([values]),
             )
         )  # fmt: skip
-    head = ("removed", "rank", "fitted on", "weights", "velocity error", "score", "PSNR to the original's images, dB")
-    return markdown_table(head, lines)
+    return markdown_table(("removed", "rank", "fitted on", "weights", *_VALUES), lines)
+
+
+def contrasts() -> Iterator[tuple[str, Row, Row]]:
+    """Yield each comparison: its name, a row, and the row to subtract from it."""
+    for blocks in REMOVED:
+        yield f"{blocks}: a quarter less none", Row(blocks, QUARTER), Row(blocks, None)
+    first, few = REMOVED[0], Row(REMOVED[0], QUARTER, FEW, LARGE_STATES)
+    yield f"{first}: all less a quarter", Row(first, WIDTH), Row(first, QUARTER)
+    yield f"{first}: {FEW} captions less none", few, Row(first, None)
+    yield f"{first}, INT4: a quarter less none", Row(first, QUARTER, int4=True), Row(first, None, int4=True)
+
+
+def differences(found: dict[str, dict[str, Any]]) -> str:
+    """Return the differences of rows in Markdown, paired by caption."""
+    lines = [(name, *held_out.differences([(found[a.key], found[b.key])])) for name, a, b in contrasts()]
+    return markdown_table(("difference", *_VALUES), lines)
+
+
+def tables(out: Path) -> str:
+    """Measure and return both tables, and keep what they are made of in RESULTS."""
+    found = measure(out)
+    write_json(RESULTS, found)
+    return f"{table(found)}\n\n{differences(found)}"
 
 
 if __name__ == "__main__":
-    command("stand_ins", __doc__, lambda out: table(measure(out)))
+    command("stand_ins", __doc__, tables)

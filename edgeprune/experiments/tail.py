@@ -2,8 +2,9 @@
 
     python -m edgeprune.experiments.tail -o build/tail [--write docs/distill.md]
 
-An interrupted run goes on with the row that it was at. With --write it keeps what it has in docs/distill.json, from
-which another goes on. Several at a time share the rows: each takes one that no other works on.
+It takes the extra adamw8bit. An interrupted run goes on with the row that it was at. With --write it keeps what it has
+in docs/distill.json, from which another goes on. Several at a time share the rows: each takes one that no other works
+on.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ import numpy as np
 from edgeprune.artefact.loading import load_transformer
 from edgeprune.common.errors import LockedError
 from edgeprune.common.files import read_json, write_json
-from edgeprune.common.intervals import mean_interval
 from edgeprune.common.lock import hold
-from edgeprune.common.tables import interval_text, markdown_table
+from edgeprune.common.tables import markdown_table
 from edgeprune.data.encode import make_cache
 from edgeprune.data.settings import SHAPES, CacheOptions, settings_of
+from edgeprune.experiments import held_out
 from edgeprune.experiments.held_out import Held
 from edgeprune.experiments.pages import command
 from edgeprune.planning.options import QUARTER, PlanOptions
@@ -35,7 +36,7 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.stages import analyze, distill, plan, prune, quantize
 from edgeprune.stages.options import AnalyzeOptions, DataOptions, QuantizeOptions
 from edgeprune.stages.workspace import Workspace
-from edgeprune.training.recipe import DistillOptions
+from edgeprune.training.recipe import ADAMW, EIGHT_BIT, DistillOptions
 
 WORK = 100_000
 """Evaluations of a block by one sample that each row trains for; a backward pass counts as two."""
@@ -47,8 +48,11 @@ STATES = 2048
 SAMPLES = 2048
 BLOCKS = "7,8,11"
 COMPONENTS = "7:mlp,8:attn,9:mlp,10:mlp"
+GUIDANCE = 2.0
+"""The built-in model's scale."""
 
 RESULTS = Path("docs/distill.json")
+_VALUES = [name for name, _ in held_out.MEASURED.values()]
 _WAIT_S = 5.0
 
 
@@ -63,29 +67,37 @@ class Row:
     graded: bool = False
     calibration: str = "none"
     """Of the prefix."""
+    optimizer: str = ADAMW
+    guided: bool = False
+    """Whether the student learns the guided velocity."""
 
     @property
     def extra(self) -> bool:
         """Whether it is no part of the comparison of all weights, PWP and PWP from states."""
-        return self.removed != BLOCKS or self.calibration != "none"
+        return self not in COMPARED
 
     @property
     def key(self) -> str:
         """A name that no other row has."""
-        parts = (self.way, "stand-in", "graded", self.calibration)
-        given = (True, self.stand_in, self.graded, self.calibration != "none")
+        parts = (self.way, "stand-in", "graded", self.calibration, self.optimizer, "guided")
+        given = (
+            True, self.stand_in, self.graded, self.calibration != "none", self.optimizer != ADAMW, self.guided,
+        )  # fmt: skip
         kind = "blocks" if self.removed == BLOCKS else "components"
         return "-".join([kind, *(part for part, is_given in zip(parts, given, strict=True) if is_given)])
 
 
+COMPARED = tuple(Row(BLOCKS, way, stand_in) for stand_in in (False, True) for way in ("all", "pwp", "tail"))
+
+
 def rows() -> Iterator[Row]:
     """Yield what is compared."""
-    for stand_in in (False, True):
-        for way in ("all", "pwp", "tail"):
-            yield Row(BLOCKS, way, stand_in)
+    yield from COMPARED
     yield Row(BLOCKS, "tail", calibration="feedback")
     for graded in (False, True):
         yield Row(COMPONENTS, "pwp", graded=graded)
+    yield Row(BLOCKS, "tail", guided=True)
+    yield Row(BLOCKS, "tail", optimizer=EIGHT_BIT)
 
 
 def options(row: Row, chosen: PrunePlan, seed: int) -> DistillOptions:
@@ -96,12 +108,13 @@ def options(row: Row, chosen: PrunePlan, seed: int) -> DistillOptions:
     if row.way == "all":
         prefix, learned = 0, 3 * kept
     elif row.way == "tail":
-        work, taught, prefix = WORK - STATES * (total + first), 0, 0
+        work, taught, prefix = WORK - STATES * ((2 if row.guided else 1) * total + first), 0, 0
     return DistillOptions(
         steps=work // (BATCH * (taught + prefix + learned)), batch=BATCH, rate=5e-4, schedule="cosine", ema=0.98,
         seed=seed, freeze_prefix=row.way != "all", sensitivity="graded" if row.graded else "off",
         states=STATES if row.way == "tail" else 0,
-        prefix_calibration=row.calibration if row.way == "tail" else None,
+        prefix_calibration=row.calibration if row.way == "tail" else None, optimizer=row.optimizer,
+        guidance=GUIDANCE if row.guided else None,
     )  # fmt: skip
 
 
@@ -181,7 +194,7 @@ def trained(row: Row, seed: int, out: Path, held: Held) -> None:
     distill.run(ws, chosen, DataOptions(str(out / "data")))
     seconds = time.process_time() - began
     quantize.run(ws, QuantizeOptions())
-    found = held.measure(load_transformer(ws.out, quantized=True))
+    found = held.measure(load_transformer(ws.out, quantized=True), guided=row.guided)
     values = {name: [round(value, 4) for value in found[name]] for name in found}
     write_json(_path(out, row, seed), {"tasks": held.tasks, "steps": chosen.steps, "seconds": seconds} | values)
     shutil.rmtree(ws.out)
@@ -196,23 +209,19 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         if not seeds:
             continue
 
-        def of(name: str, seeds: list[dict[str, Any]] = seeds) -> list[float]:
-            return list(np.mean([one[name] for one in seeds], axis=0))
-
         names = {"all": "all weights", "pwp": "PWP", "tail": f"PWP from {STATES:,} states"}
         given = [names[row.way]] + ["graded"] * row.graded + ["prefix by feedback"] * (row.calibration != "none")
+        given += ["guidance learned"] * row.guided + [row.optimizer] * (row.optimizer != ADAMW)
         removed = f"blocks {BLOCKS}" if row.removed == BLOCKS else f"components {COMPONENTS}"
         lines.append(
             (
                 removed, "stand-ins" if row.stand_in else "cut", ", ".join(given), str(len(seeds)),
                 str(seeds[0]["steps"]),
-                interval_text(mean_interval(of("error")), ".3f"),
-                interval_text(mean_interval(of("right"), seeds[0]["tasks"]), ".3f"),
-                interval_text(mean_interval(of("decibels")), ".1f"),
+                *held_out.cells(seeds),
                 ", ".join(f"{one['seconds']:.0f} s" for one in seeds if one["seconds"] is not None),
             )
         )  # fmt: skip
-    head = ("removed", "from", "trained", "seeds", "steps", "velocity error", "score", "PSNR, dB", "processor time")
+    head = ("removed", "from", "trained", "seeds", "steps", *_VALUES, "processor time")
     return markdown_table(head, lines)
 
 
@@ -227,6 +236,8 @@ def contrasts() -> Iterator[tuple[str, Row, Row]]:
         yield f"{name}: from stand-ins less from cut", Row(BLOCKS, way, stand_in=True), Row(BLOCKS, way)
     yield "prefix by feedback less nearest", Row(BLOCKS, "tail", calibration="feedback"), Row(BLOCKS, "tail")
     yield "components: graded less not", Row(COMPONENTS, "pwp", graded=True), Row(COMPONENTS, "pwp")
+    yield "guidance learned less not", Row(BLOCKS, "tail", guided=True), Row(BLOCKS, "tail")
+    yield f"{EIGHT_BIT} less {ADAMW}", Row(BLOCKS, "tail", optimizer=EIGHT_BIT), Row(BLOCKS, "tail")
 
 
 def differences(found: dict[str, dict[str, Any]]) -> str:
@@ -238,13 +249,8 @@ def differences(found: dict[str, dict[str, Any]]) -> str:
         ]
         if not pairs:
             continue
-        cells = []
-        for value in ("error", "right", "decibels"):
-            each = np.mean([np.subtract(a[value], b[value]) for a, b in pairs], axis=0)
-            tasks = pairs[0][0]["tasks"] if value == "right" else None
-            cells.append(interval_text(mean_interval(list(each), tasks), "+.1f" if value == "decibels" else "+.3f"))
-        lines.append((name, str(len(pairs)), *cells))
-    return markdown_table(("difference", "seeds", "velocity error", "score", "PSNR, dB"), lines)
+        lines.append((name, str(len(pairs)), *held_out.differences(pairs)))
+    return markdown_table(("difference", "seeds", *_VALUES), lines)
 
 
 def tables(out: Path) -> str:

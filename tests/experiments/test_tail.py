@@ -28,7 +28,7 @@ def test_every_row_does_the_same_work(row: tail.Row) -> None:
     elif row.way == "pwp":
         made, a_sample = 0, total + first + 3 * (kept - first)
     else:
-        made, a_sample = chosen.states * (total + first), 3 * (kept - first)
+        made, a_sample = chosen.states * ((2 if chosen.guidance else 1) * total + first), 3 * (kept - first)
     work = made + chosen.steps * chosen.batch * a_sample
     assert tail.WORK - chosen.batch * a_sample < work <= tail.WORK
     assert chosen.freeze_prefix == (row.way != "all") and bool(chosen.states) == (row.way == "tail")
@@ -52,7 +52,9 @@ def test_the_page_is_made_of_the_committed_results() -> None:
         assert made in PAGE.read_text(encoding="utf-8")
     for values in found.values():
         assert len(values["right"]) == len(values["tasks"]) == 7 * tail.PER_TASK
-    assert re.search(r"\*\*Missing yet\*\*", PAGE.read_text(encoding="utf-8")) or len(found) == 27
+    assert re.search(r"\*\*Missing yet\*\*", PAGE.read_text(encoding="utf-8")) or len(found) == len(tail.SEEDS) * len(
+        list(tail.rows())
+    )
 
 
 def test_differences_are_paired_by_caption() -> None:
@@ -63,3 +65,12 @@ def test_differences_are_paired_by_caption() -> None:
     found[f"{one.key}-1"] = base | {"error": [1.1, 2.1, 3.1, 4.1]}
     line = tail.differences(found).splitlines()[-1]
     assert line.startswith("| PWP less all weights, from cut | 1 | +0.100 [+0.100, +0.100] | +0.000 [+0.000, +0.000] |")
+
+
+def test_guidance_that_was_learned_has_no_velocity_error() -> None:
+    """The metric is of velocities without guidance."""
+    name, one, other = next(found for found in tail.contrasts() if found[1].guided)
+    images = {"tasks": ["a", "a"], "right": [0.0, 1.0], "decibels": [1.0, 9.0], "steps": 1, "seconds": 1.0}
+    found = {f"{one.key}-0": images, f"{other.key}-0": images | {"error": [1.0, 2.0]}}
+    assert tail.differences(found).splitlines()[-1].startswith(f"| {name} | 1 |  | +0.000")
+    assert "guidance learned | 1 | 1 |  | 0.500" in tail.table(found)
