@@ -32,7 +32,7 @@ from edgeprune.artefact.checks import part_weights
 from edgeprune.artefact.loading import empty_part, quiet, readable
 from edgeprune.artefact.surgery import load_strictly
 from edgeprune.artefact.text import form_of, packed_text
-from edgeprune.common.errors import ParityError
+from edgeprune.common.errors import EdgepruneError, ParityError
 from edgeprune.export.folder import from_pretrained
 from edgeprune.families.parts import tensor_of
 from edgeprune.quantization.text import PackedText, RoundedText, plain, prepare_text_encoder, unpacked_name
@@ -145,11 +145,22 @@ class StoredEncoder(ABC, Generic[M]):
         return copy.deepcopy(self._packed)
 
     def _fill(self, module: M, dtype: torch.dtype) -> None:
-        """Give `module` the tensors that no file has, in place."""
+        """Give `module` the tensors that no file has, in place.
+
+        Raises:
+            EdgepruneError: this version of transformers has a table that is not known here.
+        """
+        model: Any = module.model
+        stored = {f"model.{name}" for name in model.state_dict()}
         for name, _ in list(module.named_buffers()):
-            if self.made(name.removeprefix("model.")) is not None:
+            own = name.removeprefix("model.")
+            if self.made(own) is not None:
                 owner, _, attribute = name.rpartition(".")
-                setattr(module.get_submodule(owner), attribute, self.read(name.removeprefix("model."), dtype))
+                setattr(module.get_submodule(owner), attribute, self.read(own, dtype))
+            elif name not in stored:
+                raise EdgepruneError(
+                    f"{self.folder.name}: {own}: found no numbers for it; use another version of transformers"
+                )
 
     def _stored_tensor(self, name: str) -> torch.Tensor:
         """Return a tensor of the network that is written, by name: integers, scales, or in the dtype of its file."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from edgeprune.common.errors import EdgepruneError
 from edgeprune.export import graph, loaders
 from edgeprune.export.stored_clip import StoredClip, StoredPooledClip
 from edgeprune.families.encoders import CLIP, CLIP_POOLED
@@ -35,6 +36,16 @@ def test_it_computes_what_transformers_computes(kind: str, tmp_path: Path) -> No
             assert held_bytes(network) < 0.4 * sum(p.nbytes for p in vendors.parameters())
         half = stored.running(torch.float16)(**example)
         torch.testing.assert_close(half, vendors.half()(**example), atol=0, rtol=0)
+
+
+def test_a_table_that_is_not_known_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    transformers.CLIPTextModel(config).half().save_pretrained(tmp_path)
+    monkeypatch.setattr(StoredPooledClip, "made", lambda *_: None)
+    stored = StoredPooledClip(tmp_path)
+    for network in (stored.running, stored.checkpoint):
+        with pytest.raises(EdgepruneError, match="position_ids: found no numbers for it; use another version"):
+            network()
 
 
 def test_what_is_traced_has_no_numbers(tmp_path: Path) -> None:
