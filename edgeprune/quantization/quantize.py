@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from torch import nn
 
 from edgeprune.common import heap
 from edgeprune.common.errors import InputError
-from edgeprune.families import Architecture, Family
+from edgeprune.families import Architecture, Family, Shape
 from edgeprune.quantization import feedback
 from edgeprune.quantization.int4 import PackedLinear, pack
 from edgeprune.quantization.precision import Precision, precision_of
+from edgeprune.residency.running import least_bytes
 
 CALIBRATIONS = ("none", "feedback")
 _BATCH = 2**24
@@ -40,6 +42,20 @@ def rounding_bytes(numbers: int, itemsize: int) -> int:
         itemsize: bytes of each before it is rounded.
     """
     return numbers * (3 * 4 - (itemsize if itemsize == 4 else 0))
+
+
+def feedback_bytes(shapes: Sequence[Shape], stored: int, computed: int, activations: int = 0) -> int:
+    """Return the bytes of a block that runs and is then rounded, with the second moments of its inputs.
+
+    Args:
+        shapes: of its tensors.
+        stored: bytes of a weight in the file.
+        computed: bytes of a weight as it computes.
+        activations: bytes that it needs at least while it runs.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    working = max(activations, rounding_bytes(max(sizes), computed))
+    return least_bytes(sizes, 0, stored, computed, working) + feedback.moments_bytes(shapes)
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:

@@ -8,7 +8,6 @@ Notation: N image tokens, M text tokens, D width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,10 +19,9 @@ from edgeprune.common.splits import Split
 from edgeprune.common.tensors import Tensors
 from edgeprune.families import Config, Family
 from edgeprune.metrics.velocity import VelocityError
-from edgeprune.quantization.feedback import moments_bytes
-from edgeprune.quantization.quantize import rounding_bytes
+from edgeprune.quantization.quantize import feedback_bytes
 from edgeprune.residency.compute import Compute
-from edgeprune.residency.running import least_bytes, share_to_run
+from edgeprune.residency.running import share_to_run
 from edgeprune.residency.spill import Spill
 from edgeprune.residency.stored import CPU, StoredTransformer
 from edgeprune.sampling.denoising import model_inputs
@@ -222,17 +220,15 @@ def _like(model: Any) -> torch.Tensor:
 
 
 def block_bytes(family: Family, model: Any) -> int:
-    """Return the bytes of the largest block while it runs or is rounded, with the moments of its inputs.
+    """Return the bytes of the block that takes most while it runs or is rounded, with the moments of its inputs.
 
     Args:
         family: the transformer's family.
         model: its tensors outside the blocks are in the dtype to compute in.
     """
+    itemsize = _like(model).dtype.itemsize
     blocks = [[tuple(tensor.shape) for tensor in block.state_dict().values()] for block in family.blocks(model)]
-    shapes = max(blocks, key=lambda block: sum(map(math.prod, block)))
-    sizes, itemsize = [math.prod(shape) for shape in shapes], _like(model).dtype.itemsize
-    working = rounding_bytes(max(sizes), itemsize)
-    return least_bytes(sizes, 0, itemsize, itemsize, working) + moments_bytes(shapes)
+    return max(feedback_bytes(shapes, itemsize, itemsize) for shapes in blocks)
 
 
 def stream_bytes(family: Family, config: Config, shape: tuple[int, ...], text: int) -> int:

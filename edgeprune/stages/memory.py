@@ -22,8 +22,7 @@ from edgeprune.families import Shape
 from edgeprune.families.encoders import LONG, QWEN2_5_VL, T5, text_encoders
 from edgeprune.families.parts import BY_ROW, text_config
 from edgeprune.planning.fit import read_shapes, stored_shapes, transformer_activations, vae_activations
-from edgeprune.quantization.feedback import moments_bytes
-from edgeprune.quantization.quantize import rounding_bytes
+from edgeprune.quantization.quantize import feedback_bytes, rounding_bytes
 from edgeprune.residency.compute import Compute, is_small
 from edgeprune.residency.running import PROCESS_BYTES, least_bytes
 from edgeprune.sampling.denoising import VelocityInputs
@@ -82,13 +81,12 @@ class Memory:
         running = self.transformer(prompts, gradients=gradients)
         return max(self.encoding(1 + prompts), self.process + running + kept + beside)
 
-    def transformer(self, samples: int, *, gradients: bool = False, beside: int = 0) -> int:
+    def transformer(self, samples: int, *, gradients: bool = False) -> int:
         """Of the transformer while it runs, without those of the process; see `running` in residency/running.py.
 
         Args:
             samples: that it evaluates.
             gradients: of gates on the blocks, too.
-            beside: bytes that a block needs instead of activations, if these are fewer.
         """
         subject, parts = self.subject, self._parts()
         outside, small = sum(parts.pop(None, [])), self.compute.memory is None and is_small(subject.numbers)
@@ -101,9 +99,7 @@ class Memory:
             working = max(working, (one + graph) * rows)
         if small:
             return 4 * subject.numbers + working * self.itemsize
-        return least_bytes(
-            max(parts.values(), key=sum), outside, _STORED, self.itemsize, max(beside, working * self.itemsize)
-        )
+        return least_bytes(max(parts.values(), key=sum), outside, _STORED, self.itemsize, working * self.itemsize)
 
     def drawing(self, images: int) -> int:
         """While images are drawn, of one transformer after the other, and held."""
@@ -131,20 +127,15 @@ class Memory:
         Args:
             calibrated: with the moments of the inputs, see quantization/feedback.py.
         """
-        family, shapes = self.subject.family, self.subject.family.tensor_shapes(self.subject.config)
-        weight = max(math.prod(shape) for name, shape in shapes.items() if family.in_block(name))
-        if calibrated:
-            of_block = defaultdict[int, list[Shape]](list)
-            for name, shape in shapes.items():
-                if (place := family.place(self.subject.config, name)) is not None:
-                    of_block[place[0]].append(shape)
-            running = self.transformer(1, beside=rounding_bytes(weight, self.itemsize))
-            outside = sum(self._parts().get(None, [])) * self.itemsize  # is not there any more
-            return self.process + running - outside + max(map(moments_bytes, of_block.values()))
+        blocks = [shapes for block, shapes in self._shapes().items() if block is not None]
+        if calibrated:  # what is outside the blocks is not there any more
+            subject = self.subject
+            running = self.itemsize * transformer_activations(subject.family, subject.config, self.tokens)
+            return self.process + max(feedback_bytes(one, _STORED, self.itemsize, running) for one in blocks)
         if self.compute.device.type != "cpu":
             return 0
-        blocks = [sum(sizes) for block, sizes in self._parts().items() if block is not None]
-        return self.process + 2 * _STORED * max(blocks) + rounding_bytes(weight, _STORED)
+        sizes = [[math.prod(shape) for shape in shapes] for shapes in blocks]
+        return self.process + 2 * _STORED * max(map(sum, sizes)) + rounding_bytes(max(map(max, sizes)), _STORED)
 
     @property
     def tokens(self) -> int:
@@ -165,11 +156,15 @@ class Memory:
 
     def _parts(self) -> dict[int | None, list[int]]:
         """Return the weights of each tensor of each block, and under None of those outside."""
-        parts = defaultdict[int | None, list[int]](list)
+        return {block: [math.prod(shape) for shape in shapes] for block, shapes in self._shapes().items()}
+
+    def _shapes(self) -> dict[int | None, list[Shape]]:
+        """Return the shapes of each block's tensors, and under None of those outside."""
+        shapes = defaultdict[int | None, list[Shape]](list)
         for name, shape in self.subject.family.tensor_shapes(self.subject.config).items():
             place = self.subject.family.place(self.subject.config, name)
-            parts[None if place is None else place[0]].append(math.prod(shape))
-        return dict(parts)
+            shapes[None if place is None else place[0]].append(shape)
+        return dict(shapes)
 
     def _encoder(self, folder: Path, kind: str, states: Sequence[int]) -> int:
         """Return the bytes of a text encoder: what is outside its layers, a layer, and a prompt in its MLP.

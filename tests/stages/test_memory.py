@@ -98,6 +98,22 @@ def test_the_forecast_is_near_what_was_measured(
                 assert PROCESS_BYTES < size < peak, (stage, size, peaks)
 
 
+@pytest.mark.parametrize(("name", "blocks"), [("sd3.5-large", "25-28,31-34"), ("flux.1-dev", "40-47")])
+def test_all_but_training_fits_3_gb_in_bf16(
+    name: str, blocks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low = Memory(shell(name, tmp_path, monkeypatch, 512), BF16)
+    plan = make_plan(low.subject.family, low.subject.config, None, method="manual", blocks=blocks)
+    fitted = replace(plan, stand_in_rank=width(low.subject.config) // 4)
+    needed = {
+        "analyze": analyze.memory(low, AnalyzeOptions(estimator="gates"), 1),
+        "prune": prune.memory(low, fitted, 1),
+        "quantize": quantize.memory(low, 1),
+        "report": low.reporting(1),
+    }
+    assert max(needed.values()) < 3e9, needed
+
+
 def test_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = shell("sd3.5-large", tmp_path, monkeypatch, 512)
     here = Memory(subject, BF16)

@@ -138,7 +138,7 @@ def rows() -> Iterator[Row]:
         yield Row(
             f"learn-3gb{m.suffix}", f"{m.name}: 8 blocks less, stand-ins, error feedback, a prompt at 512x512, in 3 GB",
             Work(moved=moved, rounded=CALIBRATED["feedback"] * m.weights, large_flops=computed * m.flops),
-            int(2.5 * m.weights), functools.partial(_learn, m), needs=(f"synth{m.suffix}",),
+            int(0.5 * m.weights), functools.partial(_learn, m), needs=(f"synth{m.suffix}",),
         )  # fmt: skip
         yield Row(
             f"draw-3gb{m.suffix}", f"{m.name} less 8 blocks: report, score, bench, verify, a step at 512x512, in 3 GB",
