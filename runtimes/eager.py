@@ -8,7 +8,6 @@ like with like. One model on several GPUs, and compilation, are not supported.
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -224,7 +223,7 @@ def _planned(
     check_pipeline(folder, variant)
     stored = open_transformer(folder, quantized=quantized, variant=variant)
     chosen = DTYPES[dtype] if dtype else dtype_of(stored, compute)
-    small = is_small(sum(map(math.prod, stored.weights.shapes.values())))
+    small = is_small(stored.numbers)
     if (small and compute.memory is None) or not can_stage(folder):
 
         def whole() -> Any:

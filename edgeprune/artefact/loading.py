@@ -37,6 +37,7 @@ from edgeprune.families.encoders import (
 from edgeprune.families.parts import VAE_FLUX2, VAES, tensor_of
 from edgeprune.quantization.quantize import prepare
 from edgeprune.quantization.text import prepare_text_encoder
+from edgeprune.residency.compute import is_small
 from edgeprune.residency.model_files import parts_of, weights_of
 from edgeprune.residency.stored import CPU, StoredTransformer
 from edgeprune.residency.streaming import PACKED
@@ -120,7 +121,7 @@ def open_transformer(folder: Path, *, quantized: bool, variant: str | None = Non
 
 def load(
     folder: str | os.PathLike[str],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
     quantized: bool | None = None,
     variant: str | None = None,
@@ -128,6 +129,8 @@ def load(
     """Return a diffusers pipeline of an artefact or an original folder.
 
     Args:
+        folder: the artefact's or the original's.
+        dtype: of what is not packed, and to compute in; None for bfloat16 of a large model, float32 of a small one.
         quantized: use the INT4 transformer; by default if there is one.
         variant: of an original's weights, such as fp16; None for the full ones, or the only ones that there are.
 
@@ -137,8 +140,9 @@ def load(
     root = Path(folder)
     check_pipeline(root, variant)
     use_int4 = (root / INT4).is_dir() if quantized is None else quantized
-    transformer = load_transformer(root, quantized=use_int4, dtype=dtype, variant=variant)
-    return load_pipeline(root, transformer, dtype, variant=variant, quantized=use_int4)
+    stored = open_transformer(root, quantized=use_int4, variant=variant)
+    dtype = dtype or (torch.float32 if is_small(stored.numbers) else torch.bfloat16)
+    return load_pipeline(root, stored.load(dtype), dtype, variant=variant, quantized=use_int4)
 
 
 def load_pipeline(

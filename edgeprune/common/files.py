@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -25,9 +25,6 @@ from edgeprune.common.hub_cache import stores
 UNFINISHED = "unfinished.json"
 """File in a folder of weights that says what they were made from, until whoever wrote them has recorded that they are
 complete."""
-_ADVISED = 128 << 10
-"""Bytes to ask for at a time. Linux reads no more for one request than for reading ahead: 128 kB of the 400 MB of a
-block by default."""
 _LARGEST_JSON = 2**28
 """In bytes. The largest files read are tokenizers and the scores of all pairs; both are several times smaller."""
 _LONGEST_NAME = 4096
@@ -289,18 +286,3 @@ def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 def digest(data: Any) -> str:
     """Return the hex SHA-256 of a JSON value, regardless of key order. Stages identify their inputs by it."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def read_ahead(path: Path, spans: Iterable[tuple[int, int]]) -> None:
-    """Ask the operating system to read parts of a file in the background; it may ignore that, or not know how.
-
-    Args:
-        path: the file.
-        spans: begin and end of each part.
-    """
-    if not hasattr(os, "posix_fadvise"):
-        return
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        for begin, end in spans:
-            for start in range(begin, end, _ADVISED):
-                os.posix_fadvise(file.fileno(), start, min(_ADVISED, end - start), os.POSIX_FADV_WILLNEED)

@@ -88,6 +88,10 @@ class Compute:
         """Return the bytes that this process has now; on a GPU those that torch has of it."""
         return resident() if self.device.type == "cpu" else _device_memory(self.device)[0]
 
+    def all(self) -> int:
+        """Return the bytes that may be taken in all: those that were given, else those that are there now."""
+        return self.memory or self.taken() + self.left()
+
     def left(self) -> int:
         """Return the bytes that may still be taken now."""
         if self.device.type == "cpu":

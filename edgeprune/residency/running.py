@@ -43,7 +43,7 @@ def running(stored: StoredTransformer, compute: Compute, dtype: torch.dtype | No
     Raises:
         InputError: it does not run in so little memory; says how much it takes.
     """
-    if is_small(_numbers(stored)) and compute.memory is None:
+    if is_small(stored.numbers) and compute.memory is None:
         return within(stored.load(dtype or torch.float32).to(compute.device), compute)
     left, least = check_room(stored, compute, dtype)
     together = max(0, (compute.memory or 0) // _RUN_SHARE - _LEAST_WORKING_BYTES)
@@ -96,7 +96,7 @@ def share_to_run(memory: int, outside: int, block: int) -> int:
 
 def dtype_of(stored: StoredTransformer, compute: Compute) -> torch.dtype:
     """Return the dtype that a transformer computes in."""
-    return compute.dtype(_stored_dtype(stored), _numbers(stored))
+    return compute.dtype(_stored_dtype(stored), stored.numbers)
 
 
 def check_room(stored: StoredTransformer, compute: Compute, dtype: torch.dtype | None = None) -> tuple[int, int]:
@@ -164,10 +164,6 @@ def _block_bytes(model: Any) -> int:
 
 def _outside_bytes(model: Any) -> int:
     return sum(int(t.nbytes) for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
-
-
-def _numbers(stored: StoredTransformer) -> int:
-    return sum(map(math.prod, stored.weights.shapes.values()))
 
 
 def _stored_dtype(stored: StoredTransformer) -> torch.dtype:

@@ -6,6 +6,7 @@ Its structure is on the meta device and takes no memory. Fake tensors are for tr
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -54,6 +55,11 @@ class StoredTransformer:
     def __init__(self, family: Family, model: nn.Module, weights: Reader) -> None:
         self.family, self.model, self.weights = family, model.eval().requires_grad_(False), weights
         weights.check({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the weights have; packed ones count by their bytes."""
+        return sum(map(math.prod, self.weights.shapes.values()))
 
     def names(self, block: int | None) -> list[str]:
         """Return the names of a block's tensors, or for None of the tensors outside blocks."""

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from edgeprune.common import traffic
 from edgeprune.common.errors import InputError
 from edgeprune.common.fields import shown
-from edgeprune.common.files import read_ahead
+from edgeprune.common.read_ahead import read_ahead
 from edgeprune.families import Shape
 from edgeprune.residency.model_files import PartWeights, any_weights_of, read_weight_map, weights_of, without_weights
 

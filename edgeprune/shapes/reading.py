@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 
 from edgeprune.shapes.figures import BACKGROUND, Ink, Pixels
 from edgeprune.shapes.layout import Box
@@ -40,9 +39,19 @@ def distance_from_background(pixels: Pixels) -> Ink:
 
 def regions(distance: Ink, least: int) -> list[Mask]:
     """Return the connected regions of ink of at least so many pixels."""
+    from scipy import ndimage  # takes half a second, and most commands judge no image
+
     labels, count = ndimage.label(distance > _MASK_LEVEL, structure=np.ones((3, 3)))
     areas = np.bincount(labels.ravel(), minlength=count + 1)
     return [labels == i for i in range(1, count + 1) if areas[i] >= least]
+
+
+def eroded(mask: Mask, times: int = 1) -> Mask:
+    """Return a mask without its outermost pixels, so many times."""
+    from scipy import ndimage
+
+    inner: Mask = ndimage.binary_erosion(mask, iterations=times)
+    return inner
 
 
 def box_of(mask: Mask) -> Box:

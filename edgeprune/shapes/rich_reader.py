@@ -12,11 +12,10 @@ import itertools
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from edgeprune.shapes import plain_reader
 from edgeprune.shapes.figures import BACKGROUND, COLOURS, SHAPES, TEXTURES, Ink, Pixels, ink_of, texture_of
-from edgeprune.shapes.reading import Mask, Seen, box_of, distance_from_background, normalised, regions
+from edgeprune.shapes.reading import Mask, Seen, box_of, distance_from_background, eroded, normalised, regions
 
 WORDS = ("SUN", "SKY", "CAT", "FOX", "BEE", "ICE", "MAP", "KEY", "TEA", "CUP", "BUS", "HEN")
 _LETTERS = "".join(sorted(set("".join(WORDS))))
@@ -40,7 +39,7 @@ def see(pixels: Pixels, *, glyphs: bool = False) -> list[Seen]:
 
 def _look(pixels: Pixels, group: Mask) -> Seen:
     """Read box, colours, shape and texture of one region of ink."""
-    inner = ndimage.binary_erosion(group, iterations=2)
+    inner = eroded(group, 2)
     core = pixels[inner if inner.sum() >= _MIN_AREA else group].astype(np.float32)
     colours, error = _colours(core)
     y0, x0, y1, x1 = box_of(group)
@@ -146,7 +145,7 @@ def _words(pixels: Pixels, groups: list[Mask]) -> list[Seen]:
 
 def _letter(pixels: Pixels, group: Mask) -> Seen:
     """Read one letter, in one colour."""
-    inner = ndimage.binary_erosion(group)
+    inner = eroded(group)
     (colour,), error = _one_colour(pixels[inner if inner.any() else group].astype(np.float32))
     y0, x0, y1, x1 = box_of(group)
     cover = _unmixed(pixels[y0:y1, x0:x1].astype(np.float32), (colour,))[0] * group[y0:y1, x0:x1]

@@ -88,6 +88,9 @@ class Choice:
     """1 if removed runs of blocks are stood in for."""
     int4_text: int = 1
     """0 if a T5 or Qwen3 has 8 bits instead of INT4."""
+    memory: int = 0
+    """Bytes that a large model's run may take where no memory is given: those that were there at its start. Row counts
+    follow from it, so a run that resumes goes on to the same bytes. 0 of a small model, which is held as a whole."""
 
     @classmethod
     def of_manifest(cls, ws: Workspace) -> Choice | None:
@@ -105,10 +108,12 @@ class Choice:
             real_number(found, name, where, least=0, most=1e10)
         for name in ("prompts", "states", "calibration", "steps", "samples", "images", "image_steps"):
             whole_number(found, name, where, least=0, most=10**9)
-        added = {"stand_ins": 0, "int4_text": 1, "calibration_states": STATES} | found  # versions before lack them
+        # Versions before lack them.
+        added = {"stand_ins": 0, "int4_text": 1, "calibration_states": STATES, "memory": 0} | found
         for name in ("stand_ins", "int4_text"):
             whole_number(added, name, where, least=0, most=1)
         whole_number(added, "calibration_states", where, least=0, most=STATES)
+        whole_number(added, "memory", where, least=0, most=10**15)
         try:
             return cls(**added)
         except TypeError as error:
@@ -318,6 +323,7 @@ def settle(
         return None
     if known and known.of == of and time_s in (None, known.time_s):
         progress(known.described())
+        ws.limit_memory(known.memory)
         return known
     if not ws.fresh and (known or ws.manifest.stages):
         begun = f"with --time {duration(known.time_s)}" if known else "without --time"
@@ -326,6 +332,9 @@ def settle(
     wanted = time_s or (known.time_s if known else 0.0)
     speeds = measured(ws.subject, ws.original.stored, ws.original.compute, ws.cache)
     choice = choose(ws.subject, options, wanted, speeds, quick=quick)
+    if not is_small(ws.subject.numbers):
+        choice = replace(choice, memory=ws.original.compute.all())
     ws.keep_choice(asdict(choice))
+    ws.limit_memory(choice.memory)
     progress(choice.described())
     return choice

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,11 @@ class Workspace:
         """Keep what `compress --time` chose, for runs that resume."""
         self.manifest.choice = choice
         self._save()
+
+    def limit_memory(self, memory: int) -> None:
+        """Take at most so many bytes from now on, unless memory was given; 0 changes nothing."""
+        if memory and self._compute.memory is None:
+            self.original.compute = self._compute = replace(self._compute, memory=memory)
 
     def sibling(self, out: Path) -> Workspace:
         """Open another artefact of the same model and settings; it shares what is loaded and cached of the model."""

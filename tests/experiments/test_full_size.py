@@ -186,7 +186,7 @@ def test_a_row_is_measured_merged_and_measured_again(
     assert "r: forecast 0 minutes" in capsys.readouterr().out
     (entry,) = results.load(tmp_path / "results.json")
     here = machine(0.0)
-    assert (entry["row"], entry["cpu"], entry["cores"]) == ("r", here["cpu"], here["cores"])
+    assert (entry["row"], entry["cpu"].removesuffix(", float32"), entry["cores"]) == ("r", here["cpu"], here["cores"])
     assert entry["stages"]["r: two"] == {"seconds": 2.0, "peak_bytes": 10}
     full_size.measure("r", tmp_path, fresh=False)
     assert len(one_row) == 4 and len(results.load(tmp_path / "results.json")) == 1
@@ -213,6 +213,18 @@ def test_time_before_an_interruption_counts(
 
 
 # ------------------------------------------------------------------------------------- results
+
+
+def test_a_processor_that_computes_in_float32_has_results_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines of one name differ in that."""
+    path = tmp_path / "results.json"
+    for fast, seconds in ((True, 1.0), (False, 5.0)):
+        monkeypatch.setattr(results, "multiplies_bf16", lambda fast=fast: fast)
+        results.merge(path, "r", {"r: one": {"seconds": seconds, "peak_bytes": 10**9}})
+        assert results.measured_seconds(path, "r") == seconds
+    assert [entry["cpu"].endswith(", float32") for entry in results.load(path)] == [False, True]
 
 
 def test_another_processor_keeps_its_results(tmp_path: Path) -> None:

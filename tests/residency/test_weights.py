@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from edgeprune.common import read_ahead
 from edgeprune.common.errors import InputError
 from edgeprune.residency.table import StoredTable
 from edgeprune.residency.weights import Weights
@@ -29,6 +31,25 @@ def test_all_bytes_are_asked_for_in_requests_that_linux_does_not_cut(
     content = path.read_bytes()
     found = b"".join(content[start : start + size] for start, size in asked)
     assert found == b"".join(tensors[name].numpy().tobytes() for name in "bc")
+
+
+def test_a_system_without_such_advice_reads_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, finished = tmp_path / "model.safetensors", list[tuple[Path, list[tuple[int, int]]]]()
+    save_file({name: torch.full((100_000,), 1.0) for name in "abc"}, path)
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    real = read_ahead._read
+
+    def read(path: Path, spans: list[tuple[int, int]]) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        real(path, spans)
+        finished.append((path, spans))
+
+    monkeypatch.setattr(read_ahead, "_read", read)
+    Weights(tmp_path).ahead(["b", "c"])
+    read_ahead.read_ahead(tmp_path / "none", [(0, 10)])  # the reader says what is missing
+    read_ahead._reading().submit(int).result(timeout=60)
+    (one, spans), missing = finished
+    assert one == path and sum(end - begin for begin, end in spans) == 800_000 and missing[0].name == "none"
 
 
 def test_rows_of_a_table_are_read_alone(tmp_path: Path) -> None:

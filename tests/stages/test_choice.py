@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from edgeprune.artefact.resolve import read_original
 from edgeprune.cli import app
 from edgeprune.common.errors import InputError, StaleStageError
+from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.progress import silent
 from edgeprune.planning.options import PlanOptions
 from edgeprune.report import make
@@ -218,6 +219,24 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     assert runs > 2
     for name in ("analysis.json", "plan.json", "transformer_int4/diffusion_pytorch_model.safetensors", "report.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_large_models_run_goes_on_in_the_memory_that_it_began_with(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row counts follow from it, and so do last bits."""
+    monkeypatch.setattr(choice, "measured", lambda *_: Speeds(1.0))
+
+    def memory(out: str, free: int, given: int | None = None) -> int | None:
+        monkeypatch.setattr("edgeprune.residency.compute.allowed", lambda: free)
+        ws = Workspace(tmp_path / out, str(source), compute=ComputeOptions("cpu", given))
+        settle(ws, ASKED, 600, silent)
+        return ws.original.compute.memory
+
+    assert memory("small", 8 * 10**9) is None  # all of it is in memory
+    monkeypatch.setattr(choice, "is_small", lambda numbers: False)
+    assert memory("large", 8 * 10**9) == memory("large", 5 * 10**9) == 8 * 10**9
+    assert memory("large", 5 * 10**9, given=3 * 10**9) == 3 * 10**9
 
 
 def test_the_command_shows_what_it_would_choose(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from edgeprune.common.files import check_schema, read_json, write_json
 from edgeprune.common.tables import markdown_table
 from edgeprune.common.version import VERSION
 from edgeprune.experiments.full_size.recording import Values
+from edgeprune.residency.compute import multiplies_bf16
 
 SCHEMA_VERSION = 1
 
@@ -32,9 +33,9 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 def merge(path: Path, row: str, stages: Mapping[str, Values]) -> None:
     """Put a row's stages into the results, in place of those that this processor had."""
-    here = machine(0.0)
+    cpu, cores = _processor()
     entry = {
-        "row": row, "cpu": here["cpu"], "cores": here["cores"], "date": time.strftime("%Y-%m-%d"),
+        "row": row, "cpu": cpu, "cores": cores, "date": time.strftime("%Y-%m-%d"),
         "version": VERSION, "stages": dict(stages),
     }  # fmt: skip
     key = _key(entry)
@@ -46,11 +47,16 @@ def merge(path: Path, row: str, stages: Mapping[str, Values]) -> None:
 
 def measured_seconds(path: Path, row: str) -> float | None:
     """Return how long the row took on this processor, by the results; None if not all of it is known."""
-    here = machine(0.0)
     for entry in load(path):
-        if _key(entry) == (row, here["cpu"], here["cores"]) and all("seconds" in s for s in entry["stages"].values()):
+        if _key(entry) == (row, *_processor()) and all("seconds" in s for s in entry["stages"].values()):
             return float(sum(stage["seconds"] for stage in entry["stages"].values()))
     return None
+
+
+def _processor() -> tuple[str, int]:
+    """Return this processor's name, which says so if it computes large models in float32, and its cores."""
+    here = machine(0.0)
+    return here["cpu"] + ("" if multiplies_bf16() else ", float32"), here["cores"]
 
 
 def _key(entry: Mapping[str, Any]) -> tuple[str, str, int]:
