@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, 
     """Leave one row, `r`, of two commands that only note their arguments, which is returned."""
     calls: list[tuple[str, ...]] = []
 
-    def run(*arguments: str, so_far: Any = None, caches: Any = None) -> Stage:
+    def run(*arguments: str, so_far: Any = None, caches: Any = None, kill_after_s: Any = None) -> Stage:
         calls.append(arguments)
         so_far(Stage(2.0, 10))
         return Stage(2.0, 10)
@@ -93,7 +94,7 @@ def test_the_row_of_gates_is_compared_with_its_blocks_own_time(
     (tmp_path / "tiny").symlink_to(tiny_folders[0])
     seen = []
 
-    def run(*arguments: str, so_far: Any, caches: None) -> Stage:
+    def run(*arguments: str, so_far: Any, caches: None, kill_after_s: None) -> Stage:
         so_far(stage := Stage(1000.0, 10))
         return stage
 
@@ -116,7 +117,7 @@ def test_the_row_of_gates_is_compared_with_its_blocks_own_time(
 def test_the_row_of_the_tail_trains_twice_from_the_same_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def run(*arguments: str, so_far: Any, caches: None) -> Stage:
+    def run(*arguments: str, so_far: Any, caches: None, kill_after_s: None) -> Stage:
         calls.append(arguments)
         if arguments[0] == "distill":
             assert len(list((tmp_path / "tail-images").glob("*.png"))) == 8
@@ -158,11 +159,43 @@ def test_a_command_is_measured_by_the_kernel() -> None:
         measuring.run("targets", "show", "toaster")
 
 
+def test_a_command_is_killed_until_it_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = measuring.run("targets", kill_after_s=0.01)
+    assert stage.killed and stage.seconds < 5
+    assert not measuring.run("targets", kill_after_s=300.0).killed
+    whole = tmp_path / "sd3.5-large-40m"
+    for name in ("transformer_int4/a.safetensors", "transformer_int4/b.safetensors", "plan.json"):
+        (whole / name).parent.mkdir(parents=True, exist_ok=True)
+        (whole / name).write_text(name)
+    write_json(whole / "edgeprune.json", {"choice": {"prompts": 7}, "stages": {"plan": {}}, "files": {"plan.json": ""}})
+    calls: list[float | None] = []
+
+    def run(*arguments: str, so_far: Any, caches: None, kill_after_s: float | None) -> Stage:
+        out = Path(arguments[3])
+        found = read_json(out / "edgeprune.json")
+        assert found["choice"] == {"prompts": 7} and not found["stages"] and not found["files"]
+        calls.append(kill_after_s)
+        if len(calls) == 1:
+            assert [p.name for p in out.iterdir()] == ["edgeprune.json"]
+        shutil.copytree(whole / "transformer_int4", out / "transformer_int4", dirs_exist_ok=True)
+        (out / "plan.json").write_text("another")
+        so_far(stage := Stage(4.0, 10, killed=len(calls) < 4))
+        return stage
+
+    monkeypatch.setattr(recording, "run", run)
+    recorder = Recorder(tmp_path, "r")
+    rows()["time-40m-killed"].measure(recorder)
+    values = recorder.stages["time-40m: killed every 4 minutes"]
+    assert calls == [240] * 4 and (values["seconds"], values["kills"]) == (16.0, 3)
+    said = "3 times; 2 of 3 files of weights, scores, plan and images are the same; not plan.json"
+    assert values["said"] == said and whole.is_dir() and not (tmp_path / "sd3.5-large-40m-killed").exists()
+
+
 def test_what_a_command_read_and_wrote_is_its_remark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     caches = tmp_path / "c-caches"
     caches.mkdir()
 
-    def run(*arguments: str, so_far: Any, caches: Path) -> Stage:
+    def run(*arguments: str, so_far: Any, caches: Path, kill_after_s: None) -> Stage:
         assert arguments == ("compress", "--json") and not caches.exists()
         so_far(stage := Stage(2.0, 10, 40_460_000_000, 3_600_000_000))
         return stage
@@ -196,7 +229,7 @@ def test_a_row_is_measured_merged_and_measured_again(
 def test_time_before_an_interruption_counts(
     one_row: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*arguments: str, so_far: Any = None, caches: Any = None) -> Stage:
+    def killed(*arguments: str, so_far: Any = None, caches: Any = None, kill_after_s: Any = None) -> Stage:
         so_far(Stage(5.0, 30))
         (tmp_path / "made").mkdir(exist_ok=True)
         raise KeyboardInterrupt

@@ -36,6 +36,8 @@ class Work:
     """Weights rounded to INT4."""
     flops: float = 0
     """Operations in float32."""
+    given: float = 0
+    """Seconds that its commands are told to take."""
     large_flops: float = 0
     """Operations of a large model: in bf16 where the processor multiplies that, else in float32."""
 
@@ -71,7 +73,11 @@ class Speeds:
 
 def seconds(work: Work, speeds: Speeds) -> float:
     """Return the forecast of a row."""
-    return work.commands * _START_S + sum(float(getattr(work, n) / speed) for n, speed in asdict(speeds).items())
+    return (
+        work.commands * _START_S
+        + work.given
+        + sum(float(getattr(work, n) / speed) for n, speed in asdict(speeds).items())
+    )
 
 
 def refusal(row: str, expected_s: float, size: int, out: Path) -> str | None:

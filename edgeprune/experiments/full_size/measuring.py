@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,15 +29,23 @@ class Stage:
     read_bytes: int | None = None
     """As the command counts them; None where it does not."""
     written_bytes: int | None = None
+    killed: bool = False
+    """It was killed because its time was over."""
 
 
-def run(*arguments: str, so_far: Callable[[Stage], None] = lambda stage: None, caches: Path | None = None) -> Stage:
+def run(
+    *arguments: str,
+    so_far: Callable[[Stage], None] = lambda stage: None,
+    caches: Path | None = None,
+    kill_after_s: float | None = None,
+) -> Stage:
     """Run `edgeprune …` in a process of its own.
 
     Args:
         arguments: of the command; `--json` makes it say what it has read and written, if it counts that.
         so_far: called once a second with the time and peak up to then.
         caches: a folder in place of the user's, which may hold hashes of the files.
+        kill_after_s: kill it after so many seconds.
 
     Raises:
         SystemExit: the command failed; it has printed its own message.
@@ -46,17 +55,22 @@ def run(*arguments: str, so_far: Callable[[Stage], None] = lambda stage: None, c
     environment = os.environ | ({} if caches is None else {"XDG_CACHE_HOME": str(caches)})
     with tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen([sys.executable, "-m", "edgeprune.cli", *arguments], env=environment, stdout=told)
+        killer = threading.Timer(kill_after_s or threading.TIMEOUT_MAX, process.kill)
+        killer.start()
         with sampled_peak(process.pid, lambda peak: so_far(Stage(time.monotonic() - began, peak))) as peak:
             _, status, usage = os.wait4(process.pid, 0)
             seconds = time.monotonic() - began
+        killer.cancel()
         told.seek(0)
         lines = told.read().splitlines()
     print(*lines, sep="\n", flush=True)
     moved = json.loads(lines[-1]) if "--json" in arguments and lines else {}
-    stage = Stage(seconds, max(peak(), usage.ru_maxrss * 1024), moved.get("read_bytes"), moved.get("written_bytes"))
+    process.returncode = code = os.waitstatus_to_exitcode(status)  # it has been waited for
+    killed = kill_after_s is not None and code == -signal.SIGKILL
+    found = max(peak(), usage.ru_maxrss * 1024)
+    stage = Stage(seconds, found, moved.get("read_bytes"), moved.get("written_bytes"), killed)
     so_far(stage)
-    process.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for
-    if code := process.returncode:
+    if code and not killed:
         raise SystemExit(f"edgeprune {arguments[0]} ended with {code}")
     return stage
 

@@ -38,6 +38,7 @@ class Recorder:
         makes: Path | None = None,
         file: Path | None = None,
         caches: Path | None = None,
+        kill_after_s: float | None = None,
     ) -> None:
         """Measure a command unless that is done.
 
@@ -49,6 +50,7 @@ class Recorder:
             makes: what the command writes. An earlier measurement's is deleted before the first attempt.
             file: note the bytes of this file or folder, which the command wrote.
             caches: an empty folder in place of the user's caches, deleted before the first attempt.
+            kill_after_s: kill the command after so many seconds, and begin it again until it ends by itself.
         """
         if name in self.stages:
             return
@@ -56,17 +58,21 @@ class Recorder:
         for folder in (makes, caches) if not attempts else ():
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
-        attempts.append({})
 
         def so_far(stage: Stage) -> None:
             attempts[-1] = asdict(stage)
             self._save()
 
-        stage = run(*arguments, so_far=so_far, caches=caches)
+        stage = None
+        while stage is None or stage.killed:
+            attempts.append({})
+            stage = run(*arguments, so_far=so_far, caches=caches, kill_after_s=kill_after_s)
         values: Values = {
             "seconds": round(sum(a.get("seconds", 0) for a in attempts), 1),
             "peak_bytes": max(a.get("peak_bytes", 0) for a in attempts),
         }
+        if kill_after_s is not None:
+            values["kills"] = len(attempts) - 1
         if len(attempts) == 1 and stage.read_bytes is not None and stage.written_bytes is not None:
             values["said"] = f"{stage.read_bytes / 1e9:.1f} GB read, {stage.written_bytes / 1e9:.1f} GB written"
         if file is not None:

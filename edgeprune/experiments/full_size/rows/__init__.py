@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from edgeprune.experiments.full_size.rows import images, tiny, whole
+from edgeprune.experiments.full_size.rows import images, timed, tiny, whole
 from edgeprune.experiments.full_size.rows.row import Row
 
 
 def rows() -> dict[str, Row]:
     """Return all rows."""
-    return {row.name: row for row in (*tiny.rows(), *whole.rows(), *images.rows())}
+    return {row.name: row for row in (*tiny.rows(), *whole.rows(), *timed.rows(), *images.rows())}

@@ -98,7 +98,7 @@ def _int4(model: _Model, recorder: Recorder) -> None:
     recorder.stage(
         f"{label}: compress", "compress", str(source), "-o", str(out), *model.options, "--steps", "0",
         "--no-half", "--calibration", "none", "--preset", "quick", "--height", "512", "--width", "512",
-        "--inference-steps", str(model.steps), makes=out, file=out / "transformer_int4",
+        "--inference-steps", str(model.steps), "--memory", "6GB", makes=out, file=out / "transformer_int4",
     )  # fmt: skip
 
 

@@ -70,6 +70,8 @@ _PAIRS, _STEPS = 8, 20
 _RATE = "1e-5"
 """Of training: at the default, 1e-4, twenty steps of one sample each drive a model of random weights astray."""
 _NEAREST = ("--calibration", "none")
+_T5 = 4.76e9
+"""Weights of T5-XXL."""
 _TEXT = ("--encoders", "int8")
 """The INT4 of T5-XXL alone takes up to an hour."""
 
@@ -89,6 +91,12 @@ def rows() -> Iterator[Row]:
             m, "compress-no-half", "prune 8 blocks, INT4 alone", compress,
             ("--blocks", m.blocks, "--no-half", *_NEAREST),
         )  # fmt: skip
+        if not m.suffix:  # FLUX.1 has the same T5
+            yield _row(
+                m, "encoders", "prune 8 blocks, INT4, also of T5-XXL, in 3 GB",
+                Work(moved=moved, rounded=m.weights + 2 * CALIBRATED["feedback"] * _T5, large_flops=2.5e14),
+                ("--blocks", m.blocks, "--no-half", *_NEAREST, "--encoders", "int4", *_MEDIUM, *_LITTLE),
+            )  # fmt: skip
         yield _row(
             m, "plan-auto", "modulation at the rank that is measured, INT4, in 3 GB",
             Work(moved=moved, rounded=m.weights, flops=2e12),
