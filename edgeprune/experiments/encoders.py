@@ -79,9 +79,9 @@ def round_clip(folder: Path, kind: str, form: str, ids: torch.Tensor) -> dict[st
     run = partial(model, ids)
     for _, layer in layers_of(model, kind):
         linears = linear_layers(layer)
-        moments = feedback.second_moments(linears, run, 1) if form != TEXT_INT8 else {}
+        measure = partial(feedback.second_moments, run=run, calls=1) if form != TEXT_INT8 else None
         rule = {name: precision(name, tuple(linear.weight.shape), form) for name, linear in linears.items()}
-        round_layers(layer, rule, moments)
+        round_layers(layer, rule, measure)
         for name, linear in linears.items():
             packed: Any = layer.get_submodule(name)
             linear.weight = nn.Parameter(packed.weight, requires_grad=False)

@@ -30,7 +30,7 @@ ROWS = 16384
 """Most rows of a layer's inputs that its moments are the mean of."""
 _AT_ONCE = 128
 """Columns that are rounded before the later ones are changed."""
-_WEIGHTS = 2**24
+_WEIGHTS = 2**23
 """Most weights that are rounded together; five times their bytes in float32 are taken meanwhile."""
 
 
@@ -112,6 +112,17 @@ def moments_bytes(shapes: Iterable[Shape]) -> int:
     """
     inputs = [shape[1] for shape in set(shapes) if len(shape) == 2]
     return 2 * sum(4 * size * size // -(-size // CHANNELS) for size in inputs)
+
+
+def working_bytes(shapes: Iterable[Shape]) -> int:
+    """Return the bytes that `rounded` takes beside weights and moments: parts of a weight, and three factors.
+
+    Args:
+        shapes: of the layers' weights.
+    """
+    found = [shape for shape in shapes if len(shape) == 2]
+    parts = max(min(_WEIGHTS, rows * columns) for rows, columns in found)
+    return 20 * parts + 3 * 4 * max(min(CHANNELS, columns) for _, columns in found) ** 2
 
 
 @torch.no_grad()

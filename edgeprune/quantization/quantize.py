@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def rounding_bytes(numbers: int, itemsize: int) -> int:
 
 
 def feedback_bytes(shapes: Sequence[Shape], stored: int, computed: int, activations: int = 0) -> int:
-    """Return the bytes of a block that runs and is then rounded, with the second moments of its inputs.
+    """Return the bytes of a block that NNCF scales, that then runs, and is rounded with the moments of its inputs.
 
     Args:
         shapes: of its tensors.
@@ -54,8 +55,9 @@ def feedback_bytes(shapes: Sequence[Shape], stored: int, computed: int, activati
         activations: bytes that it needs at least while it runs.
     """
     sizes = [math.prod(shape) for shape in shapes]
-    working = max(activations, rounding_bytes(max(sizes), computed))
-    return least_bytes(sizes, 0, stored, computed, working) + feedback.moments_bytes(shapes)
+    scaled = least_bytes(sizes, 0, stored, computed, rounding_bytes(max(sizes), computed))
+    working = max(activations, feedback.working_bytes(shapes))
+    return max(scaled, least_bytes(sizes, 0, stored, computed, working) + feedback.moments_bytes(shapes))
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -224,56 +226,69 @@ def quantize_part(
             replace(model, name, _packed_nearest(linear, p))
         return
     module, prefix = family.blocks(model)[block], family.block_prefix(model, block)
-    layers = linear_layers(module)
-    moments: dict[str, list[torch.Tensor]] = {}
-    if calibration == "feedback" and run is not None:
-        try:
-            moments = feedback.second_moments(layers, run, calls)
-        except InputError as error:
-            raise InputError(f"{prefix}{error}") from None
     rule = {
         n: precision_of(family, f"{prefix}{n}.weight", tuple(m.weight.shape), group_size=group_size)
-        for n, m in layers.items()
+        for n, m in linear_layers(module).items()
     }
-    layers.clear()  # each is freed as soon as it is replaced
-    round_layers(module, rule, moments)
+    measure = run and calibration == "feedback" and partial(feedback.second_moments, run=run, calls=calls)
+    try:
+        round_layers(module, rule, measure or None)
+    except InputError as error:
+        raise InputError(f"{prefix}{error}") from None
 
 
-def round_layers(module: nn.Module, rule: Mapping[str, Precision], moments: Mapping[str, list[torch.Tensor]]) -> None:
+def round_layers(
+    module: nn.Module,
+    rule: Mapping[str, Precision],
+    measure: Callable[[dict[str, nn.Linear]], dict[str, list[torch.Tensor]]] | None = None,
+) -> None:
     """Replace linear layers by `PackedLinear`, in place: NNCF's steps, with the integers that feedback chooses.
+
+    NNCF is done before moments are measured: both take several times the memory of a layer.
 
     Args:
         module: holds them.
         rule: 4 or 8 bits of each, by name; 8 bits are rounded to the nearest.
-        moments: of their inputs, see feedback.py; layers without get the nearest integers.
+        measure: returns the moments of layers' inputs, see feedback.py; layers without get the nearest integers. None
+            for the nearest integers of all.
+
+    Raises:
+        InputError: see `second_moments`.
     """
     layers: dict[str, Any] = {name: module.get_submodule(name) for name in rule}
     by_group: dict[int, list[str]] = {}
-    for name, p in rule.items():
-        if p.bits == 4:
-            by_group.setdefault(p.group_size, []).append(name)
-        else:
-            replace(module, name, _packed_nearest(layers[name], p))
+    for name in (name for name, p in rule.items() if p.bits == 4):
+        by_group.setdefault(rule[name].group_size, []).append(name)
+    steps: dict[str, torch.Tensor] = {}
     for group, names in by_group.items():
-        steps: dict[str, torch.Tensor] = {}
         for batch in _batches({n: layers[n].weight.numel() for n in names}):
             weights = [layers[n].weight.detach() for n in batch]
             for name, (values, scale) in zip(batch, _integers(weights, group), strict=True):
-                if name in moments:
+                if measure:
                     steps[name] = scale
                 else:
-                    replace(module, name, packed_from(layers.pop(name), values, scale, Precision(4, group)))
-        heap.trim()  # what NNCF took: a third of a GB of a block of SD3.5 Large
-        for sharing in _sharing(moments, steps):
-            parts = feedback.rounded([(layers[n].weight, steps[n]) for n in sharing], moments[sharing[0]])
-            for name, values in zip(sharing, parts, strict=True):
-                replace(module, name, packed_from(layers.pop(name), values, steps[name], Precision(4, group)))
+                    replace(module, name, packed_from(layers.pop(name), values, scale, rule[name]))
+            del weights, values
+    heap.trim()  # what NNCF took: a third of a GB of a block of SD3.5 Large
+    moments = measure(linear_layers(module)) if measure else {}
+    for sharing in _sharing(moments, steps):
+        parts = feedback.rounded([(layers[n].weight, steps[n]) for n in sharing], moments[sharing[0]])
+        for name, values in zip(sharing, parts, strict=True):
+            del moments[name]
+            replace(module, name, packed_from(layers.pop(name), values, steps[name], rule[name]))
+    for name in list(layers):  # of 8 bits, or nothing ran them
+        linear = layers.pop(name)
+        if rule[name].bits == 4:
+            ((values, scale),) = _integers([linear.weight.detach()], rule[name].group_size)
+            replace(module, name, packed_from(linear, values, scale, rule[name]))
+        else:
+            replace(module, name, _packed_nearest(linear, rule[name]))
 
 
 def _sharing(moments: Mapping[str, list[torch.Tensor]], names: Iterable[str]) -> list[list[str]]:
     """Group layers by the list of moments that they share, see `second_moments`."""
     found: dict[int, list[str]] = {}
-    for name in names:
+    for name in (name for name in names if name in moments):
         found.setdefault(id(moments[name]), []).append(name)
     return list(found.values())
 

@@ -295,16 +295,13 @@ class _Rounder:
             self._measure()
             return self._words | {name: self.original[name].half() for name in self.layers.outside}
         block, prefix = self._filled(index), f"{self.layers.prefix}{index}."
-        layers = linear_layers(block)
+        wo, rule = block.get_submodule(self.last), self._rule(linear_layers(block), prefix)
+        self._run(block, EXACT, after=index + 1)
         run = partial(self._run, block, TEXT_INT4)
         try:
-            moments = feedback.second_moments(layers, run, self.batches)
+            round_layers(block, rule, partial(feedback.second_moments, run=run, calls=self.batches))
         except InputError as error:
             raise InputError(f"{prefix}{error}") from None
-        self._run(block, EXACT, after=index + 1)
-        wo = layers[self.last]
-        round_layers(block, self._rule(layers, prefix), moments)
-        del moments, layers, run
         state = block.state_dict()
         tensors = {prefix + n: (t if n.endswith(PACKED) else t.half()).cpu() for n, t in state.items()}
         self._carry(index, wo, tensors)
@@ -345,7 +342,7 @@ class _Rounder:
         block.load_state_dict({n.removeprefix(prefix): t.to(self.device) for n, t in numbers.items()}, assign=True)
         self._run(block, TEXT_INT4, after=index + 1)
         replace(block, self.last, wo)
-        round_layers(block, {self.last: Precision(8, wo.in_features)}, {})
+        round_layers(block, {self.last: Precision(8, wo.in_features)})
         self._run(block.to(self.device), TEXT_INT4_WO8, after=index + 1)
         block.to("meta")
 
