@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.api.drawing import own_options, say_conflicts, torch_options
-from edgeprune.api.folders import AnyPath, source_of
+from edgeprune.api.folders import AnyPath, source_of, world_drawn
 from edgeprune.common.errors import CannotRunError, InputError
 from edgeprune.common.extras import TORCH
 from edgeprune.common.progress import Progress, silent
@@ -81,6 +81,7 @@ def bench(
     from edgeprune.common.memory import ComputeOptions
     from edgeprune.runtimes import RUNTIMES
     from edgeprune.sampling.generation import say_guesses
+    from edgeprune.shapes import PLAIN
 
     if not folders:
         raise InputError("bench: found no folder, expected at least one")
@@ -111,16 +112,18 @@ def bench(
             bench_run.Variant(name, folder, runtime_name, options=taken[runtime_name])
             for name, (folder, runtime_name) in zip(names, pairs, strict=True)
         ]
+    world = (world_drawn(pairs[0][0]) if quality else None) or PLAIN
     variants = _one_size(variants, [folder for folder, _ in pairs], progress)
     for folder in dict.fromkeys(v.folder for v in variants):
         say_guesses(folder, () if steps is None else ("num_inference_steps",), steps="--steps")
     if timed := [variant for variant in variants if variant.runtime == TORCH]:
         RUNTIMES[TORCH].require()
         compute = ComputeOptions(device, memory, longest_s)
-        _check_time(timed, repeats, steps, quality, compute, progress, beside=len(timed) < len(variants))
+        images = quality * len(world.grammar.names)
+        _check_time(timed, repeats, steps, images, compute, progress, beside=len(timed) < len(variants))
     if reference is not None:
         variants.append(_reference(Path(reference), Path(folders[0]), given | chosen.get(TORCH, {}), progress))
-    return bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, progress=progress)
+    return bench_run.run(variants, repeats=repeats, steps=steps, quality=quality, world=world, progress=progress)
 
 
 def _reference(folder: Path, first: Path, options: dict[str, Any], progress: Progress) -> Variant:
@@ -197,12 +200,11 @@ def _check_time(
         variants: those in torch.
         repeats: see `bench`.
         steps: see `bench`.
-        quality: see `bench`.
+        quality: images of each variant that are scored.
         compute: where torch computes, in how much memory, and how long at most.
         progress: gets the line.
         beside: whether others are measured, too.
     """
-    from edgeprune import shapes
     from edgeprune.sampling.generation import GenerationOptions
     from edgeprune.stages.drawing import Drawn, check
     from edgeprune.stages.options import halvings
@@ -219,7 +221,7 @@ def _check_time(
                 guidance_range=own.get("guidance_range"),
             )
             # Of the original's two dtypes one draws what is scored.
-            scored = 0 if variant.original and variant is not variants[0] else quality * len(shapes.TASKS)
+            scored = 0 if variant.original and variant is not variants[0] else quality
             if original or not variant.original:
                 found.append(Drawn.of(variant.folder, options, images=1 + scored, timed=1 + repeats))
         return found

@@ -11,9 +11,9 @@ from edgeprune.api.folders import (
     check_places,
     check_prompts,
     is_begun,
-    is_builtin,
     open_folder,
     source_and_images,
+    world_given,
 )
 from edgeprune.common import heap, traffic
 from edgeprune.common.errors import InputError
@@ -69,7 +69,7 @@ class ReportFigures:
     inputs: dict[str, Any]
     """Digests of what was measured."""
     quality: ReportQuality | None = None
-    """For the built-in model."""
+    """For a teacher of shapes world."""
 
     @classmethod
     def of(cls, summary: dict[str, Any]) -> ReportFigures:
@@ -120,7 +120,7 @@ class Compressed:
     """Of weights and of files that were hashed or copied, by this process; bytes in the system's cache count too."""
     written_bytes: int
     distillation: str
-    """How much it was trained, in words; `not distilled` without data for a model other than the built-in one."""
+    """How much it was trained, in words; `not distilled` without data for a model that draws no shapes world."""
     choice: dict[str, Any] | None = None
     """What `time_s` chose: the fields of `Choice` in stages/choice.py."""
 
@@ -204,7 +204,7 @@ def compress(
         model: a diffusers folder or a hub id; None for the model of `out`, or the built-in one where `out` is new.
         out: the artefact folder to create or to resume.
         options: of all stages; None for the preset `default`, or `quick` with `quick`. See `preset`, which trains
-            another model than the built-in one only with data.
+            a model that draws no shapes world only with data.
         revision: a branch, tag or commit of a hub id; None for its default. A begun folder keeps its commit.
         variant: of the weights, such as fp16; None for the full ones, or the only ones that there are.
         generation: settings of images to change; None keeps the model's own.
@@ -349,11 +349,11 @@ def _checked(
     from edgeprune.stages.compress import preset
     from edgeprune.stages.encoders import check as check_encoders
 
-    builtin = is_builtin(out, model)
-    chosen = options or preset("quick" if quick else "default", builtin=builtin)
+    world = world_given(out, model)
+    chosen = options or preset("quick" if quick else "default", world=world)
     if no_half and chosen.distill is not None:
         raise InputError("--no-half: training ends in weights in half precision; give --steps 0, or omit --no-half")
-    chosen.check_data(builtin=builtin)
+    chosen.check_data(world=world)
     chosen.settled(0)
     check_encoders(chosen.text_form)
     if chosen.distill is not None:

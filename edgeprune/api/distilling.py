@@ -87,7 +87,7 @@ def distill(
     Args:
         out: a pruned folder.
         options: the recipe; None for the default of the folder's model.
-        data: what it learns from; None is shapes world for the built-in model, other models need data.
+        data: what it learns from; None is the world of a teacher of shapes world, other models need data.
         placement: micro-batches, and where the teacher's weights are; None for one micro-batch on one device.
         compute: where training images are drawn, and the longest time; None takes what this machine has, and any time.
         fresh: train again where that was done with other options or other data.
@@ -106,7 +106,7 @@ def distill(
     from edgeprune.stages.distill import run
     from edgeprune.training.recipe import HERE
 
-    default = preset("default", builtin=ws.builtin)
+    default = preset("default", world=ws.world)
     ran = run(ws, _chosen(ws, options), data or default.data, progress, placement=placement or HERE)
     stage = ws.manifest.stages["distill"]
     return Distilled(out=ws.out, ran=ran, first_loss=stage["first_loss"], last_loss=stage["last_loss"])
@@ -144,7 +144,7 @@ def make_states(
     from edgeprune.stages.distill import make_states as make
     from edgeprune.training.states import States
 
-    files = make(ws, _chosen(ws, options), data or preset("default", builtin=ws.builtin).data, progress)
+    files = make(ws, _chosen(ws, options), data or preset("default", world=ws.world).data, progress)
     return MadeStates(files[0].parent, len(States(files)), sum(path.stat().st_size for path in files))
 
 
@@ -188,4 +188,4 @@ def _chosen(ws: Workspace, options: DistillOptions | None) -> DistillOptions:
     from edgeprune.stages.compress import preset
     from edgeprune.training.recipe import DistillOptions
 
-    return options or preset("default", builtin=ws.builtin).distill or DistillOptions()
+    return options or preset("default", world=ws.world).distill or DistillOptions()

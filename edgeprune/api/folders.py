@@ -15,10 +15,14 @@ from edgeprune.common.errors import InputError
 if TYPE_CHECKING:
     from edgeprune.common.memory import ComputeOptions
     from edgeprune.sampling.generation import Generation, GenerationOptions
+    from edgeprune.shapes import World
     from edgeprune.stages.workspace import Workspace
 
 AnyPath = str | os.PathLike[str]
 """A path as users give it."""
+
+_RECORDS = ("edgeprune_export.json", "edgeprune.json")
+"""Files that say what an export or an artefact was made from."""
 
 GUESSED = {"steps": "--inference-steps", "guidance": "--guidance-scale"}
 """The options of the commands that work in an artefact folder, for `say_guesses`."""
@@ -29,21 +33,42 @@ def is_begun(out: AnyPath) -> bool:
     return (Path(out) / "edgeprune.json").is_file()
 
 
-def is_builtin(out: AnyPath, model: AnyPath | None = None) -> bool:
-    """Return whether a folder is, or will be, made from the model that ships with edgeprune.
+def world_given(out: AnyPath, model: AnyPath | None = None) -> World | None:
+    """Return the world of the model that a folder is, or will be, made from; None if it is no teacher of shapes world.
 
     Args:
         out: the artefact folder, which need not exist.
         model: as for `compress`.
 
     Raises:
-        InputError: the folder's manifest is damaged.
+        InputError: the folder's manifest, or the model's world.json, is damaged.
     """
-    if model is not None or not is_begun(out):
-        return model is None
     from edgeprune.artefact.manifest import Manifest
+    from edgeprune.artefact.resolve import BUILTIN
+    from edgeprune.shapes import world_of
 
-    return Manifest.load(Path(out)).source == "built-in"
+    if model is None and is_begun(out) and (source := Manifest.load(Path(out)).source) != "built-in":
+        model = source
+    return world_of(BUILTIN if model is None else Path(model))
+
+
+def world_drawn(folder: Path) -> World | None:
+    """Return the world that a folder draws: an export or an artefact draws that of the model that it was made from.
+
+    None for other models, and where that model is not on this machine.
+
+    Raises:
+        InputError: the folder's record, or the model's world.json, is damaged.
+    """
+    from edgeprune.artefact.resolve import BUILTIN
+    from edgeprune.common.files import read_json
+    from edgeprune.shapes import world_of
+
+    for name in _RECORDS:
+        if (folder / name).is_file():
+            source = read_json(folder / name).get("source")
+            return world_of(BUILTIN if source == "built-in" else Path(source)) if isinstance(source, str) else None
+    return world_of(folder)
 
 
 def check_out(out: AnyPath) -> None:
@@ -241,7 +266,7 @@ def source_of(folder: Path) -> tuple[str | None, str | None, str | None]:
     """
     from edgeprune.common.files import read_json
 
-    for name in ("edgeprune_export.json", "edgeprune.json"):
+    for name in _RECORDS:
         if (folder / name).is_file():
             record = read_json(folder / name)
             source, *rest = (record.get(name) for name in ("source", "commit", "variant"))

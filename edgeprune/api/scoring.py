@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.api.drawing import own_options, torch_options
-from edgeprune.api.folders import AnyPath, check_model, check_out
+from edgeprune.api.folders import AnyPath, check_model, check_out, world_drawn
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import TORCH
 from edgeprune.common.progress import Progress, silent
@@ -20,6 +20,7 @@ from edgeprune.reference import PIPELINE, is_reference
 if TYPE_CHECKING:
     from edgeprune.common.memory import ComputeOptions
     from edgeprune.metrics.scoring import Score, Wish
+    from edgeprune.shapes import World
 
 
 @dataclass(frozen=True)
@@ -159,18 +160,18 @@ def score(
     own = own_options(options, exact, [chosen["images"]])[chosen["images"]] if ours else {}
     if "images" not in chosen and (options or exact):
         progress("--option and --exact: the images are drawn already, so they are not used")
-    file = Path(prompts) if prompts else None
+    file, world = Path(prompts) if prompts else None, _world(places.values()) if "shapes" in metrics else None
     if ready:
-        wishes = _wishes_of(ready[0], metrics)
+        wishes = _wishes_of(ready[0], metrics, world)
     else:
-        wishes = scoring.wishes(metrics, prompts=file, per_task=per_task, seeds=seeds)
+        wishes = scoring.wishes(metrics, prompts=file, per_task=per_task, seeds=seeds, world=world)
     if in_torch := {name: places[name] for name, chosen_runtime in chosen.items() if chosen_runtime == TORCH}:
         RUNTIMES[TORCH].require()
         compute = ComputeOptions(device, memory, longest_s)
         _check_time(in_torch, sizes, len(wishes), None if ready else seeds, steps, out, compute, progress)
     settings = {name: of_references if chosen[name] == PIPELINE else sizes[name] for name in drawn}
     scores = _drawn_and_scored(
-        places, ready, settings, wishes, metrics, paths, runtime, steps, loading, own, out, progress, variant
+        places, ready, settings, wishes, metrics, paths, world, runtime, steps, loading, own, out, progress, variant
     )
     return Scored(
         scores=tuple(scores),
@@ -320,14 +321,31 @@ def _loading(names: Mapping[str, str], device: str, memory: int | None) -> dict[
     return {name: given | torch.get(chosen, {}) for name, chosen in in_torch.items()}
 
 
-def _wishes_of(images: Path, metrics: Sequence[str]) -> list[Wish]:
+def _world(places: Iterable[Path]) -> World | None:
+    """Return the world of the first model that draws one, or of images that have the size of its scenes."""
+    from edgeprune import shapes
+    from edgeprune.common.images import open_image
+    from edgeprune.data.imagefolder import is_images, read_samples
+
+    for place in places:
+        if is_images(place):
+            width, height = open_image(read_samples(place)[0].path).size
+            world = shapes.WORLDS.get(height) if width == height else None
+        else:
+            world = world_drawn(place)
+        if world:
+            return world
+    return None
+
+
+def _wishes_of(images: Path, metrics: Sequence[str], world: World | None) -> list[Wish]:
     """Return the prompts and seeds of images that exist already."""
     from edgeprune.data.imagefolder import read_samples
     from edgeprune.metrics import scoring
 
     drawn = enumerate(read_samples(images))
     wishes = [scoring.Wish(s.text, Split.HELD_OUT.seed(i) if s.seed is None else s.seed) for i, s in drawn]
-    scoring.check_prompts(metrics, [w.text for w in wishes])
+    scoring.check_prompts(metrics, [w.text for w in wishes], world)
     return wishes
 
 
@@ -338,6 +356,7 @@ def _drawn_and_scored(
     wishes: list[Wish],
     metrics: Sequence[str],
     weights: dict[str, str],
+    world: World | None,
     runtime: str | None,
     steps: int | None,
     loading: Mapping[str, dict[str, Any]],
@@ -364,8 +383,9 @@ def _drawn_and_scored(
                 folders[name] = kept / name
         samples = {name: read_samples(folder) for name, folder in folders.items()}
         return scoring.score(
-            samples["images"], metrics, against=samples.get("original"), weights=weights, progress=progress
-        )
+            samples["images"], metrics, against=samples.get("original"), weights=weights, world=world,
+            progress=progress,
+        )  # fmt: skip
 
 
 def _revisions(models: Sequence[AnyPath], revision: str | None) -> dict[AnyPath, str]:

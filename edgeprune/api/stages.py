@@ -102,7 +102,7 @@ def plan(
     from edgeprune.stages.compress import preset
     from edgeprune.stages.plan import run
 
-    chosen = options or preset("default", builtin=ws.builtin).plan
+    chosen = options or preset("default", world=ws.world).plan
     fit = ws.fit(chosen.fit) if chosen.fit else None
     ran = run(ws, chosen, None if scores is None else Path(scores))
     removable = Removable.shown(ws.family, ws.config, chosen)

@@ -27,7 +27,7 @@ REPORT = "tuning.json"
 PSNR_BOUND_DB, SCORE_BOUND = 1.0, 0.02
 SHAPES, CAPTIONS = 105, 16
 """Prompts: of shapes world, whose images are small, and captions for other models."""
-EXPORT, MANIFEST = "edgeprune_export.json", "edgeprune.json"
+EXPORT = "edgeprune_export.json"
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ def tune(
         psnr_bound_db: how far the PSNR to the exact solution may be below that of the present settings, in dB; of this
             and the next, the upper end of the 95 % interval counts.
         score_bound: how far the metric's score may be below that of the present settings, as a share of it.
-        metric: of the images alone; None takes shapes for models made from the built-in one, else clip if its weights
-            are given, else none.
+        metric: of the images alone; None takes shapes for a teacher of shapes world and what is made from one, else
+            clip if its weights are given, else none.
         weights: paths of the metric's weights by name.
         prompts: a text file with one prompt per line; None for tuning prompts of the metric, or captions.
         count: number of prompts, for shapes rounded up to whole tasks; None for 105 of shapes, 16 captions, or all of
@@ -182,12 +182,14 @@ def _trials(
     progress: Progress,
 ) -> Trials:
     """Check everything that can be checked before an image is drawn, and lock the folder."""
-    from edgeprune import runtimes, shapes
+    from edgeprune import runtimes
+    from edgeprune.api.folders import world_drawn
     from edgeprune.common.lock import LOCK, hold
     from edgeprune.metrics import require, scoring
     from edgeprune.runtimes.base import read_settings
     from edgeprune.sampling.generation import say_guesses
     from edgeprune.sampling.scheduler import FlowMatch
+    from edgeprune.shapes import PLAIN
     from edgeprune.tuning import search, trials
 
     root, paths = Path(folder), dict(weights or {})
@@ -200,15 +202,16 @@ def _trials(
     say_guesses(root, ())
     costs = search.Costs(read_settings(root), FlowMatch.load(root))
     search.check(costs.settings.generation, guided=costs.guided)
-    metric = metric or ("shapes" if _is_builtin(root) else "clip" if "clip" in paths else None)
+    world = world_drawn(root)
+    metric = metric or ("shapes" if world else "clip" if "clip" in paths else None)
     if metric and require(metric, paths).paired:
         raise InputError(f"--metric {metric}: compares images, as tune does by itself; give a metric of images alone")
     names = [metric] if metric else []
     own_prompts = prompts is None and metric == "shapes"
-    per_task = -(-(count or SHAPES) // len(shapes.TASKS)) if own_prompts else None
+    per_task = -(-(count or SHAPES) // len((world or PLAIN).grammar.names)) if own_prompts else None
     wanted = scoring.wishes(
         names, prompts=Path(prompts) if prompts else None, per_task=per_task, split=Split.TUNING,
-        captions=count or CAPTIONS,
+        captions=count or CAPTIONS, world=world,
     )  # fmt: skip
     if not own_prompts:
         wanted = wanted[:count]
@@ -220,19 +223,9 @@ def _trials(
     else:
         cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeprune-tune-")))
     return trials.Trials(
-        folder=root, costs=costs, wanted=wanted, metric=metric, weights=paths, bounds=bounds, runtime=chosen,
-        loading=loading, cache=cache, progress=progress,
+        folder=root, costs=costs, wanted=wanted, metric=metric, weights=paths, world=world, bounds=bounds,
+        runtime=chosen, loading=loading, cache=cache, progress=progress,
     )  # fmt: skip
-
-
-def _is_builtin(folder: Path) -> bool:
-    """Return whether a folder is the built-in model, or was made from it."""
-    from edgeprune.api.folders import source_of
-    from edgeprune.artefact.resolve import BUILTIN
-
-    if any((folder / name).is_file() for name in (EXPORT, MANIFEST)):
-        return source_of(folder)[0] is None
-    return folder.resolve() == BUILTIN.resolve()
 
 
 def _forecast(trials: Trials) -> TuneForecast:

@@ -32,6 +32,7 @@ from edgeprune.common.memory import SMALL_BYTES
 from edgeprune.common.splits import Split
 from edgeprune.metrics.psnr import mean_decibels
 from edgeprune.reference import PIPELINE
+from edgeprune.shapes import PLAIN, Prompt, World, score
 
 PROMPT = "two red circles"
 ORIGINAL = "original"
@@ -95,6 +96,7 @@ def run(
     prompt: str = PROMPT,
     quality: int = 0,
     quality_seeds: int = 1,
+    world: World = PLAIN,
     progress: Log = _silent,
 ) -> BenchResult:
     """Measure each variant in its own process, one after the other.
@@ -105,8 +107,9 @@ def run(
         warmup: untimed steps between the first step and the timed ones; none after a first step of a minute.
         steps: denoising steps of a full image; None for the folder's default.
         prompt: prompt of the timed image.
-        quality: held-out prompts per task of shapes world to score; 0 scores nothing.
+        quality: held-out prompts per task of the world to score; 0 scores nothing.
         quality_seeds: images per such prompt.
+        world: the shapes world that the models draw.
         progress: receives a line of text now and then.
 
     Raises:
@@ -115,12 +118,9 @@ def run(
     """
     _check(variants, repeats=repeats, warmup=warmup, quality=quality, quality_seeds=quality_seeds, steps=steps)
     spec = {"repeats": repeats, "warmup": warmup, "steps": steps, "prompt": prompt}
-    prompts: list[Any] = []
-    if quality:
-        from edgeprune import shapes
-
-        prompts = [p for p in shapes.evaluation_prompts(quality) for _ in range(quality_seeds)]
-    bench = _Bench(spec, prompts, memory_bandwidth(), progress)
+    chosen = world.grammar.evaluation_prompts(quality) if quality else []
+    prompts = [p for p in chosen for _ in range(quality_seeds)]
+    bench = _Bench(spec, prompts, world, memory_bandwidth(), progress)
     candidates, others = [v for v in variants if v.original], [v for v in variants if not v.original]
     for variant in (*others, *candidates):
         if "memory" in variant.options:
@@ -150,8 +150,9 @@ class _Bench:
     """What all variants of a run share."""
 
     spec: dict[str, Any]
-    prompts: list[Any]
-    """Prompts of shapes world to score images on; empty scores nothing."""
+    prompts: list[Prompt]
+    """Prompts of the world to score images on; empty scores nothing."""
+    world: World
     bandwidth: float
     progress: Log
 
@@ -177,8 +178,8 @@ class _Bench:
             spec = self.spec | {"prompts": texts, "seeds": seeds, "images": str(path)} | changes
             reply = _worker(variant, spec, self.progress)
             images = np.load(path) if spec["prompts"] else None
-        score = None if images is None else _score(images, self.prompts)
-        return _measured(variant, reply, self.bandwidth, score), images
+        quality = None if images is None else _score(images, self.prompts, self.world)
+        return _measured(variant, reply, self.bandwidth, quality), images
 
     def reference(self, candidates: Sequence[Variant]) -> tuple[Measured, NDArray[np.uint8] | None, list[Measured]]:
         """Return the fastest candidate, called ORIGINAL, its images, and the other candidates.
@@ -297,20 +298,18 @@ def psnr_db(first: NDArray[np.uint8], other: NDArray[np.uint8]) -> float | None:
     return mean_decibels(list(first), list(other))
 
 
-def _score(images: NDArray[np.uint8], prompts: list[Any]) -> Quality:
-    from edgeprune import shapes
-
-    if images.shape[1:] != (shapes.SIZE, shapes.SIZE, 3):
-        raise InputError(f"quality: found images of {images.shape[1:3]}, expected {shapes.SIZE}x{shapes.SIZE}")
-    right = [shapes.check(image, prompt.meaning) for image, prompt in zip(images, prompts, strict=True)]
+def _score(images: NDArray[np.uint8], prompts: list[Prompt], world: World) -> Quality:
+    if images.shape[1:] != (world.size, world.size, 3):
+        raise InputError(f"quality: found images of {images.shape[1:3]}, expected {world.size}x{world.size}")
+    right = [world.check(image, prompt.meaning) for image, prompt in zip(images, prompts, strict=True)]
     # Seeds of one prompt are not independent: the bootstrap is over prompts.
     by_prompt: dict[str, list[bool]] = {}
     for prompt, ok in zip(prompts, right, strict=True):
         by_prompt.setdefault(prompt.text, []).append(ok)
     task_of = {p.text: p.meaning.task for p in prompts}
     values, tasks = np.asarray([np.mean(v) for v in by_prompt.values()]), [task_of[t] for t in by_prompt]
-    mean, low, high = shapes.score(values, tasks)
+    mean, low, high = score(values, tasks)
     return Quality(
-        score=mean, score_low=low, score_high=high, tasks=shapes.task_means(values, tasks), images=len(images),
+        score=mean, score_low=low, score_high=high, tasks=world.task_means(values, tasks), images=len(images),
         prompt_values=values.tolist(), prompt_tasks=tasks,
     )  # fmt: skip

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.api.folders import check_out, check_places, is_begun, open_folder
+from edgeprune.api.folders import check_out, check_places, is_begun, open_folder, world_given
 from edgeprune.cli import choices, limits, options, screen
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
 
 EPILOG = (
-    "Example: edgeprune compare -o build/compare  ·  "
+    "Example: edgeprune compare -o build/compare  ·  edgeprune compare --teacher rich-sd3 -o build/rich-sd3  ·  "
     "edgeprune compare ./sd35 -o grid --grid mine.toml --data images/ --memory 8GB --yes  ·  "
     "edgeprune compare ./sd35 -o grid --data images/ --metric geneval --weights geneval=./mask2former "
     "--weights clip=./clip --reference ./sana-sprint"
@@ -28,8 +28,22 @@ def grids() -> Iterable[str]:
     return sorted(path.stem for path in folder.glob("*.toml"))
 
 
+def teachers() -> Iterable[str]:
+    """Return the names of the teachers of shapes world."""
+    from edgeprune.artefact.teachers import TEACHERS
+
+    return TEACHERS
+
+
 def compare(
     model: options.Model = None,
+    teacher: Annotated[
+        str | None,
+        choices.choice(
+            names=teachers, help="Compress a teacher of shapes world instead of MODEL (docs/teachers.md).",
+            show_default="shapes, the built-in model",
+        ),
+    ] = None,
     revision: options.Revision = None,
     variant: options.Variant = None,
     out: Annotated[
@@ -45,7 +59,7 @@ def compare(
         str | None,
         choices.choice(
             names=choices.analysis_metrics, help="How models are scored.",
-            show_default="shapes for the built-in model, else velocity",
+            show_default="shapes for teachers of shapes world, else velocity",
         ),
     ] = None,
     reference: Annotated[
@@ -67,7 +81,7 @@ def compare(
     ] = None,
     data: options.DataSource = None,
     per_task: Annotated[
-        int, typer.Option(min=1, help="Built-in model and geneval: number of prompts of each task.")
+        int, typer.Option(min=1, help="Teachers of shapes world and geneval: number of prompts of each task.")
     ] = 30,
     tune: Annotated[
         bool,
@@ -86,6 +100,12 @@ def compare(
     """Compress with many methods at one budget and score all on the same prompts: compare.md, compare.svg."""
     if preset and grid:
         raise InputError("give --preset or --grid, not both")
+    if teacher:
+        from edgeprune.artefact.teachers import model_of
+
+        if model is not None:
+            raise InputError(f"--teacher {teacher}: {model} is given, too; give a model or --teacher, not both")
+        model = model_of(teacher)
     original = out / "original"
     compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     check_out(out)
@@ -103,16 +123,18 @@ def compare(
         check_source(data)
     opening = functools.partial(open_folder, original, model, revision=revision, variant=variant, compute=compute)
     ws = opening() if is_begun(original) else None
-    builtin = ws.builtin if ws else model is None
-    name, paths = metric or ("shapes" if builtin else "velocity"), parse_weights(weights or [])
+    if teacher and model is None and ws and not ws.builtin:
+        raise InputError(f"-o {out}: begun with {ws.manifest.source}, not with --teacher {teacher}; use another -o")
+    world = ws.world if ws else world_given(original, model)
+    name, paths = metric or ("shapes" if world else "velocity"), parse_weights(weights or [])
     check_analysis(name, paths)
     if reference:
         other.check(reference, name)
     path = grid or grid_named(preset or "demo")
-    rows = Grid.load(path, compress.preset("default", builtin=builtin, data=data))
-    comparison.check_rows(rows, builtin=builtin)
+    rows = Grid.load(path, compress.preset("default", world=world, data=data))
+    comparison.check_rows(rows, world=world)
     split = Split.TUNING if tune else Split.HELD_OUT
-    texts = comparison.prompts_to_score(builtin, prompts, per_task, name, split)
+    texts = comparison.prompts_to_score(world, prompts, per_task, name, split)
     if dry_run:
         source = ws.source if ws else resolve(model, revision, variant)
         weights_variant = ws.variant if ws else variant

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeprune import api
-from edgeprune.api.folders import check_places, check_prompts, is_builtin
+from edgeprune.api.folders import check_places, check_prompts, world_given
 from edgeprune.cli import choices, limits, options, screen
 from edgeprune.cli.distill import DistillGuidance, GradientCheckpointing, MixedPrecision, Optimizer, Train
 from edgeprune.cli.plan import fit_rows, plan_rows
@@ -107,7 +107,7 @@ def compress(
     check_prompts(prompts)
     compute = limits.compute_options(device, memory, yes=yes)
     time_s = parse_duration(time, "--time") if time is not None else None
-    start = api.preset(preset, builtin=is_builtin(out, model), data=data)
+    start = api.preset(preset, world=world_given(out, model), data=data)
     plan = options.plan_options(
         start.plan, method=method, keep=keep, max_size=max_size, fit=fit, protect_first=protect_first,
         protect_last=protect_last, threshold=threshold, blocks=blocks, components=components, group_size=group_size,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import api
-from edgeprune.api.folders import check_begun, is_builtin
+from edgeprune.api.folders import check_begun, world_given
 from edgeprune.cli import choices, limits, options, screen
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
@@ -22,7 +22,7 @@ Samples = Annotated[
     int | None,
     typer.Option(
         min=1, help="Number of images to draw if the data is captions, prompts or shapes.",
-        show_default="1024; 6000 for the built-in model", rich_help_panel=options.TRAINING,
+        show_default="1024; 6000 for teachers of shapes world", rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
 Steps = Annotated[
@@ -30,7 +30,7 @@ Steps = Annotated[
     typer.Option(
         min=1,
         help="Training steps. The paper took 64,000.",
-        show_default="1000; 400 for the built-in model",
+        show_default="1000; 400 for teachers of shapes world",
         rich_help_panel=options.TRAINING,
     ),
 ]
@@ -45,7 +45,7 @@ Rate = Annotated[
     float | None,
     typer.Option(
         help="Learning rate of AdamW.",
-        show_default="1e-4; 5e-4 for the built-in model",
+        show_default="1e-4; 5e-4 for teachers of shapes world",
         rich_help_panel=options.TRAINING,
     ),
 ]
@@ -53,7 +53,7 @@ Schedule = Annotated[
     str | None,
     choices.choice(
         names=lambda: options.SCHEDULES, help="How the learning rate changes over the run.",
-        show_default="constant; cosine for the built-in model", rich_help_panel=options.TRAINING,
+        show_default="constant; cosine for teachers of shapes world", rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
 Optimizer = Annotated[
@@ -67,7 +67,7 @@ Ema = Annotated[
     float | None,
     typer.Option(
         min=0, max=1, help="Decay of the averaged weights, which are the result.",
-        show_default="0.99; 0.98 for the built-in model", rich_help_panel=options.TRAINING,
+        show_default="0.99; 0.98 for teachers of shapes world", rich_help_panel=options.TRAINING,
     ),
 ]  # fmt: skip
 Seed = Annotated[int, typer.Option(help="Seed of all random draws.", rich_help_panel=options.TRAINING)]
@@ -308,7 +308,7 @@ def distill(
     compute = limits.compute_options("auto", None, yes=yes, longest=longest)
     from dataclasses import replace
 
-    base = api.preset("default", builtin=is_builtin(out), data=data)
+    base = api.preset("default", world=world_given(out), data=data)
     chosen = replace(
         base.distill or api.DistillOptions(),
         **options.given(steps=steps, batch=batch, rate=rate, schedule=schedule, ema=ema),

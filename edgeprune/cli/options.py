@@ -160,7 +160,8 @@ FitTo = Annotated[
 Method = Annotated[
     str | None,
     choice(
-        names=methods, rich_help_panel=METHOD, show_default="hpp; hybrid for the built-in model; manual with --blocks",
+        names=methods, rich_help_panel=METHOD,
+        show_default="hpp; hybrid for teachers of shapes world; manual with --blocks",
         help="How parts are chosen. hpp removes whole blocks, hybrid also components, milp solves an integer "
         "program for the best set, "
         "manual takes your list. The others are baselines to compare with.",
@@ -172,7 +173,7 @@ ProtectFirst = Annotated[
         metavar="N|KIND=N,...",
         help="Number of leading blocks that are never removed: of all, or of each kind of block, such as "
         "joint=10,single=5. Kinds that you do not name keep their default.",
-        show_default="half of all; 0 for the built-in model",
+        show_default="half of all; 0 for teachers of shapes world",
         rich_help_panel=METHOD,
     ),
 ]
@@ -197,7 +198,7 @@ Threshold = Annotated[
         metavar="SHARE",
         help="hybrid only: share of the parameters to remove as whole blocks before removing components. What "
         "--modulation-rank saves does not count.",
-        show_default="0.15; 0 for the built-in model",
+        show_default="0.15; 0 for teachers of shapes world",
         rich_help_panel=METHOD,
     ),
 ]
@@ -278,7 +279,7 @@ DataSource = Annotated[
         metavar="SOURCE",
         help="Training data: a folder of `edgeprune cache`, an imagefolder, .tar shards, YE-POP, datasets:NAME, a text "
         "file of prompts, 'captions' (the model draws 1,024 images for captions that come with edgeprune) or 'shapes'.",
-        show_default="shapes for the built-in model; other models are not distilled without it",
+        show_default="shapes for teachers of shapes world; other models are not distilled without it",
         rich_help_panel=TRAINING,
     ),
 ]

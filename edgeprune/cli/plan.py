@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeprune import api
-from edgeprune.api.folders import check_begun, check_prompts, is_builtin
+from edgeprune.api.folders import check_begun, check_prompts, world_given
 from edgeprune.cli import limits, options, screen
 from edgeprune.common.errors import InputError
 
@@ -88,7 +88,7 @@ def plan(
         return screen.print_json(made.to_json()) if as_json else None
     check_begun(out)
     compute = limits.compute_options(device, memory)
-    start = api.preset("default", builtin=is_builtin(out))
+    start = api.preset("default", world=world_given(out))
     done = api.plan(out, options.plan_options(start.plan, **chosen), scores=scores, compute=compute, fresh=fresh)
     screen.table(
         [

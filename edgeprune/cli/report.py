@@ -23,7 +23,7 @@ def report(
         int | None,
         typer.Option(
             min=1,
-            help="Images of each model to draw; not of the built-in one.",
+            help="Images of each model to draw; not of teachers of shapes world.",
             show_default="those drawn before, else 8",
         ),
     ] = None,

@@ -44,7 +44,7 @@ def tune(
         str | None,
         choices.choice(
             names=choices.image_metrics, help="Metric of the images alone.",
-            show_default="shapes for models made from the built-in one, clip if its weights are given, else none",
+            show_default="shapes for teachers of shapes world, clip if its weights are given, else none",
         ),
     ] = None,
     weights: Annotated[list[str] | None, options.weights_of_metrics()] = None,

@@ -1,7 +1,8 @@
 """Runs a grid: compresses by every row with several seeds, and scores against the original on the same prompts.
 
-    grid = Grid.load(grid_named("demo"), preset("default", builtin=True))
-    compare(Workspace(out / "original", None), grid, "shapes", prompts, out)
+    base = Workspace(out / "original", None)
+    grid = Grid.load(grid_named("demo"), preset("default", world=base.world))
+    compare(base, grid, "shapes", prompts, out)
 
 Every run is a folder `OUT/<row>/seed-<n>`, made by the stages of `compress`. Finished runs are kept, so the same
 command resumes an interrupted grid. Every comparison is paired: same prompts, same noise.
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune import shapes
 from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.manifest import HALF, INT4
@@ -41,6 +41,7 @@ from edgeprune.residency.streaming import release
 from edgeprune.sampling.generation import Generation, say_guesses
 from edgeprune.sampling.prompts import prompts as shipped_prompts
 from edgeprune.sampling.prompts import read_prompts
+from edgeprune.shapes import World
 from edgeprune.stages import analyze
 from edgeprune.stages.analyze import run as run_analyze
 from edgeprune.stages.compress import expected_plan, forecast, memories, works
@@ -56,12 +57,12 @@ from edgeprune.stages.workspace import Workspace
 
 
 def prompts_to_score(
-    builtin: bool, prompts: str | None, per_task: int, metric: str = "shapes", split: Split = Split.HELD_OUT
+    world: World | None, prompts: str | None, per_task: int, metric: str = "shapes", split: Split = Split.HELD_OUT
 ) -> list[str]:
     """Return the prompts to score on: the file's, the metric's own, or captions of shapes world or of edgeprune.
 
     Args:
-        builtin: whether the model is the built-in one.
+        world: that the model draws; None for a model of none.
         prompts: a text file with one prompt per line.
         per_task: the number of prompts of each task, where prompts have tasks.
         metric: how models are scored.
@@ -72,19 +73,19 @@ def prompts_to_score(
     """
     if prompts:
         return read_prompts(Path(prompts))
-    if tasks := shapes if builtin else tasks_of(metric):
+    if tasks := world.grammar if world else tasks_of(metric, world):
         return [p.text for p in tasks.evaluation_prompts(per_task, split=split)]
     return shipped_prompts(split, CAPTIONS)
 
 
-def check_rows(grid: Grid, *, builtin: bool) -> None:
+def check_rows(grid: Grid, *, world: World | None) -> None:
     """Check that the rows that are distilled have data to train on.
 
     Raises:
         InputError: they have none.
     """
     for row in grid.rows:
-        row.options.check_data(builtin=builtin)
+        row.options.check_data(world=world)
 
 
 def forecast_grid(
@@ -254,14 +255,14 @@ def compare(
         _check(base, left, metric, len(prompts), out, progress)
     if grid.reads_contributions:
         run_analyze(base, grid.analyze, progress)
-    scorer = of_pipeline(metric, base.pipe, base.generation, prompts, weights, split=split)
+    scorer = of_pipeline(metric, base.pipe, base.generation, prompts, weights, split=split, world=base.world)
     once("original", {"generation": base.generation.to_json()}, lambda: {"scores": scorer.score(), "bytes": before})
     for index, run in enumerate(runs):
         progress("compare", index, len(runs), f"{run.row.name}, seed {run.seed}")
         make = functools.partial(_run, base, run.row, run.options, out / run.name, scorer, progress)
         once(run.name, run.key(base.generation), make)
     progress("compare", len(runs), len(runs), "")
-    metric_tasks = tasks_of(metric)
+    metric_tasks = tasks_of(metric, base.world)
     tasks = [metric_tasks.parse(prompt).task for prompt in prompts] if metric_tasks else None
     summary = summarise(results, grid, tasks)
     if reference is not None:

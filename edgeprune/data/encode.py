@@ -35,6 +35,7 @@ from edgeprune.data.settings import (
 )
 from edgeprune.data.sources import Skipped, none_usable
 from edgeprune.sampling.generation import Generation
+from edgeprune.shapes import world_of
 
 EntriesDone = Callable[[int, int, str], None]
 """Called with the number of entries done, their total, and a note on speed."""
@@ -81,7 +82,7 @@ def make_cache(
     layout = images_of(options.source)
     encoder = Encoder(load, generation, options, layout, sizes_of(model, generation, options), workers)
     total, done, per_shard = entry_count(options, layout), 0, int(settings["samples_per_shard"])
-    skipped, entries = list[Skipped](), entries_of(options, layout)
+    skipped, entries = list[Skipped](), entries_of(options, layout, world_of(model))
 
     def report(more: int = 0) -> None:
         speed = (made.samples + more) / max(1e-6, time.monotonic() - began)

@@ -42,6 +42,7 @@ from edgeprune.sampling.denoising import (
     sigmas,
 )
 from edgeprune.sampling.generation import Generation
+from edgeprune.shapes import PLAIN, World
 
 _BATCH = 32
 """Images encoded at once. With several sizes, up to this many images of each size are in memory."""
@@ -49,14 +50,18 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
-def entries_of(options: CacheOptions, layout: Layout | None) -> Iterator[Any]:
-    """Return the source's entries: images with captions, or (seed, prompt) for images that the model generates."""
+def entries_of(options: CacheOptions, layout: Layout | None, world: World | None) -> Iterator[Any]:
+    """Return the source's entries: images with captions, or (seed, prompt) for images that the model generates.
+
+    Args:
+        options: which samples.
+        layout: of a source of images.
+        world: that the model draws, whose scenes SHAPES is; of a model that draws none, the plain one's.
+    """
     if layout:
         return layout.read(options.source)
     if options.source == SHAPES:
-        from edgeprune.shapes import training_scenes
-
-        scenes = zip(*training_scenes(options.samples, seed=Split.TRAINING.seed(7)), strict=True)
+        scenes = zip(*(world or PLAIN).training_scenes(options.samples, seed=Split.TRAINING.seed(7)), strict=True)
         return (Pair(f"scene {i}", Image.fromarray(pixels), text) for i, (pixels, text) in enumerate(scenes))
     prompts = texts_of(options.source)
     return ((Split.TRAINING.seed(i), prompts[i % len(prompts)]) for i in range(options.samples))

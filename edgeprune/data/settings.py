@@ -23,6 +23,7 @@ from edgeprune.data.sources import Layout, check_first, layout_of
 from edgeprune.families import Config, Family, family_of
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 from edgeprune.sampling.prompts import prompts, read_prompts
+from edgeprune.shapes import PLAIN, World, world_of
 
 SHAPES, CAPTIONS = WORDS = ("shapes", "captions")
 """Sources that come with edgeprune, always the training split: scenes of shapes world, and captions whose images the
@@ -72,15 +73,20 @@ def images_of(source: str) -> Layout | None:
     return None if source in WORDS else layout_of(source)
 
 
-def source_digest(source: str) -> str:
+def source_digest(source: str, world: World | None) -> str:
     """Return the identity of a source's content; for images, from names, sizes and modification times.
+
+    Args:
+        source: of the data.
+        world: that the model draws, see `entries_of`.
 
     Raises:
         InputError: this is not a known source.
     """
     path = Path(source)
     if source == SHAPES:
-        return f"{source}, {Split.TRAINING.value}"
+        other = f"{world.name}, " if world not in (None, PLAIN) else ""  # caches are older than the other worlds
+        return f"{source}, {other}{Split.TRAINING.value}"
     if source == CAPTIONS:
         return digest(texts_of(source))
     if is_cache(source):
@@ -147,7 +153,8 @@ def settings_of(
         InputError: the source is unknown or is a cache itself, or buckets are requested for images that the model
             generates.
     """
-    layout, drawn, content = images_of(options.source), is_drawn(options.source), source_digest(options.source)
+    layout, drawn = images_of(options.source), is_drawn(options.source)
+    content = source_digest(options.source, world_of(folder))
     if is_cache(options.source):
         raise InputError(f"{options.source}: is a cache already; pass it to distill or compress as --data")
     if drawn and options.buckets:
@@ -175,7 +182,7 @@ def forecast(folder: Path, generation: Generation, options: CacheOptions, out: P
     Raises:
         InputError: the source is unknown.
     """
-    source_digest(options.source)
+    source_digest(options.source, world_of(folder))
     per_sample = sample_bytes(folder, generation, half=options.half)
     samples = entry_count(options, images_of(options.source))
     existing = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())

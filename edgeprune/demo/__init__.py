@@ -1,1 +1,1 @@
-"""The teachers: `assets/teacher` is the built-in one, teachers.py finds all, `train` makes them, evaluate.py scores."""
+"""The teachers: `assets/teacher` is the built-in one, `train` makes all, evaluate.py scores."""

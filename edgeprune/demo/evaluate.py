@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from edgeprune import shapes
+from edgeprune.api.folders import world_drawn
 from edgeprune.artefact.loading import load
-from edgeprune.common.errors import EdgepruneError
+from edgeprune.artefact.teachers import TEACHERS, teacher
+from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.splits import Split
-from edgeprune.demo.teachers import TEACHERS, teacher
 from edgeprune.metrics import of_images
 from edgeprune.metrics.drawn import Drawn
 from edgeprune.sampling.generation import Generation
@@ -26,10 +27,13 @@ from edgeprune.sampling.generation import Generation
 def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, Any]:
     """Return the scores on `per_task` held-out prompts of each task, with `seeds` images per prompt.
 
-    The size of the pipeline's images says which world it draws.
+    Raises:
+        InputError: the folder is no teacher's, and was not made from one.
     """
+    world = world_drawn(folder)
+    if world is None:
+        raise InputError(f"{folder}: draws no shapes world; expected a teacher, or what was made from one")
     pipe, generation = load(folder), Generation.load(folder)
-    world = shapes.WORLDS[generation.height]
     chosen = world.grammar.evaluation_prompts(per_task)
     texts = [p.text for p in chosen]
     metric = Drawn("shapes", of_images("shapes", {}), pipe, generation, texts, split=Split.HELD_OUT, seeds=seeds)

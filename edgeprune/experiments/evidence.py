@@ -18,6 +18,7 @@ from edgeprune.compare import page
 from edgeprune.compare.grid import Grid, grid_named
 from edgeprune.compare.run import compare, prompts_to_score
 from edgeprune.experiments.pages import insert
+from edgeprune.shapes import PLAIN
 from edgeprune.stages.compress import preset
 from edgeprune.stages.workspace import Workspace
 
@@ -34,8 +35,8 @@ def main(out: Path = Path("build/compare"), write: Path | None = None, per_task:
     for name in PRESETS:
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
-        grid = Grid.load(grid_named(name), preset("default", builtin=True))
-        prompts = prompts_to_score(builtin=True, prompts=None, per_task=per_task)
+        grid = Grid.load(grid_named(name), preset("default", world=PLAIN))
+        prompts = prompts_to_score(world=PLAIN, prompts=None, per_task=per_task)
         print(name, flush=True)
         summary = compare(Workspace(out / "original", None), grid, "shapes", prompts, folder, _show)
         page.write(summary, folder)

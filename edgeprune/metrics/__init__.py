@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeprune.common import extras
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeprune.residency.spill import Spill
+    from edgeprune.shapes import World
 
 Images = Sequence["NDArray[np.uint8]"]
 """Each (H, W, 3)."""
@@ -44,13 +44,13 @@ class Known:
     paired: bool = False
     """It compares each image with the original model's image of the same prompt and seed."""
     lower_is_better: bool = False
-    tasks: str | None = None
-    """The module of its own prompts, with `parse` to get a prompt's task; None if the metric takes any prompt."""
+    own_prompts: bool = False
+    """It has prompts of its own, see `tasks_of`; others take any prompt."""
 
 
 _TORCH, _TRANSFORMERS = ("torch",), ("torch", "transformers")
 KNOWN = {
-    "shapes": Known("shapes_score", tasks="edgeprune.shapes"),
+    "shapes": Known("shapes_score", own_prompts=True),
     "clip": Known("clip_score", _TRANSFORMERS, {"clip": _CLIP}),
     "hpsv2": Known(
         "hps", _TRANSFORMERS, {"hpsv2": "a folder that `python -m edgeprune.metrics.hps` made from HPS v2.1's file"}
@@ -62,7 +62,7 @@ KNOWN = {
             "geneval": _DETECTOR,
             "clip": f"{_CLIP}, to name colours",
         },
-        tasks="edgeprune.metrics.geneval_rules",
+        own_prompts=True,
     ),
     "psnr": Known("psnr", paired=True),
     "ssim": Known("ssim", ("scipy",), paired=True),
@@ -77,6 +77,20 @@ KNOWN = {
 """Image metrics by name."""
 VELOCITY = "velocity"
 """The only metric of the transformer itself; only `analyze` can use it."""
+
+
+class Tasks(Protocol):
+    """Prompts of a metric's own, or of a world: each belongs to a task."""
+
+    def evaluation_prompts(self, per_task: int = ..., *, split: Split = ...) -> list[Any]:
+        """Return prompts of a split, task by task, each with `text` and `meaning.task`."""
+
+    def parse(self, text: str) -> Any:
+        """Return the meaning of a prompt, with its `task`.
+
+        Raises:
+            InputError: the prompt is none of these.
+        """
 
 
 class ImageMetric(Protocol):
@@ -143,14 +157,34 @@ def of_images(name: str, weights: Mapping[str, str]) -> ImageMetric:
     return metric
 
 
-def tasks_of(name: str) -> ModuleType | None:
-    """Return the module of a metric's own prompts and tasks; None if it has none."""
-    module = KNOWN[name].tasks if name in KNOWN else None
-    return importlib.import_module(module) if module else None
+def tasks_of(name: str, world: World | None) -> Tasks | None:
+    """Return a metric's own prompts; None if it has none.
+
+    Args:
+        name: of the metric.
+        world: that the model draws, whose captions `shapes` takes; of a model that draws none, the plain one's.
+    """
+    if name not in KNOWN or not KNOWN[name].own_prompts:
+        return None
+    if name == "shapes":
+        from edgeprune.shapes import PLAIN
+
+        return (world or PLAIN).grammar
+    from edgeprune.metrics import geneval_rules
+
+    return geneval_rules
 
 
-def check_analysis(name: str, weights: Mapping[str, str], prompts: Sequence[str] = ()) -> None:
+def check_analysis(
+    name: str, weights: Mapping[str, str], prompts: Sequence[str] = (), *, world: World | None = None
+) -> None:
     """Check a metric for `analyze` before anything is loaded.
+
+    Args:
+        name: of the metric.
+        weights: that it needs.
+        prompts: that it will get.
+        world: that the model draws, see `tasks_of`.
 
     Raises:
         InputError: the name is unknown, weights are missing, or the metric does not support a prompt.
@@ -161,7 +195,7 @@ def check_analysis(name: str, weights: Mapping[str, str], prompts: Sequence[str]
     if name not in KNOWN:
         raise InputError(f"--metric: found {name!r}, expected one of {', '.join([VELOCITY, *KNOWN])}")
     require(name, weights)
-    if tasks := tasks_of(name):
+    if tasks := tasks_of(name, world):
         for prompt in prompts:
             tasks.parse(prompt)
 
@@ -174,6 +208,7 @@ def of_pipeline(
     weights: Mapping[str, str] | None = None,
     *,
     split: Split,
+    world: World | None = None,
     compares: bool = True,
     spill: Spill | None = None,
     progress: Progress = silent,
@@ -181,6 +216,7 @@ def of_pipeline(
     """Prepare a metric for a pipeline, with the noise of a split.
 
     Args:
+        world: that the model draws, see `tasks_of`.
         compares: whether `score` will be called; without it, velocity measures only its trajectories.
         spill: keeps the states of velocity's trajectories, so that a run after a kill goes on with them.
         progress: called after each step of those.
@@ -190,7 +226,7 @@ def of_pipeline(
         MissingExtraError: a package that it imports is not installed.
     """
     weights = weights or {}
-    check_analysis(name, weights, prompts)
+    check_analysis(name, weights, prompts, world=world)
     if name == VELOCITY:
         from edgeprune.metrics.velocity import VelocityError
 

@@ -26,6 +26,7 @@ from edgeprune.common.splits import Split
 from edgeprune.common.tables import interval_text
 from edgeprune.data.imagefolder import METADATA, Sample
 from edgeprune.sampling import prompts as shipped
+from edgeprune.shapes import World
 
 CAPTIONS = 100
 """Held-out captions that are scored without other prompts."""
@@ -70,6 +71,7 @@ def wishes(
     seeds: int = 1,
     split: Split = Split.HELD_OUT,
     captions: int = CAPTIONS,
+    world: World | None = None,
 ) -> list[Wish]:
     """Return the images to generate for these metrics, with seeds of a split.
 
@@ -83,12 +85,13 @@ def wishes(
         seeds: the number of images per prompt.
         split: of the seeds, and of prompts that are no file's.
         captions: the number of captions of edgeprune.
+        world: that the model draws, see `metrics.tasks_of`.
 
     Raises:
         InputError: the file is not readable, several metrics have prompts of their own, or a metric does not support a
             prompt.
     """
-    with_prompts = {name: module for name in names if (module := metrics.tasks_of(name))}
+    with_prompts = {name: tasks for name in names if (tasks := metrics.tasks_of(name, world))}
     if prompts is None and len(with_prompts) > 1:
         raise InputError(
             f"--metric: {' and '.join(with_prompts)} each have prompts of their own; score them one by one"
@@ -96,26 +99,26 @@ def wishes(
     if per_task is not None and (prompts is not None or not with_prompts):
         raise InputError("--per-task is for metrics with prompts of their own (geneval, shapes), without --prompts")
     if prompts is None and with_prompts:
-        (module,) = with_prompts.values()
-        every = module.evaluation_prompts(split=split, **{} if per_task is None else {"per_task": per_task})
+        (tasks,) = with_prompts.values()
+        every = tasks.evaluation_prompts(split=split, **{} if per_task is None else {"per_task": per_task})
         texts = [p.text for p in every]
     else:
         texts = shipped.read_prompts(prompts) if prompts else shipped.prompts(split, captions)
-    check_prompts(names, texts)
+    check_prompts(names, texts, world)
     numbers = split.seeds(len(texts) * seeds)
     return [Wish(text, seed) for text, seed in zip([t for t in texts for _ in range(seeds)], numbers, strict=True)]
 
 
-def check_prompts(names: Sequence[str], texts: Sequence[str]) -> None:
+def check_prompts(names: Sequence[str], texts: Sequence[str], world: World | None) -> None:
     """Check that the metrics support all prompts, before hours of image generation.
 
     Raises:
         InputError: a metric does not support a prompt.
     """
     for name in names:
-        if module := metrics.tasks_of(name):
+        if tasks := metrics.tasks_of(name, world):
             for text in texts:
-                module.parse(text)
+                tasks.parse(text)
 
 
 def draw(
@@ -218,6 +221,7 @@ def score(
     *,
     against: Sequence[Sample] | None = None,
     weights: Mapping[str, str] | None = None,
+    world: World | None = None,
     progress: Progress = silent,
 ) -> list[Score]:
     """Score images by each metric.
@@ -227,6 +231,7 @@ def score(
         names: the names of the metrics.
         against: the original's images of the same prompts and seeds.
         weights: the metrics' weights by name, see metrics.KNOWN.
+        world: that the model draws, see `metrics.tasks_of`.
         progress: called after each batch.
 
     Raises:
@@ -235,15 +240,15 @@ def score(
     """
     weights = weights or {}
     check(names, weights, against is not None)
-    check_prompts(names, [s.text for s in samples])
+    check_prompts(names, [s.text for s in samples], world)
     if against is not None:
         pair(samples, against)
     texts = list(dict.fromkeys(s.text for s in samples))
     out = []
     for name in names:
         known, metric = metrics.KNOWN[name], metrics.of_images(name, weights)
-        module = metrics.tasks_of(name)
-        tasks = [module.parse(text).task for text in texts] if module else None
+        own = metrics.tasks_of(name, world)
+        tasks = [own.parse(text).task for text in texts] if own else None
         values = _by_prompt(metric, samples, against if known.paired else None, texts, name, progress)
         comparison: dict[str, Any] = {}
         if against is not None and not known.paired:

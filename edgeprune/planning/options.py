@@ -107,4 +107,4 @@ class PlanOptions:
 
 
 DEFAULT = PlanOptions(keep=0.79)
-"""The options of `plan` for a model that is not the built-in one."""
+"""The options of `plan` for a model that draws no shapes world."""

@@ -38,7 +38,7 @@ def left_out(ws: Workspace, *, quick: bool = False) -> str:
     if ws.manifest.choice and not ws.manifest.choice["images"]:
         return "no report: its images did not fit in --time"
     images, again = report_images(quick), f"edgeprune report -o {ws.out}"
-    if not ws.builtin and ws.longest_s is not None:
+    if not ws.world and ws.longest_s is not None:
         seconds = ws.speeds.seconds(work(ws, images))
         if seconds > ws.longest_s:
             fewer = max(1, int(images * ws.longest_s / seconds))
@@ -74,18 +74,18 @@ def make_report(
 
     Args:
         quick: draw few prompts.
-        images: of each model that is not the built-in one; another number than was measured measures again. None keeps
+        images: of each model that draws no shapes world; another number than was measured measures again. None keeps
             what was measured, else draws as many as `quick` says.
         redo: measure again.
         bench: the JSON of `edgeprune bench`, to show on the page.
 
     Raises:
-        InputError: nothing is quantized yet, the built-in model is given a number of images, the bench is of another
-            model, or measuring takes too long, see `Workspace.check_time`.
+        InputError: nothing is quantized yet, a teacher of shapes world is given a number of images, the bench is of
+            another model, or measuring takes too long, see `Workspace.check_time`.
         StaleStageError: see `check_pruned`.
     """
-    if ws.builtin and images is not None:
-        raise InputError(f"--images {images}: the built-in model draws the same prompts of each task; omit it")
+    if ws.world and images is not None:
+        raise InputError(f"--images {images}: a teacher of shapes world draws the same prompts of each task; omit it")
     ws.need("quantize", "report")
     if bench and ws.manifest.identity not in (variant.get("identity") for variant in bench["variants"]):
         names = ", ".join(variant["name"] for variant in bench["variants"])
@@ -97,14 +97,14 @@ def make_report(
     inputs = {"quantize": ws.manifest.stages["quantize"]["inputs"], "schema": _SCHEMA}
     choice, steps = ws.manifest.choice, None
     if choice and images is None:
-        images, steps = None if ws.builtin else choice["images"] or None, choice["image_steps"]
+        images, steps = None if ws.world else choice["images"] or None, choice["image_steps"]
     known, generation = read_json(path) if done else {}, seen(ws.generation, steps).to_json()
     same = known.get("inputs") == inputs and known.get("generation") == generation
     if same and images in (None, known.get("images")):
         summary, drawn = known, dict(np.load(images_path))
     else:
         check_pruned(ws)
-        if not ws.builtin:
+        if not ws.world:
             _check_time(ws, images or report_images(quick), steps, progress)
         summary, drawn = measure(ws, quick, progress, images=images, steps=steps)
         summary["inputs"] = inputs

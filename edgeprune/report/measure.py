@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune import shapes
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.manifest import INT4
 from edgeprune.common.files import digest
@@ -23,6 +22,7 @@ from edgeprune.residency.streaming import is_streamed, release
 from edgeprune.sampling.denoising import generate
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import prompts
+from edgeprune.shapes import Meaning, World, score
 from edgeprune.stages.options import seen
 from edgeprune.stages.weights import open_pruned
 from edgeprune.stages.work import report_images, shapes_per_task
@@ -40,15 +40,15 @@ def measure(
 
     Args:
         quick: draw few prompts.
-        images: of each model that is not the built-in one; None draws as many as `quick` says.
+        images: of each model that draws no shapes world; None draws as many as `quick` says.
         steps: of an image; None for the model's own.
     """
     generations = {"original": seen(ws.generation, steps), "compressed": seen(ws.student_generation, steps)}
-    if ws.builtin:
-        chosen = shapes.evaluation_prompts(shapes_per_task(quick))
+    if ws.world:
+        chosen = ws.world.grammar.evaluation_prompts(shapes_per_task(quick))
         texts, meanings = [p.text for p in chosen], [p.meaning for p in chosen]
     else:
-        texts, meanings = prompts(Split.HELD_OUT, images or report_images(quick)), []
+        texts, meanings = prompts(Split.HELD_OUT, images or report_images(quick)), list[Meaning]()
     seeds = Split.HELD_OUT.seeds(len(texts))
     original = ws.pipe.transformer
     compute = ws.original.compute
@@ -84,20 +84,20 @@ def measure(
         "psnr_db": mean_decibels(list(drawn["original"]), list(drawn["compressed"])),
         "generation": generations["original"].to_json(),
     }
-    if meanings:
-        summary["quality"] = _quality(drawn, meanings)
+    if ws.world:
+        summary["quality"] = _quality(drawn, meanings, ws.world)
     return summary, drawn
 
 
-def _quality(images: dict[str, NDArray[Any]], meanings: list[Any]) -> dict[str, Any]:
+def _quality(images: dict[str, NDArray[Any]], meanings: list[Meaning], world: World) -> dict[str, Any]:
     passed = {
-        k: np.asarray([float(shapes.check(i, m)) for i, m in zip(v, meanings, strict=True)]) for k, v in images.items()
+        k: np.asarray([float(world.check(i, m)) for i, m in zip(v, meanings, strict=True)]) for k, v in images.items()
     }
     tasks = [m.task for m in meanings]
     return {
         "metric": "shapes world, mean over tasks",
-        "original": shapes.score(passed["original"], tasks),
-        "compressed": shapes.score(passed["compressed"], tasks),
+        "original": score(passed["original"], tasks),
+        "compressed": score(passed["compressed"], tasks),
         "relative_drop": paired_drop(passed["original"], passed["compressed"], tasks).relative,
         "tasks": {k: _by_task(v, tasks) for k, v in passed.items()},
     }

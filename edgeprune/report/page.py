@@ -18,7 +18,6 @@ import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeprune import shapes
 from edgeprune.analysis.plots import figures, svg
 from edgeprune.artefact import card as card_text
 from edgeprune.artefact import licensing
@@ -76,7 +75,7 @@ def _write_page(
 ) -> None:
     plan, report = ws.plan(), ws.report()
     # One prompt of each task first, so that the page shows all tasks.
-    per_task = max(1, len(summary["prompts"]) // len(shapes.TASKS))
+    per_task = max(1, len(summary["prompts"]) // len(ws.world.grammar.names)) if ws.world else 1
     order = np.argsort(np.arange(len(summary["prompts"])) % per_task, kind="stable")
     texts, seeds = summary["prompts"], summary["seeds"]
     pairs = [

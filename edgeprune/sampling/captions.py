@@ -1,8 +1,8 @@
 """Several thousand captions of edgeprune's own: templates over vocabulary.py, the same list on every machine.
 
-They serve models other than the built-in one, for whatever needs prompts that the user did not give. A caption has a
-content, which is what the picture shows, and a phrasing, a style, a light and a framing, which are not. The content's
-key decides the split, so a paraphrase in another style never crosses into another split.
+They serve models other than the teachers of shapes world, for whatever needs prompts that the user did not give. A
+caption has a content, which is what the picture shows, and a phrasing, a style, a light and a framing, which are not.
+The content's key decides the split, so a paraphrase in another style never crosses into another split.
 
 Draws use only `Random.random`, whose sequence Python guarantees for a seed. A test fixes the list's SHA-256.
 """

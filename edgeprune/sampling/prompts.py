@@ -15,7 +15,7 @@ from edgeprune.sampling.captions import captions
 def prompts(split: Split, count: int | None = None) -> list[str]:
     """Return edgeprune's own captions of a split: the first `count`, which mix all kinds, or all.
 
-    They are for models other than the built-in one, which understands only the captions of shapes world.
+    They are for models other than the teachers of shapes world, which understand only the captions of their world.
 
     Raises:
         InputError: the split has fewer captions.

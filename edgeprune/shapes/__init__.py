@@ -6,10 +6,11 @@ GenEval (single object, two objects, counting, colours, position, colour attribu
 of this package are the plain world's; those of the other are in `RICH`.
 
 meaning.py says what captions mean, grammar.py has captions and splits, figures.py and layout.py say how scenes look,
-world.py draws and judges them.
+world.py draws and judges them. folders.py finds the world that a model draws.
 """
 
 from edgeprune.shapes.figures import BACKGROUND, COLOURS, SHAPES, TEXTURES, Pixels
+from edgeprune.shapes.folders import save_world, world_of
 from edgeprune.shapes.grammar import TEMPLATES, Grammar, Task
 from edgeprune.shapes.meaning import PLACES, RELATIONS, Meaning, Prompt, Thing
 from edgeprune.shapes.plain import NUMBERS, PLAIN, SEEN
@@ -57,9 +58,11 @@ __all__ = [
     "prompts",
     "prompts_of",
     "render",
+    "save_world",
     "score",
     "see",
     "split",
     "task_means",
     "training_scenes",
+    "world_of",
 ]

@@ -12,7 +12,7 @@ import torch
 
 from edgeprune.analysis.contribution import Group, analyze, groups, partials_of, swapped
 from edgeprune.analysis.estimators import estimator_named
-from edgeprune.artefact.resolve import BUILTIN, read_original
+from edgeprune.artefact.resolve import read_original
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions
@@ -58,8 +58,8 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
     options = options.chosen(ws.family, ws.config)
     estimator_class = estimator_named(options.estimator, options.metric)
     removals = analysis_groups(ws.family, ws.config, options)
-    prompts = analysis_prompts(options, builtin=ws.builtin)
-    check_analysis(options.metric, options.weights, prompts)
+    prompts = analysis_prompts(options, world=ws.world)
+    check_analysis(options.metric, options.weights, prompts, world=ws.world)
     seeds = Split.ANALYSIS.seed(0)
     inputs = options.to_json() | {"prompts": prompts, "seeds": seeds, "generation": ws.generation.to_json()}
     if (dtype := ws.original.dtype) != torch.float32:  # small models are computed in float32 everywhere
@@ -76,7 +76,7 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
         spill.need(_kept_bytes(ws, options, len(prompts)))
         metric = of_pipeline(
             options.metric, ws.pipe, images, prompts, options.weights, split=Split.ANALYSIS,
-            compares=estimator_class.compares, spill=spill,
+            world=ws.world, compares=estimator_class.compares, spill=spill,
             progress=lambda what, *parts: progress(f"analyze: {what}", *parts),
         )  # fmt: skip
         estimator = estimator_class(ws.family, metric, modulation_mean(ws, prompts))
@@ -180,7 +180,7 @@ def forecast(
     estimator = estimator_named(options.estimator, options.metric)
     removals = analysis_groups(family, config, options)
     subject, blocks = Subject(source, family, config, generation), family.block_count(config)
-    count = len(analysis_prompts(options, builtin=source == BUILTIN))
+    count = len(analysis_prompts(options, world=subject.world))
     per_score = evaluations(options.metric, seen(generation, options.states), count, subject.by_step)
     total = work(subject, options, removals, count).evaluations
     original = Original(source, variant, Compute.of(compute or ComputeOptions()))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.artefact.manifest import MANIFEST
-from edgeprune.artefact.resolve import BUILTIN, read_original
+from edgeprune.artefact.resolve import read_original
 from edgeprune.common.errors import BudgetError, InputError, StaleStageError
 from edgeprune.common.fields import real_number, text, whole_number
 from edgeprune.common.files import digest
@@ -205,7 +205,7 @@ def choose(subject: Subject, options: CompressOptions, time_s: float, speeds: Sp
     """
     options.settled(subject.numbers)
     expected = expected_plan(subject.source, subject.generation, options)
-    kinds, builtin = subject.family.kinds(subject.config), subject.source == BUILTIN
+    kinds = subject.family.kinds(subject.config)
     drawn = is_drawn(options.data.source or SHAPES)
     files = Work(moved=sum(path.stat().st_size for path in model_files(subject.source)))
 
@@ -214,7 +214,7 @@ def choose(subject: Subject, options: CompressOptions, time_s: float, speeds: Sp
         return speeds.seconds(sum(stages.values(), files))
 
     most = _most(subject, options, time_s, quick=quick)
-    fixed = {"images"} if builtin else set()  # its checker scores the same number of each task
+    fixed = {"images"} if subject.world else set()  # its checker scores the same number of each task
     fixed |= set() if options.analyze.metric == VELOCITY else {"estimator", "states"}
     able, moves = [move for move in MOVES if move[0] not in fixed], list[Move]()
     for move, needless in ((NO_SCORES, not most.prompts), (WIDE_TEXT, options.text_form != TEXT_INT4)):
@@ -244,7 +244,7 @@ def _suffices(subject: Subject, options: CompressOptions) -> bool:
 def _most(subject: Subject, options: CompressOptions, time_s: float, *, quick: bool) -> Choice:
     """Return the choice that is what the options ask for."""
     analysis, int4 = options.analyze.chosen(subject.family, subject.config), options.quantize
-    steps, builtin = subject.generation.num_inference_steps, subject.source == BUILTIN
+    steps = subject.generation.num_inference_steps
     # Training may be given up; then integers are calibrated.
     calibrated = int4.calibrates(rounded=False)
     most = int4.chosen(rounded=False, large=not is_small(subject.numbers)) if calibrated else int4
@@ -253,13 +253,13 @@ def _most(subject: Subject, options: CompressOptions, time_s: float, *, quick: b
         of=_digest(subject, options, quick=quick),
         forecast_s=0.0,
         estimator=analysis.estimator,
-        prompts=len(analysis_prompts(analysis, builtin=builtin)) if options.reads_scores else 0,
+        prompts=len(analysis_prompts(analysis, world=subject.world)) if options.reads_scores else 0,
         states=min(analysis.states or int4.states or STATES, STATES),
         calibration=most.count or quantize.PROMPTS if calibrated else 0,
         calibration_states=most.states or STATES,
         steps=options.distill.steps if options.distill else 0,
         samples=options.data.samples,
-        images=images_of_report(subject.source, quick),
+        images=images_of_report(subject.world, quick),
         image_steps=steps,
         stand_ins=int(options.plan.stand_in is not None),
     )

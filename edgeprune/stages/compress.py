@@ -11,9 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgeprune import shapes
 from edgeprune.analysis.contribution import ContributionReport, fingerprint, groups
-from edgeprune.artefact.resolve import BUILTIN, read_original
+from edgeprune.artefact.resolve import read_original
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import need_space
 from edgeprune.common.linking import is_linked
@@ -32,6 +31,7 @@ from edgeprune.planning.remainder import modulation_width
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation
+from edgeprune.shapes import World
 from edgeprune.stages import analyze, distill, encoders, plan, prune, quantize
 from edgeprune.stages.costs import flops_per_evaluation
 from edgeprune.stages.memory import Memory
@@ -51,18 +51,19 @@ from edgeprune.stages.workspace import ENCODERS_STAGE, Workspace
 from edgeprune.training.recipe import DistillOptions
 
 
-def preset(name: str, *, builtin: bool, data: str | None = None) -> CompressOptions:
+def preset(name: str, *, world: World | None, data: str | None = None) -> CompressOptions:
     """Return the options of a preset: `default`, or `quick` for a first look and for CI.
 
-    Without data, a model other than the built-in one is not distilled: nothing that comes with edgeprune stands for the
+    Without data, a model that draws no shapes world is not distilled: nothing that comes with edgeprune stands for the
     images that it should draw. The paper trained 64,000 steps of 64 on YE-POP; the default is 1,000 steps of 32.
 
-    The built-in model is small and takes a larger learning rate. It loses components rather than blocks: it hardly uses
-    its context MLPs, and at the same bytes much more of the velocity is kept (README.md has the figures).
+    A teacher of shapes world is small and takes a larger learning rate. It loses components rather than blocks, which
+    was measured on the built-in one: that hardly uses its context MLPs, and at the same bytes much more of the velocity
+    is kept (README.md has the figures).
 
     Args:
         name: of the preset.
-        builtin: whether the model is the built-in one.
+        world: that the model draws; None for a model of none.
         data: what to train on, see DataOptions.
 
     Raises:
@@ -71,7 +72,7 @@ def preset(name: str, *, builtin: bool, data: str | None = None) -> CompressOpti
     if name not in ("default", "quick"):
         raise InputError(f"--preset: found {name!r}, expected default or quick")
     options = CompressOptions(plan=DEFAULT, data=DataOptions(data), distill=DistillOptions() if data else None)
-    if builtin:
+    if world:
         training = DistillOptions(steps=400, batch=32, rate=5e-4, schedule="cosine", ema=0.98)
         plan_options = replace(options.plan, method="hybrid", threshold=0.0, protect_first=0)
         options = replace(options, plan=plan_options, data=DataOptions(data or SHAPES, 6000), distill=training)
@@ -200,7 +201,7 @@ def forecast(
     before, after = expected.before, expected.after
     place = Compute.of(compute or ComputeOptions())
     speeds = least(subject, place, scratch or Path(tempfile.gettempdir()))
-    images = images_of_report(source, quick) if images is None else images
+    images = images_of_report(subject.world, quick) if images is None else images
     stages = works(subject, options, expected, images, steps)
     scored, training = stages["analyze"], options.distill
     if training:
@@ -215,7 +216,7 @@ def forecast(
         "parameters_left": after.parameters,
         "int4_bytes": after.int4_bytes,
         "analyze_parts": 1 + len(analyze.analysis_groups(family, config, analysis)) if scored.evaluations else 0,
-        "analyze_prompts": len(analysis_prompts(analysis, builtin=source == BUILTIN)) if scored.evaluations else 0,
+        "analyze_prompts": len(analysis_prompts(analysis, world=subject.world)) if scored.evaluations else 0,
         "analyze_evaluations": round(scored.evaluations),
         "distill_steps": training.steps if training else 0,
         "data_evaluations": round(stages["data"].evaluations),
@@ -230,9 +231,9 @@ def forecast(
     }
 
 
-def images_of_report(source: Path, quick: bool) -> int:
-    """Return how many images of each model the report draws."""
-    return len(shapes.TASKS) * shapes_per_task(quick) if source == BUILTIN else report_images(quick)
+def images_of_report(world: World | None, quick: bool) -> int:
+    """Return how many images of each model the report draws, of a model that draws a world, or none."""
+    return len(world.grammar.names) * shapes_per_task(quick) if world else report_images(quick)
 
 
 def works(
@@ -247,10 +248,10 @@ def works(
         images: of each model, which the report draws.
         steps: of these images; None for the model's own.
     """
-    family, config, builtin = subject.family, subject.config, subject.source == BUILTIN
+    family, config = subject.family, subject.config
     analysis, training, scored = options.analyze.chosen(family, config), options.distill, Work()
     if options.reads_scores:
-        prompts = len(analysis_prompts(analysis, builtin=builtin))
+        prompts = len(analysis_prompts(analysis, world=subject.world))
         scored = analyze.work(subject, analysis, analyze.analysis_groups(family, config, analysis), prompts)
     int4, calibrating = options.settled(subject.numbers).quantize, calibrating_prompts(options, subject)
     drawn = replace(subject, generation=seen(subject.generation, steps))
@@ -278,10 +279,10 @@ def memories(of: Memory, options: CompressOptions, expected: PrunePlan, images: 
         expected: what will be removed.
         images: of each model, which the report draws.
     """
-    subject, builtin, training = of.subject, of.subject.source == BUILTIN, options.distill
+    subject, training = of.subject, options.distill
     analysis, scored = options.analyze.chosen(subject.family, subject.config), 0
     if options.reads_scores:
-        scored = analyze.memory(of, analysis, len(analysis_prompts(analysis, builtin=builtin)))
+        scored = analyze.memory(of, analysis, len(analysis_prompts(analysis, world=subject.world)))
     return {
         "analyze": scored,
         "plan": of.encoding(CALIBRATION_PROMPTS, pooled=True) if expected.modulation_rank else 0,
@@ -357,7 +358,7 @@ def compress(
         DiskError: the disk has too little room; raised before anything is computed.
     """
     ran, options = list[str](), options.settled(ws.subject.numbers)
-    options.check_data(builtin=ws.builtin)
+    options.check_data(world=ws.world)
     rehearsed = rehearse(ws.source, ws.generation, options)
     if options.distill is not None:
         options.distill.check()

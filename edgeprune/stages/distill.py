@@ -26,6 +26,7 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.residency.compute import Compute, is_small
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.schedule import NoiseSchedule
+from edgeprune.shapes import World
 from edgeprune.stages import tail
 from edgeprune.stages.costs import sample
 from edgeprune.stages.memory import SAVED_WIDTHS, Memory
@@ -152,7 +153,7 @@ def seen_by_quantize(ws: Workspace, options: DistillOptions, calibration: str, p
     return replace(options, prefix_calibration=calibration)
 
 
-def described(recipe: Recipe, options: DistillOptions, plan: PrunePlan, *, builtin: bool) -> str:
+def described(recipe: Recipe, options: DistillOptions, plan: PrunePlan, *, world: World | None) -> str:
     """Return a recipe in a line, and how its length compares with the published training."""
     parts = [
         f"lambda task {recipe.lambda_task:g}, output {recipe.lambda_output:g}, feature {recipe.lambda_feature:g} "
@@ -166,7 +167,7 @@ def described(recipe: Recipe, options: DistillOptions, plan: PrunePlan, *, built
         parts.append(f"guidance of {options.guidance:g} learned")
     if recipe.states:
         parts.append(f"from {recipe.states} states a round, {recipe.rounds} rounds")
-    if not builtin:
+    if world is None:
         share = options.steps * options.batch / (PUBLISHED_STEPS * PUBLISHED_BATCH)
         parts.append(
             f"{options.steps} steps of {options.batch}, {share:.2g} of the published training's samples "
@@ -207,7 +208,7 @@ class _Task:
         check_guidance(ws.subject, options)
         tail.check(plan, options, recipe, placement)
         Parallel.check(options.mixed_precision or "no", options.batch, placement, options.optimizer)
-        source = data.of_model(builtin=ws.builtin)
+        source = data.of_model(world=ws.world)
         if recipe.sensitivity == "graded" and ws.report() is None:
             found = "graded" if options.sensitivity else "graded, the default for plans that remove components"
             raise InputError(
@@ -217,13 +218,13 @@ class _Task:
         if encoded:
             with processes.main_first():
                 check_cache(ws, Path(source), progress)
-        identity = [source_digest(source), None if encoded else data.samples, ws.generation.to_json()]
+        identity = [source_digest(source, ws.world), None if encoded else data.samples, ws.generation.to_json()]
         return cls(ws, plan, options, recipe, data, source, identity)
 
     def pairs(self, progress: Progress) -> Pairs:
         """Return what is trained on, encoded first unless it is a cache."""
         ws, encoded = self.ws, is_cache(self.source)
-        progress(described(self.recipe, self.options, self.plan, builtin=ws.builtin))
+        progress(described(self.recipe, self.options, self.plan, world=ws.world))
         with processes.main_first():
             folder = Path(self.source) if encoded else self._encode(progress)
             return _open(ws, folder, progress)
@@ -461,7 +462,7 @@ def amount(ws: Workspace) -> str:
     done = f"{options['steps']:,} steps of {options['batch']}" if options else "not distilled"
     if options.get("guidance"):
         done += f", guidance of {options['guidance']:g} learned"
-    return done if ws.builtin else f"{done}; published: {PUBLISHED_STEPS:,} steps of {PUBLISHED_BATCH}"
+    return done if ws.world else f"{done}; published: {PUBLISHED_STEPS:,} steps of {PUBLISHED_BATCH}"
 
 
 def check_cache(ws: Workspace, folder: Path, progress: Progress = silent) -> None:

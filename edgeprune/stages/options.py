@@ -19,13 +19,14 @@ from edgeprune.quantization.precision import TEXT_INT4, TEXT_INT8
 from edgeprune.quantization.quantize import CALIBRATIONS
 from edgeprune.residency.compute import is_small
 from edgeprune.sampling.generation import Generation
+from edgeprune.shapes import World
 from edgeprune.training.recipe import ADAMW, DistillOptions
 
 GIVE_DATA = (
     "give --data FOLDER (images with captions), or --data captions: the model first draws 1,024 images for captions "
     "that come with edgeprune; --dry-run shows the cost"
 )
-"""What to do if a model other than the built-in one has no data to be distilled on."""
+"""What to do if a model that draws no shapes world has no data to be distilled on."""
 COUNTED_BY, COUNTED_BY_COMPRESS = "--count", "--calibration-count"
 """What sets the number of prompts that calibrate INT4 in `quantize`, and in `compress`."""
 GROUP_SIZES = (16, 32, 64, 128)
@@ -63,8 +64,8 @@ class AnalyzeOptions:
 
     metric: str = "velocity"
     prompts: str | None = None
-    """A text file. By default the analysis split of the metric's own prompts; else, for the built-in model, of shapes
-    world; else of edgeprune's captions."""
+    """A text file. By default the analysis split of the metric's own prompts; else, for a teacher of shapes world, of
+    its world; else of edgeprune's captions."""
     count: int = 28
     """How many prompts to use."""
     components: bool = True
@@ -108,20 +109,22 @@ class DataOptions:
     """What `distill` learns from, see data/."""
 
     source: str | None = None
-    """`shapes`, `captions`, a cache, a folder of images, or a text file of prompts. None is `shapes` for the built-in
-    model; other models are not distilled then."""
+    """`shapes`, `captions`, a cache, a folder of images, or a text file of prompts. None is `shapes` for a teacher of
+    shapes world; other models are not distilled then."""
     samples: int = 1024
     """How many samples to make, or to take from a stream; a cache or a folder of images is used whole."""
 
-    def of_model(self, *, builtin: bool) -> str:
-        """Return the source for the built-in model, or for another one.
+    def of_model(self, *, world: World | None) -> str:
+        """Return the source for a model that draws a world, or none.
 
         Raises:
-            InputError: another model has no source, or the built-in one has captions that it cannot understand.
+            InputError: a model that draws none has no source, or one that does has captions that it cannot understand.
         """
-        if builtin and self.source == CAPTIONS:
-            raise InputError(f"--data {CAPTIONS}: the built-in model understands only its own; give --data {SHAPES}")
-        if self.source or builtin:
+        if world and self.source == CAPTIONS:
+            raise InputError(
+                f"--data {CAPTIONS}: a teacher of shapes world understands only its own; give --data {SHAPES}"
+            )
+        if self.source or world:
             return self.source or SHAPES
         raise InputError(f"no data to distill on; {GIVE_DATA}")
 
@@ -221,14 +224,14 @@ class CompressOptions:
         chosen = int4.chosen(rounded=self.rounded, large=large, counted_by=COUNTED_BY_COMPRESS)
         return replace(self, quantize=chosen, encoders=self.text_form)
 
-    def check_data(self, *, builtin: bool) -> None:
+    def check_data(self, *, world: World | None) -> None:
         """Check that there is something to distill on, unless nothing is distilled.
 
         Raises:
             InputError: see `DataOptions.of_model`.
         """
         if self.distill is not None:
-            self.data.of_model(builtin=builtin)
+            self.data.of_model(world=world)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a grid's runs digest them."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
 
-from edgeprune import shapes
 from edgeprune.artefact.manifest import MANIFEST
 from edgeprune.common.fields import texts
 from edgeprune.common.splits import Split
-from edgeprune.metrics import tasks_of
+from edgeprune.metrics import Tasks, tasks_of
 from edgeprune.sampling.prompts import first, prompts, read_prompts
+from edgeprune.shapes import World
 from edgeprune.stages.options import AnalyzeOptions
 from edgeprune.stages.workspace import Workspace
 
@@ -21,34 +20,34 @@ CALIBRATION_PROMPTS = 112
 """Prompts that find the modulation's mean and directions."""
 
 
-def analysis_prompts(options: AnalyzeOptions, *, builtin: bool) -> list[str]:
+def analysis_prompts(options: AnalyzeOptions, *, world: World | None) -> list[str]:
     """Return the prompts that contributions are measured on: those of a file, or `count` of the analysis split.
 
     Args:
         options: of the analysis.
-        builtin: whether the model is the built-in one, which understands only the captions of shapes world.
+        world: that the model draws: it understands only the captions of this world. None for a model of none.
 
     Raises:
         InputError: the file cannot be used, or the split has fewer prompts.
     """
     if options.prompts:
         return read_prompts(Path(options.prompts))[: options.count]
-    tasks = tasks_of(options.metric) or (shapes if builtin else None)
+    tasks = tasks_of(options.metric, world) or (world.grammar if world else None)
     return prompts_of(Split.ANALYSIS, options.count, tasks)
 
 
-def calibration_prompts(file: str | None, *, builtin: bool, count: int = CALIBRATION_PROMPTS) -> list[str]:
+def calibration_prompts(file: str | None, *, world: World | None, count: int = CALIBRATION_PROMPTS) -> list[str]:
     """Return the prompts that constants of the compressed model are found on: those of a file, or `count` others.
 
     Args:
         file: a text file with one prompt per line, all of which are used; None for the calibration split.
-        builtin: whether the model is the built-in one.
+        world: that the model draws.
         count: how many prompts of the split.
 
     Raises:
         InputError: the file cannot be used, or the split has fewer prompts.
     """
-    return read_prompts(Path(file)) if file else prompts_of(Split.CALIBRATION, count, shapes if builtin else None)
+    return read_prompts(Path(file)) if file else prompts_of(Split.CALIBRATION, count, world.grammar if world else None)
 
 
 def calibrating(ws: Workspace, *, count: int = CALIBRATION_PROMPTS) -> list[str]:
@@ -81,16 +80,16 @@ def analyzed_or_split(ws: Workspace, count: int = CALIBRATION_PROMPTS) -> list[s
     if analysis.get(GIVEN):
         options = analysis.get("options")
         return texts(options if isinstance(options, dict) else {}, "prompts", f"{ws.out / MANIFEST}: analyze")
-    return calibration_prompts(None, builtin=ws.builtin, count=count)
+    return calibration_prompts(None, world=ws.world, count=count)
 
 
-def prompts_of(split: Split, count: int, tasks: Any | None) -> list[str]:
-    """Return `count` prompts of a split: edgeprune's captions, or those of a module with tasks, taken in turn.
+def prompts_of(split: Split, count: int, tasks: Tasks | None) -> list[str]:
+    """Return `count` prompts of a split: edgeprune's captions, or those of tasks, taken in turn.
 
     Args:
         split: what they may be used for.
         count: how many.
-        tasks: edgeprune.shapes or another module with prompts of its own, see metrics.KNOWN.
+        tasks: a world's grammar, or a metric's prompts.
 
     Raises:
         InputError: the split has fewer prompts.
@@ -98,6 +97,7 @@ def prompts_of(split: Split, count: int, tasks: Any | None) -> list[str]:
     if tasks is None:
         return prompts(split, count)
     found = tasks.evaluation_prompts(count, split=split)
-    by_task = [[p.text for p in found if p.meaning.task == task] for task in tasks.TASKS]
+    names = dict.fromkeys(p.meaning.task for p in found)
+    by_task = [[p.text for p in found if p.meaning.task == task] for task in names]
     texts = [text for text in chain.from_iterable(zip_longest(*by_task)) if text is not None]
     return first(texts, count)

@@ -40,6 +40,7 @@ from edgeprune.residency.streaming import is_streamed
 from edgeprune.sampling.denoising import VelocityInputs, evaluate, network_inputs
 from edgeprune.sampling.generation import Generation, latent_factor, longest_prompt
 from edgeprune.sampling.latents import decoded, encoded_mean
+from edgeprune.shapes import World, world_of
 from edgeprune.stages.costs import evaluation_seconds, evaluations_by_step, matmul_flops_per_s, sample
 
 ROUNDING = 3.0
@@ -60,6 +61,11 @@ class Subject:
     family: Family
     config: Config
     generation: Generation
+
+    @property
+    def world(self) -> World | None:
+        """The world that it draws; None for a model of none."""
+        return world_of(self.source)
 
     @property
     def numbers(self) -> int:
@@ -344,12 +350,12 @@ def reading(subject: Subject, images: int) -> Work:
 
 
 def shapes_per_task(quick: bool) -> int:
-    """Return how many images of each model and task of shapes world the report of the built-in model draws."""
+    """Return how many images of each model and task of shapes world the report of a teacher draws."""
     return 2 if quick else 15
 
 
 def report_images(quick: bool) -> int:
-    """Return how many images of each model the report draws, of a model that is not the built-in one."""
+    """Return how many images of each model the report draws, of a model that draws no shapes world."""
     return 2 if quick else 8
 
 

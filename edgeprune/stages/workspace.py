@@ -37,6 +37,7 @@ from edgeprune.quantization.precision import TEXT_INT4
 from edgeprune.residency.compute import Compute
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation, heed
+from edgeprune.shapes import World, world_of
 from edgeprune.stages.differences import differences
 from edgeprune.stages.memory import Memory
 from edgeprune.stages.original import Original
@@ -198,6 +199,11 @@ class Workspace:
     def builtin(self) -> bool:
         """Whether the model is the one that ships with edgeprune."""
         return self.manifest.source == "built-in"
+
+    @cached_property
+    def world(self) -> World | None:
+        """The world that the model draws, whose captions and scenes all stages use; None for a model of none."""
+        return world_of(self.source)
 
     @property
     def variant(self) -> str | None:

@@ -20,6 +20,7 @@ from edgeprune.common.progress import Progress
 from edgeprune.data.imagefolder import Sample, read_samples
 from edgeprune.metrics import scoring
 from edgeprune.sampling.generation import Generation
+from edgeprune.shapes import World
 from edgeprune.tuning.bounds import Bounds
 from edgeprune.tuning.search import Costs, exact, fewest
 
@@ -71,6 +72,8 @@ class Trials:
     """The reference-free metric."""
     weights: Mapping[str, str]
     """The metric's weights."""
+    world: World | None
+    """That the folder draws."""
     bounds: Bounds
     runtime: str
     loading: Mapping[str, Any]
@@ -108,8 +111,8 @@ class Trials:
             write_json(self._path, self._figures)
         own, found = self._figures[_key(self.own)], self._figures[key]
         texts = list(dict.fromkeys(wish.text for wish in self.wanted))
-        module = metrics.tasks_of(self.metric) if self.metric else None
-        tasks = [module.parse(text).task for text in texts] if module else None
+        own_prompts = metrics.tasks_of(self.metric, self.world) if self.metric else None
+        tasks = [own_prompts.parse(text).task for text in texts] if own_prompts else None
         drop = paired_drop(own[PAIRED], found[PAIRED]).difference
         score = score_drop = None
         if self.metric:
@@ -139,7 +142,9 @@ class Trials:
         (paired,) = scoring.score(samples, [PAIRED], against=reference, progress=self.progress)
         figures: dict[str, Any] = {PAIRED: paired.values}
         if self.metric:
-            (alone,) = scoring.score(samples, [self.metric], weights=self.weights, progress=self.progress)
+            (alone,) = scoring.score(
+                samples, [self.metric], weights=self.weights, world=self.world, progress=self.progress
+            )
             figures["score"] = alone.values
         shutil.rmtree(self._images / name)
         return figures

@@ -130,7 +130,10 @@ def test_a_copy_on_a_full_disk_is_one_line(plain: Path, tmp_path: Path, monkeypa
 
 
 def test_the_digest_of_the_built_in_model_is_the_same() -> None:
-    everything = sorted(p for kind in ("*.safetensors", "*.json") for p in BUILTIN.rglob(kind))
+    """Which world it draws is no part of it: folders of all versions are of the same model."""
+    everything = sorted(
+        p for kind in ("*.safetensors", "*.json") for p in BUILTIN.rglob(kind) if p.name != "world.json"
+    )
     assert [p for p in model_files(BUILTIN) if p.suffix in (".safetensors", ".json")] == everything
 
 

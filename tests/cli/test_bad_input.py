@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from edgeprune.api.folders import check_out
 from edgeprune.cli import app
 from edgeprune.common.errors import InputError
+from edgeprune.shapes import PLAIN
 
 WIDE = {"COLUMNS": "400", "TERMINAL_WIDTH": "400"}
 """As in test_choices.py: Typer reads the width once, when it first shows something."""
@@ -146,13 +147,13 @@ def test_the_help_of_distill_gives_the_defaults() -> None:
     from edgeprune.stages.compress import preset
 
     help_text = CliRunner().invoke(app, ["distill", "-h"], env=WIDE).output
-    usual, builtin = (preset("default", builtin=b, data="shapes") for b in (False, True))
+    usual, builtin = (preset("default", world=world, data="shapes") for world in (None, PLAIN))
     assert usual.distill is not None and builtin.distill is not None
     pairs = [(usual.data.samples, builtin.data.samples)]
     pairs += [(getattr(usual.distill, name), getattr(builtin.distill, name)) for name in ("steps", "schedule", "ema")]
     for one, other in pairs:
-        assert f"[default: ({one}; {other} for the built-in model)]" in help_text
-    assert "[default: (1e-4; 5e-4 for the built-in model)]" in help_text and "[default: (32)]" in help_text
+        assert f"[default: ({one}; {other} for teachers of shapes world)]" in help_text
+    assert "[default: (1e-4; 5e-4 for teachers of shapes world)]" in help_text and "[default: (32)]" in help_text
     assert (usual.distill.rate, builtin.distill.rate) == (1e-4, 5e-4)
     assert usual.distill.batch == builtin.distill.batch == 32
 

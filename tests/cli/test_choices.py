@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from edgeprune.cli import PANELS, app, options, study, targets
 from edgeprune.cli.choices import Names, Verb
 from edgeprune.common.errors import InputError
+from edgeprune.shapes import PLAIN
 
 COMMAND = typer.main.get_command(app)
 
@@ -203,9 +204,9 @@ def test_the_code_below_refuses_as_well() -> None:
     from edgeprune.targets import for_format
 
     for name in options.PRESETS:
-        preset(name, builtin=True)
+        preset(name, world=PLAIN)
     with pytest.raises(InputError, match="--preset"):
-        preset("fast", builtin=True)
+        preset("fast", world=PLAIN)
     with pytest.raises(InputError, match="--target"):
         for_format("abacus")
     with pytest.raises(InputError, match="expected one of shapes, clip, hpsv2, geneval, psnr, ssim, lpips"):

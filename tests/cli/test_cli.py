@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from edgeprune.cli import app
 from edgeprune.common.errors import InputError
 from edgeprune.runtimes import RUNTIMES
+from edgeprune.shapes import PLAIN
 
 DATA = Path(__file__).parents[1] / "samples"
 
@@ -212,7 +213,7 @@ def test_plan_options_begin_from_the_preset() -> None:
     from edgeprune.planning.options import PlanOptions
     from edgeprune.stages.compress import preset
 
-    start = preset("default", builtin=True).plan
+    start = preset("default", world=PLAIN).plan
 
     def made(**options: Any) -> PlanOptions:
         return plan_options(start, **options, prompts="prompts.txt")

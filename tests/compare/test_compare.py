@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shell import run_here
+from teachers import rich_teacher
 from tiny import tiny_pipeline
 from typer.testing import CliRunner
 
+from edgeprune.artefact.teachers import TEACHERS
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions
 from edgeprune.compare import page, run
@@ -16,6 +19,7 @@ from edgeprune.compare.grid import GRIDS, Grid, grid_named
 from edgeprune.compare.summary import summarise
 from edgeprune.metrics.scoring import CAPTIONS
 from edgeprune.residency.streaming import _STREAM
+from edgeprune.shapes import PLAIN, RICH
 from edgeprune.stages import workspace
 from edgeprune.stages.compress import preset
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions, DataOptions
@@ -52,7 +56,7 @@ def write(path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("path", sorted(GRIDS.glob("*.toml")), ids=lambda p: p.stem)
 def test_grids_of_the_package(path: Path) -> None:
-    grid = Grid.load(grid_named(path.stem), preset("default", builtin=True))
+    grid = Grid.load(grid_named(path.stem), preset("default", world=PLAIN))
     rows = {row.name: row for row in grid.rows}
     assert {"bk-sdm", "koala"} <= rows.keys() and grid.reference in rows
     steps = {row.options.distill.steps for row in grid.rows if row.options.distill}
@@ -61,7 +65,7 @@ def test_grids_of_the_package(path: Path) -> None:
 
 def test_published_rows_are_what_their_names_say() -> None:
     """`pwp` freezes the prefix, the rest is trained alike; graded updates come with fine-grained removal alone."""
-    grid = Grid.load(grid_named("demo"), preset("default", builtin=True))
+    grid = Grid.load(grid_named("demo"), preset("default", world=PLAIN))
     found = {}
     for row in grid.rows:
         if row.group.startswith("published"):
@@ -268,3 +272,33 @@ def test_the_command_forecasts_and_refuses(tmp_path: Path, monkeypatch: pytest.M
     ):
         done = CliRunner().invoke(app, [*words, *more])
         assert isinstance(done.exception, InputError) and re.search(said, str(done.exception)), done.exception
+
+
+def test_the_command_takes_a_teacher_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its world's captions and checker, also without --data, as the built-in model."""
+    words = ["compare", "--grid", str(write(tmp_path / "grid.toml", GRID.replace("seeds = 2", "seeds = 1")))]
+    words += ["--per-task", "1", "--json", "--teacher"]
+    for kind in ("rich-flux", "rich-sd3"):
+        monkeypatch.setitem(TEACHERS, kind, rich_teacher(tmp_path / kind, kind))
+        done = run_here(*words, kind, "-o", str(tmp_path / "out"), "--dry-run")
+        found = json.loads(done.stdout.splitlines()[-1])
+        # 3 runs and the original, 9 tasks, 2 steps with guidance: an input of FLUX, twice the evaluations of SD3.
+        assert found["score_evaluations"] == 4 * 9 * 2 * (1 if kind == "rich-flux" else 2)
+    done = run_here(*words, "rich-sd3", str(tmp_path / "rich-sd3"))
+    assert done.returncode and done.stderr.count("\n") == 1
+    assert "--teacher rich-sd3: " in done.stderr and "give a model or --teacher, not both" in done.stderr
+    monkeypatch.setitem(TEACHERS, "rich-sd3", tmp_path / "nowhere")
+    assert "make assets ONLY=rich-sd3" in run_here(*words, "rich-sd3", "-o", str(tmp_path / "out")).stderr
+
+
+def test_a_grid_of_another_world(tmp_path: Path) -> None:
+    source, out = rich_teacher(tmp_path / "source"), tmp_path / "out"
+    text = GRID.replace('"ours"', '"half"', 1)
+    grid = Grid.load(
+        write(tmp_path / "grid.toml", text[: text.index("[distill]")] + text[text.rindex("[[rows]]") :]), START
+    )
+    base = Workspace(out / "original", str(source))
+    prompts = run.prompts_to_score(base.world, None, 1)
+    assert [RICH.grammar.parse(prompt).task for prompt in prompts] == [*RICH.grammar.names]
+    summary = run.compare(base, grid, "shapes", prompts, out)
+    assert summary["original"]["score"][0] == 0 and summary["rows"][0]["score"][0] == 0  # it is untrained

@@ -89,7 +89,7 @@ def test_a_damaged_index_is_one_line(model: Path, tmp_path: Path, text: str) -> 
     with pytest.raises(InputError, match=r"cache\.json: "):
         opened(tmp_path, model)
     with pytest.raises(InputError, match=r"cache\.json: "):
-        source_digest(str(tmp_path))
+        source_digest(str(tmp_path), None)
 
 
 @pytest.mark.parametrize(

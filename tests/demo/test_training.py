@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from edgeprune.artefact.loading import load
+from edgeprune.artefact.teachers import TEACHERS, teacher
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
-from edgeprune.demo.teachers import TEACHERS, teacher
 from edgeprune.demo.train.__main__ import wait
 from edgeprune.demo.train.flux import Flux
 from edgeprune.demo.train.matching import load_average, train_transformer
@@ -27,7 +27,7 @@ from edgeprune.demo.train.vae import make_vae, train_vae
 from edgeprune.families import family_of_model
 from edgeprune.sampling.denoising import generate
 from edgeprune.sampling.generation import Generation
-from edgeprune.shapes import PLAIN, RICH
+from edgeprune.shapes import PLAIN, RICH, world_of
 
 CAPTIONS = ["two red circles", "the word SUN in red above the word SKY in blue"]
 MAKERS = {
@@ -72,7 +72,8 @@ def test_training_ends_in_a_folder_that_edgeprune_draws_with(kind: str, tmp_path
     load_average(tmp_path / "work", again)
     assert all(map(torch.equal, again.modules.state_dict().values(), networks.modules.state_dict().values()))
     generation = Generation(2, 2.0, 128, 128, 0 if kind == "sd3" else 22)
-    save_pipeline(networks.pipeline(make_vae(128)), tmp_path / "out", generation)
+    save_pipeline(networks.pipeline(make_vae(128)), tmp_path / "out", generation, RICH)
+    assert world_of(tmp_path / "out") is RICH
     pipe = load(tmp_path / "out")
     images = generate(pipe, CAPTIONS, [1, 2], Generation.load(tmp_path / "out"))
     assert images.shape == (2, 128, 128, 3)

@@ -300,12 +300,12 @@ def test_all_stages(artefact: Path, source: Path) -> None:
 def test_auto_stage_says_what_it_chose(source: Path, tmp_path: Path) -> None:
     ws = Workspace(tmp_path / "out", str(source))
     run_plan(ws, replace(OPTIONS.plan, modulation_rank="auto"))
-    inputs = calibration_inputs(ws, ["", *calibration_prompts(None, builtin=False)])
+    inputs = calibration_inputs(ws, ["", *calibration_prompts(None, world=None)])
     expected = choose_rank(inputs, modulation_width(ws.family, ws.config))
     assert ws.plan().modulation_rank == expected == ws.manifest.stages["plan"]["modulation_rank"]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\ntwo stars\n")
-    assert calibration_prompts(str(prompts), builtin=False) == ["a red circle", "two stars"]
+    assert calibration_prompts(str(prompts), world=None) == ["a red circle", "two stars"]
 
 
 def test_it_stays_whole_by_default(source: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from edgeprune.common.errors import InputError
 from edgeprune.export import folder
 from edgeprune.report import make
 from edgeprune.report import page as report_page
+from edgeprune.shapes import PLAIN
 from edgeprune.stages import plan
 from edgeprune.stages.options import PlanOptions
 from edgeprune.stages.workspace import Workspace
@@ -71,11 +72,13 @@ def test_images_of_other_steps_are_drawn_again(copy: Path, source: Path, monkeyp
         ws.manifest.choice = {"images": known["images"], "image_steps": steps}
         make.make_report(ws)
     assert drawn == [1, 2]
-    monkeypatch.setattr(Workspace, "builtin", True)
+    ws.world = PLAIN
     ws.manifest.choice = {"images": 210, "image_steps": 2}
     make.make_report(ws, quick=True)
     assert drawn == [1, 2]
-    with pytest.raises(InputError, match="^--images 4: the built-in model draws the same prompts of each task; omit"):
+    with pytest.raises(
+        InputError, match="^--images 4: a teacher of shapes world draws the same prompts of each task; omit"
+    ):
         make.make_report(ws, images=4)
 
 

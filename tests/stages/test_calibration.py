@@ -59,7 +59,7 @@ def test_without_guidance_the_empty_prompt_is_never_evaluated(source: Path, tmp_
 
 def test_by_default_the_calibration_split(source: Path, tmp_path: Path) -> None:
     ws = Workspace(tmp_path / "out", str(source))
-    split = calibration_prompts(None, builtin=False)
+    split = calibration_prompts(None, world=None)
     assert calibrating(ws) == split
     analyze.run(ws, AnalyzeOptions(count=2, estimator="gates", components=False))
     assert calibrating(ws) == split and not set(split) & set(ws.manifest.stages["analyze"]["options"]["prompts"])

@@ -18,6 +18,7 @@ from edgeprune.common.memory import ComputeOptions
 from edgeprune.planning.make import make_plan
 from edgeprune.report.make import left_out
 from edgeprune.sampling.generation import Generation
+from edgeprune.shapes import PLAIN
 from edgeprune.stages import analyze, distill
 from edgeprune.stages.compress import compress, expected_plan, forecast, preset, rehearse
 from edgeprune.stages.memory import PROCESS_BYTES
@@ -45,7 +46,7 @@ def weights_held(ws: Workspace) -> int:
 
 def test_the_forecast_of_the_built_in_model_is_the_size_that_its_plan_leaves() -> None:
     """Its plan keeps 0.79 without projecting anything."""
-    options, generation = preset("default", builtin=True), Generation.load(BUILTIN)
+    options, generation = preset("default", world=PLAIN), Generation.load(BUILTIN)
     assert options.plan.modulation_rank is None and options.plan.keep == 0.79
     numbers = forecast(BUILTIN, options, generation)
     assert 0.75 < numbers["parameters_left"] / numbers["parameters"] <= 0.79

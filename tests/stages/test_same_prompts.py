@@ -1,4 +1,4 @@
-"""Each stage of the built-in model, and of a real one, has the prompts that it always had: committed results stay valid.
+"""Stages of the built-in model and of real ones have the prompts that they always had: committed results stay valid.
 
 The digests were taken before teachers of other worlds were known to the stages.
 """
@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from edgeprune import shapes
 from edgeprune.common.splits import Split
 from edgeprune.compare.run import prompts_to_score
 from edgeprune.data.encoder import entries_of
 from edgeprune.data.settings import CacheOptions, source_digest
 from edgeprune.metrics import scoring
+from edgeprune.shapes import PLAIN
 from edgeprune.stages import prompts
 from edgeprune.stages.options import AnalyzeOptions
 from edgeprune.stages.prompts import analysis_prompts, calibration_prompts
@@ -29,7 +29,7 @@ def short(value: Any) -> str:
 
 
 def wishes(**options: Any) -> list[tuple[str, int]]:
-    return [(wish.text, wish.seed) for wish in scoring.wishes(["shapes"], **options)]
+    return [(wish.text, wish.seed) for wish in scoring.wishes(["shapes"], world=PLAIN, **options)]
 
 
 def test_the_built_in_model_has_the_prompts_that_it_always_had(
@@ -38,17 +38,17 @@ def test_the_built_in_model_has_the_prompts_that_it_always_had(
     monkeypatch.setattr(prompts, "prompts_of", little_work)
     scenes = [
         (scene.text, hashlib.sha256(scene.image.tobytes()).hexdigest())
-        for scene in entries_of(CacheOptions("shapes", 50), None)
+        for scene in entries_of(CacheOptions("shapes", 50), None, PLAIN)
     ]
     found = {
-        "analysis": short(analysis_prompts(AnalyzeOptions(), builtin=True)),
-        "calibration": short(calibration_prompts(None, builtin=True)),
+        "analysis": short(analysis_prompts(AnalyzeOptions(), world=PLAIN)),
+        "calibration": short(calibration_prompts(None, world=PLAIN)),
         "scenes": short(scenes),
-        "tuning": short(prompts_to_score(True, None, 30, split=Split.TUNING)),
-        "held-out": short(prompts_to_score(True, None, 30)),
+        "tuning": short(prompts_to_score(PLAIN, None, 30, split=Split.TUNING)),
+        "held-out": short(prompts_to_score(PLAIN, None, 30)),
         "score": short(wishes()),
         "tune": short(wishes(per_task=15, split=Split.TUNING)),
-        "report": short([p.text for p in shapes.evaluation_prompts(15)]),
+        "report": short([p.text for p in PLAIN.grammar.evaluation_prompts(15)]),
     }
     assert found == {
         "analysis": "dd7d0e71d6cfaa29",
@@ -60,17 +60,17 @@ def test_the_built_in_model_has_the_prompts_that_it_always_had(
         "tune": "a0473c4b9638616d",
         "report": "b1a768000146ddea",
     }
-    assert source_digest("shapes") == "shapes, training"
+    assert source_digest("shapes", PLAIN) == source_digest("shapes", None) == "shapes, training"
 
 
 def test_a_real_model_has_the_prompts_that_it_always_had(little_work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "prompts_of", little_work)
     found = {
-        "analysis": short(analysis_prompts(AnalyzeOptions(), builtin=False)),
-        "calibration": short(calibration_prompts(None, builtin=False)),
-        "held-out": short(prompts_to_score(False, None, 30, "velocity")),
-        "geneval": short(prompts_to_score(False, None, 3, "geneval")),
-        "shapes": short(prompts_to_score(False, None, 3, "shapes")),
+        "analysis": short(analysis_prompts(AnalyzeOptions(), world=None)),
+        "calibration": short(calibration_prompts(None, world=None)),
+        "held-out": short(prompts_to_score(None, None, 30, "velocity")),
+        "geneval": short(prompts_to_score(None, None, 3, "geneval")),
+        "shapes": short(prompts_to_score(None, None, 3, "shapes")),
     }
     assert found == {
         "analysis": "38542f52cfde351d",

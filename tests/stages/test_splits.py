@@ -25,6 +25,7 @@ from edgeprune.metrics.velocity import VelocityError
 from edgeprune.report import measure
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.prompts import prompts
+from edgeprune.shapes import PLAIN
 from edgeprune.stages import distill
 from edgeprune.stages.calibration import calibration_states
 from edgeprune.stages.compress import compress, forecast, preset
@@ -38,17 +39,17 @@ def disjoint(*sets: set[Any]) -> bool:
 
 
 def test_purposes_of_a_real_model_share_nothing(artefact: Path) -> None:
-    pairs = list(entries_of(CacheOptions("captions", 5000), None))
+    pairs = list(entries_of(CacheOptions("captions", 5000), None, None))
     report = json.loads((artefact / "report.json").read_text())
     wishes = scoring.wishes(["clip"])
     training = {text for _, text in pairs}
     assert training == set(prompts(Split.TRAINING))
-    evaluated = {*report["prompts"], *(w.text for w in wishes), *prompts_to_score(False, None, 30, "velocity")}
+    evaluated = {*report["prompts"], *(w.text for w in wishes), *prompts_to_score(None, None, 30, "velocity")}
     assert disjoint(
         training,
-        set(analysis_prompts(AnalyzeOptions(), builtin=False)),
-        set(calibration_prompts(None, builtin=False)),
-        set(prompts_to_score(False, None, 30, "velocity", Split.TUNING)),
+        set(analysis_prompts(AnalyzeOptions(), world=None)),
+        set(calibration_prompts(None, world=None)),
+        set(prompts_to_score(None, None, 30, "velocity", Split.TUNING)),
         evaluated,
     )
     assert evaluated <= set(prompts(Split.HELD_OUT))
@@ -61,11 +62,11 @@ def test_purposes_of_the_built_in_model_share_no_meaning() -> None:
         return {shapes.parse(text).key for text in texts}
 
     assert disjoint(
-        keys([pair.text for pair in entries_of(CacheOptions("shapes", 200), None)]),
-        keys(analysis_prompts(AnalyzeOptions(), builtin=True)),
-        keys(calibration_prompts(None, builtin=True)),
-        keys(prompts_to_score(True, None, 30, split=Split.TUNING)),
-        keys([w.text for w in scoring.wishes(["shapes"])] + prompts_to_score(True, None, 30)),
+        keys([pair.text for pair in entries_of(CacheOptions("shapes", 200), None, None)]),
+        keys(analysis_prompts(AnalyzeOptions(), world=PLAIN)),
+        keys(calibration_prompts(None, world=PLAIN)),
+        keys(prompts_to_score(PLAIN, None, 30, split=Split.TUNING)),
+        keys([w.text for w in scoring.wishes(["shapes"])] + prompts_to_score(PLAIN, None, 30)),
     )
 
 
@@ -73,7 +74,7 @@ def test_one_file_for_training_and_scoring_gives_different_noise(tmp_path: Path)
     """Of any length: the file's prompts are repeated for training."""
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\ntwo stars\n")
-    trained = set(entries_of(CacheOptions(str(path), 50), None))
+    trained = set(entries_of(CacheOptions(str(path), 50), None, None))
     scored = {(w.seed, w.text) for w in scoring.wishes(["clip"], prompts=path, seeds=25)}
     assert {text for _, text in trained} == {text for _, text in scored}
     assert disjoint({seed for seed, _ in trained}, {seed for seed, _ in scored})
@@ -117,15 +118,15 @@ def test_the_report_draws_held_out_seeds(source: Path, artefact: Path, monkeypat
 
 def test_scenes_and_captions_have_an_identity() -> None:
     """A cache of the scenes of earlier versions, which had every meaning, is not used again."""
-    assert source_digest("shapes") != "shapes" != source_digest("captions")
+    assert source_digest("shapes", None) != "shapes" != source_digest("captions", None)
     assert is_drawn("captions") and not is_drawn("shapes")
 
 
 def test_a_real_model_is_not_distilled_without_data(source: Path, tmp_path: Path) -> None:
     for name in ("default", "quick"):
-        assert preset(name, builtin=False).distill is None
-        assert preset(name, builtin=False, data="captions").distill is not None
-        assert preset(name, builtin=True).data.source == "shapes" and preset(name, builtin=True).distill
+        assert preset(name, world=None).distill is None
+        assert preset(name, world=None, data="captions").distill is not None
+        assert preset(name, world=PLAIN).data.source == "shapes" and preset(name, world=PLAIN).distill
     ws = Workspace(tmp_path / "out", str(source))
     options = replace(stage_runs.OPTIONS, data=DataOptions())
     with pytest.raises(
@@ -137,8 +138,8 @@ def test_a_real_model_is_not_distilled_without_data(source: Path, tmp_path: Path
     assert distill.amount(ws) == "not distilled; published: 64,000 steps of 64"
     with pytest.raises(InputError, match="no data to distill on; give --data FOLDER"):
         distill.run(ws, stage_runs.OPTIONS.distill or pytest.fail(), DataOptions())
-    with pytest.raises(InputError, match="--data captions: the built-in model understands only its own"):
-        preset("default", builtin=True, data="captions").check_data(builtin=True)
+    with pytest.raises(InputError, match="--data captions: a teacher of shapes world understands only its own"):
+        preset("default", world=PLAIN, data="captions").check_data(world=PLAIN)
 
 
 def test_the_command_says_what_to_give(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,12 +165,12 @@ def test_a_forecast_counts_the_prompts_of_the_run(source: Path, tmp_path: Path) 
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\ntwo stars\n")
     for options in (AnalyzeOptions(prompts=str(path)), AnalyzeOptions(count=10), AnalyzeOptions()):
-        expected = len(analysis_prompts(options, builtin=False))
+        expected = len(analysis_prompts(options, world=None))
         found = forecast(source, replace(stage_runs.OPTIONS, analyze=options), Generation.load(source))
         assert found["analyze_prompts"] == expected
     assert expected == 28
     with pytest.raises(InputError, match=r"found 5000, expected at most \d+; give --prompts"):
-        analysis_prompts(AnalyzeOptions(count=5000), builtin=True)
+        analysis_prompts(AnalyzeOptions(count=5000), world=PLAIN)
 
 
 def test_the_artefact_was_analyzed_on_the_analysis_split(artefact: Path) -> None:

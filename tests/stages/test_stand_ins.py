@@ -168,7 +168,7 @@ def test_a_rank_that_is_none_is_refused(rank: int | str) -> None:
 
 
 def test_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert preset("default", builtin=False).plan.stand_in is None
+    assert preset("default", world=None).plan.stand_in is None
     asked = list[CompressOptions]()
 
     def forecast(_: Any, __: Any, options: CompressOptions, **___: Any) -> None:

@@ -112,7 +112,7 @@ def test_no_prompt_is_encoded_twice(source: Path, tmp_path: Path, monkeypatch: p
     analyze.run(ws, replace(OPTIONS.analyze, estimator="gates", components=False))
     assert seen == ["text_encoder", "text_encoder_2"]  # the mean of the modulation needs the same prompts
     ws.original.release()
-    again = encode_prompts(ws.pipe, ["", *analysis_prompts(OPTIONS.analyze, builtin=False)], 0)
+    again = encode_prompts(ws.pipe, ["", *analysis_prompts(OPTIONS.analyze, world=None)], 0)
     assert len(seen) == 2 and again.hidden.shape[0] == 1 + OPTIONS.analyze.count
 
 

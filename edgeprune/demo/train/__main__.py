@@ -52,7 +52,7 @@ def train(name: str, recipe: Recipe, work: Path, out: Path, *, seed: int = 0, co
             own, networks, latents, captions,
             steps=recipe.steps, seed=seed, batch=recipe.batch, peak=recipe.rate, compiled=compiled,
         )  # fmt: skip
-        save_pipeline(networks.pipeline(vae), out, recipe.generation)
+        save_pipeline(networks.pipeline(vae), out, recipe.generation, recipe.world)
 
 
 def wait(folder: Path) -> Lock:
@@ -77,7 +77,7 @@ def draft(name: str, recipe: Recipe, work: Path, out: Path) -> None:
     networks = recipe.networks(work / name, recipe.world.grammar)
     load_average(work / name, networks)
     vae = AutoencoderKL.from_pretrained(work / recipe.world.name / "vae")
-    save_pipeline(networks.pipeline(vae), out, recipe.generation)
+    save_pipeline(networks.pipeline(vae), out, recipe.generation, recipe.world)
 
 
 def main() -> None:

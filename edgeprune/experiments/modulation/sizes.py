@@ -19,6 +19,7 @@ from edgeprune.planning.make import make_plan
 from edgeprune.planning.options import PlanOptions
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.denoising import generate
+from edgeprune.shapes import PLAIN
 from edgeprune.stages.compress import preset
 from edgeprune.stages.distill import run as run_distill
 from edgeprune.stages.plan import run as run_plan
@@ -77,7 +78,7 @@ def smaller(study: Study, name: str, variant: Variant) -> tuple[PrunePlan, Any]:
         model = prune(study.family, study.teacher, study.config, plan, study.usual.mean, basis)
         return plan, study.rounded(model)
     ws = Workspace(study.out / "variants" / name, None)
-    options = preset("default", builtin=True)
+    options = preset("default", world=PLAIN)
     assert options.distill is not None
     run_plan(ws, variant.plan, study.base.report_path)
     run_prune(ws)

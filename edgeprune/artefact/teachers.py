@@ -7,8 +7,10 @@ from pathlib import Path
 from edgeprune.artefact.resolve import BUILTIN
 from edgeprune.common.errors import InputError
 
+SHAPES = "shapes"
+"""The built-in model's name as a teacher."""
 _ASSETS = Path(__file__).parents[2] / "assets"
-TEACHERS = {"shapes": BUILTIN, "rich-sd3": _ASSETS / "rich-sd3", "rich-flux": _ASSETS / "rich-flux"}
+TEACHERS = {SHAPES: BUILTIN, "rich-sd3": _ASSETS / "rich-sd3", "rich-flux": _ASSETS / "rich-flux"}
 """Pipeline folders by name."""
 
 
@@ -24,3 +26,13 @@ def teacher(name: str) -> Path:
     if not (folder / "model_index.json").is_file():
         raise InputError(f"--teacher {name}: {folder} is missing; train it, which takes hours: make assets ONLY={name}")
     return folder
+
+
+def model_of(name: str) -> str | None:
+    """Return a teacher as commands name a model: its folder, None for the built-in one.
+
+    Raises:
+        InputError: see `teacher`.
+    """
+    folder = teacher(name)
+    return None if name == SHAPES else str(folder)
