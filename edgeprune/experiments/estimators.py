@@ -1,9 +1,9 @@
 """The study behind docs/analysis.md: estimators against the exhaustive protocol, and plans at equal size.
 
-    python -m edgeprune.experiments.estimators -o build/analysis [--write docs/analysis.md]
+    python -m edgeprune.experiments.estimators -o build/analysis [--teacher rich-sd3] [--write docs/analysis.md]
 
-Runs on the built-in model. Each estimator runs in its own process, so its peak memory is its own. OUT/found.json keeps
-the results, so an interrupted study resumes.
+Each estimator runs in its own process, so its peak memory is its own. OUT/found.json keeps the results, so an
+interrupted study resumes.
 """
 
 from __future__ import annotations
@@ -23,50 +23,51 @@ import psutil
 import torch
 from scipy.stats import spearmanr
 
-from edgeprune import shapes
 from edgeprune.analysis.contribution import Contribution, ContributionReport, Group, fingerprint, groups, removed
 from edgeprune.analysis.estimators.exhaustive import Exhaustive
 from edgeprune.analysis.estimators.gates import Gates
 from edgeprune.analysis.estimators.reuse import Reuse
-from edgeprune.artefact.resolve import BUILTIN, read_config
+from edgeprune.artefact.resolve import read_config, resolve
 from edgeprune.common.errors import EdgepruneError
 from edgeprune.common.files import read_json, write_json
 from edgeprune.common.intervals import half_width
 from edgeprune.common.splits import Split
 from edgeprune.common.tables import interval_text
 from edgeprune.experiments.pages import insert
+from edgeprune.experiments.teachers import TEACHERS, Teacher, add_option
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.make import make_plan
 from edgeprune.stages.modulation import modulation_mean
 from edgeprune.stages.prompts import prompts_of
 from edgeprune.stages.workspace import Workspace
 
-CAPTIONS = 7
-"""Captions to analyze on, one per task; each gives six states."""
+ONE_EACH = None
+"""One caption per task to analyze on; each gives six states."""
 FEW = 1
 """Captions for scoring pairs one by one."""
-HELD_OUT = 14
+HELD_OUT = 2
+"""Held-out captions of each task."""
 DRAWS = 1000
 BUDGETS = (0.79, 0.65)
 """Shares of the parameters that plans may keep."""
-RUNS: dict[str, tuple[Any, dict[str, int], int, str]] = {
-    "exhaustive": (Exhaustive, {}, CAPTIONS, "singles"),
-    "reuse": (Reuse, {}, CAPTIONS, "singles"),
+RUNS: dict[str, tuple[Any, dict[str, int], int | None, str]] = {
+    "exhaustive": (Exhaustive, {}, ONE_EACH, "singles"),
+    "reuse": (Reuse, {}, ONE_EACH, "singles"),
     "reuse, 1 caption": (Reuse, {}, 1, "singles"),
-    "gates": (Gates, {"projections": 1}, CAPTIONS, "singles"),
-    "gates, 4 projections": (Gates, {"projections": 4}, CAPTIONS, "singles"),
-    "gates, 8 projections": (Gates, {"projections": 8}, CAPTIONS, "singles"),
-    "joint: reuse": (Reuse, {}, CAPTIONS, "joint"),
-    "joint: gates": (Gates, {"projections": 1}, CAPTIONS, "joint"),
+    "gates": (Gates, {"projections": 1}, ONE_EACH, "singles"),
+    "gates, 4 projections": (Gates, {"projections": 4}, ONE_EACH, "singles"),
+    "gates, 8 projections": (Gates, {"projections": 8}, ONE_EACH, "singles"),
+    "joint: reuse": (Reuse, {}, ONE_EACH, "joint"),
+    "joint: gates": (Gates, {"projections": 1}, ONE_EACH, "joint"),
     "pairs: reuse": (Reuse, {}, FEW, "pairs"),
-    "pairs: gates": (Gates, {"projections": 1}, CAPTIONS, "pairs"),
+    "pairs: gates": (Gates, {"projections": 1}, ONE_EACH, "pairs"),
 }
 """By name: estimator, its options, number of captions, and what to score."""
 
 
-def prepared(out: Path, captions: list[str]) -> tuple[Any, VelocityError, torch.Tensor]:
+def prepared(out: Path, teacher: Teacher, captions: list[str]) -> tuple[Any, VelocityError, torch.Tensor]:
     """Return the folder, the metric on these captions, and the mean modulation input (D)."""
-    ws = Workspace(out / "model", None)
+    ws = Workspace(out / "model", teacher.model)
     metric = VelocityError(ws.pipe, ws.generation, captions, split=Split.ANALYSIS)
     return ws, metric, modulation_mean(ws, captions)
 
@@ -87,10 +88,16 @@ def groups_to_score(ws: Any, kind: str) -> list[Group]:
     }[kind]
 
 
-def run_one(out: Path, name: str) -> dict[str, Any]:
+def captions_of(teacher: Teacher, count: int | None) -> list[str]:
+    """Return captions to analyze on."""
+    grammar = teacher.world.grammar
+    return prompts_of(Split.ANALYSIS, count or len(grammar.names), grammar)
+
+
+def run_one(out: Path, teacher: Teacher, name: str) -> dict[str, Any]:
     """Return one run's scores, seconds, memory growth, and work in evaluations of the transformer."""
     kind, options, count, scored = RUNS[name]
-    ws, metric, mean = prepared(out, prompts_of(Split.ANALYSIS, count, shapes))
+    ws, metric, mean = prepared(out, teacher, captions_of(teacher, count))
     blocks, samples = ws.family.blocks(ws.pipe.transformer), [0]
     estimator = kind(ws.family, metric, mean, **options)
 
@@ -133,9 +140,10 @@ def agreement(exact: dict[Group, float], estimate: dict[Group, float], seed: int
 class Study:
     """The results so far, and how to measure the rest."""
 
-    def __init__(self, out: Path) -> None:
-        self.out, self.path = out, out / "found.json"
-        out.mkdir(parents=True, exist_ok=True)
+    def __init__(self, out: Path, teacher: Teacher) -> None:
+        self.given, self.teacher, self.out = out, teacher, teacher.folder(out)
+        self.path = self.out / "found.json"
+        self.out.mkdir(parents=True, exist_ok=True)
         self.results: dict[str, Any] = read_json(self.path) if self.path.is_file() else {}
 
     def once(self, key: str, measure: Callable[[], Any]) -> None:
@@ -153,7 +161,8 @@ class Study:
 
     def apart(self, name: str) -> dict[str, Any]:
         """Return `run_one` of a new process."""
-        command = [sys.executable, "-m", "edgeprune.experiments.estimators", "-o", str(self.out), "--one", name]
+        command = [sys.executable, "-m", "edgeprune.experiments.estimators", "--teacher", self.teacher.name]
+        command += ["-o", str(self.given), "--one", name]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return result
@@ -165,15 +174,17 @@ class Study:
         count = runs[0]["captions"]
         return ContributionReport(
             fingerprint=fingerprint(ws.config), family=ws.family.name, num_blocks=ws.family.block_count(ws.config),
-            metric="velocity", prompts=prompts_of(Split.ANALYSIS, count, shapes),
+            metric="velocity", prompts=captions_of(self.teacher, count),
             untouched=[0.0] * count, scores=scores,
         )  # fmt: skip
 
     def plans(self) -> list[dict[str, Any]]:
         """Return the velocity error on held-out captions of every method's plan at every budget."""
-        ws, _, mean = prepared(self.out, prompts_of(Split.ANALYSIS, CAPTIONS, shapes))
+        ws, _, mean = prepared(self.out, self.teacher, captions_of(self.teacher, ONE_EACH))
+        grammar = self.teacher.world.grammar
+        count = HELD_OUT * len(grammar.names)
         held_out = VelocityError(
-            ws.pipe, ws.generation, prompts_of(Split.HELD_OUT, HELD_OUT, shapes), split=Split.HELD_OUT
+            ws.pipe, ws.generation, prompts_of(Split.HELD_OUT, count, grammar), split=Split.HELD_OUT
         )
         model = ws.pipe.transformer
 
@@ -214,7 +225,7 @@ class Study:
         return out
 
 
-def tables(results: dict[str, Any]) -> str:
+def tables(results: dict[str, Any], teacher: Teacher) -> str:
     """Return the tables between the marks of docs/analysis.md."""
     exact = drops(results["exhaustive"])
     joint = drops(results["joint: reuse"])
@@ -246,17 +257,17 @@ def tables(results: dict[str, Any]) -> str:
             lines.append(f"| {row['keep']} | {row['method']} | {row['failed']} | | | | |")
             continue
         lines.append(
-            f"| {row['parameters'] / _original_parameters():.3f} | {row['method']} | {row['blocks']} blocks, "
+            f"| {row['parameters'] / _original_parameters(teacher):.3f} | {row['method']} | {row['blocks']} blocks, "
             f"{row['components']} components | {row['int4_bytes'] / 1e6:.2f} MB | "
             f"{row['error']:.3f} ± {row['interval']:.3f} | {row['scored']} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _original_parameters() -> float:
+def _original_parameters(teacher: Teacher) -> float:
     from edgeprune.quantization.precision import footprint
 
-    config, family = read_config(BUILTIN)
+    config, family = read_config(resolve(teacher.model))
     return footprint(family, family.tensor_shapes(config)).parameters
 
 
@@ -266,15 +277,20 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("build/analysis"))
     parser.add_argument("--one", choices=RUNS, help="measure only this run; prints JSON on the last line")
     parser.add_argument("--write", type=Path, help="a page whose tables to replace")
+    add_option(parser)
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(run_one(args.out, args.one)))
-        return
-    study = Study(args.out)
-    study.run()
-    text = tables(study.results)
-    if args.write:
-        insert(args.write, text.rstrip("\n"))
+    teacher = TEACHERS[args.teacher]
+    try:
+        if args.one:
+            print(json.dumps(run_one(teacher.folder(args.out), teacher, args.one)))
+            return
+        study = Study(args.out, teacher)
+        study.run()
+        text = tables(study.results, teacher)
+        if args.write:
+            insert(args.write, text.rstrip("\n"), teacher.named("measured"))
+    except EdgepruneError as error:
+        parser.exit(2, f"{error}\n")
     print(text)
 
 

@@ -1,9 +1,9 @@
 """The section of docs/analysis.md on guidance: are parts ranked alike by the conditional and by the guided velocity?
 
-    python -m edgeprune.experiments.guidance -o build/guidance [--write docs/analysis.md]
+    python -m edgeprune.experiments.guidance -o build/guidance [--teacher rich-sd3] [--write docs/analysis.md]
 
-Runs on the built-in model, with captions of the analysis split; errors are of held-out captions. The guided velocity at
-scale s is u + s (c - u), where c has the prompt and u has none.
+It ranks with captions of the analysis split; errors are of held-out captions. The guided velocity at scale s is
+u + s (c - u), where c has the prompt and u has none, so a teacher that takes the scale as an input is refused.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from scipy.stats import spearmanr
 
 from edgeprune.analysis.contribution import ContributionReport, Group, fingerprint, groups, removed
 from edgeprune.artefact.surgery import prune
+from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.splits import Split
 from edgeprune.experiments.pages import insert
+from edgeprune.experiments.teachers import TEACHERS, Teacher, add_option
 from edgeprune.metrics.velocity import VelocityError, squares
 from edgeprune.planning.make import make_plan
 from edgeprune.sampling.denoising import encode_prompts, velocity
-from edgeprune.shapes import evaluation_prompts
+from edgeprune.shapes import World
 from edgeprune.stages.modulation import modulation_mean
 from edgeprune.stages.workspace import Workspace
 
 SCALES = (1.0, 2.0, 4.0, 7.0)
-"""1 is the conditional velocity, which `analyze` measures; 2 is the built-in model's own scale."""
+"""1 is the conditional velocity, which `analyze` measures; 2 is the teachers' own scale."""
 PLANS: dict[str, dict[str, Any]] = {
     f"{what}, {keep}": {"keep": keep, "protect_first": 0, **options}
     for what, options in (("blocks", {"method": "hpp"}), ("components", {"method": "hybrid", "threshold": 0.0}))
@@ -39,8 +41,8 @@ PLANS: dict[str, dict[str, Any]] = {
 class Guided:
     """The relative error of the velocity at every scale, on one caption of each task."""
 
-    def __init__(self, ws: Workspace, split: Split) -> None:
-        self.captions = [p.text for p in evaluation_prompts(1, split=split)]
+    def __init__(self, ws: Workspace, world: World, split: Split) -> None:
+        self.captions = [p.text for p in world.grammar.evaluation_prompts(1, split=split)]
         self.metric = VelocityError(ws.pipe, ws.generation, self.captions, split=split)
         empty = encode_prompts(ws.pipe, [""], ws.generation.max_sequence_length)
         self.conditions = self.metric.condition, empty[[0] * len(self.metric.states)]
@@ -66,10 +68,16 @@ class Guided:
         return out
 
 
-def measure(out: Path) -> str:
-    """Return the section's two tables."""
-    ws = Workspace(out / "model", None)
-    analysis, held_out = (Guided(ws, split) for split in (Split.ANALYSIS, Split.HELD_OUT))
+def measure(out: Path, teacher: Teacher) -> str:
+    """Return the section's two tables.
+
+    Raises:
+        InputError: the teacher is not guided by a second evaluation.
+    """
+    if not teacher.guided:
+        raise InputError(f"--teacher {teacher.name}: takes the guidance scale as an input; expected one that is guided")
+    ws = Workspace(out / "model", teacher.model)
+    analysis, held_out = (Guided(ws, teacher.world, split) for split in (Split.ANALYSIS, Split.HELD_OUT))
     mean = modulation_mean(ws, analysis.captions)
     scores: dict[float, dict[Group, list[float]]] = {scale: {} for scale in SCALES}
     for parts in groups(ws.family, ws.config):
@@ -110,10 +118,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m edgeprune.experiments.guidance", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, default=Path("build/guidance"))
     parser.add_argument("--write", type=Path, help="a page whose tables to replace")
+    add_option(parser)
     args = parser.parse_args()
-    text = measure(args.out)
-    if args.write:
-        insert(args.write, text, "guidance")
+    teacher = TEACHERS[args.teacher]
+    try:
+        text = measure(teacher.folder(args.out), teacher)
+        if args.write:
+            insert(args.write, text, teacher.named("guidance"))
+    except EdgepruneError as error:
+        parser.exit(2, f"{error}\n")
     print(text)
 
 

@@ -1,4 +1,4 @@
-"""What a change of the built-in model costs on captions that nothing has seen."""
+"""What a change of a teacher costs on captions that nothing has seen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune import shapes
 from edgeprune.common.intervals import mean_interval
 from edgeprune.common.splits import Split
 from edgeprune.common.tables import interval_text
@@ -55,9 +54,11 @@ class Held:
     """Held-out captions: six states on each of the original's trajectories, and its images."""
 
     def __init__(self, ws: Workspace, per_task: int = PER_TASK) -> None:
-        found = shapes.evaluation_prompts(per_task)
-        by_task = [[p for p in found if p.meaning.task == task] for task in shapes.TASKS]
-        self.ws, self.prompts = ws, [prompt for group in zip(*by_task, strict=True) for prompt in group]
+        assert ws.world is not None  # it is a teacher's
+        found = ws.world.grammar.evaluation_prompts(per_task)
+        by_task = [[p for p in found if p.meaning.task == task] for task in ws.world.grammar.names]
+        self.ws, self.world = ws, ws.world
+        self.prompts = [prompt for group in zip(*by_task, strict=True) for prompt in group]
         self.captions = [prompt.text for prompt in self.prompts]
         self.metric = VelocityError(ws.pipe, ws.generation, self.captions, split=Split.HELD_OUT)
         self.images = self._drawn()
@@ -84,7 +85,7 @@ class Held:
         pairs = list(zip(images, self.prompts, strict=True))
         return error | {
             "decibels": [decibels(first, other) for first, other in zip(self.images, images, strict=True)],
-            "right": [float(shapes.check(image, prompt.meaning)) for image, prompt in pairs],
+            "right": [float(self.world.check(image, prompt.meaning)) for image, prompt in pairs],
         }
 
     def _drawn(self, *, guided: bool = False) -> NDArray[np.uint8]:

@@ -1,6 +1,6 @@
-"""The table of docs/int4.md: what each choice of integers loses, on the built-in model.
+"""The table of docs/int4.md: what each choice of integers loses, on a teacher.
 
-    python -m edgeprune.experiments.integers -o build/integers [--write docs/int4.md]
+    python -m edgeprune.experiments.integers -o build/integers [--teacher rich-sd3] [--write docs/int4.md]
 
 Nothing is removed and nothing trained, so that all of the error is that of the integers. An interrupted run resumes.
 """
@@ -20,6 +20,7 @@ from edgeprune.common.intervals import mean_interval
 from edgeprune.common.tables import duration, interval_text, markdown_table
 from edgeprune.experiments.held_out import Held
 from edgeprune.experiments.pages import command
+from edgeprune.experiments.teachers import Teacher
 from edgeprune.planning.options import PlanOptions
 from edgeprune.quantization.quantize import CALIBRATIONS
 from edgeprune.stages import plan, prune, quantize
@@ -37,9 +38,9 @@ def options() -> Iterator[QuantizeOptions]:
             yield QuantizeOptions(calibration=calibration, count=count if calibration != "none" else None)
 
 
-def measure(out: Path) -> list[dict[str, Any]]:
+def measure(out: Path, teacher: Teacher) -> list[dict[str, Any]]:
     """Return a row for each of `options`."""
-    ws, path = Workspace(out / "model", None), out / "found.json"
+    ws, path = Workspace(out / "model", teacher.model), out / "found.json"
     plan.run(ws, PlanOptions("manual", blocks=""))
     prune.run(ws)
     held = Held(ws)
@@ -48,7 +49,7 @@ def measure(out: Path) -> list[dict[str, Any]]:
         if any(row["options"] == chosen.to_json() for row in found):
             continue
         began = time.perf_counter()
-        quantize.run(Workspace(ws.out, None, fresh=True), chosen)
+        quantize.run(Workspace(ws.out, teacher.model, fresh=True), chosen)
         seconds = time.perf_counter() - began
         model = load_transformer(ws.out, quantized=True)
         found.append({"options": chosen.to_json(), "seconds": seconds} | held.measure(model))
@@ -84,4 +85,4 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    command("integers", __doc__, lambda out: table(measure(out)))
+    command("integers", __doc__, lambda *given: table(measure(*given)))

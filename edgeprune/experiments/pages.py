@@ -6,30 +6,44 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from edgeprune.common.errors import EdgepruneError, InputError
+from edgeprune.experiments.teachers import TEACHERS, Teacher, add_option
+
 MARKS = "<!-- {} -->", "<!-- end -->"
 
 
 def insert(page: Path, text: str, name: str = "measured") -> None:
-    """Replace the text between `<!-- name -->` and the next `<!-- end -->`."""
+    """Replace the text between `<!-- name -->` and the next `<!-- end -->`.
+
+    Raises:
+        InputError: the page has no such place.
+    """
     begin, end = MARKS[0].format(name), MARKS[1]
-    before, rest = page.read_text(encoding="utf-8").split(begin)
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    if not found:
+        raise InputError(f"{page}: found no {begin}; add it and {end}, a line each, where the table belongs")
     after = rest.split(end, 1)[1]
     page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
-def command(name: str, description: str | None, table: Callable[[Path], str]) -> None:
-    """Read `-o` and `--write` from the command line, measure, and print the table or write it into a page.
+def command(name: str, description: str | None, table: Callable[[Path, Teacher], str]) -> None:
+    """Read `-o`, `--teacher` and `--write` from the command line, measure, and print the table or write it into a page.
 
     Args:
         name: of the experiment's module.
         description: for `--help`.
-        table: measures in a folder, and returns the table in Markdown.
+        table: measures a teacher in a folder, and returns the table in Markdown.
     """
     parser = argparse.ArgumentParser(prog=f"python -m edgeprune.experiments.{name}", description=description)
     parser.add_argument("-o", "--out", type=Path, default=Path("build") / name.replace("_", "-"))
     parser.add_argument("--write", type=Path, help="a page whose table to replace")
+    add_option(parser)
     args = parser.parse_args()
-    text = table(args.out)
-    if args.write:
-        insert(args.write, text)
+    teacher = TEACHERS[args.teacher]
+    try:
+        text = table(teacher.folder(args.out), teacher)
+        if args.write:
+            insert(args.write, text, teacher.named("measured"))
+    except EdgepruneError as error:
+        parser.exit(2, f"{error}\n")
     print(text)

@@ -1,10 +1,10 @@
-"""The tables of docs/distill.md: all weights, PWP and PWP from states at equal work, on the built-in model.
+"""The tables of docs/distill.md: all weights, PWP and PWP from states at equal work, on a teacher.
 
-    python -m edgeprune.experiments.tail -o build/tail [--write docs/distill.md]
+    python -m edgeprune.experiments.tail -o build/tail [--teacher rich-sd3] [--write docs/distill.md]
 
 It takes the extra adamw8bit. An interrupted run goes on with the row that it was at. With --write it keeps what it has
-in docs/distill.json, from which another goes on. Several at a time share the rows: each takes one that no other works
-on.
+in docs/distill.json, or its like of another teacher, from which another goes on. Several at a time share the rows: each
+takes one that no other works on.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from edgeprune.data.settings import SHAPES, CacheOptions, settings_of
 from edgeprune.experiments import held_out
 from edgeprune.experiments.held_out import Held
 from edgeprune.experiments.pages import command
+from edgeprune.experiments.teachers import Teacher
 from edgeprune.planning.options import QUARTER, PlanOptions
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.stages import analyze, distill, plan, prune, quantize
@@ -46,10 +47,9 @@ PER_TASK = 30
 """Held-out captions of each task."""
 STATES = 2048
 SAMPLES = 2048
-BLOCKS = "7,8,11"
-COMPONENTS = "7:mlp,8:attn,9:mlp,10:mlp"
+BLOCKS, COMPONENTS = "blocks", "components"
 GUIDANCE = 2.0
-"""The built-in model's scale."""
+"""The teachers' scale."""
 
 RESULTS = Path("docs/distill.json")
 _VALUES = [name for name, _ in held_out.MEASURED.values()]
@@ -61,6 +61,7 @@ class Row:
     """What is trained."""
 
     removed: str
+    """BLOCKS or COMPONENTS: the teacher's."""
     way: str
     """`all` weights, what follows the first removed part (`pwp`), or that from states (`tail`)."""
     stand_in: bool = False
@@ -83,20 +84,20 @@ class Row:
         given = (
             True, self.stand_in, self.graded, self.calibration != "none", self.optimizer != ADAMW, self.guided,
         )  # fmt: skip
-        kind = "blocks" if self.removed == BLOCKS else "components"
-        return "-".join([kind, *(part for part, is_given in zip(parts, given, strict=True) if is_given)])
+        return "-".join([self.removed, *(part for part, is_given in zip(parts, given, strict=True) if is_given)])
 
 
 COMPARED = tuple(Row(BLOCKS, way, stand_in) for stand_in in (False, True) for way in ("all", "pwp", "tail"))
 
 
-def rows() -> Iterator[Row]:
-    """Yield what is compared."""
+def rows(teacher: Teacher) -> Iterator[Row]:
+    """Yield what is compared. Guidance that is an input cannot be learned."""
     yield from COMPARED
     yield Row(BLOCKS, "tail", calibration="feedback")
     for graded in (False, True):
         yield Row(COMPONENTS, "pwp", graded=graded)
-    yield Row(BLOCKS, "tail", guided=True)
+    if teacher.guided:
+        yield Row(BLOCKS, "tail", guided=True)
     yield Row(BLOCKS, "tail", optimizer=EIGHT_BIT)
 
 
@@ -118,35 +119,36 @@ def options(row: Row, chosen: PrunePlan, seed: int) -> DistillOptions:
     )  # fmt: skip
 
 
-def measure(out: Path) -> None:
+def measure(out: Path, teacher: Teacher) -> None:
     """Measure what is missing of each row with each seed."""
-    while not _alone(out / "data", lambda: encode(out)):
+    while not _alone(out / "data", lambda: encode(out, teacher)):
         time.sleep(_WAIT_S)
-    held, known, folder = None, _known(), out / f"original-{os.getpid()}"
+    held, known, folder = None, _known(teacher), out / f"original-{os.getpid()}"
     # Blocks first: other rows only add to them.
-    wanted = sorted(((row, seed) for seed in SEEDS for row in rows()), key=lambda one: one[0].extra)
+    wanted = sorted(((row, seed) for seed in SEEDS for row in rows(teacher)), key=lambda one: one[0].extra)
     while left := [
         (row, seed) for row, seed in wanted if not (_key(row, seed) in known or _path(out, row, seed).is_file())
     ]:
-        held = held or Held(Workspace(folder, None), PER_TASK)
-        ran = [_alone(_path(out, *one), partial(trained, *one, out, held)) for one in left]
+        held = held or Held(Workspace(folder, teacher.model), PER_TASK)
+        ran = [_alone(_path(out, *one), partial(trained, *one, out, teacher, held)) for one in left]
         if not any(ran):  # others work on the rest
             time.sleep(_WAIT_S)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _known() -> dict[str, dict[str, Any]]:
-    return read_json(RESULTS) if RESULTS.is_file() else {}
+def _known(teacher: Teacher) -> dict[str, dict[str, Any]]:
+    kept = teacher.results(RESULTS)
+    return read_json(kept) if kept.is_file() else {}
 
 
-def collected(out: Path) -> dict[str, dict[str, Any]]:
+def collected(out: Path, teacher: Teacher) -> dict[str, dict[str, Any]]:
     """Return the figures of all rows and seeds that were measured, here or before; keep them in RESULTS."""
-    found = _known()
+    found = _known(teacher)
     for seed in SEEDS:
-        for row in rows():
+        for row in rows(teacher):
             if (path := _path(out, row, seed)).is_file():
                 found[_key(row, seed)] = read_json(path)
-    write_json(RESULTS, found)
+    write_json(teacher.results(RESULTS), found)
     return found
 
 
@@ -169,9 +171,9 @@ def _alone(path: Path, work: Callable[[], None]) -> bool:
         return False
 
 
-def encode(out: Path) -> None:
+def encode(out: Path, teacher: Teacher) -> None:
     """Draw the images that are trained on, and encode them."""
-    ws, options = Workspace(out / "original", None), CacheOptions(SHAPES, SAMPLES)
+    ws, options = Workspace(out / "original", teacher.model), CacheOptions(SHAPES, SAMPLES)
     settings = settings_of(ws.source, ws.generation, options, computed_in=ws.original.computed_in(drawing=False))
     folder = out / "data"
     unfinished = folder.with_name("data.tmp")
@@ -179,15 +181,15 @@ def encode(out: Path) -> None:
     unfinished.rename(folder)
 
 
-def trained(row: Row, seed: int, out: Path, held: Held) -> None:
+def trained(row: Row, seed: int, out: Path, teacher: Teacher, held: Held) -> None:
     """Prune, train and quantize, and write what that loses."""
     shutil.rmtree(out / _key(row, seed), ignore_errors=True)  # so that all of the training is timed
-    ws = Workspace(out / _key(row, seed), None)
+    ws = Workspace(out / _key(row, seed), teacher.model)
     if row.removed == COMPONENTS:
         analyze.run(ws, AnalyzeOptions(estimator="gates", count=7))
-        plan.run(ws, PlanOptions("manual", components=COMPONENTS))
+        plan.run(ws, PlanOptions("manual", components=teacher.components))
     else:
-        plan.run(ws, PlanOptions("manual", blocks=BLOCKS, stand_in=QUARTER if row.stand_in else None))
+        plan.run(ws, PlanOptions("manual", blocks=teacher.blocks[0], stand_in=QUARTER if row.stand_in else None))
     prune.run(ws)
     chosen = options(row, ws.plan(), seed)
     began = time.process_time()
@@ -201,10 +203,10 @@ def trained(row: Row, seed: int, out: Path, held: Held) -> None:
     print(_key(row, seed), np.mean(found["right"]), flush=True)
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(found: dict[str, dict[str, Any]], teacher: Teacher) -> str:
     """Return what was measured in Markdown. Intervals are over captions, of each the mean of the seeds."""
     lines = []
-    for row in rows():
+    for row in rows(teacher):
         seeds = [found[_key(row, seed)] for seed in SEEDS if _key(row, seed) in found]
         if not seeds:
             continue
@@ -212,7 +214,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         names = {"all": "all weights", "pwp": "PWP", "tail": f"PWP from {STATES:,} states"}
         given = [names[row.way]] + ["graded"] * row.graded + ["prefix by feedback"] * (row.calibration != "none")
         given += ["guidance learned"] * row.guided + [row.optimizer] * (row.optimizer != ADAMW)
-        removed = f"blocks {BLOCKS}" if row.removed == BLOCKS else f"components {COMPONENTS}"
+        removed = f"{row.removed} {teacher.blocks[0] if row.removed == BLOCKS else teacher.components}"
         lines.append(
             (
                 removed, "stand-ins" if row.stand_in else "cut", ", ".join(given), str(len(seeds)),
@@ -253,12 +255,12 @@ def differences(found: dict[str, dict[str, Any]]) -> str:
     return markdown_table(("difference", "seeds", *_VALUES), lines)
 
 
-def tables(out: Path) -> str:
+def tables(out: Path, teacher: Teacher) -> str:
     """Measure and return both tables. Stopped with Ctrl-C, they are of what there is."""
     with contextlib.suppress(KeyboardInterrupt):
-        measure(out)
-    found = collected(out)
-    return f"{table(found)}\n\n{differences(found)}"
+        measure(out, teacher)
+    found = collected(out, teacher)
+    return f"{table(found, teacher)}\n\n{differences(found)}"
 
 
 if __name__ == "__main__":

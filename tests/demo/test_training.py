@@ -24,7 +24,9 @@ from edgeprune.demo.train.saving import save_pipeline
 from edgeprune.demo.train.scenes import make_latents
 from edgeprune.demo.train.sd3 import Sd3
 from edgeprune.demo.train.vae import make_vae, train_vae
-from edgeprune.families import family_of_model
+from edgeprune.experiments import teachers as experiments
+from edgeprune.families import family_of, family_of_model
+from edgeprune.planning.make import make_plan
 from edgeprune.sampling.denoising import generate
 from edgeprune.sampling.generation import Generation
 from edgeprune.shapes import PLAIN, RICH, world_of
@@ -153,6 +155,14 @@ def test_the_rich_teachers_are_of_the_agreed_size_and_see_the_training_split_alo
         networks = recipe.networks(words, recipe.world.grammar)
     assert 10e6 <= sum(p.numel() for p in networks.modules.parameters()) <= 12e6
     assert recipe.splits == (Split.TRAINING,) and recipe.world.size == recipe.generation.height
+    # What the experiments remove from it is there.
+    config, chosen = dict(networks.modules["transformer"].config), experiments.TEACHERS[name]
+    family = family_of(config, name)
+    assert (chosen.world, chosen.width) == (recipe.world, family.width(config))
+    assert chosen.guided == family.guided(config, recipe.generation.guidance_scale)
+    for removed in (*({"blocks": blocks} for blocks in chosen.blocks), {"components": chosen.components}):
+        plan = make_plan(family, config, None, method="manual", **removed)
+        assert plan.after.parameters < plan.before.parameters
 
 
 def test_a_missing_teacher_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,15 +11,17 @@ from filelock import FileLock
 
 from edgeprune.artefact.resolve import BUILTIN, read_config
 from edgeprune.experiments import tail
+from edgeprune.experiments.teachers import BUILT_IN
 from edgeprune.planning.make import make_plan
 
 PAGE = Path(__file__).parents[2] / "docs" / "distill.md"
 
 
-@pytest.mark.parametrize("row", list(tail.rows()), ids=lambda row: row.key)
+@pytest.mark.parametrize("row", list(tail.rows(BUILT_IN)), ids=lambda row: row.key)
 def test_every_row_does_the_same_work(row: tail.Row) -> None:
     config, family = read_config(BUILTIN)
-    removed = {"blocks": row.removed} if row.removed == tail.BLOCKS else {"components": row.removed}
+    of_blocks = row.removed == tail.BLOCKS
+    removed = {"blocks": BUILT_IN.blocks[0]} if of_blocks else {"components": BUILT_IN.components}
     plan = make_plan(family, config, None, method="manual", **removed)
     chosen = tail.options(row, plan, 0)
     total, first, kept = plan.num_blocks, plan.first_pruned, len(plan.kept)
@@ -48,12 +50,12 @@ def test_a_row_that_another_process_works_on_is_left_to_it(tmp_path: Path) -> No
 
 def test_the_page_is_made_of_the_committed_results() -> None:
     found = json.loads((PAGE.parent / "distill.json").read_text(encoding="utf-8"))
-    for made in (tail.table(found), tail.differences(found)):
+    for made in (tail.table(found, BUILT_IN), tail.differences(found)):
         assert made in PAGE.read_text(encoding="utf-8")
     for values in found.values():
         assert len(values["right"]) == len(values["tasks"]) == 7 * tail.PER_TASK
     assert re.search(r"\*\*Missing yet\*\*", PAGE.read_text(encoding="utf-8")) or len(found) == len(tail.SEEDS) * len(
-        list(tail.rows())
+        list(tail.rows(BUILT_IN))
     )
 
 
@@ -73,4 +75,4 @@ def test_guidance_that_was_learned_has_no_velocity_error() -> None:
     images = {"tasks": ["a", "a"], "right": [0.0, 1.0], "decibels": [1.0, 9.0], "steps": 1, "seconds": 1.0}
     found = {f"{one.key}-0": images, f"{other.key}-0": images | {"error": [1.0, 2.0]}}
     assert tail.differences(found).splitlines()[-1].startswith(f"| {name} | 1 |  | +0.000")
-    assert "guidance learned | 1 | 1 |  | 0.500" in tail.table(found)
+    assert "guidance learned | 1 | 1 |  | 0.500" in tail.table(found, BUILT_IN)

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeprune import shapes
 from edgeprune.common.splits import Split
-from edgeprune.experiments.modulation.study import CAPTIONS, Study
+from edgeprune.experiments.modulation.study import Study
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.modulation import GRID, choose_rank, subspace
 from edgeprune.quantization.precision import Precision
@@ -58,14 +57,15 @@ def storage(study: Study) -> dict[str, float]:
 
 def calibration(study: Study) -> dict[str, dict[str, float]]:
     """Return the error on held-out captions by what the basis was calibrated on."""
-    usual = ["", *study.captions(CAPTIONS)]
+    usual = ["", *study.captions()]
+    many = f"{len(usual) - 1} captions"
     choices: dict[str, torch.Tensor] = {
-        f"{7 * n} captions": study.inputs(["", *study.captions(n)]) for n in (1, 2, 4, 8, 16, 32)
+        f"{study.tasks * n} captions": study.inputs(["", *study.captions(n)]) for n in (1, 2, 4, 8, 16, 32)
     }
-    choices["112 captions, sampler's timesteps only"] = study.inputs(usual, study.levels)
-    choices["112 captions, four timesteps only"] = study.inputs(usual, study.levels[::5])
-    choices["112 captions, even grid only"] = study.inputs(usual, torch.linspace(0, 1, GRID))
-    choices["112 captions without the empty one"] = study.inputs(usual[1:])
+    choices[f"{many}, sampler's timesteps only"] = study.inputs(usual, study.levels)
+    choices[f"{many}, four timesteps only"] = study.inputs(usual, study.levels[::5])
+    choices[f"{many}, even grid only"] = study.inputs(usual, torch.linspace(0, 1, GRID))
+    choices[f"{many} without the empty one"] = study.inputs(usual[1:])
     rows: dict[str, dict[str, float]] = {}
     for name, inputs in choices.items():
         basis = subspace(inputs.flatten(0, 1))
@@ -76,7 +76,9 @@ def calibration(study: Study) -> dict[str, dict[str, float]]:
 def auto(study: Study) -> dict[str, int | None]:
     """Return the rank that `auto` chooses by the number of captions it sees, apart from the empty one."""
     width = study.usual.mean.numel()
-    return {str(7 * n): choose_rank(study.inputs(["", *study.captions(n)]), width) for n in (1, 2, 4, 8, 16, 32)}
+    return {
+        str(study.tasks * n): choose_rank(study.inputs(["", *study.captions(n)]), width) for n in (1, 2, 4, 8, 16, 32)
+    }
 
 
 def seen(study: Study) -> dict[str, dict[str, float]]:
@@ -93,14 +95,15 @@ def seen(study: Study) -> dict[str, dict[str, float]]:
 def timesteps(study: Study) -> dict[str, dict[str, float]]:
     """Return the error at single timesteps, on scenes mixed with noise; prompts held out."""
     texts = study.held_out
-    pictures = [p.meaning for p in shapes.evaluation_prompts(3)]
-    images = np.stack([shapes.render(m, np.random.default_rng(i)) for i, m in enumerate(pictures)])
+    world = study.world
+    pictures = [p.meaning for p in world.grammar.evaluation_prompts(3)]
+    images = np.stack([world.render(m, np.random.default_rng(i)) for i, m in enumerate(pictures)])
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     clean = encode_images(study.pipe, tensor)
     fresh = noise(Split.HELD_OUT.seeds(len(texts)), tuple(clean.shape[1:]))
     condition = encode_prompts(study.pipe, texts, study.generation.max_sequence_length)
     rows: dict[str, dict[str, float]] = {}
-    sampler = subspace(study.inputs(["", *study.captions(CAPTIONS)], study.levels).flatten(0, 1))
+    sampler = subspace(study.inputs(["", *study.captions()], study.levels).flatten(0, 1))
     models = {"32": study.thin(32), "64": study.thin(64), "32, sampler's timesteps only": study.thin(32, sampler)}
     for t in (1000, 995, 950, 800, 500, 200, 50, 5, 0):
         states = torch.lerp(clean, fresh, t / 1000)
@@ -117,7 +120,7 @@ def timesteps(study: Study) -> dict[str, dict[str, float]]:
 @torch.no_grad()
 def guidance(study: Study) -> dict[str, dict[str, float]]:
     """Return the error of the guided velocity by scale, with and without the empty prompt in the calibration."""
-    without = subspace(study.inputs(study.captions(CAPTIONS)).flatten(0, 1))
+    without = subspace(study.inputs(study.captions()).flatten(0, 1))
     models = {f"{r}": study.thin(r) for r in (16, 32)}
     models |= {f"{r}, without the empty prompt": study.thin(r, without) for r in (16, 32)}
     m = study.metric

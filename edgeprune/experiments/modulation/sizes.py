@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune import shapes
 from edgeprune.analysis.contribution import ContributionReport
 from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.surgery import prune
@@ -19,7 +18,7 @@ from edgeprune.planning.make import make_plan
 from edgeprune.planning.options import PlanOptions
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.sampling.denoising import generate
-from edgeprune.shapes import PLAIN
+from edgeprune.shapes import Prompt, World, score
 from edgeprune.stages.compress import preset
 from edgeprune.stages.distill import run as run_distill
 from edgeprune.stages.plan import run as run_plan
@@ -77,8 +76,8 @@ def smaller(study: Study, name: str, variant: Variant) -> tuple[PrunePlan, Any]:
         basis = study.usual.basis(plan.modulation_rank) if plan.modulation_rank else None
         model = prune(study.family, study.teacher, study.config, plan, study.usual.mean, basis)
         return plan, study.rounded(model)
-    ws = Workspace(study.out / "variants" / name, None)
-    options = preset("default", world=PLAIN)
+    ws = Workspace(study.out / "variants" / name, study.model)
+    options = preset("default", world=study.world)
     assert options.distill is not None
     run_plan(ws, variant.plan, study.base.report_path)
     run_prune(ws)
@@ -103,19 +102,19 @@ def judge_variant(study: Study, name: str, variant: Variant) -> dict[str, Any]:
     return judged(study, name, smaller(study, name, variant)[1])
 
 
-def scored(study: Study) -> list[shapes.Prompt]:
+def scored(study: Study) -> list[Prompt]:
     """Return the held-out captions whose images are checked."""
-    return shapes.evaluation_prompts(study.per_task)
+    return study.world.grammar.evaluation_prompts(study.per_task)
 
 
 def judged(study: Study, name: str, model: Any) -> dict[str, Any]:
     """Return the score with its interval, prompts lost and won against the teacher, and the PSNR to its images."""
     original, made = _images(study, "teacher", study.teacher), _images(study, name, model)
     prompts = scored(study)
-    first, other = (_passed(images, prompts) for images in (original, made))
+    first, other = (_passed(images, prompts, study.world) for images in (original, made))
     tasks = [p.meaning.task for p in prompts]
     return {
-        "score": shapes.score(other, tasks),
+        "score": score(other, tasks),
         "lost": int(((first == 1) & (other == 0)).sum()),
         "won": int(((first == 0) & (other == 1)).sum()),
         "psnr_db": mean_decibels(list(original), list(made)),
@@ -137,5 +136,5 @@ def _images(study: Study, name: str, model: Any) -> NDArray[np.uint8]:
     return loaded
 
 
-def _passed(images: NDArray[np.uint8], prompts: list[shapes.Prompt]) -> NDArray[np.float64]:
-    return np.asarray([float(shapes.check(i, p.meaning)) for i, p in zip(images, prompts, strict=True)])
+def _passed(images: NDArray[np.uint8], prompts: list[Prompt], world: World) -> NDArray[np.float64]:
+    return np.asarray([float(world.check(i, p.meaning)) for i, p in zip(images, prompts, strict=True)])

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeprune import shapes
 from edgeprune.artefact.surgery import prune
 from edgeprune.common.files import read_json, write_json
 from edgeprune.common.splits import Split
+from edgeprune.experiments.teachers import Teacher
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.modulation import GRID, Subspace, modulation_inputs, subspace
@@ -25,8 +25,6 @@ from edgeprune.stages.prompts import CALIBRATION_PROMPTS, prompts_of
 from edgeprune.stages.workspace import Workspace
 
 Prompts = list[str]
-CAPTIONS = CALIBRATION_PROMPTS // len(shapes.TASKS)
-"""Captions of each task that calibrate the modulation."""
 
 
 def print_progress(what: str, done: int = 0, total: int = 0, note: str = "") -> None:
@@ -36,19 +34,22 @@ def print_progress(what: str, done: int = 0, total: int = 0, note: str = "") -> 
 
 
 class Study:
-    """The built-in model, variants of it, and what was measured."""
+    """A teacher, variants of it, and what was measured."""
 
-    def __init__(self, out: Path, *, per_task: int, steps: int) -> None:
+    def __init__(self, out: Path, teacher: Teacher, *, per_task: int, steps: int) -> None:
         """Open the study in `out`, or begin it.
 
         Args:
+            out: the folder.
+            teacher: what is studied.
             per_task: held-out captions of each task whose images are scored.
             steps: training steps of a distilled variant.
         """
-        self.out, self.per_task, self.steps = out, per_task, steps
+        self.out, self.model, self.world, self.per_task, self.steps = out, teacher.model, teacher.world, per_task, steps
+        self.guided = teacher.guided
         self.path = out / "study.json"
         self.results: dict[str, Any] = read_json(self.path) if self.path.is_file() else {}
-        self.base = Workspace(out / "analysis", None)
+        self.base = Workspace(out / "analysis", self.model)
         self.pipe, self.family, self.config = self.base.pipe, self.base.family, self.base.config
         self.teacher, self.generation = self.pipe.transformer, self.base.generation
 
@@ -73,19 +74,25 @@ class Study:
         pooled = encode_prompts(self.pipe, prompts, self.generation.max_sequence_length).pooled
         return modulation_inputs(self.family, self.teacher, levels * 1000, pooled, self.generation.guidance_scale)
 
-    def captions(self, per_task: int) -> Prompts:
-        """Return captions to calibrate on."""
-        return prompts_of(Split.CALIBRATION, per_task * len(shapes.TASKS), shapes)
+    @property
+    def tasks(self) -> int:
+        """The number of tasks of captions."""
+        return len(self.world.grammar.names)
+
+    def captions(self, per_task: int | None = None) -> Prompts:
+        """Return captions to calibrate on; by default about as many as `plan` takes."""
+        count = self.tasks * (per_task or CALIBRATION_PROMPTS // self.tasks)
+        return prompts_of(Split.CALIBRATION, count, self.world.grammar)
 
     @functools.cached_property
     def held_out(self) -> Prompts:
         """Three captions per task that neither the model nor any calibration has seen."""
-        return [p.text for p in shapes.evaluation_prompts(3)]
+        return [p.text for p in self.world.grammar.evaluation_prompts(3)]
 
     @functools.cached_property
     def usual(self) -> Subspace:
         """The subspace that `plan` would calibrate."""
-        return subspace(self.inputs(["", *self.captions(CAPTIONS)]).flatten(0, 1))
+        return subspace(self.inputs(["", *self.captions()]).flatten(0, 1))
 
     def thin(self, rank: int, basis: Subspace | None = None) -> Any:
         """Return the teacher with its modulation projected onto `rank` directions, in float32."""
