@@ -30,6 +30,7 @@ from edgeprune.common.errors import AssertionMissedError, EdgepruneError, InputE
 from edgeprune.common.files import write_json
 from edgeprune.common.intervals import paired_drop
 from edgeprune.sampling.generation import Generation
+from edgeprune.shapes import PLAIN, WORLDS
 
 
 def measured(name: str, scale: float, quality: Quality | None = None) -> Measured:
@@ -152,15 +153,17 @@ def test_psnr() -> None:
 
 
 def test_score_counts_prompts_not_seeds() -> None:
-    from edgeprune import shapes
-
-    prompts = [p for p in shapes.evaluation_prompts(2) for _ in range(2)]
-    rng = np.random.default_rng(0)
-    images = np.stack([shapes.render(p.meaning, rng) for p in prompts])
-    found = _score(images, prompts)
-    assert (found.score, found.images) == (1.0, 28) and set(found.tasks) == set(shapes.TASKS)
-    images[:] = 238
-    assert _score(images, prompts).score == 0
+    for world in WORLDS.values():
+        tasks = world.grammar.names
+        prompts = [p for p in world.grammar.evaluation_prompts(2) for _ in range(2)]
+        rng = np.random.default_rng(0)
+        images = np.stack([world.render(p.meaning, rng) for p in prompts])
+        found = _score(images, prompts, world)
+        assert (found.score, found.images) == (1.0, 4 * len(tasks)) and set(found.tasks) == set(tasks)
+        images[:] = 238
+        assert _score(images, prompts, world).score == 0
+    with pytest.raises(InputError, match=r"found images of \(128, 128\), expected 64x64"):
+        _score(images, prompts, PLAIN)
 
 
 def test_bytes(tmp_path: Path) -> None:
