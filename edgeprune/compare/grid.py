@@ -36,6 +36,8 @@ class Row:
     seeds: int
     group: str
     """Rows of one group share a plot style."""
+    work: int | None = None
+    """Evaluations of a block by one sample that its training takes, see training/work.py; None for its own steps."""
 
     @property
     def varies(self) -> bool:
@@ -128,6 +130,8 @@ class _Grid(BaseModel, extra="forbid"):
     budget: float = Field(gt=0, lt=1)
     reference: str
     seeds: int = Field(default=1, ge=1, le=_MOST_SEEDS)
+    work: int | None = Field(default=None, ge=1)
+    """Each row that is trained takes as many steps as this work allows."""
     distill: dict[str, Any] = {}
     quantize: dict[str, Any] = {}
     rows: list[_Row] = Field(min_length=1)
@@ -157,13 +161,18 @@ def _row(row: _Row, grid: _Grid, start: CompressOptions) -> Row:
         rounded = quantize.group_size if row.quantize is not False and row.aware else None
         training = _set(replace(start.distill or DistillOptions(), int4_group_size=rounded), grid.distill, row.distill)
         training.check()
+        if grid.work is not None and "steps" in grid.distill | row.distill:
+            raise InputError(f"{row.name}: distill.steps: the grid's work says how many steps it takes; remove one")
         if training.guidance is not None:
             raise InputError(
                 f"{row.name}: distill.guidance: every row is drawn as the original is, with guidance; remove it"
             )
     plan = replace(plan, group_size=quantize.group_size)
     options = replace(start, plan=plan, distill=training, quantize=quantize)
-    made = Row(name=row.name, options=options, quantized=row.quantize is not False, seeds=1, group=row.group)
+    made = Row(
+        name=row.name, options=options, quantized=row.quantize is not False, seeds=1, group=row.group,
+        work=grid.work if training is not None else None,
+    )  # fmt: skip
     return replace(made, seeds=row.seeds or grid.seeds) if made.varies else made
 
 

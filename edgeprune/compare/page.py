@@ -35,7 +35,8 @@ def cells(summary: dict[str, Any]) -> list[tuple[str, ...]]:
         out.append((f"{other['pipeline']}, as it is", "", size, ratio, "", interval_text(other["score"]), drop, "", ""))
     for row in summary["rows"]:
         seeds = f"{row['seeds']} seeds" if row["seeds"] > 1 else "1 seed" if row["one_seed"] else ""
-        name = f"{row['name']} ({seeds})" if seeds else row["name"]
+        said = ", ".join(filter(None, (seeds, f"{row['steps']:,} steps" if row["steps"] else "")))
+        name = f"{row['name']} ({said})" if said else row["name"]
         out.append(
             (
                 name,

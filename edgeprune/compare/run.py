@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from edgeprune.artefact.checks import check_pipeline
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.manifest import HALF, INT4
 from edgeprune.artefact.resolve import read_config
+from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest, files_digest, read_json, write_json
 from edgeprune.common.linking import is_linked
 from edgeprune.common.memory import ComputeOptions
@@ -45,7 +46,7 @@ from edgeprune.shapes import World
 from edgeprune.stages import analyze
 from edgeprune.stages.analyze import run as run_analyze
 from edgeprune.stages.compress import expected_plan, forecast, memories, works
-from edgeprune.stages.distill import defaults_of, seen_by_quantize
+from edgeprune.stages.distill import defaults_of, recipe_of, seen_by_quantize
 from edgeprune.stages.distill import run as run_distill
 from edgeprune.stages.memory import Memory
 from edgeprune.stages.options import AnalyzeOptions, CompressOptions
@@ -54,6 +55,7 @@ from edgeprune.stages.prune import run as run_prune
 from edgeprune.stages.quantize import run as run_quantize
 from edgeprune.stages.work import Subject, Work
 from edgeprune.stages.workspace import Workspace
+from edgeprune.training.work import steps_in
 
 
 def prompts_to_score(
@@ -115,9 +117,13 @@ def forecast_grid(
     generation = Generation.load(source)
     say_guesses(source, ())
     budget = int(grid.budget * footprint(family, family.tensor_shapes(config)).bf16_bytes)
-    forecasts = [(row.seeds, forecast(source, row.seeded(0, budget), generation, compute=compute)) for row in grid.rows]
+    subject, forecasts = Subject(source, family, config, generation), list[tuple[int, dict[str, Any]]]()
+    for row in grid.rows:
+        options = row.seeded(0, budget)
+        if row.work is not None:
+            options = at_work(row, options, expected_plan(source, generation, options), subject)
+        forecasts.append((row.seeds, forecast(source, options, generation, compute=compute)))
     first, runs = forecasts[0][1], sum(seeds for seeds, _ in forecasts)
-    subject = Subject(source, family, config, generation)
     scored = (runs + 1) * evaluations(metric, generation, prompts, subject.by_step)
     scoring = _scoring_bytes(Memory(subject, Compute.of(compute or ComputeOptions())), metric, prompts)
     copied = _copied_bytes(source, out, variant)
@@ -165,7 +171,25 @@ class _Run:
         key = {"options": self.options.to_json(), "quantized": self.row.quantized, "generation": generation.to_json()}
         if self.options.distill is not None:
             key["recipe"] = defaults_of(self.options.plan.method)
+        if self.row.work is not None:
+            key["work"] = self.row.work
         return key
+
+
+def at_work(row: Row, options: CompressOptions, plan: PrunePlan, subject: Subject) -> CompressOptions:
+    """Return a row's options with as many training steps as its work allows; unchanged if it has none.
+
+    Raises:
+        InputError: the work does not suffice for a step.
+    """
+    if row.work is None or options.distill is None:
+        return options
+    recipe = recipe_of(options.distill, plan, subject.family, subject.config, subject.generation)
+    try:
+        steps = steps_in(row.work, plan, recipe, options.distill)
+    except InputError as error:
+        raise InputError(f"{row.name}: {error}") from None
+    return replace(options, distill=replace(options.distill, steps=steps))
 
 
 def _check(base: Workspace, runs: Sequence[_Run], metric: str, prompts: int, out: Path, progress: Progress) -> None:
@@ -185,7 +209,8 @@ def _check(base: Workspace, runs: Sequence[_Run], metric: str, prompts: int, out
         if run.row.name not in plans:  # another seed leaves as much
             plans[run.row.name] = expected_plan(base.source, base.generation, run.options)
         expected = plans[run.row.name]
-        stages = works(subject, run.options, expected, 0)
+        options = at_work(run.row, run.options, expected, subject)
+        stages = works(subject, options, expected, 0)
         shared |= {name: work for name in ("analyze", "data") if (work := stages.pop(name)).evaluations}
         del stages["encoders"]
         if not run.row.quantized:
@@ -193,7 +218,7 @@ def _check(base: Workspace, runs: Sequence[_Run], metric: str, prompts: int, out
         left = expected.after.parameters / expected.before.parameters
         total += sum(stages.values(), Work(evaluations=per_score * left))
         written += expected.after.bf16_bytes + run.row.quantized * expected.after.int4_bytes + copied
-        memory = max(memory, *memories(base.memory, run.options, expected, 0).values())
+        memory = max(memory, *memories(base.memory, options, expected, 0).values())
     if "analyze" in base.manifest.stages:
         shared.pop("analyze", None)
     if any(base.cache.glob("data-*")):
@@ -281,6 +306,7 @@ def _run(
     ws = base.sibling(folder)
     ws.fresh = True  # replace the folder of another grid that has a row of the same name
     run_plan(ws, options.plan, base.report_path if row.reads_contributions else None)
+    options = at_work(row, options, ws.plan(), ws.subject)
     if options.distill is None:
         ws.skip_distillation()
     run_prune(ws, progress)
@@ -308,6 +334,7 @@ def _run(
         "blocks": plan.blocks,
         "components": plan.components,
         "modulation_rank": plan.modulation_rank,
+        "steps": options.distill.steps if options.distill else 0,
         "train_s": ws.manifest.stages["distill"]["seconds"] if options.distill else 0.0,
         "step_ratio": times.ratio,
         "step_ratio_quartiles": times.quartiles,

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.stages import analyze, distill, plan, prune, quantize
 from edgeprune.stages.options import AnalyzeOptions, DataOptions, QuantizeOptions
 from edgeprune.stages.workspace import Workspace
-from edgeprune.training.recipe import ADAMW, EIGHT_BIT, DistillOptions
+from edgeprune.training.recipe import ADAMW, EIGHT_BIT, DistillOptions, Recipe
+from edgeprune.training.work import steps_in
 
 WORK = 100_000
 """Evaluations of a block by one sample that each row trains for; a backward pass counts as two."""
@@ -103,20 +104,14 @@ def rows(teacher: Teacher) -> Iterator[Row]:
 
 def options(row: Row, chosen: PrunePlan, seed: int) -> DistillOptions:
     """Return the options of a row, with as many steps as its work allows."""
-    first, kept, total = chosen.first_pruned, len(chosen.kept), chosen.num_blocks
-    taught, prefix, learned = total, first, 3 * (kept - first)
-    work = WORK
-    if row.way == "all":
-        prefix, learned = 0, 3 * kept
-    elif row.way == "tail":
-        work, taught, prefix = WORK - STATES * ((2 if row.guided else 1) * total + first), 0, 0
-    return DistillOptions(
-        steps=work // (BATCH * (taught + prefix + learned)), batch=BATCH, rate=5e-4, schedule="cosine", ema=0.98,
+    found = DistillOptions(
+        batch=BATCH, rate=5e-4, schedule="cosine", ema=0.98,
         seed=seed, freeze_prefix=row.way != "all", sensitivity="graded" if row.graded else "off",
         states=STATES if row.way == "tail" else 0,
         prefix_calibration=row.calibration if row.way == "tail" else None, optimizer=row.optimizer,
         guidance=GUIDANCE if row.guided else None,
     )  # fmt: skip
+    return replace(found, steps=steps_in(WORK, chosen, found.over(Recipe()), found))
 
 
 def measure(out: Path, teacher: Teacher) -> None:

@@ -18,6 +18,7 @@ from edgeprune.compare import page, run
 from edgeprune.compare.grid import GRIDS, Grid, grid_named
 from edgeprune.compare.summary import summarise
 from edgeprune.metrics.scoring import CAPTIONS
+from edgeprune.planning.plan import PrunePlan
 from edgeprune.residency.streaming import _STREAM
 from edgeprune.shapes import PLAIN, RICH
 from edgeprune.stages import workspace
@@ -101,6 +102,7 @@ def test_rows(tmp_path: Path) -> None:
         ('name = "half"', 'name = "ours"', "expected one of them, once"),
         ('reference = "ours"', 'reference = "theirs"', "reference: found 'theirs' among koala, ours, half"),
         ("[[rows]]", "[[rows", "not a readable TOML file"),
+        ("seeds = 2", "work = 1000", "koala: distill.steps: the grid's work says how many steps it takes; remove one"),
     ],
 )
 def test_what_a_grid_may_not_contain(old: str, new: str, said: str, tmp_path: Path) -> None:
@@ -186,6 +188,24 @@ def test_a_grid_runs_once_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
     pictures = [path.read_bytes() for path in first]
     assert [path.read_bytes() for path in page.write(summary, out)] == pictures
     assert "| koala (2 seeds) |" in (out / "compare.md").read_text()
+
+
+def test_rows_of_equal_work_take_their_own_steps(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_pipeline(source)
+    text = GRID.replace("steps = 2\n", "").replace("seeds = 2", "work = 100")
+    text = text.replace("protect_first = 0, protect_last = 0", "protect_first = 1, protect_last = 0")
+    grid = Grid.load(write(tmp_path / "grid.toml", text), START)
+    summary = run.compare(Workspace(out / "original", str(source)), grid, "velocity", ["a red circle"], out)
+    koala, ours, half = (row["steps"] for row in summary["rows"])
+    for name, steps, is_frozen in (("koala", koala, False), ("ours", ours, True)):
+        plan = PrunePlan.load(out / name / "seed-0" / "plan.json")
+        frozen = plan.first_pruned if is_frozen else 0
+        assert steps == 100 // (2 * (plan.num_blocks + frozen + 3 * (len(plan.kept) - frozen))) > 0
+    assert half is None and f"| koala (1 seed, {koala} steps) |" in page.markdown(summary)
+    few = Grid.load(write(tmp_path / "few.toml", text.replace("work = 100", "work = 5")), START)
+    with pytest.raises(InputError, match=r"^koala: work: found 5 evaluations of a block, expected at least 0 for"):
+        run.forecast_grid(source, few, 1, "velocity", out)
 
 
 def test_a_grid_of_days_is_refused_before_it_begins(tmp_path: Path) -> None:
