@@ -30,8 +30,9 @@ import numpy as np
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import needs
 from edgeprune.common.fields import whole_number
-from edgeprune.common.files import read_ahead, read_json
+from edgeprune.common.files import read_json
 from edgeprune.common.pieces import Needs
+from edgeprune.common.read_ahead import read_ahead
 from edgeprune.common.threads import usable
 from edgeprune.runtimes.base import Array, Settings
 from edgeprune.runtimes.external import check_external

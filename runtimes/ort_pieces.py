@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.common.extras import needs
-from edgeprune.common.files import read_ahead
 from edgeprune.common.pieces import UncountableError
+from edgeprune.common.read_ahead import read_ahead
 from edgeprune.runtimes.mapped import evicting
 from edgeprune.runtimes.onnx_graph import OnnxGraph, Piece, input_kinds, read_model
 from edgeprune.runtimes.onnx_vae import OnnxStrips
