@@ -32,7 +32,7 @@ help:
 	@echo "make demo    compress, export and bench the built-in model"
 	@echo "make bench   only the bench, on the export that make demo wrote; fails if edgeprune --help takes over 0.5 s"
 	@echo "make bench-full   list the rows of docs/full-size.md and what they take here; ROW=name measures one"
-	@echo "make evidence     the tables of docs/evidence.md: methods compared on the built-in model, an hour or two"
+	@echo "make evidence     list the rows of docs/evidence.md: methods compared on the teachers; ROW=name measures one"
 	@echo "make assets       train the other teachers of shapes world from their seed, five hours; ONLY=name for one"
 	@echo "make test    run the tests"
 	@echo "make test-slow    run those that take minutes"
@@ -74,9 +74,9 @@ bench: $(STAMP)
 bench-full: $(DEV_STAMP)
 	@$(BIN)/python -m edgeprune.experiments.full_size $(ROW) --out $(FULL) $(if $(ROW),--write docs/full-size.md)
 
-# Two grids of training runs. Run it again after an interruption and it resumes.
+# A row takes from ten minutes to two hours. Run it again after an interruption and it resumes.
 evidence: $(STAMP)
-	@$(BIN)/python -m edgeprune.experiments.evidence --out build/compare --write docs/evidence.md
+	@$(BIN)/python -m edgeprune.experiments.evidence $(ROW) $(if $(ROW),--write docs/evidence.md)
 
 # One after the other; each prints a forecast first. Run it again after an interruption and it resumes.
 assets: $(STAMP)
