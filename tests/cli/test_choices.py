@@ -48,8 +48,8 @@ def choices() -> Iterator[tuple[str, str, list[str]]]:
 CHOICES = list(choices())
 FIXED = {
     ("compress", "--method"), ("plan", "--method"), ("compress", "--metric"), ("analyze", "--metric"),
-    ("compare", "--metric"), ("score", "--metric"), ("generate", "--runtime"), ("bench", "--runtime"),
-    ("tune", "--metric"), ("tune", "--runtime"),
+    ("compare", "--metric"), ("compare", "--teacher"), ("score", "--metric"), ("generate", "--runtime"),
+    ("bench", "--runtime"), ("tune", "--metric"), ("tune", "--runtime"),
     ("score", "--runtime"), ("export", "--target"), ("export", "--device"), ("compress", "--fit"), ("plan", "--fit"),
     ("export", "--modulation"), ("compress", "--encoders"), ("quantize", "--encoders"),
     ("analyze", "--estimator"), ("compress", "--estimator"), ("distill", "--schedule"), ("distill", "--sensitivity"),
