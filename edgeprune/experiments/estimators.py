@@ -33,7 +33,7 @@ from edgeprune.common.files import read_json, write_json
 from edgeprune.common.intervals import half_width
 from edgeprune.common.splits import Split
 from edgeprune.common.tables import interval_text
-from edgeprune.experiments.pages import insert
+from edgeprune.experiments.pages import check_marks, insert
 from edgeprune.experiments.teachers import TEACHERS, Teacher, add_option
 from edgeprune.metrics.velocity import VelocityError
 from edgeprune.planning.make import make_plan
@@ -284,6 +284,8 @@ def main() -> None:
         if args.one:
             print(json.dumps(run_one(teacher.folder(args.out), teacher, args.one)))
             return
+        if args.write:
+            check_marks(args.write, teacher.named("measured"))
         study = Study(args.out, teacher)
         study.run()
         text = tables(study.results, teacher)

@@ -20,7 +20,7 @@ from edgeprune.analysis.contribution import ContributionReport, Group, fingerpri
 from edgeprune.artefact.surgery import prune
 from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.splits import Split
-from edgeprune.experiments.pages import insert
+from edgeprune.experiments.pages import check_marks, insert
 from edgeprune.experiments.teachers import TEACHERS, Teacher, add_option
 from edgeprune.metrics.velocity import VelocityError, squares
 from edgeprune.planning.make import make_plan
@@ -122,6 +122,8 @@ def main() -> None:
     args = parser.parse_args()
     teacher = TEACHERS[args.teacher]
     try:
+        if args.write:
+            check_marks(args.write, teacher.named("guidance"))
         text = measure(teacher.folder(args.out), teacher)
         if args.write:
             insert(args.write, text, teacher.named("guidance"))

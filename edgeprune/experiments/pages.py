@@ -12,16 +12,21 @@ from edgeprune.experiments.teachers import TEACHERS, Teacher, add_option
 MARKS = "<!-- {} -->", "<!-- end -->"
 
 
-def insert(page: Path, text: str, name: str = "measured") -> None:
-    """Replace the text between `<!-- name -->` and the next `<!-- end -->`.
+def check_marks(page: Path, name: str) -> None:
+    """Refuse a page without a place for a table, before hours of measuring.
 
     Raises:
-        InputError: the page has no such place.
+        InputError: the page has no `<!-- name -->`.
     """
     begin, end = MARKS[0].format(name), MARKS[1]
-    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
-    if not found:
+    if begin not in page.read_text(encoding="utf-8"):
         raise InputError(f"{page}: found no {begin}; add it and {end}, a line each, where the table belongs")
+
+
+def insert(page: Path, text: str, name: str = "measured") -> None:
+    """Replace the text between `<!-- name -->` and the next `<!-- end -->`."""
+    begin, end = MARKS[0].format(name), MARKS[1]
+    before, rest = page.read_text(encoding="utf-8").split(begin)
     after = rest.split(end, 1)[1]
     page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
@@ -40,10 +45,13 @@ def command(name: str, description: str | None, table: Callable[[Path, Teacher],
     add_option(parser)
     args = parser.parse_args()
     teacher = TEACHERS[args.teacher]
+    mark = teacher.named("measured")
     try:
+        if args.write:
+            check_marks(args.write, mark)
         text = table(teacher.folder(args.out), teacher)
         if args.write:
-            insert(args.write, text, teacher.named("measured"))
+            insert(args.write, text, mark)
     except EdgepruneError as error:
         parser.exit(2, f"{error}\n")
     print(text)

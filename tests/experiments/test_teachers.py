@@ -51,6 +51,7 @@ def test_the_command_measures_and_writes_for_one_teacher(
     with pytest.raises(SystemExit):
         run("--teacher", "rich-flux")
     assert "found no <!-- measured-rich-flux -->; add it and <!-- end -->" in capsys.readouterr().err
+    assert len(asked) == 2  # nothing is measured for a page that has no place for it
 
 
 def test_a_teacher_that_is_not_trained_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
