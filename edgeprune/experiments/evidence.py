@@ -30,7 +30,7 @@ from edgeprune.compare import page
 from edgeprune.compare.grid import Grid, grid_named
 from edgeprune.compare.run import compare, prompts_to_score
 from edgeprune.compare.summary import summarise
-from edgeprune.experiments.pages import insert
+from edgeprune.experiments.pages import check_marks, insert
 from edgeprune.experiments.teachers import TEACHERS, Teacher, teacher_named
 from edgeprune.stages.compress import preset
 from edgeprune.stages.workspace import Workspace
@@ -165,6 +165,8 @@ def main(
     if row is not None and row not in known:
         raise SystemExit(f"ROW={row}: expected one of {', '.join(known)}")
     try:
+        if write is not None:
+            check_marks(write, "rows")
         if row is not None:
             measure(known[row], out)
             print(table(known[row])[1])
