@@ -10,6 +10,7 @@ from subprocess import PIPE
 
 import pytest
 import torch
+from tiny import config_of
 
 from edgeprune.artefact.loading import load
 from edgeprune.artefact.teachers import TEACHERS, teacher
@@ -25,7 +26,7 @@ from edgeprune.demo.train.scenes import make_latents
 from edgeprune.demo.train.sd3 import Sd3
 from edgeprune.demo.train.vae import make_vae, train_vae
 from edgeprune.experiments import teachers as experiments
-from edgeprune.families import family_of, family_of_model
+from edgeprune.families import family_of_model
 from edgeprune.planning.make import make_plan
 from edgeprune.sampling.denoising import generate
 from edgeprune.sampling.generation import Generation
@@ -156,8 +157,8 @@ def test_the_rich_teachers_are_of_the_agreed_size_and_see_the_training_split_alo
     assert 10e6 <= sum(p.numel() for p in networks.modules.parameters()) <= 12e6
     assert recipe.splits == (Split.TRAINING,) and recipe.world.size == recipe.generation.height
     # What the experiments remove from it is there.
-    config, chosen = dict(networks.modules["transformer"].config), experiments.TEACHERS[name]
-    family = family_of(config, name)
+    transformer, chosen = networks.modules["transformer"], experiments.TEACHERS[name]
+    config, family = config_of(transformer), family_of_model(transformer)
     assert (chosen.world, chosen.width) == (recipe.world, family.width(config))
     assert chosen.guided == family.guided(config, recipe.generation.guidance_scale)
     for removed in (*({"blocks": blocks} for blocks in chosen.blocks), {"components": chosen.components}):
