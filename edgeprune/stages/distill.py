@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from edgeprune.artefact.loading import load_transformer
-from edgeprune.artefact.surgery import build, prune_state
+from edgeprune.artefact.loading import open_transformer
+from edgeprune.artefact.surgery import build, prune_state, structure
 from edgeprune.common import processes
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import digest
@@ -20,9 +20,10 @@ from edgeprune.data.cache import Index, is_cache, made_by, open_pairs
 from edgeprune.data.encode import make_cache, skip_report
 from edgeprune.data.pairs import Pairs
 from edgeprune.data.settings import SHAPES, CacheOptions, is_drawn, settings_of, source_digest
-from edgeprune.families import Architecture, Config
+from edgeprune.families import Architecture, Config, Family
 from edgeprune.planning.methods import baselines
 from edgeprune.planning.plan import PrunePlan
+from edgeprune.planning.remainder import remaining_shapes
 from edgeprune.residency.compute import Compute, is_small
 from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.schedule import NoiseSchedule
@@ -44,11 +45,11 @@ from edgeprune.stages.weights import (
 from edgeprune.stages.work import Subject, Work, drawing
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training.levels import FEW_STEPS, SHARE_ON_STEPS, default_levels
-from edgeprune.training.parallel import Parallel
+from edgeprune.training.parallel import Parallel, sharded
 from edgeprune.training.rank_memory import ProcessLayout, forecast_rank
-from edgeprune.training.recipe import EIGHT_BIT, HERE, DistillOptions, Placement, Recipe
+from edgeprune.training.recipe import EIGHT_BIT, HERE, DistillOptions, Placement, Recipe, in_prefix
 from edgeprune.training.resume import precision_of
-from edgeprune.training.teaching import lower
+from edgeprune.training.teaching import frozen_weights, load_teacher, narrowed
 from edgeprune.training.trained import rank_of
 from edgeprune.training.whole import distill
 
@@ -354,10 +355,15 @@ def _train_whole(
     pruned = prune_state(
         ws.family, ws.config, plan, original_weights(ws).__getitem__, mean, basis, stand_ins_of(ws, plan)
     )
-    student = build(ws.family, ws.config, plan, {n: t.float() for n, t in pruned.items()})
+    narrow, empty = narrowed(task.options, plan, sharded=sharded()), structure(ws.family, ws.config, plan)
+    frozen = frozen_weights(ws.family, empty, plan, task.options, task.recipe) if narrow else set()
+    for name in pruned.keys() - frozen:
+        pruned[name] = pruned[name].float()  # this frees the narrow one
+    student = build(ws.family, ws.config, plan, pruned)
+    pruned.clear()  # what training replaces is free, too
     return distill(
         ws.family,
-        _teacher(ws, task.options.teacher_precision),
+        _teacher(ws, task.options.teacher_precision, narrow=narrow),
         student,
         plan,
         ws.report(),
@@ -415,11 +421,12 @@ def _before(options: DistillOptions, plan: PrunePlan, prefix: float) -> float:
 
 def memory(of: Memory, options: DistillOptions, data: DataOptions, plan: PrunePlan) -> int:
     """Return the bytes that `run` takes at least in one process: of its data, of states, and of the training."""
-    subject = of.subject
+    subject, options = of.subject, in_precision(options, plan, of.compute)
     recipe = recipe_of(options, plan, subject.family, subject.config, subject.generation)
     source = data.source or SHAPES
     encoded = 0 if is_cache(source) else of.drawing(1) if is_drawn(source) else of.reading(1)
-    trained = of.process + training_bytes(options, recipe, plan) + _graph_bytes(of, options, recipe, plan)
+    held = training_bytes(subject.family, subject.config, options, recipe, plan)
+    trained = of.process + held + _graph_bytes(of, options, recipe, plan)
     return max(encoded, trained, of.process + of.transformer(1) if recipe.states else 0)
 
 
@@ -432,27 +439,42 @@ def _graph_bytes(of: Memory, options: DistillOptions, recipe: Recipe, plan: Prun
     return widths * of.subject.family.width(of.subject.config) * of.tokens * options.batch * itemsize
 
 
-def training_bytes(options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> int:
-    """Return the bytes of the tensors that training holds in float32.
+def training_bytes(family: Family, config: Config, options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> int:
+    """Return the bytes of the tensors that training holds in float32, and of weights that stay in 16 bits.
 
     They are the teacher's weights (four bits each, at least, if it is lowered) and the student's; where weights are
     trained, their gradients, two moments, the average and, of a small model that is trained rounded, the rounded
     weights (those of a large one are made again where they are needed). From states, all of them only of what follows
-    the frozen prefix. Of low-rank additions only the weights count, which from states stay in 16 bits, and their
-    rounded sums.
+    the frozen prefix. Weights that are not trained are in 16 bits where `narrowed` says so. Of low-rank additions only
+    the weights count, and their rounded sums.
+
+    Args:
+        family: the original's.
+        config: of the original.
+        options: of the training.
+        recipe: what those options became that follow from the plan and the model.
+        plan: what is pruned.
     """
-    prefix = plan.before.bf16_bytes * plan.first_pruned // plan.num_blocks
-    learned, rounded = max(0, plan.after.bf16_bytes - prefix), options.int4_group_size is not None
+    prefix, rounded = 2 * _prefix_numbers(family, config, plan), options.int4_group_size is not None
+    learned, wide = plan.after.bf16_bytes - prefix, 1 if narrowed(options, plan, sharded=False) else 2
     student = learned if recipe.states else plan.after.bf16_bytes
     trained = learned if recipe.freeze_prefix else student
-    whole = 2 * plan.before.bf16_bytes if options.teacher_precision == "float32" else plan.before.int4_bytes
+    whole = wide * plan.before.bf16_bytes if options.teacher_precision == "float32" else plan.before.int4_bytes
     teacher = 0 if recipe.states else whole
     narrow = options.mixed_precision not in (None, "no")  # autograd keeps rounded weights as they are multiplied
     if rank_of(options.train) is not None:  # what is added is small
-        return teacher + (1 + rounded) * (1 if recipe.states and narrow else 2) * student
+        return teacher + (1 + rounded) * (1 if recipe.states and narrow else wide) * student
     kept = rounded and is_small(plan.before.parameters)
     copies = 3 + (options.ema > 0) - (1.5 if options.optimizer == EIGHT_BIT else 0)
-    return int(teacher + 2 * student + (2 * copies + kept * (1 if narrow else 2)) * trained)
+    weights = 2 * trained + wide * (student - trained)
+    return int(teacher + weights + (2 * copies + kept * (1 if narrow else 2)) * trained)
+
+
+def _prefix_numbers(family: Family, config: Config, plan: PrunePlan) -> int:
+    """Return how many numbers of the pruned model come before the first pruned block."""
+    shapes = remaining_shapes(family, config, plan.blocks, plan.components, plan.modulation_rank, plan.stand_in_rank)
+    left = family.shorter_config(config, plan.kept)
+    return sum(math.prod(shape) for name, shape in shapes.items() if in_prefix(family, left, plan, name))
 
 
 def amount(ws: Workspace) -> str:
@@ -489,16 +511,20 @@ def _open(ws: Workspace, folder: Path, progress: Progress) -> Pairs:
     )  # fmt: skip
 
 
-def _teacher(ws: Workspace, precision: str) -> Any:
-    """Return the original transformer: a copy of its own where training changes its precision or shards it."""
+def _teacher(ws: Workspace, precision: str, *, narrow: bool) -> Any:
+    """Return the original transformer: a copy of its own where training changes its precision or shards it.
+
+    Args:
+        ws: the workspace.
+        precision: of its weights.
+        narrow: those of blocks stay in the dtype of their file, see `narrowed`.
+    """
     ws.original.release_surroundings()  # everything is encoded
     small = is_small(ws.plan().before.parameters) and ws.original.compute == Compute()
     if small and precision == "float32" and processes.count() == 1:
         return ws.teacher
     ws.original.release()
-    teacher = load_transformer(ws.source, quantized=False, variant=ws.variant)
-    lower(ws.family, teacher, precision)
-    return teacher
+    return load_teacher(open_transformer(ws.source, quantized=False, variant=ws.variant), precision, narrow=narrow)
 
 
 def _write(

@@ -22,19 +22,19 @@ from edgeprune.stages.weights import PrunedWeights
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training import lora
 from edgeprune.training.distill import train
-from edgeprune.training.parallel import Parallel
+from edgeprune.training.parallel import Parallel, sharded
 from edgeprune.training.recipe import HERE, DistillOptions, Placement, Recipe, adapt, parameter_groups
 from edgeprune.training.resume import steps_done
 from edgeprune.training.states import States
 from edgeprune.training.tail import TailLesson, cut
-from edgeprune.training.teaching import lower
+from edgeprune.training.teaching import load_teacher, narrowed
 from edgeprune.training.trained import rank_of
 
 _OPTION = "--states (of compress: --train-states)"
 _USES = 4
 """How often each state is trained on by default."""
 _MOST = 2048
-"""States of a round by default: 48 GB of those of SD3.5 Large at 1024x1024."""
+"""States of a round by default: 47 GB of those of SD3.5 Large at 1024x1024."""
 
 
 def defaults(options: DistillOptions, plan: PrunePlan, *, frozen: bool) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _round(
     adapt(ws.family, student, plan, recipe, options)
     lesson = TailLesson(
         ws.family, student, plan, None if files is None else States(files), options, recipe,
-        _teacher(ws, plan, options.teacher_precision) if recipe.lambda_feature else None,
+        _teacher(ws, plan, options) if recipe.lambda_feature else None,
     )  # fmt: skip
     groups = parameter_groups(ws.family, student, plan, ws.report(), recipe, options.rate)
     return train(
@@ -167,24 +167,19 @@ def _student(ws: Workspace, plan: PrunePlan, *, widened: bool) -> Any:
     """
     model = structure(ws.family, ws.config, plan)
     stored = StoredTransformer(ws.family, model, PrunedWeights(ws, plan, ws.manifest.stages["prune"]["inputs"]))
-    model = _loaded(stored, plan.first_pruned, widened=widened or is_small(plan.before.parameters))
+    cut(ws.family, model, plan.first_pruned)
+    dtype = torch.float32 if widened or is_small(plan.before.parameters) else None
+    state = {name: stored.read(name, dtype).clone() for name in model.state_dict()}
+    model.load_state_dict(state, strict=True, assign=True)
     for name, module in model.named_modules():
         if name.endswith(STAND_IN):
             module.float()
-    return model
+    return model.eval()
 
 
-def _teacher(ws: Workspace, plan: PrunePlan, precision: str) -> Any:
+def _teacher(ws: Workspace, plan: PrunePlan, options: DistillOptions) -> Any:
     """Return the original's blocks from the first pruned one on."""
     stored = open_transformer(ws.source, quantized=False, variant=ws.variant)
-    model = _loaded(stored, plan.first_pruned, widened=True)
-    lower(ws.family, model, precision)
-    return model
-
-
-def _loaded(stored: StoredTransformer, first: int, *, widened: bool) -> Any:
-    """Return a model from block `first` on, widened to float32 or in the dtype of its file."""
-    cut(stored.family, stored.model, first)
-    state = {name: stored.read(name, torch.float32 if widened else None).clone() for name in stored.model.state_dict()}
-    stored.model.load_state_dict(state, strict=True, assign=True)
-    return stored.model.eval()
+    cut(ws.family, stored.model, plan.first_pruned)
+    narrow = narrowed(options, plan, sharded=sharded())
+    return load_teacher(stored, options.teacher_precision, narrow=narrow)

@@ -23,6 +23,11 @@ from edgeprune.training.resume import gathered
 from edgeprune.training.zero import ZeroOptimizer, plugin, shard
 
 
+def sharded() -> bool:
+    """Return whether accelerate's config shards models or optimizer over processes: FSDP or DeepSpeed."""
+    return any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+
+
 class Parallel:
     """An Accelerator, and this process's share of the batch."""
 
@@ -58,7 +63,7 @@ class Parallel:
                 f"--mixed-precision: found {mixed_precision}, but accelerate's config says {configured}; "
                 "set both to the same value"
             )
-        if any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")):
+        if sharded():
             placement.check_sharded(optimizer)
         if mixed_precision == "fp16" and not torch.cuda.is_available():  # accelerate would silently use float32
             raise InputError("--mixed-precision: found fp16, expected no or bf16 without a CUDA GPU")

@@ -29,7 +29,7 @@ from edgeprune.training.eight_bit import moments_bytes
 from edgeprune.training.recipe import EIGHT_BIT, DistillOptions, Placement, Recipe, adapt, parameter_groups
 from edgeprune.training.rounding import Rounding
 from edgeprune.training.tail import cut
-from edgeprune.training.teaching import lower
+from edgeprune.training.teaching import block_weights, frozen_weights, lower, narrowed
 from edgeprune.training.trained import ALL
 
 
@@ -94,6 +94,9 @@ def forecast_rank(
         placement.check_sharded(options.optimizer)
     teacher = family.build(config, list(range(family.block_count(config))), frozenset())
     lower(family, teacher, options.teacher_precision)
+    narrow = narrowed(options, plan, sharded=layout.sharded)
+    if narrow:
+        _narrow(teacher, block_weights(family, teacher))
     if recipe.states:
         cut(family, teacher, plan.first_pruned)
     student: Any = structure(family, config, plan)
@@ -110,6 +113,8 @@ def forecast_rank(
             held.load_state_dict(
                 {n: t.float() for n, t in held.state_dict().items() if lora.is_trained(n)}, False, True
             )
+    elif narrow:
+        _narrow(held, frozen_weights(family, held, plan, options, recipe))
     student_bytes = layout.bytes_per_rank(held.parameters()) + _buffers(held)
     teacher_bytes = layout.bytes_per_rank(teacher.parameters()) + _buffers(teacher)
     absent = placement.teacher_offload or (recipe.states and not recipe.lambda_feature)
@@ -129,6 +134,11 @@ def forecast_rank(
         rows["gathered_bytes"] = 2 * largest  # one block computes while the next one is gathered
     rows["activations_bytes"] = _activations(family, student, options, sample, options.batch // micro_batches)
     return rows | {"rank_bytes": sum(rows.values()), "processes": layout.processes}
+
+
+def _narrow(model: nn.Module, names: Iterable[str]) -> None:
+    """Convert these weights to 16 bits, in place."""
+    model.load_state_dict({name: model.get_parameter(name).bfloat16() for name in names}, strict=False, assign=True)
 
 
 def _buffers(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 from edgeprune.analysis.contribution import ContributionReport
 from edgeprune.common.errors import InputError
 from edgeprune.common.extras import require
-from edgeprune.families import Family
+from edgeprune.families import Config, Family
 from edgeprune.planning.plan import PrunePlan
 from edgeprune.quantization.quantize import CALIBRATIONS
 from edgeprune.training import lora
@@ -204,6 +204,19 @@ def strengths(
     return out
 
 
+def in_prefix(family: Family, config: Config, plan: PrunePlan, name: str) -> bool:
+    """Return whether a tensor of the pruned model comes before the first pruned block; PWP freezes these.
+
+    Args:
+        family: the model's.
+        config: of the pruned model.
+        plan: what was pruned.
+        name: of the tensor.
+    """
+    place = family.place(config, name)
+    return not name.startswith(family.tail) if place is None else plan.kept[place[0]] < plan.first_pruned
+
+
 def parameter_groups(
     family: Family,
     student: nn.Module,
@@ -230,12 +243,10 @@ def parameter_groups(
     low_rank = any(lora.is_low_rank(name) for name, _ in student.named_parameters())
     for name, parameter in student.named_parameters():
         place = family.place(config, name)
-        if place is None:
-            frozen, value = recipe.freeze_prefix and not name.startswith(family.tail), 1.0
-        else:
-            original, component = plan.kept[place[0]], place[1]
-            frozen = recipe.freeze_prefix and original < plan.first_pruned
-            value = 1.0 if component is None else strength.get((original, component), 1.0)
+        value = 1.0
+        if place is not None and place[1] is not None:
+            value = strength.get((plan.kept[place[0]], place[1]), 1.0)
+        frozen = recipe.freeze_prefix and in_prefix(family, config, plan, name)
         frozen |= low_rank and not lora.is_trained(name)
         parameter.requires_grad_(not frozen)
         if not frozen:

@@ -57,7 +57,8 @@ class Rounding:
                 layer.forward = functools.partial(_rounded, layer, size)  # type: ignore[method-assign]
             else:
                 self.kept.append((layer, layer.weight.detach().cpu()))
-                layer.weight.data = round_int4(layer.weight.detach(), size)
+                weight = layer.weight.detach()
+                layer.weight.data = round_int4(weight.float(), size).to(weight.dtype)  # in 16 bits it would round twice
 
     def end(self) -> None:
         """Restore the student's layers and original weights."""
