@@ -32,7 +32,7 @@ from edgeprune.stages import tail
 from edgeprune.stages.costs import sample
 from edgeprune.stages.memory import SAVED_WIDTHS, Memory
 from edgeprune.stages.options import DataOptions, halvings
-from edgeprune.stages.states import Maker, state_bytes
+from edgeprune.stages.states import Maker, lot_of, state_bytes
 from edgeprune.stages.weights import (
     PrunedWeights,
     by_block,
@@ -407,10 +407,14 @@ def trained(subject: Subject, options: DistillOptions, plan: PrunePlan) -> Work:
 
 
 def made(subject: Subject, options: DistillOptions, plan: PrunePlan) -> Work:
-    """Return the work of making the states of all rounds."""
+    """Return the work of making the states of all rounds.
+
+    A prefix that error feedback rounds is run twice by the first lot: for its inputs, and to send them on.
+    """
     recipe = recipe_of(options, plan, subject.family, subject.config, subject.generation)
-    states = recipe.states * recipe.rounds
-    return Work(evaluations=states * _before(options, plan, plan.first_pruned / plan.num_blocks))
+    prefix, states = plan.first_pruned / plan.num_blocks, recipe.states * recipe.rounds
+    calibrating = 2 * prefix * lot_of(subject.numbers, recipe.states) if recipe.prefix_calibration != "none" else 0.0
+    return Work(evaluations=states * _before(options, plan, prefix) + calibrating)
 
 
 def _before(options: DistillOptions, plan: PrunePlan, prefix: float) -> float:

@@ -47,12 +47,23 @@ LOT, SMALL_LOT = 8, 256
 """States of a file, of a large model and of a small one. Both models are read once for each file; a kill costs one."""
 
 
+def lot_of(numbers: int, count: int) -> int:
+    """Return how many of `count` states a file holds.
+
+    Args:
+        numbers: weights of the original.
+        count: states of a round.
+    """
+    return min(SMALL_LOT if is_small(numbers) else LOT, count)
+
+
 def state_bytes(ws: Workspace, recipe: Recipe) -> int:
     """Return about how many bytes a state of the model's own image size takes on the disk."""
     latents, condition, *_ = sample(ws.family, ws.config, ws.source, ws.generation)
     streams = stream_bytes(ws.family, ws.config, tuple(latents.shape[1:]), condition.hidden.shape[1])
     sides = 2 if recipe.lambda_feature else 1
-    return sides * streams * ws.original.dtype.itemsize // 4 + 2 * latents.nbytes
+    computed = sides * streams + latents.nbytes  # the teacher's velocity, too
+    return computed * ws.original.dtype.itemsize // 4 + latents.nbytes
 
 
 class Rounded:
@@ -120,7 +131,7 @@ class Maker:
         self.options, self.recipe, self.progress = options, recipe, progress
         self.pruned = ws.manifest.stages["prune"]["inputs"]
         self.count = recipe.states
-        self.lot = min(SMALL_LOT if is_small(ws.subject.numbers) else LOT, self.count)
+        self.lot = lot_of(ws.subject.numbers, self.count)
         self.lots = -(-self.count // self.lot)
         drawn = [recipe.levels, recipe.drop_captions, options.seed, self.count, self.lot, recipe.lambda_feature > 0]
         if options.guidance is not None:
@@ -227,10 +238,10 @@ class Maker:
             found = taught if left is None else _all(left.streams)
             velocity = whole.streams.velocities(whole.stored.model, batch.latents.shape[1:])
             if self.options.guidance is not None:
-                velocity = torch.lerp(velocity[count:], velocity[:count], self.options.guidance)
+                velocity = torch.lerp(velocity[count:].float(), velocity[:count].float(), self.options.guidance)
             return StateBatch(
                 streams=found,
-                velocity=velocity.float(),
+                velocity=velocity.to(ws.original.dtype),
                 target=batch.velocity.float(),
                 taught=taught if self.recipe.lambda_feature else {},
                 positions=tuple(whole.streams.positions),

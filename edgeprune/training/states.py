@@ -1,6 +1,6 @@
 """States that a tail is trained from, mapped from files: what comes out of the frozen prefix, and the teacher's answer.
 
-Each file holds states of one size, in the dtype that the original computes in; velocities are float32:
+Each file holds states of one size, in the dtype that the original computes in; only targets are always float32:
 
     image (S, N, D), text (S, M, D), modulation (S, D)   of the student, before its first trained block
     taught.image, taught.text, taught.modulation         of the teacher, where features are compared
@@ -109,7 +109,7 @@ class States:
         return StateBatch(
             streams={name: stacked(name) for name in STREAMS},
             taught={name: stacked(f"taught.{name}") for name in STREAMS if f"taught.{name}" in first},
-            velocity=stacked("velocity"), target=stacked("target"),
+            velocity=stacked("velocity").float(), target=stacked("target"),
             positions=tuple(first[name] for name in sorted(first) if name.startswith("position.")),
             grid=tuple(first["grid"].tolist()),
         )  # fmt: skip

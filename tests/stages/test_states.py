@@ -8,6 +8,7 @@ import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from edgeprune.families.sd3 import SD3
 from edgeprune.planning.make import make_plan
 from edgeprune.planning.options import PlanOptions
 from edgeprune.residency.compute import Compute
+from edgeprune.sampling.denoising import Conditioning
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import distill, plan, prune, quantize, states, tail
 from edgeprune.stages.compress import compress
@@ -34,6 +36,7 @@ from edgeprune.stages.states import PREFIX
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training import distill as training
 from edgeprune.training.recipe import DistillOptions, Recipe
+from edgeprune.training.resume import losses_of
 
 DATA = DataOptions("shapes", 6)
 
@@ -75,11 +78,17 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "a_state"), [({}, 3 + 1), ({"int4_group_size": None}, 3), ({"lambda_feature": 1.0}, 3 + 1)]
+    ("changes", "a_state", "once"),
+    [
+        ({}, 3 + 1, 0),
+        ({"int4_group_size": None}, 3, 0),
+        ({"lambda_feature": 1.0}, 3 + 1, 0),
+        ({"prefix_calibration": "feedback"}, 3 + 1, 2 * 3),  # the first lot, for its inputs and to send them on
+    ],
 )
 @pytest.mark.usefixtures("lots_of_three")
 def test_no_block_runs_more_than_it_has_to(
-    source: Path, tmp_path: Path, counted: list[int], changes: dict[str, Any], a_state: int
+    source: Path, tmp_path: Path, counted: list[int], changes: dict[str, Any], a_state: int, once: int
 ) -> None:
     ws = begun(source, tmp_path / "out")
     made = list[int]()
@@ -91,7 +100,8 @@ def test_no_block_runs_more_than_it_has_to(
             made.append(counted[0])
 
     distill.run(ws, options(**changes), DATA, progress)
-    assert made == [7 * a_state]
+    assert made == [7 * a_state + once]
+    assert 3 * distill.made(ws.subject, options(**changes), ws.plan()).evaluations == pytest.approx(made[0])
     # A step: the one block that is left after the removed one, and the teacher's two where features are compared.
     assert counted[0] - made[0] == 6 * 2 * (1 + 2 * ("lambda_feature" in changes))
     assert sorted(p.name for p in ws.cache.glob("states-*/*")) == [f"0000{n}.safetensors" for n in range(3)]
@@ -188,6 +198,7 @@ def test_a_round_leaves_nothing_in_memory(source: Path, tmp_path: Path, monkeypa
     ws, alive, real = begun(source, tmp_path / "out"), list[weakref.ref[Any]](), tail._student
 
     def student(*args: Any, **named: Any) -> Any:
+        assert not ws.original.loaded  # neither original nor encoders nor VAE
         model = real(*args, **named)
         alive.append(weakref.ref(model.proj_out.weight))
         return model
@@ -269,7 +280,8 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(source: Path, tmp_path: Path)
     ws = begun(source, tmp_path / "whole")
     distill.run(ws, chosen, DATA, note)
     quantize.run(ws, QuantizeOptions())
-    expected = files(ws.out, "transformer*/*")
+    expected, losses = files(ws.out, "transformer*/*"), losses_of(ws.cache / "distill.safetensors")
+    assert len(losses) == 6
     kinds = [(PREFIX, 1), ("states of round 1 of 2", 5), ("distill", 3), ("states of round 2 of 2", 1), ("distill", 5)]
     assert set(kinds) <= set(calls)
     killed = begun(source, tmp_path / "killed")
@@ -285,6 +297,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(source: Path, tmp_path: Path)
     distill.run(ws, chosen, DATA)
     quantize.run(ws, QuantizeOptions())
     assert files(ws.out, "transformer*/*") == expected
+    assert losses_of(ws.cache / "distill.safetensors") == losses
     assert len(list(ws.cache.glob("states-*"))) == 1  # those of the first round are gone
 
 
@@ -399,6 +412,31 @@ def test_a_large_model_is_trained_from_states(changes: dict[str, Any], removed: 
     if how.states:  # 1.0 G parameters: docs/full-size.md, docs/distill.md
         assert (held(how, ema=0.0), held(how, ema=0.0, optimizer="adamw8bit")) == (16_001_180_672, 10_000_737_920)
         assert held(how) == 20_001_475_840
+
+
+def test_a_state_of_a_real_model_is_as_large_as_the_docs_say(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of SD3.5 Large at 1024x1024 with 333 tokens of text, in bf16."""
+    ws, config = begun(source, tmp_path / "out"), published.transformers()["sd3.5-large"]
+
+    def sized(tokens: int, *latents: int) -> None:
+        condition = Conditioning(torch.empty(1, tokens, 1), torch.empty(1, 1))
+        monkeypatch.setattr(states, "sample", lambda *_: (torch.empty(1, *latents), condition))
+
+    (made,) = distill.make_states(ws, options(), DATA)
+    found = load_file(made)
+    sized(found["text"].shape[1], *found["target"].shape[1:])
+    size = sum(tensor.nbytes for tensor in found.values())
+    assert size / 7 == pytest.approx(states.state_bytes(ws, Recipe()), rel=0.01)
+    sized(333, 16, 128, 128)
+    large = SimpleNamespace(
+        family=family_of(config), config=config, source=source, generation=Generation(),
+        original=SimpleNamespace(dtype=torch.bfloat16),
+    )  # fmt: skip
+    alone, both = (states.state_bytes(large, Recipe(lambda_feature=feature)) for feature in (0.0, 1e-4))  # type: ignore[arg-type]
+    assert (alone, both) == (23_120_384, 44_667_904)
+    assert alone <= 25e6 and both <= 45e6
 
 
 def test_compress_rounds_the_prefix_as_it_quantizes(source: Path, tmp_path: Path) -> None:
